@@ -1,0 +1,29 @@
+# make demo: a synthetic log, prepared, trained on two ranks, evaluated, with a report. make test: the tests.
+# Both set up .venv first. Given: Python 3.11 or newer and make. PYTHON names another Python; TORCH_INDEX_URL an index of
+# CPU-only torch builds (launch/stack.py).
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo test test-slow bench lint
+.DELETE_ON_ERROR:
+
+demo: .venv/.ready
+	$(VENV)/python launch/demo.py --output .demo
+
+test: .venv/.ready lint
+	$(VENV)/python -m pytest
+
+test-slow: .venv/.ready
+	$(VENV)/python -m pytest -m slow
+
+bench: .venv/.ready
+	$(VENV)/python benchmarks/train_step.py --short
+
+lint: .venv/.ready
+	$(VENV)/ruff check .
+
+.venv/.ready: setup.py launch/stack.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python launch/stack.py install
+	touch $@

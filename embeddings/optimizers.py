@@ -1,0 +1,27 @@
+"""Which optimizer FBGEMM fuses into the table's backward, on which device."""
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+
+_CPU = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+_CUDA = _CPU | {"adam": EmbOptimType.ADAM, "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM}
+
+
+def fused_params(config, device_type):
+    """The fused-optimizer parameters that a TorchRec sharder takes.
+
+    `auto` is row-wise Adagrad, which both devices have. Raises ValueError for a pair that FBGEMM does not have.
+    """
+    available = _CUDA if device_type == "cuda" else _CPU
+    name = "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
+    if name not in available:
+        raise ValueError(
+            f"table.optimizer={name} does not exist on {device_type}: FBGEMM has {', '.join(sorted(available))} there"
+        )
+    params = {"optimizer": available[name], "learning_rate": config.learning_rate, "eps": config.eps}
+    if "adam" in name:
+        params |= {"beta1": config.beta1, "beta2": config.beta2}
+    return params

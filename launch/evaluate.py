@@ -1,0 +1,48 @@
+"""Ranks held-out items with a trained model and prints HR, NDCG and MRR by domain.
+
+    python launch/evaluate.py --run DIR                                  the test items among 99 drawn candidates
+    deepspeed --num_gpus 2 launch/evaluate.py --run DIR                  the same figures, by two ranks
+    … --split validation                                                 the validation items
+    … --candidates FILE.parquet                                          given candidates: user_id, positive, negatives
+    … --output FILE.parquet                                              per user: user_id, domain, rank, scores
+"""
+
+import argparse
+import json
+
+from launch.stack import check_stack
+from trainer.errors import exit_on_input_error
+
+
+def parse(arguments=None):
+    """The command line; what the DeepSpeed launcher appends is taken and ignored."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="the folder of a finished run")
+    parser.add_argument("--data", help="the prepared dataset, where it is not where the run found it")
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--candidates", help="Parquet with user_id, positive, negatives (raw ids)")
+    parser.add_argument("--output", help="Parquet that gets each user's rank and scores")
+    parser.add_argument("--json", action="store_true", help="print one JSON line in place of the table")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+@exit_on_input_error
+def main():
+    """Loads the run's best model and ranks."""
+    check_stack()
+    options = parse()
+    from rich.console import Console
+
+    from trainer import distributed
+    from trainer.log import evaluation_table
+    from trainer.rank import rank_run
+
+    with distributed.joined() as ranks:
+        record = rank_run(options.run, ranks, options.split, options.data, options.candidates, options.output)
+    if ranks.first:
+        print(json.dumps(record)) if options.json else Console().print(evaluation_table(record))
+
+
+if __name__ == "__main__":
+    main()

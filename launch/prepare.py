@@ -1,0 +1,62 @@
+"""Prepares interaction logs for training: Parquet, CSV or TSV (also .gz) in, a folder of shards and vocabularies out.
+
+    python launch/prepare.py --input logs/ more.csv 'days/2024-*.parquet' --output data/shop
+
+Every row of the logs is one interaction: user, item, domain, time. `--domain NAME` stands for a missing domain column.
+"""
+
+import argparse
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from trainer.data.dataset import Dataset
+from trainer.data.prepare import PERCENTILES, PrepareConfig, prepare
+from trainer.errors import exit_on_input_error
+
+
+def parse_arguments() -> PrepareConfig:
+    default = PrepareConfig(inputs=(), output="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet or is empty")
+    for role in ("user", "item", "domain", "time"):
+        parser.add_argument(f"--{role}-column", default=getattr(default, f"{role}_column"), metavar="NAME")
+    parser.add_argument("--domain", metavar="NAME", help="the one domain of logs without a domain column")
+    parser.add_argument("--min-user", type=int, default=0, metavar="N", help="drop users with fewer interactions")
+    parser.add_argument("--min-item", type=int, default=0, metavar="N", help="drop items with fewer interactions")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of the shuffle of users")
+    parser.add_argument("--streams", type=int, default=default.streams, help="more than any number of ranks ever used")
+    parser.add_argument("--shard-users", type=int, default=default.shard_users, help="most users in a shard")
+    parser.add_argument("--block-users", type=int, default=default.block_users, help="users in a block of a shard")
+    parser.add_argument("--memory", default=default.memory, help="for the sort; what does not fit goes beside the output")
+    arguments = vars(parser.parse_args())
+    return PrepareConfig(inputs=tuple(arguments.pop("input")), **arguments)
+
+
+def summary(dataset: Dataset) -> Table:
+    title = f"{escape(str(dataset.folder))}: {dataset.users:,} users in {len(dataset.shards)} shards, {dataset.streams} streams"
+    caption = (
+        f"{', '.join(PERCENTILES)}: interactions of a user in the domain. {dataset.too_short:,} users are too short to be "
+        f"evaluated, the longest has {dataset.max_length:,} interactions"
+    )
+    table = Table("domain", title=title, caption=caption)
+    for column in ("users", "items", "interactions", *PERCENTILES):
+        table.add_column(column, justify="right")
+    for domain in dataset.domains:
+        facts = domain.users, domain.items, domain.interactions, *domain.length_percentiles.values()
+        table.add_row(escape(domain.name), *(f"{fact:,}" for fact in facts))
+    table.add_section()
+    facts = dataset.users, sum(domain.items for domain in dataset.domains), dataset.interactions
+    table.add_row("all", *(f"{fact:,}" for fact in facts))
+    return table
+
+
+@exit_on_input_error
+def main():
+    Console().print(summary(prepare(parse_arguments())))
+
+
+if __name__ == "__main__":
+    main()

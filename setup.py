@@ -1,0 +1,44 @@
+"""Packaging. torch, TorchRec and FBGEMM are installed by launch/stack.py, which alone says which versions go together."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+STACK = runpy.run_path(str(Path(__file__).with_name("launch") / "stack.py"))
+torch, torchrec, fbgemm = STACK["MATCHING"][STACK["PINNED"]]
+
+setup(
+    name="syncrec-trainer",
+    version="0.1.0",
+    description="Distributed training of SyNCRec, a cross-domain sequential recommender, on TorchRec and DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "launch*"]),
+    package_data={"launch": ["configs/*.yaml"], "trainer": ["*.jinja"]},
+    install_requires=[
+        f"torch>={min(STACK['MATCHING'])}",
+        "deepspeed>=0.19",  # ZeRO around the dense model, the launcher
+        "webdataset>=1.0",  # shards
+        "numpy>=2.0",
+        "duckdb>=1.5",  # prepare: an out-of-core engine for Parquet, CSV and TSV
+        "pyarrow>=18",  # Parquet written in streams; DuckDB's results in batches
+        "safetensors>=0.5",  # weights on disk, without pickle
+        "omegaconf>=2.4",  # YAML and key=value into dataclasses
+        "rich>=13",  # progress, tables
+        "tensorboard>=2.18",  # the metrics display that people already run
+        "plotly>=6",  # the report's plots
+        "jinja2>=3.1",  # the report's page
+        # What TorchRec needs beside FBGEMM; it is installed without its dependencies (launch/stack.py).
+        "tensordict",
+        "torchmetrics==1.0.3",
+        "pyre-extensions",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff"],
+        # On a CUDA machine plain pip does the same as launch/stack.py.
+        "cuda": [f"torch=={torch}", f"torchrec=={torchrec}", f"fbgemm-gpu=={fbgemm}"],
+    },
+)

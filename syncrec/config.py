@@ -1,0 +1,54 @@
+"""What the model is, as values: every reading of the paper that measures differently is one of these."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """SyNCRec's architecture and losses (section 4 of the paper). Equations are the paper's."""
+
+    dim: int = 128  # r, the width of item vectors and of everything else
+    max_length: int = 128  # T, tokens kept of a sequence
+    experts: int = 5  # K
+    cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
+    stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
+    blocks: int = 2  # attention blocks of an expert
+    heads: int = 1
+    ffn_dim: int = 128  # inner width of an expert's and a tower's feed-forward network (eq. 7 has r)
+    norm: Literal["post", "pre"] = "post"  # LayerNorm after the residual sum, or before each sub-layer
+    dropout: float = 0.1
+    gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
+    loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
+    loss_correction: Literal["negative_transfer_gap", "none"] = "negative_transfer_gap"  # none: variant A
+    correction_temperature: float = 1.0  # δ of eq. 11
+    learn_scales: bool = True  # α and β of eq. 11
+    mutual_information: Literal["on", "off"] = "on"  # off: variant B
+    mutual_information_pooling: Literal["mean", "last"] = "mean"
+    mutual_information_similarity: Literal["sigmoid", "cosine"] = "sigmoid"  # sigmoid: eq. 17
+    mutual_information_temperature: float = 1.0
+    mutual_information_negatives: Literal["global", "rank"] = "global"  # users of all ranks, or of one's own
+    mutual_information_denominator: Literal["all", "others"] = "all"  # all: eq. 14 and 15, others: eq. 16 as printed
+    eta: float = 0.9  # η of eq. 18
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products by autocast; weights, losses and λ stay fp32
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        for name in ("dim", "max_length", "experts", "blocks", "heads", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
+        if self.dim % self.heads:
+            raise ValueError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
+        if self.stop_gradient == "on" and not 0 < self.cross_experts < self.experts:
+            raise ValueError(
+                f"model.cross_experts is {self.cross_experts}: with stop_gradient on, both tasks need experts of their "
+                f"own, so give 1 to {self.experts - 1} (model.experts - 1)"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"model.eta is {self.eta}: give 0 to 1")
+        for name in ("correction_temperature", "mutual_information_temperature", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: give more than 0")

@@ -1,0 +1,192 @@
+"""SyNCRec: shared input layer, asymmetric mixture of sequential experts, losses (section 4 of the paper).
+
+Shapes: B users, N interactions, M tokens of a view, L targets, K experts, D domains, r width.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from syncrec.batch import Query
+from syncrec.experts import ExpertStack
+from syncrec.layers import Gate, InputEmbedding, Tower
+from syncrec.losses import prediction_loss
+from syncrec.mutual_information import MutualInformation, pool
+from syncrec.reduction import Reduction
+from syncrec.transfer import LossCorrection, transfer_gap
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """What a step has to show, without gradient. All but the last are of the global batch.
+
+    single_D, cross_D: mean losses by domain, NaN where it had no target; phi_D, NaN where absent; lambda_D.
+    mutual_information: this rank's share of Σ_d MI_d; the sum over ranks is the batch's.
+    """
+
+    single_D: torch.Tensor
+    cross_D: torch.Tensor
+    loss_single: torch.Tensor
+    loss_cross: torch.Tensor
+    phi_D: torch.Tensor
+    lambda_D: torch.Tensor
+    mutual_information: torch.Tensor
+
+
+class SyNCRec(nn.Module):
+    """The dense part of the model; the item vectors are handed in by whoever holds the table."""
+
+    def __init__(self, config, domains):
+        super().__init__()
+        self.config, self.domains = config, domains
+        self.decoupled = config.stop_gradient == "on"
+        self.embedding = InputEmbedding(config)
+        # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
+        self.cross_experts = ExpertStack(config, config.cross_experts if self.decoupled else config.experts)
+        self.single_experts = ExpertStack(config, config.experts - config.cross_experts) if self.decoupled else None
+        self.cross_gate, self.cross_tower = Gate(config), Tower(config)
+        self.single_gates = nn.ModuleList(Gate(config) for _ in range(domains))
+        self.single_towers = nn.ModuleList(Tower(config) for _ in range(domains))
+        self.correction = LossCorrection(config, domains) if config.loss_correction != "none" else None
+        self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
+
+    def forward(self, batch, rows, reduction=None):
+        """A Batch gives (loss, LossReport); a Query gives each user's newest cross-domain output, (B, r).
+
+        rows: the item vectors of `batch.ids`, in that order, (ids, r). reduction: the other ranks (syncrec.reduction).
+        The loss is this rank's share of eq. 18 times the number of ranks: its mean over ranks is the global batch's loss,
+        and so are the means of its gradients.
+        """
+        # No cache of cast weights: stacks run with and without a graph, and ZeRO 3 takes weights apart in between.
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            inputs_NR, negatives_R = rows.split([batch.interactions, len(rows) - batch.interactions])
+            cross_MR = self._cross_outputs(batch.cross, inputs_NR)
+            if isinstance(batch, Query):
+                return cross_MR.index_select(0, batch.newest_B).to(rows.dtype)
+            single_MR = self._single_outputs(batch.single, inputs_NR)
+        with torch.autocast(rows.device.type, enabled=False):
+            cross_MR, single_MR = cross_MR.to(rows.dtype), single_MR.to(rows.dtype)
+            return self._losses(batch, inputs_NR, negatives_R, cross_MR, single_MR, reduction or Reduction())
+
+    def _cross_outputs(self, view, inputs_NR):
+        """Y^cross of eq. 4, (M, r)."""
+        x_MR = self.embedding(view, inputs_NR)
+        experts = self._run_experts(x_MR, view, self.cross_experts, self.single_experts)
+        return self.cross_tower(mix(self.cross_gate(x_MR, view, slice(None)), experts))
+
+    def _single_outputs(self, view, inputs_NR):
+        """Y^single of eq. 2, domain after domain, (M, r)."""
+        x_MR = self.embedding(view, inputs_NR)
+        experts = self._run_experts(x_MR, view, self.single_experts, self.cross_experts)
+        starts = view.task_starts
+        lengths = [end - start for start, end in pairwise(starts)]
+        by_domain = zip(x_MR.split(lengths), *(stack.split(lengths, dim=1) for stack in experts), strict=True)
+        outputs = []
+        for domain, (own_MR, *own_experts) in enumerate(by_domain):
+            tokens = slice(starts[domain], starts[domain + 1])
+            gate, tower = self.single_gates[domain], self.single_towers[domain]
+            outputs.append(tower(mix(gate(own_MR, view, tokens), own_experts)))
+        return torch.cat(outputs)
+
+    def _run_experts(self, x_MR, view, live, stopped):
+        """Outputs of experts 1..j and of j+1..K. A stopped expert builds no graph: SG of eq. 2 and 4, to the bit."""
+        if not self.decoupled:
+            return (self.cross_experts(x_MR, view.attention),)
+        live_KMR = live(x_MR, view.attention)
+        with torch.no_grad():
+            stopped_KMR = stopped(x_MR, view.attention)
+        return (live_KMR, stopped_KMR) if live is self.cross_experts else (stopped_KMR, live_KMR)
+
+    def _losses(self, batch, inputs_NR, negatives_R, cross_MR, single_MR, reduction):
+        """Eq. 18 from the outputs of both views."""
+        single_L = self._prediction_losses(batch, batch.single, inputs_NR, negatives_R, single_MR)
+        cross_L = self._prediction_losses(batch, batch.cross, inputs_NR, negatives_R, cross_MR)
+        single_sums, cross_sums = _sums(batch.single, single_L), _sums(batch.cross, cross_L)
+        # In flight while SC-MIM is computed: what φ and the means need of the other ranks.
+        wait = reduction.start_sum(torch.cat([*single_sums, *cross_sums]).detach().double())
+        information_D = self._mutual_information(batch, single_MR, cross_MR, reduction)
+        totals = wait().view(2, 4, self.domains)
+        (single_D, single_count_D, single_gap_D, gap_count_D), (cross_D, cross_count_D, cross_gap_D, _) = totals
+
+        phi_D, present_D = transfer_gap(single_gap_D, cross_gap_D, gap_count_D), gap_count_D > 0
+        lambda_D = cross_MR.new_ones(self.domains)
+        if self.correction is not None:
+            lambda_D = self.correction(phi_D, present_D)
+        scale, dtype = reduction.world_size, cross_MR.dtype
+        loss_single = scale * single_sums[0].sum() / single_count_D.sum().clamp(min=1).to(dtype)
+        loss_cross = scale * (lambda_D.to(dtype) * cross_sums[0]).sum() / cross_count_D.sum().clamp(min=1).to(dtype)
+        information = information_D.sum()
+        eta = self.config.eta if self.mutual_information is not None else 1.0
+        loss = eta * (loss_single + loss_cross) - (1 - eta) * scale * information
+
+        means = single_D / single_count_D.clamp(min=1), cross_D / cross_count_D.clamp(min=1)
+        nan = float("nan")
+        return loss, LossReport(
+            single_D=means[0].masked_fill(single_count_D == 0, nan),
+            cross_D=means[1].masked_fill(cross_count_D == 0, nan),
+            loss_single=single_D.sum() / single_count_D.sum().clamp(min=1),
+            loss_cross=(lambda_D.detach() * cross_D).sum() / cross_count_D.sum().clamp(min=1),
+            phi_D=phi_D.masked_fill(~present_D, nan),
+            lambda_D=lambda_D.detach(),
+            mutual_information=information.detach(),
+        )
+
+    def _prediction_losses(self, batch, view, inputs_NR, negatives_R, output_MR):
+        """The loss of each of the view's targets (eq. 8 or 9), (L,)."""
+        predicted_LR = output_MR.index_select(0, view.target_token_L)
+        positive_L = (predicted_LR * inputs_NR.index_select(0, view.target_interaction_L)).sum(1)
+        starts = view.target_starts
+        lengths = [end - start for start, end in pairwise(starts)]
+        if batch.negatives is None:
+            starts = batch.negative_starts
+            shared = negatives_R.split([end - start for start, end in pairwise(starts)])
+            shared_ids = batch.ids[batch.interactions :].split([len(rows) for rows in shared])
+            target_ids = batch.ids[view.target_interaction_L].split(lengths)
+        else:
+            own_NnR = negatives_R.view(batch.interactions, batch.negatives, -1)
+            own_LnR = own_NnR.index_select(0, view.target_interaction_L).split(lengths)
+        losses = []
+        for domain, (y_LR, positive) in enumerate(zip(predicted_LR.split(lengths), positive_L.split(lengths), strict=True)):
+            if batch.negatives is None:
+                scores, allowed = y_LR @ shared[domain].T, shared_ids[domain] != target_ids[domain].unsqueeze(1)
+            else:
+                scores, allowed = torch.einsum("lr,lnr->ln", y_LR, own_LnR[domain]), None
+            losses.append(prediction_loss(self.config.loss, positive, scores, allowed, batch.domain_items[domain]))
+        return torch.cat(losses)
+
+    def _mutual_information(self, batch, single_MR, cross_MR, reduction):
+        """This rank's share of the domains' bounds (eq. 16), each a mean over the users of the global batch, (D,)."""
+        if self.mutual_information is None:
+            return single_MR.new_zeros(self.domains)
+        users = len(batch.weight_B)
+        single_BDR, single_count_BD = pool(single_MR, batch.single, users, self.domains)
+        cross_BDR, cross_count_BD = pool(cross_MR, batch.cross, users, self.domains)
+        present_BD = (single_count_BD > 0) & (cross_count_BD > 0) & (batch.weight_B > 0).unsqueeze(1)
+        if self.config.mutual_information_negatives == "rank":
+            single_GDR, present_GD, first = single_BDR, present_BD, 0
+        else:
+            single_GDR, present_GD = reduction.gather(single_BDR), reduction.gather(present_BD)
+            first = reduction.rank * users
+        own_B = torch.arange(first, first + users, device=present_BD.device)
+        sum_D, count_D = self.mutual_information(cross_BDR, single_GDR, present_BD, present_GD, own_B)
+        if self.config.mutual_information_negatives == "rank":
+            count_D = count_D * reduction.world_size
+        return sum_D / count_D.clamp(min=1)
+
+
+def mix(weights_MK, experts):
+    """f of eq. 2 and 4: Σ_k g_k f_k. weights_MK: (M, K); experts: the stacks' outputs, (K_1, M, r), (K_2, M, r), …"""
+    weights = weights_MK.split([len(output) for output in experts], dim=1)
+    return sum(torch.einsum("mk,kmr->mr", w.to(y.dtype), y) for w, y in zip(weights, experts, strict=True))
+
+
+def _sums(view, loss_L):
+    """By domain: weighted loss sum, weight, and both over the targets that the other view predicts too: four (D,)."""
+    domains = len(view.target_starts) - 1
+    weight_L = view.target_weight_L.to(loss_L.dtype)
+    shared_L = weight_L * view.comparable_L
+    stacked_L4 = torch.stack([loss_L * weight_L, weight_L, loss_L.detach() * shared_L, shared_L], dim=1)
+    return stacked_L4.new_zeros(domains, 4).index_add(0, view.target_domain_L, stacked_L4).T

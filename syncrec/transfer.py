@@ -1,0 +1,46 @@
+"""The negative transfer gap and the loss weights that follow from it (section 4.3: LC-NTG).
+
+Shapes: D domains.
+"""
+
+import torch
+from torch import nn
+
+
+def transfer_gap(single_sum_D, cross_sum_D, count_D):
+    """φ_d = mean single-domain loss − mean cross-domain loss of d over the same targets (Def. 2, eq. 10).
+
+    Sums and counts are those of the global batch. Negative where the other domains harm d; 0 where d is absent.
+    """
+    return (single_sum_D - cross_sum_D) / count_D.clamp(min=1)
+
+
+class LossCorrection(nn.Module):
+    """λ ← softmax((α λ + β φ) / δ) over the domains of the batch (eq. 11), and λ as saved state.
+
+    A domain that is absent from the batch keeps its λ; the present ones share what is left of 1, of which 1 / D is kept for
+    each absent domain that was never seen. The old λ and φ carry no gradient; α and β (start 1 and 1) do. λ starts at 0.
+    """
+
+    def __init__(self, config, domains):
+        super().__init__()
+        self.temperature = config.correction_temperature
+        self.alpha = nn.Parameter(torch.ones(1), requires_grad=config.learn_scales)
+        self.beta = nn.Parameter(torch.ones(1), requires_grad=config.learn_scales)
+        self.register_buffer("lambda_D", torch.zeros(domains))
+
+    def forward(self, phi_D, present_D):
+        """The new λ_D, with gradients towards α and β; it becomes the state where the module trains.
+
+        phi_D: φ of the global batch; present_D: bool. Both equal on all ranks, so λ is too.
+        """
+        old_D = self.lambda_D.detach()
+        logits_D = (self.alpha * old_D + self.beta * phi_D.detach().to(old_D.dtype)) / self.temperature
+        kept_D = torch.where(old_D > 0, old_D, 1 / len(old_D))  # 0: never seen
+        free = 1 - kept_D.masked_fill(present_D, 0).sum()
+        weights_D = torch.softmax(logits_D.masked_fill(~present_D, float("-inf")), dim=0)
+        # With no domain present the softmax is 0 / 0: nothing was seen, nothing changes.
+        lambda_D = torch.where(present_D, free * weights_D.nan_to_num(), old_D)
+        if self.training:
+            self.lambda_D = lambda_D.detach().clone()
+        return lambda_D

@@ -1,0 +1,40 @@
+"""What usually takes a process of its own, in this one."""
+
+import contextlib
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def group_of_one():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # now: a forked process that collects it waits for its threads for ever
+
+
+@contextlib.contextmanager
+def as_a_script():
+    """A script's main may be called in here: no launcher is seen, and what it changes in the process is put back.
+
+    The script leaves its process group itself: a process that exits with one is aborted now and then.
+    """
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    try:
+        yield
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(threads)

@@ -1,0 +1,51 @@
+"""Real ranks on this machine: how they are started, and a small dataset to train on."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.data.prepare import PrepareConfig, prepare
+from trainer.data.synthetic import SyntheticConfig, synthesize
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """400 users in three domains, one of them unrelated; shards of a few users each."""
+    folder = tmp_path_factory.mktemp("distributed")
+    config = SyntheticConfig(users=400, items=300, domains=3, mean_length=15, topics=8)
+    synthesize(folder / "logs", config)
+    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data")))
+    return folder / "data"
+
+
+def free_port():
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed(ranks, script, *arguments, prefix=(), options=()):
+    """The command that starts `ranks` local ranks of a script."""
+    return [
+        *prefix,
+        str(BIN / "deepspeed"),
+        *(options or ["--num_gpus", str(ranks), "--master_port", str(free_port())]),
+        str(script),
+        *map(str, arguments),
+    ]
+
+
+def run(command, timeout=300):
+    """Runs a command to its end; its output is shown where it fails."""
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done

@@ -1,0 +1,43 @@
+"""Started with real ranks: one run through the trainer's own loop for each ZeRO stage.
+
+python stages.py DATA OUTPUT STAGE [STAGE …] key=value …
+"""
+
+import argparse
+import sys
+
+from trainer import distributed
+from trainer.config import load_config
+from trainer.loop import train
+
+# Small, and with everything on that reduces over ranks: λ, SC-MIM with global negatives, clipping, a schedule.
+SETTINGS = [
+    "max_steps=50",
+    "epochs=50",
+    "global_batch_size=30",
+    "log.every=1",
+    "log.tensorboard=false",
+    "stream.workers=0",
+    "model.dim=16",
+    "model.ffn_dim=16",
+    "model.max_length=12",
+    "model.experts=3",
+    "model.cross_experts=2",
+    "model.dropout=0",
+    "negatives.shared=40",
+    "optimizer.clip=0.5",
+    "optimizer.warmup_steps=5",
+    "optimizer.schedule=cosine",
+]
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank")
+parser.add_argument("data")
+parser.add_argument("output")
+parser.add_argument("rest", nargs="*")
+options = parser.parse_intermixed_args(sys.argv[1:])
+settings = [word for word in options.rest if "=" in word]
+with distributed.joined(timeout_minutes=2) as ranks:
+    for stage in (word for word in options.rest if "=" not in word):
+        own = [f"data={options.data}", f"run={options.output}/{stage}", f"optimizer.zero_stage={stage}"]
+        train(load_config([], SETTINGS + own + settings), ranks)

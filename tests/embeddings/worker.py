@@ -1,0 +1,95 @@
+"""Started with real ranks by test_table.py: look-ups, updates, save and load of one table; rank 0 writes what came out.
+
+torchrun --nproc-per-node N worker.py OUTPUT [FOLDER with table files …]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from embeddings.config import TableConfig
+from embeddings.storage import load_shard, save_shard
+from embeddings.table import ItemTable
+
+ROWS, DIM, SEED = 9001, 8, 5  # three blocks of initial rows; no number of ranks divides it
+RATES = (0.05, 0.05, 0.2)
+CONFIG = TableConfig(learning_rate=RATES[0], eps=1e-4)
+
+
+def step(number):
+    """The ids of a step over all ranks, duplicates among them, and a gradient for each."""
+    random = np.random.default_rng(number)
+    ids = np.concatenate([random.integers(0, ROWS, 150), random.integers(0, 20, 50), [ROWS - 1, 0]])
+    return ids, random.normal(size=(len(ids), DIM)).astype(np.float32)
+
+
+def share(number, ids, rank, ranks):
+    """Which of a step's ids a rank looks up: dealt in turn; all on the first rank; one on each other rank."""
+    place = np.arange(len(ids))
+    owner = [place % ranks, np.zeros_like(place), np.where(place < ranks, place, 0)][number]
+    return owner == rank
+
+
+def everything(table, rank):
+    """The whole table in the dataset's order, looked up by the last rank; the others ask for nothing."""
+    ids = torch.arange(ROWS if rank == dist.get_world_size() - 1 else 0)
+    with torch.no_grad():
+        found = table(ids)
+    assert found.shape == (len(ids), DIM) and found.dtype == torch.float32 and not found.requires_grad
+    whole = [torch.zeros(ROWS, DIM) for _ in range(dist.get_world_size())]
+    dist.all_gather(whole, found if len(found) else torch.zeros(ROWS, DIM))
+    return whole[-1].numpy()
+
+
+def main(output, *saved):
+    """All of it, in a process group that is there."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    results = {}
+    table = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    results["start"] = everything(table, rank)
+    results["other_seed"] = everything(ItemTable(ROWS, DIM, CONFIG, SEED + 1, "cpu"), rank)
+    for number, rate in enumerate(RATES):
+        ids, gradient = step(number)
+        own = share(number, ids, rank, ranks)
+        table.set_learning_rate(rate)
+        vectors = table(torch.from_numpy(ids[own]))
+        assert vectors.requires_grad
+        expected = torch.from_numpy(everything_before(results, number)[ids[own]])
+        torch.testing.assert_close(vectors.detach(), expected, rtol=0, atol=0)
+        # The loss of a rank carries the number of ranks, so that its mean over ranks is the global one.
+        vectors.backward(ranks * torch.from_numpy(gradient[own]))
+        table.update(vectors.grad)
+        results[f"after_{number}"] = everything(table, rank)
+    if ranks == 3:  # two rows each: the last rank would have none
+        with pytest.raises(ValueError, match="a table of 4 rows leaves some of 3 ranks without one"):
+            ItemTable(4, DIM, CONFIG, SEED, "cpu")
+    ItemTable(5, DIM, CONFIG, SEED, "cpu")
+    folder = output / f"saved-{ranks}"
+    if rank == 0:
+        folder.mkdir()
+    dist.barrier()
+    save_shard(table, folder)
+    dist.barrier()
+    for other in (folder, *saved):
+        loaded = ItemTable(ROWS, DIM, CONFIG, SEED + 2, "cpu")
+        load_shard(loaded, other)
+        results[f"from_{other.name}"] = everything(loaded, rank)
+    if rank == 0:
+        np.savez(output / f"ranks-{ranks}.npz", **results)
+    dist.barrier()
+
+
+def everything_before(results, number):
+    """The table as it was before a step."""
+    return results["start" if number == 0 else f"after_{number - 1}"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    main(*map(Path, sys.argv[1:]))
+    dist.destroy_process_group()

@@ -1,0 +1,129 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from trainer.data.dataset import FORMAT_VERSION, Dataset, Domain, Shard
+from trainer.errors import InputError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder whose facts add up; the tars themselves are not looked into here."""
+    folder = tmp_path / "dataset"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "vocabulary").mkdir()
+    (folder / "users.parquet").touch()
+    shards, domains = [], []
+    for number, (first, users, interactions) in enumerate([(0, 3, 10), (3, 2, 5)]):
+        name = f"shards/{number:06d}.tar"
+        (folder / name).write_bytes(b"x" * 7)
+        shards.append(Shard(name, users, first, interactions, 7, "0" * 64))
+    for number, (start, items, room) in enumerate([(0, 4, 68), (68, 1000, 1100)]):
+        name = f"vocabulary/{number}.parquet"
+        (folder / name).touch()
+        domains.append(Domain(f"дом{number}", start, items, room, 5, 7, {"p50": 2, "max": 9}, name))
+    made = Dataset(folder, 3, 5, 15, 1, 9, 1024, 2, tuple(domains), tuple(shards))
+    made.save()
+    return made
+
+
+def edit(dataset, change):
+    path = dataset.folder / "dataset.json"
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+
+
+def test_load_gives_back_what_was_saved(dataset):
+    assert Dataset.load(str(dataset.folder)) == dataset
+
+
+def test_domains_tile_the_rows(dataset):
+    assert dataset.num_embeddings == 1168
+    assert dataset.starts.dtype == np.int64 and dataset.starts.tolist() == [0, 68]
+    domains = dataset.domain_of(np.array([[0, 67], [68, 1167]], dtype=np.int32))
+    assert domains.dtype == np.int64 and domains.tolist() == [[0, 0], [1, 1]]
+
+
+def test_fingerprint_follows_the_contents_and_not_the_place(dataset, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(dataset.folder, moved)
+    assert Dataset.load(moved).fingerprint == dataset.fingerprint
+    assert dataclasses.replace(dataset, seed=4).fingerprint != dataset.fingerprint
+
+
+def fields(cls, *but):
+    return [field.name for field in dataclasses.fields(cls) if field.name not in but]
+
+
+@pytest.mark.parametrize(
+    ("where", "field"),
+    [((), name) for name in fields(Dataset, "folder")]
+    + [(("domains", 0), name) for name in fields(Domain)]
+    + [(("shards", 1), name) for name in fields(Shard)],
+)
+@pytest.mark.parametrize("value", ["missing", None, True])
+def test_a_field_missing_or_of_another_type_is_named(dataset, where, field, value):
+    def change(facts):
+        for step in where:
+            facts = facts[step]
+        if value == "missing":
+            del facts[field]
+        else:
+            facts[field] = value
+
+    edit(dataset, change)
+    with pytest.raises(InputError, match=field) as error:
+        Dataset.load(dataset.folder)
+    assert "dataset.json" in str(error.value) and "prepare the dataset again" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda facts: facts.update(format_version=FORMAT_VERSION + 41), [str(FORMAT_VERSION + 41), str(FORMAT_VERSION)]),
+        (lambda facts: facts.pop("format_version"), ["None"]),
+        (lambda facts: facts.update(users=6), ["add up"]),
+        (lambda facts: facts.update(interactions=16), ["add up"]),
+        (lambda facts: facts.update(shards=[]), ["add up"]),
+        (lambda facts: facts.update(domains=[]), ["add up"]),
+        (lambda facts: facts["domains"][1].update(start=67), ["add up"]),
+        (lambda facts: facts["shards"][1].update(first_user=4), ["add up"]),
+        (lambda facts: facts.update(colour="red"), ["colour"]),
+        (lambda facts: facts["shards"].append("x"), ["Shard", "'x'"]),
+    ],
+)
+def test_contents_that_cannot_be_used_are_refused(dataset, change, named):
+    edit(dataset, change)
+    with pytest.raises(InputError) as error:
+        Dataset.load(dataset.folder)
+    assert all(word in str(error.value) for word in [*named, "prepare the dataset again"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\x00"])
+def test_unreadable_json_is_refused(dataset, text):
+    (dataset.folder / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=r"dataset\.json.*prepare the dataset again"):
+        Dataset.load(dataset.folder)
+
+
+@pytest.mark.parametrize("name", ["shards/000001.tar", "vocabulary/1.parquet", "users.parquet"])
+def test_a_missing_file_is_named(dataset, name):
+    (dataset.folder / name).unlink()
+    with pytest.raises(InputError, match=name):
+        Dataset.load(dataset.folder)
+
+
+def test_a_shard_cut_short_is_named_with_both_sizes(dataset):
+    (dataset.folder / "shards/000000.tar").write_bytes(b"x" * 5)
+    with pytest.raises(InputError, match=r"000000\.tar has 5 bytes.*7"):
+        Dataset.load(dataset.folder)
+
+
+def test_another_folder_is_no_dataset(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="not a dataset folder"):
+            Dataset.load(folder)

@@ -1,0 +1,67 @@
+"""Small real datasets on disk: shards, vocabularies and users as prepare leaves them, with contents that a test chooses."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.data.dataset import SPLIT_LENGTH, Dataset, Domain, Shard
+from trainer.data.shards import Block, write_shard
+
+ROOM = 3  # rows that a domain keeps for later items
+
+
+def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_users=3, user_ids=None, item_ids=None):
+    """Users 0 … with the given rows of M, oldest first. items: of each domain; cuts: users at which a new shard begins.
+
+    user_ids, item_ids: raw ids, item_ids by domain; texts like "u0" and "d0-0" where they are left out.
+    """
+    for name in ("shards", "vocabulary"):
+        (folder / name).mkdir(parents=True)
+    starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
+    shards = []
+    for number, (first, last) in enumerate(zip([0, *cuts], [*cuts, len(histories)], strict=True)):
+        name = f"shards/{number:06d}.tar"
+        size, sha256 = write_shard(folder / name, _blocks(histories, first, last, block_users))
+        interactions = sum(len(history) for history in histories[first:last])
+        shards.append(Shard(name, last - first, first, interactions, size, sha256))
+    counts = np.zeros(starts[-1] + items[-1] + ROOM, np.int64)
+    for history in histories:
+        np.add.at(counts, np.asarray(history[:-2] if len(history) >= SPLIT_LENGTH else history, np.int64), 1)
+    domains = []
+    for number, (start, count) in enumerate(zip(starts, items, strict=True)):
+        name, rows = f"vocabulary/{number}.parquet", np.arange(start, start + count)
+        ids = item_ids[number] if item_ids else [f"d{number}-{item}" for item in range(count)]
+        pq.write_table(pa.table({"item_id": ids, "row": rows, "count": counts[rows]}), folder / name)
+        domains.append(Domain(f"domain {number}", int(start), count, count + ROOM, 0, 0, {}, name))
+    users = np.arange(len(histories))
+    pq.write_table(pa.table({"user_id": user_ids or [f"u{user}" for user in users], "user": users}), folder / "users.parquet")
+    lengths = [len(history) for history in histories]
+    dataset = Dataset(
+        folder=folder,
+        seed=0,
+        users=len(histories),
+        interactions=sum(lengths),
+        too_short=sum(length < SPLIT_LENGTH for length in lengths),
+        max_length=max(lengths),
+        block_users=block_users,
+        streams=streams,
+        domains=tuple(domains),
+        shards=tuple(shards),
+    )
+    dataset.save()
+    return Dataset.load(folder)
+
+
+def draw_histories(users, items=(5, 4), longest=9, seed=0):
+    """Histories of 1 … longest interactions over all domains."""
+    random = np.random.default_rng(seed)
+    starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
+    rows = np.concatenate([start + np.arange(count) for start, count in zip(starts, items, strict=True)])
+    return [random.choice(rows, size=random.integers(1, longest + 1)) for _ in range(users)]
+
+
+def _blocks(histories, first, last, block_users):
+    for begin in range(first, last, block_users):
+        users = np.arange(begin, min(begin + block_users, last))
+        own = [np.asarray(histories[user], np.int32) for user in users]
+        yield Block(users, np.array([len(history) for history in own], np.int32), np.concatenate(own))

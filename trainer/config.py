@@ -1,0 +1,137 @@
+"""A run's configuration: every part's dataclass under one roof, from YAML and `key=value`."""
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from embeddings.config import TableConfig
+from syncrec.config import ModelConfig
+from trainer.data.negatives import NegativesConfig
+from trainer.data.stream import StreamConfig
+from trainer.engine import OptimizerConfig, asks_for_bf16, read_deepspeed_json
+from trainer.errors import InputError
+from trainer.evaluate import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run says while it trains."""
+
+    every: int = 50  # steps between two lines
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"log.every is {self.every}: give at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about one run. At the top: what everyone types."""
+
+    data: str = ""  # the prepared dataset, a folder
+    run: str = ""  # the folder that gets everything a run writes
+    seed: int = 0
+    global_batch_size: int = 256  # users in a step, over all ranks
+    epochs: int = 20
+    max_steps: int = 0  # stop after so many steps; 0: epochs decide
+    timeout_minutes: int = 30  # how long a rank waits for the others before it gives up
+    model: ModelConfig = field(default_factory=ModelConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own JSON, merged over ours
+
+    def __post_init__(self):
+        for name in ("global_batch_size", "epochs", "timeout_minutes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        for name in ("seed", "max_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more")
+
+
+def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
+    """YAML files, each over the ones before it, and `key=value` over them all. Raises InputError naming key or file.
+
+    deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`.
+    """
+    merged = OmegaConf.structured(RunConfig)
+    sources = [(file, _read(file)) for file in files] + [(override, _parse(override)) for override in overrides]
+    if deepspeed_file is not None:
+        sources.append((deepspeed_file, OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)})))
+    for source, given in sources:
+        try:
+            merged = OmegaConf.merge(merged, given)
+        except OmegaConfBaseException as error:
+            where = f"{source}: {error.full_key}" if error.full_key and source not in overrides else source
+            raise InputError(f"{where}: {str(error).splitlines()[0]}{_allowed(error)}") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if asks_for_bf16(config.deepspeed):
+        config = replace(config, model=replace(config.model, precision="bf16"))
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole effective configuration, as `load_config` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _parse(override):
+    key, found, value = override.partition("=")
+    if not found or not key:
+        raise InputError(f"{override}: options are given as key=value, e.g. global_batch_size=256")
+    kind = RunConfig
+    for name in key.split("."):
+        kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None
+    if kind is str or get_origin(kind) is Literal:  # text as it stands: YAML would make a number of 1e3, a boolean of off
+        return OmegaConf.create(reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value))
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:
+        raise InputError(f"{override}: its value is no YAML ({' '.join(str(error).split())})") from None
+
+
+def _read(file):
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such configuration file")
+    try:
+        loaded = OmegaConf.load(file)
+    except Exception as error:  # a YAML error of any kind: say where, and no trace
+        raise InputError(f"{file}: is no YAML ({' '.join(str(error).split())})") from None
+    if not OmegaConf.is_dict(loaded):
+        raise InputError(f"{file}: is a list; a configuration is made of key: value")
+    given = OmegaConf.to_container(loaded)
+    for section in fields(RunConfig):
+        if is_dataclass(section.type) and not isinstance(given.get(section.name, {}), dict):
+            raise InputError(f"{file}: {section.name} is {given[section.name]}; it is a section with keys of its own")
+    return OmegaConf.create(_on_off(given, RunConfig))
+
+
+def _on_off(given, kind):
+    """YAML reads a bare on or off as a boolean; where the words are meant, they are put back."""
+    if is_dataclass(kind) and isinstance(given, dict):
+        kinds = {field.name: field.type for field in fields(kind)}
+        return {key: _on_off(value, kinds.get(key)) for key, value in given.items()}
+    if isinstance(given, bool) and {"on", "off"} <= set(get_args(kind)):
+        return "on" if given else "off"
+    return given
+
+
+def _allowed(error):
+    """The keys that exist where one was given that does not."""
+    node = error.parent_node if hasattr(error, "parent_node") else None
+    keys = list(node.keys()) if node is not None and hasattr(node, "keys") and "not in" in str(error) else None
+    return f" (there are: {', '.join(map(str, keys))})" if keys else ""

@@ -1,0 +1,172 @@
+"""What a prepared dataset is: the facts in `dataset.json`, and nothing about how they came to be.
+
+    DIR/dataset.json
+    DIR/vocabulary/<domain number>.parquet   item_id, row (int64, row of the item matrix M), count (int64, training part)
+    DIR/users.parquet                        user_id, user (int64, 0..U-1)
+    DIR/shards/000000.tar ...                WebDataset tars of blocks of users, see `shards.py`
+
+A domain owns the rows [start, start + room) of M, of which the first `items` are taken. The split is one rule
+everywhere: a user with at least `SPLIT_LENGTH` interactions has the last one as test and the last but one as validation
+(SyNCRec, section 5.3), and training sees the rest; a shorter user is trained on whole and never evaluated.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from trainer.errors import InputError
+
+FORMAT_VERSION = 1
+FILE_NAME = "dataset.json"
+SPLIT_LENGTH = 3
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain: its rows of M, and its users, interactions and lengths per user, all parts of the split together."""
+
+    name: str
+    start: int
+    items: int
+    room: int
+    users: int
+    interactions: int
+    length_percentiles: dict[str, int]
+    vocabulary: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: the users [first_user, first_user + users), its size in bytes and the sha256 of the file."""
+
+    name: str
+    users: int
+    first_user: int
+    interactions: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset. `too_short` counts the users with fewer than `SPLIT_LENGTH` interactions."""
+
+    folder: Path
+    seed: int
+    users: int
+    interactions: int
+    too_short: int
+    max_length: int
+    block_users: int
+    streams: int
+    domains: tuple[Domain, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the item matrix M, the room for later items included."""
+        return self.domains[-1].start + self.domains[-1].room
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First row of each domain, int64 (D,), rising."""
+        return np.array([domain.start for domain in self.domains], dtype=np.int64)
+
+    def domain_of(self, rows) -> np.ndarray:
+        """Domain numbers, int64, of an array of rows of M (any shape)."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the contents of `dataset.json`: equal for equal data wherever the folder lies."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def _text(self):
+        facts = dataclasses.asdict(self)
+        del facts["folder"]
+        return json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self) -> None:
+        """Writes `dataset.json` into the folder."""
+        (self.folder / FILE_NAME).write_text(self._text(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder) -> "Dataset":
+        """Reads a dataset folder and checks that every file it names is there.
+
+        Raises InputError: not a dataset folder, unreadable JSON, another format version, a field missing or of another
+        type, users or rows that do not add up, a file missing or of another size.
+        """
+        folder = Path(folder)
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise InputError(f"{folder} is not a dataset folder (no {FILE_NAME} in it): make one with launch/prepare.py")
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
+        version = facts.pop("format_version", None) if isinstance(facts, dict) else None
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: prepare the dataset again"
+            )
+        facts["domains"] = tuple(_record(Domain, fact, path) for fact in _list(facts, "domains", path))
+        facts["shards"] = tuple(_record(Shard, fact, path) for fact in _list(facts, "shards", path))
+        dataset = _record(cls, {"folder": folder, **facts}, path)
+        dataset._check(path)
+        return dataset
+
+    def _check(self, path):
+        def tiles(ranges, end):
+            position = 0
+            for start, length in ranges:
+                if start != position or length < 1:
+                    return False
+                position += length
+            return end in (None, position)
+
+        rows = tiles([(domain.start, domain.room) for domain in self.domains], None)
+        users = tiles([(shard.first_user, shard.users) for shard in self.shards], self.users)
+        interactions = sum(shard.interactions for shard in self.shards)
+        if not (self.domains and self.shards and rows and users and interactions == self.interactions):
+            raise InputError(f"{path}: domains, users or interactions do not add up: prepare the dataset again")
+        for name in ["users.parquet", *(domain.vocabulary for domain in self.domains)]:
+            if not (self.folder / name).is_file():
+                raise InputError(f"{self.folder / name} is missing: copy it again or prepare the dataset again")
+        for shard in self.shards:
+            file = self.folder / shard.name
+            if not file.is_file():
+                raise InputError(f"{file} is missing: copy it again or prepare the dataset again")
+            if file.stat().st_size != shard.bytes:
+                raise InputError(
+                    f"{file} has {file.stat().st_size} bytes, {FILE_NAME} says {shard.bytes}: copy it again "
+                    "or prepare the dataset again"
+                )
+
+
+def _list(facts, name, path):
+    if not isinstance(facts.get(name), list):
+        raise InputError(f"{path}: the field {name!r} is missing or no list: prepare the dataset again")
+    return facts[name]
+
+
+def _record(cls, facts, path):
+    """One dataclass from JSON, with every field there and of its type. Unknown fields are refused too."""
+    if not isinstance(facts, dict):
+        raise InputError(f"{path}: a {cls.__name__} is written as {facts!r}: prepare the dataset again")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name, kind in fields.items():
+        if name not in facts:
+            raise InputError(f"{path}: {cls.__name__} lacks the field {name!r}: prepare the dataset again")
+        kind = getattr(kind, "__origin__", kind)
+        if not isinstance(facts[name], kind) or isinstance(facts[name], bool):
+            raise InputError(f"{path}: {cls.__name__}.{name} is {facts[name]!r}: prepare the dataset again")
+    for name in facts:
+        if name not in fields:
+            raise InputError(f"{path}: {cls.__name__} has no field {name!r}: prepare the dataset again")
+    return cls(**facts)

@@ -1,0 +1,175 @@
+"""The DeepSpeed engine around the dense model: its optimizer, its ZeRO stage, and what cannot hold beside fused tables."""
+
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainer.errors import InputError
+
+# DeepSpeed probes for an accelerator when it is imported, and warns where there is none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed
+
+# DeepSpeed calls what torch has renamed, which is nobody's business in a run's output.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+# On CPU hosts DeepSpeed would compile a shared-memory all-reduce at start-up: a minute, a compiler, and other sums than
+# between hosts.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The dense model's Adam, and the schedule and clipping that dense model and table share."""
+
+    learning_rate: float = 1e-3  # of the dense model; the table's is table.learning_rate
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, down to final_share at the last step
+    final_share: float = 0.0
+    clip: float = 0.0  # largest norm of the dense gradient, and of the gradient of the looked-up vectors; 0: none
+    zero_stage: int = 1
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give more than 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
+        for name in ("weight_decay", "warmup_steps", "clip", "final_share"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give 0 or more")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"optimizer.zero_stage is {self.zero_stage}: give 0, 1, 2 or 3")
+
+
+def rate_share(config: OptimizerConfig, step, total_steps):
+    """The share of the full learning rate in a step (counted from 0), for the dense model and the table alike."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    return config.final_share + (1 - config.final_share) * falling
+
+
+def read_deepspeed_json(file):
+    """A DeepSpeed configuration file as a dict."""
+    try:
+        given = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{file}: is no JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{file}: is no JSON object; DeepSpeed's configuration is one")
+    return given
+
+
+def asks_for_bf16(deepspeed_config):
+    """True where DeepSpeed's own bf16 section is enabled; the model then computes in bf16 by autocast."""
+    return _enabled(deepspeed_config, "bf16") or _enabled(deepspeed_config, "torch_autocast")
+
+
+def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, world_size: int, cuda: bool) -> dict:
+    """What DeepSpeed is told: ours, and over it the user's own JSON (`given`). Raises InputError for what cannot hold."""
+    for section in ("fp16", "amp"):
+        if _enabled(given, section):
+            raise InputError(
+                f"deepspeed.{section}.enabled: loss scaling does not reach the item table, whose optimizer runs inside "
+                "backward; use model.precision=bf16"
+            )
+    if given.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+        raise InputError(
+            "deepspeed.gradient_accumulation_steps: the item table is updated in every backward, so it has to be 1; use a "
+            "larger global_batch_size"
+        )
+    if given.get("train_batch_size", "auto") not in ("auto", global_batch_size):
+        raise InputError(
+            f"deepspeed.train_batch_size is {given['train_batch_size']}, but global_batch_size is {global_batch_size}: "
+            "leave it out, global_batch_size alone decides"
+        )
+    micro_batch_size = max(1, global_batch_size // world_size)
+    if given.get("train_micro_batch_size_per_gpu", "auto") not in ("auto", micro_batch_size):
+        raise InputError(
+            f"deepspeed.train_micro_batch_size_per_gpu is {given['train_micro_batch_size_per_gpu']}: leave it out, "
+            "global_batch_size alone decides"
+        )
+    optimizer = given.get("optimizer")
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    if isinstance(params, dict) and "lr" in params:
+        raise InputError("deepspeed.optimizer.params.lr: every step sets the rate anew; use optimizer.learning_rate")
+    if "scheduler" in given:
+        raise InputError("deepspeed.scheduler: it would move the dense model alone; use optimizer.schedule, which moves both")
+    if "gradient_clipping" in given:
+        raise InputError("deepspeed.gradient_clipping: it would clip the dense model alone; use optimizer.clip")
+    params = {
+        "lr": config.learning_rate,
+        "betas": [config.beta1, config.beta2],
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "torch_adam": True,  # PyTorch's own kernels: nothing to compile at start-up
+    }
+    if cuda:
+        params["fused"] = True
+    ours = {
+        "optimizer": {"type": "AdamW", "params": params},
+        "zero_optimization": {"stage": config.zero_stage},
+        "gradient_clipping": config.clip,
+        "steps_per_print": 2**31 - 1,
+    }
+    settled = ("bf16", "torch_autocast", "fp16", "amp", "train_batch_size", "gradient_accumulation_steps")
+    passed = {key: value for key, value in given.items() if key not in settled}
+    merged = _merge(ours, passed)
+    # DeepSpeed wants a batch size; ours need not be divisible by the ranks, and DeepSpeed only reports it.
+    merged["train_micro_batch_size_per_gpu"] = micro_batch_size
+    return merged
+
+
+def start_engine(model, config: dict):
+    """The engine that computes, reduces and steps. Its module must be called through it, never around it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    return engine
+
+
+def set_learning_rate(engine, learning_rate):
+    """Takes effect in the next engine.step()."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def full_state(engine, keep: bool):
+    """The dense model's whole state in float32 on the CPU, whatever the ZeRO stage: {name: tensor}, empty unless `keep`.
+
+    Called on all ranks.
+    """
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
+            if keep:
+                state[name] = parameter.detach().float().cpu().clone()
+    if keep:
+        state |= {name: buffer.detach().float().cpu().clone() for name, buffer in engine.module.named_buffers()}
+    return state
+
+
+def _enabled(config, section):
+    value = config.get(section)
+    return bool(value.get("enabled", False)) if isinstance(value, dict) else bool(value)
+
+
+def _merge(base, over):
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged

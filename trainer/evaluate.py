@@ -1,0 +1,197 @@
+"""Ranking of held-out items among candidates: HR, NDCG and MRR by domain (section 5.2.2).
+
+The newest interaction of a user's merged history is the test item, the one before it the validation item; the item is
+ranked among items of its own domain that the user never touched. A result is an integer rank, and what is summed over
+ranks are counts of them: the figures do not depend on the number of processes. Ties count against the model.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from syncrec.batch import Query, build_query, move
+from trainer.data.dataset import SPLIT_LENGTH
+from trainer.data.negatives import evaluation_negatives
+from trainer.data.random import random_bits, random_unit
+from trainer.data.stream import Plan, Users, read_users, ready
+from trainer.data.vocabulary import item_counts
+
+METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is ranked, and how often."""
+
+    negatives: int = 99  # candidates beside the held-out item
+    batch_size: int = 512  # users over all ranks at once
+    every_epochs: int = 1  # validation, and with it the choice of the best model
+    patience: int = 5  # validations without a better mean NDCG@10 before training stops; 0: never
+
+    def __post_init__(self):
+        for name in ("negatives", "batch_size", "every_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} is {getattr(self, name)}: give at least 1")
+        if self.patience < 0:
+            raise ValueError(f"evaluation.patience is {self.patience}: give 0 (never stop early) or more")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Users to be ranked in one step of one rank: a model's input, and what it is to score.
+
+    user_B: user numbers, −1 for a place that only keeps the ranks in step; domain_B; counts_B: candidates of each user, the
+    held-out item first; rows_C: their rows of M.
+    """
+
+    query: Query
+    user_B: np.ndarray
+    domain_B: np.ndarray
+    counts_B: np.ndarray
+    rows_C: np.ndarray
+
+
+class RankingBatches(torch.utils.data.IterableDataset):
+    """Every user of the dataset that can be split, once, in the same steps on every rank.
+
+    split: "validation" or "test". given: {user number: (domain, rows)}, the held-out item first, instead of drawn
+    candidates; users without an entry are left out.
+    """
+
+    def __init__(self, dataset, rank, world_size, config: EvaluationConfig, max_length, split, seed, given=None):
+        super().__init__()
+        batch_size = max(config.batch_size, world_size)
+        self.plan = Plan(dataset, batch_size, world_size, seed, shuffle=False)
+        self.rank, self.config, self.max_length = rank, config, max_length
+        self.back = {"test": 1, "validation": 2}[split]
+        self.given = given
+
+    def __len__(self):
+        return self.plan.steps(0)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for _, users in read_users(self.plan, 0, range(offset, self.plan.steps(0), stride), self.rank):
+            yield self.build(users)
+
+    def build(self, users: Users) -> Candidates:
+        """Histories up to the held-out item, and its candidates."""
+        dataset = self.plan.dataset
+        ends = np.cumsum(users.lengths_B)
+        histories, numbers, domains, candidates = [], [], [], []
+        for number, length, end in zip(users.number_B, users.lengths_B, ends, strict=True):
+            if length < SPLIT_LENGTH:
+                continue
+            items = users.items_N[end - length : end]
+            history, positive = items[: -self.back], items[-self.back]
+            domain = int(dataset.domain_of(positive[None])[0])
+            if self.given is not None:
+                if int(number) not in self.given:
+                    continue
+                domain, rows = self.given[int(number)]
+            else:
+                own = dataset.domains[domain]
+                seed, count = self.plan.seed, self.config.negatives
+                negatives = evaluation_negatives(seed, int(number), items, own.start, own.items, count)
+                rows = np.append(positive, negatives)
+            histories.append(history[-self.max_length :])
+            numbers.append(number)
+            domains.append(domain)
+            candidates.append(rows)
+        if not histories:  # this rank takes part in the look-up all the same
+            histories, numbers, domains, candidates = [np.zeros(0, np.int64)], [-1], [0], [np.zeros(1, np.int64)]
+        rows_C = np.concatenate(candidates)
+        lengths_B = np.array([len(history) for history in histories])
+        query = build_query(np.concatenate(histories), lengths_B, self.max_length, rows_C)
+        counts_B = np.array([len(rows) for rows in candidates])
+        return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
+
+
+def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None):
+    """Counts of ranks as `rank_candidates` gives them, over every user of a split. config: the RunConfig."""
+    batches = RankingBatches(
+        dataset, ranks.rank, ranks.world_size, config.evaluation, config.model.max_length, split, config.seed, given
+    )
+    built = ready(batches, config.stream, pin_memory=False)
+    return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
+
+
+@torch.no_grad()
+def rank_candidates(model, table, batches, built, device, visit=None, advance=None):
+    """How often each rank occurred: int64 (D, longest candidate list), rank 1 first, summed over all processes; and the
+    same for ranking by popularity.
+
+    model: takes (Query, rows) and gives (B, r); table: ItemTable. visit(candidates, ranks_B, scores_C): called for every
+    step of this process. advance(done, total): called after every step.
+    """
+    dataset = batches.plan.dataset
+    popularity = item_counts(dataset)
+    longest = 1 + batches.config.negatives
+    if batches.given is not None:
+        longest = max((len(rows) for _, rows in batches.given.values()), default=1)
+    histogram = np.zeros((2, len(dataset.domains), longest), np.int64)
+    for done, candidates in enumerate(built, start=1):
+        query = move(candidates.query, device)
+        rows = table(query.ids)
+        y_BR = model(query, rows)
+        counts = torch.from_numpy(candidates.counts_B).to(device)
+        users_C = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+        scores_C = (y_BR[users_C] * rows[query.interactions :]).sum(1).float().cpu().numpy()
+        ranks_B = _ranks(scores_C, candidates.counts_B)
+        real = candidates.user_B >= 0
+        by_popularity_B = _ranks(_popularity_scores(popularity, candidates, batches.plan.seed), candidates.counts_B)
+        for system, ranks in enumerate((ranks_B, by_popularity_B)):
+            np.add.at(histogram[system], (candidates.domain_B[real], ranks[real] - 1), 1)
+        if visit is not None:
+            visit(candidates, ranks_B, scores_C)
+        if advance is not None:
+            advance(done, len(batches))
+    total = torch.from_numpy(histogram).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
+
+
+def _popularity_scores(popularity, candidates, seed):
+    """Training interactions of each candidate; equal counts in a random order that is fixed by (seed, user, item), since
+    counting ties against so coarse a score would make the opponent weaker than it is."""
+    users_C = np.repeat(candidates.user_B, candidates.counts_B)
+    return popularity[candidates.rows_C] + random_unit(random_bits(seed, 4, users_C, candidates.rows_C))
+
+
+def _ranks(scores_C, counts_B):
+    """The 1-based rank of each user's first candidate; equal scores, and scores that are no numbers, count against it."""
+    starts = np.cumsum(counts_B) - counts_B
+    first_C = np.repeat(scores_C[starts], counts_B)
+    beaten_C = first_C > scores_C
+    return counts_B - np.add.reduceat(beaten_C.astype(np.int64), starts)
+
+
+def figures(histogram_R):
+    """HR, NDCG and MRR from counts of ranks (rank 1 first), with the number of users; None where there is none."""
+    users = int(histogram_R.sum())
+    if users == 0:
+        return {"users": 0} | dict.fromkeys(METRICS)
+    rank = np.arange(1, len(histogram_R) + 1)
+    gain, share = 1 / np.log2(rank + 1), histogram_R / users
+    return {
+        "users": users,
+        "HR@5": float(share[:5].sum()),
+        "HR@10": float(share[:10].sum()),
+        "NDCG@5": float((share * gain)[:5].sum()),
+        "NDCG@10": float((share * gain)[:10].sum()),
+        "MRR": float((share / rank).sum()),
+    }
+
+
+def evaluation_record(kind, dataset, histogram, **where):
+    """What a run writes and prints of one evaluation: figures by domain and their mean over domains with users."""
+    record = {"kind": kind, "too_short": dataset.too_short, **where}
+    for system, name in enumerate(("domains", "popularity")):
+        by_domain = {d.name: figures(histogram[system, i]) for i, d in enumerate(dataset.domains)}
+        seen = [values for values in by_domain.values() if values["users"]]
+        mean = {metric: float(np.mean([v[metric] for v in seen])) if seen else None for metric in METRICS}
+        record[name], record["mean" if name == "domains" else "popularity_mean"] = by_domain, mean
+    return record

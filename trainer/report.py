@@ -1,0 +1,238 @@
+"""`report.html`: a run on one page, from its `metrics.jsonl` and `config.yaml`, readable with no network.
+
+Plotly's JavaScript stands in the page, whose content security policy forbids every request. All words from outside (domain
+names, the config) are escaped: by Jinja2 in the page, by `plots.styles` in the plots, as Plotly reads some HTML in labels.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from trainer import plots
+from trainer.errors import InputError
+from trainer.log import HEADLINE, METRICS_FILE, duration, metrics_of, printable, read_records, times
+
+LAST_SHARE = 0.2  # of the train lines: what "at the end" means
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `folder/report.html` from what the run has logged so far and returns its path.
+
+    A run without evaluations, without λ or with a torn last line gives a page that says so in place of those parts.
+    Raises InputError when the folder has no metrics.jsonl.
+    """
+    folder = Path(folder)
+    if not (folder / METRICS_FILE).is_file():
+        raise InputError(f"{folder / METRICS_FILE}: not found; name the folder of a run that has started to train")
+    records = read_records(folder / METRICS_FILE)
+    train, validations, tests = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation", "test"))
+    best = max(validations, key=_rank, default=None)
+    test = tests[-1] if tests else None
+    domains = plots.styles(_domain_names(records))
+    config = folder / "config.yaml"
+    page = _template().render(
+        name=folder.resolve().name,
+        cards=_cards(records, train, best, test),
+        findings=_findings(train, [domain.name for domain in domains]),
+        last_share=f"{LAST_SHARE:.0%}",
+        final=_table(test or best, domains) if test or best else None,
+        sections=_sections(train, validations, best, test or best, domains),
+        thinning=_thinning(len(train)),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+    )
+    path = folder / "report.html"
+    temporary = path.with_name("report.html.new")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _template():
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
+
+
+def _sections(train, validations, best, final, domains):
+    """The plots in order, each with a title, a sentence and its HTML, or None where there is nothing to plot."""
+    sections = [
+        (
+            "Loss and its parts",
+            "The loss that is minimised, its single-domain and cross-domain parts, and the mutual-information loss.",
+            plots.loss_plot(train),
+        ),
+        (
+            "λ by domain",
+            "The weight of each domain in the cross-domain loss; a small λ holds back a domain that the others harm.",
+            plots.weight_plot(train, domains),
+        ),
+        (
+            "φ by domain: the negative transfer gap",
+            "Single-domain minus cross-domain loss over the same targets; below 0 the other domains harm the prediction.",
+            plots.gap_plot(train, domains),
+        ),
+        (
+            "Single-domain and cross-domain loss by domain",
+            "Grey: predicted from the domain's own history. Coloured: predicted from the history over all domains.",
+            plots.pairs_plot(train, domains),
+        ),
+        (
+            f"Validation {HEADLINE} by domain",
+            f"{'The black line is the mean; the' if len(domains) > 1 else 'The'} dotted upright marks the best step.",
+            plots.validation_plot(validations, best, domains),
+        ),
+        (
+            "All metrics by domain",
+            "The figures of the table above.",
+            plots.metrics_plot(final, domains),
+        ),
+        (
+            "Speed",
+            "Users trained per second over all ranks, the share of the time spent waiting for data, and memory in use.",
+            plots.panels_plot(train, plots.SPEED),
+        ),
+        (
+            "Optimisation",
+            "The learning rate, the norm of the gradient before clipping, and the scales α and β of the λ update.",
+            plots.panels_plot(train, plots.OPTIMISATION),
+        ),
+    ]
+    library, rendered = True, []
+    for number, (title, text, figure) in enumerate(sections):
+        plot = None
+        if figure is not None:
+            form = {"config": {"displayModeBar": False}, "full_html": False, "div_id": f"plot{number}"}
+            plot = Markup(figure.to_html(include_plotlyjs=library, **form))
+            library = False  # the page holds it once
+        rendered.append({"title": title, "text": text, "plot": plot})
+    return rendered
+
+
+def _thinning(lines):
+    text = "Bold lines are moving means over the faint lines of the logged figures"
+    size = -(-lines // plots.MAX_POINTS)
+    text += f", each point of which is the mean of {size} log lines." if size > 1 else "."
+    return text + " Drag to zoom, double-click to go back, click a name to hide it."
+
+
+def _rank(record):
+    value = record["mean"].get(HEADLINE)
+    return -1.0 if value is None else value
+
+
+def _domain_names(records):
+    names = {}
+    for record in records:
+        for field in ("single_by_domain", "cross_by_domain", "lambda", "phi", "domains"):
+            names |= dict.fromkeys(record.get(field) or {})
+    return list(names)
+
+
+def _seconds(records):
+    """Seconds over all records; a clock that goes back was started anew by a resume."""
+    total = before = 0.0
+    for now in (record["seconds"] for record in records if record.get("seconds") is not None):
+        total += now - before if now >= before else now
+        before = now
+    return total
+
+
+def _median(train, field):
+    values = plots.series(train, field)
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
+def _cards(records, train, best, test):
+    """The headline figures: (title, figure, note) each."""
+    test_card, best_card = ("–", "no test yet"), ("–", "no validation yet")
+    if test:
+        figure = test["mean"].get(HEADLINE)
+        ratio = times(figure, (test.get("popularity_mean") or {}).get(HEADLINE))
+        test_card = (_figure(figure), "mean" if ratio == "–" else f"mean, {ratio} popularity")
+    if best:
+        best_card = (_figure(best["mean"].get(HEADLINE)), f"mean, at step {best['step']:,}")
+    speed, wait = _median(train, "users_per_second"), _median(train, "data_wait")
+    steps = max((record["step"] for record in records), default=0)
+    return [
+        ("Test " + HEADLINE, *test_card),
+        ("Best validation " + HEADLINE, *best_card),
+        ("Duration", duration(_seconds(records)), f"{steps:,} steps"),
+        (
+            "Users per second",
+            "–" if speed is None else f"{speed:,.0f}",
+            "median" if wait is None else f"median, {wait:.1%} waiting for data",
+        ),
+    ]
+
+
+def _findings(train, names):
+    """Sentences on how the run ended; domains' figures are means over the last LAST_SHARE of the train lines."""
+    last = train[-max(1, round(len(train) * LAST_SHARE)) :]
+    gaps, weights = _means(last, "phi", names), _means(last, "lambda", names)
+    found = []
+    if gaps:
+        negative = [f"{printable(name)} (φ {_signed(gap)})" for name, gap in gaps.items() if gap < 0]
+        count = f"{len(negative)} of {len(gaps)} domain{'s' if len(gaps) > 1 else ''}"
+        if negative:
+            found.append(f"{count} ended with negative transfer: {', '.join(negative)}.")
+        else:
+            found.append("No domain ended with negative transfer: no mean φ is below 0.")
+        absent = [printable(name) for name in names if name not in gaps]
+        if absent:
+            found.append(f"No φ was logged at the end for {', '.join(absent)}.")
+    if len(weights) > 1:
+        name = min(weights, key=weights.get)
+        equal = 1 / len(weights)
+        found.append(f"Smallest λ: {printable(name)} with {weights[name]:.3f}; equal weights would be {equal:.3f}.")
+    lost = [record["step"] for record in train if record.get("loss") is None]
+    if lost:
+        count = f"{len(lost):,} of {len(train):,} train lines"
+        found.append(f"The loss was not a finite number in {count}, first at step {lost[0]:,}.")
+    return found
+
+
+def _means(records, field, names):
+    found = {}
+    for name in names:
+        values = plots.series(records, field, name)
+        if np.isfinite(values).any():
+            found[name] = float(np.nanmean(values))
+    return found
+
+
+def _table(record, domains):
+    metrics = metrics_of(record)
+    popularity, popularity_mean = record.get("popularity"), record.get("popularity_mean") or {}
+
+    def row(label, style, users, figures, baseline):
+        cells = [f"{users:,}", *(_figure(figures.get(metric)) for metric in metrics)]
+        if popularity:
+            cells += [_figure(baseline.get(HEADLINE)), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
+        return {"label": label, "style": style, "cells": cells}
+
+    rows, everyone = [], 0
+    for domain in domains:
+        figures = record["domains"].get(domain.name) or {}
+        users = figures.get("users") or 0
+        everyone += users
+        baseline = (popularity or {}).get(domain.name) or {}
+        rows.append(row(printable(domain.name), domain, users, figures, baseline))
+    rows.append(row("mean", None, everyone, record["mean"], popularity_mean))
+    kind = "Test" if record["kind"] == "test" else "Best validation so far"
+    return {
+        "title": f"{kind}, step {record['step']:,}",
+        "columns": ["users", *metrics, *((f"popularity {HEADLINE}", "ratio") if popularity else ())],
+        "headline": 1 + metrics.index(HEADLINE) if HEADLINE in metrics else None,
+        "rows": rows,
+        "too_short": record.get("too_short"),
+    }
+
+
+def _figure(value):
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _signed(value):
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
