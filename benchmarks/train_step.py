@@ -161,7 +161,11 @@ def in_own_process(setting):
 
 def measure(setting):
     """Times the steps of one setting: a line of the JSON's `results`. Starts the process group of its process."""
-    ranks = distributed.start()
+    with distributed.joined() as ranks:
+        return _measure(setting, ranks)
+
+
+def _measure(setting, ranks):
     users, longest = setting.users, setting.model.max_length
     count = setting.warmup + setting.steps
     dataset = dataset_of(setting.items, DOMAINS, users, count)

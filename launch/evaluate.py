@@ -12,6 +12,7 @@ import json
 
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
+from trainer.process import run_script
 
 
 def parse(arguments=None):
@@ -45,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,6 +11,7 @@ import argparse
 
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
+from trainer.process import run_script
 
 
 def parse(arguments=None):
@@ -42,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import gc
 import os
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -56,16 +58,22 @@ def start(timeout_minutes=30) -> Ranks:
 def joined(timeout_minutes=30):
     """`start` for a `with`: the process group is left in order at the end, and where an InputError is the end.
 
-    A process that exits with its gloo threads at work is aborted now and then, after all is done, and fails the run. Any
-    other failure is left to the exit: a rank that waits for the others here could wait for ever.
+    Any other failure is left to the exit: a rank that waits for the others here could wait for ever.
     """
     ranks = start(timeout_minutes)
     try:
         yield ranks
-    except InputError:
-        dist.destroy_process_group()
+    except InputError as error:
+        traceback.clear_frames(error.__traceback__)  # their variables hold the group too
+        leave()
         raise
+    leave()
+
+
+def leave():
+    """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's modules do, in circles)."""
     dist.destroy_process_group()
+    gc.collect()
 
 
 def _keep_freed_memory():

@@ -9,6 +9,7 @@ import sys
 from trainer import distributed
 from trainer.config import load_config
 from trainer.loop import train
+from trainer.process import run_script
 
 # Small, and with everything on that reduces over ranks: λ, SC-MIM with global negatives, clipping, a schedule.
 SETTINGS = [
@@ -30,14 +31,21 @@ SETTINGS = [
     "optimizer.schedule=cosine",
 ]
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--local_rank")
-parser.add_argument("data")
-parser.add_argument("output")
-parser.add_argument("rest", nargs="*")
-options = parser.parse_intermixed_args(sys.argv[1:])
-settings = [word for word in options.rest if "=" in word]
-with distributed.joined(timeout_minutes=2) as ranks:
-    for stage in (word for word in options.rest if "=" not in word):
-        own = [f"data={options.data}", f"run={options.output}/{stage}", f"optimizer.zero_stage={stage}"]
-        train(load_config([], SETTINGS + own + settings), ranks)
+
+def main():
+    """Reads the command line and trains."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank")
+    parser.add_argument("data")
+    parser.add_argument("output")
+    parser.add_argument("rest", nargs="*")
+    options = parser.parse_intermixed_args(sys.argv[1:])
+    settings = [word for word in options.rest if "=" in word]
+    with distributed.joined(timeout_minutes=2) as ranks:
+        for stage in (word for word in options.rest if "=" not in word):
+            own = [f"data={options.data}", f"run={options.output}/{stage}", f"optimizer.zero_stage={stage}"]
+            train(load_config([], SETTINGS + own + settings), ranks)
+
+
+if __name__ == "__main__":
+    run_script(main)

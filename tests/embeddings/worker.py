@@ -14,6 +14,8 @@ import torch.distributed as dist
 from embeddings.config import TableConfig
 from embeddings.storage import load_shard, save_shard
 from embeddings.table import ItemTable
+from trainer import distributed
+from trainer.process import run_script
 
 ROWS, DIM, SEED = 9001, 8, 5  # three blocks of initial rows; no number of ranks divides it
 RATES = (0.05, 0.05, 0.2)
@@ -88,8 +90,12 @@ def everything_before(results, number):
     return results["start" if number == 0 else f"after_{number - 1}"]
 
 
+def as_rank():
+    """`main` in the process group that torchrun describes."""
+    with distributed.joined():
+        main(*map(Path, sys.argv[1:]))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    main(*map(Path, sys.argv[1:]))
-    dist.destroy_process_group()
+    run_script(as_rank)
