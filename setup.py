@@ -25,6 +25,7 @@ setup(
         "duckdb>=1.5",  # prepare: an out-of-core engine for Parquet, CSV and TSV
         "pyarrow>=18",  # Parquet written in streams; DuckDB's results in batches
         "safetensors>=0.5",  # weights on disk, without pickle
+        "xxhash>=3.4",  # checksums of checkpoint files, faster than any disk
         "omegaconf>=2.4",  # YAML and key=value into dataclasses
         "rich>=13",  # progress, tables
         "tensorboard>=2.18",  # the metrics display that people already run

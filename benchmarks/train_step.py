@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --loss sampled_softmax --shared 1024
 
 D = 5 domains, r = 128, T = 128, K = 5 experts (j = 3), 32 users a step with lengths even over 16 … 128, fp32, dropout 0.1.
-Ours is `trainer.loop.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
+Ours is `trainer.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
 are built beforehand, as worker processes do. Each line of the table is measured in a process of its own, so that none
 inherits another's memory, and each process measures the rate of matrix products too; the best of all is the machine's.
 """
@@ -40,7 +40,7 @@ from trainer import distributed
 from trainer.config import RunConfig
 from trainer.data.negatives import NegativesConfig
 from trainer.data.stream import Plan
-from trainer.loop import Trainer
+from trainer.step import Trainer
 
 DOMAINS, SHORTEST = 5, 16
 OURS, PADDED = "ours", "padded"

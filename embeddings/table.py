@@ -88,13 +88,36 @@ class ItemTable:
         self._parallel.fused_optimizer.step()  # the fused kind of step: hands the rate to FBGEMM, updates nothing
 
     def shard(self):
-        """This rank's part: (first stored row, weights (rows here, r)), the weights as a view that may be written."""
+        """This rank's part: (first stored row, {name: tensor (rows here, …)}), the tensors as views that may be written.
+
+        "weight" (rows here, r), and what the fused optimizer keeps of each row ("momentum1", …), if anything.
+        """
         weight = self._collection.state_dict()[f"embeddings.{_TABLE}.weight"]
-        (shard,) = weight.local_shards()
-        return shard.metadata.shard_offsets[0], shard.tensor
+        (state,) = self._parallel.fused_optimizer.state_dict()["state"].values()
+        named = {"weight": weight} | {name.removeprefix(f"{_TABLE}."): tensor for name, tensor in state.items()}
+        shards = {name: tensor.local_shards()[0] for name, tensor in named.items()}
+        return shards["weight"].metadata.shard_offsets[0], {name: shard.tensor for name, shard in shards.items()}
+
+    @property
+    def updates(self):
+        """How often the fused optimizer has stepped; Adam's bias correction counts it."""
+        return int(self._kernel.iter.item())
+
+    @updates.setter
+    def updates(self, count):
+        self._kernel.set_optimizer_step(count)
+        self._kernel.iter_cpu.fill_(count)
+
+    @property
+    def _kernel(self):
+        """FBGEMM's module that holds this rank's rows."""
+        (lookup,) = self._collection._lookups
+        (embedding,) = lookup._emb_modules
+        return embedding.emb_module
 
     def _fill(self, std, seed):
         first, weights = self.shard()
+        weights = weights["weight"]
         generator = torch.Generator()
         for block in range(first // _INIT_BLOCK, -(-(first + len(weights)) // _INIT_BLOCK)):
             generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)

@@ -4,6 +4,10 @@
     deepspeed --num_gpus 2 launch/train.py --config … data=DIR run=DIR                         two ranks on this host
     deepspeed --hostfile HOSTS launch/train.py --config … data=DIR run=DIR                     a cluster
 
+The same command again goes on from the newest whole checkpoint in the run's folder, with any number of ranks.
+Exit status: 0 finished; 2 something given cannot be used; 3 the loss is not finite; 4 other ranks are gone; 75 stopped by
+SIGTERM or SIGUSR1 with a checkpoint written; anything else: a fault of the program or of the machine.
+
 Any setting is `key=value` (`global_batch_size=4096 model.dim=64 deepspeed.zero_optimization.stage=2`).
 """
 
@@ -11,7 +15,7 @@ import argparse
 
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
-from trainer.process import run_script
+from trainer.process import run_script, supervise
 
 
 def parse(arguments=None):
@@ -20,6 +24,13 @@ def parse(arguments=None):
     parser.add_argument("--config", action="append", default=[], help="YAML file; given again: over the one before")
     parser.add_argument("--deepspeed_config", help="DeepSpeed's own JSON, as under `deepspeed:` in the YAML")
     parser.add_argument("--show-config", action="store_true", help="print the effective configuration and stop")
+    parser.add_argument("--fresh", action="store_true", help="refuse a folder that holds a run, in place of going on")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on though the dataset or a setting has changed since the checkpoint"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="after a fault, begin again from the last checkpoint, N times"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(arguments)
@@ -30,6 +41,8 @@ def main():
     """Reads the configuration, joins the ranks, trains."""
     check_stack()
     options = parse()
+    if options.max_restarts > 0:
+        supervise(options.max_restarts)
     from trainer import distributed
     from trainer.config import load_config, to_yaml
     from trainer.loop import train
@@ -39,7 +52,7 @@ def main():
         print(to_yaml(config), end="")
         return
     with distributed.joined(config.timeout_minutes) as ranks:
-        train(config, ranks)
+        train(config, ranks, options.fresh, options.accept_changes)
 
 
 if __name__ == "__main__":

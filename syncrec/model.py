@@ -23,6 +23,7 @@ class LossReport:
     """What a step has to show, without gradient. All but the last are of the global batch.
 
     single_D, cross_D: mean losses by domain, NaN where it had no target; phi_D, NaN where absent; lambda_D.
+    single_targets_D, cross_targets_D: the weights of each domain's targets in the two views.
     mutual_information: this rank's share of Σ_d MI_d; the sum over ranks is the batch's.
     """
 
@@ -32,6 +33,8 @@ class LossReport:
     loss_cross: torch.Tensor
     phi_D: torch.Tensor
     lambda_D: torch.Tensor
+    single_targets_D: torch.Tensor
+    cross_targets_D: torch.Tensor
     mutual_information: torch.Tensor
 
 
@@ -131,6 +134,8 @@ class SyNCRec(nn.Module):
             loss_cross=(lambda_D.detach() * cross_D).sum() / cross_count_D.sum().clamp(min=1),
             phi_D=phi_D.masked_fill(~present_D, nan),
             lambda_D=lambda_D.detach(),
+            single_targets_D=single_count_D,
+            cross_targets_D=cross_count_D,
             mutual_information=information.detach(),
         )
 

@@ -1,5 +1,6 @@
 """A run's configuration: every part's dataclass under one roof, from YAML and `key=value`."""
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -10,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from embeddings.config import TableConfig
 from syncrec.config import ModelConfig
+from trainer.checkpoint import CheckpointConfig
 from trainer.data.negatives import NegativesConfig
 from trainer.data.stream import StreamConfig
 from trainer.engine import OptimizerConfig, asks_for_bf16, read_deepspeed_json
@@ -39,20 +41,23 @@ class RunConfig:
     global_batch_size: int = 256  # users in a step, over all ranks
     epochs: int = 20
     max_steps: int = 0  # stop after so many steps; 0: epochs decide
-    timeout_minutes: int = 30  # how long a rank waits for the others before it gives up
+    timeout_minutes: float = 30.0  # how long a rank waits for the others before it gives up
     model: ModelConfig = field(default_factory=ModelConfig)
     table: TableConfig = field(default_factory=TableConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own JSON, merged over ours
 
     def __post_init__(self):
-        for name in ("global_batch_size", "epochs", "timeout_minutes"):
+        for name in ("global_batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ValueError(f"timeout_minutes is {self.timeout_minutes}: give more than 0")
         for name in ("seed", "max_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more")
@@ -82,6 +87,21 @@ def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
     if asks_for_bf16(config.deepspeed):
         config = replace(config, model=replace(config.model, precision="bf16"))
     return config
+
+
+def flat(config: RunConfig) -> dict:
+    """Every setting by its dotted key, as JSON has it."""
+    found = {}
+
+    def walk(value, key):
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                walk(inner, f"{key}.{name}" if key else str(name))
+        else:
+            found[key] = value
+
+    walk(OmegaConf.to_container(OmegaConf.structured(config)), "")
+    return found
 
 
 def to_yaml(config: RunConfig) -> str:

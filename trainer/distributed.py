@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from syncrec.reduction import Reduction
-from trainer.errors import InputError
+from trainer.control import ranks_lost
+from trainer.errors import InputError, RanksLost
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ def start(timeout_minutes=30) -> Ranks:
     if "MASTER_PORT" not in os.environ and world_size == 1:
         store = dist.HashStore()
         _init(cuda, timeout_minutes, store=store, rank=0, world_size=1)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store outlives the processes that it restarts, with the addresses of those that are gone in it.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        _init(cuda, timeout_minutes, store=store, rank=rank, world_size=world_size)
     else:
         _init(cuda, timeout_minutes)
     return Ranks(rank, world_size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
@@ -58,11 +64,16 @@ def start(timeout_minutes=30) -> Ranks:
 def joined(timeout_minutes=30):
     """`start` for a `with`: the process group is left in order at the end, and where an InputError is the end.
 
-    Any other failure is left to the exit: a rank that waits for the others here could wait for ever.
+    Where other ranks are gone it is RanksLost. That and any other failure are left to the exit: a rank that waits for the
+    others here could wait for ever.
     """
-    ranks = start(timeout_minutes)
+    with ranks_lost():
+        ranks = start(timeout_minutes)
     try:
-        yield ranks
+        with ranks_lost():
+            yield ranks
+    except RanksLost:
+        raise
     except InputError as error:
         traceback.clear_frames(error.__traceback__)  # their variables hold the group too
         leave()

@@ -148,21 +148,6 @@ def set_learning_rate(engine, learning_rate):
         group["lr"] = learning_rate
 
 
-def full_state(engine, keep: bool):
-    """The dense model's whole state in float32 on the CPU, whatever the ZeRO stage: {name: tensor}, empty unless `keep`.
-
-    Called on all ranks.
-    """
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
-            if keep:
-                state[name] = parameter.detach().float().cpu().clone()
-    if keep:
-        state |= {name: buffer.detach().float().cpu().clone() for name, buffer in engine.module.named_buffers()}
-    return state
-
-
 def _enabled(config, section):
     value = config.get(section)
     return bool(value.get("enabled", False)) if isinstance(value, dict) else bool(value)

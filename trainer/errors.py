@@ -1,4 +1,4 @@
-"""The one way in which a run tells a person that what they gave cannot be used."""
+"""How a run ends before its time: one line on stderr and an exit status that a job can act on."""
 
 import functools
 import os
@@ -6,19 +6,39 @@ import sys
 
 
 class InputError(Exception):
-    """Something given from outside (a file, a column, a config key, a rank count) cannot be used.
+    """Something given from outside (a file, a column, a config key, a rank count, a full disk) cannot be used.
 
-    The message is one line that names the thing and the way out. `launch/` prints it and exits with status 2.
+    The message is one line that names the thing and the way out. `launch/` prints it and exits with `status`.
     one_rank: other ranks do not meet it (a file that only this one reads); otherwise rank 0 alone prints it for all.
     """
+
+    status = 2
 
     def __init__(self, message, one_rank=False):
         super().__init__(message)
         self.one_rank = one_rank
 
 
+class NotFinite(InputError):
+    """The loss is infinite or not a number; the same command would meet it again."""
+
+    status = 3
+
+
+class RanksLost(InputError):
+    """Other ranks do not answer any more; the same command goes on from the last checkpoint."""
+
+    status = 4
+
+
+class Stopped(InputError):
+    """Asked to stop (SIGTERM, SIGUSR1), and a checkpoint written; the same command goes on from there."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def exit_on_input_error(main):
-    """Decorates a script's `main`: an `InputError` becomes one line on stderr and exit status 2."""
+    """Decorates a script's `main`: an `InputError` becomes one line on stderr and its exit status."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -26,7 +46,8 @@ def exit_on_input_error(main):
             return main(*args, **kwargs)
         except InputError as error:
             if error.one_rank or int(os.environ.get("RANK", "0")) == 0:
-                print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-            sys.exit(2)
+                start = "" if isinstance(error, Stopped) else "error: "
+                print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            sys.exit(error.status)
 
     return wrapped

@@ -5,7 +5,7 @@ ranked among items of its own domain that the user never touched. A result is an
 ranks are counts of them: the figures do not depend on the number of processes. Ties count against the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from syncrec.batch import Query, build_query, move
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.negatives import evaluation_negatives
 from trainer.data.random import random_bits, random_unit
-from trainer.data.stream import Plan, Users, read_users, ready
+from trainer.data.stream import Plan, Reasons, StreamConfig, Users, read_users, ready
 from trainer.data.vocabulary import item_counts
 
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
@@ -43,7 +43,7 @@ class Candidates:
     """Users to be ranked in one step of one rank: a model's input, and what it is to score.
 
     user_B: user numbers, −1 for a place that only keeps the ranks in step; domain_B; counts_B: candidates of each user, the
-    held-out item first; rows_C: their rows of M.
+    held-out item first; rows_C: their rows of M. skipped, reasons: who could not be read, as in Fed (trainer.data.stream).
     """
 
     query: Query
@@ -51,17 +51,36 @@ class Candidates:
     domain_B: np.ndarray
     counts_B: np.ndarray
     rows_C: np.ndarray
+    skipped: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What ranking a split gives, summed over all processes.
+
+    histogram: how often each rank occurred, rank 1 first, by the model and by popularity: int64 (2, D, longest candidate
+    list). skipped_users: users that could not be read, whether or not they would have been evaluated. reasons: why, of
+    this process alone, each line once.
+    """
+
+    histogram: np.ndarray
+    skipped_users: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 class RankingBatches(torch.utils.data.IterableDataset):
     """Every user of the dataset that can be split, once, in the same steps on every rank.
 
     split: "validation" or "test". given: {user number: (domain, rows)}, the held-out item first, instead of drawn
-    candidates; users without an entry are left out.
+    candidates; users without an entry are left out. stream: `verify` and `damaged` are heeded.
     """
 
-    def __init__(self, dataset, rank, world_size, config: EvaluationConfig, max_length, split, seed, given=None):
+    def __init__(
+        self, dataset, rank, world_size, config: EvaluationConfig, max_length, split, seed, given=None, stream=None
+    ):
         super().__init__()
+        self.stream = stream or StreamConfig()
         batch_size = max(config.batch_size, world_size)
         self.plan = Plan(dataset, batch_size, world_size, seed, shuffle=False)
         self.rank, self.config, self.max_length = rank, config, max_length
@@ -74,8 +93,12 @@ class RankingBatches(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for _, users in read_users(self.plan, 0, range(offset, self.plan.steps(0), stride), self.rank):
-            yield self.build(users)
+        reasons = Reasons()
+        report = reasons if self.stream.damaged == "skip" else None
+        steps = range(offset, self.plan.steps(0), stride)
+        for step, users in read_users(self.plan, 0, steps, self.rank, self.stream.verify, report):
+            skipped = self.plan.users(0, step, self.rank) - len(users.number_B)
+            yield replace(self.build(users), skipped=skipped, reasons=reasons.take())
 
     def build(self, users: Users) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
@@ -111,18 +134,17 @@ class RankingBatches(torch.utils.data.IterableDataset):
 
 
 def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None):
-    """Counts of ranks as `rank_candidates` gives them, over every user of a split. config: the RunConfig."""
-    batches = RankingBatches(
-        dataset, ranks.rank, ranks.world_size, config.evaluation, config.model.max_length, split, config.seed, given
-    )
+    """The Ranking of every user of a split, as `rank_candidates` gives it. config: the RunConfig."""
+    where = dataset, ranks.rank, ranks.world_size
+    what = config.evaluation, config.model.max_length, split, config.seed, given, config.stream
+    batches = RankingBatches(*where, *what)
     built = ready(batches, config.stream, pin_memory=False)
     return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
 
 
 @torch.no_grad()
-def rank_candidates(model, table, batches, built, device, visit=None, advance=None):
-    """How often each rank occurred: int64 (D, longest candidate list), rank 1 first, summed over all processes; and the
-    same for ranking by popularity.
+def rank_candidates(model, table, batches, built, device, visit=None, advance=None) -> Ranking:
+    """Ranks what `built` brings, on all processes.
 
     model: takes (Query, rows) and gives (B, r); table: ItemTable. visit(candidates, ranks_B, scores_C): called for every
     step of this process. advance(done, total): called after every step.
@@ -133,7 +155,10 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
     if batches.given is not None:
         longest = max((len(rows) for _, rows in batches.given.values()), default=1)
     histogram = np.zeros((2, len(dataset.domains), longest), np.int64)
+    skipped, reasons = 0, {}
     for done, candidates in enumerate(built, start=1):
+        skipped += candidates.skipped
+        reasons |= dict.fromkeys(candidates.reasons)
         query = move(candidates.query, device)
         rows = table(query.ids)
         y_BR = model(query, rows)
@@ -149,9 +174,10 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
             visit(candidates, ranks_B, scores_C)
         if advance is not None:
             advance(done, len(batches))
-    total = torch.from_numpy(histogram).to(device)
+    total = torch.from_numpy(np.append(histogram, skipped)).to(device)
     dist.all_reduce(total)
-    return total.cpu().numpy()
+    *counts, skipped = total.tolist()
+    return Ranking(np.array(counts, np.int64).reshape(histogram.shape), skipped, tuple(reasons))
 
 
 def _popularity_scores(popularity, candidates, seed):
@@ -186,11 +212,11 @@ def figures(histogram_R):
     }
 
 
-def evaluation_record(kind, dataset, histogram, **where):
+def evaluation_record(kind, dataset, ranking: Ranking, **where):
     """What a run writes and prints of one evaluation: figures by domain and their mean over domains with users."""
-    record = {"kind": kind, "too_short": dataset.too_short, **where}
+    record = {"kind": kind, "too_short": dataset.too_short, "skipped_users": ranking.skipped_users, **where}
     for system, name in enumerate(("domains", "popularity")):
-        by_domain = {d.name: figures(histogram[system, i]) for i, d in enumerate(dataset.domains)}
+        by_domain = {d.name: figures(ranking.histogram[system, i]) for i, d in enumerate(dataset.domains)}
         seen = [values for values in by_domain.values() if values["users"]]
         mean = {metric: float(np.mean([v[metric] for v in seen])) if seen else None for metric in METRICS}
         record[name], record["mean" if name == "domains" else "popularity_mean"] = by_domain, mean

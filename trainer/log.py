@@ -6,9 +6,11 @@ evaluation, in the order in which they happened; `trainer/report.py` draws from 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single, loss_cross, mutual_information,
                  single_by_domain, cross_by_domain (losses), lambda (eq. 11), phi (eq. 10, below 0 = negative transfer),
                  alpha, beta, learning_rate, gradient_norm, users_per_second, tokens_per_second,
+                 skipped_users (over all ranks in the interval: they could not be read, see stream.damaged),
                  data_wait (share of the time, 0 to 1), memory_gb
     evaluation   kind "validation" or "test", step, epoch, seconds, domains {name: {users, HR@5, …, MRR}}, mean {HR@5, …},
-                 popularity and popularity_mean (same shapes, optional), too_short (users left out)
+                 popularity and popularity_mean (same shapes, optional), too_short (users left out),
+                 skipped_users (left out too, as they could not be read)
 
 `seconds` is filled in where a record comes without it. A figure that is missing, infinite or not a number is null, as a NaN
 literal would break every JSON reader but Python's.
@@ -57,8 +59,8 @@ class RunLog:
     total_steps: steps of the whole run, those before a resume included.
     domains: names in the order in which they are shown.
     enabled: False on every rank but 0; every method then does nothing.
-    resume_step: the step of the checkpoint that the run goes on from. Records of later steps are taken out of metrics.jsonl,
-        because those steps are about to be run again. None starts a fresh file.
+    resume_step: the step of the checkpoint that the run goes on from. Records of later steps, and of a test, are taken out of
+        metrics.jsonl, because they are about to come again. None starts a fresh file.
     console: where to write, by default standard output. The bar is shown on a terminal only.
 
     Raises InputError when the folder cannot be written or TensorBoard is asked for and not installed.
@@ -154,7 +156,7 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._resume_step is None:
                 return path.open("w", encoding="utf-8")
-            kept = [record for record in read_records(path) if record["step"] <= self._resume_step]
+            kept = [record for record in read_records(path) if record["step"] <= self._resume_step and record["kind"] != "test"]
             temporary = path.with_name(METRICS_FILE + ".new")
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(_line(record) for record in kept)
@@ -231,6 +233,18 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def skipped_users(records: list[dict]) -> int:
+    """How many users were skipped in training, over all train records; one that is skipped each epoch counts each time."""
+    found = (record.get("skipped_users") for record in records if record["kind"] == "train")
+    return sum(users for users in found if isinstance(users, int))
+
+
+def skipped_sentence(users: int) -> str:
+    """What a run says at its end of the users that `skipped_users` counts."""
+    who = "1 user was" if users == 1 else f"{users:,} users were"
+    return f"{who} skipped in training, counted anew each epoch: the data is damaged (stream.damaged=skip)."
+
+
 def metrics_of(record: dict) -> list[str]:
     """The names of an evaluation record's metrics, in its own order."""
     return [name for name in record["mean"] if name != "users"]
@@ -264,7 +278,10 @@ def train_line(record: dict, domains: list[str], total_steps: int, symbols: tupl
     line.append("  │  ", "dim")
     users, tokens = _short(record.get("users_per_second")), _short(record.get("tokens_per_second"))
     wait, memory = _number(record.get("data_wait"), ".1%"), _number(record.get("memory_gb"), ".1f")
-    return line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
+    line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
+    if record.get("skipped_users"):
+        line.append(f"  {record['skipped_users']:,} users skipped", "red")
+    return line
 
 
 def evaluation_line(record: dict, domains: list[str], total_steps: int) -> Text:
@@ -280,11 +297,13 @@ def evaluation_line(record: dict, domains: list[str], total_steps: int) -> Text:
         line.append(" " + _number(record["domains"][domain].get(HEADLINE), ".4f"))
     users = sum(figures.get("users") or 0 for figures in record["domains"].values())
     line.append("  │  ", "dim").append(f"{users:,} users, {record.get('too_short') or 0:,} too short")
+    if record.get("skipped_users"):
+        line.append(f", {record['skipped_users']:,} skipped", "red")
     return line
 
 
 def evaluation_table(record: dict) -> Table:
-    """A table of an evaluation record: a row per domain and one of means.
+    """A table of an evaluation record: a row per domain and one of means, and below them how many users were skipped.
 
     When the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand beside them.
     """
@@ -292,7 +311,9 @@ def evaluation_table(record: dict) -> Table:
     popularity, popularity_mean = record.get("popularity"), record.get("popularity_mean") or {}
     title = f"{record['kind'].capitalize()} at step {record['step']:,}"
     style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}  # fits 80 columns
-    table = Table(title=title, title_justify="left", title_style="bold", **style)
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", **style)
+    if record.get("skipped_users"):
+        table.caption = f"{record['skipped_users']:,} users could not be read and are left out"
     table.add_column("domain", overflow="fold", vertical="bottom")
     for name in ("users", *metrics, *((f"popular {HEADLINE}", "ratio") if popularity else ())):
         header = name.replace(" ", "\n").replace("@", "\n@")

@@ -1,193 +1,257 @@
-"""The training run: batches through table and model, both updated, validated, logged, the best kept."""
+"""The training run: steps, validations, log lines and checkpoints in order; begun, gone on with, stopped and tested."""
 
-import shutil
-from pathlib import Path
+import errno
+import importlib.metadata
+import sys
+import time
 
 import torch
 import torch.distributed as dist
 
-from embeddings.table import ItemTable
-from syncrec.batch import move
 from syncrec.model import SyNCRec
-from trainer.checkpoint import BEST, load_best, save_best
-from trainer.config import RunConfig, to_yaml
+from trainer.checkpoint import Checkpoints, RunState, load_best
+from trainer.config import RunConfig, flat, to_yaml
+from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
-from trainer.data.random import random_bits
 from trainer.data.stream import Plan, TrainBatches, ready
-from trainer.distributed import RankReduction, Ranks
-from trainer.engine import engine_config, rate_share, set_learning_rate, start_engine
-from trainer.errors import InputError
+from trainer.distributed import Ranks
+from trainer.errors import InputError, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
-from trainer.log import RunLog, evaluation_table
+from trainer.log import METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.meters import IntervalMeter
 from trainer.report import write_report
+from trainer.start import find_start, leave_nothing, run_folder
+from trainer.step import Trainer
+
+_PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 
 
-def train(config: RunConfig, ranks: Ranks):
+def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     """Trains, keeps the best model by validation, tests it, and writes the report. Called on all ranks.
 
-    Returns the test record. Raises InputError before anything is written where something given cannot be used.
+    Goes on from the newest whole checkpoint where the run's folder has one. fresh, accept_changes: as in trainer.start.
+    Returns the test record. Raises InputError where something given cannot be used (before anything is written, if it can be
+    seen then), NotFinite, and Stopped.
     """
     if not config.data:
         raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
-    dataset = Dataset.load(config.data)
+    dataset = Dataset.load(config.data, check_shards=config.stream.damaged == "stop")
     plan = Plan(dataset, config.global_batch_size, ranks.world_size, config.seed, config.stream.shuffle)
-    run = free_run_folder(config.run)
-    trainer = Trainer(config, ranks, dataset, plan)
-    dist.barrier()  # every rank has found the folder free before one of them writes
+    run = run_folder(config.run, fresh)
+    checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
+    trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step)
+    dist.barrier()  # every rank has looked at the folder before one of them writes
     try:
         if ranks.first:
             run.mkdir(parents=True, exist_ok=True)
             (run / "config.yaml").write_text(to_yaml(config))
+            if checkpoint is not None:
+                (run / METRICS_FILE).write_bytes((checkpoint / METRICS_FILE).read_bytes())
         names = [domain.name for domain in dataset.domains]
-        with RunLog(run, trainer.total_steps, names, config.log.tensorboard, ranks.first) as log:
-            log.message(trainer.describe())
-            trainer.fit(run, log)
-            record = trainer.test_best(run)
+        resume_step = None if checkpoint is None else state.step
+        with RunLog(run, trainer.total_steps, names, config.log.tensorboard, ranks.first, resume_step) as log:
+            log.message(describe(trainer))
+            if checkpoint is not None:
+                log.message(f"goes on from {checkpoint}, after {state.seconds / 60:.1f} minutes of training")
+            with StopSignal() as stop:
+                TrainingRun(trainer, state, run, log, stop, checkpoint is not None).fit()
+            record = test_best(trainer, run) | {"seconds": state.seconds}
             log.evaluation(record)
             log.message(evaluation_table(record))
-    except InputError:
-        if not (run / BEST).exists():  # nothing worth keeping, and in the way of the next try
-            shutil.rmtree(run, ignore_errors=True)
+            if state.skipped_users:
+                log.message(skipped_sentence(state.skipped_users))
+    except InputError as error:
+        if type(error) is InputError and ranks.first:
+            leave_nothing(run)  # what cannot begin is in the way of the next try
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{error.filename or run}: {error.strerror}: make room, and the same command goes on from the last checkpoint",
+            one_rank=True,
+        ) from None
     if ranks.first:
         print(f"report: {write_report(run)}", flush=True)
     return record
 
 
-def free_run_folder(folder) -> Path:
-    """The run's folder, which must not hold anything yet. Raises InputError where it does, or is not given."""
-    if not folder:
-        raise InputError("run=DIR is missing: the folder that gets everything this run writes")
-    run = Path(folder)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError(f"{run}: already holds something; give a new folder as run=DIR")
-    return run
+class TrainingRun:
+    """A run from where it is to its end."""
 
+    def __init__(self, trainer: Trainer, state: RunState, run, log, stop: StopSignal, resumed: bool):
+        self.trainer, self.state, self.log, self.stop = trainer, state, log, stop
+        self.config, self.ranks, self.plan = trainer.config, trainer.ranks, trainer.plan
+        facts = {
+            "config": flat(self.config),
+            "dataset": trainer.dataset.fingerprint,
+            "world_size": self.ranks.world_size,
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        }
+        self.checkpoints = Checkpoints(run, self.config.checkpoint.keep, self.ranks, facts, state if resumed else None)
+        self.meter = IntervalMeter([domain.name for domain in trainer.dataset.domains])
+        self.watchdog = Watchdog(60 * self.config.timeout_minutes + 5, lambda: f"step {self.state.step + 1}")
+        self._begun, self._before = time.monotonic(), state.seconds
+        self._skipped, self._skipped_before = 0, state.skipped_users
+        self._saved_at, self._told = self._begun, set()
 
-class Trainer:
-    """Everything that a training step needs, and its state: the position in the data is `step`."""
-
-    def __init__(self, config, ranks, dataset, plan):
-        self.config, self.ranks, self.dataset, self.plan = config, ranks, dataset, plan
-        self.step, self.total_steps = 0, sum(plan.steps(epoch) for epoch in range(config.epochs))
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        deepspeed = engine_config(
-            config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size, ranks.device.type == "cuda"
-        )
-        try:
-            self.table = ItemTable(dataset.num_embeddings, config.model.dim, config.table, config.seed, ranks.device)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        torch.manual_seed(config.seed)
-        self.model = SyNCRec(config.model, len(dataset.domains))
-        self.weights = sum(parameter.numel() for parameter in self.model.parameters())  # ZeRO 3 takes them apart
-        self.engine = start_engine(self.model, deepspeed)
-        self.reduction = RankReduction()
-
-    def fit(self, run, log):
-        """Trains to the end or until validation stops getting better; the best model is saved in `run`."""
+    def fit(self):
+        """Trains to the end or until validation stops getting better. Raises Stopped, with a checkpoint written, where any
+        rank was asked to stop."""
         config = self.config
         batches = TrainBatches(
             self.plan,
             self.ranks.rank,
-            self.step,
+            self.state.step,
             config.model.max_length,
             config.model.mutual_information_pooling,
             config.negatives,
             config.stream,
         )
         stream = ready(batches, config.stream, pin_memory=self.ranks.device.type == "cuda")
-        meter = IntervalMeter([domain.name for domain in self.dataset.domains])
-        best, since_best = -1.0, 0
-        while self.step < self.total_steps:
-            with meter.waiting():
-                batch = next(stream)
-            meter.add(batch, *self.train_step(batch))
-            self.step += 1
-            log.advance(1)
-            epoch, epoch_step = self.plan.locate(self.step - 1)
-            ended = epoch_step + 1 == self.plan.steps(epoch)
-            if self.step % config.log.every == 0 or self.step == self.total_steps:
-                log.train(meter.record(self.step, epoch) | self.state_figures())
-            last = self.step == self.total_steps
-            if last or (ended and (epoch + 1) % config.evaluation.every_epochs == 0):
-                with meter.paused():
-                    record = self.validate(epoch)
-                    log.evaluation(record)
-                    value = record["mean"]["NDCG@10"] or 0.0
-                    best, since_best = (value, 0) if value > best else (best, since_best + 1)
-                    if since_best == 0:
-                        save_best(run, self.engine, self.table, self.step, {"epoch": epoch, "NDCG@10": value}, self.ranks)
-                if 0 < config.evaluation.patience <= since_best:
-                    log.message(f"stopped early: {since_best} validations without a better mean NDCG@10 than {best:.4f}")
-                    break
+        with self.watchdog:
+            if self._validation_due():  # it was stopped in between
+                self._validate()
+            while not self._ended():
+                fed = self._next(stream)
+                loss, report = self.trainer.train_step(fed.batch)
+                self.state.step = self.trainer.step
+                self._note(fed, loss, report)
+                if self._validation_due():
+                    self._validate()
+                elif self._epoch_ends(config.checkpoint.every_epochs):
+                    self._save()
+            with self.watchdog.held():
+                self.checkpoints.finish()
 
-    def train_step(self, batch):
-        """One step of table and dense model; returns this rank's loss and the model's LossReport."""
-        config = self.config.optimizer
-        share = rate_share(config, self.step, self.total_steps)
-        self.learning_rate = config.learning_rate * share
-        set_learning_rate(self.engine, self.learning_rate)
-        self.table.set_learning_rate(self.config.table.learning_rate * share)
-        # Dropout: from (seed, step, rank), so that a run that is resumed goes on as it would have.
-        torch.manual_seed(int(random_bits(self.config.seed, self.step, self.ranks.rank) >> 1))
-        self.engine.train()
-        batch = move(batch, self.ranks.device)
-        rows = self.table(batch.ids)
-        loss, report = self.engine(batch, rows, self.reduction)
-        self.engine.backward(loss)
-        self.table.update(self._clipped(rows.grad, batch))
-        self.engine.step()
-        return loss.detach(), report
+    def _next(self, stream):
+        """What this rank is fed next. Before that the ranks agree: all go on, or save first, or stop, or none goes on."""
+        fed, refusal = None, None
+        with self.meter.waiting():
+            try:
+                fed = next(stream)
+            except InputError as error:
+                refusal = error
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = self.ranks.first and 0 < self.config.checkpoint.every_minutes <= minutes
+        agreed = agree(refusal is not None, self.stop.asked, due, self.checkpoints.writing)
+        self.watchdog.beat()
+        self.checkpoints.settle(agreed.writing)
+        if agreed.trouble:
+            raise refusal or InputError("another rank cannot go on; its own line says why")
+        if agreed.stop:
+            self._stop()
+        steps = self.config.checkpoint.every_steps
+        if agreed.due or (steps and self.state.step and self.state.step % steps == 0):
+            self._save()
+        return fed
 
-    def state_figures(self):
-        """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
-        correction = self.model.correction
-        return {
-            "alpha": correction.alpha.item() if correction is not None else None,
-            "beta": correction.beta.item() if correction is not None else None,
-            "learning_rate": self.learning_rate,
-            "gradient_norm": self.engine.get_global_grad_norm(),
-        }
+    def _note(self, fed, loss, report):
+        """The step's figures, and a log line where one is due."""
+        self.meter.add(fed.batch, loss, report, fed.skipped)
+        self._skipped += fed.skipped
+        self._tell(fed.reasons)
+        self.log.advance(1)
+        step = self.state.step
+        if step % self.config.log.every == 0 or step == self.trainer.total_steps:
+            epoch, _ = self.plan.locate(step - 1)
+            seconds = {"seconds": self._seconds()}
+            self.log.train(self.meter.record(step, epoch) | self.trainer.state_figures() | seconds)
 
-    def _clipped(self, gradient, batch):
-        """The looked-up vectors' gradient, scaled where its norm over all ranks is above optimizer.clip.
+    def _tell(self, reasons):
+        """Says once what is damaged; each of a loader's processes meets it."""
+        for reason in set(reasons) - self._told:
+            print(f"rank {self.ranks.rank}: {reason}", file=sys.stderr, flush=True)
+        self._told.update(reasons)
 
-        Shared negatives are scaled too, but not counted: every rank looks them up, and has a part of their gradient.
-        """
-        limit = self.config.optimizer.clip
-        if not limit:
-            return gradient
-        counted = gradient if batch.negatives is not None else gradient[: batch.interactions]
-        square = counted.double().square().sum()
-        dist.all_reduce(square)
-        # The losses carry the number of ranks as a factor, which the table divides by.
-        norm = square.sqrt() / self.ranks.world_size
-        return gradient * (limit / norm).clamp(max=1).to(gradient.dtype)
+    def _epoch_ends(self, every):
+        """True after the last step of every `every`-th epoch."""
+        if not self.state.step or not every:
+            return False
+        epoch, step = self.plan.locate(self.state.step - 1)
+        return step + 1 == self.plan.steps(epoch) and (epoch + 1) % every == 0
 
-    def validate(self, epoch):
-        """The validation record of the model as it is."""
-        self.engine.eval()
-        histogram = evaluate_split(
-            self.engine.module, self.table, self.dataset, self.ranks, self.config, "validation"
-        )
-        return evaluation_record("validation", self.dataset, histogram, step=self.step, epoch=epoch)
+    def _validation_due(self):
+        last = self.state.step == self.trainer.total_steps
+        return self.state.validated != self.state.step and (last or self._epoch_ends(self.config.evaluation.every_epochs))
 
-    def test_best(self, run):
-        """The test record of the best model, read back from disk as `launch/evaluate.py` does."""
-        model = SyNCRec(self.config.model, len(self.dataset.domains)).to(self.ranks.device).eval()
-        best = load_best(run, model, self.table)
-        histogram = evaluate_split(model, self.table, self.dataset, self.ranks, self.config, "test")
-        return evaluation_record("test", self.dataset, histogram, step=best["step"], epoch=best["epoch"])
+    def _validate(self):
+        """Validates; a checkpoint follows where the model is the best so far, and where one is due anyhow."""
+        state = self.state
+        epoch, _ = self.plan.locate(state.step - 1)
+        with self.meter.paused():
+            engine, table, dataset = self.trainer.engine, self.trainer.table, self.trainer.dataset
+            engine.eval()
+            try:
+                ranking = evaluate_split(
+                    engine.module, table, dataset, self.ranks, self.config, "validation", advance=self._between_rankings
+                )
+            except _Interrupted:
+                self._stop()
+            where = {"step": state.step, "epoch": epoch, "seconds": self._seconds()}
+            self._tell(ranking.reasons)
+            record = evaluation_record("validation", dataset, ranking, **where)
+            self.log.evaluation(record)
+            value = record["mean"]["NDCG@10"] or 0.0
+            state.validated = state.step
+            if state.best is None or value > state.best["NDCG@10"]:
+                folder = f"checkpoints/step-{state.step:08d}"
+                state.best, state.since_best = {"folder": folder, "step": state.step, "epoch": epoch, "NDCG@10": value}, 0
+            else:
+                state.since_best += 1
+        last = state.step == self.trainer.total_steps
+        if state.since_best == 0 or last or self._epoch_ends(self.config.checkpoint.every_epochs):
+            self._save()
+        if self._ended() and not last:
+            best = state.best["NDCG@10"]
+            self.log.message(f"stopped early: {state.since_best} validations without a better mean NDCG@10 than {best:.4f}")
 
-    def describe(self):
-        """What runs, in a line or two."""
-        return (
-            f"{self.dataset.users:,} users, {self.dataset.interactions:,} interactions, "
-            f"{len(self.dataset.domains)} domains; table {self.table.rows:,} x {self.table.dim}, dense model "
-            f"{self.weights:,} weights; "
-            f"{self.ranks.world_size} ranks on {self.ranks.device.type}, ZeRO stage "
-            f"{self.engine.zero_optimization_stage()}; {self.total_steps:,} steps of {self.config.global_batch_size} users"
-        )
+    def _between_rankings(self, done, total):
+        self.watchdog.beat()
+        if agree(stop=self.stop.asked).stop:
+            raise _Interrupted
+
+    def _ended(self):
+        return self.state.step >= self.trainer.total_steps or 0 < self.config.evaluation.patience <= self.state.since_best
+
+    def _save(self):
+        skipped = torch.tensor([self._skipped])
+        dist.all_reduce(skipped)
+        self.state.skipped_users = self._skipped_before + int(skipped)
+        self.state.seconds = self._seconds()
+        with self.meter.paused(), self.watchdog.held():
+            self.checkpoints.save(self.trainer.engine, self.trainer.table, self.state)
+        self._saved_at = time.monotonic()
+
+    def _stop(self):
+        self._save()
+        with self.watchdog.held():
+            self.checkpoints.finish()
+        raise Stopped(f"stopped after step {self.state.step}, as asked; its checkpoint is written, the same command goes on")
+
+    def _seconds(self):
+        return self._before + time.monotonic() - self._begun
+
+
+class _Interrupted(Exception):
+    """Asked to stop between two rankings."""
+
+
+def test_best(trainer, run):
+    """The test record of the best model, read back from disk as `launch/evaluate.py` does."""
+    config, ranks, dataset = trainer.config, trainer.ranks, trainer.dataset
+    model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
+    best = load_best(run, model, trainer.table, ranks)
+    ranking = evaluate_split(model, trainer.table, dataset, ranks, config, "test")
+    return evaluation_record("test", dataset, ranking, step=best["step"], epoch=best["epoch"])
+
+
+def describe(trainer):
+    """What runs, in a line or two."""
+    return (
+        f"{trainer.dataset.users:,} users, {trainer.dataset.interactions:,} interactions, "
+        f"{len(trainer.dataset.domains)} domains; table {trainer.table.rows:,} x {trainer.table.dim}, dense model "
+        f"{trainer.weights:,} weights; "
+        f"{trainer.ranks.world_size} ranks on {trainer.ranks.device.type}, ZeRO stage "
+        f"{trainer.engine.zero_optimization_stage()}; {trainer.total_steps:,} steps of {trainer.config.global_batch_size} users"
+    )

@@ -17,7 +17,7 @@ class IntervalMeter:
         self._reset()
 
     def _reset(self):
-        self._reports, self._users, self._tokens = [], 0, 0
+        self._reports, self._users, self._tokens, self._skipped = [], 0, 0, 0
         self._waited, self._begun = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
@@ -34,8 +34,8 @@ class IntervalMeter:
         yield
         self._begun += time.perf_counter() - begun
 
-    def add(self, batch, loss, report):
-        """One step of this rank. batch: on the host."""
+    def add(self, batch, loss, report, skipped=0):
+        """One step of this rank. batch: on the host; skipped: users that are not in it as they could not be read."""
         domains = len(self.domains)
         self._reports.append(
             torch.cat(
@@ -50,15 +50,17 @@ class IntervalMeter:
         real = int(batch.weight_B.sum())
         self._users += real
         self._tokens += batch.interactions - 2 * (len(batch.weight_B) - real)
+        self._skipped += skipped
 
     def record(self, step, epoch):
         """The figures of a train record (see trainer.log), means over the interval; λ is the newest. On all ranks."""
         elapsed = time.perf_counter() - self._begun
         steps = torch.stack(self._reports)
         # Each rank's loss has the global one as its mean over ranks, and its mutual information is a share of the sum.
-        shared = torch.stack([steps[:, 0].mean(), steps[:, 1].mean(), *steps.new_tensor([self._users, self._tokens])])
+        counts = steps.new_tensor([self._users, self._tokens, self._skipped])
+        shared = torch.stack([steps[:, 0].mean(), steps[:, 1].mean(), *counts])
         dist.all_reduce(shared)
-        loss, information, users, tokens = shared.tolist()
+        loss, information, users, tokens, skipped = shared.tolist()
         loss_single, loss_cross = steps[:, 2:4].mean(0).tolist()
         single, cross, phi = steps[:, 4 : 4 + 3 * len(self.domains)].nanmean(0).view(3, -1).tolist()
         lambdas = steps[-1, -len(self.domains) :].tolist()
@@ -76,6 +78,7 @@ class IntervalMeter:
             "phi": self._named(phi),
             "users_per_second": users / elapsed,
             "tokens_per_second": tokens / elapsed,
+            "skipped_users": int(skipped),
             "data_wait": self._waited / elapsed,
             "memory_gb": _memory_gb(),
         }

@@ -1,5 +1,6 @@
 """Evaluation of a finished run: its best model, read from disk into any number of ranks."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None):
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     config = load_config([run / "config.yaml"], [])
     config = replace(config, data=str(data or config.data))
-    dataset = Dataset.load(config.data)
+    dataset = Dataset.load(config.data, check_shards=config.stream.damaged == "stop")
     given = read_candidates(dataset, candidates) if candidates else None
     model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
     # Nothing is trained here: an optimizer without state, which every device has, whatever the run was trained with.
@@ -36,17 +37,19 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None):
         table = ItemTable(dataset.num_embeddings, config.model.dim, table_config, config.seed, ranks.device)
     except ValueError as error:
         raise InputError(str(error)) from None
-    best = load_best(run, model, table)
+    best = load_best(run, model, table, ranks)
     writer = ResultWriter(dataset, output, ranks) if output else None
     try:
-        histogram = _rank(model, table, dataset, ranks, config, split, given, writer.add if writer else None)
+        ranking = _rank(model, table, dataset, ranks, config, split, given, writer.add if writer else None)
     except BaseException:
         if writer:
             writer.discard()
         raise
     if writer:
         writer.finish()
-    return evaluation_record(split, dataset, histogram, step=best["step"], epoch=best["epoch"])
+    for reason in ranking.reasons:
+        print(f"skipped: {reason}", file=sys.stderr, flush=True)
+    return evaluation_record(split, dataset, ranking, step=best["step"], epoch=best["epoch"])
 
 
 def _rank(model, table, dataset, ranks, config, split, given, visit):

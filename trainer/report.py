@@ -13,7 +13,17 @@ from markupsafe import Markup
 
 from trainer import plots
 from trainer.errors import InputError
-from trainer.log import HEADLINE, METRICS_FILE, duration, metrics_of, printable, read_records, times
+from trainer.log import (
+    HEADLINE,
+    METRICS_FILE,
+    duration,
+    metrics_of,
+    printable,
+    read_records,
+    skipped_sentence,
+    skipped_users,
+    times,
+)
 
 LAST_SHARE = 0.2  # of the train lines: what "at the end" means
 
@@ -32,10 +42,12 @@ def write_report(folder: Path) -> Path:
     best = max(validations, key=_rank, default=None)
     test = tests[-1] if tests else None
     domains = plots.styles(_domain_names(records))
+    skipped = skipped_users(records)
     config = folder / "config.yaml"
     page = _template().render(
         name=folder.resolve().name,
         cards=_cards(records, train, best, test),
+        skipped=skipped_sentence(skipped) if skipped else None,
         findings=_findings(train, [domain.name for domain in domains]),
         last_share=f"{LAST_SHARE:.0%}",
         final=_table(test or best, domains) if test or best else None,
@@ -227,6 +239,7 @@ def _table(record, domains):
         "headline": 1 + metrics.index(HEADLINE) if HEADLINE in metrics else None,
         "rows": rows,
         "too_short": record.get("too_short"),
+        "skipped_users": record.get("skipped_users"),
     }
 
 

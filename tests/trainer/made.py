@@ -1,5 +1,8 @@
 """Small real datasets on disk: shards, vocabularies and users as prepare leaves them, with contents that a test chooses."""
 
+import io
+import tarfile
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,6 +61,39 @@ def draw_histories(users, items=(5, 4), longest=9, seed=0):
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
     rows = np.concatenate([start + np.arange(count) for start, count in zip(starts, items, strict=True)])
     return [random.choice(rows, size=random.integers(1, longest + 1)) for _ in range(users)]
+
+
+def npy(array, **options):
+    """An array as the bytes of a file."""
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+def read_tar(path):
+    """The members of a tar by name."""
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def write_tar(path, members):
+    """Members by name, or as pairs, one of which may then come twice; a value may be a TarInfo without content."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if info is not data:
+                info.size = len(data)
+            tar.addfile(info, None if info is data else io.BytesIO(data))
+
+
+def spoil_block(dataset, shard, block):
+    """Turns one bit of the block's items, so that it is one item less or more: nothing but a checksum can tell."""
+    path = dataset.folder / dataset.shards[shard].name
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        member = tar.getmember(f"{path.stem}-{block:06d}.items.npy")
+    content[member.offset_data + member.size - 4] ^= 1
+    path.write_bytes(content)
 
 
 def _blocks(histories, first, last, block_users):

@@ -4,16 +4,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trainer.made import draw_histories, write_dataset
+from tests.trainer.made import draw_histories, spoil_block, write_dataset
+from trainer.config import load_config
 from trainer.data.random import random_bits, random_unit
 from trainer.data.stream import StreamConfig, ready
+from trainer.errors import InputError
 from trainer.evaluate import (
     METRICS,
     EvaluationConfig,
+    Ranking,
     RankingBatches,
+    evaluate_split,
     evaluation_record,
     figures,
     rank_candidates,
@@ -33,9 +38,11 @@ def dataset(tmp_path_factory, histories):
     return write_dataset(tmp_path_factory.mktemp("rank") / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5)
 
 
-def batches_of(dataset, split="test", rank=0, world_size=1, batch_size=7, negatives=9, given=None, max_length=100):
+def batches_of(
+    dataset, split="test", rank=0, world_size=1, batch_size=7, negatives=9, given=None, max_length=100, stream=None
+):
     config = EvaluationConfig(negatives=negatives, batch_size=batch_size)
-    return RankingBatches(dataset, rank, world_size, config, max_length, split, SEED, given)
+    return RankingBatches(dataset, rank, world_size, config, max_length, split, SEED, given, stream)
 
 
 def users_of(batches):
@@ -139,7 +146,9 @@ class Scorer:
 
 def rank_all(batches, scores, visit=None):
     scorer = Scorer(scores)
-    return rank_candidates(scorer.model, scorer, batches, batches, torch.device("cpu"), visit)
+    ranking = rank_candidates(scorer.model, scorer, batches, batches, torch.device("cpu"), visit)
+    assert (ranking.skipped_users, ranking.reasons) == (0, ())
+    return ranking.histogram
 
 
 def by_hand(scores, candidates):
@@ -193,6 +202,66 @@ def test_every_step_is_reported(ranks, dataset):
     device = torch.device("cpu")
     rank_candidates(scorer.model, scorer, batches, batches, device, advance=lambda *step: steps.append(step))
     assert steps == [(step + 1, len(batches)) for step in range(len(batches))]
+
+
+@pytest.fixture
+def damaged(tmp_path, histories):
+    """The dataset with the second block of its fourth shard spoilt (users 29 to 31), and its fifth shard gone (40 to 43)."""
+    dataset = write_dataset(tmp_path / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5)
+    spoil_block(dataset, shard=3, block=1)
+    (dataset.folder / dataset.shards[4].name).unlink()
+    return dataset
+
+
+SKIPPED = {29, 30, 31, 40, 41, 42, 43}
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0), (5, 2)])
+def test_skipped_users_are_counted_and_the_others_ranked_as_ever(ranks, dataset, damaged, monkeypatch, world_size, workers):
+    """`all_reduce` stands still here, so that each rank's own part is seen."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    scores = np.random.default_rng(6).normal(size=dataset.num_embeddings)
+    expected = {user: found for user, found in users_of(batches_of(dataset)).items() if user not in SKIPPED}
+    histogram = np.zeros((3, 10), int)
+    for _, domain, candidates in expected.values():
+        histogram[domain, by_hand(scores, candidates) - 1] += 1
+    assert len(expected) < dataset.users - dataset.too_short
+    parts, found = [], {}
+    scorer, stream = Scorer(scores), StreamConfig(workers=workers, damaged="skip")
+    for rank in range(world_size):
+        batches = batches_of(damaged, rank=rank, world_size=world_size, stream=stream)
+        found |= users_of(batches)
+        built = ready(batches, stream, pin_memory=False)
+        parts.append(rank_candidates(scorer.model, scorer, batches, built, torch.device("cpu")))
+    assert found == expected
+    np.testing.assert_array_equal(sum(part.histogram[0] for part in parts), histogram)
+    assert sum(part.skipped_users for part in parts) == len(SKIPPED)
+    reasons = [line for part in parts for line in part.reasons]
+    assert len(reasons) == len(set(reasons)) == 3  # a sha256, a block, a file
+    assert sum("users 29 to 31 are skipped" in line for line in reasons) == 1
+    assert sum("users 40 to 43 are skipped" in line for line in reasons) == 1
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_is_ranked_as_the_stream_is_configured(ranks, damaged, split):
+    scorer = Scorer(np.zeros(damaged.num_embeddings))
+    settings = ["evaluation.negatives=9", "evaluation.batch_size=7", "stream.workers=0"]
+    with pytest.raises(InputError, match=r"00000[34]\.tar"):
+        evaluate_split(scorer.model, scorer, damaged, ranks, load_config([], settings), split)
+    config = load_config([], [*settings, "stream.damaged=skip"])
+    ranking = evaluate_split(scorer.model, scorer, damaged, ranks, config, split)
+    record = evaluation_record(split, damaged, ranking, step=1, epoch=0)
+    assert record["skipped_users"] == len(SKIPPED)
+    seen = {user for user in users_of(batches_of(damaged, split, stream=config.stream)) if user not in SKIPPED}
+    assert sum(figures["users"] for figures in record["domains"].values()) == len(seen) == ranking.histogram[0].sum()
+
+
+def test_checksums_are_asked_for_in_ranking_as_the_stream_is_configured(ranks, tmp_path, histories):
+    dataset = write_dataset(tmp_path / "data", histories, ITEMS)
+    spoil_block(dataset, shard=0, block=1)
+    with pytest.raises(InputError, match="sha256"):
+        users_of(batches_of(dataset))
+    assert len(users_of(batches_of(dataset, stream=StreamConfig(verify=False)))) == dataset.users - dataset.too_short
 
 
 def popularity_histogram(dataset, counts):
@@ -265,9 +334,9 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
     histogram = np.zeros((2, 3, 10), np.int64)
     histogram[0, 0, 0], histogram[0, 2, 9] = 4, 2  # always first; always tenth
     histogram[1, 0, 1], histogram[1, 2, 1] = 4, 2
-    record = evaluation_record("validation", dataset, histogram, step=30, epoch=2)
+    record = evaluation_record("validation", dataset, Ranking(histogram, 5), step=30, epoch=2)
     assert (record["kind"], record["step"], record["epoch"]) == ("validation", 30, 2)
-    assert record["too_short"] == dataset.too_short > 0
+    assert record["too_short"] == dataset.too_short > 0 and record["skipped_users"] == 5
     names = [domain.name for domain in dataset.domains]
     assert list(record["domains"]) == list(record["popularity"]) == names
     assert record["domains"][names[1]] == {"users": 0} | dict.fromkeys(METRICS)
@@ -279,7 +348,7 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
 
 
 def test_no_user_at_all_has_no_mean(dataset):
-    record = evaluation_record("test", dataset, np.zeros((2, 3, 10), np.int64))
+    record = evaluation_record("test", dataset, Ranking(np.zeros((2, 3, 10), np.int64)))
     assert record["mean"] == record["popularity_mean"] == dict.fromkeys(METRICS)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from trainer.errors import InputError
-from trainer.log import METRICS_FILE, RunLog, duration, evaluation_table, read_records
+from trainer.log import METRICS_FILE, RunLog, duration, evaluation_table, read_records, skipped_sentence, skipped_users
 
 METRICS = ["HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"]
 HOSTILE = ["<script>", "[red]Books[/]", "two\nlines", "\x1b[31mred", ""]
@@ -263,6 +263,33 @@ def test_the_table_fits_80_columns_and_compares_with_popularity():
     assert rows["mean"][1:] == ["20", *["0.2500"] * 5, "0.1000", "×2.50"]
     del record["popularity"], record["popularity_mean"]
     assert "×" not in render(evaluation_table(record))
+
+
+def test_skipped_users_are_shown_where_there_are_any(tmp_path):
+    file = io.StringIO()
+    with open_log(tmp_path, file=file) as log:
+        for users in (0, 1234):
+            log.train(train_record(50, skipped_users=users))
+            log.evaluation(evaluation_record(50, skipped_users=users))
+    whole, evaluated, torn, evaluated_torn = file.getvalue().splitlines()
+    assert "skipped" not in whole + evaluated
+    assert torn.endswith("GB  1,234 users skipped") and evaluated_torn.endswith("3 too short, 1,234 skipped")
+    assert "1,234 users could not be read" in render(evaluation_table(evaluation_record(50, skipped_users=1234)))
+    assert "could not be read" not in render(evaluation_table(evaluation_record(50, skipped_users=0)))
+
+
+def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
+    with open_log(tmp_path) as log:
+        for step, users in ((10, 3), (20, 0), (30, 4), (40, 50)):
+            log.train(train_record(step, skipped_users=users))
+        log.train(train_record(25))
+        log.evaluation(evaluation_record(30, skipped_users=1000))
+    assert skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
+    with open_log(tmp_path, resume_step=30) as log:  # step 40 is about to be run again
+        log.train(train_record(40, skipped_users=50))
+    assert skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
+    assert skipped_users([{"kind": "train", "skipped_users": value} for value in (None, "9", [1], 2)]) == 2
+    assert skipped_sentence(1).startswith("1 user was skipped") and skipped_sentence(1057).startswith("1,057 users were")
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (180_000, "2d 2:00:00")])

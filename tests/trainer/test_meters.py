@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from trainer.meters import IntervalMeter
 
@@ -50,6 +51,19 @@ def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(ranks, clock
     # A user that fills up is no user, and its two interactions are no tokens.
     assert (found["users_per_second"], found["tokens_per_second"]) == (3 / 4, 15 / 4)
     assert found["memory_gb"] > 0
+    assert found["skipped_users"] == 0
+
+
+def test_skipped_users_are_those_of_the_interval_over_all_ranks(ranks, clock, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))  # another rank with the same figures
+    meter = IntervalMeter(["a", "b"])
+    found = []
+    for interval in ([3, 0, 4], [0], [2]):
+        for skipped in interval:
+            meter.add(batch([1.0], 5), torch.tensor(5.0), report(), skipped)
+        clock.seconds += 1
+        found.append(meter.record(1, 0)["skipped_users"])
+    assert found == [14, 0, 4] and all(type(users) is int for users in found)
 
 
 def test_waiting_is_a_share_of_the_interval_and_pauses_are_not_in_it(ranks, clock):

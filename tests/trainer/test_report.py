@@ -178,6 +178,17 @@ def test_it_says_that_the_loss_was_lost(tmp_path):
     assert "The loss was not a finite number in 2 of 3 train lines, first at step 1,200." in text
 
 
+def test_it_says_who_was_skipped(tmp_path):
+    records = full_run()
+    assert "skipped" not in Page(write_report(write_run(tmp_path / "whole", records))).text
+    records[3]["skipped_users"], records[7]["skipped_users"], records[-1]["skipped_users"] = 1200, 34, 56
+    text = Page(write_report(write_run(tmp_path / "torn", records))).text
+    assert "1,234 users were skipped in training" in text
+    assert "56 users could not be read and are left out." in text
+    hostile = [train_record(1, {"Books": 0.1}, skipped_users="<script>alert(1)</script>")]
+    assert "skipped" not in Page(write_report(write_run(tmp_path / "hostile", hostile, config=None))).text
+
+
 def test_a_resumed_clock_counts_on(tmp_path):
     seconds = [10.0, 20.0, 5.0, 15.0]
     records = [train_record(step, {"Books": 0.1}, seconds=now) for step, now in enumerate(seconds)]

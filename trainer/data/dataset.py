@@ -15,15 +15,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from trainer.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: each block of a shard has a checksum of its own
 FILE_NAME = "dataset.json"
 SPLIT_LENGTH = 3
+_INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset. `too_short` counts the users with fewer than `SPLIT_LENGTH` interactions."""
+    """A prepared dataset. `too_short` counts the users with fewer than `SPLIT_LENGTH` interactions; `block_users` are the
+    users of each block of a shard, but for the last, which has the rest."""
 
     folder: Path
     seed: int
@@ -96,11 +98,13 @@ class Dataset:
         (self.folder / FILE_NAME).write_text(self._text(), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder) -> "Dataset":
+    def load(cls, folder, check_shards=True) -> "Dataset":
         """Reads a dataset folder and checks that every file it names is there.
 
+        check_shards: refuse a shard that is missing or of another size; left out where damaged shards are to be skipped.
         Raises InputError: not a dataset folder, unreadable JSON, another format version, a field missing or of another
-        type, users or rows that do not add up, a file missing or of another size.
+        type, users or rows that do not add up, a name that leads out of the folder, a file missing or of another size,
+        no shard at all.
         """
         folder = Path(folder)
         path = folder / FILE_NAME
@@ -108,7 +112,7 @@ class Dataset:
             raise InputError(f"{folder} is not a dataset folder (no {FILE_NAME} in it): make one with launch/prepare.py")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
         version = facts.pop("format_version", None) if isinstance(facts, dict) else None
         if version != FORMAT_VERSION:
@@ -118,10 +122,11 @@ class Dataset:
         facts["domains"] = tuple(_record(Domain, fact, path) for fact in _list(facts, "domains", path))
         facts["shards"] = tuple(_record(Shard, fact, path) for fact in _list(facts, "shards", path))
         dataset = _record(cls, {"folder": folder, **facts}, path)
-        dataset._check(path)
+        dataset._check_facts(path)
+        dataset._check_files(path, check_shards)
         return dataset
 
-    def _check(self, path):
+    def _check_facts(self, path):
         def tiles(ranges, end):
             position = 0
             for start, length in ranges:
@@ -131,14 +136,29 @@ class Dataset:
             return end in (None, position)
 
         rows = tiles([(domain.start, domain.room) for domain in self.domains], None)
+        rows = rows and all(1 <= domain.items <= domain.room for domain in self.domains)
         users = tiles([(shard.first_user, shard.users) for shard in self.shards], self.users)
         interactions = sum(shard.interactions for shard in self.shards)
         if not (self.domains and self.shards and rows and users and interactions == self.interactions):
             raise InputError(f"{path}: domains, users or interactions do not add up: prepare the dataset again")
+        if not (self.block_users >= 1 and 1 <= self.streams <= self.users):
+            raise InputError(
+                f"{path}: {self.block_users} users a block, {self.streams} streams for {self.users} users: "
+                "prepare the dataset again"
+            )
+        if max(self.users, self.num_embeddings) > _INT32_MAX:
+            raise InputError(f"{path}: more users or rows than int32 can number: prepare the dataset again")
+        for name in [part.vocabulary for part in self.domains] + [shard.name for shard in self.shards]:
+            if not _stays_inside(name):
+                raise InputError(f"{path}: {name!r} is no name of a file in this folder: prepare the dataset again")
+
+    def _check_files(self, path, check_shards):
         for name in ["users.parquet", *(domain.vocabulary for domain in self.domains)]:
             if not (self.folder / name).is_file():
                 raise InputError(f"{self.folder / name} is missing: copy it again or prepare the dataset again")
-        for shard in self.shards:
+        if not any((self.folder / shard.name).is_file() for shard in self.shards):
+            raise InputError(f"{path}: not one of its {len(self.shards)} shards is there: copy them again")
+        for shard in self.shards if check_shards else ():
             file = self.folder / shard.name
             if not file.is_file():
                 raise InputError(f"{file} is missing: copy it again or prepare the dataset again")
@@ -147,6 +167,12 @@ class Dataset:
                     f"{file} has {file.stat().st_size} bytes, {FILE_NAME} says {shard.bytes}: copy it again "
                     "or prepare the dataset again"
                 )
+
+
+def _stays_inside(name):
+    """Only by its words: that a file in the folder may be a link to elsewhere is the folder's owner's choice."""
+    path = PurePosixPath(name)
+    return name.isprintable() and path.name != "" and not path.is_absolute() and ".." not in path.parts
 
 
 def _list(facts, name, path):

@@ -4,11 +4,14 @@ A dataset has a fixed number of logical streams. An epoch permutes the shards by
 streams; slot i of the epoch is the next user of stream i mod streams, and batch s is the slots of
 [s · global_batch_size, (s + 1) · global_batch_size). Rank r owns the streams r, r + world_size, …: which users a batch
 holds does not depend on the ranks, and the position in the data is one integer, the step. Streams differ by a few users
-in length; a slot past a stream's end stays empty, and users of weight zero make all ranks' batches equally many users.
+in length; a slot past a stream's end stays empty, and users of weight zero make all ranks' batches equally many users. So
+does the slot of a user whose block is damaged and skipped: everyone else keeps theirs.
 """
 
 import gc
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +33,8 @@ class StreamConfig:
 
     workers: int = 1  # decoding processes a rank; 0: in the training process itself
     prefetch: int = 4  # batches that each worker keeps ready
-    verify: bool = True  # check each shard's checksum when it is opened
+    verify: bool = True  # check each shard's checksum when it is opened, and each block's when it is read
+    damaged: Literal["stop", "skip"] = "stop"  # skip: train without the users of damaged blocks, and count them
     shuffle: bool = True  # another order each epoch; off: the dataset's own order, each epoch alike
 
     def __post_init__(self):
@@ -62,7 +66,7 @@ class Plan:
             raise InputError(f"global_batch_size={global_batch_size} is below the number of ranks, {world_size}: raise it")
         self.dataset, self.batch_size, self.world_size = dataset, global_batch_size, world_size
         self.seed, self.shuffle = seed, shuffle
-        self._steps = {}
+        self._lengths, self._steps = {}, {}
         self._stream = np.arange(dataset.streams)
         self._shard_users = np.array([shard.users for shard in dataset.shards])
 
@@ -72,10 +76,16 @@ class Plan:
         order = permutation(count, self.seed, _SHARDS, epoch) if self.shuffle else np.arange(count)
         return [order[stream :: self.dataset.streams] for stream in self._stream]
 
+    def lengths(self, epoch):
+        """The users of each stream, int64 (streams,)."""
+        if epoch not in self._lengths:
+            self._lengths[epoch] = np.array([self._shard_users[shards].sum() for shards in self.shards(epoch)], np.int64)
+        return self._lengths[epoch]
+
     def steps(self, epoch):
         """Batches of the epoch: the same on every rank."""
         if epoch not in self._steps:
-            users = np.array([self._shard_users[shards].sum() for shards in self.shards(epoch)])
+            users = self.lengths(epoch)
             last_slot = int((self._stream + (users - 1) * self.dataset.streams)[users > 0].max())
             self._steps[epoch] = last_slot // self.batch_size + 1
         return self._steps[epoch]
@@ -97,11 +107,20 @@ class Plan:
         return int(np.bincount(self._stream % self.world_size, weights=slots).max())
 
 
-def read_users(plan, epoch, steps, rank, verify=True):
-    """Yields (step, Users) of one rank for the given increasing steps of an epoch; a batch may be empty."""
+    def users(self, epoch, step, rank):
+        """How many users the rank has in the batch, as long as every shard can be read."""
+        first, last = (np.minimum(self.first_user(number), self.lengths(epoch)) for number in (step, step + 1))
+        return int((last - first)[rank :: self.world_size].sum())
+
+
+def read_users(plan, epoch, steps, rank, verify=True, report=None):
+    """Yields (step, Users) of one rank for the given increasing steps of an epoch; a batch may be empty.
+
+    verify, report: as `read_blocks` has them. Users of damaged blocks are not in their batch.
+    """
     owned = range(rank, plan.dataset.streams, plan.world_size)
     shards = plan.shards(epoch)
-    streams = {stream: _StreamReader(plan, epoch, shards[stream], verify) for stream in owned}
+    streams = {stream: _StreamReader(plan, epoch, shards[stream], verify, report) for stream in owned}
     for step in steps:
         begin, end = plan.first_user(step), plan.first_user(step + 1)
         parts = []
@@ -120,13 +139,13 @@ def _join(arrays):
 class _StreamReader:
     """One stream's users in order, with a cheap way past those that are not wanted."""
 
-    def __init__(self, plan, epoch, shards, verify):
-        self._blocks = self._read(plan, epoch, shards, verify)
+    def __init__(self, plan, epoch, shards, verify, report):
+        self._blocks = self._read(plan, epoch, shards, verify, report)
         self._first = self._end = 0  # the stream's users that the current block holds
         self._skip_to = 0
 
     def take(self, begin, end):
-        """Users begin … end of the stream, fewer where it ends, as a list of (numbers, lengths, items)."""
+        """Users begin … end of the stream as a list of (numbers, lengths, items): fewer where it ends, or has gaps."""
         parts, self._skip_to = [], begin
         while begin < end:
             if begin >= self._end:
@@ -136,23 +155,24 @@ class _StreamReader:
                 self._first, self._numbers, self._lengths, self._offsets, self._items = block
                 self._end = self._first + len(self._numbers)
                 continue
-            low, high = begin - self._first, min(end, self._end) - self._first
-            items = self._items[self._offsets[low] : self._offsets[high]]
-            parts.append((self._numbers[low:high], self._lengths[low:high], items))
+            low, high = max(begin, self._first) - self._first, min(end, self._end) - self._first
+            if low < high:  # else all of them come before the block: skipped
+                items = self._items[self._offsets[low] : self._offsets[high]]
+                parts.append((self._numbers[low:high], self._lengths[low:high], items))
             begin = self._first + high
         return parts
 
-    def _read(self, plan, epoch, shards, verify):
-        first = 0
+    def _read(self, plan, epoch, shards, verify, report):
+        first = 0  # the stream's users before the shard
         for number in shards:
             shard = plan.dataset.shards[number]
-            if first + shard.users <= self._skip_to:
-                first += shard.users
-                continue
-            for place, block in enumerate(read_blocks(plan.dataset, shard, verify=verify)):
-                if first + len(block.users_B) > self._skip_to:
-                    yield first, *_shuffled(plan, epoch, number, place, block)
-                first += len(block.users_B)
+            if first + shard.users > self._skip_to:
+                for block in read_blocks(plan.dataset, shard, verify, report):
+                    before = int(block.users_B[0]) - shard.first_user
+                    if first + before + len(block.users_B) > self._skip_to:
+                        place = before // plan.dataset.block_users
+                        yield first + before, *_shuffled(plan, epoch, number, place, block)
+            first += shard.users
 
 
 def _shuffled(plan, epoch, shard, place, block):
@@ -167,8 +187,44 @@ def _shuffled(plan, epoch, shard, place, block):
     return block.users_B[order], lengths, offsets, block.items_N[item]
 
 
+@dataclass(frozen=True)
+class Fed:
+    """One step of one rank: its batch, and who is missing in it.
+
+    users_B: numbers of the batch's real users, int64, in order. skipped: users that would be there too if they could be
+    read. reasons: a line for each damaged place that this worker met for the first time since its last Fed; several
+    workers read the same shards, so another may say the same.
+    """
+
+    batch: Batch
+    users_B: np.ndarray
+    skipped: int
+    reasons: tuple[str, ...]
+
+    def pin_memory(self):
+        """The same with the batch in pinned memory (a DataLoader calls this)."""
+        return replace(self, batch=self.batch.pin_memory())
+
+
+class Reasons:
+    """What was skipped and why, each line once; called with a line (see `read_blocks`)."""
+
+    def __init__(self):
+        self._known, self._new = set(), []
+
+    def __call__(self, line):
+        if line not in self._known:
+            self._known.add(line)
+            self._new.append(line)
+
+    def take(self) -> tuple[str, ...]:
+        """The lines since the last call."""
+        taken, self._new = tuple(self._new), []
+        return taken
+
+
 class TrainBatches(torch.utils.data.IterableDataset):
-    """The model's batches of one rank from a position on, epoch after epoch, without end.
+    """What one rank is fed (Fed) from a position on, epoch after epoch, without end.
 
     Worker w of n builds every n-th batch, so that each arrives whole; reading what the other workers build is cheap
     beside building it.
@@ -183,11 +239,14 @@ class TrainBatches(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         position = self.position + offset
+        reasons = Reasons()
+        report = reasons if self.config.damaged == "skip" else None
         while True:
             epoch, first = self.plan.locate(position)
             steps = range(first, self.plan.steps(epoch), stride)
-            for step, users in read_users(self.plan, epoch, steps, self.rank, self.config.verify):
-                yield self.build(epoch, step, users)
+            for step, users in read_users(self.plan, epoch, steps, self.rank, self.config.verify, report):
+                skipped = self.plan.users(epoch, step, self.rank) - len(users.number_B)
+                yield Fed(self.build(epoch, step, users), users.number_B, skipped, reasons.take())
             position += stride * len(steps)
 
     def build(self, epoch, step, users) -> Batch:
@@ -265,3 +324,6 @@ def _start_worker(_worker):
     # away, for threads that only its maker has.
     gc.freeze()
     torch.set_num_threads(1)
+    # A launcher that stops a run asks every process of it; the trainer still needs what is built to reach its checkpoint.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

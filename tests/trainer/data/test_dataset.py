@@ -94,6 +94,13 @@ def test_a_field_missing_or_of_another_type_is_named(dataset, where, field, valu
         (lambda facts: facts["shards"][1].update(first_user=4), ["add up"]),
         (lambda facts: facts.update(colour="red"), ["colour"]),
         (lambda facts: facts["shards"].append("x"), ["Shard", "'x'"]),
+        (lambda facts: facts.update(block_users=0), ["0 users a block"]),
+        (lambda facts: facts.update(streams=0), ["0 streams for 5 users"]),
+        (lambda facts: facts.update(streams=6), ["6 streams for 5 users"]),
+        (lambda facts: facts["domains"][1].update(items=1101), ["add up"]),
+        (lambda facts: facts["domains"][0].update(items=0), ["add up"]),
+        (lambda facts: facts["domains"][1].update(room=2**31), ["int32"]),
+        (lambda facts: (facts.update(users=2**40), facts["shards"][1].update(users=2**40 - 3)), ["int32"]),
     ],
 )
 def test_contents_that_cannot_be_used_are_refused(dataset, change, named):
@@ -103,7 +110,20 @@ def test_contents_that_cannot_be_used_are_refused(dataset, change, named):
     assert all(word in str(error.value) for word in [*named, "prepare the dataset again"])
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\x00"])
+OUTSIDE = ["/etc/passwd", "../other/1.tar", "shards/../../1.tar", "..", "", ".", "shards/\x1b[31m.tar", "a\0b", "a\nb"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize(("where", "field"), [("shards", "name"), ("domains", "vocabulary")])
+def test_a_name_that_leads_out_of_the_folder_is_refused(dataset, where, field, name):
+    edit(dataset, lambda facts: facts[where][1].update({field: name}))
+    for check_shards in (True, False):
+        with pytest.raises(InputError, match="is no name of a file in this folder") as error:
+            Dataset.load(dataset.folder, check_shards)
+        assert repr(name) in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\x00", "[" * 100_000])
 def test_unreadable_json_is_refused(dataset, text):
     (dataset.folder / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=r"dataset\.json.*prepare the dataset again"):
@@ -121,6 +141,16 @@ def test_a_shard_cut_short_is_named_with_both_sizes(dataset):
     (dataset.folder / "shards/000000.tar").write_bytes(b"x" * 5)
     with pytest.raises(InputError, match=r"000000\.tar has 5 bytes.*7"):
         Dataset.load(dataset.folder)
+
+
+def test_damaged_shards_are_let_through_where_they_are_to_be_skipped(dataset):
+    (dataset.folder / "shards/000000.tar").write_bytes(b"x" * 5)
+    assert Dataset.load(dataset.folder, check_shards=False) == dataset
+    (dataset.folder / "shards/000001.tar").unlink()
+    assert Dataset.load(dataset.folder, check_shards=False) == dataset
+    (dataset.folder / "shards/000000.tar").unlink()
+    with pytest.raises(InputError, match=r"dataset\.json: not one of its 2 shards is there"):
+        Dataset.load(dataset.folder, check_shards=False)
 
 
 def test_another_folder_is_no_dataset(tmp_path):

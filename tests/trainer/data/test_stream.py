@@ -43,10 +43,13 @@ def batches_of(dataset, batch_size, rank=0, world_size=1, position=0, seed=4, wo
     return ready(TrainBatches(plan, rank, position, max_length, "mean", negatives, config), config, pin_memory=False)
 
 
-def take(batches, count):
-    taken = list(itertools.islice(batches, count))
-    batches.close()
-    return taken
+def take(fed, count):
+    """The next batches, of data in which nothing is damaged."""
+    taken = list(itertools.islice(fed, count))
+    fed.close()
+    for one in taken:
+        assert one.skipped == 0 and one.reasons == () and len(one.users_B) == one.batch.weight_B.sum()
+    return [one.batch for one in taken]
 
 
 def assert_same(one, other, path="batch"):
@@ -84,6 +87,7 @@ def test_every_world_size_sees_the_same_batches_and_every_user_once(layout, batc
             for step in steps:
                 parts = [batches[step][1] for batches in by_rank]
                 assert max(len(part.number_B) for part in parts) <= plan.users_per_rank(step)
+                assert [len(part.number_B) for part in parts] == [plan.users(epoch, step, r) for r in range(world_size)]
                 for part in parts:
                     ends = np.cumsum(part.lengths_B)
                     for number, begin, end in zip(part.number_B, ends - part.lengths_B, ends, strict=True):
@@ -138,7 +142,9 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(dataset, w
         built = iter(batches)
         for epoch in range(2):
             for step, users in read_users(plan, epoch, range(plan.steps(epoch)), rank):
-                batch, ids, negatives = next(built), [], []
+                fed, ids, negatives = next(built), [], []
+                batch = fed.batch
+                assert fed.users_B.dtype == np.int64 and fed.users_B.tolist() == users.number_B.tolist()
                 for number in users.number_B:
                     history = histories[number]
                     one = batches.build(epoch, step, Users(np.array([number]), np.array([len(history)]), history))

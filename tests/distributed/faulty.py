@@ -1,0 +1,60 @@
+"""Started with real ranks: launch/train.py, in which something goes wrong once, in the middle of a step.
+
+FAULT="STEP RANK WHAT FILE" says what: at STEP (counted from 1) of the run, on RANK: a signal's name (KILL, TERM, USR1; sent
+to itself), "nan" (the gradient is no number), "raise" (an exception of Python's) or "hang". FILE is made when it happens;
+where it is there already nothing happens. FED=FOLDER: each rank appends to a file there whom it was fed in which step.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import launch.train
+from trainer.loop import TrainingRun
+from trainer.process import run_script
+from trainer.step import Trainer
+
+RANK = os.environ.get("RANK", "0")
+
+
+def with_fault(step, rank, what, file):
+    """The trainer's check of the gradients, with the fault before it."""
+    check = Trainer._checked
+
+    def checked(self, gradient, *others):
+        if (str(self.step + 1), RANK) == (step, rank) and not Path(file).exists():
+            Path(file).touch()
+            if what == "raise":
+                raise ZeroDivisionError("by the test")
+            if what == "hang":
+                time.sleep(3600)
+            if what == "nan":
+                gradient.fill_(float("nan"))
+            else:
+                os.kill(os.getpid(), getattr(signal, f"SIG{what}"))
+        return check(self, gradient, *others)
+
+    Trainer._checked = checked
+
+
+def with_count(folder):
+    """The run's own step, which writes down whom it was fed."""
+    note = TrainingRun._note
+
+    def noted(self, fed, *others):
+        record = {"step": self.state.step, "ranks": self.ranks.world_size, "users": fed.users_B.tolist()}
+        with open(Path(folder) / f"{RANK}.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        return note(self, fed, *others)
+
+    TrainingRun._note = noted
+
+
+if __name__ == "__main__":
+    if "FAULT" in os.environ:
+        with_fault(*os.environ["FAULT"].split())
+    if "FED" in os.environ:
+        with_count(os.environ["FED"])
+    run_script(launch.train.main)

@@ -1,0 +1,121 @@
+"""What the ranks agree on between two steps: to go on, to save, to stop, or that one of them cannot go on.
+
+One reduction of a few integers over the CPU's backend, so that no rank enters a step that another one will not: a rank
+without a batch, or with a disk that is full, would leave the others waiting in their next collective.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import RanksLost
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """True where it is so on any rank: it cannot go on; it was asked to stop; a checkpoint is due; one is being written."""
+
+    trouble: bool
+    stop: bool
+    due: bool
+    writing: bool
+
+
+def agree(trouble=False, stop=False, due=False, writing=False) -> Agreement:
+    """Called on all ranks at the same place."""
+    values = torch.tensor([trouble, stop, due, writing], dtype=torch.int32)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return Agreement(*map(bool, values.tolist()))
+
+
+class StopSignal:
+    """Within it, SIGTERM and SIGUSR1 (what schedulers send before they kill) are noted in place of ending the process."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.asked = True
+
+
+class Watchdog:
+    """Ends this process where `beat` is not called for so long: a collective that another rank or host left waits for ever on
+    some backends, and DeepSpeed's own groups wait half an hour whatever the configuration says."""
+
+    def __init__(self, seconds, what):
+        self._seconds, self._what = seconds, what
+        self._beaten, self._held, self._ended = time.monotonic(), 0, threading.Event()
+
+    def __enter__(self):
+        self.beat()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        self._thread.join()
+
+    def beat(self):
+        """There was progress."""
+        self._beaten = time.monotonic()
+
+    @contextlib.contextmanager
+    def held(self):
+        """No progress is expected in here (a report is drawn, a disk is written)."""
+        self._held += 1
+        yield
+        self._held -= 1
+        self.beat()
+
+    def _watch(self):
+        while not self._ended.wait(min(1.0, self._seconds / 4)):
+            waited = time.monotonic() - self._beaten
+            if not self._held and waited > self._seconds:
+                where = f"rank {os.environ.get('RANK', '0')}: no progress for {waited:.0f} s in {self._what()}"
+                print(f"error: {where}: {LOST}", file=sys.stderr, flush=True)
+                os._exit(RanksLost.status)
+
+
+LOST = (
+    "another rank or host is gone or hangs (its own lines say why, if it is there); the same command goes on from the last "
+    "checkpoint; timeout_minutes is how long a rank waits"
+)
+
+
+# gloo's errors have no class of their own, and reach Python from inside a backward too.
+_BACKEND_SAYS = ("gloo", "NCCL", "pair closure", "Connection closed by peer", "Connection reset", "Timed out waiting")
+
+
+@contextlib.contextmanager
+def ranks_lost():
+    """What a backend raises where its peers are gone becomes one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not ("torch/distributed/" in raised_in or any(word in text for word in _BACKEND_SAYS)):
+            raise
+        reason = " ".join(text.split("] ", 1)[-1].split())[:160]
+        raise RanksLost(f"rank {os.environ.get('RANK', '0')}: lost the others ({reason}): {LOST}", one_rank=True) from None
