@@ -213,7 +213,6 @@ def start_ours(setting, ranks, dataset):
 
     def step(batch):
         loss, _ = trainer.train_step(batch)
-        trainer.step += 1
         return loss
 
     return step

@@ -70,7 +70,10 @@ class ItemTable:
         """
         stored = self.scatter.stored(ids.to(self.device))
         length = torch.tensor([len(stored)], device=self.device)
+        updates = None if torch.is_grad_enabled() else self.updates
         self._looked_up = self._collection(KeyedJaggedTensor([_FEATURE], stored, lengths=length))[_FEATURE].values()
+        if updates is not None:
+            self.updates = updates  # FBGEMM counts when it looks up, also where nothing will be updated
         return self._looked_up.detach().requires_grad_(torch.is_grad_enabled())
 
     def update(self, gradient):

@@ -26,15 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from embeddings.storage import ShardCopy, load_shard
-from trainer.control import agree
+from trainer.control import agree, largest
 from trainer.dense import full_optimizer_state, full_state, restore_optimizer_state
 from trainer.errors import InputError
-from trainer.log import METRICS_FILE
+from trainer.log import HEADLINE, METRICS_FILE
 
 BEST, MANIFEST, STATE = "best.json", "manifest.json", "state.json"
 DENSE, OPTIMIZER = "dense.safetensors", "optimizer.safetensors"
 FORMAT_VERSION = 1
-_NAME = re.compile(r"step-\d{8,}")
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")  # a second one of the same step gets a number
+_PASSING = (".partial", ".removed")  # still written; on its way out
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self._last = None if last is None else replace(last)
         self._thread = self._error = None
+        if ranks.first:  # what a kill left, perhaps of another number of ranks, must not mix with what is written
+            for folder in self.folder.glob("step-*"):
+                if folder.suffix in _PASSING and _NAME.fullmatch(folder.stem):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def writing(self):
@@ -90,12 +96,20 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, engine, table, state: RunState):
-        """Copies everything to the host, and has it written. Only the copy, and a checkpoint still in flight, hold it up."""
+        """Copies everything to the host, and has it written. Only the copy, and a checkpoint still in flight, hold it up.
+
+        Where the best validation is of this step, state.best gets the folder's name.
+        """
         if self._last is not None and replace(self._last, seconds=state.seconds) == state:
             return  # it is there
         self.finish()
+        same = [_number(folder)[1] + 1 for folder in checkpoints(self.run) if _number(folder)[0] == state.step]
+        again = largest(max(same, default=0) if self.ranks.first else 0)  # hosts may see a shared disk late
+        name = f"step-{state.step:08d}" + (f"-{again}" if again else "")
+        if state.best is not None and state.best["step"] == state.step:
+            state.best = state.best | {"folder": f"checkpoints/{name}"}
         self._last = replace(state)
-        self._partial = self.folder / f"step-{state.step:08d}.partial"
+        self._partial = self.folder / f"{name}.partial"
         shard = ShardCopy(table)
         tensors = {DENSE: full_state(engine, self.ranks.first), OPTIMIZER: full_optimizer_state(engine, self.ranks.first)}
         metrics = self.run / METRICS_FILE
@@ -155,6 +169,8 @@ class Checkpoints:
 
     def _make_visible(self):
         parts = sorted(self._partial.glob("part-*.json"))
+        if len(parts) != self.ranks.world_size:
+            raise OSError(f"{len(parts)} of {self.ranks.world_size} ranks' files are there: run=DIR must be seen by all hosts")
         files = {}
         for part in parts:
             files |= json.loads(part.read_text())
@@ -162,16 +178,16 @@ class Checkpoints:
         for part in parts:
             part.unlink()
         _flush_folder(self._partial)
-        final = self._partial.with_suffix("")
-        _remove(final)
-        os.replace(self._partial, final)
+        os.replace(self._partial, self._partial.with_suffix(""))
         _flush_folder(self.folder)
         best = self._last.best
         if best is not None and best["step"] == self._last.step:
             write_json(self.run / BEST, best)
-        kept = {folder.name for folder in checkpoints(self.run)[: self.keep]} | {Path((best or {}).get("folder", "")).name}
-        for folder in self.folder.glob("step-*"):
-            if folder.name not in kept and _NAME.fullmatch(folder.stem):
+        # Of later steps there are only damaged ones: the run went back behind them.
+        own = [folder for folder in checkpoints(self.run) if _number(folder)[0] <= self._last.step]
+        kept = {folder.name for folder in own[: self.keep]} | {Path((best or {}).get("folder", "")).name}
+        for folder in checkpoints(self.run):
+            if folder.name not in kept:
                 _remove(folder)
 
 
@@ -179,7 +195,13 @@ def checkpoints(run: Path):
     """The run's checkpoints, newest first; those that are still written, or half removed, are none."""
     folder = run / "checkpoints"
     found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(folder):
+    """(step, 0 or the number of a later one of the same step)."""
+    step, again = _NAME.fullmatch(folder.name).groups(default="0")
+    return int(step), int(again)
 
 
 def newest(run: Path, ranks, say):
@@ -205,7 +227,7 @@ def verify(folder: Path, rank=0, ranks=1):
         manifest = json.loads((folder / MANIFEST).read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
         expected = {str(name): (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except _UNREADABLE:
         raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
     if version != FORMAT_VERSION:
         raise Damaged(f"{folder / MANIFEST} has format_version {version}, this program reads {FORMAT_VERSION}")
@@ -213,7 +235,7 @@ def verify(folder: Path, rank=0, ranks=1):
     if found != expected.keys():
         odd = sorted(found ^ expected.keys())[0]
         raise Damaged(f"{folder / Path(odd).name} is {'not in the manifest' if odd in found else 'missing'}")
-    if missing := {STATE, DENSE, OPTIMIZER} - found:
+    if missing := {STATE, DENSE, OPTIMIZER, METRICS_FILE} - found:
         raise Damaged(f"{folder / min(missing)} is missing, in the manifest too")
     for number, (name, (size, checksum)) in enumerate(sorted(expected.items())):
         file = folder / name
@@ -245,7 +267,7 @@ def read_state(folder: Path):
             raise Damaged(f"{file}: its configuration or dataset is missing")
         _folder_of(folder.parent.parent, given["best"]) if given["best"] is not None else None
         return facts | {"state": RunState(**given)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise Damaged(f"{file} cannot be used ({' '.join(str(error).split())})") from None
 
 
@@ -267,7 +289,7 @@ def load_best(run: Path, model, table, ranks):
     try:
         best = json.loads((run / BEST).read_text())
         folder = _folder_of(run, best)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except _UNREADABLE:
         raise InputError(f"{run}: holds no finished model ({BEST} is missing or unreadable): train first") from None
     damage = None
     try:
@@ -309,9 +331,12 @@ class _reading:
 
 
 def _folder_of(run, best):
-    """The folder that a best.json names, which lies in the run."""
+    """The folder that a best.json names, which lies in the run. Raises ValueError where it is no such record."""
+    kinds = {"folder": str, "step": int, "epoch": int, HEADLINE: (int, float)}
+    if best.keys() != kinds.keys() or not all(isinstance(best[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"{best} is no best validation")
     place, _, name = best["folder"].partition("/")
-    if place != "checkpoints" or not _NAME.fullmatch(name) or not isinstance(best["step"], int):
+    if place != "checkpoints" or not _NAME.fullmatch(name):
         raise ValueError(f"{best['folder']} is no checkpoint's name")
     return run / place / name
 
@@ -320,9 +345,8 @@ def _remove(folder):
     """Out of sight first: a folder that is half removed must not be taken for a torn checkpoint."""
     if folder.exists():
         gone = folder.with_suffix(".removed")
-        if gone != folder:
-            shutil.rmtree(gone, ignore_errors=True)
-            os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -94,7 +94,7 @@ def flat(config: RunConfig) -> dict:
     found = {}
 
     def walk(value, key):
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             for name, inner in value.items():
                 walk(inner, f"{key}.{name}" if key else str(name))
         else:

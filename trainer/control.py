@@ -38,6 +38,13 @@ def agree(trouble=False, stop=False, due=False, writing=False) -> Agreement:
     return Agreement(*map(bool, values.tolist()))
 
 
+def largest(value: int) -> int:
+    """The largest of the ranks' values. Called on all ranks at the same place."""
+    found = torch.tensor([value])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 class StopSignal:
     """Within it, SIGTERM and SIGUSR1 (what schedulers send before they kill) are noted in place of ending the process."""
 

@@ -58,6 +58,9 @@ def restore_optimizer_state(engine, state):
     for parameter_name, parameter in _trained(engine):
         for name in names:
             value = state[f"{parameter_name}{_SEPARATOR}{name}"].to(engine.device)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if value.shape != shape:
+                raise ValueError(f"the optimizer's {name} of {parameter_name} is {list(value.shape)}, not {list(shape)}")
             if stage == 0:
                 optimizer.state[parameter][name].copy_(value)
             elif stage < 3:

@@ -17,7 +17,7 @@ from trainer.data.stream import Plan, TrainBatches, ready
 from trainer.distributed import Ranks
 from trainer.errors import InputError, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
-from trainer.log import METRICS_FILE, RunLog, evaluation_table, skipped_sentence
+from trainer.log import HEADLINE, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.meters import IntervalMeter
 from trainer.report import write_report
 from trainer.start import find_start, leave_nothing, run_folder
@@ -192,19 +192,18 @@ class TrainingRun:
             self._tell(ranking.reasons)
             record = evaluation_record("validation", dataset, ranking, **where)
             self.log.evaluation(record)
-            value = record["mean"]["NDCG@10"] or 0.0
+            value = record["mean"][HEADLINE] or 0.0
             state.validated = state.step
-            if state.best is None or value > state.best["NDCG@10"]:
-                folder = f"checkpoints/step-{state.step:08d}"
-                state.best, state.since_best = {"folder": folder, "step": state.step, "epoch": epoch, "NDCG@10": value}, 0
+            if state.best is None or value > state.best[HEADLINE]:
+                state.best, state.since_best = {"step": state.step, "epoch": epoch, HEADLINE: value}, 0  # save names its folder
             else:
                 state.since_best += 1
         last = state.step == self.trainer.total_steps
         if state.since_best == 0 or last or self._epoch_ends(self.config.checkpoint.every_epochs):
             self._save()
         if self._ended() and not last:
-            best = state.best["NDCG@10"]
-            self.log.message(f"stopped early: {state.since_best} validations without a better mean NDCG@10 than {best:.4f}")
+            best = state.best[HEADLINE]
+            self.log.message(f"stopped early: {state.since_best} validations without a better mean {HEADLINE} than {best:.4f}")
 
     def _between_rankings(self, done, total):
         self.watchdog.beat()

@@ -66,6 +66,8 @@ def supervise(max_restarts, pause=2.0):
     for attempt in range(max_restarts + 1):
         given = sys.argv[1:] if attempt == 0 else arguments
         child = subprocess.Popen([sys.executable, sys.argv[0], *given], env=os.environ | {_UNDER_SUPERVISION: "1"})
+        if stopped:  # asked between two lines
+            child.terminate()
         status = child.wait()
         if status in _NOT_AGAIN or stopped or attempt == max_restarts:
             break
@@ -73,4 +75,6 @@ def supervise(max_restarts, pause=2.0):
         again = f"restart {attempt + 1} of {max_restarts}"
         print(f"rank {rank}: ended with {how}; {again} in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause)
+        if stopped:
+            break
     sys.exit(status if status >= 0 else 128 - status)

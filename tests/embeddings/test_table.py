@@ -9,7 +9,7 @@ import torch
 
 from embeddings.config import TableConfig
 from embeddings.optimizers import fused_params
-from embeddings.storage import load_shard, save_shard
+from embeddings.storage import ShardCopy, load_shard
 from embeddings.table import ItemTable
 from tests.alone import group_of_one
 from tests.embeddings import worker
@@ -46,7 +46,7 @@ def group():
 def adagrad(start):
     """Row-wise Adagrad in float64: one accumulator a row, of the mean squared gradient summed over a row's duplicates."""
     weights, squares = start.astype(np.float64), np.zeros(len(start))
-    for number, rate in enumerate(RATES):
+    for number, rate in enumerate([*RATES, RATES[-1]]):  # the last is the one after it was saved
         ids, gradient = step(number)
         total = np.zeros_like(weights)
         np.add.at(total, ids, gradient.astype(np.float64))
@@ -68,15 +68,33 @@ def test_any_number_of_ranks_starts_from_the_same_rows(results, ranks):
 def test_updates_are_those_of_a_dense_table(results, ranks):
     """Gradients are sums over ranks and duplicates; the third update is at a rate that was set anew."""
     for number, expected in enumerate(adagrad(results[1]["start"])):
-        found = results[ranks][f"after_{number}"]
+        found = results[ranks][f"after_{number}" if number < len(RATES) else "next"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
         untouched = np.setdiff1d(np.arange(ROWS), np.concatenate([step(n)[0] for n in range(number + 1)]))
         np.testing.assert_array_equal(found[untouched], results[1]["start"][untouched])
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (2, 2), (2, 3), (1, 1), (1, 3), (3, 3)])
+MOVES = pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (2, 2), (2, 3), (1, 1), (1, 3), (3, 3)])
+
+
+@MOVES
 def test_any_number_of_ranks_loads_what_another_saved(results, saved, loaded):
+    """As it was when it was copied: the table went on before it was written."""
     np.testing.assert_array_equal(results[loaded][f"from_saved-{saved}"], results[saved]["after_2"])
+    assert not np.array_equal(results[saved]["after_2"], results[saved]["next"])
+
+
+@MOVES
+def test_the_fused_optimizers_state_comes_along(results, saved, loaded):
+    """The next update is the one that the saver made; to the bit at its number of ranks, elsewhere sums are rounded anew."""
+    found, expected = results[loaded], results[saved]
+    for name in ("momentum1", "updates"):
+        np.testing.assert_array_equal(found[f"state_{name}_from_saved-{saved}"], expected[f"state_{name}"])
+    assert expected["state_updates"] > 0 and np.count_nonzero(expected["state_momentum1"]) > 100
+    following = found[f"next_from_saved-{saved}"]
+    if saved == loaded:
+        np.testing.assert_array_equal(following, expected["next"])
+    np.testing.assert_allclose(following, expected["next"], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "partial_rowwise_adam"])
@@ -107,19 +125,72 @@ def test_other_optimizers_step_as_their_definition(group, optimizer):
     torch.testing.assert_close(table(ids).detach(), expected)
 
 
-def table_of(rows, dim=4):
-    return ItemTable(rows, dim, TableConfig(), 0, "cpu")
+def table_of(rows=10, dim=4, optimizer="auto", seed=0):
+    return ItemTable(rows, dim, TableConfig(optimizer=optimizer, learning_rate=0.5), seed, "cpu")
 
 
-def test_a_table_of_another_size_is_not_loaded(group, tmp_path):
-    save_shard(table_of(10), tmp_path)
-    with pytest.raises(ValueError, match=r"table-00000-of-00001\.safetensors: holds a table of 10 rows, this one has 12"):
-        load_shard(table_of(12), tmp_path)
+def update(table):
+    table(torch.tensor([3, 7, 3]))
+    table.update(torch.randn(3, table.dim, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_a_copy_is_of_the_moment_it_was_made(group, tmp_path, optimizer):
+    """And a table that loads it goes on as the one that was copied, with every optimizer."""
+    table, other = table_of(optimizer=optimizer), table_of(optimizer=optimizer, seed=1)
+    update(table)
+    copy = ShardCopy(table)
+    expected = {name: tensor.clone() for name, tensor in table.shard()[1].items()}
+    update(table)
+    copy.write(tmp_path)
+    load_shard(other, tmp_path)
+    found = other.shard()[1]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    update(other)
+    assert other.updates == table.updates
+    assert all(torch.equal(other.shard()[1][name], tensor) for name, tensor in table.shard()[1].items())
+
+
+def test_looking_up_for_a_validation_is_no_update(group):
+    """Adam's bias correction counts updates, and a run that validates once more is no other run."""
+    table = table_of(optimizer="rowwise_adagrad")
+    for count in (1, 2):
+        update(table)
+        assert table.updates == count
+        with torch.no_grad():
+            table(torch.tensor([1, 2]))
+        assert table.updates == count
+
+
+def test_a_table_without_optimizer_state_takes_the_rows_alone(group, tmp_path):
+    """For evaluation, whatever it was trained with."""
+    table, other = table_of(optimizer="adagrad"), table_of(optimizer="sgd", seed=1)
+    update(table)
+    ShardCopy(table).write(tmp_path)
+    load_shard(other, tmp_path)
+    assert other.shard()[1].keys() == {"weight"} and torch.equal(other.shard()[1]["weight"], table.shard()[1]["weight"])
+
+
+FILE = r"table-00000-of-00001\.safetensors"
+OTHERS = {
+    "rows": ({"rows": 10}, {"rows": 12}, f"{FILE}: holds a table of 10 rows, this one has 12"),
+    "dim": ({"dim": 4}, {"dim": 8}, rf"{FILE}: weight is \[10, 4\], this table has rows of \[8\]"),
+    "no state": ({"optimizer": "sgd"}, {}, f"{FILE}: lacks the optimizer's momentum1: it is of another optimizer"),
+    "wider state": ({"optimizer": "adagrad"}, {}, rf"{FILE}: momentum1 is \[10, 4\], this table has rows of \[\]"),
+    "narrower state": ({}, {"optimizer": "adagrad"}, rf"{FILE}: momentum1 is \[10\], this table has rows of \[4\]"),
+}
+
+
+@pytest.mark.parametrize(("saved", "loaded", "message"), OTHERS.values(), ids=OTHERS)
+def test_another_table_is_not_loaded(group, tmp_path, saved, loaded, message):
+    ShardCopy(table_of(**saved)).write(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_shard(table_of(**loaded), tmp_path)
 
 
 def test_a_table_with_rows_missing_is_not_loaded(group, tmp_path):
     with pytest.raises(ValueError, match="table files hold 0 of the 10 rows of rank 0"):
-        load_shard(table_of(10), tmp_path)
+        load_shard(table_of(), tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("learning_rate", 0), ("eps", 0), ("init_std", -1), ("beta1", 1), ("beta2", -0.1)])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.config import TableConfig
-from embeddings.storage import load_shard, save_shard
+from embeddings.storage import ShardCopy, load_shard
 from embeddings.table import ItemTable
 from trainer import distributed
 from trainer.process import run_script
@@ -32,7 +32,7 @@ def step(number):
 def share(number, ids, rank, ranks):
     """Which of a step's ids a rank looks up: dealt in turn; all on the first rank; one on each other rank."""
     place = np.arange(len(ids))
-    owner = [place % ranks, np.zeros_like(place), np.where(place < ranks, place, 0)][number]
+    owner = [place % ranks, np.zeros_like(place), np.where(place < ranks, place, 0)][number % 3]
     return owner == rank
 
 
@@ -47,6 +47,16 @@ def everything(table, rank):
     return whole[-1].numpy()
 
 
+def state(table):
+    """What the fused optimizer keeps of each stored row, of all ranks in order, and how often it has stepped."""
+    first, tensors = table.shard()
+    assert tensors.keys() == {"weight", "momentum1"} and tensors["weight"].shape == (len(tensors["momentum1"]), DIM)
+    whole = torch.zeros(ROWS)
+    whole[first : first + len(tensors["momentum1"])] = tensors["momentum1"]
+    dist.all_reduce(whole)
+    return {"momentum1": whole.numpy(), "updates": table.updates}
+
+
 def main(output, *saved):
     """All of it, in a process group that is there."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -55,16 +65,8 @@ def main(output, *saved):
     results["start"] = everything(table, rank)
     results["other_seed"] = everything(ItemTable(ROWS, DIM, CONFIG, SEED + 1, "cpu"), rank)
     for number, rate in enumerate(RATES):
-        ids, gradient = step(number)
-        own = share(number, ids, rank, ranks)
-        table.set_learning_rate(rate)
-        vectors = table(torch.from_numpy(ids[own]))
-        assert vectors.requires_grad
-        expected = torch.from_numpy(everything_before(results, number)[ids[own]])
-        torch.testing.assert_close(vectors.detach(), expected, rtol=0, atol=0)
-        # The loss of a rank carries the number of ranks, so that its mean over ranks is the global one.
-        vectors.backward(ranks * torch.from_numpy(gradient[own]))
-        table.update(vectors.grad)
+        looked_up, ids = make_step(table, number, rate)
+        np.testing.assert_array_equal(looked_up, everything_before(results, number)[ids])
         results[f"after_{number}"] = everything(table, rank)
     if ranks == 3:  # two rows each: the last rank would have none
         with pytest.raises(ValueError, match="a table of 4 rows leaves some of 3 ranks without one"):
@@ -74,15 +76,37 @@ def main(output, *saved):
     if rank == 0:
         folder.mkdir()
     dist.barrier()
-    save_shard(table, folder)
+    copy = ShardCopy(table)
+    results |= {f"state_{name}": value for name, value in state(table).items()}
+    make_step(table, len(RATES), RATES[-1])  # while it is written
+    results["next"] = everything(table, rank)
+    assert copy.write(folder) == f"table-{rank:05d}-of-{ranks:05d}.safetensors"
     dist.barrier()
     for other in (folder, *saved):
         loaded = ItemTable(ROWS, DIM, CONFIG, SEED + 2, "cpu")
         load_shard(loaded, other)
+        results |= {f"state_{name}_from_{other.name}": value for name, value in state(loaded).items()}
         results[f"from_{other.name}"] = everything(loaded, rank)
+        make_step(loaded, len(RATES), RATES[-1])
+        results[f"next_from_{other.name}"] = everything(loaded, rank)
     if rank == 0:
         np.savez(output / f"ranks-{ranks}.npz", **results)
     dist.barrier()
+
+
+def make_step(table, number, rate):
+    """This rank's part of a step; the vectors that it looked up before, and their rows."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ids, gradient = step(number)
+    own = share(number, ids, rank, ranks)
+    table.set_learning_rate(rate)
+    vectors = table(torch.from_numpy(ids[own]))
+    assert vectors.requires_grad
+    before = vectors.detach().clone()
+    # The loss of a rank carries the number of ranks, so that its mean over ranks is the global one.
+    vectors.backward(ranks * torch.from_numpy(gradient[own]))
+    table.update(vectors.grad)
+    return before.numpy(), ids[own]
 
 
 def everything_before(results, number):

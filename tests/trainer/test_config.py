@@ -48,7 +48,7 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(tmp_path, override, all
 
 
 BAD_VALUES = {
-    "global_batch_size": "0", "epochs": "0 1.5 ten null true", "seed": "-1", "max_steps": "-1", "timeout_minutes": "0",
+    "global_batch_size": "0", "epochs": "0 1.5 ten null true", "seed": "-1", "max_steps": "-1", "timeout_minutes": "0 inf nan",
     "model": "3 null", "model.dim": "0 x", "model.norm": "middle", "model.dropout": "1 nan", "model.eta": "2",
     "model.cross_experts": "9", "model.heads": "3", "model.loss": "hinge", "model.mutual_information": "maybe",
     "table.optimizer": "adamw off", "table.learning_rate": "0 nan inf", "table.beta1": "1",
@@ -57,7 +57,9 @@ BAD_VALUES = {
     "negatives.per_target": "0", "negatives.shared": "-1",
     "stream.workers": "-1", "stream.prefetch": "0", "stream.verify": "perhaps",
     "evaluation.negatives": "0", "evaluation.batch_size": "0", "evaluation.patience": "-1",
-    "log.every": "0", "deepspeed": "3",
+    "log.every": "0", "deepspeed": "3", "stream.damaged": "ignore",
+    "checkpoint.every_steps": "-1 0.5", "checkpoint.every_minutes": "-1 inf", "checkpoint.every_epochs": "-1",
+    "checkpoint.keep": "0",
 }  # fmt: skip
 BAD_VALUES = [f"{key}={value}" for key, values in BAD_VALUES.items() for value in values.split()]
 
@@ -93,6 +95,15 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_what_yaml_or_omegaconf_cannot_read_is_one_line_too(override):
     assert override.split("=")[0] in refusal(override)
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system"])
+def test_yaml_that_asks_for_code_is_refused_and_runs_nothing(tmp_path, tag):
+    made = tmp_path / "made"
+    attack = f"!!{tag} ['touch {made}']"
+    assert "hostile.yaml" in refusal(files=[write(tmp_path, f"data: {attack}\n", "hostile.yaml")])
+    assert "deepspeed.a" in refusal(f"deepspeed.a={attack}")
+    assert not made.exists()
 
 
 def test_later_files_and_then_overrides_win(tmp_path):
