@@ -111,7 +111,9 @@ LOST = (
 
 
 # gloo's errors have no class of their own, and reach Python from inside a backward too.
-_BACKEND_SAYS = ("gloo", "NCCL", "pair closure", "Connection closed by peer", "Connection reset", "Timed out waiting")
+_BACKEND_SAYS = (
+    "gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "timed out"
+)  # fmt: skip
 
 
 @contextlib.contextmanager

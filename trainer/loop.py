@@ -15,7 +15,7 @@ from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
 from trainer.data.stream import Plan, TrainBatches, ready
 from trainer.distributed import Ranks
-from trainer.errors import InputError, Stopped
+from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.log import HEADLINE, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.meters import IntervalMeter
@@ -114,15 +114,18 @@ class TrainingRun:
                 self._validate()
             while not self._ended():
                 fed = self._next(stream)
-                loss, report = self.trainer.train_step(fed.batch)
+                try:
+                    loss, report = self.trainer.train_step(fed.batch)
+                except NotFinite:  # on all ranks: what is being written was good
+                    self._finish()
+                    raise
                 self.state.step = self.trainer.step
                 self._note(fed, loss, report)
                 if self._validation_due():
                     self._validate()
                 elif self._epoch_ends(config.checkpoint.every_epochs):
                     self._save()
-            with self.watchdog.held():
-                self.checkpoints.finish()
+            self._finish()
 
     def _next(self, stream):
         """What this rank is fed next. Before that the ranks agree: all go on, or save first, or stop, or none goes on."""
@@ -138,6 +141,7 @@ class TrainingRun:
         self.watchdog.beat()
         self.checkpoints.settle(agreed.writing)
         if agreed.trouble:
+            self._finish()
             raise refusal or InputError("another rank cannot go on; its own line says why")
         if agreed.stop:
             self._stop()
@@ -222,10 +226,13 @@ class TrainingRun:
             self.checkpoints.save(self.trainer.engine, self.trainer.table, self.state)
         self._saved_at = time.monotonic()
 
-    def _stop(self):
-        self._save()
+    def _finish(self):
         with self.watchdog.held():
             self.checkpoints.finish()
+
+    def _stop(self):
+        self._save()
+        self._finish()
         raise Stopped(f"stopped after step {self.state.step}, as asked; its checkpoint is written, the same command goes on")
 
     def _seconds(self):

@@ -25,7 +25,7 @@ def damaged(dataset, tmp_path):
 
 def test_it_stops_both_ranks_with_one_line_and_no_trace(damaged, tmp_path):
     folder, shard = damaged
-    done = train(2, folder, tmp_path / "run", "max_steps=40", status=2)
+    done = train(2, folder, tmp_path / "run", "max_steps=40", status=(2,))
     assert f"{shard}: its sha256 is not the one in dataset.json" in done.stderr
     assert "Traceback" not in done.stderr and "lost the others" not in done.stderr
     assert not (tmp_path / "run").exists()
