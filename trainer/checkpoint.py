@@ -305,9 +305,14 @@ def load_best(run: Path, model, table, ranks):
 
 
 def write_json(file: Path, value):
+    """`write_text` of a value as JSON."""
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(file: Path, text):
     """Written beside, flushed and moved over: a reader, and a crash, see the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(text)
     _flush(partial)
     os.replace(partial, file)
     _flush_folder(file.parent)
@@ -360,6 +365,7 @@ def _copy_start(source, target, size):
 
 def _flushed(file):
     """Flushes a file to disk; its manifest entry."""
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors' own files are for their owner alone
     _flush(file)
     return {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
 

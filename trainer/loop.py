@@ -1,5 +1,6 @@
 """The training run: steps, validations, log lines and checkpoints in order; begun, gone on with, stopped and tested."""
 
+import contextlib
 import errno
 import importlib.metadata
 import sys
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from syncrec.model import SyNCRec
-from trainer.checkpoint import Checkpoints, RunState, load_best
+from trainer.checkpoint import Checkpoints, RunState, load_best, write_text
 from trainer.config import RunConfig, flat, to_yaml
 from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
@@ -33,6 +34,11 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     Returns the test record. Raises InputError where something given cannot be used (before anything is written, if it can be
     seen then), NotFinite, and Stopped.
     """
+    with _full_disk_is_an_input_error(config.run):
+        return _train(config, ranks, fresh, accept_changes)
+
+
+def _train(config, ranks, fresh, accept_changes):
     if not config.data:
         raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
     dataset = Dataset.load(config.data, check_shards=config.stream.damaged == "stop")
@@ -44,9 +50,9 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     try:
         if ranks.first:
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(to_yaml(config))
+            write_text(run / "config.yaml", to_yaml(config))
             if checkpoint is not None:
-                (run / METRICS_FILE).write_bytes((checkpoint / METRICS_FILE).read_bytes())
+                write_text(run / METRICS_FILE, (checkpoint / METRICS_FILE).read_text())
         names = [domain.name for domain in dataset.domains]
         resume_step = None if checkpoint is None else state.step
         with RunLog(run, trainer.total_steps, names, config.log.tensorboard, ranks.first, resume_step) as log:
@@ -64,6 +70,15 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
         if type(error) is InputError and ranks.first:
             leave_nothing(run)  # what cannot begin is in the way of the next try
         raise
+    if ranks.first:
+        print(f"report: {write_report(run)}", flush=True)
+    return record
+
+
+@contextlib.contextmanager
+def _full_disk_is_an_input_error(run):
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -71,9 +86,6 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
             f"{error.filename or run}: {error.strerror}: make room, and the same command goes on from the last checkpoint",
             one_rank=True,
         ) from None
-    if ranks.first:
-        print(f"report: {write_report(run)}", flush=True)
-    return record
 
 
 class TrainingRun:

@@ -8,6 +8,7 @@ from trainer.checkpoint import BEST, Damaged, RunState, checkpoints, newest, ver
 from trainer.config import RunConfig, flat
 from trainer.control import agree
 from trainer.errors import InputError
+from trainer.log import METRICS_FILE
 
 # What may differ when a run goes on: it changes where things lie, how fast they go, or how far, not what a step does.
 MAY_CHANGE = (
@@ -114,6 +115,12 @@ def _shown(values, key):
 
 
 def leave_nothing(run: Path):
-    """Takes away what a run that could not begin has written; a checkpoint or a model stays."""
-    if not checkpoints(run) and not (run / BEST).exists():
-        shutil.rmtree(run, ignore_errors=True)
+    """Takes away what a run that could not begin has written, and nothing else; a checkpoint or a model stays."""
+    if checkpoints(run) or (run / BEST).exists() or not run.is_dir():
+        return
+    for name in ("config.yaml", METRICS_FILE):
+        (run / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "checkpoints"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    if not any(run.iterdir()):
+        run.rmdir()

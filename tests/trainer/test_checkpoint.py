@@ -709,3 +709,12 @@ def test_a_fault_of_the_program_is_no_full_disk(run, monkeypatch):
 def test_bad_values_name_the_key(key, value, way_out):
     with pytest.raises(ValueError, match=rf"checkpoint\.{key} is {value}: {re.escape(way_out)}"):
         CheckpointConfig(**{key: value})
+
+
+def test_who_may_read_the_folder_may_read_its_files(run):
+    trainer = run.trainer()
+    writer = run.checkpoints()
+    writer.save(trainer.engine, trainer.table, RunState(5, 5))
+    writer.finish()
+    folder = run.folder / "checkpoints/step-00000005"
+    assert {file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")} == {folder.stat().st_mode & 0o666}
