@@ -151,14 +151,14 @@ def unfinished(trained, folder):
 def table_file_missing(trained, folder):
     shutil.copytree(trained, folder / "run")
     next((folder / "run").glob("checkpoints/*/table-*")).unlink()
-    return ["--run", folder / "run"], "table files hold 0"
+    return ["--run", folder / "run"], "table-00000-of-00001.safetensors is missing"
 
 
 def dense_file_cut_short(trained, folder):
     shutil.copytree(trained, folder / "run")
     file = next((folder / "run").glob("checkpoints/*/dense*"))
     file.write_bytes(file.read_bytes()[:-10])
-    return ["--run", folder / "run"], "cannot be read"
+    return ["--run", folder / "run"], "bytes, the manifest says"
 
 
 def another_dataset(trained, folder):
