@@ -53,6 +53,7 @@ from torch.multiprocessing import ProcessExitedException, spawn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
+from benchmarks.options import positive
 from benchmarks.workload import dataset_of, draw
 from syncrec.batch import build_batch
 from syncrec.config import ModelConfig
@@ -114,9 +115,9 @@ def main():
 def parse(arguments=None):
     """The command line; `--short` settles what was not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=_positive, nargs="+", help="rows of the table (1000000 10000000)")
-    parser.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2], help="local processes (1 2)")
-    parser.add_argument("--repeats", type=_positive, help="how often each is saved and loaded (3)")
+    parser.add_argument("--rows", type=positive, nargs="+", help="rows of the table (1000000 10000000)")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="local processes (1 2)")
+    parser.add_argument("--repeats", type=positive, help="how often each is saved and loaded (3)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are written")
     parser.add_argument("--output", "--json", type=Path, help="the JSON (checkpoint.json beside this script, --short: none)")
     parser.add_argument("--short", action="store_true", help="100000 rows, 1 repeat")
@@ -138,13 +139,6 @@ def parse(arguments=None):
             f"{free / 1e9:.1f} GB are free: make room, or give a folder on another disk"
         )
     return options
-
-
-def _positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: give at least 1")
-    return number
 
 
 def table_bytes(rows):

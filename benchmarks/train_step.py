@@ -32,6 +32,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import flops, machine
+from benchmarks.options import positive
 from benchmarks.padded import PaddedSyNCRec, pad_batch
 from benchmarks.workload import dataset_of, draw
 from syncrec.batch import build_batch, move
@@ -96,11 +97,11 @@ def main():
 def parse(arguments=None):
     """The command line; `--short` and the loss settle what was not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=_positive, nargs="+", help="numbers of items (100000 1000000 10000000)")
-    parser.add_argument("--steps", type=_positive, help="steps that are timed (10)")
-    parser.add_argument("--warmup", type=_positive, help="steps before them (3)")
+    parser.add_argument("--items", type=positive, nargs="+", help="numbers of items (100000 1000000 10000000)")
+    parser.add_argument("--steps", type=positive, help="steps that are timed (10)")
+    parser.add_argument("--warmup", type=positive, help="steps before them (3)")
     parser.add_argument("--loss", default="bpr", choices=["bpr", "bpr_probability", "bce", "sampled_softmax"])
-    parser.add_argument("--shared", type=_positive, help="negatives that a domain's targets share (else one each)")
+    parser.add_argument("--shared", type=positive, help="negatives that a domain's targets share (else one each)")
     parser.add_argument("--json", type=Path, help="the file (train_step.json beside this script, with --short none)")
     parser.add_argument("--short", action="store_true", help="100000 items, 3 steps after 1")
     options = parser.parse_args(arguments)
@@ -114,13 +115,6 @@ def parse(arguments=None):
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
     return options
-
-
-def _positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: give at least 1")
-    return number
 
 
 def plan(options):

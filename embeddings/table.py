@@ -119,8 +119,8 @@ class ItemTable:
         return embedding.emb_module
 
     def _fill(self, std, seed):
-        first, weights = self.shard()
-        weights = weights["weight"]
+        first, tensors = self.shard()
+        weights = tensors["weight"]
         generator = torch.Generator()
         for block in range(first // _INIT_BLOCK, -(-(first + len(weights)) // _INIT_BLOCK)):
             generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)

@@ -91,9 +91,11 @@ class Watchdog:
     def held(self):
         """No progress is expected in here (a report is drawn, a disk is written)."""
         self._held += 1
-        yield
-        self._held -= 1
-        self.beat()
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self.beat()
 
     def _watch(self):
         while not self._ended.wait(min(1.0, self._seconds / 4)):

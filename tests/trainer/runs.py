@@ -1,8 +1,10 @@
 """Small runs in this process: a trainer, its checkpoints, and everything that they have to hold."""
 
 import contextlib
+import copy
 import json
 import os
+import shutil
 
 import deepspeed
 import torch
@@ -53,6 +55,13 @@ class SmallRun:
         self.ranks, self.folder = ranks, folder / "run"
         self.dataset = write_dataset(folder / "data", draw_histories(20))
         self.config = self.configured(*settings)
+
+    def copied(self, folder):
+        """The same with a copy of the run's folder, for a test to spoil."""
+        own = copy.copy(self)
+        own.folder = folder
+        shutil.copytree(self.folder, own.folder)
+        return own
 
     def configured(self, *settings):
         return load_config([], [f"data={self.dataset.folder}", f"run={self.folder}", *SETTINGS, *settings])

@@ -1,11 +1,9 @@
-import copy
 import errno
 import io
 import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -112,10 +110,7 @@ def pristine(group, tmp_path_factory):
 @pytest.fixture
 def run(pristine, tmp_path):
     """A copy, for one test."""
-    own = copy.copy(pristine)
-    own.folder = tmp_path / "run"
-    shutil.copytree(pristine.folder, own.folder)
-    return own
+    return pristine.copied(tmp_path / "run")
 
 
 def folders(run):

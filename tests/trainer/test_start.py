@@ -74,10 +74,7 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def run(pristine, tmp_path):
     """A copy, for one test."""
-    own = copy.copy(pristine)
-    own.folder = tmp_path / "run"
-    shutil.copytree(pristine.folder, own.folder)
-    return own
+    return pristine.copied(tmp_path / "run")
 
 
 def start(run, *settings, **options):
