@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
 
+from trainer.data.dataset import USERS
 from trainer.errors import InputError
 
 
@@ -44,13 +45,13 @@ def read_candidates(dataset, file):
             raise InputError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
         items = " UNION ALL ".join(
             f"SELECT {number} AS domain, item_id::VARCHAR AS item_id, row "
-            f"FROM read_parquet({_quoted(dataset.folder / d.vocabulary)})"
+            f"FROM read_parquet({_quoted(dataset.local(d.vocabulary))})"
             for number, d in enumerate(dataset.domains)
         )
         engine.execute(f"CREATE TABLE items AS {items}")
         engine.execute("CREATE TABLE domains (domain INTEGER, name VARCHAR)")
         engine.executemany("INSERT INTO domains VALUES (?, ?)", [[i, d.name] for i, d in enumerate(dataset.domains)])
-        users = f"read_parquet({_quoted(dataset.folder / 'users.parquet')})"
+        users = f"read_parquet({_quoted(dataset.local(USERS))})"
         _refuse(
             engine,
             file,
@@ -144,7 +145,7 @@ class ResultWriter:
         if self.ranks.first:
             partial = self.file.with_name(self.file.name + ".partial")
             parts = [self._part(rank) for rank in range(self.ranks.world_size)]
-            users = _quoted(self.dataset.folder / "users.parquet")
+            users = _quoted(self.dataset.local(USERS))
             try:
                 with duckdb.connect() as engine:
                     engine.execute(

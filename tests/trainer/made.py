@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.dataset import SPLIT_LENGTH, Dataset, Domain, Shard
+from trainer.data.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, USERS, Dataset, Domain, File, Shard
 from trainer.data.shards import Block, write_shard
 
 ROOM = 3  # rows that a domain keeps for later items
@@ -21,23 +21,25 @@ def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_use
     for name in ("shards", "vocabulary"):
         (folder / name).mkdir(parents=True)
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
+    rows = int(starts[-1] + items[-1] + ROOM)
     shards = []
     for number, (first, last) in enumerate(zip([0, *cuts], [*cuts, len(histories)], strict=True)):
         name = f"shards/{number:06d}.tar"
-        size, sha256 = write_shard(folder / name, _blocks(histories, first, last, block_users))
+        size, sha256 = write_shard(folder / name, first, rows, _blocks(histories, first, last, block_users))
         interactions = sum(len(history) for history in histories[first:last])
         shards.append(Shard(name, last - first, first, interactions, size, sha256))
-    counts = np.zeros(starts[-1] + items[-1] + ROOM, np.int64)
-    for history in histories:
-        np.add.at(counts, np.asarray(history[:-2] if len(history) >= SPLIT_LENGTH else history, np.int64), 1)
+    training = [np.asarray(h[:-2] if len(h) >= SPLIT_LENGTH else h, np.int64) for h in histories]
+    counts = np.bincount(np.concatenate(training), minlength=rows)
+    lengths_UD = [np.bincount(np.searchsorted(starts, part, side="right") - 1, minlength=len(items)) for part in training]
+    np.save(folder / LENGTHS, np.array(lengths_UD).astype(LENGTHS_DTYPE))
     domains = []
     for number, (start, count) in enumerate(zip(starts, items, strict=True)):
-        name, rows = f"vocabulary/{number}.parquet", np.arange(start, start + count)
+        name, own = f"vocabulary/{number}.parquet", np.arange(start, start + count)
         ids = item_ids[number] if item_ids else [f"d{number}-{item}" for item in range(count)]
-        pq.write_table(pa.table({"item_id": ids, "row": rows, "count": counts[rows]}), folder / name)
+        pq.write_table(pa.table({"item_id": ids, "row": own, "count": counts[own]}), folder / name)
         domains.append(Domain(f"domain {number}", int(start), count, count + ROOM, 0, 0, {}, name))
     users = np.arange(len(histories))
-    pq.write_table(pa.table({"user_id": user_ids or [f"u{user}" for user in users], "user": users}), folder / "users.parquet")
+    pq.write_table(pa.table({"user_id": user_ids or [f"u{user}" for user in users], "user": users}), folder / USERS)
     lengths = [len(history) for history in histories]
     dataset = Dataset(
         folder=folder,
@@ -50,6 +52,7 @@ def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_use
         streams=streams,
         domains=tuple(domains),
         shards=tuple(shards),
+        files=tuple(File.of(folder, name) for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))),
     )
     dataset.save()
     return Dataset.load(folder)
@@ -91,8 +94,8 @@ def spoil_block(dataset, shard, block):
     path = dataset.folder / dataset.shards[shard].name
     content = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
-        member = tar.getmember(f"{path.stem}-{block:06d}.items.npy")
-    content[member.offset_data + member.size - 4] ^= 1
+        member = tar.getmember(f"{path.stem}-{block:06d}.items.low.npy")
+    content[member.offset_data + member.size - 2] ^= 1
     path.write_bytes(content)
 
 
@@ -100,4 +103,4 @@ def _blocks(histories, first, last, block_users):
     for begin in range(first, last, block_users):
         users = np.arange(begin, min(begin + block_users, last))
         own = [np.asarray(histories[user], np.int32) for user in users]
-        yield Block(users, np.array([len(history) for history in own], np.int32), np.concatenate(own))
+        yield Block(np.array([len(history) for history in own], np.int32), np.concatenate(own))

@@ -3,7 +3,10 @@
     DIR/dataset.json
     DIR/vocabulary/<domain number>.parquet   item_id, row (int64, row of the item matrix M), count (int64, training part)
     DIR/users.parquet                        user_id, user (int64, 0..U-1)
+    DIR/lengths.npy                          uint16 (U, D): interactions of the training part by user and domain, 65,535 at most
     DIR/shards/000000.tar ...                WebDataset tars of blocks of users, see `shards.py`
+
+The folder may lie elsewhere and be fetched file by file as it is needed (`source.py`): `Dataset.local` gives a file's path.
 
 A domain owns the rows [start, start + room) of M, of which the first `items` are taken. The split is one rule
 everywhere: a user with at least `SPLIT_LENGTH` interactions has the last one as test and the last but one as validation
@@ -21,8 +24,10 @@ import numpy as np
 
 from trainer.errors import InputError
 
-FORMAT_VERSION = 2  # 2: each block of a shard has a checksum of its own
+FORMAT_VERSION = 3  # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums of all files
 FILE_NAME = "dataset.json"
+USERS, LENGTHS = "users.parquet", "lengths.npy"
+LENGTHS_DTYPE = np.dtype("<u2")
 SPLIT_LENGTH = 3
 _INT32_MAX = 2**31 - 1
 
@@ -54,9 +59,24 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class File:
+    """Any other file of the dataset: its size in bytes and its sha256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "File":
+        """The facts of a file that is there."""
+        with open(folder / name, "rb") as stream:
+            return cls(name, (folder / name).stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A prepared dataset. `too_short` counts the users with fewer than `SPLIT_LENGTH` interactions; `block_users` are the
-    users of each block of a shard, but for the last, which has the rest."""
+    users of each block of a shard, but for the last, which has the rest; `files` are all but the shards and `dataset.json`."""
 
     folder: Path
     seed: int
@@ -68,6 +88,7 @@ class Dataset:
     streams: int
     domains: tuple[Domain, ...]
     shards: tuple[Shard, ...]
+    files: tuple[File, ...]
 
     @property
     def num_embeddings(self) -> int:
@@ -82,6 +103,22 @@ class Dataset:
     def domain_of(self, rows) -> np.ndarray:
         """Domain numbers, int64, of an array of rows of M (any shape)."""
         return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def local(self, file) -> Path:
+        """Where a shard or another file of the dataset can be read, by its name in `dataset.json`."""
+        return self.folder / file
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Interactions of each user's training part by domain, uint16 (U, D), mapped from the disk; 65,535 at most."""
+        path = self.local(LENGTHS)
+        try:
+            lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
+        if lengths.shape != (self.users, len(self.domains)) or lengths.dtype != LENGTHS_DTYPE:
+            raise InputError(f"{path} is {lengths.dtype} {lengths.shape}: prepare the dataset again")
+        return lengths
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,6 +158,7 @@ class Dataset:
             )
         facts["domains"] = tuple(_record(Domain, fact, path) for fact in _list(facts, "domains", path))
         facts["shards"] = tuple(_record(Shard, fact, path) for fact in _list(facts, "shards", path))
+        facts["files"] = tuple(_record(File, fact, path) for fact in _list(facts, "files", path))
         dataset = _record(cls, {"folder": folder, **facts}, path)
         dataset._check_facts(path)
         dataset._check_files(path, check_shards)
@@ -148,25 +186,35 @@ class Dataset:
             )
         if max(self.users, self.num_embeddings) > _INT32_MAX:
             raise InputError(f"{path}: more users or rows than int32 can number: prepare the dataset again")
-        for name in [part.vocabulary for part in self.domains] + [shard.name for shard in self.shards]:
+        for name in [part.vocabulary for part in self.domains] + [part.name for part in (*self.shards, *self.files)]:
             if not _stays_inside(name):
                 raise InputError(f"{path}: {name!r} is no name of a file in this folder: prepare the dataset again")
+        named = sorted(file.name for file in self.files)
+        if named != sorted([USERS, LENGTHS, *(domain.vocabulary for domain in self.domains)]):
+            raise InputError(f"{path}: the files it names are not those of a dataset: prepare the dataset again")
 
     def _check_files(self, path, check_shards):
-        for name in ["users.parquet", *(domain.vocabulary for domain in self.domains)]:
-            if not (self.folder / name).is_file():
-                raise InputError(f"{self.folder / name} is missing: copy it again or prepare the dataset again")
+        for file in self.files:
+            self._check_size(file)
+            if File.of(self.folder, file.name) != file:
+                raise InputError(
+                    f"{self.folder / file.name}: its sha256 is not the one in {FILE_NAME}: copy it again or prepare the "
+                    "dataset again"
+                )
         if not any((self.folder / shard.name).is_file() for shard in self.shards):
             raise InputError(f"{path}: not one of its {len(self.shards)} shards is there: copy them again")
         for shard in self.shards if check_shards else ():
-            file = self.folder / shard.name
-            if not file.is_file():
-                raise InputError(f"{file} is missing: copy it again or prepare the dataset again")
-            if file.stat().st_size != shard.bytes:
-                raise InputError(
-                    f"{file} has {file.stat().st_size} bytes, {FILE_NAME} says {shard.bytes}: copy it again "
-                    "or prepare the dataset again"
-                )
+            self._check_size(shard)
+
+    def _check_size(self, named):
+        file = self.folder / named.name
+        if not file.is_file():
+            raise InputError(f"{file} is missing: copy it again or prepare the dataset again")
+        if file.stat().st_size != named.bytes:
+            raise InputError(
+                f"{file} has {file.stat().st_size} bytes, {FILE_NAME} says {named.bytes}: copy it again "
+                "or prepare the dataset again"
+            )
 
 
 def _stays_inside(name):
