@@ -3,6 +3,7 @@
     python launch/prepare.py --input logs/ more.csv 'days/2024-*.parquet' --output data/shop
 
 Every row of the logs is one interaction: user, item, domain, time. `--domain NAME` stands for a missing domain column.
+What does not fit into --memory goes beside the output. Killed, the same command goes on from the stages that were finished.
 """
 
 import argparse
@@ -12,11 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.data.dataset import Dataset
-from trainer.data.prepare import PERCENTILES, PrepareConfig, prepare
+from trainer.data.parts import PERCENTILES
+from trainer.data.prepare import PrepareConfig, prepare
 from trainer.errors import exit_on_input_error
 
 
-def parse_arguments() -> PrepareConfig:
+def parse_arguments() -> tuple[PrepareConfig, bool]:
+    """What to prepare, and whether to begin anew."""
     default = PrepareConfig(inputs=(), output="")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
@@ -29,10 +32,13 @@ def parse_arguments() -> PrepareConfig:
     parser.add_argument("--seed", type=int, default=default.seed, help="of the shuffle of users")
     parser.add_argument("--streams", type=int, default=default.streams, help="more than any number of ranks ever used")
     parser.add_argument("--shard-users", type=int, default=default.shard_users, help="most users in a shard")
-    parser.add_argument("--block-users", type=int, default=default.block_users, help="users in a block of a shard")
-    parser.add_argument("--memory", default=default.memory, help="for the sort; what does not fit goes beside the output")
+    parser.add_argument("--block-users", type=int, default=default.block_users, help="most users in a block of a shard")
+    parser.add_argument("--memory", default=default.memory, help="of all processes together, kept (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=default.processes, metavar="N", help="0: one a core")
+    parser.add_argument("--fresh", action="store_true", help="begin anew where an earlier call was killed")
     arguments = vars(parser.parse_args())
-    return PrepareConfig(inputs=tuple(arguments.pop("input")), **arguments)
+    inputs, fresh = tuple(arguments.pop("input")), arguments.pop("fresh")
+    return PrepareConfig(inputs=inputs, **arguments), fresh
 
 
 def summary(dataset: Dataset) -> Table:
@@ -55,7 +61,7 @@ def summary(dataset: Dataset) -> Table:
 
 @exit_on_input_error
 def main():
-    Console().print(summary(prepare(parse_arguments())))
+    Console().print(summary(prepare(*parse_arguments())))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,44 @@
-"""From interaction logs to a dataset folder. DuckDB joins, counts and sorts, out of core; Python cuts its ordered stream.
+"""From interaction logs to a dataset folder, in stages that each leave files: a killed preparation goes on from them.
 
-The same logs give the same bytes whatever their format, their order and the number of threads: ids are numbered by the
-order of their text, users are shuffled by (seed, number), and a user's events go by time, domain and item id.
-Memory: `memory` for DuckDB, and beside it some 60 bytes a user and 4 a row of the item matrix.
+    ids      users and items are numbered                     one pass over the logs, DuckDB, out of core
+    events   user, item and time of every event by part       one more pass, DuckDB
+    parts    each part sorted and cut into shards             a process a part, several at once
+    dataset  vocabularies, users, lengths, dataset.json
+
+The same logs give the same bytes whatever their format, their order, the memory and the number of processes: users are
+numbered by (MD5 of seed and id, text of the id), items by (domain, text of the id), and a user's events go by time, domain and
+item id. `memory` bounds all processes together; beside it some 10 bytes a user and 20 a row of the item matrix are held.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
-import itertools
-from contextlib import contextmanager
+import importlib.metadata
+import multiprocessing
+import os
+import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trainer.data.dataset import SPLIT_LENGTH, Dataset, Domain, Shard
-from trainer.data.folder import new_folder
+from trainer.data.dataset import FORMAT_VERSION, Dataset
 from trainer.data.logs import find_files, open_log, reason
-from trainer.data.random import permutation
-from trainer.data.shards import Block, write_shard
+from trainer.data.parts import HASH_DIGITS, Ids, Layout, assemble, escape, refuse_beyond_int32, scan, write_part
+from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
 
-PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
-INT32_MAX = 2**31 - 1
-_PARQUET_ROWS = 1 << 17
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_LEAST_MEMORY = 500 * 10**6
+_FIRST_PROCESS, _NEXT_PROCESS = 200 * 10**6, 130 * 10**6  # what Python, its libraries and what they keep take
+_WORTH_A_PROCESS = 250 * 10**6
+_ENGINE_SHARE = 0.6  # of the rest: DuckDB goes beyond its limit for a while, and NumPy needs some
+_EVENT_BYTES = 96  # what sorting and cutting a part take for each of its events
 
 
 @dataclass(frozen=True)
@@ -48,82 +59,183 @@ class PrepareConfig:
     streams: int = 64
     shard_users: int = 32768
     block_users: int = 1024
-    memory: str = "8GB"
+    memory: str = "8GB"  # of all processes together
+    processes: int = 0  # 0: as many as this process may use cores
 
     def __post_init__(self):
         # Two users a shard at least: with one, a multiple of `streams` shards could leave some empty.
-        least = {"min_user": 0, "min_item": 0, "seed": 0, "streams": 1, "shard_users": 2, "block_users": 1}
+        least = {"min_user": 0, "min_item": 0, "seed": 0, "streams": 1, "shard_users": 2, "block_users": 1, "processes": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least {bound}")
         if self.domain == "":
             raise InputError("domain is empty: give the one domain of these logs a name")
+        if self.memory_bytes < _LEAST_MEMORY:
+            raise InputError(f"memory {self.memory} is too little: give {_LEAST_MEMORY // 10**6}MB or more with --memory")
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", self.memory.strip().upper())
+        if not found or found[2] not in _UNITS:
+            raise InputError(f"memory {self.memory!r} is no amount like 8GB")
+        return int(float(found[1]) * _UNITS[found[2]])
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns' names by role."""
+        return {role: getattr(self, f"{role}_column") for role in ("user", "item", "domain", "time")}
 
 
-def prepare(config: PrepareConfig) -> Dataset:
+def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     """Reads the logs and writes the dataset folder `config.output`, all of it or nothing.
 
-    Raises InputError for whatever is wrong with the logs, the output folder or the memory.
+    Where an earlier call with the same logs and options was killed, it goes on from the stages and parts that were finished;
+    fresh: begins anew. Raises InputError for whatever is wrong with the logs, the output folder, the memory or the disk.
     """
-    with new_folder(config.output) as (folder, scratch):
-        files = find_files(config.inputs)
+    files = find_files(config.inputs)
+    with Work(config.output, _facts(config, files), fresh) as work, _Stages() as stages:
+        if work.begun_anew:
+            print(f"{work.folder}: was made from other logs or options; begins anew", file=sys.stderr)
         try:
-            with duckdb.connect(":memory:") as connection:
-                connection.execute(f"SET temp_directory = '{_escape(scratch)}'")
-                connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
-                _set_memory(connection, config.memory)
-                with _Stages(connection) as stages:
-                    dataset = _prepare(connection, config, files, folder, stages)
+            dataset = _Preparation(config, files, work, stages).run()
+        except InputError:  # of the logs: it would be met again
+            work.discard()
+            raise
         except duckdb.OutOfMemoryException as error:
             raise InputError(f"memory {config.memory} is too little: give more with --memory ({reason(error)})") from None
-        except duckdb.IOException as error:
-            raise InputError(f"{scratch} cannot be written: {reason(error)}") from None
+        except (duckdb.IOException, OSError) as error:
+            raise InputError(
+                f"{work.folder} cannot be written: {reason(error)}: make room, and the same command goes on"
+            ) from None
+        except concurrent.futures.process.BrokenProcessPool:
+            raise InputError(
+                "a process that writes shards was killed, perhaps for want of memory: give less with --memory or --processes; "
+                "the same command goes on"
+            ) from None
+        work.deliver("dataset")
     return dataclasses.replace(dataset, folder=Path(config.output))
 
 
-def _prepare(connection, config, files, folder, stages):
-    columns = {role: getattr(config, f"{role}_column") for role in ("user", "item", "domain", "time")}
-    with stages("reading the logs"):
-        open_log(connection, files, columns, config.domain)
-    connection.execute("SET preserve_insertion_order = false")
+def _facts(config, files):
+    """What the stages depend on."""
+    options = dataclasses.asdict(config)
+    for name in ("inputs", "output", "memory", "processes"):
+        del options[name]
+    return {
+        "options": options,
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "format_version": FORMAT_VERSION,
+        "versions": {name: importlib.metadata.version(name) for name in ("duckdb", "pyarrow")},
+    }
+
+
+class _Preparation:
+    """The stages of one call of `prepare`."""
+
+    def __init__(self, config, files, work, stages):
+        self.config, self.files, self.work, self.stages = config, files, work, stages
+        self.threads = config.processes or len(os.sched_getaffinity(0))
+        self.memory = config.memory_bytes - _FIRST_PROCESS
+        # The first process waits where others make the parts, and makes them itself where there is room for one alone.
+        self.processes = min(self.threads, self.memory // _WORTH_A_PROCESS)
+        self.part_memory = self.memory if self.processes < 2 else self.memory // self.processes - _NEXT_PROCESS
+
+    def run(self):
+        config, work = self.config, self.work
+        ids, layout = work.path("ids"), None
+        with _engine(work.scratch, self.memory, self.threads, self.stages) as connection:
+            if not (work.done("ids") and work.done("events")):
+                with self.stages("reading the logs"):
+                    open_log(connection, self.files, config.columns, config.domain)
+            if not work.done("ids"):
+                with work.stage("ids") as folder:
+                    number_ids(connection, config, folder, self.stages)
+            layout = self._layout(Ids.load(ids))
+            if not work.done("events"):
+                with work.stage("events") as folder, self.stages("dividing the events"):
+                    _divide(connection, ids, layout, folder)
+        self._write_parts(layout)
+        folder = work.path("dataset.partial")
+        folder.mkdir(exist_ok=True)
+        parts = [work.path(f"parts/{part:05d}") for part in range(layout.parts)]
+        engine = _engine(work.scratch, self.memory, self.threads, self.stages)
+        with engine as connection, self.stages("writing vocabularies"):
+            dataset = assemble(folder, ids, parts, layout, config.seed, connection)
+        folder.rename(work.path("dataset"))
+        return dataset
+
+    def _layout(self, ids):
+        """The cut that the events on disk have, or the one that suits the memory."""
+        config, kept = self.config, self.work.path("events") / "parts"
+        size = max(1, int(self.part_memory * _ENGINE_SHARE) // _EVENT_BYTES)
+        layout = Layout.of(ids, config.streams, config.shard_users, config.block_users, size)
+        return dataclasses.replace(layout, parts=int(kept.read_text())) if kept.is_file() else layout
+
+    def _write_parts(self, layout):
+        missing = [part for part in range(layout.parts) if not self.work.done(f"parts/{part:05d}")]
+        jobs = [(self.work.folder, layout, part, self.part_memory) for part in missing]
+        total = sum(len(layout.users_of(part)) for part in missing)
+        with self.stages("sorting, writing shards", total=total) as advance:
+            if len(jobs) < 2 or self.processes < 2:
+                for job in jobs:
+                    _make_part(*job)
+                    advance(len(layout.users_of(job[2])))
+                return
+            with _pool(min(self.processes, len(jobs))) as pool:
+                waiting = {pool.submit(_make_part, *job): job[2] for job in jobs}
+                for finished in concurrent.futures.as_completed(waiting):
+                    finished.result()
+                    advance(len(layout.users_of(waiting[finished])))
+
+
+@contextlib.contextmanager
+def _pool(processes):
+    """Processes that share nothing with this one, and begin nothing more once one of them has failed."""
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def number_ids(connection, config, folder, stages):
+    """Writes the numbered users and items of the view `log` (see `Ids`) into `folder`."""
     with stages("numbering users and items"):
-        _number_ids(connection)
-    with stages("joining"):
-        _join(connection)
+        connection.execute("CREATE TABLE found_users AS SELECT DISTINCT user_id FROM log")
+        connection.execute("CREATE TABLE found_items AS SELECT domain, item_id, count(*) AS total FROM log GROUP BY ALL")
     if config.min_user > 1 or config.min_item > 1:
         with stages("dropping rare users and items"):
             _drop_rare(connection, config.min_user, config.min_item)
-    with stages("shuffling users, ranking items"):
-        lengths = _shuffle_users(connection, config.seed)
-        domains = _rank_items(connection)
-    (folder / "shards").mkdir()
-    (folder / "vocabulary").mkdir()
-    with stages("sorting"):
-        stream = connection.sql("""
-            SELECT row::INTEGER AS row FROM events JOIN shuffled USING ("user") JOIN vocabulary USING (item)
-            ORDER BY number, "time", item""").to_arrow_reader()
-    with stages("writing shards", total=int(lengths.sum())) as advance:
-        held_out = np.zeros(domains[-1].start + domains[-1].room, dtype=np.int32)
-        shards = _write_shards(folder, config, lengths, stream, held_out, advance)
-    with stages("writing vocabularies"):
-        _write_vocabularies(connection, folder, domains, held_out)
-        users = connection.sql("""SELECT user_id, number::BIGINT AS "user" FROM users JOIN shuffled USING ("user")
-            ORDER BY number""")
-        _write_parquet(folder / "users.parquet", users.to_arrow_reader())
-    dataset = Dataset(
-        folder=folder,
-        seed=config.seed,
-        users=len(lengths),
-        interactions=int(lengths.sum()),
-        too_short=int((lengths < SPLIT_LENGTH).sum()),
-        max_length=int(lengths.max()),
-        block_users=config.block_users,
-        streams=min(config.streams, len(lengths)),
-        domains=tuple(domains),
-        shards=tuple(shards),
-    )
-    dataset.save()
-    return dataset
+    for table in ("users", "items"):
+        refuse_beyond_int32(_one(connection, f"SELECT count(*) FROM found_{table}"), table)
+    with stages("numbering users and items"):
+        key = f"('0x' || substr(md5('{config.seed}:' || user_id), 1, {HASH_DIGITS}))::BIGINT"
+        connection.execute(f"""CREATE TABLE users AS
+            SELECT user_id, row_number() OVER (ORDER BY key, text) - 1 AS "user"
+            FROM (SELECT user_id, {key} AS key, user_id::VARCHAR AS text FROM found_users)""")
+        domains = connection.execute("""SELECT domain, count(*) FROM found_items GROUP BY ALL ORDER BY ALL""").fetchall()
+        names, items = zip(*domains, strict=True)
+        ids = Ids(
+            users=_one(connection, "SELECT count(*) FROM users"),
+            interactions=_one(connection, "SELECT sum(total)::BIGINT FROM found_items"),
+            names=names,
+            items=items,
+            time=_one(connection, "SELECT typeof(\"time\") FROM log LIMIT 1"),
+        )
+        ids.check()
+        starts = ", ".join(f"({number}, '{escape(name)}', {start})" for number, (name, start) in enumerate(
+            zip(names, ids.starts[:-1], strict=True)))  # fmt: skip
+        connection.execute(f"""CREATE TABLE items AS
+            SELECT d.number AS domain, domain AS name, item_id, total,
+                row_number() OVER (ORDER BY domain, item_id::VARCHAR) - 1 AS item,
+                first + row_number() OVER (PARTITION BY domain ORDER BY total DESC, item_id::VARCHAR) - 1 AS row
+            FROM found_items f JOIN (VALUES {starts}) d (number, name, first) ON f.domain = d.name""")
+        for table in ("users", "items"):
+            (folder / table).mkdir()
+            connection.execute(f"COPY {table} TO '{escape(folder / table)}/0.parquet' (FORMAT parquet)")
+            connection.execute(f"DROP TABLE {table}; DROP TABLE found_{table}")
+        ids.save(folder)
 
 
 def _one(connection, query):
@@ -131,189 +243,72 @@ def _one(connection, query):
     return value
 
 
-def _number_ids(connection):
-    """Tables `users` and `items`: raw ids and their numbers, by the order of the text of (domain and) id."""
-    connection.execute("""CREATE TABLE users AS
-        SELECT user_id, (row_number() OVER (ORDER BY user_id::VARCHAR) - 1) AS "user"
-        FROM (SELECT DISTINCT user_id FROM log)""")
-    connection.execute("""CREATE TABLE items AS
-        SELECT domain, item_id, (row_number() OVER (ORDER BY domain, item_id::VARCHAR) - 1) AS item
-        FROM (SELECT DISTINCT domain, item_id FROM log)""")
-    for table in ("users", "items"):
-        _refuse_beyond_int32(_one(connection, f"SELECT count(*) FROM {table}"), table)
-
-
-def _refuse_beyond_int32(count, what):
-    if count > INT32_MAX:
-        raise InputError(f"{count:,} {what} are more than int32 can number ({INT32_MAX:,}): drop rare ones with --min-item")
-
-
-def _join(connection):
-    """Table `events`: the numbers of user and item, and the time."""
-    connection.execute("""CREATE TABLE events AS SELECT "user"::INTEGER AS "user", item::INTEGER AS item, "time"
-        FROM log JOIN users USING (user_id) JOIN items USING (domain, item_id)""")
-
-
 def _drop_rare(connection, min_user, min_item):
-    """Drops events until every user left has `min_user` and every item left `min_item` interactions: the k-core."""
+    """Leaves in `found_users` and `found_items` those that stay when events are dropped until every user left has `min_user`
+    and every item left `min_item` interactions: the k-core."""
+    connection.execute("""CREATE TABLE pairs AS SELECT u.rowid AS "user", i.rowid AS item
+        FROM log JOIN found_users u USING (user_id) JOIN found_items i USING (domain, item_id)""")
     dropped = 1
     while dropped:
         dropped = 0
         for column, least in (("item", min_item), ("user", min_user)):
-            rare = f'SELECT "{column}" FROM events GROUP BY "{column}" HAVING count(*) < {least}'
-            dropped += _one(connection, f'DELETE FROM events WHERE "{column}" IN ({rare})')
-    if not _one(connection, "SELECT count(*) FROM events"):
+            rare = f'SELECT "{column}" FROM pairs GROUP BY "{column}" HAVING count(*) < {least}'
+            dropped += _one(connection, f'DELETE FROM pairs WHERE "{column}" IN ({rare})')
+    if not _one(connection, "SELECT count(*) FROM pairs"):
         raise InputError(f"nothing is left with --min-user {min_user} --min-item {min_item}: lower them")
+    connection.execute("""
+        CREATE OR REPLACE TABLE found_users AS
+            SELECT user_id FROM found_users WHERE rowid IN (SELECT "user" FROM pairs);
+        CREATE OR REPLACE TABLE found_items AS
+            SELECT domain, item_id, kept.total FROM found_items JOIN
+            (SELECT item, count(*) AS total FROM pairs GROUP BY item) kept ON found_items.rowid = kept.item;
+        DROP TABLE pairs""")
 
 
-def _shuffle_users(connection, seed):
-    """Table `shuffled`: user, its place 0..U-1 in the shuffle, its length. Returns the lengths by number, int64 (U,)."""
-    connection.execute("""CREATE TABLE lengths AS SELECT "user", count(*) AS length,
-        row_number() OVER (ORDER BY "user") - 1 AS position FROM events GROUP BY "user" """)
-    users = _one(connection, "SELECT count(*) FROM lengths")
-    number = np.empty(users, dtype=np.int32)
-    number[permutation(users, seed)] = np.arange(users, dtype=np.int32)
-    connection.register("numbers", pa.table({"position": np.arange(users), "number": number}))
-    connection.execute("""CREATE TABLE shuffled AS SELECT "user", number, length FROM lengths JOIN numbers USING (position)""")
-    connection.unregister("numbers")
-    lengths = np.empty(users, dtype=np.int64)
-    for batch in connection.sql("SELECT number, length FROM shuffled").to_arrow_reader():
-        lengths[batch.column(0).to_numpy()] = batch.column(1).to_numpy()
-    return lengths
+def _divide(connection, ids_folder, layout, folder):
+    """Writes the events that have a numbered user and item: user, item, time, in a folder a part."""
+    connection.execute(f"""
+        CREATE TABLE users AS SELECT user_id, "user"::INTEGER AS "user", ({layout.part_sql('"user"', "//")})::INTEGER AS part
+            FROM {scan(ids_folder / "users")};
+        CREATE TABLE items AS SELECT name AS domain, item_id, item::INTEGER AS item FROM {scan(ids_folder / "items")}""")
+    connection.execute(f"""COPY (SELECT "user", item, "time", part
+        FROM log JOIN users USING (user_id) JOIN items USING (domain, item_id))
+        TO '{escape(folder)}' (FORMAT parquet, PARTITION_BY (part), OVERWRITE_OR_IGNORE, COMPRESSION lz4)""")
+    (folder / "parts").write_text(str(layout.parts))
 
 
-def _rank_items(connection):
-    """Table `vocabulary`: item, domain number, raw id, total count, row of M. Returns the domains."""
-    counts = connection.execute("""CREATE TABLE totals AS SELECT item, count(*) AS total FROM events GROUP BY item;
-        SELECT domain, count(*) FROM totals JOIN items USING (item) GROUP BY domain ORDER BY domain""").fetchall()
-    for name, items in counts:
-        if items < 2:
-            raise InputError(
-                f"domain {name!r} has one item: there is no other to tell it from (negatives are impossible); leave it out"
-            )
-    rooms = [items + max(64, items // 10) for _, items in counts]
-    starts = [0, *itertools.accumulate(rooms)]
-    _refuse_beyond_int32(starts[-1], "rows of the item matrix")
-    starts_by_name = pa.table({
-        "domain": [name for name, _ in counts],
-        "number": list(range(len(counts))),
-        "start": starts[:-1],
-    })  # fmt: skip
-    connection.register("starts", starts_by_name)
-    connection.execute("""CREATE TABLE vocabulary AS
-        SELECT item, number AS domain, item_id, total,
-            "start" + row_number() OVER (PARTITION BY number ORDER BY total DESC, item) - 1 AS row
-        FROM totals JOIN items USING (item) JOIN starts USING (domain)""")
-    connection.unregister("starts")
-    histogram = connection.execute("""SELECT domain, length, count(*) FROM
-        (SELECT domain, count(*) AS length FROM events JOIN vocabulary USING (item) GROUP BY "user", domain)
-        GROUP BY ALL ORDER BY domain, length""").fetchall()
-    domains = []
-    for number, (name, items) in enumerate(counts):
-        lengths, users = np.array([row[1:] for row in histogram if row[0] == number], dtype=np.int64).T
-        domains.append(
-            Domain(
-                name=name,
-                start=starts[number],
-                items=items,
-                room=rooms[number],
-                users=int(users.sum()),
-                interactions=int(users @ lengths),
-                length_percentiles=percentiles(lengths, users),
-                vocabulary=f"vocabulary/{number}.parquet",
-            )
-        )
-    return domains
+def _make_part(work_folder: Path, layout: Layout, part, memory):
+    """Sorts one part's events and writes its shards, all of them or none. Runs in a process of its own."""
+    ids_folder, target = work_folder / "ids", work_folder / "parts" / f"{part:05d}"
+    ids = Ids.load(ids_folder)
+    scratch = work_folder / "scratch" / f"part-{part:05d}"
+    scratch.mkdir()
+    with finished_whole(target) as folder:
+        with _engine(scratch, memory, 1) as connection:
+            connection.execute("SET preserve_insertion_order = true")
+            row_of = np.empty(sum(ids.items), np.int32)
+            found = connection.execute(f"SELECT item, row::INTEGER AS row FROM {scan(ids_folder / 'items')}").fetchnumpy()
+            row_of[found["item"]] = found["row"]
+            events = scan(work_folder / "events" / f"part={part}")
+            sorted_events = connection.sql(f"""SELECT "user", item FROM {events} ORDER BY "user", "time", item""").fetchnumpy()
+        rows_N = row_of[sorted_events.pop("item")]
+        write_part(folder, ids, layout, part, sorted_events.pop("user"), rows_N)
+    shutil.rmtree(scratch)
 
 
-def percentiles(lengths, users) -> dict[str, int]:
-    """p5, p50, p95 and max of lengths (rising) that so many users have: the least length that enough users do not exceed."""
-    share = np.cumsum(users) / users.sum()
-    return {name: int(lengths[np.searchsorted(share, q)]) for name, q in PERCENTILES.items()}
-
-
-def _write_shards(folder, config, lengths, stream, held_out, advance):
-    """Cuts the stream of rows into shards, and counts in `held_out` (by row) what validation and test keep from training."""
-    users = len(lengths)
-    streams = min(config.streams, users)
-    count = streams * -(-users // (streams * config.shard_users))
-    take = _cut(stream)
-    shards = []
-
-    def blocks(first, last):
-        for start in range(first, last, config.block_users):
-            numbers = np.arange(start, min(start + config.block_users, last))
-            rows = take(int(lengths[numbers].sum()))
-            ends = np.cumsum(lengths[numbers])[lengths[numbers] >= SPLIT_LENGTH]
-            for back in (1, 2):
-                np.add.at(held_out, rows[ends - back], 1)
-            advance(len(rows))
-            yield Block(numbers, lengths[numbers].astype(np.int32), rows)
-
-    for number in range(count):
-        first, last = number * users // count, (number + 1) * users // count
-        name = f"shards/{number:06d}.tar"
-        size, sha256 = write_shard(folder / name, blocks(first, last))
-        shards.append(Shard(name, last - first, first, int(lengths[first:last].sum()), size, sha256))
-    if any(len(batch) for batch in stream):  # reading to the end also frees the connection for the next query
-        raise AssertionError("the sorted stream holds more rows than the users' lengths add up to")
-    return shards
-
-
-def _cut(stream):
-    """A function that takes the next n values of a stream of one-column batches."""
-    rest = np.empty(0, dtype=np.int32)
-
-    def take(count):
-        nonlocal rest
-        parts, have = [rest], len(rest)
-        while have < count:
-            parts.append(stream.read_next_batch().column(0).to_numpy())
-            have += len(parts[-1])
-        values = np.concatenate(parts)
-        rest = values[count:]
-        return values[:count]
-
-    return take
-
-
-def _write_vocabularies(connection, folder, domains, held_out):
-    for number, domain in enumerate(domains):
-        items = connection.sql(f"SELECT item_id, row, total FROM vocabulary WHERE domain = {number} ORDER BY row")
-        _write_parquet(folder / domain.vocabulary, items.to_arrow_reader(), held_out)
-
-
-def _write_parquet(path, reader, held_out=None):
-    """Writes a stream in row groups of one size, so that the bytes do not depend on how it was batched."""
-    with pq.ParquetWriter(path, _schema(reader.schema)) as writer:
-        waiting = []
-        for batch in itertools.chain(reader, [None]):
-            if batch is not None:
-                waiting.append(batch)
-            table = pa.Table.from_batches(waiting, schema=reader.schema)
-            whole = len(table) if batch is None else len(table) // _PARQUET_ROWS * _PARQUET_ROWS
-            for start in range(0, whole, _PARQUET_ROWS):
-                part = table.slice(start, min(_PARQUET_ROWS, whole - start))
-                if held_out is not None:
-                    count = part["total"].to_numpy() - held_out[part["row"].to_numpy()]
-                    part = part.set_column(2, "count", pa.array(count, pa.int64()))
-                writer.write_table(part.combine_chunks().cast(writer.schema))
-            waiting = table.slice(whole).to_batches()
-
-
-def _schema(schema):
-    return pa.schema([("count" if field.name == "total" else field.name, field.type) for field in schema])
-
-
-def _escape(path):
-    return str(path).replace("'", "''")
-
-
-def _set_memory(connection, memory):
-    try:
-        connection.execute(f"SET memory_limit = '{_escape(memory)}'")
-    except duckdb.Error as error:
-        raise InputError(f"memory {memory!r} is no amount like 8GB: {reason(error)}") from None
+@contextlib.contextmanager
+def _engine(scratch, memory, threads, stages=None):
+    """A DuckDB connection that keeps within `memory` bytes together with what is made of its results."""
+    with duckdb.connect(":memory:") as connection:
+        connection.execute(f"""
+            SET temp_directory = '{escape(scratch)}'; SET memory_limit = '{int(memory * _ENGINE_SHARE)}B';
+            SET threads = {threads}; SET preserve_insertion_order = false;
+            SET enable_progress_bar = true; SET enable_progress_bar_print = false""")
+        if stages is not None:
+            stages.connection = connection
+        yield connection
+        if stages is not None:
+            stages.connection = None
 
 
 class _Stages(Progress):
@@ -322,9 +317,8 @@ class _Stages(Progress):
     Nothing is shown where stderr is no terminal, nor left behind where it is one.
     """
 
-    def __init__(self, connection):
-        self._connection = connection
-        self._query = None
+    def __init__(self):
+        self.connection = self._query = None
         console = Console(stderr=True)
         super().__init__(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -332,13 +326,13 @@ class _Stages(Progress):
         )  # fmt: skip
 
     def get_renderables(self):
-        if self._query is not None:
-            percent = self._connection.query_progress()
+        if self._query is not None and self.connection is not None:
+            percent = self.connection.query_progress()
             if percent > 0:
                 self.update(self._query, total=100, completed=percent)
         return super().get_renderables()
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, description, total=None):
         task = self.add_task(description, total=total)
         self._query = task if total is None else None
