@@ -23,7 +23,7 @@ def test_a_synthetic_log_is_made_and_prepared(tmp_path):
     for word in ("out/[red]set: 60 users in 7 shards", "shop", "ads", "p95", f"{count:,}", "too short"):
         assert word in done.stdout
     files = sorted(path.name for path in (tmp_path / "out/[red]set").iterdir())
-    assert files == ["dataset.json", "shards", "users.parquet", "vocabulary"]
+    assert files == ["dataset.json", "lengths.npy", "shards", "users.parquet", "vocabulary"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["[red]set"]
 

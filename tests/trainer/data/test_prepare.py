@@ -1,15 +1,21 @@
+import contextlib
 import csv
 import datetime
-import functools
+import errno
 import gzip
 import hashlib
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 import uuid
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainer.data.parts
 import trainer.data.prepare
 from trainer.data.dataset import Dataset
+from trainer.data.parts import assemble
 from trainer.data.prepare import PrepareConfig, prepare
-from trainer.data.random import permutation
-from trainer.data.shards import read_blocks, write_shard
+from trainer.data.shards import read_blocks
 from trainer.errors import InputError
 
 COLUMNS = ("user_id", "item_id", "domain", "timestamp")
@@ -52,10 +59,10 @@ def histories(dataset):
     """Rows of M by user number."""
     found = {}
     for shard in dataset.shards:
-        for block in read_blocks(dataset, shard):
+        for first, block in read_blocks(dataset, shard):
             ends = np.cumsum(block.lengths_B)
-            for user, start, end in zip(block.users_B, ends - block.lengths_B, ends, strict=True):
-                found[int(user)] = block.items_N[start:end].tolist()
+            for user, (start, end) in enumerate(zip(ends - block.lengths_B, ends, strict=True), start=first):
+                found[user] = block.items_N[start:end].tolist()
     return found
 
 
@@ -93,7 +100,7 @@ def reference(rows, min_user, min_item, seed):
     for user, item, domain, time in rows:
         by_user[user].append((time, domain, item))
     events = {user: [event[1:] for event in sorted(found)] for user, found in by_user.items()}
-    order = [sorted(events)[rank] for rank in permutation(len(events), seed)]
+    order = sorted(events, key=lambda user: (hashlib.md5(f"{seed}:{user}".encode()).hexdigest()[:15], user))
     training = Counter(event for found in events.values() for event in (found[:-2] if len(found) >= 3 else found))
     vocabulary, start, row_of = {}, 0, {}
     for domain in sorted({domain for domain, _ in items}):
@@ -121,7 +128,7 @@ def logs(draw):
     return draw(st.lists(row, min_size=1, max_size=40)), draw(st.randoms(use_true_random=False)), draw(formats)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(logs(), st.integers(0, 4), st.integers(0, 4), st.integers(0, 5), st.integers(1, 5))
 def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams):
     rows, shuffle, names = log
@@ -159,6 +166,9 @@ def check_facts(dataset, events):
     lengths = [len(found) for found in events.values()]
     assert (dataset.users, dataset.interactions, dataset.max_length) == (len(lengths), sum(lengths), max(lengths))
     assert dataset.too_short == sum(length < 3 for length in lengths)
+    training = [rows[:-2] if len(rows) >= 3 else rows for rows in histories(dataset).values()]
+    own = [np.bincount(dataset.domain_of(np.array(rows)), minlength=len(dataset.domains)).tolist() for rows in training]
+    assert dataset.lengths.tolist() == own
     for number, domain in enumerate(dataset.domains):
         counts = (sum(dataset.domain_of(np.array(rows)) == number) for rows in events.values())
         mine = np.array(sorted(count for count in counts if count))
@@ -218,7 +228,8 @@ def test_another_seed_only_shuffles_the_users(tmp_path):
     assert datasets[0].fingerprint != datasets[1].fingerprint
 
 
-def test_a_sort_that_does_not_fit_the_memory_gives_the_same(tmp_path, monkeypatch):
+@pytest.fixture
+def large_log(tmp_path):
     count = 3_000_000
     index = np.arange(count)
     columns = {
@@ -227,21 +238,31 @@ def test_a_sort_that_does_not_fit_the_memory_gives_the_same(tmp_path, monkeypatc
         "domain": pa.array(["a", "b"]).take(pa.array(index % 2)),
         "timestamp": index * 15_485_863 % 1_000_003,
     }
-    log = tmp_path / "log.parquet"
-    pq.write_table(pa.table(columns), log)
-    large = run(tmp_path / "large", log, memory="4GB")
-    spilled = []
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    return tmp_path / "log.parquet"
 
-    def write_and_look(path, blocks):
-        spilled.extend((path.parents[2] / "scratch").iterdir())
-        return write_shard(path, blocks)
 
-    monkeypatch.setattr(trainer.data.prepare, "write_shard", write_and_look)
-    # Every thread needs some memory of its own: how many this machine has must not decide whether 60 MB do.
-    monkeypatch.setattr(duckdb, "connect", functools.partial(duckdb.connect, config={"threads": 2}))
-    small = run(tmp_path / "small", log, memory="60MB")
-    assert spilled and small.interactions == count
-    assert digests(small.folder) == digests(large.folder)
+def test_neither_processes_nor_parts_change_a_byte(tmp_path, large_log, monkeypatch):
+    whole = run(tmp_path / "whole", large_log, processes=1)
+    layouts = []
+
+    def look(folder, ids, parts, layout, *rest):
+        layouts.append(layout)
+        return assemble(folder, ids, parts, layout, *rest)
+
+    monkeypatch.setattr(trainer.data.prepare, "assemble", look)
+    divided = run(tmp_path / "divided", large_log, memory="720MB", processes=2)
+    assert layouts[0].parts > 2 and divided.interactions == 3_000_000
+    assert digests(divided.folder) == digests(whole.folder)
+
+
+def test_what_does_not_fit_the_memory_goes_to_the_disk_and_gives_the_same(tmp_path, large_log, monkeypatch):
+    """An engine that has 60 MB for everything sorts 48 MB of events."""
+    whole = run(tmp_path / "whole", large_log, processes=1)
+    monkeypatch.setattr(trainer.data.prepare, "_ENGINE_SHARE", 0.12)
+    monkeypatch.setattr(trainer.data.prepare, "_EVENT_BYTES", 1)
+    small = run(tmp_path / "small", large_log, memory="700MB", processes=1)
+    assert digests(small.folder) == digests(whole.folder)
 
 
 # --- layout -------------------------------------------------------------------------------------------------------------
@@ -265,7 +286,7 @@ def test_users_are_spread_evenly_over_a_multiple_of_the_streams(tmp_path, users,
     assert (len(dataset.shards), dataset.streams) == (shards, streams)
     sizes = [shard.users for shard in dataset.shards]
     assert min(sizes) >= 1 and max(sizes) <= options.get("shard_users", 32768) and max(sizes) - min(sizes) <= 1
-    blocks = [[len(block.users_B) for block in read_blocks(dataset, shard)] for shard in dataset.shards]
+    blocks = [[len(block.lengths_B) for _, block in read_blocks(dataset, shard)] for shard in dataset.shards]
     assert all(max(found) <= 2 and min(found[:-1], default=2) == 2 for found in blocks)
     assert sorted(histories(dataset)) == list(range(users))
 
@@ -553,10 +574,10 @@ def test_numbers_and_dates_in_two_files_are_told_apart(tmp_path):
 
 def test_more_rows_than_int32_numbers_are_refused(tmp_path, monkeypatch):
     log = write(tmp_path / "log.csv", some_rows())
-    monkeypatch.setattr(trainer.data.prepare, "INT32_MAX", 200)
+    monkeypatch.setattr(trainer.data.parts, "INT32_MAX", 200)
     with pytest.raises(InputError, match="rows of the item matrix are more than int32"):
         run(tmp_path / "out", log)
-    monkeypatch.setattr(trainer.data.prepare, "INT32_MAX", 50)
+    monkeypatch.setattr(trainer.data.parts, "INT32_MAX", 50)
     with pytest.raises(InputError, match="items are more than int32"):
         run(tmp_path / "out", log)
 
@@ -575,13 +596,145 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path, kind):
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["log.csv", "out"] + ["precious"] * out.is_dir())
 
 
-def test_a_crash_leaves_nothing_behind(tmp_path, monkeypatch):
+# --- killed, gone on with -----------------------------------------------------------------------------------------------
+
+
+def several_parts(monkeypatch):
+    """A part of few events, so that a small log has several, made one by one."""
+    monkeypatch.setattr(trainer.data.prepare, "_EVENT_BYTES", 10**8)
+
+
+def crash(*_, **__):
+    raise RuntimeError("pulled the plug")
+
+
+def counted(monkeypatch, name, fail_at=None):
+    """Lets a function of prepare run, counts its calls, and has the call number `fail_at` (from 0) fail."""
+    function, calls = getattr(trainer.data.prepare, name), []
+
+    def called(*arguments, **options):
+        calls.append(arguments)
+        return crash() if len(calls) - 1 == fail_at else function(*arguments, **options)
+
+    monkeypatch.setattr(trainer.data.prepare, name, called)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "fail_at", "done"),
+    [("number_ids", 0, []), ("_divide", 0, ["ids"]), ("write_part", 2, ["ids", "events"]), ("assemble", 0, ["ids", "events"])],
+)
+def test_a_failed_preparation_goes_on_from_what_was_finished(tmp_path, monkeypatch, name, fail_at, done):
+    log = write(tmp_path / "log.csv", some_rows())
+    expected = digests(run(tmp_path / "whole", log).folder)
+    several_parts(monkeypatch)
+    with monkeypatch.context() as failing:
+        counted(failing, name, fail_at)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run(tmp_path / "out", log, processes=1)
+    work = tmp_path / ".out.work"
+    assert not (tmp_path / "out").exists() and all((work / stage).is_dir() for stage in done)
+    parts = [path for path in work.glob("parts/*") if path.suffix != ".partial"]
+    calls = {stage: counted(monkeypatch, stage) for stage in ("number_ids", "_divide", "write_part")}
+    dataset = run(tmp_path / "out", log, processes=1)
+    assert digests(dataset.folder) == expected
+    assert len(calls["number_ids"]) == ("ids" not in done) and len(calls["_divide"]) == ("events" not in done)
+    assert len(parts) + len(calls["write_part"]) > 3 and len(parts) >= fail_at
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out", "whole"]
+
+
+def test_one_part_can_be_made_again_alone(tmp_path, monkeypatch):
+    log = write(tmp_path / "log.csv", some_rows())
+    expected = digests(run(tmp_path / "whole", log).folder)
+    several_parts(monkeypatch)
+    with monkeypatch.context() as failing:
+        counted(failing, "assemble", 0)
+        with pytest.raises(RuntimeError):
+            run(tmp_path / "out", log, processes=1)
+    shutil.rmtree(tmp_path / ".out.work/parts/00002")
+    made = counted(monkeypatch, "write_part")
+    dataset = run(tmp_path / "out", log, processes=1)
+    assert [arguments[3] for arguments in made] == [2] and digests(dataset.folder) == expected
+
+
+def test_other_logs_or_options_begin_anew_and_so_does_fresh(tmp_path, monkeypatch, capsys):
+    log = write(tmp_path / "log.csv", some_rows())
+
+    def leave_work(**options):
+        with monkeypatch.context() as failing:
+            counted(failing, "assemble", 0)
+            with pytest.raises(RuntimeError):
+                run(tmp_path / "out", log, **options)
+
+    numbered = counted(monkeypatch, "number_ids")
+    leave_work(seed=1)
+    leave_work(seed=1, memory="1GB", processes=1)  # these decide nothing
+    assert len(numbered) == 1 and capsys.readouterr().err == ""
+    leave_work(seed=2)
+    assert len(numbered) == 2 and "begins anew" in capsys.readouterr().err
+    write(tmp_path / "log.csv", some_rows(seed=2))
+    leave_work(seed=2)
+    assert len(numbered) == 3
+    prepare(PrepareConfig((str(log),), str(tmp_path / "out"), seed=2), fresh=True)
+    assert len(numbered) == 4
+    expected = digests(run(tmp_path / "whole", log, seed=2).folder)
+    assert digests(tmp_path / "out") == expected
+
+
+def test_killed_processes_leave_what_the_same_command_goes_on_from(tmp_path, large_log):
+    """SIGKILL to the whole group as soon as a part is finished, again and again until none is left to kill."""
+    whole = run(tmp_path / "whole", large_log, processes=1)
+    command = [sys.executable, "launch/prepare.py", "--input", large_log, "--output", tmp_path / "out"]
+    command += ["--memory", "720MB", "--processes", "2"]
+    root, parts = Path(__file__).parents[3], tmp_path / ".out.work/parts"
+
+    def finished():
+        return {path.name for path in parts.glob("*") if path.suffix != ".partial"}
+
+    seen = []
+    while not (tmp_path / "out").exists():
+        assert len(seen) < 20
+        before = finished()
+        process = subprocess.Popen([*map(str, command)], cwd=root, env={"PYTHONPATH": str(root)}, start_new_session=True)
+        while process.poll() is None and finished() <= before:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        seen.append(finished())
+        assert seen[-1] >= before or (tmp_path / "out").exists()
+    assert len(seen) > 2 and digests(tmp_path / "out") == digests(whole.folder)
+
+
+def test_two_at_once_on_one_output_are_refused(tmp_path, monkeypatch):
     log = write(tmp_path / "log.csv", GOOD)
 
-    def crash(*_):
-        raise RuntimeError("pulled the plug")
+    def meanwhile(*arguments, **options):
+        with pytest.raises(InputError, match="out is being written by another process"):
+            run(tmp_path / "out", log)
+        return number_ids(*arguments, **options)
 
-    monkeypatch.setattr(trainer.data.prepare, "write_shard", crash)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
+    number_ids = trainer.data.prepare.number_ids
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.data.prepare, "number_ids", meanwhile)
         run(tmp_path / "out", log)
-    assert list(tmp_path.iterdir()) == [log]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_a_full_disk_is_an_input_error_and_the_work_is_kept(tmp_path, monkeypatch):
+    log = write(tmp_path / "log.csv", some_rows())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.data.prepare, "assemble", full)
+        with pytest.raises(InputError, match=r"\.out\.work cannot be written: .*No space left.*the same command goes on"):
+            run(tmp_path / "out", log)
+    assert (tmp_path / ".out.work/parts/00000").is_dir()
+    assert run(tmp_path / "out", log).interactions == 300
+
+
+@pytest.mark.parametrize(("text", "amount"), [("8GB", 8e9), ("500 mb", 5e8), ("1.5GiB", 1.5 * 2**30), ("2T", 2e12), ("700000000", 7e8)])
+def test_amounts_of_memory(text, amount):
+    assert PrepareConfig((), "", memory=text).memory_bytes == amount
