@@ -1,0 +1,428 @@
+"""How fast do shards become batches? Ours beside the disk's own speed and beside a WebDataset of one user a sample.
+
+    python benchmarks/stream.py --data DATA                    a prepared dataset; its shards, or a part, come into memory once
+    python benchmarks/stream.py --data DATA --batch-size 256
+    python benchmarks/stream.py --short                        a small dataset of its own: does it run?
+
+A token is an interaction of a user's training part that is within the newest T; it is counted once. Batches are those of one
+rank, in an epoch's order, with negatives that all targets of a domain share.
+
+- ready: batches ready to use, as a run gets them (`trainer.data.stream.ready`): built by worker processes, received by this
+  one, which does nothing else. The clock starts once a first round of batches has arrived, and runs over whole rounds: in a
+  round every stream uses up a block of users, so each measured round decodes as much as any other. Opening shards, which comes
+  once in many rounds, is not in it and is timed apart; `opened_users_per_second` counts it in. worker_busy is the share of the
+  time in which a worker reads and builds; in the rest it hands over or waits.
+- The parts of a batch, in this process and one thread: assign (`Plan.users`: who is in it), read (`Histories.read`: decode
+  blocks and pick users), build (`TrainBatches.build`: trim, negatives, both views).
+- open, decode: shards one after the other, alone. Opening compares the sha256 and finds the members; decoding gives rows.
+- raw: the bytes of the same shards, read in order, 1 MiB at once: after the page cache was asked to forget them
+  (`posix_fadvise`; from_disk says whether it did), and from the cache. What lies below may hold them still.
+- webdataset: some users as one sample each, items.npy (int32) and domains.npy (uint8), written by `TarWriter` and read by
+  `WebDataset(…).decode()` in this process: histories as arrays, and no batch yet.
+
+All but the first raw read find their files in the page cache. The repeats of all of these take turns; one before them does not
+count.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import machine
+from benchmarks.checkpoint import cached_bytes, file_system, spread
+from benchmarks.options import positive
+from trainer.checkpoint import write_json
+from trainer.data.dataset import Dataset
+from trainer.data.histories import Histories, read_users
+from trainer.data.negatives import NegativesConfig
+from trainer.data.plan import Plan
+from trainer.data.prepare import PrepareConfig, prepare
+from trainer.data.shards import ShardFile
+from trainer.data.stream import StreamConfig, TrainBatches, ready
+from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.errors import exit_on_input_error
+
+_SAMPLES = 10_000  # of the WebDataset, a tar
+_READ = 1 << 20
+_ITEMS, _DOMAINS = "items.npy", "domains.npy"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and on what."""
+
+    dataset: Dataset
+    batch_size: int
+    max_length: int  # T
+    shared: int
+    workers: tuple[int, ...]
+    batches: int  # measured at least; rounded up to whole rounds
+    shards: int  # opened, decoded and read raw
+    samples: int
+    repeats: int
+
+    @property
+    def round(self):
+        """Batches in which every stream uses up a block."""
+        return max(1, self.dataset.streams * self.dataset.block_users // self.batch_size)
+
+    @property
+    def measured(self):
+        """Batches that are timed."""
+        return -(-self.batches // self.round) * self.round
+
+    def fed(self, workers=0):
+        """Batches of one rank from the first one on, of a plan that has computed nothing yet."""
+        plan = Plan(self.dataset, self.batch_size, 1, seed=0, max_length=self.max_length)
+        config = StreamConfig(workers=workers)
+        return TrainBatches(plan, 0, 0, self.max_length, "mean", NegativesConfig(shared=self.shared), config)
+
+    def tokens(self, users):
+        """Tokens of some users: numbers, or a slice."""
+        lengths = self.dataset.lengths[users].sum(1, dtype=np.int64)
+        return int(np.minimum(lengths, self.max_length).sum())
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One repeat of one row of the table. bytes: of files, where they are what is read."""
+
+    seconds: float
+    users: int
+    tokens: int
+    bytes: int | None = None
+    facts: dict | None = None
+
+
+@exit_on_input_error
+def main():
+    """Measures, prints, writes."""
+    options = parse()
+    torch.set_num_threads(1)  # as worker processes have it
+    console = Console()
+    facts = machine.describe(torch.device("cpu"))
+    facts["versions"] |= {name: importlib.metadata.version(name) for name in ("webdataset", "pyarrow")}
+    with tempfile.TemporaryDirectory(prefix="stream-", dir=options.folder) as scratch:
+        data = options.data or made(Path(scratch), options)
+        facts["file_system"] = file_system(Path(data))
+        setting = Setting(
+            dataset=Dataset.load(data),
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            shared=options.shared,
+            workers=tuple(options.workers),
+            batches=options.batches,
+            shards=options.shards,
+            samples=options.samples,
+            repeats=options.repeats,
+        )
+        results = measure(setting, Path(scratch), console)
+    record = {
+        "command": "python benchmarks/stream.py " + " ".join(sys.argv[1:]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": {
+            name: getattr(setting, name)
+            for name in ("batch_size", "max_length", "shared", "workers", "measured", "round", "shards", "samples", "repeats")
+        },
+        "dataset": described(setting.dataset),
+        "machine": facts,
+        "results": results,
+        "ratios": ratios(results),
+    }
+    show(console, record)
+    if options.output:
+        write_json(options.output, record)
+        console.print(f"written: {options.output}")
+
+
+def parse(arguments=None):
+    """The command line; `--short` settles what was not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", help="a prepared dataset")
+    parser.add_argument("--batch-size", type=positive, default=1024, help="users a batch (1024)")
+    parser.add_argument("--max-length", type=positive, default=128, help="T: interactions of a user at most (128)")
+    parser.add_argument("--shared", type=positive, default=1024, help="negatives a domain and batch (1024)")
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2], help="worker processes (1 2)")
+    parser.add_argument("--batches", type=positive, help="timed batches a repeat, at least (128)")
+    parser.add_argument("--shards", type=positive, default=64, help="shards that are decoded and read raw, at most (64)")
+    parser.add_argument("--samples", type=positive, help="users of the WebDataset, at most (50000)")
+    parser.add_argument("--repeats", type=positive, help="timed repeats (5)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the WebDataset is written")
+    parser.add_argument("--output", "--json", type=Path, help="the JSON (stream.json beside this script, --short: none)")
+    parser.add_argument("--short", action="store_true", help="without --data: a dataset of its own; 16 batches, 2 repeats")
+    parser.add_argument("--users", type=positive, default=20_000, help="of --short's own dataset (20000)")
+    options = parser.parse_args(arguments)
+    if not options.data and not options.short:
+        parser.error("give --data, a folder that launch/prepare.py made, or --short")
+    options.batches = options.batches or (16 if options.short else 128)
+    options.samples = options.samples or (5000 if options.short else 50_000)
+    options.repeats = options.repeats or (2 if options.short else 5)
+    if options.output is None and not options.short:
+        options.output = Path(__file__).with_suffix(".json")
+    if options.output is not None and not options.output.resolve().parent.is_dir():
+        parser.error(f"--output {options.output}: there is no folder {options.output.resolve().parent}")
+    if not options.folder.is_dir():
+        parser.error(f"--folder {options.folder}: there is no such folder")
+    return options
+
+
+def made(folder, options):
+    """A small synthetic dataset of nine domains."""
+    config = SyntheticConfig(users=options.users, items=20_000, domains=9, mean_length=60)
+    synthesize(folder / "logs", config)
+    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data"), streams=16, memory="1GB"))
+    return folder / "data"
+
+
+def described(dataset):
+    """What the JSON says of a dataset."""
+    return {
+        "users": dataset.users,
+        "interactions": dataset.interactions,
+        "domains": len(dataset.domains),
+        "rows": dataset.num_embeddings,
+        "shards": len(dataset.shards),
+        "bytes": sum(shard.bytes for shard in dataset.shards),
+        "streams": dataset.streams,
+        "block_users": dataset.block_users,
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def measure(setting, folder, console) -> list[dict]:
+    """The lines of the JSON's `results`."""
+    shards = setting.dataset.shards[: setting.shards]
+    tars = write_webdataset(setting, folder)
+    rows: dict[str, Callable] = {f"ready, workers: {workers}": _ready(setting, workers) for workers in setting.workers}
+    rows |= {"parts": lambda: parts(setting), "shards": lambda: shard_after_shard(setting, shards)}
+    rows |= {"raw from disk": lambda: raw(setting, shards, forget=True), "raw from cache": lambda: raw(setting, shards)}
+    rows |= {"webdataset": lambda: read_webdataset(setting, tars)}
+    timed: dict[str, list[Timed]] = {}
+    for repeat in range(-1, setting.repeats):
+        begin = time.perf_counter()
+        for name, function in rows.items():  # in turn: what else the machine does then meets all of them
+            found = function()
+            for row, one in found.items() if isinstance(found, dict) else [(name, found)]:
+                if repeat >= 0:
+                    timed.setdefault(row, []).append(one)
+        console.print(f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} ({time.perf_counter() - begin:.0f} s)")
+    results = [summary(name, values) for name, values in timed.items()]
+    lines = {line["name"]: line for line in results}
+    for workers in setting.workers:
+        line = lines[f"ready, workers: {workers}"]
+        line["workers"] = workers
+        line["users_per_second_and_worker"] = line["users_per_second"] / workers
+        line["tokens_per_second_and_worker"] = line["tokens_per_second"] / workers
+        # Each worker opens every shard.
+        line["opened_users_per_second"] = 1 / (1 / line["users_per_second"] + 1 / lines["open"]["users_per_second"])
+    return results
+
+
+def _ready(setting, workers):
+    return lambda: ready_batches(setting, workers)
+
+
+def ready_batches(setting, workers) -> Timed:
+    """Batches from worker processes."""
+    batches = setting.fed(workers)
+    begin = time.perf_counter()
+    with contextlib.closing(ready(batches, batches.config, pin_memory=False)) as stream:
+        next(stream)
+        first = time.perf_counter() - begin
+        for _ in range(setting.round - 1):
+            next(stream)
+        users, built = [], 0.0
+        begin = time.perf_counter()
+        for _ in range(setting.measured):
+            fed = next(stream)
+            users.append(fed.users_B)
+            built += fed.seconds
+        seconds = time.perf_counter() - begin
+    numbers = np.concatenate(users)
+    facts = {"first_batch_seconds": first, "worker_busy": built / workers / seconds}
+    return Timed(seconds, len(numbers), setting.tokens(numbers), facts=facts)
+
+
+def parts(setting) -> dict[str, Timed]:
+    """The same batches in this process, by parts."""
+    batches = setting.fed()
+    plan, histories = batches.plan, Histories.of_plan(batches.plan)
+    laps, users = np.zeros(3), []
+    with contextlib.closing(histories):
+        for position in range(setting.round + setting.measured):
+            times = [time.perf_counter()]
+            epoch, step = plan.locate(position)
+            numbers = plan.users(epoch, step, 0)
+            times.append(time.perf_counter())
+            read = histories.read(numbers)
+            times.append(time.perf_counter())
+            batches.build(epoch, step, read)
+            times.append(time.perf_counter())
+            if position >= setting.round:
+                laps += np.diff(times)
+                users.append(numbers)
+    numbers = np.concatenate(users)
+    size, tokens = len(numbers), setting.tokens(numbers)
+    found = {name: Timed(float(lap), size, tokens) for name, lap in zip(("assign", "read", "build"), laps, strict=True)}
+    return {"all in one process": Timed(float(laps.sum()), size, tokens), **found}
+
+
+def shard_after_shard(setting, shards) -> dict[str, Timed]:
+    """Shards opened and decoded in their order, every user once."""
+    laps = np.zeros(2)
+    for shard in shards:
+        times = [time.perf_counter()]
+        with contextlib.closing(ShardFile(setting.dataset, shard)) as file:
+            times.append(time.perf_counter())
+            for number in range(file.count):
+                file.block(number)
+            times.append(time.perf_counter())
+        laps += np.diff(times)
+    amount = _amount(setting, shards)
+    return {name: Timed(float(lap), **amount) for name, lap in zip(("open", "decode"), laps, strict=True)}
+
+
+def raw(setting, shards, forget=False) -> Timed:
+    """The shards' bytes in order, into memory that is used again."""
+    paths = [setting.dataset.local(shard.name) for shard in shards]
+    facts = {"from_disk": drop_from_cache(paths)} if forget else None
+    buffer = bytearray(_READ)
+    begin = time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    return Timed(time.perf_counter() - begin, **_amount(setting, shards), facts=facts)
+
+
+def _amount(setting, shards):
+    users = slice(shards[0].first_user, shards[-1].first_user + shards[-1].users)
+    size = sum(shard.bytes for shard in shards)
+    return {"users": users.stop - users.start, "tokens": setting.tokens(users), "bytes": size}
+
+
+def drop_from_cache(paths):
+    """Asks the page cache to forget files; True where at most a hundredth of them is in it afterwards."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)  # what is not on disk yet stays
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    return sum(map(cached_bytes, paths)) <= sum(path.stat().st_size for path in paths) / 100
+
+
+def write_webdataset(setting, folder) -> list[str]:
+    """The first users in the batches' order as tars of one user a sample, whole histories."""
+    plan, tars, tar = setting.fed().plan, [], None
+    left = min(setting.samples, setting.dataset.users)
+    written = 0
+    with contextlib.ExitStack() as stack:
+        for _, users in read_users(plan, 0, range(plan.steps(0)), 0):
+            histories = np.split(users.items_N, np.cumsum(users.lengths_B)[:-1])
+            for user, items in list(zip(users.number_B.tolist(), histories, strict=True))[: left - written]:
+                if written % _SAMPLES == 0:
+                    stack.close()
+                    tars.append(str(folder / f"webdataset-{len(tars):06d}.tar"))
+                    tar = stack.enter_context(webdataset.TarWriter(tars[-1]))
+                domains = setting.dataset.domain_of(items).astype(np.uint8)
+                tar.write({"__key__": f"{user:09d}", _ITEMS: items.astype(np.int32), _DOMAINS: domains})
+                written += 1
+            if written == left:
+                break
+    return tars
+
+
+def read_webdataset(setting, tars) -> Timed:
+    """Every sample decoded once."""
+    users = []
+    begin = time.perf_counter()
+    for sample in webdataset.WebDataset(tars, shardshuffle=False).decode():
+        users.append((sample["__key__"], sample[_ITEMS], sample[_DOMAINS]))
+    seconds = time.perf_counter() - begin
+    numbers = np.array([int(key) for key, *_ in users])
+    return Timed(seconds, len(numbers), setting.tokens(numbers), sum(Path(tar).stat().st_size for tar in tars))
+
+
+def summary(name, values):
+    """What the JSON says of a row's repeats, which are of the same users."""
+    one, seconds = values[0], statistics.median(value.seconds for value in values)
+    line = {"name": name, "users": one.users, "tokens": one.tokens, "bytes": one.bytes}
+    line["seconds"] = spread([value.seconds for value in values])
+    line |= {"users_per_second": one.users / seconds, "tokens_per_second": one.tokens / seconds}
+    line["bytes_per_second"] = None if one.bytes is None else one.bytes / seconds
+    for fact in one.facts or ():
+        line[fact] = [value.facts[fact] for value in values]
+    return line
+
+
+def ratios(results):
+    """Ours by what it is held against: users by users, or bytes by bytes."""
+    lines = {line["name"]: line for line in results}
+    decoding = 1 / sum(1 / lines[part]["bytes_per_second"] for part in ("open", "decode"))
+    reading = 1 / sum(1 / lines[part]["users_per_second"] for part in ("open", "decode"))
+    other = lines["webdataset"]["users_per_second"]
+    return {
+        **{f"{name} / webdataset": line["users_per_second"] / other for name, line in lines.items() if "workers" in line},
+        "open and decode / webdataset": reading / other,
+        **{f"open and decode / {name}": decoding / lines[name]["bytes_per_second"] for name in lines if "raw" in name},
+    }
+
+
+def show(console, record):
+    """A table, the ratios, and below them what they were measured on."""
+    data, settings, facts = record["dataset"], record["settings"], record["machine"]
+    title = f"{data['users']:,} users, {data['interactions']:,} interactions, {data['domains']} domains, {data['rows']:,} rows"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for name in ("users/s", "min - max (10³)", "10³ tokens/s", "MB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in record["results"]:
+        slowest, fastest = (line["users"] / line["seconds"][name] / 1e3 for name in ("max", "min"))
+        speed = line["bytes_per_second"]
+        table.add_row(
+            line["name"],
+            f"{line['users_per_second']:,.0f}",
+            f"{slowest:,.1f}-{fastest:,.1f}",
+            f"{line['tokens_per_second'] / 1e3:,.0f}",
+            "" if speed is None else f"{speed / 1e6:,.0f}",
+        )
+    console.print(table)
+    for line in record["results"]:
+        if "workers" in line:
+            console.print(
+                f"{line['name']}: {line['users_per_second_and_worker']:,.0f} users/s and "
+                f"{line['tokens_per_second_and_worker']:,.0f} tokens/s each, which build for "
+                f"{statistics.median(line['worker_busy']):.0%} of the time; "
+                f"{line['opened_users_per_second']:,.0f} users/s together where opening shards is counted in"
+            )
+    for name, ratio in record["ratios"].items():
+        console.print(f"{name}: {ratio:.3g}")
+    console.print(f"Batches of {settings['batch_size']} users, T = {settings['max_length']}, {settings['measured']} a repeat.")
+    console.print(f"Medians of {settings['repeats']}. {facts['processor']}, {facts['cores']} cores, {facts['file_system']}")
+    if not all(all(line.get("from_disk", [True])) for line in record["results"]):
+        console.print("Not all shards left the page cache before they were read from disk.")
+    if facts["load_before"] > 0.5:
+        console.print(f"The load was {facts['load_before']:.1f} before the run: on a quiet machine the figures are others.")
+
+
+if __name__ == "__main__":
+    main()
