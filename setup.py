@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 STACK = runpy.run_path(str(Path(__file__).with_name("launch") / "stack.py"))
 torch, torchrec, fbgemm = STACK["MATCHING"][STACK["PINNED"]]
+# mapInArrow, which takes Arrow batches to Python, asks for pandas; PySpark does not know pandas 3 yet.
+SPARK = ["pyspark>=3.5", "pandas>=2.2,<3"]
 
 setup(
     name="syncrec-trainer",
@@ -38,7 +40,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff"],
+        # pyspark, which wants Java 17: so that CI compares the two engines byte for byte. Without them those tests are skipped.
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff", *SPARK],
+        "spark": SPARK,
         # On a CUDA machine plain pip does the same as launch/stack.py.
         "cuda": [f"torch=={torch}", f"torchrec=={torchrec}", f"fbgemm-gpu=={fbgemm}"],
     },

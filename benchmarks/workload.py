@@ -23,7 +23,7 @@ def dataset_of(items, domains, users, steps):
     ranges = zip(_NAMES, ends[:-1].tolist(), np.diff(ends).tolist(), strict=False)
     owned = tuple(Domain(name, start, room, room, 0, 0, percentiles, "") for name, start, room in ranges)
     shard = Shard(name="", users=users * steps, first_user=0, interactions=0, bytes=0, sha256="")
-    return Dataset(Path(), _SEED, users * steps, 0, 0, 0, 1024, 1, owned, (shard,))
+    return Dataset(Path(), _SEED, users * steps, 0, 0, 0, 1024, 1, owned, (shard,), ())
 
 
 def draw(dataset, step, users, shortest, longest, negatives):

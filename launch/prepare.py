@@ -18,8 +18,8 @@ from trainer.data.prepare import PrepareConfig, prepare
 from trainer.errors import exit_on_input_error
 
 
-def parse_arguments() -> tuple[PrepareConfig, bool]:
-    """What to prepare, and whether to begin anew."""
+def parse_arguments() -> tuple[str, PrepareConfig, bool]:
+    """The engine, what to prepare, and whether to begin anew."""
     default = PrepareConfig(inputs=(), output="")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
@@ -35,10 +35,11 @@ def parse_arguments() -> tuple[PrepareConfig, bool]:
     parser.add_argument("--block-users", type=int, default=default.block_users, help="most users in a block of a shard")
     parser.add_argument("--memory", default=default.memory, help="of all processes together, kept (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=default.processes, metavar="N", help="0: one a core")
+    parser.add_argument("--engine", choices=["duckdb", "spark"], default="duckdb", help="spark: the session of spark-submit")
     parser.add_argument("--fresh", action="store_true", help="begin anew where an earlier call was killed")
     arguments = vars(parser.parse_args())
-    inputs, fresh = tuple(arguments.pop("input")), arguments.pop("fresh")
-    return PrepareConfig(inputs=inputs, **arguments), fresh
+    inputs, engine, fresh = tuple(arguments.pop("input")), arguments.pop("engine"), arguments.pop("fresh")
+    return engine, PrepareConfig(inputs=inputs, **arguments), fresh
 
 
 def summary(dataset: Dataset) -> Table:
@@ -61,7 +62,13 @@ def summary(dataset: Dataset) -> Table:
 
 @exit_on_input_error
 def main():
-    Console().print(summary(prepare(*parse_arguments())))
+    engine, *what = parse_arguments()
+    if engine == "spark":
+        from trainer.data import spark  # an extra: not everyone has it
+
+        Console().print(summary(spark.prepare(*what)))
+    else:
+        Console().print(summary(prepare(*what)))
 
 
 if __name__ == "__main__":

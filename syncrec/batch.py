@@ -117,44 +117,67 @@ def trim(items_N, lengths_B, domain_N, max_length):
     the user's own in their domain (and so not of the merged history either). Returns the three arrays anew."""
     if lengths_B.size == 0 or lengths_B.max() <= max_length + 1:
         return items_N, lengths_B, domain_N
-    user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
-    order, group_lengths, _ = _by_domain(user_N, domain_N, len(lengths_B))
-    keep_N = np.empty(len(items_N), bool)
-    keep_N[order] = _from_end(group_lengths) <= max_length
-    return items_N[keep_N], np.bincount(user_N[keep_N], minlength=len(lengths_B)), domain_N[keep_N]
+    domains = int(domain_N.max()) + 1
+    slot_N = _slots(lengths_B, domain_N, domains)
+    counts = np.bincount(slot_N, minlength=len(lengths_B) * domains)
+    long = counts > max_length + 1
+    if not long.any():
+        return items_N, lengths_B, domain_N
+    in_long = np.flatnonzero(long[slot_N])  # few
+    slot_L = slot_N[in_long]
+    by_slot = np.argsort(slot_L, kind="stable")
+    too_old = in_long[by_slot[_from_end(counts[long]) > max_length]]
+    keep_N = np.ones(len(items_N), bool)
+    keep_N[too_old] = False
+    left_out_B = np.bincount(slot_N[too_old] // domains, minlength=len(lengths_B))
+    return items_N[keep_N], lengths_B - left_out_B, domain_N[keep_N]
 
 
 def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling="mean"):
     """The packed views of one rank's users.
 
-    items_N: int64 rows of M, user after user, oldest first; lengths_B: int64; domain_N: int64; weight_B: 0 or 1.
+    items_N: rows of M, user after user, oldest first; lengths_B: int64; domain_N; weight_B: 0 or 1. Any integer dtype.
     negatives: int64 (N, n), each target's own, or a list of D int64 arrays shared by a domain's targets.
     Call `trim` first; negatives belong to the trimmed interactions.
     """
-    domains, users = len(domain_items), len(lengths_B)
-    user_N = np.repeat(np.arange(users), lengths_B)
-    newest_N = _from_end(lengths_B) == 0
+    domains, users, interactions = len(domain_items), len(lengths_B), len(items_N)
+    weight_B = weight_B.astype(np.float32)
+    slot_N = _slots(lengths_B, domain_N, domains)
+    order, group_lengths, group_slot, group_starts = _by_domain(slot_N, domain_N, users, domains)
 
-    cross = _tokens(np.arange(len(items_N)), lengths_B, np.ones(users, bool), max_length)
-    order, group_lengths, group_domain = _by_domain(user_N, domain_N, users)
+    cross = _tokens(None, lengths_B, np.ones(users, bool), max_length)
+    newest_B = np.cumsum(lengths_B) - 1
     newest_in_group = order[np.cumsum(group_lengths) - 1]
-    single = _tokens(order, group_lengths, newest_N[newest_in_group], max_length)
-
-    predicted = np.zeros((2, len(items_N)), bool)
-    for row, tokens in zip(predicted, (cross, single), strict=True):
-        row[tokens.target_M[tokens.target_M >= 0]] = True
-    comparable_N = predicted.all(axis=0)
-
-    group_starts = np.searchsorted(group_domain, np.arange(domains + 1))
+    holds_newest = newest_B[group_slot // domains] == newest_in_group
+    single = _tokens(order, group_lengths, holds_newest, max_length)
     token_starts = np.concatenate([[0], np.cumsum(single.lengths_S)])[group_starts]
 
-    def view(tokens, task_starts):
-        target = np.flatnonzero(tokens.target_M >= 0)
-        target_domain = domain_N[tokens.target_M[target]]
-        by_domain = np.argsort(target_domain, kind="stable")
-        target = target[by_domain]
-        interaction = tokens.target_M[target]
-        pool_token, pool_slot = _pool(tokens, user_N, domain_N, domains, pooling)
+    # Each view's targets by domain, then user. In the cross-domain view every token has one; who is longer than it has not all.
+    cut_N = _first_of_each(lengths_B, lengths_B - cross.lengths_S)
+    in_cross_N = np.ones(interactions, bool)
+    in_cross_N[cut_N] = False
+    if len(cut_N):
+        in_order_N = in_cross_N[order]
+        cross_target = order[in_order_N]
+        cross_token = (np.cumsum(in_cross_N) - 1)[cross_target]
+        cross_starts = np.concatenate([[0], np.cumsum(in_order_N)])
+    else:
+        cross_target, cross_token, cross_starts = order, order.copy(), np.arange(interactions + 1)
+    cross_starts = cross_starts[np.concatenate([[0], np.cumsum(group_lengths)])[group_starts]]
+    # In the others a sequence's last token has none, unless it is the user's last too.
+    without_S = np.flatnonzero(~holds_newest)
+    has_target_M = np.ones(len(single.target_M), bool)
+    has_target_M[np.cumsum(single.lengths_S)[without_S] - 1] = False
+    single_token = np.flatnonzero(has_target_M)
+    single_target = single.target_M[single_token]
+    single_starts = token_starts - np.searchsorted(without_S, group_starts)
+    in_single_N = np.ones(interactions, bool)
+    in_single_N[order[_first_of_each(group_lengths, group_lengths - (single.lengths_S - ~holds_newest))]] = False
+    weight_N = None if weight_B.all() else np.repeat(weight_B, lengths_B)
+
+    def view(tokens, task_starts, target, interaction, target_starts, in_other_N):
+        weight_L = np.ones(len(target), np.float32) if weight_N is None else weight_N[interaction]
+        pool_token, pool_slot = _pool(tokens, slot_N, pooling)
         return View(
             input_M=torch.from_numpy(tokens.input_M),
             position_M=torch.from_numpy(tokens.position_M),
@@ -163,10 +186,10 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
             task_starts=tuple(int(start) for start in task_starts),
             target_token_L=torch.from_numpy(target),
             target_interaction_L=torch.from_numpy(interaction),
-            target_domain_L=torch.from_numpy(target_domain[by_domain]),
-            target_weight_L=torch.from_numpy(weight_B.astype(np.float32)[user_N[interaction]]),
-            comparable_L=torch.from_numpy(comparable_N[interaction]),
-            target_starts=tuple(int(s) for s in np.searchsorted(target_domain[by_domain], np.arange(domains + 1))),
+            target_domain_L=torch.from_numpy(np.repeat(np.arange(domains), np.diff(target_starts))),
+            target_weight_L=torch.from_numpy(weight_L),
+            comparable_L=torch.from_numpy(in_other_N[interaction]),
+            target_starts=tuple(target_starts.tolist()),
             pool_token=torch.from_numpy(pool_token),
             pool_slot=torch.from_numpy(pool_slot),
             attention=attention_layout(tokens.lengths_S),
@@ -178,14 +201,14 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     else:
         own, negative_ids, negative_starts = negatives.shape[1], negatives.reshape(-1), ()
     return Batch(
-        ids=torch.from_numpy(np.concatenate([items_N, negative_ids])),
-        interactions=len(items_N),
+        ids=torch.from_numpy(np.concatenate([items_N, negative_ids], dtype=np.int64)),
+        interactions=interactions,
         negatives=own,
         negative_starts=tuple(int(start) for start in negative_starts),
         domain_items=tuple(int(items) for items in domain_items),
-        weight_B=torch.from_numpy(weight_B.astype(np.float32)),
-        cross=view(cross, (0, len(cross.input_M))),
-        single=view(single, token_starts),
+        weight_B=torch.from_numpy(weight_B),
+        cross=view(cross, (0, len(cross.input_M)), cross_token, cross_target, cross_starts, in_single_N),
+        single=view(single, token_starts, single_token, single_target, single_starts, in_cross_N),
     )
 
 
@@ -195,7 +218,7 @@ def build_query(items_N, lengths_B, max_length, extra_ids):
     extra_ids: int64 rows that are looked up together with the inputs (candidates).
     """
     items_N, lengths_B = _newest(items_N, lengths_B, max_length)
-    tokens = _tokens(np.arange(len(items_N)), lengths_B, np.zeros(len(lengths_B), bool), max_length)
+    tokens = _tokens(None, lengths_B, np.zeros(len(lengths_B), bool), max_length)
     empty = torch.zeros(0, dtype=torch.int64)
     view = View(
         input_M=torch.from_numpy(tokens.input_M),
@@ -214,7 +237,7 @@ def build_query(items_N, lengths_B, max_length, extra_ids):
         attention=attention_layout(tokens.lengths_S),
     )
     return Query(
-        ids=torch.from_numpy(np.concatenate([items_N, extra_ids])),
+        ids=torch.from_numpy(np.concatenate([items_N, extra_ids], dtype=np.int64)),
         interactions=len(items_N),
         cross=view,
         newest_B=torch.from_numpy(np.cumsum(tokens.lengths_S) - 1),
@@ -224,24 +247,28 @@ def build_query(items_N, lengths_B, max_length, extra_ids):
 def attention_layout(lengths_S):
     """Buckets sequences of similar length, longest first, so that a padded slot is rare (see AttentionLayout)."""
     starts_S = np.cumsum(lengths_S) - lengths_S
-    order = np.argsort(-lengths_S, kind="stable")[: np.count_nonzero(lengths_S)]  # nothing to show of an empty one
-    falling = -lengths_S[order]
-    shapes, pads, unpad_M = [], [], np.empty(int(lengths_S.sum()), np.int64)
+    order = _argsort(-lengths_S, int(lengths_S.max(initial=0)))
+    order = order[: np.count_nonzero(lengths_S)]  # nothing to show of an empty one
+    lengths, starts = lengths_S[order], starts_S[order]
+    falling = -lengths
+    shapes, begins = [], []
     begin, slots = 0, 0
     while begin < len(order):
-        longest = int(-falling[begin])
+        longest = int(lengths[begin])
         shortest = longest - max(8, longest // 4)
         end = int(np.searchsorted(falling, -shortest, side="left"))
-        bucket = order[begin:end]
-        step = np.arange(longest)
-        real = step < lengths_S[bucket][:, None]
-        grid = starts_S[bucket][:, None] + np.minimum(step, lengths_S[bucket][:, None] - 1)
-        unpad_M[grid[real]] = slots + np.flatnonzero(real)
-        shapes.append((len(bucket), longest))
-        pads.append(grid.reshape(-1))
-        slots += grid.size
-        begin = end
-    pad_P = np.concatenate(pads) if pads else np.empty(0, np.int64)
+        shapes.append((end - begin, longest))
+        begins.append((begin, slots))
+        begin, slots = end, slots + (end - begin) * longest
+    pad_P, row_S = np.empty(slots, np.int64), np.zeros(len(lengths_S), np.int64)
+    for (rows, longest), (begin, slot) in zip(shapes, begins, strict=True):
+        bucket = slice(begin, begin + rows)
+        grid = pad_P[slot : slot + rows * longest].reshape(rows, longest)
+        np.minimum(np.arange(longest), lengths[bucket, None] - 1, out=grid)
+        grid += starts[bucket, None]
+        row_S[order[bucket]] = slot + longest * np.arange(rows)
+    unpad_M = np.repeat(row_S - starts_S, lengths_S)
+    unpad_M += np.arange(len(unpad_M))
     return AttentionLayout(tuple(shapes), torch.from_numpy(pad_P), torch.from_numpy(unpad_M))
 
 
@@ -256,39 +283,75 @@ class _Tokens:
 
 def _tokens(order, group_lengths, drop_newest, max_length):
     """SOS and the items of each group as tokens, each with the next item of its group as target (-1: none); the newest item
-    is no input where `drop_newest`; of each sequence the newest `max_length` tokens remain."""
+    is no input where `drop_newest`; of each sequence the newest `max_length` tokens remain.
+
+    order: the interactions, group after group; None: as they are.
+    """
     lengths = np.where(group_lengths > 0, group_lengths + 1 - drop_newest, 1 - drop_newest)
-    group_M = np.repeat(np.arange(len(lengths)), lengths)
-    step_M = np.arange(len(group_M)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    keep = lengths[group_M] - 1 - step_M < max_length
-    group_M, step_M = group_M[keep], step_M[keep]
-    first_M = (np.cumsum(group_lengths) - group_lengths)[group_M]
-    extended = np.append(order, -1)  # -1: read, but not used, by the last group's token without a target
+    lengths_S = np.minimum(lengths, max_length)
+    ends_S = np.cumsum(lengths_S)
+    first_S = np.cumsum(group_lengths) - group_lengths
+    index_M = np.arange(int(lengths_S.sum()))
+    position_M = np.repeat(ends_S - 1, lengths_S)
+    position_M -= index_M
+    target_M = np.repeat(first_S + lengths - ends_S, lengths_S)
+    target_M += index_M  # in `order`; a token without a target gets the next group's first, or none
+    if order is not None:
+        target_M = np.append(order, -1)[target_M]
+    # A token's input is the target of the one before it; a sequence's first is SOS, or what came before the tokens that remain.
+    input_M = np.empty_like(target_M)
+    input_M[:1] = 0
+    np.add(target_M[:-1], 1, out=input_M[1:])
+    there = lengths_S > 0
+    begin_S = (ends_S - lengths_S)[there]
+    before_S = (first_S + lengths - lengths_S - 1)[there]
+    before_S = np.where((lengths > max_length)[there], before_S, -1)
+    input_M[begin_S] = 1 + (before_S if order is None else np.where(before_S < 0, -1, order[before_S]))
+    target_M[ends_S[~np.asarray(drop_newest, bool)] - 1] = -1
     return _Tokens(
-        input_M=np.where(step_M > 0, extended[first_M + np.maximum(step_M, 1) - 1] + 1, 0),
-        target_M=np.where(step_M < group_lengths[group_M], extended[first_M + step_M], -1),
-        position_M=lengths[group_M] - 1 - step_M,
-        sequence_M=group_M,
-        lengths_S=np.minimum(lengths, max_length),
+        input_M=input_M,
+        target_M=target_M,
+        position_M=position_M,
+        sequence_M=np.repeat(np.arange(len(lengths)), lengths_S),
+        lengths_S=lengths_S,
     )
 
 
-def _pool(tokens, user_N, domain_N, domains, pooling):
+def _pool(tokens, slot_N, pooling):
     token = np.flatnonzero(tokens.input_M > 0)
-    interaction = tokens.input_M[token] - 1
-    slot = user_N[interaction] * domains + domain_N[interaction]
+    slot = slot_N[tokens.input_M[token] - 1]
     if pooling == "last":
         reverse_slot, newest = np.unique(slot[::-1], return_index=True)
         return token[len(token) - 1 - newest], reverse_slot
     return token, slot
 
 
-def _by_domain(user_N, domain_N, users):
-    """Interactions sorted by (domain, user), time kept; the length and domain of each such group."""
-    key_N = domain_N * users + user_N
-    order = np.argsort(key_N, kind="stable")
-    group, lengths = np.unique(key_N, return_counts=True)
-    return order, lengths, group // users
+def _slots(lengths_B, domain_N, domains):
+    """user · D + domain of each interaction."""
+    slot_N = np.repeat(np.arange(len(lengths_B)) * domains, lengths_B)
+    slot_N += domain_N
+    return slot_N
+
+
+def _by_domain(slot_N, domain_N, users, domains):
+    """Interactions sorted by (domain, user), time kept; the length and slot of each such group; each domain's first group."""
+    counts_DB = np.ascontiguousarray(np.bincount(slot_N, minlength=users * domains).reshape(users, domains).T)
+    domain, user = np.nonzero(counts_DB)
+    starts = np.concatenate([[0], np.cumsum(np.count_nonzero(counts_DB, axis=1))])
+    return _argsort(domain_N, domains), counts_DB[domain, user], user * domains + domain, starts
+
+
+def _argsort(values, below):
+    """A stable order of integers of less than `below` either way from 0: short ones are sorted by counting."""
+    narrow = next((dtype for dtype in (np.int8, np.int16) if below <= np.iinfo(dtype).max), values.dtype)
+    return np.argsort(values.astype(narrow, copy=False), kind="stable")
+
+
+def _first_of_each(lengths, counts):
+    """The places of the first `counts` elements of jagged rows; for few rows with any."""
+    some = np.flatnonzero(counts)
+    counts, starts = counts[some], (np.cumsum(lengths) - lengths)[some]
+    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
 
 
 def _from_end(lengths):

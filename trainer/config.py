@@ -39,6 +39,7 @@ class RunConfig:
     run: str = ""  # the folder that gets everything a run writes
     seed: int = 0
     global_batch_size: int = 256  # users in a step, over all ranks
+    tokens_per_batch: int = 0  # end a batch before it holds more interactions, a user's newest model.max_length; 0: no limit
     epochs: int = 20
     max_steps: int = 0  # stop after so many steps; 0: epochs decide
     timeout_minutes: float = 30.0  # how long a rank waits for the others before it gives up
@@ -58,9 +59,14 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if not 0 < self.timeout_minutes < math.inf:
             raise ValueError(f"timeout_minutes is {self.timeout_minutes}: give more than 0")
-        for name in ("seed", "max_steps"):
+        for name in ("seed", "max_steps", "tokens_per_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more")
+        if 0 < self.tokens_per_batch < self.model.max_length:
+            raise ValueError(
+                f"tokens_per_batch is {self.tokens_per_batch}: give 0 (no limit), or at least model.max_length, "
+                f"{self.model.max_length}, which one user may have"
+            )
 
 
 def load_config(files, overrides, deepspeed_file=None) -> RunConfig:

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from syncrec.batch import Query, build_query, move
 from trainer.data.dataset import SPLIT_LENGTH
+from trainer.data.histories import Histories, Users
 from trainer.data.negatives import evaluation_negatives
+from trainer.data.plan import Plan
 from trainer.data.random import random_bits, random_unit
-from trainer.data.stream import Plan, Reasons, StreamConfig, Users, read_users, ready
+from trainer.data.stream import Reasons, StreamConfig, ready
 from trainer.data.vocabulary import item_counts
 
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
@@ -82,7 +84,8 @@ class RankingBatches(torch.utils.data.IterableDataset):
         super().__init__()
         self.stream = stream or StreamConfig()
         batch_size = max(config.batch_size, world_size)
-        self.plan = Plan(dataset, batch_size, world_size, seed, shuffle=False)
+        # Each user on its home rank: candidates are most of the work, and as many for each.
+        self.plan = Plan(dataset, batch_size, world_size, seed, shuffle=False, balance=False)
         self.rank, self.config, self.max_length = rank, config, max_length
         self.back = {"test": 1, "validation": 2}[split]
         self.given = given
@@ -94,11 +97,15 @@ class RankingBatches(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         reasons = Reasons()
-        report = reasons if self.stream.damaged == "skip" else None
-        steps = range(offset, self.plan.steps(0), stride)
-        for step, users in read_users(self.plan, 0, steps, self.rank, self.stream.verify, report):
-            skipped = self.plan.users(0, step, self.rank) - len(users.number_B)
-            yield replace(self.build(users), skipped=skipped, reasons=reasons.take())
+        histories = Histories.of_plan(self.plan, self.stream.verify, reasons if self.stream.damaged == "skip" else None)
+        try:
+            for step in range(offset, self.plan.steps(0), stride):
+                wanted_B = self.plan.users(0, step, self.rank)
+                users = histories.read(wanted_B)
+                skipped = len(wanted_B) - len(users.number_B)
+                yield replace(self.build(users), skipped=skipped, reasons=reasons.take())
+        finally:
+            histories.close()
 
     def build(self, users: Users) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
@@ -133,12 +140,12 @@ class RankingBatches(torch.utils.data.IterableDataset):
         return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
 
 
-def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None):
-    """The Ranking of every user of a split, as `rank_candidates` gives it. config: the RunConfig."""
+def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None, workers=None):
+    """The Ranking of every user of a split, as `rank_candidates` gives it. config: the RunConfig; workers: see `ready`."""
     where = dataset, ranks.rank, ranks.world_size
     what = config.evaluation, config.model.max_length, split, config.seed, given, config.stream
     batches = RankingBatches(*where, *what)
-    built = ready(batches, config.stream, pin_memory=False)
+    built = ready(batches, config.stream, pin_memory=False, workers=workers)
     return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
 
 

@@ -14,7 +14,8 @@ from trainer.checkpoint import Checkpoints, RunState, load_best, write_text
 from trainer.config import RunConfig, flat, to_yaml
 from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
-from trainer.data.stream import Plan, TrainBatches, ready
+from trainer.data.plan import Plan
+from trainer.data.stream import Feed, TrainBatches, cores_per_rank
 from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
@@ -41,8 +42,17 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
 def _train(config, ranks, fresh, accept_changes):
     if not config.data:
         raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
-    dataset = Dataset.load(config.data, check_shards=config.stream.damaged == "stop")
-    plan = Plan(dataset, config.global_batch_size, ranks.world_size, config.seed, config.stream.shuffle)
+    dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+    plan = Plan(
+        dataset,
+        config.global_batch_size,
+        ranks.world_size,
+        config.seed,
+        config.stream.shuffle,
+        max_length=config.model.max_length,
+        tokens_per_batch=config.tokens_per_batch,
+        balance=config.stream.balance,
+    )
     run = run_folder(config.run, fresh)
     checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
     trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step)
@@ -106,26 +116,26 @@ class TrainingRun:
         self._begun, self._before = time.monotonic(), state.seconds
         self._skipped, self._skipped_before = 0, state.skipped_users
         self._saved_at, self._told = self._begun, set()
+        batches = TrainBatches(
+            self.plan,
+            self.ranks.rank,
+            state.step,
+            self.config.model.max_length,
+            self.config.model.mutual_information_pooling,
+            self.config.negatives,
+            self.config.stream,
+        )
+        self.feed = Feed(batches, self.ranks.device.type == "cuda", cores_per_rank(self.ranks.world_size))
 
     def fit(self):
         """Trains to the end or until validation stops getting better. Raises Stopped, with a checkpoint written, where any
         rank was asked to stop."""
-        config = self.config
-        batches = TrainBatches(
-            self.plan,
-            self.ranks.rank,
-            self.state.step,
-            config.model.max_length,
-            config.model.mutual_information_pooling,
-            config.negatives,
-            config.stream,
-        )
-        stream = ready(batches, config.stream, pin_memory=self.ranks.device.type == "cuda")
-        with self.watchdog:
+        with self.watchdog, contextlib.closing(self.feed):
             if self._validation_due():  # it was stopped in between
                 self._validate()
             while not self._ended():
-                fed = self._next(stream)
+                fed = self._next()
+                begun = time.perf_counter()
                 try:
                     loss, report = self.trainer.train_step(fed.batch)
                 except NotFinite:  # on all ranks: what is being written was good
@@ -133,18 +143,20 @@ class TrainingRun:
                     raise
                 self.state.step = self.trainer.step
                 self._note(fed, loss, report)
+                if found := self.feed.computed(time.perf_counter() - begun):
+                    self.log.message(found)
                 if self._validation_due():
                     self._validate()
-                elif self._epoch_ends(config.checkpoint.every_epochs):
+                elif self._epoch_ends(self.config.checkpoint.every_epochs):
                     self._save()
             self._finish()
 
-    def _next(self, stream):
+    def _next(self):
         """What this rank is fed next. Before that the ranks agree: all go on, or save first, or stop, or none goes on."""
         fed, refusal = None, None
         with self.meter.waiting():
             try:
-                fed = next(stream)
+                fed = next(self.feed)
             except InputError as error:
                 refusal = error
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -200,7 +212,14 @@ class TrainingRun:
             engine.eval()
             try:
                 ranking = evaluate_split(
-                    engine.module, table, dataset, self.ranks, self.config, "validation", advance=self._between_rankings
+                    engine.module,
+                    table,
+                    dataset,
+                    self.ranks,
+                    self.config,
+                    "validation",
+                    advance=self._between_rankings,
+                    workers=self.feed.workers,
                 )
             except _Interrupted:
                 self._stop()
@@ -272,4 +291,5 @@ def describe(trainer):
         f"{trainer.weights:,} weights; "
         f"{trainer.ranks.world_size} ranks on {trainer.ranks.device.type}, ZeRO stage "
         f"{trainer.engine.zero_optimization_stage()}; {trainer.total_steps:,} steps of {trainer.config.global_batch_size} users"
+        + (f" or {tokens:,} tokens" if (tokens := trainer.config.tokens_per_batch) else "")
     )

@@ -28,7 +28,7 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None):
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     config = load_config([run / "config.yaml"], [])
     config = replace(config, data=str(data or config.data))
-    dataset = Dataset.load(config.data, check_shards=config.stream.damaged == "stop")
+    dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
     given = read_candidates(dataset, candidates) if candidates else None
     model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
     # Nothing is trained here: an optimizer without state, which every device has, whatever the run was trained with.

@@ -2,11 +2,13 @@
 
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from trainer.checkpoint import BEST, Damaged, RunState, checkpoints, newest, verify, write_json
 from trainer.config import RunConfig, flat
 from trainer.control import agree
+from trainer.data.source import SourceConfig
 from trainer.errors import InputError
 from trainer.log import METRICS_FILE
 
@@ -23,6 +25,7 @@ MAY_CHANGE = (
     "stream.prefetch",
     "stream.verify",
     "stream.damaged",
+    *(f"stream.{field.name}" for field in fields(SourceConfig)),
     "evaluation.batch_size",
     "evaluation.every_epochs",
     "evaluation.patience",

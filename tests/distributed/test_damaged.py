@@ -17,7 +17,7 @@ def damaged(dataset, tmp_path):
     shutil.copytree(dataset, folder)
     shard = folder / Dataset.load(folder).shards[5].name
     content = bytearray(shard.read_bytes())
-    place = content.index(b".items.npy") + 512 + 200  # past the member's tar header and the array's own
+    place = content.index(b".items.low.npy") + 512 + 200  # past the member's tar header and the array's own
     content[place] ^= 1
     shard.write_bytes(content)
     return folder, shard

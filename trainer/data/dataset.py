@@ -16,12 +16,17 @@ everywhere: a user with at least `SPLIT_LENGTH` interactions has the last one as
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 
+from trainer.data.cache import Cache
+from trainer.data.source import Address, SourceConfig, is_address
 from trainer.errors import InputError
 
 FORMAT_VERSION = 3  # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums of all files
@@ -76,7 +81,10 @@ class File:
 @dataclass(frozen=True)
 class Dataset:
     """A prepared dataset. `too_short` counts the users with fewer than `SPLIT_LENGTH` interactions; `block_users` are the
-    users of each block of a shard, but for the last, which has the rest; `files` are all but the shards and `dataset.json`."""
+    users of each block of a shard, but for the last, which has the rest; `files` are all but the shards and `dataset.json`.
+
+    `folder` holds the files; those of a dataset that lies elsewhere come there through `cache`.
+    """
 
     folder: Path
     seed: int
@@ -89,6 +97,12 @@ class Dataset:
     domains: tuple[Domain, ...]
     shards: tuple[Shard, ...]
     files: tuple[File, ...]
+    cache: Cache | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where the dataset lies, for messages: its folder, or its address without what is secret in it."""
+        return str(self.cache.address if self.cache else self.folder)
 
     @property
     def num_embeddings(self) -> int:
@@ -105,8 +119,17 @@ class Dataset:
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def local(self, file) -> Path:
-        """Where a shard or another file of the dataset can be read, by its name in `dataset.json`."""
-        return self.folder / file
+        """Where a shard or another file of the dataset can be read, by its name in `dataset.json`; fetched, if need be.
+
+        A shard that was fetched stays at least until the same thread asks for its next one, and for whoever has it open. Raises
+        NotFetched, an InputError: it could not be had; InputError: the cache cannot be written.
+        """
+        return self.cache.local(file) if self.cache else self.folder / file
+
+    def ahead(self, shards: Iterable[str]) -> None:
+        """Names the shards that this process will read next: where they lie elsewhere, the first few are fetched meanwhile."""
+        if self.cache:
+            self.cache.ahead(shards)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -126,8 +149,8 @@ class Dataset:
         return hashlib.sha256(self._text().encode()).hexdigest()
 
     def _text(self):
-        facts = dataclasses.asdict(self)
-        del facts["folder"]
+        facts = dataclasses.asdict(dataclasses.replace(self, cache=None))
+        del facts["folder"], facts["cache"]
         return json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=1, ensure_ascii=False) + "\n"
 
     def save(self) -> None:
@@ -135,15 +158,23 @@ class Dataset:
         (self.folder / FILE_NAME).write_text(self._text(), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder, check_shards=True) -> "Dataset":
-        """Reads a dataset folder and checks that every file it names is there.
+    def load(cls, place, check_shards=True, source_config: SourceConfig | None = None) -> "Dataset":
+        """Reads what a dataset is, and checks that every file it names is there.
 
-        check_shards: refuse a shard that is missing or of another size; left out where damaged shards are to be skipped.
+        place: a folder, or an address as `source.Address` has them. Of an address `dataset.json` is fetched anew, and the files
+        that every run needs where they are not here yet; users and shards when they are asked for.
+        check_shards: refuse a shard that is missing or of another size; left out where damaged shards are to be skipped, and
+        where the dataset lies elsewhere.
         Raises InputError: not a dataset folder, unreadable JSON, another format version, a field missing or of another
         type, users or rows that do not add up, a name that leads out of the folder, a file missing or of another size,
-        no shard at all.
+        no shard at all; an address that cannot be used, or what lies there cannot be fetched.
         """
-        folder = Path(folder)
+        place = str(place)
+        if place.startswith("file:"):
+            place = url2pathname(urlsplit(place).path)
+        if is_address(place):
+            return cls._load_from(Address(place, source_config or SourceConfig()))
+        folder = Path(place)
         path = folder / FILE_NAME
         if not path.is_file():
             raise InputError(f"{folder} is not a dataset folder (no {FILE_NAME} in it): make one with launch/prepare.py")
@@ -151,6 +182,22 @@ class Dataset:
             facts = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
+        dataset = cls._from_facts(facts, path, folder)
+        dataset._check_files(path, check_shards)
+        return dataset
+
+    @classmethod
+    def _load_from(cls, address):
+        dataset = cls._from_facts(address.read_json(FILE_NAME), address.shown(FILE_NAME), Path())
+        cache = Cache(address, dataset.fingerprint, dataset.shards, dataset.files)
+        dataset = dataclasses.replace(dataset, folder=cache.folder, cache=cache)
+        for file in dataset.files:
+            if file.name != USERS:  # large, and wanted for the results of single users alone
+                dataset.local(file.name)
+        return dataset
+
+    @classmethod
+    def _from_facts(cls, facts, path, folder):
         version = facts.pop("format_version", None) if isinstance(facts, dict) else None
         if version != FORMAT_VERSION:
             raise InputError(
@@ -159,9 +206,8 @@ class Dataset:
         facts["domains"] = tuple(_record(Domain, fact, path) for fact in _list(facts, "domains", path))
         facts["shards"] = tuple(_record(Shard, fact, path) for fact in _list(facts, "shards", path))
         facts["files"] = tuple(_record(File, fact, path) for fact in _list(facts, "files", path))
-        dataset = _record(cls, {"folder": folder, **facts}, path)
+        dataset = _record(cls, facts, path, folder=folder, cache=None)
         dataset._check_facts(path)
-        dataset._check_files(path, check_shards)
         return dataset
 
     def _check_facts(self, path):
@@ -229,11 +275,11 @@ def _list(facts, name, path):
     return facts[name]
 
 
-def _record(cls, facts, path):
-    """One dataclass from JSON, with every field there and of its type. Unknown fields are refused too."""
+def _record(cls, facts, path, **own):
+    """One dataclass from JSON, with every field but its `own` there and of its type. Unknown fields are refused too."""
     if not isinstance(facts, dict):
         raise InputError(f"{path}: a {cls.__name__} is written as {facts!r}: prepare the dataset again")
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in own}
     for name, kind in fields.items():
         if name not in facts:
             raise InputError(f"{path}: {cls.__name__} lacks the field {name!r}: prepare the dataset again")
@@ -243,4 +289,4 @@ def _record(cls, facts, path):
     for name in facts:
         if name not in fields:
             raise InputError(f"{path}: {cls.__name__} has no field {name!r}: prepare the dataset again")
-    return cls(**facts)
+    return cls(**facts, **own)

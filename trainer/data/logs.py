@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from trainer.errors import InputError
 
@@ -37,8 +38,8 @@ def find_files(inputs) -> list[Path]:
         logs = []
         for path in paths:
             if path.is_dir():
-                logs += [child for child in path.rglob("*") if child.is_file() and _suffix(child) in SUFFIXES]
-            elif _suffix(path) in SUFFIXES:
+                logs += [child for child in path.rglob("*") if child.is_file() and suffix_of(child) in SUFFIXES]
+            elif suffix_of(path) in SUFFIXES:
                 logs.append(path)
             elif len(paths) == 1:
                 raise InputError(f"input {path} is no log: the name must end in {', '.join(SUFFIXES)}")
@@ -110,7 +111,8 @@ class _Group:
         return f"coalesce(TRY_CAST({value} AS BIGINT)::VARCHAR = {value}, false)"
 
 
-def _suffix(path):
+def suffix_of(path) -> str | None:
+    """The key of SUFFIXES that a path ends in."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
@@ -123,7 +125,7 @@ def _group(connection, files, columns, domain):
     """Files with equal columns go together, so that a thousand part files are one scan."""
     layouts = defaultdict(list)
     for path in files:
-        delimiter = SUFFIXES[_suffix(path)]
+        delimiter = SUFFIXES[suffix_of(path)]
         if delimiter:
             layouts[delimiter, tuple((name, "VARCHAR") for name in _header(path, delimiter))].append(path)
         else:
@@ -132,12 +134,7 @@ def _group(connection, files, columns, domain):
     for (delimiter, layout), paths in layouts.items():
         names = [name for name, _ in layout]
         wanted = {role: name for role, name in columns.items() if role != "domain" or domain is None}
-        for role, name in wanted.items():
-            if names.count(name) != 1:
-                state = "no column" if name not in names else "more than one column"
-                raise InputError(
-                    f"{paths[0]} has {state} {name!r}; it has {', '.join(names)}: name yours with --{role}-column"
-                )
+        check_columns(paths[0], names, wanted)
         types = dict(layout)
         if delimiter:
             listed = ", ".join(f"'c{number}': 'VARCHAR'" for number in range(len(names)))
@@ -156,6 +153,25 @@ def _group(connection, files, columns, domain):
                 raise InputError(f"{paths[0]}: column {name!r} holds {types[name]}, not single values")
         groups.append(group)
     return groups
+
+
+def check_columns(path, names, wanted: dict[str, str]):
+    """Raises InputError where a column that is `wanted` (by role) is not among the names, or more than once."""
+    for role, name in wanted.items():
+        if names.count(name) != 1:
+            state = "no column" if name not in names else "more than one column"
+            raise InputError(f"{path} has {state} {name!r}; it has {', '.join(names)}: name yours with --{role}-column")
+
+
+def read_text(connection, path, columns: dict[str, str], domain: str | None = None):
+    """Yields the rows of one CSV or TSV file in Arrow batches: row (int64, from 1), and by role, all as text, user, item,
+    domain, time. Raises InputError, naming the file: a missing column, a file that cannot be read."""
+    (group,) = _group(connection, [path], columns, domain)
+    values = ", ".join(f"{value}::VARCHAR AS {role}" for role, value in group.value.items())
+    try:
+        yield from connection.sql(f"SELECT row_number() OVER () AS row, {values} FROM {group.scan([path])}").to_arrow_reader()
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        _refuse_unreadable(connection, group, error)
 
 
 def _header(path, delimiter):

@@ -37,14 +37,10 @@ def target_negatives(seed, epoch, user_N, position_N, items_N, domain_N, starts_
 
 def shared_negatives(seed, epoch, step, starts_D, items_D, count):
     """Negatives that all targets of a domain share in one step: a list of D int64 arrays of rows."""
-    drawn = []
-    for domain, (start, items) in enumerate(zip(starts_D, items_D, strict=True)):
-        if items <= count:
-            drawn.append(start + np.arange(items))
-        else:
-            bits = random_bits(seed, _SHARED, epoch, step, domain, np.arange(count))
-            drawn.append(start + random_below(bits, items))
-    return drawn
+    bits = random_bits(seed, _SHARED, epoch, step, np.arange(len(starts_D))[:, None], np.arange(count))
+    drawn = np.asarray(starts_D)[:, None] + random_below(bits, np.asarray(items_D)[:, None])
+    few = [start + np.arange(items) if items <= count else None for start, items in zip(starts_D, items_D, strict=True)]
+    return [rows if own is None else own for rows, own in zip(drawn, few, strict=True)]
 
 
 def evaluation_negatives(seed, user, touched, start, items, count):

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     fresh: begins anew. Raises InputError for whatever is wrong with the logs, the output folder, the memory or the disk.
     """
     files = find_files(config.inputs)
-    with Work(config.output, _facts(config, files), fresh) as work, _Stages() as stages:
+    with Work(config.output, facts(config, map(file_facts, files)), fresh) as work, _Stages() as stages:
         if work.begun_anew:
             print(f"{work.folder}: was made from other logs or options; begins anew", file=sys.stderr)
         try:
@@ -108,7 +109,7 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
             raise InputError(
                 f"{work.folder} cannot be written: {reason(error)}: make room, and the same command goes on"
             ) from None
-        except concurrent.futures.process.BrokenProcessPool:
+        except BrokenProcessPool:
             raise InputError(
                 "a process that writes shards was killed, perhaps for want of memory: give less with --memory or --processes; "
                 "the same command goes on"
@@ -117,16 +118,21 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     return dataclasses.replace(dataset, folder=Path(config.output))
 
 
-def _facts(config, files):
-    """What the stages depend on."""
+def file_facts(file: Path):
+    """What tells one state of a file from another."""
+    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def facts(config: PrepareConfig, files, libraries=("duckdb", "pyarrow")):
+    """What the stages depend on: the options, the files, the libraries whose versions shape what a stage leaves."""
     options = dataclasses.asdict(config)
     for name in ("inputs", "output", "memory", "processes"):
         del options[name]
     return {
         "options": options,
-        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": list(files),
         "format_version": FORMAT_VERSION,
-        "versions": {name: importlib.metadata.version(name) for name in ("duckdb", "pyarrow")},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
 
 
@@ -143,8 +149,8 @@ class _Preparation:
 
     def run(self):
         config, work = self.config, self.work
-        ids, layout = work.path("ids"), None
-        with _engine(work.scratch, self.memory, self.threads, self.stages) as connection:
+        ids = work.path("ids")
+        with engine(work.scratch, self.memory, self.threads, self.stages) as connection:
             if not (work.done("ids") and work.done("events")):
                 with self.stages("reading the logs"):
                     open_log(connection, self.files, config.columns, config.domain)
@@ -156,14 +162,8 @@ class _Preparation:
                 with work.stage("events") as folder, self.stages("dividing the events"):
                     _divide(connection, ids, layout, folder)
         self._write_parts(layout)
-        folder = work.path("dataset.partial")
-        folder.mkdir(exist_ok=True)
-        parts = [work.path(f"parts/{part:05d}") for part in range(layout.parts)]
-        engine = _engine(work.scratch, self.memory, self.threads, self.stages)
-        with engine as connection, self.stages("writing vocabularies"):
-            dataset = assemble(folder, ids, parts, layout, config.seed, connection)
-        folder.rename(work.path("dataset"))
-        return dataset
+        with engine(work.scratch, self.memory, self.threads, self.stages) as connection, self.stages("writing vocabularies"):
+            return join_parts(work, layout, config.seed, connection)
 
     def _layout(self, ids):
         """The cut that the events on disk have, or the one that suits the memory."""
@@ -284,20 +284,34 @@ def _make_part(work_folder: Path, layout: Layout, part, memory):
     scratch = work_folder / "scratch" / f"part-{part:05d}"
     scratch.mkdir()
     with finished_whole(target) as folder:
-        with _engine(scratch, memory, 1) as connection:
+        with engine(scratch, memory, 1) as connection:
             connection.execute("SET preserve_insertion_order = true")
             row_of = np.empty(sum(ids.items), np.int32)
-            found = connection.execute(f"SELECT item, row::INTEGER AS row FROM {scan(ids_folder / 'items')}").fetchnumpy()
-            row_of[found["item"]] = found["row"]
+            for batch in connection.sql(f"SELECT item, row FROM {scan(ids_folder / 'items')}").to_arrow_reader():
+                row_of[batch["item"].to_numpy()] = batch["row"].to_numpy()
             events = scan(work_folder / "events" / f"part={part}")
-            sorted_events = connection.sql(f"""SELECT "user", item FROM {events} ORDER BY "user", "time", item""").fetchnumpy()
-        rows_N = row_of[sorted_events.pop("item")]
-        write_part(folder, ids, layout, part, sorted_events.pop("user"), rows_N)
+            number_N = np.empty(_one(connection, f"SELECT count(*) FROM {events}"), np.int32)
+            rows_N = np.empty_like(number_N)
+            place = 0
+            for batch in connection.sql(f'SELECT "user", item FROM {events} ORDER BY "user", "time", item').to_arrow_reader():
+                own = slice(place, place := place + len(batch))
+                number_N[own], rows_N[own] = batch["user"].to_numpy(), row_of[batch["item"].to_numpy()]
+        write_part(folder, ids, layout, part, number_N, rows_N)
     shutil.rmtree(scratch)
 
 
+def join_parts(work: Work, layout: Layout, seed, connection) -> Dataset:
+    """Makes the dataset of the finished parts: the stage `dataset`."""
+    folder = work.path("dataset.partial")
+    folder.mkdir(exist_ok=True)
+    parts = [work.path(f"parts/{part:05d}") for part in range(layout.parts)]
+    dataset = assemble(folder, work.path("ids"), parts, layout, seed, connection)
+    folder.rename(work.path("dataset"))
+    return dataset
+
+
 @contextlib.contextmanager
-def _engine(scratch, memory, threads, stages=None):
+def engine(scratch, memory, threads, stages=None):
     """A DuckDB connection that keeps within `memory` bytes together with what is made of its results."""
     with duckdb.connect(":memory:") as connection:
         connection.execute(f"""

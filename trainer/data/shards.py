@@ -32,6 +32,7 @@ from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from trainer.data.dataset import Dataset, Shard
+from trainer.data.source import NotFetched, words
 from trainer.errors import InputError
 
 _LENGTHS, _LOW, _HIGH, _CHECKSUM = "lengths.npy", "items.low.npy", "items.high.zst", "crc32.npy"
@@ -91,13 +92,19 @@ class ShardFile:
         """
         self.dataset, self.shard, self.verify, self._report = dataset, shard, verify, report
         self.first_user, self.count = shard.first_user, -(-shard.users // dataset.block_users)
-        self.path = dataset.local(shard.name)
         self._members, self._stream = {}, None
+        try:
+            self.path = dataset.local(shard.name)
+        except NotFetched as error:
+            if report is None:
+                raise
+            report(f"{error.said}: {_left_out(dataset, shard, 0, self.count)}")
+            return
         place = 0  # the next block to come
         try:
             if not self.path.is_file():  # a pipe would be waited for
                 raise _Damage("it is missing or no file")
-            if verify and _digest(self.path) != shard.sha256:
+            if verify and not dataset.cache and _digest(self.path) != shard.sha256:  # the cache has compared it
                 if report is None:
                     raise _Damage("its sha256 is not the one in dataset.json")
                 report(f"{self.path}: its sha256 is not the one in dataset.json: its blocks are checked one by one")
@@ -114,7 +121,7 @@ class ShardFile:
                 raise _Damage(f"{_blocks(place, self.count)} missing")
             self._stream = open(self.path, "rb")  # noqa: SIM115 (until `close`)
         except (_Damage, OSError) as error:
-            self._refuse(place, self.count, error if isinstance(error, _Damage) else f"it cannot be read ({_words(error)})")
+            self._refuse(place, self.count, error if isinstance(error, _Damage) else f"it cannot be read ({words(error)})")
             if place:
                 self._stream = open(self.path, "rb")  # noqa: SIM115
 
@@ -168,7 +175,7 @@ class ShardFile:
         try:
             content = os.pread(self._stream.fileno(), size, offset)
         except OSError as error:
-            raise _Damage(f"it cannot be read ({_words(error)})") from None
+            raise _Damage(f"it cannot be read ({words(error)})") from None
         if len(content) != size:
             raise _Damage(f"{name} is cut short")
         return content
@@ -224,7 +231,7 @@ def _samples(path):
                 if key is not None and places:
                     yield key, places
     except Exception as error:  # of a damaged archive tarfile raises whatever its parsing stumbles over
-        raise _Damage(f"it cannot be read ({_words(error)})") from None
+        raise _Damage(f"it cannot be read ({words(error)})") from None
 
 
 def _number(key, path):
@@ -246,10 +253,10 @@ def _from_npy(data, dtypes, member):
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, _, found = read_header(stream)
     except Exception as error:  # a header is Python's own text for a dict: parsing it may fail in many ways
-        raise _Damage(f"{member} is no array that can be read ({_words(error)})") from None
+        raise _Damage(f"{member} is no array that can be read ({words(error)})") from None
     if found not in dtypes or len(shape) != 1:
         wanted = " or ".join(map(str, dtypes))
-        raise _Damage(f"{member} is {_words(found)} with {len(shape)} axes, not {wanted} with one")
+        raise _Damage(f"{member} is {words(found)} with {len(shape)} axes, not {wanted} with one")
     held = len(data) - stream.tell()
     if held != shape[0] * found.itemsize:
         raise _Damage(f"{member} says that it has {shape[0]} values, but holds {held} bytes")
@@ -265,7 +272,7 @@ def _unpacked(data, dtype, count):
     try:
         unpacked = pa.Codec("zstd").decompress(data, count * dtype.itemsize)
     except Exception as error:
-        raise _Damage(f"{_HIGH} cannot be unpacked ({_words(error)})") from None
+        raise _Damage(f"{_HIGH} cannot be unpacked ({words(error)})") from None
     if len(unpacked) != count * dtype.itemsize:
         raise _Damage(f"{_HIGH} holds {len(unpacked)} bytes, not {count * dtype.itemsize}")
     return np.frombuffer(unpacked, dtype)
@@ -282,13 +289,7 @@ def _digest(path):
     try:
         return _sha256(path)
     except OSError as error:
-        raise _Damage(f"it cannot be read ({_words(error)})") from None
-
-
-def _words(said):
-    """What an exception or a file says: short, on one line, with nothing in it that steers a terminal."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(said))
-    return " ".join(text.split())[:200] or type(said).__name__
+        raise _Damage(f"it cannot be read ({words(error)})") from None
 
 
 def _sha256(path):

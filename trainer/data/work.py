@@ -99,13 +99,22 @@ class Work:
 
 
 @contextlib.contextmanager
-def finished_whole(folder: Path):
-    """Yields an empty folder `folder`.partial, which gets its name where nothing is raised."""
-    partial = folder.with_name(folder.name + ".partial")
+def finished_whole(folder: Path, writer=""):
+    """Yields an empty folder `folder`.partial, which gets its name where nothing is raised.
+
+    writer: its name, where several may write the same: each has a partial folder of its own, which is taken away where it
+    fails or another was first. That raises OSError, and `folder` is whole then.
+    """
+    partial = folder.with_name(f"{folder.name}{writer and '.'}{writer}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    partial.rename(folder)
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        if writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _read(path):

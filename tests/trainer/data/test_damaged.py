@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -22,8 +23,10 @@ from tests.trainer.data.test_stream import assert_same
 from tests.trainer.made import draw_histories, npy, read_tar, spoil_block, write_dataset, write_tar
 from trainer.config import load_config
 from trainer.data.dataset import Dataset
+from trainer.data.histories import Users, read_users
 from trainer.data.negatives import NegativesConfig
-from trainer.data.stream import Plan, StreamConfig, TrainBatches, Users, read_users, ready
+from trainer.data.plan import Plan
+from trainer.data.stream import StreamConfig, TrainBatches, ready
 from trainer.errors import InputError
 
 USERS, SEED, BATCH = 40, 4, 7
@@ -43,33 +46,46 @@ def intact(tmp_path_factory):
     return make(tmp_path_factory.mktemp("intact"))
 
 
-def name_of(block, array):
-    return f"000001-{block:06d}.{array}.npy"
+MEMBERS = {"lengths": "lengths.npy", "low": "items.low.npy", "high": "items.high.zst", "crc32": "crc32.npy"}
 
 
-def members(**changes):
-    """Spoils a shard by putting members of block 1 in the place of its own; None takes one out."""
+def name_of(block, member):
+    return f"000001-{block:06d}.{MEMBERS[member]}"
+
+
+def members(first=13, **changes):
+    """Spoils a shard by putting members of block 1 in the place of its own, with the checksum of what it then holds; None takes
+    one out. first: the block's first user, as the checksum has it."""
 
     def spoil(path):
         found = read_tar(path)
-        found |= {name_of(1, array): content for array, content in changes.items() if content is not None}
-        gone = [name_of(1, array) for array, content in changes.items() if content is None]
+        found |= {name_of(1, member): content for member, content in changes.items() if content is not None}
+        gone = [name_of(1, member) for member, content in changes.items() if content is None]
+        if "crc32" not in changes:
+            held = [found[name_of(1, member)] for member in ("lengths", "low", "high")]
+            checksum = zlib.crc32(b"".join([struct.pack("<q", first), *held]))
+            found[name_of(1, "crc32")] = npy(np.array([checksum], "<u4"))
         write_tar(path, {name: content for name, content in found.items() if name not in gone})
 
     return spoil
 
 
-def block(users=(13, 14, 15), lengths=(1, 2, 1), items=(0, 1, 2, 3)):
-    """Spoils a shard by another block 1, whose checksum is right."""
-    arrays = {"users": np.array(users, "<i8"), "lengths": np.array(lengths, "<i4"), "items": np.array(items, "<i4")}
-    checksum = zlib.crc32(b"".join(array.tobytes() for array in arrays.values()))
-    return members(**{name: npy(array) for name, array in arrays.items()}, crc32=npy(np.array([checksum], "<u4")))
+def block(first=13, lengths=(1, 2, 1), items=(0, 1, 2, 3), high_dtype="u1", length_dtype="u1", high=None):
+    """Spoils a shard by another block 1. high: its bytes as they are, instead of the items'."""
+    items = np.array(items, "<u4")
+    if high is None:
+        high = zstd((items >> 16).astype(high_dtype).tobytes())
+    return members(first, lengths=npy(np.array(lengths, length_dtype)), low=npy(items.astype("<u2")), high=high)
 
 
-def header(shape, descr="<i4", text=None):
+def zstd(data):
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+def header(shape, descr="<u2", text=None):
     """An array of three numbers below the header of another."""
     text = text or f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + np.arange(3, dtype="<i4").tobytes()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + np.arange(3, dtype="<u2").tobytes()
 
 
 def order(blocks):
@@ -124,7 +140,7 @@ def resize(size, kind=tarfile.REGTYPE):
 
 def link(path):
     """Block 1's items are a link to a file of the machine."""
-    info = tarfile.TarInfo(name_of(1, "items"))
+    info = tarfile.TarInfo(name_of(1, "low"))
     info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
     write_tar(path, read_tar(path) | {info.name: info})
 
@@ -133,7 +149,7 @@ def sparse(size, unpacked):
     """Turns the member into a sparse one, which is so long in the tar and so long when it is read."""
 
     def change(content, offset):
-        info = tarfile.TarInfo(name_of(1, "items"))
+        info = tarfile.TarInfo(name_of(1, "low"))
         info.size, info.type = size, tarfile.GNUTYPE_SPARSE
         buffer = bytearray(info.tobuf(tarfile.GNU_FORMAT))
         buffer[386:410] = b"%011o\0%011o\0" % (0, 512)  # one piece of 512 bytes at 0
@@ -174,44 +190,57 @@ def pickled():
 ONE, REST = range(13, 16), range(16, 20)
 # What spoils the shard; the users that are then skipped; what is said; False where only checksums can tell.
 CASES = {
-    "a bit of the items": (at(1, "items", flip, 130), ONE, "block 1: its checksum (CRC-32) is wrong", False),
+    "a bit of the items": (at(1, "low", flip, 130), ONE, "block 1: its checksum (CRC-32) is wrong", False),
+    "a bit of the high parts": (at(1, "high", flip, 12), ONE, "block 1: its checksum (CRC-32) is wrong", False),
     "a bit of the lengths": (at(1, "lengths", flip, 128), ONE, "block 1: its checksum (CRC-32) is wrong", False),
-    "a bit of the users": (at(1, "users", flip, 128), ONE, "block 1: its checksum (CRC-32) is wrong", False),
     "a bit of the checksum": (at(1, "crc32", flip, 128), ONE, "block 1: its checksum (CRC-32) is wrong", False),
-    "no checksum": (members(crc32=None), ONE, "000001-000001.crc32.npy is missing", False),
+    "no checksum": (members(crc32=None), ONE, "the member crc32.npy is missing", False),
     "a bit between the members": (at(1, "crc32", flip, 500), (), "its sha256 is not the one", False),
-    "a bit of an array's header": (at(1, "items", flip, 3), ONE, "items.npy is no array that can be read", True),
-    "a member is missing": (members(lengths=None), ONE, "the member 000001-000001.lengths.npy is missing", True),
+    "a bit of an array's header": (at(1, "low", flip, 3), ONE, "block 1: its checksum (CRC-32) is wrong", False),
+    "an array that is none": (members(low=b"hello" * 40), ONE, "items.low.npy is no array that can be read", True),
+    "a member is missing": (members(lengths=None), ONE, "the member lengths.npy is missing", True),
+    "high parts are missing": (members(high=None), ONE, "the member items.high.zst is missing", True),
     "no member of a block": (order([0, 2, 3]), ONE, "block 1 is missing", True),
     "no member of the first two": (order([2, 3]), range(10, 16), "blocks 0 to 1 are missing", True),
     "no member of the last": (order([0, 1, 2]), (19,), "block 3 is missing", True),
     "nothing but the end": (order([]), WHOLE, "blocks 0 to 3 are missing", True),
     "a block twice": (order([0, 1, 2, 3, 1]), (), "'000001-000001' is none of its 4 blocks, or out of turn", True),
     "blocks in another order": (order([0, 2, 1, 3]), ONE, "block 1 is missing", True),
-    "blocks by each other's names": (exchange, range(13, 19), "block 1: users are not the 3 from 13 on", True),
+    "blocks by each other's names": (exchange, range(13, 19), "block 1: its checksum (CRC-32) is wrong", False),
     "a member twice": (
-        lambda path: write_tar(path, [m for m in read_tar(path).items() for _ in range(1 + (m[0] == name_of(1, "items")))]),
-        ONE, "the member 000001-000001.items.npy is there twice", True,
+        lambda path: write_tar(path, [m for m in read_tar(path).items() for _ in range(1 + (m[0] == name_of(1, "low")))]),
+        ONE, "the member items.low.npy is there twice", True,
     ),
-    "users of int32": (members(users=npy(np.arange(13, 16, dtype="<i4"))), ONE, "users.npy is int32 with 1 axes", True),
-    "items of float64": (members(items=npy(np.zeros(4))), ONE, "items.npy is float64 with 1 axes, not int32", True),
-    "items of two axes": (members(items=npy(np.zeros((2, 2), "<i4"))), ONE, "items.npy is int32 with 2 axes", True),
-    "a pickled object": (members(items=pickled()), ONE, "000001-000001.items.npy is object with 1 axes", True),
-    "a bare pickle": (members(items=pickle.dumps(Payload())), ONE, "000001-000001.items.npy is no array", True),
-    "a pickled checksum": (members(crc32=pickled()), ONE, "000001-000001.crc32.npy is object with 1 axes", False),
-    "an array of 2^60": (members(items=header((2**60,))), ONE, "has 1152921504606846976 values, but holds 12 bytes", True),
-    "an array of −3": (members(items=header((-3,))), ONE, "has -3 values, but holds 12 bytes", True),
-    "an array without a header": (members(items=header(3, text="(" * 5000)), ONE, "items.npy is no array", True),
-    "lengths that do not add up": (block(lengths=(1, 2, 2)), ONE, "block 1: lengths do not add up to the 4 items", True),
-    "a length below 0": (block(lengths=(6, -1, -1)), ONE, "block 1: lengths do not add up", True),
-    "lengths beyond int32": (block(lengths=(2**31 - 1, 2**31 - 1, 6)), ONE, "block 1: lengths do not add up", True),
-    "a user without items": (block(lengths=(2, 2, 0)), ONE, "block 1: lengths do not add up", True),
+    "lengths of int32": (block(length_dtype="<i4"), ONE, "lengths.npy is int32 with 1 axes, not uint8 or uint16", True),
+    "lengths of float": (block(length_dtype="<f8"), ONE, "lengths.npy is float64 with 1 axes", True),
+    "items of float64": (members(low=npy(np.zeros(4))), ONE, "items.low.npy is float64 with 1 axes, not uint16", True),
+    "big-endian items": (members(low=npy(np.zeros(4, ">u2"))), ONE, "items.low.npy is >u2 with 1 axes, not uint16", True),
+    "items of two axes": (members(low=npy(np.zeros((2, 2), "<u2"))), ONE, "items.low.npy is uint16 with 2 axes", True),
+    "a pickled object": (members(low=pickled()), ONE, "items.low.npy is object with 1 axes", True),
+    "pickled lengths": (members(lengths=pickled()), ONE, "lengths.npy is object with 1 axes", True),
+    "a bare pickle": (members(low=pickle.dumps(Payload())), ONE, "items.low.npy is no array", True),
+    "a pickle for high parts": (members(high=pickle.dumps(Payload())), ONE, "items.high.zst cannot be unpacked", True),
+    "a pickled checksum": (members(crc32=pickled()), ONE, "crc32.npy is object with 1 axes", False),
+    "an array of 2^60": (members(low=header((2**60,))), ONE, "has 1152921504606846976 values, but holds 6 bytes", True),
+    "an array of −3": (members(low=header((-3,))), ONE, "has -3 values, but holds 6 bytes", True),
+    "an array without a header": (members(low=header(3, text="(" * 5000)), ONE, "items.low.npy is no array", True),
+    "lengths that do not add up": (block(lengths=(1, 2, 2)), ONE, "block 1: lengths are not those of 3 users with 4", True),
+    "lengths that add up beyond 2^32": (
+        block(lengths=(2**32 - 1, 3, 2), length_dtype="<u4"), ONE, "block 1: lengths are not those of 3 users", True
+    ),
+    "a user without items": (block(lengths=(2, 2, 0)), ONE, "block 1: lengths are not those of 3 users", True),
     "a row beyond M": (block(items=(0, 1, 2, 15)), ONE, "block 1: an item is outside the 15 rows", True),
-    "a row below 0": (block(items=(0, 1, -1, 3)), ONE, "block 1: an item is outside the 15 rows", True),
-    "other users": (block(users=(20, 21, 22)), ONE, "block 1: users are not the 3 from 13 on", True),
-    "a user too few": (block(users=(13, 14), lengths=(2, 2)), ONE, "block 1: users are not the 3 from 13 on", True),
-    "a user too many": (block((13, 14, 15, 16), (1, 1, 1, 1)), ONE, "block 1: users are not the 3 from 13 on", True),
-    "cut in a member": (at(2, "items", cut, 130), REST, "'000001-000002.items.npy' is sparse or reaches beyond", True),
+    "a row far beyond M": (block(items=(0, 1, 2, 3 + 2**23)), ONE, "block 1: an item is outside the 15 rows", True),
+    "other users": (block(first=20), ONE, "block 1: its checksum (CRC-32) is wrong", False),
+    "a user too few": (block(lengths=(2, 2)), ONE, "block 1: lengths are not those of 3 users with 4 items", True),
+    "a user too many": (block(lengths=(1, 1, 1, 1)), ONE, "block 1: lengths are not those of 3 users with 4 items", True),
+    "high parts of too few": (block(high=zstd(bytes(3))), ONE, "block 1: items.high.zst ", True),
+    "high parts of too many": (block(high=zstd(bytes(5))), ONE, "block 1: items.high.zst ", True),
+    "high parts that become 2^30 bytes": (block(high=zstd(bytes(2**30))), ONE, "block 1: items.high.zst ", True),
+    "high parts cut short": (block(high=zstd(bytes(4))[:-3]), ONE, "block 1: items.high.zst cannot be unpacked", True),
+    "nothing for high parts": (block(high=b""), ONE, "block 1: items.high.zst ", True),
+    "high parts of two bytes": (block(high_dtype="<u2"), ONE, "block 1: items.high.zst ", True),
+    "cut in a member": (at(2, "low", cut, 130), REST, "'000001-000002.items.low.npy' is sparse or reaches beyond", True),
     "cut in a header": (at(2, "crc32", cut, -300), REST, "blocks 2 to 3 are missing", True),
     "cut between blocks": (at(2, "crc32", cut, -512), REST, "blocks 2 to 3 are missing", True),
     "an early end": (at(2, "crc32", zeros, -512), REST, "blocks 2 to 3 are missing", True),
@@ -219,9 +248,9 @@ CASES = {
     "a size beyond the file": (at(2, "lengths", resize(2**40)), REST, "lengths.npy' is sparse or reaches beyond", True),
     "a size below 0": (at(2, "lengths", resize(-512)), REST, "lengths.npy' is sparse or reaches beyond", True),
     "an extension of 2^50": (at(2, "lengths", resize(2**50, tarfile.XHDTYPE)), REST, "it cannot be read", True),
-    "a link": (link, ONE, "the member 000001-000001.items.npy is missing", True),
-    "a sparse member": (at(1, "items", sparse(512, 2**32)), range(13, 20), "'000001-000001.items.npy' is sparse", True),
-    "a sparse circle": (at(1, "items", sparse(-512, 512)), range(13, 20), "'000001-000001.items.npy' is sparse", True),
+    "a link": (link, ONE, "the member items.low.npy is missing", True),
+    "a sparse member": (at(1, "low", sparse(512, 2**32)), range(13, 20), "'000001-000001.items.low.npy' is sparse", True),
+    "a sparse circle": (at(1, "low", sparse(-512, 512)), range(13, 20), "'000001-000001.items.low.npy' is sparse", True),
     "no file": (Path.unlink, WHOLE, "it is missing or no file", True),
     "a folder": (a_folder, WHOLE, "it is missing or no file", True),
     "a pipe": (a_pipe, WHOLE, "it is missing or no file", True),

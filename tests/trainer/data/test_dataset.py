@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from trainer.data.dataset import FORMAT_VERSION, Dataset, Domain, Shard
+from trainer.data.dataset import FORMAT_VERSION, LENGTHS, LENGTHS_DTYPE, USERS, Dataset, Domain, File, Shard
 from trainer.errors import InputError
 
 
@@ -15,7 +15,8 @@ def dataset(tmp_path):
     folder = tmp_path / "dataset"
     (folder / "shards").mkdir(parents=True)
     (folder / "vocabulary").mkdir()
-    (folder / "users.parquet").touch()
+    (folder / USERS).write_bytes(b"users")
+    np.save(folder / LENGTHS, np.arange(10).reshape(5, 2).astype(LENGTHS_DTYPE))
     shards, domains = [], []
     for number, (first, users, interactions) in enumerate([(0, 3, 10), (3, 2, 5)]):
         name = f"shards/{number:06d}.tar"
@@ -23,9 +24,10 @@ def dataset(tmp_path):
         shards.append(Shard(name, users, first, interactions, 7, "0" * 64))
     for number, (start, items, room) in enumerate([(0, 4, 68), (68, 1000, 1100)]):
         name = f"vocabulary/{number}.parquet"
-        (folder / name).touch()
+        (folder / name).write_bytes(b"vocabulary %d" % number)
         domains.append(Domain(f"дом{number}", start, items, room, 5, 7, {"p50": 2, "max": 9}, name))
-    made = Dataset(folder, 3, 5, 15, 1, 9, 1024, 2, tuple(domains), tuple(shards))
+    files = tuple(File.of(folder, name) for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains)))
+    made = Dataset(folder, 3, 5, 15, 1, 9, 1024, 2, tuple(domains), tuple(shards), files)
     made.save()
     return made
 
@@ -39,6 +41,43 @@ def edit(dataset, change):
 
 def test_load_gives_back_what_was_saved(dataset):
     assert Dataset.load(str(dataset.folder)) == dataset
+
+
+def test_lengths_are_those_of_the_file_and_not_read_into_memory(dataset):
+    assert dataset.lengths.dtype == LENGTHS_DTYPE and dataset.lengths.tolist() == np.arange(10).reshape(5, 2).tolist()
+    assert isinstance(dataset.lengths, np.memmap) and not dataset.lengths.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: np.save(path, np.zeros((5, 3), LENGTHS_DTYPE)),
+        lambda path: np.save(path, np.zeros((4, 2), LENGTHS_DTYPE)),
+        lambda path: np.save(path, np.zeros((5, 2), np.int32)),
+        lambda path: np.save(path, np.array([[{}] * 2] * 5), allow_pickle=True),
+        lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+)
+def test_lengths_that_are_none_are_refused(dataset, spoil):
+    spoil(dataset.folder / LENGTHS)
+    with pytest.raises(InputError, match=r"lengths\.npy .*prepare the dataset again"):
+        _ = dataset.lengths
+
+
+def test_a_changed_file_is_named(dataset):
+    for file in dataset.files:
+        path = dataset.folder / file.name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match=rf"{file.name}: its sha256 is not the one in dataset\.json"):
+            Dataset.load(dataset.folder)
+        path.write_bytes(content + b"x")
+        with pytest.raises(InputError, match=rf"{file.name} has {len(content) + 1} bytes, dataset\.json says {len(content)}"):
+            Dataset.load(dataset.folder)
+        path.write_bytes(content)
+    assert Dataset.load(dataset.folder) == dataset
 
 
 def test_domains_tile_the_rows(dataset):
@@ -61,9 +100,10 @@ def fields(cls, *but):
 
 @pytest.mark.parametrize(
     ("where", "field"),
-    [((), name) for name in fields(Dataset, "folder")]
+    [((), name) for name in fields(Dataset, "folder", "cache")]
     + [(("domains", 0), name) for name in fields(Domain)]
-    + [(("shards", 1), name) for name in fields(Shard)],
+    + [(("shards", 1), name) for name in fields(Shard)]
+    + [(("files", 1), name) for name in fields(File)],
 )
 @pytest.mark.parametrize("value", ["missing", None, True])
 def test_a_field_missing_or_of_another_type_is_named(dataset, where, field, value):
@@ -94,6 +134,10 @@ def test_a_field_missing_or_of_another_type_is_named(dataset, where, field, valu
         (lambda facts: facts["shards"][1].update(first_user=4), ["add up"]),
         (lambda facts: facts.update(colour="red"), ["colour"]),
         (lambda facts: facts["shards"].append("x"), ["Shard", "'x'"]),
+        (lambda facts: facts["files"].append("x"), ["File", "'x'"]),
+        (lambda facts: facts["files"].pop(), ["the files it names are not those of a dataset"]),
+        (lambda facts: facts["files"].append(facts["files"][0]), ["the files it names are not those of a dataset"]),
+        (lambda facts: facts["files"][0].update(name="others.parquet"), ["the files it names are not those of a dataset"]),
         (lambda facts: facts.update(block_users=0), ["0 users a block"]),
         (lambda facts: facts.update(streams=0), ["0 streams for 5 users"]),
         (lambda facts: facts.update(streams=6), ["6 streams for 5 users"]),
@@ -114,7 +158,7 @@ OUTSIDE = ["/etc/passwd", "../other/1.tar", "shards/../../1.tar", "..", "", ".",
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-@pytest.mark.parametrize(("where", "field"), [("shards", "name"), ("domains", "vocabulary")])
+@pytest.mark.parametrize(("where", "field"), [("shards", "name"), ("domains", "vocabulary"), ("files", "name")])
 def test_a_name_that_leads_out_of_the_folder_is_refused(dataset, where, field, name):
     edit(dataset, lambda facts: facts[where][1].update({field: name}))
     for check_shards in (True, False):
@@ -130,7 +174,7 @@ def test_unreadable_json_is_refused(dataset, text):
         Dataset.load(dataset.folder)
 
 
-@pytest.mark.parametrize("name", ["shards/000001.tar", "vocabulary/1.parquet", "users.parquet"])
+@pytest.mark.parametrize("name", ["shards/000001.tar", "vocabulary/1.parquet", "users.parquet", "lengths.npy"])
 def test_a_missing_file_is_named(dataset, name):
     (dataset.folder / name).unlink()
     with pytest.raises(InputError, match=name):

@@ -97,8 +97,8 @@ def reference(rows, min_user, min_item, seed):
             break
         rows = kept
     by_user = defaultdict(list)
-    for user, item, domain, time in rows:
-        by_user[user].append((time, domain, item))
+    for user, item, domain, when in rows:
+        by_user[user].append((when, domain, item))
     events = {user: [event[1:] for event in sorted(found)] for user, found in by_user.items()}
     order = sorted(events, key=lambda user: (hashlib.md5(f"{seed}:{user}".encode()).hexdigest()[:15], user))
     training = Counter(event for found in events.values() for event in (found[:-2] if len(found) >= 3 else found))
@@ -735,6 +735,8 @@ def test_a_full_disk_is_an_input_error_and_the_work_is_kept(tmp_path, monkeypatc
     assert run(tmp_path / "out", log).interactions == 300
 
 
-@pytest.mark.parametrize(("text", "amount"), [("8GB", 8e9), ("500 mb", 5e8), ("1.5GiB", 1.5 * 2**30), ("2T", 2e12), ("700000000", 7e8)])
+@pytest.mark.parametrize(
+    ("text", "amount"), [("8GB", 8e9), ("500 mb", 5e8), ("1.5GiB", 1.5 * 2**30), ("2T", 2e12), ("700000000", 7e8)]
+)
 def test_amounts_of_memory(text, amount):
     assert PrepareConfig((), "", memory=text).memory_bytes == amount

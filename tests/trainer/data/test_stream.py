@@ -2,8 +2,6 @@ import dataclasses
 import gc
 import itertools
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.made import draw_histories, write_dataset
+from trainer.data.histories import Users, read_users
 from trainer.data.negatives import NegativesConfig
-from trainer.data.stream import Plan, StreamConfig, TrainBatches, Users, read_users, ready, training_part
+from trainer.data.plan import Plan
+from trainer.data.stream import (
+    MEASURED,
+    Feed,
+    StreamConfig,
+    TrainBatches,
+    cores_per_rank,
+    domains_of,
+    ready,
+    training_part,
+    workers_needed,
+)
 from trainer.errors import InputError
 
 LONG = 100  # tokens: more than any history here
@@ -27,19 +37,11 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("stream") / "data", histories, cuts=(9, 20, 21, 33, 47), streams=3)
 
 
-@st.composite
-def layouts(draw):
-    """How many users lie in each shard, how many streams, and the users of a block."""
-    streams = draw(st.integers(1, 5))
-    shards = streams * draw(st.integers(1, 2))
-    sizes = draw(st.lists(st.integers(1, 5), min_size=shards, max_size=shards))
-    return sizes, streams, draw(st.integers(1, 4))
-
-
 def batches_of(dataset, batch_size, rank=0, world_size=1, position=0, seed=4, workers=0, shuffle=True, **options):
     config = StreamConfig(workers=workers, prefetch=2, shuffle=shuffle)
-    plan = Plan(dataset, batch_size, world_size, seed, shuffle)
     max_length, negatives = options.get("max_length", LONG), options.get("negatives", NegativesConfig(per_target=3))
+    limits = {"tokens_per_batch": options.get("tokens", 0), "balance": options.get("balance", True)}
+    plan = Plan(dataset, batch_size, world_size, seed, shuffle, max_length=max_length, **limits)
     return ready(TrainBatches(plan, rank, position, max_length, "mean", negatives, config), config, pin_memory=False)
 
 
@@ -68,67 +70,17 @@ def assert_same(one, other, path="batch"):
         assert one == other, path
 
 
-@settings(max_examples=25)
-@given(layouts(), st.integers(5, 12), st.integers(0, 3), st.booleans())
-def test_every_world_size_sees_the_same_batches_and_every_user_once(layout, batch_size, epoch, shuffle):
-    sizes, streams, block_users = layout
-    histories = draw_histories(sum(sizes), longest=4)
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = write_dataset(
-            Path(folder) / "data", histories, cuts=np.cumsum(sizes)[:-1].tolist(), streams=streams, block_users=block_users
-        )
-        seen = {}
-        for world_size in range(1, streams + 1):
-            plan = Plan(dataset, batch_size, world_size, seed=1, shuffle=shuffle)
-            steps = range(plan.steps(epoch))
-            by_rank = [list(read_users(plan, epoch, steps, rank)) for rank in range(world_size)]
-            assert all([step for step, _ in batches] == list(steps) for batches in by_rank)
-            batches = []
-            for step in steps:
-                parts = [batches[step][1] for batches in by_rank]
-                assert max(len(part.number_B) for part in parts) <= plan.users_per_rank(step)
-                assert [len(part.number_B) for part in parts] == [plan.users(epoch, step, r) for r in range(world_size)]
-                for part in parts:
-                    ends = np.cumsum(part.lengths_B)
-                    for number, begin, end in zip(part.number_B, ends - part.lengths_B, ends, strict=True):
-                        assert part.items_N[begin:end].tolist() == histories[number].tolist()
-                batches.append(sorted(np.concatenate([part.number_B for part in parts]).tolist()))
-            assert sorted(itertools.chain(*batches)) == list(range(len(histories)))
-            assert max(len(batch) for batch in batches) <= batch_size and batches[-1]
-            seen[world_size] = batches
-        assert all(batches == seen[1] for batches in seen.values())
-
-
-@settings(max_examples=25)
-@given(layouts(), st.integers(1, 9))
-def test_unshuffled_batches_are_the_slots_of_the_streams_in_turn(layout, batch_size):
-    sizes, streams, block_users = layout
-    cuts = np.cumsum(sizes)[:-1].tolist()
-    shards = [list(range(first, last)) for first, last in zip([0, *cuts], [*cuts, sum(sizes)], strict=True)]
-    own = [list(itertools.chain(*shards[stream::streams])) for stream in range(streams)]
-    slots = list(itertools.chain(*itertools.zip_longest(*own)))
-    batches = [slots[begin : begin + batch_size] for begin in range(0, len(slots), batch_size)]
-    batches = [sorted(user for user in batch if user is not None) for batch in batches]
-    while not batches[-1]:
-        batches.pop()
-    with tempfile.TemporaryDirectory() as folder:
-        histories = draw_histories(sum(sizes), longest=3)
-        dataset = write_dataset(Path(folder) / "data", histories, cuts=cuts, streams=streams, block_users=block_users)
-        plan = Plan(dataset, batch_size, 1, seed=1, shuffle=False)
-        found = [sorted(users.number_B.tolist()) for _, users in read_users(plan, 0, range(plan.steps(0)), 0)]
-    assert found == batches
-
-
-def test_ranks_that_do_not_divide_the_streams_get_the_same_number_of_users(dataset):
-    """Three streams on two ranks: rank 0 has twice the users of rank 1, which fills up."""
+@pytest.mark.parametrize("balance", [True, False])
+def test_ranks_that_do_not_divide_the_streams_get_the_same_number_of_users(dataset, balance):
+    """Three streams on two ranks: unless they are evened out rank 0 has twice the users of rank 1, which fills up."""
     filled = []
-    for one, other in zip(*(take(batches_of(dataset, 8, rank, 2), 16) for rank in range(2)), strict=True):
+    for one, other in zip(*(take(batches_of(dataset, 8, rank, 2, balance=balance), 16) for rank in range(2)), strict=True):
         assert len(one.weight_B) == len(other.weight_B)
         for batch in (one, other):
             real = int(batch.weight_B.sum())
             assert batch.weight_B.tolist() == [1] * real + [0] * (len(batch.weight_B) - real)
         filled.append(len(other.weight_B) - int(other.weight_B.sum()))
-    assert max(filled) > 1
+    assert max(filled) <= 1 if balance else max(filled) > 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -137,7 +89,7 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(dataset, w
     histories, max_length = draw_histories(57), 4
     alone = {}
     for rank in range(world_size):
-        plan = Plan(dataset, 8, world_size, seed=4)
+        plan = Plan(dataset, 8, world_size, seed=4, max_length=max_length)
         batches = TrainBatches(plan, rank, 0, max_length, "mean", NegativesConfig(per_target=3), HERE)
         built = iter(batches)
         for epoch in range(2):
@@ -182,59 +134,122 @@ def test_shared_negatives_are_those_of_the_step_on_every_rank(dataset):
 
 
 @settings(max_examples=15)
-@given(position=st.integers(0, 40), rank=st.integers(0, 1))
-def test_a_run_goes_on_from_any_position(dataset, position, rank):
-    whole = take(batches_of(dataset, 8, rank, 2), position + 3)
-    assert_same(take(batches_of(dataset, 8, rank, 2, position), 3), whole[position:])
+@given(position=st.integers(0, 40), rank=st.integers(0, 1), tokens=st.sampled_from([0, 30]))
+def test_a_run_goes_on_from_any_position(dataset, position, rank, tokens):
+    options = {"tokens": tokens, "max_length": 6}
+    whole = take(batches_of(dataset, 8, rank, 2, **options), position + 3)
+    assert_same(take(batches_of(dataset, 8, rank, 2, position, **options), 3), whole[position:])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_any_number_of_workers_builds_the_same_batches(dataset, workers):
+@pytest.mark.parametrize(("workers", "tokens"), [(1, 0), (2, 0), (3, 0), (2, 40)])
+def test_any_number_of_workers_builds_the_same_batches(dataset, workers, tokens):
     """From the middle of an epoch into the third, so that workers cross its end at different places."""
-    expected = take(batches_of(dataset, 8, 1, 2, position=5), 18)
-    assert_same(take(batches_of(dataset, 8, 1, 2, position=5, workers=workers), 18), expected)
+    options = {"position": 5, "tokens": tokens, "max_length": 7}
+    expected = take(batches_of(dataset, 8, 1, 2, **options), 18)
+    assert_same(take(batches_of(dataset, 8, 1, 2, workers=workers, **options), 18), expected)
 
 
-def orders(dataset, seed, shuffle=True):
-    """The users of each of three epochs in their order."""
-    plan = Plan(dataset, 8, 1, seed, shuffle)
-    batches = [read_users(plan, epoch, range(plan.steps(epoch)), 0) for epoch in range(3)]
-    return [tuple(int(number) for _, users in epoch for number in users.number_B) for epoch in batches]
+def test_a_batch_has_no_more_tokens_than_allowed(dataset):
+    """A token is an interaction of the training part, a user's newest five; both ranks together."""
+    limit, longest = 24, 5
+    ranks = [take(batches_of(dataset, 8, rank, 2, tokens=limit, max_length=longest), 30) for rank in range(2)]
+    totals = []
+    for batches in zip(*ranks, strict=True):
+        totals.append(0)
+        for batch in batches:
+            counts = np.bincount(batch.cross.sequence_M, minlength=len(batch.weight_B))
+            totals[-1] += int((counts * (batch.weight_B > 0).numpy()).sum())
+    assert max(totals) <= limit and np.mean(totals) > 0.8 * limit
 
 
-def test_each_epoch_and_seed_has_its_own_order(dataset):
-    found = orders(dataset, 1) + orders(dataset, 2)
-    assert len(set(found)) == 6
-    assert all(sorted(order) == list(range(57)) for order in found)
-    # Shards move, and users within their block: of three users, one order in six is the same again.
-    shards = [(0, 9), (9, 20), (21, 33), (33, 47)]
-    blocks = [range(begin, min(begin + 3, last)) for first, last in shards for begin in range(first, last, 3)]
-    within = [[sorted(block, key=order.index) for block in blocks] for order in found]
-    for one, other in itertools.combinations(within, 2):
-        assert sum(a == b for a, b in zip(one, other, strict=True)) < len(blocks) / 2
-    places = [[min(order.index(user) for user in range(*shard)) for shard in shards] for order in found]
-    assert len({tuple(np.argsort(place)) for place in places}) > 2
+class Looked:
+    """A TrainBatches that notes from where on it was read, and how."""
+
+    def __init__(self, batches, started):
+        self.config, self.position, self._batches, self._started = batches.config, batches.position, batches, started
+
+    def at(self, position):
+        self._started.append(position)
+        return self._batches.at(position)
 
 
-def test_without_shuffle_every_epoch_is_the_datasets_own_order(dataset):
-    assert len(set(orders(dataset, 1, shuffle=False) + orders(dataset, 2, shuffle=False))) == 1
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_are_as_many_as_it_takes_to_keep_up(dataset, monkeypatch):
+    """However often the loader begins anew, every batch comes once and in order."""
+    expected = take(batches_of(dataset, 8, position=3), 40)
+    plan, config = Plan(dataset, 8, 1, seed=4, max_length=LONG), StreamConfig(prefetch=2)
+    assert config.workers == MEASURED
+    for step_seconds, cores, workers in ((1e-9, 3, 3), (1e9, 3, 1), (1e-9, 1, 1)):
+        started = []
+        batches = TrainBatches(plan, 0, 3, LONG, "mean", NegativesConfig(per_target=3), config)
+        feed = Feed(Looked(batches, started), pin_memory=False, cores=cores)
+        found, lines = [], []
+        for _ in range(40):
+            fed = next(feed)
+            assert fed.seconds > 0
+            found.append(fed.batch)
+            lines.append(feed.computed(step_seconds))
+        feed.close()
+        assert_same(found, expected)
+        assert feed.workers == workers and feed.position == 43
+        (line,) = [line for line in lines if line]
+        assert ("for want of cores" in line) == (step_seconds < 1)
+        assert started == ([3, 3 + 1 + lines.index(line)] if workers > 1 else [3])
 
 
-def test_locate_counts_steps_over_epochs(dataset):
-    plan = Plan(dataset, 8, 1, seed=4)
-    steps = [plan.steps(epoch) for epoch in range(4)]
-    assert len(set(steps)) > 1  # uneven streams: the number of steps depends on the epoch
-    expected = [(epoch, step) for epoch in range(4) for step in range(steps[epoch])]
-    assert [plan.locate(position) for position in range(sum(steps))] == expected
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_given_number_of_workers_stays(dataset, workers):
+    config = StreamConfig(workers=workers, prefetch=2)
+    plan = Plan(dataset, 8, 1, seed=4, max_length=LONG)
+    feed = Feed(TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(per_target=3), config), pin_memory=False, cores=8)
+    for _ in range(40):
+        next(feed)
+        assert feed.computed(1e-9) is None
+    feed.close()
+    assert feed.workers == workers
+
+
+def test_a_feed_hands_over_what_stops_it(spoiled):
+    config = StreamConfig(prefetch=1)
+    plan = Plan(spoiled, 4, 1, 4, shuffle=False)
+    feed = Feed(TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(), config), pin_memory=False, cores=2)
+    assert len([next(feed), next(feed)]) == 2
+    with pytest.raises(InputError, match=r"000002\.tar: its sha256"):
+        next(feed)
+
+
+@pytest.mark.parametrize(
+    ("build", "step", "workers"), [(0.1, 1.0, 1), (0.8, 1.0, 1), (0.81, 1.0, 2), (1.0, 1.0, 2), (3.0, 0.5, 8), (0.0, 0.0, 1)]
+)
+def test_a_quarter_more_workers_than_the_mean_asks_for(build, step, workers):
+    assert workers_needed(build, step) == workers
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "cores"), [({}, 4, 4), ({"LOCAL_WORLD_SIZE": "2"}, 16, 8), ({"LOCAL_SIZE": "99"}, 99, 1)]
+)
+def test_ranks_of_a_machine_share_its_cores(monkeypatch, given, ranks, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cores_per_rank(ranks) == cores
+
+
+@pytest.mark.parametrize("domains", [1, 2, 30])
+def test_domains_are_the_datasets(dataset, domains):
+    owned = tuple(dataclasses.replace(dataset.domains[0], start=8 * number) for number in range(domains))
+    whole = dataclasses.replace(dataset, domains=owned)
+    rows = np.arange(8 * domains, dtype=np.int32)[::-1].copy()
+    assert domains_of(whole, rows).tolist() == whole.domain_of(rows).tolist()
 
 
 def test_training_part_keeps_the_first_of_each_user():
     users = Users(np.array([7, 3, 9]), np.array([4, 2, 3]), np.arange(9))
-    items, place, number = training_part(users, np.array([2, 2, 1]))
-    assert items.tolist() == [0, 1, 4, 5, 6]
-    assert place.tolist() == [0, 1, 0, 1, 0]
-    assert number.tolist() == [7, 7, 3, 3, 9]
+    assert training_part(users, np.array([2, 2, 1])).tolist() == [0, 1, 4, 5, 6]
+    assert training_part(users, np.array([4, 1, 3])).tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
 
 
 @pytest.mark.parametrize(("length", "kept"), [(1, 1), (2, 2), (3, 1), (4, 2), (9, 7)])
@@ -275,13 +290,6 @@ def test_checksums_can_be_left_unchecked(spoiled):
     assert len(list(read_users(plan, 0, range(4), 0, verify=False))) == 4
 
 
-def test_more_ranks_than_streams_or_users_are_refused(dataset):
-    with pytest.raises(InputError, match=r"4 ranks, but .*data has 3 streams.*--streams 4"):
-        Plan(dataset, 8, 4, 0)
-    with pytest.raises(InputError, match=r"global_batch_size=2 is below the number of ranks, 3"):
-        Plan(dataset, 2, 3, 0)
-
-
 class Cycle:
     """Collected by the garbage collector alone, which it tells by a file."""
 
@@ -312,7 +320,7 @@ def test_a_worker_does_not_collect_what_its_parent_left(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
 
 
-@pytest.mark.parametrize(("key", "value"), [("workers", -1), ("prefetch", 0)])
+@pytest.mark.parametrize(("key", "value"), [("workers", -2), ("prefetch", 0)])
 def test_bad_values_name_the_key(key, value):
     with pytest.raises(ValueError, match=rf"stream\.{key} is {value}"):
         StreamConfig(**{key: value})
