@@ -97,8 +97,14 @@ class Query:
 
 
 def move(value, device):
-    """The same dataclass with its tensors on `device` (asynchronously from pinned memory)."""
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+    """The same dataclass with its tensors on `device` (asynchronously from pinned memory); int32, as which a loader hands over
+    what is int64 here, is widened there."""
+
+    def moved(tensor):
+        tensor = tensor.to(device, non_blocking=True)
+        return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+    return _map_tensors(value, moved)
 
 
 def _map_tensors(value, function):

@@ -13,6 +13,7 @@ from embeddings.config import TableConfig
 from syncrec.config import ModelConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.data.negatives import NegativesConfig
+from trainer.data.source import shown
 from trainer.data.stream import StreamConfig
 from trainer.engine import OptimizerConfig, asks_for_bf16, read_deepspeed_json
 from trainer.errors import InputError
@@ -106,13 +107,17 @@ def flat(config: RunConfig) -> dict:
         else:
             found[key] = value
 
-    walk(OmegaConf.to_container(OmegaConf.structured(config)), "")
+    walk(OmegaConf.to_container(OmegaConf.structured(_without_secrets(config))), "")
     return found
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole effective configuration, as `load_config` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole effective configuration, as `load_config` reads it; without what is secret in the dataset's address."""
+    return OmegaConf.to_yaml(OmegaConf.structured(_without_secrets(config)))
+
+
+def _without_secrets(config):
+    return replace(config, data=shown(config.data))
 
 
 def _parse(override):

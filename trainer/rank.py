@@ -12,6 +12,7 @@ from syncrec.model import SyNCRec
 from trainer.checkpoint import load_best
 from trainer.config import load_config
 from trainer.data.dataset import Dataset
+from trainer.data.source import is_hidden
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.exchange import ResultWriter, read_candidates
@@ -28,6 +29,8 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None):
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     config = load_config([run / "config.yaml"], [])
     config = replace(config, data=str(data or config.data))
+    if is_hidden(config.data):
+        raise InputError(f"{run}: a run does not keep what is secret in its dataset's address; give it as --data")
     dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
     given = read_candidates(dataset, candidates) if candidates else None
     model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()

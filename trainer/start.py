@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.checkpoint import BEST, Damaged, RunState, checkpoints, newest, verify, write_json
 from trainer.config import RunConfig, flat
 from trainer.control import agree
-from trainer.data.source import SourceConfig
+from trainer.data.source import SourceConfig, shown
 from trainer.errors import InputError
 from trainer.log import METRICS_FILE
 
@@ -103,7 +103,7 @@ def _look_at_best(run, folder, state, ranks, say):
 
 def differences(facts, config: RunConfig, fingerprint):
     """What is not as it was when the checkpoint was written, and may not change silently: a list of texts."""
-    found = [] if facts["dataset"] == fingerprint else [f"the dataset {config.data} has other contents"]
+    found = [] if facts["dataset"] == fingerprint else [f"the dataset {shown(config.data)} has other contents"]
     before, now = facts["config"], flat(config)
     may_change = MAY_CHANGE if config.optimizer.schedule == "constant" else set(MAY_CHANGE) - set(_MOVES_THE_RATE)
     for key in sorted(before.keys() | now.keys()):

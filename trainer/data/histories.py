@@ -1,6 +1,7 @@
 """Users' histories by their numbers: out of blocks of shards, of which those that are needed again are kept decoded."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,21 +49,26 @@ class Histories:
         """
         shard_B = np.searchsorted(self._first_user, number_B, side="right") - 1
         block_B, place_B = np.divmod(number_B - self._first_user[shard_B], self.dataset.block_users)
-        wanted = list(zip(shard_B.tolist(), block_B.tolist(), strict=True))
-        here = {key: self._block(*key) for key in dict.fromkeys(wanted)}
+        order = np.lexsort((block_B, shard_B))
+        shard_B, block_B, place_B = shard_B[order], block_B[order], place_B[order]
+        starts = np.flatnonzero(np.diff(shard_B, prepend=-1) | np.diff(block_B, prepend=-1)).tolist()
+        histories, read = [], []
+        for begin, end in pairwise([*starts, len(order)]):
+            block = self._block(int(shard_B[begin]), int(block_B[begin]))
+            if block is None:
+                continue
+            ends, items = block
+            places = place_B[begin:end]
+            histories += [items[low:high] for low, high in zip(ends[places].tolist(), ends[places + 1].tolist(), strict=True)]
+            read.append(order[begin:end])
         while len(self._blocks) > self._room:
             del self._blocks[next(iter(self._blocks))]
-        missing = {key for key, block in here.items() if block is None}
-        if missing:
-            kept_B = np.array([key not in missing for key in wanted], bool)
-            number_B, place_B = number_B[kept_B], place_B[kept_B]
-            wanted = [key for key in wanted if key not in missing]
-        histories = []
-        for key, place in zip(wanted, place_B.tolist(), strict=True):
-            ends, items = here[key]
-            histories.append(items[ends[place] : ends[place + 1]])
+        if not histories:
+            return Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))
+        read_B = np.concatenate(read)
+        histories = [histories[place] for place in np.argsort(read_B).tolist()]
         lengths_B = np.fromiter(map(len, histories), np.int64, len(histories))
-        return Users(number_B, lengths_B, np.concatenate(histories) if histories else np.zeros(0, np.int32))
+        return Users(number_B[np.sort(read_B)], lengths_B, np.concatenate(histories))
 
     def close(self):
         """Lets all files go."""
@@ -79,8 +85,7 @@ class Histories:
         block = self._file(shard).block(number)
         if block is None:
             return None
-        # A list: it is read number by number.
-        self._blocks[key] = np.concatenate([[0], np.cumsum(block.lengths_B)]).tolist(), block.items_N
+        self._blocks[key] = np.concatenate([[0], np.cumsum(block.lengths_B)]), block.items_N
         return self._blocks[key]
 
     def _file(self, shard):

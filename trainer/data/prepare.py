@@ -25,12 +25,11 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer.data.dataset import FORMAT_VERSION, Dataset
 from trainer.data.logs import find_files, open_log, reason
 from trainer.data.parts import HASH_DIGITS, Ids, Layout, assemble, escape, refuse_beyond_int32, scan, write_part
+from trainer.data.progress import Stages
 from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
 
@@ -95,7 +94,7 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     fresh: begins anew. Raises InputError for whatever is wrong with the logs, the output folder, the memory or the disk.
     """
     files = find_files(config.inputs)
-    with Work(config.output, facts(config, map(file_facts, files)), fresh) as work, _Stages() as stages:
+    with Work(config.output, facts(config, map(file_facts, files)), fresh) as work, Stages() as stages:
         if work.begun_anew:
             print(f"{work.folder}: was made from other logs or options; begins anew", file=sys.stderr)
         try:
@@ -323,35 +322,3 @@ def engine(scratch, memory, threads, stages=None):
         yield connection
         if stages is not None:
             stages.connection = None
-
-
-class _Stages(Progress):
-    """A line for each stage on stderr while it runs, with the time left where DuckDB or the stage knows it.
-
-    Nothing is shown where stderr is no terminal, nor left behind where it is one.
-    """
-
-    def __init__(self):
-        self.connection = self._query = None
-        console = Console(stderr=True)
-        super().__init__(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal, refresh_per_second=4,
-        )  # fmt: skip
-
-    def get_renderables(self):
-        if self._query is not None and self.connection is not None:
-            percent = self.connection.query_progress()
-            if percent > 0:
-                self.update(self._query, total=100, completed=percent)
-        return super().get_renderables()
-
-    @contextlib.contextmanager
-    def __call__(self, description, total=None):
-        task = self.add_task(description, total=total)
-        self._query = task if total is None else None
-        try:
-            yield lambda done: self.advance(task, done)
-        finally:
-            self._query = None
-            self.update(task, total=1, completed=1)

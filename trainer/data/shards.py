@@ -13,6 +13,9 @@ Rows are numbered by popularity within a domain, so the high part is small and c
 
 Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) · block_users): who is in a block
 follows from its place and the dataset's facts, never from what it holds.
+
+Tars are written and read by `tarfile`, as WebDataset does it itself: importing WebDataset takes seconds in each process that
+prepares, since it takes torch along.
 """
 
 import hashlib
@@ -28,8 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from webdataset.tariterators import base_plus_ext
-from webdataset.writer import TarWriter
 
 from trainer.data.dataset import Dataset, Shard
 from trainer.data.source import NotFetched, words
@@ -55,10 +56,7 @@ def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterab
     num_embeddings: rows of M. Equal blocks give equal bytes.
     """
     path, zstd = Path(path), pa.Codec("zstd", compression_level=1)
-    with (
-        open(path, "wb") as stream,
-        TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False) as tar,
-    ):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks):
             rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
             longest = block.lengths_B.max()
@@ -70,7 +68,10 @@ def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterab
                 _HIGH: zstd.compress(high.tobytes(), asbytes=True),
             }
             checksum = np.array([_crc32(first_user, contents.values())], _CHECKSUM_DTYPE)
-            tar.write({"__key__": f"{path.stem}-{number:06d}", **contents, _CHECKSUM: _to_npy(checksum)})
+            for name, content in sorted({**contents, _CHECKSUM: _to_npy(checksum)}.items()):
+                member = tarfile.TarInfo(f"{path.stem}-{number:06d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
             first_user += len(block.lengths_B)
     return path.stat().st_size, _sha256(path)
 
@@ -221,17 +222,23 @@ def _samples(path):
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
-            for key, members in itertools.groupby(iter(tar.next, None), lambda member: base_plus_ext(member.name)[0]):
+            for key, members in itertools.groupby(iter(tar.next, None), lambda member: _key_and_name(member)[0]):
                 places = []
                 for member in members:
                     if member.issparse() or not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError(f"{member.name!r} is sparse or reaches beyond the end of the file")
                     if member.isreg():
-                        places.append((base_plus_ext(member.name)[1], member.offset_data, member.size))
-                if key is not None and places:
+                        places.append((_key_and_name(member)[1], member.offset_data, member.size))
+                if key and places:
                     yield key, places
     except Exception as error:  # of a damaged archive tarfile raises whatever its parsing stumbles over
         raise _Damage(f"it cannot be read ({words(error)})") from None
+
+
+def _key_and_name(member):
+    """"000001-000002.items.low.npy" → ("000001-000002", "items.low.npy"): a key has no dot."""
+    key, _, name = member.name.partition(".")
+    return key, name
 
 
 def _number(key, path):

@@ -6,6 +6,7 @@ The files that have come are kept by `cache.py`.
 import base64
 import hashlib
 import http.client
+import importlib
 import json
 import os
 import random
@@ -23,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url
-
 from trainer.errors import InputError
 
+_HIDDEN = "…"  # stands for what is secret
 _PLACE = "{}"  # where the file's name stands in a command
 _CHUNK = 2**18
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the doubling or the server says
@@ -73,7 +73,12 @@ def is_address(place) -> bool:
 
 def shown(place) -> str:
     """A dataset's place as it may be printed: without user, password and query of an address."""
-    return re.sub(r"(://[^?#\s]*)[?#]\S*", r"\1?…", _without_user(str(place))) if is_address(place) else str(place)
+    return re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{_HIDDEN}", _without_user(str(place))) if is_address(place) else str(place)
+
+
+def is_hidden(place) -> bool:
+    """Whether `shown` has taken something out of this address."""
+    return is_address(place) and _HIDDEN in str(place)
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +94,7 @@ class Address:
         if scheme == "pipe":
             if _PLACE not in self.text:
                 raise InputError(f"{self}: the command has no {_PLACE} for the file's name, as in pipe:cat /folder/{_PLACE}")
-        elif scheme not in gopen_schemes:
+        elif not self._is_http and scheme not in (gopen_schemes := _webdataset().gopen_schemes):
             known = ", ".join(sorted(set(gopen_schemes) - {"__default__"}))
             raise InputError(
                 f"{self}: {scheme} is no scheme that can be opened here ({known}): give a command that writes the file, as in "
@@ -240,15 +245,16 @@ class Address:
 
     @contextmanager
     def _piped(self, name):
-        address, timeout = rewrite_url(self._full(name)), self.config.timeout_seconds
+        opens, timeout = _webdataset(), self.config.timeout_seconds
+        address = opens.rewrite_url(self._full(name))
         own = address.startswith("pipe:")  # a session of its own: whatever the command starts ends with it
         with tempfile.TemporaryFile() as stderr:
             with _failing():
                 if own:
                     options = {"stdin": subprocess.DEVNULL, "stderr": stderr, "start_new_session": True}
-                    stream = Pipe(address.removeprefix("pipe:"), mode="rb", shell=True, bufsize=0, **options)
+                    stream = opens.Pipe(address.removeprefix("pipe:"), mode="rb", shell=True, bufsize=0, **options)
                 else:
-                    stream = gopen(address, "rb", bufsize=0)
+                    stream = opens.gopen(address, "rb", bufsize=0)
             process = getattr(stream, "proc", None)
 
             def chunks():
@@ -312,6 +318,11 @@ def _failing():
         raise _Failure(words(error), final=True) from None
 
 
+def _webdataset():
+    """WebDataset's way to open things; not imported before it is needed, since it takes torch along, for seconds."""
+    return importlib.import_module("webdataset.gopen")
+
+
 def _so_far(file):
     digest = hashlib.sha256()
     while chunk := file.read(_CHUNK):
@@ -326,7 +337,7 @@ def _anew(file):
 
 
 def _without_user(text):
-    return re.sub(r"://\S*@", "://…@", text)  # rather too much than a part of a password
+    return re.sub(r"://\S*@", f"://{_HIDDEN}@", text)  # rather too much than a part of a password
 
 
 def _last_words(file):

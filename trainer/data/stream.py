@@ -13,7 +13,7 @@ import torch
 
 from syncrec.batch import Batch, build_batch, trim
 from trainer.data.dataset import SPLIT_LENGTH
-from trainer.data.handover import Packed, pack, unpack
+from trainer.data.handover import Packed, Packer, unpack
 from trainer.data.histories import Histories
 from trainer.data.negatives import NegativesConfig, shared_negatives, target_negatives
 from trainer.data.plan import Plan
@@ -273,10 +273,10 @@ class _Guarded(torch.utils.data.IterableDataset):
         self.batches = batches
 
     def __iter__(self):
-        in_worker = torch.utils.data.get_worker_info() is not None
+        pack = Packer(shared=torch.utils.data.get_worker_info() is not None)
         try:
             for batch in self.batches:
-                yield pack(batch) if in_worker and is_dataclass(batch) else batch
+                yield pack(batch) if is_dataclass(batch) else batch
         except InputError as error:
             yield _Refusal(str(error))
 

@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer.data.folder import new_folder
+from trainer.data.progress import Stages
 from trainer.data.random import random_below, random_bits, random_unit
 from trainer.errors import InputError
 
@@ -234,26 +233,17 @@ def synthesize(
     truth = {"domains": names, "related": names[: config.related], "unrelated": names[config.related :]}
     file_users = max(1, int(_FILE_EVENTS / config.mean_length))
     count = 0
-    with new_folder(output) as (folder, _), _progress() as progress:
-        task = progress.add_task("writing logs", total=last_user - first_user)
+    with new_folder(output) as (folder, _), Stages() as stages, stages("writing logs", last_user - first_user) as advance:
         files = []
         for number, first in enumerate(range(first_user, last_user, file_users)):
             files.append((folder / f"part-{number:05d}.parquet", first, min(first + file_users, last_user)))
         for users, events in _written(config, files, min(processes, len(files))):
             count += events
-            progress.advance(task, users)
+            advance(users)
         truth |= {"interactions": count, "first_user": first_user, "last_user": last_user}
         text = json.dumps({**truth, "config": dataclasses.asdict(config)}, indent=1)
         (folder / "truth.json").write_text(text + "\n", encoding="utf-8")
     return count
-
-
-def _progress():
-    console = Console(stderr=True)
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal, refresh_per_second=4,
-    )  # fmt: skip
 
 
 def _written(config, files, processes):

@@ -2,8 +2,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from syncrec.batch import move
 from tests.trainer.data.test_stream import assert_same
-from trainer.data.handover import pack, unpack
+from trainer.data.handover import Packer, unpack
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,74 @@ VALUE = Outer(
 )
 
 
-def test_a_value_comes_back_as_it_was():
-    packed = pack(VALUE)
-    assert packed.buffer.is_shared()
-    assert_same(unpack(packed), VALUE)
+NARROW = replace(VALUE, ids=VALUE.ids.int())
+
+
+def test_a_value_comes_back_as_it_was_but_for_the_width_of_integers():
+    packed = Packer()(VALUE)
+    assert packed.piece.is_shared()
+    assert_same(unpack(packed), NARROW)
+    alone = Packer(shared=False)(VALUE)
+    assert not alone.piece.is_shared()
+    assert_same(unpack(alone), NARROW)
+    assert_same(move(NARROW, "cpu"), VALUE)
 
 
 def test_a_value_without_any_number_comes_back():
     nothing = replace(VALUE, ids=VALUE.empty, square=VALUE.empty, inner=replace(VALUE.inner, flags=VALUE.empty))
-    assert_same(unpack(pack(nothing)), nothing)
+    assert_same(unpack(Packer()(nothing)), nothing)
 
 
 def test_its_tensors_share_one_piece_and_not_each_others_place():
-    found = unpack(pack(VALUE))
+    found = unpack(Packer()(VALUE))
     tensors = [found.ids, found.square, found.inner.flags]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     found.ids.zero_()
     assert torch.equal(found.square, VALUE.square) and torch.equal(found.inner.flags, VALUE.inner.flags)
+
+
+def other(number):
+    return replace(VALUE, ids=torch.full((4,), number), square=torch.full((3, 5), float(number), dtype=torch.float64))
+
+
+def where(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_a_piece_is_filled_again_only_when_every_tensor_in_it_is_gone():
+    pack = Packer()
+    first = unpack(pack(other(0)))
+    last, piece = first.square[1:], where(first.ids)
+    del first
+    second = unpack(pack(other(1)))
+    assert where(second.ids) != piece and (last == 0).all()
+    del last
+    third = unpack(pack(other(2)))
+    assert where(third.ids) == piece and (second.ids == 1).all() and (third.ids == 2).all()
+
+
+def test_a_larger_value_gets_a_larger_piece():
+    pack = Packer()
+    for size in (10, 10_000, 10, 20_000):
+        value = replace(VALUE, square=torch.rand(size, dtype=torch.float64))
+        assert torch.equal(unpack(pack(value)).square, value.square)
+    assert len(pack._pieces) == 1
+
+
+class Counted(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        pack = Packer()
+        for number in range(200):
+            yield pack(other(number))
+
+
+def test_what_a_worker_sends_stays_as_it_is_while_it_is_held():
+    """A slow and forgetful trainer: some values are kept for a while, the worker is always ahead."""
+    held = []
+    loader = torch.utils.data.DataLoader(Counted(), batch_size=None, num_workers=1, prefetch_factor=4)
+    for number, packed in enumerate(loader):
+        held.append((number, unpack(packed)))
+        if number % 3:
+            held.pop(len(held) // 2)
+        assert all((value.ids == kept).all() and (value.square == kept).all() for kept, value in held)
+    assert number == 199

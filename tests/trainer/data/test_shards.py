@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,6 +62,18 @@ def test_blocks_come_back_as_they_were_written(tmp_path):
     with tarfile.open(path) as tar:
         names = [f"000003-000000.{name}" for name in ("crc32.npy", "items.high.zst", "items.low.npy", "lengths.npy")]
         assert tar.getnames()[:4] == names
+
+
+def test_webdataset_reads_a_shard(tmp_path):
+    path = tmp_path / "000003.tar"
+    blocks = [block([1, 5, 2]), block([3, 1, 70])]
+    write_shard(path, 10, ROWS, blocks)
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == ["000003-000000", "000003-000001"]
+    for sample, written in zip(samples, blocks, strict=True):
+        assert sample["lengths.npy"].tolist() == written.lengths_B.tolist()
+        high = np.frombuffer(pa.Codec("zstd").decompress(sample["items.high.zst"], len(written.items_N)), np.uint8)
+        assert (sample["items.low.npy"] + 2**16 * high.astype(int)).tolist() == written.items_N.tolist()
 
 
 @pytest.mark.parametrize("rows", [100, 2**16, 2**16 + 1, 2**24, 2**24 + 1, 2**31 - 1])
