@@ -10,8 +10,9 @@ the same interactions, and an interaction that keeps its predictor in both is *c
 taken over those.
 
 Sizes: B users, N interactions, D domains, M tokens of a view, S sequences of a view, L targets of a view, P padded slots
-of the attention, r embedding width. Everything here is built by NumPy in a loader's worker process; sizes that the model
-needs on the host (offsets, bucket shapes) are Python integers, so that reading them never waits for a device.
+of the attention, r embedding width. Everything here is built by NumPy in a loader's worker process, where int32 is half the
+work; `move` makes all integers the int64 that indexing asks for. Sizes that the model needs on the host (offsets, bucket
+shapes) are Python integers, so that reading them never waits for a device.
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -97,8 +98,7 @@ class Query:
 
 
 def move(value, device):
-    """The same dataclass with its tensors on `device` (asynchronously from pinned memory); int32, as which a loader hands over
-    what is int64 here, is widened there."""
+    """The same dataclass with its tensors on `device` (asynchronously from pinned memory), where int32 becomes int64."""
 
     def moved(tensor):
         tensor = tensor.to(device, non_blocking=True)
@@ -192,7 +192,7 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
             task_starts=tuple(int(start) for start in task_starts),
             target_token_L=torch.from_numpy(target),
             target_interaction_L=torch.from_numpy(interaction),
-            target_domain_L=torch.from_numpy(np.repeat(np.arange(domains), np.diff(target_starts))),
+            target_domain_L=torch.from_numpy(np.repeat(np.arange(domains, dtype=np.int32), np.diff(target_starts))),
             target_weight_L=torch.from_numpy(weight_L),
             comparable_L=torch.from_numpy(in_other_N[interaction]),
             target_starts=tuple(target_starts.tolist()),
@@ -266,15 +266,16 @@ def attention_layout(lengths_S):
         shapes.append((end - begin, longest))
         begins.append((begin, slots))
         begin, slots = end, slots + (end - begin) * longest
-    pad_P, row_S = np.empty(slots, np.int64), np.zeros(len(lengths_S), np.int64)
+    pad_P, row_S = np.empty(slots, np.int32), np.zeros(len(lengths_S), np.int32)
+    lengths, starts = lengths.astype(np.int32), starts.astype(np.int32)
     for (rows, longest), (begin, slot) in zip(shapes, begins, strict=True):
         bucket = slice(begin, begin + rows)
         grid = pad_P[slot : slot + rows * longest].reshape(rows, longest)
-        np.minimum(np.arange(longest), lengths[bucket, None] - 1, out=grid)
+        np.minimum(np.arange(longest, dtype=np.int32), lengths[bucket, None] - 1, out=grid)
         grid += starts[bucket, None]
         row_S[order[bucket]] = slot + longest * np.arange(rows)
-    unpad_M = np.repeat(row_S - starts_S, lengths_S)
-    unpad_M += np.arange(len(unpad_M))
+    unpad_M = np.repeat((row_S - starts_S).astype(np.int32), lengths_S)
+    unpad_M += np.arange(len(unpad_M), dtype=np.int32)
     return AttentionLayout(tuple(shapes), torch.from_numpy(pad_P), torch.from_numpy(unpad_M))
 
 
@@ -297,13 +298,13 @@ def _tokens(order, group_lengths, drop_newest, max_length):
     lengths_S = np.minimum(lengths, max_length)
     ends_S = np.cumsum(lengths_S)
     first_S = np.cumsum(group_lengths) - group_lengths
-    index_M = np.arange(int(lengths_S.sum()))
-    position_M = np.repeat(ends_S - 1, lengths_S)
+    index_M = np.arange(int(lengths_S.sum()), dtype=np.int32)
+    position_M = np.repeat((ends_S - 1).astype(np.int32), lengths_S)
     position_M -= index_M
-    target_M = np.repeat(first_S + lengths - ends_S, lengths_S)
+    target_M = np.repeat((first_S + lengths - ends_S).astype(np.int32), lengths_S)
     target_M += index_M  # in `order`; a token without a target gets the next group's first, or none
     if order is not None:
-        target_M = np.append(order, -1)[target_M]
+        target_M = np.append(order.astype(np.int32), np.int32(-1))[target_M]
     # A token's input is the target of the one before it; a sequence's first is SOS, or what came before the tokens that remain.
     input_M = np.empty_like(target_M)
     input_M[:1] = 0
@@ -318,7 +319,7 @@ def _tokens(order, group_lengths, drop_newest, max_length):
         input_M=input_M,
         target_M=target_M,
         position_M=position_M,
-        sequence_M=np.repeat(np.arange(len(lengths)), lengths_S),
+        sequence_M=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths_S),
         lengths_S=lengths_S,
     )
 
@@ -334,7 +335,7 @@ def _pool(tokens, slot_N, pooling):
 
 def _slots(lengths_B, domain_N, domains):
     """user · D + domain of each interaction."""
-    slot_N = np.repeat(np.arange(len(lengths_B)) * domains, lengths_B)
+    slot_N = np.repeat(np.arange(len(lengths_B), dtype=np.int32) * np.int32(domains), lengths_B)
     slot_N += domain_N
     return slot_N
 

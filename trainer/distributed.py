@@ -1,7 +1,6 @@
 """This process among the others: device, backend, threads, and what the model is handed to reduce over ranks."""
 
 import contextlib
-import ctypes
 import gc
 import os
 import traceback
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from syncrec.reduction import Reduction
 from trainer.control import ranks_lost
 from trainer.errors import InputError, RanksLost
+from trainer.resources import cores_per_rank, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ def start(timeout_minutes=30) -> Ranks:
     if cuda:
         torch.cuda.set_device(local_rank)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:  # a person's or a launcher's own choice stands
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, min(local_ranks, world_size))))
+        torch.set_num_threads(cores_per_rank(world_size))
     if "MASTER_PORT" not in os.environ and world_size == 1:
         store = dist.HashStore()
         _init(cuda, timeout_minutes, store=store, rank=0, world_size=1)
@@ -85,16 +84,6 @@ def leave():
     """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's modules do, in circles)."""
     dist.destroy_process_group()
     gc.collect()
-
-
-def _keep_freed_memory():
-    """Has glibc keep what is freed, up to 32 MiB a block (its limit): each step asks for the same blocks again, and a block
-    that went back to the kernel comes anew, page fault by page fault (17,000 a step at 2,300 tokens; 400 with this)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 32 * 2**20)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _init(cuda, timeout_minutes, **where):

@@ -15,13 +15,14 @@ from trainer.config import RunConfig, flat, to_yaml
 from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan
-from trainer.data.stream import Feed, TrainBatches, cores_per_rank
+from trainer.data.stream import Feed, TrainBatches
 from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.log import HEADLINE, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.meters import IntervalMeter
 from trainer.report import write_report
+from trainer.resources import cores_per_rank
 from trainer.start import find_start, leave_nothing, run_folder
 from trainer.step import Trainer
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import flops, train_step
 from benchmarks.padded import PaddedSyNCRec, copy_weights, pad_batch
 from benchmarks.workload import dataset_of, draw
-from syncrec.batch import build_batch, trim
+from syncrec.batch import build_batch, move, trim
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.syncrec import histories
@@ -64,7 +64,7 @@ def test_the_padded_model_has_the_losses_and_gradients_of_ours(reading, shared, 
     arrays = items_N[kept_N], lengths_B, domain_N, weight_B, negatives, DOMAIN_ITEMS, config.max_length
     packed, table, padded = models(config, sum(DOMAIN_ITEMS), len(DOMAIN_ITEMS))
 
-    batch = build_batch(*arrays)
+    batch = move(build_batch(*arrays), "cpu")
     loss, report = packed(batch, table[batch.ids])
     loss.backward()
     padded_loss, (single_D, cross_D, lambda_D) = padded(pad_batch(*arrays))
@@ -107,7 +107,7 @@ def test_the_formula_counts_what_is_computed(negatives):
     arrays = *draw(dataset, 0, 8, 4, 32, negatives), [domain.items for domain in dataset.domains], config.max_length
     packed, table, padded = models(config, 1000, 3, torch.float32)
     table = table.detach()
-    batch, padded_batch = build_batch(*arrays), pad_batch(*arrays)
+    batch, padded_batch = move(build_batch(*arrays), "cpu"), pad_batch(*arrays)
     # The kernel of the attention is unknown to the counter on CPU; the plain one computes whole squares.
     for work, run in (
         (flops.packed_work(config, batch, square=True), lambda: packed(batch, table[batch.ids].requires_grad_())[0]),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from syncrec.batch import build_batch, trim
+from syncrec.batch import build_batch, move, trim
 from tests.syncrec.reference import History
 
 
@@ -54,4 +54,4 @@ def pack(histories, domain_items, max_length, pooling="mean", shared_negatives=N
     keys = [(user, step) for user, history in enumerate(histories) for step in range(len(history.items))]
     negatives = negatives_Nn[kept] if shared_negatives is None else shared_negatives
     batch = build_batch(items_N[kept], lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling)
-    return batch, [keys[place] for place in kept]
+    return move(batch, "cpu"), [keys[place] for place in kept]

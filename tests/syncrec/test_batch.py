@@ -146,7 +146,6 @@ def test_views_are_the_sequences_of_the_paper(drawn):
         assert domains == sorted(domains)
         assert target_starts == tuple(sum(domain < d for domain in domains) for d in range(DOMAINS + 1))
         assert task_starts[0] == 0 and task_starts[-1] == len(view.input_M)
-        assert {tensor.dtype for tensor in (view.input_M, view.position_M, view.sequence_M)} == {torch.int64}
     tokens_of_domain = [sum(len(tokens) for d, _, tokens in single if d == domain) for domain in range(DOMAINS)]
     assert np.diff(batch.single.task_starts).tolist() == tokens_of_domain
     assert batch.weight_B.tolist() == [history.weight for history in histories]
@@ -276,7 +275,8 @@ def test_move_takes_every_tensor_along(kind):
         for field in fields(before):
             old, new = getattr(before, field.name), getattr(after, field.name)
             if isinstance(old, torch.Tensor):
-                assert (new.device.type, new.shape, new.dtype) == ("meta", old.shape, old.dtype), field.name
+                wide = torch.int64 if old.dtype == torch.int32 else old.dtype
+                assert (new.device.type, new.shape, new.dtype) == ("meta", old.shape, wide), field.name
             elif is_dataclass(old):
                 check(old, new)
             else:

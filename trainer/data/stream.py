@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass, is_dataclass, replace
@@ -19,6 +18,7 @@ from trainer.data.negatives import NegativesConfig, shared_negatives, target_neg
 from trainer.data.plan import Plan
 from trainer.data.source import SourceConfig
 from trainer.errors import InputError
+from trainer.resources import keep_freed_memory
 
 MEASURED = -1
 _FEW_DOMAINS = 24
@@ -231,13 +231,6 @@ def workers_needed(build_seconds, step_seconds):
     return max(1, math.ceil(_SPARE * build_seconds / max(step_seconds, 1e-9)))
 
 
-def cores_per_rank(world_size):
-    """The cores that each rank of this machine has for itself, at least 1: those that this process may run on, shared among
-    the machine's ranks, which launchers give in the environment."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, min(local, world_size)))
-
-
 def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None = None):
     """Yields what `batches` (an IterableDataset) builds, in order, built ahead in worker processes.
 
@@ -286,6 +279,7 @@ def _start_worker(_worker):
     # away, for threads that only its maker has.
     gc.freeze()
     torch.set_num_threads(1)
+    keep_freed_memory()
     # A launcher that stops a run asks every process of it; the trainer still needs what is built to reach its checkpoint.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -18,7 +18,6 @@ from trainer.data.stream import (
     Feed,
     StreamConfig,
     TrainBatches,
-    cores_per_rank,
     domains_of,
     ready,
     training_part,
@@ -224,18 +223,6 @@ def test_a_feed_hands_over_what_stops_it(spoiled):
 )
 def test_a_quarter_more_workers_than_the_mean_asks_for(build, step, workers):
     assert workers_needed(build, step) == workers
-
-
-@pytest.mark.parametrize(
-    ("given", "ranks", "cores"), [({}, 4, 4), ({"LOCAL_WORLD_SIZE": "2"}, 16, 8), ({"LOCAL_SIZE": "99"}, 99, 1)]
-)
-def test_ranks_of_a_machine_share_its_cores(monkeypatch, given, ranks, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert cores_per_rank(ranks) == cores
 
 
 @pytest.mark.parametrize("domains", [1, 2, 30])
