@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import RunConfig, load_config, to_yaml
+from trainer.config import RunConfig, flat, load_config, to_yaml
 from trainer.errors import InputError
+from trainer.rank import rank_run
 
 PRESETS = Path(__file__).parents[2] / "launch" / "configs"
 
@@ -189,3 +190,12 @@ def test_the_paper_preset_says_every_reading_itself():
         assert {key: written[section].get(key) for key in values} == values
         assert {key: loaded[section][key] for key in values} == values
     assert loaded["model"]["stop_gradient"] == "on"
+
+
+def test_what_is_secret_in_an_address_is_not_kept(tmp_path):
+    config = load_config([], ["data=https://user:pa55@host/folder?key=pa55", f"run={tmp_path}"])
+    assert config.data == "https://user:pa55@host/folder?key=pa55"
+    assert "pa55" not in to_yaml(config) and "pa55" not in str(flat(config)) and "host/folder" in to_yaml(config)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(InputError, match="give it as --data"):
+        rank_run(tmp_path, None)

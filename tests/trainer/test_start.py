@@ -191,7 +191,8 @@ def changed(run, before, now, dataset="same"):
 
 # Where things lie, how fast they go, how far, what is said and kept of them.
 FREE = {"data", "run", "timeout_minutes", "epochs", "max_steps", "optimizer.zero_stage"}
-FREE |= {f"stream.{name}" for name in ("workers", "prefetch", "verify", "damaged")}
+FREE |= {f"stream.{name}" for name in ("workers", "prefetch", "verify", "damaged", "cache", "cache_bytes")}
+FREE |= {f"stream.{name}" for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")}
 FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")}
 FREE |= {f"checkpoint.{name}" for name in ("every_steps", "every_minutes", "every_epochs", "keep")}
 FREE |= {f"log.{name}" for name in ("every", "tensorboard")}

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from syncrec.batch import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.trainer.data.test_stream import assert_same
@@ -337,7 +338,7 @@ def test_damage_skips_its_users_and_no_one_else(intact, damaged, workers, tmp_pa
         left = without(users, missing)
         assert fed.users_B.tolist() == left.number_B.tolist()
         assert fed.skipped == len(users.number_B) - len(left.number_B)
-        assert_same(fed.batch, build(epoch, step, left))
+        assert_same(move(fed.batch, "cpu"), move(build(epoch, step, left), "cpu"))
         assert fed.batch.weight_B.sum() == len(left.number_B)
     assert sum(fed.skipped for fed in found) == 2 * len(missing)
     reasons = [reason for fed in found for reason in fed.reasons]
