@@ -9,7 +9,8 @@ Members of a sample, of B users with N interactions:
                      the other three members, one after the other: it tells a damaged block from a whole one
 
 Rows are numbered by popularity within a domain, so the high part is small and compresses well, and the low part hardly does:
-2.4 bytes an interaction at a million items, decoded at about 500 million interactions a second and core.
+2.4 to 2.5 bytes an interaction at a million items, and 90 million interactions decoded a second and core, checks included
+(benchmarks/stream.py).
 
 Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) · block_users): who is in a block
 follows from its place and the dataset's facts, never from what it holds.
