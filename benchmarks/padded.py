@@ -239,10 +239,10 @@ def copy_weights(packed, table_MR, padded):
                     linear.weight.copy_(weight[k].T)
                 block.inner.bias.copy_(given.b1[k, 0])
                 block.outer.bias.copy_(given.b2[k, 0])
-                _copy_norm(given.attention_norm, k, block.attention_norm)
-                _copy_norm(given.ffn_norm, k, block.ffn_norm)
+                _copy_norm(given.attention_norm_scale, given.attention_norm_shift, k, block.attention_norm)
+                _copy_norm(given.ffn_norm_scale, given.ffn_norm_shift, k, block.ffn_norm)
             if padded.config.norm == "pre":
-                _copy_norm(stack.last_norm, k, expert.last_norm)
+                _copy_norm(stack.last_norm.scale, stack.last_norm.shift, k, expert.last_norm)
         for gate, given in zip(padded.gates, [packed.cross_gate, *packed.single_gates], strict=True):
             gate.load_state_dict(given.state_dict())
         for tower, given in zip(padded.towers, [packed.cross_tower, *packed.single_towers], strict=True):
@@ -252,9 +252,9 @@ def copy_weights(packed, table_MR, padded):
             getattr(padded, name).load_state_dict(getattr(packed, name).state_dict())
 
 
-def _copy_norm(given, k, norm):
-    norm.weight.copy_(given.scale[k, 0])
-    norm.bias.copy_(given.shift[k, 0])
+def _copy_norm(scale_K1R, shift_K1R, k, norm):
+    norm.weight.copy_(scale_K1R[k, 0])
+    norm.bias.copy_(shift_K1R[k, 0])
 
 
 def _pool(counted_DBT, y_DBTR):

@@ -58,8 +58,13 @@ def _gather(x_KFW, index_T):
     return x_KFW.reshape(experts * rows, width).index_select(0, (offsets + index_T).view(-1)).view(experts, -1, width)
 
 
+def group_layer_norm(x_KMR, scale_K1R, shift_K1R):
+    """LayerNorm of K experts at once: (K, M, r)."""
+    return torch.addcmul(shift_K1R, F.layer_norm(x_KMR, x_KMR.shape[-1:]), scale_K1R)
+
+
 class GroupLayerNorm(nn.Module):
-    """LayerNorm of K experts at once: (K, M, r), scale and shift (K, 1, r)."""
+    """`group_layer_norm` with its weights, (K, 1, r) each."""
 
     def __init__(self, experts, dim):
         super().__init__()
@@ -67,4 +72,4 @@ class GroupLayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(experts, 1, dim))
 
     def forward(self, x_KMR):
-        return torch.addcmul(self.shift, F.layer_norm(x_KMR, x_KMR.shape[-1:]), self.scale)
+        return group_layer_norm(x_KMR, self.scale, self.shift)

@@ -32,6 +32,7 @@ class ModelConfig:
     mutual_information_denominator: Literal["all", "others"] = "all"  # all: eq. 14 and 15, others: eq. 16 as printed
     eta: float = 0.9  # η of eq. 18
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products by autocast; weights, losses and λ stay fp32
+    kernel: Literal["auto", "fused", "plain"] = "auto"  # of the experts on a CPU: fused where a C++ compiler is at hand
     init_std: float = 0.02
 
     def __post_init__(self):

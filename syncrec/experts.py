@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from syncrec.attention import GroupLayerNorm, causal_attention
+from syncrec import fused
+from syncrec.attention import GroupLayerNorm, causal_attention, group_layer_norm
 from syncrec.dropout import add_dropped
 from syncrec.layers import init_linear
 
@@ -34,7 +35,7 @@ class Block(nn.Module):
 
     def __init__(self, config, experts):
         super().__init__()
-        self.heads, self.dropout, self.pre_norm = config.heads, config.dropout, config.norm == "pre"
+        self.heads, self.dropout, self.pre_norm, self.kernel = config.heads, config.dropout, config.norm == "pre", config.kernel
         dim, inner = config.dim, config.ffn_dim
         self.qkv = nn.Parameter(torch.empty(experts, dim, 3 * dim))
         self.out = nn.Parameter(torch.empty(experts, dim, dim))
@@ -42,19 +43,28 @@ class Block(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(experts, 1, inner))
         self.w2 = nn.Parameter(torch.empty(experts, inner, dim))
         self.b2 = nn.Parameter(torch.zeros(experts, 1, dim))
-        self.attention_norm = GroupLayerNorm(experts, dim)
-        self.ffn_norm = GroupLayerNorm(experts, dim)
+        # No modules of their own: ZeRO 3 brings a module's weights when it is called, and a kernel calls none.
+        for norm in ("attention_norm", "ffn_norm"):
+            self.register_parameter(f"{norm}_scale", nn.Parameter(torch.ones(experts, 1, dim)))
+            self.register_parameter(f"{norm}_shift", nn.Parameter(torch.zeros(experts, 1, dim)))
         for weight in (self.qkv, self.out, self.w1, self.w2):
             init_linear(weight)
 
     def forward(self, x_KMR, layout):
-        x_KMR = self._around(self.attention_norm, self._attend, x_KMR, layout)
-        return self._around(self.ffn_norm, self._feed_forward, x_KMR)
+        """(K, M, r) → (K, M, r)."""
+        if fused.chosen(self.kernel, x_KMR, not self.pre_norm):
+            weights = self.qkv, self.out, self.w1, self.w2, self.b1, self.b2, *self._norm("attention"), *self._norm("ffn")
+            return fused.block(x_KMR, layout.starts_S, weights, self.heads, self.dropout, self.training)
+        x_KMR = self._around(self._norm("attention"), self._attend, x_KMR, layout)
+        return self._around(self._norm("ffn"), self._feed_forward, x_KMR)
+
+    def _norm(self, name):
+        return getattr(self, f"{name}_norm_scale"), getattr(self, f"{name}_norm_shift")
 
     def _around(self, norm, layer, x_KMR, *args):
         if self.pre_norm:
-            return add_dropped(x_KMR, layer(norm(x_KMR), *args), self.dropout, self.training)
-        return norm(add_dropped(x_KMR, layer(x_KMR, *args), self.dropout, self.training))
+            return add_dropped(x_KMR, layer(group_layer_norm(x_KMR, *norm), *args), self.dropout, self.training)
+        return group_layer_norm(add_dropped(x_KMR, layer(x_KMR, *args), self.dropout, self.training), *norm)
 
     def _attend(self, x_KMR, layout):
         return torch.bmm(causal_attention(torch.bmm(x_KMR, self.qkv), layout, self.heads), self.out)

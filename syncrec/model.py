@@ -86,13 +86,10 @@ class SyNCRec(nn.Module):
         experts = self._run_experts(x_MR, view, self.single_experts, self.cross_experts)
         starts = view.task_starts
         lengths = [end - start for start, end in pairwise(starts)]
-        by_domain = zip(x_MR.split(lengths), *(stack.split(lengths, dim=1) for stack in experts), strict=True)
-        outputs = []
-        for domain, (own_MR, *own_experts) in enumerate(by_domain):
-            tokens = slice(starts[domain], starts[domain + 1])
-            gate, tower = self.single_gates[domain], self.single_towers[domain]
-            outputs.append(tower(mix(gate(own_MR, view, tokens), own_experts)))
-        return torch.cat(outputs)
+        tasks = [slice(start, end) for start, end in pairwise(starts)]
+        weights = [gate(x, view, task) for gate, x, task in zip(self.single_gates, x_MR.split(lengths), tasks, strict=True)]
+        mixed = mix(torch.cat(weights), experts).split(lengths)
+        return torch.cat([tower(mixed_MR) for tower, mixed_MR in zip(self.single_towers, mixed, strict=True)])
 
     def _run_experts(self, x_MR, view, live, stopped):
         """Outputs of experts 1..j and of j+1..K. A stopped expert builds no graph: SG of eq. 2 and 4, to the bit."""
@@ -148,15 +145,15 @@ class SyNCRec(nn.Module):
         if batch.negatives is None:
             starts = batch.negative_starts
             shared = negatives_R.split([end - start for start, end in pairwise(starts)])
-            shared_ids = batch.ids[batch.interactions :].split([len(rows) for rows in shared])
-            target_ids = batch.ids[view.target_interaction_L].split(lengths)
+            shared_places = batch.place[batch.interactions :].split([len(rows) for rows in shared])
+            target_places = batch.place.index_select(0, view.target_interaction_L).split(lengths)
         else:
             own_NnR = negatives_R.view(batch.interactions, batch.negatives, -1)
             own_LnR = own_NnR.index_select(0, view.target_interaction_L).split(lengths)
         losses = []
         for domain, (y_LR, positive) in enumerate(zip(predicted_LR.split(lengths), positive_L.split(lengths), strict=True)):
             if batch.negatives is None:
-                scores, allowed = y_LR @ shared[domain].T, shared_ids[domain] != target_ids[domain].unsqueeze(1)
+                scores, allowed = y_LR @ shared[domain].T, shared_places[domain] != target_places[domain].unsqueeze(1)
             else:
                 scores, allowed = torch.einsum("lr,lnr->ln", y_LR, own_LnR[domain]), None
             losses.append(prediction_loss(self.config.loss, positive, scores, allowed, batch.domain_items[domain]))
@@ -185,7 +182,8 @@ class SyNCRec(nn.Module):
 def mix(weights_MK, experts):
     """f of eq. 2 and 4: Σ_k g_k f_k. weights_MK: (M, K); experts: the stacks' outputs, (K_1, M, r), (K_2, M, r), …"""
     weights = weights_MK.split([len(output) for output in experts], dim=1)
-    return sum(torch.einsum("mk,kmr->mr", w.to(y.dtype), y) for w, y in zip(weights, experts, strict=True))
+    # Not a product of matrices: for each token it is one row, and the call takes longer than the arithmetic.
+    return sum((w.T.unsqueeze(2).to(y.dtype) * y).sum(0) for w, y in zip(weights, experts, strict=True))
 
 
 def _sums(view, loss_L):

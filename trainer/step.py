@@ -53,10 +53,13 @@ class Trainer:
         torch.manual_seed(int(random_bits(self.config.seed, self.step, self.ranks.rank) >> 1))
         self.engine.train()
         batch = move(batch, self.ranks.device)
-        rows = self.table(batch.ids)
-        loss, report = self.engine(batch, rows, self.reduction)
+        rows_UR = self.table(batch.distinct)
+        # A leaf for each use: what is clipped is the norm over uses, which does not depend on the rank that a user is on.
+        used_NR = rows_UR.detach().index_select(0, batch.place).requires_grad_()
+        loss, report = self.engine(batch, used_NR, self.reduction)
         self.engine.backward(loss)
-        self.table.update(self._checked(rows.grad, loss.detach(), report, batch))
+        gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch)
+        self.table.update(torch.zeros_like(rows_UR).index_add_(0, batch.place, gradient_NR))
         self.engine.step()
         self.step += 1
         return loss.detach(), report

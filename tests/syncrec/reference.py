@@ -167,7 +167,7 @@ class _Network:
         cross_experts.…[k], k < j; single_experts.…[k − j]    expert k of eq. 2, 4 (stop_gradient off: all in the first)
           blocks.b.qkv (r, 3 r)                               W^Q, W^K, W^V side by side, each head after head
           blocks.b.out, w1, b1, w2, b2                        W^F, W_1, b_1, W_2, b_2
-          blocks.b.attention_norm, ffn_norm; last_norm        LayerNorm scale and shift
+          blocks.b.attention_norm_, ffn_norm_; last_norm.     LayerNorm scale and shift
         cross_gate.weight, single_gates.d.weight (1 or T, K, r)   W_g, by position as P
         cross_tower, single_towers.d                          h: inner, outer, norm
     """
@@ -235,7 +235,7 @@ class _Network:
             return self.parameters[stack + name][place]
 
         def norm(name, value):
-            return _layer_norm(value, parameter(name + ".scale"), parameter(name + ".shift"))
+            return _layer_norm(value, parameter(name + "scale"), parameter(name + "shift"))
 
         for block in range(self.config.blocks):
             name = f"blocks.{block}."
@@ -248,12 +248,12 @@ class _Network:
                 return inner @ parameter(name + "w2") + parameter(name + "b2")
 
             if self.config.norm == "pre":
-                x_BTR = x_BTR + attend(norm(name + "attention_norm", x_BTR))
-                x_BTR = x_BTR + feed_forward(norm(name + "ffn_norm", x_BTR))
+                x_BTR = x_BTR + attend(norm(name + "attention_norm_", x_BTR))
+                x_BTR = x_BTR + feed_forward(norm(name + "ffn_norm_", x_BTR))
             else:
-                x_BTR = norm(name + "attention_norm", x_BTR + attend(x_BTR))
-                x_BTR = norm(name + "ffn_norm", x_BTR + feed_forward(x_BTR))
-        return norm("last_norm", x_BTR) if self.config.norm == "pre" else x_BTR
+                x_BTR = norm(name + "attention_norm_", x_BTR + attend(x_BTR))
+                x_BTR = norm(name + "ffn_norm_", x_BTR + feed_forward(x_BTR))
+        return norm("last_norm.", x_BTR) if self.config.norm == "pre" else x_BTR
 
     def _attention(self, z_BTR, real_BT, qkv, out):
         """Equations 5 and 6. A real slot sees real slots up to its own; a PAD slot sees itself, and nobody reads it."""
