@@ -42,16 +42,14 @@ from torch.multiprocessing import ProcessExitedException
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, suite
-from benchmarks.workload import dataset_of, draw
+from benchmarks.workload import dataset_of, draw, trainer_of
 from syncrec.batch import build_batch
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from trainer import distributed
 from trainer.checkpoint import Checkpoints, RunState, checkpoints, newest, restore_model, restore_optimizers
-from trainer.config import RunConfig, flat
+from trainer.config import flat
 from trainer.control import agree
-from trainer.data.stream import Plan
-from trainer.step import Trainer
 
 DIM, DOMAINS, USERS, SHORTEST, LONGEST = 64, 5, 32, 16, 128
 TRAINING = 600  # seconds of training between two checkpoints, as checkpoint.every_minutes has it
@@ -157,11 +155,9 @@ def built(rows, ranks):
     model = ModelConfig(
         dim=DIM, max_length=LONGEST, experts=5, cross_experts=3, blocks=2, heads=1, ffn_dim=DIM, dropout=0.1, loss="bpr"
     )
-    config = RunConfig(global_batch_size=USERS * ranks.world_size, model=model)
-    dataset = replace(dataset_of(rows, DOMAINS, config.global_batch_size, 2), streams=ranks.world_size)
-    plan = Plan(dataset, config.global_batch_size, ranks.world_size, config.seed)
+    dataset = replace(dataset_of(rows, DOMAINS, USERS * ranks.world_size, 2), streams=ranks.world_size)
     made = []
-    (seconds,) = timed(lambda: made.append(Trainer(config, ranks, dataset, plan)))
+    (seconds,) = timed(lambda: made.append(trainer_of(model, USERS, dataset, ranks)))
     return made[0], seconds
 
 

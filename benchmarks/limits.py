@@ -2,7 +2,7 @@
 
 - `matmul`: the time of a step's matrix products at the model's own shapes, and the rate at which a large square one runs.
 - `memory`: bytes a second of a copy, of an addition, and of rows gathered at random, the natural limit of the item table.
-- `loopback`: bytes a second of collectives between processes of this machine (gloo), and the time of one with hardly any bytes.
+- `collectives`: bytes a second that a rank sends to the others of its group, and the time of a collective of hardly any bytes.
 
 The best of several windows counts: a limit is what the hardware can do, and other processes only slow it down.
 """
@@ -16,12 +16,8 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from benchmarks import suite
-from trainer import distributed
-
 _WINDOWS = 5
 _SQUARE = 1024
-_COLLECTIVE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,45 +58,32 @@ class Product:
         return tuple(tensor[0] for tensor in (left, right, out)) if self.experts == 1 else (left, right, out)
 
 
-def expert_products(config, tokens, experts, backward):
-    """The products of a stack of experts on a view of so many tokens: a Counter of `Product`. Attention's own are left out."""
-    found = Counter()
-    for inner, columns in (
-        (config.dim, 3 * config.dim),
-        (config.dim, config.dim),
-        (config.dim, config.ffn_dim),
-        (config.ffn_dim, config.dim),
-    ):
-        found += _layer(experts, tokens, inner, columns, backward, config.blocks)
-    return found
+def step_products(config, batch, backward=True):
+    """The products of a step of the packed model: {"experts", "tasks" (gates and towers)}, a Counter of `Product` each.
 
-
-def task_products(config, tokens, gate=True):
-    """The products of a gate and a tower on so many tokens, forward and backward."""
-    found = _layer(1, tokens, config.dim, config.ffn_dim, True) + _layer(1, tokens, config.ffn_dim, config.dim, True)
-    return found + (_layer(1, tokens, config.dim, config.experts, True) if gate else Counter())
-
-
-def step_products(config, batch):
-    """All products of a step of the packed model but those of attention and scores: experts, gates, towers.
+    Those of attention and scores are left out. backward: False for forward's alone.
 
     Each view runs all experts forward, and those that learn from it backward (equations 2 and 4).
     """
-    found = Counter()
+    dim, inner = config.dim, config.ffn_dim
+    experts, tasks = Counter(), Counter()
     cross, single = config.cross_experts, config.experts - config.cross_experts
     for view, live, stopped in ((batch.cross, cross, single), (batch.single, single, cross)):
-        tokens = len(view.input_M)
-        found += expert_products(config, tokens, live, True) + expert_products(config, tokens, stopped, False)
+        for ways in ((dim, 3 * dim), (dim, dim), (dim, inner), (inner, dim)):
+            experts += _layer(live, len(view.input_M), *ways, backward, config.blocks)
+            experts += _layer(stopped, len(view.input_M), *ways, False, config.blocks)
         for begin, end in pairwise(view.task_starts):
-            found += task_products(config, end - begin)
-    return found
+            for ways in ((dim, config.experts), (dim, inner), (inner, dim)):
+                tasks += _layer(1, end - begin, *ways, backward)
+    return {"experts": experts, "tasks": tasks}
 
 
 def _layer(experts, tokens, inner, columns, backward, times=1):
+    """A linear layer's products, `times` times."""
     products = [Product(experts, tokens, inner, columns)]
     if backward:  # gradients of the input: grad @ Wᵀ, and of the weights: Xᵀ @ grad
         products += [Product(experts, tokens, columns, inner, "right"), Product(experts, inner, tokens, columns, "left")]
-    return Counter({product: products.count(product) * times for product in products if tokens})
+    return Counter(products * times if tokens else [])
 
 
 def matmul(products, dtype, device, window=0.1):
@@ -124,6 +107,11 @@ def summed(found):
     """`matmul`'s figures with the sums that follow from its `seconds`."""
     total = sum(found["counts"][shape] * seconds for shape, seconds in found["seconds"].items())
     return found | {"seconds_per_step": total, "rate": found["operations"] / total if total else math.nan}
+
+
+def seconds_of(found, products):
+    """How long a part of the products takes that `matmul` has timed."""
+    return sum(found["seconds"][str(product)] * count for product, count in products.items())
 
 
 def fastest(measured):
@@ -151,60 +139,42 @@ def memory(device, row_bytes, size=2**28, rows=2**20, window=0.1):
     return {"copy": 2 * size / copy, "add": 3 * size / add, "gather": 2 * gathered.nbytes / gather}
 
 
-def loopback(ranks=2, window=0.3):
-    """Collectives between so many processes of this machine: bytes that a rank sends a second, {"all_reduce", "all_to_all"}, of
-    64 MiB a rank, and {"latency"}, the seconds of an all-reduce of one number. Starts the processes."""
-    return suite.on_ranks(ranks, measure_loopback, window)
-
-
-def measure_loopback(window):
-    """`loopback` on one of its ranks."""
-    with distributed.joined() as ranks:
-        return collectives(ranks, window)
-
-
-def collectives(ranks, window):
-    """`loopback` in the group that this process is in. Called on all ranks."""
+def collectives(ranks, window=0.1, size=2**26):
+    """Bytes that a rank sends a second in collectives of `size` bytes a rank: {"all_reduce", "all_to_all"}; and {"latency"}, the
+    seconds of an all-reduce of one number. Called on all ranks."""
     world, device = ranks.world_size, ranks.device
-    values = torch.ones(_COLLECTIVE_BYTES // 4 // world * world, device=device)
-    received, little = torch.empty_like(values), torch.ones(1, device=device)
+    values = torch.zeros(size // 4 // world * world, device=device)
+    received, little = torch.empty_like(values), torch.zeros(1, device=device)
 
-    def together(function, sent):
-        def several(count):
-            dist.barrier()
-            begin = time.perf_counter()
-            for _ in range(count):
-                function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - begin) / count
-
+    def seconds(function):
+        dist.barrier()
         # As often on every rank, whatever its clock says.
-        count = torch.tensor([max(1, int(window / several(1)))])
+        count = torch.tensor([max(1, math.ceil(window / _seconds(function, 1, device)))])
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        best = torch.tensor([min(several(int(count)) for _ in range(_WINDOWS))], dtype=torch.float64)
+        best = torch.tensor([min(_seconds(function, int(count), device) for _ in range(_WINDOWS))], dtype=torch.float64)
         dist.all_reduce(best, op=dist.ReduceOp.MAX)
-        return sent / float(best)
+        return float(best)
 
     others = (world - 1) / world
     return {
-        "all_reduce": together(lambda: dist.all_reduce(values.mul_(1 / world)), 2 * others * values.nbytes),
-        "all_to_all": together(lambda: dist.all_to_all_single(received, values), others * values.nbytes),
-        "latency": 1 / together(lambda: dist.all_reduce(little.fill_(1)), 1),
+        "all_reduce": 2 * others * values.nbytes / seconds(lambda: dist.all_reduce(values)),
+        "all_to_all": others * values.nbytes / seconds(lambda: dist.all_to_all_single(received, values)),
+        "latency": seconds(lambda: dist.all_reduce(little)),
     }
 
 
 def best_seconds(function, device, window):
-    """The least time of a call of `function()` over several windows, each of at least `window` seconds."""
+    """The least time of a call of `function()` over several windows, each of about `window` seconds."""
+    _seconds(function, 2, device)
+    count = math.ceil(window / _seconds(function, 2, device))
+    return min(_seconds(function, count, device) for _ in range(_WINDOWS))
 
-    def several(count):
-        begin = time.perf_counter()
-        for _ in range(count):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / count
 
-    several(2)
-    count = max(1, math.ceil(window / several(2)))
-    return min(several(count) for _ in range(_WINDOWS))
+def _seconds(function, count, device):
+    """Of a call, on average over `count`."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / count

@@ -101,17 +101,21 @@ def existing(folder):
         raise ValueError(f"folder {folder}: there is no such folder")
 
 
+def device():
+    """What is measured on: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def header(name, settings, options):
     """A record's first part: what was asked for, when, and on what. No folder of this machine is in it."""
     command = ["python", f"benchmarks/{name}.py", *["--short"] * options.short, *map(_without_folder, options.given)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "benchmark": name,
         "form": "short" if options.short else "full",
         "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {key: _without_folder(value) for key, value in asdict(settings).items()},
-        "machine": machine.describe(device),
+        "machine": machine.describe(device()),
     }
 
 

@@ -26,14 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import flops, limits, machine, suite
 from benchmarks.padded import PaddedSyNCRec, pad_batch
-from benchmarks.workload import dataset_of, draw
+from benchmarks.workload import dataset_of, draw, trainer_of
 from syncrec.batch import build_batch, move
 from syncrec.config import ModelConfig
 from trainer import distributed
-from trainer.config import RunConfig
 from trainer.data.negatives import NegativesConfig
-from trainer.data.stream import Plan
-from trainer.step import Trainer
 
 OURS, PADDED = "ours", "padded"
 # The padded version's tensors as large as the item matrix: itself, its gradient, Adam's two moments, and two more for a
@@ -95,13 +92,12 @@ def main():
 
 def plan(settings):
     """The cases to measure, and what is left out with the arithmetic of why."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases, not_run = [], []
     for system in settings.systems:
         for precision in settings.precision if system == OURS else ["fp32"]:
             for items in sorted(set(settings.items)):
                 case, reason = Case(system, precision, items), None
-                if precision == "bf16" and not machine.has_bf16(device):
+                if precision == "bf16" and not machine.has_bf16(suite.device()):
                     reason = "the processor has no bf16 products"
                 elif system == PADDED:
                     reason = too_large(items, settings.model.dim, machine.memory_bytes())
@@ -169,14 +165,13 @@ def _measure(case, settings, ranks):
     if case.system == OURS:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
         products = limits.step_products(config, batches[settings.warmup])
-        found["matmul"] = limits.matmul(products, dtype, ranks.device, settings.window)
+        found["matmul"] = limits.matmul(products["experts"] + products["tasks"], dtype, ranks.device, settings.window)
     return found
 
 
 def start_ours(config, settings, ranks, dataset):
     """The trainer's own step."""
-    config = RunConfig(global_batch_size=settings.users, model=config, negatives=settings.negatives)
-    trainer = Trainer(config, ranks, dataset, Plan(dataset, settings.users, ranks.world_size, config.seed))
+    trainer = trainer_of(config, settings.users, dataset, ranks, negatives=settings.negatives)
     return lambda batch: trainer.train_step(batch)[0]
 
 

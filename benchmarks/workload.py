@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.config import RunConfig
 from trainer.data.dataset import Dataset, Domain, Shard
 from trainer.data.negatives import shared_negatives, target_negatives
+from trainer.data.plan import Plan
 from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.random import permutation, random_below, random_bits
 from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.step import Trainer
 
 _SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
 _NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel")
@@ -47,6 +50,12 @@ def draw(dataset, step, users, shortest, longest, negatives):
         user_N = np.repeat(step * users + np.arange(users), lengths_B)
         drawn = target_negatives(_SEED, 0, user_N, position_N, items_N, domain_N, dataset.starts, items_D, negatives.per_target)
     return items_N, lengths_B, domain_N, np.ones(users, np.float32), drawn
+
+
+def trainer_of(model, users, dataset, ranks, **given):
+    """A `Trainer` of `users` users a rank; given: more of a RunConfig."""
+    config = RunConfig(global_batch_size=users * ranks.world_size, model=model, **given)
+    return Trainer(config, ranks, dataset, Plan(dataset, config.global_batch_size, ranks.world_size, config.seed))
 
 
 def some_data(settings):

@@ -1,7 +1,6 @@
 """Settings come from YAML and command line, records go where they should, tables stand where they belong."""
 
 import json
-import os
 
 import pytest
 
@@ -40,15 +39,6 @@ def test_no_folder_of_this_machine_is_recorded(tmp_path):
     assert str(tmp_path) not in json.dumps(header)
     assert header["command"] == f"python benchmarks/stream.py data=shop folder={tmp_path.name}"
     assert header["settings"]["data"] == "shop" and header["form"] == "full" and header["machine"]["cores"] >= 1
-
-
-def place(factor):
-    return factor * (1 + int(os.environ["RANK"])), int(os.environ["WORLD_SIZE"]), os.getpid()
-
-
-def test_the_first_rank_answers_from_another_process():
-    found, ranks, process = suite.on_ranks(2, place, 3)
-    assert (found, ranks) == (3, 2) and process != os.getpid()
 
 
 def test_tables_are_aligned_and_keep_their_order():
