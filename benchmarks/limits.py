@@ -140,8 +140,8 @@ def memory(device, row_bytes, size=2**28, rows=2**20, window=0.1):
 
 
 def collectives(ranks, window=0.1, size=2**26):
-    """Bytes that a rank sends a second in collectives of `size` bytes a rank: {"all_reduce", "all_to_all"}; and {"latency"}, the
-    seconds of an all-reduce of one number. Called on all ranks."""
+    """Bytes that a rank sends a second in collectives of `size` bytes a rank, {"all_reduce", "all_to_all"}, and {"latency"},
+    the seconds of one of a single number. Called on all ranks."""
     world, device = ranks.world_size, ranks.device
     values = torch.zeros(size // 4 // world * world, device=device)
     received, little = torch.empty_like(values), torch.zeros(1, device=device)

@@ -49,6 +49,8 @@ class Settings:
     def __post_init__(self):
         suite.at_least(1, self, "users", "items", "domains", "mean_length")
         suite.existing(self.folder)
+        if self.keep and not self.folder:
+            raise ValueError("keep is true: give the folder=… that logs and datasets are left in")
 
 
 def main():

@@ -30,7 +30,6 @@ import socket
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -163,18 +162,6 @@ def _rank(rank, ranks, port, answer, function, arguments):
         write_json(answer, returned)
     sys.stdout.flush()
     os._exit(0)  # without Python's teardown: trainer.process says why
-
-
-def repeated(function, repeats, warmup=1, synchronize=lambda: None):
-    """Seconds of each call of `function()` after `warmup` that do not count, as `spread` has them."""
-    seconds = []
-    for _ in range(warmup + repeats):
-        synchronize()
-        begin = time.perf_counter()
-        function()
-        synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return spread(seconds[warmup:])
 
 
 def spread(values):

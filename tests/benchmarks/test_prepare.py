@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import prepare
+from benchmarks import prepare, suite
 
 
 def run_main(monkeypatch, file, folder, *arguments):
@@ -41,3 +41,9 @@ def test_kept_logs_are_taken_again_and_the_dataset_is_counted_whole(monkeypatch,
 def test_a_script_that_fails_ends_it(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"prepare\.py .* ended with status 2"):
         run_main(monkeypatch, tmp_path / "1.json", tmp_path, "users=[200]", "memory=1MB")
+
+
+def test_keeping_needs_a_folder(capsys):
+    with pytest.raises(SystemExit):
+        suite.settings("prepare", prepare.Settings, ["keep=true"])
+    assert "keep is true: give the folder" in capsys.readouterr().err
