@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -17,6 +18,12 @@ def group_of_one():
     finally:
         dist.destroy_process_group()
         gc.collect()  # now: a forked process that collects it waits for its threads for ever
+
+
+def in_this_process(function, *arguments):
+    """For `benchmarks.suite.in_own_process`, within `as_a_script`."""
+    deepspeed.utils.groups._WORLD_GROUP = None  # DeepSpeed keeps the first one that it meets
+    return function(*arguments)
 
 
 @contextlib.contextmanager
