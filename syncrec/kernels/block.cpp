@@ -30,7 +30,7 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-constexpr int64_t kQueries = 64;  // of a sequence at a time: later keys than its last are left out
+constexpr int64_t kQueries = 32;  // of a sequence at a time: later keys than its last are left out
 constexpr double kEps = 1e-5;     // of LayerNorm
 
 template <typename Value>
