@@ -68,8 +68,12 @@ def install():
     _pip("install", f"{wanted}=={fbgemm}")
     _pip("install", "--no-deps", f"torchrec=={torchrec}")
     _pip("install", "--editable", f"{Path(__file__).resolve().parent.parent}[test]")
-    # In a process of its own: this one does not see what has just been installed.
+    # In processes of their own: this one does not see what has just been installed.
     subprocess.run([sys.executable, __file__, "check"], check=True)
+    if not has_cuda():
+        # Now rather than in the first step; without a compiler there is none, which a run says and does without.
+        build = "from syncrec.fused import Unavailable, build\ntry: build()\nexcept Unavailable as reason: print(reason)"
+        subprocess.run([sys.executable, "-c", build], check=True)
 
 
 def _pip(*arguments):
