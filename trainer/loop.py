@@ -286,10 +286,11 @@ def test_best(trainer, run):
 
 def describe(trainer):
     """What runs, in a line or two."""
+    table = trainer.table
     return (
         f"{trainer.dataset.users:,} users, {trainer.dataset.interactions:,} interactions, "
-        f"{len(trainer.dataset.domains)} domains; table {trainer.table.rows:,} x {trainer.table.dim}, dense model "
-        f"{trainer.weights:,} weights; "
+        f"{len(trainer.dataset.domains)} domains; table {table.rows:,} x {table.dim} ({table.capacity}), "
+        f"dense model {trainer.weights:,} weights; "
         f"{trainer.ranks.world_size} ranks on {trainer.ranks.device.type}, ZeRO stage "
         f"{trainer.engine.zero_optimization_stage()}; {trainer.total_steps:,} steps of {trainer.config.global_batch_size} users"
         + (f" or {tokens:,} tokens" if (tokens := trainer.config.tokens_per_batch) else "")
