@@ -125,6 +125,7 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
         "zero_optimization": {"stage": config.zero_stage},
         "gradient_clipping": 0.0,  # trainer.gradients clips; where nothing is said, ZeRO does too
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
     settled = ("bf16", "torch_autocast", "fp16", "amp", "train_batch_size", "gradient_accumulation_steps")
     passed = {key: value for key, value in given.items() if key not in settled}

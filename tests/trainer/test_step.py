@@ -160,8 +160,9 @@ def test_a_step_waits_for_nothing_but_the_one_before(run, settings):
 
 def test_what_waits_is_found(run, monkeypatch):
     """By name, by a mask, in backward, and in what DeepSpeed does for itself."""
-    trainer = trainer_of(run, "optimizer.zero_stage=1", "deepspeed.zero_optimization.compute_grad_norm=true")
-    given = batches(trainer, 3)
+    asked = ["deepspeed.zero_optimization.compute_grad_norm=true", "deepspeed.timers.throughput.enabled=true"]
+    trainer = trainer_of(run, "optimizer.zero_stage=1", *asked)
+    given = batches(trainer, 4)
     trainer.train_step(given[0])
     forward = trainer.model.forward
 
@@ -175,5 +176,5 @@ def test_what_waits_is_found(run, monkeypatch):
 
     monkeypatch.setattr(trainer.model, "forward", waiting)
     found = waits(trainer, given[1:])
-    for expected in ("__float__ in", "index in", "__bool__ in", "tensor in", "deepspeed/runtime/utils.py"):
+    for expected in ("__float__ in", "index in", "__bool__ in", "tensor in", "runtime/utils.py", "synchronize in"):
         assert any(expected in line for line in found), (expected, found)

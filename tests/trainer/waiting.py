@@ -2,7 +2,9 @@
 
 import traceback
 from collections import Counter
+from unittest import mock
 
+import deepspeed
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,7 +97,9 @@ def waits(trainer, given):
     device = Device()
     device.add([*trainer.engine.module.parameters(), *trainer.engine.module.buffers(), *trainer.table.shard()[1].values()])
     ready = trainer.prepare(given[0])
-    with Functions(device), Operators(device):
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    synchronize = mock.patch.object(accelerator, "synchronize", lambda *_: device.read("synchronize"))
+    with synchronize, Functions(device), Operators(device):
         for following in [*given[1:], None]:
             map_tensors(ready.batch, device.moved)
             following = None if following is None else trainer.prepare(following)
