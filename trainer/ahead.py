@@ -24,16 +24,15 @@ class Ready:
 class Beside:
     """The second stream, where the device has streams."""
 
-    def __init__(self, table: ItemTable):
-        self._table, self._device = table, table.device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def prepare(self, batch: Batch | None) -> Ready:
+    def prepare(self, batch: Batch | None, table: ItemTable) -> Ready:
         """Starts to copy a batch (in pinned memory, where there is a device) and to exchange its ids. Called on all ranks."""
         with self._on_it():
             if batch is not None:
                 batch = move(batch, self._device)
-            return Ready(batch, self._table.exchange(torch.empty(0, dtype=torch.int64) if batch is None else batch.ids))
+            return Ready(batch, table.exchange(torch.empty(0, dtype=torch.int64) if batch is None else batch.ids))
 
     def send(self, ready: Ready):
         """Has the ids themselves sent, once it is known how many there are. Called on all ranks."""

@@ -52,7 +52,7 @@ class Trainer:
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
         self.reduction = RankReduction()
-        self._beside = Beside(self.table)
+        self._beside = Beside(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
         self._held = self._gradients.can_be_held and zero_changes_nothing(config.table)
         self._unsettled = None
@@ -60,7 +60,7 @@ class Trainer:
     def prepare(self, batch: Batch | None) -> Ready:
         """Starts to bring a batch to the device and its ids to the ranks that hold the rows, for a step to come. Called on all
         ranks, in the order of the steps; a rank without a batch takes part in it with None."""
-        return self._beside.prepare(batch)
+        return self._beside.prepare(batch, self.table)
 
     def train_step(self, batch: Batch | Ready, following: Ready | None = None):
         """One step of table and dense model; returns this rank's loss and the model's LossReport. Called on all ranks.
