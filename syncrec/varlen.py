@@ -4,7 +4,6 @@ PyTorch has it as FlashAttention 2: on CUDA from compute capability 8.0, for 16-
 Elsewhere attention goes by buckets (attention.py). Shapes: K experts, M packed tokens, S sequences, r width.
 """
 
-import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
@@ -23,20 +22,16 @@ def available(device, dtype, head_dim):
     )
 
 
-def sequence_offsets(lengths_S):
-    """Where each sequence that has tokens begins among the packed ones, and M at the end: int32. lengths_S: integers."""
-    return np.concatenate([[0], np.cumsum(lengths_S[lengths_S > 0])]).astype(np.int32)
-
-
-def attend(qkv_KMR, offsets, longest, heads):
+def attend(qkv_KMR, starts_S, longest, heads):
     """softmax(Q Kᵀ / √(r / heads)) V within each sequence, each token seeing itself and what is older (eq. 5).
 
-    qkv_KMR: (K, M, 3 r), contiguous. offsets: what `sequence_offsets` gave, as a tensor of integers on its device. longest: the
-    tokens of the longest sequence. The experts' tokens are K · S sequences, one after the other. Returns (K, M, r).
+    qkv_KMR: (K, M, 3 r), contiguous. starts_S: where each sequence begins, and M: (S + 1,), integers on the same device; some may
+    have no tokens. longest: the tokens of the longest. The experts' tokens are K · S sequences, one after the other. Returns
+    (K, M, r).
     """
     experts, tokens, width = qkv_KMR.shape
     firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(1)  # of each expert, and the end
-    begins = torch.cat([(firsts[:-1] + offsets[:-1]).flatten(), firsts[-1]]).to(torch.int32)
+    begins = torch.cat([(firsts[:-1] + starts_S[:-1]).flatten(), firsts[-1]]).to(torch.int32)
     query, key, value = qkv_KMR.view(experts * tokens, 3, heads, width // 3 // heads).unbind(1)
     mixed = varlen_attn(query, key, value, begins, begins, longest, longest, window_size=_CAUSAL)
     return mixed.reshape(experts, tokens, width // 3)

@@ -13,7 +13,7 @@ def kernel(query, key, value, begins, key_begins, longest, key_longest, *, windo
     assert begins.dtype == torch.int32 and begins is key_begins and longest == key_longest and window_size == (-1, 0)
     assert query.stride(-1) == 1 and begins[0] == 0 and begins[-1] == len(query)
     lengths = begins.diff().tolist()
-    assert min(lengths) > 0 and max(lengths) == longest
+    assert min(lengths) >= 0 and max(lengths) == longest
     parts = zip(*(part.split(lengths) for part in (query, key, value)), strict=True)
     heads_first = ([part.transpose(0, 1) for part in sequence] for sequence in parts)
     mixed = [F.scaled_dot_product_attention(*sequence, is_causal=True).transpose(0, 1) for sequence in heads_first]
@@ -26,14 +26,14 @@ def test_it_is_what_the_buckets_compute(monkeypatch, experts, heads, lengths):
     """Outputs and gradients; sequences of one token, and those that have none, among them."""
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     lengths_S = np.array(lengths)
-    layout = move(attention_layout(lengths_S), "cpu")
+    layout, starts_S = move(attention_layout(lengths_S), "cpu"), torch.from_numpy(np.append(0, lengths_S.cumsum()))
     generator = torch.Generator().manual_seed(1)
     qkv_KMR = torch.randn(experts, sum(lengths), 3 * 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(experts, sum(lengths), 8, generator=generator, dtype=torch.float64)
     found = []
     for attend in (
         lambda qkv: causal_attention(qkv, layout, heads),
-        lambda qkv: varlen.attend(qkv, torch.from_numpy(varlen.sequence_offsets(lengths_S)), layout.shapes[0][1], heads),
+        lambda qkv: varlen.attend(qkv, starts_S, layout.shapes[0][1], heads),
     ):
         leaf = qkv_KMR.clone().requires_grad_()
         output = attend(leaf)
@@ -41,12 +41,6 @@ def test_it_is_what_the_buckets_compute(monkeypatch, experts, heads, lengths):
         found.append((output.detach(), leaf.grad))
     for by_buckets, by_offsets in zip(*found, strict=True):
         torch.testing.assert_close(by_offsets, by_buckets, rtol=1e-12, atol=1e-12)
-
-
-def test_offsets_are_of_the_sequences_that_have_tokens():
-    found = varlen.sequence_offsets(np.array([0, 3, 0, 2, 5]))
-    assert found.dtype == np.int32 and found.tolist() == [0, 3, 5, 10]
-    assert varlen.sequence_offsets(np.zeros(0, np.int64)).tolist() == [0]
 
 
 H100, V100 = (9, 0), (7, 0)
