@@ -25,9 +25,9 @@ def available(device, dtype, head_dim):
 def attend(qkv_KMR, starts_S, longest, heads):
     """softmax(Q Kᵀ / √(r / heads)) V within each sequence, each token seeing itself and what is older (eq. 5).
 
-    qkv_KMR: (K, M, 3 r), contiguous. starts_S: where each sequence begins, and M: (S + 1,), integers on the same device; some may
-    have no tokens. longest: the tokens of the longest. The experts' tokens are K · S sequences, one after the other. Returns
-    (K, M, r).
+    qkv_KMR: (K, M, 3 r), contiguous. starts_S: where each sequence begins, and M: (S + 1,), integers on the same device; some
+    may have no tokens. longest: the tokens of the longest. The experts' tokens are K · S sequences, one after the other.
+    Returns (K, M, r).
     """
     experts, tokens, width = qkv_KMR.shape
     firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(1)  # of each expert, and the end
