@@ -15,6 +15,11 @@ class TableConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     init_std: float = 0.05
+    # CUDA. cached: rows in the host's memory, those in use on the device; auto: where they do not fit into device_share
+    placement: Literal["auto", "device", "cached"] = "auto"
+    cache_share: float = 0.2  # of the rows that are cached, those that have a place on the device
+    device_share: float = 0.7  # of the device's free memory, what rows and their optimizer's state may take
+    communication: Literal["fp32", "fp16", "bf16"] = "fp32"  # of rows between ranks; their gradients: fp32, or else bf16
 
     def __post_init__(self):
         for name in ("learning_rate", "eps", "init_std"):
@@ -23,3 +28,6 @@ class TableConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"table.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
+        for name in ("cache_share", "device_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"table.{name} is {getattr(self, name)}: give more than 0, and at most 1")

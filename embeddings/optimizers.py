@@ -10,13 +10,20 @@ _CPU = {
 _CUDA = _CPU | {"adam": EmbOptimType.ADAM, "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM}
 
 
-def fused_params(config, device_type):
-    """The fused-optimizer parameters that a TorchRec sharder takes.
+def optimizer_name(config):
+    """The optimizer in force: `auto` is row-wise Adagrad, which both devices have."""
+    return "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
 
-    `auto` is row-wise Adagrad, which both devices have. Raises ValueError for a pair that FBGEMM does not have.
-    """
+
+def zero_changes_nothing(config):
+    """True where a gradient of zero leaves rows and their state as they are, to the bit: Adam's moments decay."""
+    return "adam" not in optimizer_name(config)
+
+
+def fused_params(config, device_type):
+    """The fused-optimizer parameters that a TorchRec sharder takes. Raises ValueError for a pair that FBGEMM does not have."""
     available = _CUDA if device_type == "cuda" else _CPU
-    name = "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
+    name = optimizer_name(config)
     if name not in available:
         raise ValueError(
             f"table.optimizer={name} does not exist on {device_type}: FBGEMM has {', '.join(sorted(available))} there"

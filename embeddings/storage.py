@@ -36,26 +36,26 @@ def load_shard(table, folder: Path):
 
     Raises ValueError where they are of another table or optimizer, or do not hold every row.
     """
-    first, tensors = table.shard()
-    rows = len(tensors["weight"])
-    filled = 0
-    for file in sorted(folder.glob("table-*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            facts = stored.metadata() or {}
-            if (facts.get("rows"), facts.get("scatter_step")) != (str(table.rows), str(table.scatter.step)):
-                raise ValueError(f"{file}: holds a table of {facts.get('rows')} rows, this one has {table.rows}")
-            if missing := tensors.keys() - stored.keys():
-                raise ValueError(f"{file}: lacks the optimizer's {', '.join(sorted(missing))}: it is of another optimizer")
-            begin = int(facts["first_stored_row"])
-            for name, tensor in tensors.items():
-                kept = stored.get_slice(name)
-                shape = kept.get_shape()
-                if shape[1:] != list(tensor.shape[1:]):
-                    raise ValueError(f"{file}: {name} is {shape}, this table has rows of {list(tensor.shape[1:])}")
-                low, high = max(first, begin), min(first + rows, begin + shape[0])
-                if low < high:
-                    tensor[low - first : high - first].copy_(kept[low - begin : high - begin])
-            filled += max(0, high - low)
-            table.updates = int(facts["updates"])
+    with table.rewritten() as (first, tensors):
+        rows = len(tensors["weight"])
+        filled = 0
+        for file in sorted(folder.glob("table-*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                facts = stored.metadata() or {}
+                if (facts.get("rows"), facts.get("scatter_step")) != (str(table.rows), str(table.scatter.step)):
+                    raise ValueError(f"{file}: holds a table of {facts.get('rows')} rows, this one has {table.rows}")
+                if missing := tensors.keys() - stored.keys():
+                    raise ValueError(f"{file}: lacks the optimizer's {', '.join(sorted(missing))}: it is of another optimizer")
+                begin = int(facts["first_stored_row"])
+                for name, tensor in tensors.items():
+                    kept = stored.get_slice(name)
+                    shape = kept.get_shape()
+                    if shape[1:] != list(tensor.shape[1:]):
+                        raise ValueError(f"{file}: {name} is {shape}, this table has rows of {list(tensor.shape[1:])}")
+                    low, high = max(first, begin), min(first + rows, begin + shape[0])
+                    if low < high:
+                        tensor[low - first : high - first].copy_(kept[low - begin : high - begin])
+                filled += max(0, high - low)
+                table.updates = int(facts["updates"])
     if filled != rows:
         raise ValueError(f"{folder}: table files hold {filled} of the {rows} rows of rank {dist.get_rank()}")

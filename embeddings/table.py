@@ -1,5 +1,6 @@
 """The item matrix M (section 4.1) as one row-wise sharded TorchRec table with a fused optimizer."""
 
+import contextlib
 import logging
 
 import torch
@@ -9,10 +10,12 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel, ShardingEnv
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
 
-from embeddings.optimizers import fused_params
+from embeddings.capacity import free_room, plan_capacity, ranks_of_host
+from embeddings.optimizers import fused_params, optimizer_name
 from embeddings.rows import RowScatter
 
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls what torch has renamed
@@ -32,26 +35,23 @@ class ItemTable:
         """rows: number of embeddings; dim: r. Rows start normal with std config.init_std, drawn from (seed, stored row)
         alone, so that any number of ranks starts from the same table.
 
-        Raises ValueError where FBGEMM lacks the optimizer on this device, or a rank would hold no row.
+        Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row, or the rows fit nowhere.
         """
         ranks = dist.get_world_size()
         if -(-rows // ranks) * (ranks - 1) >= rows:  # TorchRec cuts in equal parts, rounded up, and fails on an empty one
             raise ValueError(f"a table of {rows} rows leaves some of {ranks} ranks without one: use fewer ranks")
         self.rows, self.dim, self.device = rows, dim, torch.device(device)
         self.scatter = RowScatter(rows)
+        params = fused_params(config, self.device.type)
+        self.capacity = plan_capacity(config, optimizer_name(config), -(-rows // ranks), dim, free_room(self.device))
         collection = EmbeddingCollection(
             tables=[EmbeddingConfig(name=_TABLE, embedding_dim=dim, num_embeddings=rows, feature_names=[_FEATURE])],
             device=torch.device("meta"),
         )
-        sharder = EmbeddingCollectionSharder(fused_params=fused_params(config, self.device.type))
-        plan = construct_module_sharding_plan(
-            collection,
-            {_TABLE: row_wise(compute_kernel=EmbeddingComputeKernel.FUSED.value)},
-            sharder=sharder,
-            world_size=ranks,
-            local_size=ranks,
-            device_type=self.device.type,
-        )
+        codecs = None if ranks == 1 else communication_codecs(config.communication)
+        sharder = EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=codecs)
+        cache_share = config.cache_share if self.capacity.cached else None
+        plan = sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host(), self.device.type)
         self._parallel = DistributedModelParallel(
             nn.ModuleDict({"m": collection}),
             env=ShardingEnv.from_process_group(dist.group.WORLD),
@@ -68,10 +68,25 @@ class ItemTable:
 
         After the caller's backward, `update` carries the leaf's gradient into the table.
         """
+        return self.look_up(self.exchange(ids))
+
+    def exchange(self, ids) -> "Exchange":
+        """Starts to tell the ranks that hold the rows `ids` that they are wanted; `look_up` takes what comes of it. In between
+        other rows may be looked up, and all may be updated: only ids are on their way.
+
+        Several can be on their way at once, as long as all ranks start them, send them and look them up in the same order.
+        """
         stored = self.scatter.stored(ids.to(self.device))
-        length = torch.tensor([len(stored)], device=self.device)
+        # The host knows the counts: TorchRec would read them from the device.
+        length, counts = torch.full((1,), len(stored), device=self.device), [len(stored)]
+        features = KeyedJaggedTensor([_FEATURE], stored, lengths=length, stride=1, length_per_key=counts)
+        return Exchange(self._collection, features)
+
+    def look_up(self, exchange: "Exchange"):
+        """The vectors of the rows whose ids were exchanged, as they are now; otherwise as when called."""
         updates = None if torch.is_grad_enabled() else self.updates
-        self._looked_up = self._collection(KeyedJaggedTensor([_FEATURE], stored, lengths=length))[_FEATURE].values()
+        context, features = exchange.received()
+        self._looked_up = self._collection.compute_and_output_dist(context, features)[_FEATURE].values()
         if updates is not None:
             self.updates = updates  # FBGEMM counts when it looks up, also where nothing will be updated
         return self._looked_up.detach().requires_grad_(torch.is_grad_enabled())
@@ -91,7 +106,8 @@ class ItemTable:
         self._parallel.fused_optimizer.step()  # the fused kind of step: hands the rate to FBGEMM, updates nothing
 
     def shard(self):
-        """This rank's part: (first stored row, {name: tensor (rows here, …)}), the tensors as views that may be written.
+        """This rank's part as it is now: (first stored row, {name: tensor (rows here, …)}), the tensors as views, to be written
+        only as `rewritten` has it.
 
         "weight" (rows here, r), and what the fused optimizer keeps of each row ("momentum1", …), if anything.
         """
@@ -101,10 +117,16 @@ class ItemTable:
         shards = {name: tensor.local_shards()[0] for name, tensor in named.items()}
         return shards["weight"].metadata.shard_offsets[0], {name: shard.tensor for name, shard in shards.items()}
 
+    @contextlib.contextmanager
+    def rewritten(self):
+        """What `shard` gives, for a `with` in which it is written."""
+        yield self.shard()
+        self._kernel.reset_cache_states()  # what a device's cache has of the rows is not what they are any more
+
     @property
     def updates(self):
         """How often the fused optimizer has stepped; Adam's bias correction counts it."""
-        return int(self._kernel.iter.item())
+        return int(self._kernel.iter_cpu)  # `iter` is the same on the device, which would have to be waited for
 
     @updates.setter
     def updates(self, count):
@@ -119,11 +141,60 @@ class ItemTable:
         return embedding.emb_module
 
     def _fill(self, std, seed):
-        first, tensors = self.shard()
-        weights = tensors["weight"]
         generator = torch.Generator()
-        for block in range(first // _INIT_BLOCK, -(-(first + len(weights)) // _INIT_BLOCK)):
-            generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)
-            drawn = torch.randn(_INIT_BLOCK, self.dim, generator=generator).mul_(std)
-            low, high = max(first, block * _INIT_BLOCK), min(first + len(weights), (block + 1) * _INIT_BLOCK)
-            weights[low - first : high - first] = drawn[low % _INIT_BLOCK :][: high - low].to(weights)
+        with self.rewritten() as (first, tensors):
+            weights = tensors["weight"]
+            for block in range(first // _INIT_BLOCK, -(-(first + len(weights)) // _INIT_BLOCK)):
+                generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)
+                drawn = torch.randn(_INIT_BLOCK, self.dim, generator=generator).mul_(std)
+                low, high = max(first, block * _INIT_BLOCK), min(first + len(weights), (block + 1) * _INIT_BLOCK)
+                weights[low - first : high - first] = drawn[low % _INIT_BLOCK :][: high - low].to(weights)
+
+
+class Exchange:
+    """Ids on their way to the ranks that hold their rows, in two halves: how many go where, then the ids themselves."""
+
+    def __init__(self, collection, features):
+        self._context = collection.create_context()
+        self._counts, self._ids = collection.input_dist(self._context, features), None
+
+    def send(self):
+        """Waits until it is known how many ids come from where (the host has to know), and sends the ids."""
+        if self._ids is None:
+            self._ids = self._counts.wait()
+
+    def received(self):
+        """TorchRec's context and the ids that have come, for the stream that is current now."""
+        self.send()
+        features = self._ids.wait()
+        if self._context.sharding_contexts[0].features_before_input_dist.device().type == "cuda":
+            stream = torch.cuda.current_stream()  # they were made on another: their memory is not free before this one is done
+            self._context.record_stream(stream)
+            features.record_stream(stream)
+        return self._context, features
+
+
+def sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host, device_type):
+    """Rows in equal contiguous parts over all ranks; with a cache_share on the hosts, that share cached on the devices."""
+    kernel = EmbeddingComputeKernel.FUSED if cache_share is None else EmbeddingComputeKernel.FUSED_UVM_CACHING
+    plan = construct_module_sharding_plan(
+        collection,
+        {_TABLE: row_wise(compute_kernel=kernel.value)},
+        sharder=sharder,
+        world_size=ranks,
+        local_size=ranks_of_host,
+        device_type=device_type,
+    )
+    if cache_share is not None:
+        plan[_TABLE].cache_params = CacheParams(load_factor=cache_share)
+    return plan
+
+
+def communication_codecs(precision):
+    """How TorchRec is to encode rows and their gradients between ranks; None where they go as they are."""
+    if precision == "fp32":
+        return None
+    # Gradients in bf16 either way: fp16 has nothing below 6e-8, and a gradient of a mean over 10⁵ targets is often less.
+    # Not by TorchRec's get_qcomm_codecs_registry: on gloo that makes fp16 of bf16, which gloo carries as well.
+    codecs = get_qcomm_codecs(QCommsConfig(forward_precision=CommType(precision), backward_precision=CommType.BF16))
+    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: codecs}

@@ -1,4 +1,4 @@
-"""Causal self-attention over packed sequences: padded by buckets for the kernel, packed again at once.
+"""Causal self-attention over packed sequences: padded by buckets for the kernel, packed again at once; on CUDA as they are.
 
 Shapes: K experts, M packed tokens, P padded slots, r width. See AttentionLayout in batch.py.
 """
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from syncrec import varlen
+
 
 def causal_attention(qkv_KMR, layout, heads):
     """softmax(Q Kᵀ / √(r / heads)) V within each sequence, each token seeing itself and what is older (eq. 5).
@@ -14,6 +16,8 @@ def causal_attention(qkv_KMR, layout, heads):
     qkv_KMR: (K, M, 3 r). Returns (K, M, r).
     """
     experts, _, width = qkv_KMR.shape
+    if varlen.available(qkv_KMR.device, qkv_KMR.dtype, width // 3 // heads):
+        return varlen.attend(qkv_KMR, layout.starts_S, layout.shapes[0][1], heads)
     padded = _Move.apply(qkv_KMR, layout.pad_P, layout.unpad_M)
     outputs = []
     # split, not slices: the gradient of a slice is a whole tensor of zeros.

@@ -90,7 +90,7 @@ class Batch:
 
     def pin_memory(self):
         """The same batch in pinned memory (a DataLoader calls this)."""
-        return _map_tensors(self, torch.Tensor.pin_memory)
+        return map_tensors(self, torch.Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,18 @@ def move(value, device):
         tensor = tensor.to(device, non_blocking=True)
         return tensor.long() if tensor.dtype == torch.int32 else tensor
 
-    return _map_tensors(value, moved)
+    return map_tensors(value, moved)
 
 
-def _map_tensors(value, function):
+def map_tensors(value, function):
+    """The same dataclass with function(tensor) in each tensor's place, in the dataclasses in it too."""
     changed = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, torch.Tensor):
             changed[field.name] = function(item)
         elif is_dataclass(item):
-            changed[field.name] = _map_tensors(item, function)
+            changed[field.name] = map_tensors(item, function)
     return replace(value, **changed)
 
 

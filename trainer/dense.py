@@ -12,6 +12,18 @@ from trainer.engine import deepspeed
 _SEPARATOR = "//"  # between a parameter's name and its state's
 
 
+def gradients(engine):
+    """This rank's part of the dense gradient's tensors after backward, the mean over ranks, as they go into the step: all of it
+    at stage 0, a partition at the others."""
+    if engine.zero_optimization_stage() == 0:
+        found = [parameter.grad for _, parameter in _trained(engine)]
+    elif engine.zero_offload_optimizer():
+        found = [flat.grad for flat in _flat_parameters(engine)]
+    else:
+        found = [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
+    return [gradient for gradient in found if gradient is not None]
+
+
 def full_state(engine, keep: bool):
     """The dense model's parameters and buffers: {name: tensor}, empty unless `keep`. Called on all ranks."""
     state = {}
@@ -27,7 +39,7 @@ def full_state(engine, keep: bool):
 def full_optimizer_state(engine, keep: bool):
     """{"parameter//exp_avg": tensor of the parameter's shape, …, "step": number of steps}, empty unless `keep`, and before the
     first step. Called on all ranks."""
-    optimizer, flats = _base_optimizer(engine), _flat_parameters(engine)
+    optimizer, flats = base_optimizer(engine), _flat_parameters(engine)
     if not flats or not optimizer.state.get(flats[0]):
         return {}
     names = [name for name, value in optimizer.state[flats[0]].items() if value.shape == flats[0].shape]
@@ -47,7 +59,7 @@ def restore_optimizer_state(engine, state):
     """Gives a new engine what `full_optimizer_state` gave, at any stage and number of ranks. Called on all ranks."""
     if not state:
         return
-    optimizer, stage = _base_optimizer(engine), engine.zero_optimization_stage()
+    optimizer, stage = base_optimizer(engine), engine.zero_optimization_stage()
     step, names = state["step"], sorted({key.rpartition(_SEPARATOR)[2] for key in state if _SEPARATOR in key})
     for flat in _flat_parameters(engine):  # Adam makes its state in its first step; here it is needed before
         optimizer.state[flat] = {"step": step.clone(), **{name: torch.zeros_like(flat) for name in names}}
@@ -80,7 +92,7 @@ def _trained(engine):
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
-def _base_optimizer(engine):
+def base_optimizer(engine):
     """PyTorch's optimizer, which ZeRO wraps."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 

@@ -80,7 +80,7 @@ def asks_for_bf16(deepspeed_config):
     return _enabled(deepspeed_config, "bf16") or _enabled(deepspeed_config, "torch_autocast")
 
 
-def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, world_size: int, cuda: bool) -> dict:
+def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, world_size: int) -> dict:
     """What DeepSpeed is told: ours, and over it the user's own JSON (`given`). Raises InputError for what cannot hold."""
     for section in ("fp16", "amp"):
         if _enabled(given, section):
@@ -118,18 +118,21 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
         "eps": config.eps,
         "weight_decay": config.weight_decay,
         "torch_adam": True,  # PyTorch's own kernels: nothing to compile at start-up
+        "fused": True,  # one kernel, which takes it from the device where it is not to step (trainer.gradients)
     }
-    if cuda:
-        params["fused"] = True
     ours = {
         "optimizer": {"type": "AdamW", "params": params},
         "zero_optimization": {"stage": config.zero_stage},
-        "gradient_clipping": config.clip,
+        "gradient_clipping": 0.0,  # trainer.gradients clips; where nothing is said, ZeRO does too
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
     settled = ("bf16", "torch_autocast", "fp16", "amp", "train_batch_size", "gradient_accumulation_steps")
     passed = {key: value for key, value in given.items() if key not in settled}
     merged = _merge(ours, passed)
+    zero = merged["zero_optimization"]
+    if zero["stage"] in (1, 2) and "offload_optimizer" not in zero:
+        zero.setdefault("compute_grad_norm", False)  # we have it; DeepSpeed would have the host look at it in every step
     # DeepSpeed wants a batch size; ours need not be divisible by the ranks, and DeepSpeed only reports it.
     merged["train_micro_batch_size_per_gpu"] = micro_batch_size
     return merged

@@ -5,17 +5,19 @@ import errno
 import importlib.metadata
 import sys
 import time
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from syncrec.model import SyNCRec
+from trainer.ahead import Ready
 from trainer.checkpoint import Checkpoints, RunState, load_best, write_text
 from trainer.config import RunConfig, flat, to_yaml
 from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan
-from trainer.data.stream import Feed, TrainBatches
+from trainer.data.stream import Fed, Feed, TrainBatches
 from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
@@ -117,6 +119,7 @@ class TrainingRun:
         self._begun, self._before = time.monotonic(), state.seconds
         self._skipped, self._skipped_before = 0, state.skipped_users
         self._saved_at, self._told = self._begun, set()
+        self._ahead = None
         batches = TrainBatches(
             self.plan,
             self.ranks.rank,
@@ -134,32 +137,54 @@ class TrainingRun:
         with self.watchdog, contextlib.closing(self.feed):
             if self._validation_due():  # it was stopped in between
                 self._validate()
-            while not self._ended():
-                fed = self._next()
-                begun = time.perf_counter()
-                try:
-                    loss, report = self.trainer.train_step(fed.batch)
-                except NotFinite:  # on all ranks: what is being written was good
-                    self._finish()
-                    raise
-                self.state.step = self.trainer.step
-                self._note(fed, loss, report)
-                if found := self.feed.computed(time.perf_counter() - begun):
-                    self.log.message(found)
-                if self._validation_due():
-                    self._validate()
-                elif self._epoch_ends(self.config.checkpoint.every_epochs):
-                    self._save()
+            try:
+                while not self._ended():
+                    self._step()
+                self.trainer.settle()
+            except NotFinite:  # on all ranks: what is being written was good
+                self._finish()
+                raise
             self._finish()
 
-    def _next(self):
-        """What this rank is fed next. Before that the ranks agree: all go on, or save first, or stop, or none goes on."""
-        fed, refusal = None, None
+    def _step(self):
+        """One step, and what is due after it."""
+        fed, ready = self._next()
+        self._look_ahead()
+        begun = time.perf_counter()
+        loss, report = self.trainer.train_step(ready, self._ahead and self._ahead.ready)
+        self.state.step = self.trainer.step
+        self._note(fed, loss, report)
+        if found := self.feed.computed(time.perf_counter() - begun):
+            self.log.message(found)
+        if self._validation_due():
+            self._validate()
+        elif self._epoch_ends(self.config.checkpoint.every_epochs):
+            self._save()
+
+    def _look_ahead(self):
+        """Takes the next step's batch and starts the exchange of its ids, so that they travel while this step computes.
+
+        Whether the next step is made at all is agreed on when this one is done, as if its batch came only then: a batch that
+        cannot be had is no trouble before (this rank takes part in the exchange without ids, and the others do not wait), and
+        where the run stops, saves, or ends early, the batch is not in the step's count and is made again by who goes on.
+        """
+        self._ahead = None
+        if self.state.step + 1 < self.trainer.total_steps:
+            ahead = self._fetch()
+            self._ahead = replace(ahead, ready=self.trainer.prepare(ahead.fed and ahead.fed.batch))
+
+    def _fetch(self):
         with self.meter.waiting():
             try:
-                fed = next(self.feed)
+                return _Ahead(next(self.feed))
             except InputError as error:
-                refusal = error
+                return _Ahead(refusal=error)
+
+    def _next(self):
+        """What this rank is fed next, and made ready. Before that the ranks agree: all go on, or save first, or stop, or none
+        goes on."""
+        ahead = self._ahead or self._fetch()
+        refusal = ahead.refusal
         minutes = (time.monotonic() - self._saved_at) / 60
         due = self.ranks.first and 0 < self.config.checkpoint.every_minutes <= minutes
         agreed = agree(refusal is not None, self.stop.asked, due, self.checkpoints.writing)
@@ -173,7 +198,7 @@ class TrainingRun:
         steps = self.config.checkpoint.every_steps
         if agreed.due or (steps and self.state.step and self.state.step % steps == 0):
             self._save()
-        return fed
+        return ahead.fed, ahead.ready or self.trainer.prepare(ahead.fed.batch)
 
     def _note(self, fed, loss, report):
         """The step's figures, and a log line where one is due."""
@@ -183,6 +208,7 @@ class TrainingRun:
         self.log.advance(1)
         step = self.state.step
         if step % self.config.log.every == 0 or step == self.trainer.total_steps:
+            self.trainer.settle()
             epoch, _ = self.plan.locate(step - 1)
             seconds = {"seconds": self._seconds()}
             self.log.train(self.meter.record(step, epoch) | self.trainer.state_figures() | seconds)
@@ -206,6 +232,7 @@ class TrainingRun:
 
     def _validate(self):
         """Validates; a checkpoint follows where the model is the best so far, and where one is due anyhow."""
+        self.trainer.settle()
         state = self.state
         epoch, _ = self.plan.locate(state.step - 1)
         with self.meter.paused():
@@ -250,6 +277,7 @@ class TrainingRun:
         return self.state.step >= self.trainer.total_steps or 0 < self.config.evaluation.patience <= self.state.since_best
 
     def _save(self):
+        self.trainer.settle()
         skipped = torch.tensor([self._skipped])
         dist.all_reduce(skipped)
         self.state.skipped_users = self._skipped_before + int(skipped)
@@ -271,6 +299,15 @@ class TrainingRun:
         return self._before + time.monotonic() - self._begun
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """A step's batch, or why there is none; ready: where its exchange has been started."""
+
+    fed: Fed | None = None
+    refusal: InputError | None = None
+    ready: Ready | None = None
+
+
 class _Interrupted(Exception):
     """Asked to stop between two rankings."""
 
@@ -286,10 +323,11 @@ def test_best(trainer, run):
 
 def describe(trainer):
     """What runs, in a line or two."""
+    table = trainer.table
     return (
         f"{trainer.dataset.users:,} users, {trainer.dataset.interactions:,} interactions, "
-        f"{len(trainer.dataset.domains)} domains; table {trainer.table.rows:,} x {trainer.table.dim}, dense model "
-        f"{trainer.weights:,} weights; "
+        f"{len(trainer.dataset.domains)} domains; table {table.rows:,} x {table.dim} ({table.capacity}), "
+        f"dense model {trainer.weights:,} weights; "
         f"{trainer.ranks.world_size} ranks on {trainer.ranks.device.type}, ZeRO stage "
         f"{trainer.engine.zero_optimization_stage()}; {trainer.total_steps:,} steps of {trainer.config.global_batch_size} users"
         + (f" or {tokens:,} tokens" if (tokens := trainer.config.tokens_per_batch) else "")

@@ -34,8 +34,8 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None):
     dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
     given = read_candidates(dataset, candidates) if candidates else None
     model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
-    # Nothing is trained here: an optimizer without state, which every device has, whatever the run was trained with.
-    table_config = replace(config.table, optimizer="sgd")
+    # Nothing is trained here: an optimizer without state and a place that any device has, whatever the run was trained with.
+    table_config = replace(config.table, optimizer="sgd", placement="auto", communication="fp32")
     try:
         table = ItemTable(dataset.num_embeddings, config.model.dim, table_config, config.seed, ranks.device)
     except ValueError as error:

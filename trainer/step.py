@@ -1,16 +1,32 @@
 """One training step: table and dense model, forward, backward, both updated; and how they are built and brought back."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
+from embeddings.optimizers import zero_changes_nothing
 from embeddings.table import ItemTable
-from syncrec.batch import move
-from syncrec.model import SyNCRec
+from syncrec.batch import Batch
+from syncrec.model import LossReport, SyNCRec
+from trainer.ahead import Beside, Ready
 from trainer.checkpoint import restore_model, restore_optimizers
 from trainer.data.random import random_bits
 from trainer.distributed import RankReduction
 from trainer.engine import engine_config, rate_share, set_learning_rate, start_engine
 from trainer.errors import InputError, NotFinite
+from trainer.gradients import Gradients, Known
+
+
+@dataclass(frozen=True)
+class _Unsettled:
+    """A step of which the host does not know yet whether it was finite, with λ and the table's count of updates before it."""
+
+    number: int
+    finite: Known
+    report: LossReport
+    lambda_D: torch.Tensor | None
+    updates: int
 
 
 class Trainer:
@@ -22,9 +38,7 @@ class Trainer:
         self.step, self.total_steps = step, sum(plan.steps(epoch) for epoch in range(config.epochs))
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
-        deepspeed = engine_config(
-            config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size, ranks.device.type == "cuda"
-        )
+        deepspeed = engine_config(config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size)
         try:
             self.table = ItemTable(dataset.num_embeddings, config.model.dim, config.table, config.seed, ranks.device)
         except ValueError as error:
@@ -38,13 +52,27 @@ class Trainer:
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
         self.reduction = RankReduction()
+        self._beside = Beside(ranks.device)
+        self._gradients = Gradients(self.engine, config.optimizer.clip)
+        self._held = self._gradients.can_be_held and zero_changes_nothing(config.table)
+        self._unsettled = None
 
-    def train_step(self, batch):
-        """One step of table and dense model; returns this rank's loss and the model's LossReport.
+    def prepare(self, batch: Batch | None) -> Ready:
+        """Starts to bring a batch to the device and its ids to the ranks that hold the rows, for a step to come. Called on all
+        ranks, in the order of the steps; a rank without a batch takes part in it with None."""
+        return self._beside.prepare(batch, self.table)
 
-        Raises NotFinite, on all ranks and before anything is updated, where the loss or its gradient is no number.
+    def train_step(self, batch: Batch | Ready, following: Ready | None = None):
+        """One step of table and dense model; returns this rank's loss and the model's LossReport. Called on all ranks.
+
+        batch: a Batch, or what `prepare` made of it. following: what `prepare` made of the next step's; its ids are sent before
+        this step's backward.
+
+        A step whose loss or gradient is no number on any rank changes nothing. The host learns of it when the device is through
+        with that step: then NotFinite is raised on all ranks, by the next step before it changes anything, or by `settle`.
         """
         config = self.config.optimizer
+        ready = batch if isinstance(batch, Ready) else self.prepare(batch)
         share = rate_share(config, self.step, self.total_steps)
         self.learning_rate = config.learning_rate * share
         set_learning_rate(self.engine, self.learning_rate)
@@ -52,17 +80,30 @@ class Trainer:
         # Dropout: from (seed, step, rank), so that a run that is resumed goes on as it would have.
         torch.manual_seed(int(random_bits(self.config.seed, self.step, self.ranks.rank) >> 1))
         self.engine.train()
-        batch = move(batch, self.ranks.device)
-        rows_UR = self.table(batch.distinct)
+        before = self._state_of_forward()
+        batch, exchange = self._beside.take(ready)
+        rows_UR = self.table.look_up(exchange)
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the rank that a user is on.
         used_NR = rows_UR.detach().index_select(0, batch.place).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
+        if following is not None:
+            self._beside.send(following)
         self.engine.backward(loss)
-        gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch)
+        gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch, before)
         self.table.update(torch.zeros_like(rows_UR).index_add_(0, batch.place, gradient_NR))
         self.engine.step()
         self.step += 1
         return loss.detach(), report
+
+    def settle(self):
+        """Waits until it is known that the last step was finite; before anything is made of what it left, or of its figures.
+        Called on all ranks. Raises NotFinite."""
+        step, self._unsettled = self._unsettled, None
+        if step is not None and not step.finite.value():
+            self.step, self.table.updates = step.number, step.updates
+            if self.model.correction is not None:
+                self.model.correction.lambda_D = step.lambda_D
+            raise NotFinite(self._not_finite(step.report))
 
     def state_figures(self):
         """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
@@ -71,29 +112,32 @@ class Trainer:
             "alpha": correction.alpha.item() if correction is not None else None,
             "beta": correction.beta.item() if correction is not None else None,
             "learning_rate": self.learning_rate,
-            "gradient_norm": self.engine.get_global_grad_norm(),
+            "gradient_norm": self._norm.item(),
         }
 
-    def _checked(self, gradient, loss, report, batch):
-        """The looked-up vectors' gradient, scaled where its norm over all ranks is above optimizer.clip.
+    def _state_of_forward(self):
+        """What forward itself changes: λ and the number of look-ups."""
+        correction = self.model.correction
+        return None if correction is None else correction.lambda_D, self.table.updates
 
-        Shared negatives are scaled too, but not counted: every rank looks them up, and has a part of their gradient.
+    def _checked(self, gradient, loss, report, batch, before):
+        """The table's gradient, clipped, as it may go into the update; before: what `_state_of_forward` gave.
+
+        The step before this one is settled here: this one's work is queued by now, and nothing of it has been updated. So is
+        this step itself where only the host can keep an optimizer from stepping.
         """
+        # Shared negatives are scaled too, but not counted: every rank looks them up, and has a part of their gradient.
         counted = gradient if batch.negatives is not None else gradient[: batch.interactions]
-        sums = torch.stack([counted.double().square().sum(), gradient.sum().double() + loss.double()])
-        dist.all_reduce(sums)  # what is no number on one rank is none on all
-        square, all_of_it = sums
-        if not (square + all_of_it).isfinite():
-            raise NotFinite(self._not_finite(report))
-        limit = self.config.optimizer.clip
-        if not limit:
-            return gradient
-        # The losses carry the number of ranks as a factor, which the table divides by.
-        norm = square.sqrt() / self.ranks.world_size
-        return gradient * (limit / norm).clamp(max=1).to(gradient.dtype)
+        gradient, finite, self._norm = self._gradients.check(gradient, counted, loss)
+        this = _Unsettled(self.step, Known(finite), report, *before)
+        self.settle()
+        self._unsettled = this
+        if not self._held:
+            self.settle()
+        return gradient
 
     def _not_finite(self, report):
-        """Which part of the loss, and of which domain, in one line. Called on all ranks."""
+        """Which part of the loss of step `self.step`, and of which domain, in one line. Called on all ranks."""
         information = report.mutual_information.clone()
         dist.all_reduce(information)
         names = [domain.name for domain in self.dataset.domains]

@@ -9,6 +9,7 @@ import torch
 
 from embeddings.config import TableConfig
 from embeddings.optimizers import fused_params
+from embeddings.rows import RowScatter
 from embeddings.storage import ShardCopy, load_shard
 from embeddings.table import ItemTable
 from tests.alone import group_of_one
@@ -43,16 +44,19 @@ def group():
         yield
 
 
-def adagrad(start):
-    """Row-wise Adagrad in float64: one accumulator a row, of the mean squared gradient summed over a row's duplicates."""
+def adagrad(start, rates=(*RATES, RATES[-1]), scales=(1.0,) * 4):  # the last is the one after it was saved
+    """Row-wise Adagrad in float64: one accumulator a row, of the mean squared gradient summed over a row's duplicates.
+
+    scales: of each step's gradient. Yields (weights, accumulators).
+    """
     weights, squares = start.astype(np.float64), np.zeros(len(start))
-    for number, rate in enumerate([*RATES, RATES[-1]]):  # the last is the one after it was saved
+    for number, rate in enumerate(rates):
         ids, gradient = step(number)
         total = np.zeros_like(weights)
-        np.add.at(total, ids, gradient.astype(np.float64))
+        np.add.at(total, ids, scales[number] * gradient.astype(np.float64))
         squares += (total**2).mean(axis=1)
         weights -= rate * total / (np.sqrt(squares) + CONFIG.eps)[:, None]
-        yield weights.copy()
+        yield weights.copy(), squares.copy()
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -67,11 +71,26 @@ def test_any_number_of_ranks_starts_from_the_same_rows(results, ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_updates_are_those_of_a_dense_table(results, ranks):
     """Gradients are sums over ranks and duplicates; the third update is at a rate that was set anew."""
-    for number, expected in enumerate(adagrad(results[1]["start"])):
+    for number, (expected, _) in enumerate(adagrad(results[1]["start"])):
         found = results[ranks][f"after_{number}" if number < len(RATES) else "next"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
         untouched = np.setdiff1d(np.arange(ROWS), np.concatenate([step(n)[0] for n in range(number + 1)]))
         np.testing.assert_array_equal(found[untouched], results[1]["start"][untouched])
+
+
+@pytest.mark.parametrize(("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])
+def test_rows_and_gradients_may_travel_in_half_precision(results, precision, step):
+    """The rows that are kept stay fp32; what travels is rounded: rows to the format, gradients, of 1e-8 or of 1, to bf16."""
+    found, scales = results[2], (1.0, 1e-8, 1.0)
+    *_, (expected, squares) = adagrad(results[1]["start"], RATES, scales)
+    stored, moved = found[f"{precision}_stored"], np.abs(expected - results[1]["start"]).max()
+    error = np.abs(stored - expected).max()
+    assert 1e-6 * moved < error < 2.0**-7 * moved  # rounded, and by no more than that
+    assert np.abs(found[f"{precision}_looked_up"] - stored).max() <= step * np.abs(stored).max()
+    assert np.unique(stored.astype(np.float16)).size < np.unique(stored).size
+    only_small = np.setdiff1d(worker.step(1)[0], np.concatenate([worker.step(0)[0], worker.step(2)[0]]))
+    rows = RowScatter(ROWS).stored(torch.from_numpy(only_small)).numpy()
+    np.testing.assert_allclose(found[f"{precision}_momentum1"][rows], squares[only_small], rtol=2.0**-6)
 
 
 MOVES = pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (2, 2), (2, 3), (1, 1), (1, 3), (3, 3)])
@@ -193,7 +212,10 @@ def test_a_table_with_rows_missing_is_not_loaded(group, tmp_path):
         load_shard(table_of(), tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0), ("eps", 0), ("init_std", -1), ("beta1", 1), ("beta2", -0.1)])
+BAD = {"learning_rate": 0, "eps": 0, "init_std": -1, "beta1": 1, "beta2": -0.1, "cache_share": 0, "device_share": 1.5}
+
+
+@pytest.mark.parametrize(("key", "value"), BAD.items())
 def test_bad_values_name_the_key(key, value):
     with pytest.raises(ValueError, match=rf"table\.{key} is {value}"):
         TableConfig(**{key: value})

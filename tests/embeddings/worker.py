@@ -4,6 +4,7 @@ torchrun --nproc-per-node N worker.py OUTPUT [FOLDER with table files …]
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from trainer.process import run_script
 
 ROWS, DIM, SEED = 9001, 8, 5  # three blocks of initial rows; no number of ranks divides it
 RATES = (0.05, 0.05, 0.2)
+COARSE = ("fp16", "bf16")
 CONFIG = TableConfig(learning_rate=RATES[0], eps=1e-4)
 
 
@@ -68,6 +70,9 @@ def main(output, *saved):
         looked_up, ids = make_step(table, number, rate)
         np.testing.assert_array_equal(looked_up, everything_before(results, number)[ids])
         results[f"after_{number}"] = everything(table, rank)
+    looked_up_ahead(results, rank)
+    if ranks == 2:
+        results |= {f"{precision}_{name}": value for precision in COARSE for name, value in coarse(precision, rank).items()}
     if ranks == 3:  # two rows each: the last rank would have none
         with pytest.raises(ValueError, match="a table of 4 rows leaves some of 3 ranks without one"):
             ItemTable(4, DIM, CONFIG, SEED, "cpu")
@@ -94,13 +99,41 @@ def main(output, *saved):
     dist.barrier()
 
 
-def make_step(table, number, rate):
+def looked_up_ahead(results, rank):
+    """The same steps with the next step's ids on their way before this one's update: equal to the bit."""
+    table, ranks = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu"), dist.get_world_size()
+    exchange = None
+    for number, rate in enumerate(RATES):
+        ids, _ = step(number + 1)
+        following = table.exchange(torch.from_numpy(ids[share(number + 1, ids, rank, ranks)]))
+        if number == 1:
+            following.send()
+        make_step(table, number, rate, exchange)
+        np.testing.assert_array_equal(everything(table, rank), results[f"after_{number}"])
+        exchange = following
+
+
+def coarse(precision, rank):
+    """What comes of the steps where rows and gradients travel in a coarser format: rows as stored, and as looked up."""
+    table = ItemTable(ROWS, DIM, replace(CONFIG, communication=precision), SEED, "cpu")
+    for number, rate in enumerate(RATES):
+        make_step(table, number, rate, scale=1e-8 if number == 1 else 1.0)
+    first, tensors = table.shard()
+    whole = torch.zeros(ROWS, DIM)
+    whole[first : first + len(tensors["weight"])] = tensors["weight"]
+    dist.all_reduce(whole)
+    stored = table.scatter.stored(torch.arange(ROWS))
+    return {"stored": whole[stored].numpy(), "looked_up": everything(table, rank), "momentum1": state(table)["momentum1"]}
+
+
+def make_step(table, number, rate, exchange=None, scale=1.0):
     """This rank's part of a step; the vectors that it looked up before, and their rows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     ids, gradient = step(number)
+    gradient = (scale * gradient).astype(np.float32)
     own = share(number, ids, rank, ranks)
     table.set_learning_rate(rate)
-    vectors = table(torch.from_numpy(ids[own]))
+    vectors = table(torch.from_numpy(ids[own])) if exchange is None else table.look_up(exchange)
     assert vectors.requires_grad
     before = vectors.detach().clone()
     # The loss of a rank carries the number of ranks, so that its mean over ranks is the global one.

@@ -39,20 +39,26 @@ def test_a_run_no_longer_than_its_warm_up(schedule):
     assert shares(3, warmup_steps=4, schedule=schedule) == [0.25, 0.5, 0.75]
 
 
-def merged(given, config=None, batch_size=10, world_size=4, cuda=False):
-    return engine_config(config or OptimizerConfig(), given, batch_size, world_size, cuda)
+def merged(given, config=None, batch_size=10, world_size=4):
+    return engine_config(config or OptimizerConfig(), given, batch_size, world_size)
 
 
 def test_our_settings_reach_deepspeed():
     config = OptimizerConfig(0.5, 0.8, 0.9, 1e-6, weight_decay=0.1, clip=3.0, zero_stage=2)
     found = merged({}, config)
     assert found["optimizer"]["type"] == "AdamW"
-    params = {"lr": 0.5, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True}
+    params = {"lr": 0.5, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True, "fused": True}
     assert found["optimizer"]["params"] == params
-    assert found["zero_optimization"] == {"stage": 2} and found["gradient_clipping"] == 3.0
+    assert found["zero_optimization"]["stage"] == 2 and found["gradient_clipping"] == 0
     assert found["train_micro_batch_size_per_gpu"] == 2
-    assert merged({}, cuda=True)["optimizer"]["params"]["fused"] is True
     assert merged({}, batch_size=3)["train_micro_batch_size_per_gpu"] == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, None), (1, False), (2, False), (3, None)])
+def test_deepspeed_takes_no_norm_that_the_host_would_wait_for(given, expected):
+    assert merged({"zero_optimization": {"stage": given}})["zero_optimization"].get("compute_grad_norm") is expected
+    offloaded = {"zero_optimization": {"stage": given, "offload_optimizer": {"device": "cpu"}}}
+    assert "compute_grad_norm" not in merged(offloaded)["zero_optimization"]  # which it refuses beside an offload
 
 
 def test_the_users_json_goes_over_ours_key_by_key():

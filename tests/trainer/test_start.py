@@ -196,6 +196,7 @@ FREE |= {f"stream.{name}" for name in ("attempts", "retry_seconds", "timeout_sec
 FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")}
 FREE |= {f"checkpoint.{name}" for name in ("every_steps", "every_minutes", "every_epochs", "keep")}
 FREE |= {f"log.{name}" for name in ("every", "tensorboard")}
+FREE |= {f"table.{name}" for name in ("placement", "cache_share", "device_share")}
 
 
 def test_settings_that_decide_what_is_computed_are_listed_and_no_others(run):

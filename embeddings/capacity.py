@@ -1,0 +1,111 @@
+"""Where a rank's rows lie and whether they fit: reckoned before anything is allocated."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+_FLOAT = 4
+_STATE = {  # floats that a fused optimizer keeps of a row of r: (in units of r, besides)
+    "sgd": (0, 0),
+    "adagrad": (1, 0),
+    "rowwise_adagrad": (0, 1),
+    "adam": (2, 0),
+    "partial_rowwise_adam": (1, 1),
+}
+# FBGEMM's software cache keeps 16 bytes for each place (whose row it is, when it was last used) and 4 bytes for each row.
+_PLACE, _MAPPED = 16, 4
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that are free: on this rank's device (None: there is none but the host), and for this rank on the host."""
+
+    device: int | None
+    host: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What this rank's rows take, in bytes, and where: on the device, on the host."""
+
+    rows: int
+    cached: bool
+    device: int
+    host: int
+
+    def __str__(self):
+        if self.cached:
+            return f"{_size(self.host)} a rank in the host's memory, cached in {_size(self.device)} of the device's"
+        return f"{_size(self.device or self.host)} a rank" + (" on the device" if self.device else "")
+
+
+def plan_capacity(config, optimizer, rows, dim, room: Room) -> Capacity:
+    """Settles table.placement for a rank with so many rows.
+
+    optimizer: the name in force (never "auto"). Raises ValueError with the arithmetic where they fit nowhere, and where
+    there is no device to cache them on.
+    """
+    wide, besides = _STATE[optimizer]
+    table = rows * _FLOAT * (dim + wide * dim + besides)
+    what = f"{rows:,} rows a rank of {dim} floats with {optimizer}'s state are {_size(table)}"
+    if room.device is None:
+        if config.placement == "cached":
+            raise ValueError("table.placement=cached needs CUDA: on cpu all rows lie in the host's memory as it is; use auto")
+        if table > room.host:
+            raise ValueError(f"{what}; the host has {_size(room.host)} left for a rank: use more hosts, or a smaller model.dim")
+        return Capacity(rows, False, 0, table)
+    cache = int(config.cache_share * rows) * (_FLOAT * dim + _PLACE) + rows * _MAPPED
+    share = int(config.device_share * room.device)
+    device = f"table.device_share {config.device_share:g} of the {_size(room.device)} left on the device is {_size(share)}"
+    if config.placement == "device" or (config.placement == "auto" and table <= share):
+        if table > share:
+            raise ValueError(f"{what}; {device}: use table.placement=cached, or more ranks")
+        return Capacity(rows, False, table, 0)
+    if table > room.host:
+        raise ValueError(f"{what}; {device}, and the host has {_size(room.host)} left for a rank: use more ranks or hosts")
+    if cache > share:
+        raise ValueError(
+            f"a cache of table.cache_share {config.cache_share:g} of {rows:,} rows of {dim} floats takes {_size(cache)}; "
+            f"{device}: lower table.cache_share"
+        )
+    return Capacity(rows, True, cache, table)
+
+
+def free_room(device: torch.device) -> Room:
+    """What is free now, the least over all ranks, so that all of them plan alike. Called on all ranks."""
+    cuda = device.type == "cuda"
+    found = torch.tensor([torch.cuda.mem_get_info(device)[0] if cuda else 0, _host_memory() // ranks_of_host()])
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    on_device, host = found.tolist()
+    return Room(on_device if cuda else None, host)
+
+
+def ranks_of_host():
+    """How many ranks this host has, as launchers say in the environment; all of them, where they do not."""
+    ranks = dist.get_world_size()
+    return max(1, min(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))), ranks))
+
+
+def _host_memory():
+    """Bytes that this process may still take: the kernel's estimate, or what its control group leaves."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+    free = 1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no group of its own, or one without a limit ("max")
+        return free
+    return min(free, limit - used + int(counts.get("inactive_file", 0)))  # files that are only kept in case
+
+
+def _size(count):
+    for unit, bytes_of_it in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= bytes_of_it:
+            return f"{count / bytes_of_it:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

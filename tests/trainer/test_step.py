@@ -1,0 +1,180 @@
+"""A trainer's step: what a number that is none does to it, what it waits for, and the next batch beside it."""
+
+import pytest
+import torch
+
+from tests.trainer.runs import SmallRun, everything, rank_of_one, same
+from tests.trainer.waiting import waits
+from trainer.data.stream import TrainBatches
+from trainer.errors import NotFinite
+from trainer.gradients import Gradients
+from trainer.step import Trainer
+
+STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with rank_of_one() as ranks:
+        yield SmallRun(tmp_path_factory.mktemp("step"), ranks, "optimizer.clip=0.5", "optimizer.schedule=linear")
+
+
+def trainer_of(run, *settings):
+    return run.trainer(config=run.configured("optimizer.clip=0.5", "optimizer.schedule=linear", *settings))
+
+
+def batches(trainer, count):
+    config = trainer.config
+    given = config.model.max_length, config.model.mutual_information_pooling, config.negatives, config.stream
+    stream = iter(TrainBatches(trainer.plan, 0, trainer.step, *given))
+    return [next(stream).batch for _ in range(count)]
+
+
+def spoil_rows(monkeypatch, trainer):
+    """The look-up's gradient is no number in one place, as a loss would make it."""
+    check = Trainer._checked
+
+    def checked(self, gradient, *others):
+        gradient[0, 0] = float("inf")
+        return check(self, gradient, *others)
+
+    monkeypatch.setattr(trainer, "_checked", checked.__get__(trainer))
+
+
+def spoil_dense(monkeypatch, trainer):
+    """One weight's gradient alone is no number: the loss and the looked-up vectors' are."""
+    weight = trainer.model.cross_tower.outer.bias
+    monkeypatch.setattr(weight, "spoiled", weight.register_hook(lambda grad: grad * float("nan")), raising=False)
+
+
+def spoil_loss(monkeypatch, trainer):
+    """The whole step."""
+    forward = trainer.model.forward
+
+    def spoiled(*arguments):
+        loss, report = forward(*arguments)
+        return loss * float("nan"), report
+
+    monkeypatch.setattr(trainer.model, "forward", spoiled)
+
+
+OPTIMIZERS = {"fused": [], "asked of the host": ["deepspeed.optimizer.params.fused=false"]}
+
+
+@STAGES
+@pytest.mark.parametrize("spoil", [spoil_rows, spoil_dense, spoil_loss])
+@pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(run, monkeypatch, stage, spoil, settings):
+    """Weights, λ, table and both optimizers' states are as before to the bit, though the next step has been computed too."""
+    trainer = trainer_of(run, f"optimizer.zero_stage={stage}", *settings)
+    first, second, third = batches(trainer, 3)
+    trainer.train_step(first)
+    before = everything(trainer)
+    with monkeypatch.context() as spoiled:
+        spoil(spoiled, trainer)
+        if settings:
+            with pytest.raises(NotFinite, match=r"step 2 .* neither weights nor table were updated"):
+                trainer.train_step(second)
+            assert same(everything(trainer), before)
+            return
+        trainer.train_step(second)
+        if spoil is spoil_dense:
+            trainer.model.cross_tower.outer.bias.spoiled.remove()
+    held = everything(trainer)
+    # Forward has made a new λ, and FBGEMM has counted a look-up: both are put back when the step is told of.
+    changed = {name for name in held if not torch.equal(held[name], before[name])}
+    assert changed <= {"dense correction.lambda_D", "table updates"}
+    with pytest.raises(NotFinite, match=r"step 2 \(batch 1 of epoch 0\): .* not finite; neither weights nor table were"):
+        trainer.train_step(third)
+    assert same(everything(trainer), before) and trainer.step == 1
+
+
+def test_settling_says_so_without_another_step(run, monkeypatch):
+    trainer = trainer_of(run)
+    first, second = batches(trainer, 2)
+    trainer.train_step(first)
+    trainer.settle()
+    before = everything(trainer)
+    spoil_rows(monkeypatch, trainer)
+    trainer.train_step(second)
+    with pytest.raises(NotFinite, match="step 2 "):
+        trainer.settle()
+    assert same(everything(trainer), before)
+    trainer.settle()  # it is said once
+
+
+@STAGES
+def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
+    """The dense gradient's own, and that of the looked-up vectors without the shared negatives."""
+    clip, found, norms = 1e-2, {}, []
+
+    def check(self, gradient, counted, loss):
+        norms.append(counted.norm().item())
+        return checked(self, gradient, counted, loss)
+
+    checked = Gradients.check
+    monkeypatch.setattr(Gradients, "check", check)
+    for limit in (clip, 0):
+        settings = f"optimizer.zero_stage={stage}", f"optimizer.clip={limit}", "table.optimizer=sgd"
+        trainer = trainer_of(run, *settings, "optimizer.schedule=constant", "table.learning_rate=1")
+        before = everything(trainer)
+        trainer.train_step(batches(trainer, 1)[0])
+        after = everything(trainer)
+        moments = [value.flatten() for name, value in sorted(after.items()) if name.endswith("//exp_avg")]
+        dense = torch.cat(moments) / (1 - trainer.config.optimizer.beta1)
+        found[limit] = after["table weight"] - before["table weight"], dense, trainer.state_figures()["gradient_norm"]
+    (table, dense, norm), (free_table, free_dense, free_norm) = found[clip], found[0]
+    assert norm == free_norm == pytest.approx(free_dense.norm().item(), rel=1e-5) and norm > 10 * clip and norms[0] > clip
+    torch.testing.assert_close(dense, free_dense * (clip / norm), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(table, free_table * (clip / norms[0]), rtol=1e-3, atol=1e-7)
+
+
+@STAGES
+def test_a_run_that_looks_ahead_is_the_same_to_the_bit(run, stage):
+    """The next batch's ids are exchanged before this batch's update, its rows looked up after it."""
+    plain, ahead = (trainer_of(run, f"optimizer.zero_stage={stage}") for _ in range(2))
+    given = batches(plain, 4)
+    exchange = ahead.prepare(given[0])
+    for batch, following in zip(given, [*given[1:], None], strict=True):
+        loss, _ = plain.train_step(batch)
+        following = None if following is None else ahead.prepare(following)
+        other, _ = ahead.train_step(exchange, following)
+        assert torch.equal(loss, other)
+        exchange = following
+    assert same(everything(ahead), everything(plain))
+
+
+SETTINGS = [[f"optimizer.zero_stage={stage}"] for stage in (0, 1, 2)]
+SETTINGS += [[f"model.loss={loss}", "model.precision=bf16"] for loss in ("bpr", "bce", "bpr_probability")]
+SETTINGS += [["negatives.shared=0", "model.gate=sequence", "optimizer.clip=0", "table.optimizer=adagrad"]]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids="; ".join)
+def test_a_step_waits_for_nothing_but_the_one_before(run, settings):
+    """At stage 3 DeepSpeed has the host look at the gradient's norm."""
+    trainer = trainer_of(run, *settings)
+    given = batches(trainer, 4)
+    trainer.train_step(given[0])  # what is made once is made
+    assert not waits(trainer, given[1:])
+
+
+def test_what_waits_is_found(run, monkeypatch):
+    """By name, by a mask, in backward, and in what DeepSpeed does for itself."""
+    asked = ["deepspeed.zero_optimization.compute_grad_norm=true", "deepspeed.timers.throughput.enabled=true"]
+    trainer = trainer_of(run, "optimizer.zero_stage=1", *asked)
+    given = batches(trainer, 4)
+    trainer.train_step(given[0])
+    forward = trainer.model.forward
+
+    def waiting(*arguments):
+        loss, report = forward(*arguments)
+        float(loss.detach())
+        torch.tensor([1.0], device=loss.device)
+        (report.lambda_D * 2)[report.lambda_D > 0].sum()
+        loss.register_hook(lambda grad: grad if grad > 0 else -grad)
+        return loss, report
+
+    monkeypatch.setattr(trainer.model, "forward", waiting)
+    found = waits(trainer, given[1:])
+    for expected in ("__float__ in", "index in", "__bool__ in", "tensor in", "runtime/utils.py", "synchronize in"):
+        assert any(expected in line for line in found), (expected, found)
