@@ -16,8 +16,12 @@ test: .venv/.ready lint
 test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow
 
+# Every benchmark in its short form, over the records of full ones, and the tables of benchmarks/README.md anew.
+BENCHMARKS := train_step checkpoint prepare stream balance
 bench: .venv/.ready
-	$(VENV)/python benchmarks/train_step.py --short
+	set -e; for name in $(BENCHMARKS); do \
+		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done
+	$(VENV)/python benchmarks/tables.py
 
 lint: .venv/.ready
 	$(VENV)/ruff check .

@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py                     10⁶ and 10⁷ rows, 1 and 2 ranks: 14 GB of disk and of memory
     python benchmarks/checkpoint.py --short             10⁵ rows, one repeat
-    python benchmarks/checkpoint.py --folder /scratch   on another disk than the one of temporary files
+    python benchmarks/checkpoint.py folder=/scratch     on another disk than the one of temporary files
 
 Rows of 64 floats with row-wise Adagrad (4 bytes a row), and a small dense model (D = 5, K = 5, r = 64) with Adam. Each number
 of rows and of ranks is measured in processes of its own on this machine; nothing trains meanwhile.
@@ -24,42 +24,30 @@ and what stood in the folder is removed. Times are those of the slowest rank. me
 there, at its peak, all ranks together.
 """
 
-import argparse
-import ctypes
-import importlib.metadata
-import json
-import mmap
 import os
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch.multiprocessing import ProcessExitedException, spawn
+from torch.multiprocessing import ProcessExitedException
 
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine
-from benchmarks.options import positive
+from benchmarks import machine, suite
 from benchmarks.workload import dataset_of, draw
 from syncrec.batch import build_batch
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from trainer import distributed
-from trainer.checkpoint import Checkpoints, RunState, checkpoints, newest, restore_model, restore_optimizers, write_json
+from trainer.checkpoint import Checkpoints, RunState, checkpoints, newest, restore_model, restore_optimizers
 from trainer.config import RunConfig, flat
 from trainer.control import agree
 from trainer.data.stream import Plan
@@ -71,74 +59,46 @@ _COPIES_ON_DISK = 5  # ours, DCP's two formats, the plain copy, and the one that
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What one group of processes measures."""
+class Settings:
+    """settings/checkpoint.yaml. repeats: how often each is saved and loaded."""
 
-    rows: int
-    ranks: int
+    rows: list[int]
+    ranks: list[int]
     repeats: int
+    folder: str
+
+    def __post_init__(self):
+        suite.at_least(2 * DOMAINS, self, "rows")
+        suite.at_least(1, self, "ranks", "repeats")
+        suite.existing(self.folder)
+        folder, rows = self.folder or tempfile.gettempdir(), max(self.rows)
+        needed, free = _COPIES_ON_DISK * (table_bytes(rows) + 2**24), shutil.disk_usage(folder).free
+        if free < needed:
+            raise ValueError(
+                f"folder {folder}: {rows} rows take {needed / 1e9:.1f} GB there for a while, and {free / 1e9:.1f} GB are free: "
+                "make room, or give a folder on another disk"
+            )
 
 
 def main():
     """Measures, prints, writes."""
-    options = parse()
-    console = Console()
-    facts = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts["versions"] |= {name: importlib.metadata.version(name) for name in ("safetensors", "xxhash")}
-    facts["file_system"] = file_system(options.folder)
+    settings, options = suite.settings("checkpoint", Settings)
+    record = suite.header("checkpoint", settings, options)
+    record["machine"]["file_system"] = machine.file_system(Path(settings.folder or tempfile.gettempdir()))
     results, not_run = [], []
-    for rows in options.rows:
-        for ranks in options.ranks:
+    for rows in settings.rows:
+        for ranks in settings.ranks:
             begin = time.perf_counter()
             try:
-                results += in_own_processes(Setting(rows, ranks, options.repeats), options.folder)
+                with suite.scratch(settings.folder, "checkpoint-") as own:
+                    results += suite.on_ranks(ranks, measure, rows, settings.repeats, Path(own))
             except ProcessExitedException as error:
                 reason = f"a rank's process ended ({error}), most likely for want of memory"
                 not_run.append({"rows": rows, "ranks": ranks, "reason": reason})
                 continue
-            console.print(f"{rows:,} rows, ranks: {ranks} ({time.perf_counter() - begin:.0f} s)")
-    record = {
-        "command": "python benchmarks/checkpoint.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {"dim": DIM, **{name: getattr(options, name) for name in ("rows", "ranks", "repeats", "short")}},
-        "machine": facts,
-        "results": results,
-        "not_run": not_run,
-    }
-    show(console, record)
-    if options.output:
-        write_json(options.output, record)
-        console.print(f"written: {options.output}")
+            print(f"{rows:,} rows, ranks: {ranks} ({time.perf_counter() - begin:.0f} s)", flush=True)
+    suite.save("checkpoint", record | {"results": results, "not_run": not_run}, options)
     sys.exit(bool(not_run))
-
-
-def parse(arguments=None):
-    """The command line; `--short` settles what was not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, nargs="+", help="rows of the table (1000000 10000000)")
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="local processes (1 2)")
-    parser.add_argument("--repeats", type=positive, help="how often each is saved and loaded (3)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are written")
-    parser.add_argument("--output", "--json", type=Path, help="the JSON (checkpoint.json beside this script, --short: none)")
-    parser.add_argument("--short", action="store_true", help="100000 rows, 1 repeat")
-    options = parser.parse_args(arguments)
-    options.rows = options.rows or ([10**5] if options.short else [10**6, 10**7])
-    options.repeats = options.repeats or (1 if options.short else 3)
-    if min(options.rows) < 2 * DOMAINS:
-        parser.error(f"--rows {min(options.rows)}: give at least {2 * DOMAINS}, two in each domain")
-    if options.output is None and not options.short:
-        options.output = Path(__file__).with_suffix(".json")
-    if options.output is not None and not options.output.resolve().parent.is_dir():
-        parser.error(f"--output {options.output}: there is no folder {options.output.resolve().parent}")
-    if not options.folder.is_dir():
-        parser.error(f"--folder {options.folder}: there is no such folder")
-    needed, free = _COPIES_ON_DISK * (table_bytes(max(options.rows)) + 2**24), shutil.disk_usage(options.folder).free
-    if free < needed:
-        parser.error(
-            f"--folder {options.folder}: {max(options.rows)} rows take {needed / 1e9:.1f} GB there for a while, and "
-            f"{free / 1e9:.1f} GB are free: make room, or give a folder on another disk"
-        )
-    return options
 
 
 def table_bytes(rows):
@@ -146,49 +106,15 @@ def table_bytes(rows):
     return rows * (DIM + 1) * 4
 
 
-def file_system(folder):
-    """The kind of file system that a folder lies on, None where it cannot be told."""
-    mounts = Path("/proc/mounts")
-    lines = mounts.read_text().splitlines() if mounts.is_file() else []
-    points = {Path(line.split()[1]): line.split()[2] for line in lines}  # of two at one place the later one is seen
-    return next((points[place] for place in [folder.resolve(), *folder.resolve().parents] if place in points), None)
-
-
-def in_own_processes(setting, folder):
-    """The lines of the JSON's `results` for one setting, measured by `setting.ranks` new processes.
-
-    Raises ProcessExitedException where one of them is killed.
-    """
-    with socket.socket() as probe:  # a port that nobody listens on now
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=folder) as own:
-        group = spawn(_rank, (setting, Path(own), port), nprocs=setting.ranks, join=False)
-        try:
-            while not group.join():  # True once all have ended
-                pass
-        finally:  # whatever ends this, nobody writes into the folder while it is removed
-            for process in group.processes:
-                process.kill()
-                process.join()
-        return json.loads((Path(own) / "results.json").read_text())
-
-
-def _rank(rank, setting, folder, port):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.ranks, "LOCAL_WORLD_SIZE": setting.ranks}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    warnings.simplefilter("ignore", FutureWarning)  # torch calls what it has deprecated
+def measure(rows, repeats, folder):
+    """`_measure` in the group of new processes."""
     with distributed.joined() as ranks:
-        results = measure(setting, ranks, folder)
-    if ranks.first:
-        write_json(folder / "results.json", results)
-    sys.stdout.flush()
-    os._exit(0)  # without Python's teardown: trainer.process says why
+        return _measure(rows, repeats, ranks, folder)
 
 
-def measure(setting, ranks, folder):
+def _measure(rows, repeats, ranks, folder):
     """Saves by every system in turn, as often as asked, then loads. Called on all ranks of a group; returns its lines."""
-    trainer, _ = built(setting, ranks)
+    trainer, _ = built(rows, ranks)
     for step in range(2):  # so that both optimizers have their state
         arrays = draw(trainer.dataset, step * ranks.world_size + ranks.rank, USERS, SHORTEST, LONGEST, trainer.config.negatives)
         trainer.train_step(build_batch(*arrays, [domain.items for domain in trainer.dataset.domains], LONGEST))
@@ -205,19 +131,19 @@ def measure(setting, ranks, folder):
         MemoryCopy(trainer, folder),
     ]
     saves = {system.name: [] for system in systems}
-    for _ in range(setting.repeats):  # in turn: what else the machine does then meets all of them
+    for _ in range(repeats):  # in turn: what else the machine does then meets all of them
         for system in systems:
             saves[system.name].append(timed_save(system))
-    fresh, build_seconds = built(setting, ranks)
+    fresh, build_seconds = built(rows, ranks)
     loads = {system.name: [] for system in systems if system.loaded}
-    for _ in range(setting.repeats):
+    for _ in range(repeats):
         for system in systems:
             if system.loaded:
                 loads[system.name].append(timed_load(system, trainer, fresh))
     results = []
     for system in systems:
-        line = {"system": system.name, "rows": setting.rows, "ranks": setting.ranks}
-        line |= {"bytes": system.size, "table_bytes": table_bytes(setting.rows), "files": system.files}
+        line = {"system": system.name, "rows": rows, "ranks": ranks.world_size}
+        line |= {"bytes": system.size, "table_bytes": table_bytes(rows), "files": system.files}
         line["save"] = summary_of_saves(saves[system.name], system.size)
         line["load"] = summary_of_loads(loads[system.name], system.size) if system.loaded else None
         if system is ours:
@@ -226,13 +152,13 @@ def measure(setting, ranks, folder):
     return results
 
 
-def built(setting, ranks):
-    """A trainer with a table of the setting's rows, and the seconds that this took."""
+def built(rows, ranks):
+    """A trainer with a table of so many rows, and the seconds that this took."""
     model = ModelConfig(
         dim=DIM, max_length=LONGEST, experts=5, cross_experts=3, blocks=2, heads=1, ffn_dim=DIM, dropout=0.1, loss="bpr"
     )
     config = RunConfig(global_batch_size=USERS * ranks.world_size, model=model)
-    dataset = replace(dataset_of(setting.rows, DOMAINS, config.global_batch_size, 2), streams=ranks.world_size)
+    dataset = replace(dataset_of(rows, DOMAINS, config.global_batch_size, 2), streams=ranks.world_size)
     plan = Plan(dataset, config.global_batch_size, ranks.world_size, config.seed)
     made = []
     (seconds,) = timed(lambda: made.append(Trainer(config, ranks, dataset, plan)))
@@ -386,9 +312,9 @@ def timed_save(system):
         os.sync()
     agree()
     actions = system.saving()
-    before = reset_peak_memory()
+    before = machine.reset_peak_memory()
     laps = timed(*actions)
-    taken = torch.tensor([-1 if before is None else peak_memory() - before])
+    taken = torch.tensor([-1 if before is None else machine.peak_memory() - before])
     dist.all_reduce(taken)
     folder = system.written()
     system.files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder else {}
@@ -412,7 +338,7 @@ def timed_load(system, trainer, fresh):
         actions = system.loading(fresh)
         if place == "disk":
             agree()
-            load["from_disk"] = drop_from_cache(system.written()) if fresh.ranks.first else None
+            load["from_disk"] = machine.drop_from_cache(system.written().iterdir()) if fresh.ranks.first else None
         load[place] = timed(*actions)
         if not isinstance(system, FileCopy) and not all(torch.equal(kept[name], filled[name]) for name in kept):
             raise ArithmeticError(f"{system.name} loads another table than it saved")
@@ -431,54 +357,10 @@ def timed(*actions):
     return slowest.tolist()
 
 
-def drop_from_cache(folder):
-    """Asks the page cache to forget a folder's files; True where at most a hundredth of them is in it afterwards."""
-    files = [file for file in folder.iterdir() if file.stat().st_size]
-    for file in files:
-        flush(file)  # what is not on disk yet stays
-        handle = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-    return sum(map(cached_bytes, files)) <= sum(file.stat().st_size for file in files) / 100
-
-
-def cached_bytes(file):
-    """How much of a file, not an empty one, is in the page cache, in whole pages."""
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
-        size = len(pages)
-        cached = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))  # a byte a page, its lowest bit: it is there
-        start = ctypes.c_char.from_buffer(pages)
-        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), cached)
-        del start  # it holds the mapping
-    return size if failed else cached.raw.count(1) * mmap.PAGESIZE
-
-
 def flush(file):
     """To disk."""
     with open(file, "rb+") as stream:
         os.fsync(stream.fileno())
-
-
-def reset_peak_memory():
-    """Lets `peak_memory` begin anew; returns the memory that is held now, in bytes, None where Linux's files do not say."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # what earlier saves left free would be taken again unseen
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def peak_memory():
-    """The most memory, in bytes, that this process held since `reset_peak_memory`."""
-    return _status("VmHWM")
-
-
-def _status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def summary_of_saves(saves, size):
@@ -486,9 +368,9 @@ def summary_of_saves(saves, size):
     blocking, seconds, memory = zip(*saves, strict=True)
     median = statistics.median(blocking)
     return {
-        "blocking_seconds": spread(blocking),
+        "blocking_seconds": suite.spread(blocking),
         "blocking_share": median / TRAINING,
-        "seconds": spread(seconds),
+        "seconds": suite.spread(seconds),
         "bytes_per_second": size / statistics.median(seconds),
         "memory_bytes": None if None in memory else max(memory),
     }
@@ -499,75 +381,47 @@ def summary_of_loads(loads, size):
     summary = {"from_disk": all(load["from_disk"] for load in loads)}
     for place in ("disk", "cached"):
         seconds = [load[place][-1] for load in loads]
-        summary[place] = {"seconds": spread(seconds), "bytes_per_second": size / statistics.median(seconds)}
+        summary[place] = {"seconds": suite.spread(seconds), "bytes_per_second": size / statistics.median(seconds)}
         if len(loads[0][place]) > 1:
-            summary[place]["verify_seconds"] = spread([load[place][0] for load in loads])
+            summary[place]["verify_seconds"] = suite.spread([load[place][0] for load in loads])
     return summary
 
 
-def spread(values):
-    """Median, extremes, and all of them."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
-
-
-def show(console, record):
-    """Two tables a setting, and below them what they were measured on."""
-    results = record["results"]
-    for rows, ranks in dict.fromkeys((line["rows"], line["ranks"]) for line in results):
-        lines = [line for line in results if (line["rows"], line["ranks"]) == (rows, ranks)]
-        console.print(_saves(lines, f"{rows:,} rows of {DIM} floats, ranks: {ranks}; {lines[0]['bytes'] / 1e6:,.0f} MB"))
-        console.print(_loads([line for line in lines if line["load"]]))
+def table(record):
+    """A line for each size and number of ranks: ours, as a share of what the copies reach, and DCP's times."""
+    groups, rows, notes = {}, [], []
+    for line in record["results"]:
+        groups.setdefault((line["rows"], line["ranks"]), {})[line["system"]] = line
+    for (count, ranks), of in groups.items():
+        ours, copy = of["ours"], of["file copy"]
+        save, load = ours["save"], ours["load"]
+        blocks, total = save["blocking_seconds"]["median"], save["seconds"]["median"]
+        written, read = ours["bytes"] / (total - blocks), load["disk"]["bytes_per_second"]
+        row = {
+            "rows": f"{count:,}",
+            "ranks": ranks,
+            "size": f"{ours['bytes'] / 1e6:,.0f} MB",
+            "blocks s (min – max)": suite.shown(save["blocking_seconds"], 2),
+            f"share of {TRAINING} s": f"{save['blocking_share']:.2%}",
+            "of memory copy": f"{of['memory copy']['save']['blocking_seconds']['median'] / blocks:.0%}",
+            "total s (min – max)": suite.shown(save["seconds"], 2),
+            "written after the copy": f"{written / 1e6:,.0f} MB/s",
+            "of file copy": f"{written / copy['save']['bytes_per_second']:.0%}",
+            "load from disk": f"{read / 1e6:,.0f} MB/s",
+            "of file read": f"{read / copy['load']['disk']['bytes_per_second']:.0%}",
+            "memory": "" if save["memory_bytes"] is None else f"{save['memory_bytes'] / 1e6:,.0f} MB",
+        }
+        for name in ("DCP safetensors", "DCP pickle"):
+            seconds = of[name]["save"]["seconds"]["median"], of[name]["load"]["disk"]["seconds"]["median"]
+            row[f"{name}: save, load"] = f"{seconds[0]:.2f} s, {seconds[1]:.2f} s"
+        rows.append(row)
+        if not all(line["load"]["from_disk"] for line in of.values() if line["load"]):
+            notes.append(f"{count:,} rows, ranks: {ranks}: not all files had left the page cache before loading from disk.")
     for left_out in record["not_run"]:
-        console.print(f"{left_out['rows']:,} rows, ranks: {left_out['ranks']}, not run: {left_out['reason']}", soft_wrap=True)
-    facts, repeats = record["machine"], record["settings"]["repeats"]
-    console.print(f"share: of {TRAINING} s of training. {facts['processor']}, {facts['cores']} cores, {facts['file_system']}")
-    console.print(f"Medians of {repeats}, min - max.")
-    if facts["file_system"] in ("tmpfs", "ramfs"):
-        console.print("These files lay in memory: give a --folder on a disk.")
-    elif not all(line["load"]["from_disk"] for line in results if line["load"]):
-        console.print("Not all files left the page cache before they were loaded from disk.")
-    if facts["load_before"] > 0.5:
-        console.print(f"The load was {facts['load_before']:.1f} before the run: on a quiet machine the figures are others.")
-
-
-def _saves(lines, title):
-    table = _table(title, "save", "blocks s", "share", "total s", "min - max", "MB/s", "memory MB")
-    for line in lines:
-        save = line["save"]
-        table.add_row(
-            line["system"],
-            f"{save['blocking_seconds']['median']:.3f}",
-            f"{save['blocking_share']:.3%}",
-            *_speed(save),
-            "" if save["memory_bytes"] is None else f"{save['memory_bytes'] / 1e6:,.0f}",
-        )
-    return table
-
-
-def _loads(lines):
-    table = _table(None, "load", "disk s", "min - max", "MB/s", "verify s", "cached s", "MB/s")
-    for line in lines:
-        disk, (cached, _, cached_speed) = line["load"]["disk"], _speed(line["load"]["cached"])
-        verify = f"{disk['verify_seconds']['median']:.3f}" if "verify_seconds" in disk else ""
-        table.add_row(line["system"], *_speed(disk), verify, cached, cached_speed)
-    return table
-
-
-def _table(title, what, *names):
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(what, no_wrap=True, min_width=21)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _speed(timing):
-    seconds = timing["seconds"]
-    return (
-        f"{seconds['median']:.3f}",
-        f"{seconds['min']:.2f}-{seconds['max']:.2f}",
-        f"{timing['bytes_per_second'] / 1e6:,.0f}",
-    )
+        notes.append(f"{left_out['rows']:,} rows, ranks: {left_out['ranks']}, not run: {left_out['reason']}.")
+    if record["machine"]["file_system"] in ("tmpfs", "ramfs"):
+        notes.append("These files lay in memory: give folder=… on a disk.")
+    return "\n\n".join([suite.markdown(rows), *notes])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""What a figure was measured on: the machine, the versions, the commit, and how fast it multiplies matrices."""
+"""What a figure was measured on: the machine, the versions, the commit; and what Linux says of memory and of the page cache."""
 
+import ctypes
 import importlib.metadata
+import mmap
 import os
 import platform
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "deepspeed", "numpy")
+_PACKAGES = (
+    *("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "deepspeed", "numpy"),
+    *("safetensors", "xxhash", "webdataset", "pyarrow", "duckdb", "recbole"),
+)
 
 
 def memory_bytes():
@@ -66,36 +70,67 @@ def _commit():
         commit = git("rev-parse", "HEAD")
     except FileNotFoundError:
         commit = None
-    return {"commit": commit, "uncommitted_changes": bool(git("status", "--porcelain")) if commit else None}
+    # What the benchmarks write themselves is no change of what they measure.
+    own = (":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/README.md")
+    return {"commit": commit, "uncommitted_changes": bool(git("status", "--porcelain", ":/", *own)) if commit else None}
 
 
-def matmul_rates(experts, tokens, dim, device, seconds=0.5):
-    """FLOP/s of fp32 products, {shape: the best of three windows of `seconds`}: the model's own shapes, and a large square
-    one, which no cache or thread boundary holds up.
-
-    A multiply-add counts as two operations. Results go into one tensor, so that no memory is asked for between products.
-    """
-    shapes = {
-        f"bmm ({experts}, {tokens}, {dim}) @ ({experts}, {dim}, {dim})": ((experts, tokens, dim), (experts, dim, dim)),
-        f"bmm ({experts}, {tokens}, {dim}) @ ({experts}, {dim}, {3 * dim})": ((experts, tokens, dim), (experts, dim, 3 * dim)),
-        f"mm ({experts * tokens}, {dim}) @ ({dim}, {dim})": ((experts * tokens, dim), (dim, dim)),
-        "mm (1024, 1024) @ (1024, 1024)": ((1024, 1024), (1024, 1024)),
-    }
-    return {name: _rate(*pair, device, seconds) for name, pair in shapes.items()}
+def has_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware: CUDA from compute capability 8.0, x86 by AVX-512 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    info = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", info.read_text() if info.is_file() else "", re.M)
+    return bool(flags) and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
-def _rate(left_shape, right_shape, device, seconds):
-    left, right = torch.randn(left_shape, device=device), torch.randn(right_shape, device=device)
-    out = left @ right
-    operations = 2 * left.numel() * right_shape[-1]
-    rates = []
-    for _ in range(3):
-        products, begin = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - begin) < seconds:
-            for _ in range(8):
-                torch.matmul(left, right, out=out)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            products += 8
-        rates.append(products * operations / elapsed)
-    return max(rates)
+def file_system(folder):
+    """The kind of file system that a folder lies on, None where it cannot be told."""
+    mounts = Path("/proc/mounts")
+    lines = mounts.read_text().splitlines() if mounts.is_file() else []
+    points = {Path(line.split()[1]): line.split()[2] for line in lines}  # of two at one place the later one is seen
+    return next((points[place] for place in [folder.resolve(), *folder.resolve().parents] if place in points), None)
+
+
+def drop_from_cache(files):
+    """Asks the page cache to forget files; True where at most a hundredth of them is in it afterwards."""
+    files = [file for file in files if file.stat().st_size]
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)  # what is not on disk yet stays
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    return sum(map(cached_bytes, files)) <= sum(file.stat().st_size for file in files) / 100
+
+
+def cached_bytes(file):
+    """How much of a file, not an empty one, is in the page cache, in whole pages."""
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+        size = len(pages)
+        cached = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))  # a byte a page, its lowest bit: it is there
+        start = ctypes.c_char.from_buffer(pages)
+        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), cached)
+        del start  # it holds the mapping
+    return size if failed else cached.raw.count(1) * mmap.PAGESIZE
+
+
+def reset_peak_memory():
+    """Lets `peak_memory` begin anew; returns the memory that is held now, in bytes, None where Linux's files do not say."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # what earlier saves left free would be taken again unseen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def peak_memory():
+    """The most memory, in bytes, that this process held since `reset_peak_memory`."""
+    return _status("VmHWM")
+
+
+def _status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -1,8 +1,8 @@
 """How fast do shards become batches? Ours beside the disk's own speed and beside a WebDataset of one user a sample.
 
-    python benchmarks/stream.py --data DATA                    a prepared dataset; its shards, or a part, come into memory once
-    python benchmarks/stream.py --data DATA --batch-size 256
-    python benchmarks/stream.py --short                        a small dataset of its own: does it run?
+    python benchmarks/stream.py data=DATA                 a prepared dataset; its shards, or a part, come into memory once
+    python benchmarks/stream.py data=DATA batch_size=256
+    python benchmarks/stream.py --short                   a small dataset of its own: does it run?
 
 A token is an interaction of a user's training part that is within the newest T; it is counted once. Batches are those of one
 rank, in an epoch's order, with negatives that all targets of a domain share.
@@ -24,41 +24,29 @@ All but the first raw read find their files in the page cache. The repeats of al
 count.
 """
 
-import argparse
 import contextlib
-import importlib.metadata
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import webdataset
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine
-from benchmarks.checkpoint import cached_bytes, file_system, spread
-from benchmarks.options import positive
-from trainer.checkpoint import write_json
+from benchmarks import machine, suite
+from benchmarks.workload import described, prepared, some_data
 from trainer.data.dataset import Dataset
 from trainer.data.histories import Histories, read_users
 from trainer.data.negatives import NegativesConfig
 from trainer.data.plan import Plan
-from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.shards import ShardFile
 from trainer.data.stream import StreamConfig, TrainBatches, ready
-from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.errors import exit_on_input_error
 
 _SAMPLES = 10_000  # of the WebDataset, a tar
@@ -67,39 +55,55 @@ _ITEMS, _DOMAINS = "items.npy", "domains.npy"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is measured, and on what."""
+class Settings:
+    """settings/stream.yaml."""
 
-    dataset: Dataset
+    data: str
+    users: int
     batch_size: int
     max_length: int  # T
     shared: int
-    workers: tuple[int, ...]
-    batches: int  # measured at least; rounded up to whole rounds
-    shards: int  # opened, decoded and read raw
+    workers: list[int]
+    batches: int
+    shards: int
     samples: int
     repeats: int
+    folder: str
+
+    def __post_init__(self):
+        counted = ("batch_size", "max_length", "shared", "workers", "batches", "shards", "samples", "repeats")
+        suite.at_least(1, self, *counted)
+        suite.existing(self.folder)
+        some_data(self)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, on what."""
+
+    dataset: Dataset
+    settings: Settings
 
     @property
     def round(self):
         """Batches in which every stream uses up a block."""
-        return max(1, self.dataset.streams * self.dataset.block_users // self.batch_size)
+        return max(1, self.dataset.streams * self.dataset.block_users // self.settings.batch_size)
 
     @property
     def measured(self):
         """Batches that are timed."""
-        return -(-self.batches // self.round) * self.round
+        return -(-self.settings.batches // self.round) * self.round
 
     def fed(self, workers=0):
         """Batches of one rank from the first one on, of a plan that has computed nothing yet."""
-        plan = Plan(self.dataset, self.batch_size, 1, seed=0, max_length=self.max_length)
-        config = StreamConfig(workers=workers)
-        return TrainBatches(plan, 0, 0, self.max_length, "mean", NegativesConfig(shared=self.shared), config)
+        given, config = self.settings, StreamConfig(workers=workers)
+        plan = Plan(self.dataset, given.batch_size, 1, seed=0, max_length=given.max_length)
+        return TrainBatches(plan, 0, 0, given.max_length, "mean", NegativesConfig(shared=given.shared), config)
 
     def tokens(self, users):
         """Tokens of some users: numbers, or a slice."""
         lengths = self.dataset.lengths[users].sum(1, dtype=np.int64)
-        return int(np.minimum(lengths, self.max_length).sum())
+        return int(np.minimum(lengths, self.settings.max_length).sum())
 
 
 @dataclass(frozen=True)
@@ -116,118 +120,38 @@ class Timed:
 @exit_on_input_error
 def main():
     """Measures, prints, writes."""
-    options = parse()
+    settings, options = suite.settings("stream", Settings)
     torch.set_num_threads(1)  # as worker processes have it
-    console = Console()
-    facts = machine.describe(torch.device("cpu"))
-    facts["versions"] |= {name: importlib.metadata.version(name) for name in ("webdataset", "pyarrow")}
-    with tempfile.TemporaryDirectory(prefix="stream-", dir=options.folder) as scratch:
-        data = options.data or made(Path(scratch), options)
-        facts["file_system"] = file_system(Path(data))
-        setting = Setting(
-            dataset=Dataset.load(data),
-            batch_size=options.batch_size,
-            max_length=options.max_length,
-            shared=options.shared,
-            workers=tuple(options.workers),
-            batches=options.batches,
-            shards=options.shards,
-            samples=options.samples,
-            repeats=options.repeats,
-        )
-        results = measure(setting, Path(scratch), console)
-    record = {
-        "command": "python benchmarks/stream.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {
-            name: getattr(setting, name)
-            for name in ("batch_size", "max_length", "shared", "workers", "measured", "round", "shards", "samples", "repeats")
-        },
-        "dataset": described(setting.dataset),
-        "machine": facts,
-        "results": results,
-        "ratios": ratios(results),
-    }
-    show(console, record)
-    if options.output:
-        write_json(options.output, record)
-        console.print(f"written: {options.output}")
+    record = suite.header("stream", settings, options)
+    with suite.scratch(settings.folder, "stream-") as scratch:
+        dataset = Dataset.load(settings.data or prepared(Path(scratch), settings.users))
+        record["machine"]["file_system"] = machine.file_system(Path(settings.data or scratch))
+        setting = Setting(dataset, settings)
+        results = measure(setting, Path(scratch))
+    record |= {"dataset": described(dataset), "measured": setting.measured, "round": setting.round}
+    suite.save("stream", record | {"results": results, "ratios": ratios(results)}, options)
 
 
-def parse(arguments=None):
-    """The command line; `--short` settles what was not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", help="a prepared dataset")
-    parser.add_argument("--batch-size", type=positive, default=1024, help="users a batch (1024)")
-    parser.add_argument("--max-length", type=positive, default=128, help="T: interactions of a user at most (128)")
-    parser.add_argument("--shared", type=positive, default=1024, help="negatives a domain and batch (1024)")
-    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2], help="worker processes (1 2)")
-    parser.add_argument("--batches", type=positive, help="timed batches a repeat, at least (128)")
-    parser.add_argument("--shards", type=positive, default=64, help="shards that are decoded and read raw, at most (64)")
-    parser.add_argument("--samples", type=positive, help="users of the WebDataset, at most (50000)")
-    parser.add_argument("--repeats", type=positive, help="timed repeats (5)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the WebDataset is written")
-    parser.add_argument("--output", "--json", type=Path, help="the JSON (stream.json beside this script, --short: none)")
-    parser.add_argument("--short", action="store_true", help="without --data: a dataset of its own; 16 batches, 2 repeats")
-    parser.add_argument("--users", type=positive, default=20_000, help="of --short's own dataset (20000)")
-    options = parser.parse_args(arguments)
-    if not options.data and not options.short:
-        parser.error("give --data, a folder that launch/prepare.py made, or --short")
-    options.batches = options.batches or (16 if options.short else 128)
-    options.samples = options.samples or (5000 if options.short else 50_000)
-    options.repeats = options.repeats or (2 if options.short else 5)
-    if options.output is None and not options.short:
-        options.output = Path(__file__).with_suffix(".json")
-    if options.output is not None and not options.output.resolve().parent.is_dir():
-        parser.error(f"--output {options.output}: there is no folder {options.output.resolve().parent}")
-    if not options.folder.is_dir():
-        parser.error(f"--folder {options.folder}: there is no such folder")
-    return options
-
-
-def made(folder, options):
-    """A small synthetic dataset of nine domains."""
-    config = SyntheticConfig(users=options.users, items=20_000, domains=9, mean_length=60)
-    synthesize(folder / "logs", config)
-    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data"), streams=16, memory="1GB"))
-    return folder / "data"
-
-
-def described(dataset):
-    """What the JSON says of a dataset."""
-    return {
-        "users": dataset.users,
-        "interactions": dataset.interactions,
-        "domains": len(dataset.domains),
-        "rows": dataset.num_embeddings,
-        "shards": len(dataset.shards),
-        "bytes": sum(shard.bytes for shard in dataset.shards),
-        "streams": dataset.streams,
-        "block_users": dataset.block_users,
-        "fingerprint": dataset.fingerprint,
-    }
-
-
-def measure(setting, folder, console) -> list[dict]:
+def measure(setting, folder) -> list[dict]:
     """The lines of the JSON's `results`."""
-    shards = setting.dataset.shards[: setting.shards]
+    shards = setting.dataset.shards[: setting.settings.shards]
     tars = write_webdataset(setting, folder)
-    rows: dict[str, Callable] = {f"ready, workers: {workers}": _ready(setting, workers) for workers in setting.workers}
+    rows: dict[str, Callable] = {f"ready, workers: {workers}": _ready(setting, workers) for workers in setting.settings.workers}
     rows |= {"parts": lambda: parts(setting), "shards": lambda: shard_after_shard(setting, shards)}
     rows |= {"raw from disk": lambda: raw(setting, shards, forget=True), "raw from cache": lambda: raw(setting, shards)}
     rows |= {"webdataset": lambda: read_webdataset(setting, tars)}
     timed: dict[str, list[Timed]] = {}
-    for repeat in range(-1, setting.repeats):
+    for repeat in range(-1, setting.settings.repeats):
         begin = time.perf_counter()
         for name, function in rows.items():  # in turn: what else the machine does then meets all of them
             found = function()
             for row, one in found.items() if isinstance(found, dict) else [(name, found)]:
                 if repeat >= 0:
                     timed.setdefault(row, []).append(one)
-        console.print(f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} ({time.perf_counter() - begin:.0f} s)")
+        print(f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} ({time.perf_counter() - begin:.0f} s)", flush=True)
     results = [summary(name, values) for name, values in timed.items()]
     lines = {line["name"]: line for line in results}
-    for workers in setting.workers:
+    for workers in setting.settings.workers:
         line = lines[f"ready, workers: {workers}"]
         line["workers"] = workers
         line["users_per_second_and_worker"] = line["users_per_second"] / workers
@@ -304,7 +228,7 @@ def shard_after_shard(setting, shards) -> dict[str, Timed]:
 def raw(setting, shards, forget=False) -> Timed:
     """The shards' bytes in order, into memory that is used again."""
     paths = [setting.dataset.local(shard.name) for shard in shards]
-    facts = {"from_disk": drop_from_cache(paths)} if forget else None
+    facts = {"from_disk": machine.drop_from_cache(paths)} if forget else None
     buffer = bytearray(_READ)
     begin = time.perf_counter()
     for path in paths:
@@ -320,20 +244,10 @@ def _amount(setting, shards):
     return {"users": users.stop - users.start, "tokens": setting.tokens(users), "bytes": size}
 
 
-def drop_from_cache(paths):
-    """Asks the page cache to forget files; True where at most a hundredth of them is in it afterwards."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)  # what is not on disk yet stays
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-    return sum(map(cached_bytes, paths)) <= sum(path.stat().st_size for path in paths) / 100
-
-
 def write_webdataset(setting, folder) -> list[str]:
     """The first users in the batches' order as tars of one user a sample, whole histories."""
     plan, tars, tar = setting.fed().plan, [], None
-    left = min(setting.samples, setting.dataset.users)
+    left = min(setting.settings.samples, setting.dataset.users)
     written = 0
     with contextlib.ExitStack() as stack:
         for _, users in read_users(plan, 0, range(plan.steps(0)), 0):
@@ -366,7 +280,7 @@ def summary(name, values):
     """What the JSON says of a row's repeats, which are of the same users."""
     one, seconds = values[0], statistics.median(value.seconds for value in values)
     line = {"name": name, "users": one.users, "tokens": one.tokens, "bytes": one.bytes}
-    line["seconds"] = spread([value.seconds for value in values])
+    line["seconds"] = suite.spread([value.seconds for value in values])
     line |= {"users_per_second": one.users / seconds, "tokens_per_second": one.tokens / seconds}
     line["bytes_per_second"] = None if one.bytes is None else one.bytes / seconds
     for fact in one.facts or ():
@@ -387,41 +301,31 @@ def ratios(results):
     }
 
 
-def show(console, record):
-    """A table, the ratios, and below them what they were measured on."""
-    data, settings, facts = record["dataset"], record["settings"], record["machine"]
-    title = f"{data['users']:,} users, {data['interactions']:,} interactions, {data['domains']} domains, {data['rows']:,} rows"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("", no_wrap=True)
-    for name in ("users/s", "min - max (10³)", "10³ tokens/s", "MB/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+def table(record):
+    """What was streamed, a line for each way, and the ratios."""
+    data, rows = record["dataset"], []
     for line in record["results"]:
-        slowest, fastest = (line["users"] / line["seconds"][name] / 1e3 for name in ("max", "min"))
-        speed = line["bytes_per_second"]
-        table.add_row(
-            line["name"],
-            f"{line['users_per_second']:,.0f}",
-            f"{slowest:,.1f}-{fastest:,.1f}",
-            f"{line['tokens_per_second'] / 1e3:,.0f}",
-            "" if speed is None else f"{speed / 1e6:,.0f}",
+        slowest, fastest = (line["users"] / line["seconds"][name] for name in ("max", "min"))
+        speed, busy = line["bytes_per_second"], line.get("worker_busy")
+        rows.append(
+            {
+                "": line["name"],
+                "users/s (min – max)": f"{line['users_per_second']:,.0f} ({slowest:,.0f} – {fastest:,.0f})",
+                "million tokens/s": f"{line['tokens_per_second'] / 1e6:,.2f}",
+                "MB/s": "" if speed is None else f"{speed / 1e6:,.0f}",
+                "users/s, opening counted in": f"{line['opened_users_per_second']:,.0f}" if busy else "",
+                "workers build": f"{statistics.median(busy):.0%} of the time" if busy else "",
+            }
         )
-    console.print(table)
-    for line in record["results"]:
-        if "workers" in line:
-            console.print(
-                f"{line['name']}: {line['users_per_second_and_worker']:,.0f} users/s and "
-                f"{line['tokens_per_second_and_worker']:,.0f} tokens/s each, which build for "
-                f"{statistics.median(line['worker_busy']):.0%} of the time; "
-                f"{line['opened_users_per_second']:,.0f} users/s together where opening shards is counted in"
-            )
-    for name, ratio in record["ratios"].items():
-        console.print(f"{name}: {ratio:.3g}")
-    console.print(f"Batches of {settings['batch_size']} users, T = {settings['max_length']}, {settings['measured']} a repeat.")
-    console.print(f"Medians of {settings['repeats']}. {facts['processor']}, {facts['cores']} cores, {facts['file_system']}")
+    what = (
+        f"{data['users']:,} users, {data['interactions']:,} interactions, {data['domains']} domains, {data['rows']:,} rows; "
+        f"batches of {record['settings']['batch_size']} users, {record['measured']} a repeat."
+    )
+    compared = "Ratios: " + "; ".join(f"{name}: {ratio:.3g}" for name, ratio in record["ratios"].items()) + "."
+    lines = [what, suite.markdown(rows), compared]
     if not all(all(line.get("from_disk", [True])) for line in record["results"]):
-        console.print("Not all shards left the page cache before they were read from disk.")
-    if facts["load_before"] > 0.5:
-        console.print(f"The load was {facts['load_before']:.1f} before the run: on a quiet machine the figures are others.")
+        lines.append("Not all shards left the page cache before they were read from disk.")
+    return "\n\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,30 @@
 """How fast is a training step, and what does a large item table cost? Ours beside the same model padded, with dense Adam.
 
-    python benchmarks/train_step.py                                   10⁵, 10⁶ and 10⁷ items: some minutes, 7 GB of memory
-    python benchmarks/train_step.py --short                           10⁵ items, few steps
-    python benchmarks/train_step.py --loss sampled_softmax --shared 1024
+    python benchmarks/train_step.py            5·10⁴ to 10⁷ items, fp32 and bf16: some minutes, 7 GB of memory
+    python benchmarks/train_step.py --short    5·10⁴ items, few steps
+    python benchmarks/train_step.py model.loss=sampled_softmax negatives.shared=1024
 
-D = 5 domains, r = 128, T = 128, K = 5 experts (j = 3), 32 users a step with lengths even over 16 … 128, fp32, dropout 0.1.
 Ours is `trainer.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
 are built beforehand, as worker processes do. Each line of the table is measured in a process of its own, so that none
-inherits another's memory, and each process measures the rate of matrix products too; the best of all is the machine's.
+inherits another's memory, and each process of ours times the matrix products of its step too; the least time of each is the
+machine's.
 """
 
-import argparse
-import json
 import math
-import multiprocessing
-import resource
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from torch.multiprocessing import ProcessExitedException
 
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import flops, machine
-from benchmarks.options import positive
+from benchmarks import flops, limits, machine, suite
 from benchmarks.padded import PaddedSyNCRec, pad_batch
 from benchmarks.workload import dataset_of, draw
 from syncrec.batch import build_batch, move
@@ -43,7 +35,6 @@ from trainer.data.negatives import NegativesConfig
 from trainer.data.stream import Plan
 from trainer.step import Trainer
 
-DOMAINS, SHORTEST = 5, 16
 OURS, PADDED = "ours", "padded"
 # The padded version's tensors as large as the item matrix: itself, its gradient, Adam's two moments, and two more for a
 # while: gradients of several look-ups that wait to be summed, then what Adam's update of a tensor makes on the way.
@@ -51,87 +42,74 @@ _DENSE_COPIES, _PASSING_COPIES = 4, 2
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One line of the table: a system and a number of items, and how it is measured."""
+class Settings:
+    """settings/train_step.yaml."""
 
-    system: str
-    items: int
+    systems: list[Literal["ours", "padded"]]
+    precision: list[Literal["fp32", "bf16"]]
+    items: list[int]
+    domains: int
+    users: int
+    shortest: int
     steps: int
     warmup: int
-    users: int
-    window: float  # seconds of a window in which the rate of matrix products is taken
+    window: float
     model: ModelConfig
     negatives: NegativesConfig
+
+    def __post_init__(self):
+        suite.at_least(1, self, "domains", "users", "shortest", "steps", "warmup")
+        suite.at_least(2 * self.domains, self, "items")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    system: str
+    precision: str
+    items: int
+
+    def __str__(self):
+        return f"{self.system}, {self.precision}, {self.items:,} items"
 
 
 def main():
     """Measures, prints, writes."""
-    options = parse()
-    console = Console()
-    settings, not_run = plan(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = machine.describe(device)
+    settings, options = suite.settings("train_step", Settings)
+    record = suite.header("train_step", settings, options)
+    cases, not_run = plan(settings)
     results, failed = [], False
-    for setting in settings:
+    for case in cases:
         begin = time.perf_counter()
         try:
-            result = in_own_process(setting)
-        except BrokenProcessPool:
-            reason = "its process was killed, most likely for want of memory"
-            not_run.append({"system": setting.system, "items": setting.items, "reason": reason})
+            results.append(suite.in_own_process(measure, case, settings))
+        except ProcessExitedException as error:
+            not_run.append(vars(case) | {"reason": f"its process ended ({error}), most likely for want of memory"})
             failed = True
             continue
-        results.append(result)
-        speed = f"{result['tokens_per_second']:,.0f} tokens/s"
-        console.print(f"{setting.system}, {setting.items:,} items: {speed} ({time.perf_counter() - begin:.0f} s)")
-    record = assemble(options, facts, results, not_run)
-    show(console, record)
-    if options.json:
-        partial = options.json.with_name(options.json.name + ".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(options.json)
-        console.print(f"written: {options.json}")
+        print(f"{case}: {results[-1]['tokens_per_second']:,.0f} tokens/s ({time.perf_counter() - begin:.0f} s)", flush=True)
+    suite.save("train_step", record | assembled(results) | {"not_run": not_run}, options)
     sys.exit(failed)
 
 
-def parse(arguments=None):
-    """The command line; `--short` and the loss settle what was not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=positive, nargs="+", help="numbers of items (100000 1000000 10000000)")
-    parser.add_argument("--steps", type=positive, help="steps that are timed (10)")
-    parser.add_argument("--warmup", type=positive, help="steps before them (3)")
-    parser.add_argument("--loss", default="bpr", choices=["bpr", "bpr_probability", "bce", "sampled_softmax"])
-    parser.add_argument("--shared", type=positive, help="negatives that a domain's targets share (else one each)")
-    parser.add_argument("--json", type=Path, help="the file (train_step.json beside this script, with --short none)")
-    parser.add_argument("--short", action="store_true", help="100000 items, 3 steps after 1")
-    options = parser.parse_args(arguments)
-    options.items = options.items or ([10**5] if options.short else [10**5, 10**6, 10**7])
-    if min(options.items) < 2 * DOMAINS:
-        parser.error(f"--items {min(options.items)}: give at least {2 * DOMAINS}, two in each domain")
-    options.steps = options.steps or (3 if options.short else 10)
-    options.warmup = options.warmup or (1 if options.short else 3)
-    if options.json is None and not options.short:
-        options.json = Path(__file__).with_suffix(".json")
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
-    return options
-
-
-def plan(options):
-    """The settings to measure, and what is left out with the arithmetic of why."""
-    model = ModelConfig(
-        dim=128, max_length=128, experts=5, cross_experts=3, blocks=2, heads=1, ffn_dim=128, dropout=0.1, loss=options.loss
-    )
-    negatives = NegativesConfig(shared=options.shared or 0)
-    window = 0.1 if options.short else 0.5
-    settings, not_run = [], []
-    for system in (OURS, PADDED):
-        for items in sorted(set(options.items)):
-            if system == PADDED and (reason := too_large(items, model.dim, machine.memory_bytes())):
-                not_run.append({"system": system, "items": items, "reason": reason})
-            else:
-                settings.append(Setting(system, items, options.steps, options.warmup, 32, window, model, negatives))
-    return settings, not_run
+def plan(settings):
+    """The cases to measure, and what is left out with the arithmetic of why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases, not_run = [], []
+    for system in settings.systems:
+        for precision in settings.precision if system == OURS else ["fp32"]:
+            for items in sorted(set(settings.items)):
+                case, reason = Case(system, precision, items), None
+                if precision == "bf16" and not machine.has_bf16(device):
+                    reason = "the processor has no bf16 products"
+                elif system == PADDED:
+                    reason = too_large(items, settings.model.dim, machine.memory_bytes())
+                if reason:
+                    not_run.append(vars(case) | {"reason": reason})
+                else:
+                    cases.append(case)
+    return cases, not_run
 
 
 def too_large(items, dim, memory):
@@ -147,75 +125,65 @@ def too_large(items, dim, memory):
     )
 
 
-def in_own_process(setting):
-    """`measure` in a new process; raises BrokenProcessPool where that is killed."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, setting).result()
-
-
-def measure(setting):
-    """Times the steps of one setting: a line of the JSON's `results`. Starts the process group of its process."""
+def measure(case, settings):
+    """Times the steps of one case: an entry of the record's `results`. Starts the process group of its process."""
     with distributed.joined() as ranks:
-        return _measure(setting, ranks)
+        return _measure(case, settings, ranks)
 
 
-def _measure(setting, ranks):
-    users, longest = setting.users, setting.model.max_length
-    count = setting.warmup + setting.steps
-    dataset = dataset_of(setting.items, DOMAINS, users, count)
-    drawn = [draw(dataset, step, users, SHORTEST, longest, setting.negatives) for step in range(count)]
+def _measure(case, settings, ranks):
+    config = replace(settings.model, precision=case.precision)
+    count = settings.warmup + settings.steps
+    dataset = dataset_of(case.items, settings.domains, settings.users, count)
     domain_items = [domain.items for domain in dataset.domains]
-    build, work, start = _SYSTEMS[setting.system]
-    batches = [build(*arrays, domain_items, longest) for arrays in drawn]
+    drawn = [
+        draw(dataset, step, settings.users, settings.shortest, config.max_length, settings.negatives) for step in range(count)
+    ]
+    build, work, start = _SYSTEMS[case.system]
+    batches = [build(*arrays, domain_items, config.max_length) for arrays in drawn]
     tokens = len(drawn[0][0])
-    rates = machine.matmul_rates(setting.model.experts, tokens, setting.model.dim, ranks.device, setting.window)
-    step = start(setting, ranks, dataset)
+    step = start(config, settings, ranks, dataset)
     seconds, losses = [], []
     for batch in batches:
         begin = time.perf_counter()
         losses.append(float(step(batch)))  # waits for the device
         seconds.append(time.perf_counter() - begin)
+    peak = machine.peak_memory()
     if not all(map(math.isfinite, losses)):
-        raise ArithmeticError(f"{setting.system}, {setting.items} items: the losses are {losses}")
-    timed = seconds[setting.warmup :]
-    median = statistics.median(timed)
-    operations = statistics.mean(
-        flops.step_operations(setting.model, work(setting.model, batch)) for batch in batches[setting.warmup :]
-    )
-    return {
-        "system": setting.system,
-        "items": setting.items,
+        raise ArithmeticError(f"{case}: the losses are {losses}")
+    timed = suite.spread(seconds[settings.warmup :])
+    operations = statistics.mean(flops.step_operations(config, work(config, batch)) for batch in batches[settings.warmup :])
+    found = vars(case) | {
         "tokens": tokens,
-        "users": users,
+        "users": settings.users,
         "threads": torch.get_num_threads(),
-        "step_seconds": {"median": median, "min": min(timed), "max": max(timed), "all": timed},
-        "warmup_seconds": seconds[: setting.warmup],
-        "tokens_per_second": tokens / median,
-        "users_per_second": users / median,
+        "step_seconds": timed,
+        "warmup_seconds": seconds[: settings.warmup],
+        "tokens_per_second": tokens / timed["median"],
+        "users_per_second": settings.users / timed["median"],
         "operations_per_step": operations,
-        "operations_per_second": operations / median,
-        "matmul_rates": rates,
+        "operations_per_second": operations / timed["median"],
         "losses": losses,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # kibibytes on Linux
+        "peak_memory_bytes": peak,
     }
+    if case.system == OURS:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
+        products = limits.step_products(config, batches[settings.warmup])
+        found["matmul"] = limits.matmul(products, dtype, ranks.device, settings.window)
+    return found
 
 
-def start_ours(setting, ranks, dataset):
+def start_ours(config, settings, ranks, dataset):
     """The trainer's own step."""
-    config = RunConfig(global_batch_size=setting.users, model=setting.model, negatives=setting.negatives)
-    trainer = Trainer(config, ranks, dataset, Plan(dataset, setting.users, ranks.world_size, config.seed))
-
-    def step(batch):
-        loss, _ = trainer.train_step(batch)
-        return loss
-
-    return step
+    config = RunConfig(global_batch_size=settings.users, model=config, negatives=settings.negatives)
+    trainer = Trainer(config, ranks, dataset, Plan(dataset, settings.users, ranks.world_size, config.seed))
+    return lambda batch: trainer.train_step(batch)[0]
 
 
-def start_padded(setting, ranks, dataset):
+def start_padded(config, settings, ranks, dataset):
     """One optimizer over everything, as a tutorial has it."""
     torch.manual_seed(0)
-    model = PaddedSyNCRec(setting.model, len(dataset.domains), dataset.num_embeddings).to(ranks.device).train()
+    model = PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings).to(ranks.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(batch):
@@ -235,55 +203,55 @@ _SYSTEMS = {
 }
 
 
-def assemble(options, facts, results, not_run):
-    """The JSON: every figure with what it was measured on."""
-    rates = {}
+def assembled(results):
+    """Results, each with its share of the limit of its precision, and the limits: {precision: `limits.matmul`}."""
+    measured = {}
     for result in results:
-        for shape, rate in result.pop("matmul_rates").items():
-            rates[shape] = max(rate, rates.get(shape, 0.0))
-    best = max(rates.values(), default=math.nan)
+        if "matmul" in result:
+            measured.setdefault(result["precision"], []).append(result.pop("matmul"))
+    found = {precision: limits.fastest(of) for precision, of in measured.items()}
     for result in results:
-        result["matmul_share"] = result["operations_per_second"] / best
-    given = {name: getattr(options, name) for name in ("items", "steps", "warmup", "loss", "shared", "short")}
-    return {
-        "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
-        "settings": {**given, "domains": DOMAINS, "lengths": f"even over {SHORTEST} … T"},
-        "machine": facts,
-        "matmul_rates": rates,
-        "matmul_rate": best,
-        "results": results,
-        "not_run": not_run,
-    }
+        limit = found.get(result["precision"])
+        result["matmul_share"] = result["operations_per_second"] / limit["rate"] if limit else None
+    return {"limits": found, "results": results}
 
 
-def show(console, record):
-    """The table, and below it what it was measured on."""
-    title = "A step of 32 users: D=5, r=128, T=128, K=5 (j=3), fp32. padded: dense Adam"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("system", no_wrap=True)
-    for name in ("items", "tokens/s", "users/s", "step s", "min - max", "matmul", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
+def table(record):
+    """A line for each case, with what it is of its limit and against the others; the limits; what was not run and why."""
+    speed = {tuple(result[key] for key in Case.__annotations__): result["tokens_per_second"] for result in record["results"]}
+    rows = []
     for result in record["results"]:
-        seconds = result["step_seconds"]
-        table.add_row(
-            result["system"],
-            f"{result['items']:,}",
-            f"{result['tokens_per_second']:,.0f}",
-            f"{result['users_per_second']:,.1f}",
-            f"{seconds['median']:.3f}",
-            f"{seconds['min']:.3f}-{seconds['max']:.3f}",
-            f"{result['matmul_share']:.0%}",
-            f"{result['peak_memory_bytes'] / 1e9:.1f} GB",
+        against = {
+            "times padded": speed.get((PADDED, "fp32", result["items"])),
+            "times fp32": speed.get((result["system"], "fp32", result["items"])),
+            "times fewest items": speed[result["system"], result["precision"], min(of[2] for of in speed)],
+        }
+        share = result["matmul_share"]
+        rows.append(
+            {
+                "system": f"{result['system']}, {result['precision']}",
+                "items": f"{result['items']:,}",
+                "tokens/s": f"{result['tokens_per_second']:,.0f}",
+                "users/s": f"{result['users_per_second']:,.1f}",
+                "step s (min – max)": suite.shown(result["step_seconds"]),
+                "of matmul rate": "" if share is None else f"{share:.0%}",
+                **{name: f"{result['tokens_per_second'] / other:.2f}" if other else "" for name, other in against.items()},
+                "memory": f"{result['peak_memory_bytes'] / 1e9:.1f} GB",
+            }
         )
     for left_out in record["not_run"]:
-        table.add_row(left_out["system"], f"{left_out['items']:,}", "not run", *[""] * 5)
-    console.print(table)
-    for left_out in record["not_run"]:
-        console.print(f"{left_out['system']}, {left_out['items']:,} items, not run: {left_out['reason']}", soft_wrap=True)
-    facts, rate = record["machine"], record["matmul_rate"]
-    console.print(f"matmul: share of {rate / 1e9:.0f} GFLOP/s in fp32 products; {facts['processor']}, {facts['cores']} cores")
-    if facts["load_before"] > 0.5:
-        console.print(f"The load was {facts['load_before']:.1f} before the run: on a quiet machine the figures are others.")
+        system = f"{left_out['system']}, {left_out['precision']}"
+        rows.append({"system": system, "items": f"{left_out['items']:,}", "tokens/s": "not run"})
+    lines = [suite.markdown(rows)]
+    for precision, limit in record["limits"].items():
+        lines.append(
+            f"\n{precision} products: {limit['rate'] / 1e9:.0f} GFLOP/s at the model's shapes, a step's "
+            f"{limit['operations'] / 1e9:.1f} GFLOP in {limit['seconds_per_step']:.3f} s; 1024 x 1024: "
+            f"{limit['square_rate'] / 1e9:.0f} GFLOP/s."
+        )
+    reasons = {left_out["reason"]: f"{left_out['system']}, {left_out['items']:,} items" for left_out in record["not_run"]}
+    lines += [f"\nNot run ({what}): {reason}." for reason, what in reasons.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

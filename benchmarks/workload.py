@@ -1,7 +1,7 @@
-"""The batches that a training step is timed on, drawn from counters, and a dataset that says so much without any file.
+"""What is measured on: batches of a training step, drawn from counters, whose dataset needs no file, and a small prepared one.
 
-Domains share items and interactions evenly, and items are drawn uniformly: popular items would stay in the caches, so this
-is the hard case for a large table.
+In those batches domains share items and interactions evenly, and items are drawn uniformly: popular items would stay in the
+caches, so this is the hard case for a large table.
 """
 
 from pathlib import Path
@@ -10,7 +10,9 @@ import numpy as np
 
 from trainer.data.dataset import Dataset, Domain, Shard
 from trainer.data.negatives import shared_negatives, target_negatives
+from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.random import permutation, random_below, random_bits
+from trainer.data.synthetic import SyntheticConfig, synthesize
 
 _SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
 _NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel")
@@ -45,3 +47,31 @@ def draw(dataset, step, users, shortest, longest, negatives):
         user_N = np.repeat(step * users + np.arange(users), lengths_B)
         drawn = target_negatives(_SEED, 0, user_N, position_N, items_N, domain_N, dataset.starts, items_D, negatives.per_target)
     return items_N, lengths_B, domain_N, np.ones(users, np.float32), drawn
+
+
+def some_data(settings):
+    """Raises ValueError where settings name neither `data`, a folder, nor `users` of a dataset to be made."""
+    if not settings.data and settings.users < 1:
+        raise ValueError("give data=DATA, a folder that launch/prepare.py made, or users=… of a synthetic dataset")
+
+
+def prepared(folder, users):
+    """A small synthetic dataset of nine domains, prepared in `folder`: the dataset's own folder."""
+    synthesize(folder / "logs", SyntheticConfig(users=users, items=20_000, domains=9, mean_length=60))
+    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data"), streams=16, memory="1GB"))
+    return folder / "data"
+
+
+def described(dataset):
+    """What a record says of a dataset."""
+    return {
+        "users": dataset.users,
+        "interactions": dataset.interactions,
+        "domains": len(dataset.domains),
+        "rows": dataset.num_embeddings,
+        "shards": len(dataset.shards),
+        "bytes": sum(shard.bytes for shard in dataset.shards),
+        "streams": dataset.streams,
+        "block_users": dataset.block_users,
+        "fingerprint": dataset.fingerprint,
+    }

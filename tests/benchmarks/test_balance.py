@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import balance
+from benchmarks import balance, suite
 from embeddings.rows import RowScatter
 from tests.trainer.made import draw_histories, write_dataset
 from trainer.data.negatives import NegativesConfig
@@ -24,8 +24,8 @@ def dataset(tmp_path_factory):
 
 
 def run(monkeypatch, dataset, output, *arguments):
-    command = ["balance.py", "--data", str(dataset.folder), "--output", str(output), "--users-per-rank", "10"]
-    monkeypatch.setattr(sys, "argv", [*command, "--max-length", str(LONGEST), *arguments])
+    command = ["balance.py", f"data={dataset.folder}", "--json", str(output), "users_per_rank=10"]
+    monkeypatch.setattr(sys, "argv", [*command, f"max_length={LONGEST}", *arguments])
     with pytest.raises(SystemExit) as left:
         balance.main()
     return left.value.code
@@ -46,7 +46,7 @@ def real(batch):
 
 def test_figures_are_those_of_batches_as_ranks_are_fed_them(monkeypatch, dataset, tmp_path):
     steps = 12
-    given = ["--ranks", "2", "3", "--steps", str(steps), "--row-steps", str(steps)]
+    given = ["ranks=[2,3]", f"steps={steps}", f"row_steps={steps}"]
     assert not run(monkeypatch, dataset, tmp_path / "b.json", *given)
     record = json.loads((tmp_path / "b.json").read_text())
     assert [result["ranks"] for result in record["results"]] == [2, 3] and record["not_run"] == []
@@ -79,29 +79,29 @@ def test_figures_are_those_of_batches_as_ranks_are_fed_them(monkeypatch, dataset
 
 
 def test_ranks_that_there_are_no_streams_for_are_left_out_with_a_reason(monkeypatch, dataset, tmp_path, capfd):
-    assert not run(monkeypatch, dataset, tmp_path / "b.json", "--ranks", "2", "7", "--steps", "2", "--row-steps", "1")
+    assert not run(monkeypatch, dataset, tmp_path / "b.json", "ranks=[2,7]", "steps=2", "row_steps=1")
     record = json.loads((tmp_path / "b.json").read_text())
     assert [left_out["ranks"] for left_out in record["not_run"]] == [7]
     assert "7 ranks, not run: 7 ranks, but" in capfd.readouterr().out
-    assert run(monkeypatch, dataset, tmp_path / "c.json", "--ranks", "7") == 1
+    assert run(monkeypatch, dataset, tmp_path / "c.json", "ranks=[7]") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--data"),
-        (["--data", "x", "--ranks", "0"], "0: give at least 1"),
-        (["--data", "x", "--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        ([], "give data="),
+        (["data=x", "ranks=[2,0]"], "ranks is [2, 0]: give at least 1"),
+        (["data=x", "--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )
 def test_bad_options_are_refused_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
-        balance.parse(arguments)
+        suite.settings("balance", balance.Settings, arguments)
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_dataset_is_refused_in_a_line(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(sys, "argv", ["balance.py", "--data", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["balance.py", f"data={tmp_path}"])
     with pytest.raises(SystemExit) as left:
         balance.main()
     assert left.value.code == 2 and "is not a dataset folder" in capfd.readouterr().err

@@ -1,7 +1,6 @@
 """The script saves and loads with every system at 1 and 2 ranks, its figures are of what it says, and it leaves nothing."""
 
 import json
-import mmap
 import shutil
 import sys
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from benchmarks import checkpoint
+from benchmarks import checkpoint, suite
 from tests.alone import group_of_one
 
 ROWS = 3000
@@ -37,7 +36,7 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
     file, folder = tmp_path / "result.json", tmp_path / "disk"
     folder.mkdir()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert not run_main(monkeypatch, "--short", "--rows", ROWS, "--repeats", 2, "--folder", folder, "--output", file)
+    assert not run_main(monkeypatch, "--short", f"rows=[{ROWS}]", "repeats=2", f"folder={folder}", "--json", file)
     assert not list(folder.iterdir())
 
     record = json.loads(file.read_text())
@@ -65,7 +64,7 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
             assert save["blocking_seconds"]["median"] < save["seconds"]["median"]
     assert record["machine"]["versions"]["safetensors"] and record["date"] and not record["not_run"]
     shown = capfd.readouterr()
-    assert f"{ROWS:,} rows of 64 floats, ranks: 2" in shown.out and "FutureWarning" not in shown.err
+    assert f"| {ROWS:,} |     2 |" in shown.out and "FutureWarning" not in shown.err
 
 
 def assert_sizes(ranks, lines):
@@ -89,11 +88,11 @@ def assert_sizes(ranks, lines):
 
 
 def test_a_killed_rank_is_reported_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
-    def killed(setting, folder):
+    def killed(ranks, *arguments):
         raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 1, 9, "SIGKILL")
 
-    monkeypatch.setattr(checkpoint, "in_own_processes", killed)
-    assert run_main(monkeypatch, "--short", "--ranks", 2, "--output", tmp_path / "result.json") == 1
+    monkeypatch.setattr(suite, "on_ranks", killed)
+    assert run_main(monkeypatch, "--short", "ranks=[2]", "--json", tmp_path / "result.json") == 1
     assert "SIGKILL" in capsys.readouterr().out
     (left_out,) = json.loads((tmp_path / "result.json").read_text())["not_run"]
     assert (left_out["rows"], left_out["ranks"]) == (10**5, 2)
@@ -127,58 +126,28 @@ def test_a_load_is_held_against_what_was_saved(tmp_path):
             checkpoint.timed_load(Loaded(tmp_path, saved + 1), trainer(saved), trainer(saved.clone()))
 
 
-def test_the_cache_forgets_what_is_loaded_from_disk(tmp_path):
-    if checkpoint.file_system(tmp_path) not in ("ext4", "xfs"):
-        pytest.skip("needs a file system whose page cache can be asked")
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 10**6)
-    assert checkpoint.cached_bytes(file) >= 10**6
-    assert checkpoint.drop_from_cache(tmp_path) is True
-    assert checkpoint.cached_bytes(file) == 0
-    with open(file, "rb") as held:  # what someone has mapped stays
-        mapped = torch.frombuffer(mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-        assert int(mapped.sum()) == 10**6 * ord("x")
-        assert checkpoint.drop_from_cache(tmp_path) is False
-
-
-def test_memory_that_was_given_back_counts():
-    before = checkpoint.reset_peak_memory()
-    if before is None:
-        pytest.skip("the system does not tell the peak")
-    torch.ones(10**8, dtype=torch.uint8)
-    assert 0.9e8 < checkpoint.peak_memory() - before < 1.5e8
-    before = checkpoint.reset_peak_memory()
-    assert checkpoint.peak_memory() - before < 0.5e8
+def parse(*arguments):
+    return suite.settings("checkpoint", checkpoint.Settings, arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "9"], "--rows 9: give at least 10"),
-        (["--repeats", "0"], "0: give at least 1"),
-        (["--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
-        (["--folder", "/nowhere/at"], "--folder /nowhere/at: there is no such folder"),
+        (["rows=[9]"], "rows is [9]: give at least 10"),
+        (["repeats=0"], "repeats is 0: give at least 1"),
+        (["folder=/nowhere/at"], "folder /nowhere/at: there is no such folder"),
     ],
 )
 def test_bad_options_are_refused_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
-        checkpoint.parse(["--short", *arguments])
+        parse("--short", *arguments)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * 10**9))
-    assert checkpoint.parse(["--rows", "1000000", "--folder", str(tmp_path)])
+    assert parse("rows=[1000000]", f"folder={tmp_path}")
     with pytest.raises(SystemExit):
-        checkpoint.parse(["--folder", str(tmp_path)])
+        parse(f"folder={tmp_path}")
     assert "10000000 rows take 13.1 GB there for a while, and 13.0 GB are free" in capsys.readouterr().err
-
-
-def test_short_is_short_and_writes_nothing_unasked(monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    options = checkpoint.parse(["--short"])
-    assert (options.rows, options.ranks, options.repeats, options.output) == ([10**5], [1, 2], 1, None)
-    options = checkpoint.parse([])
-    assert (options.rows, options.ranks, options.repeats) == ([10**6, 10**7], [1, 2], 3)
-    assert options.output.name == "checkpoint.json"

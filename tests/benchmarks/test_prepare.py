@@ -9,9 +9,8 @@ from benchmarks import prepare
 
 
 def run_main(monkeypatch, file, folder, *arguments):
-    given = ["prepare.py", "--output", file, "--folder", folder, "--memory", "2GB", *arguments]
-    monkeypatch.setattr(sys, "argv", list(map(str, given)))
-    monkeypatch.setattr(prepare, "ITEMS", 600)
+    given = ["--json", str(file), f"folder={folder}", "items=600", "memory=2GB"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, *arguments])
     prepare.main()
     return json.loads(file.read_text())
 
@@ -19,7 +18,7 @@ def run_main(monkeypatch, file, folder, *arguments):
 def test_every_size_is_measured_and_taken_away(monkeypatch, tmp_path, capfd):
     folder = tmp_path / "disk"
     folder.mkdir()
-    record = run_main(monkeypatch, tmp_path / "result.json", folder, "--users", 200, 400)
+    record = run_main(monkeypatch, tmp_path / "result.json", folder, "users=[200,400]")
     assert list(folder.iterdir()) == []
     assert [result["users"] for result in record["results"]] == [200, 400]
     for result in record["results"]:
@@ -32,13 +31,13 @@ def test_every_size_is_measured_and_taken_away(monkeypatch, tmp_path, capfd):
 
 
 def test_kept_logs_are_taken_again_and_the_dataset_is_counted_whole(monkeypatch, tmp_path):
-    first = run_main(monkeypatch, tmp_path / "1.json", tmp_path, "--users", 200, "--keep")["results"][0]
+    first = run_main(monkeypatch, tmp_path / "1.json", tmp_path, "users=[200]", "keep=true")["results"][0]
     files = [path for path in (tmp_path / "data-200").rglob("*") if path.is_file()]
     assert first["dataset_bytes"] == sum(path.stat().st_size for path in files)
-    again = run_main(monkeypatch, tmp_path / "2.json", tmp_path, "--users", 200, "--keep")["results"][0]
+    again = run_main(monkeypatch, tmp_path / "2.json", tmp_path, "users=[200]", "keep=true")["results"][0]
     assert again["synthesize"] is None and again["dataset_bytes"] == first["dataset_bytes"]
 
 
 def test_a_script_that_fails_ends_it(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"prepare\.py .* ended with status 2"):
-        run_main(monkeypatch, tmp_path / "1.json", tmp_path, "--users", 200, "--memory", "1MB")
+        run_main(monkeypatch, tmp_path / "1.json", tmp_path, "users=[200]", "memory=1MB")

@@ -1,7 +1,6 @@
 """The script measures what it says, its figures add up, and it leaves nothing."""
 
 import json
-import os
 import sys
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 import webdataset
 
-from benchmarks import checkpoint, stream
+from benchmarks import stream, suite
 from tests.trainer.made import write_dataset
 from trainer.data.dataset import Dataset
 
@@ -54,8 +53,8 @@ def tokens(histories, longest):
 
 
 def setting(data, **given):
-    facts = dict(batch_size=6, max_length=5, shared=3, workers=(1,), batches=3, shards=2, samples=9, repeats=1)
-    return stream.Setting(dataset=Dataset.load(data), **facts | given)
+    facts = dict(batch_size=6, max_length=5, shared=3, workers=[1], batches=3, shards=2, samples=9, repeats=1)
+    return stream.Setting(Dataset.load(data), stream.Settings(data=str(data), users=0, folder="", **facts | given))
 
 
 def run_main(monkeypatch, *arguments):
@@ -66,14 +65,14 @@ def run_main(monkeypatch, *arguments):
 def test_all_is_measured_and_written(monkeypatch, tmp_path, data, histories, capsys):
     file, scratch = tmp_path / "result.json", tmp_path / "scratch"
     scratch.mkdir()
-    given = ("--batch-size", 6, "--max-length", 5, "--shared", 3, "--batches", 3, "--samples", 9, "--repeats", 3)
-    run_main(monkeypatch, "--data", data, *given, "--folder", scratch, "--output", file)
+    given = ("batch_size=6", "max_length=5", "shared=3", "batches=3", "samples=9", "repeats=3")
+    run_main(monkeypatch, f"data={data}", *given, f"folder={scratch}", "--json", file)
     assert list(scratch.iterdir()) == []
 
     record = json.loads(file.read_text())
     lines = {line["name"]: line for line in record["results"]}
     assert list(lines) == NAMES
-    assert record["settings"]["round"] == 2 and record["settings"]["measured"] == 4
+    assert record["round"] == 2 and record["measured"] == 4 and record["settings"]["data"] == "data"
     for line in lines.values():
         seconds = line["seconds"]
         assert len(seconds["all"]) == 3 and 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
@@ -99,13 +98,13 @@ def test_all_is_measured_and_written(monkeypatch, tmp_path, data, histories, cap
     raw = lines["raw from cache"]["bytes_per_second"]
     assert ratios["open and decode / raw from cache"] == pytest.approx(opening["bytes"] / seconds / raw)
     assert record["dataset"]["users"] == 40 and record["machine"]["versions"]["webdataset"]
-    shown = " ".join(capsys.readouterr().out.split())  # however it is folded
-    assert "40 users, " in shown and "together where opening shards is counted in" in shown
+    shown = capsys.readouterr().out
+    assert "40 users, " in shown
     assert all(name in shown for name in [*NAMES, *ratios])
 
 
 def test_short_makes_a_dataset_of_its_own(monkeypatch, tmp_path, capsys):
-    run_main(monkeypatch, "--short", "--users", 300, "--workers", 1, "--repeats", 1, "--folder", tmp_path)
+    run_main(monkeypatch, "--short", "users=300", "workers=[1]", "repeats=1", f"folder={tmp_path}")
     assert list(tmp_path.iterdir()) == []
     assert "300 users, " in capsys.readouterr().out
 
@@ -141,44 +140,23 @@ def test_samples_go_on_in_a_next_tar(tmp_path, data, monkeypatch):
     assert stream.read_webdataset(setting(data), tars).users == 40
 
 
-def test_the_cache_forgets_what_is_read_from_disk(tmp_path):
-    if checkpoint.file_system(tmp_path) not in ("ext4", "xfs"):
-        pytest.skip("needs a file system whose page cache can be asked")
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 10**6)
-    assert checkpoint.cached_bytes(file) >= 10**6
-    os.chmod(file, 0o444)
-    assert stream.drop_from_cache([file]) is True
-    assert checkpoint.cached_bytes(file) == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --data"),
-        (["--short", "--repeats", "0"], "0: give at least 1"),
-        (["--short", "--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
-        (["--short", "--folder", "/nowhere/at"], "--folder /nowhere/at: there is no such folder"),
+        ([], "give data="),
+        (["--short", "repeats=0"], "repeats is 0: give at least 1"),
+        (["--short", "folder=/nowhere/at"], "folder /nowhere/at: there is no such folder"),
     ],
 )
 def test_bad_options_are_refused_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
-        stream.parse(arguments)
+        suite.settings("stream", stream.Settings, arguments)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_dataset_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        run_main(monkeypatch, "--short", "--data", tmp_path, "--folder", tmp_path)
+        run_main(monkeypatch, "--short", f"data={tmp_path}", f"folder={tmp_path}")
     assert left.value.code == 2
     assert f"{tmp_path} is not a dataset folder" in capsys.readouterr().err
-
-
-def test_short_is_short_and_writes_nothing_unasked():
-    options = stream.parse(["--short"])
-    assert (options.batches, options.samples, options.repeats, options.output) == (16, 5000, 2, None)
-    options = stream.parse(["--data", "data"])
-    assert (options.batch_size, options.max_length, options.shared, options.workers) == (1024, 128, 1024, [1, 2])
-    assert (options.batches, options.samples, options.repeats) == (128, 50_000, 5)
-    assert options.output.name == "stream.json"

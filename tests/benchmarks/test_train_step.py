@@ -2,15 +2,15 @@
 
 import json
 import sys
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import flops, train_step
+from benchmarks import flops, machine, suite, train_step
 from benchmarks.padded import PaddedSyNCRec, copy_weights, pad_batch
 from benchmarks.workload import dataset_of, draw
 from syncrec.batch import build_batch, move, trim
@@ -151,16 +151,14 @@ def test_ten_million_items_do_not_fit_with_dense_adam(items, fits):
         assert "5.1 GB" in reason and "20.5 GB" in reason and "25.8 GB" in reason
 
 
-def small(system):
-    model = ModelConfig(dim=16, max_length=16, experts=3, cross_experts=2, ffn_dim=16, loss="bpr")
-    return train_step.Setting(
-        system, items=500, steps=3, warmup=1, users=4, window=0.01, model=model, negatives=NegativesConfig()
-    )
+SMALL = [
+    *("items=[500]", "precision=[fp32]", "steps=3", "warmup=1", "users=4", "window=0.001"),
+    *("model.dim=16", "model.max_length=16", "model.experts=3", "model.cross_experts=2", "model.ffn_dim=16"),
+]
 
 
-def run_main(monkeypatch, settings, *arguments):
+def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train_step.py", *map(str, arguments)])
-    monkeypatch.setattr(train_step, "plan", lambda _: (settings, [{"system": "padded", "items": 7, "reason": "too many"}]))
     with pytest.raises(SystemExit) as left:
         train_step.main()
     return left.value.code
@@ -168,54 +166,60 @@ def run_main(monkeypatch, settings, *arguments):
 
 def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     file = tmp_path / "result.json"
-    settings = [small(train_step.OURS), small(train_step.PADDED)]
-    assert not run_main(monkeypatch, settings, "--json", file)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 10**6)  # enough for 500 items, and not for 10,000
+    assert not run_main(monkeypatch, "--json", file, *SMALL, "items=[500,10000]")
     record = json.loads(file.read_text())
-    assert [result["system"] for result in record["results"]] == ["ours", "padded"]
+    assert [(of["system"], of["items"]) for of in record["results"]] == [("ours", 500), ("ours", 10**4), ("padded", 500)]
+    limit = record["limits"]["fp32"]
+    assert limit["seconds_per_step"] == pytest.approx(sum(limit["counts"][of] * limit["seconds"][of] for of in limit["counts"]))
+    assert limit["rate"] == pytest.approx(limit["operations"] / limit["seconds_per_step"])
     for result in record["results"]:
         seconds = result["step_seconds"]
         assert len(seconds["all"]) == 3 and len(result["warmup_seconds"]) == 1
         assert seconds["min"] <= seconds["median"] <= seconds["max"]
         assert result["tokens"] == 4 * 16
         assert result["tokens_per_second"] == pytest.approx(64 / seconds["median"])
-        share = result["operations_per_step"] / seconds["median"] / record["matmul_rate"]
-        assert result["matmul_share"] == pytest.approx(share) and 0 < share < 1
+        share = result["operations_per_step"] / limit["rate"] / seconds["median"]
+        assert result["matmul_share"] == pytest.approx(share) and share > 0
         assert len(set(result["losses"])) == 4
-    assert record["matmul_rate"] == max(record["matmul_rates"].values())
     assert record["machine"]["versions"]["torch"] == torch.__version__
-    assert record["not_run"][0]["reason"] == "too many"
-    assert "too many" in capfd.readouterr().out
+    assert "10000 items" not in record["not_run"][0]["reason"] and record["not_run"][0]["system"] == "padded"
+    ours, padded = record["results"][0], record["results"][2]
+    shown = capfd.readouterr().out
+    assert f" {ours['tokens_per_second'] / padded['tokens_per_second']:.2f} |" in shown and "the machine has 0.0 GB" in shown
 
 
 def test_a_killed_process_is_reported_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
-    def killed(_):
-        raise BrokenProcessPool
+    def killed(*_):
+        raise ProcessExitedException("process 0 terminated with signal SIGKILL", 0, 1, 9, "SIGKILL")
 
-    monkeypatch.setattr(train_step, "in_own_process", killed)
-    assert run_main(monkeypatch, [small(train_step.OURS)], "--json", tmp_path / "result.json") == 1
-    assert "killed" in capsys.readouterr().out
-    assert json.loads((tmp_path / "result.json").read_text())["not_run"][1]["system"] == "ours"
+    monkeypatch.setattr(suite, "in_own_process", killed)
+    assert run_main(monkeypatch, *SMALL, "systems=[ours]", "--json", tmp_path / "result.json") == 1
+    assert "SIGKILL" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["not_run"][0]["system"] == "ours"
+
+
+def test_precisions_are_measured_where_the_processor_has_them(monkeypatch):
+    settings, _ = suite.settings("train_step", train_step.Settings, [*SMALL, "precision=[fp32,bf16]"])
+    for has in (True, False):
+        monkeypatch.setattr(machine, "has_bf16", lambda device, has=has: has)
+        cases, not_run = train_step.plan(settings)
+        assert [(of.system, of.precision) for of in cases] == [("ours", "fp32"), *[("ours", "bf16")] * has, ("padded", "fp32")]
+        assert [of["precision"] for of in not_run] == ["bf16"] * (not has)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--items", "9"], "--items 9: give at least 10"),
-        (["--steps", "0"], "0: give at least 1"),
-        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
-        (["--loss", "mse"], "invalid choice"),
+        (["items=[9]"], "items is [9]: give at least 10"),
+        (["steps=0"], "steps is 0: give at least 1"),
+        (["model.loss=mse"], "model.loss"),
+        (["model.experts=0"], "model.experts is 0: give at least 1"),
     ],
 )
 def test_bad_options_are_refused_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
-        train_step.parse(arguments)
+        suite.settings("train_step", train_step.Settings, arguments)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_short_is_short_and_writes_nothing_unasked():
-    options = train_step.parse(["--short"])
-    assert (options.items, options.steps, options.warmup, options.json) == ([10**5], 3, 1, None)
-    options = train_step.parse([])
-    assert (options.items, options.steps, options.warmup) == ([10**5, 10**6, 10**7], 10, 3)
-    assert options.json.name == "train_step.json"
