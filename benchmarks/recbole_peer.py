@@ -39,7 +39,7 @@ from trainer.data.dataset import SPLIT_LENGTH, USERS, Dataset
 from trainer.data.histories import Histories
 from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
-from trainer.errors import exit_on_input_error
+from trainer.errors import InputError, exit_on_input_error
 from trainer.evaluate import EvaluationConfig, Ranking, RankingBatches, evaluation_record
 from trainer.log import HEADLINE, METRICS_FILE, read_records
 
@@ -49,6 +49,7 @@ PRESETS = {SASREC: "sasrec", SYNCREC: "amazon4"}
 _SPLITS = ("validation", "test")
 _LENGTH = 64  # T of both presets
 _DEFAULT_BATCH = 2048  # RecBole's
+_AT_ONCE = 4096  # users that are read together
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,10 @@ def hand_over(dataset, folder):
     """What `recbole_sasrec.py` reads: histories and candidates, as rows of M; and the test candidates as raw ids, for
     `launch/evaluate.py`. Users that are too short to be split are left out."""
     candidates = {split: RankingBatches(dataset, 0, 1, EvaluationConfig(), _LENGTH, split, seed=0) for split in _SPLITS}
-    plan = candidates["test"].plan
-    histories, numbers, lengths, items, rows = Histories.of_plan(plan), [], [], [], {split: [] for split in _SPLITS}
-    for step in range(plan.steps(0)):
-        users = histories.read(plan.users(0, step, 0))
+    histories = Histories.of_plan(candidates["test"].plan)
+    numbers, lengths, items, rows = [], [], [], {split: [] for split in _SPLITS}
+    for first in range(0, dataset.users, _AT_ONCE):
+        users = histories.read(np.arange(first, min(first + _AT_ONCE, dataset.users)))
         long_B = users.lengths_B >= SPLIT_LENGTH
         if not long_B.any():
             continue
@@ -210,7 +211,10 @@ def hand_over(dataset, folder):
         lengths.append(users.lengths_B[long_B])
         items.append(users.items_N[np.repeat(long_B, users.lengths_B)])
         for split in _SPLITS:
-            rows[split].append(candidates[split].build(users).rows_C.reshape(len(numbers[-1]), -1))
+            built = candidates[split].build(users)
+            if np.ptp(built.counts_B):
+                raise InputError("a domain has too few items for 99 candidates that a user never touched: take another log")
+            rows[split].append(built.rows_C.reshape(len(numbers[-1]), -1))
     histories.close()
     arrays = {"lengths": lengths, "items": items} | {f"candidates-{split}": rows[split] for split in _SPLITS}
     for name, parts in arrays.items():
