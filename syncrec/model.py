@@ -11,7 +11,7 @@ from torch import nn
 
 from syncrec.batch import Query
 from syncrec.experts import ExpertStack
-from syncrec.layers import Gate, InputEmbedding, Tower
+from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
 from syncrec.mutual_information import MutualInformation, pool
 from syncrec.reduction import Reduction
@@ -51,10 +51,12 @@ class SyNCRec(nn.Module):
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
         self.cross_experts = ExpertStack(config, config.cross_experts if self.decoupled else config.experts)
         self.single_experts = ExpertStack(config, config.experts - config.cross_experts) if self.decoupled else None
-        self.cross_gate, self.cross_tower = _gate(config), _tower(config)
+        gate = Gate if config.experts > 1 else OnlyExpert
+        tower = Tower if config.tower == "on" else nn.Identity
+        self.cross_gate, self.cross_tower = gate(config), tower(config)
         single_tasks = range(domains if self.both_tasks else 0)
-        self.single_gates = nn.ModuleList(_gate(config) for _ in single_tasks)
-        self.single_towers = nn.ModuleList(_tower(config) for _ in single_tasks)
+        self.single_gates = nn.ModuleList(gate(config) for _ in single_tasks)
+        self.single_towers = nn.ModuleList(tower(config) for _ in single_tasks)
         self.correction = LossCorrection(config, domains) if config.loss_correction != "none" else None
         self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
 
@@ -81,7 +83,7 @@ class SyNCRec(nn.Module):
         """Y^cross of eq. 4, (M, r)."""
         x_MR = self.embedding(view, inputs_NR)
         experts = self._run_experts(x_MR, view, self.cross_experts, self.single_experts)
-        return self.cross_tower(mix(self.cross_gate, x_MR, view, slice(None), experts))
+        return self.cross_tower(mix(self.cross_gate(x_MR, view, slice(None)), experts))
 
     def _single_outputs(self, view, inputs_NR):
         """Y^single of eq. 2, domain after domain, (M, r)."""
@@ -94,7 +96,7 @@ class SyNCRec(nn.Module):
         for domain, (own_MR, *own_experts) in enumerate(by_domain):
             tokens = slice(starts[domain], starts[domain + 1])
             gate, tower = self.single_gates[domain], self.single_towers[domain]
-            outputs.append(tower(mix(gate, own_MR, view, tokens, own_experts)))
+            outputs.append(tower(mix(gate(own_MR, view, tokens), own_experts)))
         return torch.cat(outputs)
 
     def _run_experts(self, x_MR, view, live, stopped):
@@ -188,20 +190,11 @@ class SyNCRec(nn.Module):
         return sum_D / count_D.clamp(min=1)
 
 
-def _gate(config):
-    return Gate(config) if config.experts > 1 else nn.Identity()  # of one expert the weight is 1, and nothing to learn
-
-
-def _tower(config):
-    return Tower(config) if config.tower == "on" else nn.Identity()
-
-
-def mix(gate, x_MR, view, tokens, experts):
-    """f of eq. 2 and 4: Σ_k g_k f_k, (M, r). gate, x_MR, view, tokens: as in Gate; experts: the stacks' outputs, (K_1, M, r),
-    (K_2, M, r), …"""
-    if sum(len(output) for output in experts) == 1:
+def mix(weights_MK, experts):
+    """f of eq. 2 and 4: Σ_k g_k f_k. weights_MK: (M, K); experts: the stacks' outputs, (K_1, M, r), (K_2, M, r), …"""
+    if weights_MK.shape[1] == 1:  # its weight is 1
         return experts[0][0]
-    weights = gate(x_MR, view, tokens).split([len(output) for output in experts], dim=1)
+    weights = weights_MK.split([len(output) for output in experts], dim=1)
     return sum(torch.einsum("mk,kmr->mr", w.to(y.dtype), y) for w, y in zip(weights, experts, strict=True))
 
 
