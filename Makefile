@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow bench lint
+.PHONY: demo test test-slow bench peers lint
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -17,11 +17,20 @@ test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow
 
 # Every benchmark in its short form, over the records of full ones, and the tables of benchmarks/README.md anew.
-BENCHMARKS := train_step parts checkpoint prepare stream balance
+# recbole_peer is among them once there is `make peers`.
+BENCHMARKS := train_step parts checkpoint prepare stream balance $(if $(wildcard .venv-peers/.ready),recbole_peer)
 bench: .venv/.ready
 	set -e; for name in $(BENCHMARKS); do \
 		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done
 	$(VENV)/python benchmarks/tables.py
+
+# RecBole for benchmarks/recbole_peer.py, in an environment of its own.
+peers: .venv-peers/.ready
+.venv-peers/.ready: benchmarks/peers.txt launch/stack.py
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python launch/stack.py torch
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	touch $@
 
 lint: .venv/.ready
 	$(VENV)/ruff check .

@@ -1,6 +1,7 @@
 """The one place that says which torch, TorchRec and FBGEMM go together, and installs them. Needs nothing but Python.
 
     python launch/stack.py install      into the environment of this Python: the wheels for CUDA or for CPU, then the project
+    python launch/stack.py torch        torch alone, for what is measured beside the project
     python launch/stack.py check        says whether what is installed fits together
 
 A pair that does not match fails at import. `fbgemm-gpu` and `fbgemm-gpu-cpu` install the same module, and TorchRec asks for
@@ -56,13 +57,8 @@ def check_stack():
 
 def install():
     """Installs the stack into this Python's environment; a torch that is there and known is kept."""
-    minor = _minor(installed("torch") or "")
-    torch, torchrec, fbgemm = MATCHING.get(minor, MATCHING[PINNED])
+    _, torchrec, fbgemm = install_torch()
     wanted, unwanted = ("fbgemm-gpu", "fbgemm-gpu-cpu") if has_cuda() else ("fbgemm-gpu-cpu", "fbgemm-gpu")
-    if minor not in MATCHING:
-        # TORCH_INDEX_URL: an index of CPU-only builds spares a CPU machine the CUDA libraries, which it would not use.
-        index = os.environ.get("TORCH_INDEX_URL")
-        _pip("install", f"torch=={torch}", *(["--index-url", index] if index else []))
     if installed(unwanted):
         _pip("uninstall", "--yes", unwanted)
     _pip("install", f"{wanted}=={fbgemm}")
@@ -74,6 +70,17 @@ def install():
         # Now rather than in the first step; without a compiler there is none, which a run says and does without.
         build = "from syncrec.fused import Unavailable, build\ntry: build()\nexcept Unavailable as reason: print(reason)"
         subprocess.run([sys.executable, "-c", build], check=True)
+
+
+def install_torch():
+    """Installs torch, unless one that is known is there; returns its entry of MATCHING."""
+    minor = _minor(installed("torch") or "")
+    matching = MATCHING.get(minor, MATCHING[PINNED])
+    if minor not in MATCHING:
+        # TORCH_INDEX_URL: an index of CPU-only builds spares a CPU machine the CUDA libraries, which it would not use.
+        index = os.environ.get("TORCH_INDEX_URL")
+        _pip("install", f"torch=={matching[0]}", *(["--index-url", index] if index else []))
+    return matching
 
 
 def _pip(*arguments):
@@ -92,7 +99,7 @@ def _refuse(message):
 
 
 if __name__ == "__main__":
-    command = sys.argv[1] if len(sys.argv) == 2 else ""
-    if command not in ("install", "check"):
-        sys.exit("usage: python launch/stack.py install | check")
-    install() if command == "install" else check_stack()
+    commands = {"install": install, "torch": install_torch, "check": check_stack}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(f"usage: python launch/stack.py {' | '.join(commands)}")
+    commands[sys.argv[1]]()

@@ -11,6 +11,7 @@ class ModelConfig:
 
     dim: int = 128  # r, the width of item vectors and of everything else
     max_length: int = 128  # T, tokens kept of a sequence
+    tasks: Literal["both", "cross"] = "both"  # cross: the cross-domain task alone; with one expert and no tower, SASRec
     experts: int = 5  # K
     cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
     stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
@@ -19,6 +20,7 @@ class ModelConfig:
     ffn_dim: int = 128  # inner width of an expert's and a tower's feed-forward network (eq. 7 has r)
     norm: Literal["post", "pre"] = "post"  # LayerNorm after the residual sum, or before each sub-layer
     dropout: float = 0.1
+    tower: Literal["on", "off"] = "on"  # off: what the experts give, mixed, is the output
     gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
     loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
     loss_correction: Literal["negative_transfer_gap", "none"] = "negative_transfer_gap"  # none: variant A
@@ -46,6 +48,13 @@ class ModelConfig:
                 f"model.cross_experts is {self.cross_experts}: with stop_gradient on, both tasks need experts of their "
                 f"own, so give 1 to {self.experts - 1} (model.experts - 1)"
             )
+        if self.tasks == "cross":
+            for name, only in (("stop_gradient", "off"), ("loss_correction", "none"), ("mutual_information", "off")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
+                        f"set model.{name}={only}"
+                    )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
         if not 0 <= self.eta <= 1:

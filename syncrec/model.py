@@ -11,7 +11,7 @@ from torch import nn
 
 from syncrec.batch import Query
 from syncrec.experts import ExpertStack
-from syncrec.layers import Gate, InputEmbedding, Tower
+from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
 from syncrec.mutual_information import MutualInformation, pool
 from syncrec.reduction import Reduction
@@ -22,7 +22,8 @@ from syncrec.transfer import LossCorrection, transfer_gap
 class LossReport:
     """What a step has to show, without gradient. All but the last are of the global batch.
 
-    single_D, cross_D: mean losses by domain, NaN where it had no target; phi_D, NaN where absent; lambda_D.
+    single_D, cross_D: mean losses by domain, NaN where it had no target; phi_D, NaN where absent; lambda_D. Without a
+    single-domain task (tasks: cross) single_D, loss_single, phi_D and lambda_D are NaN.
     single_targets_D, cross_targets_D: the weights of each domain's targets in the two views.
     mutual_information: this rank's share of Σ_d MI_d; the sum over ranks is the batch's.
     """
@@ -44,14 +45,18 @@ class SyNCRec(nn.Module):
     def __init__(self, config, domains):
         super().__init__()
         self.config, self.domains = config, domains
+        self.both_tasks = config.tasks == "both"
         self.decoupled = config.stop_gradient == "on"
         self.embedding = InputEmbedding(config)
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
         self.cross_experts = ExpertStack(config, config.cross_experts if self.decoupled else config.experts)
         self.single_experts = ExpertStack(config, config.experts - config.cross_experts) if self.decoupled else None
-        self.cross_gate, self.cross_tower = Gate(config), Tower(config)
-        self.single_gates = nn.ModuleList(Gate(config) for _ in range(domains))
-        self.single_towers = nn.ModuleList(Tower(config) for _ in range(domains))
+        gate = Gate if config.experts > 1 else OnlyExpert
+        tower = Tower if config.tower == "on" else nn.Identity
+        self.cross_gate, self.cross_tower = gate(config), tower(config)
+        single_tasks = range(domains if self.both_tasks else 0)
+        self.single_gates = nn.ModuleList(gate(config) for _ in single_tasks)
+        self.single_towers = nn.ModuleList(tower(config) for _ in single_tasks)
         self.correction = LossCorrection(config, domains) if config.loss_correction != "none" else None
         self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
 
@@ -69,9 +74,9 @@ class SyNCRec(nn.Module):
             cross_MR = self._cross_outputs(batch.cross, inputs_NR)
             if isinstance(batch, Query):
                 return cross_MR.index_select(0, batch.newest_B).to(rows.dtype)
-            single_MR = self._single_outputs(batch.single, inputs_NR)
+            single_MR = self._single_outputs(batch.single, inputs_NR) if self.both_tasks else None
         with torch.autocast(rows.device.type, enabled=False):
-            cross_MR, single_MR = cross_MR.to(rows.dtype), single_MR.to(rows.dtype)
+            cross_MR, single_MR = cross_MR.to(rows.dtype), single_MR.to(rows.dtype) if self.both_tasks else None
             return self._losses(batch, inputs_NR, negatives_R, cross_MR, single_MR, reduction or Reduction())
 
     def _cross_outputs(self, view, inputs_NR):
@@ -101,10 +106,12 @@ class SyNCRec(nn.Module):
         return (live_KMR, stopped_KMR) if live is self.cross_experts else (stopped_KMR, live_KMR)
 
     def _losses(self, batch, inputs_NR, negatives_R, cross_MR, single_MR, reduction):
-        """Eq. 18 from the outputs of both views."""
-        single_L = self._prediction_losses(batch, batch.single, inputs_NR, negatives_R, single_MR)
-        cross_L = self._prediction_losses(batch, batch.cross, inputs_NR, negatives_R, cross_MR)
-        single_sums, cross_sums = _sums(batch.single, single_L), _sums(batch.cross, cross_L)
+        """Eq. 18 from the outputs of both views. single_MR: None without a single-domain task; its sums are then 0."""
+        cross_sums = _sums(batch.cross, self._prediction_losses(batch, batch.cross, inputs_NR, negatives_R, cross_MR))
+        single_sums = torch.zeros_like(cross_sums)
+        if self.both_tasks:
+            single_L = self._prediction_losses(batch, batch.single, inputs_NR, negatives_R, single_MR)
+            single_sums = _sums(batch.single, single_L)
         # In flight while SC-MIM is computed: what φ and the means need of the other ranks.
         wait = reduction.start_sum(torch.cat([*single_sums, *cross_sums]).detach().double())
         information_D = self._mutual_information(batch, single_MR, cross_MR, reduction)
@@ -124,13 +131,14 @@ class SyNCRec(nn.Module):
 
         means = single_D / single_count_D.clamp(min=1), cross_D / cross_count_D.clamp(min=1)
         nan = float("nan")
+        known = 1.0 if self.both_tasks else nan  # what the cross-domain task alone has not
         return loss, LossReport(
             single_D=means[0].masked_fill(single_count_D == 0, nan),
             cross_D=means[1].masked_fill(cross_count_D == 0, nan),
-            loss_single=single_D.sum() / single_count_D.sum().clamp(min=1),
+            loss_single=known * single_D.sum() / single_count_D.sum().clamp(min=1),
             loss_cross=(lambda_D.detach() * cross_D).sum() / cross_count_D.sum().clamp(min=1),
             phi_D=phi_D.masked_fill(~present_D, nan),
-            lambda_D=lambda_D.detach(),
+            lambda_D=known * lambda_D.detach(),
             single_targets_D=single_count_D,
             cross_targets_D=cross_count_D,
             mutual_information=information.detach(),
@@ -162,7 +170,7 @@ class SyNCRec(nn.Module):
     def _mutual_information(self, batch, single_MR, cross_MR, reduction):
         """This rank's share of the domains' bounds (eq. 16), each a mean over the users of the global batch, (D,)."""
         if self.mutual_information is None:
-            return single_MR.new_zeros(self.domains)
+            return cross_MR.new_zeros(self.domains)
         users = len(batch.weight_B)
         single_BDR, single_count_BD = pool(single_MR, batch.single, users, self.domains)
         cross_BDR, cross_count_BD = pool(cross_MR, batch.cross, users, self.domains)
@@ -181,6 +189,8 @@ class SyNCRec(nn.Module):
 
 def mix(weights_MK, experts):
     """f of eq. 2 and 4: Σ_k g_k f_k. weights_MK: (M, K); experts: the stacks' outputs, (K_1, M, r), (K_2, M, r), …"""
+    if weights_MK.shape[1] == 1:  # its weight is 1
+        return experts[0][0]
     weights = weights_MK.split([len(output) for output in experts], dim=1)
     # Not a product of matrices: for each token it is one row, and the call takes longer than the arithmetic.
     return sum((w.T.unsqueeze(2).to(y.dtype) * y).sum(0) for w, y in zip(weights, experts, strict=True))

@@ -217,6 +217,8 @@ class _Network:
 
     def _gate(self, name, inputs_BTR, real_BT):
         """Equation 3, (B, T, K)."""
+        if self.config.experts == 1:
+            return inputs_BTR.new_ones(*inputs_BTR.shape[:2], 1)
         weight = self.parameters[name + "weight"]
         if self.config.gate == "token":
             return torch.softmax(inputs_BTR @ weight[0].T, dim=-1)
@@ -269,6 +271,9 @@ class _Network:
         return torch.cat(outputs, dim=-1) @ out
 
     def _tower(self, name, x_BTR):
+        if self.config.tower == "off":
+            return x_BTR
+
         def linear(layer, value):
             return value @ self.parameters[name + layer + ".weight"].T + self.parameters[name + layer + ".bias"]
 

@@ -33,6 +33,7 @@ READINGS = {
     "no_stop_gradient": {"stop_gradient": "off"},
     "no_stop_gradient_sequence_gate": {"stop_gradient": "off", "gate": "sequence"},
     "no_correction": {"loss_correction": "none"},
+    "no_tower": {"tower": "off"},
     "sharp_correction": {"correction_temperature": 0.3},
     "fixed_scales": {"learn_scales": False},
     "no_information": {"mutual_information": "off"},
@@ -374,6 +375,7 @@ RANK_READINGS = {
     "others": {"mutual_information_denominator": "others", "mutual_information_similarity": "cosine"},
     "no_stop_gradient": {"stop_gradient": "off"},
     "no_correction_no_information": {"loss_correction": "none", "mutual_information": "off"},
+    "cross_task_alone": {**SASREC, "tasks": "cross", "tower": "off"},
 }
 
 

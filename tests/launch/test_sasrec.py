@@ -1,0 +1,31 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.made import draw_histories, write_dataset
+from tests.trainer.runs import rank_of_one
+from trainer.config import load_config
+from trainer.log import read_records
+from trainer.loop import train
+
+PRESET = Path(__file__).parents[2] / "launch" / "configs" / "sasrec.yaml"
+SMALL = ["model.dim=8", "model.ffn_dim=8", "global_batch_size=8", "epochs=2", "log.every=2", "stream.workers=0"]
+
+
+def test_the_sasrec_preset_trains_logs_and_is_evaluated_without_what_two_tasks_give(tmp_path):
+    data = write_dataset(tmp_path / "data", draw_histories(40)).folder
+    run = tmp_path / "run"
+    with rank_of_one() as ranks:
+        test = train(load_config([PRESET], [f"data={data}", f"run={run}", *SMALL]), ranks)
+    records = read_records(run / "metrics.jsonl")
+    assert [record["kind"] for record in records if record["kind"] != "train"] == ["validation", "validation", "test"]
+    assert records[-1]["mean"] == json.loads(json.dumps(test["mean"])) and test["mean"]["NDCG@10"] > 0
+    for record in records:
+        if record["kind"] == "train":
+            assert record["loss"] == pytest.approx(record["loss_cross"], rel=1e-5) and record["loss_single"] is None
+            assert any(record["cross_by_domain"].values())
+            assert not any(value is not None for name in ("lambda", "phi") for value in record[name].values())
+            assert record["alpha"] is None and record["mutual_information"] == 0
+    page = (run / "report.html").read_text()
+    assert "negative transfer:" not in page and "Smallest λ" not in page
