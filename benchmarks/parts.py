@@ -110,15 +110,17 @@ def measure(settings, precision):
         trainer.table = Between(trainer.table, "table", seconds, ranks.device)
         trainer.engine = Between(trainer.engine, "engine", seconds, ranks.device)
         whole, _ = timed_calls(trainer.train_step, batches, ranks.device)
+        pairs = zip(seconds.pop("table.exchange"), seconds.pop("table.look_up"), strict=True)
+        seconds["table look-up"] = [sum(pair) for pair in pairs]
         lines = [line(name, values[-settings.repeats :]) for name, values in seconds.items() if len(values) == count]
         steps = dict(zip([of["part"] for of in lines], lines, strict=True))
         of_products = functools.partial(limits.seconds_of, products)
         least_forward = of_products(forward["experts"] + forward["tasks"])
         named = {
-            "table": ("table look-up", "rows", 2 * len(batch.ids) * row / rates["gather"]),
+            "table look-up": ("table look-up", "rows", 2 * len(batch.distinct) * row / rates["gather"]),
             "engine": ("model forward", "products", least_forward),
             "engine.backward": ("model backward", "products", products["seconds_per_step"] - least_forward),
-            "table.update": ("table update", "rows", update_bytes(batch.ids, row) / rates["gather"]),
+            "table.update": ("table update", "rows", update_bytes(batch.distinct, row) / rates["gather"]),
             "engine.step": ("dense optimizer step", "memory", 7 * 4 * trainer.weights / rates["add"]),
         }
         lines = [limited(steps[name], *of) for name, of in named.items()]
@@ -147,9 +149,9 @@ def started(config, settings, ranks):
     return trainer, drawn, [domain.items for domain in dataset.domains]
 
 
-def update_bytes(ids, row):
-    """A gradient read for each look-up, each distinct row read and written."""
-    return (len(ids) + 2 * len(ids.unique())) * row
+def update_bytes(distinct, row):
+    """Of each row a gradient read, the row read and written."""
+    return 3 * len(distinct) * row
 
 
 def model_parts(config, settings, batch, everything, forward, of_products, rates, device):
@@ -157,7 +159,7 @@ def model_parts(config, settings, batch, everything, forward, of_products, rates
     torch.manual_seed(0)
     model = SyNCRec(config, settings.domains).to(device).train()
     batch = move(batch, device)
-    rows = torch.randn(len(batch.ids), config.dim, device=device).mul_(0.05).requires_grad_()
+    rows = torch.randn(len(batch.place), config.dim, device=device).mul_(0.05).requires_grad_()
     experts, tasks, losses = noted(model, lambda: model(batch, rows))
     read = 4 * sum(values.numel() for call in losses for values in call.leaves)
     parts = [
@@ -286,7 +288,7 @@ def measure_collectives(settings):
 def _measure_collectives(settings, ranks):
     config, world, device = settings.model, ranks.world_size, ranks.device
     trainer, drawn, domain_items = started(config, settings, ranks)
-    every = [build_batch(*arrays, domain_items, config.max_length).ids.to(device) for arrays in drawn]
+    every = [build_batch(*arrays, domain_items, config.max_length).distinct.to(device) for arrays in drawn]
     ids, row, others = every[-1], 4 * config.dim, (world - 1) / world
     wire = limits.collectives(ranks, settings.window, settings.wire_bytes)
     rates = limits.memory(device, row, settings.memory_bytes, window=settings.window)

@@ -60,8 +60,8 @@ class PaddedSASRec(nn.Module):
             for ours, theirs in (("1", "linear1"), ("2", "linear2")):
                 found |= {f"{own}w{ours}": (f"{other}{theirs}.weight", True), f"{own}b{ours}": (f"{other}{theirs}.bias", False)}
             for ours, theirs in (("attention_norm", "norm1"), ("ffn_norm", "norm2")):
-                found |= {f"{own}{ours}.scale": (f"{other}{theirs}.weight", False)}
-                found |= {f"{own}{ours}.shift": (f"{other}{theirs}.bias", False)}
+                found |= {f"{own}{ours}_scale": (f"{other}{theirs}.weight", False)}
+                found |= {f"{own}{ours}_shift": (f"{other}{theirs}.bias", False)}
         if self.config.norm == "pre":
             found |= {"cross_experts.last_norm.scale": ("last.weight", False)}
             found |= {"cross_experts.last_norm.shift": ("last.bias", False)}
