@@ -292,7 +292,9 @@ def _measure_collectives(settings, ranks):
     ids, row, others = every[-1], 4 * config.dim, (world - 1) / world
     wire = limits.collectives(ranks, settings.window, settings.wire_bytes)
     rates = limits.memory(device, row, settings.memory_bytes, window=settings.window)
-    even = len(ids) // world * world
+    fewest = torch.tensor(len(ids), device=device)  # ranks have more or less alike
+    dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    even = int(fewest) // world * world
     rows, numbers = torch.ones(even, config.dim, device=device), torch.ones(even, dtype=torch.int64, device=device)
     back, got = torch.empty_like(rows), torch.empty_like(numbers)
     gradients = torch.zeros(trainer.weights, device=device)
