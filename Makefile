@@ -17,7 +17,7 @@ test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow
 
 # Every benchmark in its short form, over the records of full ones, and the tables of benchmarks/README.md anew.
-BENCHMARKS := train_step checkpoint prepare stream balance
+BENCHMARKS := train_step checkpoint prepare stream balance scaling
 bench: .venv/.ready
 	set -e; for name in $(BENCHMARKS); do \
 		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done

@@ -91,7 +91,10 @@ def steps(groups, settings):
             for name, group, gbit in cases if turn % 2 == 0 else cases[::-1]:
                 groups.limit(gbit)
                 together = [group, groups.twin] if name == TWIN else [group]
-                timed[name, users].append(quietest(together, users, settings))
+                found = quietest(together, users, settings)
+                timed[name, users].append(found)
+                median, others = statistics.median(found["seconds"]), found["others"]
+                print(f"round {turn + 1}, {name}, {users} users a rank: {median:.3f} s, others {others:.2f} cores", flush=True)
     return [
         {
             "case": name,
