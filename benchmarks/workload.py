@@ -1,7 +1,7 @@
 """What is measured on: batches of a training step, drawn from counters, whose dataset needs no file, and a small prepared one.
 
-In those batches domains share items and interactions evenly, and items are drawn uniformly: popular items would stay in the
-caches, so this is the hard case for a large table.
+In those batches domains share items and interactions evenly, and items are drawn uniformly unless told otherwise: popular items
+would stay in the caches, so this is the hard case for a large table.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from trainer.data.dataset import Dataset, Domain, Shard
 from trainer.data.negatives import shared_negatives, target_negatives
 from trainer.data.plan import Plan
 from trainer.data.prepare import PrepareConfig, prepare
-from trainer.data.random import permutation, random_below, random_bits
+from trainer.data.random import permutation, random_below, random_bits, random_unit
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.step import Trainer
 
@@ -21,28 +21,34 @@ _SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
 _NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel")
 
 
-def dataset_of(items, domains, users, steps):
-    """A `Dataset` of so many items, with users for so many steps of `users`; its files do not exist."""
+def dataset_of(items, domains, users, steps, streams=1):
+    """A `Dataset` of so many items, with users for so many steps of `users`; its files do not exist.
+
+    streams: as many ranks as there are at most.
+    """
     ends = np.arange(domains + 1) * items // domains
     percentiles = {"p5": 0, "p50": 0, "p95": 0, "max": 0}
     ranges = zip(_NAMES, ends[:-1].tolist(), np.diff(ends).tolist(), strict=False)
     owned = tuple(Domain(name, start, room, room, 0, 0, percentiles, "") for name, start, room in ranges)
-    shard = Shard(name="", users=users * steps, first_user=0, interactions=0, bytes=0, sha256="")
-    return Dataset(Path(), _SEED, users * steps, 0, 0, 0, 1024, 1, owned, (shard,), ())
+    of_each = users * steps // streams
+    shards = [Shard(name="", users=of_each, first_user=i * of_each, interactions=0, bytes=0, sha256="") for i in range(streams)]
+    return Dataset(Path(), _SEED, of_each * streams, 0, 0, 0, 1024, streams, owned, tuple(shards), ())
 
 
-def draw(dataset, step, users, shortest, longest, negatives):
+def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
     """What `syncrec.batch.build_batch` takes first: items_N, lengths_B, domain_N, weight_B, negatives.
 
     Lengths stand evenly between `shortest` and `longest`, so that every step has as many interactions. negatives: a
-    `trainer.data.negatives.NegativesConfig`.
+    `trainer.data.negatives.NegativesConfig`. exponent: the n-th item of a domain is drawn as often as n ** −exponent says
+    (Zipf's law); 0: all alike. Negatives are drawn uniformly, as the trainer draws them.
     """
     lengths_B = np.linspace(shortest, longest, users).round().astype(np.int64)
     lengths_B = lengths_B[permutation(users, _SEED, _LENGTHS, step)]
     total = int(lengths_B.sum())
     domain_N = random_below(random_bits(_SEED, _DOMAINS, step, np.arange(total)), len(dataset.domains))
     items_D = np.array([domain.items for domain in dataset.domains])
-    items_N = dataset.starts[domain_N] + random_below(random_bits(_SEED, _ITEMS, step, np.arange(total)), items_D[domain_N])
+    bits_N = random_bits(_SEED, _ITEMS, step, np.arange(total))
+    items_N = dataset.starts[domain_N] + _popular(bits_N, items_D[domain_N], exponent)
     if negatives.shared:
         drawn = shared_negatives(_SEED, 0, step, dataset.starts, items_D, negatives.shared)
     else:
@@ -56,6 +62,18 @@ def trainer_of(model, users, dataset, ranks, **given):
     """A `Trainer` of `users` users a rank; given: more of a RunConfig."""
     config = RunConfig(global_batch_size=users * ranks.world_size, model=model, **given)
     return Trainer(config, ranks, dataset, Plan(dataset, config.global_batch_size, ranks.world_size, config.seed))
+
+
+def _popular(bits, items_N, exponent):
+    """Items (from 0) of domains of so many, int64: the most popular first."""
+    if not exponent:
+        return random_below(bits, items_N)
+    item_N = np.empty(len(bits), np.int64)
+    for items in np.unique(items_N):
+        here = items_N == items
+        upto = np.cumsum(np.arange(1, items + 1) ** -exponent)
+        item_N[here] = np.searchsorted(upto / upto[-1], random_unit(bits[here]), side="right")
+    return np.minimum(item_N, items_N - 1)  # where rounding leaves the last share below 1
 
 
 def some_data(settings):

@@ -121,8 +121,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # gloo has no reduce_scatter for all versions that are supported: sum everything, keep one's own.
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd's own must stay as it is
-        dist.all_reduce(gradient)
-        own = len(gradient) // dist.get_world_size()
-        return gradient[dist.get_rank() * own :][:own]
+        gradient_WB = gradient.contiguous().unflatten(0, (dist.get_world_size(), -1))
+        if gradient.is_cuda:
+            own_B = torch.empty_like(gradient_WB[0])
+            dist.reduce_scatter_tensor(own_B, gradient_WB)
+            return own_B
+        # gloo's reduce_scatter is an all-reduce, which sends twice as much.
+        received_WB = torch.empty_like(gradient_WB)
+        dist.all_to_all_single(received_WB, gradient_WB)
+        return received_WB.sum(0)

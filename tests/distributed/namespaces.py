@@ -1,53 +1,10 @@
-"""Two hosts on one machine: network namespaces joined by a cable."""
+"""`deepspeed` on two hosts that are network namespaces of one machine."""
 
-import contextlib
 import os
-import shutil
 import subprocess
-import uuid
 
+from benchmarks.namespaces import ADDRESSES
 from tests.distributed.conftest import BIN, ROOT, deepspeed
-
-ADDRESSES = ("10.203.0.1", "10.203.0.2")
-
-
-def ip(*words, check=True):
-    """Runs `ip`."""
-    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
-
-
-def why_not():
-    """Why this machine cannot have them, or None."""
-    if shutil.which("ip") is None:
-        return "needs `ip` (iproute2)"
-    if os.geteuid() != 0:
-        return "needs root, to make network namespaces"
-    name = f"probe-{uuid.uuid4().hex[:6]}"
-    if ip("netns", "add", name, check=False).returncode:
-        return "this machine does not let us make network namespaces"
-    ip("netns", "delete", name)
-    return None
-
-
-@contextlib.contextmanager
-def two_hosts():
-    """[(namespace, interface, address)] of each host."""
-    tag = uuid.uuid4().hex[:6]
-    names = [f"host{i}-{tag}" for i in (0, 1)]
-    cables = [f"veth{i}{tag}" for i in (0, 1)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
-        for name, cable, address in zip(names, cables, ADDRESSES, strict=True):
-            ip("link", "set", cable, "netns", name)
-            ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
-            ip("-n", name, "link", "set", cable, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield list(zip(names, cables, ADDRESSES, strict=True))
-    finally:
-        for name in names:
-            ip("netns", "delete", name, check=False)
 
 
 def start(hosts, folder, script, *arguments, port):

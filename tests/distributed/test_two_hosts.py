@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.namespaces import ip, two_hosts, why_not
 from tests.distributed.conftest import deepspeed, run
 from tests.distributed.left import assert_same, losses
-from tests.distributed.namespaces import finish, ip, start, two_hosts, why_not
+from tests.distributed.namespaces import finish, start
 from tests.distributed.stages import SETTINGS
 from trainer.checkpoint import checkpoints
 

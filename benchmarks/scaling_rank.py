@@ -1,0 +1,143 @@
+"""One rank of `scaling.py`: a process on the core that it was given, which trains, when told so, on batches drawn before.
+
+It reads commands, one JSON object a line, and answers each with one. Ranks of a group are told the same at the same time.
+
+    {"do": "steps", "users": 32, "steps": 3}               seconds of each step, after one that does not count
+    {"do": "calls", "users": 32, "exponent": 0.7, …}       every collective of a step (`traffic.Call`)
+    {"do": "volume", "users": 32, "exponent": 0.7}         the rows that a step looks up
+    {"do": "model"}                                        the dense model's size
+    {"do": "link"}                                         what collectives reach that do nothing else
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import limits, suite, traffic
+from benchmarks.scaling import Settings
+from benchmarks.workload import dataset_of, draw
+from syncrec.batch import build_batch
+from trainer import distributed
+from trainer.config import RunConfig
+from trainer.control import agree
+from trainer.data.plan import Plan
+from trainer.process import run_script
+from trainer.step import Trainer
+
+_STEPS = 10_000  # more than any run takes
+_BATCHES = 4  # different ones of each kind, taken in turn
+_LINK_WINDOW = 0.1
+
+
+class Rank:
+    """A trainer and its batches."""
+
+    def __init__(self, settings, ranks):
+        self.settings, self.ranks = settings, ranks
+        users = max(settings.users)
+        self.dataset = dataset_of(settings.items, settings.domains, users * ranks.world_size, _STEPS, ranks.world_size)
+        config = RunConfig(
+            global_batch_size=users * ranks.world_size,
+            model=settings.model,
+            negatives=settings.negatives,
+            optimizer=settings.optimizer,
+            deepspeed=settings.deepspeed,
+        )
+        plan = Plan(self.dataset, config.global_batch_size, ranks.world_size, config.seed)
+        self.trainer = Trainer(config, ranks, self.dataset, plan)
+        self._drawn, self._taken = {}, 0
+
+    def batches(self, users, exponent=0.0):
+        """The batches of so many users, the same length in all on every rank."""
+        if (users, exponent) not in self._drawn:
+            self._drawn[users, exponent] = [self._batch(step, users, exponent) for step in range(_BATCHES)]
+        return self._drawn[users, exponent]
+
+    def _batch(self, step, users, exponent):
+        place = step * self.ranks.world_size + self.ranks.rank
+        longest, negatives = self.settings.model.max_length, self.settings.negatives
+        arrays = draw(self.dataset, place, users, self.settings.shortest, longest, negatives, exponent)
+        return build_batch(*arrays, [domain.items for domain in self.dataset.domains], longest)
+
+    def step(self, users, exponent=0.0):
+        """What the training loop does in a step: the ranks agree to go on, and train."""
+        self._taken += 1
+        batch = self.batches(users, exponent)[self._taken % _BATCHES]
+        agree()
+        loss, _ = self.trainer.train_step(batch)
+        if not loss.isfinite():
+            raise ArithmeticError(f"the loss is {loss}")
+        return batch
+
+    def steps(self, users, steps):
+        """Seconds of each step; the processor's, of all of them and the one before; and the tokens of one."""
+        seconds, processor = [], time.process_time()
+        for _ in range(1 + steps):
+            begin = time.perf_counter()
+            batch = self.step(users)
+            seconds.append(time.perf_counter() - begin)
+        return {"seconds": seconds[1:], "processor_seconds": time.process_time() - processor, "tokens": batch.interactions}
+
+    def calls(self, users, exponent=0.0, interface=None, meet=False):
+        """The collectives of a step on each of the batches, in their order, as `traffic.Call`s, and each step's seconds.
+
+        interface: where bytes on the wire are counted. meet: the seconds of each call without the wait for the others.
+        """
+        self.step(users, exponent)
+        found, seconds = [], []
+        for _ in range(_BATCHES):
+            dist.barrier()
+            with traffic.Traffic(interface, meet) as noted:
+                begin = time.perf_counter()
+                self.step(users, exponent)
+                seconds.append(time.perf_counter() - begin)
+            found.append([asdict(call) for call in noted.calls])
+        return {"calls": found, "seconds": seconds}
+
+    def volume(self, users, exponent=0.0):
+        """Rows that this rank looks up in a step, the mean over the batches; all, and distinct ones: in all, and at others."""
+        world, scatter, rank = self.ranks.world_size, self.trainer.table.scatter, self.ranks.rank
+        found = {"looked_up": [], "foreign": [], "distinct": [], "distinct_foreign": []}
+        for batch in self.batches(users, exponent):
+            ids = batch.distinct.long()
+            for name, rows in (("", ids), ("distinct", torch.unique(ids))):
+                found[name or "looked_up"].append(len(rows))
+                found[f"{name}_foreign".strip("_")].append(traffic.foreign(rows, rank, world, scatter))
+        return {name: statistics.mean(counts) for name, counts in found.items()}
+
+    def model(self):
+        """Trained weights of the dense model, and the ZeRO stage in force."""
+        weights = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
+        return {"weights": weights, "zero_stage": self.trainer.engine.zero_optimization_stage()}
+
+    def link(self):
+        """`limits.collectives` of this group."""
+        return limits.collectives(self.ranks, _LINK_WINDOW)
+
+
+def main():
+    """Joins the group, says that it is there, and serves commands until there are none."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    settings, _ = suite.settings("scaling", Settings, sys.argv[1:])
+    torch.set_num_threads(1)
+
+    def answer(value):
+        print(json.dumps(value), file=answers, flush=True)
+
+    with traffic.watch(), distributed.joined(timeout_minutes=5) as ranks:
+        rank = Rank(settings, ranks)
+        answer({"there": ranks.rank})
+        for line in sys.stdin:
+            command = json.loads(line)
+            answer(getattr(rank, command.pop("do"))(**command))
+
+
+if __name__ == "__main__":
+    run_script(main)
