@@ -69,7 +69,7 @@ class Settings:
     windows: int
     our_steps: int
     our_window: int
-    seeds: list[int]
+    seeds: dict[str, list[int]]
     epochs: int
     quality_batch: int
     minutes: float
@@ -87,7 +87,6 @@ class Settings:
             "window",
             "windows",
             "our_window",
-            "epochs",
             "quality_batch",
             "patience",
         )
@@ -172,7 +171,8 @@ class Work:
 
     def train(self, name, system, *arguments):
         """The records of a run of ours, by `launch/train.py`; its folder is `name`."""
-        arguments = [f"--config=launch/configs/{PRESETS[system]}.yaml", *getattr(self.settings, system.lower()), *arguments]
+        preset = f"launch/configs/{PRESETS[system]}.yaml"
+        arguments = [f"--config={preset}", *getattr(self.settings, system.lower()), *arguments]
         arguments += ["checkpoint.every_epochs=0", "checkpoint.every_minutes=0", "log.tensorboard=false"]
 
         def run():
@@ -181,7 +181,7 @@ class Work:
             output([sys.executable, "launch/train.py", *arguments, *where], self.folder / f"{name}.log")
             return read_records(self.folder / name / METRICS_FILE)
 
-        return self.once(name, arguments, run)
+        return self.once(name, [*arguments, (ROOT / preset).read_text()], run)
 
 
 def output(command, log, folder=ROOT):
@@ -278,7 +278,7 @@ def options(settings, loss, batch):
 def qualities(work):
     """Entries of the record's `quality`."""
     for system in PRESETS:
-        for seed in work.settings.seeds:
+        for seed in work.settings.seeds.get(system, []):
             yield our_quality(work, system, seed)
     task = {"kind": "quality_by_user", "minutes": work.settings.minutes, "patience": work.settings.patience}
     for loss in work.settings.losses:
@@ -293,12 +293,13 @@ def qualities(work):
 def our_quality(work, system, seed):
     """One run to the end, and its best model on the given candidates."""
     name = f"quality-{system}-{seed}"
-    records = work.train(name, system, f"seed={seed}", f"epochs={work.settings.epochs}")
+    epochs = [f"epochs={work.settings.epochs}"] if work.settings.epochs else []
+    records = work.train(name, system, f"seed={seed}", *epochs)
     validations = [record for record in records if record["kind"] == "validation"]
     command = ["launch/evaluate.py", "--json", "--run", work.folder / name, "--data", work.dataset.folder]
     command += ["--candidates", work.given / "candidates-test.parquet"]
     log = work.folder / f"{name}-test.log"
-    test = work.once(f"{name}-test", [system, seed], lambda: json.loads(output([sys.executable, *command], log)))
+    test = work.once(f"{name}-test", validations, lambda: json.loads(output([sys.executable, *command], log)))
     return {
         "system": system,
         "training": "its own",
