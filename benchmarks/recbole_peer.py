@@ -87,7 +87,6 @@ class Settings:
             "window",
             "windows",
             "our_window",
-            "epochs",
             "quality_batch",
             "patience",
         )
