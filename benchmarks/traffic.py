@@ -47,7 +47,7 @@ _POSITIONS = {
 _PARTS = {
     "start_sum": "φ, λ and means",
     "gather": "SC-MIM",
-    "_checked": "clip and check",
+    "check": "clip and check",
     "agree": "agreement",
 }
 
@@ -173,7 +173,7 @@ def _part(kind, tensor):
         if f"{os.sep}deepspeed{os.sep}" in file:
             if kind in ("all_gather", "all_gather_into_tensor"):
                 return "dense weights"
-            return "dense gradients" if tensor.numel() > 64 else "gradient norm"
+            return "dense gradients"
         if f"{os.sep}trainer{os.sep}" in file:
             if name == "backward":
                 return "SC-MIM gradients"
@@ -202,11 +202,11 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign):
         "SC-MIM": (world - 1) * (gathered + users * domains),  # the vectors, and which of them there are
         "SC-MIM gradients": (world - 1) * gathered,
         "dense gradients": 2 * others * 4 * weights,
-        "clip and check": 2 * others * 2 * 8,
+        "clip and check": 2 * others * 3 * 8,
         "agreement": 2 * others * 4 * 4,
     }
     if zero_stage in (1, 2):
-        found |= {"dense weights": others * 4 * weights, "gradient norm": 2 * others * 4}
+        found["dense weights"] = others * 4 * weights
     return found
 
 

@@ -53,11 +53,11 @@ def test_all_parts_are_measured_and_written(monkeypatch, tmp_path, capsys):
     whole = lines["model forward"]["limit_seconds"] + lines["model backward"]["limit_seconds"]
     assert whole == pytest.approx(products["seconds_per_step"])
     assert lines["experts forward"]["limit_seconds"] < lines["experts forward and backward"]["limit_seconds"] < whole
-    # 4 users of 16 interactions, each with one negative: rows of 16 floats, read and written.
-    assert lines["table look-up"]["limit_seconds"] == pytest.approx(2 * 128 * 64 / memory["gather"])
+    # 4 users of 16 interactions, each with one negative: at most so many rows of 16 floats, read and written.
+    assert 0.8 < lines["table look-up"]["limit_seconds"] / (2 * 128 * 64 / memory["gather"]) <= 1
     assert all(of["ranks"] == 2 for of in results[-len(OF_RANKS) :])
     wire = record["limits"]["2 ranks"]["wire"]
-    assert lines["all-to-all of rows"]["limit_seconds"] == pytest.approx(128 * 64 / 2 / wire["all_to_all"])
+    assert 0.8 < lines["all-to-all of rows"]["limit_seconds"] / (128 * 64 / 2 / wire["all_to_all"]) <= 1
     shown = capsys.readouterr().out
     assert all(f"| {name} " in shown for name in [*OF_A_STEP, *OF_THE_MODEL])
     assert all(f"| 2 ranks: {name} " in shown for name in OF_RANKS)
