@@ -165,8 +165,9 @@ def quality_by_user(log, task):
 
     RecBole makes a sample of every prefix and pads it on the right, under a causal mask and with positions from the oldest:
     the output for a prefix is what a pass over the whole history gives at that place. So this computes the same losses over a
-    ninth of the tokens (Amazon reviews, T = 64), which is what makes training to the end affordable; the batches are other ones, and prefixes of a
-    user share their dropout. task: options, output, minutes, patience (epochs without a better validation NDCG@10).
+    ninth of the tokens (Amazon reviews, T = 64), which is what makes training to the end affordable; the batches are others,
+    and prefixes of a user share their dropout. task: options, output, minutes, patience (epochs without a better validation
+    NDCG@10).
     """
     peer = Peer(log, task["options"], EveryPlace)
     epochs = Epochs(log, peer, task)
