@@ -355,8 +355,9 @@ def _bytes(record):
     sums = [
         {
             "popularity's exponent": f"{counted['exponent']:g}",
-            "rows looked up": f"{counted['looked_up']:,.0f}",
-            "distinct": f"{counted['distinct']:,.0f}",
+            "rows used": f"{counted['used']:,.0f}",
+            "asked for": f"{counted['asked']:,.0f}",
+            "at others": f"{counted['foreign']:,.0f}",
             "distinct, at others": f"{counted['distinct_foreign']:,.0f}",
             "least, MB": f"{counted['least'] / 1e6:.3f}",
             "by formula": f"{counted['expected'] / 1e6:.3f}",

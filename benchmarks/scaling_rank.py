@@ -101,14 +101,16 @@ class Rank:
         return {"calls": found, "seconds": seconds}
 
     def volume(self, users, exponent=0.0):
-        """Rows that this rank looks up in a step, the mean over the batches; all, and distinct ones: in all, and at others."""
+        """Rows of this rank's step, the mean over the batches: how often one is used, how many are asked for, and those of them
+        that others hold; of the rows used the distinct ones, and those that others hold."""
         world, scatter, rank = self.ranks.world_size, self.trainer.table.scatter, self.ranks.rank
-        found = {"looked_up": [], "foreign": [], "distinct": [], "distinct_foreign": []}
+        found = {"used": [], "asked": [], "foreign": [], "distinct": [], "distinct_foreign": []}
         for batch in self.batches(users, exponent):
-            ids = batch.distinct.long()
-            for name, rows in (("", ids), ("distinct", torch.unique(ids))):
-                found[name or "looked_up"].append(len(rows))
-                found[f"{name}_foreign".strip("_")].append(traffic.foreign(rows, rank, world, scatter))
+            used, asked = batch.ids.long(), batch.distinct.long()
+            found["used"].append(len(used))
+            for names, rows in ((("asked", "foreign"), asked), (("distinct", "distinct_foreign"), torch.unique(used))):
+                found[names[0]].append(len(rows))
+                found[names[1]].append(traffic.foreign(rows, rank, world, scatter))
         return {name: statistics.mean(counts) for name, counts in found.items()}
 
     def model(self):
