@@ -94,12 +94,12 @@ def pad_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, m
 class PaddedSyNCRec(nn.Module):
     """Model and item matrix in one module, as one optimizer gets them."""
 
-    def __init__(self, config, domains, rows):
-        """rows: of M, without PAD and SOS."""
+    def __init__(self, config, domains, rows, plain=False):
+        """rows: of M, without PAD and SOS. plain: each view reads the item matrix for itself, as a loop over domains does."""
         super().__init__()
         if config.gate != "token" or config.mutual_information_pooling != "mean" or config.stop_gradient != "on":
             raise ValueError("the padded model has the default readings only: gate token, pooling mean, stop_gradient on")
-        self.config, self.domains = config, domains
+        self.config, self.domains, self.plain = config, domains, plain
         self.items = nn.Embedding(rows + _FIRST_ITEM, config.dim, padding_idx=_PAD)
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.experts = nn.ModuleList(PaddedExpert(config) for _ in range(config.experts))
@@ -112,10 +112,14 @@ class PaddedSyNCRec(nn.Module):
 
     def forward(self, batch):
         """The loss of eq. 18 and what it is made of: single-domain and cross-domain mean losses, (D,) each, and λ, (D,)."""
-        x_VBTR = self.items(batch.input_VBT) + self.positions(batch.position_VBT)
+        x_VBTR = self._rows(batch.input_VBT, [1] * (self.domains + 1)) + self.positions(batch.position_VBT)
         x_VBTR = F.dropout(x_VBTR, self.config.dropout, self.training)
         y_VBTR = torch.stack([self._view(view, x_BTR) for view, x_BTR in enumerate(x_VBTR)])
         return self._losses(batch, y_VBTR)
+
+    def _rows(self, ids, views):
+        """Vectors of ids whose first dimension has the views one after the other, so many each."""
+        return torch.cat([self.items(own) for own in ids.split(views)]) if self.plain else self.items(ids)
 
     def _view(self, view, x_BTR):
         """Eq. 4 for view 0, eq. 2 for the others."""
@@ -133,7 +137,8 @@ class PaddedSyNCRec(nn.Module):
         present_VBT = batch.target_VBT > 0
         view_L, user_L, _ = present_VBT.nonzero(as_tuple=True)
         domain_L = batch.target_domain_VBT[present_VBT]
-        loss_L = self._prediction_losses(batch, present_VBT, domain_L, y_VBTR[present_VBT])
+        views = view_L.bincount(minlength=self.domains + 1).tolist()
+        loss_L = self._prediction_losses(batch, present_VBT, views, domain_L, y_VBTR[present_VBT])
         weight_L = batch.weight_B.to(loss_L.dtype)[user_L]
         shared_L = weight_L * batch.comparable_VBT[present_VBT]
 
@@ -157,14 +162,14 @@ class PaddedSyNCRec(nn.Module):
         means = single_D / single_count_D.clamp(min=1), cross_D / cross_count_D.clamp(min=1)
         return loss, (means[0].detach(), means[1].detach(), lambda_D.detach())
 
-    def _prediction_losses(self, batch, present_VBT, domain_L, y_LR):
+    def _prediction_losses(self, batch, present_VBT, views, domain_L, y_LR):
         """Eq. 8 or 9 for each target of both kinds of view, (L,)."""
         target_L = batch.target_VBT[present_VBT]
-        positive_L = (y_LR * self.items(target_L)).sum(1)
+        positive_L = (y_LR * self._rows(target_L, views)).sum(1)
         if batch.negatives is None:
             shared_D = self.items(torch.cat(batch.shared_D)).split([len(rows) for rows in batch.shared_D])
         else:
-            scores_Ln = torch.einsum("lr,lnr->ln", y_LR, self.items(batch.negative_VBTn[present_VBT]))
+            scores_Ln = torch.einsum("lr,lnr->ln", y_LR, self._rows(batch.negative_VBTn[present_VBT], views))
         loss_L = torch.zeros_like(positive_L)
         for d, items in enumerate(batch.domain_items):
             of_d = (domain_L == d).nonzero().squeeze(1)

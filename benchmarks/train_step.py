@@ -10,6 +10,7 @@ inherits another's memory, and each process of ours times the matrix products of
 machine's.
 """
 
+import functools
 import math
 import statistics
 import sys
@@ -32,7 +33,7 @@ from syncrec.config import ModelConfig
 from trainer import distributed
 from trainer.data.negatives import NegativesConfig
 
-OURS, PADDED = "ours", "padded"
+OURS, PADDED, PLAIN = "ours", "padded", "plain"
 # The padded version's tensors as large as the item matrix: itself, its gradient, Adam's two moments, and two more for a
 # while: gradients of several look-ups that wait to be summed, then what Adam's update of a tensor makes on the way.
 _DENSE_COPIES, _PASSING_COPIES = 4, 2
@@ -42,7 +43,7 @@ _DENSE_COPIES, _PASSING_COPIES = 4, 2
 class Settings:
     """settings/train_step.yaml."""
 
-    systems: list[Literal["ours", "padded"]]
+    systems: list[Literal["ours", "padded", "plain"]]
     precision: list[Literal["fp32", "bf16"]]
     items: list[int]
     domains: int
@@ -99,7 +100,7 @@ def plan(settings):
                 case, reason = Case(system, precision, items), None
                 if precision == "bf16" and not machine.has_bf16(suite.device()):
                     reason = "the processor has no bf16 products"
-                elif system == PADDED:
+                elif system != OURS:
                     reason = too_large(items, settings.model.dim, machine.memory_bytes())
                 if reason:
                     not_run.append(vars(case) | {"reason": reason})
@@ -175,10 +176,10 @@ def start_ours(config, settings, ranks, dataset):
     return lambda batch: trainer.train_step(batch)[0]
 
 
-def start_padded(config, settings, ranks, dataset):
-    """One optimizer over everything, as a tutorial has it."""
+def start_padded(config, settings, ranks, dataset, plain=False):
+    """One optimizer over everything, as a tutorial has it. plain: and each view reads the item matrix for itself."""
     torch.manual_seed(0)
-    model = PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings).to(ranks.device).train()
+    model = PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings, plain).to(ranks.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(batch):
@@ -195,6 +196,7 @@ def start_padded(config, settings, ranks, dataset):
 _SYSTEMS = {
     OURS: (build_batch, flops.packed_work, start_ours),
     PADDED: (pad_batch, flops.padded_work, start_padded),
+    PLAIN: (pad_batch, flops.padded_work, functools.partial(start_padded, plain=True)),
 }
 
 
@@ -218,6 +220,7 @@ def table(record):
     for result in record["results"]:
         against = {
             "times padded": speed.get((PADDED, "fp32", result["items"])),
+            "times plain": speed.get((PLAIN, "fp32", result["items"])),
             "times fp32": speed.get((result["system"], "fp32", result["items"])),
             "times fewest items": speed[result["system"], result["precision"], min(of[2] for of in speed)],
         }

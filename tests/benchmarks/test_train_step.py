@@ -31,7 +31,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def models(config, rows, domains, dtype=torch.float64):
+def models(config, rows, domains, dtype=torch.float64, plain=False):
     """The packed model, M, and the padded one with the same weights."""
     torch.manual_seed(3)
     packed = SyNCRec(config, domains).to(dtype)
@@ -40,11 +40,12 @@ def models(config, rows, domains, dtype=torch.float64):
     if packed.correction is not None:
         packed.correction.lambda_D = torch.rand(domains, dtype=dtype)
     table = torch.randn(rows, config.dim, dtype=dtype)
-    padded = PaddedSyNCRec(config, domains, rows).to(dtype)
+    padded = PaddedSyNCRec(config, domains, rows, plain).to(dtype)
     copy_weights(packed, table, padded)
     return packed, table.requires_grad_(), padded
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize(
     ("reading", "shared", "absent"),
     [
@@ -55,7 +56,7 @@ def models(config, rows, domains, dtype=torch.float64):
         ({"loss": "bpr", "loss_correction": "none", "mutual_information": "off"}, 0, None),
     ],
 )
-def test_the_padded_model_has_the_losses_and_gradients_of_ours(reading, shared, absent):
+def test_the_padded_model_has_the_losses_and_gradients_of_ours(reading, shared, absent, plain):
     given = {"dim": 6, "max_length": 5, "experts": 4, "cross_experts": 3, "ffn_dim": 7, "dropout": 0.0, "eta": 0.7}
     config = ModelConfig(**(given | reading))
     drawn = histories.draw(5, DOMAIN_ITEMS, users=9, absent_domain=absent)
@@ -63,7 +64,7 @@ def test_the_padded_model_has_the_losses_and_gradients_of_ours(reading, shared, 
     kept_N, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domain_N, config.max_length)
     negatives = histories.draw_shared(5, DOMAIN_ITEMS, shared) if shared else negatives[kept_N]
     arrays = items_N[kept_N], lengths_B, domain_N, weight_B, negatives, DOMAIN_ITEMS, config.max_length
-    packed, table, padded = models(config, sum(DOMAIN_ITEMS), len(DOMAIN_ITEMS))
+    packed, table, padded = models(config, sum(DOMAIN_ITEMS), len(DOMAIN_ITEMS), plain=plain)
 
     batch = move(build_batch(*arrays), "cpu")
     loss, report = packed(batch, table[batch.ids])
