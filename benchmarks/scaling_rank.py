@@ -32,7 +32,7 @@ from trainer.step import Trainer
 
 _STEPS = 10_000  # more than any run takes
 _BATCHES = 4  # different ones of each kind, taken in turn
-_LINK_WINDOW = 0.1
+_LINK_WINDOW, _LINK_BYTES = 0.05, 2**23  # a step sends about so many
 
 
 class Rank:
@@ -120,7 +120,7 @@ class Rank:
 
     def link(self):
         """`limits.collectives` of this group."""
-        return limits.collectives(self.ranks, _LINK_WINDOW)
+        return limits.collectives(self.ranks, _LINK_WINDOW, _LINK_BYTES)
 
 
 def main():
