@@ -71,6 +71,7 @@ class Settings:
     our_window: int
     seeds: dict[str, list[int]]
     epochs: int
+    quality_losses: list[Literal["CE", "BPR"]]
     quality_batch: int
     minutes: float
     own_minutes: float
@@ -281,7 +282,7 @@ def qualities(work):
         for seed in work.settings.seeds.get(system, []):
             yield our_quality(work, system, seed)
     task = {"kind": "quality_by_user", "minutes": work.settings.minutes, "patience": work.settings.patience}
-    for loss in work.settings.losses:
+    for loss in work.settings.quality_losses:
         yield peer_quality(work, f"RecBole-{loss}", "by users", loss, task)
     if work.settings.own_minutes:
         loss = work.settings.losses[0]
