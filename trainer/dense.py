@@ -64,7 +64,7 @@ def restore_optimizer_state(engine, state):
     for flat in _flat_parameters(engine):  # Adam makes its state in its first step; here it is needed before
         optimizer.state[flat] = {"step": step.clone(), **{name: torch.zeros_like(flat) for name in names}}
         if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"):
-            optimizer.state[flat]["step"] = step.to(flat.device)
+            optimizer.state[flat]["step"] = step.to(flat.device, copy=True)  # each its own: the kernel counts in it
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for parameter_name, parameter in _trained(engine):

@@ -143,27 +143,8 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
 def start_engine(model, config: dict):
     """The engine that computes, reduces and steps. Its module must be called through it, never around it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    limit = config["gradient_clipping"]
-    whole = config["zero_optimization"]["stage"] == 0
-    if whole:
-        config = config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
-    if whole:
-        _clip_before_steps(engine.optimizer, trained, limit)
     return engine
-
-
-def _clip_before_steps(optimizer, parameters, limit):
-    """ZeRO notes the gradient's norm when it clips, and DeepSpeed without ZeRO does not: clips, and leaves the norm where
-    `engine.get_global_grad_norm()` finds it. limit: the largest norm, 0: none."""
-
-    def clip(optimizer, args, kwargs):
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if limit:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        optimizer._global_grad_norm = norm
-
-    optimizer.register_step_pre_hook(clip)
 
 
 def set_learning_rate(engine, learning_rate):
