@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "launch*"]),
-    package_data={"launch": ["configs/*.yaml"], "trainer": ["*.jinja"], "syncrec": ["kernels/*.cpp"]},
+    package_data={"launch": ["configs/*.yaml"], "trainer": ["*.jinja"], "syncrec": ["kernels/*"]},
     install_requires=[
         f"torch>={min(STACK['MATCHING'])}",
         "deepspeed>=0.19",  # ZeRO around the dense model, the launcher

@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 
 _SOURCE = Path(__file__).with_name("kernels") / "block.cpp"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-shared", "-fPIC", "-w")
-_TILE, _TILE_BF16 = 256, 512  # rows that stay in a core's L2 cache; bf16 takes half the room, and its products like more rows
+_TILE = 384  # rows, few enough to stay in a core's L2 cache
 
 
 class Unavailable(Exception):
@@ -54,7 +54,7 @@ def block(x_KMR, starts_S, weights, heads, share, training, tile=None):
     share = share if training else 0.0
     seed = int(torch.randint(2**62, ())) if share else 0
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_KMR, *weights))
-    settings = heads, share, seed, half, keep, tile or (_TILE_BF16 if half else _TILE)
+    settings = heads, share, seed, half, keep, tile or _TILE
     return _Block.apply(x_KMR, starts_S.long(), settings, *weights)
 
 
@@ -93,7 +93,7 @@ def build() -> Path:
     Not by torch.utils.cpp_extension.load: it waits for ever for a build that was killed. Two processes that both find no
     library both build one, and the second replaces the first's by the same.
     """
-    source = _SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted(_SOURCE.parent.iterdir()) if path.suffix in (".cpp", ".h"))
     kind = "\n".join([*_FLAGS, torch.__version__, platform.machine(), _features()]).encode()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncrec"
     library = home / f"block-{hashlib.sha256(source + kind).hexdigest()[:16]}.so"

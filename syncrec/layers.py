@@ -47,7 +47,9 @@ class Gate(nn.Module):
     def forward(self, x_MR, view, tokens):
         """x_MR: inputs of the view's tokens in the slice `tokens`. Returns (M, K)."""
         if not self.literal:
-            return torch.softmax(F.linear(x_MR, self.weight[0]), dim=-1)
+            # In fp32 also under autocast: its product has K columns, and casts of (M, r) would take longer than they save.
+            with torch.autocast(x_MR.device.type, enabled=False):
+                return torch.softmax(F.linear(x_MR, self.weight[0]), dim=-1)
         sequence_M = view.sequence_M[tokens]
         by_position_MKR = self.weight.index_select(0, view.position_M[tokens])
         scores_MK = torch.einsum("mr,mkr->mk", x_MR, by_position_MKR)

@@ -150,20 +150,21 @@ class SyNCRec(nn.Module):
         positive_L = (predicted_LR * inputs_NR.index_select(0, view.target_interaction_L)).sum(1)
         starts = view.target_starts
         lengths = [end - start for start, end in pairwise(starts)]
-        if batch.negatives is None:
-            starts = batch.negative_starts
-            shared = negatives_R.split([end - start for start, end in pairwise(starts)])
-            shared_places = batch.place[batch.interactions :].split([len(rows) for rows in shared])
-            target_places = batch.place.index_select(0, view.target_interaction_L).split(lengths)
-        else:
+        if batch.negatives is not None:
             own_NnR = negatives_R.view(batch.interactions, batch.negatives, -1)
-            own_LnR = own_NnR.index_select(0, view.target_interaction_L).split(lengths)
+            own_LnR = own_NnR.index_select(0, view.target_interaction_L)
+            # Not a product of matrices: for each target it is one row.
+            negative_Ln = (predicted_LR.unsqueeze(1) * own_LnR).sum(2)
+            sized = zip(lengths, batch.domain_items, strict=True)
+            items_L1 = torch.cat([positive_L.new_full((length, 1), items) for length, items in sized])
+            return prediction_loss(self.config.loss, positive_L, negative_Ln, None, items_L1)
+        starts = batch.negative_starts
+        shared = negatives_R.split([end - start for start, end in pairwise(starts)])
+        shared_places = batch.place[batch.interactions :].split([len(rows) for rows in shared])
+        target_places = batch.place.index_select(0, view.target_interaction_L).split(lengths)
         losses = []
         for domain, (y_LR, positive) in enumerate(zip(predicted_LR.split(lengths), positive_L.split(lengths), strict=True)):
-            if batch.negatives is None:
-                scores, allowed = y_LR @ shared[domain].T, shared_places[domain] != target_places[domain].unsqueeze(1)
-            else:
-                scores, allowed = torch.einsum("lr,lnr->ln", y_LR, own_LnR[domain]), None
+            scores, allowed = y_LR @ shared[domain].T, shared_places[domain] != target_places[domain].unsqueeze(1)
             losses.append(prediction_loss(self.config.loss, positive, scores, allowed, batch.domain_items[domain]))
         return torch.cat(losses)
 

@@ -4,7 +4,7 @@
 // cache. Tiles share nothing, so each core runs its own from end to end, and its products are single-threaded.
 // syncrec/experts.py has the same in PyTorch's operations: tests hold the two together in float64.
 //
-// Shapes: K experts, M packed tokens, S sequences, r width, f inner width, d = r / heads, n rows of a tile. Value is the type of
+// Products are products.h's. Shapes: K experts, M packed tokens, S sequences, r width, f inner width, d = r / heads, n rows of a tile. Value is the type of
 // what is stored and multiplied (float, double, bfloat16), Real that of sums, norms and softmax (float, double, float).
 
 #include <ATen/ATen.h>
@@ -18,16 +18,12 @@
 #include <type_traits>
 #include <vector>
 
-extern "C" {  // BLAS as libtorch exports it: a product of a short sequence takes as long as PyTorch's dispatch
-void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
-            const int*, const float*, float*, const int*);
-void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
-            const double*, const int*, const double*, double*, const int*);
-}
+#include "products.h"
 
 namespace {
 
 using at::BFloat16;
+using products::Right, products::add_outer;
 using at::Tensor;
 
 constexpr int64_t kQueries = 32;  // of a sequence at a time: later keys than its last are left out
@@ -99,46 +95,20 @@ inline void normal(float x, float& below, float& density) {  // Abramowitz and S
   density = 0.39894228f * e;
 }
 
-// ---- matrix products, row-major: out = op(a) op(b), (m, k) (k, n)
-
-inline void blas(bool ta, bool tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
-                 float* c, int ldc) {
-  sgemm_(tb ? "T" : "N", ta ? "T" : "N", &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
-}
-inline void blas(bool ta, bool tb, int m, int n, int k, double alpha, const double* a, int lda, const double* b, int ldb,
-                 double beta, double* c, int ldc) {
-  dgemm_(tb ? "T" : "N", ta ? "T" : "N", &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
-}
-
+// The matrices of all experts, (K, k, n) or, transposed, (K, n, k), as right factors.
 template <typename Value>
-Tensor wrapped(const Value* data, int64_t rows, int64_t columns, bool transposed) {
-  auto tensor = at::from_blob(const_cast<Value*>(data), transposed ? at::IntArrayRef{columns, rows} : at::IntArrayRef{rows, columns},
-                              c10::CppTypeToScalarType<Value>::value);
-  return transposed ? tensor.t() : tensor;
-}
-
-template <typename Value>
-void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const Value* a, const Value* b, Value* out) {
-  if constexpr (std::is_same_v<Value, BFloat16>) {
-    auto result = wrapped(out, m, n, false);
-    at::mm_out(result, wrapped(a, m, k, ta), wrapped(b, k, n, tb));
-  } else {
-    blas(ta, tb, m, n, k, Value(1), a, ta ? m : k, b, tb ? k : n, Value(0), out, n);
+struct Rights {
+  Rights(const Value* data, int64_t experts, int64_t k, int64_t n, bool transposed)
+      : room(new uint32_t[experts * products::panels_size<Value>(k, n)]) {
+    for (int64_t expert = 0; expert < experts; expert++)
+      of_expert.emplace_back(data + expert * k * n, transposed ? k : n, k, n, transposed,
+                             room.get() + expert * products::panels_size<Value>(k, n));
   }
-}
+  const Right<Value>& operator[](int64_t expert) const { return of_expert[expert]; }
 
-// sum += op(a) op(b); scratch: (m, n), for a Value that sums are not kept in
-template <typename Value>
-void add_product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const Value* a, const Value* b, RealOf<Value>* sum,
-                 Value* scratch) {
-  if constexpr (std::is_same_v<Value, BFloat16>) {
-    product(ta, tb, m, n, k, a, b, scratch);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < m * n; i++) sum[i] += real(scratch[i]);
-  } else {
-    blas(ta, tb, m, n, k, Value(1), a, ta ? m : k, b, tb ? k : n, Value(1), sum, n);
-  }
-}
+  std::unique_ptr<uint32_t[]> room;
+  std::vector<Right<Value>> of_expert;
+};
 
 // ---- dropout: what each element is multiplied by, from (seed, site, expert, token, column) alone
 
@@ -247,8 +217,8 @@ struct Room {
   std::unique_ptr<Number[]> memory;
 };
 
-template <typename To, typename From>
-To* same_or(From* given, Room<To>& room) {
+template <typename To, typename From, typename Memory>
+To* same_or(From* given, Memory& room) {
   if constexpr (std::is_same_v<To, From>) return given;
   else return room.data();
 }
@@ -266,17 +236,6 @@ const Value* as_value(const Real* given, int64_t size, Room<Value>& room) {
     return room.data();
   }
 }
-template <typename Real, typename Value>
-const Real* as_real(const Value* given, int64_t size, Room<Real>& room) {
-  if constexpr (std::is_same_v<Value, Real>) return given;
-  else {
-    Real* out = room.data();
-#pragma GCC ivdep
-    for (int64_t i = 0; i < size; i++) out[i] = real(given[i]);
-    return out;
-  }
-}
-
 // ---- the pieces of a block, on the rows of one tile
 
 template <typename Value>
@@ -286,10 +245,19 @@ struct Worker {
   const Dropout* dropout;  // null: none
   const int64_t* starts;
   std::vector<Real> factor, row, scores, more_scores;
+  std::vector<Value> shares, more_shares;          // scores as they are multiplied
+  std::vector<uint32_t> keys, keys_across, values;  // panels of a sequence's
+  std::vector<uint32_t> scratch;
 
   Worker(const Sizes& sizes, const Dropout* dropout, const int64_t* starts, int64_t length)
       : sizes(sizes), dropout(dropout), starts(starts), factor(sizes.width + 1, Real(1)), row(sizes.width),
-        scores(kQueries * length), more_scores(kQueries * length) {}
+        scores(kQueries * (length + 1)), more_scores(kQueries * (length + 1)), shares(products::kUnit<Value> > 1 ? scores.size() : 0),
+        more_shares(shares.size()) {
+    const int64_t d = sizes.width / sizes.heads;
+    keys.resize(products::panels_size<Value>(length, d));
+    values.resize(std::max(products::panels_size<Value>(length, d), products::panels_size<Value>(d, length)));
+    keys_across.resize(products::panels_size<Value>(d, length));
+  }
 
   const Real* factors(int64_t site, const Tile& tile, int64_t i) {
     if (dropout != nullptr) dropout->row(site, tile.expert, starts[tile.first] + i, sizes.width, factor.data());
@@ -297,7 +265,7 @@ struct Worker {
   }
 
   // LayerNorm(x + drop(branch + bias)): out, the same as Value, x̂ and 1 / σ. bias: null for none. x may be out.
-  __attribute__((noinline)) void residual_norm(int64_t site, const Tile& tile, int64_t rows, const Real* x, const Value* branch, const Real* bias,
+  __attribute__((noinline)) void residual_norm(int64_t site, const Tile& tile, int64_t rows, const Real* x, const Real* branch, const Real* bias,
                      const Real* scale, const Real* shift, Real* out, Value* out_value, Value* normed, Real* deviation) {
     const int64_t width = sizes.width;
     Real* u = row.data();
@@ -306,10 +274,10 @@ struct Worker {
       Real mean = 0, square = 0;
       if (bias == nullptr) {
 #pragma omp simd reduction(+ : mean)
-        for (int64_t c = 0; c < width; c++) mean += u[c] = x[c] + keep[c] * real(branch[c]);
+        for (int64_t c = 0; c < width; c++) mean += u[c] = x[c] + keep[c] * branch[c];
       } else {
 #pragma omp simd reduction(+ : mean)
-        for (int64_t c = 0; c < width; c++) mean += u[c] = x[c] + keep[c] * (real(branch[c]) + bias[c]);
+        for (int64_t c = 0; c < width; c++) mean += u[c] = x[c] + keep[c] * (branch[c] + bias[c]);
       }
       mean /= width;
 #pragma omp simd reduction(+ : square)
@@ -365,12 +333,12 @@ struct Worker {
       for (int64_t c = 0; c < sizes.width; c++) out[c] = stored<Value>(real(normed[c]) * scale[c] + shift[c]);
   }
 
-  // hidden += bias; out = GELU(hidden).
-  __attribute__((noinline)) void gelu(int64_t rows, Value* hidden, const Real* bias, Value* out) {
-    for (int64_t i = 0; i < rows; i++, hidden += sizes.inner, out += sizes.inner)
+  // hidden = product + bias; out = GELU(hidden). hidden may be product.
+  __attribute__((noinline)) void gelu(int64_t rows, const Real* product, const Real* bias, Value* hidden, Value* out) {
+    for (int64_t i = 0; i < rows; i++, product += sizes.inner, hidden += sizes.inner, out += sizes.inner)
 #pragma GCC ivdep
       for (int64_t c = 0; c < sizes.inner; c++) {
-        const Real x = real(hidden[c]) + bias[c];
+        const Real x = product[c] + bias[c];
         Real below, density;
         normal(x, below, density);
         hidden[c] = stored<Value>(x);
@@ -390,84 +358,96 @@ struct Worker {
     }
   }
 
-  // gradient *= slope; bias_sum: its sum.
-  __attribute__((noinline)) void sloped(int64_t rows, const Real* slope, Value* gradient, Real* bias_sum) {
-    for (int64_t i = 0; i < rows; i++, slope += sizes.inner, gradient += sizes.inner)
+  // out = gradient * slope; bias_sum: its sum. out may be gradient.
+  __attribute__((noinline)) void sloped(int64_t rows, const Real* slope, const Real* gradient, Value* out, Real* bias_sum) {
+    for (int64_t i = 0; i < rows; i++, slope += sizes.inner, gradient += sizes.inner, out += sizes.inner)
 #pragma GCC ivdep
       for (int64_t c = 0; c < sizes.inner; c++) {
-        const Real g = real(gradient[c]) * slope[c];
+        const Real g = gradient[c] * slope[c];
         bias_sum[c] += g;
-        gradient[c] = stored<Value>(g);
+        out[c] = stored<Value>(g);
       }
   }
 
   // softmax(Q Kᵀ / √d) V of each sequence; qkv: (n, 3 r), mixed: (n, r), log_sum (n, heads): log Σ exp of each row.
-  __attribute__((noinline)) void attend(const Tile& tile, const Real* qkv, Real* mixed, Real* log_sum) {
+  __attribute__((noinline)) void attend(const Tile& tile, const Value* qkv, Value* mixed, Real* log_sum) {
     const int64_t r = sizes.width, d = r / sizes.heads, origin = starts[tile.first];
     const Real scale = 1 / std::sqrt(Real(d));
     for (int64_t s = tile.first; s < tile.last; s++)
       for (int64_t head = 0; head < sizes.heads; head++) {
         const int64_t begin = starts[s] - origin, length = starts[s + 1] - starts[s];
-        const Real *q = qkv + begin * 3 * r + head * d, *k = q + r, *v = k + r;
+        const Value *q = qkv + begin * 3 * r + head * d, *k = q + r, *v = k + r;
+        const Right<Value> across(k, 3 * r, d, length, true, keys_across.data()), mixing(v, 3 * r, length, d, false, values.data());
         for (int64_t i = 0; i < length; i += kQueries) {
-          const int64_t rows = std::min(kQueries, length - i), seen = i + rows;
+          const int64_t rows = std::min(kQueries, length - i), seen = i + rows, step = seen + seen % 2;
           Real* p = scores.data();
-          blas(false, true, rows, seen, d, scale, q + i * 3 * r, 3 * r, k, 3 * r, Real(0), p, seen);
+          Value* share = same_or<Value>(p, shares);
+          across.times(rows, q + i * 3 * r, 3 * r, p, step, d, seen);
           for (int64_t row = 0; row < rows; row++) {
-            Real* scored = p + row * seen;
+            Real* scored = p + row * step;
             const int64_t own = i + row + 1;
             Real most = scored[0], sum = 0;
 #pragma omp simd reduction(max : most)
             for (int64_t j = 0; j < own; j++) most = scored[j] > most ? scored[j] : most;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < own; j++) sum += scored[j] = exponential(scored[j] - most);
+            for (int64_t j = 0; j < own; j++) sum += scored[j] = exponential(scale * (scored[j] - most));
             const Real inverse = 1 / sum;
+            Value* to = share + row * step;
 #pragma GCC ivdep
-            for (int64_t j = 0; j < own; j++) scored[j] *= inverse;
-#pragma GCC ivdep
-            for (int64_t j = own; j < seen; j++) scored[j] = 0;
-            if (log_sum != nullptr) log_sum[(begin + i + row) * sizes.heads + head] = most + std::log(sum);
+            for (int64_t j = 0; j < own; j++) to[j] = stored<Value>(scored[j] * inverse);
+            std::fill(to + own, to + step, Value(0));
+            if (log_sum != nullptr) log_sum[(begin + i + row) * sizes.heads + head] = scale * most + std::log(sum);
           }
-          blas(false, false, rows, d, seen, Real(1), p, seen, v, 3 * r, Real(0), mixed + (begin + i) * r + head * d, r);
+          mixing.times(rows, share, step, mixed + (begin + i) * r + head * d, r, seen, d);
         }
       }
   }
 
   // Gradient of Q, K and V (n, 3 r) from that of what they were mixed to, `gradient` (n, r).
-  __attribute__((noinline)) void attend_backward(const Tile& tile, const Real* qkv, const Value* mixed, const Real* log_sum, const Real* gradient,
-                       Real* qkv_gradient) {
+  __attribute__((noinline)) void attend_backward(const Tile& tile, const Value* qkv, const Value* mixed, const Real* log_sum,
+                                                 const Value* gradient, Real* qkv_gradient) {
     const int64_t r = sizes.width, d = r / sizes.heads, origin = starts[tile.first];
     const Real scale = 1 / std::sqrt(Real(d));
     for (int64_t s = tile.first; s < tile.last; s++)
       for (int64_t head = 0; head < sizes.heads; head++) {
         const int64_t begin = starts[s] - origin, length = starts[s + 1] - starts[s], at = begin * 3 * r + head * d;
-        const Real *q = qkv + at, *k = q + r, *v = k + r;
+        const Value *q = qkv + at, *k = q + r, *v = k + r;
         Real *dq = qkv_gradient + at, *dk = dq + r, *dv = dk + r;
+        const Right<Value> across(k, 3 * r, d, length, true, keys_across.data()), back(k, 3 * r, length, d, false, keys.data()),
+            unmixing(v, 3 * r, d, length, true, values.data());
         for (int64_t end = length; end > 0;) {  // the last queries first: they see all keys, so they set what others add to
-          const int64_t i = (end - 1) / kQueries * kQueries, rows = end - i, seen = end;
-          const Real beta = end == length ? 0 : 1;
-          const Real* dmixed = gradient + (begin + i) * r + head * d;
+          const int64_t i = (end - 1) / kQueries * kQueries, rows = end - i, seen = end, step = seen + seen % 2;
+          const Value* dmixed = gradient + (begin + i) * r + head * d;
           Real *p = scores.data(), *dp = more_scores.data();
-          blas(false, true, rows, seen, d, scale, q + i * 3 * r, 3 * r, k, 3 * r, Real(0), p, seen);
-          blas(false, true, rows, seen, d, Real(1), dmixed, r, v, 3 * r, Real(0), dp, seen);
+          Value *share = same_or<Value>(p, shares), *dshare = same_or<Value>(dp, more_shares);
+          across.times(rows, q + i * 3 * r, 3 * r, p, step, d, seen);
+          unmixing.times(rows, dmixed, r, dp, step, d, seen);
           for (int64_t row = 0; row < rows; row++) {
             const Value* own_mixed = mixed + (begin + i + row) * r + head * d;
             const Real log = log_sum[(begin + i + row) * sizes.heads + head];
             const int64_t own = i + row + 1;
-            Real *pr = p + row * seen, *dpr = dp + row * seen, along = 0;
+            const Real *pr = p + row * step, *dpr = dp + row * step;
+            Value *to = share + row * step, *dto = dshare + row * step;
+            Real along = 0;
 #pragma omp simd reduction(+ : along)
-            for (int64_t c = 0; c < d; c++) along += dmixed[row * r + c] * real(own_mixed[c]);
+            for (int64_t c = 0; c < d; c++) along += real(dmixed[row * r + c]) * real(own_mixed[c]);
 #pragma GCC ivdep
             for (int64_t j = 0; j < own; j++) {
-              pr[j] = exponential(pr[j] - log);
-              dpr[j] = pr[j] * (dpr[j] - along) * scale;
+              const Real of = exponential(scale * pr[j] - log);
+              dto[j] = stored<Value>(of * (dpr[j] - along) * scale);
+              to[j] = stored<Value>(of);
             }
-#pragma GCC ivdep
-            for (int64_t j = own; j < seen; j++) pr[j] = dpr[j] = 0;
+            std::fill(to + own, to + step, Value(0));
+            std::fill(dto + own, dto + step, Value(0));
           }
-          blas(true, false, seen, d, rows, Real(1), p, seen, dmixed, r, beta, dv, 3 * r);
-          blas(true, false, seen, d, rows, Real(1), dp, seen, q + i * 3 * r, 3 * r, beta, dk, 3 * r);
-          blas(false, false, rows, d, seen, Real(1), dp, seen, k, 3 * r, Real(0), dq + i * 3 * r, 3 * r);
+          if (end == length) {
+            add_outer<false>(seen, d, rows, share, step, dmixed, r, dv, 3 * r, scratch);
+            add_outer<false>(seen, d, rows, dshare, step, q + i * 3 * r, 3 * r, dk, 3 * r, scratch);
+          } else {
+            add_outer(seen, d, rows, share, step, dmixed, r, dv, 3 * r, scratch);
+            add_outer(seen, d, rows, dshare, step, q + i * 3 * r, 3 * r, dk, 3 * r, scratch);
+          }
+          back.times(rows, dshare, step, dq + i * 3 * r, 3 * r, seen, d);
           end = i;
         }
       }
@@ -502,10 +482,13 @@ void forward(const Block& block, const RealOf<Value>* x, const Weights<Value>& w
   const auto& sizes = block.sizes;
   const int64_t r = sizes.width, f = sizes.inner, most = block.rows;
   const bool keeps = keep.qkv != nullptr;
+  const Rights<Value> w_qkv(w.qkv, sizes.experts, r, 3 * r, false), w_out(w.out, sizes.experts, r, r, false),
+      w1(w.w1, sizes.experts, r, f, false), w2(w.w2, sizes.experts, f, r, false);
   run(block.shares, [&](const std::vector<Tile>& tiles, int64_t) {
     Worker<Value> worker(sizes, block.dropout, block.starts, block.longest);
-    Room<Real> now(most * r), real_qkv(most * 3 * r), real_mixed(most * r);
-    Room<Value> qkv(most * 3 * r), mixed(most * r), branch(most * r), hidden(most * f), activated(most * f), value(most * r);
+    // In Real what is added or normalised, in Value what is multiplied or kept.
+    Room<Real> now(most * r), branch(most * r), inner(most * f);
+    Room<Value> qkv(most * 3 * r), mixed(most * r), hidden(most * f), activated(most * f), value(most * r);
     for (const auto& tile : tiles) {
       const int64_t first = block.starts[tile.first], n = block.starts[tile.last] - first, k = tile.expert;
       const int64_t at = k * sizes.tokens + first;
@@ -513,17 +496,15 @@ void forward(const Block& block, const RealOf<Value>* x, const Weights<Value>& w
       Value* own_qkv = keeps ? keep.qkv + at * 3 * r : qkv.data();
       Value* own_mixed = keeps ? keep.mixed + at * r : mixed.data();
       Value* own_hidden = keeps ? keep.hidden + at * f : hidden.data();
-      product(false, false, n, 3 * r, r, as_value(in, n * r, value), w.qkv + k * 3 * r * r, own_qkv);
-      Real* as_mixed = same_or<Real>(own_mixed, real_mixed);
-      worker.attend(tile, as_real(own_qkv, n * 3 * r, real_qkv), as_mixed, keeps ? keep.log_sum + at * sizes.heads : nullptr);
-      converted(as_mixed, n * r, own_mixed);
-      product(false, false, n, r, r, own_mixed, w.out + k * r * r, branch.data());
+      w_qkv[k].times(n, as_value(in, n * r, value), own_qkv);
+      worker.attend(tile, own_qkv, own_mixed, keeps ? keep.log_sum + at * sizes.heads : nullptr);
+      w_out[k].times(n, own_mixed, branch.data());
       Value* now_value = same_or<Value>(now.data(), value);
       worker.residual_norm(0, tile, n, in, branch.data(), nullptr, w.scale1 + k * r, w.shift1 + k * r, now.data(), now_value,
                            keeps ? keep.normed1 + at * r : nullptr, keeps ? keep.deviation1 + at : nullptr);
-      product(false, false, n, f, r, now_value, w.w1 + k * r * f, own_hidden);
-      worker.gelu(n, own_hidden, w.b1 + k * f, activated.data());
-      product(false, false, n, r, f, activated.data(), w.w2 + k * f * r, branch.data());
+      w1[k].times(n, now_value, inner.data());
+      worker.gelu(n, inner.data(), w.b1 + k * f, own_hidden, activated.data());
+      w2[k].times(n, activated.data(), branch.data());
       worker.residual_norm(1, tile, n, now.data(), branch.data(), w.b2 + k * r, w.scale2 + k * r, w.shift2 + k * r, y + at * r,
                            static_cast<Value*>(nullptr), keeps ? keep.normed2 + at * r : nullptr,
                            keeps ? keep.deviation2 + at : nullptr);
@@ -546,11 +527,15 @@ void backward(const Block& block, const RealOf<Value>* x, const Weights<Value>& 
       if (owner[tile.expert] != int64_t(part)) shared[part] = tile.expert;  // only a part's first expert can be another's
     }
   std::vector<std::vector<Tensor>> own_sums(block.shares.size());
+  const Rights<Value> qkv_back(w.qkv, sizes.experts, 3 * r, r, true), out_back(w.out, sizes.experts, r, r, true),
+      w1_back(w.w1, sizes.experts, f, r, true), w2_back(w.w2, sizes.experts, r, f, true);
   run(block.shares, [&](const std::vector<Tile>& tiles, int64_t part) {
     Worker<Value> worker(sizes, block.dropout, block.starts, block.longest);
-    Room<Real> slope(most * f), real_qkv(most * 3 * r), qkv_gradient(most * 3 * r), real_branch(most * r);
-    Room<Value> branch(most * r), activated(most * f), inner(most * f), value(most * r), wide(most * 3 * r),
-        scratch(std::max(most, std::max(r, f)) * std::max(3 * r, f));
+    Room<Real> slope(most * f), inner_gradient(most * f), qkv_gradient(most * 3 * r);
+    Room<Value> branch(most * r), activated(most * f), room(most * f), value(most * r), wide(most * 3 * r);
+    auto outer = [&](int64_t m, int64_t columns, int64_t k, const Value* a, const Value* b, Real* sum) {
+      add_outer(m, columns, k, a, m, b, columns, sum, columns, worker.scratch);
+    };
     if (shared[part] >= 0)
       for (const auto& sum : sums) own_sums[part].push_back(at::zeros_like(sum[0]));
     for (const auto& tile : tiles) {
@@ -565,22 +550,22 @@ void backward(const Block& block, const RealOf<Value>* x, const Weights<Value>& 
       worker.residual_norm_backward(1, tile, n, keep.normed2 + at * r, keep.deviation2 + at, w.scale2 + k * r, now, branch.data(),
                                     sum(5), sum(8), sum(9));
       worker.gelu_again(n, keep.hidden + at * f, activated.data(), slope.data());
-      add_product(true, false, f, r, n, activated.data(), branch.data(), sum(3), scratch.data());
-      product(false, true, n, f, r, branch.data(), w.w2 + k * f * r, inner.data());
-      worker.sloped(n, slope.data(), inner.data(), sum(4));
+      outer(f, r, n, activated.data(), branch.data(), sum(3));
+      w2_back[k].times(n, branch.data(), inner_gradient.data());
+      Value* inner = same_or<Value>(inner_gradient.data(), room);
+      worker.sloped(n, slope.data(), inner_gradient.data(), inner, sum(4));
       worker.renormed(n, keep.normed1 + at * r, w.scale1 + k * r, w.shift1 + k * r, value.data());
-      add_product(true, false, r, f, n, value.data(), inner.data(), sum(2), scratch.data());
-      add_product(false, true, n, r, f, inner.data(), w.w1 + k * r * f, now, scratch.data());
+      outer(r, f, n, value.data(), inner, sum(2));
+      w1_back[k].template times<true>(n, inner, now);
       worker.residual_norm_backward(0, tile, n, keep.normed1 + at * r, keep.deviation1 + at, w.scale1 + k * r, now, branch.data(),
                                     nullptr, sum(6), sum(7));
-      add_product(true, false, r, r, n, keep.mixed + at * r, branch.data(), sum(1), scratch.data());
-      product(false, true, n, r, r, branch.data(), w.out + k * r * r, value.data());
-      worker.attend_backward(tile, as_real(keep.qkv + at * 3 * r, n * 3 * r, real_qkv), keep.mixed + at * r,
-                             keep.log_sum + at * sizes.heads, as_real(value.data(), n * r, real_branch), qkv_gradient.data());
+      outer(r, r, n, keep.mixed + at * r, branch.data(), sum(1));
+      out_back[k].times(n, branch.data(), value.data());
+      worker.attend_backward(tile, keep.qkv + at * 3 * r, keep.mixed + at * r, keep.log_sum + at * sizes.heads, value.data(),
+                             qkv_gradient.data());
       const Value* wide_gradient = as_value(qkv_gradient.data(), n * 3 * r, wide);
-      const Value* in = as_value(x + k * block.x_stride + first * r, n * r, value);
-      add_product(true, false, r, 3 * r, n, in, wide_gradient, sum(0), scratch.data());
-      add_product(false, true, n, r, 3 * r, wide_gradient, w.qkv + k * 3 * r * r, now, scratch.data());
+      outer(r, 3 * r, n, as_value(x + k * block.x_stride + first * r, n * r, value), wide_gradient, sum(0));
+      qkv_back[k].template times<true>(n, wide_gradient, now);
     }
   });
   for (size_t part = 0; part < own_sums.size(); part++)
@@ -598,13 +583,15 @@ struct Call {  // the arguments that forward and backward share, checked
 
   Call(const Tensor& given, const Tensor& given_starts, at::TensorList given_weights, int64_t heads, double share, int64_t seed,
        bool half, int64_t rows)
-      : x(given), starts(given_starts.contiguous()), real(given.scalar_type()), value(half ? at::kBFloat16 : real) {
+      : x(given), starts(given_starts.contiguous()), real(given.scalar_type()), value(real) {
     TORCH_CHECK(x.dim() == 3 && (real == at::kDouble || real == at::kFloat), "x: (K, M, r), float or double");
     TORCH_CHECK(!half || real == at::kFloat, "bfloat16 goes with float");
     TORCH_CHECK(starts.dim() == 1 && starts.scalar_type() == at::kLong && starts.numel() > 0, "starts: (S + 1), int64");
     TORCH_CHECK(given_weights.size() == kWeights, "weights: ", kWeights);
     const int64_t k = x.size(0), m = x.size(1), r = x.size(2), f = given_weights[2].size(-1);
     TORCH_CHECK(heads > 0 && r % heads == 0, "heads: a divisor of r");
+    // Two neighbours are multiplied at once. Without such products fp32 is as fast, and nearer.
+    if (half && SYNCREC_BF16 && f % 2 == 0 && r / heads % 2 == 0) value = at::kBFloat16;
     if (x.stride(2) != 1 || x.stride(1) != r) x = x.contiguous();
     const std::vector<std::vector<int64_t>> shapes = {{k, r, 3 * r}, {k, r, r}, {k, r, f}, {k, f, r}, {k, 1, f},
                                                       {k, 1, r},     {k, 1, r}, {k, 1, r}, {k, 1, r}, {k, 1, r}};
@@ -641,8 +628,10 @@ struct Call {  // the arguments that forward and backward share, checked
 
   template <typename Compute>
   void dispatch(const Compute& compute) const {
-    if (value == at::kBFloat16) compute(BFloat16());
-    else if (value == at::kDouble) compute(double());
+#if SYNCREC_BF16
+    if (value == at::kBFloat16) return compute(BFloat16());
+#endif
+    if (value == at::kDouble) compute(double());
     else compute(float());
   }
 };

@@ -72,13 +72,16 @@ def test_one_input_for_all_experts_gets_the_sum_of_their_gradients():
 
 
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 2e-5), (True, 0.03)])
-def test_fp32_and_bf16_are_as_near_float64_as_their_digits(half, tolerance):
-    block, layout, x = made([100, 17, 1, 64, 65], 2, 64, 2, 64)
+@pytest.mark.parametrize("shape", [(64, 2, 64), (33, 1, 31), (50, 5, 98), (24, 3, 13)])  # whole and broken panels, odd widths
+@pytest.mark.parametrize("lengths", [[100, 17, 1, 64, 65], [3], [33, 0, 47]])
+def test_fp32_and_bf16_are_as_near_float64_as_their_digits(half, tolerance, shape, lengths):
+    dim, heads, ffn_dim = shape
+    block, layout, x = made(lengths, 2, dim, heads, ffn_dim)
     gradient = torch.randn_like(x)
     expected = outcome(lambda x: block(x, layout), x, given_to(block), gradient)
     block = block.float()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        run = lambda x: fused.block(x, layout.starts_S, given_to(block), 2, 0.0, True)  # noqa: E731
+        run = lambda x: fused.block(x, layout.starts_S, given_to(block), heads, 0.0, True)  # noqa: E731
         actual = outcome(run, x.float(), given_to(block), gradient.float())
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == torch.float32
