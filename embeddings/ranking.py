@@ -49,7 +49,7 @@ class ExactRanking:
     Vectors are taken as they are in the table at a call.
     """
 
-    def __init__(self, table, first, items, block=2048, users=2048):
+    def __init__(self, table, first, items, block=1024, users=2048):
         """table: ItemTable; block: rows of a shard scored at once; users: of all ranks together, at once.
 
         Raises ValueError where the rows are not the table's.
