@@ -219,6 +219,10 @@ def _table(ids, lengths_B, rows_Bk, scores_Bk, item_ids, domain):
     )
 
 
+def _seen(histories_N, lengths_B):
+    return Excluded(torch.from_numpy(histories_N.astype(np.int64)), torch.from_numpy(lengths_B))
+
+
 class _Scorer:
     """The top items of a part's users: computed by all ranks, gathered to the first."""
 
@@ -253,10 +257,11 @@ class _Scorer:
             end = min(users, begin + size)
             histories_N, own_B = rows_N[starts[begin] : starts[end]], lengths_B[begin:end]
             y_BR = self._outputs(histories_N, own_B)
+            seen = None if self.config.keep_seen else _seen(histories_N, own_B)
             place = 0
             for number, ranking in self.rankings.items():
                 k = self.k[number]
-                found = ranking.top_k(y_BR, k, None if self.config.keep_seen else self._seen(number, histories_N, own_B))
+                found = ranking.top_k(y_BR, k, seen)
                 rows_SBk[step, : end - begin, place : place + k] = found.rows_Bk.cpu().int()
                 scores_SBk[step, : end - begin, place : place + k] = found.scores_Bk.cpu()
                 place += k
@@ -271,16 +276,6 @@ class _Scorer:
         lengths = lengths_B if len(lengths_B) else np.zeros(1, np.int64)
         query = move(build_query(histories_N, lengths, self.max_length, np.zeros(0, np.int64)), self.ranks.device)
         return self.model(query, self.table(query.ids))[: len(lengths_B)]
-
-    def _seen(self, number, histories_N, lengths_B):
-        """The histories' items of one domain, each once for each user."""
-        domain = self.dataset.domains[number]
-        user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
-        own_N = (histories_N >= domain.start) & (histories_N < domain.start + domain.items)
-        pair = np.unique(user_N[own_N] * self.dataset.num_embeddings + histories_N[own_N])
-        user_E, rows_E = np.divmod(pair, self.dataset.num_embeddings)
-        counts_B = np.bincount(user_E, minlength=len(lengths_B))
-        return Excluded(torch.from_numpy(rows_E), torch.from_numpy(counts_B))
 
     def _gathered(self, values_SBk, users):
         """All ranks' steps on the first rank, in the order of the users: (B, …)."""
