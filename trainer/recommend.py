@@ -6,7 +6,7 @@
 A row is one recommendation; a user's rows stand together, best first, and a user is in one part. Ids have the types that they
 came with. Of a domain that has fewer items left than `k` a user gets those that are left. `history` is how many interactions of
 the user the model knows; a user without any gets what the model predicts at the start of a history (its SOS token, trained on
-every user's first item), which is the same for all of them. A domain's name stands in its folder's as Hive writes it.
+every user's first item). A domain's name stands in its folder's as Hive writes it.
 
 It is made in stages that leave files (`Work`): the histories, then part after part, each by all ranks and gathered to the
 first, which writes it. Killed, the same command goes on from the parts that are there, at any number of ranks. OUTPUT is there
@@ -19,18 +19,20 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from embeddings.ranking import ExactRanking, Excluded
 
+from embeddings.ranking import ExactRanking, Excluded
 from syncrec.batch import build_query, move
 from trainer.best import best_model, open_run
 from trainer.checkpoint import MANIFEST, write_json
 from trainer.control import by_the_first
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
+from trainer.data.logs import reason
 from trainer.data.progress import Stages
 from trainer.data.stream import Reasons
 from trainer.data.work import Work
@@ -134,9 +136,17 @@ class _Recommendations:
         def write():
             if not self.work.done("histories"):
                 reasons = Reasons() if skip_damaged else None
-                with self.work.stage("histories") as folder:
-                    threads = len(os.sched_getaffinity(0))
-                    write_histories(folder, config, dataset, self.work.scratch, self.stages, threads, reasons)
+                try:
+                    with self.work.stage("histories") as folder:
+                        threads = len(os.sched_getaffinity(0))
+                        write_histories(folder, config, dataset, self.work.scratch, self.stages, threads, reasons)
+                except InputError:  # of the logs or users: it would be met again
+                    self.work.discard()
+                    raise
+                except duckdb.OutOfMemoryException as error:
+                    raise InputError(
+                        f"memory {config.memory} is too little: give more with --memory ({reason(error)})"
+                    ) from None
             return asdict(Asked.load(self.work.path("histories")))
 
         return Asked(**by_the_first(self._writing(write), self.ranks.first))
@@ -195,8 +205,10 @@ class _Recommendations:
         def guarded():
             try:
                 return work()
-            except OSError as error:
-                raise InputError(f"{self.folder} cannot be written: {error}: make room, and the same command goes on") from None
+            except (duckdb.IOException, OSError) as error:
+                raise InputError(
+                    f"{self.folder} cannot be written: {reason(error)}: make room, and the same command goes on"
+                ) from None
 
         return guarded
 
