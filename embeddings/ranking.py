@@ -6,6 +6,7 @@ only what that cannot tell from what is sought is scored again, exactly (embeddi
 number of ranks, on the block, or on the device. Memory is that of a block, whatever the number of items and of users.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from embeddings.scores import Vectors, error, exact_scores, product
 
 _GROUP = 32  # columns of a block of which only the greatest is looked at first
+_WAITING = 4  # candidates that wait to be scored exactly, as a multiple of what is kept
 _MISSING = (0x7F800000 << 32) | 0xFFFFFFFF  # the key of no item: a score of −inf and a row behind all others
 
 
@@ -29,14 +31,14 @@ class Excluded:
     counts_B: torch.Tensor
 
     def __post_init__(self):
-        if int(self.counts_B.sum()) != len(self.rows_E):
-            raise ValueError(f"{len(self.rows_E)} excluded rows, and users' counts of them that add up to {self.counts_B.sum()}")
+        if (total := int(self.counts_B.sum())) != len(self.rows_E):
+            raise ValueError(f"{len(self.rows_E)} excluded rows, but counts of them that add up to {total}")
 
 
 @dataclass(frozen=True)
 class Top:
-    """The best items of each user. rows_Bk: int64, rows of M, best first, equal scores by row, −1 where none is left; scores_Bk:
-    float32, −inf there and where a score is not a number."""
+    """The best items of each user. rows_Bk: int64, rows of M, best first, equal scores by row, −1 where none is left;
+    scores_Bk: float32, −inf there and where a score is not a number."""
 
     rows_Bk: torch.Tensor
     scores_Bk: torch.Tensor
@@ -54,7 +56,7 @@ class ExactRanking:
 
         Raises ValueError where the rows are not the table's.
         """
-        if not (0 <= first and 1 <= items and first + items <= table.rows):
+        if not (first >= 0 and items >= 1 and first + items <= table.rows):
             raise ValueError(f"rows {first} to {first + items - 1} are not rows of a table of {table.rows}")
         if block < 1 or users < 1:
             raise ValueError(f"block is {block} and users {users}: give at least 1")
@@ -108,13 +110,13 @@ class ExactRanking:
         ends = [0, *excluded.counts_B.cumsum(0).tolist()]
         rows_E = excluded.rows_E.to(device)
         totals = torch.cat(_gathered(torch.tensor([len(y_BR)], device=device), [1] * self.world_size)).tolist()
-        parts = -(-sum(totals) // self.users)
+        parts, shard = -(-sum(totals) // self.users), _Shard(self.table)
         for number in range(parts):
             bounds = [(total * number // parts, total * (number + 1) // parts) for total in totals]
             counts = [end - begin for begin, end in bounds]
             begin, end = bounds[self.rank]
             y_UR = torch.cat(_gathered(y_BR[begin:end], counts))
-            part = _Part(Vectors(y_UR), counts, self.rank)
+            part = _Part(y_UR, counts, self.rank, shard)
             rows = rows_E[ends[begin] : ends[end]]
             lengths = excluded.counts_B[begin:end].to(device)
             users = torch.repeat_interleave(torch.arange(part.before, part.before + part.own, device=device), lengths)
@@ -142,124 +144,210 @@ class ExactRanking:
         part.excluded_row, part.excluded_user = by_row // users, by_row % users
 
     def _blocks(self, part):
-        """(its rows of M, ascending, their vectors, the product with all users) of each block of this rank's shard."""
-        first_stored, tensors = self.table.shard()
-        weight = tensors["weight"]
-        starts = torch.arange(self.first, self.first + self.items, self.span, device=weight.device)
+        """This rank's rows of the domain, some at a time, in the order of rows."""
+        device = self.table.device
+        starts = torch.arange(self.first, self.first + self.items, self.span, device=device)
         cuts = [*torch.searchsorted(part.excluded_row, starts).tolist(), len(part.excluded_row)]
-        users = len(part.y.vectors_VR)
-        memory = torch.empty(0, device=weight.device)
+        users, memory = len(part.y.vectors_VR), _Memory(device)
         for number, start in enumerate(range(self.first, self.first + self.items, self.span)):
-            row = torch.arange(start, min(start + self.span, self.first + self.items), device=weight.device)
-            place = self.table.scatter.stored(row) - first_stored
-            here = (place >= 0) & (place < len(weight))
-            rows_N = row[here]
-            count = len(rows_N)
-            if count == 0:
+            row = torch.arange(start, min(start + self.span, self.first + self.items), device=device)
+            place = part.shard.place(row)
+            here = part.shard.holds(place)
+            rows_N, place_N = row[here], place[here]
+            if len(rows_N) == 0:
                 continue
-            padded = -(-count // _GROUP) * _GROUP
-            m_NR = torch.zeros(padded, self.table.dim, device=weight.device)
-            m_NR[:count] = weight[place[here]]
-            if memory.numel() < users * padded:
-                memory = torch.empty(users * padded, device=weight.device)
+            columns = -(-len(rows_N) // _GROUP) * _GROUP
+            m_NR = memory("rows", columns, self.table.dim)
+            torch.index_select(part.shard.weight, 0, place_N, out=m_NR[: len(rows_N)])
+            m_NR[len(rows_N) :] = 0
             items = Vectors(m_NR)
-            scores_UN = product(part.y, items, memory[: users * padded].view(users, padded))
-            scores_UN[:, count:] = -torch.inf
-            users_E = part.excluded_user[cuts[number] : cuts[number + 1]]
-            columns_E = torch.searchsorted(rows_N, part.excluded_row[cuts[number] : cuts[number + 1]])
+            scores_UN = product(part.y, items, memory("scores", users, columns))
+            scores_UN[:, len(rows_N) :] = -torch.inf
+            if part.idle_U is not None:
+                scores_UN[part.idle_U] = -torch.inf
+            here = slice(cuts[number], cuts[number + 1])
+            users_E, columns_E = part.excluded_user[here], torch.searchsorted(rows_N, part.excluded_row[here])
             scores_UN[users_E, columns_E] = -torch.inf
-            yield _Block(rows_N, items, scores_UN, users_E * padded + columns_E)
+            excluded = users_E * columns + columns_E
+            yield _Block(rows_N, place_N, scores_UN, error(part.y, items), excluded, memory)
 
     def _best(self, part, k):
         """The keys (U, k) of the best items of this rank's shard."""
-        best_Uk = torch.full((len(part.y.vectors_VR), k), _MISSING, device=self.table.device)
-        for block in self._blocks(part):
-            error_U = error(part.y, block.items)
+        best = _Best(part, k)
+        part.idle_U = best.hopeless()
+        for number, block in enumerate(self._blocks(part), start=1):
             groups_UG = block.scores_UN.unflatten(1, (_GROUP, -1)).amax(1)
-            least_U = _scores_and_rows(best_Uk[:, -1])[0].double()
-            pool = groups_UG if k <= groups_UG.shape[1] else block.scores_UN
-            if k <= pool.shape[1]:  # there are k items with scores of at least the k-th less the error
-                pool = torch.where(pool.isnan(), -torch.inf, pool)
-                least_U = torch.maximum(least_U, pool.topk(k).values[:, -1].double() - error_U)
-            cutoff_U = _below(least_U - error_U)
+            if number == 1:
+                best.begin(groups_UG if k <= groups_UG.shape[1] else block.scores_UN, block.error_U)
+            cutoff_U = best.cutoff(block.error_U)
             users_P, groups_P = torch.nonzero(~(groups_UG < cutoff_U[:, None]), as_tuple=True)
             scores_PG = block.scores_UN.unflatten(1, (_GROUP, -1))[users_P, :, groups_P]
             pairs_C, members_C = torch.nonzero(~(scores_PG < cutoff_U[users_P, None]), as_tuple=True)
-            users_C, columns_C = block.of_items(users_P[pairs_C], members_C * groups_UG.shape[1] + groups_P[pairs_C])
-            keys_C = _keys(block.exact(part.y, users_C, columns_C), block.rows_N[columns_C])
-            _merge(best_Uk, users_C, keys_C)
-        return best_Uk
+            columns_C = members_C * groups_UG.shape[1] + groups_P[pairs_C]
+            best.add(*block.shown(users_P[pairs_C], columns_C, scores_PG[pairs_C, members_C]))
+            if number & (number - 1) == 0:  # each time that twice as many rows have been seen, about as many are better
+                best.settle()
+        best.settle()
+        return best.keys_Uk
 
     def _count(self, part):
         """How many items of this rank's shard come before the user's given one (U,)."""
         score_U = self._given_scores(part)
+        lost_U = ~(score_U > -torch.inf)  # behind every item that is left: nothing has to be compared
+        part.idle_U = lost_U if lost_U.any() else None
+        score_U = score_U.masked_fill(lost_U, torch.inf)
         before_U = torch.zeros(len(score_U), dtype=torch.int64, device=score_U.device)
+        items = 0
         for block in self._blocks(part):
-            error_U = error(part.y, block.items)
-            low_U, high_U = _below(score_U.double() - error_U), _above(score_U.double() + error_U)
-            high_U = high_U.masked_fill(~(score_U > -torch.inf), torch.nan)
-            surely_UN = block.scores_UN >= high_U[:, None]
-            perhaps_UN = ~(block.scores_UN < low_U[:, None]) & ~surely_UN
-            before_U += surely_UN.sum(1)
-            users_C, columns_C = block.of_items(*torch.nonzero(perhaps_UN, as_tuple=True))
-            beaten_C = block.exact(part.y, users_C, columns_C) < score_U[users_C]
-            before_U.index_add_(0, users_C, (~beaten_C).long())
-        return before_U
+            items += len(block.rows_N)
+            scores_UN = block.scores_UN
+            low_U, high_U = _below(score_U.double() - block.error_U), _above(score_U.double() + block.error_U)
+            # As numbers: torch takes four times as long to write bools.
+            compared_UN = block.memory("compared", *scores_UN.shape)
+            above_U = torch.ge(scores_UN, high_U[:, None], out=compared_UN).sum(1).long()
+            below_U = torch.lt(scores_UN, low_U[:, None], out=compared_UN).sum(1).long()
+            (close_A,) = torch.nonzero(above_U + below_U < scores_UN.shape[1], as_tuple=True)
+            scores_AN = scores_UN[close_A]
+            perhaps_AN = ~((scores_AN >= high_U[close_A, None]) | (scores_AN < low_U[close_A, None]))
+            users_C, columns_C = torch.nonzero(perhaps_AN, as_tuple=True)
+            users_C, places_C, _ = block.shown(close_A[users_C], columns_C, scores_AN[users_C, columns_C])
+            ahead_C = ~(part.exact(users_C, places_C) < score_U[users_C])
+            before_U += above_U.index_add_(0, users_C, ahead_C.long())
+        left_U = items - torch.bincount(part.excluded_user, minlength=len(lost_U))
+        return torch.where(lost_U, left_U, before_U)
 
     def _given_scores(self, part):
         """The scores of the items that are to be ranked (U,), from the ranks that hold them."""
-        first_stored, tensors = self.table.shard()
-        place_U = self.table.scatter.stored(part.row_U) - first_stored
-        (here,) = torch.nonzero((place_U >= 0) & (place_U < len(tensors["weight"])), as_tuple=True)
+        place_U = part.shard.place(part.row_U)
+        (here,) = torch.nonzero(part.shard.holds(place_U), as_tuple=True)
         score_U = torch.zeros(len(place_U), device=place_U.device)
-        score_U[here] = exact_scores(part.y.vectors_VR, here, tensors["weight"], place_U[here])
+        score_U[here] = part.exact(here, place_U[here])
         dist.all_reduce(score_U)
         return score_U
 
 
-class _Part:
-    """Some users of all ranks. y: their Vectors; counts: of each rank; before: users of the ranks before; own: of this rank."""
+class _Shard:
+    """The rows that this rank holds."""
 
-    def __init__(self, y, counts, rank):
-        self.y, self.counts, self.before, self.own = y, counts, sum(counts[:rank]), counts[rank]
+    def __init__(self, table):
+        self.first, tensors = table.shard()
+        self.weight, self.scatter = tensors["weight"], table.scatter
+
+    def place(self, row):
+        """Where in `weight` rows of M would be."""
+        return self.scatter.stored(row) - self.first
+
+    def holds(self, place):
+        return (place >= 0) & (place < len(self.weight))
+
+
+class _Part:
+    """Some users of all ranks. y: their Vectors; counts: of each rank; before: users of the ranks before; own: of this rank.
+
+    idle_U: users for whom nothing is to be looked for, None where there is none. row_U: items to be ranked.
+    excluded_row, excluded_user: what this shard has of excluded pairs, once each, by row.
+    """
+
+    def __init__(self, y_UR, counts, rank, shard):
+        self.y, self.counts, self.before, self.own = Vectors(y_UR), counts, sum(counts[:rank]), counts[rank]
+        self.shard, self.idle_U, self.row_U = shard, None, None
 
     def of_own(self, values_U):
         return values_U[self.before : self.before + self.own]
 
+    def exact(self, users_C, places_C):
+        return exact_scores(self.y.vectors_VR, users_C, self.shard.weight, places_C)
+
 
 @dataclass(frozen=True)
 class _Block:
-    """rows_N: of M, ascending; items: their Vectors, and zeros up to whole groups; scores_UN: the product, −inf at what is no
-    item and what is excluded; excluded: user · columns + column of the latter."""
+    """rows_N: of M, ascending; place_N: in the shard; scores_UN: the product, with columns up to whole groups, −inf at what is
+    no item and what is excluded, and for the idle; error_U: of these; excluded: user · columns + column of such pairs."""
 
     rows_N: torch.Tensor
-    items: Vectors
+    place_N: torch.Tensor
     scores_UN: torch.Tensor
+    error_U: torch.Tensor
     excluded: torch.Tensor
+    memory: "_Memory"
 
-    def of_items(self, users_C, columns_C):
-        """Those of the pairs that are of items and not excluded, by user and row."""
-        keys_C = (users_C * self.scores_UN.shape[1] + columns_C).sort().values
-        keys_C = keys_C[keys_C % self.scores_UN.shape[1] < len(self.rows_N)]
-        keys_C = keys_C[~torch.isin(keys_C, self.excluded)]
-        return keys_C // self.scores_UN.shape[1], keys_C % self.scores_UN.shape[1]
-
-    def exact(self, y, users_C, columns_C):
-        return exact_scores(y.vectors_VR, users_C, self.items.vectors_VR, columns_C)
+    def shown(self, users_C, columns_C, scores_C):
+        """(users, places in the shard, rows) of those pairs that are of items and not excluded."""
+        if (scores_C == -torch.inf).any():
+            pairs_C = users_C * self.scores_UN.shape[1] + columns_C
+            left_C = (columns_C < len(self.rows_N)) & ~torch.isin(pairs_C, self.excluded)
+            users_C, columns_C = users_C[left_C], columns_C[left_C]
+        return users_C, self.place_N[columns_C], self.rows_N[columns_C]
 
 
-def _merge(best_Uk, users_C, keys_C):
-    """Puts candidates, sorted by user, among the best."""
-    users_A, counts_A = torch.unique_consecutive(users_C, return_counts=True)
-    if len(users_A) == 0:
-        return
-    k, most = best_Uk.shape[1], int(counts_A.max())
-    keys = torch.full((len(users_A), k + most), _MISSING, device=best_Uk.device)
-    keys[:, :k] = best_Uk[users_A]
-    nth_A = torch.arange(len(users_A), device=best_Uk.device)
-    place_C = torch.arange(len(users_C), device=best_Uk.device) - (counts_A.cumsum(0) - counts_A).repeat_interleave(counts_A)
-    keys[nth_A.repeat_interleave(counts_A), k + place_C] = keys_C
-    best_Uk[users_A] = _smallest(keys, k)
+class _Memory:
+    """Tensors that are written again for every block: fresh ones would cost more than a product does."""
+
+    def __init__(self, device):
+        self.device, self._flat = device, {}
+
+    def __call__(self, name, *shape):
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = torch.empty(size, device=self.device)
+        return self._flat[name][:size].view(shape)
+
+
+class _Best:
+    """The best k of each user so far, and candidates whose scores are not known exactly yet."""
+
+    def __init__(self, part, k):
+        y_UR = part.y.vectors_VR
+        self.part, self.keys_Uk = part, torch.full((len(y_UR), k), _MISSING, device=y_UR.device)
+        self.least_U = torch.full((len(y_UR),), -torch.inf, device=y_UR.device)  # what the k-th best has at least
+        self.full_U = torch.zeros(len(y_UR), dtype=torch.bool, device=y_UR.device)
+        self.nowhere_U = (y_UR == 0).all(1)
+        self._waiting, self._candidates = 0, []
+
+    def hopeless(self):
+        """The users whose scores all are no numbers, None where there is none."""
+        nan_U = self.part.y.vectors_VR.isnan().any(1) if self.part.y.any_wild else None
+        if nan_U is None or not nan_U.any():
+            return None
+        self.nowhere_U |= nan_U
+        return nan_U
+
+    def begin(self, pool_UN, error_U):
+        """Of k scores by product the least, less the error, is not more than the k-th best."""
+        if (k := self.keys_Uk.shape[1]) <= pool_UN.shape[1]:
+            pool_UN = torch.where(pool_UN.isnan(), -torch.inf, pool_UN)
+            self.least_U = _below(pool_UN.topk(k).values[:, -1].double() - error_U)
+
+    def cutoff(self, error_U):
+        """Products from which on an item may be one of the best (U,)."""
+        cutoff_U = _below(self.least_U.double() - error_U)
+        # All items are equal for these, and rows come in order: once there are k, no other comes before them.
+        passed_U = torch.nextafter(self.least_U, torch.full_like(self.least_U, torch.inf))
+        return torch.where(self.nowhere_U & self.full_U, passed_U, cutoff_U)
+
+    def add(self, users_C, places_C, rows_C):
+        self._candidates.append((users_C, places_C, rows_C))
+        self._waiting += len(users_C)
+        if self._waiting > _WAITING * self.keys_Uk.numel():
+            self.settle()
+
+    def settle(self):
+        """Puts the candidates among the best."""
+        if self._waiting == 0:
+            return
+        users_C, places_C, rows_C = (torch.cat(each) for each in zip(*self._candidates, strict=True))
+        self._waiting, self._candidates = 0, []
+        keys_C = _keys(self.part.exact(users_C, places_C), rows_C)
+        users_C, order_C = users_C.sort()
+        users_A, nth_C, counts_A = torch.unique_consecutive(users_C, return_inverse=True, return_counts=True)
+        k, most = self.keys_Uk.shape[1], int(counts_A.max())
+        keys = torch.full((len(users_A), k + most), _MISSING, device=users_C.device)
+        keys[:, :k] = self.keys_Uk[users_A]
+        place_C = torch.arange(len(users_C), device=users_C.device) - (counts_A.cumsum(0) - counts_A)[nth_C]
+        keys[nth_C, k + place_C] = keys_C[order_C]
+        self.keys_Uk[users_A] = _smallest(keys, k)
+        last_U = self.keys_Uk[:, -1]
+        self.least_U, self.full_U = torch.maximum(self.least_U, _scores_and_rows(last_U)[0]), last_U != _MISSING
 
 
 def _smallest(keys, k):

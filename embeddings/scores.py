@@ -33,19 +33,21 @@ def exact_scores(left_LR, left_P, right_NR, right_P):
 class Vectors:
     """Vectors of one side of a product: `product_VR` are those that take part in it, and zeros for the wild ones.
 
-    wild_V: too long to be multiplied in float32, or with entries that are no finite numbers. length: of each vector, float64,
-    at least what it is; 0 for a vector of zeros and for a wild one.
+    wild_V: too long to be multiplied in float32, or with entries that are no finite numbers. length_V: of each vector, float64,
+    at least what it is; what a wild one has there says nothing. longest: the greatest of those that take part.
     """
 
     def __init__(self, vectors_VR):
-        length_V = torch.linalg.vector_norm(vectors_VR, dim=1)
+        length_V = vectors_VR.square().sum(1).sqrt()
         self.vectors_VR, self.wild_V = vectors_VR, ~(length_V < _TAME)
         self.any_wild = bool(self.wild_V.any())
         self.product_VR = vectors_VR.masked_fill(self.wild_V[:, None], 0) if self.any_wild else vectors_VR
         # Squares may vanish in float32: a vector's length is more by up to √r · 2⁻⁶³.
-        self.length_V = 1.001 * length_V.double() + vectors_VR.shape[1] * 2.0**-60
-        nothing_V = self.wild_V | (length_V == 0) & (vectors_VR == 0).all(1)
-        self.length_V = self.length_V.masked_fill(nothing_V, 0)
+        self.length_V = 1.001 * length_V.masked_fill(self.wild_V, 0).double() + vectors_VR.shape[1] * 2.0**-60
+
+    @property
+    def longest(self):
+        return self.length_V.max()
 
 
 def product(users, items, out):
@@ -60,16 +62,13 @@ def product(users, items, out):
 
 
 def error(users, items):
-    """How far a number of `product` may be from the score of its pair: (U,), float64; 0 where the product is exact.
+    """How far a number of `product` may be from the score of its pair, at most: (U,), float64.
 
     γ_r |y| |m| for r terms in any order (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), the score's own rounding
     and what may vanish below the least normal number.
     """
     terms = users.vectors_VR.shape[1]
-    longest = items.length_V.max() if len(items.length_V) else 0.0
-    relative = 1.001 * (terms + 4) * _ROUNDING
-    bound_U = relative * users.length_V * longest + terms * 2.0**-120
-    return bound_U.masked_fill(users.length_V == 0, 0)
+    return 1.001 * (terms + 4) * _ROUNDING * items.longest * users.length_V + terms * 2.0**-120
 
 
 @contextlib.contextmanager
