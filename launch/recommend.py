@@ -2,7 +2,7 @@
 
     python launch/recommend.py --run DIR --output DIR                         all users of the run's dataset
     python launch/recommend.py --run DIR --input LOGS --output DIR            all users of these logs, new ones included
-    torchrun --nproc-per-node 4 launch/recommend.py …                         the same, by four ranks
+    torchrun --nproc-per-node 4 -- launch/recommend.py …                      the same, by four ranks
     … --users FILE                                                            of these users alone
     … -k 1 --domain D                                                         the one best item of one domain
 
@@ -33,7 +33,7 @@ def parse(arguments=None):
     for role, name in columns.items():
         parser.add_argument(f"--{role}-column", default=name, metavar="NAME", help=f"of the logs (default: {name})")
     parser.add_argument("--log-domain", metavar="NAME", help="the one domain of logs without a domain column")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="users of one rank at once")
+    parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="users of one rank at once")
     parser.add_argument("--part-users", type=int, default=65536, metavar="N", help="users in each file")
     parser.add_argument("--memory", default="8GB", help="that reading the logs keeps to (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="begin anew where an earlier call was killed")

@@ -50,7 +50,7 @@ class RecommendConfig:
     k: int = 10
     domains: tuple[str, ...] = ()
     keep_seen: bool = False
-    batch_size: int = 256  # users of one rank at once
+    batch_size: int = 512  # users of one rank at once
 
     def __post_init__(self):
         for name in ("k", "batch_size"):

@@ -11,28 +11,11 @@ import pytest
 
 import launch.evaluate
 from tests.alone import as_a_script
-from tests.distributed.conftest import BIN, deepspeed, run
+from tests.distributed.conftest import deepspeed, run
 from tests.trainer.made import draw_histories, write_dataset
 from trainer.config import load_config
 from trainer.data.dataset import Dataset
 from trainer.evaluate import RankingBatches
-
-SETTINGS = [
-    "max_steps=3",
-    "global_batch_size=32",
-    "log.tensorboard=false",
-    "evaluation.negatives=40",
-    "evaluation.batch_size=50",
-]
-MODEL = ["model.dim=16", "model.ffn_dim=16", "model.max_length=12", "model.experts=2", "model.cross_experts=1"]
-
-
-@pytest.fixture(scope="session")
-def trained(dataset, tmp_path_factory):
-    """A run of three steps by one rank."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run([BIN / "python", "launch/train.py", f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL])
-    return folder
 
 
 @pytest.fixture
