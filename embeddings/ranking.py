@@ -8,6 +8,8 @@ number of ranks, on the block, or on the device. Memory is that of a block, what
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,8 @@ import torch.distributed as dist
 from embeddings.scores import Vectors, error, exact_scores, product
 
 _GROUP = 32  # columns of a block of which only the greatest is looked at first
-_WAITING = 4  # candidates that wait to be scored exactly, as a multiple of what is kept
+_STRIP = 8  # blocks whose rows are copied at once
+_WAITING = 4  # candidates that may be held, as a multiple of those that will be left
 _MISSING = (0x7F800000 << 32) | 0xFFFFFFFF  # the key of no item: a score of −inf and a row behind all others
 
 
@@ -62,7 +65,7 @@ class ExactRanking:
             raise ValueError(f"block is {block} and users {users}: give at least 1")
         self.table, self.first, self.items, self.users = table, first, items, users
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.span = block * self.world_size  # rows of M, of which about a block lies on each shard
+        self.block, self.span = block, _STRIP * block * self.world_size  # of rows of M, each shard has its share
         starts = torch.tensor([table.shard()[0]], device=table.device)
         self._starts_W = torch.cat(_gathered(starts, [1] * self.world_size))
 
@@ -146,30 +149,39 @@ class ExactRanking:
     def _blocks(self, part):
         """This rank's rows of the domain, some at a time, in the order of rows."""
         device = self.table.device
-        starts = torch.arange(self.first, self.first + self.items, self.span, device=device)
-        cuts = [*torch.searchsorted(part.excluded_row, starts).tolist(), len(part.excluded_row)]
+        starts = range(self.first, self.first + self.items, self.span)
+        cuts = torch.searchsorted(part.excluded_row, torch.tensor([*starts, self.first + self.items], device=device)).tolist()
         users, memory = len(part.y.vectors_VR), _Memory(device)
-        for number, start in enumerate(range(self.first, self.first + self.items, self.span)):
+        for start, (first_excluded, last_excluded) in zip(starts, pairwise(cuts), strict=True):
             row = torch.arange(start, min(start + self.span, self.first + self.items), device=device)
             place = part.shard.place(row)
             here = part.shard.holds(place)
-            rows_N, place_N = row[here], place[here]
-            if len(rows_N) == 0:
+            rows_S, place_S = row[here], place[here]
+            if len(rows_S) == 0:
                 continue
-            columns = -(-len(rows_N) // _GROUP) * _GROUP
-            m_NR = memory("rows", columns, self.table.dim)
-            torch.index_select(part.shard.weight, 0, place_N, out=m_NR[: len(rows_N)])
-            m_NR[len(rows_N) :] = 0
-            items = Vectors(m_NR)
-            scores_UN = product(part.y, items, memory("scores", users, columns))
-            scores_UN[:, len(rows_N) :] = -torch.inf
-            if part.idle_U is not None:
-                scores_UN[part.idle_U] = -torch.inf
-            here = slice(cuts[number], cuts[number + 1])
-            users_E, columns_E = part.excluded_user[here], torch.searchsorted(rows_N, part.excluded_row[here])
-            scores_UN[users_E, columns_E] = -torch.inf
-            excluded = users_E * columns + columns_E
-            yield _Block(rows_N, place_N, scores_UN, error(part.y, items), excluded, memory)
+            # As wide as each other: how many of a strip lie here differs by a few.
+            blocks = max(1, round(len(rows_S) / self.block))
+            width = -(-len(rows_S) // (blocks * _GROUP)) * _GROUP
+            columns = -(-len(rows_S) // _GROUP) * _GROUP
+            m_SR = memory("rows", columns, self.table.dim)
+            torch.index_select(part.shard.weight, 0, place_S, out=m_SR[: len(rows_S)])
+            m_SR[len(rows_S) :] = 0
+            items = Vectors(m_SR)
+            error_U = error(part.y, items)
+            users_E = part.excluded_user[first_excluded:last_excluded]
+            columns_E = torch.searchsorted(rows_S, part.excluded_row[first_excluded:last_excluded])
+            begins = [*range(0, len(rows_S), width), columns]
+            places = torch.searchsorted(columns_E, torch.tensor(begins, device=device)).tolist() if len(users_E) else begins
+            for (begin, end), (first, last) in zip(pairwise(begins), pairwise(places), strict=True):
+                scores_UN = product(part.y, items, memory("scores", users, end - begin), begin)
+                if end > len(rows_S):
+                    scores_UN[:, len(rows_S) - begin :] = -torch.inf
+                if part.idle_U is not None:
+                    scores_UN[part.idle_U] = -torch.inf
+                hidden = users_E[first:last], columns_E[first:last] - begin
+                if len(users_E):
+                    scores_UN[hidden] = -torch.inf
+                yield _Block(rows_S[begin:end], place_S[begin:end], scores_UN, error_U, hidden, memory)
 
     def _best(self, part, k):
         """The keys (U, k) of the best items of this rank's shard."""
@@ -183,12 +195,11 @@ class ExactRanking:
             users_P, groups_P = torch.nonzero(~(groups_UG < cutoff_U[:, None]), as_tuple=True)
             scores_PG = block.scores_UN.unflatten(1, (_GROUP, -1))[users_P, :, groups_P]
             pairs_C, members_C = torch.nonzero(~(scores_PG < cutoff_U[users_P, None]), as_tuple=True)
-            columns_C = members_C * groups_UG.shape[1] + groups_P[pairs_C]
-            best.add(*block.shown(users_P[pairs_C], columns_C, scores_PG[pairs_C, members_C]))
+            users_C, columns_C = users_P[pairs_C], members_C * groups_UG.shape[1] + groups_P[pairs_C]
+            best.add(block, *block.shown(users_C, columns_C, scores_PG[pairs_C, members_C]))
             if number & (number - 1) == 0:  # each time that twice as many rows have been seen, about as many are better
                 best.settle()
-        best.settle()
-        return best.keys_Uk
+        return best.keys()
 
     def _count(self, part):
         """How many items of this rank's shard come before the user's given one (U,)."""
@@ -210,8 +221,8 @@ class ExactRanking:
             scores_AN = scores_UN[close_A]
             perhaps_AN = ~((scores_AN >= high_U[close_A, None]) | (scores_AN < low_U[close_A, None]))
             users_C, columns_C = torch.nonzero(perhaps_AN, as_tuple=True)
-            users_C, places_C, _ = block.shown(close_A[users_C], columns_C, scores_AN[users_C, columns_C])
-            ahead_C = ~(part.exact(users_C, places_C) < score_U[users_C])
+            users_C, columns_C, _ = block.shown(close_A[users_C], columns_C, scores_AN[users_C, columns_C])
+            ahead_C = ~(part.exact(users_C, block.place_N[columns_C]) < score_U[users_C])
             before_U += above_U.index_add_(0, users_C, ahead_C.long())
         left_U = items - torch.bincount(part.excluded_user, minlength=len(lost_U))
         return torch.where(lost_U, left_U, before_U)
@@ -262,22 +273,23 @@ class _Part:
 @dataclass(frozen=True)
 class _Block:
     """rows_N: of M, ascending; place_N: in the shard; scores_UN: the product, with columns up to whole groups, −inf at what is
-    no item and what is excluded, and for the idle; error_U: of these; excluded: user · columns + column of such pairs."""
+    no item and what is excluded, and for the idle; error_U: of these; excluded: users and columns."""
 
     rows_N: torch.Tensor
     place_N: torch.Tensor
     scores_UN: torch.Tensor
     error_U: torch.Tensor
-    excluded: torch.Tensor
+    excluded: tuple[torch.Tensor, torch.Tensor]
     memory: "_Memory"
 
     def shown(self, users_C, columns_C, scores_C):
-        """(users, places in the shard, rows) of those pairs that are of items and not excluded."""
+        """Those of the pairs that are of items and not excluded; scores_C: by product."""
         if (scores_C == -torch.inf).any():
-            pairs_C = users_C * self.scores_UN.shape[1] + columns_C
-            left_C = (columns_C < len(self.rows_N)) & ~torch.isin(pairs_C, self.excluded)
-            users_C, columns_C = users_C[left_C], columns_C[left_C]
-        return users_C, self.place_N[columns_C], self.rows_N[columns_C]
+            width, (users_E, columns_E) = self.scores_UN.shape[1], self.excluded
+            excluded_C = torch.isin(users_C * width + columns_C, users_E * width + columns_E)
+            left_C = (columns_C < len(self.rows_N)) & ~excluded_C
+            users_C, columns_C, scores_C = users_C[left_C], columns_C[left_C], scores_C[left_C]
+        return users_C, columns_C, scores_C
 
 
 class _Memory:
@@ -294,15 +306,16 @@ class _Memory:
 
 
 class _Best:
-    """The best k of each user so far, and candidates whose scores are not known exactly yet."""
+    """Candidates for the best k of each user, with the least and the greatest that their scores may be."""
 
     def __init__(self, part, k):
         y_UR = part.y.vectors_VR
-        self.part, self.keys_Uk = part, torch.full((len(y_UR), k), _MISSING, device=y_UR.device)
+        self.part, self.k, self.limit = part, k, _WAITING * k * len(y_UR)
         self.least_U = torch.full((len(y_UR),), -torch.inf, device=y_UR.device)  # what the k-th best has at least
-        self.full_U = torch.zeros(len(y_UR), dtype=torch.bool, device=y_UR.device)
-        self.nowhere_U = (y_UR == 0).all(1)
-        self._waiting, self._candidates = 0, []
+        self.full_U = torch.zeros(len(y_UR), dtype=torch.bool, device=y_UR.device)  # k candidates are settled
+        self.nowhere_U = (y_UR == 0).all(1)  # all items are equal for these
+        rows, scores = torch.empty(0, dtype=torch.int64, device=y_UR.device), torch.empty(0, device=y_UR.device)
+        self._candidates, self._waiting = [_Candidates(rows, rows, rows, scores, scores)], 0
 
     def hopeless(self):
         """The users whose scores all are no numbers, None where there is none."""
@@ -314,40 +327,73 @@ class _Best:
 
     def begin(self, pool_UN, error_U):
         """Of k scores by product the least, less the error, is not more than the k-th best."""
-        if (k := self.keys_Uk.shape[1]) <= pool_UN.shape[1]:
+        if self.k <= pool_UN.shape[1]:
             pool_UN = torch.where(pool_UN.isnan(), -torch.inf, pool_UN)
-            self.least_U = _below(pool_UN.topk(k).values[:, -1].double() - error_U)
+            self.least_U = _below(pool_UN.topk(self.k).values[:, -1].double() - error_U)
 
     def cutoff(self, error_U):
         """Products from which on an item may be one of the best (U,)."""
         cutoff_U = _below(self.least_U.double() - error_U)
-        # All items are equal for these, and rows come in order: once there are k, no other comes before them.
+        # Rows come in order: once there are k, no equal one comes before them.
         passed_U = torch.nextafter(self.least_U, torch.full_like(self.least_U, torch.inf))
         return torch.where(self.nowhere_U & self.full_U, passed_U, cutoff_U)
 
-    def add(self, users_C, places_C, rows_C):
-        self._candidates.append((users_C, places_C, rows_C))
+    def add(self, block, users_C, columns_C, scores_C):
+        """scores_C: by product."""
+        error_C = block.error_U[users_C].masked_fill(self.nowhere_U[users_C], 0)
+        low_C, high_C = _below(scores_C.double() - error_C), _above(scores_C.double() + error_C)
+        low_C, high_C = low_C.where(~scores_C.isnan(), -torch.inf), high_C.where(~scores_C.isnan(), torch.inf)
+        self._candidates.append(_Candidates(users_C, block.place_N[columns_C], block.rows_N[columns_C], low_C, high_C))
         self._waiting += len(users_C)
-        if self._waiting > _WAITING * self.keys_Uk.numel():
+        if self._waiting > self.limit:
             self.settle()
 
     def settle(self):
-        """Puts the candidates among the best."""
-        if self._waiting == 0:
-            return
-        users_C, places_C, rows_C = (torch.cat(each) for each in zip(*self._candidates, strict=True))
-        self._waiting, self._candidates = 0, []
-        keys_C = _keys(self.part.exact(users_C, places_C), rows_C)
-        users_C, order_C = users_C.sort()
-        users_A, nth_C, counts_A = torch.unique_consecutive(users_C, return_inverse=True, return_counts=True)
-        k, most = self.keys_Uk.shape[1], int(counts_A.max())
-        keys = torch.full((len(users_A), k + most), _MISSING, device=users_C.device)
-        keys[:, :k] = self.keys_Uk[users_A]
-        place_C = torch.arange(len(users_C), device=users_C.device) - (counts_A.cumsum(0) - counts_A)[nth_C]
-        keys[nth_C, k + place_C] = keys_C[order_C]
-        self.keys_Uk[users_A] = _smallest(keys, k)
-        last_U = self.keys_Uk[:, -1]
-        self.least_U, self.full_U = torch.maximum(self.least_U, _scores_and_rows(last_U)[0]), last_U != _MISSING
+        """Leaves out those that cannot be among the best any more."""
+        held = self._held()
+        low_Un, counts_U = self._padded(held.users_C, held.low_C, -torch.inf)
+        self.least_U = torch.maximum(self.least_U, low_Un.topk(self.k).values[:, -1])
+        self.full_U = counts_U >= self.k
+        held = held[held.high_C >= self.least_U[held.users_C]]
+        if len(held.users_C) > self.limit:  # they are too near each other
+            users_C, nth_C = torch.nonzero((keys_Uk := self._best(held)) != _MISSING, as_tuple=True)
+            scores_C, rows_C = _scores_and_rows(keys_Uk[users_C, nth_C])
+            held = _Candidates(users_C, self.part.shard.place(rows_C), rows_C, scores_C, scores_C)
+        self._candidates, self._waiting = [held], 0
+
+    def keys(self):
+        """Of the best k (U, k)."""
+        return self._best(self._held())
+
+    def _best(self, held):
+        keys_C = _keys(self.part.exact(held.users_C, held.places_C), held.rows_C)
+        return _smallest(self._padded(held.users_C, keys_C, _MISSING)[0], self.k)
+
+    def _held(self):
+        """All candidates, by user."""
+        held = _Candidates(*(torch.cat(each) for each in zip(*self._candidates, strict=True)))
+        return held[held.users_C.argsort()]
+
+    def _padded(self, users_C, values_C, nothing):
+        """The values of each user beside each other, at least k (U, n), and how many each has."""
+        counts_U = torch.bincount(users_C, minlength=len(self.least_U))
+        padded_Un = torch.full((len(counts_U), max(self.k, int(counts_U.max()))), nothing, device=users_C.device)
+        place_C = torch.arange(len(users_C), device=users_C.device) - (counts_U.cumsum(0) - counts_U)[users_C]
+        padded_Un[users_C, place_C] = values_C
+        return padded_Un, counts_U
+
+
+class _Candidates(NamedTuple):
+    """places_C: in the shard; rows_C: of M; low_C, high_C: between which their scores are."""
+
+    users_C: torch.Tensor
+    places_C: torch.Tensor
+    rows_C: torch.Tensor
+    low_C: torch.Tensor
+    high_C: torch.Tensor
+
+    def __getitem__(self, chosen):
+        return _Candidates(*(each[chosen] for each in tuple(self)))
 
 
 def _smallest(keys, k):

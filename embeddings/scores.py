@@ -50,14 +50,15 @@ class Vectors:
         return self.length_V.max()
 
 
-def product(users, items, out):
-    """Scores (U, N) as a matrix product gives them, into `out`; NaN for every pair of which one is wild."""
+def product(users, items, out, first=0):
+    """Scores (U, N) of N items from the first on as a matrix product gives them, into `out`; NaN where either is wild."""
+    here = slice(first, first + out.shape[1])
     with full_precision(out.device.type):
-        torch.mm(users.product_VR, items.product_VR.T, out=out)
+        torch.mm(users.product_VR, items.product_VR[here].T, out=out)
     if users.any_wild:
         out[users.wild_V] = torch.nan
     if items.any_wild:
-        out[:, items.wild_V] = torch.nan
+        out[:, items.wild_V[here]] = torch.nan
     return out
 
 
