@@ -32,7 +32,7 @@ BREAKDOWNS = {
     "history length": tuple(
         f"{low}–{high - 1}" if high else f"{low} or more" for low, high in zip(LENGTHS, (*LENGTHS[1:], None), strict=True)
     ),
-    "history in the target's domain": OWN,
+    "history in domain": OWN,
 }
 
 

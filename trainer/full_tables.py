@@ -6,7 +6,7 @@ from rich.text import Text
 
 from trainer.log import evaluation_table, printable, times
 
-METRICS = ("HR@1", "HR@10", "HR@50", "NDCG@10", "MRR")  # the record has more
+METRICS = ("HR@1", "HR@10", "NDCG@10", "MRR")  # the record has more, 80 columns have not
 
 
 def full_tables(record: dict) -> list[Table]:
@@ -14,7 +14,7 @@ def full_tables(record: dict) -> list[Table]:
     tables = [_by_domain(record), _breakdown(record), _recommended(record)]
     if record.get("sampled"):
         table = evaluation_table(record["sampled"])
-        table.title = f"{record['kind'].capitalize()} among drawn candidates, the same users"
+        table.title = f"{record['kind'].capitalize()} among drawn candidates"
         tables.append(table)
     return tables
 
@@ -26,7 +26,7 @@ def figure(value) -> str:
 
 def interval(found) -> str:
     """A 95 % interval, or a dash where there is none."""
-    return "–" if found is None else f"{found[0]:.4f} to {found[1]:.4f}"
+    return "–" if found is None else " ".join(f"{value:.3f}" for value in found)
 
 
 def headline(record) -> str:
@@ -38,21 +38,22 @@ def _table(title, *columns, caption=None):
     style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", **style)
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold", vertical="bottom")
+        header = column.replace(" ", "\n")
+        table.add_column(header, justify="right" if place else "left", overflow="fold", vertical="bottom", no_wrap=place > 0)
     return table
 
 
 def _by_domain(record):
     name = headline(record)
     title = f"{record['kind'].capitalize()} at step {record['step']:,} among all items of the domain"
-    caption = "interval: 95 %, over users; ratio: to ranking by popularity, and the interval of the difference to it"
-    columns = ["domain", "users", *METRICS, f"{name} interval", f"popular {name}", "ratio", "difference"]
+    caption = "Intervals are of 95 %, over users; the difference is that to ranking by popularity."
+    columns = ["domain", "users", *METRICS, f"{name} interval", f"popular {name}", "difference interval"]
     table = _table(title, *columns, caption=caption)
 
     def row(label, figures, popularity, difference):
         own = [figure(figures[metric]) for metric in METRICS]
         within = (figures.get("interval") or {}).get(name)
-        baseline = figure(popularity[name]), times(figures[name], popularity[name]), interval(difference["interval"])
+        baseline = figure(popularity[name]), interval(difference["interval"])
         table.add_row(label, f"{figures['users']:,}", *own, interval(within), *baseline)
 
     for domain, figures in record["domains"].items():
