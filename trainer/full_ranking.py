@@ -30,7 +30,7 @@ OWN = ("none", "some")
 BREAKDOWNS = {
     "item popularity": POPULARITY,
     "history length": tuple(
-        f"{low}–{high - 1}" if high else f"{low} or more" for low, high in zip(LENGTHS, (*LENGTHS[1:], None), strict=True)
+        f"{low}–{high - 1}" if high else f"{low}+" for low, high in zip(LENGTHS, (*LENGTHS[1:], None), strict=True)
     ),
     "history in domain": OWN,
 }

@@ -38,8 +38,11 @@ def _table(title, *columns, caption=None):
     style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", **style)
     for place, column in enumerate(columns):
-        header = column.replace(" ", "\n")
-        table.add_column(header, justify="right" if place else "left", overflow="fold", vertical="bottom", no_wrap=place > 0)
+        header = column.replace(" ", "\n").replace("@", "\n@")
+        if place:
+            table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
+        else:
+            table.add_column(header, overflow="fold", min_width=9, vertical="bottom")
     return table
 
 

@@ -114,7 +114,8 @@ def test_full_ranking_is_a_table_too(trained, tmp_path, monkeypatch, capsys):
     with as_a_script():
         launch.evaluate.main()
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("Validation", "history length", "head", "gini@10", "drawn candidates", "history in domain"))
+    words = "Validation", "item popularity", "head", "history length", "history in domain", "gini", "drawn candidates"
+    assert all(word in shown for word in words)
     assert (tmp_path / "run" / "evaluation-full-validation.json").is_file()
 
 
