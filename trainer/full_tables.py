@@ -4,9 +4,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trainer.log import evaluation_table, printable, times
+from trainer.log import evaluation_table, printable
 
-METRICS = ("HR@1", "HR@10", "NDCG@10", "MRR")  # the record has more, 80 columns have not
+METRICS = ("HR@10", "NDCG@10", "MRR")  # the record has more, 80 columns have not
 
 
 def full_tables(record: dict) -> list[Table]:
@@ -68,7 +68,7 @@ def _by_domain(record):
 
 def _breakdown(record):
     name = headline(record)
-    columns = ["domain", "users by", "", "users", name, "interval", f"popular {name}", "ratio"]
+    columns = ["domain", "users by", "", "users", name, "interval", f"popular {name}"]
     table = _table(f"{name} by groups of users", *columns)
     for domain, breakdowns in record["breakdown"].items():
         for breakdown, groups in breakdowns.items():
@@ -76,8 +76,7 @@ def _breakdown(record):
                 if figures["users"]:
                     within, popularity = (figures.get("interval") or {}).get(name), figures[f"popularity {name}"]
                     label = Text(printable(domain)), breakdown, group, f"{figures['users']:,}"
-                    found = figure(figures[name]), interval(within), figure(popularity), times(figures[name], popularity)
-                    table.add_row(*label, *found)
+                    table.add_row(*label, figure(figures[name]), interval(within), figure(popularity))
         table.add_section()
     return table
 
