@@ -43,6 +43,7 @@ setup(
         # pyspark, which wants Java 17: so that CI compares the two engines byte for byte. Without them those tests are skipped.
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff", *SPARK],
         "spark": SPARK,
+        "index": ["faiss-cpu>=1.9"],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
         # What the benchmarks' peers need stands in benchmarks/peers.txt: RecBole cannot share an environment with NumPy 2.
         # On a CUDA machine plain pip does the same as launch/stack.py.
         "cuda": [f"torch=={torch}", f"torchrec=={torchrec}", f"fbgemm-gpu=={fbgemm}"],

@@ -9,7 +9,6 @@ number of ranks, on the block, or on the device. Memory is that of a block, what
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ class ExactRanking:
     Vectors are taken as they are in the table at a call.
     """
 
-    def __init__(self, table, first, items, block=1024, users=1024):
+    def __init__(self, table, first, items, block=2048, users=2048):
         """table: ItemTable; block: rows of a shard scored at once; users: of all ranks together, at once.
 
         Raises ValueError where the rows are not the table's.
@@ -248,6 +247,9 @@ class _Shard:
         """Where in `weight` rows of M would be."""
         return self.scatter.stored(row) - self.first
 
+    def row(self, place):
+        return self.scatter.row(place + self.first)
+
     def holds(self, place):
         return (place >= 0) & (place < len(self.weight))
 
@@ -306,7 +308,7 @@ class _Memory:
 
 
 class _Best:
-    """Candidates for the best k of each user, with the least and the greatest that their scores may be."""
+    """Candidates for the best k of each user, with their scores by product."""
 
     def __init__(self, part, k):
         y_UR = part.y.vectors_VR
@@ -314,8 +316,10 @@ class _Best:
         self.least_U = torch.full((len(y_UR),), -torch.inf, device=y_UR.device)  # what the k-th best has at least
         self.full_U = torch.zeros(len(y_UR), dtype=torch.bool, device=y_UR.device)  # k candidates are settled
         self.nowhere_U = (y_UR == 0).all(1)  # all items are equal for these
-        rows, scores = torch.empty(0, dtype=torch.int64, device=y_UR.device), torch.empty(0, device=y_UR.device)
-        self._candidates, self._waiting = [_Candidates(rows, rows, rows, scores, scores)], 0
+        self.error_U = torch.zeros(len(y_UR), dtype=torch.float64, device=y_UR.device)  # of any candidate's product
+        # Of each candidate: the user's number, and in the lower 32 bits the place in the shard.
+        self._keys, self._waiting = [torch.empty(0, dtype=torch.int64, device=y_UR.device)], 0
+        self._scores = [torch.empty(0, device=y_UR.device)]
 
     def hopeless(self):
         """The users whose scores all are no numbers, None where there is none."""
@@ -340,39 +344,41 @@ class _Best:
 
     def add(self, block, users_C, columns_C, scores_C):
         """scores_C: by product."""
-        error_C = block.error_U[users_C].masked_fill(self.nowhere_U[users_C], 0)
-        low_C, high_C = _below(scores_C.double() - error_C), _above(scores_C.double() + error_C)
-        low_C, high_C = low_C.where(~scores_C.isnan(), -torch.inf), high_C.where(~scores_C.isnan(), torch.inf)
-        self._candidates.append(_Candidates(users_C, block.place_N[columns_C], block.rows_N[columns_C], low_C, high_C))
+        self._keys.append(users_C << 32 | block.place_N[columns_C])
+        self._scores.append(scores_C)
+        self.error_U = torch.maximum(self.error_U, block.error_U)
         self._waiting += len(users_C)
         if self._waiting > self.limit:
             self.settle()
 
     def settle(self):
         """Leaves out those that cannot be among the best any more."""
-        held = self._held()
-        low_Un, counts_U = self._padded(held.users_C, held.low_C, -torch.inf)
-        self.least_U = torch.maximum(self.least_U, low_Un.topk(self.k).values[:, -1])
-        self.full_U = counts_U >= self.k
-        held = held[held.high_C >= self.least_U[held.users_C]]
-        if len(held.users_C) > self.limit:  # they are too near each other
-            users_C, nth_C = torch.nonzero((keys_Uk := self._best(held)) != _MISSING, as_tuple=True)
-            scores_C, rows_C = _scores_and_rows(keys_Uk[users_C, nth_C])
-            held = _Candidates(users_C, self.part.shard.place(rows_C), rows_C, scores_C, scores_C)
-        self._candidates, self._waiting = [held], 0
+        keys_C, scores_C = self._held()
+        users_C = keys_C >> 32
+        lows_Un, counts_U = self._padded(users_C, scores_C.where(~scores_C.isnan(), -torch.inf), -torch.inf)
+        least_U = _below(lows_Un.topk(self.k).values[:, -1].double() - self.error_U)
+        self.least_U, self.full_U = torch.maximum(self.least_U, least_U), counts_U >= self.k
+        left_C = ~(scores_C < _below(self.least_U.double() - self.error_U)[users_C])
+        keys_C, scores_C = keys_C[left_C], scores_C[left_C]
+        if len(keys_C) > self.limit:  # they are too near each other
+            users_C, nth_C = torch.nonzero((best_Uk := self._best(keys_C)) != _MISSING, as_tuple=True)
+            scores_C, rows_C = _scores_and_rows(best_Uk[users_C, nth_C])
+            keys_C = users_C << 32 | self.part.shard.place(rows_C)
+        self._keys, self._scores, self._waiting = [keys_C], [scores_C], 0
 
     def keys(self):
         """Of the best k (U, k)."""
-        return self._best(self._held())
+        return self._best(self._held()[0])
 
-    def _best(self, held):
-        keys_C = _keys(self.part.exact(held.users_C, held.places_C), held.rows_C)
-        return _smallest(self._padded(held.users_C, keys_C, _MISSING)[0], self.k)
+    def _best(self, keys_C):
+        users_C, places_C = keys_C >> 32, keys_C & 0xFFFFFFFF
+        keys_C = _keys(self.part.exact(users_C, places_C), self.part.shard.row(places_C))
+        return _smallest(self._padded(users_C, keys_C, _MISSING)[0], self.k)
 
     def _held(self):
         """All candidates, by user."""
-        held = _Candidates(*(torch.cat(each) for each in zip(*self._candidates, strict=True)))
-        return held[held.users_C.argsort()]
+        keys_C, order_C = torch.cat(self._keys).sort()
+        return keys_C, torch.cat(self._scores)[order_C]
 
     def _padded(self, users_C, values_C, nothing):
         """The values of each user beside each other, at least k (U, n), and how many each has."""
@@ -381,19 +387,6 @@ class _Best:
         place_C = torch.arange(len(users_C), device=users_C.device) - (counts_U.cumsum(0) - counts_U)[users_C]
         padded_Un[users_C, place_C] = values_C
         return padded_Un, counts_U
-
-
-class _Candidates(NamedTuple):
-    """places_C: in the shard; rows_C: of M; low_C, high_C: between which their scores are."""
-
-    users_C: torch.Tensor
-    places_C: torch.Tensor
-    rows_C: torch.Tensor
-    low_C: torch.Tensor
-    high_C: torch.Tensor
-
-    def __getitem__(self, chosen):
-        return _Candidates(*(each[chosen] for each in tuple(self)))
 
 
 def _smallest(keys, k):
