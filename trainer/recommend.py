@@ -10,12 +10,14 @@ every user's first item). A domain's name stands in its folder's as Hive writes 
 
 It is made in stages that leave files (`Work`): the histories, then part after part, each by all ranks and gathered to the
 first, which writes it. Killed, the same command goes on from the parts that are there, at any number of ranks. OUTPUT is there
-whole or not at all. A step's users depend on the part alone, not on the number of ranks, so the model's sums are the same.
+whole or not at all; it lies on storage that all hosts see. A step's users depend on the part alone, not on the number of ranks,
+so the model's sums are the same.
 """
 
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from trainer.data.asked import Asked, AskedConfig, read_histories, write_histori
 from trainer.data.logs import reason
 from trainer.data.progress import Stages
 from trainer.data.stream import Reasons
-from trainer.data.work import Work
+from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
 
 RECORD = "recommend.json"
@@ -113,9 +115,12 @@ def _finished(output, facts):
     """The record of a finished output that was made from the same."""
     try:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        return record if record["made_from"].items() >= facts.items() else None
+        if not record["made_from"].items() >= facts.items():
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    shutil.rmtree(work_folder(output), ignore_errors=True)  # a kill may have come before it was taken away
+    return record
 
 
 class _Recommendations:
@@ -123,7 +128,7 @@ class _Recommendations:
 
     def __init__(self, output, ranks, stages, facts, fresh):
         self.ranks, self.stages, self.work = ranks, stages, None
-        self.folder = output.parent / f".{output.name}.work"
+        self.folder = work_folder(output)
 
         def begin():
             self.work = Work(output, facts, fresh, refuse=True)
@@ -167,6 +172,11 @@ class _Recommendations:
         """Puts the parts in their places; the record."""
 
         def move_all():
+            whole = self.work.path("whole")
+            if self.work.done("whole"):  # killed on the threshold
+                record = json.loads((whole / RECORD).read_text(encoding="utf-8"))
+                self.work.deliver("whole")
+                return record
             rows = {}
             partial = self.work.folder / "whole.partial"
             partial.mkdir(exist_ok=True)
@@ -180,7 +190,7 @@ class _Recommendations:
                 rows[name] = sum(pq.read_metadata(file).num_rows for file in files)
             record = {"made_from": made_from, **asdict(asked), "rows": rows}
             write_json(partial / RECORD, record)
-            partial.rename(self.work.path("whole"))
+            partial.rename(whole)
             self.work.deliver("whole")
             return record
 

@@ -16,6 +16,7 @@ from trainer.best import best_model, open_run
 from trainer.checkpoint import BEST, RunState, write_json
 from trainer.config import to_yaml
 from trainer.data.asked import AskedConfig
+from trainer.data.work import Work
 from trainer.errors import InputError
 from trainer.recommend import RecommendConfig, folder_of, recommend
 
@@ -177,11 +178,13 @@ def test_putting_the_parts_in_place_may_be_interrupted_too(run, tmp_path, monkey
     def failing(*_):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer.recommend, "write_json", failing)
-        made(run, tmp_path / "out", asked)
-    made(run, tmp_path / "out", asked)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    for place, name in ((trainer.recommend, "write_json"), (Work, "deliver"), (Work, "discard")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(place, name, failing)
+            made(run, tmp_path / name, asked)
+        made(run, tmp_path / name, asked)
+        assert contents(tmp_path / name) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deliver", "discard", "whole", "write_json"]
 
 
 OTHERWISE = {

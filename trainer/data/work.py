@@ -25,7 +25,7 @@ class Work:
 
     def __init__(self, output, facts, fresh=False, refuse=False):
         self.output = Path(output)
-        self.folder = self.output.parent / f".{self.output.name}.work"
+        self.folder = work_folder(self.output)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise InputError(f"output {output} already holds something: name another folder or remove it")
         facts = json.loads(json.dumps(facts))
@@ -102,6 +102,11 @@ class Work:
                 shutil.rmtree(path)
             elif path.name != "lock":
                 path.unlink()
+
+
+def work_folder(output: Path) -> Path:
+    """Where the work on an output is done."""
+    return output.parent / f".{output.name}.work"
 
 
 @contextlib.contextmanager
