@@ -5,6 +5,7 @@ without a batch, or with a disk that is full, would leave the others waiting in 
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from trainer.errors import RanksLost
+from trainer.errors import InputError, RanksLost
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -43,6 +44,41 @@ def largest(value: int) -> int:
     found = torch.tensor([value])
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
+
+
+def by_the_first(work, first: bool):
+    """What work() returns on the first rank (a JSON value), or the InputError that it raises, on all ranks. They all call it.
+
+    However long it takes, no backend gives up waiting: the others are told every second that it goes on.
+    """
+    outcome = {}
+
+    def run():
+        try:
+            outcome["value"] = work()
+        except InputError as error:
+            outcome["refused"] = str(error)
+        except BaseException as error:
+            outcome["failed"] = error
+
+    thread = threading.Thread(target=run, name="first rank", daemon=True) if first else None
+    if thread:
+        thread.start()
+        thread.join(1.0)
+    while largest(int(first and thread.is_alive())):
+        if thread:
+            thread.join(1.0)
+    if "failed" in outcome:
+        raise outcome["failed"]
+    content = torch.tensor(list(json.dumps(outcome).encode()), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    dist.broadcast(size, 0)
+    content = content if first else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    told = json.loads(bytes(content.tolist()))
+    if "refused" in told:
+        raise InputError(told["refused"])
+    return told["value"]
 
 
 class StopSignal:

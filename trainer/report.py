@@ -4,6 +4,7 @@ Plotly's JavaScript stands in the page, whose content security policy forbids ev
 names, the config) are escaped: by Jinja2 in the page, by `plots.styles` in the plots, as Plotly reads some HTML in labels.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from trainer.log import (
     times,
 )
 
+FULL = "evaluation-full"  # -SPLIT.json: the record of a full ranking (trainer.full_ranking)
 LAST_SHARE = 0.2  # of the train lines: what "at the end" means
 
 
@@ -51,6 +53,7 @@ def write_report(folder: Path) -> Path:
         findings=_findings(train, [domain.name for domain in domains]),
         last_share=f"{LAST_SHARE:.0%}",
         final=_table(test or best, domains) if test or best else None,
+        full=[_full_table(record) for record in map(_read_json, sorted(folder.glob(f"{FULL}-*.json"))) if record],
         sections=_sections(train, validations, best, test or best, domains),
         thinning=_thinning(len(train)),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
@@ -241,6 +244,40 @@ def _table(record, domains):
         "too_short": record.get("too_short"),
         "skipped_users": record.get("skipped_users"),
     }
+
+
+def _read_json(file):
+    """A record, or None where it cannot be read: the rest of the page is still good."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _full_table(record):
+    """Ranking among all items: a row a domain, and one of means."""
+    metrics = [name for name in metrics_of(record) if name != "interval"]
+
+    def row(label, figures, popularity, difference):
+        within = (figures["interval"] or {}).get(HEADLINE)
+        cells = [f"{figures['users']:,}", *(_figure(figures[metric]) for metric in metrics), _interval(within)]
+        cells += [_figure(popularity[HEADLINE]), _interval(difference["interval"])]
+        return {"label": label, "cells": cells}
+
+    rows = [
+        row(printable(name), figures, record["popularity"][name], record["difference"]["domains"][name])
+        for name, figures in record["domains"].items()
+    ]
+    rows.append(row("mean", record["mean"], record["popularity_mean"], record["difference"]["mean"]))
+    return {
+        "title": f"{record['kind'].capitalize()} among all items of the domain, step {record['step']:,}",
+        "columns": ["users", *metrics, f"{HEADLINE} 95 %", f"popularity {HEADLINE}", "difference 95 %"],
+        "rows": rows,
+    }
+
+
+def _interval(found):
+    return "–" if found is None else f"{found[0]:.4f} to {found[1]:.4f}"
 
 
 def _figure(value):

@@ -13,6 +13,14 @@ from trainer.data.synthetic import SyntheticConfig, synthesize
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+SETTINGS = [
+    "max_steps=3",
+    "global_batch_size=32",
+    "log.tensorboard=false",
+    "evaluation.negatives=40",
+    "evaluation.batch_size=50",
+]
+MODEL = ["model.dim=16", "model.ffn_dim=16", "model.max_length=12", "model.experts=2", "model.cross_experts=1"]
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +31,14 @@ def dataset(tmp_path_factory):
     synthesize(folder / "logs", config)
     prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data")))
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory):
+    """A run of three steps by one rank."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run([BIN / "python", "launch/train.py", f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL])
+    return folder
 
 
 def free_port():

@@ -11,28 +11,11 @@ import pytest
 
 import launch.evaluate
 from tests.alone import as_a_script
-from tests.distributed.conftest import BIN, deepspeed, run
+from tests.distributed.conftest import deepspeed, run
 from tests.trainer.made import draw_histories, write_dataset
 from trainer.config import load_config
 from trainer.data.dataset import Dataset
 from trainer.evaluate import RankingBatches
-
-SETTINGS = [
-    "max_steps=3",
-    "global_batch_size=32",
-    "log.tensorboard=false",
-    "evaluation.negatives=40",
-    "evaluation.batch_size=50",
-]
-MODEL = ["model.dim=16", "model.ffn_dim=16", "model.max_length=12", "model.experts=2", "model.cross_experts=1"]
-
-
-@pytest.fixture(scope="session")
-def trained(dataset, tmp_path_factory):
-    """A run of three steps by one rank."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run([BIN / "python", "launch/train.py", f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL])
-    return folder
 
 
 @pytest.fixture
@@ -100,6 +83,40 @@ def test_two_ranks_give_the_same_figures_and_the_same_file(dataset, trained, eva
     order = pq.read_table(dataset / "users.parquet").column("user_id").to_pylist()
     users = [pq.read_table(file).column("user_id").to_pylist() for file in (one, two)]
     assert users[0] == users[1] == [user for user in order if user in results(one)]
+
+
+def test_full_ranking_gives_the_same_figures_by_two_ranks_and_leaves_them_in_the_run(dataset, trained, evaluate, tmp_path):
+    own = tmp_path / "run"
+    shutil.copytree(trained, own)
+    alone = evaluate("--run", own, "--ranking", "full")
+    assert json.loads((own / "evaluation-full-test.json").read_text()) == alone
+    assert "among all items of the domain" in (own / "report.html").read_text()
+    (own / "evaluation-full-test.json").unlink()
+    done = run(deepspeed(2, "launch/evaluate.py", "--run", own, "--json", "--ranking", "full"))
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    assert json.loads(line) == alone == json.loads((own / "evaluation-full-test.json").read_text())
+    assert alone["sampled"] == recorded(trained, "test")
+    facts = Dataset.load(dataset)
+    for domain in facts.domains:
+        figures, sampled = alone["domains"][domain.name], alone["sampled"]["domains"][domain.name]
+        assert figures["users"] == sampled["users"]
+        assert figures["MRR"] <= sampled["MRR"] + 1e-9  # more items may come before
+        for groups in alone["breakdown"][domain.name].values():
+            assert sum(group["users"] for group in groups.values()) == figures["users"]
+        low, high = figures["interval"]["MRR"]
+        assert low < figures["MRR"] < high
+
+
+def test_full_ranking_is_a_table_too(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = ["--run", tmp_path / "run", "--ranking", "full", "--split", "validation"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with as_a_script():
+        launch.evaluate.main()
+    shown = capsys.readouterr().out
+    words = "Validation", "item popularity", "head", "history length", "history in domain", "gini", "drawn candidates"
+    assert all(word in shown for word in words)
+    assert (tmp_path / "run" / "evaluation-full-validation.json").is_file()
 
 
 def candidates_of(dataset, trained):
@@ -175,13 +192,18 @@ def bad_candidates(trained, folder):
     return ["--candidates", folder / "c.parquet"], "row 0"
 
 
+def candidates_and_all_items(trained, folder):
+    return ["--candidates", folder / "c.parquet", "--ranking", "full"], "leave one of them out"
+
+
 def output_exists(trained, folder):
     (folder / "out.parquet").touch()
     return [], "already exists"
 
 
 BAD = [
-    no_run, unfinished, table_file_missing, dense_file_cut_short, another_dataset, moved_dataset, bad_candidates, output_exists
+    no_run, unfinished, table_file_missing, dense_file_cut_short, another_dataset, moved_dataset, bad_candidates,
+    candidates_and_all_items, output_exists
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from trainer.control import Agreement, StopSignal, agree, ranks_lost
+from trainer.control import Agreement, StopSignal, agree, by_the_first, ranks_lost
 from trainer.errors import InputError, RanksLost
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,21 @@ def test_ranks_agree_on_each_thing_by_itself(ranks, said):
 
 def test_nothing_said_is_nothing_agreed_on(ranks):
     assert agree() == Agreement(False, False, False, False)
+
+
+def test_what_the_first_rank_alone_does_is_told_to_all(ranks):
+    assert by_the_first(lambda: {"a": [1, None, "ü"]}, True) == {"a": [1, None, "ü"]}
+    assert by_the_first(lambda: time.sleep(1.2), True) is None
+
+
+def test_what_the_first_rank_alone_meets_is_raised(ranks):
+    def refuse():
+        raise InputError("log.csv: row 3")
+
+    with pytest.raises(InputError, match=r"log\.csv: row 3"):
+        by_the_first(refuse, True)
+    with pytest.raises(ZeroDivisionError):
+        by_the_first(lambda: 1 // 0, True)
 
 
 # Signals.

@@ -255,3 +255,30 @@ def test_a_moving_mean_passes_over_gaps_and_keeps_a_level():
     y = np.asarray(bold.y)
     np.testing.assert_allclose(y[np.isfinite(y)], 3.0)
     assert np.isnan(y).sum() == 20
+
+
+def test_a_full_ranking_has_a_table_of_its_own(tmp_path):
+    folder = write_run(tmp_path / "run", full_run())
+
+    def figures(value, interval):
+        return {"users": 10, "HR@10": value, "NDCG@10": value, "interval": interval}
+
+    within = {"HR@10": [0.1, 0.2], "NDCG@10": [0.3, 0.4]}
+    record = {
+        **{"kind": "test", "step": 30, "domains": {"Books": figures(0.35, within), "<b>": figures(None, None)}},
+        **{"mean": figures(0.35, within), "popularity": {"Books": figures(0.2, within), "<b>": figures(None, None)}},
+        "popularity_mean": figures(0.2, within),
+        "difference": {
+            "domains": {"Books": {"interval": [-0.05, 0.25]}, "<b>": {"interval": None}},
+            "mean": {"interval": [0.1, 0.2]},
+        },
+    }
+    (folder / "evaluation-full-test.json").write_text(json.dumps(record))
+    (folder / "evaluation-full-validation.json").write_text('{"kind": "vali')  # torn: left out
+    page = Page(write_report(folder))
+    for words in (
+        "Test among all items of the domain, step 30 domain users HR@10 NDCG@10 NDCG@10 95 % popularity NDCG@10",
+        "Books 10 0.3500 0.3500 0.3000 to 0.4000 0.2000 -0.0500 to 0.2500",
+        "<b> 10 – – – – –",
+    ):
+        assert words in page.text

@@ -77,6 +77,19 @@ def open_log(connection, files, columns: dict[str, str], domain: str | None = No
     return sum(group.rows for group in groups)
 
 
+def open_ids(connection, files, column) -> None:
+    """Makes the table `ids` of the different values that a column of the files has: `user_id`, BIGINT or VARCHAR as in `log`.
+
+    Raises InputError as `open_log` does; files without a row are none.
+    """
+    groups = _group(connection, files, {"user": column}, None)
+    for number, group in enumerate(groups):
+        _inspect(connection, group, f"ids_{number}")
+    kind = "BIGINT" if all(group.whole["user"] for group in groups if group.rows) else "VARCHAR"
+    selects = [f"SELECT {group.value['user']}::{kind} AS user_id FROM {group.table}" for group in groups]
+    connection.execute(f"CREATE TABLE ids AS SELECT DISTINCT user_id FROM ({' UNION ALL '.join(selects)})")
+
+
 @dataclass
 class _Group:
     """Files of one format with equal columns, which one table function reads together."""
@@ -205,7 +218,7 @@ def reason(error) -> str:
 def _inspect(connection, group, name):
     """Fills in table (a copy called `name` for CSV), rows and whole; refuses unreadable files and ids that are not there."""
     group.table = group.scan(group.files)
-    roles = ("user", "item", "domain", "time")
+    roles = tuple(group.value)
     try:
         if group.text:  # parsing is dear: once
             read = dict.fromkeys(value for role, value in group.value.items() if role in group.columns)
@@ -219,11 +232,11 @@ def _inspect(connection, group, name):
         raise
     except duckdb.Error as error:
         _refuse_unreadable(connection, group, error)
-    for role, missing in zip(roles, found[:4], strict=True):
+    for role, missing in zip(roles, found[: len(roles)], strict=True):
         if missing:
             path, row, text = _first(connection, group, role, group.missing(role))
             raise InputError(f"{path}: row {row}: {group.columns[role]!r} is {text or 'empty'}: every row needs one")
-    group.whole = dict(zip(roles, found[4:], strict=True))
+    group.whole = dict(zip(roles, found[len(roles) :], strict=True))
 
 
 def _refuse_unreadable(connection, group, error):

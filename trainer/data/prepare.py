@@ -70,21 +70,28 @@ class PrepareConfig:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least {bound}")
         if self.domain == "":
             raise InputError("domain is empty: give the one domain of these logs a name")
-        if self.memory_bytes < _LEAST_MEMORY:
-            raise InputError(f"memory {self.memory} is too little: give {_LEAST_MEMORY // 10**6}MB or more with --memory")
+        memory_bytes(self.memory)
 
     @property
     def memory_bytes(self) -> int:
         """`memory` in bytes."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", self.memory.strip().upper())
-        if not found or found[2] not in _UNITS:
-            raise InputError(f"memory {self.memory!r} is no amount like 8GB")
-        return int(float(found[1]) * _UNITS[found[2]])
+        return memory_bytes(self.memory)
 
     @property
     def columns(self) -> dict[str, str]:
         """The columns' names by role."""
         return {role: getattr(self, f"{role}_column") for role in ("user", "item", "domain", "time")}
+
+
+def memory_bytes(text) -> int:
+    """An amount like 8GB or 500MiB in bytes. Raises InputError where it is none, or too little to read logs with."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not found or found[2] not in _UNITS:
+        raise InputError(f"memory {text!r} is no amount like 8GB")
+    amount = int(float(found[1]) * _UNITS[found[2]])
+    if amount < _LEAST_MEMORY:
+        raise InputError(f"memory {text} is too little: give {_LEAST_MEMORY // 10**6}MB or more with --memory")
+    return amount
 
 
 def prepare(config: PrepareConfig, fresh=False) -> Dataset:

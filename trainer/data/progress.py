@@ -10,14 +10,15 @@ class Stages(Progress):
     """A line for each stage on stderr while it runs, with the time left where DuckDB or the stage knows it.
 
     Nothing is shown where stderr is no terminal, nor left behind where it is one. `connection`: DuckDB's, while it works.
+    shown: False on ranks that say nothing.
     """
 
-    def __init__(self):
+    def __init__(self, shown=True):
         self.connection = self._query = None
         console = Console(stderr=True)
         super().__init__(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal, refresh_per_second=4,
+            console=console, transient=True, disable=not (shown and console.is_terminal), refresh_per_second=4,
         )  # fmt: skip
 
     def get_renderables(self):

@@ -19,13 +19,13 @@ class Work:
     """Begins or goes on with the work on `output`, which is a new or an empty folder.
 
     facts: JSON values on which the stages depend. fresh: begin anew whatever is there. `begun_anew` says that what was
-    there was made from other facts. Raises InputError: the output holds something or cannot be written, or another process
-    is at it.
+    there was made from other facts; with `refuse` that raises InputError, which names the facts (of a dict) that differ. It is
+    raised, too, where the output holds something or cannot be written, or another process is at it.
     """
 
-    def __init__(self, output, facts, fresh=False):
+    def __init__(self, output, facts, fresh=False, refuse=False):
         self.output = Path(output)
-        self.folder = self.output.parent / f".{self.output.name}.work"
+        self.folder = work_folder(self.output)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise InputError(f"output {output} already holds something: name another folder or remove it")
         facts = json.loads(json.dumps(facts))
@@ -36,6 +36,12 @@ class Work:
             path = self.folder / "facts.json"
             known = _read(path)
             self.begun_anew = known not in (None, facts)
+            if self.begun_anew and refuse and not fresh:
+                self._lock.close()
+                raise InputError(
+                    f"output {output} was begun otherwise: {_difference(known, facts)}: put it back, give another --output, or "
+                    "begin anew with --fresh"
+                )
             if fresh or known != facts:
                 self._empty()
                 _write(path, facts)
@@ -98,6 +104,11 @@ class Work:
                 path.unlink()
 
 
+def work_folder(output: Path) -> Path:
+    """Where the work on an output is done."""
+    return output.parent / f".{output.name}.work"
+
+
 @contextlib.contextmanager
 def finished_whole(folder: Path, writer=""):
     """Yields an empty folder `folder`.partial, which gets its name where nothing is raised.
@@ -115,6 +126,17 @@ def finished_whole(folder: Path, writer=""):
         if writer:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _difference(known, facts):
+    """What is not as it was, in words."""
+    if not isinstance(known, dict):
+        return "it is not known how"
+    return "; ".join(
+        f"{name} was {str(known.get(name, 'not set'))[:200]}, is {str(facts.get(name, 'not set'))[:200]}"
+        for name in sorted(known.keys() | facts.keys())
+        if known.get(name) != facts.get(name)
+    )
 
 
 def _read(path):

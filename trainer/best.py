@@ -1,0 +1,40 @@
+"""A finished run's best model, read from disk into any number of ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from embeddings.table import ItemTable
+from syncrec.model import SyNCRec
+from trainer.checkpoint import load_best
+from trainer.config import RunConfig, load_config
+from trainer.data.dataset import Dataset
+from trainer.data.source import is_hidden
+from trainer.errors import InputError
+
+
+def open_run(run, data=None) -> tuple[RunConfig, Dataset]:
+    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved.
+
+    Raises InputError where one of them cannot be used.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: is no run (there is no config.yaml in it)")
+    config = load_config([run / "config.yaml"], [])
+    config = replace(config, data=str(data or config.data))
+    if is_hidden(config.data):
+        raise InputError(f"{run}: a run does not keep what is secret in its dataset's address; give it as --data")
+    return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+
+
+def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec, ItemTable, dict]:
+    """The dense model and the item table as the run's best validation had them, and what best.json says of it. Called on all
+    ranks. Raises InputError where the run has none, or it is damaged or does not fit the dataset."""
+    model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
+    # Nothing is trained here: an optimizer without state and a place that any device has, whatever the run was trained with.
+    table_config = replace(config.table, optimizer="sgd", placement="auto", communication="fp32")
+    try:
+        table = ItemTable(dataset.num_embeddings, config.model.dim, table_config, config.seed, ranks.device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return model, table, load_best(Path(run), model, table, ranks)
