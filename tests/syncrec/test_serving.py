@@ -1,0 +1,75 @@
+"""The padded encoder that is exported against the packed model."""
+
+import numpy as np
+import pytest
+import torch
+
+from syncrec.batch import build_query, move
+from syncrec.config import ModelConfig
+from syncrec.model import SyNCRec
+from syncrec.serving import UserEncoder, exported
+
+LENGTHS = [0, 1, 4, 7, 8, 9, 23]  # max_length is 8
+PLAIN = {"tasks": "cross", "stop_gradient": "off", "loss_correction": "none", "mutual_information": "off"}
+
+
+def made(dtype=torch.float64, **given):
+    """A model none of whose weights are at their start values."""
+    torch.manual_seed(3)
+    base = {"dim": 12, "max_length": 8, "experts": 4, "cross_experts": 2, "heads": 2, "ffn_dim": 10, "dropout": 0.2}
+    model = SyNCRec(ModelConfig(**(base | given)), 3).to(dtype).eval()
+    for weight in model.parameters():
+        weight.data += 0.3 * torch.randn_like(weight)
+    return model
+
+
+def padded(table, histories, max_length):
+    recent = [history[-max_length:] for history in histories]
+    items = torch.full((len(recent), max(1, *map(len, recent)), table.shape[1]), float("nan"), dtype=table.dtype)
+    for user, history in enumerate(recent):
+        items[user, : len(history)] = table[history]
+    return items, torch.tensor([len(history) for history in recent])
+
+
+def both(model, lengths):
+    """What the packed model gives, and what the encoder is given."""
+    generator = np.random.default_rng(5)
+    histories = [generator.integers(0, 50, length) for length in lengths]
+    generator, longest = torch.Generator().manual_seed(1), model.config.max_length
+    table = torch.randn(50, model.config.dim, dtype=next(model.parameters()).dtype, generator=generator)
+    query = move(build_query(np.concatenate(histories), np.array(lengths), longest, np.zeros(0, np.int64)), "cpu")
+    with torch.no_grad():
+        expected = model(query, table[query.ids])
+    return expected, padded(table, histories, longest)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"norm": "pre"},
+        {"gate": "sequence"},
+        {"gate": "sequence", "norm": "pre", "blocks": 1, "heads": 1},
+        {"stop_gradient": "off"},
+        {"tower": "off"},
+        {"kernel": "plain", "blocks": 3},
+        PLAIN | {"experts": 1, "tower": "off"},
+        PLAIN | {"experts": 3},
+        {"max_length": 1},
+    ],
+    ids=str,
+)
+def test_equals_the_packed_model(given):
+    model = made(**given)
+    expected, (items, lengths) = both(model, LENGTHS)
+    torch.testing.assert_close(UserEncoder(model)(items, lengths), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("given", [{}, {"gate": "sequence", "norm": "pre"}, {"max_length": 1}, PLAIN | {"experts": 1}], ids=str)
+def test_the_exported_program_takes_any_users_and_items(given, tmp_path):
+    model = made(torch.float32, **given)
+    torch.export.save(exported(UserEncoder(model)), tmp_path / "encoder.pt2")
+    program = torch.export.load(tmp_path / "encoder.pt2").module()
+    for lengths in (LENGTHS, [0], [1], [30], [2, 2, 5]):
+        expected, given_items = both(model, lengths)
+        torch.testing.assert_close(program(*given_items), expected, rtol=1e-5, atol=1e-5)
