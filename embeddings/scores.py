@@ -51,10 +51,12 @@ class Vectors:
 
 
 def product(users, items, out, first=0):
-    """Scores (U, N) of N items from the first on as a matrix product gives them, into `out`; NaN where either is wild."""
+    """Scores (U, N) of N items from the first on as a matrix product gives them, into `out`; NaN where either is wild.
+
+    To be called within `full_precision`.
+    """
     here = slice(first, first + out.shape[1])
-    with full_precision(out.device.type):
-        torch.mm(users.product_VR, items.product_VR[here].T, out=out)
+    torch.mm(users.product_VR, items.product_VR[here].T, out=out)
     if users.any_wild:
         out[users.wild_V] = torch.nan
     if items.any_wild:
@@ -70,6 +72,16 @@ def error(users, items):
     """
     terms = users.vectors_VR.shape[1]
     return 1.001 * (terms + 4) * _ROUNDING * items.longest * users.length_V + terms * 2.0**-120
+
+
+def below(values):
+    """The float32 number before the nearest one to a float64."""
+    rounded = values.float()
+    return torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+
+
+def above(values):
+    return -below(-values)
 
 
 @contextlib.contextmanager
