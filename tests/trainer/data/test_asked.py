@@ -3,6 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import trainer.data.asked
 from tests.trainer.made import draw_histories, spoil_block, write_dataset
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
 from trainer.data.progress import Stages
@@ -79,6 +80,13 @@ def test_logs_are_mapped_and_what_is_not_known_is_counted(tmp_path, dataset, par
     histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path, name=name),), part_users=part_users)
     assert list(histories.items()) == list(EXPECTED.items())
     assert facts == Asked(users=4, without_history=2, unknown_domain=2, unknown_item=2, unread=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_users_and_events_come_in_batches_that_do_not_match(tmp_path, dataset, monkeypatch, batch):
+    monkeypatch.setattr(trainer.data.asked, "_BATCH", batch)
+    histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path),))
+    assert histories == EXPECTED and facts == Asked(4, 2, 2, 2, 0)
 
 
 def test_given_users_alone_also_such_that_no_log_has(tmp_path, dataset):
