@@ -1,0 +1,197 @@
+"""A finished run's best model as a folder that a service can load with PyTorch, NumPy and safetensors alone.
+
+    schema.json              what is here: sizes, domains, types, the run's best step, every file's size and sha256
+    encoder.pt2              the user encoder, a torch.export program (syncrec/serving.py)
+    domain-N/items.npy       the item vectors of the N-th domain (items, r), to be mapped from the disk
+    domain-N/ids.safetensors their raw ids as UTF-8: bytes uint8, offsets int64 (items + 1)
+    domain-N/index.faiss     where asked for: a FAISS index of the vectors, by inner product
+    example.py               loads all this and recommends
+
+A user's score of an item is the dot product of the encoder's output and the item's vector.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import save
+
+from syncrec.serving import UserEncoder, exported
+from trainer.best import best_model, open_run
+from trainer.control import by_the_first
+from trainer.data.progress import Stages
+from trainer.errors import InputError
+
+FORMAT_VERSION = 1
+SCHEMA, ENCODER = "schema.json", "encoder.pt2"
+_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+_BLOCK = 65536  # item vectors brought to the first rank at once
+_EXAMPLE = Path(__file__).with_name("serving_example.py")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """dtype: of the item vectors, fp32 or fp16. faiss: an index by FAISS's name for it (Flat, HNSW32, …), or None."""
+
+    dtype: str = "fp32"
+    faiss: str | None = None
+
+    def __post_init__(self):
+        if self.dtype not in _DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}: give {' or '.join(_DTYPES)}")
+        if self.faiss:
+            _faiss_index(self.faiss, 8)
+
+
+def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
+    """Writes the folder `output` and returns its schema. Called on all ranks; the first one writes.
+
+    Raises InputError for whatever is wrong with the run, and where `output` is there already or cannot be written: then there
+    is no new output at all.
+    """
+    output = Path(output)
+    partial = output.with_name(f".{output.name}.partial")
+    run_config, dataset = open_run(run, data)
+    by_the_first(lambda: _begin(output, partial), ranks.first)
+    try:
+        model, table, best = best_model(run, run_config, dataset, ranks)
+        with Stages(ranks.first) as stages:
+            with stages("exporting item vectors", total=sum(domain.items for domain in dataset.domains)) as advance:
+                for number, domain in enumerate(dataset.domains):
+                    _write_items(partial / f"domain-{number}", table, domain, _DTYPES[config.dtype], ranks, advance)
+            with stages("exporting the encoder"):
+                return by_the_first(
+                    lambda: _finish(partial, output, model, dataset, best, run_config.model, config), ranks.first
+                )
+    except BaseException:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _begin(output, partial):
+    if output.exists():
+        raise InputError(f"output {output} is there already: name another folder or remove it")
+    with _writing(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return None
+
+
+@torch.no_grad()
+def _write_items(folder, table, domain, dtype, ranks, advance):
+    """The domain's vectors, a block at a time: no rank ever holds more of the others' rows."""
+    file = None
+    for first in range(domain.start, domain.start + domain.items, _BLOCK):
+        last = min(first + _BLOCK, domain.start + domain.items)
+        wanted = torch.arange(first, last) if ranks.first else torch.zeros(0, dtype=torch.int64)
+        vectors = table(wanted).cpu().numpy()
+
+        def write():
+            nonlocal file
+            with _writing(folder):
+                if file is None:
+                    folder.mkdir()
+                    shape = domain.items, table.dim
+                    file = np.lib.format.open_memmap(folder / "items.npy", mode="w+", dtype=dtype, shape=shape)
+                file[first - domain.start : last - domain.start] = vectors  # noqa: B023
+                if last == domain.start + domain.items:  # noqa: B023
+                    file.flush()
+
+        by_the_first(write, ranks.first)
+        advance(last - first)
+
+
+def _finish(partial, output, model, dataset, best, model_config, config):
+    with _writing(partial):
+        domains = [_write_domain(partial, dataset, number, config.faiss) for number in range(len(dataset.domains))]
+        torch.export.save(exported(UserEncoder(model.cpu())), partial / ENCODER)
+        shutil.copyfile(_EXAMPLE, partial / "example.py")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        schema = {
+            "format_version": FORMAT_VERSION,
+            "width": model_config.dim,
+            "max_length": model_config.max_length,
+            "item_dtype": config.dtype,
+            "domains": domains,
+            "encoder": {
+                "inputs": {
+                    "items": "float32 (users, items, width): vectors of the newest items, oldest first; items: 1 to max_length",
+                    "lengths": "int64 (users,): how many of them are the user's; 0 for a user without a history",
+                },
+                "output": "float32 (users, width): a user's vector; its dot product with an item's is the score",
+            },
+            "best_step": best["step"],
+            "dataset": dataset.fingerprint,
+            "torch": metadata.version("torch"),
+            "files": {str(path.relative_to(partial)): _facts(path) for path in files},
+        }
+        (partial / SCHEMA).write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.rename(output)
+    return schema
+
+
+def _write_domain(partial, dataset, number, faiss_name):
+    domain, folder = dataset.domains[number], partial / f"domain-{number}"
+    columns = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"]).sort_by("row")
+    ids = columns["item_id"].combine_chunks()
+    text = ids.cast(pa.large_string())
+    bytes_N = np.frombuffer(text.buffers()[2] or b"", np.uint8)
+    offsets = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
+    tensors = {"bytes": bytes_N[offsets[0] : offsets[-1]].copy(), "offsets": offsets - offsets[0]}
+    (folder / "ids.safetensors").write_bytes(save(tensors))
+    if faiss_name:
+        _write_index(folder, faiss_name)
+    return {"name": domain.name, "folder": folder.name, "items": domain.items, "id_type": str(ids.type)}
+
+
+def _write_index(folder, name):
+    import faiss
+
+    items = np.load(folder / "items.npy", mmap_mode="r")
+    index = _faiss_index(name, items.shape[1])
+    try:
+        if not index.is_trained:
+            index.train(np.ascontiguousarray(items[:_BLOCK], np.float32))
+        for first in range(0, len(items), _BLOCK):
+            index.add(np.ascontiguousarray(items[first : first + _BLOCK], np.float32))
+        faiss.write_index(index, str(folder / "index.faiss"))
+    except RuntimeError as error:
+        raise InputError(f"FAISS cannot make {name!r} of {len(items)} items: {_reason(error)}: name another index") from None
+
+
+def _faiss_index(name, width):
+    try:
+        import faiss
+    except ImportError:
+        raise InputError("--faiss needs FAISS: pip install 'syncrec-trainer[index]', or leave --faiss out") from None
+    try:
+        return faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(f"--faiss {name}: FAISS knows no such index ({_reason(error)}): Flat and HNSW32 are two") from None
+
+
+def _reason(error):
+    return str(error).strip().splitlines()[-1][:200]
+
+
+def _facts(path):
+    with open(path, "rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"{folder} cannot be written ({why}): give another --output or make room") from None

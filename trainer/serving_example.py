@@ -1,0 +1,54 @@
+"""Recommends from this folder with PyTorch, NumPy and safetensors alone; a history's items stand oldest first.
+
+    python example.py DOMAIN K [DOMAIN:ITEM …]
+"""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+
+class Recommender:
+    def __init__(self, folder):
+        self.schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
+        self.encoder = torch.export.load(folder / "encoder.pt2").module()
+        places = {domain["name"]: folder / domain["folder"] for domain in self.schema["domains"]}
+        self.items = {name: np.load(place / "items.npy", mmap_mode="r") for name, place in places.items()}
+        self.ids = {name: self._texts(load_file(place / "ids.safetensors")) for name, place in places.items()}
+        self.rows = {name: {text: row for row, text in enumerate(ids)} for name, ids in self.ids.items()}
+
+    def _texts(self, stored):
+        text, ends = stored["bytes"].tobytes(), stored["offsets"].tolist()
+        return [text[begin:end].decode() for begin, end in pairwise(ends)]
+
+    def user(self, known):
+        """The vector of a history of (domain, row), oldest first: (r,)."""
+        recent = known[-self.schema["max_length"] :]
+        vectors = np.zeros((1, max(1, len(recent)), self.schema["width"]), np.float32)
+        for place, (domain, row) in enumerate(recent):
+            vectors[0, place] = self.items[domain][row]
+        return self.encoder(torch.from_numpy(vectors), torch.tensor([len(recent)]))[0]
+
+    def __call__(self, history, domain, k):
+        """The k best items of a domain that are not in the history, as (id, score); fewer where there are fewer. Items and
+        domains of the history that the model does not know are left out of it; one without any is a new user's."""
+        known = [(name, self.rows[name][item]) for name, item in history if item in self.rows.get(name, {})]
+        scores = torch.from_numpy(np.asarray(self.items[domain], np.float32)) @ self.user(known)
+        scores[[row for name, row in known if name == domain]] = -torch.inf
+        best = scores.topk(min(k, len(scores)))
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(self.ids[domain][row], score) for row, score in found if score > -torch.inf]
+
+
+if __name__ == "__main__":
+    wanted, count, *events = sys.argv[1:]
+    recommender = Recommender(Path(__file__).parent)
+    if wanted not in recommender.items:
+        sys.exit(f"there is no domain {wanted!r}: it is one of {', '.join(recommender.items)}")
+    for item, score in recommender([event.split(":", 1) for event in events], wanted, int(count)):
+        print(f"{item}\t{score:.6f}")
