@@ -14,6 +14,8 @@ from embeddings.table import ItemTable
 from syncrec import varlen
 from syncrec.attention import causal_attention
 from syncrec.batch import attention_layout, move
+from tests.embeddings.ranking_cases import CASES, brute_force
+from tests.embeddings.ranking_worker import ranked, table_of
 from tests.trainer.runs import SmallRun, everything, rank_of_one
 from trainer.data.stream import TrainBatches
 from trainer.distributed import Ranks
@@ -120,3 +122,16 @@ def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(ranks, tmp_p
     found, expected = everything(ahead), everything(plain)  # sums by atomic additions differ from time to time
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["device", "cached"])
+@pytest.mark.parametrize("name", CASES)
+def test_exact_ranking_is_a_brute_force_on_the_device_too(ranks, name, placement):
+    """Where TF32 is allowed: ranking does not take it."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = ranked(CASES[name], table_of(CASES[name].m_NR, ranks.device, TableConfig(placement=placement)))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for what, expected in brute_force(CASES[name]).items():
+        np.testing.assert_array_equal(found[what], expected, f"{what} of {name}")

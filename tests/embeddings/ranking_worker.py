@@ -18,13 +18,13 @@ from trainer import distributed
 from trainer.process import run_script
 
 
-def table_of(m_NR):
+def table_of(m_NR, device="cpu", config=None):
     """An ItemTable with these vectors as its rows of M."""
-    table = ItemTable(len(m_NR), m_NR.shape[1], TableConfig(), 0, "cpu")
+    table = ItemTable(len(m_NR), m_NR.shape[1], config or TableConfig(), 0, device)
     with table.rewritten() as (first, tensors):
         weight = tensors["weight"]
         rows = table.scatter.row(torch.arange(first, first + len(weight)))
-        weight.copy_(torch.from_numpy(m_NR)[rows])
+        weight.copy_(torch.from_numpy(m_NR)[rows].to(weight.device))
     return table
 
 
@@ -44,6 +44,7 @@ def ranked(case, table):
     assert top.rows_Bk.dtype == torch.int64 and top.scores_Bk.dtype == torch.float32
     found = {"rows": top.rows_Bk, "scores": top.scores_Bk, "ranks": ranking.ranks(y_BR, row_B, excluded)}
     for name, values in found.items():
+        values = values.cpu()
         whole = torch.zeros(len(own), *values.shape[1:], dtype=torch.float64)
         whole[torch.from_numpy(own)] = torch.where(values == -torch.inf, -1e300, values.double())
         dist.all_reduce(whole)
