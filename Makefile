@@ -18,7 +18,7 @@ test-slow: .venv/.ready
 
 # Every benchmark in its short form, over the records of full ones, and the tables of benchmarks/README.md anew.
 # recbole_peer is among them once there is `make peers`.
-BENCHMARKS := train_step parts precision scaling checkpoint prepare stream balance ranking $(if $(wildcard .venv-peers/.ready),recbole_peer)
+BENCHMARKS := train_step parts precision scaling checkpoint prepare stream balance ranking serving $(if $(wildcard .venv-peers/.ready),recbole_peer)
 bench: .venv/.ready
 	set -e; for name in $(BENCHMARKS); do \
 		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done

@@ -1,0 +1,125 @@
+"""How long does a single request take to an exported model?
+
+    python benchmarks/serving.py                 r = 64 with T = 50, r = 128 with T = 128; 10⁵ and 10⁶ items
+    python benchmarks/serving.py --short         10⁵ items, few requests
+
+What launch/export.py writes, without a run: a SyNCRec at its start weights, exported, saved and loaded; item vectors drawn from
+a normal distribution, in memory. A request is one user with as many items as the model takes, in PyTorch, one after the other:
+
+- encoder: the exported program, item vectors of the history in hand.
+- encoder and top k: that, the product with all items' vectors, and the k best.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import suite
+from syncrec.config import ModelConfig
+from syncrec.model import SyNCRec
+from syncrec.serving import UserEncoder, exported
+
+
+@dataclass(frozen=True)
+class Settings:
+    """settings/serving.yaml."""
+
+    items: list[int]
+    dim: list[int]
+    max_length: list[int]
+    threads: list[int]
+    k: int
+    requests: int
+    warmup: int
+    experts: int
+    blocks: int
+
+    def __post_init__(self):
+        names = "items", "dim", "max_length", "threads", "k", "requests", "warmup", "blocks"
+        suite.at_least(1, self, *names)
+        suite.at_least(2, self, "experts")
+        if len(self.dim) != len(self.max_length):
+            raise ValueError(f"max_length has {len(self.max_length)} values, dim {len(self.dim)}: give one for each")
+
+
+def main():
+    """Measures, prints, writes."""
+    settings, options = suite.settings("serving", Settings)
+    record = suite.header("serving", settings, options) | {"results": []}
+    for dim, longest in zip(settings.dim, settings.max_length, strict=True):
+        record["results"] += suite.in_own_process(measure, settings, dim, longest)
+    suite.save("serving", record, options)
+
+
+@torch.no_grad()
+def measure(settings, dim, longest):
+    """Lines of one model's sizes."""
+    torch.manual_seed(0)
+    program = loaded(settings, dim, longest)
+    history = torch.randn(1, longest, dim), torch.tensor([longest])
+    lines = []
+    for threads in settings.threads:
+        torch.set_num_threads(threads)
+        what = {"dim": dim, "max_length": longest, "threads": threads}
+        timings = latencies(lambda: program(*history), settings)
+        lines.append(what | {"part": "encoder", "items": None} | timings)
+        for items in settings.items:
+            matrix = torch.randn(items, dim)
+            timings = latencies(lambda: answer(program, history, matrix, settings.k), settings)  # noqa: B023
+            lines.append(what | {"part": "encoder and top k", "items": items} | timings)
+    return lines
+
+
+def loaded(settings, dim, longest):
+    """A model as a service has it: exported, saved, loaded."""
+    experts = {"experts": settings.experts, "cross_experts": (settings.experts + 1) // 2}
+    config = ModelConfig(dim=dim, ffn_dim=dim, max_length=longest, blocks=settings.blocks, **experts)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "encoder.pt2"
+        torch.export.save(exported(UserEncoder(SyNCRec(config, 5).eval())), file)
+        return torch.export.load(file).module()
+
+
+def answer(program, history, matrix, k):
+    """The k best items of one user."""
+    return (matrix @ program(*history)[0]).topk(k)
+
+
+def latencies(request, settings):
+    """Seconds of a request: median, 99th percentile, and of all of them."""
+    seconds = []
+    for number in range(-settings.warmup, settings.requests):
+        begin = time.perf_counter()
+        request()
+        if number >= 0:
+            seconds.append(time.perf_counter() - begin)
+    return {"median": float(np.median(seconds)), "p99": float(np.percentile(seconds, 99)), "seconds": seconds}
+
+
+def table(record):
+    """A line for each part and size."""
+    rows = [
+        {
+            "": line["part"],
+            "r": line["dim"],
+            "T": line["max_length"],
+            "items": "" if line["items"] is None else f"{line['items']:,}",
+            "threads": line["threads"],
+            "median ms": f"{1000 * line['median']:.2f}",
+            "p99 ms": f"{1000 * line['p99']:.2f}",
+        }
+        for line in record["results"]
+    ]
+    return suite.markdown(rows)
+
+
+if __name__ == "__main__":
+    main()
