@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from syncrec.model import SyNCRec
 from trainer.ahead import Ready
-from trainer.checkpoint import Checkpoints, RunState, load_best, write_text
+from trainer.checkpoint import Checkpoints, RunState, load_best, write_json, write_text
 from trainer.config import RunConfig, flat, to_yaml
 from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
@@ -22,8 +22,9 @@ from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.log import HEADLINE, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
+from trainer.look import look_at
 from trainer.meters import IntervalMeter
-from trainer.report import write_report
+from trainer.report import LOOK, write_report
 from trainer.resources import cores_per_rank
 from trainer.start import find_start, leave_nothing, run_folder
 from trainer.step import Trainer
@@ -313,11 +314,15 @@ class _Interrupted(Exception):
 
 
 def test_best(trainer, run):
-    """The test record of the best model, read back from disk as `launch/evaluate.py` does."""
+    """The test record of the best model, read back from disk as `launch/evaluate.py` does; a look at it stays in the run's
+    folder."""
     config, ranks, dataset = trainer.config, trainer.ranks, trainer.dataset
     model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
     best = load_best(run, model, trainer.table, ranks)
     ranking = evaluate_split(model, trainer.table, dataset, ranks, config, "test")
+    look = look_at(model, trainer.table, dataset, config, ranks)
+    if ranks.first:
+        write_json(run / LOOK, look)
     return evaluation_record("test", dataset, ranking, step=best["step"], epoch=best["epoch"])
 
 

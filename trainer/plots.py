@@ -186,6 +186,45 @@ def metrics_plot(record: dict | None, domains: list[Style]) -> go.Figure | None:
     return figure.update_xaxes(title=None, tickformat=None, showgrid=False)
 
 
+def gates_plot(gates: dict) -> go.Figure | None:
+    """Mean weights (rows: domains of both views) of the experts (columns)."""
+    rows, cells = [], []
+    for view, label in (("cross", "cross-domain gate: {}"), ("single", "{}, its own gate")):
+        for name, weights in (gates.get(view) or {}).items():
+            rows.append(label.format(styles([name])[0].label))
+            cells.append(weights)
+    if not cells:
+        return None
+    experts = [f"expert {number}" for number in range(1, len(cells[0]) + 1)]
+    scale = {"colorscale": [[0, "#ffffff"], [1, _COLOURS[0]]], "zmin": 0, "zmax": max(map(max, cells)), "showscale": False}
+    texts = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>"}
+    figure = go.Figure(go.Heatmap(z=cells, x=experts, y=rows, xgap=2, ygap=2, **texts, **scale))
+    _finish(figure, 120 + 34 * len(rows), hovermode="closest")
+    figure.update_xaxes(title=None, tickformat=None, side="top")
+    return figure.update_yaxes(autorange="reversed")
+
+
+def final_weights_plot(weights: dict, domains: list[Style]) -> go.Figure | None:
+    """λ of each domain, with a line at equal weights."""
+    shown = [domain for domain in domains if domain.name in weights]
+    if not shown:
+        return None
+    figure = go.Figure(
+        go.Bar(
+            x=[weights[domain.name] for domain in shown],
+            y=[domain.label for domain in shown],
+            orientation="h",
+            marker={"color": [domain.colour for domain in shown], "pattern": {"shape": [domain.hatch for domain in shown]}},
+            texttemplate="%{x:.3f}",
+            hovertemplate="%{y}: %{x:.4f}<extra></extra>",
+        )
+    )
+    _finish(figure, 90 + 34 * len(shown), hovermode="closest")
+    figure.add_vline(x=1 / len(weights), line={"color": _DARK, "width": 1.5, "dash": "dot"})
+    figure.update_xaxes(title=None, rangemode="tozero", tickformat=".2~f")
+    return figure.update_yaxes(autorange="reversed")
+
+
 def panels_plot(train: list[dict], panels: tuple[Panel, ...]) -> go.Figure | None:
     figure = make_subplots(1, len(panels), subplot_titles=[panel.title for panel in panels])
     for column, panel in enumerate(panels, start=1):

@@ -26,6 +26,7 @@ from trainer.log import (
     times,
 )
 
+LOOK = "look.json"  # what a look at the best model found (trainer.look)
 FULL = "evaluation-full"  # -SPLIT.json: the record of a full ranking (trainer.full_ranking)
 LAST_SHARE = 0.2  # of the train lines: what "at the end" means
 
@@ -45,6 +46,7 @@ def write_report(folder: Path) -> Path:
     test = tests[-1] if tests else None
     domains = plots.styles(_domain_names(records))
     skipped = skipped_users(records)
+    look = _read_json(folder / LOOK) or {}
     config = folder / "config.yaml"
     page = _template().render(
         name=folder.resolve().name,
@@ -54,7 +56,8 @@ def write_report(folder: Path) -> Path:
         last_share=f"{LAST_SHARE:.0%}",
         final=_table(test or best, domains) if test or best else None,
         full=[_full_table(record) for record in map(_read_json, sorted(folder.glob(f"{FULL}-*.json"))) if record],
-        sections=_sections(train, validations, best, test or best, domains),
+        sections=_sections(train, validations, best, test or best, look, domains),
+        nearest=_nearest(look.get("items") or []),
         thinning=_thinning(len(train)),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
     )
@@ -70,7 +73,7 @@ def _template():
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
 
 
-def _sections(train, validations, best, final, domains):
+def _sections(train, validations, best, final, look, domains):
     """The plots in order, each with a title, a sentence and its HTML, or None where there is nothing to plot."""
     sections = [
         (
@@ -103,6 +106,7 @@ def _sections(train, validations, best, final, domains):
             "The figures of the table above.",
             plots.metrics_plot(final, domains),
         ),
+        *_look_sections(look, domains),
         (
             "Speed",
             "Users trained per second over all ranks, the share of the time spent waiting for data, and memory in use.",
@@ -123,6 +127,24 @@ def _sections(train, validations, best, final, domains):
             library = False  # the page holds it once
         rendered.append({"title": title, "text": text, "plot": plot})
     return rendered
+
+
+def _look_sections(look, domains):
+    """Plots of what the best model is like, where it has been looked at and has such parts."""
+    sections = [
+        (
+            "Gates: which experts a domain uses",
+            "The mean weight of each expert in the best model: of the cross-domain gate by the domain of a token's item, and "
+            "of each domain's own gate.",
+            plots.gates_plot(look.get("gates") or {}),
+        ),
+        (
+            "λ in the end",
+            "Of the best model. The line is what equal weights would be.",
+            plots.final_weights_plot(look.get("lambda") or {}, domains),
+        ),
+    ]
+    return [section for section in sections if section[2] is not None]
 
 
 def _thinning(lines):
@@ -274,6 +296,18 @@ def _full_table(record):
         "columns": ["users", *metrics, f"{HEADLINE} 95 %", f"popularity {HEADLINE}", "difference 95 %"],
         "rows": rows,
     }
+
+
+def _nearest(items):
+    """Tables of what lies near an item: one a domain, a row for each of its items."""
+    tables = {}
+    for item in items:
+        near = [
+            (printable(name), [f"{printable(other)} ({cosine:.2f})" for other, cosine in found])
+            for name, found in item["nearest"].items()
+        ]
+        tables.setdefault(printable(item["domain"]), []).append({"item": printable(item["item"]), "near": near})
+    return tables
 
 
 def _interval(found):
