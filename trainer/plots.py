@@ -196,7 +196,8 @@ def gates_plot(gates: dict) -> go.Figure | None:
     if not cells:
         return None
     experts = [f"expert {number}" for number in range(1, len(cells[0]) + 1)]
-    scale = {"colorscale": [[0, "#ffffff"], [1, _COLOURS[0]]], "zmin": 0, "zmax": max(map(max, cells)), "showscale": False}
+    most = max(2 / len(experts), *map(max, cells))  # even weights are half as dark as can be
+    scale = {"colorscale": [[0, "#ffffff"], [1, _COLOURS[0]]], "zmin": 0, "zmax": most, "showscale": False}
     texts = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>"}
     figure = go.Figure(go.Heatmap(z=cells, x=experts, y=rows, xgap=2, ygap=2, **texts, **scale))
     _finish(figure, 120 + 34 * len(rows), hovermode="closest")
