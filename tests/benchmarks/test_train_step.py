@@ -171,7 +171,7 @@ def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     file = tmp_path / "result.json"
     monkeypatch.setattr(suite, "in_own_process", in_this_process)
     monkeypatch.setattr(machine, "memory_bytes", lambda: 10**6)  # enough for 500 items, and not for 10,000
-    assert not run_main(monkeypatch, "--json", file, *SMALL, "items=[500,10000]")
+    assert not run_main(monkeypatch, "--json", file, *SMALL, "items=[500,10000]", "systems=[ours,padded]")
     record = json.loads(file.read_text())
     assert [(of["system"], of["items"]) for of in record["results"]] == [("ours", 500), ("ours", 10**4), ("padded", 500)]
     limit = record["limits"]["fp32"]
@@ -204,7 +204,7 @@ def test_a_killed_process_is_reported_and_the_others_are_kept(monkeypatch, tmp_p
 
 
 def test_precisions_are_measured_where_the_processor_has_them(monkeypatch):
-    settings, _ = suite.settings("train_step", train_step.Settings, [*SMALL, "precision=[fp32,bf16]"])
+    settings, _ = suite.settings("train_step", train_step.Settings, [*SMALL, "precision=[fp32,bf16]", "systems=[ours,padded]"])
     for has in (True, False):
         monkeypatch.setattr(machine, "has_bf16", lambda device, has=has: has)
         cases, not_run = train_step.plan(settings)
