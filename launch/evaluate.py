@@ -9,25 +9,21 @@
     … --output FILE.parquet                                              per user: user_id, domain, rank, scores
 """
 
-import argparse
 import json
 
+from launch.options import of_a_run
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
 from trainer.process import run_script
 
 
 def parse(arguments=None):
-    """The command line; what the DeepSpeed launcher appends is taken and ignored."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the folder of a finished run")
-    parser.add_argument("--data", help="the prepared dataset, where it is not where the run found it")
+    """The command line."""
+    parser = of_a_run(__doc__, "one JSON line in place of the table")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--ranking", choices=["sampled", "full"], default="sampled", help="among which items")
     parser.add_argument("--candidates", help="Parquet with user_id, positive, negatives (raw ids)")
     parser.add_argument("--output", help="Parquet that gets each user's rank and scores")
-    parser.add_argument("--json", action="store_true", help="print one JSON line in place of the table")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -8,24 +8,20 @@
 DIR/example.py answers "history in, items out": python DIR/example.py DOMAIN 10 DOMAIN:ITEM …
 """
 
-import argparse
 import json
 
+from launch.options import of_a_run
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
 from trainer.process import run_script
 
 
 def parse(arguments=None):
-    """The command line; what the DeepSpeed launcher appends is taken and ignored."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the folder of a finished run")
+    """The command line."""
+    parser = of_a_run(__doc__, "the schema in one line")
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--data", help="the prepared dataset, where it is not where the run found it")
     parser.add_argument("--dtype", default="fp32", help="of the item vectors: fp32 (default) or fp16")
     parser.add_argument("--faiss", metavar="INDEX", help="also a FAISS index: Flat, HNSW32, IVF1024,PQ32, …")
-    parser.add_argument("--json", action="store_true", help="print the schema in one line")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -10,21 +10,19 @@ Written: DIR/domain=NAME/part-*.parquet with user_id, history, rank, item_id, sc
 history are left out (--keep-seen keeps them). Killed, the same command goes on from the parts that were finished.
 """
 
-import argparse
 import json
 
+from launch.options import of_a_run
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
 from trainer.process import run_script
 
 
 def parse(arguments=None):
-    """The command line; what the DeepSpeed launcher appends is taken and ignored."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the folder of a finished run")
+    """The command line."""
+    parser = of_a_run(__doc__, "recommend.json in one line in place of the table")
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet or is empty")
     parser.add_argument("--input", nargs="+", default=(), metavar="PATH", help="logs: files, folders or globs")
-    parser.add_argument("--data", help="the prepared dataset, where it is not where the run found it")
     parser.add_argument("--users", metavar="FILE", help="Parquet, CSV or TSV with the user column: of these users alone")
     parser.add_argument("-k", type=int, default=10, help="items for each user and domain (default: %(default)s)")
     parser.add_argument("--domain", action="append", default=[], metavar="D", help="recommend items of this domain; repeatable")
@@ -37,8 +35,6 @@ def parse(arguments=None):
     parser.add_argument("--part-users", type=int, default=65536, metavar="N", help="users in each file")
     parser.add_argument("--memory", default="8GB", help="that reading the logs keeps to (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="begin anew where an earlier call was killed")
-    parser.add_argument("--json", action="store_true", help="print recommend.json in one line in place of the table")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -6,6 +6,8 @@ take neither. tests/syncrec/test_serving.py holds this to it. It computes in fp3
 Shapes: B users, N items of a history, P = N + 1 tokens, K experts of both stacks, r width.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,7 +27,7 @@ class UserEncoder(nn.Module):
         config = model.config
         stacks = [stack for stack in (model.cross_experts, model.single_experts) if stack is not None]
         self.max_length, self.heads, self.blocks, self.experts = config.max_length, config.heads, config.blocks, config.experts
-        self.pre_norm, self.literal_gate, self.has_tower = config.norm == "pre", config.gate == "sequence", config.tower == "on"
+        self.pre_norm, self.literal_gate = config.norm == "pre", config.gate == "sequence"
         self._keep("start", model.embedding.start)
         self._keep("positions", model.embedding.positions)
         self._keep("gate", None if isinstance(model.cross_gate, OnlyExpert) else model.cross_gate.weight)
@@ -36,9 +38,7 @@ class UserEncoder(nn.Module):
         if self.pre_norm:
             self._keep("last_scale", torch.cat([stack.last_norm.scale for stack in stacks]))
             self._keep("last_shift", torch.cat([stack.last_norm.shift for stack in stacks]))
-        if self.has_tower:
-            for name, weight in model.cross_tower.named_parameters():
-                self._keep("tower_" + name.replace(".", "_"), weight)
+        self.tower = copy.deepcopy(model.cross_tower).eval().requires_grad_(False)
 
     def _keep(self, name, weight):
         self.register_buffer(name, None if weight is None else weight.detach().clone())
@@ -70,7 +70,7 @@ class UserEncoder(nn.Module):
             mixed_BR = y_KBR[0]
         else:
             mixed_BR = torch.einsum("bk,kbr->br", self._gate_weights(newest_BR, x_BPR, position_BP, there_BP1), y_KBR)
-        return self._tower(mixed_BR) if self.has_tower else mixed_BR
+        return self.tower(mixed_BR)
 
     def _block(self, number, x_KBPR):
         w = {name: getattr(self, f"{name}_{number}").unsqueeze(1) for name in _BLOCK}
@@ -100,11 +100,6 @@ class UserEncoder(nn.Module):
             return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
         scores_BPK = torch.einsum("bpr,bpkr->bpk", x_BPR, self.gate[position_BP])
         return torch.softmax((scores_BPK * there_BP1).sum(1), dim=-1)
-
-    def _tower(self, x_BR):
-        y_BR = F.linear(F.gelu(F.linear(x_BR, self.tower_inner_weight, self.tower_inner_bias)), self.tower_outer_weight)
-        y_BR = y_BR + self.tower_outer_bias
-        return F.layer_norm(x_BR + y_BR, x_BR.shape[-1:], self.tower_norm_weight, self.tower_norm_bias)
 
 
 def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:

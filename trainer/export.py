@@ -11,7 +11,6 @@ A user's score of an item is the dot product of the encoder's output and the ite
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -20,14 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save
 
 from syncrec.serving import UserEncoder, exported
 from trainer.best import best_model, open_run
 from trainer.control import by_the_first
+from trainer.data.dataset import File
 from trainer.data.progress import Stages
+from trainer.data.vocabulary import item_ids
 from trainer.errors import InputError
 
 FORMAT_VERSION = 1
@@ -115,7 +115,8 @@ def _finish(partial, output, model, dataset, best, model_config, config):
         domains = [_write_domain(partial, dataset, number, config.faiss) for number in range(len(dataset.domains))]
         torch.export.save(exported(UserEncoder(model.cpu())), partial / ENCODER)
         shutil.copyfile(_EXAMPLE, partial / "example.py")
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        files = [File.of(partial, name) for name in names]
         schema = {
             "format_version": FORMAT_VERSION,
             "width": model_config.dim,
@@ -132,7 +133,7 @@ def _finish(partial, output, model, dataset, best, model_config, config):
             "best_step": best["step"],
             "dataset": dataset.fingerprint,
             "torch": metadata.version("torch"),
-            "files": {str(path.relative_to(partial)): _facts(path) for path in files},
+            "files": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         }
         (partial / SCHEMA).write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.rename(output)
@@ -141,8 +142,7 @@ def _finish(partial, output, model, dataset, best, model_config, config):
 
 def _write_domain(partial, dataset, number, faiss_name):
     domain, folder = dataset.domains[number], partial / f"domain-{number}"
-    columns = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"]).sort_by("row")
-    ids = columns["item_id"].combine_chunks()
+    ids = item_ids(dataset, domain)
     text = ids.cast(pa.large_string())
     bytes_N = np.frombuffer(text.buffers()[2] or b"", np.uint8)
     offsets = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
@@ -181,11 +181,6 @@ def _faiss_index(name, width):
 
 def _reason(error):
     return str(error).strip().splitlines()[-1][:200]
-
-
-def _facts(path):
-    with open(path, "rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 @contextlib.contextmanager

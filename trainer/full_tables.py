@@ -4,7 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trainer.log import evaluation_table, printable
+from trainer.log import evaluation_table, number, printable
 
 METRICS = ("HR@10", "NDCG@10", "MRR")  # the record has more, 80 columns have not
 
@@ -17,11 +17,6 @@ def full_tables(record: dict) -> list[Table]:
         table.title = f"{record['kind'].capitalize()} among drawn candidates"
         tables.append(table)
     return tables
-
-
-def figure(value) -> str:
-    """A metric, or a dash where there is none."""
-    return "–" if value is None else f"{value:.4f}"
 
 
 def interval(found) -> str:
@@ -54,9 +49,9 @@ def _by_domain(record):
     table = _table(title, *columns, caption=caption)
 
     def row(label, figures, popularity, difference):
-        own = [figure(figures[metric]) for metric in METRICS]
+        own = [number(figures[metric]) for metric in METRICS]
         within = (figures.get("interval") or {}).get(name)
-        baseline = figure(popularity[name]), interval(difference["interval"])
+        baseline = number(popularity[name]), interval(difference["interval"])
         table.add_row(label, f"{figures['users']:,}", *own, interval(within), *baseline)
 
     for domain, figures in record["domains"].items():
@@ -76,7 +71,7 @@ def _breakdown(record):
                 if figures["users"]:
                     within, popularity = (figures.get("interval") or {}).get(name), figures[f"popularity {name}"]
                     label = Text(printable(domain)), breakdown, group, f"{figures['users']:,}"
-                    table.add_row(*label, figure(figures[name]), interval(within), figure(popularity))
+                    table.add_row(*label, number(figures[name]), interval(within), number(popularity))
         table.add_section()
     return table
 
@@ -85,5 +80,5 @@ def _recommended(record):
     columns = next(iter(record["recommended"].values()))
     table = _table("What all users are recommended", "domain", *columns)
     for domain, found in record["recommended"].items():
-        table.add_row(Text(printable(domain)), f"{found['items']:,}", *(figure(found[name]) for name in list(columns)[1:]))
+        table.add_row(Text(printable(domain)), f"{found['items']:,}", *(number(found[name]) for name in list(columns)[1:]))
     return table

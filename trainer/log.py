@@ -115,7 +115,7 @@ class RunLog:
         for name in _BY_DOMAIN:
             scalars |= {f"{name}/{domain}": value for domain, value in (record.get(name) or {}).items()}
         self._to_tensorboard(scalars, record["step"])
-        self._bar.update(self._task, loss=f"loss {_number(record.get('loss'), '.4f')}")
+        self._bar.update(self._task, loss=f"loss {number(record.get('loss'), '.4f')}")
         self._print(train_line(record, self.domains, self.total_steps, self._symbols()))
 
     def evaluation(self, record: dict) -> None:
@@ -259,10 +259,10 @@ def printable(text: str) -> str:
 def train_line(record: dict, domains: list[str], total_steps: int, symbols: tuple[str, str] = ("λ", "φ")) -> Text:
     """One line for a train record; `symbols`: how λ and φ are written."""
     line = _line_start(record, total_steps)
-    line.append("loss ").append(_number(record.get("loss"), ".4f"), "bold")
+    line.append("loss ").append(number(record.get("loss")), "bold")
     for name, label in (("loss_single", "single"), ("loss_cross", "cross"), ("mutual_information", "MI")):
         if record.get(name) is not None:
-            line.append(f"  {label} ", "dim").append(_number(record[name], ".4f"))
+            line.append(f"  {label} ", "dim").append(number(record[name]))
     weights, gaps = (
         {domain: value for domain, value in (record.get(name) or {}).items() if value is not None} for name in ("lambda", "phi")
     )
@@ -272,12 +272,12 @@ def train_line(record: dict, domains: list[str], total_steps: int, symbols: tupl
     for position, domain in enumerate(shown):
         line.append(", " if position else " ", "dim").append(printable(domain), "cyan")
         if weights:
-            line.append(" " + _number(weights.get(domain), ".3f"))
+            line.append(" " + number(weights.get(domain), ".3f"))
         gap = gaps.get(domain)
-        line.append(" " + _number(gap, "+.3f"), "red" if gap is not None and gap < 0 else "")
+        line.append(" " + number(gap, "+.3f"), "red" if gap is not None and gap < 0 else "")
     line.append("  │  ", "dim")
     users, tokens = _short(record.get("users_per_second")), _short(record.get("tokens_per_second"))
-    wait, memory = _number(record.get("data_wait"), ".1%"), _number(record.get("memory_gb"), ".1f")
+    wait, memory = number(record.get("data_wait"), ".1%"), number(record.get("memory_gb"), ".1f")
     line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
     if record.get("skipped_users"):
         line.append(f"  {record['skipped_users']:,} users skipped", "red")
@@ -290,11 +290,11 @@ def evaluation_line(record: dict, domains: list[str], total_steps: int) -> Text:
     line.append(record["kind"], "bold green").append("  mean", "dim")
     for metric in metrics_of(record):
         line.append(f"  {metric} ", "dim")
-        line.append(_number(record["mean"].get(metric), ".4f"), "bold" if metric == HEADLINE else "")
+        line.append(number(record["mean"].get(metric)), "bold" if metric == HEADLINE else "")
     line.append("  │  ", "dim").append(f"{HEADLINE} by domain", "dim")
     for position, domain in enumerate(domain for domain in domains if domain in record["domains"]):
         line.append(", " if position else " ", "dim").append(printable(domain), "cyan")
-        line.append(" " + _number(record["domains"][domain].get(HEADLINE), ".4f"))
+        line.append(" " + number(record["domains"][domain].get(HEADLINE)))
     users = sum(figures.get("users") or 0 for figures in record["domains"].values())
     line.append("  │  ", "dim").append(f"{users:,} users, {record.get('too_short') or 0:,} too short")
     if record.get("skipped_users"):
@@ -320,10 +320,10 @@ def evaluation_table(record: dict) -> Table:
         table.add_column(header, justify="right", no_wrap=True, style="bold" if name == HEADLINE else "")
 
     def cells(figures, baseline):
-        own = [_number(figures.get(metric), ".4f") for metric in metrics]
+        own = [number(figures.get(metric)) for metric in metrics]
         if not popularity:
             return own
-        return [*own, _number(baseline.get(HEADLINE), ".4f"), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
+        return [*own, number(baseline.get(HEADLINE)), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
 
     for domain, figures in record["domains"].items():
         baseline = (popularity or {}).get(domain) or {}
@@ -356,7 +356,8 @@ def _line_start(record, total_steps):
     return line.append(f"  epoch {record.get('epoch', 0)}  ", "dim")
 
 
-def _number(value, form):
+def number(value: float | None, form=".4f") -> str:
+    """A number for a table, by default as metrics are shown; a dash where there is none."""
     return "–" if value is None else format(value, form)
 
 

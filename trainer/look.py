@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -17,7 +17,7 @@ from syncrec.batch import build_batch, move, trim
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.histories import Histories
 from trainer.data.stream import domains_of, training_part
-from trainer.data.vocabulary import item_counts
+from trainer.data.vocabulary import item_counts, item_ids
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ def _neighbours(table, dataset, ranks, look):
         vectors.append(torch.nn.functional.normalize(table(wanted).float(), dim=1))
         popular.append(places[: look.shown])
         if ranks.first:
-            columns = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"]).sort_by("row")
-            ids.append([str(item) for item in columns["item_id"].take(places).to_pylist()])
+            ids.append([str(item) for item in item_ids(dataset, domain).take(pa.array(places)).to_pylist()])
     if not ranks.first:
         return None
     found = []

@@ -37,6 +37,7 @@ from trainer.data.asked import Asked, AskedConfig, read_histories, write_histori
 from trainer.data.logs import reason
 from trainer.data.progress import Stages
 from trainer.data.stream import Reasons
+from trainer.data.vocabulary import item_ids
 from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
 
@@ -258,8 +259,7 @@ class _Scorer:
     def item_ids(self, number):
         """Raw ids of a domain's items by place."""
         if number not in self._item_ids:
-            columns = pq.read_table(self.dataset.local(self.dataset.domains[number].vocabulary), columns=["item_id", "row"])
-            self._item_ids[number] = columns.sort_by("row")["item_id"].combine_chunks()
+            self._item_ids[number] = item_ids(self.dataset, self.dataset.domains[number])
         return self._item_ids[number]
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from trainer.log import (
     METRICS_FILE,
     duration,
     metrics_of,
+    number,
     printable,
     read_records,
     skipped_sentence,
@@ -119,10 +120,10 @@ def _sections(train, validations, best, final, look, domains):
         ),
     ]
     library, rendered = True, []
-    for number, (title, text, figure) in enumerate(sections):
+    for place, (title, text, figure) in enumerate(sections):
         plot = None
         if figure is not None:
-            form = {"config": {"displayModeBar": False}, "full_html": False, "div_id": f"plot{number}"}
+            form = {"config": {"displayModeBar": False}, "full_html": False, "div_id": f"plot{place}"}
             plot = Markup(figure.to_html(include_plotlyjs=library, **form))
             library = False  # the page holds it once
         rendered.append({"title": title, "text": text, "plot": plot})
@@ -187,9 +188,9 @@ def _cards(records, train, best, test):
     if test:
         figure = test["mean"].get(HEADLINE)
         ratio = times(figure, (test.get("popularity_mean") or {}).get(HEADLINE))
-        test_card = (_figure(figure), "mean" if ratio == "–" else f"mean, {ratio} popularity")
+        test_card = (number(figure), "mean" if ratio == "–" else f"mean, {ratio} popularity")
     if best:
-        best_card = (_figure(best["mean"].get(HEADLINE)), f"mean, at step {best['step']:,}")
+        best_card = (number(best["mean"].get(HEADLINE)), f"mean, at step {best['step']:,}")
     speed, wait = _median(train, "users_per_second"), _median(train, "data_wait")
     steps = max((record["step"] for record in records), default=0)
     return [
@@ -244,9 +245,9 @@ def _table(record, domains):
     popularity, popularity_mean = record.get("popularity"), record.get("popularity_mean") or {}
 
     def row(label, style, users, figures, baseline):
-        cells = [f"{users:,}", *(_figure(figures.get(metric)) for metric in metrics)]
+        cells = [f"{users:,}", *(number(figures.get(metric)) for metric in metrics)]
         if popularity:
-            cells += [_figure(baseline.get(HEADLINE)), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
+            cells += [number(baseline.get(HEADLINE)), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
         return {"label": label, "style": style, "cells": cells}
 
     rows, everyone = [], 0
@@ -282,8 +283,8 @@ def _full_table(record):
 
     def row(label, figures, popularity, difference):
         within = (figures["interval"] or {}).get(HEADLINE)
-        cells = [f"{figures['users']:,}", *(_figure(figures[metric]) for metric in metrics), _interval(within)]
-        cells += [_figure(popularity[HEADLINE]), _interval(difference["interval"])]
+        cells = [f"{figures['users']:,}", *(number(figures[metric]) for metric in metrics), _interval(within)]
+        cells += [number(popularity[HEADLINE]), _interval(difference["interval"])]
         return {"label": label, "cells": cells}
 
     rows = [
@@ -312,10 +313,6 @@ def _nearest(items):
 
 def _interval(found):
     return "–" if found is None else f"{found[0]:.4f} to {found[1]:.4f}"
-
-
-def _figure(value):
-    return "–" if value is None else f"{value:.4f}"
 
 
 def _signed(value):

@@ -12,8 +12,8 @@ import xxhash
 
 from tests.alone import group_of_one
 from tests.trainer.made import draw_histories, write_dataset
-from trainer.checkpoint import MANIFEST, Checkpoints
-from trainer.config import flat, load_config
+from trainer.checkpoint import BEST, MANIFEST, Checkpoints, RunState, write_json
+from trainer.config import flat, load_config, to_yaml
 from trainer.data.stream import Plan, TrainBatches
 from trainer.dense import full_optimizer_state, full_state
 from trainer.distributed import Ranks
@@ -98,6 +98,15 @@ def train(trainer, steps):
     for _, fed in zip(range(steps), batches, strict=False):
         trainer.train_step(fed.batch)
     return trainer
+
+
+def finished_run(folder, ranks):
+    """A SmallRun of three steps whose best model others can open."""
+    run = SmallRun(folder, ranks)
+    run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
+    write_json(run.folder / BEST, best_of(3))
+    (run.folder / "config.yaml").write_text(to_yaml(run.config))
+    return run
 
 
 def best_of(step, folder=None, value=0.5):

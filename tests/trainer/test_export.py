@@ -15,10 +15,9 @@ import torch
 
 import trainer.export
 from syncrec.batch import build_query
-from tests.trainer.runs import SmallRun, best_of, rank_of_one, train
+from tests.trainer.runs import finished_run, rank_of_one
 from trainer.best import best_model, open_run
-from trainer.checkpoint import BEST, RunState, write_json
-from trainer.config import to_yaml
+from trainer.data.dataset import File
 from trainer.errors import InputError
 from trainer.export import ExportConfig, export_run
 
@@ -40,11 +39,7 @@ print(json.dumps([recommender([tuple(event) for event in history], domain, k) fo
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     with rank_of_one() as ranks:
-        run = SmallRun(tmp_path_factory.mktemp("run"), ranks)
-        run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
-        write_json(run.folder / BEST, best_of(3))
-        (run.folder / "config.yaml").write_text(to_yaml(run.config))
-        yield run
+        yield finished_run(tmp_path_factory.mktemp("run"), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +152,7 @@ def test_vectors_and_ids_are_the_tables_and_the_vocabularys(folder, loaded):
         items = np.load(folder / facts["folder"] / "items.npy")
         np.testing.assert_array_equal(items, table[domain.start : domain.start + domain.items])
     for name, facts in schema["files"].items():
-        assert facts == trainer.export._facts(folder / name)
+        assert File(name, **facts) == File.of(folder, name)
 
 
 def test_blocks_of_any_size_give_the_same_items(run, folder, tmp_path, monkeypatch):

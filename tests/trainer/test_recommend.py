@@ -11,10 +11,8 @@ import torch
 import trainer.recommend
 from syncrec.batch import build_query
 from tests.trainer.made import draw_histories
-from tests.trainer.runs import SmallRun, best_of, rank_of_one, train
+from tests.trainer.runs import finished_run, rank_of_one
 from trainer.best import best_model, open_run
-from trainer.checkpoint import BEST, RunState, write_json
-from trainer.config import to_yaml
 from trainer.data.asked import AskedConfig
 from trainer.data.work import Work
 from trainer.errors import InputError
@@ -27,11 +25,7 @@ DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
 def run(tmp_path_factory):
     """A run of three steps that is the only rank's; its `known` is {raw user id: history}."""
     with rank_of_one() as ranks:
-        run = SmallRun(tmp_path_factory.mktemp("run"), ranks)
-        run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
-        write_json(run.folder / BEST, best_of(3))
-        (run.folder / "config.yaml").write_text(to_yaml(run.config))
-        yield run
+        yield finished_run(tmp_path_factory.mktemp("run"), ranks)
 
 
 @pytest.fixture(scope="module")

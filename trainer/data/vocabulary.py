@@ -11,3 +11,9 @@ def item_counts(dataset):
         table = pq.read_table(dataset.local(domain.vocabulary), columns=["row", "count"])
         counts[table["row"].to_numpy()] = table["count"].to_numpy()
     return counts
+
+
+def item_ids(dataset, domain):
+    """The raw ids of a Domain's items in the order of their rows, of the type that they came with: a pyarrow array."""
+    columns = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"])
+    return columns.sort_by("row")["item_id"].combine_chunks()
