@@ -103,9 +103,16 @@ class UserEncoder(nn.Module):
 
 
 def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
-    """The encoder for any number of users and 1 to max_length items, loadable with PyTorch alone."""
+    """The encoder for any number of users and 1 to max_length items, loadable with PyTorch alone.
+
+    Without what PyTorch keeps beside it: the example, which it would pickle, and where in which folders the code lay.
+    """
     given = min(2, encoder.max_length)
     example = torch.zeros(2, given, encoder.start.shape[1], dtype=encoder.start.dtype), torch.tensor([given, 0])
     users = {0: torch.export.Dim("users", min=1)}
     items = {1: torch.export.Dim("items", min=1, max=encoder.max_length)} if encoder.max_length > 1 else {}
-    return torch.export.export(encoder.eval(), example, dynamic_shapes={"items_BNR": users | items, "lengths_B": users})
+    program = torch.export.export(encoder.eval(), example, dynamic_shapes={"items_BNR": users | items, "lengths_B": users})
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program

@@ -11,6 +11,7 @@ A user's score of an item is the dot product of the encoder's output and the ite
 """
 
 import contextlib
+import io
 import json
 import shutil
 from dataclasses import dataclass
@@ -88,23 +89,24 @@ def _begin(output, partial):
 
 @torch.no_grad()
 def _write_items(folder, table, domain, dtype, ranks, advance):
-    """The domain's vectors, a block at a time: no rank ever holds more of the others' rows."""
-    file = None
+    """The domain's vectors, a block at a time: no rank ever holds more of the others' rows.
+
+    Appended, not mapped: a full disk kills a process that writes to a mapped file.
+    """
+    shape, described = (domain.items, table.dim), np.lib.format.dtype_to_descr(np.dtype(dtype))
     for first in range(domain.start, domain.start + domain.items, _BLOCK):
         last = min(first + _BLOCK, domain.start + domain.items)
         wanted = torch.arange(first, last) if ranks.first else torch.zeros(0, dtype=torch.int64)
         vectors = table(wanted).cpu().numpy()
 
         def write():
-            nonlocal file
             with _writing(folder):
-                if file is None:
-                    folder.mkdir()
-                    shape = domain.items, table.dim
-                    file = np.lib.format.open_memmap(folder / "items.npy", mode="w+", dtype=dtype, shape=shape)
-                file[first - domain.start : last - domain.start] = vectors  # noqa: B023
-                if last == domain.start + domain.items:  # noqa: B023
-                    file.flush()
+                folder.mkdir(exist_ok=True)
+                with open(folder / "items.npy", "ab") as file:
+                    if file.tell() == 0:
+                        header = {"descr": described, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(np.ascontiguousarray(vectors, dtype).data)  # noqa: B023
 
         by_the_first(write, ranks.first)
         advance(last - first)
@@ -113,7 +115,9 @@ def _write_items(folder, table, domain, dtype, ranks, advance):
 def _finish(partial, output, model, dataset, best, model_config, config):
     with _writing(partial):
         domains = [_write_domain(partial, dataset, number, config.faiss) for number in range(len(dataset.domains))]
-        torch.export.save(exported(UserEncoder(model.cpu())), partial / ENCODER)
+        program = io.BytesIO()  # a full disk ends a process that lets PyTorch write to it
+        torch.export.save(exported(UserEncoder(model.cpu())), program)
+        (partial / ENCODER).write_bytes(program.getbuffer())
         shutil.copyfile(_EXAMPLE, partial / "example.py")
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         files = [File.of(partial, name) for name in names]
@@ -160,7 +164,8 @@ def _write_index(folder, name):
     index = _faiss_index(name, items.shape[1])
     try:
         if not index.is_trained:
-            index.train(np.ascontiguousarray(items[:_BLOCK], np.float32))
+            spread = np.linspace(0, len(items) - 1, min(len(items), _BLOCK)).astype(np.int64)  # the first ones are no sample
+            index.train(np.ascontiguousarray(items[spread], np.float32))
         for first in range(0, len(items), _BLOCK):
             index.add(np.ascontiguousarray(items[first : first + _BLOCK], np.float32))
         faiss.write_index(index, str(folder / "index.faiss"))

@@ -50,7 +50,8 @@ def look_at(model, table, dataset, config, ranks, look=None) -> dict:
 
 
 def _gates(model, table, dataset, config, ranks, users, names):
-    batch = move(_batch(dataset, config, ranks, min(users, dataset.users)), ranks.device)
+    batch, some = _batch(dataset, config, ranks, min(users, dataset.users))
+    batch = move(batch, ranks.device)
     rows_NR = table(batch.distinct).index_select(0, batch.place[: batch.interactions])
     if config.model.experts == 1:
         return {"cross": None, "single": None}
@@ -63,7 +64,7 @@ def _gates(model, table, dataset, config, ranks, users, names):
 
     def sums(of_token, weights_MK):
         total = torch.zeros(domains + 1, 1 + config.model.experts, dtype=torch.float64, device=weights_MK.device)
-        return total.index_add_(0, of_token, torch.cat([torch.ones_like(weights_MK[:, :1]), weights_MK], 1).double())
+        return some * total.index_add_(0, of_token, torch.cat([torch.ones_like(weights_MK[:, :1]), weights_MK], 1).double())
 
     views = {"cross": sums(of_input[batch.cross.input_M], _cross_weights(model, batch.cross, rows_NR)), "single": None}
     if model.both_tasks:
@@ -87,7 +88,8 @@ def _means(total, names):
 
 
 def _batch(dataset, config, ranks, users):
-    """The first users' training parts; each rank has some of them, or one item where it has none."""
+    """The first users' training parts, of which each rank has some, and whether it has; without any it looks an item up all the
+    same."""
     first, last = (users * place // ranks.world_size for place in (ranks.rank, ranks.rank + 1))
     skips = (lambda _: None) if config.stream.damaged == "skip" else None
     histories = Histories(dataset, blocks=1, verify=config.stream.verify, report=skips)
@@ -97,21 +99,24 @@ def _batch(dataset, config, ranks, users):
         histories.close()
     lengths_B = np.where(found.lengths_B >= SPLIT_LENGTH, found.lengths_B - SPLIT_LENGTH + 1, found.lengths_B)
     items_N, lengths_B = found.items_N[training_part(found, lengths_B)], lengths_B[lengths_B > 0]
-    if not len(items_N):
+    some = len(items_N) > 0
+    if not some:
         items_N, lengths_B = np.zeros(1, np.int32), np.ones(1, np.int64)
     items_N, lengths_B, domain_N = trim(items_N, lengths_B, domains_of(dataset, items_N), config.model.max_length)
     none = [np.zeros(0, np.int64) for _ in dataset.domains]
     items_D = [domain.items for domain in dataset.domains]
-    return build_batch(items_N, lengths_B, domain_N, np.ones(len(lengths_B)), none, items_D, config.model.max_length)
+    return build_batch(items_N, lengths_B, domain_N, np.ones(len(lengths_B)), none, items_D, config.model.max_length), some
 
 
 def _neighbours(table, dataset, ranks, look):
-    """Of the most popular items of each domain, equally popular ones by row."""
+    """Of the most popular items of each domain, equally popular ones by row. An item that training never met lies anywhere: it
+    is left out."""
     counts = item_counts(dataset)
     popular, ids, vectors = [], [], []
     for domain in dataset.domains:
         own = counts[domain.start : domain.start + domain.items]
         places = np.argsort(-own, kind="stable")[: look.items]
+        places = places[own[places] > 0]
         wanted = torch.from_numpy(places + domain.start) if ranks.first else torch.zeros(0, dtype=torch.int64)
         vectors.append(torch.nn.functional.normalize(table(wanted).float(), dim=1))
         popular.append(places[: look.shown])

@@ -1,5 +1,8 @@
 """The padded encoder that is exported against the packed model."""
 
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from syncrec.serving import UserEncoder, exported
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [0, 1, 4, 7, 8, 9, 23]  # max_length is 8
 PLAIN = {"tasks": "cross", "stop_gradient": "off", "loss_correction": "none", "mutual_information": "off"}
 
@@ -69,6 +73,10 @@ def test_equals_the_packed_model(given):
 def test_the_exported_program_takes_any_users_and_items(given, tmp_path):
     model = made(torch.float32, **given)
     torch.export.save(exported(UserEncoder(model)), tmp_path / "encoder.pt2")
+    with zipfile.ZipFile(tmp_path / "encoder.pt2") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    assert not any(content for name, content in contents.items() if "sample_inputs" in name)  # they would be a pickle
+    assert not any(str(ROOT).encode() in content for content in contents.values())
     program = torch.export.load(tmp_path / "encoder.pt2").module()
     for lengths in (LENGTHS, [0], [1], [30], [2, 2, 5]):
         expected, given_items = both(model, lengths)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -171,6 +172,18 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "save", full)
     with pytest.raises(InputError, match=r"\.out\.partial cannot be written \(No space left"):
         export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [100, 20_000])  # of the item vectors, of the encoder: bytes of a file
+def test_a_disk_that_is_full_leaves_nothing(run, tmp_path, room):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        with pytest.raises(InputError, match="cannot be written"):
+            export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

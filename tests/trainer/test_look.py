@@ -5,11 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import trainer.look
 from syncrec.batch import build_batch, move
 from tests.trainer.runs import SmallRun, rank_of_one, train
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.histories import Histories
-from trainer.data.vocabulary import item_counts
+from trainer.data.vocabulary import item_counts, item_ids
 from trainer.look import LookConfig, look_at
 
 CROSS = ["model.tasks=cross", "model.stop_gradient=off", "model.loss_correction=none", "model.mutual_information=off"]
@@ -68,6 +69,28 @@ def test_lambda_is_the_models(look):
     run, model, _, found = look
     assert list(found["lambda"]) == [domain.name for domain in run.dataset.domains]
     assert list(found["lambda"].values()) == model.correction.lambda_D.tolist()
+
+
+def test_a_rank_without_users_adds_nothing(tmp_path):
+    assert looked(tmp_path, users=0)[3]["gates"] == {"cross": {}, "single": {}}
+
+
+def test_items_that_training_never_met_are_not_shown(tmp_path, monkeypatch):
+    def counts(dataset):
+        found = item_counts(dataset)
+        found[1:3] = 0  # of the first domain
+        found[dataset.domains[1].start :] = 0
+        return found
+
+    monkeypatch.setattr(trainer.look, "item_counts", counts)
+    run, _, _, found = looked(tmp_path)
+    first, second = run.dataset.domains
+    never = set(item_ids(run.dataset, first).to_pylist()[1:3])
+    assert {item["domain"] for item in found["items"]} == {first.name}
+    for item in found["items"]:
+        assert item["nearest"][second.name] == []
+        near = [name for name, _ in item["nearest"][first.name]]
+        assert len(near) == first.items - 3 and not never & {item["item"], *near}
 
 
 def test_neighbours_of_the_most_popular_items_by_cosine(look):
