@@ -29,7 +29,7 @@ from benchmarks import suite
 from benchmarks.workload import described, prepared, some_data
 from embeddings.rows import RowScatter
 from syncrec.batch import trim
-from trainer.data.dataset import SPLIT_LENGTH, Dataset
+from trainer.data.dataset import Dataset
 from trainer.data.histories import Histories
 from trainer.data.plan import Plan
 from trainer.data.stream import domains_of, training_part
@@ -121,8 +121,8 @@ def rows(plan, steps):
 
 def interactions(dataset, users, rank_B, max_length):
     """Rows, int64, and rank of each interaction that the users' ranks train on."""
-    lengths_B = np.where(users.lengths_B >= SPLIT_LENGTH, users.lengths_B - 2, users.lengths_B)
-    row_N = users.items_N[training_part(users, lengths_B)]
+    _, lengths_B, place_N, _ = training_part(dataset, users)
+    row_N = users.items_N[place_N]
     row_N, lengths_B, _ = trim(row_N, lengths_B, domains_of(dataset, row_N), max_length)
     return row_N.astype(np.int64), np.repeat(rank_B, lengths_B)
 

@@ -25,6 +25,7 @@ class ModelConfig:
     loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
     loss_correction: Literal["negative_transfer_gap", "none"] = "negative_transfer_gap"  # none: variant A
     correction_temperature: float = 1.0  # δ of eq. 11
+    correction_total: Literal["one", "domains"] = "one"  # Σ λ; one: eq. 11. domains: D, so that equal weights are all 1
     learn_scales: bool = True  # α and β of eq. 11
     mutual_information: Literal["on", "off"] = "on"  # off: variant B
     mutual_information_pooling: Literal["mean", "last"] = "mean"

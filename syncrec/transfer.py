@@ -25,12 +25,14 @@ class LossCorrection(nn.Module):
     def __init__(self, config, domains):
         super().__init__()
         self.temperature = config.correction_temperature
+        self.total = domains if config.correction_total == "domains" else 1
         self.alpha = nn.Parameter(torch.ones(1), requires_grad=config.learn_scales)
         self.beta = nn.Parameter(torch.ones(1), requires_grad=config.learn_scales)
         self.register_buffer("lambda_D", torch.zeros(domains))
 
     def forward(self, phi_D, present_D):
-        """The new λ_D, with gradients towards α and β; it becomes the state where the module trains.
+        """The loss weights of the domains (D,), with gradients towards α and β: the new λ, which becomes the state where the
+        module trains, times `total`.
 
         phi_D: φ of the global batch; present_D: bool. Both equal on all ranks, so λ is too.
         """
@@ -43,4 +45,4 @@ class LossCorrection(nn.Module):
         lambda_D = torch.where(present_D, free * weights_D.nan_to_num(), old_D)
         if self.training:
             self.lambda_D = lambda_D.detach().clone()
-        return lambda_D
+        return self.total * lambda_D

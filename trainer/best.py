@@ -12,16 +12,18 @@ from trainer.data.source import is_hidden
 from trainer.errors import InputError
 
 
-def open_run(run, data=None) -> tuple[RunConfig, Dataset]:
+def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
     """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved.
 
-    Raises InputError where one of them cannot be used.
+    Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     config = load_config([run / "config.yaml"], [])
     config = replace(config, data=str(data or config.data))
+    if of_all_domains and config.stream.domain:
+        raise InputError(f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it")
     if is_hidden(config.data):
         raise InputError(f"{run}: a run does not keep what is secret in its dataset's address; give it as --data")
     return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream)

@@ -89,6 +89,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
         self.rank, self.config, self.max_length = rank, config, max_length
         self.back = {"test": 1, "validation": 2}[split]
         self.given = given
+        self.alone = dataset.domain_number(self.stream.domain) if self.stream.domain else None
 
     def __len__(self):
         return self.plan.steps(0)
@@ -106,6 +107,12 @@ class RankingBatches(torch.utils.data.IterableDataset):
                 yield replace(self.build(users), skipped=skipped, reasons=reasons.take())
         finally:
             histories.close()
+
+    def seen(self, history):
+        """What the model is shown of a history: the newest, of the one domain where it is trained on that alone."""
+        if self.alone is not None:
+            history = history[self.plan.dataset.domain_of(history) == self.alone]
+        return history[-self.max_length :]
 
     def build(self, users: Users) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
@@ -127,7 +134,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
                 seed, count = self.plan.seed, self.config.negatives
                 negatives = evaluation_negatives(seed, int(number), items, own.start, own.items, count)
                 rows = np.append(positive, negatives)
-            histories.append(history[-self.max_length :])
+            if self.alone not in (None, domain):
+                continue
+            histories.append(self.seen(history))
             numbers.append(number)
             domains.append(domain)
             candidates.append(rows)

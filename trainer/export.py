@@ -60,7 +60,7 @@ def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
     """
     output = Path(output)
     partial = output.with_name(f".{output.name}.partial")
-    run_config, dataset = open_run(run, data)
+    run_config, dataset = open_run(run, data, of_all_domains=True)
     by_the_first(lambda: _begin(output, partial), ranks.first)
     try:
         model, table, best = best_model(run, run_config, dataset, ranks)

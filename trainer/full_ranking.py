@@ -75,15 +75,18 @@ class HeldBatches(RankingBatches):
 
     def build(self, users):
         dataset = self.plan.dataset
+        ends_B = np.cumsum(users.lengths_B)
         keep_B = users.lengths_B >= SPLIT_LENGTH
-        lengths_B, ends_B = users.lengths_B[keep_B], np.cumsum(users.lengths_B)[keep_B]
+        if self.alone is not None:
+            keep_B[keep_B] = dataset.domain_of(users.items_N[ends_B[keep_B] - self.back]) == self.alone
+        lengths_B, ends_B = users.lengths_B[keep_B], ends_B[keep_B]
         items = [users.items_N[end - length : end] for length, end in zip(lengths_B, ends_B, strict=True)]
         histories = [own[: -self.back] for own in items]
         row_B = np.array([own[-self.back] for own in items], np.int64)
         domain_B = dataset.domain_of(row_B)
         own_B = [np.count_nonzero(dataset.domain_of(h) == d) for h, d in zip(histories, domain_B, strict=True)]
         others = [np.delete(own, len(own) - self.back) for own in items]
-        newest = [history[-self.max_length :] for history in histories] or [np.zeros(0, np.int64)]
+        newest = [self.seen(history) for history in histories] or [np.zeros(0, np.int64)]
         query = build_query(np.concatenate(newest), np.array(list(map(len, newest))), self.max_length, np.zeros(0, np.int64))
         return Held(
             query=query,
@@ -119,6 +122,8 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
         excluded = Excluded(torch.from_numpy(held.rows_E.astype(np.int64)), torch.from_numpy(held.counts_B))
         rank_B = np.zeros(len(held.user_B), np.int64)
         for number, ranking in enumerate(rankings):
+            if batches.alone not in (None, number):
+                continue
             rows_Bk = ranking.top_k(y_BR, min(SHOWN, domains[number].items), excluded).rows_Bk.cpu().numpy()
             shown += np.bincount(rows_Bk[rows_Bk >= 0], minlength=len(shown))
             own_B = held.domain_B == number

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from syncrec.batch import build_batch, move, trim
-from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.histories import Histories
 from trainer.data.stream import domains_of, training_part
 from trainer.data.vocabulary import item_counts, item_ids
@@ -97,8 +96,8 @@ def _batch(dataset, config, ranks, users):
         found = histories.read(np.arange(first, last))
     finally:
         histories.close()
-    lengths_B = np.where(found.lengths_B >= SPLIT_LENGTH, found.lengths_B - SPLIT_LENGTH + 1, found.lengths_B)
-    items_N, lengths_B = found.items_N[training_part(found, lengths_B)], lengths_B[lengths_B > 0]
+    _, lengths_B, place_N, _ = training_part(dataset, found, config.stream.domain)
+    items_N, lengths_B = found.items_N[place_N], lengths_B[lengths_B > 0]
     some = len(items_N) > 0
     if not some:
         items_N, lengths_B = np.zeros(1, np.int32), np.ones(1, np.int64)

@@ -69,7 +69,7 @@ def recommend(run, output, ranks, config: RecommendConfig, asked: AskedConfig, d
     run, the logs, the users, a domain's name, or the folder; and, naming it, where something differs from the earlier call.
     """
     output = Path(output)
-    run_config, dataset = open_run(run, data)
+    run_config, dataset = open_run(run, data, of_all_domains=True)
     domains = _chosen(dataset, config.domains)
     facts = by_the_first(lambda: _facts(run, dataset, domains, config, asked), ranks.first)
     if (record := by_the_first(lambda: _finished(output, facts), ranks.first)) is not None:
@@ -93,11 +93,7 @@ def folder_of(domain: str) -> str:
 
 def _chosen(dataset, names):
     """The numbers of the domains that are wanted, rising."""
-    known = {domain.name: number for number, domain in enumerate(dataset.domains)}
-    for name in names:
-        if name not in known:
-            raise InputError(f"domain {name!r} is not in the run's dataset; it has {', '.join(known)}")
-    return sorted({known[name] for name in names} or known.values())
+    return sorted({dataset.domain_number(name) for name in names} or range(len(dataset.domains)))
 
 
 def _facts(run, dataset, domains, config, asked):

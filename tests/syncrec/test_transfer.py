@@ -46,6 +46,15 @@ def test_update_is_equation_11():
     assert module(phi_D, torch.ones(3, dtype=torch.bool)).tolist() == pytest.approx(expected, abs=1e-12)
 
 
+def test_weights_may_add_up_to_the_number_of_domains():
+    """The state does not: eq. 11 goes on from it as ever."""
+    one, domains = (correction(correction_total=total) for total in ("one", "domains"))
+    for phi_D in (doubles(-1, 0, 2), doubles(1, 0.5, 0)):
+        present_D = torch.ones(3, dtype=torch.bool)
+        torch.testing.assert_close(domains(phi_D, present_D), 3 * one(phi_D, present_D))
+        torch.testing.assert_close(domains.lambda_D, one.lambda_D)
+
+
 @given(
     phi=st.lists(st.floats(-20, 20), min_size=4, max_size=4),
     present=st.lists(st.booleans(), min_size=4, max_size=4),

@@ -88,6 +88,16 @@ def test_only_the_newest_tokens_of_a_history_are_read(dataset, histories):
         assert history == histories[user].tolist()[:-1][-3:]
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_one_domain_alone_ranks_its_users_by_its_items_against_the_same_candidates(dataset, histories, split):
+    whole = users_of(batches_of(dataset, split))
+    found = users_of(batches_of(dataset, split, stream=StreamConfig(domain="domain 1")))
+    assert found.keys() == {user for user, (_, domain, _) in whole.items() if domain == 1} != whole.keys()
+    for user, (history, domain, candidates) in found.items():
+        assert domain == 1 and candidates == whole[user][2]
+        assert history == [row for row in whole[user][0] if domain_of(row) == 1]
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_take_equally_many_steps_and_share_the_users(dataset, world_size):
     expected, found, steps = users_of(batches_of(dataset)), {}, set()

@@ -121,6 +121,21 @@ def test_ranks_groups_and_what_is_shown_are_those_of_loops(ranks, dataset, histo
                 assert values["MRR"] == (pytest.approx(np.mean([1 / case[2] for case in those])) if those else None)
 
 
+def test_one_domain_alone_is_ranked_by_its_own_history(ranks, dataset, histories, table):
+    """Its users are those whose held-out item it has; what they had of other domains is not looked at."""
+    vectors, expected = table(torch.arange(dataset.num_embeddings)).detach(), []
+    for items in (history.tolist() for history in histories if len(history) >= 3 and domain_of(history[-1]) == 1):
+        own = [row for row in items[:-1] if domain_of(row) == 1]
+        y = vectors[own].mean(0) if own else torch.ones(DIM)
+        score = {row: np.float32(vectors[row].double() @ y.double()) for row in items_of(1)}
+        expected.append(1 + sum(score[row] >= score[items[-1]] for row in items_of(1) if row not in items))
+    found = rank_fully(Model(), table, dataset, ranks, configured(dataset, "stream.domain=domain 1"), "test")
+    figures = [found.means.figures(0, domain * groups_of_domain()) for domain in range(3)]
+    assert [figure["users"] for figure in figures] == [0, len(expected), 0]
+    assert figures[1]["MRR"] == pytest.approx(np.mean([1 / rank for rank in expected]))
+    assert set(domain_of(row) for row in np.flatnonzero(found.shown)) == {1}
+
+
 def held_of(dataset, split="test"):
     config = configured(dataset)
     return list(HeldBatches(dataset, 0, 1, config.evaluation, 100, split, config.seed))

@@ -227,7 +227,7 @@ def test_a_finished_output_is_left_as_it_is(run, tmp_path):
 
 
 BAD = {
-    "an unknown domain": ({"domains": ("moon",)}, {}, "domain 'moon' is not in the run's dataset; it has domain 0, domain 1"),
+    "an unknown domain": ({"domains": ("moon",)}, {}, "; it has domain 0, domain 1"),
     "no such log": ({}, {"inputs": ("nowhere.parquet",)}, "nowhere.parquet does not exist"),
     "no such users": ({}, {"users": "nobody.csv"}, "nobody.csv does not exist"),
 }

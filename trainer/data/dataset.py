@@ -118,6 +118,13 @@ class Dataset:
         """Domain numbers, int64, of an array of rows of M (any shape)."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
+    def domain_number(self, name: str) -> int:
+        """The number of the domain of that name. Raises InputError, with the names that there are."""
+        names = [domain.name for domain in self.domains]
+        if name not in names:
+            raise InputError(f"domain {name!r} is not in the dataset {self.place}; it has {', '.join(names)}")
+        return names.index(name)
+
     def local(self, file) -> Path:
         """Where a shard or another file of the dataset can be read, by its name in `dataset.json`; fetched, if need be.
 

@@ -37,6 +37,7 @@ class StreamConfig(SourceConfig):
     damaged: Literal["stop", "skip"] = "stop"  # skip: train without the users of damaged blocks, and count them
     shuffle: bool = True  # another order each epoch; off: the dataset's own order, each epoch alike
     balance: bool = True  # move users between ranks, so that all have equally much to do; off: as the shards lie
+    domain: str = ""  # train and rank on this domain's interactions alone, of users who are split as for all domains
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,7 +51,8 @@ class StreamConfig(SourceConfig):
 class Fed:
     """One step of one rank: its batch, and who is missing in it.
 
-    users_B: numbers of the batch's real users, int64, in order. skipped: users that would be there too if they could be
+    users_B: numbers of the batch's real users, int64, in order; those without an interaction of `stream.domain` are not
+    counted in the batch. skipped: users that would be there too if they could be
     read. reasons: a line for each damaged place that this worker met for the first time since its last Fed; several
     workers read the same shards, so another may say the same. seconds: what reading and building took.
     """
@@ -94,6 +96,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         super().__init__()
         self.plan, self.rank, self.position = plan, rank, position
         self.max_length, self.pooling, self.negatives, self.config = max_length, pooling, negatives, config
+        self.alone = plan.dataset.domain_number(config.domain) if config.domain else None
 
     def at(self, position) -> "TrainBatches":
         """The same from another position on."""
@@ -123,8 +126,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
     def build(self, epoch, step, users) -> Batch:
         """One rank's batch: training part, weight-zero users, negatives, both views."""
         dataset, seed = self.plan.dataset, self.plan.seed
-        lengths_B = np.where(users.lengths_B >= SPLIT_LENGTH, users.lengths_B - _HELD_OUT, users.lengths_B)
-        place_N = training_part(users, lengths_B)
+        number_B, lengths_B, place_N, position_N = training_part(dataset, users, self.config.domain)
         items_N = users.items_N[place_N]
         missing = max(0, self.plan.users_per_rank(epoch, step) - len(lengths_B))
         # Who only fills up has two interactions with the first item: one input, one target, weight zero.
@@ -134,11 +136,11 @@ class TrainBatches(torch.utils.data.IterableDataset):
         items_D = np.array([domain.items for domain in dataset.domains])
         if self.negatives.shared:
             negatives = shared_negatives(seed, epoch, step, dataset.starts, items_D, self.negatives.shared)
+            if self.alone is not None:  # nothing of the others is predicted
+                negatives = [rows if number == self.alone else rows[:0] for number, rows in enumerate(negatives)]
             items_N, lengths_B, domain_N = trim(items_N, lengths_B, domains_of(dataset, items_N), self.max_length)
         else:
-            starts_B = np.cumsum(users.lengths_B) - users.lengths_B
-            user_N = np.append(np.repeat(users.number_B, lengths_B[: len(starts_B)]), np.zeros(2 * missing, np.int64))
-            position_N = place_N - np.repeat(starts_B, lengths_B[: len(starts_B)])
+            user_N = np.append(np.repeat(number_B, lengths_B[: len(number_B)]), np.zeros(2 * missing, np.int64))
             position_N = np.append(position_N, np.tile([0, 1], missing))
             kept_N, lengths_B, domain_N = trim(
                 np.arange(len(items_N)), lengths_B, domains_of(dataset, items_N), self.max_length
@@ -158,12 +160,22 @@ class TrainBatches(torch.utils.data.IterableDataset):
         return build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling)
 
 
-def training_part(users, lengths_B):
-    """Where the first lengths_B interactions of each user are among all of `users`: int64, user after user."""
-    ends_B = np.cumsum(lengths_B)
-    place_N = np.repeat(np.cumsum(users.lengths_B) - users.lengths_B - ends_B + lengths_B, lengths_B)
-    place_N += np.arange(len(place_N))
-    return place_N
+def training_part(dataset, users, domain=""):
+    """What is trained on: (number_B, lengths_B, place_N, position_N), all int64, user after user.
+
+    Users, how many interactions each has, and where these are: among all of `users`, and in the user's history. domain: its
+    interactions alone, and users who have any.
+    """
+    lengths_B = np.where(users.lengths_B >= SPLIT_LENGTH, users.lengths_B - _HELD_OUT, users.lengths_B)
+    user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    position_N = np.arange(len(user_N)) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
+    place_N = position_N + np.repeat(np.cumsum(users.lengths_B) - users.lengths_B, lengths_B)
+    if not domain:
+        return users.number_B, lengths_B, place_N, position_N
+    own_N = domains_of(dataset, users.items_N[place_N]) == dataset.domain_number(domain)
+    lengths_B = np.bincount(user_N[own_N], minlength=len(lengths_B))
+    some_B = lengths_B > 0
+    return users.number_B[some_B], lengths_B[some_B], place_N[own_N], position_N[own_N]
 
 
 def domains_of(dataset, items_N):

@@ -37,7 +37,7 @@ def dataset(tmp_path_factory):
 
 
 def batches_of(dataset, batch_size, rank=0, world_size=1, position=0, seed=4, workers=0, shuffle=True, **options):
-    config = StreamConfig(workers=workers, prefetch=2, shuffle=shuffle)
+    config = StreamConfig(workers=workers, prefetch=2, shuffle=shuffle, domain=options.get("domain", ""))
     max_length, negatives = options.get("max_length", LONG), options.get("negatives", NegativesConfig(per_target=3))
     limits = {"tokens_per_batch": options.get("tokens", 0), "balance": options.get("balance", True)}
     plan = Plan(dataset, batch_size, world_size, seed, shuffle, max_length=max_length, **limits)
@@ -233,10 +233,45 @@ def test_domains_are_the_datasets(dataset, domains):
     assert domains_of(whole, rows).tolist() == whole.domain_of(rows).tolist()
 
 
-def test_training_part_keeps_the_first_of_each_user():
-    users = Users(np.array([7, 3, 9]), np.array([4, 2, 3]), np.arange(9))
-    assert training_part(users, np.array([2, 2, 1])).tolist() == [0, 1, 4, 5, 6]
-    assert training_part(users, np.array([4, 1, 3])).tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+def test_the_training_part_is_what_comes_before_the_newest_two(dataset):
+    users = Users(np.array([7, 3, 9]), np.array([4, 2, 3]), np.array([0, 9, 1, 2, 9, 8, 3, 9, 4]))
+    found = [part.tolist() for part in training_part(dataset, users)]
+    assert found == [[7, 3, 9], [2, 2, 1], [0, 1, 4, 5, 6], [0, 1, 0, 1, 0]]
+
+
+def test_one_domain_alone_is_cut_out_of_the_training_part(dataset):
+    """Domain 0's rows are 0 to 4. Not the newest two of its own, but what is left of the newest two of all."""
+    users = Users(np.array([7, 3, 9, 5]), np.array([4, 2, 3, 5]), np.array([0, 9, 1, 2, 9, 8, 3, 9, 4, 9, 1, 2, 8, 0]))
+    found = [part.tolist() for part in training_part(dataset, users, "domain 0")]
+    assert found == [[7, 9, 5], [1, 1, 2], [0, 6, 10, 11], [0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("negatives", [NegativesConfig(shared=3), NegativesConfig(per_target=2)])
+def test_a_batch_of_one_domain_holds_nothing_else(dataset, negatives):
+    histories, seen = draw_histories(57), {}
+    batches = batches_of(dataset, 8, 0, 1, negatives=negatives, domain="domain 1")
+    for fed in itertools.islice(batches, Plan(dataset, 8, 1, 4).steps(0)):
+        batch = fed.batch
+        counted = batch.cross.target_weight_L > 0
+        assert set(batch.cross.target_domain_L[counted].tolist()) <= {1}
+        assert set(domains_of(dataset, batch.ids[batch.interactions :].numpy()).tolist()) <= {0, 1}
+        if negatives.shared:
+            assert batch.negative_starts == (0, 0, 3)
+        real = int(batch.weight_B.sum())
+        own = batch.ids[: batch.interactions - 2 * (len(batch.weight_B) - real)].tolist()
+        parts = {}
+        for user in map(int, fed.users_B):
+            history = histories[user]
+            parts[user] = [row for row in (history[:-2] if len(history) > 2 else history) if row >= 8]
+        assert own == [int(row) for user in fed.users_B for row in parts[int(user)]]
+        assert real == sum(map(bool, parts.values()))
+        seen |= parts
+    assert len(seen) == 57
+
+
+def test_a_domain_that_is_not_there_is_named(dataset):
+    with pytest.raises(InputError, match="'moon' is not in the dataset"):
+        batches_of(dataset, 8, 0, 1, domain="moon")
 
 
 @pytest.mark.parametrize(("length", "kept"), [(1, 1), (2, 2), (3, 1), (4, 2), (9, 7)])
