@@ -65,29 +65,26 @@ class Scores:
                 return scores_BI.cpu().gather(1, number).float().numpy()
             except NotImplementedError:
                 self._one_by_one = True
-        parts = []
-        for part, numbers in zip(_rows(interaction), number, strict=True):
-            pairs = part.repeat_interleave(len(numbers))
-            pairs.update(Interaction({self.dataset.iid_field: numbers.to(self.config["device"])}))
-            parts.append(self.model.predict(pairs).view(-1).cpu())
-        return torch.stack(parts).float().numpy()
+        pairs, size, parts = interaction.repeat_interleave(number.shape[1]), self.config["eval_batch_size"], []
+        pairs.update(Interaction({self.dataset.iid_field: number.view(-1).to(self.config["device"])}))
+        for begin in range(0, len(pairs), size):
+            parts.append(self.model.predict(pairs[begin : begin + size]).view(-1).cpu())
+        return torch.cat(parts).view(number.shape).float().numpy()
 
     def _interaction(self, users, split):
-        """What RecBole's own evaluation gives the model, but padding for the held-out item, which a few look up and do not
-        use. A general model knows users by their number."""
+        """What RecBole's own evaluation gives the model, but padding for the held-out item and DIEN's negatives, which are
+        looked up and do not count. A general model knows users by their number."""
         fields = {self.dataset.uid_field: torch.from_numpy(self._user_number[users])}
         fields[self.dataset.iid_field] = torch.zeros(len(users), dtype=torch.int64)
         if self._sequential:
             longest = self.config["MAX_ITEM_LIST_LENGTH"]
             items_BT, lengths_B = self.handed.padded(users, SPLITS[split], longest)
             number_BT = np.where(np.arange(longest) < lengths_B[:, None], self._item_number[items_BT], 0)
-            fields[self.dataset.iid_field + self.config["LIST_SUFFIX"]] = torch.from_numpy(number_BT)
+            items = self.dataset.iid_field + self.config["LIST_SUFFIX"]
+            fields[items] = torch.from_numpy(number_BT)
+            fields[self.config["NEG_PREFIX"] + items] = torch.zeros_like(fields[items])
             fields[self.config["ITEM_LIST_LENGTH_FIELD"]] = torch.from_numpy(lengths_B)
         return self._transform(self.dataset, Interaction(fields)).to(self.config["device"])
-
-
-def _rows(interaction):
-    return (interaction[place : place + 1] for place in range(len(interaction)))
 
 
 def _numbers(token_id, count):
