@@ -46,9 +46,9 @@ def recbole_models(python) -> dict[str, str | None]:
 
     Raises InputError where there is no such environment, or no RecBole in it.
     """
-    command = [python, _HERE / "recbole_models.py"]
+    command = [_absolute(python), str(_HERE / "recbole_models.py")]
     try:
-        done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as error:
         raise InputError(f"RecBole's environment: {python} cannot be run ({error.strerror}): {_MAKE}") from None
     try:
@@ -129,6 +129,14 @@ def run_recbole(
     return found
 
 
+def _absolute(python):
+    """The path, from wherever it is run; links stay, which make an environment. Raises InputError where there is none."""
+    found = shutil.which(str(python))
+    if found is None:
+        raise InputError(f"RecBole's environment: {python} is no Python that can be run: {_MAKE}")
+    return os.path.abspath(found)
+
+
 def _known(models, model):
     """RecBole's spelling. Raises InputError where it has none, or the model cannot be compared."""
     names = {name.lower(): name for name in models}
@@ -197,7 +205,7 @@ class _Run:
         """What recbole_peer.py finds; progress is told meanwhile."""
         write_json(self.work / "task.json", task)
         script, log = _HERE / "recbole_peer.py", self.folder / LOG
-        command = [python, script, handed.folder, self.work / "task.json", self.work / "ranks.npz"]
+        command = [_absolute(python), script, handed.folder, self.work / "task.json", self.work / "ranks.npz"]
         answer = {}
         with open(log, "w") as errors:
             child = subprocess.Popen(

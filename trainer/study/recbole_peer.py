@@ -209,7 +209,7 @@ def _own_output():
     os.dup2(2, 1)
 
     def say(value):
-        print(json.dumps(value), file=own, flush=True)
+        print(json.dumps(value, default=str), file=own, flush=True)  # whatever RecBole's settings hold
 
     return say
 

@@ -159,13 +159,19 @@ def test_a_model_that_cannot_be_had_is_one_line(bridge, model, message):
 
 
 def test_a_missing_environment_says_how_to_make_it(bridge, monkeypatch):
-    with pytest.raises(InputError, match=r"/nowhere/python cannot be run .*: make it with `make peers`, or .*--recbole-python"):
+    message = r"/nowhere/python is no Python that can be run: make it with `make peers`, or .*--recbole-python"
+    with pytest.raises(InputError, match=message):
         bridge(python="/nowhere/python")
     with pytest.raises(InputError, match="has no RecBole: make it with `make peers`"):
         recbole_models(sys.executable)  # ours
     monkeypatch.setenv("FAKE_PEER", "no recbole")
     with pytest.raises(InputError, match="has no RecBole"):
         bridge()
+
+
+def test_the_environment_may_be_named_from_here(bridge, monkeypatch):
+    monkeypatch.chdir(bridge.folder)
+    assert bridge(python="./python")["validation"] == 0.25
 
 
 def test_the_environment_is_the_named_one_or_that_of_make_peers(monkeypatch):
