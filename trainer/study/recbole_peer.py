@@ -172,6 +172,8 @@ class Epochs:
             weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
             self._kept = weights, copy.deepcopy(self._model.other_parameter())
         self.say(epoch | {"of": self.total, "best": self.best})
+        if len(self.found) == self.total:
+            return value, {}
         if 0 < self.task["patience"] <= epoch["epoch"] - self.best["epoch"]:
             raise Enough("patience")
         if 0 < self.task["minutes"] <= epoch["seconds"] / 60:
