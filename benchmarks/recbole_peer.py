@@ -35,21 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
 from trainer.checkpoint import write_json
-from trainer.data.dataset import SPLIT_LENGTH, USERS, Dataset
-from trainer.data.histories import Histories
+from trainer.data.dataset import USERS, Dataset
 from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.errors import InputError, exit_on_input_error
-from trainer.evaluate import EvaluationConfig, Ranking, RankingBatches, evaluation_record
+from trainer.evaluate import Ranking, evaluation_record
 from trainer.log import HEADLINE, METRICS_FILE, read_records
+from trainer.study import hand_over as handing
+from trainer.study.handed import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 SASREC, SYNCREC = "SASRec", "SyNCRec"
 PRESETS = {SASREC: "sasrec", SYNCREC: "amazon4"}
-_SPLITS = ("validation", "test")
 _LENGTH = 64  # T of both presets
 _DEFAULT_BATCH = 2048  # RecBole's
-_AT_ONCE = 4096  # users that are read together
 
 
 @dataclass(frozen=True)
@@ -198,37 +197,19 @@ def output(command, log, folder=ROOT):
 
 
 def hand_over(dataset, folder):
-    """What `recbole_sasrec.py` reads: histories and candidates, as rows of M; and the test candidates as raw ids, for
-    `launch/evaluate.py`. Users that are too short to be split are left out."""
-    candidates = {split: RankingBatches(dataset, 0, 1, EvaluationConfig(), _LENGTH, split, seed=0) for split in _SPLITS}
-    histories = Histories.of_plan(candidates["test"].plan)
-    numbers, lengths, items, rows = [], [], [], {split: [] for split in _SPLITS}
-    for first in range(0, dataset.users, _AT_ONCE):
-        users = histories.read(np.arange(first, min(first + _AT_ONCE, dataset.users)))
-        long_B = users.lengths_B >= SPLIT_LENGTH
-        if not long_B.any():
-            continue
-        numbers.append(users.number_B[long_B])
-        lengths.append(users.lengths_B[long_B])
-        items.append(users.items_N[np.repeat(long_B, users.lengths_B)])
-        for split in _SPLITS:
-            built = candidates[split].build(users)
-            if np.ptp(built.counts_B):
-                raise InputError("a domain has too few items for 99 candidates that a user never touched: take another log")
-            rows[split].append(built.rows_C.reshape(len(numbers[-1]), -1))
-    histories.close()
-    arrays = {"lengths": lengths, "items": items} | {f"candidates-{split}": rows[split] for split in _SPLITS}
-    for name, parts in arrays.items():
-        np.save(folder / f"{name}.npy", np.concatenate(parts))
+    """What `recbole_sasrec.py` reads; and the test candidates as raw ids, for `launch/evaluate.py`."""
+    handed = handing.hand_over(dataset, folder)
+    if any((handed.load(f"candidates-{split}") < 0).any() for split in SPLITS):
+        raise InputError("a domain has too few items for 99 candidates that a user never touched: take another log")
     raw = np.zeros(dataset.num_embeddings, object)
     for domain in dataset.domains:
         vocabulary = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"])
         raw[vocabulary["row"].to_numpy()] = vocabulary["item_id"].to_pylist()
     people = pq.read_table(dataset.local(USERS), columns=["user_id", "user"]).sort_by("user")["user_id"]
-    test_UC = np.concatenate(rows["test"])
+    test_UC = handed.load("candidates-test")
     named = raw[test_UC]
     columns = {
-        "user_id": people.take(pa.array(np.concatenate(numbers))),
+        "user_id": people.take(pa.array(handed.user_U)),
         "domain": [dataset.domains[domain].name for domain in dataset.domain_of(test_UC[:, 0])],
         "positive": list(named[:, 0]),
         "negatives": [list(others) for others in named[:, 1:]],
@@ -323,12 +304,12 @@ def peer_quality(work, name, training, loss, task):
     task |= {"options": options(work.settings, loss, work.settings.quality_batch), "output": name}
     found = work.peer(f"quality-{name}", task)
     for epoch in found["epochs"]:
-        for split in _SPLITS:
+        for split in SPLITS:
             scores_UC = np.load(work.given / name / f"{split}-{epoch['epoch']}.npy", allow_pickle=False)
             epoch[split] = ranked(work, split, scores_UC)
     best = max(found["epochs"], key=lambda epoch: epoch["validation"]["mean"][HEADLINE])
     test = best["test"]
-    by_epoch = [epoch | {split: epoch[split]["mean"][HEADLINE] for split in _SPLITS} for epoch in found.pop("epochs")]
+    by_epoch = [epoch | {split: epoch[split]["mean"][HEADLINE] for split in SPLITS} for epoch in found.pop("epochs")]
     return {
         "system": "RecBole SASRec",
         "training": training,

@@ -2,8 +2,7 @@
 
     .venv-peers/bin/python benchmarks/recbole_sasrec.py FOLDER TASK.json
 
-FOLDER holds lengths.npy (users,) and items.npy (interactions,), user after user, oldest first, the held-out two included, and
-for SPLIT `validation` and `test` candidates-SPLIT.npy (users, candidates), the held-out item first. Items are our table's rows.
+FOLDER is what trainer/study/hand_over.py wrote; items are our table's rows.
 TASK.json: its `kind` names a function of KINDS, which says the rest. What is found is the last line printed, as JSON.
 """
 
@@ -22,24 +21,17 @@ from recbole.model.sequential_recommender import SASRec
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-SPLITS = {"validation": 2, "test": 1}  # how many of a user's newest are not seen
+from trainer.study.handed import SPLITS, Handed
+
 AT_ONCE = 512  # users that are scored together
 CHUNK = 128  # targets whose scores of all items are in memory at once
 
 
-class Log:
-    """What FOLDER holds: histories, and the candidates of both splits."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.lengths_U, self.items_N = self.load("lengths"), self.load("items")
-        self.starts_U = np.cumsum(self.lengths_U) - self.lengths_U
-
-    def load(self, name):
-        return np.load(self.folder / f"{name}.npy", allow_pickle=False)
+class Log(Handed):
+    """What FOLDER holds, for RecBole's own split."""
 
     def write(self):
-        """The log in RecBole's own format. Its times are float32, so the place in the history stands for the time."""
+        """The whole log in RecBole's own format. Its times are float32, so the place in the history stands for the time."""
         file = self.folder / "recbole" / "log" / "log.inter"
         if file.exists():
             return
@@ -49,14 +41,6 @@ class Log:
         columns = np.stack([users_N, self.items_N, place_N], axis=1)
         header = "user_id:token\titem_id:token\ttimestamp:float"
         np.savetxt(file, columns, fmt="%d", delimiter="\t", header=header, comments="")
-
-    def padded(self, seen_U, longest):
-        """Of each user's first `seen` interactions the newest: int64 (users, longest), on the left, 0 elsewhere; lengths."""
-        kept_U = np.minimum(seen_U, longest)
-        items_UT = np.zeros((len(kept_U), longest), np.int64)
-        for row, start, seen, kept in zip(items_UT, self.starts_U, seen_U, kept_U, strict=True):
-            row[:kept] = self.items_N[start + seen - kept : start + seen]
-        return items_UT, kept_U.astype(np.int64)
 
 
 class EveryPlace(SASRec):
@@ -265,7 +249,7 @@ class Epochs:
         longest = peer.config["MAX_ITEM_LIST_LENGTH"]
         self.inputs = {}
         for split, held_out in SPLITS.items():
-            items_UT, lengths_U = log.padded(log.lengths_U - held_out, longest)
+            items_UT, lengths_U = log.padded(np.arange(len(log.lengths_U)), held_out, longest)
             items_UT = np.where(np.arange(longest) < lengths_U[:, None], peer.number_of[items_UT], 0)
             self.inputs[split] = items_UT, lengths_U, peer.number_of[log.load(f"candidates-{split}")]
         self.begun = time.perf_counter()
