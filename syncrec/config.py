@@ -15,6 +15,7 @@ class ModelConfig:
     experts: int = 5  # K
     cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
     stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
+    encoder: Literal["transformer", "gru"] = "transformer"  # what an expert is; gru: GRU4Rec's, of `blocks` layers
     blocks: int = 2  # attention blocks of an expert
     heads: int = 1
     ffn_dim: int = 128  # inner width of an expert's and a tower's feed-forward network (eq. 7 has r)
@@ -23,7 +24,8 @@ class ModelConfig:
     tower: Literal["on", "off"] = "on"  # off: what the experts give, mixed, is the output
     gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
     loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
-    loss_correction: Literal["negative_transfer_gap", "none"] = "negative_transfer_gap"  # none: variant A
+    # none: variant A; shapley: CGRec's weights, 2^D more forward passes a step
+    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = "negative_transfer_gap"
     correction_temperature: float = 1.0  # δ of eq. 11
     correction_total: Literal["one", "domains"] = "one"  # Σ λ; one: eq. 11. domains: D, so that equal weights are all 1
     learn_scales: bool = True  # α and β of eq. 11
@@ -51,11 +53,13 @@ class ModelConfig:
             )
         if self.tasks == "cross":
             for name, only in (("stop_gradient", "off"), ("loss_correction", "none"), ("mutual_information", "off")):
-                if getattr(self, name) != only:
+                if getattr(self, name) not in (only, "shapley"):
                     raise ValueError(
                         f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
                         f"set model.{name}={only}"
                     )
+        if self.encoder == "gru" and (self.heads > 1 or self.kernel == "fused"):
+            raise ValueError("model.encoder is gru: it has no attention, so set model.heads=1 and model.kernel=auto")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
         if not 0 <= self.eta <= 1:

@@ -14,7 +14,9 @@ from syncrec.experts import ExpertStack
 from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
 from syncrec.mutual_information import MutualInformation, pool
+from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
+from syncrec.shapley import ShapleyCorrection, coalitions, domain_of_inputs
 from syncrec.transfer import LossCorrection, transfer_gap
 
 
@@ -49,15 +51,18 @@ class SyNCRec(nn.Module):
         self.decoupled = config.stop_gradient == "on"
         self.embedding = InputEmbedding(config)
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
-        self.cross_experts = ExpertStack(config, config.cross_experts if self.decoupled else config.experts)
-        self.single_experts = ExpertStack(config, config.experts - config.cross_experts) if self.decoupled else None
+        stack = RecurrentStack if config.encoder == "gru" else ExpertStack
+        self.cross_experts = stack(config, config.cross_experts if self.decoupled else config.experts)
+        self.single_experts = stack(config, config.experts - config.cross_experts) if self.decoupled else None
         gate = Gate if config.experts > 1 else OnlyExpert
         tower = Tower if config.tower == "on" else nn.Identity
         self.cross_gate, self.cross_tower = gate(config), tower(config)
         single_tasks = range(domains if self.both_tasks else 0)
         self.single_gates = nn.ModuleList(gate(config) for _ in single_tasks)
         self.single_towers = nn.ModuleList(tower(config) for _ in single_tasks)
-        self.correction = LossCorrection(config, domains) if config.loss_correction != "none" else None
+        self.by_contribution = config.loss_correction == "shapley"
+        correction = ShapleyCorrection if self.by_contribution else LossCorrection
+        self.correction = correction(config, domains) if config.loss_correction != "none" else None
         self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
 
     def forward(self, batch, rows, reduction=None):
@@ -120,7 +125,9 @@ class SyNCRec(nn.Module):
 
         phi_D, present_D = transfer_gap(single_gap_D, cross_gap_D, gap_count_D), gap_count_D > 0
         lambda_D = cross_MR.new_ones(self.domains)
-        if self.correction is not None:
+        if self.by_contribution:
+            lambda_D = self.correction(self._worth_of_coalitions(batch, inputs_NR, negatives_R, reduction), cross_count_D > 0)
+        elif self.correction is not None:
             lambda_D = self.correction(phi_D, present_D)
         scale, dtype = reduction.world_size, cross_MR.dtype
         loss_single = scale * single_sums[0].sum() / single_count_D.sum().clamp(min=1).to(dtype)
@@ -138,11 +145,25 @@ class SyNCRec(nn.Module):
             loss_single=known * single_D.sum() / single_count_D.sum().clamp(min=1),
             loss_cross=(lambda_D.detach() * cross_D).sum() / cross_count_D.sum().clamp(min=1),
             phi_D=phi_D.masked_fill(~present_D, nan),
-            lambda_D=known * lambda_D.detach(),
+            lambda_D=(1.0 if self.by_contribution else known) * lambda_D.detach(),
             single_targets_D=single_count_D,
             cross_targets_D=cross_count_D,
             mutual_information=information.detach(),
         )
+
+    @torch.no_grad()
+    def _worth_of_coalitions(self, batch, inputs_NR, negatives_R, reduction):
+        """The negated mean cross-domain loss of the global batch by what each coalition of domains shows, float64 (2^D,)."""
+        domain_N, training, sums = domain_of_inputs(batch, self.domains), self.training, []
+        self.eval()  # no dropout, of which the draws of the step itself would then be others
+        for member_D in coalitions(self.domains, inputs_NR.device):
+            seen_NR = inputs_NR * member_D[domain_N].unsqueeze(1)
+            output_MR = self._cross_outputs(batch.cross, seen_NR).to(inputs_NR.dtype)
+            found = _sums(batch.cross, self._prediction_losses(batch, batch.cross, inputs_NR, negatives_R, output_MR))
+            sums.append(found[:2].sum(1))
+        self.train(training)
+        loss_C, count_C = reduction.start_sum(torch.stack(sums).double())().unbind(1)
+        return -loss_C / count_C.clamp(min=1)
 
     def _prediction_losses(self, batch, view, inputs_NR, negatives_R, output_MR):
         """The loss of each of the view's targets (eq. 8 or 9), (L,)."""

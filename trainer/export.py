@@ -61,6 +61,8 @@ def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
     output = Path(output)
     partial = output.with_name(f".{output.name}.partial")
     run_config, dataset = open_run(run, data, of_all_domains=True)
+    if run_config.model.encoder != "transformer":
+        raise InputError(f"{run}: model.encoder is {run_config.model.encoder}: only models of attention can be exported")
     by_the_first(lambda: _begin(output, partial), ranks.first)
     try:
         model, table, best = best_model(run, run_config, dataset, ranks)

@@ -44,7 +44,10 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from None
         torch.manual_seed(config.seed)
-        self.model = SyNCRec(config.model, len(dataset.domains))
+        try:
+            self.model = SyNCRec(config.model, len(dataset.domains))
+        except ValueError as error:
+            raise InputError(str(error)) from None
         self.weights = sum(parameter.numel() for parameter in self.model.parameters())  # ZeRO 3 takes them apart
         if checkpoint is not None:
             restore_model(checkpoint, self.model)
@@ -108,9 +111,10 @@ class Trainer:
     def state_figures(self):
         """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
         correction = self.model.correction
+        scales = True if correction is not None and correction.alpha is not None else None
         return {
-            "alpha": correction.alpha.item() if correction is not None else None,
-            "beta": correction.beta.item() if correction is not None else None,
+            "alpha": scales and correction.alpha.item(),
+            "beta": scales and correction.beta.item(),
             "learning_rate": self.learning_rate,
             "gradient_norm": self._norm.item(),
         }
