@@ -75,10 +75,20 @@ def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
 
     deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`.
     """
-    merged = OmegaConf.structured(RunConfig)
-    sources = [(file, _read(file)) for file in files] + [(override, _parse(override)) for override in overrides]
+    more = []
     if deepspeed_file is not None:
-        sources.append((deepspeed_file, OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)})))
+        more.append((deepspeed_file, OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)})))
+    config = load(RunConfig, files, overrides, more)
+    if asks_for_bf16(config.deepspeed):
+        config = replace(config, model=replace(config.model, precision="bf16"))
+    return config
+
+
+def load(kind, files, overrides, more=()):
+    """A configuration of any dataclass, as `load_config` has it. more: (name, what OmegaConf made) over the rest."""
+    merged = OmegaConf.structured(kind)
+    sources = [(file, _read(file, kind)) for file in files]
+    sources += [(override, _parse(override, kind)) for override in overrides] + list(more)
     for source, given in sources:
         try:
             merged = OmegaConf.merge(merged, given)
@@ -86,14 +96,11 @@ def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
             where = f"{source}: {error.full_key}" if error.full_key and source not in overrides else source
             raise InputError(f"{where}: {str(error).splitlines()[0]}{_allowed(error)}") from None
     try:
-        config = OmegaConf.to_object(merged)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     except ValueError as error:
         raise InputError(str(error)) from None
-    if asks_for_bf16(config.deepspeed):
-        config = replace(config, model=replace(config.model, precision="bf16"))
-    return config
 
 
 def flat(config: RunConfig) -> dict:
@@ -120,11 +127,10 @@ def _without_secrets(config):
     return replace(config, data=shown(config.data))
 
 
-def _parse(override):
+def _parse(override, kind):
     key, found, value = override.partition("=")
     if not found or not key:
         raise InputError(f"{override}: options are given as key=value, e.g. global_batch_size=256")
-    kind = RunConfig
     for name in key.split("."):
         kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None
     if kind is str or get_origin(kind) is Literal:  # text as it stands: YAML would make a number of 1e3, a boolean of off
@@ -135,7 +141,7 @@ def _parse(override):
         raise InputError(f"{override}: its value is no YAML ({' '.join(str(error).split())})") from None
 
 
-def _read(file):
+def _read(file, kind):
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such configuration file")
     try:
@@ -145,10 +151,10 @@ def _read(file):
     if not OmegaConf.is_dict(loaded):
         raise InputError(f"{file}: is a list; a configuration is made of key: value")
     given = OmegaConf.to_container(loaded)
-    for section in fields(RunConfig):
+    for section in fields(kind):
         if is_dataclass(section.type) and not isinstance(given.get(section.name, {}), dict):
             raise InputError(f"{file}: {section.name} is {given[section.name]}; it is a section with keys of its own")
-    return OmegaConf.create(_on_off(given, RunConfig))
+    return OmegaConf.create(_on_off(given, kind))
 
 
 def _on_off(given, kind):

@@ -60,10 +60,12 @@ class Held:
 class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
+    rank_U: int32, of each user of the dataset, by number; 0 of those that were not ranked.
     means: GroupMeans of the model and of popularity; the groups of domain d are d · groups_of_domain() and those that follow:
     all its users, then those of each of BREAKDOWNS. shown: how often each row of M was among the SHOWN best of a user.
     """
 
+    rank_U: np.ndarray
     means: GroupMeans
     shown: np.ndarray
     skipped_users: int
@@ -112,7 +114,7 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
     rankings = [ExactRanking(table, domain.start, domain.items) for domain in domains]
     popularity = Popularity(dataset, config.seed)
     means = GroupMeans(2, len(domains) * groups_of_domain(), config.seed)
-    shown = np.zeros(dataset.num_embeddings, np.int64)
+    shown, rank_U = np.zeros(dataset.num_embeddings, np.int64), np.zeros(dataset.users, np.int32)
     skipped, reasons = 0, {}
     for done, held in enumerate(ready(batches, config.stream, pin_memory=False, workers=workers), start=1):
         skipped += held.skipped
@@ -128,11 +130,10 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
             shown += np.bincount(rows_Bk[rows_Bk >= 0], minlength=len(shown))
             own_B = held.domain_B == number
             own = torch.from_numpy(own_B)
-            own_excluded = Excluded(
-                excluded.rows_E[torch.from_numpy(np.repeat(own_B, held.counts_B))], excluded.counts_B[own]
-            )
+            own_excluded = Excluded(excluded.rows_E[torch.from_numpy(np.repeat(own_B, held.counts_B))], excluded.counts_B[own])
             found = ranking.ranks(y_BR[own.to(y_BR.device)], torch.from_numpy(held.row_B)[own], own_excluded)
             rank_B[own_B] = found.cpu().numpy()
+        rank_U[held.user_B] = rank_B
         groups_BG = groups(held, popularity.third[held.row_B])
         means.add(held.user_B, groups_BG, (rank_B, popularity.ranks(held)))
         if advance is not None:
@@ -141,7 +142,14 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
     total = torch.from_numpy(np.append(shown, skipped)).to(ranks.device)
     dist.all_reduce(total)
     *shown, skipped = total.tolist()
-    return FullRanking(means, np.array(shown), skipped, tuple(reasons))
+    return FullRanking(summed(rank_U, ranks), means, np.array(shown), skipped, tuple(reasons))
+
+
+def summed(values_U, ranks):
+    """The sum over all ranks of int32 (U,): of what each knows of its own users, everyone's."""
+    total_U = torch.from_numpy(values_U).to(ranks.device)
+    dist.all_reduce(total_U)
+    return total_U.cpu().numpy()
 
 
 def groups_of_domain():

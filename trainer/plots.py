@@ -91,7 +91,7 @@ def loss_plot(train: list[dict]) -> go.Figure | None:
     _draw(figure, train, "loss_cross", "cross-domain", {"color": _COLOURS[1]})
     _draw(figure, train, "mutual_information", "mutual information", {"color": _GREY, "dash": "dash"})
     figure.update_traces(yhoverformat=".4f")
-    return _finish(figure, 380)
+    return finished(figure, 380)
 
 
 def weight_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
@@ -101,7 +101,7 @@ def weight_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
         _draw(figure, train, "lambda", domain.label, domain.line, domain=domain.name)
     figure.update_traces(yhoverformat=".3f")
     figure.update_yaxes(rangemode="tozero")
-    return _finish(figure, 420)
+    return finished(figure, 420)
 
 
 def gap_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
@@ -121,7 +121,7 @@ def gap_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
     figure.add_hline(y=0, line={"color": _DARK, "width": 1.5})
     corner = {"x": 1, "xref": "paper", "xanchor": "right", "y": low, "yanchor": "bottom"}
     figure.add_annotation(text="negative transfer", showarrow=False, font={"size": 12}, **corner)
-    return _finish(figure, 420)
+    return finished(figure, 420)
 
 
 def pairs_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
@@ -161,7 +161,7 @@ def validation_plot(validations: list[dict], best: dict | None, domains: list[St
     figure.add_vline(x=best["step"], line={"color": _GREY, "dash": "dot", "width": 1.5})
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(rangemode="tozero", tickformat=".2f")
-    return _finish(figure, 420)
+    return finished(figure, 420)
 
 
 def metrics_plot(record: dict | None, domains: list[Style]) -> go.Figure | None:
@@ -182,7 +182,7 @@ def metrics_plot(record: dict | None, domains: list[Style]) -> go.Figure | None:
         figure.add_bar(x=metrics, y=means, name="mean", marker_color=_DARK)
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(tickformat=".2f")
-    _finish(figure, 400, bargap=0.25, bargroupgap=0.08)
+    finished(figure, 400, bargap=0.25, bargroupgap=0.08)
     return figure.update_xaxes(title=None, tickformat=None, showgrid=False)
 
 
@@ -200,7 +200,7 @@ def gates_plot(gates: dict) -> go.Figure | None:
     scale = {"colorscale": [[0, "#ffffff"], [1, _COLOURS[0]]], "zmin": 0, "zmax": most, "showscale": False}
     texts = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>"}
     figure = go.Figure(go.Heatmap(z=cells, x=experts, y=rows, xgap=2, ygap=2, **texts, **scale))
-    _finish(figure, 120 + 34 * len(rows), hovermode="closest")
+    finished(figure, 120 + 34 * len(rows), hovermode="closest")
     figure.update_xaxes(title=None, tickformat=None, side="top")
     return figure.update_yaxes(autorange="reversed")
 
@@ -220,7 +220,7 @@ def final_weights_plot(weights: dict, domains: list[Style]) -> go.Figure | None:
             hovertemplate="%{y}: %{x:.4f}<extra></extra>",
         )
     )
-    _finish(figure, 90 + 34 * len(shown), hovermode="closest")
+    finished(figure, 90 + 34 * len(shown), hovermode="closest")
     figure.add_vline(x=1 / len(weights), line={"color": _DARK, "width": 1.5, "dash": "dot"})
     figure.update_xaxes(title=None, rangemode="tozero", tickformat=".2~f")
     return figure.update_yaxes(autorange="reversed")
@@ -289,7 +289,8 @@ def _range(figure):
     return float(min(low)), float(max(high))
 
 
-def _finish(figure, height, **layout):
+def finished(figure, height, **layout):
+    """The figure in the report's look, or None where nothing is drawn in it."""
     if not figure.data:
         return None
     layout = {"margin": {"l": 64, "r": 16, "t": 16, "b": 48}, "hovermode": "x unified", **layout}
@@ -302,7 +303,7 @@ def _finish(figure, height, **layout):
 
 
 def _finish_panels(figure, height):
-    if _finish(figure, height, margin=_SMALL_MARGIN, showlegend=False) is None:
+    if finished(figure, height, margin=_SMALL_MARGIN, showlegend=False) is None:
         return None
     figure.update_annotations(font={"size": 13, "color": _DARK})
     return figure.update_xaxes(title=None, nticks=5, tickformat="~s")

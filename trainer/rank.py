@@ -4,6 +4,9 @@ import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import Progress
 
@@ -12,16 +15,19 @@ from trainer.checkpoint import write_json
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.exchange import ResultWriter, read_candidates
-from trainer.full_ranking import full_record, rank_fully
+from trainer.full_ranking import full_record, rank_fully, summed
 from trainer.log import METRICS_FILE
 from trainer.report import FULL, write_report
+
+# user (int64, the dataset's number), domain, sampled, full (int32): of the held-out item, and its 1-based ranks
+RANKS = "ranks-{split}.parquet"
 
 
 def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, full=False):
     """The evaluation record of a run's best model. Called on all ranks.
 
     data: the dataset's folder where it has moved; candidates, output: files as `trainer.exchange` has them; full: rank among
-    all items of the domain too, which leaves `evaluation-full-SPLIT.json` in the run's folder, and its report anew.
+    all items of the domain too, which leaves `evaluation-full-SPLIT.json` and RANKS in the run's folder, and its report anew.
     Raises InputError where one of them cannot be used.
     """
     if full and candidates:
@@ -30,8 +36,17 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     given = read_candidates(dataset, candidates) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
     writer = ResultWriter(dataset, output, ranks) if output else None
+    sampled_U, domain_U = np.zeros(dataset.users, np.int32), np.zeros(dataset.users, np.int32)
+
+    def visit(candidates, ranks_B, scores_C):
+        real = candidates.user_B >= 0
+        sampled_U[candidates.user_B[real]] = ranks_B[real]
+        domain_U[candidates.user_B[real]] = candidates.domain_B[real]
+        if writer:
+            writer.add(candidates, ranks_B, scores_C)
+
     try:
-        ranking = _rank(model, table, dataset, ranks, config, split, given, writer.add if writer else None)
+        ranking = _rank(model, table, dataset, ranks, config, split, given, visit)
     except BaseException:
         if writer:
             writer.discard()
@@ -46,8 +61,9 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
         with _bar(ranks, "ranking among all items") as advance:
             whole = rank_fully(model, table, dataset, ranks, config, split, advance)
         record = full_record(split, dataset, whole, record, **where)
+        of_users = {"domain": summed(domain_U, ranks), "sampled": summed(sampled_U, ranks), "full": whole.rank_U}
         if ranks.first:
-            _keep(Path(run), record)
+            _keep(Path(run), record, of_users)
     return record
 
 
@@ -64,9 +80,15 @@ def _bar(ranks, words):
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _keep(run, record):
-    """Leaves a full ranking's record in the run's folder; a folder that cannot be written does not lose the figures."""
+def _keep(run, record, of_users):
+    """Leaves a full ranking's record in the run's folder, and each user's ranks; a folder that cannot be written does not lose
+    the figures."""
+    (users,) = np.nonzero(of_users["full"])
+    columns = {"user": users} | {name: values_U[users] for name, values_U in of_users.items()}
+    file = run / RANKS.format(split=record["kind"])
     try:
+        pq.write_table(pa.table(columns), partial := file.with_name(file.name + ".partial"))
+        partial.replace(file)
         write_json(run / f"{FULL}-{record['kind']}.json", record)
         if (run / METRICS_FILE).is_file():
             write_report(run)
