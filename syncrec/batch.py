@@ -95,15 +95,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Query:
-    """Histories to be continued: the cross-domain view with SOS and every item, and each user's newest token.
+    """Histories to be continued: views with SOS and every item, and each sequence's newest token.
 
-    ids: rows of M to look up: the N inputs, then whatever the caller wants scored.
+    ids: rows of M to look up: the N inputs, then whatever the caller wants scored. newest_B: of the cross-domain view. single,
+    newest_DB: the view of every user's history in every domain, of which many are empty, where both views are asked for.
     """
 
     ids: torch.Tensor
     interactions: int
     cross: View
     newest_B: torch.Tensor
+    single: View | None = None
+    newest_DB: torch.Tensor | None = None
 
 
 def move(value, device):
@@ -231,20 +234,45 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     )
 
 
-def build_query(items_N, lengths_B, max_length, extra_ids):
+def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domains=0):
     """The cross-domain view of whole histories, to predict what comes next; arguments as for `build_batch`.
 
-    extra_ids: int64 rows that are looked up together with the inputs (candidates).
+    extra_ids: int64 rows that are looked up together with the inputs (candidates). domain_N, domains: the single-domain view as
+    well.
     """
-    items_N, lengths_B = _newest(items_N, lengths_B, max_length)
-    tokens = _tokens(None, lengths_B, np.zeros(len(lengths_B), bool), max_length)
+    if domain_N is None:
+        items_N, lengths_B = _newest(items_N, lengths_B, max_length)
+    else:
+        items_N, lengths_B, domain_N = trim(items_N, lengths_B, domain_N, max_length)
+    cross = _tokens(None, lengths_B, np.zeros(len(lengths_B), bool), max_length)
+    single, newest_DB = None, None
+    if domain_N is not None:
+        users = len(lengths_B)
+        group_N = domain_N.astype(np.int64) * users + np.repeat(np.arange(users), lengths_B)
+        groups = np.bincount(group_N, minlength=domains * users)
+        tokens = _tokens(np.argsort(group_N, kind="stable"), groups, np.zeros(len(groups), bool), max_length)
+        ends_S = np.cumsum(tokens.lengths_S)
+        single = _asking(tokens, (0, *(int(end) for end in ends_S.reshape(domains, users)[:, -1])))
+        newest_DB = torch.from_numpy(ends_S.reshape(domains, users) - 1)
+    return Query(
+        ids=torch.from_numpy(np.concatenate([items_N, extra_ids], dtype=np.int64)),
+        interactions=len(items_N),
+        cross=_asking(cross, (0, len(cross.input_M))),
+        newest_B=torch.from_numpy(np.cumsum(cross.lengths_S) - 1),
+        single=single,
+        newest_DB=newest_DB,
+    )
+
+
+def _asking(tokens, task_starts):
+    """A view without targets."""
     empty = torch.zeros(0, dtype=torch.int64)
-    view = View(
+    return View(
         input_M=torch.from_numpy(tokens.input_M),
         position_M=torch.from_numpy(tokens.position_M),
         sequence_M=torch.from_numpy(tokens.sequence_M),
         sequences=len(tokens.lengths_S),
-        task_starts=(0, len(tokens.input_M)),
+        task_starts=task_starts,
         target_token_L=empty,
         target_interaction_L=empty,
         target_domain_L=empty,
@@ -254,12 +282,6 @@ def build_query(items_N, lengths_B, max_length, extra_ids):
         pool_token=empty,
         pool_slot=empty,
         attention=attention_layout(tokens.lengths_S),
-    )
-    return Query(
-        ids=torch.from_numpy(np.concatenate([items_N, extra_ids], dtype=np.int64)),
-        interactions=len(items_N),
-        cross=view,
-        newest_B=torch.from_numpy(np.cumsum(tokens.lengths_S) - 1),
     )
 
 
@@ -318,7 +340,8 @@ def _tokens(order, group_lengths, drop_newest, max_length):
     target_M = np.repeat((first_S + lengths - ends_S).astype(np.int32), lengths_S)
     target_M += index_M  # in `order`; a token without a target gets the next group's first, or none
     if order is not None:
-        target_M = np.append(order.astype(np.int32), np.int32(-1))[target_M]
+        order = np.append(order.astype(np.int32), np.int32(-1))
+        target_M = order[target_M]
     # A token's input is the target of the one before it; a sequence's first is SOS, or what came before the tokens that remain.
     input_M = np.empty_like(target_M)
     input_M[:1] = 0

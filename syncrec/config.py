@@ -29,6 +29,10 @@ class ModelConfig:
     correction_temperature: float = 1.0  # δ of eq. 11
     correction_total: Literal["one", "domains"] = "one"  # Σ λ; one: eq. 11. domains: D, so that equal weights are all 1
     learn_scales: bool = True  # α and β of eq. 11
+    # What a domain's items are scored with. cross: Y^cross, as in the paper; both: the mean of Y^cross and the domain's own
+    # Y^single, weighed by its negative transfer gap
+    prediction: Literal["cross", "both"] = "both"
+    prediction_temperature: float = 0.3  # of that weight, in the loss's units
     mutual_information: Literal["on", "off"] = "on"  # off: variant B
     mutual_information_pooling: Literal["mean", "last"] = "mean"
     mutual_information_similarity: Literal["sigmoid", "cosine"] = "sigmoid"  # sigmoid: eq. 17
@@ -64,6 +68,11 @@ class ModelConfig:
             raise ValueError(f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"model.eta is {self.eta}: give 0 to 1")
-        for name in ("correction_temperature", "mutual_information_temperature", "init_std"):
+        for name in ("correction_temperature", "prediction_temperature", "mutual_information_temperature", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: give more than 0")
+
+    @property
+    def predicts_by_both(self) -> bool:
+        """Whether both views make a prediction: without the single-domain task there is but one."""
+        return self.prediction == "both" and self.tasks == "both"

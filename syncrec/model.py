@@ -17,7 +17,7 @@ from syncrec.mutual_information import MutualInformation, pool
 from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
 from syncrec.shapley import ShapleyCorrection, coalitions, domain_of_inputs
-from syncrec.transfer import LossCorrection, transfer_gap
+from syncrec.transfer import LossCorrection, PredictionMix, transfer_gap
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,11 @@ class SyNCRec(nn.Module):
         correction = ShapleyCorrection if self.by_contribution else LossCorrection
         self.correction = correction(config, domains) if config.loss_correction != "none" else None
         self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
+        self.prediction = PredictionMix(config, domains) if config.predicts_by_both else None
 
     def forward(self, batch, rows, reduction=None):
-        """A Batch gives (loss, LossReport); a Query gives each user's newest cross-domain output, (B, r).
+        """A Batch gives (loss, LossReport); a Query, with both views where the model predicts by both, what each domain's items
+        are scored with for each user, (B, D, r).
 
         rows: the item vectors of `batch.ids`, in that order, (ids, r). reduction: the other ranks (syncrec.reduction).
         The loss is this rank's share of eq. 18 times the number of ranks: its mean over ranks is the global batch's loss,
@@ -78,11 +80,18 @@ class SyNCRec(nn.Module):
             inputs_NR, negatives_R = rows.split([batch.interactions, len(rows) - batch.interactions])
             cross_MR = self._cross_outputs(batch.cross, inputs_NR)
             if isinstance(batch, Query):
-                return cross_MR.index_select(0, batch.newest_B).to(rows.dtype)
+                return self._predictions(batch, inputs_NR, cross_MR)
             single_MR = self._single_outputs(batch.single, inputs_NR) if self.both_tasks else None
         with torch.autocast(rows.device.type, enabled=False):
             cross_MR, single_MR = cross_MR.to(rows.dtype), single_MR.to(rows.dtype) if self.both_tasks else None
             return self._losses(batch, inputs_NR, negatives_R, cross_MR, single_MR, reduction or Reduction())
+
+    def _predictions(self, query, inputs_NR, cross_MR):
+        cross_BDR = cross_MR.index_select(0, query.newest_B).to(inputs_NR.dtype).unsqueeze(1).expand(-1, self.domains, -1)
+        if self.prediction is None:
+            return cross_BDR
+        single_MR = self._single_outputs(query.single, inputs_NR).to(inputs_NR.dtype)
+        return torch.lerp(cross_BDR, single_MR[query.newest_DB.T], self.prediction.own_D.to(inputs_NR.dtype).unsqueeze(1))
 
     def _cross_outputs(self, view, inputs_NR):
         """Y^cross of eq. 4, (M, r)."""
@@ -124,6 +133,8 @@ class SyNCRec(nn.Module):
         (single_D, single_count_D, single_gap_D, gap_count_D), (cross_D, cross_count_D, cross_gap_D, _) = totals
 
         phi_D, present_D = transfer_gap(single_gap_D, cross_gap_D, gap_count_D), gap_count_D > 0
+        if self.prediction is not None and self.training:
+            self.prediction.observe(phi_D, present_D)
         lambda_D = cross_MR.new_ones(self.domains)
         if self.by_contribution:
             lambda_D = self.correction(self._worth_of_coalitions(batch, inputs_NR, negatives_R, reduction), cross_count_D > 0)

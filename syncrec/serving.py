@@ -1,4 +1,5 @@
-"""The cross-domain path of a trained model for a service: padded histories in, users' vectors out, plain operations only.
+"""A path of a trained model for a service, the cross-domain task's or a single-domain one's: padded histories in, vectors of
+users out, plain operations only.
 
 The trainer's own forward is packed, with layouts that are worked out from the data and a compiled kernel; `torch.export` can
 take neither. tests/syncrec/test_serving.py holds this to it. It computes in fp32, whatever `model.precision` says.
@@ -19,10 +20,11 @@ _BLOCK = ("qkv", "out", "w1", "b1", "w2", "b2", *_NORMS)
 
 
 class UserEncoder(nn.Module):
-    """Y^cross of eq. 4 at each history's newest token: what a `Query` of the same histories gives."""
+    """Y^cross of eq. 4 at each history's newest token: what a `Query` of the same histories gives. Of a domain: its Y^single of
+    eq. 2, given histories of that domain alone."""
 
-    def __init__(self, model):
-        """model: a SyNCRec; its weights are copied."""
+    def __init__(self, model, domain=None):
+        """model: a SyNCRec; its weights are copied. domain: its number."""
         super().__init__()
         config = model.config
         stacks = [stack for stack in (model.cross_experts, model.single_experts) if stack is not None]
@@ -30,7 +32,8 @@ class UserEncoder(nn.Module):
         self.pre_norm, self.literal_gate = config.norm == "pre", config.gate == "sequence"
         self._keep("start", model.embedding.start)
         self._keep("positions", model.embedding.positions)
-        self._keep("gate", None if isinstance(model.cross_gate, OnlyExpert) else model.cross_gate.weight)
+        gate = model.cross_gate if domain is None else model.single_gates[domain]
+        self._keep("gate", None if isinstance(gate, OnlyExpert) else gate.weight)
         for number in range(config.blocks):
             for name in _BLOCK:
                 weights = [getattr(stack.blocks[number], name) for stack in stacks]
@@ -38,7 +41,8 @@ class UserEncoder(nn.Module):
         if self.pre_norm:
             self._keep("last_scale", torch.cat([stack.last_norm.scale for stack in stacks]))
             self._keep("last_shift", torch.cat([stack.last_norm.shift for stack in stacks]))
-        self.tower = copy.deepcopy(model.cross_tower).eval().requires_grad_(False)
+        tower = model.cross_tower if domain is None else model.single_towers[domain]
+        self.tower = copy.deepcopy(tower).eval().requires_grad_(False)
 
     def _keep(self, name, weight):
         self.register_buffer(name, None if weight is None else weight.detach().clone())

@@ -6,6 +6,8 @@ Shapes: D domains.
 import torch
 from torch import nn
 
+_KEPT = 0.99  # of the mean gap, from batch to batch
+
 
 def transfer_gap(single_sum_D, cross_sum_D, count_D):
     """φ_d = mean single-domain loss − mean cross-domain loss of d over the same targets (Def. 2, eq. 10).
@@ -13,6 +15,30 @@ def transfer_gap(single_sum_D, cross_sum_D, count_D):
     Sums and counts are those of the global batch. Negative where the other domains harm d; 0 where d is absent.
     """
     return (single_sum_D - cross_sum_D) / count_D.clamp(min=1)
+
+
+class PredictionMix(nn.Module):
+    """How much of a domain's prediction is its single-domain task's: σ(−φ̄_d / τ), where φ̄ is the mean of φ over the last
+    hundred batches or so. Half where neither view predicts the domain better, nearly all where other domains harm it.
+
+    Not in the paper, which predicts by the cross-domain task whatever the gap is.
+    """
+
+    def __init__(self, config, domains):
+        super().__init__()
+        self.temperature = config.prediction_temperature
+        self.register_buffer("gap_2D", torch.zeros(2, domains))  # sums of φ and of ones, both weighed by age
+
+    def observe(self, phi_D, present_D):
+        """A batch's φ, equal on all ranks."""
+        seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)]).to(self.gap_2D.dtype)
+        self.gap_2D = torch.where(present_D, _KEPT * self.gap_2D + (1 - _KEPT) * seen_2D, self.gap_2D)
+
+    @property
+    def own_D(self):
+        """The weight of Y^single by domain; a half before anything was seen."""
+        sum_D, weight_D = self.gap_2D
+        return torch.sigmoid(-sum_D / (weight_D.clamp(min=1e-30) * self.temperature))
 
 
 class LossCorrection(nn.Module):

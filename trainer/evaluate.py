@@ -17,7 +17,7 @@ from trainer.data.histories import Histories, Users
 from trainer.data.negatives import evaluation_negatives
 from trainer.data.plan import Plan
 from trainer.data.random import random_bits, random_unit
-from trainer.data.stream import Reasons, StreamConfig, ready
+from trainer.data.stream import Reasons, StreamConfig, domains_of, ready
 from trainer.data.vocabulary import item_counts
 
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
@@ -75,18 +75,29 @@ class RankingBatches(torch.utils.data.IterableDataset):
     """Every user of the dataset that can be split, once, in the same steps on every rank.
 
     split: "validation" or "test". given: {user number: (domain, rows)}, the held-out item first, instead of drawn
-    candidates; users without an entry are left out. stream: `verify` and `damaged` are heeded.
+    candidates; users without an entry are left out. stream: `verify`, `damaged` and `domain` are heeded. both_views: as the
+    model predicts.
     """
 
     def __init__(
-        self, dataset, rank, world_size, config: EvaluationConfig, max_length, split, seed, given=None, stream=None
+        self,
+        dataset,
+        rank,
+        world_size,
+        config: EvaluationConfig,
+        max_length,
+        split,
+        seed,
+        given=None,
+        stream=None,
+        both_views=False,
     ):
         super().__init__()
         self.stream = stream or StreamConfig()
         batch_size = max(config.batch_size, world_size)
         # Each user on its home rank: candidates are most of the work, and as many for each.
         self.plan = Plan(dataset, batch_size, world_size, seed, shuffle=False, balance=False)
-        self.rank, self.config, self.max_length = rank, config, max_length
+        self.rank, self.config, self.max_length, self.both_views = rank, config, max_length, both_views
         self.back = {"test": 1, "validation": 2}[split]
         self.given = given
         self.alone = dataset.domain_number(self.stream.domain) if self.stream.domain else None
@@ -109,10 +120,15 @@ class RankingBatches(torch.utils.data.IterableDataset):
             histories.close()
 
     def seen(self, history):
-        """What the model is shown of a history: the newest, of the one domain where it is trained on that alone."""
+        """What the model is shown of a history: of the one domain where it is trained on that alone."""
         if self.alone is not None:
             history = history[self.plan.dataset.domain_of(history) == self.alone]
-        return history[-self.max_length :]
+        return history
+
+    def query(self, histories, extra_ids):
+        """The Query of some histories, at least one."""
+        items_N, lengths_B = np.concatenate(histories), np.array(list(map(len, histories)))
+        return query_of(self.plan.dataset, items_N, lengths_B, self.max_length, extra_ids, self.both_views)
 
     def build(self, users: Users) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
@@ -143,16 +159,21 @@ class RankingBatches(torch.utils.data.IterableDataset):
         if not histories:  # this rank takes part in the look-up all the same
             histories, numbers, domains, candidates = [np.zeros(0, np.int64)], [-1], [0], [np.zeros(1, np.int64)]
         rows_C = np.concatenate(candidates)
-        lengths_B = np.array([len(history) for history in histories])
-        query = build_query(np.concatenate(histories), lengths_B, self.max_length, rows_C)
+        query = self.query(histories, rows_C)
         counts_B = np.array([len(rows) for rows in candidates])
         return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
+
+
+def query_of(dataset, items_N, lengths_B, max_length, extra_ids, both_views):
+    """A Query of histories, with the views that a model predicts by."""
+    domain_N = domains_of(dataset, items_N) if both_views else None
+    return build_query(items_N, lengths_B, max_length, extra_ids, domain_N, len(dataset.domains))
 
 
 def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None, workers=None):
     """The Ranking of every user of a split, as `rank_candidates` gives it. config: the RunConfig; workers: see `ready`."""
     where = dataset, ranks.rank, ranks.world_size
-    what = config.evaluation, config.model.max_length, split, config.seed, given, config.stream
+    what = config.evaluation, config.model.max_length, split, config.seed, given, config.stream, config.model.predicts_by_both
     batches = RankingBatches(*where, *what)
     built = ready(batches, config.stream, pin_memory=False, workers=workers)
     return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
@@ -162,7 +183,7 @@ def evaluate_split(model, table, dataset, ranks, config, split, given=None, visi
 def rank_candidates(model, table, batches, built, device, visit=None, advance=None) -> Ranking:
     """Ranks what `built` brings, on all processes.
 
-    model: takes (Query, rows) and gives (B, r); table: ItemTable. visit(candidates, ranks_B, scores_C): called for every
+    model: takes (Query, rows) and gives (B, D, r); table: ItemTable. visit(candidates, ranks_B, scores_C): called for every
     step of this process. advance(done, total): called after every step.
     """
     dataset = batches.plan.dataset
@@ -177,7 +198,8 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
         reasons |= dict.fromkeys(candidates.reasons)
         query = move(candidates.query, device)
         rows = table(query.ids)
-        y_BR = model(query, rows)
+        y_BDR = model(query, rows)
+        y_BR = y_BDR[torch.arange(len(y_BDR)), torch.from_numpy(candidates.domain_B)]
         counts = torch.from_numpy(candidates.counts_B).to(device)
         users_C = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
         scores_C = (y_BR[users_C] * rows[query.interactions :]).sum(1).float().cpu().numpy()

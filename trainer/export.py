@@ -116,10 +116,9 @@ def _write_items(folder, table, domain, dtype, ranks, advance):
 
 def _finish(partial, output, model, dataset, best, model_config, config):
     with _writing(partial):
-        domains = [_write_domain(partial, dataset, number, config.faiss) for number in range(len(dataset.domains))]
-        program = io.BytesIO()  # a full disk ends a process that lets PyTorch write to it
-        torch.export.save(exported(UserEncoder(model.cpu())), program)
-        (partial / ENCODER).write_bytes(program.getbuffer())
+        model = model.cpu()
+        domains = [_write_domain(partial, dataset, number, model, config.faiss) for number in range(len(dataset.domains))]
+        _write_encoder(partial, UserEncoder(model))
         shutil.copyfile(_EXAMPLE, partial / "example.py")
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         files = [File.of(partial, name) for name in names]
@@ -135,6 +134,7 @@ def _finish(partial, output, model, dataset, best, model_config, config):
                     "lengths": "int64 (users,): how many of them are the user's; 0 for a user without a history",
                 },
                 "output": "float32 (users, width): a user's vector; its dot product with an item's is the score",
+                "own": "a domain's own encoder is given its items alone; own_weight of a user's vector for the domain is its",
             },
             "best_step": best["step"],
             "dataset": dataset.fingerprint,
@@ -146,7 +146,13 @@ def _finish(partial, output, model, dataset, best, model_config, config):
     return schema
 
 
-def _write_domain(partial, dataset, number, faiss_name):
+def _write_encoder(folder, encoder):
+    program = io.BytesIO()  # a full disk ends a process that lets PyTorch write to it
+    torch.export.save(exported(encoder), program)
+    (folder / ENCODER).write_bytes(program.getbuffer())
+
+
+def _write_domain(partial, dataset, number, model, faiss_name):
     domain, folder = dataset.domains[number], partial / f"domain-{number}"
     ids = item_ids(dataset, domain)
     text = ids.cast(pa.large_string())
@@ -156,7 +162,12 @@ def _write_domain(partial, dataset, number, faiss_name):
     (folder / "ids.safetensors").write_bytes(save(tensors))
     if faiss_name:
         _write_index(folder, faiss_name)
-    return {"name": domain.name, "folder": folder.name, "items": domain.items, "id_type": str(ids.type)}
+    own_weight = 0.0
+    if model.prediction is not None:
+        own_weight = float(model.prediction.own_D[number])
+        _write_encoder(folder, UserEncoder(model, number))
+    facts = {"name": domain.name, "folder": folder.name, "items": domain.items, "id_type": str(ids.type)}
+    return facts | {"own_weight": own_weight}
 
 
 def _write_index(folder, name):

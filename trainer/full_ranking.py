@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.ranking import ExactRanking, Excluded
-from syncrec.batch import Query, build_query, move
+from syncrec.batch import Query, move
 from trainer.bootstrap import GroupMeans
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.random import random_below, random_bits
@@ -88,8 +88,7 @@ class HeldBatches(RankingBatches):
         domain_B = dataset.domain_of(row_B)
         own_B = [np.count_nonzero(dataset.domain_of(h) == d) for h, d in zip(histories, domain_B, strict=True)]
         others = [np.delete(own, len(own) - self.back) for own in items]
-        newest = [self.seen(history) for history in histories] or [np.zeros(0, np.int64)]
-        query = build_query(np.concatenate(newest), np.array(list(map(len, newest))), self.max_length, np.zeros(0, np.int64))
+        query = self.query([self.seen(history) for history in histories] or [np.zeros(0, np.int64)], np.zeros(0, np.int64))
         return Held(
             query=query,
             user_B=users.number_B[keep_B],
@@ -109,7 +108,8 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
     advance(done, total): called after every step.
     """
     where = dataset, ranks.rank, ranks.world_size
-    batches = HeldBatches(*where, config.evaluation, config.model.max_length, split, config.seed, stream=config.stream)
+    how = {"stream": config.stream, "both_views": config.model.predicts_by_both}
+    batches = HeldBatches(*where, config.evaluation, config.model.max_length, split, config.seed, **how)
     domains = dataset.domains
     rankings = [ExactRanking(table, domain.start, domain.items) for domain in domains]
     popularity = Popularity(dataset, config.seed)
@@ -120,12 +120,13 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
         skipped += held.skipped
         reasons |= dict.fromkeys(held.reasons)
         query = move(held.query, ranks.device)
-        y_BR = model(query, table(query.ids))[: len(held.user_B)]  # a rank without users has one to look up with
+        y_BDR = model(query, table(query.ids))[: len(held.user_B)]  # a rank without users has one to look up with
         excluded = Excluded(torch.from_numpy(held.rows_E.astype(np.int64)), torch.from_numpy(held.counts_B))
         rank_B = np.zeros(len(held.user_B), np.int64)
         for number, ranking in enumerate(rankings):
             if batches.alone not in (None, number):
                 continue
+            y_BR = y_BDR[:, number]
             rows_Bk = ranking.top_k(y_BR, min(SHOWN, domains[number].items), excluded).rows_Bk.cpu().numpy()
             shown += np.bincount(rows_Bk[rows_Bk >= 0], minlength=len(shown))
             own_B = held.domain_B == number

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.ranking import ExactRanking, Excluded
-from syncrec.batch import build_query, move
+from syncrec.batch import move
 from trainer.best import best_model, open_run
 from trainer.checkpoint import MANIFEST, write_json
 from trainer.control import by_the_first
@@ -40,6 +40,7 @@ from trainer.data.stream import Reasons
 from trainer.data.vocabulary import item_ids
 from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
+from trainer.evaluate import query_of
 
 RECORD = "recommend.json"
 FORMAT_VERSION = 1
@@ -274,12 +275,12 @@ class _Scorer:
             begin = min(users, (step * world + self.ranks.rank) * size)
             end = min(users, begin + size)
             histories_N, own_B = rows_N[starts[begin] : starts[end]], lengths_B[begin:end]
-            y_BR = self._outputs(histories_N, own_B)
+            y_BDR = self._outputs(histories_N, own_B)
             seen = None if self.config.keep_seen else _seen(histories_N, own_B)
             place = 0
             for number, ranking in self.rankings.items():
                 k = self.k[number]
-                found = ranking.top_k(y_BR, k, seen)
+                found = ranking.top_k(y_BDR[:, number], k, seen)
                 rows_SBk[step, : end - begin, place : place + k] = found.rows_Bk.cpu().int()
                 scores_SBk[step, : end - begin, place : place + k] = found.scores_Bk.cpu()
                 place += k
@@ -290,9 +291,11 @@ class _Scorer:
         return [(number, rows_Bk[:, own], scores_Bk[:, own]) for number, own in zip(self.k, cut, strict=True)]
 
     def _outputs(self, histories_N, lengths_B):
-        """The model's output for each history, (B, r); a rank without users takes part in the look-up."""
+        """What each domain's items are scored with, (B, D, r); a rank without users takes part in the look-up."""
         lengths = lengths_B if len(lengths_B) else np.zeros(1, np.int64)
-        query = move(build_query(histories_N, lengths, self.max_length, np.zeros(0, np.int64)), self.ranks.device)
+        both = self.model.prediction is not None
+        query = query_of(self.dataset, histories_N, lengths, self.max_length, np.zeros(0, np.int64), both)
+        query = move(query, self.ranks.device)
         return self.model(query, self.table(query.ids))[: len(lengths_B)]
 
     def _gathered(self, values_SBk, users):

@@ -17,8 +17,11 @@ class Recommender:
     def __init__(self, folder):
         self.schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
         self.encoder = torch.export.load(folder / "encoder.pt2").module()
+        self.own_weight = {domain["name"]: domain["own_weight"] for domain in self.schema["domains"]}
         places = {domain["name"]: folder / domain["folder"] for domain in self.schema["domains"]}
         self.items = {name: np.load(place / "items.npy", mmap_mode="r") for name, place in places.items()}
+        own = {name: place for name, place in places.items() if self.own_weight[name]}
+        self.own = {name: torch.export.load(place / "encoder.pt2").module() for name, place in own.items()}
         self.ids = {name: self._texts(load_file(place / "ids.safetensors")) for name, place in places.items()}
         self.rows = {name: {text: row for row, text in enumerate(ids)} for name, ids in self.ids.items()}
 
@@ -26,19 +29,26 @@ class Recommender:
         text, ends = stored["bytes"].tobytes(), stored["offsets"].tolist()
         return [text[begin:end].decode() for begin, end in pairwise(ends)]
 
-    def user(self, known):
-        """The vector of a history of (domain, row), oldest first: (r,)."""
+    def user(self, known, domain):
+        """What a domain's items are scored with for a history of (domain, row), oldest first: (r,)."""
+        vector, weight = self._encoded(self.encoder, known), self.own_weight[domain]
+        if weight:
+            alone = self._encoded(self.own[domain], [(name, row) for name, row in known if name == domain])
+            vector = (1 - weight) * vector + weight * alone
+        return vector
+
+    def _encoded(self, encoder, known):
         recent = known[-self.schema["max_length"] :]
         vectors = np.zeros((1, max(1, len(recent)), self.schema["width"]), np.float32)
         for place, (domain, row) in enumerate(recent):
             vectors[0, place] = self.items[domain][row]
-        return self.encoder(torch.from_numpy(vectors), torch.tensor([len(recent)]))[0]
+        return encoder(torch.from_numpy(vectors), torch.tensor([len(recent)]))[0]
 
     def __call__(self, history, domain, k):
         """The k best items of a domain that are not in the history, as (id, score); fewer where there are fewer. Items and
         domains of the history that the model does not know are left out of it; one without any is a new user's."""
         known = [(name, self.rows[name][item]) for name, item in history if item in self.rows.get(name, {})]
-        scores = torch.from_numpy(np.asarray(self.items[domain], np.float32)) @ self.user(known)
+        scores = torch.from_numpy(np.asarray(self.items[domain], np.float32)) @ self.user(known, domain)
         scores[[row for name, row in known if name == domain]] = -torch.inf
         best = scores.topk(min(k, len(scores)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)

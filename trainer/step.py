@@ -20,12 +20,13 @@ from trainer.gradients import Gradients, Known
 
 @dataclass(frozen=True)
 class _Unsettled:
-    """A step of which the host does not know yet whether it was finite, with λ and the table's count of updates before it."""
+    """A step of which the host does not know yet whether it was finite, with the model's buffers (λ, φ̄) and the table's count
+    of updates before it."""
 
     number: int
     finite: Known
     report: LossReport
-    lambda_D: torch.Tensor | None
+    buffers: list[tuple[torch.nn.Module, str, torch.Tensor]]
     updates: int
 
 
@@ -104,8 +105,8 @@ class Trainer:
         step, self._unsettled = self._unsettled, None
         if step is not None and not step.finite.value():
             self.step, self.table.updates = step.number, step.updates
-            if self.model.correction is not None:
-                self.model.correction.lambda_D = step.lambda_D
+            for module, name, value in step.buffers:
+                setattr(module, name, value)
             raise NotFinite(self._not_finite(step.report))
 
     def state_figures(self):
@@ -120,9 +121,9 @@ class Trainer:
         }
 
     def _state_of_forward(self):
-        """What forward itself changes: λ and the number of look-ups."""
-        correction = self.model.correction
-        return None if correction is None else correction.lambda_D, self.table.updates
+        """What forward itself changes, none of it in place: buffers, and the number of look-ups."""
+        buffers = [(m, name, value) for m in self.model.modules() for name, value in m.named_buffers(recurse=False)]
+        return buffers, self.table.updates
 
     def _checked(self, gradient, loss, report, batch, before):
         """The table's gradient, clipped, as it may go into the update; before: what `_state_of_forward` gave.

@@ -1,6 +1,7 @@
 """The packed model against the slow padded one, and what else the paper says of a training step."""
 
 import copy
+import math
 import threading
 from dataclasses import replace
 
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from syncrec.batch import build_query
+from syncrec.batch import build_query, move
 from syncrec.config import ModelConfig
 from syncrec.experts import ExpertStack
 from syncrec.layers import InputEmbedding, Tower
-from syncrec.model import SyNCRec
+from syncrec.model import SyNCRec, mix
 from syncrec.reduction import Reduction
 from tests.syncrec.histories import draw, draw_shared, flatten, pack
 from tests.syncrec.reference import NONE, SOS, cross_sequence, single_sequence, training_step
@@ -123,7 +124,8 @@ def compare(config, domain_items, seed, absent_domain=None, shared=None, lambda_
     shared_negatives = draw_shared(seed, domain_items, shared) if shared else None
     model = make_model(config, len(domain_items), seed, lambda_state)
     table = make_table(domain_items, config.dim, seed)
-    expected = training_step(config, model.state_dict(), table, histories, domain_items, shared_negatives)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("prediction.")}
+    expected = training_step(config, state, table, histories, domain_items, shared_negatives)
     batch, keys = pack(histories, domain_items, config.max_length, config.mutual_information_pooling, shared_negatives)
 
     cross_MR, single_MR, information = recorded(model, batch, table[batch.ids])
@@ -455,7 +457,7 @@ def test_bf16_is_near_fp32(reading):
 @pytest.mark.parametrize("gate", ["token", "sequence"])
 def test_query_gives_the_newest_output_of_the_training_view(gate):
     """A query for x_1 … x_{n-1} sees what training sees when it predicts x_n, candidates beside it or not."""
-    config = replace(SMALL, gate=gate)
+    config = replace(SMALL, gate=gate, prediction="cross")
     model = make_model(config, len(DOMAIN_ITEMS), 23)
     table = make_table(DOMAIN_ITEMS, config.dim, 23)
     histories = [history for history in draw(23, DOMAIN_ITEMS, users=12) if history.items]
@@ -466,5 +468,49 @@ def test_query_gives_the_newest_output_of_the_training_view(gate):
     assert min(len(history.items) for history in prefixes) == 0
     items_N, lengths_B, *_ = flatten(prefixes)
     query = build_query(items_N, lengths_B, config.max_length, np.array([7, 7, 1]))
-    outputs_BR = model(query, table[query.ids])
-    near(outputs_BR, cross_MR[newest], "query")
+    outputs_BDR = model(query, table[query.ids])
+    assert outputs_BDR.shape == (len(histories), len(DOMAIN_ITEMS), config.dim)
+    for domain in range(len(DOMAIN_ITEMS)):
+        near(outputs_BDR[:, domain], cross_MR[newest], "query")
+
+
+def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
+    """Each user's newest token in each domain, of which it may have had nothing, beside the newest of all."""
+    config, domains = replace(SMALL, prediction_temperature=0.5), len(DOMAIN_ITEMS)
+    model, table = make_model(config, domains, 24), make_table(DOMAIN_ITEMS, config.dim, 24)
+    histories = draw(24, DOMAIN_ITEMS, users=9)
+    items_N, lengths_B, domain_N, *_ = flatten(histories)
+    query = move(build_query(items_N, lengths_B, config.max_length, items_N[:0], domain_N, domains), "cpu")
+    model.prediction.gap_2D = torch.tensor([[0.4, 0.0, -3.0, 0.0], [0.5, 0.5, 0.5, 0.0]], dtype=torch.float64)
+    own = [1 / (1 + math.exp(gap / 0.5)) for gap in (0.8, 0.0, -6.0, 0.0)]
+    model.eval()
+    found_BDR = model(query, table[query.ids])
+    rows = table[query.ids]
+    cross_BR = model._cross_outputs(query.cross, rows)[query.newest_B]
+    for domain in range(domains):
+        alone = [[item for item, d in zip(h.items, h.domains, strict=True) if d == domain] for h in histories]
+        lengths, items = np.array(list(map(len, alone))), np.array([item for had in alone for item in had], np.int64)
+        assert 0 in lengths
+        # As if there were no other domain: a view of one task, through the domain's own gate and tower.
+        one = move(build_query(items, lengths, config.max_length, items[:0]), "cpu")
+        x_MR = model.embedding(one.cross, table[one.ids])
+        experts = model._run_experts(x_MR, one.cross, model.single_experts, model.cross_experts)
+        mixed_MR = mix(model.single_gates[domain](x_MR, one.cross, slice(None)), experts)
+        single_BR = model.single_towers[domain](mixed_MR)[one.newest_B]
+        expected_BR = (1 - own[domain]) * cross_BR + own[domain] * single_BR
+        near(found_BDR[:, domain], expected_BR.detach(), f"domain {domain}")
+
+
+def test_training_alone_moves_the_gap():
+    batch, _ = pack(draw(25, DOMAIN_ITEMS, absent_domain=1), DOMAIN_ITEMS, SMALL.max_length)
+    model, table = make_model(SMALL, len(DOMAIN_ITEMS), 25), make_table(DOMAIN_ITEMS, SMALL.dim, 25)
+    model.eval()
+    model(batch, table[batch.ids])
+    assert not model.prediction.gap_2D.any()
+    model.train()
+    _, report = model(batch, table[batch.ids])
+    sums_D, ones_D = model.prediction.gap_2D
+    there = ~report.phi_D.isnan()
+    assert 0 < there.sum() < len(there)
+    near(sums_D[there] / ones_D[there], report.phi_D[there].double(), "the mean gap")
+    assert not sums_D[~there].any() and (model.prediction.own_D[~there] == 0.5).all()

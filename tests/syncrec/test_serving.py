@@ -35,15 +35,20 @@ def padded(table, histories, max_length):
     return items, torch.tensor([len(history) for history in recent])
 
 
-def both(model, lengths):
-    """What the packed model gives, and what the encoder is given."""
+def both(model, lengths, domain=None):
+    """What the packed model gives, and what the encoder is given. domain: of the histories in that domain alone."""
     generator = np.random.default_rng(5)
     histories = [generator.integers(0, 50, length) for length in lengths]
     generator, longest = torch.Generator().manual_seed(1), model.config.max_length
     table = torch.randn(50, model.config.dim, dtype=next(model.parameters()).dtype, generator=generator)
-    query = move(build_query(np.concatenate(histories), np.array(lengths), longest, np.zeros(0, np.int64)), "cpu")
+    items = np.concatenate(histories)
+    query = move(build_query(items, np.array(lengths), longest, np.zeros(0, np.int64), items // 20, 3), "cpu")
     with torch.no_grad():
-        expected = model(query, table[query.ids])
+        if domain is None:
+            expected = model._cross_outputs(query.cross, table[query.ids])[query.newest_B]
+        else:
+            expected = model._single_outputs(query.single, table[query.ids])[query.newest_DB[domain]]
+            histories = [history[history // 20 == domain] for history in histories]
     return expected, padded(table, histories, longest)
 
 
@@ -67,6 +72,9 @@ def test_equals_the_packed_model(given):
     model = made(**given)
     expected, (items, lengths) = both(model, LENGTHS)
     torch.testing.assert_close(UserEncoder(model)(items, lengths), expected, rtol=1e-10, atol=1e-10)
+    for domain in range(3 if model.both_tasks else 0):
+        expected, (items, lengths) = both(model, LENGTHS, domain)
+        torch.testing.assert_close(UserEncoder(model, domain)(items, lengths), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("given", [{}, {"gate": "sequence", "norm": "pre"}, {"max_length": 1}, PLAIN | {"experts": 1}], ids=str)

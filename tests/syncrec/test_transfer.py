@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncrec.config import ModelConfig
-from syncrec.transfer import LossCorrection, transfer_gap
+from syncrec.transfer import LossCorrection, PredictionMix, transfer_gap
 
 
 def doubles(*values):
@@ -136,3 +136,16 @@ def test_the_state_is_saved():
     module, other = correction(state=[0.2, 0.5, 0.3]), correction()
     other.load_state_dict(module.state_dict())
     assert other.lambda_D.tolist() == [0.2, 0.5, 0.3]
+
+
+def test_the_gap_for_a_prediction_is_a_mean_that_forgets():
+    mix = PredictionMix(ModelConfig(prediction_temperature=0.2), 2).double()
+    gaps = [0.3, -0.5, 0.1, 0.9]
+    for gap in gaps:
+        mix.observe(doubles(gap, 7), torch.tensor([True, False]))
+    weights = [0.99 ** (len(gaps) - 1 - place) for place in range(len(gaps))]
+    mean = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True)) / sum(weights)
+    assert mix.own_D.tolist() == pytest.approx([1 / (1 + math.exp(mean / 0.2)), 0.5])
+    for _ in range(1000):
+        mix.observe(doubles(-2, 7), torch.tensor([True, False]))
+    assert mix.own_D[0] > 0.9999

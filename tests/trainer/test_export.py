@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import trainer.export
-from syncrec.batch import build_query
 from tests.trainer.runs import finished_run, rank_of_one
 from trainer.best import best_model, open_run
 from trainer.data.dataset import File
 from trainer.errors import InputError
+from trainer.evaluate import query_of
 from trainer.export import ExportConfig, export_run
 
 ALLOWED = ("torch", "numpy", "safetensors")
@@ -106,11 +106,11 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
         numbers = generator.integers(0, len(names), length)
         events = [(int(d), int(generator.integers(0, len(ids[d])))) for d in numbers]
         rows = np.array([dataset.domains[d].start + place for d, place in events], np.int64)
-        query = build_query(rows, np.array([length]), config.model.max_length, np.zeros(0, np.int64))
+        query = query_of(dataset, rows, np.array([length]), config.model.max_length, np.zeros(0, np.int64), True)
         with torch.no_grad():
-            y_R = model(query, table[query.ids])[0]
+            y_DR = model(query, table[query.ids])[0]
         for number, domain in enumerate(dataset.domains):
-            scores = (table[domain.start : domain.start + domain.items] @ y_R).numpy()
+            scores = (table[domain.start : domain.start + domain.items] @ y_DR[number]).numpy()
             left = [place for place in range(domain.items) if (number, place) not in events]
             best = sorted(left, key=lambda place: -scores[place])
             asked.append(([(names[d], str(ids[d][place])) for d, place in events], names[number], 1000))

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import trainer.recommend
-from syncrec.batch import build_query
 from tests.trainer.made import draw_histories
 from tests.trainer.runs import finished_run, rank_of_one
 from trainer.best import best_model, open_run
 from trainer.data.asked import AskedConfig
 from trainer.data.work import Work
 from trainer.errors import InputError
+from trainer.evaluate import query_of
 from trainer.recommend import RecommendConfig, folder_of, recommend
 
 DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
@@ -38,8 +38,9 @@ def score(run):
 
     @torch.no_grad()
     def of(history):
-        query = build_query(np.array(history, np.int64), np.array([len(history)]), 8, np.zeros(0, np.int64))
-        return vectors @ model(query, table(query.ids))[0].double().numpy()
+        query = query_of(dataset, np.array(history, np.int64), np.array([len(history)]), 8, np.zeros(0, np.int64), True)
+        y_DR = model(query, table(query.ids))[0].double().numpy()
+        return (vectors * y_DR[dataset.domain_of(np.arange(len(vectors)))]).sum(1)
 
     return of
 

@@ -81,9 +81,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(run,
         if spoil is spoil_dense:
             trainer.model.cross_tower.outer.bias.spoiled.remove()
     held = everything(trainer)
-    # Forward has made a new λ, and FBGEMM has counted a look-up: both are put back when the step is told of.
+    # Forward has made a new λ and φ̄, and FBGEMM has counted a look-up: all are put back when the step is told of.
     changed = {name for name in held if not torch.equal(held[name], before[name])}
-    assert changed <= {"dense correction.lambda_D", "table updates"}
+    assert changed <= {"dense correction.lambda_D", "dense prediction.gap_2D", "table updates"}
     with pytest.raises(NotFinite, match=r"step 2 \(batch 1 of epoch 0\): .* not finite; neither weights nor table were"):
         trainer.train_step(third)
     assert same(everything(trainer), before) and trainer.step == 1
