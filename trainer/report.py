@@ -222,7 +222,7 @@ def _findings(train, names):
             found.append(f"No φ was logged at the end for {', '.join(absent)}.")
     if len(weights) > 1:
         name = min(weights, key=weights.get)
-        equal = 1 / len(weights)
+        equal = sum(weights.values()) / len(weights)
         found.append(f"Smallest λ: {printable(name)} with {weights[name]:.3f}; equal weights would be {equal:.3f}.")
     lost = [record["step"] for record in train if record.get("loss") is None]
     if lost:

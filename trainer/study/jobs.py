@@ -43,6 +43,7 @@ class Jobs:
     def __init__(self, output: Path, data, base, config: StudyConfig, launch: Path, recbole_python=None):
         self.output, self.data, self.base, self.config, self.launch = output, str(data), list(map(str, base)), config, launch
         self.recbole_python = recbole_python or default_python()
+        self._fingerprint = Dataset.load(data).fingerprint
         self.failed, self._active, self._stopping = {}, {}, threading.Event()
         self._children, self._lock = {}, threading.Lock()
         self._seconds, self._work = 0.0, 0.0  # of jobs that were run to their end by this process
@@ -123,7 +124,7 @@ class Jobs:
         asked = {"settings": list(job.settings), "base": [Path(file).read_text() for file in self.base]}
         if job.recbole:
             asked = {"recbole": self.config.recbole[job.system], "epochs": self.config.recbole_epochs}
-        return asked | {"dataset": Dataset.load(self.data, False).fingerprint}
+        return asked | {"dataset": self._fingerprint}
 
     def _ranks(self, job):
         return self.folder(job) / (_RECBOLE_RANKS if job.recbole else RANKS.format(split="test"))
