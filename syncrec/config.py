@@ -15,10 +15,11 @@ class ModelConfig:
     experts: int = 5  # K
     cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
     stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
-    blocks: int = 2  # attention blocks of an expert
+    encoder: Literal["transformer", "gru"] = "transformer"  # what an expert is; gru: GRU4Rec's, without positions
+    blocks: int = 2  # attention blocks of an expert, or its GRU's layers
     heads: int = 1
-    ffn_dim: int = 128  # inner width of an expert's and a tower's feed-forward network (eq. 7 has r)
-    norm: Literal["post", "pre"] = "post"  # LayerNorm after the residual sum, or before each sub-layer
+    ffn_dim: int = 128  # inner width of a Transformer's and a tower's feed-forward network (eq. 7 has r)
+    norm: Literal["post", "pre"] = "post"  # a Transformer's LayerNorm after the residual sum, or before each sub-layer
     dropout: float = 0.1
     tower: Literal["on", "off"] = "on"  # off: what the experts give, mixed, is the output
     gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
@@ -48,6 +49,12 @@ class ModelConfig:
                 f"model.cross_experts is {self.cross_experts}: with stop_gradient on, both tasks need experts of their "
                 f"own, so give 1 to {self.experts - 1} (model.experts - 1)"
             )
+        if self.encoder == "gru":
+            for name, unused in (("heads", 1), ("norm", "post")):
+                if getattr(self, name) != unused:
+                    raise ValueError(f"model.{name} is {getattr(self, name)}: model.encoder=gru has none, leave it at {unused}")
+            if self.kernel == "fused":
+                raise ValueError("model.kernel is fused: it is for attention, and model.encoder=gru has none; use auto")
         if self.tasks == "cross":
             for name, only in (("stop_gradient", "off"), ("loss_correction", "none"), ("mutual_information", "off")):
                 if getattr(self, name) != only:

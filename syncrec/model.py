@@ -14,6 +14,7 @@ from syncrec.experts import ExpertStack
 from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
 from syncrec.mutual_information import MutualInformation, pool
+from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
 from syncrec.transfer import LossCorrection, transfer_gap
 
@@ -49,8 +50,9 @@ class SyNCRec(nn.Module):
         self.decoupled = config.stop_gradient == "on"
         self.embedding = InputEmbedding(config)
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
-        self.cross_experts = ExpertStack(config, config.cross_experts if self.decoupled else config.experts)
-        self.single_experts = ExpertStack(config, config.experts - config.cross_experts) if self.decoupled else None
+        stack = RecurrentStack if config.encoder == "gru" else ExpertStack
+        self.cross_experts = stack(config, config.cross_experts if self.decoupled else config.experts)
+        self.single_experts = stack(config, config.experts - config.cross_experts) if self.decoupled else None
         gate = Gate if config.experts > 1 else OnlyExpert
         tower = Tower if config.tower == "on" else nn.Identity
         self.cross_gate, self.cross_tower = gate(config), tower(config)

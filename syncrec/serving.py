@@ -22,9 +22,10 @@ class UserEncoder(nn.Module):
     """Y^cross of eq. 4 at each history's newest token: what a `Query` of the same histories gives."""
 
     def __init__(self, model):
-        """model: a SyNCRec; its weights are copied."""
+        """model: a SyNCRec; its weights are copied. Raises ValueError where it has no exported form."""
         super().__init__()
         config = model.config
+        check_exportable(config)
         stacks = [stack for stack in (model.cross_experts, model.single_experts) if stack is not None]
         self.max_length, self.heads, self.blocks, self.experts = config.max_length, config.heads, config.blocks, config.experts
         self.pre_norm, self.literal_gate = config.norm == "pre", config.gate == "sequence"
@@ -100,6 +101,13 @@ class UserEncoder(nn.Module):
             return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
         scores_BPK = torch.einsum("bpr,bpkr->bpk", x_BPR, self.gate[position_BP])
         return torch.softmax((scores_BPK * there_BP1).sum(1), dim=-1)
+
+
+def check_exportable(config):
+    """Raises ValueError for a model that `UserEncoder` does not cover. config: its ModelConfig."""
+    if config.encoder != "transformer":
+        # torch.export writes a GRU out step by step, and then it is for histories of one length.
+        raise ValueError(f"model.encoder is {config.encoder}: only transformer can be exported; launch/recommend.py takes any")
 
 
 def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
