@@ -24,8 +24,9 @@ class ModelConfig:
     tower: Literal["on", "off"] = "on"  # off: what the experts give, mixed, is the output
     gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
     loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
-    loss_correction: Literal["negative_transfer_gap", "none"] = "negative_transfer_gap"  # none: variant A
-    correction_temperature: float = 1.0  # δ of eq. 11
+    # shapley: CGRec's, 2^D more forward passes a step (syncrec/shapley.py); none: variant A.
+    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = "negative_transfer_gap"
+    correction_temperature: float = 1.0  # δ of eq. 11, and of shapley's softmax
     learn_scales: bool = True  # α and β of eq. 11
     mutual_information: Literal["on", "off"] = "on"  # off: variant B
     mutual_information_pooling: Literal["mean", "last"] = "mean"
@@ -57,7 +58,7 @@ class ModelConfig:
                 raise ValueError("model.kernel is fused: it is for attention, and model.encoder=gru has none; use auto")
         if self.tasks == "cross":
             for name, only in (("stop_gradient", "off"), ("loss_correction", "none"), ("mutual_information", "off")):
-                if getattr(self, name) != only:
+                if getattr(self, name) not in (only, "shapley"):
                     raise ValueError(
                         f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
                         f"set model.{name}={only}"

@@ -9,6 +9,7 @@ from embeddings.optimizers import zero_changes_nothing
 from embeddings.table import ItemTable
 from syncrec.batch import Batch
 from syncrec.model import LossReport, SyNCRec
+from syncrec.transfer import LossCorrection
 from trainer.ahead import Beside, Ready
 from trainer.checkpoint import restore_model, restore_optimizers
 from trainer.data.random import random_bits
@@ -41,10 +42,10 @@ class Trainer:
         deepspeed = engine_config(config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size)
         try:
             self.table = ItemTable(dataset.num_embeddings, config.model.dim, config.table, config.seed, ranks.device)
+            torch.manual_seed(config.seed)
+            self.model = SyNCRec(config.model, len(dataset.domains))
         except ValueError as error:
             raise InputError(str(error)) from None
-        torch.manual_seed(config.seed)
-        self.model = SyNCRec(config.model, len(dataset.domains))
         self.weights = sum(parameter.numel() for parameter in self.model.parameters())  # ZeRO 3 takes them apart
         if checkpoint is not None:
             restore_model(checkpoint, self.model)
@@ -108,9 +109,10 @@ class Trainer:
     def state_figures(self):
         """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
         correction = self.model.correction
+        has_scales = isinstance(correction, LossCorrection)
         return {
-            "alpha": correction.alpha.item() if correction is not None else None,
-            "beta": correction.beta.item() if correction is not None else None,
+            "alpha": correction.alpha.item() if has_scales else None,
+            "beta": correction.beta.item() if has_scales else None,
             "learning_rate": self.learning_rate,
             "gradient_norm": self._norm.item(),
         }
