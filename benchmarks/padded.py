@@ -99,6 +99,8 @@ class PaddedSyNCRec(nn.Module):
         super().__init__()
         if config.gate != "token" or config.mutual_information_pooling != "mean" or config.stop_gradient != "on":
             raise ValueError("the padded model has the default readings only: gate token, pooling mean, stop_gradient on")
+        if config.encoder != "transformer" or config.loss_correction == "shapley":
+            raise ValueError("the padded model has Transformers and LC-NTG only: no encoder gru, no loss_correction shapley")
         self.config, self.domains, self.plain = config, domains, plain
         self.items = nn.Embedding(rows + _FIRST_ITEM, config.dim, padding_idx=_PAD)
         self.positions = nn.Embedding(config.max_length, config.dim)

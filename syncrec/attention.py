@@ -18,7 +18,7 @@ def causal_attention(qkv_KMR, layout, heads):
     experts, _, width = qkv_KMR.shape
     if varlen.available(qkv_KMR.device, qkv_KMR.dtype, width // 3 // heads):
         return varlen.attend(qkv_KMR, layout.starts_S, layout.shapes[0][1], heads)
-    padded = _Move.apply(qkv_KMR, layout.pad_P, layout.unpad_M)
+    padded = pad(qkv_KMR, layout)
     outputs = []
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
     buckets = padded.split([sequences * length for sequences, length in layout.shapes], dim=1)
@@ -27,7 +27,18 @@ def causal_attention(qkv_KMR, layout, heads):
         query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in bucket.unbind(3))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         outputs.append(mixed.transpose(1, 2).reshape(experts, sequences * length, width // 3))
-    return _Move.apply(torch.cat(outputs, dim=1), layout.unpad_M, layout.pad_P)
+    return unpad(torch.cat(outputs, dim=1), layout)
+
+
+def pad(x_KMW, layout):
+    """Packed tokens in the slots of the layout's buckets: (K, M, w) → (K, P, w). For what is causal within a sequence and is
+    packed again by `unpad`."""
+    return _Move.apply(x_KMW, layout.pad_P, layout.unpad_M)
+
+
+def unpad(x_KPW, layout):
+    """The other way: (K, P, w) → (K, M, w)."""
+    return _Move.apply(x_KPW, layout.unpad_M, layout.pad_P)
 
 
 class _Move(torch.autograd.Function):

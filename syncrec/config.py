@@ -15,18 +15,18 @@ class ModelConfig:
     experts: int = 5  # K
     cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
     stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
-    encoder: Literal["transformer", "gru"] = "transformer"  # what an expert is; gru: GRU4Rec's, of `blocks` layers
-    blocks: int = 2  # attention blocks of an expert
+    encoder: Literal["transformer", "gru"] = "transformer"  # what an expert is; gru: GRU4Rec's, without positions
+    blocks: int = 2  # attention blocks of an expert, or its GRU's layers
     heads: int = 1
-    ffn_dim: int = 128  # inner width of an expert's and a tower's feed-forward network (eq. 7 has r)
-    norm: Literal["post", "pre"] = "post"  # LayerNorm after the residual sum, or before each sub-layer
+    ffn_dim: int = 128  # inner width of a Transformer's and a tower's feed-forward network (eq. 7 has r)
+    norm: Literal["post", "pre"] = "post"  # a Transformer's LayerNorm after the residual sum, or before each sub-layer
     dropout: float = 0.1
     tower: Literal["on", "off"] = "on"  # off: what the experts give, mixed, is the output
     gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
     loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
-    # none: variant A; shapley: CGRec's weights, 2^D more forward passes a step
+    # shapley: CGRec's, 2^D more forward passes a step (syncrec/shapley.py); none: variant A.
     loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = "negative_transfer_gap"
-    correction_temperature: float = 1.0  # δ of eq. 11
+    correction_temperature: float = 1.0  # δ of eq. 11, and of shapley's softmax
     correction_total: Literal["one", "domains"] = "one"  # Σ λ; one: eq. 11. domains: D, so that equal weights are all 1
     learn_scales: bool = True  # α and β of eq. 11
     # What a domain's items are scored with. cross: Y^cross, as in the paper; both: the mean of Y^cross and the domain's own
@@ -55,6 +55,12 @@ class ModelConfig:
                 f"model.cross_experts is {self.cross_experts}: with stop_gradient on, both tasks need experts of their "
                 f"own, so give 1 to {self.experts - 1} (model.experts - 1)"
             )
+        if self.encoder == "gru":
+            for name, unused in (("heads", 1), ("norm", "post")):
+                if getattr(self, name) != unused:
+                    raise ValueError(f"model.{name} is {getattr(self, name)}: model.encoder=gru has none, leave it at {unused}")
+            if self.kernel == "fused":
+                raise ValueError("model.kernel is fused: it is for attention, and model.encoder=gru has none; use auto")
         if self.tasks == "cross":
             for name, only in (("stop_gradient", "off"), ("loss_correction", "none"), ("mutual_information", "off")):
                 if getattr(self, name) not in (only, "shapley"):
@@ -62,8 +68,6 @@ class ModelConfig:
                         f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
                         f"set model.{name}={only}"
                     )
-        if self.encoder == "gru" and (self.heads > 1 or self.kernel == "fused"):
-            raise ValueError("model.encoder is gru: it has no attention, so set model.heads=1 and model.kernel=auto")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
         if not 0 <= self.eta <= 1:

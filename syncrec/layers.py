@@ -16,20 +16,23 @@ def init_linear(weight):
 
 
 class InputEmbedding(nn.Module):
-    """Item vectors (handed in), the learned SOS vector, and positions counted back from the newest token."""
+    """Item vectors (handed in), the learned SOS vector, and positions counted back from the newest token; these are for
+    attention, a recurrence knows the order by itself."""
 
     def __init__(self, config):
         super().__init__()
         self.start = nn.Parameter(torch.empty(1, config.dim))
-        self.positions = nn.Parameter(torch.empty(config.max_length, config.dim))
+        with_positions = config.encoder == "transformer"
+        self.positions = nn.Parameter(torch.empty(config.max_length, config.dim)) if with_positions else None
         self.dropout = config.dropout
-        nn.init.normal_(self.start, std=config.init_std)
-        nn.init.normal_(self.positions, std=config.init_std)
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=config.init_std)
 
     def forward(self, view, rows_NR):
         """rows_NR: vectors of the batch's interactions. Returns the tokens' inputs (M, r)."""
         vectors = torch.cat([self.start, rows_NR]).index_select(0, view.input_M)
-        vectors = vectors + self.positions.index_select(0, view.position_M)
+        if self.positions is not None:
+            vectors = vectors + self.positions.index_select(0, view.position_M)
         return drop(vectors, self.dropout, self.training)
 
 

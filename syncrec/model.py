@@ -16,7 +16,7 @@ from syncrec.losses import prediction_loss
 from syncrec.mutual_information import MutualInformation, pool
 from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
-from syncrec.shapley import ShapleyCorrection, coalitions, domain_of_inputs
+from syncrec.shapley import ShapleyCorrection, coalition_losses
 from syncrec.transfer import LossCorrection, PredictionMix, transfer_gap
 
 
@@ -25,7 +25,7 @@ class LossReport:
     """What a step has to show, without gradient. All but the last are of the global batch.
 
     single_D, cross_D: mean losses by domain, NaN where it had no target; phi_D, NaN where absent; lambda_D. Without a
-    single-domain task (tasks: cross) single_D, loss_single, phi_D and lambda_D are NaN.
+    single-domain task (tasks: cross) single_D, loss_single and phi_D are NaN, and lambda_D too unless by Shapley values.
     single_targets_D, cross_targets_D: the weights of each domain's targets in the two views.
     mutual_information: this rank's share of Σ_d MI_d; the sum over ranks is the batch's.
     """
@@ -60,9 +60,8 @@ class SyNCRec(nn.Module):
         single_tasks = range(domains if self.both_tasks else 0)
         self.single_gates = nn.ModuleList(gate(config) for _ in single_tasks)
         self.single_towers = nn.ModuleList(tower(config) for _ in single_tasks)
-        self.by_contribution = config.loss_correction == "shapley"
-        correction = ShapleyCorrection if self.by_contribution else LossCorrection
-        self.correction = correction(config, domains) if config.loss_correction != "none" else None
+        correction = {"negative_transfer_gap": LossCorrection, "shapley": ShapleyCorrection}.get(config.loss_correction)
+        self.correction = correction(config, domains) if correction is not None else None
         self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
         self.prediction = PredictionMix(config, domains) if config.predicts_by_both else None
 
@@ -74,9 +73,7 @@ class SyNCRec(nn.Module):
         The loss is this rank's share of eq. 18 times the number of ranks: its mean over ranks is the global batch's loss,
         and so are the means of its gradients.
         """
-        # No cache of cast weights: stacks run with and without a graph, and ZeRO 3 takes weights apart in between.
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with self._autocast(rows):
             inputs_NR, negatives_R = rows.split([batch.interactions, len(rows) - batch.interactions])
             cross_MR = self._cross_outputs(batch.cross, inputs_NR)
             if isinstance(batch, Query):
@@ -92,6 +89,11 @@ class SyNCRec(nn.Module):
             return cross_BDR
         single_MR = self._single_outputs(query.single, inputs_NR).to(inputs_NR.dtype)
         return torch.lerp(cross_BDR, single_MR[query.newest_DB.T], self.prediction.own_D.to(inputs_NR.dtype).unsqueeze(1))
+
+    def _autocast(self, rows):
+        # No cache of cast weights: stacks run with and without a graph, and ZeRO 3 takes weights apart in between.
+        bf16 = self.config.precision == "bf16"
+        return torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def _cross_outputs(self, view, inputs_NR):
         """Y^cross of eq. 4, (M, r)."""
@@ -126,18 +128,20 @@ class SyNCRec(nn.Module):
         if self.both_tasks:
             single_L = self._prediction_losses(batch, batch.single, inputs_NR, negatives_R, single_MR)
             single_sums = _sums(batch.single, single_L)
-        # In flight while SC-MIM is computed: what φ and the means need of the other ranks.
-        wait = reduction.start_sum(torch.cat([*single_sums, *cross_sums]).detach().double())
+        coalition_C = self._coalition_sums(batch, inputs_NR, negatives_R)
+        # In flight while SC-MIM is computed: what λ and the means need of the other ranks.
+        wait = reduction.start_sum(torch.cat([*single_sums, *cross_sums, coalition_C]).detach().double())
         information_D = self._mutual_information(batch, single_MR, cross_MR, reduction)
-        totals = wait().view(2, 4, self.domains)
-        (single_D, single_count_D, single_gap_D, gap_count_D), (cross_D, cross_count_D, cross_gap_D, _) = totals
+        totals, coalition_C = wait().split([8 * self.domains, len(coalition_C)])
+        single_4D, cross_4D = totals.view(2, 4, self.domains)
+        (single_D, single_count_D, single_gap_D, gap_count_D), (cross_D, cross_count_D, cross_gap_D, _) = single_4D, cross_4D
 
         phi_D, present_D = transfer_gap(single_gap_D, cross_gap_D, gap_count_D), gap_count_D > 0
         if self.prediction is not None and self.training:
             self.prediction.observe(phi_D, present_D)
         lambda_D = cross_MR.new_ones(self.domains)
-        if self.by_contribution:
-            lambda_D = self.correction(self._worth_of_coalitions(batch, inputs_NR, negatives_R, reduction), cross_count_D > 0)
+        if len(coalition_C):
+            lambda_D = self.correction(coalition_C / cross_count_D.sum().clamp(min=1), cross_count_D > 0)
         elif self.correction is not None:
             lambda_D = self.correction(phi_D, present_D)
         scale, dtype = reduction.world_size, cross_MR.dtype
@@ -156,25 +160,24 @@ class SyNCRec(nn.Module):
             loss_single=known * single_D.sum() / single_count_D.sum().clamp(min=1),
             loss_cross=(lambda_D.detach() * cross_D).sum() / cross_count_D.sum().clamp(min=1),
             phi_D=phi_D.masked_fill(~present_D, nan),
-            lambda_D=(1.0 if self.by_contribution else known) * lambda_D.detach(),
+            lambda_D=(known if self.correction is None else 1.0) * lambda_D.detach(),
             single_targets_D=single_count_D,
             cross_targets_D=cross_count_D,
             mutual_information=information.detach(),
         )
 
-    @torch.no_grad()
-    def _worth_of_coalitions(self, batch, inputs_NR, negatives_R, reduction):
-        """The negated mean cross-domain loss of the global batch by what each coalition of domains shows, float64 (2^D,)."""
-        domain_N, training, sums = domain_of_inputs(batch, self.domains), self.training, []
-        self.eval()  # no dropout, of which the draws of the step itself would then be others
-        for member_D in coalitions(self.domains, inputs_NR.device):
-            seen_NR = inputs_NR * member_D[domain_N].unsqueeze(1)
-            output_MR = self._cross_outputs(batch.cross, seen_NR).to(inputs_NR.dtype)
-            found = _sums(batch.cross, self._prediction_losses(batch, batch.cross, inputs_NR, negatives_R, output_MR))
-            sums.append(found[:2].sum(1))
-        self.train(training)
-        loss_C, count_C = reduction.start_sum(torch.stack(sums).double())().unbind(1)
-        return -loss_C / count_C.clamp(min=1)
+    def _coalition_sums(self, batch, inputs_NR, negatives_R):
+        """This rank's sum of cross-domain losses with the items of each coalition of domains, (2^D,); none without Shapley."""
+        if self.config.loss_correction != "shapley":
+            return inputs_NR.new_zeros(0)
+
+        def loss_of(shown_NR):
+            with self._autocast(shown_NR):
+                cross_MR = self._cross_outputs(batch.cross, shown_NR).to(shown_NR.dtype)
+            loss_L = self._prediction_losses(batch, batch.cross, inputs_NR, negatives_R, cross_MR)
+            return (loss_L * batch.cross.target_weight_L).sum()
+
+        return coalition_losses(self, batch, inputs_NR, loss_of)
 
     def _prediction_losses(self, batch, view, inputs_NR, negatives_R, output_MR):
         """The loss of each of the view's targets (eq. 8 or 9), (L,)."""

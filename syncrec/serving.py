@@ -24,9 +24,10 @@ class UserEncoder(nn.Module):
     eq. 2, given histories of that domain alone."""
 
     def __init__(self, model, domain=None):
-        """model: a SyNCRec; its weights are copied. domain: its number."""
+        """model: a SyNCRec; its weights are copied. domain: its number. Raises ValueError where it has no exported form."""
         super().__init__()
         config = model.config
+        check_exportable(config)
         stacks = [stack for stack in (model.cross_experts, model.single_experts) if stack is not None]
         self.max_length, self.heads, self.blocks, self.experts = config.max_length, config.heads, config.blocks, config.experts
         self.pre_norm, self.literal_gate = config.norm == "pre", config.gate == "sequence"
@@ -104,6 +105,13 @@ class UserEncoder(nn.Module):
             return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
         scores_BPK = torch.einsum("bpr,bpkr->bpk", x_BPR, self.gate[position_BP])
         return torch.softmax((scores_BPK * there_BP1).sum(1), dim=-1)
+
+
+def check_exportable(config):
+    """Raises ValueError for a model that `UserEncoder` does not cover. config: its ModelConfig."""
+    if config.encoder != "transformer":
+        # torch.export writes a GRU out step by step, and then it is for histories of one length.
+        raise ValueError(f"model.encoder is {config.encoder}: only transformer can be exported; launch/recommend.py takes any")
 
 
 def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:

@@ -32,10 +32,10 @@ def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
 def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec, ItemTable, dict]:
     """The dense model and the item table as the run's best validation had them, and what best.json says of it. Called on all
     ranks. Raises InputError where the run has none, or it is damaged or does not fit the dataset."""
-    model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
     # Nothing is trained here: an optimizer without state and a place that any device has, whatever the run was trained with.
     table_config = replace(config.table, optimizer="sgd", placement="auto", communication="fp32")
     try:
+        model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
         table = ItemTable(dataset.num_embeddings, config.model.dim, table_config, config.seed, ranks.device)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from safetensors.numpy import save
 
-from syncrec.serving import UserEncoder, exported
+from syncrec.serving import UserEncoder, check_exportable, exported
 from trainer.best import best_model, open_run
 from trainer.control import by_the_first
 from trainer.data.dataset import File
@@ -61,8 +61,10 @@ def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
     output = Path(output)
     partial = output.with_name(f".{output.name}.partial")
     run_config, dataset = open_run(run, data, of_all_domains=True)
-    if run_config.model.encoder != "transformer":
-        raise InputError(f"{run}: model.encoder is {run_config.model.encoder}: only models of attention can be exported")
+    try:
+        check_exportable(run_config.model)
+    except ValueError as error:
+        raise InputError(f"{run}: {error}") from None
     by_the_first(lambda: _begin(output, partial), ranks.first)
     try:
         model, table, best = best_model(run, run_config, dataset, ranks)

@@ -33,7 +33,7 @@ class LookConfig:
 def look_at(model, table, dataset, config, ranks, look=None) -> dict:
     """Called on all ranks. JSON values, by the domains' names:
 
-    lambda: {domain: λ}, None without LC-NTG. gates: {"cross": {domain: [weight of each expert]}, "single": the same}: of the
+    lambda: {domain: λ}, None where it is 1. gates: {"cross": {domain: [weight of each expert]}, "single": the same}: of the
     cross-domain gate by the domain of a token's item, of each domain's own gate over its view; None where there is no such
     gate. A domain without a token is left out. items: [{domain, item, nearest: {domain: [[item, cosine], …]}}], on the first
     rank alone.

@@ -9,6 +9,7 @@ from embeddings.optimizers import zero_changes_nothing
 from embeddings.table import ItemTable
 from syncrec.batch import Batch
 from syncrec.model import LossReport, SyNCRec
+from syncrec.transfer import LossCorrection
 from trainer.ahead import Beside, Ready
 from trainer.checkpoint import restore_model, restore_optimizers
 from trainer.data.random import random_bits
@@ -42,10 +43,7 @@ class Trainer:
         deepspeed = engine_config(config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size)
         try:
             self.table = ItemTable(dataset.num_embeddings, config.model.dim, config.table, config.seed, ranks.device)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        torch.manual_seed(config.seed)
-        try:
+            torch.manual_seed(config.seed)
             self.model = SyNCRec(config.model, len(dataset.domains))
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -112,10 +110,10 @@ class Trainer:
     def state_figures(self):
         """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
         correction = self.model.correction
-        scales = True if correction is not None and correction.alpha is not None else None
+        has_scales = isinstance(correction, LossCorrection)
         return {
-            "alpha": scales and correction.alpha.item(),
-            "beta": scales and correction.beta.item(),
+            "alpha": correction.alpha.item() if has_scales else None,
+            "beta": correction.beta.item() if has_scales else None,
             "learning_rate": self.learning_rate,
             "gradient_norm": self._norm.item(),
         }

@@ -84,6 +84,20 @@ def test_weights_moved(outcomes, dataset, tmp_path):
     assert unmoved == []
 
 
+@pytest.mark.parametrize("encoder", ["transformer", "gru"])
+def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
+    """λ of every step at one rank and at two, with weights taken apart too."""
+    own = ["max_steps=4", "model.loss_correction=shapley", "model.correction_temperature=0.01", f"model.encoder={encoder}"]
+    for ranks, stages in ((1, ["0"]), (2, ["0", "3"])):
+        run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own))
+    one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
+    assert one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
+    np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
+    for other in others:
+        np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
+        np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-4)  # values over δ: their rounding times 100
+
+
 def test_bf16_is_the_same_with_weights_taken_apart(dataset, tmp_path):
     """Autocast's casts of weights must not outlive the moment in which ZeRO 3 has them together."""
     run(deepspeed(2, WORKER, dataset, tmp_path, "0", "3", "model.precision=bf16", "max_steps=5"))

@@ -9,15 +9,16 @@ from trainer.config import load_config
 from trainer.log import read_records
 from trainer.loop import train
 
-PRESET = Path(__file__).parents[2] / "launch" / "configs" / "sasrec.yaml"
+PRESETS = Path(__file__).parents[2] / "launch" / "configs"
 SMALL = ["model.dim=8", "model.ffn_dim=8", "global_batch_size=8", "epochs=2", "log.every=2", "stream.workers=0"]
 
 
-def test_the_sasrec_preset_trains_logs_and_is_evaluated_without_what_two_tasks_give(tmp_path):
+@pytest.mark.parametrize("preset", ["sasrec", "gru4rec"])
+def test_the_presets_of_one_task_train_log_and_are_evaluated_without_what_two_tasks_give(tmp_path, preset):
     data = write_dataset(tmp_path / "data", draw_histories(40)).folder
     run = tmp_path / "run"
     with rank_of_one() as ranks:
-        test = train(load_config([PRESET], [f"data={data}", f"run={run}", *SMALL]), ranks)
+        test = train(load_config([PRESETS / f"{preset}.yaml"], [f"data={data}", f"run={run}", *SMALL]), ranks)
     records = read_records(run / "metrics.jsonl")
     assert [record["kind"] for record in records if record["kind"] != "train"] == ["validation", "validation", "test"]
     assert records[-1]["mean"] == json.loads(json.dumps(test["mean"])) and test["mean"]["NDCG@10"] > 0
@@ -29,3 +30,16 @@ def test_the_sasrec_preset_trains_logs_and_is_evaluated_without_what_two_tasks_g
             assert record["alpha"] is None and record["mutual_information"] == 0
     page = (run / "report.html").read_text()
     assert "negative transfer:" not in page and "Smallest λ" not in page
+
+
+def test_one_task_with_shapley_values_logs_lambda_and_no_gap(tmp_path):
+    data = write_dataset(tmp_path / "data", draw_histories(40)).folder
+    run, own = tmp_path / "run", ["model.loss_correction=shapley", "model.correction_temperature=0.05"]
+    with rank_of_one() as ranks:
+        train(load_config([PRESETS / "gru4rec.yaml"], [f"data={data}", f"run={run}", *SMALL, *own]), ranks)
+    steps = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "train"]
+    for record in steps:
+        assert sum(record["lambda"].values()) == pytest.approx(1, abs=1e-5)
+        assert not any(value is not None for value in record["phi"].values()) and record["alpha"] is None
+    page = (run / "report.html").read_text()
+    assert "negative transfer:" not in page and "Smallest λ" in page

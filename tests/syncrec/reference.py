@@ -10,6 +10,7 @@ Shapes: B users, T longest sequence, K experts, r width.
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 
@@ -125,6 +126,22 @@ def training_step(config, state, table, histories, domain_items, shared_negative
 
     if config.loss_correction == "none":
         lambdas = table.new_ones(len(domains))
+    elif config.loss_correction == "shapley":
+
+        def worth(coalition):
+            """The negated mean cross-domain loss where the model sees the coalition's items alone."""
+            partial, losses = _Network(config, parameters, table, shown=coalition), {}
+            for user, outputs in enumerate(partial.cross(histories, cross_sequences)):
+                for (_, step), y in zip(cross_sequences[user], outputs, strict=True):
+                    losses[user, step] = loss_of(user, step, y)
+            total, count = sum_and_count(losses, losses)
+            return -total.item() / count
+
+        powers = [math.exp(value / config.correction_temperature) for value in shapley(worth, len(domains))]
+        present = [count > 0 for _, count in cross_sums]
+        share = sum(power for power, there in zip(powers, present, strict=True) if there)
+        found = zip(powers, present, lambda_state.tolist(), strict=True)
+        lambdas = table.new_tensor([power / share if there else old for power, there, old in found])
     else:
         alpha, beta = parameters["correction.alpha"], parameters["correction.beta"]
         lambdas = _new_lambda(alpha, beta, config.correction_temperature, lambda_state.tolist(), phi)
@@ -159,6 +176,22 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     )
 
 
+def shapley(worth, players):
+    """Each player's gain, worth(with) − worth(without), averaged over every order in which they may come."""
+    known = {}
+
+    def value(coalition):
+        if coalition not in known:
+            known[coalition] = worth(coalition)
+        return known[coalition]
+
+    gains = [0.0] * players
+    for order in permutations(range(players)):
+        for place, player in enumerate(order):
+            gains[player] += value(frozenset(order[: place + 1])) - value(frozenset(order[:place]))
+    return [gain / math.factorial(players) for gain in gains]
+
+
 class _Network:
     """Embedding layer, experts, gates and towers over left-padded (B, T, r) tensors.
 
@@ -172,8 +205,9 @@ class _Network:
         cross_tower, single_towers.d                          h: inner, outer, norm
     """
 
-    def __init__(self, config, parameters, table):
-        self.config, self.parameters, self.table = config, parameters, table
+    def __init__(self, config, parameters, table, shown=None):
+        """shown: the domains whose items it sees, the others' are zeros; None: all."""
+        self.config, self.parameters, self.table, self.shown = config, parameters, table, shown
 
     def cross(self, histories, sequences):
         """Equation 4: a list of (tokens, r), one a user."""
@@ -211,6 +245,8 @@ class _Network:
             row = [self.table.new_zeros(width)] * first
             for slot, (given, _) in enumerate(tokens, start=first):
                 vector = start if given == SOS else self.table[histories[user].items[given]]
+                if given != SOS and self.shown is not None and histories[user].domains[given] not in self.shown:
+                    vector = torch.zeros_like(vector)
                 row.append(vector + positions[longest - 1 - slot])
             rows.append(torch.stack(row))
         return torch.stack(rows), real

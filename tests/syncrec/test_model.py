@@ -35,6 +35,8 @@ READINGS = {
     "no_stop_gradient_sequence_gate": {"stop_gradient": "off", "gate": "sequence"},
     "no_correction": {"loss_correction": "none"},
     "no_tower": {"tower": "off"},
+    "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
+    "shapley_sequence_gate_pre_norm_bpr": {"loss_correction": "shapley", "gate": "sequence", "norm": "pre", "loss": "bpr"},
     "sharp_correction": {"correction_temperature": 0.3},
     "fixed_scales": {"learn_scales": False},
     "no_information": {"mutual_information": "off"},
@@ -378,6 +380,8 @@ RANK_READINGS = {
     "no_stop_gradient": {"stop_gradient": "off"},
     "no_correction_no_information": {"loss_correction": "none", "mutual_information": "off"},
     "cross_task_alone": {**SASREC, "tasks": "cross", "tower": "off"},
+    "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
+    "shapley_of_gru": {**SASREC, "tasks": "cross", "encoder": "gru", "heads": 1, "loss_correction": "shapley"},
 }
 
 

@@ -1,6 +1,5 @@
-"""Shapley values by their definition, and the worth of coalitions by passes of their own."""
+"""CGRec's λ: against every order of the players, and what it leaves alone. The whole step: test_model.py."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -11,76 +10,107 @@ from hypothesis import strategies as st
 
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
-from syncrec.shapley import ShapleyCorrection, coalitions, domain_of_inputs, shapley_values
+from syncrec.shapley import MOST_DOMAINS, ShapleyCorrection, shapley_values
 from tests.syncrec.histories import draw, pack
-from tests.syncrec.test_model import DOMAIN_ITEMS, make_model, make_table
+from tests.syncrec.reference import shapley
+from tests.syncrec.test_model import DOMAIN_ITEMS, SMALL, make_model, make_table, near, run
+from tests.syncrec.test_sasrec import SASREC
 
-D = len(DOMAIN_ITEMS)
-CONFIG = ModelConfig(dim=6, max_length=5, experts=2, cross_experts=1, dropout=0.3, loss_correction="shapley")
+SHAPLEY = replace(SMALL, loss_correction="shapley", correction_temperature=0.1)
 
 
-@given(st.integers(1, 4).flatmap(lambda d: st.lists(st.floats(-5, 5), min_size=2**d, max_size=2**d)))
-def test_values_are_mean_marginal_contributions_over_all_orders(worth):
-    domains = int(math.log2(len(worth)))
-    orders = list(itertools.permutations(range(domains)))
-    expected = [0.0] * domains
-    for order in orders:
-        members = 0
-        for domain in order:
-            expected[domain] += (worth[members | 1 << domain] - worth[members]) / len(orders)
-            members |= 1 << domain
-    found = shapley_values(torch.tensor(worth, dtype=torch.float64), domains)
-    assert found.tolist() == pytest.approx(expected, abs=1e-9)
-    assert found.sum().item() == pytest.approx(worth[-1] - worth[0], abs=1e-9)
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def correction(domains=3, state=None, **values):
+    module = ShapleyCorrection(ModelConfig(loss_correction="shapley", **values), domains).double()
+    if state is not None:
+        module.lambda_D = doubles(*state)
+    return module
+
+
+@given(st.integers(1, 5).flatmap(lambda players: st.lists(st.floats(-9, 9), min_size=2**players, max_size=2**players)))
+def test_values_are_the_mean_gains_over_every_order(worths):
+    players = int(math.log2(len(worths)))
+    expected = shapley(lambda coalition: worths[sum(1 << player for player in coalition)], players)
+    values_D = shapley_values(doubles(*worths))
+    assert values_D.tolist() == pytest.approx(expected, abs=1e-12)
+    assert values_D.sum().item() == pytest.approx(worths[-1] - worths[0], abs=1e-12)  # efficiency
+
+
+def test_who_helps_gets_the_greater_weight():
+    """Coalition c holds the domains whose bits are set: the first domain's items take 1 off the loss, the last one's add 1."""
+    loss_C = doubles(*(4 - (c & 1) + (c >> 2 & 1) for c in range(8)))
+    lambda_D = correction(correction_temperature=0.5)(loss_C, torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(lambda_D, torch.softmax(doubles(1, 0, -1) / 0.5, dim=0))
+
+
+def test_present_domains_share_one_and_an_absent_one_keeps_its_lambda():
+    module = correction(state=[0.2, 0.5, 0.3])
+    lambda_D = module(doubles(*range(8, 0, -1)), torch.tensor([True, False, True]))
+    assert lambda_D[[0, 2]].sum().item() == pytest.approx(1) and lambda_D[1] == 0.5
+    assert torch.equal(module.lambda_D, lambda_D)
+    assert torch.equal(module(doubles(*[0.0] * 8), torch.zeros(3, dtype=torch.bool)), lambda_D)  # nothing seen
+
+
+def test_evaluation_keeps_the_state_and_it_is_saved():
+    module, other = correction(state=[0.2, 0.5, 0.3]).eval(), correction()
+    module(doubles(*range(8)), torch.ones(3, dtype=torch.bool))
+    assert module.lambda_D.tolist() == [0.2, 0.5, 0.3]
+    other.load_state_dict(module.state_dict())
+    assert other.lambda_D.tolist() == [0.2, 0.5, 0.3]
+
+
+def test_a_loss_that_is_no_number_is_not_hidden():
+    assert correction()(doubles(*[1.0] * 7, math.nan), torch.ones(3, dtype=torch.bool)).isnan().all()
 
 
 @pytest.mark.parametrize("tasks", ["both", "cross"])
-def test_lambda_is_the_softmax_of_what_domains_contribute_to_the_loss(tasks):
-    """The worth of a coalition is the cross-domain loss of a model without dropout whose other items are zeros."""
-    alone = {"stop_gradient": "off", "mutual_information": "off"} if tasks == "cross" else {}
-    config = replace(CONFIG, tasks=tasks, **alone)
-    batch, table = pack(draw(3, DOMAIN_ITEMS), DOMAIN_ITEMS, 5)[0], make_table(DOMAIN_ITEMS, 6, seed=2)
-    model, domain_N = make_model(config, D, seed=1), domain_of_inputs(batch, D)
-    rows = table[batch.ids].requires_grad_()
-    model.train()
-    torch.manual_seed(4)
-    _, report = model(batch, rows)
-    drawn = torch.rand(1)
-    without = make_model(replace(config, loss_correction="none"), D, seed=1)
-    without.train()
-    torch.manual_seed(4)
-    without(batch, rows)
-    assert torch.equal(drawn, torch.rand(1))  # the step's own draws are as they would be
-    model.eval()
-    worth = []
-    for member_D in coalitions(D):
-        outputs = model._cross_outputs(batch.cross, rows[: batch.interactions] * member_D[domain_N].unsqueeze(1))
-        inputs, negatives = rows[: batch.interactions], rows[batch.interactions :]
-        loss_L = model._prediction_losses(batch, batch.cross, inputs, negatives, outputs)
-        weight_L = batch.cross.target_weight_L
-        worth.append(-(loss_L * weight_L).sum() / weight_L.sum())
-    present_D = torch.bincount(batch.cross.target_domain_L, batch.cross.target_weight_L, D) > 0
-    assert not present_D.all()
-    values_D = shapley_values(torch.stack(worth).detach(), D)
-    expected = torch.softmax(values_D.masked_fill(~present_D, -torch.inf), 0)
-    torch.testing.assert_close(report.lambda_D, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(model.correction.lambda_D, report.lambda_D)
+def test_the_coalition_of_all_is_the_real_pass_and_an_input_matters_where_it_is_shown(tasks):
+    """And λ follows from the losses of all coalitions."""
+    config = SHAPLEY if tasks == "both" else replace(SASREC, loss_correction="shapley", correction_temperature=0.1)
+    model, table = make_model(config, 4, seed=41), make_table(DOMAIN_ITEMS, config.dim, 41)
+    batch, _ = pack(draw(41, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
+    given = []
+    model.correction.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
+    _, report, _, _ = run(model, table, batch)
+    (loss_C, present_D) = given[0]
+    assert len(loss_C) == 16 and loss_C.dtype == torch.float64 and loss_C.unique().numel() > 8
+    mean = (report.cross_D.nan_to_num() * report.cross_targets_D).sum() / report.cross_targets_D.sum()
+    near(loss_C[-1], mean, "loss with all items")
+    near(report.lambda_D, torch.softmax(shapley_values(-loss_C) / 0.1, dim=0), "λ")
+    assert report.lambda_D.max() > 1.1 * report.lambda_D.min() and present_D.all()
+    # What is an input alone, and no target, does not matter to the coalition of none.
+    spoiled, rows = [], table[batch.ids].clone()
+    targets = batch.cross.target_interaction_L.unique()
+    others = torch.ones(batch.interactions, dtype=torch.bool)
+    others[targets] = False
+    rows[: batch.interactions][others] += 1.0
+    model.correction.register_forward_pre_hook(lambda module, inputs: spoiled.append(inputs[0]))
+    model(batch, rows)
+    assert others.any() and spoiled[0][0] == loss_C[0] and spoiled[0][-1] != loss_C[-1]
+    assert report.phi_D.isnan().all() == (tasks == "cross")
 
 
-def test_inputs_have_their_domains():
-    batch = pack(draw(5, DOMAIN_ITEMS), DOMAIN_ITEMS, 5)[0]
-    starts = torch.tensor([0, *itertools.accumulate(DOMAIN_ITEMS)][:-1])
-    expected = torch.searchsorted(starts, batch.ids[: batch.interactions], right=True) - 1
-    inputs = batch.cross.input_M[batch.cross.input_M > 0] - 1
-    assert len(inputs) and torch.equal(domain_of_inputs(batch, D)[inputs], expected[inputs])
+def test_the_real_pass_and_the_random_state_are_as_without():
+    """Dropout on: the same masks, so the same uncorrected losses; λ itself draws nothing."""
+    batch, _ = pack(draw(42, DOMAIN_ITEMS), DOMAIN_ITEMS, SMALL.max_length)
+    table = make_table(DOMAIN_ITEMS, SMALL.dim, 42)
+    results, states = [], []
+    for loss_correction in ("shapley", "none"):
+        model = make_model(replace(SHAPLEY, dropout=0.4, loss_correction=loss_correction), 4, seed=42)
+        torch.manual_seed(0)
+        results.append(run(model, table, batch)[1])
+        states.append(torch.get_rng_state())
+        assert all(part.training for part in model.modules())
+    assert torch.equal(*states)
+    assert torch.equal(results[0].cross_D, results[1].cross_D) and torch.equal(results[0].single_D, results[1].single_D)
+    sharp = make_model(replace(SHAPLEY, dropout=0.0), 4, seed=42)
+    assert torch.equal(run(sharp, table, batch)[1].lambda_D, results[0].lambda_D)
 
 
-def test_absent_domains_have_no_weight_and_all_add_up():
-    correction = ShapleyCorrection(replace(CONFIG, correction_total="domains"), 3)
-    weights = correction(torch.arange(8.0), torch.tensor([True, False, True]))
-    assert weights[1] == 0 and weights.sum().item() == pytest.approx(3) and correction.lambda_D.sum().item() == pytest.approx(1)
-
-
-def test_too_many_domains_are_refused():
-    with pytest.raises(ValueError, match="2\\^D forward passes a step, 128 with 7 domains"):
-        SyNCRec(CONFIG, 7)
+def test_too_many_domains_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"^model\.loss_correction is shapley: with 7 domains it takes 128 more [^\n]*$"):
+        SyNCRec(SHAPLEY, MOST_DOMAINS + 1)
+    SyNCRec(SHAPLEY, MOST_DOMAINS)

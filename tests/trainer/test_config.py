@@ -51,7 +51,8 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(tmp_path, override, all
 BAD_VALUES = {
     "global_batch_size": "0", "epochs": "0 1.5 ten null true", "seed": "-1", "max_steps": "-1", "timeout_minutes": "0 inf nan",
     "model": "3 null", "model.dim": "0 x", "model.norm": "middle", "model.dropout": "1 nan", "model.eta": "2",
-    "model.cross_experts": "9", "model.heads": "3", "model.loss": "hinge", "model.mutual_information": "maybe",
+    "model.cross_experts": "9", "model.heads": "3", "model.loss": "hinge",
+    "model.encoder": "lstm", "model.mutual_information": "maybe",
     "table.optimizer": "adamw off", "table.learning_rate": "0 nan inf", "table.beta1": "1",
     "optimizer.learning_rate": "-1 nan", "optimizer.eps": "0", "optimizer.clip": "-1 nan", "optimizer.warmup_steps": "-1",
     "optimizer.zero_stage": "4", "optimizer.schedule": "step", "optimizer.beta2": "1",
@@ -170,7 +171,7 @@ def test_presets_load(preset):
 
 
 def test_there_are_the_presets_that_the_documentation_names():
-    assert {path.stem for path in PRESETS.glob("*.yaml")} >= {"paper", "default", "amazon4", "demo"}
+    assert {path.stem for path in PRESETS.glob("*.yaml")} >= {"paper", "default", "amazon4", "demo", "sasrec", "gru4rec"}
 
 
 def test_the_paper_preset_says_every_reading_itself():

@@ -194,6 +194,14 @@ def test_an_output_that_is_there_stays_as_it_is(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_what_has_no_exported_form_is_refused_at_once(run, tmp_path):
+    settings = (run.folder / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(settings.replace("encoder: transformer", "encoder: gru"))
+    with pytest.raises(InputError, match=r"model\.encoder is gru: only transformer can be exported"):
+        export_run(tmp_path, tmp_path / "out", run.ranks, ExportConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_types_other_than_fp32_and_fp16_are_refused():
     with pytest.raises(InputError, match="give fp32 or fp16"):
         ExportConfig("int8")

@@ -121,6 +121,8 @@ def test_neighbours_of_the_most_popular_items_by_cosine(look):
         ([*CROSS, "model.experts=2"], "cross"),
         ([*CROSS, "model.experts=1", "model.tower=off"], None),
         (["model.gate=sequence"], "single"),
+        (["model.encoder=gru", "model.loss_correction=shapley"], "single"),
+        ([*CROSS, "model.experts=2", "model.encoder=gru", "model.loss_correction=shapley"], "cross"),
     ],
 )
 def test_what_a_model_has_not_is_left_out(tmp_path, settings, view):

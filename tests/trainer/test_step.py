@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from tests.trainer.runs import SmallRun, everything, rank_of_one, same
+from syncrec import shapley
+from tests.trainer.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
 from tests.trainer.waiting import waits
+from trainer.checkpoint import RunState
 from trainer.data.stream import TrainBatches
-from trainer.errors import NotFinite
+from trainer.errors import InputError, NotFinite
 from trainer.gradients import Gradients
 from trainer.step import Trainer
 
@@ -146,6 +148,7 @@ def test_a_run_that_looks_ahead_is_the_same_to_the_bit(run, stage):
 
 SETTINGS = [[f"optimizer.zero_stage={stage}"] for stage in (0, 1, 2)]
 SETTINGS += [[f"model.loss={loss}", "model.precision=bf16"] for loss in ("bpr", "bce", "bpr_probability")]
+SETTINGS += [["model.loss_correction=shapley"], ["model.encoder=gru"]]
 SETTINGS += [["negatives.shared=0", "model.gate=sequence", "optimizer.clip=0", "table.optimizer=adagrad"]]
 
 
@@ -156,6 +159,30 @@ def test_a_step_waits_for_nothing_but_the_one_before(run, settings):
     given = batches(trainer, 4)
     trainer.train_step(given[0])  # what is made once is made
     assert not waits(trainer, given[1:])
+
+
+def test_what_the_model_cannot_be_built_for_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(shapley, "MOST_DOMAINS", 1)
+    with pytest.raises(InputError, match=r"^model\.loss_correction is shapley: with 2 domains it takes 4 more [^\n]*$"):
+        trainer_of(run, "model.loss_correction=shapley")
+
+
+@STAGES
+@pytest.mark.parametrize("settings", [[], ["model.encoder=gru"]], ids=["transformer", "gru"])
+def test_a_checkpoint_goes_on_to_the_same_bits_with_shapley_values(run, tmp_path, stage, settings):
+    """λ is saved, and what comes after it is as it would have been, dropout on."""
+    settings = ["model.loss_correction=shapley", "model.blocks=2", f"optimizer.zero_stage={stage}", *settings]
+    made = SmallRun(tmp_path, run.ranks, *settings)
+    made.folder.mkdir()
+    (made.folder / "metrics.jsonl").write_text(METRICS)
+    trainer = train(made.trainer(), 2)
+    lambda_D = trainer.model.correction.lambda_D
+    assert lambda_D.sum().item() == pytest.approx(1) and trainer.state_figures()["alpha"] is None
+    checkpoint = made.save(trainer, RunState(2, 0, best_of(2), 0, 0, 1.0))
+    after = everything(train(trainer, 2))
+    again = made.trainer(checkpoint, 2)
+    assert torch.equal(again.model.correction.lambda_D, lambda_D)
+    assert same(everything(train(again, 2)), after)
 
 
 def test_what_waits_is_found(run, monkeypatch):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 OURS, ALONE, POPULARITY = "SyNCRec", "SDSR", "popularity"
 _CROSS = ("model.tasks=cross", "model.stop_gradient=off", "model.loss_correction=none", "model.mutual_information=off")
 _ONE = (*_CROSS, "model.experts=1", "model.tower=off")
+# 1 would weigh all alike: the values are differences of losses. 0.05 is CGRec's own.
+_SHAPLEY = ("model.loss_correction=shapley", "model.correction_temperature=0.05")
 _GRU = ("model.blocks=1", "model.heads=1", "model.kernel=auto")
 
 
@@ -38,7 +40,7 @@ SYSTEMS = {
             "the same experts for both tasks, a gate and a tower for each, nothing decoupled or corrected",
             ("model.stop_gradient=off", "model.loss_correction=none", "model.mutual_information=off"),
         ),
-        System("CGRec", "domains' losses by their Shapley values", ("model.loss_correction=shapley",), work=3.0),
+        System("CGRec", "domains' losses by their Shapley values", _SHAPLEY, work=3.0),
         System("SASRec", "one expert, no tower, over the merged history", _ONE, work=0.2),
         System("GRU4Rec", "one GRU, no tower, over the merged history", (*_ONE, "model.encoder=gru", *_GRU), work=0.2),
     )
