@@ -9,6 +9,7 @@ from embeddings.blocks import GROUP, Blocks, items_of
 from embeddings.scores import above, below
 
 __all__ = ["Ahead", "Best", "items_of", "scores_and_rows", "smallest"]
+PARTS = 1  # of users for a thread: operations are short as it is
 MISSING = (0x7F800000 << 32) | 0xFFFFFFFF  # the key of no item: a score of −inf and a row behind all others
 _WAITING = 4  # candidates that may be held, as a multiple of those that will be left
 

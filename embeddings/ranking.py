@@ -139,12 +139,12 @@ class ExactRanking:
                 row_U = torch.cat(_gathered(row_B[begin:end], counts))
                 users, rows = torch.cat([users, own]), torch.cat([rows, row_B[begin:end]])
             excluded_row, excluded_user = self._told(users, rows, len(y_UR))
-            slices, parts = parts_of(len(y_UR), device), []
+            way = scan if scan.can(y_UR) else best
+            slices, parts = parts_of(len(y_UR), device, way.PARTS), []
             for users in slices:
                 here = (excluded_user >= users.start) & (excluded_user < users.stop)
                 pairs = excluded_row[here], excluded_user[here] - users.start
                 parts.append(UserPart(y_UR[users], *pairs, shard, self.strips))
-            way = scan if scan.can(parts) else best
             yield _Group(y_UR, row_U, slices, parts, way, shard, counts, before, end - begin)
 
     def _told(self, users_E, rows_E, users):

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from embeddings.best import MISSING, keys_of, smallest
-from embeddings.scores import above, below, error
+from embeddings.scores import Vectors, above, below, error
 from kernels.build import missing
 
+PARTS = 2  # of users for a thread: whichever is free takes the next
 
-def can(parts):
-    """True where the kernel can look for what these UserParts want: on a CPU with AVX-512 and a C++ compiler, for users whose
-    vectors are tame (embeddings/scores.py)."""
-    if any(part.y.vectors_VR.device.type != "cpu" or part.y.any_wild for part in parts):
+
+def can(y_UR):
+    """True where the kernel can look for what these users want: on a CPU with AVX-512 and a C++ compiler, where their vectors
+    are tame (embeddings/scores.py)."""
+    if y_UR.device.type != "cpu" or Vectors(y_UR).any_wild:
         return False
     return not missing("scan", "ranking all items takes up to twice as long")
 
@@ -59,8 +61,8 @@ class Best:
         rows_UC = self.part.shard.row(self._places_UC.long() & 0xFFFFFFFF)
         there_UC = torch.arange(rows_UC.shape[1]) < self._counts_U[:, None]
         keys_UC = torch.where(there_UC, keys_of(self._products_UC, rows_UC), MISSING)
-        short = max(0, self.k - keys_UC.shape[1])
-        return smallest(torch.nn.functional.pad(keys_UC, (0, short), value=MISSING), self.k)
+        none_US = keys_UC.new_full((len(keys_UC), max(0, self.k - keys_UC.shape[1])), MISSING)
+        return smallest(torch.cat([keys_UC, none_US], 1), self.k)
 
     def _held(self):
         state = self._places_UC, self._products_UC, self._counts_U, self._least_U

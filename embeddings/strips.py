@@ -88,9 +88,10 @@ class UserPart:
         return items - torch.bincount(self.excluded_user, minlength=len(self.y.vectors_VR))
 
 
-def parts_of(users, device):
-    """Slices of so many users that are scored side by side: on a CPU one for each thread, where they are enough."""
-    parts = 1 if device.type != "cpu" else max(1, min(torch.get_num_threads(), users // _FEWEST))
+def parts_of(users, device, most):
+    """Slices of so many users that are scored side by side: on a CPU up to `most` for each thread, where users are enough."""
+    threads = 1 if device.type != "cpu" else torch.get_num_threads()
+    parts = 1 if threads == 1 else max(1, min(threads * most, users // _FEWEST))
     return [slice(users * part // parts, users * (part + 1) // parts) for part in range(parts)]
 
 
@@ -101,23 +102,31 @@ def show(strips, viewers):
     core for itself.
     """
 
-    def see(viewer, strip):
+    def see(viewer, strip, before):
+        if before is not None:
+            before.result()  # taken up earlier, so it ends
         with torch.no_grad():
             viewer.see(strip)
 
     with full_precision(viewers[0].part.shard.weight.device.type):
         if len(viewers) == 1:
             for strip in strips:
-                see(viewers[0], strip)
+                see(viewers[0], strip, None)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(len(viewers) + 1) as pool:
+            with ThreadPoolExecutor(min(threads, len(viewers)) + 1) as pool:
+                earlier, seen = [], [None] * len(viewers)
                 coming = pool.submit(next, strips, None)
                 while (strip := coming.result()) is not None:
                     coming = pool.submit(next, strips, None)
-                    for seen in [pool.submit(see, viewer, strip) for viewer in viewers]:
-                        seen.result()
+                    pairs = list(zip(viewers, seen, strict=True))
+                    earlier, seen = seen, [pool.submit(see, viewer, strip, before) for viewer, before in pairs]
+                    # A core that something else slows down holds up the others by the next strip only.
+                    for one in filter(None, earlier):
+                        one.result()
+                for one in filter(None, seen):
+                    one.result()
         finally:
             torch.set_num_threads(threads)

@@ -2,8 +2,8 @@
 // registers, so that no score goes through memory.
 //
 // A product of float32 numbers is no further from the score of its pair than the error that embeddings/scores.py gives for any
-// order of summation. What that leaves open is scored here as it is there, exactly. A product of a wild item is not a number, and
-// so is always open. Users are tame.
+// order of summation. What that leaves open is scored here as it is there, exactly; with a wild item a product is no number, and
+// so always open. Users are tame.
 //
 // Items come in panels (items / 32, r, 32), filled up with zeros: `pack`. Pairs that are not to be shown come by column.
 
@@ -300,8 +300,8 @@ std::tuple<Tensor, double> pack(const Tensor& weight, const Tensor& place) {
   return {panels, 1.001 * double(_mm512_reduce_max_ps(longest)) + dim * 0x1p-60};
 }
 
-Best best_of(const Items& items, const Rows& users, const Tensor& error, const Tensor& most_error, const Tensor& nowhere, int64_t k,
-             Tensor& places, Tensor& products, Tensor& counts, Tensor& least) {
+Best best_of(const Items& items, const Rows& users, const Tensor& error, const Tensor& most_error, const Tensor& nowhere,
+             int64_t k, Tensor& places, Tensor& products, Tensor& counts, Tensor& least) {
   const int64_t room = places.size(1);
   for (const auto& tensor : {error, most_error, nowhere, places, products, counts, least})
     TORCH_CHECK(tensor.is_contiguous() && tensor.size(0) == users.count, "one for each user");
@@ -320,8 +320,8 @@ Best best_of(const Items& items, const Rows& users, const Tensor& error, const T
 }
 
 void best(const Tensor& panels, const Tensor& place, const Tensor& weight, const Tensor& y, const Tensor& hidden_user,
-          const Tensor& hidden_column, const Tensor& error, const Tensor& most_error, const Tensor& nowhere, int64_t k, Tensor places,
-          Tensor products, Tensor counts, Tensor least) {
+          const Tensor& hidden_column, const Tensor& error, const Tensor& most_error, const Tensor& nowhere, int64_t k,
+          Tensor places, Tensor products, Tensor counts, Tensor least) {
   const Items items(panels, place, weight);
   const Rows users(y);
   auto viewer = best_of(items, users, error, most_error, nowhere, k, places, products, counts, least);
@@ -362,7 +362,8 @@ TORCH_LIBRARY(scan, library) {
   library.def("pack(Tensor weight, Tensor place) -> (Tensor, float)", &pack);
   library.def(
       "best(Tensor panels, Tensor place, Tensor weight, Tensor y, Tensor hidden_user, Tensor hidden_column, Tensor error, "
-      "Tensor most_error, Tensor nowhere, int k, Tensor(a!) places, Tensor(b!) products, Tensor(c!) counts, Tensor(d!) least) -> ()",
+      "Tensor most_error, Tensor nowhere, int k, Tensor(a!) places, Tensor(b!) products, Tensor(c!) counts, Tensor(d!) least) "
+      "-> ()",
       &best);
   library.def(
       "settle(Tensor weight, Tensor y, Tensor most_error, Tensor nowhere, int k, Tensor(a!) places, Tensor(b!) products, "
