@@ -2,8 +2,8 @@
 // registers, so that no score goes through memory.
 //
 // A product of float32 numbers is no further from the score of its pair than the error that embeddings/scores.py gives for any
-// order of summation. What that leaves open is scored here as it is there, exactly; with a wild item a product is no number, and
-// so always open. Users are tame.
+// order of summation. What that leaves open is scored here as it is there, exactly; with a wild item a product is no number,
+// and so always open. Users are tame.
 //
 // Items come in panels (items / 32, r, 32), filled up with zeros: `pack`. Pairs that are not to be shown come by column.
 
