@@ -40,7 +40,7 @@ class Best:
 
     def __init__(self, part, k):
         y_UR, items = part.y.vectors_VR, len(part.shard.weight)
-        users, self.part, self.k, self._least_k = len(y_UR), part, k, min(k, items)
+        users, self.part, self.k, self._least_k = len(y_UR), part, k, max(1, min(k, items))
         room = 2 * self._least_k + 32
         self._places_UC = torch.empty(users, room, dtype=torch.int32)
         self._products_UC = torch.empty(users, room)
@@ -58,11 +58,12 @@ class Best:
     def keys(self):
         """Of the best k (U, k)."""
         torch.ops.scan.settle(self.part.shard.weight, self.part.y.vectors_VR, *self._held())
-        rows_UC = self.part.shard.row(self._places_UC.long() & 0xFFFFFFFF)
-        there_UC = torch.arange(rows_UC.shape[1]) < self._counts_U[:, None]
-        keys_UC = torch.where(there_UC, keys_of(self._products_UC, rows_UC), MISSING)
-        none_US = keys_UC.new_full((len(keys_UC), max(0, self.k - keys_UC.shape[1])), MISSING)
-        return smallest(torch.cat([keys_UC, none_US], 1), self.k)
+        left = int(self._counts_U.max())  # of any user
+        rows_Un = self.part.shard.row(self._places_UC[:, :left].long() & 0xFFFFFFFF)
+        there_Un = torch.arange(left) < self._counts_U[:, None]
+        keys_Un = torch.where(there_Un, keys_of(self._products_UC[:, :left], rows_Un), MISSING)
+        none_Um = keys_Un.new_full((len(keys_Un), self.k - left), MISSING)
+        return smallest(torch.cat([keys_Un, none_Um], 1), self.k)
 
     def _held(self):
         state = self._places_UC, self._products_UC, self._counts_U, self._least_U

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from embeddings import scan, scores
+from embeddings.best import scores_and_rows
 from embeddings.strips import Strip, UserPart
 from kernels.build import missing
 from tests.alone import group_of_one
@@ -83,6 +84,13 @@ def test_any_number_of_users_is_ranked_as_without_the_kernel(users, dim, items):
                 found[way] = ranking_worker.ranked(case, table)
     for what, expected in found["plain"].items():
         np.testing.assert_array_equal(found["scan"][what], expected, what)
+
+
+def test_a_rank_without_rows_has_none_of_the_best():
+    shard, strips = Alone(torch.zeros(0, 4)), Whole(1)
+    part = UserPart(torch.randn(3, 4), NOTHING, NOTHING, shard, strips)
+    rows_Uk = scores_and_rows(scan.Best(part, 2).keys())[1]
+    assert torch.equal(rows_Uk, torch.full((3, 2), -1)) and not scan.Ahead(part, torch.zeros(3)).count().any()
 
 
 def test_it_is_for_tame_users():
