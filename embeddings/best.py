@@ -1,13 +1,15 @@
-"""What users' parts look for among strips: the best k items, and how many come before a given one.
+"""What users' parts look for among strips: the best k items, and how many come before a given one; by PyTorch's operations.
 
 Scores by product are told apart by more than their error (embeddings/scores.py); what is nearer is scored exactly.
 """
 
 import torch
 
+from embeddings.blocks import GROUP, Blocks, items_of
 from embeddings.scores import above, below
-from embeddings.strips import GROUP
 
+__all__ = ["Ahead", "Best", "items_of", "scores_and_rows", "smallest"]
+PARTS = 1  # of users for a thread: operations are short as it is
 MISSING = (0x7F800000 << 32) | 0xFFFFFFFF  # the key of no item: a score of −inf and a row behind all others
 _WAITING = 4  # candidates that may be held, as a multiple of those that will be left
 
@@ -22,7 +24,7 @@ class Best:
         self.full_U = torch.zeros(len(y_UR), dtype=torch.bool, device=y_UR.device)  # k candidates are settled
         self.nowhere_U = (y_UR == 0).all(1)  # all items are equal for these
         self.error_U = torch.zeros(len(y_UR), dtype=torch.float64, device=y_UR.device)  # of any candidate's product
-        part.idle_U = self._hopeless()
+        self._scored = Blocks(part, self._hopeless())
         # Of each candidate: the user's number, and in the lower 32 bits the place in the shard.
         self._blocks, self._waiting = 0, 0
         self._keys = [torch.empty(0, dtype=torch.int64, device=y_UR.device)]
@@ -30,7 +32,7 @@ class Best:
 
     def see(self, strip):
         """Takes the candidates of a strip."""
-        for block in self.part.blocks(strip):
+        for block in self._scored.of(strip):
             self._blocks += 1
             groups_UG = block.scores_UN.unflatten(1, (GROUP, -1)).amax(1)
             if self._blocks == 1:
@@ -117,18 +119,18 @@ class Ahead:
 
     def __init__(self, part, score_U):
         lost_U = ~(score_U > -torch.inf)  # behind every item that is left: nothing has to be compared
-        part.idle_U = lost_U if lost_U.any() else None
+        self._scored = Blocks(part, lost_U if lost_U.any() else None)
         self.part, self._lost_U, self._items = part, lost_U, 0
         self._score_U = score_U.masked_fill(lost_U, torch.inf)
         self._ahead_U = torch.zeros(len(score_U), dtype=torch.int64, device=score_U.device)
 
     def see(self, strip):
         self._items += len(strip.row_S)
-        for block in self.part.blocks(strip):
+        for block in self._scored.of(strip):
             scores_UN, score_U = block.scores_UN, self._score_U
             low_U, high_U = below(score_U.double() - block.error_U), above(score_U.double() + block.error_U)
             # As numbers: torch takes four times as long to write bools.
-            compared_UN = self.part.memory("compared", *scores_UN.shape)
+            compared_UN = self._scored.memory("compared", *scores_UN.shape)
             self._ahead_U += (ahead_U := torch.ge(scores_UN, high_U[:, None], out=compared_UN).sum(1)).long()
             behind_U = torch.lt(scores_UN, low_U[:, None], out=compared_UN).sum(1)
             (close_A,) = torch.nonzero(ahead_U + behind_U < scores_UN.shape[1], as_tuple=True)
@@ -141,8 +143,7 @@ class Ahead:
 
     def count(self):
         """Of each user: int64 (U,)."""
-        left_U = self._items - torch.bincount(self.part.excluded_user, minlength=len(self._lost_U))
-        return torch.where(self._lost_U, left_U, self._ahead_U)
+        return torch.where(self._lost_U, self.part.left(self._items), self._ahead_U)
 
 
 def smallest(keys, k):

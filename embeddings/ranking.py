@@ -1,18 +1,20 @@
 """Exact ranking of all items of a domain on the row-wise shards of M: the best k for a user, and the rank of an item.
 
-The table is never gathered. The users' vectors go to all ranks; each rank scores the rows that it holds, block by block, and
-keeps the best so far (embeddings/strips.py, best.py); what it found goes back to the users' ranks, which merge. A block is
-scored by a float32 product, and only what that cannot tell from what is sought is scored again, exactly (scores.py): results
-do not depend on the number of ranks, on the block, or on the device. Memory is that of a few blocks and of the users scored at
-once, whatever the number of items and of users.
+The table is never gathered. The users' vectors go to all ranks; each rank scores the rows that it holds, strip by strip, and
+keeps the best so far (embeddings/strips.py; scan.py, or best.py where that cannot run); what it found goes back to the users'
+ranks, which merge. Scores are float32 products, and only what those cannot tell from what is sought is scored again, exactly
+(scores.py): results do not depend on the number of ranks, on the block, or on the device. Memory is that of a few blocks and of
+the users scored at once, whatever the number of items and of users.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
-from embeddings.best import Ahead, Best, scores_and_rows, smallest
+from embeddings import best, scan
+from embeddings.best import scores_and_rows, smallest
 from embeddings.scores import exact_scores
 from embeddings.strips import Shard, Strips, UserPart, parts_of, show
 
@@ -74,8 +76,8 @@ class ExactRanking:
             raise ValueError(f"k is {k}: give at least 1")
         found = [torch.empty(0, k, dtype=torch.int64, device=self.table.device)]
         for group in self._groups(y_BR, excluded):
-            viewers = [Best(part, k) for part in group.parts]
-            show(self.strips.of(group.shard), viewers)
+            viewers = [group.way.Best(part, k) for part in group.parts]
+            show(self.strips.of(group.shard, group.way.items_of), viewers)
             best_Uk = torch.cat([viewer.keys() for viewer in viewers])
             received = best_Uk.new_empty(self.world_size * group.own, k)
             dist.all_to_all_single(received, best_Uk, [group.own] * self.world_size, group.counts)
@@ -96,8 +98,8 @@ class ExactRanking:
         found = [torch.empty(0, dtype=torch.int64, device=self.table.device)]
         for group in self._groups(y_BR, excluded, row_B):
             score_U = self._scores(group)
-            viewers = [Ahead(part, score_U[users]) for part, users in zip(group.parts, group.slices, strict=True)]
-            show(self.strips.of(group.shard), viewers)
+            viewers = [group.way.Ahead(part, score_U[users]) for part, users in zip(group.parts, group.slices, strict=True)]
+            show(self.strips.of(group.shard, group.way.items_of), viewers)
             ahead_U = torch.cat([viewer.count() for viewer in viewers])
             dist.all_reduce(ahead_U)
             found.append(1 + ahead_U[group.before : group.before + group.own])
@@ -137,12 +139,13 @@ class ExactRanking:
                 row_U = torch.cat(_gathered(row_B[begin:end], counts))
                 users, rows = torch.cat([users, own]), torch.cat([rows, row_B[begin:end]])
             excluded_row, excluded_user = self._told(users, rows, len(y_UR))
-            slices, parts = parts_of(len(y_UR), device), []
+            way = scan if scan.can(y_UR) else best
+            slices, parts = parts_of(len(y_UR), device, way.PARTS), []
             for users in slices:
                 here = (excluded_user >= users.start) & (excluded_user < users.stop)
                 pairs = excluded_row[here], excluded_user[here] - users.start
                 parts.append(UserPart(y_UR[users], *pairs, shard, self.strips))
-            yield _Group(y_UR, row_U, slices, parts, shard, counts, before, end - begin)
+            yield _Group(y_UR, row_U, slices, parts, way, shard, counts, before, end - begin)
 
     def _told(self, users_E, rows_E, users):
         """Tells the ranks that hold the rows who is not to be shown them: (rows, users) of what this one holds, by row, once
@@ -165,13 +168,14 @@ class ExactRanking:
 class _Group:
     """Users of all ranks, one rank's after the other's, counts of each; this rank's are `own`, from `before` on.
 
-    row_U: items to be ranked; parts: the users' slices, for this rank's shard.
+    row_U: items to be ranked; parts: the users' slices, for this rank's shard; way: of looking, the kernel's or PyTorch's.
     """
 
     y_UR: torch.Tensor
     row_U: torch.Tensor | None
     slices: list[slice]
     parts: list[UserPart]
+    way: ModuleType
     shard: Shard
     counts: list[int]
     before: int

@@ -1,18 +1,17 @@
-"""What a rank scores: its rows of a domain in strips, for some users, block by block.
+"""What a rank scores: its rows of a domain in strips, for some users.
 
-A strip's vectors are copied together, since they lie far apart in the shard; a block of scores is what stays in the caches.
+A strip's vectors are copied together, since they lie far apart in the shard, as who scores them wants them: embeddings/best.py
+or scan.py.
 """
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from embeddings.scores import Vectors, error, exact_scores, full_precision, product
+from embeddings.scores import Vectors, exact_scores, full_precision
 
-GROUP = 32  # a block's columns are a multiple of it
 _STRIP = 8  # blocks
 _FEWEST = 128  # users that are worth a thread
 
@@ -44,99 +43,55 @@ class Strips:
         span = _STRIP * block * ranks
         self.bounds = [*range(first, first + items, span), first + items]
 
-    def of(self, shard):
-        """Those that the shard has any rows of, in the order of rows."""
+    def of(self, shard, items_of):
+        """Those that the shard has any rows of, in the order of rows. items_of(weight, place_S): their items."""
         for number, (begin, end) in enumerate(pairwise(self.bounds)):
             row = torch.arange(begin, end, device=shard.weight.device)
             place = shard.place(row)
             here = shard.holds(place)
             row, place = row[here], place[here]
-            if len(row) == 0:
-                continue
-            # As wide as each other: how many of a strip lie here differs by a few.
-            width = -(-len(row) // (max(1, round(len(row) / self.block)) * GROUP)) * GROUP
-            m_SR = torch.empty(-(-len(row) // GROUP) * GROUP, shard.weight.shape[1], device=row.device)
-            torch.index_select(shard.weight, 0, place, out=m_SR[: len(row)])
-            m_SR[len(row) :] = 0
-            yield Strip(number, row, place, Vectors(m_SR), width)
+            if len(row):
+                # As many as there would be of `block` rows: how many of a strip lie here differs by a few.
+                yield Strip(number, row, place, items_of(shard.weight, place), max(1, round(len(row) / self.block)))
 
 
 @dataclass(frozen=True)
 class Strip:
-    """row_S: of M, ascending; place_S: in the shard; items: their Vectors, and zeros up to a whole group; width: of a block."""
+    """row_S: of M, ascending; place_S: in the shard; items: their vectors; blocks: how many to score it in."""
 
     number: int
     row_S: torch.Tensor
     place_S: torch.Tensor
-    items: Vectors
-    width: int
+    items: object
+    blocks: int
 
 
 class UserPart:
-    """Some users y_UR, and what of each is not to be shown: pairs (row, user), sorted by row, once each.
-
-    idle_U: users for whom nothing is to be looked for, None where there is none.
-    """
+    """Some users y_UR, and what of each is not to be shown: pairs (row, user), sorted by row, once each."""
 
     def __init__(self, y_UR, excluded_row, excluded_user, shard, strips):
-        self.y, self.shard, self.idle_U = Vectors(y_UR), shard, None
+        self.y, self.shard = Vectors(y_UR), shard
         self.excluded_row, self.excluded_user = excluded_row, excluded_user
         bounds = torch.tensor(strips.bounds, device=y_UR.device)
-        self._cuts, self._memory = torch.searchsorted(excluded_row, bounds).tolist(), {}
+        self._cuts = torch.searchsorted(excluded_row, bounds).tolist()
 
     def exact(self, users_C, places_C):
         return exact_scores(self.y.vectors_VR, users_C, self.shard.weight, places_C)
 
-    def memory(self, name, *shape):
-        """A tensor that is written again for every block: fresh ones take longer than a product does."""
-        size = math.prod(shape)
-        if name not in self._memory or self._memory[name].numel() < size:
-            self._memory[name] = torch.empty(size, device=self.excluded_row.device)
-        return self._memory[name][:size].view(shape)
-
-    def blocks(self, strip):
-        """The strip's scores."""
+    def hidden(self, strip):
+        """Pairs (user, column of the strip) that are not to be shown, by column."""
         here = slice(*self._cuts[strip.number : strip.number + 2])
-        users_E, columns_E = self.excluded_user[here], torch.searchsorted(strip.row_S, self.excluded_row[here])
-        items, error_U = len(strip.row_S), error(self.y, strip.items)
-        bounds = [*range(0, items, strip.width), len(strip.items.vectors_VR)]
-        cuts = torch.searchsorted(columns_E, torch.tensor(bounds, device=columns_E.device)).tolist()
-        for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
-            scores_UN = product(self.y, strip.items, self.memory("scores", len(error_U), end - begin), begin)
-            if end > items:
-                scores_UN[:, items - begin :] = -torch.inf
-            if self.idle_U is not None:
-                scores_UN[self.idle_U] = -torch.inf
-            hidden = users_E[first:last], columns_E[first:last] - begin
-            if last > first:
-                scores_UN[hidden] = -torch.inf
-            yield Block(strip.row_S[begin:end], strip.place_S[begin:end], scores_UN, error_U, hidden)
+        return self.excluded_user[here], torch.searchsorted(strip.row_S, self.excluded_row[here])
+
+    def left(self, items):
+        """How many of all the shard's items, so many, are to be shown to each (U,)."""
+        return items - torch.bincount(self.excluded_user, minlength=len(self.y.vectors_VR))
 
 
-@dataclass(frozen=True)
-class Block:
-    """row_N: of M, ascending; place_N: in the shard; scores_UN: the product, −inf at what is no item and what is excluded, and
-    for the idle; error_U: of these; excluded: users and columns."""
-
-    row_N: torch.Tensor
-    place_N: torch.Tensor
-    scores_UN: torch.Tensor
-    error_U: torch.Tensor
-    excluded: tuple[torch.Tensor, torch.Tensor]
-
-    def shown(self, users_C, columns_C, scores_C):
-        """Those of the pairs that are of items and not excluded; scores_C: by product."""
-        if (scores_C == -torch.inf).any():
-            width, (users_E, columns_E) = self.scores_UN.shape[1], self.excluded
-            excluded_C = torch.isin(users_C * width + columns_C, users_E * width + columns_E)
-            left_C = (columns_C < len(self.row_N)) & ~excluded_C
-            users_C, columns_C, scores_C = users_C[left_C], columns_C[left_C], scores_C[left_C]
-        return users_C, columns_C, scores_C
-
-
-def parts_of(users, device):
-    """Slices of so many users that are scored side by side: on a CPU one for each thread, where they are enough."""
-    parts = 1 if device.type != "cpu" else max(1, min(torch.get_num_threads(), users // _FEWEST))
+def parts_of(users, device, most):
+    """Slices of so many users that are scored side by side: on a CPU up to `most` for each thread, where users are enough."""
+    threads = 1 if device.type != "cpu" else torch.get_num_threads()
+    parts = 1 if threads == 1 else max(1, min(threads * most, users // _FEWEST))
     return [slice(users * part // parts, users * (part + 1) // parts) for part in range(parts)]
 
 
@@ -147,23 +102,31 @@ def show(strips, viewers):
     core for itself.
     """
 
-    def see(viewer, strip):
+    def see(viewer, strip, before):
+        if before is not None:
+            before.result()  # taken up earlier, so it ends
         with torch.no_grad():
             viewer.see(strip)
 
     with full_precision(viewers[0].part.shard.weight.device.type):
         if len(viewers) == 1:
             for strip in strips:
-                see(viewers[0], strip)
+                see(viewers[0], strip, None)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(len(viewers) + 1) as pool:
+            with ThreadPoolExecutor(min(threads, len(viewers)) + 1) as pool:
+                earlier, seen = [], [None] * len(viewers)
                 coming = pool.submit(next, strips, None)
                 while (strip := coming.result()) is not None:
                     coming = pool.submit(next, strips, None)
-                    for seen in [pool.submit(see, viewer, strip) for viewer in viewers]:
-                        seen.result()
+                    pairs = list(zip(viewers, seen, strict=True))
+                    earlier, seen = seen, [pool.submit(see, viewer, strip, before) for viewer, before in pairs]
+                    # A core that something else slows down holds up the others by the next strip only.
+                    for one in filter(None, earlier):
+                        one.result()
+                for one in filter(None, seen):
+                    one.result()
         finally:
             torch.set_num_threads(threads)

@@ -1,29 +1,14 @@
-"""An attention block of K experts as one CPU kernel (kernels/block.cpp): built where it is first needed, and its autograd.
+"""An attention block of K experts as one CPU kernel (kernels/block.cpp), and its autograd.
 
 PyTorch's operations pass every intermediate tensor through memory, and on a CPU that takes longer than the matrix products
 between them (benchmarks/parts.py). The kernel is held to `Block`'s own operations by tests/syncrec/test_fused.py.
 """
 
-import functools
-import hashlib
-import logging
-import os
-import platform
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import torch
-from torch.utils import cpp_extension
 
-_SOURCE = Path(__file__).with_name("kernels") / "block.cpp"
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-shared", "-fPIC", "-w")
+from kernels.build import Unavailable, missing
+
 _TILE = 384  # rows, few enough to stay in a core's L2 cache
-
-
-class Unavailable(Exception):
-    """Why there is no fused kernel on this machine, in a line."""
 
 
 def chosen(kernel, x, post_norm):
@@ -37,7 +22,7 @@ def chosen(kernel, x, post_norm):
         if kernel == "fused":
             raise Unavailable(f"model.kernel=fused is for CPU, norm=post and fp32 or bf16; here is {x.device.type}: use auto")
         return False
-    reason = _missing()
+    reason = why_missing()
     if reason and kernel == "fused":
         raise Unavailable(f"model.kernel=fused: {reason}")
     return not reason
@@ -75,52 +60,6 @@ class _Block(torch.autograd.Function):
         return x_gradient, None, None, *gradients
 
 
-@functools.cache
-def _missing():
+def why_missing():
     """None where the kernel is loaded, else why it cannot be."""
-    try:
-        torch.ops.load_library(str(build()))
-    except (Unavailable, OSError) as error:
-        reason = str(error).splitlines()[0]
-        logging.getLogger(__name__).warning("no fused CPU kernel, so experts run two to three times as long: %s", reason)
-        return reason
-    return None
-
-
-def build() -> Path:
-    """Compiles the kernel for this machine's processor, half a minute once, and returns the library. Raises Unavailable.
-
-    Not by torch.utils.cpp_extension.load: it waits for ever for a build that was killed. Two processes that both find no
-    library both build one, and the second replaces the first's by the same.
-    """
-    source = b"".join(path.read_bytes() for path in sorted(_SOURCE.parent.iterdir()) if path.suffix in (".cpp", ".h"))
-    kind = "\n".join([*_FLAGS, torch.__version__, platform.machine(), _features()]).encode()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncrec"
-    library = home / f"block-{hashlib.sha256(source + kind).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        raise Unavailable("there is no C++ compiler (c++, g++ or $CXX)")
-    partial = library.with_suffix(f".{os.getpid()}.partial")
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
-    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise Unavailable(f"{compiler} cannot build it in {home}: {error.strerror}") from None
-    if done.returncode:
-        partial.unlink(missing_ok=True)
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise Unavailable(f"{compiler} cannot build {_SOURCE.name}: {errors[0]}")
-    partial.replace(library)
-    return library
-
-
-def _features():
-    """What the processor can do: a library built on one machine may stop another's process."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M) if info.is_file() else None
-    return found.group() if found else platform.processor()
+    return missing("block", "experts run two to three times as long")

@@ -1,4 +1,4 @@
-"""Imports run launch → trainer → {embeddings, syncrec}, and the model knows nothing of ranks or of the table."""
+"""Imports run launch → trainer → {embeddings, syncrec} → kernels, and the model knows nothing of ranks or of the table."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"launch", "trainer", "embeddings", "syncrec", "tests", "benchmarks"}
+OURS = {"launch", "trainer", "embeddings", "syncrec", "kernels", "tests", "benchmarks"}
 MAY_IMPORT = {
     "launch": {"launch", "trainer", "embeddings", "syncrec"},
     "trainer": {"trainer", "embeddings", "syncrec"},
-    "embeddings": {"embeddings"},
-    "syncrec": {"syncrec"},
+    "embeddings": {"embeddings", "kernels"},
+    "syncrec": {"syncrec", "kernels"},
+    "kernels": {"kernels"},
 }
 FORBIDDEN = {"syncrec": ("torchrec", "fbgemm_gpu", "deepspeed", "torch.distributed", "webdataset")}
 
@@ -92,6 +93,7 @@ def test_no_module_imports_itself_around_a_corner():
         ("syncrec.model", "from deepspeed.ops import adam"),
         ("embeddings.table", "from syncrec import model"),
         ("embeddings.table", "from trainer.errors import InputError"),
+        ("kernels.build", "from embeddings import scores"),
         ("trainer.data.stream", "from launch.stack import check_stack"),
         ("trainer.loop", "import importlib\nimportlib.import_module('launch.train')"),
         ("launch.train", "from tests.syncrec import reference"),

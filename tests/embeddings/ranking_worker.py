@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N -m tests.embeddings.ranking_worker OUTPUT
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,12 +11,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from embeddings import scan
 from embeddings.config import TableConfig
 from embeddings.ranking import ExactRanking, Excluded
 from embeddings.table import ItemTable
 from tests.embeddings.ranking_cases import CASES
 from trainer import distributed
 from trainer.process import run_script
+
+WAYS = ("scan", "plain")  # the compiled kernel, where this machine has it, and PyTorch's operations
+
+
+@contextlib.contextmanager
+def by(way):
+    """Ranks one way."""
+    before = scan.can
+    try:
+        if way == "plain":
+            scan.can = lambda y_UR: False
+        yield
+    finally:
+        scan.can = before
 
 
 def table_of(m_NR, device="cpu", config=None):
@@ -58,7 +74,9 @@ def main(output):
     results = {}
     for name, case in CASES.items():
         table = table_of(case.m_NR)
-        results |= {f"{name}_{what}": values for what, values in ranked(case, table).items()}
+        for way in WAYS:
+            with by(way):
+                results |= {f"{way}_{name}_{what}": values for what, values in ranked(case, table).items()}
     if dist.get_rank() == 0:
         np.savez(output / f"ranks-{dist.get_world_size()}.npz", **results)
     dist.barrier()

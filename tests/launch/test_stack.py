@@ -129,10 +129,10 @@ def metadata(monkeypatch):
 
 def test_the_package_has_its_name_and_all_folders(metadata):
     assert metadata["name"] == "syncrec-trainer"
-    assert {"trainer", "trainer.data", "syncrec", "embeddings", "launch"} <= set(metadata["packages"])
+    assert {"trainer", "trainer.data", "syncrec", "embeddings", "kernels", "launch"} <= set(metadata["packages"])
     assert not any(package.startswith(("tests", "benchmarks")) for package in metadata["packages"])
-    presets = [path for pattern in metadata["package_data"]["launch"] for path in (ROOT / "launch").glob(pattern)]
-    assert ROOT / "launch" / "configs" / "default.yaml" in presets
+    data = {path for folder, kinds in metadata["package_data"].items() for kind in kinds for path in (ROOT / folder).glob(kind)}
+    assert {ROOT / "launch/configs/default.yaml", ROOT / "kernels/scan.cpp", ROOT / "kernels/products.h"} <= data
 
 
 def test_pip_asks_for_what_the_table_says(metadata):

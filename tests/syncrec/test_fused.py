@@ -11,8 +11,8 @@ from syncrec.batch import attention_layout, move
 from syncrec.config import ModelConfig
 from syncrec.experts import Block
 
-if fused._missing():
-    pytest.skip(f"no fused kernel here: {fused._missing()}", allow_module_level=True)
+if fused.why_missing():
+    pytest.skip(f"no fused kernel here: {fused.why_missing()}", allow_module_level=True)
 
 
 def made(lengths, experts, dim, heads, ffn_dim, dtype=torch.float64, seed=0):
@@ -132,12 +132,7 @@ def test_what_is_no_number_stays_none():
     assert y[0, 1:4].isnan().all() and y[0, 4:].isfinite().all()
 
 
-def test_a_choice_that_cannot_be_had_says_why(monkeypatch, tmp_path):
+def test_a_choice_that_cannot_be_had_says_why():
     with pytest.raises(fused.Unavailable, match="norm=post"):
         fused.chosen("fused", torch.zeros(1), post_norm=False)
     assert not fused.chosen("auto", torch.zeros(1), post_norm=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(fused.Unavailable, match="cannot build"):
-        fused.build()
-    assert not list(tmp_path.rglob("*.so"))

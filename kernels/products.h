@@ -166,12 +166,10 @@ inline void store(BFloat16* out, __mmask16 mask, __m512 values) {
 }
 #endif
 
-// kCount rows and up to 32 columns of out. a: row i's unit p at a[i * row_step + p * unit_step].
-template <typename Value, int kCount, bool kAdd, typename Out>
-inline void block(int64_t count, const Unit* a, int64_t row_step, int64_t unit_step, const Unit* panel, Out* out, int64_t out_step,
-                  __mmask32 mask) {
-  const __mmask16 left = mask & 0xffff, right = mask >> 16;
-  __m512 sum[kCount][2];
+// sum = kCount rows of a and the 32 columns of a panel, multiplied. a: row i's unit p at a[i * row_step + p * unit_step].
+template <typename Value, int kCount>
+[[gnu::always_inline]] inline void multiply(int64_t count, const Unit* a, int64_t row_step, int64_t unit_step, const Unit* panel,
+                                            __m512 (&sum)[kCount][2]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (int64_t p = 0; p < count; p++) {
@@ -183,6 +181,15 @@ inline void block(int64_t count, const Unit* a, int64_t row_step, int64_t unit_s
       sum[i][1] = multiply_add<Value>(sum[i][1], unit, b1);
     }
   }
+}
+
+// kCount rows and up to 32 columns of out.
+template <typename Value, int kCount, bool kAdd, typename Out>
+inline void block(int64_t count, const Unit* a, int64_t row_step, int64_t unit_step, const Unit* panel, Out* out, int64_t out_step,
+                  __mmask32 mask) {
+  const __mmask16 left = mask & 0xffff, right = mask >> 16;
+  __m512 sum[kCount][2];
+  multiply<Value>(count, a, row_step, unit_step, panel, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; i++) {
     Out* to = out + i * out_step;
@@ -209,7 +216,7 @@ inline void rows(int64_t m, int64_t count, const Unit* a, int64_t row_step, int6
 
 #endif
 
-// ---- what block.cpp calls
+// ---- what is called
 
 // The right factor b (k, n) of products, ready for many of them. Given transposed it is (n, k) in memory. In bfloat16 k is even
 // where b is transposed, and a's rows have an even distance and zeros up to an even k.
