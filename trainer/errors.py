@@ -3,6 +3,9 @@
 import functools
 import os
 import sys
+import time
+
+_LET_IT_BE_SAID = 1.0  # seconds
 
 
 class InputError(Exception):
@@ -48,6 +51,8 @@ def exit_on_input_error(main):
             if error.one_rank or int(os.environ.get("RANK", "0")) == 0:
                 start = "" if isinstance(error, Stopped) else "error: "
                 print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            else:  # a launcher takes all down when it sees the first one gone, and it is rank 0 that says why
+                time.sleep(_LET_IT_BE_SAID)
             sys.exit(error.status)
 
     return wrapped
