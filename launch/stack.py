@@ -68,8 +68,9 @@ def install():
     subprocess.run([sys.executable, __file__, "check"], check=True)
     if not has_cuda():
         # Now rather than in the first step; without a compiler there is none, which a run says and does without.
-        build = "from syncrec.fused import Unavailable, build\ntry: build()\nexcept Unavailable as reason: print(reason)"
-        subprocess.run([sys.executable, "-c", build], check=True)
+        build = "from kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
+        for kernel in ("block", "scan"):
+            subprocess.run([sys.executable, "-c", build.format(kernel)], check=True)
 
 
 def install_torch():
