@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import Progress
 
@@ -18,9 +16,9 @@ from trainer.exchange import ResultWriter, read_candidates
 from trainer.full_ranking import full_record, rank_fully, summed
 from trainer.log import METRICS_FILE
 from trainer.report import FULL, write_report
+from trainer.user_ranks import write_ranks
 
-# user (int64, the dataset's number), domain, sampled, full (int32): of the held-out item, and its 1-based ranks
-RANKS = "ranks-{split}.parquet"
+RANKS = "ranks-{split}.parquet"  # of trainer/user_ranks.py
 
 
 def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, full=False):
@@ -36,12 +34,13 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     given = read_candidates(dataset, candidates) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
     writer = ResultWriter(dataset, output, ranks) if output else None
-    sampled_U, domain_U = np.zeros(dataset.users, np.int32), np.zeros(dataset.users, np.int32)
+    sampled_U, domain_U = np.zeros((2, dataset.users if full else 0), np.int32)
 
     def visit(candidates, ranks_B, scores_C):
-        real = candidates.user_B >= 0
-        sampled_U[candidates.user_B[real]] = ranks_B[real]
-        domain_U[candidates.user_B[real]] = candidates.domain_B[real]
+        if full:
+            real = candidates.user_B >= 0
+            sampled_U[candidates.user_B[real]] = ranks_B[real]
+            domain_U[candidates.user_B[real]] = candidates.domain_B[real]
         if writer:
             writer.add(candidates, ranks_B, scores_C)
 
@@ -61,7 +60,7 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
         with _bar(ranks, "ranking among all items") as advance:
             whole = rank_fully(model, table, dataset, ranks, config, split, advance)
         record = full_record(split, dataset, whole, record, **where)
-        of_users = {"domain": summed(domain_U, ranks), "sampled": summed(sampled_U, ranks), "full": whole.rank_U}
+        of_users = summed(domain_U, ranks), summed(sampled_U, ranks), whole.rank_U
         if ranks.first:
             _keep(Path(run), record, of_users)
     return record
@@ -83,12 +82,9 @@ def _bar(ranks, words):
 def _keep(run, record, of_users):
     """Leaves a full ranking's record in the run's folder, and each user's ranks; a folder that cannot be written does not lose
     the figures."""
-    (users,) = np.nonzero(of_users["full"])
-    columns = {"user": users} | {name: values_U[users] for name, values_U in of_users.items()}
-    file = run / RANKS.format(split=record["kind"])
+    (users,) = np.nonzero(of_users[-1])
     try:
-        pq.write_table(pa.table(columns), partial := file.with_name(file.name + ".partial"))
-        partial.replace(file)
+        write_ranks(run / RANKS.format(split=record["kind"]), users, *(values_U[users] for values_U in of_users))
         write_json(run / f"{FULL}-{record['kind']}.json", record)
         if (run / METRICS_FILE).is_file():
             write_report(run)

@@ -10,7 +10,8 @@ import pytest
 
 from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
-from trainer.study.results import compared, gathered, read_ranks
+from trainer.study.results import compared, gathered
+from trainer.user_ranks import read_ranks
 
 ROOT = Path(__file__).parents[2]
 HARMED, RELATED = "ads", ("shop", "video")

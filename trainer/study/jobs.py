@@ -30,10 +30,11 @@ from trainer.errors import InputError, Stopped
 from trainer.log import HEADLINE, METRICS_FILE, duration, number, read_records
 from trainer.rank import RANKS
 from trainer.study.plan import Job, StudyConfig
-from trainer.study.recbole_bridge import default_python, run_recbole
-from trainer.study.results import read_ranks
+from trainer.study.recbole_bridge import RANKS as RECBOLE_RANKS
+from trainer.study.recbole_bridge import RESULT, default_python, run_recbole
+from trainer.user_ranks import read_ranks
 
-_JOB, _LOG, _RESULT, _RECBOLE_RANKS = "job.json", "log.txt", "result.json", "ranks.parquet"
+_JOB, _LOG = "job.json", "log.txt"
 _POLL = 2.0
 
 
@@ -104,7 +105,7 @@ class Jobs:
         """What a done run has found: user, domain, sampled, full (arrays), validation, seconds, users_per_second, epochs."""
         folder, found = self.folder(job), read_ranks(self._ranks(job))
         if job.recbole:
-            result = json.loads((folder / _RESULT).read_text())
+            result = json.loads((folder / RESULT).read_text())
             more = {"validation": result["validation"], "seconds": result["seconds"], "epochs": len(result["epochs"])}
             return found | more | {"users_per_second": result["users_per_second"]}
         records = read_records(folder / METRICS_FILE)
@@ -127,7 +128,7 @@ class Jobs:
         return asked | {"dataset": self._fingerprint}
 
     def _ranks(self, job):
-        return self.folder(job) / (_RECBOLE_RANKS if job.recbole else RANKS.format(split="test"))
+        return self.folder(job) / (RECBOLE_RANKS if job.recbole else RANKS.format(split="test"))
 
     def _one(self, job):
         """Runs a job. Returns why it failed, or None."""

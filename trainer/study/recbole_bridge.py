@@ -4,7 +4,7 @@ RecBole asks for another NumPy. So it trains in an environment of its own, as a 
 own trainer, loader and augmentation of histories. After every epoch the model scores the validation candidates; their ranks by
 our rules (handed.py) choose the epoch whose model ranks the test items.
 
-    FOLDER/ranks.parquet   user (int64, the dataset's number), domain (int32, of the test item), sampled, full (int32, 1-based)
+    FOLDER/ranks.parquet   of the test items (trainer/user_ranks.py)
     FOLDER/result.json     what run_recbole returns; written last, so that a folder with it is a finished run
     FOLDER/recbole.log     what RecBole said
 
@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trainer.checkpoint import write_json
 from trainer.errors import InputError
 from trainer.study.hand_over import hand_over, write_log
 from trainer.study.handed import Handed
+from trainer.user_ranks import write_ranks
 
 RANKS, RESULT, LOG = "ranks.parquet", "result.json", "recbole.log"
 _HERE = Path(__file__).resolve().parent
@@ -117,7 +116,9 @@ def run_recbole(
         say(f"{model}: handing over")
         handed = _handed(dataset, Path(given or run.work / "given").resolve(), task)
         found = run.train(python, handed, task)
-        _write_ranks(run.folder / RANKS, handed, run.work / "ranks.npz")
+        with np.load(run.work / "ranks.npz", allow_pickle=False) as ranks:
+            domain_U = handed.domain_of(handed.load("candidates-test")[:, 0])
+            write_ranks(run.folder / RANKS, handed.user_U, domain_U, ranks["sampled"], ranks["full"])
     finally:
         shutil.rmtree(run.work, ignore_errors=True)
     found = {"task": task, "model": model, **found, "users": len(handed.user_U), "too_short": dataset.too_short}
@@ -257,17 +258,3 @@ def _last_line(log):
         last = deque(filter(None, map(str.strip, lines)), maxlen=1)
     return last[0] if last else ""
 
-
-def _write_ranks(file, handed, found):
-    with np.load(found, allow_pickle=False) as ranks:
-        sampled_U, full_U = ranks["sampled"], ranks["full"]
-    domain_U = handed.domain_of(handed.load("candidates-test")[:, 0])
-    columns = {
-        "user": pa.array(handed.user_U, pa.int64()),
-        "domain": pa.array(domain_U, pa.int32()),
-        "sampled": pa.array(sampled_U, pa.int32()),
-        "full": pa.array(full_U, pa.int32()),
-    }
-    partial = file.with_name(file.name + ".partial")
-    pq.write_table(pa.table(columns), partial)
-    os.replace(partial, file)

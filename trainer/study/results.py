@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from trainer.bootstrap import weights
 from trainer.errors import InputError
 from trainer.log import HEADLINE
+from trainer.report import FULL
 
 RANKINGS = ("sampled", "full")
 METRICS = (HEADLINE, "HR@10", "MRR")
@@ -78,15 +78,9 @@ def gathered(name, runs) -> Found:
     )
 
 
-def read_ranks(file: Path) -> dict[str, np.ndarray]:
-    """A run's ranks: user, domain, sampled, full, int64 (U,)."""
-    table = pq.read_table(file, columns=["user", "domain", *RANKINGS])
-    return {name: table[name].to_numpy().astype(np.int64) for name in table.column_names}
-
-
 def popularity(run: Path) -> dict:
     """Popularity's figures as a run's full evaluation has them: {"sampled" or "full": (by domain, mean)}."""
-    record = json.loads((run / "evaluation-full-test.json").read_text())
+    record = json.loads((run / f"{FULL}-test.json").read_text())
     return {
         "full": (record["popularity"], record["popularity_mean"]),
         "sampled": (record["sampled"]["popularity"], record["sampled"]["popularity_mean"]),
