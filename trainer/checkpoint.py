@@ -312,7 +312,7 @@ def write_json(file: Path, value):
 def write_text(file: Path, text):
     """Written beside, flushed and moved over: a reader, and a crash, see the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     _flush(partial)
     os.replace(partial, file)
     _flush_folder(file.parent)

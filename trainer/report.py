@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from trainer import plots
 from trainer.errors import InputError
@@ -26,6 +24,7 @@ from trainer.log import (
     skipped_users,
     times,
 )
+from trainer.page import rendered, template
 
 LOOK = "look.json"  # what a look at the best model found (trainer.look)
 FULL = "evaluation-full"  # -SPLIT.json: the record of a full ranking (trainer.full_ranking)
@@ -49,7 +48,7 @@ def write_report(folder: Path) -> Path:
     skipped = skipped_users(records)
     look = _read_json(folder / LOOK) or {}
     config = folder / "config.yaml"
-    page = _template().render(
+    page = template(Path(__file__).with_name("report.html.jinja")).render(
         name=folder.resolve().name,
         cards=_cards(records, train, best, test),
         skipped=skipped_sentence(skipped) if skipped else None,
@@ -67,11 +66,6 @@ def write_report(folder: Path) -> Path:
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
     return path
-
-
-def _template():
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
 
 
 def _sections(train, validations, best, final, look, domains):
@@ -119,15 +113,7 @@ def _sections(train, validations, best, final, look, domains):
             plots.panels_plot(train, plots.OPTIMISATION),
         ),
     ]
-    library, rendered = True, []
-    for place, (title, text, figure) in enumerate(sections):
-        plot = None
-        if figure is not None:
-            form = {"config": {"displayModeBar": False}, "full_html": False, "div_id": f"plot{place}"}
-            plot = Markup(figure.to_html(include_plotlyjs=library, **form))
-            library = False  # the page holds it once
-        rendered.append({"title": title, "text": text, "plot": plot})
-    return rendered
+    return rendered(sections)
 
 
 def _look_sections(look, domains):

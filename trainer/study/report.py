@@ -1,26 +1,23 @@
 """A study's report: `report.html` with its plots, and the same tables as `report.md`."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from trainer import plots
+from trainer.checkpoint import write_text
 from trainer.log import HEADLINE, METRICS_FILE, printable, read_records
+from trainer.page import rendered, template
 from trainer.study.results import RANKINGS
 from trainer.study.systems import OURS
-from trainer.study.tables import RANKED, mean, tables
+from trainer.study.tables import RANKED, mean, signed, tables
 
 
 def write_study(folder: Path, study) -> Path:
     """Writes both, and returns the page's path."""
     made, title = tables(study), folder.resolve().name
-    loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("study.html.jinja")
-    page = template.render(
+    page = template(Path(__file__).with_name("study.html.jinja")).render(
         name=title,
         lead=_lead(study),
         tables=made,
@@ -31,15 +28,9 @@ def write_study(folder: Path, study) -> Path:
     lines += [f"{name} is not in the tables: {why}\n" for name, why in study.failed.items()]
     for table in made:
         lines += [f"## {table.title}", "", table.text, "", table.markdown(), ""]
-    _write(folder / "report.md", "\n".join(lines))
-    return _write(folder / "report.html", page)
-
-
-def _write(file, text):
-    partial = file.with_name(file.name + ".new")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-    return file
+    write_text(folder / "report.md", "\n".join(lines))
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def _lead(study):
@@ -56,7 +47,7 @@ def _lead(study):
             figures = {name: mean(found, ranking) for name, found in study.found.items()}
             own = figures.pop(OURS)
             best = max(figures, key=figures.get)
-            share = f"{own / figures[best] - 1:+.1%}".replace("-", "\N{MINUS SIGN}").replace("%", " %")
+            share = signed(own / figures[best] - 1, "+.1%")
             first = f"Among {RANKED[ranking]} {OURS} has a mean {HEADLINE} of {own:.4f}"
             lines.append(f"{first}; the best of the others is {printable(best)} with {figures[best]:.4f} ({OURS}: {share}).")
     return lines
@@ -79,14 +70,7 @@ def _sections(study):
         found.append((f"λ by domain in a run of {OURS}", "What the losses weigh.", plots.weight_plot(train, domains)))
         text = "Single-domain minus cross-domain loss over the same targets; below 0 the other domains harm the prediction."
         found.append(("φ, the negative transfer gap", text, plots.gap_plot(train, domains)))
-    library, rendered = True, []
-    for place, (title, text, figure) in enumerate(found):
-        if figure is None:
-            continue
-        form = {"config": {"displayModeBar": False}, "full_html": False, "div_id": f"plot{place}"}
-        rendered.append({"title": title, "text": text, "plot": Markup(figure.to_html(include_plotlyjs=library, **form))})
-        library = False  # the page holds it once
-    return rendered
+    return rendered(section for section in found if section[2] is not None)
 
 
 def _bars(study):

@@ -85,7 +85,7 @@ def _beside(study, ranking):
             continue
         own = found.by_domain(ranking, HEADLINE, len(names)).mean(0)
         shares = [*((own - alone) / alone), (np.nanmean(own) - np.nanmean(alone)) / np.nanmean(alone)]
-        rows.append([Cell(printable(name)), *(Cell(_signed(share, "+.1%"), _sense(share)) for share in shares)])
+        rows.append([Cell(printable(name)), *(Cell(signed(share, "+.1%"), _sense(share)) for share in shares)])
     text = f"{HEADLINE} against {ALONE}, a model of each domain alone: what the other domains add or take away."
     return Table(f"Against {ALONE}, {RANKED[ranking]}", text, ["system", *map(printable, names), "mean"], rows)
 
@@ -101,9 +101,9 @@ def _against(study, ranking):
         whole = compared(found, ours, ranking)
         by_domain = [compared(found, ours, ranking, domain=d) for d in range(len(names)) if (ours.domain_U == d).any()]
         row = [Cell(printable(name))]
-        row += [Cell(_signed(one.value, "+.4f"), _sense(one.value) if one.low * one.high > 0 else "") for one in by_domain]
-        row.append(Cell(_signed(whole.value, "+.4f"), _sense(whole.value) if whole.low * whole.high > 0 else ""))
-        row.append(Cell(f"{_signed(whole.low, '+.4f')} to {_signed(whole.high, '+.4f')}"))
+        row += [Cell(signed(one.value, "+.4f"), _sense(one.value) if one.low * one.high > 0 else "") for one in by_domain]
+        row.append(Cell(signed(whole.value, "+.4f"), _sense(whole.value) if whole.low * whole.high > 0 else ""))
+        row.append(Cell(f"{signed(whole.low, '+.4f')} to {signed(whole.high, '+.4f')}"))
         row.append(Cell(f"{whole.p:.3f}" if whole.p > 0.002 else "≤ 0.002"))
         rows.append(row)
     text = (
@@ -172,5 +172,6 @@ def _sense(value):
     return "better" if value > 0 else "worse" if value < 0 else ""
 
 
-def _signed(value, form):
+def signed(value, form):
+    """A number with its sign, as people write it; a dash where there is none."""
     return "–" if np.isnan(value) else format(value, form).replace("-", "\N{MINUS SIGN}").replace("%", " %")
