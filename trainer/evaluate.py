@@ -145,13 +145,13 @@ class RankingBatches(torch.utils.data.IterableDataset):
                 if int(number) not in self.given:
                     continue
                 domain, rows = self.given[int(number)]
-            else:
+            if self.alone not in (None, domain):
+                continue
+            if self.given is None:
                 own = dataset.domains[domain]
                 seed, count = self.plan.seed, self.config.negatives
                 negatives = evaluation_negatives(seed, int(number), items, own.start, own.items, count)
                 rows = np.append(positive, negatives)
-            if self.alone not in (None, domain):
-                continue
             histories.append(self.seen(history))
             numbers.append(number)
             domains.append(domain)

@@ -9,7 +9,7 @@ from trainer.errors import InputError
 from trainer.study.jobs import Jobs
 from trainer.study.plan import Job, StudyConfig, combinations, jobs_of, recbole_jobs, swept
 from trainer.study.results import Found, gathered, popularity
-from trainer.study.systems import SYSTEMS
+from trainer.study.systems import OURS, SYSTEMS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Study:
 
     found: {system: Found}; popularity: as `results.popularity`, or None; chosen: {system: {domain or "": the combination that
     stands for it}}; tried: {system: [(domain, combination, validation)]}; sweeps: {key: [(value, Found)]}; example: the folder
-    of a run of SyNCRec; failed: {name of a run: why}.
+    of a run of SyNCRec, or None; failed: {name of a run: why}.
     """
 
     dataset: Dataset
@@ -60,13 +60,14 @@ def run_study(data, output, base, config: StudyConfig, launch, recbole_python=No
             final[name].append(of)
     final |= {model: [[job] for job in peers if job.system == model] for model in config.recbole}
     jobs.run([job for runs in final.values() for run in runs for job in run] + [job for *_, job in sweeps])
-    found, example = {}, None
+    found, everyone, example = {}, None, None
     for name, runs in final.items():
         whole = [run for run in runs if run and not any(job in jobs.failed for job in run)]
         if whole and not (name in chosen and len(chosen[name]) < (len(domains) if SYSTEMS[name].by_domain else 1)):
             found[name] = gathered(name, [[jobs.read(job) for job in run] for run in whole])
-            if name in SYSTEMS and not SYSTEMS[name].by_domain and example is None:
-                example = jobs.folder(whole[0][0])
+            if name in SYSTEMS and not SYSTEMS[name].by_domain:  # it has ranked everyone
+                everyone = jobs.folder(whole[0][0])
+                example = everyone if name == OURS else example
     by_key = {}
     for key, value, job in sweeps:
         if job not in jobs.failed:
@@ -75,7 +76,7 @@ def run_study(data, output, base, config: StudyConfig, launch, recbole_python=No
         dataset=dataset,
         config=config,
         found=found,
-        popularity=popularity(example) if example else None,
+        popularity=popularity(everyone) if everyone else None,
         chosen=chosen,
         tried=tried,
         sweeps=by_key,
