@@ -132,9 +132,9 @@ inline void transpose(__m512i row[16]) {
   }
 }
 
-// Panels of bᵀ; b is (n, k), k whole units.
-template <typename Value>
-void pack_transposed(int64_t k, int64_t n, const Value* b, int64_t b_step, Unit* panels) {
+// Panels of bᵀ; b is (n, k), k whole units, its row c at row_of(c).
+template <typename Value, typename RowOf>
+void pack_rows(int64_t k, int64_t n, const RowOf& row_of, Unit* panels) {
   const int64_t count = k / kUnit<Value>;
   for (int64_t column = 0; column < n; column += kPanel, panels += count * kPanel)
     for (int64_t half = 0; half < kPanel; half += 16)
@@ -144,7 +144,7 @@ void pack_transposed(int64_t k, int64_t n, const Value* b, int64_t b_step, Unit*
 #pragma GCC unroll 16
         for (int64_t c = 0; c < 16; c++) {
           const int64_t at = column + half + c;
-          row[c] = at < n ? _mm512_maskz_loadu_epi32((1u << here) - 1, b + at * b_step + i * kUnit<Value>) : _mm512_setzero_si512();
+          row[c] = at < n ? _mm512_maskz_loadu_epi32((1u << here) - 1, row_of(at) + i * kUnit<Value>) : _mm512_setzero_si512();
         }
         transpose(row);
         for (int64_t j = 0; j < here; j++) _mm512_storeu_si512(panels + (i + j) * kPanel + half, row[j]);
@@ -232,7 +232,7 @@ struct Right {
       : data(data), step(step), k(k), n(n), transposed(transposed), panels(room) {
 #if SYNCREC_AVX512
     if constexpr (kOwn<Value>) {
-      if (transposed) pack_transposed(k, n, data, step, room);
+      if (transposed) pack_rows<Value>(k, n, [=](int64_t row) { return data + row * step; }, room);
       else pack(k, n, data, step, room);
     }
 #endif

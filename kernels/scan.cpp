@@ -270,26 +270,16 @@ std::tuple<Tensor, double> pack(const Tensor& weight, const Tensor& place) {
   const auto* at = place.const_data_ptr<int64_t>();
   auto panels = at::empty({(count + kPanel - 1) / kPanel, dim, kPanel}, weight.options());
   auto* panel = panels.data_ptr<float>();
+  products::pack_rows<float>(dim, count, [&](int64_t item) { return rows[at[item]]; }, reinterpret_cast<products::Unit*>(panel));
   const __m512 nan = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
   __m512 longest = _mm512_setzero_ps();
   for (int64_t first = 0; first < count; first += kPanel, panel += dim * kPanel)
     for (int64_t half = 0; half < kPanel; half += 16) {
       float* to = panel + half;
       __m512 squares = _mm512_setzero_ps();
-      for (int64_t i = 0; i < dim; i += 16) {
-        const int64_t here = std::min<int64_t>(16, dim - i);
-        __m512i row[16];
-#pragma GCC unroll 16
-        for (int64_t c = 0; c < 16; c++) {
-          const int64_t item = first + half + c;
-          row[c] = item < count ? _mm512_maskz_loadu_epi32((1u << here) - 1, rows[at[item]] + i) : _mm512_setzero_si512();
-        }
-        products::transpose(row);
-        for (int64_t j = 0; j < here; j++) {
-          const __m512 values = _mm512_castsi512_ps(row[j]);
-          squares = _mm512_fmadd_ps(values, values, squares);
-          _mm512_storeu_ps(to + (i + j) * kPanel, values);
-        }
+      for (int64_t i = 0; i < dim; i++) {
+        const __m512 values = _mm512_loadu_ps(to + i * kPanel);
+        squares = _mm512_fmadd_ps(values, values, squares);
       }
       const __m512 length = _mm512_sqrt_ps(squares);
       const __mmask16 wild = _mm512_cmp_ps_mask(length, _mm512_set1_ps(kTame), _CMP_NLT_UQ);
