@@ -1,5 +1,7 @@
 """Histories to test with: drawn at random with every awkward case in them, and packed as a loader would."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from syncrec.batch import build_batch, move, trim
@@ -35,6 +37,11 @@ def draw_shared(seed, domain_items, count):
 def _others(rng, start, items, item, count):
     others = [row for row in range(start, start + items) if row != item]
     return rng.choice(others or [item], count).tolist()  # alone in its domain: only shared negatives make sense
+
+
+def without_newest(histories):
+    """What a user had before the newest interaction."""
+    return [replace(h, items=h.items[:-1], domains=h.domains[:-1], negatives=h.negatives[:-1]) for h in histories]
 
 
 def flatten(histories):

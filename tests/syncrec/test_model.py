@@ -15,7 +15,7 @@ from syncrec.experts import ExpertStack
 from syncrec.layers import InputEmbedding, Tower
 from syncrec.model import SyNCRec, mix
 from syncrec.reduction import Reduction
-from tests.syncrec.histories import draw, draw_shared, flatten, pack
+from tests.syncrec.histories import draw, draw_shared, flatten, pack, without_newest
 from tests.syncrec.reference import NONE, SOS, cross_sequence, single_sequence, training_step
 
 DOMAIN_ITEMS = (6, 4, 5, 3)
@@ -468,7 +468,7 @@ def test_query_gives_the_newest_output_of_the_training_view(gate):
     batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length)
     cross_MR, _, _ = recorded(model, batch, table[batch.ids])
     newest = np.cumsum([len(cross_sequence(history, config.max_length)) for history in histories]) - 1
-    prefixes = [replace(h, items=h.items[:-1], domains=h.domains[:-1], negatives=h.negatives[:-1]) for h in histories]
+    prefixes = without_newest(histories)
     assert min(len(history.items) for history in prefixes) == 0
     items_N, lengths_B, *_ = flatten(prefixes)
     query = build_query(items_N, lengths_B, config.max_length, np.array([7, 7, 1]))

@@ -13,7 +13,7 @@ from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from syncrec.recurrent import RecurrentStack
 from syncrec.serving import UserEncoder
-from tests.syncrec.histories import draw, draw_shared, flatten, pack
+from tests.syncrec.histories import draw, draw_shared, flatten, pack, without_newest
 from tests.syncrec.reference import SOS, cross_sequence, single_sequence
 from tests.syncrec.test_model import DOMAIN_ITEMS, SMALL, make_model, make_table, near, recorded, run
 from tests.syncrec.test_sasrec import SASREC
@@ -104,8 +104,7 @@ def test_one_expert_without_a_tower_is_gru4rec(seed, blocks):
 def test_a_query_gives_the_newest_output():
     model, table = make_model(GRU4REC, 4, seed=54), make_table(DOMAIN_ITEMS, GRU4REC.dim, 54)
     histories = [history for history in draw(54, DOMAIN_ITEMS) if history.items]
-    prefixes = [replace(h, items=h.items[:-1], domains=h.domains[:-1], negatives=h.negatives[:-1]) for h in histories]
-    items_N, lengths_B, *_ = flatten(prefixes)
+    items_N, lengths_B, *_ = flatten(without_newest(histories))
     query = build_query(items_N, lengths_B, GRU4REC.max_length, items_N[:0])
     _, newest = plain_gru4rec(model, table, histories)
     near(model(query, table[query.ids])[:, 0].detach(), newest.detach(), "query")

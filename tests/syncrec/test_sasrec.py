@@ -9,7 +9,7 @@ from torch import nn
 
 from syncrec.batch import build_query
 from syncrec.config import ModelConfig
-from tests.syncrec.histories import draw, draw_shared, flatten, pack
+from tests.syncrec.histories import draw, draw_shared, flatten, pack, without_newest
 from tests.syncrec.test_model import DOMAIN_ITEMS, make_model, make_table, near, run
 
 SASREC = ModelConfig(
@@ -145,8 +145,7 @@ def test_what_two_tasks_would_give_is_not_a_number():
 def test_a_query_gives_the_newest_output():
     model, table = make_model(SASREC, 4, seed=34), make_table(DOMAIN_ITEMS, SASREC.dim, 34)
     histories = [history for history in draw(34, DOMAIN_ITEMS) if history.items]
-    prefixes = [replace(h, items=h.items[:-1], domains=h.domains[:-1], negatives=h.negatives[:-1]) for h in histories]
-    items_N, lengths_B, *_ = flatten(prefixes)
+    items_N, lengths_B, *_ = flatten(without_newest(histories))
     query = build_query(items_N, lengths_B, SASREC.max_length, items_N[:0])
     newest = [outputs[-1] for outputs in PaddedSASRec(SASREC, model, table)(histories)]
     near(model(query, table[query.ids])[:, 2], torch.stack(newest).detach(), "query")
