@@ -6,8 +6,9 @@
 What launch/export.py writes, without a run: a SyNCRec at its start weights, exported, saved and loaded; item vectors drawn from
 a normal distribution, in memory. A request is one user with as many items as the model takes, in PyTorch, one after the other:
 
-- encoder: the exported program, item vectors of the history in hand.
-- encoder and top k: that, the product with all items' vectors, and the k best.
+- encoder: one exported program, item vectors of the history in hand.
+- encoder and top k: an answer. The cross-domain program, the domain's own for a fifth of the history, their mean
+  (`model.prediction: both`), the product with all items' vectors, and the k best.
 """
 
 import sys
@@ -26,6 +27,8 @@ from benchmarks import suite
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from syncrec.serving import UserEncoder, exported
+
+_DOMAINS = 5
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ def main():
 def measure(settings, dim, longest):
     """Lines of one model's sizes."""
     torch.manual_seed(0)
-    program = loaded(settings, dim, longest)
-    history = torch.randn(1, longest, dim), torch.tensor([longest])
+    program, own = loaded(settings, dim, longest)
+    history, part = ((torch.randn(1, items, dim), torch.tensor([items])) for items in (longest, max(1, longest // _DOMAINS)))
+
+    def user():
+        return torch.lerp(program(*history), own(*part), 0.5)
+
     lines = []
     for threads in settings.threads:
         torch.set_num_threads(threads)
@@ -73,19 +80,22 @@ def measure(settings, dim, longest):
         lines.append(what | {"part": "encoder", "items": None} | timings)
         for items in settings.items:
             matrix = torch.randn(items, dim)
-            timings = latencies(lambda: answer(program, history, matrix, settings.k), settings)  # noqa: B023
+            timings = latencies(lambda: answer(user, (), matrix, settings.k), settings)  # noqa: B023
             lines.append(what | {"part": "encoder and top k", "items": items} | timings)
     return lines
 
 
 def loaded(settings, dim, longest):
-    """A model as a service has it: exported, saved, loaded."""
+    """A model's cross-domain program and a domain's own, as a service has them: exported, saved, loaded."""
     experts = {"experts": settings.experts, "cross_experts": (settings.experts + 1) // 2}
     config = ModelConfig(dim=dim, ffn_dim=dim, max_length=longest, blocks=settings.blocks, **experts)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "encoder.pt2"
-        torch.export.save(exported(UserEncoder(SyNCRec(config, 5).eval())), file)
-        return torch.export.load(file).module()
+        model, file = SyNCRec(config, _DOMAINS).eval(), Path(folder) / "encoder.pt2"
+        programs = []
+        for domain in (None, 0):
+            torch.export.save(exported(UserEncoder(model, domain)), file)
+            programs.append(torch.export.load(file).module())
+        return programs
 
 
 def answer(program, history, matrix, k):
