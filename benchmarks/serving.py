@@ -44,11 +44,12 @@ class Settings:
     warmup: int
     experts: int
     blocks: int
+    time_knots: int
 
     def __post_init__(self):
         names = "items", "dim", "max_length", "threads", "k", "requests", "warmup", "blocks"
         suite.at_least(1, self, *names)
-        suite.at_least(2, self, "experts")
+        suite.at_least(2, self, "experts", "time_knots")
         if len(self.dim) != len(self.max_length):
             raise ValueError(f"max_length has {len(self.max_length)} values, dim {len(self.dim)}: give one for each")
 
@@ -67,7 +68,7 @@ def measure(settings, dim, longest):
     """Lines of one model's sizes."""
     torch.manual_seed(0)
     program, own = loaded(settings, dim, longest)
-    history, part = ((torch.randn(1, items, dim), torch.tensor([items])) for items in (longest, max(1, longest // _DOMAINS)))
+    history, part = (_history(items, dim) for items in (longest, max(1, longest // _DOMAINS)))
 
     def user():
         return torch.lerp(program(*history), own(*part), 0.5)
@@ -85,15 +86,22 @@ def measure(settings, dim, longest):
     return lines
 
 
+def _history(items, dim):
+    """What the encoder is given of a user."""
+    times = torch.arange(items, dtype=torch.float64).unsqueeze(0)
+    return torch.randn(1, items, dim), torch.tensor([items]), times, torch.full((1,), float(items), dtype=torch.float64)
+
+
 def loaded(settings, dim, longest):
     """A model's cross-domain program and a domain's own, as a service has them: exported, saved, loaded."""
     experts = {"experts": settings.experts, "cross_experts": (settings.experts + 1) // 2}
-    config = ModelConfig(dim=dim, ffn_dim=dim, max_length=longest, blocks=settings.blocks, **experts)
+    knots = settings.time_knots
+    config = ModelConfig(dim=dim, ffn_dim=dim, max_length=longest, blocks=settings.blocks, time_knots=knots, **experts)
     with tempfile.TemporaryDirectory() as folder:
         model, file = SyNCRec(config, _DOMAINS).eval(), Path(folder) / "encoder.pt2"
         programs = []
         for domain in (None, 0):
-            torch.export.save(exported(UserEncoder(model, domain)), file)
+            torch.export.save(exported(UserEncoder(model, (0.0, 200.0), domain)), file)
             programs.append(torch.export.load(file).module())
         return programs
 

@@ -32,7 +32,7 @@ def dataset_of(items, domains, users, steps, streams=1):
     owned = tuple(Domain(name, start, room, room, 0, 0, percentiles, "") for name, start, room in ranges)
     of_each = users * steps // streams
     shards = [Shard(name="", users=of_each, first_user=i * of_each, interactions=0, bytes=0, sha256="") for i in range(streams)]
-    return Dataset(Path(), _SEED, of_each * streams, 0, 0, 0, 1024, streams, owned, tuple(shards), ())
+    return Dataset(Path(), _SEED, of_each * streams, 0, 0, 0, 0.0, 1.0, 1024, streams, owned, tuple(shards), ())
 
 
 def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):

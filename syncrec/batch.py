@@ -12,13 +12,15 @@ taken over those.
 Sizes: B users, N interactions, D domains, M tokens of a view, S sequences of a view, L targets of a view, P padded slots
 of the attention, r embedding width. Everything here is built by NumPy in a loader's worker process, where int32 is half the
 work; `move` makes all integers the int64 that indexing asks for. Sizes that the model needs on the host (offsets, bucket
-shapes) are Python integers, so that reading them never waits for a device.
+shapes) are Python integers, so that reading them never waits for a device. Times are ticks (syncrec/clock.py).
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
+
+from syncrec.clock import NO_GAP, gaps
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,19 @@ class View:
     """One packed set of sequences: the cross-domain view, or the single-domain view sorted by domain, then user.
 
     input_M: 0 for SOS, else 1 + the interaction that is the token's input. position_M: distance from the sequence's newest
-    token. sequence_M: its sequence; lengths_S on the host. task_starts: where each task's tokens begin (cross: one task,
-    single: one a domain) and M. Targets, sorted by their domain (target_starts, D + 1 offsets): the predicting token,
-    the interaction predicted, its domain, its user's weight, and whether the other view predicts it too.
+    token. asked_M: the time for which the token predicts, that of its target; 0 where it has none. gap_M: how long after its
+    input that is (`syncrec.clock.gaps`). task_M: the task that predicts, 0 the cross-domain one, 1 + d domain d's. sequence_M:
+    its sequence; lengths_S on the host. task_starts: where each task's tokens begin (cross: one task, single: one a domain) and
+    M. Targets, sorted by their domain (target_starts, D + 1 offsets): the predicting token, the interaction predicted, its
+    domain, its user's weight, and whether the other view predicts it too.
     pool_token, pool_slot: the tokens that stand for slot user · D + domain in SC-MIM.
     """
 
     input_M: torch.Tensor
     position_M: torch.Tensor
+    asked_M: torch.Tensor
+    gap_M: torch.Tensor
+    task_M: torch.Tensor
     sequence_M: torch.Tensor
     sequences: int
     task_starts: tuple[int, ...]
@@ -95,7 +102,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Query:
-    """Histories to be continued: views with SOS and every item, and each sequence's newest token.
+    """Histories to be continued: views with SOS and every item, and each sequence's newest token, which predicts for the time
+    of the request.
 
     ids: rows of M to look up: the N inputs, then whatever the caller wants scored. newest_B: of the cross-domain view. single,
     newest_DB: the view of every user's history in every domain, of which many are empty, where both views are asked for.
@@ -152,15 +160,16 @@ def trim(items_N, lengths_B, domain_N, max_length):
     return items_N[keep_N], lengths_B - left_out_B, domain_N[keep_N]
 
 
-def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling="mean"):
+def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling="mean", ticks_N=None):
     """The packed views of one rank's users.
 
-    items_N: rows of M, user after user, oldest first; lengths_B: int64; domain_N; weight_B: 0 or 1. Any integer dtype.
+    items_N: rows of M, user after user, oldest first; lengths_B: int64; domain_N; weight_B: 0 or 1; ticks_N: when they were,
+    None: all at 0. Any integer dtype.
     negatives: int64 (N, n), each target's own, or a list of D int64 arrays shared by a domain's targets.
     Call `trim` first; negatives belong to the trimmed interactions.
     """
     domains, users, interactions = len(domain_items), len(lengths_B), len(items_N)
-    weight_B = weight_B.astype(np.float32)
+    weight_B, ticks_N = weight_B.astype(np.float32), _ticks(ticks_N, interactions)
     slot_N = _slots(lengths_B, domain_N, domains)
     order, group_lengths, group_slot, group_starts = _by_domain(slot_N, domain_N, users, domains)
 
@@ -194,12 +203,16 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     in_single_N[order[_first_of_each(group_lengths, group_lengths - (single.lengths_S - ~holds_newest))]] = False
     weight_N = None if weight_B.all() else np.repeat(weight_B, lengths_B)
 
-    def view(tokens, task_starts, target, interaction, target_starts, in_other_N):
+    def view(tokens, first_task, task_starts, target, interaction, target_starts, in_other_N):
         weight_L = np.ones(len(target), np.float32) if weight_N is None else weight_N[interaction]
+        asked_M, gap_M = tokens.times(ticks_N, np.int32(0))
         pool_token, pool_slot = _pool(tokens, slot_N, pooling)
         return View(
             input_M=torch.from_numpy(tokens.input_M),
             position_M=torch.from_numpy(tokens.position_M),
+            asked_M=torch.from_numpy(asked_M),
+            gap_M=torch.from_numpy(gap_M),
+            task_M=torch.from_numpy(_task(first_task, task_starts)),
             sequence_M=torch.from_numpy(tokens.sequence_M),
             sequences=len(tokens.lengths_S),
             task_starts=tuple(int(start) for start in task_starts),
@@ -229,47 +242,54 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
         negative_starts=tuple(int(start) for start in negative_starts),
         domain_items=tuple(int(items) for items in domain_items),
         weight_B=torch.from_numpy(weight_B),
-        cross=view(cross, (0, len(cross.input_M)), cross_token, cross_target, cross_starts, in_single_N),
-        single=view(single, token_starts, single_token, single_target, single_starts, in_cross_N),
+        cross=view(cross, 0, (0, len(cross.input_M)), cross_token, cross_target, cross_starts, in_single_N),
+        single=view(single, 1, token_starts, single_token, single_target, single_starts, in_cross_N),
     )
 
 
-def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domains=0):
+def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domains=0, ticks_N=None, now_B=None):
     """The cross-domain view of whole histories, to predict what comes next; arguments as for `build_batch`.
 
     extra_ids: int64 rows that are looked up together with the inputs (candidates). domain_N, domains: the single-domain view as
-    well.
+    well. now_B: the tick for which is asked; None: 0.
     """
+    users, kept_N = len(lengths_B), np.arange(len(items_N))
     if domain_N is None:
-        items_N, lengths_B = _newest(items_N, lengths_B, max_length)
+        kept_N, lengths_B = _newest(kept_N, lengths_B, max_length)
     else:
-        items_N, lengths_B, domain_N = trim(items_N, lengths_B, domain_N, max_length)
+        kept_N, lengths_B, domain_N = trim(kept_N, lengths_B, domain_N, max_length)
+    ticks_N, now_B = _ticks(ticks_N, len(items_N))[kept_N], _ticks(now_B, users)
+    items_N = items_N[kept_N]
     cross = _tokens(None, lengths_B, np.zeros(len(lengths_B), bool), max_length)
     single, newest_DB = None, None
     if domain_N is not None:
-        users = len(lengths_B)
         group_N = domain_N.astype(np.int64) * users + np.repeat(np.arange(users), lengths_B)
         groups = np.bincount(group_N, minlength=domains * users)
         tokens = _tokens(np.argsort(group_N, kind="stable"), groups, np.zeros(len(groups), bool), max_length)
         ends_S = np.cumsum(tokens.lengths_S)
-        single = _asking(tokens, (0, *(int(end) for end in ends_S.reshape(domains, users)[:, -1])))
+        starts = (0, *(int(end) for end in ends_S.reshape(domains, users)[:, -1]))
+        single = _asking(tokens, 1, starts, ticks_N, np.tile(now_B, domains))
         newest_DB = torch.from_numpy(ends_S.reshape(domains, users) - 1)
     return Query(
         ids=torch.from_numpy(np.concatenate([items_N, extra_ids], dtype=np.int64)),
         interactions=len(items_N),
-        cross=_asking(cross, (0, len(cross.input_M))),
+        cross=_asking(cross, 0, (0, len(cross.input_M)), ticks_N, now_B),
         newest_B=torch.from_numpy(np.cumsum(cross.lengths_S) - 1),
         single=single,
         newest_DB=newest_DB,
     )
 
 
-def _asking(tokens, task_starts):
-    """A view without targets."""
+def _asking(tokens, first_task, task_starts, ticks_N, now_S):
+    """A view without targets, whose newest tokens predict for now."""
     empty = torch.zeros(0, dtype=torch.int64)
+    asked_M, gap_M = tokens.times(ticks_N, now_S[tokens.sequence_M])
     return View(
         input_M=torch.from_numpy(tokens.input_M),
         position_M=torch.from_numpy(tokens.position_M),
+        asked_M=torch.from_numpy(asked_M),
+        gap_M=torch.from_numpy(gap_M),
+        task_M=torch.from_numpy(_task(first_task, task_starts)),
         sequence_M=torch.from_numpy(tokens.sequence_M),
         sequences=len(tokens.lengths_S),
         task_starts=task_starts,
@@ -323,6 +343,12 @@ class _Tokens:
     sequence_M: np.ndarray
     lengths_S: np.ndarray
 
+    def times(self, ticks_N, otherwise):
+        """asked_M and gap_M of a `View`, int32 (M,). otherwise: the tick of tokens without a target, one or one each."""
+        asked_M = np.where(self.target_M >= 0, np.append(ticks_N, np.int32(0))[self.target_M], otherwise)
+        since_M = asked_M - np.append(np.int32(0), ticks_N)[self.input_M]
+        return asked_M, np.where(self.input_M > 0, gaps(since_M), np.int32(NO_GAP))
+
 
 def _tokens(order, group_lengths, drop_newest, max_length):
     """SOS and the items of each group as tokens, each with the next item of its group as target (-1: none); the newest item
@@ -368,6 +394,15 @@ def _pool(tokens, slot_N, pooling):
         reverse_slot, newest = np.unique(slot[::-1], return_index=True)
         return token[len(token) - 1 - newest], reverse_slot
     return token, slot
+
+
+def _task(first, starts):
+    """Of each token."""
+    return np.repeat(np.arange(first, first + len(starts) - 1, dtype=np.int32), np.diff(starts))
+
+
+def _ticks(ticks, count):
+    return np.zeros(count, np.int32) if ticks is None else np.asarray(ticks).astype(np.int32)
 
 
 def _slots(lengths_B, domain_N, domains):

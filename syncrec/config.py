@@ -12,6 +12,7 @@ class ModelConfig:
     dim: int = 128  # r, the width of item vectors and of everything else
     max_length: int = 128  # T, tokens kept of a sequence
     tasks: Literal["both", "cross"] = "both"  # cross: the cross-domain task alone; with one expert and no tower, SASRec
+    time_knots: int = 0  # of the vectors of time (syncrec/clock.py), from the logs' first time to the last; 0: order alone
     experts: int = 5  # K
     cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
     stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
@@ -68,6 +69,8 @@ class ModelConfig:
                         f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
                         f"set model.{name}={only}"
                     )
+        if self.time_knots < 0 or self.time_knots == 1:
+            raise ValueError(f"model.time_knots is {self.time_knots}: give 0 (times are not looked at), or 2 and more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
         if not 0 <= self.eta <= 1:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from syncrec.batch import Query
+from syncrec.clock import Clock
 from syncrec.experts import ExpertStack
 from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
@@ -50,6 +51,7 @@ class SyNCRec(nn.Module):
         self.both_tasks = config.tasks == "both"
         self.decoupled = config.stop_gradient == "on"
         self.embedding = InputEmbedding(config)
+        self.clock = Clock(config, 1 + domains) if config.time_knots else None
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
         stack = RecurrentStack if config.encoder == "gru" else ExpertStack
         self.cross_experts = stack(config, config.cross_experts if self.decoupled else config.experts)
@@ -84,26 +86,41 @@ class SyNCRec(nn.Module):
             return self._losses(batch, inputs_NR, negatives_R, cross_MR, single_MR, reduction or Reduction())
 
     def _predictions(self, query, inputs_NR, cross_MR):
-        cross_BDR = cross_MR.index_select(0, query.newest_B).to(inputs_NR.dtype).unsqueeze(1).expand(-1, self.domains, -1)
+        cross_BR = self._scoring(query.cross, cross_MR.to(inputs_NR.dtype), query.newest_B)
+        cross_BDR = cross_BR.unsqueeze(1).expand(-1, self.domains, -1)
         if self.prediction is None:
             return cross_BDR
         single_MR = self._single_outputs(query.single, inputs_NR).to(inputs_NR.dtype)
-        return torch.lerp(cross_BDR, single_MR[query.newest_DB.T], self.prediction.own_D.to(inputs_NR.dtype).unsqueeze(1))
+        single_BDR = self._scoring(query.single, single_MR, query.newest_DB.T.flatten()).view_as(cross_BDR)
+        return torch.lerp(cross_BDR, single_BDR, self.prediction.own_D.to(inputs_NR.dtype).unsqueeze(1))
 
     def _autocast(self, rows):
         # No cache of cast weights: stacks run with and without a graph, and ZeRO 3 takes weights apart in between.
         bf16 = self.config.precision == "bf16"
         return torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
+    def tokens(self, view, inputs_NR):
+        """The inputs of a view's tokens, (M, r)."""
+        x_MR = self.embedding(view, inputs_NR)
+        return x_MR if self.clock is None else x_MR + self.clock.added_to_tokens(view.asked_M, view.gap_M, view.task_M)
+
+    def _scoring(self, view, output_MR, token_L):
+        """What items are scored with at some tokens: the output, and the time for which it predicts, (L, r)."""
+        output_LR = output_MR.index_select(0, token_L)
+        if self.clock is None:
+            return output_LR
+        asked_L, task_L = (each_M.index_select(0, token_L) for each_M in (view.asked_M, view.task_M))
+        return output_LR + self.clock.added_to_outputs(asked_L, task_L)
+
     def _cross_outputs(self, view, inputs_NR):
         """Y^cross of eq. 4, (M, r)."""
-        x_MR = self.embedding(view, inputs_NR)
+        x_MR = self.tokens(view, inputs_NR)
         experts = self._run_experts(x_MR, view, self.cross_experts, self.single_experts)
         return self.cross_tower(mix(self.cross_gate(x_MR, view, slice(None)), experts))
 
     def _single_outputs(self, view, inputs_NR):
         """Y^single of eq. 2, domain after domain, (M, r)."""
-        x_MR = self.embedding(view, inputs_NR)
+        x_MR = self.tokens(view, inputs_NR)
         experts = self._run_experts(x_MR, view, self.single_experts, self.cross_experts)
         starts = view.task_starts
         lengths = [end - start for start, end in pairwise(starts)]
@@ -181,7 +198,7 @@ class SyNCRec(nn.Module):
 
     def _prediction_losses(self, batch, view, inputs_NR, negatives_R, output_MR):
         """The loss of each of the view's targets (eq. 8 or 9), (L,)."""
-        predicted_LR = output_MR.index_select(0, view.target_token_L)
+        predicted_LR = self._scoring(view, output_MR, view.target_token_L)
         positive_L = (predicted_LR * inputs_NR.index_select(0, view.target_interaction_L)).sum(1)
         starts = view.target_starts
         lengths = [end - start for start, end in pairwise(starts)]

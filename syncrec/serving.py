@@ -8,11 +8,13 @@ Shapes: B users, N items of a history, P = N + 1 tokens, K experts of both stack
 """
 
 import copy
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from syncrec.clock import NO_GAP, TICKS
 from syncrec.layers import OnlyExpert
 
 _NORMS = ("attention_norm_scale", "attention_norm_shift", "ffn_norm_scale", "ffn_norm_shift")
@@ -23,8 +25,9 @@ class UserEncoder(nn.Module):
     """Y^cross of eq. 4 at each history's newest token: what a `Query` of the same histories gives. Of a domain: its Y^single of
     eq. 2, given histories of that domain alone."""
 
-    def __init__(self, model, domain=None):
-        """model: a SyNCRec; its weights are copied. domain: its number. Raises ValueError where it has no exported form."""
+    def __init__(self, model, span, domain=None):
+        """model: a SyNCRec; its weights are copied. span: the dataset's first and last time. domain: its number. Raises
+        ValueError where it has no exported form."""
         super().__init__()
         config = model.config
         check_exportable(config)
@@ -44,13 +47,19 @@ class UserEncoder(nn.Module):
             self._keep("last_shift", torch.cat([stack.last_norm.shift for stack in stacks]))
         tower = model.cross_tower if domain is None else model.single_towers[domain]
         self.tower = copy.deepcopy(tower).eval().requires_grad_(False)
+        self.clock, self.first_time, self.duration = None, float(span[0]), max(float(span[1] - span[0]), sys.float_info.min)
+        if model.clock is not None:
+            self.clock = copy.deepcopy(model.clock).eval().requires_grad_(False)
+            self.task = 0 if domain is None else 1 + domain
+            self._keep("gap_bounds", 2 ** torch.arange(1, NO_GAP))
 
     def _keep(self, name, weight):
         self.register_buffer(name, None if weight is None else weight.detach().clone())
 
-    def forward(self, items_BNR, lengths_B):
+    def forward(self, items_BNR, lengths_B, times_BN, now_B):
         """items_BNR: item vectors of the newest N items, oldest first, N from 1 to max_length, anything behind a history's end;
-        lengths_B: int64, how many there are, 0 for a user without a history. Returns (B, r)."""
+        lengths_B: int64, how many there are, 0 for a user without a history; times_BN: when they were, now_B: when the request
+        is, float64, in the logs' unit; of no account in a model without time_knots. Returns (B, r)."""
         users, given, width = items_BNR.shape
         tokens = given + 1
         lengths_B1 = (lengths_B + 1).clamp(max=self.max_length).unsqueeze(1)  # in tokens: SOS, and an item each
@@ -62,7 +71,10 @@ class UserEncoder(nn.Module):
         position_BP = (lengths_B1 - 1 - place_P).clamp(min=0)
         there_BP1 = (place_P < lengths_B1).unsqueeze(2)
         # What lies behind the end is not seen by any token before it, but NaN times zero is NaN.
-        x_BPR = torch.where(there_BP1, x_BPR + F.embedding(position_BP, self.positions), 0.0)
+        x_BPR = x_BPR + F.embedding(position_BP, self.positions)
+        if self.clock is not None:
+            x_BPR = x_BPR + self._time_of_tokens(times_BN, now_B, lengths_B, from_BP)
+        x_BPR = torch.where(there_BP1, x_BPR, 0.0)
         newest_B11 = (lengths_B1 - 1).unsqueeze(2)
         newest_BR = x_BPR.gather(1, newest_B11.expand(-1, -1, width)).squeeze(1)
         y_KBPR = x_BPR.expand(self.experts, -1, -1, -1)
@@ -75,7 +87,26 @@ class UserEncoder(nn.Module):
             mixed_BR = y_KBR[0]
         else:
             mixed_BR = torch.einsum("bk,kbr->br", self._gate_weights(newest_BR, x_BPR, position_BP, there_BP1), y_KBR)
-        return self.tower(mixed_BR)
+        y_BR = self.tower(mixed_BR)
+        if self.clock is None:
+            return y_BR
+        return y_BR + self.clock.added_to_outputs(self._ticks(now_B), torch.full_like(lengths_B, self.task))
+
+    def _time_of_tokens(self, times_BN, now_B, lengths_B, from_BP):
+        """What time adds to SOS and the items that the tokens are (from_BP: 0 for SOS), each predicting for the next one's."""
+        users, tokens = from_BP.shape
+        tick_BN, now_B1 = self._ticks(times_BN), self._ticks(now_B).unsqueeze(1)
+        asked_BP = torch.cat([tick_BN, now_B1], dim=1).gather(1, from_BP)
+        asked_BP = torch.where(from_BP < lengths_B.unsqueeze(1), asked_BP, now_B1)
+        since_BP = asked_BP - torch.cat([torch.zeros_like(now_B1), tick_BN], dim=1).gather(1, from_BP)
+        gap_BP = torch.bucketize(since_BP.clamp(min=0) + 1, self.gap_bounds, right=True)
+        gap_BP = torch.where(from_BP > 0, gap_BP, NO_GAP)
+        task_T = torch.full_like(asked_BP, self.task).flatten()
+        return self.clock.added_to_tokens(asked_BP.flatten(), gap_BP.flatten(), task_T).view(users, tokens, -1)
+
+    def _ticks(self, times):
+        """As `Dataset.ticks`."""
+        return (((times.double() - self.first_time) / self.duration).clamp(0, 1) * TICKS).long()
 
     def _block(self, number, x_KBPR):
         w = {name: getattr(self, f"{name}_{number}").unsqueeze(1) for name in _BLOCK}
@@ -120,10 +151,16 @@ def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
     Without what PyTorch keeps beside it: the example, which it would pickle, and where in which folders the code lay.
     """
     given = min(2, encoder.max_length)
-    example = torch.zeros(2, given, encoder.start.shape[1], dtype=encoder.start.dtype), torch.tensor([given, 0])
+    example = (
+        torch.zeros(2, given, encoder.start.shape[1], dtype=encoder.start.dtype),
+        torch.tensor([given, 0]),
+        torch.zeros(2, given, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+    )
     users = {0: torch.export.Dim("users", min=1)}
     items = {1: torch.export.Dim("items", min=1, max=encoder.max_length)} if encoder.max_length > 1 else {}
-    program = torch.export.export(encoder.eval(), example, dynamic_shapes={"items_BNR": users | items, "lengths_B": users})
+    shapes = {"items_BNR": users | items, "lengths_B": users, "times_BN": users | items, "now_B": users}
+    program = torch.export.export(encoder.eval(), example, dynamic_shapes=shapes)
     program.example_inputs = None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)

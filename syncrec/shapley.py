@@ -70,7 +70,7 @@ def coalition_losses(model, batch, inputs_NR, loss_of):
     """loss_of(shown_NR) for every coalition, (C,): shown_NR are the inputs with those of other domains at zero, (N, r).
 
     The model is as in evaluation meanwhile: without dropout nothing is drawn, and λ does not depend on how users are spread
-    over ranks. Positions and SOS belong to no domain.
+    over ranks. Positions, times and SOS belong to no domain.
     """
     bit_N = _domain_bits(batch, inputs_NR)
     with _as_in_evaluation(model):

@@ -119,27 +119,36 @@ class RankingBatches(torch.utils.data.IterableDataset):
         finally:
             histories.close()
 
-    def seen(self, history):
-        """What the model is shown of a history: of the one domain where it is trained on that alone."""
-        if self.alone is not None:
-            history = history[self.plan.dataset.domain_of(history) == self.alone]
-        return history
-
-    def query(self, histories, extra_ids):
-        """The Query of some histories, at least one."""
-        items_N, lengths_B = np.concatenate(histories), np.array(list(map(len, histories)))
-        return query_of(self.plan.dataset, items_N, lengths_B, self.max_length, extra_ids, self.both_views)
+    def query(self, users, user_B, extra_ids):
+        """The Query of the histories of some of the `users`, by their places, up to the held-out item and for its time; without
+        any, one that is empty: a rank without users takes part in the look-up. Of the one domain where a model is trained on
+        that alone.
+        """
+        dataset, ends_B = self.plan.dataset, np.cumsum(users.lengths_B)
+        histories, now_B = [(np.zeros(0, np.int64), np.zeros(0, np.int64))] * (not len(user_B)), [0] * (not len(user_B))
+        for user in user_B:
+            end = ends_B[user] - self.back
+            own = slice(ends_B[user] - users.lengths_B[user], end)
+            items, ticks = users.items_N[own], users.ticks_N[own]
+            if self.alone is not None:
+                here = dataset.domain_of(items) == self.alone
+                items, ticks = items[here], ticks[here]
+            histories.append((items, ticks))
+            now_B.append(users.ticks_N[end])
+        items_N, ticks_N = map(np.concatenate, zip(*histories, strict=True))
+        lengths_B = np.array([len(items) for items, _ in histories])
+        return query_of(dataset, items_N, ticks_N, lengths_B, np.array(now_B), self.max_length, extra_ids, self.both_views)
 
     def build(self, users: Users) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
         dataset = self.plan.dataset
         ends = np.cumsum(users.lengths_B)
-        histories, numbers, domains, candidates = [], [], [], []
-        for number, length, end in zip(users.number_B, users.lengths_B, ends, strict=True):
+        asked, numbers, domains, candidates = [], [], [], []
+        for user, (number, length, end) in enumerate(zip(users.number_B, users.lengths_B, ends, strict=True)):
             if length < SPLIT_LENGTH:
                 continue
             items = users.items_N[end - length : end]
-            history, positive = items[: -self.back], items[-self.back]
+            positive = items[-self.back]
             domain = int(dataset.domain_of(positive[None])[0])
             if self.given is not None:
                 if int(number) not in self.given:
@@ -152,22 +161,22 @@ class RankingBatches(torch.utils.data.IterableDataset):
                 seed, count = self.plan.seed, self.config.negatives
                 negatives = evaluation_negatives(seed, int(number), items, own.start, own.items, count)
                 rows = np.append(positive, negatives)
-            histories.append(self.seen(history))
+            asked.append(user)
             numbers.append(number)
             domains.append(domain)
             candidates.append(rows)
-        if not histories:  # this rank takes part in the look-up all the same
-            histories, numbers, domains, candidates = [np.zeros(0, np.int64)], [-1], [0], [np.zeros(1, np.int64)]
+        if not asked:  # this rank takes part in the look-up all the same
+            numbers, domains, candidates = [-1], [0], [np.zeros(1, np.int64)]
         rows_C = np.concatenate(candidates)
-        query = self.query(histories, rows_C)
+        query = self.query(users, asked, rows_C)
         counts_B = np.array([len(rows) for rows in candidates])
         return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
 
 
-def query_of(dataset, items_N, lengths_B, max_length, extra_ids, both_views):
-    """A Query of histories, with the views that a model predicts by."""
+def query_of(dataset, items_N, ticks_N, lengths_B, now_B, max_length, extra_ids, both_views):
+    """A Query of histories for some times (ticks), with the views that a model predicts by."""
     domain_N = domains_of(dataset, items_N) if both_views else None
-    return build_query(items_N, lengths_B, max_length, extra_ids, domain_N, len(dataset.domains))
+    return build_query(items_N, lengths_B, max_length, extra_ids, domain_N, len(dataset.domains), ticks_N, now_B)
 
 
 def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None, workers=None):

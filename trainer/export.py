@@ -31,7 +31,7 @@ from trainer.data.progress import Stages
 from trainer.data.vocabulary import item_ids
 from trainer.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the encoder is told times
 SCHEMA, ENCODER = "schema.json", "encoder.pt2"
 _DTYPES = {"fp32": np.float32, "fp16": np.float16}
 _BLOCK = 65536  # item vectors brought to the first rank at once
@@ -119,8 +119,9 @@ def _write_items(folder, table, domain, dtype, ranks, advance):
 def _finish(partial, output, model, dataset, best, model_config, config):
     with _writing(partial):
         model = model.cpu()
+        span = dataset.first_time, dataset.last_time
         domains = [_write_domain(partial, dataset, number, model, config.faiss) for number in range(len(dataset.domains))]
-        _write_encoder(partial, UserEncoder(model))
+        _write_encoder(partial, UserEncoder(model, span))
         shutil.copyfile(_EXAMPLE, partial / "example.py")
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         files = [File.of(partial, name) for name in names]
@@ -129,11 +130,15 @@ def _finish(partial, output, model, dataset, best, model_config, config):
             "width": model_config.dim,
             "max_length": model_config.max_length,
             "item_dtype": config.dtype,
+            "first_time": dataset.first_time,
+            "last_time": dataset.last_time,
             "domains": domains,
             "encoder": {
                 "inputs": {
                     "items": "float32 (users, items, width): vectors of the newest items, oldest first; items: 1 to max_length",
                     "lengths": "int64 (users,): how many of them are the user's; 0 for a user without a history",
+                    "times": "float64 (users, items): when they were, in the logs' unit (dates: microseconds since 1970)",
+                    "now": "float64 (users,): for when is asked; later than last_time is as last_time",
                 },
                 "output": "float32 (users, width): a user's vector; its dot product with an item's is the score",
                 "own": "a domain's own encoder is given its items alone; own_weight of a user's vector for the domain is its",
@@ -167,7 +172,7 @@ def _write_domain(partial, dataset, number, model, faiss_name):
     own_weight = 0.0
     if model.prediction is not None:
         own_weight = float(model.prediction.own_D[number])
-        _write_encoder(folder, UserEncoder(model, number))
+        _write_encoder(folder, UserEncoder(model, (dataset.first_time, dataset.last_time), number))
     facts = {"name": domain.name, "folder": folder.name, "items": domain.items, "id_type": str(ids.type)}
     return facts | {"own_weight": own_weight}
 

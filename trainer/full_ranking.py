@@ -83,14 +83,12 @@ class HeldBatches(RankingBatches):
             keep_B[keep_B] = dataset.domain_of(users.items_N[ends_B[keep_B] - self.back]) == self.alone
         lengths_B, ends_B = users.lengths_B[keep_B], ends_B[keep_B]
         items = [users.items_N[end - length : end] for length, end in zip(lengths_B, ends_B, strict=True)]
-        histories = [own[: -self.back] for own in items]
         row_B = np.array([own[-self.back] for own in items], np.int64)
         domain_B = dataset.domain_of(row_B)
-        own_B = [np.count_nonzero(dataset.domain_of(h) == d) for h, d in zip(histories, domain_B, strict=True)]
+        own_B = [np.count_nonzero(dataset.domain_of(own[: -self.back]) == d) for own, d in zip(items, domain_B, strict=True)]
         others = [np.delete(own, len(own) - self.back) for own in items]
-        query = self.query([self.seen(history) for history in histories] or [np.zeros(0, np.int64)], np.zeros(0, np.int64))
         return Held(
-            query=query,
+            query=self.query(users, np.flatnonzero(keep_B), np.zeros(0, np.int64)),
             user_B=users.number_B[keep_B],
             domain_B=domain_B,
             row_B=row_B,

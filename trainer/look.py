@@ -67,7 +67,7 @@ def _gates(model, table, dataset, config, ranks, users, names):
 
     views = {"cross": sums(of_input[batch.cross.input_M], _cross_weights(model, batch.cross, rows_NR)), "single": None}
     if model.both_tasks:
-        x_MR, edges = model.embedding(batch.single, rows_NR), batch.single.task_starts
+        x_MR, edges = model.tokens(batch.single, rows_NR), batch.single.task_starts
         tasks = [slice(begin, end) for begin, end in pairwise(edges)]
         weights = [gate(x_MR[task], batch.single, task) for gate, task in zip(model.single_gates, tasks, strict=True)]
         lengths = torch.tensor([task.stop - task.start for task in tasks], device=x_MR.device)
@@ -77,7 +77,7 @@ def _gates(model, table, dataset, config, ranks, users, names):
 
 
 def _cross_weights(model, view, rows_NR):
-    return model.cross_gate(model.embedding(view, rows_NR), view, slice(None))
+    return model.cross_gate(model.tokens(view, rows_NR), view, slice(None))
 
 
 def _means(total, names):
@@ -97,14 +97,16 @@ def _batch(dataset, config, ranks, users):
     finally:
         histories.close()
     _, lengths_B, place_N, _ = training_part(dataset, found, config.stream.domain)
-    items_N, lengths_B = found.items_N[place_N], lengths_B[lengths_B > 0]
+    items_N, ticks_N, lengths_B = found.items_N[place_N], found.ticks_N[place_N], lengths_B[lengths_B > 0]
     some = len(items_N) > 0
     if not some:
-        items_N, lengths_B = np.zeros(1, np.int32), np.ones(1, np.int64)
-    items_N, lengths_B, domain_N = trim(items_N, lengths_B, domains_of(dataset, items_N), config.model.max_length)
+        items_N, ticks_N, lengths_B = np.zeros(1, np.int32), np.zeros(1, np.uint16), np.ones(1, np.int64)
+    domain_N = domains_of(dataset, items_N)
+    kept_N, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domain_N, config.model.max_length)
     none = [np.zeros(0, np.int64) for _ in dataset.domains]
     items_D = [domain.items for domain in dataset.domains]
-    return build_batch(items_N, lengths_B, domain_N, np.ones(len(lengths_B)), none, items_D, config.model.max_length), some
+    given = items_N[kept_N], lengths_B, domain_N, np.ones(len(lengths_B)), none, items_D, config.model.max_length
+    return build_batch(*given, ticks_N=ticks_N[kept_N]), some
 
 
 def _neighbours(table, dataset, ranks, look):

@@ -34,6 +34,7 @@ from trainer.best import best_model, open_run
 from trainer.checkpoint import MANIFEST, write_json
 from trainer.control import by_the_first
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
+from trainer.data.dataset import TICKS
 from trainer.data.logs import reason
 from trainer.data.progress import Stages
 from trainer.data.stream import Reasons
@@ -162,8 +163,8 @@ class _Recommendations:
         with self.stages("recommending", total=asked.users) as advance:
             advance(min(asked.users, (count - len(missing)) * part_users))
             for part in missing:
-                ids, lengths_B, rows_N = read_histories(self.folder / "histories", part)
-                top = scorer(lengths_B, rows_N, advance)
+                ids, lengths_B, rows_N, ticks_N = read_histories(self.folder / "histories", part)
+                top = scorer(lengths_B, rows_N, ticks_N, advance)
                 by_the_first(self._writing(lambda: self._write(part, scorer, ids, lengths_B, top)), self.ranks.first)  # noqa: B023
 
     def deliver(self, made_from, asked: Asked, domains) -> dict:
@@ -260,7 +261,7 @@ class _Scorer:
         return self._item_ids[number]
 
     @torch.no_grad()
-    def __call__(self, lengths_B, rows_N, advance):
+    def __call__(self, lengths_B, rows_N, ticks_N, advance):
         """[(domain number, rows of M int32 (B, k), scores float32 (B, k))] on the first rank; on the others arrays are empty.
 
         Whoever has fewer items left than k has −1 and −inf for the rest. advance: called with the users of each step.
@@ -274,8 +275,9 @@ class _Scorer:
         for step in range(steps):
             begin = min(users, (step * world + self.ranks.rank) * size)
             end = min(users, begin + size)
-            histories_N, own_B = rows_N[starts[begin] : starts[end]], lengths_B[begin:end]
-            y_BDR = self._outputs(histories_N, own_B)
+            own_N, own_B = slice(starts[begin], starts[end]), lengths_B[begin:end]
+            histories_N = rows_N[own_N]
+            y_BDR = self._outputs(histories_N, ticks_N[own_N], own_B)
             seen = None if self.config.keep_seen else _seen(histories_N, own_B)
             place = 0
             for number, ranking in self.rankings.items():
@@ -290,11 +292,12 @@ class _Scorer:
         cut = [slice(end - k, end) for end, k in zip(ends, self.k.values(), strict=True)]
         return [(number, rows_Bk[:, own], scores_Bk[:, own]) for number, own in zip(self.k, cut, strict=True)]
 
-    def _outputs(self, histories_N, lengths_B):
-        """What each domain's items are scored with, (B, D, r); a rank without users takes part in the look-up."""
+    def _outputs(self, histories_N, ticks_N, lengths_B):
+        """What each domain's items are scored with at the end of the dataset's time, (B, D, r); a rank without users takes part
+        in the look-up."""
         lengths = lengths_B if len(lengths_B) else np.zeros(1, np.int64)
-        both = self.model.prediction is not None
-        query = query_of(self.dataset, histories_N, lengths, self.max_length, np.zeros(0, np.int64), both)
+        now, both = np.full(len(lengths), TICKS), self.model.prediction is not None
+        query = query_of(self.dataset, histories_N, ticks_N, lengths, now, self.max_length, np.zeros(0, np.int64), both)
         query = move(query, self.ranks.device)
         return self.model(query, self.table(query.ids))[: len(lengths_B)]
 

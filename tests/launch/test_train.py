@@ -86,7 +86,7 @@ def test_settings_that_cannot_be_used_are_one_line_and_leave_nothing(refused, da
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"), [(another_format, ["format_version 7", "reads 3"]), (without_a_shard, ["000002.tar is missing"])]
+    ("spoil", "named"), [(another_format, ["format_version 7", "reads 4"]), (without_a_shard, ["000002.tar is missing"])]
 )
 def test_a_dataset_that_cannot_be_used_is_one_line_and_leaves_nothing(refused, tmp_path, spoil, named):
     folder = write_dataset(tmp_path / "data", draw_histories(40), cuts=(10, 20, 30)).folder

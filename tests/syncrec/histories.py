@@ -11,7 +11,7 @@ from tests.syncrec.reference import History
 def draw(seed, domain_items, users=7, longest=12, negatives=2, absent_domain=None):
     """Histories around a view length of 4 or 5: cut and uncut ones, a user without any interaction, one with a single
     one, weight-zero users. Rows of M: domain after domain. absent_domain: a domain that nobody touches."""
-    rng = np.random.default_rng(seed)
+    rng, clock = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     starts = np.cumsum(domain_items) - domain_items
     touched = [d for d in range(len(domain_items)) if d != absent_domain]
     popularity = rng.dirichlet(np.ones(len(touched)))  # uneven: many users lack some domain
@@ -23,7 +23,8 @@ def draw(seed, domain_items, users=7, longest=12, negatives=2, absent_domain=Non
         items = starts[domains] + rng.integers(0, np.array(domain_items)[domains])
         pairs = zip(domains, items, strict=True)
         own = [_others(rng, starts[d], domain_items[d], item, negatives) for d, item in pairs]
-        histories.append(History(items.tolist(), domains.tolist(), int(weight), own))
+        ticks = np.sort(clock.choice([0, 3, 700, 65535, *clock.integers(0, 65536, 4)], length))  # some at once, or long after
+        histories.append(History(items.tolist(), domains.tolist(), int(weight), own, ticks.tolist()))
     return [histories[user] for user in rng.permutation(users)]
 
 
@@ -41,7 +42,13 @@ def _others(rng, start, items, item, count):
 
 def without_newest(histories):
     """What a user had before the newest interaction."""
-    return [replace(h, items=h.items[:-1], domains=h.domains[:-1], negatives=h.negatives[:-1]) for h in histories]
+    parts = ("items", "domains", "negatives", "ticks")
+    return [replace(history, **{part: getattr(history, part)[:-1] for part in parts}) for history in histories]
+
+
+def ticks_of(histories):
+    """When the interactions of `flatten` were, int64 (N,)."""
+    return np.array([tick for history in histories for tick in history.ticks], np.int64)
 
 
 def flatten(histories):
@@ -60,5 +67,6 @@ def pack(histories, domain_items, max_length, pooling="mean", shared_negatives=N
     kept, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domain_N, max_length)
     keys = [(user, step) for user, history in enumerate(histories) for step in range(len(history.items))]
     negatives = negatives_Nn[kept] if shared_negatives is None else shared_negatives
-    batch = build_batch(items_N[kept], lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling)
+    ticks_N = ticks_of(histories)[kept]
+    batch = build_batch(items_N[kept], lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling, ticks_N)
     return move(batch, "cpu"), [keys[place] for place in kept]

@@ -19,7 +19,8 @@ DOMAIN_ITEMS = (500, 500, 500, 500)
 def user(domains, weight=1, first=0):
     """A history whose items all differ, each with one negative of its own."""
     items = list(range(first, first + len(domains)))
-    return History(items, list(domains), weight, [[10_000 + item] for item in items])
+    ticks = [100 * place for place in range(len(items))]
+    return History(items, list(domains), weight, [[10_000 + item] for item in items], ticks)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from syncrec.experts import ExpertStack
 from syncrec.layers import InputEmbedding, Tower
 from syncrec.model import SyNCRec, mix
 from syncrec.reduction import Reduction
-from tests.syncrec.histories import draw, draw_shared, flatten, pack, without_newest
+from tests.syncrec.histories import draw, draw_shared, flatten, pack, ticks_of, without_newest
 from tests.syncrec.reference import NONE, SOS, cross_sequence, single_sequence, training_step
 
 DOMAIN_ITEMS = (6, 4, 5, 3)
@@ -52,6 +52,9 @@ READINGS = {
     "bce": {"loss": "bce"},
     "bpr_probability": {"loss": "bpr_probability"},
     "information_alone": {"eta": 0.0},
+    "time": {"time_knots": 5},
+    "time_sequence_gate_shapley": {"time_knots": 2, "gate": "sequence", "loss_correction": "shapley"},
+    "time_one_token": {"time_knots": 70_000, "max_length": 1},
     "one_token": {"max_length": 1},
     "nothing_cut": {"max_length": 13},
     "all_off": {**SASREC, "experts": 3},
@@ -459,9 +462,10 @@ def test_bf16_is_near_fp32(reading):
 
 
 @pytest.mark.parametrize("gate", ["token", "sequence"])
-def test_query_gives_the_newest_output_of_the_training_view(gate):
-    """A query for x_1 … x_{n-1} sees what training sees when it predicts x_n, candidates beside it or not."""
-    config = replace(SMALL, gate=gate, prediction="cross")
+@pytest.mark.parametrize("knots", [0, 6])
+def test_query_gives_the_newest_output_of_the_training_view(gate, knots):
+    """A query for x_1 … x_{n-1} at the time of x_n sees what training sees when it predicts x_n, whatever is scored."""
+    config = replace(SMALL, gate=gate, prediction="cross", time_knots=knots)
     model = make_model(config, len(DOMAIN_ITEMS), 23)
     table = make_table(DOMAIN_ITEMS, config.dim, 23)
     histories = [history for history in draw(23, DOMAIN_ITEMS, users=12) if history.items]
@@ -471,37 +475,48 @@ def test_query_gives_the_newest_output_of_the_training_view(gate):
     prefixes = without_newest(histories)
     assert min(len(history.items) for history in prefixes) == 0
     items_N, lengths_B, *_ = flatten(prefixes)
-    query = build_query(items_N, lengths_B, config.max_length, np.array([7, 7, 1]))
+    now_B = np.array([history.ticks[-1] for history in histories])
+    given = {"ticks_N": ticks_of(prefixes), "now_B": now_B}
+    query = move(build_query(items_N, lengths_B, config.max_length, np.array([7, 7, 1]), **given), "cpu")
     outputs_BDR = model(query, table[query.ids])
+    expected_BR = cross_MR[newest]
+    if knots:
+        now_B = torch.from_numpy(now_B)
+        expected_BR = expected_BR + model.clock.added_to_outputs(now_B, torch.zeros_like(now_B))
     assert outputs_BDR.shape == (len(histories), len(DOMAIN_ITEMS), config.dim)
     for domain in range(len(DOMAIN_ITEMS)):
-        near(outputs_BDR[:, domain], cross_MR[newest], "query")
+        near(outputs_BDR[:, domain], expected_BR, "query")
 
 
 def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
     """Each user's newest token in each domain, of which it may have had nothing, beside the newest of all."""
-    config, domains = replace(SMALL, prediction_temperature=0.5), len(DOMAIN_ITEMS)
+    config, domains = replace(SMALL, prediction_temperature=0.5, time_knots=4), len(DOMAIN_ITEMS)
     model, table = make_model(config, domains, 24), make_table(DOMAIN_ITEMS, config.dim, 24)
     histories = draw(24, DOMAIN_ITEMS, users=9)
     items_N, lengths_B, domain_N, *_ = flatten(histories)
-    query = move(build_query(items_N, lengths_B, config.max_length, items_N[:0], domain_N, domains), "cpu")
+    now_B = np.arange(len(histories)) * 7_000
+    given = config.max_length, items_N[:0], domain_N, domains, ticks_of(histories), now_B
+    query = move(build_query(items_N, lengths_B, *given), "cpu")
     model.prediction.gap_2D = torch.tensor([[0.4, 0.0, -3.0, 0.0], [0.5, 0.5, 0.5, 0.0]], dtype=torch.float64)
     own = [1 / (1 + math.exp(gap / 0.5)) for gap in (0.8, 0.0, -6.0, 0.0)]
     model.eval()
     found_BDR = model(query, table[query.ids])
     rows = table[query.ids]
-    cross_BR = model._cross_outputs(query.cross, rows)[query.newest_B]
+    cross_BR, now_B = model._cross_outputs(query.cross, rows)[query.newest_B], torch.from_numpy(now_B)
     for domain in range(domains):
-        alone = [[item for item, d in zip(h.items, h.domains, strict=True) if d == domain] for h in histories]
-        lengths, items = np.array(list(map(len, alone))), np.array([item for had in alone for item in had], np.int64)
+        own_N = domain_N == domain
+        lengths = np.bincount(np.repeat(np.arange(len(histories)), lengths_B)[own_N], minlength=len(histories))
+        items, ticks = items_N[own_N], ticks_of(histories)[own_N]
         assert 0 in lengths
         # As if there were no other domain: a view of one task, through the domain's own gate and tower.
-        one = move(build_query(items, lengths, config.max_length, items[:0]), "cpu")
-        x_MR = model.embedding(one.cross, table[one.ids])
-        experts = model._run_experts(x_MR, one.cross, model.single_experts, model.cross_experts)
-        mixed_MR = mix(model.single_gates[domain](x_MR, one.cross, slice(None)), experts)
+        one = move(build_query(items, lengths, config.max_length, items[:0], ticks_N=ticks, now_B=now_B.numpy()), "cpu")
+        view = replace(one.cross, task_M=torch.full_like(one.cross.task_M, 1 + domain))
+        x_MR = model.tokens(view, table[one.ids])
+        experts = model._run_experts(x_MR, view, model.single_experts, model.cross_experts)
+        mixed_MR = mix(model.single_gates[domain](x_MR, view, slice(None)), experts)
         single_BR = model.single_towers[domain](mixed_MR)[one.newest_B]
-        expected_BR = (1 - own[domain]) * cross_BR + own[domain] * single_BR
+        cross_time_BR, time_BR = (model.clock.added_to_outputs(now_B, torch.full_like(now_B, task)) for task in (0, 1 + domain))
+        expected_BR = (1 - own[domain]) * (cross_BR + cross_time_BR) + own[domain] * (single_BR + time_BR)
         near(found_BDR[:, domain], expected_BR.detach(), f"domain {domain}")
 
 

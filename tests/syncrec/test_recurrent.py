@@ -178,4 +178,4 @@ def test_what_a_gru_has_not_is_refused_in_one_line(name, value):
 
 def test_there_is_no_exported_form():
     with pytest.raises(ValueError, match=re.escape("model.encoder is gru: only transformer can be exported")):
-        UserEncoder(SyNCRec(GRU4REC, 2))
+        UserEncoder(SyNCRec(GRU4REC, 2), (0, 1))

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from syncrec.batch import build_query, move
+from syncrec.clock import TICKS
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from syncrec.serving import UserEncoder, exported
 
 ROOT = Path(__file__).resolve().parents[2]
+SPAN = 1_000.0, 3_000_000.0
 LENGTHS = [0, 1, 4, 7, 8, 9, 23]  # max_length is 8
 PLAIN = {"tasks": "cross", "stop_gradient": "off", "loss_correction": "none", "mutual_information": "off"}
 
@@ -27,29 +29,42 @@ def made(dtype=torch.float64, **given):
     return model
 
 
-def padded(table, histories, max_length):
+def padded(table, histories, ticks, now, max_length):
     recent = [history[-max_length:] for history in histories]
     items = torch.full((len(recent), max(1, *map(len, recent)), table.shape[1]), float("nan"), dtype=table.dtype)
-    for user, history in enumerate(recent):
+    times = torch.full(items.shape[:2], float("nan"), dtype=torch.float64)
+    for user, (history, when) in enumerate(zip(recent, ticks, strict=True)):
         items[user, : len(history)] = table[history]
-    return items, torch.tensor([len(history) for history in recent])
+        times[user, : len(history)] = torch.from_numpy(time_of(when[-max_length:]))
+    return items, torch.tensor([len(history) for history in recent]), times, torch.from_numpy(time_of(now))
+
+
+def time_of(ticks):
+    """In the middle of the tick, of logs from SPAN[0] to SPAN[1]."""
+    return SPAN[0] + (np.minimum(ticks + 0.5, TICKS)) / TICKS * (SPAN[1] - SPAN[0])
 
 
 def both(model, lengths, domain=None):
     """What the packed model gives, and what the encoder is given. domain: of the histories in that domain alone."""
     generator = np.random.default_rng(5)
     histories = [generator.integers(0, 50, length) for length in lengths]
-    generator, longest = torch.Generator().manual_seed(1), model.config.max_length
-    table = torch.randn(50, model.config.dim, dtype=next(model.parameters()).dtype, generator=generator)
+    seeded, longest = torch.Generator().manual_seed(1), model.config.max_length
+    table = torch.randn(50, model.config.dim, dtype=next(model.parameters()).dtype, generator=seeded)
     items = np.concatenate(histories)
-    query = move(build_query(items, np.array(lengths), longest, np.zeros(0, np.int64), items // 20, 3), "cpu")
+    ticks = [np.sort(generator.choice([0, 1, 2, 900, 40_000, TICKS], length)) for length in lengths]
+    now = np.array([max(0, *when, 5_000 * (user % 2)) for user, when in enumerate(ticks)])
+    given = items, np.array(lengths), longest, np.zeros(0, np.int64), items // 20, 3, np.concatenate(ticks), now
+    query = move(build_query(*given), "cpu")
     with torch.no_grad():
         if domain is None:
-            expected = model._cross_outputs(query.cross, table[query.ids])[query.newest_B]
+            outputs = model._cross_outputs(query.cross, table[query.ids])
+            expected = model._scoring(query.cross, outputs, query.newest_B)
         else:
-            expected = model._single_outputs(query.single, table[query.ids])[query.newest_DB[domain]]
-            histories = [history[history // 20 == domain] for history in histories]
-    return expected, padded(table, histories, longest)
+            outputs = model._single_outputs(query.single, table[query.ids])
+            expected = model._scoring(query.single, outputs, query.newest_DB[domain])
+            own = [history // 20 == domain for history in histories]
+            histories, ticks = ([each[here] for each, here in zip(kind, own, strict=True)] for kind in (histories, ticks))
+    return expected, padded(table, histories, ticks, now, longest)
 
 
 @pytest.mark.parametrize(
@@ -65,22 +80,29 @@ def both(model, lengths, domain=None):
         PLAIN | {"experts": 1, "tower": "off"},
         PLAIN | {"experts": 3},
         {"max_length": 1},
+        {"time_knots": 9},
+        {"time_knots": 40, "gate": "sequence", "norm": "pre"},
+        {"time_knots": 2, "max_length": 1},
     ],
     ids=str,
 )
 def test_equals_the_packed_model(given):
     model = made(**given)
-    expected, (items, lengths) = both(model, LENGTHS)
-    torch.testing.assert_close(UserEncoder(model)(items, lengths), expected, rtol=1e-10, atol=1e-10)
+    expected, given_items = both(model, LENGTHS)
+    torch.testing.assert_close(UserEncoder(model, SPAN)(*given_items), expected, rtol=1e-10, atol=1e-10)
     for domain in range(3 if model.both_tasks else 0):
-        expected, (items, lengths) = both(model, LENGTHS, domain)
-        torch.testing.assert_close(UserEncoder(model, domain)(items, lengths), expected, rtol=1e-10, atol=1e-10)
+        expected, given_items = both(model, LENGTHS, domain)
+        torch.testing.assert_close(UserEncoder(model, SPAN, domain)(*given_items), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("given", [{}, {"gate": "sequence", "norm": "pre"}, {"max_length": 1}, PLAIN | {"experts": 1}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"gate": "sequence", "norm": "pre"}, {"max_length": 1}, PLAIN | {"experts": 1}, {"time_knots": 9}],
+    ids=str,
+)
 def test_the_exported_program_takes_any_users_and_items(given, tmp_path):
     model = made(torch.float32, **given)
-    torch.export.save(exported(UserEncoder(model)), tmp_path / "encoder.pt2")
+    torch.export.save(exported(UserEncoder(model, SPAN)), tmp_path / "encoder.pt2")
     with zipfile.ZipFile(tmp_path / "encoder.pt2") as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     assert not any(content for name, content in contents.items() if "sample_inputs" in name)  # they would be a pickle

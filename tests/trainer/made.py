@@ -7,17 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, USERS, Dataset, Domain, File, Shard
+from trainer.data.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, TICKS, USERS, Dataset, Domain, File, Shard
 from trainer.data.shards import Block, write_shard
 
 ROOM = 3  # rows that a domain keeps for later items
 
 
-def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_users=3, user_ids=None, item_ids=None):
+def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_users=3, user_ids=None, item_ids=None, ticks=None):
     """Users 0 … with the given rows of M, oldest first. items: of each domain; cuts: users at which a new shard begins.
 
-    user_ids, item_ids: raw ids, item_ids by domain; texts like "u0" and "d0-0" where they are left out.
+    user_ids, item_ids: raw ids, item_ids by domain; texts like "u0" and "d0-0" where they are left out. ticks: when each user's
+    interactions were, `draw_ticks` of them where they are left out; times are ticks.
     """
+    ticks = draw_ticks(histories) if ticks is None else ticks
     for name in ("shards", "vocabulary"):
         (folder / name).mkdir(parents=True)
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
@@ -25,7 +27,7 @@ def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_use
     shards = []
     for number, (first, last) in enumerate(zip([0, *cuts], [*cuts, len(histories)], strict=True)):
         name = f"shards/{number:06d}.tar"
-        size, sha256 = write_shard(folder / name, first, rows, _blocks(histories, first, last, block_users))
+        size, sha256 = write_shard(folder / name, first, rows, _blocks(histories, ticks, first, last, block_users))
         interactions = sum(len(history) for history in histories[first:last])
         shards.append(Shard(name, last - first, first, interactions, size, sha256))
     training = [np.asarray(h[:-2] if len(h) >= SPLIT_LENGTH else h, np.int64) for h in histories]
@@ -48,6 +50,8 @@ def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_use
         interactions=sum(lengths),
         too_short=sum(length < SPLIT_LENGTH for length in lengths),
         max_length=max(lengths),
+        first_time=0.0,
+        last_time=float(TICKS),
         block_users=block_users,
         streams=streams,
         domains=tuple(domains),
@@ -64,6 +68,12 @@ def draw_histories(users, items=(5, 4), longest=9, seed=0):
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
     rows = np.concatenate([start + np.arange(count) for start, count in zip(starts, items, strict=True)])
     return [random.choice(rows, size=random.integers(1, longest + 1)) for _ in range(users)]
+
+
+def draw_ticks(histories, seed=0):
+    """Rising times of histories, uint16."""
+    random = np.random.default_rng(seed)
+    return [np.sort(random.integers(0, TICKS + 1, len(history))).astype(np.uint16) for history in histories]
 
 
 def npy(array, **options):
@@ -99,8 +109,9 @@ def spoil_block(dataset, shard, block):
     path.write_bytes(content)
 
 
-def _blocks(histories, first, last, block_users):
+def _blocks(histories, ticks, first, last, block_users):
     for begin in range(first, last, block_users):
         users = np.arange(begin, min(begin + block_users, last))
         own = [np.asarray(histories[user], np.int32) for user in users]
-        yield Block(np.array([len(history) for history in own], np.int32), np.concatenate(own))
+        when = np.concatenate([ticks[user] for user in users])
+        yield Block(np.array([len(history) for history in own], np.int32), np.concatenate(own), when)

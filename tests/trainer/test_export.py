@@ -33,7 +33,7 @@ sys.path.insert(0, str(folder))
 from example import Recommender
 recommender = Recommender(folder)
 asked = json.load(sys.stdin)
-print(json.dumps([recommender([tuple(event) for event in history], domain, k) for history, domain, k in asked]))
+print(json.dumps([recommender([tuple(event) for event in history], *others) for history, *others in asked]))
 """
 
 
@@ -106,14 +106,17 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
         numbers = generator.integers(0, len(names), length)
         events = [(int(d), int(generator.integers(0, len(ids[d])))) for d in numbers]
         rows = np.array([dataset.domains[d].start + place for d, place in events], np.int64)
-        query = query_of(dataset, rows, np.array([length]), config.model.max_length, np.zeros(0, np.int64), True)
+        ticks, now = np.sort(generator.choice([0, 3, 4, 60_000], length)), 61_000  # times are ticks here
+        given = rows, ticks, np.array([length]), np.array([now]), config.model.max_length, np.zeros(0, np.int64), True
+        query = query_of(dataset, *given)
         with torch.no_grad():
             y_DR = model(query, table[query.ids])[0]
         for number, domain in enumerate(dataset.domains):
             scores = (table[domain.start : domain.start + domain.items] @ y_DR[number]).numpy()
             left = [place for place in range(domain.items) if (number, place) not in events]
             best = sorted(left, key=lambda place: -scores[place])
-            asked.append(([(names[d], str(ids[d][place])) for d, place in events], names[number], 1000))
+            history = [(int(tick), names[d], str(ids[d][place])) for tick, (d, place) in zip(ticks, events, strict=True)]
+            asked.append((history, names[number], 1000, now))
             expected.append([(str(ids[number][place]), float(scores[place])) for place in best])
     for found, wanted in zip(answers(bare, folder, asked), expected, strict=True):
         assert dict(map(tuple, found)) == pytest.approx(dict(wanted), abs=1e-5)
@@ -124,9 +127,9 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
 def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
     dataset = loaded[1]
     name, item = dataset.domains[0].name, str(ids_of(dataset, 0)[2])
-    unknown = [(name, "no such item"), ("no such domain", item), (name, item), (name, "")]
+    unknown = [(1, name, "no such item"), (2, "no such domain", item), (3, name, item), (4, name, "")]
     with_unknown, without, new, nobody = answers(
-        bare, folder, [(unknown, name, 3), ([(name, item)], name, 3), ([], name, 3), ([("?", "?")], name, 3)]
+        bare, folder, [(unknown, name, 3), ([(3, name, item)], name, 3), ([], name, 3), ([(5, "?", "?")], name, 3)]
     )
     assert with_unknown == without and item not in [found for found, _ in without]
     assert new == nobody and len(new) == 3
@@ -139,6 +142,8 @@ def test_the_example_is_a_command(folder, loaded):
         return subprocess.run([sys.executable, folder / "example.py", *arguments], capture_output=True, text=True)
 
     lines = run(name, "99").stdout.splitlines()
+    known = ids_of(loaded[1], 1)[0]
+    assert len(run(name, "99", f"17:{name}:{known}").stdout.splitlines()) == items - 1
     assert len(lines) == items and all(len(line.split("\t")) == 2 for line in lines)
     assert run("nowhere", "3").stderr.startswith("there is no domain 'nowhere'")
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import trainer.recommend
-from tests.trainer.made import draw_histories
+from tests.trainer.made import draw_histories, draw_ticks
 from tests.trainer.runs import finished_run, rank_of_one
 from trainer.best import best_model, open_run
 from trainer.data.asked import AskedConfig
+from trainer.data.dataset import TICKS
 from trainer.data.work import Work
 from trainer.errors import InputError
 from trainer.evaluate import query_of
@@ -30,15 +31,16 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def score(run):
-    """score(history): the exact score of each row of M, float64."""
+    """score(history, ticks): the exact score of each row of M at the end of the dataset's time, float64."""
     config, dataset = open_run(run.folder)
     model, table, _ = best_model(run.folder, config, dataset, run.ranks)
     with torch.no_grad():
         vectors = table(torch.arange(dataset.num_embeddings)).double().numpy()
 
     @torch.no_grad()
-    def of(history):
-        query = query_of(dataset, np.array(history, np.int64), np.array([len(history)]), 8, np.zeros(0, np.int64), True)
+    def of(history, ticks):
+        items, lengths, now = np.array(history, np.int64), np.array([len(history)]), np.array([TICKS])
+        query = query_of(dataset, items, np.array(ticks, np.int64), lengths, now, 8, np.zeros(0, np.int64), True)
         y_DR = model(query, table(query.ids))[0].double().numpy()
         return (vectors * y_DR[dataset.domain_of(np.arange(len(vectors)))]).sum(1)
 
@@ -71,9 +73,9 @@ def history_of(run, user):
     return draw_histories(20)[user].tolist()
 
 
-def expected(score, history, domain, k, keep_seen):
+def expected(score, history, ticks, domain, k, keep_seen):
     rows = [row for row in DOMAINS[domain] if keep_seen or row not in history]
-    scores = score(history)
+    scores = score(history, ticks)
     best = sorted(rows, key=lambda row: (-np.float32(scores[row]), row))[:k]
     first = DOMAINS[domain][0]
     return [(rank, f"d{domain[-1]}-{row - first}", pytest.approx(scores[row], abs=1e-6)) for rank, row in enumerate(best, 1)]
@@ -90,10 +92,10 @@ def test_every_user_gets_the_best_items_that_are_left(run, score, tmp_path, opti
     names = options.get("domains", tuple(DOMAINS))
     histories = {f"u{user}": history_of(run, user) for user in range(20)}
     assert lengths.keys() == histories.keys()
-    for user, history in histories.items():
+    for (user, history), ticks in zip(histories.items(), draw_ticks(histories.values()), strict=True):
         assert lengths[user] == len(history)
         for domain in names:
-            wanted = expected(score, history, domain, options["k"], options.get("keep_seen", False))
+            wanted = expected(score, history, ticks, domain, options["k"], options.get("keep_seen", False))
             assert recommended.pop((user, domain), []) == wanted
     assert not recommended
     assert record == json.loads((tmp_path / "out" / "recommend.json").read_text())
@@ -113,9 +115,9 @@ def test_users_that_training_never_saw_and_those_without_history(run, score, tmp
     recommended, lengths = found(tmp_path / "out", 100)
     assert lengths == {"given": 0, "new": 2, "odd": 0}
     for domain in DOMAINS:
-        assert recommended["new", domain] == expected(score, [1, 11], domain, 3, False)
-        assert recommended["odd", domain] == expected(score, [], domain, 3, False)
-        assert recommended["given", domain] == expected(score, [], domain, 3, False)
+        assert recommended["new", domain] == expected(score, [1, 11], [1, 2], domain, 3, False)
+        assert recommended["odd", domain] == expected(score, [], [], domain, 3, False)
+        assert recommended["given", domain] == expected(score, [], [], domain, 3, False)
     counts = {"users": 3, "without_history": 2, "unknown_domain": 1, "unknown_item": 1, "unread": 0}
     assert record.items() >= counts.items()
 

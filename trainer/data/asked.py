@@ -1,6 +1,7 @@
 """The users that somebody asks for and their histories as the run knows them, in parts of so many users on disk.
 
-    histories/00000.parquet …   user_id (as it came), rows (list of int32: rows of M, oldest first)
+    histories/00000.parquet …   user_id (as it came), rows and ticks (lists of int32 and uint16: rows of M, oldest
+                                first, and when)
     histories/facts.json        Asked
 
 Histories come from logs, mapped through the vocabularies of the run's dataset, or whole out of that dataset. The order is that
@@ -24,7 +25,6 @@ from trainer.data.prepare import engine, file_facts, memory_bytes
 from trainer.errors import InputError
 
 FACTS = "facts.json"
-_SCHEMA_ROWS = pa.list_(pa.int32())
 _UNKNOWN_ITEM, _UNKNOWN_DOMAIN = -1, -2
 _BATCH = 65536
 
@@ -99,17 +99,18 @@ def write_histories(folder: Path, config: AskedConfig, dataset: Dataset, scratch
 
 
 def read_histories(folder: Path, part):
-    """(raw ids, lengths int64 (B,), rows int32 (N,)) of one part."""
+    """(raw ids, lengths int64 (B,), rows int32 (N,), ticks uint16 (N,)) of one part."""
     table = pq.read_table(folder / f"{part:05d}.parquet").combine_chunks()
-    rows = table["rows"].combine_chunks()
-    return table["user_id"], np.diff(rows.offsets.to_numpy()).astype(np.int64), rows.flatten().to_numpy()
+    rows, ticks = (table[name].combine_chunks() for name in ("rows", "ticks"))
+    lengths_B = np.diff(rows.offsets.to_numpy()).astype(np.int64)
+    return table["user_id"], lengths_B, rows.flatten().to_numpy(), ticks.flatten().to_numpy()
 
 
 class _FromLogs:
-    """Yields (raw ids, lengths, rows) of the users of logs, in the order of their ids."""
+    """Yields (raw ids, lengths, rows, ticks) of the users of logs, in the order of their ids."""
 
     def __init__(self, connection, config, dataset, stages, report):
-        self.connection = connection
+        self.connection, self.dataset = connection, dataset
         self.left_out = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
         with stages("reading the logs"):
@@ -124,7 +125,7 @@ class _FromLogs:
         with stages("sorting the logs"):
             self._events = connection.sql(f"""
                 SELECT number, CASE WHEN i.row IS NOT NULL THEN i.row WHEN d.domain IS NULL THEN {_UNKNOWN_DOMAIN}
-                    ELSE {_UNKNOWN_ITEM} END::INTEGER AS row
+                    ELSE {_UNKNOWN_ITEM} END::INTEGER AS row, "time"
                 FROM log JOIN asked ON {_same(connection, 'log', 'asked')} LEFT JOIN domains d ON d.domain = log.domain
                 LEFT JOIN items i ON i.domain = log.domain AND i.item_id = log.item_id::VARCHAR
                 ORDER BY number, "time", log.domain, log.item_id::VARCHAR""").to_arrow_reader(_BATCH * 16)
@@ -132,17 +133,17 @@ class _FromLogs:
     def __iter__(self):
         events, begin = _Events(self._events), 0
         for ids in self.connection.cursor().sql("SELECT user_id FROM asked ORDER BY number").to_arrow_reader(_BATCH):
-            number_N, row_N = events.until(begin + len(ids))
+            number_N, row_N, time_N = events.until(begin + len(ids))
             known_N = row_N >= 0
             for kind in self.left_out:
                 self.left_out[kind] += int(np.count_nonzero(row_N == kind))
             lengths_B = np.bincount(number_N[known_N] - begin, minlength=len(ids))
-            yield ids["user_id"], lengths_B, row_N[known_N]
+            yield ids["user_id"], lengths_B, row_N[known_N], self.dataset.ticks(time_N[known_N])
             begin += len(ids)
 
 
 class _FromDataset:
-    """Yields (raw ids, lengths, rows) of a dataset's users in the order of their numbers, then of those it does not know."""
+    """Yields (raw ids, lengths, rows, ticks) of a dataset's users in the order of their numbers, then of unknown ones."""
 
     def __init__(self, connection, config, dataset, stages, report):
         self.connection, self.dataset, self.report = connection, dataset, report
@@ -172,31 +173,30 @@ class _FromDataset:
                 self.unread += int(np.count_nonzero(~there_B))
                 lengths_B = np.zeros(len(number_B), np.int64)
                 lengths_B[known_B & there_B] = read.lengths_B
-                yield batch["user_id"].filter(pa.array(there_B)), lengths_B[there_B], read.items_N
+                yield batch["user_id"].filter(pa.array(there_B)), lengths_B[there_B], read.items_N, read.ticks_N
         finally:
             histories.close()
 
 
 class _Events:
-    """Sorted events (number, row) out of Arrow batches, taken user by user."""
+    """Sorted events (number, row, time) out of Arrow batches, taken user by user."""
 
     def __init__(self, reader):
         self._reader = iter(reader)
-        self._number, self._row = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self._rest = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0)
 
     def until(self, end):
         """The events of users below `end` that have not been taken yet."""
-        numbers, rows = [self._number], [self._row]
-        while not (len(numbers[-1]) and numbers[-1][-1] >= end):
+        taken = [self._rest]
+        while not (len(taken[-1][0]) and taken[-1][0][-1] >= end):
             batch = next(self._reader, None)
             if batch is None:
                 break
-            numbers.append(batch["number"].to_numpy())
-            rows.append(batch["row"].to_numpy())
-        number_N, row_N = np.concatenate(numbers), np.concatenate(rows)
-        cut = int(np.searchsorted(number_N, end))
-        self._number, self._row = number_N[cut:], row_N[cut:]
-        return number_N[:cut], row_N[:cut]
+            taken.append(tuple(batch[name].to_numpy() for name in ("number", "row", "time")))
+        columns = [np.concatenate(parts) for parts in zip(*taken, strict=True)]
+        cut = int(np.searchsorted(columns[0], end))
+        self._rest = tuple(column[cut:] for column in columns)
+        return [column[:cut] for column in columns]
 
 
 def _columns(config):
@@ -230,12 +230,14 @@ def _read_vocabularies(connection, dataset):
 def _write_parts(folder, source, part_users, advance) -> Asked:
     """Cuts what comes into parts of so many users."""
     waiting, part, users, without = [], 0, 0, 0
-    for ids, lengths_B, rows_N in source:
+    for ids, lengths_B, rows_N, ticks_N in source:
         users += len(ids)
         without += int(np.count_nonzero(lengths_B == 0))
         offsets = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int32)
-        rows = pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows_N.astype(np.int32)))
-        waiting.append(pa.table({"user_id": ids, "rows": rows.cast(_SCHEMA_ROWS)}))
+        jagged = {"rows": rows_N.astype(np.int32), "ticks": ticks_N}
+        offsets = pa.array(offsets)
+        columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in jagged.items()}
+        waiting.append(pa.table({"user_id": ids, **columns}))
         advance(len(ids))
         while sum(map(len, waiting)) >= part_users:
             table = pa.concat_tables(waiting)

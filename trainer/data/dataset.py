@@ -29,11 +29,13 @@ from trainer.data.cache import Cache
 from trainer.data.source import Address, SourceConfig, is_address
 from trainer.errors import InputError
 
-FORMAT_VERSION = 3  # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums of all files
+# 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums of all files; 4: times
+FORMAT_VERSION = 4
 FILE_NAME = "dataset.json"
 USERS, LENGTHS = "users.parquet", "lengths.npy"
 LENGTHS_DTYPE = np.dtype("<u2")
 SPLIT_LENGTH = 3
+TICKS = 2**16 - 1  # from the first time of the logs to the last
 _INT32_MAX = 2**31 - 1
 
 
@@ -81,7 +83,8 @@ class File:
 @dataclass(frozen=True)
 class Dataset:
     """A prepared dataset. `too_short` counts the users with fewer than `SPLIT_LENGTH` interactions; `block_users` are the
-    users of each block of a shard, but for the last, which has the rest; `files` are all but the shards and `dataset.json`.
+    users of each block of a shard, but for the last, which has the rest; `files` are all but the shards and `dataset.json`;
+    `first_time` and `last_time` are those of the logs, in the logs' own unit (dates: microseconds since 1970).
 
     `folder` holds the files; those of a dataset that lies elsewhere come there through `cache`.
     """
@@ -92,6 +95,8 @@ class Dataset:
     interactions: int
     too_short: int
     max_length: int
+    first_time: float
+    last_time: float
     block_users: int
     streams: int
     domains: tuple[Domain, ...]
@@ -113,6 +118,11 @@ class Dataset:
     def starts(self) -> np.ndarray:
         """First row of each domain, int64 (D,), rising."""
         return np.array([domain.start for domain in self.domains], dtype=np.int64)
+
+    def ticks(self, times) -> np.ndarray:
+        """When, uint16: times of the logs (any shape) from `first_time`, 0, to `last_time`, 65,535; what is earlier or later
+        is as these."""
+        return ticks_of(times, self.first_time, self.last_time)
 
     def domain_of(self, rows) -> np.ndarray:
         """Domain numbers, int64, of an array of rows of M (any shape)."""
@@ -232,6 +242,8 @@ class Dataset:
         interactions = sum(shard.interactions for shard in self.shards)
         if not (self.domains and self.shards and rows and users and interactions == self.interactions):
             raise InputError(f"{path}: domains, users or interactions do not add up: prepare the dataset again")
+        if not self.first_time <= self.last_time:
+            raise InputError(f"{path}: times from {self.first_time} to {self.last_time}: prepare the dataset again")
         if not (self.block_users >= 1 and 1 <= self.streams <= self.users):
             raise InputError(
                 f"{path}: {self.block_users} users a block, {self.streams} streams for {self.users} users: "
@@ -268,6 +280,12 @@ class Dataset:
                 f"{file} has {file.stat().st_size} bytes, {FILE_NAME} says {named.bytes}: copy it again "
                 "or prepare the dataset again"
             )
+
+
+def ticks_of(times, first, last) -> np.ndarray:
+    """See `Dataset.ticks`."""
+    span = max(last - first, np.finfo(np.float64).tiny)
+    return (np.clip((np.asarray(times, np.float64) - first) / span, 0, 1) * TICKS).astype(np.uint16)
 
 
 def _stays_inside(name):

@@ -14,11 +14,13 @@ _OPEN_FILES = 256
 
 @dataclass(frozen=True)
 class Users:
-    """Some users' whole histories, jagged, oldest first: numbers int64 (B,), lengths int64 (B,), rows of M int32 (N,)."""
+    """Some users' whole histories, jagged, oldest first: numbers int64 (B,), lengths int64 (B,), rows of M int32 (N,), ticks
+    uint16 (N,)."""
 
     number_B: np.ndarray
     lengths_B: np.ndarray
     items_N: np.ndarray
+    ticks_N: np.ndarray
 
 
 class Histories:
@@ -57,18 +59,19 @@ class Histories:
             block = self._block(int(shard_B[begin]), int(block_B[begin]))
             if block is None:
                 continue
-            ends, items = block
+            ends, items, ticks = block
             places = place_B[begin:end]
-            histories += [items[low:high] for low, high in zip(ends[places].tolist(), ends[places + 1].tolist(), strict=True)]
+            cuts = zip(ends[places].tolist(), ends[places + 1].tolist(), strict=True)
+            histories += [(items[low:high], ticks[low:high]) for low, high in cuts]
             read.append(order[begin:end])
         while len(self._blocks) > self._room:
             del self._blocks[next(iter(self._blocks))]
         if not histories:
-            return Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))
+            return Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
         read_B = np.concatenate(read)
-        histories = [histories[place] for place in np.argsort(read_B).tolist()]
-        lengths_B = np.fromiter(map(len, histories), np.int64, len(histories))
-        return Users(number_B[np.sort(read_B)], lengths_B, np.concatenate(histories))
+        items, ticks = zip(*(histories[place] for place in np.argsort(read_B).tolist()), strict=True)
+        lengths_B = np.fromiter(map(len, items), np.int64, len(items))
+        return Users(number_B[np.sort(read_B)], lengths_B, np.concatenate(items), np.concatenate(ticks))
 
     def close(self):
         """Lets all files go."""
@@ -77,7 +80,7 @@ class Histories:
         self._blocks, self._files = {}, {}
 
     def _block(self, shard, number):
-        """(ends, items) of a block, where user k's items are those from ends[k] to ends[k + 1]; None: it cannot be used."""
+        """(ends, items, ticks) of a block, where user k's are those from ends[k] to ends[k + 1]; None: it cannot be used."""
         key = shard, number
         if key in self._blocks:
             self._blocks[key] = self._blocks.pop(key)  # the newest now
@@ -85,7 +88,7 @@ class Histories:
         block = self._file(shard).block(number)
         if block is None:
             return None
-        self._blocks[key] = np.concatenate([[0], np.cumsum(block.lengths_B)]), block.items_N
+        self._blocks[key] = np.concatenate([[0], np.cumsum(block.lengths_B)]), block.items_N, block.ticks_N
         return self._blocks[key]
 
     def _file(self, shard):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, USERS, Dataset, Domain, File, Shard
+from trainer.data.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, USERS, Dataset, Domain, File, Shard, ticks_of
 from trainer.data.shards import Block, write_shard
 from trainer.errors import InputError
 
@@ -31,7 +31,7 @@ _BLOCK_INTERACTIONS = 1 << 17  # a block of mean histories is not larger: a read
 @dataclass(frozen=True)
 class Ids:
     """What numbering the users and items found: U users 0 … U − 1, N interactions, and by domain (in the order of their
-    names) how many items; `time` is the type of the events' time, BIGINT or DOUBLE.
+    names) how many items; the first and the last time of the logs.
 
     Beside these facts lie, as Parquet files in the folders `users` and `items`: user_id, "user" (the number); and domain
     (its number), name, item_id, item (0, 1, … by domain and text of the id), total (interactions), row (of M).
@@ -41,7 +41,8 @@ class Ids:
     interactions: int
     names: tuple[str, ...]
     items: tuple[int, ...]
-    time: str
+    first_time: float
+    last_time: float
 
     @property
     def rooms(self):
@@ -117,14 +118,15 @@ class Layout:
         return f"((({number} + 1) * {self.shards} - 1) {divide} {self.users}) * {self.parts} {divide} {self.shards}"
 
 
-def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, advance=None):
+def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, time_N, advance=None):
     """Writes a part's shards into `folder`/shards, and beside them what the dataset has to know of them.
 
-    number_N: user numbers, rising; rows_N: rows of M, int32, each user's oldest first: all events of the part's users.
+    number_N: user numbers, rising; rows_N: rows of M, int32, each user's oldest first: all events of the part's users; time_N:
+    their times, in the logs' unit.
     advance(n): called as n interactions have been written.
     """
     users = layout.users_of(part)
-    starts = np.array(ids.starts)
+    starts, ticks_N = np.array(ids.starts), ticks_of(time_N, ids.first_time, ids.last_time)
     lengths = np.bincount(number_N - users.start, minlength=len(users))
     if len(lengths) != len(users) or not lengths.all():
         raise AssertionError(f"part {part} has not the events of its users {users}")
@@ -152,10 +154,10 @@ def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, a
     def blocks(first, last):
         for begin in range(first, last, layout.block_users):
             own = slice(begin - users.start, min(begin + layout.block_users, last) - users.start)
-            rows = rows_N[offsets[own.start] : offsets[own.stop]]
+            events = slice(offsets[own.start], offsets[own.stop])
             if advance is not None:
-                advance(len(rows))
-            yield Block(lengths[own].astype(np.int32), rows)
+                advance(events.stop - events.start)
+            yield Block(lengths[own].astype(np.int32), rows_N[events], ticks_N[events])
 
     (folder / "shards").mkdir()
     shards = []
@@ -217,6 +219,8 @@ def assemble(folder: Path, ids_folder: Path, part_folders, layout: Layout, seed,
         interactions=ids.interactions,
         too_short=sum(fact["too_short"] for fact in facts),
         max_length=max(fact["max_length"] for fact in facts),
+        first_time=ids.first_time,
+        last_time=ids.last_time,
         block_users=layout.block_users,
         streams=layout.streams,
         domains=tuple(domains),

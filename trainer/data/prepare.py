@@ -227,7 +227,8 @@ def number_ids(connection, config, folder, stages):
             interactions=_one(connection, "SELECT sum(total)::BIGINT FROM found_items"),
             names=names,
             items=items,
-            time=_one(connection, "SELECT typeof(\"time\") FROM log LIMIT 1"),
+            first_time=float(_one(connection, 'SELECT min("time") FROM log')),
+            last_time=float(_one(connection, 'SELECT max("time") FROM log')),
         )
         ids.check()
         starts = ", ".join(f"({number}, '{escape(name)}', {start})" for number, (name, start) in enumerate(
@@ -297,12 +298,14 @@ def _make_part(work_folder: Path, layout: Layout, part, memory):
                 row_of[batch["item"].to_numpy()] = batch["row"].to_numpy()
             events = scan(work_folder / "events" / f"part={part}")
             number_N = np.empty(_one(connection, f"SELECT count(*) FROM {events}"), np.int32)
-            rows_N = np.empty_like(number_N)
+            rows_N, time_N = np.empty_like(number_N), np.empty(len(number_N), np.float64)
             place = 0
-            for batch in connection.sql(f'SELECT "user", item FROM {events} ORDER BY "user", "time", item').to_arrow_reader():
+            ordered = f'SELECT "user", item, "time" FROM {events} ORDER BY "user", "time", item'
+            for batch in connection.sql(ordered).to_arrow_reader():
                 own = slice(place, place := place + len(batch))
                 number_N[own], rows_N[own] = batch["user"].to_numpy(), row_of[batch["item"].to_numpy()]
-        write_part(folder, ids, layout, part, number_N, rows_N)
+                time_N[own] = batch["time"].to_numpy()
+        write_part(folder, ids, layout, part, number_N, rows_N, time_N)
     shutil.rmtree(scratch)
 
 

@@ -5,12 +5,12 @@ Members of a sample, of B users with N interactions:
     lengths.npy      uint8, 16 or 32, whichever is the narrowest for the block: (B,)
     items.low.npy    uint16 (N,): the rows of M modulo 2¹⁶, each user's history oldest first
     items.high.zst   the rows divided by 2¹⁶, as N bytes (N little-endian uint16 where M has more than 2²⁴ rows), Zstandard
+    ticks.zst        when each interaction was (see `Dataset.ticks`), less when the one before it in the block was, modulo 2¹⁶:
+                     N little-endian uint16, Zstandard
     crc32.npy        uint32 (1,): CRC-32 of the number of the block's first user (int64, little-endian) and of the contents of
-                     the other three members, one after the other: it tells a damaged block from a whole one
+                     the other members, one after the other: it tells a damaged block from a whole one
 
-Rows are numbered by popularity within a domain, so the high part is small and compresses well, and the low part hardly does:
-2.4 to 2.5 bytes an interaction at a million items, and 90 million interactions decoded a second and core, checks included
-(benchmarks/stream.py).
+Rows are numbered by popularity within a domain, so the high part is small and compresses well, and the low part hardly does.
 
 Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) · block_users): who is in a block
 follows from its place and the dataset's facts, never from what it holds.
@@ -37,18 +37,21 @@ from trainer.data.dataset import Dataset, Shard
 from trainer.data.source import NotFetched, words
 from trainer.errors import InputError
 
-_LENGTHS, _LOW, _HIGH, _CHECKSUM = "lengths.npy", "items.low.npy", "items.high.zst", "crc32.npy"
-_CONTENTS = (_LENGTHS, _LOW, _HIGH)
+_LENGTHS, _LOW, _HIGH, _TICKS, _CHECKSUM = "lengths.npy", "items.low.npy", "items.high.zst", "ticks.zst", "crc32.npy"
+_CONTENTS = (_LENGTHS, _LOW, _HIGH, _TICKS)
 _LENGTH_DTYPES = tuple(map(np.dtype, ("u1", "<u2", "<u4")))
-_LOW_DTYPE, _CHECKSUM_DTYPE = np.dtype("<u2"), np.dtype("<u4")
+_LOW_DTYPE, _TICKS_DTYPE, _CHECKSUM_DTYPE = np.dtype("<u2"), np.dtype("<u2"), np.dtype("<u4")
+_ZERO = np.zeros(1, _TICKS_DTYPE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Histories of B users one after the other: lengths int32 (B,), rows of M int32 (N,), N the sum of the lengths."""
+    """Histories of B users one after the other: lengths int32 (B,); rows of M int32 (N,) and ticks uint16 (N,), N the sum of
+    the lengths."""
 
     lengths_B: np.ndarray
     items_N: np.ndarray
+    ticks_N: np.ndarray
 
 
 def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterable[Block]) -> tuple[int, str]:
@@ -67,6 +70,7 @@ def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterab
                 _LENGTHS: _to_npy(block.lengths_B.astype(narrow)),
                 _LOW: _to_npy(rows.astype(_LOW_DTYPE)),  # modulo 2¹⁶
                 _HIGH: zstd.compress(high.tobytes(), asbytes=True),
+                _TICKS: zstd.compress(np.diff(block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO).tobytes(), asbytes=True),
             }
             checksum = np.array([_crc32(first_user, contents.values())], _CHECKSUM_DTYPE)
             for name, content in sorted({**contents, _CHECKSUM: _to_npy(checksum)}.items()):
@@ -161,13 +165,14 @@ class ShardFile:
         low = _from_npy(contents[_LOW], (_LOW_DTYPE,), _LOW)
         if len(lengths) != users or not lengths.all() or lengths.sum(dtype=np.int64) != len(low):
             raise _Damage(f"lengths are not those of {users} users with {len(low)} items together")
-        high = _unpacked(contents[_HIGH], _high_dtype(self.dataset.num_embeddings), len(low))
+        high = _unpacked(contents, _HIGH, _high_dtype(self.dataset.num_embeddings), len(low))
         rows = high.astype("<i4")
         rows <<= 16
         rows |= low
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.dataset.num_embeddings:
             raise _Damage(f"an item is outside the {self.dataset.num_embeddings} rows of the item matrix")
-        return Block(lengths.astype(np.int32), rows)
+        ticks = np.cumsum(_unpacked(contents, _TICKS, _TICKS_DTYPE, len(low)), dtype=np.uint16)  # modulo 2¹⁶
+        return Block(lengths.astype(np.int32), rows, ticks)
 
     def _content(self, members, name):
         found = [place for member, *place in members if member == name]
@@ -275,14 +280,14 @@ def _high_dtype(num_embeddings):
     return np.dtype("u1") if num_embeddings <= 2**24 else np.dtype("<u2")
 
 
-def _unpacked(data, dtype, count):
+def _unpacked(contents, name, dtype, count):
     """`count` values, as many as the file holds low parts, out of a Zstandard frame, which gets no more room than they take."""
     try:
-        unpacked = pa.Codec("zstd").decompress(data, count * dtype.itemsize)
+        unpacked = pa.Codec("zstd").decompress(contents[name], count * dtype.itemsize)
     except Exception as error:
-        raise _Damage(f"{_HIGH} cannot be unpacked ({words(error)})") from None
+        raise _Damage(f"{name} cannot be unpacked ({words(error)})") from None
     if len(unpacked) != count * dtype.itemsize:
-        raise _Damage(f"{_HIGH} holds {len(unpacked)} bytes, not {count * dtype.itemsize}")
+        raise _Damage(f"{name} holds {len(unpacked)} bytes, not {count * dtype.itemsize}")
     return np.frombuffer(unpacked, dtype)
 
 

@@ -109,9 +109,8 @@ class _Preparation:
     def run(self):
         config, work = self.config, self.work
         if not work.done("ids"):
-            log, time = self.log
             with work.stage("ids") as folder:
-                self.number_ids(log, time, folder)
+                self.number_ids(self.log, folder)
         ids = Ids.load(work.path("ids"))
         layout = Layout.of(ids, config.streams, config.shard_users, config.block_users, _PART_INTERACTIONS)
         self.write_parts(ids, layout)
@@ -120,10 +119,10 @@ class _Preparation:
 
     @functools.cached_property
     def log(self):
-        """The rows of the logs, and the type of their time."""
+        """The rows of the logs."""
         return open_log(self.spark, self.inputs, self.config.columns, self.config.domain, self.scratch("text"))
 
-    def number_ids(self, log, time, folder):
+    def number_ids(self, log, folder):
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
         users = log.select("user_id").distinct()
@@ -140,13 +139,15 @@ class _Preparation:
         refuse_beyond_int32(items.count(), "items")
         users.select("user_id", "user").write.parquet(_uri(folder / "users"))
 
+        first, last = log.agg(F.min("time"), F.max("time")).head()
         domains = sorted(items.groupBy("domain").count().collect(), key=lambda found: found[0].encode())
         ids = Ids(
             users=count,
             interactions=items.agg(F.sum("total")).head()[0],
             names=tuple(name for name, _ in domains),
             items=tuple(number for _, number in domains),
-            time=time,
+            first_time=float(first),
+            last_time=float(last),
         )
         ids.check()
         befores = [sum(ids.items[:number]) for number in range(len(ids.items))]
@@ -215,9 +216,9 @@ class _Preparation:
         if len(missing) < layout.parts:
             users = users.filter(F.col("part").isin(missing))
         items = items.selectExpr("name AS domain", "item_id", "int(item) AS item", "int(row) AS row")
-        events = self.log[0].join(users, "user_id").join(items, ["domain", "item_id"])
+        events = self.log.join(users, "user_id").join(items, ["domain", "item_id"])
         events = events.select("part", "user", "time", "item", "row").repartition(len(missing), "part")
-        events = events.sortWithinPartitions("part", "user", "time", "item").select("part", "user", "row")
+        events = events.sortWithinPartitions("part", "user", "time", "item").select("part", "user", "row", "time")
         write = functools.partial(_write_parts, folder, ids, layout)
         written = sorted(part for (part,) in events.mapInArrow(write, "part int").collect())
         if written != missing:
@@ -238,16 +239,16 @@ def _uri(path):
 
 
 def _write_parts(folder: Path, ids: Ids, layout: Layout, batches):
-    """Writes the shards of the parts whose events (part, user, row) come in order. Runs in a task.
+    """Writes the shards of the parts whose events (part, user, row, time) come in order. Runs in a task.
 
     Another attempt at the same part may run at the same time, or have run: each writes into a folder of its own, and the
     first to end gives it the part's name.
     """
-    for part, number_N, rows_N in _by_part(batches):
+    for part, number_N, rows_N, time_N in _by_part(batches):
         target = folder / f"{part:05d}"
         try:
             with finished_whole(target, uuid.uuid4().hex) as partial:
-                write_part(partial, ids, layout, part, number_N, rows_N)
+                write_part(partial, ids, layout, part, number_N, rows_N, time_N)
         except OSError:
             if not target.is_dir():
                 raise
@@ -255,7 +256,7 @@ def _write_parts(folder: Path, ids: Ids, layout: Layout, batches):
 
 
 def _by_part(batches):
-    """Each part with all of its user numbers and rows of M, int32 (N,)."""
+    """Each part with all of its user numbers, rows of M and times, (N,)."""
     current, found = None, []
     for batch in batches:
         part_N, *columns = (column.to_numpy(zero_copy_only=False) for column in batch.columns)

@@ -114,9 +114,9 @@ def escaped(path) -> str:
     return re.sub(r"([*?\[\]{}\\])", r"\\\1", str(path))
 
 
-def open_log(spark, inputs: list[Input], columns: dict[str, str], domain: str | None, scratch: str) -> tuple[DataFrame, str]:
+def open_log(spark, inputs: list[Input], columns: dict[str, str], domain: str | None, scratch: str) -> DataFrame:
     """The rows of all inputs, with the columns user_id, item_id (bigint or string), domain (string) and time (bigint or
-    double), and the type of the time, BIGINT or DOUBLE. scratch: a new folder for what is kept of text files.
+    double). scratch: a new folder for what is kept of text files.
 
     Raises InputError, as `logs.open_log` does.
     """
@@ -144,7 +144,7 @@ def open_log(spark, inputs: list[Input], columns: dict[str, str], domain: str | 
         )
         for group, kind in zip(groups, kinds, strict=True)
     ]
-    return functools.reduce(DataFrame.unionAll, logs), "DOUBLE" if "float" in kinds else "BIGINT"
+    return functools.reduce(DataFrame.unionAll, logs)
 
 
 def _groups(spark, inputs, columns, domain, scratch):

@@ -127,25 +127,23 @@ class TrainBatches(torch.utils.data.IterableDataset):
         """One rank's batch: training part, weight-zero users, negatives, both views."""
         dataset, seed = self.plan.dataset, self.plan.seed
         number_B, lengths_B, place_N, position_N = training_part(dataset, users, self.config.domain)
-        items_N = users.items_N[place_N]
+        items_N, ticks_N = users.items_N[place_N], users.ticks_N[place_N]
         missing = max(0, self.plan.users_per_rank(epoch, step) - len(lengths_B))
         # Who only fills up has two interactions with the first item: one input, one target, weight zero.
         lengths_B = np.append(lengths_B, np.full(missing, 2))
-        items_N = np.append(items_N, np.zeros(2 * missing, items_N.dtype))
+        items_N, ticks_N = (np.append(each, np.zeros(2 * missing, each.dtype)) for each in (items_N, ticks_N))
         weight_B = (np.arange(len(lengths_B)) < len(lengths_B) - missing).astype(np.float32)
         items_D = np.array([domain.items for domain in dataset.domains])
+        whole_B = lengths_B
+        kept_N, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domains_of(dataset, items_N), self.max_length)
+        items_N, ticks_N = items_N[kept_N], ticks_N[kept_N]
         if self.negatives.shared:
             negatives = shared_negatives(seed, epoch, step, dataset.starts, items_D, self.negatives.shared)
             if self.alone is not None:  # nothing of the others is predicted
                 negatives = [rows if number == self.alone else rows[:0] for number, rows in enumerate(negatives)]
-            items_N, lengths_B, domain_N = trim(items_N, lengths_B, domains_of(dataset, items_N), self.max_length)
         else:
-            user_N = np.append(np.repeat(number_B, lengths_B[: len(number_B)]), np.zeros(2 * missing, np.int64))
+            user_N = np.append(np.repeat(number_B, whole_B[: len(number_B)]), np.zeros(2 * missing, np.int64))
             position_N = np.append(position_N, np.tile([0, 1], missing))
-            kept_N, lengths_B, domain_N = trim(
-                np.arange(len(items_N)), lengths_B, domains_of(dataset, items_N), self.max_length
-            )
-            items_N = items_N[kept_N]
             negatives = target_negatives(
                 seed,
                 epoch,
@@ -157,7 +155,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
                 items_D,
                 self.negatives.per_target,
             )
-        return build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling)
+        return build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling, ticks_N)
 
 
 def training_part(dataset, users, domain=""):

@@ -6,6 +6,7 @@ import pytest
 import trainer.data.asked
 from tests.trainer.made import draw_histories, spoil_block, write_dataset
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
+from trainer.data.histories import Histories
 from trainer.data.progress import Stages
 from trainer.errors import InputError
 
@@ -52,7 +53,7 @@ def given(folder, ids, name="users.parquet"):
 
 
 def found(tmp_path, dataset, report=None, **options):
-    """({raw id: history} in its order, Asked)."""
+    """({raw id: history} in its order, Asked); whenever it was, is with the histories in the order of time."""
     (tmp_path / "out").mkdir()
     (tmp_path / "scratch").mkdir()
     with Stages(False) as stages:
@@ -64,13 +65,15 @@ def found(tmp_path, dataset, report=None, **options):
     files = sorted((tmp_path / "out").glob("*.parquet"))
     assert [file.name for file in files] == [f"{part:05d}.parquet" for part in range(-(-facts.users // size))]
     for part in range(len(files)):
-        ids, lengths_B, rows_N = read_histories(tmp_path / "out", part)
+        ids, lengths_B, rows_N, ticks_N = read_histories(tmp_path / "out", part)
         assert len(ids) == len(lengths_B) == (size if part < len(files) - 1 else facts.users - part * size)
-        assert lengths_B.dtype == np.int64 and rows_N.dtype == np.int32
+        assert (lengths_B.dtype, rows_N.dtype, ticks_N.dtype) == (np.int64, np.int32, np.uint16)
+        assert len(ticks_N) == len(rows_N)
         ends = np.cumsum(lengths_B)
         for user, end, length in zip(ids.to_pylist(), ends, lengths_B, strict=True):
             assert user not in histories
             histories[user] = rows_N[end - length : end].tolist()
+            assert (np.diff(ticks_N[end - length : end].astype(int)) >= 0).all()
     return histories, facts
 
 
@@ -80,6 +83,19 @@ def test_logs_are_mapped_and_what_is_not_known_is_counted(tmp_path, dataset, par
     histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path, name=name),), part_users=part_users)
     assert list(histories.items()) == list(EXPECTED.items())
     assert facts == Asked(users=4, without_history=2, unknown_domain=2, unknown_item=2, unread=0)
+
+
+def test_times_come_along_in_the_datasets_ticks(tmp_path, dataset):
+    """The dataset's time goes from 0 to 65,535; what is later, as a log of today is, counts as its end."""
+    rows = [("x", "a1", "domain 0", 7), ("x", "a1", "domain 0", 70_000), ("y", "b1", "domain 1", 300)]
+    logs = log(tmp_path, [*rows, ("y", "no", "domain 1", 9)])
+    for name, options in (("logs", {"inputs": (logs,)}), ("own", {"users": given(tmp_path, ["u3", "u9"])})):
+        (tmp_path / name / "scratch").mkdir(parents=True)
+        with Stages(False) as stages:
+            write_histories(tmp_path / name, AskedConfig(**options), dataset, tmp_path / name / "scratch", stages, threads=2)
+    assert read_histories(tmp_path / "logs", 0)[3].tolist() == [7, 65_535, 300]
+    own = Histories(dataset, 1).read(np.array([3, 9])).ticks_N
+    assert own.any() and read_histories(tmp_path / "own", 0)[3].tolist() == own.tolist()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

@@ -47,7 +47,8 @@ def intact(tmp_path_factory):
     return make(tmp_path_factory.mktemp("intact"))
 
 
-MEMBERS = {"lengths": "lengths.npy", "low": "items.low.npy", "high": "items.high.zst", "crc32": "crc32.npy"}
+MEMBERS = {"lengths": "lengths.npy", "low": "items.low.npy", "high": "items.high.zst"}
+MEMBERS |= {"ticks": "ticks.zst", "crc32": "crc32.npy"}
 
 
 def name_of(block, member):
@@ -63,7 +64,7 @@ def members(first=13, **changes):
         found |= {name_of(1, member): content for member, content in changes.items() if content is not None}
         gone = [name_of(1, member) for member, content in changes.items() if content is None]
         if "crc32" not in changes:
-            held = [found[name_of(1, member)] for member in ("lengths", "low", "high")]
+            held = [found[name_of(1, member)] for member in ("lengths", "low", "high", "ticks")]
             checksum = zlib.crc32(b"".join([struct.pack("<q", first), *held]))
             found[name_of(1, "crc32")] = npy(np.array([checksum], "<u4"))
         write_tar(path, {name: content for name, content in found.items() if name not in gone})
@@ -76,7 +77,8 @@ def block(first=13, lengths=(1, 2, 1), items=(0, 1, 2, 3), high_dtype="u1", leng
     items = np.array(items, "<u4")
     if high is None:
         high = zstd((items >> 16).astype(high_dtype).tobytes())
-    return members(first, lengths=npy(np.array(lengths, length_dtype)), low=npy(items.astype("<u2")), high=high)
+    low, ticks = npy(items.astype("<u2")), zstd(bytes(2 * len(items)))
+    return members(first, lengths=npy(np.array(lengths, length_dtype)), low=low, high=high, ticks=ticks)
 
 
 def zstd(data):
@@ -201,6 +203,9 @@ CASES = {
     "an array that is none": (members(low=b"hello" * 40), ONE, "items.low.npy is no array that can be read", True),
     "a member is missing": (members(lengths=None), ONE, "the member lengths.npy is missing", True),
     "high parts are missing": (members(high=None), ONE, "the member items.high.zst is missing", True),
+    "ticks are missing": (members(ticks=None), ONE, "the member ticks.zst is missing", True),
+    "ticks that are no frame": (members(ticks=b"hello"), ONE, "ticks.zst cannot be unpacked", True),
+    "a bit of the ticks": (at(1, "ticks", flip, 0), ONE, "block 1: its checksum (CRC-32) is wrong", False),
     "no member of a block": (order([0, 2, 3]), ONE, "block 1 is missing", True),
     "no member of the first two": (order([2, 3]), range(10, 16), "blocks 0 to 1 are missing", True),
     "no member of the last": (order([0, 1, 2]), (19,), "block 3 is missing", True),
@@ -355,7 +360,8 @@ def test_damage_skips_its_users_and_no_one_else(intact, damaged, workers, tmp_pa
 
 def without(users, missing):
     keep_B = ~np.isin(users.number_B, list(missing))
-    return Users(users.number_B[keep_B], users.lengths_B[keep_B], users.items_N[np.repeat(keep_B, users.lengths_B)])
+    keep_N = np.repeat(keep_B, users.lengths_B)
+    return Users(users.number_B[keep_B], users.lengths_B[keep_B], users.items_N[keep_N], users.ticks_N[keep_N])
 
 
 @pytest.mark.parametrize(("position", "workers"), [(0, 0), (3, 2), (8, 0)])

@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from trainer.data.dataset import FORMAT_VERSION, LENGTHS, LENGTHS_DTYPE, USERS, Dataset, Domain, File, Shard
+import syncrec.clock
+from trainer.data.dataset import FORMAT_VERSION, LENGTHS, LENGTHS_DTYPE, TICKS, USERS, Dataset, Domain, File, Shard
 from trainer.errors import InputError
 
 
@@ -27,7 +28,7 @@ def dataset(tmp_path):
         (folder / name).write_bytes(b"vocabulary %d" % number)
         domains.append(Domain(f"дом{number}", start, items, room, 5, 7, {"p50": 2, "max": 9}, name))
     files = tuple(File.of(folder, name) for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains)))
-    made = Dataset(folder, 3, 5, 15, 1, 9, 1024, 2, tuple(domains), tuple(shards), files)
+    made = Dataset(folder, 3, 5, 15, 1, 9, 100.0, 1e6, 1024, 2, tuple(domains), tuple(shards), files)
     made.save()
     return made
 
@@ -85,6 +86,15 @@ def test_domains_tile_the_rows(dataset):
     assert dataset.starts.dtype == np.int64 and dataset.starts.tolist() == [0, 68]
     domains = dataset.domain_of(np.array([[0, 67], [68, 1167]], dtype=np.int32))
     assert domains.dtype == np.int64 and domains.tolist() == [[0, 0], [1, 1]]
+
+
+def test_ticks_divide_the_time_of_the_logs_and_end_where_it_does(dataset):
+    span = dataset.last_time - dataset.first_time
+    given = [dataset.first_time + share * span for share in (0, 1e-6, 0.5, 1 - 1e-9, 1, 7, -1)]
+    ticks = dataset.ticks(given)
+    assert ticks.dtype == np.uint16 and ticks.tolist() == [0, 0, 32767, 65534, 65535, 65535, 0]
+    assert dataclasses.replace(dataset, last_time=dataset.first_time).ticks([dataset.first_time]).tolist() == [0]
+    assert TICKS == syncrec.clock.TICKS
 
 
 def test_fingerprint_follows_the_contents_and_not_the_place(dataset, tmp_path):

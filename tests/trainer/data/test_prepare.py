@@ -57,12 +57,17 @@ def run(output, *inputs, **options):
 
 def histories(dataset):
     """Rows of M by user number."""
+    return {user: rows for user, (rows, _) in timed_histories(dataset).items()}
+
+
+def timed_histories(dataset):
+    """Rows of M and ticks by user number."""
     found = {}
     for shard in dataset.shards:
         for first, block in read_blocks(dataset, shard):
             ends = np.cumsum(block.lengths_B)
             for user, (start, end) in enumerate(zip(ends - block.lengths_B, ends, strict=True), start=first):
-                found[user] = block.items_N[start:end].tolist()
+                found[user] = block.items_N[start:end].tolist(), block.ticks_N[start:end].tolist()
     return found
 
 
@@ -112,6 +117,19 @@ def reference(rows, min_user, min_item, seed):
     return order, {user: [row_of[event] for event in found] for user, found in events.items()}, vocabulary
 
 
+def ticks_of(rows, order, events, vocabulary):
+    """By raw user, from the first time of all rows to the last."""
+    first, last = min(row[3] for row in rows), max(row[3] for row in rows)
+    row_of = {(domain, item): row for domain, lines in vocabulary.items() for item, row, _ in lines}
+    found = {}
+    for user in order:
+        own = [(when, domain, str(item)) for name, item, domain, when in rows if str(name) == user]
+        own = [event for event in sorted(own) if event[1:] in row_of]
+        assert [row_of[event[1:]] for event in own] == events[user]
+        found[user] = [int((when - first) / max(last - first, 1) * 65535) for when, _, _ in own]
+    return found
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1, max_size=3)
 odd_ids = st.sampled_from(
     ["007", "7", "-0", "1e3", "NULL", "nan", "'", '"', '""', "a,b", "a\tb", "#x", " ", "\n", "é", "e\u0301", "日本"]
@@ -153,8 +171,8 @@ def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams
         users = pq.read_table(dataset.folder / "users.parquet")
         assert users["user"].to_pylist() == list(range(len(order)))
         assert [str(user) for user in users["user_id"].to_pylist()] == order
-        found = histories(dataset)
-        assert [found[number] for number in range(len(order))] == [events[user] for user in order]
+        found, ticks = timed_histories(dataset), ticks_of(rows, order, events, vocabulary)
+        assert [found[number] for number in range(len(order))] == [(events[user], ticks[user]) for user in order]
         assert [domain.name for domain in dataset.domains] == list(vocabulary)
         for domain in dataset.domains:
             table = pq.read_table(dataset.folder / domain.vocabulary).to_pylist()

@@ -24,14 +24,15 @@ ROWS = 100
 
 def block(lengths, rows=ROWS):
     lengths = np.array(lengths, dtype=np.int32)
-    return Block(lengths, (np.arange(lengths.sum()) * 7919 % rows).astype(np.int32))
+    number_N = np.arange(lengths.sum())
+    return Block(lengths, (number_N * 7919 % rows).astype(np.int32), (number_N * 104_729 % 2**16).astype(np.uint16))
 
 
 def dataset_of(path, users, size=0, sha256="", rows=ROWS):
     """The facts around one shard of users that start at 10."""
     shard = Shard(path.name, users, 10, 0, size, sha256)
     domain = Domain("shop", 0, rows - 64, rows, users, 0, {}, "")
-    return Dataset(path.parent, 0, users, 0, 0, 0, 3, 1, (domain,), (shard,), ()), shard
+    return Dataset(path.parent, 0, users, 0, 0, 0, 0.0, 1.0, 3, 1, (domain,), (shard,), ()), shard
 
 
 def read(path, users, verify=False, **facts):
@@ -45,8 +46,8 @@ def zipped():
 
 
 def assert_same(found, expected):
-    for name in ("lengths_B", "items_N"):
-        assert getattr(found, name).dtype == np.int32
+    for name, dtype in (("lengths_B", np.int32), ("items_N", np.int32), ("ticks_N", np.uint16)):
+        assert getattr(found, name).dtype == dtype
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
@@ -60,8 +61,8 @@ def test_blocks_come_back_as_they_were_written(tmp_path):
     for (_, there), here in zip(found, blocks, strict=True):
         assert_same(there, here)
     with tarfile.open(path) as tar:
-        names = [f"000003-000000.{name}" for name in ("crc32.npy", "items.high.zst", "items.low.npy", "lengths.npy")]
-        assert tar.getnames()[:4] == names
+        names = ["crc32.npy", "items.high.zst", "items.low.npy", "lengths.npy", "ticks.zst"]
+        assert tar.getnames()[:5] == [f"000003-000000.{name}" for name in names]
 
 
 def test_webdataset_reads_a_shard(tmp_path):
@@ -74,6 +75,8 @@ def test_webdataset_reads_a_shard(tmp_path):
         assert sample["lengths.npy"].tolist() == written.lengths_B.tolist()
         high = np.frombuffer(pa.Codec("zstd").decompress(sample["items.high.zst"], len(written.items_N)), np.uint8)
         assert (sample["items.low.npy"] + 2**16 * high.astype(int)).tolist() == written.items_N.tolist()
+        ticks = np.frombuffer(pa.Codec("zstd").decompress(sample["ticks.zst"], 2 * len(high)), "<u2")
+        assert (np.cumsum(ticks) % 2**16).tolist() == written.ticks_N.tolist()
 
 
 @pytest.mark.parametrize("rows", [100, 2**16, 2**16 + 1, 2**24, 2**24 + 1, 2**31 - 1])
@@ -81,7 +84,7 @@ def test_webdataset_reads_a_shard(tmp_path):
 def test_rows_and_lengths_of_any_width_come_back(tmp_path, rows, longest):
     path = tmp_path / "000000.tar"
     items = np.concatenate([[0, rows - 1, rows // 2, min(rows - 1, 65535)], np.arange(longest) % rows]).astype(np.int32)
-    written = Block(np.array([4, longest], np.int32), items)
+    written = Block(np.array([4, longest], np.int32), items, (items % 2**16).astype(np.uint16))
     _, sha256 = write_shard(path, 10, rows, [written])
     ((_, found),) = read(path, 2, verify=True, sha256=sha256, rows=rows)
     assert_same(found, written)
@@ -128,7 +131,7 @@ def test_a_closed_shard_lets_its_file_go(tmp_path):
 
 def test_equal_blocks_give_equal_bytes_whatever_their_integers(tmp_path):
     wide = block([1, 5])
-    wide = Block(wide.lengths_B.astype(np.int64), wide.items_N.astype(np.int64))
+    wide = Block(wide.lengths_B.astype(np.int64), wide.items_N.astype(np.int64), wide.ticks_N.astype(np.int64))
     facts = []
     for folder, blocks in (("a", [block([1, 5])]), ("b", [wide])):
         (tmp_path / folder).mkdir()
@@ -146,12 +149,20 @@ def test_any_changed_byte_is_found_before_the_first_block(tmp_path):
             next(read_blocks(*dataset_of(path, 2, sha256=sha256)))
 
 
-def members_of(lengths=(2, 1), low=(5, 6, 7), high=bytes(3), dtypes=("u1", "<u2"), drop=(), block="000000-000000", first=10):
+FIRST = "000000-000000"
+
+
+def members_of(lengths=(2, 1), low=(5, 6, 7), high=bytes(3), ticks=None, dtypes=("u1", "<u2"), drop=(), block=FIRST, first=10):
     """The members of one block, its checksum that of what it holds; what is given as bytes goes in as it is."""
+    packed = [
+        pa.Codec("zstd").compress(each, asbytes=True) if isinstance(each, bytes) else each.raw
+        for each in (high, bytes(2 * len(low)) if ticks is None else ticks)
+    ]
     contents = {
         "lengths.npy": lengths if isinstance(lengths, bytes) else npy(np.array(lengths, dtypes[0])),
         "items.low.npy": low if isinstance(low, bytes) else npy(np.array(low, dtypes[1])),
-        "items.high.zst": pa.Codec("zstd").compress(high, asbytes=True) if isinstance(high, bytes) else high.raw,
+        "items.high.zst": packed[0],
+        "ticks.zst": packed[1],
     }
     checksum = zlib.crc32(b"".join([struct.pack("<q", first), *contents.values()]))
     contents["crc32.npy"] = npy(np.array([checksum], "<u4"))
@@ -159,13 +170,13 @@ def members_of(lengths=(2, 1), low=(5, 6, 7), high=bytes(3), dtypes=("u1", "<u2"
 
 
 class Raw:
-    """High parts as they stand in the file."""
+    """High parts or ticks as they stand in the file."""
 
     def __init__(self, raw):
         self.raw = raw
 
 
-ALL = ["lengths.npy", "items.low.npy", "items.high.zst"]
+ALL = ["lengths.npy", "items.low.npy", "items.high.zst", "ticks.zst"]
 NOT_THOSE = "lengths are not those of 2 users with"
 BAD = {
     "a member is missing": (members_of(drop=["lengths.npy"]), "lengths.npy is missing"),
@@ -198,6 +209,10 @@ BAD = {
     "too few high parts": (members_of(high=bytes(2)), "items.high.zst "),
     "too many high parts": (members_of(high=bytes(4)), "items.high.zst "),
     "far too many high parts": (members_of(high=bytes(2**28)), "items.high.zst "),
+    "ticks are missing": (members_of(drop=["ticks.zst"]), "ticks.zst is missing"),
+    "too few ticks": (members_of(ticks=bytes(4)), "ticks.zst "),
+    "far too many ticks": (members_of(ticks=bytes(2**28)), "ticks.zst "),
+    "ticks that are no frame": (members_of(ticks=Raw(b"hello")), "ticks.zst cannot be unpacked"),
     "high parts that are no frame": (members_of(high=Raw(b"hello")), "items.high.zst cannot be unpacked"),
     "nothing for high parts": (members_of(high=Raw(b"")), "items.high.zst "),
     "a frame cut short": (members_of(high=Raw(pa.Codec("zstd").compress(bytes(3), asbytes=True)[:-2])), "items.high.zst "),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.made import draw_histories, write_dataset
+from tests.trainer.made import draw_histories, draw_ticks, write_dataset
 from trainer.data.histories import Users, read_users
 from trainer.data.negatives import NegativesConfig
 from trainer.data.plan import Plan
@@ -82,6 +82,11 @@ def test_ranks_that_do_not_divide_the_streams_get_the_same_number_of_users(datas
     assert max(filled) <= 1 if balance else max(filled) > 1
 
 
+def users_of(numbers, histories):
+    lengths_B, items_N = np.array(list(map(len, histories))), np.concatenate(histories)
+    return Users(np.array(numbers), lengths_B, items_N, np.concatenate(draw_ticks(histories)))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_batch_holds_each_users_training_part_and_its_own_negatives(dataset, world_size):
     """Whatever the other users of the batch are, and so at any world size, with histories cut to the model's length."""
@@ -98,7 +103,7 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(dataset, w
                 assert fed.users_B.dtype == np.int64 and fed.users_B.tolist() == users.number_B.tolist()
                 for number in users.number_B:
                     history = histories[number]
-                    one = batches.build(epoch, step, Users(np.array([number]), np.array([len(history)]), history))
+                    one = batches.build(epoch, step, users_of([number], [history]))
                     kept = one.interactions - 2 * (len(one.weight_B) - 1)
                     own, drawn = one.ids[:kept], one.ids[one.interactions :].view(-1, 3)[:kept]
                     part = history[:-2] if len(history) > 2 else history
@@ -234,14 +239,14 @@ def test_domains_are_the_datasets(dataset, domains):
 
 
 def test_the_training_part_is_what_comes_before_the_newest_two(dataset):
-    users = Users(np.array([7, 3, 9]), np.array([4, 2, 3]), np.array([0, 9, 1, 2, 9, 8, 3, 9, 4]))
+    users = users_of([7, 3, 9], [[0, 9, 1, 2], [9, 8], [3, 9, 4]])
     found = [part.tolist() for part in training_part(dataset, users)]
     assert found == [[7, 3, 9], [2, 2, 1], [0, 1, 4, 5, 6], [0, 1, 0, 1, 0]]
 
 
 def test_one_domain_alone_is_cut_out_of_the_training_part(dataset):
     """Domain 0's rows are 0 to 4. Not the newest two of its own, but what is left of the newest two of all."""
-    users = Users(np.array([7, 3, 9, 5]), np.array([4, 2, 3, 5]), np.array([0, 9, 1, 2, 9, 8, 3, 9, 4, 9, 1, 2, 8, 0]))
+    users = users_of([7, 3, 9, 5], [[0, 9, 1, 2], [9, 8], [3, 9, 4], [9, 1, 2, 8, 0]])
     found = [part.tolist() for part in training_part(dataset, users, "domain 0")]
     assert found == [[7, 9, 5], [1, 1, 2], [0, 6, 10, 11], [0, 0, 1, 2]]
 
@@ -277,7 +282,7 @@ def test_a_domain_that_is_not_there_is_named(dataset):
 @pytest.mark.parametrize(("length", "kept"), [(1, 1), (2, 2), (3, 1), (4, 2), (9, 7)])
 def test_training_leaves_out_the_last_two_of_who_can_be_split(dataset, length, kept):
     batches = TrainBatches(Plan(dataset, 8, 1, 4), 0, 0, LONG, "mean", NegativesConfig(), HERE)
-    batch = batches.build(0, 0, Users(np.array([0]), np.array([length]), np.arange(length) % 5))
+    batch = batches.build(0, 0, users_of([0], [np.arange(length) % 5]))
     assert batch.ids[:kept].tolist() == [item % 5 for item in range(kept)]
     assert batch.interactions - 2 * (len(batch.weight_B) - 1) == kept
 
