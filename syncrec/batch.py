@@ -44,10 +44,9 @@ class View:
 
     input_M: 0 for SOS, else 1 + the interaction that is the token's input. position_M: distance from the sequence's newest
     token. asked_M: the time for which the token predicts, that of its target; 0 where it has none. gap_M: how long after its
-    input that is (`syncrec.clock.gaps`). task_M: the task that predicts, 0 the cross-domain one, 1 + d domain d's. sequence_M:
-    its sequence; lengths_S on the host. task_starts: where each task's tokens begin (cross: one task, single: one a domain) and
-    M. Targets, sorted by their domain (target_starts, D + 1 offsets): the predicting token, the interaction predicted, its
-    domain, its user's weight, and whether the other view predicts it too.
+    input that is (`syncrec.clock.gaps`). sequence_M: its sequence; lengths_S on the host. task_starts: where each task's tokens
+    begin (cross: one task, single: one a domain) and M. Targets, sorted by their domain (target_starts, D + 1 offsets): the
+    predicting token, the interaction predicted, its domain, its user's weight, and whether the other view predicts it too.
     pool_token, pool_slot: the tokens that stand for slot user · D + domain in SC-MIM.
     """
 
@@ -55,7 +54,6 @@ class View:
     position_M: torch.Tensor
     asked_M: torch.Tensor
     gap_M: torch.Tensor
-    task_M: torch.Tensor
     sequence_M: torch.Tensor
     sequences: int
     task_starts: tuple[int, ...]
@@ -203,7 +201,7 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     in_single_N[order[_first_of_each(group_lengths, group_lengths - (single.lengths_S - ~holds_newest))]] = False
     weight_N = None if weight_B.all() else np.repeat(weight_B, lengths_B)
 
-    def view(tokens, first_task, task_starts, target, interaction, target_starts, in_other_N):
+    def view(tokens, task_starts, target, interaction, target_starts, in_other_N):
         weight_L = np.ones(len(target), np.float32) if weight_N is None else weight_N[interaction]
         asked_M, gap_M = tokens.times(ticks_N, np.int32(0))
         pool_token, pool_slot = _pool(tokens, slot_N, pooling)
@@ -212,7 +210,6 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
             position_M=torch.from_numpy(tokens.position_M),
             asked_M=torch.from_numpy(asked_M),
             gap_M=torch.from_numpy(gap_M),
-            task_M=torch.from_numpy(_task(first_task, task_starts)),
             sequence_M=torch.from_numpy(tokens.sequence_M),
             sequences=len(tokens.lengths_S),
             task_starts=tuple(int(start) for start in task_starts),
@@ -242,8 +239,8 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
         negative_starts=tuple(int(start) for start in negative_starts),
         domain_items=tuple(int(items) for items in domain_items),
         weight_B=torch.from_numpy(weight_B),
-        cross=view(cross, 0, (0, len(cross.input_M)), cross_token, cross_target, cross_starts, in_single_N),
-        single=view(single, 1, token_starts, single_token, single_target, single_starts, in_cross_N),
+        cross=view(cross, (0, len(cross.input_M)), cross_token, cross_target, cross_starts, in_single_N),
+        single=view(single, token_starts, single_token, single_target, single_starts, in_cross_N),
     )
 
 
@@ -268,19 +265,19 @@ def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domain
         tokens = _tokens(np.argsort(group_N, kind="stable"), groups, np.zeros(len(groups), bool), max_length)
         ends_S = np.cumsum(tokens.lengths_S)
         starts = (0, *(int(end) for end in ends_S.reshape(domains, users)[:, -1]))
-        single = _asking(tokens, 1, starts, ticks_N, np.tile(now_B, domains))
+        single = _asking(tokens, starts, ticks_N, np.tile(now_B, domains))
         newest_DB = torch.from_numpy(ends_S.reshape(domains, users) - 1)
     return Query(
         ids=torch.from_numpy(np.concatenate([items_N, extra_ids], dtype=np.int64)),
         interactions=len(items_N),
-        cross=_asking(cross, 0, (0, len(cross.input_M)), ticks_N, now_B),
+        cross=_asking(cross, (0, len(cross.input_M)), ticks_N, now_B),
         newest_B=torch.from_numpy(np.cumsum(cross.lengths_S) - 1),
         single=single,
         newest_DB=newest_DB,
     )
 
 
-def _asking(tokens, first_task, task_starts, ticks_N, now_S):
+def _asking(tokens, task_starts, ticks_N, now_S):
     """A view without targets, whose newest tokens predict for now."""
     empty = torch.zeros(0, dtype=torch.int64)
     asked_M, gap_M = tokens.times(ticks_N, now_S[tokens.sequence_M])
@@ -289,7 +286,6 @@ def _asking(tokens, first_task, task_starts, ticks_N, now_S):
         position_M=torch.from_numpy(tokens.position_M),
         asked_M=torch.from_numpy(asked_M),
         gap_M=torch.from_numpy(gap_M),
-        task_M=torch.from_numpy(_task(first_task, task_starts)),
         sequence_M=torch.from_numpy(tokens.sequence_M),
         sequences=len(tokens.lengths_S),
         task_starts=task_starts,
@@ -394,11 +390,6 @@ def _pool(tokens, slot_N, pooling):
         reverse_slot, newest = np.unique(slot[::-1], return_index=True)
         return token[len(token) - 1 - newest], reverse_slot
     return token, slot
-
-
-def _task(first, starts):
-    """Of each token."""
-    return np.repeat(np.arange(first, first + len(starts) - 1, dtype=np.int32), np.diff(starts))
 
 
 def _ticks(ticks, count):

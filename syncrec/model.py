@@ -51,7 +51,7 @@ class SyNCRec(nn.Module):
         self.both_tasks = config.tasks == "both"
         self.decoupled = config.stop_gradient == "on"
         self.embedding = InputEmbedding(config)
-        self.clock = Clock(config, 1 + domains) if config.time_knots else None
+        self.clock = Clock(config) if config.time_knots else None
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
         stack = RecurrentStack if config.encoder == "gru" else ExpertStack
         self.cross_experts = stack(config, config.cross_experts if self.decoupled else config.experts)
@@ -102,15 +102,14 @@ class SyNCRec(nn.Module):
     def tokens(self, view, inputs_NR):
         """The inputs of a view's tokens, (M, r)."""
         x_MR = self.embedding(view, inputs_NR)
-        return x_MR if self.clock is None else x_MR + self.clock.added_to_tokens(view.asked_M, view.gap_M, view.task_M)
+        return x_MR if self.clock is None else x_MR + self.clock.added_to_tokens(view.asked_M, view.gap_M)
 
     def _scoring(self, view, output_MR, token_L):
         """What items are scored with at some tokens: the output, and the time for which it predicts, (L, r)."""
         output_LR = output_MR.index_select(0, token_L)
         if self.clock is None:
             return output_LR
-        asked_L, task_L = (each_M.index_select(0, token_L) for each_M in (view.asked_M, view.task_M))
-        return output_LR + self.clock.added_to_outputs(asked_L, task_L)
+        return output_LR + self.clock.added_to_outputs(view.asked_M.index_select(0, token_L))
 
     def _cross_outputs(self, view, inputs_NR):
         """Y^cross of eq. 4, (M, r)."""

@@ -50,7 +50,6 @@ class UserEncoder(nn.Module):
         self.clock, self.first_time, self.duration = None, float(span[0]), max(float(span[1] - span[0]), sys.float_info.min)
         if model.clock is not None:
             self.clock = copy.deepcopy(model.clock).eval().requires_grad_(False)
-            self.task = 0 if domain is None else 1 + domain
             self._keep("gap_bounds", 2 ** torch.arange(1, NO_GAP))
 
     def _keep(self, name, weight):
@@ -88,9 +87,7 @@ class UserEncoder(nn.Module):
         else:
             mixed_BR = torch.einsum("bk,kbr->br", self._gate_weights(newest_BR, x_BPR, position_BP, there_BP1), y_KBR)
         y_BR = self.tower(mixed_BR)
-        if self.clock is None:
-            return y_BR
-        return y_BR + self.clock.added_to_outputs(self._ticks(now_B), torch.full_like(lengths_B, self.task))
+        return y_BR if self.clock is None else y_BR + self.clock.added_to_outputs(self._ticks(now_B))
 
     def _time_of_tokens(self, times_BN, now_B, lengths_B, from_BP):
         """What time adds to SOS and the items that the tokens are (from_BP: 0 for SOS), each predicting for the next one's."""
@@ -101,8 +98,7 @@ class UserEncoder(nn.Module):
         since_BP = asked_BP - torch.cat([torch.zeros_like(now_B1), tick_BN], dim=1).gather(1, from_BP)
         gap_BP = torch.bucketize(since_BP.clamp(min=0) + 1, self.gap_bounds, right=True)
         gap_BP = torch.where(from_BP > 0, gap_BP, NO_GAP)
-        task_T = torch.full_like(asked_BP, self.task).flatten()
-        return self.clock.added_to_tokens(asked_BP.flatten(), gap_BP.flatten(), task_T).view(users, tokens, -1)
+        return self.clock.added_to_tokens(asked_BP.flatten(), gap_BP.flatten()).view(users, tokens, -1)
 
     def _ticks(self, times):
         """As `Dataset.ticks`."""

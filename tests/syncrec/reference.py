@@ -91,10 +91,10 @@ def training_step(config, state, table, histories, domain_items, shared_negative
             single_outputs |= {(d, user, given): y for (given, _), y in pairs}
 
     # Equations 8 and 9: the losses of each view, by the interaction (user, step) that is predicted.
-    def loss_of(user, step, y, task):
+    def loss_of(user, step, y):
         d = histories[user].domains[step]
         if config.time_knots:
-            y = y + network.time(1, task, histories[user].ticks[step])
+            y = y + network.time(1, histories[user].ticks[step])
         negatives = shared_negatives[d] if shared_negatives is not None else histories[user].negatives[step]
         shared = shared_negatives is not None
         return _item_loss(config.loss, y, table, histories[user].items[step], negatives, shared, domain_items[d])
@@ -102,12 +102,12 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     cross_losses, single_losses = {}, {}
     for user, sequence in enumerate(cross_sequences):
         for given, step in sequence:
-            cross_losses[user, step] = loss_of(user, step, cross_outputs[user, given], 0)
+            cross_losses[user, step] = loss_of(user, step, cross_outputs[user, given])
     for d in domains:
         for user, sequence in enumerate(single_sequences[d]):
             for given, step in sequence:
                 if step is not NONE:
-                    single_losses[user, step] = loss_of(user, step, single_outputs[d, user, given], 1 + d)
+                    single_losses[user, step] = loss_of(user, step, single_outputs[d, user, given])
 
     def sum_and_count(losses, keys):
         counted = [losses[user, step] for user, step in keys if histories[user].weight]
@@ -136,7 +136,7 @@ def training_step(config, state, table, histories, domain_items, shared_negative
             partial, losses = _Network(config, parameters, table, shown=coalition), {}
             for user, outputs in enumerate(partial.cross(histories, cross_sequences)):
                 for (_, step), y in zip(cross_sequences[user], outputs, strict=True):
-                    losses[user, step] = loss_of(user, step, y, 0)
+                    losses[user, step] = loss_of(user, step, y)
             total, count = sum_and_count(losses, losses)
             return -total.item() / count
 
@@ -206,8 +206,7 @@ class _Network:
           blocks.b.attention_norm_, ffn_norm_; last_norm.     LayerNorm scale and shift
         cross_gate.weight, single_gates.d.weight (1 or T, K, r)   W_g, by position as P
         cross_tower, single_towers.d                          h: inner, outer, norm
-        clock.shared_2KR, own_2AKR [:, task], knots, r        what time adds to a token's input [0] and output [1]
-        clock.shared_gaps_GR, own_gaps_AGR [task]             what the gap adds to the input
+        clock.knots_2KR (2, knots, r), clock.gaps_GR          what time adds to a token's input [0] and output [1]; the gap
     """
 
     def __init__(self, config, parameters, table, shown=None):
@@ -217,17 +216,17 @@ class _Network:
     def cross(self, histories, sequences):
         """Equation 4: a list of (tokens, r), one a user."""
         single_experts = range(self.config.cross_experts, self.config.experts)
-        return self._task(histories, sequences, 0, "cross_gate.", "cross_tower.", stopped=single_experts)
+        return self._task(histories, sequences, "cross_gate.", "cross_tower.", stopped=single_experts)
 
     def single(self, domain, histories, sequences):
         """Equation 2."""
         cross_experts = range(self.config.cross_experts)
         return self._task(
-            histories, sequences, 1 + domain, f"single_gates.{domain}.", f"single_towers.{domain}.", stopped=cross_experts
+            histories, sequences, f"single_gates.{domain}.", f"single_towers.{domain}.", stopped=cross_experts
         )
 
-    def _task(self, histories, sequences, task, gate, tower, stopped):
-        inputs_BTR, real_BT = self._embed(histories, sequences, task)
+    def _task(self, histories, sequences, gate, tower, stopped):
+        inputs_BTR, real_BT = self._embed(histories, sequences)
         weights_BTK = self._gate(gate, inputs_BTR, real_BT)
         mixed_BTR = 0
         for k in range(self.config.experts):
@@ -239,7 +238,7 @@ class _Network:
         longest = self.config.max_length
         return [output_BTR[user, longest - len(tokens) :] for user, tokens in enumerate(sequences)]
 
-    def _embed(self, histories, sequences, task):
+    def _embed(self, histories, sequences):
         """Section 4.1. A PAD slot holds zeros; it is masked wherever tokens meet."""
         longest, width = self.config.max_length, self.config.dim
         start, positions = self.parameters["embedding.start"][0], self.parameters["embedding.positions"]
@@ -252,23 +251,22 @@ class _Network:
                 vector = start if given == SOS else self.table[histories[user].items[given]]
                 if given != SOS and self.shown is not None and histories[user].domains[given] not in self.shown:
                     vector = torch.zeros_like(vector)
-                row.append(vector + positions[longest - 1 - slot] + self._when(task, histories[user].ticks, given, step))
+                row.append(vector + positions[longest - 1 - slot] + self._when(histories[user].ticks, given, step))
             rows.append(torch.stack(row))
         return torch.stack(rows), real
 
-    def _when(self, task, ticks, given, step):
+    def _when(self, ticks, given, step):
         """What time adds to a token: of the interaction that it predicts, and of how long after its own that is."""
         if not self.config.time_knots:
             return 0
         asked = 0 if step is NONE else ticks[step]
         after = None if given == SOS else max(0, asked - ticks[given])
         gap = 17 if after is None else (1 + after).bit_length() - 1
-        gaps = self.parameters["clock.shared_gaps_GR"], self.parameters["clock.own_gaps_AGR"][task]
-        return self.time(0, task, asked) + gaps[0][gap] + gaps[1][gap]
+        return self.time(0, asked) + self.parameters["clock.gaps_GR"][gap]
 
-    def time(self, function, task, tick):
+    def time(self, function, tick):
         """A vector of time: on the line between the two knots beside it."""
-        knots = self.parameters["clock.shared_2KR"][function] + self.parameters["clock.own_2AKR"][function, task]
+        knots = self.parameters["clock.knots_2KR"][function]
         place = tick / 65535 * (len(knots) - 1)
         low = min(math.floor(place), len(knots) - 2)
         return (low + 1 - place) * knots[low] + (place - low) * knots[low + 1]

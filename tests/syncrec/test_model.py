@@ -481,8 +481,7 @@ def test_query_gives_the_newest_output_of_the_training_view(gate, knots):
     outputs_BDR = model(query, table[query.ids])
     expected_BR = cross_MR[newest]
     if knots:
-        now_B = torch.from_numpy(now_B)
-        expected_BR = expected_BR + model.clock.added_to_outputs(now_B, torch.zeros_like(now_B))
+        expected_BR = expected_BR + model.clock.added_to_outputs(torch.from_numpy(now_B))
     assert outputs_BDR.shape == (len(histories), len(DOMAIN_ITEMS), config.dim)
     for domain in range(len(DOMAIN_ITEMS)):
         near(outputs_BDR[:, domain], expected_BR, "query")
@@ -502,21 +501,20 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
     model.eval()
     found_BDR = model(query, table[query.ids])
     rows = table[query.ids]
-    cross_BR, now_B = model._cross_outputs(query.cross, rows)[query.newest_B], torch.from_numpy(now_B)
+    cross_BR = model._cross_outputs(query.cross, rows)[query.newest_B]
     for domain in range(domains):
         own_N = domain_N == domain
         lengths = np.bincount(np.repeat(np.arange(len(histories)), lengths_B)[own_N], minlength=len(histories))
         items, ticks = items_N[own_N], ticks_of(histories)[own_N]
         assert 0 in lengths
         # As if there were no other domain: a view of one task, through the domain's own gate and tower.
-        one = move(build_query(items, lengths, config.max_length, items[:0], ticks_N=ticks, now_B=now_B.numpy()), "cpu")
-        view = replace(one.cross, task_M=torch.full_like(one.cross.task_M, 1 + domain))
-        x_MR = model.tokens(view, table[one.ids])
-        experts = model._run_experts(x_MR, view, model.single_experts, model.cross_experts)
-        mixed_MR = mix(model.single_gates[domain](x_MR, view, slice(None)), experts)
+        one = move(build_query(items, lengths, config.max_length, items[:0], ticks_N=ticks, now_B=now_B), "cpu")
+        x_MR = model.tokens(one.cross, table[one.ids])
+        experts = model._run_experts(x_MR, one.cross, model.single_experts, model.cross_experts)
+        mixed_MR = mix(model.single_gates[domain](x_MR, one.cross, slice(None)), experts)
         single_BR = model.single_towers[domain](mixed_MR)[one.newest_B]
-        cross_time_BR, time_BR = (model.clock.added_to_outputs(now_B, torch.full_like(now_B, task)) for task in (0, 1 + domain))
-        expected_BR = (1 - own[domain]) * (cross_BR + cross_time_BR) + own[domain] * (single_BR + time_BR)
+        expected_BR = (1 - own[domain]) * cross_BR + own[domain] * single_BR
+        expected_BR = expected_BR + model.clock.added_to_outputs(torch.from_numpy(now_B))
         near(found_BDR[:, domain], expected_BR.detach(), f"domain {domain}")
 
 

@@ -52,8 +52,8 @@ def find_files(inputs) -> list[Path]:
     return sorted(found)
 
 
-def open_log(connection, files, columns: dict[str, str], domain: str | None = None) -> int:
-    """Makes the view `log` over the files and returns its number of rows.
+def open_log(connection, files, columns: dict[str, str], domain: str | None = None, view="log") -> bool:
+    """Makes the view `log`, or of another name, over the files. Returns whether their times are dates.
 
     columns: the columns' names by role: user, item, domain, time. domain: the one domain of all rows, in place of a column.
     Raises InputError, naming file and row: a missing column, a file that cannot be read, an empty id, a time that is
@@ -67,14 +67,14 @@ def open_log(connection, files, columns: dict[str, str], domain: str | None = No
     if not groups:
         raise InputError(f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: no rows, nothing to prepare")
     ids = {role: "BIGINT" if all(group.whole[role] for group in groups) else "VARCHAR" for role in ("user", "item")}
-    times = _times(connection, groups)
+    times, dates = _times(connection, groups)
     selects = [
         f"""SELECT {group.value['user']}::{ids['user']} AS user_id, {group.value['item']}::{ids['item']} AS item_id,
             {group.value['domain']}::VARCHAR AS domain, {time} AS "time" FROM {group.table}"""
         for group, time in zip(groups, times, strict=True)
     ]
-    connection.execute("CREATE OR REPLACE VIEW log AS " + " UNION ALL ".join(selects))
-    return sum(group.rows for group in groups)
+    connection.execute(f"CREATE OR REPLACE VIEW {view} AS " + " UNION ALL ".join(selects))
+    return dates
 
 
 def open_ids(connection, files, column) -> None:
@@ -262,7 +262,7 @@ def _first(connection, group, role, condition):
 
 
 def _times(connection, groups):
-    """SQL expressions of the time, one a group, all of one kind: numbers or dates."""
+    """SQL expressions of the time, one a group, all of one kind: numbers or dates; and whether dates."""
     kinds = [_time_kind(connection, group) for group in groups]
     if len({kind == "date" for kind in kinds}) > 1:
         dated, numbered = (groups[[kind == "date" for kind in kinds].index(is_date)] for is_date in (True, False))
@@ -270,10 +270,11 @@ def _times(connection, groups):
             f"{dated.files[0]} has dates in {dated.columns['time']!r} and {numbered.files[0]} has numbers: write one kind"
         )
     number = "BIGINT" if set(kinds) <= {"whole"} else "DOUBLE"
-    return [
+    read = [
         f"epoch_us({group.value['time']}::TIMESTAMPTZ)" if kind == "date" else f"{group.value['time']}::{number}"
         for kind, group in zip(kinds, groups, strict=True)
     ]
+    return read, "date" in kinds
 
 
 def _time_kind(connection, group):

@@ -30,8 +30,8 @@ _BLOCK_INTERACTIONS = 1 << 17  # a block of mean histories is not larger: a read
 
 @dataclass(frozen=True)
 class Ids:
-    """What numbering the users and items found: U users 0 … U − 1, N interactions, and by domain (in the order of their
-    names) how many items; the first and the last time of the logs.
+    """What numbering the users and items found: U users 0 … U − 1, N interactions, and by domain how many items and rows of M;
+    the first and the last time of the logs.
 
     Beside these facts lie, as Parquet files in the folders `users` and `items`: user_id, "user" (the number); and domain
     (its number), name, item_id, item (0, 1, … by domain and text of the id), total (interactions), row (of M).
@@ -41,13 +41,9 @@ class Ids:
     interactions: int
     names: tuple[str, ...]
     items: tuple[int, ...]
+    rooms: tuple[int, ...]
     first_time: float
     last_time: float
-
-    @property
-    def rooms(self):
-        """Rows of M kept for each domain: a tenth more than it has items, 64 at least."""
-        return [items + max(64, items // 10) for items in self.items]
 
     @property
     def starts(self):
@@ -71,7 +67,12 @@ class Ids:
     def load(cls, folder: Path) -> "Ids":
         """Reads what `save` wrote."""
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        return cls(**facts | {"names": tuple(facts["names"]), "items": tuple(facts["items"])})
+        return cls(**facts | {name: tuple(facts[name]) for name in ("names", "items", "rooms")})
+
+
+def room_of(items) -> int:
+    """Rows of M kept for a domain of so many items: a tenth more, 64 at least."""
+    return items + max(64, items // 10)
 
 
 def refuse_beyond_int32(count, what):
@@ -232,7 +233,10 @@ def assemble(folder: Path, ids_folder: Path, part_folders, layout: Layout, seed,
 
 
 def percentiles(lengths, users) -> dict[str, int]:
-    """p5, p50, p95 and max of lengths (rising) that so many users have: the least length that enough users do not exceed."""
+    """p5, p50, p95 and max of lengths (rising) that so many users have: the least length that enough users do not exceed; 0
+    where nobody has any."""
+    if not len(users):
+        return dict.fromkeys(PERCENTILES, 0)
     share = np.cumsum(users) / users.sum()
     return {name: int(lengths[np.searchsorted(share, q)]) for name, q in PERCENTILES.items()}
 

@@ -1,5 +1,6 @@
 """From interaction logs to a dataset folder, in stages that each leave files: a killed preparation goes on from them.
 
+    log      where it is kept: old and new rows as one log    see extend.py
     ids      users and items are numbered                     one pass over the logs, DuckDB, out of core
     events   user, item and time of every event by part       one more pass, DuckDB
     parts    each part sorted and cut into shards             a process a part, several at once
@@ -27,8 +28,21 @@ import duckdb
 import numpy as np
 
 from trainer.data.dataset import FORMAT_VERSION, Dataset
+from trainer.data.extend import (
+    EXTENSION,
+    LOG,
+    add_known_items,
+    keep_log,
+    open_kept,
+    order_of,
+    place_items,
+    rooms_of,
+    take_log,
+    to_extend,
+    write_extension,
+)
 from trainer.data.logs import find_files, open_log, reason
-from trainer.data.parts import HASH_DIGITS, Ids, Layout, assemble, escape, refuse_beyond_int32, scan, write_part
+from trainer.data.parts import HASH_DIGITS, Ids, Layout, assemble, escape, refuse_beyond_int32, room_of, scan, write_part
 from trainer.data.progress import Stages
 from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
@@ -44,7 +58,12 @@ _EVENT_BYTES = 96  # what sorting and cutting a part take for each of its events
 @dataclass(frozen=True)
 class PrepareConfig:
     """What to prepare, and how. `domain` names the one domain of logs without a domain column; `min_user` and `min_item`
-    drop users and items with fewer interactions, again and again until none is left to drop."""
+    drop users and items with fewer interactions, again and again until none is left to drop.
+
+    extend: the folder of a dataset onto which these logs come; its items keep their rows of M where they can. keep_log: the
+    dataset keeps its log, so that it can be extended. whole_log: these logs are all that count, in place of the one that was
+    kept. since, days: the window of time that counts, from a time or so many days before the newest row; time_unit: of times
+    that are numbers. retire: items without an event in the window lose their row."""
 
     inputs: tuple[str, ...]
     output: str
@@ -59,6 +78,13 @@ class PrepareConfig:
     streams: int = 64
     shard_users: int = 32768
     block_users: int = 1024
+    extend: str | None = None
+    keep_log: bool = False
+    whole_log: bool = False
+    since: str | None = None
+    days: float | None = None
+    time_unit: str | None = None
+    retire: bool = False
     memory: str = "8GB"  # of all processes together
     processes: int = 0  # 0: as many as this process may use cores
 
@@ -70,6 +96,13 @@ class PrepareConfig:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least {bound}")
         if self.domain == "":
             raise InputError("domain is empty: give the one domain of these logs a name")
+        for name in ("whole_log", "retire"):
+            if getattr(self, name) and self.extend is None:
+                raise InputError(f"{name} is for a dataset that is extended: give --extend, or leave it out")
+        if self.since is not None and self.days is not None:
+            raise InputError("since and days are both given: one of them says where the window begins")
+        if self.days is not None and not 0 < self.days < float("inf"):
+            raise InputError(f"days is {self.days}: it must be more than 0")
         memory_bytes(self.memory)
 
     @property
@@ -100,12 +133,13 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     Where an earlier call with the same logs and options was killed, it goes on from the stages and parts that were finished;
     fresh: begins anew. Raises InputError for whatever is wrong with the logs, the output folder, the memory or the disk.
     """
-    files = find_files(config.inputs)
-    with Work(config.output, facts(config, map(file_facts, files)), fresh) as work, Stages() as stages:
+    files, old = find_files(config.inputs), None if config.extend is None else to_extend(config.extend, config.whole_log)
+    made_from = facts(config, map(file_facts, files)) | {"extended": old and old.fingerprint}
+    with Work(config.output, made_from, fresh) as work, Stages() as stages:
         if work.begun_anew:
             print(f"{work.folder}: was made from other logs or options; begins anew", file=sys.stderr)
         try:
-            dataset = _Preparation(config, files, work, stages).run()
+            dataset = _Preparation(config, files, old, work, stages).run()
         except InputError:  # of the logs: it would be met again
             work.discard()
             raise
@@ -145,8 +179,8 @@ def facts(config: PrepareConfig, files, libraries=("duckdb", "pyarrow")):
 class _Preparation:
     """The stages of one call of `prepare`."""
 
-    def __init__(self, config, files, work, stages):
-        self.config, self.files, self.work, self.stages = config, files, work, stages
+    def __init__(self, config, files, old, work, stages):
+        self.config, self.files, self.old, self.work, self.stages = config, files, old, work, stages
         self.threads = config.processes or len(os.sched_getaffinity(0))
         self.memory = config.memory_bytes - _FIRST_PROCESS
         # The first process waits where others make the parts, and makes them itself where there is room for one alone.
@@ -159,17 +193,37 @@ class _Preparation:
         with engine(work.scratch, self.memory, self.threads, self.stages) as connection:
             if not (work.done("ids") and work.done("events")):
                 with self.stages("reading the logs"):
-                    open_log(connection, self.files, config.columns, config.domain)
+                    self._open_log(connection)
             if not work.done("ids"):
                 with work.stage("ids") as folder:
-                    number_ids(connection, config, folder, self.stages)
+                    number_ids(connection, config, folder, self.stages, self.old)
             layout = self._layout(Ids.load(ids))
             if not work.done("events"):
                 with work.stage("events") as folder, self.stages("dividing the events"):
                     _divide(connection, ids, layout, folder)
         self._write_parts(layout)
         with engine(work.scratch, self.memory, self.threads, self.stages) as connection, self.stages("writing vocabularies"):
-            return join_parts(work, layout, config.seed, connection)
+            return join_parts(work, layout, config.seed, connection, self._finish)
+
+    def _open_log(self, connection):
+        """Makes the view `log`."""
+        config, work = self.config, self.work
+        if not (config.keep_log or self.old or config.since or config.days):
+            open_log(connection, self.files, config.columns, config.domain)
+            return
+        if not work.done(LOG):
+            with work.stage(LOG) as folder:
+                keep_log(connection, config, self.files, self.old, folder)
+        open_kept(connection, work.path(LOG), self.old)
+
+    def _finish(self, connection, folder, dataset):
+        """What an assembled dataset has beside its files. May be called again."""
+        log = self.work.path(LOG)
+        if self.config.keep_log or (self.old and not self.config.whole_log):
+            take_log(log, folder / LOG)
+        if self.old:
+            open_kept(connection, log, self.old)
+            write_extension(connection, self.old, self.work.path("ids"), log, folder / EXTENSION, dataset)
 
     def _layout(self, ids):
         """The cut that the events on disk have, or the one that suits the memory."""
@@ -205,14 +259,18 @@ def _pool(processes):
         pool.shutdown(cancel_futures=True)
 
 
-def number_ids(connection, config, folder, stages):
-    """Writes the numbered users and items of the view `log` (see `Ids`) into `folder`."""
+def number_ids(connection, config, folder, stages, old=None):
+    """Writes the numbered users and items of the view `log` (see `Ids`) into `folder`. old: the Dataset that is extended."""
     with stages("numbering users and items"):
         connection.execute("CREATE TABLE found_users AS SELECT DISTINCT user_id FROM log")
         connection.execute("CREATE TABLE found_items AS SELECT domain, item_id, count(*) AS total FROM log GROUP BY ALL")
     if config.min_user > 1 or config.min_item > 1:
         with stages("dropping rare users and items"):
             _drop_rare(connection, config.min_user, config.min_item)
+    if old is not None:
+        with stages("finding known items"):
+            add_known_items(connection, old, config.retire)
+            place_items(connection, old)
     for table in ("users", "items"):
         refuse_beyond_int32(_one(connection, f"SELECT count(*) FROM found_{table}"), table)
     with stages("numbering users and items"):
@@ -220,24 +278,29 @@ def number_ids(connection, config, folder, stages):
         connection.execute(f"""CREATE TABLE users AS
             SELECT user_id, row_number() OVER (ORDER BY key, text) - 1 AS "user"
             FROM (SELECT user_id, {key} AS key, user_id::VARCHAR AS text FROM found_users)""")
-        domains = connection.execute("""SELECT domain, count(*) FROM found_items GROUP BY ALL ORDER BY ALL""").fetchall()
-        names, items = zip(*domains, strict=True)
+        count_of = dict(connection.execute("SELECT domain, count(*) FROM found_items GROUP BY ALL ORDER BY ALL").fetchall())
+        names = list(count_of) if old is None else order_of(old, count_of)
+        items = [count_of.get(name, 0) for name in names]
         ids = Ids(
             users=_one(connection, "SELECT count(*) FROM users"),
             interactions=_one(connection, "SELECT sum(total)::BIGINT FROM found_items"),
-            names=names,
-            items=items,
+            names=tuple(names),
+            items=tuple(items),
+            rooms=tuple(map(room_of, items) if old is None else rooms_of(old, items)),
             first_time=float(_one(connection, 'SELECT min("time") FROM log')),
             last_time=float(_one(connection, 'SELECT max("time") FROM log')),
         )
         ids.check()
         starts = ", ".join(f"({number}, '{escape(name)}', {start})" for number, (name, start) in enumerate(
             zip(names, ids.starts[:-1], strict=True)))  # fmt: skip
+        if old is None:
+            connection.execute("""CREATE TABLE places AS SELECT domain, item_id,
+                row_number() OVER (PARTITION BY domain ORDER BY total DESC, item_id::VARCHAR) - 1 AS place FROM found_items""")
         connection.execute(f"""CREATE TABLE items AS
             SELECT d.number AS domain, domain AS name, item_id, total,
-                row_number() OVER (ORDER BY domain, item_id::VARCHAR) - 1 AS item,
-                first + row_number() OVER (PARTITION BY domain ORDER BY total DESC, item_id::VARCHAR) - 1 AS row
-            FROM found_items f JOIN (VALUES {starts}) d (number, name, first) ON f.domain = d.name""")
+                row_number() OVER (ORDER BY domain, item_id::VARCHAR) - 1 AS item, first + place AS row
+            FROM found_items JOIN places USING (domain, item_id)
+            JOIN (VALUES {starts}) d (number, name, first) ON domain = d.name""")
         for table in ("users", "items"):
             (folder / table).mkdir()
             connection.execute(f"COPY {table} TO '{escape(folder / table)}/0.parquet' (FORMAT parquet)")
@@ -309,12 +372,14 @@ def _make_part(work_folder: Path, layout: Layout, part, memory):
     shutil.rmtree(scratch)
 
 
-def join_parts(work: Work, layout: Layout, seed, connection) -> Dataset:
-    """Makes the dataset of the finished parts: the stage `dataset`."""
+def join_parts(work: Work, layout: Layout, seed, connection, finish=None) -> Dataset:
+    """Makes the dataset of the finished parts: the stage `dataset`. finish(connection, folder, dataset): adds to it."""
     folder = work.path("dataset.partial")
     folder.mkdir(exist_ok=True)
     parts = [work.path(f"parts/{part:05d}") for part in range(layout.parts)]
     dataset = assemble(folder, work.path("ids"), parts, layout, seed, connection)
+    if finish is not None:
+        finish(connection, folder, dataset)
     folder.rename(work.path("dataset"))
     return dataset
 

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.dataset import Dataset
-from trainer.data.parts import HASH_DIGITS, Ids, Layout, refuse_beyond_int32, write_part
+from trainer.data.parts import HASH_DIGITS, Ids, Layout, refuse_beyond_int32, room_of, write_part
 from trainer.data.prepare import PrepareConfig, engine, facts, join_parts
 from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
@@ -146,6 +146,7 @@ class _Preparation:
             interactions=items.agg(F.sum("total")).head()[0],
             names=tuple(name for name, _ in domains),
             items=tuple(number for _, number in domains),
+            rooms=tuple(room_of(number) for _, number in domains),
             first_time=float(first),
             last_time=float(last),
         )

@@ -296,7 +296,7 @@ def test_a_task_that_dies_leaves_no_half_part_and_the_same_command_goes_on(tmp_p
 
 
 def test_of_two_attempts_at_a_part_the_first_to_end_counts(tmp_path):
-    ids = Ids(users=2, interactions=6, names=("a",), items=(3,), first_time=0.0, last_time=9.0)
+    ids = Ids(users=2, interactions=6, names=("a",), items=(3,), rooms=(9,), first_time=0.0, last_time=9.0)
     layout = Layout.of(ids, 1, 2, 2, 100)
     columns = {"part": [0] * 6, "user": [0, 0, 0, 1, 1, 1], "row": [0, 1, 2, 2, 1, 0], "time": [0, 4, 9, 1, 1, 2]}
     batch = pa.RecordBatch.from_pydict({name: pa.array(values, pa.int32()) for name, values in columns.items()})
