@@ -273,19 +273,42 @@ def read_state(folder: Path):
 
 def restore_model(folder: Path, model):
     """Fills the dense model's weights, λ, α and β, before an engine is built around it. On all ranks."""
-    with _reading(folder):
-        model.load_state_dict(load_file(folder / DENSE))
+    with reading(folder):
+        model.load_state_dict(dense_state(folder))
+
+
+def dense_state(folder: Path) -> dict:
+    """The dense model's weights and buffers in a checkpoint."""
+    return load_file(folder / DENSE)
 
 
 def restore_optimizers(folder: Path, engine, table):
     """Fills the table, its optimizer's state, and the dense optimizer's state. On all ranks."""
-    with _reading(folder):
+    with reading(folder):
         restore_optimizer_state(engine, load_file(folder / OPTIMIZER))
         load_shard(table, folder)
 
 
 def load_best(run: Path, model, table, ranks):
     """Fills model and table from the run's best checkpoint; returns what best.json says. Called on all ranks."""
+    folder, best = _best(run, ranks)
+    restore_model(folder, model)
+    with reading(folder):
+        load_shard(table, folder)
+    return best
+
+
+def best_checkpoint(run: Path, ranks) -> tuple[Path, dict]:
+    """The run's best checkpoint, whole, and what its state.json says. Called on all ranks, which share the reading."""
+    folder, _ = _best(run, ranks)
+    try:
+        return folder, read_state(folder)
+    except Damaged as error:
+        raise InputError(f"{error}: copy the run again") from None
+
+
+def _best(run, ranks):
+    """The folder of the best checkpoint, verified, and what best.json says."""
     try:
         best = json.loads((run / BEST).read_text())
         folder = _folder_of(run, best)
@@ -298,10 +321,7 @@ def load_best(run: Path, model, table, ranks):
         damage = str(error)
     if agree(trouble=damage is not None).trouble:
         raise InputError(f"{damage or f'{folder}: damaged'}: copy the run again", one_rank=damage is not None)
-    restore_model(folder, model)
-    with _reading(folder):
-        load_shard(table, folder)
-    return best
+    return folder, best
 
 
 def write_json(file: Path, value):
@@ -318,7 +338,7 @@ def write_text(file: Path, text):
     _flush_folder(file.parent)
 
 
-class _reading:
+class reading:
     """Within it, what a checkpoint's files are wrong with becomes an InputError."""
 
     def __init__(self, folder):

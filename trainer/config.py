@@ -38,6 +38,7 @@ class RunConfig:
 
     data: str = ""  # the prepared dataset, a folder
     run: str = ""  # the folder that gets everything a run writes
+    warm_start: str = ""  # another run, whose best model this one begins with
     seed: int = 0
     global_batch_size: int = 256  # users in a step, over all ranks
     tokens_per_batch: int = 0  # end a batch before it holds more interactions, a user's newest model.max_length; 0: no limit

@@ -28,6 +28,7 @@ from trainer.report import LOOK, write_report
 from trainer.resources import cores_per_rank
 from trainer.start import find_start, leave_nothing, run_folder
 from trainer.step import Trainer
+from trainer.warm import find_warm_start
 
 _PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 
@@ -59,7 +60,8 @@ def _train(config, ranks, fresh, accept_changes):
     )
     run = run_folder(config.run, fresh)
     checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
-    trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step)
+    warm = find_warm_start(config, dataset, ranks) if checkpoint is None else None
+    trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step, warm)
     dist.barrier()  # every rank has looked at the folder before one of them writes
     try:
         if ranks.first:
@@ -73,6 +75,9 @@ def _train(config, ranks, fresh, accept_changes):
             log.message(describe(trainer))
             if checkpoint is not None:
                 log.message(f"goes on from {checkpoint}, after {state.seconds / 60:.1f} minutes of training")
+            if warm is not None:
+                items = sum(domain.items for domain in dataset.domains)
+                log.message(f"begins with the model of {warm.run}, which knows {warm.known:,} of {items:,} items")
             with StopSignal() as stop:
                 TrainingRun(trainer, state, run, log, stop, checkpoint is not None).fit()
             record = test_best(trainer, run) | {"seconds": state.seconds}

@@ -112,11 +112,12 @@ def differences(facts, config: RunConfig, fingerprint):
     for key in sorted(before.keys() | now.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in may_change)
         if not allowed and before.get(key) != now.get(key):
-            found.append(f"{key} was {_shown(before, key)}, is {_shown(now, key)}")
+            found.append(f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}")
     return found
 
 
-def _shown(values, key):
+def shown_value(values, key):
+    """A setting as a message has it."""
     return str(values[key])[:80] if key in values else "not set"
 
 

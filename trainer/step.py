@@ -34,8 +34,8 @@ class _Unsettled:
 class Trainer:
     """Everything that a training step needs, and how many there have been: `step` is also the position in the data."""
 
-    def __init__(self, config, ranks, dataset, plan, checkpoint=None, step=0):
-        """checkpoint: a folder to go on from, made after `step` steps."""
+    def __init__(self, config, ranks, dataset, plan, checkpoint=None, step=0, warm=None):
+        """checkpoint: a folder to go on from, made after `step` steps; warm: a WarmStart to begin with."""
         self.config, self.ranks, self.dataset, self.plan = config, ranks, dataset, plan
         self.step, self.total_steps = step, sum(plan.steps(epoch) for epoch in range(config.epochs))
         if config.max_steps:
@@ -50,9 +50,13 @@ class Trainer:
         self.weights = sum(parameter.numel() for parameter in self.model.parameters())  # ZeRO 3 takes them apart
         if checkpoint is not None:
             restore_model(checkpoint, self.model)
+        if warm is not None:
+            warm.restore_model(self.model)
         self.engine = start_engine(self.model, deepspeed)
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
+        if warm is not None:
+            warm.restore_table(self.table, config.table.init_std)
         self.reduction = RankReduction()
         self._beside = Beside(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)

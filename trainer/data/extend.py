@@ -21,7 +21,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 
 from trainer.data.dataset import Dataset
 from trainer.data.logs import open_log
@@ -212,6 +214,8 @@ def write_extension(connection, old: Dataset, ids_folder: Path, log_folder: Path
     before = {domain.name: domain for domain in old.domains}
     facts = {
         "of": old.fingerprint,
+        "span_before": [old.first_time, old.last_time],
+        "domains_before": [domain.name for domain in old.domains],
         **{name: found[name] for name in ("arrived", "delivered_before", "late", "before_window")},
         "users": {"before": old.users, "now": new.users},
         "laid_out_anew": any(domain.start != before[domain.name].start for domain in new.domains if domain.name in before),
@@ -246,6 +250,29 @@ def _vocabularies(old, kind):
         f"FROM read_parquet('{escape(old.local(domain.vocabulary))}')"
         for domain in old.domains
     )
+
+
+def rows_of_extension(dataset: Dataset) -> np.ndarray:
+    """Which row of the dataset before it each row of M was, −1: none, int64; as `write_extension` left it."""
+    table = pq.read_table(dataset.folder / EXTENSION / "rows.parquet", columns=["old_row", "new_row"])
+    old, new = (table[name].fill_null(-1).to_numpy() for name in ("old_row", "new_row"))
+    return _sources(dataset, old, new)
+
+
+def rows_of_items(old: Dataset, dataset: Dataset) -> np.ndarray:
+    """The same for any two datasets, by domains' names and items' ids as text."""
+    with duckdb.connect() as connection:
+        before, now = _vocabularies(old, "VARCHAR"), _vocabularies(dataset, "VARCHAR")
+        found = connection.sql(f"""SELECT o.old_row AS before, n.old_row AS now
+            FROM ({before}) o JOIN ({now}) n ON o.domain = n.domain AND o.item_id = n.item_id""").fetchnumpy()
+    return _sources(dataset, found["before"], found["now"])
+
+
+def _sources(dataset, old, new):
+    source_N = np.full(dataset.num_embeddings, -1, np.int64)
+    there = (old >= 0) & (new >= 0)
+    source_N[new[there]] = old[there]
+    return source_N
 
 
 def _begin_of_window(connection, config, dates, views):

@@ -1,0 +1,86 @@
+"""Started with real ranks by test_carry.py: saves a table that has been updated, and carries saved ones into another.
+
+torchrun --nproc-per-node N -m tests.embeddings.carry_worker save|carry OUTPUT [FOLDER with table files …]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from embeddings.carry import carry_rows
+from embeddings.config import TableConfig
+from embeddings.storage import ShardCopy
+from embeddings.table import ItemTable
+from trainer import distributed
+from trainer.process import run_script
+
+OLD, NEW, DIM = 6003, 7007, 4
+CONFIG = TableConfig(optimizer="rowwise_adagrad", learning_rate=0.1, init_std=0.05)
+GROUPS = ((0, 3000), (3000, 5500), (5500, 5700))  # of the new table; the last one was not there before; the rest is nobody's
+FRESH = 100  # rows of each group without a source
+
+
+def mapping():
+    """source_N and group_N of the new table: old rows in another order, some of them gone."""
+    random, group_N, source_N = np.random.default_rng(3), np.full(NEW, -1), np.full(NEW, -1)
+    left = random.permutation(OLD)
+    for number, (first, last) in enumerate(GROUPS):
+        group_N[first:last] = number
+        if number < 2:
+            rows = random.permutation(np.arange(first, last))[FRESH:]
+            source_N[rows], left = left[: len(rows)], left[len(rows) :]
+    return source_N, group_N
+
+
+def contents(table):
+    """The table and its optimizer's state in the order of rows, of all ranks: {name: array}."""
+    first, tensors = table.shard()
+    found = {}
+    for name, tensor in tensors.items():
+        whole = torch.zeros(table.rows, *tensor.shape[1:])
+        whole[torch.from_numpy(table.scatter.row(np.arange(first, first + len(tensor))))] = tensor.cpu()
+        dist.all_reduce(whole)
+        found[name] = whole.numpy()
+    return found | {"updates": table.updates}
+
+
+def save(output):
+    """A table after three updates by all ranks together, its files and its contents."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    table = ItemTable(OLD, DIM, CONFIG, 1, "cpu")
+    for number in range(3):
+        ids = np.random.default_rng(number).integers(0, OLD, 4000)[rank::ranks]
+        table(torch.from_numpy(ids))
+        table.update(torch.from_numpy(np.random.default_rng(ids).normal(size=(len(ids), DIM)).astype(np.float32)))
+    folder = output / f"saved-{ranks}"
+    folder.mkdir(exist_ok=True)
+    dist.barrier()
+    ShardCopy(table).write(folder)
+    found = contents(table)
+    if rank == 0:
+        np.savez(folder / "contents.npz", **found)
+
+
+def carry(output, *saved):
+    """Each saved table carried into a new one."""
+    for folder in map(Path, saved):
+        table = ItemTable(NEW, DIM, CONFIG, 2, "cpu")
+        start = contents(table)["weight"]
+        carry_rows(table, folder, *mapping(), CONFIG.init_std)
+        found = contents(table)
+        if dist.get_rank() == 0:
+            np.savez(output / f"{folder.name}-carried-{dist.get_world_size()}.npz", start=start, **found)
+
+
+def main():
+    """With what the command line says."""
+    what, output, *saved = sys.argv[1:]
+    with distributed.joined():
+        {"save": save, "carry": carry}[what](Path(output), *saved)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,135 @@
+"""A new run that begins with another's best model, though users, items and domains are others by now (`warm_start=RUN`).
+
+Items are found again by their ids, in the order of rows of whatever dataset the run was trained on. A run that is gone on with
+has its own checkpoints and does not look here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from embeddings.carry import carry_rows
+from syncrec.grown import grown_state
+from trainer.best import open_run
+from trainer.checkpoint import best_checkpoint, dense_state, reading
+from trainer.config import RunConfig, flat, load_config
+from trainer.data.dataset import Dataset
+from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
+from trainer.errors import InputError
+from trainer.start import MAY_CHANGE, shown_value
+
+# What a new run may have otherwise than the one whose model it begins with: how it learns, and on what.
+MAY_DIFFER = (
+    *MAY_CHANGE,
+    "seed",
+    "global_batch_size",
+    "tokens_per_batch",
+    "warm_start",
+    "optimizer",
+    "table.learning_rate",
+    "table.init_std",
+    "table.communication",
+    "negatives",
+    "stream",
+    "evaluation",
+    "deepspeed",
+    "model.time_knots",
+    "model.dropout",
+    "model.loss",
+    "model.eta",
+    "model.learn_scales",
+    "model.correction_temperature",
+    "model.prediction_temperature",
+    "model.mutual_information_temperature",
+    "model.mutual_information_negatives",
+    "model.mutual_information_denominator",
+    "model.mutual_information_pooling",
+    "model.mutual_information_similarity",
+    "model.precision",
+    "model.kernel",
+    "model.init_std",
+)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a run begins with. source_N: which row of the old table each row of M was, −1: none; group_N: its domain, −1: no
+    item has it. old_of_D: the old number of each domain, −1: new; spans: (first, last) time, old and new."""
+
+    run: Path
+    folder: Path
+    source_N: np.ndarray
+    group_N: np.ndarray
+    old_of_D: list[int]
+    spans: tuple[tuple[float, float], tuple[float, float]]
+
+    @property
+    def known(self) -> int:
+        """How many items of the dataset the old model knows."""
+        return int(np.count_nonzero(self.source_N >= 0))
+
+    def restore_model(self, model):
+        """Fills the dense model's weights and buffers, before an engine is built around it."""
+        with reading(self.folder):
+            knots = model.config.time_knots
+            model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+
+    def restore_table(self, table, init_std):
+        """Fills the table and its optimizer's state. Called on all ranks."""
+        with reading(self.folder):
+            carry_rows(table, self.folder, self.source_N, self.group_N, init_std)
+
+
+def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> WarmStart | None:
+    """What `config.warm_start` names; None where it names nothing. Called on all ranks.
+
+    Raises InputError: it is no finished run, its model is of another kind, or nobody knows any more what its rows were.
+    """
+    if not config.warm_start:
+        return None
+    run = Path(config.warm_start)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+    folder, facts = best_checkpoint(run, ranks)
+    refused = _differences(facts["config"], flat(config))
+    if refused:
+        raise InputError(f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold")
+    names, span, source_N = _known_rows(run, facts["dataset"], dataset)
+    group_N = np.full(dataset.num_embeddings, -1, np.int32)
+    for number, domain in enumerate(dataset.domains):
+        group_N[domain.start : domain.start + domain.items] = number
+    old_of_D = [names.index(domain.name) if domain.name in names else -1 for domain in dataset.domains]
+    if max(old_of_D) < 0:
+        domains = ", ".join(domain.name for domain in dataset.domains)
+        raise InputError(f"warm_start={run}: knows none of the domains {domains}: start cold")
+    return WarmStart(run, folder, source_N, group_N, old_of_D, (span, (dataset.first_time, dataset.last_time)))
+
+
+def _known_rows(run, fingerprint, dataset):
+    """The old domains' names in their order, the old span of time, and source_N."""
+    facts = dataset.folder / EXTENSION / "extension.json"
+    if fingerprint == dataset.fingerprint:
+        rows = np.arange(dataset.num_embeddings)
+        return [domain.name for domain in dataset.domains], (dataset.first_time, dataset.last_time), rows
+    if facts.is_file():
+        said = json.loads(facts.read_text(encoding="utf-8"))
+        if said["of"] == fingerprint:
+            return said["domains_before"], tuple(said["span_before"]), rows_of_extension(dataset)
+    given = load_config([run / "config.yaml"], []).data
+    try:
+        _, old = open_run(run)
+    except InputError as error:
+        raise InputError(f"warm_start={run}: what its rows were is not known: {error}") from None
+    if old.fingerprint != fingerprint:
+        raise InputError(f"warm_start={run}: its dataset {given} has other contents by now: nobody knows what its rows were")
+    return [domain.name for domain in old.domains], (old.first_time, old.last_time), rows_of_items(old, dataset)
+
+
+def _differences(before, now):
+    return [
+        f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
+    ]
