@@ -1,15 +1,17 @@
 """A finished run's best model, read from disk into any number of ranks."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from embeddings.table import ItemTable
 from syncrec.model import SyNCRec
-from trainer.checkpoint import load_best
+from trainer.checkpoint import best_checkpoint, restore_best
 from trainer.config import RunConfig, load_config
 from trainer.data.dataset import Dataset
 from trainer.data.source import is_hidden
 from trainer.errors import InputError
+from trainer.warm import carried
 
 
 def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
@@ -30,8 +32,12 @@ def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
 
 
 def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec, ItemTable, dict]:
-    """The dense model and the item table as the run's best validation had them, and what best.json says of it. Called on all
-    ranks. Raises InputError where the run has none, or it is damaged or does not fit the dataset."""
+    """The dense model and the item table as the run's best validation had them, and what best.json says of it; on a dataset
+    that is not the run's own, what is left of them there (`carried`). Called on all ranks. Raises InputError where the run
+    has none, or it is damaged or does not fit the dataset."""
+    run = Path(run)
+    folder, best, facts = best_checkpoint(run, ranks)
+    change = None if facts["dataset"] == dataset.fingerprint else carried(run, folder, facts["dataset"], dataset)
     # Nothing is trained here: an optimizer without state and a place that any device has, whatever the run was trained with.
     table_config = replace(config.table, optimizer="sgd", placement="auto", communication="fp32")
     try:
@@ -39,4 +45,13 @@ def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec
         table = ItemTable(dataset.num_embeddings, config.model.dim, table_config, config.seed, ranks.device)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return model, table, load_best(Path(run), model, table, ranks)
+    if change is None:
+        restore_best(folder, model, table)
+    else:
+        change.restore_model(model)
+        change.restore_table(table, table_config.init_std)
+        if ranks.first:
+            items = sum(domain.items for domain in dataset.domains)
+            said = f"{run}: was trained on another dataset; knows {change.known:,} of {items:,} items"
+            print(said, file=sys.stderr, flush=True)
+    return model, table, best

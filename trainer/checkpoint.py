@@ -289,20 +289,19 @@ def restore_optimizers(folder: Path, engine, table):
         load_shard(table, folder)
 
 
-def load_best(run: Path, model, table, ranks):
-    """Fills model and table from the run's best checkpoint; returns what best.json says. Called on all ranks."""
-    folder, best = _best(run, ranks)
+def restore_best(folder: Path, model, table):
+    """Fills model and table from a checkpoint that is whole. Called on all ranks."""
     restore_model(folder, model)
     with reading(folder):
         load_shard(table, folder)
-    return best
 
 
-def best_checkpoint(run: Path, ranks) -> tuple[Path, dict]:
-    """The run's best checkpoint, whole, and what its state.json says. Called on all ranks, which share the reading."""
-    folder, _ = _best(run, ranks)
+def best_checkpoint(run: Path, ranks) -> tuple[Path, dict, dict]:
+    """The folder of the run's best checkpoint, found whole, what best.json says of it, and what its state.json says. Called on
+    all ranks, which share the reading."""
+    folder, best = _best(run, ranks)
     try:
-        return folder, read_state(folder)
+        return folder, best, read_state(folder)
     except Damaged as error:
         raise InputError(f"{error}: copy the run again") from None
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from syncrec.model import SyNCRec
 from trainer.ahead import Ready
-from trainer.checkpoint import Checkpoints, RunState, load_best, write_json, write_text
+from trainer.checkpoint import Checkpoints, RunState, best_checkpoint, restore_best, write_json, write_text
 from trainer.config import RunConfig, flat, to_yaml
 from trainer.control import StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
@@ -323,7 +323,8 @@ def test_best(trainer, run):
     folder."""
     config, ranks, dataset = trainer.config, trainer.ranks, trainer.dataset
     model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
-    best = load_best(run, model, trainer.table, ranks)
+    folder, best, _ = best_checkpoint(run, ranks)
+    restore_best(folder, model, trainer.table)
     ranking = evaluate_split(model, trainer.table, dataset, ranks, config, "test")
     look = look_at(model, trainer.table, dataset, config, ranks)
     if ranks.first:

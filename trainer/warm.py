@@ -1,7 +1,5 @@
-"""A new run that begins with another's best model, though users, items and domains are others by now (`warm_start=RUN`).
-
-Items are found again by their ids, in the order of rows of whatever dataset the run was trained on. A run that is gone on with
-has its own checkpoints and does not look here.
+"""A run's best model on another dataset than its own, where users, items and domains are others by now: to begin a new run with
+(`warm_start=RUN`), and to be evaluated. Items are found again by their ids.
 """
 
 import json
@@ -12,7 +10,6 @@ import numpy as np
 
 from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
-from trainer.best import open_run
 from trainer.checkpoint import best_checkpoint, dense_state, reading
 from trainer.config import RunConfig, flat, load_config
 from trainer.data.dataset import Dataset
@@ -54,9 +51,9 @@ MAY_DIFFER = (
 
 
 @dataclass(frozen=True)
-class WarmStart:
-    """What a run begins with. source_N: which row of the old table each row of M was, −1: none; group_N: its domain, −1: no
-    item has it. old_of_D: the old number of each domain, −1: new; spans: (first, last) time, old and new."""
+class Carried:
+    """What is left of a run's best model. source_N: which row of the old table each row of M was, −1: none; group_N: its
+    domain, −1: no item has it. old_of_D: the old number of each domain, −1: new; spans: (first, last) time, old and new."""
 
     run: Path
     folder: Path
@@ -82,7 +79,7 @@ class WarmStart:
             carry_rows(table, self.folder, self.source_N, self.group_N, init_std)
 
 
-def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> WarmStart | None:
+def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | None:
     """What `config.warm_start` names; None where it names nothing. Called on all ranks.
 
     Raises InputError: it is no finished run, its model is of another kind, or nobody knows any more what its rows were.
@@ -92,19 +89,25 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> WarmStart | N
     run = Path(config.warm_start)
     if not (run / "config.yaml").is_file():
         raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
-    folder, facts = best_checkpoint(run, ranks)
+    folder, _, facts = best_checkpoint(run, ranks)
     refused = _differences(facts["config"], flat(config))
     if refused:
         raise InputError(f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold")
-    names, span, source_N = _known_rows(run, facts["dataset"], dataset)
+    return carried(run, folder, facts["dataset"], dataset)
+
+
+def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
+    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Raises InputError where
+    nobody knows any more what its rows were, and where the datasets have no domain in common."""
+    names, span, source_N = _known_rows(run, fingerprint, dataset)
     group_N = np.full(dataset.num_embeddings, -1, np.int32)
     for number, domain in enumerate(dataset.domains):
         group_N[domain.start : domain.start + domain.items] = number
     old_of_D = [names.index(domain.name) if domain.name in names else -1 for domain in dataset.domains]
     if max(old_of_D) < 0:
         domains = ", ".join(domain.name for domain in dataset.domains)
-        raise InputError(f"warm_start={run}: knows none of the domains {domains}: start cold")
-    return WarmStart(run, folder, source_N, group_N, old_of_D, (span, (dataset.first_time, dataset.last_time)))
+        raise InputError(f"{run}: its model knows none of the domains {domains}")
+    return Carried(run, folder, source_N, group_N, old_of_D, (span, (dataset.first_time, dataset.last_time)))
 
 
 def _known_rows(run, fingerprint, dataset):
@@ -117,13 +120,13 @@ def _known_rows(run, fingerprint, dataset):
         said = json.loads(facts.read_text(encoding="utf-8"))
         if said["of"] == fingerprint:
             return said["domains_before"], tuple(said["span_before"]), rows_of_extension(dataset)
-    given = load_config([run / "config.yaml"], []).data
+    config = load_config([run / "config.yaml"], [])
     try:
-        _, old = open_run(run)
+        old = Dataset.load(config.data, check_shards=False, source_config=config.stream)
     except InputError as error:
-        raise InputError(f"warm_start={run}: what its rows were is not known: {error}") from None
+        raise InputError(f"{run}: what its model's rows were is not known: {error}") from None
     if old.fingerprint != fingerprint:
-        raise InputError(f"warm_start={run}: its dataset {given} has other contents by now: nobody knows what its rows were")
+        raise InputError(f"{run}: its dataset {config.data} has other contents by now: nobody knows what its model's rows were")
     return [domain.name for domain in old.domains], (old.first_time, old.last_time), rows_of_items(old, dataset)
 
 

@@ -29,10 +29,11 @@ from trainer.checkpoint import (
     CheckpointConfig,
     Damaged,
     RunState,
+    best_checkpoint,
     checkpoints,
-    load_best,
     newest,
     read_state,
+    restore_best,
     verify,
 )
 from trainer.errors import InputError
@@ -473,7 +474,9 @@ def test_a_planted_pickle_would_leave_its_mark(tmp_path):
 def test_the_best_model_is_loaded_without_an_optimizer(run):
     trainer = run.trainer()
     table = ItemTable(run.dataset.num_embeddings, 8, TableConfig(optimizer="sgd"), 1, "cpu")
-    assert load_best(run.folder, trainer.model, table, run.ranks) == best_of(1)
+    folder, best, facts = best_checkpoint(run.folder, run.ranks)
+    assert best == best_of(1) and facts["state"].step == 1
+    restore_best(folder, trainer.model, table)
     expected = run.expected[1]
     assert torch.equal(table.shard()[1]["weight"], expected["table weight"])
     found = {f"dense {name}": value for name, value in trainer.model.state_dict().items()}
@@ -502,14 +505,14 @@ def test_no_best_model_is_one_line(run, content, message):
     if content is not None:
         (run.folder / BEST).write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=message) as error:
-        load_best(run.folder, None, None, run.ranks)
+        best_checkpoint(run.folder, run.ranks)
     assert "\n" not in str(error.value)
 
 
 def test_a_best_model_that_is_damaged_is_one_line(run):
     flip(run.folder / "checkpoints/step-00000001", TABLE)
     with pytest.raises(InputError, match=rf"step-00000001/{TABLE} has another checksum .*: copy the run again$"):
-        load_best(run.folder, None, None, run.ranks)
+        best_checkpoint(run.folder, run.ranks)
 
 
 # Which checkpoints stay.

@@ -101,7 +101,7 @@ def test_the_dense_model_goes_on_as_it_was(tmp_path, ranks, old):
 def test_the_same_dataset_needs_no_other(tmp_path, ranks, old, monkeypatch):
     run = SmallRun(tmp_path, ranks, f"warm_start={old.folder}")
     run.dataset = old.dataset
-    monkeypatch.setattr("trainer.warm.open_run", None)
+    monkeypatch.setattr("trainer.warm.rows_of_items", None)
     warm = find_warm_start(run.config, run.dataset, ranks)
     assert warm.source_N.tolist() == list(range(run.dataset.num_embeddings))
 
@@ -158,7 +158,7 @@ def no_dataset(run, old, folder):
     other = old.copied(folder / "other")
     config = other.folder / "config.yaml"
     config.write_text(config.read_text().replace(str(old.dataset.folder), str(folder / "gone")))
-    return dataclasses.replace(run.config, warm_start=str(other.folder)), "what its rows were is not known: .*gone"
+    return dataclasses.replace(run.config, warm_start=str(other.folder)), "rows were is not known: .*gone"
 
 
 BAD = [no_run, unfinished, another_width, another_optimizer, another_dataset, no_dataset]

@@ -1,0 +1,264 @@
+"""Publishing a model where it is not worse than the one that serves, and only whole.
+
+    PUBLISHED/versions/0001/model/         what launch/export.py writes, for services
+    PUBLISHED/versions/0001/version.json   the run and dataset it is of, and how well it did
+    PUBLISHED/current.json                 names the version that serves; replaced in one move
+    PUBLISHED/refused.json                 why the newest candidate was not published, if it was not
+
+Both models rank the newest held-out items of the candidate's dataset: those of users who came with its newest logs, as the
+current model would have met them. A candidate is refused where a domain is worse than the tolerance, and where the day itself
+is unlike those before: where the figure falls far below the one with which the current model was published.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.best import best_model, open_run
+from trainer.bootstrap import GroupMeans
+from trainer.checkpoint import best_checkpoint, write_json
+from trainer.control import by_the_first
+from trainer.data.dataset import File
+from trainer.data.extend import EXTENSION
+from trainer.errors import InputError
+from trainer.evaluate import evaluate_split
+from trainer.export import SCHEMA, ExportConfig, export_run
+from trainer.log import HEADLINE
+
+CURRENT, REFUSED, VERSION, MODEL = "current.json", "refused.json", "version.json", "model"
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """When a candidate is published.
+
+    tolerance: the share of the current model's NDCG@10 that it may lack in a domain. fall: the share that a domain's figure may
+    fall below the one at the current version's publication, by either model. least_users: newest users of a domain for them to
+    be judged by; with fewer, all its users are. keep: older versions that stay.
+    """
+
+    tolerance: float = 0.02
+    fall: float = 0.3
+    least_users: int = 100
+    keep: int = 5
+    dtype: str = "fp32"
+
+    def __post_init__(self):
+        for name in ("tolerance", "fall"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
+        for name, least in (("least_users", 1), ("keep", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}: give at least {least}")
+
+
+def publish(candidate, published, ranks, config: PublishConfig, data=None) -> dict:
+    """Compares a finished run's model with the current one, and publishes or refuses it. Called on all ranks; returns the
+    record, whose `published` is the version's number or None, and whose `reasons` say why not.
+
+    data: the candidate's dataset where it has moved. A run that is published already is left as it is. Raises InputError: the
+    candidate cannot be used, another process publishes here, or nothing can be written; `current.json` is then as it was.
+    """
+    published = Path(published)
+    with _alone(published, ranks):
+        current = by_the_first(lambda: current_version(published), ranks.first)
+        run_config, dataset = open_run(candidate, data, of_all_domains=True)
+        _, best, _ = best_checkpoint(Path(candidate), ranks)
+        identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
+        if current and all(current[name] == value for name, value in identity.items()):
+            return current | {"published": current["number"], "reasons": []}
+        record = identity | _compared(candidate, current, run_config, dataset, ranks, config)
+        record["reasons"] = reasons_against(record["domains"], config)
+        if record["reasons"]:
+            return by_the_first(lambda: _refuse(published, record), ranks.first)
+        number = by_the_first(lambda: _begin(published), ranks.first)
+        partial = published / "versions" / f"{number}.partial"
+        export_run(candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data)
+        return by_the_first(lambda: _finish(published, partial, record | {"number": number}, config), ranks.first)
+
+
+def reasons_against(domains, config: PublishConfig) -> list[str]:
+    """What speaks against publishing, a line a domain and rule. domains: as `publish` records them."""
+    found = []
+    for name, figures in domains.items():
+        candidate, current, then = (figures[which] for which in ("candidate", "current", "when_published"))
+        if candidate is None or current is None:
+            continue
+        if candidate < (1 - config.tolerance) * current:
+            found.append(f"{name}: {HEADLINE} {candidate:.4f}, the current model has {current:.4f}")
+        if then is not None and max(candidate, current) < (1 - config.fall) * then:
+            found.append(
+                f"{name}: {HEADLINE} {candidate:.4f} and the current model's {current:.4f} on the newest logs, {then:.4f} when "
+                "that was published: the logs are unlike those before"
+            )
+    return found
+
+
+def current_version(published: Path) -> dict | None:
+    """What version.json says of the version that serves; None before the first. Raises InputError where it cannot be read."""
+    file = published / CURRENT
+    if not file.is_file():
+        return None
+    try:
+        number = json.loads(file.read_text(encoding="utf-8"))["version"]
+        return json.loads((published / "versions" / number / VERSION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: cannot be used ({error}): name a version that is there with --rollback") from None
+
+
+def roll_back(published, to=None) -> dict:
+    """Makes an older version the current one: the newest before it, or the version `to`. Raises InputError where there is none,
+    or its files are not whole."""
+    published = Path(published)
+    versions = _versions(published)
+    try:
+        current = json.loads((published / CURRENT).read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        current = None
+    if to is None:
+        older = [number for number in versions if current is not None and number < current]
+        if not older:
+            raise InputError(f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}")
+        to = older[-1]
+    if to not in versions:
+        raise InputError(f"{published}: there is no version {to}: there are {', '.join(versions) or 'none'}")
+    _check(published / "versions" / to)
+    _point(published, to)
+    return json.loads((published / "versions" / to / VERSION).read_text(encoding="utf-8"))
+
+
+def _compared(candidate, current, run_config, dataset, ranks, config):
+    """Figures by domain of both models, on the users by whom a domain is judged."""
+    rank_U, domain_U = _ranks(candidate, run_config, dataset, ranks)
+    others_U = None
+    if current is not None:
+        other_config, _ = open_run(current["run"], dataset.folder)
+        others_U, _ = _ranks(current["run"], other_config, dataset, ranks)
+    newest = dataset.folder / EXTENSION / "users.npy"
+    came_U = np.zeros(dataset.users, bool)
+    if newest.is_file():
+        came_U[np.load(newest, allow_pickle=False)] = True
+    found = {}
+    for number, domain in enumerate(dataset.domains):
+        own_U = (rank_U > 0) & (domain_U == number)
+        newest_U = own_U & came_U
+        judged_U = newest_U if np.count_nonzero(newest_U) >= config.least_users else own_U
+        (users,) = np.nonzero(judged_U)
+        means = GroupMeans(2, 1, run_config.seed)
+        pair = rank_U, rank_U if others_U is None else others_U
+        means.add(users, np.zeros((len(users), 1), np.int64), [each_U[users] for each_U in pair])
+        figures = [means.figures(system, 0)[HEADLINE] for system in (0, 1)]
+        before = {} if current is None else current["domains"].get(domain.name, {})
+        found[domain.name] = {
+            "users": len(users),
+            "newest": bool(judged_U is newest_U),
+            "candidate": figures[0],
+            "current": None if others_U is None else figures[1],
+            "difference": None if others_U is None else means.difference(0, HEADLINE),
+            "when_published": before.get("candidate"),
+        }
+    return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
+
+
+def _ranks(run, config, dataset, ranks):
+    """Each user's rank of the test item among the drawn ones, 0 of those without, and the item's domain; of all ranks."""
+    model, table, _ = best_model(run, config, dataset, ranks)
+    found = torch.zeros(2, dataset.users, dtype=torch.int64)
+
+    def visit(candidates, ranks_B, _scores_C):
+        real = candidates.user_B >= 0
+        users = torch.from_numpy(candidates.user_B[real])
+        found[0, users] = torch.from_numpy(ranks_B[real])
+        found[1, users] = torch.from_numpy(candidates.domain_B[real])
+
+    evaluate_split(model, table, dataset, ranks, config, "test", visit=visit)
+    dist.all_reduce(found)
+    return found.numpy()
+
+
+@contextlib.contextmanager
+def _alone(published, ranks):
+    """Within it no other process publishes here."""
+    lock = None
+
+    def take():
+        nonlocal lock
+        try:
+            published.mkdir(parents=True, exist_ok=True)
+            lock = open(published / ".lock", "w")  # noqa: SIM115 (held until the end)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{published}: another process publishes here: wait for it or stop it") from None
+        except OSError as error:
+            raise InputError(f"{published} cannot be written: {error.strerror}") from None
+
+    try:
+        by_the_first(take, ranks.first)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _versions(published):
+    """Numbers of the versions that are there, rising."""
+    return sorted(path.name for path in (published / "versions").glob("[0-9]*") if path.suffix == "" and path.is_dir())
+
+
+def _refuse(published, record):
+    record |= {"published": None, "time": _now()}
+    write_json(published / REFUSED, record)
+    return record
+
+
+def _begin(published):
+    """The next version's number, and its folder begun anew."""
+    versions = published / "versions"
+    versions.mkdir(exist_ok=True)
+    for left in versions.glob("*.partial"):
+        shutil.rmtree(left)
+    number = f"{int((_versions(published) or ['0'])[-1]) + 1:04d}"
+    (versions / f"{number}.partial").mkdir()
+    return number
+
+
+def _finish(published, partial, record, config):
+    """Makes the version visible once it loads, and the one that serves; takes the oldest away."""
+    record |= {"published": record["number"], "time": _now()}
+    write_json(partial / VERSION, record)
+    _check(partial)
+    partial.rename(partial.with_suffix(""))
+    _point(published, record["number"])
+    (published / REFUSED).unlink(missing_ok=True)
+    for number in _versions(published)[: -1 - config.keep]:
+        shutil.rmtree(published / "versions" / number)
+    return record
+
+
+def _check(version):
+    """Every file of the model is whole, and its encoder loads. Raises InputError."""
+    folder = version / MODEL
+    try:
+        schema = json.loads((folder / SCHEMA).read_text(encoding="utf-8"))
+        for name, facts in schema["files"].items():
+            if File.of(folder, name) != File(name, **facts):
+                raise InputError(f"{folder / name}: is not as it was exported: publish the run again")
+        torch.export.load(folder / "encoder.pt2")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder}: does not load ({error}): publish the run again") from None
+
+
+def _point(published, number):
+    write_json(published / CURRENT, {"version": number, "model": f"versions/{number}/{MODEL}", "since": _now()})
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
