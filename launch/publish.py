@@ -1,6 +1,6 @@
 """Publishes a finished run's model where it is not worse than the one that serves.
 
-    python launch/publish.py --run runs/2 --to published             compares, exports, and points published/current.json to it
+    python launch/publish.py --candidate runs/2 --to published       compares, exports, and points published/current.json to it
     python launch/publish.py --to published --rollback               back to the version before
     python launch/publish.py --to published --rollback 0003          to a certain one
 
@@ -21,12 +21,13 @@ REFUSED = 3
 def parse(arguments=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="the folder of a finished run: the candidate")
+    parser.add_argument("--candidate", metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", required=True, metavar="DIR", help="the folder of published versions")
     parser.add_argument("--data", help="the candidate's dataset, where it is not where the run found it")
     parser.add_argument("--rollback", nargs="?", const="", metavar="VERSION", help="make an older version the current one")
     parser.add_argument("--tolerance", type=float, default=0.02, metavar="SHARE", help="a domain may lack it (%(default)s)")
-    parser.add_argument("--fall", type=float, default=0.3, metavar="SHARE", help="of a figure at publication (%(default)s)")
+    parser.add_argument("--fall", type=float, default=0.2, metavar="SHARE", help="that the mean may fall (%(default)s)")
+    parser.add_argument("--domain-fall", type=float, default=0.4, metavar="SHARE", help="that a domain may fall (%(default)s)")
     parser.add_argument("--least-users", type=int, default=100, metavar="N", help="to judge a domain by its newest users")
     parser.add_argument("--keep", type=int, default=5, metavar="N", help="older versions that stay")
     parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32", help="of the item vectors")
@@ -60,17 +61,18 @@ def main():
         version = roll_back(options.to, options.rollback or None)
         print(f"{options.to}: version {version['number']} serves, of {version['run']}")
         return
-    if not options.run:
-        raise InputError("--run is missing: the finished run that is to be published")
+    if not options.candidate:
+        raise InputError("--candidate is missing: the finished run that is to be published")
     check_stack()
     from rich.console import Console
 
     from trainer import distributed
     from trainer.publish import PublishConfig, publish
 
-    config = PublishConfig(options.tolerance, options.fall, options.least_users, options.keep, options.dtype)
+    falls = options.fall, options.domain_fall
+    config = PublishConfig(options.tolerance, *falls, options.least_users, options.keep, options.dtype)
     with distributed.joined() as ranks:
-        record = publish(options.run, options.to, ranks, config, options.data)
+        record = publish(options.candidate, options.to, ranks, config, options.data)
     if not ranks.first:
         sys.exit(0 if record["published"] else REFUSED)
     print(json.dumps(record)) if options.json else Console().print(table_of(record))

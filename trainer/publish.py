@@ -33,6 +33,7 @@ from trainer.evaluate import evaluate_split
 from trainer.export import SCHEMA, ExportConfig, export_run
 from trainer.log import HEADLINE
 
+_UNLIKE = "the logs are unlike those before"
 CURRENT, REFUSED, VERSION, MODEL = "current.json", "refused.json", "version.json", "model"
 
 
@@ -40,19 +41,20 @@ CURRENT, REFUSED, VERSION, MODEL = "current.json", "refused.json", "version.json
 class PublishConfig:
     """When a candidate is published.
 
-    tolerance: the share of the current model's NDCG@10 that it may lack in a domain. fall: the share that a domain's figure may
-    fall below the one at the current version's publication, by either model. least_users: newest users of a domain for them to
-    be judged by; with fewer, all its users are. keep: older versions that stay.
+    tolerance: the share of the current model's NDCG@10 that it may lack in a domain. fall, domain_fall: the share that the mean
+    over domains, or a domain's figure, may fall below the one at the current version's publication. least_users: newest users
+    of a domain for them to be judged by; with fewer, all its users are. keep: older versions that stay.
     """
 
     tolerance: float = 0.02
-    fall: float = 0.3
+    fall: float = 0.2
+    domain_fall: float = 0.4
     least_users: int = 100
     keep: int = 5
     dtype: str = "fp32"
 
     def __post_init__(self):
-        for name in ("tolerance", "fall"):
+        for name in ("tolerance", "fall", "domain_fall"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
         for name, least in (("least_users", 1), ("keep", 0)):
@@ -87,18 +89,22 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
 
 def reasons_against(domains, config: PublishConfig) -> list[str]:
     """What speaks against publishing, a line a domain and rule. domains: as `publish` records them."""
-    found = []
+    found, pairs = [], {}
     for name, figures in domains.items():
         candidate, current, then = (figures[which] for which in ("candidate", "current", "when_published"))
         if candidate is None or current is None:
             continue
         if candidate < (1 - config.tolerance) * current:
             found.append(f"{name}: {HEADLINE} {candidate:.4f}, the current model has {current:.4f}")
-        if then is not None and max(candidate, current) < (1 - config.fall) * then:
-            found.append(
-                f"{name}: {HEADLINE} {candidate:.4f} and the current model's {current:.4f} on the newest logs, {then:.4f} when "
-                "that was published: the logs are unlike those before"
-            )
+        if then:
+            pairs[name] = candidate, then
+            if candidate < (1 - config.domain_fall) * then:
+                found.append(f"{name}: {HEADLINE} {candidate:.4f}, {then:.4f} when the current model was published: {_UNLIKE}")
+    if pairs:
+        now, then = (float(np.mean(figures)) for figures in zip(*pairs.values(), strict=True))
+        if now < (1 - config.fall) * then:
+            changes = ", ".join(f"{name} {100 * (each / before - 1):+.0f} %" for name, (each, before) in pairs.items())
+            found.append(f"mean {HEADLINE} {now:.4f}, {then:.4f} when the current model was published: {_UNLIKE} ({changes})")
     return found
 
 

@@ -1,0 +1,66 @@
+"""What the three stand-ins do: they note how they were called, die where the file `die-STAGE` lies beside the folder, and leave
+what a retraining reads; a log whose name has "bad" in it is refused."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def _called(stage, day):
+    root = day.parents[1]
+    with (root / "calls.txt").open("a") as calls:
+        calls.write(f"{day.name} {stage} {' '.join(sys.argv[1:])}\n")
+    if (root / f"die-{stage}").exists():
+        (root / f"die-{stage}").unlink()
+        os._exit(9)
+
+
+def _after(word):
+    return sys.argv[sys.argv.index(word) + 1]
+
+
+def prepare():
+    """A dataset with an extension where it extends one."""
+    output = Path(_after("--output"))
+    _called("prepare", output.parent)
+    output.mkdir()
+    (output / "input.txt").write_text(_after("--input"))
+    if "--extend" in sys.argv:
+        own = {"items": 3, "items_before": 2, "new": 1, "retired": 0, "interactions": 9, "interactions_before": 5}
+        facts = {"arrived": 4, "delivered_before": 1, "late": 2, "before_window": 0, "laid_out_anew": True}
+        facts |= {"users": {"before": 2, "now": 3}, "domains": {"shop": own}}
+        (output / "extension").mkdir()
+        (output / "extension" / "extension.json").write_text(json.dumps(facts))
+
+
+def train():
+    """A run."""
+    given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+    run = Path(given["run"])
+    run.mkdir(exist_ok=True)
+    _called("train", run.parent)
+    (run / "begun-with.txt").write_text(given.get("warm_start", ""))
+
+
+def publish():
+    """A version, or a refusal."""
+    run, published = Path(_after("--candidate")), Path(_after("--to"))
+    (published / "versions").mkdir(parents=True, exist_ok=True)
+    _called("publish", run.parent)
+    figures = {"users": 3, "newest": True, "candidate": 0.5, "current": 0.4, "when_published": None}
+    figures["difference"] = {"value": 0.1, "interval": [0.05, 0.15]}
+    record = {"run": str(run), "domains": {"shop": figures}, "reasons": []}
+    if "bad" in (run.parent / "dataset" / "input.txt").read_text():
+        record["reasons"] = ["shop: worse"]
+        (published / "refused.json").write_text(json.dumps(record))
+        sys.exit(3)
+    versions = sorted((published / "versions").iterdir())
+    current = versions and json.loads((versions[-1] / "version.json").read_text())
+    number = f"{len(versions) + 1:04d}"
+    if current and current["run"] == str(run):
+        return
+    (published / "versions" / number / "model").mkdir(parents=True)
+    (published / "versions" / number / "model" / "schema.json").write_text(json.dumps({"domains": []}))
+    (published / "versions" / number / "version.json").write_text(json.dumps(record | {"number": number}))
+    (published / "current.json").write_text(json.dumps({"version": number, "model": f"versions/{number}/model"}))

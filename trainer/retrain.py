@@ -1,0 +1,297 @@
+"""Every day again: new logs onto the dataset, training that begins with the model that serves, and publishing, as one job.
+
+    FOLDER/days/NAME/plan.json      what this retraining began from: fixed when it first began
+    FOLDER/days/NAME/dataset        the dataset with the new logs
+    FOLDER/days/NAME/run            the run
+    FOLDER/days/NAME/retrain.json   how it ended; report.md says it in words
+    FOLDER/published                what serves (trainer/publish.py)
+
+Each stage leaves something that the next call finds: killed anywhere, the same command goes on there. A day that is refused
+stays out of what follows: the next one extends the newest dataset that was published, and its logs may be given again.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from safetensors.numpy import load_file
+
+from trainer.checkpoint import write_json, write_text
+from trainer.data.extend import EXTENSION
+from trainer.errors import InputError
+from trainer.publish import CURRENT, REFUSED, current_version
+
+PUBLISHED, PLAN, RESULT, REPORT = "published", "plan.json", "retrain.json", "report.md"
+_SCRIPTS = Path(__file__).resolve().parents[1] / "launch"
+_REFUSED = 3  # the status of launch/publish.py
+
+
+@dataclass(frozen=True)
+class RetrainConfig:
+    """A retraining. Logs and columns are those of launch/prepare.py, base and settings those of launch/train.py, and tolerance,
+    fall, domain_fall, least_users and keep those of launch/publish.py.
+
+    warm_settings: besides, where there is a model to begin with. launcher: words before the scripts of training and publishing,
+    e.g. [deepspeed, --hostfile, hosts]; empty: this Python. keep_days: days whose dataset and run stay, beside those that
+    published versions are of.
+    """
+
+    folder: str = ""
+    name: str = ""
+    input: list[str] = field(default_factory=list)
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    domain_column: str = "domain"
+    time_column: str = "timestamp"
+    domain: str = ""
+    min_user: int = 0
+    min_item: int = 0
+    days: float = 0.0  # 0: all logs count
+    time_unit: str = ""
+    retire: bool = False
+    memory: str = "8GB"
+    base: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    warm_settings: list[str] = field(default_factory=lambda: ["epochs=2"])
+    launcher: list[str] = field(default_factory=list)
+    tolerance: float = 0.02
+    fall: float = 0.2
+    domain_fall: float = 0.4
+    least_users: int = 100
+    keep: int = 5
+    keep_days: int = 3
+
+    def __post_init__(self):
+        missing = {"folder": "gets datasets, runs and what is published", "name": "names this day, e.g. 2026-11-26"}
+        for name, what in missing.items():
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: it {what}")
+        if "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}: it names a folder, so without / and no dot first")
+        if not self.input:
+            raise ValueError("input is missing: the new logs")
+        if self.keep_days < 1:
+            raise ValueError(f"keep_days is {self.keep_days}: give at least 1")
+
+
+def retrain(config: RetrainConfig, scripts: Path = _SCRIPTS) -> dict:
+    """Does what of the day's stages is left, and returns what retrain.json says. scripts: where launch/*.py are.
+
+    Raises InputError: another retraining is at work in the folder, a stage failed (its own lines say why), or it cannot be
+    written.
+    """
+    folder, seconds = Path(config.folder).resolve(), {}
+    with _alone(folder):
+        day = folder / "days" / config.name
+        if (day / RESULT).is_file():
+            return _read(day / RESULT)
+        plan = _plan(config, folder, day)
+        if not (day / "dataset").is_dir():
+            _run("extending the dataset", [sys.executable, scripts / "prepare.py", *_prepare_words(config, plan, day)], seconds)
+        if not (day / "trained").exists():
+            _run("training", [*_launcher(config), scripts / "train.py", *_train_words(config, plan, day)], seconds)
+            (day / "trained").touch()
+        words = [*_launcher(config), scripts / "publish.py", *_publish_words(config, folder, day)]
+        status = _run("publishing", words, seconds, may_end_with=_REFUSED)
+        result = _result(config, folder, day, plan, published=status == 0) | {"seconds": seconds}
+        write_text(day / REPORT, report_of(result, folder))
+        write_json(day / RESULT, result)
+        _tidy(config, folder)
+        return result
+
+
+def report_of(result, folder: Path) -> str:
+    """The changes report, Markdown."""
+    lines = [f"# Retraining {result['name']}", ""]
+    if result["published"]:
+        lines += [f"Published as version {result['published']}.", ""]
+    else:
+        lines += ["**Not published.** Yesterday's model goes on serving. Against it speaks:", ""]
+        lines += [f"- {reason}" for reason in result["reasons"]]
+        lines += ["", "Its logs are in no later dataset: give them again once they are right.", ""]
+    lines += ["## NDCG@10 on the newest held-out items", "", "| domain | users | candidate | current | 95 % | when published |"]
+    lines += ["|---|---:|---:|---:|---|---:|"]
+    for name, figures in result["domains"].items():
+        interval = (figures["difference"] or {}).get("interval")
+        within = "–" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+        numbers = [_number(figures[which]) for which in ("candidate", "current")]
+        users = f"{figures['users']:,}" + ("" if figures["newest"] else " (all)")
+        lines.append(f"| {name} | {users} | {' | '.join(numbers)} | {within} | {_number(figures['when_published'])} |")
+    if result["extension"]:
+        facts = result["extension"]
+        lines += ["", "## Logs", ""]
+        lines.append(
+            f"{facts['arrived']:,} rows came; {facts['delivered_before']:,} had come before, {facts['late']:,} were late, "
+            f"{facts['before_window']:,} older than the window. {facts['users']['before']:,} users became "
+            f"{facts['users']['now']:,}." + (" Domains were laid out anew." if facts["laid_out_anew"] else "")
+        )
+        lines += ["", "| domain | items | new | retired | interactions | before |", "|---|---:|---:|---:|---:|---:|"]
+        for name, own in facts["domains"].items():
+            numbers = [own[key] for key in ("items", "new", "retired", "interactions", "interactions_before")]
+            lines.append(f"| {name} | {' | '.join(f'{number:,}' for number in numbers)} |")
+    if result["drift"]:
+        lines += ["", "## How far item vectors moved", "", "| domain | items in both | mean cosine | lowest 5 % |"]
+        lines += ["|---|---:|---:|---:|"]
+        for name, own in result["drift"].items():
+            lines.append(f"| {name} | {own['items']:,} | {own['mean']:.3f} | {own['p5']:.3f} |")
+    seconds = ", ".join(f"{what} {spent:,.0f} s" for what, spent in result["seconds"].items())
+    return "\n".join([*lines, "", f"Time: {seconds}.", ""])
+
+
+def drift(before: Path, after: Path) -> dict:
+    """By domain, the cosines between the vectors that items of two exports have in both: how many, their mean and p5."""
+    found = {}
+    known = {facts["name"]: before / facts["folder"] for facts in _read(before / "schema.json")["domains"]}
+    for facts in _read(after / "schema.json")["domains"]:
+        if facts["name"] not in known:
+            continue
+        places = [known[facts["name"]], after / facts["folder"]]
+        old_ids, new_ids = (_ids(place) for place in places)
+        where = pc.index_in(new_ids, value_set=old_ids).to_numpy(zero_copy_only=False)
+        new_places = np.flatnonzero(~np.isnan(where.astype(np.float64)))
+        old_places = where[new_places].astype(np.int64)
+        old, new = (np.load(place / "items.npy", mmap_mode="r") for place in places)
+        if not len(new_places) or old.shape[1] != new.shape[1]:
+            continue
+        pair = np.asarray(old[old_places], np.float64), np.asarray(new[new_places], np.float64)
+        lengths = np.maximum(np.prod([np.linalg.norm(each, axis=1) for each in pair], axis=0), 1e-30)
+        cosines = (pair[0] * pair[1]).sum(1) / lengths
+        found[facts["name"]] = {"items": len(cosines), "mean": float(cosines.mean()), "p5": float(np.quantile(cosines, 0.05))}
+    return found
+
+
+def _plan(config, folder, day):
+    """What the retraining begins from, as it was when it first began."""
+    if (day / PLAN).is_file():
+        plan = _read(day / PLAN)
+        if plan["input"] != config.input:
+            raise InputError(f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name")
+        return plan
+    current = current_version(folder / PUBLISHED)
+    published = [result for result in map(_read, folder.glob(f"days/*/{RESULT}")) if result["published"]]
+    newest = max(published, key=lambda result: result["number"], default=None)
+    plan = {
+        "name": config.name,
+        "input": config.input,
+        "number": 1 + max((_read(file)["number"] for file in folder.glob(f"days/*/{PLAN}")), default=0),
+        "extends": None if newest is None else f"days/{newest['name']}/dataset",
+        "warm_start": None if current is None else current["run"],
+        "before": None if current is None else json.loads((folder / PUBLISHED / CURRENT).read_text())["model"],
+    }
+    day.mkdir(parents=True, exist_ok=True)
+    write_json(day / PLAN, plan)
+    return plan
+
+
+def _prepare_words(config, plan, day):
+    words = ["--input", *config.input, "--output", day / "dataset", "--keep-log", "--memory", config.memory]
+    for role in ("user", "item", "domain", "time"):
+        words += [f"--{role}-column", getattr(config, f"{role}_column")]
+    words += ["--min-user", config.min_user, "--min-item", config.min_item]
+    words += ["--domain", config.domain] if config.domain else []
+    words += ["--days", config.days] if config.days else []
+    words += ["--time-unit", config.time_unit] if config.time_unit else []
+    if plan["extends"] is not None:
+        words += ["--extend", day.parents[1] / plan["extends"], *(["--retire"] if config.retire else [])]
+    return words
+
+
+def _train_words(config, plan, day):
+    words = [word for file in config.base for word in ("--config", file)]
+    words += [f"data={day / 'dataset'}", f"run={day / 'run'}", *config.settings]
+    if plan["warm_start"] is not None:
+        words += [f"warm_start={plan['warm_start']}", *config.warm_settings]
+    return words
+
+
+def _publish_words(config, folder, day):
+    words = ["--candidate", day / "run", "--to", folder / PUBLISHED, "--tolerance", config.tolerance, "--fall", config.fall]
+    words += ["--domain-fall", config.domain_fall]
+    return [*words, "--least-users", config.least_users, "--keep", config.keep]
+
+
+def _launcher(config):
+    return config.launcher or [sys.executable]
+
+
+def _run(what, words, seconds, may_end_with=0):
+    """A stage in a process of its own, whose output is ours; its time goes to `seconds`. Returns its status; raises InputError
+    for any but 0 and the other."""
+    print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
+    begun = time.monotonic()
+    status = subprocess.run([str(word) for word in words]).returncode
+    seconds[what] = time.monotonic() - begun
+    if status not in (0, may_end_with):
+        raise InputError(f"{what} ended with status {status}: its own lines say why; the same command goes on there")
+    return status
+
+
+def _result(config, folder, day, plan, published):
+    record = current_version(folder / PUBLISHED) if published else _read(folder / PUBLISHED / REFUSED)
+    extension = day / "dataset" / EXTENSION / "extension.json"
+    moved = {}
+    if published and plan["before"] is not None and (folder / PUBLISHED / plan["before"]).is_dir():
+        moved = drift(folder / PUBLISHED / plan["before"], folder / PUBLISHED / "versions" / record["number"] / "model")
+    return {
+        "name": config.name,
+        "number": plan["number"],
+        "published": record["number"] if published else None,
+        "reasons": record["reasons"],
+        "domains": record["domains"],
+        "extension": _read(extension) if extension.is_file() else None,
+        "drift": moved,
+    }
+
+
+def _tidy(config, folder):
+    """Takes datasets and runs away that nothing needs any more: those of the newest days and of published versions stay."""
+    results = sorted(map(_read, folder.glob(f"days/*/{RESULT}")), key=lambda result: result["number"])
+    versions = [_read(file) for file in (folder / PUBLISHED / "versions").glob("*/version.json")]
+    runs = {Path(version["run"]) for version in versions}
+    for result in results[: -config.keep_days]:
+        day = folder / "days" / result["name"]
+        if (day / "run").resolve() not in runs:
+            for part in ("dataset", "run"):
+                shutil.rmtree(day / part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another retraining is at work here: wait for it or stop it") from None
+        yield
+
+
+def _ids(folder):
+    """The raw ids of an export's domain as text."""
+    stored = load_file(folder / "ids.safetensors")
+    text, offsets = stored["bytes"].tobytes(), stored["offsets"]
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(text))
+
+
+def _number(value):
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _read(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error})") from None
