@@ -18,7 +18,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "kernels*", "launch*"]),
-    package_data={"launch": ["configs/*.yaml"], "trainer": ["*.jinja", "study/*.jinja"], "kernels": ["*.cpp", "*.h"]},
+    package_data={
+        "launch": ["configs/*.yaml", "templates/*"],
+        "trainer": ["*.jinja", "study/*.jinja"],
+        "kernels": ["*.cpp", "*.h"],
+    },
     install_requires=[
         f"torch>={min(STACK['MATCHING'])}",
         "deepspeed>=0.19",  # ZeRO around the dense model, the launcher

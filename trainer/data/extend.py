@@ -93,7 +93,7 @@ def keep_log(connection, config, files, old: Dataset | None, folder: Path) -> di
     found = {"arrived": _one(connection, "SELECT count(*) FROM arrived"), "delivered_before": 0, "late": 0, "before_window": 0}
     fresh = "arrived"
     if kept:
-        connection.execute(f"CREATE OR REPLACE VIEW kept AS SELECT * FROM {scan(old.folder / LOG)}")
+        connection.execute(f"CREATE OR REPLACE VIEW kept AS {_rows(kept, _kinds(connection, kept))}")
         same = " AND ".join(f'k."{name}"{_text(name)} = a."{name}"{_text(name)}' for name in _COLUMNS)
         connection.execute(f"CREATE TABLE again AS SELECT DISTINCT a.* FROM arrived a JOIN kept k ON {same}")
         connection.execute(f"CREATE TABLE fresh AS SELECT * FROM arrived ANTI JOIN again USING ({', '.join(_COLUMNS)})")
@@ -129,19 +129,29 @@ def open_kept(connection, folder: Path, old: Dataset | None):
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     condition = "" if found["begin"] is None else f"WHERE time >= {found['begin']!r}"
     files = sorted(folder.glob("*.parquet"))
+    vocabularies = [] if old is None else [old.local(domain.vocabulary) for domain in old.domains]
+    kinds = _kinds(connection, files, vocabularies)
+    connection.execute(f"CREATE OR REPLACE VIEW log AS {_rows(files, kinds, condition)}")
+    connection.execute(f"CREATE OR REPLACE VIEW newest AS {_rows([folder / found['newest']], kinds)}")
+    if not _one(connection, "SELECT count(*) FROM log"):
+        raise InputError("no rows are left in the window: give an earlier --since or more --days")
+
+
+def _kinds(connection, files, vocabularies=()):
+    """The types of a log's columns over files that may have them otherwise, item ids like those of vocabularies: by name."""
     kinds = {}
     for name in _COLUMNS:
         types = {_type(connection, file, name) for file in files}
-        if old is not None and name == "item_id":
-            types |= {_type(connection, old.local(domain.vocabulary), name) for domain in old.domains}
+        if name == "item_id":
+            types |= {_type(connection, file, name) for file in vocabularies}
         kinds[name] = types.pop() if len(types) == 1 else "DOUBLE" if name == "time" else "VARCHAR"
+    return kinds
+
+
+def _rows(files, kinds, condition=""):
+    """SQL: the rows of a log's files."""
     columns = ", ".join(f'"{name}"::{kind} AS "{name}"' for name, kind in kinds.items())
-    rows = " UNION ALL ".join(f"SELECT {columns} FROM read_parquet('{escape(file)}') {condition}" for file in files)
-    connection.execute(f"CREATE OR REPLACE VIEW log AS {rows}")
-    newest = folder / found["newest"]
-    connection.execute(f"CREATE OR REPLACE VIEW newest AS SELECT {columns} FROM read_parquet('{escape(newest)}')")
-    if not _one(connection, "SELECT count(*) FROM log"):
-        raise InputError("no rows are left in the window: give an earlier --since or more --days")
+    return " UNION ALL ".join(f"SELECT {columns} FROM read_parquet('{escape(file)}') {condition}" for file in files)
 
 
 def add_known_items(connection, old: Dataset, retire: bool):
@@ -279,7 +289,8 @@ def _begin_of_window(connection, config, dates, views):
     """The first time that counts, or None: all do."""
     if config.since is None and config.days is None:
         return None
-    newest = max(_one(connection, f"SELECT max(time) FROM {view}") or -np.inf for view in views)
+    times = [_one(connection, f"SELECT max(time) FROM {view}") for view in views]
+    newest = max(time for time in times if time is not None)
     if config.days is not None:
         if not dates and config.time_unit is None:
             raise InputError(f"--days with times that are numbers: say what they are in with --time-unit ({', '.join(UNITS)})")

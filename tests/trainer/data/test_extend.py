@@ -201,7 +201,9 @@ def test_numbers_become_text_once_a_log_has_text(tmp_path):
     before = run(tmp_path / "0", write(tmp_path / "0.parquet", base, types=types), keep_log=True)
     texts = extended(before, tmp_path / "1", write(tmp_path / "1.csv", [("7", "x", "shop", 4), ("y", "2", "shop", 5)]))
     assert told(texts)["7"][-1][1] == "x" and told(texts)["y"][0][1] == "2" and len(items_of(texts)) == 3
-    numbers = extended(texts, tmp_path / "2", write(tmp_path / "2.parquet", [(8, 2, "shop", 6)], types=types))
+    came = [(8, 2, "shop", 6), (7, 1, "shop", 1)]
+    numbers = extended(texts, tmp_path / "2", write(tmp_path / "2.parquet", came, types=types))
+    assert facts_of(numbers)["delivered_before"] == 1
     assert [item for _, item, _ in told(numbers)["8"]] == ["1", "2"] and len(items_of(numbers)) == 3
     assert pq.read_schema(numbers.folder / "vocabulary/0.parquet").field("item_id").type == pa.string()
 
