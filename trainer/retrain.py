@@ -32,7 +32,6 @@ from trainer.publish import CURRENT, REFUSED, current_version
 
 PUBLISHED, PLAN, RESULT, REPORT = "published", "plan.json", "retrain.json", "report.md"
 _SCRIPTS = Path(__file__).resolve().parents[1] / "launch"
-_REFUSED = 3  # the status of launch/publish.py
 
 
 @dataclass(frozen=True)
@@ -101,15 +100,15 @@ def retrain(config: RetrainConfig, scripts: Path = _SCRIPTS) -> dict:
             _run("training", [*_launcher(config), scripts / "train.py", *_train_words(config, plan, day)], seconds)
             (day / "trained").touch()
         words = [*_launcher(config), scripts / "publish.py", *_publish_words(config, folder, day)]
-        status = _run("publishing", words, seconds, may_end_with=_REFUSED)
+        status = _run("publishing", words, seconds, expected=lambda: _refused(folder, day))
         result = _result(config, folder, day, plan, published=status == 0) | {"seconds": seconds}
-        write_text(day / REPORT, report_of(result, folder))
+        write_text(day / REPORT, report_of(result))
         write_json(day / RESULT, result)
         _tidy(config, folder)
         return result
 
 
-def report_of(result, folder: Path) -> str:
+def report_of(result) -> str:
     """The changes report, Markdown."""
     lines = [f"# Retraining {result['name']}", ""]
     if result["published"]:
@@ -223,14 +222,20 @@ def _launcher(config):
     return config.launcher or [sys.executable]
 
 
-def _run(what, words, seconds, may_end_with=0):
+def _refused(folder, day):
+    """Whether this day's candidate is the one that was refused last. Not asked of the status: launchers have their own."""
+    file = folder / PUBLISHED / REFUSED
+    return file.is_file() and _read(file)["run"] == str(day / "run")
+
+
+def _run(what, words, seconds, expected=lambda: False):
     """A stage in a process of its own, whose output is ours; its time goes to `seconds`. Returns its status; raises InputError
-    for any but 0 and the other."""
+    for any but 0, unless `expected` says that it means no failure."""
     print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
     begun = time.monotonic()
     status = subprocess.run([str(word) for word in words]).returncode
     seconds[what] = time.monotonic() - begun
-    if status not in (0, may_end_with):
+    if status and not expected():
         raise InputError(f"{what} ended with status {status}: its own lines say why; the same command goes on there")
     return status
 

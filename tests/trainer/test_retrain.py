@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,17 @@ def test_a_day_that_is_refused_is_left_out_of_the_next(day, tmp_path):
     assert day("3")["published"] == "0002"
     assert plan(tmp_path, "3")["extends"] == "days/1/dataset"
     assert (tmp_path / "days/3/run/begun-with.txt").read_text() == str(tmp_path / "days/1/run")
+
+
+def test_a_refusal_is_known_whatever_status_a_launcher_gives(day, tmp_path):
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text(f'#!/bin/sh\n"{sys.executable}" "$@" || exit 1\n')
+    launcher.chmod(0o755)
+    assert day("1", launcher=[str(launcher)])["published"] == "0001"
+    assert day("2", log="bad.parquet", launcher=[str(launcher)])["published"] is None
+    (tmp_path / "die-publish").touch()
+    with pytest.raises(InputError, match="publishing ended with status 1"):
+        day("3", launcher=[str(launcher)])
 
 
 def test_what_it_begins_from_is_fixed_when_it_first_begins(day, tmp_path):
