@@ -1,5 +1,8 @@
-"""An Airflow DAG that retrains every night; put it into the folder of DAGs. The task is tried again where it was killed, and goes
-on there; a refusal (status 3) fails it at once, for somebody to look at the report of the day."""
+"""An Airflow DAG that retrains every night; put it into the folder of DAGs.
+
+The task is tried again where it was killed, and goes on there; a refusal (status 3) fails it at once, for somebody to look at
+the report of the day.
+"""
 
 import datetime
 import subprocess
