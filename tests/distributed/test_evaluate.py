@@ -180,7 +180,7 @@ def dense_file_cut_short(trained, folder):
 
 def another_dataset(trained, folder):
     write_dataset(folder / "other", draw_histories(9))
-    return ["--data", folder / "other"], "do not fit"
+    return ["--data", folder / "other"], "knows none of the domains domain 0, domain 1"
 
 
 def moved_dataset(trained, folder):
