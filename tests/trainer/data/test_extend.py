@@ -64,7 +64,7 @@ row = st.tuples(st.integers(0, 5), st.integers(0, 9), st.sampled_from(["a", "b",
 rows = st.lists(row, min_size=1, max_size=60)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rows, st.lists(rows, min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 2))
 def test_extending_day_by_day_is_preparing_it_all(base, days, min_user, min_item):
     """But for the numbers of rows, and for rows that an earlier day had to the letter."""
