@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trainer.made import draw_histories, spoil_block, write_dataset
+from tests.trainer.made import draw_histories, draw_ticks, spoil_block, write_dataset
 from trainer.config import load_config
 from trainer.data.random import random_bits, random_unit
 from trainer.data.stream import StreamConfig, ready
@@ -81,6 +81,25 @@ def test_the_held_out_item_is_ranked_after_the_history_before_it(dataset, histor
         others = set(range(STARTS[domain], STARTS[domain] + ITEMS[domain])) - set(own)
         assert len(candidates) == 1 + min(9, len(others)) == len(set(candidates))
         assert set(candidates[1:]) <= others
+
+
+@pytest.mark.parametrize(("split", "back"), [("test", 1), ("validation", 2)])
+@pytest.mark.parametrize("alone", [None, 1])
+def test_a_history_is_asked_for_the_time_of_the_held_out_item(dataset, histories, split, back, alone):
+    """Each token but the newest for that of the next one that it is shown with."""
+    ticks, seen = draw_ticks(histories), 0
+    stream = StreamConfig(domain="domain 1") if alone else None
+    for candidates in batches_of(dataset, split, stream=stream):
+        tokens = candidates.query.cross
+        for place, user in enumerate(candidates.user_B):
+            if user < 0:  # a rank without users
+                continue
+            shown = zip(ticks[user][:-back], histories[user][:-back], strict=True)
+            own = [tick for tick, row in shown if alone in (None, domain_of(row))]
+            asked = tokens.asked_M[tokens.sequence_M == place].tolist()
+            assert asked == [*own, ticks[user][-back]]
+            seen += 1
+    assert seen
 
 
 def test_only_the_newest_tokens_of_a_history_are_read(dataset, histories):

@@ -279,6 +279,21 @@ def test_a_domain_that_is_not_there_is_named(dataset):
         batches_of(dataset, 8, 0, 1, domain="moon")
 
 
+@pytest.mark.parametrize("negatives", [NegativesConfig(shared=3), NegativesConfig(per_target=2)])
+def test_a_token_predicts_for_the_time_of_its_target(dataset, negatives):
+    """With histories cut to the model's length; who only fills up is left out."""
+    histories = draw_histories(57)
+    ticks = draw_ticks(histories)
+    for fed in itertools.islice(batches_of(dataset, 8, negatives=negatives, max_length=4), 7):
+        view = fed.batch.cross
+        for place, user in enumerate(map(int, fed.users_B)):
+            part = ticks[user][:-2] if len(ticks[user]) > 2 else ticks[user]
+            asked = view.asked_M[view.sequence_M == place].tolist()
+            assert asked == part[-4:].tolist()
+        targets = view.asked_M[view.target_token_L.long()]
+        assert len(targets) == len(view.target_interaction_L) and targets.any()
+
+
 @pytest.mark.parametrize(("length", "kept"), [(1, 1), (2, 2), (3, 1), (4, 2), (9, 7)])
 def test_training_leaves_out_the_last_two_of_who_can_be_split(dataset, length, kept):
     batches = TrainBatches(Plan(dataset, 8, 1, 4), 0, 0, LONG, "mean", NegativesConfig(), HERE)
