@@ -51,7 +51,5 @@ def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec
         change.restore_model(model)
         change.restore_table(table, table_config.init_std)
         if ranks.first:
-            items = sum(domain.items for domain in dataset.domains)
-            said = f"{run}: was trained on another dataset; knows {change.known:,} of {items:,} items"
-            print(said, file=sys.stderr, flush=True)
+            print(f"{run}: was trained on another dataset; knows {change.share}", file=sys.stderr, flush=True)
     return model, table, best

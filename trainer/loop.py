@@ -76,8 +76,7 @@ def _train(config, ranks, fresh, accept_changes):
             if checkpoint is not None:
                 log.message(f"goes on from {checkpoint}, after {state.seconds / 60:.1f} minutes of training")
             if warm is not None:
-                items = sum(domain.items for domain in dataset.domains)
-                log.message(f"begins with the model of {warm.run}, which knows {warm.known:,} of {items:,} items")
+                log.message(f"begins with the model of {warm.run}, which knows {warm.share}")
             with StopSignal() as stop:
                 TrainingRun(trainer, state, run, log, stop, checkpoint is not None).fit()
             record = test_best(trainer, run) | {"seconds": state.seconds}

@@ -12,7 +12,6 @@ is unlike those before: where the figure falls far below the one with which the 
 
 import contextlib
 import datetime
-import fcntl
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from trainer.checkpoint import best_checkpoint, write_json
 from trainer.control import by_the_first
 from trainer.data.dataset import File
 from trainer.data.extend import EXTENSION
+from trainer.data.work import exclusive
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
 from trainer.export import SCHEMA, ExportConfig, export_run
@@ -199,12 +199,11 @@ def _alone(published, ranks):
         nonlocal lock
         try:
             published.mkdir(parents=True, exist_ok=True)
-            lock = open(published / ".lock", "w")  # noqa: SIM115 (held until the end)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{published}: another process publishes here: wait for it or stop it") from None
+            lock = exclusive(published / ".lock")
         except OSError as error:
             raise InputError(f"{published} cannot be written: {error.strerror}") from None
+        if lock is None:
+            raise InputError(f"{published}: another process publishes here: wait for it or stop it")
 
     try:
         by_the_first(take, ranks.first)

@@ -11,7 +11,6 @@ stays out of what follows: the next one extends the newest dataset that was publ
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from safetensors.numpy import load_file
 
 from trainer.checkpoint import write_json, write_text
 from trainer.data.extend import EXTENSION
+from trainer.data.work import exclusive
 from trainer.errors import InputError
 from trainer.publish import CURRENT, REFUSED, current_version
 
@@ -273,14 +273,12 @@ def _tidy(config, folder):
 def _alone(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the end)
+        lock = exclusive(folder / ".lock")
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    if lock is None:
+        raise InputError(f"{folder}: another retraining is at work here: wait for it or stop it")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another retraining is at work here: wait for it or stop it") from None
         yield
 
 

@@ -35,7 +35,7 @@ class Trainer:
     """Everything that a training step needs, and how many there have been: `step` is also the position in the data."""
 
     def __init__(self, config, ranks, dataset, plan, checkpoint=None, step=0, warm=None):
-        """checkpoint: a folder to go on from, made after `step` steps; warm: a WarmStart to begin with."""
+        """checkpoint: a folder to go on from, made after `step` steps; warm: a Carried to begin with."""
         self.config, self.ranks, self.dataset, self.plan = config, ranks, dataset, plan
         self.step, self.total_steps = step, sum(plan.steps(epoch) for epoch in range(config.epochs))
         if config.max_steps:

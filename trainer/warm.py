@@ -67,6 +67,11 @@ class Carried:
         """How many items of the dataset the old model knows."""
         return int(np.count_nonzero(self.source_N >= 0))
 
+    @property
+    def share(self) -> str:
+        """The same in words, with how many items there are."""
+        return f"{self.known:,} of {np.count_nonzero(self.group_N >= 0):,} items"
+
     def restore_model(self, model):
         """Fills the dense model's weights and buffers, before an engine is built around it."""
         with reading(self.folder):

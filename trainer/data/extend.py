@@ -78,12 +78,12 @@ def options_of(folder) -> dict:
     return kept | {"seed": old.seed, "streams": old.streams}
 
 
-def keep_log(connection, config, files, old: Dataset | None, folder: Path) -> dict:
+def keep_log(connection, config, files, old: Dataset | None, folder: Path):
     """Writes the log that the dataset is made of into `folder`: the rows of `files`, and before them those that `old` has kept.
 
     Of the new rows those that are in the old log to the letter (user, item, domain, time) are left out: they were delivered
-    twice. Rows from before the window are left out of both. Returns what happened, by name.
-    Raises InputError: the new logs cannot be read, or have another kind of time; the window is empty.
+    twice. Rows from before the window are left out of both. `found.json` says how many there were of either.
+    Raises InputError: the new logs cannot be read, or have another kind of time; the window is none.
     """
     dates = open_log(connection, files, config.columns, config.domain, view="arrived")
     kept = [] if old is None or config.whole_log else sorted((old.folder / LOG).glob("*.parquet"))
@@ -112,7 +112,6 @@ def keep_log(connection, config, files, old: Dataset | None, folder: Path) -> di
     connection.execute(f"COPY (SELECT * FROM {fresh} {condition}) TO '{escape(target)}' (FORMAT parquet, COMPRESSION zstd)")
     LogFacts(dates, config.min_user, config.min_item).save(folder)
     (folder / "found.json").write_text(json.dumps({"begin": begin, "newest": target.name, **found}), encoding="utf-8")
-    return found
 
 
 _COLUMNS = ("user_id", "item_id", "domain", "time")

@@ -88,12 +88,9 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _locked(self):
-        lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the end)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise InputError(f"output {self.output} is being written by another process: wait for it or stop it") from None
+        lock = exclusive(self.folder / "lock")
+        if lock is None:
+            raise InputError(f"output {self.output} is being written by another process: wait for it or stop it")
         return lock
 
     def _empty(self):
@@ -102,6 +99,17 @@ class Work:
                 shutil.rmtree(path)
             elif path.name != "lock":
                 path.unlink()
+
+
+def exclusive(file: Path):
+    """The file opened and locked until it is closed, or its process ends; None where another process has it."""
+    lock = open(file, "w")  # noqa: SIM115 (held until the end)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def work_folder(output: Path) -> Path:
