@@ -15,14 +15,16 @@ from embeddings.rows import RowScatter
 _BLOCK = 1 << 18  # rows of a file that are held at once
 
 
-def carry_rows(table, folder: Path, source_N, group_N, init_std):
+def carry_rows(table, folder: Path, source_N, group_N, init_std, kept=1.0):
     """Fills this rank's rows from the files of any number of ranks in `folder`. Called on all ranks, of a table that has just
     been made.
 
     source_N: which row of the table on disk each row was, −1: none; it gets the vector and the optimizer's state. group_N: to
     which group each row belongs, −1: to none, nobody has it. A row of a group that was none begins at the mean of the group's
     others with their spread, coordinate by coordinate, and without a state; where a group has no others, of all. Integers (N,).
-    init_std: of the vectors that the table was made with, which are what is spread.
+    init_std: of the vectors that the table was made with, which are what is spread. kept: what every vector is multiplied by in
+    the end; the optimizer's state, sums of squared gradients, by its square (Ash and Adams, 2020, "On Warm-Starting Neural
+    Network Training": shrunk, they follow what is new as fresh ones do, and still know what they knew).
     Raises ValueError where the files are of another width or optimizer, or do not hold every row that is asked for.
     """
     with table.rewritten() as (first, tensors):
@@ -30,6 +32,9 @@ def carry_rows(table, folder: Path, source_N, group_N, init_std):
         source_N, group_N = np.asarray(source_N, np.int64)[own_N], np.asarray(group_N, np.int64)[own_N]
         _read(table, folder, tensors, source_N)
         _begin(tensors["weight"], source_N, group_N, init_std)
+        if kept != 1:
+            for name, tensor in tensors.items():
+                tensor.mul_(kept if name == "weight" else kept**2)
 
 
 def _read(table, folder, tensors, source_N):

@@ -15,9 +15,14 @@ def optimizer_name(config):
     return "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
 
 
+def keeps_squares(config):
+    """True where all that it keeps of a row is sums of squared gradients, if anything."""
+    return "adam" not in optimizer_name(config)
+
+
 def zero_changes_nothing(config):
     """True where a gradient of zero leaves rows and their state as they are, to the bit: Adam's moments decay."""
-    return "adam" not in optimizer_name(config)
+    return keeps_squares(config)
 
 
 def fused_params(config, device_type):

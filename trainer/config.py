@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from embeddings.config import TableConfig
+from embeddings.optimizers import keeps_squares
 from syncrec.config import ModelConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.data.negatives import NegativesConfig
@@ -39,6 +40,9 @@ class RunConfig:
     data: str = ""  # the prepared dataset, a folder
     run: str = ""  # the folder that gets everything a run writes
     warm_start: str = ""  # another run, whose best model this one begins with
+    # What its item vectors are multiplied by, and what Adagrad has summed for them by its square; 0.3 measures best
+    # (docs/retraining.md), 1: all as it was
+    warm_kept: float = 1.0
     seed: int = 0
     global_batch_size: int = 256  # users in a step, over all ranks
     tokens_per_batch: int = 0  # end a batch before it holds more interactions, a user's newest model.max_length; 0: no limit
@@ -59,6 +63,13 @@ class RunConfig:
         for name in ("global_batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not 0 < self.warm_kept <= 1:
+            raise ValueError(f"warm_kept is {self.warm_kept}: give more than 0, at most 1 (all as it was)")
+        if self.warm_kept < 1 and not keeps_squares(self.table):
+            raise ValueError(
+                f"warm_kept is {self.warm_kept}: Adam's moments cannot be scaled by it, so leave it at 1, or use "
+                "table.optimizer=adagrad or rowwise_adagrad"
+            )
         if not 0 < self.timeout_minutes < math.inf:
             raise ValueError(f"timeout_minutes is {self.timeout_minutes}: give more than 0")
         for name in ("seed", "max_steps", "tokens_per_batch"):

@@ -31,6 +31,8 @@ from trainer.errors import InputError
 from trainer.publish import CURRENT, REFUSED, current_version
 
 PUBLISHED, PLAN, RESULT, REPORT = "published", "plan.json", "retrain.json", "report.md"
+# What measured best on amazon4 (docs/retraining.md).
+_WARM = ("epochs=2", "evaluation.every_epochs=2", "warm_kept=0.3", "optimizer.schedule=linear", "optimizer.final_share=0.2")
 _SCRIPTS = Path(__file__).resolve().parents[1] / "launch"
 
 
@@ -60,7 +62,7 @@ class RetrainConfig:
     memory: str = "8GB"
     base: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
-    warm_settings: list[str] = field(default_factory=lambda: ["epochs=2"])
+    warm_settings: list[str] = field(default_factory=lambda: list(_WARM))
     launcher: list[str] = field(default_factory=list)
     tolerance: float = 0.02
     fall: float = 0.2

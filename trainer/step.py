@@ -56,7 +56,7 @@ class Trainer:
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
         if warm is not None:
-            warm.restore_table(self.table, config.table.init_std)
+            warm.restore_table(self.table, config.table.init_std, config.warm_kept)
         self.reduction = RankReduction()
         self._beside = Beside(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)

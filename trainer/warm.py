@@ -24,6 +24,7 @@ MAY_DIFFER = (
     "global_batch_size",
     "tokens_per_batch",
     "warm_start",
+    "warm_kept",
     "optimizer",
     "table.learning_rate",
     "table.init_std",
@@ -78,10 +79,10 @@ class Carried:
             knots = model.config.time_knots
             model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
 
-    def restore_table(self, table, init_std):
-        """Fills the table and its optimizer's state. Called on all ranks."""
+    def restore_table(self, table, init_std, kept=1.0):
+        """Fills the table and its optimizer's state; kept: see carry_rows. Called on all ranks."""
         with reading(self.folder):
-            carry_rows(table, self.folder, self.source_N, self.group_N, init_std)
+            carry_rows(table, self.folder, self.source_N, self.group_N, init_std, kept)
 
 
 def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | None:

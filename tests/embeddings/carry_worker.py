@@ -64,12 +64,12 @@ def save(output):
         np.savez(folder / "contents.npz", **found)
 
 
-def carry(output, *saved):
+def carry(output, *saved, kept=1.0):
     """Each saved table carried into a new one."""
     for folder in map(Path, saved):
         table = ItemTable(NEW, DIM, CONFIG, 2, "cpu")
         start = contents(table)["weight"]
-        carry_rows(table, folder, *mapping(), CONFIG.init_std)
+        carry_rows(table, folder, *mapping(), CONFIG.init_std, kept)
         found = contents(table)
         if dist.get_rank() == 0:
             np.savez(output / f"{folder.name}-carried-{dist.get_world_size()}.npz", start=start, **found)

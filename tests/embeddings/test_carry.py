@@ -80,6 +80,14 @@ def test_a_block_of_any_size_gives_the_same(folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(found["momentum1"], expected["momentum1"])
 
 
+def test_what_is_kept_of_vectors_and_state(folder, tmp_path):
+    with group_of_one():
+        carry_worker.carry(tmp_path, folder / "saved-3", kept=0.25)
+    found, whole = np.load(tmp_path / "saved-3-carried-1.npz"), np.load(folder / "saved-3-carried-1.npz")
+    np.testing.assert_array_equal(found["weight"], whole["weight"] / 4)
+    np.testing.assert_array_equal(found["momentum1"], whole["momentum1"] / 16)
+
+
 @pytest.mark.parametrize(
     ("saved", "dim", "optimizer", "message"),
     [

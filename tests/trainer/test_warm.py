@@ -120,6 +120,16 @@ def test_a_new_domain_may_come(tmp_path, ranks, old):
     torch.testing.assert_close(gates[0], (gates[1] + gates[2]) / 2)
 
 
+def test_vectors_may_be_shrunk_and_the_dense_model_is_not(tmp_path, ranks, old):
+    _, whole = begun(grown(tmp_path / "whole", ranks, old))
+    _, shrunk = begun(grown(tmp_path / "shrunk", ranks, old, "warm_kept=0.5"))
+    rows = torch.arange(5)
+    with torch.no_grad():
+        assert torch.equal(shrunk.table(rows), whole.table(rows) / 2)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(shrunk.model.state_dict()[name], value), name
+
+
 def test_what_makes_sense_may_differ(tmp_path, ranks, old):
     settings = ["optimizer.learning_rate=0.5", "epochs=1", "model.dropout=0.3", "negatives.shared=5", "table.learning_rate=0.4"]
     run = grown(tmp_path, ranks, old, *settings, "model.time_knots=9", "seed=7", "global_batch_size=3")
