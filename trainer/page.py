@@ -1,9 +1,40 @@
-"""What every page of ours is made with: Jinja2 templates that escape all that they are given, and Plotly's figures in them."""
+"""What every page of ours is made with: Jinja2 templates that escape all that they are given, tables, and Plotly's figures."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Cell:
+    """sense: "better", "worse", "best" (of its column) or nothing."""
+
+    text: str
+    sense: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: their heads; rows: of cells, the first one names the row."""
+
+    title: str
+    text: str
+    columns: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """The same as Markdown: the best of a column is bold; signs say the rest."""
+        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1)]
+        lines += [[f"**{cell.text}**" if cell.sense == "best" else cell.text for cell in row] for row in self.rows]
+        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def table_page(name: str, kind: str, lead: list[str], tables: list[Table], sections: list[dict], failed: dict[str, str]) -> str:
+    """A page of sentences, a plot, tables, more plots. failed: {run: why it is in none of the tables}."""
+    page = template(Path(__file__).with_name("tables.html.jinja"))
+    return page.render(name=name, kind=kind, lead=lead, tables=tables, sections=sections, failed=failed)
 
 
 def template(file: Path):

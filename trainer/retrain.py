@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from trainer.checkpoint import write_json, write_text
 from trainer.data.extend import EXTENSION
 from trainer.data.work import exclusive
+from trainer.days import write_days
 from trainer.errors import InputError
 from trainer.publish import CURRENT, REFUSED, current_version
 
@@ -105,6 +106,7 @@ def retrain(config: RetrainConfig, scripts: Path = _SCRIPTS) -> dict:
         status = _run("publishing", words, seconds, expected=lambda: _refused(folder, day))
         result = _result(config, folder, day, plan, published=status == 0) | {"seconds": seconds}
         write_text(day / REPORT, report_of(result))
+        write_days(folder, _results(folder, result))
         write_json(day / RESULT, result)
         _tidy(config, folder)
         return result
@@ -178,8 +180,7 @@ def _plan(config, folder, day):
             raise InputError(f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name")
         return plan
     current = current_version(folder / PUBLISHED)
-    published = [result for result in map(_read, folder.glob(f"days/*/{RESULT}")) if result["published"]]
-    newest = max(published, key=lambda result: result["number"], default=None)
+    newest = next((result for result in reversed(_results(folder)) if result["published"]), None)
     plan = {
         "name": config.name,
         "input": config.input,
@@ -259,9 +260,14 @@ def _result(config, folder, day, plan, published):
     }
 
 
+def _results(folder, *more):
+    """What every day's retrain.json says, and more such, in the order of the days."""
+    return sorted([*map(_read, folder.glob(f"days/*/{RESULT}")), *more], key=lambda result: result["number"])
+
+
 def _tidy(config, folder):
     """Takes datasets and runs away that nothing needs any more: those of the newest days and of published versions stay."""
-    results = sorted(map(_read, folder.glob(f"days/*/{RESULT}")), key=lambda result: result["number"])
+    results = _results(folder)
     versions = [_read(file) for file in (folder / PUBLISHED / "versions").glob("*/version.json")]
     runs = {Path(version["run"]) for version in versions}
     for result in results[: -config.keep_days]:

@@ -58,6 +58,16 @@ def test_day_after_day_each_begins_with_the_last(day, tmp_path):
     assert [name for name in second["seconds"]] == ["extending the dataset", "training", "publishing"]
 
 
+def test_all_days_are_on_one_page(day, tmp_path):
+    for name in ("1", "<b>2"):
+        day(name, log="1.parquet")
+    page = (tmp_path / "report.html").read_text()
+    assert "published as version 0002" in page and "&lt;b&gt;2" in page and "<b>2" not in page
+    for title in ("NDCG@10 day by day", "New items", "Time"):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("<td class=\"better\">0.5000</td>") == 2  # a day each, the model until then has 0.4
+
+
 def test_a_day_that_is_done_stays_done(day, tmp_path):
     result = day("1")
     assert day("1") == result and len(calls(tmp_path)) == 3

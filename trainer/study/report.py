@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from trainer import plots
 from trainer.checkpoint import write_text
 from trainer.log import HEADLINE, METRICS_FILE, printable, read_records
-from trainer.page import rendered, template
+from trainer.page import rendered, table_page
 from trainer.study.results import RANKINGS
 from trainer.study.systems import OURS
 from trainer.study.tables import RANKED, mean, signed, tables
@@ -17,13 +17,7 @@ from trainer.study.tables import RANKED, mean, signed, tables
 def write_study(folder: Path, study) -> Path:
     """Writes both, and returns the page's path."""
     made, title = tables(study), folder.resolve().name
-    page = template(Path(__file__).with_name("study.html.jinja")).render(
-        name=title,
-        lead=_lead(study),
-        tables=made,
-        sections=_sections(study),
-        failed=study.failed,
-    )
+    page = table_page(title, "study", _lead(study), made, _sections(study), study.failed)
     lines = [f"# {title}", "", *_lead(study), ""]
     lines += [f"{name} is not in the tables: {why}\n" for name, why in study.failed.items()]
     for table in made:

@@ -1,36 +1,13 @@
 """The tables of a study's report, as text with a sense: what is better than what it is compared with, and what is worse."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from trainer.log import HEADLINE, duration, number, printable
+from trainer.page import Cell, Table
 from trainer.study.results import METRICS, RANKINGS, Found, compared
 from trainer.study.systems import ALONE, OURS, POPULARITY, SYSTEMS
 
 RANKED = {"sampled": "99 negatives of the domain", "full": "all items of the domain"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """sense: "better", "worse", "best" (of its column) or nothing."""
-
-    text: str
-    sense: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    text: str
-    columns: list[str]
-    rows: list[list[Cell]] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """The same as Markdown: the best of a column is bold; signs say the rest."""
-        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1)]
-        lines += [[f"**{cell.text}**" if cell.sense == "best" else cell.text for cell in row] for row in self.rows]
-        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def tables(study) -> list[Table]:
