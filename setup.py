@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "kernels*", "launch*"]),
     package_data={
         "launch": ["configs/*.yaml", "templates/*"],
-        "trainer": ["*.jinja", "study/*.jinja"],
+        "trainer": ["*.jinja"],
         "kernels": ["*.cpp", "*.h"],
     },
     install_requires=[
