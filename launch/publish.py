@@ -28,6 +28,7 @@ def parse(arguments=None):
     parser.add_argument("--tolerance", type=float, default=0.02, metavar="SHARE", help="a domain may lack it (%(default)s)")
     parser.add_argument("--fall", type=float, default=0.2, metavar="SHARE", help="that the mean may fall (%(default)s)")
     parser.add_argument("--domain-fall", type=float, default=0.4, metavar="SHARE", help="that a domain may fall (%(default)s)")
+    parser.add_argument("--own-fall", type=float, default=0.5, metavar="SHARE", help="of what own items gain (%(default)s)")
     parser.add_argument("--least-users", type=int, default=100, metavar="N", help="to judge a domain by its newest users")
     parser.add_argument("--keep", type=int, default=5, metavar="N", help="older versions that stay")
     parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32", help="of the item vectors")
@@ -69,7 +70,7 @@ def main():
     from trainer import distributed
     from trainer.publish import PublishConfig, publish
 
-    falls = options.fall, options.domain_fall
+    falls = options.fall, options.domain_fall, options.own_fall
     config = PublishConfig(options.tolerance, *falls, options.least_users, options.keep, options.dtype)
     with distributed.joined() as ranks:
         record = publish(options.candidate, options.to, ranks, config, options.data)

@@ -7,7 +7,8 @@
 
 Both models rank the newest held-out items of the candidate's dataset: those of users who came with its newest logs, as the
 current model would have met them. A candidate is refused where a domain is worse than the tolerance, and where the day itself
-is unlike those before: where the figure falls far below the one with which the current model was published.
+is unlike those before: where the figure falls far below the one with which the current model was published, or where it makes
+far less difference than then whose item it is (trainer/exchanged.py).
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from trainer.data.extend import EXTENSION
 from trainer.data.work import exclusive
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
+from trainer.exchanged import own_item_gains
 from trainer.export import SCHEMA, ExportConfig, export_run
 from trainer.log import HEADLINE
 
@@ -42,19 +44,21 @@ class PublishConfig:
     """When a candidate is published.
 
     tolerance: the share of the current model's NDCG@10 that it may lack in a domain. fall, domain_fall: the share that the mean
-    over domains, or a domain's figure, may fall below the one at the current version's publication. least_users: newest users
-    of a domain for them to be judged by; with fewer, all its users are. keep: older versions that stay.
+    over domains, or a domain's figure, may fall below the one at the current version's publication. own_fall: the same of how
+    much higher an item is ranked for its own user than for another's. least_users: newest users of a domain for them to be
+    judged by; with fewer, all its users are. keep: older versions that stay.
     """
 
     tolerance: float = 0.02
     fall: float = 0.2
     domain_fall: float = 0.4
+    own_fall: float = 0.5
     least_users: int = 100
     keep: int = 5
     dtype: str = "fp32"
 
     def __post_init__(self):
-        for name in ("tolerance", "fall", "domain_fall"):
+        for name in ("tolerance", "fall", "domain_fall", "own_fall"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
         for name, least in (("least_users", 1), ("keep", 0)):
@@ -105,6 +109,19 @@ def reasons_against(domains, config: PublishConfig) -> list[str]:
         if now < (1 - config.fall) * then:
             changes = ", ".join(f"{name} {100 * (each / before - 1):+.0f} %" for name, (each, before) in pairs.items())
             found.append(f"mean {HEADLINE} {now:.4f}, {then:.4f} when the current model was published: {_UNLIKE} ({changes})")
+    gains = {
+        name: (figures["own_item"], figures["own_item_then"])
+        for name, figures in domains.items()
+        if figures.get("own_item") is not None and figures.get("own_item_then") is not None
+    }
+    if gains:
+        now, then = (float(np.mean(of)) for of in zip(*gains.values(), strict=True))
+        if then > 0 and now < (1 - config.own_fall) * then:
+            changes = ", ".join(f"{name} {each:.4f} after {before:.4f}" for name, (each, before) in gains.items())
+            found.append(
+                f"a held-out item's {HEADLINE} is {now:.4f} higher for its own user than for another's, it was {then:.4f} "
+                f"higher when the current model was published: items are not their users' ({changes})"
+            )
     return found
 
 
@@ -152,6 +169,8 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
     came_U = np.zeros(dataset.users, bool)
     if newest.is_file():
         came_U[np.load(newest, allow_pickle=False)] = True
+    users = np.flatnonzero(came_U & (rank_U > 0) if newest.is_file() else rank_U > 0)
+    gains = own_item_gains(candidate, run_config, dataset, ranks, users, config.least_users)
     found = {}
     for number, domain in enumerate(dataset.domains):
         own_U = (rank_U > 0) & (domain_U == number)
@@ -170,6 +189,8 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
             "current": None if others_U is None else figures[1],
             "difference": None if others_U is None else means.difference(0, HEADLINE),
             "when_published": before.get("candidate"),
+            "own_item": gains[number],
+            "own_item_then": before.get("own_item"),
         }
     return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
 

@@ -40,7 +40,7 @@ _SCRIPTS = Path(__file__).resolve().parents[1] / "launch"
 @dataclass(frozen=True)
 class RetrainConfig:
     """A retraining. Logs and columns are those of launch/prepare.py, base and settings those of launch/train.py, and tolerance,
-    fall, domain_fall, least_users and keep those of launch/publish.py.
+    fall, domain_fall, own_fall, least_users and keep those of launch/publish.py.
 
     warm_settings: besides, where there is a model to begin with. launcher: words before the scripts of training and publishing,
     e.g. [deepspeed, --hostfile, hosts]; empty: this Python. keep_days: days whose dataset and run stay, beside those that
@@ -68,6 +68,7 @@ class RetrainConfig:
     tolerance: float = 0.02
     fall: float = 0.2
     domain_fall: float = 0.4
+    own_fall: float = 0.5
     least_users: int = 100
     keep: int = 5
     keep_days: int = 3
@@ -217,7 +218,7 @@ def _train_words(config, plan, day):
 
 def _publish_words(config, folder, day):
     words = ["--candidate", day / "run", "--to", folder / PUBLISHED, "--tolerance", config.tolerance, "--fall", config.fall]
-    words += ["--domain-fall", config.domain_fall]
+    words += ["--domain-fall", config.domain_fall, "--own-fall", config.own_fall]
     return [*words, "--least-users", config.least_users, "--keep", config.keep]
 
 

@@ -159,6 +159,20 @@ def test_what_speaks_against_it(domains, words):
     assert len(reasons) == len(words) and all(re.search(word, reason) for word, reason in zip(words, reasons, strict=True))
 
 
+def test_items_that_are_nobodys_speak_against_it():
+    def of(gain, then):
+        return figures(0.3, 0.3, 0.3)["a"] | {"own_item": gain, "own_item_then": then}
+
+    for domains, words in (
+        ({"a": of(0.06, 0.1), "b": of(0.05, 0.1)}, None),
+        ({"a": of(0.06, 0.1), "b": of(0.03, 0.1)}, "0.0450 higher .*, it was 0.1000 higher .*a 0.0600 after 0.1000, b 0.0300"),
+        ({"a": of(None, 0.1), "b": of(0.03, None)}, None),
+        ({"a": of(-0.01, 0.0)}, None),
+    ):
+        reasons = reasons_against(domains, PublishConfig())
+        assert re.search(words, *reasons) if words else not reasons
+
+
 def test_the_same_run_again_is_no_new_version(first, tmp_path, quick):
     record = publish_it(first, tmp_path)
     assert publish_it(first, tmp_path)["published"] == record["published"] == "0001"
