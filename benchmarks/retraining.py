@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import machine, suite
 from benchmarks.chart import Panel, svg
 from trainer.checkpoint import write_json
+from trainer.log import HEADLINE, METRICS_FILE, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 _TIME = "timestamp"
-_HEADLINE = "NDCG@10"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def main():
         folder = Path(settings.folder or temporary)
         record["machine"]["file_system"] = machine.file_system(folder)
         logs, record["days"] = cut(settings, folder)
-        cold, warm = [*settings.settings], [*settings.settings, *settings.warm_settings]
+        cold, warm = settings.settings, [*settings.settings, *settings.warm_settings]
         prepare(folder, 0, logs[0], ["--keep-log", "--min-user", settings.min_user, "--min-item", settings.min_item])
         base = train(settings, folder, 0, "scratch", cold)
         before = folder / "0-scratch"
@@ -121,8 +121,7 @@ def train(settings, folder, day, kind, given):
     configs = [f"--config={file}" for file in settings.base]
     given = [*configs, *given, f"data={folder / f'{day}-data'}", f"run={run}", "log.tensorboard=false"]
     seconds = once(folder, run.name, ["launch/train.py", *given])
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    epochs = sum(record["kind"] == "validation" for record in records)
+    epochs = sum(record["kind"] == "validation" for record in read_records(run / METRICS_FILE))
     return {"seconds": seconds, "epochs": epochs}
 
 
@@ -131,8 +130,8 @@ def mean_of(folder, run, day):
     name = f"{run.name}-on-{day}"
     once(folder, name, ["launch/evaluate.py", "--run", run, "--data", folder / f"{day}-data", "--json"])
     record = json.loads((folder / f"{name}.out").read_text().splitlines()[-1])
-    domains = {domain: figures[_HEADLINE] for domain, figures in record["domains"].items()}
-    return domains | {"mean": record["mean"][_HEADLINE]}
+    domains = {domain: figures[HEADLINE] for domain, figures in record["domains"].items()}
+    return domains | {"mean": record["mean"][HEADLINE]}
 
 
 def once(folder, name, command):
@@ -191,7 +190,7 @@ def chart(record):
     seconds = {kind: [result[kind]["seconds"] for result in record["results"]] for kind in ("warm", "scratch")}
     return svg(
         [
-            Panel("Everyone's newest item, all data to that day", days, means, "day", f"test {_HEADLINE}"),
+            Panel("Everyone's newest item, all data to that day", days, means, "day", f"test {HEADLINE}"),
             Panel("What a day's training takes", days, seconds, "day", "seconds"),
         ]
     )
