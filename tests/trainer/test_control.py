@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from trainer.control import Agreement, StopSignal, agree, by_the_first, ranks_lost
+from trainer.control import Signals, StopSignal, agree, by_the_first, ranks_lost
 from trainer.errors import InputError, RanksLost
 
 ROOT = Path(__file__).parents[2]
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("said", product([False, True], repeat=4))
 def test_ranks_agree_on_each_thing_by_itself(ranks, said):
-    assert agree(*said) == Agreement(*said)
+    assert agree(*said) == Signals(*said)
     trouble, stop, due, writing = said
-    assert agree(writing=writing, due=due, stop=stop, trouble=trouble) == Agreement(*said)
+    assert agree(writing=writing, due=due, stop=stop, trouble=trouble) == Signals(*said)
 
 
 def test_nothing_said_is_nothing_agreed_on(ranks):
-    assert agree() == Agreement(False, False, False, False)
+    assert agree() == Signals()
 
 
 def test_what_the_first_rank_alone_does_is_told_to_all(ranks):

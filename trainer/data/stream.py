@@ -13,7 +13,7 @@ import torch
 from syncrec.batch import Batch, build_batch, trim
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.handover import Packed, Packer, unpack
-from trainer.data.histories import Histories
+from trainer.data.histories import NO_USERS, Histories
 from trainer.data.negatives import NegativesConfig, shared_negatives, target_negatives
 from trainer.data.plan import Plan
 from trainer.data.source import SourceConfig
@@ -207,6 +207,14 @@ class Feed:
         if self._measures:
             self._build.append(fed.seconds)
         return fed
+
+    def without_users(self) -> Fed:
+        """In place of the next step's batch, where that cannot be had: one in which this rank only takes part."""
+        plan = self._batches.plan
+        epoch, step = plan.locate(self.position)
+        self.position += 1
+        nobody = np.zeros(0, np.int64)
+        return Fed(self._batches.build(epoch, step, NO_USERS), nobody, 0, ())
 
     def computed(self, seconds):
         """Called after each step with the seconds that it computed. Returns a line to log where the number of workers
