@@ -103,9 +103,9 @@ def test_it_holds_for_a_whole_run_and_ends_with_it(run, monkeypatch):
 
 def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(InputError, match=re.escape("CUBLAS_WORKSPACE_CONFIG is :0:0: deterministic=true needs :4096:8 or")):
-        with deterministic_sums(True):
-            pass
+    refusal = re.escape("CUBLAS_WORKSPACE_CONFIG is :0:0: deterministic=true needs :4096:8 or")
+    with pytest.raises(InputError, match=refusal), deterministic_sums(True):
+        pass
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with deterministic_sums(True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
