@@ -174,7 +174,7 @@ def _measure(case, settings, ranks):
 
 
 class Marks:
-    """Moments between steps, set without waiting for the device: events in its queue, or the host's clock on a CPU."""
+    """Moments between steps, set without waiting: events in a device's queue, else the host's clock."""
 
     def __init__(self, device: torch.device):
         self._on_device = device.type == "cuda"
@@ -197,10 +197,13 @@ class Marks:
         return [end - begin for begin, end in pairs]
 
 
-def timed_steps(steps: Iterable[torch.Tensor], warmup: int, device: torch.device) -> tuple[list[float], float, list[float]]:
-    """Seconds of each step; of all steps after `warmup` together, by the host's clock; and the losses that they yield.
+def timed_steps(
+    steps: Iterable[torch.Tensor], warmup: int, device: torch.device
+) -> tuple[list[float], float, list[float]]:
+    """Runs the steps, which yield their losses.
 
-    The host waits for the device before and after those, and not in between.
+    Returns the seconds of each step, the seconds of all steps after `warmup` together by the host's
+    clock, and the losses. The host waits for the device before and after those, and not in between.
     """
     marks = Marks(device)
     losses = []
@@ -221,7 +224,7 @@ def _wait_for(device):
         torch.cuda.synchronize(device)
 
 
-# Each `start_…` returns a function that trains on all of the batches but the last, and yields each step's loss, unread.
+# Each `start_…` returns a function that trains on all batches but the last, and yields each loss unread.
 
 
 def start_ours(config, settings, ranks, dataset):

@@ -1,16 +1,21 @@
-"""The one place that says which torch, TorchRec and FBGEMM go together, and installs them. Needs nothing but Python.
+"""The one place that says which torch, TorchRec and FBGEMM go together, and installs them.
 
-    python launch/stack.py install [--cuda | --cpu]   into this Python's environment: torch, FBGEMM, TorchRec, the project
-    python launch/stack.py torch                      torch alone, for what is measured beside the project
-    python launch/stack.py check                      says whether what is installed fits together, and this machine
+    python launch/stack.py install     into this Python's environment: torch, FBGEMM, TorchRec, the project
+                        … --cuda       with FBGEMM for CUDA, also where no driver answers
+                        … --cpu        with FBGEMM for CPU, also beside a device
+    python launch/stack.py torch       torch alone, for what is measured beside the project
+    python launch/stack.py check       says whether what is installed fits together, and this machine
 
-A pair that does not match fails at import. `fbgemm-gpu` and `fbgemm-gpu-cpu` install the same module, and TorchRec asks for
-the first. Its build for CUDA loads only where there is an NVIDIA driver (it needs libnvidia-ml.so.1), and its build for CPU
-has no CUDA kernels. So FBGEMM is chosen here, and TorchRec comes without what it asks for (setup.py lists its other needs).
+It needs nothing but Python. A pair that does not match fails at import. `fbgemm-gpu` and
+`fbgemm-gpu-cpu` install the same module, and TorchRec asks for the first. Its build for CUDA loads
+only where there is an NVIDIA driver (it needs libnvidia-ml.so.1), and its build for CPU has no CUDA
+kernels. So FBGEMM is chosen here, and TorchRec comes without what it asks for (setup.py lists its
+other needs).
 
-FBGEMM follows torch: a torch whose version says +cpu or +cu130 decides. PyPI's torch, whose version says neither, is a CUDA
-build and works on CPU machines too: there the driver decides. On a login node without a driver say `install --cuda`.
-TORCH_INDEX_URL names the index that torch comes from, and FBGEMM's build for CUDA with it.
+FBGEMM follows torch: a torch whose version says +cpu or +cu130 decides. PyPI's torch, whose version
+says neither, is a CUDA build and works on CPU machines too: there the driver decides. On a login node
+without a driver say `install --cuda`. TORCH_INDEX_URL names the index that torch comes from, and with
+it FBGEMM's build for CUDA.
 """
 
 import ast
@@ -42,9 +47,9 @@ def installed(package: str) -> str | None:
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that the installed torch is built for ("13.0"); None where it is built for none, or is missing.
+    """The CUDA version that the installed torch is built for ("13.0"), read without importing it.
 
-    Read from torch/version.py, without importing torch.
+    None where it is built for none, or is missing.
     """
     text = _file_of("torch", "torch/version.py") or ""
     line = re.search(r"^cuda\b[^=\n]*=\s*(.+)$", text, re.MULTILINE)
@@ -52,7 +57,7 @@ def torch_cuda() -> str | None:
 
 
 def fbgemm_is_cuda() -> bool | None:
-    """True where the installed FBGEMM is built for CUDA, by its own word; None where it does not say."""
+    """True where the installed FBGEMM says that it is built for CUDA; None where it does not say."""
     for package in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
         text = _file_of(package, "fbgemm_gpu/docs/target.default.json.py")
         if text is not None:
@@ -65,19 +70,29 @@ def fbgemm_is_cuda() -> bool | None:
 
 def has_driver() -> bool:
     """True where an NVIDIA driver answers."""
-    return shutil.which("nvidia-smi") is not None and subprocess.run("nvidia-smi", capture_output=True).returncode == 0
+    return (
+        shutil.which("nvidia-smi") is not None
+        and subprocess.run("nvidia-smi", capture_output=True).returncode == 0
+    )
 
 
 def sees_device(dev: Path = Path("/dev")) -> bool:
-    """True where CUDA would find a device: its file is there, and CUDA_VISIBLE_DEVICES does not hide it. Starts nothing."""
+    """True where CUDA would find a device. Starts nothing.
+
+    dev: where its file is; CUDA_VISIBLE_DEVICES may hide it.
+    """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if not re.match(r"\d|GPU-|MIG-", first):  # CUDA stops at the first that it does not know: "", -1, NoDevFiles
+    # CUDA stops at the first that it does not know: "", -1, Slurm's NoDevFiles.
+    if not re.match(r"\d|GPU-|MIG-", first):
         return False
     return any(re.fullmatch(r"nvidia\d+|dxg", file.name) for file in dev.iterdir())
 
 
 def check_stack() -> None:
-    """Leaves with one line and status 2 where torch, TorchRec and FBGEMM do not fit together, or not to this machine."""
+    """Leaves with one line and status 2 where what is installed does not fit.
+
+    torch, TorchRec and FBGEMM have to fit together, and to this machine's device.
+    """
     torch, torchrec = installed("torch"), installed("torchrec")
     fbgemm = installed("fbgemm-gpu-cpu") or installed("fbgemm-gpu")
     versions = f"torch {torch}, torchrec {torchrec}, fbgemm-gpu(-cpu) {fbgemm}"
@@ -85,7 +100,11 @@ def check_stack() -> None:
     if not (torch and torchrec and fbgemm):
         sys.exit(_refuse(f"{versions}: one of them is missing; {way_out}"))
     if installed("fbgemm-gpu-cpu") and installed("fbgemm-gpu"):
-        sys.exit(_refuse(f"fbgemm-gpu and fbgemm-gpu-cpu are both installed, one over the other; {way_out}"))
+        sys.exit(
+            _refuse(
+                f"fbgemm-gpu and fbgemm-gpu-cpu are both installed, one over the other; {way_out}"
+            )
+        )
     wanted = MATCHING.get(_minor(torch))
     # A newer torch than we know may be fine: its imports will tell.
     if wanted and (_minor(torchrec), _minor(fbgemm)) != (_minor(wanted[1]), _minor(wanted[2])):
@@ -97,7 +116,10 @@ def check_stack() -> None:
 
 
 def _device_refusal(cuda, fbgemm_cuda):
-    """Why torch and FBGEMM are not built for the same device, or None. A torch for CUDA runs on a CPU machine too."""
+    """Why torch and FBGEMM are not built for the same device, or None.
+
+    A torch for CUDA runs on a CPU machine too.
+    """
     if fbgemm_cuda is None:
         return None
     if fbgemm_cuda and cuda is None:
@@ -107,7 +129,8 @@ def _device_refusal(cuda, fbgemm_cuda):
         )
     if not fbgemm_cuda and cuda is not None and sees_device():
         return (
-            f"this machine has a CUDA device and torch is built for CUDA {cuda}, but FBGEMM for CPU alone: "
+            f"this machine has a CUDA device and torch is built for CUDA {cuda}, but FBGEMM for "
+            "CPU alone: "
             f"`{_INSTALL} --cuda`, or hide the device with CUDA_VISIBLE_DEVICES=''"
         )
     return None
@@ -120,7 +143,12 @@ def install(device: str | None = None) -> None:
     """
     if device == "cuda" and installed("torch") and torch_cuda() is None:
         version = _version("torch")
-        sys.exit(_refuse(f"install --cuda: torch {version} is built for CPU alone: pip uninstall torch, then install again"))
+        sys.exit(
+            _refuse(
+                f"install --cuda: torch {version} is built for CPU alone: pip uninstall torch, then "
+                "install again"
+            )
+        )
     _, torchrec, fbgemm = install_torch()
     cuda = wants_cuda(device)
     if cuda:
@@ -131,13 +159,17 @@ def install(device: str | None = None) -> None:
         unwanted = "fbgemm-gpu"
     if installed(unwanted):
         _pip("uninstall", "--yes", unwanted)
-    elif cuda and installed(wanted) and fbgemm_is_cuda() is False:  # an index of CPU builds calls them fbgemm-gpu too
+    elif (
+        cuda and installed(wanted) and fbgemm_is_cuda() is False
+    ):  # an index of CPU builds calls them fbgemm-gpu too
         _pip("uninstall", "--yes", wanted)
     _pip("install", f"{wanted}=={fbgemm}", *(_index() if cuda else []))
     _pip("install", "--no-deps", f"torchrec=={torchrec}")
     _pip("install", "--editable", f"{Path(__file__).resolve().parent.parent}[test]")
     # In processes of their own: this one does not see what has just been installed.
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # whoever asks for CPU here knows of the device
+    hidden = (
+        {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    )  # whoever asks for CPU here knows of the device
     subprocess.run([sys.executable, __file__, "check"], check=True, env=os.environ | hidden)
     if not cuda:
         # Now rather than in the first step; without a compiler there is none, which a run says and does without.
@@ -147,7 +179,10 @@ def install(device: str | None = None) -> None:
 
 
 def wants_cuda(device: str | None = None) -> bool:
-    """Whether FBGEMM is to be built for CUDA, beside the torch that is installed by now. device: as for `install`."""
+    """Whether FBGEMM is to be built for CUDA, beside the torch that is installed by now.
+
+    device: as for `install`.
+    """
     if device is not None:
         return device == "cuda"
     cuda = torch_cuda()
@@ -158,7 +193,8 @@ def wants_cuda(device: str | None = None) -> bool:
     driver = has_driver()
     if not driver:
         print(
-            f"torch is built for CUDA {cuda}, and no NVIDIA driver answers here: FBGEMM comes for CPU. "
+            f"torch is built for CUDA {cuda}, and no NVIDIA driver answers here: "
+            "FBGEMM comes for CPU. "
             f"For CUDA hosts that share this environment: {_INSTALL} --cuda",
             flush=True,
         )
@@ -176,8 +212,8 @@ def install_torch():
 
 
 def _index():
-    # An index of CPU-only builds spares a CPU machine the CUDA libraries, which it would not use; one of CUDA builds has
-    # torch and FBGEMM for the same CUDA version.
+    # An index of CPU-only builds spares a CPU machine the CUDA libraries, which it would not use; one
+    # of CUDA builds has torch and FBGEMM for the same CUDA version.
     index = os.environ.get("TORCH_INDEX_URL")
     return ["--index-url", index] if index else []
 
@@ -225,7 +261,9 @@ def main(arguments: list[str]) -> None:
     }
     command = commands.get(tuple(arguments))
     if command is None:
-        sys.exit(f"usage: python launch/stack.py {' | '.join(' '.join(words) for words in commands)}")
+        sys.exit(
+            f"usage: python launch/stack.py {' | '.join(' '.join(words) for words in commands)}"
+        )
     command()
 
 

@@ -30,7 +30,10 @@ def in_this_process(function, *arguments):
 
 @contextlib.contextmanager
 def deepspeed_on(name):
-    """DeepSpeed computes on "cuda" or "cpu" within it: it keeps the accelerator that it took when it was imported."""
+    """DeepSpeed computes on "cuda" or "cpu" within it.
+
+    Otherwise it keeps the accelerator that it took when it was imported.
+    """
     accelerators = deepspeed.accelerator.real_accelerator
     before = accelerators.get_accelerator()
     module = importlib.import_module(f"deepspeed.accelerator.{name}_accelerator")
@@ -45,7 +48,9 @@ def deepspeed_on(name):
 
 @contextlib.contextmanager
 def as_a_script():
-    """A script's main may be called in here: it sees no launcher and no device, and what it changes in the process is put back.
+    """A script's main may be called in here: it sees no launcher and no device.
+
+    What it changes in the process is put back.
 
     The script leaves its process group itself: a process that exits with one is aborted now and then.
     """

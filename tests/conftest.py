@@ -1,10 +1,11 @@
-"""What holds for all tests: they run on the CPU, also beside a device, unless they ask for it (tests/test_cuda.py)."""
+"""What holds for all tests: they take the CPU, also beside a device (tests/test_cuda.py asks for it)."""
 
 import os
 
 from hypothesis import settings
 
-# Before DeepSpeed is imported, here and in the processes that a test starts: it would take a device that it sees.
+# Before DeepSpeed is imported, here and in the processes that a test starts: it would take a device
+# that it sees.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 # How long an example takes says nothing on a machine that does other work too.

@@ -1,4 +1,4 @@
-"""Real ranks for a test, on the CPU whatever the machine has: a test says on purpose when it wants a device."""
+"""Real ranks for a test, on the CPU whatever the machine has: who wants a device says so."""
 
 import os
 import subprocess

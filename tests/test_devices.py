@@ -1,4 +1,4 @@
-"""Tests choose their device on purpose: the CPU, also beside a device, unless they ask for it (tests/test_cuda.py)."""
+"""Tests take the CPU, also beside a device, unless they ask for it (tests/test_cuda.py)."""
 
 import re
 import subprocess
@@ -52,11 +52,15 @@ def test_the_ranks_of_a_test_see_no_device(monkeypatch):
 
 @pytest.mark.parametrize("folder", ["embeddings", "trainer", "syncrec", "kernels"])
 def test_all_ranks_are_started_in_one_place(folder):
-    """Which hides the devices from them: ranks 1 and 2 would ask for devices that a host with one has not."""
+    """It hides devices from them: a host with one device has none for ranks 1 and 2."""
     starts = re.compile(r"nproc|--num_gpus|with_name\(.torchrun.\)")
     assert starts.search((ROOT / "tests/ranks.py").read_text())
     files = sorted((ROOT / "tests" / folder).rglob("*.py"))
-    starting = [str(file.relative_to(ROOT)) for file in files if starts.search(without_docstring(file.read_text()))]
+    starting = [
+        str(file.relative_to(ROOT))
+        for file in files
+        if starts.search(without_docstring(file.read_text()))
+    ]
     assert files and starting == []
 
 

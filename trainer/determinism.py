@@ -1,8 +1,8 @@
 """Sums in one order on a CUDA device too: what `deterministic: true` asks of PyTorch, FBGEMM and cuBLAS.
 
-On a CPU every sum of a step has one order anyhow, and nothing changes. On CUDA several sums of a step
-are made by atomic additions, in the order in which threads arrive (docs/gpu.md lists them). Each has a
-second way of one order, which is slower.
+On a CPU every sum of a step has one order anyhow, and nothing changes. On CUDA several sums of a
+step are made by atomic additions, in the order in which threads arrive (docs/gpu.md lists them).
+Each has a second way of one order, which is slower.
 """
 
 import contextlib

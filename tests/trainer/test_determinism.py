@@ -1,4 +1,4 @@
-"""`deterministic: true`: which operations of a step it asks to sum in one order, and that it changes nothing on a CPU."""
+"""`deterministic: true`: every operation of a step has a way of one order, and a CPU's bits stay."""
 
 import os
 import re
@@ -14,10 +14,23 @@ from trainer.errors import InputError
 from trainer.loop import train as train_run
 from trainer.start import MAY_CHANGE
 
-# What raises on CUDA where determinism is asked for (torch.use_deterministic_algorithms' own list), as far as a model of
-# sequences could use it. cumsum and bincount: of floats alone.
-RAISES = {"put_", "histc", "median", "nanmedian", "kthvalue", "nll_loss2d_forward", "grid_sampler_2d_backward"}
-RAISES |= {"upsample_linear1d_backward", "reflection_pad1d_backward", "_ctc_loss_backward", "max_unpool2d"}
+# What raises on CUDA where determinism is asked for (the list at torch.use_deterministic_algorithms),
+# as far as a model of sequences could use it. cumsum and bincount: of floats alone.
+RAISES = {
+    "put_",
+    "histc",
+    "median",
+    "nanmedian",
+    "kthvalue",
+    "nll_loss2d_forward",
+    "grid_sampler_2d_backward",
+}
+RAISES |= {
+    "upsample_linear1d_backward",
+    "reflection_pad1d_backward",
+    "_ctc_loss_backward",
+    "max_unpool2d",
+}
 RAISES |= {"avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward"}
 OF_FLOATS = {"cumsum", "cumsum_", "logcumsumexp", "bincount"}
 # What adds atomically on CUDA unless determinism is asked for, and then does not.
@@ -37,7 +50,11 @@ class Operators(TorchDispatchMode):
         self.names.add(name)
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         reduces = name.startswith("scatter_reduce") and "prod" in args
-        if name in RAISES or reduces or (name in OF_FLOATS and any(value.is_floating_point() for value in tensors)):
+        if (
+            name in RAISES
+            or reduces
+            or (name in OF_FLOATS and any(value.is_floating_point() for value in tensors))
+        ):
             self.refused.add(name)
         return function(*args, **(kwargs or {}))
 
@@ -48,13 +65,21 @@ def run(tmp_path_factory):
         yield SmallRun(tmp_path_factory.mktemp("determinism"), ranks)
 
 
-SETTINGS = [[], ["model.loss_correction=shapley"], ["model.encoder=gru"], ["negatives.shared=0", "model.gate=sequence"]]
-SETTINGS += [["optimizer.clip=0.5", "optimizer.zero_stage=1"], ["model.loss=bpr", "optimizer.zero_stage=2"]]
+SETTINGS = [
+    [],
+    ["model.loss_correction=shapley"],
+    ["model.encoder=gru"],
+    ["negatives.shared=0", "model.gate=sequence"],
+]
+SETTINGS += [
+    ["optimizer.clip=0.5", "optimizer.zero_stage=1"],
+    ["model.loss=bpr", "optimizer.zero_stage=2"],
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids="; ".join)
 def test_every_operation_of_a_step_has_a_deterministic_way_on_cuda(run, settings):
-    """By name, on a CPU, forward, backward and update; CUDA's own attention and FBGEMM's update: docs/gpu.md."""
+    """By name, on a CPU. What CUDA alone has, its attention and FBGEMM's update, is in docs/gpu.md."""
     trainer = run.trainer(config=run.configured("model.kernel=plain", *settings))
     first, second = batches(trainer, 2)
     trainer.train_step(first)
@@ -62,7 +87,9 @@ def test_every_operation_of_a_step_has_a_deterministic_way_on_cuda(run, settings
         trainer.train_step(second)
         trainer.settle()
     assert operators.refused == set()
-    assert operators.names & SWITCHES and "index_select" in operators.names  # it has seen what the option is for
+    assert (
+        operators.names & SWITCHES and "index_select" in operators.names
+    )  # it has seen what the option is for
 
 
 def test_an_operation_without_a_deterministic_way_is_seen():
@@ -89,7 +116,12 @@ def test_it_holds_for_a_whole_run_and_ends_with_it(run, monkeypatch):
     seen = []
 
     def stop(*_):
-        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        seen.append(
+            (
+                torch.are_deterministic_algorithms_enabled(),
+                os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            )
+        )
         raise InputError("enough")
 
     monkeypatch.setattr("trainer.loop._train", stop)
@@ -97,7 +129,10 @@ def test_it_holds_for_a_whole_run_and_ends_with_it(run, monkeypatch):
         with pytest.raises(InputError, match="enough"):
             train_run(run.configured(f"deterministic={asked}"), run.ranks)
     assert seen == [(True, ":4096:8"), (False, None)]
-    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert (
+        not torch.are_deterministic_algorithms_enabled()
+        and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    )
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 

@@ -42,10 +42,15 @@ with distributed.joined() as ranks:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Which of WATCHED are loaded after importing the configuration, then the loop, and in the first step."""
+    """Which of WATCHED are loaded with the configuration, then with the loop, and in the first step."""
     folder = tmp_path_factory.mktemp("imports")
     dataset = write_dataset(folder / "data", draw_histories(20))
-    settings = [f"data={dataset.folder}", f"run={folder / 'run'}", *SETTINGS, "log.tensorboard=false"]
+    settings = [
+        f"data={dataset.folder}",
+        f"run={folder / 'run'}",
+        *SETTINGS,
+        "log.tensorboard=false",
+    ]
     command = [sys.executable, "-c", PROGRAM, *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -65,6 +70,9 @@ def test_up_to_its_first_step_arrow_alone_which_unpacks_blocks(loaded):
 
 
 def test_a_step_is_measured_without_a_query_engine():
-    program = f"import sys, benchmarks.workload; print([name for name in {WATCHED} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = f"[name for name in {WATCHED} if name in sys.modules]"
+    program = f"import sys, benchmarks.workload; print({names})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"
