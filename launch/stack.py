@@ -77,10 +77,12 @@ def has_driver() -> bool:
 
 
 def sees_device(dev: Path = Path("/dev")) -> bool:
-    """True where CUDA would find a device. Starts nothing.
+    """True where a run would take a CUDA device (trainer.distributed). Starts nothing.
 
     dev: where its file is; CUDA_VISIBLE_DEVICES may hide it.
     """
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return False
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     # CUDA stops at the first that it does not know: "", -1, Slurm's NoDevFiles.
     if not re.match(r"\d|GPU-|MIG-", first):
@@ -130,8 +132,7 @@ def _device_refusal(cuda, fbgemm_cuda):
     if not fbgemm_cuda and cuda is not None and sees_device():
         return (
             f"this machine has a CUDA device and torch is built for CUDA {cuda}, but FBGEMM for "
-            "CPU alone: "
-            f"`{_INSTALL} --cuda`, or hide the device with CUDA_VISIBLE_DEVICES=''"
+            f"CPU alone: `{_INSTALL} --cuda`, or take the CPU with DS_ACCELERATOR=cpu"
         )
     return None
 

@@ -139,9 +139,14 @@ def test_a_device_is_seen_by_its_file_unless_it_is_hidden(tmp_path, monkeypatch,
     for name in files:
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert stack.sees_device(tmp_path) == expected
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert stack.sees_device(tmp_path) == expected
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not stack.sees_device(tmp_path)
 
 
 def test_checking_imports_no_torch_and_starts_nothing(machine, monkeypatch):
