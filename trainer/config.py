@@ -49,6 +49,7 @@ class RunConfig:
     epochs: int = 20
     max_steps: int = 0  # stop after so many steps; 0: epochs decide
     timeout_minutes: float = 30.0  # how long a rank waits for the others before it gives up
+    deterministic: bool = False  # on CUDA: sums in one order, slower; a CPU's have one (docs/gpu.md)
     model: ModelConfig = field(default_factory=ModelConfig)
     table: TableConfig = field(default_factory=TableConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -34,12 +34,14 @@ class Ranks:
 def start(timeout_minutes=30) -> Ranks:
     """Joins the process group that the launcher describes in the environment (deepspeed, torchrun), or makes one of one.
 
-    CUDA and NCCL where there is a CUDA device, else CPU and gloo; the same code follows either.
+    CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
+    gloo; the same code follows either.
     """
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available()
+    # DeepSpeed's own switch holds for all of the run.
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank)
     else:

@@ -18,13 +18,13 @@ from trainer.control import Signals, StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan
 from trainer.data.stream import Fed, Feed, TrainBatches
+from trainer.determinism import deterministic_sums
 from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
-from trainer.log import HEADLINE, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
+from trainer.log import HEADLINE, LOOK, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.look import look_at
 from trainer.meters import IntervalMeter
-from trainer.report import LOOK, write_report
 from trainer.resources import cores_per_rank
 from trainer.start import find_start, leave_nothing, run_folder
 from trainer.step import Halted, Trainer
@@ -41,7 +41,7 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     Returns the test record. Raises InputError where something given cannot be used (before anything is written, if it can be
     seen then), NotFinite, and Stopped.
     """
-    with _full_disk_is_an_input_error(config.run):
+    with _full_disk_is_an_input_error(config.run), deterministic_sums(config.deterministic):
         return _train(config, ranks, fresh, accept_changes)
 
 
@@ -90,6 +90,8 @@ def _train(config, ranks, fresh, accept_changes):
             leave_nothing(run)  # what cannot begin is in the way of the next try
         raise
     if ranks.first:
+        from trainer.report import write_report  # Plotly and Jinja2 are for the page alone
+
         print(f"report: {write_report(run)}", flush=True)
     return record
 

@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "data",
     "run",
     "timeout_minutes",
+    "deterministic",
     "epochs",
     "max_steps",
     "log",

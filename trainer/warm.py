@@ -13,7 +13,6 @@ from syncrec.grown import grown_state
 from trainer.checkpoint import best_checkpoint, dense_state, reading
 from trainer.config import RunConfig, flat, load_config
 from trainer.data.dataset import Dataset
-from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
 from trainer.errors import InputError
 from trainer.start import MAY_CHANGE, shown_value
 
@@ -118,6 +117,9 @@ def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
 
 def _known_rows(run, fingerprint, dataset):
     """The old domains' names in their order, the old span of time, and source_N."""
+    # DuckDB comes with it, which a training process has no other use for.
+    from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
+
     facts = dataset.folder / EXTENSION / "extension.json"
     if fingerprint == dataset.fingerprint:
         rows = np.arange(dataset.num_embeddings)

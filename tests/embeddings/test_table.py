@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +12,8 @@ from embeddings.table import ItemTable, bag_lengths, bags_of_rank
 from tests.alone import group_of_one
 from tests.embeddings import worker
 from tests.embeddings.worker import CONFIG, RATES, ROWS, step
+from tests.ranks import run_on_cpu_ranks
 
-ROOT = Path(__file__).parents[2]
 RANKS = (2, 1, 3)
 
 
@@ -26,15 +21,12 @@ RANKS = (2, 1, 3)
 def results(tmp_path_factory):
     """What the worker finds at each number of ranks; those after two ranks also load what two ranks saved."""
     folder, saved, found = tmp_path_factory.mktemp("table"), [], {}
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone"]
     for ranks in RANKS:
         if ranks == 1:
             with group_of_one():
                 worker.main(folder, *saved)
         else:
-            command = [*torchrun, f"--nproc-per-node={ranks}", "-m", "tests.embeddings.worker", folder, *saved]
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-5000:]
+            run_on_cpu_ranks(ranks, "tests.embeddings.worker", folder, *saved)
         found[ranks] = dict(np.load(folder / f"ranks-{ranks}.npz"))
         saved.append(folder / f"saved-{ranks}")
     return found

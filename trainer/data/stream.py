@@ -16,6 +16,7 @@ from trainer.data.handover import Packed, Packer, unpack
 from trainer.data.histories import NO_USERS, Histories
 from trainer.data.negatives import NegativesConfig, shared_negatives, target_negatives
 from trainer.data.plan import Plan
+from trainer.data.shards import codec
 from trainer.data.source import SourceConfig
 from trainer.errors import InputError
 from trainer.resources import keep_freed_memory
@@ -257,6 +258,7 @@ def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None =
     """
     if workers is None:
         workers = 1 if config.workers == MEASURED else config.workers
+    codec()  # loaders are forked: they share what is loaded here
     loader = torch.utils.data.DataLoader(
         _Guarded(batches),
         batch_size=None,
