@@ -125,8 +125,8 @@ def load_recorded(file) -> RunConfig:
         given = _with_sections(file, lambda: OmegaConf.load(io.StringIO(text)), RunConfig)
         return _with_bf16(load(RunConfig, [], [], [(file, given)]))
     except InputError as error:
-        printable = (letter if letter.isprintable() else " " for letter in str(error))
-        raise InputError("".join(printable)) from None
+        said = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
+        raise InputError("".join(letter if letter.isprintable() else " " for letter in said)) from None
 
 
 def _look_at_record(file, text):
