@@ -108,7 +108,7 @@ def _members(data):
                 raise ValueError("its members are larger than the file")
             members = {}
             for entry in entries:
-                root, _, name = entry.filename.partition("/")
+                name = entry.filename.partition("/")[2]
                 if not _MEMBER.fullmatch(name) or name in members or entry.compress_type:
                     raise ValueError(f"it has a member {entry.filename!r}")
                 members[name] = archive.read(entry)

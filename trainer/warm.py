@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
@@ -124,9 +125,14 @@ def _known_rows(run, fingerprint, dataset):
         rows = np.arange(dataset.num_embeddings)
         return [domain.name for domain in dataset.domains], (dataset.first_time, dataset.last_time), rows
     if facts.is_file():
-        said = json.loads(facts.read_text(encoding="utf-8"))
-        if said["of"] == fingerprint:
-            return said["domains_before"], tuple(said["span_before"]), rows_of_extension(dataset)
+        try:
+            said = json.loads(facts.read_text(encoding="utf-8"))
+            if said["of"] == fingerprint:
+                first, last = map(float, said["span_before"])
+                names = [str(name) for name in said["domains_before"]]
+                return names, (first, last), rows_of_extension(dataset)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
+            raise InputError(f"{facts.parent}: cannot be used ({words(error)}): copy the dataset again") from None
     config = load_recorded(run / "config.yaml")
     if folder_of(config.data) is None:
         raise InputError(

@@ -248,7 +248,7 @@ class Dataset:
         if max(self.users, self.num_embeddings) > _INT32_MAX:
             raise InputError(f"{path}: more users or rows than int32 can number: prepare the dataset again")
         for name in [part.vocabulary for part in self.domains] + [part.name for part in (*self.shards, *self.files)]:
-            if not _stays_inside(name):
+            if not stays_inside(name):
                 raise InputError(f"{path}: {name!r} is no name of a file in this folder: prepare the dataset again")
         named = sorted(file.name for file in self.files)
         if named != sorted([USERS, LENGTHS, *(domain.vocabulary for domain in self.domains)]):
@@ -284,8 +284,9 @@ def ticks_of(times, first, last) -> np.ndarray:
     return (np.clip((np.asarray(times, np.float64) - first) / span, 0, 1) * TICKS).astype(np.uint16)
 
 
-def _stays_inside(name):
-    """Only by its words: that a file in the folder may be a link to elsewhere is the folder's owner's choice."""
+def stays_inside(name) -> bool:
+    """Whether a file's name leads out of no folder. Only by its words: that a file in the folder may be a link to elsewhere
+    is the folder's owner's choice."""
     path = PurePosixPath(name)
     inside = path.name != "" and not path.is_absolute() and ".." not in path.parts
     return inside and name.isprintable() and not set(name) & set("*?[]{}")  # DuckDB would look for others
