@@ -42,6 +42,11 @@ class LogFacts:
     min_user: int
     min_item: int
 
+    def __post_init__(self):
+        for each in dataclasses.fields(self):
+            if type(getattr(self, each.name)) is not each.type:
+                raise TypeError(f"{each.name} is {getattr(self, each.name)!r}")
+
     @classmethod
     def load(cls, dataset: Path) -> "LogFacts | None":
         """Of a dataset's folder; None where it keeps no log. Raises InputError where it cannot be read."""
