@@ -24,7 +24,8 @@ from trainer.errors import InputError
 from trainer.evaluate import EvaluationConfig
 
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # OmegaConf's; a backslash before it escapes
-_LARGEST_RECORD = 2**18  # bytes of a run's config.yaml; one has about 4,000
+_LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
+_DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,18 @@ def load_recorded(file) -> RunConfig:
         return _with_bf16(load(RunConfig, [], [], [(file, given)]))
     except InputError as error:
         said = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
-        raise InputError("".join(letter if letter.isprintable() else " " for letter in said)) from None
+        printable = (letter if letter.isprintable() else " " for letter in said[:1000])
+        raise InputError("".join(printable)) from None
 
 
 def _look_at_record(file, text):
     """Raises InputError for what a run does not write and YAML or OmegaConf would act on."""
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_RECORD:
+            raise InputError(f"{file}: is deeper than {_DEEPEST_RECORD} sections: no run has written it")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             line = event.start_mark.line + 1
             raise InputError(f"{file}: line {line} has an anchor or alias: a run writes none")
