@@ -149,12 +149,12 @@ def _check_sizes(members, folder):
 class Recommender:
     def __init__(self, folder):
         self.schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
-        self.encoder = load_encoder(folder / "encoder.pt2")
         self.own_weight = {domain["name"]: domain["own_weight"] for domain in self.schema["domains"]}
         places = {domain["name"]: folder / domain["folder"] for domain in self.schema["domains"]}
         for place in places.values():
             if place.parent != folder or not re.fullmatch(r"domain-\d+", place.name):
                 raise ValueError(f"{folder / 'schema.json'}: {place} is no domain's folder")
+        self.encoder = load_encoder(folder / "encoder.pt2")
         self.items = {name: self._vectors(place) for name, place in places.items()}
         own = {name: place for name, place in places.items() if self.own_weight[name]}
         self.own = {name: load_encoder(place / "encoder.pt2") for name, place in own.items()}
