@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
@@ -120,6 +119,8 @@ def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
 def _known_rows(run, fingerprint, dataset):
     """The old domains' names in their order, the old span of time, and source_N."""
     # DuckDB comes with it, which a training process has no other use for.
+    import pyarrow as pa  # with DuckDB, for a warm start alone
+
     from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
 
     facts = dataset.folder / EXTENSION / "extension.json"
