@@ -118,8 +118,8 @@ def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
 
 def _known_rows(run, fingerprint, dataset):
     """The old domains' names in their order, the old span of time, and source_N."""
-    # DuckDB comes with it, which a training process has no other use for.
-    import pyarrow as pa  # with DuckDB, for a warm start alone
+    # DuckDB and Arrow are for a warm start alone.
+    import pyarrow as pa
 
     from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
 
