@@ -64,7 +64,7 @@ class Plan:
         self._shard_users = np.array([shard.users for shard in dataset.shards])
         self._shard_first_user = np.array([shard.first_user for shard in dataset.shards])
         self._steps, self._bounds, self._orders = {}, {}, {}
-        self._chunks, self._shuffled = {}, (None, {})
+        self._chunks, self._shuffled, self._home_shards = {}, (None, {}), {}
 
     def steps(self, epoch):
         """Batches of the epoch: the same on every rank."""
@@ -114,6 +114,16 @@ class Plan:
     def shards(self, epoch):
         """The shard numbers of each stream, in reading order: a list of arrays."""
         return np.split(self._order(epoch).shard_N, np.cumsum(self._order(epoch).shards_S)[:-1])
+
+    def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
+        """The numbers of the shards of the streams that a rank is the home of, in an epoch."""
+        key = epoch, rank
+        if key not in self._home_shards:
+            while len(self._home_shards) >= _KEPT_EPOCHS:
+                del self._home_shards[next(iter(self._home_shards))]
+            streams = self.shards(epoch)[rank :: self.world_size]
+            self._home_shards[key] = frozenset(shard for stream in streams for shard in stream.tolist())
+        return self._home_shards[key]
 
     def next_shards(self, epoch, step, rank):
         """The names of the shards that the rank's own streams begin after a batch, in this epoch and the next, in the order in
