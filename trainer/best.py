@@ -14,8 +14,9 @@ from trainer.errors import InputError
 from trainer.warm import carried
 
 
-def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
-    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved.
+def open_run(run, data=None, of_all_domains=False, ranks=None) -> tuple[RunConfig, Dataset]:
+    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved. ranks: where
+    there are several, of which the first of each host reads the dataset's files whole, to compare them.
 
     Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """
@@ -28,7 +29,8 @@ def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
         raise InputError(f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it")
     if is_hidden(config.data):
         raise InputError(f"{run}: a run does not keep what is secret in its dataset's address; give it as --data")
-    return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+    check_contents = ranks is None or ranks.local_rank == 0
+    return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream, check_contents)
 
 
 def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec, ItemTable, dict]:

@@ -76,7 +76,7 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
     published = Path(published)
     with _alone(published, ranks):
         current = by_the_first(lambda: current_version(published), ranks.first)
-        run_config, dataset = open_run(candidate, data, of_all_domains=True)
+        run_config, dataset = open_run(candidate, data, of_all_domains=True, ranks=ranks)
         _, best, _ = best_checkpoint(Path(candidate), ranks)
         identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
         if current and all(current[name] == value for name, value in identity.items()):
@@ -163,7 +163,7 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
     rank_U, domain_U = _ranks(candidate, run_config, dataset, ranks)
     others_U = None
     if current is not None:
-        other_config, _ = open_run(current["run"], dataset.folder)
+        other_config, _ = open_run(current["run"], dataset.folder, ranks=ranks)
         others_U, _ = _ranks(current["run"], other_config, dataset, ranks)
     newest = dataset.folder / EXTENSION / "users.npy"
     came_U = np.zeros(dataset.users, bool)

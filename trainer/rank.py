@@ -30,7 +30,7 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     """
     if full and candidates:
         raise InputError("--candidates: with --ranking full all items of the domain are the candidates; leave one of them out")
-    config, dataset = open_run(run, data)
+    config, dataset = open_run(run, data, ranks=ranks)
     given = read_candidates(dataset, candidates) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
     writer = ResultWriter(dataset, output, ranks) if output else None
