@@ -1,5 +1,7 @@
 import itertools
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,55 @@ def test_long_epochs_are_walked_through_in_pieces(tmp_path, monkeypatch):
             plan = Plan(dataset, 6, 1, seed=1, max_length=3, tokens_per_batch=tokens)
             found.append([plan.users(epoch, step, 0).tolist() for epoch in range(3) for step in range(plan.steps(epoch))])
     assert found[0] != found[1] and all(one == found[place % 2] for place, one in enumerate(found))
+
+
+class Sum:
+    """`sum_of_ranks` of ranks that are threads."""
+
+    def __init__(self, ranks):
+        self.given, self.barrier = [None] * ranks, threading.Barrier(ranks, timeout=30)
+
+    def of(self, rank):
+        def sum_of_ranks(values_N):
+            self.given[rank] = values_N
+            self.barrier.wait()
+            total_N = np.sum(self.given, axis=0)
+            self.barrier.wait()
+            return total_N
+
+        return sum_of_ranks
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5])
+@pytest.mark.parametrize("tokens", [0, 30])
+def test_ranks_walk_through_an_epoch_each_and_tell_the_others(dataset, monkeypatch, epochs, tokens):
+    walked = []
+    walk = Plan._walk
+    monkeypatch.setattr(Plan, "_walk", lambda plan, epoch: walked.append(epoch) or walk(plan, epoch))
+    limits = {"max_length": 5, "tokens_per_batch": tokens}
+    alone = Plan(dataset, 8, 3, seed=1, **limits)
+    steps = [alone.steps(epoch) for epoch in range(epochs)]
+    walked.clear()
+    plans = [Plan(dataset, 8, 3, seed=1, **limits) for _ in range(3)]
+    told = Sum(3)
+    with ThreadPoolExecutor(3) as pool:
+        totals = list(pool.map(lambda rank: plans[rank].count_steps(epochs, rank, told.of(rank)), range(3)))
+    assert totals == [sum(steps)] * 3
+    asked = [(epoch, step) for epoch in range(epochs) for step in range(steps[epoch])]
+    for plan in plans:
+        for epoch, step in asked:
+            assert plan.users(epoch, step, 2).tolist() == alone.users(epoch, step, 2).tolist()
+    assert sorted(walked) == (list(range(epochs)) if tokens else [])
+
+
+def test_epochs_beyond_the_last_step_are_not_walked_through(dataset, monkeypatch):
+    walked = []
+    walk = Plan._walk
+    monkeypatch.setattr(Plan, "_walk", lambda plan, epoch: walked.append(epoch) or walk(plan, epoch))
+    plan = Plan(dataset, 8, 1, seed=1, max_length=5, tokens_per_batch=30)
+    assert plan.count_steps(10**9, most=plan.steps(0) + 1) == plan.steps(0) + 1
+    assert walked == [0, 1]
+    assert plan.count_steps(2) == plan.count_steps(2, most=10**6) == plan.steps(0) + plan.steps(1)
 
 
 def test_epochs_and_steps_may_be_asked_for_in_any_order(dataset):
