@@ -14,9 +14,10 @@ from trainer.errors import InputError
 from trainer.warm import carried
 
 
-def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
+def open_run(run, data=None, of_all_domains=False, ranks=None) -> tuple[RunConfig, Dataset]:
     """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved, or where
-    the run names an address: none is fetched from on a run's word.
+    the run names an address: none is fetched from on a run's word. ranks: where there are several, of which the first of each
+    host reads the dataset's files whole, to compare them.
 
     Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """
@@ -29,7 +30,8 @@ def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
             "give it as --data"
         )
     config = replace(config, data=str(data or config.data))
-    return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+    check_contents = ranks is None or ranks.local_rank == 0
+    return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream, check_contents)
 
 
 def config_of(run) -> RunConfig:

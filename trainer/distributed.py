@@ -7,6 +7,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -86,6 +87,13 @@ def leave():
     """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's modules do, in circles)."""
     dist.destroy_process_group()
     gc.collect()
+
+
+def sum_of_ranks(values_N: np.ndarray) -> np.ndarray:
+    """The sum over all ranks of (N,) of the host, over the CPU's backend. Called on all ranks."""
+    total_N = torch.from_numpy(np.array(values_N))
+    dist.all_reduce(total_N)
+    return total_N.numpy()
 
 
 def _init(cuda, timeout_minutes, **where):

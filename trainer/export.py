@@ -61,7 +61,7 @@ def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
     """
     output = Path(output)
     partial = output.with_name(f".{output.name}.partial")
-    run_config, dataset = open_run(run, data, of_all_domains=True)
+    run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     try:
         check_exportable(run_config.model)
     except ValueError as error:

@@ -194,7 +194,7 @@ class Popularity:
         user_E, row_E = np.divmod(pair, rows)
         other_E = (self.dataset.domain_of(row_E) == held.domain_B[user_E]) & (row_E != held.row_B[user_E])
         user_E, count_E = user_E[other_E], self.counts[row_E[other_E]]
-        own_B = self.counts[held.row_B]
+        own_B = self.counts[held.row_B].astype(np.int64)
         greater_B, equal_B = np.zeros_like(own_B), np.zeros_like(own_B)
         for number, ascending in enumerate(self._sorted):
             own = held.domain_B == number

@@ -48,7 +48,7 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
 def _train(config, ranks, fresh, accept_changes):
     if not config.data:
         raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
-    dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+    dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream, ranks.local_rank == 0)
     plan = Plan(
         dataset,
         config.global_batch_size,

@@ -78,7 +78,7 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
     published = Path(published)
     with _alone(published, ranks):
         current = by_the_first(lambda: current_version(published), ranks.first)
-        run_config, dataset = open_run(candidate, data, of_all_domains=True)
+        run_config, dataset = open_run(candidate, data, of_all_domains=True, ranks=ranks)
         _, best, _ = best_checkpoint(Path(candidate), ranks)
         identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
         if current and all(current.get(name) == value for name, value in identity.items()):

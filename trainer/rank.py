@@ -31,7 +31,7 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     """
     if full and candidates:
         raise InputError("--candidates: with --ranking full all items of the domain are the candidates; leave one of them out")
-    config, dataset = open_run(run, data)
+    config, dataset = open_run(run, data, ranks=ranks)
     with deterministic_sums(config.deterministic):
         return _rank_run(run, config, dataset, ranks, split, candidates, output, full)
 

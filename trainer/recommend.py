@@ -71,7 +71,7 @@ def recommend(run, output, ranks, config: RecommendConfig, asked: AskedConfig, d
     run, the logs, the users, a domain's name, or the folder; and, naming it, where something differs from the earlier call.
     """
     output = Path(output)
-    run_config, dataset = open_run(run, data, of_all_domains=True)
+    run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     domains = _chosen(dataset, config.domains)
     facts = by_the_first(lambda: _facts(run, dataset, domains, config, asked), ranks.first)
     if (record := by_the_first(lambda: _finished(output, facts), ranks.first)) is not None:

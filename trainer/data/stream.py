@@ -12,7 +12,7 @@ import torch
 
 from syncrec.batch import Batch, build_batch, trim
 from trainer.data.dataset import SPLIT_LENGTH
-from trainer.data.handover import Packed, Packer, unpack
+from trainer.data.handover import Packed, Packer, refuse_small_shared_memory, unpack
 from trainer.data.histories import NO_USERS, Histories
 from trainer.data.negatives import NegativesConfig, shared_negatives, target_negatives
 from trainer.data.plan import Plan
@@ -34,7 +34,7 @@ class StreamConfig(SourceConfig):
 
     workers: int = -1  # processes a rank that build batches; −1: as many as it takes; 0: in the training process itself
     prefetch: int = 4  # batches that each worker keeps ready
-    verify: bool = True  # check each shard's checksum when it is opened, and each block's when it is read
+    verify: bool = True  # check each block's checksum when it is read, and a shard's when its home rank opens it
     damaged: Literal["stop", "skip"] = "stop"  # skip: train without the users of damaged blocks, and count them
     shuffle: bool = True  # another order each epoch; off: the dataset's own order, each epoch alike
     balance: bool = True  # move users between ranks, so that all have equally much to do; off: as the shards lie
@@ -114,7 +114,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
                 begun = time.perf_counter()
                 epoch, step = self.plan.locate(position)
                 wanted_B = self.plan.users(epoch, step, self.rank)
-                users = histories.read(wanted_B)
+                users = histories.read(wanted_B, self.plan.home_shards(epoch, self.rank))
                 if histories.opened > known:  # what comes after these may have to be fetched
                     known = histories.opened
                     self.plan.dataset.ahead(self.plan.next_shards(epoch, step, self.rank))
@@ -267,9 +267,13 @@ def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None =
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
+    looked_at = not workers
     for batch in loader:
         if isinstance(batch, _Refusal):
             raise InputError(batch.reason, one_rank=True)
+        if not looked_at and isinstance(batch, Packed):
+            refuse_small_shared_memory(len(batch.piece), workers, config.prefetch, batches.plan.world_size)
+            looked_at = True
         yield unpack(batch) if isinstance(batch, Packed) else batch
 
 

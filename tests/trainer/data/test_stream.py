@@ -362,6 +362,17 @@ def test_a_worker_does_not_collect_what_its_parent_left(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
 
 
+class Small:
+    f_blocks, f_bavail, f_frsize = 4, 4, 2**10
+
+
+def test_what_loaders_need_of_shared_memory_is_looked_at_before_the_first_batch(dataset, monkeypatch):
+    monkeypatch.setattr("trainer.data.handover.os.statvfs", lambda path: Small)
+    with pytest.raises(InputError, match=r"/dev/shm has 4 KiB, .* the loaders need .* \(1 ranks x 6 batches x "):
+        next(batches_of(dataset, 8, workers=2))
+    assert next(batches_of(dataset, 8, workers=0))
+
+
 @pytest.mark.parametrize(("key", "value"), [("workers", -2), ("prefetch", 0)])
 def test_bad_values_name_the_key(key, value):
     with pytest.raises(ValueError, match=rf"stream\.{key} is {value}"):
