@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from embeddings.control_groups import host_memory
 
 _FLOAT = 4
 _STATE = {  # floats that a fused optimizer keeps of a row of r: (in units of r, besides)
@@ -29,7 +30,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Beside:
+class HostNeeds:
     """What a rank takes of its host beside the rows. checkpoints: they are written, and so the rows are copied to the host,
     wherever they lie. loaders: bytes of the processes that build batches."""
 
@@ -62,7 +63,7 @@ class Capacity:
         return f"{rows}; the host has no room for a second copy: training waits while a checkpoint is written"
 
 
-def plan_capacity(config, optimizer, rows, dim, room: Room, beside: Beside = Beside()) -> Capacity:
+def plan_capacity(config, optimizer, rows, dim, room: Room, beside: HostNeeds = HostNeeds()) -> Capacity:
     """Settles table.placement for a rank with so many rows.
 
     optimizer: the name in force (never "auto"). Raises ValueError with the arithmetic where they fit nowhere, and where
@@ -115,7 +116,7 @@ def _placed(config, optimizer, rows, dim, room, beside):
 def free_room(device: torch.device) -> Room:
     """What is free now, the least over all ranks, so that all of them plan alike. Called on all ranks."""
     cuda = device.type == "cuda"
-    found = torch.tensor([torch.cuda.mem_get_info(device)[0] if cuda else 0, _host_memory() // ranks_of_host()])
+    found = torch.tensor([torch.cuda.mem_get_info(device)[0] if cuda else 0, host_memory() // ranks_of_host()])
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     on_device, host = found.tolist()
     return Room(on_device if cuda else None, host)
@@ -130,60 +131,6 @@ def ranks_of_host():
 def _left_of_host(room, beside):
     loaders = f", of which loaders take {_size(beside.loaders)}" if beside.loaders else ""
     return f"the host has {_size(room.host)} left for a rank{loaders}"
-
-
-def _host_memory(root=Path("/")):
-    """Bytes that this process may still take: the kernel's estimate, or what the tightest of its control groups leaves.
-
-    root: where /proc and /sys are.
-    """
-    free = 1024 * (_numbers(root / "proc/meminfo")["MemAvailable"] + _numbers(root / "proc/meminfo").get("SwapFree", 0))
-    return min([free, *(left for group in _groups(root) if (left := _left_in(group)) is not None)])
-
-
-# How a group's limit, what it has taken, and what of that are files that are only kept in case are called.
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-def _groups(root):
-    """(folder, names) of this process's control groups and all that they are in, by version 2 and version 1.
-
-    A container may see its own group as the mounted root while /proc names it as its host does: what is not there is passed
-    over, and the root is always looked at.
-    """
-    mounts = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = ["0::/"]
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            tops = [(mounts, _V2), (mounts / "unified", _V2)]
-        elif "memory" in controllers.split(","):
-            tops = [(mounts / "memory", _V1), (mounts / controllers, _V1)]
-        else:
-            continue
-        for top, names in dict.fromkeys(tops):
-            group = top / path.strip("/")
-            yield from ((folder, names) for folder in (group, *group.parents) if folder.is_relative_to(top))
-
-
-def _left_in(group):
-    """Bytes that a control group leaves; None where it is not there or has no limit."""
-    folder, (limit, used, files) = group
-    try:
-        left = int((folder / limit).read_text()) - int((folder / used).read_text())  # "max": no limit
-        return left + _numbers(folder / "memory.stat").get(files, 0)
-    except (OSError, ValueError):
-        return None
-
-
-def _numbers(file):
-    """{name: number} of lines such as `MemFree: 12 kB` and `inactive_file 12`."""
-    words = [line.replace(":", " ").split() for line in file.read_text().splitlines()]
-    return {name: int(value) for name, value, *_ in words}
 
 
 def _size(count):

@@ -17,7 +17,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
 
-from embeddings.capacity import Beside, free_room, plan_capacity, ranks_of_host
+from embeddings.capacity import HostNeeds, free_room, plan_capacity, ranks_of_host
 from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params, optimizer_name
 from embeddings.rows import RowScatter
@@ -40,7 +40,7 @@ class ItemTable:
         alone, so that any number of ranks starts from the same table.
 
         filled: False where all rows are read from a checkpoint next: they are not drawn, and cannot be looked up before.
-        beside: what the host has to have room for besides (`Beside`).
+        beside: what the host has to have room for besides (`HostNeeds`).
         Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row, or the rows fit nowhere.
         """
         ranks = dist.get_world_size()
@@ -51,7 +51,7 @@ class ItemTable:
         params = fused_params(config, self.device.type)
         own_rows = -(-rows // ranks)
         room = free_room(self.device)
-        self.capacity = plan_capacity(config, optimizer_name(config), own_rows, dim, room, beside or Beside())
+        self.capacity = plan_capacity(config, optimizer_name(config), own_rows, dim, room, beside or HostNeeds())
         described = EmbeddingConfig(
             name=_TABLE, embedding_dim=dim, num_embeddings=rows, feature_names=[_FEATURE], init_fn=_leave
         )

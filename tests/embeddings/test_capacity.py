@@ -84,14 +84,14 @@ def test_what_fits_nowhere_is_refused_with_the_arithmetic(given, message):
 
 
 def test_a_table_is_refused_before_it_is_allocated(group, monkeypatch):
-    monkeypatch.setattr(capacity, "_host_memory", lambda: 10**6)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 10**6)
     with pytest.raises(ValueError, match=r"the host has 1\.0 MB left for a rank"):
         ItemTable(10**9, 128, TableConfig(), 0, "cpu")
 
 
 def test_ranks_of_a_host_share_its_memory(group, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
-    monkeypatch.setattr(capacity, "_host_memory", lambda: 80 * GB)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 80 * GB)
     for local, expected in (("4", 20 * GB), ("8", 10 * GB), (None, 5 * GB)):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if local:
@@ -101,7 +101,7 @@ def test_ranks_of_a_host_share_its_memory(group, monkeypatch):
 
 def test_the_hosts_free_memory_is_between_nothing_and_all_of_it():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 10**7 < capacity._host_memory() < 2 * total
+    assert 10**7 < capacity.host_memory() < 2 * total
 
 
 @pytest.mark.parametrize("cache_share", [None, 0.25])

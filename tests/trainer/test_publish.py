@@ -62,8 +62,8 @@ def good(monkeypatch, quick):
     """good(first=, second=): every user's rank by a run; both are of 20 users, in turn of either domain."""
 
     def set_ranks(**rank_of):
-        def of(run, config, dataset, ranks):
-            name = next(name for name in rank_of if f"{name}0" in str(run))
+        def of(model, table, best, config, dataset, ranks, drawn=None):
+            name = next(name for name in rank_of if f"{name}0" in config.run)
             given = rank_of[name]
             rank_D = given if isinstance(given, tuple) else (given, given)
             domain_U = np.arange(dataset.users) % 2
