@@ -80,8 +80,8 @@ def plan_capacity(config, optimizer, rows, dim, room: Room, beside: HostNeeds = 
     if piece <= left:
         return replace(capacity, checkpoint=piece, copied=False)
     raise ValueError(
-        f"a checkpoint takes {_size(piece)} of the host at least; {_left_of_host(room, beside)}, of which the rows take "
-        f"{_size(capacity.host)}: use more hosts, or fewer ranks a host"
+        f"a checkpoint takes {_size(piece)} of the host at least beside rows of {_size(capacity.host)}; "
+        f"{_left_of_host(room, beside)}: use more hosts, or fewer ranks a host"
     )
 
 

@@ -125,7 +125,7 @@ def test_a_file_whose_pages_are_broken_is_named(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(tmp_path, world_size, monkeypatch):
+def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(tmp_path, world_size):
     """Whatever pieces they come in."""
     users = 40
     dataset = write_dataset(tmp_path / "data", draw_histories(users), cuts=(7, 11, 20, 29), streams=4)

@@ -1,15 +1,18 @@
 """What is published, what is refused, and that the pointer always names a model that loads."""
 
 import fcntl
+import gc
 import json
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 import trainer.publish
+from embeddings.table import ItemTable
 from tests.trainer.runs import SmallRun, best_of, finished_run, rank_of_one, seal, train
 from trainer.checkpoint import BEST, RunState, write_json
 from trainer.config import to_yaml
@@ -74,6 +77,24 @@ def good(monkeypatch, quick):
     return set_ranks
 
 
+@pytest.fixture
+def tables(monkeypatch):
+    """How many tables there are in memory whenever one has been made; nothing is collected that the code does not collect."""
+    modules, counts = [], []
+    make = ItemTable.__init__
+
+    def counted(self, *given, **named):
+        make(self, *given, **named)
+        modules.append(weakref.ref(self._kernel))
+        counts.append(sum(module() is not None for module in modules))
+
+    monkeypatch.setattr(ItemTable, "__init__", counted)
+    gc.collect()
+    gc.disable()
+    yield counts
+    gc.enable()
+
+
 def publish_it(run, folder, **options):
     return publish(run.folder, folder, run.ranks, PublishConfig(**options))
 
@@ -108,6 +129,26 @@ def test_figures_are_those_of_both_models(first, second, tmp_path):
         expected = rank_run(run.folder, run.ranks)["domains"]
         for domain, figures in record["domains"].items():
             assert figures[name] == pytest.approx(expected[domain]["NDCG@10"]) and figures["users"] == expected[domain]["users"]
+
+
+def test_there_is_never_a_second_table(first, second, tmp_path, tables):
+    """The candidate's is read once; the current model's is read into the same one."""
+    publish_it(first, tmp_path / "to", tolerance=1.0)
+    assert tables == [1]
+    assert publish_it(second, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0)["published"] == "0002"
+    assert tables == [1, 1]
+    rank_run(second.folder, second.ranks)
+    assert tables == [1, 1, 1]
+
+
+def test_a_table_of_another_width_is_made_when_the_other_is_gone(ranks, first, tmp_path, tables, quick):
+    wide = finished_run(tmp_path / "wide", ranks, "model.dim=16")
+    shutil.rmtree(wide.dataset.folder)
+    shutil.copytree(first.dataset.folder, wide.dataset.folder)
+    tables.clear()
+    publish_it(first, tmp_path / "to", tolerance=1.0)
+    publish_it(wide, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0)
+    assert tables == [1, 1, 1]
 
 
 def test_one_domain_that_is_worse_is_enough_to_refuse(first, second, tmp_path, good):
