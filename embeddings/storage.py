@@ -52,7 +52,7 @@ def load_shard(table, folder: Path, ranges: Ranges | None = None):
     with table.rewritten() as (first, tensors):
         rows = len(tensors["weight"])
         filled = 0
-        for file in _files_with(folder, ranges, first, first + rows):
+        for file in files_with(folder, ranges, first, first + rows):
             with safe_open(file, framework="pt") as stored:
                 facts = stored.metadata() or {}
                 if (facts.get("rows"), facts.get("scatter_step")) != (str(table.rows), str(table.scatter.step)):
@@ -89,7 +89,7 @@ def pieces(tensor: torch.Tensor, low: int, high: int) -> Iterator[tuple[int, int
         yield begin, min(begin + step, high)
 
 
-def _files_with(folder, ranges, first, last):
+def files_with(folder, ranges, first, last):
     """The table files that may hold stored rows first … last − 1."""
     if ranges is None:
         return sorted(folder.glob("table-*.safetensors"))
