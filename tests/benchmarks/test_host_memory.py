@@ -12,7 +12,8 @@ from tests.alone import as_a_script, in_this_process
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     file = tmp_path_factory.mktemp("host_memory") / "result.json"
-    given = ["rows=[1000, 200000000]", "ranks=[8]", "ranks_a_host=4", "device_bytes=80000000000", "host_bytes=500000000000"]
+    given = ["rows=[1000,200000000,250000000]", "ranks=[8]", "ranks_a_host=4"]
+    given += ["device_bytes=80000000000", "host_bytes=500000000000"]
     with pytest.MonkeyPatch.context() as patch, as_a_script():
         patch.setattr(suite, "in_own_process", in_this_process)
         patch.setattr(sys, "argv", ["host_memory.py", "--short", "--json", str(file), *given])
@@ -21,11 +22,13 @@ def record(tmp_path_factory):
 
 
 def test_a_host_has_what_its_ranks_have_together(record):
-    small, _, cached, refused = record["plans"]
+    small, _, cached, on_cpu, refused, _ = record["plans"]
     assert small["device_bytes"] == 1000 * 129 * 4 and small["host_checkpoint"] == 4 * small["device_bytes"]
     assert small["host_rows"] == 0 and small["copied"]
-    assert cached["host_rows"] == 4 * 200_000_000 * 129 * 4 and not cached["copied"] or "refused" in cached
-    assert "500" not in refused.get("refused", "") and "125.0 GB left for a rank" in refused["refused"] or refused["copied"]
+    for large in (cached, on_cpu):
+        assert large["host_rows"] == 4 * 200_000_000 * 129 * 4
+        assert not large["copied"] and large["host_checkpoint"] == 4 * 2**26
+    assert "125.0 GB left for a rank" in refused["refused"]
 
 
 def test_each_file_and_each_byte_is_read_once_where_as_many_ranks_read_as_wrote(record):
