@@ -6,7 +6,7 @@
         optimizer.safetensors              the dense optimizer's state
         table-00000-of-00002.safetensors   rows of M with the fused optimizer's state, one file a rank that wrote
         metrics.jsonl                      what was logged until then
-        manifest.json                      size and checksum of every other file
+        manifest.json                      size and checksum of every other file, and which rows a table's has
     run/best.json                          names the checkpoint with the best validation
 
 Random numbers need no state: they are drawn from (seed, step, …). A checkpoint is written under another name, each file
@@ -25,7 +25,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from embeddings.storage import ShardCopy, load_shard
+from embeddings.storage import Ranges, ShardCopy, load_shard
 from trainer.control import agree, largest
 from trainer.dense import full_optimizer_state, full_state, restore_optimizer_state
 from trainer.errors import InputError
@@ -96,7 +96,8 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, engine, table, state: RunState):
-        """Copies everything to the host, and has it written. Only the copy, and a checkpoint still in flight, hold it up.
+        """Copies everything to the host, and has it written. Only the copy, and a checkpoint still in flight, hold it up; where
+        the host has no room for a copy, all of it does.
 
         Where the best validation is of this step, state.best gets the folder's name.
         """
@@ -117,6 +118,8 @@ class Checkpoints:
         text = json.dumps({"format_version": FORMAT_VERSION, "state": asdict(state), **self.facts}, indent=1)
         self._thread = Thread(target=self._write, args=(shard, tensors, text, logged), daemon=True, name="checkpoint")
         self._thread.start()
+        if not shard.copied:  # it is written from the table, which must stay as it is
+            self.finish()
 
     def settle(self, writing):
         """Makes the checkpoint visible once no rank is writing any more. writing: what `agree` said."""
@@ -140,6 +143,7 @@ class Checkpoints:
                 _copy_start(self.run / METRICS_FILE, self._partial / METRICS_FILE, logged)
                 names += [*tensors, STATE, METRICS_FILE]
             part = {name: _flushed(self._partial / name) for name in names}
+            part[shard.name] |= shard.range
             write_json(self._partial / f"part-{self.ranks.rank:05d}.json", part)
         except BaseException as error:  # raised where all ranks meet
             self._error = error
@@ -286,14 +290,23 @@ def restore_optimizers(folder: Path, engine, table):
     """Fills the table, its optimizer's state, and the dense optimizer's state. On all ranks."""
     with reading(folder):
         restore_optimizer_state(engine, load_file(folder / OPTIMIZER))
-        load_shard(table, folder)
+        load_shard(table, folder, table_ranges(folder))
 
 
 def restore_best(folder: Path, model, table):
     """Fills model and table from a checkpoint that is whole. Called on all ranks."""
     restore_model(folder, model)
     with reading(folder):
-        load_shard(table, folder)
+        load_shard(table, folder, table_ranges(folder))
+
+
+def table_ranges(folder: Path) -> Ranges | None:
+    """Which stored rows each table file of a checkpoint holds, as its manifest says; None: it was written before they said."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    tables = {name: entry for name, entry in files.items() if name.startswith("table-")}
+    if not all("first_row" in entry for entry in tables.values()):
+        return None
+    return {name: (int(entry["first_row"]), int(entry["rows"])) for name, entry in tables.items()}
 
 
 def best_checkpoint(run: Path, ranks) -> tuple[Path, dict, dict]:

@@ -200,7 +200,8 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
     popularity = item_counts(dataset)
     longest = 1 + batches.config.negatives
     if batches.given is not None:
-        longest = max((len(rows) for _, rows in batches.given.values()), default=1)
+        # Of all ranks' users, where each rank has been given its own.
+        longest = getattr(batches.given, "longest", None) or max((len(rows) for _, rows in batches.given.values()), default=1)
     histogram = np.zeros((2, len(dataset.domains), longest), np.int64)
     skipped, reasons = 0, {}
     for done, candidates in enumerate(built, start=1):

@@ -53,9 +53,10 @@ class ExportConfig:
             _faiss_index(self.faiss, 8)
 
 
-def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
+def export_run(run, output, ranks, config: ExportConfig, data=None, trained=None) -> dict:
     """Writes the folder `output` and returns its schema. Called on all ranks; the first one writes.
 
+    trained: what `best_model` gave of the run, where it has been read already; the model is on the CPU afterwards.
     Raises InputError for whatever is wrong with the run, and where `output` is there already or cannot be written: then there
     is no new output at all.
     """
@@ -68,7 +69,7 @@ def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
         raise InputError(f"{run}: {error}") from None
     by_the_first(lambda: _begin(output, partial), ranks.first)
     try:
-        model, table, best = best_model(run, run_config, dataset, ranks)
+        model, table, best = trained or best_model(run, run_config, dataset, ranks)
         with Stages(ranks.first) as stages:
             with stages("exporting item vectors", total=sum(domain.items for domain in dataset.domains)) as advance:
                 for number, domain in enumerate(dataset.domains):

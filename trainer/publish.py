@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.best import best_model, config_of, open_run
+from trainer.best import TableSlot, best_model, config_of, open_run
 from trainer.bootstrap import GroupMeans
 from trainer.checkpoint import best_checkpoint, write_json
 from trainer.control import by_the_first
@@ -32,7 +32,7 @@ from trainer.data.extend import EXTENSION
 from trainer.data.work import exclusive
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
-from trainer.exchanged import own_item_gains
+from trainer.exchanged import DrawnUsers, own_item_gains
 from trainer.export import ENCODER, SCHEMA, ExportConfig, export_run
 from trainer.log import HEADLINE
 from trainer.serving_example import load_encoder, plain_program
@@ -83,13 +83,19 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
         identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
         if current and all(current.get(name) == value for name, value in identity.items()):
             return current | {"published": current["number"], "reasons": []}
-        record = identity | _compared(candidate, current, run_config, dataset, ranks, config)
+        slot = TableSlot()  # one table for both models, and for what is exported
+        others_U = None
+        if current is not None:
+            other_config = config_of(current["run"])
+            others_U, _ = _ranks(*best_model(current["run"], other_config, dataset, ranks, slot), other_config, dataset, ranks)
+        trained = best_model(candidate, run_config, dataset, ranks, slot)
+        record = identity | _compared(trained, others_U, current, run_config, dataset, ranks, config)
         record["reasons"] = reasons_against(record["domains"], config)
         if record["reasons"]:
             return by_the_first(lambda: _refuse(published, record), ranks.first)
         number = by_the_first(lambda: _begin(published), ranks.first)
         partial = published / "versions" / f"{number}.partial"
-        export_run(candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data)
+        export_run(candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data, trained)
         return by_the_first(lambda: _finish(published, partial, record | {"number": number}, config), ranks.first)
 
 
@@ -184,18 +190,17 @@ def roll_back(published, to=None) -> dict:
     return record
 
 
-def _compared(candidate, current, run_config, dataset, ranks, config):
-    """Figures by domain of both models, on the users by whom a domain is judged."""
-    rank_U, domain_U = _ranks(candidate, run_config, dataset, ranks)
-    others_U = None
-    if current is not None:
-        others_U, _ = _ranks(current["run"], config_of(current["run"]), dataset, ranks)
+def _compared(trained, others_U, current, run_config, dataset, ranks, config):
+    """Figures by domain of both models, on the users by whom a domain is judged. trained: what `best_model` gave of the
+    candidate; others_U: the ranks by the current model, if there is one."""
     newest = dataset.folder / EXTENSION / "users.npy"
     came_U = np.zeros(dataset.users, bool)
     if newest.is_file():
         came_U[np.load(newest, allow_pickle=False)] = True
-    users = np.flatnonzero(came_U & (rank_U > 0) if newest.is_file() else rank_U > 0)
-    gains = own_item_gains(candidate, run_config, dataset, ranks, users, config.least_users)
+    drawn = DrawnUsers(run_config, came_U if newest.is_file() else np.ones(dataset.users, bool))
+    rank_U, domain_U = _ranks(*trained, run_config, dataset, ranks, drawn)
+    model, table, _ = trained
+    gains = own_item_gains(model, table, run_config, dataset, ranks, drawn, config.least_users)
     found = {}
     for number, domain in enumerate(dataset.domains):
         own_U = (rank_U > 0) & (domain_U == number)
@@ -220,16 +225,18 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
     return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
 
 
-def _ranks(run, config, dataset, ranks):
-    """Each user's rank of the test item among the drawn ones, 0 of those without, and the item's domain; of all ranks."""
-    model, table, _ = best_model(run, config, dataset, ranks)
-    found = torch.zeros(2, dataset.users, dtype=torch.int64)
+def _ranks(model, table, _best, config, dataset, ranks, drawn=None):
+    """Each user's rank of the test item among the drawn ones, 0 of those without, and the item's domain; of all ranks. drawn: a
+    DrawnUsers that sees them too."""
+    found = torch.zeros(2, dataset.users, dtype=torch.int32)
 
-    def visit(candidates, ranks_B, _scores_C):
+    def visit(candidates, ranks_B, scores_C):
         real = candidates.user_B >= 0
         users = torch.from_numpy(candidates.user_B[real])
-        found[0, users] = torch.from_numpy(ranks_B[real])
-        found[1, users] = torch.from_numpy(candidates.domain_B[real])
+        found[0, users] = torch.from_numpy(ranks_B[real]).int()
+        found[1, users] = torch.from_numpy(candidates.domain_B[real]).int()
+        if drawn is not None:
+            drawn.visit(candidates, ranks_B, scores_C)
 
     evaluate_split(model, table, dataset, ranks, config, "test", visit=visit)
     dist.all_reduce(found)

@@ -13,7 +13,7 @@ from trainer.checkpoint import write_json
 from trainer.determinism import deterministic_sums
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split, evaluation_record
-from trainer.exchange import ResultWriter, read_candidates
+from trainer.exchange import ResultWriter, read_candidates_of_rank
 from trainer.full_ranking import full_record, rank_fully, summed
 from trainer.log import METRICS_FILE
 from trainer.report import FULL, write_report
@@ -37,7 +37,7 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
 
 
 def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
-    given = read_candidates(dataset, candidates) if candidates else None
+    given = read_candidates_of_rank(dataset, candidates, ranks, config) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
     writer = ResultWriter(dataset, output, ranks) if output else None
     sampled_U, domain_U = np.zeros((2, dataset.users if full else 0), np.int32)

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
-import embeddings.storage
 import trainer.checkpoint
 from tests.trainer.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
 from trainer.checkpoint import BEST, RunState, checkpoints, newest, verify
@@ -90,12 +89,12 @@ _calls, _fsync = None, os.fsync
 
 def install():
     """Has every call that writes go through `_calls`, if there is one."""
-    storage, checkpoint = embeddings.storage.save_file, trainer.checkpoint.save_file
+    checkpoint = trainer.checkpoint.save_file
 
     def through(real, name):
         return lambda *arguments: (getattr(_calls, name) if _calls else real)(*arguments)
 
-    embeddings.storage.save_file, trainer.checkpoint.save_file = through(storage, "save_file"), through(checkpoint, "save_file")
+    trainer.checkpoint.save_file = through(checkpoint, "save_file")
     os.fsync = through(_fsync, "fsync")
     sys.addaudithook(lambda event, arguments: _calls and _calls.audit(event, arguments))
 

@@ -101,9 +101,9 @@ def train(trainer, steps):
     return trainer
 
 
-def finished_run(folder, ranks):
+def finished_run(folder, ranks, *settings):
     """A SmallRun of three steps whose best model others can open."""
-    run = SmallRun(folder, ranks, "optimizer.learning_rate=0.03")  # what begins at zero has to show
+    run = SmallRun(folder, ranks, "optimizer.learning_rate=0.03", *settings)  # what begins at zero has to show
     run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
     write_json(run.folder / BEST, best_of(3))
     (run.folder / "config.yaml").write_text(to_yaml(run.config))

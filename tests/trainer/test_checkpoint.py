@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import embeddings.capacity
+import embeddings.storage
 import trainer.checkpoint
 from embeddings.config import TableConfig
 from embeddings.storage import ShardCopy
@@ -34,9 +37,12 @@ from trainer.checkpoint import (
     newest,
     read_state,
     restore_best,
+    table_ranges,
     verify,
 )
 from trainer.errors import InputError
+from trainer.loop import describe
+from trainer.memory import loader_bytes
 
 ROOT = Path(__file__).parents[2]
 TABLE = "table-00000-of-00001.safetensors"
@@ -469,6 +475,38 @@ def test_a_planted_pickle_would_leave_its_mark(tmp_path):
 
 
 # The best model, for evaluation.
+
+
+def test_the_manifest_says_which_rows_a_table_file_has(run, tmp_path):
+    """One that was written before it said so is read all the same."""
+    folder = run.save(train(run.trainer(), 1), RunState(step=1))
+    rows = run.dataset.num_embeddings
+    assert table_ranges(folder) == {TABLE: (0, rows)}
+    shutil.copytree(folder, tmp_path / "older")
+    seal(tmp_path / "older")
+    assert table_ranges(tmp_path / "older") is None
+    assert same(everything(run.trainer(folder, 1)), everything(run.trainer(tmp_path / "older", 1)))
+
+
+def test_without_room_for_a_copy_the_table_itself_is_written(run, monkeypatch):
+    """Training waits for it: when `save` is over the checkpoint is there, with what a copy would have had."""
+    trainer = train(run.trainer(), 2)
+    needed = trainer.table.capacity.host + loader_bytes(run.config, run.dataset, 1)
+    monkeypatch.setattr(embeddings.capacity, "host_memory", lambda: needed + 200)
+    monkeypatch.setattr(embeddings.capacity, "PIECE", 100)
+    monkeypatch.setattr(embeddings.storage, "PIECE", 100)
+    short = train(run.trainer(), 2)
+    assert trainer.table.capacity.copied and not short.table.capacity.copied
+    assert "training waits while a checkpoint is written" in describe(short)
+    writer = run.checkpoints()
+    writer.save(short.engine, short.table, RunState(step=2))
+    assert not writer.writing and [folder.name for folder in checkpoints(run.folder)] == ["step-00000002"]
+    saved = everything(short)
+    train(short, 1)
+    assert same(everything(run.trainer(checkpoints(run.folder)[0], 2)), saved)
+    monkeypatch.setattr(embeddings.capacity, "host_memory", lambda: needed + 99)
+    with pytest.raises(InputError, match=r"a checkpoint takes 0\.1 kB of the host at least beside rows of"):
+        run.trainer()
 
 
 def test_the_best_model_is_loaded_without_an_optimizer(run):
