@@ -11,11 +11,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from embeddings.rows import RowScatter
+from embeddings.storage import table_paths
 
 _BLOCK = 1 << 18  # rows of a file that are held at once
 
 
-def carry_rows(table, folder: Path, source_N, group_N, init_std, kept=1.0):
+def carry_rows(table, folder: Path, source_N, group_N, init_std, kept=1.0, names=None):
     """Fills this rank's rows from the files of any number of ranks in `folder`. Called on all ranks, of a table that has just
     been made.
 
@@ -25,21 +26,22 @@ def carry_rows(table, folder: Path, source_N, group_N, init_std, kept=1.0):
     init_std: of the vectors that the table was made with, which are what is spread. kept: what every vector is multiplied by in
     the end; the optimizer's state, sums of squared gradients, by its square (Ash and Adams, 2020, "On Warm-Starting Neural
     Network Training": shrunk, they follow what is new as fresh ones do, and still know what they knew).
+    names: of the table's files in the folder; None: all that a listing has.
     Raises ValueError where the files are of another width or optimizer, or do not hold every row that is asked for.
     """
     with table.rewritten() as (first, tensors):
         own_N = table.scatter.row(np.arange(first, first + len(tensors["weight"])))
         source_N, group_N = np.asarray(source_N, np.int64)[own_N], np.asarray(group_N, np.int64)[own_N]
-        _read(table, folder, tensors, source_N)
+        _read(table, table_paths(folder, names), tensors, source_N)
         _begin(tensors["weight"], source_N, group_N, init_std)
         if kept != 1:
             for name, tensor in tensors.items():
                 tensor.mul_(kept if name == "weight" else kept**2)
 
 
-def _read(table, folder, tensors, source_N):
+def _read(table, files, tensors, source_N):
     found = 0
-    for file in sorted(folder.glob("table-*.safetensors")):
+    for file in files:
         with safe_open(file, framework="pt") as stored:
             facts = stored.metadata() or {}
             scatter = RowScatter(int(facts["rows"]))
@@ -67,7 +69,7 @@ def _read(table, folder, tensors, source_N):
             table.updates = int(facts["updates"])
     if found != np.count_nonzero(source_N >= 0):
         wanted = np.count_nonzero(source_N >= 0)
-        raise ValueError(f"{folder}: table files hold {found} of the {wanted} rows that rank {dist.get_rank()} asks for")
+        raise ValueError(f"table files hold {found} of the {wanted} rows that rank {dist.get_rank()} asks for")
 
 
 def _begin(weight, source_N, group_N, init_std):

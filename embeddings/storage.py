@@ -30,16 +30,17 @@ class ShardCopy:
         return self.name
 
 
-def load_shard(table, folder: Path):
+def load_shard(table, folder: Path, names: list[str] | None = None):
     """Fills this rank's rows, and the optimizer state that the table has, from the files of any number of ranks. Called on
     all ranks.
 
-    Raises ValueError where they are of another table or optimizer, or do not hold every row.
+    names: of the files; None: all that a listing of the folder has. Raises ValueError where they are
+    of another table or optimizer, or do not hold every row.
     """
     with table.rewritten() as (first, tensors):
         rows = len(tensors["weight"])
         filled = 0
-        for file in sorted(folder.glob("table-*.safetensors")):
+        for file in table_paths(folder, names):
             with safe_open(file, framework="pt") as stored:
                 facts = stored.metadata() or {}
                 if (facts.get("rows"), facts.get("scatter_step")) != (str(table.rows), str(table.scatter.step)):
@@ -59,3 +60,8 @@ def load_shard(table, folder: Path):
                 table.updates = int(facts["updates"])
     if filled != rows:
         raise ValueError(f"{folder}: table files hold {filled} of the {rows} rows of rank {dist.get_rank()}")
+
+
+def table_paths(folder: Path, names: list[str] | None = None) -> list[Path]:
+    """The table's files in a folder: those of these names, or all that a listing has."""
+    return sorted(folder.glob("table-*.safetensors")) if names is None else [folder / name for name in names]

@@ -8,18 +8,26 @@ from embeddings.table import ItemTable
 from syncrec.model import SyNCRec
 from trainer.checkpoint import best_checkpoint, restore_best
 from trainer.config import RunConfig, load_config
+from trainer.consensus import on_all_ranks
 from trainer.data.dataset import Dataset
 from trainer.data.source import is_hidden
 from trainer.errors import InputError
+from trainer.start import require_same_start
 from trainer.warm import carried
 
 
 def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
-    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved.
+    """The configuration that a run had, and its dataset, the same on all ranks. data: the dataset's folder or address where it
+    has moved. Called on all ranks.
 
     Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """
-    run = Path(run)
+    config, dataset = on_all_ranks(lambda: _opened(Path(run), data, of_all_domains))
+    require_same_start(config, dataset)
+    return config, dataset
+
+
+def _opened(run, data, of_all_domains):
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     config = load_config([run / "config.yaml"], [])

@@ -1,16 +1,18 @@
 """Candidates that others rank too, and results per user: raw ids in and out, as Parquet."""
 
-import os
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import torch.distributed as dist
 
+from trainer.control import by_the_first
 from trainer.data.dataset import USERS
 from trainer.errors import InputError
+from trainer.files import Patience, StorageLate, replaced
 
 
 def read_candidates(dataset, file):
@@ -141,24 +143,32 @@ class ResultWriter:
     def finish(self):
         """Called on all ranks after the last user."""
         self._writer.close()
-        dist.barrier()
-        if self.ranks.first:
-            partial = self.file.with_name(self.file.name + ".partial")
-            parts = [self._part(rank) for rank in range(self.ranks.world_size)]
-            users = _quoted(self.dataset.local(USERS))
-            try:
-                with duckdb.connect() as engine:
-                    engine.execute(
-                        "COPY (SELECT u.user_id, r.domain, r.rank, r.scores "
-                        f"FROM read_parquet([{', '.join(map(_quoted, parts))}]) r "
-                        f"JOIN read_parquet({users}) u ON u.user = r.user ORDER BY r.user) "
-                        f"TO {_quoted(partial)} (FORMAT parquet)"
-                    )
-                os.replace(partial, self.file)
-            finally:
-                for file in (partial, *parts):
-                    file.unlink(missing_ok=True)
-        dist.barrier()
+        mine = torch.tensor([self._part(self.ranks.rank).stat().st_size])
+        sizes = [torch.empty_like(mine) for _ in range(self.ranks.world_size)]
+        dist.all_gather(sizes, mine)
+        by_the_first(lambda: self._join([int(size) for size in sizes]), self.ranks.first)
+
+    def _join(self, sizes):
+        """One file of all parts, which other hosts may have written only now."""
+        parts = [self._part(rank) for rank in range(self.ranks.world_size)]
+        users = _quoted(self.dataset.local(USERS))
+        patience = Patience()
+        try:
+            for part, size in zip(parts, sizes, strict=True):
+                while not _has(part, size):
+                    if patience.over:
+                        raise StorageLate(f"{part}: is not seen on this host: --output has to be on storage that all hosts see")
+                    patience.wait()
+            with replaced(self.file) as partial, duckdb.connect() as engine:
+                engine.execute(
+                    "COPY (SELECT u.user_id, r.domain, r.rank, r.scores "
+                    f"FROM read_parquet([{', '.join(map(_quoted, parts))}]) r "
+                    f"JOIN read_parquet({users}) u ON u.user = r.user ORDER BY r.user) "
+                    f"TO {_quoted(partial)} (FORMAT parquet)"
+                )
+        finally:
+            for file in (self.file.with_name(self.file.name + ".partial"), *parts):
+                file.unlink(missing_ok=True)
 
     def discard(self):
         """Takes this rank's part away, where ranking failed."""
@@ -174,6 +184,13 @@ def _refuse(engine, file, offenders, message):
     found = engine.execute(f"SELECT * FROM ({offenders}) ORDER BY 1 LIMIT 1").fetchone()
     if found:
         raise InputError(f"{file}: row {found[0]}: {message.format(found[1])}")
+
+
+def _has(file, size):
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _quoted(path):

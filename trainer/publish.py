@@ -13,6 +13,7 @@ far less difference than then whose item it is (trainer/exchanged.py).
 
 import contextlib
 import datetime
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -24,7 +25,8 @@ import torch.distributed as dist
 
 from trainer.best import best_model, open_run
 from trainer.bootstrap import GroupMeans
-from trainer.checkpoint import best_checkpoint, write_json
+from trainer.checkpoint import best_checkpoint
+from trainer.consensus import on_all_ranks, require_same
 from trainer.control import by_the_first
 from trainer.data.dataset import File
 from trainer.data.extend import EXTENSION
@@ -33,6 +35,7 @@ from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
 from trainer.exchanged import own_item_gains
 from trainer.export import SCHEMA, ExportConfig, export_run
+from trainer.files import move_folder, patiently, write_json
 from trainer.log import HEADLINE
 
 _UNLIKE = "the logs are unlike those before"
@@ -147,7 +150,8 @@ def roll_back(published, to=None) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         current = None
     if to is None:
-        older = [number for number in versions if current is not None and number < current]
+        known = isinstance(current, str) and current.isdecimal()
+        older = [number for number in versions if known and int(number) < int(current)]
         if not older:
             raise InputError(f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}")
         to = older[-1]
@@ -165,11 +169,8 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
     if current is not None:
         other_config, _ = open_run(current["run"], dataset.folder)
         others_U, _ = _ranks(current["run"], other_config, dataset, ranks)
-    newest = dataset.folder / EXTENSION / "users.npy"
-    came_U = np.zeros(dataset.users, bool)
-    if newest.is_file():
-        came_U[np.load(newest, allow_pickle=False)] = True
-    users = np.flatnonzero(came_U & (rank_U > 0) if newest.is_file() else rank_U > 0)
+    extended, came_U = _came(dataset)
+    users = np.flatnonzero(came_U & (rank_U > 0) if extended else rank_U > 0)
     gains = own_item_gains(candidate, run_config, dataset, ranks, users, config.least_users)
     found = {}
     for number, domain in enumerate(dataset.domains):
@@ -193,6 +194,19 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
             "own_item_then": before.get("own_item"),
         }
     return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
+
+
+def _came(dataset):
+    """Whether the dataset extends another one, and which users came with its newest logs, (U,); the same on all ranks."""
+    extended = on_all_ranks((dataset.folder / EXTENSION).is_dir)
+    require_same({"a dataset with other newest logs": {"extended": extended}})
+    came_U = np.zeros(dataset.users, bool)
+    if extended:
+        newest = dataset.folder / EXTENSION / "users.npy"
+        users = on_all_ranks(lambda: patiently(lambda: np.load(newest, allow_pickle=False)))
+        require_same({"a dataset with other newest logs": {"users": hashlib.sha256(users.tobytes()).hexdigest()[:16]}})
+        came_U[users] = True
+    return extended, came_U
 
 
 def _ranks(run, config, dataset, ranks):
@@ -235,8 +249,9 @@ def _alone(published, ranks):
 
 
 def _versions(published):
-    """Numbers of the versions that are there, rising."""
-    return sorted(path.name for path in (published / "versions").glob("[0-9]*") if path.suffix == "" and path.is_dir())
+    """Numbers of the versions that are there, as they are written, rising."""
+    names = [path.name for path in (published / "versions").glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(names, key=int)
 
 
 def _refuse(published, record):
@@ -261,7 +276,7 @@ def _finish(published, partial, record, config):
     record |= {"published": record["number"], "time": _now()}
     write_json(partial / VERSION, record)
     _check(partial)
-    partial.rename(partial.with_suffix(""))
+    move_folder(partial, partial.with_suffix(""))
     _point(published, record["number"])
     (published / REFUSED).unlink(missing_ok=True)
     for number in _versions(published)[: -1 - config.keep]:

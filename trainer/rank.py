@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trainer.best import best_model, open_run
-from trainer.checkpoint import write_json
+from trainer.consensus import on_all_ranks
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.exchange import ResultWriter, read_candidates
+from trainer.files import write_json
 from trainer.full_ranking import full_record, rank_fully, summed
 from trainer.log import METRICS_FILE
 from trainer.report import FULL, write_report
@@ -31,9 +32,9 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     if full and candidates:
         raise InputError("--candidates: with --ranking full all items of the domain are the candidates; leave one of them out")
     config, dataset = open_run(run, data)
-    given = read_candidates(dataset, candidates) if candidates else None
+    given = on_all_ranks(lambda: read_candidates(dataset, candidates)) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
-    writer = ResultWriter(dataset, output, ranks) if output else None
+    writer = on_all_ranks(lambda: ResultWriter(dataset, output, ranks)) if output else None
     sampled_U, domain_U = np.zeros((2, dataset.users if full else 0), np.int32)
 
     def visit(candidates, ranks_B, scores_C):

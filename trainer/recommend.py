@@ -31,7 +31,8 @@ import torch.distributed as dist
 from embeddings.ranking import ExactRanking, Excluded
 from syncrec.batch import move
 from trainer.best import best_model, open_run
-from trainer.checkpoint import MANIFEST, write_json
+from trainer.checkpoint import MANIFEST
+from trainer.consensus import on_all_ranks
 from trainer.control import by_the_first
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
 from trainer.data.dataset import TICKS
@@ -42,6 +43,7 @@ from trainer.data.vocabulary import item_ids
 from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
 from trainer.evaluate import query_of
+from trainer.files import move_folder, patiently, write_json
 
 RECORD = "recommend.json"
 FORMAT_VERSION = 1
@@ -163,7 +165,9 @@ class _Recommendations:
         with self.stages("recommending", total=asked.users) as advance:
             advance(min(asked.users, (count - len(missing)) * part_users))
             for part in missing:
-                ids, lengths_B, rows_N, ticks_N = read_histories(self.folder / "histories", part)
+                histories = self.folder / "histories"
+                read = on_all_ranks(lambda: patiently(lambda: read_histories(histories, part)))  # noqa: B023 (called at once)
+                ids, lengths_B, rows_N, ticks_N = read
                 top = scorer(lengths_B, rows_N, ticks_N, advance)
                 by_the_first(self._writing(lambda: self._write(part, scorer, ids, lengths_B, top)), self.ranks.first)  # noqa: B023
 
@@ -179,17 +183,18 @@ class _Recommendations:
             rows = {}
             partial = self.work.folder / "whole.partial"
             partial.mkdir(exist_ok=True)
-            for part in sorted((self.work.folder / "parts").glob("?????")):
+            parts = [part for part in (self.work.folder / "parts").iterdir() if part.name.isdecimal()]
+            for part in sorted(parts, key=lambda part: int(part.name)):
                 for file in part.glob("domain=*/*.parquet"):
                     target = partial / file.relative_to(part)
                     target.parent.mkdir(exist_ok=True)
-                    file.rename(target)
+                    file.rename(target)  # was flushed with its part
             for name in made_from["domains"]:
                 files = sorted((partial / folder_of(name)).glob("*.parquet"))
                 rows[name] = sum(pq.read_metadata(file).num_rows for file in files)
             record = {"made_from": made_from, **asdict(asked), "rows": rows}
             write_json(partial / RECORD, record)
-            partial.rename(whole)
+            move_folder(partial, whole)
             self.work.deliver("whole")
             return record
 

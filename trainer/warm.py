@@ -2,6 +2,7 @@
 (`warm_start=RUN`), and to be evaluated. Items are found again by their ids.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 
 from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
-from trainer.checkpoint import best_checkpoint, dense_state, reading
+from trainer.checkpoint import best_checkpoint, dense_state, reading, table_files
 from trainer.config import RunConfig, flat, load_config
+from trainer.consensus import on_all_ranks, require_same
 from trainer.data.dataset import Dataset
 from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
 from trainer.errors import InputError
@@ -74,15 +76,20 @@ class Carried:
         return f"{self.known:,} of {np.count_nonzero(self.group_N >= 0):,} items"
 
     def restore_model(self, model):
-        """Fills the dense model's weights and buffers, before an engine is built around it."""
-        with reading(self.folder):
-            knots = model.config.time_knots
-            model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+        """Fills the dense model's weights and buffers, before an engine is built around it. Called on all ranks."""
+
+        def fill():
+            with reading(self.folder):
+                knots = model.config.time_knots
+                model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+
+        on_all_ranks(fill)
 
     def restore_table(self, table, init_std, kept=1.0):
         """Fills the table and its optimizer's state; kept: see carry_rows. Called on all ranks."""
         with reading(self.folder):
-            carry_rows(table, self.folder, self.source_N, self.group_N, init_std, kept)
+            names = table_files(self.folder)
+            carry_rows(table, self.folder, self.source_N, self.group_N, init_std, kept, names)
 
 
 def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | None:
@@ -93,8 +100,12 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
     if not config.warm_start:
         return None
     run = Path(config.warm_start)
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+
+    def look():
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+
+    on_all_ranks(look)
     folder, _, facts = best_checkpoint(run, ranks)
     refused = _differences(facts["config"], flat(config))
     if refused:
@@ -103,8 +114,15 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
 
 
 def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
-    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Raises InputError where
-    nobody knows any more what its rows were, and where the datasets have no domain in common."""
+    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Called on all ranks. Raises
+    InputError where nobody knows any more what its rows were, and where the datasets have no domain in common."""
+    found = on_all_ranks(lambda: _carried(run, folder, fingerprint, dataset))
+    checksum = hashlib.sha256(np.ascontiguousarray(found.source_N)).hexdigest()[:16]
+    require_same({"another part of the old table": {"rows": checksum, "domains": found.old_of_D, "times": found.spans}})
+    return found
+
+
+def _carried(run, folder, fingerprint, dataset):
     names, span, source_N = _known_rows(run, fingerprint, dataset)
     group_N = np.full(dataset.num_embeddings, -1, np.int32)
     for number, domain in enumerate(dataset.domains):
