@@ -115,6 +115,7 @@ def forked(work):
         try:
             # The threads that reduce are not there any more; a sum over one rank is what it was.
             dist.all_reduce = lambda *_, **__: None
+            dist.broadcast = lambda *_, **__: None
             dist.all_gather = _gathered_alone
             dist.gather = _gathered_alone
             os.write(writing, json.dumps(work()).encode())
