@@ -34,9 +34,8 @@ def load_shard(table, folder: Path, names: list[str] | None = None):
     """Fills this rank's rows, and the optimizer state that the table has, from the files of any number of ranks. Called on
     all ranks.
 
-    names: of the files; None: all that a listing of the folder has. Raises ValueError where they are
-    of another table or optimizer, or do not hold every row.
-    """
+    names: of the files; None: all that a listing of the folder has. Raises ValueError where they
+    are of another table or optimizer, or do not hold every row. """
     with table.rewritten() as (first, tensors):
         rows = len(tensors["weight"])
         filled = 0

@@ -44,10 +44,10 @@ def missing(name, without):
 def build(name) -> Path:
     """Compiles <name>.cpp, up to half a minute once, and returns the library. Raises Unavailable.
 
-    Not by torch.utils.cpp_extension.load: it waits for ever for a build that was killed. Two processes that both find no
-    library both build one, and the second replaces the first's by the same. Where the cache folder cannot be written, the
-    library lies in a folder of this user's among the machine's temporary files.
-    """
+    Not by torch.utils.cpp_extension.load: it waits for ever for a build that was killed. Two
+    processes that both find no library both build one, and the second replaces the first's by the
+    same. Where the cache folder cannot be written, the library lies in a folder of this user's
+    among the machine's temporary files. """
     source = Path(__file__).with_name(f"{name}.cpp")
     written = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     kind = "\n".join([*_FLAGS, torch.__version__, platform.machine(), _features()]).encode()
@@ -64,7 +64,8 @@ def build(name) -> Path:
     if not compiler:
         raise Unavailable("there is no C++ compiler (c++, g++ or $CXX)")
     try:
-        # A name of its own: in a home that several hosts or containers share, a process number is not this process's alone.
+        # A name of its own: in a home that several hosts or containers share, a process number is
+        # not this process's alone.
         handle, partial = tempfile.mkstemp(".partial", f"{name}-", library.parent)
         os.close(handle)
         try:

@@ -17,8 +17,8 @@ from trainer.warm import carried
 
 
 def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
-    """The configuration that a run had, and its dataset, the same on all ranks. data: the dataset's folder or address where it
-    has moved. Called on all ranks.
+    """The configuration that a run had, and its dataset, the same on all ranks. data: the dataset's
+    folder or address where it has moved. Called on all ranks.
 
     Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """

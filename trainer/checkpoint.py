@@ -13,10 +13,9 @@
 Random numbers need no state: they are drawn from (seed, step, …). A checkpoint is written under another name, each file
 flushed to disk, and becomes visible by one rename; what a kill leaves under the other name is never read.
 
-Other hosts may see all that late. So the ranks tell the first one over the group what they have written, the first one alone
-chooses the checkpoint to go on from, and everybody opens the files that its manifest names. A listing is asked only for
-checkpoints that nothing names.
-"""
+Other hosts may see all that late. So the ranks tell the first one over the group what they have
+written, the first one alone chooses the checkpoint to go on from, and everybody opens the files
+that its manifest names. A listing is asked only for checkpoints that nothing names. """
 
 import errno
 import json
@@ -149,8 +148,8 @@ class Checkpoints:
         self._thread.start()
 
     def _begin(self, step):
-        """Which one of this step it is. Its folder is begun anew: a run of another number of ranks may
-        have left one that no listing has shown."""
+        """Which one of this step it is. Its folder is begun anew: a run of another number of ranks
+        may have left one that no listing has shown."""
         same = [_number(folder)[1] + 1 for folder in checkpoints(self.run) if _number(folder)[0] == step]
         again = max(same, default=0)
         while (self.folder / _name_of(step, again)).exists():  # a listing may be older
@@ -215,7 +214,8 @@ class Checkpoints:
         )
 
     def _gathered(self):
-        """The manifest's entries of all ranks' files, on the first rank; sent by those who wrote them."""
+        """The manifest's entries of all ranks' files, on the first rank; sent by those who wrote
+        them."""
         world = self.ranks.world_size
         entry = self._written[_table_name(self.ranks.rank, world)]
         mine = torch.tensor([entry["bytes"], *_halves(entry["xxh3_128"])])
@@ -270,8 +270,8 @@ class Checkpoints:
 
 
 def checkpoints(run: Path):
-    """The run's checkpoints, newest first, as a listing has them, which may be late; those that are still written, or half
-    removed, are none."""
+    """The run's checkpoints, newest first, as a listing has them, which may be late; those that are
+    still written, or half removed, are none."""
     folder = run / "checkpoints"
     found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
     return sorted(found, key=_number, reverse=True)
@@ -288,7 +288,8 @@ def _name_of(step, again):
 
 
 def _known(run):
-    """Names of the run's checkpoints, newest first: those that are listed, and those that best.json and latest.json name."""
+    """Names of the run's checkpoints, newest first: those that are listed, and those that best.json
+    and latest.json name."""
     names = {folder.name for folder in checkpoints(run)}
     for file in (BEST, LATEST):
         try:
@@ -304,9 +305,8 @@ def newest(run: Path, ranks, say, patience: Patience | None = None):
     """The newest whole checkpoint and what its state.json says; (None, None) where there is none.
     Called on all ranks: the first one chooses, and all of them read.
 
-    say(text): called with each checkpoint that is skipped and why, by the rank that found it. Raises
-    InputError where a rank has another checkpoint than the first one, or none.
-    """
+    say(text): called with each checkpoint that is skipped and why, by the rank that found it.
+    Raises InputError where a rank has another checkpoint than the first one, or none. """
     patience = patience or Patience()
     for name in by_the_first(lambda: _known(run), ranks.first):
         folder = run / "checkpoints" / name
@@ -335,8 +335,8 @@ def damage_of(folder: Path, ranks, patience: Patience) -> str | None:
     """None where a checkpoint is whole, else what this rank finds wrong with it, "" where that is
     nothing. Called on all ranks, which share the reading.
 
-    What may only be late is looked at again while the patience lasts. Raises InputError where the first
-    rank has a manifest and another one has another, or none: they do not see the same folder.
+    What may only be late is looked at again while the patience lasts. Raises InputError where the
+    first rank has a manifest and another one has another, or none: they do not see the same folder.
     """
     text, damage = by_the_first(lambda: _manifest_of(folder, patience), ranks.first)
     if damage is not None:
@@ -403,7 +403,8 @@ def verify(folder: Path, rank=0, ranks=1):
 
 
 def _entries(folder, text):
-    """{name: (bytes, checksum)} of a manifest's text. Raises Damaged. Files that it does not name are nobody's."""
+    """{name: (bytes, checksum)} of a manifest's text. Raises Damaged. Files that it does not name
+    are nobody's."""
     try:
         manifest = json.loads(text)
         version, files = manifest["format_version"], dict(manifest["files"])
@@ -515,8 +516,8 @@ def restore_best(folder: Path, model, table):
 
 
 def best_checkpoint(run: Path, ranks) -> tuple[Path, dict, dict]:
-    """The folder of the run's best checkpoint, found whole, what best.json says of it, and what its state.json says. Called on
-    all ranks: the first one chooses, and they share the reading."""
+    """The folder of the run's best checkpoint, found whole, what best.json says of it, and what its
+    state.json says. Called on all ranks: the first one chooses, and they share the reading."""
     patience = Patience()
     best = by_the_first(lambda: _best(run, patience), ranks.first)
     folder = run / best["folder"]
@@ -534,7 +535,8 @@ def best_checkpoint(run: Path, ranks) -> tuple[Path, dict, dict]:
 
 
 def _best(run, patience):
-    """What best.json says. It may be late: what it names is taken away where there is a better one."""
+    """What best.json says. It may be late: what it names is taken away where there is a better
+    one."""
     while True:
         over = patience.over
         try:
@@ -626,6 +628,7 @@ def _joined(halves):
 
 
 def _os_error_of(error):
-    """The number that safetensors has in its text, e.g. "I/O error: No space left on device (os error 28)"."""
+    """The number that safetensors has in its text, e.g. "I/O error: No space left on device (os
+    error 28)"."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None

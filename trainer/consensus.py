@@ -1,9 +1,10 @@
-"""Where the ranks meet at the start: all of them can use what they were given, and it is the same on all of them.
+"""Where the ranks meet at the start: all of them can use what they were given, and it is the same
+on all of them.
 
-What only one rank or host meets (a dataset that is not mounted there, another copy of it, another version of a library) ends
-all ranks with one line that names it, in place of leaving the others in a collective, or of training on a mixture. A few
-fixed-size numbers of each rank are gathered; words are sent by those alone that have something to say.
-"""
+What only one rank or host meets (a dataset that is not mounted there, another copy of it, another
+version of a library) ends all ranks with one line that names it, in place of leaving the others in
+a collective, or of training on a mixture. A few fixed-size numbers of each rank are gathered; words
+are sent by those alone that have something to say. """
 
 import hashlib
 import json
@@ -26,11 +27,12 @@ _OTHERS_SAY = "its own lines say why; the same command goes on from the last che
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """What work() returns, once it has succeeded on all ranks. They all call it; work itself talks to no other rank.
+    """What work() returns, once it has succeeded on all ranks. They all call it; work itself talks
+    to no other rank.
 
-    Where it raises an InputError or an OSError on some, all of them raise the same InputError, which names these ranks and
-    their hosts. Any other exception is raised by the rank that meets it, and RanksLost by the others.
-    """
+    Where it raises an InputError or an OSError on some, all of them raise the same InputError,
+    which names these ranks and their hosts. Any other exception is raised by the rank that meets
+    it, and RanksLost by the others. """
     outcome, trouble, fault = None, None, None
     try:
         outcome = work()
@@ -64,11 +66,11 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def require_same(facts: dict[str, dict]) -> None:
-    """Raises InputError on all ranks where some have other facts than most of them, and names the ranks, their hosts and what
-    differs. Called on all ranks.
+    """Raises InputError on all ranks where some have other facts than most of them, and names the
+    ranks, their hosts and what differs. Called on all ranks.
 
-    facts: by what it is called in a message ("another dataset"), values by their names, as JSON has them.
-    """
+    facts: by what it is called in a message ("another dataset"), values by their names, as JSON has
+    them. """
     facts = json.loads(json.dumps(facts))
     rows = _gathered([_digest(json.dumps(part, sort_keys=True)) for part in facts.values()])
     columns = list(zip(*rows, strict=True))
@@ -93,8 +95,9 @@ def require_same(facts: dict[str, dict]) -> None:
 
 
 def all_see(look: Callable[[], str | None], patience: Patience, beat: Callable[[], None] = lambda: None) -> str | None:
-    """None once look() says None on every rank; where time is up before, what it says on this one, "" where that is nothing.
-    Called on all ranks, which go on together; beat: called between two looks.
+    """None once look() says None on every rank; where time is up before, what it says on this one,
+    "" where that is nothing. Called on all ranks, which go on together; beat: called between two
+    looks.
 
     look: says what is not seen yet. A rank that has seen it looks no more.
     """

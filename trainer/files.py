@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all, after a power cut too; and patience with a storage that shows them late.
+"""Files that are there whole or not at all, after a power cut too; and patience with a storage that
+shows them late.
 
-Whoever writes a file writes it under another name, flushes it to disk, moves it over with one rename, and flushes the folder.
-On a network file system another host may see that later: NFS keeps what it knows of a file or a folder for up to 60 s
-(`acregmax` and `acdirmax` of nfs(5)). So nobody decides by a listing: files are opened by their names, and what is not there
-yet is looked for again while a `Patience` lasts.
-"""
+Whoever writes a file writes it under another name, flushes it to disk, moves it over with one
+rename, and flushes the folder. On a network file system another host may see that later: NFS keeps
+what it knows of a file or a folder for up to 60 s (`acregmax` and `acdirmax` of nfs(5)). So nobody
+decides by a listing: files are opened by their names, and what is not there yet is looked for again
+while a `Patience` lasts. """
 
 import contextlib
 import errno
@@ -22,7 +23,8 @@ T = TypeVar("T")
 LATENESS = 75.0  # seconds after which every host sees what was written: NFS's 60, and some to spare
 PAUSE = 0.5  # seconds between two looks
 
-# What a storage says in passing: a handle of before, a server that is away for a while, a folder that is not seen yet.
+# What a storage says in passing: a handle of before, a server that is away for a while, a folder
+# that is not seen yet.
 _PASSING = {
     errno.EAGAIN,
     errno.EINTR,
@@ -37,13 +39,15 @@ _PASSING = {
 
 
 class StorageLate(InputError):
-    """The storage did not show, take or give a file in time; the same command goes on from the last checkpoint."""
+    """The storage did not show, take or give a file in time; the same command goes on from the last
+    checkpoint."""
 
     status = 5
 
 
 class Patience:
-    """How long files that others wrote are still looked for: LATENESS seconds from when it was made."""
+    """How long files that others wrote are still looked for: LATENESS seconds from when it was
+    made."""
 
     def __init__(self):
         self._end = time.monotonic() + LATENESS
@@ -59,7 +63,8 @@ class Patience:
 
 
 def patiently(read: Callable[[], T], patience: Patience | None = None) -> T:
-    """What read() returns, tried again while it raises an OSError that passes. Raises the last one."""
+    """What read() returns, tried again while it raises an OSError that passes. Raises the last
+    one."""
     patience = patience or Patience()
     while True:
         over = patience.over
@@ -89,7 +94,8 @@ def write_text(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yields the name under which the file is to be written; it takes the file's place where nothing is raised."""
+    """Yields the name under which the file is to be written; it takes the file's place where
+    nothing is raised."""
     partial = file.with_name(file.name + ".partial")
     yield partial
     flush(partial)

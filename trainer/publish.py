@@ -197,7 +197,8 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
 
 
 def _came(dataset):
-    """Whether the dataset extends another one, and which users came with its newest logs, (U,); the same on all ranks."""
+    """Whether the dataset extends another one, and which users came with its newest logs, (U,); the
+    same on all ranks."""
     extended = on_all_ranks((dataset.folder / EXTENSION).is_dir)
     require_same({"a dataset with other newest logs": {"extended": extended}})
     came_U = np.zeros(dataset.users, bool)

@@ -6,10 +6,10 @@
     FOLDER/days/NAME/retrain.json   how it ended; report.md says it in words
     FOLDER/published                what serves (trainer/publish.py)
 
-Each stage leaves something that the next call finds: killed anywhere, the same command goes on there. A day that is refused
-stays out of what follows, and so does one that was rolled back: the next one extends the dataset of the version that serves,
-and their logs may be given again. What a stage has done is read from what it left: a launcher's status may say anything.
-"""
+Each stage leaves something that the next call finds: killed anywhere, the same command goes on
+there. A day that is refused stays out of what follows, and so does one that was rolled back: the
+next one extends the dataset of the version that serves, and their logs may be given again. What a
+stage has done is read from what it left: a launcher's status may say anything. """
 
 import contextlib
 import json
@@ -207,7 +207,8 @@ def _plan(config, folder, day):
 
 
 def _day_of(folder, current):
-    """The retrain.json of the day whose model serves; where another run's does, of the newest day that was published."""
+    """The retrain.json of the day whose model serves; where another run's does, of the newest day
+    that was published."""
     published = [result for result in _results(folder) if result["published"]]
     for result in published:
         if current is not None and (folder / "days" / result["name"] / "run").resolve() == Path(current["run"]):

@@ -78,8 +78,9 @@ def is_empty(run: Path) -> bool:
 
 
 def require_same_start(config: RunConfig, dataset, **command) -> None:
-    """Raises InputError on all ranks, and names those that differ, where they do not have the same dataset, settings but for
-    places, versions, and `command`, what else the command line says. Called on all ranks."""
+    """Raises InputError on all ranks, and names those that differ, where they do not have the same
+    dataset, settings but for places, versions, and `command`, what else the command line says.
+    Called on all ranks."""
     require_same(
         {
             "another dataset": {"fingerprint": dataset.fingerprint},
@@ -97,7 +98,8 @@ def shared_settings(config: RunConfig) -> dict:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of the libraries on which a step's arithmetic rests, and of this program, with a checksum of its files."""
+    """Of the libraries on which a step's arithmetic rests, and of this program, with a checksum of
+    its files."""
     found = {}
     for package in (*PACKAGES, _PROGRAM):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # started from a checkout
@@ -179,8 +181,8 @@ def shown_value(values, key):
 
 
 def leave_nothing(run: Path):
-    """Takes away what a run that could not begin has written into a folder that was empty before, and
-    nothing else; a checkpoint or a model stays."""
+    """Takes away what a run that could not begin has written into a folder that was empty before,
+    and nothing else; a checkpoint or a model stays."""
     if not run.is_dir() or checkpoints(run) or any((run / name).exists() for name in (BEST, LATEST)):
         return
     for name in ("config.yaml", METRICS_FILE):

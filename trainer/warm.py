@@ -76,7 +76,8 @@ class Carried:
         return f"{self.known:,} of {np.count_nonzero(self.group_N >= 0):,} items"
 
     def restore_model(self, model):
-        """Fills the dense model's weights and buffers, before an engine is built around it. Called on all ranks."""
+        """Fills the dense model's weights and buffers, before an engine is built around it. Called
+        on all ranks."""
 
         def fill():
             with reading(self.folder):
@@ -114,8 +115,9 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
 
 
 def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
-    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Called on all ranks. Raises
-    InputError where nobody knows any more what its rows were, and where the datasets have no domain in common."""
+    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one.
+    Called on all ranks. Raises InputError where nobody knows any more what its rows were, and where
+    the datasets have no domain in common."""
     found = on_all_ranks(lambda: _carried(run, folder, fingerprint, dataset))
     checksum = hashlib.sha256(np.ascontiguousarray(found.source_N)).hexdigest()[:16]
     require_same({"another part of the old table": {"rows": checksum, "domains": found.old_of_D, "times": found.spans}})

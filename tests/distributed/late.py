@@ -1,4 +1,5 @@
-"""A shared storage that shows one rank what others wrote only after a while, as NFS does: for Python's own file operations."""
+"""A shared storage that shows one rank what others wrote only after a while, as NFS does: for
+Python's own file operations."""
 
 import builtins
 import contextlib
@@ -12,10 +13,11 @@ from unittest import mock
 
 
 class Late:
-    """Paths that match `pattern` (of fnmatch) are not seen as they are until `seconds` after the first look at one of them.
+    """Paths that match `pattern` (of fnmatch) are not seen as they are until `seconds` after the
+    first look at one of them.
 
-    how: "unlisted", not in listings; "absent", ENOENT besides; "short", the attributes of an empty file; "stale", ESTALE.
-    """
+    how: "unlisted", not in listings; "absent", ENOENT besides; "short", the attributes of an empty
+    file; "stale", ESTALE. """
 
     def __init__(self, pattern, seconds, how="absent"):
         self.pattern, self.seconds, self.how = pattern, seconds, how

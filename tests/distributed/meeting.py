@@ -1,9 +1,10 @@
-"""Started with two real ranks: one after the other, what goes wrong where they do not have the same, or see it late.
+"""Started with two real ranks: one after the other, what goes wrong where they do not have the
+same, or see it late.
 
 python meeting.py FOLDER
 
-FOLDER has copy0 and copy1, datasets of the same logs with other seeds, and host0 and host1, both the first one. Leaves
-FOLDER/rank0.json and rank1.json: by the case, what came of it on that rank.
+FOLDER has copy0 and copy1, datasets of the same logs with other seeds, and host0 and host1, both
+the first one. Leaves FOLDER/rank0.json and rank1.json: by the case, what came of it on that rank.
 """
 
 import contextlib
@@ -69,7 +70,8 @@ class Meeting:
 
     @contextlib.contextmanager
     def late(self, rank, pattern, seconds, how="absent", patience=20.0):
-        """Within it a rank sees files late, and all wait so long for them; the rank has to have looked in vain."""
+        """Within it a rank sees files late, and all wait so long for them; the rank has to have
+        looked in vain."""
         late = Late(pattern, seconds, how)
         seen = late.seen() if self.rank == rank else contextlib.nullcontext()
         with mock.patch.object(trainer.files, "LATENESS", patience), seen:

@@ -1,5 +1,5 @@
-"""Two ranks that do not have the same dataset, settings, versions or checkpoint, or see on a shared storage what is there only
-late."""
+"""Two ranks that do not have the same dataset, settings, versions or checkpoint, or see on a shared
+storage what is there only late."""
 
 import json
 import re

@@ -57,7 +57,8 @@ class Disk:
         return moved
 
     def check(self, source):
-        """Notes each file and folder that is moved, or lies in what is moved, and is not on disk."""
+        """Notes each file and folder that is moved, or lies in what is moved, and is not on
+        disk."""
         for place, _, names in os.walk(source) if os.path.isdir(source) else [(None, [], [])]:
             for path in (place, *(os.path.join(place, name) for name in names)):
                 self.torn += [] if self.flushed.get(path) == self.state(path) else [os.path.relpath(path, self.root)]
