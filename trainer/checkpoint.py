@@ -187,7 +187,7 @@ class Checkpoints:
         try:
             on_all_ranks(self._without_error)
             files = self._gathered()
-            unseen = all_see(lambda: self._unseen(files), Patience(), self._beat)
+            unseen = all_see(lambda: self._unseen(files), Patience(self.run), self._beat)
             if unseen is not None:
                 unseen = unseen or "another rank's file is not seen"
                 raise StorageLate(self._says(unseen, "run=DIR has to be one folder, which all hosts see"))
@@ -307,7 +307,7 @@ def newest(run: Path, ranks, say, patience: Patience | None = None):
 
     say(text): called with each checkpoint that is skipped and why, by the rank that found it.
     Raises InputError where a rank has another checkpoint than the first one, or none. """
-    patience = patience or Patience()
+    patience = patience or Patience(run)
     for name in by_the_first(lambda: _known(run), ranks.first):
         folder = run / "checkpoints" / name
         damage = damage_of(folder, ranks, patience)
@@ -439,10 +439,11 @@ def _look_at_files(folder, expected):
 
 def _compare_checksums(folder, expected, rank, ranks):
     """Reads every ranks-th file. Raises Damaged."""
+    patience = Patience(folder)
     for number, (name, (_, checksum)) in enumerate(sorted(expected.items())):
         file = folder / name
         try:
-            if number % ranks == rank and patiently(lambda: _checksum(file)) != checksum:  # noqa: B023 (called at once)
+            if number % ranks == rank and patiently(lambda: _checksum(file), patience) != checksum:  # noqa: B023 (called at once)
                 raise Damaged(f"{file} has another checksum than the manifest says")
         except OSError as error:
             raise Damaged(f"{file} cannot be read ({error.strerror})") from None
@@ -451,7 +452,7 @@ def _compare_checksums(folder, expected, rank, ranks):
 def table_files(folder: Path) -> list[str]:
     """Names of the table's files in a checkpoint, as its manifest has them. Raises Damaged."""
     try:
-        expected = _entries(folder, patiently(lambda: (folder / MANIFEST).read_text()))
+        expected = _entries(folder, patiently((folder / MANIFEST).read_text, Patience(folder)))
     except (OSError, UnicodeError):
         raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
     return sorted(name for name in expected if name.startswith("table-") and name.endswith(".safetensors"))
@@ -518,7 +519,7 @@ def restore_best(folder: Path, model, table):
 def best_checkpoint(run: Path, ranks) -> tuple[Path, dict, dict]:
     """The folder of the run's best checkpoint, found whole, what best.json says of it, and what its
     state.json says. Called on all ranks: the first one chooses, and they share the reading."""
-    patience = Patience()
+    patience = Patience(run)
     best = by_the_first(lambda: _best(run, patience), ranks.first)
     folder = run / best["folder"]
     damage = damage_of(folder, ranks, patience)

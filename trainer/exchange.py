@@ -152,7 +152,7 @@ class ResultWriter:
         """One file of all parts, which other hosts may have written only now."""
         parts = [self._part(rank) for rank in range(self.ranks.world_size)]
         users = _quoted(self.dataset.local(USERS))
-        patience = Patience()
+        patience = Patience(self.file.parent)
         try:
             for part, size in zip(parts, sizes, strict=True):
                 while not _has(part, size):

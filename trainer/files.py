@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ T = TypeVar("T")
 LATENESS = 75.0  # seconds after which every host sees what was written: NFS's 60, and some to spare
 PAUSE = 0.5  # seconds between two looks
 
+# File systems that no other host writes in; any other, and an unknown one, may show things late.
+_OF_ONE_HOST = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 # What a storage says in passing: a handle of before, a server that is away for a while, a folder
 # that is not seen yet.
 _PASSING = {
@@ -46,11 +49,11 @@ class StorageLate(InputError):
 
 
 class Patience:
-    """How long files that others wrote are still looked for: LATENESS seconds from when it was
-    made."""
+    """How long files that others wrote into a folder are still looked for: LATENESS seconds from when
+    it was made; not at all where the folder lies on a disk of this host's own."""
 
-    def __init__(self):
-        self._end = time.monotonic() + LATENESS
+    def __init__(self, folder: Path):
+        self._end = time.monotonic() + (LATENESS if is_shared(folder) else 0.0)
 
     @property
     def over(self) -> bool:
@@ -62,10 +65,9 @@ class Patience:
         time.sleep(min(PAUSE, max(0.0, self._end - time.monotonic())))
 
 
-def patiently(read: Callable[[], T], patience: Patience | None = None) -> T:
+def patiently(read: Callable[[], T], patience: Patience) -> T:
     """What read() returns, tried again while it raises an OSError that passes. Raises the last
     one."""
-    patience = patience or Patience()
     while True:
         over = patience.over
         try:
@@ -74,6 +76,28 @@ def patiently(read: Callable[[], T], patience: Patience | None = None) -> T:
             if over or not passes(error.errno):
                 raise
         patience.wait()
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether other hosts may write in a folder: where its file system is none that one host has."""
+    place = os.path.realpath(folder)
+    kind, longest = "", -1
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return True
+    for line in lines:  # 36 35 98:0 /root /mount/point options - ext3 source options, see proc(5)
+        fields, _, others = line.partition(" - ")
+        point = _unescaped(fields.split()[4]).rstrip("/")
+        if len(point) >= longest and (place == point or place.startswith(f"{point}/")):
+            longest = len(point)
+            kind = others.split()[0]
+    return kind not in _OF_ONE_HOST
+
+
+def _unescaped(text):
+    """A path of mountinfo, where blanks and the like are octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def passes(number: int | None) -> bool:

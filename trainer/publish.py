@@ -35,7 +35,7 @@ from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
 from trainer.exchanged import own_item_gains
 from trainer.export import SCHEMA, ExportConfig, export_run
-from trainer.files import move_folder, patiently, write_json
+from trainer.files import Patience, move_folder, patiently, write_json
 from trainer.log import HEADLINE
 
 _UNLIKE = "the logs are unlike those before"
@@ -204,7 +204,8 @@ def _came(dataset):
     came_U = np.zeros(dataset.users, bool)
     if extended:
         newest = dataset.folder / EXTENSION / "users.npy"
-        users = on_all_ranks(lambda: patiently(lambda: np.load(newest, allow_pickle=False)))
+        patience = Patience(newest.parent)
+        users = on_all_ranks(lambda: patiently(lambda: np.load(newest, allow_pickle=False), patience))
         require_same({"a dataset with other newest logs": {"users": hashlib.sha256(users.tobytes()).hexdigest()[:16]}})
         came_U[users] = True
     return extended, came_U

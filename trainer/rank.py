@@ -34,7 +34,12 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     config, dataset = open_run(run, data)
     given = on_all_ranks(lambda: read_candidates(dataset, candidates)) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
-    writer = on_all_ranks(lambda: ResultWriter(dataset, output, ranks)) if output else None
+    writer = None
+
+    def begin():
+        nonlocal writer
+        writer = ResultWriter(dataset, output, ranks)
+
     sampled_U, domain_U = np.zeros((2, dataset.users if full else 0), np.int32)
 
     def visit(candidates, ranks_B, scores_C):
@@ -46,6 +51,8 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
             writer.add(candidates, ranks_B, scores_C)
 
     try:
+        if output:
+            on_all_ranks(begin)
         ranking = _rank(model, table, dataset, ranks, config, split, given, visit)
     except BaseException:
         if writer:

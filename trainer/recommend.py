@@ -43,7 +43,7 @@ from trainer.data.vocabulary import item_ids
 from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
 from trainer.evaluate import query_of
-from trainer.files import move_folder, patiently, write_json
+from trainer.files import Patience, move_folder, patiently, write_json
 
 RECORD = "recommend.json"
 FORMAT_VERSION = 1
@@ -166,8 +166,9 @@ class _Recommendations:
             advance(min(asked.users, (count - len(missing)) * part_users))
             for part in missing:
                 histories = self.folder / "histories"
-                read = on_all_ranks(lambda: patiently(lambda: read_histories(histories, part)))  # noqa: B023 (called at once)
-                ids, lengths_B, rows_N, ticks_N = read
+                ids, lengths_B, rows_N, ticks_N = on_all_ranks(
+                    lambda: patiently(lambda: read_histories(histories, part), Patience(histories))  # noqa: B023 (at once)
+                )
                 top = scorer(lengths_B, rows_N, ticks_N, advance)
                 by_the_first(self._writing(lambda: self._write(part, scorer, ids, lengths_B, top)), self.ranks.first)  # noqa: B023
 

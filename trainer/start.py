@@ -122,7 +122,7 @@ def find_start(run: Path, config: RunConfig, dataset, ranks, accept_changes=Fals
     def say(text):
         print(f"rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
 
-    patience = Patience()
+    patience = Patience(run)
     folder, facts = newest(run, ranks, say, patience)
     if folder is None:
         damaged = by_the_first(lambda: len(checkpoints(run)), ranks.first)

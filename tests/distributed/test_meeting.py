@@ -31,7 +31,7 @@ def folder(dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def met(folder):
     """What tests/distributed/meeting.py finds, of both ranks."""
-    done = run(deepspeed(2, Path(__file__).with_name("meeting.py"), folder), OMP_NUM_THREADS="1", PYTHONPATH=".")
+    done = run(deepspeed(2, Path(__file__).with_name("meeting.py"), folder), timeout=500, OMP_NUM_THREADS="1", PYTHONPATH=".")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], done
 
 

@@ -174,7 +174,8 @@ def test_what_passes_is_tried_again(times, number):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.files, "LATENESS", 60.0)
         patch.setattr(trainer.files, "PAUSE", 0.0)
-        assert patiently(read) == "read" and left == [0]
+        patch.setattr(trainer.files, "is_shared", lambda folder: True)
+        assert patiently(read, Patience(Path())) == "read" and left == [0]
 
 
 @given(st.sampled_from(LASTING))
@@ -182,18 +183,59 @@ def test_what_lasts_is_not(number):
     read, left = late(3, number)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.files, "LATENESS", 60.0)
+        patch.setattr(trainer.files, "is_shared", lambda folder: True)
         with pytest.raises(OSError, match=r"file"):
-            patiently(read)
+            patiently(read, Patience(Path()))
     assert left == [2] and not passes(number)
 
 
-def test_once_time_is_up_nothing_is_late(monkeypatch):
-    monkeypatch.setattr(trainer.files, "LATENESS", 0.0)
+@pytest.mark.parametrize(("lateness", "shared"), [(0.0, True), (3600.0, False)])
+def test_once_time_is_up_nothing_is_late_and_on_a_hosts_own_disk_nothing_ever_is(monkeypatch, lateness, shared):
+    monkeypatch.setattr(trainer.files, "LATENESS", lateness)
+    monkeypatch.setattr(trainer.files, "is_shared", lambda folder: shared)
     read, left = late(3, errno.ENOENT)
     with pytest.raises(FileNotFoundError):
-        patiently(read, Patience())
+        patiently(read, Patience(Path()))
     assert left == [2]
-    assert patiently(late(0, errno.ENOENT)[0]) == "read"
+    assert patiently(late(0, errno.ENOENT)[0], Patience(Path())) == "read"
+
+
+MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda1 rw
+23 22 0:5 / /proc rw - proc proc rw
+40 22 0:40 / /mnt/shared rw - nfs4 server:/export rw
+41 40 0:41 / /mnt/shared/own\\040disk rw - xfs /dev/sdb rw
+42 22 0:42 / /lustre rw shared:7 - lustre mgs:/fs rw
+43 22 0:43 / /bucket rw - fuse.s3fs s3fs rw
+44 22 0:44 / /lustre rw - tmpfs none rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "shared"),
+    [
+        ("/", False),
+        ("/mnt", False),
+        ("/mnt/shared", True),
+        ("/mnt/shared/run/that is/not there", True),
+        ("/mnt/shared2", False),
+        ("/mnt/shared/own disk/run", False),
+        ("/mnt/shared/own", True),
+        ("/bucket/run", True),
+        ("/lustre/run", False),  # what was mounted last is what one sees
+    ],
+)
+def test_which_folders_other_hosts_may_write_in(monkeypatch, folder, shared):
+    monkeypatch.setattr(Path, "read_text", lambda file: MOUNTS)
+    assert trainer.files.is_shared(Path(folder)) == shared
+
+
+def test_where_nobody_knows_a_folder_is_shared(monkeypatch, tmp_path):
+    def none(file):
+        raise FileNotFoundError
+
+    assert not trainer.files.is_shared(tmp_path)
+    monkeypatch.setattr(Path, "read_text", none)
+    assert trainer.files.is_shared(tmp_path)
 
 
 def test_a_text_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
