@@ -16,7 +16,8 @@ from embeddings.capacity import PIECE
 from embeddings.host_memory import unforked_zeros
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
-Ranges = dict[str, tuple[int, int]]  # of table files by name: the first stored row, and how many rows
+# Of table files by name: the first stored row and how many rows; None where that is not known.
+Ranges = dict[str, tuple[int, int] | None]
 
 
 class ShardCopy:
@@ -45,8 +46,8 @@ def load_shard(table, folder: Path, ranges: Ranges | None = None):
     """Fills this rank's rows, and the optimizer state that the table has, from the files of any number of ranks. Called on
     all ranks.
 
-    ranges: of all table files of the folder, of which those alone are opened that hold rows of this rank; None: it is not
-    known, and each is looked into.
+    ranges: of all table files of the folder, of which those alone are opened that may hold rows of this rank; None: of all
+    that a listing has, and each is looked into.
     Raises ValueError where they are of another table or optimizer, or do not hold every row.
     """
     with table.rewritten() as (first, tensors):
@@ -89,11 +90,15 @@ def pieces(tensor: torch.Tensor, low: int, high: int) -> Iterator[tuple[int, int
         yield begin, min(begin + step, high)
 
 
-def files_with(folder, ranges, first, last):
+def files_with(folder: Path, ranges: Ranges | None, first: int, last: int) -> list[Path]:
     """The table files that may hold stored rows first … last − 1."""
     if ranges is None:
         return sorted(folder.glob("table-*.safetensors"))
-    return [folder / name for name, (begin, rows) in sorted(ranges.items()) if begin < last and first < begin + rows]
+    files = []
+    for name, rows in sorted(ranges.items()):
+        if rows is None or (rows[0] < last and first < rows[0] + rows[1]):
+            files.append(folder / name)
+    return files
 
 
 def _on_host(tensor):

@@ -11,19 +11,29 @@ from embeddings.table import ItemTable
 from syncrec.model import SyNCRec
 from trainer.checkpoint import best_checkpoint, restore_best
 from trainer.config import RunConfig, load_recorded
+from trainer.consensus import on_all_ranks
 from trainer.data.dataset import Dataset
 from trainer.data.source import folder_of, shown, words
 from trainer.errors import InputError
+from trainer.start import require_same_start
 from trainer.warm import carried
 
 
 def open_run(run, data=None, of_all_domains=False, ranks=None) -> tuple[RunConfig, Dataset]:
-    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved, or where
-    the run names an address: none is fetched from on a run's word. ranks: where there are several, of which the first of each
-    host reads the dataset's files whole, to compare them.
+    """The configuration that a run had, and its dataset, the same on all ranks. Called on all ranks.
+
+    data: the dataset's folder or address where it has moved, or where the run names an address: none is fetched from on a
+    run's word. ranks: where there are several, of which the first of each host reads the dataset's files whole, to compare
+    them.
 
     Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """
+    config, dataset = on_all_ranks(lambda: _opened(run, data, of_all_domains, ranks))
+    require_same_start(config, dataset)
+    return config, dataset
+
+
+def _opened(run, data, of_all_domains, ranks):
     config = config_of(run)
     if of_all_domains and config.stream.domain:
         raise InputError(f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it")

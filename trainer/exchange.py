@@ -1,7 +1,6 @@
 """Candidates that others rank too, and results per user: raw ids in and out, as Parquet."""
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from trainer.data.dataset import USERS
 from trainer.data.parts import connect
 from trainer.data.plan import Plan
 from trainer.errors import InputError
+from trainer.files import Patience, StorageLate, replaced
 from trainer.joins import limited_engine
 
 _BATCH = 1 << 20  # candidates that are read and sent at once
@@ -288,24 +288,32 @@ class ResultWriter:
     def finish(self):
         """Called on all ranks after the last user."""
         self._writer.close()
-        dist.barrier()
-        if self.ranks.first:
-            partial = self.file.with_name(self.file.name + ".partial")
-            parts = [self._part(rank) for rank in range(self.ranks.world_size)]
-            users = _quoted(self.dataset.local(USERS))
-            try:
-                with connect() as engine:
-                    engine.execute(
-                        "COPY (SELECT u.user_id, r.domain, r.rank, r.scores "
-                        f"FROM read_parquet([{', '.join(map(_quoted, parts))}]) r "
-                        f"JOIN read_parquet({users}) u ON u.user = r.user ORDER BY r.user) "
-                        f"TO {_quoted(partial)} (FORMAT parquet)"
-                    )
-                os.replace(partial, self.file)
-            finally:
-                for file in (partial, *parts):
-                    file.unlink(missing_ok=True)
-        dist.barrier()
+        mine = torch.tensor([self._part(self.ranks.rank).stat().st_size])
+        sizes = [torch.empty_like(mine) for _ in range(self.ranks.world_size)]
+        dist.all_gather(sizes, mine)
+        by_the_first(lambda: self._join([int(size) for size in sizes]), self.ranks.first)
+
+    def _join(self, sizes):
+        """One file of all parts, which other hosts may have written only now."""
+        parts = [self._part(rank) for rank in range(self.ranks.world_size)]
+        users = _quoted(self.dataset.local(USERS))
+        patience = Patience(self.file.parent)
+        try:
+            for part, size in zip(parts, sizes, strict=True):
+                while not _has(part, size):
+                    if patience.over:
+                        raise StorageLate(f"{part}: is not seen on this host: --output has to be on storage that all hosts see")
+                    patience.wait()
+            with replaced(self.file) as partial, connect() as engine:
+                engine.execute(
+                    "COPY (SELECT u.user_id, r.domain, r.rank, r.scores "
+                    f"FROM read_parquet([{', '.join(map(_quoted, parts))}]) r "
+                    f"JOIN read_parquet({users}) u ON u.user = r.user ORDER BY r.user) "
+                    f"TO {_quoted(partial)} (FORMAT parquet)"
+                )
+        finally:
+            for file in (self.file.with_name(self.file.name + ".partial"), *parts):
+                file.unlink(missing_ok=True)
 
     def discard(self):
         """Takes this rank's part away, where ranking failed."""
@@ -321,6 +329,13 @@ def _refuse(engine, file, offenders, message):
     found = engine.execute(f"SELECT * FROM ({offenders}) ORDER BY 1 LIMIT 1").fetchone()
     if found:
         raise InputError(f"{file}: row {found[0]}: {message.format(found[1])}")
+
+
+def _has(file, size):
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _quoted(path):

@@ -30,6 +30,7 @@ from trainer.data.dataset import File
 from trainer.data.progress import Stages
 from trainer.data.vocabulary import item_ids
 from trainer.errors import InputError
+from trainer.files import move_folder
 from trainer.serving_example import plain_program
 
 FORMAT_VERSION = 2  # 2: the encoder is told times
@@ -151,7 +152,7 @@ def _finish(partial, output, model, dataset, best, model_config, config):
             "files": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         }
         (partial / SCHEMA).write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.rename(output)
+        move_folder(partial, output)
     return schema
 
 

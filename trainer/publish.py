@@ -13,6 +13,7 @@ far less difference than then whose item it is (trainer/exchanged.py).
 
 import contextlib
 import datetime
+import hashlib
 import json
 import re
 import shutil
@@ -25,7 +26,8 @@ import torch.distributed as dist
 
 from trainer.best import TableSlot, best_model, config_of, open_run
 from trainer.bootstrap import GroupMeans
-from trainer.checkpoint import best_checkpoint, write_json
+from trainer.checkpoint import best_checkpoint
+from trainer.consensus import on_all_ranks, require_same
 from trainer.control import by_the_first
 from trainer.data.dataset import File, stays_inside
 from trainer.data.extend import EXTENSION
@@ -34,6 +36,7 @@ from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
 from trainer.exchanged import DrawnUsers, own_item_gains
 from trainer.export import ENCODER, SCHEMA, ExportConfig, export_run
+from trainer.files import Patience, move_folder, patiently, write_json
 from trainer.log import HEADLINE
 from trainer.serving_example import load_encoder, plain_program
 
@@ -175,7 +178,8 @@ def roll_back(published, to=None) -> dict:
     if not isinstance(current, str):
         current = None
     if to is None:
-        older = [number for number in versions if current is not None and number < current]
+        known = isinstance(current, str) and current.isdecimal()
+        older = [number for number in versions if known and int(number) < int(current)]
         if not older:
             raise InputError(f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}")
         to = older[-1]
@@ -193,11 +197,8 @@ def roll_back(published, to=None) -> dict:
 def _compared(trained, others_U, current, run_config, dataset, ranks, config):
     """Figures by domain of both models, on the users by whom a domain is judged. trained: what `best_model` gave of the
     candidate; others_U: the ranks by the current model, if there is one."""
-    newest = dataset.folder / EXTENSION / "users.npy"
-    came_U = np.zeros(dataset.users, bool)
-    if newest.is_file():
-        came_U[np.load(newest, allow_pickle=False)] = True
-    drawn = DrawnUsers(run_config, came_U if newest.is_file() else np.ones(dataset.users, bool))
+    extended, came_U = _came(dataset)
+    drawn = DrawnUsers(run_config, came_U if extended else np.ones(dataset.users, bool))
     rank_U, domain_U = _ranks(*trained, run_config, dataset, ranks, drawn)
     model, table, _ = trained
     gains = own_item_gains(model, table, run_config, dataset, ranks, drawn, config.least_users)
@@ -223,6 +224,21 @@ def _compared(trained, others_U, current, run_config, dataset, ranks, config):
             "own_item_then": before.get("own_item"),
         }
     return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
+
+
+def _came(dataset):
+    """Whether the dataset extends another one, and which users came with its newest logs, (U,); the
+    same on all ranks."""
+    extended = on_all_ranks((dataset.folder / EXTENSION).is_dir)
+    require_same({"a dataset with other newest logs": {"extended": extended}})
+    came_U = np.zeros(dataset.users, bool)
+    if extended:
+        newest = dataset.folder / EXTENSION / "users.npy"
+        patience = Patience(newest.parent)
+        users = on_all_ranks(lambda: patiently(lambda: np.load(newest, allow_pickle=False), patience))
+        require_same({"a dataset with other newest logs": {"users": hashlib.sha256(users.tobytes()).hexdigest()[:16]}})
+        came_U[users] = True
+    return extended, came_U
 
 
 def _ranks(model, table, _best, config, dataset, ranks, drawn=None):
@@ -267,8 +283,9 @@ def _alone(published, ranks):
 
 
 def _versions(published):
-    """Numbers of the versions that are there, rising."""
-    return sorted(path.name for path in (published / "versions").glob("[0-9]*") if path.suffix == "" and path.is_dir())
+    """Numbers of the versions that are there, as they are written, rising."""
+    names = [path.name for path in (published / "versions").glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(names, key=int)
 
 
 def _refuse(published, record):
@@ -293,7 +310,7 @@ def _finish(published, partial, record, config):
     record |= {"published": record["number"], "time": _now()}
     write_json(partial / VERSION, record)
     _check(partial)
-    partial.rename(partial.with_suffix(""))
+    move_folder(partial, partial.with_suffix(""))
     _point(published, record["number"])
     (published / REFUSED).unlink(missing_ok=True)
     for number in _versions(published)[: -1 - config.keep]:

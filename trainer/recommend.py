@@ -32,7 +32,7 @@ import torch.distributed as dist
 from embeddings.ranking import ExactRanking, Excluded
 from syncrec.batch import move
 from trainer.best import best_model, open_run
-from trainer.checkpoint import MANIFEST, write_json
+from trainer.checkpoint import MANIFEST
 from trainer.control import by_the_first
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
 from trainer.data.dataset import TICKS
@@ -43,6 +43,7 @@ from trainer.data.vocabulary import item_ids
 from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
 from trainer.evaluate import query_of
+from trainer.files import Patience, move_folder, patiently, write_json
 
 RECORD = "recommend.json"
 FORMAT_VERSION = 1
@@ -190,17 +191,18 @@ class _Recommendations:
             rows = {}
             partial = self.work.folder / "whole.partial"
             partial.mkdir(exist_ok=True)
-            for part in sorted((self.work.folder / "parts").glob("?????")):
+            parts = [part for part in (self.work.folder / "parts").iterdir() if part.name.isdecimal()]
+            for part in sorted(parts, key=lambda part: int(part.name)):
                 for file in part.glob("domain=*/*.parquet"):
                     target = partial / file.relative_to(part)
                     target.parent.mkdir(exist_ok=True)
-                    file.rename(target)
+                    file.rename(target)  # was flushed with its part
             for name in made_from["domains"]:
                 files = sorted((partial / folder_of(name)).glob("*.parquet"))
                 rows[name] = sum(pq.read_metadata(file).num_rows for file in files)
             record = {"made_from": made_from, **asdict(asked), "rows": rows}
             write_json(partial / RECORD, record)
-            partial.rename(whole)
+            move_folder(partial, whole)
             self.work.deliver("whole")
             return record
 
@@ -367,7 +369,9 @@ class PartReader:
         """What `read_histories` gives of the part in that place."""
         place_now, part = self._place, self._part
         if place_now != place:
-            part = read_histories(self._folder, self._parts[place])
+            number = self._parts[place]
+            # The first rank has written them, perhaps on another host.
+            part = patiently(lambda: read_histories(self._folder, number), Patience(self._folder))
             self._place, self._part = place, part
         return part
 

@@ -14,6 +14,7 @@ from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
 from trainer.checkpoint import best_checkpoint, dense_state, reading, table_ranges
 from trainer.config import RunConfig, flat, load_recorded
+from trainer.consensus import on_all_ranks
 from trainer.control import by_the_first
 from trainer.data.dataset import Dataset
 from trainer.data.source import folder_of, shown, words
@@ -77,10 +78,15 @@ class Carried:
         return f"{self.known:,} of {np.count_nonzero(self.group_N >= 0):,} items"
 
     def restore_model(self, model):
-        """Fills the dense model's weights and buffers, before an engine is built around it."""
-        with reading(self.folder):
-            knots = model.config.time_knots
-            model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+        """Fills the dense model's weights and buffers, before an engine is built around it. Called
+        on all ranks."""
+
+        def fill():
+            with reading(self.folder):
+                knots = model.config.time_knots
+                model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+
+        on_all_ranks(fill)
 
     def restore_table(self, table, init_std, kept=1.0):
         """Fills the table and its optimizer's state; kept: see carry_rows. Called on all ranks."""
@@ -97,8 +103,12 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
     if not config.warm_start:
         return None
     run = Path(config.warm_start)
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+
+    def look():
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+
+    on_all_ranks(look)
     folder, _, facts = best_checkpoint(run, ranks)
     refused = _differences(facts["config"], flat(config))
     if refused:

@@ -99,6 +99,12 @@ def install():
     sys.addaudithook(lambda event, arguments: _calls and _calls.audit(event, arguments))
 
 
+def _gathered_alone(parts, mine, **_):
+    """Stands for all_gather and, with its arguments the other way round, for gather."""
+    parts, mine = (parts, mine) if isinstance(parts, list) else (mine, parts)
+    parts[0].copy_(mine)
+
+
 def forked(work):
     """Calls work() in a process of its own; what it returned, or None where it was killed."""
     reading, writing = os.pipe()
@@ -107,6 +113,9 @@ def forked(work):
         try:
             # The threads that reduce are not there any more; a sum over one rank is what it was.
             dist.all_reduce = lambda *_, **__: None
+            dist.broadcast = lambda *_, **__: None
+            dist.all_gather = _gathered_alone
+            dist.gather = _gathered_alone
             os.write(writing, json.dumps(work()).encode())
         except BaseException as error:
             os.write(writing, json.dumps({"died": repr(error)}).encode())

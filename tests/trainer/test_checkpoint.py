@@ -26,6 +26,7 @@ from tests.trainer.runs import METRICS, SmallRun, best_of, edit_json, everything
 from trainer.checkpoint import (
     BEST,
     DENSE,
+    LATEST,
     MANIFEST,
     OPTIMIZER,
     STATE,
@@ -46,6 +47,7 @@ from trainer.memory import loader_bytes
 
 ROOT = Path(__file__).parents[2]
 TABLE = "table-00000-of-00001.safetensors"
+TAKEN_AWAY = [("rename", "step-00000001"), ("rename", "step-00000002"), ("rename", "step-00000003")]
 FILES = (STATE, DENSE, OPTIMIZER, TABLE, "metrics.jsonl")
 
 
@@ -79,7 +81,8 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(i
             assert "\n" not in case["error"] and os.strerror(errno.ENOSPC) in case["error"], case
             assert re.search(r"step-00000003(-1)?\.partial: the checkpoint cannot be written", case["error"]), case
         else:  # only what is taken away anyhow may fail unnoticed
-            assert case["passed"] and case["call"].split()[1] in ("remove", "rmdir"), case
+            _, kind, name = case["call"].split()[:3]
+            assert case["passed"] and (kind in ("remove", "rmdir") or (kind, name) in TAKEN_AWAY), case
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(interrupted):
@@ -219,6 +222,7 @@ def best(folder, **changes):
 
 
 NESTED = b"[" * 200_000
+NO_NAME = r"/manifest\.json names "
 UNREADABLE = r"/manifest\.json is missing or unreadable"
 NOT_OURS = r"/state\.json: its state is not this program's"
 UNUSABLE = r"/state\.json cannot be used \("
@@ -233,8 +237,6 @@ SEEN |= {
     if name != TABLE
 }
 SEEN |= {
-    "a file too many": (text("notes.txt", b""), r"/notes\.txt is not in the manifest"),
-    "a folder too many": (lambda folder: (folder / "more").mkdir(), "/more is not in the manifest"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), UNREADABLE),
     "an empty manifest": (text(MANIFEST, b""), UNREADABLE),
     "a manifest cut": (lambda folder: cut(folder, MANIFEST), UNREADABLE),
@@ -254,9 +256,12 @@ SEEN |= {
     "a size without end": (file_entry(STATE, bytes=float("inf")), UNREADABLE),
     "a size below 0": (file_entry(STATE, bytes=-1), r"/state\.json has \d+ bytes, the manifest says -1"),
     "a checksum that is a number": (file_entry(STATE, xxh3_128=5), r"/state\.json has another checksum"),
-    "a name that leads out": (file_entry("../step-00000001/state.json"), r"/state\.json is missing"),
-    "an absolute name": (file_entry("/etc/hostname"), "/hostname is missing"),
-    "a name with a detour": (file_entry("./state.json"), r"/state\.json is missing"),
+    "a name that leads out": (file_entry("../step-00000001/state.json"), NO_NAME + "'../step-00000001/state.json', which"),
+    "an absolute name": (file_entry("/etc/hostname"), NO_NAME + "'/etc/hostname', which is no file of a checkpoint"),
+    "a name with a detour": (file_entry("./state.json"), NO_NAME + "'./state.json', which is no file of a checkpoint"),
+    "the folder above": (file_entry(".."), NO_NAME + "'..', which is no file of a checkpoint"),
+    "no name": (file_entry(""), NO_NAME + "'', which is no file of a checkpoint"),
+    "the manifest itself": (file_entry(MANIFEST), NO_NAME + "'manifest.json', which is no file of a checkpoint"),
     "state.json not JSON": (state_text(b"{"), UNUSABLE),
     "state.json no text": (state_text(b"\xff\xfe\x00"), UNUSABLE),
     "a deep state.json": (state_text(NESTED), UNUSABLE),
@@ -297,6 +302,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, damage, m
     assert folder == before and found["state"].step == 1
     (line,) = said
     assert "\n" not in line and re.search(rf"^{re.escape(str(last))}{message}.*: this checkpoint is skipped$", line), line
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".nfs0000001", "table-00001-of-00002.safetensors"])
+def test_a_file_that_the_manifest_does_not_name_is_nobodys(run, name):
+    """A listing is no reason to skip a whole checkpoint, and what is loaded is what the manifest
+    names."""
+    folder = checkpoints(run.folder)[0]
+    (folder / name).write_bytes(b"of somebody else")
+    (folder / "more").mkdir()
+    assert newest(run.folder, run.ranks, pytest.fail)[0] == folder
+    assert same(everything(run.trainer(folder, 2)), run.expected[2])
+
+
+def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(run, monkeypatch):
+    """As on a host whose listing is from before it was written."""
+    run.save(train(run.trainer(checkpoints(run.folder)[0], 2), 1), RunState(3, 1, best_of(1)))
+    assert json.loads((run.folder / LATEST).read_text()) == {"folder": "checkpoints/step-00000003"}
+    real = trainer.checkpoint.checkpoints
+    monkeypatch.setattr(trainer.checkpoint, "checkpoints", lambda run: real(run)[1:])
+    folder, facts = newest(run.folder, run.ranks, pytest.fail)
+    assert folder.name == "step-00000003" and facts["state"].step == 3
+    writer = run.checkpoints(last=facts["state"])
+    given = RunState(3, 3, best_of(1))
+    writer.save(run.trainer(folder, 3).engine, run.trainer(folder, 3).table, given)
+    writer.finish()
+    assert {"step-00000003", "step-00000003-1"} <= set(folders(run))  # it is not written over either
+
+
+NO_POINTERS = ["{", "[]", '{"folder": 7}', '{"folder": "checkpoints/../../x"}', '{"folder": "/etc"}', "[" * 200_000]
+
+
+@pytest.mark.parametrize("content", NO_POINTERS, ids=lambda content: content[:40])
+def test_a_pointer_that_is_none_is_no_matter(run, content):
+    (run.folder / LATEST).write_text(content)
+    assert newest(run.folder, run.ranks, pytest.fail)[0].name == "step-00000002"
+
+
+def test_a_pointer_to_a_checkpoint_that_was_taken_away_is_told(run):
+    shutil.rmtree(checkpoints(run.folder)[0])
+    said = []
+    assert newest(run.folder, run.ranks, said.append)[0].name == "step-00000001"
+    assert len(said) == 1 and "step-00000002/manifest.json is missing or unreadable" in said[0]
 
 
 def test_the_table_of_damages_starts_from_a_whole_checkpoint(run):

@@ -14,7 +14,7 @@ import torch
 import trainer.export
 import trainer.publish
 from embeddings.table import ItemTable
-from tests.trainer.runs import SmallRun, best_of, finished_run, rank_of_one, seal, train
+from tests.trainer.runs import SmallRun, best_of, edit_json, finished_run, rank_of_one, seal, train
 from trainer.checkpoint import BEST, RunState, write_json
 from trainer.config import to_yaml
 from trainer.errors import InputError
@@ -286,6 +286,22 @@ def test_so_many_older_versions_stay(first, second, tmp_path, good):
     for run in (first, second, first, second):
         publish_it(run, tmp_path, keep=2)
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["0002", "0003", "0004"]
+
+
+def test_after_9999_versions_the_numbers_go_on(first, second, tmp_path, good):
+    good(first=2, second=2)
+    for run in (first, second):
+        publish_it(run, tmp_path)
+    for old, new in (("0001", "9999"), ("0002", "10000")):
+        version = tmp_path / "versions" / new
+        (tmp_path / "versions" / old).rename(version)
+        edit_json(version / "version.json", number=new)
+    write_json(tmp_path / "current.json", {"version": "10000", "model": "versions/10000/model"})
+    assert publish_it(first, tmp_path)["number"] == "10001"
+    assert roll_back(tmp_path)["number"] == "10000" and serving(tmp_path) == str(second.folder)
+    assert roll_back(tmp_path)["number"] == "9999" and serving(tmp_path) == str(first.folder)
+    assert publish_it(second, tmp_path, keep=1)["number"] == "10002"
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["10001", "10002"]
 
 
 def test_two_at_once_do_not_harm_each_other(first, tmp_path, quick):

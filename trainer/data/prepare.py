@@ -58,6 +58,7 @@ from trainer.data.parts import (
 from trainer.data.progress import Stages
 from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
+from trainer.files import move_folder
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LEAST_MEMORY = 500 * 10**6
@@ -403,7 +404,7 @@ def join_parts(work: Work, layout: Layout, seed, connection, finish=None) -> Dat
     dataset = assemble(folder, work.path("ids"), parts, layout, seed, connection)
     if finish is not None:
         finish(connection, folder, dataset)
-    folder.rename(work.path("dataset"))
+    move_folder(folder, work.path("dataset"))
     return dataset
 
 
