@@ -75,6 +75,19 @@ class View:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """This rank's part of the users that stand for all of the global batch in SC-MIM, `size` a domain at most.
+
+    slot_C: user · D + domain of those that are on this rank. place_C: domain · size + place in the domain's list, the same
+    list on all ranks.
+    """
+
+    size: int
+    slot_C: torch.Tensor
+    place_C: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Users of one rank in one training step.
 
@@ -82,7 +95,7 @@ class Batch:
     are looked up where all users only fill up (`without_look_up`).
     negatives: how many each interaction has of its own (places N + i · n …), or None where a domain's targets share
     negative_starts[d] … negative_starts[d + 1] of the rest. domain_items: items of each domain, for the softmax correction.
-    weight_B: 1, or 0 for a user that only fills up.
+    weight_B: 1, or 0 for a user that only fills up. candidates: None where all users of the global batch are.
     """
 
     distinct: torch.Tensor
@@ -94,6 +107,7 @@ class Batch:
     weight_B: torch.Tensor
     cross: View
     single: View
+    candidates: Candidates | None = None
 
     @property
     def ids(self):

@@ -14,7 +14,7 @@ from syncrec.clock import Clock
 from syncrec.experts import ExpertStack
 from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
-from syncrec.mutual_information import MutualInformation, pool
+from syncrec.mutual_information import MutualInformation, Sample, pool
 from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
 from syncrec.shapley import ShapleyCorrection, coalition_losses
@@ -227,16 +227,41 @@ class SyNCRec(nn.Module):
         single_BDR, single_count_BD = pool(single_MR, batch.single, users, self.domains)
         cross_BDR, cross_count_BD = pool(cross_MR, batch.cross, users, self.domains)
         present_BD = (single_count_BD > 0) & (cross_count_BD > 0) & (batch.weight_B > 0).unsqueeze(1)
-        if self.config.mutual_information_negatives == "rank":
-            single_GDR, present_GD, first = single_BDR, present_BD, 0
-        else:
-            single_GDR, present_GD = reduction.gather(single_BDR), reduction.gather(present_BD)
-            first = reduction.rank * users
-        own_B = torch.arange(first, first + users, device=present_BD.device)
-        sum_D, count_D = self.mutual_information(cross_BDR, single_GDR, present_BD, present_GD, own_B)
+        own_B = torch.arange(users, device=present_BD.device)
+        single_GDR = single_BDR
+        present_GD = present_BD
+        sample = None
+        if self.config.mutual_information_negatives != "rank":
+            if batch.candidates is not None:
+                sample = self._sample(batch.candidates, single_BDR, present_BD, reduction)
+            else:
+                single_GDR = reduction.gather(single_BDR)
+                present_GD = reduction.gather(present_BD)
+                own_B = own_B + reduction.rank * users
+        sum_D, count_D = self.mutual_information(cross_BDR, single_GDR, present_BD, present_GD, own_B, sample)
         if self.config.mutual_information_negatives == "rank":
             count_D = count_D * reduction.world_size
         return sum_D / count_D.clamp(min=1)
+
+    def _sample(self, candidates, single_BDR, present_BD, reduction):
+        """The candidates' single-domain views from all ranks, and how many users of the global batch have each domain."""
+        slots = self.domains * candidates.size
+        slot_C = candidates.slot_C
+        place_C = candidates.place_C
+        present_S = present_BD.flatten().double()
+        shown = torch.zeros(slots, dtype=torch.float64, device=present_BD.device)
+        shown = shown.index_copy(0, place_C, present_S.index_select(0, slot_C))
+        wait = reduction.start_sum(torch.cat([shown, present_BD.sum(0).double()]))
+        values_CR = single_BDR.flatten(0, 1).index_select(0, slot_C)
+        single_DNR = reduction.collect(values_CR, place_C, slots).view(self.domains, candidates.size, -1)
+        own_BD = torch.full_like(present_S, -1, dtype=torch.int64).index_copy(0, slot_C, place_C % candidates.size)
+        shown, count_D = wait().split([slots, self.domains])
+        return Sample(
+            single_DNR=single_DNR,
+            present_DN=shown.view(self.domains, -1) > 0,
+            own_DB=own_BD.view(-1, self.domains).T,
+            count_D=count_D.long(),
+        )
 
 
 def mix(weights_MK, experts):

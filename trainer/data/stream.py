@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from syncrec.batch import Batch, build_batch, trim, without_look_up
+from trainer.data.candidates import draw_candidates
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.handover import Packed, Packer, unpack
 from trainer.data.histories import Histories
@@ -92,15 +93,28 @@ class TrainBatches(torch.utils.data.IterableDataset):
     beside building it.
     """
 
-    def __init__(self, plan: Plan, rank, position, max_length, pooling, negatives: NegativesConfig, config: StreamConfig):
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        position: int,
+        max_length: int,
+        pooling: str,
+        negatives: NegativesConfig,
+        config: StreamConfig,
+        candidates: int = 0,
+    ):
+        """candidates: the users a domain that stand for all of a batch with more users (SC-MIM); 0: all users do."""
         super().__init__()
+        self.candidates = candidates
         self.plan, self.rank, self.position = plan, rank, position
         self.max_length, self.pooling, self.negatives, self.config = max_length, pooling, negatives, config
         self.alone = plan.dataset.domain_number(config.domain) if config.domain else None
 
     def at(self, position) -> "TrainBatches":
         """The same from another position on."""
-        return TrainBatches(self.plan, self.rank, position, self.max_length, self.pooling, self.negatives, self.config)
+        options = self.max_length, self.pooling, self.negatives, self.config, self.candidates
+        return TrainBatches(self.plan, self.rank, position, *options)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -165,7 +179,18 @@ class TrainBatches(torch.utils.data.IterableDataset):
             negatives = np.concatenate([drawn, np.full((2 * missing, self.negatives.per_target), filler)])
         weight_B = real_B.astype(np.float32)
         batch = build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling, ticks_N)
+        batch = replace(batch, candidates=self._candidates(epoch, step, number_B))
         return batch if len(looked_up) else without_look_up(batch)
+
+    def _candidates(self, epoch, step, number_B):
+        """This rank's part of those who stand for all users of the step; None where all stand for themselves."""
+        if not self.candidates:
+            return None
+        users_U, _ = self.plan.batch(epoch, step)
+        if len(users_U) <= self.candidates:
+            return None
+        lengths_UD = self.plan.dataset.lengths[users_U]
+        return draw_candidates(self.plan.seed, epoch, step, users_U, lengths_UD, number_B, self.candidates)
 
 
 def training_part(dataset, users, domain=""):
