@@ -3,12 +3,14 @@
 Shapes: B users, N interactions, M tokens of a view, L targets, K experts, D domains, r width.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from syncrec.attention import GroupLayerNorm
 from syncrec.batch import Query
 from syncrec.clock import Clock
 from syncrec.experts import ExpertStack
@@ -19,6 +21,8 @@ from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
 from syncrec.shapley import ShapleyCorrection, coalition_losses
 from syncrec.transfer import LossCorrection, PredictionMix, transfer_gap
+
+_UNDECAYED = re.compile(r"bias|b1$|b2$|\w+_norm_(scale|shift)$")  # of an expert's block, a GRU, a linear layer
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,21 @@ class SyNCRec(nn.Module):
             own_DB=own_BD.view(-1, self.domains).T,
             count_D=count_D.long(),
         )
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay is for: the projections and what stands for items, positions and times.
+
+    Not biases, not what a LayerNorm scales and shifts by, and not α and β of eq. 11: 0 is no better value for them.
+    """
+    names = set()
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm | GroupLayerNorm | LossCorrection):
+            continue
+        for name, _ in module.named_parameters(recurse=False):
+            if not _UNDECAYED.match(name):
+                names.add(f"{module_name}.{name}" if module_name else name)
+    return names
 
 
 def mix(weights_MK, experts):

@@ -13,7 +13,7 @@ from syncrec.batch import build_query, move
 from syncrec.config import ModelConfig
 from syncrec.experts import ExpertStack
 from syncrec.layers import InputEmbedding, Tower
-from syncrec.model import SyNCRec, mix
+from syncrec.model import SyNCRec, decayed_names, mix
 from syncrec.reduction import Reduction
 from tests.syncrec.histories import draw, draw_shared, flatten, pack, ticks_of, without_newest
 from tests.syncrec.reference import NONE, SOS, cross_sequence, single_sequence, training_step
@@ -409,6 +409,27 @@ def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(size, denominator,
     for name, gradient in gradients.items():
         near(sum(dict(replica.named_parameters())[name].grad for replica in replicas), gradient, name)
     near(sum(rank_report.mutual_information for _, rank_report in results), report.mutual_information, "information")
+
+
+DECAY_KINDS = {"all": {"time_knots": 3, "norm": "pre"}, "gru": {**SASREC, "encoder": "gru", "heads": 1, "tower": "on"}}
+
+
+@pytest.mark.parametrize("kind", DECAY_KINDS)
+def test_weight_decay_is_for_projections_and_embeddings(kind):
+    model = SyNCRec(replace(SMALL, **DECAY_KINDS[kind]), 2)
+    decayed = decayed_names(model)
+    names = {name for name, _ in model.named_parameters()}
+    kept = {name.rpartition(".")[2] for name in names - decayed}
+    assert decayed <= names
+    block = {"b1", "b2", "attention_norm_scale", "attention_norm_shift", "ffn_norm_scale", "ffn_norm_shift"}
+    if kind == "all":
+        assert kept == {*block, "scale", "shift", "weight", "bias", "alpha", "beta"}
+        assert {name.rpartition(".")[2] for name in decayed} == {
+            *("qkv", "out", "w1", "w2", "weight", "start", "positions", "knots_2KR", "gaps_GR"),
+        }
+    else:
+        assert kept == {*(f"bias_{way}_l{layer}" for way in ("ih", "hh") for layer in (0, 1)), "weight", "bias"}
+    assert all("norm" in name for name in names - decayed if name.endswith(".weight"))
 
 
 def split(histories, world_size):
