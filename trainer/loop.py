@@ -156,6 +156,7 @@ class TrainingRun:
             self.config.model.mutual_information_pooling,
             self.config.negatives,
             self.config.stream,
+            self.config.model.mutual_information_candidates,
         )
         self.feed = Feed(batches, self.ranks.device.type == "cuda", cores_per_rank(self.ranks.world_size))
 

@@ -114,7 +114,7 @@ class Trainer:
         batch, exchange = self._beside.take(ready)
         rows_UR = self.table.look_up(exchange)
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the rank that a user is on.
-        used_NR = rows_UR.detach().index_select(0, batch.place).requires_grad_()
+        used_NR = batch.vectors_of_uses(rows_UR.detach()).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
         if callable(following):
             following = following()
@@ -122,7 +122,7 @@ class Trainer:
         if following is not None:
             self._beside.send(following)
         gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch, before, signals)
-        self.table.update(torch.zeros_like(rows_UR).index_add_(0, batch.place, gradient_NR))
+        self.table.update(batch.gradient_of_rows(gradient_NR))
         self.engine.step()
         self.step += 1
         return loss.detach(), report

@@ -95,6 +95,7 @@ def train(trainer, steps):
         config.model.mutual_information_pooling,
         config.negatives,
         config.stream,
+        config.model.mutual_information_candidates,
     )
     for _, fed in zip(range(steps), batches, strict=False):
         trainer.train_step(fed.batch)
