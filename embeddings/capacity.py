@@ -84,7 +84,8 @@ def free_room(device: torch.device) -> Room:
 
 
 def ranks_of_host():
-    """How many ranks this host has, as launchers say in the environment; all of them, where they do not."""
+    """How many ranks this host has, as whoever joined the group left in the environment (trainer.launchers); all of them, where
+    it did not."""
     ranks = dist.get_world_size()
     return max(1, min(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))), ranks))
 

@@ -26,6 +26,7 @@ from trainer.look import look_at
 from trainer.meters import IntervalMeter
 from trainer.report import LOOK, write_report
 from trainer.resources import cores_per_rank
+from trainer.run_lock import locked_by_first_rank
 from trainer.start import find_start, leave_nothing, run_folder
 from trainer.step import Trainer
 from trainer.warm import find_warm_start
@@ -40,11 +41,11 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     Returns the test record. Raises InputError where something given cannot be used (before anything is written, if it can be
     seen then), NotFinite, and Stopped.
     """
-    with _full_disk_is_an_input_error(config.run):
-        return _train(config, ranks, fresh, accept_changes)
+    with _full_disk_is_an_input_error(config.run), contextlib.ExitStack() as locks:
+        return _train(config, ranks, fresh, accept_changes, locks)
 
 
-def _train(config, ranks, fresh, accept_changes):
+def _train(config, ranks, fresh, accept_changes, locks):
     if not config.data:
         raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
     dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
@@ -59,6 +60,7 @@ def _train(config, ranks, fresh, accept_changes):
         balance=config.stream.balance,
     )
     run = run_folder(config.run, fresh)
+    locks.enter_context(locked_by_first_rank(run, ranks.first))
     checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
     warm = find_warm_start(config, dataset, ranks) if checkpoint is None else None
     trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step, warm)

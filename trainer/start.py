@@ -11,6 +11,7 @@ from trainer.control import agree
 from trainer.data.source import SourceConfig, shown
 from trainer.errors import InputError
 from trainer.log import METRICS_FILE
+from trainer.run_lock import LOCK
 
 # What may differ when a run goes on: it changes where things lie, how fast they go, or how far, not what a step does.
 MAY_CHANGE = (
@@ -47,8 +48,11 @@ def run_folder(folder, fresh=False) -> Path:
     if not folder:
         raise InputError("run=DIR is missing: the folder that gets everything this run writes")
     run = Path(folder)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        return run
+    try:
+        if not run.exists() or (run.is_dir() and all(entry.name == LOCK for entry in run.iterdir())):
+            return run
+    except OSError as error:
+        raise InputError(f"{run}: cannot be read ({error.strerror}): give another folder as run=DIR") from None
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: already holds something that is no run; give a new folder as run=DIR")
     if fresh:
@@ -129,5 +133,6 @@ def leave_nothing(run: Path):
         (run / name).unlink(missing_ok=True)
     for name in ("tensorboard", "checkpoints"):
         shutil.rmtree(run / name, ignore_errors=True)
-    if not any(run.iterdir()):
+    if all(entry.name == LOCK for entry in run.iterdir()):
+        (run / LOCK).unlink(missing_ok=True)
         run.rmdir()
