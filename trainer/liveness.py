@@ -22,6 +22,7 @@ from trainer.process import end_process
 _KEY = "liveness"
 _REACH = 5.0  # seconds in which an address answers
 _OTHERS_SPEAK = 2.0  # seconds in which ranks that meet the same say so
+_NEWS_TRAVELS = 0.2  # seconds in which a cause comes beside its consequences
 _NEWS = 3.0  # seconds from the backend's error to the news of who is gone
 # Seconds that the main thread has to end by itself, before the process is ended where it waits.
 _BY_ITSELF = 5.0
@@ -96,6 +97,7 @@ class FirstRank(Liveness):
         self._size = size
         self._members: dict[int, Connection] = {}
         self._through: set[int] = set()
+        self._told: set[str] = set()
         self._token = secrets.token_hex(8)
         self._listener = listen(0, size)
         publish(f"{self._listener.getsockname()[1]} {self._token}")
@@ -129,11 +131,11 @@ class FirstRank(Liveness):
             self._changed.wait_for(lambda: self._departed, _NEWS)
             if not self._departed:
                 return lost
-            self._changed.wait_for(self._all_spoke, 0.2)
+            self._changed.wait_for(self._all_spoke, _NEWS_TRAVELS)
             self._ended = True
             first = self._cause()
         if first.refused:
-            self._tell(None, None)
+            self._tell()
             return _ended_by(first)
         described = self._describe(first)
         self._send_all(first, said=False)
@@ -146,19 +148,24 @@ class FirstRank(Liveness):
     def _all_spoke(self):
         return len(self._departed.keys() | self._through) == self._size - 1
 
-    def _tell(self, own, error):
-        """Says what is to be said on stderr, each text once with those who met it, and that it was
-        said to those who gave it."""
+    def _tell(self, own: Departure | None = None, error: InputError | None = None):
+        """Says what is to be said on stderr, each text once with those who met it, and lets the
+        others know that it was said.
+
+        own: the first rank's own departure, with its error.
+        """
         with self._changed:
             left = [one for one in self._departed.values() if one.refused]
-            through = len(self._through)
-        reasons = ([own] if own else []) + left
-        same = len(reasons) + through == self._size and len({one.text for one in reasons}) == 1
-        if own and (same or isinstance(error, (Stopped, NotFinite))):
+            reasons = ([own] if own else []) + left
+            new = [one for one in reasons if one.text not in self._told]
+            self._told.update(one.text for one in reasons)
+            ranks = len(reasons) + len(self._through)
+        same = ranks == self._size and len({one.text for one in reasons}) == 1
+        if own in new and (same or isinstance(error, (Stopped, NotFinite))):
             say(error)
         else:
-            for text in dict.fromkeys(one.text for one in reasons):
-                _say_of([one for one in reasons if one.text == text])
+            for text in dict.fromkeys(one.text for one in new):
+                _say_of([one for one in new if one.text == text])
         self._send_all(own or left[0], said=True, agreed=same)
 
     def _send_all(self, cause, said, agreed=False):
@@ -209,20 +216,24 @@ class FirstRank(Liveness):
             self._departed[departure.rank] = departure
             self._changed.notify_all()
         if first and not self._ended:
-            time.sleep(_OTHERS_SPEAK if departure.refused else 0.2)
-            cause = self._cause()
+            self._conclude(departure.refused)
+
+    def _conclude(self, refused):
+        """Ends this rank where its main thread does not: it waits for what nobody will send."""
+        time.sleep(_OTHERS_SPEAK if refused else _NEWS_TRAVELS)
+        if self._ended:
+            return
+        cause = self._cause()
+        if cause.refused:
+            self._tell()
+        else:
+            self._send_all(cause, said=False)
+        time.sleep(_BY_ITSELF)
+        if not self._ended:
+            self._ended = True
             if not cause.refused:
-                self._send_all(
-                    cause, said=False
-                )  # the others need not wait for the main thread here
-            time.sleep(_BY_ITSELF)
-            if not self._ended:
-                self._ended = True
-                if cause.refused:
-                    self._tell(None, None)
-                else:
-                    say(self._describe(cause))
-                end_process(cause.status if cause.refused else RanksLost.status)
+                say(self._describe(cause))
+            end_process(cause.status if cause.refused else RanksLost.status)
 
 
 class OtherRank(Liveness):
