@@ -1,9 +1,10 @@
 """Started with real ranks: launch/train.py, in which something goes wrong once, in the middle of a step.
 
 FAULT="STEP RANK WHAT FILE" says what: at STEP (counted from 1) of the run, on RANK: a signal's name (KILL, TERM, USR1; sent
-to itself), "ctrl-c" (SIGINT to all processes of its group), "nan" (the gradient is no number), "raise" (an exception of Python's),
-"hang", or "wait" (until FILE.go is there). FILE is made when it happens; where it is there already nothing happens. Several
-faults stand one after the other, with a ; between them. FED=FOLDER: each rank appends to a file there whom it was fed in which step.
+to itself), "ctrl-c" (SIGINT to all processes of its group), "nan" (the gradient is no number), "raise" (an exception of
+Python's), "hang", or "wait" (until FILE.go is there). FILE is made when it happens; where it is there already nothing happens.
+Several faults stand one after the other, with a ; between them. FED=FOLDER: each rank appends to a file there whom it was fed
+in which step.
 """
 
 import json

@@ -157,7 +157,7 @@ CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
     ("error", "reason"),
     [
         (RuntimeError(CLOSED), "Connection closed by peer [10.0.0.7]:41022 more"),
-        (RuntimeError(f"{GLOO}Read error [10.0.0.7]:1: Connection reset by peer"), "Read error [10.0.0.7]:1: Connection reset by peer"),
+        (RuntimeError(f"{GLOO}Read error [::1]:7: Connection reset by peer"), "Read error [::1]:7: Connection reset by peer"),
         (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1000ms"), "Timed out waiting 1000ms"),
         (RuntimeError(f"{GLOO}Application timeout caused pair closure"), "Application timeout caused pair closure"),
         (RuntimeError(f"{GLOO}writev [10.0.0.7]:1: Broken pipe"), "writev [10.0.0.7]:1: Broken pipe"),

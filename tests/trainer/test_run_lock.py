@@ -110,7 +110,7 @@ def test_another_hosts_lock_is_waited_for(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    held = open(run / LOCK)
+    held = open(run / LOCK)  # noqa: SIM115 (a timer closes it)
     fcntl.flock(held, fcntl.LOCK_EX)
     threading.Timer(1.0, held.close).start()
     with locked(run):
@@ -132,7 +132,7 @@ def test_an_owner_that_is_gone_from_this_host_is_waited_for(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     (run / LOCK).write_text(json.dumps({"host": HOST, "pid": gone.pid}))
-    held = open(run / LOCK)
+    held = open(run / LOCK)  # noqa: SIM115 (a timer closes it)
     fcntl.flock(held, fcntl.LOCK_EX)
     threading.Timer(0.7, held.close).start()
     with locked(run):
