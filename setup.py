@@ -32,6 +32,7 @@ setup(
         "pyarrow>=18",  # Parquet written in streams; DuckDB's results in batches
         "safetensors>=0.5",  # weights on disk, without pickle
         "xxhash>=3.4",  # checksums of checkpoint files, faster than any disk
+        "pyyaml>=6",  # a run's own YAML, looked at before OmegaConf loads it
         "omegaconf>=2.4",  # YAML and key=value into dataclasses
         "rich>=13",  # progress, tables
         "tensorboard>=2.18",  # the metrics display that people already run

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --short    few steps: does it run?
     python benchmarks/scaling.py optimizer.zero_stage=1
 
-Timed is the trainer's own step, and the agreement before it, by ranks that are processes of one thread on one core each: one
+Timed is the trainer's own step, by ranks that are processes of one thread on one core each: one
 rank; two that have nothing to do with each other, which is what the cores, caches and memory give when both are busy; two of
 one run (gloo over the loopback); two on hosts of their own, network namespaces joined by a cable, without limit and limited by
 `tc`. All are started at the beginning and wait. They take turns, a few steps each, for several rounds, so that the machine's
@@ -267,8 +267,6 @@ def predictions(settings, record):
                         tokens=tokens,
                         users=cluster.users,
                         rows=rows,
-                        domains=settings.domains,
-                        dim=settings.model.dim,
                         global_negatives=everyone,
                         **record["model"],
                     )

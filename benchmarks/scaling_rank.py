@@ -25,7 +25,6 @@ from benchmarks.workload import dataset_of, draw
 from syncrec.batch import build_batch
 from trainer import distributed
 from trainer.config import RunConfig
-from trainer.control import agree
 from trainer.data.plan import Plan
 from trainer.process import run_script
 from trainer.step import Trainer
@@ -66,10 +65,9 @@ class Rank:
         return build_batch(*arrays, [domain.items for domain in self.dataset.domains], longest)
 
     def step(self, users, exponent=0.0):
-        """What the training loop does in a step: the ranks agree to go on, and train."""
+        """What the training loop does in a step."""
         self._taken += 1
         batch = self.batches(users, exponent)[self._taken % _BATCHES]
-        agree()
         loss, _ = self.trainer.train_step(batch)
         if not loss.isfinite():
             raise ArithmeticError(f"the loss is {loss}")
@@ -114,9 +112,14 @@ class Rank:
         return {name: statistics.mean(counts) for name, counts in found.items()}
 
     def model(self):
-        """Trained weights of the dense model, and the ZeRO stage in force."""
+        """Trained weights of the dense model, the ZeRO stage in force, width and domains."""
         weights = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
-        return {"weights": weights, "zero_stage": self.trainer.engine.zero_optimization_stage()}
+        return {
+            "weights": weights,
+            "zero_stage": self.trainer.engine.zero_optimization_stage(),
+            "dim": self.settings.model.dim,
+            "domains": self.settings.domains,
+        }
 
     def link(self):
         """`limits.collectives` of this group."""

@@ -18,11 +18,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from embeddings.table import bags_of_rank
+
 # Ethernet, IPv4, TCP with timestamps: of every packet that the interface counts. The kernel hands a device packets of up to
 # 64 KiB; a network with packets of 1,500 bytes has these, and 24 bytes between two frames, on each 1,448 bytes: 6 %.
 HEADER = 14 + 20 + 32
 _ID = 8  # bytes of a row's number as TorchRec sends it
+_LENGTH = 4  # of the number of ids in a bag
 _LEAST_ID = 4  # a table has less than 2³¹ rows
+_CHECKED = 3 + 4  # both norms and the probe of what is not finite; the ranks' signals
 
 # The collectives and where their input is among the arguments.
 _INPUTS = {
@@ -47,8 +51,7 @@ _POSITIONS = {
 _PARTS = {
     "start_sum": "φ, λ and means",
     "gather": "SC-MIM",
-    "check": "clip and check",
-    "agree": "agreement",
+    "check": "clip, check, signals",
 }
 
 
@@ -77,6 +80,13 @@ def sent(kind, payload, world, own=0):
         return (world - 1) * payload
     # Each part of the tensor is summed around a ring, and the sums go around it. gloo's reduce-scatter does both too.
     return 2 * (world - 1) / world * payload
+
+
+def messages(kind: str, world: int) -> int:
+    """How many messages a rank sends in a collective, one after the other, by gloo's algorithms."""
+    if kind in ("all_to_all_single", "all_gather", "all_gather_into_tensor"):
+        return world - 1
+    return 2 * (world - 1)
 
 
 class Traffic:
@@ -194,7 +204,8 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign):
     others = (world - 1) / world
     gathered = users * domains * 4 * dim
     found = {
-        "numbers of ids": (world - 1) * (2 + 1) * _ID,  # how much of lengths and ids goes to each rank; the lengths
+        # How many lengths, ids and bags go to each rank; the lengths of the bags.
+        "numbers of ids": (world - 1) * (3 * _ID + bags_of_rank(world) * _LENGTH),
         "ids": foreign * _ID,
         "rows": foreign * 4 * dim,
         "row gradients": foreign * 4 * dim,
@@ -202,8 +213,7 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign):
         "SC-MIM": (world - 1) * (gathered + users * domains),  # the vectors, and which of them there are
         "SC-MIM gradients": (world - 1) * gathered,
         "dense gradients": 2 * others * 4 * weights,
-        "clip and check": 2 * others * 3 * 8,
-        "agreement": 2 * others * 4 * 4,
+        "clip, check, signals": 2 * others * _CHECKED * 8,
     }
     if zero_stage in (1, 2):
         found["dense weights"] = others * 4 * weights

@@ -5,9 +5,10 @@
     python benchmarks/train_step.py model.loss=sampled_softmax negatives.shared=1024
 
 Ours is `trainer.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
-are built beforehand, as worker processes do. Each line of the table is measured in a process of its own, so that none
-inherits another's memory, and each process of ours times the matrix products of its step too; the least time of each is the
-machine's.
+are built beforehand, as worker processes do, and each is made ready beside the step before it, as in a run. Nothing is read
+from a device while steps are measured: events in its own queue time them. Each line of the table is measured in a process of
+its own, so that none inherits another's memory, and each process of ours times the matrix products of its step too; the least
+time of each is the machine's.
 """
 
 import functools
@@ -15,7 +16,9 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import flops, limits, machine, suite
 from benchmarks.padded import PaddedSyNCRec, pad_batch
 from benchmarks.workload import dataset_of, draw, trainer_of
-from syncrec.batch import build_batch, move
+from syncrec.batch import build_batch, map_tensors, move
 from syncrec.config import ModelConfig
 from trainer import distributed
 from trainer.data.negatives import NegativesConfig
@@ -130,7 +133,7 @@ def measure(case, settings):
 
 def _measure(case, settings, ranks):
     config = replace(settings.model, precision=case.precision)
-    count = settings.warmup + settings.steps
+    count = settings.warmup + settings.steps + 1  # the last is made ready beside the last step
     dataset = dataset_of(case.items, settings.domains, settings.users, count)
     domain_items = [domain.items for domain in dataset.domains]
     drawn = [
@@ -138,13 +141,12 @@ def _measure(case, settings, ranks):
     ]
     build, work, start = _SYSTEMS[case.system]
     batches = [build(*arrays, domain_items, config.max_length) for arrays in drawn]
+    if ranks.device.type == "cuda":
+        batches = [map_tensors(batch, torch.Tensor.pin_memory) for batch in batches]
     tokens = len(drawn[0][0])
-    step = start(config, settings, ranks, dataset)
-    seconds, losses = [], []
-    for batch in batches:
-        begin = time.perf_counter()
-        losses.append(float(step(batch)))  # waits for the device
-        seconds.append(time.perf_counter() - begin)
+    steps = start(config, settings, ranks, dataset)
+    seconds, interval, losses = timed_steps(steps(batches), settings.warmup, ranks.device)
+    batches.pop()
     peak = machine.peak_memory()
     if not all(map(math.isfinite, losses)):
         raise ArithmeticError(f"{case}: the losses are {losses}")
@@ -156,6 +158,7 @@ def _measure(case, settings, ranks):
         "threads": torch.get_num_threads(),
         "step_seconds": timed,
         "warmup_seconds": seconds[: settings.warmup],
+        "interval_seconds": interval,
         "tokens_per_second": tokens / timed["median"],
         "users_per_second": settings.users / timed["median"],
         "operations_per_step": operations,
@@ -170,10 +173,73 @@ def _measure(case, settings, ranks):
     return found
 
 
+class Marks:
+    """Moments between steps, set without waiting: events in a device's queue, else the host's clock."""
+
+    def __init__(self, device: torch.device):
+        self._on_device = device.type == "cuda"
+        self._marks = []
+
+    def set(self) -> None:
+        """Now, or when the device is through with what is queued now."""
+        if self._on_device:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append(mark)
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next. The device has to be through with the last."""
+        pairs = pairwise(self._marks)
+        if self._on_device:
+            return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
+        return [end - begin for begin, end in pairs]
+
+
+def timed_steps(
+    steps: Iterable[torch.Tensor], warmup: int, device: torch.device
+) -> tuple[list[float], float, list[float]]:
+    """Runs the steps, which yield their losses.
+
+    Returns the seconds of each step, the seconds of all steps after `warmup` together by the host's
+    clock, and the losses. The host waits for the device before and after those, and not in between.
+    """
+    marks = Marks(device)
+    losses = []
+    marks.set()
+    for loss in steps:
+        losses.append(loss)
+        marks.set()
+        if len(losses) == warmup:
+            _wait_for(device)
+            begin = time.perf_counter()
+    _wait_for(device)
+    interval = time.perf_counter() - begin
+    return marks.seconds(), interval, torch.stack(losses).tolist()
+
+
+def _wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Each `start_…` returns a function that trains on all batches but the last, and yields each loss unread.
+
+
 def start_ours(config, settings, ranks, dataset):
-    """The trainer's own step."""
+    """The trainer's own step, with the next batch made ready beside it."""
     trainer = trainer_of(config, settings.users, dataset, ranks, negatives=settings.negatives)
-    return lambda batch: trainer.train_step(batch)[0]
+
+    def steps(batches):
+        ready = trainer.prepare(batches[0])
+        for batch in batches[1:]:
+            following = trainer.prepare(batch)
+            yield trainer.train_step(ready, following)[0]
+            ready = following
+        trainer.settle()
+
+    return steps
 
 
 def start_padded(config, settings, ranks, dataset, plain=False):
@@ -189,7 +255,7 @@ def start_padded(config, settings, ranks, dataset, plain=False):
         optimizer.step()
         return loss.detach()
 
-    return step
+    return lambda batches: map(step, batches[:-1])
 
 
 # How each system builds a batch, counts its work, and starts.

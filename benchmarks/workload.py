@@ -12,9 +12,7 @@ from trainer.config import RunConfig
 from trainer.data.dataset import Dataset, Domain, Shard
 from trainer.data.negatives import shared_negatives, target_negatives
 from trainer.data.plan import Plan
-from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.random import permutation, random_below, random_bits, random_unit
-from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.step import Trainer
 
 _SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
@@ -84,6 +82,10 @@ def some_data(settings):
 
 def prepared(folder, users):
     """A small synthetic dataset of nine domains, prepared in `folder`: the dataset's own folder."""
+    # DuckDB comes with them, which a training step has no use for.
+    from trainer.data.prepare import PrepareConfig, prepare
+    from trainer.data.synthetic import SyntheticConfig, synthesize
+
     synthesize(folder / "logs", SyntheticConfig(users=users, items=20_000, domains=9, mean_length=60))
     prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data"), streams=16, memory="1GB"))
     return folder / "data"

@@ -21,6 +21,12 @@ from embeddings.rows import RowScatter
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls what torch has renamed
 
 _TABLE, _FEATURE = "item_table", "item"
+# FBGEMM's CUDA kernels are parallel over bags: a thread sorts one bag's ids by rank, a warp looks
+# one bag's rows up. So the ids of a rank are cut into many bags. Every rank sends the lengths of all
+# its bags to every other rank; among many ranks each has fewer bags.
+_BAGS = 2048
+_FEWEST_BAGS = 512
+_BAGS_OF_ALL_RANKS = 2**17
 _INIT_BLOCK = 4096  # rows drawn from one generator: a shard may begin anywhere, so blocks are drawn whole and cut
 
 
@@ -77,9 +83,15 @@ class ItemTable:
         Several can be on their way at once, as long as all ranks start them, send them and look them up in the same order.
         """
         stored = self.scatter.stored(ids.to(self.device))
-        # The host knows the counts: TorchRec would read them from the device.
-        length, counts = torch.full((1,), len(stored), device=self.device), [len(stored)]
-        features = KeyedJaggedTensor([_FEATURE], stored, lengths=length, stride=1, length_per_key=counts)
+        lengths = bag_lengths(len(stored), bags_of_rank(dist.get_world_size()), self.device)
+        # The host knows the count: TorchRec would read it from the device.
+        features = KeyedJaggedTensor(
+            [_FEATURE],
+            stored,
+            lengths=lengths,
+            stride=len(lengths),
+            length_per_key=[len(stored)],
+        )
         return Exchange(self._collection, features)
 
     def look_up(self, exchange: "Exchange"):
@@ -172,6 +184,21 @@ class Exchange:
             self._context.record_stream(stream)
             features.record_stream(stream)
         return self._context, features
+
+
+def bags_of_rank(ranks: int) -> int:
+    """Into how many bags each of so many ranks cuts the ids that it looks up."""
+    return min(_BAGS, max(_FEWEST_BAGS, _BAGS_OF_ALL_RANKS // ranks))
+
+
+def bag_lengths(ids: int, bags: int, device: torch.device) -> torch.Tensor:
+    """How many of the ids are in each bag, int32 (bags,): equally many, the first bags one more.
+
+    Five ids in three bags are tensor([2, 2, 1]).
+    """
+    lengths = torch.full((bags,), ids // bags, dtype=torch.int32, device=device)
+    lengths[: ids % bags] += 1
+    return lengths
 
 
 def sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host, device_type):

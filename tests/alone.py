@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import importlib
 import os
+from unittest import mock
 
 import deepspeed
 import torch
@@ -27,8 +29,28 @@ def in_this_process(function, *arguments):
 
 
 @contextlib.contextmanager
+def deepspeed_on(name):
+    """DeepSpeed computes on "cuda" or "cpu" within it.
+
+    Otherwise it keeps the accelerator that it took when it was imported.
+    """
+    accelerators = deepspeed.accelerator.real_accelerator
+    before = accelerators.get_accelerator()
+    module = importlib.import_module(f"deepspeed.accelerator.{name}_accelerator")
+    accelerators.set_accelerator(getattr(module, f"{name.upper()}_Accelerator")())
+    deepspeed.utils.groups._WORLD_GROUP = None
+    try:
+        yield
+    finally:
+        accelerators.set_accelerator(before)
+        deepspeed.utils.groups._WORLD_GROUP = None
+
+
+@contextlib.contextmanager
 def as_a_script():
-    """A script's main may be called in here: no launcher is seen, and what it changes in the process is put back.
+    """A script's main may be called in here: it sees no launcher and no device.
+
+    What it changes in the process is put back.
 
     The script leaves its process group itself: a process that exits with one is aborted now and then.
     """
@@ -36,7 +58,8 @@ def as_a_script():
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     try:
-        yield
+        with mock.patch.object(torch.cuda, "is_available", lambda: False):
+            yield
         assert not dist.is_initialized()
     finally:
         if dist.is_initialized():

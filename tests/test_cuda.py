@@ -14,6 +14,7 @@ from embeddings.table import ItemTable
 from syncrec import varlen
 from syncrec.attention import causal_attention
 from syncrec.batch import attention_layout, move
+from tests.alone import deepspeed_on
 from tests.embeddings.ranking_cases import CASES, brute_force
 from tests.embeddings.ranking_worker import ranked, table_of
 from tests.trainer.runs import SmallRun, everything, rank_of_one
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture(scope="module")
 def ranks():
-    with rank_of_one():
+    with rank_of_one(), deepspeed_on("cuda"):
         dist.destroy_process_group()
         torch.cuda.set_device(0)
         dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)

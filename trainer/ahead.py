@@ -15,9 +15,9 @@ from syncrec.batch import Batch, map_tensors, move
 
 @dataclass(frozen=True)
 class Ready:
-    """A batch on the device (None: this rank has none, and only takes part), and where its ids are."""
+    """A batch on the device, and where its ids are."""
 
-    batch: Batch | None
+    batch: Batch
     exchange: Exchange
 
 
@@ -27,12 +27,11 @@ class Beside:
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def prepare(self, batch: Batch | None, table: ItemTable) -> Ready:
+    def prepare(self, batch: Batch, table: ItemTable) -> Ready:
         """Starts to copy a batch (in pinned memory, where there is a device) and to exchange its ids. Called on all ranks."""
         with self._on_it():
-            if batch is not None:
-                batch = move(batch, self._device)
-            return Ready(batch, table.exchange(torch.empty(0, dtype=torch.int64) if batch is None else batch.distinct))
+            batch = move(batch, self._device)
+            return Ready(batch, table.exchange(batch.distinct))
 
     def send(self, ready: Ready):
         """Has the ids themselves sent, once it is known how many there are. Called on all ranks."""

@@ -7,28 +7,36 @@ from pathlib import Path
 from embeddings.table import ItemTable
 from syncrec.model import SyNCRec
 from trainer.checkpoint import best_checkpoint, restore_best
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, load_recorded
 from trainer.data.dataset import Dataset
-from trainer.data.source import is_hidden
+from trainer.data.source import folder_of, shown, words
 from trainer.errors import InputError
 from trainer.warm import carried
 
 
 def open_run(run, data=None, of_all_domains=False) -> tuple[RunConfig, Dataset]:
-    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved.
+    """The configuration that a run had, and its dataset. data: the dataset's folder or address where it has moved, or where
+    the run names an address: none is fetched from on a run's word.
 
     Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
     """
-    run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: is no run (there is no config.yaml in it)")
-    config = load_config([run / "config.yaml"], [])
-    config = replace(config, data=str(data or config.data))
+    config = config_of(run)
     if of_all_domains and config.stream.domain:
         raise InputError(f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it")
-    if is_hidden(config.data):
-        raise InputError(f"{run}: a run does not keep what is secret in its dataset's address; give it as --data")
+    if not data and folder_of(config.data) is None:
+        raise InputError(
+            f"{run}: was trained from an address, {words(shown(config.data))}, which is not fetched from on a run's word; "
+            "give it as --data"
+        )
+    config = replace(config, data=str(data or config.data))
     return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+
+
+def config_of(run) -> RunConfig:
+    """The configuration that a run had. Raises InputError where it is no run, or has none that can be used."""
+    if not (Path(run) / "config.yaml").is_file():
+        raise InputError(f"{run}: is no run (there is no config.yaml in it)")
+    return load_recorded(Path(run) / "config.yaml")
 
 
 def best_model(run, config: RunConfig, dataset: Dataset, ranks) -> tuple[SyNCRec, ItemTable, dict]:

@@ -1,11 +1,14 @@
 """A run's configuration: every part's dataclass under one roof, from YAML and `key=value`."""
 
+import io
 import math
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -14,11 +17,15 @@ from embeddings.optimizers import keeps_squares
 from syncrec.config import ModelConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.data.negatives import NegativesConfig
-from trainer.data.source import shown
+from trainer.data.source import recorded, words
 from trainer.data.stream import StreamConfig
 from trainer.engine import OptimizerConfig, asks_for_bf16, read_deepspeed_json
 from trainer.errors import InputError
 from trainer.evaluate import EvaluationConfig
+
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # OmegaConf's; a backslash before it escapes
+_LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
+_DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class RunConfig:
     epochs: int = 20
     max_steps: int = 0  # stop after so many steps; 0: epochs decide
     timeout_minutes: float = 30.0  # how long a rank waits for the others before it gives up
+    deterministic: bool = False  # on CUDA: sums in one order, slower; a CPU's have one (docs/gpu.md)
     model: ModelConfig = field(default_factory=ModelConfig)
     table: TableConfig = field(default_factory=TableConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -90,10 +98,71 @@ def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
     more = []
     if deepspeed_file is not None:
         more.append((deepspeed_file, OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)})))
-    config = load(RunConfig, files, overrides, more)
+    return _with_bf16(load(RunConfig, files, overrides, more))
+
+
+def _with_bf16(config):
     if asks_for_bf16(config.deepspeed):
         config = replace(config, model=replace(config.model, precision="bf16"))
     return config
+
+
+def load_recorded(file) -> RunConfig:
+    """What a run has left of its configuration. Raises InputError naming the file, and the key.
+
+    The run may be anybody's. So nothing in it is resolved (`${…}` would read the environment), and
+    there are no tags, no aliases and no more bytes than a configuration has.
+    """
+    file = Path(file)
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_LARGEST_RECORD + 1)
+        if len(data) > _LARGEST_RECORD:
+            raise InputError(f"{file}: has more than {_LARGEST_RECORD} bytes: no run has written it")
+        text = data.decode("utf-8")
+        _look_at_record(file, text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: is no YAML ({words(error)})") from None
+    try:
+        given = _with_sections(file, lambda: OmegaConf.load(io.StringIO(text)), RunConfig)
+        return _with_bf16(load(RunConfig, [], [], [(file, given)]))
+    except InputError as error:
+        said = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
+        printable = (letter if letter.isprintable() else " " for letter in said[:1000])
+        raise InputError("".join(printable)) from None
+
+
+def _look_at_record(file, text):
+    """Raises InputError for what a run does not write and YAML or OmegaConf would act on."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_RECORD:
+            raise InputError(f"{file}: is deeper than {_DEEPEST_RECORD} sections: no run has written it")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            line = event.start_mark.line + 1
+            raise InputError(f"{file}: line {line} has an anchor or alias: a run writes none")
+
+    def visit(node, key):
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            raise InputError(f"{file}: {key} has the tag {words(node.tag)}: a run writes none")
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                visit(name, f"the key {words(name.value)}")
+                visit(value, f"{key}.{words(name.value)}" if key else words(name.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                visit(value, f"{key}[{number}]")
+        elif _INTERPOLATION.search(node.value):
+            raise InputError(
+                f"{file}: {key} has ${{…}} in it, which a run does not write and which is not resolved "
+                "here: put its value there, or escape it (\\${…})"
+            )
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        visit(root, "")
 
 
 def load(kind, files, overrides, more=()):
@@ -126,17 +195,28 @@ def flat(config: RunConfig) -> dict:
         else:
             found[key] = value
 
-    walk(OmegaConf.to_container(OmegaConf.structured(_without_secrets(config))), "")
+    walk(asdict(_without_secrets(config)), "")
     return found
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole effective configuration, as `load_config` reads it; without what is secret in the dataset's address."""
-    return OmegaConf.to_yaml(OmegaConf.structured(_without_secrets(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(_without_secrets(config)))))
 
 
 def _without_secrets(config):
-    return replace(config, data=shown(config.data))
+    return replace(config, data=recorded(config.data))
+
+
+def _escaped(value):
+    """The same, written so that OmegaConf takes `${` in a text for what it is."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def _parse(override, kind):
@@ -156,8 +236,13 @@ def _parse(override, kind):
 def _read(file, kind):
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such configuration file")
+    return _with_sections(file, lambda: OmegaConf.load(file), kind)
+
+
+def _with_sections(file, read, kind):
+    """What `read` gives, with a section for a section."""
     try:
-        loaded = OmegaConf.load(file)
+        loaded = read()
     except Exception as error:  # a YAML error of any kind: say where, and no trace
         raise InputError(f"{file}: is no YAML ({' '.join(str(error).split())})") from None
     if not OmegaConf.is_dict(loaded):

@@ -1,7 +1,7 @@
-"""What the ranks agree on between two steps: to go on, to save, to stop, or that one of them cannot go on.
+"""What the ranks agree on: to go on, to save, to stop, or that one of them cannot go on.
 
-One reduction of a few integers over the CPU's backend, so that no rank enters a step that another one will not: a rank
-without a batch, or with a disk that is full, would leave the others waiting in their next collective.
+While they train, the ranks' signals travel with the sums of each step (trainer/gradients.py): no message is
+added to it. Elsewhere `agree` reduces a few integers over the CPU's backend.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,20 +24,33 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """True where it is so on any rank: it cannot go on; it was asked to stop; a checkpoint is due; one is being written."""
+class Signals:
+    """What a rank tells the others: it cannot go on; it was asked to stop; a checkpoint is due; it
+    is writing one. Of all ranks: what any of them told."""
 
-    trouble: bool
-    stop: bool
-    due: bool
-    writing: bool
+    trouble: bool = False
+    stop: bool = False
+    due: bool = False
+    writing: bool = False
+
+    def numbers(self) -> list[float]:
+        """One number each, to be summed over ranks."""
+        return [float(signal) for signal in astuple(self)]
+
+    @classmethod
+    def of_sums(cls, sums: list[float]) -> "Signals":
+        """What any rank told, from the ranks' `numbers` summed."""
+        return cls(*(total > 0 for total in sums))
 
 
-def agree(trouble=False, stop=False, due=False, writing=False) -> Agreement:
-    """Called on all ranks at the same place."""
-    values = torch.tensor([trouble, stop, due, writing], dtype=torch.int32)
+def agree(trouble=False, stop=False, due=False, writing=False) -> Signals:
+    """What any rank tells. Called on all ranks at the same place.
+
+    gloo passes a sum around all ranks, one after the other: nothing that is done in every step calls this.
+    """
+    values = torch.tensor(Signals(trouble, stop, due, writing).numbers(), dtype=torch.float64)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return Agreement(*map(bool, values.tolist()))
+    return Signals.of_sums(values.tolist())
 
 
 def largest(value: int) -> int:

@@ -40,7 +40,8 @@ class Ranks:
 def start(timeout_minutes=30) -> Ranks:
     """Joins the process group that the launcher describes (trainer.launchers), or makes one of one.
 
-    CUDA and NCCL where there is a CUDA device, else CPU and gloo; the same code follows either.
+    CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
+    gloo; the same code follows either.
     """
     ranks, _ = _join(timeout_minutes)
     return ranks
@@ -89,7 +90,8 @@ def _join(timeout_minutes):
     if world.local_rank is None or world.local_size is None:
         world = _with_neighbours(world, store)
     enter_world(world)
-    cuda = torch.cuda.is_available()
+    # DeepSpeed's own switch holds for all of the run.
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", device_of_rank(world.local_rank, world.local_size, torch.cuda.device_count()))

@@ -2,7 +2,8 @@
 
 The newest interaction of a user's merged history is the test item, the one before it the validation item; the item is
 ranked among items of its own domain that the user never touched. A result is an integer rank, and what is summed over
-ranks are counts of them: the figures do not depend on the number of processes. Ties count against the model.
+ranks are counts of them: on CPUs the figures do not depend on the number of processes; on CUDA near ties
+may (docs/gpu.md). Ties count against the model.
 """
 
 from dataclasses import dataclass, replace

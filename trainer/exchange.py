@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from trainer.data.dataset import USERS
+from trainer.data.parts import connect
 from trainer.errors import InputError
 
 
@@ -22,7 +23,7 @@ def read_candidates(dataset, file):
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such file")
-    with duckdb.connect() as engine:
+    with connect() as engine:
         try:
             given = engine.read_parquet(str(file), file_row_number=True)
         except duckdb.Error as error:
@@ -147,7 +148,7 @@ class ResultWriter:
             parts = [self._part(rank) for rank in range(self.ranks.world_size)]
             users = _quoted(self.dataset.local(USERS))
             try:
-                with duckdb.connect() as engine:
+                with connect() as engine:
                     engine.execute(
                         "COPY (SELECT u.user_id, r.domain, r.rank, r.scores "
                         f"FROM read_parquet([{', '.join(map(_quoted, parts))}]) r "

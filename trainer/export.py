@@ -30,6 +30,7 @@ from trainer.data.dataset import File
 from trainer.data.progress import Stages
 from trainer.data.vocabulary import item_ids
 from trainer.errors import InputError
+from trainer.serving_example import plain_program
 
 FORMAT_VERSION = 2  # 2: the encoder is told times
 SCHEMA, ENCODER = "schema.json", "encoder.pt2"
@@ -157,6 +158,10 @@ def _write_encoder(folder, encoder):
     program = io.BytesIO()  # a full disk ends a process that lets PyTorch write to it
     torch.export.save(exported(encoder), program)
     (folder / ENCODER).write_bytes(program.getbuffer())
+    try:
+        plain_program(folder / ENCODER)
+    except ValueError as error:
+        raise InputError(f"PyTorch {torch.__version__} writes what services would refuse: {error}: use another") from None
 
 
 def _write_domain(partial, dataset, number, model, faiss_name):
@@ -180,7 +185,7 @@ def _write_domain(partial, dataset, number, model, faiss_name):
 def _write_index(folder, name):
     import faiss
 
-    items = np.load(folder / "items.npy", mmap_mode="r")
+    items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
     index = _faiss_index(name, items.shape[1])
     try:
         if not index.is_trained:

@@ -2,7 +2,8 @@
 
 A user's held-out item is ranked among all items of its domain but those of the rest of the user's history. Popularity ranks the
 same items; of those as popular as the item it puts before it as many as an order would that is drawn for each user (from the
-seed). Ties of the model's scores count against it. Every figure is the same at any number of ranks.
+seed). Ties of the model's scores count against it. On CPUs every figure is the
+same at any number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/gpu.md).
 """
 
 from dataclasses import dataclass

@@ -33,6 +33,7 @@ from rich.text import Text
 from trainer.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
+LOOK = "look.json"  # what a look at the best model found (trainer.look)
 HEADLINE = "NDCG@10"
 _REFRESH_SECONDS = 0.25
 _BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -122,7 +121,7 @@ def _neighbours(table, dataset, ranks, look):
         vectors.append(torch.nn.functional.normalize(table(wanted).float(), dim=1))
         popular.append(places[: look.shown])
         if ranks.first:
-            ids.append([str(item) for item in item_ids(dataset, domain).take(pa.array(places)).to_pylist()])
+            ids.append([str(item) for item in item_ids(dataset, domain).take(places).to_pylist()])
     if not ranks.first:
         return None
     found = []

@@ -14,24 +14,25 @@ from syncrec.model import SyNCRec
 from trainer.ahead import Ready
 from trainer.checkpoint import Checkpoints, RunState, best_checkpoint, restore_best, write_json, write_text
 from trainer.config import RunConfig, flat, to_yaml
-from trainer.control import StopSignal, Watchdog, agree
+from trainer.control import Signals, StopSignal, Watchdog, agree
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan
 from trainer.data.stream import Fed, Feed, TrainBatches
+from trainer.determinism import deterministic_sums
 from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
-from trainer.log import HEADLINE, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
+from trainer.log import HEADLINE, LOOK, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.look import look_at
 from trainer.meters import IntervalMeter
-from trainer.report import LOOK, write_report
 from trainer.resources import cores_per_rank
 from trainer.run_lock import locked_by_first_rank
 from trainer.start import find_start, leave_nothing, run_folder
-from trainer.step import Trainer
+from trainer.step import Halted, Trainer
 from trainer.warm import find_warm_start
 
 _PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
+_RANKINGS = 8  # steps of a validation between two in which the ranks agree to go on with it
 
 
 def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
@@ -41,7 +42,11 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     Returns the test record. Raises InputError where something given cannot be used (before anything is written, if it can be
     seen then), NotFinite, and Stopped.
     """
-    with _full_disk_is_an_input_error(config.run), contextlib.ExitStack() as locks:
+    with (
+        _full_disk_is_an_input_error(config.run),
+        deterministic_sums(config.deterministic),
+        contextlib.ExitStack() as locks,
+    ):
         return _train(config, ranks, fresh, accept_changes, locks)
 
 
@@ -91,6 +96,8 @@ def _train(config, ranks, fresh, accept_changes, locks):
             leave_nothing(run)  # what cannot begin is in the way of the next try
         raise
     if ranks.first:
+        from trainer.report import write_report  # Plotly and Jinja2 are for the page alone
+
         print(f"report: {write_report(run)}", flush=True)
     return record
 
@@ -125,8 +132,8 @@ class TrainingRun:
         self.watchdog = Watchdog(60 * self.config.timeout_minutes + 5, lambda: f"step {self.state.step + 1}")
         self._begun, self._before = time.monotonic(), state.seconds
         self._skipped, self._skipped_before = 0, state.skipped_users
-        self._saved_at, self._told = self._begun, set()
-        self._ahead = None
+        self._saved_at, self._saved_step, self._told = self._begun, state.step, set()
+        self._ahead = self._refusal = None
         batches = TrainBatches(
             self.plan,
             self.ranks.rank,
@@ -151,17 +158,35 @@ class TrainingRun:
             except NotFinite:  # on all ranks: what is being written was good
                 self._finish()
                 raise
+            except Halted:  # likewise
+                self._finish()
+                raise self._refusal or InputError("another rank cannot go on; its own line says why") from None
             self._finish()
 
     def _step(self):
         """One step, and what is due after it."""
         fed, ready = self._next()
-        self._look_ahead()
+        self._ahead, looking = None, 0.0
+        trouble = self._refusal is not None  # with this step's batch; the next step's is fetched in between
+
+        def signals():
+            minutes = (time.monotonic() - self._saved_at) / 60
+            due = self.ranks.first and 0 < self.config.checkpoint.every_minutes <= minutes
+            return Signals(trouble, self.stop.asked, due, self.checkpoints.writing)
+
+        def look_ahead():
+            nonlocal looking
+            begun = time.perf_counter()
+            following = self._look_ahead()
+            looking = time.perf_counter() - begun
+            return following
+
         begun = time.perf_counter()
-        loss, report = self.trainer.train_step(ready, self._ahead and self._ahead.ready)
+        loss, report = self.trainer.train_step(ready, look_ahead, signals)
+        computed = time.perf_counter() - begun - looking
         self.state.step = self.trainer.step
         self._note(fed, loss, report)
-        if found := self.feed.computed(time.perf_counter() - begun):
+        if found := self.feed.computed(computed):
             self.log.message(found)
         if self._validation_due():
             self._validate()
@@ -171,39 +196,45 @@ class TrainingRun:
     def _look_ahead(self):
         """Takes the next step's batch and starts the exchange of its ids, so that they travel while this step computes.
 
-        Whether the next step is made at all is agreed on when this one is done, as if its batch came only then: a batch that
-        cannot be had is no trouble before (this rank takes part in the exchange without ids, and the others do not wait), and
-        where the run stops, saves, or ends early, the batch is not in the step's count and is made again by who goes on.
+        Where the run stops, saves, or ends early before the next step, the batch is not in that step's count and is made again
+        by who goes on.
         """
-        self._ahead = None
-        if self.state.step + 1 < self.trainer.total_steps:
-            ahead = self._fetch()
-            self._ahead = replace(ahead, ready=self.trainer.prepare(ahead.fed and ahead.fed.batch))
+        if self.state.step + 1 >= self.trainer.total_steps:
+            return None
+        ahead = self._fetch()
+        self._ahead = replace(ahead, ready=self.trainer.prepare(ahead.fed.batch))
+        return self._ahead.ready
 
     def _fetch(self):
-        with self.meter.waiting():
-            try:
-                return _Ahead(next(self.feed))
-            except InputError as error:
-                return _Ahead(refusal=error)
+        """The next batch. Where this rank cannot have one it takes part in the step without a user, so that the others do not
+        wait, and tells them so with that step, which is then not made."""
+        if self._refusal is None:
+            with self.meter.waiting():
+                try:
+                    return _Ahead(next(self.feed))
+                except InputError as error:
+                    self._refusal = error
+        return _Ahead(self.feed.without_users())
 
     def _next(self):
-        """What this rank is fed next, and made ready. Before that the ranks agree: all go on, or save first, or stop, or none
-        goes on."""
+        """What this rank is fed next, and made ready. Before that all ranks do what any has signalled:
+        save, stop, or end.
+
+        A signal travels with a step and is known when that step is through; on a device one step
+        later, so that the host does not wait for it.
+        """
         ahead = self._ahead or self._fetch()
-        refusal = ahead.refusal
-        minutes = (time.monotonic() - self._saved_at) / 60
-        due = self.ranks.first and 0 < self.config.checkpoint.every_minutes <= minutes
-        agreed = agree(refusal is not None, self.stop.asked, due, self.checkpoints.writing)
         self.watchdog.beat()
-        self.checkpoints.settle(agreed.writing)
-        if agreed.trouble:
-            self._finish()
-            raise refusal or InputError("another rank cannot go on; its own line says why")
-        if agreed.stop:
+        number, told = self.trainer.signals
+        if told.trouble:
+            self.trainer.settle()
+        if number >= self._saved_step:  # it was told after the newest checkpoint was begun
+            self.checkpoints.settle(told.writing)
+        if told.stop:
             self._stop()
+        due = told.due and number >= self._saved_step
         steps = self.config.checkpoint.every_steps
-        if agreed.due or (steps and self.state.step and self.state.step % steps == 0):
+        if due or (steps and self.state.step and self.state.step % steps == 0):
             self._save()
         return ahead.fed, ahead.ready or self.trainer.prepare(ahead.fed.batch)
 
@@ -277,7 +308,7 @@ class TrainingRun:
 
     def _between_rankings(self, done, total):
         self.watchdog.beat()
-        if agree(stop=self.stop.asked).stop:
+        if done % _RANKINGS == 0 and agree(stop=self.stop.asked).stop:
             raise _Interrupted
 
     def _ended(self):
@@ -291,7 +322,7 @@ class TrainingRun:
         self.state.seconds = self._seconds()
         with self.meter.paused(), self.watchdog.held():
             self.checkpoints.save(self.trainer.engine, self.trainer.table, self.state)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
 
     def _finish(self):
         with self.watchdog.held():
@@ -308,10 +339,9 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A step's batch, or why there is none; ready: where its exchange has been started."""
+    """A step's batch; ready: where its exchange has been started."""
 
-    fed: Fed | None = None
-    refusal: InputError | None = None
+    fed: Fed
     ready: Ready | None = None
 
 

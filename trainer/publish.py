@@ -14,6 +14,7 @@ far less difference than then whose item it is (trainer/exchanged.py).
 import contextlib
 import datetime
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,18 +23,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.best import best_model, open_run
+from trainer.best import best_model, config_of, open_run
 from trainer.bootstrap import GroupMeans
 from trainer.checkpoint import best_checkpoint, write_json
 from trainer.control import by_the_first
-from trainer.data.dataset import File
+from trainer.data.dataset import File, stays_inside
 from trainer.data.extend import EXTENSION
 from trainer.data.work import exclusive
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
 from trainer.exchanged import own_item_gains
-from trainer.export import SCHEMA, ExportConfig, export_run
+from trainer.export import ENCODER, SCHEMA, ExportConfig, export_run
 from trainer.log import HEADLINE
+from trainer.serving_example import load_encoder, plain_program
 
 _UNLIKE = "the logs are unlike those before"
 CURRENT, REFUSED, VERSION, MODEL = "current.json", "refused.json", "version.json", "model"
@@ -79,7 +81,7 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
         run_config, dataset = open_run(candidate, data, of_all_domains=True)
         _, best, _ = best_checkpoint(Path(candidate), ranks)
         identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
-        if current and all(current[name] == value for name, value in identity.items()):
+        if current and all(current.get(name) == value for name, value in identity.items()):
             return current | {"published": current["number"], "reasons": []}
         record = identity | _compared(candidate, current, run_config, dataset, ranks, config)
         record["reasons"] = reasons_against(record["domains"], config)
@@ -132,9 +134,27 @@ def current_version(published: Path) -> dict | None:
         return None
     try:
         number = json.loads(file.read_text(encoding="utf-8"))["version"]
-        return json.loads((published / "versions" / number / VERSION).read_text(encoding="utf-8"))
+        if not (isinstance(number, str) and re.fullmatch(r"\d+", number)):
+            raise ValueError(f"{number!r} is no version's number")
+        return _record_of(published / "versions" / number / VERSION)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be used ({error}): name a version that is there with --rollback") from None
+
+
+def _record_of(file):
+    """What a version.json says. Raises OSError, ValueError."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    kinds = {"number": str, "run": str, "domains": dict}
+    valid = isinstance(record, dict)
+    valid = valid and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    valid = valid and re.fullmatch(r"\d+", record["number"]) and record["run"].isprintable()
+    if not valid:
+        raise ValueError(f"{file} is no version's record")
+    for figures in record["domains"].values():
+        before = [figures.get(name) for name in ("candidate", "own_item")] if isinstance(figures, dict) else ["none"]
+        if not all(figure is None or isinstance(figure, int | float) for figure in before):
+            raise ValueError(f"{file}: its figures are none")
+    return record
 
 
 def roll_back(published, to=None) -> dict:
@@ -146,6 +166,8 @@ def roll_back(published, to=None) -> dict:
         current = json.loads((published / CURRENT).read_text(encoding="utf-8"))["version"]
     except (OSError, ValueError, KeyError, TypeError):
         current = None
+    if not isinstance(current, str):
+        current = None
     if to is None:
         older = [number for number in versions if current is not None and number < current]
         if not older:
@@ -153,9 +175,13 @@ def roll_back(published, to=None) -> dict:
         to = older[-1]
     if to not in versions:
         raise InputError(f"{published}: there is no version {to}: there are {', '.join(versions) or 'none'}")
+    try:
+        record = _record_of(published / "versions" / to / VERSION)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{published}: version {to} cannot be used ({error}): name another") from None
     _check(published / "versions" / to)
     _point(published, to)
-    return json.loads((published / "versions" / to / VERSION).read_text(encoding="utf-8"))
+    return record
 
 
 def _compared(candidate, current, run_config, dataset, ranks, config):
@@ -163,8 +189,7 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
     rank_U, domain_U = _ranks(candidate, run_config, dataset, ranks)
     others_U = None
     if current is not None:
-        other_config, _ = open_run(current["run"], dataset.folder)
-        others_U, _ = _ranks(current["run"], other_config, dataset, ranks)
+        others_U, _ = _ranks(current["run"], config_of(current["run"]), dataset, ranks)
     newest = dataset.folder / EXTENSION / "users.npy"
     came_U = np.zeros(dataset.users, bool)
     if newest.is_file():
@@ -270,15 +295,20 @@ def _finish(published, partial, record, config):
 
 
 def _check(version):
-    """Every file of the model is whole, and its encoder loads. Raises InputError."""
+    """Every file of the model is whole, its encoders hold programs and nothing else, and the first of them loads. Raises
+    InputError."""
     folder = version / MODEL
     try:
         schema = json.loads((folder / SCHEMA).read_text(encoding="utf-8"))
         for name, facts in schema["files"].items():
-            if File.of(folder, name) != File(name, **facts):
+            if not stays_inside(name):
+                raise ValueError(f"{name!r} is no name of a file in it")
+            if not (folder / name).is_file() or File.of(folder, name) != File(name, **facts):
                 raise InputError(f"{folder / name}: is not as it was exported: publish the run again")
-        torch.export.load(folder / "encoder.pt2")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        for file in folder.glob(f"*/{ENCODER}"):
+            plain_program(file)
+        load_encoder(folder / ENCODER)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: does not load ({error}): publish the run again") from None
 
 

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from trainer.best import best_model, open_run
 from trainer.checkpoint import write_json
+from trainer.determinism import deterministic_sums
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split, evaluation_record
 from trainer.exchange import ResultWriter, read_candidates
@@ -32,6 +33,11 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     if full and candidates:
         raise InputError("--candidates: with --ranking full all items of the domain are the candidates; leave one of them out")
     config, dataset = open_run(run, data)
+    with deterministic_sums(config.deterministic):
+        return _rank_run(run, config, dataset, ranks, split, candidates, output, full)
+
+
+def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
     given = read_candidates(dataset, candidates) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
     writer = ResultWriter(dataset, output, ranks) if output else None

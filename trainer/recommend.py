@@ -101,7 +101,9 @@ def _chosen(dataset, names):
 def _facts(run, dataset, domains, config, asked):
     """What the recommendations depend on, by the names of the options, as JSON has it."""
     try:
-        best = json.loads((Path(run) / "best.json").read_text())["folder"]
+        best = Path(json.loads((Path(run) / "best.json").read_text())["folder"])
+        if best.parent != Path("checkpoints"):
+            raise ValueError(f"{best} is no checkpoint's name")
         model = hashlib.sha256((Path(run) / best / MANIFEST).read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
         model = None  # loading it says what is wrong

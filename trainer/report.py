@@ -14,6 +14,7 @@ from trainer import plots
 from trainer.errors import InputError
 from trainer.log import (
     HEADLINE,
+    LOOK,
     METRICS_FILE,
     duration,
     metrics_of,
@@ -26,7 +27,6 @@ from trainer.log import (
 )
 from trainer.page import rendered, template
 
-LOOK = "look.json"  # what a look at the best model found (trainer.look)
 FULL = "evaluation-full"  # -SPLIT.json: the record of a full ranking (trainer.full_ranking)
 LAST_SHARE = 0.2  # of the train lines: what "at the end" means
 

@@ -12,6 +12,7 @@ stays out of what follows: the next one extends the newest dataset that was publ
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -154,8 +155,8 @@ def report_of(result) -> str:
 def drift(before: Path, after: Path) -> dict:
     """By domain, the cosines between the vectors that items of two exports have in both: how many, their mean and p5."""
     found = {}
-    known = {facts["name"]: before / facts["folder"] for facts in _read(before / "schema.json")["domains"]}
-    for facts in _read(after / "schema.json")["domains"]:
+    known = {facts["name"]: before / facts["folder"] for facts in _domains(before)}
+    for facts in _domains(after):
         if facts["name"] not in known:
             continue
         places = [known[facts["name"]], after / facts["folder"]]
@@ -163,7 +164,7 @@ def drift(before: Path, after: Path) -> dict:
         where = pc.index_in(new_ids, value_set=old_ids).to_numpy(zero_copy_only=False)
         new_places = np.flatnonzero(~np.isnan(where.astype(np.float64)))
         old_places = where[new_places].astype(np.int64)
-        old, new = (np.load(place / "items.npy", mmap_mode="r") for place in places)
+        old, new = (np.load(place / "items.npy", mmap_mode="r", allow_pickle=False) for place in places)
         if not len(new_places) or old.shape[1] != new.shape[1]:
             continue
         pair = np.asarray(old[old_places], np.float64), np.asarray(new[new_places], np.float64)
@@ -173,10 +174,19 @@ def drift(before: Path, after: Path) -> dict:
     return found
 
 
+def _domains(model):
+    """What an export's schema says of its domains. Raises InputError where a folder is none of its own."""
+    domains = _read(model / "schema.json")["domains"]
+    for facts in domains:
+        if not re.fullmatch(r"domain-\d+", facts["folder"]):
+            raise InputError(f"{model / 'schema.json'}: {facts['folder']!r} is no domain's folder")
+    return domains
+
+
 def _plan(config, folder, day):
     """What the retraining begins from, as it was when it first began."""
     if (day / PLAN).is_file():
-        plan = _read(day / PLAN)
+        plan = _own_places(day / PLAN, _read(day / PLAN))
         if plan["input"] != config.input:
             raise InputError(f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name")
         return plan
@@ -190,8 +200,25 @@ def _plan(config, folder, day):
         "warm_start": None if current is None else current["run"],
         "before": None if current is None else json.loads((folder / PUBLISHED / CURRENT).read_text())["model"],
     }
+    _own_places(day / PLAN, plan)
     day.mkdir(parents=True, exist_ok=True)
     write_json(day / PLAN, plan)
+    return plan
+
+
+def _own_places(file, plan):
+    """The plan. Raises InputError where a record in the folder has led it elsewhere: its places become words of commands."""
+    forms = {
+        "extends": r"days/(?!\.)[^/]+/dataset",
+        "before": r"versions/\d+/model",
+        "warm_start": r"(?!.*\$\{).+",  # a run's folder may lie anywhere
+    }
+    for name, form in forms.items():
+        place = plan.get(name)
+        if place is not None and not (isinstance(place, str) and re.fullmatch(form, place)):
+            raise InputError(f"{file}: {name} is {place!r}, which no retraining here writes: remove the day's folder")
+    if not isinstance(plan.get("number"), int):
+        raise InputError(f"{file}: its number is {plan.get('number')!r}: remove the day's folder")
     return plan
 
 
@@ -262,8 +289,15 @@ def _result(config, folder, day, plan, published):
 
 
 def _results(folder, *more):
-    """What every day's retrain.json says, and more such, in the order of the days."""
-    return sorted([*map(_read, folder.glob(f"days/*/{RESULT}")), *more], key=lambda result: result["number"])
+    """What every day's retrain.json says, and more such, in the order of the days. Raises InputError where one says that it is
+    another folder's: by their names folders are removed."""
+    results = list(more)
+    for file in folder.glob(f"days/*/{RESULT}"):
+        result = _read(file)
+        if result.get("name") != file.parent.name or not isinstance(result.get("number"), int):
+            raise InputError(f"{file}: is not this day's: remove the day's folder")
+        results.append(result)
+    return sorted(results, key=lambda result: result["number"])
 
 
 def _tidy(config, folder):

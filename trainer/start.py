@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "data",
     "run",
     "timeout_minutes",
+    "deterministic",
     "epochs",
     "max_steps",
     "log",
@@ -122,7 +123,9 @@ def differences(facts, config: RunConfig, fingerprint):
 
 def shown_value(values, key):
     """A setting as a message has it."""
-    return str(values[key])[:80] if key in values else "not set"
+    if key not in values:
+        return "not set"
+    return "".join(letter if letter.isprintable() else " " for letter in str(values[key])[:80])
 
 
 def leave_nothing(run: Path):

@@ -1,5 +1,6 @@
 """One training step: table and dense model, forward, backward, both updated; and how they are built and brought back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from syncrec.model import LossReport, SyNCRec
 from syncrec.transfer import LossCorrection
 from trainer.ahead import Beside, Ready
 from trainer.checkpoint import restore_model, restore_optimizers
+from trainer.control import Signals
 from trainer.data.random import random_bits
 from trainer.distributed import RankReduction
 from trainer.engine import engine_config, rate_share, set_learning_rate, start_engine
@@ -21,14 +23,18 @@ from trainer.gradients import Gradients, Known
 
 @dataclass(frozen=True)
 class _Unsettled:
-    """A step of which the host does not know yet whether it was finite, with the model's buffers (λ, φ̄) and the table's count
-    of updates before it."""
+    """A step of which the host does not know yet whether it was made, with the model's buffers (λ, φ̄) and the table's count
+    of updates before it. outcome: 1 where it was finite, and the ranks' signals summed."""
 
     number: int
-    finite: Known
+    outcome: Known
     report: LossReport
     buffers: list[tuple[torch.nn.Module, str, torch.Tensor]]
     updates: int
+
+
+class Halted(Exception):
+    """A rank signalled that it cannot go on: raised on all ranks, with everything as it was before that step."""
 
 
 class Trainer:
@@ -61,21 +67,29 @@ class Trainer:
         self._beside = Beside(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
         self._held = self._gradients.can_be_held and zero_changes_nothing(config.table)
-        self._unsettled = None
+        self._unsettled, self._told = None, (step - 1, Signals())
 
-    def prepare(self, batch: Batch | None) -> Ready:
-        """Starts to bring a batch to the device and its ids to the ranks that hold the rows, for a step to come. Called on all
-        ranks, in the order of the steps; a rank without a batch takes part in it with None."""
+    def prepare(self, batch: Batch) -> Ready:
+        """Starts to bring a batch to the device and its ids to the ranks that hold the rows, for a
+        step to come. Called on all ranks, in the order of the steps."""
         return self._beside.prepare(batch, self.table)
 
-    def train_step(self, batch: Batch | Ready, following: Ready | None = None):
+    def train_step(
+        self,
+        batch: Batch | Ready,
+        following: Ready | Callable[[], Ready | None] | None = None,
+        signals: Callable[[], Signals] = Signals,
+    ) -> tuple[torch.Tensor, LossReport]:
         """One step of table and dense model; returns this rank's loss and the model's LossReport. Called on all ranks.
 
-        batch: a Batch, or what `prepare` made of it. following: what `prepare` made of the next step's; its ids are sent before
-        this step's backward.
+        batch: a Batch, or what `prepare` made of it. following: what `prepare` made of the next step's batch, or a function
+        that gives it and is called once forward has been queued; its ids are sent once backward has been queued too. So what
+        the host waits for (the loader, the batch's copy, how many ids go where) passes while the device computes. signals:
+        called when the step's sums set off; gives what this rank tells the others with them.
 
-        A step whose loss or gradient is no number on any rank changes nothing. The host learns of it when the device is through
-        with that step: then NotFinite is raised on all ranks, by the next step before it changes anything, or by `settle`.
+        A step whose loss or gradient is no number on any rank changes nothing, nor does one with which a rank signals trouble.
+        The host learns of it when the device is through with that step: then NotFinite or Halted is raised on all ranks, by the
+        next step before it changes anything, or by `settle`.
         """
         config = self.config.optimizer
         ready = batch if isinstance(batch, Ready) else self.prepare(batch)
@@ -92,24 +106,43 @@ class Trainer:
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the rank that a user is on.
         used_NR = rows_UR.detach().index_select(0, batch.place).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
+        if callable(following):
+            following = following()
+        self.engine.backward(loss)
         if following is not None:
             self._beside.send(following)
-        self.engine.backward(loss)
-        gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch, before)
+        gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch, before, signals)
         self.table.update(torch.zeros_like(rows_UR).index_add_(0, batch.place, gradient_NR))
         self.engine.step()
         self.step += 1
         return loss.detach(), report
 
+    @property
+    def signals(self) -> tuple[int, Signals]:
+        """The newest step of which it is known what the ranks signalled with it, and what. It is the
+        last step where there is no device to wait for, otherwise the last that was settled. The same
+        on all ranks."""
+        if self._unsettled is not None and self._unsettled.outcome.on_host:
+            return self._unsettled.number, Signals.of_sums(self._unsettled.outcome.value()[1:])
+        return self._told
+
     def settle(self):
-        """Waits until it is known that the last step was finite; before anything is made of what it left, or of its figures.
-        Called on all ranks. Raises NotFinite."""
+        """Waits until it is known that the last step was made; before anything is made of what it left, or of its figures.
+        Called on all ranks. Raises NotFinite, and Halted where a rank signalled trouble."""
         step, self._unsettled = self._unsettled, None
-        if step is not None and not step.finite.value():
-            self.step, self.table.updates = step.number, step.updates
-            for module, name, value in step.buffers:
-                setattr(module, name, value)
-            raise NotFinite(self._not_finite(step.report))
+        if step is None:
+            return
+        finite, *signals = step.outcome.value()
+        self._told = step.number, Signals.of_sums(signals)
+        _, told = self._told
+        if finite and not told.trouble:
+            return
+        self.step, self.table.updates = step.number, step.updates
+        for module, name, value in step.buffers:
+            setattr(module, name, value)
+        if told.trouble:
+            raise Halted
+        raise NotFinite(self._not_finite(step.report))
 
     def state_figures(self):
         """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
@@ -127,7 +160,7 @@ class Trainer:
         buffers = [(m, name, value) for m in self.model.modules() for name, value in m.named_buffers(recurse=False)]
         return buffers, self.table.updates
 
-    def _checked(self, gradient, loss, report, batch, before):
+    def _checked(self, gradient, loss, report, batch, before, signals):
         """The table's gradient, clipped, as it may go into the update; before: what `_state_of_forward` gave.
 
         The step before this one is settled here: this one's work is queued by now, and nothing of it has been updated. So is
@@ -135,8 +168,8 @@ class Trainer:
         """
         # Shared negatives are scaled too, but not counted: every rank looks them up, and has a part of their gradient.
         counted = gradient if batch.negatives is not None else gradient[: batch.interactions]
-        gradient, finite, self._norm = self._gradients.check(gradient, counted, loss)
-        this = _Unsettled(self.step, Known(finite), report, *before)
+        gradient, outcome, self._norm = self._gradients.check(gradient, counted, loss, signals())
+        this = _Unsettled(self.step, Known(outcome), report, *before)
         self.settle()
         self._unsettled = this
         if not self._held:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
 from trainer.checkpoint import best_checkpoint, dense_state, reading
-from trainer.config import RunConfig, flat, load_config
+from trainer.config import RunConfig, flat, load_recorded
 from trainer.data.dataset import Dataset
-from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
+from trainer.data.source import folder_of, shown, words
 from trainer.errors import InputError
 from trainer.start import MAY_CHANGE, shown_value
 
@@ -118,17 +119,30 @@ def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
 
 def _known_rows(run, fingerprint, dataset):
     """The old domains' names in their order, the old span of time, and source_N."""
+    # DuckDB comes with it, which a training process has no other use for.
+    from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
+
     facts = dataset.folder / EXTENSION / "extension.json"
     if fingerprint == dataset.fingerprint:
         rows = np.arange(dataset.num_embeddings)
         return [domain.name for domain in dataset.domains], (dataset.first_time, dataset.last_time), rows
     if facts.is_file():
-        said = json.loads(facts.read_text(encoding="utf-8"))
-        if said["of"] == fingerprint:
-            return said["domains_before"], tuple(said["span_before"]), rows_of_extension(dataset)
-    config = load_config([run / "config.yaml"], [])
+        try:
+            said = json.loads(facts.read_text(encoding="utf-8"))
+            if said["of"] == fingerprint:
+                first, last = map(float, said["span_before"])
+                names = [str(name) for name in said["domains_before"]]
+                return names, (first, last), rows_of_extension(dataset)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
+            raise InputError(f"{facts.parent}: cannot be used ({words(error)}): copy the dataset again") from None
+    config = load_recorded(run / "config.yaml")
+    if folder_of(config.data) is None:
+        raise InputError(
+            f"{run}: what its model's rows were is not known: it was trained from an address, {words(shown(config.data))}, "
+            f"which is not fetched from on a run's word; copy the dataset to a folder and name it as data in {run}/config.yaml"
+        )
     try:
-        old = Dataset.load(config.data, check_shards=False, source_config=config.stream)
+        old = Dataset.load(config.data, check_shards=False)
     except InputError as error:
         raise InputError(f"{run}: what its model's rows were is not known: {error}") from None
     if old.fingerprint != fingerprint:

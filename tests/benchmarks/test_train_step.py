@@ -193,6 +193,63 @@ def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     assert f" {ours['tokens_per_second'] / padded['tokens_per_second']:.2f} |" in shown and "the machine has 0.0 GB" in shown
 
 
+class OnDevice(torch.Tensor):
+    """A loss that must not be read while steps are measured."""
+
+    allowed = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if not cls.allowed and getattr(function, "__name__", "") in ("item", "tolist", "__float__", "stack", "cpu"):
+            raise AssertionError(f"{function.__name__} waits for the device")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_no_step_is_read_before_the_last_is_done(monkeypatch):
+    """The host waits twice: when the warm-up is over, and at the end."""
+    waits, made = [], []
+
+    def wait(device):
+        waits.append(len(made))
+        OnDevice.allowed = len(made) == 5
+
+    def steps():
+        for number in range(5):
+            made.append(number)
+            yield torch.tensor(float(number)).as_subclass(OnDevice)
+
+    monkeypatch.setattr(train_step, "_wait_for", wait)
+    seconds, interval, losses = train_step.timed_steps(steps(), 2, torch.device("cpu"))
+    assert waits == [2, 5] and losses == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert len(seconds) == 5 and min(*seconds, interval) >= 0
+
+
+def test_ours_makes_the_next_batch_ready_beside_each_step(monkeypatch):
+    """As a run does, the one after the last measured step too; each ready batch goes into its step."""
+    settings, _ = suite.settings("train_step", train_step.Settings, SMALL)
+    calls = []
+
+    class Trainer:
+        def prepare(self, batch):
+            calls.append(f"prepare {batch}")
+            return f"ready {batch}"
+
+        def train_step(self, ready, following):
+            calls.append(f"step {ready}, then {following}")
+            return f"loss of {ready}", None
+
+        def settle(self):
+            calls.append("settle")
+
+    monkeypatch.setattr(train_step, "trainer_of", lambda *_, **__: Trainer())
+    steps = train_step.start_ours(settings.model, settings, None, None)
+    assert list(steps(["a", "b", "c"])) == ["loss of ready a", "loss of ready b"]
+    assert calls == [
+        *("prepare a", "prepare b", "step ready a, then ready b"),
+        *("prepare c", "step ready b, then ready c", "settle"),
+    ]
+
+
 def test_a_killed_process_is_reported_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
     def killed(*_):
         raise ProcessExitedException("process 0 terminated with signal SIGKILL", 0, 1, 9, "SIGKILL")

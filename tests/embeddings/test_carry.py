@@ -1,10 +1,5 @@
 """Rows of a saved table found again at their new places, to the bit, by other numbers of ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -15,8 +10,8 @@ from embeddings.table import ItemTable
 from tests.alone import group_of_one
 from tests.embeddings import carry_worker
 from tests.embeddings.carry_worker import CONFIG, DIM, FRESH, GROUPS, NEW, OLD, mapping
+from tests.ranks import run_on_cpu_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SAVED, CARRIED = (1, 3), (1, 2)
 
 
@@ -24,11 +19,8 @@ def with_ranks(ranks, what, folder, *saved):
     if ranks == 1:
         with group_of_one():
             getattr(carry_worker, what)(folder, *saved)
-        return
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, "-m", "tests.embeddings.carry_worker", what, folder, *saved]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+    else:
+        run_on_cpu_ranks(ranks, "tests.embeddings.carry_worker", what, folder, *saved)
 
 
 @pytest.fixture(scope="module")

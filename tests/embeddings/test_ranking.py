@@ -1,10 +1,5 @@
 """Sharded ranking is what NumPy makes of all scores, at any number of ranks, block and number of users at a time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +13,8 @@ from tests.alone import group_of_one
 from tests.embeddings import ranking_worker
 from tests.embeddings.ranking_cases import CASES, Case, brute_force
 from tests.embeddings.ranking_worker import WAYS
+from tests.ranks import run_on_cpu_ranks
 
-ROOT = Path(__file__).parents[2]
 RANKS = (1, 2, 4)
 
 
@@ -27,15 +22,12 @@ RANKS = (1, 2, 4)
 def results(tmp_path_factory):
     """What the worker finds at each number of ranks."""
     folder, found = tmp_path_factory.mktemp("ranking"), {}
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone"]
     for ranks in RANKS:
         if ranks == 1:
             with group_of_one():
                 ranking_worker.main(folder)
         else:
-            command = [*torchrun, f"--nproc-per-node={ranks}", "-m", "tests.embeddings.ranking_worker", folder]
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-5000:]
+            run_on_cpu_ranks(ranks, "tests.embeddings.ranking_worker", folder)
         found[ranks] = dict(np.load(folder / f"ranks-{ranks}.npz"))
     return found
 

@@ -1,22 +1,19 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embeddings.config import TableConfig
 from embeddings.optimizers import fused_params
 from embeddings.rows import RowScatter
 from embeddings.storage import ShardCopy, load_shard
-from embeddings.table import ItemTable
+from embeddings.table import ItemTable, bag_lengths, bags_of_rank
 from tests.alone import group_of_one
 from tests.embeddings import worker
 from tests.embeddings.worker import CONFIG, RATES, ROWS, step
+from tests.ranks import run_on_cpu_ranks
 
-ROOT = Path(__file__).parents[2]
 RANKS = (2, 1, 3)
 
 
@@ -24,15 +21,12 @@ RANKS = (2, 1, 3)
 def results(tmp_path_factory):
     """What the worker finds at each number of ranks; those after two ranks also load what two ranks saved."""
     folder, saved, found = tmp_path_factory.mktemp("table"), [], {}
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone"]
     for ranks in RANKS:
         if ranks == 1:
             with group_of_one():
                 worker.main(folder, *saved)
         else:
-            command = [*torchrun, f"--nproc-per-node={ranks}", "-m", "tests.embeddings.worker", folder, *saved]
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-5000:]
+            run_on_cpu_ranks(ranks, "tests.embeddings.worker", folder, *saved)
         found[ranks] = dict(np.load(folder / f"ranks-{ranks}.npz"))
         saved.append(folder / f"saved-{ranks}")
     return found
@@ -76,6 +70,26 @@ def test_updates_are_those_of_a_dense_table(results, ranks):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
         untouched = np.setdiff1d(np.arange(ROWS), np.concatenate([step(n)[0] for n in range(number + 1)]))
         np.testing.assert_array_equal(found[untouched], results[1]["start"][untouched])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ids_are_looked_up_in_many_bags(results, ranks):
+    """A device sorts and looks up bags at the same time, and the ids of one bag after each other."""
+    assert results[ranks]["bags_sent"].tolist() == [2048] * 3
+    assert results[ranks]["bags_received"].tolist() == [2048 * ranks] * 3
+
+
+@given(ids=st.integers(0, 10**6), bags=st.integers(1, 5000))
+def test_bags_hold_equally_many_ids(ids, bags):
+    lengths = bag_lengths(ids, bags, torch.device("cpu"))
+    assert len(lengths) == bags and lengths.sum() == ids
+    assert lengths.max() - lengths.min() <= 1 and bool((lengths.diff() <= 0).all())
+
+
+@pytest.mark.parametrize(("ranks", "bags"), [(1, 2048), (64, 2048), (128, 1024), (256, 512), (4096, 512)])
+def test_many_ranks_have_fewer_bags_each(ranks, bags):
+    """Each rank is sent the lengths of every other rank's bags."""
+    assert bags_of_rank(ranks) == bags
 
 
 @pytest.mark.parametrize(("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])

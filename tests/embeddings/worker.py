@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embeddings import table as table_module
 from embeddings.config import TableConfig
 from embeddings.storage import ShardCopy, load_shard
 from embeddings.table import ItemTable
@@ -71,6 +72,8 @@ def main(output, *saved):
         np.testing.assert_array_equal(looked_up, everything_before(results, number)[ids])
         results[f"after_{number}"] = everything(table, rank)
     looked_up_ahead(results, rank)
+    results |= bags_of_a_look_up()
+    in_one_bag()
     if ranks == 2:
         results |= {f"{precision}_{name}": value for precision in COARSE for name, value in coarse(precision, rank).items()}
     if ranks == 3:  # two rows each: the last rank would have none
@@ -111,6 +114,37 @@ def looked_up_ahead(results, rank):
         make_step(table, number, rate, exchange)
         np.testing.assert_array_equal(everything(table, rank), results[f"after_{number}"])
         exchange = following
+
+
+def bags_of_a_look_up():
+    """Into how many bags this rank cuts ids (none, few, many) before they are sent, and how many come to its kernel."""
+    table = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    received = []
+
+    def note(module, arguments, named):
+        received.append(len(named["offsets"]) - 1)
+
+    table._kernel.register_forward_pre_hook(note, with_kwargs=True)
+    sent = []
+    for count in (0, 5, ROWS):
+        exchange = table.exchange(torch.arange(count))
+        sent.append(len(exchange._context.sharding_contexts[0].features_before_input_dist.lengths()))
+        table.look_up(exchange)
+    return {"bags_sent": np.array(sent), "bags_received": np.array(received)}
+
+
+def in_one_bag():
+    """The same steps with all ids of a rank in one bag: look-ups, weights and states are equal to the bit."""
+    several = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    one = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    for number, rate in enumerate(RATES):
+        looked_up, _ = make_step(several, number, rate)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(table_module, "bags_of_rank", lambda ranks: 1)
+            looked_up_in_one, _ = make_step(one, number, rate)
+        np.testing.assert_array_equal(looked_up, looked_up_in_one)
+        for name, tensor in one.shard()[1].items():
+            np.testing.assert_array_equal(several.shard()[1][name], tensor)
 
 
 def coarse(precision, rank):

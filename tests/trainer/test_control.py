@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.conftest import free_port
-from trainer.control import Agreement, StopSignal, agree, by_the_first, ranks_lost
+from trainer.control import Signals, StopSignal, agree, by_the_first, ranks_lost
 from trainer.errors import InputError, RanksLost
 
 ROOT = Path(__file__).parents[2]
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("said", product([False, True], repeat=4))
 def test_ranks_agree_on_each_thing_by_itself(ranks, said):
-    assert agree(*said) == Agreement(*said)
+    assert agree(*said) == Signals(*said)
     trouble, stop, due, writing = said
-    assert agree(writing=writing, due=due, stop=stop, trouble=trouble) == Agreement(*said)
+    assert agree(writing=writing, due=due, stop=stop, trouble=trouble) == Signals(*said)
 
 
 def test_nothing_said_is_nothing_agreed_on(ranks):
-    assert agree() == Agreement(False, False, False, False)
+    assert agree() == Signals()
 
 
 def test_what_the_first_rank_alone_does_is_told_to_all(ranks):

@@ -5,12 +5,13 @@ import torch
 
 from syncrec import shapley
 from tests.trainer.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
-from tests.trainer.waiting import waits
+from tests.trainer.waiting import LookAhead, waits
 from trainer.checkpoint import RunState
+from trainer.control import Signals
 from trainer.data.stream import TrainBatches
 from trainer.errors import InputError, NotFinite
-from trainer.gradients import Gradients
-from trainer.step import Trainer
+from trainer.gradients import Gradients, Known
+from trainer.step import Halted, Trainer
 
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
@@ -110,9 +111,9 @@ def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
     """The dense gradient's own, and that of the looked-up vectors without the shared negatives."""
     clip, found, norms = 1e-2, {}, []
 
-    def check(self, gradient, counted, loss):
+    def check(self, gradient, counted, loss, signals):
         norms.append(counted.norm().item())
-        return checked(self, gradient, counted, loss)
+        return checked(self, gradient, counted, loss, signals)
 
     checked = Gradients.check
     monkeypatch.setattr(Gradients, "check", check)
@@ -136,13 +137,11 @@ def test_a_run_that_looks_ahead_is_the_same_to_the_bit(run, stage):
     """The next batch's ids are exchanged before this batch's update, its rows looked up after it."""
     plain, ahead = (trainer_of(run, f"optimizer.zero_stage={stage}") for _ in range(2))
     given = batches(plain, 4)
-    exchange = ahead.prepare(given[0])
-    for batch, following in zip(given, [*given[1:], None], strict=True):
+    steps = LookAhead(ahead, given)
+    for batch in given:
         loss, _ = plain.train_step(batch)
-        following = None if following is None else ahead.prepare(following)
-        other, _ = ahead.train_step(exchange, following)
+        other, _ = steps.step()
         assert torch.equal(loss, other)
-        exchange = following
     assert same(everything(ahead), everything(plain))
 
 
@@ -205,3 +204,74 @@ def test_what_waits_is_found(run, monkeypatch):
     found = waits(trainer, given[1:])
     for expected in ("__float__ in", "index in", "__bool__ in", "tensor in", "runtime/utils.py", "synchronize in"):
         assert any(expected in line for line in found), (expected, found)
+
+
+# What the ranks signal each other with a step.
+
+
+@pytest.fixture(params=[True, False], ids=["on the host", "on a device"])
+def lag(request, monkeypatch):
+    """Whether what comes of a step is known at once, or, as on a device, only when the step is settled."""
+    monkeypatch.setattr(Known, "on_host", request.param)
+    return 0 if request.param else 1
+
+
+@STAGES
+@pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(run, stage, settings):
+    trainer = trainer_of(run, f"optimizer.zero_stage={stage}", *settings)
+    first, second, third = batches(trainer, 3)
+    trainer.train_step(first)
+    before = everything(trainer)
+    with pytest.raises(Halted):
+        trainer.train_step(second, signals=lambda: Signals(trouble=True))
+        trainer.train_step(third)
+    assert same(everything(trainer), before) and trainer.step == 1
+    trainer.settle()  # it is said once
+
+
+@pytest.mark.parametrize("told", [{"stop": True}, {"due": True}, {"writing": True}, {"stop": True, "writing": True}])
+def test_what_is_signalled_with_a_step_is_known_with_its_number(run, lag, told):
+    trainer = trainer_of(run)
+    first, second = batches(trainer, 2)
+    assert trainer.signals == (-1, Signals())
+    trainer.train_step(first, signals=lambda: Signals(**told))
+    assert trainer.signals == ((-1, Signals()) if lag else (0, Signals(**told)))
+    trainer.train_step(second)
+    assert trainer.signals == ((0, Signals(**told)) if lag else (1, Signals()))
+    trainer.settle()
+    assert trainer.signals == (1, Signals())
+
+
+def test_a_step_that_is_not_finite_and_in_trouble_is_in_trouble(run, monkeypatch):
+    """What the loss of a rank without a batch is says nothing."""
+    trainer = trainer_of(run)
+    spoil_rows(monkeypatch, trainer)
+    trainer.train_step(batches(trainer, 1)[0], signals=lambda: Signals(trouble=True))
+    with pytest.raises(Halted):
+        trainer.settle()
+
+
+def test_the_next_batch_is_asked_for_once_forward_is_queued_and_sent_after_backward(run, monkeypatch):
+    """What the host waits for there passes while a device computes."""
+    trainer = trainer_of(run)
+    first, second = batches(trainer, 2)
+    order = []
+    engine, beside = trainer.engine, trainer._beside
+    methods = [(engine, "forward"), (engine, "backward"), (beside, "send"), (trainer, "_checked")]
+    for owner, name in methods:
+        noted = getattr(owner, name)
+
+        def call(*arguments, noted=noted, name=name):
+            order.append(name)
+            return noted(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+    ready = trainer.prepare(first)
+
+    def following():
+        order.append("following")
+        return trainer.prepare(second)
+
+    trainer.train_step(ready, following)
+    assert order == ["send", "forward", "following", "backward", "send", "_checked"]

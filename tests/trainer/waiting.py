@@ -1,5 +1,6 @@
 """What a training step on a device would wait for, found on a CPU."""
 
+import sys
 import traceback
 from collections import Counter
 from unittest import mock
@@ -46,7 +47,7 @@ class Device:
         return isinstance(value, torch.Tensor) and id(value) in self.tensors
 
     def read(self, what):
-        frames = [frame for frame, _ in traceback.walk_stack(None)]
+        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
         if not any(frame.f_code in ALLOWED for frame in frames):
             files = [(frame.f_code.co_filename, frame.f_lineno) for frame in frames]
             file, line = next((file, line) for file, line in files if "/torch/" not in file and file != __file__)
@@ -92,18 +93,38 @@ class Operators(TorchDispatchMode):
         return found
 
 
+class LookAhead:
+    """Steps on given batches, each made ready during the step before, as a run does it."""
+
+    def __init__(self, trainer, batches, moved=lambda tensor: tensor):
+        """moved: called with each tensor of a batch that has been made ready."""
+        self.trainer, self.moved = trainer, moved
+        self.following = iter(batches[1:])
+        self.ready = self.made_ready(batches[0])
+
+    def made_ready(self, batch):
+        ready = self.trainer.prepare(batch)
+        map_tensors(ready.batch, self.moved)
+        return ready
+
+    def look_ahead(self):
+        batch = next(self.following, None)
+        self.ready = None if batch is None else self.made_ready(batch)
+        return self.ready
+
+    def step(self):
+        return self.trainer.train_step(self.ready, self.look_ahead)
+
+
 def waits(trainer, given):
     """What the host would wait for in steps on these batches."""
     device = Device()
     device.add([*trainer.engine.module.parameters(), *trainer.engine.module.buffers(), *trainer.table.shard()[1].values()])
-    ready = trainer.prepare(given[0])
+    steps = LookAhead(trainer, given, device.moved)
     accelerator = type(deepspeed.accelerator.get_accelerator())
     synchronize = mock.patch.object(accelerator, "synchronize", lambda *_: device.read("synchronize"))
     with synchronize, Functions(device), Operators(device):
-        for following in [*given[1:], None]:
-            map_tensors(ready.batch, device.moved)
-            following = None if following is None else trainer.prepare(following)
-            trainer.train_step(ready, following)
-            ready = following
+        for _ in given:
+            steps.step()
     assert len(device.tensors) > 1000  # it has seen the step, backward and all
     return device.waits

@@ -20,13 +20,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 
 from trainer.data.cache import Cache
-from trainer.data.source import Address, SourceConfig, is_address
+from trainer.data.source import Address, SourceConfig, folder_of
 from trainer.errors import InputError
 
 # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums of all files; 4: times
@@ -187,11 +185,9 @@ class Dataset:
         no shard at all; an address that cannot be used, or what lies there cannot be fetched.
         """
         place = str(place)
-        if place.startswith("file:"):
-            place = url2pathname(urlsplit(place).path)
-        if is_address(place):
+        if (named := folder_of(place)) is None:
             return cls._load_from(Address(place, source_config or SourceConfig()))
-        folder = Path(place)
+        folder = Path(named)
         path = folder / FILE_NAME
         if not path.is_file():
             raise InputError(f"{folder} is not a dataset folder (no {FILE_NAME} in it): make one with launch/prepare.py")
@@ -252,7 +248,7 @@ class Dataset:
         if max(self.users, self.num_embeddings) > _INT32_MAX:
             raise InputError(f"{path}: more users or rows than int32 can number: prepare the dataset again")
         for name in [part.vocabulary for part in self.domains] + [part.name for part in (*self.shards, *self.files)]:
-            if not _stays_inside(name):
+            if not stays_inside(name):
                 raise InputError(f"{path}: {name!r} is no name of a file in this folder: prepare the dataset again")
         named = sorted(file.name for file in self.files)
         if named != sorted([USERS, LENGTHS, *(domain.vocabulary for domain in self.domains)]):
@@ -288,10 +284,12 @@ def ticks_of(times, first, last) -> np.ndarray:
     return (np.clip((np.asarray(times, np.float64) - first) / span, 0, 1) * TICKS).astype(np.uint16)
 
 
-def _stays_inside(name):
-    """Only by its words: that a file in the folder may be a link to elsewhere is the folder's owner's choice."""
+def stays_inside(name) -> bool:
+    """Whether a file's name leads out of no folder. Only by its words: that a file in the folder may be a link to elsewhere
+    is the folder's owner's choice."""
     path = PurePosixPath(name)
-    return name.isprintable() and path.name != "" and not path.is_absolute() and ".." not in path.parts
+    inside = path.name != "" and not path.is_absolute() and ".." not in path.parts
+    return inside and name.isprintable() and not set(name) & set("*?[]{}")  # DuckDB would look for others
 
 
 def _list(facts, name, path):

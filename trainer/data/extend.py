@@ -21,13 +21,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 
 from trainer.data.dataset import Dataset
 from trainer.data.logs import open_log
-from trainer.data.parts import escape, room_of, scan
+from trainer.data.parts import connect, escape, room_of, scan
 from trainer.errors import InputError
 
 LOG, EXTENSION = "log", "extension"
@@ -42,6 +41,11 @@ class LogFacts:
     dates: bool
     min_user: int
     min_item: int
+
+    def __post_init__(self):
+        for each in dataclasses.fields(self):
+            if type(getattr(self, each.name)) is not each.type:
+                raise TypeError(f"{each.name} is {getattr(self, each.name)!r}")
 
     @classmethod
     def load(cls, dataset: Path) -> "LogFacts | None":
@@ -270,7 +274,7 @@ def rows_of_extension(dataset: Dataset) -> np.ndarray:
 
 def rows_of_items(old: Dataset, dataset: Dataset) -> np.ndarray:
     """The same for any two datasets, by domains' names and items' ids as text."""
-    with duckdb.connect() as connection:
+    with connect() as connection:
         before, now = _vocabularies(old, "VARCHAR"), _vocabularies(dataset, "VARCHAR")
         found = connection.sql(f"""SELECT o.old_row AS before, n.old_row AS now
             FROM ({before}) o JOIN ({now}) n ON o.domain = n.domain AND o.item_id = n.item_id""").fetchnumpy()

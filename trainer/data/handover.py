@@ -83,7 +83,14 @@ class Packer:
 
 
 def unpack(packed: Packed):
-    """The value with its tensors, which share the piece."""
+    """The value with its tensors, which share the piece.
+
+    The first tensor lies at the piece's first byte, and that matters where the piece is pinned. An
+    asynchronous copy to a device has to keep the piece until it is done. PyTorch's allocator of
+    pinned memory records the copy's stream only for memory that it knows: by its context, which is
+    NumPy's here, or by its block's first address. So it knows the first tensor alone. `move` copies
+    all of them on one stream, and the first one's record keeps the piece.
+    """
     root = packed.piece.numpy()
     weakref.finalize(root, _let_go, packed.piece).atexit = False
     piece = torch.from_numpy(root)  # holds on to `root` as long as there is a tensor in it

@@ -23,6 +23,9 @@ class Users:
     ticks_N: np.ndarray
 
 
+NO_USERS = Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+
+
 class Histories:
     """Reads users, in any order. The newest blocks stay decoded and the newest shards open, as many as `blocks` says."""
 
@@ -67,7 +70,7 @@ class Histories:
         while len(self._blocks) > self._room:
             del self._blocks[next(iter(self._blocks))]
         if not histories:
-            return Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+            return NO_USERS
         read_B = np.concatenate(read)
         items, ticks = zip(*(histories[place] for place in np.argsort(read_B).tolist()), strict=True)
         lengths_B = np.fromiter(map(len, items), np.int64, len(items))

@@ -241,6 +241,12 @@ def percentiles(lengths, users) -> dict[str, int]:
     return {name: int(lengths[np.searchsorted(share, q)]) for name, q in PERCENTILES.items()}
 
 
+def connect() -> duckdb.DuckDBPyConnection:
+    """A DuckDB that fetches and loads no extension, whatever a file holds or is called."""
+    off = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+    return duckdb.connect(":memory:", config=off)
+
+
 def escape(path):
     """A path inside an SQL literal."""
     return str(path).replace("'", "''")

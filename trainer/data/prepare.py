@@ -42,7 +42,18 @@ from trainer.data.extend import (
     write_extension,
 )
 from trainer.data.logs import find_files, open_log, reason
-from trainer.data.parts import HASH_DIGITS, Ids, Layout, assemble, escape, refuse_beyond_int32, room_of, scan, write_part
+from trainer.data.parts import (
+    HASH_DIGITS,
+    Ids,
+    Layout,
+    assemble,
+    connect,
+    escape,
+    refuse_beyond_int32,
+    room_of,
+    scan,
+    write_part,
+)
 from trainer.data.progress import Stages
 from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
@@ -387,7 +398,7 @@ def join_parts(work: Work, layout: Layout, seed, connection, finish=None) -> Dat
 @contextlib.contextmanager
 def engine(scratch, memory, threads, stages=None):
     """A DuckDB connection that keeps within `memory` bytes together with what is made of its results."""
-    with duckdb.connect(":memory:") as connection:
+    with connect() as connection:
         connection.execute(f"""
             SET temp_directory = '{escape(scratch)}'; SET memory_limit = '{int(memory * _ENGINE_SHARE)}B';
             SET threads = {threads}; SET preserve_insertion_order = false;

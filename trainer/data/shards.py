@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from trainer.data.dataset import Dataset, Shard
 from trainer.data.source import NotFetched, words
@@ -54,12 +53,23 @@ class Block:
     ticks_N: np.ndarray
 
 
+def codec(level: int | None = None):
+    """What packs a block's members, at a level of its own, and unpacks them.
+
+    Loaded when it is first asked for: settings are imported with this module.
+    """
+    import pyarrow
+
+    return pyarrow.Codec("zstd", compression_level=level)
+
+
 def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterable[Block]) -> tuple[int, str]:
     """Writes the blocks of the users from `first_user` on as one tar, and returns its size in bytes and its sha256.
 
     num_embeddings: rows of M. Equal blocks give equal bytes.
     """
-    path, zstd = Path(path), pa.Codec("zstd", compression_level=1)
+    path = Path(path)
+    zstd = codec(level=1)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks):
             rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
@@ -283,7 +293,7 @@ def _high_dtype(num_embeddings):
 def _unpacked(contents, name, dtype, count):
     """`count` values, as many as the file holds low parts, out of a Zstandard frame, which gets no more room than they take."""
     try:
-        unpacked = pa.Codec("zstd").decompress(contents[name], count * dtype.itemsize)
+        unpacked = codec().decompress(contents[name], count * dtype.itemsize)
     except Exception as error:
         raise _Damage(f"{name} cannot be unpacked ({words(error)})") from None
     if len(unpacked) != count * dtype.itemsize:

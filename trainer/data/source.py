@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.request import url2pathname
 
 from trainer.errors import InputError
 
@@ -71,14 +72,21 @@ def is_address(place) -> bool:
     return re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
 
 
+def folder_of(place) -> str | None:
+    """The folder that a dataset's place names, also as `file:…`; None where it is an address."""
+    if str(place).startswith("file:"):
+        return url2pathname(urlsplit(str(place)).path)
+    return None if is_address(place) else str(place)
+
+
+def recorded(place) -> str:
+    """A dataset's place as a run keeps it: without what is secret, and without a command."""
+    return f"pipe:{_HIDDEN}" if str(place).startswith("pipe:") else shown(place)
+
+
 def shown(place) -> str:
     """A dataset's place as it may be printed: without user, password and query of an address."""
     return re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{_HIDDEN}", _without_user(str(place))) if is_address(place) else str(place)
-
-
-def is_hidden(place) -> bool:
-    """Whether `shown` has taken something out of this address."""
-    return is_address(place) and _HIDDEN in str(place)
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,7 +229,7 @@ class Address:
         if start:
             request.add_header("Range", f"bytes={start}-")
         with _failing():
-            response = urllib.request.build_opener().open(request, timeout=self.config.timeout_seconds)
+            response = _http_alone().open(request, timeout=self.config.timeout_seconds)
         with response:
             begin = 0
             if response.status == 206:
@@ -287,6 +295,32 @@ class Address:
                 stream.stream.close() if process else stream.close()
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server to http and https alone, and from https to https."""
+
+    def redirect_request(self, request, file, code, message, headers, newurl):
+        scheme = urlsplit(newurl).scheme
+        if scheme not in ("http", "https") or (request.type == "https" and scheme == "http"):
+            raise _Failure(f"it redirects from {request.type} to {words(scheme)}", final=True)
+        return super().redirect_request(request, file, code, message, headers, newurl)
+
+
+def _http_alone():
+    """What opens http and https, and neither files nor ftp, to which urllib's own would follow."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        _Redirects,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
 class _Failure(Exception):
     """An attempt has failed. final: the next one would fail alike; wait: seconds that the server asks for; anew: what has come
     so far is of no use."""
@@ -301,6 +335,8 @@ def _failing():
     """Turns whatever the other side does into a `_Failure`."""
     try:
         yield
+    except _Failure:
+        raise
     except urllib.error.HTTPError as error:
         with error:
             after = error.headers.get("Retry-After", "")

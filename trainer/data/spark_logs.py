@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import pyarrow as pa
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
@@ -23,6 +22,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from trainer.data.logs import SUFFIXES, check_columns, find_files, read_text, reason, suffix_of
+from trainer.data.parts import connect
 from trainer.data.prepare import file_facts
 from trainer.errors import InputError
 
@@ -214,7 +214,7 @@ def _parse(columns, domain, batches):
     """Rows of CSV and TSV files, or what is wrong with a file. Runs in a task."""
     for batch in batches:
         for file, content in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            with tempfile.TemporaryDirectory() as folder, duckdb.connect(":memory:") as connection:
+            with tempfile.TemporaryDirectory() as folder, connect() as connection:
                 connection.execute(f"SET threads = 1; SET temp_directory = '{folder}'")
                 path = Path(file)
                 if content is not None:

@@ -13,9 +13,10 @@ import torch
 from syncrec.batch import Batch, build_batch, trim
 from trainer.data.dataset import SPLIT_LENGTH
 from trainer.data.handover import Packed, Packer, unpack
-from trainer.data.histories import Histories
+from trainer.data.histories import NO_USERS, Histories
 from trainer.data.negatives import NegativesConfig, shared_negatives, target_negatives
 from trainer.data.plan import Plan
+from trainer.data.shards import codec
 from trainer.data.source import SourceConfig
 from trainer.errors import InputError
 from trainer.resources import keep_freed_memory
@@ -208,6 +209,14 @@ class Feed:
             self._build.append(fed.seconds)
         return fed
 
+    def without_users(self) -> Fed:
+        """In place of the next step's batch, where that cannot be had: one in which this rank only takes part."""
+        plan = self._batches.plan
+        epoch, step = plan.locate(self.position)
+        self.position += 1
+        nobody = np.zeros(0, np.int64)
+        return Fed(self._batches.build(epoch, step, NO_USERS), nobody, 0, ())
+
     def computed(self, seconds):
         """Called after each step with the seconds that it computed. Returns a line to log where the number of workers
         follows from them, else None."""
@@ -249,6 +258,7 @@ def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None =
     """
     if workers is None:
         workers = 1 if config.workers == MEASURED else config.workers
+    codec()  # loaders are forked: they share what is loaded here
     loader = torch.utils.data.DataLoader(
         _Guarded(batches),
         batch_size=None,

@@ -1,11 +1,12 @@
 """What the vocabularies of a dataset say of its items."""
 
 import numpy as np
-import pyarrow.parquet as pq
 
 
 def item_counts(dataset):
     """Interactions of each row of M in the training part, int64 (num_embeddings,); 0 for rows kept for later items."""
+    import pyarrow.parquet as pq  # not for the settings, which are imported with this module
+
     counts = np.zeros(dataset.num_embeddings, np.int64)
     for domain in dataset.domains:
         table = pq.read_table(dataset.local(domain.vocabulary), columns=["row", "count"])
@@ -15,5 +16,7 @@ def item_counts(dataset):
 
 def item_ids(dataset, domain):
     """The raw ids of a Domain's items in the order of their rows, of the type that they came with: a pyarrow array."""
+    import pyarrow.parquet as pq
+
     columns = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"])
     return columns.sort_by("row")["item_id"].combine_chunks()

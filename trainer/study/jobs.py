@@ -143,7 +143,7 @@ class Jobs:
             base = [f"--config={file}" for file in self.base]
             given = [*job.settings, f"data={self.data}", f"run={run}", "log.tensorboard=false"]
             self._command(job, home, "train.py", *base, *given)
-            self._command(job, home, "evaluate.py", "--run", run, "--ranking", "full")
+            self._command(job, home, "evaluate.py", "--run", run, "--data", self.data, "--ranking", "full")
             if not self.config.keep_models:
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
         except InputError as error:

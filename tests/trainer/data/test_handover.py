@@ -1,10 +1,12 @@
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from syncrec.batch import move
+from syncrec.batch import build_batch, map_tensors, move
 from tests.trainer.data.test_stream import assert_same
 from trainer.data.handover import Packer, unpack
+from trainer.data.stream import Fed
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ def test_its_tensors_share_one_piece_and_not_each_others_place():
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     found.ids.zero_()
     assert torch.equal(found.square, VALUE.square) and torch.equal(found.inner.flags, VALUE.inner.flags)
+
+
+def test_the_first_tensor_of_a_batch_lies_at_the_first_byte_of_its_piece():
+    """A pinned piece is kept until a copy from it is done only if a tensor at its first byte is among those copied."""
+    batch = build_batch(np.arange(6), np.array([4, 2]), np.array([0, 1, 0, 1, 0, 0]), np.ones(2), [np.arange(3)] * 2, [6, 6], 8)
+    fed = Fed(batch, np.arange(2), 0, ())
+    packed = Packer()(fed)
+    first = []
+    map_tensors(unpack(packed).batch, lambda tensor: first.append(tensor.data_ptr()) or tensor)
+    assert first[0] == packed.piece.data_ptr() == unpack(packed).batch.distinct.data_ptr()
+    assert len(batch.distinct) and first.count(first[0]) == 1
 
 
 def other(number):

@@ -1,0 +1,48 @@
+"""Sums in one order on a CUDA device too: what `deterministic: true` asks of PyTorch, FBGEMM and cuBLAS.
+
+On a CPU every sum of a step has one order anyhow, and nothing changes. On CUDA several sums of a
+step are made by atomic additions, in the order in which threads arrive (docs/gpu.md lists them).
+Each has a second way of one order, which is slower.
+"""
+
+import contextlib
+import os
+
+import torch
+
+from trainer.errors import InputError
+
+_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACES = (":4096:8", ":16:8")  # with any other PyTorch refuses a product on CUDA
+
+
+@contextlib.contextmanager
+def deterministic_sums(asked: bool):
+    """Within it every operation has one order of sums, where `asked`; one that has none raises RuntimeError.
+
+    To be entered before the first matrix product: cuBLAS reads its setting then. Raises InputError
+    where the environment asks for another workspace than a deterministic cuBLAS has.
+    """
+    if not asked:
+        yield
+        return
+    set_before = os.environ.get(_VARIABLE)
+    if set_before not in (None, *_WORKSPACES):
+        raise InputError(
+            f"{_VARIABLE} is {set_before}: deterministic=true needs {' or '.join(_WORKSPACES)}; "
+            "leave it unset"
+        )
+    os.environ.setdefault(_VARIABLE, _WORKSPACES[0])
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    # Nothing here reads memory that it has not written, and the table would be written once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        if set_before is None:
+            os.environ.pop(_VARIABLE, None)
