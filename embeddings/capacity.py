@@ -90,6 +90,12 @@ def ranks_of_host():
     return max(1, min(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))), ranks))
 
 
+def devices_of_host(device: torch.device) -> int:
+    """How many devices TorchRec is to count on a host: it looks for rank r on device r % that. One, where each rank sees one
+    device of its own."""
+    return 1 if device.type == "cuda" and torch.cuda.device_count() == 1 else ranks_of_host()
+
+
 def _host_memory():
     """Bytes that this process may still take: the kernel's estimate, or what its control group leaves."""
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from syncrec.reduction import Reduction
 from trainer.control import ranks_lost
 from trainer.errors import InputError, RanksLost
-from trainer.launchers import World, device_of_rank, enter_world, read_world
+from trainer.launchers import World, device_of_rank, enter_world, find_shared_device, read_world
 from trainer.liveness import watch
 from trainer.resources import cores_per_rank, keep_freed_memory
 
@@ -94,8 +94,7 @@ def _join(timeout_minutes):
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", device_of_rank(world.local_rank, world.local_size, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
+        device = _take_device(world, store)
     else:
         keep_freed_memory()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:  # a person's or a launcher's own choice stands
@@ -104,6 +103,26 @@ def _join(timeout_minutes):
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
     return Ranks(world.rank, world.size, world.local_rank, device), store
+
+
+def _take_device(world, store):
+    """The rank's CUDA device, which no other rank has. DeepSpeed and TorchRec read its number from LOCAL_RANK."""
+    number = device_of_rank(world.rank, world.local_rank, world.local_size, torch.cuda.device_count())
+    uuid = torch.cuda.get_device_properties(number).uuid
+    store.set(f"device-{world.rank}", f"{socket.gethostname()} {uuid}")
+    devices = store.multi_get([f"device-{rank}" for rank in range(world.size)])
+    if shared := find_shared_device(devices):
+        host = devices[shared[0]].decode().split(" ")[0]
+        raise InputError(
+            f"ranks {shared[0]} and {shared[1]} share one device of {host}: start at most one rank a device "
+            "(--ntasks-per-node, --num_gpus)"
+        )
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them alike
+        if name in os.environ:
+            os.environ[name] = str(number)
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _store(world: World, timeout_minutes):

@@ -148,22 +148,39 @@ def sign(environment: Mapping[str, str] = os.environ) -> str:
     return f"rank {rank_for_messages(environment)} on {socket.gethostname()}"
 
 
-def device_of_rank(local_rank: int, local_size: int, devices: int) -> int:
+def device_of_rank(rank: int, local_rank: int, local_size: int, devices: int) -> int:
     """Which of the visible devices a rank of a host takes.
 
-    A launcher may show each process all devices of the host, or one of its own (`srun
-    --gpus-per-task=1`). Raises InputError where there are several and fewer than ranks, so that two
-    ranks would share one.
+    A launcher may show each process all devices of the host, or one of its own
+    (`srun --gpus-per-task=1`). Raises InputError where there are several and fewer than ranks, so
+    that two ranks would share one, and where ranks do not follow each other on a host: TorchRec
+    looks for rank r on device r % (ranks of a host).
     """
-    if local_rank < devices:
-        return local_rank
-    if devices > 1:
+    if devices == 1:
+        return 0
+    if local_rank >= devices:
         raise InputError(
-            f"local rank {local_rank} of {local_size}, and {devices} devices are visible: two "
-            "ranks would share one; start at most one rank a device (--ntasks-per-node, "
-            "--num_gpus), or show each rank one device of its own"
+            f"local rank {local_rank} of {local_size}, and {devices} devices are visible: two ranks "
+            "would share one; start at most one rank a device (--ntasks-per-node, --num_gpus), or "
+            "show each rank one device of its own"
         )
-    return 0
+    if rank % local_size != local_rank:
+        raise InputError(
+            f"rank {rank} is local rank {local_rank} of {local_size}: ranks have to follow each other "
+            "on a host, as many on each; use srun --distribution=block, mpirun --map-by slot"
+        )
+    return local_rank
+
+
+def find_shared_device(devices: list[str]) -> tuple[int, int] | None:
+    """The first two ranks that have the same device; None where each has its own. devices: each
+    rank's host and what names the device there, in the order of ranks."""
+    first_with = {}
+    for rank, device in enumerate(devices):
+        if device in first_with:
+            return first_with[device], rank
+        first_with[device] = rank
+    return None
 
 
 def expand_hosts(text: str) -> Iterator[str]:

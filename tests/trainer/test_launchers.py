@@ -14,6 +14,7 @@ from trainer.launchers import (
     enter_world,
     expand_counts,
     expand_hosts,
+    find_shared_device,
     rank_for_messages,
     read_world,
 )
@@ -251,26 +252,39 @@ def test_a_message_names_a_rank_whatever_the_environment_says():
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "local_size", "devices", "device"),
+    ("rank", "local_rank", "local_size", "devices", "device"),
     [
-        (0, 1, 1, 0),
-        (3, 4, 4, 3),
-        (3, 4, 8, 3),
-        (3, 4, 1, 0),
-        (0, 8, 1, 0),
-        (7, 8, 4, None),
-        (2, 3, 2, None),
+        (0, 0, 1, 1, 0),
+        (7, 3, 4, 4, 3),
+        (7, 3, 4, 8, 3),
+        (7, 3, 4, 1, 0),  # each sees one of its own; which others see is compared by their names
+        (8, 0, 8, 1, 0),
+        (2, 1, 2, 1, 0),
+        (15, 7, 8, 4, "local rank 7 of 8, and 4 devices are visible: two ranks would share one"),
+        (2, 2, 3, 2, "local rank 2 of 3, and 2 devices are visible"),
+        (1, 0, 2, 2, "rank 1 is local rank 0 of 2: ranks have to follow each other"),
+        (3, 0, 2, 8, "rank 3 is local rank 0 of 2"),
     ],
 )
-def test_a_rank_takes_a_device_that_no_other_takes(local_rank, local_size, devices, device):
-    if device is None:
-        with pytest.raises(
-            InputError,
-            match=f"^local rank {local_rank} of {local_size}, and {devices} devices are visible",
-        ):
-            device_of_rank(local_rank, local_size, devices)
+def test_a_rank_takes_a_device_that_no_other_takes(rank, local_rank, local_size, devices, device):
+    if isinstance(device, str):
+        with pytest.raises(InputError, match=f"^{device}"):
+            device_of_rank(rank, local_rank, local_size, devices)
     else:
-        assert device_of_rank(local_rank, local_size, devices) == device
+        assert device_of_rank(rank, local_rank, local_size, devices) == device
+
+
+@pytest.mark.parametrize(
+    ("devices", "shared"),
+    [
+        ([], None),
+        (["a 1", "a 2", "b 1", "b 2"], None),
+        (["a 1", "a 1"], (0, 1)),
+        (["a 1", "b 1", "a 2", "b 1", "b 1"], (1, 3)),
+    ],
+)
+def test_ranks_that_share_a_device_are_told(devices, shared):
+    assert find_shared_device(devices) == shared
 
 
 # Slurm's lists.
