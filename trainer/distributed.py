@@ -49,10 +49,12 @@ def start(timeout_minutes=30) -> Ranks:
 
 @contextlib.contextmanager
 def joined(timeout_minutes=30):
-    """`start` for a `with`: the process group is left in order at the end, and where an InputError is the end.
+    """`start` for a `with`: the process group is left in order at the end, and where an InputError
+    is the end.
 
-    The ranks watch each other meanwhile (trainer.liveness). Where others are gone it is RanksLost, or what one of them said
-    when it left. That and any other failure are left to the exit: a rank that waits for the others here could wait for ever.
+    The ranks watch each other meanwhile (trainer.liveness). Where others are gone it is RanksLost,
+    or what one of them said when it left. That and any other failure are left to the exit: a rank
+    that waits for the others here could wait for ever.
     """
     with ranks_lost():
         ranks, store = _join(timeout_minutes)
@@ -78,7 +80,8 @@ def joined(timeout_minutes=30):
 
 
 def leave():
-    """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's modules do, in circles)."""
+    """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's
+    modules do, in circles)."""
     dist.destroy_process_group()
     gc.collect()
 
@@ -97,25 +100,32 @@ def _join(timeout_minutes):
         device = _take_device(world, store)
     else:
         keep_freed_memory()
-    if not cuda and "OMP_NUM_THREADS" not in os.environ:  # a person's or a launcher's own choice stands
+    if (
+        not cuda and "OMP_NUM_THREADS" not in os.environ
+    ):  # a person's or a launcher's own choice stands
         torch.set_num_threads(cores_per_rank(world.size))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size
+    )
     return Ranks(world.rank, world.size, world.local_rank, device), store
 
 
 def _take_device(world, store):
-    """The rank's CUDA device, which no other rank has. DeepSpeed and TorchRec read its number from LOCAL_RANK."""
-    number = device_of_rank(world.rank, world.local_rank, world.local_size, torch.cuda.device_count())
+    """The rank's CUDA device, which no other rank has. DeepSpeed and TorchRec read its number from
+    LOCAL_RANK."""
+    number = device_of_rank(
+        world.rank, world.local_rank, world.local_size, torch.cuda.device_count()
+    )
     uuid = torch.cuda.get_device_properties(number).uuid
     store.set(f"device-{world.rank}", f"{socket.gethostname()} {uuid}")
     devices = store.multi_get([f"device-{rank}" for rank in range(world.size)])
     if shared := find_shared_device(devices):
         host = devices[shared[0]].decode().split(" ")[0]
         raise InputError(
-            f"ranks {shared[0]} and {shared[1]} share one device of {host}: start at most one rank a device "
-            "(--ntasks-per-node, --num_gpus)"
+            f"ranks {shared[0]} and {shared[1]} share one device of {host}: start at most one "
+            "rank a device (--ntasks-per-node, --num_gpus)"
         )
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them alike
         if name in os.environ:
@@ -126,43 +136,61 @@ def _take_device(world, store):
 
 
 def _store(world: World, timeout_minutes):
-    """Where the ranks of this attempt find each other. Raises InputError where another program or run has its port."""
+    """Where the ranks of this attempt find each other. Raises InputError where another program or
+    run has its port."""
     if world.size == 1:
         return dist.HashStore()
     timeout = timedelta(minutes=timeout_minutes)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives the processes that it restarts, with the addresses of those that are gone in it.
-        store = dist.TCPStore(world.address, world.port, world.size, is_master=False, timeout=timeout)
+        # torchrun's own store outlives the processes that it restarts, with the addresses of those
+        # that are gone in it.
+        store = dist.TCPStore(
+            world.address, world.port, world.size, is_master=False, timeout=timeout
+        )
         return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     if world.rank == 0:
         _check_address(world)
         store = _serve(world, timeout)
     else:
-        store = dist.TCPStore(world.address, world.port, world.size, is_master=False, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(
+            world.address,
+            world.port,
+            world.size,
+            is_master=False,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
     if store.add(f"rank-{world.rank}", 1) > 1:
         raise InputError(
-            f"rank {world.rank} is taken at {world.address}:{world.port}: another run's ranks meet there, or RANK was given "
-            f"twice; {_OTHER_PORT}",
+            f"rank {world.rank} is taken at {world.address}:{world.port}: another run's ranks "
+            f"meet there, or RANK was given twice; {_OTHER_PORT}",
             one_rank=True,
         )
     return store
 
 
-_OTHER_PORT = "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun --master-port)"
+_OTHER_PORT = (
+    "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun --master-port)"
+)
 
 
 def _serve(world, timeout):
-    """The store of the first rank. A port of an attempt that has just ended may be held for some seconds by its loaders."""
+    """The store of the first rank. A port of an attempt that has just ended may be held for some
+    seconds by its loaders."""
     deadline = time.monotonic() + _PORT_IS_FREE
     while True:
         try:
-            return dist.TCPStore(world.address, world.port, world.size, True, timeout, wait_for_workers=False)
+            return dist.TCPStore(
+                world.address, world.port, world.size, True, timeout, wait_for_workers=False
+            )
         except dist.DistNetworkError as error:
             if not _is_in_use(error):
                 raise
             if time.monotonic() > deadline:
                 where = f"port {world.port} (MASTER_PORT) on {socket.gethostname()}"
-                raise InputError(f"{where} is in use by another program or run: {_OTHER_PORT}") from None
+                raise InputError(
+                    f"{where} is in use by another program or run: {_OTHER_PORT}"
+                ) from None
         time.sleep(0.5)
 
 
@@ -179,9 +207,14 @@ def _check_address(world):
     try:
         addresses = {entry[4][0] for entry in socket.getaddrinfo(world.address, None)}
     except OSError:
-        raise InputError(f"{world.address}, the first host of {world.derived_from}, has no address here: {fix}") from None
+        raise InputError(
+            f"{world.address}, the first host of {world.derived_from}, has no address here: {fix}"
+        ) from None
     if not any(_is_of_this_host(address) for address in addresses):
-        raise InputError(f"the first rank is on {host}, not on {world.address}, the first host of {world.derived_from}: {fix}")
+        raise InputError(
+            f"the first rank is on {host}, not on {world.address}, the first host of "
+            f"{world.derived_from}: {fix}"
+        )
 
 
 def _is_of_this_host(address):
@@ -195,7 +228,8 @@ def _is_of_this_host(address):
 
 
 def _with_neighbours(world, store):
-    """The world with local rank and ranks of this host, where the launcher does not say them: those of the same host name."""
+    """The world with local rank and ranks of this host, where the launcher does not say them: those
+    of the same host name."""
     store.set(f"host-{world.rank}", socket.gethostname())
     hosts = store.multi_get([f"host-{rank}" for rank in range(world.size)])
     same = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]

@@ -1,12 +1,12 @@
 """Which rank of which world this process is, from what its launcher sets in the environment. The
 one place that knows.
 
-    torchrun, deepspeed, also with --launcher mpich or impi   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
-    srun, deepspeed --launcher slurm                          SLURM_PROCID, SLURM_STEP_NUM_TASKS, …
-    mpirun of Open MPI, deepspeed --launcher openmpi,
-    Kubeflow's MPI runtime                                    OMPI_COMM_WORLD_RANK, …_SIZE, …
-    mpirun of MVAPICH, deepspeed --launcher mvapich           MV2_COMM_WORLD_RANK, …
-    mpiexec of MPICH and of Intel MPI                         PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, …
+    torchrun, deepspeed (also mpich, impi)   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+    srun (deepspeed's slurm)                 SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
+    mpirun of Open MPI (deepspeed's openmpi,
+    Kubeflow's MPI runtime)                  OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE, …
+    mpirun of MVAPICH (deepspeed's mvapich)  MV2_COMM_WORLD_RANK, MV2_COMM_WORLD_SIZE, …
+    mpiexec of MPICH and of Intel MPI        PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, …
 
 RANK and WORLD_SIZE win where both are set. Where several processes were started and this one cannot
 know its rank, or two variables contradict each other, it is refused: each of them would be a run of
@@ -160,14 +160,15 @@ def device_of_rank(rank: int, local_rank: int, local_size: int, devices: int) ->
         return 0
     if local_rank >= devices:
         raise InputError(
-            f"local rank {local_rank} of {local_size}, and {devices} devices are visible: two ranks "
-            "would share one; start at most one rank a device (--ntasks-per-node, --num_gpus), or "
-            "show each rank one device of its own"
+            f"local rank {local_rank} of {local_size}, and {devices} devices are visible: two "
+            "ranks would share one; start at most one rank a device (--ntasks-per-node, "
+            "--num_gpus), or show each rank one device of its own"
         )
     if rank % local_size != local_rank:
         raise InputError(
-            f"rank {rank} is local rank {local_rank} of {local_size}: ranks have to follow each other "
-            "on a host, as many on each; use srun --distribution=block, mpirun --map-by slot"
+            f"rank {rank} is local rank {local_rank} of {local_size}: ranks have to follow each "
+            "other on a host, as many on each; use srun --distribution=block, mpirun --map-by "
+            "slot"
         )
     return local_rank
 
