@@ -123,9 +123,16 @@ def free_room(device: torch.device) -> Room:
 
 
 def ranks_of_host():
-    """How many ranks this host has, as launchers say in the environment; all of them, where they do not."""
+    """How many ranks this host has, as whoever joined the group left in the environment (trainer.launchers); all of them, where
+    it did not."""
     ranks = dist.get_world_size()
     return max(1, min(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks))), ranks))
+
+
+def devices_of_host(device: torch.device) -> int:
+    """How many devices TorchRec is to count on a host: it looks for rank r on device r % that. One, where each rank sees one
+    device of its own."""
+    return 1 if device.type == "cuda" and torch.cuda.device_count() == 1 else ranks_of_host()
 
 
 def _left_of_host(room, beside):

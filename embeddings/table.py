@@ -17,7 +17,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
 
-from embeddings.capacity import HostNeeds, free_room, plan_capacity, ranks_of_host
+from embeddings.capacity import HostNeeds, devices_of_host, free_room, plan_capacity, ranks_of_host
 from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params, optimizer_name
 from embeddings.rows import RowScatter
@@ -65,7 +65,7 @@ class ItemTable:
         codecs = None if ranks == 1 else communication_codecs(config.communication)
         sharder = EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=codecs)
         cache_share = config.cache_share if self.capacity.cached else None
-        plan = sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host(), self.device.type)
+        plan = sharding_plan(collection, sharder, cache_share, ranks, devices_of_host(self.device), self.device.type)
         with TableMemory():
             self._parallel = DistributedModelParallel(
                 nn.ModuleDict({"m": collection}),

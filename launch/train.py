@@ -15,7 +15,8 @@ import argparse
 
 from launch.stack import check_stack
 from trainer.errors import exit_on_input_error
-from trainer.process import run_script, supervise
+from trainer.process import run_script
+from trainer.supervisor import supervise
 
 
 def parse(arguments=None):

@@ -6,20 +6,21 @@ added to it. Elsewhere `agree` reduces a few integers over the CPU's backend.
 
 import contextlib
 import json
-import os
+import re
 import signal
 import sys
 import threading
 import time
-import traceback
 from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
 
-from trainer.errors import InputError, RanksLost
+from trainer.errors import LOST, InputError, RanksLost
+from trainer.launchers import rank_for_messages
+from trainer.process import end_process
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ def by_the_first(work, first: bool):
 
 
 class StopSignal:
-    """Within it, SIGTERM and SIGUSR1 (what schedulers send before they kill) are noted in place of ending the process."""
+    """Within it, SIGTERM and SIGUSR1 (what schedulers send before they kill) and SIGINT (Ctrl-C) are noted in place of ending
+    the process. A second SIGINT interrupts it: who presses Ctrl-C again does not want to wait for a checkpoint."""
 
     def __init__(self):
         self.asked = False
+        self._interrupted = False
 
     def __enter__(self):
         self._before = {}
@@ -111,6 +114,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.asked = True
 
 
@@ -150,32 +157,33 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
             waited = time.monotonic() - self._beaten
             if not self._held and waited > self._seconds:
-                where = f"rank {os.environ.get('RANK', '0')}: no progress for {waited:.0f} s in {self._what()}"
+                where = f"rank {rank_for_messages()}: no progress for {waited:.0f} s in {self._what()}"
                 print(f"error: {where}: {LOST}", file=sys.stderr, flush=True)
-                os._exit(RanksLost.status)
+                end_process(RanksLost.status)
 
 
-LOST = (
-    "another rank or host is gone or hangs (its own lines say why, if it is there); the same command goes on from the last "
-    "checkpoint; timeout_minutes is how long a rank waits"
+# gloo's errors have no class of their own, and reach Python from inside a backward too: each names its source file first. These
+# are the sentences of gloo/transport/tcp (pair.cc, unbound_buffer.cc, error.cc, loop.cc) and gloo/rendezvous/context.cc for a
+# peer that is gone or does not answer. Others, such as a size that is not the peer's, are faults.
+_GLOO_SAYS = re.compile(
+    r"^\[\S*\.(?:cc|h):\d+\]\s.*("
+    r"connection closed by peer|connection reset|connection refused|broken pipe|socket closed|socket not connected|"
+    r"pair closure|timed out|connect timeout|no route to host|network is (?:unreachable|down)|host is down|"
+    r"connectFullMesh failed)",
+    re.IGNORECASE | re.DOTALL,
 )
-
-
-# gloo's errors have no class of their own, and reach Python from inside a backward too.
-_BACKEND_SAYS = (
-    "gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "timed out"
-)  # fmt: skip
+_BACKEND_LOST = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+_PREFIX = re.compile(r"^\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*")
 
 
 @contextlib.contextmanager
 def ranks_lost():
-    """What a backend raises where its peers are gone becomes one line."""
+    """What a backend raises where its peers are gone becomes one line, with what was raised as its cause."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not ("torch/distributed/" in raised_in or any(word in text for word in _BACKEND_SAYS)):
+        if not (isinstance(error, _BACKEND_LOST) or (type(error) is RuntimeError and _GLOO_SAYS.match(text))):
             raise
-        reason = " ".join(text.split("] ", 1)[-1].split())[:160]
-        raise RanksLost(f"rank {os.environ.get('RANK', '0')}: lost the others ({reason}): {LOST}", one_rank=True) from None
+        reason = " ".join(_PREFIX.sub("", text).split())[:160]
+        raise RanksLost(f"rank {rank_for_messages()}: lost the others ({reason}): {LOST}", one_rank=True) from error

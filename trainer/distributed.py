@@ -3,8 +3,10 @@
 import contextlib
 import gc
 import os
+import socket
+import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import numpy as np
@@ -14,7 +16,11 @@ import torch.distributed as dist
 from syncrec.reduction import Reduction
 from trainer.control import ranks_lost
 from trainer.errors import InputError, RanksLost
+from trainer.launchers import World, device_of_rank, enter_world, find_shared_device, read_world
+from trainer.liveness import watch
 from trainer.resources import cores_per_rank, keep_freed_memory
+
+_PORT_IS_FREE = 15.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,58 +39,50 @@ class Ranks:
 
 
 def start(timeout_minutes=30) -> Ranks:
-    """Joins the process group that the launcher describes in the environment (deepspeed, torchrun), or makes one of one.
+    """Joins the process group that the launcher describes (trainer.launchers), or makes one of one.
 
     CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
     gloo; the same code follows either.
     """
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, alone)
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    # DeepSpeed's own switch holds for all of the run.
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    else:
-        keep_freed_memory()
-    if not cuda and "OMP_NUM_THREADS" not in os.environ:  # a person's or a launcher's own choice stands
-        torch.set_num_threads(cores_per_rank(world_size))
-    if "MASTER_PORT" not in os.environ and world_size == 1:
-        store = dist.HashStore()
-        _init(cuda, timeout_minutes, store=store, rank=0, world_size=1)
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives the processes that it restarts, with the addresses of those that are gone in it.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        _init(cuda, timeout_minutes, store=store, rank=rank, world_size=world_size)
-    else:
-        _init(cuda, timeout_minutes)
-    return Ranks(rank, world_size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+    ranks, _ = _join(timeout_minutes)
+    return ranks
 
 
 @contextlib.contextmanager
 def joined(timeout_minutes=30):
-    """`start` for a `with`: the process group is left in order at the end, and where an InputError is the end.
+    """`start` for a `with`: the process group is left in order at the end, and where an InputError
+    is the end.
 
-    Where other ranks are gone it is RanksLost. That and any other failure are left to the exit: a rank that waits for the
-    others here could wait for ever.
+    The ranks watch each other meanwhile (trainer.liveness). Where others are gone it is RanksLost,
+    or what one of them said when it left. That and any other failure are left to the exit: a rank
+    that waits for the others here could wait for ever.
     """
     with ranks_lost():
-        ranks = start(timeout_minutes)
+        ranks, store = _join(timeout_minutes)
+        liveness = watch(store, ranks.rank, ranks.world_size, [os.environ["MASTER_ADDR"]])
     try:
         with ranks_lost():
             yield ranks
-    except RanksLost:
-        raise
+    except RanksLost as lost:
+        raise liveness.explain(lost) from lost.__cause__
     except InputError as error:
+        liveness.refuse(error)
         traceback.clear_frames(error.__traceback__)  # their variables hold the group too
         leave()
         raise
+    except SystemExit:  # a script's own way out
+        liveness.leave()
+        raise
+    except BaseException as error:
+        liveness.fail(error)
+        raise
+    liveness.leave()
     leave()
 
 
 def leave():
-    """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's modules do, in circles)."""
+    """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's
+    modules do, in circles)."""
     dist.destroy_process_group()
     gc.collect()
 
@@ -96,9 +94,154 @@ def sum_of_ranks(values_N: np.ndarray) -> np.ndarray:
     return total_N.numpy()
 
 
-def _init(cuda, timeout_minutes, **where):
+def _join(timeout_minutes):
+    """(Ranks, the group's store)."""
+    world = read_world()
+    store = _store(world, timeout_minutes)
+    if world.local_rank is None or world.local_size is None:
+        world = _with_neighbours(world, store)
+    enter_world(world)
+    # DeepSpeed's own switch holds for all of the run.
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cpu")
+    if cuda:
+        device = _take_device(world, store)
+    else:
+        keep_freed_memory()
+    if (
+        not cuda and "OMP_NUM_THREADS" not in os.environ
+    ):  # a person's or a launcher's own choice stands
+        torch.set_num_threads(cores_per_rank(world.size))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **where)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size
+    )
+    return Ranks(world.rank, world.size, world.local_rank, device), store
+
+
+def _take_device(world, store):
+    """The rank's CUDA device, which no other rank has. DeepSpeed and TorchRec read its number from
+    LOCAL_RANK."""
+    number = device_of_rank(
+        world.rank, world.local_rank, world.local_size, torch.cuda.device_count()
+    )
+    uuid = torch.cuda.get_device_properties(number).uuid
+    store.set(f"device-{world.rank}", f"{socket.gethostname()} {uuid}")
+    devices = store.multi_get([f"device-{rank}" for rank in range(world.size)])
+    if shared := find_shared_device(devices):
+        host = devices[shared[0]].decode().split(" ")[0]
+        raise InputError(
+            f"ranks {shared[0]} and {shared[1]} share one device of {host}: start at most one "
+            "rank a device (--ntasks-per-node, --num_gpus)"
+        )
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them alike
+        if name in os.environ:
+            os.environ[name] = str(number)
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _store(world: World, timeout_minutes):
+    """Where the ranks of this attempt find each other. Raises InputError where another program or
+    run has its port."""
+    if world.size == 1:
+        return dist.HashStore()
+    timeout = timedelta(minutes=timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store outlives the processes that it restarts, with the addresses of those
+        # that are gone in it.
+        store = dist.TCPStore(
+            world.address, world.port, world.size, is_master=False, timeout=timeout
+        )
+        return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if world.rank == 0:
+        _check_address(world)
+        store = _serve(world, timeout)
+    else:
+        store = dist.TCPStore(
+            world.address,
+            world.port,
+            world.size,
+            is_master=False,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    if store.add(f"rank-{world.rank}", 1) > 1:
+        raise InputError(
+            f"rank {world.rank} is taken at {world.address}:{world.port}: another run's ranks "
+            f"meet there, or RANK was given twice; {_OTHER_PORT}",
+            one_rank=True,
+        )
+    return store
+
+
+_OTHER_PORT = (
+    "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun --master-port)"
+)
+
+
+def _serve(world, timeout):
+    """The store of the first rank. A port of an attempt that has just ended may be held for some
+    seconds by its loaders."""
+    deadline = time.monotonic() + _PORT_IS_FREE
+    while True:
+        try:
+            return dist.TCPStore(
+                world.address, world.port, world.size, True, timeout, wait_for_workers=False
+            )
+        except dist.DistNetworkError as error:
+            if not _is_in_use(error):
+                raise
+            if time.monotonic() > deadline:
+                where = f"port {world.port} (MASTER_PORT) on {socket.gethostname()}"
+                raise InputError(
+                    f"{where} is in use by another program or run: {_OTHER_PORT}"
+                ) from None
+        time.sleep(0.5)
+
+
+def _is_in_use(error):
+    return "EADDRINUSE" in str(error) or "already in use" in str(error)
+
+
+def _check_address(world):
+    """Refuses an address derived from a list of hosts where the first rank is on another one."""
+    if world.derived_from is None:
+        return
+    host = socket.gethostname()
+    fix = f"set MASTER_ADDR to the first rank's host ({host})"
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(world.address, None)}
+    except OSError:
+        raise InputError(
+            f"{world.address}, the first host of {world.derived_from}, has no address here: {fix}"
+        ) from None
+    if not any(_is_of_this_host(address) for address in addresses):
+        raise InputError(
+            f"the first rank is on {host}, not on {world.address}, the first host of "
+            f"{world.derived_from}: {fix}"
+        )
+
+
+def _is_of_this_host(address):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _with_neighbours(world, store):
+    """The world with local rank and ranks of this host, where the launcher does not say them: those
+    of the same host name."""
+    store.set(f"host-{world.rank}", socket.gethostname())
+    hosts = store.multi_get([f"host-{rank}" for rank in range(world.size)])
+    same = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
+    return replace(world, local_rank=same.index(world.rank), local_size=len(same))
 
 
 class RankReduction(Reduction):

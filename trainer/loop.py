@@ -29,6 +29,7 @@ from trainer.log import HEADLINE, LOOK, METRICS_FILE, RunLog, evaluation_table, 
 from trainer.look import look_at
 from trainer.meters import IntervalMeter
 from trainer.resources import cores_per_rank
+from trainer.run_lock import locked_by_first_rank
 from trainer.start import PACKAGES, find_start, is_empty, leave_nothing, require_same_start, run_folder
 from trainer.step import Halted, Trainer
 from trainer.warm import find_warm_start
@@ -43,11 +44,15 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
     Returns the test record. Raises InputError where something given cannot be used (before anything is written, if it can be
     seen then), NotFinite, and Stopped.
     """
-    with _full_disk_is_an_input_error(config.run), deterministic_sums(config.deterministic):
-        return _train(config, ranks, fresh, accept_changes)
+    with (
+        _full_disk_is_an_input_error(config.run),
+        deterministic_sums(config.deterministic),
+        contextlib.ExitStack() as locks,
+    ):
+        return _train(config, ranks, fresh, accept_changes, locks)
 
 
-def _train(config, ranks, fresh, accept_changes):
+def _train(config, ranks, fresh, accept_changes, locks):
     dataset = on_all_ranks(lambda: _dataset(config, ranks))
     require_same_start(config, dataset, fresh=fresh, accept_changes=accept_changes)
     plan = Plan(
@@ -62,6 +67,7 @@ def _train(config, ranks, fresh, accept_changes):
     )
     run = Path(config.run)
     new = by_the_first(lambda: is_empty(run_folder(config.run, fresh)), ranks.first)
+    locks.enter_context(locked_by_first_rank(run, ranks.first))
     checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
     warm = find_warm_start(config, dataset, ranks) if checkpoint is None else None
     trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step, warm)

@@ -18,6 +18,7 @@ from trainer.files import write_json
 from trainer.full_ranking import full_record, rank_fully, summed
 from trainer.log import METRICS_FILE
 from trainer.report import FULL, write_report
+from trainer.run_lock import locked
 from trainer.user_ranks import write_ranks
 
 RANKS = "ranks-{split}.parquet"  # of trainer/user_ranks.py
@@ -98,9 +99,12 @@ def _keep(run, record, of_users):
     the figures."""
     (users,) = np.nonzero(of_users[-1])
     try:
-        write_ranks(run / RANKS.format(split=record["kind"]), users, *(values_U[users] for values_U in of_users))
-        write_json(run / f"{FULL}-{record['kind']}.json", record)
-        if (run / METRICS_FILE).is_file():
-            write_report(run)
+        with locked(run):
+            write_ranks(run / RANKS.format(split=record["kind"]), users, *(values_U[users] for values_U in of_users))
+            write_json(run / f"{FULL}-{record['kind']}.json", record)
+            if (run / METRICS_FILE).is_file():
+                write_report(run)
+    except InputError as error:
+        print(f"{error}: the figures are only shown", file=sys.stderr, flush=True)
     except OSError as error:
         print(f"{run}: cannot be written ({error.strerror}): the figures are only shown", file=sys.stderr, flush=True)

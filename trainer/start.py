@@ -19,6 +19,7 @@ from trainer.data.source import SourceConfig, shown
 from trainer.errors import InputError
 from trainer.files import Patience
 from trainer.log import METRICS_FILE
+from trainer.run_lock import LOCK
 
 PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 
@@ -53,7 +54,6 @@ _PLACES = ("data", "run", "warm_start", *(f"stream.{field.name}" for field in fi
 _PROGRAM = "syncrec-trainer"
 _SOURCES = ("launch", "trainer", "embeddings", "syncrec", "kernels")
 _ROOT = Path(__file__).resolve().parents[1]
-_LOCK = ".lock"  # of whoever works in the folder; it says nothing of what is in it
 
 
 def run_folder(folder, fresh=False) -> Path:
@@ -64,8 +64,11 @@ def run_folder(folder, fresh=False) -> Path:
     if not folder:
         raise InputError("run=DIR is missing: the folder that gets everything this run writes")
     run = Path(folder)
-    if is_empty(run):
-        return run
+    try:
+        if is_empty(run):
+            return run
+    except OSError as error:
+        raise InputError(f"{run}: cannot be read ({error.strerror}): give another folder as run=DIR") from None
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: already holds something that is no run; give a new folder as run=DIR")
     if fresh:
@@ -75,7 +78,7 @@ def run_folder(folder, fresh=False) -> Path:
 
 def is_empty(run: Path) -> bool:
     """Whether nothing is there, or a folder that holds nothing but a lock."""
-    return not run.exists() or (run.is_dir() and all(entry.name == _LOCK for entry in run.iterdir()))
+    return not run.exists() or (run.is_dir() and all(entry.name == LOCK for entry in run.iterdir()))
 
 
 def require_same_start(config: RunConfig, dataset, **command) -> None:
@@ -194,5 +197,5 @@ def leave_nothing(run: Path):
     with contextlib.suppress(OSError):  # something else is in it
         (run / "checkpoints").rmdir()
     if is_empty(run):
-        (run / _LOCK).unlink(missing_ok=True)
+        (run / LOCK).unlink(missing_ok=True)
         run.rmdir()

@@ -1,8 +1,10 @@
 """Started with real ranks: launch/train.py, in which something goes wrong once, in the middle of a step.
 
 FAULT="STEP RANK WHAT FILE" says what: at STEP (counted from 1) of the run, on RANK: a signal's name (KILL, TERM, USR1; sent
-to itself), "nan" (the gradient is no number), "raise" (an exception of Python's) or "hang". FILE is made when it happens;
-where it is there already nothing happens. FED=FOLDER: each rank appends to a file there whom it was fed in which step.
+to itself), "ctrl-c" (SIGINT to all processes of its group), "nan" (the gradient is no number), "raise" (an exception of
+Python's), "hang", or "wait" (until FILE.go is there). FILE is made when it happens; where it is there already nothing happens.
+Several faults stand one after the other, with a ; between them. FED=FOLDER: each rank appends to a file there whom it was fed
+in which step.
 """
 
 import json
@@ -30,6 +32,13 @@ def with_fault(step, rank, what, file):
                 raise ZeroDivisionError("by the test")
             if what == "hang":
                 time.sleep(3600)
+            if what == "wait":
+                while not Path(f"{file}.go").exists():
+                    time.sleep(0.01)
+                return check(self, gradient, *others)
+            if what == "ctrl-c":
+                os.killpg(0, signal.SIGINT)
+                return check(self, gradient, *others)
             if what == "nan":
                 gradient.fill_(float("nan"))
             else:
@@ -54,7 +63,8 @@ def with_count(folder):
 
 if __name__ == "__main__":
     if "FAULT" in os.environ:
-        with_fault(*os.environ["FAULT"].split())
+        for fault in os.environ["FAULT"].split(";"):
+            with_fault(*fault.split())
     if "FED" in os.environ:
         with_count(os.environ["FED"])
     run_script(launch.train.main)

@@ -166,3 +166,14 @@ def test_rows_that_are_written_are_not_shadowed_by_the_cache(group, monkeypatch)
         done.append("written")
     assert done == ["flush", "written", "reset"]
     assert (table(torch.tensor([3])) == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "visible", "devices"), [("cpu", 0, 4), ("cuda", 4, 4), ("cuda", 8, 4), ("cuda", 1, 1)]
+)
+def test_torchrec_counts_the_devices_that_a_rank_sees(group, monkeypatch, kind, visible, devices):
+    """A rank that sees one device has number 0, whichever of its host's ranks it is."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert capacity.devices_of_host(torch.device(kind)) == devices

@@ -9,8 +9,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from tests.distributed.conftest import free_port
 from trainer.control import Signals, StopSignal, agree, by_the_first, ranks_lost
 from trainer.errors import InputError, RanksLost
 
@@ -49,23 +51,32 @@ def test_what_the_first_rank_alone_meets_is_raised(ranks):
 @pytest.fixture
 def noted():
     """The handlers that were there before: they note what reaches them."""
-    reached, numbers = [], (signal.SIGTERM, signal.SIGUSR1)
+    reached, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, lambda sent, frame: reached.append(sent)) for number in numbers}
     yield reached
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_to_stop_is_noted_and_reaches_nobody_else(noted, number):
     with StopSignal() as stop:
         assert not stop.asked
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # schedulers say it more than once
+        if number != signal.SIGINT:
+            os.kill(os.getpid(), number)  # schedulers say it more than once
         assert stop.asked
     assert noted == []
     os.kill(os.getpid(), number)
     assert noted == [number]
+
+
+def test_who_presses_ctrl_c_twice_does_not_wait(noted):
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+    assert noted == []
 
 
 def test_handlers_are_put_back_after_an_exception(noted):
@@ -138,18 +149,21 @@ import atexit; atexit.register(time.sleep, 0.6)
 
 # Other ranks that are gone.
 
-GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:41022\nmore"
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] "
+CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (RuntimeError(GLOO), "Connection closed by peer [10.0.0.7]:41022 more"),
+        (RuntimeError(CLOSED), "Connection closed by peer [10.0.0.7]:41022 more"),
+        (RuntimeError(f"{GLOO}Read error [::1]:7: Connection reset by peer"), "Read error [::1]:7: Connection reset by peer"),
         (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1000ms"), "Timed out waiting 1000ms"),
-        (RuntimeError("a pair closure of gloo's"), "a pair closure of gloo's"),
+        (RuntimeError(f"{GLOO}Application timeout caused pair closure"), "Application timeout caused pair closure"),
+        (RuntimeError(f"{GLOO}writev [10.0.0.7]:1: Broken pipe"), "writev [10.0.0.7]:1: Broken pipe"),
         (dist.DistBackendError("NCCL communicator was aborted on rank 1."), "NCCL communicator was aborted on rank 1."),
         (dist.DistNetworkError("Connection reset by peer"), "Connection reset by peer"),
-        (RuntimeError("NCCL " + "x" * 1000), "NCCL " + "x" * 155),
+        (dist.DistBackendError("NCCL " + "x" * 1000), "NCCL " + "x" * 155),
     ],
 )
 def test_what_a_backend_raises_is_one_line_of_its_own_rank(monkeypatch, error, reason):
@@ -158,22 +172,20 @@ def test_what_a_backend_raises_is_one_line_of_its_own_rank(monkeypatch, error, r
         raise error
     line = str(lost.value)
     assert line.startswith(f"rank 5: lost the others ({reason}): another rank or host is gone") and "\n" not in line
-    assert lost.value.one_rank and lost.value.status == 4  # each rank prints its own
+    assert lost.value.status == 4
+    assert lost.value.__cause__ is error  # whose trace is printed below the line
 
 
-def test_what_torch_distributed_raises_is_told_by_the_place():
-    program = compile("raise RuntimeError('words that nobody knows')", "/lib/torch/distributed/new.py", "exec")
-    with pytest.raises(RanksLost, match=r"lost the others \(words that nobody knows\)"), ranks_lost():
-        exec(program)
-
-
-def test_a_rank_that_never_comes_is_one_line(tmp_path):
+def test_a_rank_that_never_comes_is_one_line():
     """What the backend really raises, where a group of two is joined by one."""
+    store = dist.TCPStore("127.0.0.1", free_port(), 2, True, timedelta(seconds=0.5), wait_for_workers=False)
     with pytest.raises(RanksLost, match=r"^rank \d+: lost the others \("), ranks_lost():
-        dist.init_process_group(
-            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=2, timeout=timedelta(seconds=0.5)
-        )
+        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.5))
     assert not dist.is_initialized()
+
+
+def raised_in_torch_distributed(text):
+    exec(compile(f"raise RuntimeError({text!r})", "/lib/torch/distributed/new.py", "exec"))
 
 
 @pytest.mark.parametrize(
@@ -184,9 +196,25 @@ def test_a_rank_that_never_comes_is_one_line(tmp_path):
         OSError(28, "No space left on device"),
         InputError("data=DIR is missing"),
         KeyboardInterrupt(),
+        torch.OutOfMemoryError("CUDA out of memory. NCCL has 2 GiB. Timed out waiting"),
+        torch.OutOfMemoryError(f"{GLOO}Connection closed by peer"),
+        RuntimeError("the server timed out"),
+        RuntimeError("gloo and NCCL are installed"),
+        RuntimeError("[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length. 16 vs 4"),
     ],
 )
 def test_other_errors_pass_as_they_are(error):
     with pytest.raises(type(error)) as passed, ranks_lost():
         raise error
     assert passed.value is error
+
+
+def test_a_fault_in_torch_distributed_is_a_fault():
+    with pytest.raises(RuntimeError, match="words that nobody knows"), ranks_lost():
+        raised_in_torch_distributed("words that nobody knows")
+
+
+def test_a_tensor_of_a_wrong_size_is_a_fault(ranks):
+    with pytest.raises((ValueError, RuntimeError)) as fault, ranks_lost():
+        dist.all_gather([torch.empty(3)], torch.ones(4))
+    assert not isinstance(fault.value, RanksLost)

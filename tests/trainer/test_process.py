@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import InputError
-from trainer.process import supervise
+from trainer.supervisor import supervise
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
         ("sys.exit(2)", 2, ""),
         ("sys.exit()", 0, ""),
         ("sys.exit('no such thing')", 1, "no such thing\n"),
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+        ("raise KeyboardInterrupt", 130, ": interrupted\n"),
         ("1 / 0", 1, "ZeroDivisionError: division by zero"),
         # What Python's teardown would wait for is not waited for.
         ("threading.Thread(target=time.sleep, args=(3600,)).start()", 0, ""),
@@ -44,7 +44,8 @@ run_script(main)
 
 SUPERVISED = """
 import json, os, signal, sys, time
-from trainer.process import run_script, supervise
+from trainer.process import run_script
+from trainer.supervisor import supervise
 def main():
     supervise(int(os.environ["RESTARTS"]), pause=float(os.environ.get("PAUSE", 0.05)))
     with open(os.environ["ATTEMPTS"], "a") as file:
@@ -55,6 +56,7 @@ def main():
     if what == "wait":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
         print("waits", flush=True)
         time.sleep(3600)
     if what < 0:
@@ -104,10 +106,10 @@ def supervised(tmp_path):
 )
 def test_a_supervised_command_is_begun_again_where_that_may_help(supervised, ends, restarts, status, told):
     start, tried = supervised
-    process = start(ends, restarts, "data=DIR", "seed=3", RANK="1")
+    process = start(ends, restarts, "data=DIR", "seed=3")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert errors.splitlines() == [f"rank 1: ended with {text} in 0 s" for text in told]
+    assert errors.splitlines() == [f"rank 0: ended with {text} in 0 s" for text in told]
     assert tried() == [["data=DIR", "seed=3"]] * len(ends)
 
 
@@ -118,7 +120,7 @@ def test_only_the_first_attempt_is_fresh(supervised):
     assert tried() == [["--fresh", *others], others, others]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 1), (signal.SIGINT, 130)])
 def test_a_request_to_stop_reaches_the_child_and_ends_both(supervised, number, status):
     """Whatever the child ends with, it is not begun again."""
     start, tried = supervised

@@ -340,5 +340,5 @@ def _start_worker(_worker):
     torch.set_num_threads(1)
     keep_freed_memory()
     # A launcher that stops a run asks every process of it; the trainer still needs what is built to reach its checkpoint.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
