@@ -36,8 +36,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from embeddings.storage import Ranges, ShardCopy, load_shard
-from trainer.consensus import all_see, on_all_ranks
-from trainer.control import agree, by_the_first, largest
+from trainer.consensus import all_see, on_all_ranks, on_any_rank
+from trainer.control import by_the_first, largest
 from trainer.dense import full_optimizer_state, full_state, restore_optimizer_state
 from trainer.errors import InputError
 from trainer.files import Patience, StorageLate, flush, passes, patiently, write_json, write_text
@@ -191,10 +191,12 @@ class Checkpoints:
         try:
             on_all_ranks(self._without_error)
             files = self._gathered()
-            unseen = all_see(lambda: self._unseen(files), Patience(self.run), self._beat)
+            patience = Patience(self.run)
+            unseen = all_see(lambda: self._unseen(files), patience, self._beat)
             if unseen is not None:
-                unseen = unseen or "another rank's file is not seen"
-                raise StorageLate(self._says(unseen, "run=DIR has to be one folder, which all hosts see"))
+                kind = StorageLate if patience.shared else InputError
+                unseen = unseen or "the first rank does not see another one's file"
+                raise kind(self._says(unseen, "run=DIR has to be one folder, which all hosts see"))
             on_all_ranks(lambda: self._make_visible(files) if self.ranks.first else None)
         except BaseException:
             if self.ranks.first:
@@ -375,7 +377,7 @@ def damage_of(folder: Path, ranks, patience: Patience) -> str | None:
             _compare_checksums(folder, _entries(folder, text), ranks.rank, ranks.world_size)
         except Damaged as error:
             found["damage"] = str(error)
-    return found.get("damage", "") if agree(trouble=bool(found)).trouble else None
+    return found.get("damage", "") if on_any_rank(bool(found)) else None
 
 
 def _manifest_of(folder, patience):

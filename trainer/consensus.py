@@ -105,20 +105,19 @@ def all_see(look: Callable[[], str | None], patience: Patience, beat: Callable[[
     while True:
         if unseen is not None:
             unseen = look()
-        waits, over = _any([unseen is not None, patience.over and dist.get_rank() == 0])
-        if not waits:
+        if not on_any_rank(unseen is not None):
             return None
-        if over:
+        if on_any_rank(patience.over and dist.get_rank() == 0):
             return unseen or ""
         beat()
         patience.wait()
 
 
-def _any(flags):
-    """Whether each is so on any rank."""
-    values = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]
+def on_any_rank(flag: bool) -> bool:
+    """Whether it is so on any rank. Called on all ranks."""
+    value = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
 
 
 def _gathered(numbers):

@@ -53,7 +53,8 @@ class Patience:
     it was made; not at all where the folder lies on a disk of this host's own."""
 
     def __init__(self, folder: Path):
-        self._end = time.monotonic() + (LATENESS if is_shared(folder) else 0.0)
+        self.shared = is_shared(folder)
+        self._end = time.monotonic() + (LATENESS if self.shared else 0.0)
 
     @property
     def over(self) -> bool:
