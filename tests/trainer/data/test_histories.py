@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from tests.trainer.made import draw_histories, spoil_block, write_dataset
 from trainer.data import histories as module
+from trainer.data.dataset import Dataset
 from trainer.data.histories import Histories, read_users
 from trainer.data.plan import Plan
+from trainer.data.source import SourceConfig
 from trainer.errors import InputError
 
 USERS = 57
@@ -234,6 +236,15 @@ def test_no_file_at_all_is_no_damage(dataset, few_files, skips):
     with pytest.raises(InputError, match=r"000000\.tar cannot be opened: too many files .* may have \d+: .*ulimit -n"):
         histories.read(np.array([0]))
     assert said == []
+
+
+def test_no_file_for_the_cache_is_said_as_such(dataset, tmp_path, few_files):
+    """And not as a folder that cannot be written."""
+    address = f"pipe:cat {dataset.folder}/{{}}"
+    histories = Histories(Dataset.load(address, source_config=SourceConfig(cache=str(tmp_path))), 1)
+    few_files(0)
+    with pytest.raises(InputError, match=r"cannot be opened: too many files are open"):
+        histories.read(np.array([0]))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT])
