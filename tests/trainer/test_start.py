@@ -190,7 +190,7 @@ def changed(run, before, now, dataset="same"):
 
 
 # Where things lie, how fast they go, how far, what is said and kept of them.
-FREE = {"data", "run", "timeout_minutes", "epochs", "max_steps", "optimizer.zero_stage"}
+FREE = {"data", "run", "timeout_minutes", "deterministic", "epochs", "max_steps", "optimizer.zero_stage"}
 FREE |= {f"stream.{name}" for name in ("workers", "prefetch", "verify", "damaged", "cache", "cache_bytes")}
 FREE |= {f"stream.{name}" for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")}
 FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")}
