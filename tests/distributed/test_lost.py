@@ -32,8 +32,8 @@ def by_hand():
             place |= {"LOCAL_WORLD_SIZE": str(len(arguments))}
             command = [str(BIN / "python"), str(FAULTY), *map(str, own)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            environment = os.environ | place | environment
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+            variables = os.environ | place | environment
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, **pipes)
             started.append(process)
         return started
 
