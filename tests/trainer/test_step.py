@@ -219,7 +219,7 @@ def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(run, tmp_path, stag
     checkpoint = made.save(trainer, RunState(2, 0, best_of(2), 0, 0, 1.0))
     after = everything(train(trainer, 2))
     assert same(everything(train(made.trainer(checkpoint, 2), 2)), after)
-    for other in {0, 1, 2, 3} - {stage}:
+    for other in {(stage + 1) % 4, (stage + 2) % 4}:
         config = made.configured(settings[0], f"optimizer.zero_stage={other}")
         elsewhere = everything(train(made.trainer(checkpoint, 2, config), 2))
         assert elsewhere.keys() == after.keys()
