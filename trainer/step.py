@@ -16,7 +16,7 @@ from trainer.ahead import Beside, Ready
 from trainer.checkpoint import restore_model, restore_optimizers
 from trainer.control import Signals
 from trainer.data.random import random_bits
-from trainer.distributed import RankReduction
+from trainer.distributed import RankReduction, sum_of_ranks
 from trainer.engine import engine_config, rate_share, set_learning_rate, start_engine
 from trainer.errors import InputError, NotFinite
 from trainer.gradients import Gradients, Known
@@ -45,9 +45,8 @@ class Trainer:
     def __init__(self, config, ranks, dataset, plan, checkpoint=None, step=0, warm=None):
         """checkpoint: a folder to go on from, made after `step` steps; warm: a Carried to begin with."""
         self.config, self.ranks, self.dataset, self.plan = config, ranks, dataset, plan
-        self.step, self.total_steps = step, sum(plan.steps(epoch) for epoch in range(config.epochs))
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.step = step
+        self.total_steps = plan.count_steps(config.epochs, ranks.rank, sum_of_ranks, config.max_steps)
         deepspeed = engine_config(config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size)
         try:
             self.table = ItemTable(
