@@ -20,6 +20,9 @@ import torch
 from torch.utils import cpp_extension
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-shared", "-fPIC", "-w")
+# A kernel that is not for this processor says so in its first line (#error), in every process anew:
+# what comes after that is not read, which would take seconds.
+_FLAGS += ("-Wfatal-errors",)
 
 
 class Unavailable(Exception):

@@ -102,3 +102,19 @@ def test_a_folder_into_which_others_may_write_is_no_place_for_a_library(empty_so
     with pytest.raises(build.Unavailable, match="another user's"):
         build.build("one")
     assert not list(Path(empty_source).rglob("*.so"))
+
+
+def test_a_kernel_that_is_not_for_this_processor_is_not_read_on(empty_source, monkeypatch):
+    """Every process finds that out for itself."""
+    (empty_source / "source" / "one.cpp").write_text('#error not this one\n#include "nowhere.h"\n')
+    real, said = subprocess.run, []
+
+    def run(command, **options):
+        done = real(command, **options)
+        said.append(done.stderr)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(build.Unavailable, match="#error not this one"):
+        build.build("one")
+    assert "nowhere.h" not in said[0]
