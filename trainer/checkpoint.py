@@ -40,7 +40,18 @@ from trainer.consensus import all_see, on_all_ranks, on_any_rank
 from trainer.control import by_the_first, largest
 from trainer.dense import full_optimizer_state, full_state, restore_optimizer_state
 from trainer.errors import InputError
-from trainer.files import Patience, StorageLate, flush, passes, patiently, write_json, write_text
+from trainer.files import (
+    Patience,
+    StorageLate,
+    as_json,
+    flush,
+    passes,
+    patiently,
+    put_in_place,
+    write_beside,
+    write_json,
+    write_text,
+)
 from trainer.log import HEADLINE, METRICS_FILE
 
 __all__ = ["write_json", "write_text"]
@@ -248,16 +259,25 @@ class Checkpoints:
         return None
 
     def _make_visible(self, files):
+        folder = self._partial.with_suffix("")
+        best = self._last.best
+        pointers = {LATEST: {"folder": f"checkpoints/{folder.name}"}}
+        if best is not None and best["step"] == self._last.step:
+            pointers[BEST] = best
+        beside = []
         try:
             write_json(self._partial / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-            folder = self._partial.with_suffix("")
+            # A full disk is met before the checkpoint is seen: from then on nothing needs room.
+            for name, value in pointers.items():
+                beside.append(self.run / f"{name}.partial")
+                write_beside(self.run / name, as_json(value))
             os.replace(self._partial, folder)
             flush(self.folder)
-            write_json(self.run / LATEST, {"folder": f"checkpoints/{folder.name}"})
-            best = self._last.best
-            if best is not None and best["step"] == self._last.step:
-                write_json(self.run / BEST, best)
+            for partial in beside:
+                put_in_place(partial)
         except OSError as error:
+            for partial in beside:
+                partial.unlink(missing_ok=True)
             raise (StorageLate if passes(error.errno) else InputError)(self._says(error)) from None
         self._tidy(folder, best)
 

@@ -108,24 +108,46 @@ def passes(number: int | None) -> bool:
 
 def write_json(file: Path, value) -> None:
     """`write_text` of a value as JSON."""
-    write_text(file, json.dumps(value, indent=1) + "\n")
+    write_text(file, as_json(value))
+
+
+def as_json(value) -> str:
+    """A value as this program's JSON files have it."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def write_text(file: Path, text: str) -> None:
     """A reader, and a crash, see the old file or the new one."""
-    with replaced(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    put_in_place(write_beside(file, text))
+
+
+def write_beside(file: Path, text: str) -> Path:
+    """Writes and flushes all that needs room on the disk; `put_in_place` needs none."""
+    partial = _beside(file)
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    return partial
+
+
+def put_in_place(partial: Path) -> None:
+    """What was written beside a file takes its place."""
+    file = partial.with_suffix("")
+    os.replace(partial, file)
+    flush(file.parent)
 
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """Yields the name under which the file is to be written; it takes the file's place where
     nothing is raised."""
-    partial = file.with_name(file.name + ".partial")
+    partial = _beside(file)
     yield partial
     flush(partial)
-    os.replace(partial, file)
-    flush(file.parent)
+    put_in_place(partial)
+
+
+def _beside(file):
+    return file.with_name(file.name + ".partial")
 
 
 def move_folder(partial: Path, folder: Path) -> None:

@@ -59,11 +59,12 @@ class Disk:
     def check(self, source):
         """Notes each file and folder that is moved, or lies in what is moved, and is not on
         disk."""
-        for place, _, names in os.walk(source) if os.path.isdir(source) else [(None, [], [])]:
-            for path in (place, *(os.path.join(place, name) for name in names)):
-                self.torn += [] if self.flushed.get(path) == self.state(path) else [os.path.relpath(path, self.root)]
-        if os.path.isfile(source) and self.flushed.get(source) != self.state(source):
-            self.torn.append(os.path.relpath(source, self.root))
+        paths = [source]
+        for place, folders, names in os.walk(source):
+            paths += [os.path.join(place, name) for name in (*folders, *names)]
+        for path in paths:
+            if self.flushed.get(path) != self.state(path):
+                self.torn.append(os.path.relpath(path, self.root))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,8 @@ def ranks_of_users(folder, run):
 
 
 def a_dataset(folder, run):
-    columns = {"user_id": [1, 1, 2, 2], "item_id": [1, 2, 1, 2], "domain": ["a", "b", "a", "b"], "timestamp": [1, 2, 3, 4]}
+    columns = {"user_id": [1, 1, 2, 2], "item_id": [1, 2, 3, 4], "timestamp": [1, 2, 3, 4]}
+    columns["domain"] = ["a", "b", "a", "b"]
     pq.write_table(pa.table(columns), folder / "log.parquet")
     prepare(PrepareConfig(inputs=(str(folder / "log.parquet"),), output=str(folder / "data"), streams=1))
 
