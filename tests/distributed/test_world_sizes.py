@@ -98,10 +98,9 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-4)  # values over δ: their rounding times 100
 
 
-@pytest.mark.parametrize("negatives", ["5", "global"])
-def test_candidates_of_mutual_information_are_those_of_the_global_batch(dataset, tmp_path, negatives):
-    """A sample of its users, or all of them: the same losses at one rank and at two."""
-    own = ["max_steps=4", f"model.mutual_information_negatives={negatives}"]
+def test_a_sample_of_users_stands_for_the_global_batch(dataset, tmp_path):
+    """Of 30 users 5 a domain: the same losses and weights at one rank and at two."""
+    own = ["max_steps=4", "model.mutual_information_negatives=5"]
     for ranks in (1, 2):
         run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), "0", *own))
     one, two = (read(tmp_path / place) for place in ("1/0", "2/0"))
