@@ -233,10 +233,15 @@ def start_ours(config, settings, ranks, dataset):
 
     def steps(batches):
         ready = trainer.prepare(batches[0])
-        for batch in batches[1:]:
-            following = trainer.prepare(batch)
-            yield trainer.train_step(ready, following)[0]
-            ready = following
+        left = iter(batches[1:])
+
+        def prepare_next():
+            nonlocal ready
+            ready = trainer.prepare(next(left))
+            return ready
+
+        for _ in batches[1:]:
+            yield trainer.train_step(ready, prepare_next)[0]
         trainer.settle()
 
     return steps

@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,7 +17,8 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
 
-from embeddings.capacity import devices_of_host, free_room, plan_capacity
+from embeddings.capacity import HostNeeds, devices_of_host, free_room, plan_capacity, ranks_of_host
+from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params, optimizer_name
 from embeddings.rows import RowScatter
 
@@ -37,10 +41,12 @@ class ItemTable:
     the module that DeepSpeed gets: DeepSpeed would broadcast rank 0's shard over the others'.
     """
 
-    def __init__(self, rows, dim, config, seed, device):
+    def __init__(self, rows, dim, config, seed, device, filled=True, beside=None):
         """rows: number of embeddings; dim: r. Rows start normal with std config.init_std, drawn from (seed, stored row)
         alone, so that any number of ranks starts from the same table.
 
+        filled: False where all rows are read from a checkpoint next: they are not drawn, and cannot be looked up before.
+        beside: what the host has to have room for besides (`HostNeeds`).
         Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row, or the rows fit nowhere.
         """
         ranks = dist.get_world_size()
@@ -49,25 +55,75 @@ class ItemTable:
         self.rows, self.dim, self.device = rows, dim, torch.device(device)
         self.scatter = RowScatter(rows)
         params = fused_params(config, self.device.type)
-        self.capacity = plan_capacity(config, optimizer_name(config), -(-rows // ranks), dim, free_room(self.device))
-        collection = EmbeddingCollection(
-            tables=[EmbeddingConfig(name=_TABLE, embedding_dim=dim, num_embeddings=rows, feature_names=[_FEATURE])],
-            device=torch.device("meta"),
+        own_rows = -(-rows // ranks)
+        room = free_room(self.device)
+        self.capacity = plan_capacity(config, optimizer_name(config), own_rows, dim, room, beside or HostNeeds())
+        described = EmbeddingConfig(
+            name=_TABLE, embedding_dim=dim, num_embeddings=rows, feature_names=[_FEATURE], init_fn=_leave
         )
+        collection = EmbeddingCollection(tables=[described], device=torch.device("meta"))
         codecs = None if ranks == 1 else communication_codecs(config.communication)
         sharder = EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=codecs)
         cache_share = config.cache_share if self.capacity.cached else None
         plan = sharding_plan(collection, sharder, cache_share, ranks, devices_of_host(self.device), self.device.type)
-        self._parallel = DistributedModelParallel(
-            nn.ModuleDict({"m": collection}),
-            env=ShardingEnv.from_process_group(dist.group.WORLD),
-            device=self.device,
-            plan=ShardingPlan({"m": plan}),
-            sharders=[sharder],
-            init_data_parallel=False,
-        )
+        with TableMemory():
+            self._parallel = DistributedModelParallel(
+                nn.ModuleDict({"m": collection}),
+                env=ShardingEnv.from_process_group(dist.group.WORLD),
+                device=self.device,
+                plan=ShardingPlan({"m": plan}),
+                sharders=[sharder],
+                init_data_parallel=False,
+            )
         self._collection = self._parallel.module["m"]
-        self._fill(config.init_std, seed)
+        self.begin_anew(config.init_std, seed)
+        if filled:
+            self.fill()
+
+    def begin_anew(self, init_std: float, seed: int):
+        """Gives up what is in the table, for other rows to be read into it: those that are new are drawn from `seed` with
+        `init_std`."""
+        self._init_std = init_std
+        self._seed = seed
+        self._filled = False
+
+    def fill(self, places: np.ndarray | None = None):
+        """Gives this rank's rows their first vectors, which depend on the seed and the stored row alone.
+
+        places: those of the shard's rows that get them, int64, rising; None: all. Blocks without any of them are not drawn.
+        """
+        if places is None:
+            self._fill(self._init_std, self._seed)
+        else:
+            self._fill(self._init_std, self._seed, places)
+
+    def _fill(self, std: float, seed: int, places: np.ndarray | None = None):
+        with self.rewritten() as (first, tensors):
+            weights = tensors["weight"]
+            if places is None:
+                last = -(-(first + len(weights)) // _INIT_BLOCK)
+                blocks = range(first // _INIT_BLOCK, last)
+            else:
+                blocks = np.unique((first + places) // _INIT_BLOCK).tolist()
+
+            def fill_block(block):
+                low = max(first, block * _INIT_BLOCK)
+                high = min(first + len(weights), (block + 1) * _INIT_BLOCK)
+                drawn = _drawn(block, self.dim, std, seed)[low % _INIT_BLOCK :][: high - low]
+                if places is None:
+                    weights[low - first : high - first] = drawn.to(weights)
+                else:
+                    wanted = places[slice(*np.searchsorted(places, [low - first, high - first]))]
+                    part = torch.from_numpy(wanted)
+                    weights[part.to(weights.device)] = drawn[part - (low - first)].to(weights)
+
+            threads = torch.get_num_threads()
+            try:
+                with ThreadPoolExecutor(_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    for _ in pool.map(fill_block, blocks):
+                        pass
+            finally:
+                torch.set_num_threads(threads)
 
     def __call__(self, ids):
         """The vectors of rows `ids` (int64, any number, each rank its own), as a leaf: (ids, r), float32.
@@ -96,6 +152,8 @@ class ItemTable:
 
     def look_up(self, exchange: "Exchange"):
         """The vectors of the rows whose ids were exchanged, as they are now; otherwise as when called."""
+        if not self._filled:
+            raise RuntimeError("the item table has no rows yet: fill it or read a checkpoint into it first")
         updates = None if torch.is_grad_enabled() else self.updates
         context, features = exchange.received()
         self._looked_up = self._collection.compute_and_output_dist(context, features)[_FEATURE].values()
@@ -134,6 +192,7 @@ class ItemTable:
         """What `shard` gives, for a `with` in which it is written."""
         yield self.shard()
         self._kernel.reset_cache_states()  # what a device's cache has of the rows is not what they are any more
+        self._filled = True
 
     @property
     def updates(self):
@@ -151,16 +210,6 @@ class ItemTable:
         (lookup,) = self._collection._lookups
         (embedding,) = lookup._emb_modules
         return embedding.emb_module
-
-    def _fill(self, std, seed):
-        generator = torch.Generator()
-        with self.rewritten() as (first, tensors):
-            weights = tensors["weight"]
-            for block in range(first // _INIT_BLOCK, -(-(first + len(weights)) // _INIT_BLOCK)):
-                generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)
-                drawn = torch.randn(_INIT_BLOCK, self.dim, generator=generator).mul_(std)
-                low, high = max(first, block * _INIT_BLOCK), min(first + len(weights), (block + 1) * _INIT_BLOCK)
-                weights[low - first : high - first] = drawn[low % _INIT_BLOCK :][: high - low].to(weights)
 
 
 class Exchange:
@@ -199,6 +248,22 @@ def bag_lengths(ids: int, bags: int, device: torch.device) -> torch.Tensor:
     lengths = torch.full((bags,), ids // bags, dtype=torch.int32, device=device)
     lengths[: ids % bags] += 1
     return lengths
+
+
+def _leave(_weights):
+    """What TorchRec is to draw a table's first vectors with: nothing, `ItemTable.fill` draws them."""
+
+
+def _drawn(block, dim, std, seed):
+    """The first vectors of a block of stored rows, (_INIT_BLOCK, dim)."""
+    generator = torch.Generator()
+    generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)
+    return torch.randn(_INIT_BLOCK, dim, generator=generator).mul_(std)
+
+
+def _threads():
+    """The cores that this rank has for itself."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_of_host())
 
 
 def sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host, device_type):

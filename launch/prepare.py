@@ -44,7 +44,8 @@ def parse_arguments() -> tuple[str, PrepareConfig, bool]:
     parser.add_argument("--min-user", type=int, metavar="N", help=f"drop users with fewer interactions (default: 0{inherited})")
     parser.add_argument("--min-item", type=int, metavar="N", help=f"drop items with fewer interactions (default: 0{inherited})")
     parser.add_argument("--seed", type=int, help=f"of the shuffle of users (default: {default.seed}{inherited})")
-    parser.add_argument("--streams", type=int, help=f"more than any number of ranks (default: {default.streams}{inherited})")
+    of_ranks = f"at least as many as ranks, best a multiple of them (default: {default.streams}{inherited})"
+    parser.add_argument("--streams", type=int, metavar="N", help=of_ranks)
     parser.add_argument("--shard-users", type=int, default=default.shard_users, help="most users in a shard")
     parser.add_argument("--block-users", type=int, default=default.block_users, help="most users in a block of a shard")
     parser.add_argument("--memory", default=default.memory, help="of all processes together, kept (default: %(default)s)")

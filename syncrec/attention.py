@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from syncrec import varlen
+from syncrec import batch, varlen
 
 
 def causal_attention(qkv_KMR, layout, heads):
@@ -17,17 +17,24 @@ def causal_attention(qkv_KMR, layout, heads):
     """
     experts, _, width = qkv_KMR.shape
     if varlen.available(qkv_KMR.device, qkv_KMR.dtype, width // 3 // heads):
-        return varlen.attend(qkv_KMR, layout.starts_S, layout.shapes[0][1], heads)
+        return varlen.attend(qkv_KMR, layout, heads)
     padded = pad(qkv_KMR, layout)
     outputs = []
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
     buckets = padded.split([sequences * length for sequences, length in layout.shapes], dim=1)
     for bucket, (sequences, length) in zip(buckets, layout.shapes, strict=True):
         bucket = bucket.view(experts, sequences, length, 3, heads, width // 3 // heads)
-        query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in bucket.unbind(3))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = _attend(*(part.flatten(0, 1).transpose(1, 2) for part in bucket.unbind(3)))
         outputs.append(mixed.transpose(1, 2).reshape(experts, sequences * length, width // 3))
     return unpad(torch.cat(outputs, dim=1), layout)
+
+
+def _attend(query, key, value):
+    """In calls of as many sequences as a kernel takes. query, key, value: (sequences, heads, length, width)."""
+    if len(query) <= batch.MOST_SEQUENCES:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    pieces = zip(*(part.split(batch.MOST_SEQUENCES) for part in (query, key, value)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces])
 
 
 def pad(x_KMW, layout):

@@ -22,13 +22,18 @@ import torch
 
 from syncrec.clock import NO_GAP, gaps
 
+# That attention's CUDA kernels take in one call: they are a dimension of the grid (FlashAttention 2: `dim3 grid(num_m_block,
+# params.b, params.h)`; the memory-efficient one: `dim3(…, num_heads, num_batches)`), and all but the first end at 65,535.
+MOST_SEQUENCES = 65_535
+
 
 @dataclass(frozen=True)
 class AttentionLayout:
     """Where sequences begin (starts_S, S + 1 with the end), and how packed tokens are laid out in buckets of right-padded
     sequences of similar length.
 
-    shapes: (sequences, padded length) of each bucket. pad_P: the token that each padded slot shows (a padded slot repeats
+    pieces: (sequences, tokens) of the parts in which a kernel takes them where it cannot take all, in order. shapes:
+    (sequences, padded length) of each bucket. pad_P: the token that each padded slot shows (a padded slot repeats
     its sequence's last token: under a causal mask no real token sees it). unpad_M: the slot of each token.
     """
 
@@ -36,6 +41,7 @@ class AttentionLayout:
     shapes: tuple[tuple[int, int], ...]
     pad_P: torch.Tensor
     unpad_M: torch.Tensor
+    pieces: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,27 @@ class View:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """This rank's part of the users that stand for all of the global batch in SC-MIM, `size` a domain at most.
+
+    slot_C: user · D + domain of those that are on this rank. place_C: domain · size + place in the domain's list, the same
+    list on all ranks.
+    """
+
+    size: int
+    slot_C: torch.Tensor
+    place_C: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Users of one rank in one training step.
 
-    distinct: rows of M to look up, each once, rising; place: where in it the N interactions and then the negatives are.
+    distinct: rows of M to look up, each once, rising; place: where in it the N interactions and then the negatives are. None
+    are looked up where all users only fill up (`without_look_up`).
     negatives: how many each interaction has of its own (places N + i · n …), or None where a domain's targets share
     negative_starts[d] … negative_starts[d + 1] of the rest. domain_items: items of each domain, for the softmax correction.
-    weight_B: 1, or 0 for a user that only fills up.
+    weight_B: 1, or 0 for a user that only fills up. candidates: None where all users of the global batch are.
     """
 
     distinct: torch.Tensor
@@ -87,11 +107,23 @@ class Batch:
     weight_B: torch.Tensor
     cross: View
     single: View
+    candidates: Candidates | None = None
 
     @property
     def ids(self):
-        """Rows of M: the N interactions', then the negatives'."""
-        return self.distinct[self.place]
+        """Rows of M: the N interactions', then the negatives'; 0 where nothing is looked up."""
+        return self.distinct[self.place] if len(self.distinct) else torch.zeros_like(self.place)
+
+    def vectors_of_uses(self, rows_UR: torch.Tensor) -> torch.Tensor:
+        """The vectors of the interactions and the negatives, (N + negatives, r), from those of `distinct`, (U, r)."""
+        if not len(self.distinct):
+            return rows_UR.new_zeros(len(self.place), rows_UR.shape[1])
+        return rows_UR.index_select(0, self.place)
+
+    def gradient_of_rows(self, gradient_NR: torch.Tensor) -> torch.Tensor:
+        """The gradient of `distinct`'s vectors, (U, r), from that of all their uses, (N + negatives, r)."""
+        gradient_UR = gradient_NR.new_zeros(len(self.distinct), gradient_NR.shape[1])
+        return gradient_UR.index_add_(0, self.place, gradient_NR) if len(self.distinct) else gradient_UR
 
     def pin_memory(self):
         """The same batch in pinned memory (a DataLoader calls this)."""
@@ -244,6 +276,11 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     )
 
 
+def without_look_up(batch: Batch) -> Batch:
+    """A batch of users that all only fill up, of which no row is looked up: `vectors_of_uses` gives zeros."""
+    return replace(batch, distinct=batch.distinct[:0], place=torch.zeros_like(batch.place))
+
+
 def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domains=0, ticks_N=None, now_B=None):
     """The cross-domain view of whole histories, to predict what comes next; arguments as for `build_batch`.
 
@@ -328,7 +365,16 @@ def attention_layout(lengths_S):
     unpad_M = np.repeat((row_S - starts_S).astype(np.int32), lengths_S)
     unpad_M += np.arange(len(unpad_M), dtype=np.int32)
     bounds_S = np.concatenate([[0], np.cumsum(lengths_S)], dtype=np.int32)
-    return AttentionLayout(torch.from_numpy(bounds_S), tuple(shapes), torch.from_numpy(pad_P), torch.from_numpy(unpad_M))
+    firsts = np.arange(0, len(lengths_S), MOST_SEQUENCES)
+    ends = np.minimum(firsts + MOST_SEQUENCES, len(lengths_S))
+    tokens = bounds_S[ends] - bounds_S[firsts]
+    return AttentionLayout(
+        starts_S=torch.from_numpy(bounds_S),
+        shapes=tuple(shapes),
+        pad_P=torch.from_numpy(pad_P),
+        unpad_M=torch.from_numpy(unpad_M),
+        pieces=tuple(zip((ends - firsts).tolist(), tokens.tolist(), strict=True)),
+    )
 
 
 @dataclass(frozen=True)

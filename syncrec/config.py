@@ -38,7 +38,9 @@ class ModelConfig:
     mutual_information_pooling: Literal["mean", "last"] = "mean"
     mutual_information_similarity: Literal["sigmoid", "cosine"] = "sigmoid"  # sigmoid: eq. 17
     mutual_information_temperature: float = 1.0
-    mutual_information_negatives: Literal["global", "rank"] = "global"  # users of all ranks, or of one's own
+    # Whom a user is told apart from. A number: the users of all ranks, where there are more that many of each domain, drawn
+    # by the seed and standing for all; memory then does not grow with the ranks. global: all of them; rank: those of one's own
+    mutual_information_negatives: int | str = 4096
     mutual_information_denominator: Literal["all", "others"] = "all"  # all: eq. 14 and 15, others: eq. 16 as printed
     eta: float = 0.9  # η of eq. 18
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products by autocast; weights, losses and λ stay fp32
@@ -69,6 +71,11 @@ class ModelConfig:
                         f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
                         f"set model.{name}={only}"
                     )
+        negatives = self.mutual_information_negatives
+        if negatives not in ("global", "rank") if isinstance(negatives, str) else negatives < 2:
+            raise ValueError(
+                f"model.mutual_information_negatives is {negatives}: give global, rank, or a number of users, at least 2"
+            )
         if self.time_knots < 0 or self.time_knots == 1:
             raise ValueError(f"model.time_knots is {self.time_knots}: give 0 (times are not looked at), or 2 and more")
         if not 0 <= self.dropout < 1:
@@ -78,6 +85,12 @@ class ModelConfig:
         for name in ("correction_temperature", "prediction_temperature", "mutual_information_temperature", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: give more than 0")
+
+    @property
+    def mutual_information_candidates(self) -> int:
+        """The users a domain that stand for more of them in SC-MIM; 0: nobody stands for others."""
+        negatives = self.mutual_information_negatives
+        return negatives if isinstance(negatives, int) and self.mutual_information == "on" else 0
 
     @property
     def predicts_by_both(self) -> bool:

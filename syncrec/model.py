@@ -3,22 +3,26 @@
 Shapes: B users, N interactions, M tokens of a view, L targets, K experts, D domains, r width.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from syncrec.attention import GroupLayerNorm
 from syncrec.batch import Query
 from syncrec.clock import Clock
 from syncrec.experts import ExpertStack
 from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
 from syncrec.losses import prediction_loss
-from syncrec.mutual_information import MutualInformation, pool
+from syncrec.mutual_information import MutualInformation, Sample, pool
 from syncrec.recurrent import RecurrentStack
 from syncrec.reduction import Reduction
 from syncrec.shapley import ShapleyCorrection, coalition_losses
 from syncrec.transfer import LossCorrection, PredictionMix, transfer_gap
+
+_UNDECAYED = re.compile(r"bias|b1$|b2$|\w+_norm_(scale|shift)$")  # of an expert's block, a GRU, a linear layer
 
 
 @dataclass(frozen=True)
@@ -227,16 +231,56 @@ class SyNCRec(nn.Module):
         single_BDR, single_count_BD = pool(single_MR, batch.single, users, self.domains)
         cross_BDR, cross_count_BD = pool(cross_MR, batch.cross, users, self.domains)
         present_BD = (single_count_BD > 0) & (cross_count_BD > 0) & (batch.weight_B > 0).unsqueeze(1)
-        if self.config.mutual_information_negatives == "rank":
-            single_GDR, present_GD, first = single_BDR, present_BD, 0
-        else:
-            single_GDR, present_GD = reduction.gather(single_BDR), reduction.gather(present_BD)
-            first = reduction.rank * users
-        own_B = torch.arange(first, first + users, device=present_BD.device)
-        sum_D, count_D = self.mutual_information(cross_BDR, single_GDR, present_BD, present_GD, own_B)
+        own_B = torch.arange(users, device=present_BD.device)
+        single_GDR = single_BDR
+        present_GD = present_BD
+        sample = None
+        if self.config.mutual_information_negatives != "rank":
+            if batch.candidates is not None:
+                sample = self._sample(batch.candidates, single_BDR, present_BD, reduction)
+            else:
+                single_GDR = reduction.gather(single_BDR)
+                present_GD = reduction.gather(present_BD)
+                own_B = own_B + reduction.rank * users
+        sum_D, count_D = self.mutual_information(cross_BDR, single_GDR, present_BD, present_GD, own_B, sample)
         if self.config.mutual_information_negatives == "rank":
             count_D = count_D * reduction.world_size
         return sum_D / count_D.clamp(min=1)
+
+    def _sample(self, candidates, single_BDR, present_BD, reduction):
+        """The candidates' single-domain views from all ranks, and how many users of the global batch have each domain."""
+        slots = self.domains * candidates.size
+        slot_C = candidates.slot_C
+        place_C = candidates.place_C
+        present_S = present_BD.flatten().double()
+        shown = torch.zeros(slots, dtype=torch.float64, device=present_BD.device)
+        shown = shown.index_copy(0, place_C, present_S.index_select(0, slot_C))
+        wait = reduction.start_sum(torch.cat([shown, present_BD.sum(0).double()]))
+        values_CR = single_BDR.flatten(0, 1).index_select(0, slot_C)
+        single_DNR = reduction.collect(values_CR, place_C, slots).view(self.domains, candidates.size, -1)
+        own_BD = torch.full_like(present_S, -1, dtype=torch.int64).index_copy(0, slot_C, place_C % candidates.size)
+        shown, count_D = wait().split([slots, self.domains])
+        return Sample(
+            single_DNR=single_DNR,
+            present_DN=shown.view(self.domains, -1) > 0,
+            own_DB=own_BD.view(-1, self.domains).T,
+            count_D=count_D.long(),
+        )
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay is for: the projections and what stands for items, positions and times.
+
+    Not biases, not what a LayerNorm scales and shifts by, and not α and β of eq. 11: 0 is no better value for them.
+    """
+    names = set()
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm | GroupLayerNorm | LossCorrection):
+            continue
+        for name, _ in module.named_parameters(recurse=False):
+            if not _UNDECAYED.match(name):
+                names.add(f"{module_name}.{name}" if module_name else name)
+    return names
 
 
 def mix(weights_MK, experts):

@@ -7,6 +7,8 @@ Elsewhere attention goes by buckets (attention.py). Shapes: K experts, M packed 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from syncrec import batch
+
 _CAUSAL = (-1, 0)  # every token sees all before it, and none after
 
 
@@ -22,16 +24,39 @@ def available(device, dtype, head_dim):
     )
 
 
-def attend(qkv_KMR, starts_S, longest, heads):
+def attend(qkv_KMR, layout, heads):
     """softmax(Q Kᵀ / √(r / heads)) V within each sequence, each token seeing itself and what is older (eq. 5).
 
-    qkv_KMR: (K, M, 3 r), contiguous. starts_S: where each sequence begins, and M: (S + 1,), integers on the same device; some
-    may have no tokens. longest: the tokens of the longest. The experts' tokens are K · S sequences, one after the other.
-    Returns (K, M, r).
+    qkv_KMR: (K, M, 3 r), contiguous. layout: an AttentionLayout; some of its sequences may have no tokens. The experts'
+    tokens are K · S sequences, one after the other, which go into one call where the kernel takes so many. Otherwise each
+    expert's go into calls of their own, a piece of the layout each. Returns (K, M, r).
     """
     experts, tokens, width = qkv_KMR.shape
-    firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(1)  # of each expert, and the end
-    begins = torch.cat([(firsts[:-1] + starts_S[:-1]).flatten(), firsts[-1]]).to(torch.int32)
-    query, key, value = qkv_KMR.view(experts * tokens, 3, heads, width // 3 // heads).unbind(1)
+    longest = layout.shapes[0][1]
+    sequences = len(layout.starts_S) - 1
+    if experts * sequences <= batch.MOST_SEQUENCES:
+        firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(1)  # of each expert, and the end
+        begins = torch.cat([(firsts[:-1] + layout.starts_S[:-1]).flatten(), firsts[-1]])
+        return _attend(qkv_KMR.view(experts * tokens, width), begins, longest, heads).view(experts, tokens, -1)
+    bounds = []
+    sizes = []
+    first = 0
+    for count, size in layout.pieces:
+        begins = layout.starts_S[first : first + count + 1]
+        first += count
+        if size:  # else all of its sequences are empty
+            bounds.append(begins - begins[0])
+            sizes.append(size)
+    # split, not slices: the gradient of a slice is a whole tensor of zeros.
+    pieces = qkv_KMR.view(experts * tokens, width).split(sizes * experts)
+    mixed = [_attend(piece, begins, longest, heads) for piece, begins in zip(pieces, bounds * experts, strict=True)]
+    return torch.cat(mixed).view(experts, tokens, -1)
+
+
+def _attend(qkv_MR, begins, longest, heads):
+    """One call. begins: where each sequence begins, and the end. longest: no sequence has more tokens. Returns (M, r)."""
+    tokens, width = qkv_MR.shape
+    query, key, value = qkv_MR.view(tokens, 3, heads, width // 3 // heads).unbind(1)
+    begins = begins.to(torch.int32)
     mixed = varlen_attn(query, key, value, begins, begins, longest, longest, window_size=_CAUSAL)
-    return mixed.reshape(experts, tokens, width // 3)
+    return mixed.reshape(tokens, width // 3)

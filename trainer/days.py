@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from trainer import plots
-from trainer.checkpoint import write_text
+from trainer.files import write_text
 from trainer.log import HEADLINE, duration, number, printable
 from trainer.page import Cell, Table, rendered, table_page
 

@@ -42,6 +42,7 @@ def full_optimizer_state(engine, keep: bool):
     optimizer, flats = base_optimizer(engine), _flat_parameters(engine)
     if not flats or not optimizer.state.get(flats[0]):
         return {}
+    _link_state(engine)
     names = [name for name, value in optimizer.state[flats[0]].items() if value.shape == flats[0].shape]
     state = {"step": optimizer.state[flats[0]]["step"].detach().cpu().clone()} if keep else {}
     for parameter_name, parameter in _trained(engine):
@@ -65,8 +66,7 @@ def restore_optimizer_state(engine, state):
         optimizer.state[flat] = {"step": step.clone(), **{name: torch.zeros_like(flat) for name in names}}
         if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"):
             optimizer.state[flat]["step"] = step.to(flat.device, copy=True)  # each its own: the kernel counts in it
-    if stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _link_state(engine)
     for parameter_name, parameter in _trained(engine):
         for name in names:
             value = state[f"{parameter_name}{_SEPARATOR}{name}"].to(engine.device)
@@ -79,6 +79,17 @@ def restore_optimizer_state(engine, state):
                 deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
             else:
                 deepspeed.utils.safe_set_local_optimizer_state(parameter, _partition(value, parameter.ds_tensor.numel()), name)
+
+
+def _link_state(engine):
+    """Has ZeRO 1 or 2 know which parts of the optimizer's state belong to which parameter.
+
+    DeepSpeed does so itself after it has stepped the first of several groups (stage_1_and_2.py, `_optimizer_step`), when the
+    others have no state yet, and never again.
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _partition(value, length):

@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -84,6 +85,13 @@ def leave():
     modules do, in circles)."""
     dist.destroy_process_group()
     gc.collect()
+
+
+def sum_of_ranks(values_N: np.ndarray) -> np.ndarray:
+    """The sum over all ranks of (N,) of the host, over the CPU's backend. Called on all ranks."""
+    total_N = torch.from_numpy(np.array(values_N))
+    dist.all_reduce(total_N)
+    return total_N.numpy()
 
 
 def _join(timeout_minutes):
@@ -254,15 +262,39 @@ class RankReduction(Reduction):
     def gather(self, values_B):
         return _Gather.apply(values_B)
 
+    def collect(self, values_CR, place_C, rows):
+        return _Collect.apply(values_CR, place_C, rows)
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of all ranks at their places; each gets back the sum of all ranks' gradients of its rows.
+
+    A sum over ranks, of which all but one have zeros at a place: it has one size, whatever each rank gives.
+    """
+
+    @staticmethod
+    def forward(ctx, values_CR, place_C, rows):
+        ctx.save_for_backward(place_C)
+        collected = values_CR.new_zeros(rows, values_CR.shape[1]).index_copy_(0, place_C, values_CR)
+        dist.all_reduce(collected)
+        return collected
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (place_C,) = ctx.saved_tensors
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed.index_select(0, place_C), None, None
+
 
 class _Gather(torch.autograd.Function):
     """All ranks' tensors, one after the other; each gets back the sum of all ranks' gradients of its part."""
 
     @staticmethod
     def forward(ctx, values_B):
-        gathered = [torch.empty_like(values_B) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, values_B.contiguous())
-        return torch.cat(gathered)
+        gathered = values_B.new_empty(dist.get_world_size() * len(values_B), *values_B.shape[1:])
+        dist.all_gather_into_tensor(gathered, values_B.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient):

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from syncrec.model import decayed_names
 from trainer.errors import InputError
 
 # DeepSpeed probes for an accelerator when it is imported, and warns where there is none.
@@ -32,7 +33,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of projections and embeddings; biases, LayerNorms, α and β have none
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, down to final_share at the last step
     final_share: float = 0.0
@@ -142,9 +143,22 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
 
 def start_engine(model, config: dict):
     """The engine that computes, reduces and steps. Its module must be called through it, never around it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, config), config=config)
     return engine
+
+
+def parameter_groups(model, config: dict) -> list:
+    """The trained parameters, as an optimizer takes them: in two groups where there is weight decay, which is not for all."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not config["optimizer"]["params"].get("weight_decay", 0):
+        return list(trained.values())
+    decayed = decayed_names(model)
+    others = [parameter for name, parameter in trained.items() if name not in decayed]
+    groups = [
+        {"params": [parameter for name, parameter in trained.items() if name in decayed]},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(engine, learning_rate):

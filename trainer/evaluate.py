@@ -29,7 +29,7 @@ class EvaluationConfig:
     """What is ranked, and how often."""
 
     negatives: int = 99  # candidates beside the held-out item
-    batch_size: int = 512  # users over all ranks at once
+    batch_size: int = 512  # users that each rank has at once
     every_epochs: int = 1  # validation, and with it the choice of the best model
     patience: int = 5  # validations without a better mean NDCG@10 before training stops; 0: never
 
@@ -95,9 +95,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
     ):
         super().__init__()
         self.stream = stream or StreamConfig()
-        batch_size = max(config.batch_size, world_size)
         # Each user on its home rank: candidates are most of the work, and as many for each.
-        self.plan = Plan(dataset, batch_size, world_size, seed, shuffle=False, balance=False)
+        of_all_ranks = config.batch_size * world_size
+        self.plan = Plan(dataset, of_all_ranks, world_size, seed, shuffle=False, balance=False)
         self.rank, self.config, self.max_length, self.both_views = rank, config, max_length, both_views
         self.back = {"test": 1, "validation": 2}[split]
         self.given = given
@@ -200,7 +200,8 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
     popularity = item_counts(dataset)
     longest = 1 + batches.config.negatives
     if batches.given is not None:
-        longest = max((len(rows) for _, rows in batches.given.values()), default=1)
+        # Of all ranks' users, where each rank has been given its own.
+        longest = getattr(batches.given, "longest", None) or max((len(rows) for _, rows in batches.given.values()), default=1)
     histogram = np.zeros((2, len(dataset.domains), longest), np.int64)
     skipped, reasons = 0, {}
     for done, candidates in enumerate(built, start=1):

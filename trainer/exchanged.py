@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.best import best_model
-from trainer.data.random import permutation
+from trainer.data.random import permutation, random_bits
 from trainer.evaluate import evaluate_split, figures
 from trainer.log import HEADLINE
 
@@ -17,50 +16,89 @@ _MOST = 20_000  # users; a hundred rows are kept of each
 _CHOICE, _EXCHANGE = 11, 12  # separate the uses of one seed
 
 
-def own_item_gains(run, config, dataset, ranks, users, least) -> list[float | None]:
+class DrawnUsers:
+    """Some of the users that are ranked, with what their test item was ranked among: what `own_item_gains` asks for.
+
+    It sees what ranking visits, so that nobody is ranked a second time. wanted_U: whether a user may be chosen; of many, some
+    are, at random. At most _MOST users are held.
+    """
+
+    def __init__(self, config, wanted_U):
+        self.seed = config.seed
+        self.wanted_U = wanted_U
+        self._width = 1 + config.evaluation.negatives
+        self._key_K = np.zeros(0, np.uint64)
+        self._facts_K3 = np.zeros((0, 3), np.int64)  # user, domain, rank
+        self._rows_KC = np.zeros((0, self._width), np.int64)
+
+    def visit(self, candidates, ranks_B, _scores_C=None):
+        """As `rank_candidates` calls it."""
+        (chosen,) = np.nonzero(candidates.user_B >= 0)
+        chosen = chosen[self.wanted_U[candidates.user_B[chosen]]]
+        key_B = random_bits(self.seed, _CHOICE, candidates.user_B[chosen])
+        if len(self._key_K) == _MOST:
+            nearer_B = key_B < self._key_K[-1]
+            chosen = chosen[nearer_B]
+            key_B = key_B[nearer_B]
+        if not len(chosen):
+            return
+        rows_BC = np.full((len(chosen), self._width), -1, np.int64)
+        starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
+        for place, user in enumerate(chosen):
+            count = candidates.counts_B[user]
+            rows_BC[place, :count] = candidates.rows_C[starts_B[user] : starts_B[user] + count]
+        facts = candidates.user_B[chosen], candidates.domain_B[chosen], ranks_B[chosen]
+        # Those with the smallest keys, which depend on the seed and the user.
+        key_K = np.append(self._key_K, key_B)
+        order = np.argsort(key_K, kind="stable")[:_MOST]
+        self._key_K = key_K[order]
+        self._facts_K3 = np.concatenate([self._facts_K3, np.stack(facts, axis=1)])[order]
+        self._rows_KC = np.concatenate([self._rows_KC, rows_BC])[order]
+
+    def gathered(self):
+        """Of all ranks, by user: (users, domains, ranks, rows, the user's own item's first), int64. Called on all ranks."""
+        counts_W = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        counts_W[dist.get_rank()] = len(self._key_K)
+        dist.all_reduce(counts_W)
+        first = int(counts_W[: dist.get_rank()].sum())
+        own = slice(first, first + len(self._key_K))
+        together = torch.zeros(int(counts_W.sum()), 4, dtype=torch.int64)
+        together[own, 0] = torch.from_numpy(self._key_K.view(np.int64))
+        together[own, 1:] = torch.from_numpy(self._facts_K3)
+        dist.all_reduce(together)  # each line is one rank's
+        key_K = together[:, 0].numpy().astype(np.uint64)
+        facts_K3 = together[:, 1:].numpy()
+        chosen = np.argsort(key_K, kind="stable")[:_MOST]
+        chosen = chosen[np.argsort(facts_K3[chosen, 0])]
+        rows_KC = torch.zeros(len(chosen), self._width, dtype=torch.int64)
+        (mine,) = np.nonzero((chosen >= own.start) & (chosen < own.stop))
+        rows_KC[torch.from_numpy(mine)] = torch.from_numpy(self._rows_KC[chosen[mine] - own.start])
+        dist.all_reduce(rows_KC)
+        return *facts_K3[chosen].T, rows_KC.numpy()
+
+
+def own_item_gains(model, table, config, dataset, ranks, drawn: DrawnUsers, least) -> list[float | None]:
     """By domain: NDCG@10 of held-out test items for their own users, less that of the same items for one another's users, over
     the same drawn candidates. Called on all ranks.
 
-    users: the numbers of those to be looked at; of many, some at random. None for a domain where fewer than `least` are left.
+    drawn: has seen these users ranked by the model. None for a domain where fewer than `least` of them are left.
     """
-    chosen_K = np.sort(np.asarray(users)[permutation(len(users), config.seed, _CHOICE)[:_MOST]])
-    model, table, _ = best_model(run, config, dataset, ranks)
-    domain_K, rows_KC = _candidates(model, table, config, dataset, ranks, chosen_K)
-    given, gains = {}, []
+    user_K, domain_K, rank_K, rows_KC = drawn.gathered()
+    exchanged = {}
+    gains = []
+    histogram_DR = np.zeros((len(dataset.domains), rows_KC.shape[1]), np.int64)
     for number in range(len(dataset.domains)):
         (own,) = np.nonzero(domain_K == number)
         if len(own) < max(2, least):
             continue
+        histogram_DR[number] = np.bincount(rank_K[own] - 1, minlength=rows_KC.shape[1])
         own = own[permutation(len(own), config.seed, _EXCHANGE, number)]
         for one, other in zip(own, np.roll(own, 1), strict=True):
             rows, item = rows_KC[one], rows_KC[other, 0]
             rows = rows[rows >= 0]
-            given[int(chosen_K[one])] = number, rows, np.append(item, rows[1:][rows[1:] != item])
-    histograms = [_histogram(model, table, config, dataset, ranks, given, which) for which in (1, 2)]
+            exchanged[int(user_K[one])] = number, np.append(item, rows[1:][rows[1:] != item])
+    ranking = evaluate_split(model, table, dataset, ranks, config, "test", given=exchanged)
     for number in range(len(dataset.domains)):
-        own, others = (figures(histogram[number])[HEADLINE] for histogram in histograms)
+        own, others = (figures(histogram[number])[HEADLINE] for histogram in (histogram_DR, ranking.histogram[0]))
         gains.append(None if own is None else own - others)
     return gains
-
-
-def _candidates(model, table, config, dataset, ranks, chosen_K):
-    """The domain of each chosen user's test item, −1 of those without one, and the rows that are ranked, the item's first."""
-    found_KC = torch.full((len(chosen_K), 2 + config.evaluation.negatives), -1, dtype=torch.int64)
-
-    def visit(candidates, ranks_B, scores_C):
-        starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
-        place_B = np.searchsorted(chosen_K, candidates.user_B)
-        for user, place in enumerate(place_B):
-            if place < len(chosen_K) and chosen_K[place] == candidates.user_B[user]:
-                rows = candidates.rows_C[starts_B[user] : starts_B[user] + candidates.counts_B[user]]
-                found_KC[place, 0] = int(candidates.domain_B[user])
-                found_KC[place, 1 : 1 + len(rows)] = torch.from_numpy(rows)
-
-    evaluate_split(model, table, dataset, ranks, config, "test", visit=visit)
-    dist.all_reduce(found_KC, op=dist.ReduceOp.MAX)  # each user is one rank's
-    return found_KC[:, 0].numpy(), found_KC[:, 1:].numpy()
-
-
-def _histogram(model, table, config, dataset, ranks, given, which):
-    given = {user: (of[0], of[which]) for user, of in given.items()}
-    return evaluate_split(model, table, dataset, ranks, config, "test", given=given).histogram[0]

@@ -30,6 +30,7 @@ from trainer.data.dataset import File
 from trainer.data.progress import Stages
 from trainer.data.vocabulary import item_ids
 from trainer.errors import InputError
+from trainer.files import move_folder
 from trainer.serving_example import plain_program
 
 FORMAT_VERSION = 2  # 2: the encoder is told times
@@ -53,22 +54,23 @@ class ExportConfig:
             _faiss_index(self.faiss, 8)
 
 
-def export_run(run, output, ranks, config: ExportConfig, data=None) -> dict:
+def export_run(run, output, ranks, config: ExportConfig, data=None, trained=None) -> dict:
     """Writes the folder `output` and returns its schema. Called on all ranks; the first one writes.
 
+    trained: what `best_model` gave of the run, where it has been read already; the model is on the CPU afterwards.
     Raises InputError for whatever is wrong with the run, and where `output` is there already or cannot be written: then there
     is no new output at all.
     """
     output = Path(output)
     partial = output.with_name(f".{output.name}.partial")
-    run_config, dataset = open_run(run, data, of_all_domains=True)
+    run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     try:
         check_exportable(run_config.model)
     except ValueError as error:
         raise InputError(f"{run}: {error}") from None
     by_the_first(lambda: _begin(output, partial), ranks.first)
     try:
-        model, table, best = best_model(run, run_config, dataset, ranks)
+        model, table, best = trained or best_model(run, run_config, dataset, ranks)
         with Stages(ranks.first) as stages:
             with stages("exporting item vectors", total=sum(domain.items for domain in dataset.domains)) as advance:
                 for number, domain in enumerate(dataset.domains):
@@ -150,7 +152,7 @@ def _finish(partial, output, model, dataset, best, model_config, config):
             "files": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         }
         (partial / SCHEMA).write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.rename(output)
+        move_folder(partial, output)
     return schema
 
 

@@ -25,6 +25,7 @@ SHOWN = 10  # items of a user that coverage and Gini are about
 LENGTHS = (1, 5, 10, 20, 50)  # where the buckets of history lengths begin
 HEADLINE = "NDCG@10"
 _STREAM = 12  # separates this use of the seed
+_PIECE = 1 << 20  # numbers that are summed over the ranks at once
 
 POPULARITY = ("head", "middle", "tail")
 OWN = ("none", "some")
@@ -127,7 +128,7 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
                 continue
             y_BR = y_BDR[:, number]
             rows_Bk = ranking.top_k(y_BR, min(SHOWN, domains[number].items), excluded).rows_Bk.cpu().numpy()
-            shown += np.bincount(rows_Bk[rows_Bk >= 0], minlength=len(shown))
+            np.add.at(shown, rows_Bk[rows_Bk >= 0], 1)  # there are few of them beside the rows of M
             own_B = held.domain_B == number
             own = torch.from_numpy(own_B)
             own_excluded = Excluded(excluded.rows_E[torch.from_numpy(np.repeat(own_B, held.counts_B))], excluded.counts_B[own])
@@ -139,10 +140,19 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
         if advance is not None:
             advance(done, len(batches))
     means.reduce(ranks.device)
-    total = torch.from_numpy(np.append(shown, skipped)).to(ranks.device)
-    dist.all_reduce(total)
-    *shown, skipped = total.tolist()
-    return FullRanking(summed(rank_U, ranks), means, np.array(shown), skipped, tuple(reasons))
+    skipped_1 = np.array([skipped])
+    for values in (shown, skipped_1):
+        _sum_in_place(values, ranks.device)
+    return FullRanking(summed(rank_U, ranks), means, shown, int(skipped_1[0]), tuple(reasons))
+
+
+def _sum_in_place(values_M, device):
+    """Makes an array the sum of all ranks' arrays, a piece at a time."""
+    for begin in range(0, len(values_M), _PIECE):
+        piece = torch.from_numpy(values_M[begin : begin + _PIECE])
+        total = piece.to(device)
+        dist.all_reduce(total)
+        piece.copy_(total)
 
 
 def summed(values_U, ranks):
@@ -176,15 +186,16 @@ class Popularity:
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
         self.counts = item_counts(dataset)
-        self.third = np.full(dataset.num_embeddings, 2)
+        self.third = np.full(dataset.num_embeddings, 2, np.int8)
         self._sorted = []
         for domain in dataset.domains:
             counts = self.counts[domain.start : domain.start + domain.items]
             order = np.argsort(-counts, kind="stable")
-            before = np.cumsum(counts[order]) - counts[order]
+            falling = counts[order]
+            before = np.cumsum(falling) - falling
             third = np.minimum(2, 3 * before // max(1, counts.sum()))
-            self.third[domain.start + order] = np.where(counts[order] > 0, third, 2)
-            self._sorted.append(np.sort(counts))
+            self.third[domain.start + order] = np.where(falling > 0, third, 2)
+            self._sorted.append(falling[::-1])
 
     def ranks(self, held: Held):
         """The 1-based rank of each user's held-out item, int64 (B,)."""
@@ -194,7 +205,7 @@ class Popularity:
         user_E, row_E = np.divmod(pair, rows)
         other_E = (self.dataset.domain_of(row_E) == held.domain_B[user_E]) & (row_E != held.row_B[user_E])
         user_E, count_E = user_E[other_E], self.counts[row_E[other_E]]
-        own_B = self.counts[held.row_B]
+        own_B = self.counts[held.row_B].astype(np.int64)
         greater_B, equal_B = np.zeros_like(own_B), np.zeros_like(own_B)
         for number, ascending in enumerate(self._sorted):
             own = held.domain_B == number

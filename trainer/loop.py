@@ -6,15 +6,17 @@ import importlib.metadata
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from syncrec.model import SyNCRec
 from trainer.ahead import Ready
-from trainer.checkpoint import Checkpoints, RunState, best_checkpoint, restore_best, write_json, write_text
+from trainer.checkpoint import Checkpoints, RunState, best_checkpoint, restore_best
 from trainer.config import RunConfig, flat, to_yaml
-from trainer.control import Signals, StopSignal, Watchdog, agree
+from trainer.consensus import on_all_ranks
+from trainer.control import Signals, StopSignal, Watchdog, agree, by_the_first
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan
 from trainer.data.stream import Fed, Feed, TrainBatches
@@ -22,16 +24,16 @@ from trainer.determinism import deterministic_sums
 from trainer.distributed import Ranks
 from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluate import evaluate_split, evaluation_record
+from trainer.files import write_json, write_text
 from trainer.log import HEADLINE, LOOK, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
 from trainer.look import look_at
 from trainer.meters import IntervalMeter
 from trainer.resources import cores_per_rank
 from trainer.run_lock import locked_by_first_rank
-from trainer.start import find_start, leave_nothing, run_folder
+from trainer.start import PACKAGES, find_start, is_empty, leave_nothing, require_same_start, run_folder
 from trainer.step import Halted, Trainer
 from trainer.warm import find_warm_start
 
-_PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 _RANKINGS = 8  # steps of a validation between two in which the ranks agree to go on with it
 
 
@@ -51,9 +53,8 @@ def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
 
 
 def _train(config, ranks, fresh, accept_changes, locks):
-    if not config.data:
-        raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
-    dataset = Dataset.load(config.data, config.stream.damaged == "stop", config.stream)
+    dataset = on_all_ranks(lambda: _dataset(config, ranks))
+    require_same_start(config, dataset, fresh=fresh, accept_changes=accept_changes)
     plan = Plan(
         dataset,
         config.global_batch_size,
@@ -64,18 +65,15 @@ def _train(config, ranks, fresh, accept_changes, locks):
         tokens_per_batch=config.tokens_per_batch,
         balance=config.stream.balance,
     )
-    run = run_folder(config.run, fresh)
+    run = Path(config.run)
+    new = by_the_first(lambda: is_empty(run_folder(config.run, fresh)), ranks.first)
     locks.enter_context(locked_by_first_rank(run, ranks.first))
     checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
     warm = find_warm_start(config, dataset, ranks) if checkpoint is None else None
     trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step, warm)
     dist.barrier()  # every rank has looked at the folder before one of them writes
     try:
-        if ranks.first:
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "config.yaml", to_yaml(config))
-            if checkpoint is not None:
-                write_text(run / METRICS_FILE, (checkpoint / METRICS_FILE).read_text())
+        on_all_ranks(lambda: _begin(run, config, checkpoint) if ranks.first else None)
         names = [domain.name for domain in dataset.domains]
         resume_step = None if checkpoint is None else state.step
         with RunLog(run, trainer.total_steps, names, config.log.tensorboard, ranks.first, resume_step) as log:
@@ -92,7 +90,7 @@ def _train(config, ranks, fresh, accept_changes, locks):
             if state.skipped_users:
                 log.message(skipped_sentence(state.skipped_users))
     except InputError as error:
-        if type(error) is InputError and ranks.first:
+        if type(error) is InputError and ranks.first and new and not state.step:
             leave_nothing(run)  # what cannot begin is in the way of the next try
         raise
     if ranks.first:
@@ -100,6 +98,21 @@ def _train(config, ranks, fresh, accept_changes, locks):
 
         print(f"report: {write_report(run)}", flush=True)
     return record
+
+
+def _dataset(config, ranks):
+    if not config.data:
+        raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
+    check_contents = ranks.local_rank == 0  # once a host
+    return Dataset.load(config.data, config.stream.damaged == "stop", config.stream, check_contents)
+
+
+def _begin(run, config, checkpoint):
+    """The first files of the run's folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "config.yaml", to_yaml(config))
+    if checkpoint is not None:
+        write_text(run / METRICS_FILE, (checkpoint / METRICS_FILE).read_text())
 
 
 @contextlib.contextmanager
@@ -125,9 +138,16 @@ class TrainingRun:
             "config": flat(self.config),
             "dataset": trainer.dataset.fingerprint,
             "world_size": self.ranks.world_size,
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        self.checkpoints = Checkpoints(run, self.config.checkpoint.keep, self.ranks, facts, state if resumed else None)
+        self.checkpoints = Checkpoints(
+            run,
+            self.config.checkpoint.keep,
+            self.ranks,
+            facts,
+            last=state if resumed else None,
+            beat=lambda: self.watchdog.beat(),
+        )
         self.meter = IntervalMeter([domain.name for domain in trainer.dataset.domains])
         self.watchdog = Watchdog(60 * self.config.timeout_minutes + 5, lambda: f"step {self.state.step + 1}")
         self._begun, self._before = time.monotonic(), state.seconds
@@ -142,6 +162,7 @@ class TrainingRun:
             self.config.model.mutual_information_pooling,
             self.config.negatives,
             self.config.stream,
+            self.config.model.mutual_information_candidates,
         )
         self.feed = Feed(batches, self.ranks.device.type == "cuda", cores_per_rank(self.ranks.world_size))
 
@@ -300,7 +321,7 @@ class TrainingRun:
             else:
                 state.since_best += 1
         last = state.step == self.trainer.total_steps
-        if state.since_best == 0 or last or self._epoch_ends(self.config.checkpoint.every_epochs):
+        if state.since_best == 0 or self._ended() or self._epoch_ends(self.config.checkpoint.every_epochs):
             self._save()
         if self._ended() and not last:
             best = state.best[HEADLINE]

@@ -13,6 +13,7 @@ far less difference than then whose item it is (trainer/exchanged.py).
 
 import contextlib
 import datetime
+import hashlib
 import json
 import re
 import shutil
@@ -23,17 +24,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.best import best_model, config_of, open_run
+from trainer.best import TableSlot, best_model, config_of, open_run
 from trainer.bootstrap import GroupMeans
-from trainer.checkpoint import best_checkpoint, write_json
+from trainer.checkpoint import best_checkpoint
+from trainer.consensus import on_all_ranks, require_same
 from trainer.control import by_the_first
 from trainer.data.dataset import File, stays_inside
 from trainer.data.extend import EXTENSION
 from trainer.data.work import exclusive
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split
-from trainer.exchanged import own_item_gains
+from trainer.exchanged import DrawnUsers, own_item_gains
 from trainer.export import ENCODER, SCHEMA, ExportConfig, export_run
+from trainer.files import Patience, move_folder, patiently, write_json
 from trainer.log import HEADLINE
 from trainer.serving_example import load_encoder, plain_program
 
@@ -78,18 +81,24 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
     published = Path(published)
     with _alone(published, ranks):
         current = by_the_first(lambda: current_version(published), ranks.first)
-        run_config, dataset = open_run(candidate, data, of_all_domains=True)
+        run_config, dataset = open_run(candidate, data, of_all_domains=True, ranks=ranks)
         _, best, _ = best_checkpoint(Path(candidate), ranks)
         identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
         if current and all(current.get(name) == value for name, value in identity.items()):
             return current | {"published": current["number"], "reasons": []}
-        record = identity | _compared(candidate, current, run_config, dataset, ranks, config)
+        slot = TableSlot()  # one table for both models, and for what is exported
+        others_U = None
+        if current is not None:
+            other_config = config_of(current["run"])
+            others_U, _ = _ranks(*best_model(current["run"], other_config, dataset, ranks, slot), other_config, dataset, ranks)
+        trained = best_model(candidate, run_config, dataset, ranks, slot)
+        record = identity | _compared(trained, others_U, current, run_config, dataset, ranks, config)
         record["reasons"] = reasons_against(record["domains"], config)
         if record["reasons"]:
             return by_the_first(lambda: _refuse(published, record), ranks.first)
         number = by_the_first(lambda: _begin(published), ranks.first)
         partial = published / "versions" / f"{number}.partial"
-        export_run(candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data)
+        export_run(candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data, trained)
         return by_the_first(lambda: _finish(published, partial, record | {"number": number}, config), ranks.first)
 
 
@@ -169,7 +178,8 @@ def roll_back(published, to=None) -> dict:
     if not isinstance(current, str):
         current = None
     if to is None:
-        older = [number for number in versions if current is not None and number < current]
+        known = isinstance(current, str) and current.isdecimal()
+        older = [number for number in versions if known and int(number) < int(current)]
         if not older:
             raise InputError(f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}")
         to = older[-1]
@@ -184,18 +194,14 @@ def roll_back(published, to=None) -> dict:
     return record
 
 
-def _compared(candidate, current, run_config, dataset, ranks, config):
-    """Figures by domain of both models, on the users by whom a domain is judged."""
-    rank_U, domain_U = _ranks(candidate, run_config, dataset, ranks)
-    others_U = None
-    if current is not None:
-        others_U, _ = _ranks(current["run"], config_of(current["run"]), dataset, ranks)
-    newest = dataset.folder / EXTENSION / "users.npy"
-    came_U = np.zeros(dataset.users, bool)
-    if newest.is_file():
-        came_U[np.load(newest, allow_pickle=False)] = True
-    users = np.flatnonzero(came_U & (rank_U > 0) if newest.is_file() else rank_U > 0)
-    gains = own_item_gains(candidate, run_config, dataset, ranks, users, config.least_users)
+def _compared(trained, others_U, current, run_config, dataset, ranks, config):
+    """Figures by domain of both models, on the users by whom a domain is judged. trained: what `best_model` gave of the
+    candidate; others_U: the ranks by the current model, if there is one."""
+    extended, came_U = _came(dataset)
+    drawn = DrawnUsers(run_config, came_U if extended else np.ones(dataset.users, bool))
+    rank_U, domain_U = _ranks(*trained, run_config, dataset, ranks, drawn)
+    model, table, _ = trained
+    gains = own_item_gains(model, table, run_config, dataset, ranks, drawn, config.least_users)
     found = {}
     for number, domain in enumerate(dataset.domains):
         own_U = (rank_U > 0) & (domain_U == number)
@@ -220,16 +226,33 @@ def _compared(candidate, current, run_config, dataset, ranks, config):
     return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
 
 
-def _ranks(run, config, dataset, ranks):
-    """Each user's rank of the test item among the drawn ones, 0 of those without, and the item's domain; of all ranks."""
-    model, table, _ = best_model(run, config, dataset, ranks)
-    found = torch.zeros(2, dataset.users, dtype=torch.int64)
+def _came(dataset):
+    """Whether the dataset extends another one, and which users came with its newest logs, (U,); the
+    same on all ranks."""
+    extended = on_all_ranks((dataset.folder / EXTENSION).is_dir)
+    require_same({"a dataset with other newest logs": {"extended": extended}})
+    came_U = np.zeros(dataset.users, bool)
+    if extended:
+        newest = dataset.folder / EXTENSION / "users.npy"
+        patience = Patience(newest.parent)
+        users = on_all_ranks(lambda: patiently(lambda: np.load(newest, allow_pickle=False), patience))
+        require_same({"a dataset with other newest logs": {"users": hashlib.sha256(users.tobytes()).hexdigest()[:16]}})
+        came_U[users] = True
+    return extended, came_U
 
-    def visit(candidates, ranks_B, _scores_C):
+
+def _ranks(model, table, _best, config, dataset, ranks, drawn=None):
+    """Each user's rank of the test item among the drawn ones, 0 of those without, and the item's domain; of all ranks. drawn: a
+    DrawnUsers that sees them too."""
+    found = torch.zeros(2, dataset.users, dtype=torch.int32)
+
+    def visit(candidates, ranks_B, scores_C):
         real = candidates.user_B >= 0
         users = torch.from_numpy(candidates.user_B[real])
-        found[0, users] = torch.from_numpy(ranks_B[real])
-        found[1, users] = torch.from_numpy(candidates.domain_B[real])
+        found[0, users] = torch.from_numpy(ranks_B[real]).int()
+        found[1, users] = torch.from_numpy(candidates.domain_B[real]).int()
+        if drawn is not None:
+            drawn.visit(candidates, ranks_B, scores_C)
 
     evaluate_split(model, table, dataset, ranks, config, "test", visit=visit)
     dist.all_reduce(found)
@@ -260,8 +283,9 @@ def _alone(published, ranks):
 
 
 def _versions(published):
-    """Numbers of the versions that are there, rising."""
-    return sorted(path.name for path in (published / "versions").glob("[0-9]*") if path.suffix == "" and path.is_dir())
+    """Numbers of the versions that are there, as they are written, rising."""
+    names = [path.name for path in (published / "versions").glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(names, key=int)
 
 
 def _refuse(published, record):
@@ -286,7 +310,7 @@ def _finish(published, partial, record, config):
     record |= {"published": record["number"], "time": _now()}
     write_json(partial / VERSION, record)
     _check(partial)
-    partial.rename(partial.with_suffix(""))
+    move_folder(partial, partial.with_suffix(""))
     _point(published, record["number"])
     (published / REFUSED).unlink(missing_ok=True)
     for number in _versions(published)[: -1 - config.keep]:

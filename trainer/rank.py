@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trainer.best import best_model, open_run
-from trainer.checkpoint import write_json
+from trainer.consensus import on_all_ranks
 from trainer.determinism import deterministic_sums
 from trainer.errors import InputError
 from trainer.evaluate import evaluate_split, evaluation_record
-from trainer.exchange import ResultWriter, read_candidates
+from trainer.exchange import ResultWriter, read_candidates_of_rank
+from trainer.files import write_json
 from trainer.full_ranking import full_record, rank_fully, summed
 from trainer.log import METRICS_FILE
 from trainer.report import FULL, write_report
@@ -32,15 +33,20 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     """
     if full and candidates:
         raise InputError("--candidates: with --ranking full all items of the domain are the candidates; leave one of them out")
-    config, dataset = open_run(run, data)
+    config, dataset = open_run(run, data, ranks=ranks)
     with deterministic_sums(config.deterministic):
         return _rank_run(run, config, dataset, ranks, split, candidates, output, full)
 
 
 def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
-    given = read_candidates(dataset, candidates) if candidates else None
+    given = read_candidates_of_rank(dataset, candidates, ranks, config) if candidates else None
     model, table, best = best_model(run, config, dataset, ranks)
-    writer = ResultWriter(dataset, output, ranks) if output else None
+    writer = None
+
+    def begin():
+        nonlocal writer
+        writer = ResultWriter(dataset, output, ranks)
+
     sampled_U, domain_U = np.zeros((2, dataset.users if full else 0), np.int32)
 
     def visit(candidates, ranks_B, scores_C):
@@ -52,6 +58,8 @@ def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
             writer.add(candidates, ranks_B, scores_C)
 
     try:
+        if output:
+            on_all_ranks(begin)
         ranking = _rank(model, table, dataset, ranks, config, split, given, visit)
     except BaseException:
         if writer:

@@ -8,16 +8,17 @@ came with. Of a domain that has fewer items left than `k` a user gets those that
 the user the model knows; a user without any gets what the model predicts at the start of a history (its SOS token, trained on
 every user's first item). A domain's name stands in its folder's as Hive writes it.
 
-It is made in stages that leave files (`Work`): the histories, then part after part, each by all ranks and gathered to the
-first, which writes it. Killed, the same command goes on from the parts that are there, at any number of ranks. OUTPUT is there
-whole or not at all; it lies on storage that all hosts see. A step's users depend on the part alone, not on the number of ranks,
-so the model's sums are the same.
+It is made in stages that leave files (`Work`): the histories, then part after part, as many at once as give each rank users,
+gathered to the first rank, which writes them while the next ones are scored. Killed, the same command goes on from the parts
+that are there, at any number of ranks. OUTPUT is there whole or not at all; it lies on storage that all hosts see. A step's
+users depend on the part alone, not on the number of ranks, so the model's sums are the same.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from concurrent import futures
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from embeddings.ranking import ExactRanking, Excluded
 from syncrec.batch import move
 from trainer.best import best_model, open_run
-from trainer.checkpoint import MANIFEST, write_json
+from trainer.checkpoint import MANIFEST
 from trainer.control import by_the_first
 from trainer.data.asked import Asked, AskedConfig, read_histories, write_histories
 from trainer.data.dataset import TICKS
@@ -42,6 +43,7 @@ from trainer.data.vocabulary import item_ids
 from trainer.data.work import Work, work_folder
 from trainer.errors import InputError
 from trainer.evaluate import query_of
+from trainer.files import Patience, move_folder, patiently, write_json
 
 RECORD = "recommend.json"
 FORMAT_VERSION = 1
@@ -71,7 +73,7 @@ def recommend(run, output, ranks, config: RecommendConfig, asked: AskedConfig, d
     run, the logs, the users, a domain's name, or the folder; and, naming it, where something differs from the earlier call.
     """
     output = Path(output)
-    run_config, dataset = open_run(run, data, of_all_domains=True)
+    run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     domains = _chosen(dataset, config.domains)
     facts = by_the_first(lambda: _facts(run, dataset, domains, config, asked), ranks.first)
     if (record := by_the_first(lambda: _finished(output, facts), ranks.first)) is not None:
@@ -162,12 +164,20 @@ class _Recommendations:
         count = -(-asked.users // part_users)
         done = by_the_first(lambda: [part for part in range(count) if self.work.done(_part(part))], self.ranks.first)
         missing = sorted(set(range(count)) - set(done))
+        groups = scorer.groups(missing, part_users)
         with self.stages("recommending", total=asked.users) as advance:
             advance(min(asked.users, (count - len(missing)) * part_users))
-            for part in missing:
-                ids, lengths_B, rows_N, ticks_N = read_histories(self.folder / "histories", part)
-                top = scorer(lengths_B, rows_N, ticks_N, advance)
-                by_the_first(self._writing(lambda: self._write(part, scorer, ids, lengths_B, top)), self.ranks.first)  # noqa: B023
+            written = None  # a future of the first rank, which writes a group while the next one is scored
+            try:
+                for group in groups:
+                    sizes = [min(part_users, asked.users - part * part_users) for part in group]
+                    reader = PartReader(self.folder / "histories", group)
+                    top = scorer(sizes, reader, advance)
+                    self._wait(written)
+                    written = self._start_writing(group, scorer, reader, top)
+                self._wait(written)
+            finally:
+                futures.wait([written] if written else [])
 
     def deliver(self, made_from, asked: Asked, domains) -> dict:
         """Puts the parts in their places; the record."""
@@ -181,17 +191,18 @@ class _Recommendations:
             rows = {}
             partial = self.work.folder / "whole.partial"
             partial.mkdir(exist_ok=True)
-            for part in sorted((self.work.folder / "parts").glob("?????")):
+            parts = [part for part in (self.work.folder / "parts").iterdir() if part.name.isdecimal()]
+            for part in sorted(parts, key=lambda part: int(part.name)):
                 for file in part.glob("domain=*/*.parquet"):
                     target = partial / file.relative_to(part)
                     target.parent.mkdir(exist_ok=True)
-                    file.rename(target)
+                    file.rename(target)  # was flushed with its part
             for name in made_from["domains"]:
                 files = sorted((partial / folder_of(name)).glob("*.parquet"))
                 rows[name] = sum(pq.read_metadata(file).num_rows for file in files)
             record = {"made_from": made_from, **asdict(asked), "rows": rows}
             write_json(partial / RECORD, record)
-            partial.rename(whole)
+            move_folder(partial, whole)
             self.work.deliver("whole")
             return record
 
@@ -201,6 +212,25 @@ class _Recommendations:
         """Lets another process work here."""
         if self.work is not None:
             self.work.__exit__(None, None, None)
+
+    def _start_writing(self, group, scorer, reader, top):
+        """Writes a group's parts on the first rank."""
+        if not self.ranks.first:
+            return None
+
+        def write():
+            for place, part in enumerate(group):
+                ids, lengths_B, _, _ = reader(place)
+                self._write(part, scorer, ids, lengths_B, [(number, *arrays[place]) for number, arrays in top])
+
+        pool = futures.ThreadPoolExecutor(1, thread_name_prefix="parts")
+        written = pool.submit(self._writing(write))
+        pool.shutdown(wait=False)
+        return written
+
+    def _wait(self, written):
+        """Until the first rank has written what it was told to; raises what it raised, on all ranks."""
+        by_the_first(lambda: written.result() if written else None, self.ranks.first)
 
     def _write(self, part, scorer, ids, lengths_B, top):
         with self.work.stage(_part(part)) as folder:
@@ -262,37 +292,49 @@ class _Scorer:
             self._item_ids[number] = item_ids(self.dataset, self.dataset.domains[number])
         return self._item_ids[number]
 
-    @torch.no_grad()
-    def __call__(self, lengths_B, rows_N, ticks_N, advance):
-        """[(domain number, rows of M int32 (B, k), scores float32 (B, k))] on the first rank; on the others arrays are empty.
+    def groups(self, parts, part_users):
+        """Parts that are scored together: so many that each rank has users, a step of `batch_size` users being one rank's."""
+        steps = -(-part_users // self.config.batch_size)
+        size = -(-self.ranks.world_size // steps)
+        return [parts[begin : begin + size] for begin in range(0, len(parts), size)]
 
-        Whoever has fewer items left than k has −1 and −inf for the rest. advance: called with the users of each step.
+    @torch.no_grad()
+    def __call__(self, sizes, reader, advance):
+        """[(domain number, [(rows of M int32 (B, k), scores float32 (B, k)) of each part])] on the first rank; on the others
+        arrays are empty.
+
+        sizes: users of each part; reader: its `PartReader`. Whoever has fewer items left than k has −1 and −inf for the rest.
+        advance: called with the users of each step.
         """
         size, world = self.config.batch_size, self.ranks.world_size
-        users, starts = len(lengths_B), np.concatenate([[0], np.cumsum(lengths_B)])
-        steps = -(-users // (size * world))
+        # Which users are scored together depends on the part alone, and so the model's sums do.
+        units = [(part, begin) for part, users in enumerate(sizes) for begin in range(0, users, size)]
+        steps = -(-len(units) // world)
         width = sum(self.k.values())
         rows_SBk = torch.full((steps, size, width), -1, dtype=torch.int32)
         scores_SBk = torch.full((steps, size, width), -torch.inf)
         for step in range(steps):
-            begin = min(users, (step * world + self.ranks.rank) * size)
-            end = min(users, begin + size)
-            own_N, own_B = slice(starts[begin], starts[end]), lengths_B[begin:end]
-            histories_N = rows_N[own_N]
-            y_BDR = self._outputs(histories_N, ticks_N[own_N], own_B)
+            now = units[step * world : (step + 1) * world]
+            histories_N, ticks_N, own_B = reader.users(*now[self.ranks.rank], size) if self.ranks.rank < len(now) else _NOBODY
+            y_BDR = self._outputs(histories_N, ticks_N, own_B)
             seen = None if self.config.keep_seen else _seen(histories_N, own_B)
             place = 0
             for number, ranking in self.rankings.items():
                 k = self.k[number]
                 found = ranking.top_k(y_BDR[:, number], k, seen)
-                rows_SBk[step, : end - begin, place : place + k] = found.rows_Bk.cpu().int()
-                scores_SBk[step, : end - begin, place : place + k] = found.scores_Bk.cpu()
+                rows_SBk[step, : len(own_B), place : place + k] = found.rows_Bk.cpu().int()
+                scores_SBk[step, : len(own_B), place : place + k] = found.scores_Bk.cpu()
                 place += k
-            advance(min(users, (step + 1) * size * world) - step * size * world)
-        rows_Bk, scores_Bk = (self._gathered(values, users) for values in (rows_SBk, scores_SBk))
+            advance(sum(min(size, sizes[part] - begin) for part, begin in now))
+        rows_Uk, scores_Uk = (self._gathered(values, len(units)) for values in (rows_SBk, scores_SBk))
+        first_unit = np.cumsum([0, *(-(-users // size) for users in sizes)]) * size
+        parts = [slice(first, first + users) for first, users in zip(first_unit, sizes, strict=False)]
         ends = np.cumsum(list(self.k.values()))
         cut = [slice(end - k, end) for end, k in zip(ends, self.k.values(), strict=True)]
-        return [(number, rows_Bk[:, own], scores_Bk[:, own]) for number, own in zip(self.k, cut, strict=True)]
+        return [
+            (number, [(rows_Uk[part, own], scores_Uk[part, own]) for part in parts])
+            for number, own in zip(self.k, cut, strict=True)
+        ]
 
     def _outputs(self, histories_N, ticks_N, lengths_B):
         """What each domain's items are scored with at the end of the dataset's time, (B, D, r); a rank without users takes part
@@ -303,11 +345,39 @@ class _Scorer:
         query = move(query, self.ranks.device)
         return self.model(query, self.table(query.ids))[: len(lengths_B)]
 
-    def _gathered(self, values_SBk, users):
-        """All ranks' steps on the first rank, in the order of the users: (B, …)."""
+    def _gathered(self, values_SBk, units):
+        """All ranks' steps on the first rank, in the order of the users, each unit of them as long as a step: (U, …)."""
         world = self.ranks.world_size
         parts = [torch.empty_like(values_SBk) for _ in range(world)] if self.ranks.first else None
         dist.gather(values_SBk, parts, dst=0)
         if not self.ranks.first:
             return np.zeros((0, values_SBk.shape[2]), values_SBk.numpy().dtype)
-        return torch.stack(parts, 1).flatten(0, 2)[:users].numpy()
+        return torch.stack(parts, 1).flatten(0, 1)[:units].flatten(0, 1).numpy()
+
+
+_NOBODY = np.zeros(0, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.int64)
+
+
+class PartReader:
+    """Histories of some parts, each read when it is asked for; the newest one is kept."""
+
+    def __init__(self, folder, parts):
+        self._folder, self._parts = folder, parts
+        self._place, self._part = None, None
+
+    def __call__(self, place):
+        """What `read_histories` gives of the part in that place."""
+        place_now, part = self._place, self._part
+        if place_now != place:
+            number = self._parts[place]
+            # The first rank has written them, perhaps on another host.
+            part = patiently(lambda: read_histories(self._folder, number), Patience(self._folder))
+            self._place, self._part = place, part
+        return part
+
+    def users(self, place, begin, count):
+        """(rows, ticks, lengths) of some users of a part."""
+        _, lengths_B, rows_N, ticks_N = self(place)
+        end = begin + count
+        first, last = int(lengths_B[:begin].sum()), int(lengths_B[:end].sum())
+        return rows_N[first:last], ticks_N[first:last], lengths_B[begin:end]

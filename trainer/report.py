@@ -5,13 +5,13 @@ names, the config) are escaped: by Jinja2 in the page, by `plots.styles` in the 
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from trainer import plots
 from trainer.errors import InputError
+from trainer.files import write_text
 from trainer.log import (
     HEADLINE,
     LOOK,
@@ -62,9 +62,7 @@ def write_report(folder: Path) -> Path:
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
     )
     path = folder / "report.html"
-    temporary = path.with_name("report.html.new")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 

@@ -7,8 +7,13 @@ import os
 def cores_per_rank(world_size):
     """The cores that each rank of this machine has for itself, at least 1: those that this process may run on, shared among
     the machine's ranks, which launchers give in the environment."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_of_this_machine(world_size))
+
+
+def ranks_of_this_machine(world_size: int) -> int:
+    """How many of the ranks are on this machine, at least 1, as launchers say in the environment; else all."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, min(local, world_size)))
+    return max(1, min(local, world_size))
 
 
 def keep_freed_memory():

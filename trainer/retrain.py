@@ -6,9 +6,10 @@
     FOLDER/days/NAME/retrain.json   how it ended; report.md says it in words
     FOLDER/published                what serves (trainer/publish.py)
 
-Each stage leaves something that the next call finds: killed anywhere, the same command goes on there. A day that is refused
-stays out of what follows: the next one extends the newest dataset that was published, and its logs may be given again.
-"""
+Each stage leaves something that the next call finds: killed anywhere, the same command goes on
+there. A day that is refused stays out of what follows, and so does one that was rolled back: the
+next one extends the dataset of the version that serves, and their logs may be given again. What a
+stage has done is read from what it left: a launcher's status may say anything. """
 
 import contextlib
 import json
@@ -25,16 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors.numpy import load_file
 
-from trainer.checkpoint import write_json, write_text
 from trainer.data.extend import EXTENSION
 from trainer.data.work import exclusive
 from trainer.days import write_days
 from trainer.errors import InputError
+from trainer.files import write_json, write_text
+from trainer.log import METRICS_FILE, read_records
 from trainer.publish import CURRENT, REFUSED, current_version
 
 PUBLISHED, PLAN, RESULT, REPORT = "published", "plan.json", "retrain.json", "report.md"
 # What measured best on amazon4 (docs/retraining.md).
 _WARM = ("epochs=2", "evaluation.every_epochs=2", "warm_kept=0.3", "optimizer.schedule=linear", "optimizer.final_share=0.2")
+_NOT_DONE = "holds no test record: its own lines say why; the same command goes on there"
 _SCRIPTS = Path(__file__).resolve().parents[1] / "launch"
 
 
@@ -103,10 +106,18 @@ def retrain(config: RetrainConfig, scripts: Path = _SCRIPTS) -> dict:
             _run("extending the dataset", [sys.executable, scripts / "prepare.py", *_prepare_words(config, plan, day)], seconds)
         if not (day / "trained").exists():
             _run("training", [*_launcher(config), scripts / "train.py", *_train_words(config, plan, day)], seconds)
+            if not _is_tested(day / "run"):
+                raise InputError(f"training ended with status 0, but {day / 'run'} {_NOT_DONE}")
             (day / "trained").touch()
         words = [*_launcher(config), scripts / "publish.py", *_publish_words(config, folder, day)]
-        status = _run("publishing", words, seconds, expected=lambda: _refused(folder, day))
-        result = _result(config, folder, day, plan, published=status == 0) | {"seconds": seconds}
+        _run("publishing", words, seconds, expected=lambda: _serves(folder, day) or _refused(folder, day))
+        published = _serves(folder, day)
+        if not published and not _refused(folder, day):
+            raise InputError(
+                f"publishing ended with status 0, but {day / 'run'} neither serves nor was refused: its own lines say why; "
+                "the same command goes on there"
+            )
+        result = _result(config, folder, day, plan, published) | {"seconds": seconds}
         write_text(day / REPORT, report_of(result))
         write_days(folder, _results(folder, result))
         write_json(day / RESULT, result)
@@ -191,12 +202,12 @@ def _plan(config, folder, day):
             raise InputError(f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name")
         return plan
     current = current_version(folder / PUBLISHED)
-    newest = next((result for result in reversed(_results(folder)) if result["published"]), None)
+    base = _day_of(folder, current)
     plan = {
         "name": config.name,
         "input": config.input,
         "number": 1 + max((_read(file)["number"] for file in folder.glob(f"days/*/{PLAN}")), default=0),
-        "extends": None if newest is None else f"days/{newest['name']}/dataset",
+        "extends": None if base is None else f"days/{base['name']}/dataset",
         "warm_start": None if current is None else current["run"],
         "before": None if current is None else json.loads((folder / PUBLISHED / CURRENT).read_text())["model"],
     }
@@ -220,6 +231,14 @@ def _own_places(file, plan):
     if not isinstance(plan.get("number"), int):
         raise InputError(f"{file}: its number is {plan.get('number')!r}: remove the day's folder")
     return plan
+def _day_of(folder, current):
+    """The retrain.json of the day whose model serves; where another run's does, of the newest day
+    that was published."""
+    published = [result for result in _results(folder) if result["published"]]
+    for result in published:
+        if current is not None and (folder / "days" / result["name"] / "run").resolve() == Path(current["run"]):
+            return result
+    return published[-1] if published else None
 
 
 def _prepare_words(config, plan, day):
@@ -253,10 +272,24 @@ def _launcher(config):
     return config.launcher or [sys.executable]
 
 
+def _is_tested(run):
+    """Whether a run has come to its end, which is when its best model is tested."""
+    try:
+        return any(record["kind"] == "test" for record in read_records(run / METRICS_FILE))
+    except OSError:
+        return False
+
+
+def _serves(folder, day):
+    """Whether this day's candidate is the version that serves."""
+    current = current_version(folder / PUBLISHED)
+    return current is not None and Path(current["run"]) == (day / "run").resolve()
+
+
 def _refused(folder, day):
-    """Whether this day's candidate is the one that was refused last. Not asked of the status: launchers have their own."""
+    """Whether this day's candidate is the one that was refused last."""
     file = folder / PUBLISHED / REFUSED
-    return file.is_file() and _read(file)["run"] == str(day / "run")
+    return file.is_file() and Path(_read(file)["run"]) == (day / "run").resolve()
 
 
 def _run(what, words, seconds, expected=lambda: False):

@@ -1,17 +1,27 @@
 """Where a run begins: in an empty folder, or from the newest whole checkpoint of the same run."""
 
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
 import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
 
-from trainer.checkpoint import BEST, Damaged, RunState, checkpoints, newest, verify, write_json
+import torch
+
+from trainer.checkpoint import BEST, LATEST, RunState, checkpoints, damage_of, newest, write_json
 from trainer.config import RunConfig, flat
-from trainer.control import agree
+from trainer.consensus import on_all_ranks, require_same
+from trainer.control import by_the_first
 from trainer.data.source import SourceConfig, shown
 from trainer.errors import InputError
+from trainer.files import Patience
 from trainer.log import METRICS_FILE
 from trainer.run_lock import LOCK
+
+PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 
 # What may differ when a run goes on: it changes where things lie, how fast they go, or how far, not what a step does.
 MAY_CHANGE = (
@@ -39,6 +49,11 @@ MAY_CHANGE = (
 )
 _MOVES_THE_RATE = ("epochs", "max_steps")  # where the schedule falls towards the last step
 _SHOWN = 12
+# Where things lie, and how they are fetched there: it may be another place on another host.
+_PLACES = ("data", "run", "warm_start", *(f"stream.{field.name}" for field in fields(SourceConfig)))
+_PROGRAM = "syncrec-trainer"
+_SOURCES = ("launch", "trainer", "embeddings", "syncrec", "kernels")
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_folder(folder, fresh=False) -> Path:
@@ -50,7 +65,7 @@ def run_folder(folder, fresh=False) -> Path:
         raise InputError("run=DIR is missing: the folder that gets everything this run writes")
     run = Path(folder)
     try:
-        if not run.exists() or (run.is_dir() and all(entry.name == LOCK for entry in run.iterdir())):
+        if is_empty(run):
             return run
     except OSError as error:
         raise InputError(f"{run}: cannot be read ({error.strerror}): give another folder as run=DIR") from None
@@ -59,6 +74,46 @@ def run_folder(folder, fresh=False) -> Path:
     if fresh:
         raise InputError(f"{run}: already holds a run; give a new folder as run=DIR, or leave out --fresh to go on with it")
     return run
+
+
+def is_empty(run: Path) -> bool:
+    """Whether nothing is there, or a folder that holds nothing but a lock."""
+    return not run.exists() or (run.is_dir() and all(entry.name == LOCK for entry in run.iterdir()))
+
+
+def require_same_start(config: RunConfig, dataset, **command) -> None:
+    """Raises InputError on all ranks, and names those that differ, where they do not have the same
+    dataset, settings but for places, versions, and `command`, what else the command line says.
+    Called on all ranks."""
+    require_same(
+        {
+            "another dataset": {"fingerprint": dataset.fingerprint},
+            "other settings": shared_settings(config),
+            "other versions": versions(),
+            "another command or device": {"device": "cuda" if torch.cuda.is_available() else "cpu", **command},
+        }
+    )
+
+
+def shared_settings(config: RunConfig) -> dict:
+    """Every setting that has to be the same on all ranks, by its dotted key."""
+    return {key: value for key, value in flat(config).items() if key not in _PLACES}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of the libraries on which a step's arithmetic rests, and of this program, with a checksum of
+    its files."""
+    found = {}
+    for package in (*PACKAGES, _PROGRAM):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # started from a checkout
+            found[package] = importlib.metadata.version(package)
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for file in sorted((_ROOT / folder).rglob("*")):
+            if file.suffix in (".py", ".cpp", ".h"):
+                digest.update(f"{file.relative_to(_ROOT)}\n".encode() + file.read_bytes())
+    return found | {"the program's files": digest.hexdigest()[:16]}
 
 
 def find_start(run: Path, config: RunConfig, dataset, ranks, accept_changes=False):
@@ -71,11 +126,13 @@ def find_start(run: Path, config: RunConfig, dataset, ranks, accept_changes=Fals
     def say(text):
         print(f"rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
 
-    folder, facts = newest(run, ranks, say)
+    patience = Patience(run)
+    folder, facts = newest(run, ranks, say, patience)
     if folder is None:
-        if found := checkpoints(run):
+        damaged = by_the_first(lambda: len(checkpoints(run)), ranks.first)
+        if damaged:
             raise InputError(
-                f"{run}: none of its {len(found)} checkpoints is whole: copy the run again, or give a new folder as run=DIR"
+                f"{run}: none of its {damaged} checkpoints is whole: copy the run again, or give a new folder as run=DIR"
             )
         return None, RunState()
     changed = differences(facts, config, dataset.fingerprint)
@@ -87,26 +144,27 @@ def find_start(run: Path, config: RunConfig, dataset, ranks, accept_changes=Fals
         )
     if changed and ranks.first:
         say(f"goes on though it was made otherwise: {'; '.join(changed)}")
-    _look_at_best(run, folder, facts["state"], ranks, say)
+    _look_at_best(run, folder, facts["state"], ranks, say, patience)
     return folder, facts["state"]
 
 
-def _look_at_best(run, folder, state, ranks, say):
+def _look_at_best(run, folder, state, ranks, say, patience):
     """best.json as it was when the checkpoint was written; no best where that model is not whole any more."""
     if state.best is not None and run / state.best["folder"] != folder:
-        damage = None
-        try:
-            verify(run / state.best["folder"], ranks.rank, ranks.world_size)
-        except (Damaged, OSError) as error:
-            damage = error
-            say(f"{error}: the best model so far is lost, the next validation begins anew")
-        if agree(trouble=damage is not None).trouble:
-            state.best, state.since_best = None, 0
-    if ranks.first:
-        if state.best is not None:
+        damage = damage_of(run / state.best["folder"], ranks, patience)
+        if damage:
+            say(f"{damage}: the best model so far is lost, the next validation begins anew")
+        if damage is not None:
+            state.best = None
+            state.since_best = 0
+
+    def put_back():
+        if ranks.first and state.best is not None:
             write_json(run / BEST, state.best)
-        else:
+        elif ranks.first:
             (run / BEST).unlink(missing_ok=True)
+
+    on_all_ranks(put_back)
 
 
 def differences(facts, config: RunConfig, fingerprint):
@@ -129,13 +187,15 @@ def shown_value(values, key):
 
 
 def leave_nothing(run: Path):
-    """Takes away what a run that could not begin has written, and nothing else; a checkpoint or a model stays."""
-    if checkpoints(run) or (run / BEST).exists() or not run.is_dir():
+    """Takes away what a run that could not begin has written into a folder that was empty before,
+    and nothing else; a checkpoint or a model stays."""
+    if not run.is_dir() or checkpoints(run) or any((run / name).exists() for name in (BEST, LATEST)):
         return
     for name in ("config.yaml", METRICS_FILE):
         (run / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "checkpoints"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    if all(entry.name == LOCK for entry in run.iterdir()):
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        (run / "checkpoints").rmdir()
+    if is_empty(run):
         (run / LOCK).unlink(missing_ok=True)
         run.rmdir()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from embeddings.capacity import HostNeeds
 from embeddings.optimizers import zero_changes_nothing
 from embeddings.table import ItemTable
 from syncrec.batch import Batch
@@ -19,6 +20,7 @@ from trainer.distributed import RankReduction
 from trainer.engine import engine_config, rate_share, set_learning_rate, start_engine
 from trainer.errors import InputError, NotFinite
 from trainer.gradients import Gradients, Known
+from trainer.memory import loader_bytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,15 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         deepspeed = engine_config(config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size)
         try:
-            self.table = ItemTable(dataset.num_embeddings, config.model.dim, config.table, config.seed, ranks.device)
+            self.table = ItemTable(
+                dataset.num_embeddings,
+                config.model.dim,
+                config.table,
+                config.seed,
+                ranks.device,
+                filled=checkpoint is None and warm is None,
+                beside=HostNeeds(checkpoints=True, loaders=loader_bytes(config, dataset, ranks.world_size)),
+            )
             torch.manual_seed(config.seed)
             self.model = SyNCRec(config.model, len(dataset.domains))
         except ValueError as error:
@@ -104,7 +114,7 @@ class Trainer:
         batch, exchange = self._beside.take(ready)
         rows_UR = self.table.look_up(exchange)
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the rank that a user is on.
-        used_NR = rows_UR.detach().index_select(0, batch.place).requires_grad_()
+        used_NR = batch.vectors_of_uses(rows_UR.detach()).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
         if callable(following):
             following = following()
@@ -112,7 +122,7 @@ class Trainer:
         if following is not None:
             self._beside.send(following)
         gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch, before, signals)
-        self.table.update(torch.zeros_like(rows_UR).index_add_(0, batch.place, gradient_NR))
+        self.table.update(batch.gradient_of_rows(gradient_NR))
         self.engine.step()
         self.step += 1
         return loss.detach(), report

@@ -4,12 +4,13 @@ user (int64, the dataset's number), domain (int32, of the held-out item), sample
 candidates and among all items of the domain.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from trainer.files import replaced
 
 _COLUMNS = {"user": pa.int64(), "domain": pa.int32(), "sampled": pa.int32(), "full": pa.int32()}
 
@@ -17,9 +18,8 @@ _COLUMNS = {"user": pa.int64(), "domain": pa.int32(), "sampled": pa.int32(), "fu
 def write_ranks(file: Path, user_U, domain_U, sampled_U, full_U):
     """Arrays of integers; the file is there whole or not at all."""
     values = zip(_COLUMNS.items(), (user_U, domain_U, sampled_U, full_U), strict=True)
-    partial = file.with_name(file.name + ".partial")
-    pq.write_table(pa.table({name: pa.array(column, kind) for (name, kind), column in values}), partial)
-    os.replace(partial, file)
+    with replaced(file) as partial:
+        pq.write_table(pa.table({name: pa.array(column, kind) for (name, kind), column in values}), partial)
 
 
 def read_ranks(file: Path) -> dict[str, np.ndarray]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
+import torch
+import torch.distributed as dist
 
 from embeddings.carry import carry_rows
 from syncrec.grown import grown_state
-from trainer.checkpoint import best_checkpoint, dense_state, reading
+from trainer.checkpoint import best_checkpoint, dense_state, reading, table_ranges
 from trainer.config import RunConfig, flat, load_recorded
+from trainer.consensus import on_all_ranks
+from trainer.control import by_the_first
 from trainer.data.dataset import Dataset
 from trainer.data.source import folder_of, shown, words
 from trainer.errors import InputError
@@ -75,15 +78,21 @@ class Carried:
         return f"{self.known:,} of {np.count_nonzero(self.group_N >= 0):,} items"
 
     def restore_model(self, model):
-        """Fills the dense model's weights and buffers, before an engine is built around it."""
-        with reading(self.folder):
-            knots = model.config.time_knots
-            model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+        """Fills the dense model's weights and buffers, before an engine is built around it. Called
+        on all ranks."""
+
+        def fill():
+            with reading(self.folder):
+                knots = model.config.time_knots
+                model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+
+        on_all_ranks(fill)
 
     def restore_table(self, table, init_std, kept=1.0):
         """Fills the table and its optimizer's state; kept: see carry_rows. Called on all ranks."""
         with reading(self.folder):
-            carry_rows(table, self.folder, self.source_N, self.group_N, init_std, kept)
+            ranges = table_ranges(self.folder)
+            carry_rows(table, self.folder, self.source_N, self.group_N, init_std, kept, ranges)
 
 
 def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | None:
@@ -94,19 +103,24 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
     if not config.warm_start:
         return None
     run = Path(config.warm_start)
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+
+    def look():
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+
+    on_all_ranks(look)
     folder, _, facts = best_checkpoint(run, ranks)
     refused = _differences(facts["config"], flat(config))
     if refused:
         raise InputError(f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold")
-    return carried(run, folder, facts["dataset"], dataset)
+    return carried(run, folder, facts["dataset"], dataset, ranks)
 
 
-def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
-    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Raises InputError where
-    nobody knows any more what its rows were, and where the datasets have no domain in common."""
-    names, span, source_N = _known_rows(run, fingerprint, dataset)
+def carried(run: Path, folder: Path, fingerprint, dataset: Dataset, ranks) -> Carried:
+    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Called on all ranks; the
+    first one looks for the items, and tells the others. Raises InputError where nobody knows any more what its rows were, and
+    where the datasets have no domain in common."""
+    names, span, source_N = _told_rows(run, fingerprint, dataset, ranks)
     group_N = np.full(dataset.num_embeddings, -1, np.int32)
     for number, domain in enumerate(dataset.domains):
         group_N[domain.start : domain.start + domain.items] = number
@@ -117,10 +131,30 @@ def carried(run: Path, folder: Path, fingerprint, dataset: Dataset) -> Carried:
     return Carried(run, folder, source_N, group_N, old_of_D, (span, (dataset.first_time, dataset.last_time)))
 
 
+def _told_rows(run, fingerprint, dataset, ranks):
+    """`_known_rows` of the first rank, on all."""
+    source_N = None
+
+    def look():
+        nonlocal source_N
+        names, span, source_N = _known_rows(run, fingerprint, dataset)
+        return names, span
+
+    names, span = by_the_first(look, ranks.first)
+    told_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
+    if ranks.first:
+        told_N.copy_(torch.from_numpy(source_N))
+    dist.broadcast(told_N, 0)
+    return names, tuple(span), told_N.numpy()
+
+
 def _known_rows(run, fingerprint, dataset):
     """The old domains' names in their order, the old span of time, and source_N."""
-    # DuckDB comes with it, which a training process has no other use for.
+    # DuckDB and Arrow are for a warm start alone.
+    import pyarrow as pa
+
     from trainer.data.extend import EXTENSION, rows_of_extension, rows_of_items
+    from trainer.joins import limited_engine
 
     facts = dataset.folder / EXTENSION / "extension.json"
     if fingerprint == dataset.fingerprint:
@@ -147,7 +181,9 @@ def _known_rows(run, fingerprint, dataset):
         raise InputError(f"{run}: what its model's rows were is not known: {error}") from None
     if old.fingerprint != fingerprint:
         raise InputError(f"{run}: its dataset {config.data} has other contents by now: nobody knows what its model's rows were")
-    return [domain.name for domain in old.domains], (old.first_time, old.last_time), rows_of_items(old, dataset)
+    with limited_engine() as connection:
+        rows = rows_of_items(old, dataset, connection)
+    return [domain.name for domain in old.domains], (old.first_time, old.last_time), rows
 
 
 def _differences(before, now):

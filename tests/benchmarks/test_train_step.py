@@ -235,7 +235,8 @@ def test_ours_makes_the_next_batch_ready_beside_each_step(monkeypatch):
             return f"ready {batch}"
 
         def train_step(self, ready, following):
-            calls.append(f"step {ready}, then {following}")
+            calls.append(f"step {ready}")
+            calls.append(f"then {following()}")
             return f"loss of {ready}", None
 
         def settle(self):
@@ -245,8 +246,8 @@ def test_ours_makes_the_next_batch_ready_beside_each_step(monkeypatch):
     steps = train_step.start_ours(settings.model, settings, None, None)
     assert list(steps(["a", "b", "c"])) == ["loss of ready a", "loss of ready b"]
     assert calls == [
-        *("prepare a", "prepare b", "step ready a, then ready b"),
-        *("prepare c", "step ready b, then ready c", "settle"),
+        *("prepare a", "step ready a", "prepare b", "then ready b"),
+        *("step ready b", "prepare c", "then ready c", "settle"),
     ]
 
 

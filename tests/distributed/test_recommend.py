@@ -51,6 +51,14 @@ def test_three_ranks_give_the_same_bytes(trained, alone, tmp_path):
     assert contents(tmp_path / "out") == contents(alone[0])
 
 
+def test_parts_are_scored_together_where_there_are_more_ranks_than_steps_in_one(trained, tmp_path):
+    """Two steps of 64 users in a part of 90, three ranks: two parts at once, the last one alone."""
+    options = ("--part-users", 90, "--batch-size", 64)
+    record = recommend(trained, tmp_path / "alone", *options)
+    assert recommend(trained, tmp_path / "out", *options, ranks=3) == record
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
 def test_killed_half_way_the_same_command_finishes_at_another_number_of_ranks(trained, alone, tmp_path):
     output, options = tmp_path / "out", ("--part-users", 90, "--batch-size", 16)
     recommend(trained, output, *options, ranks=2, script=KILLED, status=(256 - 9, LOST), KILL_AFTER="1")

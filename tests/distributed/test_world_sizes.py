@@ -98,6 +98,19 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-4)  # values over δ: their rounding times 100
 
 
+@pytest.mark.parametrize("negatives", ["5", "global"])
+def test_candidates_of_mutual_information_are_those_of_the_global_batch(dataset, tmp_path, negatives):
+    """A sample of its users, or all of them: the same losses at one rank and at two."""
+    own = ["max_steps=4", f"model.mutual_information_negatives={negatives}"]
+    for ranks in (1, 2):
+        run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), "0", *own))
+    one, two = (read(tmp_path / place) for place in ("1/0", "2/0"))
+    assert one.losses.shape == (4, 4) and np.abs(one.losses[:, 3]).min() > 0
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
+    for name, weights in one.dense.items():
+        assert np.linalg.norm(two.dense[name] - weights) <= 1e-5 * max(np.linalg.norm(weights), 1e-3), name
+
+
 def test_bf16_is_the_same_with_weights_taken_apart(dataset, tmp_path):
     """Autocast's casts of weights must not outlive the moment in which ZeRO 3 has them together."""
     run(deepspeed(2, WORKER, dataset, tmp_path, "0", "3", "model.precision=bf16", "max_steps=5"))

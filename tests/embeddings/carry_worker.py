@@ -5,12 +5,14 @@ torchrun --nproc-per-node N -m tests.embeddings.carry_worker save|carry OUTPUT [
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
-from embeddings.carry import carry_rows
+from embeddings.carry import _begin, carry_rows
 from embeddings.config import TableConfig
 from embeddings.storage import ShardCopy
 from embeddings.table import ItemTable
@@ -67,12 +69,68 @@ def save(output):
 def carry(output, *saved, kept=1.0):
     """Each saved table carried into a new one."""
     for folder in map(Path, saved):
-        table = ItemTable(NEW, DIM, CONFIG, 2, "cpu")
-        start = contents(table)["weight"]
-        carry_rows(table, folder, *mapping(), CONFIG.init_std, kept)
-        found = contents(table)
+        start, expected = by_hand(np.load(folder / "contents.npz"))
+        table = ItemTable(NEW, DIM, CONFIG, 2, "cpu", filled=False)
+        with mock.patch("embeddings.carry.safe_open", Counted):
+            Counted.opens = Counted.rows = 0
+            carry_rows(table, folder, *mapping(), CONFIG.init_std, kept)
+        read = torch.tensor([Counted.opens, Counted.rows])
+        dist.all_reduce(read)
+        found = contents(table) | {f"by_hand_{name}": values for name, values in expected.items()}
         if dist.get_rank() == 0:
-            np.savez(output / f"{folder.name}-carried-{dist.get_world_size()}.npz", start=start, **found)
+            name = f"{folder.name}-carried-{dist.get_world_size()}.npz"
+            np.savez(output / name, start=start, read=read.numpy(), **found)
+
+
+def by_hand(before):
+    """The vectors that all rows of the new table are drawn, and the whole table by the plain way: every row is drawn, those
+    that were there are put over them, and the others begin from what was drawn."""
+    table = ItemTable(NEW, DIM, CONFIG, 2, "cpu")
+    start = contents(table)["weight"]
+    with table.rewritten() as (first, tensors):
+        own_N = table.scatter.row(np.arange(first, first + len(tensors["weight"])))
+        source_N, group_N = (each[own_N] for each in mapping())
+        there = np.flatnonzero(source_N >= 0)
+        for name, tensor in tensors.items():
+            tensor[torch.from_numpy(there)] = torch.from_numpy(before[name][source_N[there]])
+        _begin(tensors["weight"], source_N, group_N, CONFIG.init_std)
+    return start, contents(table)
+
+
+class Counted:
+    """safe_open that counts files and rows."""
+
+    opens = rows = 0
+
+    def __init__(self, file, framework):
+        Counted.opens += 1
+        self._file = safe_open(file, framework=framework)
+
+    def __enter__(self):
+        self._open = self._file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._file.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self._open, name)
+
+    def get_slice(self, name):
+        return CountedSlice(self._open.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, values):
+        self._values = values
+
+    def get_shape(self):
+        return self._values.get_shape()
+
+    def __getitem__(self, part):
+        found = self._values[part]
+        Counted.rows += len(found)
+        return found
 
 
 def main():

@@ -10,7 +10,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.utils import add_params_from_parameter_sharding
 
 from embeddings import capacity
-from embeddings.capacity import Room, free_room, plan_capacity
+from embeddings.capacity import HostNeeds, Room, free_room, plan_capacity
 from embeddings.config import TableConfig
 from embeddings.table import ItemTable, sharding_plan
 from tests.alone import group_of_one
@@ -25,8 +25,8 @@ def group():
         yield
 
 
-def planned(rows=10**6, dim=128, room=GPU, optimizer="rowwise_adagrad", **settings):
-    return plan_capacity(TableConfig(**settings), optimizer, rows, dim, room)
+def planned(rows=10**6, dim=128, room=GPU, optimizer="rowwise_adagrad", needs=None, **settings):
+    return plan_capacity(TableConfig(**settings), optimizer, rows, dim, room, needs or HostNeeds())
 
 
 STATES = {"sgd": 0, "adagrad": 128, "rowwise_adagrad": 1, "adam": 256, "partial_rowwise_adam": 129}
@@ -58,6 +58,31 @@ def test_auto_caches_what_is_more_than_its_share_of_the_device():
 
 
 CPU = Room(device=None, host=500 * GB)
+TRAINING = HostNeeds(checkpoints=True, loaders=10 * GB)
+# 129 floats a row: rows a rank, what is free, how many bytes of it the table, and a checkpoint, take of the host.
+CHECKPOINTS = {
+    "a copy on the host": (10**8, CPU, 51.6, 51.6, True),
+    "two tables and the loaders, just": (474_806_201, CPU, 245.0, 245.0, True),
+    "and one row more": (474_806_203, CPU, 245.0, 0.067, False),
+    "of rows on the device": (10**8, Room(80 * GB, 70 * GB), 0, 51.6, True),
+    "of rows on the device, no room": (10**8, Room(80 * GB, 60 * GB), 0, 0.067, False),
+    "of rows cached on the device": (3 * 10**8, GPU, 154.8, 154.8, True),
+    "of rows cached on the device, no room": (3 * 10**8, Room(80 * GB, 200 * GB), 154.8, 0.067, False),
+}
+
+
+@pytest.mark.parametrize(("rows", "room", "host", "checkpoint", "copied"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoints_copy_takes_of_the_host_wherever_the_rows_lie(rows, room, host, checkpoint, copied):
+    """All ranks of a host have a copy at once: each has its part of what is free (Room). Without room the table itself is
+    written, a piece of 67 MB at a time."""
+    found = planned(rows, room=room, needs=TRAINING)
+    assert (round(found.host / GB, 1), found.copied) == (host, copied)
+    assert found.checkpoint / GB == pytest.approx(checkpoint, rel=0.01)
+    assert ("training waits while a checkpoint is written" in str(found)) == (not copied)
+    evaluated = planned(rows, room=room)
+    assert (evaluated.checkpoint, evaluated.copied) == (0, True) and "waits" not in str(evaluated)
+
+
 REFUSED = {
     "no device": ({"placement": "cached", "room": CPU}, "table.placement=cached needs CUDA: on cpu all rows"),
     "host alone": (
@@ -69,6 +94,15 @@ REFUSED = {
         "are 516.0 GB; table.device_share 0.7 of the 80.0 GB left on the device is 56.0 GB: use table.placement=cached",
     ),
     "neither": ({"rows": 10**9}, "is 56.0 GB, and the host has 500.0 GB left for a rank: use more ranks or hosts"),
+    "loaders": (
+        {"rows": 950_000_000, "room": CPU, "needs": TRAINING},
+        "are 490.2 GB; the host has 500.0 GB left for a rank, of which loaders take 10.0 GB: use more hosts",
+    ),
+    "a piece": (
+        {"rows": 949_600_000, "room": CPU, "needs": TRAINING},
+        "takes 67.1 MB of the host at least beside rows of 490.0 GB; the host has 500.0 GB left for a rank, of which loaders "
+        "take 10.0 GB: use more hosts",
+    ),
     "cache": (
         {"rows": 9 * 10**8, "cache_share": 0.5},
         "a cache of table.cache_share 0.5 of 900,000,000 rows of 128 floats takes 241.2 GB; .* is 56.0 GB: lower table.cache",
@@ -84,14 +118,14 @@ def test_what_fits_nowhere_is_refused_with_the_arithmetic(given, message):
 
 
 def test_a_table_is_refused_before_it_is_allocated(group, monkeypatch):
-    monkeypatch.setattr(capacity, "_host_memory", lambda: 10**6)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 10**6)
     with pytest.raises(ValueError, match=r"the host has 1\.0 MB left for a rank"):
         ItemTable(10**9, 128, TableConfig(), 0, "cpu")
 
 
 def test_ranks_of_a_host_share_its_memory(group, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
-    monkeypatch.setattr(capacity, "_host_memory", lambda: 80 * GB)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 80 * GB)
     for local, expected in (("4", 20 * GB), ("8", 10 * GB), (None, 5 * GB)):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if local:
@@ -101,7 +135,7 @@ def test_ranks_of_a_host_share_its_memory(group, monkeypatch):
 
 def test_the_hosts_free_memory_is_between_nothing_and_all_of_it():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 10**7 < capacity._host_memory() < 2 * total
+    assert 10**7 < capacity.host_memory() < 2 * total
 
 
 @pytest.mark.parametrize("cache_share", [None, 0.25])

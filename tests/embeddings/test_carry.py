@@ -1,5 +1,10 @@
 """Rows of a saved table found again at their new places, to the bit, by other numbers of ranks."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,17 +15,24 @@ from embeddings.table import ItemTable
 from tests.alone import group_of_one
 from tests.embeddings import carry_worker
 from tests.embeddings.carry_worker import CONFIG, DIM, FRESH, GROUPS, NEW, OLD, mapping
-from tests.ranks import run_on_cpu_ranks
+from tests.ranks import ROOT, cpu_environment
 
-SAVED, CARRIED = (1, 3), (1, 2)
+SAVED, CARRIED = (1, 3), (1, 2, 3)
 
 
 def with_ranks(ranks, what, folder, *saved):
     if ranks == 1:
         with group_of_one():
             getattr(carry_worker, what)(folder, *saved)
-    else:
-        run_on_cpu_ranks(ranks, "tests.embeddings.carry_worker", what, folder, *saved)
+        return
+    done = start(ranks, what, folder, *saved)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def start(ranks, what, folder, *saved):
+    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*torchrun, "-m", "tests.embeddings.carry_worker", what, folder, *saved]
+    return subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +74,34 @@ def test_new_rows_begin_among_those_of_their_group(folder, saved, carried):
         np.testing.assert_allclose(after["weight"][new], expected, atol=1e-6)
         assert np.abs(expected - after["start"][new]).max() > 0.01
     np.testing.assert_array_equal(after["weight"][group_N < 0], after["start"][group_N < 0])
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("carried", CARRIED)
+def test_the_table_is_to_the_bit_what_the_plain_way_gives(folder, saved, carried):
+    """Where all rows are drawn first, and every rank has the whole old table."""
+    found = np.load(folder / f"saved-{saved}-carried-{carried}.npz")
+    for name in ("weight", "momentum1"):
+        np.testing.assert_array_equal(found[name], found[f"by_hand_{name}"])
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("carried", CARRIED)
+def test_each_row_is_read_by_one_rank(folder, saved, carried):
+    """Of the weights and of the optimizer's state. A file is opened for its header, and by those that read from it."""
+    opens, rows = np.load(folder / f"saved-{saved}-carried-{carried}.npz")["read"]
+    assert rows == 2 * OLD
+    assert opens <= 2 * saved + carried - 1
+
+
+def test_a_rank_that_cannot_read_ends_all(folder, tmp_path):
+    """No rank waits for the rows of one that has met a file that is cut short."""
+    shutil.copytree(folder / "saved-3", tmp_path / "saved-3")
+    file = tmp_path / "saved-3" / "table-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    done = start(2, "carry", tmp_path, tmp_path / "saved-3")
+    assert done.returncode != 0 and "SafetensorError" in done.stderr
+    assert "another rank cannot read its rows" in done.stderr
 
 
 def test_a_block_of_any_size_gives_the_same(folder, tmp_path, monkeypatch):

@@ -1,9 +1,19 @@
+import contextlib
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+import embeddings.storage
+import embeddings.table
+from embeddings.capacity import Capacity
 from embeddings.config import TableConfig
 from embeddings.optimizers import fused_params
 from embeddings.rows import RowScatter
@@ -160,6 +170,120 @@ def test_other_optimizers_step_as_their_definition(group, optimizer):
 
 def table_of(rows=10, dim=4, optimizer="auto", seed=0):
     return ItemTable(rows, dim, TableConfig(optimizer=optimizer, learning_rate=0.5), seed, "cpu")
+
+
+def drawn_by_hand(rows, dim, std, seed):
+    """The first vectors of all stored rows: 4,096 at a time from a generator of their own."""
+    blocks = []
+    for block in range(-(-rows // 4096)):
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)
+        blocks.append(torch.randn(4096, dim, generator=generator) * std)
+    return torch.cat(blocks)[:rows]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_draws_the_same_rows(group, monkeypatch, threads):
+    monkeypatch.setattr(embeddings.table, "_threads", lambda: threads)
+    before = torch.get_num_threads()
+    table = ItemTable(10_000, 8, TableConfig(init_std=0.25), 3, "cpu")
+    assert torch.equal(table.shard()[1]["weight"], drawn_by_hand(10_000, 8, 0.25, 3))
+    assert torch.get_num_threads() == before
+
+
+def test_a_table_may_be_made_without_rows_and_given_some_of_them(group, monkeypatch):
+    """Nothing is drawn for rows that are read from a checkpoint, and blocks without new rows are not drawn either."""
+    blocks = []
+    draw = embeddings.table._drawn
+    monkeypatch.setattr(embeddings.table, "_drawn", lambda block, *others: blocks.append(block) or draw(block, *others))
+    table = ItemTable(10_000, 8, TableConfig(init_std=0.25), 3, "cpu", filled=False)
+    assert not blocks and not table.shard()[1]["weight"].any()
+    with pytest.raises(RuntimeError, match="has no rows yet"):
+        table(torch.tensor([1]))
+    places = np.array([0, 5, 4095, 9000])
+    table.fill(places)
+    assert sorted(blocks) == [0, 2]
+    expected = torch.zeros(10_000, 8)
+    expected[places] = drawn_by_hand(10_000, 8, 0.25, 3)[places]
+    assert torch.equal(table.shard()[1]["weight"], expected)
+    table(torch.tensor([1]))
+
+
+def test_a_large_table_lies_in_pages_that_no_forked_process_gets(group):
+    """`dc` among a mapping's flags: it is not copied when a process is forked."""
+    table = ItemTable(40_000, 64, TableConfig(optimizer="adagrad"), 3, "cpu")
+    copy = ShardCopy(table)
+    for name, tensor in table.shard()[1].items():
+        assert "dc" in flags_of(tensor.data_ptr()), name
+        assert "dc" in flags_of(copy._tensors[name].data_ptr()), name
+        assert torch.equal(copy._tensors[name], tensor)
+
+
+def flags_of(address):
+    """The kernel's flags of the mapping with an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no mapping has it")
+
+
+@pytest.mark.parametrize("loading", [8, 5, 13])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_rank_opens_the_files_that_hold_its_rows(group, tmp_path, monkeypatch, loading, known):
+    """Eight ranks wrote; their manifest says who has which rows. Without it every file is looked into."""
+    rows, values = 1003, torch.arange(1003.0).unsqueeze(1) * torch.ones(1, 4)
+    ranges = {}
+    for rank in range(8):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+        copy = ShardCopy(PlainTable(values, rank, 8))
+        ranges[copy.write(tmp_path)] = (copy.range["first_row"], copy.range["rows"])
+    opened = []
+    monkeypatch.setattr(
+        embeddings.storage, "safe_open", lambda file, framework: opened.append(file) or safe_open(file, framework)
+    )
+    for rank in range(loading):
+        table = PlainTable(torch.zeros_like(values), rank, loading)
+        load_shard(table, tmp_path, ranges if known else None)
+        assert torch.equal(table.tensors["weight"], values[table.first :][: len(table.tensors["weight"])])
+    assert rows == sum(count for _, count in ranges.values())
+    assert len(opened) == 8 * loading if not known else len(opened) <= 8 + loading - 1
+    if known and loading == 8:
+        assert len(opened) == 8
+
+
+class PlainTable:
+    """What the files are written from and read into, without a group of ranks."""
+
+    def __init__(self, values, rank, ranks):
+        self.rows, self.scatter, self.updates = len(values), RowScatter(len(values)), 0
+        self.capacity = Capacity(len(values), False, 0, 0)
+        share = -(-len(values) // ranks)
+        self.first, self.tensors = rank * share, {"weight": values[rank * share :][:share].clone()}
+
+    def shard(self):
+        return self.first, self.tensors
+
+    @contextlib.contextmanager
+    def rewritten(self):
+        yield self.shard()
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1 << 26])
+def test_a_file_is_the_same_whatever_it_is_written_in(group, tmp_path, monkeypatch, piece):
+    """And safetensors' own reader takes it."""
+    table = table_of(rows=50, optimizer="adagrad")
+    update(table)
+    monkeypatch.setattr(embeddings.storage, "PIECE", piece)
+    name = ShardCopy(table).write(tmp_path)
+    found = load_file(tmp_path / name)
+    _, tensors = table.shard()
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    other = ItemTable(50, 4, TableConfig(optimizer="adagrad"), 9, "cpu", filled=False)
+    load_shard(other, tmp_path)
+    assert all(torch.equal(other.shard()[1][key], tensors[key]) for key in tensors)
 
 
 def update(table):

@@ -40,7 +40,9 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
         for new, old in ((0, 2), (2, 0), (3, 1)):
             for name, value in getattr(after, part)[new].named_parameters():
                 assert torch.equal(value, before[f"{part}.{old}.{name}"])
-    assert after.correction.lambda_D.tolist() == [before["correction.lambda_D"][2], 0, *before["correction.lambda_D"][:2]]
+    old_D = before["correction.lambda_D"].tolist()
+    kept = [0.75 * value for value in (old_D[2], 0, old_D[0], old_D[1])]  # a fourth is kept for the new one
+    assert after.correction.lambda_D.tolist() == pytest.approx(kept, abs=2e-6)
     assert after.prediction.gap_2D.tolist() == [[2, 0, 0, 1], [5, 0, 3, 4]]
     assert after.prediction.own_D[1] == 0.5
     for name, value in before.items():
@@ -49,9 +51,11 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
 
 
 def test_a_domain_may_be_gone():
-    model = make_model(CONFIG, 3, seed=3)
+    model = make_model(CONFIG, 3, seed=3, lambda_state=True)
     after = SyNCRec(CONFIG, 2).double()
     after.load_state_dict(grown(model, [2, 0]))
+    left_D = model.correction.lambda_D[[2, 0]]
+    torch.testing.assert_close(after.correction.lambda_D, left_D / left_D.sum(), rtol=0, atol=2e-6)
     assert torch.equal(after.single_gates[0].weight, model.single_gates[2].weight)
 
 

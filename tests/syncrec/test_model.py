@@ -13,10 +13,11 @@ from syncrec.batch import build_query, move
 from syncrec.config import ModelConfig
 from syncrec.experts import ExpertStack
 from syncrec.layers import InputEmbedding, Tower
-from syncrec.model import SyNCRec, mix
+from syncrec.model import SyNCRec, decayed_names, mix
 from syncrec.reduction import Reduction
 from tests.syncrec.histories import draw, draw_shared, flatten, pack, ticks_of, without_newest
 from tests.syncrec.reference import NONE, SOS, cross_sequence, single_sequence, training_step
+from trainer.data.candidates import draw_candidates
 
 DOMAIN_ITEMS = (6, 4, 5, 3)
 SMALL = ModelConfig(dim=6, max_length=5, experts=4, cross_experts=2, blocks=2, heads=2, ffn_dim=7, dropout=0.0, eta=0.7)
@@ -343,6 +344,9 @@ class SimulatedRank(Reduction):
     def gather(self, values_B):
         return torch.cat(self._take(self._give(values_B)))
 
+    def collect(self, values_CR, place_C, rows):
+        return torch.stack(self._take(self._give(super().collect(values_CR, place_C, rows)))).sum(0)
+
 
 def run_ranks(models, batches, tables):
     """Each rank's (loss, report); the gradients of the mean loss are left in the models and tables.
@@ -369,6 +373,63 @@ def run_ranks(models, batches, tables):
     assert None not in results, "a rank failed"
     torch.stack([loss for loss, _ in results]).mean().backward()
     return results
+
+
+@pytest.mark.parametrize("size", [2, 4, 50])
+@pytest.mark.parametrize("denominator", ["all", "others"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(size, denominator, world_size):
+    """50: more than there are, who then stand for themselves: what all users as candidates give."""
+    config = replace(SMALL, mutual_information_denominator=denominator, eta=0.3)
+    histories = draw(world_size, DOMAIN_ITEMS, users=12)
+    model = make_model(config, len(DOMAIN_ITEMS), world_size, lambda_state=True)
+    table = make_table(DOMAIN_ITEMS, config.dim, world_size)
+    # A user that only fills up is in no batch of the plan.
+    counted_U = np.flatnonzero([history.weight for history in histories])
+    lengths_UD = np.array([np.bincount(histories[user].domains, minlength=len(DOMAIN_ITEMS)) for user in counted_U])
+
+    def sampled(part, first):
+        batch, _ = pack(part, DOMAIN_ITEMS, config.max_length)
+        return replace(batch, candidates=draw_candidates(1, 2, 3, counted_U, lengths_UD, first + np.arange(len(part)), size))
+
+    whole = sampled(histories, 0)
+    loss, report, gradients, item_gradient = run(copy.deepcopy(model), table, whole)
+    everyone, _, _, everyone_gradient = run(copy.deepcopy(model), table, replace(whole, candidates=None))
+    if size == 50:
+        near(loss, everyone, "loss")
+        near(item_gradient, everyone_gradient, "gradient of the items")
+    else:
+        assert abs(loss - everyone) > 1e-6 and not torch.equal(item_gradient, everyone_gradient)
+    replicas = [copy.deepcopy(model) for _ in range(world_size)]
+    tables = [table.clone().requires_grad_() for _ in range(world_size)]
+    batches = [sampled(part, rank * len(part)) for rank, part in enumerate(split(histories, world_size))]
+    results = run_ranks(replicas, batches, tables)
+    near(torch.stack([rank_loss.detach() for rank_loss, _ in results]).mean(), loss, "mean loss")
+    near(sum(rank_table.grad for rank_table in tables), item_gradient, "mean gradient of the items")
+    for name, gradient in gradients.items():
+        near(sum(dict(replica.named_parameters())[name].grad for replica in replicas), gradient, name)
+    near(sum(rank_report.mutual_information for _, rank_report in results), report.mutual_information, "information")
+
+
+DECAY_KINDS = {"all": {"time_knots": 3, "norm": "pre"}, "gru": {**SASREC, "encoder": "gru", "heads": 1, "tower": "on"}}
+
+
+@pytest.mark.parametrize("kind", DECAY_KINDS)
+def test_weight_decay_is_for_projections_and_embeddings(kind):
+    model = SyNCRec(replace(SMALL, **DECAY_KINDS[kind]), 2)
+    decayed = decayed_names(model)
+    names = {name for name, _ in model.named_parameters()}
+    kept = {name.rpartition(".")[2] for name in names - decayed}
+    assert decayed <= names
+    block = {"b1", "b2", "attention_norm_scale", "attention_norm_shift", "ffn_norm_scale", "ffn_norm_shift"}
+    if kind == "all":
+        assert kept == {*block, "scale", "shift", "weight", "bias", "alpha", "beta"}
+        assert {name.rpartition(".")[2] for name in decayed} == {
+            *("qkv", "out", "w1", "w2", "weight", "start", "positions", "knots_2KR", "gaps_GR"),
+        }
+    else:
+        assert kept == {*(f"bias_{way}_l{layer}" for way in ("ih", "hh") for layer in (0, 1)), "weight", "bias"}
+    assert all("norm" in name for name in names - decayed if name.endswith(".weight"))
 
 
 def split(histories, world_size):

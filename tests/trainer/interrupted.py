@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
-import embeddings.storage
 import trainer.checkpoint
 from tests.trainer.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
 from trainer.checkpoint import BEST, RunState, checkpoints, newest, verify
@@ -90,14 +89,20 @@ _calls, _fsync = None, os.fsync
 
 def install():
     """Has every call that writes go through `_calls`, if there is one."""
-    storage, checkpoint = embeddings.storage.save_file, trainer.checkpoint.save_file
+    checkpoint = trainer.checkpoint.save_file
 
     def through(real, name):
         return lambda *arguments: (getattr(_calls, name) if _calls else real)(*arguments)
 
-    embeddings.storage.save_file, trainer.checkpoint.save_file = through(storage, "save_file"), through(checkpoint, "save_file")
+    trainer.checkpoint.save_file = through(checkpoint, "save_file")
     os.fsync = through(_fsync, "fsync")
     sys.addaudithook(lambda event, arguments: _calls and _calls.audit(event, arguments))
+
+
+def _gathered_alone(parts, mine, **_):
+    """Stands for all_gather and, with its arguments the other way round, for gather."""
+    parts, mine = (parts, mine) if isinstance(parts, list) else (mine, parts)
+    parts[0].copy_(mine)
 
 
 def forked(work):
@@ -108,6 +113,9 @@ def forked(work):
         try:
             # The threads that reduce are not there any more; a sum over one rank is what it was.
             dist.all_reduce = lambda *_, **__: None
+            dist.broadcast = lambda *_, **__: None
+            dist.all_gather = _gathered_alone
+            dist.gather = _gathered_alone
             os.write(writing, json.dumps(work()).encode())
         except BaseException as error:
             os.write(writing, json.dumps({"died": repr(error)}).encode())

@@ -95,15 +95,16 @@ def train(trainer, steps):
         config.model.mutual_information_pooling,
         config.negatives,
         config.stream,
+        config.model.mutual_information_candidates,
     )
     for _, fed in zip(range(steps), batches, strict=False):
         trainer.train_step(fed.batch)
     return trainer
 
 
-def finished_run(folder, ranks):
+def finished_run(folder, ranks, *settings):
     """A SmallRun of three steps whose best model others can open."""
-    run = SmallRun(folder, ranks, "optimizer.learning_rate=0.03")  # what begins at zero has to show
+    run = SmallRun(folder, ranks, "optimizer.learning_rate=0.03", *settings)  # what begins at zero has to show
     run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
     write_json(run.folder / BEST, best_of(3))
     (run.folder / "config.yaml").write_text(to_yaml(run.config))

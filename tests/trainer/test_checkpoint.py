@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import embeddings.capacity
+import embeddings.storage
 import trainer.checkpoint
 from embeddings.config import TableConfig
 from embeddings.storage import ShardCopy
@@ -23,6 +26,7 @@ from tests.trainer.runs import METRICS, SmallRun, best_of, edit_json, everything
 from trainer.checkpoint import (
     BEST,
     DENSE,
+    LATEST,
     MANIFEST,
     OPTIMIZER,
     STATE,
@@ -34,12 +38,16 @@ from trainer.checkpoint import (
     newest,
     read_state,
     restore_best,
+    table_ranges,
     verify,
 )
 from trainer.errors import InputError
+from trainer.loop import describe
+from trainer.memory import loader_bytes
 
 ROOT = Path(__file__).parents[2]
 TABLE = "table-00000-of-00001.safetensors"
+TAKEN_AWAY = [("rename", "step-00000001"), ("rename", "step-00000002"), ("rename", "step-00000003")]
 FILES = (STATE, DENSE, OPTIMIZER, TABLE, "metrics.jsonl")
 
 
@@ -73,7 +81,8 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(i
             assert "\n" not in case["error"] and os.strerror(errno.ENOSPC) in case["error"], case
             assert re.search(r"step-00000003(-1)?\.partial: the checkpoint cannot be written", case["error"]), case
         else:  # only what is taken away anyhow may fail unnoticed
-            assert case["passed"] and case["call"].split()[1] in ("remove", "rmdir"), case
+            _, kind, name = case["call"].split()[:3]
+            assert case["passed"] and (kind in ("remove", "rmdir") or (kind, name) in TAKEN_AWAY), case
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(interrupted):
@@ -213,6 +222,7 @@ def best(folder, **changes):
 
 
 NESTED = b"[" * 200_000
+NO_NAME = r"/manifest\.json names "
 UNREADABLE = r"/manifest\.json is missing or unreadable"
 NOT_OURS = r"/state\.json: its state is not this program's"
 UNUSABLE = r"/state\.json cannot be used \("
@@ -227,8 +237,6 @@ SEEN |= {
     if name != TABLE
 }
 SEEN |= {
-    "a file too many": (text("notes.txt", b""), r"/notes\.txt is not in the manifest"),
-    "a folder too many": (lambda folder: (folder / "more").mkdir(), "/more is not in the manifest"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), UNREADABLE),
     "an empty manifest": (text(MANIFEST, b""), UNREADABLE),
     "a manifest cut": (lambda folder: cut(folder, MANIFEST), UNREADABLE),
@@ -248,9 +256,12 @@ SEEN |= {
     "a size without end": (file_entry(STATE, bytes=float("inf")), UNREADABLE),
     "a size below 0": (file_entry(STATE, bytes=-1), r"/state\.json has \d+ bytes, the manifest says -1"),
     "a checksum that is a number": (file_entry(STATE, xxh3_128=5), r"/state\.json has another checksum"),
-    "a name that leads out": (file_entry("../step-00000001/state.json"), r"/state\.json is missing"),
-    "an absolute name": (file_entry("/etc/hostname"), "/hostname is missing"),
-    "a name with a detour": (file_entry("./state.json"), r"/state\.json is missing"),
+    "a name that leads out": (file_entry("../step-00000001/state.json"), NO_NAME + "'../step-00000001/state.json', which"),
+    "an absolute name": (file_entry("/etc/hostname"), NO_NAME + "'/etc/hostname', which is no file of a checkpoint"),
+    "a name with a detour": (file_entry("./state.json"), NO_NAME + "'./state.json', which is no file of a checkpoint"),
+    "the folder above": (file_entry(".."), NO_NAME + "'..', which is no file of a checkpoint"),
+    "no name": (file_entry(""), NO_NAME + "'', which is no file of a checkpoint"),
+    "the manifest itself": (file_entry(MANIFEST), NO_NAME + "'manifest.json', which is no file of a checkpoint"),
     "state.json not JSON": (state_text(b"{"), UNUSABLE),
     "state.json no text": (state_text(b"\xff\xfe\x00"), UNUSABLE),
     "a deep state.json": (state_text(NESTED), UNUSABLE),
@@ -291,6 +302,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, damage, m
     assert folder == before and found["state"].step == 1
     (line,) = said
     assert "\n" not in line and re.search(rf"^{re.escape(str(last))}{message}.*: this checkpoint is skipped$", line), line
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".nfs0000001", "table-00001-of-00002.safetensors"])
+def test_a_file_that_the_manifest_does_not_name_is_nobodys(run, name):
+    """A listing is no reason to skip a whole checkpoint, and what is loaded is what the manifest
+    names."""
+    folder = checkpoints(run.folder)[0]
+    (folder / name).write_bytes(b"of somebody else")
+    (folder / "more").mkdir()
+    assert newest(run.folder, run.ranks, pytest.fail)[0] == folder
+    assert same(everything(run.trainer(folder, 2)), run.expected[2])
+
+
+def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(run, monkeypatch):
+    """As on a host whose listing is from before it was written."""
+    run.save(train(run.trainer(checkpoints(run.folder)[0], 2), 1), RunState(3, 1, best_of(1)))
+    assert json.loads((run.folder / LATEST).read_text()) == {"folder": "checkpoints/step-00000003"}
+    real = trainer.checkpoint.checkpoints
+    monkeypatch.setattr(trainer.checkpoint, "checkpoints", lambda run: real(run)[1:])
+    folder, facts = newest(run.folder, run.ranks, pytest.fail)
+    assert folder.name == "step-00000003" and facts["state"].step == 3
+    writer = run.checkpoints(last=facts["state"])
+    given = RunState(3, 3, best_of(1))
+    writer.save(run.trainer(folder, 3).engine, run.trainer(folder, 3).table, given)
+    writer.finish()
+    assert {"step-00000003", "step-00000003-1"} <= set(folders(run))  # it is not written over either
+
+
+NO_POINTERS = ["{", "[]", '{"folder": 7}', '{"folder": "checkpoints/../../x"}', '{"folder": "/etc"}', "[" * 200_000]
+
+
+@pytest.mark.parametrize("content", NO_POINTERS, ids=lambda content: content[:40])
+def test_a_pointer_that_is_none_is_no_matter(run, content):
+    (run.folder / LATEST).write_text(content)
+    assert newest(run.folder, run.ranks, pytest.fail)[0].name == "step-00000002"
+
+
+def test_a_pointer_to_a_checkpoint_that_was_taken_away_is_told(run):
+    shutil.rmtree(checkpoints(run.folder)[0])
+    said = []
+    assert newest(run.folder, run.ranks, said.append)[0].name == "step-00000001"
+    assert len(said) == 1 and "step-00000002/manifest.json is missing or unreadable" in said[0]
 
 
 def test_the_table_of_damages_starts_from_a_whole_checkpoint(run):
@@ -469,6 +522,38 @@ def test_a_planted_pickle_would_leave_its_mark(tmp_path):
 
 
 # The best model, for evaluation.
+
+
+def test_the_manifest_says_which_rows_a_table_file_has(run, tmp_path):
+    """One that was written before it said so is read all the same."""
+    folder = run.save(train(run.trainer(), 1), RunState(step=1))
+    rows = run.dataset.num_embeddings
+    assert table_ranges(folder) == {TABLE: (0, rows)}
+    shutil.copytree(folder, tmp_path / "older")
+    seal(tmp_path / "older")
+    assert table_ranges(tmp_path / "older") is None
+    assert same(everything(run.trainer(folder, 1)), everything(run.trainer(tmp_path / "older", 1)))
+
+
+def test_without_room_for_a_copy_the_table_itself_is_written(run, monkeypatch):
+    """Training waits for it: when `save` is over the checkpoint is there, with what a copy would have had."""
+    trainer = train(run.trainer(), 2)
+    needed = trainer.table.capacity.host + loader_bytes(run.config, run.dataset, 1)
+    monkeypatch.setattr(embeddings.capacity, "host_memory", lambda: needed + 200)
+    monkeypatch.setattr(embeddings.capacity, "PIECE", 100)
+    monkeypatch.setattr(embeddings.storage, "PIECE", 100)
+    short = train(run.trainer(), 2)
+    assert trainer.table.capacity.copied and not short.table.capacity.copied
+    assert "training waits while a checkpoint is written" in describe(short)
+    writer = run.checkpoints()
+    writer.save(short.engine, short.table, RunState(step=99))
+    assert not writer.writing and checkpoints(run.folder)[0].name == "step-00000099"
+    saved = everything(short)
+    train(short, 1)
+    assert same(everything(run.trainer(checkpoints(run.folder)[0], 2)), saved)
+    monkeypatch.setattr(embeddings.capacity, "host_memory", lambda: needed + 99)
+    with pytest.raises(InputError, match=r"a checkpoint takes 0\.1 kB of the host at least beside rows of"):
+        run.trainer()
 
 
 def test_the_best_model_is_loaded_without_an_optimizer(run):

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tests.trainer.made import draw_histories, draw_ticks, spoil_block, write_dataset
 from trainer.config import load_config
+from trainer.data.dataset import Dataset
 from trainer.data.random import random_bits, random_unit
 from trainer.data.stream import StreamConfig, ready
+from trainer.data.vocabulary import item_counts
 from trainer.errors import InputError
 from trainer.evaluate import (
     METRICS,
@@ -223,6 +225,25 @@ def test_counts_of_ranks_do_not_depend_on_how_users_are_split(ranks, dataset, wo
     parts = [rank_all(batches_of(dataset, "test", r, world_size, batch_size), scores) for r in range(world_size)]
     np.testing.assert_array_equal(sum(parts), expected)
     assert expected[0].sum() == expected[1].sum() == dataset.users - dataset.too_short
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 10), (2, 5), (5, 2)])
+def test_a_step_has_so_many_users_of_each_rank(tmp_path, histories, world_size, steps):
+    """More ranks take fewer steps."""
+    even = write_dataset(tmp_path / "data", histories, ITEMS, cuts=(10, 20, 30, 40), streams=5)
+    assert len(batches_of(even, batch_size=5, world_size=world_size)) == steps
+
+
+def test_vocabularies_are_read_once(ranks, dataset, monkeypatch):
+    """Whoever asks, and however often."""
+    fresh = Dataset.load(dataset.folder)
+    scores = np.random.default_rng(6).normal(size=dataset.num_embeddings)
+    expected = rank_all(batches_of(fresh), scores)
+    for reader in ("read_table", "ParquetFile"):
+        monkeypatch.setattr(pq, reader, None)
+    np.testing.assert_array_equal(rank_all(batches_of(fresh), scores), expected)
+    assert item_counts(fresh) is item_counts(fresh)
+    assert item_counts(fresh).dtype == np.int32 and not item_counts(fresh).flags.writeable
 
 
 def test_every_step_is_reported(ranks, dataset):

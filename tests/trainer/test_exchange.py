@@ -3,11 +3,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import trainer.exchange
 from syncrec.batch import build_query
 from tests.trainer.made import draw_histories, write_dataset
+from trainer.config import load_config
 from trainer.errors import InputError
-from trainer.evaluate import Candidates
-from trainer.exchange import ResultWriter, read_candidates
+from trainer.evaluate import Candidates, RankingBatches
+from trainer.exchange import Homes, ResultWriter, _Collected, read_candidates, read_candidates_of_rank
 
 
 @pytest.fixture
@@ -120,6 +122,40 @@ def test_a_file_whose_pages_are_broken_is_named(dataset, tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"given\.parquet"):
         read_candidates(dataset, file)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(tmp_path, world_size):
+    """Whatever pieces they come in."""
+    users = 40
+    dataset = write_dataset(tmp_path / "data", draw_histories(users), cuts=(7, 11, 20, 29), streams=4)
+    config = load_config([], [f"data={dataset.folder}", "evaluation.batch_size=6"])
+    negatives = [["d0-1", "d0-2", "d0-3"][: user % 4] for user in range(users)]
+    ids = [f"u{user}" for user in range(users)]
+    everyone = read_candidates(dataset, write(tmp_path, user_id=ids, positive=["d0-0"] * users, negatives=negatives))
+    kept = {}
+    for rank in range(world_size):
+        collected = _Collected(Homes(dataset, world_size, config), rank)
+        for user in range(users):
+            rows = everyone[user][1]
+            for part in (rows[:2], rows[2:]):
+                collected.add(np.full(len(part), user), np.zeros(len(part), np.int64), part)
+        found = collected.candidates()
+        batches = RankingBatches(dataset, rank, world_size, config.evaluation, 8, "test", config.seed)
+        steps = range(batches.plan.steps(0))
+        assert set(found) == {int(user) for step in steps for user in batches.plan.users(0, step, rank)}
+        assert found.longest == everyone.longest == 4
+        kept |= {user: rows.tolist() for user, (_, rows) in found.items()}
+    assert kept == {user: rows.tolist() for user, (_, rows) in everyone.items()}
+    assert kept[3] == [0, 1, 2, 3] and everyone.rows_C.dtype == np.int32
+
+
+def test_candidates_come_in_pieces_of_any_size(dataset, ranks, tmp_path, monkeypatch):
+    file = write(tmp_path, **GOOD)
+    config = load_config([], [f"data={dataset.folder}"])
+    whole = as_lists(read_candidates(dataset, file))
+    monkeypatch.setattr(trainer.exchange, "_BATCH", 2)
+    assert as_lists(read_candidates_of_rank(dataset, file, ranks, config)) == whole
 
 
 def step(users, domains, counts):

@@ -7,7 +7,7 @@ import pytest
 
 import trainer.exchanged
 from tests.alone import group_of_one
-from trainer.exchanged import own_item_gains
+from trainer.exchanged import DrawnUsers, own_item_gains
 
 USERS, NEGATIVES = 30, 4
 CONFIG = SimpleNamespace(seed=3, evaluation=SimpleNamespace(negatives=NEGATIVES))
@@ -21,45 +21,51 @@ def rows_of(user):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What is ranked: a list of {user: (domain, rows)}. Own items get rank 1, others rank 3."""
+    """What is ranked: a list of {user: (domain, rows)}. Others' items get rank 3."""
     found = []
 
-    def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None):
+    def evaluate_split(model, table, dataset, ranks, config, split, given=None):
         assert split == "test"
-        if visit is not None:
-            users = np.append(np.arange(0, USERS), -1)
-            rows = [*map(rows_of, users[:-1]), np.zeros(1, np.int64)]
-            counts = np.array(list(map(len, rows)))
-            visit(SimpleNamespace(user_B=users, domain_B=users % 2, counts_B=counts, rows_C=np.concatenate(rows)), None, None)
-            return None
         found.append(given)
         histogram = np.zeros((2, 2, 1 + NEGATIVES), np.int64)
         for user, (domain, rows) in given.items():
-            histogram[0, domain, 0 if rows[0] == 100 + user else 2] += 1
+            assert rows[0] != 100 + user
+            histogram[0, domain, 2] += 1
         return SimpleNamespace(histogram=histogram)
 
     monkeypatch.setattr(trainer.exchanged, "evaluate_split", evaluate_split)
-    monkeypatch.setattr(trainer.exchanged, "best_model", lambda *given: (None, None, None))
     with group_of_one():
         yield found
 
 
-def test_every_user_gets_another_ones_item_of_the_same_domain(asked):
-    gains = own_item_gains("run", CONFIG, DATASET, None, np.arange(2, 24), 1)
+def gains_of(wanted, least):
+    """Of users who were ranked first, in several steps, one of which has nobody."""
+    wanted_U = np.zeros(USERS, bool)
+    wanted_U[wanted] = True
+    drawn = DrawnUsers(CONFIG, wanted_U)
+    for users in (np.arange(13), np.array([-1]), np.arange(13, USERS)):
+        rows = [rows_of(user) if user >= 0 else np.zeros(1, np.int64) for user in users]
+        counts = np.array(list(map(len, rows)))
+        step = SimpleNamespace(user_B=users, domain_B=users % 2, counts_B=counts, rows_C=np.concatenate(rows))
+        drawn.visit(step, np.ones(len(users), np.int64))
+    return own_item_gains(None, None, CONFIG, DATASET, None, drawn, least)
+
+
+def test_each_user_is_ranked_with_anothers_item_of_the_same_domain(asked):
+    gains = gains_of(np.arange(2, 24), 1)
     assert gains == [pytest.approx(0.5)] * 2  # NDCG of rank 1 less that of rank 3
-    own, others = asked
-    assert own.keys() == others.keys() == set(range(2, 24))
-    for user, (domain, rows) in own.items():
-        assert domain == user % 2 and rows.tolist() == rows_of(user).tolist()
-        item, *negatives = others[user][1].tolist()
-        assert item != 100 + user and item % 2 == domain and others[user][0] == domain
+    (others,) = asked
+    assert others.keys() == set(range(2, 24))
+    for user, (domain, rows) in others.items():
+        item, *negatives = rows.tolist()
+        assert domain == user % 2 and item != 100 + user and item % 2 == domain
         assert negatives == [row for row in rows_of(user)[1:].tolist() if row != item]
     assert sorted(rows[0] for _, rows in others.values()) == [100 + user for user in range(2, 24)]
 
 
 def test_few_users_say_nothing_and_many_are_thinned_out(asked, monkeypatch):
-    assert own_item_gains("run", CONFIG, DATASET, None, np.array([0, 2, 4, 1]), 3) == [pytest.approx(0.5), None]
-    assert own_item_gains("run", CONFIG, DATASET, None, np.array([7]), 1) == [None, None]
+    assert gains_of([0, 2, 4, 1], 3) == [pytest.approx(0.5), None]
+    assert gains_of([7], 1) == [None, None]
     monkeypatch.setattr(trainer.exchanged, "_MOST", 10)
-    own_item_gains("run", CONFIG, DATASET, None, np.arange(USERS), 1)
+    gains_of(np.arange(USERS), 1)
     assert len(asked[-1]) == 10

@@ -1,5 +1,8 @@
 """Ranking among all items against loops over items."""
 
+import dataclasses
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +137,30 @@ def test_one_domain_alone_is_ranked_by_its_own_history(ranks, dataset, histories
     assert [figure["users"] for figure in figures] == [0, len(expected), 0]
     assert figures[1]["MRR"] == pytest.approx(np.mean([1 / rank for rank in expected]))
     assert set(domain_of(row) for row in np.flatnonzero(found.shown)) == {1}
+
+
+def test_memory_does_not_grow_by_the_items_in_every_step(ranks, dataset):
+    """Beside one count an item, which there is from the beginning."""
+    rows = 4_000_000
+    last = dataset.domains[-1]
+    grown = dataclasses.replace(dataset.domains[-1], room=rows - last.start)
+    many = dataclasses.replace(dataset, domains=(*dataset.domains[:-1], grown))
+    table = ItemTable(rows, DIM, TableConfig(optimizer="sgd", init_std=0.5), 7, "cpu")
+    begun = []
+
+    def advance(done, total):
+        if done == 1:
+            begun.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.reset_peak()
+
+    tracemalloc.start()
+    try:
+        found = rank_fully(Model(), table, many, ranks, configured(many), "test", advance)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.shown.nbytes == 8 * rows and found.shown.sum() > 0
+    assert peak - begun[0] < 4 * rows
 
 
 def held_of(dataset, split="test"):

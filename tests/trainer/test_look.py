@@ -77,7 +77,7 @@ def test_a_rank_without_users_adds_nothing(tmp_path):
 
 def test_items_that_training_never_met_are_not_shown(tmp_path, monkeypatch):
     def counts(dataset):
-        found = item_counts(dataset)
+        found = item_counts(dataset).copy()
         found[1:3] = 0  # of the first domain
         found[dataset.domains[1].start :] = 0
         return found

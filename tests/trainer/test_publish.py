@@ -1,16 +1,20 @@
 """What is published, what is refused, and that the pointer always names a model that loads."""
 
 import fcntl
+import gc
 import json
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+import trainer.export
 import trainer.publish
-from tests.trainer.runs import SmallRun, best_of, finished_run, rank_of_one, seal, train
+from embeddings.table import ItemTable
+from tests.trainer.runs import SmallRun, best_of, edit_json, finished_run, rank_of_one, seal, train
 from trainer.checkpoint import BEST, RunState, write_json
 from trainer.config import to_yaml
 from trainer.errors import InputError
@@ -62,8 +66,8 @@ def good(monkeypatch, quick):
     """good(first=, second=): every user's rank by a run; both are of 20 users, in turn of either domain."""
 
     def set_ranks(**rank_of):
-        def of(run, config, dataset, ranks):
-            name = next(name for name in rank_of if f"{name}0" in str(run))
+        def of(model, table, best, config, dataset, ranks, drawn=None):
+            name = next(name for name in rank_of if f"{name}0" in config.run)
             given = rank_of[name]
             rank_D = given if isinstance(given, tuple) else (given, given)
             domain_U = np.arange(dataset.users) % 2
@@ -72,6 +76,35 @@ def good(monkeypatch, quick):
         monkeypatch.setattr(trainer.publish, "_ranks", of)
 
     return set_ranks
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """How many tables there are in memory whenever one has been made; nothing is collected that the code does not collect."""
+    modules, counts = [], []
+    make = ItemTable.__init__
+
+    def counted(self, *given, **named):
+        make(self, *given, **named)
+        modules.append(weakref.ref(self._kernel))
+        counts.append(sum(module() is not None for module in modules))
+
+    monkeypatch.setattr(ItemTable, "__init__", counted)
+    gc.collect()
+    gc.disable()
+    yield counts
+    gc.enable()
+
+
+@pytest.fixture
+def without_encoder(monkeypatch, exported):
+    """An export reads its model and writes the items; the files are those of `first`."""
+
+    def finish(partial, output, *others):
+        shutil.rmtree(partial)
+        shutil.copytree(exported, output)
+
+    monkeypatch.setattr(trainer.export, "_finish", finish)
 
 
 def publish_it(run, folder, **options):
@@ -108,6 +141,26 @@ def test_figures_are_those_of_both_models(first, second, tmp_path):
         expected = rank_run(run.folder, run.ranks)["domains"]
         for domain, figures in record["domains"].items():
             assert figures[name] == pytest.approx(expected[domain]["NDCG@10"]) and figures["users"] == expected[domain]["users"]
+
+
+def test_there_is_never_a_second_table(first, second, tmp_path, without_encoder, tables):
+    """The candidate's is read once; the current model's is read into the same one."""
+    publish_it(first, tmp_path / "to", tolerance=1.0)
+    assert tables == [1]
+    assert publish_it(second, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0)["published"] == "0002"
+    assert tables == [1, 1]
+    rank_run(second.folder, second.ranks)
+    assert tables == [1, 1, 1]
+
+
+def test_a_table_of_another_width_is_made_when_the_other_is_gone(ranks, first, tmp_path, tables, quick):
+    wide = finished_run(tmp_path / "wide", ranks, "model.dim=16")
+    shutil.rmtree(wide.dataset.folder)
+    shutil.copytree(first.dataset.folder, wide.dataset.folder)
+    tables.clear()
+    publish_it(first, tmp_path / "to", tolerance=1.0)
+    publish_it(wide, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0)
+    assert tables == [1, 1, 1]
 
 
 def test_one_domain_that_is_worse_is_enough_to_refuse(first, second, tmp_path, good):
@@ -233,6 +286,22 @@ def test_so_many_older_versions_stay(first, second, tmp_path, good):
     for run in (first, second, first, second):
         publish_it(run, tmp_path, keep=2)
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["0002", "0003", "0004"]
+
+
+def test_after_9999_versions_the_numbers_go_on(first, second, tmp_path, good):
+    good(first=2, second=2)
+    for run in (first, second):
+        publish_it(run, tmp_path)
+    for old, new in (("0001", "9999"), ("0002", "10000")):
+        version = tmp_path / "versions" / new
+        (tmp_path / "versions" / old).rename(version)
+        edit_json(version / "version.json", number=new)
+    write_json(tmp_path / "current.json", {"version": "10000", "model": "versions/10000/model"})
+    assert publish_it(first, tmp_path)["number"] == "10001"
+    assert roll_back(tmp_path)["number"] == "10000" and serving(tmp_path) == str(second.folder)
+    assert roll_back(tmp_path)["number"] == "9999" and serving(tmp_path) == str(first.folder)
+    assert publish_it(second, tmp_path, keep=1)["number"] == "10002"
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["10001", "10002"]
 
 
 def test_two_at_once_do_not_harm_each_other(first, tmp_path, quick):

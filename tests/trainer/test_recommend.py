@@ -1,6 +1,7 @@
 """Recommendations of a small run against what its model and table say, item by item."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -127,6 +128,18 @@ def test_numbers_stay_numbers(run, tmp_path):
     made(run, tmp_path / "out", AskedConfig(users=str(tmp_path / "users.parquet")), k=1)
     (file,) = (tmp_path / "out" / "domain=domain 1").iterdir()
     assert pq.read_schema(file).field("user_id").type == pa.int64()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "part_users", "together"),
+    [(1, 512, 7, 1), (64, 512, 65536, 1), (128, 512, 65536, 1), (129, 512, 65536, 2), (512, 512, 65536, 4), (3, 512, 90, 3)],
+)
+def test_no_rank_is_without_users(ranks, batch_size, part_users, together):
+    """As many parts are scored at once as give each rank a step of them."""
+    scorer = SimpleNamespace(config=RecommendConfig(batch_size=batch_size), ranks=SimpleNamespace(world_size=ranks))
+    groups = trainer.recommend._Scorer.groups(scorer, list(range(9)), part_users)
+    assert [part for group in groups for part in group] == list(range(9))
+    assert len(groups[0]) == together and together * -(-part_users // batch_size) >= ranks
 
 
 class Killed(BaseException):

@@ -125,6 +125,64 @@ def test_a_refusal_is_known_whatever_status_a_launcher_gives(day, tmp_path):
         day("3", launcher=[str(launcher)])
 
 
+@pytest.fixture
+def swallowing(tmp_path):
+    """A launcher whose status is 0 whatever its child's was."""
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text(f'#!/bin/sh\n"{sys.executable}" "$@" || exit 0\n')
+    launcher.chmod(0o755)
+    return [str(launcher)]
+
+
+def test_a_launcher_that_says_0_of_a_refusal_is_not_believed(day, tmp_path, swallowing):
+    assert day("1", launcher=swallowing)["published"] == "0001"
+    refused = day("2", log="bad.parquet", launcher=swallowing)
+    assert refused["published"] is None and refused["reasons"] == ["shop: worse"]
+    assert "**Not published.**" in (tmp_path / "days/2/report.md").read_text()
+    assert day("3", launcher=swallowing)["published"] == "0002"
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("train", "training ended with status 0, but .*/days/2/run holds no test record"),
+        ("publish", "publishing ended with status 0, but .*/days/2/run neither serves nor was refused"),
+    ],
+)
+def test_a_launcher_that_says_0_of_a_death_is_not_believed(day, tmp_path, swallowing, stage, message):
+    day("1")
+    (tmp_path / f"die-{stage}").touch()
+    with pytest.raises(InputError, match=message):
+        day("2", launcher=swallowing)
+    assert (tmp_path / "days/2/trained").exists() == (stage == "publish")
+    assert day("2", launcher=swallowing)["published"] == "0002"
+    again = [f"2 {name}" for name in ("train", "publish")]
+    assert stages(tmp_path)[-2:] == (again if stage == "train" else ["2 publish", "2 publish"])
+
+
+def test_what_was_published_is_known_whatever_status_a_launcher_gives(day, tmp_path):
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text(
+        f'#!/bin/sh\n"{sys.executable}" "$@" || exit $?\ncase "$1" in *publish.py) exit 7; esac\n'
+    )
+    launcher.chmod(0o755)
+    assert day("1", launcher=[str(launcher)])["published"] == "0001"
+
+
+def test_after_a_rollback_the_next_day_extends_what_serves(day, tmp_path):
+    for name in "12":
+        day(name)
+    pointer = tmp_path / "published/current.json"
+    back = {"version": "0001", "model": "versions/0001/model"}
+    pointer.write_text(json.dumps(back))  # as launch/publish.py --rollback leaves it
+    assert day("3")["published"] == "0003"
+    assert plan(tmp_path, "3")["extends"] == "days/1/dataset"
+    assert plan(tmp_path, "3")["warm_start"] == str(tmp_path / "days/1/run")
+    assert plan(tmp_path, "3")["before"] == "versions/0001/model"
+    day("4")
+    assert plan(tmp_path, "4")["extends"] == "days/3/dataset"
+
+
 def test_what_it_begins_from_is_fixed_when_it_first_begins(day, tmp_path):
     day("1")
     (tmp_path / "die-train").touch()

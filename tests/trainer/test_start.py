@@ -190,7 +190,7 @@ def changed(run, before, now, dataset="same"):
 
 
 # Where things lie, how fast they go, how far, what is said and kept of them.
-FREE = {"data", "run", "timeout_minutes", "epochs", "max_steps", "optimizer.zero_stage"}
+FREE = {"data", "run", "timeout_minutes", "deterministic", "epochs", "max_steps", "optimizer.zero_stage"}
 FREE |= {f"stream.{name}" for name in ("workers", "prefetch", "verify", "damaged", "cache", "cache_bytes")}
 FREE |= {f"stream.{name}" for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")}
 FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")}
@@ -244,12 +244,12 @@ def test_where_deepspeed_keeps_things_may_change(run):
 
 
 def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
-    for name in ("config.yaml", "metrics.jsonl", "checkpoints/step-00000001.partial/dense.safetensors", "tensorboard/events"):
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/notes.txt", "tensorboard/events", ".lock"):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
     leave_nothing(tmp_path / "run")
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["notes.txt"]
-    (tmp_path / "run" / "notes.txt").unlink()
+    left = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")]
+    assert sorted(map(str, left)) == [".lock", "checkpoints", "checkpoints/notes.txt"]
+    (tmp_path / "run" / "checkpoints" / "notes.txt").unlink()
     leave_nothing(tmp_path / "run")
     assert not (tmp_path / "run").exists()

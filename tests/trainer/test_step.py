@@ -1,13 +1,16 @@
 """A trainer's step: what a number that is none does to it, what it waits for, and the next batch beside it."""
 
+import numpy as np
 import pytest
 import torch
 
 from syncrec import shapley
+from syncrec.model import decayed_names
 from tests.trainer.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
 from tests.trainer.waiting import LookAhead, waits
 from trainer.checkpoint import RunState
 from trainer.control import Signals
+from trainer.data.histories import Users
 from trainer.data.stream import TrainBatches
 from trainer.errors import InputError, NotFinite
 from trainer.gradients import Gradients, Known
@@ -182,6 +185,64 @@ def test_a_checkpoint_goes_on_to_the_same_bits_with_shapley_values(run, tmp_path
     again = made.trainer(checkpoint, 2)
     assert torch.equal(again.model.correction.lambda_D, lambda_D)
     assert same(everything(train(again, 2)), after)
+
+
+@STAGES
+def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
+    """AdamW takes rate · decay of what a weight was; the rest is as without."""
+    decay = 0.3
+    states = {}
+    for value in (0, decay):
+        settings = f"optimizer.zero_stage={stage}", f"optimizer.weight_decay={value}", "optimizer.schedule=constant"
+        trainer = trainer_of(run, *settings)
+        for parameter in trainer.model.parameters():
+            assert parameter.requires_grad
+        before = everything(trainer)
+        train(trainer, 1)
+        states[value] = everything(trainer)
+    rate = trainer.config.optimizer.learning_rate
+    decayed = {f"dense {name}" for name in decayed_names(trainer.model)}
+    for name, value in before.items():
+        lost = rate * decay * value if name in decayed else torch.zeros_like(value)
+        if name.startswith("dense "):
+            torch.testing.assert_close(states[0][name] - states[decay][name], lost, rtol=1e-3, atol=2e-7, msg=name)
+    assert {"dense correction.alpha", "dense cross_experts.blocks.0.b1"} <= before.keys() - decayed
+
+
+@STAGES
+def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(run, tmp_path, stage):
+    settings = ["optimizer.weight_decay=0.1", f"optimizer.zero_stage={stage}"]
+    made = SmallRun(tmp_path, run.ranks, *settings)
+    made.folder.mkdir()
+    (made.folder / "metrics.jsonl").write_text(METRICS)
+    trainer = train(made.trainer(), 2)
+    checkpoint = made.save(trainer, RunState(2, 0, best_of(2), 0, 0, 1.0))
+    after = everything(train(trainer, 2))
+    assert same(everything(train(made.trainer(checkpoint, 2), 2)), after)
+    for other in {(stage + 1) % 4, (stage + 2) % 4}:
+        config = made.configured(settings[0], f"optimizer.zero_stage={other}")
+        elsewhere = everything(train(made.trainer(checkpoint, 2, config), 2))
+        assert elsewhere.keys() == after.keys()
+        for name, value in after.items():
+            torch.testing.assert_close(elsewhere[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_batch_without_any_user_moves_no_row(run):
+    """Nothing is looked up, by which an optimizer like Adam would be told of a row."""
+    trainer = trainer_of(run, "negatives.shared=0")
+    first, _ = batches(trainer, 2)
+    trainer.train_step(first)
+    config = trainer.config
+    given = config.model.max_length, config.model.mutual_information_pooling, config.negatives, config.stream
+    nobody = Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+    empty = TrainBatches(trainer.plan, 0, 0, *given).build(0, 0, nobody)
+    assert len(empty.distinct) == 0 and not empty.weight_B.any()
+    before = everything(trainer)
+    trainer.train_step(empty)
+    trainer.settle()
+    after = everything(trainer)
+    assert after.pop("table updates") == before.pop("table updates") + 1
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("table "))
 
 
 def test_what_waits_is_found(run, monkeypatch):

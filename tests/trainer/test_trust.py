@@ -259,7 +259,7 @@ def test_deepspeeds_section_of_a_run_reaches_no_engine(run, tmp_path, canaries, 
     assert "flops_profiler" in text
     (other.folder / "config.yaml").write_text(text)
     monkeypatch.setattr(deepspeed, "initialize", None)
-    assert rank_run(other.folder, run.ranks)["split"] == "test"
+    assert rank_run(other.folder, run.ranks)["kind"] == "test"
 
 
 @settings(max_examples=20)
@@ -356,7 +356,7 @@ def test_a_dataset_starts_nothing(run, tmp_path, canaries, case):
         return rank_run(run.folder, run.ranks, data=folder, output=tmp_path / "ranks.parquet")
 
     if message is None:
-        assert read()["split"] == "test"
+        assert read()["kind"] == "test"
     else:
         said = said_of(read)
         assert message in said
@@ -598,7 +598,9 @@ def test_an_encoder_is_tensors_and_operations_or_is_not_loaded(exported, tmp_pat
     message = ENCODERS[case][1]
     model = spoiled(exported, tmp_path / "model", case, canaries.mark)
     if message is None:
-        load_encoder(model / "encoder.pt2")
+        encoder = load_encoder(model / "encoder.pt2")
+        now = torch.zeros(1, dtype=torch.float64)
+        encoder(torch.zeros(1, 1, 8), torch.tensor([1]), torch.zeros(1, 1, dtype=torch.float64), now)
         return
     with pytest.raises(ValueError, match=message) as error:
         load_encoder(model / "encoder.pt2")

@@ -101,7 +101,7 @@ def test_the_dense_model_goes_on_as_it_was(tmp_path, ranks, old):
 def test_the_same_dataset_needs_no_other(tmp_path, ranks, old, monkeypatch):
     run = SmallRun(tmp_path, ranks, f"warm_start={old.folder}")
     run.dataset = old.dataset
-    monkeypatch.setattr("trainer.warm.rows_of_items", None)
+    monkeypatch.setattr("trainer.data.extend.rows_of_items", None)
     warm = find_warm_start(run.config, run.dataset, ranks)
     assert warm.source_N.tolist() == list(range(run.dataset.num_embeddings))
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trainer.data.descriptors import NoDescriptors, is_lack
 from trainer.data.source import Address, NotFetched, words
 from trainer.errors import InputError
 
@@ -182,6 +183,8 @@ class Cache:
             self._fetching.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
+            if is_lack(error):
+                raise NoDescriptors(self.folder / name, error) from None
             raise InputError(
                 f"{self.folder / name} cannot be written ({words(error.strerror or error)}): make room on that disk, lower "
                 "stream.cache_bytes, or give another folder as stream.cache",

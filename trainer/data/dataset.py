@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from trainer.data.cache import Cache
+from trainer.data.descriptors import NoDescriptors, is_lack
 from trainer.data.source import Address, SourceConfig, folder_of
 from trainer.errors import InputError
 
@@ -152,11 +153,43 @@ class Dataset:
         path = self.local(LENGTHS)
         try:
             lengths = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except OSError as error:
+            if is_lack(error):
+                raise NoDescriptors(path, error) from None
+            raise InputError(f"{path} cannot be read: {error}: copy it again or prepare the dataset again") from None
+        except (ValueError, EOFError) as error:
             raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
         if lengths.shape != (self.users, len(self.domains)) or lengths.dtype != LENGTHS_DTYPE:
             raise InputError(f"{path} is {lengths.dtype} {lengths.shape}: prepare the dataset again")
         return lengths
+
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """Interactions of each row of M in the training part, int32 (num_embeddings,), 2³¹ − 1 at most, 0 for rows kept for
+        later items: read from the vocabularies once in this process, whoever asks. Not to be written to.
+
+        Raises InputError where a vocabulary cannot be read, or does not fit the dataset.
+        """
+        import pyarrow as pa  # not for the settings, which are imported with this module
+        import pyarrow.parquet as pq
+
+        counts = np.zeros(self.num_embeddings, np.int32)
+        for domain in self.domains:
+            path = self.local(domain.vocabulary)
+            items = 0
+            try:
+                with pq.ParquetFile(path) as file:
+                    for batch in file.iter_batches(columns=["row", "count"]):
+                        counts[batch["row"].to_numpy()] = np.minimum(batch["count"].to_numpy(), _INT32_MAX)
+                        items += len(batch)
+            except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+                if isinstance(error, OSError) and is_lack(error):
+                    raise NoDescriptors(path, error) from None
+                raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
+            if items != domain.items:
+                raise InputError(f"{path} has {items} items, {FILE_NAME} says {domain.items}: prepare the dataset again")
+        counts.flags.writeable = False
+        return counts
 
     @cached_property
     def fingerprint(self) -> str:
@@ -173,13 +206,21 @@ class Dataset:
         (self.folder / FILE_NAME).write_text(self._text(), encoding="utf-8")
 
     @classmethod
-    def load(cls, place, check_shards=True, source_config: SourceConfig | None = None) -> "Dataset":
+    def load(
+        cls,
+        place: str | Path,
+        check_shards: bool = True,
+        source_config: SourceConfig | None = None,
+        check_contents: bool = True,
+    ) -> "Dataset":
         """Reads what a dataset is, and checks that every file it names is there.
 
         place: a folder, or an address as `source.Address` has them. Of an address `dataset.json` is fetched anew, and the files
         that every run needs where they are not here yet; users and shards when they are asked for.
         check_shards: refuse a shard that is missing or of another size; left out where damaged shards are to be skipped, and
         where the dataset lies elsewhere.
+        check_contents: read all files but the shards, and compare their sha256; left out, their sizes alone are compared. One
+        process of a host is enough to do so. Of an address each process compares what it opens.
         Raises InputError: not a dataset folder, unreadable JSON, another format version, a field missing or of another
         type, users or rows that do not add up, a name that leads out of the folder, a file missing or of another size,
         no shard at all; an address that cannot be used, or what lies there cannot be fetched.
@@ -196,7 +237,7 @@ class Dataset:
         except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
         dataset = cls._from_facts(facts, path, folder)
-        dataset._check_files(path, check_shards)
+        dataset._check_files(path, check_shards, check_contents)
         return dataset
 
     @classmethod
@@ -254,10 +295,10 @@ class Dataset:
         if named != sorted([USERS, LENGTHS, *(domain.vocabulary for domain in self.domains)]):
             raise InputError(f"{path}: the files it names are not those of a dataset: prepare the dataset again")
 
-    def _check_files(self, path, check_shards):
+    def _check_files(self, path, check_shards, check_contents):
         for file in self.files:
             self._check_size(file)
-            if File.of(self.folder, file.name) != file:
+            if check_contents and File.of(self.folder, file.name) != file:
                 raise InputError(
                     f"{self.folder / file.name}: its sha256 is not the one in {FILE_NAME}: copy it again or prepare the "
                     "dataset again"

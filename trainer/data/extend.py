@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 
 from trainer.data.dataset import Dataset
 from trainer.data.logs import open_log
-from trainer.data.parts import connect, escape, room_of, scan
+from trainer.data.parts import escape, room_of, scan
 from trainer.errors import InputError
 
 LOG, EXTENSION = "log", "extension"
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY = 86400
+_BATCH = 1 << 20  # rows of a result that are held at once
 
 
 @dataclass(frozen=True)
@@ -266,25 +267,26 @@ def _vocabularies(old, kind):
 
 
 def rows_of_extension(dataset: Dataset) -> np.ndarray:
-    """Which row of the dataset before it each row of M was, −1: none, int64; as `write_extension` left it."""
-    table = pq.read_table(dataset.folder / EXTENSION / "rows.parquet", columns=["old_row", "new_row"])
-    old, new = (table[name].fill_null(-1).to_numpy() for name in ("old_row", "new_row"))
-    return _sources(dataset, old, new)
+    """Which row of the dataset before it each row of M was, −1: none, int32; as `write_extension` left it."""
+    file = pq.ParquetFile(dataset.folder / EXTENSION / "rows.parquet")
+    return _sources(dataset, file.iter_batches(_BATCH, columns=["old_row", "new_row"]))
 
 
-def rows_of_items(old: Dataset, dataset: Dataset) -> np.ndarray:
-    """The same for any two datasets, by domains' names and items' ids as text."""
-    with connect() as connection:
-        before, now = _vocabularies(old, "VARCHAR"), _vocabularies(dataset, "VARCHAR")
-        found = connection.sql(f"""SELECT o.old_row AS before, n.old_row AS now
-            FROM ({before}) o JOIN ({now}) n ON o.domain = n.domain AND o.item_id = n.item_id""").fetchnumpy()
-    return _sources(dataset, found["before"], found["now"])
+def rows_of_items(old: Dataset, dataset: Dataset, connection) -> np.ndarray:
+    """The same for any two datasets, by domains' names and items' ids as text. connection: of a DuckDB that joins them."""
+    before, now = _vocabularies(old, "VARCHAR"), _vocabularies(dataset, "VARCHAR")
+    joined = connection.sql(f"""SELECT o.old_row, n.old_row AS new_row
+        FROM ({before}) o JOIN ({now}) n ON o.domain = n.domain AND o.item_id = n.item_id""")
+    return _sources(dataset, joined.to_arrow_reader(_BATCH))
 
 
-def _sources(dataset, old, new):
-    source_N = np.full(dataset.num_embeddings, -1, np.int64)
-    there = (old >= 0) & (new >= 0)
-    source_N[new[there]] = old[there]
+def _sources(dataset, batches):
+    """batches: Arrow batches of (old row, new row)."""
+    source_N = np.full(dataset.num_embeddings, -1, np.int32)
+    for batch in batches:
+        old, new = (column.fill_null(-1).to_numpy(zero_copy_only=False) for column in batch.columns)
+        there = (old >= 0) & (new >= 0)
+        source_N[new[there]] = old[there]
     return source_N
 
 

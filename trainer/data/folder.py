@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import InputError
+from trainer.files import move_folder
 
 
 @contextmanager
@@ -23,6 +24,6 @@ def new_folder(output):
             folder.mkdir()
             scratch.mkdir()
             yield folder, scratch
-            folder.rename(output)
+            move_folder(folder, output)
     except OSError as error:
         raise InputError(f"output {output} cannot be written: {error}") from None

@@ -6,13 +6,23 @@ and fills one anew once the trainer has let go of all tensors in it. Integers go
 slot, and is half as much to write, to map and to bring to a device; `syncrec.batch.move` widens them there.
 """
 
+import os
 import weakref
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 
+from trainer.errors import InputError
+from trainer.resources import ranks_of_this_machine
+
+SHARED_MEMORY = "/dev/shm"  # what holds the pieces, on Linux
 _ALIGNED = 64  # bytes
+_IN_HAND = 2  # batches of a rank: the one that is trained on, and the next one
+_MAKE_ROOM = (
+    "give it more (docker run --shm-size, a Kubernetes emptyDir with medium: Memory), or lower stream.prefetch, "
+    "stream.workers (0: none is needed) or the batch"
+)
 _KEPT = 16  # pieces that a worker fills again; a trainer that holds on to more gets new ones
 
 
@@ -75,11 +85,52 @@ class Packer:
         else:
             self._pieces = [piece for piece in self._pieces if all(piece is not small for small in free)]
             size += size // 4  # the next batches are not quite as large
-            piece = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+            piece = torch.empty(0, dtype=torch.uint8).set_(_new_shared(size))
             if len(self._pieces) < _KEPT:
                 self._pieces.append(piece)
         piece[-1] = 1
         return piece
+
+
+def refuse_small_shared_memory(piece_bytes: int, workers: int, prefetch: int, world_size: int) -> None:
+    """Raises InputError where shared memory cannot hold what the loaders of this machine's ranks keep ready: pieces of so many
+    bytes, `prefetch` of each of a rank's `workers` and two that it computes with."""
+    pieces = workers * prefetch + _IN_HAND
+    ranks = ranks_of_this_machine(world_size)
+    needed = ranks * pieces * piece_bytes
+    try:
+        facts = os.statvfs(SHARED_MEMORY)
+    except OSError:  # another system, whose shared memory lies elsewhere
+        return
+    if needed > facts.f_blocks * facts.f_frsize:
+        raise InputError(
+            f"{_holds()}, but the loaders need {_amount(needed)} ({ranks} ranks x {pieces} batches x "
+            f"{_amount(piece_bytes)}): {_MAKE_ROOM}",
+            one_rank=True,
+        )
+
+
+def _new_shared(size):
+    try:
+        return torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{_holds()}, which is not enough for one more batch of {_amount(size)} ({reason}): {_MAKE_ROOM}", one_rank=True
+        ) from None
+
+
+def _holds():
+    try:
+        facts = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return f"{SHARED_MEMORY} cannot be looked at"
+    size, free = (blocks * facts.f_frsize for blocks in (facts.f_blocks, facts.f_bavail))
+    return f"{SHARED_MEMORY} has {_amount(size)}, {_amount(free)} of them free"
+
+
+def _amount(size):
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
 
 
 def unpack(packed: Packed):

@@ -1,15 +1,17 @@
 """Users' histories by their numbers: out of blocks of shards, of which those that are needed again are kept decoded."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from trainer.data.dataset import Dataset
+from trainer.data.descriptors import NoDescriptors, files_to_keep
 from trainer.data.shards import ShardFile
 
 _FOREIGN_BLOCKS = 64  # kept beside those of a rank's own streams
-_OPEN_FILES = 256
+_OPEN_FILES = 256  # fewer where the process may have few
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,38 @@ NO_USERS = Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.in
 class Histories:
     """Reads users, in any order. The newest blocks stay decoded and the newest shards open, as many as `blocks` says."""
 
-    def __init__(self, dataset: Dataset, blocks: int, verify: bool = True, report=None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        blocks: int,
+        verify: bool = True,
+        report: Callable[[str], None] | None = None,
+        open_shard: Callable[..., ShardFile] = ShardFile,
+    ):
         """blocks: at least as many as hold users of one `read` and of the next, or they are decoded again.
 
-        verify, report: as `ShardFile` has them.
+        verify, report: as `ShardFile` has them. open_shard: what opens a shard.
         """
         self.dataset, self.verify, self.report = dataset, verify, report
         self.opened = 0  # shards, so far
         self._room, self._blocks, self._files = blocks, {}, {}
+        self._whole = set()  # shards whose files have been compared
+        self._open_shard, self._most_files = open_shard, files_to_keep(_OPEN_FILES)
         self._first_user = np.array([shard.first_user for shard in dataset.shards])
 
     @classmethod
-    def of_plan(cls, plan, verify=True, report=None):
+    def of_plan(cls, plan, verify=True, report=None, open_shard=ShardFile):
         """With room for one rank of a `Plan`: each of its own streams has a current block and a next one, and where users
         are moved between ranks, some blocks of other streams are met again."""
         own = -(-plan.dataset.streams // plan.world_size)
         foreign = min(plan.dataset.streams - own, _FOREIGN_BLOCKS) if plan.balance else 0
-        return cls(plan.dataset, 2 * own + foreign, verify, report)
+        return cls(plan.dataset, 2 * own + foreign, verify, report, open_shard)
 
-    def read(self, number_B) -> Users:
+    def read(self, number_B: np.ndarray, home: Collection[int] | None = None) -> Users:
         """The given users (int64 numbers), in the given order, without those of damaged blocks.
 
-        Raises InputError as `ShardFile` does.
+        home: the shards whose files are compared with their sha256 before anything is read of them; of the others, which other
+        ranks compare, each block with its CRC-32 alone. None: all. Raises InputError as `ShardFile` does.
         """
         shard_B = np.searchsorted(self._first_user, number_B, side="right") - 1
         block_B, place_B = np.divmod(number_B - self._first_user[shard_B], self.dataset.block_users)
@@ -59,7 +71,8 @@ class Histories:
         starts = np.flatnonzero(np.diff(shard_B, prepend=-1) | np.diff(block_B, prepend=-1)).tolist()
         histories, read = [], []
         for begin, end in pairwise([*starts, len(order)]):
-            block = self._block(int(shard_B[begin]), int(block_B[begin]))
+            shard = int(shard_B[begin])
+            block = self._block(shard, int(block_B[begin]), home is None or shard in home)
             if block is None:
                 continue
             ends, items, ticks = block
@@ -82,27 +95,46 @@ class Histories:
             file.close()
         self._blocks, self._files = {}, {}
 
-    def _block(self, shard, number):
+    def _block(self, shard, number, whole):
         """(ends, items, ticks) of a block, where user k's are those from ends[k] to ends[k + 1]; None: it cannot be used."""
         key = shard, number
+        if whole and shard not in self._whole:
+            self._file(shard, whole)
+            self._whole.add(shard)
         if key in self._blocks:
             self._blocks[key] = self._blocks.pop(key)  # the newest now
             return self._blocks[key]
-        block = self._file(shard).block(number)
+        block = self._file(shard, whole).block(number)
         if block is None:
             return None
         self._blocks[key] = np.concatenate([[0], np.cumsum(block.lengths_B)]), block.items_N, block.ticks_N
         return self._blocks[key]
 
-    def _file(self, shard):
+    def _file(self, shard, whole):
         if shard in self._files:
             self._files[shard] = self._files.pop(shard)
+            if whole:
+                self._files[shard].compare()
         else:
-            while len(self._files) >= _OPEN_FILES:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = ShardFile(self.dataset, self.dataset.shards[shard], self.verify, self.report)
+            self._close_oldest(self._most_files - 1)
+            self._files[shard] = self._opened(shard, whole)
             self.opened += 1
         return self._files[shard]
+
+    def _opened(self, shard, whole):
+        """A shard, for which older ones are closed where the process may have no more."""
+        while True:
+            try:
+                return self._open_shard(self.dataset, self.dataset.shards[shard], self.verify, self.report, whole)
+            except NoDescriptors:
+                if not self._files:
+                    raise
+                self._most_files = max(1, len(self._files) // 2)
+                self._close_oldest(self._most_files - 1)
+
+    def _close_oldest(self, kept):
+        while len(self._files) > kept:
+            self._files.pop(next(iter(self._files))).close()
 
 
 def read_users(plan, epoch, steps, rank, verify=True, report=None):
@@ -113,6 +145,6 @@ def read_users(plan, epoch, steps, rank, verify=True, report=None):
     histories = Histories.of_plan(plan, verify, report)
     try:
         for step in steps:
-            yield step, histories.read(plan.users(epoch, step, rank))
+            yield step, histories.read(plan.users(epoch, step, rank), plan.home_shards(epoch, rank))
     finally:
         histories.close()

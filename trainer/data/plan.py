@@ -9,6 +9,7 @@ Rank r is the home of the streams r, r + world_size, …; `balance.py` moves som
 much to do.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ class Plan:
         if world_size > dataset.streams:
             raise InputError(
                 f"{world_size} ranks, but {dataset.place} has {dataset.streams} streams: use at most as many ranks, or "
-                f"prepare again with --streams {world_size} or more"
+                f"prepare again with --streams {world_size} or more, best a multiple of the ranks"
             )
         if world_size > global_batch_size:
             raise InputError(f"global_batch_size={global_batch_size} is below the number of ranks, {world_size}: raise it")
@@ -64,7 +65,7 @@ class Plan:
         self._shard_users = np.array([shard.users for shard in dataset.shards])
         self._shard_first_user = np.array([shard.first_user for shard in dataset.shards])
         self._steps, self._bounds, self._orders = {}, {}, {}
-        self._chunks, self._shuffled = {}, (None, {})
+        self._chunks, self._shuffled, self._home_shards = {}, (None, {}), {}
 
     def steps(self, epoch):
         """Batches of the epoch: the same on every rank."""
@@ -75,6 +76,28 @@ class Plan:
             else:
                 self._steps[epoch] = -(-self._order(epoch).slots // self.batch_size)
         return self._steps[epoch]
+
+    def count_steps(
+        self,
+        epochs: int,
+        rank: int = 0,
+        sum_of_ranks: Callable[[np.ndarray], np.ndarray] | None = None,
+        most: int = 0,
+    ) -> int:
+        """Batches of so many epochs, `most` at most (0: no limit).
+
+        Where tokens limit a batch, an epoch has to be walked through to know its batches. With `sum_of_ranks`, the sum of int64
+        (N,) over all ranks, which then all call this, each walks through every W-th epoch, and tells the others.
+        """
+        total = 0
+        for first in range(0, epochs, self.world_size):
+            numbers = range(first, min(first + self.world_size, epochs))
+            if self.tokens_per_batch and self.world_size > 1 and sum_of_ranks is not None:
+                self._walk_together(numbers, rank, sum_of_ranks)
+            total += sum(self.steps(epoch) for epoch in numbers)
+            if 0 < most <= total:
+                return most
+        return total
 
     def locate(self, position):
         """The (epoch, step of the epoch) of a position counted in batches from the start of the run."""
@@ -114,6 +137,16 @@ class Plan:
     def shards(self, epoch):
         """The shard numbers of each stream, in reading order: a list of arrays."""
         return np.split(self._order(epoch).shard_N, np.cumsum(self._order(epoch).shards_S)[:-1])
+
+    def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
+        """The numbers of the shards of the streams that a rank is the home of, in an epoch."""
+        key = epoch, rank
+        if key not in self._home_shards:
+            while len(self._home_shards) >= _KEPT_EPOCHS:
+                del self._home_shards[next(iter(self._home_shards))]
+            streams = self.shards(epoch)[rank :: self.world_size]
+            self._home_shards[key] = frozenset(shard for stream in streams for shard in stream.tolist())
+        return self._home_shards[key]
 
     def next_shards(self, epoch, step, rank):
         """The names of the shards that the rank's own streams begin after a batch, in this epoch and the next, in the order in
@@ -166,6 +199,23 @@ class Plan:
                 bounds.append(first + int(slot_C[end]))
                 place, tokens, users = end, 0, 0
         return np.array([*bounds, slots])
+
+    def _walk_together(self, epochs, rank, sum_of_ranks):
+        """Has the ranks walk through an epoch each, at most as many as there are."""
+        place = rank if rank < len(epochs) else None
+        bounds = np.zeros(0, np.int64) if place is None else self._walk(epochs[place])
+        sizes_E = np.zeros(len(epochs), np.int64)
+        if place is not None:
+            sizes_E[place] = len(bounds)
+        ends_E = np.cumsum(sum_of_ranks(sizes_E))
+        begins_E = np.concatenate([[0], ends_E[:-1]])
+        bounds_N = np.zeros(ends_E[-1], np.int64)
+        if place is not None:
+            bounds_N[begins_E[place] : ends_E[place]] = bounds
+        bounds_N = sum_of_ranks(bounds_N)
+        for epoch, begin, end in zip(epochs, begins_E, ends_E, strict=True):
+            self._bounds[epoch] = bounds_N[begin:end]
+            self._steps[epoch] = int(end - begin) - 1
 
     def _users(self, epoch, begin, end):
         """The user in each of the slots begin … end − 1, int64; −1 where a slot is empty."""

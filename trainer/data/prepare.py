@@ -3,12 +3,13 @@
     log      where it is kept: old and new rows as one log    see extend.py
     ids      users and items are numbered                     one pass over the logs, DuckDB, out of core
     events   user, item and time of every event by part       one more pass, DuckDB
+    rows     the row of M of every item                        one array, mapped by all processes
     parts    each part sorted and cut into shards             a process a part, several at once
     dataset  vocabularies, users, lengths, dataset.json
 
 The same logs give the same bytes whatever their format, their order, the memory and the number of processes: users are
 numbered by (MD5 of seed and id, text of the id), items by (domain, text of the id), and a user's events go by time, domain and
-item id. `memory` bounds all processes together; beside it some 10 bytes a user and 20 a row of the item matrix are held.
+item id. `memory` bounds all processes together; beside it some 10 bytes a user and 20 a row of the item matrix are held, once.
 """
 
 import concurrent.futures
@@ -57,12 +58,14 @@ from trainer.data.parts import (
 from trainer.data.progress import Stages
 from trainer.data.work import Work, finished_whole
 from trainer.errors import InputError
+from trainer.files import move_folder
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LEAST_MEMORY = 500 * 10**6
 _FIRST_PROCESS, _NEXT_PROCESS = 200 * 10**6, 130 * 10**6  # what Python, its libraries and what they keep take
 _WORTH_A_PROCESS = 250 * 10**6
 _ENGINE_SHARE = 0.6  # of the rest: DuckDB goes beyond its limit for a while, and NumPy needs some
+_ROWS, _ROW_OF = "rows", "row_of.npy"  # a stage, and the file that it leaves
 _EVENT_BYTES = 96  # what sorting and cutting a part take for each of its events
 
 
@@ -212,6 +215,9 @@ class _Preparation:
             if not work.done("events"):
                 with work.stage("events") as folder, self.stages("dividing the events"):
                     _divide(connection, ids, layout, folder)
+            if not work.done(_ROWS):
+                with work.stage(_ROWS) as folder:
+                    _write_rows(connection, ids, folder)
         self._write_parts(layout)
         with engine(work.scratch, self.memory, self.threads, self.stages) as connection, self.stages("writing vocabularies"):
             return join_parts(work, layout, config.seed, connection, self._finish)
@@ -358,6 +364,15 @@ def _divide(connection, ids_folder, layout, folder):
     (folder / "parts").write_text(str(layout.parts))
 
 
+def _write_rows(connection, ids_folder, folder):
+    """Writes the row of M of each item, by its number, as one array that all processes map: no copy of it each."""
+    items = sum(Ids.load(ids_folder).items)
+    row_of = np.lib.format.open_memmap(folder / _ROW_OF, mode="w+", dtype=np.int32, shape=(items,))
+    for batch in connection.sql(f"SELECT item, row FROM {scan(ids_folder / 'items')}").to_arrow_reader():
+        row_of[batch["item"].to_numpy()] = batch["row"].to_numpy()
+    row_of.flush()
+
+
 def _make_part(work_folder: Path, layout: Layout, part, memory):
     """Sorts one part's events and writes its shards, all of them or none. Runs in a process of its own."""
     ids_folder, target = work_folder / "ids", work_folder / "parts" / f"{part:05d}"
@@ -367,9 +382,7 @@ def _make_part(work_folder: Path, layout: Layout, part, memory):
     with finished_whole(target) as folder:
         with engine(scratch, memory, 1) as connection:
             connection.execute("SET preserve_insertion_order = true")
-            row_of = np.empty(sum(ids.items), np.int32)
-            for batch in connection.sql(f"SELECT item, row FROM {scan(ids_folder / 'items')}").to_arrow_reader():
-                row_of[batch["item"].to_numpy()] = batch["row"].to_numpy()
+            row_of = np.load(work_folder / _ROWS / _ROW_OF, mmap_mode="r", allow_pickle=False)
             events = scan(work_folder / "events" / f"part={part}")
             number_N = np.empty(_one(connection, f"SELECT count(*) FROM {events}"), np.int32)
             rows_N, time_N = np.empty_like(number_N), np.empty(len(number_N), np.float64)
@@ -391,7 +404,7 @@ def join_parts(work: Work, layout: Layout, seed, connection, finish=None) -> Dat
     dataset = assemble(folder, work.path("ids"), parts, layout, seed, connection)
     if finish is not None:
         finish(connection, folder, dataset)
-    folder.rename(work.path("dataset"))
+    move_folder(folder, work.path("dataset"))
     return dataset
 
 

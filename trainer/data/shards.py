@@ -19,6 +19,7 @@ Tars are written and read by `tarfile`, as WebDataset does it itself: importing 
 prepares, since it takes torch along.
 """
 
+import errno
 import hashlib
 import io
 import itertools
@@ -27,12 +28,14 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from trainer.data.dataset import Dataset, Shard
+from trainer.data.descriptors import NoDescriptors, is_lack
 from trainer.data.source import NotFetched, words
 from trainer.errors import InputError
 
@@ -41,6 +44,8 @@ _CONTENTS = (_LENGTHS, _LOW, _HIGH, _TICKS)
 _LENGTH_DTYPES = tuple(map(np.dtype, ("u1", "<u2", "<u4")))
 _LOW_DTYPE, _TICKS_DTYPE, _CHECKSUM_DTYPE = np.dtype("<u2"), np.dtype("<u2"), np.dtype("<u4")
 _ZERO = np.zeros(1, _TICKS_DTYPE)
+# What the system says where the file itself is at fault. Anything else (a mount that is away, no memory) may pass.
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL}
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,25 @@ class ShardFile:
     `first_user` on, the last one with the rest.
     """
 
-    def __init__(self, dataset: Dataset, shard: Shard, verify: bool = True, report: Callable[[str], None] | None = None):
-        """verify: compare the file's sha256 with `dataset.json` now, and each block with its CRC-32 when it is read.
+    def __init__(
+        self,
+        dataset: Dataset,
+        shard: Shard,
+        verify: bool = True,
+        report: Callable[[str], None] | None = None,
+        whole: bool = True,
+    ):
+        """verify: compare each block with its CRC-32 when it is read; whole: and now the file's sha256 with `dataset.json`.
 
         report: None refuses a damaged shard. Otherwise blocks that cannot be used are left out, and `report` gets a line for
         each: a damaged block alone, the rest of the shard where the tar itself breaks off, all of a file that cannot be read.
         Raises InputError, naming the file: it is missing or unreadable, a checksum is wrong, a member is missing, of another
-        dtype or no array, lengths do not add up, a row is out of range.
+        dtype or no array, lengths do not add up, a row is out of range; whatever `report` is where the file is not at fault,
+        NoDescriptors where it is too many open files.
         """
         self.dataset, self.shard, self.verify, self._report = dataset, shard, verify, report
         self.first_user, self.count = shard.first_user, -(-shard.users // dataset.block_users)
-        self._members, self._stream = {}, None
+        self._members, self._stream, self._compared = {}, None, False
         try:
             self.path = dataset.local(shard.name)
         except NotFetched as error:
@@ -118,28 +131,44 @@ class ShardFile:
             return
         place = 0  # the next block to come
         try:
-            if not self.path.is_file():  # a pipe would be waited for
-                raise _Damage("it is missing or no file")
-            if verify and not dataset.cache and _digest(self.path) != shard.sha256:  # the cache has compared it
-                if report is None:
-                    raise _Damage("its sha256 is not the one in dataset.json")
-                report(f"{self.path}: its sha256 is not the one in dataset.json: its blocks are checked one by one")
-            for key, members in _samples(self.path):
-                number = _number(key, self.path)
-                if number is None or not place <= number < self.count:
-                    self._refuse(place, place, f"{key!r} is none of its {self.count} blocks, or out of turn")
-                    continue
-                if number > place:
-                    self._refuse(place, number, f"{_blocks(place, number)} missing")
-                self._members[number] = members
-                place = number + 1
-            if place < self.count:
-                raise _Damage(f"{_blocks(place, self.count)} missing")
-            self._stream = open(self.path, "rb")  # noqa: SIM115 (until `close`)
-        except (_Damage, OSError) as error:
-            self._refuse(place, self.count, error if isinstance(error, _Damage) else f"it cannot be read ({words(error)})")
-            if place:
-                self._stream = open(self.path, "rb")  # noqa: SIM115
+            with _told_apart(self.path):
+                if not self.path.is_file():  # a pipe would be waited for
+                    raise _Damage("it is missing or no file")
+                self._stream = open(self.path, "rb")  # noqa: SIM115 (until `close`)
+                if whole:
+                    self.compare()
+                for key, members in _samples(self._stream):
+                    number = _number(key, self.path)
+                    if number is None or not place <= number < self.count:
+                        self._refuse(place, place, f"{key!r} is none of its {self.count} blocks, or out of turn")
+                        continue
+                    if number > place:
+                        self._refuse(place, number, f"{_blocks(place, number)} missing")
+                    self._members[number] = members
+                    place = number + 1
+                if place < self.count:
+                    raise _Damage(f"{_blocks(place, self.count)} missing")
+        except _Damage as error:
+            if report is None:
+                self.close()
+            self._refuse(place, self.count, error)
+        except InputError:
+            self.close()
+            raise
+
+    def compare(self) -> None:
+        """Compares the file's sha256 with `dataset.json`, once, where checksums are asked for."""
+        if self._compared or self._stream is None or not self.verify or self.dataset.cache:  # the cache has compared it
+            return
+        with _told_apart(self.path):
+            self._stream.seek(0)
+            digest = hashlib.file_digest(self._stream, "sha256").hexdigest()
+        self._compared = True
+        if digest == self.shard.sha256:
+            return
+        if self._report is None:
+            self._refuse(0, self.count, "its sha256 is not the one in dataset.json")
+        self._report(f"{self.path}: its sha256 is not the one in dataset.json: its blocks are checked one by one")
 
     def block(self, number: int) -> Block | None:
         """Block `number`; None where it cannot be used and that has been reported."""
@@ -158,6 +187,7 @@ class ShardFile:
         """Lets the file go."""
         if self._stream is not None:
             self._stream.close()
+            self._stream = None
 
     def _refuse(self, begin, end, what):
         """Blocks begin … end − 1 cannot be used."""
@@ -189,10 +219,8 @@ class ShardFile:
         if len(found) != 1:
             raise _Damage(f"the member {name} is {'there twice' if found else 'missing'}")
         ((offset, size),) = found
-        try:
+        with _told_apart(self.path):
             content = os.pread(self._stream.fileno(), size, offset)
-        except OSError as error:
-            raise _Damage(f"it cannot be read ({words(error)})") from None
         if len(content) != size:
             raise _Damage(f"{name} is cut short")
         return content
@@ -216,6 +244,23 @@ class _Damage(Exception):
     """What is wrong with a file or a block, in words that go on from its name."""
 
 
+@contextmanager
+def _told_apart(path):
+    """Turns an OSError into damage where the file is at fault, else into an InputError: skipping would lose sound users."""
+    try:
+        yield
+    except OSError as error:
+        if is_lack(error):
+            raise NoDescriptors(path, error) from None
+        if error.errno in _OF_THE_FILE:
+            raise _Damage(f"it cannot be read ({words(error)})") from None
+        raise InputError(
+            f"{path} cannot be read ({words(error)}): look after its disk or mount, and the same command goes on; a file that "
+            "is lost for good is skipped once it is removed (stream.damaged=skip)",
+            one_rank=True,
+        ) from None
+
+
 def _left_out(dataset, shard, begin, end):
     first = shard.first_user + begin * dataset.block_users
     last = shard.first_user + min(end * dataset.block_users, shard.users) - 1
@@ -228,7 +273,7 @@ def _blocks(begin, end):
     return f"block {begin} is" if end - begin == 1 else f"blocks {begin} to {end - 1} are"
 
 
-def _samples(path):
+def _samples(stream):
     """(key, [(name, offset, size), …]) of each run of members with one key; of "a-0.items.low.npy" key "a-0", name
     "items.low.npy". Headers alone are read.
 
@@ -236,8 +281,9 @@ def _samples(path):
     become any number, and lets tarfile follow sizes below 0 in a circle.
     """
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
+        size = os.fstat(stream.fileno()).st_size
+        stream.seek(0)
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             for key, members in itertools.groupby(iter(tar.next, None), lambda member: _key_and_name(member)[0]):
                 places = []
                 for member in members:
@@ -247,6 +293,8 @@ def _samples(path):
                         places.append((_key_and_name(member)[1], member.offset_data, member.size))
                 if key and places:
                     yield key, places
+    except OSError:  # of the system, not of what it reads
+        raise
     except Exception as error:  # of a damaged archive tarfile raises whatever its parsing stumbles over
         raise _Damage(f"it cannot be read ({words(error)})") from None
 
@@ -306,13 +354,6 @@ def _crc32(first_user, contents):
     for content in contents:
         value = zlib.crc32(content, value)
     return value
-
-
-def _digest(path):
-    try:
-        return _sha256(path)
-    except OSError as error:
-        raise _Damage(f"it cannot be read ({words(error)})") from None
 
 
 def _sha256(path):

@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from syncrec.batch import Batch, build_batch, trim
+from syncrec.batch import Batch, build_batch, trim, without_look_up
+from trainer.data.candidates import draw_candidates
 from trainer.data.dataset import SPLIT_LENGTH
-from trainer.data.handover import Packed, Packer, unpack
+from trainer.data.handover import Packed, Packer, refuse_small_shared_memory, unpack
 from trainer.data.histories import NO_USERS, Histories
 from trainer.data.negatives import NegativesConfig, shared_negatives, target_negatives
 from trainer.data.plan import Plan
@@ -34,7 +35,7 @@ class StreamConfig(SourceConfig):
 
     workers: int = -1  # processes a rank that build batches; −1: as many as it takes; 0: in the training process itself
     prefetch: int = 4  # batches that each worker keeps ready
-    verify: bool = True  # check each shard's checksum when it is opened, and each block's when it is read
+    verify: bool = True  # check each block's checksum when it is read, and a shard's when its home rank opens it
     damaged: Literal["stop", "skip"] = "stop"  # skip: train without the users of damaged blocks, and count them
     shuffle: bool = True  # another order each epoch; off: the dataset's own order, each epoch alike
     balance: bool = True  # move users between ranks, so that all have equally much to do; off: as the shards lie
@@ -93,15 +94,28 @@ class TrainBatches(torch.utils.data.IterableDataset):
     beside building it.
     """
 
-    def __init__(self, plan: Plan, rank, position, max_length, pooling, negatives: NegativesConfig, config: StreamConfig):
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        position: int,
+        max_length: int,
+        pooling: str,
+        negatives: NegativesConfig,
+        config: StreamConfig,
+        candidates: int = 0,
+    ):
+        """candidates: the users a domain that stand for all of a batch with more users (SC-MIM); 0: all users do."""
         super().__init__()
+        self.candidates = candidates
         self.plan, self.rank, self.position = plan, rank, position
         self.max_length, self.pooling, self.negatives, self.config = max_length, pooling, negatives, config
         self.alone = plan.dataset.domain_number(config.domain) if config.domain else None
 
     def at(self, position) -> "TrainBatches":
         """The same from another position on."""
-        return TrainBatches(self.plan, self.rank, position, self.max_length, self.pooling, self.negatives, self.config)
+        options = self.max_length, self.pooling, self.negatives, self.config, self.candidates
+        return TrainBatches(self.plan, self.rank, position, *options)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -114,7 +128,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
                 begun = time.perf_counter()
                 epoch, step = self.plan.locate(position)
                 wanted_B = self.plan.users(epoch, step, self.rank)
-                users = histories.read(wanted_B)
+                users = histories.read(wanted_B, self.plan.home_shards(epoch, self.rank))
                 if histories.opened > known:  # what comes after these may have to be fetched
                     known = histories.opened
                     self.plan.dataset.ahead(self.plan.next_shards(epoch, step, self.rank))
@@ -125,38 +139,59 @@ class TrainBatches(torch.utils.data.IterableDataset):
             histories.close()
 
     def build(self, epoch, step, users) -> Batch:
-        """One rank's batch: training part, weight-zero users, negatives, both views."""
+        """One rank's batch: training part, weight-zero users, negatives, both views.
+
+        Who only fills up has two interactions, one input and one target, with a row that the batch looks up anyway: an
+        optimizer like Adam moves each row that is looked up, whatever its gradient. Where there is none, nothing is.
+        """
         dataset, seed = self.plan.dataset, self.plan.seed
         number_B, lengths_B, place_N, position_N = training_part(dataset, users, self.config.domain)
         items_N, ticks_N = users.items_N[place_N], users.ticks_N[place_N]
-        missing = max(0, self.plan.users_per_rank(epoch, step) - len(lengths_B))
-        # Who only fills up has two interactions with the first item: one input, one target, weight zero.
-        lengths_B = np.append(lengths_B, np.full(missing, 2))
-        items_N, ticks_N = (np.append(each, np.zeros(2 * missing, each.dtype)) for each in (items_N, ticks_N))
-        weight_B = (np.arange(len(lengths_B)) < len(lengths_B) - missing).astype(np.float32)
         items_D = np.array([domain.items for domain in dataset.domains])
+        shared = None
+        if self.negatives.shared:
+            shared = shared_negatives(seed, epoch, step, dataset.starts, items_D, self.negatives.shared)
+            if self.alone is not None:  # nothing of the others is predicted
+                shared = [rows if number == self.alone else rows[:0] for number, rows in enumerate(shared)]
+        looked_up = items_N if shared is None else np.concatenate([items_N, *shared])
+        filler = looked_up[-1] if len(looked_up) else 0  # the newest of the last user, which is not trimmed
+        missing = max(0, self.plan.users_per_rank(epoch, step) - len(lengths_B))
+        real_B = np.arange(len(lengths_B) + missing) < len(lengths_B)
         whole_B = lengths_B
+        lengths_B = np.append(lengths_B, np.full(missing, 2))
+        items_N = np.append(items_N, np.full(2 * missing, filler, items_N.dtype))
+        ticks_N = np.append(ticks_N, np.zeros(2 * missing, ticks_N.dtype))
         kept_N, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domains_of(dataset, items_N), self.max_length)
         items_N, ticks_N = items_N[kept_N], ticks_N[kept_N]
-        if self.negatives.shared:
-            negatives = shared_negatives(seed, epoch, step, dataset.starts, items_D, self.negatives.shared)
-            if self.alone is not None:  # nothing of the others is predicted
-                negatives = [rows if number == self.alone else rows[:0] for number, rows in enumerate(negatives)]
-        else:
-            user_N = np.append(np.repeat(number_B, whole_B[: len(number_B)]), np.zeros(2 * missing, np.int64))
-            position_N = np.append(position_N, np.tile([0, 1], missing))
-            negatives = target_negatives(
+        negatives = shared
+        if negatives is None:
+            real = len(kept_N) - 2 * missing  # those that fill up come last, and are not trimmed
+            drawn = target_negatives(
                 seed,
                 epoch,
-                user_N[kept_N],
-                position_N[kept_N],
-                items_N,
-                domain_N,
+                np.repeat(number_B, whole_B)[kept_N[:real]],
+                position_N[kept_N[:real]],
+                items_N[:real],
+                domain_N[:real],
                 dataset.starts,
                 items_D,
                 self.negatives.per_target,
             )
-        return build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling, ticks_N)
+            negatives = np.concatenate([drawn, np.full((2 * missing, self.negatives.per_target), filler)])
+        weight_B = real_B.astype(np.float32)
+        batch = build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling, ticks_N)
+        batch = replace(batch, candidates=self._candidates(epoch, step, number_B))
+        return batch if len(looked_up) else without_look_up(batch)
+
+    def _candidates(self, epoch, step, number_B):
+        """This rank's part of those who stand for all users of the step; None where all stand for themselves."""
+        if not self.candidates:
+            return None
+        users_U, _ = self.plan.batch(epoch, step)
+        if len(users_U) <= self.candidates:
+            return None
+        lengths_UD = self.plan.dataset.lengths[users_U]
+        return draw_candidates(self.plan.seed, epoch, step, users_U, lengths_UD, number_B, self.candidates)
 
 
 def training_part(dataset, users, domain=""):
@@ -267,9 +302,13 @@ def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None =
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
+    looked_at = not workers
     for batch in loader:
         if isinstance(batch, _Refusal):
             raise InputError(batch.reason, one_rank=True)
+        if not looked_at and isinstance(batch, Packed):
+            refuse_small_shared_memory(len(batch.piece), workers, config.prefetch, batches.plan.world_size)
+            looked_at = True
         yield unpack(batch) if isinstance(batch, Packed) else batch
 
 

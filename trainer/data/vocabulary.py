@@ -2,16 +2,12 @@
 
 import numpy as np
 
+from trainer.data.dataset import Dataset
 
-def item_counts(dataset):
-    """Interactions of each row of M in the training part, int64 (num_embeddings,); 0 for rows kept for later items."""
-    import pyarrow.parquet as pq  # not for the settings, which are imported with this module
 
-    counts = np.zeros(dataset.num_embeddings, np.int64)
-    for domain in dataset.domains:
-        table = pq.read_table(dataset.local(domain.vocabulary), columns=["row", "count"])
-        counts[table["row"].to_numpy()] = table["count"].to_numpy()
-    return counts
+def item_counts(dataset: Dataset) -> np.ndarray:
+    """`Dataset.item_counts`, which is read once in a process."""
+    return dataset.item_counts
 
 
 def item_ids(dataset, domain):

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from trainer.errors import InputError
+from trainer.files import flush, move_folder, write_json
 
 
 class Work:
@@ -44,7 +45,7 @@ class Work:
                 )
             if fresh or known != facts:
                 self._empty()
-                _write(path, facts)
+                write_json(path, facts)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
         except OSError as error:
@@ -80,7 +81,8 @@ class Work:
         """Makes a finished stage's folder the output, and takes the rest away."""
         if self.output.is_dir():
             self.output.rmdir()
-        self.path(stage).rename(self.output)
+        self.path(stage).rename(self.output)  # what is in it was flushed with the stage
+        flush(self.output.parent)
         self.discard()
 
     def discard(self):
@@ -129,7 +131,7 @@ def finished_whole(folder: Path, writer=""):
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(folder)
+        move_folder(partial, folder)
     except BaseException:
         if writer:
             shutil.rmtree(partial, ignore_errors=True)
@@ -152,9 +154,3 @@ def _read(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _write(path, facts):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    partial.rename(path)

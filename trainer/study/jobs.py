@@ -24,9 +24,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trainer.checkpoint import write_json
 from trainer.data.dataset import Dataset
 from trainer.errors import InputError, Stopped
+from trainer.files import write_json
 from trainer.log import HEADLINE, METRICS_FILE, duration, number, read_records
 from trainer.rank import RANKS
 from trainer.study.plan import Job, StudyConfig

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.checkpoint import write_json
 from trainer.errors import InputError
+from trainer.files import move_folder, write_json
 from trainer.study.hand_over import hand_over, write_log
 from trainer.study.handed import Handed
 from trainer.user_ranks import write_ranks
@@ -168,7 +168,7 @@ def _handed(dataset, folder, task) -> Handed:
         write_log(hand_over(dataset, partial, task["evaluation_seed"], task["negatives"]))
         write_json(partial / "about.json", about)
         try:
-            partial.rename(folder)
+            move_folder(partial, folder)
         except OSError:  # another run was faster
             if not folder.is_dir():
                 raise

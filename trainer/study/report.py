@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from trainer import plots
-from trainer.checkpoint import write_text
+from trainer.files import write_text
 from trainer.log import HEADLINE, METRICS_FILE, printable, read_records
 from trainer.page import rendered, table_page
 from trainer.study.results import RANKINGS

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.checkpoint import write_json
 from trainer.data.dataset import Dataset
 from trainer.errors import InputError
+from trainer.files import write_json
 from trainer.study.jobs import Jobs
 from trainer.study.plan import Job, StudyConfig, combinations, jobs_of, recbole_jobs, swept
 from trainer.study.results import Found, gathered, popularity

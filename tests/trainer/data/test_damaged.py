@@ -409,7 +409,8 @@ def test_a_batch_without_any_user_keeps_its_place_and_moves_nothing(tmp_path):
     assert nobody and all(one.skipped == 2 and one.batch.weight_B.tolist() == [0, 0] for one in nobody)
     assert sum(one.skipped for one in fed) == 2 * 30
     model, batch = SyNCRec(ModelConfig(dim=8, ffn_dim=8), 2), nobody[0].batch
-    rows = torch.randn(len(batch.ids), 8, requires_grad=True)
+    assert len(batch.distinct) == 0  # Adam would move a row that is looked up
+    rows = torch.randn(len(batch.place), 8, requires_grad=True)
     loss, _ = model(batch, rows)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

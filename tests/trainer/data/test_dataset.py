@@ -211,3 +211,18 @@ def test_another_folder_is_no_dataset(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="not a dataset folder"):
             Dataset.load(folder)
+
+
+def test_contents_are_compared_by_one_process_of_a_host_and_sizes_by_all(dataset):
+    for file in dataset.files:
+        path = dataset.folder / file.name
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(InputError, match=rf"{file.name}: its sha256"):
+            Dataset.load(dataset.folder)
+        assert Dataset.load(dataset.folder, check_contents=False) == dataset
+        path.write_bytes(content + b"x")
+        for check_contents in (True, False):
+            with pytest.raises(InputError, match=rf"{file.name} has \d+ bytes"):
+                Dataset.load(dataset.folder, check_contents=check_contents)
+        path.write_bytes(content)

@@ -1,12 +1,17 @@
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 
 from syncrec.batch import build_batch, map_tensors, move
 from tests.trainer.data.test_stream import assert_same
-from trainer.data.handover import Packer, unpack
+from trainer.data.handover import Packer, refuse_small_shared_memory, unpack
 from trainer.data.stream import Fed
+from trainer.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -115,3 +120,54 @@ def test_what_a_worker_sends_stays_as_it_is_while_it_is_held():
             held.pop(len(held) // 2)
         assert all((value.ids == kept).all() and (value.square == kept).all() for kept, value in held)
     assert number == 199
+
+
+class Facts:
+    f_blocks, f_bavail, f_frsize = 2**14, 2**13, 2**12  # 64 MiB, half of them free
+
+
+def test_shared_memory_that_the_loaders_do_not_fit_into_is_refused_with_what_they_need(monkeypatch):
+    monkeypatch.setattr("trainer.data.handover.os.statvfs", lambda path: Facts if path == "/dev/shm" else None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError) as error:
+        refuse_small_shared_memory(2**20, workers=2, prefetch=4, world_size=64)
+    told = r"/dev/shm has 64\.0 MiB, 32\.0 MiB .* need 80\.0 MiB \(8 ranks x 10 batches x 1\.0 MiB\): .*--shm-size"
+    assert re.search(told, str(error.value)) and error.value.one_rank
+    for fits in ({"workers": 2, "prefetch": 3}, {"workers": 1, "prefetch": 6}):
+        refuse_small_shared_memory(2**20, world_size=64, **fits)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    refuse_small_shared_memory(2**20, workers=2, prefetch=4, world_size=64)
+
+
+def test_a_system_without_such_a_folder_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr("trainer.data.handover.SHARED_MEMORY", "/nowhere/at/all")
+    refuse_small_shared_memory(2**60, workers=2, prefetch=4, world_size=64)
+
+
+FULL = """
+from dataclasses import dataclass
+import torch
+from trainer.data.handover import Packer
+from trainer.errors import InputError
+@dataclass(frozen=True)
+class Value:
+    tensor: torch.Tensor
+try:
+    Packer()(Value(torch.zeros(10**6)))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_full_shared_memory_is_said_in_a_line():
+    """In a mount namespace of its own, with a small /dev/shm."""
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$0" "$@"']
+    try:
+        possible = subprocess.run([*mount, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("no mount namespaces here")
+    ended = subprocess.run([*mount, sys.executable, "-c", FULL], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"^/dev/shm has 64 KiB, .* not enough for one more batch of 4\.8 MiB .*--shm-size", ended.stdout)

@@ -1,5 +1,10 @@
+import errno
+import hashlib
+import itertools
 import os
+import resource
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +14,10 @@ from hypothesis import strategies as st
 
 from tests.trainer.made import draw_histories, spoil_block, write_dataset
 from trainer.data import histories as module
+from trainer.data.dataset import Dataset
 from trainer.data.histories import Histories, read_users
 from trainer.data.plan import Plan
+from trainer.data.source import SourceConfig
 from trainer.errors import InputError
 
 USERS = 57
@@ -147,3 +154,116 @@ def test_a_rank_that_others_give_users_to_decodes_few_blocks_more(tmp_path, deco
                 away += sum(60 * (number // 60) not in home for number in users.number_B.tolist())
             assert away and len(decoded) == len(set(decoded))
             assert len(decoded) <= 4 + 2 * 3  # two streams of each other rank
+
+
+def test_each_shard_is_hashed_by_its_home_rank_alone(tmp_path, monkeypatch):
+    """Others, who take over some of its users, check the blocks that they read."""
+    histories = draw_histories(960, longest=40)
+    dataset = write_dataset(tmp_path / "data", histories, cuts=range(60, 960, 60), streams=16, block_users=60)
+    plan = Plan(dataset, 240, 8, seed=3, max_length=30)
+    hashed, opened = Counter(), Counter()
+    digest = hashlib.file_digest
+
+    def noted(stream, name):
+        hashed[os.path.basename(stream.name)] += 1
+        return digest(stream, name)
+
+    def opening(dataset, shard, *arguments):
+        opened[shard.name] += 1
+        return module.ShardFile(dataset, shard, *arguments)
+
+    monkeypatch.setattr("trainer.data.shards.hashlib.file_digest", noted)
+    for rank in range(8):
+        reading = Histories.of_plan(plan, open_shard=opening)
+        for step in range(plan.steps(0)):
+            reading.read(plan.users(0, step, rank), plan.home_shards(0, rank))
+        reading.close()
+    assert sum(opened.values()) > 20
+    assert sorted(hashed.values()) == [1] * 16
+
+
+def test_a_foreign_shard_is_compared_once_it_is_at_home(tmp_path):
+    """A byte beside its blocks: their checksums know nothing of it."""
+    dataset = make(tmp_path)
+    path = dataset.folder / dataset.shards[1].name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    histories = Histories(dataset, 4)
+    assert by_user(histories.read(np.array([0, 9, 10]), {0})) == expected([0, 9, 10])
+    with pytest.raises(InputError, match=r"000001\.tar: its sha256"):
+        histories.read(np.array([15]), {1})
+    histories.close()
+    said = []
+    skipping = Histories(dataset, 4, report=said.append)
+    for home in ({0}, {1}, {1}):
+        for numbers in ([9], [15]):
+            assert by_user(skipping.read(np.array(numbers), home)) == expected(numbers)
+    assert len(said) == 1 and "its sha256 is not the one" in said[0]
+    skipping.close()
+
+
+@pytest.fixture
+def few_files():
+    """few_files(n): this process may open so many more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def leave(more):
+        names = os.listdir("/proc/self/fd")  # one of them is of the listing itself
+        taken = {int(name) for name in names if os.path.exists(f"/proc/self/fd/{name}")}
+        free = itertools.filterfalse(taken.__contains__, itertools.count())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, more, None)), hard))
+
+    yield leave
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_where_few_files_may_be_open_older_ones_are_closed(dataset, few_files, skips):
+    said = []
+    histories = Histories(dataset, 1, report=said.append if skips else None)
+    few_files(2)
+    for numbers in ([0, 10, 20, 30, 40, 50], [50, 40, 30], [9, 55, 20]):
+        assert by_user(histories.read(np.array(numbers))) == expected(numbers)
+    assert said == []
+    histories.close()
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_no_file_at_all_is_no_damage(dataset, few_files, skips):
+    said = []
+    histories = Histories(dataset, 1, report=said.append if skips else None)
+    few_files(0)
+    with pytest.raises(InputError, match=r"000000\.tar cannot be opened: too many files .* may have \d+: .*ulimit -n"):
+        histories.read(np.array([0]))
+    assert said == []
+
+
+def test_no_file_for_the_cache_is_said_as_such(dataset, tmp_path, few_files):
+    """And not as a folder that cannot be written."""
+    address = f"pipe:cat {dataset.folder}/{{}}"
+    histories = Histories(Dataset.load(address, source_config=SourceConfig(cache=str(tmp_path))), 1)
+    few_files(0)
+    with pytest.raises(InputError, match=r"cannot be opened: too many files are open"):
+        histories.read(np.array([0]))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT])
+@pytest.mark.parametrize("when", ["opening", "reading"])
+def test_a_disk_or_mount_that_does_not_answer_is_no_damage(dataset, monkeypatch, number, when):
+    """Where damage is skipped too: its users are sound, and there again in a moment."""
+
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    said = []
+    histories = Histories(dataset, 1, report=said.append)
+    if when == "reading":
+        assert len(histories.read(np.array([0])).number_B) == 1
+        monkeypatch.setattr("trainer.data.shards.os.pread", fails)
+    else:
+        monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(InputError, match=r"000000\.tar cannot be read \(.*\): look after its disk or mount"):
+        histories.read(np.array([5]))
+    monkeypatch.undo()
+    assert said == []
+    histories.close()

@@ -246,6 +246,23 @@ def test_another_seed_only_shuffles_the_users(tmp_path):
     assert datasets[0].fingerprint != datasets[1].fingerprint
 
 
+def test_processes_map_the_rows_of_items_in_place_of_a_copy_each(tmp_path, monkeypatch):
+    log = write(tmp_path / "log.csv", some_rows())
+    several_parts(monkeypatch)
+    write_part, maps = trainer.data.prepare.write_part, []
+
+    def looking(*arguments, **options):
+        maps.append(Path("/proc/self/maps").read_text())
+        return write_part(*arguments, **options)
+
+    monkeypatch.setattr(trainer.data.prepare, "write_part", looking)
+    run(tmp_path / "out", log, processes=1)
+    assert len(maps) > 2
+    for text in maps:
+        lines = [line for line in text.splitlines() if line.endswith("/rows/row_of.npy")]
+        assert lines and all(line.split()[1].startswith("r-") for line in lines)
+
+
 @pytest.fixture
 def large_log(tmp_path):
     count = 3_000_000
@@ -640,7 +657,13 @@ def counted(monkeypatch, name, fail_at=None):
 
 @pytest.mark.parametrize(
     ("name", "fail_at", "done"),
-    [("number_ids", 0, []), ("_divide", 0, ["ids"]), ("write_part", 2, ["ids", "events"]), ("assemble", 0, ["ids", "events"])],
+    [
+        ("number_ids", 0, []),
+        ("_divide", 0, ["ids"]),
+        ("_write_rows", 0, ["ids", "events"]),
+        ("write_part", 2, ["ids", "events", "rows"]),
+        ("assemble", 0, ["ids", "events", "rows"]),
+    ],
 )
 def test_a_failed_preparation_goes_on_from_what_was_finished(tmp_path, monkeypatch, name, fail_at, done):
     log = write(tmp_path / "log.csv", some_rows())

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter, defaultdict, deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -834,3 +835,17 @@ def test_places():
 def test_settings_that_cannot_be_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"stream\.{name} is {value}: give "):
         SourceConfig(**{name: value})
+
+
+def test_a_server_sends_nobody_away_from_http(server, load):
+    server.always[FILE_NAME] = status(302, Location=f"ftp://127.0.0.1:{server.server_port}/x")
+    with pytest.raises(NotFetched, match=r"dataset\.json cannot be fetched: it redirects from http to ftp:"):
+        load(server.address)
+    assert len(server.asked) == 1
+
+
+def test_a_server_sends_nobody_from_https_to_http():
+    request = urllib.request.Request("https://host/folder")
+    with pytest.raises(source._Failure, match="it redirects from https to http"):
+        source._Redirects().redirect_request(request, None, 302, "", {}, "http://host/folder")
+    assert source._Redirects().redirect_request(request, None, 302, "", {}, "https://other/folder").host == "other"

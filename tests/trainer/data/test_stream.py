@@ -123,6 +123,76 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(dataset, w
     assert any(alone[0, user][1] != alone[1, user][1] for user in range(57))  # drawn anew each epoch
 
 
+@settings(max_examples=12)
+@given(
+    world_size=st.integers(1, 3),
+    batch_size=st.integers(3, 9),
+    balance=st.booleans(),
+    negatives=st.sampled_from([NegativesConfig(per_target=2), NegativesConfig(shared=3)]),
+    domain=st.sampled_from(["", "domain 1"]),
+    max_length=st.sampled_from([1, 6]),
+)
+def test_who_only_fills_up_looks_up_nothing(dataset, world_size, batch_size, balance, negatives, domain, max_length):
+    """A rank's rows are those of its real users, and the negatives that all ranks share; in every step of an epoch."""
+    options = {"negatives": negatives, "domain": domain, "max_length": max_length, "balance": balance}
+    steps = Plan(dataset, batch_size, world_size, 4).steps(0)
+    for rank in range(world_size):
+        for batch in take_any(batches_of(dataset, batch_size, rank, world_size, **options), steps):
+            fill = int((batch.weight_B == 0).sum())
+            own = len(batch.place) - batch.interactions if batch.negatives is None else 0
+            real = torch.arange(batch.interactions) < batch.interactions - 2 * fill
+            if own:
+                counted = torch.cat([real, torch.ones(own, dtype=torch.bool)])
+            else:
+                counted = torch.cat([real, real.repeat_interleave(batch.negatives)])
+            assert batch.distinct.tolist() == sorted({int(batch.distinct[place]) for place in batch.place[counted]})
+            vectors = batch.vectors_of_uses(torch.arange(1.0, len(batch.distinct) + 1).unsqueeze(1))
+            assert vectors.shape == (len(batch.place), 1) and (vectors[counted] > 0).all()
+            assert batch.gradient_of_rows(vectors).shape == (len(batch.distinct), 1)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(dataset, size, balance):
+    """The candidates of a step by domain, in their order; each has the domain, and there are others in the next step."""
+    histories = draw_histories(57)
+    steps = Plan(dataset, 8, 1, 4).steps(0)
+    lists = []
+    for world_size in (1, 2, 3):
+        by_place = [{} for _ in range(steps)]
+        for rank in range(world_size):
+            plan = Plan(dataset, 8, world_size, 4, balance=balance)
+            batches = TrainBatches(plan, rank, 0, LONG, "mean", NegativesConfig(), HERE, size).at(0)
+            for number, fed in zip(range(steps), batches, strict=False):
+                users_U, _ = plan.batch(0, number)
+                if len(users_U) <= size:
+                    assert fed.batch.candidates is None
+                    continue
+                candidates = fed.batch.candidates
+                assert candidates.size == size
+                for slot, place in zip(candidates.slot_C.tolist(), candidates.place_C.tolist(), strict=True):
+                    user, domain = fed.users_B[slot // 2], slot % 2
+                    assert place not in by_place[number] and place // size == domain
+                    assert domain in domains_of(dataset, histories[user][:-2] if len(histories[user]) > 2 else histories[user])
+                    by_place[number][place] = int(user)
+        lists.append(by_place)
+    assert lists[0] == lists[1] == lists[2]
+    plan = Plan(dataset, 8, 1, 4)
+    for number, by_place in enumerate(lists[0]):
+        users_U, _ = plan.batch(0, number)
+        with_domain = (dataset.lengths[users_U] > 0).sum(0)
+        taken = np.minimum(with_domain, size) if len(users_U) > size else np.zeros(2, int)
+        assert len(by_place) == taken.sum()
+    batches = TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(), HERE)
+    assert all(fed.batch.candidates is None for _, fed in zip(range(steps), batches, strict=False))
+
+
+def take_any(fed, count):
+    batches = [one.batch for one in itertools.islice(fed, count)]
+    fed.close()
+    return batches
+
+
 def test_shared_negatives_are_those_of_the_step_on_every_rank(dataset):
     negatives = NegativesConfig(shared=3)
     runs = [
@@ -360,6 +430,17 @@ def test_a_worker_does_not_collect_what_its_parent_left(tmp_path):
         gc.enable()
     gc.collect()
     assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+class Small:
+    f_blocks, f_bavail, f_frsize = 4, 4, 2**10
+
+
+def test_what_loaders_need_of_shared_memory_is_looked_at_before_the_first_batch(dataset, monkeypatch):
+    monkeypatch.setattr("trainer.data.handover.os.statvfs", lambda path: Small)
+    with pytest.raises(InputError, match=r"/dev/shm has 4 KiB, .* the loaders need .* \(1 ranks x 6 batches x "):
+        next(batches_of(dataset, 8, workers=2))
+    assert next(batches_of(dataset, 8, workers=0))
 
 
 @pytest.mark.parametrize(("key", "value"), [("workers", -2), ("prefetch", 0)])

@@ -35,12 +35,13 @@ def prepare():
 
 
 def train():
-    """A run."""
+    """A run, tested at its end."""
     given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
     run = Path(given["run"])
     run.mkdir(exist_ok=True)
     _called("train", run.parent)
     (run / "begun-with.txt").write_text(given.get("warm_start", ""))
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "test", "step": 3}) + "\n")
 
 
 def publish():
