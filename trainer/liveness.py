@@ -21,7 +21,7 @@ from trainer.process import end_process
 
 _KEY = "liveness"
 _REACH = 5.0  # seconds in which an address answers
-_OTHERS_SPEAK = 2.0  # seconds in which ranks that meet the same say so
+_OTHERS_SPEAK = 5.0  # seconds in which ranks that meet the same say so
 _NEWS_TRAVELS = 0.2  # seconds in which a cause comes beside its consequences
 _NEWS = 3.0  # seconds from the backend's error to the news of who is gone
 # Seconds that the main thread has to end by itself, before the process is ended where it waits.
@@ -262,7 +262,7 @@ class OtherRank(Liveness):
         if not self._send(True, _line(error), error.status):
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._news is not None, _BY_ITSELF)
+            self._changed.wait_for(lambda: self._news is not None, _OTHERS_SPEAK + _BY_ITSELF)
             said = self._said
             agreed = self._agreed
         error.said = said and (agreed or self._first_host == self._host)
