@@ -10,8 +10,9 @@ VENV := .venv/bin
 demo: .venv/.ready
 	$(VENV)/python launch/demo.py --output .demo
 
+# Two files of tests at a time: most of a test's time is one core's.
 test: .venv/.ready lint
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow

@@ -45,8 +45,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # pyspark, which wants Java 17: so that CI compares the two engines byte for byte. Without them those tests are skipped.
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff", *SPARK],
+        # pytest-xdist runs test files on two cores. pyspark, which wants Java 17: so that CI compares the two engines byte for byte. Without them those tests are skipped.
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff", *SPARK],
         "spark": SPARK,
         "index": ["faiss-cpu>=1.9"],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
         # What the benchmarks' peers need stands in benchmarks/peers.txt: RecBole cannot share an environment with NumPy 2.
