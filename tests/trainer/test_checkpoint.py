@@ -73,7 +73,8 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(i
     if scenario == "a further step":  # nothing that writes went unseen, and both outcomes are there
         with_halves = {"save_file", "open"}
         assert kinds == (with_halves if how == "torn" else with_halves | {"mkdir", "fsync", "rename", "remove", "rmdir"})
-        assert {case["step"] for case in cases} == {2, 3}
+        # Nothing that needs room is written once the new checkpoint is seen.
+        assert {case["step"] for case in cases} == ({2} if how == "torn" else {2, 3})
     for case in cases:
         if how != "full":
             assert not case["passed"] and not case["error"], case
