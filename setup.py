@@ -45,7 +45,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # pytest-xdist runs test files on two cores. pyspark, which wants Java 17: so that CI compares the two engines byte for byte. Without them those tests are skipped.
+        # pytest-xdist: two files of tests at a time. pyspark, which wants Java 17: so that CI compares
+        # the two engines byte for byte; without them those tests are skipped.
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff", *SPARK],
         "spark": SPARK,
         "index": ["faiss-cpu>=1.9"],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
