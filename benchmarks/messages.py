@@ -23,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import suite, traffic
 from benchmarks.groups import Group
 
+# Sums over ranks in a step, where a sample of users stands for all: the candidates' vectors, their
+# gradients, and which of them there are.
+_OF_SAMPLE = {"SC-MIM": 1, "SC-MIM gradients": 1, "φ, λ and means": 2}
 _AGREEMENT = "agreement of its own, until 2026-11"  # now it travels with "clip, check, signals"
 
 
@@ -88,15 +91,20 @@ def counted(settings: Settings, ranks: int) -> dict:
 def reckoned(settings: Settings, counted: dict, ranks: int) -> dict:
     """What a rank of so many would send in a step with `reckoned_users` users each, by formula."""
     rows = counted["rows"]["asked"] / settings.users * settings.reckoned_users
+    sampled = 0 < counted["model"]["candidates"] < ranks * settings.reckoned_users
     foreign = rows * (ranks - 1) / ranks
     expected = formula(settings, counted["model"], ranks, settings.reckoned_users, foreign)
     parts = {}
     for name, part in counted["parts"].items():
-        messages = part["collectives"] * traffic.messages(part["kind"], ranks)
+        collectives = part["collectives"]
+        kind = part["kind"]
+        if sampled and name in _OF_SAMPLE:
+            collectives = _OF_SAMPLE[name]
+            kind = "all_reduce"
         parts[name] = {
-            "collectives": part["collectives"],
+            "collectives": collectives,
             "bytes": expected.get(name, 0.0),
-            "messages": messages,
+            "messages": collectives * traffic.messages(kind, ranks),
         }
     return {"ranks": ranks, "rows": rows, "parts": parts}
 
@@ -111,6 +119,7 @@ def formula(settings, model, ranks, users, foreign):
         model["weights"],
         model["zero_stage"],
         foreign,
+        model["candidates"],
     )
 
 

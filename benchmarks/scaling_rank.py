@@ -112,13 +112,14 @@ class Rank:
         return {name: statistics.mean(counts) for name, counts in found.items()}
 
     def model(self):
-        """Trained weights of the dense model, the ZeRO stage in force, width and domains."""
+        """Trained weights of the dense model, the ZeRO stage in force, width, domains, SC-MIM's candidates."""
         weights = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
         return {
             "weights": weights,
             "zero_stage": self.trainer.engine.zero_optimization_stage(),
             "dim": self.settings.model.dim,
             "domains": self.settings.domains,
+            "candidates": self.settings.model.mutual_information_candidates,
         }
 
     def link(self):

@@ -85,7 +85,8 @@ class Cluster:
 @dataclass(frozen=True)
 class Load:
     """A rank's share of a step, whatever the number of ranks: tokens, users, rows looked up; and the model: domains, width,
-    trained weights of the dense part, ZeRO stage, SC-MIM's other users those of all ranks or of this one."""
+    trained weights of the dense part, ZeRO stage, SC-MIM's other users those of all ranks or of this one, or so many
+    candidates a domain that stand for all."""
 
     tokens: float
     users: int
@@ -95,20 +96,28 @@ class Load:
     weights: int
     zero_stage: int
     global_negatives: bool = True
+    candidates: int = 0
 
 
 def cluster_step(load, cluster, gpus, between_gbit, tokens_per_second):
     """Seconds of a step by part, {"compute", "SC-MIM's pairs", "rows", "dense", "SC-MIM", "messages"}, with nothing overlapped.
 
     - compute: the rank's tokens at `tokens_per_second`, times the imbalance.
-    - SC-MIM's pairs: a rank's users against those of all other ranks: 6 · users² · (ranks − 1) · domains · width operations;
-      those against its own are in its tokens' time.
+    - SC-MIM's pairs: a rank's users against the other candidates: 6 · users · candidates · domains · width operations;
+      those against as many as its own are in its tokens' time.
     - rows (ids, rows, their gradients; all-to-all): what goes to other hosts passes the host's own cable, that of all its GPUs.
     - dense, SC-MIM (rings): inside a host at the GPUs' links; between hosts once for each host.
     - messages: so much for each hop of each collective, and for each rank of an all-to-all.
     """
     by_part = traffic.expected(
-        gpus, load.dim, load.domains, load.users, load.weights, load.zero_stage, load.rows * (gpus - 1) / gpus
+        gpus,
+        load.dim,
+        load.domains,
+        load.users,
+        load.weights,
+        load.zero_stage,
+        load.rows * (gpus - 1) / gpus,
+        load.candidates,
     )
     if not load.global_negatives:
         by_part = {part: 0 if part.startswith("SC-MIM") else sent for part, sent in by_part.items()}
@@ -127,7 +136,11 @@ def cluster_step(load, cluster, gpus, between_gbit, tokens_per_second):
     rows = sum(by_part[part] for part in ("numbers of ids", "ids", "rows", "row gradients"))
     dense = sum(by_part.get(part, 0) for part in ("dense gradients", "dense weights"))
     information = by_part["SC-MIM"] + by_part["SC-MIM gradients"]
-    pairs = 6 * load.users**2 * (gpus - 1) * load.domains * load.dim if load.global_negatives else 0
+    compared = load.users * gpus
+    if load.candidates:
+        compared = min(compared, load.candidates)
+    others = max(0, compared - load.users) if load.global_negatives else 0
+    pairs = 6 * load.users * others * load.domains * load.dim
     hops, collectives = math.ceil(math.log2(gpus)), len(by_part)
     exchanges = 5  # all-to-alls: numbers, lengths, ids, rows, gradients
     return {

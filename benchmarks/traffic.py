@@ -52,6 +52,7 @@ _PARTS = {
     "start_sum": "φ, λ and means",
     "gather": "SC-MIM",
     "check": "clip, check, signals",
+    "collect": "SC-MIM",
 }
 
 
@@ -193,10 +194,11 @@ def _part(kind, tensor):
     return "others"
 
 
-def expected(world, dim, domains, users, weights, zero_stage, foreign):
+def expected(world, dim, domains, users, weights, zero_stage, foreign, candidates=0):
     """{part: bytes that a rank sends in a step, the mean over ranks}, by formula.
 
-    users: of a rank; weights: trained weights of the dense model; foreign: rows that a rank looks up at others, the mean over
+    candidates: users a domain that stand for all of a larger batch in SC-MIM; 0: all do for themselves. users: of a rank;
+    weights: trained weights of the dense model; foreign: rows that a rank looks up at others, the mean over
     ranks. Reductions of a few numbers are in it, so that nothing is missing.
     """
     if world == 1:
@@ -215,6 +217,11 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign):
         "dense gradients": 2 * others * 4 * weights,
         "clip, check, signals": 2 * others * _CHECKED * 8,
     }
+    if 0 < candidates < world * users:
+        sample = 2 * others * 4 * domains * candidates * dim  # summed into their places
+        found["SC-MIM"] = sample
+        found["SC-MIM gradients"] = sample
+        found["φ, λ and means"] += 2 * others * 8 * domains * (candidates + 1)  # which of them there are; users by domain
     if zero_stage in (1, 2):
         found["dense weights"] = others * 4 * weights
     return found

@@ -7,7 +7,7 @@ from benchmarks import messages, traffic
 SETTINGS = messages.Settings([2], [64], users=4, reckoned_users=8, exponent=0.0, step=[])
 COUNTED = {
     "ranks": 2,
-    "model": {"dim": 16, "domains": 3, "weights": 1000, "zero_stage": 0},
+    "model": {"dim": 16, "domains": 3, "weights": 1000, "zero_stage": 0, "candidates": 0},
     "rows": {"asked": 100.0, "foreign": 50.0},
     "parts": {
         "rows": {
@@ -48,3 +48,13 @@ def test_the_table_has_every_part_and_the_agreement_that_there_was():
     assert "| rows" in shown and "3,200 (3,200)" in shown
     assert "agreement of its own" in shown and "1,022" in shown
     assert "all " in shown and "3,256" in shown
+
+
+def test_a_sample_of_users_is_sent_alike_by_any_number_of_ranks():
+    counted = COUNTED | {"model": COUNTED["model"] | {"candidates": 100}}
+    mim = {"collectives": 2.0, "bytes": 1.0, "messages": 2.0, "formula": 1.0, "kind": "all_gather"}
+    counted["parts"] = COUNTED["parts"] | {"SC-MIM": mim}
+    few, many = (messages.reckoned(SETTINGS, counted, ranks)["parts"]["SC-MIM"] for ranks in (64, 512))
+    assert few["collectives"] == many["collectives"] == 1
+    assert many["bytes"] == pytest.approx(2 * 4 * 3 * 100 * 16, rel=0.01)
+    assert few["bytes"] == pytest.approx(many["bytes"], rel=0.02)
