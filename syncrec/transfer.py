@@ -121,7 +121,9 @@ def _shared_out(share, logits_D, present_D):
         falling_D, order_D = softmax_D.sort(descending=True, stable=True)
         # What the least of the first n would get if these alone were above the floor, for every n.
         rest_D = share - (count - 1 - by_rank) * floor
-        above_D = (rest_D * falling_D / falling_D.cumsum(0) >= floor) & (by_rank < count)
+        # Not by cumsum, which has no deterministic way on CUDA: row d has the weights up to the d-th.
+    sums_D = falling_D.expand(len(falling_D), -1).tril().sum(1)
+    above_D = (rest_D * falling_D / sums_D >= floor) & (by_rank < count)
         rank_D = torch.empty_like(order_D).scatter_(0, order_D, by_rank)
         above = above_D.sum(dtype=torch.float64).maximum(count.clamp(max=1))
         free_D = present_D & (rank_D < above)

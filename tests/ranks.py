@@ -15,10 +15,15 @@ def cpu_environment(**more: str) -> dict[str, str]:
     return os.environ | ON_CPU | more
 
 
-def run_on_cpu_ranks(ranks: int, module: str, *arguments) -> str:
-    """Runs a module by torchrun, on so many ranks of this host; returns what they printed."""
+def start_on_cpu_ranks(ranks: int, module: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs a module by torchrun, on so many ranks of this host, to its end."""
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=300)
+
+
+def run_on_cpu_ranks(ranks: int, module: str, *arguments) -> str:
+    """The same, which has to end well; returns what they printed."""
+    done = start_on_cpu_ranks(ranks, module, *arguments)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout

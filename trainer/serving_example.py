@@ -31,7 +31,7 @@ _MEMBER = re.compile(
 _NAME = r"[A-Za-z_]\w*"
 _PATH = r"(?:[A-Za-z]\w*(?:\.\w+)*)?"
 _OPERATORS = (
-    "_assert_tensor_metadata|abs|add|alias|amax|arange|bitwise_and|bitwise_not|bmm|bucketize|cat"
+    "_assert_tensor_metadata|abs|add|addmm|alias|amax|arange|bitwise_and|bitwise_not|bmm|bucketize|cat"
     "|chunk|clamp|clamp_max|clamp_min|clone|contiguous|cos|cumsum|detach|div|einsum|embedding|eq"
     "|exp|expand|flatten|full|full_like|gather|ge|gelu|gt|index|index_select|layer_norm|le|lerp"
     "|linear|logical_and|logical_not|lt|masked_fill|matmul|max|mean|min|minimum|maximum|mul|ne|neg"

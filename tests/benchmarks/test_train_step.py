@@ -38,7 +38,7 @@ def models(config, rows, domains, dtype=torch.float64, plain=False):
     for parameter in packed.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     if packed.correction is not None:
-        packed.correction.lambda_D = torch.rand(domains, dtype=dtype)
+        packed.correction.lambda_D = torch.rand(domains, dtype=dtype).softmax(0)  # loading evens out any other
     table = torch.randn(rows, config.dim, dtype=dtype)
     padded = PaddedSyNCRec(config, domains, rows, plain).to(dtype)
     copy_weights(packed, table, padded)

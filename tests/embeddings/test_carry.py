@@ -1,9 +1,6 @@
 """Rows of a saved table found again at their new places, to the bit, by other numbers of ranks."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from embeddings.table import ItemTable
 from tests.alone import group_of_one
 from tests.embeddings import carry_worker
 from tests.embeddings.carry_worker import CONFIG, DIM, FRESH, GROUPS, NEW, OLD, mapping
-from tests.ranks import ROOT, cpu_environment
+from tests.ranks import run_on_cpu_ranks, start_on_cpu_ranks
 
 SAVED, CARRIED = (1, 3), (1, 2, 3)
 
@@ -25,14 +22,7 @@ def with_ranks(ranks, what, folder, *saved):
         with group_of_one():
             getattr(carry_worker, what)(folder, *saved)
         return
-    done = start(ranks, what, folder, *saved)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
-def start(ranks, what, folder, *saved):
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, "-m", "tests.embeddings.carry_worker", what, folder, *saved]
-    return subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120)
+    run_on_cpu_ranks(ranks, "tests.embeddings.carry_worker", what, folder, *saved)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +89,7 @@ def test_a_rank_that_cannot_read_ends_all(folder, tmp_path):
     shutil.copytree(folder / "saved-3", tmp_path / "saved-3")
     file = tmp_path / "saved-3" / "table-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    done = start(2, "carry", tmp_path, tmp_path / "saved-3")
+    done = start_on_cpu_ranks(2, "tests.embeddings.carry_worker", "carry", tmp_path, tmp_path / "saved-3")
     assert done.returncode != 0 and "SafetensorError" in done.stderr
     assert "another rank cannot read its rows" in done.stderr
 

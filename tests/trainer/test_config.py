@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.alone import group_of_one
 from trainer.config import RunConfig, flat, load_config, to_yaml
 from trainer.errors import InputError
 from trainer.rank import rank_run
@@ -198,5 +199,5 @@ def test_what_is_secret_in_an_address_is_not_kept(tmp_path):
     assert config.data == "https://user:pa55@host/folder?key=pa55"
     assert "pa55" not in to_yaml(config) and "pa55" not in str(flat(config)) and "host/folder" in to_yaml(config)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    with pytest.raises(InputError, match="give it as --data"):
+    with group_of_one(), pytest.raises(InputError, match="give it as --data"):
         rank_run(tmp_path, None)
