@@ -122,8 +122,8 @@ def _shared_out(share, logits_D, present_D):
         # What the least of the first n would get if these alone were above the floor, for every n.
         rest_D = share - (count - 1 - by_rank) * floor
         # Not by cumsum, which has no deterministic way on CUDA: row d has the weights up to the d-th.
-    sums_D = falling_D.expand(len(falling_D), -1).tril().sum(1)
-    above_D = (rest_D * falling_D / sums_D >= floor) & (by_rank < count)
+        sums_D = falling_D.expand(len(falling_D), -1).tril().sum(1)
+        above_D = (rest_D * falling_D / sums_D >= floor) & (by_rank < count)
         rank_D = torch.empty_like(order_D).scatter_(0, order_D, by_rank)
         above = above_D.sum(dtype=torch.float64).maximum(count.clamp(max=1))
         free_D = present_D & (rank_D < above)
