@@ -18,15 +18,12 @@ from trainer.loop import TrainingRun
 from trainer.process import run_script
 from trainer.step import Trainer
 
-RANK = os.environ.get("RANK", "0")
-
-
 def with_fault(step, rank, what, file):
     """The trainer's check of the gradients, with the fault before it."""
     check = Trainer._checked
 
     def checked(self, gradient, *others):
-        if (str(self.step + 1), RANK) == (step, rank) and not Path(file).exists():
+        if (str(self.step + 1), str(self.ranks.rank)) == (step, rank) and not Path(file).exists():
             Path(file).touch()
             if what == "raise":
                 raise ZeroDivisionError("by the test")
@@ -54,7 +51,7 @@ def with_count(folder):
 
     def noted(self, fed, *others):
         record = {"step": self.state.step, "ranks": self.ranks.world_size, "users": fed.users_B.tolist()}
-        with open(Path(folder) / f"{RANK}.jsonl", "a") as file:
+        with open(Path(folder) / f"{self.ranks.rank}.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         return note(self, fed, *others)
 

@@ -30,6 +30,8 @@ SETTINGS = [
     "model.blocks=1",
     "model.time_knots=6",
     "negatives.shared=8",
+    # DeepSpeed's own takes gigabytes of address space, and keeps engines of stage 3: at some point no process can be forked.
+    "deepspeed.zero_optimization.reduce_bucket_size=100000",
 ]
 METRICS = '{"kind": "train", "step": 1}\n'
 
