@@ -18,6 +18,7 @@ from trainer.loop import TrainingRun
 from trainer.process import run_script
 from trainer.step import Trainer
 
+
 def with_fault(step, rank, what, file):
     """The trainer's check of the gradients, with the fault before it."""
     check = Trainer._checked
