@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer.control import largest, told_by
 from trainer.errors import InputError, RanksLost
 from trainer.files import Patience, StorageLate, passes
 
@@ -51,7 +52,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         return outcome
     first_of = {digest: rank for rank, (_, digest) in reversed(list(enumerate(rows))) if rank in failed}
     telling = sorted(first_of.values())[:_NAMED]
-    told = [_told(rank, {"host": socket.gethostname(), "text": text}) for rank in telling]
+    told = [told_by(rank, {"host": socket.gethostname(), "text": text}) for rank in telling]
     if fault is not None:
         raise fault
     kind = {StorageLate.status: StorageLate, RanksLost.status: RanksLost}.get(rows[failed[0]][0], InputError)
@@ -80,7 +81,7 @@ def require_same(facts: dict[str, dict]) -> None:
     if not odd:
         return
     hosted = {"host": socket.gethostname(), "facts": facts}
-    told = {rank: _told(rank, hosted) for rank in sorted({*odd[:_NAMED], *usual})}
+    told = {rank: told_by(rank, hosted) for rank in sorted({*odd[:_NAMED], *usual})}
     lines = []
     for rank in odd[:_NAMED]:
         for number, name in enumerate(facts):
@@ -115,9 +116,7 @@ def all_see(look: Callable[[], str | None], patience: Patience, beat: Callable[[
 
 def on_any_rank(flag: bool) -> bool:
     """Whether it is so on any rank. Called on all ranks."""
-    value = torch.tensor([int(flag)], dtype=torch.int32)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return bool(largest(int(flag)))
 
 
 def _gathered(numbers):
@@ -126,17 +125,6 @@ def _gathered(numbers):
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
     return [row.tolist() for row in rows]
-
-
-def _told(rank, value):
-    """A JSON value of one rank, on all of them."""
-    content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(content)])
-    dist.broadcast(size, rank)
-    if dist.get_rank() != rank:
-        content = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, rank)
-    return json.loads(bytes(content.tolist()))
 
 
 def _digest(text):

@@ -84,15 +84,21 @@ def by_the_first(work, first: bool):
             thread.join(1.0)
     if "failed" in outcome:
         raise outcome["failed"]
-    content = torch.tensor(list(json.dumps(outcome).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(content)])
-    dist.broadcast(size, 0)
-    content = content if first else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, 0)
-    told = json.loads(bytes(content.tolist()))
+    told = told_by(0, outcome)
     if "refused" in told:
         raise InputError(told["refused"])
     return told["value"]
+
+
+def told_by(rank: int, value):
+    """The JSON value of one rank, on all of them. Called on all ranks, each with a value of its own."""
+    content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    dist.broadcast(size, rank)
+    if dist.get_rank() != rank:
+        content = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, rank)
+    return json.loads(bytes(content.tolist()))
 
 
 class StopSignal:

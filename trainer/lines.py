@@ -8,7 +8,8 @@ import contextlib
 import errno
 import json
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 from trainer.forks import keep_from_forks
 
@@ -100,6 +101,25 @@ def _listen(family, port, places):
 def accept(listener: socket.socket) -> Connection:
     """The next one who comes. Raises OSError where the listener is closed."""
     return Connection(keep_from_forks(listener.accept()[0]))
+
+
+def serve(listener: socket.socket, hear: Callable[[Connection], None], name: str) -> None:
+    """Hears everybody who comes, each in a thread of that name, until the listener is closed."""
+
+    def accept_all():
+        while True:
+            try:
+                connection = accept(listener)
+            except OSError:
+                return
+            in_background(lambda connection=connection: hear(connection), name)
+
+    in_background(accept_all, name)
+
+
+def in_background(work: Callable[[], None], name: str) -> None:
+    """Calls work() in a thread that holds up no process's end."""
+    threading.Thread(target=work, daemon=True, name=name).start()
 
 
 def connect(address: str, port: int, seconds: float) -> Connection:

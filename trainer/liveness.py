@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainer.errors import LOST, InputError, NotFinite, RanksLost, Stopped, say
-from trainer.lines import Connection, accept, connect, listen
+from trainer.lines import Connection, connect, in_background, listen, serve
 from trainer.process import end_process
 
 _KEY = "liveness"
+_THREAD = "liveness"
 _REACH = 5.0  # seconds in which an address answers
 _OTHERS_SPEAK = 5.0  # seconds in which ranks that meet the same say so
 _NEWS_TRAVELS = 0.2  # seconds in which a cause comes beside its consequences
@@ -101,7 +102,7 @@ class FirstRank(Liveness):
         self._token = secrets.token_hex(8)
         self._listener = listen(0, size)
         publish(f"{self._listener.getsockname()[1]} {self._token}")
-        _start(self._accept)
+        serve(self._listener, self._hear, _THREAD)
 
     def leave(self):
         super().leave()
@@ -180,14 +181,6 @@ class FirstRank(Liveness):
         for member in members:
             member.send(kind="over", status=cause.status, said=said, agreed=agreed, **message)
 
-    def _accept(self):
-        while True:
-            try:
-                member = accept(self._listener)
-            except OSError:
-                return
-            _start(lambda member=member: self._hear(member))
-
     def _hear(self, member):
         lines = member.lines()
         hello = next(lines, {})
@@ -251,7 +244,7 @@ class OtherRank(Liveness):
         if welcome is None:
             raise OSError("no answer")
         self._first_host = str(welcome["host"])
-        _start(self._hear)
+        in_background(self._hear, _THREAD)
 
     def leave(self):
         super().leave()
@@ -369,7 +362,3 @@ def _say_of(departures):
 
 def _line(error):
     return " ".join(str(error).split())[:_LONGEST]
-
-
-def _start(work):
-    threading.Thread(target=work, daemon=True, name="liveness").start()

@@ -17,8 +17,9 @@ import time
 
 from trainer.errors import InputError, NotFinite, RanksLost, Stopped
 from trainer.launchers import World, enter_world, read_world, sign
-from trainer.lines import Connection, accept, connect, listen
+from trainer.lines import Connection, connect, in_background, listen, serve
 
+_THREAD = "supervisor"
 _UNDER_SUPERVISION = "SYNCREC_UNDER_SUPERVISION"
 _SUPERVISOR = "SYNCREC_SUPERVISOR"  # its process number
 _NOT_AGAIN = {InputError.status, NotFinite.status, Stopped.status}  # the same would come of it
@@ -99,7 +100,7 @@ class _Supervised:
             if self.stopped:  # asked between two lines
                 child.terminate()
             if self._over >= attempt:
-                _start(lambda: self._end(child))
+                in_background(lambda: self._end(child), _THREAD)
         return child.wait()
 
     def end_attempt(self, attempt: int) -> None:
@@ -108,7 +109,7 @@ class _Supervised:
             self._over = max(self._over, attempt)
             child = self._child if self._attempt == attempt else None
         if child is not None:
-            _start(lambda: self._end(child))
+            in_background(lambda: self._end(child), _THREAD)
 
     def pass_on(self, number, frame):
         """A signal's handler."""
@@ -160,7 +161,7 @@ class _First(_Alone):
                 "--max-restarts takes the port after MASTER_PORT; give another MASTER_PORT "
                 "(deepspeed --master_port)"
             ) from None
-        _start(self._accept)
+        serve(self._listener, self._hear, _THREAD)
 
     def finish(self, attempt, status, last):
         self._note(0, attempt, status, last)
@@ -196,14 +197,6 @@ class _First(_Alone):
         for member in members:
             member.send(attempt=attempt, over=True)
         self._supervised.end_attempt(attempt)
-
-    def _accept(self):
-        while True:
-            try:
-                member = accept(self._listener)
-            except OSError:
-                return
-            _start(lambda member=member: self._hear(member))
 
     def _hear(self, member):
         lines = member.lines()
@@ -247,7 +240,7 @@ class _Other(_Alone):
         self._lost = False
         self._changed = threading.Condition()
         self._first = self._connect()
-        _start(self._hear)
+        in_background(self._hear, _THREAD)
 
     def finish(self, attempt, status, last):
         self._first.send(attempt=attempt, status=status, final=last)
@@ -315,7 +308,3 @@ def _die_with(supervisor):
         prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != supervisor:  # it was gone before
         os._exit(128 + signal.SIGKILL)
-
-
-def _start(work):
-    threading.Thread(target=work, daemon=True, name="supervisor").start()

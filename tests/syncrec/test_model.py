@@ -404,6 +404,12 @@ def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(size, denominator,
     tables = [table.clone().requires_grad_() for _ in range(world_size)]
     batches = [sampled(part, rank * len(part)) for rank, part in enumerate(split(histories, world_size))]
     results = run_ranks(replicas, batches, tables)
+    ranks_add_up(results, tables, replicas, (loss, report, gradients, item_gradient))
+
+
+def ranks_add_up(results, tables, replicas, whole):
+    """The ranks' losses, gradients and mutual information are those of one process; whole: what `run` gave there."""
+    loss, report, gradients, item_gradient = whole
     near(torch.stack([rank_loss.detach() for rank_loss, _ in results]).mean(), loss, "mean loss")
     near(sum(rank_table.grad for rank_table in tables), item_gradient, "mean gradient of the items")
     for name, gradient in gradients.items():
@@ -473,11 +479,7 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
     loss, report, gradients, item_gradient = run(model, table, whole)
     results = run_ranks(replicas, batches, tables)
 
-    near(torch.stack([rank_loss.detach() for rank_loss, _ in results]).mean(), loss, "mean loss")
-    near(sum(rank_table.grad for rank_table in tables), item_gradient, "mean gradient of the items")
-    for name, gradient in gradients.items():
-        near(sum(dict(replica.named_parameters())[name].grad for replica in replicas), gradient, name)
-    near(sum(rank_report.mutual_information for _, rank_report in results), report.mutual_information, "information")
+    ranks_add_up(results, tables, replicas, (loss, report, gradients, item_gradient))
     for _, rank_report in results:
         for field in ("single_D", "cross_D", "loss_single", "loss_cross", "phi_D", "lambda_D"):
             value = getattr(rank_report, field)

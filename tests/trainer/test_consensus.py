@@ -22,7 +22,7 @@ def compared(monkeypatch):
         rows = [[digest(json.dumps(part, sort_keys=True)) for part in each.values()] for each in facts]
         monkeypatch.setattr(trainer.consensus, "_gathered", lambda numbers: rows)
         monkeypatch.setattr(
-            trainer.consensus, "_told", lambda rank, value: {"host": f"host{rank // 2}", "facts": facts[rank]}
+            trainer.consensus, "told_by", lambda rank, value: {"host": f"host{rank // 2}", "facts": facts[rank]}
         )
         try:
             require_same(facts[0])
