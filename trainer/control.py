@@ -72,6 +72,7 @@ def by_the_first(work, first: bool):
             outcome["value"] = work()
         except InputError as error:
             outcome["refused"] = str(error)
+            outcome["status"] = error.status
         except BaseException as error:
             outcome["failed"] = error
 
@@ -86,7 +87,9 @@ def by_the_first(work, first: bool):
         raise outcome["failed"]
     told = told_by(0, outcome)
     if "refused" in told:
-        raise InputError(told["refused"])
+        error = InputError(told["refused"])
+        error.status = told["status"]
+        raise error
     return told["value"]
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests.distributed.conftest import free_port
 from trainer.control import Signals, StopSignal, agree, by_the_first, ranks_lost
 from trainer.errors import InputError, RanksLost
+from trainer.files import StorageLate
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,17 @@ def test_what_the_first_rank_alone_meets_is_raised(ranks):
         by_the_first(refuse, True)
     with pytest.raises(ZeroDivisionError):
         by_the_first(lambda: 1 // 0, True)
+
+
+def test_what_the_first_rank_alone_meets_keeps_its_status(ranks):
+    """A storage that is late is tried again, what is wrong is not."""
+
+    def be_late():
+        raise StorageLate("part.parquet: is not seen on this host")
+
+    with pytest.raises(InputError) as late:
+        by_the_first(be_late, True)
+    assert late.value.status == StorageLate.status == 5
 
 
 # Signals.
