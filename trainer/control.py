@@ -173,8 +173,10 @@ class Watchdog:
 
 # gloo's errors have no class of their own, and reach Python from inside a backward too: each names its source file first. These
 # are the sentences of gloo/transport/tcp (pair.cc, unbound_buffer.cc, error.cc, loop.cc) and gloo/rendezvous/context.cc for a
-# peer that is gone or does not answer. Others, such as a size that is not the peer's, are faults.
+# peer that is gone or does not answer. Others, such as a size that is not the peer's, are faults. A wait that ends because
+# another link was given up says its sentence without a source file.
 _GLOO_SAYS = re.compile(
+    r"^Application timeout caused pair closure$|"
     r"^\[\S*\.(?:cc|h):\d+\]\s.*("
     r"connection closed by peer|connection reset|connection refused|broken pipe|socket closed|socket not connected|"
     r"pair closure|timed out|connect timeout|no route to host|network is (?:unreachable|down)|host is down|"
