@@ -34,12 +34,12 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
-from trainer.checkpoint import write_json
 from trainer.data.dataset import USERS, Dataset
 from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.errors import InputError, exit_on_input_error
 from trainer.evaluate import Ranking, evaluation_record
+from trainer.files import write_json
 from trainer.log import HEADLINE, METRICS_FILE, read_records
 from trainer.study import hand_over as handing
 from trainer.study.handed import SPLITS

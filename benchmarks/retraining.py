@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, suite
 from benchmarks.chart import Panel, svg
-from trainer.checkpoint import write_json
+from trainer.files import write_json
 from trainer.log import HEADLINE, METRICS_FILE, read_records
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -41,7 +41,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import spawn
 
 from benchmarks import machine
-from trainer.checkpoint import write_json
+from trainer.files import write_json
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"

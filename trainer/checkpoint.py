@@ -50,11 +50,9 @@ from trainer.files import (
     put_in_place,
     write_beside,
     write_json,
-    write_text,
 )
 from trainer.log import HEADLINE, METRICS_FILE
 
-__all__ = ["write_json", "write_text"]
 BEST, LATEST, MANIFEST, STATE = "best.json", "latest.json", "manifest.json", "state.json"
 DENSE, OPTIMIZER = "dense.safetensors", "optimizer.safetensors"
 FORMAT_VERSION = 1

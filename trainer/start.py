@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import BEST, LATEST, RunState, checkpoints, damage_of, newest, write_json
+from trainer.checkpoint import BEST, LATEST, RunState, checkpoints, damage_of, newest
 from trainer.config import RunConfig, flat
 from trainer.consensus import on_all_ranks, require_same
 from trainer.control import by_the_first
 from trainer.data.source import SourceConfig, shown
 from trainer.errors import InputError
-from trainer.files import Patience
+from trainer.files import Patience, write_json
 from trainer.log import METRICS_FILE
 from trainer.run_lock import LOCK
 

@@ -7,7 +7,7 @@ import torch
 
 from trainer import distributed
 from trainer.best import best_model, open_run
-from trainer.checkpoint import write_json
+from trainer.files import write_json
 from trainer.look import look_at
 
 

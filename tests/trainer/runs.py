@@ -12,11 +12,12 @@ import xxhash
 
 from tests.alone import group_of_one
 from tests.trainer.made import draw_histories, write_dataset
-from trainer.checkpoint import BEST, MANIFEST, Checkpoints, RunState, write_json
+from trainer.checkpoint import BEST, MANIFEST, Checkpoints, RunState
 from trainer.config import flat, load_config, to_yaml
 from trainer.data.stream import Plan, TrainBatches
 from trainer.dense import full_optimizer_state, full_state
 from trainer.distributed import Ranks
+from trainer.files import write_json
 from trainer.step import Trainer
 
 SETTINGS = [

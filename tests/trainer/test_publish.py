@@ -15,10 +15,11 @@ import trainer.export
 import trainer.publish
 from embeddings.table import ItemTable
 from tests.trainer.runs import SmallRun, best_of, edit_json, finished_run, rank_of_one, seal, train
-from trainer.checkpoint import BEST, RunState, write_json
+from trainer.checkpoint import BEST, RunState
 from trainer.config import to_yaml
 from trainer.errors import InputError
 from trainer.export import ExportConfig, export_run
+from trainer.files import write_json
 from trainer.publish import PublishConfig, publish, reasons_against, roll_back
 from trainer.rank import rank_run
 

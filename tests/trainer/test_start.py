@@ -197,6 +197,7 @@ FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patien
 FREE |= {f"checkpoint.{name}" for name in ("every_steps", "every_minutes", "every_epochs", "keep")}
 FREE |= {f"log.{name}" for name in ("every", "tensorboard")}
 FREE |= {f"table.{name}" for name in ("placement", "cache_share", "device_share")}
+FREE |= {"deepspeed.zero_optimization.reduce_bucket_size"}
 
 
 def test_settings_that_decide_what_is_computed_are_listed_and_no_others(run):
