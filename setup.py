@@ -17,11 +17,11 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "kernels*", "launch*"]),
+    packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "syncrec_kernels*", "launch*"]),
     package_data={
         "launch": ["configs/*.yaml", "templates/*"],
-        "trainer": ["*.jinja"],
-        "kernels": ["*.cpp", "*.h"],
+        "trainer.reporting": ["*.jinja"],
+        "syncrec_kernels": ["*.cpp", "*.h"],
     },
     install_requires=[
         f"torch>={min(STACK['MATCHING'])}",

@@ -4,12 +4,12 @@
     python benchmarks/balance.py data=DATA ranks=[2,4] users_per_rank=32 steps=200
     python benchmarks/balance.py --short                        a small dataset of its own: does it run?
 
-- Tokens: those of both views by rank, as the trainer counts them when it assigns users (`trainer.data.balance.view_tokens`: one
-  a user more than there are). plain leaves every user on the rank that owns its stream, balanced is `trainer.data.plan.Plan`
+- Tokens: those of both views by rank, as the trainer counts them when it assigns users (`trainer.data.loading.token_balance.view_tokens`: one
+  a user more than there are). plain leaves every user on the rank that owns its stream, balanced is `trainer.data.loading.batch_schedule.Plan`
   as it trains. The figure of a step is the most that a rank has over the mean; away is the share of users on another rank than
   their own.
 - Rows: look-ups of the interactions that are trained on by shard of the table, all ranks together, the most over the mean: in a
-  step, and of all steps' sums. scattered is where `embeddings.rows.RowScatter` puts rows, unscattered as they are numbered;
+  step, and of all steps' sums. scattered is where `embeddings.row_scatter.RowScatter` puts rows, unscattered as they are numbered;
   distinct counts a row once for each rank that looks it up in a step. Negatives are left out: they are drawn evenly.
 """
 
@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
 from benchmarks.workload import described, prepared, some_data
-from embeddings.rows import RowScatter
-from syncrec.batch import trim
-from trainer.data.dataset import Dataset
-from trainer.data.histories import Histories
-from trainer.data.plan import Plan
-from trainer.data.stream import domains_of, training_part
+from embeddings.row_scatter import RowScatter
+from syncrec.batch.build import trim
+from trainer.data.format.dataset import Dataset
+from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.histories import Histories
+from trainer.data.loading.stream import domains_of, training_part
 from trainer.errors import InputError, exit_on_input_error
 
 

@@ -7,7 +7,7 @@
 Rows of 64 floats with row-wise Adagrad (4 bytes a row), and a small dense model (D = 5, K = 5, r = 64) with Adam. Each number
 of rows and of ranks is measured in processes of its own on this machine; nothing trains meanwhile.
 
-- ours: `trainer.checkpoint.Checkpoints`. What blocks training is `save`, a copy to the host; a thread writes it, flushes it,
+- ours: `trainer.checkpoint.save.Checkpoints`. What blocks training is `save`, a copy to the host; a thread writes it, flushes it,
   reads it again for the checksums of the manifest, and renames it. Loading is `newest` (reads all of it once, to compare the
   checksums) and then `restore_model` and `restore_optimizers`; building the engine is timed apart.
 - DCP safetensors: `HuggingFaceStorageWriter(save_distributed=True)`. DCP pickle: `FileSystemWriter`, whose metadata is a
@@ -43,13 +43,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, suite
 from benchmarks.workload import dataset_of, draw, trainer_of
-from syncrec.batch import build_batch
+from syncrec.batch.build import build_batch
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
-from trainer import distributed
-from trainer.checkpoint import Checkpoints, RunState, checkpoints, newest, restore_model, restore_optimizers
-from trainer.config import flat
-from trainer.control import agree
+from trainer.checkpoint.save import Checkpoints, RunState, checkpoints, newest, restore_model, restore_optimizers
+from trainer.config.load import flat
+from trainer.distributed import process_group
+from trainer.distributed.agreement import agree
 
 DIM, DOMAINS, USERS, SHORTEST, LONGEST = 64, 5, 32, 16, 128
 TRAINING = 600  # seconds of training between two checkpoints, as checkpoint.every_minutes has it
@@ -106,7 +106,7 @@ def table_bytes(rows):
 
 def measure(rows, repeats, folder):
     """`_measure` in the group of new processes."""
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         return _measure(rows, repeats, ranks, folder)
 
 

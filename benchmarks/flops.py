@@ -41,7 +41,7 @@ def step_operations(config, works):
 
 
 def packed_work(config, batch, square=False):
-    """The views of a packed `syncrec.batch.Batch`.
+    """The views of a packed `syncrec.batch.build.Batch`.
 
     square: count attention as a kernel that computes each bucket's whole square does, instead of what is needed: n (n + 1) / 2
     pairs for a sequence of n tokens.

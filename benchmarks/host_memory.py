@@ -11,7 +11,7 @@ settings/host_memory.yaml; no rank is started.
   room for a copy of the rows; otherwise it waits, and a piece of the rows is held at a time.
 - resume, warm start: files that are opened and bytes that are read, by all ranks together. `before`: each rank opens every file
   of the table (and in a warm start reads every block with any row of its own, which is all of them where rows have moved).
-  `now`: `embeddings.storage.load_shard` and `embeddings.carry.carry_rows`. "other": one rank less than wrote the files.
+  `now`: `embeddings.checkpoint.load_shard` and `embeddings.warm_start.carry_rows`. "other": one rank less than wrote the files.
 - publish: tables that a rank holds at most, and their bytes. `before`: TorchRec's modules refer to themselves in circles, so
   that a model that was let go stayed until Python collected it.
 - measured: a table made in a process of its own, in bytes that it adds to what is resident.
@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
 from benchmarks.workload import dataset_of
-from embeddings.capacity import HostNeeds, Room, plan_capacity
+from embeddings.checkpoint import ShardCopy, files_with
 from embeddings.config import TableConfig
-from embeddings.storage import ShardCopy, files_with
+from embeddings.placement import HostNeeds, Room, plan_capacity
 from embeddings.table import ItemTable
-from trainer import distributed
-from trainer.config import RunConfig
-from trainer.data.stream import StreamConfig
-from trainer.memory import loader_bytes
+from trainer.config.run import RunConfig
+from trainer.config.stream import StreamConfig
+from trainer.distributed import process_group
+from trainer.training.loader_memory import loader_bytes
 
 _TABLES_BEFORE = 3  # that publishing held at once: of the candidate, the current model, and one that was being made
 
@@ -124,7 +124,7 @@ def reads(settings, rows, ranks):
 
 def measure(settings):
     """Bytes that a table adds to what is resident: made without rows, filled, and with a checkpoint's copy."""
-    with distributed.joined():
+    with process_group.joined():
         gc.collect()
         begun = _resident()
         table = ItemTable(settings.measured_rows, settings.dim, TableConfig(optimizer="sgd"), 0, "cpu", filled=False)

@@ -4,7 +4,7 @@
     python benchmarks/loaders.py users=12000000 ranks=[64] steps=40
     python benchmarks/loaders.py --short                           a small dataset: does it run?
 
-The plan (`trainer.data.plan.Plan`) and what reads it (`trainer.data.histories.Histories`) are those of a run, with one loader a
+The plan (`trainer.data.loading.batch_schedule.Plan`) and what reads it (`trainer.data.loading.histories.Histories`) are those of a run, with one loader a
 rank, as many streams as ranks, and users whose lengths are drawn. Shards are counted in place of read:
 
 - opened: shards that a loader opens in the epoch; foreign: those that are not of the rank's own streams; of other hosts: those
@@ -26,10 +26,10 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
-from trainer.data.dataset import LENGTHS_DTYPE, Dataset, Domain, Shard
-from trainer.data.histories import Histories
-from trainer.data.plan import Plan
-from trainer.data.shards import Block
+from trainer.data.format.dataset import LENGTHS_DTYPE, Dataset, Domain, Shard
+from trainer.data.format.shards import Block
+from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.histories import Histories
 
 _SHARES = (0.4, 0.25, 0.15, 0.12, 0.08)  # of the domains in the interactions
 _ROOM = 1000  # rows of a domain, which nothing here looks at

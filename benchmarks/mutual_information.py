@@ -20,9 +20,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from syncrec import mutual_information
 from syncrec.config import ModelConfig
-from syncrec.mutual_information import MutualInformation, Sample
+from syncrec.losses import mutual_information
+from syncrec.losses.mutual_information import MutualInformation, Sample
 
 DOMAINS = 5
 WIDTH = 128

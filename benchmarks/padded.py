@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from syncrec.layers import Gate, Tower
-from syncrec.losses import prediction_loss
-from syncrec.mutual_information import MutualInformation
-from syncrec.transfer import LossCorrection, transfer_gap
+from syncrec.layers.embedding import Gate, Tower
+from syncrec.losses.loss_correction import LossCorrection, transfer_gap
+from syncrec.losses.mutual_information import MutualInformation
+from syncrec.losses.prediction import prediction_loss
 
 _PAD, _SOS, _FIRST_ITEM = 0, 1, 2  # rows of the padded item matrix: row x of M is row x + 2 here
 
@@ -48,7 +48,7 @@ class PaddedBatch:
 
 
 def pad_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length):
-    """The padded views of some users; arguments as for `syncrec.batch.build_batch`."""
+    """The padded views of some users; arguments as for `syncrec.batch.build.build_batch`."""
     domains, users = len(domain_items), len(lengths_B)
     own = None if isinstance(negatives, list) else negatives.shape[1]
     shape = (domains + 1, users, max_length)

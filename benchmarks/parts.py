@@ -41,13 +41,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import limits, machine, suite
 from benchmarks.workload import dataset_of, draw, trainer_of
-from syncrec.batch import build_batch, move
+from syncrec.batch.build import build_batch, move
 from syncrec.config import ModelConfig
-from syncrec.experts import ExpertStack
-from syncrec.layers import Gate, Tower
+from syncrec.layers.embedding import Gate, Tower
+from syncrec.layers.transformer import ExpertStack
 from syncrec.model import SyNCRec
-from trainer import distributed
-from trainer.data.negatives import NegativesConfig
+from trainer.config.negatives import NegativesConfig
+from trainer.distributed import process_group
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def main():
 
 def measure(settings, precision):
     """Parts of a step and of the model: lines of the record's `results`, and their limits."""
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         config = replace(settings.model, precision=precision)
         count = settings.warmup + settings.repeats
         trainer, drawn, domain_items = started(config, settings, ranks)
@@ -281,7 +281,7 @@ def tensors(value):
 
 def measure_collectives(settings):
     """What ranks exchange in a step: lines of the record's `results`, and their limits. Called on every rank."""
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         return _measure_collectives(settings, ranks)
 
 

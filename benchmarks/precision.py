@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import chart, suite
 from benchmarks.workload import described, prepared, some_data
-from trainer.data.dataset import Dataset
+from trainer.data.format.dataset import Dataset
 from trainer.errors import exit_on_input_error
-from trainer.log import HEADLINE, METRICS_FILE, read_records
+from trainer.reporting.run_log import HEADLINE, METRICS_FILE, read_records
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LAST = 4  # the share of a run's intervals that is compared is one of so many

@@ -6,7 +6,7 @@
 
 One process with all cores, vectors drawn from a normal distribution, and in turn, so that what else the machine does meets all:
 
-- top_k: `ExactRanking.top_k` (embeddings/ranking.py); with exclusions: the same where each user has had some items.
+- top_k: `ExactRanking.top_k` (embeddings/topk/ranking.py); with exclusions: the same where each user has had some items.
 - ranks: `ExactRanking.ranks` of an item for each user.
 - FAISS: `IndexFlatIP.search` over a copy of the same vectors, with as many threads.
 - limit: the float32 product of the users at once with one block of items, over and over: all scores, and nothing kept of them.
@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import limits, machine, suite
 from embeddings.config import TableConfig
-from embeddings.ranking import ExactRanking, Excluded
 from embeddings.table import ItemTable
-from trainer import distributed
+from embeddings.topk.ranking import ExactRanking, Excluded
+from trainer.distributed import process_group
 
 try:
     import faiss
@@ -76,7 +76,7 @@ def main():
 
 def measure(settings, items, dim):
     """The lines of one table of items."""
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         return _measure(settings, items, dim, ranks.device)
 
 

@@ -34,15 +34,15 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
-from trainer.data.dataset import USERS, Dataset
-from trainer.data.prepare import PrepareConfig, prepare
+from trainer.data.format.dataset import USERS, Dataset
+from trainer.data.prepare.pipeline import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.errors import InputError, exit_on_input_error
-from trainer.evaluate import Ranking, evaluation_record
-from trainer.files import write_json
-from trainer.log import HEADLINE, METRICS_FILE, read_records
-from trainer.study import hand_over as handing
-from trainer.study.handed import SPLITS
+from trainer.evaluation.sampled import Ranking, evaluation_record
+from trainer.files.atomic import write_json
+from trainer.reporting.run_log import HEADLINE, METRICS_FILE, read_records
+from trainer.study.peers import dataset_export as handing
+from trainer.study.peers.interface import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 SASREC, SYNCREC = "SASRec", "SyNCRec"

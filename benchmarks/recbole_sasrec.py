@@ -2,7 +2,7 @@
 
     .venv-peers/bin/python benchmarks/recbole_sasrec.py FOLDER TASK.json
 
-FOLDER is what trainer/study/hand_over.py wrote; items are our table's rows.
+FOLDER is what trainer/study/peers/dataset_export.py wrote; items are our table's rows.
 TASK.json: its `kind` names a function of KINDS, which says the rest. What is found is the last line printed, as JSON.
 """
 
@@ -21,7 +21,7 @@ from recbole.model.sequential_recommender import SASRec
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-from trainer.study.handed import SPLITS, Handed
+from trainer.study.peers.interface import SPLITS, Handed
 
 AT_ONCE = 512  # users that are scored together
 CHUNK = 128  # targets whose scores of all items are in memory at once

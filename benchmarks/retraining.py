@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, suite
 from benchmarks.chart import Panel, svg
-from trainer.files import write_json
-from trainer.log import HEADLINE, METRICS_FILE, read_records
+from trainer.files.atomic import write_json
+from trainer.reporting.run_log import HEADLINE, METRICS_FILE, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 _TIME = "timestamp"

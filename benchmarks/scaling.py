@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import chart, namespaces, step_model, suite, traffic
 from benchmarks.groups import HOSTS, ONE, TWIN, Groups
 from syncrec.config import ModelConfig
-from trainer.data.negatives import NegativesConfig
-from trainer.engine import OptimizerConfig
+from trainer.config.negatives import NegativesConfig
+from trainer.config.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from benchmarks import limits, suite, traffic
 from benchmarks.scaling import Settings
 from benchmarks.workload import dataset_of, draw
-from syncrec.batch import build_batch
-from trainer import distributed
-from trainer.config import RunConfig
-from trainer.data.plan import Plan
-from trainer.process import run_script
-from trainer.step import Trainer
+from syncrec.batch.build import build_batch
+from trainer.config.run import RunConfig
+from trainer.data.loading.batch_schedule import Plan
+from trainer.distributed import process_group
+from trainer.distributed.process_exit import run_script
+from trainer.training.step import Trainer
 
 _STEPS = 10_000  # more than any run takes
 _BATCHES = 4  # different ones of each kind, taken in turn
@@ -137,7 +137,7 @@ def main():
     def answer(value):
         print(json.dumps(value), file=answers, flush=True)
 
-    with traffic.watch(), distributed.joined(timeout_minutes=5) as ranks:
+    with traffic.watch(), process_group.joined(timeout_minutes=5) as ranks:
         rank = Rank(settings, ranks)
         answer({"there": ranks.rank})
         for line in sys.stdin:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
 from syncrec.config import ModelConfig
+from syncrec.export import UserEncoder, exported
 from syncrec.model import SyNCRec
-from syncrec.serving import UserEncoder, exported
 
 _DOMAINS = 5
 

@@ -7,7 +7,7 @@
 A token is an interaction of a user's training part that is within the newest T; it is counted once. Batches are those of one
 rank, in an epoch's order, with negatives that all targets of a domain share.
 
-- ready: batches ready to use, as a run gets them (`trainer.data.stream.ready`): built by worker processes, received by this
+- ready: batches ready to use, as a run gets them (`trainer.data.loading.stream.ready`): built by worker processes, received by this
   one, which does nothing else. The clock starts once a first round of batches has arrived, and runs over whole rounds: in a
   round every stream uses up a block of users, so each measured round decodes as much as any other. Opening shards, which comes
   once in many rounds, is not in it and is timed apart; `opened_users_per_second` counts it in. worker_busy is the share of the
@@ -41,12 +41,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, suite
 from benchmarks.workload import described, prepared, some_data
-from trainer.data.dataset import Dataset
-from trainer.data.histories import Histories, read_users
-from trainer.data.negatives import NegativesConfig
-from trainer.data.plan import Plan
-from trainer.data.shards import ShardFile
-from trainer.data.stream import StreamConfig, TrainBatches, ready
+from trainer.config.negatives import NegativesConfig
+from trainer.config.stream import StreamConfig
+from trainer.data.format.dataset import Dataset
+from trainer.data.format.shards import ShardFile
+from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.histories import Histories, read_users
+from trainer.data.loading.stream import TrainBatches, ready
 from trainer.errors import exit_on_input_error
 
 _SAMPLES = 10_000  # of the WebDataset, a tar

@@ -41,7 +41,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import spawn
 
 from benchmarks import machine
-from trainer.files import write_json
+from trainer.files.atomic import write_json
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -161,7 +161,7 @@ def _rank(rank, ranks, port, answer, function, arguments):
     if rank == 0:
         write_json(answer, returned)
     sys.stdout.flush()
-    os._exit(0)  # without Python's teardown: trainer.process says why
+    os._exit(0)  # without Python's teardown: trainer.distributed.process_exit says why
 
 
 def spread(values):

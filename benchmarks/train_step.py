@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --short    5·10⁴ items, few steps
     python benchmarks/train_step.py model.loss=sampled_softmax negatives.shared=1024
 
-Ours is `trainer.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
+Ours is `trainer.training.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
 are built beforehand, as worker processes do, and each is made ready beside the step before it, as in a run. Nothing is read
 from a device while steps are measured: events in its own queue time them. Each line of the table is measured in a process of
 its own, so that none inherits another's memory, and each process of ours times the matrix products of its step too; the least
@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import flops, limits, machine, suite
 from benchmarks.padded import PaddedSyNCRec, pad_batch
 from benchmarks.workload import dataset_of, draw, trainer_of
-from syncrec.batch import build_batch, map_tensors, move
+from syncrec.batch.build import build_batch, map_tensors, move
 from syncrec.config import ModelConfig
-from trainer import distributed
-from trainer.data.negatives import NegativesConfig
+from trainer.config.negatives import NegativesConfig
+from trainer.distributed import process_group
 
 OURS, PADDED, PLAIN = "ours", "padded", "plain"
 # The padded version's tensors as large as the item matrix: itself, its gradient, Adam's two moments, and two more for a
@@ -127,7 +127,7 @@ def too_large(items, dim, memory):
 
 def measure(case, settings):
     """Times the steps of one case: an entry of the record's `results`. Starts the process group of its process."""
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         return _measure(case, settings, ranks)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import RunConfig
-from trainer.data.dataset import Dataset, Domain, Shard
-from trainer.data.negatives import shared_negatives, target_negatives
-from trainer.data.plan import Plan
-from trainer.data.random import permutation, random_below, random_bits, random_unit
-from trainer.step import Trainer
+from trainer.config.run import RunConfig
+from trainer.data.counter_rng import permutation, random_below, random_bits, random_unit
+from trainer.data.format.dataset import Dataset, Domain, Shard
+from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.negative_sampling import shared_negatives, target_negatives
+from trainer.training.step import Trainer
 
 _SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
 _NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel")
@@ -34,10 +34,10 @@ def dataset_of(items, domains, users, steps, streams=1):
 
 
 def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
-    """What `syncrec.batch.build_batch` takes first: items_N, lengths_B, domain_N, weight_B, negatives.
+    """What `syncrec.batch.build.build_batch` takes first: items_N, lengths_B, domain_N, weight_B, negatives.
 
     Lengths stand evenly between `shortest` and `longest`, so that every step has as many interactions. negatives: a
-    `trainer.data.negatives.NegativesConfig`. exponent: the n-th item of a domain is drawn as often as n ** −exponent says
+    `trainer.config.negatives.NegativesConfig`. exponent: the n-th item of a domain is drawn as often as n ** −exponent says
     (Zipf's law); 0: all alike. Negatives are drawn uniformly, as the trainer draws them.
     """
     lengths_B = np.linspace(shortest, longest, users).round().astype(np.int64)
@@ -83,7 +83,7 @@ def some_data(settings):
 def prepared(folder, users):
     """A small synthetic dataset of nine domains, prepared in `folder`: the dataset's own folder."""
     # DuckDB comes with them, which a training step has no use for.
-    from trainer.data.prepare import PrepareConfig, prepare
+    from trainer.data.prepare.pipeline import PrepareConfig, prepare
     from trainer.data.synthetic import SyntheticConfig, synthesize
 
     synthesize(folder / "logs", SyntheticConfig(users=users, items=20_000, domains=9, mean_length=60))

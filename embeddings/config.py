@@ -31,3 +31,13 @@ class TableConfig:
         for name in ("cache_share", "device_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"table.{name} is {getattr(self, name)}: give more than 0, and at most 1")
+
+
+def optimizer_name(config):
+    """The optimizer in force: `auto` is row-wise Adagrad, which both devices have."""
+    return "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
+
+
+def keeps_squares(config):
+    """True where all that it keeps of a row is sums of squared gradients, if anything."""
+    return "adam" not in optimizer_name(config)

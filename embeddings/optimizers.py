@@ -2,22 +2,14 @@
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 
+from embeddings.config import keeps_squares, optimizer_name
+
 _CPU = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 _CUDA = _CPU | {"adam": EmbOptimType.ADAM, "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM}
-
-
-def optimizer_name(config):
-    """The optimizer in force: `auto` is row-wise Adagrad, which both devices have."""
-    return "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
-
-
-def keeps_squares(config):
-    """True where all that it keeps of a row is sums of squared gradients, if anything."""
-    return "adam" not in optimizer_name(config)
 
 
 def zero_changes_nothing(config):

@@ -17,10 +17,11 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
 
-from embeddings.capacity import HostNeeds, devices_of_host, free_room, plan_capacity, ranks_of_host
+from embeddings.config import optimizer_name
 from embeddings.host_memory import TableMemory
-from embeddings.optimizers import fused_params, optimizer_name
-from embeddings.rows import RowScatter
+from embeddings.optimizers import fused_params
+from embeddings.placement import HostNeeds, devices_of_host, free_room, plan_capacity, ranks_of_host
+from embeddings.row_scatter import RowScatter
 
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls what torch has renamed
 

@@ -13,8 +13,8 @@ import json
 
 from launch.options import of_a_run
 from launch.stack import check_stack
+from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
-from trainer.process import run_script
 
 
 def parse(arguments=None):
@@ -34,12 +34,12 @@ def main():
     options = parse()
     from rich.console import Console
 
-    from trainer import distributed
-    from trainer.full_tables import full_tables
-    from trainer.log import evaluation_table
-    from trainer.rank import rank_run
+    from trainer.distributed import process_group
+    from trainer.evaluation.evaluate_run import rank_run
+    from trainer.reporting.full_ranking_tables import full_tables
+    from trainer.reporting.run_log import evaluation_table
 
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         full = options.ranking == "full"
         record = rank_run(options.run, ranks, options.split, options.data, options.candidates, options.output, full)
     if ranks.first:

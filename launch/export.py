@@ -12,8 +12,8 @@ import json
 
 from launch.options import of_a_run
 from launch.stack import check_stack
+from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
-from trainer.process import run_script
 
 
 def parse(arguments=None):
@@ -31,11 +31,11 @@ def main():
     check_stack()
     options = parse()
 
-    from trainer import distributed
-    from trainer.export import ExportConfig, export_run
+    from trainer.distributed import process_group
+    from trainer.serving.export import ExportConfig, export_run
 
     config = ExportConfig(options.dtype, options.faiss)
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         schema = export_run(options.run, options.output, ranks, config, options.data)
     if ranks.first:
         items = sum(domain["items"] for domain in schema["domains"])

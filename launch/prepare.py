@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.data.dataset import Dataset
-from trainer.data.extend import UNITS, options_of
-from trainer.data.parts import PERCENTILES
-from trainer.data.prepare import PrepareConfig, prepare
+from trainer.data.format.dataset import Dataset
+from trainer.data.prepare.extend import UNITS, options_of
+from trainer.data.prepare.pipeline import PrepareConfig, prepare
+from trainer.data.prepare.shard_writing import PERCENTILES
 from trainer.errors import InputError, exit_on_input_error
 
 
@@ -83,7 +83,7 @@ def summary(dataset: Dataset) -> Table:
 def main():
     engine, *what = parse_arguments()
     if engine == "spark":
-        from trainer.data import spark  # an extra: not everyone has it
+        from trainer.data.prepare import spark  # an extra: not everyone has it
 
         Console().print(summary(spark.prepare(*what)))
     else:

@@ -12,8 +12,8 @@ import json
 import sys
 
 from launch.stack import check_stack
+from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError, exit_on_input_error
-from trainer.process import run_script
 
 REFUSED = 3
 
@@ -57,7 +57,7 @@ def main():
     """Compares and publishes, or goes back."""
     options = parse()
     if options.rollback is not None:
-        from trainer.publish import roll_back
+        from trainer.retraining.publish import roll_back
 
         version = roll_back(options.to, options.rollback or None)
         print(f"{options.to}: version {version['number']} serves, of {version['run']}")
@@ -67,12 +67,13 @@ def main():
     check_stack()
     from rich.console import Console
 
-    from trainer import distributed
-    from trainer.publish import PublishConfig, publish
+    from trainer.config.retraining import PublishConfig
+    from trainer.distributed import process_group
+    from trainer.retraining.publish import publish
 
     falls = options.fall, options.domain_fall, options.own_fall
     config = PublishConfig(options.tolerance, *falls, options.least_users, options.keep, options.dtype)
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         record = publish(options.candidate, options.to, ranks, config, options.data)
     if not ranks.first:
         sys.exit(0 if record["published"] else REFUSED)

@@ -14,8 +14,8 @@ import json
 
 from launch.options import of_a_run
 from launch.stack import check_stack
+from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
-from trainer.process import run_script
 
 
 def parse(arguments=None):
@@ -68,14 +68,14 @@ def main():
     options = parse()
     from rich.console import Console
 
-    from trainer import distributed
-    from trainer.data.asked import AskedConfig
-    from trainer.recommend import RecommendConfig, recommend
+    from trainer.distributed import process_group
+    from trainer.serving.recommend import RecommendConfig, recommend
+    from trainer.serving.user_histories import AskedConfig
 
     own = "user_column", "item_column", "domain_column", "time_column", "log_domain", "memory", "part_users", "users"
     asked = AskedConfig(inputs=tuple(options.input), **{name: getattr(options, name) for name in own})
     config = RecommendConfig(options.k, tuple(options.domain), options.keep_seen, options.batch_size)
-    with distributed.joined() as ranks:
+    with process_group.joined() as ranks:
         record = recommend(options.run, options.output, ranks, config, asked, options.data, options.fresh)
     if ranks.first:
         print(json.dumps(record)) if options.json else Console().print(table(options.output, record))

@@ -26,8 +26,9 @@ def parse(arguments=None):
 def main():
     """Retrains, and says how it ended."""
     options = parse()
-    from trainer.config import load
-    from trainer.retrain import REPORT, RetrainConfig, retrain
+    from trainer.config.load import load
+    from trainer.config.retraining import RetrainConfig
+    from trainer.retraining.job import REPORT, retrain
 
     config = load(RetrainConfig, options.config, options.settings)
     result = retrain(config)

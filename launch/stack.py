@@ -77,7 +77,7 @@ def has_driver() -> bool:
 
 
 def sees_device(dev: Path = Path("/dev")) -> bool:
-    """True where a run would take a CUDA device (trainer.distributed). Starts nothing.
+    """True where a run would take a CUDA device (trainer.distributed.process_group). Starts nothing.
 
     dev: where its file is; CUDA_VISIBLE_DEVICES may hide it.
     """
@@ -174,7 +174,7 @@ def install(device: str | None = None) -> None:
     subprocess.run([sys.executable, __file__, "check"], check=True, env=os.environ | hidden)
     if not cuda:
         # Now rather than in the first step; without a compiler there is none, which a run says and does without.
-        build = "from kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
+        build = "from syncrec_kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
         for kernel in ("block", "scan"):
             subprocess.run([sys.executable, "-c", build.format(kernel)], check=True)
 

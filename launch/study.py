@@ -36,10 +36,10 @@ def main():
     """Runs the study and writes its report."""
     check_stack()
     options = parse()
-    from trainer.config import load, load_config
+    from trainer.config.load import load, load_config
     from trainer.study.plan import StudyConfig
     from trainer.study.report import write_study
-    from trainer.study.study import run_study
+    from trainer.study.runner import run_study
 
     config = load(StudyConfig, options.config, options.settings)
     load_config(options.base, config.settings)  # what is wrong in them is said before anything runs

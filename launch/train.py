@@ -14,9 +14,9 @@ Any setting is `key=value` (`global_batch_size=4096 model.dim=64 deepspeed.zero_
 import argparse
 
 from launch.stack import check_stack
+from trainer.distributed.process_exit import run_script
+from trainer.distributed.supervisor import supervise
 from trainer.errors import exit_on_input_error
-from trainer.process import run_script
-from trainer.supervisor import supervise
 
 
 def parse(arguments=None):
@@ -44,15 +44,15 @@ def main():
     options = parse()
     if options.max_restarts > 0:
         supervise(options.max_restarts)
-    from trainer import distributed
-    from trainer.config import load_config, to_yaml
-    from trainer.loop import train
+    from trainer.config.load import load_config, to_yaml
+    from trainer.distributed import process_group
+    from trainer.training.loop import train
 
     config = load_config(options.config, options.settings, options.deepspeed_config)
     if options.show_config:
         print(to_yaml(config), end="")
         return
-    with distributed.joined(config.timeout_minutes) as ranks:
+    with process_group.joined(config.timeout_minutes) as ranks:
         train(config, ranks, options.fresh, options.accept_changes)
 
 

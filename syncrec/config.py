@@ -12,7 +12,7 @@ class ModelConfig:
     dim: int = 128  # r, the width of item vectors and of everything else
     max_length: int = 128  # T, tokens kept of a sequence
     tasks: Literal["both", "cross"] = "both"  # cross: the cross-domain task alone; with one expert and no tower, SASRec
-    time_knots: int = 0  # of the vectors of time (syncrec/clock.py), from the logs' first time to the last; 0: order alone
+    time_knots: int = 0  # of the vectors of time (syncrec/layers/time_encoding.py), from the logs' first time to the last; 0: order alone
     experts: int = 5  # K
     cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
     stop_gradient: Literal["on", "off"] = "on"  # off: every expert learns from both (the paper's variant C)
@@ -25,7 +25,7 @@ class ModelConfig:
     tower: Literal["on", "off"] = "on"  # off: what the experts give, mixed, is the output
     gate: Literal["token", "sequence"] = "token"  # sequence: eq. 3 literally; it sees later items
     loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = "sampled_softmax"  # bpr_probability: eq. 8, 9
-    # shapley: CGRec's, 2^D more forward passes a step (syncrec/shapley.py); none: variant A.
+    # shapley: CGRec's, 2^D more forward passes a step (syncrec/losses/shapley.py); none: variant A.
     loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = "negative_transfer_gap"
     correction_temperature: float = 1.0  # δ of eq. 11, and of shapley's softmax
     correction_total: Literal["one", "domains"] = "one"  # Σ λ; one: eq. 11. domains: D, so that equal weights are all 1

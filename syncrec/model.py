@@ -10,17 +10,17 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from syncrec.attention import GroupLayerNorm
-from syncrec.batch import Query
-from syncrec.clock import Clock
-from syncrec.experts import ExpertStack
-from syncrec.layers import Gate, InputEmbedding, OnlyExpert, Tower
-from syncrec.losses import prediction_loss
-from syncrec.mutual_information import MutualInformation, Sample, pool
-from syncrec.recurrent import RecurrentStack
+from syncrec.batch.build import Query
+from syncrec.layers.attention import GroupLayerNorm
+from syncrec.layers.embedding import Gate, InputEmbedding, OnlyExpert, Tower
+from syncrec.layers.gru import RecurrentStack
+from syncrec.layers.time_encoding import Clock
+from syncrec.layers.transformer import ExpertStack
+from syncrec.losses.loss_correction import LossCorrection, PredictionMix, transfer_gap
+from syncrec.losses.mutual_information import MutualInformation, Sample, pool
+from syncrec.losses.prediction import prediction_loss
+from syncrec.losses.shapley import ShapleyCorrection, coalition_losses
 from syncrec.reduction import Reduction
-from syncrec.shapley import ShapleyCorrection, coalition_losses
-from syncrec.transfer import LossCorrection, PredictionMix, transfer_gap
 
 _UNDECAYED = re.compile(r"bias|b1$|b2$|\w+_norm_(scale|shift)$")  # of an expert's block, a GRU, a linear layer
 

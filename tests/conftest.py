@@ -1,4 +1,4 @@
-"""What holds for all tests: they take the CPU, also beside a device (tests/test_cuda.py asks for it)."""
+"""What holds for all tests: they take the CPU, also beside a device (tests/unit/test_cuda.py asks for it)."""
 
 import os
 

@@ -18,7 +18,7 @@ class InputError(Exception):
 
     The message is one line that names the thing and the way out. `launch/` prints it and exits with
     `status`. one_rank: other ranks do not meet it (a file that only this one reads). said: it is on
-    stderr already, for all ranks that met it (trainer.liveness).
+    stderr already, for all ranks that met it (trainer.distributed.liveness).
     """
 
     status = 2
@@ -63,7 +63,7 @@ def say(error: InputError, who: str = "") -> None:
 def exit_on_input_error(main):
     """Decorates a script's `main`: an `InputError` becomes one line on stderr and its exit status.
 
-    Ranks that have met (trainer.liveness) say it once. Before they have, each says it for itself,
+    Ranks that have met (trainer.distributed.liveness) say it once. Before they have, each says it for itself,
     with its name; the first rank does so at once, and where its launcher then takes all down, the
     others have not said it again.
     """
@@ -81,7 +81,7 @@ def exit_on_input_error(main):
 
 
 def _say_alone(error):
-    from trainer.launchers import rank_for_messages, sign  # which raises these errors itself
+    from trainer.distributed.launchers import rank_for_messages, sign  # which raises these errors itself
 
     if isinstance(error, RanksLost) or rank_for_messages() == 0:
         say(error)

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.folder import new_folder
-from trainer.data.progress import Stages
-from trainer.data.random import random_below, random_bits, random_unit
+from trainer.data.counter_rng import random_below, random_bits, random_unit
 from trainer.errors import InputError
+from trainer.files.output_folder import new_folder
+from trainer.files.progress import Stages
 
 _NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel", "news")
 _UNRELATED = "ads"

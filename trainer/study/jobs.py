@@ -24,15 +24,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trainer.data.dataset import Dataset
+from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError, Stopped
-from trainer.files import write_json
-from trainer.log import HEADLINE, METRICS_FILE, duration, number, read_records
-from trainer.rank import RANKS
+from trainer.evaluation.evaluate_run import RANKS
+from trainer.evaluation.user_ranks import read_ranks
+from trainer.files.atomic import write_json
+from trainer.reporting.run_log import HEADLINE, METRICS_FILE, duration, number, read_records
+from trainer.study.peers.recbole_bridge import RANKS as RECBOLE_RANKS
+from trainer.study.peers.recbole_bridge import RESULT, default_python, run_recbole
 from trainer.study.plan import Job, StudyConfig
-from trainer.study.recbole_bridge import RANKS as RECBOLE_RANKS
-from trainer.study.recbole_bridge import RESULT, default_python, run_recbole
-from trainer.user_ranks import read_ranks
 
 _JOB, _LOG = "job.json", "log.txt"
 _POLL = 2.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.study.systems import OURS, SYSTEMS
+from trainer.study.baselines import OURS, SYSTEMS
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from trainer import plots
-from trainer.files import write_text
-from trainer.log import HEADLINE, METRICS_FILE, printable, read_records
-from trainer.page import rendered, table_page
+from trainer.files.atomic import write_text
+from trainer.reporting import plots
+from trainer.reporting.html import rendered, table_page
+from trainer.reporting.run_log import HEADLINE, METRICS_FILE, printable, read_records
+from trainer.study.baselines import OURS
 from trainer.study.results import RANKINGS
-from trainer.study.systems import OURS
 from trainer.study.tables import RANKED, mean, signed, tables
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.bootstrap import weights
 from trainer.errors import InputError
-from trainer.log import HEADLINE
-from trainer.report import FULL
+from trainer.evaluation.bootstrap import weights
+from trainer.reporting.run_log import HEADLINE
+from trainer.reporting.run_report import FULL
 
 RANKINGS = ("sampled", "full")
 METRICS = (HEADLINE, "HR@10", "MRR")
@@ -100,7 +100,7 @@ class Difference:
 def compared(one: Found, other: Found, ranking, metric=HEADLINE, domain=None) -> Difference:
     """`one` less `other`, each the mean over its seeds: of one domain's users, or the mean over domains.
 
-    A Poisson bootstrap over users (trainer/bootstrap.py). Raises InputError where they have ranked other users.
+    A Poisson bootstrap over users (trainer/evaluation/bootstrap.py). Raises InputError where they have ranked other users.
     """
     if not np.array_equal(one.user_U, other.user_U) or not np.array_equal(one.domain_U, other.domain_U):
         raise InputError(f"{one.name} and {other.name} have ranked other users: they cannot be compared")

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from trainer.log import HEADLINE, duration, number, printable
-from trainer.page import Cell, Table
+from trainer.reporting.html import Cell, Table
+from trainer.reporting.run_log import HEADLINE, duration, number, printable
+from trainer.study.baselines import ALONE, OURS, POPULARITY, SYSTEMS
 from trainer.study.results import METRICS, RANKINGS, Found, compared
-from trainer.study.systems import ALONE, OURS, POPULARITY, SYSTEMS
 
 RANKED = {"sampled": "99 negatives of the domain", "full": "all items of the domain"}
 

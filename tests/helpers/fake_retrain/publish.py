@@ -1,0 +1,5 @@
+"""Stands for launch/publish.py: see tests/helpers/fake_retrain/stage.py."""
+
+from stage import publish
+
+publish()

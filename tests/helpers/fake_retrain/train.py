@@ -1,0 +1,5 @@
+"""Stands for launch/train.py: see tests/helpers/fake_retrain/stage.py."""
+
+from stage import train
+
+train()

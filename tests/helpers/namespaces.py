@@ -1,0 +1,34 @@
+"""`deepspeed` on two hosts that are network namespaces of one machine."""
+
+import os
+import subprocess
+
+from benchmarks.namespaces import ADDRESSES
+from tests.ranks.conftest import BIN, ROOT, deepspeed
+
+
+def start(hosts, folder, script, *arguments, port):
+    """Starts `deepspeed` on both; their processes, which write to folder/host0.log and host1.log."""
+    (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for *_, address in hosts))
+    processes = []
+    for rank, (name, cable, _) in enumerate(hosts):
+        options = ["--hostfile", folder / "hostfile", "--no_ssh", "--node_rank", rank]
+        options += ["--master_addr", ADDRESSES[0], "--master_port", port]
+        prefix = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={cable}"]
+        command = deepspeed(None, script, *arguments, prefix=prefix, options=list(map(str, options)))
+        environment = os.environ | {"PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
+        log = open(folder / f"host{rank}.log", "w")  # noqa: SIM115 (it outlives this loop)
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+def finish(processes, folder, timeout=300):
+    """The exit statuses of both and what they printed; whoever is left after the time is killed, and has None."""
+    statuses = []
+    for process in processes:
+        try:
+            statuses.append(process.wait(timeout=timeout))
+        except subprocess.TimeoutExpired:
+            statuses.append(None)
+            process.kill()
+    return statuses, [(folder / f"host{rank}.log").read_text() for rank in range(len(processes))]

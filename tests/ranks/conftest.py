@@ -1,0 +1,69 @@
+"""Real ranks on this machine: how they are started, and a small dataset to train on."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.data.prepare.pipeline import PrepareConfig, prepare
+from trainer.data.synthetic import SyntheticConfig, synthesize
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SETTINGS = [
+    "max_steps=3",
+    "global_batch_size=32",
+    "log.tensorboard=false",
+    "evaluation.negatives=40",
+    "evaluation.batch_size=50",
+]
+MODEL = ["model.dim=16", "model.ffn_dim=16", "model.max_length=12", "model.experts=2", "model.cross_experts=1"]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """400 users in three domains, one of them unrelated; shards of a few users each."""
+    folder = tmp_path_factory.mktemp("distributed")
+    config = SyntheticConfig(users=400, items=300, domains=3, mean_length=15, topics=8)
+    synthesize(folder / "logs", config)
+    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data")))
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory):
+    """A run of three steps by one rank."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run([BIN / "python", "launch/train.py", f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL])
+    return folder
+
+
+def free_port():
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed(ranks, script, *arguments, prefix=(), options=()):
+    """The command that starts `ranks` local ranks of a script."""
+    return [
+        *prefix,
+        str(BIN / "deepspeed"),
+        *(options or ["--num_gpus", str(ranks), "--master_port", str(free_port())]),
+        str(script),
+        *map(str, arguments),
+    ]
+
+
+def run(command, timeout=300, status=(0,), **environment):
+    """Runs a command to its end; its output is shown where its status is none of the given ones."""
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path} | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    shown = f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    assert done.returncode in status, f"status {done.returncode}\n{shown}"
+    return done

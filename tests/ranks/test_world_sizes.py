@@ -1,0 +1,119 @@
+"""The same seed, data and global batch give the same run at any world size and ZeRO stage."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers import HELPERS
+from tests.ranks.conftest import deepspeed, run
+
+WORKER = HELPERS.joinpath("stages.py")
+STAGES = ["0", "1", "2", "3"]
+
+
+@dataclass
+class Outcome:
+    """What a run leaves: figures of each logged step, and the last model."""
+
+    losses: np.ndarray
+    lambdas: np.ndarray
+    norms: np.ndarray
+    dense: dict
+    table: np.ndarray
+    test: dict
+
+
+def read(folder: Path) -> Outcome:
+    """The outcome of a finished run."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    checkpoint = folder / json.loads((folder / "best.json").read_text())["folder"]
+    shards = sorted(checkpoint.glob("table-*.safetensors"))
+    return Outcome(
+        losses=np.array([[s[k] for k in ("loss", "loss_single", "loss_cross", "mutual_information")] for s in steps]),
+        lambdas=np.array([list(s["lambda"].values()) for s in steps]),
+        norms=np.array([s["gradient_norm"] for s in steps], float),
+        dense=load_file(checkpoint / "dense.safetensors"),
+        table=np.concatenate([load_file(shard)["weight"] for shard in shards]),
+        test=records[-1],
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes(dataset, tmp_path_factory):
+    """Every world size and stage, each started once: {(ranks, stage): Outcome}."""
+    folder = tmp_path_factory.mktemp("stages")
+    found = {}
+    for ranks in (1, 2, 4):
+        run(deepspeed(ranks, WORKER, dataset, folder / str(ranks), *STAGES))
+        found |= {(ranks, stage): read(folder / str(ranks) / stage) for stage in STAGES}
+    return found
+
+
+def test_fifty_steps_train(outcomes):
+    losses = outcomes[1, "0"].losses
+    assert losses.shape == (50, 4) and np.isfinite(losses).all()
+    assert losses[-10:, 0].mean() < 0.95 * losses[:5, 0].mean()
+    assert np.abs(losses[:, 3]).min() > 0  # SC-MIM takes part
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_same_run(outcomes, ranks, stage):
+    """Largest relative differences seen: losses 2e-7, λ 4e-7, table 3e-7, dense 2e-6, gradient norms 2e-7 (in 8)."""
+    one, other = outcomes[1, "0"], outcomes[ranks, stage]
+    np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-5)
+    np.testing.assert_allclose(other.norms, one.norms, rtol=1e-5)
+    assert np.linalg.norm(other.table - one.table) <= 1e-5 * np.linalg.norm(one.table)
+    assert other.dense.keys() == one.dense.keys()
+    for name, weights in one.dense.items():
+        assert np.linalg.norm(other.dense[name] - weights) <= 1e-5 * max(np.linalg.norm(weights), 1e-3), name
+
+
+def test_weights_moved(outcomes, dataset, tmp_path):
+    """The comparison is not one of initial weights: both halves have trained."""
+    start = tmp_path / "start"
+    run(deepspeed(1, WORKER, dataset, start, "0", "max_steps=1", "optimizer.learning_rate=1e-30", "table.learning_rate=1e-30"))
+    before, after = read(start / "0"), outcomes[1, "0"]
+    assert np.linalg.norm(after.table - before.table) > 0.1 * np.linalg.norm(before.table)
+    unmoved = [name for name in before.dense if np.allclose(before.dense[name], after.dense[name], rtol=1e-4, atol=0)]
+    assert unmoved == []
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "gru"])
+def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
+    """λ of every step at one rank and at two, with weights taken apart too."""
+    own = ["max_steps=4", "model.loss_correction=shapley", "model.correction_temperature=0.01", f"model.encoder={encoder}"]
+    for ranks, stages in ((1, ["0"]), (2, ["0", "3"])):
+        run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own))
+    one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
+    assert one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
+    np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
+    for other in others:
+        np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
+        np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-4)  # values over δ: their rounding times 100
+
+
+def test_a_sample_of_users_stands_for_the_global_batch(dataset, tmp_path):
+    """Of 30 users 5 a domain: the same losses and weights at one rank and at two."""
+    own = ["max_steps=4", "model.mutual_information_negatives=5"]
+    for ranks in (1, 2):
+        run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), "0", *own))
+    one, two = (read(tmp_path / place) for place in ("1/0", "2/0"))
+    assert one.losses.shape == (4, 4) and np.abs(one.losses[:, 3]).min() > 0
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
+    for name, weights in one.dense.items():
+        assert np.linalg.norm(two.dense[name] - weights) <= 1e-5 * max(np.linalg.norm(weights), 1e-3), name
+
+
+def test_bf16_is_the_same_with_weights_taken_apart(dataset, tmp_path):
+    """Autocast's casts of weights must not outlive the moment in which ZeRO 3 has them together."""
+    run(deepspeed(2, WORKER, dataset, tmp_path, "0", "3", "model.precision=bf16", "max_steps=5"))
+    whole, apart = read(tmp_path / "0"), read(tmp_path / "3")
+    assert np.isfinite(whole.losses).all()
+    np.testing.assert_allclose(apart.losses, whole.losses, rtol=1e-5)

@@ -1,0 +1,101 @@
+"""How a run ends, and what it leaves then."""
+
+import errno
+import json
+import os
+
+import pytest
+from trainer.checkpoint.save.save import Checkpoints, checkpoints
+
+import trainer.checkpoint.save
+import trainer.training.loop
+from tests.helpers.runs import SmallRun, rank_of_one
+from trainer.errors import InputError
+from trainer.files.atomic import StorageLate
+from trainer.reporting.run_log import HEADLINE
+from trainer.training.loop import train
+from trainer.training.step import Trainer
+
+SETTINGS = ["log.tensorboard=false", "evaluation.negatives=3", "checkpoint.every_minutes=0", "checkpoint.every_epochs=0"]
+
+
+@pytest.fixture(scope="module")
+def group():
+    with rank_of_one() as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def run(group, tmp_path):
+    return SmallRun(tmp_path, group, *SETTINGS)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Numbers of the steps that are made."""
+    made, step = [], Trainer.train_step
+
+    def counted(self, *arguments):
+        made.append(self.step + 1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    return made
+
+
+def test_after_an_early_stop_the_same_command_trains_no_further(run, steps, monkeypatch, capsys):
+    values, real = iter([0.5, 0.4, 0.3, 0.2, 0.1]), trainer.training.loop.evaluation_record
+
+    def ever_worse(kind, *arguments, **where):
+        record = real(kind, *arguments, **where)
+        if kind == "validation":
+            record["mean"][HEADLINE] = next(values)
+        return record
+
+    monkeypatch.setattr(trainer.training.loop, "evaluation_record", ever_worse)
+    config = run.configured(*SETTINGS, "epochs=9", "evaluation.patience=2", "optimizer.schedule=constant")
+    first = train(config, run.ranks)
+    assert "stopped early: 2 validations without a better mean" in capsys.readouterr().out
+    begun, best = len(steps), first["step"]
+    assert begun == 3 * best  # the best epoch was the first
+    assert checkpoints(run.folder)[0].name == f"step-{begun:08d}"
+    second = train(config, run.ranks)
+    assert len(steps) == begun
+    assert {name: second[name] for name in ("step", "domains", "mean")} == {
+        name: first[name] for name in ("step", "domains", "mean")
+    }
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, InputError), (errno.ESTALE, StorageLate)])
+def test_a_first_checkpoint_that_fails_takes_nothing_of_a_run_that_has_made_steps(run, steps, monkeypatch, number, kind):
+    config = run.configured(*SETTINGS, "max_steps=3", "checkpoint.every_steps=1")
+
+    def failing(*_):
+        raise OSError(number, os.strerror(number), "the disk")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+        patch.setattr(trainer.checkpoint.save, "save_file", failing)
+        train(config, run.ranks)
+    assert type(error.value) is kind and os.strerror(number) in str(error.value)
+    assert {"config.yaml", "metrics.jsonl"} <= {entry.name for entry in run.folder.iterdir()}
+    assert steps
+    train(config, run.ranks)
+    assert checkpoints(run.folder)[0].name == "step-00000003"
+
+
+def test_what_cannot_begin_takes_nothing_that_was_there_before(run, monkeypatch):
+    config = run.configured(*SETTINGS, "max_steps=3")
+
+    def refused(*_, **__):
+        raise InputError("by the test")
+
+    monkeypatch.setattr(Checkpoints, "__init__", refused)
+    with pytest.raises(InputError, match="by the test"):
+        train(config, run.ranks)
+    assert not run.folder.exists()
+    run.folder.mkdir()
+    (run.folder / "config.yaml").write_text("")
+    (run.folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n")
+    with pytest.raises(InputError, match="by the test"):
+        train(config, run.ranks)
+    assert (run.folder / "config.yaml").is_file() and (run.folder / "metrics.jsonl").is_file()
