@@ -17,7 +17,9 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["trainer*", "syncrec*", "embeddings*", "syncrec_kernels*", "launch*"]),
+    packages=find_packages(
+        include=["trainer*", "syncrec*", "embeddings*", "syncrec_kernels*", "launch*"]
+    ),
     package_data={
         "launch": ["configs/*.yaml", "templates/*"],
         "trainer.reporting": ["*.jinja"],
@@ -47,9 +49,18 @@ setup(
     extras_require={
         # pytest-xdist: two files of tests at a time. pyspark, which wants Java 17: so that CI compares
         # the two engines byte for byte; without them those tests are skipped.
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff", *SPARK],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff",
+            *SPARK,
+        ],
         "spark": SPARK,
-        "index": ["faiss-cpu>=1.9"],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
+        "index": [
+            "faiss-cpu>=1.9"
+        ],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
         # What the benchmarks' peers need stands in benchmarks/peers.txt: RecBole cannot share an environment with NumPy 2.
         # On a CUDA machine plain pip does the same as launch/stack.py.
         "cuda": [f"torch=={torch}", f"torchrec=={torchrec}", f"fbgemm-gpu=={fbgemm}"],

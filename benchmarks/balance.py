@@ -50,7 +50,9 @@ class Settings:
     seed: int
 
     def __post_init__(self):
-        suite.at_least(1, self, "ranks", "users_per_rank", "max_length", "steps", "row_steps")
+        suite.at_least(
+            1, self, "ranks", "users_per_rank", "max_length", "steps", "row_steps"
+        )
         suite.at_least(0, self, "seed")
         some_data(self)
 
@@ -68,27 +70,47 @@ def main():
                 results.append(measure(dataset, ranks, settings))
             except InputError as error:
                 not_run.append({"ranks": ranks, "reason": str(error)})
-    suite.save("balance", record | {"dataset": described(dataset), "results": results, "not_run": not_run}, options)
+    suite.save(
+        "balance",
+        record
+        | {"dataset": described(dataset), "results": results, "not_run": not_run},
+        options,
+    )
     sys.exit(not results)
 
 
 def measure(dataset, ranks, settings):
     """Tokens and rows at one number of ranks: an entry of the record's `results`. Raises InputError as `Plan` does."""
-    plan = Plan(dataset, ranks * settings.users_per_rank, ranks, settings.seed, max_length=settings.max_length)
+    plan = Plan(
+        dataset,
+        ranks * settings.users_per_rank,
+        ranks,
+        settings.seed,
+        max_length=settings.max_length,
+    )
     found = {"ranks": ranks, "epochs": 1 + plan.locate(settings.steps - 1)[0]}
-    return found | {"tokens": tokens(plan, settings.steps), "rows": rows(plan, settings.row_steps)}
+    return found | {
+        "tokens": tokens(plan, settings.steps),
+        "rows": rows(plan, settings.row_steps),
+    }
 
 
 def tokens(plan, steps):
     """How evenly tokens lie, plain and balanced, and what finding out takes."""
     ratios, away, seconds = defaultdict(list), [], []
-    for position in track(range(steps), f"{plan.world_size} ranks, tokens", transient=True):
+    for position in track(
+        range(steps), f"{plan.world_size} ranks, tokens", transient=True
+    ):
         begin = time.perf_counter()
         users_B, home_B, rank_B = plan.ranks(*plan.locate(position))
         seconds.append(time.perf_counter() - begin)
         cost_B = plan.tokens(users_B)
         for name, of_B in (("plain", home_B), ("balanced", rank_B)):
-            ratios[name].append(most_over_mean(np.bincount(of_B, weights=cost_B, minlength=plan.world_size)))
+            ratios[name].append(
+                most_over_mean(
+                    np.bincount(of_B, weights=cost_B, minlength=plan.world_size)
+                )
+            )
         away.append(float((rank_B != home_B).mean()))
     found = {name: summary(values) for name, values in ratios.items()}
     return found | {"away": summary(away), "assign_seconds": summary(seconds)}
@@ -97,14 +119,19 @@ def tokens(plan, steps):
 def rows(plan, steps):
     """How evenly look-ups lie on the table's shards, scattered and not."""
     dataset, shards = plan.dataset, plan.world_size
-    where = {"scattered": RowScatter(dataset.num_embeddings).stored, "unscattered": lambda row: row}
+    where = {
+        "scattered": RowScatter(dataset.num_embeddings).stored,
+        "unscattered": lambda row: row,
+    }
     in_shard = -(-dataset.num_embeddings // shards)
     histories = Histories(dataset, 2 * dataset.streams)
     ratios, sums = defaultdict(list), defaultdict(lambda: np.zeros(shards, np.int64))
     by_row = np.zeros(dataset.num_embeddings, np.int64)
     for position in track(range(steps), f"{shards} ranks, rows", transient=True):
         users_B, _, rank_B = plan.ranks(*plan.locate(position))
-        row_N, rank_N = interactions(dataset, histories.read(users_B), rank_B, plan.max_length)
+        row_N, rank_N = interactions(
+            dataset, histories.read(users_B), rank_B, plan.max_length
+        )
         by_row += np.bincount(row_N, minlength=len(by_row))
         distinct = np.unique(rank_N * len(by_row) + row_N) % len(by_row)
         for counted, of in (("lookups", row_N), ("distinct", distinct)):
@@ -115,8 +142,13 @@ def rows(plan, steps):
     histories.close()
     found = {name: {} for name in where}
     for (name, counted), values in ratios.items():
-        found[name][counted] = {"step": summary(values), "sum": most_over_mean(sums[name, counted])}
-    return found | {"shares_of_most_popular": (np.sort(by_row)[::-1][:10] / by_row.sum()).tolist()}
+        found[name][counted] = {
+            "step": summary(values),
+            "sum": most_over_mean(sums[name, counted]),
+        }
+    return found | {
+        "shares_of_most_popular": (np.sort(by_row)[::-1][:10] / by_row.sum()).tolist()
+    }
 
 
 def interactions(dataset, users, rank_B, max_length):
@@ -134,7 +166,11 @@ def most_over_mean(values):
 
 def summary(values):
     """Mean, 99th percentile and the largest."""
-    return {"mean": float(np.mean(values)), "p99": float(np.percentile(values, 99)), "max": float(np.max(values))}
+    return {
+        "mean": float(np.mean(values)),
+        "p99": float(np.percentile(values, 99)),
+        "max": float(np.max(values)),
+    }
 
 
 def table(record):
@@ -143,19 +179,36 @@ def table(record):
     for result in record["results"]:
         found, ranks = result["tokens"], result["ranks"]
         ratios = {
-            f"{name}: {part}": f"{found[name][part]:.3f}" for name in ("plain", "balanced") for part in ("mean", "p99", "max")
+            f"{name}: {part}": f"{found[name][part]:.3f}"
+            for name in ("plain", "balanced")
+            for part in ("mean", "p99", "max")
         }
         milliseconds = f"{1000 * found['assign_seconds']['mean']:.2f}"
-        by_tokens.append({"ranks": ranks, **ratios, "away": f"{found['away']['mean']:.1%}", "ms a batch": milliseconds})
+        by_tokens.append(
+            {
+                "ranks": ranks,
+                **ratios,
+                "away": f"{found['away']['mean']:.1%}",
+                "ms a batch": milliseconds,
+            }
+        )
         for name in ("scattered", "unscattered"):
             of, row = result["rows"][name], {"ranks": ranks, "rows are": name}
             for counted, label in (("lookups", "look-ups"), ("distinct", "distinct")):
-                row |= {f"{label} in a step: {part}": f"{of[counted]['step'][part]:.3f}" for part in ("mean", "p99")}
+                row |= {
+                    f"{label} in a step: {part}": f"{of[counted]['step'][part]:.3f}"
+                    for part in ("mean", "p99")
+                }
                 row[f"{label} of all steps"] = f"{of[counted]['sum']:.3f}"
             by_rows.append(row)
         share = result["rows"]["shares_of_most_popular"][0]
-        lines.append(f"{ranks} ranks: a shard's share is {1 / ranks:.2%}, the most popular row's {share:.2%}.")
-    lines += [f"{left_out['ranks']} ranks, not run: {left_out['reason']}." for left_out in record["not_run"]]
+        lines.append(
+            f"{ranks} ranks: a shard's share is {1 / ranks:.2%}, the most popular row's {share:.2%}."
+        )
+    lines += [
+        f"{left_out['ranks']} ranks, not run: {left_out['reason']}."
+        for left_out in record["not_run"]
+    ]
     tables = ["Tokens:", suite.markdown(by_tokens), "Rows:", suite.markdown(by_rows)]
     return "\n\n".join(tables + lines)
 

@@ -4,7 +4,15 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888")  # Okabe and Ito's, for all eyes
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#888888",
+)  # Okabe and Ito's, for all eyes
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 330, 56, 12, 34, 74
 
 
@@ -28,7 +36,10 @@ class Panel:
 
 def svg(panels):
     """The panels beside each other."""
-    inner = "\n".join(f'<g transform="translate({i * _WIDTH} 0)">\n{_panel(panel)}\n</g>' for i, panel in enumerate(panels))
+    inner = "\n".join(
+        f'<g transform="translate({i * _WIDTH} 0)">\n{_panel(panel)}\n</g>'
+        for i, panel in enumerate(panels)
+    )
     width = _WIDTH * len(panels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" width="{width}" height="{_HEIGHT}" '
@@ -38,7 +49,10 @@ def svg(panels):
 
 def _panel(panel):
     if panel.stacked:
-        highest = max(sum(values[i] for values in panel.values.values()) for i in range(len(panel.places)))
+        highest = max(
+            sum(values[i] for values in panel.values.values())
+            for i in range(len(panel.places))
+        )
     else:
         highest = max(max(values) for values in panel.values.values())
     step = _tick(panel.top or highest)
@@ -52,15 +66,29 @@ def _panel(panel):
     def y(value):
         return _TOP + height * (1 - value / top)
 
-    parts = [_text(_LEFT, 18, panel.title, weight="bold"), _text(_LEFT, _TOP - 4, panel.y_title, size=11)]
+    parts = [
+        _text(_LEFT, 18, panel.title, weight="bold"),
+        _text(_LEFT, _TOP - 4, panel.y_title, size=11),
+    ]
     for tick in range(round(top / step) + 1):
         level = y(tick * step)
         parts += [
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>',
             _text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"),
         ]
-    parts += [_text(x(i), _TOP + height + 16, place, anchor="middle") for i, place in enumerate(panel.places)]
-    parts.append(_text(_LEFT + width / 2, _TOP + height + 32, panel.x_title, anchor="middle", size=11))
+    parts += [
+        _text(x(i), _TOP + height + 16, place, anchor="middle")
+        for i, place in enumerate(panel.places)
+    ]
+    parts.append(
+        _text(
+            _LEFT + width / 2,
+            _TOP + height + 32,
+            panel.x_title,
+            anchor="middle",
+            size=11,
+        )
+    )
     below = [0.0] * len(panel.places)
     for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
         if panel.stacked:
@@ -72,11 +100,19 @@ def _panel(panel):
                 )
                 below[i] += value
         else:
-            for drawn, dashes in ((values, ""), (panel.dashed.get(name, []), ' stroke-dasharray="5 4"')):
+            for drawn, dashes in (
+                (values, ""),
+                (panel.dashed.get(name, []), ' stroke-dasharray="5 4"'),
+            ):
                 there = [(x(i), y(value)) for i, value in enumerate(drawn)]
                 line = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
-                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-                parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in there]
+                parts.append(
+                    f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>'
+                )
+                parts += [
+                    f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>'
+                    for a, b in there
+                ]
     return "\n".join([*parts, *_legend(list(panel.values))])
 
 
@@ -85,7 +121,9 @@ def _legend(names):
     parts, room = [], (_WIDTH - _LEFT - _RIGHT) / 3
     for i, (colour, name) in enumerate(zip(_COLOURS, names, strict=False)):
         left, base = _LEFT + i % 3 * room, _HEIGHT - 24 + i // 3 * 16
-        parts.append(f'<rect x="{left:.1f}" y="{base - 9}" width="10" height="10" fill="{colour}"/>')
+        parts.append(
+            f'<rect x="{left:.1f}" y="{base - 9}" width="10" height="10" fill="{colour}"/>'
+        )
         parts.append(_text(left + 14, base, name, size=11))
     return parts
 
@@ -93,7 +131,9 @@ def _legend(names):
 def _tick(highest):
     """A round distance that cuts the axis into about five."""
     power = 10.0 ** math.floor(math.log10(highest / 5))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= highest / 5)
+    return next(
+        power * factor for factor in (1, 2, 5, 10) if power * factor >= highest / 5
+    )
 
 
 def _text(x, y, text, anchor="start", size=12, weight="normal"):

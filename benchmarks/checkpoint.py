@@ -46,14 +46,23 @@ from benchmarks.workload import dataset_of, draw, trainer_of
 from syncrec.batch.build import build_batch
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
-from trainer.checkpoint.save import Checkpoints, RunState, checkpoints, newest, restore_model, restore_optimizers
+from trainer.checkpoint.save import (
+    Checkpoints,
+    RunState,
+    checkpoints,
+    newest,
+    restore_model,
+    restore_optimizers,
+)
 from trainer.config.load import flat
 from trainer.distributed import process_group
 from trainer.distributed.agreement import agree
 
 DIM, DOMAINS, USERS, SHORTEST, LONGEST = 64, 5, 32, 16, 128
 TRAINING = 600  # seconds of training between two checkpoints, as checkpoint.every_minutes has it
-_COPIES_ON_DISK = 5  # ours, DCP's two formats, the plain copy, and the one that is being written
+_COPIES_ON_DISK = (
+    5  # ours, DCP's two formats, the plain copy, and the one that is being written
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,10 @@ class Settings:
         suite.at_least(1, self, "ranks", "repeats")
         suite.existing(self.folder)
         folder, rows = self.folder or tempfile.gettempdir(), max(self.rows)
-        needed, free = _COPIES_ON_DISK * (table_bytes(rows) + 2**24), shutil.disk_usage(folder).free
+        needed, free = (
+            _COPIES_ON_DISK * (table_bytes(rows) + 2**24),
+            shutil.disk_usage(folder).free,
+        )
         if free < needed:
             raise ValueError(
                 f"folder {folder}: {rows} rows take {needed / 1e9:.1f} GB there for a while, and {free / 1e9:.1f} GB are free: "
@@ -82,19 +94,28 @@ def main():
     """Measures, prints, writes."""
     settings, options = suite.settings("checkpoint", Settings)
     record = suite.header("checkpoint", settings, options)
-    record["machine"]["file_system"] = machine.file_system(Path(settings.folder or tempfile.gettempdir()))
+    record["machine"]["file_system"] = machine.file_system(
+        Path(settings.folder or tempfile.gettempdir())
+    )
     results, not_run = [], []
     for rows in settings.rows:
         for ranks in settings.ranks:
             begin = time.perf_counter()
             try:
                 with suite.scratch(settings.folder, "checkpoint-") as own:
-                    results += suite.on_ranks(ranks, measure, rows, settings.repeats, Path(own))
+                    results += suite.on_ranks(
+                        ranks, measure, rows, settings.repeats, Path(own)
+                    )
             except ProcessExitedException as error:
-                reason = f"a rank's process ended ({error}), most likely for want of memory"
+                reason = (
+                    f"a rank's process ended ({error}), most likely for want of memory"
+                )
                 not_run.append({"rows": rows, "ranks": ranks, "reason": reason})
                 continue
-            print(f"{rows:,} rows, ranks: {ranks} ({time.perf_counter() - begin:.0f} s)", flush=True)
+            print(
+                f"{rows:,} rows, ranks: {ranks} ({time.perf_counter() - begin:.0f} s)",
+                flush=True,
+            )
     suite.save("checkpoint", record | {"results": results, "not_run": not_run}, options)
     sys.exit(bool(not_run))
 
@@ -114,10 +135,24 @@ def _measure(rows, repeats, ranks, folder):
     """Saves by every system in turn, as often as asked, then loads. Called on all ranks of a group; returns its lines."""
     trainer, _ = built(rows, ranks)
     for step in range(2):  # so that both optimizers have their state
-        arrays = draw(trainer.dataset, step * ranks.world_size + ranks.rank, USERS, SHORTEST, LONGEST, trainer.config.negatives)
-        trainer.train_step(build_batch(*arrays, [domain.items for domain in trainer.dataset.domains], LONGEST))
+        arrays = draw(
+            trainer.dataset,
+            step * ranks.world_size + ranks.rank,
+            USERS,
+            SHORTEST,
+            LONGEST,
+            trainer.config.negatives,
+        )
+        trainer.train_step(
+            build_batch(
+                *arrays, [domain.items for domain in trainer.dataset.domains], LONGEST
+            )
+        )
     ours = Ours(trainer, folder)
-    safetensors = dcp.HuggingFaceStorageReader, lambda path: dcp.HuggingFaceStorageWriter(path, save_distributed=True)
+    safetensors = (
+        dcp.HuggingFaceStorageReader,
+        lambda path: dcp.HuggingFaceStorageWriter(path, save_distributed=True),
+    )
     pickle = dcp.FileSystemReader, dcp.FileSystemWriter
     systems = [
         ours,
@@ -129,7 +164,9 @@ def _measure(rows, repeats, ranks, folder):
         MemoryCopy(trainer, folder),
     ]
     saves = {system.name: [] for system in systems}
-    for _ in range(repeats):  # in turn: what else the machine does then meets all of them
+    for _ in range(
+        repeats
+    ):  # in turn: what else the machine does then meets all of them
         for system in systems:
             saves[system.name].append(timed_save(system))
     fresh, build_seconds = built(rows, ranks)
@@ -141,9 +178,15 @@ def _measure(rows, repeats, ranks, folder):
     results = []
     for system in systems:
         line = {"system": system.name, "rows": rows, "ranks": ranks.world_size}
-        line |= {"bytes": system.size, "table_bytes": table_bytes(rows), "files": system.files}
+        line |= {
+            "bytes": system.size,
+            "table_bytes": table_bytes(rows),
+            "files": system.files,
+        }
         line["save"] = summary_of_saves(saves[system.name], system.size)
-        line["load"] = summary_of_loads(loads[system.name], system.size) if system.loaded else None
+        line["load"] = (
+            summary_of_loads(loads[system.name], system.size) if system.loaded else None
+        )
         if system is ours:
             line["load"]["build_seconds"] = build_seconds
         results.append(line)
@@ -153,9 +196,19 @@ def _measure(rows, repeats, ranks, folder):
 def built(rows, ranks):
     """A trainer with a table of so many rows, and the seconds that this took."""
     model = ModelConfig(
-        dim=DIM, max_length=LONGEST, experts=5, cross_experts=3, blocks=2, heads=1, ffn_dim=DIM, dropout=0.1, loss="bpr"
+        dim=DIM,
+        max_length=LONGEST,
+        experts=5,
+        cross_experts=3,
+        blocks=2,
+        heads=1,
+        ffn_dim=DIM,
+        dropout=0.1,
+        loss="bpr",
     )
-    dataset = replace(dataset_of(rows, DOMAINS, USERS * ranks.world_size, 2), streams=ranks.world_size)
+    dataset = replace(
+        dataset_of(rows, DOMAINS, USERS * ranks.world_size, 2), streams=ranks.world_size
+    )
     made = []
     (seconds,) = timed(lambda: made.append(trainer_of(model, USERS, dataset, ranks)))
     return made[0], seconds
@@ -165,7 +218,9 @@ class System:
     """A way to keep a trainer's state. What it does is a list of actions, each timed from the start of the first."""
 
     name: str
-    loaded = True  # False: there is nothing to load, or another system's files are the same
+    loaded = (
+        True  # False: there is nothing to load, or another system's files are the same
+    )
     size, files = 0, {}  # of the last save, in bytes
 
     def __init__(self, trainer, folder):
@@ -192,17 +247,24 @@ class Ours(System):
     def __init__(self, trainer, folder):
         super().__init__(trainer, folder)
         facts = {"config": flat(trainer.config), "dataset": trainer.dataset.fingerprint}
-        self._checkpoints, self._state = Checkpoints(self.folder, 1, trainer.ranks, facts), RunState(trainer.step)
+        self._checkpoints, self._state = (
+            Checkpoints(self.folder, 1, trainer.ranks, facts),
+            RunState(trainer.step),
+        )
 
     def saving(self):
         self._state.step += 1  # the state that was saved last is not saved again
         return [
-            lambda: self._checkpoints.save(self.trainer.engine, self.trainer.table, self._state),
+            lambda: self._checkpoints.save(
+                self.trainer.engine, self.trainer.table, self._state
+            ),
             self._checkpoints.finish,
         ]
 
     def loading(self, fresh):
-        model = SyNCRec(fresh.config.model, len(fresh.dataset.domains))  # restored before an engine is built around it
+        model = SyNCRec(
+            fresh.config.model, len(fresh.dataset.domains)
+        )  # restored before an engine is built around it
         found = []
 
         def restore():
@@ -237,8 +299,15 @@ class DCPAsync(DCP):
     loaded = False
 
     def saving(self):
-        state, writer, futures = table_state(self.trainer.table), self._writer(str(self.folder)), []
-        return [lambda: futures.append(dcp.async_save(state, storage_writer=writer)), lambda: futures.pop().result()]
+        state, writer, futures = (
+            table_state(self.trainer.table),
+            self._writer(str(self.folder)),
+            [],
+        )
+        return [
+            lambda: futures.append(dcp.async_save(state, storage_writer=writer)),
+            lambda: futures.pop().result(),
+        ]
 
 
 class FileCopy(System):
@@ -263,13 +332,17 @@ class FileCopy(System):
 
     def loading(self, fresh):
         files = self._share(self.folder)
-        memory = [torch.ones(file.stat().st_size, dtype=torch.uint8).numpy() for file in files]
+        memory = [
+            torch.ones(file.stat().st_size, dtype=torch.uint8).numpy() for file in files
+        ]
 
         def read():
             for file, values in zip(files, memory, strict=True):
                 with open(file, "rb", buffering=0) as stream:
                     done = 0
-                    while count := stream.readinto(values[done:]):  # Linux reads 2 GiB at once at most
+                    while count := stream.readinto(
+                        values[done:]
+                    ):  # Linux reads 2 GiB at once at most
                         done += count
 
         return [read]
@@ -313,8 +386,14 @@ def timed_save(system):
     taken = torch.tensor([-1 if before is None else machine.peak_memory() - before])
     dist.all_reduce(taken)
     folder = system.written()
-    system.files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder else {}
-    system.size = sum(system.files.values()) if folder else table_bytes(system.trainer.table.rows)
+    system.files = (
+        {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        if folder
+        else {}
+    )
+    system.size = (
+        sum(system.files.values()) if folder else table_bytes(system.trainer.table.rows)
+    )
     agree()
     if not system.loaded and ranks.first:
         shutil.rmtree(system.folder, ignore_errors=True)
@@ -334,9 +413,15 @@ def timed_load(system, trainer, fresh):
         actions = system.loading(fresh)
         if place == "disk":
             agree()
-            load["from_disk"] = machine.drop_from_cache(system.written().iterdir()) if fresh.ranks.first else None
+            load["from_disk"] = (
+                machine.drop_from_cache(system.written().iterdir())
+                if fresh.ranks.first
+                else None
+            )
         load[place] = timed(*actions)
-        if not isinstance(system, FileCopy) and not all(torch.equal(kept[name], filled[name]) for name in kept):
+        if not isinstance(system, FileCopy) and not all(
+            torch.equal(kept[name], filled[name]) for name in kept
+        ):
             raise ArithmeticError(f"{system.name} loads another table than it saved")
     return load
 
@@ -377,9 +462,14 @@ def summary_of_loads(loads, size):
     summary = {"from_disk": all(load["from_disk"] for load in loads)}
     for place in ("disk", "cached"):
         seconds = [load[place][-1] for load in loads]
-        summary[place] = {"seconds": suite.spread(seconds), "bytes_per_second": size / statistics.median(seconds)}
+        summary[place] = {
+            "seconds": suite.spread(seconds),
+            "bytes_per_second": size / statistics.median(seconds),
+        }
         if len(loads[0][place]) > 1:
-            summary[place]["verify_seconds"] = suite.spread([load[place][0] for load in loads])
+            summary[place]["verify_seconds"] = suite.spread(
+                [load[place][0] for load in loads]
+            )
     return summary
 
 
@@ -392,7 +482,10 @@ def table(record):
         ours, copy = of["ours"], of["file copy"]
         save, load = ours["save"], ours["load"]
         blocks, total = save["blocking_seconds"]["median"], save["seconds"]["median"]
-        written, read = ours["bytes"] / (total - blocks), load["disk"]["bytes_per_second"]
+        written, read = (
+            ours["bytes"] / (total - blocks),
+            load["disk"]["bytes_per_second"],
+        )
         row = {
             "rows": f"{count:,}",
             "ranks": ranks,
@@ -405,16 +498,25 @@ def table(record):
             "of file copy": f"{written / copy['save']['bytes_per_second']:.0%}",
             "load from disk": f"{read / 1e6:,.0f} MB/s",
             "of file read": f"{read / copy['load']['disk']['bytes_per_second']:.0%}",
-            "memory": "" if save["memory_bytes"] is None else f"{save['memory_bytes'] / 1e6:,.0f} MB",
+            "memory": ""
+            if save["memory_bytes"] is None
+            else f"{save['memory_bytes'] / 1e6:,.0f} MB",
         }
         for name in ("DCP safetensors", "DCP pickle"):
-            seconds = of[name]["save"]["seconds"]["median"], of[name]["load"]["disk"]["seconds"]["median"]
+            seconds = (
+                of[name]["save"]["seconds"]["median"],
+                of[name]["load"]["disk"]["seconds"]["median"],
+            )
             row[f"{name}: save, load"] = f"{seconds[0]:.2f} s, {seconds[1]:.2f} s"
         rows.append(row)
         if not all(line["load"]["from_disk"] for line in of.values() if line["load"]):
-            notes.append(f"{count:,} rows, ranks: {ranks}: not all files had left the page cache before loading from disk.")
+            notes.append(
+                f"{count:,} rows, ranks: {ranks}: not all files had left the page cache before loading from disk."
+            )
     for left_out in record["not_run"]:
-        notes.append(f"{left_out['rows']:,} rows, ranks: {left_out['ranks']}, not run: {left_out['reason']}.")
+        notes.append(
+            f"{left_out['rows']:,} rows, ranks: {left_out['ranks']}, not run: {left_out['reason']}."
+        )
     if record["machine"]["file_system"] in ("tmpfs", "ramfs"):
         notes.append("These files lay in memory: give folder=… on a disk.")
     return "\n\n".join([suite.markdown(rows), *notes])

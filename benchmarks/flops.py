@@ -34,8 +34,12 @@ def step_operations(config, works):
     dim, inner = config.dim, config.ffn_dim
     total = 0
     for work in works:
-        expert = config.blocks * (work.tokens * (4 * dim * dim + 2 * dim * inner) + work.pairs * 2 * dim)
-        task = work.tokens * (config.experts * dim + 2 * dim * inner) + work.scores * dim
+        expert = config.blocks * (
+            work.tokens * (4 * dim * dim + 2 * dim * inner) + work.pairs * 2 * dim
+        )
+        task = (
+            work.tokens * (config.experts * dim + 2 * dim * inner) + work.scores * dim
+        )
         total += (config.experts + 2 * work.live) * expert + 3 * task
     return 2 * total
 
@@ -46,7 +50,10 @@ def packed_work(config, batch, square=False):
     square: count attention as a kernel that computes each bucket's whole square does, instead of what is needed: n (n + 1) / 2
     pairs for a sequence of n tokens.
     """
-    views = ((batch.cross, config.cross_experts), (batch.single, config.experts - config.cross_experts))
+    views = (
+        (batch.cross, config.cross_experts),
+        (batch.single, config.experts - config.cross_experts),
+    )
     return [_packed(batch, view, live, square) for view, live in views]
 
 
@@ -56,25 +63,42 @@ def padded_work(config, batch, square=False):
     pairs = users * (longest * longest if square else longest * (longest + 1) // 2)
     works = []
     for view in range(views):
-        domains = batch.target_domain_VBT[view][batch.target_VBT[view] > 0].bincount(minlength=views - 1).tolist()
+        domains = (
+            batch.target_domain_VBT[view][batch.target_VBT[view] > 0]
+            .bincount(minlength=views - 1)
+            .tolist()
+        )
         live = config.experts - config.cross_experts if view else config.cross_experts
         shared = [len(rows) for rows in batch.shared_D]
-        works.append(Work(users * longest, pairs, live, _scores(domains, batch.negatives, shared)))
+        works.append(
+            Work(
+                users * longest, pairs, live, _scores(domains, batch.negatives, shared)
+            )
+        )
     return works
 
 
 def _packed(batch, view, live, square):
     if square:
-        pairs = sum(sequences * length * length for sequences, length in view.attention.shapes)
+        pairs = sum(
+            sequences * length * length for sequences, length in view.attention.shapes
+        )
     else:
         lengths = view.sequence_M.bincount()
         pairs = int((lengths * (lengths + 1) // 2).sum())
     shared = np.diff(batch.negative_starts).tolist()
-    return Work(len(view.input_M), pairs, live, _scores(np.diff(view.target_starts).tolist(), batch.negatives, shared))
+    return Work(
+        len(view.input_M),
+        pairs,
+        live,
+        _scores(np.diff(view.target_starts).tolist(), batch.negatives, shared),
+    )
 
 
 def _scores(targets_D, own, shared_D):
     """Scores of negatives: each target's own, or as many as its domain shares."""
     if own is not None:
         return own * sum(targets_D)
-    return sum(targets * shared for targets, shared in zip(targets_D, shared_D, strict=True))
+    return sum(
+        targets * shared for targets, shared in zip(targets_D, shared_D, strict=True)
+    )

@@ -48,14 +48,18 @@ class Group:
                 stderr=log,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | {key: str(value) for key, value in environment.items()},
+                env=os.environ
+                | {key: str(value) for key, value in environment.items()},
             )
             self.ranks.append((process, log))
 
     def tell(self, do, **options):
         """Sends a command to all ranks; `options` are the same for all, or a list with one for each."""
         for rank, (process, _) in enumerate(self.ranks):
-            own = {name: value[rank] if isinstance(value, list) else value for name, value in options.items()}
+            own = {
+                name: value[rank] if isinstance(value, list) else value
+                for name, value in options.items()
+            }
             process.stdin.write(json.dumps({"do": do, **own}) + "\n")
             process.stdin.flush()
 
@@ -67,7 +71,9 @@ class Group:
                 ready.register(process.stdout, selectors.EVENT_READ)
                 line = process.stdout.readline() if ready.select(_PATIENCE) else ""
             if not line:
-                raise RuntimeError(f"{self.name}: a rank gave no answer:\n{Path(log.name).read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"{self.name}: a rank gave no answer:\n{Path(log.name).read_text()[-3000:]}"
+                )
             answers.append(json.loads(line))
         return answers
 
@@ -94,7 +100,9 @@ class Groups:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(suite.scratch("")))
-            self.hosts = stack.enter_context(namespaces.two_hosts()) if self.with_hosts else None
+            self.hosts = (
+                stack.enter_context(namespaces.two_hosts()) if self.with_hosts else None
+            )
             cores = sorted(os.sched_getaffinity(0))
             first, second = cores[0], cores[1 % len(cores)]
 
@@ -105,7 +113,9 @@ class Groups:
 
             self.one, self.twin = group(ONE, [first]), group(TWIN, [second])
             self.pair = group(PAIR, [first, second])
-            self.apart = group(HOSTS, [first, second], self.hosts) if self.hosts else None
+            self.apart = (
+                group(HOSTS, [first, second], self.hosts) if self.hosts else None
+            )
             for made in (self.one, self.twin, self.pair, self.apart):
                 if made is not None:
                     made.hear()  # they are there
@@ -120,7 +130,10 @@ class Groups:
         cases = [(ONE, self.one, None), (TWIN, self.one, None), (PAIR, self.pair, None)]
         if self.apart:
             cases += [(HOSTS, self.apart, None)]
-            cases += [(f"{HOSTS}, {gbit:g} Gbit/s", self.apart, gbit) for gbit in settings.gbit]
+            cases += [
+                (f"{HOSTS}, {gbit:g} Gbit/s", self.apart, gbit)
+                for gbit in settings.gbit
+            ]
         return cases
 
     def limit(self, gbit):

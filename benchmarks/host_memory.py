@@ -57,7 +57,17 @@ class Settings:
     measured_rows: int
 
     def __post_init__(self):
-        suite.at_least(1, self, "rows", "dim", "ranks_a_host", "host_bytes", "device_bytes", "users", "length")
+        suite.at_least(
+            1,
+            self,
+            "rows",
+            "dim",
+            "ranks_a_host",
+            "host_bytes",
+            "device_bytes",
+            "users",
+            "length",
+        )
         suite.at_least(2, self, "ranks")
         suite.at_least(0, self, "workers")
         suite.at_least(20_000, self, "measured_rows")
@@ -66,19 +76,32 @@ class Settings:
 def main():
     settings, options = suite.settings("host_memory", Settings)
     record = suite.header("host_memory", settings, options)
-    record["plans"] = [plan(settings, rows, device) for rows in settings.rows for device in (True, False)]
-    record["reads"] = [reads(settings, rows, ranks) for rows in settings.rows for ranks in settings.ranks]
+    record["plans"] = [
+        plan(settings, rows, device)
+        for rows in settings.rows
+        for device in (True, False)
+    ]
+    record["reads"] = [
+        reads(settings, rows, ranks)
+        for rows in settings.rows
+        for ranks in settings.ranks
+    ]
     record["measured"] = suite.in_own_process(measure, settings)
     suite.save("host_memory", record, options)
 
 
 def plan(settings, rows, device):
     """Of a rank with so many rows, and of its host. device: the rank has a device."""
-    room = Room(settings.device_bytes if device else None, settings.host_bytes // settings.ranks_a_host)
+    room = Room(
+        settings.device_bytes if device else None,
+        settings.host_bytes // settings.ranks_a_host,
+    )
     found = {"rows": rows, "device": device}
     try:
         needs = HostNeeds(checkpoints=True, loaders=loaders_of(settings))
-        capacity = plan_capacity(TableConfig(), settings.optimizer, rows, settings.dim, room, needs)
+        capacity = plan_capacity(
+            TableConfig(), settings.optimizer, rows, settings.dim, room, needs
+        )
     except ValueError as error:
         return found | {"refused": str(error)}
     host = settings.ranks_a_host
@@ -95,21 +118,36 @@ def loaders_of(settings):
     """Bytes of a rank's loaders."""
     users = 1_000_000
     dataset = dataset_of(1000, 5, users, 1)
-    dataset = type(dataset)(**{**vars(dataset), "interactions": users * settings.length})
-    config = RunConfig(global_batch_size=settings.users, stream=StreamConfig(workers=settings.workers))
+    dataset = type(dataset)(
+        **{**vars(dataset), "interactions": users * settings.length}
+    )
+    config = RunConfig(
+        global_batch_size=settings.users, stream=StreamConfig(workers=settings.workers)
+    )
     return loader_bytes(config, dataset, 1)
 
 
 def reads(settings, rows, ranks):
     """Of all ranks together, of a table with so many rows a rank."""
     total = rows * ranks
-    row = plan_capacity(TableConfig(), settings.optimizer, 1, settings.dim, Room(None, 10**9)).host
+    row = plan_capacity(
+        TableConfig(), settings.optimizer, 1, settings.dim, Room(None, 10**9)
+    ).host
     ranges = {f"table-{rank:05d}": (rank * rows, rows) for rank in range(ranks)}
-    found = {"rows": rows, "ranks": ranks, "table_bytes": total * row, "publish_before": _TABLES_BEFORE, "publish_now": 1}
+    found = {
+        "rows": rows,
+        "ranks": ranks,
+        "table_bytes": total * row,
+        "publish_before": _TABLES_BEFORE,
+        "publish_now": 1,
+    }
     for name, others in (("same", ranks), ("other", ranks - 1)):
         share = -(-total // others)
         opened = sum(
-            len(files_with(Path(), ranges, rank * share, min(total, (rank + 1) * share))) for rank in range(others)
+            len(
+                files_with(Path(), ranges, rank * share, min(total, (rank + 1) * share))
+            )
+            for rank in range(others)
         )
         # A warm start looks into each file's header once, and reads by the same ranges.
         found[name] = {
@@ -127,7 +165,14 @@ def measure(settings):
     with process_group.joined():
         gc.collect()
         begun = _resident()
-        table = ItemTable(settings.measured_rows, settings.dim, TableConfig(optimizer="sgd"), 0, "cpu", filled=False)
+        table = ItemTable(
+            settings.measured_rows,
+            settings.dim,
+            TableConfig(optimizer="sgd"),
+            0,
+            "cpu",
+            filled=False,
+        )
         made = _resident()
         table.fill()
         filled = _resident()
@@ -145,7 +190,13 @@ def measure(settings):
 
 
 def _resident():
-    return 1024 * int(re.search(r"^Rss: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)[1])
+    return 1024 * int(
+        re.search(
+            r"^Rss: +(\d+) kB",
+            Path("/proc/self/smaps_rollup").read_text(),
+            re.MULTILINE,
+        )[1]
+    )
 
 
 def table(record):
@@ -153,13 +204,23 @@ def table(record):
     planned = [_planned(result) for result in record["plans"]]
     read = [_read(result) for result in record["reads"]]
     measured = record["measured"]
-    line = {f"{name.replace('_', ' ')}, MB": f"{measured[name] / 1e6:.0f}" for name in ("bytes", "made", "filled", "copied")}
-    line = {"rows": f"{measured['rows']:,}"} | line | {"copy gone, MB": f"{measured['copy_gone'] / 1e6:.0f}"}
+    line = {
+        f"{name.replace('_', ' ')}, MB": f"{measured[name] / 1e6:.0f}"
+        for name in ("bytes", "made", "filled", "copied")
+    }
+    line = (
+        {"rows": f"{measured['rows']:,}"}
+        | line
+        | {"copy gone, MB": f"{measured['copy_gone'] / 1e6:.0f}"}
+    )
     return "\n\n".join(suite.markdown(rows) for rows in (planned, read, [line]))
 
 
 def _planned(result):
-    line = {"rows a rank": f"{result['rows']:,}", "on": "GPU" if result["device"] else "CPU"}
+    line = {
+        "rows a rank": f"{result['rows']:,}",
+        "on": "GPU" if result["device"] else "CPU",
+    }
     if "refused" in result:
         return line | {"training while it is written": "refused"}
     return line | {
@@ -172,7 +233,11 @@ def _planned(result):
 
 
 def _read(result):
-    line = {"rows a rank": f"{result['rows']:,}", "ranks": result["ranks"], "table, TB": f"{result['table_bytes'] / 1e12:.2f}"}
+    line = {
+        "rows a rank": f"{result['rows']:,}",
+        "ranks": result["ranks"],
+        "table, TB": f"{result['table_bytes'] / 1e12:.2f}",
+    }
     for name, shown in (("resume", "resume: files"), ("warm", "warm start: files")):
         for when in ("before", "now"):
             line[f"{shown}, {when}"] = f"{result['same'][f'{name}_{when}']:,}"

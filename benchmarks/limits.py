@@ -37,7 +37,10 @@ class Product:
         return 2 * self.experts * self.rows * self.inner * self.columns
 
     def __str__(self):
-        left, right = (f"({rows}, {columns})" for rows, columns in ((self.rows, self.inner), (self.inner, self.columns)))
+        left, right = (
+            f"({rows}, {columns})"
+            for rows, columns in ((self.rows, self.inner), (self.inner, self.columns))
+        )
         marks = "ᵀ" * (self.flipped == "left"), "ᵀ" * (self.flipped == "right")
         return f"{self.experts} x {left}{marks[0]} @ {right}{marks[1]}"
 
@@ -45,7 +48,11 @@ class Product:
         """Left, right and the result's place."""
 
         def drawn(rows, columns, flipped):
-            shape = (self.experts, columns, rows) if flipped else (self.experts, rows, columns)
+            shape = (
+                (self.experts, columns, rows)
+                if flipped
+                else (self.experts, rows, columns)
+            )
             values = torch.randn(shape, device=device).to(dtype)
             return values.transpose(1, 2) if flipped else values
 
@@ -53,9 +60,15 @@ class Product:
             drawn(self.rows, self.inner, self.flipped == "left"),
             drawn(self.inner, self.columns, self.flipped == "right"),
         )
-        out = torch.empty(self.experts, self.rows, self.columns, dtype=dtype, device=device)
+        out = torch.empty(
+            self.experts, self.rows, self.columns, dtype=dtype, device=device
+        )
         # One expert is a plain product, as a linear layer computes it.
-        return tuple(tensor[0] for tensor in (left, right, out)) if self.experts == 1 else (left, right, out)
+        return (
+            tuple(tensor[0] for tensor in (left, right, out))
+            if self.experts == 1
+            else (left, right, out)
+        )
 
 
 def step_products(config, batch, backward=True):
@@ -68,7 +81,10 @@ def step_products(config, batch, backward=True):
     dim, inner = config.dim, config.ffn_dim
     experts, tasks = Counter(), Counter()
     cross, single = config.cross_experts, config.experts - config.cross_experts
-    for view, live, stopped in ((batch.cross, cross, single), (batch.single, single, cross)):
+    for view, live, stopped in (
+        (batch.cross, cross, single),
+        (batch.single, single, cross),
+    ):
         for ways in ((dim, 3 * dim), (dim, dim), (dim, inner), (inner, dim)):
             experts += _layer(live, len(view.input_M), *ways, backward, config.blocks)
             experts += _layer(stopped, len(view.input_M), *ways, False, config.blocks)
@@ -82,7 +98,10 @@ def _layer(experts, tokens, inner, columns, backward, times=1):
     """A linear layer's products, `times` times."""
     products = [Product(experts, tokens, inner, columns)]
     if backward:  # gradients of the input: grad @ Wᵀ, and of the weights: Xᵀ @ grad
-        products += [Product(experts, tokens, columns, inner, "right"), Product(experts, inner, tokens, columns, "left")]
+        products += [
+            Product(experts, tokens, columns, inner, "right"),
+            Product(experts, inner, tokens, columns, "left"),
+        ]
     return Counter(products * times if tokens else [])
 
 
@@ -92,33 +111,55 @@ def matmul(products, dtype, device, window=0.1):
 
     products: a Counter of `Product`. window: seconds of each of several windows.
     """
-    seconds = {str(product): _product_seconds(product, dtype, device, window) for product in products}
+    seconds = {
+        str(product): _product_seconds(product, dtype, device, window)
+        for product in products
+    }
     square = Product(1, _SQUARE, _SQUARE, _SQUARE)
     found = {
         "seconds": seconds,
         "counts": {str(product): count for product, count in products.items()},
-        "operations": sum(product.operations * count for product, count in products.items()),
-        "square_rate": square.operations / _product_seconds(square, dtype, device, window),
+        "operations": sum(
+            product.operations * count for product, count in products.items()
+        ),
+        "square_rate": square.operations
+        / _product_seconds(square, dtype, device, window),
     }
     return summed(found)
 
 
 def summed(found):
     """`matmul`'s figures with the sums that follow from its `seconds`."""
-    total = sum(found["counts"][shape] * seconds for shape, seconds in found["seconds"].items())
-    return found | {"seconds_per_step": total, "rate": found["operations"] / total if total else math.nan}
+    total = sum(
+        found["counts"][shape] * seconds for shape, seconds in found["seconds"].items()
+    )
+    return found | {
+        "seconds_per_step": total,
+        "rate": found["operations"] / total if total else math.nan,
+    }
 
 
 def seconds_of(found, products):
     """How long a part of the products takes that `matmul` has timed."""
-    return sum(found["seconds"][str(product)] * count for product, count in products.items())
+    return sum(
+        found["seconds"][str(product)] * count for product, count in products.items()
+    )
 
 
 def fastest(measured):
     """Several measurements of the same products as one: the least time of each."""
     first = measured[0]
-    seconds = {shape: min(found["seconds"][shape] for found in measured) for shape in first["seconds"]}
-    return summed(first | {"seconds": seconds, "square_rate": max(found["square_rate"] for found in measured)})
+    seconds = {
+        shape: min(found["seconds"][shape] for found in measured)
+        for shape in first["seconds"]
+    }
+    return summed(
+        first
+        | {
+            "seconds": seconds,
+            "square_rate": max(found["square_rate"] for found in measured),
+        }
+    )
 
 
 def _product_seconds(product, dtype, device, window):
@@ -135,8 +176,14 @@ def memory(device, row_bytes, size=2**28, rows=2**20, window=0.1):
     table = torch.ones(rows, row_bytes // 4, device=device)
     index = torch.randint(rows, (rows // 16,), device=device)
     gathered = torch.empty(len(index), table.shape[1], device=device)
-    gather = best_seconds(lambda: torch.index_select(table, 0, index, out=gathered), device, window)
-    return {"copy": 2 * size / copy, "add": 3 * size / add, "gather": 2 * gathered.nbytes / gather}
+    gather = best_seconds(
+        lambda: torch.index_select(table, 0, index, out=gathered), device, window
+    )
+    return {
+        "copy": 2 * size / copy,
+        "add": 3 * size / add,
+        "gather": 2 * gathered.nbytes / gather,
+    }
 
 
 def collectives(ranks, window=0.1, size=2**26):
@@ -149,16 +196,26 @@ def collectives(ranks, window=0.1, size=2**26):
     def seconds(function):
         dist.barrier()
         # As often on every rank, whatever its clock says.
-        count = torch.tensor([max(1, math.ceil(window / _seconds(function, 1, device)))])
+        count = torch.tensor(
+            [max(1, math.ceil(window / _seconds(function, 1, device)))]
+        )
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        best = torch.tensor([min(_seconds(function, int(count), device) for _ in range(_WINDOWS))], dtype=torch.float64)
+        best = torch.tensor(
+            [min(_seconds(function, int(count), device) for _ in range(_WINDOWS))],
+            dtype=torch.float64,
+        )
         dist.all_reduce(best, op=dist.ReduceOp.MAX)
         return float(best)
 
     others = (world - 1) / world
     return {
-        "all_reduce": 2 * others * values.nbytes / seconds(lambda: dist.all_reduce(values)),
-        "all_to_all": others * values.nbytes / seconds(lambda: dist.all_to_all_single(received, values)),
+        "all_reduce": 2
+        * others
+        * values.nbytes
+        / seconds(lambda: dist.all_reduce(values)),
+        "all_to_all": others
+        * values.nbytes
+        / seconds(lambda: dist.all_to_all_single(received, values)),
         "latency": seconds(lambda: dist.all_reduce(little)),
     }
 

@@ -54,7 +54,16 @@ class Settings:
     seed: int
 
     def __post_init__(self):
-        counted = ("users", "shard_users", "user_bytes", "median", "max_length", "ranks", "users_per_rank", "host")
+        counted = (
+            "users",
+            "shard_users",
+            "user_bytes",
+            "median",
+            "max_length",
+            "ranks",
+            "users_per_rank",
+            "host",
+        )
         suite.at_least(1, self, *counted, "measured")
         suite.at_least(0, self, "spread", "steps", "seed")
 
@@ -72,7 +81,12 @@ class CountedShard:
     """Stands for a `ShardFile`: counts what would be read, and gives users of one interaction each."""
 
     def __init__(self, counts: Counts, dataset: Dataset, shard: Shard, whole: bool):
-        self.counts, self.dataset, self.shard, self._compared = counts, dataset, shard, False
+        self.counts, self.dataset, self.shard, self._compared = (
+            counts,
+            dataset,
+            shard,
+            False,
+        )
         counts.opened.append(shard.first_user)
         if whole:
             self.compare()
@@ -86,8 +100,15 @@ class CountedShard:
     def block(self, number) -> Block:
         """As `ShardFile.block`."""
         self.counts.decoded.append(self.shard.first_user)
-        users = min(self.dataset.block_users, self.shard.users - number * self.dataset.block_users)
-        return Block(np.ones(users, np.int32), np.zeros(users, np.int32), np.zeros(users, np.uint16))
+        users = min(
+            self.dataset.block_users,
+            self.shard.users - number * self.dataset.block_users,
+        )
+        return Block(
+            np.ones(users, np.int32),
+            np.zeros(users, np.int32),
+            np.zeros(users, np.uint16),
+        )
 
     def close(self):
         """As `ShardFile.close`."""
@@ -100,7 +121,10 @@ def main():
     results = []
     for ranks in settings.ranks:
         dataset = dataset_of(settings, ranks)
-        results += [measure(dataset, ranks, users, settings) for users in settings.users_per_rank]
+        results += [
+            measure(dataset, ranks, users, settings)
+            for users in settings.users_per_rank
+        ]
     suite.save("loaders", record | {"results": results}, options)
 
 
@@ -111,34 +135,69 @@ def dataset_of(settings: Settings, streams: int) -> Dataset:
     made = []
     for number in range(shards):
         users = firsts[number + 1] - firsts[number]
-        made.append(Shard(f"{number:06d}.tar", users, firsts[number], 0, users * settings.user_bytes, ""))
-    domains = [Domain(str(number), number * _ROOM, 2, _ROOM, 0, 0, {}, "") for number in range(len(_SHARES))]
+        made.append(
+            Shard(
+                f"{number:06d}.tar",
+                users,
+                firsts[number],
+                0,
+                users * settings.user_bytes,
+                "",
+            )
+        )
+    domains = [
+        Domain(str(number), number * _ROOM, 2, _ROOM, 0, 0, {}, "")
+        for number in range(len(_SHARES))
+    ]
     facts = (settings.seed, settings.users, 0, 0, 0, 0.0, 1.0, _BLOCK_USERS, streams)
     dataset = Dataset(Path(), *facts, tuple(domains), tuple(made), ())
     random = np.random.default_rng(settings.seed)
-    lengths_U = 1 + random.lognormal(np.log(settings.median), settings.spread, settings.users).astype(np.int64)
-    lengths_UD = random.multinomial(np.minimum(lengths_U, np.iinfo(LENGTHS_DTYPE).max), _SHARES)
-    dataset.__dict__["lengths"] = lengths_UD.astype(LENGTHS_DTYPE)  # in place of the file's
+    lengths_U = 1 + random.lognormal(
+        np.log(settings.median), settings.spread, settings.users
+    ).astype(np.int64)
+    lengths_UD = random.multinomial(
+        np.minimum(lengths_U, np.iinfo(LENGTHS_DTYPE).max), _SHARES
+    )
+    dataset.__dict__["lengths"] = lengths_UD.astype(
+        LENGTHS_DTYPE
+    )  # in place of the file's
     return dataset
 
 
 def measure(dataset, ranks, users_per_rank, settings):
     """An entry of the record's `results`."""
-    plan = Plan(dataset, ranks * users_per_rank, ranks, settings.seed, max_length=settings.max_length)
+    plan = Plan(
+        dataset,
+        ranks * users_per_rank,
+        ranks,
+        settings.seed,
+        max_length=settings.max_length,
+    )
     steps = min(settings.steps or plan.steps(0), plan.steps(0))
     assigned, tokens, seconds = [], [], []
-    for step in track(range(steps), f"{ranks} ranks of {users_per_rank} users", transient=True):
+    for step in track(
+        range(steps), f"{ranks} ranks of {users_per_rank} users", transient=True
+    ):
         begin = time.perf_counter()
         assigned.append(plan.ranks(0, step))
         seconds.append(time.perf_counter() - begin)
         users_B, _, rank_B = assigned[-1]
         load_W = np.bincount(rank_B, weights=plan.tokens(users_B), minlength=ranks)
         tokens.append(load_W.max() / load_W.mean())
-    measured = np.unique(np.linspace(0, ranks - 1, min(settings.measured, ranks)).astype(int)).tolist()
+    measured = np.unique(
+        np.linspace(0, ranks - 1, min(settings.measured, ranks)).astype(int)
+    ).tolist()
     loaders = [simulate(plan, rank, assigned, settings.host) for rank in measured]
-    figures = {name: spread([loader[name] for loader in loaders]) for name in loaders[0]}
+    figures = {
+        name: spread([loader[name] for loader in loaders]) for name in loaders[0]
+    }
     figures |= {"tokens": spread(tokens), "assign_seconds": spread(seconds)}
-    facts = {"ranks": ranks, "users_per_rank": users_per_rank, "shards": len(dataset.shards), "steps": steps}
+    facts = {
+        "ranks": ranks,
+        "users_per_rank": users_per_rank,
+        "shards": len(dataset.shards),
+        "steps": steps,
+    }
     return facts | figures
 
 
@@ -180,15 +239,24 @@ def table(record):
     """A line for each number of ranks and users: means over the ranks, the most of one in brackets."""
     rows = []
     for result in record["results"]:
-        row = {name: f"{result[key]:,}" for name, key in (("ranks", "ranks"), ("users a rank", "users_per_rank"))}
+        row = {
+            name: f"{result[key]:,}"
+            for name, key in (("ranks", "ranks"), ("users a rank", "users_per_rank"))
+        }
         row |= {"steps": f"{result['steps']:,}", "shards": f"{result['shards']:,}"}
-        for name, key in (("opened", "opened"), ("foreign", "foreign"), ("of other hosts", "away")):
+        for name, key in (
+            ("opened", "opened"),
+            ("foreign", "foreign"),
+            ("of other hosts", "away"),
+        ):
             row[name] = f"{result[key]['mean']:.1f} ({result[key]['max']:.0f})"
         row["MB hashed"] = f"{result['hashed_bytes']['mean'] / 1e6:,.1f}"
         row["blocks decoded"] = f"{result['decoded']['mean']:.1f}"
         row["foreign blocks"] = f"{result['decoded_foreign']['mean']:.1f}"
         row["foreign users"] = f"{result['foreign_users']['mean']:.1%}"
-        row["tokens, most over mean"] = f"{result['tokens']['mean']:.4f} ({result['tokens']['max']:.4f})"
+        row["tokens, most over mean"] = (
+            f"{result['tokens']['mean']:.4f} ({result['tokens']['max']:.4f})"
+        )
         row["ms a batch"] = f"{1000 * result['assign_seconds']['mean']:.0f}"
         rows.append(row)
     return suite.markdown(rows)

@@ -20,11 +20,16 @@ _PACKAGES = (
 def memory_bytes():
     """The machine's memory, or what a control group leaves of it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [path.read_text().strip() for path in map(Path, _MEMORY_LIMITS) if path.is_file()]
+    limits = [
+        path.read_text().strip() for path in map(Path, _MEMORY_LIMITS) if path.is_file()
+    ]
     return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
 
 
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_MEMORY_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 def describe(device):
@@ -37,19 +42,40 @@ def describe(device):
         "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(_TUNING)},
+        "versions": {
+            name: version for name in _PACKAGES if (version := _version(name))
+        },
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_TUNING)
+        },
         **_commit(),
     }
 
 
 # What changes figures without changing code.
-_TUNING = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCH_", "ATEN_", "DNNL_", "ONEDNN_")
+_TUNING = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "MALLOC_",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+    "TORCH_",
+    "ATEN_",
+    "DNNL_",
+    "ONEDNN_",
+)
 
 
 def _processor():
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.is_file() else []
+    names = (
+        re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -63,7 +89,9 @@ def _version(package):
 def _commit():
     def git(*arguments):
         folder = Path(__file__).resolve().parent
-        finished = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        finished = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True
+        )
         return finished.stdout.strip() if finished.returncode == 0 else None
 
     try:
@@ -72,7 +100,12 @@ def _commit():
         commit = None
     # What the benchmarks write themselves is no change of what they measure.
     own = (":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/README.md")
-    return {"commit": commit, "uncommitted_changes": bool(git("status", "--porcelain", ":/", *own)) if commit else None}
+    return {
+        "commit": commit,
+        "uncommitted_changes": bool(git("status", "--porcelain", ":/", *own))
+        if commit
+        else None,
+    }
 
 
 def has_bf16(device):
@@ -80,7 +113,9 @@ def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     info = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags\s*:(.*)$", info.read_text() if info.is_file() else "", re.M)
+    flags = re.search(
+        r"^flags\s*:(.*)$", info.read_text() if info.is_file() else "", re.M
+    )
     return bool(flags) and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
@@ -88,8 +123,17 @@ def file_system(folder):
     """The kind of file system that a folder lies on, None where it cannot be told."""
     mounts = Path("/proc/mounts")
     lines = mounts.read_text().splitlines() if mounts.is_file() else []
-    points = {Path(line.split()[1]): line.split()[2] for line in lines}  # of two at one place the later one is seen
-    return next((points[place] for place in [folder.resolve(), *folder.resolve().parents] if place in points), None)
+    points = {
+        Path(line.split()[1]): line.split()[2] for line in lines
+    }  # of two at one place the later one is seen
+    return next(
+        (
+            points[place]
+            for place in [folder.resolve(), *folder.resolve().parents]
+            if place in points
+        ),
+        None,
+    )
 
 
 def drop_from_cache(files):
@@ -100,16 +144,26 @@ def drop_from_cache(files):
         os.fsync(handle)  # what is not on disk yet stays
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
-    return sum(map(cached_bytes, files)) <= sum(file.stat().st_size for file in files) / 100
+    return (
+        sum(map(cached_bytes, files))
+        <= sum(file.stat().st_size for file in files) / 100
+    )
 
 
 def cached_bytes(file):
     """How much of a file, not an empty one, is in the page cache, in whole pages."""
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+    with (
+        open(file, "rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as pages,
+    ):
         size = len(pages)
-        cached = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))  # a byte a page, its lowest bit: it is there
+        cached = ctypes.create_string_buffer(
+            -(-size // mmap.PAGESIZE)
+        )  # a byte a page, its lowest bit: it is there
         start = ctypes.c_char.from_buffer(pages)
-        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), cached)
+        failed = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), cached
+        )
         del start  # it holds the mapping
     return size if failed else cached.raw.count(1) * mmap.PAGESIZE
 

@@ -26,7 +26,9 @@ from benchmarks.groups import Group
 # Sums over ranks in a step, where a sample of users stands for all: the candidates' vectors, their
 # gradients, and which of them there are.
 _OF_SAMPLE = {"SC-MIM": 1, "SC-MIM gradients": 1, "φ, λ and means": 2}
-_AGREEMENT = "agreement of its own, until 2026-11"  # now it travels with "clip, check, signals"
+_AGREEMENT = (
+    "agreement of its own, until 2026-11"  # now it travels with "clip, check, signals"
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,20 @@ def main():
     settings, options = suite.settings("messages", Settings)
     record = suite.header("messages", settings, options)
     record["counted"] = [counted(settings, ranks) for ranks in settings.ranks]
-    record["reckoned"] = [reckoned(settings, record["counted"][-1], ranks) for ranks in settings.reckoned]
+    record["reckoned"] = [
+        reckoned(settings, record["counted"][-1], ranks) for ranks in settings.reckoned
+    ]
     suite.save("messages", record, options)
 
 
 def counted(settings: Settings, ranks: int) -> dict:
     """What a rank sends in a step, the mean over ranks and batches: {"ranks", "model", "rows", "parts"}."""
     cores = sorted(os.sched_getaffinity(0))
-    arguments = [*settings.step, f"users=[{settings.users}]", f"volume_users={settings.users}"]
+    arguments = [
+        *settings.step,
+        f"users=[{settings.users}]",
+        f"volume_users={settings.users}",
+    ]
     with suite.scratch("") as folder:
         group = Group(
             Path(folder),
@@ -68,8 +76,12 @@ def counted(settings: Settings, ranks: int) -> dict:
         try:
             group.hear()
             model = group.ask("model")[0]
-            volumes = group.ask("volume", users=settings.users, exponent=settings.exponent)
-            answers = group.ask("calls", users=settings.users, exponent=settings.exponent)
+            volumes = group.ask(
+                "volume", users=settings.users, exponent=settings.exponent
+            )
+            answers = group.ask(
+                "calls", users=settings.users, exponent=settings.exponent
+            )
         finally:
             group.end()
     parts = defaultdict(lambda: {"collectives": 0.0, "bytes": 0.0, "messages": 0.0})
@@ -81,7 +93,9 @@ def counted(settings: Settings, ranks: int) -> dict:
             part["bytes"] += call["sent"] / len(steps)
             part["messages"] += traffic.messages(call["kind"], ranks) / len(steps)
             part["kind"] = call["kind"]
-    rows = {name: statistics.mean(volume[name] for volume in volumes) for name in volumes[0]}
+    rows = {
+        name: statistics.mean(volume[name] for volume in volumes) for name in volumes[0]
+    }
     expected = formula(settings, model, ranks, settings.users, rows["foreign"])
     for name, part in parts.items():
         part["formula"] = expected.get(name, 0.0)
@@ -93,7 +107,9 @@ def reckoned(settings: Settings, counted: dict, ranks: int) -> dict:
     rows = counted["rows"]["asked"] / settings.users * settings.reckoned_users
     sampled = 0 < counted["model"]["candidates"] < ranks * settings.reckoned_users
     foreign = rows * (ranks - 1) / ranks
-    expected = formula(settings, counted["model"], ranks, settings.reckoned_users, foreign)
+    expected = formula(
+        settings, counted["model"], ranks, settings.reckoned_users, foreign
+    )
     parts = {}
     for name, part in counted["parts"].items():
         collectives = part["collectives"]
@@ -141,7 +157,10 @@ def _rows(columns, shown_bytes):
     names = list(dict.fromkeys(name for column in columns for name in column["parts"]))
     rows = []
     for name in names:
-        row = {"part": name, "collectives": f"{columns[0]['parts'][name]['collectives']:.0f}"}
+        row = {
+            "part": name,
+            "collectives": f"{columns[0]['parts'][name]['collectives']:.0f}",
+        }
         for column in columns:
             part = column["parts"][name]
             row[f"bytes, {column['ranks']} ranks"] = shown_bytes(part)
@@ -154,7 +173,9 @@ def _rows(columns, shown_bytes):
         total[f"messages, {column['ranks']}"] = f"{_sum(column, 'messages'):,.0f}"
         sent = traffic.sent("all_reduce", 4 * 4, column["ranks"])
         before[f"bytes, {column['ranks']} ranks"] = f"{sent:,.0f}"
-        before[f"messages, {column['ranks']}"] = f"{traffic.messages('all_reduce', column['ranks']):,.0f}"
+        before[f"messages, {column['ranks']}"] = (
+            f"{traffic.messages('all_reduce', column['ranks']):,.0f}"
+        )
     return [*rows, total, before]
 
 

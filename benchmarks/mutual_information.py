@@ -64,7 +64,9 @@ def drawn(users, everyone, dim=WIDTH, domains=DOMAINS):
     """Views of a rank's users and of all, and who is present: (cross_BDR, single_GDR, present_BD, present_GD, own_B)."""
     generator = torch.Generator().manual_seed(1)
     cross_BDR = torch.randn(users, domains, dim, generator=generator).requires_grad_()
-    single_GDR = torch.randn(everyone, domains, dim, generator=generator).requires_grad_()
+    single_GDR = torch.randn(
+        everyone, domains, dim, generator=generator
+    ).requires_grad_()
     present_GD = torch.rand(everyone, domains, generator=generator) < 0.6
     return cross_BDR, single_GDR, present_GD[:users], present_GD, torch.arange(users)
 
@@ -84,7 +86,9 @@ def against_all(users, everyone, **shape):
 def against_sample(users, everyone, size, **shape):
     """The same with a sample of so many candidates a domain."""
     module = MutualInformation(ModelConfig(dim=shape.get("dim", WIDTH)))
-    cross_BDR, single_GDR, present_BD, present_GD, own_B = drawn(users, max(users, size), **shape)
+    cross_BDR, single_GDR, present_BD, present_GD, own_B = drawn(
+        users, max(users, size), **shape
+    )
     chosen = single_GDR.detach()[:size].transpose(0, 1).contiguous().requires_grad_()
     own_DB = torch.where(own_B < size, own_B, -1).expand(chosen.shape[0], -1)
     count_D = torch.full((chosen.shape[0],), int(0.6 * everyone))
@@ -92,7 +96,9 @@ def against_sample(users, everyone, size, **shape):
     single_BDR = single_GDR.detach()[:users].clone().requires_grad_()
 
     def step():
-        sums_D, counts_D = module(cross_BDR, single_BDR, present_BD, present_BD, own_B, sample)
+        sums_D, counts_D = module(
+            cross_BDR, single_BDR, present_BD, present_BD, own_B, sample
+        )
         (sums_D / counts_D.clamp(min=1)).sum().backward()
 
     return step, (cross_BDR, single_BDR, chosen)
@@ -131,33 +137,55 @@ def seconds(made, repeats=30):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--users", type=int, default=1024, help="users a rank")
     parser.add_argument("--sample", type=int, default=4096, help="candidates a domain")
-    parser.add_argument("--seconds", action="store_true", help="measure seconds of small batches too")
+    parser.add_argument(
+        "--seconds", action="store_true", help="measure seconds of small batches too"
+    )
     arguments = parser.parse_args()
     users = arguments.users
-    print(f"{DOMAINS} domains, r = {WIDTH}, {users} users a rank; GiB on a rank at once, forward and backward")
-    print(f"{'ranks':>6} {'one matrix':>12} {'chunks':>12} {f'sample {arguments.sample}':>14}")
+    print(
+        f"{DOMAINS} domains, r = {WIDTH}, {users} users a rank; GiB on a rank at once, forward and backward"
+    )
+    print(
+        f"{'ranks':>6} {'one matrix':>12} {'chunks':>12} {f'sample {arguments.sample}':>14}"
+    )
     ways = {
-        "matrix": lambda everyone: in_one_matrix(lambda: peak_bytes(against_all(users, everyone))),
+        "matrix": lambda everyone: in_one_matrix(
+            lambda: peak_bytes(against_all(users, everyone))
+        ),
         "chunks": lambda everyone: peak_bytes(against_all(users, everyone)),
     }
     sizes = (4 * users, 8 * users)
-    measured = {name: [way(everyone) for everyone in sizes] for name, way in ways.items()}
+    measured = {
+        name: [way(everyone) for everyone in sizes] for name, way in ways.items()
+    }
     for ranks in (4, 8, 64, 512):
         line = {}
         for name, (low, high) in measured.items():
             a_user = (high - low) / (sizes[1] - sizes[0])  # by which both grow
             line[name] = low + a_user * (ranks * users - sizes[0])
         sampled = peak_bytes(against_sample(users, ranks * users, arguments.sample))
-        note = "" if ranks <= 8 else "   the first two reckoned from those of 4 and 8 ranks"
-        print(f"{ranks:>6} {line['matrix'] / GIB:>12.3f} {line['chunks'] / GIB:>12.3f} {sampled / GIB:>14.3f}{note}")
+        note = (
+            ""
+            if ranks <= 8
+            else "   the first two reckoned from those of 4 and 8 ranks"
+        )
+        print(
+            f"{ranks:>6} {line['matrix'] / GIB:>12.3f} {line['chunks'] / GIB:>12.3f} {sampled / GIB:>14.3f}{note}"
+        )
     if arguments.seconds:
         print(f"{'users':>6} {'one matrix ms':>14} {'as run ms':>10}")
         for count in (32, 256):
-            first = in_one_matrix(lambda count=count: seconds(against_all(count, count)))
-            print(f"{count:>6} {1e3 * first:>14.2f} {1e3 * seconds(against_all(count, count)):>10.2f}")
+            first = in_one_matrix(
+                lambda count=count: seconds(against_all(count, count))
+            )
+            print(
+                f"{count:>6} {1e3 * first:>14.2f} {1e3 * seconds(against_all(count, count)):>10.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -75,5 +75,23 @@ def limit(hosts, bits_per_second):
         if bits_per_second is None:
             run("tc", "-n", name, "qdisc", "del", "dev", cable, "root", check=False)
         else:
-            shape = ["rate", f"{bits_per_second:.0f}bit", "burst", str(_BURST), "latency", "50ms"]
-            run("tc", "-n", name, "qdisc", "replace", "dev", cable, "root", "tbf", *shape)
+            shape = [
+                "rate",
+                f"{bits_per_second:.0f}bit",
+                "burst",
+                str(_BURST),
+                "latency",
+                "50ms",
+            ]
+            run(
+                "tc",
+                "-n",
+                name,
+                "qdisc",
+                "replace",
+                "dev",
+                cable,
+                "root",
+                "tbf",
+                *shape,
+            )

@@ -22,7 +22,11 @@ from syncrec.losses.loss_correction import LossCorrection, transfer_gap
 from syncrec.losses.mutual_information import MutualInformation
 from syncrec.losses.prediction import prediction_loss
 
-_PAD, _SOS, _FIRST_ITEM = 0, 1, 2  # rows of the padded item matrix: row x of M is row x + 2 here
+_PAD, _SOS, _FIRST_ITEM = (
+    0,
+    1,
+    2,
+)  # rows of the padded item matrix: row x of M is row x + 2 here
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,17 @@ class PaddedBatch:
     domain_items: tuple[int, ...]
 
 
-def pad_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length):
+def pad_batch(
+    items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length
+):
     """The padded views of some users; arguments as for `syncrec.batch.build.build_batch`."""
     domains, users = len(domain_items), len(lengths_B)
     own = None if isinstance(negatives, list) else negatives.shape[1]
     shape = (domains + 1, users, max_length)
-    given, predicted = np.full(shape, -2), np.full(shape, -1)  # interactions; given: −1 SOS, −2 PAD; predicted: −1 none
+    given, predicted = (
+        np.full(shape, -2),
+        np.full(shape, -1),
+    )  # interactions; given: −1 SOS, −2 PAD; predicted: −1 none
     position = np.zeros(shape, np.int64)
     for user, end in enumerate(np.cumsum(lengths_B)):
         history = np.arange(end - lengths_B[user], end)
@@ -61,7 +70,9 @@ def pad_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, m
             if len(steps) == 0:
                 continue
             inputs = np.append(-1, steps[steps != end - 1])[-max_length:]
-            targets = np.append(steps, -1)[: len(steps) + (steps[-1] != end - 1)][-max_length:]
+            targets = np.append(steps, -1)[: len(steps) + (steps[-1] != end - 1)][
+                -max_length:
+            ]
             given[view, user, : len(inputs)] = inputs
             predicted[view, user, : len(targets)] = targets
             position[view, user, : len(inputs)] = np.arange(len(inputs))[::-1]
@@ -72,7 +83,13 @@ def pad_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, m
     def pick(values_N, place, none):
         """Values of the interactions named by `place`, `none` where it is below 0."""
         picked = values_N[np.maximum(place, 0)]
-        return torch.from_numpy(np.where((place >= 0).reshape(place.shape + (1,) * (picked.ndim - place.ndim)), picked, none))
+        return torch.from_numpy(
+            np.where(
+                (place >= 0).reshape(place.shape + (1,) * (picked.ndim - place.ndim)),
+                picked,
+                none,
+            )
+        )
 
     inputs_VBT = pick(items_N + _FIRST_ITEM, given, _PAD)
     inputs_VBT[torch.from_numpy(given == -1)] = _SOS
@@ -84,8 +101,12 @@ def pad_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, m
         target_domain_VBT=pick(domain_N, predicted, domains),
         comparable_VBT=pick(in_both.all(axis=0), predicted, False),
         negatives=own,
-        negative_VBTn=torch.zeros(0) if own is None else pick(negatives + _FIRST_ITEM, predicted, _PAD),
-        shared_D=tuple(torch.from_numpy(rows + _FIRST_ITEM) for rows in negatives) if own is None else (),
+        negative_VBTn=torch.zeros(0)
+        if own is None
+        else pick(negatives + _FIRST_ITEM, predicted, _PAD),
+        shared_D=tuple(torch.from_numpy(rows + _FIRST_ITEM) for rows in negatives)
+        if own is None
+        else (),
         weight_B=torch.from_numpy(np.asarray(weight_B, np.float32)),
         domain_items=tuple(int(items) for items in domain_items),
     )
@@ -97,31 +118,55 @@ class PaddedSyNCRec(nn.Module):
     def __init__(self, config, domains, rows, plain=False):
         """rows: of M, without PAD and SOS. plain: each view reads the item matrix for itself, as a loop over domains does."""
         super().__init__()
-        if config.gate != "token" or config.mutual_information_pooling != "mean" or config.stop_gradient != "on":
-            raise ValueError("the padded model has the default readings only: gate token, pooling mean, stop_gradient on")
+        if (
+            config.gate != "token"
+            or config.mutual_information_pooling != "mean"
+            or config.stop_gradient != "on"
+        ):
+            raise ValueError(
+                "the padded model has the default readings only: gate token, pooling mean, stop_gradient on"
+            )
         if config.encoder != "transformer" or config.loss_correction == "shapley":
-            raise ValueError("the padded model has Transformers and LC-NTG only: no encoder gru, no loss_correction shapley")
+            raise ValueError(
+                "the padded model has Transformers and LC-NTG only: no encoder gru, no loss_correction shapley"
+            )
         self.config, self.domains, self.plain = config, domains, plain
         self.items = nn.Embedding(rows + _FIRST_ITEM, config.dim, padding_idx=_PAD)
         self.positions = nn.Embedding(config.max_length, config.dim)
-        self.experts = nn.ModuleList(PaddedExpert(config) for _ in range(config.experts))
+        self.experts = nn.ModuleList(
+            PaddedExpert(config) for _ in range(config.experts)
+        )
         self.gates = nn.ModuleList(Gate(config) for _ in range(domains + 1))
         self.towers = nn.ModuleList(Tower(config) for _ in range(domains + 1))
-        self.correction = LossCorrection(config, domains) if config.loss_correction != "none" else None
-        self.mutual_information = MutualInformation(config) if config.mutual_information == "on" else None
+        self.correction = (
+            LossCorrection(config, domains)
+            if config.loss_correction != "none"
+            else None
+        )
+        self.mutual_information = (
+            MutualInformation(config) if config.mutual_information == "on" else None
+        )
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=config.init_std)
 
     def forward(self, batch):
         """The loss of eq. 18 and what it is made of: single-domain and cross-domain mean losses, (D,) each, and λ, (D,)."""
-        x_VBTR = self._rows(batch.input_VBT, [1] * (self.domains + 1)) + self.positions(batch.position_VBT)
+        x_VBTR = self._rows(batch.input_VBT, [1] * (self.domains + 1)) + self.positions(
+            batch.position_VBT
+        )
         x_VBTR = F.dropout(x_VBTR, self.config.dropout, self.training)
-        y_VBTR = torch.stack([self._view(view, x_BTR) for view, x_BTR in enumerate(x_VBTR)])
+        y_VBTR = torch.stack(
+            [self._view(view, x_BTR) for view, x_BTR in enumerate(x_VBTR)]
+        )
         return self._losses(batch, y_VBTR)
 
     def _rows(self, ids, views):
         """Vectors of ids whose first dimension has the views one after the other, so many each."""
-        return torch.cat([self.items(own) for own in ids.split(views)]) if self.plain else self.items(ids)
+        return (
+            torch.cat([self.items(own) for own in ids.split(views)])
+            if self.plain
+            else self.items(ids)
+        )
 
     def _view(self, view, x_BTR):
         """Eq. 4 for view 0, eq. 2 for the others."""
@@ -140,28 +185,45 @@ class PaddedSyNCRec(nn.Module):
         view_L, user_L, _ = present_VBT.nonzero(as_tuple=True)
         domain_L = batch.target_domain_VBT[present_VBT]
         views = view_L.bincount(minlength=self.domains + 1).tolist()
-        loss_L = self._prediction_losses(batch, present_VBT, views, domain_L, y_VBTR[present_VBT])
+        loss_L = self._prediction_losses(
+            batch, present_VBT, views, domain_L, y_VBTR[present_VBT]
+        )
         weight_L = batch.weight_B.to(loss_L.dtype)[user_L]
         shared_L = weight_L * batch.comparable_VBT[present_VBT]
 
         def by_domain(values_L, single):
             chosen = (view_L > 0) == single
-            return values_L.new_zeros(self.domains).index_add(0, domain_L[chosen], values_L[chosen])
+            return values_L.new_zeros(self.domains).index_add(
+                0, domain_L[chosen], values_L[chosen]
+            )
 
-        single_D, cross_D = by_domain(loss_L * weight_L, True), by_domain(loss_L * weight_L, False)
-        single_count_D, cross_count_D = by_domain(weight_L, True), by_domain(weight_L, False)
+        single_D, cross_D = (
+            by_domain(loss_L * weight_L, True),
+            by_domain(loss_L * weight_L, False),
+        )
+        single_count_D, cross_count_D = (
+            by_domain(weight_L, True),
+            by_domain(weight_L, False),
+        )
         gap_count_D = by_domain(shared_L, True)
         lambda_D = torch.ones_like(cross_D)
         if self.correction is not None:
             gap_L = loss_L.detach() * shared_L
-            phi_D = transfer_gap(by_domain(gap_L, True), by_domain(gap_L, False), gap_count_D)
+            phi_D = transfer_gap(
+                by_domain(gap_L, True), by_domain(gap_L, False), gap_count_D
+            )
             lambda_D = self.correction(phi_D, gap_count_D > 0)
         loss_single = single_D.sum() / single_count_D.sum().clamp(min=1)
         loss_cross = (lambda_D * cross_D).sum() / cross_count_D.sum().clamp(min=1)
         loss = loss_single + loss_cross
         if self.mutual_information is not None:
-            loss = config.eta * loss - (1 - config.eta) * self._information(batch, y_VBTR)
-        means = single_D / single_count_D.clamp(min=1), cross_D / cross_count_D.clamp(min=1)
+            loss = config.eta * loss - (1 - config.eta) * self._information(
+                batch, y_VBTR
+            )
+        means = (
+            single_D / single_count_D.clamp(min=1),
+            cross_D / cross_count_D.clamp(min=1),
+        )
         return loss, (means[0].detach(), means[1].detach(), lambda_D.detach())
 
     def _prediction_losses(self, batch, present_VBT, views, domain_L, y_LR):
@@ -169,27 +231,52 @@ class PaddedSyNCRec(nn.Module):
         target_L = batch.target_VBT[present_VBT]
         positive_L = (y_LR * self._rows(target_L, views)).sum(1)
         if batch.negatives is None:
-            shared_D = self.items(torch.cat(batch.shared_D)).split([len(rows) for rows in batch.shared_D])
+            shared_D = self.items(torch.cat(batch.shared_D)).split(
+                [len(rows) for rows in batch.shared_D]
+            )
         else:
-            scores_Ln = torch.einsum("lr,lnr->ln", y_LR, self._rows(batch.negative_VBTn[present_VBT], views))
+            scores_Ln = torch.einsum(
+                "lr,lnr->ln", y_LR, self._rows(batch.negative_VBTn[present_VBT], views)
+            )
         loss_L = torch.zeros_like(positive_L)
         for d, items in enumerate(batch.domain_items):
             of_d = (domain_L == d).nonzero().squeeze(1)
             if batch.negatives is None:
-                scores, allowed = y_LR[of_d] @ shared_D[d].T, batch.shared_D[d] != target_L[of_d].unsqueeze(1)
+                scores, allowed = (
+                    y_LR[of_d] @ shared_D[d].T,
+                    batch.shared_D[d] != target_L[of_d].unsqueeze(1),
+                )
             else:
                 scores, allowed = scores_Ln[of_d], None
-            loss_L = loss_L.index_add(0, of_d, prediction_loss(self.config.loss, positive_L[of_d], scores, allowed, items))
+            loss_L = loss_L.index_add(
+                0,
+                of_d,
+                prediction_loss(
+                    self.config.loss, positive_L[of_d], scores, allowed, items
+                ),
+            )
         return loss_L
 
     def _information(self, batch, y_VBTR):
         """Σ_d MI_d of eq. 16, each a mean over users."""
-        token_DBT = batch.input_domain_VBT[0] == torch.arange(self.domains, device=y_VBTR.device).view(-1, 1, 1)
-        cross_BDR, cross_count_BD = _pool(token_DBT, y_VBTR[:1].expand(self.domains, -1, -1, -1))
-        single_BDR, single_count_BD = _pool(batch.input_domain_VBT[1:] < self.domains, y_VBTR[1:])
-        present_BD = (single_count_BD > 0) & (cross_count_BD > 0) & (batch.weight_B > 0).unsqueeze(1)
+        token_DBT = batch.input_domain_VBT[0] == torch.arange(
+            self.domains, device=y_VBTR.device
+        ).view(-1, 1, 1)
+        cross_BDR, cross_count_BD = _pool(
+            token_DBT, y_VBTR[:1].expand(self.domains, -1, -1, -1)
+        )
+        single_BDR, single_count_BD = _pool(
+            batch.input_domain_VBT[1:] < self.domains, y_VBTR[1:]
+        )
+        present_BD = (
+            (single_count_BD > 0)
+            & (cross_count_BD > 0)
+            & (batch.weight_B > 0).unsqueeze(1)
+        )
         own_B = torch.arange(len(present_BD), device=y_VBTR.device)
-        sum_D, count_D = self.mutual_information(cross_BDR, single_BDR, present_BD, present_BD, own_B)
+        sum_D, count_D = self.mutual_information(
+            cross_BDR, single_BDR, present_BD, present_BD, own_B
+        )
         return (sum_D / count_D.clamp(min=1)).sum()
 
 
@@ -199,7 +286,9 @@ class PaddedExpert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.blocks = nn.ModuleList(PaddedBlock(config) for _ in range(config.blocks))
-        self.last_norm = nn.LayerNorm(config.dim) if config.norm == "pre" else nn.Identity()
+        self.last_norm = (
+            nn.LayerNorm(config.dim) if config.norm == "pre" else nn.Identity()
+        )
 
     def forward(self, x_BTR):
         for block in self.blocks:
@@ -212,15 +301,27 @@ class PaddedBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout, self.pre_norm = config.heads, config.dropout, config.norm == "pre"
+        self.heads, self.dropout, self.pre_norm = (
+            config.heads,
+            config.dropout,
+            config.norm == "pre",
+        )
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
-        self.inner, self.outer = nn.Linear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
-        self.attention_norm, self.ffn_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
+        self.inner, self.outer = (
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.attention_norm, self.ffn_norm = (
+            nn.LayerNorm(config.dim),
+            nn.LayerNorm(config.dim),
+        )
 
     def forward(self, x_BTR):
         x_BTR = self._around(self.attention_norm, self._attend, x_BTR)
-        return self._around(self.ffn_norm, lambda y_BTR: self.outer(F.gelu(self.inner(y_BTR))), x_BTR)
+        return self._around(
+            self.ffn_norm, lambda y_BTR: self.outer(F.gelu(self.inner(y_BTR))), x_BTR
+        )
 
     def _around(self, norm, layer, x_BTR):
         if self.pre_norm:
@@ -229,30 +330,59 @@ class PaddedBlock(nn.Module):
 
     def _attend(self, x_BTR):
         # Right-padded: a real token never sees a padded one, so the causal mask is all that is needed.
-        query, key, value = self.qkv(x_BTR).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2))
+        query, key, value = (
+            self.qkv(x_BTR).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        return self.out(
+            F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 def copy_weights(packed, table_MR, padded):
     """Gives a `PaddedSyNCRec` the weights and λ of a packed `SyNCRec` and the item matrix M, (rows, r)."""
     with torch.no_grad():
-        padded.items.weight.copy_(torch.cat([torch.zeros_like(table_MR[:1]), packed.embedding.start, table_MR]))
+        padded.items.weight.copy_(
+            torch.cat(
+                [torch.zeros_like(table_MR[:1]), packed.embedding.start, table_MR]
+            )
+        )
         padded.positions.weight.copy_(packed.embedding.positions)
-        stacked = [(stack, k) for stack in (packed.cross_experts, packed.single_experts) for k in range(stack.experts)]
+        stacked = [
+            (stack, k)
+            for stack in (packed.cross_experts, packed.single_experts)
+            for k in range(stack.experts)
+        ]
         for (stack, k), expert in zip(stacked, padded.experts, strict=True):
             for given, block in zip(stack.blocks, expert.blocks, strict=True):
                 linears = block.qkv, block.out, block.inner, block.outer
-                for linear, weight in zip(linears, (given.qkv, given.out, given.w1, given.w2), strict=True):
+                for linear, weight in zip(
+                    linears, (given.qkv, given.out, given.w1, given.w2), strict=True
+                ):
                     linear.weight.copy_(weight[k].T)
                 block.inner.bias.copy_(given.b1[k, 0])
                 block.outer.bias.copy_(given.b2[k, 0])
-                _copy_norm(given.attention_norm_scale, given.attention_norm_shift, k, block.attention_norm)
-                _copy_norm(given.ffn_norm_scale, given.ffn_norm_shift, k, block.ffn_norm)
+                _copy_norm(
+                    given.attention_norm_scale,
+                    given.attention_norm_shift,
+                    k,
+                    block.attention_norm,
+                )
+                _copy_norm(
+                    given.ffn_norm_scale, given.ffn_norm_shift, k, block.ffn_norm
+                )
             if padded.config.norm == "pre":
-                _copy_norm(stack.last_norm.scale, stack.last_norm.shift, k, expert.last_norm)
-        for gate, given in zip(padded.gates, [packed.cross_gate, *packed.single_gates], strict=True):
+                _copy_norm(
+                    stack.last_norm.scale, stack.last_norm.shift, k, expert.last_norm
+                )
+        for gate, given in zip(
+            padded.gates, [packed.cross_gate, *packed.single_gates], strict=True
+        ):
             gate.load_state_dict(given.state_dict())
-        for tower, given in zip(padded.towers, [packed.cross_tower, *packed.single_towers], strict=True):
+        for tower, given in zip(
+            padded.towers, [packed.cross_tower, *packed.single_towers], strict=True
+        ):
             tower.load_state_dict(given.state_dict())
     for name in ("correction", "mutual_information"):
         if getattr(padded, name) is not None:
@@ -268,4 +398,6 @@ def _pool(counted_DBT, y_DBTR):
     """The mean over each row's counted slots, (B, D, r), and their number, (B, D)."""
     counted = counted_DBT.to(y_DBTR.dtype)
     count_BD = counted.sum(2).T
-    return torch.einsum("dbt,dbtr->bdr", counted, y_DBTR) / count_BD.clamp(min=1).unsqueeze(-1), count_BD
+    return torch.einsum("dbt,dbtr->bdr", counted, y_DBTR) / count_BD.clamp(
+        min=1
+    ).unsqueeze(-1), count_BD

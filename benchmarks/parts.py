@@ -69,7 +69,17 @@ class Settings:
     negatives: NegativesConfig
 
     def __post_init__(self):
-        suite.at_least(1, self, "domains", "users", "shortest", "repeats", "warmup", "memory_bytes", "wire_bytes")
+        suite.at_least(
+            1,
+            self,
+            "domains",
+            "users",
+            "shortest",
+            "repeats",
+            "warmup",
+            "memory_bytes",
+            "wire_bytes",
+        )
         suite.at_least(2, self, "ranks")
         suite.at_least(2 * self.domains, self, "items")
 
@@ -77,18 +87,30 @@ class Settings:
 def main():
     """Measures, prints, writes."""
     settings, options = suite.settings("parts", Settings)
-    record = suite.header("parts", settings, options) | {"results": [], "limits": {}, "not_run": []}
+    record = suite.header("parts", settings, options) | {
+        "results": [],
+        "limits": {},
+        "not_run": [],
+    }
     for precision in settings.precision:
         if precision == "bf16" and not machine.has_bf16(suite.device()):
-            record["not_run"].append({"precision": precision, "reason": "the processor has no bf16 products"})
+            record["not_run"].append(
+                {"precision": precision, "reason": "the processor has no bf16 products"}
+            )
             continue
-        lines, record["limits"][precision] = suite.in_own_process(measure, settings, precision)
+        lines, record["limits"][precision] = suite.in_own_process(
+            measure, settings, precision
+        )
         record["results"] += [{"precision": precision} | line for line in lines]
     if suite.device().type == "cpu" or torch.cuda.device_count() >= settings.ranks:
-        lines, record["limits"][f"{settings.ranks} ranks"] = suite.on_ranks(settings.ranks, measure_collectives, settings)
+        lines, record["limits"][f"{settings.ranks} ranks"] = suite.on_ranks(
+            settings.ranks, measure_collectives, settings
+        )
         record["results"] += [{"precision": "fp32"} | line for line in lines]
     else:
-        record["not_run"].append({"precision": "fp32", "reason": f"{settings.ranks} ranks need as many GPUs"})
+        record["not_run"].append(
+            {"precision": "fp32", "reason": f"{settings.ranks} ranks need as many GPUs"}
+        )
     suite.save("parts", record, options)
 
 
@@ -98,42 +120,103 @@ def measure(settings, precision):
         config = replace(settings.model, precision=precision)
         count = settings.warmup + settings.repeats
         trainer, drawn, domain_items = started(config, settings, ranks)
-        built, batches = timed_calls(lambda arrays: build_batch(*arrays, domain_items, config.max_length), drawn, ranks.device)
+        built, batches = timed_calls(
+            lambda arrays: build_batch(*arrays, domain_items, config.max_length),
+            drawn,
+            ranks.device,
+        )
         batch = batches[-1]
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        everything, forward = (limits.step_products(config, batch, backward) for backward in (True, False))
+        everything, forward = (
+            limits.step_products(config, batch, backward) for backward in (True, False)
+        )
         row = 4 * config.dim
-        products = limits.matmul(everything["experts"] + everything["tasks"], dtype, ranks.device, settings.window)
-        rates = limits.memory(ranks.device, row, settings.memory_bytes, window=settings.window)
+        products = limits.matmul(
+            everything["experts"] + everything["tasks"],
+            dtype,
+            ranks.device,
+            settings.window,
+        )
+        rates = limits.memory(
+            ranks.device, row, settings.memory_bytes, window=settings.window
+        )
 
         seconds = defaultdict(list)
         trainer.table = Between(trainer.table, "table", seconds, ranks.device)
         trainer.engine = Between(trainer.engine, "engine", seconds, ranks.device)
         whole, _ = timed_calls(trainer.train_step, batches, ranks.device)
-        pairs = zip(seconds.pop("table.exchange"), seconds.pop("table.look_up"), strict=True)
+        pairs = zip(
+            seconds.pop("table.exchange"), seconds.pop("table.look_up"), strict=True
+        )
         seconds["table look-up"] = [sum(pair) for pair in pairs]
-        lines = [line(name, values[-settings.repeats :]) for name, values in seconds.items() if len(values) == count]
+        lines = [
+            line(name, values[-settings.repeats :])
+            for name, values in seconds.items()
+            if len(values) == count
+        ]
         steps = dict(zip([of["part"] for of in lines], lines, strict=True))
         of_products = functools.partial(limits.seconds_of, products)
         least_forward = of_products(forward["experts"] + forward["tasks"])
         named = {
-            "table look-up": ("table look-up", "rows", 2 * len(batch.distinct) * row / rates["gather"]),
+            "table look-up": (
+                "table look-up",
+                "rows",
+                2 * len(batch.distinct) * row / rates["gather"],
+            ),
             "engine": ("model forward", "products", least_forward),
-            "engine.backward": ("model backward", "products", products["seconds_per_step"] - least_forward),
-            "table.update": ("table update", "rows", update_bytes(batch.distinct, row) / rates["gather"]),
-            "engine.step": ("dense optimizer step", "memory", 7 * 4 * trainer.weights / rates["add"]),
+            "engine.backward": (
+                "model backward",
+                "products",
+                products["seconds_per_step"] - least_forward,
+            ),
+            "table.update": (
+                "table update",
+                "rows",
+                update_bytes(batch.distinct, row) / rates["gather"],
+            ),
+            "engine.step": (
+                "dense optimizer step",
+                "memory",
+                7 * 4 * trainer.weights / rates["add"],
+            ),
         }
         lines = [limited(steps[name], *of) for name, of in named.items()]
-        spent = [sum(values) for values in zip(*(of["seconds"]["all"] for of in lines), strict=True)]
+        spent = [
+            sum(values)
+            for values in zip(*(of["seconds"]["all"] for of in lines), strict=True)
+        ]
         whole = whole[-settings.repeats :]
-        lines.append(line("the rest", [of - part for of, part in zip(whole, spent, strict=True)]))
-        lines.append(limited(line("step", whole), "step", "sum of the above", sum(of[2] for of in named.values())))
+        lines.append(
+            line("the rest", [of - part for of, part in zip(whole, spent, strict=True)])
+        )
+        lines.append(
+            limited(
+                line("step", whole),
+                "step",
+                "sum of the above",
+                sum(of[2] for of in named.values()),
+            )
+        )
 
-        for name, made, least in model_parts(config, settings, batch, everything, forward, of_products, rates, ranks.device):
+        for name, made, least in model_parts(
+            config,
+            settings,
+            batch,
+            everything,
+            forward,
+            of_products,
+            rates,
+            ranks.device,
+        ):
             lines.append(limited(line(name, made), name, *least))
         size = sum(values.nbytes for values in tensors(batch))
         lines.append(
-            limited(line("batch building", built[-settings.repeats :]), "batch building", "memory", 2 * size / rates["copy"])
+            limited(
+                line("batch building", built[-settings.repeats :]),
+                "batch building",
+                "memory",
+                2 * size / rates["copy"],
+            )
         )
         return lines, {"products": products, "memory": rates}
 
@@ -141,11 +224,25 @@ def measure(settings, precision):
 def started(config, settings, ranks):
     """A trainer, what its batches are built from, as many as are needed, and the items of each domain."""
     count = settings.warmup + settings.repeats
-    dataset = dataset_of(settings.items, settings.domains, settings.users * ranks.world_size, count)
+    dataset = dataset_of(
+        settings.items, settings.domains, settings.users * ranks.world_size, count
+    )
     dataset = replace(dataset, streams=ranks.world_size)
-    trainer = trainer_of(config, settings.users, dataset, ranks, negatives=settings.negatives)
+    trainer = trainer_of(
+        config, settings.users, dataset, ranks, negatives=settings.negatives
+    )
     places = [ranks.rank + ranks.world_size * step for step in range(count)]
-    drawn = [draw(dataset, at, settings.users, settings.shortest, config.max_length, settings.negatives) for at in places]
+    drawn = [
+        draw(
+            dataset,
+            at,
+            settings.users,
+            settings.shortest,
+            config.max_length,
+            settings.negatives,
+        )
+        for at in places
+    ]
     return trainer, drawn, [domain.items for domain in dataset.domains]
 
 
@@ -154,22 +251,52 @@ def update_bytes(distinct, row):
     return 3 * len(distinct) * row
 
 
-def model_parts(config, settings, batch, everything, forward, of_products, rates, device):
+def model_parts(
+    config, settings, batch, everything, forward, of_products, rates, device
+):
     """Each part of a model that no engine has, alone: (name, seconds of each repeat, (what limits it, its limit))."""
     torch.manual_seed(0)
     model = SyNCRec(config, settings.domains).to(device).train()
     batch = move(batch, device)
-    rows = torch.randn(len(batch.place), config.dim, device=device).mul_(0.05).requires_grad_()
+    rows = (
+        torch.randn(len(batch.place), config.dim, device=device)
+        .mul_(0.05)
+        .requires_grad_()
+    )
     experts, tasks, losses = noted(model, lambda: model(batch, rows))
     read = 4 * sum(values.numel() for call in losses for values in call.leaves)
     parts = [
-        ("experts forward", experts, False, ("products", of_products(forward["experts"]))),
-        ("experts forward and backward", experts, True, ("products", of_products(everything["experts"]))),
-        ("gates and towers, forward and backward", tasks, True, ("products", of_products(everything["tasks"]))),
-        ("losses, forward and backward", losses, True, ("memory", 2 * read / rates["copy"])),
+        (
+            "experts forward",
+            experts,
+            False,
+            ("products", of_products(forward["experts"])),
+        ),
+        (
+            "experts forward and backward",
+            experts,
+            True,
+            ("products", of_products(everything["experts"])),
+        ),
+        (
+            "gates and towers, forward and backward",
+            tasks,
+            True,
+            ("products", of_products(everything["tasks"])),
+        ),
+        (
+            "losses, forward and backward",
+            losses,
+            True,
+            ("memory", 2 * read / rates["copy"]),
+        ),
     ]
     for name, calls, backward, least in parts:
-        seconds, _ = timed_calls(lambda _: again(calls, backward), range(settings.warmup + settings.repeats), device)  # noqa: B023
+        seconds, _ = timed_calls(
+            lambda _: again(calls, backward),  # noqa: B023 (called at once)
+            range(settings.warmup + settings.repeats),
+            device,
+        )
         yield name, seconds[settings.warmup :], least
 
 
@@ -191,17 +318,32 @@ def noted(model, forward):
 
     def note(kind, function, arguments, weights):
         arguments = [own(value) for value in arguments]
-        leaves = tuple(value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad)
-        state = torch.is_grad_enabled(), torch.is_autocast_enabled(weights[0].device.type)
+        leaves = tuple(
+            value
+            for value in arguments
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        )
+        state = (
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(weights[0].device.type),
+        )
         found[kind].append(Call(function, tuple(arguments), *state, leaves, weights))
 
     def own(value):
-        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+        return (
+            value.detach().requires_grad_(value.requires_grad)
+            if isinstance(value, torch.Tensor)
+            else value
+        )
 
     def hook(module, arguments):
         note(type(module), module, arguments, tuple(module.parameters()))
 
-    hooks = [module.register_forward_pre_hook(hook) for module in model.modules() if type(module) in (ExpertStack, Gate, Tower)]
+    hooks = [
+        module.register_forward_pre_hook(hook)
+        for module in model.modules()
+        if type(module) in (ExpertStack, Gate, Tower)
+    ]
     losses = model._losses
 
     def noting(*arguments):
@@ -222,26 +364,42 @@ def again(calls, backward):
         device = call.weights[0].device.type
         with (
             torch.set_grad_enabled(call.graph),
-            torch.autocast(device, torch.bfloat16, enabled=call.autocast, cache_enabled=False),
+            torch.autocast(
+                device, torch.bfloat16, enabled=call.autocast, cache_enabled=False
+            ),
         ):
             output = call.function(*call.arguments)
         output = output[0] if isinstance(output, tuple) else output
         if backward and output.requires_grad:
-            torch.autograd.grad(output, [*call.leaves, *call.weights], torch.ones_like(output), allow_unused=True)
+            torch.autograd.grad(
+                output,
+                [*call.leaves, *call.weights],
+                torch.ones_like(output),
+                allow_unused=True,
+            )
 
 
 class Between:
     """Stands for an object and notes how long its methods take: seconds[name] and seconds[name.method], a list each."""
 
     def __init__(self, inner, name, seconds, device):
-        self._inner, self._name, self._seconds, self._device = inner, name, seconds, device
+        self._inner, self._name, self._seconds, self._device = (
+            inner,
+            name,
+            seconds,
+            device,
+        )
 
     def __call__(self, *arguments, **named):
         return self._timed(self._name, self._inner, *arguments, **named)
 
     def __getattr__(self, name):
         value = getattr(self._inner, name)
-        return functools.partial(self._timed, f"{self._name}.{name}", value) if inspect.ismethod(value) else value
+        return (
+            functools.partial(self._timed, f"{self._name}.{name}", value)
+            if inspect.ismethod(value)
+            else value
+        )
 
     def _timed(self, name, function, *arguments, **named):
         wait(self._device)
@@ -288,14 +446,20 @@ def measure_collectives(settings):
 def _measure_collectives(settings, ranks):
     config, world, device = settings.model, ranks.world_size, ranks.device
     trainer, drawn, domain_items = started(config, settings, ranks)
-    every = [build_batch(*arrays, domain_items, config.max_length).distinct.to(device) for arrays in drawn]
+    every = [
+        build_batch(*arrays, domain_items, config.max_length).distinct.to(device)
+        for arrays in drawn
+    ]
     ids, row, others = every[-1], 4 * config.dim, (world - 1) / world
     wire = limits.collectives(ranks, settings.window, settings.wire_bytes)
     rates = limits.memory(device, row, settings.memory_bytes, window=settings.window)
     fewest = torch.tensor(len(ids), device=device)  # ranks have more or less alike
     dist.all_reduce(fewest, dist.ReduceOp.MIN)
     even = int(fewest) // world * world
-    rows, numbers = torch.ones(even, config.dim, device=device), torch.ones(even, dtype=torch.int64, device=device)
+    rows, numbers = (
+        torch.ones(even, config.dim, device=device),
+        torch.ones(even, dtype=torch.int64, device=device),
+    )
     back, got = torch.empty_like(rows), torch.empty_like(numbers)
     gradients = torch.zeros(trainer.weights, device=device)
     sums = torch.zeros(8 * settings.domains, dtype=torch.float64, device=device)
@@ -311,12 +475,20 @@ def _measure_collectives(settings, ranks):
             others * numbers.nbytes / wire["all_to_all"],
             lambda: dist.all_to_all_single(got, numbers),
         ),
-        "all-to-all of rows": ("wire", exchange, lambda: dist.all_to_all_single(back, rows)),
+        "all-to-all of rows": (
+            "wire",
+            exchange,
+            lambda: dist.all_to_all_single(back, rows),
+        ),
         "all-reduce of dense gradients": (
             *("wire", 2 * others * gradients.nbytes / wire["all_reduce"]),
             lambda: dist.all_reduce(gradients),
         ),
-        "sums for λ": ("wire", wire["latency"], lambda: trainer.reduction.start_sum(sums)()),
+        "sums for λ": (
+            "wire",
+            wire["latency"],
+            lambda: trainer.reduction.start_sum(sums)(),
+        ),
         "gather for SC-MIM": (
             "wire",
             (world - 1) * pooled.nbytes / wire["all_to_all"],
@@ -332,9 +504,14 @@ def _measure_collectives(settings, ranks):
         vectors = table(ids)
         dist.barrier()
         table.update(torch.ones_like(vectors))
-    for name, key, least in (("table look-up", "table", looked_up), ("table update", "table.update", updated)):
+    for name, key, least in (
+        ("table look-up", "table", looked_up),
+        ("table update", "table.update", updated),
+    ):
         slowest = slowest_rank(seconds[key][settings.warmup :], device)
-        lines.append(limited(line(name, slowest), f"{name} and exchange", "rows and wire", least))
+        lines.append(
+            limited(line(name, slowest), f"{name} and exchange", "rows and wire", least)
+        )
     return [of | {"ranks": world} for of in lines], {"wire": wire, "memory": rates}
 
 
@@ -364,35 +541,61 @@ def line(name, seconds):
 
 def limited(found, name, limit, least):
     """A line with its name, what limits it, the least seconds by that, and their share of the time."""
-    return found | {"part": name, "limit": limit, "limit_seconds": least, "share": least / found["seconds"]["median"]}
+    return found | {
+        "part": name,
+        "limit": limit,
+        "limit_seconds": least,
+        "share": least / found["seconds"]["median"],
+    }
 
 
 def table(record):
     """A line for each part, a group of columns for each precision."""
     rows = {}
     for result in record["results"]:
-        name = result["part"] if "ranks" not in result else f"{result['ranks']} ranks: {result['part']}"
-        row, precision = rows.setdefault(name, {"part": name, "limit": ""}), result["precision"]
-        milliseconds = {of: 1000 * result["seconds"][of] for of in ("median", "min", "max")}
+        name = (
+            result["part"]
+            if "ranks" not in result
+            else f"{result['ranks']} ranks: {result['part']}"
+        )
+        row, precision = (
+            rows.setdefault(name, {"part": name, "limit": ""}),
+            result["precision"],
+        )
+        milliseconds = {
+            of: 1000 * result["seconds"][of] for of in ("median", "min", "max")
+        }
         row[f"{precision} ms (min – max)"] = suite.shown(milliseconds, 2)
         if "limit" in result:
             row["limit"] = result["limit"]
             row[f"{precision} limit ms"] = f"{1000 * result['limit_seconds']:.2f}"
             row[f"{precision} share"] = f"{result['share']:.0%}"
-    notes = [f"Limits, {name}: {_rates(found)}." for name, found in record["limits"].items()]
-    notes += [f"{left_out['precision']} not run: {left_out['reason']}." for left_out in record["not_run"]]
+    notes = [
+        f"Limits, {name}: {_rates(found)}." for name, found in record["limits"].items()
+    ]
+    notes += [
+        f"{left_out['precision']} not run: {left_out['reason']}."
+        for left_out in record["not_run"]
+    ]
     return "\n\n".join([suite.markdown(list(rows.values())), *notes])
 
 
 def _rates(found):
     """The limits of one run of processes in words."""
     named = {"copy": "copy", "add": "addition", "gather": "rows at random"}
-    words = [f"{name} {found['memory'][key] / 1e9:.1f} GB/s" for key, name in named.items()]
+    words = [
+        f"{name} {found['memory'][key] / 1e9:.1f} GB/s" for key, name in named.items()
+    ]
     if "products" in found:
-        words.append(f"products {found['products']['rate'] / 1e9:.0f} GFLOP/s at the model's shapes")
+        words.append(
+            f"products {found['products']['rate'] / 1e9:.0f} GFLOP/s at the model's shapes"
+        )
     if "wire" in found:
         wire = found["wire"]
-        words += [f"{name.replace('_', '-')} {wire[name] / 1e9:.2f} GB/s" for name in ("all_to_all", "all_reduce")]
+        words += [
+            f"{name.replace('_', '-')} {wire[name] / 1e9:.2f} GB/s"
+            for name in ("all_to_all", "all_reduce")
+        ]
         words.append(f"a collective of one number {wire['latency'] * 1e6:,.0f} µs")
     return ", ".join(words)
 

@@ -43,7 +43,9 @@ class Settings:
 
     def __post_init__(self):
         if len(self.seeds) < 2:
-            raise ValueError(f"seeds is {self.seeds}: give at least 2, whose difference is the noise")
+            raise ValueError(
+                f"seeds is {self.seeds}: give at least 2, whose difference is the noise"
+            )
         some_data(self)
 
 
@@ -54,8 +56,13 @@ def main():
     with suite.scratch("") as made:
         folder = Path(made)
         data = settings.data or prepared(folder, settings.users)
-        record = suite.header("precision", settings, options) | {"dataset": described(Dataset.load(data)), "results": []}
-        for precision, seed in track(list(itertools.product(settings.precision, settings.seeds)), "runs"):
+        record = suite.header("precision", settings, options) | {
+            "dataset": described(Dataset.load(data)),
+            "results": [],
+        }
+        for precision, seed in track(
+            list(itertools.product(settings.precision, settings.seeds)), "runs"
+        ):
             found = trained(settings, data, folder, precision, seed)
             record["results"].append({"precision": precision, "seed": seed} | found)
     suite.save("precision", record, options)
@@ -66,11 +73,19 @@ def main():
 def trained(settings, data, folder, precision, seed):
     """One run: its losses by step, and its test NDCG@10."""
     run = folder / f"{precision}-{seed}"
-    given = [f"data={data}", f"run={run}", f"seed={seed}", f"model.precision={precision}", *settings.arguments]
+    given = [
+        f"data={data}",
+        f"run={run}",
+        f"seed={seed}",
+        f"model.precision={precision}",
+        *settings.arguments,
+    ]
     command = [sys.executable, "launch/train.py", "--config", settings.preset, *given]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"error: {run.name} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        sys.exit(
+            f"error: {run.name} ended with status {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     records = read_records(run / METRICS_FILE)
     steps = [record for record in records if record["kind"] == "train"]
     (test,) = [record for record in records if record["kind"] == "test"]
@@ -96,7 +111,10 @@ def table(record):
     rows = []
     for precision in (first, *others):
         own = [runs[precision, seed] for seed in seeds]
-        last = [statistics.mean(run["losses"][-max(1, len(run["losses"]) // _LAST) :]) for run in own]
+        last = [
+            statistics.mean(run["losses"][-max(1, len(run["losses"]) // _LAST) :])
+            for run in own
+        ]
         ranked = [run["test"] for run in own]
         rows.append(
             {
@@ -107,7 +125,10 @@ def table(record):
                 "each seed's": ", ".join(f"{value:.4f}" for value in ranked),
             }
         )
-    noise = statistics.mean(distance(runs[first, a], runs[first, b]) for a, b in itertools.combinations(seeds, 2))
+    noise = statistics.mean(
+        distance(runs[first, a], runs[first, b])
+        for a, b in itertools.combinations(seeds, 2)
+    )
     between = [
         f"{other} and {first}, same seed: {statistics.mean(distance(runs[other, s], runs[first, s]) for s in seeds):.4f}"
         for other in others
@@ -125,11 +146,26 @@ def picture(record):
     first, *others = dict.fromkeys(run["precision"] for run in record["results"])
     places = [str(step) for step in record["results"][0]["steps"]]
     of = {
-        precision: {f"seed {run['seed']}": run["losses"] for run in record["results"] if run["precision"] == precision}
+        precision: {
+            f"seed {run['seed']}": run["losses"]
+            for run in record["results"]
+            if run["precision"] == precision
+        }
         for precision in (first, *others)
     }
     title = f"Training loss: {first}" + "".join(f", {other} dashed" for other in others)
-    return chart.svg([chart.Panel(title, places, of[first], "step", "loss", dashed=of[others[0]] if others else {})])
+    return chart.svg(
+        [
+            chart.Panel(
+                title,
+                places,
+                of[first],
+                "step",
+                "loss",
+                dashed=of[others[0]] if others else {},
+            )
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ class Settings:
         suite.at_least(1, self, "users", "items", "domains", "mean_length")
         suite.existing(self.folder)
         if self.keep and not self.folder:
-            raise ValueError("keep is true: give the folder=… that logs and datasets are left in")
+            raise ValueError(
+                "keep is true: give the folder=… that logs and datasets are left in"
+            )
 
 
 def main():
@@ -71,10 +73,28 @@ def measure(users, settings, folder):
     shutil.rmtree(data, ignore_errors=True)
     written = None
     if not (logs / "truth.json").is_file():
-        size = ["--users", users, "--items", settings.items, "--domains", settings.domains]
+        size = [
+            "--users",
+            users,
+            "--items",
+            settings.items,
+            "--domains",
+            settings.domains,
+        ]
         size += ["--mean-length", settings.mean_length]
         written = run(["launch/synthesize.py", "--output", logs, *size], logs)
-    prepared = run(["launch/prepare.py", "--input", logs, "--output", data, "--memory", settings.memory], data)
+    prepared = run(
+        [
+            "launch/prepare.py",
+            "--input",
+            logs,
+            "--output",
+            data,
+            "--memory",
+            settings.memory,
+        ],
+        data,
+    )
     dataset = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
     result = {
         "users": users,
@@ -97,7 +117,11 @@ def run(command, output):
     peak = {"memory": 0, "disk": 0}
     ended = threading.Event()
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
     def watch_memory():
         root = psutil.Process(process.pid)
@@ -116,7 +140,10 @@ def run(command, output):
 
     def watch_disk():
         while not ended.wait(1):
-            peak["disk"] = max(peak["disk"], sum(size_of(path) for path in output.parent.glob(f"*{output.name}*")))
+            peak["disk"] = max(
+                peak["disk"],
+                sum(size_of(path) for path in output.parent.glob(f"*{output.name}*")),
+            )
 
     watchers = [threading.Thread(target=watch) for watch in (watch_memory, watch_disk)]
     for watcher in watchers:
@@ -128,7 +155,11 @@ def run(command, output):
         watcher.join()
     if status:
         sys.exit(f"error: {' '.join(map(str, command))} ended with status {status}")
-    return {"seconds": seconds, "peak_memory_bytes": peak["memory"], "peak_disk_bytes": max(peak["disk"], size_of(output))}
+    return {
+        "seconds": seconds,
+        "peak_memory_bytes": peak["memory"],
+        "peak_disk_bytes": max(peak["disk"], size_of(output)),
+    }
 
 
 def size_of(folder):
@@ -157,7 +188,9 @@ def table(record):
                 "written in": f"{written['seconds']:.1f} s" if written else "",
                 "prepared in": f"{prepared['seconds']:.1f} s",
                 "interactions/s": f"{result['interactions_per_second'] / 1e6:.2f} million",
-                "time per interaction, against the size before": f"{pace / before:.2f}" if before else "",
+                "time per interaction, against the size before": f"{pace / before:.2f}"
+                if before
+                else "",
                 "memory": f"{prepared['peak_memory_bytes'] / 1e9:.1f} GB",
                 "disk": f"{prepared['peak_disk_bytes'] / 1e9:.2f} GB",
                 "dataset": f"{result['dataset_bytes'] / 1e9:.2f} GB",

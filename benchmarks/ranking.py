@@ -53,9 +53,13 @@ class Settings:
     window: float
 
     def __post_init__(self):
-        suite.at_least(1, self, "items", "dim", "users", "fewer_users", "k", "excluded", "repeats")
+        suite.at_least(
+            1, self, "items", "dim", "users", "fewer_users", "k", "excluded", "repeats"
+        )
         if self.fewer_users >= self.users:
-            raise ValueError(f"fewer_users is {self.fewer_users}: give less than users, {self.users}")
+            raise ValueError(
+                f"fewer_users is {self.fewer_users}: give less than users, {self.users}"
+            )
         if any(dim % 4 for dim in self.dim):
             raise ValueError(f"dim is {self.dim}: FBGEMM's rows are of multiples of 4")
 
@@ -70,7 +74,10 @@ def main():
         for dim in settings.dim:
             begin = time.perf_counter()
             results += suite.in_own_process(measure, settings, items, dim)
-            print(f"{items:,} items, r = {dim} ({time.perf_counter() - begin:.0f} s)", flush=True)
+            print(
+                f"{items:,} items, r = {dim} ({time.perf_counter() - begin:.0f} s)",
+                flush=True,
+            )
     suite.save("ranking", record | {"results": results}, options)
 
 
@@ -85,12 +92,19 @@ def _measure(settings, items, dim, device):
     table = ItemTable(items, dim, TableConfig(init_std=1.0), 1, device)
     y_BR = torch.randn(settings.users, dim, generator=generator).to(device)
     row_B = torch.randint(items, (settings.users,), generator=generator).to(device)
-    rows_E = torch.randint(items, (settings.users * settings.excluded,), generator=generator).to(device)
+    rows_E = torch.randint(
+        items, (settings.users * settings.excluded,), generator=generator
+    ).to(device)
     ranking, k = ExactRanking(table, 0, items), settings.k
     memory = {}
     for count in (settings.fewer_users, settings.users):
         counts = torch.full((count,), settings.excluded, device=device)
-        given = y_BR[:count], row_B[:count], k, Excluded(rows_E[: count * settings.excluded], counts)
+        given = (
+            y_BR[:count],
+            row_B[:count],
+            k,
+            Excluded(rows_E[: count * settings.excluded], counts),
+        )
         calls = calls_of(ranking, *given)
         for name, call in calls.items():
             memory.setdefault(name, []).append(peak(call, device))
@@ -99,14 +113,18 @@ def _measure(settings, items, dim, device):
         index = faiss.IndexFlatIP(dim)
         index.add(table.shard()[1]["weight"].numpy())
         calls["FAISS"] = lambda: index.search(y_BR.numpy(), k)
-    product = Counter({limits.Product(1, ranking.users, dim, ranking.block, "right"): 1})
+    product = Counter(
+        {limits.Product(1, ranking.users, dim, ranking.block, "right"): 1}
+    )
     multiplied, seconds = [], {name: [] for name in calls}
     for repeat in range(-1, settings.repeats):
         for name, call in calls.items():
             spent = timed(call, device)
             if repeat >= 0:
                 seconds[name].append(spent)
-        multiplied.append(limits.matmul(product, torch.float32, device, settings.window))
+        multiplied.append(
+            limits.matmul(product, torch.float32, device, settings.window)
+        )
     limit = limits.fastest(multiplied)
     work = 2 * dim * items * settings.users
     return [
@@ -116,7 +134,8 @@ def _measure(settings, items, dim, device):
             "dim": dim,
             "users": settings.users,
             "seconds": suite.spread(values),
-            "users_per_second": settings.users / (median := suite.spread(values)["median"]),
+            "users_per_second": settings.users
+            / (median := suite.spread(values)["median"]),
             "rate": work / median,
             "share": work / median / limit["rate"],
             "limit": limit["rate"],
@@ -162,7 +181,9 @@ def table(record):
     """A line for each system and table of items."""
     rows, settings = [], record["settings"]
     for line in record["results"]:
-        slowest, fastest = (line["users"] / line["seconds"][name] for name in ("max", "min"))
+        slowest, fastest = (
+            line["users"] / line["seconds"][name] for name in ("max", "min")
+        )
         memory = line["memory_bytes"]
         rows.append(
             {
@@ -173,7 +194,9 @@ def table(record):
                 "GFLOP/s": f"{line['rate'] / 1e9:,.0f}",
                 "of the limit": f"{line['share']:.0%}",
                 "limit GFLOP/s": f"{line['limit'] / 1e9:,.0f}",
-                "memory MB": "" if not memory or None in memory else " / ".join(f"{size / 1e6:,.0f}" for size in memory),
+                "memory MB": ""
+                if not memory or None in memory
+                else " / ".join(f"{size / 1e6:,.0f}" for size in memory),
             }
         )
     what = (

@@ -111,7 +111,14 @@ def main():
             for result in {"speed": speeds, "quality": qualities}[part](work):
                 record[part].append(result)
                 print(
-                    json.dumps({key: value for key, value in result.items() if not isinstance(value, dict | list)}), flush=True
+                    json.dumps(
+                        {
+                            key: value
+                            for key, value in result.items()
+                            if not isinstance(value, dict | list)
+                        }
+                    ),
+                    flush=True,
                 )
         suite.save("recbole_peer", record, options)
 
@@ -120,12 +127,21 @@ class Work:
     """The folder: the prepared dataset, what RecBole is given, runs, and what was found so far."""
 
     def __init__(self, settings, folder):
-        self.settings, self.folder, self.given = settings, folder.resolve(), folder.resolve() / "given"
+        self.settings, self.folder, self.given = (
+            settings,
+            folder.resolve(),
+            folder.resolve() / "given",
+        )
         if not (self.folder / "data" / "dataset.json").is_file():
             log = ROOT / settings.log
             if not settings.log:
                 log = self.folder / "logs"
-                synthesize(log, SyntheticConfig(users=settings.users, items=2000, domains=4, mean_length=30))
+                synthesize(
+                    log,
+                    SyntheticConfig(
+                        users=settings.users, items=2000, domains=4, mean_length=30
+                    ),
+                )
             prepare(PrepareConfig(inputs=(str(log),), output=str(self.folder / "data")))
         self.dataset = Dataset.load(self.folder / "data")
         if not self.given.is_dir():
@@ -144,7 +160,9 @@ class Work:
             "items": sum(domain.items for domain in self.dataset.domains),
             "domains": len(self.dataset.domains),
             "predicted_per_epoch": int(np.minimum(lengths_U, _LENGTH).sum()),
-            "looked_up_per_epoch": int(np.minimum(self.dataset.lengths, _LENGTH + 1).sum(dtype=np.int64)),
+            "looked_up_per_epoch": int(
+                np.minimum(self.dataset.lengths, _LENGTH + 1).sum(dtype=np.int64)
+            ),
             "fingerprint": self.dataset.fingerprint,
         }
 
@@ -165,20 +183,33 @@ class Work:
             write_json(file, task)
             script = ROOT / "benchmarks" / "recbole_sasrec.py"
             command = [ROOT / self.settings.python, script, self.given, file]
-            return json.loads(output(command, self.folder / f"{name}.log", self.folder))  # it leaves folders where it runs
+            return json.loads(
+                output(command, self.folder / f"{name}.log", self.folder)
+            )  # it leaves folders where it runs
 
         return self.once(name, task, run)
 
     def train(self, name, system, *arguments):
         """The records of a run of ours, by `launch/train.py`; its folder is `name`."""
         preset = f"launch/configs/{PRESETS[system]}.yaml"
-        arguments = [f"--config={preset}", *getattr(self.settings, system.lower()), *arguments]
-        arguments += ["checkpoint.every_epochs=0", "checkpoint.every_minutes=0", "log.tensorboard=false"]
+        arguments = [
+            f"--config={preset}",
+            *getattr(self.settings, system.lower()),
+            *arguments,
+        ]
+        arguments += [
+            "checkpoint.every_epochs=0",
+            "checkpoint.every_minutes=0",
+            "log.tensorboard=false",
+        ]
 
         def run():
             shutil.rmtree(self.folder / name, ignore_errors=True)
             where = [f"data={self.dataset.folder}", f"run={self.folder / name}"]
-            output([sys.executable, "launch/train.py", *arguments, *where], self.folder / f"{name}.log")
+            output(
+                [sys.executable, "launch/train.py", *arguments, *where],
+                self.folder / f"{name}.log",
+            )
             return read_records(self.folder / name / METRICS_FILE)
 
         return self.once(name, [*arguments, (ROOT / preset).read_text()], run)
@@ -189,10 +220,17 @@ def output(command, log, folder=ROOT):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with open(log, "w") as errors:
         done = subprocess.run(
-            list(map(str, command)), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            list(map(str, command)),
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
     if done.returncode:
-        sys.exit(f"error: {log.stem} ended with status {done.returncode}:\n{log.read_text()[-2000:]}")
+        sys.exit(
+            f"error: {log.stem} ended with status {done.returncode}:\n{log.read_text()[-2000:]}"
+        )
     return done.stdout.splitlines()[-1]
 
 
@@ -200,17 +238,25 @@ def hand_over(dataset, folder):
     """What `recbole_sasrec.py` reads; and the test candidates as raw ids, for `launch/evaluate.py`."""
     handed = handing.hand_over(dataset, folder)
     if any((handed.load(f"candidates-{split}") < 0).any() for split in SPLITS):
-        raise InputError("a domain has too few items for 99 candidates that a user never touched: take another log")
+        raise InputError(
+            "a domain has too few items for 99 candidates that a user never touched: take another log"
+        )
     raw = np.zeros(dataset.num_embeddings, object)
     for domain in dataset.domains:
-        vocabulary = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"])
+        vocabulary = pq.read_table(
+            dataset.local(domain.vocabulary), columns=["item_id", "row"]
+        )
         raw[vocabulary["row"].to_numpy()] = vocabulary["item_id"].to_pylist()
-    people = pq.read_table(dataset.local(USERS), columns=["user_id", "user"]).sort_by("user")["user_id"]
+    people = pq.read_table(dataset.local(USERS), columns=["user_id", "user"]).sort_by(
+        "user"
+    )["user_id"]
     test_UC = handed.load("candidates-test")
     named = raw[test_UC]
     columns = {
         "user_id": people.take(pa.array(handed.user_U)),
-        "domain": [dataset.domains[domain].name for domain in dataset.domain_of(test_UC[:, 0])],
+        "domain": [
+            dataset.domains[domain].name for domain in dataset.domain_of(test_UC[:, 0])
+        ],
         "positive": list(named[:, 0]),
         "negatives": [list(others) for others in named[:, 1:]],
     }
@@ -222,12 +268,26 @@ def speeds(work):
     settings, facts = work.settings, work.facts()
     for system in PRESETS:
         for users in settings.users_per_step:
-            arguments = [f"global_batch_size={users}", f"max_steps={settings.our_steps}", f"log.every={settings.our_window}"]
-            records = work.train(f"speed-{system}-{users}", system, *arguments, "epochs=1000", "evaluation.every_epochs=1000")
+            arguments = [
+                f"global_batch_size={users}",
+                f"max_steps={settings.our_steps}",
+                f"log.every={settings.our_window}",
+            ]
+            records = work.train(
+                f"speed-{system}-{users}",
+                system,
+                *arguments,
+                "epochs=1000",
+                "evaluation.every_epochs=1000",
+            )
             # Looked-up interactions come in the log; those outside the newest T of the merged history are not predicted.
             share = facts["predicted_per_epoch"] / facts["looked_up_per_epoch"]
             # The first two windows hold start-up and the loader's measuring of its workers.
-            windows = [record["tokens_per_second"] * share for record in records if record["kind"] == "train"][2:]
+            windows = [
+                record["tokens_per_second"] * share
+                for record in records
+                if record["kind"] == "train"
+            ][2:]
             predicted = users * facts["predicted_per_epoch"] / facts["users"]
             yield {
                 "system": system,
@@ -235,13 +295,25 @@ def speeds(work):
                 "predicted_per_step": predicted,
                 "users_per_step": users,
                 "interactions_per_second": suite.spread(windows),
-                "memory_bytes": max(record["memory_gb"] for record in records if record["kind"] == "train") * 2**30,
+                "memory_bytes": max(
+                    record["memory_gb"]
+                    for record in records
+                    if record["kind"] == "train"
+                )
+                * 2**30,
             }
     for loss in settings.losses:
         for batch in settings.batches:
             window = settings.window * max(1, _DEFAULT_BATCH // batch)
-            task = {"kind": "speed", "options": {**options(settings, loss, batch)}, "warm_up": settings.warmup}
-            found = work.peer(f"speed-RecBole-{loss}-{batch}", task | {"window": window, "windows": settings.windows})
+            task = {
+                "kind": "speed",
+                "options": {**options(settings, loss, batch)},
+                "warm_up": settings.warmup,
+            }
+            found = work.peer(
+                f"speed-RecBole-{loss}-{batch}",
+                task | {"window": window, "windows": settings.windows},
+            )
             windows = found.pop("interactions_per_second")
             yield {
                 "system": "RecBole SASRec",
@@ -254,7 +326,12 @@ def speeds(work):
 
 def options(settings, loss, batch):
     """RecBole's settings."""
-    return {"MAX_ITEM_LIST_LENGTH": _LENGTH, "loss_type": loss, "train_batch_size": batch, **settings.recbole}
+    return {
+        "MAX_ITEM_LIST_LENGTH": _LENGTH,
+        "loss_type": loss,
+        "train_batch_size": batch,
+        **settings.recbole,
+    }
 
 
 def qualities(work):
@@ -262,13 +339,21 @@ def qualities(work):
     for system in PRESETS:
         for seed in work.settings.seeds.get(system, []):
             yield our_quality(work, system, seed)
-    task = {"kind": "quality_by_user", "minutes": work.settings.minutes, "patience": work.settings.patience}
+    task = {
+        "kind": "quality_by_user",
+        "minutes": work.settings.minutes,
+        "patience": work.settings.patience,
+    }
     for loss in work.settings.quality_losses:
         yield peer_quality(work, f"RecBole-{loss}", "by users", loss, task)
     if work.settings.own_minutes:
         loss = work.settings.losses[0]
         yield peer_quality(
-            work, f"RecBole-own-{loss}", "its own", loss, {"kind": "quality", "minutes": work.settings.own_minutes}
+            work,
+            f"RecBole-own-{loss}",
+            "its own",
+            loss,
+            {"kind": "quality", "minutes": work.settings.own_minutes},
         )
 
 
@@ -278,21 +363,40 @@ def our_quality(work, system, seed):
     epochs = [f"epochs={work.settings.epochs}"] if work.settings.epochs else []
     records = work.train(name, system, f"seed={seed}", *epochs)
     validations = [record for record in records if record["kind"] == "validation"]
-    command = ["launch/evaluate.py", "--json", "--run", work.folder / name, "--data", work.dataset.folder]
+    command = [
+        "launch/evaluate.py",
+        "--json",
+        "--run",
+        work.folder / name,
+        "--data",
+        work.dataset.folder,
+    ]
     command += ["--candidates", work.given / "candidates-test.parquet"]
     log = work.folder / f"{name}-test.log"
-    test = work.once(f"{name}-test", validations, lambda: json.loads(output([sys.executable, *command], log)))
+    test = work.once(
+        f"{name}-test",
+        validations,
+        lambda: json.loads(output([sys.executable, *command], log)),
+    )
     return {
         "system": system,
         "training": "its own",
         "loss": "sampled softmax",
         "seed": seed,
         "epochs": [
-            {"epoch": record["epoch"], "seconds": record["seconds"], "validation": record["mean"][HEADLINE]}
+            {
+                "epoch": record["epoch"],
+                "seconds": record["seconds"],
+                "validation": record["mean"][HEADLINE],
+            }
             for record in validations
         ],
         "best_epoch": test["epoch"],
-        "best_seconds": next(record["seconds"] for record in validations if record["epoch"] == test["epoch"]),
+        "best_seconds": next(
+            record["seconds"]
+            for record in validations
+            if record["epoch"] == test["epoch"]
+        ),
         "mean": test["mean"],
         "domains": test["domains"],
         "popularity": test["popularity_mean"],
@@ -301,15 +405,23 @@ def our_quality(work, system, seed):
 
 def peer_quality(work, name, training, loss, task):
     """RecBole's training, ranked by our code."""
-    task |= {"options": options(work.settings, loss, work.settings.quality_batch), "output": name}
+    task |= {
+        "options": options(work.settings, loss, work.settings.quality_batch),
+        "output": name,
+    }
     found = work.peer(f"quality-{name}", task)
     for epoch in found["epochs"]:
         for split in SPLITS:
-            scores_UC = np.load(work.given / name / f"{split}-{epoch['epoch']}.npy", allow_pickle=False)
+            scores_UC = np.load(
+                work.given / name / f"{split}-{epoch['epoch']}.npy", allow_pickle=False
+            )
             epoch[split] = ranked(work, split, scores_UC)
     best = max(found["epochs"], key=lambda epoch: epoch["validation"]["mean"][HEADLINE])
     test = best["test"]
-    by_epoch = [epoch | {split: epoch[split]["mean"][HEADLINE] for split in SPLITS} for epoch in found.pop("epochs")]
+    by_epoch = [
+        epoch | {split: epoch[split]["mean"][HEADLINE] for split in SPLITS}
+        for epoch in found.pop("epochs")
+    ]
     return {
         "system": "RecBole SASRec",
         "training": training,
@@ -328,30 +440,42 @@ def ranked(work, split, scores_UC):
     candidates_UC = np.load(work.given / f"candidates-{split}.npy", allow_pickle=False)
     rank_U = (~(scores_UC[:, :1] > scores_UC)).sum(1)
     histogram = np.zeros((2, len(work.dataset.domains), scores_UC.shape[1]), np.int64)
-    np.add.at(histogram[0], (work.dataset.domain_of(candidates_UC[:, 0]), rank_U - 1), 1)
+    np.add.at(
+        histogram[0], (work.dataset.domain_of(candidates_UC[:, 0]), rank_U - 1), 1
+    )
     return evaluation_record(split, work.dataset, Ranking(histogram))
 
 
 def table(record):
     """Speed, then quality."""
-    return "\n\n".join(filter(None, [speed_table(record["speed"]), quality_table(record["quality"])]))
+    return "\n\n".join(
+        filter(None, [speed_table(record["speed"]), quality_table(record["quality"])])
+    )
 
 
 def speed_table(results):
     """A line a case; against RecBole's fastest, and its default."""
     peers = [result for result in results if result["system"] not in PRESETS]
-    fastest = max((result["interactions_per_second"]["median"] for result in peers), default=None)
+    fastest = max(
+        (result["interactions_per_second"]["median"] for result in peers), default=None
+    )
     rows = []
     for result in results:
         rate = result["interactions_per_second"]
-        default = [p for p in peers if p["loss"] == "CE" and p["predicted_per_step"] == _DEFAULT_BATCH]
+        default = [
+            p
+            for p in peers
+            if p["loss"] == "CE" and p["predicted_per_step"] == _DEFAULT_BATCH
+        ]
         rows.append(
             {
                 "system": result["system"],
                 "loss": result["loss"],
                 "predicted a step": f"{result['predicted_per_step']:,.0f}",
                 "interactions/s": f"{rate['median']:,.0f} ({rate['min']:,.0f} – {rate['max']:,.0f})",
-                "times RecBole's fastest": f"{rate['median'] / fastest:.1f}" if fastest else "",
+                "times RecBole's fastest": f"{rate['median'] / fastest:.1f}"
+                if fastest
+                else "",
                 "times its default": f"{rate['median'] / default[0]['interactions_per_second']['median']:.1f}"
                 if default
                 else "",
@@ -364,13 +488,17 @@ def quality_table(results):
     """A line a system and training; the mean over seeds, and the least and largest of them."""
     groups = {}
     for result in results:
-        groups.setdefault((result["system"], result["training"], result["loss"]), []).append(result)
+        groups.setdefault(
+            (result["system"], result["training"], result["loss"]), []
+        ).append(result)
     rows = []
     for (system, training, loss), group in groups.items():
         cells = {}
         for metric in (HEADLINE, "HR@10", "MRR"):
             values = [result["mean"][metric] for result in group]
-            spread = f" ({min(values):.4f} – {max(values):.4f})" if len(values) > 1 else ""
+            spread = (
+                f" ({min(values):.4f} – {max(values):.4f})" if len(values) > 1 else ""
+            )
             cells[f"test {metric}"] = f"{np.mean(values):.4f}{spread}"
         ended = group[0].get("stopped", "patience")
         rows.append(
@@ -379,8 +507,11 @@ def quality_table(results):
                 "training": training,
                 "loss": loss,
                 "seeds": len(group),
-                "best epoch": ", ".join(str(result["best_epoch"] + 1) for result in group),
-                "of": ", ".join(str(len(result["epochs"])) for result in group) + f" ({ended})",
+                "best epoch": ", ".join(
+                    str(result["best_epoch"] + 1) for result in group
+                ),
+                "of": ", ".join(str(len(result["epochs"])) for result in group)
+                + f" ({ended})",
                 **cells,
             }
         )

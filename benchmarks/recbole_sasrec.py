@@ -37,7 +37,9 @@ class Log(Handed):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         users_N = np.repeat(np.arange(len(self.lengths_U)), self.lengths_U)
-        place_N = np.arange(len(self.items_N)) - np.repeat(self.starts_U, self.lengths_U)
+        place_N = np.arange(len(self.items_N)) - np.repeat(
+            self.starts_U, self.lengths_U
+        )
         columns = np.stack([users_N, self.items_N, place_N], axis=1)
         header = "user_id:token\titem_id:token\ttimestamp:float"
         np.savetxt(file, columns, fmt="%d", delimiter="\t", header=header, comments="")
@@ -60,12 +62,19 @@ class Peer:
             "checkpoint_dir": str(log.folder / "recbole" / "saved"),
             "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
             # Of each user the last is test, the one before it validation.
-            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
+            "eval_args": {
+                "split": {"LS": "valid_and_test"},
+                "order": "TO",
+                "group_by": "user",
+                "mode": "full",
+            },
             "use_gpu": False,
             "show_progress": False,
             **options,
         }
-        if settings.get("loss_type", "CE") == "CE":  # over all items: it refuses negatives
+        if (
+            settings.get("loss_type", "CE") == "CE"
+        ):  # over all items: it refuses negatives
             settings["train_neg_sample_args"] = None
         arguments, sys.argv = sys.argv, sys.argv[:1]  # it reads the command line too
         self.config = Config(model="SASRec", dataset="log", config_dict=settings)
@@ -78,20 +87,44 @@ class Peer:
         self.trainer = Trainer(self.config, self.model)
         # Rows of our table in RecBole's numbers. What nobody touched has none: it is not learnt, and gets the padding's 0.
         tokens = self.dataset.field2token_id["item_id"]
-        rows = int(max(log.items_N.max(), *(log.load(f"candidates-{split}").max() for split in SPLITS))) + 1
+        rows = (
+            int(
+                max(
+                    log.items_N.max(),
+                    *(log.load(f"candidates-{split}").max() for split in SPLITS),
+                )
+            )
+            + 1
+        )
         self.number_of = np.array([tokens.get(str(row), 0) for row in range(rows)])
 
     def facts(self):
         """What a record says of it."""
-        learnt = ("loss_type", "train_batch_size", "learner", "learning_rate", "weight_decay", "valid_metric", "stopping_step")
+        learnt = (
+            "loss_type",
+            "train_batch_size",
+            "learner",
+            "learning_rate",
+            "weight_decay",
+            "valid_metric",
+            "stopping_step",
+        )
         dropout = ("hidden_dropout_prob", "attn_dropout_prob")
-        shape = ("n_layers", "n_heads", "hidden_size", "inner_size", "MAX_ITEM_LIST_LENGTH")
+        shape = (
+            "n_layers",
+            "n_heads",
+            "hidden_size",
+            "inner_size",
+            "MAX_ITEM_LIST_LENGTH",
+        )
         names = ("recbole", "torch", "numpy", "pandas", "scipy", "ray")
         return {
             "samples_per_epoch": len(self.train.dataset.inter_feat),
             "weights": sum(parameter.numel() for parameter in self.model.parameters()),
             "threads": torch.get_num_threads(),
-            "recbole": {name: self.config[name] for name in (*learnt, *dropout, *shape, "seed")},
+            "recbole": {
+                name: self.config[name] for name in (*learnt, *dropout, *shape, "seed")
+            },
             "versions": {name: version(name) for name in names},
         }
 
@@ -118,12 +151,19 @@ class Timed:
 def speed(log, task):
     """Training interactions/s of each window, by RecBole's trainer. task: options; warm_up, window (batches); windows."""
     peer = Peer(log, task["options"])
-    timed = Timed(peer.train, min(task["warm_up"] + task["windows"] * task["window"], len(peer.train)))
+    timed = Timed(
+        peer.train,
+        min(task["warm_up"] + task["windows"] * task["window"], len(peer.train)),
+    )
     peer.trainer._train_epoch(timed, 0)
     windows = []
-    for begin in range(task["warm_up"], len(timed.sizes) - task["window"] + 1, task["window"]):
+    for begin in range(
+        task["warm_up"], len(timed.sizes) - task["window"] + 1, task["window"]
+    ):
         end = begin + task["window"]
-        windows.append(sum(timed.sizes[begin:end]) / (timed.times[end] - timed.times[begin]))
+        windows.append(
+            sum(timed.sizes[begin:end]) / (timed.times[end] - timed.times[begin])
+        )
     return {"interactions_per_second": windows} | peer.facts()
 
 
@@ -136,7 +176,13 @@ def quality(log, task):
     epochs = Epochs(log, peer, task)
     stopped = "RecBole's early stopping"
     try:
-        peer.trainer.fit(peer.train, peer.validation, verbose=False, saved=False, callback_fn=epochs.note)
+        peer.trainer.fit(
+            peer.train,
+            peer.validation,
+            verbose=False,
+            saved=False,
+            callback_fn=epochs.note,
+        )
         if len(epochs.found) == peer.config["epochs"]:
             stopped = "all epochs"
     except TimeIsUp:
@@ -165,7 +211,9 @@ def quality_by_user(log, task):
             batch_of = np.cumsum(rows[3][order]) // peer.config["train_batch_size"]
             for batch in np.split(order, np.flatnonzero(np.diff(batch_of)) + 1):
                 peer.trainer.optimizer.zero_grad()
-                user_loss(peer, [torch.from_numpy(part[batch]) for part in rows], generator).backward()
+                user_loss(
+                    peer, [torch.from_numpy(part[batch]) for part in rows], generator
+                ).backward()
                 peer.trainer.optimizer.step()
             epochs.note(epoch, None)
             best = max(epochs.found, key=lambda figures: figures["validation"])
@@ -197,16 +245,30 @@ def user_loss(peer, rows, generator):
     """`SASRec.calculate_loss` over the prefixes of some rows of `by_user`."""
     inputs_RT, targets_RT, lengths_R, _ = rows
     longest = int(lengths_R.max())
-    y_RTR, targets_RT = peer.model.forward(inputs_RT[:, :longest], lengths_R), targets_RT[:, :longest]
+    y_RTR, targets_RT = (
+        peer.model.forward(inputs_RT[:, :longest], lengths_R),
+        targets_RT[:, :longest],
+    )
     row_L, place_L = torch.nonzero(targets_RT, as_tuple=True)
-    y_LR, target_L, vectors = y_RTR[row_L, place_L], targets_RT[row_L, place_L], peer.model.item_embedding
+    y_LR, target_L, vectors = (
+        y_RTR[row_L, place_L],
+        targets_RT[row_L, place_L],
+        peer.model.item_embedding,
+    )
     if peer.model.loss_type == "CE":
         return FullSoftmax.apply(y_LR, vectors.weight, target_L)
     # Uniform over what is no target of the user's, as its sampler draws them: anew until so.
     negative_L = torch.zeros_like(target_L)
-    while (again_L := (negative_L == 0) | (targets_RT[row_L] == negative_L.unsqueeze(1)).any(1)).any():
-        negative_L[again_L] = torch.from_numpy(generator.integers(1, peer.model.n_items, int(again_L.sum())))
-    return peer.model.loss_fct((y_LR * vectors(target_L)).sum(1), (y_LR * vectors(negative_L)).sum(1))
+    while (
+        again_L := (negative_L == 0)
+        | (targets_RT[row_L] == negative_L.unsqueeze(1)).any(1)
+    ).any():
+        negative_L[again_L] = torch.from_numpy(
+            generator.integers(1, peer.model.n_items, int(again_L.sum()))
+        )
+    return peer.model.loss_fct(
+        (y_LR * vectors(target_L)).sum(1), (y_LR * vectors(negative_L)).sum(1)
+    )
 
 
 class FullSoftmax(torch.autograd.Function):
@@ -214,7 +276,11 @@ class FullSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y_LR, items_IR, target_L):
-        grad_y, grad_items, total = torch.empty_like(y_LR), torch.zeros_like(items_IR), 0.0
+        grad_y, grad_items, total = (
+            torch.empty_like(y_LR),
+            torch.zeros_like(items_IR),
+            0.0,
+        )
         for place in torch.arange(len(y_LR)).split(CHUNK):
             y, target = y_LR[place], target_L[place]
             scores = y @ items_IR.T
@@ -249,21 +315,42 @@ class Epochs:
         longest = peer.config["MAX_ITEM_LIST_LENGTH"]
         self.inputs = {}
         for split, held_out in SPLITS.items():
-            items_UT, lengths_U = log.padded(np.arange(len(log.lengths_U)), held_out, longest)
-            items_UT = np.where(np.arange(longest) < lengths_U[:, None], peer.number_of[items_UT], 0)
-            self.inputs[split] = items_UT, lengths_U, peer.number_of[log.load(f"candidates-{split}")]
+            items_UT, lengths_U = log.padded(
+                np.arange(len(log.lengths_U)), held_out, longest
+            )
+            items_UT = np.where(
+                np.arange(longest) < lengths_U[:, None], peer.number_of[items_UT], 0
+            )
+            self.inputs[split] = (
+                items_UT,
+                lengths_U,
+                peer.number_of[log.load(f"candidates-{split}")],
+            )
         self.begun = time.perf_counter()
 
     def note(self, epoch, value):
         """value: RecBole's own validation, where it has one."""
         self.peer.model.eval()
-        figures = {"epoch": epoch, "seconds": time.perf_counter() - self.begun, "recbole_validation": value}
+        figures = {
+            "epoch": epoch,
+            "seconds": time.perf_counter() - self.begun,
+            "recbole_validation": value,
+        }
         for split, arrays in self.inputs.items():
-            parts = (np.array_split(array, -(-len(array) // AT_ONCE)) for array in arrays)
-            scores_UC = np.concatenate([self._score(*map(torch.from_numpy, part)) for part in zip(*parts, strict=True)])
+            parts = (
+                np.array_split(array, -(-len(array) // AT_ONCE)) for array in arrays
+            )
+            scores_UC = np.concatenate(
+                [
+                    self._score(*map(torch.from_numpy, part))
+                    for part in zip(*parts, strict=True)
+                ]
+            )
             np.save(self.output / f"{split}-{epoch}.npy", scores_UC)
             rank_U = (scores_UC[:, :1] <= scores_UC).sum(1)
-            figures[split] = float(np.where(rank_U <= 10, 1 / np.log2(rank_U + 1), 0).mean())  # NDCG@10 over all users
+            figures[split] = float(
+                np.where(rank_U <= 10, 1 / np.log2(rank_U + 1), 0).mean()
+            )  # NDCG@10 over all users
         self.found.append(figures)
         print(json.dumps(figures), file=sys.stderr, flush=True)
         (self.output / "epochs.json").write_text(json.dumps(self.found))
@@ -274,7 +361,13 @@ class Epochs:
     def _score(self, items_BT, lengths_B, candidates_BC):
         """y · M(x) of each candidate, as `SASRec.predict` scores one."""
         y_BR = self.peer.model.forward(items_BT, lengths_B)
-        return torch.einsum("br,bcr->bc", y_BR, self.peer.model.item_embedding(candidates_BC)).float().numpy()
+        return (
+            torch.einsum(
+                "br,bcr->bc", y_BR, self.peer.model.item_embedding(candidates_BC)
+            )
+            .float()
+            .numpy()
+        )
 
 
 KINDS = {"speed": speed, "quality": quality, "quality_by_user": quality_by_user}

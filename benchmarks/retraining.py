@@ -56,11 +56,15 @@ class Settings:
 
     def __post_init__(self):
         if not Path(self.log).is_file():
-            raise ValueError("give log=FILE.parquet with user_id, item_id, domain, timestamp")
+            raise ValueError(
+                "give log=FILE.parquet with user_id, item_id, domain, timestamp"
+            )
         suite.at_least(1, self, "days")
         suite.existing(self.folder)
         if not 0 < self.days * self.share < 1:
-            raise ValueError(f"share is {self.share}: {self.days} days of it have to leave something before them")
+            raise ValueError(
+                f"share is {self.share}: {self.days} days of it have to leave something before them"
+            )
 
 
 def main():
@@ -72,14 +76,28 @@ def main():
         record["machine"]["file_system"] = machine.file_system(folder)
         logs, record["days"] = cut(settings, folder)
         cold, warm = settings.settings, [*settings.settings, *settings.warm_settings]
-        prepare(folder, 0, logs[0], ["--keep-log", "--min-user", settings.min_user, "--min-item", settings.min_item])
+        prepare(
+            folder,
+            0,
+            logs[0],
+            [
+                "--keep-log",
+                "--min-user",
+                settings.min_user,
+                "--min-item",
+                settings.min_item,
+            ],
+        )
         base = train(settings, folder, 0, "scratch", cold)
         before = folder / "0-scratch"
         record["base"] = base | {"mean": mean_of(folder, before, 0)}
         for day in range(1, settings.days + 1):
             prepare(folder, day, logs[day], ["--extend", folder / f"{day - 1}-data"])
             result = {"day": day, "before": mean_of(folder, before, day)}
-            for kind, given in ("warm", [*warm, f"warm_start={before}"]), ("scratch", cold):
+            for kind, given in (
+                ("warm", [*warm, f"warm_start={before}"]),
+                ("scratch", cold),
+            ):
                 result[kind] = train(settings, folder, day, kind, given)
                 result[kind]["mean"] = mean_of(folder, folder / f"{day}-{kind}", day)
             before = folder / f"{day}-warm"
@@ -101,36 +119,76 @@ def cut(settings, folder):
     for part, end in enumerate(ends):
         chosen = pc.less_equal(log[_TIME], pa.scalar(end, log[_TIME].type))
         if last is not None:
-            chosen = pc.and_(chosen, pc.greater(log[_TIME], pa.scalar(last, log[_TIME].type)))
+            chosen = pc.and_(
+                chosen, pc.greater(log[_TIME], pa.scalar(last, log[_TIME].type))
+            )
         rows = log.filter(chosen)
         files.append(folder / f"{part}.parquet")
         pq.write_table(rows, files[-1])
-        facts.append({"interactions": len(rows), "first": str(pc.min(rows[_TIME])), "last": str(pc.max(rows[_TIME]))})
+        facts.append(
+            {
+                "interactions": len(rows),
+                "first": str(pc.min(rows[_TIME])),
+                "last": str(pc.max(rows[_TIME])),
+            }
+        )
         last = end
     return files, facts
 
 
 def prepare(folder, day, log, given):
     """The dataset of a day, DAY-data."""
-    once(folder, f"{day}-data", ["launch/prepare.py", "--input", log, "--output", folder / f"{day}-data", *given])
+    once(
+        folder,
+        f"{day}-data",
+        [
+            "launch/prepare.py",
+            "--input",
+            log,
+            "--output",
+            folder / f"{day}-data",
+            *given,
+        ],
+    )
 
 
 def train(settings, folder, day, kind, given):
     """The model of a day, DAY-KIND: what it took."""
     run = folder / f"{day}-{kind}"
     configs = [f"--config={file}" for file in settings.base]
-    given = [*configs, *given, f"data={folder / f'{day}-data'}", f"run={run}", "log.tensorboard=false"]
+    given = [
+        *configs,
+        *given,
+        f"data={folder / f'{day}-data'}",
+        f"run={run}",
+        "log.tensorboard=false",
+    ]
     seconds = once(folder, run.name, ["launch/train.py", *given])
-    epochs = sum(record["kind"] == "validation" for record in read_records(run / METRICS_FILE))
+    epochs = sum(
+        record["kind"] == "validation" for record in read_records(run / METRICS_FILE)
+    )
     return {"seconds": seconds, "epochs": epochs}
 
 
 def mean_of(folder, run, day):
     """Test NDCG@10 of a run on a day's dataset, by domain, and "mean"."""
     name = f"{run.name}-on-{day}"
-    once(folder, name, ["launch/evaluate.py", "--run", run, "--data", folder / f"{day}-data", "--json"])
+    once(
+        folder,
+        name,
+        [
+            "launch/evaluate.py",
+            "--run",
+            run,
+            "--data",
+            folder / f"{day}-data",
+            "--json",
+        ],
+    )
     record = json.loads((folder / f"{name}.out").read_text().splitlines()[-1])
-    domains = {domain: figures[HEADLINE] for domain, figures in record["domains"].items()}
+    domains = {
+        domain: figures[HEADLINE] for domain, figures in record["domains"].items()
+    }
     return domains | {"mean": record["mean"][HEADLINE]}
 
 
@@ -141,7 +199,12 @@ def once(folder, name, command):
         with (folder / f"{name}.out").open("w") as out:
             command = [sys.executable, *map(str, command)]
             begin = time.perf_counter()
-            status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out).returncode
+            status = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=out,
+            ).returncode
             seconds = time.perf_counter() - begin
         if status:
             sys.exit(f"error: {' '.join(command)} ended with status {status}")
@@ -169,7 +232,10 @@ def table(record):
     lines = [suite.markdown(rows)]
     if record["results"]:
         shares = [_share(result) for result in record["results"]]
-        warm, scratch = (sum(result[kind]["seconds"] for result in record["results"]) for kind in ("warm", "scratch"))
+        warm, scratch = (
+            sum(result[kind]["seconds"] for result in record["results"])
+            for kind in ("warm", "scratch")
+        )
         base = record["base"]
         lines.append(
             f"\nTest NDCG@10, mean of the domains. Base: {record['days'][0]['interactions']:,} interactions, "
@@ -187,10 +253,19 @@ def chart(record):
         "scratch": [result["scratch"]["mean"]["mean"] for result in record["results"]],
         "before": [result["before"]["mean"] for result in record["results"]],
     }
-    seconds = {kind: [result[kind]["seconds"] for result in record["results"]] for kind in ("warm", "scratch")}
+    seconds = {
+        kind: [result[kind]["seconds"] for result in record["results"]]
+        for kind in ("warm", "scratch")
+    }
     return svg(
         [
-            Panel("Everyone's newest item, all data to that day", days, means, "day", f"test {HEADLINE}"),
+            Panel(
+                "Everyone's newest item, all data to that day",
+                days,
+                means,
+                "day",
+                f"test {HEADLINE}",
+            ),
             Panel("What a day's training takes", days, seconds, "day", "seconds"),
         ]
     )

@@ -57,7 +57,9 @@ class Settings:
     cluster: step_model.Cluster
 
     def __post_init__(self):
-        suite.at_least(1, self, "users", "shortest", "steps", "rounds", "tries", "volume_users")
+        suite.at_least(
+            1, self, "users", "shortest", "steps", "rounds", "tries", "volume_users"
+        )
         suite.at_least(2 * self.domains, self, "items")
 
 
@@ -94,7 +96,10 @@ def steps(groups, settings):
                 found = quietest(together, users, settings)
                 timed[name, users].append(found)
                 median, others = statistics.median(found["seconds"]), found["others"]
-                print(f"round {turn + 1}, {name}, {users} users a rank: {median:.3f} s, others {others:.2f} cores", flush=True)
+                print(
+                    f"round {turn + 1}, {name}, {users} users a rank: {median:.3f} s, others {others:.2f} cores",
+                    flush=True,
+                )
     return [
         {
             "case": name,
@@ -102,9 +107,20 @@ def steps(groups, settings):
             "ranks": len(group.ranks),
             "users": users,
             "tokens": timed[name, users][0]["tokens"],
-            "seconds": suite.spread([seconds for of_round in timed[name, users] for seconds in of_round["seconds"]]),
-            "rounds": [statistics.median(of_round["seconds"]) for of_round in timed[name, users]],
-            "others": statistics.mean(of_round["others"] for of_round in timed[name, users]),
+            "seconds": suite.spread(
+                [
+                    seconds
+                    for of_round in timed[name, users]
+                    for seconds in of_round["seconds"]
+                ]
+            ),
+            "rounds": [
+                statistics.median(of_round["seconds"])
+                for of_round in timed[name, users]
+            ],
+            "others": statistics.mean(
+                of_round["others"] for of_round in timed[name, users]
+            ),
         }
         for users in settings.users
         for name, group, gbit in cases
@@ -114,7 +130,9 @@ def steps(groups, settings):
 def quietest(together, users, settings):
     """Steps of these groups at the same time: {"seconds" (of each step, the later rank's), "tokens", "others"}."""
     tried = []
-    while len(tried) < settings.tries and (not tried or tried[-1]["others"] > settings.quiet):
+    while len(tried) < settings.tries and (
+        not tried or tried[-1]["others"] > settings.quiet
+    ):
         begin, busy = time.perf_counter(), _busy()
         for group in together:
             group.tell("steps", users=users, steps=settings.steps)
@@ -122,7 +140,12 @@ def quietest(together, users, settings):
         others = _busy() - busy - sum(answer["processor_seconds"] for answer in answers)
         tried.append(
             {
-                "seconds": [max(of_ranks) for of_ranks in zip(*(answer["seconds"] for answer in answers), strict=True)],
+                "seconds": [
+                    max(of_ranks)
+                    for of_ranks in zip(
+                        *(answer["seconds"] for answer in answers), strict=True
+                    )
+                ],
                 "tokens": answers[0]["tokens"],
                 "others": max(0.0, others / (time.perf_counter() - begin)),
             }
@@ -132,8 +155,12 @@ def quietest(together, users, settings):
 
 def _busy():
     """Seconds that all cores together were busy so far: with processes, the kernel, interrupts."""
-    user, nice, system, _, _, interrupt, soft_interrupt = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, interrupt, soft_interrupt = map(
+        int, Path("/proc/stat").read_text().split()[1:8]
+    )
+    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf(
+        "SC_CLK_TCK"
+    )
 
 
 def waits(groups, settings):
@@ -153,8 +180,14 @@ def waits(groups, settings):
                 parts["step"] += answer["seconds"][step] / len(answers)
             for part, seconds in parts.items():
                 of_steps[part].append(seconds)
-        medians = {part: statistics.median(seconds) for part, seconds in of_steps.items()}
-        found[name] = {"step": medians.pop("step"), "waited": medians.pop("waited"), "parts": medians}
+        medians = {
+            part: statistics.median(seconds) for part, seconds in of_steps.items()
+        }
+        found[name] = {
+            "step": medians.pop("step"),
+            "waited": medians.pop("waited"),
+            "parts": medians,
+        }
     return found
 
 
@@ -164,21 +197,42 @@ def volumes(groups, settings, model):
     there are hosts."""
     groups.limit(None)
     group = groups.apart or groups.pair
-    interfaces = [interface for _, interface, _ in groups.hosts] if groups.hosts else None
+    interfaces = (
+        [interface for _, interface, _ in groups.hosts] if groups.hosts else None
+    )
     world, dim = len(group.ranks), settings.model.dim
     found = []
     for exponent in settings.exponents:
         about = {"users": settings.volume_users, "exponent": exponent}
         of_ranks = group.ask("volume", **about)
-        rows = {name: statistics.mean(rank[name] for rank in of_ranks) for name in of_ranks[0]}
+        rows = {
+            name: statistics.mean(rank[name] for rank in of_ranks)
+            for name in of_ranks[0]
+        }
         expected = traffic.expected(
-            world, dim, settings.domains, settings.volume_users, model["weights"], model["zero_stage"], rows["foreign"]
+            world,
+            dim,
+            settings.domains,
+            settings.volume_users,
+            model["weights"],
+            model["zero_stage"],
+            rows["foreign"],
         )
         answers = group.ask("calls", **about, interface=interfaces)
-        parts = {part: {"calls": 0, "expected": sent, "called": 0.0, "wire": 0.0} for part, sent in expected.items()}
+        parts = {
+            part: {"calls": 0, "expected": sent, "called": 0.0, "wire": 0.0}
+            for part, sent in expected.items()
+        }
         share = 1 / len(answers) / len(answers[0]["calls"])  # of a rank and a batch
-        for call in (call for answer in answers for of_step in answer["calls"] for call in of_step):
-            part = parts.setdefault(call["part"], {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0})
+        for call in (
+            call
+            for answer in answers
+            for of_step in answer["calls"]
+            for call in of_step
+        ):
+            part = parts.setdefault(
+                call["part"], {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0}
+            )
             part["calls"] += share
             part["called"] += share * call["sent"]
             part["wire"] += share * (call["wire"] or 0)
@@ -191,9 +245,13 @@ def volumes(groups, settings, model):
                 "users": settings.volume_users,
                 **rows,
                 "parts": parts,
-                "least": traffic.least(world, dim, model["weights"], rows["distinct_foreign"]),
+                "least": traffic.least(
+                    world, dim, model["weights"], rows["distinct_foreign"]
+                ),
                 **{
-                    way: sum(part[way] for part in parts.values()) if interfaces or way != "wire" else None
+                    way: sum(part[way] for part in parts.values())
+                    if interfaces or way != "wire"
+                    else None
                     for way in ("expected", "called", "wire")
                 },
             }
@@ -248,7 +306,9 @@ def fitted(record):
                 "predicted": step_model.predict(parameters, point),
                 "left_out": left_out,
             }
-            for (step, point), left_out in zip(of_steps, step_model.left_out(measured), strict=True)
+            for (step, point), left_out in zip(
+                of_steps, step_model.left_out(measured), strict=True
+            )
         ],
     }
 
@@ -287,8 +347,17 @@ def predictions(settings, record):
 
 def table(record):
     """Times, where they go, bytes, the model, and what it says of GPUs."""
-    parts = [_times(record), _waits(record), _bytes(record), _model(record), _clusters(record)]
-    parts += [f"Not run ({case['case']}): {case['reason']}." for case in record.get("not_run", [])]
+    parts = [
+        _times(record),
+        _waits(record),
+        _bytes(record),
+        _model(record),
+        _clusters(record),
+    ]
+    parts += [
+        f"Not run ({case['case']}): {case['reason']}."
+        for case in record.get("not_run", [])
+    ]
     return "\n\n".join(filter(None, parts))
 
 
@@ -297,7 +366,14 @@ def ratios(record, case, users, of=1):
     rounds = {(step["case"], step["users"]): step["rounds"] for step in record["steps"]}
     if (ONE, of * users) not in rounds:
         return None
-    return suite.spread([one / own for one, own in zip(rounds[ONE, of * users], rounds[case, users], strict=True)])
+    return suite.spread(
+        [
+            one / own
+            for one, own in zip(
+                rounds[ONE, of * users], rounds[case, users], strict=True
+            )
+        ]
+    )
 
 
 def _times(record):
@@ -311,7 +387,9 @@ def _times(record):
                 "users a rank": step["users"],
                 "step s (min – max)": suite.shown(step["seconds"]),
                 "tokens/s": f"{step['tokens'] * (1 if step['case'] == ONE else 2) / step['seconds']['median']:,.0f}",
-                "% of twice one rank": suite.shown({key: 100 * weak[key] for key in ("median", "min", "max")}, 0)
+                "% of twice one rank": suite.shown(
+                    {key: 100 * weak[key] for key in ("median", "min", "max")}, 0
+                )
                 if weak
                 else "",
                 "times one rank on all users": suite.shown(strong, 2) if strong else "",
@@ -322,16 +400,27 @@ def _times(record):
         f"{case} {(link['all_reduce'] * 8 / 1e9):.1f} Gbit/s, {1e6 * link['latency']:.0f} µs"
         for case, link in record["links"].items()
     ]
-    return suite.markdown(rows) + f"\n\nAn all-reduce that does nothing else: {'; '.join(links)}."
+    return (
+        suite.markdown(rows)
+        + f"\n\nAn all-reduce that does nothing else: {'; '.join(links)}."
+    )
 
 
 def _waits(record):
-    parts = list(dict.fromkeys(part for found in record["waits"].values() for part in found["parts"]))
+    parts = list(
+        dict.fromkeys(
+            part for found in record["waits"].values() for part in found["parts"]
+        )
+    )
     rows = []
     for part in ["whole step", "wait for the later rank", *parts, "all collectives"]:
         row = {"ms of a step": part}
         for case, found in record["waits"].items():
-            seconds = {"whole step": found["step"], "wait for the later rank": found["waited"], **found["parts"]}
+            seconds = {
+                "whole step": found["step"],
+                "wait for the later rank": found["waited"],
+                **found["parts"],
+            }
             seconds["all collectives"] = sum(found["parts"].values())
             row[case] = f"{1e3 * seconds[part]:.1f}" if part in seconds else ""
         rows.append(row)
@@ -360,7 +449,9 @@ def _bytes(record):
             "least, MB": f"{counted['least'] / 1e6:.3f}",
             "by formula": f"{counted['expected'] / 1e6:.3f}",
             "by call": f"{counted['called'] / 1e6:.3f}",
-            "on the wire": f"{counted['wire'] / 1e6:.3f}" if counted["wire"] is not None else "",
+            "on the wire": f"{counted['wire'] / 1e6:.3f}"
+            if counted["wire"] is not None
+            else "",
             "times least": f"{(counted['wire'] or counted['called']) / counted['least']:.2f}",
         }
         for counted in record["volume"]
@@ -387,7 +478,8 @@ def _model(record):
     return (
         f"Fitted: {1e3 * fit['fixed']:.1f} ms a step, {1e6 * fit['per_token']:.1f} µs a token, "
         f"{1e6 * fit['per_message']:.0f} µs a collective, {1e9 * fit['per_byte']:.2f} ns a byte, "
-        f"{100 * fit['exposed']:.0f} % of the cable's time not hidden.\n\n" + suite.markdown(rows)
+        f"{100 * fit['exposed']:.0f} % of the cable's time not hidden.\n\n"
+        + suite.markdown(rows)
     )
 
 
@@ -395,10 +487,20 @@ def _clusters(record):
     """The smallest, the middle and the largest number of GPUs; for faster GPUs the middle one."""
     gpus = record["settings"]["cluster"]["gpus"]
     rows, key = [], ("tokens_per_second", "between_gbit", "gpus")
-    own = {tuple(found[name] for name in key): found for found in record["predictions"] if not found["global_negatives"]}
+    own = {
+        tuple(found[name] for name in key): found
+        for found in record["predictions"]
+        if not found["global_negatives"]
+    }
     for found in record["predictions"]:
-        first = found["tokens_per_second"] == record["predictions"][0]["tokens_per_second"]
-        shown = (gpus[0], gpus[len(gpus) // 2], gpus[-1]) if first else (gpus[len(gpus) // 2],)
+        first = (
+            found["tokens_per_second"] == record["predictions"][0]["tokens_per_second"]
+        )
+        shown = (
+            (gpus[0], gpus[len(gpus) // 2], gpus[-1])
+            if first
+            else (gpus[len(gpus) // 2],)
+        )
         if not found["global_negatives"] or found["gpus"] not in shown:
             continue
         parts = found["parts"]
@@ -409,7 +511,10 @@ def _clusters(record):
                 "GPUs": found["gpus"],
                 "step ms": f"{1e3 * found['seconds']:.2f}",
                 "of that many alone": f"{100 * found['efficiency']:.0f} %",
-                **{part: f"{100 * seconds / found['seconds']:.0f} %" for part, seconds in parts.items()},
+                **{
+                    part: f"{100 * seconds / found['seconds']:.0f} %"
+                    for part, seconds in parts.items()
+                },
                 "SC-MIM within ranks: of that many alone": f"{100 * own[tuple(found[n] for n in key)]['efficiency']:.0f} %",
             }
         )
@@ -419,28 +524,62 @@ def _clusters(record):
 def picture(record):
     """The predictions as SVG: efficiency by network, and where the time goes on one of them."""
     cluster = record["settings"]["cluster"]
-    rate, places = cluster["tokens_per_second"][0], [str(gpus) for gpus in cluster["gpus"]]
+    rate, places = (
+        cluster["tokens_per_second"][0],
+        [str(gpus) for gpus in cluster["gpus"]],
+    )
 
     def of(gbit, everyone):
         return [
             found
             for found in record["predictions"]
-            if (found["tokens_per_second"], found["between_gbit"], found["global_negatives"]) == (rate, gbit, everyone)
+            if (
+                found["tokens_per_second"],
+                found["between_gbit"],
+                found["global_negatives"],
+            )
+            == (rate, gbit, everyone)
         ]
 
     lines, dashed = (
-        {f"{gbit:g} Gbit/s": [100 * found["efficiency"] for found in of(gbit, everyone)] for gbit in cluster["between_gbit"]}
+        {
+            f"{gbit:g} Gbit/s": [
+                100 * found["efficiency"] for found in of(gbit, everyone)
+            ]
+            for gbit in cluster["between_gbit"]
+        }
         for everyone in (True, False)
     )
     middle = cluster["between_gbit"][len(cluster["between_gbit"]) // 2]
     shown = of(middle, True)
-    stacks = {part: [1e3 * found["parts"][part] for found in shown] for part in shown[0]["parts"]}
-    title, gpus = f"{rate / 1e6:g} million tokens/s a GPU, by a host's network", f"GPUs, {cluster['per_host']} a host"
+    stacks = {
+        part: [1e3 * found["parts"][part] for found in shown]
+        for part in shown[0]["parts"]
+    }
+    title, gpus = (
+        f"{rate / 1e6:g} million tokens/s a GPU, by a host's network",
+        f"GPUs, {cluster['per_host']} a host",
+    )
     alone = "% of as many GPUs alone; dashed: SC-MIM within ranks"
     return chart.svg(
         [
-            chart.Panel(f"Predicted: {title}", places, lines, gpus, alone, dashed=dashed, top=100),
-            chart.Panel(f"Predicted: a step at {middle:g} Gbit/s a host", places, stacks, gpus, "ms", stacked=True),
+            chart.Panel(
+                f"Predicted: {title}",
+                places,
+                lines,
+                gpus,
+                alone,
+                dashed=dashed,
+                top=100,
+            ),
+            chart.Panel(
+                f"Predicted: a step at {middle:g} Gbit/s a host",
+                places,
+                stacks,
+                gpus,
+                "ms",
+                stacked=True,
+            ),
         ]
     )
 

@@ -40,7 +40,13 @@ class Rank:
     def __init__(self, settings, ranks):
         self.settings, self.ranks = settings, ranks
         users = max(settings.users)
-        self.dataset = dataset_of(settings.items, settings.domains, users * ranks.world_size, _STEPS, ranks.world_size)
+        self.dataset = dataset_of(
+            settings.items,
+            settings.domains,
+            users * ranks.world_size,
+            _STEPS,
+            ranks.world_size,
+        )
         config = RunConfig(
             global_batch_size=users * ranks.world_size,
             model=settings.model,
@@ -48,21 +54,35 @@ class Rank:
             optimizer=settings.optimizer,
             deepspeed=settings.deepspeed,
         )
-        plan = Plan(self.dataset, config.global_batch_size, ranks.world_size, config.seed)
+        plan = Plan(
+            self.dataset, config.global_batch_size, ranks.world_size, config.seed
+        )
         self.trainer = Trainer(config, ranks, self.dataset, plan)
         self._drawn, self._taken = {}, 0
 
     def batches(self, users, exponent=0.0):
         """The batches of so many users, the same length in all on every rank."""
         if (users, exponent) not in self._drawn:
-            self._drawn[users, exponent] = [self._batch(step, users, exponent) for step in range(_BATCHES)]
+            self._drawn[users, exponent] = [
+                self._batch(step, users, exponent) for step in range(_BATCHES)
+            ]
         return self._drawn[users, exponent]
 
     def _batch(self, step, users, exponent):
         place = step * self.ranks.world_size + self.ranks.rank
         longest, negatives = self.settings.model.max_length, self.settings.negatives
-        arrays = draw(self.dataset, place, users, self.settings.shortest, longest, negatives, exponent)
-        return build_batch(*arrays, [domain.items for domain in self.dataset.domains], longest)
+        arrays = draw(
+            self.dataset,
+            place,
+            users,
+            self.settings.shortest,
+            longest,
+            negatives,
+            exponent,
+        )
+        return build_batch(
+            *arrays, [domain.items for domain in self.dataset.domains], longest
+        )
 
     def step(self, users, exponent=0.0):
         """What the training loop does in a step."""
@@ -80,7 +100,11 @@ class Rank:
             begin = time.perf_counter()
             batch = self.step(users)
             seconds.append(time.perf_counter() - begin)
-        return {"seconds": seconds[1:], "processor_seconds": time.process_time() - processor, "tokens": batch.interactions}
+        return {
+            "seconds": seconds[1:],
+            "processor_seconds": time.process_time() - processor,
+            "tokens": batch.interactions,
+        }
 
     def calls(self, users, exponent=0.0, interface=None, meet=False):
         """The collectives of a step on each of the batches, in their order, as `traffic.Call`s, and each step's seconds.
@@ -101,19 +125,36 @@ class Rank:
     def volume(self, users, exponent=0.0):
         """Rows of this rank's step, the mean over the batches: how often one is used, how many are asked for, and those of them
         that others hold; of the rows used the distinct ones, and those that others hold."""
-        world, scatter, rank = self.ranks.world_size, self.trainer.table.scatter, self.ranks.rank
-        found = {"used": [], "asked": [], "foreign": [], "distinct": [], "distinct_foreign": []}
+        world, scatter, rank = (
+            self.ranks.world_size,
+            self.trainer.table.scatter,
+            self.ranks.rank,
+        )
+        found = {
+            "used": [],
+            "asked": [],
+            "foreign": [],
+            "distinct": [],
+            "distinct_foreign": [],
+        }
         for batch in self.batches(users, exponent):
             used, asked = batch.ids.long(), batch.distinct.long()
             found["used"].append(len(used))
-            for names, rows in ((("asked", "foreign"), asked), (("distinct", "distinct_foreign"), torch.unique(used))):
+            for names, rows in (
+                (("asked", "foreign"), asked),
+                (("distinct", "distinct_foreign"), torch.unique(used)),
+            ):
                 found[names[0]].append(len(rows))
                 found[names[1]].append(traffic.foreign(rows, rank, world, scatter))
         return {name: statistics.mean(counts) for name, counts in found.items()}
 
     def model(self):
         """Trained weights of the dense model, the ZeRO stage in force, width, domains, SC-MIM's candidates."""
-        weights = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
+        weights = sum(
+            parameter.numel()
+            for parameter in self.trainer.model.parameters()
+            if parameter.requires_grad
+        )
         return {
             "weights": weights,
             "zero_stage": self.trainer.engine.zero_optimization_stage(),

@@ -47,11 +47,22 @@ class Settings:
     time_knots: int
 
     def __post_init__(self):
-        names = "items", "dim", "max_length", "threads", "k", "requests", "warmup", "blocks"
+        names = (
+            "items",
+            "dim",
+            "max_length",
+            "threads",
+            "k",
+            "requests",
+            "warmup",
+            "blocks",
+        )
         suite.at_least(1, self, *names)
         suite.at_least(2, self, "experts", "time_knots")
         if len(self.dim) != len(self.max_length):
-            raise ValueError(f"max_length has {len(self.max_length)} values, dim {len(self.dim)}: give one for each")
+            raise ValueError(
+                f"max_length has {len(self.max_length)} values, dim {len(self.dim)}: give one for each"
+            )
 
 
 def main():
@@ -68,7 +79,9 @@ def measure(settings, dim, longest):
     """Lines of one model's sizes."""
     torch.manual_seed(0)
     program, own = loaded(settings, dim, longest)
-    history, part = (_history(items, dim) for items in (longest, max(1, longest // _DOMAINS)))
+    history, part = (
+        _history(items, dim) for items in (longest, max(1, longest // _DOMAINS))
+    )
 
     def user():
         return torch.lerp(program(*history), own(*part), 0.5)
@@ -89,14 +102,29 @@ def measure(settings, dim, longest):
 def _history(items, dim):
     """What the encoder is given of a user."""
     times = torch.arange(items, dtype=torch.float64).unsqueeze(0)
-    return torch.randn(1, items, dim), torch.tensor([items]), times, torch.full((1,), float(items), dtype=torch.float64)
+    return (
+        torch.randn(1, items, dim),
+        torch.tensor([items]),
+        times,
+        torch.full((1,), float(items), dtype=torch.float64),
+    )
 
 
 def loaded(settings, dim, longest):
     """A model's cross-domain program and a domain's own, as a service has them: exported, saved, loaded."""
-    experts = {"experts": settings.experts, "cross_experts": (settings.experts + 1) // 2}
+    experts = {
+        "experts": settings.experts,
+        "cross_experts": (settings.experts + 1) // 2,
+    }
     knots = settings.time_knots
-    config = ModelConfig(dim=dim, ffn_dim=dim, max_length=longest, blocks=settings.blocks, time_knots=knots, **experts)
+    config = ModelConfig(
+        dim=dim,
+        ffn_dim=dim,
+        max_length=longest,
+        blocks=settings.blocks,
+        time_knots=knots,
+        **experts,
+    )
     with tempfile.TemporaryDirectory() as folder:
         model, file = SyNCRec(config, _DOMAINS).eval(), Path(folder) / "encoder.pt2"
         programs = []
@@ -119,7 +147,11 @@ def latencies(request, settings):
         request()
         if number >= 0:
             seconds.append(time.perf_counter() - begin)
-    return {"median": float(np.median(seconds)), "p99": float(np.percentile(seconds, 99)), "seconds": seconds}
+    return {
+        "median": float(np.median(seconds)),
+        "p99": float(np.percentile(seconds, 99)),
+        "seconds": seconds,
+    }
 
 
 def table(record):

@@ -36,7 +36,9 @@ class Point:
     @property
     def terms(self):
         """What each of the parameters is multiplied with."""
-        return np.array([1.0, self.tokens, self.messages, self.bytes, self.bytes / self.bandwidth])
+        return np.array(
+            [1.0, self.tokens, self.messages, self.bytes, self.bytes / self.bandwidth]
+        )
 
 
 def fit(points):
@@ -48,7 +50,9 @@ def fit(points):
     # Non-negative least squares, exactly: the best of all sets of parameters that may be other than 0.
     for size in range(1, len(PARAMETERS) + 1):
         for kept in map(list, itertools.combinations(range(len(PARAMETERS)), size)):
-            found, *_ = np.linalg.lstsq(terms[:, kept] / scale[kept], np.ones(len(points)), rcond=None)
+            found, *_ = np.linalg.lstsq(
+                terms[:, kept] / scale[kept], np.ones(len(points)), rcond=None
+            )
             error = float(((terms[:, kept] / scale[kept] @ found - 1) ** 2).sum())
             if (found >= 0).all() and error < best:
                 best, values = error, np.zeros(len(PARAMETERS))
@@ -63,7 +67,10 @@ def predict(parameters, point):
 
 def left_out(points):
     """For each point, what the others predict for it: seconds."""
-    return [predict(fit(points[:i] + points[i + 1 :]), point) for i, point in enumerate(points)]
+    return [
+        predict(fit(points[:i] + points[i + 1 :]), point)
+        for i, point in enumerate(points)
+    ]
 
 
 @dataclass(frozen=True)
@@ -120,20 +127,27 @@ def cluster_step(load, cluster, gpus, between_gbit, tokens_per_second):
         load.candidates,
     )
     if not load.global_negatives:
-        by_part = {part: 0 if part.startswith("SC-MIM") else sent for part, sent in by_part.items()}
+        by_part = {
+            part: 0 if part.startswith("SC-MIM") else sent
+            for part, sent in by_part.items()
+        }
     hosts, inside = gpus / cluster.per_host, cluster.inside_gbyte * 1e9
     between = between_gbit * 1e9 / 8
     # Of what a rank sends to gpus − 1 others, so much leaves the host.
     leaving = (gpus - cluster.per_host) / (gpus - 1)
 
     def all_to_all(sent):
-        return sent * (1 - leaving) / inside + cluster.per_host * sent * leaving / between
+        return (
+            sent * (1 - leaving) / inside + cluster.per_host * sent * leaving / between
+        )
 
     def ring(sent):
         """The whole host's ring enters and leaves it once; a rank's own part is the same on every link of the ring."""
         return max(sent / inside, sent / between if hosts > 1 else 0.0)
 
-    rows = sum(by_part[part] for part in ("numbers of ids", "ids", "rows", "row gradients"))
+    rows = sum(
+        by_part[part] for part in ("numbers of ids", "ids", "rows", "row gradients")
+    )
     dense = sum(by_part.get(part, 0) for part in ("dense gradients", "dense weights"))
     information = by_part["SC-MIM"] + by_part["SC-MIM gradients"]
     compared = load.users * gpus
@@ -149,5 +163,9 @@ def cluster_step(load, cluster, gpus, between_gbit, tokens_per_second):
         "rows": all_to_all(rows),
         "dense": ring(dense),
         "SC-MIM": ring(information),
-        "messages": (collectives * hops * cluster.message_microseconds + exchanges * gpus * cluster.peer_microseconds) * 1e-6,
+        "messages": (
+            collectives * hops * cluster.message_microseconds
+            + exchanges * gpus * cluster.peer_microseconds
+        )
+        * 1e-6,
     }

@@ -72,7 +72,16 @@ class Settings:
     folder: str
 
     def __post_init__(self):
-        counted = ("batch_size", "max_length", "shared", "workers", "batches", "shards", "samples", "repeats")
+        counted = (
+            "batch_size",
+            "max_length",
+            "shared",
+            "workers",
+            "batches",
+            "shards",
+            "samples",
+            "repeats",
+        )
         suite.at_least(1, self, *counted)
         suite.existing(self.folder)
         some_data(self)
@@ -88,7 +97,10 @@ class Setting:
     @property
     def round(self):
         """Batches in which every stream uses up a block."""
-        return max(1, self.dataset.streams * self.dataset.block_users // self.settings.batch_size)
+        return max(
+            1,
+            self.dataset.streams * self.dataset.block_users // self.settings.batch_size,
+        )
 
     @property
     def measured(self):
@@ -98,8 +110,18 @@ class Setting:
     def fed(self, workers=0):
         """Batches of one rank from the first one on, of a plan that has computed nothing yet."""
         given, config = self.settings, StreamConfig(workers=workers)
-        plan = Plan(self.dataset, given.batch_size, 1, seed=0, max_length=given.max_length)
-        return TrainBatches(plan, 0, 0, given.max_length, "mean", NegativesConfig(shared=given.shared), config)
+        plan = Plan(
+            self.dataset, given.batch_size, 1, seed=0, max_length=given.max_length
+        )
+        return TrainBatches(
+            plan,
+            0,
+            0,
+            given.max_length,
+            "mean",
+            NegativesConfig(shared=given.shared),
+            config,
+        )
 
     def tokens(self, users):
         """Tokens of some users: numbers, or a slice."""
@@ -126,30 +148,55 @@ def main():
     record = suite.header("stream", settings, options)
     with suite.scratch(settings.folder, "stream-") as scratch:
         dataset = Dataset.load(settings.data or prepared(Path(scratch), settings.users))
-        record["machine"]["file_system"] = machine.file_system(Path(settings.data or scratch))
+        record["machine"]["file_system"] = machine.file_system(
+            Path(settings.data or scratch)
+        )
         setting = Setting(dataset, settings)
         results = measure(setting, Path(scratch))
-    record |= {"dataset": described(dataset), "measured": setting.measured, "round": setting.round}
-    suite.save("stream", record | {"results": results, "ratios": ratios(results)}, options)
+    record |= {
+        "dataset": described(dataset),
+        "measured": setting.measured,
+        "round": setting.round,
+    }
+    suite.save(
+        "stream", record | {"results": results, "ratios": ratios(results)}, options
+    )
 
 
 def measure(setting, folder) -> list[dict]:
     """The lines of the JSON's `results`."""
     shards = setting.dataset.shards[: setting.settings.shards]
     tars = write_webdataset(setting, folder)
-    rows: dict[str, Callable] = {f"ready, workers: {workers}": _ready(setting, workers) for workers in setting.settings.workers}
-    rows |= {"parts": lambda: parts(setting), "shards": lambda: shard_after_shard(setting, shards)}
-    rows |= {"raw from disk": lambda: raw(setting, shards, forget=True), "raw from cache": lambda: raw(setting, shards)}
+    rows: dict[str, Callable] = {
+        f"ready, workers: {workers}": _ready(setting, workers)
+        for workers in setting.settings.workers
+    }
+    rows |= {
+        "parts": lambda: parts(setting),
+        "shards": lambda: shard_after_shard(setting, shards),
+    }
+    rows |= {
+        "raw from disk": lambda: raw(setting, shards, forget=True),
+        "raw from cache": lambda: raw(setting, shards),
+    }
     rows |= {"webdataset": lambda: read_webdataset(setting, tars)}
     timed: dict[str, list[Timed]] = {}
     for repeat in range(-1, setting.settings.repeats):
         begin = time.perf_counter()
-        for name, function in rows.items():  # in turn: what else the machine does then meets all of them
+        for (
+            name,
+            function,
+        ) in rows.items():  # in turn: what else the machine does then meets all of them
             found = function()
-            for row, one in found.items() if isinstance(found, dict) else [(name, found)]:
+            for row, one in (
+                found.items() if isinstance(found, dict) else [(name, found)]
+            ):
                 if repeat >= 0:
                     timed.setdefault(row, []).append(one)
-        print(f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} ({time.perf_counter() - begin:.0f} s)", flush=True)
+        print(
+            f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} ({time.perf_counter() - begin:.0f} s)",
+            flush=True,
+        )
     results = [summary(name, values) for name, values in timed.items()]
     lines = {line["name"]: line for line in results}
     for workers in setting.settings.workers:
@@ -158,7 +205,9 @@ def measure(setting, folder) -> list[dict]:
         line["users_per_second_and_worker"] = line["users_per_second"] / workers
         line["tokens_per_second_and_worker"] = line["tokens_per_second"] / workers
         # Each worker opens every shard.
-        line["opened_users_per_second"] = 1 / (1 / line["users_per_second"] + 1 / lines["open"]["users_per_second"])
+        line["opened_users_per_second"] = 1 / (
+            1 / line["users_per_second"] + 1 / lines["open"]["users_per_second"]
+        )
     return results
 
 
@@ -207,7 +256,10 @@ def parts(setting) -> dict[str, Timed]:
                 users.append(numbers)
     numbers = np.concatenate(users)
     size, tokens = len(numbers), setting.tokens(numbers)
-    found = {name: Timed(float(lap), size, tokens) for name, lap in zip(("assign", "read", "build"), laps, strict=True)}
+    found = {
+        name: Timed(float(lap), size, tokens)
+        for name, lap in zip(("assign", "read", "build"), laps, strict=True)
+    }
     return {"all in one process": Timed(float(laps.sum()), size, tokens), **found}
 
 
@@ -223,7 +275,10 @@ def shard_after_shard(setting, shards) -> dict[str, Timed]:
             times.append(time.perf_counter())
         laps += np.diff(times)
     amount = _amount(setting, shards)
-    return {name: Timed(float(lap), **amount) for name, lap in zip(("open", "decode"), laps, strict=True)}
+    return {
+        name: Timed(float(lap), **amount)
+        for name, lap in zip(("open", "decode"), laps, strict=True)
+    }
 
 
 def raw(setting, shards, forget=False) -> Timed:
@@ -242,7 +297,11 @@ def raw(setting, shards, forget=False) -> Timed:
 def _amount(setting, shards):
     users = slice(shards[0].first_user, shards[-1].first_user + shards[-1].users)
     size = sum(shard.bytes for shard in shards)
-    return {"users": users.stop - users.start, "tokens": setting.tokens(users), "bytes": size}
+    return {
+        "users": users.stop - users.start,
+        "tokens": setting.tokens(users),
+        "bytes": size,
+    }
 
 
 def write_webdataset(setting, folder) -> list[str]:
@@ -253,13 +312,21 @@ def write_webdataset(setting, folder) -> list[str]:
     with contextlib.ExitStack() as stack:
         for _, users in read_users(plan, 0, range(plan.steps(0)), 0):
             histories = np.split(users.items_N, np.cumsum(users.lengths_B)[:-1])
-            for user, items in list(zip(users.number_B.tolist(), histories, strict=True))[: left - written]:
+            for user, items in list(
+                zip(users.number_B.tolist(), histories, strict=True)
+            )[: left - written]:
                 if written % _SAMPLES == 0:
                     stack.close()
                     tars.append(str(folder / f"webdataset-{len(tars):06d}.tar"))
                     tar = stack.enter_context(webdataset.TarWriter(tars[-1]))
                 domains = setting.dataset.domain_of(items).astype(np.uint8)
-                tar.write({"__key__": f"{user:09d}", _ITEMS: items.astype(np.int32), _DOMAINS: domains})
+                tar.write(
+                    {
+                        "__key__": f"{user:09d}",
+                        _ITEMS: items.astype(np.int32),
+                        _DOMAINS: domains,
+                    }
+                )
                 written += 1
             if written == left:
                 break
@@ -274,7 +341,12 @@ def read_webdataset(setting, tars) -> Timed:
         users.append((sample["__key__"], sample[_ITEMS], sample[_DOMAINS]))
     seconds = time.perf_counter() - begin
     numbers = np.array([int(key) for key, *_ in users])
-    return Timed(seconds, len(numbers), setting.tokens(numbers), sum(Path(tar).stat().st_size for tar in tars))
+    return Timed(
+        seconds,
+        len(numbers),
+        setting.tokens(numbers),
+        sum(Path(tar).stat().st_size for tar in tars),
+    )
 
 
 def summary(name, values):
@@ -282,7 +354,10 @@ def summary(name, values):
     one, seconds = values[0], statistics.median(value.seconds for value in values)
     line = {"name": name, "users": one.users, "tokens": one.tokens, "bytes": one.bytes}
     line["seconds"] = suite.spread([value.seconds for value in values])
-    line |= {"users_per_second": one.users / seconds, "tokens_per_second": one.tokens / seconds}
+    line |= {
+        "users_per_second": one.users / seconds,
+        "tokens_per_second": one.tokens / seconds,
+    }
     line["bytes_per_second"] = None if one.bytes is None else one.bytes / seconds
     for fact in one.facts or ():
         line[fact] = [value.facts[fact] for value in values]
@@ -292,13 +367,25 @@ def summary(name, values):
 def ratios(results):
     """Ours by what it is held against: users by users, or bytes by bytes."""
     lines = {line["name"]: line for line in results}
-    decoding = 1 / sum(1 / lines[part]["bytes_per_second"] for part in ("open", "decode"))
-    reading = 1 / sum(1 / lines[part]["users_per_second"] for part in ("open", "decode"))
+    decoding = 1 / sum(
+        1 / lines[part]["bytes_per_second"] for part in ("open", "decode")
+    )
+    reading = 1 / sum(
+        1 / lines[part]["users_per_second"] for part in ("open", "decode")
+    )
     other = lines["webdataset"]["users_per_second"]
     return {
-        **{f"{name} / webdataset": line["users_per_second"] / other for name, line in lines.items() if "workers" in line},
+        **{
+            f"{name} / webdataset": line["users_per_second"] / other
+            for name, line in lines.items()
+            if "workers" in line
+        },
         "open and decode / webdataset": reading / other,
-        **{f"open and decode / {name}": decoding / lines[name]["bytes_per_second"] for name in lines if "raw" in name},
+        **{
+            f"open and decode / {name}": decoding / lines[name]["bytes_per_second"]
+            for name in lines
+            if "raw" in name
+        },
     }
 
 
@@ -306,7 +393,9 @@ def table(record):
     """What was streamed, a line for each way, and the ratios."""
     data, rows = record["dataset"], []
     for line in record["results"]:
-        slowest, fastest = (line["users"] / line["seconds"][name] for name in ("max", "min"))
+        slowest, fastest = (
+            line["users"] / line["seconds"][name] for name in ("max", "min")
+        )
         speed, busy = line["bytes_per_second"], line.get("worker_busy")
         rows.append(
             {
@@ -314,18 +403,28 @@ def table(record):
                 "users/s (min – max)": f"{line['users_per_second']:,.0f} ({slowest:,.0f} – {fastest:,.0f})",
                 "million tokens/s": f"{line['tokens_per_second'] / 1e6:,.2f}",
                 "MB/s": "" if speed is None else f"{speed / 1e6:,.0f}",
-                "users/s, opening counted in": f"{line['opened_users_per_second']:,.0f}" if busy else "",
-                "workers build": f"{statistics.median(busy):.0%} of the time" if busy else "",
+                "users/s, opening counted in": f"{line['opened_users_per_second']:,.0f}"
+                if busy
+                else "",
+                "workers build": f"{statistics.median(busy):.0%} of the time"
+                if busy
+                else "",
             }
         )
     what = (
         f"{data['users']:,} users, {data['interactions']:,} interactions, {data['domains']} domains, {data['rows']:,} rows; "
         f"batches of {record['settings']['batch_size']} users, {record['measured']} a repeat."
     )
-    compared = "Ratios: " + "; ".join(f"{name}: {ratio:.3g}" for name, ratio in record["ratios"].items()) + "."
+    compared = (
+        "Ratios: "
+        + "; ".join(f"{name}: {ratio:.3g}" for name, ratio in record["ratios"].items())
+        + "."
+    )
     lines = [what, suite.markdown(rows), compared]
     if not all(all(line.get("from_disk", [True])) for line in record["results"]):
-        lines.append("Not all shards left the page cache before they were read from disk.")
+        lines.append(
+            "Not all shards left the page cache before they were read from disk."
+        )
     return "\n\n".join(lines)
 
 

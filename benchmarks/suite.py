@@ -45,7 +45,13 @@ from trainer.files.atomic import write_json
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
-_SHOWN = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "deepspeed")  # packages that a table's caption names
+_SHOWN = (
+    "torch",
+    "torchrec",
+    "fbgemm-gpu-cpu",
+    "fbgemm-gpu",
+    "deepspeed",
+)  # packages that a table's caption names
 
 
 @dataclass(frozen=True)
@@ -60,24 +66,45 @@ class Options:
 def settings(name, kind, arguments=None):
     """`kind` filled from settings/NAME.yaml and the command line, and the Options. A bad value is one line, exit status 2."""
     about = sys.modules[kind.__module__].__doc__
-    parser = argparse.ArgumentParser(prog=f"{name}.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("given", nargs="*", metavar="key=value", help=f"over benchmarks/settings/{name}.yaml")
-    parser.add_argument(
-        "--short", action="store_true", help="the short form: does it run? It only prints, unless --json is given"
+    parser = argparse.ArgumentParser(
+        prog=f"{name}.py",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, help=f"where the record goes (benchmarks/results/{name}.json)")
+    parser.add_argument(
+        "given",
+        nargs="*",
+        metavar="key=value",
+        help=f"over benchmarks/settings/{name}.yaml",
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="the short form: does it run? It only prints, unless --json is given",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help=f"where the record goes (benchmarks/results/{name}.json)",
+    )
     options = parser.parse_intermixed_args(arguments)
     described = OmegaConf.load(FOLDER / "settings" / f"{name}.yaml")
     try:
         form = [described.full] + [described.short] * options.short
-        filled = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), *form, OmegaConf.from_dotlist(options.given)))
+        filled = OmegaConf.to_object(
+            OmegaConf.merge(
+                OmegaConf.structured(kind), *form, OmegaConf.from_dotlist(options.given)
+            )
+        )
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", None)
         parser.error((f"{key}: " if key else "") + str(error).splitlines()[0])
     if options.json is None and not options.short:
         options.json = RESULTS / f"{name}.json"
     if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
+        parser.error(
+            f"--json {options.json}: there is no folder {options.json.resolve().parent}"
+        )
     return filled, Options(options.short, options.json, tuple(options.given))
 
 
@@ -85,7 +112,10 @@ def at_least(least, settings, *names):
     """Raises ValueError where one of these settings, or an entry of a list, is less, or where a list is empty."""
     for name in names:
         value = getattr(settings, name)
-        if min(value if isinstance(value, list) else [value], default=least - 1) < least:
+        if (
+            min(value if isinstance(value, list) else [value], default=least - 1)
+            < least
+        ):
             raise ValueError(f"{name} is {value}: give at least {least}")
 
 
@@ -107,13 +137,20 @@ def device():
 
 def header(name, settings, options):
     """A record's first part: what was asked for, when, and on what. No folder of this machine is in it."""
-    command = ["python", f"benchmarks/{name}.py", *["--short"] * options.short, *map(_without_folder, options.given)]
+    command = [
+        "python",
+        f"benchmarks/{name}.py",
+        *["--short"] * options.short,
+        *map(_without_folder, options.given),
+    ]
     return {
         "benchmark": name,
         "form": "short" if options.short else "full",
         "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {key: _without_folder(value) for key, value in asdict(settings).items()},
+        "settings": {
+            key: _without_folder(value) for key, value in asdict(settings).items()
+        },
         "machine": machine.describe(device()),
     }
 
@@ -142,7 +179,9 @@ def on_ranks(ranks, function, *arguments):
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="ranks-") as own:
         answer = Path(own) / "answer.json"
-        group = spawn(_rank, (ranks, port, answer, function, arguments), nprocs=ranks, join=False)
+        group = spawn(
+            _rank, (ranks, port, answer, function, arguments), nprocs=ranks, join=False
+        )
         try:
             while not group.join():  # True once all have ended
                 pass
@@ -154,8 +193,17 @@ def on_ranks(ranks, function, *arguments):
 
 
 def _rank(rank, ranks, port, answer, function, arguments):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+    }
+    os.environ.update(
+        {name: str(value) for name, value in place.items()},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     warnings.simplefilter("ignore", FutureWarning)  # torch calls what it has deprecated
     returned = function(*arguments)
     if rank == 0:
@@ -166,7 +214,12 @@ def _rank(rank, ranks, port, answer, function, arguments):
 
 def spread(values):
     """Median, extremes, and all of them."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "all": list(values),
+    }
 
 
 def save(name, record, options):
@@ -185,13 +238,32 @@ def render(name, record):
 def caption(record):
     """One line: short or full form, date, hardware, versions, commit, load."""
     facts = record["machine"]
-    versions = [f"{package} {facts['versions'][package]}" for package in _SHOWN if package in facts["versions"]]
+    versions = [
+        f"{package} {facts['versions'][package]}"
+        for package in _SHOWN
+        if package in facts["versions"]
+    ]
     device = [] if facts["device"] == "cpu" else [facts["device"]]
-    hardware = [*device, facts["processor"], f"{facts['cores']} cores", f"{facts['memory_bytes'] / 1e9:.0f} GB"]
+    hardware = [
+        *device,
+        facts["processor"],
+        f"{facts['cores']} cores",
+        f"{facts['memory_bytes'] / 1e9:.0f} GB",
+    ]
     hardware += [facts["file_system"]] if "file_system" in facts else []
-    commit = (facts["commit"] or "unknown")[:8] + (" with uncommitted changes" if facts["uncommitted_changes"] else "")
-    quiet = "" if facts["load_before"] <= 0.5 else ": on a quiet machine the figures are others"
-    form = "Short form (does it run? not for comparison)" if record["form"] == "short" else "Full form"
+    commit = (facts["commit"] or "unknown")[:8] + (
+        " with uncommitted changes" if facts["uncommitted_changes"] else ""
+    )
+    quiet = (
+        ""
+        if facts["load_before"] <= 0.5
+        else ": on a quiet machine the figures are others"
+    )
+    form = (
+        "Short form (does it run? not for comparison)"
+        if record["form"] == "short"
+        else "Full form"
+    )
     return (
         f"*{form}, {record['date'][:10]}. {', '.join(hardware)}. Python {facts['python']}, {', '.join(versions)}. "
         f"Commit {commit}. Load before the run {facts['load_before']:.1f}{quiet}.*"
@@ -203,14 +275,29 @@ def markdown(rows):
     if not rows:
         return ""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    lines = [
+        columns,
+        *([str(row.get(column, "")) for column in columns] for row in rows),
+    ]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
 
     def line(cells):
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        padded = [
+            cells[0].ljust(widths[0]),
+            *(
+                cell.rjust(width)
+                for cell, width in zip(cells[1:], widths[1:], strict=True)
+            ),
+        ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    rule = (
+        "|"
+        + "|".join(
+            ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+        )
+        + "|"
+    )
     return "\n".join([line(columns), rule, *map(line, lines[1:])])
 
 

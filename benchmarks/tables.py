@@ -28,7 +28,9 @@ def rewritten(text, results=RESULTS):
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            sys.exit(f"error: the text has no {begin} … {end}, where the tables of {file.name} belong")
+            sys.exit(
+                f"error: the text has no {begin} … {end}, where the tables of {file.name} belong"
+            )
         text = f"{before}{begin}\n{render(file.stem, json.loads(file.read_text(encoding='utf-8')))}\n{end}{after}"
     return text
 

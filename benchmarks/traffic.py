@@ -111,7 +111,9 @@ class Traffic:
 
     def note(self, kind, function, args, kwargs):
         """Calls the collective, notes it, and returns what it returned."""
-        Traffic._active = None  # what the collective and the meeting are made of is not counted
+        Traffic._active = (
+            None  # what the collective and the meeting are made of is not counted
+        )
         begin = time.perf_counter()
         if self.meet:
             dist.barrier()
@@ -122,7 +124,11 @@ class Traffic:
             returned.wait()
         ended = time.perf_counter()
         wire = None if before is None else self._passed() - before
-        tensor = args[_POSITIONS[kind]] if len(args) > _POSITIONS[kind] else kwargs[_INPUTS[kind]]
+        tensor = (
+            args[_POSITIONS[kind]]
+            if len(args) > _POSITIONS[kind]
+            else kwargs[_INPUTS[kind]]
+        )
         world, own = dist.get_world_size(), 0
         if kind == "all_to_all_single":
             splits = args[3] if len(args) > 3 else kwargs.get("input_split_sizes")
@@ -130,7 +136,9 @@ class Traffic:
             own = rows * tensor[:1].nbytes
         bytes_sent = sent(kind, tensor.nbytes, world, own)
         part = _part(kind, tensor)
-        self.calls.append(Call(part, kind, tensor.nbytes, bytes_sent, wire, met - begin, ended - met))
+        self.calls.append(
+            Call(part, kind, tensor.nbytes, bytes_sent, wire, met - begin, ended - met)
+        )
         Traffic._active = self
         return returned
 
@@ -159,7 +167,11 @@ def watch():
     def watched(kind, function):
         def call(*args, **kwargs):
             active = Traffic._active
-            return function(*args, **kwargs) if active is None else active.note(kind, function, args, kwargs)
+            return (
+                function(*args, **kwargs)
+                if active is None
+                else active.note(kind, function, args, kwargs)
+            )
 
         return call
 
@@ -180,7 +192,9 @@ def _part(kind, tensor):
         if f"{os.sep}torchrec{os.sep}" in file:
             if tensor.is_floating_point():
                 return "row gradients" if name == "backward" else "rows"
-            return "ids" if frame.f_locals.get("label") == "values" else "numbers of ids"
+            return (
+                "ids" if frame.f_locals.get("label") == "values" else "numbers of ids"
+            )
         if f"{os.sep}deepspeed{os.sep}" in file:
             if kind in ("all_gather", "all_gather_into_tensor"):
                 return "dense weights"
@@ -212,7 +226,8 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign, candidate
         "rows": foreign * 4 * dim,
         "row gradients": foreign * 4 * dim,
         "φ, λ and means": 2 * others * 8 * 8 * domains,
-        "SC-MIM": (world - 1) * (gathered + users * domains),  # the vectors, and which of them there are
+        "SC-MIM": (world - 1)
+        * (gathered + users * domains),  # the vectors, and which of them there are
         "SC-MIM gradients": (world - 1) * gathered,
         "dense gradients": 2 * others * 4 * weights,
         "clip, check, signals": 2 * others * _CHECKED * 8,
@@ -221,7 +236,9 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign, candidate
         sample = 2 * others * 4 * domains * candidates * dim  # summed into their places
         found["SC-MIM"] = sample
         found["SC-MIM gradients"] = sample
-        found["φ, λ and means"] += 2 * others * 8 * domains * (candidates + 1)  # which of them there are; users by domain
+        found["φ, λ and means"] += (
+            2 * others * 8 * domains * (candidates + 1)
+        )  # which of them there are; users by domain
     if zero_stage in (1, 2):
         found["dense weights"] = others * 4 * weights
     return found

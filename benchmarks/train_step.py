@@ -86,11 +86,21 @@ def main():
         try:
             results.append(suite.in_own_process(measure, case, settings))
         except ProcessExitedException as error:
-            not_run.append(vars(case) | {"reason": f"its process ended ({error}), most likely for want of memory"})
+            not_run.append(
+                vars(case)
+                | {
+                    "reason": f"its process ended ({error}), most likely for want of memory"
+                }
+            )
             failed = True
             continue
-        print(f"{case}: {results[-1]['tokens_per_second']:,.0f} tokens/s ({time.perf_counter() - begin:.0f} s)", flush=True)
-    suite.save("train_step", record | assembled(results) | {"not_run": not_run}, options)
+        print(
+            f"{case}: {results[-1]['tokens_per_second']:,.0f} tokens/s ({time.perf_counter() - begin:.0f} s)",
+            flush=True,
+        )
+    suite.save(
+        "train_step", record | assembled(results) | {"not_run": not_run}, options
+    )
     sys.exit(failed)
 
 
@@ -104,7 +114,9 @@ def plan(settings):
                 if precision == "bf16" and not machine.has_bf16(suite.device()):
                     reason = "the processor has no bf16 products"
                 elif system != OURS:
-                    reason = too_large(items, settings.model.dim, machine.memory_bytes())
+                    reason = too_large(
+                        items, settings.model.dim, machine.memory_bytes()
+                    )
                 if reason:
                     not_run.append(vars(case) | {"reason": reason})
                 else:
@@ -133,11 +145,21 @@ def measure(case, settings):
 
 def _measure(case, settings, ranks):
     config = replace(settings.model, precision=case.precision)
-    count = settings.warmup + settings.steps + 1  # the last is made ready beside the last step
+    count = (
+        settings.warmup + settings.steps + 1
+    )  # the last is made ready beside the last step
     dataset = dataset_of(case.items, settings.domains, settings.users, count)
     domain_items = [domain.items for domain in dataset.domains]
     drawn = [
-        draw(dataset, step, settings.users, settings.shortest, config.max_length, settings.negatives) for step in range(count)
+        draw(
+            dataset,
+            step,
+            settings.users,
+            settings.shortest,
+            config.max_length,
+            settings.negatives,
+        )
+        for step in range(count)
     ]
     build, work, start = _SYSTEMS[case.system]
     batches = [build(*arrays, domain_items, config.max_length) for arrays in drawn]
@@ -145,13 +167,18 @@ def _measure(case, settings, ranks):
         batches = [map_tensors(batch, torch.Tensor.pin_memory) for batch in batches]
     tokens = len(drawn[0][0])
     steps = start(config, settings, ranks, dataset)
-    seconds, interval, losses = timed_steps(steps(batches), settings.warmup, ranks.device)
+    seconds, interval, losses = timed_steps(
+        steps(batches), settings.warmup, ranks.device
+    )
     batches.pop()
     peak = machine.peak_memory()
     if not all(map(math.isfinite, losses)):
         raise ArithmeticError(f"{case}: the losses are {losses}")
     timed = suite.spread(seconds[settings.warmup :])
-    operations = statistics.mean(flops.step_operations(config, work(config, batch)) for batch in batches[settings.warmup :])
+    operations = statistics.mean(
+        flops.step_operations(config, work(config, batch))
+        for batch in batches[settings.warmup :]
+    )
     found = vars(case) | {
         "tokens": tokens,
         "users": settings.users,
@@ -169,7 +196,12 @@ def _measure(case, settings, ranks):
     if case.system == OURS:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
         products = limits.step_products(config, batches[settings.warmup])
-        found["matmul"] = limits.matmul(products["experts"] + products["tasks"], dtype, ranks.device, settings.window)
+        found["matmul"] = limits.matmul(
+            products["experts"] + products["tasks"],
+            dtype,
+            ranks.device,
+            settings.window,
+        )
     return found
 
 
@@ -229,7 +261,9 @@ def _wait_for(device):
 
 def start_ours(config, settings, ranks, dataset):
     """The trainer's own step, with the next batch made ready beside it."""
-    trainer = trainer_of(config, settings.users, dataset, ranks, negatives=settings.negatives)
+    trainer = trainer_of(
+        config, settings.users, dataset, ranks, negatives=settings.negatives
+    )
 
     def steps(batches):
         ready = trainer.prepare(batches[0])
@@ -250,7 +284,11 @@ def start_ours(config, settings, ranks, dataset):
 def start_padded(config, settings, ranks, dataset, plain=False):
     """One optimizer over everything, as a tutorial has it. plain: and each view reads the item matrix for itself."""
     torch.manual_seed(0)
-    model = PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings, plain).to(ranks.device).train()
+    model = (
+        PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings, plain)
+        .to(ranks.device)
+        .train()
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(batch):
@@ -280,20 +318,27 @@ def assembled(results):
     found = {precision: limits.fastest(of) for precision, of in measured.items()}
     for result in results:
         limit = found.get(result["precision"])
-        result["matmul_share"] = result["operations_per_second"] / limit["rate"] if limit else None
+        result["matmul_share"] = (
+            result["operations_per_second"] / limit["rate"] if limit else None
+        )
     return {"limits": found, "results": results}
 
 
 def table(record):
     """A line for each case, with what it is of its limit and against the others; the limits; what was not run and why."""
-    speed = {tuple(result[key] for key in Case.__annotations__): result["tokens_per_second"] for result in record["results"]}
+    speed = {
+        tuple(result[key] for key in Case.__annotations__): result["tokens_per_second"]
+        for result in record["results"]
+    }
     rows = []
     for result in record["results"]:
         against = {
             "times padded": speed.get((PADDED, "fp32", result["items"])),
             "times plain": speed.get((PLAIN, "fp32", result["items"])),
             "times fp32": speed.get((result["system"], "fp32", result["items"])),
-            "times fewest items": speed[result["system"], result["precision"], min(of[2] for of in speed)],
+            "times fewest items": speed[
+                result["system"], result["precision"], min(of[2] for of in speed)
+            ],
         }
         share = result["matmul_share"]
         rows.append(
@@ -304,13 +349,18 @@ def table(record):
                 "users/s": f"{result['users_per_second']:,.1f}",
                 "step s (min – max)": suite.shown(result["step_seconds"]),
                 "of matmul rate": "" if share is None else f"{share:.0%}",
-                **{name: f"{result['tokens_per_second'] / other:.2f}" if other else "" for name, other in against.items()},
+                **{
+                    name: f"{result['tokens_per_second'] / other:.2f}" if other else ""
+                    for name, other in against.items()
+                },
                 "memory": f"{result['peak_memory_bytes'] / 1e9:.1f} GB",
             }
         )
     for left_out in record["not_run"]:
         system = f"{left_out['system']}, {left_out['precision']}"
-        rows.append({"system": system, "items": f"{left_out['items']:,}", "tokens/s": "not run"})
+        rows.append(
+            {"system": system, "items": f"{left_out['items']:,}", "tokens/s": "not run"}
+        )
     lines = [suite.markdown(rows)]
     for precision, limit in record["limits"].items():
         lines.append(
@@ -318,7 +368,10 @@ def table(record):
             f"{limit['operations'] / 1e9:.1f} GFLOP in {limit['seconds_per_step']:.3f} s; 1024 x 1024: "
             f"{limit['square_rate'] / 1e9:.0f} GFLOP/s."
         )
-    reasons = {left_out["reason"]: f"{left_out['system']}, {left_out['items']:,} items" for left_out in record["not_run"]}
+    reasons = {
+        left_out["reason"]: f"{left_out['system']}, {left_out['items']:,} items"
+        for left_out in record["not_run"]
+    }
     lines += [f"\nNot run ({what}): {reason}." for reason, what in reasons.items()]
     return "\n".join(lines)
 

@@ -27,10 +27,37 @@ def dataset_of(items, domains, users, steps, streams=1):
     ends = np.arange(domains + 1) * items // domains
     percentiles = {"p5": 0, "p50": 0, "p95": 0, "max": 0}
     ranges = zip(_NAMES, ends[:-1].tolist(), np.diff(ends).tolist(), strict=False)
-    owned = tuple(Domain(name, start, room, room, 0, 0, percentiles, "") for name, start, room in ranges)
+    owned = tuple(
+        Domain(name, start, room, room, 0, 0, percentiles, "")
+        for name, start, room in ranges
+    )
     of_each = users * steps // streams
-    shards = [Shard(name="", users=of_each, first_user=i * of_each, interactions=0, bytes=0, sha256="") for i in range(streams)]
-    return Dataset(Path(), _SEED, of_each * streams, 0, 0, 0, 0.0, 1.0, 1024, streams, owned, tuple(shards), ())
+    shards = [
+        Shard(
+            name="",
+            users=of_each,
+            first_user=i * of_each,
+            interactions=0,
+            bytes=0,
+            sha256="",
+        )
+        for i in range(streams)
+    ]
+    return Dataset(
+        Path(),
+        _SEED,
+        of_each * streams,
+        0,
+        0,
+        0,
+        0.0,
+        1.0,
+        1024,
+        streams,
+        owned,
+        tuple(shards),
+        (),
+    )
 
 
 def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
@@ -43,23 +70,44 @@ def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
     lengths_B = np.linspace(shortest, longest, users).round().astype(np.int64)
     lengths_B = lengths_B[permutation(users, _SEED, _LENGTHS, step)]
     total = int(lengths_B.sum())
-    domain_N = random_below(random_bits(_SEED, _DOMAINS, step, np.arange(total)), len(dataset.domains))
+    domain_N = random_below(
+        random_bits(_SEED, _DOMAINS, step, np.arange(total)), len(dataset.domains)
+    )
     items_D = np.array([domain.items for domain in dataset.domains])
     bits_N = random_bits(_SEED, _ITEMS, step, np.arange(total))
     items_N = dataset.starts[domain_N] + _popular(bits_N, items_D[domain_N], exponent)
     if negatives.shared:
-        drawn = shared_negatives(_SEED, 0, step, dataset.starts, items_D, negatives.shared)
+        drawn = shared_negatives(
+            _SEED, 0, step, dataset.starts, items_D, negatives.shared
+        )
     else:
-        position_N = np.arange(total) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
+        position_N = np.arange(total) - np.repeat(
+            np.cumsum(lengths_B) - lengths_B, lengths_B
+        )
         user_N = np.repeat(step * users + np.arange(users), lengths_B)
-        drawn = target_negatives(_SEED, 0, user_N, position_N, items_N, domain_N, dataset.starts, items_D, negatives.per_target)
+        drawn = target_negatives(
+            _SEED,
+            0,
+            user_N,
+            position_N,
+            items_N,
+            domain_N,
+            dataset.starts,
+            items_D,
+            negatives.per_target,
+        )
     return items_N, lengths_B, domain_N, np.ones(users, np.float32), drawn
 
 
 def trainer_of(model, users, dataset, ranks, **given):
     """A `Trainer` of `users` users a rank; given: more of a RunConfig."""
     config = RunConfig(global_batch_size=users * ranks.world_size, model=model, **given)
-    return Trainer(config, ranks, dataset, Plan(dataset, config.global_batch_size, ranks.world_size, config.seed))
+    return Trainer(
+        config,
+        ranks,
+        dataset,
+        Plan(dataset, config.global_batch_size, ranks.world_size, config.seed),
+    )
 
 
 def _popular(bits, items_N, exponent):
@@ -70,14 +118,20 @@ def _popular(bits, items_N, exponent):
     for items in np.unique(items_N):
         here = items_N == items
         upto = np.cumsum(np.arange(1, items + 1) ** -exponent)
-        item_N[here] = np.searchsorted(upto / upto[-1], random_unit(bits[here]), side="right")
-    return np.minimum(item_N, items_N - 1)  # where rounding leaves the last share below 1
+        item_N[here] = np.searchsorted(
+            upto / upto[-1], random_unit(bits[here]), side="right"
+        )
+    return np.minimum(
+        item_N, items_N - 1
+    )  # where rounding leaves the last share below 1
 
 
 def some_data(settings):
     """Raises ValueError where settings name neither `data`, a folder, nor `users` of a dataset to be made."""
     if not settings.data and settings.users < 1:
-        raise ValueError("give data=DATA, a folder that launch/prepare.py made, or users=… of a synthetic dataset")
+        raise ValueError(
+            "give data=DATA, a folder that launch/prepare.py made, or users=… of a synthetic dataset"
+        )
 
 
 def prepared(folder, users):
@@ -86,8 +140,18 @@ def prepared(folder, users):
     from trainer.data.prepare.pipeline import PrepareConfig, prepare
     from trainer.data.synthetic import SyntheticConfig, synthesize
 
-    synthesize(folder / "logs", SyntheticConfig(users=users, items=20_000, domains=9, mean_length=60))
-    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data"), streams=16, memory="1GB"))
+    synthesize(
+        folder / "logs",
+        SyntheticConfig(users=users, items=20_000, domains=9, mean_length=60),
+    )
+    prepare(
+        PrepareConfig(
+            inputs=(str(folder / "logs"),),
+            output=str(folder / "data"),
+            streams=16,
+            memory="1GB",
+        )
+    )
     return folder / "data"
 
 

@@ -11,8 +11,16 @@ def host_memory(root=Path("/")):
 
     root: where /proc and /sys are.
     """
-    free = 1024 * (_numbers(root / "proc/meminfo")["MemAvailable"] + _numbers(root / "proc/meminfo").get("SwapFree", 0))
-    return min([free, *(left for group in _groups(root) if (left := _left_in(group)) is not None)])
+    free = 1024 * (
+        _numbers(root / "proc/meminfo")["MemAvailable"]
+        + _numbers(root / "proc/meminfo").get("SwapFree", 0)
+    )
+    return min(
+        [
+            free,
+            *(left for group in _groups(root) if (left := _left_in(group)) is not None),
+        ]
+    )
 
 
 # How a group's limit, what it has taken, and what of that are files that are only kept in case are called.
@@ -41,14 +49,20 @@ def _groups(root):
             continue
         for top, names in dict.fromkeys(tops):
             group = top / path.strip("/")
-            yield from ((folder, names) for folder in (group, *group.parents) if folder.is_relative_to(top))
+            yield from (
+                (folder, names)
+                for folder in (group, *group.parents)
+                if folder.is_relative_to(top)
+            )
 
 
 def _left_in(group):
     """Bytes that a control group leaves; None where it is not there or has no limit."""
     folder, (limit, used, files) = group
     try:
-        left = int((folder / limit).read_text()) - int((folder / used).read_text())  # "max": no limit
+        left = int((folder / limit).read_text()) - int(
+            (folder / used).read_text()
+        )  # "max": no limit
         return left + _numbers(folder / "memory.stat").get(files, 0)
     except (OSError, ValueError):
         return None

@@ -38,9 +38,15 @@ class TableMemory(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.Tensor.uniform_:
             return args[0]
-        if function is torch.zeros and kwargs.keys() <= {"device", "dtype"} and _is_cpu(kwargs.get("device")):
+        if (
+            function is torch.zeros
+            and kwargs.keys() <= {"device", "dtype"}
+            and _is_cpu(kwargs.get("device"))
+        ):
             shape = args if isinstance(args[0], int) else tuple(args[0])
-            return unforked_zeros(*shape, dtype=kwargs.get("dtype") or torch.get_default_dtype())
+            return unforked_zeros(
+                *shape, dtype=kwargs.get("dtype") or torch.get_default_dtype()
+            )
         return function(*args, **kwargs)
 
 

@@ -9,7 +9,10 @@ _CPU = {
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
-_CUDA = _CPU | {"adam": EmbOptimType.ADAM, "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM}
+_CUDA = _CPU | {
+    "adam": EmbOptimType.ADAM,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+}
 
 
 def zero_changes_nothing(config):
@@ -25,7 +28,11 @@ def fused_params(config, device_type):
         raise ValueError(
             f"table.optimizer={name} does not exist on {device_type}: FBGEMM has {', '.join(sorted(available))} there"
         )
-    params = {"optimizer": available[name], "learning_rate": config.learning_rate, "eps": config.eps}
+    params = {
+        "optimizer": available[name],
+        "learning_rate": config.learning_rate,
+        "eps": config.eps,
+    }
     if "adam" in name:
         params |= {"beta1": config.beta1, "beta2": config.beta2}
     return params

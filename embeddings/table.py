@@ -13,17 +13,29 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel, ShardingEnv
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
+from torchrec.distributed.fbgemm_qcomm_codec import (
+    CommType,
+    QCommsConfig,
+    get_qcomm_codecs,
+)
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
 
 from embeddings.config import optimizer_name
 from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params
-from embeddings.placement import HostNeeds, devices_of_host, free_room, plan_capacity, ranks_of_host
+from embeddings.placement import (
+    HostNeeds,
+    devices_of_host,
+    free_room,
+    plan_capacity,
+    ranks_of_host,
+)
 from embeddings.row_scatter import RowScatter
 
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls what torch has renamed
+logging.getLogger("torch.fx._symbolic_trace").setLevel(
+    logging.ERROR
+)  # TorchRec calls what torch has renamed
 
 _TABLE, _FEATURE = "item_table", "item"
 # FBGEMM's CUDA kernels are parallel over bags: a thread sorts one bag's ids by rank, a warp looks
@@ -51,22 +63,43 @@ class ItemTable:
         Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row, or the rows fit nowhere.
         """
         ranks = dist.get_world_size()
-        if -(-rows // ranks) * (ranks - 1) >= rows:  # TorchRec cuts in equal parts, rounded up, and fails on an empty one
-            raise ValueError(f"a table of {rows} rows leaves some of {ranks} ranks without one: use fewer ranks")
+        if (
+            -(-rows // ranks) * (ranks - 1) >= rows
+        ):  # TorchRec cuts in equal parts, rounded up, and fails on an empty one
+            raise ValueError(
+                f"a table of {rows} rows leaves some of {ranks} ranks without one: use fewer ranks"
+            )
         self.rows, self.dim, self.device = rows, dim, torch.device(device)
         self.scatter = RowScatter(rows)
         params = fused_params(config, self.device.type)
         own_rows = -(-rows // ranks)
         room = free_room(self.device)
-        self.capacity = plan_capacity(config, optimizer_name(config), own_rows, dim, room, beside or HostNeeds())
-        described = EmbeddingConfig(
-            name=_TABLE, embedding_dim=dim, num_embeddings=rows, feature_names=[_FEATURE], init_fn=_leave
+        self.capacity = plan_capacity(
+            config, optimizer_name(config), own_rows, dim, room, beside or HostNeeds()
         )
-        collection = EmbeddingCollection(tables=[described], device=torch.device("meta"))
+        described = EmbeddingConfig(
+            name=_TABLE,
+            embedding_dim=dim,
+            num_embeddings=rows,
+            feature_names=[_FEATURE],
+            init_fn=_leave,
+        )
+        collection = EmbeddingCollection(
+            tables=[described], device=torch.device("meta")
+        )
         codecs = None if ranks == 1 else communication_codecs(config.communication)
-        sharder = EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=codecs)
+        sharder = EmbeddingCollectionSharder(
+            fused_params=params, qcomm_codecs_registry=codecs
+        )
         cache_share = config.cache_share if self.capacity.cached else None
-        plan = sharding_plan(collection, sharder, cache_share, ranks, devices_of_host(self.device), self.device.type)
+        plan = sharding_plan(
+            collection,
+            sharder,
+            cache_share,
+            ranks,
+            devices_of_host(self.device),
+            self.device.type,
+        )
         with TableMemory():
             self._parallel = DistributedModelParallel(
                 nn.ModuleDict({"m": collection}),
@@ -110,17 +143,25 @@ class ItemTable:
             def fill_block(block):
                 low = max(first, block * _INIT_BLOCK)
                 high = min(first + len(weights), (block + 1) * _INIT_BLOCK)
-                drawn = _drawn(block, self.dim, std, seed)[low % _INIT_BLOCK :][: high - low]
+                drawn = _drawn(block, self.dim, std, seed)[low % _INIT_BLOCK :][
+                    : high - low
+                ]
                 if places is None:
                     weights[low - first : high - first] = drawn.to(weights)
                 else:
-                    wanted = places[slice(*np.searchsorted(places, [low - first, high - first]))]
+                    wanted = places[
+                        slice(*np.searchsorted(places, [low - first, high - first]))
+                    ]
                     part = torch.from_numpy(wanted)
-                    weights[part.to(weights.device)] = drawn[part - (low - first)].to(weights)
+                    weights[part.to(weights.device)] = drawn[part - (low - first)].to(
+                        weights
+                    )
 
             threads = torch.get_num_threads()
             try:
-                with ThreadPoolExecutor(_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                with ThreadPoolExecutor(
+                    _threads(), initializer=torch.set_num_threads, initargs=(1,)
+                ) as pool:
                     for _ in pool.map(fill_block, blocks):
                         pass
             finally:
@@ -140,7 +181,9 @@ class ItemTable:
         Several can be on their way at once, as long as all ranks start them, send them and look them up in the same order.
         """
         stored = self.scatter.stored(ids.to(self.device))
-        lengths = bag_lengths(len(stored), bags_of_rank(dist.get_world_size()), self.device)
+        lengths = bag_lengths(
+            len(stored), bags_of_rank(dist.get_world_size()), self.device
+        )
         # The host knows the count: TorchRec would read it from the device.
         features = KeyedJaggedTensor(
             [_FEATURE],
@@ -154,10 +197,14 @@ class ItemTable:
     def look_up(self, exchange: "Exchange"):
         """The vectors of the rows whose ids were exchanged, as they are now; otherwise as when called."""
         if not self._filled:
-            raise RuntimeError("the item table has no rows yet: fill it or read a checkpoint into it first")
+            raise RuntimeError(
+                "the item table has no rows yet: fill it or read a checkpoint into it first"
+            )
         updates = None if torch.is_grad_enabled() else self.updates
         context, features = exchange.received()
-        self._looked_up = self._collection.compute_and_output_dist(context, features)[_FEATURE].values()
+        self._looked_up = self._collection.compute_and_output_dist(context, features)[
+            _FEATURE
+        ].values()
         if updates is not None:
             self.updates = updates  # FBGEMM counts when it looks up, also where nothing will be updated
         return self._looked_up.detach().requires_grad_(torch.is_grad_enabled())
@@ -184,9 +231,13 @@ class ItemTable:
         """
         weight = self._collection.state_dict()[f"embeddings.{_TABLE}.weight"]
         (state,) = self._parallel.fused_optimizer.state_dict()["state"].values()
-        named = {"weight": weight} | {name.removeprefix(f"{_TABLE}."): tensor for name, tensor in state.items()}
+        named = {"weight": weight} | {
+            name.removeprefix(f"{_TABLE}."): tensor for name, tensor in state.items()
+        }
         shards = {name: tensor.local_shards()[0] for name, tensor in named.items()}
-        return shards["weight"].metadata.shard_offsets[0], {name: shard.tensor for name, shard in shards.items()}
+        return shards["weight"].metadata.shard_offsets[0], {
+            name: shard.tensor for name, shard in shards.items()
+        }
 
     @contextlib.contextmanager
     def rewritten(self):
@@ -198,7 +249,9 @@ class ItemTable:
     @property
     def updates(self):
         """How often the fused optimizer has stepped; Adam's bias correction counts it."""
-        return int(self._kernel.iter_cpu)  # `iter` is the same on the device, which would have to be waited for
+        return int(
+            self._kernel.iter_cpu
+        )  # `iter` is the same on the device, which would have to be waited for
 
     @updates.setter
     def updates(self, count):
@@ -229,7 +282,10 @@ class Exchange:
         """TorchRec's context and the ids that have come, for the stream that is current now."""
         self.send()
         features = self._ids.wait()
-        if self._context.sharding_contexts[0].features_before_input_dist.device().type == "cuda":
+        if (
+            self._context.sharding_contexts[0].features_before_input_dist.device().type
+            == "cuda"
+        ):
             stream = torch.cuda.current_stream()  # they were made on another: their memory is not free before this one is done
             self._context.record_stream(stream)
             features.record_stream(stream)
@@ -269,7 +325,11 @@ def _threads():
 
 def sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host, device_type):
     """Rows in equal contiguous parts over all ranks; with a cache_share on the hosts, that share cached on the devices."""
-    kernel = EmbeddingComputeKernel.FUSED if cache_share is None else EmbeddingComputeKernel.FUSED_UVM_CACHING
+    kernel = (
+        EmbeddingComputeKernel.FUSED
+        if cache_share is None
+        else EmbeddingComputeKernel.FUSED_UVM_CACHING
+    )
     plan = construct_module_sharding_plan(
         collection,
         {_TABLE: row_wise(compute_kernel=kernel.value)},
@@ -289,5 +349,9 @@ def communication_codecs(precision):
         return None
     # Gradients in bf16 either way: fp16 has nothing below 6e-8, and a gradient of a mean over 10⁵ targets is often less.
     # Not by TorchRec's get_qcomm_codecs_registry: on gloo that makes fp16 of bf16, which gloo carries as well.
-    codecs = get_qcomm_codecs(QCommsConfig(forward_precision=CommType(precision), backward_precision=CommType.BF16))
+    codecs = get_qcomm_codecs(
+        QCommsConfig(
+            forward_precision=CommType(precision), backward_precision=CommType.BF16
+        )
+    )
     return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: codecs}

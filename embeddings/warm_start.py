@@ -19,7 +19,15 @@ from embeddings.row_scatter import RowScatter
 _BLOCK = 1 << 18  # rows that are held at once
 
 
-def carry_rows(table, folder: Path, source_N, group_N, init_std, kept=1.0, ranges: Ranges | None = None):
+def carry_rows(
+    table,
+    folder: Path,
+    source_N,
+    group_N,
+    init_std,
+    kept=1.0,
+    ranges: Ranges | None = None,
+):
     """Fills this rank's rows from the files of any number of ranks in `folder`. Called on all ranks.
 
     source_N: which row of the table on disk each row was, −1: none; it gets the vector and the optimizer's state. group_N: to
@@ -67,7 +75,9 @@ def _read(table, folder, tensors, source_N, ranges):
     disk = _look_into(table, folder, tensors, ranges)
     place_K = np.flatnonzero(source_N >= 0)
     # Without files there is no row to ask for.
-    stored_K = disk.scatter.stored(source_N[place_K]) if disk.files else np.zeros(0, np.int64)
+    stored_K = (
+        disk.scatter.stored(source_N[place_K]) if disk.files else np.zeros(0, np.int64)
+    )
     held = int(np.count_nonzero(disk.holds(stored_K))) if disk.files else 0
     with _agreed(folder):
         if held != len(place_K):
@@ -91,7 +101,9 @@ def _exchange_rows(folder, disk, tensors, stored_K, place_K):
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     rows = disk.scatter.rows
-    share = -(-rows // ranks)  # as TorchRec shards: with as many ranks as files each reads one file
+    share = -(
+        -rows // ranks
+    )  # as TorchRec shards: with as many ranks as files each reads one file
     width = {name: max(1, tensor[:1].numel()) for name, tensor in tensors.items()}
     step = max(1, min(_BLOCK, PIECE // (4 * sum(width.values()))))
     with contextlib.ExitStack() as stack:
@@ -99,7 +111,10 @@ def _exchange_rows(folder, disk, tensors, stored_K, place_K):
         for begin in range(0, share, step):
             end = min(begin + step, share)
             # Of each reader's rows in this round, those that are wanted here.
-            bounds = [[min(owner * share + at, rows) for at in (begin, end)] for owner in range(ranks)]
+            bounds = [
+                [min(owner * share + at, rows) for at in (begin, end)]
+                for owner in range(ranks)
+            ]
             wanted = [slice(*np.searchsorted(stored_K, bound)) for bound in bounds]
             asked_W = [part.stop - part.start for part in wanted]
             told_W = _exchanged_counts(asked_W)
@@ -125,29 +140,42 @@ class _Reader:
 
     def rows(self, stored_K, low, high):
         """{name: the values of stored rows}, all of them in low … high − 1, which are read once and in order."""
-        values = {name: torch.zeros(len(stored_K), *tensor.shape[1:]) for name, tensor in self._tensors.items()}
+        values = {
+            name: torch.zeros(len(stored_K), *tensor.shape[1:])
+            for name, tensor in self._tensors.items()
+        }
         order = np.argsort(stored_K, kind="stable")
         disk = self._disk
-        for file, begin, end in zip(disk.files, disk.begin_F.tolist(), disk.end_F.tolist(), strict=True):
+        for file, begin, end in zip(
+            disk.files, disk.begin_F.tolist(), disk.end_F.tolist(), strict=True
+        ):
             first, last = max(low, begin), min(high, end)
             part = order[slice(*np.searchsorted(stored_K, [first, last], sorter=order))]
             if not len(part):
                 continue
             for name, value in values.items():
                 rows = self._opened(file).get_slice(name)[first - begin : last - begin]
-                value[torch.from_numpy(part)] = rows[torch.from_numpy(stored_K[part] - first)].to(value)
+                value[torch.from_numpy(part)] = rows[
+                    torch.from_numpy(stored_K[part] - first)
+                ].to(value)
         return values
 
     def _opened(self, file):
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+            self._open[file] = self._stack.enter_context(
+                safe_open(file, framework="pt")
+            )
         return self._open[file]
 
 
 def _look_into(table, folder, tensors, ranges):
     """What the headers of all files say, each read by one rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    files = sorted(folder.glob("table-*.safetensors")) if ranges is None else [folder / name for name in sorted(ranges)]
+    files = (
+        sorted(folder.glob("table-*.safetensors"))
+        if ranges is None
+        else [folder / name for name in sorted(ranges)]
+    )
     facts_FK = torch.zeros(len(files), 4, dtype=torch.int64)
     with _agreed(folder):
         for number in range(rank, len(files), ranks):
@@ -155,20 +183,38 @@ def _look_into(table, folder, tensors, ranges):
                 facts = stored.metadata() or {}
                 scatter = RowScatter(int(facts["rows"]))
                 if facts["scatter_step"] != str(scatter.step):
-                    raise ValueError(f"{files[number]}: holds its rows in another order than this program's")
+                    raise ValueError(
+                        f"{files[number]}: holds its rows in another order than this program's"
+                    )
                 check_names_and_shapes(files[number], stored, tensors)
                 begin = int(facts["first_stored_row"])
                 end = begin + stored.get_slice("weight").get_shape()[0]
-                facts_FK[number] = torch.tensor([begin, end, scatter.rows, int(facts["updates"])])
+                facts_FK[number] = torch.tensor(
+                    [begin, end, scatter.rows, int(facts["updates"])]
+                )
     dist.all_reduce(facts_FK)
     if not files:
-        return _Stored([], np.zeros(0, np.int64), np.zeros(0, np.int64), table.scatter, table.updates)
+        return _Stored(
+            [],
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+            table.scatter,
+            table.updates,
+        )
     facts_FK = facts_FK.numpy()
     order = np.argsort(facts_FK[:, 0], kind="stable")
     begin_F, end_F, rows_F, updates_F = facts_FK[order].T
     if (rows_F != rows_F[0]).any():
-        raise ValueError(f"{folder}: its table files are of tables of {rows_F.min()} and of {rows_F.max()} rows")
-    return _Stored([files[number] for number in order], begin_F, end_F, RowScatter(int(rows_F[0])), int(updates_F[0]))
+        raise ValueError(
+            f"{folder}: its table files are of tables of {rows_F.min()} and of {rows_F.max()} rows"
+        )
+    return _Stored(
+        [files[number] for number in order],
+        begin_F,
+        end_F,
+        RowScatter(int(rows_F[0])),
+        int(updates_F[0]),
+    )
 
 
 def _exchanged_counts(counts_W):
@@ -198,7 +244,9 @@ def _agreed(folder):
     if error is not None:
         raise error
     if failed:
-        raise ValueError(f"{folder}: another rank cannot read its rows; its own line says why")
+        raise ValueError(
+            f"{folder}: another rank cannot read its rows; its own line says why"
+        )
 
 
 def _begin(weight, source_N, group_N, init_std):
@@ -212,7 +260,10 @@ def _begin(weight, source_N, group_N, init_std):
     for low in range(0, len(carried), _BLOCK):
         part = carried[low : low + _BLOCK]
         vectors = weight[torch.from_numpy(part).to(weight.device)].double().cpu()
-        facts = torch.cat([torch.ones(len(part), 1, dtype=torch.float64), vectors, vectors.square()], dim=1)
+        facts = torch.cat(
+            [torch.ones(len(part), 1, dtype=torch.float64), vectors, vectors.square()],
+            dim=1,
+        )
         sums.index_add_(0, torch.from_numpy(group_N[part]), facts)
     dist.all_reduce(sums)
     sums = torch.where(sums[:, :1] > 0, sums, sums.sum(0))

@@ -1,12 +1,12 @@
 """Ranks held-out items with a trained model and prints HR, NDCG and MRR by domain.
 
-    python launch/evaluate.py --run DIR                                  the test items among 99 drawn candidates
-    deepspeed --num_gpus 2 launch/evaluate.py --run DIR                  the same figures, by two ranks
-    … --split validation                                                 the validation items
-    … --ranking full                                                     among all items of the domain, with 95 % intervals,
-                                                                         breakdowns, coverage and Gini; and among the drawn ones
-    … --candidates FILE.parquet                                          given candidates: user_id, positive, negatives
-    … --output FILE.parquet                                              per user: user_id, domain, rank, scores
+python launch/evaluate.py --run DIR                                  the test items among 99 drawn candidates
+deepspeed --num_gpus 2 launch/evaluate.py --run DIR                  the same figures, by two ranks
+… --split validation                                                 the validation items
+… --ranking full                                                     among all items of the domain, with 95 % intervals,
+                                                                     breakdowns, coverage and Gini; and among the drawn ones
+… --candidates FILE.parquet                                          given candidates: user_id, positive, negatives
+… --output FILE.parquet                                              per user: user_id, domain, rank, scores
 """
 
 import json
@@ -21,9 +21,18 @@ def parse(arguments=None):
     """The command line."""
     parser = of_a_run(__doc__, "one JSON line in place of the table")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument("--ranking", choices=["sampled", "full"], default="sampled", help="among which items")
-    parser.add_argument("--candidates", help="Parquet with user_id, positive, negatives (raw ids)")
-    parser.add_argument("--output", help="Parquet that gets each user's rank and scores")
+    parser.add_argument(
+        "--ranking",
+        choices=["sampled", "full"],
+        default="sampled",
+        help="among which items",
+    )
+    parser.add_argument(
+        "--candidates", help="Parquet with user_id, positive, negatives (raw ids)"
+    )
+    parser.add_argument(
+        "--output", help="Parquet that gets each user's rank and scores"
+    )
     return parser.parse_args(arguments)
 
 
@@ -41,10 +50,20 @@ def main():
 
     with process_group.joined() as ranks:
         full = options.ranking == "full"
-        record = rank_run(options.run, ranks, options.split, options.data, options.candidates, options.output, full)
+        record = rank_run(
+            options.run,
+            ranks,
+            options.split,
+            options.data,
+            options.candidates,
+            options.output,
+            full,
+        )
     if ranks.first:
         tables = full_tables(record) if full else [evaluation_table(record)]
-        print(json.dumps(record)) if options.json else Console().print(*tables, sep="\n")
+        print(json.dumps(record)) if options.json else Console().print(
+            *tables, sep="\n"
+        )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,20 @@ from trainer.errors import exit_on_input_error
 def parse(arguments=None):
     """The command line."""
     parser = of_a_run(__doc__, "the schema in one line")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--dtype", default="fp32", help="of the item vectors: fp32 (default) or fp16")
-    parser.add_argument("--faiss", metavar="INDEX", help="also a FAISS index: Flat, HNSW32, IVF1024,PQ32, …")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet",
+    )
+    parser.add_argument(
+        "--dtype", default="fp32", help="of the item vectors: fp32 (default) or fp16"
+    )
+    parser.add_argument(
+        "--faiss",
+        metavar="INDEX",
+        help="also a FAISS index: Flat, HNSW32, IVF1024,PQ32, …",
+    )
     return parser.parse_args(arguments)
 
 

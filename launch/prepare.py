@@ -28,34 +28,134 @@ def parse_arguments() -> tuple[str, PrepareConfig, bool]:
     """The engine, what to prepare, and whether to begin anew."""
     default = PrepareConfig(inputs=(), output="")
     inherited = "; that of the extended dataset"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet or is empty")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or globs",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet or is empty",
+    )
     for role in ("user", "item", "domain", "time"):
-        parser.add_argument(f"--{role}-column", default=getattr(default, f"{role}_column"), metavar="NAME")
-    parser.add_argument("--domain", metavar="NAME", help="the one domain of logs without a domain column")
-    parser.add_argument("--extend", metavar="DIR", help="the dataset onto which these logs come")
-    parser.add_argument("--keep-log", action="store_true", help="keep the log in the dataset, so that it can be extended")
-    parser.add_argument("--whole-log", action="store_true", help="these logs are all, in place of the kept one")
-    parser.add_argument("--since", metavar="TIME", help="leave out what is older, a time as the logs have it")
-    parser.add_argument("--days", type=float, metavar="N", help="leave out what is older than N days before the newest row")
-    parser.add_argument("--time-unit", choices=list(UNITS), help="of times that are numbers, for --days")
-    parser.add_argument("--retire", action="store_true", help="items without an event left give up their rows")
-    parser.add_argument("--min-user", type=int, metavar="N", help=f"drop users with fewer interactions (default: 0{inherited})")
-    parser.add_argument("--min-item", type=int, metavar="N", help=f"drop items with fewer interactions (default: 0{inherited})")
-    parser.add_argument("--seed", type=int, help=f"of the shuffle of users (default: {default.seed}{inherited})")
+        parser.add_argument(
+            f"--{role}-column",
+            default=getattr(default, f"{role}_column"),
+            metavar="NAME",
+        )
+    parser.add_argument(
+        "--domain",
+        metavar="NAME",
+        help="the one domain of logs without a domain column",
+    )
+    parser.add_argument(
+        "--extend", metavar="DIR", help="the dataset onto which these logs come"
+    )
+    parser.add_argument(
+        "--keep-log",
+        action="store_true",
+        help="keep the log in the dataset, so that it can be extended",
+    )
+    parser.add_argument(
+        "--whole-log",
+        action="store_true",
+        help="these logs are all, in place of the kept one",
+    )
+    parser.add_argument(
+        "--since",
+        metavar="TIME",
+        help="leave out what is older, a time as the logs have it",
+    )
+    parser.add_argument(
+        "--days",
+        type=float,
+        metavar="N",
+        help="leave out what is older than N days before the newest row",
+    )
+    parser.add_argument(
+        "--time-unit", choices=list(UNITS), help="of times that are numbers, for --days"
+    )
+    parser.add_argument(
+        "--retire",
+        action="store_true",
+        help="items without an event left give up their rows",
+    )
+    parser.add_argument(
+        "--min-user",
+        type=int,
+        metavar="N",
+        help=f"drop users with fewer interactions (default: 0{inherited})",
+    )
+    parser.add_argument(
+        "--min-item",
+        type=int,
+        metavar="N",
+        help=f"drop items with fewer interactions (default: 0{inherited})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help=f"of the shuffle of users (default: {default.seed}{inherited})",
+    )
     of_ranks = f"at least as many as ranks, best a multiple of them (default: {default.streams}{inherited})"
     parser.add_argument("--streams", type=int, metavar="N", help=of_ranks)
-    parser.add_argument("--shard-users", type=int, default=default.shard_users, help="most users in a shard")
-    parser.add_argument("--block-users", type=int, default=default.block_users, help="most users in a block of a shard")
-    parser.add_argument("--memory", default=default.memory, help="of all processes together, kept (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=default.processes, metavar="N", help="0: one a core")
-    parser.add_argument("--engine", choices=["duckdb", "spark"], default="duckdb", help="spark: the session of spark-submit")
-    parser.add_argument("--fresh", action="store_true", help="begin anew where an earlier call was killed")
+    parser.add_argument(
+        "--shard-users",
+        type=int,
+        default=default.shard_users,
+        help="most users in a shard",
+    )
+    parser.add_argument(
+        "--block-users",
+        type=int,
+        default=default.block_users,
+        help="most users in a block of a shard",
+    )
+    parser.add_argument(
+        "--memory",
+        default=default.memory,
+        help="of all processes together, kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=default.processes,
+        metavar="N",
+        help="0: one a core",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["duckdb", "spark"],
+        default="duckdb",
+        help="spark: the session of spark-submit",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin anew where an earlier call was killed",
+    )
     arguments = vars(parser.parse_args())
-    inputs, engine, fresh = tuple(arguments.pop("input")), arguments.pop("engine"), arguments.pop("fresh")
-    if engine == "spark" and (arguments["extend"] or arguments["keep_log"] or arguments["since"] or arguments["days"]):
-        raise InputError("--engine spark prepares whole logs: --extend, --keep-log and windows are DuckDB's")
+    inputs, engine, fresh = (
+        tuple(arguments.pop("input")),
+        arguments.pop("engine"),
+        arguments.pop("fresh"),
+    )
+    if engine == "spark" and (
+        arguments["extend"]
+        or arguments["keep_log"]
+        or arguments["since"]
+        or arguments["days"]
+    ):
+        raise InputError(
+            "--engine spark prepares whole logs: --extend, --keep-log and windows are DuckDB's"
+        )
     options = {} if arguments["extend"] is None else options_of(arguments["extend"])
     options |= {name: value for name, value in arguments.items() if value is not None}
     return engine, PrepareConfig(inputs=inputs, **options), fresh
@@ -71,10 +171,19 @@ def summary(dataset: Dataset) -> Table:
     for column in ("users", "items", "interactions", *PERCENTILES):
         table.add_column(column, justify="right")
     for domain in dataset.domains:
-        facts = domain.users, domain.items, domain.interactions, *domain.length_percentiles.values()
+        facts = (
+            domain.users,
+            domain.items,
+            domain.interactions,
+            *domain.length_percentiles.values(),
+        )
         table.add_row(escape(domain.name), *(f"{fact:,}" for fact in facts))
     table.add_section()
-    facts = dataset.users, sum(domain.items for domain in dataset.domains), dataset.interactions
+    facts = (
+        dataset.users,
+        sum(domain.items for domain in dataset.domains),
+        dataset.interactions,
+    )
     table.add_row("all", *(f"{fact:,}" for fact in facts))
     return table
 

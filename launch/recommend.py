@@ -21,20 +21,78 @@ from trainer.errors import exit_on_input_error
 def parse(arguments=None):
     """The command line."""
     parser = of_a_run(__doc__, "recommend.json in one line in place of the table")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet or is empty")
-    parser.add_argument("--input", nargs="+", default=(), metavar="PATH", help="logs: files, folders or globs")
-    parser.add_argument("--users", metavar="FILE", help="Parquet, CSV or TSV with the user column: of these users alone")
-    parser.add_argument("-k", type=int, default=10, help="items for each user and domain (default: %(default)s)")
-    parser.add_argument("--domain", action="append", default=[], metavar="D", help="recommend items of this domain; repeatable")
-    parser.add_argument("--keep-seen", action="store_true", help="recommend what the user has had, too")
-    columns = {"user": "user_id", "item": "item_id", "domain": "domain", "time": "timestamp"}
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet or is empty",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="logs: files, folders or globs",
+    )
+    parser.add_argument(
+        "--users",
+        metavar="FILE",
+        help="Parquet, CSV or TSV with the user column: of these users alone",
+    )
+    parser.add_argument(
+        "-k",
+        type=int,
+        default=10,
+        help="items for each user and domain (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="D",
+        help="recommend items of this domain; repeatable",
+    )
+    parser.add_argument(
+        "--keep-seen", action="store_true", help="recommend what the user has had, too"
+    )
+    columns = {
+        "user": "user_id",
+        "item": "item_id",
+        "domain": "domain",
+        "time": "timestamp",
+    }
     for role, name in columns.items():
-        parser.add_argument(f"--{role}-column", default=name, metavar="NAME", help=f"of the logs (default: {name})")
-    parser.add_argument("--log-domain", metavar="NAME", help="the one domain of logs without a domain column")
-    parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="users of one rank at once")
-    parser.add_argument("--part-users", type=int, default=65536, metavar="N", help="users in each file")
-    parser.add_argument("--memory", default="8GB", help="that reading the logs keeps to (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="begin anew where an earlier call was killed")
+        parser.add_argument(
+            f"--{role}-column",
+            default=name,
+            metavar="NAME",
+            help=f"of the logs (default: {name})",
+        )
+    parser.add_argument(
+        "--log-domain",
+        metavar="NAME",
+        help="the one domain of logs without a domain column",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="users of one rank at once",
+    )
+    parser.add_argument(
+        "--part-users", type=int, default=65536, metavar="N", help="users in each file"
+    )
+    parser.add_argument(
+        "--memory",
+        default="8GB",
+        help="that reading the logs keeps to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin anew where an earlier call was killed",
+    )
     return parser.parse_args(arguments)
 
 
@@ -44,7 +102,12 @@ def table(output, record):
     from rich.table import Table
 
     users = f"{record['users']:,} users, {record['without_history']:,} of them without a history that the model knows"
-    found = Table("domain", title=f"{escape(str(output))}: {users}", title_justify="left", caption_justify="left")
+    found = Table(
+        "domain",
+        title=f"{escape(str(output))}: {users}",
+        title_justify="left",
+        caption_justify="left",
+    )
     found.add_column("recommendations", justify="right")
     for name, rows in record["rows"].items():
         found.add_row(escape(name), f"{rows:,}")
@@ -72,13 +135,36 @@ def main():
     from trainer.serving.recommend import RecommendConfig, recommend
     from trainer.serving.user_histories import AskedConfig
 
-    own = "user_column", "item_column", "domain_column", "time_column", "log_domain", "memory", "part_users", "users"
-    asked = AskedConfig(inputs=tuple(options.input), **{name: getattr(options, name) for name in own})
-    config = RecommendConfig(options.k, tuple(options.domain), options.keep_seen, options.batch_size)
+    own = (
+        "user_column",
+        "item_column",
+        "domain_column",
+        "time_column",
+        "log_domain",
+        "memory",
+        "part_users",
+        "users",
+    )
+    asked = AskedConfig(
+        inputs=tuple(options.input), **{name: getattr(options, name) for name in own}
+    )
+    config = RecommendConfig(
+        options.k, tuple(options.domain), options.keep_seen, options.batch_size
+    )
     with process_group.joined() as ranks:
-        record = recommend(options.run, options.output, ranks, config, asked, options.data, options.fresh)
+        record = recommend(
+            options.run,
+            options.output,
+            ranks,
+            config,
+            asked,
+            options.data,
+            options.fresh,
+        )
     if ranks.first:
-        print(json.dumps(record)) if options.json else Console().print(table(options.output, record))
+        print(json.dumps(record)) if options.json else Console().print(
+            table(options.output, record)
+        )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,19 @@ REFUSED = 3
 
 def parse(arguments=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML of RetrainConfig; may be repeated")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML of RetrainConfig; may be repeated",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="over the files"
+    )
     return parser.parse_args(arguments)
 
 
@@ -32,7 +42,14 @@ def main():
 
     config = load(RetrainConfig, options.config, options.settings)
     result = retrain(config)
-    print(f"{config.name}: " + (f"version {result['published']} serves" if result["published"] else "not published"))
+    print(
+        f"{config.name}: "
+        + (
+            f"version {result['published']} serves"
+            if result["published"]
+            else "not published"
+        )
+    )
     for reason in result["reasons"]:
         print(f"refused: {reason}", file=sys.stderr)
     print(f"report: {config.folder}/days/{config.name}/{REPORT}")

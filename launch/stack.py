@@ -109,7 +109,10 @@ def check_stack() -> None:
         )
     wanted = MATCHING.get(_minor(torch))
     # A newer torch than we know may be fine: its imports will tell.
-    if wanted and (_minor(torchrec), _minor(fbgemm)) != (_minor(wanted[1]), _minor(wanted[2])):
+    if wanted and (_minor(torchrec), _minor(fbgemm)) != (
+        _minor(wanted[1]),
+        _minor(wanted[2]),
+    ):
         needs = f"torch {torch} needs torchrec {wanted[1]} and fbgemm {wanted[2]}"
         sys.exit(_refuse(f"{versions} do not fit together: {needs}; {way_out}"))
     refusal = _device_refusal(torch_cuda(), fbgemm_is_cuda())
@@ -171,7 +174,9 @@ def install(device: str | None = None) -> None:
     hidden = (
         {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     )  # whoever asks for CPU here knows of the device
-    subprocess.run([sys.executable, __file__, "check"], check=True, env=os.environ | hidden)
+    subprocess.run(
+        [sys.executable, __file__, "check"], check=True, env=os.environ | hidden
+    )
     if not cuda:
         # Now rather than in the first step; without a compiler there is none, which a run says and does without.
         build = "from syncrec_kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
@@ -239,7 +244,9 @@ def _file_of(package, path):
 def _pip(*arguments):
     print("pip " + " ".join(arguments), flush=True)
     quiet = ["--quiet", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", arguments[0], *quiet, *arguments[1:]], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", arguments[0], *quiet, *arguments[1:]], check=True
+    )
 
 
 def _minor(version):

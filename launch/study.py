@@ -21,12 +21,32 @@ from trainer.errors import exit_on_input_error
 
 def parse(arguments=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="the prepared dataset")
-    parser.add_argument("--output", required=True, type=Path, help="the study's folder: new, or of the same study")
-    parser.add_argument("--base", action="append", default=[], help="a run's YAML; given again: over the one before")
-    parser.add_argument("--config", action="append", default=[], help="the study's YAML; given again: over the one before")
-    parser.add_argument("--recbole-python", help="the Python that has RecBole (default: what `make peers` makes)")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="the study's folder: new, or of the same study",
+    )
+    parser.add_argument(
+        "--base",
+        action="append",
+        default=[],
+        help="a run's YAML; given again: over the one before",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help="the study's YAML; given again: over the one before",
+    )
+    parser.add_argument(
+        "--recbole-python",
+        help="the Python that has RecBole (default: what `make peers` makes)",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(arguments)
 
@@ -42,13 +62,19 @@ def main():
     from trainer.study.runner import run_study
 
     config = load(StudyConfig, options.config, options.settings)
-    load_config(options.base, config.settings)  # what is wrong in them is said before anything runs
+    load_config(
+        options.base, config.settings
+    )  # what is wrong in them is said before anything runs
     base = [Path(file).resolve() for file in options.base]
     here = Path(__file__).resolve().parent
-    study = run_study(options.data, options.output, base, config, here, options.recbole_python)
+    study = run_study(
+        options.data, options.output, base, config, here, options.recbole_python
+    )
     print(f"report: {write_study(options.output, study)}")
     if study.failed:
-        sys.exit(f"error: {len(study.failed)} runs failed, which the report names; the same command tries them again")
+        sys.exit(
+            f"error: {len(study.failed)} runs failed, which the report names; the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

@@ -16,19 +16,50 @@ from trainer.errors import exit_on_input_error
 
 @exit_on_input_error
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet or is empty")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet or is empty",
+    )
     for field in dataclasses.fields(SyntheticConfig):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
-    parser.add_argument("--first-user", type=int, default=0, metavar="A", help="write the users [A, B) alone")
-    parser.add_argument("--last-user", type=int, metavar="B", help="the number of users where it is not given")
-    parser.add_argument("--processes", type=int, help="how many write; one for every core where it is not given")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=field.type, default=field.default
+        )
+    parser.add_argument(
+        "--first-user",
+        type=int,
+        default=0,
+        metavar="A",
+        help="write the users [A, B) alone",
+    )
+    parser.add_argument(
+        "--last-user",
+        type=int,
+        metavar="B",
+        help="the number of users where it is not given",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="how many write; one for every core where it is not given",
+    )
     arguments = vars(parser.parse_args())
-    own = {name: arguments.pop(name) for name in ("output", "first_user", "last_user", "processes")}
+    own = {
+        name: arguments.pop(name)
+        for name in ("output", "first_user", "last_user", "processes")
+    }
     config = SyntheticConfig(**arguments)
     count = synthesize(config=config, **own)
-    users = (config.users if own["last_user"] is None else own["last_user"]) - own["first_user"]
-    print(f"{own['output']}: {count:,} interactions of {users:,} users in {config.domains} domains")
+    users = (config.users if own["last_user"] is None else own["last_user"]) - own[
+        "first_user"
+    ]
+    print(
+        f"{own['output']}: {count:,} interactions of {users:,} users in {config.domains} domains"
+    )
 
 
 if __name__ == "__main__":

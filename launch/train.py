@@ -21,16 +21,40 @@ from trainer.errors import exit_on_input_error
 
 def parse(arguments=None):
     """--config, --deepspeed_config and key=value; what the DeepSpeed launcher appends is taken and ignored."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="append", default=[], help="YAML file; given again: over the one before")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed's own JSON, as under `deepspeed:` in the YAML")
-    parser.add_argument("--show-config", action="store_true", help="print the effective configuration and stop")
-    parser.add_argument("--fresh", action="store_true", help="refuse a folder that holds a run, in place of going on")
-    parser.add_argument(
-        "--accept-changes", action="store_true", help="go on though the dataset or a setting has changed since the checkpoint"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="after a fault, begin again from the last checkpoint, N times"
+        "--config",
+        action="append",
+        default=[],
+        help="YAML file; given again: over the one before",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        help="DeepSpeed's own JSON, as under `deepspeed:` in the YAML",
+    )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print the effective configuration and stop",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="refuse a folder that holds a run, in place of going on",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on though the dataset or a setting has changed since the checkpoint",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a fault, begin again from the last checkpoint, N times",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key=value")

@@ -17,7 +17,12 @@ from torch import nn
 from syncrec.layers.embedding import OnlyExpert
 from syncrec.layers.time_encoding import NO_GAP, TICKS
 
-_NORMS = ("attention_norm_scale", "attention_norm_shift", "ffn_norm_scale", "ffn_norm_shift")
+_NORMS = (
+    "attention_norm_scale",
+    "attention_norm_shift",
+    "ffn_norm_scale",
+    "ffn_norm_shift",
+)
 _BLOCK = ("qkv", "out", "w1", "b1", "w2", "b2", *_NORMS)
 
 
@@ -31,9 +36,21 @@ class UserEncoder(nn.Module):
         super().__init__()
         config = model.config
         check_exportable(config)
-        stacks = [stack for stack in (model.cross_experts, model.single_experts) if stack is not None]
-        self.max_length, self.heads, self.blocks, self.experts = config.max_length, config.heads, config.blocks, config.experts
-        self.pre_norm, self.literal_gate = config.norm == "pre", config.gate == "sequence"
+        stacks = [
+            stack
+            for stack in (model.cross_experts, model.single_experts)
+            if stack is not None
+        ]
+        self.max_length, self.heads, self.blocks, self.experts = (
+            config.max_length,
+            config.heads,
+            config.blocks,
+            config.experts,
+        )
+        self.pre_norm, self.literal_gate = (
+            config.norm == "pre",
+            config.gate == "sequence",
+        )
         self._keep("start", model.embedding.start)
         self._keep("positions", model.embedding.positions)
         gate = model.cross_gate if domain is None else model.single_gates[domain]
@@ -43,11 +60,19 @@ class UserEncoder(nn.Module):
                 weights = [getattr(stack.blocks[number], name) for stack in stacks]
                 self._keep(f"{name}_{number}", torch.cat(weights))
         if self.pre_norm:
-            self._keep("last_scale", torch.cat([stack.last_norm.scale for stack in stacks]))
-            self._keep("last_shift", torch.cat([stack.last_norm.shift for stack in stacks]))
+            self._keep(
+                "last_scale", torch.cat([stack.last_norm.scale for stack in stacks])
+            )
+            self._keep(
+                "last_shift", torch.cat([stack.last_norm.shift for stack in stacks])
+            )
         tower = model.cross_tower if domain is None else model.single_towers[domain]
         self.tower = copy.deepcopy(tower).eval().requires_grad_(False)
-        self.clock, self.first_time, self.duration = None, float(span[0]), max(float(span[1] - span[0]), sys.float_info.min)
+        self.clock, self.first_time, self.duration = (
+            None,
+            float(span[0]),
+            max(float(span[1] - span[0]), sys.float_info.min),
+        )
         if model.clock is not None:
             self.clock = copy.deepcopy(model.clock).eval().requires_grad_(False)
             self._keep("gap_bounds", 2 ** torch.arange(1, NO_GAP))
@@ -61,7 +86,9 @@ class UserEncoder(nn.Module):
         is, float64, in the logs' unit; of no account in a model without time_knots. Returns (B, r)."""
         users, given, width = items_BNR.shape
         tokens = given + 1
-        lengths_B1 = (lengths_B + 1).clamp(max=self.max_length).unsqueeze(1)  # in tokens: SOS, and an item each
+        lengths_B1 = (
+            (lengths_B + 1).clamp(max=self.max_length).unsqueeze(1)
+        )  # in tokens: SOS, and an item each
         place_P = torch.arange(tokens, device=items_BNR.device)
         # A history of max_length items has no room for SOS.
         from_BP = (place_P + (lengths_B.unsqueeze(1) + 1 - lengths_B1)).clamp(max=given)
@@ -79,15 +106,25 @@ class UserEncoder(nn.Module):
         y_KBPR = x_BPR.expand(self.experts, -1, -1, -1)
         for number in range(self.blocks):
             y_KBPR = self._block(number, y_KBPR)
-        y_KBR = y_KBPR.gather(2, newest_B11.expand(self.experts, -1, -1, width)).squeeze(2)
+        y_KBR = y_KBPR.gather(
+            2, newest_B11.expand(self.experts, -1, -1, width)
+        ).squeeze(2)
         if self.pre_norm:
             y_KBR = F.layer_norm(y_KBR, (width,)) * self.last_scale + self.last_shift
         if self.gate is None:
             mixed_BR = y_KBR[0]
         else:
-            mixed_BR = torch.einsum("bk,kbr->br", self._gate_weights(newest_BR, x_BPR, position_BP, there_BP1), y_KBR)
+            mixed_BR = torch.einsum(
+                "bk,kbr->br",
+                self._gate_weights(newest_BR, x_BPR, position_BP, there_BP1),
+                y_KBR,
+            )
         y_BR = self.tower(mixed_BR)
-        return y_BR if self.clock is None else y_BR + self.clock.added_to_outputs(self._ticks(now_B))
+        return (
+            y_BR
+            if self.clock is None
+            else y_BR + self.clock.added_to_outputs(self._ticks(now_B))
+        )
 
     def _time_of_tokens(self, times_BN, now_B, lengths_B, from_BP):
         """What time adds to SOS and the items that the tokens are (from_BP: 0 for SOS), each predicting for the next one's."""
@@ -95,14 +132,20 @@ class UserEncoder(nn.Module):
         tick_BN, now_B1 = self._ticks(times_BN), self._ticks(now_B).unsqueeze(1)
         asked_BP = torch.cat([tick_BN, now_B1], dim=1).gather(1, from_BP)
         asked_BP = torch.where(from_BP < lengths_B.unsqueeze(1), asked_BP, now_B1)
-        since_BP = asked_BP - torch.cat([torch.zeros_like(now_B1), tick_BN], dim=1).gather(1, from_BP)
+        since_BP = asked_BP - torch.cat(
+            [torch.zeros_like(now_B1), tick_BN], dim=1
+        ).gather(1, from_BP)
         gap_BP = torch.bucketize(since_BP.clamp(min=0) + 1, self.gap_bounds, right=True)
         gap_BP = torch.where(from_BP > 0, gap_BP, NO_GAP)
-        return self.clock.added_to_tokens(asked_BP.flatten(), gap_BP.flatten()).view(users, tokens, -1)
+        return self.clock.added_to_tokens(asked_BP.flatten(), gap_BP.flatten()).view(
+            users, tokens, -1
+        )
 
     def _ticks(self, times):
         """As `Dataset.ticks`."""
-        return (((times.double() - self.first_time) / self.duration).clamp(0, 1) * TICKS).long()
+        return (
+            ((times.double() - self.first_time) / self.duration).clamp(0, 1) * TICKS
+        ).long()
 
     def _block(self, number, x_KBPR):
         w = {name: getattr(self, f"{name}_{number}").unsqueeze(1) for name in _BLOCK}
@@ -113,10 +156,16 @@ class UserEncoder(nn.Module):
 
         def attend(y_KBPR):
             experts, users, tokens, width = y_KBPR.shape
-            qkv = (y_KBPR @ w["qkv"]).view(experts, users, tokens, 3, self.heads, width // self.heads)
-            query, key, value = (part.transpose(2, 3).flatten(0, 1) for part in qkv.unbind(3))
+            qkv = (y_KBPR @ w["qkv"]).view(
+                experts, users, tokens, 3, self.heads, width // self.heads
+            )
+            query, key, value = (
+                part.transpose(2, 3).flatten(0, 1) for part in qkv.unbind(3)
+            )
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            return mixed.transpose(1, 2).reshape(experts, users, tokens, width) @ w["out"]
+            return (
+                mixed.transpose(1, 2).reshape(experts, users, tokens, width) @ w["out"]
+            )
 
         def feed_forward(y_KBPR):
             return F.gelu(y_KBPR @ w["w1"] + w["b1"]) @ w["w2"] + w["b2"]
@@ -138,7 +187,9 @@ def check_exportable(config):
     """Raises ValueError for a model that `UserEncoder` does not cover. config: its ModelConfig."""
     if config.encoder != "transformer":
         # torch.export writes a GRU out step by step, and then it is for histories of one length.
-        raise ValueError(f"model.encoder is {config.encoder}: only transformer can be exported; launch/recommend.py takes any")
+        raise ValueError(
+            f"model.encoder is {config.encoder}: only transformer can be exported; launch/recommend.py takes any"
+        )
 
 
 def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
@@ -154,8 +205,17 @@ def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
         torch.zeros(2, dtype=torch.float64),
     )
     users = {0: torch.export.Dim("users", min=1)}
-    items = {1: torch.export.Dim("items", min=1, max=encoder.max_length)} if encoder.max_length > 1 else {}
-    shapes = {"items_BNR": users | items, "lengths_B": users, "times_BN": users | items, "now_B": users}
+    items = (
+        {1: torch.export.Dim("items", min=1, max=encoder.max_length)}
+        if encoder.max_length > 1
+        else {}
+    )
+    shapes = {
+        "items_BNR": users | items,
+        "lengths_B": users,
+        "times_BN": users | items,
+        "now_B": users,
+    }
     program = torch.export.export(encoder.eval(), example, dynamic_shapes=shapes)
     program.example_inputs = None
     for node in program.graph.nodes:

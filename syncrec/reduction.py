@@ -21,10 +21,14 @@ class Reduction:
         """
         return values_B
 
-    def collect(self, values_CR: torch.Tensor, place_C: torch.Tensor, rows: int) -> torch.Tensor:
+    def collect(
+        self, values_CR: torch.Tensor, place_C: torch.Tensor, rows: int
+    ) -> torch.Tensor:
         """`rows` rows, of which row place_C[i] is values_CR[i], and others are those of other ranks; rows that no rank gives
         are 0. With gradients back to the rank that a row came from.
 
         No two ranks give the same row; every rank may give another number.
         """
-        return values_CR.new_zeros(rows, values_CR.shape[1]).index_copy(0, place_C, values_CR)
+        return values_CR.new_zeros(rows, values_CR.shape[1]).index_copy(
+            0, place_C, values_CR
+        )

@@ -7,8 +7,13 @@ import re
 
 import torch
 
-_OWN = re.compile(r"(single_gates|single_towers)\.(\d+)\.(.+)")  # what each domain has of its own
-_BY_DOMAIN = {"correction.lambda_D": 0, "prediction.gap_2D": 1}  # buffers, and their axis of domains
+_OWN = re.compile(
+    r"(single_gates|single_towers)\.(\d+)\.(.+)"
+)  # what each domain has of its own
+_BY_DOMAIN = {
+    "correction.lambda_D": 0,
+    "prediction.gap_2D": 1,
+}  # buffers, and their axis of domains
 _KNOTS = "clock.knots_2KR"
 
 
@@ -30,13 +35,17 @@ def grown_state(state, old_of_D, spans, knots):
     for (part, rest), by_domain in own.items():
         mean = torch.stack(list(by_domain.values())).mean(0)
         for domain, old in enumerate(old_of_D):
-            found[f"{part}.{domain}.{rest}"] = by_domain[old].clone() if old >= 0 else mean.clone()
+            found[f"{part}.{domain}.{rest}"] = (
+                by_domain[old].clone() if old >= 0 else mean.clone()
+            )
     return found
 
 
 def _by_domain(value, old_of_D, axis):
     with_none = torch.cat([value, torch.zeros_like(value.narrow(axis, 0, 1))], dim=axis)
-    return with_none.index_select(axis, torch.tensor([old if old >= 0 else value.shape[axis] for old in old_of_D]))
+    return with_none.index_select(
+        axis, torch.tensor([old if old >= 0 else value.shape[axis] for old in old_of_D])
+    )
 
 
 def _moved(knots_2KR, old_span, new_span, knots):

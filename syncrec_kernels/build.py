@@ -19,7 +19,17 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-shared", "-fPIC", "-w")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-std=c++20",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
 # A kernel that is not for this processor says so in its first line (#error), in every process anew:
 # what comes after that is not read, which would take seconds.
 _FLAGS += ("-Wfatal-errors",)
@@ -39,7 +49,9 @@ def missing(name, without):
         torch.ops.load_library(str(build(name)))
     except (Unavailable, OSError) as error:
         reason = str(error).splitlines()[0]
-        logging.getLogger(__name__).warning("no compiled %s, so %s: %s", name, without, reason)
+        logging.getLogger(__name__).warning(
+            "no compiled %s, so %s: %s", name, without, reason
+        )
         return reason
     return None
 
@@ -50,10 +62,14 @@ def build(name) -> Path:
     Not by torch.utils.cpp_extension.load: it waits for ever for a build that was killed. Two
     processes that both find no library both build one, and the second replaces the first's by the
     same. Where the cache folder cannot be written, the library lies in a folder of this user's
-    among the machine's temporary files. """
+    among the machine's temporary files."""
     source = Path(__file__).with_name(f"{name}.cpp")
-    written = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    kind = "\n".join([*_FLAGS, torch.__version__, platform.machine(), _features()]).encode()
+    written = b"".join(
+        path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))
+    )
+    kind = "\n".join(
+        [*_FLAGS, torch.__version__, platform.machine(), _features()]
+    ).encode()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncrec"
     named = f"{name}-{hashlib.sha256(written + kind).hexdigest()[:16]}.so"
     library = home / named
@@ -80,7 +96,9 @@ def build(name) -> Path:
         finally:
             Path(partial).unlink(missing_ok=True)
     except OSError as error:
-        raise Unavailable(f"{compiler} cannot build it in {library.parent}: {error.strerror}") from None
+        raise Unavailable(
+            f"{compiler} cannot build it in {library.parent}: {error.strerror}"
+        ) from None
     return library
 
 
@@ -88,10 +106,18 @@ def _compile(compiler, source, output):
     """Writes a library into the file `output`. Raises Unavailable."""
     command = [compiler, *_FLAGS, str(source), "-o", output]
     command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+    command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + [
+        "-lc10",
+        "-ltorch_cpu",
+        "-ltorch",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        errors = (
+            [line for line in done.stderr.splitlines() if "error" in line]
+            or done.stderr.splitlines()
+            or ["?"]
+        )
         raise Unavailable(f"{compiler} cannot build {source.name}: {errors[0]}")
 
 
@@ -113,13 +139,23 @@ def _own_folder():
         facts = folder.lstat()
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror}") from None
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise Unavailable(f"{folder} is another user's, or others may write in it: remove it, or set XDG_CACHE_HOME")
+    if (
+        not stat.S_ISDIR(facts.st_mode)
+        or facts.st_uid != os.getuid()
+        or facts.st_mode & 0o022
+    ):
+        raise Unavailable(
+            f"{folder} is another user's, or others may write in it: remove it, or set XDG_CACHE_HOME"
+        )
     return folder
 
 
 def _features():
     """What the processor can do: a library built on one machine may stop another's process."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M) if info.is_file() else None
+    found = (
+        re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M)
+        if info.is_file()
+        else None
+    )
     return found.group() if found else platform.processor()

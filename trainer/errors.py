@@ -81,7 +81,10 @@ def exit_on_input_error(main):
 
 
 def _say_alone(error):
-    from trainer.distributed.launchers import rank_for_messages, sign  # which raises these errors itself
+    from trainer.distributed.launchers import (
+        rank_for_messages,
+        sign,
+    )  # which raises these errors itself
 
     if isinstance(error, RanksLost) or rank_for_messages() == 0:
         say(error)

@@ -11,7 +11,9 @@ import torch
 
 _PAIRS = 4096  # scored at once: their float64 products stay in the cache
 _ROUNDING = 2.0**-24
-_TAME = 2.0**60  # longer vectors, and those that are no numbers, are left out of the product, where they could overflow
+_TAME = (
+    2.0**60
+)  # longer vectors, and those that are no numbers, are left out of the product, where they could overflow
 
 
 def exact_scores(left_LR, left_P, right_NR, right_P):
@@ -19,7 +21,11 @@ def exact_scores(left_LR, left_P, right_NR, right_P):
     found_P = torch.empty(len(left_P), dtype=torch.float32, device=left_LR.device)
     for pairs in range(0, len(left_P), _PAIRS):
         here = slice(pairs, pairs + _PAIRS)
-        terms = left_LR.index_select(0, left_P[here]).double().mul_(right_NR.index_select(0, right_P[here]))
+        terms = (
+            left_LR.index_select(0, left_P[here])
+            .double()
+            .mul_(right_NR.index_select(0, right_P[here]))
+        )
         while (width := terms.shape[1]) > 1:
             half = width // 2
             rest = terms[:, 2 * half :]
@@ -41,9 +47,16 @@ class Vectors:
         length_V = vectors_VR.square().sum(1).sqrt()
         self.vectors_VR, self.wild_V = vectors_VR, ~(length_V < _TAME)
         self.any_wild = bool(self.wild_V.any())
-        self.product_VR = vectors_VR.masked_fill(self.wild_V[:, None], 0) if self.any_wild else vectors_VR
+        self.product_VR = (
+            vectors_VR.masked_fill(self.wild_V[:, None], 0)
+            if self.any_wild
+            else vectors_VR
+        )
         # Squares may vanish in float32: a vector's length is more by up to √r · 2⁻⁶³.
-        self.length_V = 1.001 * length_V.masked_fill(self.wild_V, 0).double() + vectors_VR.shape[1] * 2.0**-60
+        self.length_V = (
+            1.001 * length_V.masked_fill(self.wild_V, 0).double()
+            + vectors_VR.shape[1] * 2.0**-60
+        )
 
     @property
     def longest(self):
@@ -71,7 +84,10 @@ def error(users, items):
     and what may vanish below the least normal number.
     """
     terms = users.vectors_VR.shape[1]
-    return 1.001 * (terms + 4) * _ROUNDING * items.longest * users.length_V + terms * 2.0**-120
+    return (
+        1.001 * (terms + 4) * _ROUNDING * items.longest * users.length_V
+        + terms * 2.0**-120
+    )
 
 
 def below(values):

@@ -52,7 +52,13 @@ class Strips:
             row, place = row[here], place[here]
             if len(row):
                 # As many as there would be of `block` rows: how many of a strip lie here differs by a few.
-                yield Strip(number, row, place, items_of(shard.weight, place), max(1, round(len(row) / self.block)))
+                yield Strip(
+                    number,
+                    row,
+                    place,
+                    items_of(shard.weight, place),
+                    max(1, round(len(row) / self.block)),
+                )
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,25 @@ class UserPart:
     def hidden(self, strip):
         """Pairs (user, column of the strip) that are not to be shown, by column."""
         here = slice(*self._cuts[strip.number : strip.number + 2])
-        return self.excluded_user[here], torch.searchsorted(strip.row_S, self.excluded_row[here])
+        return self.excluded_user[here], torch.searchsorted(
+            strip.row_S, self.excluded_row[here]
+        )
 
     def left(self, items):
         """How many of all the shard's items, so many, are to be shown to each (U,)."""
-        return items - torch.bincount(self.excluded_user, minlength=len(self.y.vectors_VR))
+        return items - torch.bincount(
+            self.excluded_user, minlength=len(self.y.vectors_VR)
+        )
 
 
 def parts_of(users, device, most):
     """Slices of so many users that are scored side by side: on a CPU up to `most` for each thread, where users are enough."""
     threads = 1 if device.type != "cpu" else torch.get_num_threads()
     parts = 1 if threads == 1 else max(1, min(threads * most, users // _FEWEST))
-    return [slice(users * part // parts, users * (part + 1) // parts) for part in range(parts)]
+    return [
+        slice(users * part // parts, users * (part + 1) // parts)
+        for part in range(parts)
+    ]
 
 
 def show(strips, viewers):
@@ -122,7 +135,13 @@ def show(strips, viewers):
                 while (strip := coming.result()) is not None:
                     coming = pool.submit(next, strips, None)
                     pairs = list(zip(viewers, seen, strict=True))
-                    earlier, seen = seen, [pool.submit(see, viewer, strip, before) for viewer, before in pairs]
+                    earlier, seen = (
+                        seen,
+                        [
+                            pool.submit(see, viewer, strip, before)
+                            for viewer, before in pairs
+                        ],
+                    )
                     # A core that something else slows down holds up the others by the next strip only.
                     for one in filter(None, earlier):
                         one.result()

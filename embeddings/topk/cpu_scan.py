@@ -40,14 +40,23 @@ class Best:
 
     def __init__(self, part, k):
         y_UR, items = part.y.vectors_VR, len(part.shard.weight)
-        users, self.part, self.k, self._least_k = len(y_UR), part, k, max(1, min(k, items))
+        users, self.part, self.k, self._least_k = (
+            len(y_UR),
+            part,
+            k,
+            max(1, min(k, items)),
+        )
         room = 2 * self._least_k + 32
         self._places_UC = torch.empty(users, room, dtype=torch.int32)
         self._products_UC = torch.empty(users, room)
         self._counts_U = torch.zeros(users, dtype=torch.int32)
-        self._least_U = torch.full((users,), -torch.inf)  # what the k-th best has at least
+        self._least_U = torch.full(
+            (users,), -torch.inf
+        )  # what the k-th best has at least
         self._nowhere_U = (y_UR == 0).all(1)  # all items are equal for these
-        self._error_U = torch.zeros(users, dtype=torch.float64)  # of any product that is held
+        self._error_U = torch.zeros(
+            users, dtype=torch.float64
+        )  # of any product that is held
 
     def see(self, strip):
         """Takes the candidates of a strip."""
@@ -57,11 +66,15 @@ class Best:
 
     def keys(self):
         """Of the best k (U, k)."""
-        torch.ops.scan.settle(self.part.shard.weight, self.part.y.vectors_VR, *self._held())
+        torch.ops.scan.settle(
+            self.part.shard.weight, self.part.y.vectors_VR, *self._held()
+        )
         left = int(self._counts_U.max())  # of any user
         rows_Un = self.part.shard.row(self._places_UC[:, :left].long() & 0xFFFFFFFF)
         there_Un = torch.arange(left) < self._counts_U[:, None]
-        keys_Un = torch.where(there_Un, keys_of(self._products_UC[:, :left], rows_Un), MISSING)
+        keys_Un = torch.where(
+            there_Un, keys_of(self._products_UC[:, :left], rows_Un), MISSING
+        )
         none_Um = keys_Un.new_full((len(keys_Un), self.k - left), MISSING)
         return smallest(torch.cat([keys_Un, none_Um], 1), self.k)
 
@@ -84,7 +97,9 @@ class Ahead:
         self._items += len(strip.row_S)
         score_U, error_U = self._score_U.double(), error(self.part.y, strip.items)
         low_U, high_U = below(score_U - error_U), above(score_U + error_U)
-        torch.ops.scan.ahead(*_seen(self.part, strip), low_U, high_U, self._score_U, self._ahead_U)
+        torch.ops.scan.ahead(
+            *_seen(self.part, strip), low_U, high_U, self._score_U, self._ahead_U
+        )
 
     def count(self):
         """Of each user: int64 (U,)."""
@@ -93,4 +108,10 @@ class Ahead:
 
 def _seen(part, strip):
     """What the kernel reads."""
-    return strip.items.packed, strip.place_S, part.shard.weight, part.y.vectors_VR, *part.hidden(strip)
+    return (
+        strip.items.packed,
+        strip.place_S,
+        part.shard.weight,
+        part.y.vectors_VR,
+        *part.hidden(strip),
+    )

@@ -32,7 +32,9 @@ class Excluded:
 
     def __post_init__(self):
         if (total := int(self.counts_B.sum())) != len(self.rows_E):
-            raise ValueError(f"{len(self.rows_E)} excluded rows, but counts of them that add up to {total}")
+            raise ValueError(
+                f"{len(self.rows_E)} excluded rows, but counts of them that add up to {total}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,18 @@ class ExactRanking:
         Raises ValueError where the rows are not the table's.
         """
         if not (first >= 0 and items >= 1 and first + items <= table.rows):
-            raise ValueError(f"rows {first} to {first + items - 1} are not rows of a table of {table.rows}")
+            raise ValueError(
+                f"rows {first} to {first + items - 1} are not rows of a table of {table.rows}"
+            )
         if block < 1 or users < 1:
             raise ValueError(f"block is {block} and users {users}: give at least 1")
-        self.table, self.first, self.items, self.block, self.users = table, first, items, block, users
+        self.table, self.first, self.items, self.block, self.users = (
+            table,
+            first,
+            items,
+            block,
+            users,
+        )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.strips = Strips(first, items, block, self.world_size)
         starts = torch.tensor([table.shard()[0]], device=table.device)
@@ -80,8 +90,17 @@ class ExactRanking:
             show(self.strips.of(group.shard, group.way.items_of), viewers)
             best_Uk = torch.cat([viewer.keys() for viewer in viewers])
             received = best_Uk.new_empty(self.world_size * group.own, k)
-            dist.all_to_all_single(received, best_Uk, [group.own] * self.world_size, group.counts)
-            found.append(smallest(received.unflatten(0, (self.world_size, group.own)).transpose(0, 1).flatten(1), k))
+            dist.all_to_all_single(
+                received, best_Uk, [group.own] * self.world_size, group.counts
+            )
+            found.append(
+                smallest(
+                    received.unflatten(0, (self.world_size, group.own))
+                    .transpose(0, 1)
+                    .flatten(1),
+                    k,
+                )
+            )
         scores_Bk, rows_Bk = scores_and_rows(torch.cat(found))
         return Top(rows_Bk, scores_Bk)
 
@@ -94,11 +113,16 @@ class ExactRanking:
         """
         row_B = row_B.to(self.table.device)
         if ((row_B < self.first) | (row_B >= self.first + self.items)).any():
-            raise ValueError(f"an item to be ranked is not one of rows {self.first} to {self.first + self.items - 1}")
+            raise ValueError(
+                f"an item to be ranked is not one of rows {self.first} to {self.first + self.items - 1}"
+            )
         found = [torch.empty(0, dtype=torch.int64, device=self.table.device)]
         for group in self._groups(y_BR, excluded, row_B):
             score_U = self._scores(group)
-            viewers = [group.way.Ahead(part, score_U[users]) for part, users in zip(group.parts, group.slices, strict=True)]
+            viewers = [
+                group.way.Ahead(part, score_U[users])
+                for part, users in zip(group.parts, group.slices, strict=True)
+            ]
             show(self.strips.of(group.shard, group.way.items_of), viewers)
             ahead_U = torch.cat([viewer.count() for viewer in viewers])
             dist.all_reduce(ahead_U)
@@ -110,7 +134,9 @@ class ExactRanking:
         place_U = group.shard.place(group.row_U)
         (here,) = torch.nonzero(group.shard.holds(place_U), as_tuple=True)
         score_U = torch.zeros(len(place_U), device=place_U.device)
-        score_U[here] = exact_scores(group.y_UR, here, group.shard.weight, place_U[here])
+        score_U[here] = exact_scores(
+            group.y_UR, here, group.shard.weight, place_U[here]
+        )
         dist.all_reduce(score_U)
         return score_U
 
@@ -122,22 +148,35 @@ class ExactRanking:
             nothing = torch.zeros(0, dtype=torch.int64, device=device)
             excluded = Excluded(nothing, nothing.new_zeros(len(y_BR)))
         if len(excluded.counts_B) != len(y_BR):
-            raise ValueError(f"{len(y_BR)} users, and what is excluded of {len(excluded.counts_B)}")
+            raise ValueError(
+                f"{len(y_BR)} users, and what is excluded of {len(excluded.counts_B)}"
+            )
         ends = [0, *excluded.counts_B.cumsum(0).tolist()]
         rows_E, lengths_B = excluded.rows_E.to(device), excluded.counts_B.to(device)
-        totals = torch.cat(_gathered(torch.tensor([len(y_BR)], device=device), [1] * self.world_size)).tolist()
+        totals = torch.cat(
+            _gathered(torch.tensor([len(y_BR)], device=device), [1] * self.world_size)
+        ).tolist()
         groups, shard = -(-sum(totals) // self.users), Shard(self.table)
         for number in range(groups):
-            bounds = [(total * number // groups, total * (number + 1) // groups) for total in totals]
+            bounds = [
+                (total * number // groups, total * (number + 1) // groups)
+                for total in totals
+            ]
             counts = [end - begin for begin, end in bounds]
             begin, end = bounds[self.rank]
             y_UR, row_U = torch.cat(_gathered(y_BR[begin:end], counts)), None
             before = sum(counts[: self.rank])
             own = torch.arange(before, before + end - begin, device=device)
-            users, rows = torch.repeat_interleave(own, lengths_B[begin:end]), rows_E[ends[begin] : ends[end]]
+            users, rows = (
+                torch.repeat_interleave(own, lengths_B[begin:end]),
+                rows_E[ends[begin] : ends[end]],
+            )
             if row_B is not None:  # each item is compared with the others
                 row_U = torch.cat(_gathered(row_B[begin:end], counts))
-                users, rows = torch.cat([users, own]), torch.cat([rows, row_B[begin:end]])
+                users, rows = (
+                    torch.cat([users, own]),
+                    torch.cat([rows, row_B[begin:end]]),
+                )
             excluded_row, excluded_user = self._told(users, rows, len(y_UR))
             way = cpu_scan if cpu_scan.can(y_UR) else torch_scan
             slices, parts = parts_of(len(y_UR), device, way.PARTS), []
@@ -145,14 +184,21 @@ class ExactRanking:
                 here = (excluded_user >= users.start) & (excluded_user < users.stop)
                 pairs = excluded_row[here], excluded_user[here] - users.start
                 parts.append(UserPart(y_UR[users], *pairs, shard, self.strips))
-            yield _Group(y_UR, row_U, slices, parts, way, shard, counts, before, end - begin)
+            yield _Group(
+                y_UR, row_U, slices, parts, way, shard, counts, before, end - begin
+            )
 
     def _told(self, users_E, rows_E, users):
         """Tells the ranks that hold the rows who is not to be shown them: (rows, users) of what this one holds, by row, once
         each."""
         here = (rows_E >= self.first) & (rows_E < self.first + self.items)
         users_E, rows_E = users_E[here], rows_E[here]
-        owner_E = torch.searchsorted(self._starts_W, self.table.scatter.stored(rows_E), right=True) - 1
+        owner_E = (
+            torch.searchsorted(
+                self._starts_W, self.table.scatter.stored(rows_E), right=True
+            )
+            - 1
+        )
         owner_E, order_E = owner_E.sort()
         sent = torch.bincount(owner_E, minlength=self.world_size)
         coming = torch.empty_like(sent)

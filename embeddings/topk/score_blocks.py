@@ -16,7 +16,9 @@ GROUP = 32  # a block's columns are a multiple of it
 
 def items_of(weight, place_S):
     """A strip's Vectors, and zeros up to a whole group."""
-    m_SR = torch.empty(-(-len(place_S) // GROUP) * GROUP, weight.shape[1], device=weight.device)
+    m_SR = torch.empty(
+        -(-len(place_S) // GROUP) * GROUP, weight.shape[1], device=weight.device
+    )
     torch.index_select(weight, 0, place_S, out=m_SR[: len(place_S)])
     m_SR[len(place_S) :] = 0
     return Vectors(m_SR)
@@ -41,9 +43,15 @@ class Blocks:
         (users_E, columns_E), error_U = self.part.hidden(strip), error(y, strip.items)
         width = -(-items // (strip.blocks * GROUP)) * GROUP
         bounds = [*range(0, items, width), len(strip.items.vectors_VR)]
-        cuts = torch.searchsorted(columns_E, torch.tensor(bounds, device=columns_E.device)).tolist()
-        for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(cuts), strict=True):
-            scores_UN = product(y, strip.items, self.memory("scores", len(error_U), end - begin), begin)
+        cuts = torch.searchsorted(
+            columns_E, torch.tensor(bounds, device=columns_E.device)
+        ).tolist()
+        for (begin, end), (first, last) in zip(
+            pairwise(bounds), pairwise(cuts), strict=True
+        ):
+            scores_UN = product(
+                y, strip.items, self.memory("scores", len(error_U), end - begin), begin
+            )
             if end > items:
                 scores_UN[:, items - begin :] = -torch.inf
             if self.idle_U is not None:
@@ -51,7 +59,13 @@ class Blocks:
             hidden = users_E[first:last], columns_E[first:last] - begin
             if last > first:
                 scores_UN[hidden] = -torch.inf
-            yield Block(strip.row_S[begin:end], strip.place_S[begin:end], scores_UN, error_U, hidden)
+            yield Block(
+                strip.row_S[begin:end],
+                strip.place_S[begin:end],
+                scores_UN,
+                error_U,
+                hidden,
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,13 @@ class Block:
         """Those of the pairs that are of items and not excluded; scores_C: by product."""
         if (scores_C == -torch.inf).any():
             width, (users_E, columns_E) = self.scores_UN.shape[1], self.excluded
-            excluded_C = torch.isin(users_C * width + columns_C, users_E * width + columns_E)
+            excluded_C = torch.isin(
+                users_C * width + columns_C, users_E * width + columns_E
+            )
             left_C = (columns_C < len(self.row_N)) & ~excluded_C
-            users_C, columns_C, scores_C = users_C[left_C], columns_C[left_C], scores_C[left_C]
+            users_C, columns_C, scores_C = (
+                users_C[left_C],
+                columns_C[left_C],
+                scores_C[left_C],
+            )
         return users_C, columns_C, scores_C

@@ -13,14 +13,22 @@ from airflow.exceptions import AirflowFailException
 HERE, CONFIG, LOGS = "/opt/syncrec-trainer", "/shared/retrain.yaml", "/shared/logs"
 
 
-@dag(schedule="15 2 * * *", start_date=datetime.datetime(2026, 1, 1), catchup=False, max_active_runs=1)
+@dag(
+    schedule="15 2 * * *",
+    start_date=datetime.datetime(2026, 1, 1),
+    catchup=False,
+    max_active_runs=1,
+)
 def syncrec_retrain():
     """One task a night."""
 
     @task(retries=3, retry_delay=datetime.timedelta(minutes=5))
     def retrain(ds=None):
         day = [f"name={ds}", f"input=[{LOGS}/{ds}.parquet]"]
-        status = subprocess.run([".venv/bin/python", "launch/retrain.py", "--config", CONFIG, *day], cwd=HERE).returncode
+        status = subprocess.run(
+            [".venv/bin/python", "launch/retrain.py", "--config", CONFIG, *day],
+            cwd=HERE,
+        ).returncode
         if status == 3:
             raise AirflowFailException(f"{ds} was refused: its report.md says why")
         if status:

@@ -112,7 +112,11 @@ class Batch:
     @property
     def ids(self):
         """Rows of M: the N interactions', then the negatives'; 0 where nothing is looked up."""
-        return self.distinct[self.place] if len(self.distinct) else torch.zeros_like(self.place)
+        return (
+            self.distinct[self.place]
+            if len(self.distinct)
+            else torch.zeros_like(self.place)
+        )
 
     def vectors_of_uses(self, rows_UR: torch.Tensor) -> torch.Tensor:
         """The vectors of the interactions and the negatives, (N + negatives, r), from those of `distinct`, (U, r)."""
@@ -123,7 +127,11 @@ class Batch:
     def gradient_of_rows(self, gradient_NR: torch.Tensor) -> torch.Tensor:
         """The gradient of `distinct`'s vectors, (U, r), from that of all their uses, (N + negatives, r)."""
         gradient_UR = gradient_NR.new_zeros(len(self.distinct), gradient_NR.shape[1])
-        return gradient_UR.index_add_(0, self.place, gradient_NR) if len(self.distinct) else gradient_UR
+        return (
+            gradient_UR.index_add_(0, self.place, gradient_NR)
+            if len(self.distinct)
+            else gradient_UR
+        )
 
     def pin_memory(self):
         """The same batch in pinned memory (a DataLoader calls this)."""
@@ -190,7 +198,17 @@ def trim(items_N, lengths_B, domain_N, max_length):
     return items_N[keep_N], lengths_B - left_out_B, domain_N[keep_N]
 
 
-def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length, pooling="mean", ticks_N=None):
+def build_batch(
+    items_N,
+    lengths_B,
+    domain_N,
+    weight_B,
+    negatives,
+    domain_items,
+    max_length,
+    pooling="mean",
+    ticks_N=None,
+):
     """The packed views of one rank's users.
 
     items_N: rows of M, user after user, oldest first; lengths_B: int64; domain_N; weight_B: 0 or 1; ticks_N: when they were,
@@ -201,7 +219,9 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     domains, users, interactions = len(domain_items), len(lengths_B), len(items_N)
     weight_B, ticks_N = weight_B.astype(np.float32), _ticks(ticks_N, interactions)
     slot_N = _slots(lengths_B, domain_N, domains)
-    order, group_lengths, group_slot, group_starts = _by_domain(slot_N, domain_N, users, domains)
+    order, group_lengths, group_slot, group_starts = _by_domain(
+        slot_N, domain_N, users, domains
+    )
 
     cross = _tokens(None, lengths_B, np.ones(users, bool), max_length)
     newest_B = np.cumsum(lengths_B) - 1
@@ -220,8 +240,14 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
         cross_token = (np.cumsum(in_cross_N) - 1)[cross_target]
         cross_starts = np.concatenate([[0], np.cumsum(in_order_N)])
     else:
-        cross_target, cross_token, cross_starts = order, order.copy(), np.arange(interactions + 1)
-    cross_starts = cross_starts[np.concatenate([[0], np.cumsum(group_lengths)])[group_starts]]
+        cross_target, cross_token, cross_starts = (
+            order,
+            order.copy(),
+            np.arange(interactions + 1),
+        )
+    cross_starts = cross_starts[
+        np.concatenate([[0], np.cumsum(group_lengths)])[group_starts]
+    ]
     # In the others a sequence's last token has none, unless it is the user's last too.
     without_S = np.flatnonzero(~holds_newest)
     has_target_M = np.ones(len(single.target_M), bool)
@@ -230,11 +256,21 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
     single_target = single.target_M[single_token]
     single_starts = token_starts - np.searchsorted(without_S, group_starts)
     in_single_N = np.ones(interactions, bool)
-    in_single_N[order[_first_of_each(group_lengths, group_lengths - (single.lengths_S - ~holds_newest))]] = False
+    in_single_N[
+        order[
+            _first_of_each(
+                group_lengths, group_lengths - (single.lengths_S - ~holds_newest)
+            )
+        ]
+    ] = False
     weight_N = None if weight_B.all() else np.repeat(weight_B, lengths_B)
 
     def view(tokens, task_starts, target, interaction, target_starts, in_other_N):
-        weight_L = np.ones(len(target), np.float32) if weight_N is None else weight_N[interaction]
+        weight_L = (
+            np.ones(len(target), np.float32)
+            if weight_N is None
+            else weight_N[interaction]
+        )
         asked_M, gap_M = tokens.times(ticks_N, np.int32(0))
         pool_token, pool_slot = _pool(tokens, slot_N, pooling)
         return View(
@@ -247,7 +283,9 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
             task_starts=tuple(int(start) for start in task_starts),
             target_token_L=torch.from_numpy(target),
             target_interaction_L=torch.from_numpy(interaction),
-            target_domain_L=torch.from_numpy(np.repeat(np.arange(domains, dtype=np.int32), np.diff(target_starts))),
+            target_domain_L=torch.from_numpy(
+                np.repeat(np.arange(domains, dtype=np.int32), np.diff(target_starts))
+            ),
             target_weight_L=torch.from_numpy(weight_L),
             comparable_L=torch.from_numpy(in_other_N[interaction]),
             target_starts=tuple(target_starts.tolist()),
@@ -258,11 +296,19 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
 
     if isinstance(negatives, list):
         own, negative_ids = None, np.concatenate(negatives)
-        negative_starts = np.concatenate([[0], np.cumsum([len(rows) for rows in negatives])])
+        negative_starts = np.concatenate(
+            [[0], np.cumsum([len(rows) for rows in negatives])]
+        )
     else:
-        own, negative_ids, negative_starts = negatives.shape[1], negatives.reshape(-1), ()
+        own, negative_ids, negative_starts = (
+            negatives.shape[1],
+            negatives.reshape(-1),
+            (),
+        )
     ids = torch.from_numpy(np.concatenate([items_N, negative_ids], dtype=np.int64))
-    distinct, place = torch.unique(ids, return_inverse=True)  # less than half of np.unique's time
+    distinct, place = torch.unique(
+        ids, return_inverse=True
+    )  # less than half of np.unique's time
     return Batch(
         distinct=distinct,
         place=place.int(),
@@ -271,17 +317,37 @@ def build_batch(items_N, lengths_B, domain_N, weight_B, negatives, domain_items,
         negative_starts=tuple(int(start) for start in negative_starts),
         domain_items=tuple(int(items) for items in domain_items),
         weight_B=torch.from_numpy(weight_B),
-        cross=view(cross, (0, len(cross.input_M)), cross_token, cross_target, cross_starts, in_single_N),
-        single=view(single, token_starts, single_token, single_target, single_starts, in_cross_N),
+        cross=view(
+            cross,
+            (0, len(cross.input_M)),
+            cross_token,
+            cross_target,
+            cross_starts,
+            in_single_N,
+        ),
+        single=view(
+            single, token_starts, single_token, single_target, single_starts, in_cross_N
+        ),
     )
 
 
 def without_look_up(batch: Batch) -> Batch:
     """A batch of users that all only fill up, of which no row is looked up: `vectors_of_uses` gives zeros."""
-    return replace(batch, distinct=batch.distinct[:0], place=torch.zeros_like(batch.place))
+    return replace(
+        batch, distinct=batch.distinct[:0], place=torch.zeros_like(batch.place)
+    )
 
 
-def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domains=0, ticks_N=None, now_B=None):
+def build_query(
+    items_N,
+    lengths_B,
+    max_length,
+    extra_ids,
+    domain_N=None,
+    domains=0,
+    ticks_N=None,
+    now_B=None,
+):
     """The cross-domain view of whole histories, to predict what comes next; arguments as for `build_batch`.
 
     extra_ids: int64 rows that are looked up together with the inputs (candidates). domain_N, domains: the single-domain view as
@@ -297,9 +363,16 @@ def build_query(items_N, lengths_B, max_length, extra_ids, domain_N=None, domain
     cross = _tokens(None, lengths_B, np.zeros(len(lengths_B), bool), max_length)
     single, newest_DB = None, None
     if domain_N is not None:
-        group_N = domain_N.astype(np.int64) * users + np.repeat(np.arange(users), lengths_B)
+        group_N = domain_N.astype(np.int64) * users + np.repeat(
+            np.arange(users), lengths_B
+        )
         groups = np.bincount(group_N, minlength=domains * users)
-        tokens = _tokens(np.argsort(group_N, kind="stable"), groups, np.zeros(len(groups), bool), max_length)
+        tokens = _tokens(
+            np.argsort(group_N, kind="stable"),
+            groups,
+            np.zeros(len(groups), bool),
+            max_length,
+        )
         ends_S = np.cumsum(tokens.lengths_S)
         starts = (0, *(int(end) for end in ends_S.reshape(domains, users)[:, -1]))
         single = _asking(tokens, starts, ticks_N, np.tile(now_B, domains))
@@ -359,7 +432,9 @@ def attention_layout(lengths_S):
     for (rows, longest), (begin, slot) in zip(shapes, begins, strict=True):
         bucket = slice(begin, begin + rows)
         grid = pad_P[slot : slot + rows * longest].reshape(rows, longest)
-        np.minimum(np.arange(longest, dtype=np.int32), lengths[bucket, None] - 1, out=grid)
+        np.minimum(
+            np.arange(longest, dtype=np.int32), lengths[bucket, None] - 1, out=grid
+        )
         grid += starts[bucket, None]
         row_S[order[bucket]] = slot + longest * np.arange(rows)
     unpad_M = np.repeat((row_S - starts_S).astype(np.int32), lengths_S)
@@ -387,7 +462,11 @@ class _Tokens:
 
     def times(self, ticks_N, otherwise):
         """asked_M and gap_M of a `View`, int32 (M,). otherwise: the tick of tokens without a target, one or one each."""
-        asked_M = np.where(self.target_M >= 0, np.append(ticks_N, np.int32(0))[self.target_M], otherwise)
+        asked_M = np.where(
+            self.target_M >= 0,
+            np.append(ticks_N, np.int32(0))[self.target_M],
+            otherwise,
+        )
         since_M = asked_M - np.append(np.int32(0), ticks_N)[self.input_M]
         return asked_M, np.where(self.input_M > 0, gaps(since_M), np.int32(NO_GAP))
 
@@ -398,7 +477,9 @@ def _tokens(order, group_lengths, drop_newest, max_length):
 
     order: the interactions, group after group; None: as they are.
     """
-    lengths = np.where(group_lengths > 0, group_lengths + 1 - drop_newest, 1 - drop_newest)
+    lengths = np.where(
+        group_lengths > 0, group_lengths + 1 - drop_newest, 1 - drop_newest
+    )
     lengths_S = np.minimum(lengths, max_length)
     ends_S = np.cumsum(lengths_S)
     first_S = np.cumsum(group_lengths) - group_lengths
@@ -418,7 +499,9 @@ def _tokens(order, group_lengths, drop_newest, max_length):
     begin_S = (ends_S - lengths_S)[there]
     before_S = (first_S + lengths - lengths_S - 1)[there]
     before_S = np.where((lengths > max_length)[there], before_S, -1)
-    input_M[begin_S] = 1 + (before_S if order is None else np.where(before_S < 0, -1, order[before_S]))
+    input_M[begin_S] = 1 + (
+        before_S if order is None else np.where(before_S < 0, -1, order[before_S])
+    )
     target_M[ends_S[~np.asarray(drop_newest, bool)] - 1] = -1
     return _Tokens(
         input_M=input_M,
@@ -439,27 +522,43 @@ def _pool(tokens, slot_N, pooling):
 
 
 def _ticks(ticks, count):
-    return np.zeros(count, np.int32) if ticks is None else np.asarray(ticks).astype(np.int32)
+    return (
+        np.zeros(count, np.int32)
+        if ticks is None
+        else np.asarray(ticks).astype(np.int32)
+    )
 
 
 def _slots(lengths_B, domain_N, domains):
     """user · D + domain of each interaction."""
-    slot_N = np.repeat(np.arange(len(lengths_B), dtype=np.int32) * np.int32(domains), lengths_B)
+    slot_N = np.repeat(
+        np.arange(len(lengths_B), dtype=np.int32) * np.int32(domains), lengths_B
+    )
     slot_N += domain_N
     return slot_N
 
 
 def _by_domain(slot_N, domain_N, users, domains):
     """Interactions sorted by (domain, user), time kept; the length and slot of each such group; each domain's first group."""
-    counts_DB = np.ascontiguousarray(np.bincount(slot_N, minlength=users * domains).reshape(users, domains).T)
+    counts_DB = np.ascontiguousarray(
+        np.bincount(slot_N, minlength=users * domains).reshape(users, domains).T
+    )
     domain, user = np.nonzero(counts_DB)
     starts = np.concatenate([[0], np.cumsum(np.count_nonzero(counts_DB, axis=1))])
-    return _argsort(domain_N, domains), counts_DB[domain, user], user * domains + domain, starts
+    return (
+        _argsort(domain_N, domains),
+        counts_DB[domain, user],
+        user * domains + domain,
+        starts,
+    )
 
 
 def _argsort(values, below):
     """A stable order of integers of less than `below` either way from 0: short ones are sorted by counting."""
-    narrow = next((dtype for dtype in (np.int8, np.int16) if below <= np.iinfo(dtype).max), values.dtype)
+    narrow = next(
+        (dtype for dtype in (np.int8, np.int16) if below <= np.iinfo(dtype).max),
+        values.dtype,
+    )
     return np.argsort(values.astype(narrow, copy=False), kind="stable")
 
 
@@ -467,7 +566,9 @@ def _first_of_each(lengths, counts):
     """The places of the first `counts` elements of jagged rows; for few rows with any."""
     some = np.flatnonzero(counts)
     counts, starts = counts[some], (np.cumsum(lengths) - lengths)[some]
-    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(
+        int(counts.sum())
+    )
 
 
 def _from_end(lengths):

@@ -22,11 +22,17 @@ def causal_attention(qkv_KMR, layout, heads):
     padded = pad(qkv_KMR, layout)
     outputs = []
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
-    buckets = padded.split([sequences * length for sequences, length in layout.shapes], dim=1)
+    buckets = padded.split(
+        [sequences * length for sequences, length in layout.shapes], dim=1
+    )
     for bucket, (sequences, length) in zip(buckets, layout.shapes, strict=True):
         bucket = bucket.view(experts, sequences, length, 3, heads, width // 3 // heads)
-        mixed = _attend(*(part.flatten(0, 1).transpose(1, 2) for part in bucket.unbind(3)))
-        outputs.append(mixed.transpose(1, 2).reshape(experts, sequences * length, width // 3))
+        mixed = _attend(
+            *(part.flatten(0, 1).transpose(1, 2) for part in bucket.unbind(3))
+        )
+        outputs.append(
+            mixed.transpose(1, 2).reshape(experts, sequences * length, width // 3)
+        )
     return unpad(torch.cat(outputs, dim=1), layout)
 
 
@@ -34,8 +40,12 @@ def _attend(query, key, value):
     """In calls of as many sequences as a kernel takes. query, key, value: (sequences, heads, length, width)."""
     if len(query) <= build.MOST_SEQUENCES:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    pieces = zip(*(part.split(build.MOST_SEQUENCES) for part in (query, key, value)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces])
+    pieces = zip(
+        *(part.split(build.MOST_SEQUENCES) for part in (query, key, value)), strict=True
+    )
+    return torch.cat(
+        [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
+    )
 
 
 def pad(x_KMW, layout):
@@ -78,7 +88,11 @@ def _gather(x_KFW, index_T):
         return x_KFW[0].index_select(0, index_T).unsqueeze(0)
     # One gather of whole rows: index_select over an inner dimension copies row by row.
     offsets = torch.arange(0, experts * rows, rows, device=index_T.device).unsqueeze(1)
-    return x_KFW.reshape(experts * rows, width).index_select(0, (offsets + index_T).view(-1)).view(experts, -1, width)
+    return (
+        x_KFW.reshape(experts * rows, width)
+        .index_select(0, (offsets + index_T).view(-1))
+        .view(experts, -1, width)
+    )
 
 
 def group_layer_norm(x_KMR, scale_K1R, shift_K1R):

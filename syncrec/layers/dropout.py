@@ -7,7 +7,9 @@ devices PyTorch's own dropout is as fast as it gets, and is used.
 import torch
 import torch.nn.functional as F
 
-_LEVELS = 2**16  # a share is rounded to 1 / 65536, and the scale follows the rounded one
+_LEVELS = (
+    2**16
+)  # a share is rounded to 1 / 65536, and the scale follows the rounded one
 
 
 def drop(x, share, training):
@@ -29,6 +31,14 @@ def add_dropped(x, y, share, training):
 def _mask(like, share):
     """0, or what scales the kept elements, from PyTorch's generator."""
     dropped = round(share * _LEVELS)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    levels = words.view(torch.int16)[: like.numel()].view(like.shape)  # even over −32768 … 32767
-    return levels.ge_(dropped - _LEVELS // 2).to(like.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(
+        -(2**63), None
+    )
+    levels = words.view(torch.int16)[: like.numel()].view(
+        like.shape
+    )  # even over −32768 … 32767
+    return (
+        levels.ge_(dropped - _LEVELS // 2)
+        .to(like.dtype)
+        .mul_(_LEVELS / (_LEVELS - dropped))
+    )

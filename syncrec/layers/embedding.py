@@ -23,7 +23,11 @@ class InputEmbedding(nn.Module):
         super().__init__()
         self.start = nn.Parameter(torch.empty(1, config.dim))
         with_positions = config.encoder == "transformer"
-        self.positions = nn.Parameter(torch.empty(config.max_length, config.dim)) if with_positions else None
+        self.positions = (
+            nn.Parameter(torch.empty(config.max_length, config.dim))
+            if with_positions
+            else None
+        )
         self.dropout = config.dropout
         for weight in self.parameters():
             nn.init.normal_(weight, std=config.init_std)
@@ -56,7 +60,9 @@ class Gate(nn.Module):
         sequence_M = view.sequence_M[tokens]
         by_position_MKR = self.weight.index_select(0, view.position_M[tokens])
         scores_MK = torch.einsum("mr,mkr->mk", x_MR, by_position_MKR)
-        scores_SK = scores_MK.new_zeros(view.sequences, scores_MK.shape[1]).index_add(0, sequence_M, scores_MK)
+        scores_SK = scores_MK.new_zeros(view.sequences, scores_MK.shape[1]).index_add(
+            0, sequence_M, scores_MK
+        )
         return torch.softmax(scores_SK, dim=-1).index_select(0, sequence_M)
 
 

@@ -18,9 +18,15 @@ def chosen(kernel, x, post_norm):
     """
     if kernel == "plain":
         return False
-    if x.device.type != "cpu" or not post_norm or x.dtype not in (torch.float32, torch.float64):
+    if (
+        x.device.type != "cpu"
+        or not post_norm
+        or x.dtype not in (torch.float32, torch.float64)
+    ):
         if kernel == "fused":
-            raise Unavailable(f"model.kernel=fused is for CPU, norm=post and fp32 or bf16; here is {x.device.type}: use auto")
+            raise Unavailable(
+                f"model.kernel=fused is for CPU, norm=post and fp32 or bf16; here is {x.device.type}: use auto"
+            )
         return False
     reason = why_missing()
     if reason and kernel == "fused":
@@ -38,7 +44,9 @@ def block(x_KMR, starts_S, weights, heads, share, training, tile=None):
     half = torch.is_autocast_enabled("cpu") and x_KMR.dtype == torch.float32
     share = share if training else 0.0
     seed = int(torch.randint(2**62, ())) if share else 0
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_KMR, *weights))
+    keep = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x_KMR, *weights)
+    )
     settings = heads, share, seed, half, keep, tile or _TILE
     return _Block.apply(x_KMR, starts_S.long(), settings, *weights)
 
@@ -47,7 +55,9 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_KMR, starts_S, settings, *weights):
         heads, share, seed, half, keep, tile = settings
-        y_KMR, *kept = torch.ops.syncrec.block_forward(x_KMR, starts_S, weights, heads, share, seed, half, keep, tile)
+        y_KMR, *kept = torch.ops.syncrec.block_forward(
+            x_KMR, starts_S, weights, heads, share, seed, half, keep, tile
+        )
         ctx.settings, ctx.given = (heads, share, seed, half, tile), len(weights)
         ctx.save_for_backward(x_KMR, starts_S, *weights, *kept)
         return y_KMR
@@ -56,7 +66,9 @@ class _Block(torch.autograd.Function):
     def backward(ctx, gradient):
         x_KMR, starts_S, *saved = ctx.saved_tensors
         weights, kept = saved[: ctx.given], saved[ctx.given :]
-        x_gradient, *gradients = torch.ops.syncrec.block_backward(gradient, x_KMR, starts_S, weights, kept, *ctx.settings)
+        x_gradient, *gradients = torch.ops.syncrec.block_backward(
+            gradient, x_KMR, starts_S, weights, kept, *ctx.settings
+        )
         return x_gradient, None, None, *gradients
 
 

@@ -21,13 +21,27 @@ class RecurrentStack(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         # PyTorch's own dropout is between layers; where there is one layer it warns.
-        layers = {"num_layers": config.blocks, "dropout": config.dropout if config.blocks > 1 else 0.0, "batch_first": True}
-        self.experts = nn.ModuleList(nn.GRU(config.dim, config.dim, **layers) for _ in range(experts))
+        layers = {
+            "num_layers": config.blocks,
+            "dropout": config.dropout if config.blocks > 1 else 0.0,
+            "batch_first": True,
+        }
+        self.experts = nn.ModuleList(
+            nn.GRU(config.dim, config.dim, **layers) for _ in range(experts)
+        )
 
     def forward(self, x_MR, layout):
         """x_MR: (M, r) → (K, M, r), one output an expert."""
         slots_PR = pad(x_MR.unsqueeze(0), layout)[0]
-        buckets = slots_PR.split([sequences * length for sequences, length in layout.shapes])
-        buckets = [bucket.view(*shape, -1) for bucket, shape in zip(buckets, layout.shapes, strict=True)]
-        outputs = [torch.cat([gru(bucket)[0].flatten(0, 1) for bucket in buckets]) for gru in self.experts]
+        buckets = slots_PR.split(
+            [sequences * length for sequences, length in layout.shapes]
+        )
+        buckets = [
+            bucket.view(*shape, -1)
+            for bucket, shape in zip(buckets, layout.shapes, strict=True)
+        ]
+        outputs = [
+            torch.cat([gru(bucket)[0].flatten(0, 1) for bucket in buckets])
+            for gru in self.experts
+        ]
         return drop(unpad(torch.stack(outputs), layout), self.dropout, self.training)

@@ -39,7 +39,11 @@ class Clock(nn.Module):
         place_N = tick_N.to(knots_KR.dtype) * ((len(knots_KR) - 1) / TICKS)
         low_N = place_N.long().clamp(max=len(knots_KR) - 2)
         share_N1 = (place_N - low_N).unsqueeze(1)
-        return torch.lerp(knots_KR.index_select(0, low_N), knots_KR.index_select(0, low_N + 1), share_N1)
+        return torch.lerp(
+            knots_KR.index_select(0, low_N),
+            knots_KR.index_select(0, low_N + 1),
+            share_N1,
+        )
 
 
 def gaps(ticks):

@@ -19,8 +19,14 @@ class ExpertStack(nn.Module):
     def __init__(self, config, experts):
         super().__init__()
         self.experts = experts
-        self.blocks = nn.ModuleList(Block(config, experts) for _ in range(config.blocks))
-        self.last_norm = GroupLayerNorm(experts, config.dim) if config.norm == "pre" else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(config, experts) for _ in range(config.blocks)
+        )
+        self.last_norm = (
+            GroupLayerNorm(experts, config.dim)
+            if config.norm == "pre"
+            else nn.Identity()
+        )
 
     def forward(self, x_MR, layout):
         """x_MR: (M, r) → (K, M, r), one output an expert."""
@@ -35,7 +41,12 @@ class Block(nn.Module):
 
     def __init__(self, config, experts):
         super().__init__()
-        self.heads, self.dropout, self.pre_norm, self.kernel = config.heads, config.dropout, config.norm == "pre", config.kernel
+        self.heads, self.dropout, self.pre_norm, self.kernel = (
+            config.heads,
+            config.dropout,
+            config.norm == "pre",
+            config.kernel,
+        )
         dim, inner = config.dim, config.ffn_dim
         self.qkv = nn.Parameter(torch.empty(experts, dim, 3 * dim))
         self.out = nn.Parameter(torch.empty(experts, dim, dim))
@@ -45,16 +56,31 @@ class Block(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(experts, 1, dim))
         # No modules of their own: ZeRO 3 brings a module's weights when it is called, and a kernel calls none.
         for norm in ("attention_norm", "ffn_norm"):
-            self.register_parameter(f"{norm}_scale", nn.Parameter(torch.ones(experts, 1, dim)))
-            self.register_parameter(f"{norm}_shift", nn.Parameter(torch.zeros(experts, 1, dim)))
+            self.register_parameter(
+                f"{norm}_scale", nn.Parameter(torch.ones(experts, 1, dim))
+            )
+            self.register_parameter(
+                f"{norm}_shift", nn.Parameter(torch.zeros(experts, 1, dim))
+            )
         for weight in (self.qkv, self.out, self.w1, self.w2):
             init_linear(weight)
 
     def forward(self, x_KMR, layout):
         """(K, M, r) → (K, M, r)."""
         if fused_block.chosen(self.kernel, x_KMR, not self.pre_norm):
-            weights = self.qkv, self.out, self.w1, self.w2, self.b1, self.b2, *self._norm("attention"), *self._norm("ffn")
-            return fused_block.block(x_KMR, layout.starts_S, weights, self.heads, self.dropout, self.training)
+            weights = (
+                self.qkv,
+                self.out,
+                self.w1,
+                self.w2,
+                self.b1,
+                self.b2,
+                *self._norm("attention"),
+                *self._norm("ffn"),
+            )
+            return fused_block.block(
+                x_KMR, layout.starts_S, weights, self.heads, self.dropout, self.training
+            )
         x_KMR = self._around(self._norm("attention"), self._attend, x_KMR, layout)
         return self._around(self._norm("ffn"), self._feed_forward, x_KMR)
 
@@ -63,11 +89,22 @@ class Block(nn.Module):
 
     def _around(self, norm, layer, x_KMR, *args):
         if self.pre_norm:
-            return add_dropped(x_KMR, layer(group_layer_norm(x_KMR, *norm), *args), self.dropout, self.training)
-        return group_layer_norm(add_dropped(x_KMR, layer(x_KMR, *args), self.dropout, self.training), *norm)
+            return add_dropped(
+                x_KMR,
+                layer(group_layer_norm(x_KMR, *norm), *args),
+                self.dropout,
+                self.training,
+            )
+        return group_layer_norm(
+            add_dropped(x_KMR, layer(x_KMR, *args), self.dropout, self.training), *norm
+        )
 
     def _attend(self, x_KMR, layout):
-        return torch.bmm(causal_attention(torch.bmm(x_KMR, self.qkv), layout, self.heads), self.out)
+        return torch.bmm(
+            causal_attention(torch.bmm(x_KMR, self.qkv), layout, self.heads), self.out
+        )
 
     def _feed_forward(self, x_KMR):
-        return torch.baddbmm(self.b2, F.gelu(torch.baddbmm(self.b1, x_KMR, self.w1)), self.w2)
+        return torch.baddbmm(
+            self.b2, F.gelu(torch.baddbmm(self.b1, x_KMR, self.w1)), self.w2
+        )

@@ -35,9 +35,13 @@ def attend(qkv_KMR, layout, heads):
     longest = layout.shapes[0][1]
     sequences = len(layout.starts_S) - 1
     if experts * sequences <= build.MOST_SEQUENCES:
-        firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(1)  # of each expert, and the end
+        firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(
+            1
+        )  # of each expert, and the end
         begins = torch.cat([(firsts[:-1] + layout.starts_S[:-1]).flatten(), firsts[-1]])
-        return _attend(qkv_KMR.view(experts * tokens, width), begins, longest, heads).view(experts, tokens, -1)
+        return _attend(
+            qkv_KMR.view(experts * tokens, width), begins, longest, heads
+        ).view(experts, tokens, -1)
     bounds = []
     sizes = []
     first = 0
@@ -49,7 +53,10 @@ def attend(qkv_KMR, layout, heads):
             sizes.append(size)
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
     pieces = qkv_KMR.view(experts * tokens, width).split(sizes * experts)
-    mixed = [_attend(piece, begins, longest, heads) for piece, begins in zip(pieces, bounds * experts, strict=True)]
+    mixed = [
+        _attend(piece, begins, longest, heads)
+        for piece, begins in zip(pieces, bounds * experts, strict=True)
+    ]
     return torch.cat(mixed).view(experts, tokens, -1)
 
 
@@ -58,5 +65,7 @@ def _attend(qkv_MR, begins, longest, heads):
     tokens, width = qkv_MR.shape
     query, key, value = qkv_MR.view(tokens, 3, heads, width // 3 // heads).unbind(1)
     begins = begins.to(torch.int32)
-    mixed = varlen_attn(query, key, value, begins, begins, longest, longest, window_size=_CAUSAL)
+    mixed = varlen_attn(
+        query, key, value, begins, begins, longest, longest, window_size=_CAUSAL
+    )
     return mixed.reshape(tokens, width // 3)

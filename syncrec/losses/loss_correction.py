@@ -29,12 +29,16 @@ class PredictionMix(nn.Module):
     def __init__(self, config, domains):
         super().__init__()
         self.temperature = config.prediction_temperature
-        self.register_buffer("gap_2D", torch.zeros(2, domains))  # sums of φ and of ones, both weighed by age
+        self.register_buffer(
+            "gap_2D", torch.zeros(2, domains)
+        )  # sums of φ and of ones, both weighed by age
 
     def observe(self, phi_D, present_D):
         """A batch's φ, equal on all ranks."""
         seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)]).to(self.gap_2D.dtype)
-        self.gap_2D = torch.where(present_D, _KEPT * self.gap_2D + (1 - _KEPT) * seen_2D, self.gap_2D)
+        self.gap_2D = torch.where(
+            present_D, _KEPT * self.gap_2D + (1 - _KEPT) * seen_2D, self.gap_2D
+        )
 
     @property
     def own_D(self):
@@ -72,7 +76,10 @@ class LossCorrection(nn.Module):
         phi_D: φ of the global batch; present_D: bool. Both equal on all ranks, so λ is too.
         """
         old_D = self.lambda_D.detach()
-        logits_D = (self.alpha.double() * old_D.double() + self.beta.double() * phi_D.detach().double()) / self.temperature
+        logits_D = (
+            self.alpha.double() * old_D.double()
+            + self.beta.double() * phi_D.detach().double()
+        ) / self.temperature
         kept_D = torch.where(old_D > 0, old_D.double(), 1 / len(old_D))
         share = 1 - kept_D.masked_fill(present_D, 0).sum()
         new_D = _shared_out(share, logits_D, present_D).to(old_D.dtype)
@@ -100,11 +107,18 @@ def _evened_out(lambda_D):
     whole = seen / domains
     least = _floor(domains)
     old_D = lambda_D.double()
-    if abs(old_D.sum().item() - whole) <= _ROUNDING and (old_D[seen_D] >= least * (1 - _ROUNDING)).all():
+    if (
+        abs(old_D.sum().item() - whole) <= _ROUNDING
+        and (old_D[seen_D] >= least * (1 - _ROUNDING)).all()
+    ):
         return lambda_D
     above_D = old_D.clamp(min=least).masked_fill(~seen_D, 0)
     free = whole - seen * least
-    return (least + free * above_D / above_D.sum()).masked_fill(~seen_D, 0).to(lambda_D.dtype)
+    return (
+        (least + free * above_D / above_D.sum())
+        .masked_fill(~seen_D, 0)
+        .to(lambda_D.dtype)
+    )
 
 
 def _shared_out(share, logits_D, present_D):
@@ -112,12 +126,16 @@ def _shared_out(share, logits_D, present_D):
 
     Who would get less than the floor gets the floor; the others share the rest by the softmax over themselves.
     """
-    count = present_D.sum(dtype=torch.float64)  # of integers times the floor PyTorch would make float32
+    count = present_D.sum(
+        dtype=torch.float64
+    )  # of integers times the floor PyTorch would make float32
     floor = _floor(len(logits_D))
     share = share.maximum(count * floor)
     by_rank = torch.arange(len(logits_D), device=logits_D.device)  # the most first
     with torch.no_grad():
-        softmax_D = torch.softmax(logits_D.masked_fill(~present_D, float("-inf")), dim=0)
+        softmax_D = torch.softmax(
+            logits_D.masked_fill(~present_D, float("-inf")), dim=0
+        )
         falling_D, order_D = softmax_D.sort(descending=True, stable=True)
         # What the least of the first n would get if these alone were above the floor, for every n.
         rest_D = share - (count - 1 - by_rank) * floor
@@ -129,7 +147,9 @@ def _shared_out(share, logits_D, present_D):
         free_D = present_D & (rank_D < above)
     weights_D = torch.softmax(logits_D.masked_fill(~free_D, float("-inf")), dim=0)
     # With no domain present the softmax is 0 / 0, and the caller takes nothing of it.
-    return torch.where(free_D, (share - (count - above) * floor) * weights_D.nan_to_num(), floor)
+    return torch.where(
+        free_D, (share - (count - above) * floor) * weights_D.nan_to_num(), floor
+    )
 
 
 def _floor(domains):

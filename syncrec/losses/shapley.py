@@ -23,10 +23,18 @@ def shapley_values(value_C):
     """
     players = len(value_C).bit_length() - 1
     # Filled in, not copied from the host: a copy would wait for the device.
-    weights = [1 / (players * math.comb(players - 1, others.bit_count())) for others in range(len(value_C) // 2)]
+    weights = [
+        1 / (players * math.comb(players - 1, others.bit_count()))
+        for others in range(len(value_C) // 2)
+    ]
     weight_S = torch.cat([value_C.new_full((1,), weight) for weight in weights])
     by_player = value_C.view((2,) * players)  # the last dimension is the first player's
-    gains_DS = torch.stack([by_player.diff(dim=players - 1 - player).flatten() for player in range(players)])
+    gains_DS = torch.stack(
+        [
+            by_player.diff(dim=players - 1 - player).flatten()
+            for player in range(players)
+        ]
+    )
     return (gains_DS * weight_S).sum(1)
 
 
@@ -58,8 +66,12 @@ class ShapleyCorrection(nn.Module):
         all ranks, so λ is too.
         """
         logits_D = shapley_values(-loss_C) / self.temperature
-        weights_D = torch.softmax(logits_D.masked_fill(~present_D, float("-inf")), dim=0)
-        lambda_D = torch.where(present_D, weights_D.to(self.lambda_D.dtype), self.lambda_D)
+        weights_D = torch.softmax(
+            logits_D.masked_fill(~present_D, float("-inf")), dim=0
+        )
+        lambda_D = torch.where(
+            present_D, weights_D.to(self.lambda_D.dtype), self.lambda_D
+        )
         if self.training:
             self.lambda_D = lambda_D
         return self.total * lambda_D
@@ -74,7 +86,10 @@ def coalition_losses(model, batch, inputs_NR, loss_of):
     """
     bit_N = _domain_bits(batch, inputs_NR)
     with _as_in_evaluation(model):
-        shown = (torch.where((bit_N & c).bool().unsqueeze(1), inputs_NR, 0.0) for c in range(2**model.domains))
+        shown = (
+            torch.where((bit_N & c).bool().unsqueeze(1), inputs_NR, 0.0)
+            for c in range(2**model.domains)
+        )
         return torch.stack([loss_of(shown_NR) for shown_NR in shown])
 
 
@@ -82,8 +97,15 @@ def _domain_bits(batch, inputs_NR):
     """2^domain of every interaction that is some token's input; of the others, 0. An input of the cross-domain view is among
     the newest of its own domain too, so the single-domain view has it."""
     input_M, starts = batch.single.input_M, batch.single.task_starts
-    bit_M = torch.cat([input_M.new_full((end - start,), 1 << d) for d, (start, end) in enumerate(pairwise(starts))])
-    return input_M.new_zeros(1 + len(inputs_NR)).scatter_(0, input_M, bit_M)[1:]  # the first is SOS
+    bit_M = torch.cat(
+        [
+            input_M.new_full((end - start,), 1 << d)
+            for d, (start, end) in enumerate(pairwise(starts))
+        ]
+    )
+    return input_M.new_zeros(1 + len(inputs_NR)).scatter_(0, input_M, bit_M)[
+        1:
+    ]  # the first is SOS
 
 
 @contextlib.contextmanager

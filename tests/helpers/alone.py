@@ -24,7 +24,9 @@ def group_of_one():
 
 def in_this_process(function, *arguments):
     """For `benchmarks.suite.in_own_process`, within `as_a_script`."""
-    deepspeed.utils.groups._WORLD_GROUP = None  # DeepSpeed keeps the first one that it meets
+    deepspeed.utils.groups._WORLD_GROUP = (
+        None  # DeepSpeed keeps the first one that it meets
+    )
     return function(*arguments)
 
 

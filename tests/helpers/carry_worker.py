@@ -21,13 +21,21 @@ from trainer.distributed.process_exit import run_script
 
 OLD, NEW, DIM = 6003, 7007, 4
 CONFIG = TableConfig(optimizer="rowwise_adagrad", learning_rate=0.1, init_std=0.05)
-GROUPS = ((0, 3000), (3000, 5500), (5500, 5700))  # of the new table; the last one was not there before; the rest is nobody's
+GROUPS = (
+    (0, 3000),
+    (3000, 5500),
+    (5500, 5700),
+)  # of the new table; the last one was not there before; the rest is nobody's
 FRESH = 100  # rows of each group without a source
 
 
 def mapping():
     """source_N and group_N of the new table: old rows in another order, some of them gone."""
-    random, group_N, source_N = np.random.default_rng(3), np.full(NEW, -1), np.full(NEW, -1)
+    random, group_N, source_N = (
+        np.random.default_rng(3),
+        np.full(NEW, -1),
+        np.full(NEW, -1),
+    )
     left = random.permutation(OLD)
     for number, (first, last) in enumerate(GROUPS):
         group_N[first:last] = number
@@ -43,7 +51,9 @@ def contents(table):
     found = {}
     for name, tensor in tensors.items():
         whole = torch.zeros(table.rows, *tensor.shape[1:])
-        whole[torch.from_numpy(table.scatter.row(np.arange(first, first + len(tensor))))] = tensor.cpu()
+        whole[
+            torch.from_numpy(table.scatter.row(np.arange(first, first + len(tensor))))
+        ] = tensor.cpu()
         dist.all_reduce(whole)
         found[name] = whole.numpy()
     return found | {"updates": table.updates}
@@ -56,7 +66,13 @@ def save(output):
     for number in range(3):
         ids = np.random.default_rng(number).integers(0, OLD, 4000)[rank::ranks]
         table(torch.from_numpy(ids))
-        table.update(torch.from_numpy(np.random.default_rng(ids).normal(size=(len(ids), DIM)).astype(np.float32)))
+        table.update(
+            torch.from_numpy(
+                np.random.default_rng(ids)
+                .normal(size=(len(ids), DIM))
+                .astype(np.float32)
+            )
+        )
     folder = output / f"saved-{ranks}"
     folder.mkdir(exist_ok=True)
     dist.barrier()
@@ -76,7 +92,9 @@ def carry(output, *saved, kept=1.0):
             carry_rows(table, folder, *mapping(), CONFIG.init_std, kept)
         read = torch.tensor([Counted.opens, Counted.rows])
         dist.all_reduce(read)
-        found = contents(table) | {f"by_hand_{name}": values for name, values in expected.items()}
+        found = contents(table) | {
+            f"by_hand_{name}": values for name, values in expected.items()
+        }
         if dist.get_rank() == 0:
             name = f"{folder.name}-carried-{dist.get_world_size()}.npz"
             np.savez(output / name, start=start, read=read.numpy(), **found)
@@ -92,7 +110,9 @@ def by_hand(before):
         source_N, group_N = (each[own_N] for each in mapping())
         there = np.flatnonzero(source_N >= 0)
         for name, tensor in tensors.items():
-            tensor[torch.from_numpy(there)] = torch.from_numpy(before[name][source_N[there]])
+            tensor[torch.from_numpy(there)] = torch.from_numpy(
+                before[name][source_N[there]]
+            )
         _begin(tensors["weight"], source_N, group_N, CONFIG.init_std)
     return start, contents(table)
 

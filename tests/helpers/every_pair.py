@@ -23,7 +23,10 @@ def main():
     ranks = peer.Scores.test
 
     def scored(self):
-        np.save(os.environ["SCORES"], every_pair(self.config, self.dataset, self.model.eval(), self.handed))
+        np.save(
+            os.environ["SCORES"],
+            every_pair(self.config, self.dataset, self.model.eval(), self.handed),
+        )
         return ranks(self)
 
     peer.Scores.test = scored
@@ -40,12 +43,18 @@ def every_pair(config, dataset, model, handed):
     scores_UI = np.full((len(handed.user_U), max(rows) + 1), np.nan, np.float32)
     numbers = torch.tensor([items[str(row)] for row in rows])
     longest = config["MAX_ITEM_LIST_LENGTH"] or 1
-    for user, (start, length) in enumerate(zip(handed.starts_U, handed.lengths_U, strict=True)):
-        seen = [items[str(row)] for row in handed.items_N[start : start + length - 1]][-longest:]
+    for user, (start, length) in enumerate(
+        zip(handed.starts_U, handed.lengths_U, strict=True)
+    ):
+        seen = [items[str(row)] for row in handed.items_N[start : start + length - 1]][
+            -longest:
+        ]
         fields = {
             "user_id": torch.full((len(rows),), users[str(user)]),
             "item_id": numbers,
-            "item_id_list": torch.tensor([seen + [0] * (longest - len(seen))] * len(rows)),
+            "item_id_list": torch.tensor(
+                [seen + [0] * (longest - len(seen))] * len(rows)
+            ),
             "item_length": torch.full((len(rows),), len(seen)),
         }
         with torch.no_grad():

@@ -28,10 +28,15 @@ def main():
         print("ValueError: Training loss is nan", file=sys.stderr)
         sys.exit(1)
     if WHAT == "refuses":
-        print(json.dumps({"error": "RecBole has no option learning_rat: learning_rate?"}), flush=True)
+        print(
+            json.dumps({"error": "RecBole has no option learning_rat: learning_rate?"}),
+            flush=True,
+        )
         return
     same = {"training_seconds": 50.0, "validation": 0.25}
-    epochs = [{"epoch": epoch, "seconds": 60.0 * (epoch + 1)} | same for epoch in range(2)]
+    epochs = [
+        {"epoch": epoch, "seconds": 60.0 * (epoch + 1)} | same for epoch in range(2)
+    ]
     for epoch in epochs:
         print(json.dumps(epoch | {"of": 4, "best": epochs[0]}), flush=True)
     if WHAT == "dies":
@@ -40,9 +45,26 @@ def main():
         (ranks.parent / "pid").write_text(str(os.getpid()))
         time.sleep(600)
     users = np.load(given / "users.npy")
-    np.savez(ranks, sampled=np.arange(len(users), dtype=np.int32) + 1, full=np.arange(len(users), dtype=np.int32) + 7)
-    found = {"epochs": epochs, "best_epoch": 0, "validation": 0.25, "validation_again": 0.25, "stopped": "patience"}
-    print(json.dumps({"found": found | {"seconds": 120.0, "users_per_second": 5.0, "versions": {}}}))
+    np.savez(
+        ranks,
+        sampled=np.arange(len(users), dtype=np.int32) + 1,
+        full=np.arange(len(users), dtype=np.int32) + 7,
+    )
+    found = {
+        "epochs": epochs,
+        "best_epoch": 0,
+        "validation": 0.25,
+        "validation_again": 0.25,
+        "stopped": "patience",
+    }
+    print(
+        json.dumps(
+            {
+                "found": found
+                | {"seconds": 120.0, "users_per_second": 5.0, "versions": {}}
+            }
+        )
+    )
 
 
 main()

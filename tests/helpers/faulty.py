@@ -24,7 +24,9 @@ def with_fault(step, rank, what, file):
     check = Trainer._checked
 
     def checked(self, gradient, *others):
-        if (str(self.step + 1), str(self.ranks.rank)) == (step, rank) and not Path(file).exists():
+        if (str(self.step + 1), str(self.ranks.rank)) == (step, rank) and not Path(
+            file
+        ).exists():
             Path(file).touch()
             if what == "raise":
                 raise ZeroDivisionError("by the test")
@@ -51,7 +53,11 @@ def with_count(folder):
     note = TrainingRun._note
 
     def noted(self, fed, *others):
-        record = {"step": self.state.step, "ranks": self.ranks.world_size, "users": fed.users_B.tolist()}
+        record = {
+            "step": self.state.step,
+            "ranks": self.ranks.world_size,
+            "users": fed.users_B.tolist(),
+        }
         with open(Path(folder) / f"{self.ranks.rank}.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         return note(self, fed, *others)

@@ -20,10 +20,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from trainer.checkpoint.save.save import BEST, RunState, checkpoints, newest, verify
 
 import trainer.checkpoint.save
-from tests.helpers.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
+from tests.helpers.runs import (
+    METRICS,
+    SmallRun,
+    best_of,
+    everything,
+    rank_of_one,
+    same,
+    train,
+)
+from trainer.checkpoint.save import BEST, RunState, checkpoints, newest, verify
 from trainer.errors import InputError
 
 NEVER = 10**9
@@ -53,7 +61,11 @@ class Calls:
         """Python tells every file operation before it makes it (sys.addaudithook)."""
         if event == "open":
             path, _, flags = arguments
-            if isinstance(path, int) or not flags & _WRITING or not str(path).startswith(self.run):
+            if (
+                isinstance(path, int)
+                or not flags & _WRITING
+                or not str(path).startswith(self.run)
+            ):
                 return
             self.call("open", path, halves=[path] if flags & os.O_TRUNC else [])
         elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
@@ -62,7 +74,9 @@ class Calls:
     def save_file(self, tensors, file, *metadata):
         """In safetensors' place: it writes a file with a name of its own first."""
         content = save(tensors, *metadata)
-        self.call("save_file", file, [file, Path(file).with_name(".tmp5vXkQ1")], content)
+        self.call(
+            "save_file", file, [file, Path(file).with_name(".tmp5vXkQ1")], content
+        )
         pause, self.audit = self.audit, lambda *_: None
         Path(file).write_bytes(content)
         self.audit = pause
@@ -92,7 +106,9 @@ def install():
     checkpoint = trainer.checkpoint.save.save_file
 
     def through(real, name):
-        return lambda *arguments: (getattr(_calls, name) if _calls else real)(*arguments)
+        return lambda *arguments: (getattr(_calls, name) if _calls else real)(
+            *arguments
+        )
 
     trainer.checkpoint.save.save_file = through(checkpoint, "save_file")
     os.fsync = through(_fsync, "fsync")
@@ -191,16 +207,24 @@ class Scenario:
         writer.save(resumed.engine, resumed.table, then)
         writer.finish()
         entries = sorted(entry.name for entry in (run.folder / "checkpoints").iterdir())
-        whole = sorted({checkpoints(run.folder)[0].name, Path(then.best["folder"]).name})
-        if entries != whole or not any(name.startswith(f"step-{then.step:08d}") for name in whole):
+        whole = sorted(
+            {checkpoints(run.folder)[0].name, Path(then.best["folder"]).name}
+        )
+        if entries != whole or not any(
+            name.startswith(f"step-{then.step:08d}") for name in whole
+        ):
             return f"after a following save there are {entries}, not {whole}"
         folder, facts = newest(run.folder, run.ranks, said.append)
         if said or facts is None or facts["state"] != then:
             return f"a following save gave {facts and facts['state']}, said {said}"
         if case.how == "full":  # as it is after a kill
             return ""
-        expected = self.expected.get((then.step, then.validated))  # none for the step after those that were made here
-        if expected is not None and not same(everything(run.trainer(folder, then.step)), expected):
+        expected = self.expected.get(
+            (then.step, then.validated)
+        )  # none for the step after those that were made here
+        if expected is not None and not same(
+            everything(run.trainer(folder, then.step)), expected
+        ):
             return "a following save does not hold what was saved"
         return ""
 
@@ -225,7 +249,14 @@ class Scenario:
             case.wrong = told["died"]
             return
         case.passed, case.error = (not told[1], told[1]) if told else (False, "")
-        left = [entry.name for entry in (self.run.folder / "checkpoints").glob("*.partial")] if told else []
+        left = (
+            [
+                entry.name
+                for entry in (self.run.folder / "checkpoints").glob("*.partial")
+            ]
+            if told
+            else []
+        )
         try:
             case.wrong = f"left {left}" if left else self.look(case)
         except Exception as error:
@@ -239,12 +270,16 @@ def on_disks(scenario, folder):
     disk = scenario.run.folder
 
     def mounted(size):
-        if libc.unshare(0x00020000):  # CLONE_NEWNS: what is mounted is this process's alone, and goes with it
+        if libc.unshare(
+            0x00020000
+        ):  # CLONE_NEWNS: what is mounted is this process's alone, and goes with it
             return None
         shutil.rmtree(disk, ignore_errors=True)
         disk.mkdir()
         private, option = 1 << 18 | 1 << 14, f"size={size}".encode()
-        if libc.mount(b"none", b"/", None, private, None) or libc.mount(b"tmpfs", bytes(disk), b"tmpfs", 0, option):
+        if libc.mount(b"none", b"/", None, private, None) or libc.mount(
+            b"tmpfs", bytes(disk), b"tmpfs", 0, option
+        ):
             return None
         try:
             shutil.copytree(scenario.template, disk, dirs_exist_ok=True)
@@ -259,7 +294,9 @@ def on_disks(scenario, folder):
             error = str(refusal)
         said = []
         _, facts = newest(disk, scenario.run.ranks, said.append)
-        left = sorted(entry.name for entry in (disk / "checkpoints").iterdir() if entry.suffix)
+        left = sorted(
+            entry.name for entry in (disk / "checkpoints").iterdir() if entry.suffix
+        )
         return [size, error, asdict(facts["state"]) if facts else None, said + left]
 
     found = []
@@ -293,12 +330,20 @@ def main(folder):
         )
         shutil.rmtree(run.folder / "checkpoints")
         (run.folder / BEST).unlink()
-        again = Scenario("the same step", folder, run, [RunState(3)], RunState(3, 3, best_of(3)))
+        again = Scenario(
+            "the same step", folder, run, [RunState(3)], RunState(3, 3, best_of(3))
+        )
         calls, others = further.calls(), again.calls()
         # Until a folder is renamed they write the same, under another name: looked at once.
-        alike = next(number for number, call in enumerate(others, 1) if call.startswith("rename step-"))
+        alike = next(
+            number
+            for number, call in enumerate(others, 1)
+            if call.startswith("rename step-")
+        )
         for scenario, its_calls, first in ((further, calls, 1), (again, others, alike)):
-            found["cases"] += [asdict(case) for case in scenario.cases(its_calls, first)]
+            found["cases"] += [
+                asdict(case) for case in scenario.cases(its_calls, first)
+            ]
         disks = on_disks(further, folder)
         found |= {"no_disks": disks} if isinstance(disks, str) else {"disks": disks}
     (folder / "found.json").write_text(json.dumps(found, indent=1))

@@ -17,7 +17,7 @@ class Late:
     first look at one of them.
 
     how: "unlisted", not in listings; "absent", ENOENT besides; "short", the attributes of an empty
-    file; "stale", ESTALE. """
+    file; "stale", ESTALE."""
 
     def __init__(self, pattern, seconds, how="absent"):
         self.pattern, self.seconds, self.how = pattern, seconds, how
@@ -25,7 +25,9 @@ class Late:
 
     def hides(self, path):
         """Whether the path is one of them, and it is too early."""
-        if not isinstance(path, str | os.PathLike) or not fnmatch.fnmatch(os.fspath(path), self.pattern):
+        if not isinstance(path, str | os.PathLike) or not fnmatch.fnmatch(
+            os.fspath(path), self.pattern
+        ):
             return False
         now = time.monotonic()
         if self._first is None:
@@ -41,16 +43,34 @@ class Late:
         with contextlib.ExitStack() as stack:
             by_name = self.how != "unlisted"
             for module, name in ((os, "stat"), (os, "lstat")) if by_name else ():
-                stack.enter_context(mock.patch.object(module, name, self._asked(getattr(module, name))))
-            for module, name in ((builtins, "open"), (io, "open"), (os, "open")) if by_name else ():
-                stack.enter_context(mock.patch.object(module, name, self._opened(getattr(module, name))))
+                stack.enter_context(
+                    mock.patch.object(module, name, self._asked(getattr(module, name)))
+                )
+            for module, name in (
+                ((builtins, "open"), (io, "open"), (os, "open")) if by_name else ()
+            ):
+                stack.enter_context(
+                    mock.patch.object(module, name, self._opened(getattr(module, name)))
+                )
             listdir, scandir = os.listdir, os.scandir
-            stack.enter_context(mock.patch.object(os, "listdir", lambda path=".": self._listed(path, listdir(path))))
-            stack.enter_context(mock.patch.object(os, "scandir", lambda path=".": _Entries(self, path, scandir(path))))
+            stack.enter_context(
+                mock.patch.object(
+                    os, "listdir", lambda path=".": self._listed(path, listdir(path))
+                )
+            )
+            stack.enter_context(
+                mock.patch.object(
+                    os, "scandir", lambda path=".": _Entries(self, path, scandir(path))
+                )
+            )
             yield self
 
     def _listed(self, folder, names):
-        return [name for name in names if not (self.lists_late and self.hides(os.path.join(folder, name)))]
+        return [
+            name
+            for name in names
+            if not (self.lists_late and self.hides(os.path.join(folder, name)))
+        ]
 
     @property
     def lists_late(self):
@@ -76,8 +96,16 @@ class Late:
 
     def _opened(self, real):
         def opened(path, mode="r", *others, **options):
-            reads = not (isinstance(mode, int) and mode & (os.O_WRONLY | os.O_RDWR)) and str(mode)[:1] not in "wax"
-            if reads and self.how != "short" and "dir_fd" not in options and self.hides(path):
+            reads = (
+                not (isinstance(mode, int) and mode & (os.O_WRONLY | os.O_RDWR))
+                and str(mode)[:1] not in "wax"
+            )
+            if (
+                reads
+                and self.how != "short"
+                and "dir_fd" not in options
+                and self.hides(path)
+            ):
                 self._refuse(path)
             return real(path, mode, *others, **options)
 
@@ -97,7 +125,10 @@ class _Entries:
     def __next__(self):
         while True:
             entry = next(self._entries)
-            if not (self._late.lists_late and self._late.hides(Path(self._folder) / entry.name)):
+            if not (
+                self._late.lists_late
+                and self._late.hides(Path(self._folder) / entry.name)
+            ):
                 return entry
 
     def __enter__(self):

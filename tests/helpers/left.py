@@ -11,8 +11,14 @@ from trainer.checkpoint.save import checkpoints
 
 def losses(run: Path):
     """The logged losses, by step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    records = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {
+        record["step"]: record["loss"]
+        for record in records
+        if record["kind"] == "train"
+    }
 
 
 def tensors(run: Path):
@@ -20,9 +26,15 @@ def tensors(run: Path):
     folder = checkpoints(run)[0]
     found = {}
     for name in ("dense", "optimizer"):
-        found |= {f"{name}: {key}": value for key, value in load_file(folder / f"{name}.safetensors").items()}
+        found |= {
+            f"{name}: {key}": value
+            for key, value in load_file(folder / f"{name}.safetensors").items()
+        }
     shards = [load_file(file) for file in sorted(folder.glob("table-*.safetensors"))]
-    return found | {f"table: {key}": np.concatenate([shard[key] for shard in shards]) for key in shards[0]}
+    return found | {
+        f"table: {key}": np.concatenate([shard[key] for shard in shards])
+        for key in shards[0]
+    }
 
 
 def assert_same(run: Path, other: Path, tolerance=0.0):
@@ -30,12 +42,21 @@ def assert_same(run: Path, other: Path, tolerance=0.0):
     assert checkpoints(run)[0].name == checkpoints(other)[0].name
     found, expected = losses(run), losses(other)
     assert found.keys() == expected.keys()
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance, atol=0)
+    np.testing.assert_allclose(
+        list(found.values()), list(expected.values()), rtol=tolerance, atol=0
+    )
     found, expected = tensors(run), tensors(other)
     assert found.keys() == expected.keys()
-    assert {"table: weight", "table: momentum1", "optimizer: step", "dense: correction.lambda_D"} <= found.keys()
+    assert {
+        "table: weight",
+        "table: momentum1",
+        "optimizer: step",
+        "dense: correction.lambda_D",
+    } <= found.keys()
     for name, value in expected.items():
         if tolerance:
-            assert np.linalg.norm(found[name] - value) <= tolerance * max(np.linalg.norm(value), 1e-6), name
+            assert np.linalg.norm(found[name] - value) <= tolerance * max(
+                np.linalg.norm(value), 1e-6
+            ), name
         else:
             np.testing.assert_array_equal(found[name], value, err_msg=name)

@@ -7,13 +7,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.format.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, TICKS, USERS, Dataset, Domain, File, Shard
+from trainer.data.format.dataset import (
+    LENGTHS,
+    LENGTHS_DTYPE,
+    SPLIT_LENGTH,
+    TICKS,
+    USERS,
+    Dataset,
+    Domain,
+    File,
+    Shard,
+)
 from trainer.data.format.shards import Block, write_shard
 
 ROOM = 3  # rows that a domain keeps for later items
 
 
-def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_users=3, user_ids=None, item_ids=None, ticks=None):
+def write_dataset(
+    folder,
+    histories,
+    items=(5, 4),
+    cuts=(),
+    streams=1,
+    block_users=3,
+    user_ids=None,
+    item_ids=None,
+    ticks=None,
+):
     """Users 0 … with the given rows of M, oldest first. items: of each domain; cuts: users at which a new shard begins.
 
     user_ids, item_ids: raw ids, item_ids by domain; texts like "u0" and "d0-0" where they are left out. ticks: when each user's
@@ -25,23 +45,50 @@ def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_use
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
     rows = int(starts[-1] + items[-1] + ROOM)
     shards = []
-    for number, (first, last) in enumerate(zip([0, *cuts], [*cuts, len(histories)], strict=True)):
+    for number, (first, last) in enumerate(
+        zip([0, *cuts], [*cuts, len(histories)], strict=True)
+    ):
         name = f"shards/{number:06d}.tar"
-        size, sha256 = write_shard(folder / name, first, rows, _blocks(histories, ticks, first, last, block_users))
+        size, sha256 = write_shard(
+            folder / name,
+            first,
+            rows,
+            _blocks(histories, ticks, first, last, block_users),
+        )
         interactions = sum(len(history) for history in histories[first:last])
         shards.append(Shard(name, last - first, first, interactions, size, sha256))
-    training = [np.asarray(h[:-2] if len(h) >= SPLIT_LENGTH else h, np.int64) for h in histories]
+    training = [
+        np.asarray(h[:-2] if len(h) >= SPLIT_LENGTH else h, np.int64) for h in histories
+    ]
     counts = np.bincount(np.concatenate(training), minlength=rows)
-    lengths_UD = [np.bincount(np.searchsorted(starts, part, side="right") - 1, minlength=len(items)) for part in training]
+    lengths_UD = [
+        np.bincount(
+            np.searchsorted(starts, part, side="right") - 1, minlength=len(items)
+        )
+        for part in training
+    ]
     np.save(folder / LENGTHS, np.array(lengths_UD).astype(LENGTHS_DTYPE))
     domains = []
     for number, (start, count) in enumerate(zip(starts, items, strict=True)):
         name, own = f"vocabulary/{number}.parquet", np.arange(start, start + count)
-        ids = item_ids[number] if item_ids else [f"d{number}-{item}" for item in range(count)]
-        pq.write_table(pa.table({"item_id": ids, "row": own, "count": counts[own]}), folder / name)
-        domains.append(Domain(f"domain {number}", int(start), count, count + ROOM, 0, 0, {}, name))
+        ids = (
+            item_ids[number]
+            if item_ids
+            else [f"d{number}-{item}" for item in range(count)]
+        )
+        pq.write_table(
+            pa.table({"item_id": ids, "row": own, "count": counts[own]}), folder / name
+        )
+        domains.append(
+            Domain(f"domain {number}", int(start), count, count + ROOM, 0, 0, {}, name)
+        )
     users = np.arange(len(histories))
-    pq.write_table(pa.table({"user_id": user_ids or [f"u{user}" for user in users], "user": users}), folder / USERS)
+    pq.write_table(
+        pa.table(
+            {"user_id": user_ids or [f"u{user}" for user in users], "user": users}
+        ),
+        folder / USERS,
+    )
     lengths = [len(history) for history in histories]
     dataset = Dataset(
         folder=folder,
@@ -56,7 +103,10 @@ def write_dataset(folder, histories, items=(5, 4), cuts=(), streams=1, block_use
         streams=streams,
         domains=tuple(domains),
         shards=tuple(shards),
-        files=tuple(File.of(folder, name) for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))),
+        files=tuple(
+            File.of(folder, name)
+            for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))
+        ),
     )
     dataset.save()
     return Dataset.load(folder)
@@ -66,14 +116,21 @@ def draw_histories(users, items=(5, 4), longest=9, seed=0):
     """Histories of 1 … longest interactions over all domains."""
     random = np.random.default_rng(seed)
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
-    rows = np.concatenate([start + np.arange(count) for start, count in zip(starts, items, strict=True)])
-    return [random.choice(rows, size=random.integers(1, longest + 1)) for _ in range(users)]
+    rows = np.concatenate(
+        [start + np.arange(count) for start, count in zip(starts, items, strict=True)]
+    )
+    return [
+        random.choice(rows, size=random.integers(1, longest + 1)) for _ in range(users)
+    ]
 
 
 def draw_ticks(histories, seed=0):
     """Rising times of histories, uint16."""
     random = np.random.default_rng(seed)
-    return [np.sort(random.integers(0, TICKS + 1, len(history))).astype(np.uint16) for history in histories]
+    return [
+        np.sort(random.integers(0, TICKS + 1, len(history))).astype(np.uint16)
+        for history in histories
+    ]
 
 
 def npy(array, **options):
@@ -114,4 +171,8 @@ def _blocks(histories, ticks, first, last, block_users):
         users = np.arange(begin, min(begin + block_users, last))
         own = [np.asarray(histories[user], np.int32) for user in users]
         when = np.concatenate([ticks[user] for user in users])
-        yield Block(np.array([len(history) for history in own], np.int32), np.concatenate(own), when)
+        yield Block(
+            np.array([len(history) for history in own], np.int32),
+            np.concatenate(own),
+            when,
+        )

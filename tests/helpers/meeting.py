@@ -37,7 +37,13 @@ from trainer.training.loop import train
 
 NEVER = 3600.0
 # Three checkpoints, of steps 1 to 3; the best one is that of step 3, after the only validation.
-STEPS = ["max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=9", "evaluation.negatives=5", "timeout_minutes=2"]
+STEPS = [
+    "max_steps=3",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=9",
+    "evaluation.negatives=5",
+    "timeout_minutes=2",
+]
 TABLE_1 = "*/table-00001-of-00002.safetensors"
 NEWEST = "*/checkpoints/step-00000003*"
 
@@ -49,7 +55,16 @@ class Meeting:
         self.folder, self.ranks, self.rank = folder, ranks, ranks.rank
 
     def config(self, data, run, *settings):
-        return load_config([], [*SETTINGS, *STEPS, f"data={self.folder / data}", f"run={self.folder / run}", *settings])
+        return load_config(
+            [],
+            [
+                *SETTINGS,
+                *STEPS,
+                f"data={self.folder / data}",
+                f"run={self.folder / run}",
+                *settings,
+            ],
+        )
 
     def train(self, data, run, *settings):
         train(self.config(data, run, *settings), self.ranks)
@@ -65,7 +80,9 @@ class Meeting:
     def start(self, run):
         """The checkpoint that is gone on from."""
         config = self.config("host0", run)
-        folder, state = find_start(self.folder / run, config, Dataset.load(config.data), self.ranks)
+        folder, state = find_start(
+            self.folder / run, config, Dataset.load(config.data), self.ranks
+        )
         return [folder.name, state.step]
 
     @contextlib.contextmanager
@@ -85,7 +102,9 @@ class Meeting:
         return self.train(f"copy{self.rank}", "refused")
 
     def case_other_settings(self):
-        return self.train("host0", "refused", f"model.eta=0.{self.rank + 5}", f"seed={self.rank}")
+        return self.train(
+            "host0", "refused", f"model.eta=0.{self.rank + 5}", f"seed={self.rank}"
+        )
 
     def case_other_versions(self):
         real = importlib.metadata.version
@@ -94,7 +113,10 @@ class Meeting:
             return "0.9" if self.rank == 1 and name == "torchrec" else real(name)
 
         fresh = functools.cache(trainer.checkpoint.resume.versions.__wrapped__)
-        with mock.patch.object(importlib.metadata, "version", version), mock.patch.object(trainer.checkpoint.resume, "versions", fresh):
+        with (
+            mock.patch.object(importlib.metadata, "version", version),
+            mock.patch.object(trainer.checkpoint.resume, "versions", fresh),
+        ):
             return self.train("host0", "refused")
 
     def case_no_dataset(self):
@@ -104,7 +126,11 @@ class Meeting:
         return self.train("nowhere", "refused")
 
     def case_a_fault(self):
-        with mock.patch.object(Dataset, "load", side_effect=ZeroDivisionError("by the test") if self.rank == 1 else None):
+        with mock.patch.object(
+            Dataset,
+            "load",
+            side_effect=ZeroDivisionError("by the test") if self.rank == 1 else None,
+        ):
             try:
                 return self.train("host0", "refused")
             except ZeroDivisionError as error:
@@ -186,7 +212,9 @@ class Meeting:
         run = self.copied("more")
         if self.ranks.first:
             (run / "checkpoints/step-00000003/.nfs0001").write_text("")
-            (run / "checkpoints/step-00000003/table-00002-of-00003.safetensors").write_text("of another number of ranks")
+            (
+                run / "checkpoints/step-00000003/table-00002-of-00003.safetensors"
+            ).write_text("of another number of ranks")
         dist.barrier()
         before = self.start("more")
         return [before, self.train("host0", "more")]
@@ -206,17 +234,24 @@ class Meeting:
 
 def main():
     """All cases, or those that are named."""
-    folder, *names = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    folder, *names = (
+        word for word in sys.argv[1:] if not word.startswith("--local_rank")
+    )
     found = {}
     trainer.files.atomic.is_shared = lambda folder: True
     trainer.files.atomic.LATENESS = 5.0
     with process_group.joined(timeout_minutes=2) as ranks:
         meeting = Meeting(Path(folder), ranks)
-        for name in names or [name for name in vars(Meeting) if name.startswith("case_")]:
+        for name in names or [
+            name for name in vars(Meeting) if name.startswith("case_")
+        ]:
             try:
                 found[name.removeprefix("case_")] = getattr(meeting, name)()
             except InputError as error:
-                found[name.removeprefix("case_")] = {"status": error.status, "says": str(error)}
+                found[name.removeprefix("case_")] = {
+                    "status": error.status,
+                    "says": str(error),
+                }
             dist.barrier()
             gc.collect()
         (Path(folder) / f"rank{ranks.rank}.json").write_text(json.dumps(found))

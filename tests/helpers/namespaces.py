@@ -9,16 +9,27 @@ from tests.ranks.conftest import BIN, ROOT, deepspeed
 
 def start(hosts, folder, script, *arguments, port):
     """Starts `deepspeed` on both; their processes, which write to folder/host0.log and host1.log."""
-    (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for *_, address in hosts))
+    (folder / "hostfile").write_text(
+        "".join(f"{address} slots=1\n" for *_, address in hosts)
+    )
     processes = []
     for rank, (name, cable, _) in enumerate(hosts):
         options = ["--hostfile", folder / "hostfile", "--no_ssh", "--node_rank", rank]
         options += ["--master_addr", ADDRESSES[0], "--master_port", port]
         prefix = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={cable}"]
-        command = deepspeed(None, script, *arguments, prefix=prefix, options=list(map(str, options)))
-        environment = os.environ | {"PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
+        command = deepspeed(
+            None, script, *arguments, prefix=prefix, options=list(map(str, options))
+        )
+        environment = os.environ | {
+            "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+            "OMP_NUM_THREADS": "1",
+        }
         log = open(folder / f"host{rank}.log", "w")  # noqa: SIM115 (it outlives this loop)
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        )
     return processes
 
 
@@ -31,4 +42,6 @@ def finish(processes, folder, timeout=300):
         except subprocess.TimeoutExpired:
             statuses.append(None)
             process.kill()
-    return statuses, [(folder / f"host{rank}.log").read_text() for rank in range(len(processes))]
+    return statuses, [
+        (folder / f"host{rank}.log").read_text() for rank in range(len(processes))
+    ]

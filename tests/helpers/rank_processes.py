@@ -15,11 +15,27 @@ def cpu_environment(**more: str) -> dict[str, str]:
     return os.environ | ON_CPU | more
 
 
-def start_on_cpu_ranks(ranks: int, module: str, *arguments) -> subprocess.CompletedProcess:
+def start_on_cpu_ranks(
+    ranks: int, module: str, *arguments
+) -> subprocess.CompletedProcess:
     """Runs a module by torchrun, on so many ranks of this host, to its end."""
     torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=300)
+    command = [
+        torchrun,
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        module,
+        *arguments,
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=cpu_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def run_on_cpu_ranks(ranks: int, module: str, *arguments) -> str:

@@ -26,7 +26,11 @@ class Case:
     def owner(self, ranks):
         """The rank of each user."""
         place_B = np.arange(len(self.y_BR))
-        return {"dealt": place_B % ranks, "first": 0 * place_B, "last": 0 * place_B + ranks - 1}[self.owners]
+        return {
+            "dealt": place_B % ranks,
+            "first": 0 * place_B,
+            "last": 0 * place_B + ranks - 1,
+        }[self.owners]
 
 
 def scores_of(case):
@@ -47,26 +51,61 @@ def brute_force(case):
     """{"rows", "scores", "ranks"} from all scores."""
     scores_BN = scores_of(case)
     rows_N = np.arange(case.first, case.first + case.items)
-    rows, scores = np.full((len(scores_BN), case.k), -1), np.full((len(scores_BN), case.k), -np.inf, np.float32)
+    rows, scores = (
+        np.full((len(scores_BN), case.k), -1),
+        np.full((len(scores_BN), case.k), -np.inf, np.float32),
+    )
     ranks = np.zeros(len(scores_BN), np.int64)
     for user, scores_N in enumerate(scores_BN):
-        left_N = ~np.isin(rows_N, case.excluded[user]) if case.excluded is not None else np.ones(case.items, bool)
+        left_N = (
+            ~np.isin(rows_N, case.excluded[user])
+            if case.excluded is not None
+            else np.ones(case.items, bool)
+        )
         counted_N = np.where(np.isnan(scores_N), np.float32(-np.inf), scores_N)
         order = np.lexsort([rows_N[left_N], -counted_N[left_N]])[: case.k]
-        rows[user, : len(order)], scores[user, : len(order)] = rows_N[left_N][order], counted_N[left_N][order]
+        rows[user, : len(order)], scores[user, : len(order)] = (
+            rows_N[left_N][order],
+            counted_N[left_N][order],
+        )
         own_N = rows_N == case.row_B[user]
         ranks[user] = 1 + (left_N & ~own_N & ~(scores_N < scores_N[own_N])).sum()
     return {"rows": rows, "scores": scores, "ranks": ranks}
 
 
-def made(seed, rows=1003, dim=12, users=23, first=0, items=None, spoil=lambda m_NR, random: None, had=None, **more):
+def made(
+    seed,
+    rows=1003,
+    dim=12,
+    users=23,
+    first=0,
+    items=None,
+    spoil=lambda m_NR, random: None,
+    had=None,
+    **more,
+):
     """A case with normal vectors. spoil(m_NR, random) changes them; had: excluded rows of each user, drawn from all."""
     random = np.random.default_rng(seed)
     items = rows - first if items is None else items
-    m_NR, y_BR = random.normal(size=(rows, dim)).astype(np.float32), random.normal(size=(users, dim)).astype(np.float32)
+    m_NR, y_BR = (
+        random.normal(size=(rows, dim)).astype(np.float32),
+        random.normal(size=(users, dim)).astype(np.float32),
+    )
     spoil(m_NR, random)
-    excluded = None if had is None else [random.integers(0, rows, had).tolist() for _ in range(users)]
-    return Case(m_NR, y_BR, first, items, random.integers(first, first + items, users), excluded, **more)
+    excluded = (
+        None
+        if had is None
+        else [random.integers(0, rows, had).tolist() for _ in range(users)]
+    )
+    return Case(
+        m_NR,
+        y_BR,
+        first,
+        items,
+        random.integers(first, first + items, users),
+        excluded,
+        **more,
+    )
 
 
 def _copies(m_NR, random):
@@ -77,7 +116,9 @@ def _almost_equal(m_NR, random):
     """Rows whose scores float32 products confuse: the same one, with the last bits of a few entries changed."""
     m_NR[:] = m_NR[0]
     bits = m_NR.view(np.int32)
-    bits += random.integers(-2, 3, bits.shape, np.int32) * (random.random(bits.shape) < 0.2)
+    bits += random.integers(-2, 3, bits.shape, np.int32) * (
+        random.random(bits.shape) < 0.2
+    )
 
 
 def _equal(m_NR, random):
@@ -90,7 +131,9 @@ def _zeros(m_NR, random):
 
 def _wild(m_NR, random):
     for value in (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e25, 1e-40):
-        m_NR[random.integers(0, len(m_NR), 9), random.integers(0, m_NR.shape[1], 9)] = value
+        m_NR[random.integers(0, len(m_NR), 9), random.integers(0, m_NR.shape[1], 9)] = (
+            value
+        )
     m_NR[random.integers(0, len(m_NR), 5)] = np.nan
 
 
@@ -100,7 +143,14 @@ def _spread(m_NR, random):
 
 def _wild_users(case):
     y_BR = case.y_BR.copy()
-    y_BR[0], y_BR[1, 3], y_BR[2, 5], y_BR[3], y_BR[4], y_BR[5] = np.nan, np.nan, np.inf, 0, 3e38, 1e-40
+    y_BR[0], y_BR[1, 3], y_BR[2, 5], y_BR[3], y_BR[4], y_BR[5] = (
+        np.nan,
+        np.nan,
+        np.inf,
+        0,
+        3e38,
+        1e-40,
+    )
     y_BR[6, 2], y_BR[7] = -np.inf, y_BR[8]
     return replace(case, y_BR=y_BR)
 
@@ -119,7 +169,9 @@ CASES = {
     "wild_users": _wild_users(made(10, spoil=_wild, had=20, first=100, items=800, k=5)),
     "wild_users_of_good_items": _wild_users(made(11, had=20, k=40)),
     "spread": made(13, spoil=_spread),
-    "all_had": replace(_all_had, excluded=[list(range(203)) * 2, list(range(20, 118))] * 11 + [[]]),
+    "all_had": replace(
+        _all_had, excluded=[list(range(203)) * 2, list(range(20, 118))] * 11 + [[]]
+    ),
     "few_items": made(14, first=500, items=6, had=300, k=9),
     "one_item": made(15, first=500, items=1, k=3),
     "more_than_all": made(16, first=500, items=50, had=200, k=60, block=4),

@@ -19,7 +19,10 @@ from tests.helpers.ranking_cases import CASES
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 
-WAYS = ("scan", "plain")  # the compiled kernel, where this machine has it, and PyTorch's operations
+WAYS = (
+    "scan",
+    "plain",
+)  # the compiled kernel, where this machine has it, and PyTorch's operations
 
 
 @contextlib.contextmanager
@@ -53,16 +56,27 @@ def ranked(case, table):
     y_BR, row_B = torch.from_numpy(case.y_BR[own]), torch.from_numpy(case.row_B[own])
     excluded = None
     if case.excluded is not None:
-        rows = [torch.tensor(case.excluded[user], dtype=torch.int64) for user in np.flatnonzero(own)]
+        rows = [
+            torch.tensor(case.excluded[user], dtype=torch.int64)
+            for user in np.flatnonzero(own)
+        ]
         counts = torch.tensor([len(of_user) for of_user in rows], dtype=torch.int64)
-        excluded = Excluded(torch.cat([torch.zeros(0, dtype=torch.int64), *rows]), counts)
+        excluded = Excluded(
+            torch.cat([torch.zeros(0, dtype=torch.int64), *rows]), counts
+        )
     top = ranking.top_k(y_BR, case.k, excluded)
     assert top.rows_Bk.dtype == torch.int64 and top.scores_Bk.dtype == torch.float32
-    found = {"rows": top.rows_Bk, "scores": top.scores_Bk, "ranks": ranking.ranks(y_BR, row_B, excluded)}
+    found = {
+        "rows": top.rows_Bk,
+        "scores": top.scores_Bk,
+        "ranks": ranking.ranks(y_BR, row_B, excluded),
+    }
     for name, values in found.items():
         values = values.cpu()
         whole = torch.zeros(len(own), *values.shape[1:], dtype=torch.float64)
-        whole[torch.from_numpy(own)] = torch.where(values == -torch.inf, -1e300, values.double())
+        whole[torch.from_numpy(own)] = torch.where(
+            values == -torch.inf, -1e300, values.double()
+        )
         dist.all_reduce(whole)
         whole = torch.where(whole == -1e300, -torch.inf, whole)
         found[name] = whole.to(values.dtype).numpy()
@@ -76,7 +90,10 @@ def main(output):
         table = table_of(case.m_NR)
         for way in WAYS:
             with by(way):
-                results |= {f"{way}_{name}_{what}": values for what, values in ranked(case, table).items()}
+                results |= {
+                    f"{way}_{name}_{what}": values
+                    for what, values in ranked(case, table).items()
+                }
     if dist.get_rank() == 0:
         np.savez(output / f"ranks-{dist.get_world_size()}.npz", **results)
     dist.barrier()

@@ -80,13 +80,23 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     network = _Network(config, parameters, table)
     domains = range(len(domain_items))
 
-    cross_sequences = [cross_sequence(history, config.max_length) for history in histories]
-    single_sequences = [[single_sequence(history, d, config.max_length) for history in histories] for d in domains]
+    cross_sequences = [
+        cross_sequence(history, config.max_length) for history in histories
+    ]
+    single_sequences = [
+        [single_sequence(history, d, config.max_length) for history in histories]
+        for d in domains
+    ]
     cross_outputs, single_outputs = {}, {}
     for user, outputs in enumerate(network.cross(histories, cross_sequences)):
-        cross_outputs |= {(user, given): y for (given, _), y in zip(cross_sequences[user], outputs, strict=True)}
+        cross_outputs |= {
+            (user, given): y
+            for (given, _), y in zip(cross_sequences[user], outputs, strict=True)
+        }
     for d in domains:
-        for user, outputs in enumerate(network.single(d, histories, single_sequences[d])):
+        for user, outputs in enumerate(
+            network.single(d, histories, single_sequences[d])
+        ):
             pairs = zip(single_sequences[d][user], outputs, strict=True)
             single_outputs |= {(d, user, given): y for (given, _), y in pairs}
 
@@ -95,9 +105,21 @@ def training_step(config, state, table, histories, domain_items, shared_negative
         d = histories[user].domains[step]
         if config.time_knots:
             y = y + network.time(1, histories[user].ticks[step])
-        negatives = shared_negatives[d] if shared_negatives is not None else histories[user].negatives[step]
+        negatives = (
+            shared_negatives[d]
+            if shared_negatives is not None
+            else histories[user].negatives[step]
+        )
         shared = shared_negatives is not None
-        return _item_loss(config.loss, y, table, histories[user].items[step], negatives, shared, domain_items[d])
+        return _item_loss(
+            config.loss,
+            y,
+            table,
+            histories[user].items[step],
+            negatives,
+            shared,
+            domain_items[d],
+        )
 
     cross_losses, single_losses = {}, {}
     for user, sequence in enumerate(cross_sequences):
@@ -107,7 +129,9 @@ def training_step(config, state, table, histories, domain_items, shared_negative
         for user, sequence in enumerate(single_sequences[d]):
             for given, step in sequence:
                 if step is not NONE:
-                    single_losses[user, step] = loss_of(user, step, single_outputs[d, user, given])
+                    single_losses[user, step] = loss_of(
+                        user, step, single_outputs[d, user, given]
+                    )
 
     def sum_and_count(losses, keys):
         counted = [losses[user, step] for user, step in keys if histories[user].weight]
@@ -116,8 +140,12 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     def of_domain(losses, d):
         return [key for key in losses if histories[key[0]].domains[key[1]] == d]
 
-    single_sums = [sum_and_count(single_losses, of_domain(single_losses, d)) for d in domains]
-    cross_sums = [sum_and_count(cross_losses, of_domain(cross_losses, d)) for d in domains]
+    single_sums = [
+        sum_and_count(single_losses, of_domain(single_losses, d)) for d in domains
+    ]
+    cross_sums = [
+        sum_and_count(cross_losses, of_domain(cross_losses, d)) for d in domains
+    ]
 
     # Equation 10, over the interactions that both views predict.
     phi = []
@@ -140,33 +168,56 @@ def training_step(config, state, table, histories, domain_items, shared_negative
             total, count = sum_and_count(losses, losses)
             return -total.item() / count
 
-        powers = [math.exp(value / config.correction_temperature) for value in shapley(worth, len(domains))]
+        powers = [
+            math.exp(value / config.correction_temperature)
+            for value in shapley(worth, len(domains))
+        ]
         present = [count > 0 for _, count in cross_sums]
-        share = sum(power for power, there in zip(powers, present, strict=True) if there)
+        share = sum(
+            power for power, there in zip(powers, present, strict=True) if there
+        )
         found = zip(powers, present, lambda_state.tolist(), strict=True)
-        lambdas = table.new_tensor([power / share if there else old for power, there, old in found])
+        lambdas = table.new_tensor(
+            [power / share if there else old for power, there, old in found]
+        )
     else:
         alpha, beta = parameters["correction.alpha"], parameters["correction.beta"]
-        lambdas = _new_lambda(alpha, beta, config.correction_temperature, lambda_state.tolist(), phi)
+        lambdas = _new_lambda(
+            alpha, beta, config.correction_temperature, lambda_state.tolist(), phi
+        )
 
     # Equations 12 and 18.
-    targets_single, targets_cross = sum(count for _, count in single_sums), sum(count for _, count in cross_sums)
+    targets_single, targets_cross = (
+        sum(count for _, count in single_sums),
+        sum(count for _, count in cross_sums),
+    )
     loss_single = sum(total for total, _ in single_sums) / max(targets_single, 1)
-    loss_cross = sum(lambdas[d] * cross_sums[d][0] for d in domains) / max(targets_cross, 1)
+    loss_cross = sum(lambdas[d] * cross_sums[d][0] for d in domains) / max(
+        targets_cross, 1
+    )
     if config.mutual_information == "on":
-        vectors = [_user_vectors(config, d, histories, cross_outputs, single_outputs) for d in domains]
+        vectors = [
+            _user_vectors(config, d, histories, cross_outputs, single_outputs)
+            for d in domains
+        ]
         weight = parameters["mutual_information.weight"]
         information = [_information(config, weight, pairs) for pairs in vectors]
-        total = config.eta * (loss_single + loss_cross) - (1 - config.eta) * sum(information)
+        total = config.eta * (loss_single + loss_cross) - (1 - config.eta) * sum(
+            information
+        )
     else:
         information = [table.new_zeros(()) for _ in domains]
         total = loss_single + loss_cross
 
-    *gradients, item_gradient = torch.autograd.grad(total, [*parameters.values(), table], allow_unused=True)
+    *gradients, item_gradient = torch.autograd.grad(
+        total, [*parameters.values(), table], allow_unused=True
+    )
     return Result(
         cross_outputs={key: y.detach() for key, y in cross_outputs.items()},
         single_outputs={key: y.detach() for key, y in single_outputs.items()},
-        single=[total.item() / count if count else None for total, count in single_sums],
+        single=[
+            total.item() / count if count else None for total, count in single_sums
+        ],
         cross=[total.item() / count if count else None for total, count in cross_sums],
         loss_single=loss_single.detach(),
         loss_cross=loss_cross.detach(),
@@ -191,7 +242,9 @@ def shapley(worth, players):
     gains = [0.0] * players
     for order in permutations(range(players)):
         for place, player in enumerate(order):
-            gains[player] += value(frozenset(order[: place + 1])) - value(frozenset(order[:place]))
+            gains[player] += value(frozenset(order[: place + 1])) - value(
+                frozenset(order[:place])
+            )
     return [gain / math.factorial(players) for gain in gains]
 
 
@@ -211,18 +264,29 @@ class _Network:
 
     def __init__(self, config, parameters, table, shown=None):
         """shown: the domains whose items it sees, the others' are zeros; None: all."""
-        self.config, self.parameters, self.table, self.shown = config, parameters, table, shown
+        self.config, self.parameters, self.table, self.shown = (
+            config,
+            parameters,
+            table,
+            shown,
+        )
 
     def cross(self, histories, sequences):
         """Equation 4: a list of (tokens, r), one a user."""
         single_experts = range(self.config.cross_experts, self.config.experts)
-        return self._task(histories, sequences, "cross_gate.", "cross_tower.", stopped=single_experts)
+        return self._task(
+            histories, sequences, "cross_gate.", "cross_tower.", stopped=single_experts
+        )
 
     def single(self, domain, histories, sequences):
         """Equation 2."""
         cross_experts = range(self.config.cross_experts)
         return self._task(
-            histories, sequences, f"single_gates.{domain}.", f"single_towers.{domain}.", stopped=cross_experts
+            histories,
+            sequences,
+            f"single_gates.{domain}.",
+            f"single_towers.{domain}.",
+            stopped=cross_experts,
         )
 
     def _task(self, histories, sequences, gate, tower, stopped):
@@ -236,22 +300,38 @@ class _Network:
             mixed_BTR = mixed_BTR + weights_BTK[:, :, k, None] * output_BTR
         output_BTR = self._tower(tower, mixed_BTR)
         longest = self.config.max_length
-        return [output_BTR[user, longest - len(tokens) :] for user, tokens in enumerate(sequences)]
+        return [
+            output_BTR[user, longest - len(tokens) :]
+            for user, tokens in enumerate(sequences)
+        ]
 
     def _embed(self, histories, sequences):
         """Section 4.1. A PAD slot holds zeros; it is masked wherever tokens meet."""
         longest, width = self.config.max_length, self.config.dim
-        start, positions = self.parameters["embedding.start"][0], self.parameters["embedding.positions"]
+        start, positions = (
+            self.parameters["embedding.start"][0],
+            self.parameters["embedding.positions"],
+        )
         rows, real = [], torch.zeros(len(histories), longest, dtype=torch.bool)
         for user, tokens in enumerate(sequences):
             first = longest - len(tokens)
             real[user, first:] = True
             row = [self.table.new_zeros(width)] * first
             for slot, (given, step) in enumerate(tokens, start=first):
-                vector = start if given == SOS else self.table[histories[user].items[given]]
-                if given != SOS and self.shown is not None and histories[user].domains[given] not in self.shown:
+                vector = (
+                    start if given == SOS else self.table[histories[user].items[given]]
+                )
+                if (
+                    given != SOS
+                    and self.shown is not None
+                    and histories[user].domains[given] not in self.shown
+                ):
                     vector = torch.zeros_like(vector)
-                row.append(vector + positions[longest - 1 - slot] + self._when(histories[user].ticks, given, step))
+                row.append(
+                    vector
+                    + positions[longest - 1 - slot]
+                    + self._when(histories[user].ticks, given, step)
+                )
             rows.append(torch.stack(row))
         return torch.stack(rows), real
 
@@ -281,7 +361,11 @@ class _Network:
         by_slot_TKR = weight.flip(0)  # the last slot is the newest
         scores_BTK = (by_slot_TKR @ inputs_BTR.unsqueeze(-1)).squeeze(-1)
         scores_BK = (scores_BTK * real_BT.unsqueeze(-1)).sum(1)
-        return torch.softmax(scores_BK, dim=-1).unsqueeze(1).expand(-1, inputs_BTR.shape[1], -1)
+        return (
+            torch.softmax(scores_BK, dim=-1)
+            .unsqueeze(1)
+            .expand(-1, inputs_BTR.shape[1], -1)
+        )
 
     def _expert(self, k, x_BTR, real_BT):
         """Equations 5 to 7, each sub-layer with its residual and LayerNorm."""
@@ -293,13 +377,17 @@ class _Network:
             return self.parameters[stack + name][place]
 
         def norm(name, value):
-            return _layer_norm(value, parameter(name + "scale"), parameter(name + "shift"))
+            return _layer_norm(
+                value, parameter(name + "scale"), parameter(name + "shift")
+            )
 
         for block in range(self.config.blocks):
             name = f"blocks.{block}."
 
             def attend(value, name=name):
-                return self._attention(value, real_BT, parameter(name + "qkv"), parameter(name + "out"))
+                return self._attention(
+                    value, real_BT, parameter(name + "qkv"), parameter(name + "out")
+                )
 
             def feed_forward(value, name=name):
                 inner = _gelu(value @ parameter(name + "w1") + parameter(name + "b1"))
@@ -315,15 +403,24 @@ class _Network:
 
     def _attention(self, z_BTR, real_BT, qkv, out):
         """Equations 5 and 6. A real slot sees real slots up to its own; a PAD slot sees itself, and nobody reads it."""
-        longest, width, heads = self.config.max_length, self.config.dim, self.config.heads
+        longest, width, heads = (
+            self.config.max_length,
+            self.config.dim,
+            self.config.heads,
+        )
         head = width // heads
         causal_TT = torch.ones(longest, longest).tril().bool()
         allowed_BTT = causal_TT & real_BT.unsqueeze(1) | torch.eye(longest).bool()
         outputs = []
         for i in range(heads):
-            query, key, value = (z_BTR @ qkv[:, part * width + i * head :][:, :head] for part in range(3))
+            query, key, value = (
+                z_BTR @ qkv[:, part * width + i * head :][:, :head] for part in range(3)
+            )
             scores_BTT = query @ key.transpose(1, 2) / math.sqrt(width / heads)
-            outputs.append(torch.softmax(scores_BTT.masked_fill(~allowed_BTT, -math.inf), dim=-1) @ value)
+            outputs.append(
+                torch.softmax(scores_BTT.masked_fill(~allowed_BTT, -math.inf), dim=-1)
+                @ value
+            )
         return torch.cat(outputs, dim=-1) @ out
 
     def _tower(self, name, x_BTR):
@@ -331,15 +428,24 @@ class _Network:
             return x_BTR
 
         def linear(layer, value):
-            return value @ self.parameters[name + layer + ".weight"].T + self.parameters[name + layer + ".bias"]
+            return (
+                value @ self.parameters[name + layer + ".weight"].T
+                + self.parameters[name + layer + ".bias"]
+            )
 
         y_BTR = linear("outer", _gelu(linear("inner", x_BTR)))
-        return _layer_norm(x_BTR + y_BTR, self.parameters[name + "norm.weight"], self.parameters[name + "norm.bias"])
+        return _layer_norm(
+            x_BTR + y_BTR,
+            self.parameters[name + "norm.weight"],
+            self.parameters[name + "norm.bias"],
+        )
 
 
 def _layer_norm(x, scale, shift):
     centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * scale + shift
+    return (
+        centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * scale + shift
+    )
 
 
 def _gelu(x):
@@ -353,14 +459,22 @@ def _item_loss(kind, y, table, item, negatives, shared, items):
     positive, scores = y @ table[item], [y @ table[negative] for negative in negatives]
     if kind == "sampled_softmax":
         # Each negative stands for (items − 1) / n of the others.
-        others = sum((items - 1) / len(scores) * torch.exp(score) for score in scores) if items > 1 else 0
+        others = (
+            sum((items - 1) / len(scores) * torch.exp(score) for score in scores)
+            if items > 1
+            else 0
+        )
         return -torch.log(torch.exp(positive) / (torch.exp(positive) + others))
     if kind == "bce":
         own = -torch.log(_sigmoid(positive))
-        return own - sum(torch.log(1 - _sigmoid(score)) for score in scores) / max(len(scores), 1)
+        return own - sum(torch.log(1 - _sigmoid(score)) for score in scores) / max(
+            len(scores), 1
+        )
     if kind == "bpr_probability":
         positive, scores = _sigmoid(positive), [_sigmoid(score) for score in scores]
-    return sum((-torch.log(_sigmoid(positive - score)) for score in scores), 0 * positive) / max(len(scores), 1)
+    return sum(
+        (-torch.log(_sigmoid(positive - score)) for score in scores), 0 * positive
+    ) / max(len(scores), 1)
 
 
 def _sigmoid(x):
@@ -370,10 +484,21 @@ def _sigmoid(x):
 def _new_lambda(alpha, beta, temperature, old, phi):
     """Equation 11 over the present domains, which share what the absent ones leave of 1: λ, or 1 / D before they were seen."""
     present = [d for d, gap in enumerate(phi) if gap is not None]
-    free = 1 - sum(value if value > 0 else 1 / len(old) for d, value in enumerate(old) if d not in present)
-    powers = {d: torch.exp((alpha * old[d] + beta * phi[d]) / temperature) for d in present}
+    free = 1 - sum(
+        value if value > 0 else 1 / len(old)
+        for d, value in enumerate(old)
+        if d not in present
+    )
+    powers = {
+        d: torch.exp((alpha * old[d] + beta * phi[d]) / temperature) for d in present
+    }
     kept = {d: alpha.new_tensor([value]) for d, value in enumerate(old)}
-    return torch.cat([free * powers[d] / sum(powers.values()) if d in present else kept[d] for d in range(len(old))])
+    return torch.cat(
+        [
+            free * powers[d] / sum(powers.values()) if d in present else kept[d]
+            for d in range(len(old))
+        ]
+    )
 
 
 def _user_vectors(config, domain, histories, cross_outputs, single_outputs):
@@ -381,8 +506,14 @@ def _user_vectors(config, domain, histories, cross_outputs, single_outputs):
     pairs = []
     for user, history in enumerate(histories):
         steps = [step for step, d in enumerate(history.domains) if d == domain]
-        single = [single_outputs[domain, user, step] for step in steps if (domain, user, step) in single_outputs]
-        cross = [cross_outputs[user, step] for step in steps if (user, step) in cross_outputs]
+        single = [
+            single_outputs[domain, user, step]
+            for step in steps
+            if (domain, user, step) in single_outputs
+        ]
+        cross = [
+            cross_outputs[user, step] for step in steps if (user, step) in cross_outputs
+        ]
         if history.weight and single and cross:
             if config.mutual_information_pooling == "last":
                 single, cross = single[-1:], cross[-1:]
@@ -399,11 +530,24 @@ def _information(config, weight, pairs):
         v = weight @ v
         if config.mutual_information_similarity == "sigmoid":
             return _sigmoid(u @ v) / config.mutual_information_temperature
-        return u @ v / (u @ u).sqrt() / (v @ v).sqrt() / config.mutual_information_temperature
+        return (
+            u
+            @ v
+            / (u @ u).sqrt()
+            / (v @ v).sqrt()
+            / config.mutual_information_temperature
+        )
 
     bounds = []
     for user, (own, cross) in enumerate(pairs):
         others = [single for other, (single, _) in enumerate(pairs) if other != user]
-        candidates = others if config.mutual_information_denominator == "others" else [own, *others]
-        bounds.append(rho(own, cross) - torch.log(sum(torch.exp(rho(single, cross)) for single in candidates)))
+        candidates = (
+            others
+            if config.mutual_information_denominator == "others"
+            else [own, *others]
+        )
+        bounds.append(
+            rho(own, cross)
+            - torch.log(sum(torch.exp(rho(single, cross)) for single in candidates))
+        )
     return sum(bounds) / len(pairs)

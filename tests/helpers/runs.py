@@ -15,7 +15,8 @@ from tests.helpers.made import draw_histories, write_dataset
 from trainer.checkpoint.save import BEST, MANIFEST, Checkpoints, RunState
 from trainer.checkpoint.zero_state import full_optimizer_state, full_state
 from trainer.config.load import flat, load_config, to_yaml
-from trainer.data.loading.stream import Plan, TrainBatches
+from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.stream import TrainBatches
 from trainer.distributed.process_group import Ranks
 from trainer.files.atomic import write_json
 from trainer.training.step import Trainer
@@ -42,7 +43,9 @@ def rank_of_one():
     """This process as the only rank, as a launcher would describe it; one after the other may build engines."""
     before = dict(os.environ)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    deepspeed.utils.groups._WORLD_GROUP = None  # DeepSpeed keeps the first one that it meets
+    deepspeed.utils.groups._WORLD_GROUP = (
+        None  # DeepSpeed keeps the first one that it meets
+    )
     try:
         with group_of_one():
             yield Ranks(0, 1, 0, torch.device("cpu"))
@@ -68,15 +71,23 @@ class SmallRun:
         return own
 
     def configured(self, *settings):
-        return load_config([], [f"data={self.dataset.folder}", f"run={self.folder}", *SETTINGS, *settings])
+        return load_config(
+            [],
+            [f"data={self.dataset.folder}", f"run={self.folder}", *SETTINGS, *settings],
+        )
 
     def trainer(self, checkpoint=None, step=0, config=None):
         config = config or self.config
-        plan = Plan(self.dataset, config.global_batch_size, self.ranks.world_size, config.seed)
+        plan = Plan(
+            self.dataset, config.global_batch_size, self.ranks.world_size, config.seed
+        )
         return Trainer(config, self.ranks, self.dataset, plan, checkpoint, step)
 
     def checkpoints(self, keep=2, last=None, **facts):
-        facts = {"config": flat(self.config), "dataset": self.dataset.fingerprint} | facts
+        facts = {
+            "config": flat(self.config),
+            "dataset": self.dataset.fingerprint,
+        } | facts
         return Checkpoints(self.folder, keep, self.ranks, facts, last)
 
     def save(self, trainer, state, keep=2):
@@ -107,7 +118,9 @@ def train(trainer, steps):
 
 def finished_run(folder, ranks, *settings):
     """A SmallRun of three steps whose best model others can open."""
-    run = SmallRun(folder, ranks, "optimizer.learning_rate=0.03", *settings)  # what begins at zero has to show
+    run = SmallRun(
+        folder, ranks, "optimizer.learning_rate=0.03", *settings
+    )  # what begins at zero has to show
     run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
     write_json(run.folder / BEST, best_of(3))
     (run.folder / "config.yaml").write_text(to_yaml(run.config))
@@ -116,21 +129,34 @@ def finished_run(folder, ranks, *settings):
 
 def best_of(step, folder=None, value=0.5):
     """What RunState.best and best.json say of a checkpoint."""
-    return {"folder": folder or f"checkpoints/step-{step:08d}", "step": step, "epoch": 0, "NDCG@10": value}
+    return {
+        "folder": folder or f"checkpoints/step-{step:08d}",
+        "step": step,
+        "epoch": 0,
+        "NDCG@10": value,
+    }
 
 
 def everything(trainer):
     """All that the next step depends on besides the step's number, copied: {name: tensor}."""
     _, table = trainer.table.shard()
-    found = {f"dense {name}": value for name, value in full_state(trainer.engine, True).items()}
-    found |= {f"optimizer {name}": value for name, value in full_optimizer_state(trainer.engine, True).items()}
+    found = {
+        f"dense {name}": value
+        for name, value in full_state(trainer.engine, True).items()
+    }
+    found |= {
+        f"optimizer {name}": value
+        for name, value in full_optimizer_state(trainer.engine, True).items()
+    }
     found |= {f"table {name}": value.clone() for name, value in table.items()}
     return found | {"table updates": torch.tensor(trainer.table.updates)}
 
 
 def same(found, expected):
     """Equal to the bit."""
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 def seal(folder, **entries):
@@ -142,12 +168,18 @@ def seal(folder, **entries):
     for file in sorted(folder.iterdir()):
         if file.name != MANIFEST:
             content = file.read_bytes()
-            files[file.name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-    (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files} | entries))
+            files[file.name] = {
+                "bytes": len(content),
+                "xxh3_128": xxhash.xxh3_128_hexdigest(content),
+            }
+    (folder / MANIFEST).write_text(
+        json.dumps({"format_version": 1, "files": files} | entries)
+    )
 
 
 def edit_json(file, **changes):
     """Changes top-level keys of a JSON file; None takes one out."""
     content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
+    file.write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )

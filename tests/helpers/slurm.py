@@ -72,7 +72,9 @@ def cluster(folder: Path):
         for command in commands:
             command = [shutil.which(command[0], path=_PATH), *map(str, command[1:])]
             log = open(folder / "daemons.log", "a")  # noqa: SIM115 (it outlives this loop)
-            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            daemons.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            )
         _wait(environment, folder, daemons)
         yield environment
     finally:
@@ -88,7 +90,9 @@ def cluster(folder: Path):
 def _wait(environment, folder, daemons):
     """Until both nodes take jobs."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and all(daemon.poll() is None for daemon in daemons):
+    while time.monotonic() < deadline and all(
+        daemon.poll() is None for daemon in daemons
+    ):
         command = ["sinfo", "--noheader", "--Node", "--format=%T"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.stdout.split() == ["idle", "idle"]:

@@ -43,7 +43,11 @@ def main():
     settings = [word for word in options.rest if "=" in word]
     with process_group.joined(timeout_minutes=2) as ranks:
         for stage in (word for word in options.rest if "=" not in word):
-            own = [f"data={options.data}", f"run={options.output}/{stage}", f"optimizer.zero_stage={stage}"]
+            own = [
+                f"data={options.data}",
+                f"run={options.output}/{stage}",
+                f"optimizer.zero_stage={stage}",
+            ]
             train(load_config([], SETTINGS + own + settings), ranks)
 
 

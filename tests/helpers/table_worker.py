@@ -19,7 +19,11 @@ from embeddings.table import ItemTable
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 
-ROWS, DIM, SEED = 9001, 8, 5  # three blocks of initial rows; no number of ranks divides it
+ROWS, DIM, SEED = (
+    9001,
+    8,
+    5,
+)  # three blocks of initial rows; no number of ranks divides it
 RATES = (0.05, 0.05, 0.2)
 COARSE = ("fp16", "bf16")
 CONFIG = TableConfig(learning_rate=RATES[0], eps=1e-4)
@@ -28,14 +32,18 @@ CONFIG = TableConfig(learning_rate=RATES[0], eps=1e-4)
 def step(number):
     """The ids of a step over all ranks, duplicates among them, and a gradient for each."""
     random = np.random.default_rng(number)
-    ids = np.concatenate([random.integers(0, ROWS, 150), random.integers(0, 20, 50), [ROWS - 1, 0]])
+    ids = np.concatenate(
+        [random.integers(0, ROWS, 150), random.integers(0, 20, 50), [ROWS - 1, 0]]
+    )
     return ids, random.normal(size=(len(ids), DIM)).astype(np.float32)
 
 
 def share(number, ids, rank, ranks):
     """Which of a step's ids a rank looks up: dealt in turn; all on the first rank; one on each other rank."""
     place = np.arange(len(ids))
-    owner = [place % ranks, np.zeros_like(place), np.where(place < ranks, place, 0)][number % 3]
+    owner = [place % ranks, np.zeros_like(place), np.where(place < ranks, place, 0)][
+        number % 3
+    ]
     return owner == rank
 
 
@@ -44,7 +52,11 @@ def everything(table, rank):
     ids = torch.arange(ROWS if rank == dist.get_world_size() - 1 else 0)
     with torch.no_grad():
         found = table(ids)
-    assert found.shape == (len(ids), DIM) and found.dtype == torch.float32 and not found.requires_grad
+    assert (
+        found.shape == (len(ids), DIM)
+        and found.dtype == torch.float32
+        and not found.requires_grad
+    )
     whole = [torch.zeros(ROWS, DIM) for _ in range(dist.get_world_size())]
     dist.all_gather(whole, found if len(found) else torch.zeros(ROWS, DIM))
     return whole[-1].numpy()
@@ -53,7 +65,10 @@ def everything(table, rank):
 def state(table):
     """What the fused optimizer keeps of each stored row, of all ranks in order, and how often it has stepped."""
     first, tensors = table.shard()
-    assert tensors.keys() == {"weight", "momentum1"} and tensors["weight"].shape == (len(tensors["momentum1"]), DIM)
+    assert tensors.keys() == {"weight", "momentum1"} and tensors["weight"].shape == (
+        len(tensors["momentum1"]),
+        DIM,
+    )
     whole = torch.zeros(ROWS)
     whole[first : first + len(tensors["momentum1"])] = tensors["momentum1"]
     dist.all_reduce(whole)
@@ -66,18 +81,28 @@ def main(output, *saved):
     results = {}
     table = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
     results["start"] = everything(table, rank)
-    results["other_seed"] = everything(ItemTable(ROWS, DIM, CONFIG, SEED + 1, "cpu"), rank)
+    results["other_seed"] = everything(
+        ItemTable(ROWS, DIM, CONFIG, SEED + 1, "cpu"), rank
+    )
     for number, rate in enumerate(RATES):
         looked_up, ids = make_step(table, number, rate)
-        np.testing.assert_array_equal(looked_up, everything_before(results, number)[ids])
+        np.testing.assert_array_equal(
+            looked_up, everything_before(results, number)[ids]
+        )
         results[f"after_{number}"] = everything(table, rank)
     looked_up_ahead(results, rank)
     results |= bags_of_a_look_up()
     in_one_bag()
     if ranks == 2:
-        results |= {f"{precision}_{name}": value for precision in COARSE for name, value in coarse(precision, rank).items()}
+        results |= {
+            f"{precision}_{name}": value
+            for precision in COARSE
+            for name, value in coarse(precision, rank).items()
+        }
     if ranks == 3:  # two rows each: the last rank would have none
-        with pytest.raises(ValueError, match="a table of 4 rows leaves some of 3 ranks without one"):
+        with pytest.raises(
+            ValueError, match="a table of 4 rows leaves some of 3 ranks without one"
+        ):
             ItemTable(4, DIM, CONFIG, SEED, "cpu")
     ItemTable(5, DIM, CONFIG, SEED, "cpu")
     folder = output / f"saved-{ranks}"
@@ -93,7 +118,10 @@ def main(output, *saved):
     for other in (folder, *saved):
         loaded = ItemTable(ROWS, DIM, CONFIG, SEED + 2, "cpu")
         load_shard(loaded, other)
-        results |= {f"state_{name}_from_{other.name}": value for name, value in state(loaded).items()}
+        results |= {
+            f"state_{name}_from_{other.name}": value
+            for name, value in state(loaded).items()
+        }
         results[f"from_{other.name}"] = everything(loaded, rank)
         make_step(loaded, len(RATES), RATES[-1])
         results[f"next_from_{other.name}"] = everything(loaded, rank)
@@ -108,11 +136,15 @@ def looked_up_ahead(results, rank):
     exchange = None
     for number, rate in enumerate(RATES):
         ids, _ = step(number + 1)
-        following = table.exchange(torch.from_numpy(ids[share(number + 1, ids, rank, ranks)]))
+        following = table.exchange(
+            torch.from_numpy(ids[share(number + 1, ids, rank, ranks)])
+        )
         if number == 1:
             following.send()
         make_step(table, number, rate, exchange)
-        np.testing.assert_array_equal(everything(table, rank), results[f"after_{number}"])
+        np.testing.assert_array_equal(
+            everything(table, rank), results[f"after_{number}"]
+        )
         exchange = following
 
 
@@ -128,7 +160,13 @@ def bags_of_a_look_up():
     sent = []
     for count in (0, 5, ROWS):
         exchange = table.exchange(torch.arange(count))
-        sent.append(len(exchange._context.sharding_contexts[0].features_before_input_dist.lengths()))
+        sent.append(
+            len(
+                exchange._context.sharding_contexts[
+                    0
+                ].features_before_input_dist.lengths()
+            )
+        )
         table.look_up(exchange)
     return {"bags_sent": np.array(sent), "bags_received": np.array(received)}
 
@@ -157,7 +195,11 @@ def coarse(precision, rank):
     whole[first : first + len(tensors["weight"])] = tensors["weight"]
     dist.all_reduce(whole)
     stored = table.scatter.stored(torch.arange(ROWS))
-    return {"stored": whole[stored].numpy(), "looked_up": everything(table, rank), "momentum1": state(table)["momentum1"]}
+    return {
+        "stored": whole[stored].numpy(),
+        "looked_up": everything(table, rank),
+        "momentum1": state(table)["momentum1"],
+    }
 
 
 def make_step(table, number, rate, exchange=None, scale=1.0):
@@ -167,7 +209,11 @@ def make_step(table, number, rate, exchange=None, scale=1.0):
     gradient = (scale * gradient).astype(np.float32)
     own = share(number, ids, rank, ranks)
     table.set_learning_rate(rate)
-    vectors = table(torch.from_numpy(ids[own])) if exchange is None else table.look_up(exchange)
+    vectors = (
+        table(torch.from_numpy(ids[own]))
+        if exchange is None
+        else table.look_up(exchange)
+    )
     assert vectors.requires_grad
     before = vectors.detach().clone()
     # The loss of a rank carries the number of ranks, so that its mean over ranks is the global one.

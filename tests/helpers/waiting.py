@@ -16,8 +16,28 @@ from trainer.training.prefetch import Beside
 
 # Where a host may wait: for the second stream, which has only the next batch's counts before it; and for the step before.
 ALLOWED = {Beside.prepare.__code__, Beside.send.__code__, Known.value.__code__}
-WAITING = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero", "unique"}
-WAITING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "is_nonzero"}
+WAITING = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__array__",
+    "nonzero",
+    "unique",
+}
+WAITING_OPS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+    "is_nonzero",
+}
 WAITING_OPS |= {"equal", "repeat_interleave"}
 
 
@@ -32,7 +52,9 @@ class Device:
 
     def add(self, value):
         if isinstance(value, torch.Tensor):
-            self.tensors[id(value)] = value  # kept, so that no other tensor gets its number
+            self.tensors[id(value)] = (
+                value  # kept, so that no other tensor gets its number
+            )
         elif isinstance(value, (list, tuple)):
             for item in value:
                 self.add(item)
@@ -50,7 +72,11 @@ class Device:
         frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
         if not any(frame.f_code in ALLOWED for frame in frames):
             files = [(frame.f_code.co_filename, frame.f_lineno) for frame in frames]
-            file, line = next((file, line) for file, line in files if "/torch/" not in file and file != __file__)
+            file, line = next(
+                (file, line)
+                for file, line in files
+                if "/torch/" not in file and file != __file__
+            )
             self.waits[f"{what} in {file}:{line}"] += 1
 
 
@@ -63,7 +89,9 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        made_there = name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None  # copied from pageable memory
+        made_there = (
+            name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None
+        )  # copied from pageable memory
         if made_there or (name in WAITING and self.device.holds(args)):
             self.device.read(name)
         found = function(*args, **(kwargs or {}))
@@ -81,9 +109,12 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        on_device = self.device.holds(args) or self.device.holds(list((kwargs or {}).values()))
+        on_device = self.device.holds(args) or self.device.holds(
+            list((kwargs or {}).values())
+        )
         by_mask = name in ("index", "index_put", "index_put_") and any(
-            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in args[1]
         )
         if on_device and (name in WAITING_OPS or by_mask):
             self.device.read(name)
@@ -119,10 +150,18 @@ class LookAhead:
 def waits(trainer, given):
     """What the host would wait for in steps on these batches."""
     device = Device()
-    device.add([*trainer.engine.module.parameters(), *trainer.engine.module.buffers(), *trainer.table.shard()[1].values()])
+    device.add(
+        [
+            *trainer.engine.module.parameters(),
+            *trainer.engine.module.buffers(),
+            *trainer.table.shard()[1].values(),
+        ]
+    )
     steps = LookAhead(trainer, given, device.moved)
     accelerator = type(deepspeed.accelerator.get_accelerator())
-    synchronize = mock.patch.object(accelerator, "synchronize", lambda *_: device.read("synchronize"))
+    synchronize = mock.patch.object(
+        accelerator, "synchronize", lambda *_: device.read("synchronize")
+    )
     with synchronize, Functions(device), Operators(device):
         for _ in given:
             steps.step()

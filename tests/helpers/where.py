@@ -7,5 +7,16 @@ from trainer.distributed.launchers import enter_world, read_world
 
 if __name__ == "__main__":
     enter_world(read_world())
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    print(json.dumps({name: os.environ.get(name) for name in names}) + "\n", end="", flush=True)
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    print(
+        json.dumps({name: os.environ.get(name) for name in names}) + "\n",
+        end="",
+        flush=True,
+    )

@@ -20,7 +20,13 @@ SETTINGS = [
     "evaluation.negatives=40",
     "evaluation.batch_size=50",
 ]
-MODEL = ["model.dim=16", "model.ffn_dim=16", "model.max_length=12", "model.experts=2", "model.cross_experts=1"]
+MODEL = [
+    "model.dim=16",
+    "model.ffn_dim=16",
+    "model.max_length=12",
+    "model.experts=2",
+    "model.cross_experts=1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +43,16 @@ def dataset(tmp_path_factory):
 def trained(dataset, tmp_path_factory):
     """A run of three steps by one rank."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    run([BIN / "python", "launch/train.py", f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL])
+    run(
+        [
+            BIN / "python",
+            "launch/train.py",
+            f"data={dataset}",
+            f"run={folder}",
+            *SETTINGS,
+            *MODEL,
+        ]
+    )
     return folder
 
 
@@ -63,7 +78,16 @@ def run(command, timeout=300, status=(0,), **environment):
     """Runs a command to its end; its output is shown where its status is none of the given ones."""
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     environment = os.environ | {"PATH": path} | environment
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    shown = f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    shown = (
+        f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    )
     assert done.returncode in status, f"status {done.returncode}\n{shown}"
     return done

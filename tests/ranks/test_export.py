@@ -7,7 +7,11 @@ from tests.ranks.conftest import BIN, deepspeed, run
 
 def export(trained, output, ranks=1, status=(0,)):
     arguments = ["launch/export.py", "--run", trained, "--output", output, "--json"]
-    command = deepspeed(ranks, *arguments) if ranks > 1 else [BIN / "python", *map(str, arguments)]
+    command = (
+        deepspeed(ranks, *arguments)
+        if ranks > 1
+        else [BIN / "python", *map(str, arguments)]
+    )
     return run(command, status=status, OMP_NUM_THREADS="1")
 
 
@@ -17,7 +21,10 @@ def facts(done):
 
 
 def test_two_ranks_write_what_one_writes(trained, tmp_path):
-    one, two = export(trained, tmp_path / "one"), export(trained, tmp_path / "two", ranks=2)
+    one, two = (
+        export(trained, tmp_path / "one"),
+        export(trained, tmp_path / "two", ranks=2),
+    )
     assert facts(one) == facts(two)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 

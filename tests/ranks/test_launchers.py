@@ -19,7 +19,8 @@ MPIRUN = ["mpirun", "--oversubscribe"]
 if os.geteuid() == 0:
     MPIRUN.append("--allow-run-as-root")
 needs_mpirun = pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="mpirun: not installed (apt-get install openmpi-bin)"
+    shutil.which("mpirun") is None,
+    reason="mpirun: not installed (apt-get install openmpi-bin)",
 )
 
 
@@ -47,7 +48,9 @@ def cluster(tmp_path_factory):
 def assert_one_run(folder, expected):
     """One run of two ranks, with the losses of the other to the digit."""
     assert losses(folder) == losses(expected)
-    states = [json.loads(file.read_text()) for file in folder.glob("checkpoints/*/state.json")]
+    states = [
+        json.loads(file.read_text()) for file in folder.glob("checkpoints/*/state.json")
+    ]
     assert len(states) == 1
     assert len(list(folder.glob("checkpoints/*/table-*-of-00002.safetensors"))) == 2
 
@@ -67,7 +70,9 @@ def train(command, dataset, folder, *settings, **environment):
 
 def told(done):
     """What each process of where.py printed, by rank."""
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
+    ]
     return sorted(found, key=lambda one: int(one["RANK"]))
 
 
@@ -80,7 +85,10 @@ def test_mpirun_trains_one_run(dataset, expected, tmp_path):
 def test_srun_trains_one_run(cluster, dataset, expected, tmp_path):
     """A task on each of two nodes: the first one's name is the address."""
     train(
-        ["srun", "-N", "2", "-n", "2", "--kill-on-bad-exit=1"], dataset, tmp_path / "run", **cluster
+        ["srun", "-N", "2", "-n", "2", "--kill-on-bad-exit=1"],
+        dataset,
+        tmp_path / "run",
+        **cluster,
     )
     assert_one_run(tmp_path / "run", expected)
 
@@ -94,7 +102,12 @@ def test_mpirun_says_all_that_a_rank_has_to_know():
         ("2", "2"),
     ]
     same = {
-        (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"], one["MASTER_ADDR"], one["MASTER_PORT"])
+        (
+            one["WORLD_SIZE"],
+            one["LOCAL_WORLD_SIZE"],
+            one["MASTER_ADDR"],
+            one["MASTER_PORT"],
+        )
         for one in ranks
     }
     assert len(same) == 1 and next(iter(same))[:3] == ("3", "3", "127.0.0.1")
@@ -108,12 +121,16 @@ def test_a_job_of_one_task_is_alone():
 
 def test_srun_says_all_that_a_rank_has_to_know(cluster):
     ranks = told(run(["srun", "-N", "2", "-n", "3", PYTHON, str(WHERE)], **cluster))
-    assert [(one["RANK"], one["LOCAL_RANK"], one["LOCAL_WORLD_SIZE"]) for one in ranks] == [
+    assert [
+        (one["RANK"], one["LOCAL_RANK"], one["LOCAL_WORLD_SIZE"]) for one in ranks
+    ] == [
         ("0", "0", "2"),
         ("1", "1", "2"),
         ("2", "0", "1"),
     ]
-    same = {(one["WORLD_SIZE"], one["MASTER_ADDR"], one["MASTER_PORT"]) for one in ranks}
+    same = {
+        (one["WORLD_SIZE"], one["MASTER_ADDR"], one["MASTER_PORT"]) for one in ranks
+    }
     assert len(same) == 1 and next(iter(same))[:2] == ("3", slurm.HOST)
     (one,) = told(run(["srun", "-n", "1", PYTHON, str(WHERE)], **cluster))
     assert (one["RANK"], one["WORLD_SIZE"]) == ("0", "1")
@@ -169,7 +186,10 @@ def test_a_world_that_is_missing_is_refused(dataset, tmp_path):
         done.stderr.count("\n") == 1
         and "SLURM_NTASKS is 2, and this process was not started by srun" in done.stderr
     )
-    done = run([*MPIRUN, "-np", "2", "-x", "RANK=0", "-x", "WORLD_SIZE=1", *command], status=(2,))
+    done = run(
+        [*MPIRUN, "-np", "2", "-x", "RANK=0", "-x", "WORLD_SIZE=1", *command],
+        status=(2,),
+    )
     assert "error: RANK is 0 and WORLD_SIZE is 1, but this is process" in done.stderr
     done = run(command, status=(2,), RANK="a", WORLD_SIZE="2")
     assert (
@@ -190,9 +210,18 @@ def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [PYTHON, "launch/train.py", f"data={dataset}", f"run={tmp_path / 'run'}", *STEPS]
+        command = [
+            PYTHON,
+            "launch/train.py",
+            f"data={dataset}",
+            f"run={tmp_path / 'run'}",
+            *STEPS,
+        ]
         done = run(command, status=(2,), **place)
-    assert f"error: port {port} (MASTER_PORT) on " in done.stderr and "is in use" in done.stderr
+    assert (
+        f"error: port {port} (MASTER_PORT) on " in done.stderr
+        and "is in use" in done.stderr
+    )
     assert "lost the others" not in done.stderr and done.stderr.count("error: ") == 1
 
 
@@ -209,6 +238,10 @@ def test_a_rank_that_is_killed_is_a_status_that_mpirun_reports(dataset, tmp_path
     (tmp_path / "fault").unlink()
     shutil.rmtree(folder)
     done = subprocess.run(
-        command[:-1] + ["0"], cwd=ROOT, env=os.environ | fault, capture_output=True, text=True
+        command[:-1] + ["0"],
+        cwd=ROOT,
+        env=os.environ | fault,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode not in (0, 2), done.stderr[-2000:]

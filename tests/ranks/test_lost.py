@@ -16,7 +16,13 @@ from tests.ranks.conftest import BIN, ROOT, deepspeed, free_port, run
 FAULTY = HELPERS.joinpath("faulty.py")
 HOST = socket.gethostname()
 # Far longer than a test may take: what ends these ranks is not that somebody has waited too long.
-STEPS = [*SETTINGS, "max_steps=6", "timeout_minutes=30", "checkpoint.every_steps=2", "log.every=1"]
+STEPS = [
+    *SETTINGS,
+    "max_steps=6",
+    "timeout_minutes=30",
+    "checkpoint.every_steps=2",
+    "log.every=1",
+]
 
 
 @pytest.fixture
@@ -27,8 +33,16 @@ def by_hand():
     def start(*arguments, **environment):
         port = str(free_port())
         for rank, own in enumerate(arguments):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "LOCAL_RANK": str(rank)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            place = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(arguments)),
+                "LOCAL_RANK": str(rank),
+            }
+            place |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
             place |= {"LOCAL_WORLD_SIZE": str(len(arguments))}
             command = [str(BIN / "python"), str(FAULTY), *map(str, own)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -47,7 +61,8 @@ def finished(processes):
     """[(status, stderr)] of all."""
     done = [process.communicate(timeout=240) for process in processes]
     return [
-        (process.returncode, errors) for process, (_, errors) in zip(processes, done, strict=True)
+        (process.returncode, errors)
+        for process, (_, errors) in zip(processes, done, strict=True)
     ]
 
 
@@ -67,7 +82,13 @@ def test_a_rank_that_dies_ends_one_that_waits_elsewhere(by_hand, dataset, tmp_pa
 
 def test_supervised_ranks_begin_again_where_one_dies_and_one_hangs(dataset, tmp_path):
     """The launcher sees supervisors, which all live on."""
-    arguments = [f"data={dataset}", f"run={tmp_path / 'run'}", *STEPS, "--max-restarts", "1"]
+    arguments = [
+        f"data={dataset}",
+        f"run={tmp_path / 'run'}",
+        *STEPS,
+        "--max-restarts",
+        "1",
+    ]
     fault = f"4 0 hang {tmp_path}/a;4 1 KILL {tmp_path}/b"
     done = run(deepspeed(2, FAULTY, *arguments), FAULT=fault, OMP_NUM_THREADS="1")
     assert "rank 1: ended with signal 9; restart 1 of 1" in done.stderr
@@ -75,7 +96,9 @@ def test_supervised_ranks_begin_again_where_one_dies_and_one_hangs(dataset, tmp_
     assert losses(tmp_path / "run").keys() == set(range(1, 7))
 
 
-def test_what_one_host_alone_cannot_use_is_said_with_its_name(by_hand, dataset, tmp_path):
+def test_what_one_host_alone_cannot_use_is_said_with_its_name(
+    by_hand, dataset, tmp_path
+):
     """As a mount that is missing on one host: the first rank's output says it too."""
     here, missing = [f"data={dataset}"], [f"data={tmp_path / 'host1'}"]
     rest = [f"run={tmp_path / 'run'}", *STEPS]
@@ -105,7 +128,9 @@ def test_a_run_that_is_started_twice_is_refused_and_goes_on(by_hand, dataset, tm
     second = run(deepspeed(2, FAULTY, *arguments), status=(2,), OMP_NUM_THREADS="1")
     (line,) = errors_of(second.stderr)
     owner = f"host {HOST}, process {first[0].pid}"
-    assert line.startswith(f"error: {folder}: another run writes in this folder ({owner})"), line
+    assert line.startswith(
+        f"error: {folder}: another run writes in this folder ({owner})"
+    ), line
     (tmp_path / "fault.go").touch()
     assert [status for status, _ in finished(first)] == [0, 0]
     assert list(losses(folder)) == list(range(1, 7))
@@ -113,11 +138,24 @@ def test_a_run_that_is_started_twice_is_refused_and_goes_on(by_hand, dataset, tm
 
 def test_ctrl_c_stops_with_a_checkpoint(dataset, tmp_path):
     """It reaches the loaders too, and more than once is said nothing."""
-    arguments = [f"data={dataset}", f"run={tmp_path / 'run'}", *STEPS, "stream.workers=1"]
+    arguments = [
+        f"data={dataset}",
+        f"run={tmp_path / 'run'}",
+        *STEPS,
+        "stream.workers=1",
+    ]
     command = ["setsid", "--wait", str(BIN / "python"), str(FAULTY), *arguments]
-    done = run(command, status=(75,), FAULT=f"3 0 ctrl-c {tmp_path}/fault", OMP_NUM_THREADS="1")
-    said = [line for line in done.stderr.splitlines() if "stopped after step 3, as asked" in line]
+    done = run(
+        command, status=(75,), FAULT=f"3 0 ctrl-c {tmp_path}/fault", OMP_NUM_THREADS="1"
+    )
+    said = [
+        line
+        for line in done.stderr.splitlines()
+        if "stopped after step 3, as asked" in line
+    ]
     assert (
-        len(said) == 1 and "Traceback" not in done.stderr and "KeyboardInterrupt" not in done.stderr
+        len(said) == 1
+        and "Traceback" not in done.stderr
+        and "KeyboardInterrupt" not in done.stderr
     )
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()

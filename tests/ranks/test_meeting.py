@@ -22,7 +22,11 @@ def folder(dataset, tmp_path_factory):
     """copy0 and copy1, of the same logs with other seeds; host0 and host1, both copy0."""
     folder = tmp_path_factory.mktemp("meeting")
     (folder / "copy0").symlink_to(dataset)
-    prepare(PrepareConfig(inputs=(str(dataset.parent / "logs"),), output=str(folder / "copy1"), seed=5))
+    prepare(
+        PrepareConfig(
+            inputs=(str(dataset.parent / "logs"),), output=str(folder / "copy1"), seed=5
+        )
+    )
     for host in ("host0", "host1"):
         (folder / host).symlink_to(dataset)
     return folder
@@ -31,8 +35,15 @@ def folder(dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def met(folder):
     """What tests/helpers/meeting.py finds, of both ranks."""
-    done = run(deepspeed(2, HELPERS.joinpath("meeting.py"), folder), timeout=500, OMP_NUM_THREADS="1", PYTHONPATH=".")
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], done
+    done = run(
+        deepspeed(2, HELPERS.joinpath("meeting.py"), folder),
+        timeout=500,
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=".",
+    )
+    return [
+        json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)
+    ], done
 
 
 REFUSED = {
@@ -57,7 +68,10 @@ def test_who_does_not_have_the_same_is_named_by_all(met, case, says):
 def test_a_fault_of_one_rank_ends_the_other_too(met):
     first, second = (rank["a_fault"] for rank in met[0])
     assert second == "raised by the test" and first["status"] == 4
-    assert re.match(rf"rank 1 on {HOST}: failed \(ZeroDivisionError\): its own lines say why", first["says"])
+    assert re.match(
+        rf"rank 1 on {HOST}: failed \(ZeroDivisionError\): its own lines say why",
+        first["says"],
+    )
 
 
 def test_nothing_is_left_of_what_did_not_begin(met, folder):
@@ -88,11 +102,16 @@ def test_what_is_the_same_passes_however_late_it_is_seen(met, case, found):
 def test_parts_that_never_come_end_the_run_with_a_status_that_is_begun_again(met):
     first, second = (rank["parts_that_never_come"] for rank in met[0])
     assert first["status"] == second["status"] == 5
-    assert re.search(r"step-00000001.partial: the checkpoint cannot be written \(table-00001-of-00002", first["says"])
+    assert re.search(
+        r"step-00000001.partial: the checkpoint cannot be written \(table-00001-of-00002",
+        first["says"],
+    )
     assert "run=DIR has to be one folder, which all hosts see" in first["says"]
 
 
-def test_a_dataset_that_is_missing_on_one_host_is_said_on_the_launchers_output(folder, tmp_path):
+def test_a_dataset_that_is_missing_on_one_host_is_said_on_the_launchers_output(
+    folder, tmp_path
+):
     script = tmp_path / "as_on_two_hosts.py"
     script.write_text(
         "import os, sys\n"
@@ -102,6 +121,10 @@ def test_a_dataset_that_is_missing_on_one_host_is_said_on_the_launchers_output(f
     (tmp_path / "data0").symlink_to(folder / "copy0")
     words = [f"data={tmp_path}/dataHERE", f"run={tmp_path}/run", *SETTINGS]
     done = run(deepspeed(2, script, *words), status=(2,), PYTHONPATH=".")
-    assert re.search(rf"^error: rank 1 on {HOST}: {tmp_path}/data1 is not a dataset folder", done.stderr, re.M)
+    assert re.search(
+        rf"^error: rank 1 on {HOST}: {tmp_path}/data1 is not a dataset folder",
+        done.stderr,
+        re.M,
+    )
     assert "lost the others" not in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists() and Dataset.load(tmp_path / "data0")

@@ -13,7 +13,7 @@ from tests.helpers.stages import SETTINGS
 from tests.ranks.conftest import deepspeed, run
 from trainer.checkpoint.save import checkpoints
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.stream import Plan
+from trainer.data.loading.batch_schedule import Plan
 
 WORKER = HELPERS.joinpath("faulty.py")
 BATCH = 30
@@ -26,11 +26,19 @@ def train(ranks, dataset, folder, *settings, status=(0,), fault=None, **environm
     """A run through launch/train.py, to its end or to the fault ("STEP RANK WHAT")."""
     if fault is not None:
         environment["FAULT"] = f"{fault} {folder}-{fault.replace(' ', '-')}"
-    command = deepspeed(ranks, WORKER, f"data={dataset}", f"run={folder}", *SETTINGS, *settings)
+    command = deepspeed(
+        ranks, WORKER, f"data={dataset}", f"run={folder}", *SETTINGS, *settings
+    )
     return run(command, status=status, OMP_NUM_THREADS="1", **environment)
 
 
-THREE_EPOCHS = ["epochs=3", "max_steps=0", "model.dropout=0.2", "stream.workers=1", "checkpoint.every_steps=4"]
+THREE_EPOCHS = [
+    "epochs=3",
+    "max_steps=0",
+    "model.dropout=0.2",
+    "stream.workers=1",
+    "checkpoint.every_steps=4",
+]
 
 
 def test_ten_kills_change_nothing(dataset, tmp_path):
@@ -44,10 +52,20 @@ def test_ten_kills_change_nothing(dataset, tmp_path):
     for _ in range(10):
         at = checkpoints(killed)
         begun = int(at[0].name.removeprefix("step-")) if at else 0
-        fault = f"{draw.randint(begun + 1, min(begun + 7, last))} {draw.randrange(2)} KILL"
+        fault = (
+            f"{draw.randint(begun + 1, min(begun + 7, last))} {draw.randrange(2)} KILL"
+        )
         marker = Path(f"{killed}-{fault.replace(' ', '-')}")
         marker.unlink(missing_ok=True)
-        done = train(2, dataset, killed, *THREE_EPOCHS, fault=fault, status=(256 - 9, LOST), FED=str(fed))
+        done = train(
+            2,
+            dataset,
+            killed,
+            *THREE_EPOCHS,
+            fault=fault,
+            status=(256 - 9, LOST),
+            FED=str(fed),
+        )
         assert marker.exists() and "lost the others" in done.stderr
     train(2, dataset, killed, *THREE_EPOCHS, FED=str(fed))
     assert_same(killed, whole)
@@ -85,21 +103,52 @@ def each_user_once(folder, dataset):
 def test_other_numbers_of_ranks_and_other_stages_go_on_alike(dataset, tmp_path):
     """2 → 1 → 4 → 2 ranks, ZeRO 1 → 3 → 2 → 0, by SIGTERM and SIGUSR1 in the middle of a step. Largest differences seen: losses
     3e-7, any tensor 2e-6."""
-    settings = ["max_steps=40", "checkpoint.every_epochs=0", "checkpoint.every_minutes=0"]
-    whole, moved, fed = tmp_path / "whole", tmp_path / "moved", (tmp_path / "fed-whole", tmp_path / "fed-moved")
+    settings = [
+        "max_steps=40",
+        "checkpoint.every_epochs=0",
+        "checkpoint.every_minutes=0",
+    ]
+    whole, moved, fed = (
+        tmp_path / "whole",
+        tmp_path / "moved",
+        (tmp_path / "fed-whole", tmp_path / "fed-moved"),
+    )
     for folder in fed:
         folder.mkdir()
     train(2, dataset, whole, *settings, FED=str(fed[0]))
-    for ranks, stage, fault, step in ((2, 1, "9 0 TERM", 9), (1, 3, "18 0 USR1", 18), (4, 2, "29 3 TERM", 29)):
+    for ranks, stage, fault, step in (
+        (2, 1, "9 0 TERM", 9),
+        (1, 3, "18 0 USR1", 18),
+        (4, 2, "29 3 TERM", 29),
+    ):
         stage = f"optimizer.zero_stage={stage}"
-        done = train(ranks, dataset, moved, *settings, stage, fault=fault, status=(75,), FED=str(fed[1]))
-        assert f"stopped after step {step}, as asked" in done.stderr and "Traceback" not in done.stderr
+        done = train(
+            ranks,
+            dataset,
+            moved,
+            *settings,
+            stage,
+            fault=fault,
+            status=(75,),
+            FED=str(fed[1]),
+        )
+        assert (
+            f"stopped after step {step}, as asked" in done.stderr
+            and "Traceback" not in done.stderr
+        )
         assert checkpoints(moved)[0].name == f"step-{step:08d}"  # of that very step
-    done = train(2, dataset, moved, *settings, "optimizer.zero_stage=0", FED=str(fed[1]))
-    assert users_by_step(fed[0]) == users_by_step(fed[1]) and len(users_by_step(fed[0])) == 40
+    done = train(
+        2, dataset, moved, *settings, "optimizer.zero_stage=0", FED=str(fed[1])
+    )
+    assert (
+        users_by_step(fed[0]) == users_by_step(fed[1])
+        and len(users_by_step(fed[0])) == 40
+    )
     assert f"goes on from {moved}/checkpoints/step-00000029" in done.stdout
     assert_same(moved, whole, tolerance=1e-5)
-    again = train(1, dataset, moved, *settings)  # it is finished: the same figures, no step
+    again = train(
+        1, dataset, moved, *settings
+    )  # it is finished: the same figures, no step
     assert again.stdout.count(" step 40/40 ") == 1 and " test " in again.stdout
     assert_same(moved, whole, tolerance=1e-5)
 
@@ -109,32 +158,54 @@ def test_what_has_changed_is_listed(dataset, tmp_path):
     train(1, dataset, folder, *one)
     before = sorted((folder / "checkpoints").iterdir())
     done = train(1, dataset, folder, *one, "seed=5", "model.eta=0.8", status=(2,))
-    assert "its checkpoint was made otherwise: model.eta was" in done.stderr and "seed was 0, is 5" in done.stderr
+    assert (
+        "its checkpoint was made otherwise: model.eta was" in done.stderr
+        and "seed was 0, is 5" in done.stderr
+    )
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     done = train(1, dataset, folder, *one, "--fresh", status=(2,))
     assert f"error: {folder}: already holds a run" in done.stderr
     assert sorted((folder / "checkpoints").iterdir()) == before
     done = train(1, dataset, folder, "max_steps=3", "model.eta=0.8", "--accept-changes")
     # Under a schedule that falls towards the last step, another last step is a change too.
-    assert "goes on though it was made otherwise: max_steps was 2, is 3; model.eta was 0.9, is 0.8" in done.stderr
+    assert (
+        "goes on though it was made otherwise: max_steps was 2, is 3; model.eta was 0.9, is 0.8"
+        in done.stderr
+    )
     assert checkpoints(folder)[0].name == "step-00000003"
 
 
 @pytest.mark.parametrize("what", ["nan", "raise", "hang"])
-def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(dataset, tmp_path, what):
-    settings = ["max_steps=14", "checkpoint.every_steps=5", "timeout_minutes=0.05", "checkpoint.every_epochs=0"]
+def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
+    dataset, tmp_path, what
+):
+    settings = [
+        "max_steps=14",
+        "checkpoint.every_steps=5",
+        "timeout_minutes=0.05",
+        "checkpoint.every_epochs=0",
+    ]
     folder = tmp_path / "run"
     expected = {"nan": (3,), "raise": (1, LOST), "hang": (LOST,)}[what]
     done = train(2, dataset, folder, *settings, fault=f"12 1 {what}", status=expected)
     if what == "nan":
-        assert "error: step 12 (batch 11 of epoch 0): the gradient is not finite; neither weights nor table" in done.stderr
+        assert (
+            "error: step 12 (batch 11 of epoch 0): the gradient is not finite; neither weights nor table"
+            in done.stderr
+        )
         assert done.stderr.count("error: ") == 1
     elif what == "raise":
-        assert "rank 1 on " in done.stderr and "ZeroDivisionError: by the test" in done.stderr
+        assert (
+            "rank 1 on " in done.stderr
+            and "ZeroDivisionError: by the test" in done.stderr
+        )
     else:
         assert "error: rank 0: lost the others" in done.stderr
     # Where all ranks end together, a checkpoint that is being written is ended too; where one dies, it may be lost.
-    assert checkpoints(folder)[0].name in ("step-00000010", "step-00000005")[: 1 if what == "nan" else 2]
+    assert (
+        checkpoints(folder)[0].name
+        in ("step-00000010", "step-00000005")[: 1 if what == "nan" else 2]
+    )
     train(2, dataset, folder, *settings)
     train(2, dataset, tmp_path / "whole", *settings)
     assert_same(folder, tmp_path / "whole")
@@ -143,7 +214,9 @@ def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(dat
 def test_a_run_begins_again_by_itself(dataset, tmp_path):
     settings = ["max_steps=14", "checkpoint.every_steps=5"]
     folder = tmp_path / "run"
-    done = train(2, dataset, folder, *settings, "--max-restarts", "2", fault="12 1 KILL")
+    done = train(
+        2, dataset, folder, *settings, "--max-restarts", "2", fault="12 1 KILL"
+    )
     assert "rank 1: ended with signal 9; restart 1 of 2" in done.stderr
     assert "rank 0: ended with status 4; restart 1 of 2" in done.stderr
     assert f"goes on from {folder}/checkpoints/step-000000" in done.stdout

@@ -30,26 +30,49 @@ def log(file, first, items, domains, users=40, seed=0):
     """Rows of a day: a walk through a domain's items for each user."""
     draw = random.Random(seed)
     rows = [
-        (f"u{user}", f"{domain}{draw.randrange(items)}", domain, first + draw.randrange(1000))
+        (
+            f"u{user}",
+            f"{domain}{draw.randrange(items)}",
+            domain,
+            first + draw.randrange(1000),
+        )
         for user in range(users)
         for domain in domains
         for _ in range(draw.randrange(3, 7))
     ]
-    columns = zip(("user_id", "item_id", "domain", "timestamp"), zip(*rows, strict=True), strict=True)
+    columns = zip(
+        ("user_id", "item_id", "domain", "timestamp"),
+        zip(*rows, strict=True),
+        strict=True,
+    )
     pq.write_table(pa.table(dict(columns)), file)
     return file
 
 
 def command(folder, name, logs, *settings):
     given = [f"name={name}", f"input=[{logs}]", *settings]
-    return [sys.executable, ROOT / "launch/retrain.py", "--config", folder / "retrain.yaml", *given]
+    return [
+        sys.executable,
+        ROOT / "launch/retrain.py",
+        "--config",
+        folder / "retrain.yaml",
+        *given,
+    ]
 
 
 def retrained(folder, name, logs, *settings):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(folder, name, logs, *settings), cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command(folder, name, logs, *settings),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / "days" / name / "retrain.json").read_text()), done.stdout
+    return json.loads(
+        (folder / "days" / name / "retrain.json").read_text()
+    ), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +85,49 @@ def base(tmp_path_factory):
 
 
 def test_a_day_of_two_ranks_brings_a_domain_and_outgrows_a_room(base):
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node=2"]
+    torchrun = [
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc-per-node=2",
+    ]
     logs = log(base / "2.parquet", 1000, 150, "ac", users=60, seed=2)
-    result, said = retrained(base, "2", logs, f"launcher={[str(word) for word in torchrun]}")
+    result, said = retrained(
+        base, "2", logs, f"launcher={[str(word) for word in torchrun]}"
+    )
     assert result["published"] == "0002" and result["extension"]["laid_out_anew"]
     assert list(result["extension"]["domains"]) == ["a", "b", "c"]
     assert "begins with the model of" in said
-    assert result["drift"].keys() == {"a", "b"} and all(own["mean"] > 0.5 for own in result["drift"].values())
+    assert result["drift"].keys() == {"a", "b"} and all(
+        own["mean"] > 0.5 for own in result["drift"].values()
+    )
     current = json.loads((base / "published/current.json").read_text())
-    asked = [sys.executable, base / "published" / current["model"] / "example.py", "c", "3", "900:a:a1"]
-    assert len(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()) == 3
+    asked = [
+        sys.executable,
+        base / "published" / current["model"] / "example.py",
+        "c",
+        "3",
+        "900:a:a1",
+    ]
+    assert (
+        len(
+            subprocess.run(
+                asked, capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+        )
+        == 3
+    )
     report = (base / "days/2/report.md").read_text()
-    assert "Published as version 0002." in report and "Domains were laid out anew." in report
+    assert (
+        "Published as version 0002." in report
+        and "Domains were laid out anew." in report
+    )
 
 
-STAGES = {"prepare": "days/3/.dataset.work", "train": "days/3/run/checkpoints", "publish": "published/versions/*.partial"}
+STAGES = {
+    "prepare": "days/3/.dataset.work",
+    "train": "days/3/run/checkpoints",
+    "publish": "published/versions/*.partial",
+}
 
 
 @pytest.mark.slow
@@ -91,8 +142,14 @@ def test_killed_at_each_stage_it_ends_with_the_same_model(base, tmp_path):
         before = json.loads((base / "published/current.json").read_text())
         if stage is not None:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-            job = subprocess.Popen(command(base, "3", logs), cwd=ROOT, env=environment, **quiet)
+            quiet = {
+                "stdout": subprocess.DEVNULL,
+                "stderr": subprocess.DEVNULL,
+                "start_new_session": True,
+            }
+            job = subprocess.Popen(
+                command(base, "3", logs), cwd=ROOT, env=environment, **quiet
+            )
             deadline = time.monotonic() + 300
             while not list(base.glob(STAGES[stage])) and time.monotonic() < deadline:
                 assert job.poll() is None, f"{stage} was never seen at work"
@@ -103,7 +160,14 @@ def test_killed_at_each_stage_it_ends_with_the_same_model(base, tmp_path):
             assert json.loads((base / "published/current.json").read_text()) == before
             assert (base / "published" / before["model"] / "encoder.pt2").is_file()
         result, _ = retrained(base, "3", logs)
-        model = base / "published" / json.loads((base / "published/current.json").read_text())["model"]
-        files = {path.relative_to(model): path.read_bytes() for path in model.glob("domain-*/items.npy")}
+        model = (
+            base
+            / "published"
+            / json.loads((base / "published/current.json").read_text())["model"]
+        )
+        files = {
+            path.relative_to(model): path.read_bytes()
+            for path in model.glob("domain-*/items.npy")
+        }
         found[stage] = result["domains"], files
     assert all(found[stage] == found[None] for stage in STAGES)

@@ -31,13 +31,29 @@ stream: {workers: 0}
 def study(tmp_path_factory):
     """The study's folder."""
     folder = tmp_path_factory.mktemp("truth")
-    synthesize(folder / "logs", SyntheticConfig(users=1500, items=240, domains=3, mean_length=40, topics=16))
+    synthesize(
+        folder / "logs",
+        SyntheticConfig(users=1500, items=240, domains=3, mean_length=40, topics=16),
+    )
     prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data")))
     (folder / "base.yaml").write_text(BASE)
-    command = [sys.executable, "launch/study.py", "--data", folder / "data", "--output", folder / "study"]
+    command = [
+        sys.executable,
+        "launch/study.py",
+        "--data",
+        folder / "data",
+        "--output",
+        folder / "study",
+    ]
     command += ["--base", folder / "base.yaml", "systems=[SyNCRec,SDSR]", "parallel=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"report: {folder / 'study' / 'report.html'}" in done.stdout
     return folder / "study"
@@ -45,13 +61,23 @@ def study(tmp_path_factory):
 
 def ranks_of(study, *runs):
     facts = {"validation": 0.0, "seconds": 0.0, "users_per_second": 0.0, "epochs": 0}
-    return gathered("one", [[read_ranks(study / "runs" / run / "run" / "ranks-test.parquet") | facts for run in runs]])
+    return gathered(
+        "one",
+        [
+            [
+                read_ranks(study / "runs" / run / "run" / "ranks-test.parquet") | facts
+                for run in runs
+            ]
+        ],
+    )
 
 
 def test_lambda_falls_for_the_domain_that_others_harm_and_for_no_other(study):
     """Seen at the end: ads 0.511, shop 1.062, video 1.427, where 1 is what all would weigh alike; φ of ads −0.485."""
     lines = (study / "runs/SyNCRec-seed=0/run/metrics.jsonl").read_text().splitlines()
-    last = [record for record in map(json.loads, lines) if record["kind"] == "train"][-1]
+    last = [record for record in map(json.loads, lines) if record["kind"] == "train"][
+        -1
+    ]
     assert last["lambda"][HARMED] < 0.7
     assert all(last["lambda"][name] > 0.95 for name in RELATED)
     assert last["phi"][HARMED] < -0.2 < max(last["phi"][name] for name in RELATED)
@@ -62,6 +88,11 @@ def test_the_harmed_domain_is_as_good_as_alone_and_the_related_ones_are_better(s
     With model.prediction=cross, the paper's, ads has 0.642, shop 0.475, video 0.474."""
     ours = ranks_of(study, "SyNCRec-seed=0")
     alone = ranks_of(study, *(f"SDSR-{name}-seed=0" for name in (HARMED, *RELATED)))
-    harmed, *related = (compared(ours, alone, "full", domain=domain) for domain in range(3))
+    harmed, *related = (
+        compared(ours, alone, "full", domain=domain) for domain in range(3)
+    )
     assert harmed.high > 0 and harmed.value > -0.015
-    assert all(one.value > 0.01 for one in related) and sum(one.low > 0 for one in related) >= 1
+    assert (
+        all(one.value > 0.01 for one in related)
+        and sum(one.low > 0 for one in related) >= 1
+    )

@@ -29,12 +29,22 @@ class Outcome:
 
 def read(folder: Path) -> Outcome:
     """The outcome of a finished run."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [record for record in records if record["kind"] == "train"]
     checkpoint = folder / json.loads((folder / "best.json").read_text())["folder"]
     shards = sorted(checkpoint.glob("table-*.safetensors"))
     return Outcome(
-        losses=np.array([[s[k] for k in ("loss", "loss_single", "loss_cross", "mutual_information")] for s in steps]),
+        losses=np.array(
+            [
+                [
+                    s[k]
+                    for k in ("loss", "loss_single", "loss_cross", "mutual_information")
+                ]
+                for s in steps
+            ]
+        ),
         lambdas=np.array([list(s["lambda"].values()) for s in steps]),
         norms=np.array([s["gradient_norm"] for s in steps], float),
         dense=load_file(checkpoint / "dense.safetensors"),
@@ -72,23 +82,47 @@ def test_same_run(outcomes, ranks, stage):
     assert np.linalg.norm(other.table - one.table) <= 1e-5 * np.linalg.norm(one.table)
     assert other.dense.keys() == one.dense.keys()
     for name, weights in one.dense.items():
-        assert np.linalg.norm(other.dense[name] - weights) <= 1e-5 * max(np.linalg.norm(weights), 1e-3), name
+        assert np.linalg.norm(other.dense[name] - weights) <= 1e-5 * max(
+            np.linalg.norm(weights), 1e-3
+        ), name
 
 
 def test_weights_moved(outcomes, dataset, tmp_path):
     """The comparison is not one of initial weights: both halves have trained."""
     start = tmp_path / "start"
-    run(deepspeed(1, WORKER, dataset, start, "0", "max_steps=1", "optimizer.learning_rate=1e-30", "table.learning_rate=1e-30"))
+    run(
+        deepspeed(
+            1,
+            WORKER,
+            dataset,
+            start,
+            "0",
+            "max_steps=1",
+            "optimizer.learning_rate=1e-30",
+            "table.learning_rate=1e-30",
+        )
+    )
     before, after = read(start / "0"), outcomes[1, "0"]
-    assert np.linalg.norm(after.table - before.table) > 0.1 * np.linalg.norm(before.table)
-    unmoved = [name for name in before.dense if np.allclose(before.dense[name], after.dense[name], rtol=1e-4, atol=0)]
+    assert np.linalg.norm(after.table - before.table) > 0.1 * np.linalg.norm(
+        before.table
+    )
+    unmoved = [
+        name
+        for name in before.dense
+        if np.allclose(before.dense[name], after.dense[name], rtol=1e-4, atol=0)
+    ]
     assert unmoved == []
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "gru"])
 def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
     """λ of every step at one rank and at two, with weights taken apart too."""
-    own = ["max_steps=4", "model.loss_correction=shapley", "model.correction_temperature=0.01", f"model.encoder={encoder}"]
+    own = [
+        "max_steps=4",
+        "model.loss_correction=shapley",
+        "model.correction_temperature=0.01",
+        f"model.encoder={encoder}",
+    ]
     for ranks, stages in ((1, ["0"]), (2, ["0", "3"])):
         run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own))
     one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
@@ -96,7 +130,9 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
     np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
     for other in others:
         np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
-        np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-4)  # values over δ: their rounding times 100
+        np.testing.assert_allclose(
+            other.lambdas, one.lambdas, rtol=1e-4
+        )  # values over δ: their rounding times 100
 
 
 def test_a_sample_of_users_stands_for_the_global_batch(dataset, tmp_path):
@@ -108,12 +144,25 @@ def test_a_sample_of_users_stands_for_the_global_batch(dataset, tmp_path):
     assert one.losses.shape == (4, 4) and np.abs(one.losses[:, 3]).min() > 0
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
     for name, weights in one.dense.items():
-        assert np.linalg.norm(two.dense[name] - weights) <= 1e-5 * max(np.linalg.norm(weights), 1e-3), name
+        assert np.linalg.norm(two.dense[name] - weights) <= 1e-5 * max(
+            np.linalg.norm(weights), 1e-3
+        ), name
 
 
 def test_bf16_is_the_same_with_weights_taken_apart(dataset, tmp_path):
     """Autocast's casts of weights must not outlive the moment in which ZeRO 3 has them together."""
-    run(deepspeed(2, WORKER, dataset, tmp_path, "0", "3", "model.precision=bf16", "max_steps=5"))
+    run(
+        deepspeed(
+            2,
+            WORKER,
+            dataset,
+            tmp_path,
+            "0",
+            "3",
+            "model.precision=bf16",
+            "max_steps=5",
+        )
+    )
     whole, apart = read(tmp_path / "0"), read(tmp_path / "3")
     assert np.isfinite(whole.losses).all()
     np.testing.assert_allclose(apart.losses, whole.losses, rtol=1e-5)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"launch", "trainer", "embeddings", "syncrec", "syncrec_kernels", "tests", "benchmarks"}
+OURS = {
+    "launch",
+    "trainer",
+    "embeddings",
+    "syncrec",
+    "syncrec_kernels",
+    "tests",
+    "benchmarks",
+}
 MAY_IMPORT = {
     "launch": {"launch", "trainer", "embeddings", "syncrec"},
     "trainer": {"trainer", "embeddings", "syncrec"},
@@ -15,7 +23,15 @@ MAY_IMPORT = {
     "syncrec": {"syncrec", "syncrec_kernels"},
     "syncrec_kernels": {"syncrec_kernels"},
 }
-FORBIDDEN = {"syncrec": ("torchrec", "fbgemm_gpu", "deepspeed", "torch.distributed", "webdataset")}
+FORBIDDEN = {
+    "syncrec": (
+        "torchrec",
+        "fbgemm_gpu",
+        "deepspeed",
+        "torch.distributed",
+        "webdataset",
+    )
+}
 
 
 def imports(source, module, everywhere=True):
@@ -32,12 +48,25 @@ def imports(source, module, everywhere=True):
             package = module.rsplit(".", node.level)[0] if node.level else ""
             base = ".".join(part for part in (package, node.module) if part)
             names.update(f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        ):
             names.add(f"torch.{node.attr}")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            names.update(argument.value for argument in node.args if isinstance(argument, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "import_module",
+            "__import__",
+        ):
+            names.update(
+                argument.value
+                for argument in node.args
+                if isinstance(argument, ast.Constant)
+            )
         for child in ast.iter_child_nodes(node):
-            if everywhere or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if everywhere or not isinstance(
+                node, (ast.FunctionDef, ast.AsyncFunctionDef)
+            ):
                 visit(child)
 
     visit(ast.parse(source))
@@ -51,7 +80,11 @@ def violations(source, module):
     for name in imports(source, module):
         if (top := name.split(".")[0]) in OURS and top not in MAY_IMPORT[folder]:
             found.append(name)
-        found += [name for forbidden in FORBIDDEN.get(folder, ()) if f"{name}.".startswith(f"{forbidden}.")]
+        found += [
+            name
+            for forbidden in FORBIDDEN.get(folder, ())
+            if f"{name}.".startswith(f"{forbidden}.")
+        ]
     return found
 
 
@@ -65,7 +98,9 @@ def test_every_folder_has_modules():
     assert {module.split(".")[0] for module, _ in modules()} == MAY_IMPORT.keys()
 
 
-@pytest.mark.parametrize(("module", "path"), list(modules()), ids=[module for module, _ in modules()])
+@pytest.mark.parametrize(
+    ("module", "path"), list(modules()), ids=[module for module, _ in modules()]
+)
 def test_imports_run_downwards(module, path):
     assert violations(path.read_text(encoding="utf-8"), module) == []
 
@@ -95,7 +130,10 @@ def test_no_module_imports_itself_around_a_corner():
         ("embeddings.table", "from trainer.errors import InputError"),
         ("syncrec_kernels.build", "from embeddings import scores"),
         ("trainer.data.loading.stream", "from launch.stack import check_stack"),
-        ("trainer.training.loop", "import importlib\nimportlib.import_module('launch.train')"),
+        (
+            "trainer.training.loop",
+            "import importlib\nimportlib.import_module('launch.train')",
+        ),
         ("launch.train", "from tests.syncrec import reference"),
     ],
 )
@@ -104,6 +142,14 @@ def test_a_forbidden_import_is_seen(module, source):
 
 
 def test_what_is_allowed_is_not_reported():
-    assert not violations("from trainer.training.loop import train\nimport torch.distributed as dist", "launch.train")
-    assert not violations("import torch\nfrom torch import nn\nfrom syncrec.batch.build import Query", "syncrec.model")
-    assert not violations("from .rows import RowScatter\nimport torchrec", "embeddings.table")
+    assert not violations(
+        "from trainer.training.loop import train\nimport torch.distributed as dist",
+        "launch.train",
+    )
+    assert not violations(
+        "import torch\nfrom torch import nn\nfrom syncrec.batch.build import Query",
+        "syncrec.model",
+    )
+    assert not violations(
+        "from .rows import RowScatter\nimport torchrec", "embeddings.table"
+    )

@@ -1,6 +1,6 @@
 """What only a CUDA device can show. Skipped without one, as on the machines that this was written on: never run yet.
 
-    python -m pytest tests/unit/test_cuda.py
+python -m pytest tests/unit/test_cuda.py
 """
 
 import numpy as np
@@ -29,7 +29,9 @@ def ranks():
     with rank_of_one(), deepspeed_on("cuda"):
         dist.destroy_process_group()
         torch.cuda.set_device(0)
-        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1
+        )
         yield Ranks(0, 1, 0, torch.device("cuda", 0))
 
 
@@ -40,7 +42,9 @@ def test_variable_length_attention_is_what_the_buckets_compute(heads):
     layout = move(attention_layout(lengths_S), "cuda")
     assert varlen.available(torch.device("cuda"), torch.bfloat16, 128 // heads)
     generator = torch.Generator("cuda").manual_seed(1)
-    qkv = torch.randn(3, int(lengths_S.sum()), 384, device="cuda", generator=generator).bfloat16()
+    qkv = torch.randn(
+        3, int(lengths_S.sum()), 384, device="cuda", generator=generator
+    ).bfloat16()
     found = []
     for attend in (
         lambda x: causal_attention(x, layout, heads),
@@ -55,9 +59,14 @@ def test_variable_length_attention_is_what_the_buckets_compute(heads):
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
-def test_a_cached_table_is_one_on_the_device_and_its_checkpoint_too(ranks, tmp_path, optimizer):
+def test_a_cached_table_is_one_on_the_device_and_its_checkpoint_too(
+    ranks, tmp_path, optimizer
+):
     """A cache of a tenth of the rows, so that they come and go. Training after loading tells whether the cache was emptied."""
-    kinds = [TableConfig(optimizer=optimizer, placement=placement, cache_share=0.1) for placement in ("device", "cached")]
+    kinds = [
+        TableConfig(optimizer=optimizer, placement=placement, cache_share=0.1)
+        for placement in ("device", "cached")
+    ]
     tables = [ItemTable(10_000, 64, config, 0, ranks.device) for config in kinds]
     assert [table.capacity.cached for table in tables] == [False, True]
 
@@ -69,7 +78,9 @@ def test_a_cached_table_is_one_on_the_device_and_its_checkpoint_too(ranks, tmp_p
 
     def close(one, other):
         for name, tensor in one.shard()[1].items():
-            torch.testing.assert_close(tensor.cpu(), other.shard()[1][name].cpu(), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                tensor.cpu(), other.shard()[1][name].cpu(), rtol=1e-6, atol=1e-7
+            )
 
     for number in range(20):
         for table in tables:
@@ -84,12 +95,25 @@ def test_a_cached_table_is_one_on_the_device_and_its_checkpoint_too(ranks, tmp_p
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(ranks, tmp_path, stage):
+def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(
+    ranks, tmp_path, stage
+):
     """CUDA raises where the host waits for the stream of the step; `prepare` and `send` have one of their own to wait for."""
-    run = SmallRun(tmp_path, ranks, f"optimizer.zero_stage={stage}", "model.precision=bf16", "model.dropout=0")
+    run = SmallRun(
+        tmp_path,
+        ranks,
+        f"optimizer.zero_stage={stage}",
+        "model.precision=bf16",
+        "model.dropout=0",
+    )
     plain, ahead = run.trainer(), run.trainer()
     config = run.config
-    given = config.model.max_length, config.model.mutual_information_pooling, config.negatives, config.stream
+    given = (
+        config.model.max_length,
+        config.model.mutual_information_pooling,
+        config.negatives,
+        config.stream,
+    )
     stream = iter(TrainBatches(plain.plan, 0, 0, *given))
     batches = [next(stream).batch.pin_memory() for _ in range(6)]
     for batch in batches:
@@ -111,7 +135,10 @@ def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(ranks, tmp_p
         for number, following in enumerate([*batches[1:], None]):
             following = None if following is None else ahead.prepare(following)
             if number == 2:  # what is made once is made
-                ahead._beside.send, ahead._beside.prepare = allowed(send), allowed(prepare)
+                ahead._beside.send, ahead._beside.prepare = (
+                    allowed(send),
+                    allowed(prepare),
+                )
                 torch.cuda.set_sync_debug_mode("error")
             ahead.train_step(ready, following)
             ready = following
@@ -119,7 +146,10 @@ def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(ranks, tmp_p
         torch.cuda.set_sync_debug_mode("default")
     plain.settle()
     ahead.settle()
-    found, expected = everything(ahead), everything(plain)  # sums by atomic additions differ from time to time
+    found, expected = (
+        everything(ahead),
+        everything(plain),
+    )  # sums by atomic additions differ from time to time
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
@@ -130,7 +160,10 @@ def test_exact_ranking_is_a_brute_force_on_the_device_too(ranks, name, placement
     """Where TF32 is allowed: ranking does not take it."""
     torch.set_float32_matmul_precision("high")
     try:
-        found = ranked(CASES[name], table_of(CASES[name].m_NR, ranks.device, TableConfig(placement=placement)))
+        found = ranked(
+            CASES[name],
+            table_of(CASES[name].m_NR, ranks.device, TableConfig(placement=placement)),
+        )
     finally:
         torch.set_float32_matmul_precision("highest")
     for what, expected in brute_force(CASES[name]).items():

@@ -30,7 +30,9 @@ def accelerator():
 
 def test_a_process_that_a_test_starts_takes_the_cpu_beside_a_device():
     """The run's device and DeepSpeed's are one choice."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.split() == ["cpu", "cpu"], done.stderr[-2000:]
 
 
@@ -44,13 +46,21 @@ def test_the_ranks_of_a_test_see_no_device(monkeypatch):
         return subprocess.CompletedProcess(command, 0, stdout="said")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert rank_processes.run_on_cpu_ranks(3, "tests.helpers.table_worker", "folder") == "said"
+    assert (
+        rank_processes.run_on_cpu_ranks(3, "tests.helpers.table_worker", "folder")
+        == "said"
+    )
     ((command, environment),) = started
-    assert (environment["CUDA_VISIBLE_DEVICES"], environment["DS_ACCELERATOR"]) == ("", "cpu")
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["DS_ACCELERATOR"]) == (
+        "",
+        "cpu",
+    )
     assert "--nproc-per-node=3" in command and command[-1] == "folder"
 
 
-@pytest.mark.parametrize("folder", ["embeddings", "trainer", "syncrec", "syncrec_kernels"])
+@pytest.mark.parametrize(
+    "folder", ["embeddings", "trainer", "syncrec", "syncrec_kernels"]
+)
 def test_all_ranks_are_started_in_one_place(folder):
     """It hides devices from them: a host with one device has none for ranks 1 and 2."""
     starts = re.compile(r"nproc|--num_gpus|with_name\(.torchrun.\)")

@@ -20,7 +20,9 @@ from trainer.errors import InputError
 from trainer.files.redact import folder_of, shown, words
 
 
-def open_run(run, data=None, of_all_domains=False, ranks=None) -> tuple[RunConfig, Dataset]:
+def open_run(
+    run, data=None, of_all_domains=False, ranks=None
+) -> tuple[RunConfig, Dataset]:
     """The configuration that a run had, and its dataset, the same on all ranks. Called on all ranks.
 
     data: the dataset's folder or address where it has moved, or where the run names an address: none is fetched from on a
@@ -37,7 +39,9 @@ def open_run(run, data=None, of_all_domains=False, ranks=None) -> tuple[RunConfi
 def _opened(run, data, of_all_domains, ranks):
     config = config_of(run)
     if of_all_domains and config.stream.domain:
-        raise InputError(f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it")
+        raise InputError(
+            f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it"
+        )
     if not data and folder_of(config.data) is None:
         raise InputError(
             f"{run}: was trained from an address, {words(shown(config.data))}, which is not fetched from on a run's word; "
@@ -45,7 +49,9 @@ def _opened(run, data, of_all_domains, ranks):
         )
     config = replace(config, data=str(data or config.data))
     check_contents = ranks is None or ranks.local_rank == 0
-    return config, Dataset.load(config.data, config.stream.damaged == "stop", config.stream, check_contents)
+    return config, Dataset.load(
+        config.data, config.stream.damaged == "stop", config.stream, check_contents
+    )
 
 
 def config_of(run) -> RunConfig:
@@ -81,19 +87,33 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-def best_model(run, config: RunConfig, dataset: Dataset, ranks, slot=None) -> tuple[SyNCRec, ItemTable, dict]:
+def best_model(
+    run, config: RunConfig, dataset: Dataset, ranks, slot=None
+) -> tuple[SyNCRec, ItemTable, dict]:
     """The dense model and the item table as the run's best validation had them, and what best.json says of it; on a dataset
     that is not the run's own, what is left of them there (`carried`). Called on all ranks. slot: a TableSlot, for whoever reads
     more than one. Raises InputError where the run has none, or it is damaged or does not fit the dataset."""
     run = Path(run)
     folder, best, facts = best_checkpoint(run, ranks)
-    change = None if facts["dataset"] == dataset.fingerprint else carried(run, folder, facts["dataset"], dataset, ranks)
+    change = (
+        None
+        if facts["dataset"] == dataset.fingerprint
+        else carried(run, folder, facts["dataset"], dataset, ranks)
+    )
     # Nothing is trained here: an optimizer without state and a place that any device has, whatever the run was trained with.
-    table_config = replace(config.table, optimizer="sgd", placement="auto", communication="fp32")
+    table_config = replace(
+        config.table, optimizer="sgd", placement="auto", communication="fp32"
+    )
     slot = slot or TableSlot()
     try:
         model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
-        table = slot.take(dataset.num_embeddings, config.model.dim, table_config, config.seed, ranks.device)
+        table = slot.take(
+            dataset.num_embeddings,
+            config.model.dim,
+            table_config,
+            config.seed,
+            ranks.device,
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     if change is None:
@@ -102,5 +122,9 @@ def best_model(run, config: RunConfig, dataset: Dataset, ranks, slot=None) -> tu
         change.restore_model(model)
         change.restore_table(table, table_config.init_std)
         if ranks.first:
-            print(f"{run}: was trained on another dataset; knows {change.share}", file=sys.stderr, flush=True)
+            print(
+                f"{run}: was trained on another dataset; knows {change.share}",
+                file=sys.stderr,
+                flush=True,
+            )
     return model, table, best

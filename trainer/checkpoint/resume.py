@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.save import BEST, LATEST, RunState, checkpoints, damage_of, newest
+from trainer.checkpoint.save import (
+    BEST,
+    LATEST,
+    RunState,
+    checkpoints,
+    damage_of,
+    newest,
+)
 from trainer.config.load import flat
 from trainer.config.run import RunConfig
 from trainer.config.stream import SourceConfig
@@ -49,10 +56,18 @@ MAY_CHANGE = (
     "optimizer.zero_stage",
     "deepspeed.zero_optimization",
 )
-_MOVES_THE_RATE = ("epochs", "max_steps")  # where the schedule falls towards the last step
+_MOVES_THE_RATE = (
+    "epochs",
+    "max_steps",
+)  # where the schedule falls towards the last step
 _SHOWN = 12
 # Where things lie, and how they are fetched there: it may be another place on another host.
-_PLACES = ("data", "run", "warm_start", *(f"stream.{field.name}" for field in fields(SourceConfig)))
+_PLACES = (
+    "data",
+    "run",
+    "warm_start",
+    *(f"stream.{field.name}" for field in fields(SourceConfig)),
+)
 _PROGRAM = "syncrec-trainer"
 _SOURCES = ("launch", "trainer", "embeddings", "syncrec", "syncrec_kernels")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -64,23 +79,33 @@ def run_folder(folder, fresh=False) -> Path:
     fresh: it must not hold anything.
     """
     if not folder:
-        raise InputError("run=DIR is missing: the folder that gets everything this run writes")
+        raise InputError(
+            "run=DIR is missing: the folder that gets everything this run writes"
+        )
     run = Path(folder)
     try:
         if is_empty(run):
             return run
     except OSError as error:
-        raise InputError(f"{run}: cannot be read ({error.strerror}): give another folder as run=DIR") from None
+        raise InputError(
+            f"{run}: cannot be read ({error.strerror}): give another folder as run=DIR"
+        ) from None
     if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: already holds something that is no run; give a new folder as run=DIR")
+        raise InputError(
+            f"{run}: already holds something that is no run; give a new folder as run=DIR"
+        )
     if fresh:
-        raise InputError(f"{run}: already holds a run; give a new folder as run=DIR, or leave out --fresh to go on with it")
+        raise InputError(
+            f"{run}: already holds a run; give a new folder as run=DIR, or leave out --fresh to go on with it"
+        )
     return run
 
 
 def is_empty(run: Path) -> bool:
     """Whether nothing is there, or a folder that holds nothing but a lock."""
-    return not run.exists() or (run.is_dir() and all(entry.name == LOCK for entry in run.iterdir()))
+    return not run.exists() or (
+        run.is_dir() and all(entry.name == LOCK for entry in run.iterdir())
+    )
 
 
 def require_same_start(config: RunConfig, dataset, **command) -> None:
@@ -92,7 +117,10 @@ def require_same_start(config: RunConfig, dataset, **command) -> None:
             "another dataset": {"fingerprint": dataset.fingerprint},
             "other settings": shared_settings(config),
             "other versions": versions(),
-            "another command or device": {"device": "cuda" if torch.cuda.is_available() else "cpu", **command},
+            "another command or device": {
+                "device": "cuda" if torch.cuda.is_available() else "cpu",
+                **command,
+            },
         }
     )
 
@@ -108,13 +136,17 @@ def versions() -> dict[str, str]:
     its files."""
     found = {}
     for package in (*PACKAGES, _PROGRAM):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # started from a checkout
+        with contextlib.suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # started from a checkout
             found[package] = importlib.metadata.version(package)
     digest = hashlib.sha256()
     for folder in _SOURCES:
         for file in sorted((_ROOT / folder).rglob("*")):
             if file.suffix in (".py", ".cpp", ".h"):
-                digest.update(f"{file.relative_to(_ROOT)}\n".encode() + file.read_bytes())
+                digest.update(
+                    f"{file.relative_to(_ROOT)}\n".encode() + file.read_bytes()
+                )
     return found | {"the program's files": digest.hexdigest()[:16]}
 
 
@@ -155,7 +187,9 @@ def _look_at_best(run, folder, state, ranks, say, patience):
     if state.best is not None and run / state.best["folder"] != folder:
         damage = damage_of(run / state.best["folder"], ranks, patience)
         if damage:
-            say(f"{damage}: the best model so far is lost, the next validation begins anew")
+            say(
+                f"{damage}: the best model so far is lost, the next validation begins anew"
+            )
         if damage is not None:
             state.best = None
             state.since_best = 0
@@ -171,13 +205,23 @@ def _look_at_best(run, folder, state, ranks, say, patience):
 
 def differences(facts, config: RunConfig, fingerprint):
     """What is not as it was when the checkpoint was written, and may not change silently: a list of texts."""
-    found = [] if facts["dataset"] == fingerprint else [f"the dataset {shown(config.data)} has other contents"]
+    found = (
+        []
+        if facts["dataset"] == fingerprint
+        else [f"the dataset {shown(config.data)} has other contents"]
+    )
     before, now = facts["config"], flat(config)
-    may_change = MAY_CHANGE if config.optimizer.schedule == "constant" else set(MAY_CHANGE) - set(_MOVES_THE_RATE)
+    may_change = (
+        MAY_CHANGE
+        if config.optimizer.schedule == "constant"
+        else set(MAY_CHANGE) - set(_MOVES_THE_RATE)
+    )
     for key in sorted(before.keys() | now.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in may_change)
         if not allowed and before.get(key) != now.get(key):
-            found.append(f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}")
+            found.append(
+                f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
+            )
     return found
 
 
@@ -185,13 +229,19 @@ def shown_value(values, key):
     """A setting as a message has it."""
     if key not in values:
         return "not set"
-    return "".join(letter if letter.isprintable() else " " for letter in str(values[key])[:80])
+    return "".join(
+        letter if letter.isprintable() else " " for letter in str(values[key])[:80]
+    )
 
 
 def leave_nothing(run: Path):
     """Takes away what a run that could not begin has written into a folder that was empty before,
     and nothing else; a checkpoint or a model stays."""
-    if not run.is_dir() or checkpoints(run) or any((run / name).exists() for name in (BEST, LATEST)):
+    if (
+        not run.is_dir()
+        or checkpoints(run)
+        or any((run / name).exists() for name in (BEST, LATEST))
+    ):
         return
     for name in ("config.yaml", METRICS_FILE):
         (run / name).unlink(missing_ok=True)

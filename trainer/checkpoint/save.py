@@ -15,9 +15,10 @@ flushed to disk, and becomes visible by one rename; what a kill leaves under the
 
 Other hosts may see all that late. So the ranks tell the first one over the group what they have
 written, the first one alone chooses the checkpoint to go on from, and everybody opens the files
-that its manifest names. A listing is asked only for checkpoints that nothing names. """
+that its manifest names. A listing is asked only for checkpoints that nothing names."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -36,7 +37,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from embeddings.checkpoint import Ranges, ShardCopy, load_shard
-from trainer.checkpoint.zero_state import full_optimizer_state, full_state, restore_optimizer_state
+from trainer.checkpoint.zero_state import (
+    full_optimizer_state,
+    full_state,
+    restore_optimizer_state,
+)
 from trainer.distributed.agreement import by_the_first, largest
 from trainer.distributed.consensus import all_see, on_all_ranks, on_any_rank
 from trainer.errors import InputError
@@ -53,12 +58,27 @@ from trainer.files.atomic import (
 )
 from trainer.reporting.run_log import HEADLINE, METRICS_FILE
 
-BEST, LATEST, MANIFEST, STATE = "best.json", "latest.json", "manifest.json", "state.json"
+BEST, LATEST, MANIFEST, STATE = (
+    "best.json",
+    "latest.json",
+    "manifest.json",
+    "state.json",
+)
 DENSE, OPTIMIZER = "dense.safetensors", "optimizer.safetensors"
 FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")  # a second one of the same step gets a number
+_NAME = re.compile(
+    r"step-(\d{8,})(?:-(\d+))?"
+)  # a second one of the same step gets a number
 _PASSING = (".partial", ".removed")  # still written; on its way out
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 @dataclass
@@ -123,7 +143,10 @@ class Checkpoints:
 
         Where the best validation is of this step, state.best gets the folder's name.
         """
-        if self._last is not None and replace(self._last, seconds=state.seconds) == state:
+        if (
+            self._last is not None
+            and replace(self._last, seconds=state.seconds) == state
+        ):
             return  # it is there
         self.finish()
         again = largest(self._begin(state.step) if self.ranks.first else 0)
@@ -133,11 +156,22 @@ class Checkpoints:
         self._last = replace(state)
         self._partial = self.folder / f"{name}.partial"
         shard = ShardCopy(table)
-        tensors = {DENSE: full_state(engine, self.ranks.first), OPTIMIZER: full_optimizer_state(engine, self.ranks.first)}
+        tensors = {
+            DENSE: full_state(engine, self.ranks.first),
+            OPTIMIZER: full_optimizer_state(engine, self.ranks.first),
+        }
         metrics = self.run / METRICS_FILE
         logged = metrics.stat().st_size if self.ranks.first and metrics.exists() else 0
-        text = json.dumps({"format_version": FORMAT_VERSION, "state": asdict(state), **self.facts}, indent=1)
-        self._thread = Thread(target=self._write, args=(shard, tensors, text, logged), daemon=True, name="checkpoint")
+        text = json.dumps(
+            {"format_version": FORMAT_VERSION, "state": asdict(state), **self.facts},
+            indent=1,
+        )
+        self._thread = Thread(
+            target=self._write,
+            args=(shard, tensors, text, logged),
+            daemon=True,
+            name="checkpoint",
+        )
         self._thread.start()
         if not shard.copied:  # it is written from the table, which must stay as it is
             self.finish()
@@ -145,11 +179,17 @@ class Checkpoints:
     def _begin(self, step):
         """Which one of this step it is. Its folder is begun anew: a run of another number of ranks
         may have left one that no listing has shown."""
-        same = [_number(folder)[1] + 1 for folder in checkpoints(self.run) if _number(folder)[0] == step]
+        same = [
+            _number(folder)[1] + 1
+            for folder in checkpoints(self.run)
+            if _number(folder)[0] == step
+        ]
         again = max(same, default=0)
         while (self.folder / _name_of(step, again)).exists():  # a listing may be older
             again += 1
-        shutil.rmtree(self.folder / f"{_name_of(step, again)}.partial", ignore_errors=True)
+        shutil.rmtree(
+            self.folder / f"{_name_of(step, again)}.partial", ignore_errors=True
+        )
         return again
 
     def settle(self, writing):
@@ -171,7 +211,9 @@ class Checkpoints:
                 for name, values in tensors.items():
                     save_file(values, self._partial / name)
                 (self._partial / STATE).write_text(text)
-                _copy_start(self.run / METRICS_FILE, self._partial / METRICS_FILE, logged)
+                _copy_start(
+                    self.run / METRICS_FILE, self._partial / METRICS_FILE, logged
+                )
                 names += [*tensors, STATE, METRICS_FILE]
             self._written = {name: _flushed(self._partial / name) for name in names}
             self._written[shard.name] |= shard.range
@@ -188,8 +230,14 @@ class Checkpoints:
             if unseen is not None:
                 kind = StorageLate if patience.shared else InputError
                 unseen = unseen or "the first rank does not see another one's file"
-                raise kind(self._says(unseen, "run=DIR has to be one folder, which all hosts see"))
-            on_all_ranks(lambda: self._make_visible(files) if self.ranks.first else None)
+                raise kind(
+                    self._says(
+                        unseen, "run=DIR has to be one folder, which all hosts see"
+                    )
+                )
+            on_all_ranks(
+                lambda: self._make_visible(files) if self.ranks.first else None
+            )
         except BaseException:
             if self.ranks.first:
                 shutil.rmtree(self._partial, ignore_errors=True)
@@ -216,8 +264,17 @@ class Checkpoints:
         them."""
         world = self.ranks.world_size
         entry = self._written[_table_name(self.ranks.rank, world)]
-        mine = torch.tensor([entry["bytes"], entry["first_row"], entry["rows"], *_halves(entry["xxh3_128"])])
-        rows = [torch.empty_like(mine) for _ in range(world)] if self.ranks.first else None
+        mine = torch.tensor(
+            [
+                entry["bytes"],
+                entry["first_row"],
+                entry["rows"],
+                *_halves(entry["xxh3_128"]),
+            ]
+        )
+        rows = (
+            [torch.empty_like(mine) for _ in range(world)] if self.ranks.first else None
+        )
         dist.gather(mine, rows, dst=0)
         if not self.ranks.first:
             return {}
@@ -225,7 +282,10 @@ class Checkpoints:
         for rank, row in enumerate(rows):
             size, first_row, count, *halves = row.tolist()
             checksum = {"bytes": size, "xxh3_128": _joined(halves)}
-            tables[_table_name(rank, world)] = checksum | {"first_row": first_row, "rows": count}
+            tables[_table_name(rank, world)] = checksum | {
+                "first_row": first_row,
+                "rows": count,
+            }
         return self._written | tables
 
     def _unseen(self, files):
@@ -247,7 +307,10 @@ class Checkpoints:
             pointers[BEST] = best
         beside = []
         try:
-            write_json(self._partial / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+            write_json(
+                self._partial / MANIFEST,
+                {"format_version": FORMAT_VERSION, "files": files},
+            )
             # A full disk is met before the checkpoint is seen: from then on nothing needs room.
             for name, value in pointers.items():
                 beside.append(self.run / f"{name}.partial")
@@ -259,14 +322,20 @@ class Checkpoints:
         except OSError as error:
             for partial in beside:
                 partial.unlink(missing_ok=True)
-            raise (StorageLate if passes(error.errno) else InputError)(self._says(error)) from None
+            raise (StorageLate if passes(error.errno) else InputError)(
+                self._says(error)
+            ) from None
         self._tidy(folder, best)
 
     def _tidy(self, newest, best):
         """Takes older ones away; what cannot be taken away is in nobody's way."""
         # Of later steps there are only damaged ones: the run went back behind them.
         listed = checkpoints(self.run)
-        others = [folder for folder in listed if _number(folder)[0] <= self._last.step and folder != newest]
+        others = [
+            folder
+            for folder in listed
+            if _number(folder)[0] <= self._last.step and folder != newest
+        ]
         kept = {newest.name, Path((best or {}).get("folder", "")).name}
         kept |= {folder.name for folder in others[: self.keep - 1]}
         for folder in listed:
@@ -274,14 +343,22 @@ class Checkpoints:
                 try:
                     _remove(folder)
                 except OSError as error:
-                    print(f"{folder}: cannot be removed ({error.strerror})", file=sys.stderr, flush=True)
+                    print(
+                        f"{folder}: cannot be removed ({error.strerror})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
 
 def checkpoints(run: Path):
     """The run's checkpoints, newest first, as a listing has them, which may be late; those that are
     still written, or half removed, are none."""
     folder = run / "checkpoints"
-    found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
+    found = (
+        [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)]
+        if folder.is_dir()
+        else []
+    )
     return sorted(found, key=_number, reverse=True)
 
 
@@ -301,7 +378,9 @@ def _known(run):
     names = {folder.name for folder in checkpoints(run)}
     for file in (BEST, LATEST):
         try:
-            place, _, name = json.loads((run / file).read_text())["folder"].partition("/")
+            place, _, name = json.loads((run / file).read_text())["folder"].partition(
+                "/"
+            )
         except _UNREADABLE:
             continue
         if place == "checkpoints" and _NAME.fullmatch(name):
@@ -314,7 +393,7 @@ def newest(run: Path, ranks, say, patience: Patience | None = None):
     Called on all ranks: the first one chooses, and all of them read.
 
     say(text): called with each checkpoint that is skipped and why, by the rank that found it.
-    Raises InputError where a rank has another checkpoint than the first one, or none. """
+    Raises InputError where a rank has another checkpoint than the first one, or none."""
     patience = patience or Patience(run)
     for name in by_the_first(lambda: _known(run), ranks.first):
         folder = run / "checkpoints" / name
@@ -357,7 +436,9 @@ def damage_of(folder: Path, ranks, patience: Patience) -> str | None:
             if not ranks.first and (folder / MANIFEST).read_bytes().decode() != text:
                 found["apart"] = f"has another {folder / MANIFEST}"
         except (OSError, UnicodeError) as error:
-            found["apart"] = f"does not see {folder / MANIFEST} ({getattr(error, 'strerror', None) or error})"
+            found["apart"] = (
+                f"does not see {folder / MANIFEST} ({getattr(error, 'strerror', None) or error})"
+            )
         if not found:
             try:
                 _look_at_files(folder, _entries(folder, text))
@@ -370,12 +451,16 @@ def damage_of(folder: Path, ranks, patience: Patience) -> str | None:
 
     def refuse():
         if "apart" in found:
-            raise InputError(f"{found['apart']} as the first rank has it: run=DIR has to be one folder, which all hosts see")
+            raise InputError(
+                f"{found['apart']} as the first rank has it: run=DIR has to be one folder, which all hosts see"
+            )
 
     on_all_ranks(refuse)
     if not found:
         try:
-            _compare_checksums(folder, _entries(folder, text), ranks.rank, ranks.world_size)
+            _compare_checksums(
+                folder, _entries(folder, text), ranks.rank, ranks.world_size
+            )
         except Damaged as error:
             found["damage"] = str(error)
     return found.get("damage", "") if on_any_rank(bool(found)) else None
@@ -404,7 +489,9 @@ def verify(folder: Path, rank=0, ranks=1):
     try:
         text = (folder / MANIFEST).read_bytes().decode()
     except (OSError, UnicodeError):
-        raise Damaged(f"{folder / MANIFEST} is missing or unreadable", late=True) from None
+        raise Damaged(
+            f"{folder / MANIFEST} is missing or unreadable", late=True
+        ) from None
     entries = _entries(folder, text)
     _look_at_files(folder, entries)
     _compare_checksums(folder, entries, rank, ranks)
@@ -416,14 +503,27 @@ def _entries(folder, text):
     try:
         manifest = json.loads(text)
         version, files = manifest["format_version"], dict(manifest["files"])
-        expected = {str(name): (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+        expected = {
+            str(name): (int(entry["bytes"]), str(entry["xxh3_128"]))
+            for name, entry in files.items()
+        }
     except _UNREADABLE:
-        raise Damaged(f"{folder / MANIFEST} is missing or unreadable", late=True) from None
+        raise Damaged(
+            f"{folder / MANIFEST} is missing or unreadable", late=True
+        ) from None
     if version != FORMAT_VERSION:
-        raise Damaged(f"{folder / MANIFEST} has format_version {version}, this program reads {FORMAT_VERSION}")
+        raise Damaged(
+            f"{folder / MANIFEST} has format_version {version}, this program reads {FORMAT_VERSION}"
+        )
     for name in expected:
-        if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST) or not name.isprintable():
-            raise Damaged(f"{folder / MANIFEST} names {name!r}, which is no file of a checkpoint")
+        if (
+            name != os.path.basename(name)
+            or name in ("", ".", "..", MANIFEST)
+            or not name.isprintable()
+        ):
+            raise Damaged(
+                f"{folder / MANIFEST} names {name!r}, which is no file of a checkpoint"
+            )
     if missing := {STATE, DENSE, OPTIMIZER, METRICS_FILE} - expected.keys():
         raise Damaged(f"{folder / min(missing)} is missing, in the manifest too")
     return expected
@@ -438,11 +538,15 @@ def _look_at_files(folder, expected):
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise Damaged(f"{file} is missing", late=True) from None
-            raise Damaged(f"{file} cannot be read ({error.strerror})", late=passes(error.errno)) from None
+            raise Damaged(
+                f"{file} cannot be read ({error.strerror})", late=passes(error.errno)
+            ) from None
         if not stat.S_ISREG(facts.st_mode):
             raise Damaged(f"{file} is no file")
         if facts.st_size != size:
-            raise Damaged(f"{file} has {facts.st_size} bytes, the manifest says {size}", late=True)
+            raise Damaged(
+                f"{file} has {facts.st_size} bytes, the manifest says {size}", late=True
+            )
 
 
 def _compare_checksums(folder, expected, rank, ranks):
@@ -451,7 +555,10 @@ def _compare_checksums(folder, expected, rank, ranks):
     for number, (name, (_, checksum)) in enumerate(sorted(expected.items())):
         file = folder / name
         try:
-            if number % ranks == rank and patiently(lambda: _checksum(file), patience) != checksum:  # noqa: B023 (called at once)
+            if (
+                number % ranks == rank
+                and patiently(functools.partial(_checksum, file), patience) != checksum
+            ):
                 raise Damaged(f"{file} has another checksum than the manifest says")
         except OSError as error:
             raise Damaged(f"{file} cannot be read ({error.strerror})") from None
@@ -479,7 +586,9 @@ def _rows_of(entry, folder):
     try:
         return int(entry["first_row"]), int(entry["rows"])
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise Damaged(f"{folder / MANIFEST} does not say which rows a table file holds") from None
+        raise Damaged(
+            f"{folder / MANIFEST} does not say which rows a table file holds"
+        ) from None
 
 
 def read_state(folder: Path):
@@ -488,19 +597,44 @@ def read_state(folder: Path):
     try:
         facts = json.loads(file.read_text())
         if facts["format_version"] != FORMAT_VERSION:
-            raise Damaged(f"{file} has format_version {facts['format_version']}, this program reads {FORMAT_VERSION}")
+            raise Damaged(
+                f"{file} has format_version {facts['format_version']}, this program reads {FORMAT_VERSION}"
+            )
         given = facts["state"]
-        kinds = {field.name: (int, float) if field.type is float else field.type for field in fields(RunState)}
-        if given.keys() != kinds.keys() or not all(isinstance(given[name], kind) for name, kind in kinds.items()):
+        kinds = {
+            field.name: (int, float) if field.type is float else field.type
+            for field in fields(RunState)
+        }
+        if given.keys() != kinds.keys() or not all(
+            isinstance(given[name], kind) for name, kind in kinds.items()
+        ):
             raise Damaged(f"{file}: its state is not this program's")
-        if min(given[name] for name in ("step", "validated", "since_best", "skipped_users", "seconds")) < 0:
+        if (
+            min(
+                given[name]
+                for name in (
+                    "step",
+                    "validated",
+                    "since_best",
+                    "skipped_users",
+                    "seconds",
+                )
+            )
+            < 0
+        ):
             raise Damaged(f"{file}: its state has negative counts")
-        if not isinstance(facts["config"], dict) or not isinstance(facts["dataset"], str):
+        if not isinstance(facts["config"], dict) or not isinstance(
+            facts["dataset"], str
+        ):
             raise Damaged(f"{file}: its configuration or dataset is missing")
-        _folder_of(folder.parent.parent, given["best"]) if given["best"] is not None else None
+        _folder_of(folder.parent.parent, given["best"]) if given[
+            "best"
+        ] is not None else None
         return facts | {"state": RunState(**given)}
     except _UNREADABLE as error:
-        raise Damaged(f"{file} cannot be used ({' '.join(str(error).split())})") from None
+        raise Damaged(
+            f"{file} cannot be used ({' '.join(str(error).split())})"
+        ) from None
 
 
 def restore_model(folder: Path, model):
@@ -568,7 +702,9 @@ def _best(run, patience):
             best = json.loads((run / BEST).read_text())
             folder = _folder_of(run, best)
         except _UNREADABLE:
-            raise InputError(f"{run}: holds no finished model ({BEST} is missing or unreadable): train first") from None
+            raise InputError(
+                f"{run}: holds no finished model ({BEST} is missing or unreadable): train first"
+            ) from None
         if over or (folder / MANIFEST).exists():
             return best
         patience.wait()
@@ -585,18 +721,26 @@ class reading:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, OSError | SafetensorError):
-            raise InputError(f"{self._folder}: cannot be read ({error}): copy the run again") from None
+            raise InputError(
+                f"{self._folder}: cannot be read ({error}): copy the run again"
+            ) from None
         if isinstance(error, Damaged):
             raise InputError(f"{error}: copy the run again") from None
-        if isinstance(error, RuntimeError | ValueError | KeyError):  # weights of other shapes or names; a table of other rows
+        if isinstance(
+            error, RuntimeError | ValueError | KeyError
+        ):  # weights of other shapes or names; a table of other rows
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{self._folder}: its weights do not fit the run's model and dataset ({reason})") from None
+            raise InputError(
+                f"{self._folder}: its weights do not fit the run's model and dataset ({reason})"
+            ) from None
 
 
 def _folder_of(run, best):
     """The folder that a best.json names, which lies in the run. Raises ValueError where it is no such record."""
     kinds = {"folder": str, "step": int, "epoch": int, HEADLINE: (int, float)}
-    if best.keys() != kinds.keys() or not all(isinstance(best[name], kind) for name, kind in kinds.items()):
+    if best.keys() != kinds.keys() or not all(
+        isinstance(best[name], kind) for name, kind in kinds.items()
+    ):
         raise ValueError(f"{best} is no best validation")
     place, _, name = best["folder"].partition("/")
     if place != "checkpoints" or not _NAME.fullmatch(name):
@@ -623,7 +767,9 @@ def _copy_start(source, target, size):
 
 def _flushed(file):
     """Flushes a file to disk; its manifest entry."""
-    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors' own files are for their owner alone
+    file.chmod(
+        file.parent.stat().st_mode & 0o666
+    )  # safetensors' own files are for their owner alone
     flush(file)
     return {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
 

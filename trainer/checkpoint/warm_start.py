@@ -85,7 +85,11 @@ class Carried:
         def fill():
             with reading(self.folder):
                 knots = model.config.time_knots
-                model.load_state_dict(grown_state(dense_state(self.folder), self.old_of_D, self.spans, knots))
+                model.load_state_dict(
+                    grown_state(
+                        dense_state(self.folder), self.old_of_D, self.spans, knots
+                    )
+                )
 
         on_all_ranks(fill)
 
@@ -93,7 +97,9 @@ class Carried:
         """Fills the table and its optimizer's state; kept: see carry_rows. Called on all ranks."""
         with reading(self.folder):
             ranges = table_ranges(self.folder)
-            carry_rows(table, self.folder, self.source_N, self.group_N, init_std, kept, ranges)
+            carry_rows(
+                table, self.folder, self.source_N, self.group_N, init_std, kept, ranges
+            )
 
 
 def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | None:
@@ -107,13 +113,17 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
 
     def look():
         if not (run / "config.yaml").is_file():
-            raise InputError(f"warm_start={run}: is no run (there is no config.yaml in it)")
+            raise InputError(
+                f"warm_start={run}: is no run (there is no config.yaml in it)"
+            )
 
     on_all_ranks(look)
     folder, _, facts = best_checkpoint(run, ranks)
     refused = _differences(facts["config"], flat(config))
     if refused:
-        raise InputError(f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold")
+        raise InputError(
+            f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold"
+        )
     return carried(run, folder, facts["dataset"], dataset, ranks)
 
 
@@ -125,11 +135,21 @@ def carried(run: Path, folder: Path, fingerprint, dataset: Dataset, ranks) -> Ca
     group_N = np.full(dataset.num_embeddings, -1, np.int32)
     for number, domain in enumerate(dataset.domains):
         group_N[domain.start : domain.start + domain.items] = number
-    old_of_D = [names.index(domain.name) if domain.name in names else -1 for domain in dataset.domains]
+    old_of_D = [
+        names.index(domain.name) if domain.name in names else -1
+        for domain in dataset.domains
+    ]
     if max(old_of_D) < 0:
         domains = ", ".join(domain.name for domain in dataset.domains)
         raise InputError(f"{run}: its model knows none of the domains {domains}")
-    return Carried(run, folder, source_N, group_N, old_of_D, (span, (dataset.first_time, dataset.last_time)))
+    return Carried(
+        run,
+        folder,
+        source_N,
+        group_N,
+        old_of_D,
+        (span, (dataset.first_time, dataset.last_time)),
+    )
 
 
 def _told_rows(run, fingerprint, dataset, ranks):
@@ -160,7 +180,11 @@ def _known_rows(run, fingerprint, dataset):
     facts = dataset.folder / EXTENSION / "extension.json"
     if fingerprint == dataset.fingerprint:
         rows = np.arange(dataset.num_embeddings)
-        return [domain.name for domain in dataset.domains], (dataset.first_time, dataset.last_time), rows
+        return (
+            [domain.name for domain in dataset.domains],
+            (dataset.first_time, dataset.last_time),
+            rows,
+        )
     if facts.is_file():
         try:
             said = json.loads(facts.read_text(encoding="utf-8"))
@@ -168,8 +192,17 @@ def _known_rows(run, fingerprint, dataset):
                 first, last = map(float, said["span_before"])
                 names = [str(name) for name in said["domains_before"]]
                 return names, (first, last), rows_of_extension(dataset)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
-            raise InputError(f"{facts.parent}: cannot be used ({words(error)}): copy the dataset again") from None
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            pa.ArrowException,
+        ) as error:
+            raise InputError(
+                f"{facts.parent}: cannot be used ({words(error)}): copy the dataset again"
+            ) from None
     config = load_recorded(run / "config.yaml")
     if folder_of(config.data) is None:
         raise InputError(
@@ -179,17 +212,26 @@ def _known_rows(run, fingerprint, dataset):
     try:
         old = Dataset.load(config.data, check_shards=False)
     except InputError as error:
-        raise InputError(f"{run}: what its model's rows were is not known: {error}") from None
+        raise InputError(
+            f"{run}: what its model's rows were is not known: {error}"
+        ) from None
     if old.fingerprint != fingerprint:
-        raise InputError(f"{run}: its dataset {config.data} has other contents by now: nobody knows what its model's rows were")
+        raise InputError(
+            f"{run}: its dataset {config.data} has other contents by now: nobody knows what its model's rows were"
+        )
     with limited_engine() as connection:
         rows = rows_of_items(old, dataset, connection)
-    return [domain.name for domain in old.domains], (old.first_time, old.last_time), rows
+    return (
+        [domain.name for domain in old.domains],
+        (old.first_time, old.last_time),
+        rows,
+    )
 
 
 def _differences(before, now):
     return [
         f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
+        if before.get(key) != now.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
     ]

@@ -20,7 +20,11 @@ def gradients(engine):
     elif engine.zero_offload_optimizer():
         found = [flat.grad for flat in _flat_parameters(engine)]
     else:
-        found = [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
+        found = [
+            gradient
+            for group in engine.optimizer.averaged_gradients.values()
+            for gradient in group
+        ]
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -28,7 +32,9 @@ def full_state(engine, keep: bool):
     """The dense model's parameters and buffers: {name: tensor}, empty unless `keep`. Called on all ranks."""
     state = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
+        with deepspeed.zero.GatheredParameters(
+            parameter, enabled=hasattr(parameter, "ds_id")
+        ):
             if keep:
                 state[name] = _copy(parameter)
     if keep:
@@ -43,8 +49,16 @@ def full_optimizer_state(engine, keep: bool):
     if not flats or not optimizer.state.get(flats[0]):
         return {}
     _link_state(engine)
-    names = [name for name, value in optimizer.state[flats[0]].items() if value.shape == flats[0].shape]
-    state = {"step": optimizer.state[flats[0]]["step"].detach().cpu().clone()} if keep else {}
+    names = [
+        name
+        for name, value in optimizer.state[flats[0]].items()
+        if value.shape == flats[0].shape
+    ]
+    state = (
+        {"step": optimizer.state[flats[0]]["step"].detach().cpu().clone()}
+        if keep
+        else {}
+    )
     for parameter_name, parameter in _trained(engine):
         for name in names:
             if engine.zero_optimization_stage() == 0:
@@ -61,24 +75,38 @@ def restore_optimizer_state(engine, state):
     if not state:
         return
     optimizer, stage = base_optimizer(engine), engine.zero_optimization_stage()
-    step, names = state["step"], sorted({key.rpartition(_SEPARATOR)[2] for key in state if _SEPARATOR in key})
-    for flat in _flat_parameters(engine):  # Adam makes its state in its first step; here it is needed before
-        optimizer.state[flat] = {"step": step.clone(), **{name: torch.zeros_like(flat) for name in names}}
+    step, names = (
+        state["step"],
+        sorted({key.rpartition(_SEPARATOR)[2] for key in state if _SEPARATOR in key}),
+    )
+    for flat in _flat_parameters(
+        engine
+    ):  # Adam makes its state in its first step; here it is needed before
+        optimizer.state[flat] = {
+            "step": step.clone(),
+            **{name: torch.zeros_like(flat) for name in names},
+        }
         if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"):
-            optimizer.state[flat]["step"] = step.to(flat.device, copy=True)  # each its own: the kernel counts in it
+            optimizer.state[flat]["step"] = step.to(
+                flat.device, copy=True
+            )  # each its own: the kernel counts in it
     _link_state(engine)
     for parameter_name, parameter in _trained(engine):
         for name in names:
             value = state[f"{parameter_name}{_SEPARATOR}{name}"].to(engine.device)
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if value.shape != shape:
-                raise ValueError(f"the optimizer's {name} of {parameter_name} is {list(value.shape)}, not {list(shape)}")
+                raise ValueError(
+                    f"the optimizer's {name} of {parameter_name} is {list(value.shape)}, not {list(shape)}"
+                )
             if stage == 0:
                 optimizer.state[parameter][name].copy_(value)
             elif stage < 3:
                 deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
             else:
-                deepspeed.utils.safe_set_local_optimizer_state(parameter, _partition(value, parameter.ds_tensor.numel()), name)
+                deepspeed.utils.safe_set_local_optimizer_state(
+                    parameter, _partition(value, parameter.ds_tensor.numel()), name
+                )
 
 
 def _link_state(engine):
@@ -100,12 +128,20 @@ def _partition(value, length):
 
 
 def _trained(engine):
-    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def base_optimizer(engine):
     """PyTorch's optimizer, which ZeRO wraps."""
-    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    return (
+        engine.optimizer
+        if engine.zero_optimization_stage() == 0
+        else engine.optimizer.optimizer
+    )
 
 
 def _flat_parameters(engine):
@@ -113,7 +149,11 @@ def _flat_parameters(engine):
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [parameter for _, parameter in _trained(engine)]
-    return engine.optimizer.single_partition_of_fp32_groups if stage < 3 else engine.optimizer.fp32_partitioned_groups_flat
+    return (
+        engine.optimizer.single_partition_of_fp32_groups
+        if stage < 3
+        else engine.optimizer.fp32_partitioned_groups_flat
+    )
 
 
 def _copy(tensor):

@@ -15,6 +15,8 @@ class CheckpointConfig:
     def __post_init__(self):
         for name in ("every_steps", "every_minutes", "every_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}: give 0 (never) or more")
+                raise ValueError(
+                    f"checkpoint.{name} is {getattr(self, name)}: give 0 (never) or more"
+                )
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep is {self.keep}: give at least 1")

@@ -21,7 +21,9 @@ def read_deepspeed_json(file):
 
 def asks_for_bf16(deepspeed_config):
     """True where DeepSpeed's own bf16 section is enabled; the model then computes in bf16 by autocast."""
-    return _enabled(deepspeed_config, "bf16") or _enabled(deepspeed_config, "torch_autocast")
+    return _enabled(deepspeed_config, "bf16") or _enabled(
+        deepspeed_config, "torch_autocast"
+    )
 
 
 def _enabled(config, section):

@@ -16,7 +16,9 @@ from trainer.config.run import RunConfig
 from trainer.errors import InputError
 from trainer.files.redact import recorded, words
 
-_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # OmegaConf's; a backslash before it escapes
+_INTERPOLATION = re.compile(
+    r"(?<!\\)(?:\\\\)*\$\{"
+)  # OmegaConf's; a backslash before it escapes
 _LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
 _DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands
 
@@ -28,7 +30,12 @@ def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
     """
     more = []
     if deepspeed_file is not None:
-        more.append((deepspeed_file, OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)})))
+        more.append(
+            (
+                deepspeed_file,
+                OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)}),
+            )
+        )
     return _with_bf16(load(RunConfig, files, overrides, more))
 
 
@@ -49,13 +56,17 @@ def load_recorded(file) -> RunConfig:
         with open(file, "rb") as stream:
             data = stream.read(_LARGEST_RECORD + 1)
         if len(data) > _LARGEST_RECORD:
-            raise InputError(f"{file}: has more than {_LARGEST_RECORD} bytes: no run has written it")
+            raise InputError(
+                f"{file}: has more than {_LARGEST_RECORD} bytes: no run has written it"
+            )
         text = data.decode("utf-8")
         _look_at_record(file, text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file}: is no YAML ({words(error)})") from None
     try:
-        given = _with_sections(file, lambda: OmegaConf.load(io.StringIO(text)), RunConfig)
+        given = _with_sections(
+            file, lambda: OmegaConf.load(io.StringIO(text)), RunConfig
+        )
         return _with_bf16(load(RunConfig, [], [], [(file, given)]))
     except InputError as error:
         said = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
@@ -70,14 +81,23 @@ def _look_at_record(file, text):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST_RECORD:
-            raise InputError(f"{file}: is deeper than {_DEEPEST_RECORD} sections: no run has written it")
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise InputError(
+                f"{file}: is deeper than {_DEEPEST_RECORD} sections: no run has written it"
+            )
+        if (
+            isinstance(event, yaml.AliasEvent)
+            or getattr(event, "anchor", None) is not None
+        ):
             line = event.start_mark.line + 1
-            raise InputError(f"{file}: line {line} has an anchor or alias: a run writes none")
+            raise InputError(
+                f"{file}: line {line} has an anchor or alias: a run writes none"
+            )
 
     def visit(node, key):
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            raise InputError(f"{file}: {key} has the tag {words(node.tag)}: a run writes none")
+            raise InputError(
+                f"{file}: {key} has the tag {words(node.tag)}: a run writes none"
+            )
         if isinstance(node, yaml.MappingNode):
             for name, value in node.value:
                 visit(name, f"the key {words(name.value)}")
@@ -100,13 +120,21 @@ def load(kind, files, overrides, more=()):
     """A configuration of any dataclass, as `load_config` has it. more: (name, what OmegaConf made) over the rest."""
     merged = OmegaConf.structured(kind)
     sources = [(file, _read(file, kind)) for file in files]
-    sources += [(override, _parse(override, kind)) for override in overrides] + list(more)
+    sources += [(override, _parse(override, kind)) for override in overrides] + list(
+        more
+    )
     for source, given in sources:
         try:
             merged = OmegaConf.merge(merged, given)
         except OmegaConfBaseException as error:
-            where = f"{source}: {error.full_key}" if error.full_key and source not in overrides else source
-            raise InputError(f"{where}: {str(error).splitlines()[0]}{_allowed(error)}") from None
+            where = (
+                f"{source}: {error.full_key}"
+                if error.full_key and source not in overrides
+                else source
+            )
+            raise InputError(
+                f"{where}: {str(error).splitlines()[0]}{_allowed(error)}"
+            ) from None
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -132,7 +160,9 @@ def flat(config: RunConfig) -> dict:
 
 def to_yaml(config: RunConfig) -> str:
     """The whole effective configuration, as `load_config` reads it; without what is secret in the dataset's address."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(_without_secrets(config)))))
+    return OmegaConf.to_yaml(
+        OmegaConf.create(_escaped(asdict(_without_secrets(config))))
+    )
 
 
 def _without_secrets(config):
@@ -153,15 +183,27 @@ def _escaped(value):
 def _parse(override, kind):
     key, found, value = override.partition("=")
     if not found or not key:
-        raise InputError(f"{override}: options are given as key=value, e.g. global_batch_size=256")
+        raise InputError(
+            f"{override}: options are given as key=value, e.g. global_batch_size=256"
+        )
     for name in key.split("."):
-        kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None
-    if kind is str or get_origin(kind) is Literal:  # text as it stands: YAML would make a number of 1e3, a boolean of off
-        return OmegaConf.create(reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value))
+        kind = (
+            {field.name: field.type for field in fields(kind)}.get(name)
+            if is_dataclass(kind)
+            else None
+        )
+    if (
+        kind is str or get_origin(kind) is Literal
+    ):  # text as it stands: YAML would make a number of 1e3, a boolean of off
+        return OmegaConf.create(
+            reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
+        )
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
-        raise InputError(f"{override}: its value is no YAML ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{override}: its value is no YAML ({' '.join(str(error).split())})"
+        ) from None
 
 
 def _read(file, kind):
@@ -175,13 +217,19 @@ def _with_sections(file, read, kind):
     try:
         loaded = read()
     except Exception as error:  # a YAML error of any kind: say where, and no trace
-        raise InputError(f"{file}: is no YAML ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{file}: is no YAML ({' '.join(str(error).split())})"
+        ) from None
     if not OmegaConf.is_dict(loaded):
         raise InputError(f"{file}: is a list; a configuration is made of key: value")
     given = OmegaConf.to_container(loaded)
     for section in fields(kind):
-        if is_dataclass(section.type) and not isinstance(given.get(section.name, {}), dict):
-            raise InputError(f"{file}: {section.name} is {given[section.name]}; it is a section with keys of its own")
+        if is_dataclass(section.type) and not isinstance(
+            given.get(section.name, {}), dict
+        ):
+            raise InputError(
+                f"{file}: {section.name} is {given[section.name]}; it is a section with keys of its own"
+            )
     return OmegaConf.create(_on_off(given, kind))
 
 
@@ -198,5 +246,9 @@ def _on_off(given, kind):
 def _allowed(error):
     """The keys that exist where one was given that does not."""
     node = error.parent_node if hasattr(error, "parent_node") else None
-    keys = list(node.keys()) if node is not None and hasattr(node, "keys") and "not in" in str(error) else None
+    keys = (
+        list(node.keys())
+        if node is not None and hasattr(node, "keys") and "not in" in str(error)
+        else None
+    )
     return f" (there are: {', '.join(map(str, keys))})" if keys else ""

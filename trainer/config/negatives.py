@@ -12,6 +12,8 @@ class NegativesConfig:
 
     def __post_init__(self):
         if self.per_target < 1:
-            raise ValueError(f"negatives.per_target is {self.per_target}: give at least 1")
+            raise ValueError(
+                f"negatives.per_target is {self.per_target}: give at least 1"
+            )
         if self.shared < 0:
             raise ValueError(f"negatives.shared is {self.shared}: give 0 (off) or more")

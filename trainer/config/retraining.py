@@ -26,14 +26,24 @@ class PublishConfig:
     def __post_init__(self):
         for name in ("tolerance", "fall", "domain_fall", "own_fall"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: give a share from 0 to 1"
+                )
         for name, least in (("least_users", 1), ("keep", 0)):
             if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}: give at least {least}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: give at least {least}"
+                )
 
 
 # What measured best on amazon4 (docs/retraining.md).
-_WARM = ("epochs=2", "evaluation.every_epochs=2", "warm_kept=0.3", "optimizer.schedule=linear", "optimizer.final_share=0.2")
+_WARM = (
+    "epochs=2",
+    "evaluation.every_epochs=2",
+    "warm_kept=0.3",
+    "optimizer.schedule=linear",
+    "optimizer.final_share=0.2",
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,17 @@ class RetrainConfig:
     keep_days: int = 3
 
     def __post_init__(self):
-        missing = {"folder": "gets datasets, runs and what is published", "name": "names this day, e.g. 2026-11-26"}
+        missing = {
+            "folder": "gets datasets, runs and what is published",
+            "name": "names this day, e.g. 2026-11-26",
+        }
         for name, what in missing.items():
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: it {what}")
         if "/" in self.name or self.name.startswith("."):
-            raise ValueError(f"name is {self.name!r}: it names a folder, so without / and no dot first")
+            raise ValueError(
+                f"name is {self.name!r}: it names a folder, so without / and no dot first"
+            )
         if not self.input:
             raise ValueError("input is missing: the new logs")
         if self.keep_days < 1:

@@ -30,7 +30,17 @@ from trainer.errors import InputError
 from trainer.files.output_folder import new_folder
 from trainer.files.progress import Stages
 
-_NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel", "news")
+_NAMES = (
+    "shop",
+    "video",
+    "navi",
+    "coupon",
+    "music",
+    "books",
+    "games",
+    "travel",
+    "news",
+)
 _UNRELATED = "ads"
 _FIRST_SECOND = 1_704_067_200  # 2024-01-01
 _CHUNK_EVENTS = 1 << 16  # small enough for the caches
@@ -47,7 +57,10 @@ _SCHEMA = pa.schema(
 # What repeats goes by dictionary, what does not in as few bits as it has: twice as fast as the defaults, and half the size.
 _ENCODING = {
     "use_dictionary": ["user_id", "domain"],
-    "column_encoding": {"item_id": "DELTA_BINARY_PACKED", "timestamp": "DELTA_BINARY_PACKED"},
+    "column_encoding": {
+        "item_id": "DELTA_BINARY_PACKED",
+        "timestamp": "DELTA_BINARY_PACKED",
+    },
 }
 
 
@@ -74,15 +87,33 @@ class SyntheticConfig:
     hours: float = 6.0
 
     def __post_init__(self):
-        at_least = {"users": 1, "domains": 1, "mean_length": 1, "seed": 0, "topics": 2, "exponent": 0}
+        at_least = {
+            "users": 1,
+            "domains": 1,
+            "mean_length": 1,
+            "seed": 0,
+            "topics": 2,
+            "exponent": 0,
+        }
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        for name in ("interest_drift", "unrelated_drift", "unrelated_share", "on_topic"):
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: it must be at least {least}"
+                )
+        for name in (
+            "interest_drift",
+            "unrelated_drift",
+            "unrelated_share",
+            "on_topic",
+        ):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: it must be at least 0 and below 1"
+                )
         if self.items < self.domains * self.topics:
-            raise InputError(f"items is {self.items}: every domain needs one a topic, {self.domains * self.topics} together")
+            raise InputError(
+                f"items is {self.items}: every domain needs one a topic, {self.domains * self.topics} together"
+            )
         if not self.hours > 0:
             raise InputError(f"hours is {self.hours}: it must be above 0")
 
@@ -94,7 +125,10 @@ class SyntheticConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The domains' names, (D,), the unrelated one last."""
-        names = [*_NAMES, *(f"domain{number}" for number in range(len(_NAMES), self.related))][: self.related]
+        names = [
+            *_NAMES,
+            *(f"domain{number}" for number in range(len(_NAMES), self.related)),
+        ][: self.related]
         return (*names, _UNRELATED)[: self.domains]
 
     @property
@@ -102,7 +136,10 @@ class SyntheticConfig:
         """Shares of the events by domain, float64 (D,): the related ones fall as 1 / sqrt(rank)."""
         related = 1 / np.sqrt(1 + np.arange(self.related))
         unrelated = self.unrelated_share if self.related < self.domains else 0.0
-        return np.append(related / related.sum() * (1 - unrelated), [unrelated] * (self.domains - self.related))
+        return np.append(
+            related / related.sum() * (1 - unrelated),
+            [unrelated] * (self.domains - self.related),
+        )
 
     @property
     def domain_items(self) -> np.ndarray:
@@ -115,7 +152,9 @@ class SyntheticConfig:
 
         Index domain · (topics + 1) + topic stands for the topic's items, and topic `topics` for the whole domain.
         """
-        in_topic = (self.domain_items[:, None] - np.arange(self.topics) + self.topics - 1) // self.topics
+        in_topic = (
+            self.domain_items[:, None] - np.arange(self.topics) + self.topics - 1
+        ) // self.topics
         ranks = np.column_stack([in_topic, self.domain_items]).ravel()
         return ranks, _span(ranks, self.exponent)
 
@@ -147,7 +186,9 @@ def generate(config: SyntheticConfig, first: int, last: int) -> Events:
     position = np.arange(len(user)) - np.repeat(starts, lengths)
     # One counter an event: the user's own random 64 bits plus the position.
     with np.errstate(over="ignore"):
-        counter = np.repeat(random_bits(config.seed, _Draw.USER, np.arange(first, last)), lengths) + position.astype(np.uint64)
+        counter = np.repeat(
+            random_bits(config.seed, _Draw.USER, np.arange(first, last)), lengths
+        ) + position.astype(np.uint64)
 
     def unit(draw):
         return random_unit(random_bits(draw, counter))
@@ -158,7 +199,9 @@ def generate(config: SyntheticConfig, first: int, last: int) -> Events:
         drawn = random_below(random_bits(which, counter[moved]), config.topics)
         return np.repeat(drawn, np.diff(moved, append=len(counter)))
 
-    domain = np.searchsorted(np.cumsum(config.shares)[:-1], unit(_Draw.DOMAIN), side="right")
+    domain = np.searchsorted(
+        np.cumsum(config.shares)[:-1], unit(_Draw.DOMAIN), side="right"
+    )
     followed = topic(config.interest_drift, _Draw.INTEREST_MOVES, _Draw.INTEREST)
     if config.related < config.domains:
         own = topic(config.unrelated_drift, _Draw.UNRELATED_MOVES, _Draw.UNRELATED)
@@ -173,7 +216,9 @@ def generate(config: SyntheticConfig, first: int, last: int) -> Events:
 
     gaps = 1 - np.log1p(-unit(_Draw.GAP)) * (config.hours * 3600)
     elapsed = np.cumsum(gaps.astype(np.int64))
-    joined = random_below(random_bits(config.seed, _Draw.JOINED, np.arange(first, last)), 365 * 86400)
+    joined = random_below(
+        random_bits(config.seed, _Draw.JOINED, np.arange(first, last)), 365 * 86400
+    )
     time = _FIRST_SECOND + elapsed + np.repeat(joined - elapsed[starts], lengths)
     return Events(user, item, domain, time, followed)
 
@@ -181,7 +226,19 @@ def generate(config: SyntheticConfig, first: int, last: int) -> Events:
 class _Draw:
     """One number for each purpose of a draw, so that no two use the same bits."""
 
-    LENGTH, USER, JOINED, DOMAIN, INTEREST_MOVES, INTEREST, UNRELATED_MOVES, UNRELATED, ON_TOPIC, ITEM, GAP = range(11)
+    (
+        LENGTH,
+        USER,
+        JOINED,
+        DOMAIN,
+        INTEREST_MOVES,
+        INTEREST,
+        UNRELATED_MOVES,
+        UNRELATED,
+        ON_TOPIC,
+        ITEM,
+        GAP,
+    ) = range(11)
 
 
 def _power_law(unit, count, span, exponent):
@@ -189,7 +246,11 @@ def _power_law(unit, count, span, exponent):
 
     span: `_span` of the counts. It needs no table of ranks, so a domain may have any number of items.
     """
-    value = np.exp(unit * span) if _is_one(exponent) else (1 + unit * span) ** (1 / (1 - exponent))
+    value = (
+        np.exp(unit * span)
+        if _is_one(exponent)
+        else (1 + unit * span) ** (1 / (1 - exponent))
+    )
     return np.minimum(value.astype(np.int64) - 1, count - 1)
 
 
@@ -226,21 +287,43 @@ def synthesize(
             f"0 <= first_user < last_user <= {config.users}"
         )
     if processes is None:
-        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processes = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count()
+        )
     if processes < 1:
         raise InputError(f"processes is {processes}: it must be at least 1")
     names = config.names
-    truth = {"domains": names, "related": names[: config.related], "unrelated": names[config.related :]}
+    truth = {
+        "domains": names,
+        "related": names[: config.related],
+        "unrelated": names[config.related :],
+    }
     file_users = max(1, int(_FILE_EVENTS / config.mean_length))
     count = 0
-    with new_folder(output) as (folder, _), Stages() as stages, stages("writing logs", last_user - first_user) as advance:
+    with (
+        new_folder(output) as (folder, _),
+        Stages() as stages,
+        stages("writing logs", last_user - first_user) as advance,
+    ):
         files = []
         for number, first in enumerate(range(first_user, last_user, file_users)):
-            files.append((folder / f"part-{number:05d}.parquet", first, min(first + file_users, last_user)))
+            files.append(
+                (
+                    folder / f"part-{number:05d}.parquet",
+                    first,
+                    min(first + file_users, last_user),
+                )
+            )
         for users, events in _written(config, files, min(processes, len(files))):
             count += events
             advance(users)
-        truth |= {"interactions": count, "first_user": first_user, "last_user": last_user}
+        truth |= {
+            "interactions": count,
+            "first_user": first_user,
+            "last_user": last_user,
+        }
         text = json.dumps({**truth, "config": dataclasses.asdict(config)}, indent=1)
         (folder / "truth.json").write_text(text + "\n", encoding="utf-8")
     return count
@@ -251,17 +334,25 @@ def _written(config, files, processes):
     if processes == 1:
         yield from _write_files(config, files)
         return
-    context = multiprocessing.get_context("spawn")  # forked from a process with threads, a child may wait for ever
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # forked from a process with threads, a child may wait for ever
     running = {}
     try:
         for number in range(processes):
             receiver, sender = context.Pipe(duplex=False)
-            running[receiver] = context.Process(target=_work, args=(sender, config, files[number::processes]), daemon=True)
+            running[receiver] = context.Process(
+                target=_work,
+                args=(sender, config, files[number::processes]),
+                daemon=True,
+            )
             running[receiver].start()
             sender.close()  # the child's alone: it ends with the child
         yield from _received(dict(running))
     finally:
-        for process in running.values():  # whatever ends this, nobody writes into the folder while it is removed
+        for process in (
+            running.values()
+        ):  # whatever ends this, nobody writes into the folder while it is removed
             process.kill()
             process.join()
 
@@ -276,7 +367,11 @@ def _received(running):
                 process = running.pop(receiver)
                 process.join()
                 if process.exitcode:
-                    how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
+                    how = (
+                        f"signal {-process.exitcode}"
+                        if process.exitcode < 0
+                        else f"status {process.exitcode}"
+                    )
                     raise InputError(
                         f"a process that was writing ended by {how} (for want of memory?): try again with fewer processes"
                     ) from None
@@ -288,7 +383,9 @@ def _received(running):
 
 def _work(sender, config, files):
     """A child process: writes its files, and sends what `_written` yields, or an error of the disk."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent hears it too, and ends this process
     try:
         for written in _write_files(config, files):
             sender.send(written)
@@ -303,13 +400,24 @@ def _write_files(config, files):
     dictionary = pa.array(config.names)
     for path, first_of_file, last_of_file in files:
         with pq.ParquetWriter(path, _SCHEMA, **_ENCODING) as writer:
-            for first_of_group in range(first_of_file, last_of_file, step * _ROW_GROUP_CHUNKS):
-                last_of_group = min(first_of_group + step * _ROW_GROUP_CHUNKS, last_of_file)
+            for first_of_group in range(
+                first_of_file, last_of_file, step * _ROW_GROUP_CHUNKS
+            ):
+                last_of_group = min(
+                    first_of_group + step * _ROW_GROUP_CHUNKS, last_of_file
+                )
                 batches = []
                 for first in range(first_of_group, last_of_group, step):
                     events = generate(config, first, min(first + step, last_of_group))
-                    domain = pa.DictionaryArray.from_arrays(pa.array(events.domain.astype(np.int32)), dictionary)
-                    columns = [pa.array(events.user), pa.array(events.item), domain, pa.array(events.time)]
+                    domain = pa.DictionaryArray.from_arrays(
+                        pa.array(events.domain.astype(np.int32)), dictionary
+                    )
+                    columns = [
+                        pa.array(events.user),
+                        pa.array(events.item),
+                        domain,
+                        pa.array(events.time),
+                    ]
                     batches.append(pa.record_batch(columns, schema=_SCHEMA))
                 group = pa.Table.from_batches(batches)
                 writer.write_table(group, row_group_size=len(group))

@@ -48,7 +48,9 @@ def agree(trouble=False, stop=False, due=False, writing=False) -> Signals:
 
     gloo passes a sum around all ranks, one after the other: nothing that is done in every step calls this.
     """
-    values = torch.tensor(Signals(trouble, stop, due, writing).numbers(), dtype=torch.float64)
+    values = torch.tensor(
+        Signals(trouble, stop, due, writing).numbers(), dtype=torch.float64
+    )
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return Signals.of_sums(values.tolist())
 
@@ -76,7 +78,9 @@ def by_the_first(work, first: bool):
         except BaseException as error:
             outcome["failed"] = error
 
-    thread = threading.Thread(target=run, name="first rank", daemon=True) if first else None
+    thread = (
+        threading.Thread(target=run, name="first rank", daemon=True) if first else None
+    )
     if thread:
         thread.start()
         thread.join(1.0)
@@ -115,7 +119,9 @@ class StopSignal:
     def __enter__(self):
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._note) for number in _SIGNALS
+            }
         return self
 
     def __exit__(self, *exception):
@@ -140,7 +146,9 @@ class Watchdog:
 
     def __enter__(self):
         self.beat()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread = threading.Thread(
+            target=self._watch, daemon=True, name="watchdog"
+        )
         self._thread.start()
         return self
 
@@ -194,7 +202,13 @@ def ranks_lost():
         yield
     except RuntimeError as error:
         text = str(error)
-        if not (isinstance(error, _BACKEND_LOST) or (type(error) is RuntimeError and _GLOO_SAYS.match(text))):
+        if not (
+            isinstance(error, _BACKEND_LOST)
+            or (type(error) is RuntimeError and _GLOO_SAYS.match(text))
+        ):
             raise
         reason = " ".join(_PREFIX.sub("", text).split())[:160]
-        raise RanksLost(f"rank {rank_for_messages()}: lost the others ({reason}): {LOST}", one_rank=True) from error
+        raise RanksLost(
+            f"rank {rank_for_messages()}: lost the others ({reason}): {LOST}",
+            one_rank=True,
+        ) from error

@@ -4,7 +4,7 @@ on all of them.
 What only one rank or host meets (a dataset that is not mounted there, another copy of it, another
 version of a library) ends all ranks with one line that names it, in place of leaving the others in
 a collective, or of training on a mixture. A few fixed-size numbers of each rank are gathered; words
-are sent by those alone that have something to say. """
+are sent by those alone that have something to say."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
     Where it raises an InputError or an OSError on some, all of them raise the same InputError,
     which names these ranks and their hosts. Any other exception is raised by the rank that meets
-    it, and RanksLost by the others. """
+    it, and RanksLost by the others."""
     outcome, trouble, fault = None, None, None
     try:
         outcome = work()
@@ -50,12 +50,20 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     failed = [rank for rank, (code, _) in enumerate(rows) if code]
     if not failed:
         return outcome
-    first_of = {digest: rank for rank, (_, digest) in reversed(list(enumerate(rows))) if rank in failed}
+    first_of = {
+        digest: rank
+        for rank, (_, digest) in reversed(list(enumerate(rows)))
+        if rank in failed
+    }
     telling = sorted(first_of.values())[:_NAMED]
-    told = [told_by(rank, {"host": socket.gethostname(), "text": text}) for rank in telling]
+    told = [
+        told_by(rank, {"host": socket.gethostname(), "text": text}) for rank in telling
+    ]
     if fault is not None:
         raise fault
-    kind = {StorageLate.status: StorageLate, RanksLost.status: RanksLost}.get(rows[failed[0]][0], InputError)
+    kind = {StorageLate.status: StorageLate, RanksLost.status: RanksLost}.get(
+        rows[failed[0]][0], InputError
+    )
     if len(first_of) == 1 and len(failed) == len(rows):
         raise kind(told[0]["text"])
     lines = []
@@ -71,9 +79,11 @@ def require_same(facts: dict[str, dict]) -> None:
     ranks, their hosts and what differs. Called on all ranks.
 
     facts: by what it is called in a message ("another dataset"), values by their names, as JSON has
-    them. """
+    them."""
     facts = json.loads(json.dumps(facts))
-    rows = _gathered([_digest(json.dumps(part, sort_keys=True)) for part in facts.values()])
+    rows = _gathered(
+        [_digest(json.dumps(part, sort_keys=True)) for part in facts.values()]
+    )
     columns = list(zip(*rows, strict=True))
     usual = [_usual(column) for column in columns]
     expected = [column[rank] for column, rank in zip(columns, usual, strict=True)]
@@ -90,12 +100,18 @@ def require_same(facts: dict[str, dict]) -> None:
             other = f"rank {usual[number]} on {told[usual[number]]['host']}"
             mine = told[rank]["facts"][name]
             theirs = told[usual[number]]["facts"][name]
-            lines.append(f"rank {rank} on {told[rank]['host']} has {name} ({_difference(mine, theirs, other)})")
+            lines.append(
+                f"rank {rank} on {told[rank]['host']} has {name} ({_difference(mine, theirs, other)})"
+            )
     more = f"; and {len(odd) - _NAMED} more ranks" if len(odd) > _NAMED else ""
     raise InputError(f"{'; '.join(lines)}{more}: give all ranks the same")
 
 
-def all_see(look: Callable[[], str | None], patience: Patience, beat: Callable[[], None] = lambda: None) -> str | None:
+def all_see(
+    look: Callable[[], str | None],
+    patience: Patience,
+    beat: Callable[[], None] = lambda: None,
+) -> str | None:
     """None once look() says None on every rank; where time is up before, what it says on this one,
     "" where that is nothing. Called on all ranks, which go on together; beat: called between two
     looks.
@@ -140,9 +156,15 @@ def _usual(column):
 
 
 def _difference(mine, theirs, other):
-    names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+    names = [
+        name
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
     parts = [
         f"{name} {str(mine.get(name, 'not set'))[:_LENGTH]}, {other} has {str(theirs.get(name, 'not set'))[:_LENGTH]}"
         for name in names[:_NAMED]
     ]
-    return "; ".join(parts) + (f"; and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return "; ".join(parts) + (
+        f"; and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    )

@@ -17,7 +17,9 @@ from trainer.config.deepspeed_json import _enabled
 from trainer.config.optimizer import OptimizerConfig
 
 # DeepSpeed calls what torch has renamed, which is nobody's business in a run's output.
-warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+warnings.filterwarnings(
+    "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
+)
 
 # On CPU hosts DeepSpeed would compile a shared-memory all-reduce at start-up: a minute, a compiler, and other sums than
 # between hosts.
@@ -28,12 +30,20 @@ def rate_share(config: OptimizerConfig, step, total_steps):
     """The share of the full learning rate in a step (counted from 0), for the dense model and the table alike."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    done = min(
+        1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    )
+    falling = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+    }[config.schedule]
     return config.final_share + (1 - config.final_share) * falling
 
 
-def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, world_size: int) -> dict:
+def engine_config(
+    config: OptimizerConfig, given: dict, global_batch_size: int, world_size: int
+) -> dict:
     """What DeepSpeed is told: ours, and over it the user's own JSON (`given`). Raises InputError for what cannot hold."""
     for section in ("fp16", "amp"):
         if _enabled(given, section):
@@ -52,7 +62,10 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
             "leave it out, global_batch_size alone decides"
         )
     micro_batch_size = max(1, global_batch_size // world_size)
-    if given.get("train_micro_batch_size_per_gpu", "auto") not in ("auto", micro_batch_size):
+    if given.get("train_micro_batch_size_per_gpu", "auto") not in (
+        "auto",
+        micro_batch_size,
+    ):
         raise InputError(
             f"deepspeed.train_micro_batch_size_per_gpu is {given['train_micro_batch_size_per_gpu']}: leave it out, "
             "global_batch_size alone decides"
@@ -60,11 +73,17 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
     optimizer = given.get("optimizer")
     params = optimizer.get("params") if isinstance(optimizer, dict) else None
     if isinstance(params, dict) and "lr" in params:
-        raise InputError("deepspeed.optimizer.params.lr: every step sets the rate anew; use optimizer.learning_rate")
+        raise InputError(
+            "deepspeed.optimizer.params.lr: every step sets the rate anew; use optimizer.learning_rate"
+        )
     if "scheduler" in given:
-        raise InputError("deepspeed.scheduler: it would move the dense model alone; use optimizer.schedule, which moves both")
+        raise InputError(
+            "deepspeed.scheduler: it would move the dense model alone; use optimizer.schedule, which moves both"
+        )
     if "gradient_clipping" in given:
-        raise InputError("deepspeed.gradient_clipping: it would clip the dense model alone; use optimizer.clip")
+        raise InputError(
+            "deepspeed.gradient_clipping: it would clip the dense model alone; use optimizer.clip"
+        )
     params = {
         "lr": config.learning_rate,
         "betas": [config.beta1, config.beta2],
@@ -78,14 +97,25 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
         "zero_optimization": {"stage": config.zero_stage},
         "gradient_clipping": 0.0,  # trainer.training.gradients clips; where nothing is said, ZeRO does too
         "steps_per_print": 2**31 - 1,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
+        "timers": {
+            "throughput": {"enabled": False}
+        },  # it waits for the device twice a step
     }
-    settled = ("bf16", "torch_autocast", "fp16", "amp", "train_batch_size", "gradient_accumulation_steps")
+    settled = (
+        "bf16",
+        "torch_autocast",
+        "fp16",
+        "amp",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+    )
     passed = {key: value for key, value in given.items() if key not in settled}
     merged = _merge(ours, passed)
     zero = merged["zero_optimization"]
     if zero["stage"] in (1, 2) and "offload_optimizer" not in zero:
-        zero.setdefault("compute_grad_norm", False)  # we have it; DeepSpeed would have the host look at it in every step
+        zero.setdefault(
+            "compute_grad_norm", False
+        )  # we have it; DeepSpeed would have the host look at it in every step
     # DeepSpeed wants a batch size; ours need not be divisible by the ranks, and DeepSpeed only reports it.
     merged["train_micro_batch_size_per_gpu"] = micro_batch_size
     return merged
@@ -93,19 +123,29 @@ def engine_config(config: OptimizerConfig, given: dict, global_batch_size: int, 
 
 def start_engine(model, config: dict):
     """The engine that computes, reduces and steps. Its module must be called through it, never around it."""
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, config), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameter_groups(model, config), config=config
+    )
     return engine
 
 
 def parameter_groups(model, config: dict) -> list:
     """The trained parameters, as an optimizer takes them: in two groups where there is weight decay, which is not for all."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     if not config["optimizer"]["params"].get("weight_decay", 0):
         return list(trained.values())
     decayed = decayed_names(model)
     others = [parameter for name, parameter in trained.items() if name not in decayed]
     groups = [
-        {"params": [parameter for name, parameter in trained.items() if name in decayed]},
+        {
+            "params": [
+                parameter for name, parameter in trained.items() if name in decayed
+            ]
+        },
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
@@ -120,5 +160,9 @@ def set_learning_rate(engine, learning_rate):
 def _merge(base, over):
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        merged[key] = (
+            _merge(base[key], value)
+            if isinstance(value, dict) and isinstance(base.get(key), dict)
+            else value
+        )
     return merged

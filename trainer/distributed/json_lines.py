@@ -81,7 +81,9 @@ def listen(port: int, places: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise
-    return keep_from_forks(_listen(socket.AF_INET, port, places))  # a machine without IPv6
+    return keep_from_forks(
+        _listen(socket.AF_INET, port, places)
+    )  # a machine without IPv6
 
 
 def _listen(family, port, places):
@@ -103,7 +105,9 @@ def accept(listener: socket.socket) -> Connection:
     return Connection(keep_from_forks(listener.accept()[0]))
 
 
-def serve(listener: socket.socket, hear: Callable[[Connection], None], name: str) -> None:
+def serve(
+    listener: socket.socket, hear: Callable[[Connection], None], name: str
+) -> None:
     """Hears everybody who comes, each in a thread of that name, until the listener is closed."""
 
     def accept_all():
@@ -124,4 +128,6 @@ def in_background(work: Callable[[], None], name: str) -> None:
 
 def connect(address: str, port: int, seconds: float) -> Connection:
     """Raises OSError where nobody answers in time."""
-    return Connection(keep_from_forks(socket.create_connection((address, port), timeout=seconds)))
+    return Connection(
+        keep_from_forks(socket.create_connection((address, port), timeout=seconds))
+    )

@@ -98,13 +98,19 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
     elif launched is not None:
         names, source = launched
         rank, size = _completed(environment, names, source, rank, size)
-    elif rank is None and size is not None and _number(environment, "PMIX_RANK") is not None:
+    elif (
+        rank is None
+        and size is not None
+        and _number(environment, "PMIX_RANK") is not None
+    ):
         names, source, rank = None, environment, _number(environment, "PMIX_RANK")
     elif rank is None and size in (None, 1):
         _refuse_unknown(environment)
         return World(0, 1, 0, 1, _LOOPBACK, DEFAULT_PORT)
     else:
-        missing, there = ("WORLD_SIZE", "RANK") if size is None else ("RANK", "WORLD_SIZE")
+        missing, there = (
+            ("WORLD_SIZE", "RANK") if size is None else ("RANK", "WORLD_SIZE")
+        )
         raise InputError(
             f"{there} is {environment[there]} and {missing} is not set: set both or neither"
         )
@@ -116,11 +122,19 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
     local_rank, local_size = _local(environment, names, source, rank, size)
     address, derived_from = _address(environment, names, size, local_size)
     return World(
-        rank, size, local_rank, local_size, address, _port(environment, names), derived_from
+        rank,
+        size,
+        local_rank,
+        local_size,
+        address,
+        _port(environment, names),
+        derived_from,
     )
 
 
-def enter_world(world: World, environment: MutableMapping[str, str] = os.environ) -> None:
+def enter_world(
+    world: World, environment: MutableMapping[str, str] = os.environ
+) -> None:
     """Writes the world into the environment as torchrun does, for the libraries and the children of
     this process."""
     values = {
@@ -131,7 +145,9 @@ def enter_world(world: World, environment: MutableMapping[str, str] = os.environ
         "MASTER_ADDR": world.address,
         "MASTER_PORT": world.port if world.size > 1 else None,
     }
-    environment.update({name: str(value) for name, value in values.items() if value is not None})
+    environment.update(
+        {name: str(value) for name, value in values.items() if value is not None}
+    )
 
 
 def rank_for_messages(environment: Mapping[str, str] = os.environ) -> int:
@@ -228,7 +244,9 @@ def _expand(name):
             raise ValueError(f"{name!r} is no list of hosts")
         for number in range(int(first), int(last) + 1):
             numbered = f"{before}{number:0{len(first)}d}"
-            yield from ((numbered + rest for rest in _expand(after)) if after else (numbered,))
+            yield from (
+                (numbered + rest for rest in _expand(after)) if after else (numbered,)
+            )
 
 
 def expand_counts(text: str) -> list[int]:
@@ -262,7 +280,9 @@ def _launched(environment):
             return names, environment
     slurm = _slurm_step(environment)
     if _PMI.rank in environment and _PMI.size in environment:
-        same = slurm and all(slurm[of_slurm] == environment[of_pmi] for of_slurm, of_pmi in _SAME)
+        same = slurm and all(
+            slurm[of_slurm] == environment[of_pmi] for of_slurm, of_pmi in _SAME
+        )
         return (
             (_SLURM, slurm) if same else (_PMI, environment)
         )  # mpiexec starts its helpers by srun, one a node
@@ -426,7 +446,11 @@ def _port(environment, names):
             raise InputError(f"MASTER_PORT is {port}: ports run from 1 to 65535")
         return port
     job = _job(environment, names)
-    return DEFAULT_PORT if job is None else _FIRST_PORT + 2 * (zlib.crc32(job.encode()) % _PORTS)
+    return (
+        DEFAULT_PORT
+        if job is None
+        else _FIRST_PORT + 2 * (zlib.crc32(job.encode()) % _PORTS)
+    )
 
 
 def _job(environment, names):

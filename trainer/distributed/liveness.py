@@ -15,7 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trainer.distributed.json_lines import Connection, connect, in_background, listen, serve
+from trainer.distributed.json_lines import (
+    Connection,
+    connect,
+    in_background,
+    listen,
+    serve,
+)
 from trainer.distributed.process_exit import end_process
 from trainer.errors import LOST, InputError, NotFinite, RanksLost, Stopped, say
 
@@ -87,7 +93,9 @@ class Liveness:
         return lost
 
     def _describe(self, gone: Departure) -> RanksLost:
-        return RanksLost(f"rank {self.rank}: lost the others ({gone}): {LOST}", one_rank=True)
+        return RanksLost(
+            f"rank {self.rank}: lost the others ({gone}): {LOST}", one_rank=True
+        )
 
 
 class FirstRank(Liveness):
@@ -123,7 +131,9 @@ class FirstRank(Liveness):
     def fail(self, error):
         self._ended = True
         self._send_all(
-            Departure(0, self._host, False, f"{type(error).__name__}: {_line(error)}", 1),
+            Departure(
+                0, self._host, False, f"{type(error).__name__}: {_line(error)}", 1
+            ),
             said=False,
         )
 
@@ -179,7 +189,9 @@ class FirstRank(Liveness):
             "text": cause.text,
         }
         for member in members:
-            member.send(kind="over", status=cause.status, said=said, agreed=agreed, **message)
+            member.send(
+                kind="over", status=cause.status, said=said, agreed=agreed, **message
+            )
 
     def _hear(self, member):
         lines = member.lines()
@@ -199,7 +211,9 @@ class FirstRank(Liveness):
                 return
             if message.get("kind") == "leaves":
                 text, status = str(message["text"]), int(message["status"])
-                self._lose(Departure(rank, host, bool(message["refused"]), text, status))
+                self._lose(
+                    Departure(rank, host, bool(message["refused"]), text, status)
+                )
                 return
         self._lose(Departure(rank, host, False, "", RanksLost.status))
 
@@ -255,7 +269,9 @@ class OtherRank(Liveness):
         if not self._send(True, _line(error), error.status):
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._news is not None, _OTHERS_SPEAK + _BY_ITSELF)
+            self._changed.wait_for(
+                lambda: self._news is not None, _OTHERS_SPEAK + _BY_ITSELF
+            )
             said = self._said
             agreed = self._agreed
         error.said = said and (agreed or self._first_host == self._host)
@@ -280,7 +296,9 @@ class OtherRank(Liveness):
         return ended
 
     def _send(self, refused, text, status):
-        return self._first.send(kind="leaves", refused=refused, text=text, status=status)
+        return self._first.send(
+            kind="leaves", refused=refused, text=text, status=status
+        )
 
     def _hear(self):
         for message in self._lines:
@@ -296,7 +314,9 @@ class OtherRank(Liveness):
                 )
                 self._learn(departure, bool(message["said"]), bool(message["agreed"]))
                 return
-        self._learn(Departure(0, self._first_host, False, "", RanksLost.status), False, False)
+        self._learn(
+            Departure(0, self._first_host, False, "", RanksLost.status), False, False
+        )
 
     def _learn(self, news, said, agreed):
         with self._changed:
@@ -322,7 +342,9 @@ def watch(store, rank: int, size: int, addresses: list[str]) -> Liveness:
     if size == 1:
         return Liveness(rank)
     if rank == 0:
-        return FirstRank(size, lambda where: store.set(_KEY, f"{where} {socket.gethostname()}"))
+        return FirstRank(
+            size, lambda where: store.set(_KEY, f"{where} {socket.gethostname()}")
+        )
     port, token, host = store.get(_KEY).decode().split(" ")
     for address in dict.fromkeys([*addresses, host]):
         try:
@@ -352,9 +374,7 @@ def _say_of(departures):
     if len(departures) == 1:
         who = f"rank {departures[0].rank} on {departures[0].host}"
     else:
-        who = (
-            f"{len(departures)} ranks, rank {departures[0].rank} on {departures[0].host} among them"
-        )
+        who = f"{len(departures)} ranks, rank {departures[0].rank} on {departures[0].host} among them"
     error = InputError(f"{who}: {departures[0].text}")
     error.status = departures[0].status
     say(error)

@@ -15,7 +15,13 @@ import torch.distributed as dist
 
 from syncrec.reduction import Reduction
 from trainer.distributed.agreement import ranks_lost
-from trainer.distributed.launchers import World, device_of_rank, enter_world, find_shared_device, read_world
+from trainer.distributed.launchers import (
+    World,
+    device_of_rank,
+    enter_world,
+    find_shared_device,
+    read_world,
+)
 from trainer.distributed.liveness import watch
 from trainer.distributed.resources import cores_per_rank, keep_freed_memory
 from trainer.errors import InputError, RanksLost
@@ -59,7 +65,9 @@ def joined(timeout_minutes=30):
     """
     with ranks_lost():
         ranks, store = _join(timeout_minutes)
-        liveness = watch(store, ranks.rank, ranks.world_size, [os.environ["MASTER_ADDR"]])
+        liveness = watch(
+            store, ranks.rank, ranks.world_size, [os.environ["MASTER_ADDR"]]
+        )
     try:
         with ranks_lost():
             yield ranks
@@ -67,7 +75,9 @@ def joined(timeout_minutes=30):
         raise liveness.explain(lost) from lost.__cause__
     except InputError as error:
         liveness.refuse(error)
-        traceback.clear_frames(error.__traceback__)  # their variables hold the group too
+        traceback.clear_frames(
+            error.__traceback__
+        )  # their variables hold the group too
         leave()
         raise
     except SystemExit:  # a script's own way out
@@ -102,7 +112,9 @@ def _join(timeout_minutes):
         world = _with_neighbours(world, store)
     enter_world(world)
     # DeepSpeed's own switch holds for all of the run.
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    cuda = (
+        torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    )
     device = torch.device("cpu")
     if cuda:
         device = _take_device(world, store)
@@ -135,7 +147,10 @@ def _take_device(world, store):
             f"ranks {shared[0]} and {shared[1]} share one device of {host}: start at most one "
             "rank a device (--ntasks-per-node, --num_gpus)"
         )
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them alike
+    for name in (
+        "LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ):  # DeepSpeed wants them alike
         if name in os.environ:
             os.environ[name] = str(number)
     device = torch.device("cuda", number)
@@ -155,7 +170,9 @@ def _store(world: World, timeout_minutes):
         store = dist.TCPStore(
             world.address, world.port, world.size, is_master=False, timeout=timeout
         )
-        return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return dist.PrefixStore(
+            f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
     if world.rank == 0:
         _check_address(world)
         store = _serve(world, timeout)
@@ -177,9 +194,7 @@ def _store(world: World, timeout_minutes):
     return store
 
 
-_OTHER_PORT = (
-    "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun --master-port)"
-)
+_OTHER_PORT = "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun --master-port)"
 
 
 def _serve(world, timeout):
@@ -189,7 +204,12 @@ def _serve(world, timeout):
     while True:
         try:
             return dist.TCPStore(
-                world.address, world.port, world.size, True, timeout, wait_for_workers=False
+                world.address,
+                world.port,
+                world.size,
+                True,
+                timeout,
+                wait_for_workers=False,
             )
         except dist.DistNetworkError as error:
             if not _is_in_use(error):
@@ -275,7 +295,9 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values_CR, place_C, rows):
         ctx.save_for_backward(place_C)
-        collected = values_CR.new_zeros(rows, values_CR.shape[1]).index_copy_(0, place_C, values_CR)
+        collected = values_CR.new_zeros(rows, values_CR.shape[1]).index_copy_(
+            0, place_C, values_CR
+        )
         dist.all_reduce(collected)
         return collected
 
@@ -292,7 +314,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values_B):
-        gathered = values_B.new_empty(dist.get_world_size() * len(values_B), *values_B.shape[1:])
+        gathered = values_B.new_empty(
+            dist.get_world_size() * len(values_B), *values_B.shape[1:]
+        )
         dist.all_gather_into_tensor(gathered, values_B.contiguous())
         return gathered
 

@@ -12,7 +12,9 @@ def cores_per_rank(world_size):
 
 def ranks_of_this_machine(world_size: int) -> int:
     """How many of the ranks are on this machine, at least 1, as launchers say in the environment; else all."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    local = int(
+        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
+    )
     return max(1, min(local, world_size))
 
 

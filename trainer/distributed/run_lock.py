@@ -97,7 +97,9 @@ def _take(run):
     lock = open_unshared(open, path, "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:  # the owner has just taken it away
+        if (
+            os.fstat(lock.fileno()).st_ino != path.stat().st_ino
+        ):  # the owner has just taken it away
             raise FileNotFoundError
     except (BlockingIOError, FileNotFoundError):
         lock.close()

@@ -15,14 +15,24 @@ import sys
 import threading
 import time
 
-from trainer.distributed.json_lines import Connection, connect, in_background, listen, serve
+from trainer.distributed.json_lines import (
+    Connection,
+    connect,
+    in_background,
+    listen,
+    serve,
+)
 from trainer.distributed.launchers import World, enter_world, read_world, sign
 from trainer.errors import InputError, NotFinite, RanksLost, Stopped
 
 _THREAD = "supervisor"
 _UNDER_SUPERVISION = "SYNCREC_UNDER_SUPERVISION"
 _SUPERVISOR = "SYNCREC_SUPERVISOR"  # its process number
-_NOT_AGAIN = {InputError.status, NotFinite.status, Stopped.status}  # the same would come of it
+_NOT_AGAIN = {
+    InputError.status,
+    NotFinite.status,
+    Stopped.status,
+}  # the same would come of it
 _BY_ITSELF = 20.0  # seconds in which a child ends after another one has
 _MEET = 600.0  # seconds in which all supervisors are started
 _TRY = 0.5
@@ -70,7 +80,9 @@ def supervise(max_restarts: int, pause: float = 2.0) -> None:
             flush=True,
         )
         time.sleep(pause)
-        if supervised.stopped:  # the others begin, and are not left waiting for this one
+        if (
+            supervised.stopped
+        ):  # the others begin, and are not left waiting for this one
             peers.finish(attempt + 1, status, True)
             break
     peers.close()
@@ -94,7 +106,10 @@ class _Supervised:
             self._attempt = attempt
             command = [sys.executable, sys.argv[0], *arguments]
             # In a group of its own: what a terminal sends to all (Ctrl-C) comes once, from here.
-            environment = os.environ | {_UNDER_SUPERVISION: "1", _SUPERVISOR: str(os.getpid())}
+            environment = os.environ | {
+                _UNDER_SUPERVISION: "1",
+                _SUPERVISOR: str(os.getpid()),
+            }
             child = subprocess.Popen(command, env=environment, process_group=0)
             self._child = child
             if self.stopped:  # asked between two lines
@@ -166,7 +181,9 @@ class _First(_Alone):
     def finish(self, attempt, status, last):
         self._note(0, attempt, status, last)
         with self._changed:
-            self._changed.wait_for(lambda: len(self._ends[attempt]) == self._size or self._gone)
+            self._changed.wait_for(
+                lambda: len(self._ends[attempt]) == self._size or self._gone
+            )
             ends = self._ends[attempt].values()
             again = not (
                 self._gone
@@ -176,7 +193,9 @@ class _First(_Alone):
             )
             members = list(self._members.values())
         if self._gone:
-            print(f"error: {self._gone}: begin again by hand", file=sys.stderr, flush=True)
+            print(
+                f"error: {self._gone}: begin again by hand", file=sys.stderr, flush=True
+            )
         for member in members:
             member.send(attempt=attempt, again=again)
         return again
@@ -219,7 +238,10 @@ class _First(_Alone):
             if message.get("through"):
                 return
             self._note(
-                rank, int(message["attempt"]), int(message["status"]), bool(message["final"])
+                rank,
+                int(message["attempt"]),
+                int(message["status"]),
+                bool(message["final"]),
             )
         with self._changed:
             self._gone = f"the supervisor of rank {rank} on {host} is gone"

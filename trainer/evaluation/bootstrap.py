@@ -15,7 +15,9 @@ from trainer.data.counter_rng import random_bits, random_unit
 
 CUTS = (1, 5, 10, 20, 50)
 NAMES = (*(f"HR@{k}" for k in CUTS), *(f"NDCG@{k}" for k in CUTS), "MRR")
-FEWEST = 10  # users of a group for an interval: of fewer it would say less than it seems to
+FEWEST = (
+    10  # users of a group for an interval: of fewer it would say less than it seems to
+)
 _SCALE = 2.0**32
 _STREAM = 11  # separates this use of the seed
 _CHANCE = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(13)])
@@ -23,7 +25,11 @@ _CHANCE = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(13)
 
 def weights(seed, replicates, user_B):
     """How often each replicate counts each user, float64 (replicates, B), whole numbers."""
-    unit = random_unit(random_bits(seed, _STREAM, np.arange(replicates)[:, None], np.asarray(user_B)[None]))
+    unit = random_unit(
+        random_bits(
+            seed, _STREAM, np.arange(replicates)[:, None], np.asarray(user_B)[None]
+        )
+    )
     return np.searchsorted(_CHANCE, unit, side="right").astype(np.float64)
 
 
@@ -32,7 +38,12 @@ def values(rank_B):
     rank_B = np.asarray(rank_B, np.float64)
     within = [rank_B <= k for k in CUTS]
     gain_B = 1 / np.log2(rank_B + 1)
-    columns = [np.ones_like(rank_B), *within, *(gain_B * inside for inside in within), 1 / rank_B]
+    columns = [
+        np.ones_like(rank_B),
+        *within,
+        *(gain_B * inside for inside in within),
+        1 / rank_B,
+    ]
     return np.rint(np.stack(columns, 1) * _SCALE)
 
 
@@ -41,19 +52,25 @@ class GroupMeans:
 
     def __init__(self, systems, groups, seed, replicates=1000):
         self.seed, self.replicates = seed, replicates
-        self.sums = np.zeros((systems, groups, 1 + replicates, 1 + len(NAMES)), np.int64)  # first: every user once
+        self.sums = np.zeros(
+            (systems, groups, 1 + replicates, 1 + len(NAMES)), np.int64
+        )  # first: every user once
 
     def add(self, user_B, groups_BG, ranks_SB):
         """Some users: their numbers, the groups of each (int64 (B, G)), and their rank by each system (S, B)."""
         if len(user_B) == 0:
             return
-        weight = np.concatenate([np.ones((1, len(user_B))), weights(self.seed, self.replicates, user_B)])
+        weight = np.concatenate(
+            [np.ones((1, len(user_B))), weights(self.seed, self.replicates, user_B)]
+        )
         for system, rank_B in enumerate(ranks_SB):
             value = values(rank_B)
             for group in np.unique(groups_BG):
                 own = (groups_BG == group).any(1)
                 # Whole numbers below 2⁵³ in float64: exact in any order.
-                self.sums[system, group] += (weight[:, own] @ value[own]).astype(np.int64)
+                self.sums[system, group] += (weight[:, own] @ value[own]).astype(
+                    np.int64
+                )
 
     def reduce(self, device):
         """Sums over all ranks. Called on all of them."""
@@ -82,10 +99,16 @@ class GroupMeans:
 
     def mean_difference(self, groups, metric) -> dict:
         """The same of the means over those of the groups that have users."""
-        column, some = NAMES.index(metric), [group for group in groups if self.users(group)]
+        column, some = (
+            NAMES.index(metric),
+            [group for group in groups if self.users(group)],
+        )
         if not some:
             return _difference(0, None)
-        found = [self._means(0, group)[:, column] - self._means(1, group)[:, column] for group in some]
+        found = [
+            self._means(0, group)[:, column] - self._means(1, group)[:, column]
+            for group in some
+        ]
         return _difference(sum(map(self.users, some)), np.mean(found, axis=0))
 
     def users(self, group) -> int:
@@ -105,12 +128,21 @@ def _figures(users, means):
     interval = None
     if users >= FEWEST:
         low, high = np.nanpercentile(means[1:], (2.5, 97.5), axis=0)
-        interval = {name: [float(low[place]), float(high[place])] for place, name in enumerate(NAMES)}
-    return {"users": users} | dict(zip(NAMES, means[0].tolist(), strict=True)) | {"interval": interval}
+        interval = {
+            name: [float(low[place]), float(high[place])]
+            for place, name in enumerate(NAMES)
+        }
+    return (
+        {"users": users}
+        | dict(zip(NAMES, means[0].tolist(), strict=True))
+        | {"interval": interval}
+    )
 
 
 def _difference(users, found):
     if users == 0:
         return {"value": None, "interval": None}
-    interval = np.nanpercentile(found[1:], (2.5, 97.5)).tolist() if users >= FEWEST else None
+    interval = (
+        np.nanpercentile(found[1:], (2.5, 97.5)).tolist() if users >= FEWEST else None
+    )
     return {"value": float(found[0]), "interval": interval}

@@ -31,7 +31,12 @@ class GivenCandidates(Mapping):
     """
 
     def __init__(self, user_K, domain_K, ends_K, rows_C, longest):
-        self.user_K, self.domain_K, self.ends_K, self.rows_C = user_K, domain_K, ends_K, rows_C
+        self.user_K, self.domain_K, self.ends_K, self.rows_C = (
+            user_K,
+            domain_K,
+            ends_K,
+            rows_C,
+        )
         self.longest = longest
 
     def __len__(self):
@@ -45,7 +50,9 @@ class GivenCandidates(Mapping):
         if place == len(self.user_K) or self.user_K[place] != user:
             raise KeyError(user)
         begin = self.ends_K[place - 1] if place else 0
-        return int(self.domain_K[place]), self.rows_C[begin : self.ends_K[place]].astype(np.int64)
+        return int(self.domain_K[place]), self.rows_C[
+            begin : self.ends_K[place]
+        ].astype(np.int64)
 
 
 def read_candidates(dataset, file) -> GivenCandidates:
@@ -83,7 +90,9 @@ class Homes:
 
     def __init__(self, dataset, world_size, config):
         batch_size = max(config.evaluation.batch_size, world_size)
-        plan = Plan(dataset, batch_size, world_size, config.seed, shuffle=False, balance=False)
+        plan = Plan(
+            dataset, batch_size, world_size, config.seed, shuffle=False, balance=False
+        )
         self._first_user = np.array([shard.first_user for shard in dataset.shards])
         self._rank_of_shard = np.zeros(len(dataset.shards), np.int64)
         for stream, shards in enumerate(plan.shards(0)):
@@ -91,7 +100,9 @@ class Homes:
 
     def ranks(self, user_N):
         """Of some users."""
-        return self._rank_of_shard[np.searchsorted(self._first_user, user_N, side="right") - 1]
+        return self._rank_of_shard[
+            np.searchsorted(self._first_user, user_N, side="right") - 1
+        ]
 
 
 class _Collected:
@@ -99,7 +110,11 @@ class _Collected:
 
     def __init__(self, homes: Homes | None = None, rank=0):
         self._homes, self._rank = homes, rank
-        self._users, self._domains, self._counts = [], [], []  # of each piece; a user may be in two of them
+        self._users, self._domains, self._counts = (
+            [],
+            [],
+            [],
+        )  # of each piece; a user may be in two of them
         self._rows = []
         self._longest = self._last_count = 0
         self._last_user = -1
@@ -110,7 +125,9 @@ class _Collected:
         count_K = np.diff(starts_K, append=len(user_N))
         if len(count_K):
             goes_on = self._last_count if user_N[0] == self._last_user else 0
-            self._longest = max(self._longest, int(count_K.max()), goes_on + int(count_K[0]))
+            self._longest = max(
+                self._longest, int(count_K.max()), goes_on + int(count_K[0])
+            )
             self._last_user = int(user_N[-1])
             self._last_count = int(count_K[-1]) + (goes_on if len(count_K) == 1 else 0)
         if self._homes is not None:
@@ -125,11 +142,20 @@ class _Collected:
     def candidates(self) -> GivenCandidates:
         """All of them."""
         none = np.zeros(0, np.int64)
-        user_K, domain_K, count_K = (np.concatenate([none, *each]) for each in (self._users, self._domains, self._counts))
+        user_K, domain_K, count_K = (
+            np.concatenate([none, *each])
+            for each in (self._users, self._domains, self._counts)
+        )
         first_K = np.flatnonzero(np.diff(user_K, prepend=-1))
-        ends_K = np.append(np.cumsum(count_K)[first_K[1:] - 1], count_K.sum()) if len(first_K) else none
+        ends_K = (
+            np.append(np.cumsum(count_K)[first_K[1:] - 1], count_K.sum())
+            if len(first_K)
+            else none
+        )
         rows_C = np.concatenate([none.astype(np.int32), *self._rows])
-        return GivenCandidates(user_K[first_K], domain_K[first_K], ends_K, rows_C, max(1, self._longest))
+        return GivenCandidates(
+            user_K[first_K], domain_K[first_K], ends_K, rows_C, max(1, self._longest)
+        )
 
 
 def _told(batches, file, first):
@@ -145,11 +171,19 @@ def _told(batches, file, first):
             size[0] = _END if batch is None else len(batch[0])
     dist.broadcast(size, 0)
     if size == _FAILED:
-        why = "the first rank's own line says why" if error is None else str(error).splitlines()[0]
+        why = (
+            "the first rank's own line says why"
+            if error is None
+            else str(error).splitlines()[0]
+        )
         raise InputError(f"{file}: cannot be read ({why})", one_rank=error is not None)
     if size == _END:
         return None
-    piece = torch.from_numpy(np.stack(batch).astype(np.int32)) if first else torch.empty(3, int(size), dtype=torch.int32)
+    piece = (
+        torch.from_numpy(np.stack(batch).astype(np.int32))
+        if first
+        else torch.empty(3, int(size), dtype=torch.int32)
+    )
     dist.broadcast(piece, 0)
     return piece.numpy()
 
@@ -178,13 +212,19 @@ def _join_whole(engine, dataset, file):
     try:
         given = engine.read_parquet(str(file), file_row_number=True)
     except duckdb.Error as error:
-        raise InputError(f"{file}: is no readable Parquet ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{file}: is no readable Parquet ({str(error).splitlines()[0]})"
+        ) from None
     missing = {"user_id", "positive", "negatives"} - set(given.columns)
     if missing:
-        raise InputError(f"{file}: has no column {', '.join(sorted(missing))}; its columns are {', '.join(given.columns[:-1])}")
+        raise InputError(
+            f"{file}: has no column {', '.join(sorted(missing))}; its columns are {', '.join(given.columns[:-1])}"
+        )
     types = dict(zip(given.columns, map(str, given.types), strict=True))
     if not types["negatives"].endswith("]"):
-        raise InputError(f"{file}: the column negatives is {types['negatives']}; it has to be a list of item ids")
+        raise InputError(
+            f"{file}: the column negatives is {types['negatives']}; it has to be a list of item ids"
+        )
     domain = "domain::VARCHAR" if "domain" in given.columns else "NULL::VARCHAR"
     try:
         engine.execute(
@@ -194,7 +234,9 @@ def _join_whole(engine, dataset, file):
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
-        raise InputError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{file}: cannot be read ({str(error).splitlines()[0]})"
+        ) from None
     items = " UNION ALL ".join(
         f"SELECT {number} AS domain, item_id::VARCHAR AS item_id, row "
         f"FROM read_parquet({_quoted(dataset.local(d.vocabulary))})"
@@ -202,7 +244,10 @@ def _join_whole(engine, dataset, file):
     )
     engine.execute(f"CREATE TABLE items AS {items}")
     engine.execute("CREATE TABLE domains (domain INTEGER, name VARCHAR)")
-    engine.executemany("INSERT INTO domains VALUES (?, ?)", [[i, d.name] for i, d in enumerate(dataset.domains)])
+    engine.executemany(
+        "INSERT INTO domains VALUES (?, ?)",
+        [[i, d.name] for i, d in enumerate(dataset.domains)],
+    )
     users = f"read_parquet({_quoted(dataset.local(USERS))})"
     _refuse(
         engine,
@@ -216,7 +261,12 @@ def _join_whole(engine, dataset, file):
         "SELECT line, user_id FROM given WHERE line NOT IN (SELECT min(line) FROM given GROUP BY user_id)",
         "user_id {} stands in an earlier row too",
     )
-    _refuse(engine, file, "SELECT line, user_id FROM given WHERE without", "user_id {} has no list of negatives")
+    _refuse(
+        engine,
+        file,
+        "SELECT line, user_id FROM given WHERE without",
+        "user_id {} has no list of negatives",
+    )
     _refuse(
         engine,
         file,
@@ -254,7 +304,12 @@ def _join_whole(engine, dataset, file):
         "LEFT JOIN items i ON i.domain = p.domain AND i.item_id = l.item_id"
     )
     engine.execute("DROP TABLE given")
-    _refuse(engine, file, "SELECT line, unknown FROM joined WHERE row IS NULL", "item {} is not in the positive's domain")
+    _refuse(
+        engine,
+        file,
+        "SELECT line, unknown FROM joined WHERE row IS NULL",
+        "item {} is not in the positive's domain",
+    )
 
 
 class ResultWriter:
@@ -268,12 +323,19 @@ class ResultWriter:
         if not self.file.parent.is_dir():
             raise InputError(f"{self.file.parent}: there is no such folder")
         self._schema = pa.schema(
-            [("user", pa.int64()), ("domain", pa.string()), ("rank", pa.int64()), ("scores", pa.list_(pa.float32()))]
+            [
+                ("user", pa.int64()),
+                ("domain", pa.string()),
+                ("rank", pa.int64()),
+                ("scores", pa.list_(pa.float32())),
+            ]
         )
         try:
             self._writer = pq.ParquetWriter(self._part(ranks.rank), self._schema)
         except OSError as error:
-            raise InputError(f"{self.file.parent}: cannot be written ({error.strerror})") from None
+            raise InputError(
+                f"{self.file.parent}: cannot be written ({error.strerror})"
+            ) from None
 
     def add(self, candidates, ranks_B, scores_C):
         """One step's users, as `rank_candidates` hands them to `visit`."""
@@ -282,8 +344,17 @@ class ResultWriter:
             return
         offsets = np.concatenate([[0], np.cumsum(candidates.counts_B)]).astype(np.int32)
         names = [self.dataset.domains[domain].name for domain in candidates.domain_B]
-        columns = [candidates.user_B, names, ranks_B, pa.ListArray.from_arrays(offsets, scores_C.astype(np.float32))]
-        self._writer.write_table(pa.table(dict(zip(self._schema.names, columns, strict=True)), schema=self._schema))
+        columns = [
+            candidates.user_B,
+            names,
+            ranks_B,
+            pa.ListArray.from_arrays(offsets, scores_C.astype(np.float32)),
+        ]
+        self._writer.write_table(
+            pa.table(
+                dict(zip(self._schema.names, columns, strict=True)), schema=self._schema
+            )
+        )
 
     def finish(self):
         """Called on all ranks after the last user."""
@@ -291,7 +362,9 @@ class ResultWriter:
         mine = torch.tensor([self._part(self.ranks.rank).stat().st_size])
         sizes = [torch.empty_like(mine) for _ in range(self.ranks.world_size)]
         dist.all_gather(sizes, mine)
-        by_the_first(lambda: self._join([int(size) for size in sizes]), self.ranks.first)
+        by_the_first(
+            lambda: self._join([int(size) for size in sizes]), self.ranks.first
+        )
 
     def _join(self, sizes):
         """One file of all parts, which other hosts may have written only now."""
@@ -302,7 +375,9 @@ class ResultWriter:
             for part, size in zip(parts, sizes, strict=True):
                 while not _has(part, size):
                     if patience.over:
-                        raise StorageLate(f"{part}: is not seen on this host: --output has to be on storage that all hosts see")
+                        raise StorageLate(
+                            f"{part}: is not seen on this host: --output has to be on storage that all hosts see"
+                        )
                     patience.wait()
             with replaced(self.file) as partial, connect() as engine:
                 engine.execute(

@@ -24,7 +24,9 @@ from trainer.reporting.run_report import FULL, write_report
 RANKS = "ranks-{split}.parquet"  # of trainer/evaluation/user_ranks.py
 
 
-def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, full=False):
+def rank_run(
+    run, ranks, split="test", data=None, candidates=None, output=None, full=False
+):
     """The evaluation record of a run's best model. Called on all ranks.
 
     data: the dataset's folder where it has moved; candidates, output: files as `trainer.evaluation.candidate_files` has them; full: rank among
@@ -32,14 +34,20 @@ def rank_run(run, ranks, split="test", data=None, candidates=None, output=None, 
     Raises InputError where one of them cannot be used.
     """
     if full and candidates:
-        raise InputError("--candidates: with --ranking full all items of the domain are the candidates; leave one of them out")
+        raise InputError(
+            "--candidates: with --ranking full all items of the domain are the candidates; leave one of them out"
+        )
     config, dataset = open_run(run, data, ranks=ranks)
     with deterministic_sums(config.deterministic):
         return _rank_run(run, config, dataset, ranks, split, candidates, output, full)
 
 
 def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
-    given = read_candidates_of_rank(dataset, candidates, ranks, config) if candidates else None
+    given = (
+        read_candidates_of_rank(dataset, candidates, ranks, config)
+        if candidates
+        else None
+    )
     model, table, best = best_model(run, config, dataset, ranks)
     writer = None
 
@@ -83,13 +91,17 @@ def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
 
 def _rank(model, table, dataset, ranks, config, split, given, visit):
     with _bar(ranks, "ranking") as advance:
-        return evaluate_split(model, table, dataset, ranks, config, split, given, visit, advance)
+        return evaluate_split(
+            model, table, dataset, ranks, config, split, given, visit, advance
+        )
 
 
 @contextlib.contextmanager
 def _bar(ranks, words):
     """A bar on the first rank's stderr; yields what is told how far it is."""
-    with Progress(console=Console(stderr=True), transient=True, disable=not ranks.first) as bar:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not ranks.first
+    ) as bar:
         task = bar.add_task(words)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -100,11 +112,19 @@ def _keep(run, record, of_users):
     (users,) = np.nonzero(of_users[-1])
     try:
         with locked(run):
-            write_ranks(run / RANKS.format(split=record["kind"]), users, *(values_U[users] for values_U in of_users))
+            write_ranks(
+                run / RANKS.format(split=record["kind"]),
+                users,
+                *(values_U[users] for values_U in of_users),
+            )
             write_json(run / f"{FULL}-{record['kind']}.json", record)
             if (run / METRICS_FILE).is_file():
                 write_report(run)
     except InputError as error:
         print(f"{error}: the figures are only shown", file=sys.stderr, flush=True)
     except OSError as error:
-        print(f"{run}: cannot be written ({error.strerror}): the figures are only shown", file=sys.stderr, flush=True)
+        print(
+            f"{run}: cannot be written ({error.strerror}): the figures are only shown",
+            file=sys.stderr,
+            flush=True,
+        )

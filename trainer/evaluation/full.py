@@ -32,7 +32,8 @@ OWN = ("none", "some")
 BREAKDOWNS = {
     "item popularity": POPULARITY,
     "history length": tuple(
-        f"{low}–{high - 1}" if high else f"{low}+" for low, high in zip(LENGTHS, (*LENGTHS[1:], None), strict=True)
+        f"{low}–{high - 1}" if high else f"{low}+"
+        for low, high in zip(LENGTHS, (*LENGTHS[1:], None), strict=True)
     ),
     "history in domain": OWN,
 }
@@ -82,12 +83,21 @@ class HeldBatches(RankingBatches):
         ends_B = np.cumsum(users.lengths_B)
         keep_B = users.lengths_B >= SPLIT_LENGTH
         if self.alone is not None:
-            keep_B[keep_B] = dataset.domain_of(users.items_N[ends_B[keep_B] - self.back]) == self.alone
+            keep_B[keep_B] = (
+                dataset.domain_of(users.items_N[ends_B[keep_B] - self.back])
+                == self.alone
+            )
         lengths_B, ends_B = users.lengths_B[keep_B], ends_B[keep_B]
-        items = [users.items_N[end - length : end] for length, end in zip(lengths_B, ends_B, strict=True)]
+        items = [
+            users.items_N[end - length : end]
+            for length, end in zip(lengths_B, ends_B, strict=True)
+        ]
         row_B = np.array([own[-self.back] for own in items], np.int64)
         domain_B = dataset.domain_of(row_B)
-        own_B = [np.count_nonzero(dataset.domain_of(own[: -self.back]) == d) for own, d in zip(items, domain_B, strict=True)]
+        own_B = [
+            np.count_nonzero(dataset.domain_of(own[: -self.back]) == d)
+            for own, d in zip(items, domain_B, strict=True)
+        ]
         others = [np.delete(own, len(own) - self.back) for own in items]
         return Held(
             query=self.query(users, np.flatnonzero(keep_B), np.zeros(0, np.int64)),
@@ -102,37 +112,64 @@ class HeldBatches(RankingBatches):
 
 
 @torch.no_grad()
-def rank_fully(model, table, dataset, ranks, config, split, advance=None, workers=None) -> FullRanking:
+def rank_fully(
+    model, table, dataset, ranks, config, split, advance=None, workers=None
+) -> FullRanking:
     """Ranks every user of a split. Called on all ranks. config: the RunConfig; workers: see `ready`.
 
     advance(done, total): called after every step.
     """
     where = dataset, ranks.rank, ranks.world_size
     how = {"stream": config.stream, "both_views": config.model.predicts_by_both}
-    batches = HeldBatches(*where, config.evaluation, config.model.max_length, split, config.seed, **how)
+    batches = HeldBatches(
+        *where, config.evaluation, config.model.max_length, split, config.seed, **how
+    )
     domains = dataset.domains
     rankings = [ExactRanking(table, domain.start, domain.items) for domain in domains]
     popularity = Popularity(dataset, config.seed)
     means = GroupMeans(2, len(domains) * groups_of_domain(), config.seed)
-    shown, rank_U = np.zeros(dataset.num_embeddings, np.int64), np.zeros(dataset.users, np.int32)
+    shown, rank_U = (
+        np.zeros(dataset.num_embeddings, np.int64),
+        np.zeros(dataset.users, np.int32),
+    )
     skipped, reasons = 0, {}
-    for done, held in enumerate(ready(batches, config.stream, pin_memory=False, workers=workers), start=1):
+    for done, held in enumerate(
+        ready(batches, config.stream, pin_memory=False, workers=workers), start=1
+    ):
         skipped += held.skipped
         reasons |= dict.fromkeys(held.reasons)
         query = move(held.query, ranks.device)
-        y_BDR = model(query, table(query.ids))[: len(held.user_B)]  # a rank without users has one to look up with
-        excluded = Excluded(torch.from_numpy(held.rows_E.astype(np.int64)), torch.from_numpy(held.counts_B))
+        y_BDR = model(query, table(query.ids))[
+            : len(held.user_B)
+        ]  # a rank without users has one to look up with
+        excluded = Excluded(
+            torch.from_numpy(held.rows_E.astype(np.int64)),
+            torch.from_numpy(held.counts_B),
+        )
         rank_B = np.zeros(len(held.user_B), np.int64)
         for number, ranking in enumerate(rankings):
             if batches.alone not in (None, number):
                 continue
             y_BR = y_BDR[:, number]
-            rows_Bk = ranking.top_k(y_BR, min(SHOWN, domains[number].items), excluded).rows_Bk.cpu().numpy()
-            np.add.at(shown, rows_Bk[rows_Bk >= 0], 1)  # there are few of them beside the rows of M
+            rows_Bk = (
+                ranking.top_k(y_BR, min(SHOWN, domains[number].items), excluded)
+                .rows_Bk.cpu()
+                .numpy()
+            )
+            np.add.at(
+                shown, rows_Bk[rows_Bk >= 0], 1
+            )  # there are few of them beside the rows of M
             own_B = held.domain_B == number
             own = torch.from_numpy(own_B)
-            own_excluded = Excluded(excluded.rows_E[torch.from_numpy(np.repeat(own_B, held.counts_B))], excluded.counts_B[own])
-            found = ranking.ranks(y_BR[own.to(y_BR.device)], torch.from_numpy(held.row_B)[own], own_excluded)
+            own_excluded = Excluded(
+                excluded.rows_E[torch.from_numpy(np.repeat(own_B, held.counts_B))],
+                excluded.counts_B[own],
+            )
+            found = ranking.ranks(
+                y_BR[own.to(y_BR.device)],
+                torch.from_numpy(held.row_B)[own],
+                own_excluded,
+            )
             rank_B[own_B] = found.cpu().numpy()
         rank_U[held.user_B] = rank_B
         groups_BG = groups(held, popularity.third[held.row_B])
@@ -143,7 +180,9 @@ def rank_fully(model, table, dataset, ranks, config, split, advance=None, worker
     skipped_1 = np.array([skipped])
     for values in (shown, skipped_1):
         _sum_in_place(values, ranks.device)
-    return FullRanking(summed(rank_U, ranks), means, shown, int(skipped_1[0]), tuple(reasons))
+    return FullRanking(
+        summed(rank_U, ranks), means, shown, int(skipped_1[0]), tuple(reasons)
+    )
 
 
 def _sum_in_place(values_M, device):
@@ -203,7 +242,9 @@ class Popularity:
         rows = self.dataset.num_embeddings
         pair = np.unique(user_E * rows + held.rows_E)
         user_E, row_E = np.divmod(pair, rows)
-        other_E = (self.dataset.domain_of(row_E) == held.domain_B[user_E]) & (row_E != held.row_B[user_E])
+        other_E = (self.dataset.domain_of(row_E) == held.domain_B[user_E]) & (
+            row_E != held.row_B[user_E]
+        )
         user_E, count_E = user_E[other_E], self.counts[row_E[other_E]]
         own_B = self.counts[held.row_B].astype(np.int64)
         greater_B, equal_B = np.zeros_like(own_B), np.zeros_like(own_B)
@@ -211,26 +252,49 @@ class Popularity:
             own = held.domain_B == number
             right = np.searchsorted(ascending, own_B[own], side="right")
             greater_B[own] = len(ascending) - right
-            equal_B[own] = right - np.searchsorted(ascending, own_B[own], side="left") - 1
+            equal_B[own] = (
+                right - np.searchsorted(ascending, own_B[own], side="left") - 1
+            )
         greater_B -= np.bincount(user_E[count_E > own_B[user_E]], minlength=len(own_B))
         equal_B -= np.bincount(user_E[count_E == own_B[user_E]], minlength=len(own_B))
-        return 1 + greater_B + random_below(random_bits(self.seed, _STREAM, held.user_B), equal_B + 1)
+        return (
+            1
+            + greater_B
+            + random_below(random_bits(self.seed, _STREAM, held.user_B), equal_B + 1)
+        )
 
 
 def full_record(kind, dataset, ranking: FullRanking, sampled=None, **where):
     """What a run prints and writes of a full ranking; sampled: the record of the sampled one, which stands beside."""
     means, size = ranking.means, groups_of_domain()
     firsts = [number * size for number in range(len(dataset.domains))]
-    record = {"kind": kind, "ranking": "full", "too_short": dataset.too_short, "skipped_users": ranking.skipped_users, **where}
+    record = {
+        "kind": kind,
+        "ranking": "full",
+        "too_short": dataset.too_short,
+        "skipped_users": ranking.skipped_users,
+        **where,
+    }
     for system, name in enumerate(("domains", "popularity")):
-        record[name] = {d.name: means.figures(system, first) for d, first in zip(dataset.domains, firsts, strict=True)}
-        record["mean" if system == 0 else "popularity_mean"] = means.mean(system, firsts)
+        record[name] = {
+            d.name: means.figures(system, first)
+            for d, first in zip(dataset.domains, firsts, strict=True)
+        }
+        record["mean" if system == 0 else "popularity_mean"] = means.mean(
+            system, firsts
+        )
     record["difference"] = {
         "metric": HEADLINE,
-        "domains": {d.name: means.difference(first, HEADLINE) for d, first in zip(dataset.domains, firsts, strict=True)},
+        "domains": {
+            d.name: means.difference(first, HEADLINE)
+            for d, first in zip(dataset.domains, firsts, strict=True)
+        },
         "mean": means.mean_difference(firsts, HEADLINE),
     }
-    record["breakdown"] = {d.name: _breakdown(means, first) for d, first in zip(dataset.domains, firsts, strict=True)}
+    record["breakdown"] = {
+        d.name: _breakdown(means, first)
+        for d, first in zip(dataset.domains, firsts, strict=True)
+    }
     record["recommended"] = {
         d.name: recommended(ranking.shown[d.start : d.start + d.items]) for d in dataset.domains
     }  # fmt: skip
@@ -243,7 +307,9 @@ def _breakdown(means, first):
         found[breakdown] = {}
         for name in names:
             popularity = means.figures(1, place)
-            found[breakdown][name] = means.figures(0, place) | {f"popularity {HEADLINE}": popularity[HEADLINE]}
+            found[breakdown][name] = means.figures(0, place) | {
+                f"popularity {HEADLINE}": popularity[HEADLINE]
+            }
             place += 1
     return found
 
@@ -256,5 +322,11 @@ def recommended(counts_N) -> dict:
     if total == 0:
         return {"items": items, f"coverage{name}": None, f"gini{name}": None}
     ascending = np.sort(counts_N).astype(np.float64)
-    gini = float((2 * np.arange(1, items + 1) - items - 1) @ ascending / (items * total))
-    return {"items": items, f"coverage{name}": float(np.count_nonzero(counts_N) / items), f"gini{name}": gini}
+    gini = float(
+        (2 * np.arange(1, items + 1) - items - 1) @ ascending / (items * total)
+    )
+    return {
+        "items": items,
+        f"coverage{name}": float(np.count_nonzero(counts_N) / items),
+        f"gini{name}": gini,
+    }

@@ -46,13 +46,17 @@ class DrawnUsers:
         starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
         for place, user in enumerate(chosen):
             count = candidates.counts_B[user]
-            rows_BC[place, :count] = candidates.rows_C[starts_B[user] : starts_B[user] + count]
+            rows_BC[place, :count] = candidates.rows_C[
+                starts_B[user] : starts_B[user] + count
+            ]
         facts = candidates.user_B[chosen], candidates.domain_B[chosen], ranks_B[chosen]
         # Those with the smallest keys, which depend on the seed and the user.
         key_K = np.append(self._key_K, key_B)
         order = np.argsort(key_K, kind="stable")[:_MOST]
         self._key_K = key_K[order]
-        self._facts_K3 = np.concatenate([self._facts_K3, np.stack(facts, axis=1)])[order]
+        self._facts_K3 = np.concatenate([self._facts_K3, np.stack(facts, axis=1)])[
+            order
+        ]
         self._rows_KC = np.concatenate([self._rows_KC, rows_BC])[order]
 
     def gathered(self):
@@ -72,12 +76,16 @@ class DrawnUsers:
         chosen = chosen[np.argsort(facts_K3[chosen, 0])]
         rows_KC = torch.zeros(len(chosen), self._width, dtype=torch.int64)
         (mine,) = np.nonzero((chosen >= own.start) & (chosen < own.stop))
-        rows_KC[torch.from_numpy(mine)] = torch.from_numpy(self._rows_KC[chosen[mine] - own.start])
+        rows_KC[torch.from_numpy(mine)] = torch.from_numpy(
+            self._rows_KC[chosen[mine] - own.start]
+        )
         dist.all_reduce(rows_KC)
         return *facts_K3[chosen].T, rows_KC.numpy()
 
 
-def own_item_gains(model, table, config, dataset, ranks, drawn: DrawnUsers, least) -> list[float | None]:
+def own_item_gains(
+    model, table, config, dataset, ranks, drawn: DrawnUsers, least
+) -> list[float | None]:
     """By domain: NDCG@10 of held-out test items for their own users, less that of the same items for one another's users, over
     the same drawn candidates. Called on all ranks.
 
@@ -96,9 +104,17 @@ def own_item_gains(model, table, config, dataset, ranks, drawn: DrawnUsers, leas
         for one, other in zip(own, np.roll(own, 1), strict=True):
             rows, item = rows_KC[one], rows_KC[other, 0]
             rows = rows[rows >= 0]
-            exchanged[int(user_K[one])] = number, np.append(item, rows[1:][rows[1:] != item])
-    ranking = evaluate_split(model, table, dataset, ranks, config, "test", given=exchanged)
+            exchanged[int(user_K[one])] = (
+                number,
+                np.append(item, rows[1:][rows[1:] != item]),
+            )
+    ranking = evaluate_split(
+        model, table, dataset, ranks, config, "test", given=exchanged
+    )
     for number in range(len(dataset.domains)):
-        own, others = (figures(histogram[number])[HEADLINE] for histogram in (histogram_DR, ranking.histogram[0]))
+        own, others = (
+            figures(histogram[number])[HEADLINE]
+            for histogram in (histogram_DR, ranking.histogram[0])
+        )
         gains.append(None if own is None else own - others)
     return gains

@@ -82,11 +82,20 @@ class RankingBatches(torch.utils.data.IterableDataset):
         self.stream = stream or StreamConfig()
         # Each user on its home rank: candidates are most of the work, and as many for each.
         of_all_ranks = config.batch_size * world_size
-        self.plan = Plan(dataset, of_all_ranks, world_size, seed, shuffle=False, balance=False)
-        self.rank, self.config, self.max_length, self.both_views = rank, config, max_length, both_views
+        self.plan = Plan(
+            dataset, of_all_ranks, world_size, seed, shuffle=False, balance=False
+        )
+        self.rank, self.config, self.max_length, self.both_views = (
+            rank,
+            config,
+            max_length,
+            both_views,
+        )
         self.back = {"test": 1, "validation": 2}[split]
         self.given = given
-        self.alone = dataset.domain_number(self.stream.domain) if self.stream.domain else None
+        self.alone = (
+            dataset.domain_number(self.stream.domain) if self.stream.domain else None
+        )
 
     def __len__(self):
         return self.plan.steps(0)
@@ -95,13 +104,19 @@ class RankingBatches(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         reasons = Reasons()
-        histories = Histories.of_plan(self.plan, self.stream.verify, reasons if self.stream.damaged == "skip" else None)
+        histories = Histories.of_plan(
+            self.plan,
+            self.stream.verify,
+            reasons if self.stream.damaged == "skip" else None,
+        )
         try:
             for step in range(offset, self.plan.steps(0), stride):
                 wanted_B = self.plan.users(0, step, self.rank)
                 users = histories.read(wanted_B)
                 skipped = len(wanted_B) - len(users.number_B)
-                yield replace(self.build(users), skipped=skipped, reasons=reasons.take())
+                yield replace(
+                    self.build(users), skipped=skipped, reasons=reasons.take()
+                )
         finally:
             histories.close()
 
@@ -111,7 +126,10 @@ class RankingBatches(torch.utils.data.IterableDataset):
         that alone.
         """
         dataset, ends_B = self.plan.dataset, np.cumsum(users.lengths_B)
-        histories, now_B = [(np.zeros(0, np.int64), np.zeros(0, np.int64))] * (not len(user_B)), [0] * (not len(user_B))
+        histories, now_B = (
+            [(np.zeros(0, np.int64), np.zeros(0, np.int64))] * (not len(user_B)),
+            [0] * (not len(user_B)),
+        )
         for user in user_B:
             end = ends_B[user] - self.back
             own = slice(ends_B[user] - users.lengths_B[user], end)
@@ -123,14 +141,25 @@ class RankingBatches(torch.utils.data.IterableDataset):
             now_B.append(users.ticks_N[end])
         items_N, ticks_N = map(np.concatenate, zip(*histories, strict=True))
         lengths_B = np.array([len(items) for items, _ in histories])
-        return query_of(dataset, items_N, ticks_N, lengths_B, np.array(now_B), self.max_length, extra_ids, self.both_views)
+        return query_of(
+            dataset,
+            items_N,
+            ticks_N,
+            lengths_B,
+            np.array(now_B),
+            self.max_length,
+            extra_ids,
+            self.both_views,
+        )
 
     def build(self, users: Users) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
         dataset = self.plan.dataset
         ends = np.cumsum(users.lengths_B)
         asked, numbers, domains, candidates = [], [], [], []
-        for user, (number, length, end) in enumerate(zip(users.number_B, users.lengths_B, ends, strict=True)):
+        for user, (number, length, end) in enumerate(
+            zip(users.number_B, users.lengths_B, ends, strict=True)
+        ):
             if length < SPLIT_LENGTH:
                 continue
             items = users.items_N[end - length : end]
@@ -145,7 +174,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
             if self.given is None:
                 own = dataset.domains[domain]
                 seed, count = self.plan.seed, self.config.negatives
-                negatives = evaluation_negatives(seed, int(number), items, own.start, own.items, count)
+                negatives = evaluation_negatives(
+                    seed, int(number), items, own.start, own.items, count
+                )
                 rows = np.append(positive, negatives)
             asked.append(user)
             numbers.append(number)
@@ -159,23 +190,55 @@ class RankingBatches(torch.utils.data.IterableDataset):
         return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
 
 
-def query_of(dataset, items_N, ticks_N, lengths_B, now_B, max_length, extra_ids, both_views):
+def query_of(
+    dataset, items_N, ticks_N, lengths_B, now_B, max_length, extra_ids, both_views
+):
     """A Query of histories for some times (ticks), with the views that a model predicts by."""
     domain_N = domains_of(dataset, items_N) if both_views else None
-    return build_query(items_N, lengths_B, max_length, extra_ids, domain_N, len(dataset.domains), ticks_N, now_B)
+    return build_query(
+        items_N,
+        lengths_B,
+        max_length,
+        extra_ids,
+        domain_N,
+        len(dataset.domains),
+        ticks_N,
+        now_B,
+    )
 
 
-def evaluate_split(model, table, dataset, ranks, config, split, given=None, visit=None, advance=None, workers=None):
+def evaluate_split(
+    model,
+    table,
+    dataset,
+    ranks,
+    config,
+    split,
+    given=None,
+    visit=None,
+    advance=None,
+    workers=None,
+):
     """The Ranking of every user of a split, as `rank_candidates` gives it. config: the RunConfig; workers: see `ready`."""
     where = dataset, ranks.rank, ranks.world_size
-    what = config.evaluation, config.model.max_length, split, config.seed, given, config.stream, config.model.predicts_by_both
+    what = (
+        config.evaluation,
+        config.model.max_length,
+        split,
+        config.seed,
+        given,
+        config.stream,
+        config.model.predicts_by_both,
+    )
     batches = RankingBatches(*where, *what)
     built = ready(batches, config.stream, pin_memory=False, workers=workers)
     return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
 
 
 @torch.no_grad()
-def rank_candidates(model, table, batches, built, device, visit=None, advance=None) -> Ranking:
+def rank_candidates(
+    model, table, batches, built, device, visit=None, advance=None
+) -> Ranking:
     """Ranks what `built` brings, on all processes.
 
     model: takes (Query, rows) and gives (B, D, r); table: ItemTable. visit(candidates, ranks_B, scores_C): called for every
@@ -186,7 +249,9 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
     longest = 1 + batches.config.negatives
     if batches.given is not None:
         # Of all ranks' users, where each rank has been given its own.
-        longest = getattr(batches.given, "longest", None) or max((len(rows) for _, rows in batches.given.values()), default=1)
+        longest = getattr(batches.given, "longest", None) or max(
+            (len(rows) for _, rows in batches.given.values()), default=1
+        )
     histogram = np.zeros((2, len(dataset.domains), longest), np.int64)
     skipped, reasons = 0, {}
     for done, candidates in enumerate(built, start=1):
@@ -197,13 +262,22 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
         y_BDR = model(query, rows)
         y_BR = y_BDR[torch.arange(len(y_BDR)), torch.from_numpy(candidates.domain_B)]
         counts = torch.from_numpy(candidates.counts_B).to(device)
-        users_C = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
-        scores_C = (y_BR[users_C] * rows[query.interactions :]).sum(1).float().cpu().numpy()
+        users_C = torch.repeat_interleave(
+            torch.arange(len(counts), device=device), counts
+        )
+        scores_C = (
+            (y_BR[users_C] * rows[query.interactions :]).sum(1).float().cpu().numpy()
+        )
         ranks_B = _ranks(scores_C, candidates.counts_B)
         real = candidates.user_B >= 0
-        by_popularity_B = _ranks(_popularity_scores(popularity, candidates, batches.plan.seed), candidates.counts_B)
+        by_popularity_B = _ranks(
+            _popularity_scores(popularity, candidates, batches.plan.seed),
+            candidates.counts_B,
+        )
         for system, ranks in enumerate((ranks_B, by_popularity_B)):
-            np.add.at(histogram[system], (candidates.domain_B[real], ranks[real] - 1), 1)
+            np.add.at(
+                histogram[system], (candidates.domain_B[real], ranks[real] - 1), 1
+            )
         if visit is not None:
             visit(candidates, ranks_B, scores_C)
         if advance is not None:
@@ -211,14 +285,18 @@ def rank_candidates(model, table, batches, built, device, visit=None, advance=No
     total = torch.from_numpy(np.append(histogram, skipped)).to(device)
     dist.all_reduce(total)
     *counts, skipped = total.tolist()
-    return Ranking(np.array(counts, np.int64).reshape(histogram.shape), skipped, tuple(reasons))
+    return Ranking(
+        np.array(counts, np.int64).reshape(histogram.shape), skipped, tuple(reasons)
+    )
 
 
 def _popularity_scores(popularity, candidates, seed):
     """Training interactions of each candidate; equal counts in a random order that is fixed by (seed, user, item), since
     counting ties against so coarse a score would make the opponent weaker than it is."""
     users_C = np.repeat(candidates.user_B, candidates.counts_B)
-    return popularity[candidates.rows_C] + random_unit(random_bits(seed, 4, users_C, candidates.rows_C))
+    return popularity[candidates.rows_C] + random_unit(
+        random_bits(seed, 4, users_C, candidates.rows_C)
+    )
 
 
 def _ranks(scores_C, counts_B):
@@ -248,10 +326,24 @@ def figures(histogram_R):
 
 def evaluation_record(kind, dataset, ranking: Ranking, **where):
     """What a run writes and prints of one evaluation: figures by domain and their mean over domains with users."""
-    record = {"kind": kind, "too_short": dataset.too_short, "skipped_users": ranking.skipped_users, **where}
+    record = {
+        "kind": kind,
+        "too_short": dataset.too_short,
+        "skipped_users": ranking.skipped_users,
+        **where,
+    }
     for system, name in enumerate(("domains", "popularity")):
-        by_domain = {d.name: figures(ranking.histogram[system, i]) for i, d in enumerate(dataset.domains)}
+        by_domain = {
+            d.name: figures(ranking.histogram[system, i])
+            for i, d in enumerate(dataset.domains)
+        }
         seen = [values for values in by_domain.values() if values["users"]]
-        mean = {metric: float(np.mean([v[metric] for v in seen])) if seen else None for metric in METRICS}
-        record[name], record["mean" if name == "domains" else "popularity_mean"] = by_domain, mean
+        mean = {
+            metric: float(np.mean([v[metric] for v in seen])) if seen else None
+            for metric in METRICS
+        }
+        record[name], record["mean" if name == "domains" else "popularity_mean"] = (
+            by_domain,
+            mean,
+        )
     return record

@@ -12,14 +12,22 @@ import pyarrow.parquet as pq
 
 from trainer.files.atomic import replaced
 
-_COLUMNS = {"user": pa.int64(), "domain": pa.int32(), "sampled": pa.int32(), "full": pa.int32()}
+_COLUMNS = {
+    "user": pa.int64(),
+    "domain": pa.int32(),
+    "sampled": pa.int32(),
+    "full": pa.int32(),
+}
 
 
 def write_ranks(file: Path, user_U, domain_U, sampled_U, full_U):
     """Arrays of integers; the file is there whole or not at all."""
     values = zip(_COLUMNS.items(), (user_U, domain_U, sampled_U, full_U), strict=True)
     with replaced(file) as partial:
-        pq.write_table(pa.table({name: pa.array(column, kind) for (name, kind), column in values}), partial)
+        pq.write_table(
+            pa.table({name: pa.array(column, kind) for (name, kind), column in values}),
+            partial,
+        )
 
 
 def read_ranks(file: Path) -> dict[str, np.ndarray]:

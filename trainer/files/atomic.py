@@ -5,7 +5,7 @@ Whoever writes a file writes it under another name, flushes it to disk, moves it
 rename, and flushes the folder. On a network file system another host may see that later: NFS keeps
 what it knows of a file or a folder for up to 60 s (`acregmax` and `acdirmax` of nfs(5)). So nobody
 decides by a listing: files are opened by their names, and what is not there yet is looked for again
-while a `Patience` lasts. """
+while a `Patience` lasts."""
 
 import contextlib
 import errno
@@ -25,7 +25,18 @@ LATENESS = 75.0  # seconds after which every host sees what was written: NFS's 6
 PAUSE = 0.5  # seconds between two looks
 
 # File systems that no other host writes in; any other, and an unknown one, may show things late.
-_OF_ONE_HOST = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+_OF_ONE_HOST = {
+    "btrfs",
+    "ext2",
+    "ext3",
+    "ext4",
+    "f2fs",
+    "overlay",
+    "ramfs",
+    "tmpfs",
+    "xfs",
+    "zfs",
+}
 # What a storage says in passing: a handle of before, a server that is away for a while, a folder
 # that is not seen yet.
 _PASSING = {
@@ -87,7 +98,9 @@ def is_shared(folder: Path) -> bool:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return True
-    for line in lines:  # 36 35 98:0 /root /mount/point options - ext3 source options, see proc(5)
+    for line in (
+        lines
+    ):  # 36 35 98:0 /root /mount/point options - ext3 source options, see proc(5)
         fields, _, others = line.partition(" - ")
         point = _unescaped(fields.split()[4]).rstrip("/")
         if len(point) >= longest and (place == point or place.startswith(f"{point}/")):

@@ -8,7 +8,9 @@ import os
 import threading
 import weakref
 
-_guard = threading.RLock()  # no fork between the opening of a thing and its place in `_kept`
+_guard = (
+    threading.RLock()
+)  # no fork between the opening of a thing and its place in `_kept`
 _kept = weakref.WeakSet()
 
 

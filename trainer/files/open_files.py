@@ -16,7 +16,10 @@ class NoDescriptors(InputError):
         where, way_out = f"this process may have {limit}", "raise it (ulimit -n 65536)"
         if error.errno == errno.ENFILE:
             where, way_out = "this machine may have no more", "raise fs.file-max"
-        super().__init__(f"{path} cannot be opened: too many files are open, {where}: {way_out}", one_rank=True)
+        super().__init__(
+            f"{path} cannot be opened: too many files are open, {where}: {way_out}",
+            one_rank=True,
+        )
 
 
 def is_lack(error: OSError) -> bool:
@@ -27,4 +30,6 @@ def is_lack(error: OSError) -> bool:
 def files_to_keep(most: int) -> int:
     """How many files to keep open for later use: `most`, or a share of what the process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // _SHARE))
+    return (
+        most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // _SHARE))
+    )

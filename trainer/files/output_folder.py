@@ -17,9 +17,13 @@ def new_folder(output):
     output = Path(output)
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise InputError(f"output {output} already holds something: name another folder or remove it")
+            raise InputError(
+                f"output {output} already holds something: name another folder or remove it"
+            )
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as work:
+        with tempfile.TemporaryDirectory(
+            dir=output.parent, prefix=f".{output.name}."
+        ) as work:
             folder, scratch = Path(work) / "folder", Path(work) / "scratch"
             folder.mkdir()
             scratch.mkdir()

@@ -26,11 +26,17 @@ def recorded(place) -> str:
 
 def shown(place) -> str:
     """A dataset's place as it may be printed: without user, password and query of an address."""
-    return re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{_HIDDEN}", _without_user(str(place))) if is_address(place) else str(place)
+    return (
+        re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{_HIDDEN}", _without_user(str(place)))
+        if is_address(place)
+        else str(place)
+    )
 
 
 def _without_user(text):
-    return re.sub(r"://\S*@", f"://{_HIDDEN}@", text)  # rather too much than a part of a password
+    return re.sub(
+        r"://\S*@", f"://{_HIDDEN}@", text
+    )  # rather too much than a part of a password
 
 
 def words(said) -> str:

@@ -1,9 +1,9 @@
 """The folder beside an output in which it comes to be, stage by stage: what a killed preparation goes on from.
 
-    .NAME.work/facts.json      what it is made from and how; other facts begin anew
-    .NAME.work/lock            held by the process that writes here
-    .NAME.work/STAGE/          what a finished stage left; STAGE.partial/ while it runs
-    .NAME.work/scratch/        what does not fit into memory
+.NAME.work/facts.json      what it is made from and how; other facts begin anew
+.NAME.work/lock            held by the process that writes here
+.NAME.work/STAGE/          what a finished stage left; STAGE.partial/ while it runs
+.NAME.work/scratch/        what does not fit into memory
 """
 
 import contextlib
@@ -27,8 +27,12 @@ class Work:
     def __init__(self, output, facts, fresh=False, refuse=False):
         self.output = Path(output)
         self.folder = work_folder(self.output)
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise InputError(f"output {output} already holds something: name another folder or remove it")
+        if self.output.exists() and (
+            not self.output.is_dir() or any(self.output.iterdir())
+        ):
+            raise InputError(
+                f"output {output} already holds something: name another folder or remove it"
+            )
         facts = json.loads(json.dumps(facts))
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,9 @@ class Work:
     def _locked(self):
         lock = exclusive(self.folder / "lock")
         if lock is None:
-            raise InputError(f"output {self.output} is being written by another process: wait for it or stop it")
+            raise InputError(
+                f"output {self.output} is being written by another process: wait for it or stop it"
+            )
         return lock
 
     def _empty(self):

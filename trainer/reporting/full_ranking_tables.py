@@ -31,7 +31,14 @@ def headline(record) -> str:
 
 def _table(title, *columns, caption=None):
     style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", **style)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        **style,
+    )
     for place, column in enumerate(columns):
         header = column.replace(" ", "\n").replace("@", "\n@")
         if place:
@@ -45,7 +52,14 @@ def _by_domain(record):
     name = headline(record)
     title = f"{record['kind'].capitalize()} at step {record['step']:,} among all items of the domain"
     caption = "Intervals are of 95 %, over users; the difference is that to ranking by popularity."
-    columns = ["domain", "users", *METRICS, f"{name} interval", f"popular {name}", "difference interval"]
+    columns = [
+        "domain",
+        "users",
+        *METRICS,
+        f"{name} interval",
+        f"popular {name}",
+        "difference interval",
+    ]
     table = _table(title, *columns, caption=caption)
 
     def row(label, figures, popularity, difference):
@@ -55,7 +69,12 @@ def _by_domain(record):
         table.add_row(label, f"{figures['users']:,}", *own, interval(within), *baseline)
 
     for domain, figures in record["domains"].items():
-        row(Text(printable(domain)), figures, record["popularity"][domain], record["difference"]["domains"][domain])
+        row(
+            Text(printable(domain)),
+            figures,
+            record["popularity"][domain],
+            record["difference"]["domains"][domain],
+        )
     table.add_section()
     row("mean", record["mean"], record["popularity_mean"], record["difference"]["mean"])
     return table
@@ -69,9 +88,22 @@ def _breakdown(record):
         for breakdown, groups in breakdowns.items():
             for group, figures in groups.items():
                 if figures["users"]:
-                    within, popularity = (figures.get("interval") or {}).get(name), figures[f"popularity {name}"]
-                    label = Text(printable(domain)), breakdown, group, f"{figures['users']:,}"
-                    table.add_row(*label, number(figures[name]), interval(within), number(popularity))
+                    within, popularity = (
+                        (figures.get("interval") or {}).get(name),
+                        figures[f"popularity {name}"],
+                    )
+                    label = (
+                        Text(printable(domain)),
+                        breakdown,
+                        group,
+                        f"{figures['users']:,}",
+                    )
+                    table.add_row(
+                        *label,
+                        number(figures[name]),
+                        interval(within),
+                        number(popularity),
+                    )
         table.add_section()
     return table
 
@@ -80,5 +112,9 @@ def _recommended(record):
     columns = next(iter(record["recommended"].values()))
     table = _table("What all users are recommended", "domain", *columns)
     for domain, found in record["recommended"].items():
-        table.add_row(Text(printable(domain)), f"{found['items']:,}", *(number(found[name]) for name in list(columns)[1:]))
+        table.add_row(
+            Text(printable(domain)),
+            f"{found['items']:,}",
+            *(number(found[name]) for name in list(columns)[1:]),
+        )
     return table

@@ -27,19 +27,36 @@ class Table:
     def markdown(self) -> str:
         """The same as Markdown: the best of a column is bold; signs say the rest."""
         lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1)]
-        lines += [[f"**{cell.text}**" if cell.sense == "best" else cell.text for cell in row] for row in self.rows]
-        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+        lines += [
+            [f"**{cell.text}**" if cell.sense == "best" else cell.text for cell in row]
+            for row in self.rows
+        ]
+        return "\n".join(
+            "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |"
+            for line in lines
+        )
 
 
-def table_page(name: str, kind: str, lead: list[str], tables: list[Table], sections: list[dict], failed: dict[str, str]) -> str:
+def table_page(
+    name: str,
+    kind: str,
+    lead: list[str],
+    tables: list[Table],
+    sections: list[dict],
+    failed: dict[str, str],
+) -> str:
     """A page of sentences, a plot, tables, more plots. failed: {run: why it is in none of the tables}."""
     page = template(Path(__file__).with_name("tables.html.jinja"))
-    return page.render(name=name, kind=kind, lead=lead, tables=tables, sections=sections, failed=failed)
+    return page.render(
+        name=name, kind=kind, lead=lead, tables=tables, sections=sections, failed=failed
+    )
 
 
 def template(file: Path):
     """A Jinja2 template, by the path of its file."""
-    environment = Environment(loader=FileSystemLoader(file.parent), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(file.parent), autoescape=True, undefined=StrictUndefined
+    )
     return environment.get_template(file.name)
 
 
@@ -49,7 +66,11 @@ def rendered(sections) -> list[dict]:
     for place, (title, text, figure) in enumerate(sections):
         plot = None
         if figure is not None:
-            form = {"config": {"displayModeBar": False}, "full_html": False, "div_id": f"plot{place}"}
+            form = {
+                "config": {"displayModeBar": False},
+                "full_html": False,
+                "div_id": f"plot{place}",
+            }
             plot = Markup(figure.to_html(include_plotlyjs=library, **form))
             library = False
         found.append({"title": title, "text": text, "plot": plot})

@@ -22,7 +22,11 @@ _COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#332288", "#882255", "#999933", "#117733", "#8C510A", "#44AA99"),
 )
-_DASHES, _HATCHES, _SVG_DASHES = ("solid", "dash", "dot"), ("", "/", "x"), ("none", "6 3", "2 2")
+_DASHES, _HATCHES, _SVG_DASHES = (
+    ("solid", "dash", "dot"),
+    ("", "/", "x"),
+    ("none", "6 3", "2 2"),
+)
 _DARK, _GREY, _GRID = "#1f2933", "#8593a3", "#e9edf1"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 _SMALL_MARGIN = {"l": 48, "r": 16, "t": 40, "b": 40}
@@ -62,7 +66,12 @@ SPEED = (
 OPTIMISATION = (
     Panel("learning rate", ("learning_rate",), "~g", noisy=False),
     Panel("gradient norm", ("gradient_norm",), "~g"),
-    Panel(f"α and <span style='color:{_COLOURS[1]}'>β</span>", ("alpha", "beta"), "~g", noisy=False),
+    Panel(
+        f"α and <span style='color:{_COLOURS[1]}'>β</span>",
+        ("alpha", "beta"),
+        "~g",
+        noisy=False,
+    ),
 )
 
 
@@ -74,14 +83,28 @@ def styles(names: list[str]) -> list[Style]:
         label = html.escape(label if len(label) <= 30 else label[:29] + "…")
         second = min(number // 6, 2)
         colour = _COLOURS[number % len(_COLOURS)]
-        found.append(Style(name, label, colour, _DASHES[second], _HATCHES[second], _SVG_DASHES[second]))
+        found.append(
+            Style(
+                name,
+                label,
+                colour,
+                _DASHES[second],
+                _HATCHES[second],
+                _SVG_DASHES[second],
+            )
+        )
     return found
 
 
 def series(records: list[dict], field: str, domain: str | None = None) -> np.ndarray:
     """A field of all records, of one domain where it is kept by domain: float64 (records,), NaN where it is missing."""
-    values = (record.get(field) if domain is None else (record.get(field) or {}).get(domain) for record in records)
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    values = (
+        record.get(field) if domain is None else (record.get(field) or {}).get(domain)
+        for record in records
+    )
+    return np.array(
+        [np.nan if value is None else value for value in values], dtype=np.float64
+    )
 
 
 def loss_plot(train: list[dict]) -> go.Figure | None:
@@ -89,7 +112,13 @@ def loss_plot(train: list[dict]) -> go.Figure | None:
     _draw(figure, train, "loss", "loss", {"color": _DARK, "width": 2.5})
     _draw(figure, train, "loss_single", "single-domain", {"color": _COLOURS[0]})
     _draw(figure, train, "loss_cross", "cross-domain", {"color": _COLOURS[1]})
-    _draw(figure, train, "mutual_information", "mutual information", {"color": _GREY, "dash": "dash"})
+    _draw(
+        figure,
+        train,
+        "mutual_information",
+        "mutual information",
+        {"color": _GREY, "dash": "dash"},
+    )
     figure.update_traces(yhoverformat=".4f")
     return finished(figure, 380)
 
@@ -117,47 +146,89 @@ def gap_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
     margin = 0.06 * (high - low) or 0.1
     low, high = low - margin, high + margin
     figure.update_yaxes(range=[low, high], tickformat=".2~f")
-    figure.add_hrect(y0=low, y1=0, fillcolor=_COLOURS[1], opacity=0.06, line_width=0, layer="below")
+    figure.add_hrect(
+        y0=low, y1=0, fillcolor=_COLOURS[1], opacity=0.06, line_width=0, layer="below"
+    )
     figure.add_hline(y=0, line={"color": _DARK, "width": 1.5})
-    corner = {"x": 1, "xref": "paper", "xanchor": "right", "y": low, "yanchor": "bottom"}
-    figure.add_annotation(text="negative transfer", showarrow=False, font={"size": 12}, **corner)
+    corner = {
+        "x": 1,
+        "xref": "paper",
+        "xanchor": "right",
+        "y": low,
+        "yanchor": "bottom",
+    }
+    figure.add_annotation(
+        text="negative transfer", showarrow=False, font={"size": 12}, **corner
+    )
     return finished(figure, 420)
 
 
 def pairs_plot(train: list[dict], domains: list[Style]) -> go.Figure | None:
     """A small plot per domain: its single-domain loss in grey, its cross-domain loss in its colour."""
-    drawn = [domain for domain in domains if np.isfinite(series(train, "cross_by_domain", domain.name)).any()]
+    drawn = [
+        domain
+        for domain in domains
+        if np.isfinite(series(train, "cross_by_domain", domain.name)).any()
+    ]
     if not drawn:
         return None
     columns = 3 if len(drawn) in (5, 6) else min(len(drawn), 4)
     rows = -(-len(drawn) // columns)
     height = 90 + 210 * rows
     spacing = {"vertical_spacing": 60 / height, "horizontal_spacing": 0.05}
-    figure = make_subplots(rows, columns, subplot_titles=[domain.label for domain in drawn], **spacing)
+    figure = make_subplots(
+        rows, columns, subplot_titles=[domain.label for domain in drawn], **spacing
+    )
     for number, domain in enumerate(drawn):
-        place = {"row": number // columns + 1, "col": number % columns + 1, "domain": domain.name, "faint": False}
+        place = {
+            "row": number // columns + 1,
+            "col": number % columns + 1,
+            "domain": domain.name,
+            "faint": False,
+        }
         _draw(figure, train, "single_by_domain", "single", {"color": _GREY}, **place)
-        _draw(figure, train, "cross_by_domain", "cross", {"color": domain.colour}, **place)
+        _draw(
+            figure, train, "cross_by_domain", "cross", {"color": domain.colour}, **place
+        )
     figure.update_traces(yhoverformat=".3f")
     figure.update_yaxes(nticks=5)
     return _finish_panels(figure, height)
 
 
-def validation_plot(validations: list[dict], best: dict | None, domains: list[Style]) -> go.Figure | None:
+def validation_plot(
+    validations: list[dict], best: dict | None, domains: list[Style]
+) -> go.Figure | None:
     """The headline metric by domain and its mean over the steps, with an upright at the best."""
     figure = go.Figure()
     steps = [record["step"] for record in validations]
     for domain in domains:
-        values = [(record["domains"].get(domain.name) or {}).get(HEADLINE) for record in validations]
+        values = [
+            (record["domains"].get(domain.name) or {}).get(HEADLINE)
+            for record in validations
+        ]
         if any(value is not None for value in values):
             marker, line = {"size": 6}, {"width": 2, **domain.line}
-            figure.add_scatter(x=steps, y=values, mode="lines+markers", name=domain.label, line=line, marker=marker)
+            figure.add_scatter(
+                x=steps,
+                y=values,
+                mode="lines+markers",
+                name=domain.label,
+                line=line,
+                marker=marker,
+            )
     if not figure.data:
         return None
     if len(domains) > 1:
         means = [record["mean"].get(HEADLINE) for record in validations]
         marker, line = {"size": 8}, {"color": _DARK, "width": 3.5}
-        figure.add_scatter(x=steps, y=means, mode="lines+markers", name="mean", line=line, marker=marker)
+        figure.add_scatter(
+            x=steps,
+            y=means,
+            mode="lines+markers",
+            name="mean",
+            line=line,
+            marker=marker,
+        )
     figure.add_vline(x=best["step"], line={"color": _GREY, "dash": "dot", "width": 1.5})
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(rangemode="tozero", tickformat=".2f")
@@ -171,10 +242,22 @@ def metrics_plot(record: dict | None, domains: list[Style]) -> go.Figure | None:
     metrics = metrics_of(record)
     figure = go.Figure()
     for domain in domains:
-        values = [(record["domains"].get(domain.name) or {}).get(metric) for metric in metrics]
+        values = [
+            (record["domains"].get(domain.name) or {}).get(metric) for metric in metrics
+        ]
         if any(value is not None for value in values):
-            pattern = {"shape": domain.hatch, "fgcolor": "white", "solidity": 0.25, "size": 6}
-            figure.add_bar(x=metrics, y=values, name=domain.label, marker={"color": domain.colour, "pattern": pattern})
+            pattern = {
+                "shape": domain.hatch,
+                "fgcolor": "white",
+                "solidity": 0.25,
+                "size": 6,
+            }
+            figure.add_bar(
+                x=metrics,
+                y=values,
+                name=domain.label,
+                marker={"color": domain.colour, "pattern": pattern},
+            )
     if not figure.data:
         return None
     if len(domains) > 1:
@@ -189,17 +272,32 @@ def metrics_plot(record: dict | None, domains: list[Style]) -> go.Figure | None:
 def gates_plot(gates: dict) -> go.Figure | None:
     """Mean weights (rows: domains of both views) of the experts (columns)."""
     rows, cells = [], []
-    for view, label in (("cross", "cross-domain gate: {}"), ("single", "{}, its own gate")):
+    for view, label in (
+        ("cross", "cross-domain gate: {}"),
+        ("single", "{}, its own gate"),
+    ):
         for name, weights in (gates.get(view) or {}).items():
             rows.append(label.format(styles([name])[0].label))
             cells.append(weights)
     if not cells:
         return None
     experts = [f"expert {number}" for number in range(1, len(cells[0]) + 1)]
-    most = max(2 / len(experts), *map(max, cells))  # even weights are half as dark as can be
-    scale = {"colorscale": [[0, "#ffffff"], [1, _COLOURS[0]]], "zmin": 0, "zmax": most, "showscale": False}
-    texts = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>"}
-    figure = go.Figure(go.Heatmap(z=cells, x=experts, y=rows, xgap=2, ygap=2, **texts, **scale))
+    most = max(
+        2 / len(experts), *map(max, cells)
+    )  # even weights are half as dark as can be
+    scale = {
+        "colorscale": [[0, "#ffffff"], [1, _COLOURS[0]]],
+        "zmin": 0,
+        "zmax": most,
+        "showscale": False,
+    }
+    texts = {
+        "texttemplate": "%{z:.2f}",
+        "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>",
+    }
+    figure = go.Figure(
+        go.Heatmap(z=cells, x=experts, y=rows, xgap=2, ygap=2, **texts, **scale)
+    )
     finished(figure, 120 + 34 * len(rows), hovermode="closest")
     figure.update_xaxes(title=None, tickformat=None, side="top")
     return figure.update_yaxes(autorange="reversed")
@@ -215,28 +313,39 @@ def final_weights_plot(weights: dict, domains: list[Style]) -> go.Figure | None:
             x=[weights[domain.name] for domain in shown],
             y=[domain.label for domain in shown],
             orientation="h",
-            marker={"color": [domain.colour for domain in shown], "pattern": {"shape": [domain.hatch for domain in shown]}},
+            marker={
+                "color": [domain.colour for domain in shown],
+                "pattern": {"shape": [domain.hatch for domain in shown]},
+            },
             texttemplate="%{x:.3f}",
             hovertemplate="%{y}: %{x:.4f}<extra></extra>",
         )
     )
     finished(figure, 90 + 34 * len(shown), hovermode="closest")
-    figure.add_vline(x=1 / len(weights), line={"color": _DARK, "width": 1.5, "dash": "dot"})
+    figure.add_vline(
+        x=1 / len(weights), line={"color": _DARK, "width": 1.5, "dash": "dot"}
+    )
     figure.update_xaxes(title=None, rangemode="tozero", tickformat=".2~f")
     return figure.update_yaxes(autorange="reversed")
 
 
 def panels_plot(train: list[dict], panels: tuple[Panel, ...]) -> go.Figure | None:
-    figure = make_subplots(1, len(panels), subplot_titles=[panel.title for panel in panels])
+    figure = make_subplots(
+        1, len(panels), subplot_titles=[panel.title for panel in panels]
+    )
     for column, panel in enumerate(panels, start=1):
         for field, colour in zip(panel.fields, (_DARK, _COLOURS[1]), strict=False):
             place = {"row": 1, "col": column, "smooth": panel.noisy}
             _draw(figure, train, field, field, {"color": colour}, **place)
-        figure.update_yaxes(tickformat=panel.form, rangemode="tozero", row=1, col=column)
+        figure.update_yaxes(
+            tickformat=panel.form, rangemode="tozero", row=1, col=column
+        )
     return _finish_panels(figure, 300)
 
 
-def thin(steps: np.ndarray, values: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+def thin(
+    steps: np.ndarray, values: np.ndarray, points: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray]:
     """Means over runs of neighbouring lines, equal in length, so that at most `points` are left.
 
     steps: int64 (N,); values: float64 (N,), NaN where missing, which means pass over. A run's step is its last line's.
@@ -264,18 +373,44 @@ def _moving_mean(values):
     return np.where(finite, sums / np.maximum(counts, 1), np.nan)
 
 
-def _draw(figure, records, field, label, line, domain=None, smooth=True, faint=True, **place):
+def _draw(
+    figure, records, field, label, line, domain=None, smooth=True, faint=True, **place
+):
     values = series(records, field, domain)
     if not np.isfinite(values).any():
         return
-    steps, values = thin(np.array([record["step"] for record in records], dtype=np.int64), values)
+    steps, values = thin(
+        np.array([record["step"] for record in records], dtype=np.int64), values
+    )
     bold = _moving_mean(values) if smooth else values
-    common = {"x": steps.astype(np.int32), "connectgaps": True, "legendgroup": label, **place}
+    common = {
+        "x": steps.astype(np.int32),
+        "connectgaps": True,
+        "legendgroup": label,
+        **place,
+    }
     if faint and bold is not values:
         look = {"opacity": 0.2, "line": {"color": line["color"], "width": 1}}
-        figure.add_scatter(y=values.astype(np.float32), mode="lines", hoverinfo="skip", showlegend=False, **look, **common)
-    look = {"mode": "lines" if len(steps) > _FEW_POINTS else "lines+markers", "line": {"width": 2, **line}}
-    figure.add_scatter(y=bold.astype(np.float32), name=label, marker={"size": 5}, showlegend=True, **look, **common)
+        figure.add_scatter(
+            y=values.astype(np.float32),
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+            **look,
+            **common,
+        )
+    look = {
+        "mode": "lines" if len(steps) > _FEW_POINTS else "lines+markers",
+        "line": {"width": 2, **line},
+    }
+    figure.add_scatter(
+        y=bold.astype(np.float32),
+        name=label,
+        marker={"size": 5},
+        showlegend=True,
+        **look,
+        **common,
+    )
 
 
 def _range(figure):
@@ -293,12 +428,28 @@ def finished(figure, height, **layout):
     """The figure in the report's look, or None where nothing is drawn in it."""
     if not figure.data:
         return None
-    layout = {"margin": {"l": 64, "r": 16, "t": 16, "b": 48}, "hovermode": "x unified", **layout}
+    layout = {
+        "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
+        "hovermode": "x unified",
+        **layout,
+    }
     font = {"family": _FONT, "size": 13, "color": _DARK}
-    figure.update_layout(template="plotly_white", height=height, font=font, hoverlabel={"namelength": -1}, **layout)
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        font=font,
+        hoverlabel={"namelength": -1},
+        **layout,
+    )
     figure.update_layout(legend_tracegroupgap=0)
     title = {"text": "step", "font": {"size": 13}, "standoff": 8}
-    figure.update_xaxes(gridcolor=_GRID, zeroline=False, tickformat=",d", exponentformat="none", title=title)
+    figure.update_xaxes(
+        gridcolor=_GRID,
+        zeroline=False,
+        tickformat=",d",
+        exponentformat="none",
+        title=title,
+    )
     return figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
 
 

@@ -26,7 +26,14 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -93,12 +100,16 @@ class RunLog:
             self._console.file.reconfigure(errors="replace")
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(self._open_metrics())
-            self._writer = self._open_tensorboard() if self._tensorboard_wanted else None
+            self._writer = (
+                self._open_tensorboard() if self._tensorboard_wanted else None
+            )
             if self._writer is not None:
                 stack.callback(self._writer.close)
             self._bar = stack.enter_context(self._open_bar())
             self._close = stack.pop_all()
-        self._task = self._bar.add_task("train", total=self.total_steps, completed=self._resume_step or 0, loss="")
+        self._task = self._bar.add_task(
+            "train", total=self.total_steps, completed=self._resume_step or 0, loss=""
+        )
         self._started = self._refreshed = time.monotonic()
         return self
 
@@ -114,7 +125,10 @@ class RunLog:
         record = self._append({"kind": "train", **record})
         scalars = {tag: record.get(name) for name, tag in _TENSORBOARD_GROUP.items()}
         for name in _BY_DOMAIN:
-            scalars |= {f"{name}/{domain}": value for domain, value in (record.get(name) or {}).items()}
+            scalars |= {
+                f"{name}/{domain}": value
+                for domain, value in (record.get(name) or {}).items()
+            }
         self._to_tensorboard(scalars, record["step"])
         self._bar.update(self._task, loss=f"loss {number(record.get('loss'), '.4f')}")
         self._print(train_line(record, self.domains, self.total_steps, self._symbols()))
@@ -147,7 +161,13 @@ class RunLog:
         if not self.enabled:
             return
         if isinstance(text, str):
-            self._print(Text("\n".join(printable(line) if line else "" for line in text.splitlines())))
+            self._print(
+                Text(
+                    "\n".join(
+                        printable(line) if line else "" for line in text.splitlines()
+                    )
+                )
+            )
         else:
             self._console.print(text)
 
@@ -157,7 +177,11 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._resume_step is None:
                 return path.open("w", encoding="utf-8")
-            kept = [record for record in read_records(path) if record["step"] <= self._resume_step and record["kind"] != "test"]
+            kept = [
+                record
+                for record in read_records(path)
+                if record["step"] <= self._resume_step and record["kind"] != "test"
+            ]
             temporary = path.with_name(METRICS_FILE + ".new")
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(_line(record) for record in kept)
@@ -166,16 +190,22 @@ class RunLog:
             os.replace(temporary, path)
             return path.open("a", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another run folder") from error
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); choose another run folder"
+            ) from error
 
     def _open_tensorboard(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError("tensorboard is not installed: install it or switch it off in the config") from error
+            raise InputError(
+                "tensorboard is not installed: install it or switch it off in the config"
+            ) from error
         # Events of an earlier attempt stay on disk; purge_step tells TensorBoard from where on they no longer count.
         purge_step = 0 if self._resume_step is None else self._resume_step + 1
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        return SummaryWriter(
+            str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30
+        )
 
     def _open_bar(self):
         return Progress(
@@ -228,15 +258,23 @@ def read_records(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                record = json.loads(line, parse_constant=lambda literal: None)  # NaN, Infinity
-                if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                record = json.loads(
+                    line, parse_constant=lambda literal: None
+                )  # NaN, Infinity
+                if (
+                    isinstance(record, dict)
+                    and isinstance(record.get("step"), int)
+                    and "kind" in record
+                ):
                     records.append(record)
     return records
 
 
 def skipped_users(records: list[dict]) -> int:
     """How many users were skipped in training, over all train records; one that is skipped each epoch counts each time."""
-    found = (record.get("skipped_users") for record in records if record["kind"] == "train")
+    found = (
+        record.get("skipped_users") for record in records if record["kind"] == "train"
+    )
     return sum(users for users in found if isinstance(users, int))
 
 
@@ -253,32 +291,59 @@ def metrics_of(record: dict) -> list[str]:
 
 def printable(text: str) -> str:
     """A name from a person's data on one line, with nothing in it that steers a terminal."""
-    marked = (character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+    marked = (
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for character in str(text)
+    )
     return "".join(marked) or "(no name)"
 
 
-def train_line(record: dict, domains: list[str], total_steps: int, symbols: tuple[str, str] = ("λ", "φ")) -> Text:
+def train_line(
+    record: dict,
+    domains: list[str],
+    total_steps: int,
+    symbols: tuple[str, str] = ("λ", "φ"),
+) -> Text:
     """One line for a train record; `symbols`: how λ and φ are written."""
     line = _line_start(record, total_steps)
     line.append("loss ").append(number(record.get("loss")), "bold")
-    for name, label in (("loss_single", "single"), ("loss_cross", "cross"), ("mutual_information", "MI")):
+    for name, label in (
+        ("loss_single", "single"),
+        ("loss_cross", "cross"),
+        ("mutual_information", "MI"),
+    ):
         if record.get(name) is not None:
             line.append(f"  {label} ", "dim").append(number(record[name]))
     weights, gaps = (
-        {domain: value for domain, value in (record.get(name) or {}).items() if value is not None} for name in ("lambda", "phi")
+        {
+            domain: value
+            for domain, value in (record.get(name) or {}).items()
+            if value is not None
+        }
+        for name in ("lambda", "phi")
     )
     shown = [domain for domain in domains if domain in weights or domain in gaps]
     if shown:
-        line.append("  │  ", "dim").append(" ".join(symbols) if weights else symbols[1], "dim")
+        line.append("  │  ", "dim").append(
+            " ".join(symbols) if weights else symbols[1], "dim"
+        )
     for position, domain in enumerate(shown):
         line.append(", " if position else " ", "dim").append(printable(domain), "cyan")
         if weights:
             line.append(" " + number(weights.get(domain), ".3f"))
         gap = gaps.get(domain)
-        line.append(" " + number(gap, "+.3f"), "red" if gap is not None and gap < 0 else "")
+        line.append(
+            " " + number(gap, "+.3f"), "red" if gap is not None and gap < 0 else ""
+        )
     line.append("  │  ", "dim")
-    users, tokens = _short(record.get("users_per_second")), _short(record.get("tokens_per_second"))
-    wait, memory = number(record.get("data_wait"), ".1%"), number(record.get("memory_gb"), ".1f")
+    users, tokens = (
+        _short(record.get("users_per_second")),
+        _short(record.get("tokens_per_second")),
+    )
+    wait, memory = (
+        number(record.get("data_wait"), ".1%"),
+        number(record.get("memory_gb"), ".1f"),
+    )
     line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
     if record.get("skipped_users"):
         line.append(f"  {record['skipped_users']:,} users skipped", "red")
@@ -291,13 +356,19 @@ def evaluation_line(record: dict, domains: list[str], total_steps: int) -> Text:
     line.append(record["kind"], "bold green").append("  mean", "dim")
     for metric in metrics_of(record):
         line.append(f"  {metric} ", "dim")
-        line.append(number(record["mean"].get(metric)), "bold" if metric == HEADLINE else "")
+        line.append(
+            number(record["mean"].get(metric)), "bold" if metric == HEADLINE else ""
+        )
     line.append("  │  ", "dim").append(f"{HEADLINE} by domain", "dim")
-    for position, domain in enumerate(domain for domain in domains if domain in record["domains"]):
+    for position, domain in enumerate(
+        domain for domain in domains if domain in record["domains"]
+    ):
         line.append(", " if position else " ", "dim").append(printable(domain), "cyan")
         line.append(" " + number(record["domains"][domain].get(HEADLINE)))
     users = sum(figures.get("users") or 0 for figures in record["domains"].values())
-    line.append("  │  ", "dim").append(f"{users:,} users, {record.get('too_short') or 0:,} too short")
+    line.append("  │  ", "dim").append(
+        f"{users:,} users, {record.get('too_short') or 0:,} too short"
+    )
     if record.get("skipped_users"):
         line.append(f", {record['skipped_users']:,} skipped", "red")
     return line
@@ -309,26 +380,58 @@ def evaluation_table(record: dict) -> Table:
     When the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand beside them.
     """
     metrics = metrics_of(record)
-    popularity, popularity_mean = record.get("popularity"), record.get("popularity_mean") or {}
+    popularity, popularity_mean = (
+        record.get("popularity"),
+        record.get("popularity_mean") or {},
+    )
     title = f"{record['kind'].capitalize()} at step {record['step']:,}"
-    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}  # fits 80 columns
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", **style)
+    style = {
+        "box": box.SIMPLE_HEAD,
+        "padding": (0, 1, 0, 0),
+        "pad_edge": False,
+    }  # fits 80 columns
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        **style,
+    )
     if record.get("skipped_users"):
-        table.caption = f"{record['skipped_users']:,} users could not be read and are left out"
+        table.caption = (
+            f"{record['skipped_users']:,} users could not be read and are left out"
+        )
     table.add_column("domain", overflow="fold", vertical="bottom")
-    for name in ("users", *metrics, *((f"popular {HEADLINE}", "ratio") if popularity else ())):
+    for name in (
+        "users",
+        *metrics,
+        *((f"popular {HEADLINE}", "ratio") if popularity else ()),
+    ):
         header = name.replace(" ", "\n").replace("@", "\n@")
-        table.add_column(header, justify="right", no_wrap=True, style="bold" if name == HEADLINE else "")
+        table.add_column(
+            header,
+            justify="right",
+            no_wrap=True,
+            style="bold" if name == HEADLINE else "",
+        )
 
     def cells(figures, baseline):
         own = [number(figures.get(metric)) for metric in metrics]
         if not popularity:
             return own
-        return [*own, number(baseline.get(HEADLINE)), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
+        return [
+            *own,
+            number(baseline.get(HEADLINE)),
+            times(figures.get(HEADLINE), baseline.get(HEADLINE)),
+        ]
 
     for domain, figures in record["domains"].items():
         baseline = (popularity or {}).get(domain) or {}
-        table.add_row(Text(printable(domain)), f"{figures.get('users') or 0:,}", *cells(figures, baseline))
+        table.add_row(
+            Text(printable(domain)),
+            f"{figures.get('users') or 0:,}",
+            *cells(figures, baseline),
+        )
     table.add_section()
     users = sum(figures.get("users") or 0 for figures in record["domains"].values())
     table.add_row("mean", f"{users:,}", *cells(record["mean"], popularity_mean))

@@ -39,9 +39,14 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     if not (folder / METRICS_FILE).is_file():
-        raise InputError(f"{folder / METRICS_FILE}: not found; name the folder of a run that has started to train")
+        raise InputError(
+            f"{folder / METRICS_FILE}: not found; name the folder of a run that has started to train"
+        )
     records = read_records(folder / METRICS_FILE)
-    train, validations, tests = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation", "test"))
+    train, validations, tests = (
+        [r for r in records if r["kind"] == kind]
+        for kind in ("train", "validation", "test")
+    )
     best = max(validations, key=_rank, default=None)
     test = tests[-1] if tests else None
     domains = plots.styles(_domain_names(records))
@@ -55,11 +60,17 @@ def write_report(folder: Path) -> Path:
         findings=_findings(train, [domain.name for domain in domains]),
         last_share=f"{LAST_SHARE:.0%}",
         final=_table(test or best, domains) if test or best else None,
-        full=[_full_table(record) for record in map(_read_json, sorted(folder.glob(f"{FULL}-*.json"))) if record],
+        full=[
+            _full_table(record)
+            for record in map(_read_json, sorted(folder.glob(f"{FULL}-*.json")))
+            if record
+        ],
         sections=_sections(train, validations, best, test or best, look, domains),
         nearest=_nearest(look.get("items") or []),
         thinning=_thinning(len(train)),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        config=config.read_text(encoding="utf-8", errors="replace")
+        if config.is_file()
+        else None,
     )
     path = folder / "report.html"
     write_text(path, page)
@@ -135,7 +146,9 @@ def _look_sections(look, domains):
 def _thinning(lines):
     text = "Bold lines are moving means over the faint lines of the logged figures"
     size = -(-lines // plots.MAX_POINTS)
-    text += f", each point of which is the mean of {size} log lines." if size > 1 else "."
+    text += (
+        f", each point of which is the mean of {size} log lines." if size > 1 else "."
+    )
     return text + " Drag to zoom, double-click to go back, click a name to hide it."
 
 
@@ -147,7 +160,13 @@ def _rank(record):
 def _domain_names(records):
     names = {}
     for record in records:
-        for field in ("single_by_domain", "cross_by_domain", "lambda", "phi", "domains"):
+        for field in (
+            "single_by_domain",
+            "cross_by_domain",
+            "lambda",
+            "phi",
+            "domains",
+        ):
             names |= dict.fromkeys(record.get(field) or {})
     return list(names)
 
@@ -155,7 +174,9 @@ def _domain_names(records):
 def _seconds(records):
     """Seconds over all records; a clock that goes back was started anew by a resume."""
     total = before = 0.0
-    for now in (record["seconds"] for record in records if record.get("seconds") is not None):
+    for now in (
+        record["seconds"] for record in records if record.get("seconds") is not None
+    ):
         total += now - before if now >= before else now
         before = now
     return total
@@ -172,9 +193,15 @@ def _cards(records, train, best, test):
     if test:
         figure = test["mean"].get(HEADLINE)
         ratio = times(figure, (test.get("popularity_mean") or {}).get(HEADLINE))
-        test_card = (number(figure), "mean" if ratio == "–" else f"mean, {ratio} popularity")
+        test_card = (
+            number(figure),
+            "mean" if ratio == "–" else f"mean, {ratio} popularity",
+        )
     if best:
-        best_card = (number(best["mean"].get(HEADLINE)), f"mean, at step {best['step']:,}")
+        best_card = (
+            number(best["mean"].get(HEADLINE)),
+            f"mean, at step {best['step']:,}",
+        )
     speed, wait = _median(train, "users_per_second"), _median(train, "data_wait")
     steps = max((record["step"] for record in records), default=0)
     return [
@@ -195,23 +222,35 @@ def _findings(train, names):
     gaps, weights = _means(last, "phi", names), _means(last, "lambda", names)
     found = []
     if gaps:
-        negative = [f"{printable(name)} (φ {_signed(gap)})" for name, gap in gaps.items() if gap < 0]
+        negative = [
+            f"{printable(name)} (φ {_signed(gap)})"
+            for name, gap in gaps.items()
+            if gap < 0
+        ]
         count = f"{len(negative)} of {len(gaps)} domain{'s' if len(gaps) > 1 else ''}"
         if negative:
-            found.append(f"{count} ended with negative transfer: {', '.join(negative)}.")
+            found.append(
+                f"{count} ended with negative transfer: {', '.join(negative)}."
+            )
         else:
-            found.append("No domain ended with negative transfer: no mean φ is below 0.")
+            found.append(
+                "No domain ended with negative transfer: no mean φ is below 0."
+            )
         absent = [printable(name) for name in names if name not in gaps]
         if absent:
             found.append(f"No φ was logged at the end for {', '.join(absent)}.")
     if len(weights) > 1:
         name = min(weights, key=weights.get)
         equal = sum(weights.values()) / len(weights)
-        found.append(f"Smallest λ: {printable(name)} with {weights[name]:.3f}; equal weights would be {equal:.3f}.")
+        found.append(
+            f"Smallest λ: {printable(name)} with {weights[name]:.3f}; equal weights would be {equal:.3f}."
+        )
     lost = [record["step"] for record in train if record.get("loss") is None]
     if lost:
         count = f"{len(lost):,} of {len(train):,} train lines"
-        found.append(f"The loss was not a finite number in {count}, first at step {lost[0]:,}.")
+        found.append(
+            f"The loss was not a finite number in {count}, first at step {lost[0]:,}."
+        )
     return found
 
 
@@ -226,12 +265,18 @@ def _means(records, field, names):
 
 def _table(record, domains):
     metrics = metrics_of(record)
-    popularity, popularity_mean = record.get("popularity"), record.get("popularity_mean") or {}
+    popularity, popularity_mean = (
+        record.get("popularity"),
+        record.get("popularity_mean") or {},
+    )
 
     def row(label, style, users, figures, baseline):
         cells = [f"{users:,}", *(number(figures.get(metric)) for metric in metrics)]
         if popularity:
-            cells += [number(baseline.get(HEADLINE)), times(figures.get(HEADLINE), baseline.get(HEADLINE))]
+            cells += [
+                number(baseline.get(HEADLINE)),
+                times(figures.get(HEADLINE), baseline.get(HEADLINE)),
+            ]
         return {"label": label, "style": style, "cells": cells}
 
     rows, everyone = [], 0
@@ -245,7 +290,11 @@ def _table(record, domains):
     kind = "Test" if record["kind"] == "test" else "Best validation so far"
     return {
         "title": f"{kind}, step {record['step']:,}",
-        "columns": ["users", *metrics, *((f"popularity {HEADLINE}", "ratio") if popularity else ())],
+        "columns": [
+            "users",
+            *metrics,
+            *((f"popularity {HEADLINE}", "ratio") if popularity else ()),
+        ],
         "headline": 1 + metrics.index(HEADLINE) if HEADLINE in metrics else None,
         "rows": rows,
         "too_short": record.get("too_short"),
@@ -267,18 +316,40 @@ def _full_table(record):
 
     def row(label, figures, popularity, difference):
         within = (figures["interval"] or {}).get(HEADLINE)
-        cells = [f"{figures['users']:,}", *(number(figures[metric]) for metric in metrics), _interval(within)]
+        cells = [
+            f"{figures['users']:,}",
+            *(number(figures[metric]) for metric in metrics),
+            _interval(within),
+        ]
         cells += [number(popularity[HEADLINE]), _interval(difference["interval"])]
         return {"label": label, "cells": cells}
 
     rows = [
-        row(printable(name), figures, record["popularity"][name], record["difference"]["domains"][name])
+        row(
+            printable(name),
+            figures,
+            record["popularity"][name],
+            record["difference"]["domains"][name],
+        )
         for name, figures in record["domains"].items()
     ]
-    rows.append(row("mean", record["mean"], record["popularity_mean"], record["difference"]["mean"]))
+    rows.append(
+        row(
+            "mean",
+            record["mean"],
+            record["popularity_mean"],
+            record["difference"]["mean"],
+        )
+    )
     return {
         "title": f"{record['kind'].capitalize()} among all items of the domain, step {record['step']:,}",
-        "columns": ["users", *metrics, f"{HEADLINE} 95 %", f"popularity {HEADLINE}", "difference 95 %"],
+        "columns": [
+            "users",
+            *metrics,
+            f"{HEADLINE} 95 %",
+            f"popularity {HEADLINE}",
+            "difference 95 %",
+        ],
         "rows": rows,
     }
 
@@ -288,10 +359,15 @@ def _nearest(items):
     tables = {}
     for item in items:
         near = [
-            (printable(name), [f"{printable(other)} ({cosine:.2f})" for other, cosine in found])
+            (
+                printable(name),
+                [f"{printable(other)} ({cosine:.2f})" for other, cosine in found],
+            )
             for name, found in item["nearest"].items()
         ]
-        tables.setdefault(printable(item["domain"]), []).append({"item": printable(item["item"]), "near": near})
+        tables.setdefault(printable(item["domain"]), []).append(
+            {"item": printable(item["item"]), "near": near}
+        )
     return tables
 
 

@@ -9,7 +9,7 @@
 Each stage leaves something that the next call finds: killed anywhere, the same command goes on
 there. A day that is refused stays out of what follows, and so does one that was rolled back: the
 next one extends the dataset of the version that serves, and their logs may be given again. What a
-stage has done is read from what it left: a launcher's status may say anything. """
+stage has done is read from what it left: a launcher's status may say anything."""
 
 import contextlib
 import json
@@ -35,7 +35,9 @@ from trainer.retraining.publish import CURRENT, REFUSED, current_version
 from trainer.retraining.report import write_days
 
 PUBLISHED, PLAN, RESULT, REPORT = "published", "plan.json", "retrain.json", "report.md"
-_NOT_DONE = "holds no test record: its own lines say why; the same command goes on there"
+_NOT_DONE = (
+    "holds no test record: its own lines say why; the same command goes on there"
+)
 _SCRIPTS = Path(__file__).resolve().parents[2] / "launch"
 
 
@@ -52,14 +54,41 @@ def retrain(config: RetrainConfig, scripts: Path = _SCRIPTS) -> dict:
             return _read(day / RESULT)
         plan = _plan(config, folder, day)
         if not (day / "dataset").is_dir():
-            _run("extending the dataset", [sys.executable, scripts / "prepare.py", *_prepare_words(config, plan, day)], seconds)
+            _run(
+                "extending the dataset",
+                [
+                    sys.executable,
+                    scripts / "prepare.py",
+                    *_prepare_words(config, plan, day),
+                ],
+                seconds,
+            )
         if not (day / "trained").exists():
-            _run("training", [*_launcher(config), scripts / "train.py", *_train_words(config, plan, day)], seconds)
+            _run(
+                "training",
+                [
+                    *_launcher(config),
+                    scripts / "train.py",
+                    *_train_words(config, plan, day),
+                ],
+                seconds,
+            )
             if not _is_tested(day / "run"):
-                raise InputError(f"training ended with status 0, but {day / 'run'} {_NOT_DONE}")
+                raise InputError(
+                    f"training ended with status 0, but {day / 'run'} {_NOT_DONE}"
+                )
             (day / "trained").touch()
-        words = [*_launcher(config), scripts / "publish.py", *_publish_words(config, folder, day)]
-        _run("publishing", words, seconds, expected=lambda: _serves(folder, day) or _refused(folder, day))
+        words = [
+            *_launcher(config),
+            scripts / "publish.py",
+            *_publish_words(config, folder, day),
+        ]
+        _run(
+            "publishing",
+            words,
+            seconds,
+            expected=lambda: _serves(folder, day) or _refused(folder, day),
+        )
         published = _serves(folder, day)
         if not published and not _refused(folder, day):
             raise InputError(
@@ -80,35 +109,75 @@ def report_of(result) -> str:
     if result["published"]:
         lines += [f"Published as version {result['published']}.", ""]
     else:
-        lines += ["**Not published.** Yesterday's model goes on serving. Against it speaks:", ""]
+        lines += [
+            "**Not published.** Yesterday's model goes on serving. Against it speaks:",
+            "",
+        ]
         lines += [f"- {reason}" for reason in result["reasons"]]
-        lines += ["", "Its logs are in no later dataset: give them again once they are right.", ""]
-    lines += ["## NDCG@10 on the newest held-out items", "", "| domain | users | candidate | current | 95 % | when published |"]
+        lines += [
+            "",
+            "Its logs are in no later dataset: give them again once they are right.",
+            "",
+        ]
+    lines += [
+        "## NDCG@10 on the newest held-out items",
+        "",
+        "| domain | users | candidate | current | 95 % | when published |",
+    ]
     lines += ["|---|---:|---:|---:|---|---:|"]
     for name, figures in result["domains"].items():
         interval = (figures["difference"] or {}).get("interval")
-        within = "–" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+        within = (
+            "–" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+        )
         numbers = [_number(figures[which]) for which in ("candidate", "current")]
         users = f"{figures['users']:,}" + ("" if figures["newest"] else " (all)")
-        lines.append(f"| {name} | {users} | {' | '.join(numbers)} | {within} | {_number(figures['when_published'])} |")
+        lines.append(
+            f"| {name} | {users} | {' | '.join(numbers)} | {within} | {_number(figures['when_published'])} |"
+        )
     if result["extension"]:
         facts = result["extension"]
         lines += ["", "## Logs", ""]
         lines.append(
             f"{facts['arrived']:,} rows came; {facts['delivered_before']:,} had come before, {facts['late']:,} were late, "
             f"{facts['before_window']:,} older than the window. {facts['users']['before']:,} users became "
-            f"{facts['users']['now']:,}." + (" Domains were laid out anew." if facts["laid_out_anew"] else "")
+            f"{facts['users']['now']:,}."
+            + (" Domains were laid out anew." if facts["laid_out_anew"] else "")
         )
-        lines += ["", "| domain | items | new | retired | interactions | before |", "|---|---:|---:|---:|---:|---:|"]
+        lines += [
+            "",
+            "| domain | items | new | retired | interactions | before |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
         for name, own in facts["domains"].items():
-            numbers = [own[key] for key in ("items", "new", "retired", "interactions", "interactions_before")]
-            lines.append(f"| {name} | {' | '.join(f'{number:,}' for number in numbers)} |")
+            numbers = [
+                own[key]
+                for key in (
+                    "items",
+                    "new",
+                    "retired",
+                    "interactions",
+                    "interactions_before",
+                )
+            ]
+            lines.append(
+                f"| {name} | {' | '.join(f'{number:,}' for number in numbers)} |"
+            )
     if result["drift"]:
-        lines += ["", "## How far item vectors moved", "", "| domain | items in both | mean cosine | lowest 5 % |"]
+        lines += [
+            "",
+            "## How far item vectors moved",
+            "",
+            "| domain | items in both | mean cosine | lowest 5 % |",
+        ]
         lines += ["|---|---:|---:|---:|"]
         for name, own in result["drift"].items():
-            lines.append(f"| {name} | {own['items']:,} | {own['mean']:.3f} | {own['p5']:.3f} |")
-    seconds = ", ".join(f"{what} {spent:,.0f} s" for what, spent in result["seconds"].items())
+            lines.append(
+                f"| {name} | {own['items']:,} | {own['mean']:.3f} | {own['p5']:.3f} |"
+            )
+    seconds = ", ".join(
+        f"{what} {spent:,.0f} s" for what, spent in result["seconds"].items()
+    )
     return "\n".join([*lines, "", f"Time: {seconds}.", ""])
 
 
@@ -124,13 +193,25 @@ def drift(before: Path, after: Path) -> dict:
         where = pc.index_in(new_ids, value_set=old_ids).to_numpy(zero_copy_only=False)
         new_places = np.flatnonzero(~np.isnan(where.astype(np.float64)))
         old_places = where[new_places].astype(np.int64)
-        old, new = (np.load(place / "items.npy", mmap_mode="r", allow_pickle=False) for place in places)
+        old, new = (
+            np.load(place / "items.npy", mmap_mode="r", allow_pickle=False)
+            for place in places
+        )
         if not len(new_places) or old.shape[1] != new.shape[1]:
             continue
-        pair = np.asarray(old[old_places], np.float64), np.asarray(new[new_places], np.float64)
-        lengths = np.maximum(np.prod([np.linalg.norm(each, axis=1) for each in pair], axis=0), 1e-30)
+        pair = (
+            np.asarray(old[old_places], np.float64),
+            np.asarray(new[new_places], np.float64),
+        )
+        lengths = np.maximum(
+            np.prod([np.linalg.norm(each, axis=1) for each in pair], axis=0), 1e-30
+        )
         cosines = (pair[0] * pair[1]).sum(1) / lengths
-        found[facts["name"]] = {"items": len(cosines), "mean": float(cosines.mean()), "p5": float(np.quantile(cosines, 0.05))}
+        found[facts["name"]] = {
+            "items": len(cosines),
+            "mean": float(cosines.mean()),
+            "p5": float(np.quantile(cosines, 0.05)),
+        }
     return found
 
 
@@ -139,7 +220,9 @@ def _domains(model):
     domains = _read(model / "schema.json")["domains"]
     for facts in domains:
         if not re.fullmatch(r"domain-\d+", facts["folder"]):
-            raise InputError(f"{model / 'schema.json'}: {facts['folder']!r} is no domain's folder")
+            raise InputError(
+                f"{model / 'schema.json'}: {facts['folder']!r} is no domain's folder"
+            )
     return domains
 
 
@@ -148,17 +231,24 @@ def _plan(config, folder, day):
     if (day / PLAN).is_file():
         plan = _own_places(day / PLAN, _read(day / PLAN))
         if plan["input"] != config.input:
-            raise InputError(f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name")
+            raise InputError(
+                f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name"
+            )
         return plan
     current = current_version(folder / PUBLISHED)
     base = _day_of(folder, current)
     plan = {
         "name": config.name,
         "input": config.input,
-        "number": 1 + max((_read(file)["number"] for file in folder.glob(f"days/*/{PLAN}")), default=0),
+        "number": 1
+        + max(
+            (_read(file)["number"] for file in folder.glob(f"days/*/{PLAN}")), default=0
+        ),
         "extends": None if base is None else f"days/{base['name']}/dataset",
         "warm_start": None if current is None else current["run"],
-        "before": None if current is None else json.loads((folder / PUBLISHED / CURRENT).read_text())["model"],
+        "before": None
+        if current is None
+        else json.loads((folder / PUBLISHED / CURRENT).read_text())["model"],
     }
     _own_places(day / PLAN, plan)
     day.mkdir(parents=True, exist_ok=True)
@@ -175,23 +265,41 @@ def _own_places(file, plan):
     }
     for name, form in forms.items():
         place = plan.get(name)
-        if place is not None and not (isinstance(place, str) and re.fullmatch(form, place)):
-            raise InputError(f"{file}: {name} is {place!r}, which no retraining here writes: remove the day's folder")
+        if place is not None and not (
+            isinstance(place, str) and re.fullmatch(form, place)
+        ):
+            raise InputError(
+                f"{file}: {name} is {place!r}, which no retraining here writes: remove the day's folder"
+            )
     if not isinstance(plan.get("number"), int):
-        raise InputError(f"{file}: its number is {plan.get('number')!r}: remove the day's folder")
+        raise InputError(
+            f"{file}: its number is {plan.get('number')!r}: remove the day's folder"
+        )
     return plan
+
+
 def _day_of(folder, current):
     """The retrain.json of the day whose model serves; where another run's does, of the newest day
     that was published."""
     published = [result for result in _results(folder) if result["published"]]
     for result in published:
-        if current is not None and (folder / "days" / result["name"] / "run").resolve() == Path(current["run"]):
+        if current is not None and (
+            folder / "days" / result["name"] / "run"
+        ).resolve() == Path(current["run"]):
             return result
     return published[-1] if published else None
 
 
 def _prepare_words(config, plan, day):
-    words = ["--input", *config.input, "--output", day / "dataset", "--keep-log", "--memory", config.memory]
+    words = [
+        "--input",
+        *config.input,
+        "--output",
+        day / "dataset",
+        "--keep-log",
+        "--memory",
+        config.memory,
+    ]
     for role in ("user", "item", "domain", "time"):
         words += [f"--{role}-column", getattr(config, f"{role}_column")]
     words += ["--min-user", config.min_user, "--min-item", config.min_item]
@@ -199,7 +307,11 @@ def _prepare_words(config, plan, day):
     words += ["--days", config.days] if config.days else []
     words += ["--time-unit", config.time_unit] if config.time_unit else []
     if plan["extends"] is not None:
-        words += ["--extend", day.parents[2] / plan["extends"], *(["--retire"] if config.retire else [])]
+        words += [
+            "--extend",
+            day.parents[2] / plan["extends"],
+            *(["--retire"] if config.retire else []),
+        ]
     return words
 
 
@@ -212,7 +324,16 @@ def _train_words(config, plan, day):
 
 
 def _publish_words(config, folder, day):
-    words = ["--candidate", day / "run", "--to", folder / PUBLISHED, "--tolerance", config.tolerance, "--fall", config.fall]
+    words = [
+        "--candidate",
+        day / "run",
+        "--to",
+        folder / PUBLISHED,
+        "--tolerance",
+        config.tolerance,
+        "--fall",
+        config.fall,
+    ]
     words += ["--domain-fall", config.domain_fall, "--own-fall", config.own_fall]
     return [*words, "--least-users", config.least_users, "--keep", config.keep]
 
@@ -224,7 +345,9 @@ def _launcher(config):
 def _is_tested(run):
     """Whether a run has come to its end, which is when its best model is tested."""
     try:
-        return any(record["kind"] == "test" for record in read_records(run / METRICS_FILE))
+        return any(
+            record["kind"] == "test" for record in read_records(run / METRICS_FILE)
+        )
     except OSError:
         return False
 
@@ -249,16 +372,29 @@ def _run(what, words, seconds, expected=lambda: False):
     status = subprocess.run([str(word) for word in words]).returncode
     seconds[what] = time.monotonic() - begun
     if status and not expected():
-        raise InputError(f"{what} ended with status {status}: its own lines say why; the same command goes on there")
+        raise InputError(
+            f"{what} ended with status {status}: its own lines say why; the same command goes on there"
+        )
     return status
 
 
 def _result(config, folder, day, plan, published):
-    record = current_version(folder / PUBLISHED) if published else _read(folder / PUBLISHED / REFUSED)
+    record = (
+        current_version(folder / PUBLISHED)
+        if published
+        else _read(folder / PUBLISHED / REFUSED)
+    )
     extension = day / "dataset" / EXTENSION / "extension.json"
     moved = {}
-    if published and plan["before"] is not None and (folder / PUBLISHED / plan["before"]).is_dir():
-        moved = drift(folder / PUBLISHED / plan["before"], folder / PUBLISHED / "versions" / record["number"] / "model")
+    if (
+        published
+        and plan["before"] is not None
+        and (folder / PUBLISHED / plan["before"]).is_dir()
+    ):
+        moved = drift(
+            folder / PUBLISHED / plan["before"],
+            folder / PUBLISHED / "versions" / record["number"] / "model",
+        )
     return {
         "name": config.name,
         "number": plan["number"],
@@ -276,7 +412,9 @@ def _results(folder, *more):
     results = list(more)
     for file in folder.glob(f"days/*/{RESULT}"):
         result = _read(file)
-        if result.get("name") != file.parent.name or not isinstance(result.get("number"), int):
+        if result.get("name") != file.parent.name or not isinstance(
+            result.get("number"), int
+        ):
             raise InputError(f"{file}: is not this day's: remove the day's folder")
         results.append(result)
     return sorted(results, key=lambda result: result["number"])
@@ -285,7 +423,9 @@ def _results(folder, *more):
 def _tidy(config, folder):
     """Takes datasets and runs away that nothing needs any more: those of the newest days and of published versions stay."""
     results = _results(folder)
-    versions = [_read(file) for file in (folder / PUBLISHED / "versions").glob("*/version.json")]
+    versions = [
+        _read(file) for file in (folder / PUBLISHED / "versions").glob("*/version.json")
+    ]
     runs = {Path(version["run"]) for version in versions}
     for result in results[: -config.keep_days]:
         day = folder / "days" / result["name"]
@@ -302,7 +442,9 @@ def _alone(folder):
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
     if lock is None:
-        raise InputError(f"{folder}: another retraining is at work here: wait for it or stop it")
+        raise InputError(
+            f"{folder}: another retraining is at work here: wait for it or stop it"
+        )
     with lock:
         yield
 
@@ -311,7 +453,9 @@ def _ids(folder):
     """The raw ids of an export's domain as text."""
     stored = load_file(folder / "ids.safetensors")
     text, offsets = stored["bytes"].tobytes(), stored["offsets"]
-    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(text))
+    return pa.LargeStringArray.from_buffers(
+        len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(text)
+    )
 
 
 def _number(value):

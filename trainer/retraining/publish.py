@@ -42,7 +42,12 @@ from trainer.serving.example import load_encoder, plain_program
 from trainer.serving.export import ENCODER, SCHEMA, ExportConfig, export_run
 
 _UNLIKE = "the logs are unlike those before"
-CURRENT, REFUSED, VERSION, MODEL = "current.json", "refused.json", "version.json", "model"
+CURRENT, REFUSED, VERSION, MODEL = (
+    "current.json",
+    "refused.json",
+    "version.json",
+    "model",
+)
 
 
 def publish(candidate, published, ranks, config: PublishConfig, data=None) -> dict:
@@ -55,54 +60,91 @@ def publish(candidate, published, ranks, config: PublishConfig, data=None) -> di
     published = Path(published)
     with _alone(published, ranks):
         current = by_the_first(lambda: current_version(published), ranks.first)
-        run_config, dataset = open_run(candidate, data, of_all_domains=True, ranks=ranks)
+        run_config, dataset = open_run(
+            candidate, data, of_all_domains=True, ranks=ranks
+        )
         _, best, _ = best_checkpoint(Path(candidate), ranks)
-        identity = {"run": str(Path(candidate).resolve()), "best": best, "dataset": dataset.fingerprint}
-        if current and all(current.get(name) == value for name, value in identity.items()):
+        identity = {
+            "run": str(Path(candidate).resolve()),
+            "best": best,
+            "dataset": dataset.fingerprint,
+        }
+        if current and all(
+            current.get(name) == value for name, value in identity.items()
+        ):
             return current | {"published": current["number"], "reasons": []}
         slot = TableSlot()  # one table for both models, and for what is exported
         others_U = None
         if current is not None:
             other_config = config_of(current["run"])
-            others_U, _ = _ranks(*best_model(current["run"], other_config, dataset, ranks, slot), other_config, dataset, ranks)
+            others_U, _ = _ranks(
+                *best_model(current["run"], other_config, dataset, ranks, slot),
+                other_config,
+                dataset,
+                ranks,
+            )
         trained = best_model(candidate, run_config, dataset, ranks, slot)
-        record = identity | _compared(trained, others_U, current, run_config, dataset, ranks, config)
+        record = identity | _compared(
+            trained, others_U, current, run_config, dataset, ranks, config
+        )
         record["reasons"] = reasons_against(record["domains"], config)
         if record["reasons"]:
             return by_the_first(lambda: _refuse(published, record), ranks.first)
         number = by_the_first(lambda: _begin(published), ranks.first)
         partial = published / "versions" / f"{number}.partial"
-        export_run(candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data, trained)
-        return by_the_first(lambda: _finish(published, partial, record | {"number": number}, config), ranks.first)
+        export_run(
+            candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data, trained
+        )
+        return by_the_first(
+            lambda: _finish(published, partial, record | {"number": number}, config),
+            ranks.first,
+        )
 
 
 def reasons_against(domains, config: PublishConfig) -> list[str]:
     """What speaks against publishing, a line a domain and rule. domains: as `publish` records them."""
     found, pairs = [], {}
     for name, figures in domains.items():
-        candidate, current, then = (figures[which] for which in ("candidate", "current", "when_published"))
+        candidate, current, then = (
+            figures[which] for which in ("candidate", "current", "when_published")
+        )
         if candidate is None or current is None:
             continue
         if candidate < (1 - config.tolerance) * current:
-            found.append(f"{name}: {HEADLINE} {candidate:.4f}, the current model has {current:.4f}")
+            found.append(
+                f"{name}: {HEADLINE} {candidate:.4f}, the current model has {current:.4f}"
+            )
         if then:
             pairs[name] = candidate, then
             if candidate < (1 - config.domain_fall) * then:
-                found.append(f"{name}: {HEADLINE} {candidate:.4f}, {then:.4f} when the current model was published: {_UNLIKE}")
+                found.append(
+                    f"{name}: {HEADLINE} {candidate:.4f}, {then:.4f} when the current model was published: {_UNLIKE}"
+                )
     if pairs:
-        now, then = (float(np.mean(figures)) for figures in zip(*pairs.values(), strict=True))
+        now, then = (
+            float(np.mean(figures)) for figures in zip(*pairs.values(), strict=True)
+        )
         if now < (1 - config.fall) * then:
-            changes = ", ".join(f"{name} {100 * (each / before - 1):+.0f} %" for name, (each, before) in pairs.items())
-            found.append(f"mean {HEADLINE} {now:.4f}, {then:.4f} when the current model was published: {_UNLIKE} ({changes})")
+            changes = ", ".join(
+                f"{name} {100 * (each / before - 1):+.0f} %"
+                for name, (each, before) in pairs.items()
+            )
+            found.append(
+                f"mean {HEADLINE} {now:.4f}, {then:.4f} when the current model was published: {_UNLIKE} ({changes})"
+            )
     gains = {
         name: (figures["own_item"], figures["own_item_then"])
         for name, figures in domains.items()
-        if figures.get("own_item") is not None and figures.get("own_item_then") is not None
+        if figures.get("own_item") is not None
+        and figures.get("own_item_then") is not None
     }
     if gains:
         now, then = (float(np.mean(of)) for of in zip(*gains.values(), strict=True))
         if then > 0 and now < (1 - config.own_fall) * then:
-            changes = ", ".join(f"{name} {each:.4f} after {before:.4f}" for name, (each, before) in gains.items())
+            changes = ", ".join(
+                f"{name} {each:.4f} after {before:.4f}"
+                for name, (each, before) in gains.items()
+            )
             found.append(
                 f"a held-out item's {HEADLINE} is {now:.4f} higher for its own user than for another's, it was {then:.4f} "
                 f"higher when the current model was published: items are not their users' ({changes})"
@@ -121,7 +163,9 @@ def current_version(published: Path) -> dict | None:
             raise ValueError(f"{number!r} is no version's number")
         return _record_of(published / "versions" / number / VERSION)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: cannot be used ({error}): name a version that is there with --rollback") from None
+        raise InputError(
+            f"{file}: cannot be used ({error}): name a version that is there with --rollback"
+        ) from None
 
 
 def _record_of(file):
@@ -129,13 +173,23 @@ def _record_of(file):
     record = json.loads(file.read_text(encoding="utf-8"))
     kinds = {"number": str, "run": str, "domains": dict}
     valid = isinstance(record, dict)
-    valid = valid and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
-    valid = valid and re.fullmatch(r"\d+", record["number"]) and record["run"].isprintable()
+    valid = valid and all(
+        isinstance(record.get(name), kind) for name, kind in kinds.items()
+    )
+    valid = (
+        valid and re.fullmatch(r"\d+", record["number"]) and record["run"].isprintable()
+    )
     if not valid:
         raise ValueError(f"{file} is no version's record")
     for figures in record["domains"].values():
-        before = [figures.get(name) for name in ("candidate", "own_item")] if isinstance(figures, dict) else ["none"]
-        if not all(figure is None or isinstance(figure, int | float) for figure in before):
+        before = (
+            [figures.get(name) for name in ("candidate", "own_item")]
+            if isinstance(figures, dict)
+            else ["none"]
+        )
+        if not all(
+            figure is None or isinstance(figure, int | float) for figure in before
+        ):
             raise ValueError(f"{file}: its figures are none")
     return record
 
@@ -146,7 +200,9 @@ def roll_back(published, to=None) -> dict:
     published = Path(published)
     versions = _versions(published)
     try:
-        current = json.loads((published / CURRENT).read_text(encoding="utf-8"))["version"]
+        current = json.loads((published / CURRENT).read_text(encoding="utf-8"))[
+            "version"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         current = None
     if not isinstance(current, str):
@@ -155,14 +211,20 @@ def roll_back(published, to=None) -> dict:
         known = isinstance(current, str) and current.isdecimal()
         older = [number for number in versions if known and int(number) < int(current)]
         if not older:
-            raise InputError(f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}")
+            raise InputError(
+                f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}"
+            )
         to = older[-1]
     if to not in versions:
-        raise InputError(f"{published}: there is no version {to}: there are {', '.join(versions) or 'none'}")
+        raise InputError(
+            f"{published}: there is no version {to}: there are {', '.join(versions) or 'none'}"
+        )
     try:
         record = _record_of(published / "versions" / to / VERSION)
     except (OSError, ValueError) as error:
-        raise InputError(f"{published}: version {to} cannot be used ({error}): name another") from None
+        raise InputError(
+            f"{published}: version {to} cannot be used ({error}): name another"
+        ) from None
     _check(published / "versions" / to)
     _point(published, to)
     return record
@@ -175,16 +237,24 @@ def _compared(trained, others_U, current, run_config, dataset, ranks, config):
     drawn = DrawnUsers(run_config, came_U if extended else np.ones(dataset.users, bool))
     rank_U, domain_U = _ranks(*trained, run_config, dataset, ranks, drawn)
     model, table, _ = trained
-    gains = own_item_gains(model, table, run_config, dataset, ranks, drawn, config.least_users)
+    gains = own_item_gains(
+        model, table, run_config, dataset, ranks, drawn, config.least_users
+    )
     found = {}
     for number, domain in enumerate(dataset.domains):
         own_U = (rank_U > 0) & (domain_U == number)
         newest_U = own_U & came_U
-        judged_U = newest_U if np.count_nonzero(newest_U) >= config.least_users else own_U
+        judged_U = (
+            newest_U if np.count_nonzero(newest_U) >= config.least_users else own_U
+        )
         (users,) = np.nonzero(judged_U)
         means = GroupMeans(2, 1, run_config.seed)
         pair = rank_U, rank_U if others_U is None else others_U
-        means.add(users, np.zeros((len(users), 1), np.int64), [each_U[users] for each_U in pair])
+        means.add(
+            users,
+            np.zeros((len(users), 1), np.int64),
+            [each_U[users] for each_U in pair],
+        )
         figures = [means.figures(system, 0)[HEADLINE] for system in (0, 1)]
         before = {} if current is None else current["domains"].get(domain.name, {})
         found[domain.name] = {
@@ -197,7 +267,11 @@ def _compared(trained, others_U, current, run_config, dataset, ranks, config):
             "own_item": gains[number],
             "own_item_then": before.get("own_item"),
         }
-    return {"domains": found, "against": None if current is None else current["number"], "config": asdict(config)}
+    return {
+        "domains": found,
+        "against": None if current is None else current["number"],
+        "config": asdict(config),
+    }
 
 
 def _came(dataset):
@@ -209,8 +283,16 @@ def _came(dataset):
     if extended:
         newest = dataset.folder / EXTENSION / "users.npy"
         patience = Patience(newest.parent)
-        users = on_all_ranks(lambda: patiently(lambda: np.load(newest, allow_pickle=False), patience))
-        require_same({"a dataset with other newest logs": {"users": hashlib.sha256(users.tobytes()).hexdigest()[:16]}})
+        users = on_all_ranks(
+            lambda: patiently(lambda: np.load(newest, allow_pickle=False), patience)
+        )
+        require_same(
+            {
+                "a dataset with other newest logs": {
+                    "users": hashlib.sha256(users.tobytes()).hexdigest()[:16]
+                }
+            }
+        )
         came_U[users] = True
     return extended, came_U
 
@@ -244,9 +326,13 @@ def _alone(published, ranks):
             published.mkdir(parents=True, exist_ok=True)
             lock = exclusive(published / ".lock")
         except OSError as error:
-            raise InputError(f"{published} cannot be written: {error.strerror}") from None
+            raise InputError(
+                f"{published} cannot be written: {error.strerror}"
+            ) from None
         if lock is None:
-            raise InputError(f"{published}: another process publishes here: wait for it or stop it")
+            raise InputError(
+                f"{published}: another process publishes here: wait for it or stop it"
+            )
 
     try:
         by_the_first(take, ranks.first)
@@ -258,7 +344,11 @@ def _alone(published, ranks):
 
 def _versions(published):
     """Numbers of the versions that are there, as they are written, rising."""
-    names = [path.name for path in (published / "versions").glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    names = [
+        path.name
+        for path in (published / "versions").glob("[0-9]*")
+        if path.name.isdecimal() and path.is_dir()
+    ]
     return sorted(names, key=int)
 
 
@@ -301,17 +391,26 @@ def _check(version):
         for name, facts in schema["files"].items():
             if not stays_inside(name):
                 raise ValueError(f"{name!r} is no name of a file in it")
-            if not (folder / name).is_file() or File.of(folder, name) != File(name, **facts):
-                raise InputError(f"{folder / name}: is not as it was exported: publish the run again")
+            if not (folder / name).is_file() or File.of(folder, name) != File(
+                name, **facts
+            ):
+                raise InputError(
+                    f"{folder / name}: is not as it was exported: publish the run again"
+                )
         for file in folder.glob(f"*/{ENCODER}"):
             plain_program(file)
         load_encoder(folder / ENCODER)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: does not load ({error}): publish the run again") from None
+        raise InputError(
+            f"{folder}: does not load ({error}): publish the run again"
+        ) from None
 
 
 def _point(published, number):
-    write_json(published / CURRENT, {"version": number, "model": f"versions/{number}/{MODEL}", "since": _now()})
+    write_json(
+        published / CURRENT,
+        {"version": number, "model": f"versions/{number}/{MODEL}", "since": _now()},
+    )
 
 
 def _now():

@@ -16,8 +16,17 @@ _SHOWN = 30  # rows of the table, the newest days
 
 def write_days(folder: Path, results: list[dict]) -> Path:
     """Writes the page of a retraining's folder. results: what each day's retrain.json says, in their order."""
-    domains = plots.styles(list(dict.fromkeys(name for result in results for name in result["domains"])))
-    page = table_page(folder.name, "retraining", _lead(results[-1]), [_table(results)], _sections(results, domains), {})
+    domains = plots.styles(
+        list(dict.fromkeys(name for result in results for name in result["domains"]))
+    )
+    page = table_page(
+        folder.name,
+        "retraining",
+        _lead(results[-1]),
+        [_table(results)],
+        _sections(results, domains),
+        {},
+    )
     write_text(folder / PAGE, page)
     return folder / PAGE
 
@@ -25,16 +34,30 @@ def write_days(folder: Path, results: list[dict]) -> Path:
 def _lead(newest):
     if newest["published"]:
         return [f"{newest['name']}: published as version {newest['published']}."]
-    return [f"{newest['name']}: not published, the model of before goes on serving. {'; '.join(newest['reasons'])}."]
+    return [
+        f"{newest['name']}: not published, the model of before goes on serving. {'; '.join(newest['reasons'])}."
+    ]
 
 
 def _sections(results, domains):
     """Plots, with a title and a sentence."""
     text = "The newest held-out items by each day's own model, a cross where it was not published; dashed: the mean by the "
     found = [
-        (f"{HEADLINE} day by day", text + "model that served until then.", _figures(results, domains)),
-        ("New items", "Items that the day's logs brought into each domain.", _new_items(results, domains)),
-        ("How far item vectors moved", "Mean cosine of an item's vector and the one before.", _moved(results, domains)),
+        (
+            f"{HEADLINE} day by day",
+            text + "model that served until then.",
+            _figures(results, domains),
+        ),
+        (
+            "New items",
+            "Items that the day's logs brought into each domain.",
+            _new_items(results, domains),
+        ),
+        (
+            "How far item vectors moved",
+            "Mean cosine of an item's vector and the one before.",
+            _moved(results, domains),
+        ),
         ("Time", "Seconds of each stage.", _time(results)),
     ]
     return rendered(section for section in found if section[2] is not None)
@@ -48,8 +71,18 @@ def _figures(results, domains):
         values = [_of(result, domain.name, "candidate") for result in results]
         marker = {"size": sizes, "symbol": symbols}
         line = {"width": 2, **domain.line}
-        figure.add_scatter(x=days, y=values, mode="lines+markers", name=domain.label, line=line, marker=marker)
-    for which, label, dash in (("candidate", "mean", "solid"), ("current", "mean, until then", "dash")):
+        figure.add_scatter(
+            x=days,
+            y=values,
+            mode="lines+markers",
+            name=domain.label,
+            line=line,
+            marker=marker,
+        )
+    for which, label, dash in (
+        ("candidate", "mean", "solid"),
+        ("current", "mean, until then", "dash"),
+    ):
         means = [_mean(result, which) for result in results]
         if any(mean is not None for mean in means):
             line = {"width": 3.5, "color": "#1f2933", "dash": dash}
@@ -63,9 +96,17 @@ def _new_items(results, domains):
     figure = go.Figure()
     came = [result for result in results if result["extension"]]
     for domain in domains:
-        values = [result["extension"]["domains"].get(domain.name, {}).get("new", 0) for result in came]
+        values = [
+            result["extension"]["domains"].get(domain.name, {}).get("new", 0)
+            for result in came
+        ]
         if any(values):
-            pattern = {"shape": domain.hatch, "fgcolor": "white", "solidity": 0.25, "size": 6}
+            pattern = {
+                "shape": domain.hatch,
+                "fgcolor": "white",
+                "solidity": 0.25,
+                "size": 6,
+            }
             marker = {"color": domain.colour, "pattern": pattern}
             figure.add_bar(x=_days(came), y=values, name=domain.label, marker=marker)
     return _by_day(figure, 300, barmode="stack", showlegend=True)
@@ -78,28 +119,47 @@ def _moved(results, domains):
         values = [result["drift"].get(domain.name, {}).get("mean") for result in moved]
         if any(value is not None for value in values):
             line = {"width": 2, **domain.line}
-            figure.add_scatter(x=_days(moved), y=values, mode="lines+markers", name=domain.label, line=line)
+            figure.add_scatter(
+                x=_days(moved),
+                y=values,
+                mode="lines+markers",
+                name=domain.label,
+                line=line,
+            )
     figure.update_traces(yhoverformat=".3f", showlegend=True)
     return _by_day(figure, 300)
 
 
 def _time(results):
     figure, days = go.Figure(), _days(results)
-    stages = list(dict.fromkeys(stage for result in results for stage in result["seconds"]))
+    stages = list(
+        dict.fromkeys(stage for result in results for stage in result["seconds"])
+    )
     for stage, style in zip(stages, plots.styles(stages), strict=True):
-        figure.add_bar(x=days, y=[result["seconds"].get(stage, 0) for result in results], name=stage, marker_color=style.colour)
+        figure.add_bar(
+            x=days,
+            y=[result["seconds"].get(stage, 0) for result in results],
+            name=stage,
+            marker_color=style.colour,
+        )
     figure.update_traces(yhoverformat=",.0f")
     return _by_day(figure, 300, barmode="stack", showlegend=True)
 
 
 def _days(results):
     """Their names as Plotly shows them letter by letter."""
-    return [style.label for style in plots.styles([result["name"] for result in results])]
+    return [
+        style.label for style in plots.styles([result["name"] for result in results])
+    ]
 
 
 def _by_day(figure, height, **layout):
     figure = plots.finished(figure, height, **layout)
-    return None if figure is None else figure.update_xaxes(title=None, type="category", tickformat=None)
+    return (
+        None
+        if figure is None
+        else figure.update_xaxes(title=None, type="category", tickformat=None)
+    )
 
 
 def _table(results):
@@ -109,12 +169,41 @@ def _table(results):
         sense = "" if current is None else "better" if candidate >= current else "worse"
         extension = result["extension"] or {"arrived": None, "domains": {}}
         new = sum(own["new"] for own in extension["domains"].values())
-        published = Cell(f"version {result['published']}") if result["published"] else Cell("no", "worse")
+        published = (
+            Cell(f"version {result['published']}")
+            if result["published"]
+            else Cell("no", "worse")
+        )
         arrived = "–" if extension["arrived"] is None else f"{extension['arrived']:,}"
-        figures = [Cell(number(candidate), sense), Cell(number(current)), Cell(arrived), Cell(f"{new:,}")]
-        rows.append([Cell(printable(result["name"])), published, *figures, Cell(duration(sum(result["seconds"].values())))])
+        figures = [
+            Cell(number(candidate), sense),
+            Cell(number(current)),
+            Cell(arrived),
+            Cell(f"{new:,}"),
+        ]
+        rows.append(
+            [
+                Cell(printable(result["name"])),
+                published,
+                *figures,
+                Cell(duration(sum(result["seconds"].values()))),
+            ]
+        )
     text = f"The newest first, {_SHOWN} at most. {HEADLINE} is the mean of the domains; each day's report.md says more."
-    return Table("Days", text, ["day", "published", HEADLINE, "the model until then", "rows", "new items", "time"], rows)
+    return Table(
+        "Days",
+        text,
+        [
+            "day",
+            "published",
+            HEADLINE,
+            "the model until then",
+            "rows",
+            "new items",
+            "time",
+        ],
+        rows,
+    )
 
 
 def _of(result, domain, which):
@@ -122,5 +211,9 @@ def _of(result, domain, which):
 
 
 def _mean(result, which):
-    values = [figures[which] for figures in result["domains"].values() if figures[which] is not None]
+    values = [
+        figures[which]
+        for figures in result["domains"].values()
+        if figures[which] is not None
+    ]
     return float(np.mean(values)) if values else None

@@ -65,7 +65,10 @@ _TEXTS = {
 }
 _TEXTS = {key: re.compile(pattern, re.ASCII) for key, pattern in _TEXTS.items()}
 _KEY = re.compile(rf"{_NAME}|{_PATH}", re.ASCII)
-_LEFT_OUT = {"metadata": {}, "guards_code": []}  # where the code lay; what PyTorch would run as Python
+_LEFT_OUT = {
+    "metadata": {},
+    "guards_code": [],
+}  # where the code lay; what PyTorch would run as Python
 
 
 def load_encoder(file) -> torch.nn.Module:
@@ -77,7 +80,9 @@ def load_encoder(file) -> torch.nn.Module:
     try:
         return torch.export.load(program).module()
     except Exception as error:
-        raise ValueError(f"{file}: PyTorch cannot load it ({type(error).__name__})") from None
+        raise ValueError(
+            f"{file}: PyTorch cannot load it ({type(error).__name__})"
+        ) from None
 
 
 def plain_program(file) -> io.BytesIO:
@@ -86,7 +91,9 @@ def plain_program(file) -> io.BytesIO:
     try:
         members = _members(data)
         plain = io.BytesIO()
-        with zipfile.ZipFile(plain, "w") as archive:  # so that PyTorch's reader sees what ours saw
+        with zipfile.ZipFile(
+            plain, "w"
+        ) as archive:  # so that PyTorch's reader sees what ours saw
             for name, content in members.items():
                 if name.endswith(".json"):
                     content = json.dumps(_plain(json.loads(content), name)).encode()
@@ -109,10 +116,20 @@ def _members(data):
             members = {}
             for entry in entries:
                 name = entry.filename.partition("/")[2]
-                if not _MEMBER.fullmatch(name) or name in members or entry.compress_type:
+                if (
+                    not _MEMBER.fullmatch(name)
+                    or name in members
+                    or entry.compress_type
+                ):
                     raise ValueError(f"it has a member {entry.filename!r}")
                 members[name] = archive.read(entry)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as error:
         raise ValueError(f"it is no whole archive ({error})") from None
     if members["data/sample_inputs/model.pt"]:
         raise ValueError("it has sample inputs, which are a pickle")
@@ -139,7 +156,11 @@ def _plain(value, key):
 
 def _check_sizes(members, folder):
     """Every tensor has a member with at least a byte for each of its values."""
-    (config,) = (name for name in members if re.fullmatch(rf"{folder}model_\w+_config\.json", name))
+    (config,) = (
+        name
+        for name in members
+        if re.fullmatch(rf"{folder}model_\w+_config\.json", name)
+    )
     for payload in json.loads(members[config])["config"].values():
         sizes = [size["as_int"] for size in payload["tensor_meta"]["sizes"]]
         if math.prod(sizes) > len(members[folder + payload["path_name"]]):
@@ -149,17 +170,32 @@ def _check_sizes(members, folder):
 class Recommender:
     def __init__(self, folder):
         self.schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
-        self.own_weight = {domain["name"]: domain["own_weight"] for domain in self.schema["domains"]}
-        places = {domain["name"]: folder / domain["folder"] for domain in self.schema["domains"]}
+        self.own_weight = {
+            domain["name"]: domain["own_weight"] for domain in self.schema["domains"]
+        }
+        places = {
+            domain["name"]: folder / domain["folder"]
+            for domain in self.schema["domains"]
+        }
         for place in places.values():
             if place.parent != folder or not re.fullmatch(r"domain-\d+", place.name):
-                raise ValueError(f"{folder / 'schema.json'}: {place} is no domain's folder")
+                raise ValueError(
+                    f"{folder / 'schema.json'}: {place} is no domain's folder"
+                )
         self.encoder = load_encoder(folder / "encoder.pt2")
         self.items = {name: self._vectors(place) for name, place in places.items()}
         own = {name: place for name, place in places.items() if self.own_weight[name]}
-        self.own = {name: load_encoder(place / "encoder.pt2") for name, place in own.items()}
-        self.ids = {name: self._texts(load_file(place / "ids.safetensors")) for name, place in places.items()}
-        self.rows = {name: {text: row for row, text in enumerate(ids)} for name, ids in self.ids.items()}
+        self.own = {
+            name: load_encoder(place / "encoder.pt2") for name, place in own.items()
+        }
+        self.ids = {
+            name: self._texts(load_file(place / "ids.safetensors"))
+            for name, place in places.items()
+        }
+        self.rows = {
+            name: {text: row for row, text in enumerate(ids)}
+            for name, ids in self.ids.items()
+        }
 
     def _vectors(self, place):
         return np.load(place / "items.npy", mmap_mode="r", allow_pickle=False)
@@ -170,9 +206,14 @@ class Recommender:
 
     def user(self, known, domain, now):
         """What a domain's items are scored with for a history of (time, domain, row), oldest first: (r,)."""
-        vector, weight = self._encoded(self.encoder, known, now), self.own_weight[domain]
+        vector, weight = (
+            self._encoded(self.encoder, known, now),
+            self.own_weight[domain],
+        )
         if weight:
-            alone = self._encoded(self.own[domain], [event for event in known if event[1] == domain], now)
+            alone = self._encoded(
+                self.own[domain], [event for event in known if event[1] == domain], now
+            )
             vector = (1 - weight) * vector + weight * alone
         return vector
 
@@ -182,26 +223,44 @@ class Recommender:
         times = torch.zeros(vectors.shape[:2], dtype=torch.float64)
         for place, (time, domain, row) in enumerate(recent):
             vectors[0, place], times[0, place] = self.items[domain][row], time
-        return encoder(torch.from_numpy(vectors), torch.tensor([len(recent)]), times, torch.tensor([now]).double())[0]
+        return encoder(
+            torch.from_numpy(vectors),
+            torch.tensor([len(recent)]),
+            times,
+            torch.tensor([now]).double(),
+        )[0]
 
     def __call__(self, history, domain, k, now=None):
         """The k best items of a domain that are not in the history of (time, domain, item), as (id, score); fewer where there
         are fewer. Items and domains of the history that the model does not know are left out of it; one without any is a new
         user's. now: for when is asked; the last time that the model knows, unless said."""
         now = self.schema["last_time"] if now is None else now
-        known = [(time, name, self.rows[name][item]) for time, name, item in history if item in self.rows.get(name, {})]
-        scores = torch.from_numpy(np.asarray(self.items[domain], np.float32)) @ self.user(known, domain, now)
+        known = [
+            (time, name, self.rows[name][item])
+            for time, name, item in history
+            if item in self.rows.get(name, {})
+        ]
+        scores = torch.from_numpy(
+            np.asarray(self.items[domain], np.float32)
+        ) @ self.user(known, domain, now)
         scores[[row for _, name, row in known if name == domain]] = -torch.inf
         best = scores.topk(min(k, len(scores)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [(self.ids[domain][row], score) for row, score in found if score > -torch.inf]
+        return [
+            (self.ids[domain][row], score) for row, score in found if score > -torch.inf
+        ]
 
 
 if __name__ == "__main__":
     wanted, count, *events = sys.argv[1:]
     recommender = Recommender(Path(__file__).parent)
     if wanted not in recommender.items:
-        sys.exit(f"there is no domain {wanted!r}: it is one of {', '.join(recommender.items)}")
-    history = [(float(time), name, item) for time, name, item in (event.split(":", 2) for event in events)]
+        sys.exit(
+            f"there is no domain {wanted!r}: it is one of {', '.join(recommender.items)}"
+        )
+    history = [
+        (float(time), name, item)
+        for time, name, item in (event.split(":", 2) for event in events)
+    ]
     for item, score in recommender(history, wanted, int(count)):
         print(f"{item}\t{score:.6f}")

@@ -54,7 +54,9 @@ class ExportConfig:
             _faiss_index(self.faiss, 8)
 
 
-def export_run(run, output, ranks, config: ExportConfig, data=None, trained=None) -> dict:
+def export_run(
+    run, output, ranks, config: ExportConfig, data=None, trained=None
+) -> dict:
     """Writes the folder `output` and returns its schema. Called on all ranks; the first one writes.
 
     trained: what `best_model` gave of the run, where it has been read already; the model is on the CPU afterwards.
@@ -72,12 +74,25 @@ def export_run(run, output, ranks, config: ExportConfig, data=None, trained=None
     try:
         model, table, best = trained or best_model(run, run_config, dataset, ranks)
         with Stages(ranks.first) as stages:
-            with stages("exporting item vectors", total=sum(domain.items for domain in dataset.domains)) as advance:
+            with stages(
+                "exporting item vectors",
+                total=sum(domain.items for domain in dataset.domains),
+            ) as advance:
                 for number, domain in enumerate(dataset.domains):
-                    _write_items(partial / f"domain-{number}", table, domain, _DTYPES[config.dtype], ranks, advance)
+                    _write_items(
+                        partial / f"domain-{number}",
+                        table,
+                        domain,
+                        _DTYPES[config.dtype],
+                        ranks,
+                        advance,
+                    )
             with stages("exporting the encoder"):
                 return by_the_first(
-                    lambda: _finish(partial, output, model, dataset, best, run_config.model, config), ranks.first
+                    lambda: _finish(
+                        partial, output, model, dataset, best, run_config.model, config
+                    ),
+                    ranks.first,
                 )
     except BaseException:
         if ranks.first:
@@ -87,7 +102,9 @@ def export_run(run, output, ranks, config: ExportConfig, data=None, trained=None
 
 def _begin(output, partial):
     if output.exists():
-        raise InputError(f"output {output} is there already: name another folder or remove it")
+        raise InputError(
+            f"output {output} is there already: name another folder or remove it"
+        )
     with _writing(partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -100,10 +117,17 @@ def _write_items(folder, table, domain, dtype, ranks, advance):
 
     Appended, not mapped: a full disk kills a process that writes to a mapped file.
     """
-    shape, described = (domain.items, table.dim), np.lib.format.dtype_to_descr(np.dtype(dtype))
+    shape, described = (
+        (domain.items, table.dim),
+        np.lib.format.dtype_to_descr(np.dtype(dtype)),
+    )
     for first in range(domain.start, domain.start + domain.items, _BLOCK):
         last = min(first + _BLOCK, domain.start + domain.items)
-        wanted = torch.arange(first, last) if ranks.first else torch.zeros(0, dtype=torch.int64)
+        wanted = (
+            torch.arange(first, last)
+            if ranks.first
+            else torch.zeros(0, dtype=torch.int64)
+        )
         vectors = table(wanted).cpu().numpy()
 
         def write():
@@ -111,7 +135,11 @@ def _write_items(folder, table, domain, dtype, ranks, advance):
                 folder.mkdir(exist_ok=True)
                 with open(folder / "items.npy", "ab") as file:
                     if file.tell() == 0:
-                        header = {"descr": described, "fortran_order": False, "shape": shape}
+                        header = {
+                            "descr": described,
+                            "fortran_order": False,
+                            "shape": shape,
+                        }
                         np.lib.format.write_array_header_1_0(file, header)
                     file.write(np.ascontiguousarray(vectors, dtype).data)  # noqa: B023
 
@@ -123,10 +151,17 @@ def _finish(partial, output, model, dataset, best, model_config, config):
     with _writing(partial):
         model = model.cpu()
         span = dataset.first_time, dataset.last_time
-        domains = [_write_domain(partial, dataset, number, model, config.faiss) for number in range(len(dataset.domains))]
+        domains = [
+            _write_domain(partial, dataset, number, model, config.faiss)
+            for number in range(len(dataset.domains))
+        ]
         _write_encoder(partial, UserEncoder(model, span))
         shutil.copyfile(_EXAMPLE, partial / "example.py")
-        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        names = sorted(
+            str(path.relative_to(partial))
+            for path in partial.rglob("*")
+            if path.is_file()
+        )
         files = [File.of(partial, name) for name in names]
         schema = {
             "format_version": FORMAT_VERSION,
@@ -149,9 +184,14 @@ def _finish(partial, output, model, dataset, best, model_config, config):
             "best_step": best["step"],
             "dataset": dataset.fingerprint,
             "torch": metadata.version("torch"),
-            "files": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
+            "files": {
+                file.name: {"bytes": file.bytes, "sha256": file.sha256}
+                for file in files
+            },
         }
-        (partial / SCHEMA).write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / SCHEMA).write_text(
+            json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         move_folder(partial, output)
     return schema
 
@@ -163,7 +203,9 @@ def _write_encoder(folder, encoder):
     try:
         plain_program(folder / ENCODER)
     except ValueError as error:
-        raise InputError(f"PyTorch {torch.__version__} writes what services would refuse: {error}: use another") from None
+        raise InputError(
+            f"PyTorch {torch.__version__} writes what services would refuse: {error}: use another"
+        ) from None
 
 
 def _write_domain(partial, dataset, number, model, faiss_name):
@@ -171,16 +213,28 @@ def _write_domain(partial, dataset, number, model, faiss_name):
     ids = item_ids(dataset, domain)
     text = ids.cast(pa.large_string())
     bytes_N = np.frombuffer(text.buffers()[2] or b"", np.uint8)
-    offsets = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
-    tensors = {"bytes": bytes_N[offsets[0] : offsets[-1]].copy(), "offsets": offsets - offsets[0]}
+    offsets = np.frombuffer(text.buffers()[1], np.int64)[
+        text.offset : text.offset + len(text) + 1
+    ]
+    tensors = {
+        "bytes": bytes_N[offsets[0] : offsets[-1]].copy(),
+        "offsets": offsets - offsets[0],
+    }
     (folder / "ids.safetensors").write_bytes(save(tensors))
     if faiss_name:
         _write_index(folder, faiss_name)
     own_weight = 0.0
     if model.prediction is not None:
         own_weight = float(model.prediction.own_D[number])
-        _write_encoder(folder, UserEncoder(model, (dataset.first_time, dataset.last_time), number))
-    facts = {"name": domain.name, "folder": folder.name, "items": domain.items, "id_type": str(ids.type)}
+        _write_encoder(
+            folder, UserEncoder(model, (dataset.first_time, dataset.last_time), number)
+        )
+    facts = {
+        "name": domain.name,
+        "folder": folder.name,
+        "items": domain.items,
+        "id_type": str(ids.type),
+    }
     return facts | {"own_weight": own_weight}
 
 
@@ -191,24 +245,32 @@ def _write_index(folder, name):
     index = _faiss_index(name, items.shape[1])
     try:
         if not index.is_trained:
-            spread = np.linspace(0, len(items) - 1, min(len(items), _BLOCK)).astype(np.int64)  # the first ones are no sample
+            spread = np.linspace(0, len(items) - 1, min(len(items), _BLOCK)).astype(
+                np.int64
+            )  # the first ones are no sample
             index.train(np.ascontiguousarray(items[spread], np.float32))
         for first in range(0, len(items), _BLOCK):
             index.add(np.ascontiguousarray(items[first : first + _BLOCK], np.float32))
         faiss.write_index(index, str(folder / "index.faiss"))
     except RuntimeError as error:
-        raise InputError(f"FAISS cannot make {name!r} of {len(items)} items: {_reason(error)}: name another index") from None
+        raise InputError(
+            f"FAISS cannot make {name!r} of {len(items)} items: {_reason(error)}: name another index"
+        ) from None
 
 
 def _faiss_index(name, width):
     try:
         import faiss
     except ImportError:
-        raise InputError("--faiss needs FAISS: pip install 'syncrec-trainer[index]', or leave --faiss out") from None
+        raise InputError(
+            "--faiss needs FAISS: pip install 'syncrec-trainer[index]', or leave --faiss out"
+        ) from None
     try:
         return faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise InputError(f"--faiss {name}: FAISS knows no such index ({_reason(error)}): Flat and HNSW32 are two") from None
+        raise InputError(
+            f"--faiss {name}: FAISS knows no such index ({_reason(error)}): Flat and HNSW32 are two"
+        ) from None
 
 
 def _reason(error):
@@ -221,4 +283,6 @@ def _writing(folder):
         yield
     except OSError as error:
         why = error.strerror or error
-        raise InputError(f"{folder} cannot be written ({why}): give another --output or make room") from None
+        raise InputError(
+            f"{folder} cannot be written ({why}): give another --output or make room"
+        ) from None

@@ -43,11 +43,18 @@ from trainer.evaluation.sampled import query_of
 from trainer.files.atomic import Patience, move_folder, patiently, write_json
 from trainer.files.progress import Stages
 from trainer.files.staged import Work, work_folder
-from trainer.serving.user_histories import Asked, AskedConfig, read_histories, write_histories
+from trainer.serving.user_histories import (
+    Asked,
+    AskedConfig,
+    read_histories,
+    write_histories,
+)
 
 RECORD = "recommend.json"
 FORMAT_VERSION = 1
-_QUOTED = {chr(code) for code in range(32)} | set("\"#%'*/:=?\\{[]^\x7f")  # as Hive's FileUtils.escapePathName has them
+_QUOTED = {chr(code) for code in range(32)} | set(
+    "\"#%'*/:=?\\{[]^\x7f"
+)  # as Hive's FileUtils.escapePathName has them
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,15 @@ class RecommendConfig:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
 
 
-def recommend(run, output, ranks, config: RecommendConfig, asked: AskedConfig, data=None, fresh=False) -> dict:
+def recommend(
+    run,
+    output,
+    ranks,
+    config: RecommendConfig,
+    asked: AskedConfig,
+    data=None,
+    fresh=False,
+) -> dict:
     """Writes the folder `output` and returns what its recommend.json says. Called on all ranks.
 
     Where an earlier call with the same run, users and options was killed, it goes on from the parts that it finished; fresh:
@@ -75,29 +90,49 @@ def recommend(run, output, ranks, config: RecommendConfig, asked: AskedConfig, d
     output = Path(output)
     run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     domains = _chosen(dataset, config.domains)
-    facts = by_the_first(lambda: _facts(run, dataset, domains, config, asked), ranks.first)
-    if (record := by_the_first(lambda: _finished(output, facts), ranks.first)) is not None:
+    facts = by_the_first(
+        lambda: _facts(run, dataset, domains, config, asked), ranks.first
+    )
+    if (
+        record := by_the_first(lambda: _finished(output, facts), ranks.first)
+    ) is not None:
         return record
     model, table, best = best_model(run, run_config, dataset, ranks)
     with Stages(ranks.first) as stages:
         made = _Recommendations(output, ranks, stages, facts, fresh)
         try:
-            asked_for = made.histories(asked, dataset, run_config.stream.damaged == "skip")
-            scorer = _Scorer(model, table, dataset, domains, config, run_config.model.max_length, ranks)
+            asked_for = made.histories(
+                asked, dataset, run_config.stream.damaged == "skip"
+            )
+            scorer = _Scorer(
+                model,
+                table,
+                dataset,
+                domains,
+                config,
+                run_config.model.max_length,
+                ranks,
+            )
             made.parts(scorer, asked_for, asked.part_users)
-            return made.deliver({**facts, "best_step": best["step"]}, asked_for, domains)
+            return made.deliver(
+                {**facts, "best_step": best["step"]}, asked_for, domains
+            )
         finally:
             made.close()
 
 
 def folder_of(domain: str) -> str:
     """domain=NAME, as Hive quotes what a folder's name cannot have."""
-    return "domain=" + "".join(f"%{ord(letter):02X}" if letter in _QUOTED else letter for letter in domain)
+    return "domain=" + "".join(
+        f"%{ord(letter):02X}" if letter in _QUOTED else letter for letter in domain
+    )
 
 
 def _chosen(dataset, names):
     """The numbers of the domains that are wanted, rising."""
-    return sorted({dataset.domain_number(name) for name in names} or range(len(dataset.domains)))
+    return sorted(
+        {dataset.domain_number(name) for name in names} or range(len(dataset.domains))
+    )
 
 
 def _facts(run, dataset, domains, config, asked):
@@ -109,8 +144,18 @@ def _facts(run, dataset, domains, config, asked):
         model = hashlib.sha256((Path(run) / best / MANIFEST).read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
         model = None  # loading it says what is wrong
-    own = {"k": config.k, "domains": [dataset.domains[number].name for number in domains], "keep_seen": config.keep_seen}
-    facts = {"format_version": FORMAT_VERSION, "model": model, "dataset": dataset.fingerprint, **own, **asked.facts()}
+    own = {
+        "k": config.k,
+        "domains": [dataset.domains[number].name for number in domains],
+        "keep_seen": config.keep_seen,
+    }
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "dataset": dataset.fingerprint,
+        **own,
+        **asked.facts(),
+    }
     return json.loads(json.dumps(facts))
 
 
@@ -122,7 +167,9 @@ def _finished(output, facts):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    shutil.rmtree(work_folder(output), ignore_errors=True)  # a kill may have come before it was taken away
+    shutil.rmtree(
+        work_folder(output), ignore_errors=True
+    )  # a kill may have come before it was taken away
     return record
 
 
@@ -147,7 +194,15 @@ class _Recommendations:
                 try:
                     with self.work.stage("histories") as folder:
                         threads = len(os.sched_getaffinity(0))
-                        write_histories(folder, config, dataset, self.work.scratch, self.stages, threads, reasons)
+                        write_histories(
+                            folder,
+                            config,
+                            dataset,
+                            self.work.scratch,
+                            self.stages,
+                            threads,
+                            reasons,
+                        )
                 except InputError:  # of the logs or users: it would be met again
                     self.work.discard()
                     raise
@@ -162,7 +217,10 @@ class _Recommendations:
     def parts(self, scorer, asked: Asked, part_users):
         """Makes the parts that are not there."""
         count = -(-asked.users // part_users)
-        done = by_the_first(lambda: [part for part in range(count) if self.work.done(_part(part))], self.ranks.first)
+        done = by_the_first(
+            lambda: [part for part in range(count) if self.work.done(_part(part))],
+            self.ranks.first,
+        )
         missing = sorted(set(range(count)) - set(done))
         groups = scorer.groups(missing, part_users)
         with self.stages("recommending", total=asked.users) as advance:
@@ -170,7 +228,10 @@ class _Recommendations:
             written = None  # a future of the first rank, which writes a group while the next one is scored
             try:
                 for group in groups:
-                    sizes = [min(part_users, asked.users - part * part_users) for part in group]
+                    sizes = [
+                        min(part_users, asked.users - part * part_users)
+                        for part in group
+                    ]
                     reader = PartReader(self.folder / "histories", group)
                     top = scorer(sizes, reader, advance)
                     self._wait(written)
@@ -191,7 +252,11 @@ class _Recommendations:
             rows = {}
             partial = self.work.folder / "whole.partial"
             partial.mkdir(exist_ok=True)
-            parts = [part for part in (self.work.folder / "parts").iterdir() if part.name.isdecimal()]
+            parts = [
+                part
+                for part in (self.work.folder / "parts").iterdir()
+                if part.name.isdecimal()
+            ]
             for part in sorted(parts, key=lambda part: int(part.name)):
                 for file in part.glob("domain=*/*.parquet"):
                     target = partial / file.relative_to(part)
@@ -221,7 +286,13 @@ class _Recommendations:
         def write():
             for place, part in enumerate(group):
                 ids, lengths_B, _, _ = reader(place)
-                self._write(part, scorer, ids, lengths_B, [(number, *arrays[place]) for number, arrays in top])
+                self._write(
+                    part,
+                    scorer,
+                    ids,
+                    lengths_B,
+                    [(number, *arrays[place]) for number, arrays in top],
+                )
 
         pool = futures.ThreadPoolExecutor(1, thread_name_prefix="parts")
         written = pool.submit(self._writing(write))
@@ -237,8 +308,17 @@ class _Recommendations:
             for number, rows_Bk, scores_Bk in top:
                 place = folder / folder_of(scorer.dataset.domains[number].name)
                 place.mkdir()
-                table = _table(ids, lengths_B, rows_Bk, scores_Bk, scorer.item_ids(number), scorer.dataset.domains[number])
-                pq.write_table(table, place / f"part-{part:05d}.parquet", compression="zstd")
+                table = _table(
+                    ids,
+                    lengths_B,
+                    rows_Bk,
+                    scores_Bk,
+                    scorer.item_ids(number),
+                    scorer.dataset.domains[number],
+                )
+                pq.write_table(
+                    table, place / f"part-{part:05d}.parquet", compression="zstd"
+                )
 
     def _writing(self, work):
         """What the disk has against it becomes an InputError."""
@@ -273,23 +353,35 @@ def _table(ids, lengths_B, rows_Bk, scores_Bk, item_ids, domain):
 
 
 def _seen(histories_N, lengths_B):
-    return Excluded(torch.from_numpy(histories_N.astype(np.int64)), torch.from_numpy(lengths_B))
+    return Excluded(
+        torch.from_numpy(histories_N.astype(np.int64)), torch.from_numpy(lengths_B)
+    )
 
 
 class _Scorer:
     """The top items of a part's users: computed by all ranks, gathered to the first."""
 
     def __init__(self, model, table, dataset, domains, config, max_length, ranks):
-        self.model, self.table, self.dataset, self.config = model, table, dataset, config
+        self.model, self.table, self.dataset, self.config = (
+            model,
+            table,
+            dataset,
+            config,
+        )
         self.max_length, self.ranks, self._item_ids = max_length, ranks, {}
         chosen = [(number, dataset.domains[number]) for number in domains]
-        self.rankings = {number: ExactRanking(table, domain.start, domain.items) for number, domain in chosen}
+        self.rankings = {
+            number: ExactRanking(table, domain.start, domain.items)
+            for number, domain in chosen
+        }
         self.k = {number: min(config.k, domain.items) for number, domain in chosen}
 
     def item_ids(self, number):
         """Raw ids of a domain's items by place."""
         if number not in self._item_ids:
-            self._item_ids[number] = item_ids(self.dataset, self.dataset.domains[number])
+            self._item_ids[number] = item_ids(
+                self.dataset, self.dataset.domains[number]
+            )
         return self._item_ids[number]
 
     def groups(self, parts, part_users):
@@ -308,29 +400,48 @@ class _Scorer:
         """
         size, world = self.config.batch_size, self.ranks.world_size
         # Which users are scored together depends on the part alone, and so the model's sums do.
-        units = [(part, begin) for part, users in enumerate(sizes) for begin in range(0, users, size)]
+        units = [
+            (part, begin)
+            for part, users in enumerate(sizes)
+            for begin in range(0, users, size)
+        ]
         steps = -(-len(units) // world)
         width = sum(self.k.values())
         rows_SBk = torch.full((steps, size, width), -1, dtype=torch.int32)
         scores_SBk = torch.full((steps, size, width), -torch.inf)
         for step in range(steps):
             now = units[step * world : (step + 1) * world]
-            histories_N, ticks_N, own_B = reader.users(*now[self.ranks.rank], size) if self.ranks.rank < len(now) else _NOBODY
+            histories_N, ticks_N, own_B = (
+                reader.users(*now[self.ranks.rank], size)
+                if self.ranks.rank < len(now)
+                else _NOBODY
+            )
             y_BDR = self._outputs(histories_N, ticks_N, own_B)
             seen = None if self.config.keep_seen else _seen(histories_N, own_B)
             place = 0
             for number, ranking in self.rankings.items():
                 k = self.k[number]
                 found = ranking.top_k(y_BDR[:, number], k, seen)
-                rows_SBk[step, : len(own_B), place : place + k] = found.rows_Bk.cpu().int()
-                scores_SBk[step, : len(own_B), place : place + k] = found.scores_Bk.cpu()
+                rows_SBk[step, : len(own_B), place : place + k] = (
+                    found.rows_Bk.cpu().int()
+                )
+                scores_SBk[step, : len(own_B), place : place + k] = (
+                    found.scores_Bk.cpu()
+                )
                 place += k
             advance(sum(min(size, sizes[part] - begin) for part, begin in now))
-        rows_Uk, scores_Uk = (self._gathered(values, len(units)) for values in (rows_SBk, scores_SBk))
+        rows_Uk, scores_Uk = (
+            self._gathered(values, len(units)) for values in (rows_SBk, scores_SBk)
+        )
         first_unit = np.cumsum([0, *(-(-users // size) for users in sizes)]) * size
-        parts = [slice(first, first + users) for first, users in zip(first_unit, sizes, strict=False)]
+        parts = [
+            slice(first, first + users)
+            for first, users in zip(first_unit, sizes, strict=False)
+        ]
         ends = np.cumsum(list(self.k.values()))
-        cut = [slice(end - k, end) for end, k in zip(ends, self.k.values(), strict=True)]
+        cut = [
+            slice(end - k, end) for end, k in zip(ends, self.k.values(), strict=True)
+        ]
         return [
             (number, [(rows_Uk[part, own], scores_Uk[part, own]) for part in parts])
             for number, own in zip(self.k, cut, strict=True)
@@ -341,14 +452,27 @@ class _Scorer:
         in the look-up."""
         lengths = lengths_B if len(lengths_B) else np.zeros(1, np.int64)
         now, both = np.full(len(lengths), TICKS), self.model.prediction is not None
-        query = query_of(self.dataset, histories_N, ticks_N, lengths, now, self.max_length, np.zeros(0, np.int64), both)
+        query = query_of(
+            self.dataset,
+            histories_N,
+            ticks_N,
+            lengths,
+            now,
+            self.max_length,
+            np.zeros(0, np.int64),
+            both,
+        )
         query = move(query, self.ranks.device)
         return self.model(query, self.table(query.ids))[: len(lengths_B)]
 
     def _gathered(self, values_SBk, units):
         """All ranks' steps on the first rank, in the order of the users, each unit of them as long as a step: (U, …)."""
         world = self.ranks.world_size
-        parts = [torch.empty_like(values_SBk) for _ in range(world)] if self.ranks.first else None
+        parts = (
+            [torch.empty_like(values_SBk) for _ in range(world)]
+            if self.ranks.first
+            else None
+        )
         dist.gather(values_SBk, parts, dst=0)
         if not self.ranks.first:
             return np.zeros((0, values_SBk.shape[2]), values_SBk.numpy().dtype)
@@ -371,7 +495,9 @@ class PartReader:
         if place_now != place:
             number = self._parts[place]
             # The first rank has written them, perhaps on another host.
-            part = patiently(lambda: read_histories(self._folder, number), Patience(self._folder))
+            part = patiently(
+                lambda: read_histories(self._folder, number), Patience(self._folder)
+            )
             self._place, self._part = place, part
         return part
 

@@ -51,7 +51,9 @@ class AskedConfig:
         if self.part_users < 1:
             raise InputError(f"part_users is {self.part_users}: it must be at least 1")
         if self.log_domain == "":
-            raise InputError("log_domain is empty: give the one domain of these logs a name")
+            raise InputError(
+                "log_domain is empty: give the one domain of these logs a name"
+            )
         memory_bytes(self.memory)
 
     def facts(self) -> dict:
@@ -60,7 +62,10 @@ class AskedConfig:
         del facts["memory"], facts["inputs"]
         return facts | {
             "input": [file_facts(file) for file in find_files(self.inputs)],
-            "users": [file_facts(file) for file in find_files([self.users] if self.users else [])],
+            "users": [
+                file_facts(file)
+                for file in find_files([self.users] if self.users else [])
+            ],
         }
 
 
@@ -81,7 +86,15 @@ class Asked:
         return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
 
 
-def write_histories(folder: Path, config: AskedConfig, dataset: Dataset, scratch: Path, stages, threads, report=None) -> Asked:
+def write_histories(
+    folder: Path,
+    config: AskedConfig,
+    dataset: Dataset,
+    scratch: Path,
+    stages,
+    threads,
+    report=None,
+) -> Asked:
     """Writes the parts into an empty folder. scratch: gets what does not fit into memory. stages: a `Stages`.
 
     report: as `ShardFile` has it, for damaged shards of the dataset.
@@ -94,7 +107,9 @@ def write_histories(folder: Path, config: AskedConfig, dataset: Dataset, scratch
         source = source(connection, config, dataset, stages, report)
         with stages("writing histories", total=source.users) as advance:
             found = _write_parts(folder, source, config.part_users, advance)
-    (folder / FACTS).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    (folder / FACTS).write_text(
+        json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8"
+    )
     return found
 
 
@@ -103,7 +118,12 @@ def read_histories(folder: Path, part):
     table = pq.read_table(folder / f"{part:05d}.parquet").combine_chunks()
     rows, ticks = (table[name].combine_chunks() for name in ("rows", "ticks"))
     lengths_B = np.diff(rows.offsets.to_numpy()).astype(np.int64)
-    return table["user_id"], lengths_B, rows.flatten().to_numpy(), ticks.flatten().to_numpy()
+    return (
+        table["user_id"],
+        lengths_B,
+        rows.flatten().to_numpy(),
+        ticks.flatten().to_numpy(),
+    )
 
 
 class _FromLogs:
@@ -114,8 +134,17 @@ class _FromLogs:
         self.left_out = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
         with stages("reading the logs"):
-            open_log(connection, find_files(config.inputs), _columns(config), config.log_domain)
-            wanted = "SELECT user_id FROM ids" if config.users else "SELECT DISTINCT user_id FROM log"
+            open_log(
+                connection,
+                find_files(config.inputs),
+                _columns(config),
+                config.log_domain,
+            )
+            wanted = (
+                "SELECT user_id FROM ids"
+                if config.users
+                else "SELECT DISTINCT user_id FROM log"
+            )
             connection.execute(f"""CREATE TABLE asked AS
                 SELECT user_id, (row_number() OVER (ORDER BY user_id) - 1)::INTEGER AS number FROM ({wanted})""")
             _read_vocabularies(connection, dataset)
@@ -126,19 +155,30 @@ class _FromLogs:
             self._events = connection.sql(f"""
                 SELECT number, CASE WHEN i.row IS NOT NULL THEN i.row WHEN d.domain IS NULL THEN {_UNKNOWN_DOMAIN}
                     ELSE {_UNKNOWN_ITEM} END::INTEGER AS row, "time"
-                FROM log JOIN asked ON {_same(connection, 'log', 'asked')} LEFT JOIN domains d ON d.domain = log.domain
+                FROM log JOIN asked ON {_same(connection, "log", "asked")} LEFT JOIN domains d ON d.domain = log.domain
                 LEFT JOIN items i ON i.domain = log.domain AND i.item_id = log.item_id::VARCHAR
-                ORDER BY number, "time", log.domain, log.item_id::VARCHAR""").to_arrow_reader(_BATCH * 16)
+                ORDER BY number, "time", log.domain, log.item_id::VARCHAR""").to_arrow_reader(
+                _BATCH * 16
+            )
 
     def __iter__(self):
         events, begin = _Events(self._events), 0
-        for ids in self.connection.cursor().sql("SELECT user_id FROM asked ORDER BY number").to_arrow_reader(_BATCH):
+        for ids in (
+            self.connection.cursor()
+            .sql("SELECT user_id FROM asked ORDER BY number")
+            .to_arrow_reader(_BATCH)
+        ):
             number_N, row_N, time_N = events.until(begin + len(ids))
             known_N = row_N >= 0
             for kind in self.left_out:
                 self.left_out[kind] += int(np.count_nonzero(row_N == kind))
             lengths_B = np.bincount(number_N[known_N] - begin, minlength=len(ids))
-            yield ids["user_id"], lengths_B, row_N[known_N], self.dataset.ticks(time_N[known_N])
+            yield (
+                ids["user_id"],
+                lengths_B,
+                row_N[known_N],
+                self.dataset.ticks(time_N[known_N]),
+            )
             begin += len(ids)
 
 
@@ -157,12 +197,16 @@ class _FromDataset:
                 ORDER BY "user" NULLS LAST, ids.user_id"""
             ((self.users,),) = connection.execute("SELECT count(*) FROM ids").fetchall()
         else:
-            self._query = f'SELECT user_id, "user"::BIGINT AS number FROM {users} ORDER BY number'
+            self._query = (
+                f'SELECT user_id, "user"::BIGINT AS number FROM {users} ORDER BY number'
+            )
             self.users = dataset.users
         _refuse_nobody(self.users, config)
 
     def __iter__(self):
-        histories = Histories(self.dataset, blocks=1, report=self.report)  # users come in the order of the blocks
+        histories = Histories(
+            self.dataset, blocks=1, report=self.report
+        )  # users come in the order of the blocks
         self.connection.execute("SET preserve_insertion_order = true")
         try:
             for batch in self.connection.sql(self._query).to_arrow_reader(_BATCH):
@@ -173,7 +217,12 @@ class _FromDataset:
                 self.unread += int(np.count_nonzero(~there_B))
                 lengths_B = np.zeros(len(number_B), np.int64)
                 lengths_B[known_B & there_B] = read.lengths_B
-                yield batch["user_id"].filter(pa.array(there_B)), lengths_B[there_B], read.items_N, read.ticks_N
+                yield (
+                    batch["user_id"].filter(pa.array(there_B)),
+                    lengths_B[there_B],
+                    read.items_N,
+                    read.ticks_N,
+                )
         finally:
             histories.close()
 
@@ -192,7 +241,9 @@ class _Events:
             batch = next(self._reader, None)
             if batch is None:
                 break
-            taken.append(tuple(batch[name].to_numpy() for name in ("number", "row", "time")))
+            taken.append(
+                tuple(batch[name].to_numpy() for name in ("number", "row", "time"))
+            )
         columns = [np.concatenate(parts) for parts in zip(*taken, strict=True)]
         cut = int(np.searchsorted(columns[0], end))
         self._rest = tuple(column[cut:] for column in columns)
@@ -200,17 +251,25 @@ class _Events:
 
 
 def _columns(config):
-    return {role: getattr(config, f"{role}_column") for role in ("user", "item", "domain", "time")}
+    return {
+        role: getattr(config, f"{role}_column")
+        for role in ("user", "item", "domain", "time")
+    }
 
 
 def _refuse_nobody(users, config):
     if not users:
-        raise InputError(f"{config.users}: names no user: there is nobody to recommend to")
+        raise InputError(
+            f"{config.users}: names no user: there is nobody to recommend to"
+        )
 
 
 def _same(connection, one, other):
     """SQL: the user_id of two tables is the same; where one is a number and the other text, by their texts."""
-    kinds = {connection.sql(f"SELECT user_id FROM {table}").types[0] for table in (one, other)}
+    kinds = {
+        connection.sql(f"SELECT user_id FROM {table}").types[0]
+        for table in (one, other)
+    }
     cast = "" if len(kinds) == 1 else "::VARCHAR"
     return f"{one}.user_id{cast} = {other}.user_id{cast}"
 
@@ -218,7 +277,9 @@ def _same(connection, one, other):
 def _read_vocabularies(connection, dataset):
     """Makes the tables `domains` (domain) and `items` (domain, item_id as text, row)."""
     connection.execute("CREATE TABLE domains (domain VARCHAR)")
-    connection.executemany("INSERT INTO domains VALUES (?)", [[domain.name] for domain in dataset.domains])
+    connection.executemany(
+        "INSERT INTO domains VALUES (?)", [[domain.name] for domain in dataset.domains]
+    )
     selects = " UNION ALL ".join(
         f"SELECT '{escape(domain.name)}' AS domain, item_id::VARCHAR AS item_id, row::INTEGER AS row "
         f"FROM read_parquet('{escape(dataset.local(domain.vocabulary))}')"
@@ -236,7 +297,10 @@ def _write_parts(folder, source, part_users, advance) -> Asked:
         offsets = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int32)
         jagged = {"rows": rows_N.astype(np.int32), "ticks": ticks_N}
         offsets = pa.array(offsets)
-        columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in jagged.items()}
+        columns = {
+            name: pa.ListArray.from_arrays(offsets, pa.array(values))
+            for name, values in jagged.items()
+        }
         waiting.append(pa.table({"user_id": ids, **columns}))
         advance(len(ids))
         while sum(map(len, waiting)) >= part_users:
@@ -245,8 +309,16 @@ def _write_parts(folder, source, part_users, advance) -> Asked:
             part, waiting = part + 1, [table.slice(part_users)]
     if rest := sum(map(len, waiting)):
         _write_part(folder, part, pa.concat_tables(waiting).slice(0, rest))
-    return Asked(users, without, source.left_out[_UNKNOWN_DOMAIN], source.left_out[_UNKNOWN_ITEM], source.unread)
+    return Asked(
+        users,
+        without,
+        source.left_out[_UNKNOWN_DOMAIN],
+        source.left_out[_UNKNOWN_ITEM],
+        source.unread,
+    )
 
 
 def _write_part(folder, part, table):
-    pq.write_table(table.combine_chunks(), folder / f"{part:05d}.parquet", compression="lz4")
+    pq.write_table(
+        table.combine_chunks(), folder / f"{part:05d}.parquet", compression="lz4"
+    )

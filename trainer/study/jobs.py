@@ -29,7 +29,13 @@ from trainer.errors import InputError, Stopped
 from trainer.evaluation.evaluate_run import RANKS
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.files.atomic import write_json
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE, duration, number, read_records
+from trainer.reporting.run_log import (
+    HEADLINE,
+    METRICS_FILE,
+    duration,
+    number,
+    read_records,
+)
 from trainer.study.peers.recbole_bridge import RANKS as RECBOLE_RANKS
 from trainer.study.peers.recbole_bridge import RESULT, default_python, run_recbole
 from trainer.study.plan import Job, StudyConfig
@@ -41,13 +47,30 @@ _POLL = 2.0
 class Jobs:
     """Everything that runs. launch: the folder of train.py and evaluate.py; base: run configurations, files."""
 
-    def __init__(self, output: Path, data, base, config: StudyConfig, launch: Path, recbole_python=None):
-        self.output, self.data, self.base, self.config, self.launch = output, str(data), list(map(str, base)), config, launch
+    def __init__(
+        self,
+        output: Path,
+        data,
+        base,
+        config: StudyConfig,
+        launch: Path,
+        recbole_python=None,
+    ):
+        self.output, self.data, self.base, self.config, self.launch = (
+            output,
+            str(data),
+            list(map(str, base)),
+            config,
+            launch,
+        )
         self.recbole_python = recbole_python or default_python()
         self._fingerprint = Dataset.load(data).fingerprint
         self.failed, self._active, self._stopping = {}, {}, threading.Event()
         self._children, self._lock = {}, threading.Lock()
-        self._seconds, self._work = 0.0, 0.0  # of jobs that were run to their end by this process
+        self._seconds, self._work = (
+            0.0,
+            0.0,
+        )  # of jobs that were run to their end by this process
         self._say = print
 
     def folder(self, job: Job) -> Path:
@@ -64,7 +87,9 @@ class Jobs:
         except ValueError:
             before = None
         if before != self._asked(job):
-            raise InputError(f"{self._home(job)}: was made with other settings: remove it, or take another --output")
+            raise InputError(
+                f"{self._home(job)}: was made with other settings: remove it, or take another --output"
+            )
         return self._ranks(job).is_file()
 
     def run(self, jobs: list[Job], later: float = 0.0):
@@ -73,14 +98,26 @@ class Jobs:
         What fails is in `failed`, {job: why}; the others go on. Raises Stopped where the process was asked to stop: the same
         command goes on from there.
         """
-        todo = [job for job in dict.fromkeys(jobs) if not self.done(job) and job not in self.failed]
+        todo = [
+            job
+            for job in dict.fromkeys(jobs)
+            if not self.done(job) and job not in self.failed
+        ]
         if not todo:
             return
         waiting = list(todo)
-        with self._signals(), self._display() as show, ThreadPoolExecutor(self.config.parallel) as pool:
+        with (
+            self._signals(),
+            self._display() as show,
+            ThreadPoolExecutor(self.config.parallel) as pool,
+        ):
             running = {}
             while waiting or running:
-                while waiting and len(running) < self.config.parallel and not self._stopping.is_set():
+                while (
+                    waiting
+                    and len(running) < self.config.parallel
+                    and not self._stopping.is_set()
+                ):
                     job = waiting.pop(0)
                     self._active[job] = time.monotonic()
                     running[pool.submit(self._one, job)] = job
@@ -93,28 +130,51 @@ class Jobs:
                         self._say(f"{job.name}: {why}")
                         continue
                     if not self._stopping.is_set():
-                        self._seconds, self._work = self._seconds + seconds, self._work + job.work
+                        self._seconds, self._work = (
+                            self._seconds + seconds,
+                            self._work + job.work,
+                        )
                         left = self._left(waiting, running.values(), later)
-                        self._say(f"{job.name}: {self._figure(job)} in {duration(seconds)}; about {left} left")
+                        self._say(
+                            f"{job.name}: {self._figure(job)} in {duration(seconds)}; about {left} left"
+                        )
                 if self._stopping.is_set() and not running:
-                    raise Stopped("the study was stopped, as asked; the same command goes on")
+                    raise Stopped(
+                        "the study was stopped, as asked; the same command goes on"
+                    )
                 left = self._left(waiting, running.values(), later)
-                show(self._table(len(todo) - len(waiting) - len(running), len(todo), left))
+                show(
+                    self._table(
+                        len(todo) - len(waiting) - len(running), len(todo), left
+                    )
+                )
 
     def read(self, job: Job) -> dict:
         """What a done run has found: user, domain, sampled, full (arrays), validation, seconds, users_per_second, epochs."""
         folder, found = self.folder(job), read_ranks(self._ranks(job))
         if job.recbole:
             result = json.loads((folder / RESULT).read_text())
-            more = {"validation": result["validation"], "seconds": result["seconds"], "epochs": len(result["epochs"])}
+            more = {
+                "validation": result["validation"],
+                "seconds": result["seconds"],
+                "epochs": len(result["epochs"]),
+            }
             return found | more | {"users_per_second": result["users_per_second"]}
         records = read_records(folder / METRICS_FILE)
         validations = [record for record in records if record["kind"] == "validation"]
-        speeds = [r["users_per_second"] for r in records if r["kind"] == "train" and r.get("users_per_second")]
+        speeds = [
+            r["users_per_second"]
+            for r in records
+            if r["kind"] == "train" and r.get("users_per_second")
+        ]
         return found | {
-            "validation": max(record["mean"][HEADLINE] or 0.0 for record in validations),
+            "validation": max(
+                record["mean"][HEADLINE] or 0.0 for record in validations
+            ),
             "seconds": max(record["seconds"] for record in records),
-            "users_per_second": sorted(speeds)[len(speeds) // 2] if speeds else float("nan"),
+            "users_per_second": sorted(speeds)[len(speeds) // 2]
+            if speeds
+            else float("nan"),
             "epochs": len(validations),
         }
 
@@ -122,13 +182,21 @@ class Jobs:
         return self.output / "runs" / job.name
 
     def _asked(self, job):
-        asked = {"settings": list(job.settings), "base": [Path(file).read_text() for file in self.base]}
+        asked = {
+            "settings": list(job.settings),
+            "base": [Path(file).read_text() for file in self.base],
+        }
         if job.recbole:
-            asked = {"recbole": self.config.recbole[job.system], "epochs": self.config.recbole_epochs}
+            asked = {
+                "recbole": self.config.recbole[job.system],
+                "epochs": self.config.recbole_epochs,
+            }
         return asked | {"dataset": self._fingerprint}
 
     def _ranks(self, job):
-        return self.folder(job) / (RECBOLE_RANKS if job.recbole else RANKS.format(split="test"))
+        return self.folder(job) / (
+            RECBOLE_RANKS if job.recbole else RANKS.format(split="test")
+        )
 
     def _one(self, job):
         """Runs a job. Returns why it failed, or None."""
@@ -141,9 +209,24 @@ class Jobs:
                 self._recbole(job, home)
                 return None
             base = [f"--config={file}" for file in self.base]
-            given = [*job.settings, f"data={self.data}", f"run={run}", "log.tensorboard=false"]
+            given = [
+                *job.settings,
+                f"data={self.data}",
+                f"run={run}",
+                "log.tensorboard=false",
+            ]
             self._command(job, home, "train.py", *base, *given)
-            self._command(job, home, "evaluate.py", "--run", run, "--data", self.data, "--ranking", "full")
+            self._command(
+                job,
+                home,
+                "evaluate.py",
+                "--run",
+                run,
+                "--data",
+                self.data,
+                "--ranking",
+                "full",
+            )
             if not self.config.keep_models:
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
         except InputError as error:
@@ -172,15 +255,30 @@ class Jobs:
         ranks, cores = self.config.ranks, len(os.sched_getaffinity(0))
         launcher = [sys.executable]
         if ranks > 1:
-            launcher = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc-per-node={ranks}"]
+            launcher = [
+                Path(sys.executable).with_name("torchrun"),
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+            ]
         threads = max(1, cores // (ranks * self.config.parallel))
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        path = os.pathsep.join(filter(None, [str(self.launch.parent), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(
+            filter(None, [str(self.launch.parent), os.environ.get("PYTHONPATH")])
+        )
         with (home / _LOG).open("a") as log:
-            command = [str(word) for word in (*launcher, self.launch / script, *arguments)]
+            command = [
+                str(word) for word in (*launcher, self.launch / script, *arguments)
+            ]
             # In a session of its own: Ctrl-C is ours to pass on, once.
-            pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            child = subprocess.Popen(command, env=environment | {"PYTHONPATH": path}, **pipes)
+            pipes = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": log,
+                "stderr": log,
+                "start_new_session": True,
+            }
+            child = subprocess.Popen(
+                command, env=environment | {"PYTHONPATH": path}, **pipes
+            )
             with self._lock:
                 self._children[job] = child
             if self._stopping.is_set():
@@ -192,8 +290,14 @@ class Jobs:
                     del self._children[job]
         if status:
             lines = (home / _LOG).read_text(errors="replace").strip().splitlines()
-            errors = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
-            raise InputError(f"{script} ended with status {status}: {errors[-1]} (more in {home / _LOG})")
+            errors = (
+                [line for line in lines if line.startswith("error: ")]
+                or lines
+                or ["it said nothing"]
+            )
+            raise InputError(
+                f"{script} ended with status {status}: {errors[-1]} (more in {home / _LOG})"
+            )
 
     @contextlib.contextmanager
     def _signals(self):
@@ -227,17 +331,34 @@ class Jobs:
         self._say = print
 
     def _table(self, done, total, left):
-        table = Table(title=f"{done} of {total} runs done, about {left} left", title_justify="left", box=None, pad_edge=False)
+        table = Table(
+            title=f"{done} of {total} runs done, about {left} left",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+        )
         for column in ("run", "epoch", f"validation {HEADLINE}", "time"):
             table.add_column(column, justify="left" if column == "run" else "right")
         for job, begun in self._active.items():
             validations = self._validations(job)
-            best = max((record["mean"][HEADLINE] or 0.0 for record in validations), default=None)
-            table.add_row(Text(job.name), str(len(validations)), number(best), duration(time.monotonic() - begun))
+            best = max(
+                (record["mean"][HEADLINE] or 0.0 for record in validations),
+                default=None,
+            )
+            table.add_row(
+                Text(job.name),
+                str(len(validations)),
+                number(best),
+                duration(time.monotonic() - begun),
+            )
         return table
 
     def _validations(self, job):
-        return [record for record in read_records(self.folder(job) / METRICS_FILE) if record["kind"] == "validation"]
+        return [
+            record
+            for record in read_records(self.folder(job) / METRICS_FILE)
+            if record["kind"] == "validation"
+        ]
 
     def _figure(self, job):
         return f"validation {HEADLINE} {self.read(job)['validation']:.4f}"
@@ -248,5 +369,11 @@ class Jobs:
         if self._work == 0:
             return "an unknown time"
         pace = self._seconds / self._work
-        active = sum(max(0.1 * pace * job.work, pace * job.work - (now - self._active[job])) for job in running)
-        return duration((active + pace * (later + sum(job.work for job in waiting))) / self.config.parallel)
+        active = sum(
+            max(0.1 * pace * job.work, pace * job.work - (now - self._active[job]))
+            for job in running
+        )
+        return duration(
+            (active + pace * (later + sum(job.work for job in waiting)))
+            / self.config.parallel
+        )

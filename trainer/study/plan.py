@@ -36,12 +36,20 @@ class StudyConfig:
     def __post_init__(self):
         for name in (*self.systems, *self.own):
             if name not in SYSTEMS:
-                raise ValueError(f"there is no system {name!r}: there are {', '.join(SYSTEMS)}")
+                raise ValueError(
+                    f"there is no system {name!r}: there are {', '.join(SYSTEMS)}"
+                )
         for name in ("parallel", "ranks", "recbole_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}: give at least one, each once, 0 or more")
+        if (
+            not self.seeds
+            or len(set(self.seeds)) < len(self.seeds)
+            or min(self.seeds) < 0
+        ):
+            raise ValueError(
+                f"seeds is {self.seeds}: give at least one, each once, 0 or more"
+            )
         if not self.systems and not self.recbole:
             raise ValueError("systems is empty: a study needs one")
         if self.sweep and OURS not in self.systems:
@@ -72,13 +80,24 @@ class Job:
         return 1.0 if self.recbole else SYSTEMS[self.system].work
 
 
-def jobs_of(config: StudyConfig, system: str, domains, seed: int, variant=()) -> list[Job]:
+def jobs_of(
+    config: StudyConfig, system: str, domains, seed: int, variant=()
+) -> list[Job]:
     """The runs of a system with a seed: one, or one for each domain."""
     of = SYSTEMS[system]
-    given = (*config.settings, *of.settings, *config.own.get(system, ()), *variant, f"seed={seed}")
+    given = (
+        *config.settings,
+        *of.settings,
+        *config.own.get(system, ()),
+        *variant,
+        f"seed={seed}",
+    )
     if not of.by_domain:
         return [Job(system, seed, "", tuple(variant), given)]
-    return [Job(system, seed, name, tuple(variant), (*given, f"stream.domain={name}")) for name in domains]
+    return [
+        Job(system, seed, name, tuple(variant), (*given, f"stream.domain={name}"))
+        for name in domains
+    ]
 
 
 def combinations(values: dict[str, list]) -> list[tuple[str, ...]]:
@@ -97,11 +116,17 @@ def swept(config: StudyConfig, domains) -> list[tuple[str, Any, Job]]:
     found = []
     for key, values in config.sweep.items():
         for value in values:
-            (job,) = jobs_of(config, OURS, domains, config.seeds[0], (f"{key}={value}",))
+            (job,) = jobs_of(
+                config, OURS, domains, config.seeds[0], (f"{key}={value}",)
+            )
             found.append((key, value, job))
     return found
 
 
 def recbole_jobs(config: StudyConfig) -> list[Job]:
     """Every model of RecBole with every seed."""
-    return [Job(model, seed, recbole=True) for model in config.recbole for seed in config.seeds]
+    return [
+        Job(model, seed, recbole=True)
+        for model in config.recbole
+        for seed in config.seeds
+    ]

@@ -59,13 +59,19 @@ class Gradients:
         outcome: 1 where all is finite, and the ranks' signals summed. The dense gradient's norm.
         """
         dense, ranks = gradients(self._engine), dist.get_world_size()
-        square = torch.nn.utils.get_total_norm(dense).to(gradient.device, torch.float64).square()
+        square = (
+            torch.nn.utils.get_total_norm(dense)
+            .to(gradient.device, torch.float64)
+            .square()
+        )
         if self._engine.zero_optimization_stage() == 0:  # every rank has all of it
             square = square / ranks
         counted_norm = torch.linalg.vector_norm(counted, dtype=torch.float64)
         probe = gradient.sum().double() + loss.double()
         # In one reduction, which is made anyhow; from pinned memory, so that the host does not wait for the copy.
-        told = torch.tensor(signals.numbers(), dtype=torch.float64, pin_memory=gradient.is_cuda)
+        told = torch.tensor(
+            signals.numbers(), dtype=torch.float64, pin_memory=gradient.is_cuda
+        )
         told = told.to(gradient.device, non_blocking=True)
         sums = torch.cat([torch.stack([counted_norm.square(), square, probe]), told])
         dist.all_reduce(sums)  # what is no number on one rank is none on all

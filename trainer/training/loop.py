@@ -12,7 +12,14 @@ import torch
 import torch.distributed as dist
 
 from syncrec.model import SyNCRec
-from trainer.checkpoint.resume import PACKAGES, find_start, is_empty, leave_nothing, require_same_start, run_folder
+from trainer.checkpoint.resume import (
+    PACKAGES,
+    find_start,
+    is_empty,
+    leave_nothing,
+    require_same_start,
+    run_folder,
+)
 from trainer.checkpoint.save import Checkpoints, RunState, best_checkpoint, restore_best
 from trainer.checkpoint.warm_start import find_warm_start
 from trainer.config.load import flat, to_yaml
@@ -20,7 +27,13 @@ from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.stream import Fed, Feed, TrainBatches
-from trainer.distributed.agreement import Signals, StopSignal, Watchdog, agree, by_the_first
+from trainer.distributed.agreement import (
+    Signals,
+    StopSignal,
+    Watchdog,
+    agree,
+    by_the_first,
+)
 from trainer.distributed.consensus import on_all_ranks
 from trainer.distributed.determinism import deterministic_sums
 from trainer.distributed.process_group import Ranks
@@ -30,12 +43,21 @@ from trainer.errors import InputError, NotFinite, Stopped
 from trainer.evaluation.inspect import look_at
 from trainer.evaluation.sampled import evaluate_split, evaluation_record
 from trainer.files.atomic import write_json, write_text
-from trainer.reporting.run_log import HEADLINE, LOOK, METRICS_FILE, RunLog, evaluation_table, skipped_sentence
+from trainer.reporting.run_log import (
+    HEADLINE,
+    LOOK,
+    METRICS_FILE,
+    RunLog,
+    evaluation_table,
+    skipped_sentence,
+)
 from trainer.training.meters import IntervalMeter
 from trainer.training.prefetch import Ready
 from trainer.training.step import Halted, Trainer
 
-_RANKINGS = 8  # steps of a validation between two in which the ranks agree to go on with it
+_RANKINGS = (
+    8  # steps of a validation between two in which the ranks agree to go on with it
+)
 
 
 def train(config: RunConfig, ranks: Ranks, fresh=False, accept_changes=False):
@@ -77,14 +99,27 @@ def _train(config, ranks, fresh, accept_changes, locks):
         on_all_ranks(lambda: _begin(run, config, checkpoint) if ranks.first else None)
         names = [domain.name for domain in dataset.domains]
         resume_step = None if checkpoint is None else state.step
-        with RunLog(run, trainer.total_steps, names, config.log.tensorboard, ranks.first, resume_step) as log:
+        with RunLog(
+            run,
+            trainer.total_steps,
+            names,
+            config.log.tensorboard,
+            ranks.first,
+            resume_step,
+        ) as log:
             log.message(describe(trainer))
             if checkpoint is not None:
-                log.message(f"goes on from {checkpoint}, after {state.seconds / 60:.1f} minutes of training")
+                log.message(
+                    f"goes on from {checkpoint}, after {state.seconds / 60:.1f} minutes of training"
+                )
             if warm is not None:
-                log.message(f"begins with the model of {warm.run}, which knows {warm.share}")
+                log.message(
+                    f"begins with the model of {warm.run}, which knows {warm.share}"
+                )
             with StopSignal() as stop:
-                TrainingRun(trainer, state, run, log, stop, checkpoint is not None).fit()
+                TrainingRun(
+                    trainer, state, run, log, stop, checkpoint is not None
+                ).fit()
             record = test_best(trainer, run) | {"seconds": state.seconds}
             log.evaluation(record)
             log.message(evaluation_table(record))
@@ -95,7 +130,9 @@ def _train(config, ranks, fresh, accept_changes, locks):
             leave_nothing(run)  # what cannot begin is in the way of the next try
         raise
     if ranks.first:
-        from trainer.reporting.run_report import write_report  # Plotly and Jinja2 are for the page alone
+        from trainer.reporting.run_report import (
+            write_report,
+        )  # Plotly and Jinja2 are for the page alone
 
         print(f"report: {write_report(run)}", flush=True)
     return record
@@ -103,9 +140,13 @@ def _train(config, ranks, fresh, accept_changes, locks):
 
 def _dataset(config, ranks):
     if not config.data:
-        raise InputError("data=DIR is missing: the prepared dataset, see launch/prepare.py")
+        raise InputError(
+            "data=DIR is missing: the prepared dataset, see launch/prepare.py"
+        )
     check_contents = ranks.local_rank == 0  # once a host
-    return Dataset.load(config.data, config.stream.damaged == "stop", config.stream, check_contents)
+    return Dataset.load(
+        config.data, config.stream.damaged == "stop", config.stream, check_contents
+    )
 
 
 def _begin(run, config, checkpoint):
@@ -132,7 +173,15 @@ def _full_disk_is_an_input_error(run):
 class TrainingRun:
     """A run from where it is to its end."""
 
-    def __init__(self, trainer: Trainer, state: RunState, run, log, stop: StopSignal, resumed: bool):
+    def __init__(
+        self,
+        trainer: Trainer,
+        state: RunState,
+        run,
+        log,
+        stop: StopSignal,
+        resumed: bool,
+    ):
         self.trainer, self.state, self.log, self.stop = trainer, state, log, stop
         self.config, self.ranks, self.plan = trainer.config, trainer.ranks, trainer.plan
         facts = {
@@ -150,7 +199,9 @@ class TrainingRun:
             beat=lambda: self.watchdog.beat(),
         )
         self.meter = IntervalMeter([domain.name for domain in trainer.dataset.domains])
-        self.watchdog = Watchdog(60 * self.config.timeout_minutes + 5, lambda: f"step {self.state.step + 1}")
+        self.watchdog = Watchdog(
+            60 * self.config.timeout_minutes + 5, lambda: f"step {self.state.step + 1}"
+        )
         self._begun, self._before = time.monotonic(), state.seconds
         self._skipped, self._skipped_before = 0, state.skipped_users
         self._saved_at, self._saved_step, self._told = self._begun, state.step, set()
@@ -165,7 +216,11 @@ class TrainingRun:
             self.config.stream,
             self.config.model.mutual_information_candidates,
         )
-        self.feed = Feed(batches, self.ranks.device.type == "cuda", cores_per_rank(self.ranks.world_size))
+        self.feed = Feed(
+            batches,
+            self.ranks.device.type == "cuda",
+            cores_per_rank(self.ranks.world_size),
+        )
 
     def fit(self):
         """Trains to the end or until validation stops getting better. Raises Stopped, with a checkpoint written, where any
@@ -182,18 +237,24 @@ class TrainingRun:
                 raise
             except Halted:  # likewise
                 self._finish()
-                raise self._refusal or InputError("another rank cannot go on; its own line says why") from None
+                raise self._refusal or InputError(
+                    "another rank cannot go on; its own line says why"
+                ) from None
             self._finish()
 
     def _step(self):
         """One step, and what is due after it."""
         fed, ready = self._next()
         self._ahead, looking = None, 0.0
-        trouble = self._refusal is not None  # with this step's batch; the next step's is fetched in between
+        trouble = (
+            self._refusal is not None
+        )  # with this step's batch; the next step's is fetched in between
 
         def signals():
             minutes = (time.monotonic() - self._saved_at) / 60
-            due = self.ranks.first and 0 < self.config.checkpoint.every_minutes <= minutes
+            due = (
+                self.ranks.first and 0 < self.config.checkpoint.every_minutes <= minutes
+            )
             return Signals(trouble, self.stop.asked, due, self.checkpoints.writing)
 
         def look_ahead():
@@ -250,7 +311,9 @@ class TrainingRun:
         number, told = self.trainer.signals
         if told.trouble:
             self.trainer.settle()
-        if number >= self._saved_step:  # it was told after the newest checkpoint was begun
+        if (
+            number >= self._saved_step
+        ):  # it was told after the newest checkpoint was begun
             self.checkpoints.settle(told.writing)
         if told.stop:
             self._stop()
@@ -271,7 +334,9 @@ class TrainingRun:
             self.trainer.settle()
             epoch, _ = self.plan.locate(step - 1)
             seconds = {"seconds": self._seconds()}
-            self.log.train(self.meter.record(step, epoch) | self.trainer.state_figures() | seconds)
+            self.log.train(
+                self.meter.record(step, epoch) | self.trainer.state_figures() | seconds
+            )
 
     def _tell(self, reasons):
         """Says once what is damaged; each of a loader's processes meets it."""
@@ -288,7 +353,9 @@ class TrainingRun:
 
     def _validation_due(self):
         last = self.state.step == self.trainer.total_steps
-        return self.state.validated != self.state.step and (last or self._epoch_ends(self.config.evaluation.every_epochs))
+        return self.state.validated != self.state.step and (
+            last or self._epoch_ends(self.config.evaluation.every_epochs)
+        )
 
     def _validate(self):
         """Validates; a checkpoint follows where the model is the best so far, and where one is due anyhow."""
@@ -296,7 +363,11 @@ class TrainingRun:
         state = self.state
         epoch, _ = self.plan.locate(state.step - 1)
         with self.meter.paused():
-            engine, table, dataset = self.trainer.engine, self.trainer.table, self.trainer.dataset
+            engine, table, dataset = (
+                self.trainer.engine,
+                self.trainer.table,
+                self.trainer.dataset,
+            )
             engine.eval()
             try:
                 ranking = evaluate_split(
@@ -318,15 +389,24 @@ class TrainingRun:
             value = record["mean"][HEADLINE] or 0.0
             state.validated = state.step
             if state.best is None or value > state.best[HEADLINE]:
-                state.best, state.since_best = {"step": state.step, "epoch": epoch, HEADLINE: value}, 0  # save names its folder
+                state.best, state.since_best = (
+                    {"step": state.step, "epoch": epoch, HEADLINE: value},
+                    0,
+                )  # save names its folder
             else:
                 state.since_best += 1
         last = state.step == self.trainer.total_steps
-        if state.since_best == 0 or self._ended() or self._epoch_ends(self.config.checkpoint.every_epochs):
+        if (
+            state.since_best == 0
+            or self._ended()
+            or self._epoch_ends(self.config.checkpoint.every_epochs)
+        ):
             self._save()
         if self._ended() and not last:
             best = state.best[HEADLINE]
-            self.log.message(f"stopped early: {state.since_best} validations without a better mean {HEADLINE} than {best:.4f}")
+            self.log.message(
+                f"stopped early: {state.since_best} validations without a better mean {HEADLINE} than {best:.4f}"
+            )
 
     def _between_rankings(self, done, total):
         self.watchdog.beat()
@@ -334,7 +414,10 @@ class TrainingRun:
             raise _Interrupted
 
     def _ended(self):
-        return self.state.step >= self.trainer.total_steps or 0 < self.config.evaluation.patience <= self.state.since_best
+        return (
+            self.state.step >= self.trainer.total_steps
+            or 0 < self.config.evaluation.patience <= self.state.since_best
+        )
 
     def _save(self):
         self.trainer.settle()
@@ -353,7 +436,9 @@ class TrainingRun:
     def _stop(self):
         self._save()
         self._finish()
-        raise Stopped(f"stopped after step {self.state.step}, as asked; its checkpoint is written, the same command goes on")
+        raise Stopped(
+            f"stopped after step {self.state.step}, as asked; its checkpoint is written, the same command goes on"
+        )
 
     def _seconds(self):
         return self._before + time.monotonic() - self._begun
@@ -382,7 +467,9 @@ def test_best(trainer, run):
     look = look_at(model, trainer.table, dataset, config, ranks)
     if ranks.first:
         write_json(run / LOOK, look)
-    return evaluation_record("test", dataset, ranking, step=best["step"], epoch=best["epoch"])
+    return evaluation_record(
+        "test", dataset, ranking, step=best["step"], epoch=best["epoch"]
+    )
 
 
 def describe(trainer):
@@ -394,5 +481,9 @@ def describe(trainer):
         f"dense model {trainer.weights:,} weights; "
         f"{trainer.ranks.world_size} ranks on {trainer.ranks.device.type}, ZeRO stage "
         f"{trainer.engine.zero_optimization_stage()}; {trainer.total_steps:,} steps of {trainer.config.global_batch_size} users"
-        + (f" or {tokens:,} tokens" if (tokens := trainer.config.tokens_per_batch) else "")
+        + (
+            f" or {tokens:,} tokens"
+            if (tokens := trainer.config.tokens_per_batch)
+            else ""
+        )
     )

@@ -42,7 +42,15 @@ class IntervalMeter:
                 [
                     torch.stack([loss, report.mutual_information]).double(),
                     torch.stack([report.loss_single, report.loss_cross]),
-                    *(values.double() for values in (report.single_D, report.cross_D, report.phi_D, report.lambda_D)),
+                    *(
+                        values.double()
+                        for values in (
+                            report.single_D,
+                            report.cross_D,
+                            report.phi_D,
+                            report.lambda_D,
+                        )
+                    ),
                 ]
             )
         )
@@ -62,7 +70,9 @@ class IntervalMeter:
         dist.all_reduce(shared)
         loss, information, users, tokens, skipped = shared.tolist()
         loss_single, loss_cross = steps[:, 2:4].mean(0).tolist()
-        single, cross, phi = steps[:, 4 : 4 + 3 * len(self.domains)].nanmean(0).view(3, -1).tolist()
+        single, cross, phi = (
+            steps[:, 4 : 4 + 3 * len(self.domains)].nanmean(0).view(3, -1).tolist()
+        )
         lambdas = steps[-1, -len(self.domains) :].tolist()
         figures = {
             "step": step,

@@ -25,7 +25,10 @@ class Beside:
     """The second stream, where the device has streams."""
 
     def __init__(self, device: torch.device):
-        self._device, self._stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._stream = (
+            device,
+            torch.cuda.Stream(device) if device.type == "cuda" else None,
+        )
 
     def prepare(self, batch: Batch, table: ItemTable) -> Ready:
         """Starts to copy a batch (in pinned memory, where there is a device) and to exchange its ids. Called on all ranks."""
@@ -48,4 +51,8 @@ class Beside:
         return ready.batch, ready.exchange
 
     def _on_it(self):
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return (
+            contextlib.nullcontext()
+            if self._stream is None
+            else torch.cuda.stream(self._stream)
+        )

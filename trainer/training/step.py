@@ -15,7 +15,12 @@ from syncrec.model import LossReport, SyNCRec
 from trainer.checkpoint.save import restore_model, restore_optimizers
 from trainer.data.counter_rng import random_bits
 from trainer.distributed.agreement import Signals
-from trainer.distributed.deepspeed_engine import engine_config, rate_share, set_learning_rate, start_engine
+from trainer.distributed.deepspeed_engine import (
+    engine_config,
+    rate_share,
+    set_learning_rate,
+    start_engine,
+)
 from trainer.distributed.process_group import RankReduction, sum_of_ranks
 from trainer.errors import InputError, NotFinite
 from trainer.training.gradients import Gradients, Known
@@ -42,12 +47,21 @@ class Halted(Exception):
 class Trainer:
     """Everything that a training step needs, and how many there have been: `step` is also the position in the data."""
 
-    def __init__(self, config, ranks, dataset, plan, checkpoint=None, step=0, warm=None):
+    def __init__(
+        self, config, ranks, dataset, plan, checkpoint=None, step=0, warm=None
+    ):
         """checkpoint: a folder to go on from, made after `step` steps; warm: a Carried to begin with."""
         self.config, self.ranks, self.dataset, self.plan = config, ranks, dataset, plan
         self.step = step
-        self.total_steps = plan.count_steps(config.epochs, ranks.rank, sum_of_ranks, config.max_steps)
-        deepspeed = engine_config(config.optimizer, config.deepspeed, config.global_batch_size, ranks.world_size)
+        self.total_steps = plan.count_steps(
+            config.epochs, ranks.rank, sum_of_ranks, config.max_steps
+        )
+        deepspeed = engine_config(
+            config.optimizer,
+            config.deepspeed,
+            config.global_batch_size,
+            ranks.world_size,
+        )
         try:
             self.table = ItemTable(
                 dataset.num_embeddings,
@@ -56,13 +70,18 @@ class Trainer:
                 config.seed,
                 ranks.device,
                 filled=checkpoint is None and warm is None,
-                beside=HostNeeds(checkpoints=True, loaders=loader_bytes(config, dataset, ranks.world_size)),
+                beside=HostNeeds(
+                    checkpoints=True,
+                    loaders=loader_bytes(config, dataset, ranks.world_size),
+                ),
             )
             torch.manual_seed(config.seed)
             self.model = SyNCRec(config.model, len(dataset.domains))
         except ValueError as error:
             raise InputError(str(error)) from None
-        self.weights = sum(parameter.numel() for parameter in self.model.parameters())  # ZeRO 3 takes them apart
+        self.weights = sum(
+            parameter.numel() for parameter in self.model.parameters()
+        )  # ZeRO 3 takes them apart
         if checkpoint is not None:
             restore_model(checkpoint, self.model)
         if warm is not None:
@@ -107,7 +126,9 @@ class Trainer:
         set_learning_rate(self.engine, self.learning_rate)
         self.table.set_learning_rate(self.config.table.learning_rate * share)
         # Dropout: from (seed, step, rank), so that a run that is resumed goes on as it would have.
-        torch.manual_seed(int(random_bits(self.config.seed, self.step, self.ranks.rank) >> 1))
+        torch.manual_seed(
+            int(random_bits(self.config.seed, self.step, self.ranks.rank) >> 1)
+        )
         self.engine.train()
         before = self._state_of_forward()
         batch, exchange = self._beside.take(ready)
@@ -120,7 +141,9 @@ class Trainer:
         self.engine.backward(loss)
         if following is not None:
             self._beside.send(following)
-        gradient_NR = self._checked(used_NR.grad, loss.detach(), report, batch, before, signals)
+        gradient_NR = self._checked(
+            used_NR.grad, loss.detach(), report, batch, before, signals
+        )
         self.table.update(batch.gradient_of_rows(gradient_NR))
         self.engine.step()
         self.step += 1
@@ -132,7 +155,9 @@ class Trainer:
         last step where there is no device to wait for, otherwise the last that was settled. The same
         on all ranks."""
         if self._unsettled is not None and self._unsettled.outcome.on_host:
-            return self._unsettled.number, Signals.of_sums(self._unsettled.outcome.value()[1:])
+            return self._unsettled.number, Signals.of_sums(
+                self._unsettled.outcome.value()[1:]
+            )
         return self._told
 
     def settle(self):
@@ -166,7 +191,11 @@ class Trainer:
 
     def _state_of_forward(self):
         """What forward itself changes, none of it in place: buffers, and the number of look-ups."""
-        buffers = [(m, name, value) for m in self.model.modules() for name, value in m.named_buffers(recurse=False)]
+        buffers = [
+            (m, name, value)
+            for m in self.model.modules()
+            for name, value in m.named_buffers(recurse=False)
+        ]
         return buffers, self.table.updates
 
     def _checked(self, gradient, loss, report, batch, before, signals):
@@ -176,8 +205,12 @@ class Trainer:
         this step itself where only the host can keep an optimizer from stepping.
         """
         # Shared negatives are scaled too, but not counted: every rank looks them up, and has a part of their gradient.
-        counted = gradient if batch.negatives is not None else gradient[: batch.interactions]
-        gradient, outcome, self._norm = self._gradients.check(gradient, counted, loss, signals())
+        counted = (
+            gradient if batch.negatives is not None else gradient[: batch.interactions]
+        )
+        gradient, outcome, self._norm = self._gradients.check(
+            gradient, counted, loss, signals()
+        )
         this = _Unsettled(self.step, Known(outcome), report, *before)
         self.settle()
         self._unsettled = this
@@ -195,7 +228,10 @@ class Trainer:
             "cross-domain": (report.cross_D, report.cross_targets_D),
         }
         parts = []
-        for view, (values_D, targets_D) in views.items():  # a domain without targets has no mean loss
+        for view, (
+            values_D,
+            targets_D,
+        ) in views.items():  # a domain without targets has no mean loss
             odd_D = ~values_D.isfinite() & (targets_D > 0)
             bad = [name for name, odd in zip(names, odd_D.tolist(), strict=True) if odd]
             parts += [f"the {view} loss of {', '.join(bad)}"] if bad else []

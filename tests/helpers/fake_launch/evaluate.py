@@ -22,5 +22,10 @@ columns = {
 }
 pq.write_table(pa.table(columns), run / "ranks-test.parquet")
 metrics = {"NDCG@10": 0.1, "HR@10": 0.2, "MRR": 0.05}
-popularity = {"popularity": {f"domain {d}": metrics for d in range(2)}, "popularity_mean": metrics}
-(run / "evaluation-full-test.json").write_text(json.dumps(popularity | {"sampled": popularity}))
+popularity = {
+    "popularity": {f"domain {d}": metrics for d in range(2)},
+    "popularity_mean": metrics,
+}
+(run / "evaluation-full-test.json").write_text(
+    json.dumps(popularity | {"sampled": popularity})
+)

@@ -27,8 +27,21 @@ def prepare():
     output.mkdir()
     (output / "input.txt").write_text(_after("--input"))
     if "--extend" in sys.argv:
-        own = {"items": 3, "items_before": 2, "new": 1, "retired": 0, "interactions": 9, "interactions_before": 5}
-        facts = {"arrived": 4, "delivered_before": 1, "late": 2, "before_window": 0, "laid_out_anew": True}
+        own = {
+            "items": 3,
+            "items_before": 2,
+            "new": 1,
+            "retired": 0,
+            "interactions": 9,
+            "interactions_before": 5,
+        }
+        facts = {
+            "arrived": 4,
+            "delivered_before": 1,
+            "late": 2,
+            "before_window": 0,
+            "laid_out_anew": True,
+        }
         facts |= {"users": {"before": 2, "now": 3}, "domains": {"shop": own}}
         (output / "extension").mkdir()
         (output / "extension" / "extension.json").write_text(json.dumps(facts))
@@ -49,7 +62,13 @@ def publish():
     run, published = Path(_after("--candidate")), Path(_after("--to"))
     (published / "versions").mkdir(parents=True, exist_ok=True)
     _called("publish", run.parent)
-    figures = {"users": 3, "newest": True, "candidate": 0.5, "current": 0.4, "when_published": None}
+    figures = {
+        "users": 3,
+        "newest": True,
+        "candidate": 0.5,
+        "current": 0.4,
+        "when_published": None,
+    }
     figures["difference"] = {"value": 0.1, "interval": [0.05, 0.15]}
     record = {"run": str(run), "domains": {"shop": figures}, "reasons": []}
     if "bad" in (run.parent / "dataset" / "input.txt").read_text():
@@ -62,6 +81,12 @@ def publish():
     if current and current["run"] == str(run):
         return
     (published / "versions" / number / "model").mkdir(parents=True)
-    (published / "versions" / number / "model" / "schema.json").write_text(json.dumps({"domains": []}))
-    (published / "versions" / number / "version.json").write_text(json.dumps(record | {"number": number}))
-    (published / "current.json").write_text(json.dumps({"version": number, "model": f"versions/{number}/model"}))
+    (published / "versions" / number / "model" / "schema.json").write_text(
+        json.dumps({"domains": []})
+    )
+    (published / "versions" / number / "version.json").write_text(
+        json.dumps(record | {"number": number})
+    )
+    (published / "current.json").write_text(
+        json.dumps({"version": number, "model": f"versions/{number}/model"})
+    )

@@ -36,7 +36,15 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
     file, folder = tmp_path / "result.json", tmp_path / "disk"
     folder.mkdir()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert not run_main(monkeypatch, "--short", f"rows=[{ROWS}]", "repeats=2", f"folder={folder}", "--json", file)
+    assert not run_main(
+        monkeypatch,
+        "--short",
+        f"rows=[{ROWS}]",
+        "repeats=2",
+        f"folder={folder}",
+        "--json",
+        file,
+    )
     assert not list(folder.iterdir())
 
     record = json.loads(file.read_text())
@@ -45,10 +53,18 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
     for (_, system), line in lines.items():
         save = line["save"]
         assert 0 < save["blocking_seconds"]["median"] <= save["seconds"]["median"]
-        assert save["seconds"]["min"] <= save["seconds"]["median"] <= save["seconds"]["max"]
+        assert (
+            save["seconds"]["min"]
+            <= save["seconds"]["median"]
+            <= save["seconds"]["max"]
+        )
         assert len(save["seconds"]["all"]) == 2
-        assert save["blocking_share"] == pytest.approx(save["blocking_seconds"]["median"] / 600)
-        assert save["bytes_per_second"] == pytest.approx(line["bytes"] / save["seconds"]["median"])
+        assert save["blocking_share"] == pytest.approx(
+            save["blocking_seconds"]["median"] / 600
+        )
+        assert save["bytes_per_second"] == pytest.approx(
+            line["bytes"] / save["seconds"]["median"]
+        )
         assert (line["load"] is not None) == (system in LOADED)
         for place in ("disk", "cached") if line["load"] else ():
             assert line["load"][place]["bytes_per_second"] == pytest.approx(
@@ -57,12 +73,24 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
     for ranks in (1, 2):
         assert_sizes(ranks, {system: lines[ranks, system] for system in SAVED})
         load = lines[ranks, "ours"]["load"]
-        assert 0 < load["disk"]["verify_seconds"]["median"] < load["disk"]["seconds"]["median"]
+        assert (
+            0
+            < load["disk"]["verify_seconds"]["median"]
+            < load["disk"]["seconds"]["median"]
+        )
         assert load["build_seconds"] > 0
-        for system in ("ours", "DCP safetensors async", "DCP pickle async"):  # these return before all is written
+        for system in (
+            "ours",
+            "DCP safetensors async",
+            "DCP pickle async",
+        ):  # these return before all is written
             save = lines[ranks, system]["save"]
             assert save["blocking_seconds"]["median"] < save["seconds"]["median"]
-    assert record["machine"]["versions"]["safetensors"] and record["date"] and not record["not_run"]
+    assert (
+        record["machine"]["versions"]["safetensors"]
+        and record["date"]
+        and not record["not_run"]
+    )
     shown = capfd.readouterr()
     assert f"| {ROWS:,} |     2 |" in shown.out and "FutureWarning" not in shown.err
 
@@ -78,21 +106,37 @@ def assert_sizes(ranks, lines):
     tables = [name for name in ours if name.startswith("table-")]
     assert len(tables) == ranks
     assert 0 < sum(ours[name] for name in tables) - table < 1000 * ranks  # headers
-    assert ours["optimizer.safetensors"] == pytest.approx(2 * ours["dense.safetensors"], rel=0.02)
-    assert lines["ours"]["bytes"] > table + ours["dense.safetensors"] + ours["optimizer.safetensors"]
+    assert ours["optimizer.safetensors"] == pytest.approx(
+        2 * ours["dense.safetensors"], rel=0.02
+    )
+    assert (
+        lines["ours"]["bytes"]
+        > table + ours["dense.safetensors"] + ours["optimizer.safetensors"]
+    )
     assert lines["file copy"]["files"] == ours
     assert lines["memory copy"]["bytes"] == table
     for name in ("DCP safetensors", "DCP pickle"):
         assert 0 < lines[name]["bytes"] - table < 10_000 * ranks
-        assert lines[f"{name} async"]["bytes"] == pytest.approx(lines[name]["bytes"], abs=10)
+        assert lines[f"{name} async"]["bytes"] == pytest.approx(
+            lines[name]["bytes"], abs=10
+        )
 
 
-def test_a_killed_rank_is_reported_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
+def test_a_killed_rank_is_reported_and_the_others_are_kept(
+    monkeypatch, tmp_path, capsys
+):
     def killed(ranks, *arguments):
-        raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 1, 9, "SIGKILL")
+        raise ProcessExitedException(
+            "process 1 terminated with signal SIGKILL", 1, 1, 9, "SIGKILL"
+        )
 
     monkeypatch.setattr(suite, "on_ranks", killed)
-    assert run_main(monkeypatch, "--short", "ranks=[2]", "--json", tmp_path / "result.json") == 1
+    assert (
+        run_main(
+            monkeypatch, "--short", "ranks=[2]", "--json", tmp_path / "result.json"
+        )
+        == 1
+    )
     assert "SIGKILL" in capsys.readouterr().out
     (left_out,) = json.loads((tmp_path / "result.json").read_text())["not_run"]
     assert (left_out["rows"], left_out["ranks"]) == (10**5, 2)
@@ -120,10 +164,14 @@ def test_a_load_is_held_against_what_was_saved(tmp_path):
 
     saved = torch.arange(6.0).reshape(2, 3)
     with group_of_one():
-        load = checkpoint.timed_load(Loaded(tmp_path, saved), trainer(saved), trainer(saved.clone()))
+        load = checkpoint.timed_load(
+            Loaded(tmp_path, saved), trainer(saved), trainer(saved.clone())
+        )
         assert load.keys() == {"from_disk", "disk", "cached"}
         with pytest.raises(ArithmeticError, match="another loads another table"):
-            checkpoint.timed_load(Loaded(tmp_path, saved + 1), trainer(saved), trainer(saved.clone()))
+            checkpoint.timed_load(
+                Loaded(tmp_path, saved + 1), trainer(saved), trainer(saved.clone())
+            )
 
 
 def parse(*arguments):
@@ -146,8 +194,13 @@ def test_bad_options_are_refused_in_words(arguments, message, capsys):
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * 10**9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * 10**9)
+    )
     assert parse("rows=[1000000]", f"folder={tmp_path}")
     with pytest.raises(SystemExit):
         parse(f"folder={tmp_path}")
-    assert "10000000 rows take 13.1 GB there for a while, and 13.0 GB are free" in capsys.readouterr().err
+    assert (
+        "10000000 rows take 13.1 GB there for a while, and 13.0 GB are free"
+        in capsys.readouterr().err
+    )

@@ -16,14 +16,19 @@ def record(tmp_path_factory):
     given += ["device_bytes=80000000000", "host_bytes=500000000000"]
     with pytest.MonkeyPatch.context() as patch, as_a_script():
         patch.setattr(suite, "in_own_process", in_this_process)
-        patch.setattr(sys, "argv", ["host_memory.py", "--short", "--json", str(file), *given])
+        patch.setattr(
+            sys, "argv", ["host_memory.py", "--short", "--json", str(file), *given]
+        )
         host_memory.main()
     return json.loads(file.read_text())
 
 
 def test_a_host_has_what_its_ranks_have_together(record):
     small, _, cached, on_cpu, refused, _ = record["plans"]
-    assert small["device_bytes"] == 1000 * 129 * 4 and small["host_checkpoint"] == 4 * small["device_bytes"]
+    assert (
+        small["device_bytes"] == 1000 * 129 * 4
+        and small["host_checkpoint"] == 4 * small["device_bytes"]
+    )
     assert small["host_rows"] == 0 and small["copied"]
     for large in (cached, on_cpu):
         assert large["host_rows"] == 4 * 200_000_000 * 129 * 4
@@ -36,11 +41,21 @@ def test_each_file_and_each_byte_is_read_once_where_as_many_ranks_read_as_wrote(
     assert small["table_bytes"] == 8 * 1000 * 129 * 4 == small["warm_bytes_now"]
     assert small["warm_bytes_before"] == 8 * small["table_bytes"]
     same, other = small["same"], small["other"]
-    assert same == {"resume_before": 64, "resume_now": 8, "warm_before": 64, "warm_now": 16}
+    assert same == {
+        "resume_before": 64,
+        "resume_now": 8,
+        "warm_before": 64,
+        "warm_now": 16,
+    }
     assert other["resume_before"] == 56 and other["resume_now"] == 14
 
 
 def test_a_table_without_rows_takes_next_to_nothing(record):
     measured = record["measured"]
-    assert measured["made"] < measured["bytes"] / 2 < measured["filled"] < measured["copied"]
+    assert (
+        measured["made"]
+        < measured["bytes"] / 2
+        < measured["filled"]
+        < measured["copied"]
+    )
     assert "20,000" in host_memory.table(record)

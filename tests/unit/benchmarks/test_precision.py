@@ -6,7 +6,13 @@ from benchmarks import precision
 
 
 def run(kind, seed, losses, test):
-    return {"precision": kind, "seed": seed, "steps": [25 * (i + 1) for i in range(8)], "losses": losses, "test": test}
+    return {
+        "precision": kind,
+        "seed": seed,
+        "steps": [25 * (i + 1) for i in range(8)],
+        "losses": losses,
+        "test": test,
+    }
 
 
 RUNS = [
@@ -24,7 +30,11 @@ def test_the_distance_is_of_the_last_quarter():
 
 def test_the_table_has_both_precisions_and_the_noise():
     text = precision.table({"results": RUNS})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
     assert rows[1] == ["fp32", "2.6500", "2.5000, 2.8000", "0.3100", "0.3000, 0.3200"]
     assert rows[2][0] == "bf16" and rows[2][3] == "0.3100"
     assert "two seeds of fp32: 0.3000; bf16 and fp32, same seed: 0.0500." in text

@@ -23,7 +23,10 @@ def log(tmp_path):
     table = pa.table(
         {
             "user_id": np.repeat(np.arange(USERS), EACH),
-            "item_id": [f"{'ab'[i % 2]}{n}" for i, n in enumerate(random.integers(0, ITEMS, rows))],
+            "item_id": [
+                f"{'ab'[i % 2]}{n}"
+                for i, n in enumerate(random.integers(0, ITEMS, rows))
+            ],
             "domain": ["ab"[i % 2] for i in range(rows)],
             "timestamp": random.integers(1, 200, rows),
         }
@@ -33,22 +36,35 @@ def log(tmp_path):
 
 
 def settings_of(log, *given):
-    return suite.settings("retraining", retraining.Settings, [f"log={log}", "--short", *given])[0]
+    return suite.settings(
+        "retraining", retraining.Settings, [f"log={log}", "--short", *given]
+    )[0]
 
 
-def test_every_row_is_of_one_part_and_no_part_is_older_than_the_one_before(log, tmp_path):
+def test_every_row_is_of_one_part_and_no_part_is_older_than_the_one_before(
+    log, tmp_path
+):
     files, facts = retraining.cut(settings_of(log, "days=3", "share=0.1"), tmp_path)
     parts = [pq.read_table(file) for file in files]
-    assert [len(part) for part in parts] == [fact["interactions"] for fact in facts] and len(parts) == 4
-    whole = pa.concat_tables(parts).sort_by([(name, "ascending") for name in parts[0].column_names])
-    assert whole.equals(pq.read_table(log).sort_by([(name, "ascending") for name in parts[0].column_names]))
+    assert [len(part) for part in parts] == [
+        fact["interactions"] for fact in facts
+    ] and len(parts) == 4
+    whole = pa.concat_tables(parts).sort_by(
+        [(name, "ascending") for name in parts[0].column_names]
+    )
+    assert whole.equals(
+        pq.read_table(log).sort_by(
+            [(name, "ascending") for name in parts[0].column_names]
+        )
+    )
     times = [part["timestamp"].to_numpy() for part in parts]
     assert all(before.max() < after.min() for before, after in pairwise(times))
     assert all(40 < len(time) < 110 for time in times[1:])
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [(["days=0"], "days is 0"), (["days=10", "share=0.1"], "have to leave something")]
+    ("given", "message"),
+    [(["days=0"], "days is 0"), (["days=10", "share=0.1"], "have to leave something")],
 )
 def test_bad_settings_are_refused(log, given, message, capsys):
     with pytest.raises(SystemExit):
@@ -64,9 +80,14 @@ def test_no_log_is_refused(capsys):
 
 def test_what_is_done_is_not_done_again_and_what_fails_ends_it(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import pathlib, sys\nprint(1)\nfile = pathlib.Path(sys.argv[1])\nfile.mkdir()\n")
+    script.write_text(
+        "import pathlib, sys\nprint(1)\nfile = pathlib.Path(sys.argv[1])\nfile.mkdir()\n"
+    )
     seconds = retraining.once(tmp_path, "a", [script, tmp_path / "there"])
-    assert seconds > 0 and retraining.once(tmp_path, "a", [script, tmp_path / "there"]) == seconds
+    assert (
+        seconds > 0
+        and retraining.once(tmp_path, "a", [script, tmp_path / "there"]) == seconds
+    )
     with pytest.raises(SystemExit, match="ended with status 1"):
         retraining.once(tmp_path, "b", [script, tmp_path / "there"])
     assert not (tmp_path / "b.seconds").exists()
@@ -74,11 +95,22 @@ def test_what_is_done_is_not_done_again_and_what_fails_ends_it(tmp_path):
 
 @pytest.mark.slow  # nine processes that import torch
 @pytest.mark.timeout(600)
-def test_a_day_is_trained_both_ways_and_ranked_on_the_same_items(log, tmp_path, monkeypatch):
+def test_a_day_is_trained_both_ways_and_ranked_on_the_same_items(
+    log, tmp_path, monkeypatch
+):
     result = tmp_path / "result.json"
     tiny = "settings=[stream.workers=0,epochs=1,global_batch_size=16,model.dim=8,model.ffn_dim=8,model.max_length=8]"
-    given = [f"log={log}", f"folder={tmp_path}", "days=1", "share=0.1", tiny, "warm_settings=[warm_kept=0.5]"]
-    monkeypatch.setattr(sys, "argv", ["retraining.py", "--json", str(result), "--short", *given])
+    given = [
+        f"log={log}",
+        f"folder={tmp_path}",
+        "days=1",
+        "share=0.1",
+        tiny,
+        "warm_settings=[warm_kept=0.5]",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["retraining.py", "--json", str(result), "--short", *given]
+    )
     retraining.main()
     record = json.loads(result.read_text())
     (day,) = record["results"]
@@ -86,6 +118,8 @@ def test_a_day_is_trained_both_ways_and_ranked_on_the_same_items(log, tmp_path, 
     for kind in ("warm", "scratch"):
         assert day[kind]["epochs"] == 1 and day[kind]["seconds"] > 0
         figures = dict(day[kind]["mean"])
-        assert figures.pop("mean") == pytest.approx(np.mean(list(figures.values()))) and set(figures) == {"a", "b"}
+        assert figures.pop("mean") == pytest.approx(
+            np.mean(list(figures.values()))
+        ) and set(figures) == {"a", "b"}
     assert f"{day['warm']['mean']['mean']:.4f}" in retraining.table(record)
     ElementTree.parse(result.with_suffix(".svg"))

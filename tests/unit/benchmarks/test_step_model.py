@@ -8,7 +8,13 @@ import pytest
 from benchmarks import step_model, traffic
 from benchmarks.step_model import Cluster, Load, Point
 
-KNOWN = {"fixed": 0.02, "per_token": 2e-4, "per_message": 3e-4, "per_byte": 1e-9, "exposed": 0.8}
+KNOWN = {
+    "fixed": 0.02,
+    "per_token": 2e-4,
+    "per_message": 3e-4,
+    "per_byte": 1e-9,
+    "exposed": 0.8,
+}
 CLUSTER = Cluster(
     gpus=[8, 16],
     per_host=8,
@@ -21,14 +27,20 @@ CLUSTER = Cluster(
     fp32_flops=1e13,
     imbalance=1.0,
 )
-LOAD = Load(tokens=1000, users=10, rows=900, domains=2, dim=32, weights=10_000, zero_stage=0)
+LOAD = Load(
+    tokens=1000, users=10, rows=900, domains=2, dim=32, weights=10_000, zero_stage=0
+)
 
 
 def measured(parameters=KNOWN):
     """Points that are exactly as the parameters say."""
     points = []
     for tokens in (500, 1000, 2000):
-        for messages, sent, bandwidth in ((0, 0, math.inf), (10, 4e6 + 1e3 * tokens, math.inf), (10, 4e6 + 1e3 * tokens, 1e8)):
+        for messages, sent, bandwidth in (
+            (0, 0, math.inf),
+            (10, 4e6 + 1e3 * tokens, math.inf),
+            (10, 4e6 + 1e3 * tokens, 1e8),
+        ):
             point = Point(tokens, messages, sent, bandwidth, seconds=math.nan)
             points.append(replace(point, seconds=step_model.predict(parameters, point)))
     return points
@@ -36,7 +48,9 @@ def measured(parameters=KNOWN):
 
 def test_the_fit_finds_what_made_the_points():
     assert step_model.fit(measured()) == pytest.approx(KNOWN, rel=1e-6)
-    assert step_model.left_out(measured()) == pytest.approx([point.seconds for point in measured()])
+    assert step_model.left_out(measured()) == pytest.approx(
+        [point.seconds for point in measured()]
+    )
 
 
 def test_no_parameter_is_negative_where_that_would_fit_better():
@@ -47,7 +61,9 @@ def test_no_parameter_is_negative_where_that_would_fit_better():
 def test_a_point_that_does_not_fit_shows_when_it_is_left_out():
     points = measured()
     points[4] = replace(points[4], seconds=2 * points[4].seconds)
-    assert step_model.left_out(points)[4] == pytest.approx(measured()[4].seconds, rel=1e-6)
+    assert step_model.left_out(points)[4] == pytest.approx(
+        measured()[4].seconds, rel=1e-6
+    )
 
 
 def test_one_host_needs_no_network_and_two_share_one_cable_each():
@@ -66,18 +82,26 @@ def test_one_host_needs_no_network_and_two_share_one_cable_each():
 
 
 def test_sc_mim_within_ranks_takes_nothing_of_the_network():
-    step = step_model.cluster_step(replace(LOAD, global_negatives=False), CLUSTER, 16, 80, 1e6)
+    step = step_model.cluster_step(
+        replace(LOAD, global_negatives=False), CLUSTER, 16, 80, 1e6
+    )
     assert step["SC-MIM"] == step["SC-MIM's pairs"] == 0 < step["rows"]
 
 
 def test_zero_stages_send_the_dense_weights_once_more():
     def dense(stage):
-        found = traffic.expected(4, 8, 2, users=3, weights=1000, zero_stage=stage, foreign=50)
+        found = traffic.expected(
+            4, 8, 2, users=3, weights=1000, zero_stage=stage, foreign=50
+        )
         return sum(found.get(part, 0) for part in ("dense gradients", "dense weights"))
 
     assert dense(0) == 2 * 3 / 4 * 4000 and dense(1) == 3 * 3 / 4 * 4000
-    assert traffic.expected(1, 8, 2, users=3, weights=1000, zero_stage=1, foreign=0) == {}
+    assert (
+        traffic.expected(1, 8, 2, users=3, weights=1000, zero_stage=1, foreign=0) == {}
+    )
 
 
 def test_the_least_is_distinct_rows_there_and_back_and_the_dense_reduction():
-    assert traffic.least(2, 8, weights=100, distinct_foreign=10) == 10 * (4 + 2 * 32) + 400
+    assert (
+        traffic.least(2, 8, weights=100, distinct_foreign=10) == 10 * (4 + 2 * 32) + 400
+    )

@@ -8,7 +8,9 @@ from benchmarks import stream, suite, tables, train_step
 
 
 def test_short_is_laid_over_full_and_the_command_line_over_both():
-    settings, options = suite.settings("stream", stream.Settings, ["--short", "samples=7"])
+    settings, options = suite.settings(
+        "stream", stream.Settings, ["--short", "samples=7"]
+    )
     assert (settings.repeats, settings.samples, settings.batch_size) == (2, 7, 1024)
     assert options == suite.Options(True, None, ("samples=7",))
     settings, options = suite.settings("stream", stream.Settings, ["data=x"])
@@ -37,8 +39,15 @@ def test_no_folder_of_this_machine_is_recorded(tmp_path):
     settings, options = suite.settings("stream", stream.Settings, given)
     header = suite.header("stream", settings, options)
     assert str(tmp_path) not in json.dumps(header)
-    assert header["command"] == f"python benchmarks/stream.py data=shop folder={tmp_path.name}"
-    assert header["settings"]["data"] == "shop" and header["form"] == "full" and header["machine"]["cores"] >= 1
+    assert (
+        header["command"]
+        == f"python benchmarks/stream.py data=shop folder={tmp_path.name}"
+    )
+    assert (
+        header["settings"]["data"] == "shop"
+        and header["form"] == "full"
+        and header["machine"]["cores"] >= 1
+    )
 
 
 def test_tables_are_aligned_and_keep_their_order():

@@ -38,7 +38,9 @@ def models(config, rows, domains, dtype=torch.float64, plain=False):
     for parameter in packed.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     if packed.correction is not None:
-        packed.correction.lambda_D = torch.rand(domains, dtype=dtype).softmax(0)  # loading evens out any other
+        packed.correction.lambda_D = torch.rand(domains, dtype=dtype).softmax(
+            0
+        )  # loading evens out any other
     table = torch.randn(rows, config.dim, dtype=dtype)
     padded = PaddedSyNCRec(config, domains, rows, plain).to(dtype)
     copy_weights(packed, table, padded)
@@ -52,19 +54,56 @@ def models(config, rows, domains, dtype=torch.float64, plain=False):
         ({"loss": "bpr"}, 0, None),
         ({"loss": "bpr", "max_length": 20}, 0, None),
         ({"loss": "sampled_softmax"}, 4, 2),
-        ({"loss": "bce", "heads": 2, "norm": "pre", "mutual_information_similarity": "cosine"}, 0, 0),
-        ({"loss": "bpr", "loss_correction": "none", "mutual_information": "off"}, 0, None),
+        (
+            {
+                "loss": "bce",
+                "heads": 2,
+                "norm": "pre",
+                "mutual_information_similarity": "cosine",
+            },
+            0,
+            0,
+        ),
+        (
+            {"loss": "bpr", "loss_correction": "none", "mutual_information": "off"},
+            0,
+            None,
+        ),
     ],
 )
-def test_the_padded_model_has_the_losses_and_gradients_of_ours(reading, shared, absent, plain):
-    given = {"dim": 6, "max_length": 5, "experts": 4, "cross_experts": 3, "ffn_dim": 7, "dropout": 0.0, "eta": 0.7}
+def test_the_padded_model_has_the_losses_and_gradients_of_ours(
+    reading, shared, absent, plain
+):
+    given = {
+        "dim": 6,
+        "max_length": 5,
+        "experts": 4,
+        "cross_experts": 3,
+        "ffn_dim": 7,
+        "dropout": 0.0,
+        "eta": 0.7,
+    }
     config = ModelConfig(**(given | reading))
     drawn = histories.draw(5, DOMAIN_ITEMS, users=9, absent_domain=absent)
     items_N, lengths_B, domain_N, weight_B, negatives = histories.flatten(drawn)
-    kept_N, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domain_N, config.max_length)
-    negatives = histories.draw_shared(5, DOMAIN_ITEMS, shared) if shared else negatives[kept_N]
-    arrays = items_N[kept_N], lengths_B, domain_N, weight_B, negatives, DOMAIN_ITEMS, config.max_length
-    packed, table, padded = models(config, sum(DOMAIN_ITEMS), len(DOMAIN_ITEMS), plain=plain)
+    kept_N, lengths_B, domain_N = trim(
+        np.arange(len(items_N)), lengths_B, domain_N, config.max_length
+    )
+    negatives = (
+        histories.draw_shared(5, DOMAIN_ITEMS, shared) if shared else negatives[kept_N]
+    )
+    arrays = (
+        items_N[kept_N],
+        lengths_B,
+        domain_N,
+        weight_B,
+        negatives,
+        DOMAIN_ITEMS,
+        config.max_length,
+    )
+    packed, table, padded = models(
+        config, sum(DOMAIN_ITEMS), len(DOMAIN_ITEMS), plain=plain
+    )
 
     batch = move(build_batch(*arrays), "cpu")
     loss, report = packed(batch, table[batch.ids])
@@ -74,14 +113,31 @@ def test_the_padded_model_has_the_losses_and_gradients_of_ours(reading, shared, 
 
     close = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(padded_loss, loss, **close)
-    torch.testing.assert_close(single_D, report.single_D.nan_to_num().to(single_D), **close)
-    torch.testing.assert_close(cross_D, report.cross_D.nan_to_num().to(cross_D), **close)
+    torch.testing.assert_close(
+        single_D, report.single_D.nan_to_num().to(single_D), **close
+    )
+    torch.testing.assert_close(
+        cross_D, report.cross_D.nan_to_num().to(cross_D), **close
+    )
     torch.testing.assert_close(lambda_D, report.lambda_D, **close)
     torch.testing.assert_close(padded.items.weight.grad[2:], table.grad, **close)
-    torch.testing.assert_close(padded.items.weight.grad[1:2], packed.embedding.start.grad, **close)
-    last_cross, first_single = padded.experts[config.cross_experts - 1], padded.experts[config.cross_experts]
-    torch.testing.assert_close(last_cross.blocks[0].qkv.weight.grad.T, packed.cross_experts.blocks[0].qkv.grad[-1], **close)
-    torch.testing.assert_close(first_single.blocks[1].outer.weight.grad.T, packed.single_experts.blocks[1].w2.grad[0], **close)
+    torch.testing.assert_close(
+        padded.items.weight.grad[1:2], packed.embedding.start.grad, **close
+    )
+    last_cross, first_single = (
+        padded.experts[config.cross_experts - 1],
+        padded.experts[config.cross_experts],
+    )
+    torch.testing.assert_close(
+        last_cross.blocks[0].qkv.weight.grad.T,
+        packed.cross_experts.blocks[0].qkv.grad[-1],
+        **close,
+    )
+    torch.testing.assert_close(
+        first_single.blocks[1].outer.weight.grad.T,
+        packed.single_experts.blocks[1].w2.grad[0],
+        **close,
+    )
 
 
 def test_the_padded_model_refuses_readings_that_it_does_not_have():
@@ -101,26 +157,42 @@ class Everything:
         pass
 
 
-@pytest.mark.parametrize("negatives", [NegativesConfig(per_target=2), NegativesConfig(shared=300)])
+@pytest.mark.parametrize(
+    "negatives", [NegativesConfig(per_target=2), NegativesConfig(shared=300)]
+)
 def test_the_formula_counts_what_is_computed(negatives):
     loss = "sampled_softmax" if negatives.shared else "bpr"
     sizes = dict(dim=32, max_length=32, experts=5, cross_experts=3, ffn_dim=48)
-    config = ModelConfig(**sizes, dropout=0.0, loss=loss, kernel="plain")  # the counter does not see into the fused one
+    config = ModelConfig(
+        **sizes, dropout=0.0, loss=loss, kernel="plain"
+    )  # the counter does not see into the fused one
     dataset = dataset_of(1000, 3, users=8, steps=1)
-    arrays = *draw(dataset, 0, 8, 4, 32, negatives), [domain.items for domain in dataset.domains], config.max_length
+    arrays = (
+        *draw(dataset, 0, 8, 4, 32, negatives),
+        [domain.items for domain in dataset.domains],
+        config.max_length,
+    )
     packed, table, padded = models(config, 1000, 3, torch.float32)
     table = table.detach()
     batch, padded_batch = move(build_batch(*arrays), "cpu"), pad_batch(*arrays)
     # The kernel of the attention is unknown to the counter on CPU; the plain one computes whole squares.
     for work, run in (
-        (flops.packed_work(config, batch, square=True), lambda: packed(batch, table[batch.ids].requires_grad_())[0]),
-        (flops.padded_work(config, padded_batch, square=True), lambda: padded(padded_batch)[0]),
+        (
+            flops.packed_work(config, batch, square=True),
+            lambda: packed(batch, table[batch.ids].requires_grad_())[0],
+        ),
+        (
+            flops.padded_work(config, padded_batch, square=True),
+            lambda: padded(padded_batch)[0],
+        ),
     ):
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = Everything()
         with counter, sdpa_kernel(SDPBackend.MATH):
             run().backward()
-        assert flops.step_operations(config, work) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert flops.step_operations(config, work) == pytest.approx(
+            counter.get_total_flops(), rel=0.02
+        )
 
 
 def test_needed_attention_is_less_than_half_of_what_padded_squares_hold():
@@ -129,14 +201,18 @@ def test_needed_attention_is_less_than_half_of_what_padded_squares_hold():
     arrays = draw(dataset, 0, 8, 4, 32, NegativesConfig())
     batch = build_batch(*arrays, [domain.items for domain in dataset.domains], 32)
     cross, _ = flops.packed_work(config, batch)
-    assert cross.pairs == sum(length * (length + 1) // 2 for length in arrays[1].tolist())
+    assert cross.pairs == sum(
+        length * (length + 1) // 2 for length in arrays[1].tolist()
+    )
     assert cross.tokens == len(arrays[0])
 
 
 def test_every_step_draws_as_many_interactions_and_other_items():
     dataset = dataset_of(100_000, 5, users=32, steps=2)
     assert dataset.num_embeddings == 100_000
-    first, second = (draw(dataset, step, 32, 16, 128, NegativesConfig()) for step in range(2))
+    first, second = (
+        draw(dataset, step, 32, 16, 128, NegativesConfig()) for step in range(2)
+    )
     for items_N, lengths_B, domain_N, _, negatives_N1 in (first, second):
         assert (lengths_B.min(), lengths_B.max(), lengths_B.sum()) == (16, 128, 2304)
         assert (dataset.domain_of(items_N) == domain_N).all()
@@ -146,7 +222,9 @@ def test_every_step_draws_as_many_interactions_and_other_items():
     assert (first[0] != second[0]).mean() > 0.99
 
 
-@pytest.mark.parametrize(("items", "fits"), [(10**5, True), (10**6, True), (10**7, False)])
+@pytest.mark.parametrize(
+    ("items", "fits"), [(10**5, True), (10**6, True), (10**7, False)]
+)
 def test_ten_million_items_do_not_fit_with_dense_adam(items, fits):
     reason = train_step.too_large(items, 128, 24 * 2**30)
     assert (reason is None) == fits
@@ -155,8 +233,21 @@ def test_ten_million_items_do_not_fit_with_dense_adam(items, fits):
 
 
 SMALL = [
-    *("items=[500]", "precision=[fp32]", "steps=3", "warmup=1", "users=4", "window=0.001"),
-    *("model.dim=16", "model.max_length=16", "model.experts=3", "model.cross_experts=2", "model.ffn_dim=16"),
+    *(
+        "items=[500]",
+        "precision=[fp32]",
+        "steps=3",
+        "warmup=1",
+        "users=4",
+        "window=0.001",
+    ),
+    *(
+        "model.dim=16",
+        "model.max_length=16",
+        "model.experts=3",
+        "model.cross_experts=2",
+        "model.ffn_dim=16",
+    ),
 ]
 
 
@@ -170,13 +261,30 @@ def run_main(monkeypatch, *arguments):
 def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     file = tmp_path / "result.json"
     monkeypatch.setattr(suite, "in_own_process", in_this_process)
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 10**6)  # enough for 500 items, and not for 10,000
-    assert not run_main(monkeypatch, "--json", file, *SMALL, "items=[500,10000]", "systems=[ours,padded]")
+    monkeypatch.setattr(
+        machine, "memory_bytes", lambda: 10**6
+    )  # enough for 500 items, and not for 10,000
+    assert not run_main(
+        monkeypatch,
+        "--json",
+        file,
+        *SMALL,
+        "items=[500,10000]",
+        "systems=[ours,padded]",
+    )
     record = json.loads(file.read_text())
-    assert [(of["system"], of["items"]) for of in record["results"]] == [("ours", 500), ("ours", 10**4), ("padded", 500)]
+    assert [(of["system"], of["items"]) for of in record["results"]] == [
+        ("ours", 500),
+        ("ours", 10**4),
+        ("padded", 500),
+    ]
     limit = record["limits"]["fp32"]
-    assert limit["seconds_per_step"] == pytest.approx(sum(limit["counts"][of] * limit["seconds"][of] for of in limit["counts"]))
-    assert limit["rate"] == pytest.approx(limit["operations"] / limit["seconds_per_step"])
+    assert limit["seconds_per_step"] == pytest.approx(
+        sum(limit["counts"][of] * limit["seconds"][of] for of in limit["counts"])
+    )
+    assert limit["rate"] == pytest.approx(
+        limit["operations"] / limit["seconds_per_step"]
+    )
     for result in record["results"]:
         seconds = result["step_seconds"]
         assert len(seconds["all"]) == 3 and len(result["warmup_seconds"]) == 1
@@ -187,10 +295,15 @@ def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
         assert result["matmul_share"] == pytest.approx(share) and share > 0
         assert len(set(result["losses"])) == 4
     assert record["machine"]["versions"]["torch"] == torch.__version__
-    assert [(of["system"], of["items"]) for of in record["not_run"]] == [("padded", 10**4)]
+    assert [(of["system"], of["items"]) for of in record["not_run"]] == [
+        ("padded", 10**4)
+    ]
     ours, padded = record["results"][0], record["results"][2]
     shown = capfd.readouterr().out
-    assert f" {ours['tokens_per_second'] / padded['tokens_per_second']:.2f} |" in shown and "the machine has 0.0 GB" in shown
+    assert (
+        f" {ours['tokens_per_second'] / padded['tokens_per_second']:.2f} |" in shown
+        and "the machine has 0.0 GB" in shown
+    )
 
 
 class OnDevice(torch.Tensor):
@@ -200,7 +313,13 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if not cls.allowed and getattr(function, "__name__", "") in ("item", "tolist", "__float__", "stack", "cpu"):
+        if not cls.allowed and getattr(function, "__name__", "") in (
+            "item",
+            "tolist",
+            "__float__",
+            "stack",
+            "cpu",
+        ):
             raise AssertionError(f"{function.__name__} waits for the device")
         return super().__torch_function__(function, types, args, kwargs or {})
 
@@ -251,22 +370,42 @@ def test_ours_makes_the_next_batch_ready_beside_each_step(monkeypatch):
     ]
 
 
-def test_a_killed_process_is_reported_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
+def test_a_killed_process_is_reported_and_the_others_are_kept(
+    monkeypatch, tmp_path, capsys
+):
     def killed(*_):
-        raise ProcessExitedException("process 0 terminated with signal SIGKILL", 0, 1, 9, "SIGKILL")
+        raise ProcessExitedException(
+            "process 0 terminated with signal SIGKILL", 0, 1, 9, "SIGKILL"
+        )
 
     monkeypatch.setattr(suite, "in_own_process", killed)
-    assert run_main(monkeypatch, *SMALL, "systems=[ours]", "--json", tmp_path / "result.json") == 1
+    assert (
+        run_main(
+            monkeypatch, *SMALL, "systems=[ours]", "--json", tmp_path / "result.json"
+        )
+        == 1
+    )
     assert "SIGKILL" in capsys.readouterr().out
-    assert json.loads((tmp_path / "result.json").read_text())["not_run"][0]["system"] == "ours"
+    assert (
+        json.loads((tmp_path / "result.json").read_text())["not_run"][0]["system"]
+        == "ours"
+    )
 
 
 def test_precisions_are_measured_where_the_processor_has_them(monkeypatch):
-    settings, _ = suite.settings("train_step", train_step.Settings, [*SMALL, "precision=[fp32,bf16]", "systems=[ours,padded]"])
+    settings, _ = suite.settings(
+        "train_step",
+        train_step.Settings,
+        [*SMALL, "precision=[fp32,bf16]", "systems=[ours,padded]"],
+    )
     for has in (True, False):
         monkeypatch.setattr(machine, "has_bf16", lambda device, has=has: has)
         cases, not_run = train_step.plan(settings)
-        assert [(of.system, of.precision) for of in cases] == [("ours", "fp32"), *[("ours", "bf16")] * has, ("padded", "fp32")]
+        assert [(of.system, of.precision) for of in cases] == [
+            ("ours", "fp32"),
+            *[("ours", "bf16")] * has,
+            ("padded", "fp32"),
+        ]
         assert [of["precision"] for of in not_run] == ["bf16"] * (not has)
 
 

@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
     for ranks in SAVED:
         with_ranks(ranks, "save", folder)
     for ranks in CARRIED:
-        with_ranks(ranks, "carry", folder, *(folder / f"saved-{saved}" for saved in SAVED))
+        with_ranks(
+            ranks, "carry", folder, *(folder / f"saved-{saved}" for saved in SAVED)
+        )
     return folder
 
 
@@ -58,12 +60,20 @@ def test_new_rows_begin_among_those_of_their_group(folder, saved, carried):
     for number, (first, last) in enumerate(GROUPS):
         rows = np.arange(first, last)
         new = rows[source_N[rows] < 0]
-        others = after["weight"][rows[source_N[rows] >= 0]].astype(np.float64) if number < 2 else whole
-        expected = others.mean(0) + after["start"][new] / CONFIG.init_std * others.std(0)
+        others = (
+            after["weight"][rows[source_N[rows] >= 0]].astype(np.float64)
+            if number < 2
+            else whole
+        )
+        expected = others.mean(0) + after["start"][new] / CONFIG.init_std * others.std(
+            0
+        )
         assert len(new) == (FRESH if number < 2 else last - first)
         np.testing.assert_allclose(after["weight"][new], expected, atol=1e-6)
         assert np.abs(expected - after["start"][new]).max() > 0.01
-    np.testing.assert_array_equal(after["weight"][group_N < 0], after["start"][group_N < 0])
+    np.testing.assert_array_equal(
+        after["weight"][group_N < 0], after["start"][group_N < 0]
+    )
 
 
 @pytest.mark.parametrize("saved", SAVED)
@@ -89,7 +99,9 @@ def test_a_rank_that_cannot_read_ends_all(folder, tmp_path):
     shutil.copytree(folder / "saved-3", tmp_path / "saved-3")
     file = tmp_path / "saved-3" / "table-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    done = start_on_cpu_ranks(2, "tests.helpers.carry_worker", "carry", tmp_path, tmp_path / "saved-3")
+    done = start_on_cpu_ranks(
+        2, "tests.helpers.carry_worker", "carry", tmp_path, tmp_path / "saved-3"
+    )
     assert done.returncode != 0 and "SafetensorError" in done.stderr
     assert "another rank cannot read its rows" in done.stderr
 
@@ -97,7 +109,10 @@ def test_a_rank_that_cannot_read_ends_all(folder, tmp_path):
 def test_a_block_of_any_size_gives_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("embeddings.warm_start._BLOCK", 700)
     with_ranks(1, "carry", tmp_path, folder / "saved-3")
-    found, expected = np.load(tmp_path / "saved-3-carried-1.npz"), np.load(folder / "saved-3-carried-1.npz")
+    found, expected = (
+        np.load(tmp_path / "saved-3-carried-1.npz"),
+        np.load(folder / "saved-3-carried-1.npz"),
+    )
     np.testing.assert_allclose(found["weight"], expected["weight"], atol=1e-7)
     np.testing.assert_array_equal(found["momentum1"], expected["momentum1"])
 
@@ -105,7 +120,10 @@ def test_a_block_of_any_size_gives_the_same(folder, tmp_path, monkeypatch):
 def test_what_is_kept_of_vectors_and_state(folder, tmp_path):
     with group_of_one():
         carry_worker.carry(tmp_path, folder / "saved-3", kept=0.25)
-    found, whole = np.load(tmp_path / "saved-3-carried-1.npz"), np.load(folder / "saved-3-carried-1.npz")
+    found, whole = (
+        np.load(tmp_path / "saved-3-carried-1.npz"),
+        np.load(folder / "saved-3-carried-1.npz"),
+    )
     np.testing.assert_array_equal(found["weight"], whole["weight"] / 4)
     np.testing.assert_array_equal(found["momentum1"], whole["momentum1"] / 16)
 
@@ -113,7 +131,12 @@ def test_what_is_kept_of_vectors_and_state(folder, tmp_path):
 @pytest.mark.parametrize(
     ("saved", "dim", "optimizer", "message"),
     [
-        ("rowwise_adagrad", 2 * DIM, "rowwise_adagrad", "weight is .*, this table has rows of"),
+        (
+            "rowwise_adagrad",
+            2 * DIM,
+            "rowwise_adagrad",
+            "weight is .*, this table has rows of",
+        ),
         ("rowwise_adagrad", DIM, "adagrad", "momentum1 is .*, this table has rows of"),
         ("sgd", DIM, "adagrad", "lacks the optimizer's momentum1"),
         (None, DIM, "rowwise_adagrad", "hold 0 of the .* rows that rank 0 asks for"),
@@ -122,7 +145,9 @@ def test_what_is_kept_of_vectors_and_state(folder, tmp_path):
 def test_another_table_is_not_carried(tmp_path, saved, dim, optimizer, message):
     with group_of_one():
         if saved:
-            ShardCopy(ItemTable(OLD, DIM, TableConfig(optimizer=saved), 1, "cpu")).write(tmp_path)
+            ShardCopy(
+                ItemTable(OLD, DIM, TableConfig(optimizer=saved), 1, "cpu")
+            ).write(tmp_path)
         table = ItemTable(NEW, dim, TableConfig(optimizer=optimizer), 2, "cpu")
         with pytest.raises(ValueError, match=message):
             carry_rows(table, tmp_path, *mapping(), CONFIG.init_std)

@@ -26,7 +26,10 @@ class Machine:
         if path == "torch/version.py":
             return f"__version__ = '2.0'\ncuda: Optional[str] = {self.cuda!r}\nhip: Optional[str] = None\n"
         assert path == "fbgemm_gpu/docs/target.default.json.py"
-        return self.fbgemm and f'\n{{"version": "1", "target": "default", "variant": "{self.fbgemm}"}}\n'
+        return (
+            self.fbgemm
+            and f'\n{{"version": "1", "target": "default", "variant": "{self.fbgemm}"}}\n'
+        )
 
 
 @pytest.fixture
@@ -57,12 +60,16 @@ def refusal(capsys):
 @pytest.mark.parametrize("fbgemm", ["fbgemm-gpu", "fbgemm-gpu-cpu"])
 @pytest.mark.parametrize("minor", stack.MATCHING)
 def test_every_known_triple_fits(packages, minor, fbgemm):
-    packages.update(zip(("torch", "torchrec", fbgemm), stack.MATCHING[minor], strict=True))
+    packages.update(
+        zip(("torch", "torchrec", fbgemm), stack.MATCHING[minor], strict=True)
+    )
     stack.check_stack()
 
 
 def test_patch_releases_fit_and_newer_torch_is_left_to_its_imports(packages):
-    torch, torchrec, fbgemm = (re.sub(r"\d+$", "9", version) for version in stack.MATCHING[stack.PINNED])
+    torch, torchrec, fbgemm = (
+        re.sub(r"\d+$", "9", version) for version in stack.MATCHING[stack.PINNED]
+    )
     packages.update({"torch": torch, "torchrec": torchrec, "fbgemm-gpu": fbgemm})
     stack.check_stack()
     packages.update({"torch": "9.0.0", "torchrec": "8.0.0", "fbgemm-gpu": "7.0.0"})
@@ -71,7 +78,13 @@ def test_patch_releases_fit_and_newer_torch_is_left_to_its_imports(packages):
 
 @pytest.mark.parametrize("missing", ["torch", "torchrec", "fbgemm-gpu"])
 def test_a_missing_package_is_named(packages, capsys, missing):
-    packages.update(zip(("torch", "torchrec", "fbgemm-gpu"), stack.MATCHING[stack.PINNED], strict=True))
+    packages.update(
+        zip(
+            ("torch", "torchrec", "fbgemm-gpu"),
+            stack.MATCHING[stack.PINNED],
+            strict=True,
+        )
+    )
     del packages[missing]
     message = refusal(capsys)
     assert "is missing" in message and re.search(rf"{missing}(\(-cpu\))? None", message)
@@ -83,13 +96,24 @@ def test_a_triple_that_does_not_fit_says_what_is_needed(packages, capsys, packag
     packages.update({"torch": torch, "torchrec": torchrec, "fbgemm-gpu-cpu": fbgemm})
     packages[package] = "1.7.3"
     message = refusal(capsys)
-    assert "do not fit together" in message and f"{package.removesuffix('-cpu')}" in message and "1.7.3" in message
+    assert (
+        "do not fit together" in message
+        and f"{package.removesuffix('-cpu')}" in message
+        and "1.7.3" in message
+    )
     assert f"torch {torch} needs torchrec {torchrec} and fbgemm {fbgemm}" in message
 
 
 def test_both_builds_of_fbgemm_are_refused(packages, capsys):
     torch, torchrec, fbgemm = stack.MATCHING[stack.PINNED]
-    packages.update({"torch": torch, "torchrec": torchrec, "fbgemm-gpu": fbgemm, "fbgemm-gpu-cpu": fbgemm})
+    packages.update(
+        {
+            "torch": torch,
+            "torchrec": torchrec,
+            "fbgemm-gpu": fbgemm,
+            "fbgemm-gpu-cpu": fbgemm,
+        }
+    )
     assert "fbgemm-gpu and fbgemm-gpu-cpu are both installed" in refusal(capsys)
 
 
@@ -100,19 +124,41 @@ DEVICES = {
     "CUDA on a login node": ("13.0", "cuda", False, None),
     "PyPI's torch on a CPU machine": ("13.0", "cpu", False, None),
     "torch for CPU on a CUDA machine": (None, "cpu", True, None),
-    "made on a login node": ("13.0", "cpu", True, "has a CUDA device and torch is built for CUDA 13.0, but FBGEMM for CPU"),
-    "FBGEMM as TorchRec asks for it": (None, "cuda", False, "FBGEMM is built for CUDA and torch for CPU alone"),
-    "the same on a CUDA machine": (None, "cuda", True, "FBGEMM is built for CUDA and torch for CPU alone"),
+    "made on a login node": (
+        "13.0",
+        "cpu",
+        True,
+        "has a CUDA device and torch is built for CUDA 13.0, but FBGEMM for CPU",
+    ),
+    "FBGEMM as TorchRec asks for it": (
+        None,
+        "cuda",
+        False,
+        "FBGEMM is built for CUDA and torch for CPU alone",
+    ),
+    "the same on a CUDA machine": (
+        None,
+        "cuda",
+        True,
+        "FBGEMM is built for CUDA and torch for CPU alone",
+    ),
     "an FBGEMM that does not say": ("13.0", None, True, None),
 }
-WAYS_OUT = {"made on a login node": "install --cuda`", "FBGEMM as TorchRec asks for it": "install --cpu`"}
+WAYS_OUT = {
+    "made on a login node": "install --cuda`",
+    "FBGEMM as TorchRec asks for it": "install --cpu`",
+}
 
 
 @pytest.mark.parametrize("case", DEVICES)
 @pytest.mark.parametrize("package", ["fbgemm-gpu", "fbgemm-gpu-cpu"])
-def test_torch_and_fbgemm_are_for_the_device_that_is_there(machine, capsys, case, package):
+def test_torch_and_fbgemm_are_for_the_device_that_is_there(
+    machine, capsys, case, package
+):
     """FBGEMM's own word counts: an index of CPU builds calls them fbgemm-gpu too."""
-    machine.packages.update(zip(("torch", "torchrec", package), stack.MATCHING[stack.PINNED], strict=True))
+    machine.packages.update(
+        zip(("torch", "torchrec", package), stack.MATCHING[stack.PINNED], strict=True)
+    )
     machine.cuda, machine.fbgemm, machine.device, refused = DEVICES[case]
     if refused is None:
         stack.check_stack()
@@ -131,11 +177,17 @@ def test_torch_and_fbgemm_are_for_the_device_that_is_there(machine, capsys, case
         (["nvidia0"], "", False),
         (["nvidia0"], "-1", False),
         (["nvidia0"], "NoDevFiles", False),  # as Slurm has it
-        (["nvidiactl", "nvidia-uvm", "sda"], None, False),  # a driver, and no device of ours
+        (
+            ["nvidiactl", "nvidia-uvm", "sda"],
+            None,
+            False,
+        ),  # a driver, and no device of ours
         ([], "0", False),
     ],
 )
-def test_a_device_is_seen_by_its_file_unless_it_is_hidden(tmp_path, monkeypatch, files, visible, expected):
+def test_a_device_is_seen_by_its_file_unless_it_is_hidden(
+    tmp_path, monkeypatch, files, visible, expected
+):
     for name in files:
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -151,13 +203,21 @@ def test_a_device_is_seen_by_its_file_unless_it_is_hidden(tmp_path, monkeypatch,
 
 def test_checking_imports_no_torch_and_starts_nothing(machine, monkeypatch):
     """It is the first line of every script."""
-    machine.packages.update(zip(("torch", "torchrec", "fbgemm-gpu"), stack.MATCHING[stack.PINNED], strict=True))
+    machine.packages.update(
+        zip(
+            ("torch", "torchrec", "fbgemm-gpu"),
+            stack.MATCHING[stack.PINNED],
+            strict=True,
+        )
+    )
     machine.cuda, machine.fbgemm = "13.0", "cuda"
     monkeypatch.setattr(stack.subprocess, "run", pytest.fail)
     stack.check_stack()
     program = "import sys; from launch import stack; stack.check_stack(); sys.exit('torch' in sys.modules)"
     monkeypatch.undo()
-    assert stack.subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    assert (
+        stack.subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    )
 
 
 def test_what_is_installed_here_fits():
@@ -177,20 +237,34 @@ def installs(monkeypatch, machine):
 
     def pip(*arguments):
         commands.append(arguments)
-        torch = [word.removeprefix("torch==") for word in arguments if word.startswith("torch==")]
+        torch = [
+            word.removeprefix("torch==")
+            for word in arguments
+            if word.startswith("torch==")
+        ]
         if torch:
-            build = arguments[-1].rpartition("/")[2] if "--index-url" in arguments else ""
+            build = (
+                arguments[-1].rpartition("/")[2] if "--index-url" in arguments else ""
+            )
             machine.packages["torch"] = f"{torch[0]}+{build}" if build else torch[0]
             machine.cuda = None if build == "cpu" else "13.0"
 
     monkeypatch.setattr(stack, "_pip", pip)
-    monkeypatch.setattr(stack.subprocess, "run", lambda command, check, **_: commands.append(tuple(command[1:])))
+    monkeypatch.setattr(
+        stack.subprocess,
+        "run",
+        lambda command, check, **_: commands.append(tuple(command[1:])),
+    )
     monkeypatch.delenv("TORCH_INDEX_URL", raising=False)
     return commands
 
 
 def fbgemm_in(commands):
-    (command,) = [command for command in commands if command[0] == "install" and command[1].startswith("fbgemm")]
+    (command,) = [
+        command
+        for command in commands
+        if command[0] == "install" and command[1].startswith("fbgemm")
+    ]
     return command
 
 
@@ -203,7 +277,14 @@ BUILDS = {
     "a login node and an index": (None, None, "cu130", False, None, True),
     "an index of CPU builds": (None, None, "cpu", False, None, False),
     "an index of CPU builds on a CUDA machine": (None, None, "cpu", True, None, False),
-    "a chosen CUDA torch on a login node": ("2.11.0+cu130", "13.0", None, False, None, True),
+    "a chosen CUDA torch on a login node": (
+        "2.11.0+cu130",
+        "13.0",
+        None,
+        False,
+        None,
+        True,
+    ),
     "a torch for CPU on a CUDA machine": ("2.13.0+cpu", None, None, True, None, False),
     "a torch of one's own for CPU": ("2.13.0", None, None, True, None, False),
     "PyPI's torch on a CPU machine": ("2.12.1", "13.0", None, False, None, False),
@@ -223,14 +304,25 @@ def test_fbgemm_is_built_for_what_torch_is(installs, machine, monkeypatch, case)
     stack.main(["install", *([f"--{asked}"] if asked else [])])
     package, *source = fbgemm_in(installs)[1:]
     minor = ".".join((version or stack.PINNED).split(".")[:2])
-    assert package == f"{'fbgemm-gpu' if expected else 'fbgemm-gpu-cpu'}=={stack.MATCHING[minor][2]}"
+    assert (
+        package
+        == f"{'fbgemm-gpu' if expected else 'fbgemm-gpu-cpu'}=={stack.MATCHING[minor][2]}"
+    )
     assert source == (["--index-url", INDEX + index] if expected and index else [])
-    assert any("syncrec_kernels.build" in word for command in installs for word in command) == (not expected)
+    assert any(
+        "syncrec_kernels.build" in word for command in installs for word in command
+    ) == (not expected)
 
 
-def test_a_cpu_machine_is_told_of_the_hosts_that_may_share_its_environment(installs, machine, capsys):
+def test_a_cpu_machine_is_told_of_the_hosts_that_may_share_its_environment(
+    installs, machine, capsys
+):
     stack.install()
-    assert "no NVIDIA driver answers here: FBGEMM comes for CPU" in (said := capsys.readouterr().out) and "--cuda" in said
+    assert (
+        "no NVIDIA driver answers here: FBGEMM comes for CPU"
+        in (said := capsys.readouterr().out)
+        and "--cuda" in said
+    )
 
 
 def test_a_torch_for_cpu_cannot_have_fbgemm_for_cuda(installs, machine, capsys):
@@ -238,17 +330,24 @@ def test_a_torch_for_cpu_cannot_have_fbgemm_for_cuda(installs, machine, capsys):
     with pytest.raises(SystemExit) as left:
         stack.main(["install", "--cuda"])
     assert left.value.code == 2 and installs == []
-    assert re.fullmatch(r"error: install --cuda: torch 2\.13\.0\+cpu is .*pip uninstall torch.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: install --cuda: torch 2\.13\.0\+cpu is .*pip uninstall torch.*\n",
+        capsys.readouterr().err,
+    )
 
 
-@pytest.mark.parametrize("arguments", ["", "instal", "install --gpu", "check --cuda", "install --cuda --cpu"])
+@pytest.mark.parametrize(
+    "arguments", ["", "instal", "install --gpu", "check --cuda", "install --cuda --cpu"]
+)
 def test_another_command_line_is_told_the_usage(installs, arguments):
     with pytest.raises(SystemExit, match=r"^usage: .*install --cuda"):
         stack.main(arguments.split())
     assert installs == []
 
 
-@pytest.mark.parametrize(("cuda", "fbgemm"), [(True, "fbgemm-gpu"), (False, "fbgemm-gpu-cpu")])
+@pytest.mark.parametrize(
+    ("cuda", "fbgemm"), [(True, "fbgemm-gpu"), (False, "fbgemm-gpu-cpu")]
+)
 def test_a_bare_machine_gets_the_pinned_triple(installs, machine, cuda, fbgemm):
     machine.driver = cuda
     stack.install()
@@ -258,7 +357,11 @@ def test_a_bare_machine_gets_the_pinned_triple(installs, machine, cuda, fbgemm):
     assert packages == [
         ("install", f"torch=={torch}"),
         ("install", f"{fbgemm}=={version}"),
-        ("install", "--no-deps", f"torchrec=={torchrec}"),  # with them it would bring the other build of FBGEMM
+        (
+            "install",
+            "--no-deps",
+            f"torchrec=={torchrec}",
+        ),  # with them it would bring the other build of FBGEMM
     ]
     assert project == ("install", "--editable", f"{ROOT}[test]") and check[1] == "check"
     for (_, program), name in zip(kernels, ("scan", "block"), strict=not cuda):
@@ -269,23 +372,38 @@ def test_a_known_torch_is_kept_and_the_wrong_fbgemm_goes_first(installs, package
     packages.update({"torch": "2.11.5", "fbgemm-gpu": "1.8.0"})
     stack.install()
     _, torchrec, fbgemm = stack.MATCHING["2.11"]
-    assert installs[:2] == [("uninstall", "--yes", "fbgemm-gpu"), ("install", f"fbgemm-gpu-cpu=={fbgemm}")]
+    assert installs[:2] == [
+        ("uninstall", "--yes", "fbgemm-gpu"),
+        ("install", f"fbgemm-gpu-cpu=={fbgemm}"),
+    ]
     assert installs[2] == ("install", "--no-deps", f"torchrec=={torchrec}")
-    assert not any(word.startswith("torch==") for command in installs for word in command)
+    assert not any(
+        word.startswith("torch==") for command in installs for word in command
+    )
 
 
 def test_a_cpu_build_that_is_called_fbgemm_gpu_goes_first_too(installs, machine):
     machine.packages.update({"torch": "2.13.0+cu130", "fbgemm-gpu": "1.8.0+cpu"})
     machine.cuda, machine.fbgemm = "13.0", "cpu"
     stack.install()
-    assert installs[:2] == [("uninstall", "--yes", "fbgemm-gpu"), ("install", f"fbgemm-gpu=={stack.MATCHING['2.13'][2]}")]
+    assert installs[:2] == [
+        ("uninstall", "--yes", "fbgemm-gpu"),
+        ("install", f"fbgemm-gpu=={stack.MATCHING['2.13'][2]}"),
+    ]
 
 
 def test_an_index_of_cpu_builds_is_asked_for_torch_alone(installs, monkeypatch):
     monkeypatch.setenv("TORCH_INDEX_URL", "https://example.org/cpu")
     stack.install()
     with_index = [command for command in installs if "--index-url" in command]
-    assert with_index == [("install", f"torch=={stack.MATCHING[stack.PINNED][0]}", "--index-url", "https://example.org/cpu")]
+    assert with_index == [
+        (
+            "install",
+            f"torch=={stack.MATCHING[stack.PINNED][0]}",
+            "--index-url",
+            "https://example.org/cpu",
+        )
+    ]
 
 
 @pytest.fixture
@@ -300,20 +418,47 @@ def metadata(monkeypatch):
 
 def test_the_package_has_its_name_and_all_folders(metadata):
     assert metadata["name"] == "syncrec-trainer"
-    assert {"trainer", "trainer.data", "syncrec", "embeddings", "syncrec_kernels", "launch"} <= set(metadata["packages"])
-    assert not any(package.startswith(("tests", "benchmarks")) for package in metadata["packages"])
-    data = {path for folder, kinds in metadata["package_data"].items() for kind in kinds for path in (ROOT / folder).glob(kind)}
-    assert {ROOT / "launch/configs/default.yaml", ROOT / "syncrec_kernels/scan.cpp", ROOT / "syncrec_kernels/products.h"} <= data
+    assert {
+        "trainer",
+        "trainer.data",
+        "syncrec",
+        "embeddings",
+        "syncrec_kernels",
+        "launch",
+    } <= set(metadata["packages"])
+    assert not any(
+        package.startswith(("tests", "benchmarks")) for package in metadata["packages"]
+    )
+    data = {
+        path
+        for folder, kinds in metadata["package_data"].items()
+        for kind in kinds
+        for path in (ROOT / folder).glob(kind)
+    }
+    assert {
+        ROOT / "launch/configs/default.yaml",
+        ROOT / "syncrec_kernels/scan.cpp",
+        ROOT / "syncrec_kernels/products.h",
+    } <= data
 
 
 def test_pip_asks_for_what_the_table_says(metadata):
     torch, torchrec, fbgemm = stack.MATCHING[stack.PINNED]
-    assert metadata["extras_require"]["cuda"] == [f"torch=={torch}", f"torchrec=={torchrec}", f"fbgemm-gpu=={fbgemm}"]
+    assert metadata["extras_require"]["cuda"] == [
+        f"torch=={torch}",
+        f"torchrec=={torchrec}",
+        f"fbgemm-gpu=={fbgemm}",
+    ]
     assert f"torch>={min(stack.MATCHING)}" in metadata["install_requires"]
-    assert not any(package.startswith(("torchrec", "fbgemm")) for package in metadata["install_requires"])
+    assert not any(
+        package.startswith(("torchrec", "fbgemm"))
+        for package in metadata["install_requires"]
+    )
 
 
-VERSION = re.compile(r"\b(torch|torchrec|fbgemm[\w-]*)\b[\s\"'`,:(=<>~!]{0,6}v?\d+\.\d+", re.IGNORECASE)
+VERSION = re.compile(
+    r"\b(torch|torchrec|fbgemm[\w-]*)\b[\s\"'`,:(=<>~!]{0,6}v?\d+\.\d+", re.IGNORECASE
+)
 
 
 def stated(text):
@@ -321,20 +466,42 @@ def stated(text):
 
 
 def test_versions_of_the_stack_are_stated_in_one_place():
-    told = {"CHANGELOG.md", "docs", "benchmarks", "tests"}  # what was measured with which versions is no second statement
+    told = {
+        "CHANGELOG.md",
+        "docs",
+        "benchmarks",
+        "tests",
+    }  # what was measured with which versions is no second statement
     found = {}
     for top in ROOT.iterdir():
-        if (top.name.startswith(".") and top.name != ".ci") or top.name in told or top.suffix == ".egg-info":
+        if (
+            (top.name.startswith(".") and top.name != ".ci")
+            or top.name in told
+            or top.suffix == ".egg-info"
+        ):
             continue
         for path in [top] if top.is_file() else top.rglob("*"):
-            if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".cfg", ".txt", ".sh", ""} and path.is_file():
-                found[str(path.relative_to(ROOT))] = stated(path.read_text(encoding="utf-8", errors="replace"))
+            if (
+                path.suffix
+                in {".py", ".md", ".toml", ".yaml", ".yml", ".cfg", ".txt", ".sh", ""}
+                and path.is_file()
+            ):
+                found[str(path.relative_to(ROOT))] = stated(
+                    path.read_text(encoding="utf-8", errors="replace")
+                )
     assert "setup.py" in found and "Makefile" in found and ".ci/run" in found
     assert {path: lines for path, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
-    "line", ["torchrec>=1.6.1", "pip install torch==2.13.0", '"fbgemm-gpu-cpu": "1.8.0"', "needs TorchRec 1.8", "torch v2.11"]
+    "line",
+    [
+        "torchrec>=1.6.1",
+        "pip install torch==2.13.0",
+        '"fbgemm-gpu-cpu": "1.8.0"',
+        "needs TorchRec 1.8",
+        "torch v2.11",
+    ],
 )
 def test_a_stated_version_is_seen(line):
     assert stated(line) and not stated("torchmetrics==1.0.3")

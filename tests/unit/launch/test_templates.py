@@ -26,5 +26,12 @@ def test_a_pod_has_shared_memory_for_loaders(name):
     for pod in specified:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for container in pod["containers"]:
-            (mounted,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
-            assert volumes[mounted]["emptyDir"]["medium"] == "Memory" and volumes[mounted]["emptyDir"]["sizeLimit"]
+            (mounted,) = [
+                mount["name"]
+                for mount in container["volumeMounts"]
+                if mount["mountPath"] == "/dev/shm"
+            ]
+            assert (
+                volumes[mounted]["emptyDir"]["medium"] == "Memory"
+                and volumes[mounted]["emptyDir"]["sizeLimit"]
+            )

@@ -22,7 +22,9 @@ SMALL = [*MODEL, "global_batch_size=8", "stream.shuffle=false"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Forty users in four shards of one stream."""
-    return write_dataset(tmp_path_factory.mktemp("train") / "data", draw_histories(40), cuts=(10, 20, 30)).folder
+    return write_dataset(
+        tmp_path_factory.mktemp("train") / "data", draw_histories(40), cuts=(10, 20, 30)
+    ).folder
 
 
 @pytest.fixture
@@ -35,19 +37,36 @@ def refused(monkeypatch, capsys):
             launch.train.main()
         assert left.value.code == 2
         output = capsys.readouterr()
-        assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+        assert (
+            output.out == ""
+            and output.err.startswith("error: ")
+            and output.err.count("\n") == 1
+        )
         return output.err
 
     with as_a_script():
         yield main
 
 
-def test_the_effective_configuration_can_be_seen_without_a_run(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--show-config", f"run={tmp_path / 'run'}", "model.mutual_information=off"])
+def test_the_effective_configuration_can_be_seen_without_a_run(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--show-config",
+            f"run={tmp_path / 'run'}",
+            "model.mutual_information=off",
+        ],
+    )
     with as_a_script():
         launch.train.main()
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
-    expected = load_config([], [f"run={tmp_path / 'run'}", "model.mutual_information=off"])
+    expected = load_config(
+        [], [f"run={tmp_path / 'run'}", "model.mutual_information=off"]
+    )
     assert load_config([tmp_path / "shown.yaml"], []) == expected
     assert not (tmp_path / "run").exists()
 
@@ -70,26 +89,53 @@ def without_a_shard(folder):
         (["data={data}", "run={run}", "modle.dim=3"], ["'modle'", "model, table"]),
         (["data={data}", "run={run}", "model.dropout=2"], ["model.dropout is 2"]),
         (["data={data}", "run={run}", "steps"], ["steps", "key=value"]),
-        (["--config", "{run}.yaml", "data={data}", "run={run}"], ["run.yaml", "no such"]),
-        (["--deepspeed_config", "{run}.json", "data={data}", "run={run}"], ["run.json", "cannot be read"]),
-        (["data={data}", "run={run}", "deepspeed.fp16.enabled=true"], ["deepspeed.fp16", "bf16"]),
-        (["data={data}", "run={run}", "deepspeed.gradient_accumulation_steps=4"], ["gradient_accumulation_steps"]),
-        (["data={data}", "run={run}", "table.optimizer=adam"], ["table.optimizer=adam", "cpu", "rowwise_adagrad"]),
+        (
+            ["--config", "{run}.yaml", "data={data}", "run={run}"],
+            ["run.yaml", "no such"],
+        ),
+        (
+            ["--deepspeed_config", "{run}.json", "data={data}", "run={run}"],
+            ["run.json", "cannot be read"],
+        ),
+        (
+            ["data={data}", "run={run}", "deepspeed.fp16.enabled=true"],
+            ["deepspeed.fp16", "bf16"],
+        ),
+        (
+            ["data={data}", "run={run}", "deepspeed.gradient_accumulation_steps=4"],
+            ["gradient_accumulation_steps"],
+        ),
+        (
+            ["data={data}", "run={run}", "table.optimizer=adam"],
+            ["table.optimizer=adam", "cpu", "rowwise_adagrad"],
+        ),
     ],
 )
-def test_settings_that_cannot_be_used_are_one_line_and_leave_nothing(refused, data, tmp_path, settings, named):
+def test_settings_that_cannot_be_used_are_one_line_and_leave_nothing(
+    refused, data, tmp_path, settings, named
+):
     if torch.cuda.is_available() and "table.optimizer=adam" in settings:
         pytest.skip("CUDA has this optimizer")
-    message = refused(*(word.format(data=data, run=tmp_path / "run") for word in settings))
+    message = refused(
+        *(word.format(data=data, run=tmp_path / "run") for word in settings)
+    )
     assert all(word in message for word in named)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"), [(another_format, ["format_version 7", "reads 4"]), (without_a_shard, ["000002.tar is missing"])]
+    ("spoil", "named"),
+    [
+        (another_format, ["format_version 7", "reads 4"]),
+        (without_a_shard, ["000002.tar is missing"]),
+    ],
 )
-def test_a_dataset_that_cannot_be_used_is_one_line_and_leaves_nothing(refused, tmp_path, spoil, named):
-    folder = write_dataset(tmp_path / "data", draw_histories(40), cuts=(10, 20, 30)).folder
+def test_a_dataset_that_cannot_be_used_is_one_line_and_leaves_nothing(
+    refused, tmp_path, spoil, named
+):
+    folder = write_dataset(
+        tmp_path / "data", draw_histories(40), cuts=(10, 20, 30)
+    ).folder
     spoil(folder)
     message = refused(f"data={folder}", f"run={tmp_path / 'run'}")
     assert all(word in message for word in named)
@@ -113,14 +159,29 @@ def finish(*command):
     """Exit status and stderr of a command of a person's shell."""
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stderr
 
 
 def test_an_unknown_key_in_a_shell(data, tmp_path):
-    status, errors = finish(sys.executable, "launch/train.py", f"data={data}", f"run={tmp_path / 'run'}", "epoch=3")
+    status, errors = finish(
+        sys.executable,
+        "launch/train.py",
+        f"data={data}",
+        f"run={tmp_path / 'run'}",
+        "epoch=3",
+    )
     assert status == 2
-    assert errors.startswith("error: epoch=3: Key 'epoch' not in 'RunConfig'") and errors.count("\n") == 1
+    assert (
+        errors.startswith("error: epoch=3: Key 'epoch' not in 'RunConfig'")
+        and errors.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,9 +191,18 @@ def test_a_changed_shard_is_found_while_training(tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1  # beyond the archive's end: only the checksum tells
     shard.write_bytes(content)
-    status, errors = finish(sys.executable, "launch/train.py", f"data={dataset.folder}", f"run={tmp_path / 'run'}", *SMALL)
+    status, errors = finish(
+        sys.executable,
+        "launch/train.py",
+        f"data={dataset.folder}",
+        f"run={tmp_path / 'run'}",
+        *SMALL,
+    )
     assert status == 2
-    assert errors.startswith(f"error: {shard}: its sha256 is not the one in dataset.json") and errors.count("\n") == 1
+    assert (
+        errors.startswith(f"error: {shard}: its sha256 is not the one in dataset.json")
+        and errors.count("\n") == 1
+    )
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
@@ -141,7 +211,9 @@ def test_more_ranks_than_streams(data, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [BIN / "deepspeed", "--num_gpus", 2, "--master_port", port]
-    status, errors = finish(*launcher, "launch/train.py", f"data={data}", f"run={tmp_path / 'run'}", *SMALL)
+    status, errors = finish(
+        *launcher, "launch/train.py", f"data={data}", f"run={tmp_path / 'run'}", *SMALL
+    )
     assert status == 2
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert lines == [

@@ -15,17 +15,51 @@ from syncrec.layers.embedding import InputEmbedding, Tower
 from syncrec.layers.transformer import ExpertStack
 from syncrec.model import SyNCRec, decayed_names, mix
 from syncrec.reduction import Reduction
-from tests.helpers.histories import draw, draw_shared, flatten, pack, ticks_of, without_newest
-from tests.helpers.reference import NONE, SOS, cross_sequence, single_sequence, training_step
+from tests.helpers.histories import (
+    draw,
+    draw_shared,
+    flatten,
+    pack,
+    ticks_of,
+    without_newest,
+)
+from tests.helpers.reference import (
+    NONE,
+    SOS,
+    cross_sequence,
+    single_sequence,
+    training_step,
+)
 from trainer.data.loading.mutual_information_sample import draw_candidates
 
 DOMAIN_ITEMS = (6, 4, 5, 3)
-SMALL = ModelConfig(dim=6, max_length=5, experts=4, cross_experts=2, blocks=2, heads=2, ffn_dim=7, dropout=0.0, eta=0.7)
-SASREC = {"experts": 1, "stop_gradient": "off", "loss_correction": "none", "mutual_information": "off"}
+SMALL = ModelConfig(
+    dim=6,
+    max_length=5,
+    experts=4,
+    cross_experts=2,
+    blocks=2,
+    heads=2,
+    ffn_dim=7,
+    dropout=0.0,
+    eta=0.7,
+)
+SASREC = {
+    "experts": 1,
+    "stop_gradient": "off",
+    "loss_correction": "none",
+    "mutual_information": "off",
+}
 # Every reading of the paper that a config value stands for, and a few of them together.
 READINGS = {
     "default": {},
-    "paper": {"loss": "bpr_probability", "gate": "sequence", "heads": 1, "experts": 5, "cross_experts": 3},
+    "paper": {
+        "loss": "bpr_probability",
+        "gate": "sequence",
+        "heads": 1,
+        "experts": 5,
+        "cross_experts": 3,
+    },
     "pre_norm": {"norm": "pre"},
     "one_head_one_block": {"heads": 1, "blocks": 1},
     "one_cross_expert": {"cross_experts": 1},
@@ -37,12 +71,20 @@ READINGS = {
     "no_correction": {"loss_correction": "none"},
     "no_tower": {"tower": "off"},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
-    "shapley_sequence_gate_pre_norm_bpr": {"loss_correction": "shapley", "gate": "sequence", "norm": "pre", "loss": "bpr"},
+    "shapley_sequence_gate_pre_norm_bpr": {
+        "loss_correction": "shapley",
+        "gate": "sequence",
+        "norm": "pre",
+        "loss": "bpr",
+    },
     "sharp_correction": {"correction_temperature": 0.3},
     "fixed_scales": {"learn_scales": False},
     "no_information": {"mutual_information": "off"},
     "last_pooling": {"mutual_information_pooling": "last"},
-    "cosine": {"mutual_information_similarity": "cosine", "mutual_information_temperature": 0.2},
+    "cosine": {
+        "mutual_information_similarity": "cosine",
+        "mutual_information_temperature": 0.2,
+    },
     "others": {"mutual_information_denominator": "others"},
     "others_cosine_last": {
         "mutual_information_denominator": "others",
@@ -54,7 +96,11 @@ READINGS = {
     "bpr_probability": {"loss": "bpr_probability"},
     "information_alone": {"eta": 0.0},
     "time": {"time_knots": 5},
-    "time_sequence_gate_shapley": {"time_knots": 2, "gate": "sequence", "loss_correction": "shapley"},
+    "time_sequence_gate_shapley": {
+        "time_knots": 2,
+        "gate": "sequence",
+        "loss_correction": "shapley",
+    },
     "time_one_token": {"time_knots": 70_000, "max_length": 1},
     "one_token": {"max_length": 1},
     "nothing_cut": {"max_length": 13},
@@ -68,7 +114,9 @@ def make_model(config, domains, seed, lambda_state=False):
     model = SyNCRec(config, domains).double()
     for name, parameter in model.named_parameters():
         offset = 1.0 if "norm" in name and name.endswith(("scale", "weight")) else 0.0
-        parameter.data = offset + 0.4 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = offset + 0.4 * torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        )
     if lambda_state and model.correction is not None:
         drawn = torch.rand(domains, generator=generator, dtype=torch.float64) + 0.1
         model.correction.lambda_D = drawn / drawn.sum()
@@ -77,7 +125,9 @@ def make_model(config, domains, seed, lambda_state=False):
 
 def make_table(domain_items, width, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sum(domain_items), width, generator=generator, dtype=torch.float64)
+    return torch.randn(
+        sum(domain_items), width, generator=generator, dtype=torch.float64
+    )
 
 
 def run(model, table, batch, reduction=None):
@@ -86,7 +136,12 @@ def run(model, table, batch, reduction=None):
     model.zero_grad()
     loss, report = model(batch, table[batch.ids], reduction)
     loss.backward()
-    return loss.detach(), report, {name: p.grad for name, p in model.named_parameters()}, table.grad
+    return (
+        loss.detach(),
+        report,
+        {name: p.grad for name, p in model.named_parameters()},
+        table.grad,
+    )
 
 
 def near(actual, expected, what):
@@ -97,12 +152,17 @@ def near(actual, expected, what):
     assert actual.shape == expected.shape, what
     scale = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-6)
     worst = (actual - expected).abs().max().item() if expected.numel() else 0.0
-    assert worst <= 1e-9 * scale, f"{what}: off by {worst:.3g} on a scale of {scale:.3g}"  # also fails for NaN
+    assert worst <= 1e-9 * scale, (
+        f"{what}: off by {worst:.3g} on a scale of {scale:.3g}"
+    )  # also fails for NaN
 
 
 def same_numbers(actual_D, expected, what):
     """Equal, where NaN stands for None."""
-    expected_D = torch.tensor([float("nan") if value is None else value for value in expected], dtype=torch.float64)
+    expected_D = torch.tensor(
+        [float("nan") if value is None else value for value in expected],
+        dtype=torch.float64,
+    )
     assert torch.equal(actual_D.isnan(), expected_D.isnan()), what
     near(actual_D.nan_to_num(), expected_D.nan_to_num(), what)
 
@@ -115,38 +175,77 @@ def recorded(model, batch, rows):
         return lambda module, inputs, output: seen.__setitem__(name, output)
 
     hooks = [model.cross_tower.register_forward_hook(keep("cross"))]
-    hooks += [tower.register_forward_hook(keep(d)) for d, tower in enumerate(model.single_towers)]
+    hooks += [
+        tower.register_forward_hook(keep(d))
+        for d, tower in enumerate(model.single_towers)
+    ]
     if model.mutual_information is not None:
-        hooks.append(model.mutual_information.register_forward_hook(keep("information")))
+        hooks.append(
+            model.mutual_information.register_forward_hook(keep("information"))
+        )
     copy.deepcopy(model)(batch, rows)
     for hook in hooks:
         hook.remove()
-    return seen["cross"], torch.cat([seen[d] for d in range(model.domains)]), seen.get("information")
+    return (
+        seen["cross"],
+        torch.cat([seen[d] for d in range(model.domains)]),
+        seen.get("information"),
+    )
 
 
-def compare(config, domain_items, seed, absent_domain=None, shared=None, lambda_state=False):
+def compare(
+    config, domain_items, seed, absent_domain=None, shared=None, lambda_state=False
+):
     """Holds one packed training step against the reference; returns the reference's result."""
     histories = draw(seed, domain_items, absent_domain=absent_domain)
     shared_negatives = draw_shared(seed, domain_items, shared) if shared else None
     model = make_model(config, len(domain_items), seed, lambda_state)
     table = make_table(domain_items, config.dim, seed)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("prediction.")}
-    expected = training_step(config, state, table, histories, domain_items, shared_negatives)
-    batch, keys = pack(histories, domain_items, config.max_length, config.mutual_information_pooling, shared_negatives)
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith("prediction.")
+    }
+    expected = training_step(
+        config, state, table, histories, domain_items, shared_negatives
+    )
+    batch, keys = pack(
+        histories,
+        domain_items,
+        config.max_length,
+        config.mutual_information_pooling,
+        shared_negatives,
+    )
 
     cross_MR, single_MR, information = recorded(model, batch, table[batch.ids])
     keys = [SOS, *(step for _, step in keys)]
-    cross_tokens = [(u, i) for u, h in enumerate(histories) for i, _ in cross_sequence(h, config.max_length)]
-    assert [keys[place] for place in batch.cross.input_M] == [given for _, given in cross_tokens]
-    near(cross_MR, torch.stack([expected.cross_outputs[key] for key in cross_tokens]), "cross-domain outputs")
+    cross_tokens = [
+        (u, i)
+        for u, h in enumerate(histories)
+        for i, _ in cross_sequence(h, config.max_length)
+    ]
+    assert [keys[place] for place in batch.cross.input_M] == [
+        given for _, given in cross_tokens
+    ]
+    near(
+        cross_MR,
+        torch.stack([expected.cross_outputs[key] for key in cross_tokens]),
+        "cross-domain outputs",
+    )
     single_tokens = [
         (d, u, i)
         for d in range(len(domain_items))
         for u, history in enumerate(histories)
         for i, _ in single_sequence(history, d, config.max_length)
     ]
-    assert [keys[place] for place in batch.single.input_M] == [given for _, _, given in single_tokens]
-    near(single_MR, torch.stack([expected.single_outputs[key] for key in single_tokens]), "single-domain outputs")
+    assert [keys[place] for place in batch.single.input_M] == [
+        given for _, _, given in single_tokens
+    ]
+    near(
+        single_MR,
+        torch.stack([expected.single_outputs[key] for key in single_tokens]),
+        "single-domain outputs",
+    )
 
     loss, report, gradients, item_gradient = run(model, table, batch)
     same_numbers(report.single_D, expected.single, "single-domain loss by domain")
@@ -160,15 +259,29 @@ def compare(config, domain_items, seed, absent_domain=None, shared=None, lambda_
     near(report.mutual_information, sum(expected.information), "mutual information")
     if information is not None:
         sums_D, counts_D = information
-        near(sums_D / counts_D.clamp(min=1), expected.information, "mutual information by domain")
+        near(
+            sums_D / counts_D.clamp(min=1),
+            expected.information,
+            "mutual information by domain",
+        )
     near(loss, expected.total, "loss")
     near(item_gradient, expected.item_gradient, "gradient of the items")
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert names == expected.parameter_gradients.keys() - (set() if config.learn_scales else {*SCALES})
+    names = {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    assert names == expected.parameter_gradients.keys() - (
+        set() if config.learn_scales else {*SCALES}
+    )
     for name in names:
         # Where the reference has no gradient the packed model may have zeros: all ranks must run the same modules.
         gradient = expected.parameter_gradients[name]
-        near(gradients[name], torch.zeros_like(model.get_parameter(name)) if gradient is None else gradient, name)
+        near(
+            gradients[name],
+            torch.zeros_like(model.get_parameter(name))
+            if gradient is None
+            else gradient,
+            name,
+        )
     return expected
 
 
@@ -182,18 +295,34 @@ def test_packed_step_equals_the_padded_one(reading, seed):
     # Even seeds: a domain that nobody touched, shared negatives, and a λ that has seen batches before.
     odd = seed % 2
     absent = None if odd else seed % len(DOMAIN_ITEMS)
-    compare(config, DOMAIN_ITEMS, seed, absent, shared=None if odd else 4, lambda_state=not odd)
+    compare(
+        config,
+        DOMAIN_ITEMS,
+        seed,
+        absent,
+        shared=None if odd else 4,
+        lambda_state=not odd,
+    )
 
 
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_packed_step_equals_the_padded_one_on_more_batches(seed):
     config = replace(SMALL, max_length=3 + seed % 4)
     absent = seed % 5 if seed % 5 < len(DOMAIN_ITEMS) else None
-    compare(config, DOMAIN_ITEMS, seed, absent, shared=8 if seed % 3 == 0 else None, lambda_state=seed % 2)
+    compare(
+        config,
+        DOMAIN_ITEMS,
+        seed,
+        absent,
+        shared=8 if seed % 3 == 0 else None,
+        lambda_state=seed % 2,
+    )
 
 
 @pytest.mark.parametrize("loss", ["sampled_softmax", "bpr", "bce", "bpr_probability"])
-def test_packed_step_equals_the_padded_one_with_shared_negatives_and_a_domain_of_one_item(loss):
+def test_packed_step_equals_the_padded_one_with_shared_negatives_and_a_domain_of_one_item(
+    loss,
+):
     compare(replace(SMALL, loss=loss), (6, 1, 5), seed=6, shared=7)
 
 
@@ -219,9 +348,14 @@ def test_the_drawn_batches_hold_the_awkward_cases():
     """The comparison above is worth what its batches hold."""
     seen, longest = set(), SMALL.max_length
     for seed in (1, 2, *range(10, 20)):
-        for history in draw(seed, DOMAIN_ITEMS, absent_domain=None if seed % 2 else seed % 4):
+        for history in draw(
+            seed, DOMAIN_ITEMS, absent_domain=None if seed % 2 else seed % 4
+        ):
             count, weight = len(history.items), history.weight
-            seen |= {f"weight {weight}", f"{count} interactions" if count < 2 else "more interactions"}
+            seen |= {
+                f"weight {weight}",
+                f"{count} interactions" if count < 2 else "more interactions",
+            }
             cross = cross_sequence(history, longest)
             if count > longest:
                 seen.add("cross-domain sequence cut")
@@ -242,24 +376,40 @@ def test_the_drawn_batches_hold_the_awkward_cases():
 def only(batch, view):
     """The batch with no loss in the other view."""
     other = {"cross": "single", "single": "cross"}[view]
-    silent = replace(getattr(batch, other), target_weight_L=torch.zeros_like(getattr(batch, other).target_weight_L))
+    silent = replace(
+        getattr(batch, other),
+        target_weight_L=torch.zeros_like(getattr(batch, other).target_weight_L),
+    )
     return replace(batch, **{other: silent})
 
 
 @pytest.mark.parametrize("stop_gradient", ["on", "off"])
 @pytest.mark.parametrize("view", ["cross", "single"])
 def test_each_task_trains_its_own_experts_only(view, stop_gradient):
-    config = replace(SMALL, stop_gradient=stop_gradient, loss_correction="none", mutual_information="off")
+    config = replace(
+        SMALL,
+        stop_gradient=stop_gradient,
+        loss_correction="none",
+        mutual_information="off",
+    )
     model = make_model(config, len(DOMAIN_ITEMS), seed=3)
     batch, _ = pack(draw(3, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
-    _, _, gradients, _ = run(model, make_table(DOMAIN_ITEMS, config.dim, 3), only(batch, view))
-    experts = {name: gradient for name, gradient in gradients.items() if "experts" in name}
+    _, _, gradients, _ = run(
+        model, make_table(DOMAIN_ITEMS, config.dim, 3), only(batch, view)
+    )
+    experts = {
+        name: gradient for name, gradient in gradients.items() if "experts" in name
+    }
     for name, gradient in experts.items():
         silent = gradient is None or not gradient.any()
-        assert silent == (stop_gradient == "on" and not name.startswith(f"{view}_experts")), name
+        assert silent == (
+            stop_gradient == "on" and not name.startswith(f"{view}_experts")
+        ), name
         if stop_gradient == "off":
             assert gradient.flatten(1).any(1).all(), f"not every expert learns: {name}"
-    assert len({name.split(".")[0] for name in experts}) == (2 if stop_gradient == "on" else 1)
+    assert len({name.split(".")[0] for name in experts}) == (
+        2 if stop_gradient == "on" else 1
+    )
 
 
 def test_no_module_sees_a_padded_token():
@@ -267,9 +417,13 @@ def test_no_module_sees_a_padded_token():
     model = make_model(config, len(DOMAIN_ITEMS), seed=4)
     histories = draw(4, DOMAIN_ITEMS, users=20)
     batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length)
-    cross = sum(len(cross_sequence(history, config.max_length)) for history in histories)
+    cross = sum(
+        len(cross_sequence(history, config.max_length)) for history in histories
+    )
     single = [
-        sum(len(single_sequence(history, d, config.max_length)) for history in histories)
+        sum(
+            len(single_sequence(history, d, config.max_length)) for history in histories
+        )
         for d in range(len(DOMAIN_ITEMS))
     ]
     assert 0 < sum(single) < len(DOMAIN_ITEMS) * len(histories) * config.max_length
@@ -277,11 +431,15 @@ def test_no_module_sees_a_padded_token():
     for name, module in model.named_modules():
         if isinstance(module, (ExpertStack, Tower)) or "norm" in name:
             module.register_forward_pre_hook(
-                lambda module, inputs, name=name: counted.setdefault(name, []).append(inputs[0].shape[-2])
+                lambda module, inputs, name=name: counted.setdefault(name, []).append(
+                    inputs[0].shape[-2]
+                )
             )
         elif isinstance(module, InputEmbedding):
             module.register_forward_hook(
-                lambda module, inputs, output, name=name: counted.setdefault(name, []).append(len(output))
+                lambda module, inputs, output, name=name: counted.setdefault(
+                    name, []
+                ).append(len(output))
             )
     run(model, make_table(DOMAIN_ITEMS, config.dim, 4), batch)
     for name, tokens in counted.items():
@@ -291,7 +449,13 @@ def test_no_module_sees_a_padded_token():
             assert tokens == [cross], name
         else:
             assert tokens == [single[int(name.split(".")[1])]], name
-    assert {"embedding", "cross_experts", "single_experts", "cross_tower", "single_towers.3"} <= counted.keys()
+    assert {
+        "embedding",
+        "cross_experts",
+        "single_experts",
+        "cross_tower",
+        "single_towers.3",
+    } <= counted.keys()
 
 
 @pytest.mark.parametrize("gate", ["token", "sequence"])
@@ -302,8 +466,15 @@ def test_outputs_are_causal_with_the_token_gate_and_not_with_the_literal_one(gat
     table = make_table((9,), config.dim, 5)
     outputs = []
     for newest_input in (3, 4):
-        history = replace(draw(5, (9,))[0], items=[0, 1, 2, newest_input, 5], domains=[0] * 5, weight=1)
-        batch, _ = pack([replace(history, negatives=[[6]] * 5)], (9,), config.max_length)
+        history = replace(
+            draw(5, (9,))[0],
+            items=[0, 1, 2, newest_input, 5],
+            domains=[0] * 5,
+            weight=1,
+        )
+        batch, _ = pack(
+            [replace(history, negatives=[[6]] * 5)], (9,), config.max_length
+        )
         outputs.append(recorded(model, batch, table[batch.ids])[0])
     before, after = outputs
     assert not torch.equal(before[-1], after[-1])
@@ -345,7 +516,9 @@ class SimulatedRank(Reduction):
         return torch.cat(self._take(self._give(values_B)))
 
     def collect(self, values_CR, place_C, rows):
-        return torch.stack(self._take(self._give(super().collect(values_CR, place_C, rows)))).sum(0)
+        return torch.stack(
+            self._take(self._give(super().collect(values_CR, place_C, rows)))
+        ).sum(0)
 
 
 def run_ranks(models, batches, tables):
@@ -360,12 +533,16 @@ def run_ranks(models, batches, tables):
     def one(rank):
         try:
             rows = tables[rank][batches[rank].ids]
-            results[rank] = models[rank](batches[rank], rows, SimulatedRank(rank, barrier, exchanged))
+            results[rank] = models[rank](
+                batches[rank], rows, SimulatedRank(rank, barrier, exchanged)
+            )
         except BaseException:
             barrier.abort()
             raise
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(models))]
+    threads = [
+        threading.Thread(target=one, args=(rank,)) for rank in range(len(models))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -378,7 +555,9 @@ def run_ranks(models, batches, tables):
 @pytest.mark.parametrize("size", [2, 4, 50])
 @pytest.mark.parametrize("denominator", ["all", "others"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(size, denominator, world_size):
+def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(
+    size, denominator, world_size
+):
     """50: more than there are, who then stand for themselves: what all users as candidates give."""
     config = replace(SMALL, mutual_information_denominator=denominator, eta=0.3)
     histories = draw(world_size, DOMAIN_ITEMS, users=12)
@@ -386,23 +565,40 @@ def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(size, denominator,
     table = make_table(DOMAIN_ITEMS, config.dim, world_size)
     # A user that only fills up is in no batch of the plan.
     counted_U = np.flatnonzero([history.weight for history in histories])
-    lengths_UD = np.array([np.bincount(histories[user].domains, minlength=len(DOMAIN_ITEMS)) for user in counted_U])
+    lengths_UD = np.array(
+        [
+            np.bincount(histories[user].domains, minlength=len(DOMAIN_ITEMS))
+            for user in counted_U
+        ]
+    )
 
     def sampled(part, first):
         batch, _ = pack(part, DOMAIN_ITEMS, config.max_length)
-        return replace(batch, candidates=draw_candidates(1, 2, 3, counted_U, lengths_UD, first + np.arange(len(part)), size))
+        return replace(
+            batch,
+            candidates=draw_candidates(
+                1, 2, 3, counted_U, lengths_UD, first + np.arange(len(part)), size
+            ),
+        )
 
     whole = sampled(histories, 0)
     loss, report, gradients, item_gradient = run(copy.deepcopy(model), table, whole)
-    everyone, _, _, everyone_gradient = run(copy.deepcopy(model), table, replace(whole, candidates=None))
+    everyone, _, _, everyone_gradient = run(
+        copy.deepcopy(model), table, replace(whole, candidates=None)
+    )
     if size == 50:
         near(loss, everyone, "loss")
         near(item_gradient, everyone_gradient, "gradient of the items")
     else:
-        assert abs(loss - everyone) > 1e-6 and not torch.equal(item_gradient, everyone_gradient)
+        assert abs(loss - everyone) > 1e-6 and not torch.equal(
+            item_gradient, everyone_gradient
+        )
     replicas = [copy.deepcopy(model) for _ in range(world_size)]
     tables = [table.clone().requires_grad_() for _ in range(world_size)]
-    batches = [sampled(part, rank * len(part)) for rank, part in enumerate(split(histories, world_size))]
+    batches = [
+        sampled(part, rank * len(part))
+        for rank, part in enumerate(split(histories, world_size))
+    ]
     results = run_ranks(replicas, batches, tables)
     ranks_add_up(results, tables, replicas, (loss, report, gradients, item_gradient))
 
@@ -410,14 +606,33 @@ def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(size, denominator,
 def ranks_add_up(results, tables, replicas, whole):
     """The ranks' losses, gradients and mutual information are those of one process; whole: what `run` gave there."""
     loss, report, gradients, item_gradient = whole
-    near(torch.stack([rank_loss.detach() for rank_loss, _ in results]).mean(), loss, "mean loss")
-    near(sum(rank_table.grad for rank_table in tables), item_gradient, "mean gradient of the items")
+    near(
+        torch.stack([rank_loss.detach() for rank_loss, _ in results]).mean(),
+        loss,
+        "mean loss",
+    )
+    near(
+        sum(rank_table.grad for rank_table in tables),
+        item_gradient,
+        "mean gradient of the items",
+    )
     for name, gradient in gradients.items():
-        near(sum(dict(replica.named_parameters())[name].grad for replica in replicas), gradient, name)
-    near(sum(rank_report.mutual_information for _, rank_report in results), report.mutual_information, "information")
+        near(
+            sum(dict(replica.named_parameters())[name].grad for replica in replicas),
+            gradient,
+            name,
+        )
+    near(
+        sum(rank_report.mutual_information for _, rank_report in results),
+        report.mutual_information,
+        "information",
+    )
 
 
-DECAY_KINDS = {"all": {"time_knots": 3, "norm": "pre"}, "gru": {**SASREC, "encoder": "gru", "heads": 1, "tower": "on"}}
+DECAY_KINDS = {
+    "all": {"time_knots": 3, "norm": "pre"},
+    "gru": {**SASREC, "encoder": "gru", "heads": 1, "tower": "on"},
+}
 
 
 @pytest.mark.parametrize("kind", DECAY_KINDS)
@@ -427,14 +642,35 @@ def test_weight_decay_is_for_projections_and_embeddings(kind):
     names = {name for name, _ in model.named_parameters()}
     kept = {name.rpartition(".")[2] for name in names - decayed}
     assert decayed <= names
-    block = {"b1", "b2", "attention_norm_scale", "attention_norm_shift", "ffn_norm_scale", "ffn_norm_shift"}
+    block = {
+        "b1",
+        "b2",
+        "attention_norm_scale",
+        "attention_norm_shift",
+        "ffn_norm_scale",
+        "ffn_norm_shift",
+    }
     if kind == "all":
         assert kept == {*block, "scale", "shift", "weight", "bias", "alpha", "beta"}
         assert {name.rpartition(".")[2] for name in decayed} == {
-            *("qkv", "out", "w1", "w2", "weight", "start", "positions", "knots_2KR", "gaps_GR"),
+            *(
+                "qkv",
+                "out",
+                "w1",
+                "w2",
+                "weight",
+                "start",
+                "positions",
+                "knots_2KR",
+                "gaps_GR",
+            ),
         }
     else:
-        assert kept == {*(f"bias_{way}_l{layer}" for way in ("ih", "hh") for layer in (0, 1)), "weight", "bias"}
+        assert kept == {
+            *(f"bias_{way}_l{layer}" for way in ("ih", "hh") for layer in (0, 1)),
+            "weight",
+            "bias",
+        }
     assert all("norm" in name for name in names - decayed if name.endswith(".weight"))
 
 
@@ -446,12 +682,24 @@ def split(histories, world_size):
 RANK_READINGS = {
     "default": {},
     "paper": {"loss": "bpr_probability", "gate": "sequence"},
-    "others": {"mutual_information_denominator": "others", "mutual_information_similarity": "cosine"},
+    "others": {
+        "mutual_information_denominator": "others",
+        "mutual_information_similarity": "cosine",
+    },
     "no_stop_gradient": {"stop_gradient": "off"},
-    "no_correction_no_information": {"loss_correction": "none", "mutual_information": "off"},
+    "no_correction_no_information": {
+        "loss_correction": "none",
+        "mutual_information": "off",
+    },
     "cross_task_alone": {**SASREC, "tasks": "cross", "tower": "off"},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
-    "shapley_of_gru": {**SASREC, "tasks": "cross", "encoder": "gru", "heads": 1, "loss_correction": "shapley"},
+    "shapley_of_gru": {
+        **SASREC,
+        "tasks": "cross",
+        "encoder": "gru",
+        "heads": 1,
+        "loss_correction": "shapley",
+    },
 }
 
 
@@ -464,7 +712,10 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
     histories = draw(seed, DOMAIN_ITEMS, users=12, absent_domain=1)
     # The last rank's users only fill up, as at the end of an epoch.
     filling = 12 // world_size
-    histories = [*histories[:-filling], *(replace(history, weight=0) for history in histories[-filling:])]
+    histories = [
+        *histories[:-filling],
+        *(replace(history, weight=0) for history in histories[-filling:]),
+    ]
     negatives = draw_shared(seed, DOMAIN_ITEMS, shared) if shared else None
     model = make_model(config, len(DOMAIN_ITEMS), seed, lambda_state=True)
     table = make_table(DOMAIN_ITEMS, config.dim, seed)
@@ -474,35 +725,63 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
         pack(part, DOMAIN_ITEMS, config.max_length, shared_negatives=negatives)[0]
         for part in split(histories, world_size)
     ]
-    whole, _ = pack(histories, DOMAIN_ITEMS, config.max_length, shared_negatives=negatives)
+    whole, _ = pack(
+        histories, DOMAIN_ITEMS, config.max_length, shared_negatives=negatives
+    )
 
     loss, report, gradients, item_gradient = run(model, table, whole)
     results = run_ranks(replicas, batches, tables)
 
     ranks_add_up(results, tables, replicas, (loss, report, gradients, item_gradient))
     for _, rank_report in results:
-        for field in ("single_D", "cross_D", "loss_single", "loss_cross", "phi_D", "lambda_D"):
+        for field in (
+            "single_D",
+            "cross_D",
+            "loss_single",
+            "loss_cross",
+            "phi_D",
+            "lambda_D",
+        ):
             value = getattr(rank_report, field)
             first = getattr(results[0][1], field)
-            assert torch.equal(value.nan_to_num(nan=-1.0), first.nan_to_num(nan=-1.0)), f"{field} differs between ranks"
+            assert torch.equal(
+                value.nan_to_num(nan=-1.0), first.nan_to_num(nan=-1.0)
+            ), f"{field} differs between ranks"
             near(value.nan_to_num(), getattr(report, field).nan_to_num(), field)
     if model.correction is not None:
         for replica in replicas:
-            assert torch.equal(replica.correction.lambda_D, replicas[0].correction.lambda_D)
+            assert torch.equal(
+                replica.correction.lambda_D, replicas[0].correction.lambda_D
+            )
         near(replicas[0].correction.lambda_D, model.correction.lambda_D, "λ state")
 
 
 def test_information_among_a_ranks_own_users_is_the_mean_of_the_ranks():
     config = replace(SMALL, mutual_information_negatives="rank", eta=0.0)
-    histories = [replace(history, weight=1) for history in draw(21, DOMAIN_ITEMS, users=12)]
+    histories = [
+        replace(history, weight=1) for history in draw(21, DOMAIN_ITEMS, users=12)
+    ]
     model = make_model(config, len(DOMAIN_ITEMS), 21)
     table = make_table(DOMAIN_ITEMS, config.dim, 21)
-    batches = [pack(part, DOMAIN_ITEMS, config.max_length)[0] for part in split(histories, 2)]
-    alone = [run(copy.deepcopy(model), table, batch)[1].mutual_information for batch in batches]
+    batches = [
+        pack(part, DOMAIN_ITEMS, config.max_length)[0] for part in split(histories, 2)
+    ]
+    alone = [
+        run(copy.deepcopy(model), table, batch)[1].mutual_information
+        for batch in batches
+    ]
     tables = [table.clone().requires_grad_() for _ in batches]
     results = run_ranks([copy.deepcopy(model) for _ in batches], batches, tables)
-    near(torch.stack([loss.detach() for loss, _ in results]).mean(), -torch.stack(alone).mean(), "mean loss")
-    near(sum(report.mutual_information for _, report in results), torch.stack(alone).mean(), "report")
+    near(
+        torch.stack([loss.detach() for loss, _ in results]).mean(),
+        -torch.stack(alone).mean(),
+        "mean loss",
+    )
+    near(
+        sum(report.mutual_information for _, report in results),
+        torch.stack(alone).mean(),
+        "report",
+    )
 
 
 @pytest.mark.parametrize("reading", ["default", "paper", "pre_norm", "cosine"])
@@ -516,11 +795,18 @@ def test_bf16_is_near_fp32(reading):
     loss, report, gradients, item_gradient = run(model, table, batch)
     half_loss, half_report, half_gradients, half_item_gradient = run(half, table, batch)
     assert half_loss != loss, "the products were not in bf16"
-    assert half_loss.dtype == torch.float32 and half_item_gradient.dtype == torch.float32
+    assert (
+        half_loss.dtype == torch.float32 and half_item_gradient.dtype == torch.float32
+    )
     torch.testing.assert_close(half_loss, loss, rtol=0.02, atol=0.0)
-    torch.testing.assert_close(half_report.lambda_D, report.lambda_D, rtol=0.05, atol=0.0)
+    torch.testing.assert_close(
+        half_report.lambda_D, report.lambda_D, rtol=0.05, atol=0.0
+    )
     gradients["items"], half_gradients["items"] = item_gradient, half_item_gradient
-    flat, half_flat = (torch.cat([g.flatten() for g in grads.values()]) for grads in (gradients, half_gradients))
+    flat, half_flat = (
+        torch.cat([g.flatten() for g in grads.values()])
+        for grads in (gradients, half_gradients)
+    )
     assert torch.cosine_similarity(flat, half_flat, dim=0) > 0.99
 
 
@@ -531,20 +817,34 @@ def test_query_gives_the_newest_output_of_the_training_view(gate, knots):
     config = replace(SMALL, gate=gate, prediction="cross", time_knots=knots)
     model = make_model(config, len(DOMAIN_ITEMS), 23)
     table = make_table(DOMAIN_ITEMS, config.dim, 23)
-    histories = [history for history in draw(23, DOMAIN_ITEMS, users=12) if history.items]
+    histories = [
+        history for history in draw(23, DOMAIN_ITEMS, users=12) if history.items
+    ]
     batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length)
     cross_MR, _, _ = recorded(model, batch, table[batch.ids])
-    newest = np.cumsum([len(cross_sequence(history, config.max_length)) for history in histories]) - 1
+    newest = (
+        np.cumsum(
+            [len(cross_sequence(history, config.max_length)) for history in histories]
+        )
+        - 1
+    )
     prefixes = without_newest(histories)
     assert min(len(history.items) for history in prefixes) == 0
     items_N, lengths_B, *_ = flatten(prefixes)
     now_B = np.array([history.ticks[-1] for history in histories])
     given = {"ticks_N": ticks_of(prefixes), "now_B": now_B}
-    query = move(build_query(items_N, lengths_B, config.max_length, np.array([7, 7, 1]), **given), "cpu")
+    query = move(
+        build_query(
+            items_N, lengths_B, config.max_length, np.array([7, 7, 1]), **given
+        ),
+        "cpu",
+    )
     outputs_BDR = model(query, table[query.ids])
     expected_BR = cross_MR[newest]
     if knots:
-        expected_BR = expected_BR + model.clock.added_to_outputs(torch.from_numpy(now_B))
+        expected_BR = expected_BR + model.clock.added_to_outputs(
+            torch.from_numpy(now_B)
+        )
     assert outputs_BDR.shape == (len(histories), len(DOMAIN_ITEMS), config.dim)
     for domain in range(len(DOMAIN_ITEMS)):
         near(outputs_BDR[:, domain], expected_BR, "query")
@@ -552,14 +852,29 @@ def test_query_gives_the_newest_output_of_the_training_view(gate, knots):
 
 def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
     """Each user's newest token in each domain, of which it may have had nothing, beside the newest of all."""
-    config, domains = replace(SMALL, prediction_temperature=0.5, time_knots=4), len(DOMAIN_ITEMS)
-    model, table = make_model(config, domains, 24), make_table(DOMAIN_ITEMS, config.dim, 24)
+    config, domains = (
+        replace(SMALL, prediction_temperature=0.5, time_knots=4),
+        len(DOMAIN_ITEMS),
+    )
+    model, table = (
+        make_model(config, domains, 24),
+        make_table(DOMAIN_ITEMS, config.dim, 24),
+    )
     histories = draw(24, DOMAIN_ITEMS, users=9)
     items_N, lengths_B, domain_N, *_ = flatten(histories)
     now_B = np.arange(len(histories)) * 7_000
-    given = config.max_length, items_N[:0], domain_N, domains, ticks_of(histories), now_B
+    given = (
+        config.max_length,
+        items_N[:0],
+        domain_N,
+        domains,
+        ticks_of(histories),
+        now_B,
+    )
     query = move(build_query(items_N, lengths_B, *given), "cpu")
-    model.prediction.gap_2D = torch.tensor([[0.4, 0.0, -3.0, 0.0], [0.5, 0.5, 0.5, 0.0]], dtype=torch.float64)
+    model.prediction.gap_2D = torch.tensor(
+        [[0.4, 0.0, -3.0, 0.0], [0.5, 0.5, 0.5, 0.0]], dtype=torch.float64
+    )
     own = [1 / (1 + math.exp(gap / 0.5)) for gap in (0.8, 0.0, -6.0, 0.0)]
     model.eval()
     found_BDR = model(query, table[query.ids])
@@ -567,23 +882,42 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
     cross_BR = model._cross_outputs(query.cross, rows)[query.newest_B]
     for domain in range(domains):
         own_N = domain_N == domain
-        lengths = np.bincount(np.repeat(np.arange(len(histories)), lengths_B)[own_N], minlength=len(histories))
+        lengths = np.bincount(
+            np.repeat(np.arange(len(histories)), lengths_B)[own_N],
+            minlength=len(histories),
+        )
         items, ticks = items_N[own_N], ticks_of(histories)[own_N]
         assert 0 in lengths
         # As if there were no other domain: a view of one task, through the domain's own gate and tower.
-        one = move(build_query(items, lengths, config.max_length, items[:0], ticks_N=ticks, now_B=now_B), "cpu")
+        one = move(
+            build_query(
+                items, lengths, config.max_length, items[:0], ticks_N=ticks, now_B=now_B
+            ),
+            "cpu",
+        )
         x_MR = model.tokens(one.cross, table[one.ids])
-        experts = model._run_experts(x_MR, one.cross, model.single_experts, model.cross_experts)
-        mixed_MR = mix(model.single_gates[domain](x_MR, one.cross, slice(None)), experts)
+        experts = model._run_experts(
+            x_MR, one.cross, model.single_experts, model.cross_experts
+        )
+        mixed_MR = mix(
+            model.single_gates[domain](x_MR, one.cross, slice(None)), experts
+        )
         single_BR = model.single_towers[domain](mixed_MR)[one.newest_B]
         expected_BR = (1 - own[domain]) * cross_BR + own[domain] * single_BR
-        expected_BR = expected_BR + model.clock.added_to_outputs(torch.from_numpy(now_B))
+        expected_BR = expected_BR + model.clock.added_to_outputs(
+            torch.from_numpy(now_B)
+        )
         near(found_BDR[:, domain], expected_BR.detach(), f"domain {domain}")
 
 
 def test_training_alone_moves_the_gap():
-    batch, _ = pack(draw(25, DOMAIN_ITEMS, absent_domain=1), DOMAIN_ITEMS, SMALL.max_length)
-    model, table = make_model(SMALL, len(DOMAIN_ITEMS), 25), make_table(DOMAIN_ITEMS, SMALL.dim, 25)
+    batch, _ = pack(
+        draw(25, DOMAIN_ITEMS, absent_domain=1), DOMAIN_ITEMS, SMALL.max_length
+    )
+    model, table = (
+        make_model(SMALL, len(DOMAIN_ITEMS), 25),
+        make_table(DOMAIN_ITEMS, SMALL.dim, 25),
+    )
     model.eval()
     model(batch, table[batch.ids])
     assert not model.prediction.gap_2D.any()

@@ -9,7 +9,9 @@ from syncrec.model import SyNCRec
 from syncrec.warm_start import grown_state
 from tests.unit.syncrec.test_model import make_model
 
-CONFIG = ModelConfig(dim=6, max_length=5, experts=3, cross_experts=1, ffn_dim=4, time_knots=7)
+CONFIG = ModelConfig(
+    dim=6, max_length=5, experts=3, cross_experts=1, ffn_dim=4, time_knots=7
+)
 SPAN = (100.0, 700.0)
 
 
@@ -41,12 +43,22 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
             for name, value in getattr(after, part)[new].named_parameters():
                 assert torch.equal(value, before[f"{part}.{old}.{name}"])
     old_D = before["correction.lambda_D"].tolist()
-    kept = [0.75 * value for value in (old_D[2], 0, old_D[0], old_D[1])]  # a fourth is kept for the new one
+    kept = [
+        0.75 * value for value in (old_D[2], 0, old_D[0], old_D[1])
+    ]  # a fourth is kept for the new one
     assert after.correction.lambda_D.tolist() == pytest.approx(kept, abs=2e-6)
     assert after.prediction.gap_2D.tolist() == [[2, 0, 0, 1], [5, 0, 3, 4]]
     assert after.prediction.own_D[1] == 0.5
     for name, value in before.items():
-        if not name.startswith(("single_gates", "single_towers", "correction.lambda", "prediction.gap", "clock.knots")):
+        if not name.startswith(
+            (
+                "single_gates",
+                "single_towers",
+                "correction.lambda",
+                "prediction.gap",
+                "clock.knots",
+            )
+        ):
             assert torch.equal(after.state_dict()[name], value), name
 
 
@@ -55,7 +67,9 @@ def test_a_domain_may_be_gone():
     after = SyNCRec(CONFIG, 2).double()
     after.load_state_dict(grown(model, [2, 0]))
     left_D = model.correction.lambda_D[[2, 0]]
-    torch.testing.assert_close(after.correction.lambda_D, left_D / left_D.sum(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        after.correction.lambda_D, left_D / left_D.sum(), rtol=0, atol=2e-6
+    )
     assert torch.equal(after.single_gates[0].weight, model.single_gates[2].weight)
 
 
@@ -69,8 +83,13 @@ def test_a_time_has_the_vector_that_it_had(knots):
     for time in torch.linspace(*new_span, knots, dtype=torch.float64).tolist():
         old_tick = min(1.0, (time - SPAN[0]) / (SPAN[1] - SPAN[0])) * TICKS
         new_tick = (time - new_span[0]) / (new_span[1] - new_span[0]) * TICKS
-        old, new = (at(each.clock, tick) for each, tick in ((model, old_tick), (after, new_tick)))
-        torch.testing.assert_close(new, old, rtol=0, atol=2e-4)  # a knot may lie within a tick, whose ends are read here
+        old, new = (
+            at(each.clock, tick)
+            for each, tick in ((model, old_tick), (after, new_tick))
+        )
+        torch.testing.assert_close(
+            new, old, rtol=0, atol=2e-4
+        )  # a knot may lie within a tick, whose ends are read here
 
 
 def at(clock: Clock, tick):
@@ -81,6 +100,13 @@ def at(clock: Clock, tick):
 
 
 def test_without_times_or_single_domain_tasks_nothing_is_missing():
-    plain = ModelConfig(dim=6, experts=1, tasks="cross", stop_gradient="off", loss_correction="none", mutual_information="off")
+    plain = ModelConfig(
+        dim=6,
+        experts=1,
+        tasks="cross",
+        stop_gradient="off",
+        loss_correction="none",
+        mutual_information="off",
+    )
     model = SyNCRec(plain, 2).double()
     SyNCRec(plain, 3).double().load_state_dict(grown(model, [1, 0, -1], knots=0))

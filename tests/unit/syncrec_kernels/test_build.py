@@ -14,14 +14,19 @@ import pytest
 from syncrec_kernels import build
 
 
-def test_what_cannot_be_built_says_why_and_leaves_nothing(monkeypatch, tmp_path, caplog):
+def test_what_cannot_be_built_says_why_and_leaves_nothing(
+    monkeypatch, tmp_path, caplog
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.Unavailable, match=r"false cannot build block\.cpp"):
         build.build("block")
     with caplog.at_level(logging.WARNING):
         reason = build.missing.__wrapped__("block", "all is slow")
-    assert "cannot build" in reason and f"no compiled block, so all is slow: {reason}" in caplog.text
+    assert (
+        "cannot build" in reason
+        and f"no compiled block, so all is slow: {reason}" in caplog.text
+    )
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -63,7 +68,10 @@ def test_builders_of_one_number_do_not_disturb_each_other(empty_source, monkeypa
     monkeypatch.setattr(subprocess, "run", at_once)
     monkeypatch.setattr(os, "getpid", lambda: 7)
     with ThreadPoolExecutor(2) as hosts:
-        first, second = (host.result() for host in [hosts.submit(build.build, "one") for _ in range(2)])
+        first, second = (
+            host.result()
+            for host in [hosts.submit(build.build, "one") for _ in range(2)]
+        )
     assert first == second and first.is_file() and len(set(outputs)) == 2
     assert [file.name for file in first.parent.iterdir()] == [first.name]
     assert stat.S_IMODE(first.stat().st_mode) == 0o755
@@ -104,9 +112,13 @@ def test_a_folder_into_which_others_may_write_is_no_place_for_a_library(empty_so
     assert not list(Path(empty_source).rglob("*.so"))
 
 
-def test_a_kernel_that_is_not_for_this_processor_is_not_read_on(empty_source, monkeypatch):
+def test_a_kernel_that_is_not_for_this_processor_is_not_read_on(
+    empty_source, monkeypatch
+):
     """Every process finds that out for itself."""
-    (empty_source / "source" / "one.cpp").write_text('#error not this one\n#include "nowhere.h"\n')
+    (empty_source / "source" / "one.cpp").write_text(
+        '#error not this one\n#include "nowhere.h"\n'
+    )
     real, said = subprocess.run, []
 
     def run(command, **options):

@@ -78,7 +78,11 @@ class File:
     def of(cls, folder: Path, name: str) -> "File":
         """The facts of a file that is there."""
         with open(folder / name, "rb") as stream:
-            return cls(name, (folder / name).stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+            return cls(
+                name,
+                (folder / name).stat().st_size,
+                hashlib.file_digest(stream, "sha256").hexdigest(),
+            )
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,9 @@ class Dataset:
         """The number of the domain of that name. Raises InputError, with the names that there are."""
         names = [domain.name for domain in self.domains]
         if name not in names:
-            raise InputError(f"domain {name!r} is not in the dataset {self.place}; it has {', '.join(names)}")
+            raise InputError(
+                f"domain {name!r} is not in the dataset {self.place}; it has {', '.join(names)}"
+            )
         return names.index(name)
 
     def local(self, file) -> Path:
@@ -158,11 +164,20 @@ class Dataset:
         except OSError as error:
             if is_lack(error):
                 raise NoDescriptors(path, error) from None
-            raise InputError(f"{path} cannot be read: {error}: copy it again or prepare the dataset again") from None
+            raise InputError(
+                f"{path} cannot be read: {error}: copy it again or prepare the dataset again"
+            ) from None
         except (ValueError, EOFError) as error:
-            raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
-        if lengths.shape != (self.users, len(self.domains)) or lengths.dtype != LENGTHS_DTYPE:
-            raise InputError(f"{path} is {lengths.dtype} {lengths.shape}: prepare the dataset again")
+            raise InputError(
+                f"{path} cannot be read: {error}; prepare the dataset again"
+            ) from None
+        if (
+            lengths.shape != (self.users, len(self.domains))
+            or lengths.dtype != LENGTHS_DTYPE
+        ):
+            raise InputError(
+                f"{path} is {lengths.dtype} {lengths.shape}: prepare the dataset again"
+            )
         return lengths
 
     @cached_property
@@ -182,14 +197,26 @@ class Dataset:
             try:
                 with pq.ParquetFile(path) as file:
                     for batch in file.iter_batches(columns=["row", "count"]):
-                        counts[batch["row"].to_numpy()] = np.minimum(batch["count"].to_numpy(), _INT32_MAX)
+                        counts[batch["row"].to_numpy()] = np.minimum(
+                            batch["count"].to_numpy(), _INT32_MAX
+                        )
                         items += len(batch)
-            except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                IndexError,
+                pa.ArrowException,
+            ) as error:
                 if isinstance(error, OSError) and is_lack(error):
                     raise NoDescriptors(path, error) from None
-                raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
+                raise InputError(
+                    f"{path} cannot be read: {error}; prepare the dataset again"
+                ) from None
             if items != domain.items:
-                raise InputError(f"{path} has {items} items, {FILE_NAME} says {domain.items}: prepare the dataset again")
+                raise InputError(
+                    f"{path} has {items} items, {FILE_NAME} says {domain.items}: prepare the dataset again"
+                )
         counts.flags.writeable = False
         return counts
 
@@ -201,7 +228,14 @@ class Dataset:
     def _text(self):
         facts = dataclasses.asdict(dataclasses.replace(self, cache=None))
         del facts["folder"], facts["cache"]
-        return json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=1, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(
+                {"format_version": FORMAT_VERSION, **facts},
+                indent=1,
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
     def save(self) -> None:
         """Writes `dataset.json` into the folder."""
@@ -233,22 +267,30 @@ class Dataset:
         folder = Path(named)
         path = folder / FILE_NAME
         if not path.is_file():
-            raise InputError(f"{folder} is not a dataset folder (no {FILE_NAME} in it): make one with launch/prepare.py")
+            raise InputError(
+                f"{folder} is not a dataset folder (no {FILE_NAME} in it): make one with launch/prepare.py"
+            )
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from None
+            raise InputError(
+                f"{path} cannot be read: {error}; prepare the dataset again"
+            ) from None
         dataset = cls._from_facts(facts, path, folder)
         dataset._check_files(path, check_shards, check_contents)
         return dataset
 
     @classmethod
     def _load_from(cls, address):
-        dataset = cls._from_facts(address.read_json(FILE_NAME), address.shown(FILE_NAME), Path())
+        dataset = cls._from_facts(
+            address.read_json(FILE_NAME), address.shown(FILE_NAME), Path()
+        )
         cache = Cache(address, dataset.fingerprint, dataset.shards, dataset.files)
         dataset = dataclasses.replace(dataset, folder=cache.folder, cache=cache)
         for file in dataset.files:
-            if file.name != USERS:  # large, and wanted for the results of single users alone
+            if (
+                file.name != USERS
+            ):  # large, and wanted for the results of single users alone
                 dataset.local(file.name)
         return dataset
 
@@ -259,9 +301,15 @@ class Dataset:
             raise InputError(
                 f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: prepare the dataset again"
             )
-        facts["domains"] = tuple(_record(Domain, fact, path) for fact in _list(facts, "domains", path))
-        facts["shards"] = tuple(_record(Shard, fact, path) for fact in _list(facts, "shards", path))
-        facts["files"] = tuple(_record(File, fact, path) for fact in _list(facts, "files", path))
+        facts["domains"] = tuple(
+            _record(Domain, fact, path) for fact in _list(facts, "domains", path)
+        )
+        facts["shards"] = tuple(
+            _record(Shard, fact, path) for fact in _list(facts, "shards", path)
+        )
+        facts["files"] = tuple(
+            _record(File, fact, path) for fact in _list(facts, "files", path)
+        )
         dataset = _record(cls, facts, path, folder=folder, cache=None)
         dataset._check_facts(path)
         return dataset
@@ -277,25 +325,47 @@ class Dataset:
 
         rows = tiles([(domain.start, domain.room) for domain in self.domains], None)
         rows = rows and all(1 <= domain.items <= domain.room for domain in self.domains)
-        users = tiles([(shard.first_user, shard.users) for shard in self.shards], self.users)
+        users = tiles(
+            [(shard.first_user, shard.users) for shard in self.shards], self.users
+        )
         interactions = sum(shard.interactions for shard in self.shards)
-        if not (self.domains and self.shards and rows and users and interactions == self.interactions):
-            raise InputError(f"{path}: domains, users or interactions do not add up: prepare the dataset again")
+        if not (
+            self.domains
+            and self.shards
+            and rows
+            and users
+            and interactions == self.interactions
+        ):
+            raise InputError(
+                f"{path}: domains, users or interactions do not add up: prepare the dataset again"
+            )
         if not self.first_time <= self.last_time:
-            raise InputError(f"{path}: times from {self.first_time} to {self.last_time}: prepare the dataset again")
+            raise InputError(
+                f"{path}: times from {self.first_time} to {self.last_time}: prepare the dataset again"
+            )
         if not (self.block_users >= 1 and 1 <= self.streams <= self.users):
             raise InputError(
                 f"{path}: {self.block_users} users a block, {self.streams} streams for {self.users} users: "
                 "prepare the dataset again"
             )
         if max(self.users, self.num_embeddings) > _INT32_MAX:
-            raise InputError(f"{path}: more users or rows than int32 can number: prepare the dataset again")
-        for name in [part.vocabulary for part in self.domains] + [part.name for part in (*self.shards, *self.files)]:
+            raise InputError(
+                f"{path}: more users or rows than int32 can number: prepare the dataset again"
+            )
+        for name in [part.vocabulary for part in self.domains] + [
+            part.name for part in (*self.shards, *self.files)
+        ]:
             if not stays_inside(name):
-                raise InputError(f"{path}: {name!r} is no name of a file in this folder: prepare the dataset again")
+                raise InputError(
+                    f"{path}: {name!r} is no name of a file in this folder: prepare the dataset again"
+                )
         named = sorted(file.name for file in self.files)
-        if named != sorted([USERS, LENGTHS, *(domain.vocabulary for domain in self.domains)]):
-            raise InputError(f"{path}: the files it names are not those of a dataset: prepare the dataset again")
+        if named != sorted(
+            [USERS, LENGTHS, *(domain.vocabulary for domain in self.domains)]
+        ):
+            raise InputError(
+                f"{path}: the files it names are not those of a dataset: prepare the dataset again"
+            )
 
     def _check_files(self, path, check_shards, check_contents):
         for file in self.files:
@@ -306,14 +376,18 @@ class Dataset:
                     "dataset again"
                 )
         if not any((self.folder / shard.name).is_file() for shard in self.shards):
-            raise InputError(f"{path}: not one of its {len(self.shards)} shards is there: copy them again")
+            raise InputError(
+                f"{path}: not one of its {len(self.shards)} shards is there: copy them again"
+            )
         for shard in self.shards if check_shards else ():
             self._check_size(shard)
 
     def _check_size(self, named):
         file = self.folder / named.name
         if not file.is_file():
-            raise InputError(f"{file} is missing: copy it again or prepare the dataset again")
+            raise InputError(
+                f"{file} is missing: copy it again or prepare the dataset again"
+            )
         if file.stat().st_size != named.bytes:
             raise InputError(
                 f"{file} has {file.stat().st_size} bytes, {FILE_NAME} says {named.bytes}: copy it again "
@@ -324,7 +398,9 @@ class Dataset:
 def ticks_of(times, first, last) -> np.ndarray:
     """See `Dataset.ticks`."""
     span = max(last - first, np.finfo(np.float64).tiny)
-    return (np.clip((np.asarray(times, np.float64) - first) / span, 0, 1) * TICKS).astype(np.uint16)
+    return (
+        np.clip((np.asarray(times, np.float64) - first) / span, 0, 1) * TICKS
+    ).astype(np.uint16)
 
 
 def stays_inside(name) -> bool:
@@ -332,27 +408,43 @@ def stays_inside(name) -> bool:
     is the folder's owner's choice."""
     path = PurePosixPath(name)
     inside = path.name != "" and not path.is_absolute() and ".." not in path.parts
-    return inside and name.isprintable() and not set(name) & set("*?[]{}")  # DuckDB would look for others
+    return (
+        inside and name.isprintable() and not set(name) & set("*?[]{}")
+    )  # DuckDB would look for others
 
 
 def _list(facts, name, path):
     if not isinstance(facts.get(name), list):
-        raise InputError(f"{path}: the field {name!r} is missing or no list: prepare the dataset again")
+        raise InputError(
+            f"{path}: the field {name!r} is missing or no list: prepare the dataset again"
+        )
     return facts[name]
 
 
 def _record(cls, facts, path, **own):
     """One dataclass from JSON, with every field but its `own` there and of its type. Unknown fields are refused too."""
     if not isinstance(facts, dict):
-        raise InputError(f"{path}: a {cls.__name__} is written as {facts!r}: prepare the dataset again")
-    fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in own}
+        raise InputError(
+            f"{path}: a {cls.__name__} is written as {facts!r}: prepare the dataset again"
+        )
+    fields = {
+        field.name: field.type
+        for field in dataclasses.fields(cls)
+        if field.name not in own
+    }
     for name, kind in fields.items():
         if name not in facts:
-            raise InputError(f"{path}: {cls.__name__} lacks the field {name!r}: prepare the dataset again")
+            raise InputError(
+                f"{path}: {cls.__name__} lacks the field {name!r}: prepare the dataset again"
+            )
         kind = getattr(kind, "__origin__", kind)
         if not isinstance(facts[name], kind) or isinstance(facts[name], bool):
-            raise InputError(f"{path}: {cls.__name__}.{name} is {facts[name]!r}: prepare the dataset again")
+            raise InputError(
+                f"{path}: {cls.__name__}.{name} is {facts[name]!r}: prepare the dataset again"
+            )
     for name in facts:
         if name not in fields:
-            raise InputError(f"{path}: {cls.__name__} has no field {name!r}: prepare the dataset again")
+            raise InputError(
+                f"{path}: {cls.__name__} has no field {name!r}: prepare the dataset again"
+            )
     return cls(**facts, **own)

@@ -40,13 +40,31 @@ from trainer.errors import InputError
 from trainer.files.open_files import NoDescriptors, is_lack
 from trainer.files.redact import words
 
-_LENGTHS, _LOW, _HIGH, _TICKS, _CHECKSUM = "lengths.npy", "items.low.npy", "items.high.zst", "ticks.zst", "crc32.npy"
+_LENGTHS, _LOW, _HIGH, _TICKS, _CHECKSUM = (
+    "lengths.npy",
+    "items.low.npy",
+    "items.high.zst",
+    "ticks.zst",
+    "crc32.npy",
+)
 _CONTENTS = (_LENGTHS, _LOW, _HIGH, _TICKS)
 _LENGTH_DTYPES = tuple(map(np.dtype, ("u1", "<u2", "<u4")))
-_LOW_DTYPE, _TICKS_DTYPE, _CHECKSUM_DTYPE = np.dtype("<u2"), np.dtype("<u2"), np.dtype("<u4")
+_LOW_DTYPE, _TICKS_DTYPE, _CHECKSUM_DTYPE = (
+    np.dtype("<u2"),
+    np.dtype("<u2"),
+    np.dtype("<u4"),
+)
 _ZERO = np.zeros(1, _TICKS_DTYPE)
 # What the system says where the file itself is at fault. Anything else (a mount that is away, no memory) may pass.
-_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL}
+_OF_THE_FILE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,9 @@ def codec(level: int | None = None):
     return pyarrow.Codec("zstd", compression_level=level)
 
 
-def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterable[Block]) -> tuple[int, str]:
+def write_shard(
+    path: Path, first_user: int, num_embeddings: int, blocks: Iterable[Block]
+) -> tuple[int, str]:
     """Writes the blocks of the users from `first_user` on as one tar, and returns its size in bytes and its sha256.
 
     num_embeddings: rows of M. Equal blocks give equal bytes.
@@ -80,16 +100,27 @@ def write_shard(path: Path, first_user: int, num_embeddings: int, blocks: Iterab
         for number, block in enumerate(blocks):
             rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
             longest = block.lengths_B.max()
-            narrow = next(dtype for dtype in _LENGTH_DTYPES if longest <= np.iinfo(dtype).max)
+            narrow = next(
+                dtype for dtype in _LENGTH_DTYPES if longest <= np.iinfo(dtype).max
+            )
             high = (rows >> np.uint32(16)).astype(_high_dtype(num_embeddings))
             contents = {
                 _LENGTHS: _to_npy(block.lengths_B.astype(narrow)),
                 _LOW: _to_npy(rows.astype(_LOW_DTYPE)),  # modulo 2¹⁶
                 _HIGH: zstd.compress(high.tobytes(), asbytes=True),
-                _TICKS: zstd.compress(np.diff(block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO).tobytes(), asbytes=True),
+                _TICKS: zstd.compress(
+                    np.diff(
+                        block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO
+                    ).tobytes(),
+                    asbytes=True,
+                ),
             }
-            checksum = np.array([_crc32(first_user, contents.values())], _CHECKSUM_DTYPE)
-            for name, content in sorted({**contents, _CHECKSUM: _to_npy(checksum)}.items()):
+            checksum = np.array(
+                [_crc32(first_user, contents.values())], _CHECKSUM_DTYPE
+            )
+            for name, content in sorted(
+                {**contents, _CHECKSUM: _to_npy(checksum)}.items()
+            ):
                 member = tarfile.TarInfo(f"{path.stem}-{number:06d}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -120,8 +151,16 @@ class ShardFile:
         dtype or no array, lengths do not add up, a row is out of range; whatever `report` is where the file is not at fault,
         NoDescriptors where it is too many open files.
         """
-        self.dataset, self.shard, self.verify, self._report = dataset, shard, verify, report
-        self.first_user, self.count = shard.first_user, -(-shard.users // dataset.block_users)
+        self.dataset, self.shard, self.verify, self._report = (
+            dataset,
+            shard,
+            verify,
+            report,
+        )
+        self.first_user, self.count = (
+            shard.first_user,
+            -(-shard.users // dataset.block_users),
+        )
         self._members, self._stream, self._compared = {}, None, False
         try:
             self.path = dataset.local(shard.name)
@@ -141,7 +180,11 @@ class ShardFile:
                 for key, members in _samples(self._stream):
                     number = _number(key, self.path)
                     if number is None or not place <= number < self.count:
-                        self._refuse(place, place, f"{key!r} is none of its {self.count} blocks, or out of turn")
+                        self._refuse(
+                            place,
+                            place,
+                            f"{key!r} is none of its {self.count} blocks, or out of turn",
+                        )
                         continue
                     if number > place:
                         self._refuse(place, number, f"{_blocks(place, number)} missing")
@@ -159,7 +202,12 @@ class ShardFile:
 
     def compare(self) -> None:
         """Compares the file's sha256 with `dataset.json`, once, where checksums are asked for."""
-        if self._compared or self._stream is None or not self.verify or self.dataset.cache:  # the cache has compared it
+        if (
+            self._compared
+            or self._stream is None
+            or not self.verify
+            or self.dataset.cache
+        ):  # the cache has compared it
             return
         with _told_apart(self.path):
             self._stream.seek(0)
@@ -169,13 +217,18 @@ class ShardFile:
             return
         if self._report is None:
             self._refuse(0, self.count, "its sha256 is not the one in dataset.json")
-        self._report(f"{self.path}: its sha256 is not the one in dataset.json: its blocks are checked one by one")
+        self._report(
+            f"{self.path}: its sha256 is not the one in dataset.json: its blocks are checked one by one"
+        )
 
     def block(self, number: int) -> Block | None:
         """Block `number`; None where it cannot be used and that has been reported."""
         if number not in self._members:
             return None
-        users = min(self.dataset.block_users, self.shard.users - number * self.dataset.block_users)
+        users = min(
+            self.dataset.block_users,
+            self.shard.users - number * self.dataset.block_users,
+        )
         first_user = self.first_user + number * self.dataset.block_users
         try:
             return self._read(self._members[number], first_user, users)
@@ -193,32 +246,55 @@ class ShardFile:
     def _refuse(self, begin, end, what):
         """Blocks begin … end − 1 cannot be used."""
         if self._report is None:
-            raise InputError(f"{self.path}: {what}: copy the file again or prepare the dataset again")
-        self._report(f"{self.path}: {what}: {_left_out(self.dataset, self.shard, begin, end)}")
+            raise InputError(
+                f"{self.path}: {what}: copy the file again or prepare the dataset again"
+            )
+        self._report(
+            f"{self.path}: {what}: {_left_out(self.dataset, self.shard, begin, end)}"
+        )
 
     def _read(self, members, first_user, users):
         contents = {name: self._content(members, name) for name in _CONTENTS}
         if self.verify:
-            stored = _from_npy(self._content(members, _CHECKSUM), (_CHECKSUM_DTYPE,), _CHECKSUM)
+            stored = _from_npy(
+                self._content(members, _CHECKSUM), (_CHECKSUM_DTYPE,), _CHECKSUM
+            )
             if stored.tolist() != [_crc32(first_user, contents.values())]:
                 raise _Damage("its checksum (CRC-32) is wrong")
         lengths = _from_npy(contents[_LENGTHS], _LENGTH_DTYPES, _LENGTHS)
         low = _from_npy(contents[_LOW], (_LOW_DTYPE,), _LOW)
-        if len(lengths) != users or not lengths.all() or lengths.sum(dtype=np.int64) != len(low):
-            raise _Damage(f"lengths are not those of {users} users with {len(low)} items together")
-        high = _unpacked(contents, _HIGH, _high_dtype(self.dataset.num_embeddings), len(low))
+        if (
+            len(lengths) != users
+            or not lengths.all()
+            or lengths.sum(dtype=np.int64) != len(low)
+        ):
+            raise _Damage(
+                f"lengths are not those of {users} users with {len(low)} items together"
+            )
+        high = _unpacked(
+            contents, _HIGH, _high_dtype(self.dataset.num_embeddings), len(low)
+        )
         rows = high.astype("<i4")
         rows <<= 16
         rows |= low
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.dataset.num_embeddings:
-            raise _Damage(f"an item is outside the {self.dataset.num_embeddings} rows of the item matrix")
-        ticks = np.cumsum(_unpacked(contents, _TICKS, _TICKS_DTYPE, len(low)), dtype=np.uint16)  # modulo 2¹⁶
+        if (
+            len(rows)
+            and not 0 <= rows.min() <= rows.max() < self.dataset.num_embeddings
+        ):
+            raise _Damage(
+                f"an item is outside the {self.dataset.num_embeddings} rows of the item matrix"
+            )
+        ticks = np.cumsum(
+            _unpacked(contents, _TICKS, _TICKS_DTYPE, len(low)), dtype=np.uint16
+        )  # modulo 2¹⁶
         return Block(lengths.astype(np.int32), rows, ticks)
 
     def _content(self, members, name):
         found = [place for member, *place in members if member == name]
         if len(found) != 1:
-            raise _Damage(f"the member {name} is {'there twice' if found else 'missing'}")
+            raise _Damage(
+                f"the member {name} is {'there twice' if found else 'missing'}"
+            )
         ((offset, size),) = found
         with _told_apart(self.path):
             content = os.pread(self._stream.fileno(), size, offset)
@@ -228,7 +304,10 @@ class ShardFile:
 
 
 def read_blocks(
-    dataset: Dataset, shard: Shard, verify: bool = True, report: Callable[[str], None] | None = None
+    dataset: Dataset,
+    shard: Shard,
+    verify: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Block]]:
     """Yields (first user, Block) of a shard in order; arguments and errors as for `ShardFile`."""
     file = ShardFile(dataset, shard, verify, report)
@@ -266,12 +345,16 @@ def _left_out(dataset, shard, begin, end):
     first = shard.first_user + begin * dataset.block_users
     last = shard.first_user + min(end * dataset.block_users, shard.users) - 1
     if first >= last:
-        return f"user {first} is skipped" if first == last else "no user is skipped for it"
+        return (
+            f"user {first} is skipped" if first == last else "no user is skipped for it"
+        )
     return f"users {first} to {last} are skipped"
 
 
 def _blocks(begin, end):
-    return f"block {begin} is" if end - begin == 1 else f"blocks {begin} to {end - 1} are"
+    return (
+        f"block {begin} is" if end - begin == 1 else f"blocks {begin} to {end - 1} are"
+    )
 
 
 def _samples(stream):
@@ -285,13 +368,22 @@ def _samples(stream):
         size = os.fstat(stream.fileno()).st_size
         stream.seek(0)
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for key, members in itertools.groupby(iter(tar.next, None), lambda member: _key_and_name(member)[0]):
+            for key, members in itertools.groupby(
+                iter(tar.next, None), lambda member: _key_and_name(member)[0]
+            ):
                 places = []
                 for member in members:
-                    if member.issparse() or not 0 <= member.size <= size - member.offset_data:
-                        raise tarfile.ReadError(f"{member.name!r} is sparse or reaches beyond the end of the file")
+                    if (
+                        member.issparse()
+                        or not 0 <= member.size <= size - member.offset_data
+                    ):
+                        raise tarfile.ReadError(
+                            f"{member.name!r} is sparse or reaches beyond the end of the file"
+                        )
                     if member.isreg():
-                        places.append((_key_and_name(member)[1], member.offset_data, member.size))
+                        places.append(
+                            (_key_and_name(member)[1], member.offset_data, member.size)
+                        )
                 if key and places:
                     yield key, places
     except OSError:  # of the system, not of what it reads
@@ -301,7 +393,7 @@ def _samples(stream):
 
 
 def _key_and_name(member):
-    """"000001-000002.items.low.npy" → ("000001-000002", "items.low.npy"): a key has no dot."""
+    """ "000001-000002.items.low.npy" → ("000001-000002", "items.low.npy"): a key has no dot."""
     key, _, name = member.name.partition(".")
     return key, name
 
@@ -322,16 +414,25 @@ def _from_npy(data, dtypes, member):
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, _, found = read_header(stream)
     except Exception as error:  # a header is Python's own text for a dict: parsing it may fail in many ways
-        raise _Damage(f"{member} is no array that can be read ({words(error)})") from None
+        raise _Damage(
+            f"{member} is no array that can be read ({words(error)})"
+        ) from None
     if found not in dtypes or len(shape) != 1:
         wanted = " or ".join(map(str, dtypes))
-        raise _Damage(f"{member} is {words(found)} with {len(shape)} axes, not {wanted} with one")
+        raise _Damage(
+            f"{member} is {words(found)} with {len(shape)} axes, not {wanted} with one"
+        )
     held = len(data) - stream.tell()
     if held != shape[0] * found.itemsize:
-        raise _Damage(f"{member} says that it has {shape[0]} values, but holds {held} bytes")
+        raise _Damage(
+            f"{member} says that it has {shape[0]} values, but holds {held} bytes"
+        )
     return np.frombuffer(data, found, offset=stream.tell())
 
 
@@ -346,7 +447,9 @@ def _unpacked(contents, name, dtype, count):
     except Exception as error:
         raise _Damage(f"{name} cannot be unpacked ({words(error)})") from None
     if len(unpacked) != count * dtype.itemsize:
-        raise _Damage(f"{name} holds {len(unpacked)} bytes, not {count * dtype.itemsize}")
+        raise _Damage(
+            f"{name} holds {len(unpacked)} bytes, not {count * dtype.itemsize}"
+        )
     return np.frombuffer(unpacked, dtype)
 
 

@@ -14,5 +14,7 @@ def item_ids(dataset, domain):
     """The raw ids of a Domain's items in the order of their rows, of the type that they came with: a pyarrow array."""
     import pyarrow.parquet as pq
 
-    columns = pq.read_table(dataset.local(domain.vocabulary), columns=["item_id", "row"])
+    columns = pq.read_table(
+        dataset.local(domain.vocabulary), columns=["item_id", "row"]
+    )
     return columns.sort_by("row")["item_id"].combine_chunks()

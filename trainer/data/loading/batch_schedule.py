@@ -52,18 +52,26 @@ class Plan:
                 f"prepare again with --streams {world_size} or more, best a multiple of the ranks"
             )
         if world_size > global_batch_size:
-            raise InputError(f"global_batch_size={global_batch_size} is below the number of ranks, {world_size}: raise it")
+            raise InputError(
+                f"global_batch_size={global_batch_size} is below the number of ranks, {world_size}: raise it"
+            )
         if 0 < tokens_per_batch < world_size * max_length:
             raise InputError(
                 f"tokens_per_batch={tokens_per_batch} is below what one user of full length takes on each rank, {world_size} x "
                 f"model.max_length={max_length}: raise it to {world_size * max_length} or more, or use fewer ranks"
             )
-        self.dataset, self.batch_size, self.world_size = dataset, global_batch_size, world_size
+        self.dataset, self.batch_size, self.world_size = (
+            dataset,
+            global_batch_size,
+            world_size,
+        )
         self.seed, self.shuffle, self.max_length = seed, shuffle, max_length
         self.tokens_per_batch, self.balance = tokens_per_batch, balance
         self._stream = np.arange(dataset.streams)
         self._shard_users = np.array([shard.users for shard in dataset.shards])
-        self._shard_first_user = np.array([shard.first_user for shard in dataset.shards])
+        self._shard_first_user = np.array(
+            [shard.first_user for shard in dataset.shards]
+        )
         self._steps, self._bounds, self._orders = {}, {}, {}
         self._chunks, self._shuffled, self._home_shards = {}, (None, {}), {}
 
@@ -92,7 +100,11 @@ class Plan:
         total = 0
         for first in range(0, epochs, self.world_size):
             numbers = range(first, min(first + self.world_size, epochs))
-            if self.tokens_per_batch and self.world_size > 1 and sum_of_ranks is not None:
+            if (
+                self.tokens_per_batch
+                and self.world_size > 1
+                and sum_of_ranks is not None
+            ):
                 self._walk_together(numbers, rank, sum_of_ranks)
             total += sum(self.steps(epoch) for epoch in numbers)
             if 0 < most <= total:
@@ -119,7 +131,11 @@ class Plan:
         turn_B, home_B = np.divmod(stream_B, self.world_size)
         if self.world_size == 1 or not self.balance:
             return users_B, home_B, home_B
-        return users_B, home_B, balanced(home_B, self.tokens(users_B), self.world_size, turn_B)
+        return (
+            users_B,
+            home_B,
+            balanced(home_B, self.tokens(users_B), self.world_size, turn_B),
+        )
 
     def users(self, epoch, step, rank):
         """The numbers of the users that a rank has in a batch, int64, in the order of the batch's slots."""
@@ -128,15 +144,22 @@ class Plan:
 
     def users_per_rank(self, epoch, step):
         """How many users the rank with most of them has in a batch, at least 1; the others are filled up to it."""
-        begin, end = (np.minimum(self._before(slot), self._order(epoch).users_S) for slot in self._slots(epoch, step))
+        begin, end = (
+            np.minimum(self._before(slot), self._order(epoch).users_S)
+            for slot in self._slots(epoch, step)
+        )
         users_S = end - begin
         if self.balance:
             return max(1, -(-int(users_S.sum()) // self.world_size))
-        return max(1, int(np.bincount(self._stream % self.world_size, weights=users_S).max()))
+        return max(
+            1, int(np.bincount(self._stream % self.world_size, weights=users_S).max())
+        )
 
     def shards(self, epoch):
         """The shard numbers of each stream, in reading order: a list of arrays."""
-        return np.split(self._order(epoch).shard_N, np.cumsum(self._order(epoch).shards_S)[:-1])
+        return np.split(
+            self._order(epoch).shard_N, np.cumsum(self._order(epoch).shards_S)[:-1]
+        )
 
     def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
         """The numbers of the shards of the streams that a rank is the home of, in an epoch."""
@@ -145,7 +168,9 @@ class Plan:
             while len(self._home_shards) >= _KEPT_EPOCHS:
                 del self._home_shards[next(iter(self._home_shards))]
             streams = self.shards(epoch)[rank :: self.world_size]
-            self._home_shards[key] = frozenset(shard for stream in streams for shard in stream.tolist())
+            self._home_shards[key] = frozenset(
+                shard for stream in streams for shard in stream.tolist()
+            )
         return self._home_shards[key]
 
     def next_shards(self, epoch, step, rank):
@@ -157,9 +182,16 @@ class Plan:
             order = self._order(number)
             stream_N = np.repeat(self._stream, order.shards_S)
             users_N = self._shard_users[order.shard_N]
-            slot_N = (np.cumsum(users_N) - users_N - order.begin_S[stream_N]) * self.dataset.streams + stream_N
-            later = np.flatnonzero((stream_N % self.world_size == rank) & (slot_N >= after))
-            names += [self.dataset.shards[shard].name for shard in order.shard_N[later[np.argsort(slot_N[later])]]]
+            slot_N = (
+                np.cumsum(users_N) - users_N - order.begin_S[stream_N]
+            ) * self.dataset.streams + stream_N
+            later = np.flatnonzero(
+                (stream_N % self.world_size == rank) & (slot_N >= after)
+            )
+            names += [
+                self.dataset.shards[shard].name
+                for shard in order.shard_N[later[np.argsort(slot_N[later])]]
+            ]
         return names
 
     def tokens(self, users_B):
@@ -186,15 +218,27 @@ class Plan:
             users_C = self._found(epoch, first, min(first + _CHUNK_SLOTS, slots))
             slot_C = np.flatnonzero(users_C >= 0)
             tokens_C = self.dataset.lengths[users_C[slot_C]].sum(1, dtype=np.int32)
-            sums_C = np.concatenate([[0], np.cumsum(np.minimum(tokens_C, self.max_length), dtype=np.int64)])
+            sums_C = np.concatenate(
+                [[0], np.cumsum(np.minimum(tokens_C, self.max_length), dtype=np.int64)]
+            )
             place = 0
             while True:
-                end = int(np.searchsorted(sums_C, sums_C[place] + limit - tokens, side="right")) - 1
+                end = (
+                    int(
+                        np.searchsorted(
+                            sums_C, sums_C[place] + limit - tokens, side="right"
+                        )
+                    )
+                    - 1
+                )
                 end = min(end, place + self.batch_size - users)
                 if end == place and not users:
                     end += 1  # one user always fits
                 if end >= len(slot_C):
-                    tokens, users = tokens + int(sums_C[-1] - sums_C[place]), users + len(slot_C) - place
+                    tokens, users = (
+                        tokens + int(sums_C[-1] - sums_C[place]),
+                        users + len(slot_C) - place,
+                    )
                     break
                 bounds.append(first + int(slot_C[end]))
                 place, tokens, users = end, 0, 0
@@ -232,22 +276,37 @@ class Plan:
     def _found(self, epoch, begin, end):
         """`_users` without a memory."""
         order, streams = self._order(epoch), self.dataset.streams
-        first_S, last_S = (order.begin_S + np.minimum(self._before(slot), order.users_S) for slot in (begin, end))
+        first_S, last_S = (
+            order.begin_S + np.minimum(self._before(slot), order.users_S)
+            for slot in (begin, end)
+        )
         own = np.flatnonzero(first_S < last_S)
         first_S, last_S = first_S[own], last_S[own]
         # The blocks that hold them, stream after stream, and the range of places in each.
         low_S = np.searchsorted(order.begin_K, first_S, side="right") - 1
         count_S = np.searchsorted(order.begin_K, last_S, side="left") - low_S
-        block = np.repeat(low_S - np.cumsum(count_S) + count_S, count_S) + np.arange(int(count_S.sum()))
+        block = np.repeat(low_S - np.cumsum(count_S) + count_S, count_S) + np.arange(
+            int(count_S.sum())
+        )
         first_K = np.maximum(np.repeat(first_S, count_S) - order.begin_K[block], 0)
-        last_K = np.minimum(np.repeat(last_S, count_S) - order.begin_K[block], order.users_K[block])
+        last_K = np.minimum(
+            np.repeat(last_S, count_S) - order.begin_K[block], order.users_K[block]
+        )
         places_K = last_K - first_K
         row = np.repeat(np.arange(len(block)), places_K)
-        place = np.arange(len(row)) + np.repeat(first_K - np.cumsum(places_K) + places_K, places_K)
+        place = np.arange(len(row)) + np.repeat(
+            first_K - np.cumsum(places_K) + places_K, places_K
+        )
         stream_K = np.repeat(own, count_S)
-        slot_K = (order.begin_K[block] - order.begin_S[stream_K]) * streams + stream_K - begin  # of the block's place 0
+        slot_K = (
+            (order.begin_K[block] - order.begin_S[stream_K]) * streams
+            + stream_K
+            - begin
+        )  # of the block's place 0
         found = np.full(end - begin, -1)
-        shuffled = self._orders_of(epoch, order, block)[row, place] if self.shuffle else place
+        shuffled = (
+            self._orders_of(epoch, order, block)[row, place] if self.shuffle else place
+        )
         found[slot_K[row] + place * streams] = order.first_user_K[block][row] + shuffled
         return found
 
@@ -260,33 +319,76 @@ class Plan:
         numbers = block_K.tolist()
         new = np.array([number for number in numbers if number not in kept], np.int64)
         rows = {}
-        for part in np.array_split(new, -(-len(new) // 128)) if len(new) else ():  # bits that stay in the cache
+        for part in (
+            np.array_split(new, -(-len(new) // 128)) if len(new) else ()
+        ):  # bits that stay in the cache
             shard, place = (of_K[part, None] for of_K in (order.shard_K, order.place_K))
             # Bits of one block all differ: the mixer is a bijection. So any kind of sort gives the same.
-            bits = random_bits(self.seed, _USERS, epoch, shard, place, np.arange(self.dataset.block_users)[None])
-            rows |= zip(part.tolist(), map(np.copy, np.argsort(bits, axis=1).astype(np.int32)), strict=True)
+            bits = random_bits(
+                self.seed,
+                _USERS,
+                epoch,
+                shard,
+                place,
+                np.arange(self.dataset.block_users)[None],
+            )
+            rows |= zip(
+                part.tolist(),
+                map(np.copy, np.argsort(bits, axis=1).astype(np.int32)),
+                strict=True,
+            )
         for number in new[order.users_K[new] < self.dataset.block_users].tolist():
             users = int(order.users_K[number])
             rows[number][:users] = permutation(
-                users, self.seed, _USERS, epoch, int(order.shard_K[number]), int(order.place_K[number])
+                users,
+                self.seed,
+                _USERS,
+                epoch,
+                int(order.shard_K[number]),
+                int(order.place_K[number]),
             )
-        here = {number: rows[number] if number in rows else kept[number] for number in numbers}
-        last = [number for number, after in zip(numbers, [*numbers[1:], -1], strict=False) if after != number + 1]
+        here = {
+            number: rows[number] if number in rows else kept[number]
+            for number in numbers
+        }
+        last = [
+            number
+            for number, after in zip(numbers, [*numbers[1:], -1], strict=False)
+            if after != number + 1
+        ]
         self._shuffled = epoch, {number: here[number] for number in last}
-        return np.stack(list(here.values())) if here else np.zeros((0, self.dataset.block_users), np.int32)
+        return (
+            np.stack(list(here.values()))
+            if here
+            else np.zeros((0, self.dataset.block_users), np.int32)
+        )
 
     def _order(self, epoch):
         """The epoch's blocks in order."""
         if epoch not in self._orders:
-            count, streams, block_users = len(self._shard_users), self.dataset.streams, self.dataset.block_users
-            dealt = permutation(count, self.seed, _SHARDS, epoch) if self.shuffle else np.arange(count)
+            count, streams, block_users = (
+                len(self._shard_users),
+                self.dataset.streams,
+                self.dataset.block_users,
+            )
+            dealt = (
+                permutation(count, self.seed, _SHARDS, epoch)
+                if self.shuffle
+                else np.arange(count)
+            )
             of_stream = [dealt[stream::streams] for stream in self._stream]
             shards = np.concatenate(of_stream)
-            users_S = np.array([self._shard_users[own].sum() for own in of_stream], np.int64)
+            users_S = np.array(
+                [self._shard_users[own].sum() for own in of_stream], np.int64
+            )
             blocks = -(-self._shard_users[shards] // block_users)
             shard_K = np.repeat(shards, blocks)
-            place_K = np.arange(len(shard_K)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-            users_K = np.minimum(block_users, self._shard_users[shard_K] - place_K * block_users)
+            place_K = np.arange(len(shard_K)) - np.repeat(
+                np.cumsum(blocks) - blocks, blocks
+            )
+            users_K = np.minimum(
+                block_users, self._shard_users[shard_K] - place_K * block_users
+            )
             while len(self._orders) >= _KEPT_EPOCHS:
                 del self._orders[next(iter(self._orders))]
             self._orders[epoch] = _Order(
@@ -299,7 +401,8 @@ class Plan:
                 users_K=users_K,
                 begin_K=np.cumsum(users_K) - users_K,
                 first_user_K=self._shard_first_user[shard_K] + place_K * block_users,
-                slots=int((self._stream + (users_S - 1) * streams)[users_S > 0].max()) + 1,
+                slots=int((self._stream + (users_S - 1) * streams)[users_S > 0].max())
+                + 1,
             )
         return self._orders[epoch]
 

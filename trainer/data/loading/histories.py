@@ -25,7 +25,12 @@ class Users:
     ticks_N: np.ndarray
 
 
-NO_USERS = Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+NO_USERS = Users(
+    np.zeros(0, np.int64),
+    np.zeros(0, np.int64),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.uint16),
+)
 
 
 class Histories:
@@ -55,7 +60,9 @@ class Histories:
         """With room for one rank of a `Plan`: each of its own streams has a current block and a next one, and where users
         are moved between ranks, some blocks of other streams are met again."""
         own = -(-plan.dataset.streams // plan.world_size)
-        foreign = min(plan.dataset.streams - own, _FOREIGN_BLOCKS) if plan.balance else 0
+        foreign = (
+            min(plan.dataset.streams - own, _FOREIGN_BLOCKS) if plan.balance else 0
+        )
         return cls(plan.dataset, 2 * own + foreign, verify, report, open_shard)
 
     def read(self, number_B: np.ndarray, home: Collection[int] | None = None) -> Users:
@@ -65,14 +72,20 @@ class Histories:
         ranks compare, each block with its CRC-32 alone. None: all. Raises InputError as `ShardFile` does.
         """
         shard_B = np.searchsorted(self._first_user, number_B, side="right") - 1
-        block_B, place_B = np.divmod(number_B - self._first_user[shard_B], self.dataset.block_users)
+        block_B, place_B = np.divmod(
+            number_B - self._first_user[shard_B], self.dataset.block_users
+        )
         order = np.lexsort((block_B, shard_B))
         shard_B, block_B, place_B = shard_B[order], block_B[order], place_B[order]
-        starts = np.flatnonzero(np.diff(shard_B, prepend=-1) | np.diff(block_B, prepend=-1)).tolist()
+        starts = np.flatnonzero(
+            np.diff(shard_B, prepend=-1) | np.diff(block_B, prepend=-1)
+        ).tolist()
         histories, read = [], []
         for begin, end in pairwise([*starts, len(order)]):
             shard = int(shard_B[begin])
-            block = self._block(shard, int(block_B[begin]), home is None or shard in home)
+            block = self._block(
+                shard, int(block_B[begin]), home is None or shard in home
+            )
             if block is None:
                 continue
             ends, items, ticks = block
@@ -85,9 +98,16 @@ class Histories:
         if not histories:
             return NO_USERS
         read_B = np.concatenate(read)
-        items, ticks = zip(*(histories[place] for place in np.argsort(read_B).tolist()), strict=True)
+        items, ticks = zip(
+            *(histories[place] for place in np.argsort(read_B).tolist()), strict=True
+        )
         lengths_B = np.fromiter(map(len, items), np.int64, len(items))
-        return Users(number_B[np.sort(read_B)], lengths_B, np.concatenate(items), np.concatenate(ticks))
+        return Users(
+            number_B[np.sort(read_B)],
+            lengths_B,
+            np.concatenate(items),
+            np.concatenate(ticks),
+        )
 
     def close(self):
         """Lets all files go."""
@@ -107,7 +127,11 @@ class Histories:
         block = self._file(shard, whole).block(number)
         if block is None:
             return None
-        self._blocks[key] = np.concatenate([[0], np.cumsum(block.lengths_B)]), block.items_N, block.ticks_N
+        self._blocks[key] = (
+            np.concatenate([[0], np.cumsum(block.lengths_B)]),
+            block.items_N,
+            block.ticks_N,
+        )
         return self._blocks[key]
 
     def _file(self, shard, whole):
@@ -125,7 +149,13 @@ class Histories:
         """A shard, for which older ones are closed where the process may have no more."""
         while True:
             try:
-                return self._open_shard(self.dataset, self.dataset.shards[shard], self.verify, self.report, whole)
+                return self._open_shard(
+                    self.dataset,
+                    self.dataset.shards[shard],
+                    self.verify,
+                    self.report,
+                    whole,
+                )
             except NoDescriptors:
                 if not self._files:
                     raise
@@ -145,6 +175,11 @@ def read_users(plan, epoch, steps, rank, verify=True, report=None):
     histories = Histories.of_plan(plan, verify, report)
     try:
         for step in steps:
-            yield step, histories.read(plan.users(epoch, step, rank), plan.home_shards(epoch, rank))
+            yield (
+                step,
+                histories.read(
+                    plan.users(epoch, step, rank), plan.home_shards(epoch, rank)
+                ),
+            )
     finally:
         histories.close()

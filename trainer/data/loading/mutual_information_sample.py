@@ -9,7 +9,9 @@ from trainer.data.counter_rng import random_bits
 _CANDIDATES = 31  # separates this use of the seed
 
 
-def draw_candidates(seed, epoch, step, users_U, lengths_UD, number_B, count) -> Candidates:
+def draw_candidates(
+    seed, epoch, step, users_U, lengths_UD, number_B, count
+) -> Candidates:
     """A rank's part of `count` users of a step's global batch for each domain, or of all that have the domain where there
     are fewer.
 
@@ -17,14 +19,18 @@ def draw_candidates(seed, epoch, step, users_U, lengths_UD, number_B, count) -> 
     in each domain. number_B: this rank's own, in the order of its batch.
     """
     domains = lengths_UD.shape[1]
-    order_U = np.argsort(random_bits(seed, _CANDIDATES, epoch, step, users_U), kind="stable")
+    order_U = np.argsort(
+        random_bits(seed, _CANDIDATES, epoch, step, users_U), kind="stable"
+    )
     row_of = {number: row for row, number in enumerate(number_B.tolist())}
     slots = []
     places = []
     for domain in range(domains):
         with_domain = order_U[lengths_UD[order_U, domain] > 0][:count]
         own = np.flatnonzero(np.isin(users_U[with_domain], number_B))
-        rows = np.array([row_of[number] for number in users_U[with_domain[own]].tolist()], np.int64)
+        rows = np.array(
+            [row_of[number] for number in users_U[with_domain[own]].tolist()], np.int64
+        )
         slots.append(rows * domains + domain)
         places.append(domain * count + own)
     return Candidates(

@@ -18,7 +18,12 @@ from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.histories import NO_USERS, Histories
 from trainer.data.loading.mutual_information_sample import draw_candidates
 from trainer.data.loading.negative_sampling import shared_negatives, target_negatives
-from trainer.data.loading.worker_handover import Packed, Packer, refuse_small_shared_memory, unpack
+from trainer.data.loading.worker_handover import (
+    Packed,
+    Packer,
+    refuse_small_shared_memory,
+    unpack,
+)
 from trainer.distributed.resources import keep_freed_memory
 from trainer.errors import InputError
 
@@ -88,31 +93,67 @@ class TrainBatches(torch.utils.data.IterableDataset):
         super().__init__()
         self.candidates = candidates
         self.plan, self.rank, self.position = plan, rank, position
-        self.max_length, self.pooling, self.negatives, self.config = max_length, pooling, negatives, config
-        self.alone = plan.dataset.domain_number(config.domain) if config.domain else None
+        self.max_length, self.pooling, self.negatives, self.config = (
+            max_length,
+            pooling,
+            negatives,
+            config,
+        )
+        self.alone = (
+            plan.dataset.domain_number(config.domain) if config.domain else None
+        )
 
     def at(self, position) -> "TrainBatches":
         """The same from another position on."""
-        options = self.max_length, self.pooling, self.negatives, self.config, self.candidates
+        options = (
+            self.max_length,
+            self.pooling,
+            self.negatives,
+            self.config,
+            self.candidates,
+        )
         return TrainBatches(self.plan, self.rank, position, *options)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        position, stride = (self.position + worker.id, worker.num_workers) if worker else (self.position, 1)
+        position, stride = (
+            (self.position + worker.id, worker.num_workers)
+            if worker
+            else (self.position, 1)
+        )
         reasons = Reasons()
-        histories = Histories.of_plan(self.plan, self.config.verify, reasons if self.config.damaged == "skip" else None)
+        histories = Histories.of_plan(
+            self.plan,
+            self.config.verify,
+            reasons if self.config.damaged == "skip" else None,
+        )
         known = 0
         try:
             while True:
                 begun = time.perf_counter()
                 epoch, step = self.plan.locate(position)
                 wanted_B = self.plan.users(epoch, step, self.rank)
-                users = histories.read(wanted_B, self.plan.home_shards(epoch, self.rank))
-                if histories.opened > known:  # what comes after these may have to be fetched
+                users = histories.read(
+                    wanted_B, self.plan.home_shards(epoch, self.rank)
+                )
+                if (
+                    histories.opened > known
+                ):  # what comes after these may have to be fetched
                     known = histories.opened
-                    self.plan.dataset.ahead(self.plan.next_shards(epoch, step, self.rank))
-                batch, skipped = self.build(epoch, step, users), len(wanted_B) - len(users.number_B)
-                yield Fed(batch, users.number_B, skipped, reasons.take(), time.perf_counter() - begun)
+                    self.plan.dataset.ahead(
+                        self.plan.next_shards(epoch, step, self.rank)
+                    )
+                batch, skipped = (
+                    self.build(epoch, step, users),
+                    len(wanted_B) - len(users.number_B),
+                )
+                yield Fed(
+                    batch,
+                    users.number_B,
+                    skipped,
+                    reasons.take(),
+                    time.perf_counter() - begun,
+                )
                 position += stride
         finally:
             histories.close()
@@ -124,27 +165,43 @@ class TrainBatches(torch.utils.data.IterableDataset):
         optimizer like Adam moves each row that is looked up, whatever its gradient. Where there is none, nothing is.
         """
         dataset, seed = self.plan.dataset, self.plan.seed
-        number_B, lengths_B, place_N, position_N = training_part(dataset, users, self.config.domain)
+        number_B, lengths_B, place_N, position_N = training_part(
+            dataset, users, self.config.domain
+        )
         items_N, ticks_N = users.items_N[place_N], users.ticks_N[place_N]
         items_D = np.array([domain.items for domain in dataset.domains])
         shared = None
         if self.negatives.shared:
-            shared = shared_negatives(seed, epoch, step, dataset.starts, items_D, self.negatives.shared)
+            shared = shared_negatives(
+                seed, epoch, step, dataset.starts, items_D, self.negatives.shared
+            )
             if self.alone is not None:  # nothing of the others is predicted
-                shared = [rows if number == self.alone else rows[:0] for number, rows in enumerate(shared)]
+                shared = [
+                    rows if number == self.alone else rows[:0]
+                    for number, rows in enumerate(shared)
+                ]
         looked_up = items_N if shared is None else np.concatenate([items_N, *shared])
-        filler = looked_up[-1] if len(looked_up) else 0  # the newest of the last user, which is not trimmed
+        filler = (
+            looked_up[-1] if len(looked_up) else 0
+        )  # the newest of the last user, which is not trimmed
         missing = max(0, self.plan.users_per_rank(epoch, step) - len(lengths_B))
         real_B = np.arange(len(lengths_B) + missing) < len(lengths_B)
         whole_B = lengths_B
         lengths_B = np.append(lengths_B, np.full(missing, 2))
         items_N = np.append(items_N, np.full(2 * missing, filler, items_N.dtype))
         ticks_N = np.append(ticks_N, np.zeros(2 * missing, ticks_N.dtype))
-        kept_N, lengths_B, domain_N = trim(np.arange(len(items_N)), lengths_B, domains_of(dataset, items_N), self.max_length)
+        kept_N, lengths_B, domain_N = trim(
+            np.arange(len(items_N)),
+            lengths_B,
+            domains_of(dataset, items_N),
+            self.max_length,
+        )
         items_N, ticks_N = items_N[kept_N], ticks_N[kept_N]
         negatives = shared
         if negatives is None:
-            real = len(kept_N) - 2 * missing  # those that fill up come last, and are not trimmed
+            real = (
+                len(kept_N) - 2 * missing
+            )  # those that fill up come last, and are not trimmed
             drawn = target_negatives(
                 seed,
                 epoch,
@@ -156,9 +213,21 @@ class TrainBatches(torch.utils.data.IterableDataset):
                 items_D,
                 self.negatives.per_target,
             )
-            negatives = np.concatenate([drawn, np.full((2 * missing, self.negatives.per_target), filler)])
+            negatives = np.concatenate(
+                [drawn, np.full((2 * missing, self.negatives.per_target), filler)]
+            )
         weight_B = real_B.astype(np.float32)
-        batch = build_batch(items_N, lengths_B, domain_N, weight_B, negatives, items_D, self.max_length, self.pooling, ticks_N)
+        batch = build_batch(
+            items_N,
+            lengths_B,
+            domain_N,
+            weight_B,
+            negatives,
+            items_D,
+            self.max_length,
+            self.pooling,
+            ticks_N,
+        )
         batch = replace(batch, candidates=self._candidates(epoch, step, number_B))
         return batch if len(looked_up) else without_look_up(batch)
 
@@ -170,7 +239,9 @@ class TrainBatches(torch.utils.data.IterableDataset):
         if len(users_U) <= self.candidates:
             return None
         lengths_UD = self.plan.dataset.lengths[users_U]
-        return draw_candidates(self.plan.seed, epoch, step, users_U, lengths_UD, number_B, self.candidates)
+        return draw_candidates(
+            self.plan.seed, epoch, step, users_U, lengths_UD, number_B, self.candidates
+        )
 
 
 def training_part(dataset, users, domain=""):
@@ -179,10 +250,16 @@ def training_part(dataset, users, domain=""):
     Users, how many interactions each has, and where these are: among all of `users`, and in the user's history. domain: its
     interactions alone, and users who have any.
     """
-    lengths_B = np.where(users.lengths_B >= SPLIT_LENGTH, users.lengths_B - _HELD_OUT, users.lengths_B)
+    lengths_B = np.where(
+        users.lengths_B >= SPLIT_LENGTH, users.lengths_B - _HELD_OUT, users.lengths_B
+    )
     user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
-    position_N = np.arange(len(user_N)) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
-    place_N = position_N + np.repeat(np.cumsum(users.lengths_B) - users.lengths_B, lengths_B)
+    position_N = np.arange(len(user_N)) - np.repeat(
+        np.cumsum(lengths_B) - lengths_B, lengths_B
+    )
+    place_N = position_N + np.repeat(
+        np.cumsum(users.lengths_B) - users.lengths_B, lengths_B
+    )
     if not domain:
         return users.number_B, lengths_B, place_N, position_N
     own_N = domains_of(dataset, users.items_N[place_N]) == dataset.domain_number(domain)
@@ -210,9 +287,20 @@ class Feed:
 
     def __init__(self, batches: TrainBatches, pin_memory: bool, cores: int):
         """cores: those that this rank may use for itself, and so the most workers that are measured to be needed."""
-        self._batches, self._pin_memory, self._cores = batches, pin_memory, max(1, cores)
-        self._measures, self._build, self._compute = batches.config.workers == MEASURED, [], []
-        self.position, self.workers = batches.position, 1 if self._measures else batches.config.workers
+        self._batches, self._pin_memory, self._cores = (
+            batches,
+            pin_memory,
+            max(1, cores),
+        )
+        self._measures, self._build, self._compute = (
+            batches.config.workers == MEASURED,
+            [],
+            [],
+        )
+        self.position, self.workers = (
+            batches.position,
+            1 if self._measures else batches.config.workers,
+        )
         self._begin()
 
     def __next__(self) -> Fed:
@@ -240,7 +328,10 @@ class Feed:
         if len(self._compute) < _WARM_UP + _MEASURED_STEPS:
             return None
         self._measures = False
-        build, compute = (sum(taken[_WARM_UP:][:_MEASURED_STEPS]) / _MEASURED_STEPS for taken in (self._build, self._compute))
+        build, compute = (
+            sum(taken[_WARM_UP:][:_MEASURED_STEPS]) / _MEASURED_STEPS
+            for taken in (self._build, self._compute)
+        )
         needed = workers_needed(build, compute)
         found = f"a batch takes {build:.3g} s to build and a step {compute:.3g} s: {needed} worker processes a rank"
         if needed > self._cores:
@@ -256,7 +347,12 @@ class Feed:
         self._stream.close()
 
     def _begin(self):
-        self._stream = ready(self._batches.at(self.position), self._batches.config, self._pin_memory, self.workers)
+        self._stream = ready(
+            self._batches.at(self.position),
+            self._batches.config,
+            self._pin_memory,
+            self.workers,
+        )
 
 
 def workers_needed(build_seconds, step_seconds):
@@ -286,7 +382,9 @@ def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None =
         if isinstance(batch, _Refusal):
             raise InputError(batch.reason, one_rank=True)
         if not looked_at and isinstance(batch, Packed):
-            refuse_small_shared_memory(len(batch.piece), workers, config.prefetch, batches.plan.world_size)
+            refuse_small_shared_memory(
+                len(batch.piece), workers, config.prefetch, batches.plan.world_size
+            )
             looked_at = True
         yield unpack(batch) if isinstance(batch, Packed) else batch
 

@@ -44,8 +44,12 @@ def equal_counts(home_B, world_size):
     rank_B = home_B.astype(np.int64)
     if (counts_W > room_W).any():
         order, place = _grouped(home_B, counts_W)
-        too_many = order[place >= room_W[home_B[order]]]  # home after home: a rank is given to by few
-        rank_B[too_many] = np.repeat(np.arange(world_size), np.maximum(room_W - counts_W, 0))
+        too_many = order[
+            place >= room_W[home_B[order]]
+        ]  # home after home: a rank is given to by few
+        rank_B[too_many] = np.repeat(
+            np.arange(world_size), np.maximum(room_W - counts_W, 0)
+        )
     return rank_B
 
 
@@ -66,7 +70,9 @@ def balanced(home_B, cost_B, world_size, turn_B=None):
     limit = int(load_W.sum() / world_size * (1 + _TOLERANCE))
     offers = [np.arange(len(home_B))]
     if turn_B is not None:
-        enough = -(-_OFFERED * world_size * (1 + int(turn_B.max())) // len(home_B))  # streams a rank
+        enough = -(
+            -_OFFERED * world_size * (1 + int(turn_B.max())) // len(home_B)
+        )  # streams a rank
         few = np.flatnonzero(turn_B < enough)
         offers = offers if len(few) == len(home_B) else [few, *offers]
     for offered in offers:
@@ -79,7 +85,9 @@ def balanced(home_B, cost_B, world_size, turn_B=None):
             at_home = offered[rank_B[offered] == home_B[offered]]
             _exchange(rank_B, cost_B, load_W, member_GS, limit_G, at_home)
     everyone_GS = np.arange(world_size)[None]
-    for offered in offers:  # where partners do not suffice: a few users in a long batch, or a very long one
+    for offered in (
+        offers
+    ):  # where partners do not suffice: a few users in a long batch, or a very long one
         if load_W.max() > limit:
             _exchange(rank_B, cost_B, load_W, everyone_GS, np.array([limit]), offered)
     return rank_B
@@ -121,7 +129,9 @@ def _exchange(rank_B, cost_B, load_W, member_GS, limit_G, offered):
     pair = np.arange(size // 2)[None]
     for _ in range(_ROUNDS):
         load_GS = load_W[member_GS]
-        by_load_GS = np.take_along_axis(member_GS, np.argsort(load_GS, axis=1, kind="stable"), 1)
+        by_load_GS = np.take_along_axis(
+            member_GS, np.argsort(load_GS, axis=1, kind="stable"), 1
+        )
         pairs_G = np.minimum((load_GS > limit_G[:, None]).sum(1), size // 2)
         tries_G = (pairs_G > 0) & (shift_G + 2 * pairs_G <= size)
         of_P, pair_P = np.nonzero(tries_G[:, None] & (pair < pairs_G[:, None]))
@@ -133,30 +143,46 @@ def _exchange(rank_B, cost_B, load_W, member_GS, limit_G, offered):
         # The heavy rank's surplus goes over whole where the light rank has room for it: one exchange is then enough.
         room = below + limit_G[of_P] - mean_G[of_P]
         wanted = np.where(above <= room, above, (above + below) // 2)
-        better, give, take = _best_exchange(cost_WM[heavy], cost_WM[light], wanted, above + below)
+        better, give, take = _best_exchange(
+            cost_WM[heavy], cost_WM[light], wanted, above + below
+        )
         shift_G[tries_G] += 1  # other partners,
         shift_G[of_P[better]] = 0  # unless these will do
-        heavy, light, give, take = heavy[better], light[better], give[better], take[better]
+        heavy, light, give, take = (
+            heavy[better],
+            light[better],
+            give[better],
+            take[better],
+        )
         moved = cost_WM[heavy, give] - cost_WM[light, take]
         load_W[heavy] -= moved
         load_W[light] += moved
         for of_WM in (user_WM, cost_WM):
-            of_WM[heavy, give], of_WM[light, take] = of_WM[light, take], of_WM[heavy, give]
+            of_WM[heavy, give], of_WM[light, take] = (
+                of_WM[light, take],
+                of_WM[heavy, give],
+            )
     there_WM = user_WM != _ABSENT
     rank_B[user_WM[there_WM]] = np.nonzero(there_WM)[0]
 
 
 def _first_of_each(rank_B, offered, world_size):
     """The offered users, of each rank the first in the batch."""
-    order, place = _grouped(rank_B[offered], np.bincount(rank_B[offered], minlength=world_size))
+    order, place = _grouped(
+        rank_B[offered], np.bincount(rank_B[offered], minlength=world_size)
+    )
     return offered[order[place < _MOST_OFFERED]]
 
 
 def _grouped(rank_B, counts_W):
     """Users sorted by rank, in the batch's order within it, and each one's place among its rank's."""
-    narrow = rank_B.astype(np.uint16) if len(counts_W) <= 2**16 else rank_B  # which NumPy sorts by counting
+    narrow = (
+        rank_B.astype(np.uint16) if len(counts_W) <= 2**16 else rank_B
+    )  # which NumPy sorts by counting
     order = np.argsort(narrow, kind="stable")
-    return order, np.arange(len(order)) - np.repeat(np.cumsum(counts_W) - counts_W, counts_W)
+    return order, np.arange(len(order)) - np.repeat(
+        np.cumsum(counts_W) - counts_W, counts_W
+    )
 
 
 def _best_exchange(heavy_PM, light_PM, wanted_P, gap_P):
@@ -168,7 +194,9 @@ def _best_exchange(heavy_PM, light_PM, wanted_P, gap_P):
     pairs, users = heavy_PM.shape
     row = np.arange(pairs)[:, None]
     by_cost = np.argsort(heavy_PM, axis=1, kind="stable")
-    tried = by_cost[:, np.unique(np.linspace(0, users - 1, min(users, _TRIED)).astype(np.int64))]
+    tried = by_cost[
+        :, np.unique(np.linspace(0, users - 1, min(users, _TRIED)).astype(np.int64))
+    ]
     given_PC = heavy_PM[row, tried]
     top = int(max(heavy_PM.max(), light_PM.max())) + 1
     light_PM = np.where(light_PM == _ABSENT, top, light_PM)
@@ -177,15 +205,26 @@ def _best_exchange(heavy_PM, light_PM, wanted_P, gap_P):
     # One search over all pairs: each pair's costs lie in a range of their own.
     keys = (sorted_PM + row * (top + 1)).reshape(-1)
     sought_PC = np.clip(given_PC - wanted_P[:, None], 0, top) + row * (top + 1)
-    found_PC = np.searchsorted(keys, sought_PC.reshape(-1)).reshape(sought_PC.shape) - row * users
+    found_PC = (
+        np.searchsorted(keys, sought_PC.reshape(-1)).reshape(sought_PC.shape)
+        - row * users
+    )
     best_off, best = np.full(pairs, _NEVER), np.zeros((2, pairs), np.int64)
     for column_PC in (np.maximum(found_PC - 1, 0), np.minimum(found_PC, users - 1)):
         taken_PC = sorted_PM[row, column_PC]
         moved_PC = given_PC - taken_PC
-        possible_PC = (taken_PC < top) & (given_PC != _ABSENT) & (moved_PC > 0) & (moved_PC < gap_P[:, None])
+        possible_PC = (
+            (taken_PC < top)
+            & (given_PC != _ABSENT)
+            & (moved_PC > 0)
+            & (moved_PC < gap_P[:, None])
+        )
         off_PC = np.where(possible_PC, np.abs(moved_PC - wanted_P[:, None]), _NEVER)
         choice = off_PC.argmin(1)
-        columns = tried[row[:, 0], choice], light_order[row[:, 0], column_PC[row[:, 0], choice]]
+        columns = (
+            tried[row[:, 0], choice],
+            light_order[row[:, 0], column_PC[row[:, 0], choice]],
+        )
         closer = off_PC[row[:, 0], choice] < best_off
         best = np.where(closer, columns, best)
         best_off = np.minimum(best_off, off_PC[row[:, 0], choice])

@@ -64,7 +64,9 @@ class Packer:
             nonlocal size
             dtype = torch.int32 if tensor.dtype == torch.int64 else tensor.dtype
             length = tensor.numel() * dtype.itemsize
-            places.append((tensor, _Place(size, size + length, dtype, tuple(tensor.shape))))
+            places.append(
+                (tensor, _Place(size, size + length, dtype, tuple(tensor.shape)))
+            )
             size += -(-length // _ALIGNED) * _ALIGNED
             return places[-1][1]
 
@@ -83,7 +85,11 @@ class Packer:
             if len(piece) >= size:
                 break
         else:
-            self._pieces = [piece for piece in self._pieces if all(piece is not small for small in free)]
+            self._pieces = [
+                piece
+                for piece in self._pieces
+                if all(piece is not small for small in free)
+            ]
             size += size // 4  # the next batches are not quite as large
             piece = torch.empty(0, dtype=torch.uint8).set_(_new_shared(size))
             if len(self._pieces) < _KEPT:
@@ -92,7 +98,9 @@ class Packer:
         return piece
 
 
-def refuse_small_shared_memory(piece_bytes: int, workers: int, prefetch: int, world_size: int) -> None:
+def refuse_small_shared_memory(
+    piece_bytes: int, workers: int, prefetch: int, world_size: int
+) -> None:
     """Raises InputError where shared memory cannot hold what the loaders of this machine's ranks keep ready: pieces of so many
     bytes, `prefetch` of each of a rank's `workers` and two that it computes with."""
     pieces = workers * prefetch + _IN_HAND
@@ -116,7 +124,8 @@ def _new_shared(size):
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{_holds()}, which is not enough for one more batch of {_amount(size)} ({reason}): {_MAKE_ROOM}", one_rank=True
+            f"{_holds()}, which is not enough for one more batch of {_amount(size)} ({reason}): {_MAKE_ROOM}",
+            one_rank=True,
         ) from None
 
 
@@ -125,7 +134,9 @@ def _holds():
         facts = os.statvfs(SHARED_MEMORY)
     except OSError:
         return f"{SHARED_MEMORY} cannot be looked at"
-    size, free = (blocks * facts.f_frsize for blocks in (facts.f_blocks, facts.f_bavail))
+    size, free = (
+        blocks * facts.f_frsize for blocks in (facts.f_blocks, facts.f_bavail)
+    )
     return f"{SHARED_MEMORY} has {_amount(size)}, {_amount(free)} of them free"
 
 
@@ -144,7 +155,9 @@ def unpack(packed: Packed):
     """
     root = packed.piece.numpy()
     weakref.finalize(root, _let_go, packed.piece).atexit = False
-    piece = torch.from_numpy(root)  # holds on to `root` as long as there is a tensor in it
+    piece = torch.from_numpy(
+        root
+    )  # holds on to `root` as long as there is a tensor in it
     return _mapped(packed.value, _Place, lambda place: _at(piece, place))
 
 

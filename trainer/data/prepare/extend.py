@@ -57,18 +57,24 @@ class LogFacts:
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{file} cannot be read ({error}): copy the dataset again") from None
+            raise InputError(
+                f"{file} cannot be read ({error}): copy the dataset again"
+            ) from None
 
     def save(self, folder: Path):
         """Writes `log.json` into the log's folder."""
-        (folder / "log.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / "log.json").write_text(
+            json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def to_extend(folder, whole_log=False) -> Dataset:
     """The dataset in a folder that is to be extended. Raises InputError where it cannot be, with what can be done."""
     old = Dataset.load(folder)
     if old.cache is not None:
-        raise InputError(f"{folder}: an address cannot be extended: copy the dataset to a folder")
+        raise InputError(
+            f"{folder}: an address cannot be extended: copy the dataset to a folder"
+        )
     if not whole_log and LogFacts.load(old.folder) is None:
         raise InputError(
             f"{folder}: keeps no log: prepare it with --keep-log, or give the whole log as --input and say so with --whole-log"
@@ -79,7 +85,11 @@ def to_extend(folder, whole_log=False) -> Dataset:
 def options_of(folder) -> dict:
     """How a dataset was prepared, for one that extends it: options of PrepareConfig by name."""
     old, facts = Dataset.load(folder), LogFacts.load(Path(folder))
-    kept = {} if facts is None else {"min_user": facts.min_user, "min_item": facts.min_item}
+    kept = (
+        {}
+        if facts is None
+        else {"min_user": facts.min_user, "min_item": facts.min_item}
+    )
     return kept | {"seed": old.seed, "streams": old.streams}
 
 
@@ -91,32 +101,63 @@ def keep_log(connection, config, files, old: Dataset | None, folder: Path):
     Raises InputError: the new logs cannot be read, or have another kind of time; the window is none.
     """
     dates = open_log(connection, files, config.columns, config.domain, view="arrived")
-    kept = [] if old is None or config.whole_log else sorted((old.folder / LOG).glob("*.parquet"))
+    kept = (
+        []
+        if old is None or config.whole_log
+        else sorted((old.folder / LOG).glob("*.parquet"))
+    )
     if kept and LogFacts.load(old.folder).dates != dates:
         kinds = ("numbers", "dates") if dates else ("dates", "numbers")
-        raise InputError(f"{old.folder}: its times are {kinds[0]}, those of {files[0]} are {kinds[1]}: write one kind")
-    found = {"arrived": _one(connection, "SELECT count(*) FROM arrived"), "delivered_before": 0, "late": 0, "before_window": 0}
+        raise InputError(
+            f"{old.folder}: its times are {kinds[0]}, those of {files[0]} are {kinds[1]}: write one kind"
+        )
+    found = {
+        "arrived": _one(connection, "SELECT count(*) FROM arrived"),
+        "delivered_before": 0,
+        "late": 0,
+        "before_window": 0,
+    }
     fresh = "arrived"
     if kept:
-        connection.execute(f"CREATE OR REPLACE VIEW kept AS {_rows(kept, _kinds(connection, kept))}")
-        same = " AND ".join(f'k."{name}"{_text(name)} = a."{name}"{_text(name)}' for name in _COLUMNS)
-        connection.execute(f"CREATE TABLE again AS SELECT DISTINCT a.* FROM arrived a JOIN kept k ON {same}")
-        connection.execute(f"CREATE TABLE fresh AS SELECT * FROM arrived ANTI JOIN again USING ({', '.join(_COLUMNS)})")
+        connection.execute(
+            f"CREATE OR REPLACE VIEW kept AS {_rows(kept, _kinds(connection, kept))}"
+        )
+        same = " AND ".join(
+            f'k."{name}"{_text(name)} = a."{name}"{_text(name)}' for name in _COLUMNS
+        )
+        connection.execute(
+            f"CREATE TABLE again AS SELECT DISTINCT a.* FROM arrived a JOIN kept k ON {same}"
+        )
+        connection.execute(
+            f"CREATE TABLE fresh AS SELECT * FROM arrived ANTI JOIN again USING ({', '.join(_COLUMNS)})"
+        )
         fresh, count = "fresh", _one(connection, "SELECT count(*) FROM fresh")
         found["delivered_before"] = found["arrived"] - count
-        found["late"] = _one(connection, f"SELECT count(*) FROM fresh WHERE time < {old.last_time!r}")
-    begin = _begin_of_window(connection, config, dates, ["kept", fresh] if kept else [fresh])
+        found["late"] = _one(
+            connection, f"SELECT count(*) FROM fresh WHERE time < {old.last_time!r}"
+        )
+    begin = _begin_of_window(
+        connection, config, dates, ["kept", fresh] if kept else [fresh]
+    )
     if begin is not None:
-        found["before_window"] = _one(connection, f"SELECT count(*) FROM {fresh} WHERE time < {begin!r}")
+        found["before_window"] = _one(
+            connection, f"SELECT count(*) FROM {fresh} WHERE time < {begin!r}"
+        )
     for number, file in enumerate(kept):
-        newest = _one(connection, f"SELECT max(time) FROM read_parquet('{escape(file)}')")
+        newest = _one(
+            connection, f"SELECT max(time) FROM read_parquet('{escape(file)}')"
+        )
         if begin is None or newest >= begin:
             _take(file, folder / f"{number:05d}.parquet")
     condition = "" if begin is None else f"WHERE time >= {begin!r}"
     target = folder / f"{len(kept):05d}.parquet"
-    connection.execute(f"COPY (SELECT * FROM {fresh} {condition}) TO '{escape(target)}' (FORMAT parquet, COMPRESSION zstd)")
+    connection.execute(
+        f"COPY (SELECT * FROM {fresh} {condition}) TO '{escape(target)}' (FORMAT parquet, COMPRESSION zstd)"
+    )
     LogFacts(dates, config.min_user, config.min_item).save(folder)
-    (folder / "found.json").write_text(json.dumps({"begin": begin, "newest": target.name, **found}), encoding="utf-8")
+    (folder / "found.json").write_text(
+        json.dumps({"begin": begin, "newest": target.name, **found}), encoding="utf-8"
+    )
 
 
 _COLUMNS = ("user_id", "item_id", "domain", "time")
@@ -133,12 +174,20 @@ def open_kept(connection, folder: Path, old: Dataset | None):
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     condition = "" if found["begin"] is None else f"WHERE time >= {found['begin']!r}"
     files = sorted(folder.glob("*.parquet"))
-    vocabularies = [] if old is None else [old.local(domain.vocabulary) for domain in old.domains]
+    vocabularies = (
+        [] if old is None else [old.local(domain.vocabulary) for domain in old.domains]
+    )
     kinds = _kinds(connection, files, vocabularies)
-    connection.execute(f"CREATE OR REPLACE VIEW log AS {_rows(files, kinds, condition)}")
-    connection.execute(f"CREATE OR REPLACE VIEW newest AS {_rows([folder / found['newest']], kinds)}")
+    connection.execute(
+        f"CREATE OR REPLACE VIEW log AS {_rows(files, kinds, condition)}"
+    )
+    connection.execute(
+        f"CREATE OR REPLACE VIEW newest AS {_rows([folder / found['newest']], kinds)}"
+    )
     if not _one(connection, "SELECT count(*) FROM log"):
-        raise InputError("no rows are left in the window: give an earlier --since or more --days")
+        raise InputError(
+            "no rows are left in the window: give an earlier --since or more --days"
+        )
 
 
 def _kinds(connection, files, vocabularies=()):
@@ -148,14 +197,23 @@ def _kinds(connection, files, vocabularies=()):
         types = {_type(connection, file, name) for file in files}
         if name == "item_id":
             types |= {_type(connection, file, name) for file in vocabularies}
-        kinds[name] = types.pop() if len(types) == 1 else "DOUBLE" if name == "time" else "VARCHAR"
+        kinds[name] = (
+            types.pop()
+            if len(types) == 1
+            else "DOUBLE"
+            if name == "time"
+            else "VARCHAR"
+        )
     return kinds
 
 
 def _rows(files, kinds, condition=""):
     """SQL: the rows of a log's files."""
     columns = ", ".join(f'"{name}"::{kind} AS "{name}"' for name, kind in kinds.items())
-    return " UNION ALL ".join(f"SELECT {columns} FROM read_parquet('{escape(file)}') {condition}" for file in files)
+    return " UNION ALL ".join(
+        f"SELECT {columns} FROM read_parquet('{escape(file)}') {condition}"
+        for file in files
+    )
 
 
 def add_known_items(connection, old: Dataset, retire: bool):
@@ -187,7 +245,9 @@ def place_items(connection, old: Dataset):
     """Makes the table `places` (domain, item_id, place) of `found_items`: the place in its domain that an item had; new ones,
     by how many events they have, fill those that are free. Where still some are left free (their items were retired), the
     last ones move there: places are those from 0 to the number of items."""
-    starts = ", ".join(f"('{escape(domain.name)}', {domain.start})" for domain in old.domains)
+    starts = ", ".join(
+        f"('{escape(domain.name)}', {domain.start})" for domain in old.domains
+    )
     connection.execute(f"""
         CREATE TABLE placed AS
             SELECT f.domain, f.item_id, f.total, old_row - first AS old_place, count(*) OVER (PARTITION BY f.domain) AS size
@@ -207,10 +267,19 @@ def place_items(connection, old: Dataset):
         DROP TABLE placed; DROP TABLE free""")
 
 
-def write_extension(connection, old: Dataset, ids_folder: Path, log_folder: Path, folder: Path, new: Dataset):
+def write_extension(
+    connection,
+    old: Dataset,
+    ids_folder: Path,
+    log_folder: Path,
+    folder: Path,
+    new: Dataset,
+):
     """Writes the folder `extension` of the new dataset. The connection has what `open_kept` made."""
     items, users = scan(ids_folder / "items"), scan(ids_folder / "users")
-    known = _vocabularies(old, _type(connection, ids_folder / "items" / "0.parquet", "item_id"))
+    known = _vocabularies(
+        old, _type(connection, ids_folder / "items" / "0.parquet", "item_id")
+    )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     rows = folder / "rows.parquet"
@@ -219,7 +288,9 @@ def write_extension(connection, old: Dataset, ids_folder: Path, log_folder: Path
             n.row::BIGINT AS new_row
         FROM ({known}) o FULL OUTER JOIN {items} n ON o.domain = n.name AND o.item_id = n.item_id
         ORDER BY old_row NULLS LAST, new_row) TO '{escape(rows)}' (FORMAT parquet)""")
-    touched = connection.execute(f"""SELECT DISTINCT u."user" FROM newest JOIN {users} u USING (user_id) ORDER BY 1""")
+    touched = connection.execute(
+        f"""SELECT DISTINCT u."user" FROM newest JOIN {users} u USING (user_id) ORDER BY 1"""
+    )
     np.save(folder / "users.npy", touched.fetchnumpy()["user"].astype(np.int64))
     found = json.loads((log_folder / "found.json").read_text(encoding="utf-8"))
     counts = connection.execute(f"""SELECT domain, count(*) FILTER (WHERE old_row IS NULL),
@@ -230,16 +301,27 @@ def write_extension(connection, old: Dataset, ids_folder: Path, log_folder: Path
         "of": old.fingerprint,
         "span_before": [old.first_time, old.last_time],
         "domains_before": [domain.name for domain in old.domains],
-        **{name: found[name] for name in ("arrived", "delivered_before", "late", "before_window")},
+        **{
+            name: found[name]
+            for name in ("arrived", "delivered_before", "late", "before_window")
+        },
         "users": {"before": old.users, "now": new.users},
-        "laid_out_anew": any(domain.start != before[domain.name].start for domain in new.domains if domain.name in before),
+        "laid_out_anew": any(
+            domain.start != before[domain.name].start
+            for domain in new.domains
+            if domain.name in before
+        ),
         "domains": {
             domain.name: {
-                "items_before": before[domain.name].items if domain.name in before else 0,
+                "items_before": before[domain.name].items
+                if domain.name in before
+                else 0,
                 "items": domain.items,
                 "new": counts[domain.name][0],
                 "retired": counts[domain.name][1],
-                "interactions_before": before[domain.name].interactions if domain.name in before else 0,
+                "interactions_before": before[domain.name].interactions
+                if domain.name in before
+                else 0,
                 "interactions": domain.interactions,
             }
             for domain in new.domains
@@ -284,7 +366,10 @@ def _sources(dataset, batches):
     """batches: Arrow batches of (old row, new row)."""
     source_N = np.full(dataset.num_embeddings, -1, np.int32)
     for batch in batches:
-        old, new = (column.fill_null(-1).to_numpy(zero_copy_only=False) for column in batch.columns)
+        old, new = (
+            column.fill_null(-1).to_numpy(zero_copy_only=False)
+            for column in batch.columns
+        )
         there = (old >= 0) & (new >= 0)
         source_N[new[there]] = old[there]
     return source_N
@@ -298,14 +383,20 @@ def _begin_of_window(connection, config, dates, views):
     newest = max(time for time in times if time is not None)
     if config.days is not None:
         if not dates and config.time_unit is None:
-            raise InputError(f"--days with times that are numbers: say what they are in with --time-unit ({', '.join(UNITS)})")
+            raise InputError(
+                f"--days with times that are numbers: say what they are in with --time-unit ({', '.join(UNITS)})"
+            )
         return newest - config.days * _DAY * UNITS["us" if dates else config.time_unit]
     if not dates:
         try:
             return float(config.since)
         except ValueError:
-            raise InputError(f"--since {config.since!r}: these logs' times are numbers: give one") from None
-    begin = connection.execute("SELECT epoch_us(TRY_CAST(? AS TIMESTAMPTZ))", [config.since]).fetchone()[0]
+            raise InputError(
+                f"--since {config.since!r}: these logs' times are numbers: give one"
+            ) from None
+    begin = connection.execute(
+        "SELECT epoch_us(TRY_CAST(? AS TIMESTAMPTZ))", [config.since]
+    ).fetchone()[0]
     if begin is None:
         raise InputError(f"--since {config.since!r} is no date like 2026-01-31")
     return begin
@@ -320,7 +411,11 @@ def _take(file, target):
 
 
 def _type(connection, file, column):
-    return str(connection.sql(f"SELECT \"{column}\" FROM read_parquet('{escape(file)}')").types[0])
+    return str(
+        connection.sql(
+            f"SELECT \"{column}\" FROM read_parquet('{escape(file)}')"
+        ).types[0]
+    )
 
 
 def _one(connection, query):

@@ -17,11 +17,32 @@ import pyarrow as pa
 
 from trainer.errors import InputError
 
-SUFFIXES = {".parquet": None, ".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
-_WHOLE = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
-_WIDE = {"UBIGINT", "HUGEINT", "UHUGEINT"}  # whole numbers that may not fit int64: decided by what they hold
+SUFFIXES = {
+    ".parquet": None,
+    ".csv": ",",
+    ".csv.gz": ",",
+    ".tsv": "\t",
+    ".tsv.gz": "\t",
+}
+_WHOLE = {
+    "TINYINT",
+    "SMALLINT",
+    "INTEGER",
+    "BIGINT",
+    "UTINYINT",
+    "USMALLINT",
+    "UINTEGER",
+}
+_WIDE = {
+    "UBIGINT",
+    "HUGEINT",
+    "UHUGEINT",
+}  # whole numbers that may not fit int64: decided by what they hold
 _FLOAT = {"FLOAT", "DOUBLE"}
-_DATE = ("DATE", "TIMESTAMP")  # and its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS
+_DATE = (
+    "DATE",
+    "TIMESTAMP",
+)  # and its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS
 
 
 def find_files(inputs) -> list[Path]:
@@ -32,19 +53,33 @@ def find_files(inputs) -> list[Path]:
     found = set()
     for given in inputs:
         path = Path(given)
-        paths = [path] if path.exists() else sorted(Path(match) for match in glob.glob(str(given), recursive=True))
+        paths = (
+            [path]
+            if path.exists()
+            else sorted(Path(match) for match in glob.glob(str(given), recursive=True))
+        )
         if not paths:
-            raise InputError(f"input {given} does not exist: give a file, a folder or a glob")
+            raise InputError(
+                f"input {given} does not exist: give a file, a folder or a glob"
+            )
         logs = []
         for path in paths:
             if path.is_dir():
-                logs += [child for child in path.rglob("*") if child.is_file() and suffix_of(child) in SUFFIXES]
+                logs += [
+                    child
+                    for child in path.rglob("*")
+                    if child.is_file() and suffix_of(child) in SUFFIXES
+                ]
             elif suffix_of(path) in SUFFIXES:
                 logs.append(path)
             elif len(paths) == 1:
-                raise InputError(f"input {path} is no log: the name must end in {', '.join(SUFFIXES)}")
+                raise InputError(
+                    f"input {path} is no log: the name must end in {', '.join(SUFFIXES)}"
+                )
         if not logs:
-            raise InputError(f"input {given} holds no log: names must end in {', '.join(SUFFIXES)}")
+            raise InputError(
+                f"input {given} holds no log: names must end in {', '.join(SUFFIXES)}"
+            )
         found.update(log.resolve() for log in logs)
     for path in found:
         if path.stat().st_size == 0:
@@ -52,7 +87,9 @@ def find_files(inputs) -> list[Path]:
     return sorted(found)
 
 
-def open_log(connection, files, columns: dict[str, str], domain: str | None = None, view="log") -> bool:
+def open_log(
+    connection, files, columns: dict[str, str], domain: str | None = None, view="log"
+) -> bool:
     """Makes the view `log`, or of another name, over the files. Returns whether their times are dates.
 
     columns: the columns' names by role: user, item, domain, time. domain: the one domain of all rows, in place of a column.
@@ -65,15 +102,22 @@ def open_log(connection, files, columns: dict[str, str], domain: str | None = No
         _inspect(connection, group, f"text_{number}")
     groups = [group for group in groups if group.rows]
     if not groups:
-        raise InputError(f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: no rows, nothing to prepare")
-    ids = {role: "BIGINT" if all(group.whole[role] for group in groups) else "VARCHAR" for role in ("user", "item")}
+        raise InputError(
+            f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: no rows, nothing to prepare"
+        )
+    ids = {
+        role: "BIGINT" if all(group.whole[role] for group in groups) else "VARCHAR"
+        for role in ("user", "item")
+    }
     times, dates = _times(connection, groups)
     selects = [
-        f"""SELECT {group.value['user']}::{ids['user']} AS user_id, {group.value['item']}::{ids['item']} AS item_id,
-            {group.value['domain']}::VARCHAR AS domain, {time} AS "time" FROM {group.table}"""
+        f"""SELECT {group.value["user"]}::{ids["user"]} AS user_id, {group.value["item"]}::{ids["item"]} AS item_id,
+            {group.value["domain"]}::VARCHAR AS domain, {time} AS "time" FROM {group.table}"""
         for group, time in zip(groups, times, strict=True)
     ]
-    connection.execute(f"CREATE OR REPLACE VIEW {view} AS " + " UNION ALL ".join(selects))
+    connection.execute(
+        f"CREATE OR REPLACE VIEW {view} AS " + " UNION ALL ".join(selects)
+    )
     return dates
 
 
@@ -85,9 +129,18 @@ def open_ids(connection, files, column) -> None:
     groups = _group(connection, files, {"user": column}, None)
     for number, group in enumerate(groups):
         _inspect(connection, group, f"ids_{number}")
-    kind = "BIGINT" if all(group.whole["user"] for group in groups if group.rows) else "VARCHAR"
-    selects = [f"SELECT {group.value['user']}::{kind} AS user_id FROM {group.table}" for group in groups]
-    connection.execute(f"CREATE TABLE ids AS SELECT DISTINCT user_id FROM ({' UNION ALL '.join(selects)})")
+    kind = (
+        "BIGINT"
+        if all(group.whole["user"] for group in groups if group.rows)
+        else "VARCHAR"
+    )
+    selects = [
+        f"SELECT {group.value['user']}::{kind} AS user_id FROM {group.table}"
+        for group in groups
+    ]
+    connection.execute(
+        f"CREATE TABLE ids AS SELECT DISTINCT user_id FROM ({' UNION ALL '.join(selects)})"
+    )
 
 
 @dataclass
@@ -102,21 +155,35 @@ class _Group:
     text: bool  # CSV: every column is text, whatever it holds
     table: str = ""
     rows: int = 0
-    whole: dict[str, bool] | None = None  # role → all values are whole numbers that fit int64
+    whole: dict[str, bool] | None = (
+        None  # role → all values are whole numbers that fit int64
+    )
 
     def scan(self, files):
-        literals = ", ".join("'" + glob.escape(str(file)).replace("'", "''") + "'" for file in files)
+        literals = ", ".join(
+            "'" + glob.escape(str(file)).replace("'", "''") + "'" for file in files
+        )
         return f"{'read_csv' if self.text else 'read_parquet'}([{literals}], {self.options})"
 
     def missing(self, role):
         """SQL: the value is not there. An empty text is what CSV has for it; a NaN what a float column has."""
         value, kind = self.value[role], self.type[role]
-        empty = f" OR {value} = ''" if kind == "VARCHAR" else f" OR NOT isfinite({value})" if kind in _FLOAT else ""
+        empty = (
+            f" OR {value} = ''"
+            if kind == "VARCHAR"
+            else f" OR NOT isfinite({value})"
+            if kind in _FLOAT
+            else ""
+        )
         return f"({value} IS NULL{empty})"
 
     def is_open(self, role):
         """The type does not say whether the column holds whole numbers that fit int64."""
-        return self.text or self.type[role] in _WIDE or (role == "time" and self.type[role] == "VARCHAR")
+        return (
+            self.text
+            or self.type[role] in _WIDE
+            or (role == "time" and self.type[role] == "VARCHAR")
+        )
 
     def is_whole(self, role):
         """SQL: the value is a whole number as int64 writes it; '007' and '1e3' are text."""
@@ -140,30 +207,52 @@ def _group(connection, files, columns, domain):
     for path in files:
         delimiter = SUFFIXES[suffix_of(path)]
         if delimiter:
-            layouts[delimiter, tuple((name, "VARCHAR") for name in _header(path, delimiter))].append(path)
+            layouts[
+                delimiter, tuple((name, "VARCHAR") for name in _header(path, delimiter))
+            ].append(path)
         else:
             layouts[None, _parquet_columns(connection, path)].append(path)
     groups = []
     for (delimiter, layout), paths in layouts.items():
         names = [name for name, _ in layout]
-        wanted = {role: name for role, name in columns.items() if role != "domain" or domain is None}
+        wanted = {
+            role: name
+            for role, name in columns.items()
+            if role != "domain" or domain is None
+        }
         check_columns(paths[0], names, wanted)
         types = dict(layout)
         if delimiter:
-            listed = ", ".join(f"'c{number}': 'VARCHAR'" for number in range(len(names)))
+            listed = ", ".join(
+                f"'c{number}': 'VARCHAR'" for number in range(len(names))
+            )
             options = f"""auto_detect=false, header=true, delim='{delimiter}', quote='"', escape='"', comment='',
                 columns={{{listed}}}"""
         else:  # without can_have_nan DuckDB may answer isfinite() from a column's statistics, which leave NaN out
             options = "can_have_nan=true"
-        group = _Group(paths, options + ", hive_partitioning=false", wanted, {}, {}, text=bool(delimiter))
+        group = _Group(
+            paths,
+            options + ", hive_partitioning=false",
+            wanted,
+            {},
+            {},
+            text=bool(delimiter),
+        )
         for role, name in wanted.items():
             group.value[role] = f"c{names.index(name)}" if delimiter else _quote(name)
             group.type[role] = types[name]
         if domain is not None:
-            group.value["domain"], group.type["domain"] = "'" + domain.replace("'", "''") + "'", "VARCHAR"
+            group.value["domain"], group.type["domain"] = (
+                "'" + domain.replace("'", "''") + "'",
+                "VARCHAR",
+            )
         for name in wanted.values():
-            if types[name].endswith("]") or types[name].startswith(("STRUCT", "MAP", "UNION")):
-                raise InputError(f"{paths[0]}: column {name!r} holds {types[name]}, not single values")
+            if types[name].endswith("]") or types[name].startswith(
+                ("STRUCT", "MAP", "UNION")
+            ):
+                raise InputError(
+                    f"{paths[0]}: column {name!r} holds {types[name]}, not single values"
+                )
         groups.append(group)
     return groups
 
@@ -173,16 +262,22 @@ def check_columns(path, names, wanted: dict[str, str]):
     for role, name in wanted.items():
         if names.count(name) != 1:
             state = "no column" if name not in names else "more than one column"
-            raise InputError(f"{path} has {state} {name!r}; it has {', '.join(names)}: name yours with --{role}-column")
+            raise InputError(
+                f"{path} has {state} {name!r}; it has {', '.join(names)}: name yours with --{role}-column"
+            )
 
 
 def read_text(connection, path, columns: dict[str, str], domain: str | None = None):
     """Yields the rows of one CSV or TSV file in Arrow batches: row (int64, from 1), and by role, all as text, user, item,
     domain, time. Raises InputError, naming the file: a missing column, a file that cannot be read."""
     (group,) = _group(connection, [path], columns, domain)
-    values = ", ".join(f"{value}::VARCHAR AS {role}" for role, value in group.value.items())
+    values = ", ".join(
+        f"{value}::VARCHAR AS {role}" for role, value in group.value.items()
+    )
     try:
-        yield from connection.sql(f"SELECT row_number() OVER () AS row, {values} FROM {group.scan([path])}").to_arrow_reader()
+        yield from connection.sql(
+            f"SELECT row_number() OVER () AS row, {values} FROM {group.scan([path])}"
+        ).to_arrow_reader()
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         _refuse_unreadable(connection, group, error)
 
@@ -199,7 +294,9 @@ def _header(path, delimiter):
 def _parquet_columns(connection, path):
     literal = "'" + glob.escape(str(path)).replace("'", "''") + "'"
     try:
-        described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({literal}, hive_partitioning=false)")
+        described = connection.execute(
+            f"DESCRIBE SELECT * FROM read_parquet({literal}, hive_partitioning=false)"
+        )
         return tuple((name, kind) for name, kind, *_ in described.fetchall())
     except duckdb.Error as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from None
@@ -221,13 +318,22 @@ def _inspect(connection, group, name):
     roles = tuple(group.value)
     try:
         if group.text:  # parsing is dear: once
-            read = dict.fromkeys(value for role, value in group.value.items() if role in group.columns)
-            connection.execute(f"CREATE TABLE {name} AS SELECT {', '.join(read)} FROM {group.table}")
+            read = dict.fromkeys(
+                value for role, value in group.value.items() if role in group.columns
+            )
+            connection.execute(
+                f"CREATE TABLE {name} AS SELECT {', '.join(read)} FROM {group.table}"
+            )
             group.table = name
         facts = ["count(*)"]
         facts += [f"count(*) FILTER (WHERE {group.missing(role)})" for role in roles]
-        facts += [f"bool_and({group.is_whole(role) if group.is_open(role) else group.type[role] in _WHOLE})" for role in roles]
-        ((group.rows, *found),) = connection.execute(f"SELECT {', '.join(facts)} FROM {group.table}").fetchall()
+        facts += [
+            f"bool_and({group.is_whole(role) if group.is_open(role) else group.type[role] in _WHOLE})"
+            for role in roles
+        ]
+        ((group.rows, *found),) = connection.execute(
+            f"SELECT {', '.join(facts)} FROM {group.table}"
+        ).fetchall()
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
@@ -235,7 +341,9 @@ def _inspect(connection, group, name):
     for role, missing in zip(roles, found[: len(roles)], strict=True):
         if missing:
             path, row, text = _first(connection, group, role, group.missing(role))
-            raise InputError(f"{path}: row {row}: {group.columns[role]!r} is {text or 'empty'}: every row needs one")
+            raise InputError(
+                f"{path}: row {row}: {group.columns[role]!r} is {text or 'empty'}: every row needs one"
+            )
     group.whole = dict(zip(roles, found[len(roles) :], strict=True))
 
 
@@ -265,13 +373,18 @@ def _times(connection, groups):
     """SQL expressions of the time, one a group, all of one kind: numbers or dates; and whether dates."""
     kinds = [_time_kind(connection, group) for group in groups]
     if len({kind == "date" for kind in kinds}) > 1:
-        dated, numbered = (groups[[kind == "date" for kind in kinds].index(is_date)] for is_date in (True, False))
+        dated, numbered = (
+            groups[[kind == "date" for kind in kinds].index(is_date)]
+            for is_date in (True, False)
+        )
         raise InputError(
             f"{dated.files[0]} has dates in {dated.columns['time']!r} and {numbered.files[0]} has numbers: write one kind"
         )
     number = "BIGINT" if set(kinds) <= {"whole"} else "DOUBLE"
     read = [
-        f"epoch_us({group.value['time']}::TIMESTAMPTZ)" if kind == "date" else f"{group.value['time']}::{number}"
+        f"epoch_us({group.value['time']}::TIMESTAMPTZ)"
+        if kind == "date"
+        else f"{group.value['time']}::{number}"
         for kind, group in zip(kinds, groups, strict=True)
     ]
     return read, "date" in kinds
@@ -291,7 +404,9 @@ def _time_kind(connection, group):
     elif kind.startswith(_DATE):
         del fits["float"]
     elif kind != "VARCHAR":
-        raise InputError(f"{group.files[0]}: column {group.columns['time']!r} holds {kind}: a time is a number or a date")
+        raise InputError(
+            f"{group.files[0]}: column {group.columns['time']!r} holds {kind}: a time is a number or a date"
+        )
     counts = ", ".join(f"count(*) FILTER (WHERE {fit})" for fit in fits.values())
     (found,) = connection.execute(f"SELECT {counts} FROM {group.table}").fetchall()
     fitting = dict(zip(fits, found, strict=True))
@@ -299,5 +414,11 @@ def _time_kind(connection, group):
     if fitting[best] == group.rows:
         return best
     path, row, text = _first(connection, group, "time", f"NOT {fits[best]}")
-    meant = {"float": "a finite number", "date": "a date"}[best] if fitting[best] else "a number or a date"
-    raise InputError(f"{path}: row {row}: {group.columns['time']!r} is {text!r}: a time must be {meant}")
+    meant = (
+        {"float": "a finite number", "date": "a date"}[best]
+        if fitting[best]
+        else "a number or a date"
+    )
+    raise InputError(
+        f"{path}: row {row}: {group.columns['time']!r} is {text!r}: a time must be {meant}"
+    )

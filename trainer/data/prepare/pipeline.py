@@ -60,11 +60,27 @@ from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
 from trainer.files.staged import Work, finished_whole
 
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 _LEAST_MEMORY = 500 * 10**6
-_FIRST_PROCESS, _NEXT_PROCESS = 200 * 10**6, 130 * 10**6  # what Python, its libraries and what they keep take
+_FIRST_PROCESS, _NEXT_PROCESS = (
+    200 * 10**6,
+    130 * 10**6,
+)  # what Python, its libraries and what they keep take
 _WORTH_A_PROCESS = 250 * 10**6
-_ENGINE_SHARE = 0.6  # of the rest: DuckDB goes beyond its limit for a while, and NumPy needs some
+_ENGINE_SHARE = (
+    0.6  # of the rest: DuckDB goes beyond its limit for a while, and NumPy needs some
+)
 _ROWS, _ROW_OF = "rows", "row_of.npy"  # a stage, and the file that it leaves
 _EVENT_BYTES = 96  # what sorting and cutting a part take for each of its events
 
@@ -104,17 +120,33 @@ class PrepareConfig:
 
     def __post_init__(self):
         # Two users a shard at least: with one, a multiple of `streams` shards could leave some empty.
-        least = {"min_user": 0, "min_item": 0, "seed": 0, "streams": 1, "shard_users": 2, "block_users": 1, "processes": 0}
+        least = {
+            "min_user": 0,
+            "min_item": 0,
+            "seed": 0,
+            "streams": 1,
+            "shard_users": 2,
+            "block_users": 1,
+            "processes": 0,
+        }
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be at least {bound}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: it must be at least {bound}"
+                )
         if self.domain == "":
-            raise InputError("domain is empty: give the one domain of these logs a name")
+            raise InputError(
+                "domain is empty: give the one domain of these logs a name"
+            )
         for name in ("whole_log", "retire"):
             if getattr(self, name) and self.extend is None:
-                raise InputError(f"{name} is for a dataset that is extended: give --extend, or leave it out")
+                raise InputError(
+                    f"{name} is for a dataset that is extended: give --extend, or leave it out"
+                )
         if self.since is not None and self.days is not None:
-            raise InputError("since and days are both given: one of them says where the window begins")
+            raise InputError(
+                "since and days are both given: one of them says where the window begins"
+            )
         if self.days is not None and not 0 < self.days < float("inf"):
             raise InputError(f"days is {self.days}: it must be more than 0")
         memory_bytes(self.memory)
@@ -127,7 +159,10 @@ class PrepareConfig:
     @property
     def columns(self) -> dict[str, str]:
         """The columns' names by role."""
-        return {role: getattr(self, f"{role}_column") for role in ("user", "item", "domain", "time")}
+        return {
+            role: getattr(self, f"{role}_column")
+            for role in ("user", "item", "domain", "time")
+        }
 
 
 def memory_bytes(text) -> int:
@@ -137,7 +172,9 @@ def memory_bytes(text) -> int:
         raise InputError(f"memory {text!r} is no amount like 8GB")
     amount = int(float(found[1]) * _UNITS[found[2]])
     if amount < _LEAST_MEMORY:
-        raise InputError(f"memory {text} is too little: give {_LEAST_MEMORY // 10**6}MB or more with --memory")
+        raise InputError(
+            f"memory {text} is too little: give {_LEAST_MEMORY // 10**6}MB or more with --memory"
+        )
     return amount
 
 
@@ -147,18 +184,28 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     Where an earlier call with the same logs and options was killed, it goes on from the stages and parts that were finished;
     fresh: begins anew. Raises InputError for whatever is wrong with the logs, the output folder, the memory or the disk.
     """
-    files, old = find_files(config.inputs), None if config.extend is None else to_extend(config.extend, config.whole_log)
-    made_from = facts(config, map(file_facts, files)) | {"extended": old and old.fingerprint}
+    files, old = (
+        find_files(config.inputs),
+        None if config.extend is None else to_extend(config.extend, config.whole_log),
+    )
+    made_from = facts(config, map(file_facts, files)) | {
+        "extended": old and old.fingerprint
+    }
     with Work(config.output, made_from, fresh) as work, Stages() as stages:
         if work.begun_anew:
-            print(f"{work.folder}: was made from other logs or options; begins anew", file=sys.stderr)
+            print(
+                f"{work.folder}: was made from other logs or options; begins anew",
+                file=sys.stderr,
+            )
         try:
             dataset = _Preparation(config, files, old, work, stages).run()
         except InputError:  # of the logs: it would be met again
             work.discard()
             raise
         except duckdb.OutOfMemoryException as error:
-            raise InputError(f"memory {config.memory} is too little: give more with --memory ({reason(error)})") from None
+            raise InputError(
+                f"memory {config.memory} is too little: give more with --memory ({reason(error)})"
+            ) from None
         except (duckdb.IOException, OSError) as error:
             raise InputError(
                 f"{work.folder} cannot be written: {reason(error)}: make room, and the same command goes on"
@@ -194,12 +241,22 @@ class _Preparation:
     """The stages of one call of `prepare`."""
 
     def __init__(self, config, files, old, work, stages):
-        self.config, self.files, self.old, self.work, self.stages = config, files, old, work, stages
+        self.config, self.files, self.old, self.work, self.stages = (
+            config,
+            files,
+            old,
+            work,
+            stages,
+        )
         self.threads = config.processes or len(os.sched_getaffinity(0))
         self.memory = config.memory_bytes - _FIRST_PROCESS
         # The first process waits where others make the parts, and makes them itself where there is room for one alone.
         self.processes = min(self.threads, self.memory // _WORTH_A_PROCESS)
-        self.part_memory = self.memory if self.processes < 2 else self.memory // self.processes - _NEXT_PROCESS
+        self.part_memory = (
+            self.memory
+            if self.processes < 2
+            else self.memory // self.processes - _NEXT_PROCESS
+        )
 
     def run(self):
         config, work = self.config, self.work
@@ -219,7 +276,10 @@ class _Preparation:
                 with work.stage(_ROWS) as folder:
                     _write_rows(connection, ids, folder)
         self._write_parts(layout)
-        with engine(work.scratch, self.memory, self.threads, self.stages) as connection, self.stages("writing vocabularies"):
+        with (
+            engine(work.scratch, self.memory, self.threads, self.stages) as connection,
+            self.stages("writing vocabularies"),
+        ):
             return join_parts(work, layout, config.seed, connection, self._finish)
 
     def _open_log(self, connection):
@@ -240,17 +300,34 @@ class _Preparation:
             take_log(log, folder / LOG)
         if self.old:
             open_kept(connection, log, self.old)
-            write_extension(connection, self.old, self.work.path("ids"), log, folder / EXTENSION, dataset)
+            write_extension(
+                connection,
+                self.old,
+                self.work.path("ids"),
+                log,
+                folder / EXTENSION,
+                dataset,
+            )
 
     def _layout(self, ids):
         """The cut that the events on disk have, or the one that suits the memory."""
         config, kept = self.config, self.work.path("events") / "parts"
         size = max(1, int(self.part_memory * _ENGINE_SHARE) // _EVENT_BYTES)
-        layout = Layout.of(ids, config.streams, config.shard_users, config.block_users, size)
-        return dataclasses.replace(layout, parts=int(kept.read_text())) if kept.is_file() else layout
+        layout = Layout.of(
+            ids, config.streams, config.shard_users, config.block_users, size
+        )
+        return (
+            dataclasses.replace(layout, parts=int(kept.read_text()))
+            if kept.is_file()
+            else layout
+        )
 
     def _write_parts(self, layout):
-        missing = [part for part in range(layout.parts) if not self.work.done(f"parts/{part:05d}")]
+        missing = [
+            part
+            for part in range(layout.parts)
+            if not self.work.done(f"parts/{part:05d}")
+        ]
         jobs = [(self.work.folder, layout, part, self.part_memory) for part in missing]
         total = sum(len(layout.users_of(part)) for part in missing)
         with self.stages("sorting, writing shards", total=total) as advance:
@@ -269,7 +346,9 @@ class _Preparation:
 @contextlib.contextmanager
 def _pool(processes):
     """Processes that share nothing with this one, and begin nothing more once one of them has failed."""
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn")
+    )
     try:
         yield pool
     finally:
@@ -279,8 +358,12 @@ def _pool(processes):
 def number_ids(connection, config, folder, stages, old=None):
     """Writes the numbered users and items of the view `log` (see `Ids`) into `folder`. old: the Dataset that is extended."""
     with stages("numbering users and items"):
-        connection.execute("CREATE TABLE found_users AS SELECT DISTINCT user_id FROM log")
-        connection.execute("CREATE TABLE found_items AS SELECT domain, item_id, count(*) AS total FROM log GROUP BY ALL")
+        connection.execute(
+            "CREATE TABLE found_users AS SELECT DISTINCT user_id FROM log"
+        )
+        connection.execute(
+            "CREATE TABLE found_items AS SELECT domain, item_id, count(*) AS total FROM log GROUP BY ALL"
+        )
     if config.min_user > 1 or config.min_item > 1:
         with stages("dropping rare users and items"):
             _drop_rare(connection, config.min_user, config.min_item)
@@ -289,13 +372,19 @@ def number_ids(connection, config, folder, stages, old=None):
             add_known_items(connection, old, config.retire)
             place_items(connection, old)
     for table in ("users", "items"):
-        refuse_beyond_int32(_one(connection, f"SELECT count(*) FROM found_{table}"), table)
+        refuse_beyond_int32(
+            _one(connection, f"SELECT count(*) FROM found_{table}"), table
+        )
     with stages("numbering users and items"):
         key = f"('0x' || substr(md5('{config.seed}:' || user_id), 1, {HASH_DIGITS}))::BIGINT"
         connection.execute(f"""CREATE TABLE users AS
             SELECT user_id, row_number() OVER (ORDER BY key, text) - 1 AS "user"
             FROM (SELECT user_id, {key} AS key, user_id::VARCHAR AS text FROM found_users)""")
-        count_of = dict(connection.execute("SELECT domain, count(*) FROM found_items GROUP BY ALL ORDER BY ALL").fetchall())
+        count_of = dict(
+            connection.execute(
+                "SELECT domain, count(*) FROM found_items GROUP BY ALL ORDER BY ALL"
+            ).fetchall()
+        )
         names = list(count_of) if old is None else order_of(old, count_of)
         items = [count_of.get(name, 0) for name in names]
         ids = Ids(
@@ -320,7 +409,9 @@ def number_ids(connection, config, folder, stages, old=None):
             JOIN (VALUES {starts}) d (number, name, first) ON domain = d.name""")
         for table in ("users", "items"):
             (folder / table).mkdir()
-            connection.execute(f"COPY {table} TO '{escape(folder / table)}/0.parquet' (FORMAT parquet)")
+            connection.execute(
+                f"COPY {table} TO '{escape(folder / table)}/0.parquet' (FORMAT parquet)"
+            )
             connection.execute(f"DROP TABLE {table}; DROP TABLE found_{table}")
         ids.save(folder)
 
@@ -340,9 +431,13 @@ def _drop_rare(connection, min_user, min_item):
         dropped = 0
         for column, least in (("item", min_item), ("user", min_user)):
             rare = f'SELECT "{column}" FROM pairs GROUP BY "{column}" HAVING count(*) < {least}'
-            dropped += _one(connection, f'DELETE FROM pairs WHERE "{column}" IN ({rare})')
+            dropped += _one(
+                connection, f'DELETE FROM pairs WHERE "{column}" IN ({rare})'
+            )
     if not _one(connection, "SELECT count(*) FROM pairs"):
-        raise InputError(f"nothing is left with --min-user {min_user} --min-item {min_item}: lower them")
+        raise InputError(
+            f"nothing is left with --min-user {min_user} --min-item {min_item}: lower them"
+        )
     connection.execute("""
         CREATE OR REPLACE TABLE found_users AS
             SELECT user_id FROM found_users WHERE rowid IN (SELECT "user" FROM pairs);
@@ -367,8 +462,12 @@ def _divide(connection, ids_folder, layout, folder):
 def _write_rows(connection, ids_folder, folder):
     """Writes the row of M of each item, by its number, as one array that all processes map: no copy of it each."""
     items = sum(Ids.load(ids_folder).items)
-    row_of = np.lib.format.open_memmap(folder / _ROW_OF, mode="w+", dtype=np.int32, shape=(items,))
-    for batch in connection.sql(f"SELECT item, row FROM {scan(ids_folder / 'items')}").to_arrow_reader():
+    row_of = np.lib.format.open_memmap(
+        folder / _ROW_OF, mode="w+", dtype=np.int32, shape=(items,)
+    )
+    for batch in connection.sql(
+        f"SELECT item, row FROM {scan(ids_folder / 'items')}"
+    ).to_arrow_reader():
         row_of[batch["item"].to_numpy()] = batch["row"].to_numpy()
     row_of.flush()
 
@@ -382,15 +481,25 @@ def _make_part(work_folder: Path, layout: Layout, part, memory):
     with finished_whole(target) as folder:
         with engine(scratch, memory, 1) as connection:
             connection.execute("SET preserve_insertion_order = true")
-            row_of = np.load(work_folder / _ROWS / _ROW_OF, mmap_mode="r", allow_pickle=False)
+            row_of = np.load(
+                work_folder / _ROWS / _ROW_OF, mmap_mode="r", allow_pickle=False
+            )
             events = scan(work_folder / "events" / f"part={part}")
-            number_N = np.empty(_one(connection, f"SELECT count(*) FROM {events}"), np.int32)
-            rows_N, time_N = np.empty_like(number_N), np.empty(len(number_N), np.float64)
+            number_N = np.empty(
+                _one(connection, f"SELECT count(*) FROM {events}"), np.int32
+            )
+            rows_N, time_N = (
+                np.empty_like(number_N),
+                np.empty(len(number_N), np.float64),
+            )
             place = 0
             ordered = f'SELECT "user", item, "time" FROM {events} ORDER BY "user", "time", item'
             for batch in connection.sql(ordered).to_arrow_reader():
                 own = slice(place, place := place + len(batch))
-                number_N[own], rows_N[own] = batch["user"].to_numpy(), row_of[batch["item"].to_numpy()]
+                number_N[own], rows_N[own] = (
+                    batch["user"].to_numpy(),
+                    row_of[batch["item"].to_numpy()],
+                )
                 time_N[own] = batch["time"].to_numpy()
         write_part(folder, ids, layout, part, number_N, rows_N, time_N)
     shutil.rmtree(scratch)

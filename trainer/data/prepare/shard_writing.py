@@ -17,15 +17,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.format.dataset import LENGTHS, LENGTHS_DTYPE, SPLIT_LENGTH, USERS, Dataset, Domain, File, Shard, ticks_of
+from trainer.data.format.dataset import (
+    LENGTHS,
+    LENGTHS_DTYPE,
+    SPLIT_LENGTH,
+    USERS,
+    Dataset,
+    Domain,
+    File,
+    Shard,
+    ticks_of,
+)
 from trainer.data.format.shards import Block, write_shard
 from trainer.errors import InputError
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 INT32_MAX = 2**31 - 1
-HASH_DIGITS = 15  # hexadecimal digits of an MD5: 60 bits, which every engine's BIGINT holds
+HASH_DIGITS = (
+    15  # hexadecimal digits of an MD5: 60 bits, which every engine's BIGINT holds
+)
 _PARQUET_ROWS = 1 << 17
-_BLOCK_INTERACTIONS = 1 << 17  # a block of mean histories is not larger: a reader holds one a stream
+_BLOCK_INTERACTIONS = (
+    1 << 17
+)  # a block of mean histories is not larger: a reader holds one a stream
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,9 @@ class Ids:
     def load(cls, folder: Path) -> "Ids":
         """Reads what `save` wrote."""
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        return cls(**facts | {name: tuple(facts[name]) for name in ("names", "items", "rooms")})
+        return cls(
+            **facts | {name: tuple(facts[name]) for name in ("names", "items", "rooms")}
+        )
 
 
 def room_of(items) -> int:
@@ -78,7 +94,9 @@ def room_of(items) -> int:
 def refuse_beyond_int32(count, what):
     """Raises InputError where so many cannot be numbered."""
     if count > INT32_MAX:
-        raise InputError(f"{count:,} {what} are more than int32 can number ({INT32_MAX:,}): drop rare ones with --min-item")
+        raise InputError(
+            f"{count:,} {what} are more than int32 can number ({INT32_MAX:,}): drop rare ones with --min-item"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,9 @@ class Layout:
     parts: int
 
     @classmethod
-    def of(cls, ids: Ids, streams, shard_users, block_users, part_interactions) -> "Layout":
+    def of(
+        cls, ids: Ids, streams, shard_users, block_users, part_interactions
+    ) -> "Layout":
         """Shards of `shard_users` at most, a multiple of `streams` (fewer where there are fewer users) of them; blocks of
         `block_users` at most, fewer where histories are long; parts of about `part_interactions`, one shard at least."""
         streams = min(streams, ids.users)
@@ -107,7 +127,9 @@ class Layout:
 
     def shards_of(self, part):
         """The shards of a part, a range."""
-        return range(*(-(-number * self.shards // self.parts) for number in (part, part + 1)))
+        return range(
+            *(-(-number * self.shards // self.parts) for number in (part, part + 1))
+        )
 
     def users_of(self, part):
         """The users of a part, a range."""
@@ -119,7 +141,9 @@ class Layout:
         return f"((({number} + 1) * {self.shards} - 1) {divide} {self.users}) * {self.parts} {divide} {self.shards}"
 
 
-def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, time_N, advance=None):
+def write_part(
+    folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, time_N, advance=None
+):
     """Writes a part's shards into `folder`/shards, and beside them what the dataset has to know of them.
 
     number_N: user numbers, rising; rows_N: rows of M, int32, each user's oldest first: all events of the part's users; time_N:
@@ -127,7 +151,10 @@ def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, t
     advance(n): called as n interactions have been written.
     """
     users = layout.users_of(part)
-    starts, ticks_N = np.array(ids.starts), ticks_of(time_N, ids.first_time, ids.last_time)
+    starts, ticks_N = (
+        np.array(ids.starts),
+        ticks_of(time_N, ids.first_time, ids.last_time),
+    )
     lengths = np.bincount(number_N - users.start, minlength=len(users))
     if len(lengths) != len(users) or not lengths.all():
         raise AssertionError(f"part {part} has not the events of its users {users}")
@@ -137,15 +164,27 @@ def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, t
     held = np.concatenate([rows_N[ends[splits] - back] for back in (1, 2)])
 
     domains = len(ids.names)
-    own_N = (number_N - users.start) * domains + (np.searchsorted(starts, rows_N, side="right") - 1)
-    counts_UD = np.bincount(own_N, minlength=len(users) * domains).reshape(len(users), domains)
-    domain = [np.searchsorted(starts, rows_N[ends[splits] - back], side="right") - 1 for back in (1, 2)]
+    own_N = (number_N - users.start) * domains + (
+        np.searchsorted(starts, rows_N, side="right") - 1
+    )
+    counts_UD = np.bincount(own_N, minlength=len(users) * domains).reshape(
+        len(users), domains
+    )
+    domain = [
+        np.searchsorted(starts, rows_N[ends[splits] - back], side="right") - 1
+        for back in (1, 2)
+    ]
     training_UD = counts_UD.copy()
     for column in domain:
         training_UD[np.flatnonzero(splits), column] -= 1
-    np.save(folder / LENGTHS, np.minimum(training_UD, np.iinfo(LENGTHS_DTYPE).max).astype(LENGTHS_DTYPE))
+    np.save(
+        folder / LENGTHS,
+        np.minimum(training_UD, np.iinfo(LENGTHS_DTYPE).max).astype(LENGTHS_DTYPE),
+    )
     np.save(folder / "held.npy", np.stack(np.unique(held, return_counts=True)))
-    histograms = [np.unique(column[column > 0], return_counts=True) for column in counts_UD.T]
+    histograms = [
+        np.unique(column[column > 0], return_counts=True) for column in counts_UD.T
+    ]
     np.save(folder / "histograms.npy", np.array([
         (number, length, count)
         for number, histogram in enumerate(histograms)
@@ -154,7 +193,9 @@ def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, t
 
     def blocks(first, last):
         for begin in range(first, last, layout.block_users):
-            own = slice(begin - users.start, min(begin + layout.block_users, last) - users.start)
+            own = slice(
+                begin - users.start, min(begin + layout.block_users, last) - users.start
+            )
             events = slice(offsets[own.start], offsets[own.stop])
             if advance is not None:
                 advance(events.stop - events.start)
@@ -165,9 +206,15 @@ def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, t
     for number in layout.shards_of(part):
         first, last = layout.first_user(number), layout.first_user(number + 1)
         name = f"shards/{number:06d}.tar"
-        size, sha256 = write_shard(folder / name, first, int(starts[-1]), blocks(first, last))
+        size, sha256 = write_shard(
+            folder / name, first, int(starts[-1]), blocks(first, last)
+        )
         interactions = int(offsets[last - users.start] - offsets[first - users.start])
-        shards.append(dataclasses.asdict(Shard(name, last - first, first, interactions, size, sha256)))
+        shards.append(
+            dataclasses.asdict(
+                Shard(name, last - first, first, interactions, size, sha256)
+            )
+        )
     _write_json(folder / "facts.json", {
         "shards": shards,
         "too_short": int((~splits).sum()),
@@ -175,12 +222,24 @@ def write_part(folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, t
     })  # fmt: skip
 
 
-def assemble(folder: Path, ids_folder: Path, part_folders, layout: Layout, seed, connection: duckdb.DuckDBPyConnection):
+def assemble(
+    folder: Path,
+    ids_folder: Path,
+    part_folders,
+    layout: Layout,
+    seed,
+    connection: duckdb.DuckDBPyConnection,
+):
     """Makes the dataset in `folder` out of the numbered ids and the finished parts, whose shards it takes. May be called
     again after it was interrupted."""
     ids = Ids.load(ids_folder)
-    facts = [json.loads((part / "facts.json").read_text(encoding="utf-8")) for part in part_folders]
-    histograms = np.concatenate([np.load(part / "histograms.npy") for part in part_folders])
+    facts = [
+        json.loads((part / "facts.json").read_text(encoding="utf-8"))
+        for part in part_folders
+    ]
+    histograms = np.concatenate(
+        [np.load(part / "histograms.npy") for part in part_folders]
+    )
     held = np.zeros(ids.starts[-1], np.int64)
     for part in part_folders:
         rows, counts = np.load(part / "held.npy")
@@ -190,7 +249,9 @@ def assemble(folder: Path, ids_folder: Path, part_folders, layout: Layout, seed,
     domains = []
     items = scan(ids_folder / "items")
     for number, (name, count) in enumerate(zip(ids.names, ids.items, strict=True)):
-        found = connection.sql(f"SELECT item_id, row::BIGINT AS row, total FROM {items} WHERE domain = {number} ORDER BY row")
+        found = connection.sql(
+            f"SELECT item_id, row::BIGINT AS row, total FROM {items} WHERE domain = {number} ORDER BY row"
+        )
         vocabulary = f"vocabulary/{number}.parquet"
         _write_parquet(folder / vocabulary, found.to_arrow_reader(), held)
         lengths, users = _sum_by(*histograms[histograms[:, 0] == number, 1:].T)
@@ -206,12 +267,16 @@ def assemble(folder: Path, ids_folder: Path, part_folders, layout: Layout, seed,
                 vocabulary=vocabulary,
             )
         )
-    users = connection.sql(f"""SELECT user_id, "user"::BIGINT AS "user" FROM {scan(ids_folder / "users")} ORDER BY "user" """)
+    users = connection.sql(
+        f"""SELECT user_id, "user"::BIGINT AS "user" FROM {scan(ids_folder / "users")} ORDER BY "user" """
+    )
     _write_parquet(folder / USERS, users.to_arrow_reader())
     _join_lengths(folder / LENGTHS, part_folders, (ids.users, len(domains)))
     for part, fact in zip(part_folders, facts, strict=True):
         for shard in fact["shards"]:
-            if (part / shard["name"]).exists():  # else it was taken before the interruption
+            if (
+                part / shard["name"]
+            ).exists():  # else it was taken before the interruption
                 (part / shard["name"]).rename(folder / shard["name"])
     dataset = Dataset(
         folder=folder,
@@ -226,7 +291,10 @@ def assemble(folder: Path, ids_folder: Path, part_folders, layout: Layout, seed,
         streams=layout.streams,
         domains=tuple(domains),
         shards=tuple(Shard(**shard) for fact in facts for shard in fact["shards"]),
-        files=tuple(File.of(folder, name) for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))),
+        files=tuple(
+            File.of(folder, name)
+            for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))
+        ),
     )
     dataset.save()
     return dataset
@@ -238,12 +306,17 @@ def percentiles(lengths, users) -> dict[str, int]:
     if not len(users):
         return dict.fromkeys(PERCENTILES, 0)
     share = np.cumsum(users) / users.sum()
-    return {name: int(lengths[np.searchsorted(share, q)]) for name, q in PERCENTILES.items()}
+    return {
+        name: int(lengths[np.searchsorted(share, q)]) for name, q in PERCENTILES.items()
+    }
 
 
 def connect() -> duckdb.DuckDBPyConnection:
     """A DuckDB that fetches and loads no extension, whatever a file holds or is called."""
-    off = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+    off = {
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
     return duckdb.connect(":memory:", config=off)
 
 
@@ -260,12 +333,18 @@ def scan(folder):
 def _sum_by(keys, counts):
     """Rising keys, each once, and the sums of their counts."""
     found, index = np.unique(keys, return_inverse=True)
-    return found, np.bincount(index, weights=counts, minlength=len(found)).astype(np.int64)
+    return found, np.bincount(index, weights=counts, minlength=len(found)).astype(
+        np.int64
+    )
 
 
 def _join_lengths(path, part_folders, shape):
     with open(path, "wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(LENGTHS_DTYPE), "fortran_order": False, "shape": shape}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(LENGTHS_DTYPE),
+            "fortran_order": False,
+            "shape": shape,
+        }
         np.lib.format.write_array_header_1_0(stream, header)
         for part in part_folders:
             np.load(part / LENGTHS).tofile(stream)
@@ -279,7 +358,11 @@ def _write_parquet(path, reader, held_out=None):
             if batch is not None:
                 waiting.append(batch)
             table = pa.Table.from_batches(waiting, schema=reader.schema)
-            whole = len(table) if batch is None else len(table) // _PARQUET_ROWS * _PARQUET_ROWS
+            whole = (
+                len(table)
+                if batch is None
+                else len(table) // _PARQUET_ROWS * _PARQUET_ROWS
+            )
             for start in range(0, whole, _PARQUET_ROWS):
                 part = table.slice(start, min(_PARQUET_ROWS, whole - start))
                 if held_out is not None:
@@ -290,8 +373,15 @@ def _write_parquet(path, reader, held_out=None):
 
 
 def _schema(schema):
-    return pa.schema([("count" if field.name == "total" else field.name, field.type) for field in schema])
+    return pa.schema(
+        [
+            ("count" if field.name == "total" else field.name, field.type)
+            for field in schema
+        ]
+    )
 
 
 def _write_json(path, facts):
-    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

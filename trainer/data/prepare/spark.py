@@ -24,7 +24,14 @@ import pyarrow as pa
 
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.pipeline import PrepareConfig, engine, facts, join_parts
-from trainer.data.prepare.shard_writing import HASH_DIGITS, Ids, Layout, refuse_beyond_int32, room_of, write_part
+from trainer.data.prepare.shard_writing import (
+    HASH_DIGITS,
+    Ids,
+    Layout,
+    refuse_beyond_int32,
+    room_of,
+    write_part,
+)
 from trainer.errors import InputError
 from trainer.files.staged import Work, finished_whole
 
@@ -32,9 +39,17 @@ try:
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql import functions as F
 except ImportError as error:
-    raise InputError(f"Spark is not installed ({error}): pip install 'syncrec-trainer[spark]'") from None
+    raise InputError(
+        f"Spark is not installed ({error}): pip install 'syncrec-trainer[spark]'"
+    ) from None
 
-from trainer.data.prepare.spark_logs import SPARK_ERRORS, escaped, find_inputs, open_log, spark_reason
+from trainer.data.prepare.spark_logs import (
+    SPARK_ERRORS,
+    escaped,
+    find_inputs,
+    open_log,
+    spark_reason,
+)
 
 _PART_INTERACTIONS = 1 << 23  # what Python holds of a part: some 60 bytes for each
 _SETTINGS = {
@@ -58,17 +73,26 @@ def prepare(config: PrepareConfig, fresh=False) -> Dataset:
     with _session() as spark:
         inputs = find_inputs(spark, config.inputs)
         fresh = fresh or any(one.is_table for one in inputs)
-        known = facts(config, [one.facts for one in inputs], ("pyspark", "duckdb", "pyarrow"))
-        with Work(config.output, known | {"part_interactions": _PART_INTERACTIONS}, fresh) as work:
+        known = facts(
+            config, [one.facts for one in inputs], ("pyspark", "duckdb", "pyarrow")
+        )
+        with Work(
+            config.output, known | {"part_interactions": _PART_INTERACTIONS}, fresh
+        ) as work:
             if work.begun_anew:
-                print(f"{work.folder}: was made from other logs or options; begins anew", file=sys.stderr)
+                print(
+                    f"{work.folder}: was made from other logs or options; begins anew",
+                    file=sys.stderr,
+                )
             try:
                 _Preparation(spark, config, inputs, work).run()
             except InputError:  # of the logs: it would be met again
                 work.discard()
                 raise
             except OSError as error:
-                raise InputError(f"{work.folder} cannot be written: {error}: mend it, and the same command goes on") from None
+                raise InputError(
+                    f"{work.folder} cannot be written: {error}: mend it, and the same command goes on"
+                ) from None
             except SPARK_ERRORS as error:
                 raise InputError(_gave_up(error)) from None
             work.deliver("dataset")
@@ -89,7 +113,10 @@ def _gave_up(error):
 def _session():
     """The session that runs, or a new one, with the settings that the meaning of the logs depends on."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    spark = SparkSession.getActiveSession() or SparkSession.builder.appName("prepare").getOrCreate()
+    spark = (
+        SparkSession.getActiveSession()
+        or SparkSession.builder.appName("prepare").getOrCreate()
+    )
     before = {name: spark.conf.get(name, None) for name in _SETTINGS}
     try:
         for name, value in _SETTINGS.items():
@@ -112,15 +139,29 @@ class _Preparation:
             with work.stage("ids") as folder:
                 self.number_ids(self.log, folder)
         ids = Ids.load(work.path("ids"))
-        layout = Layout.of(ids, config.streams, config.shard_users, config.block_users, _PART_INTERACTIONS)
+        layout = Layout.of(
+            ids,
+            config.streams,
+            config.shard_users,
+            config.block_users,
+            _PART_INTERACTIONS,
+        )
         self.write_parts(ids, layout)
-        with engine(work.scratch, config.memory_bytes, len(os.sched_getaffinity(0))) as connection:
+        with engine(
+            work.scratch, config.memory_bytes, len(os.sched_getaffinity(0))
+        ) as connection:
             join_parts(work, layout, config.seed, connection)
 
     @functools.cached_property
     def log(self):
         """The rows of the logs."""
-        return open_log(self.spark, self.inputs, self.config.columns, self.config.domain, self.scratch("text"))
+        return open_log(
+            self.spark,
+            self.inputs,
+            self.config.columns,
+            self.config.domain,
+            self.scratch("text"),
+        )
 
     def number_ids(self, log, folder):
         """Writes the numbered users and items (see `Ids`) into `folder`."""
@@ -131,7 +172,11 @@ class _Preparation:
             users, items = self.frequent(log)
         items = self.kept(items, "found_items")
 
-        key = F.substring(F.md5(F.concat(F.lit(f"{config.seed}:"), "text").cast("binary")), 1, HASH_DIGITS)
+        key = F.substring(
+            F.md5(F.concat(F.lit(f"{config.seed}:"), "text").cast("binary")),
+            1,
+            HASH_DIGITS,
+        )
         users = users.withColumn("text", F.col("user_id").cast("string"))
         users = users.withColumn("key", F.conv(key, 16, 10).cast("bigint"))
         users, count = self.numbered(users, ("key", "text"), "user")
@@ -140,7 +185,10 @@ class _Preparation:
         users.select("user_id", "user").write.parquet(_uri(folder / "users"))
 
         first, last = log.agg(F.min("time"), F.max("time")).head()
-        domains = sorted(items.groupBy("domain").count().collect(), key=lambda found: found[0].encode())
+        domains = sorted(
+            items.groupBy("domain").count().collect(),
+            key=lambda found: found[0].encode(),
+        )
         ids = Ids(
             users=count,
             interactions=items.agg(F.sum("total")).head()[0],
@@ -152,17 +200,29 @@ class _Preparation:
         )
         ids.check()
         befores = [sum(ids.items[:number]) for number in range(len(ids.items))]
-        shifts = [start - before for start, before in zip(ids.starts[:-1], befores, strict=True)]
+        shifts = [
+            start - before
+            for start, before in zip(ids.starts[:-1], befores, strict=True)
+        ]
         table = self.spark.createDataFrame(
-            [(number, name, shift) for number, (name, shift) in enumerate(zip(ids.names, shifts, strict=True))],
+            [
+                (number, name, shift)
+                for number, (name, shift) in enumerate(
+                    zip(ids.names, shifts, strict=True)
+                )
+            ],
             "domain int, name string, shift bigint",
         )
-        items = items.withColumnRenamed("domain", "name").join(F.broadcast(table), "name")
+        items = items.withColumnRenamed("domain", "name").join(
+            F.broadcast(table), "name"
+        )
         items = items.withColumn("text", F.col("item_id").cast("string"))
         items, _ = self.numbered(items, ("domain", "text"), "item")
         items, _ = self.numbered(items, ("domain", F.desc("total"), "text"), "rank")
         items = items.withColumn("row", F.col("shift") + F.col("rank"))
-        items.select("domain", "name", "item_id", "total", "item", "row").write.parquet(_uri(folder / "items"))
+        items.select("domain", "name", "item_id", "total", "item", "row").write.parquet(
+            _uri(folder / "items")
+        )
         ids.save(folder)
 
     def frequent(self, log):
@@ -170,14 +230,21 @@ class _Preparation:
         `min_item` interactions: the k-core."""
         config, item = self.config, ["domain", "item_id"]
         total = F.sum("total").alias("total")
-        pairs = self.kept(log.groupBy("user_id", *item).agg(F.count("*").alias("total")), "round-0")
+        pairs = self.kept(
+            log.groupBy("user_id", *item).agg(F.count("*").alias("total")), "round-0"
+        )
         before, count, number = None, pairs.count(), 0
         while count != before:
             # Kept as files at each round: a plan that grew with the rounds would be worked through anew in each of them.
             rest, number = pairs, number + 1
-            for column, least in ((["user_id"], config.min_user), (item, config.min_item)):
+            for column, least in (
+                (["user_id"], config.min_user),
+                (item, config.min_item),
+            ):
                 if least > 1:
-                    rare = pairs.groupBy(column).agg(total).filter(F.col("total") < least)
+                    rare = (
+                        pairs.groupBy(column).agg(total).filter(F.col("total") < least)
+                    )
                     rest = rest.join(rare, column, "left_anti")
             pairs = self.kept(rest, f"round-{number}")
             before, count = count, pairs.count()
@@ -191,7 +258,10 @@ class _Preparation:
     def numbered(self, frame: DataFrame, order, name):
         """The rows with their number in that order, from 0, in a new column; and how many there are."""
         place = F.col("place")
-        frame = self.kept(frame.orderBy(*order).withColumn("place", F.monotonically_increasing_id()), f"by-{name}")
+        frame = self.kept(
+            frame.orderBy(*order).withColumn("place", F.monotonically_increasing_id()),
+            f"by-{name}",
+        )
         portion = F.shiftright(place, _PLACE_BITS)
         counts = sorted(frame.groupBy(portion.alias("portion")).count().collect())
         starts, count = [], 0
@@ -199,7 +269,9 @@ class _Preparation:
             starts.append((number, count))
             count += size
         starts = self.spark.createDataFrame(starts, "portion bigint, start bigint")
-        frame = frame.withColumn("portion", portion).join(F.broadcast(starts), "portion")
+        frame = frame.withColumn("portion", portion).join(
+            F.broadcast(starts), "portion"
+        )
         number = F.col("start") + place.bitwiseAND(2**_PLACE_BITS - 1)
         return frame.withColumn(name, number).drop("portion", "start", "place"), count
 
@@ -208,20 +280,36 @@ class _Preparation:
         folder = self.work.folder / "parts"
         for partial in folder.glob("*.partial"):
             shutil.rmtree(partial)
-        missing = [part for part in range(layout.parts) if not self.work.done(f"parts/{part:05d}")]
+        missing = [
+            part
+            for part in range(layout.parts)
+            if not self.work.done(f"parts/{part:05d}")
+        ]
         if not missing:
             return
         users = self.spark.read.parquet(escaped(_uri(self.work.path("ids") / "users")))
         items = self.spark.read.parquet(escaped(_uri(self.work.path("ids") / "items")))
-        users = users.selectExpr("user_id", "int(user) AS user", f"int({layout.part_sql('user', 'div')}) AS part")
+        users = users.selectExpr(
+            "user_id",
+            "int(user) AS user",
+            f"int({layout.part_sql('user', 'div')}) AS part",
+        )
         if len(missing) < layout.parts:
             users = users.filter(F.col("part").isin(missing))
-        items = items.selectExpr("name AS domain", "item_id", "int(item) AS item", "int(row) AS row")
+        items = items.selectExpr(
+            "name AS domain", "item_id", "int(item) AS item", "int(row) AS row"
+        )
         events = self.log.join(users, "user_id").join(items, ["domain", "item_id"])
-        events = events.select("part", "user", "time", "item", "row").repartition(len(missing), "part")
-        events = events.sortWithinPartitions("part", "user", "time", "item").select("part", "user", "row", "time")
+        events = events.select("part", "user", "time", "item", "row").repartition(
+            len(missing), "part"
+        )
+        events = events.sortWithinPartitions("part", "user", "time", "item").select(
+            "part", "user", "row", "time"
+        )
         write = functools.partial(_write_parts, folder, ids, layout)
-        written = sorted(part for (part,) in events.mapInArrow(write, "part int").collect())
+        written = sorted(
+            part for (part,) in events.mapInArrow(write, "part int").collect()
+        )
         if written != missing:
             raise AssertionError(f"parts {written} were written in place of {missing}")
 
@@ -260,7 +348,9 @@ def _by_part(batches):
     """Each part with all of its user numbers, rows of M and times, (N,)."""
     current, found = None, []
     for batch in batches:
-        part_N, *columns = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
+        part_N, *columns = (
+            column.to_numpy(zero_copy_only=False) for column in batch.columns
+        )
         cuts = [0, *(np.flatnonzero(np.diff(part_N)) + 1), len(part_N)]
         for start, end in itertools.pairwise(cuts):
             if start == end:

@@ -32,7 +32,9 @@ from trainer.files.redact import words
 class Cache:
     """The files of one dataset that lies elsewhere, as far as they are here."""
 
-    def __init__(self, address: Address, fingerprint: str, shards: Iterable, files: Iterable):
+    def __init__(
+        self, address: Address, fingerprint: str, shards: Iterable, files: Iterable
+    ):
         """shards, files: name, bytes and sha256 of each, as in `dataset.json`; the files stay once they are here.
 
         Raises InputError: a name that is not plain, or comes twice; `cache_bytes` too few for the files and the largest shard.
@@ -54,7 +56,9 @@ class Cache:
                     "_ . = + - and no part of them begins with . or -: prepare the dataset again"
                 )
         if len(self._files) < len(files) + len(shards):
-            raise InputError(f"{address}: dataset.json names a file twice: prepare the dataset again")
+            raise InputError(
+                f"{address}: dataset.json names a file twice: prepare the dataset again"
+            )
         least = sum(file.bytes for file in files) + max(shard.bytes for shard in shards)
         if least > address.config.cache_bytes:
             raise InputError(
@@ -77,7 +81,9 @@ class Cache:
                 self._pins.latest = _Lock(self._control(name, "pin"), fcntl.LOCK_SH)
             if not self._is_there(name):
                 self._fetch(name)
-            now = time.time_ns()  # the disk's own clock ticks too slowly to tell which of two came first
+            now = (
+                time.time_ns()
+            )  # the disk's own clock ticks too slowly to tell which of two came first
             os.utime(self.folder / name, ns=(now, now))
         return self.folder / name
 
@@ -112,10 +118,16 @@ class Cache:
 
     def _fetch(self, name, needed=True):
         """needed: fetch it even where no room is left, since others are about to open what is there."""
-        file, path, part = self._files[name], self.folder / name, self._control(name, "part")
+        file, path, part = (
+            self._files[name],
+            self.folder / name,
+            self._control(name, "part"),
+        )
         lock = _Lock(self._control(name, "lock"))
         try:
-            failed = lock.take_and_read()  # while this process waited: what it would meet, too
+            failed = (
+                lock.take_and_read()
+            )  # while this process waited: what it would meet, too
             if self._is_there(name):
                 return
             if failed:
@@ -152,10 +164,14 @@ class Cache:
             coming = [other for other in coming if other != name]
             used += sum(self._files[other].bytes for other in coming)
             for other in coming:
-                if used > self.address.config.cache_bytes and self._removed(other, "lock", self._control(other, "part")):
+                if used > self.address.config.cache_bytes and self._removed(
+                    other, "lock", self._control(other, "part")
+                ):
                     used -= self._files[other].bytes
             for _, other, size in sorted(here):
-                if used > self.address.config.cache_bytes and self._removed(other, "pin", self.folder / other):
+                if used > self.address.config.cache_bytes and self._removed(
+                    other, "pin", self.folder / other
+                ):
                     used -= size
             fits = used <= self.address.config.cache_bytes
             if fits or needed:
@@ -198,14 +214,21 @@ class _Ahead:
 
     def __init__(self, fetch: Callable[[str], None]):
         self.process = os.getpid()
-        self._fetch, self._wanted, self._runs, self._lock = fetch, deque(), False, threading.Lock()
+        self._fetch, self._wanted, self._runs, self._lock = (
+            fetch,
+            deque(),
+            False,
+            threading.Lock(),
+        )
 
     def want(self, names):
         with self._lock:
             self._wanted = deque(names)
             if self._wanted and not self._runs:
                 self._runs = True
-                threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
+                threading.Thread(
+                    target=self._run, name="read-ahead", daemon=True
+                ).start()
 
     def _run(self):
         while True:
@@ -267,7 +290,9 @@ class _Lock:
             os.close(file)
 
 
-_guard = threading.RLock()  # no fork between the opening of a lock's file and its place in `_held`
+_guard = (
+    threading.RLock()
+)  # no fork between the opening of a lock's file and its place in `_held`
 _held = weakref.WeakSet()
 
 
@@ -278,12 +303,19 @@ def _in_the_child():
         lock.forget()
 
 
-os.register_at_fork(before=lambda: _guard.acquire(), after_in_parent=lambda: _guard.release(), after_in_child=_in_the_child)
+os.register_at_fork(
+    before=lambda: _guard.acquire(),
+    after_in_parent=lambda: _guard.release(),
+    after_in_child=_in_the_child,
+)
 
 
 def _is_plain(name):
     """A name that means the same to a disk, a URL, a shell and a program's command line, and stays inside a folder."""
-    return all(re.fullmatch(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*", part) for part in name.split("/"))
+    return all(
+        re.fullmatch(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*", part)
+        for part in name.split("/")
+    )
 
 
 def _stat(path):
@@ -298,6 +330,11 @@ def _root(config):
         if config.cache:
             return Path(config.cache).expanduser().absolute()
         given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        return (given if given.is_absolute() else Path.home() / ".cache") / "syncrec-trainer"
+        return (
+            given if given.is_absolute() else Path.home() / ".cache"
+        ) / "syncrec-trainer"
     except RuntimeError as error:  # a user without a home
-        raise InputError(f"stream.cache is {config.cache!r}: {words(error)} Give a folder", one_rank=True) from None
+        raise InputError(
+            f"stream.cache is {config.cache!r}: {words(error)} Give a folder",
+            one_rank=True,
+        ) from None

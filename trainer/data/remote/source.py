@@ -30,7 +30,9 @@ from trainer.files.redact import _without_user, shown, words
 
 _PLACE = "{}"  # where the file's name stands in a command
 _CHUNK = 2**18
-_LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the doubling or the server says
+_LONGEST_WAIT = (
+    60.0  # seconds between two attempts, whatever the doubling or the server says
+)
 _LARGEST_IN_MEMORY = 2**30
 _AGAIN = (408, 429)  # the statuses of 4xx that pass by themselves
 _jitter = random.SystemRandom()  # forked workers would share the state of any other
@@ -40,7 +42,10 @@ class NotFetched(InputError):
     """A file of a dataset that lies elsewhere could not be had, whatever was tried. `said`: which and why, no way out."""
 
     def __init__(self, said):
-        super().__init__(f"{said}: look after the address and what serves it, then run again", one_rank=True)
+        super().__init__(
+            f"{said}: look after the address and what serves it, then run again",
+            one_rank=True,
+        )
         self.said = said
 
 
@@ -56,8 +61,12 @@ class Address:
         scheme = self.text.partition(":")[0]
         if scheme == "pipe":
             if _PLACE not in self.text:
-                raise InputError(f"{self}: the command has no {_PLACE} for the file's name, as in pipe:cat /folder/{_PLACE}")
-        elif not self._is_http and scheme not in (gopen_schemes := _webdataset().gopen_schemes):
+                raise InputError(
+                    f"{self}: the command has no {_PLACE} for the file's name, as in pipe:cat /folder/{_PLACE}"
+                )
+        elif not self._is_http and scheme not in (
+            gopen_schemes := _webdataset().gopen_schemes
+        ):
             known = ", ".join(sorted(set(gopen_schemes) - {"__default__"}))
             raise InputError(
                 f"{self}: {scheme} is no scheme that can be opened here ({known}): give a command that writes the file, as in "
@@ -70,7 +79,9 @@ class Address:
             except ValueError:
                 valid = False
             if not valid:  # nothing of it is said: what is the password in it cannot be told either
-                raise InputError(f"{scheme}://…: this is no valid address; quote what is special in user and password by %XX")
+                raise InputError(
+                    f"{scheme}://…: this is no valid address; quote what is special in user and password by %XX"
+                )
 
     def __str__(self):
         return shown(self.text)
@@ -88,7 +99,9 @@ class Address:
                 for chunk in chunks:
                     data += chunk
                     if len(data) > _LARGEST_IN_MEMORY:
-                        raise _Failure(f"it has more than {_LARGEST_IN_MEMORY} bytes", final=True)
+                        raise _Failure(
+                            f"it has more than {_LARGEST_IN_MEMORY} bytes", final=True
+                        )
             if total not in (None, len(data)):
                 raise _Failure(f"{len(data)} of its {total} bytes came")
             try:
@@ -105,26 +118,38 @@ class Address:
         def attempt():
             with open(part, "r+b") as file:
                 start, digest = _so_far(file)
-                if start == size and digest.hexdigest() == sha256:  # killed before it could be renamed
+                if (
+                    start == size and digest.hexdigest() == sha256
+                ):  # killed before it could be renamed
                     return
                 if start >= size:
                     start, digest = _anew(file)
                 try:
                     with self._opened(name, start) as (begin, total, chunks):
-                        if total not in (None, size):  # a page that says so, rather than a part of the file
-                            raise _Failure(f"{total} bytes are there, dataset.json says {size}", anew=True)
+                        if total not in (
+                            None,
+                            size,
+                        ):  # a page that says so, rather than a part of the file
+                            raise _Failure(
+                                f"{total} bytes are there, dataset.json says {size}",
+                                anew=True,
+                            )
                         if begin != start:
                             start, digest = _anew(file)
                         for chunk in chunks:
                             start += len(chunk)
                             if start > size:
-                                raise _Failure(f"more than its {size} bytes came", anew=True)
+                                raise _Failure(
+                                    f"more than its {size} bytes came", anew=True
+                                )
                             file.write(chunk)
                             digest.update(chunk)
                     if start != size:
                         raise _Failure(f"{start} of its {size} bytes came")
                     if digest.hexdigest() != sha256:
-                        raise _Failure("its sha256 is not the one in dataset.json", anew=True)
+                        raise _Failure(
+                            "its sha256 is not the one in dataset.json", anew=True
+                        )
                 except _Failure as failure:
                     if failure.anew:
                         _anew(file)
@@ -141,9 +166,20 @@ class Address:
             except _Failure as failure:
                 reason = self._without_secrets(str(failure))
                 if failure.final or number == self.config.attempts:
-                    tried = f" ({number} attempts, this came of the last)" if number > 1 else ""
-                    raise NotFetched(f"{self.shown(name)} cannot be fetched: {reason}{tried}") from None
-                wait = max(self.config.retry_seconds * 2 ** (number - 1) * _jitter.uniform(0.5, 1.5), failure.wait)
+                    tried = (
+                        f" ({number} attempts, this came of the last)"
+                        if number > 1
+                        else ""
+                    )
+                    raise NotFetched(
+                        f"{self.shown(name)} cannot be fetched: {reason}{tried}"
+                    ) from None
+                wait = max(
+                    self.config.retry_seconds
+                    * 2 ** (number - 1)
+                    * _jitter.uniform(0.5, 1.5),
+                    failure.wait,
+                )
                 time.sleep(min(wait, _LONGEST_WAIT))
 
     @property
@@ -179,7 +215,9 @@ class Address:
         url = urlunsplit((parts.scheme, host, *parts[2:]))
         request = urllib.request.Request(url, headers={"User-Agent": "syncrec-trainer"})
         if user:  # not sent on to where the server may point
-            basic = base64.b64encode(unquote(user if ":" in user else f"{user}:").encode()).decode()
+            basic = base64.b64encode(
+                unquote(user if ":" in user else f"{user}:").encode()
+            ).decode()
             request.add_unredirected_header("Authorization", f"Basic {basic}")
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -188,10 +226,15 @@ class Address:
         with response:
             begin = 0
             if response.status == 206:
-                found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+                found = re.match(
+                    r"bytes (\d+)-", response.headers.get("Content-Range", "")
+                )
                 begin = int(found[1]) if found else -1
                 if begin not in (0, start):
-                    raise _Failure(f"the server sent the bytes from {begin} on, asked for those from {start} on", anew=True)
+                    raise _Failure(
+                        f"the server sent the bytes from {begin} on, asked for those from {start} on",
+                        anew=True,
+                    )
             elif response.status != 200:
                 raise _Failure(f"HTTP {response.status} {words(response.reason)}")
             total = None if response.length is None else begin + response.length
@@ -210,12 +253,24 @@ class Address:
     def _piped(self, name):
         opens, timeout = _webdataset(), self.config.timeout_seconds
         address = opens.rewrite_url(self._full(name))
-        own = address.startswith("pipe:")  # a session of its own: whatever the command starts ends with it
+        own = address.startswith(
+            "pipe:"
+        )  # a session of its own: whatever the command starts ends with it
         with tempfile.TemporaryFile() as stderr:
             with _failing():
                 if own:
-                    options = {"stdin": subprocess.DEVNULL, "stderr": stderr, "start_new_session": True}
-                    stream = opens.Pipe(address.removeprefix("pipe:"), mode="rb", shell=True, bufsize=0, **options)
+                    options = {
+                        "stdin": subprocess.DEVNULL,
+                        "stderr": stderr,
+                        "start_new_session": True,
+                    }
+                    stream = opens.Pipe(
+                        address.removeprefix("pipe:"),
+                        mode="rb",
+                        shell=True,
+                        bufsize=0,
+                        **options,
+                    )
                 else:
                     stream = opens.gopen(address, "rb", bufsize=0)
             process = getattr(stream, "proc", None)
@@ -235,14 +290,20 @@ class Address:
                     try:
                         status = process.wait(timeout)
                     except subprocess.TimeoutExpired:
-                        raise _Failure(f"the command did not end within {timeout:g} s of its last byte") from None
+                        raise _Failure(
+                            f"the command did not end within {timeout:g} s of its last byte"
+                        ) from None
                     if status:
-                        raise _Failure(f"the command ended with status {status}{_last_words(stderr)}")
+                        raise _Failure(
+                            f"the command ended with status {status}{_last_words(stderr)}"
+                        )
 
             try:
                 yield 0, None, chunks()
             finally:
-                if process and process.returncode is None:  # not waited for yet, so its number is still its own
+                if (
+                    process and process.returncode is None
+                ):  # not waited for yet, so its number is still its own
                     if own:
                         os.killpg(process.pid, signal.SIGKILL)
                     process.kill()
@@ -255,8 +316,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, file, code, message, headers, newurl):
         scheme = urlsplit(newurl).scheme
-        if scheme not in ("http", "https") or (request.type == "https" and scheme == "http"):
-            raise _Failure(f"it redirects from {request.type} to {words(scheme)}", final=True)
+        if scheme not in ("http", "https") or (
+            request.type == "https" and scheme == "http"
+        ):
+            raise _Failure(
+                f"it redirects from {request.type} to {words(scheme)}", final=True
+            )
         return super().redirect_request(request, file, code, message, headers, newurl)
 
 
@@ -298,13 +363,17 @@ def _failing():
             wait = float(after) if re.fullmatch(r"\d{1,9}", after, re.ASCII) else 0.0
             beyond = error.code == 416  # less lies there than has come
             final = 400 <= error.code < 500 and error.code not in _AGAIN and not beyond
-            raise _Failure(f"HTTP {error.code} {words(error.reason)}", final, wait, anew=beyond) from None
+            raise _Failure(
+                f"HTTP {error.code} {words(error.reason)}", final, wait, anew=beyond
+            ) from None
     except TimeoutError:
         raise _Failure("nothing came for too long") from None
     except urllib.error.URLError as error:
         raise _Failure(words(error.reason)) from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Failure(words(error), final=isinstance(error, FileNotFoundError)) from None
+        raise _Failure(
+            words(error), final=isinstance(error, FileNotFoundError)
+        ) from None
     except Exception as error:  # what a scheme of WebDataset's needs is not installed, or its address is no address
         raise _Failure(words(error), final=True) from None
 
@@ -331,4 +400,3 @@ def _last_words(file):
     file.seek(max(0, file.seek(0, os.SEEK_END) - 300))
     said = file.read().decode("utf-8", "replace").strip()
     return f" and said {words(said)!r}" if said else ""
-

@@ -21,10 +21,17 @@ def hand_over(dataset, folder, seed=0, negatives=99) -> Handed:
     seed: of the candidates, a run's `seed`; negatives: as `evaluation.negatives`. Raises InputError where nobody can be split.
     """
     config = EvaluationConfig(negatives=negatives)
-    candidates = {split: RankingBatches(dataset, 0, 1, config, 1, split, seed=seed) for split in SPLITS}
+    candidates = {
+        split: RankingBatches(dataset, 0, 1, config, 1, split, seed=seed)
+        for split in SPLITS
+    }
     histories = Histories.of_plan(candidates["test"].plan)
     # Something of each, so that there is a type where there are no users.
-    numbers, lengths, items = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    numbers, lengths, items = (
+        [np.zeros(0, np.int64)],
+        [np.zeros(0, np.int64)],
+        [np.zeros(0, np.int32)],
+    )
     rows = {split: [np.zeros((0, 1 + negatives), np.int64)] for split in SPLITS}
     for first in range(0, dataset.users, _AT_ONCE):
         users = histories.read(np.arange(first, min(first + _AT_ONCE, dataset.users)))
@@ -36,14 +43,25 @@ def hand_over(dataset, folder, seed=0, negatives=99) -> Handed:
         items.append(users.items_N[np.repeat(long_B, users.lengths_B)])
         for split in SPLITS:
             built = candidates[split].build(users)
-            rows[split].append(_rectangular(built.rows_C, built.counts_B, 1 + negatives))
+            rows[split].append(
+                _rectangular(built.rows_C, built.counts_B, 1 + negatives)
+            )
     histories.close()
-    arrays = {"users": numbers, "lengths": lengths, "items": items} | {f"candidates-{split}": rows[split] for split in SPLITS}
+    arrays = {"users": numbers, "lengths": lengths, "items": items} | {
+        f"candidates-{split}": rows[split] for split in SPLITS
+    }
     if not sum(map(len, numbers)):
-        raise InputError(f"{dataset.place}: no user has the {SPLIT_LENGTH} interactions that are needed to be split")
+        raise InputError(
+            f"{dataset.place}: no user has the {SPLIT_LENGTH} interactions that are needed to be split"
+        )
     for name, parts in arrays.items():
         np.save(folder / f"{name}.npy", np.concatenate(parts))
-    np.save(folder / "domains.npy", np.array([(domain.start, domain.items) for domain in dataset.domains], np.int64))
+    np.save(
+        folder / "domains.npy",
+        np.array(
+            [(domain.start, domain.items) for domain in dataset.domains], np.int64
+        ),
+    )
     return Handed(folder)
 
 
@@ -64,15 +82,23 @@ def write_log(handed: Handed):
         "item_id:token": handed.items_N[training_N],
         "timestamp:float": place_N[training_N],
     }
-    items = np.concatenate([np.arange(start, start + items) for start, items in handed.domains_D2])
+    items = np.concatenate(
+        [np.arange(start, start + items) for start, items in handed.domains_D2]
+    )
     _write(folder / f"{LOG}.inter", columns)
     _write(folder / f"{LOG}.item", {"item_id:token": items})
 
 
 def _write(file, columns):
     with open(file, "wb") as stream:
-        stream.write("\t".join(columns).encode() + b"\n")  # pyarrow would put it in quotation marks
-        csv.write_csv(pa.table(columns), stream, csv.WriteOptions(include_header=False, delimiter="\t"))
+        stream.write(
+            "\t".join(columns).encode() + b"\n"
+        )  # pyarrow would put it in quotation marks
+        csv.write_csv(
+            pa.table(columns),
+            stream,
+            csv.WriteOptions(include_header=False, delimiter="\t"),
+        )
 
 
 def _rectangular(rows_C, counts_B, longest):

@@ -18,7 +18,11 @@ class Handed:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.user_U, self.lengths_U, self.items_N = self.load("users"), self.load("lengths"), self.load("items")
+        self.user_U, self.lengths_U, self.items_N = (
+            self.load("users"),
+            self.load("lengths"),
+            self.load("items"),
+        )
         self.starts_U = np.cumsum(self.lengths_U) - self.lengths_U
         self.domains_D2 = self.load("domains")
 
@@ -36,16 +40,24 @@ class Handed:
         seen_B = self.lengths_U[users] - back
         kept_B = np.minimum(seen_B, longest)
         place_T = np.arange(longest)
-        place_BT = (self.starts_U[users] + seen_B - kept_B)[:, None] + np.minimum(place_T, kept_B[:, None] - 1)
-        return np.where(place_T < kept_B[:, None], self.items_N[place_BT], 0).astype(np.int64), kept_B.astype(np.int64)
+        place_BT = (self.starts_U[users] + seen_B - kept_B)[:, None] + np.minimum(
+            place_T, kept_B[:, None] - 1
+        )
+        return np.where(place_T < kept_B[:, None], self.items_N[place_BT], 0).astype(
+            np.int64
+        ), kept_B.astype(np.int64)
 
     def others(self, users, back):
         """What some users' held-out item is not compared with, all else of their histories, jagged: (places among `users` (E,),
         rows (E,)), int64."""
         lengths_B = self.lengths_U[users]
         user_E = np.repeat(np.arange(len(users)), lengths_B)
-        place_E = np.arange(len(user_E)) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
-        rows_E = self.items_N[np.repeat(self.starts_U[users], lengths_B) + place_E].astype(np.int64)
+        place_E = np.arange(len(user_E)) - np.repeat(
+            np.cumsum(lengths_B) - lengths_B, lengths_B
+        )
+        rows_E = self.items_N[
+            np.repeat(self.starts_U[users], lengths_B) + place_E
+        ].astype(np.int64)
         kept_E = place_E != lengths_B[user_E] - back
         return user_E[kept_E], rows_E[kept_E]
 
@@ -70,4 +82,12 @@ def full_ranks(scores_BN, place_B, excluded):
 def mean_ndcg(rank_U, domain_U, at=10):
     """The mean over domains with users of NDCG@at: what chooses a model, as `evaluation_record` has it; 0.0 without users."""
     gain_U = np.where(rank_U <= at, 1 / np.log2(rank_U + 1.0), 0.0)
-    return float(np.mean([gain_U[domain_U == domain].mean() for domain in np.unique(domain_U)])) if len(rank_U) else 0.0
+    return (
+        float(
+            np.mean(
+                [gain_U[domain_U == domain].mean() for domain in np.unique(domain_U)]
+            )
+        )
+        if len(rank_U)
+        else 0.0
+    )

@@ -37,7 +37,9 @@ _MAKE = "make it with `make peers`, or name another with --recbole-python"
 
 def default_python() -> Path:
     """The Python of RecBole's environment: $RECBOLE_PYTHON, or what `make peers` makes. It need not be there."""
-    return Path(os.environ.get("RECBOLE_PYTHON") or _ROOT / ".venv-peers" / "bin" / "python")
+    return Path(
+        os.environ.get("RECBOLE_PYTHON") or _ROOT / ".venv-peers" / "bin" / "python"
+    )
 
 
 def recbole_models(python) -> dict[str, str | None]:
@@ -47,9 +49,13 @@ def recbole_models(python) -> dict[str, str | None]:
     """
     command = [_absolute(python), str(_HERE / "recbole_models.py")]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     except OSError as error:
-        raise InputError(f"RecBole's environment: {python} cannot be run ({error.strerror}): {_MAKE}") from None
+        raise InputError(
+            f"RecBole's environment: {python} cannot be run ({error.strerror}): {_MAKE}"
+        ) from None
     try:
         models = json.loads(done.stdout)["models"] if done.returncode == 0 else None
     except (ValueError, KeyError, TypeError):
@@ -118,15 +124,31 @@ def run_recbole(
         found = run.train(python, handed, task)
         with np.load(run.work / "ranks.npz", allow_pickle=False) as ranks:
             domain_U = handed.domain_of(handed.load("candidates-test")[:, 0])
-            write_ranks(run.folder / RANKS, handed.user_U, domain_U, ranks["sampled"], ranks["full"])
+            write_ranks(
+                run.folder / RANKS,
+                handed.user_U,
+                domain_U,
+                ranks["sampled"],
+                ranks["full"],
+            )
     finally:
         shutil.rmtree(run.work, ignore_errors=True)
-    found = {"task": task, "model": model, **found, "users": len(handed.user_U), "too_short": dataset.too_short}
+    found = {
+        "task": task,
+        "model": model,
+        **found,
+        "users": len(handed.user_U),
+        "too_short": dataset.too_short,
+    }
     write_json(run.folder / RESULT, found)
     best = f"{found['validation']:.4f} in epoch {found['best_epoch'] + 1}"
-    say(f"{model}: {len(found['epochs'])} epochs in {_time(found['seconds'])} ({found['stopped']}), NDCG@10 {best}")
+    say(
+        f"{model}: {len(found['epochs'])} epochs in {_time(found['seconds'])} ({found['stopped']}), NDCG@10 {best}"
+    )
     if abs(found["validation_again"] - found["validation"]) > 1e-6:
-        say(f"{model}: scored again, its best epoch has {found['validation_again']:.4f}: it draws as it scores")
+        say(
+            f"{model}: scored again, its best epoch has {found['validation_again']:.4f}: it draws as it scores"
+        )
     return found
 
 
@@ -134,7 +156,9 @@ def _absolute(python):
     """The path, from wherever it is run; links stay, which make an environment. Raises InputError where there is none."""
     found = shutil.which(str(python))
     if found is None:
-        raise InputError(f"RecBole's environment: {python} is no Python that can be run: {_MAKE}")
+        raise InputError(
+            f"RecBole's environment: {python} is no Python that can be run: {_MAKE}"
+        )
     return os.path.abspath(found)
 
 
@@ -142,8 +166,13 @@ def _known(models, model):
     """RecBole's spelling. Raises InputError where it has none, or the model cannot be compared."""
     names = {name.lower(): name for name in models}
     if model.lower() not in names:
-        near = [names[name] for name in difflib.get_close_matches(model.lower(), names, 3)]
-        raise InputError(f"RecBole has no model {model}" + (f": {' or '.join(near)}?" if near else ""))
+        near = [
+            names[name] for name in difflib.get_close_matches(model.lower(), names, 3)
+        ]
+        raise InputError(
+            f"RecBole has no model {model}"
+            + (f": {' or '.join(near)}?" if near else "")
+        )
     name = names[model.lower()]
     if models[name]:
         raise InputError(f"RecBole's {name} cannot be compared here: {models[name]}")
@@ -159,13 +188,17 @@ def _handed(dataset, folder, task) -> Handed:
         except (OSError, ValueError):
             there = None
         if there != about:
-            raise InputError(f"{folder}: was handed over of another dataset, seed or number of negatives: take another folder")
+            raise InputError(
+                f"{folder}: was handed over of another dataset, seed or number of negatives: take another folder"
+            )
         return Handed(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_log(hand_over(dataset, partial, task["evaluation_seed"], task["negatives"]))
+        write_log(
+            hand_over(dataset, partial, task["evaluation_seed"], task["negatives"])
+        )
         write_json(partial / "about.json", about)
         try:
             move_folder(partial, folder)
@@ -196,17 +229,27 @@ class _Run:
             same = {name: found["task"].get(name) == task[name] for name in task}
             same["model"] = found["model"].lower() == task["model"].lower()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{self.folder / RESULT} cannot be read: remove the folder") from None
+            raise InputError(
+                f"{self.folder / RESULT} cannot be read: remove the folder"
+            ) from None
         if not all(same.values()):
             another = ", ".join(name for name in task if not same[name])
-            raise InputError(f"{self.folder}: holds a run with another {another}: take another folder, or remove it")
+            raise InputError(
+                f"{self.folder}: holds a run with another {another}: take another folder, or remove it"
+            )
         return found if (self.folder / RANKS).is_file() else None
 
     def train(self, python, handed, task):
         """What recbole_peer.py finds; progress is told meanwhile."""
         write_json(self.work / "task.json", task)
         script, log = _HERE / "recbole_peer.py", self.folder / LOG
-        command = [_absolute(python), script, handed.folder, self.work / "task.json", self.work / "ranks.npz"]
+        command = [
+            _absolute(python),
+            script,
+            handed.folder,
+            self.work / "task.json",
+            self.work / "ranks.npz",
+        ]
         answer = {}
         with open(log, "w") as errors:
             child = subprocess.Popen(
@@ -221,7 +264,9 @@ class _Run:
                 for line in child.stdout:
                     answer = json.loads(line)
                     if "epoch" in answer:
-                        self.say(f"{task['model']}: {_progress(answer, task['minutes'])}")
+                        self.say(
+                            f"{task['model']}: {_progress(answer, task['minutes'])}"
+                        )
                 status = child.wait()
             finally:
                 child.kill()
@@ -233,7 +278,9 @@ class _Run:
         if status or "found" not in answer:
             how = f"signal {-status}" if status < 0 else f"status {status}"
             last = _last_line(log) or "it said nothing"
-            raise InputError(f"RecBole's {task['model']} failed ({how}): {last} (more in {log})")
+            raise InputError(
+                f"RecBole's {task['model']} failed ({how}): {last} (more in {log})"
+            )
         return answer["found"]
 
 
@@ -257,4 +304,3 @@ def _last_line(log):
     with open(log, errors="replace") as lines:
         last = deque(filter(None, map(str.strip, lines)), maxlen=1)
     return last[0] if last else ""
-

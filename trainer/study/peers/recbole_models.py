@@ -37,7 +37,9 @@ def models(package: Path):
     found = {}
     for family, reason in _FAMILIES.items():
         for file in sorted((package / "model" / family).glob("*.py")):
-            names = re.findall(r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+            names = re.findall(
+                r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE
+            )
             for name in names:
                 if name.lower() == file.stem:  # RecBole's own rule
                     found[name] = _MODELS.get(name, reason)

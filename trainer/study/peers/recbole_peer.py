@@ -35,8 +35,27 @@ from trainer.study.peers.recbole_scores import Scores
 
 # What the comparison stands on, or what the caller says otherwise.
 RESERVED = {
-    *("model", "dataset", "data_path", "checkpoint_dir", "load_col", "eval_args", "benchmark_filename", "repeatable", "seed"),
-    *("epochs", "eval_step", "stopping_step", "valid_metric", "metrics", "show_progress", "USER_ID_FIELD", "ITEM_ID_FIELD"),
+    *(
+        "model",
+        "dataset",
+        "data_path",
+        "checkpoint_dir",
+        "load_col",
+        "eval_args",
+        "benchmark_filename",
+        "repeatable",
+        "seed",
+    ),
+    *(
+        "epochs",
+        "eval_step",
+        "stopping_step",
+        "valid_metric",
+        "metrics",
+        "show_progress",
+        "USER_ID_FIELD",
+        "ITEM_ID_FIELD",
+    ),
 }
 # Learn from what was chosen alone, though they ask for pairs with labels as those that need negatives do.
 WITHOUT_NEGATIVES = {"RepeatNet"}
@@ -70,7 +89,13 @@ def train(handed, task, ranks, say):
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, loader.dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    epochs = Epochs(Scores(config, dataset, model, handed), task, min(config["epochs"], trainer.epochs), begun, say)
+    epochs = Epochs(
+        Scores(config, dataset, model, handed),
+        task,
+        min(config["epochs"], trainer.epochs),
+        begun,
+        say,
+    )
     trainer._valid_epoch = epochs.validate
     stopped = "all epochs"
     try:
@@ -99,7 +124,8 @@ def train(handed, task, ranks, say):
         "device": str(config["device"]),
         "threads": torch.get_num_threads(),
         "recbole": _plain(config),
-        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in ("recbole", "torch", "numpy")},
+        "versions": {"python": sys.version.split()[0]}
+        | {name: _version(name) for name in ("recbole", "torch", "numpy")},
     }
 
 
@@ -107,17 +133,26 @@ def configuration(handed, task):
     """RecBole's Config. Raises Refused for an option that RecBole would not heed, or that is not the caller's to choose."""
     options = task["options"]
     if reserved := sorted(RESERVED & options.keys()):
-        raise Refused(f"{reserved[0]} is not among RecBole's options that can be chosen here: the comparison stands on it")
+        raise Refused(
+            f"{reserved[0]} is not among RecBole's options that can be chosen here: the comparison stands on it"
+        )
     settings = {
         "data_path": str(handed.folder),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id"]},
         # Nothing is held out: what is was never handed over. Its own split is of prefixes, see hand_over.write_log.
-        "eval_args": {"split": {"RS": [1.0, 0.0, 0.0]}, "order": "TO", "group_by": "none", "mode": "full"},
+        "eval_args": {
+            "split": {"RS": [1.0, 0.0, 0.0]},
+            "order": "TO",
+            "group_by": "none",
+            "mode": "full",
+        },
         "seed": task["seed"],
         "epochs": task["epochs"],
         "stopping_step": task["epochs"],  # Epochs stops
         "show_progress": False,
-        "metrics": ["NDCG"],  # not asked for; the defaults of some models do not go with a ranking of all items
+        "metrics": [
+            "NDCG"
+        ],  # not asked for; the defaults of some models do not go with a ranking of all items
         "valid_metric": "NDCG@10",
         "train_neg_sample_args": None,
         **options,
@@ -126,7 +161,10 @@ def configuration(handed, task):
     known = set(config.internal_config_dict).union(*config.parameters.values())
     for name in options.keys() - known:
         near = difflib.get_close_matches(name, known, 3)
-        raise Refused(f"RecBole has no option {name}" + (f": {' or '.join(near)}?" if near else f" for {task['model']}"))
+        raise Refused(
+            f"RecBole has no option {name}"
+            + (f": {' or '.join(near)}?" if near else f" for {task['model']}")
+        )
     if "train_neg_sample_args" not in options and _needs_negatives(config):
         del settings["train_neg_sample_args"]  # its own
         config = _config(task["model"], settings)
@@ -156,7 +194,13 @@ class Epochs:
     enough."""
 
     def __init__(self, scores, task, total, begun, say):
-        self.scores, self.task, self.total, self.begun, self.say = scores, task, total, begun, say
+        self.scores, self.task, self.total, self.begun, self.say = (
+            scores,
+            task,
+            total,
+            begun,
+            say,
+        )
         self.found, self.best, self._kept, self._last = [], None, None, begun
 
     def validate(self, valid_data, show_progress=False):
@@ -164,12 +208,19 @@ class Epochs:
         training = time.perf_counter() - self._last
         value = self.scores.validation()
         self._last = time.perf_counter()
-        epoch = {"epoch": len(self.found), "seconds": self._last - self.begun, "training_seconds": training}
+        epoch = {
+            "epoch": len(self.found),
+            "seconds": self._last - self.begun,
+            "training_seconds": training,
+        }
         epoch["validation"] = value
         self.found.append(epoch)
         if self.best is None or value > self.best["validation"]:
             self.best = epoch
-            weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+            weights = {
+                name: tensor.clone()
+                for name, tensor in self._model.state_dict().items()
+            }
             self._kept = weights, copy.deepcopy(self._model.other_parameter())
         self.say(epoch | {"of": self.total, "best": self.best})
         if len(self.found) == self.total:
@@ -193,9 +244,22 @@ class Epochs:
 
 def _plain(config):
     """What a record says of RecBole's configuration: what its files say of the model and its training, and what was changed."""
-    names = {*config.internal_config_dict, *config.external_config_dict} - {"data_path", "checkpoint_dir", "load_col", "device"}
-    values = {name: config.final_config_dict[name] for name in sorted(names) if name in config.final_config_dict}
-    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | list | dict | None)}
+    names = {*config.internal_config_dict, *config.external_config_dict} - {
+        "data_path",
+        "checkpoint_dir",
+        "load_col",
+        "device",
+    }
+    values = {
+        name: config.final_config_dict[name]
+        for name in sorted(names)
+        if name in config.final_config_dict
+    }
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, bool | int | float | str | list | dict | None)
+    }
 
 
 def _version(package):
@@ -211,7 +275,9 @@ def _own_output():
     os.dup2(2, 1)
 
     def say(value):
-        print(json.dumps(value, default=str), file=own, flush=True)  # whatever RecBole's settings hold
+        print(
+            json.dumps(value, default=str), file=own, flush=True
+        )  # whatever RecBole's settings hold
 
     return say
 

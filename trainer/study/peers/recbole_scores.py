@@ -8,21 +8,36 @@ from recbole.utils import ModelType
 
 from trainer.study.peers.interface import SPLITS, full_ranks, mean_ndcg, sampled_ranks
 
-_SCORES = 2**20  # of all items, that are in memory at once: a few models take a vector for each
+_SCORES = (
+    2**20
+)  # of all items, that are in memory at once: a few models take a vector for each
 
 
 class Scores:
     """dataset: RecBole's, of which the ids are; the model is scored as it is at a call."""
 
     def __init__(self, config, dataset, model, handed):
-        self.config, self.dataset, self.model, self.handed = config, dataset, model, handed
+        self.config, self.dataset, self.model, self.handed = (
+            config,
+            dataset,
+            model,
+            handed,
+        )
         self._transform = construct_transform(config)
         self._sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-        self._one_by_one = False  # True: the model scores pairs of a user and an item alone
-        self._candidates = {split: handed.load(f"candidates-{split}") for split in SPLITS}
-        self._user_number = _numbers(dataset.field2token_id[dataset.uid_field], len(handed.user_U))
+        self._one_by_one = (
+            False  # True: the model scores pairs of a user and an item alone
+        )
+        self._candidates = {
+            split: handed.load(f"candidates-{split}") for split in SPLITS
+        }
+        self._user_number = _numbers(
+            dataset.field2token_id[dataset.uid_field], len(handed.user_U)
+        )
         start, items = handed.domains_D2[-1]
-        self._item_number = _numbers(dataset.field2token_id[dataset.iid_field], start + items)
+        self._item_number = _numbers(
+            dataset.field2token_id[dataset.iid_field], start + items
+        )
 
     def validation(self):
         """The mean over domains of NDCG@10 of the validation items among their candidates."""
@@ -30,7 +45,11 @@ class Scores:
         ranks = []
         for users in self._batches(np.arange(len(rows_UC)), rows_UC.shape[1]):
             rows_BC = rows_UC[users]
-            ranks.append(sampled_ranks(self._of(users, "validation", np.maximum(rows_BC, 0)), rows_BC >= 0))
+            ranks.append(
+                sampled_ranks(
+                    self._of(users, "validation", np.maximum(rows_BC, 0)), rows_BC >= 0
+                )
+            )
         return mean_ndcg(np.concatenate(ranks), self.handed.domain_of(rows_UC[:, 0]))
 
     def test(self):
@@ -41,32 +60,58 @@ class Scores:
         for domain, (start, items) in enumerate(self.handed.domains_D2):
             for users in self._batches(np.flatnonzero(domain_U == domain), items):
                 scores_BN = self._of(users, "test", np.arange(start, start + items))
-                place_BC, there_BC = np.maximum(rows_UC[users] - start, 0), rows_UC[users] >= 0
-                sampled_U[users] = sampled_ranks(np.take_along_axis(scores_BN, place_BC, 1), there_BC)
+                place_BC, there_BC = (
+                    np.maximum(rows_UC[users] - start, 0),
+                    rows_UC[users] >= 0,
+                )
+                sampled_U[users] = sampled_ranks(
+                    np.take_along_axis(scores_BN, place_BC, 1), there_BC
+                )
                 user_E, rows_E = self.handed.others(users, back)
                 own_E = (rows_E >= start) & (rows_E < start + items)
-                full_U[users] = full_ranks(scores_BN, place_BC[:, 0], (user_E[own_E], rows_E[own_E] - start))
+                full_U[users] = full_ranks(
+                    scores_BN, place_BC[:, 0], (user_E[own_E], rows_E[own_E] - start)
+                )
         return sampled_U, full_U
 
     def _batches(self, users, rows):
         """Some users at a time; rows: that each is asked for."""
-        size = max(1, self.config["eval_batch_size"] // rows if self._one_by_one else _SCORES // self.dataset.item_num)
+        size = max(
+            1,
+            self.config["eval_batch_size"] // rows
+            if self._one_by_one
+            else _SCORES // self.dataset.item_num,
+        )
         return np.split(users, range(size, len(users), size))
 
     @torch.no_grad()
     def _of(self, users, split, rows):
         """Scores, float32 (B, C), of rows (B, C), or of the same for all (C,)."""
         self.model.eval()
-        number = torch.from_numpy(np.broadcast_to(self._item_number[rows], (len(users), np.shape(rows)[-1])).copy())
+        number = torch.from_numpy(
+            np.broadcast_to(
+                self._item_number[rows], (len(users), np.shape(rows)[-1])
+            ).copy()
+        )
         interaction = self._interaction(users, split)
         if not self._one_by_one:
             try:
-                scores_BI = self.model.full_sort_predict(interaction).view(len(users), -1)
+                scores_BI = self.model.full_sort_predict(interaction).view(
+                    len(users), -1
+                )
                 return scores_BI.cpu().gather(1, number).float().numpy()
             except NotImplementedError:
                 self._one_by_one = True
-        pairs, size, parts = interaction.repeat_interleave(number.shape[1]), self.config["eval_batch_size"], []
-        pairs.update(Interaction({self.dataset.iid_field: number.view(-1).to(self.config["device"])}))
+        pairs, size, parts = (
+            interaction.repeat_interleave(number.shape[1]),
+            self.config["eval_batch_size"],
+            [],
+        )
+        pairs.update(
+            Interaction(
+                {self.dataset.iid_field: number.view(-1).to(self.config["device"])}
+            )
+        )
         for begin in range(0, len(pairs), size):
             parts.append(self.model.predict(pairs[begin : begin + size]).view(-1).cpu())
         return torch.cat(parts).view(number.shape).float().numpy()
@@ -79,12 +124,16 @@ class Scores:
         if self._sequential:
             longest = self.config["MAX_ITEM_LIST_LENGTH"]
             items_BT, lengths_B = self.handed.padded(users, SPLITS[split], longest)
-            number_BT = np.where(np.arange(longest) < lengths_B[:, None], self._item_number[items_BT], 0)
+            number_BT = np.where(
+                np.arange(longest) < lengths_B[:, None], self._item_number[items_BT], 0
+            )
             items = self.dataset.iid_field + self.config["LIST_SUFFIX"]
             fields[items] = torch.from_numpy(number_BT)
             fields[self.config["NEG_PREFIX"] + items] = torch.zeros_like(fields[items])
             fields[self.config["ITEM_LIST_LENGTH_FIELD"]] = torch.from_numpy(lengths_B)
-        return self._transform(self.dataset, Interaction(fields)).to(self.config["device"])
+        return self._transform(self.dataset, Interaction(fields)).to(
+            self.config["device"]
+        )
 
 
 def _numbers(token_id, count):

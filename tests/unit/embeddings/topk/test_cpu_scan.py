@@ -15,7 +15,10 @@ from tests.helpers.alone import group_of_one
 from tests.helpers.ranking_cases import made
 
 if missing("scan", "its tests are skipped"):
-    pytest.skip(f"no compiled scan here: {missing('scan', 'its tests are skipped')}", allow_module_level=True)
+    pytest.skip(
+        f"no compiled scan here: {missing('scan', 'its tests are skipped')}",
+        allow_module_level=True,
+    )
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
 
@@ -45,18 +48,35 @@ class Whole:
 def test_a_product_is_never_further_from_the_score_than_the_error(dim):
     """Also for vectors that nearly cancel, and of lengths far apart."""
     generator = torch.Generator().manual_seed(dim)
-    y_UR, m_NR = (torch.randn(200, dim, generator=generator) * torch.randn(200, 1, generator=generator).exp() for _ in "ym")
-    m_NR[::2] -= y_UR[:100] * (m_NR[::2] * y_UR[:100]).sum(1, True) / y_UR[:100].square().sum(1, True)
-    for item in range(200):  # one by one: the error of a strip is that of its longest vector
+    y_UR, m_NR = (
+        torch.randn(200, dim, generator=generator)
+        * torch.randn(200, 1, generator=generator).exp()
+        for _ in "ym"
+    )
+    m_NR[::2] -= (
+        y_UR[:100]
+        * (m_NR[::2] * y_UR[:100]).sum(1, True)
+        / y_UR[:100].square().sum(1, True)
+    )
+    for item in range(
+        200
+    ):  # one by one: the error of a strip is that of its longest vector
         shard, strips = Alone(m_NR[item : item + 1]), Whole(1)
-        part, strip = UserPart(y_UR, NOTHING, NOTHING, shard, strips), strips.of(shard.weight)
+        part, strip = (
+            UserPart(y_UR, NOTHING, NOTHING, shard, strips),
+            strips.of(shard.weight),
+        )
         best = cpu_scan.Best(part, 1)
         best.see(strip)
         exact_U = part.exact(torch.arange(200), torch.zeros(200, dtype=torch.int64))
         error_U = bounds.error(part.y, strip.items)
         assert strip.items.longest >= shard.weight.double().norm()
-        assert ((best._products_UC[:, 0].double() - exact_U.double()).abs() <= error_U).all()
-        assert (error_U <= 1.01 * bounds.error(part.y, bounds.Vectors(shard.weight))).all()
+        assert (
+            (best._products_UC[:, 0].double() - exact_U.double()).abs() <= error_U
+        ).all()
+        assert (
+            error_U <= 1.01 * bounds.error(part.y, bounds.Vectors(shard.weight))
+        ).all()
 
 
 @pytest.mark.parametrize("dim", [4, 12, 16, 36, 100, 260])
@@ -67,12 +87,19 @@ def test_panels_are_the_vectors_and_wild_ones_no_numbers(dim):
     panels = cpu_scan.items_of(m_NR, place)
     columns = panels.packed.transpose(1, 2).reshape(96, dim)
     wild = torch.isin(place, torch.tensor([3, 40, 41]))
-    assert columns[:70][wild].isnan().all() and torch.equal(columns[:70][~wild], m_NR[place[~wild]]) and not columns[70:].any()
+    assert (
+        columns[:70][wild].isnan().all()
+        and torch.equal(columns[:70][~wild], m_NR[place[~wild]])
+        and not columns[70:].any()
+    )
     longest = m_NR[place[~wild]].double().norm(dim=1).max()
     assert longest <= panels.longest <= 1.01 * longest
 
 
-@pytest.mark.parametrize(("users", "dim", "items"), [(users, 8, 200) for users in range(1, 26)] + [(2100, 132, 70)])
+@pytest.mark.parametrize(
+    ("users", "dim", "items"),
+    [(users, 8, 200) for users in range(1, 26)] + [(2100, 132, 70)],
+)
 def test_any_number_of_users_is_ranked_as_without_the_kernel(users, dim, items):
     """Of them 12 are multiplied at once, and what stays in a cache goes through the items together."""
     case = replace(made(users, rows=items, dim=dim, users=users, had=5), users=4096)
@@ -90,7 +117,10 @@ def test_a_rank_without_rows_has_none_of_the_best():
     shard, strips = Alone(torch.zeros(0, 4)), Whole(1)
     part = UserPart(torch.randn(3, 4), NOTHING, NOTHING, shard, strips)
     rows_Uk = scores_and_rows(cpu_scan.Best(part, 2).keys())[1]
-    assert torch.equal(rows_Uk, torch.full((3, 2), -1)) and not cpu_scan.Ahead(part, torch.zeros(3)).count().any()
+    assert (
+        torch.equal(rows_Uk, torch.full((3, 2), -1))
+        and not cpu_scan.Ahead(part, torch.zeros(3)).count().any()
+    )
 
 
 def test_it_is_for_tame_users():

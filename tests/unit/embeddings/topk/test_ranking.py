@@ -37,7 +37,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_ranks_and_best_items_are_those_of_a_brute_force(results, ranks, way, name):
     for what, expected in brute_force(CASES[name]).items():
-        np.testing.assert_array_equal(results[ranks][f"{way}_{name}_{what}"], expected, f"{what} of {name}")
+        np.testing.assert_array_equal(
+            results[ranks][f"{way}_{name}_{what}"], expected, f"{what} of {name}"
+        )
 
 
 @pytest.fixture
@@ -83,7 +85,23 @@ def test_neither_autocast_nor_a_coarser_product_changes_anything(group, way):
 
 
 # Few values, so that there are ties; and those at which products overflow, vanish or cancel.
-NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, 3.0, 1 + 2.0**-23, 2.0**-140, 1e20, -3e38, np.inf, -np.inf, np.nan])
+NUMBERS = st.sampled_from(
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.1,
+        3.0,
+        1 + 2.0**-23,
+        2.0**-140,
+        1e20,
+        -3e38,
+        np.inf,
+        -np.inf,
+        np.nan,
+    ]
+)
 
 
 TAME = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, 3.0, 1 + 2.0**-23, 2.0**-140, 1e15])
@@ -97,10 +115,23 @@ def any_case(draw):
     excluded = st.lists(st.integers(0, rows - 1), max_size=2 * rows)
     return Case(
         draw(arrays(np.float32, (rows, 4), elements=NUMBERS)),
-        draw(arrays(np.float32, (users, 4), elements=draw(st.sampled_from([TAME, NUMBERS])))),
+        draw(
+            arrays(
+                np.float32, (users, 4), elements=draw(st.sampled_from([TAME, NUMBERS]))
+            )
+        ),
         first,
         items,
-        np.array(draw(st.lists(st.integers(first, first + items - 1), min_size=users, max_size=users)), np.int64),
+        np.array(
+            draw(
+                st.lists(
+                    st.integers(first, first + items - 1),
+                    min_size=users,
+                    max_size=users,
+                )
+            ),
+            np.int64,
+        ),
         draw(st.none() | st.lists(excluded, min_size=users, max_size=users)),
         k=draw(st.integers(1, 100)),
         block=draw(st.integers(1, 40)),
@@ -108,7 +139,10 @@ def any_case(draw):
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=100)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=100,
+)
 @given(case=any_case())
 def test_any_numbers_are_ranked(group, way, case):
     assert_brute_force(case)
@@ -118,14 +152,28 @@ def test_any_numbers_are_ranked(group, way, case):
 def test_a_product_is_never_further_from_the_score_than_the_error(dim):
     """Also for vectors that nearly cancel, and of lengths far apart."""
     generator = torch.Generator().manual_seed(dim)
-    y_UR, m_NR = (torch.randn(200, dim, generator=generator) * torch.randn(200, 1, generator=generator).exp() for _ in "ym")
-    m_NR[::2] -= y_UR[:100] * (m_NR[::2] * y_UR[:100]).sum(1, True) / y_UR[:100].square().sum(1, True)
+    y_UR, m_NR = (
+        torch.randn(200, dim, generator=generator)
+        * torch.randn(200, 1, generator=generator).exp()
+        for _ in "ym"
+    )
+    m_NR[::2] -= (
+        y_UR[:100]
+        * (m_NR[::2] * y_UR[:100]).sum(1, True)
+        / y_UR[:100].square().sum(1, True)
+    )
     users = bounds.Vectors(y_UR)
-    for item in range(200):  # one by one: the error of a block is that of its longest vector
+    for item in range(
+        200
+    ):  # one by one: the error of a block is that of its longest vector
         items = bounds.Vectors(m_NR[item : item + 1])
         found_U = bounds.product(users, items, torch.empty(200, 1))[:, 0]
-        exact_U = bounds.exact_scores(y_UR, torch.arange(200), m_NR, torch.full((200,), item))
-        assert ((found_U.double() - exact_U.double()).abs() <= bounds.error(users, items)).all()
+        exact_U = bounds.exact_scores(
+            y_UR, torch.arange(200), m_NR, torch.full((200,), item)
+        )
+        assert (
+            (found_U.double() - exact_U.double()).abs() <= bounds.error(users, items)
+        ).all()
 
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
@@ -134,13 +182,32 @@ NOTHING = torch.zeros(0, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda table: ExactRanking(table, 90, 11), "rows 90 to 100 are not rows of a table of 100"),
+        (
+            lambda table: ExactRanking(table, 90, 11),
+            "rows 90 to 100 are not rows of a table of 100",
+        ),
         (lambda table: ExactRanking(table, 0, 0), "rows 0 to -1 are not rows"),
         (lambda table: ExactRanking(table, 0, 9, block=0), "block is 0"),
-        (lambda table: ExactRanking(table, 0, 9).top_k(torch.zeros(1, 4), 0), "k is 0: give at least 1"),
-        (lambda table: ExactRanking(table, 9, 9).ranks(torch.zeros(1, 4), torch.tensor([18])), "is not one of rows 9 to 17"),
-        (lambda table: ExactRanking(table, 0, 9).top_k(torch.zeros(1, 4), 3, Excluded(NOTHING, NOTHING)), "1 users, and what"),
-        (lambda table: Excluded(NOTHING, torch.ones(2, dtype=torch.int64)), "0 excluded rows, but counts of them"),
+        (
+            lambda table: ExactRanking(table, 0, 9).top_k(torch.zeros(1, 4), 0),
+            "k is 0: give at least 1",
+        ),
+        (
+            lambda table: ExactRanking(table, 9, 9).ranks(
+                torch.zeros(1, 4), torch.tensor([18])
+            ),
+            "is not one of rows 9 to 17",
+        ),
+        (
+            lambda table: ExactRanking(table, 0, 9).top_k(
+                torch.zeros(1, 4), 3, Excluded(NOTHING, NOTHING)
+            ),
+            "1 users, and what",
+        ),
+        (
+            lambda table: Excluded(NOTHING, torch.ones(2, dtype=torch.int64)),
+            "0 excluded rows, but counts of them",
+        ),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(group, call, message):

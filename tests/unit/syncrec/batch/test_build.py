@@ -20,7 +20,9 @@ def user(domains, weight=1, first=0):
     """A history whose items all differ, each with one negative of its own."""
     items = list(range(first, first + len(domains)))
     ticks = [100 * place for place in range(len(items))]
-    return History(items, list(domains), weight, [[10_000 + item] for item in items], ticks)
+    return History(
+        items, list(domains), weight, [[10_000 + item] for item in items], ticks
+    )
 
 
 @st.composite
@@ -44,25 +46,48 @@ def build(histories, longest, pooling="mean", trimmed=True):
 
 def unpacked(batch, view):
     """Everything a View says, in terms of items: its sequences of (input, position), its targets, its pools."""
-    tokens = [SOS if place == 0 else batch.ids[place - 1].item() for place in view.input_M]
+    tokens = [
+        SOS if place == 0 else batch.ids[place - 1].item() for place in view.input_M
+    ]
     sequences = [[] for _ in range(view.sequences)]
-    for token, position, sequence in zip(tokens, view.position_M.tolist(), view.sequence_M.tolist(), strict=True):
+    for token, position, sequence in zip(
+        tokens, view.position_M.tolist(), view.sequence_M.tolist(), strict=True
+    ):
         sequences[sequence].append((token, position))
     columns = (view.target_token_L, view.target_interaction_L, view.target_domain_L)
     columns += (view.target_weight_L, view.comparable_L)
     targets = [
-        (view.sequence_M[token].item(), tokens[token], batch.ids[interaction].item(), domain, weight, comparable)
-        for token, interaction, domain, weight, comparable in zip(*(column.tolist() for column in columns), strict=True)
+        (
+            view.sequence_M[token].item(),
+            tokens[token],
+            batch.ids[interaction].item(),
+            domain,
+            weight,
+            comparable,
+        )
+        for token, interaction, domain, weight, comparable in zip(
+            *(column.tolist() for column in columns), strict=True
+        )
     ]
-    pools = sorted(zip(view.pool_slot.tolist(), [tokens[token] for token in view.pool_token], strict=True))
+    pools = sorted(
+        zip(
+            view.pool_slot.tolist(),
+            [tokens[token] for token in view.pool_token],
+            strict=True,
+        )
+    )
     return sequences, targets, pools, view.task_starts, view.target_starts
 
 
 def items_of(history, tokens):
     """A reference sequence in terms of items: [(input, position)] and [(input, target)]."""
-    named = [(SOS if given == SOS else history.items[given], step) for given, step in tokens]
+    named = [
+        (SOS if given == SOS else history.items[given], step) for given, step in tokens
+    ]
     inputs = [(item, len(named) - 1 - place) for place, (item, _) in enumerate(named)]
-    return inputs, [(item, history.items[step]) for item, step in named if step is not NONE]
+    return inputs, [
+        (item, history.items[step]) for item, step in named if step is not NONE
+    ]
 
 
 def test_figure_2():
@@ -70,9 +95,21 @@ def test_figure_2():
     a, b, c = 0, 1, 2
     items = np.array([101, 202, 103, 204, 105, 306, 307, 208])
     domains = np.array([a, b, a, b, a, c, c, b])
-    batch = build_batch(items, np.array([8]), domains, np.array([1]), items[:, None] + 1000, (9, 9, 9), 8)
+    batch = build_batch(
+        items,
+        np.array([8]),
+        domains,
+        np.array([1]),
+        items[:, None] + 1000,
+        (9, 9, 9),
+        8,
+    )
     assert batch.ids.tolist() == [*items, *(items + 1000)]
-    assert (batch.interactions, batch.negatives, batch.domain_items) == (8, 1, (9, 9, 9))
+    assert (batch.interactions, batch.negatives, batch.domain_items) == (
+        8,
+        1,
+        (9, 9, 9),
+    )
 
     cross, single = batch.cross, batch.single
     assert cross.input_M.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # SOS, x_1 … x_7
@@ -106,11 +143,27 @@ def test_figure_2_cut_to_three_tokens():
     batch = build([history], 3)
     sequences, targets, _, _, _ = unpacked(batch, batch.cross)
     assert sequences == [[(5, 2), (6, 1), (7, 0)]]
-    assert [(given, target) for _, given, target, *_ in targets] == [(7, 8), (5, 6), (6, 7)]
+    assert [(given, target) for _, given, target, *_ in targets] == [
+        (7, 8),
+        (5, 6),
+        (6, 7),
+    ]
     sequences, targets, _, _, _ = unpacked(batch, batch.single)
-    assert sequences == [[(1, 2), (3, 1), (5, 0)], [(SOS, 2), (2, 1), (4, 0)], [(SOS, 2), (6, 1), (7, 0)]]
+    assert sequences == [
+        [(1, 2), (3, 1), (5, 0)],
+        [(SOS, 2), (2, 1), (4, 0)],
+        [(SOS, 2), (6, 1), (7, 0)],
+    ]
     comparable = {target: comparable for *_, target, _, _, comparable in targets}
-    assert comparable == {3: False, 5: False, 2: False, 4: False, 8: True, 6: True, 7: True}
+    assert comparable == {
+        3: False,
+        5: False,
+        2: False,
+        4: False,
+        8: True,
+        6: True,
+        7: True,
+    }
 
 
 @given(batches())
@@ -126,28 +179,53 @@ def test_views_are_the_sequences_of_the_paper(drawn):
     ]
     predicted = [
         {(place, step) for place, tokens in enumerate(cross) for _, step in tokens},
-        {(place, step) for _, place, tokens in single for _, step in tokens if step is not NONE},
+        {
+            (place, step)
+            for _, place, tokens in single
+            for _, step in tokens
+            if step is not NONE
+        },
     ]
-    comparable = {histories[place].items[step] for place, step in predicted[0] & predicted[1]}
-    domain_of = {item: d for history in histories for item, d in zip(history.items, history.domains, strict=True)}
+    comparable = {
+        histories[place].items[step] for place, step in predicted[0] & predicted[1]
+    }
+    domain_of = {
+        item: d
+        for history in histories
+        for item, d in zip(history.items, history.domains, strict=True)
+    }
 
     for view, expected in (
         (batch.cross, list(zip(histories, cross, strict=True))),
         (batch.single, [(histories[place], tokens) for _, place, tokens in single]),
     ):
         sequences, targets, _, task_starts, target_starts = unpacked(batch, view)
-        assert sequences == [items_of(history, tokens)[0] for history, tokens in expected]
+        assert sequences == [
+            items_of(history, tokens)[0] for history, tokens in expected
+        ]
         expected_targets = [
-            (place, given, target, domain_of[target], history.weight, target in comparable)
+            (
+                place,
+                given,
+                target,
+                domain_of[target],
+                history.weight,
+                target in comparable,
+            )
             for place, (history, tokens) in enumerate(expected)
             for given, target in items_of(history, tokens)[1]
         ]
         assert sorted(targets) == sorted(expected_targets)
         domains = [domain for *_, domain, _, _ in targets]
         assert domains == sorted(domains)
-        assert target_starts == tuple(sum(domain < d for domain in domains) for d in range(DOMAINS + 1))
+        assert target_starts == tuple(
+            sum(domain < d for domain in domains) for d in range(DOMAINS + 1)
+        )
         assert task_starts[0] == 0 and task_starts[-1] == len(view.input_M)
-    tokens_of_domain = [sum(len(tokens) for d, _, tokens in single if d == domain) for domain in range(DOMAINS)]
+    tokens_of_domain = [
+        sum(len(tokens) for d, _, tokens in single if d == domain)
+        for domain in range(DOMAINS)
+    ]
     assert np.diff(batch.single.task_starts).tolist() == tokens_of_domain
     assert batch.weight_B.tolist() == [history.weight for history in histories]
 
@@ -162,10 +240,18 @@ def test_every_cross_domain_target_is_comparable(drawn):
 @given(batches(), st.sampled_from(["mean", "last"]))
 def test_trim_changes_nothing_of_the_views(drawn, pooling):
     histories, longest = drawn
-    whole, trimmed = build(histories, longest, pooling, trimmed=False), build(histories, longest, pooling)
+    whole, trimmed = (
+        build(histories, longest, pooling, trimmed=False),
+        build(histories, longest, pooling),
+    )
     for name in ("cross", "single"):
-        assert unpacked(whole, getattr(whole, name)) == unpacked(trimmed, getattr(trimmed, name))
-        assert getattr(whole, name).attention.shapes == getattr(trimmed, name).attention.shapes
+        assert unpacked(whole, getattr(whole, name)) == unpacked(
+            trimmed, getattr(trimmed, name)
+        )
+        assert (
+            getattr(whole, name).attention.shapes
+            == getattr(trimmed, name).attention.shapes
+        )
     assert torch.equal(whole.weight_B, trimmed.weight_B)
 
 
@@ -182,7 +268,9 @@ def test_trim_leaves_out_what_is_out_of_reach(drawn):
                 kept.append(history.items[step])
     kept_N, kept_lengths_B, kept_domain_N = trim(items_N, lengths_B, domain_N, longest)
     assert kept_N.tolist() == kept
-    assert kept_lengths_B.tolist() == [len(set(history.items) & set(kept)) for history in histories]
+    assert kept_lengths_B.tolist() == [
+        len(set(history.items) & set(kept)) for history in histories
+    ]
     assert kept_domain_N.tolist() == [domain_N[items_N == item][0] for item in kept]
 
 
@@ -195,10 +283,20 @@ def test_pools_hold_each_users_item_tokens_of_a_domain(drawn, pooling):
         expected = []
         for place, history in enumerate(histories):
             for d in range(DOMAINS):
-                sequence = cross_sequence(history, longest) if name == "cross" else single_sequence(history, d, longest)
-                steps = [given for given, _ in sequence if given != SOS and history.domains[given] == d]
+                sequence = (
+                    cross_sequence(history, longest)
+                    if name == "cross"
+                    else single_sequence(history, d, longest)
+                )
+                steps = [
+                    given
+                    for given, _ in sequence
+                    if given != SOS and history.domains[given] == d
+                ]
                 steps = steps[-1:] if pooling == "last" else steps
-                expected += [(place * DOMAINS + d, history.items[step]) for step in steps]
+                expected += [
+                    (place * DOMAINS + d, history.items[step]) for step in steps
+                ]
         view = getattr(batch, name)
         assert unpacked(batch, view)[2] == sorted(expected)
 
@@ -207,13 +305,21 @@ def test_pools_hold_each_users_item_tokens_of_a_domain(drawn, pooling):
 def test_own_negatives_stay_with_their_interaction(drawn):
     histories, longest = drawn
     batch = build(histories, longest)
-    items_N, negatives_N = batch.ids[: batch.interactions], batch.ids[batch.interactions :]
+    items_N, negatives_N = (
+        batch.ids[: batch.interactions],
+        batch.ids[batch.interactions :],
+    )
     assert batch.negatives == 1 and batch.negative_starts == ()
     assert torch.equal(negatives_N, items_N + 10_000)
 
 
 def test_shared_negatives_are_looked_up_by_domain():
-    shared = [np.array([7, 8]), np.array([], np.int64), np.array([9, 9, 4]), np.array([1])]
+    shared = [
+        np.array([7, 8]),
+        np.array([], np.int64),
+        np.array([9, 9, 4]),
+        np.array([1]),
+    ]
     batch, _ = pack([user([0, 3, 0])], DOMAIN_ITEMS, 5, shared_negatives=shared)
     assert batch.negatives is None
     assert batch.ids[batch.interactions :].tolist() == [7, 8, 9, 9, 4, 1]
@@ -241,7 +347,9 @@ def test_attention_layout_shows_each_token_in_one_slot(lengths):
             assert row[real].tolist() == list(range(starts[sequence], ends[sequence]))
             assert real.tolist() == sorted(real.tolist(), reverse=True)
             assert (row[~real] == ends[sequence] - 1).all()
-            assert lengths_S[sequence] > length - max(8, length // 4) - 1  # no bucket mixes short and long
+            assert (
+                lengths_S[sequence] > length - max(8, length // 4) - 1
+            )  # no bucket mixes short and long
             seen.append(sequence)
         begin += sequences * length
     assert sorted(seen) == np.flatnonzero(lengths_S).tolist()
@@ -256,20 +364,28 @@ def test_query_continues_whole_histories(drawn, extra):
     sequences, targets, pools, task_starts, _ = unpacked(query, query.cross)
     for history, sequence in zip(histories, sequences, strict=True):
         expected = [SOS, *history.items][-longest:]
-        assert sequence == [(item, len(expected) - 1 - place) for place, item in enumerate(expected)]
+        assert sequence == [
+            (item, len(expected) - 1 - place) for place, item in enumerate(expected)
+        ]
     assert not targets and not pools and task_starts == (0, len(query.cross.input_M))
     newest = query.newest_B.tolist()
     assert query.cross.sequence_M[newest].tolist() == list(range(len(histories)))
     assert not query.cross.position_M[newest].any()
     assert query.ids[query.interactions :].tolist() == extra
-    assert query.interactions == sum(min(len(history.items), longest) for history in histories)
+    assert query.interactions == sum(
+        min(len(history.items), longest) for history in histories
+    )
 
 
 @pytest.mark.parametrize("kind", ["batch", "query"])
 def test_move_takes_every_tensor_along(kind):
     histories = [user([0, 1, 0, 2]), user([3])]
     items_N, lengths_B, *_ = flatten(histories)
-    value = build(histories, 3) if kind == "batch" else build_query(items_N, lengths_B, 3, np.array([1]))
+    value = (
+        build(histories, 3)
+        if kind == "batch"
+        else build_query(items_N, lengths_B, 3, np.array([1]))
+    )
 
     def check(before, after):
         assert type(before) is type(after)
@@ -277,7 +393,11 @@ def test_move_takes_every_tensor_along(kind):
             old, new = getattr(before, field.name), getattr(after, field.name)
             if isinstance(old, torch.Tensor):
                 wide = torch.int64 if old.dtype == torch.int32 else old.dtype
-                assert (new.device.type, new.shape, new.dtype) == ("meta", old.shape, wide), field.name
+                assert (new.device.type, new.shape, new.dtype) == (
+                    "meta",
+                    old.shape,
+                    wide,
+                ), field.name
             elif is_dataclass(old):
                 check(old, new)
             else:

@@ -15,7 +15,10 @@ def test_drops_its_share_and_keeps_the_mean(share):
     assert kept.double().mean().item() == pytest.approx(1 - share, abs=0.005)
     torch.testing.assert_close(y[kept], (x / (1 - share))[kept], rtol=1e-4, atol=0)
     for axis in (0, 1):  # no stripes
-        assert kept.double().mean(axis).std() < 2.5 * (share * (1 - share) / kept.shape[axis]) ** 0.5
+        assert (
+            kept.double().mean(axis).std()
+            < 2.5 * (share * (1 - share) / kept.shape[axis]) ** 0.5
+        )
 
 
 def test_same_seed_same_mask():
@@ -36,7 +39,10 @@ def test_nothing_is_dropped(share, training):
 
 
 def test_the_gradient_is_dropped_alike():
-    x, y = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64, requires_grad=True)
+    x, y = (
+        torch.randn(50, 4, dtype=torch.float64),
+        torch.randn(50, 4, dtype=torch.float64, requires_grad=True),
+    )
     torch.manual_seed(1)
     out = add_dropped(x, y, 0.5, training=True)
     (gradient,) = torch.autograd.grad(out.sum(), y)

@@ -13,25 +13,43 @@ from syncrec.layers.attention import causal_attention
 
 def kernel(query, key, value, begins, key_begins, longest, key_longest, *, window_size):
     """What FlashAttention computes, one sequence after the other. query, key, value: (tokens, heads, head width)."""
-    assert begins.dtype == torch.int32 and begins is key_begins and longest == key_longest and window_size == (-1, 0)
+    assert (
+        begins.dtype == torch.int32
+        and begins is key_begins
+        and longest == key_longest
+        and window_size == (-1, 0)
+    )
     assert query.stride(-1) == 1 and begins[0] == 0 and begins[-1] == len(query)
     lengths = begins.diff().tolist()
-    assert min(lengths) >= 0 and max(lengths) <= longest and len(lengths) <= build.MOST_SEQUENCES
+    assert (
+        min(lengths) >= 0
+        and max(lengths) <= longest
+        and len(lengths) <= build.MOST_SEQUENCES
+    )
     parts = zip(*(part.split(lengths) for part in (query, key, value)), strict=True)
     heads_first = ([part.transpose(0, 1) for part in sequence] for sequence in parts)
-    mixed = [F.scaled_dot_product_attention(*sequence, is_causal=True).transpose(0, 1) for sequence in heads_first]
+    mixed = [
+        F.scaled_dot_product_attention(*sequence, is_causal=True).transpose(0, 1)
+        for sequence in heads_first
+    ]
     return torch.cat(mixed)
 
 
 @pytest.mark.parametrize(("experts", "heads"), [(1, 1), (3, 1), (2, 4)])
-@pytest.mark.parametrize("lengths", [[1], [5, 1, 9, 9, 2], [0, 3, 0, 0, 17, 1, 0], list(range(1, 40))])
+@pytest.mark.parametrize(
+    "lengths", [[1], [5, 1, 9, 9, 2], [0, 3, 0, 0, 17, 1, 0], list(range(1, 40))]
+)
 def test_it_is_what_the_buckets_compute(monkeypatch, experts, heads, lengths):
     """Outputs and gradients; sequences of one token, and those that have none, among them."""
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     layout = move(attention_layout(np.array(lengths)), "cpu")
     generator = torch.Generator().manual_seed(1)
-    qkv_KMR = torch.randn(experts, sum(lengths), 3 * 8, generator=generator, dtype=torch.float64)
-    weight = torch.randn(experts, sum(lengths), 8, generator=generator, dtype=torch.float64)
+    qkv_KMR = torch.randn(
+        experts, sum(lengths), 3 * 8, generator=generator, dtype=torch.float64
+    )
+    weight = torch.randn(
+        experts, sum(lengths), 8, generator=generator, dtype=torch.float64
+    )
     found = []
     for attend in (
         lambda qkv: causal_attention(qkv, layout, heads),
@@ -56,7 +74,9 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("by_offsets", [True, False], ids=["varlen", "buckets"])
-def test_no_call_gets_more_sequences_than_a_kernel_takes(monkeypatch, lengths, most, by_offsets):
+def test_no_call_gets_more_sequences_than_a_kernel_takes(
+    monkeypatch, lengths, most, by_offsets
+):
     """A grid of CUDA ends at 65,535: here sooner. Outputs and gradients are those of one call to the bit."""
     counts = []
 
@@ -104,8 +124,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("expected", "device", "dtype", "head_dim", "capability"), KINDS.values(), ids=KINDS)
-def test_where_the_kernel_can_be_had(monkeypatch, expected, device, dtype, head_dim, capability):
+@pytest.mark.parametrize(
+    ("expected", "device", "dtype", "head_dim", "capability"), KINDS.values(), ids=KINDS
+)
+def test_where_the_kernel_can_be_had(
+    monkeypatch, expected, device, dtype, head_dim, capability
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(
+        torch.backends.cuda, "is_flash_attention_available", lambda: True
+    )
     assert varlen.available(torch.device(device), dtype, head_dim) is expected

@@ -32,7 +32,9 @@ def test_the_gap_is_negative_where_other_domains_harm():
 def test_first_update_is_the_softmax_of_phi():
     module, phi_D = correction(correction_temperature=0.5), doubles(-1, 0, 2)
     expected_D = torch.softmax(phi_D / 0.5, dim=0)
-    torch.testing.assert_close(module(phi_D, torch.ones(3, dtype=torch.bool)), expected_D)
+    torch.testing.assert_close(
+        module(phi_D, torch.ones(3, dtype=torch.bool)), expected_D
+    )
     torch.testing.assert_close(module.lambda_D, expected_D)
 
 
@@ -41,9 +43,14 @@ def test_update_is_equation_11():
     module = correction(state=state, correction_temperature=0.7)
     module.alpha.data.fill_(1.5)
     module.beta.data.fill_(0.8)
-    powers = [math.exp((1.5 * old + 0.8 * phi) / 0.7) for old, phi in zip(state, phi_D.tolist(), strict=True)]
+    powers = [
+        math.exp((1.5 * old + 0.8 * phi) / 0.7)
+        for old, phi in zip(state, phi_D.tolist(), strict=True)
+    ]
     expected = [power / sum(powers) for power in powers]
-    assert module(phi_D, torch.ones(3, dtype=torch.bool)).tolist() == pytest.approx(expected, abs=1e-12)
+    assert module(phi_D, torch.ones(3, dtype=torch.bool)).tolist() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_weights_may_add_up_to_the_number_of_domains():
@@ -79,16 +86,28 @@ def slow_lambdas(batches, domains, delta, alpha, beta):
     state = [0.0] * domains
     states = []
     for phi, present in batches:
-        logits = [(alpha * old + beta * gap) / delta for old, gap in zip(state, phi, strict=True)]
-        absent = [old if old > 0 else 1 / domains for old, here in zip(state, present, strict=True) if not here]
+        logits = [
+            (alpha * old + beta * gap) / delta
+            for old, gap in zip(state, phi, strict=True)
+        ]
+        absent = [
+            old if old > 0 else 1 / domains
+            for old, here in zip(state, present, strict=True)
+            if not here
+        ]
         share = max(1 - math.fsum(absent), floor * sum(present))
         free = [domain for domain in range(domains) if present[domain]]
-        state = [floor if here else old for old, here in zip(state, present, strict=True)]
+        state = [
+            floor if here else old for old, here in zip(state, present, strict=True)
+        ]
         while free:
             rest = share - floor * (sum(present) - len(free))
             greatest = max(logits[domain] for domain in free)
             powers = {domain: math.exp(logits[domain] - greatest) for domain in free}
-            shares = {domain: rest * power / math.fsum(powers.values()) for domain, power in powers.items()}
+            shares = {
+                domain: rest * power / math.fsum(powers.values())
+                for domain, power in powers.items()
+            }
             less = [domain for domain in free if shares[domain] < floor]
             # Where rounding alone puts all of them below, they are at the floor.
             free = [domain for domain in free if domain not in less]
@@ -108,14 +127,25 @@ def runs_of_batches(draw):
     return domains, draw(st.lists(st.tuples(gaps, who), min_size=1, max_size=12))
 
 
-SCALES = st.one_of(st.floats(-2, 2), st.sampled_from([0.0, 20.0, -20.0, 1e4, -1e4, 1e30, -1e30]))
+SCALES = st.one_of(
+    st.floats(-2, 2), st.sampled_from([0.0, 20.0, -20.0, 1e4, -1e4, 1e30, -1e30])
+)
 
 
-@given(run=runs_of_batches(), delta=st.sampled_from([1e-3, 0.05, 0.1, 1.0, 1e3]), alpha=SCALES, beta=SCALES)
+@given(
+    run=runs_of_batches(),
+    delta=st.sampled_from([1e-3, 0.05, 0.1, 1.0, 1e3]),
+    alpha=SCALES,
+    beta=SCALES,
+)
 @settings(max_examples=100)
-def test_any_run_of_batches_is_the_slow_loop_and_lambda_is_a_share_of_its_total(run, delta, alpha, beta):
+def test_any_run_of_batches_is_the_slow_loop_and_lambda_is_a_share_of_its_total(
+    run, delta, alpha, beta
+):
     domains, batches = run
-    module = correction(domains, correction_temperature=delta, correction_total="domains")
+    module = correction(
+        domains, correction_temperature=delta, correction_total="domains"
+    )
     module.alpha.data.fill_(alpha)
     module.beta.data.fill_(beta)
     expected = slow_lambdas(batches, domains, delta, alpha, beta)
@@ -127,8 +157,14 @@ def test_any_run_of_batches_is_the_slow_loop_and_lambda_is_a_share_of_its_total(
         assert torch.equal(new_D.detach(), domains * module.lambda_D)
         assert module.lambda_D.tolist() == pytest.approx(state, rel=1e-6, abs=1e-12)
         for value, known in zip(module.lambda_D.tolist(), seen, strict=True):
-            assert min(1e-6, 1 / domains) * (1 - 1e-6) <= value <= 1 if known else value == 0
-        assert new_D.sum().item() == pytest.approx(sum(seen), abs=1e-9)  # of D, the total
+            assert (
+                min(1e-6, 1 / domains) * (1 - 1e-6) <= value <= 1
+                if known
+                else value == 0
+            )
+        assert new_D.sum().item() == pytest.approx(
+            sum(seen), abs=1e-9
+        )  # of D, the total
         module.zero_grad()
         (new_D @ weight_D).backward()
         assert module.alpha.grad.isfinite() and module.beta.grad.isfinite()
@@ -142,10 +178,16 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize(("domains", "chances", "delta", "alpha", "beta"), HARD.values(), ids=HARD)
+@pytest.mark.parametrize(
+    ("domains", "chances", "delta", "alpha", "beta"), HARD.values(), ids=HARD
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_weight_is_negative_or_nothing_after_many_batches(domains, chances, delta, alpha, beta, dtype):
-    module = LossCorrection(ModelConfig(correction_temperature=delta), domains).to(dtype)
+def test_no_weight_is_negative_or_nothing_after_many_batches(
+    domains, chances, delta, alpha, beta, dtype
+):
+    module = LossCorrection(ModelConfig(correction_temperature=delta), domains).to(
+        dtype
+    )
     module.alpha.data.fill_(alpha)
     module.beta.data.fill_(beta)
     generator = torch.Generator().manual_seed(1)
@@ -156,18 +198,25 @@ def test_no_weight_is_negative_or_nothing_after_many_batches(domains, chances, d
         new_D = module(phi_D, present_D).detach()
         seen_D = seen_D | present_D
         assert (new_D[present_D] >= 0.999e-6).all() and (new_D <= 1).all()
-        assert new_D.double().sum().item() == pytest.approx(seen_D.sum().item() / domains, abs=1e-6)
+        assert new_D.double().sum().item() == pytest.approx(
+            seen_D.sum().item() / domains, abs=1e-6
+        )
 
 
 def test_gradients_are_the_slopes_beside_domains_at_the_floor():
     """The third domain would get 1e-9, the fourth holds most and is absent."""
-    state, present_D = [2e-5, 3e-5, 1e-6, 1 - 5.1e-5], torch.tensor([True, True, True, False])
+    state, present_D = (
+        [2e-5, 3e-5, 1e-6, 1 - 5.1e-5],
+        torch.tensor([True, True, True, False]),
+    )
 
     def weighted(alpha, beta):
         module = correction(4, state)
         module.alpha, module.beta = torch.nn.Parameter(alpha), torch.nn.Parameter(beta)
         module.eval()
-        return module, module(doubles(0.3, -0.4, -20, 1), present_D) @ doubles(1e6, 2e6, 3e6, 4)
+        return module, module(doubles(0.3, -0.4, -20, 1), present_D) @ doubles(
+            1e6, 2e6, 3e6, 4
+        )
 
     module, value = weighted(doubles(5.0), doubles(1.0))
     value.backward()
@@ -178,14 +227,19 @@ def test_gradients_are_the_slopes_beside_domains_at_the_floor():
     }.items():
         high, low = (weighted(*end)[1].item() for end in ends)
         slope = getattr(module, name).grad.item()
-        assert slope != 0 and slope == pytest.approx((high - low) / (2 * step), rel=1e-4)
+        assert slope != 0 and slope == pytest.approx(
+            (high - low) / (2 * step), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ([0.2, 0.5, 0.3], [0.2, 0.5, 0.3]),
-        ([0.2, 0.0, 0.5], [0.4 / 2.1, 0, 1 / 2.1]),  # the second was never seen: a third is kept for it
+        (
+            [0.2, 0.0, 0.5],
+            [0.4 / 2.1, 0, 1 / 2.1],
+        ),  # the second was never seen: a third is kept for it
         ([-0.5, 0.9, 0.6], [1e-6, 0.6, 0.4]),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
         ([1.0, 1e-12, 1e-12], [1, 1e-6, 1e-6]),
@@ -208,7 +262,9 @@ def test_a_state_from_before_is_gone_on_with(before, after):
 def test_a_domain_never_seen_stays_at_zero_until_it_comes():
     module = correction()
     first_D = module(doubles(1, 0, 0), torch.tensor([True, True, False])).detach()
-    assert first_D[2] == 0 and first_D.sum().item() == pytest.approx(2 / 3, abs=1e-12)  # its third is kept for it
+    assert first_D[2] == 0 and first_D.sum().item() == pytest.approx(
+        2 / 3, abs=1e-12
+    )  # its third is kept for it
     assert module(doubles(1, 0, 0), torch.ones(3, dtype=torch.bool))[2] > 0
 
 
@@ -223,7 +279,10 @@ def test_a_domain_that_comes_later_finds_its_share():
 
 def test_phi_of_an_absent_domain_is_not_looked_at():
     present_D = torch.tensor([True, False, True])
-    new = [correction(state=[0.2, 0.5, 0.3])(doubles(1, value, 0), present_D) for value in (0.0, 1e9, math.nan)]
+    new = [
+        correction(state=[0.2, 0.5, 0.3])(doubles(1, value, 0), present_D)
+        for value in (0.0, 1e9, math.nan)
+    ]
     assert torch.equal(new[0], new[1]) and torch.equal(new[0], new[2])
 
 
@@ -265,7 +324,10 @@ def test_gradients_reach_the_scales_only():
     (module(phi_D, torch.ones(3, dtype=torch.bool)) @ doubles(1, 2, 3)).backward()
     assert module.alpha.grad.item() != 0 and module.beta.grad.item() != 0
     assert phi_D.grad is None and not module.lambda_D.requires_grad
-    assert not any(parameter.requires_grad for parameter in correction(learn_scales=False).parameters())
+    assert not any(
+        parameter.requires_grad
+        for parameter in correction(learn_scales=False).parameters()
+    )
 
 
 def test_the_state_is_saved():
@@ -280,7 +342,9 @@ def test_the_gap_for_a_prediction_is_a_mean_that_forgets():
     for gap in gaps:
         mix.observe(doubles(gap, 7), torch.tensor([True, False]))
     weights = [0.99 ** (len(gaps) - 1 - place) for place in range(len(gaps))]
-    mean = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True)) / sum(weights)
+    mean = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True)) / sum(
+        weights
+    )
     assert mix.own_D.tolist() == pytest.approx([1 / (1 + math.exp(mean / 0.2)), 0.5])
     for _ in range(1000):
         mix.observe(doubles(-2, 7), torch.tensor([True, False]))

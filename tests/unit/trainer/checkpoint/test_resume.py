@@ -17,13 +17,17 @@ from trainer.errors import InputError
 def test_a_new_or_empty_folder_may_be_used(tmp_path):
     assert run_folder(str(tmp_path / "new" / "run")) == tmp_path / "new" / "run"
     assert run_folder(str(tmp_path), fresh=True) == tmp_path
-    assert list(tmp_path.iterdir()) == []  # nothing is made: what cannot begin leaves nothing
+    assert (
+        list(tmp_path.iterdir()) == []
+    )  # nothing is made: what cannot begin leaves nothing
 
 
 def test_a_runs_folder_may_be_used_unless_it_is_to_be_fresh(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     assert run_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(InputError, match=rf"^{tmp_path}: already holds a run; .* leave out --fresh"):
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}: already holds a run; .* leave out --fresh"
+    ):
         run_folder(str(tmp_path), fresh=True)
 
 
@@ -32,7 +36,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path, fresh):
     (tmp_path / "thesis.tex").write_text("")
     (tmp_path / "config.yaml").mkdir()
     for place in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(InputError, match=f"^{place}: already holds something that is no run; give a new folder as run=DIR"):
+        with pytest.raises(
+            InputError,
+            match=f"^{place}: already holds something that is no run; give a new folder as run=DIR",
+        ):
             run_folder(str(place), fresh)
 
 
@@ -64,9 +71,18 @@ def test_a_checkpoint_or_a_model_is_not_taken_away(tmp_path, there):
 def pristine(tmp_path_factory):
     """A run with checkpoints of steps 2 and 3, the best model being that of step 1."""
     with rank_of_one() as ranks:
-        run = SmallRun(tmp_path_factory.mktemp("made"), ranks, "optimizer.schedule=constant", "evaluation.patience=3")
+        run = SmallRun(
+            tmp_path_factory.mktemp("made"),
+            ranks,
+            "optimizer.schedule=constant",
+            "evaluation.patience=3",
+        )
         trainer = run.trainer()
-        for state in (RunState(1, 1, best_of(1)), RunState(2, 2, best_of(1), 1), RunState(3, 3, best_of(1), 2, 5, 7.5)):
+        for state in (
+            RunState(1, 1, best_of(1)),
+            RunState(2, 2, best_of(1), 1),
+            RunState(3, 3, best_of(1), 2, 5, 7.5),
+        ):
             run.save(trainer, state)
         yield run
 
@@ -78,7 +94,9 @@ def run(pristine, tmp_path):
 
 
 def start(run, *settings, **options):
-    config = run.configured("optimizer.schedule=constant", "evaluation.patience=3", *settings)
+    config = run.configured(
+        "optimizer.schedule=constant", "evaluation.patience=3", *settings
+    )
     return find_start(run.folder, config, run.dataset, run.ranks, **options)
 
 
@@ -87,7 +105,10 @@ def spoil(folder):
 
 
 def test_a_run_without_checkpoints_begins(run, tmp_path):
-    assert find_start(tmp_path / "new", run.config, run.dataset, run.ranks) == (None, RunState())
+    assert find_start(tmp_path / "new", run.config, run.dataset, run.ranks) == (
+        None,
+        RunState(),
+    )
 
 
 def test_the_newest_checkpoint_is_gone_on_from(run, capsys):
@@ -102,19 +123,29 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_gone_on_from(run, ca
     folder, state = start(run)
     assert folder.name == "step-00000002" and state.step == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"rank 0: {run.folder}/checkpoints/step-00000003/{DENSE} has 0 bytes") and told.count("\n") == 1
+    assert (
+        told.startswith(
+            f"rank 0: {run.folder}/checkpoints/step-00000003/{DENSE} has 0 bytes"
+        )
+        and told.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("accept_changes", [False, True])
 def test_where_all_checkpoints_are_damaged_nothing_begins_anew(run, accept_changes):
     for folder in checkpoints(run.folder):
         spoil(folder)
-    with pytest.raises(InputError, match=rf"^{run.folder}: none of its 3 checkpoints is whole: .* run=DIR$"):
+    with pytest.raises(
+        InputError,
+        match=rf"^{run.folder}: none of its 3 checkpoints is whole: .* run=DIR$",
+    ):
         start(run, accept_changes=accept_changes)
     assert len(checkpoints(run.folder)) == 3
 
 
-@pytest.mark.parametrize("content", [None, "{", json.dumps(best_of(3)), json.dumps(best_of(99))])
+@pytest.mark.parametrize(
+    "content", [None, "{", json.dumps(best_of(3)), json.dumps(best_of(99))]
+)
 def test_best_json_is_put_back_to_what_the_checkpoint_says(run, content):
     """The run was killed after a better validation, whose checkpoint is not whole, or between the two files."""
     (run.folder / BEST).unlink()
@@ -138,14 +169,21 @@ def test_a_best_model_that_is_lost_is_told_and_forgotten(run, capsys, damage):
     assert folder.name == "step-00000003" and state == RunState(3, 3, None, 0, 5, 7.5)
     assert not (run.folder / BEST).exists()
     told = capsys.readouterr().err
-    assert told.startswith(f"rank 0: {run.folder}/checkpoints/step-00000001/") and told.count("\n") == 1
-    assert told.endswith("the best model so far is lost, the next validation begins anew\n")
+    assert (
+        told.startswith(f"rank 0: {run.folder}/checkpoints/step-00000001/")
+        and told.count("\n") == 1
+    )
+    assert told.endswith(
+        "the best model so far is lost, the next validation begins anew\n"
+    )
 
 
 def test_the_best_model_may_be_the_checkpoint_itself(run, capsys):
     state = RunState(5, 5, best_of(5), 0)
     run.save(run.trainer(), state)
-    assert start(run)[1] == state and json.loads((run.folder / BEST).read_text()) == best_of(5)
+    assert start(run)[1] == state and json.loads(
+        (run.folder / BEST).read_text()
+    ) == best_of(5)
     assert capsys.readouterr().err == ""
 
 
@@ -162,7 +200,10 @@ def test_what_decides_a_step_may_not_change(run, capsys):
     folder, _ = start(run, "seed=5", "model.eta=0.5", accept_changes=True)
     assert folder.name == "step-00000003"
     told = capsys.readouterr().err
-    assert told == "rank 0: goes on though it was made otherwise: model.eta was 0.9, is 0.5; seed was 0, is 5\n"
+    assert (
+        told
+        == "rank 0: goes on though it was made otherwise: model.eta was 0.9, is 0.5; seed was 0, is 5\n"
+    )
 
 
 def test_a_long_list_is_cut(run):
@@ -174,15 +215,26 @@ def test_a_long_list_is_cut(run):
     with pytest.raises(InputError) as error:
         start(run)
     text = str(error.value)
-    assert text.count(" was other, is ") == 12 and f"; and {len(others) - 12} more: put it back" in text
+    assert (
+        text.count(" was other, is ") == 12
+        and f"; and {len(others) - 12} more: put it back" in text
+    )
 
 
 def test_another_dataset_is_refused(run):
     other = copy.copy(run.dataset)
     other.__dict__["fingerprint"] = "other"
-    with pytest.raises(InputError, match=rf"made otherwise: the dataset {run.dataset.folder} has other contents: put it back"):
+    with pytest.raises(
+        InputError,
+        match=rf"made otherwise: the dataset {run.dataset.folder} has other contents: put it back",
+    ):
         find_start(run.folder, run.config, other, run.ranks)
-    assert find_start(run.folder, run.config, other, run.ranks, accept_changes=True)[1].step == 3
+    assert (
+        find_start(run.folder, run.config, other, run.ranks, accept_changes=True)[
+            1
+        ].step
+        == 3
+    )
 
 
 def changed(run, before, now, dataset="same"):
@@ -190,11 +242,28 @@ def changed(run, before, now, dataset="same"):
 
 
 # Where things lie, how fast they go, how far, what is said and kept of them.
-FREE = {"data", "run", "timeout_minutes", "deterministic", "epochs", "max_steps", "optimizer.zero_stage"}
-FREE |= {f"stream.{name}" for name in ("workers", "prefetch", "verify", "damaged", "cache", "cache_bytes")}
-FREE |= {f"stream.{name}" for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")}
+FREE = {
+    "data",
+    "run",
+    "timeout_minutes",
+    "deterministic",
+    "epochs",
+    "max_steps",
+    "optimizer.zero_stage",
+}
+FREE |= {
+    f"stream.{name}"
+    for name in ("workers", "prefetch", "verify", "damaged", "cache", "cache_bytes")
+}
+FREE |= {
+    f"stream.{name}"
+    for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")
+}
 FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")}
-FREE |= {f"checkpoint.{name}" for name in ("every_steps", "every_minutes", "every_epochs", "keep")}
+FREE |= {
+    f"checkpoint.{name}"
+    for name in ("every_steps", "every_minutes", "every_epochs", "keep")
+}
 FREE |= {f"log.{name}" for name in ("every", "tensorboard")}
 FREE |= {f"table.{name}" for name in ("placement", "cache_share", "device_share")}
 FREE |= {"deepspeed.zero_optimization.reduce_bucket_size"}
@@ -214,21 +283,31 @@ def test_settings_that_one_of_the_two_does_not_know_are_listed(run):
     settings = flat(run.config)
     without = {key: value for key, value in settings.items() if key != "model.eta"}
     assert changed(run, without, run.config) == ["model.eta was not set, is 0.9"]
-    assert changed(run, settings | {"model.older": 3}, run.config) == ["model.older was 3, is not set"]
+    assert changed(run, settings | {"model.older": 3}, run.config) == [
+        "model.older was 3, is not set"
+    ]
     assert changed(run, settings | {"checkpoint.older": 3}, run.config) == []
-    assert changed(run, settings | {"model.older": "x" * 500}, run.config) == [f"model.older was {'x' * 80}, is not set"]
+    assert changed(run, settings | {"model.older": "x" * 500}, run.config) == [
+        f"model.older was {'x' * 80}, is not set"
+    ]
 
 
 def test_the_dataset_counts_by_its_contents(run):
     settings = flat(run.config)
     assert changed(run, settings | {"data": "elsewhere"}, run.config) == []
-    assert changed(run, settings, run.config, "other") == [f"the dataset {run.config.data} has other contents"]
+    assert changed(run, settings, run.config, "other") == [
+        f"the dataset {run.config.data} has other contents"
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize(("key", "value"), [("epochs", 20), ("max_steps", 0)])
-def test_a_longer_run_is_another_one_where_the_rate_falls_towards_its_end(run, schedule, key, value):
-    config = replace(run.config, optimizer=replace(run.config.optimizer, schedule=schedule))
+def test_a_longer_run_is_another_one_where_the_rate_falls_towards_its_end(
+    run, schedule, key, value
+):
+    config = replace(
+        run.config, optimizer=replace(run.config.optimizer, schedule=schedule)
+    )
     expected = [] if schedule == "constant" else [f"{key} was 999, is {value}"]
     assert changed(run, flat(config) | {key: 999}, config) == expected
 
@@ -237,19 +316,42 @@ def test_where_deepspeed_keeps_things_may_change(run):
     """By ZeRO's stage, as a key of ours or in DeepSpeed's own JSON; what it computes with may not."""
     plain = run.config
     sharded = replace(plain, deepspeed={"zero_optimization": {"stage": 3}})
-    other = replace(plain, deepspeed={"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"})
-    assert changed(run, flat(sharded), other) == ["deepspeed.communication_data_type was not set, is bf16"]
-    assert changed(run, flat(plain), replace(plain, optimizer=replace(plain.optimizer, zero_stage=3))) == []
+    other = replace(
+        plain,
+        deepspeed={
+            "zero_optimization": {"stage": 2},
+            "communication_data_type": "bf16",
+        },
+    )
+    assert changed(run, flat(sharded), other) == [
+        "deepspeed.communication_data_type was not set, is bf16"
+    ]
+    assert (
+        changed(
+            run,
+            flat(plain),
+            replace(plain, optimizer=replace(plain.optimizer, zero_stage=3)),
+        )
+        == []
+    )
     assert changed(run, flat(plain), sharded) == []
     assert changed(run, flat(sharded), plain) == []
 
 
 def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
-    for name in ("config.yaml", "metrics.jsonl", "checkpoints/notes.txt", "tensorboard/events", ".lock"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints/notes.txt",
+        "tensorboard/events",
+        ".lock",
+    ):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
     leave_nothing(tmp_path / "run")
-    left = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")]
+    left = [
+        path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")
+    ]
     assert sorted(map(str, left)) == [".lock", "checkpoints", "checkpoints/notes.txt"]
     (tmp_path / "run" / "checkpoints" / "notes.txt").unlink()
     leave_nothing(tmp_path / "run")

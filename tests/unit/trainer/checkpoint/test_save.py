@@ -15,14 +15,31 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer.checkpoint.save.save import (
+
+import embeddings.checkpoint
+import embeddings.placement
+import trainer.checkpoint.save
+from embeddings.checkpoint import ShardCopy
+from embeddings.config import TableConfig
+from embeddings.table import ItemTable
+from tests.helpers.runs import (
+    METRICS,
+    SmallRun,
+    best_of,
+    edit_json,
+    everything,
+    rank_of_one,
+    same,
+    seal,
+    train,
+)
+from trainer.checkpoint.save import (
     BEST,
     DENSE,
     LATEST,
     MANIFEST,
     OPTIMIZER,
     STATE,
-    CheckpointConfig,
     Damaged,
     RunState,
     best_checkpoint,
@@ -33,67 +50,100 @@ from trainer.checkpoint.save.save import (
     table_ranges,
     verify,
 )
-
-import embeddings.checkpoint
-import embeddings.placement
-import trainer.checkpoint.save
-from embeddings.checkpoint import ShardCopy
-from embeddings.config import TableConfig
-from embeddings.table import ItemTable
-from tests.helpers.runs import METRICS, SmallRun, best_of, edit_json, everything, rank_of_one, same, seal, train
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.errors import InputError
 from trainer.training.loader_memory import loader_bytes
 from trainer.training.loop import describe
 
 ROOT = Path(__file__).parents[4]
 TABLE = "table-00000-of-00001.safetensors"
-TAKEN_AWAY = [("rename", "step-00000001"), ("rename", "step-00000002"), ("rename", "step-00000003")]
+TAKEN_AWAY = [
+    ("rename", "step-00000001"),
+    ("rename", "step-00000002"),
+    ("rename", "step-00000003"),
+]
 FILES = (STATE, DENSE, OPTIMIZER, TABLE, "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
 def interrupted():
     """What tests/helpers/interrupted.py finds."""
-    memory = Path("/dev/shm")  # some ten thousand flushes to disk, which are not what is tested
+    memory = Path(
+        "/dev/shm"
+    )  # some ten thousand flushes to disk, which are not what is tested
     folder = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=folder) as place:
         command = [sys.executable, "-m", "tests.helpers.interrupted", place]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-5000:]
         return json.loads((Path(place) / "found.json").read_text())
 
 
 @pytest.mark.parametrize("scenario", ["a further step", "the same step"])
 @pytest.mark.parametrize("how", ["kill", "torn", "full"])
-def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(interrupted, scenario, how):
-    cases = [case for case in interrupted["cases"] if (case["scenario"], case["how"]) == (scenario, how)]
+def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(
+    interrupted, scenario, how
+):
+    cases = [
+        case
+        for case in interrupted["cases"]
+        if (case["scenario"], case["how"]) == (scenario, how)
+    ]
     wrong = [f"{case['call']}: {case['wrong']}" for case in cases if case["wrong"]]
     assert wrong == []
     kinds = {case["call"].split()[1] for case in cases}
-    if scenario == "a further step":  # nothing that writes went unseen, and both outcomes are there
+    if (
+        scenario == "a further step"
+    ):  # nothing that writes went unseen, and both outcomes are there
         with_halves = {"save_file", "open"}
-        assert kinds == (with_halves if how == "torn" else with_halves | {"mkdir", "fsync", "rename", "remove", "rmdir"})
+        assert kinds == (
+            with_halves
+            if how == "torn"
+            else with_halves | {"mkdir", "fsync", "rename", "remove", "rmdir"}
+        )
         # Nothing that needs room is written once the new checkpoint is seen.
         assert {case["step"] for case in cases} == ({2} if how == "torn" else {2, 3})
     for case in cases:
         if how != "full":
             assert not case["passed"] and not case["error"], case
         elif case["error"]:
-            assert "\n" not in case["error"] and os.strerror(errno.ENOSPC) in case["error"], case
-            assert re.search(r"step-00000003(-1)?\.partial: the checkpoint cannot be written", case["error"]), case
+            assert (
+                "\n" not in case["error"] and os.strerror(errno.ENOSPC) in case["error"]
+            ), case
+            assert re.search(
+                r"step-00000003(-1)?\.partial: the checkpoint cannot be written",
+                case["error"],
+            ), case
         else:  # only what is taken away anyhow may fail unnoticed
             _, kind, name = case["call"].split()[:3]
-            assert case["passed"] and (kind in ("remove", "rmdir") or (kind, name) in TAKEN_AWAY), case
+            assert case["passed"] and (
+                kind in ("remove", "rmdir") or (kind, name) in TAKEN_AWAY
+            ), case
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(interrupted):
     if "no_disks" in interrupted:
         pytest.skip(interrupted["no_disks"])
     *small, enough = interrupted["disks"]
-    assert len(small) > 10 and enough[1] == "" and enough[2]["step"] == 3 and enough[3] == []
+    assert (
+        len(small) > 10
+        and enough[1] == ""
+        and enough[2]["step"] == 3
+        and enough[3] == []
+    )
     reasons = set()
     for _, error, state, said in small:
-        assert "\n" not in error and "the checkpoint cannot be written" in error and "No space left on device" in error
+        assert (
+            "\n" not in error
+            and "the checkpoint cannot be written" in error
+            and "No space left on device" in error
+        )
         assert state["step"] == 2 and said == []
         reasons.add("serializing" in error)
     assert reasons == {True, False}  # met by safetensors, and by Python
@@ -112,7 +162,10 @@ def pristine(group, tmp_path_factory):
     run.folder.mkdir()
     (run.folder / "metrics.jsonl").write_text(METRICS)
     trainer, run.expected = run.trainer(), {}
-    for state in (RunState(1, 1, best_of(1), 0, 3, 1.5), RunState(2, 1, best_of(1), 0, 4, 2.5)):
+    for state in (
+        RunState(1, 1, best_of(1), 0, 3, 1.5),
+        RunState(2, 1, best_of(1), 0, 4, 2.5),
+    ):
         run.save(train(trainer, 1), state)
         run.expected[state.step] = everything(trainer)
     return run
@@ -135,7 +188,9 @@ def test_a_checkpoint_holds_all_that_the_next_step_depends_on(run):
     assert facts["state"] == RunState(2, 1, best_of(1), 0, 4, 2.5)
     assert facts["dataset"] == run.dataset.fingerprint
     resumed = run.trainer(folder, 2)
-    assert same(everything(resumed), run.expected[2]) and not same(run.expected[1], run.expected[2])
+    assert same(everything(resumed), run.expected[2]) and not same(
+        run.expected[1], run.expected[2]
+    )
     straight, resumed = train(run.trainer(), 5), train(resumed, 3)
     assert same(everything(resumed), everything(straight))
 
@@ -186,7 +241,11 @@ def file_entry(name, **changes):
 
     def damage(folder):
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        files[name] = {key: value for key, value in (files.get(STATE) | changes).items() if value is not None}
+        files[name] = {
+            key: value
+            for key, value in (files.get(STATE) | changes).items()
+            if value is not None
+        }
         edit_json(folder / MANIFEST, files=files)
 
     return damage
@@ -205,7 +264,9 @@ def facts(**entries):
 def state(**entries):
     def damage(folder):
         content = json.loads((folder / STATE).read_text())["state"] | entries
-        facts(state={key: value for key, value in content.items() if value is not ...})(folder)
+        facts(state={key: value for key, value in content.items() if value is not ...})(
+            folder
+        )
 
     return damage
 
@@ -227,13 +288,40 @@ NO_NAME = r"/manifest\.json names "
 UNREADABLE = r"/manifest\.json is missing or unreadable"
 NOT_OURS = r"/state\.json: its state is not this program's"
 UNUSABLE = r"/state\.json cannot be used \("
-SEEN = {f"{name} missing": (lambda folder, name=name: (folder / name).unlink(), f"/{name} is missing") for name in FILES}
-SEEN |= {f"{name} cut": (lambda f, name=name: cut(f, name), rf"/{name} has \d+ bytes, the manifest says \d+") for name in FILES}
-SEEN |= {f"{name} flipped": (lambda f, name=name: flip(f, name), f"/{name} has another checksum") for name in FILES}
-SEEN |= {f"{name} a link": (lambda f, name=name: link(f, name), f"/{name} is no file") for name in FILES}
-SEEN |= {f"{name} a folder": (lambda f, name=name: as_folder(f, name), f"/{name} is no file") for name in FILES}
+SEEN = {
+    f"{name} missing": (
+        lambda folder, name=name: (folder / name).unlink(),
+        f"/{name} is missing",
+    )
+    for name in FILES
+}
 SEEN |= {
-    f"{name} in neither": (lambda folder, name=name: unlisted(folder, name), f"/{name} is missing, in the manifest too")
+    f"{name} cut": (
+        lambda f, name=name: cut(f, name),
+        rf"/{name} has \d+ bytes, the manifest says \d+",
+    )
+    for name in FILES
+}
+SEEN |= {
+    f"{name} flipped": (
+        lambda f, name=name: flip(f, name),
+        f"/{name} has another checksum",
+    )
+    for name in FILES
+}
+SEEN |= {
+    f"{name} a link": (lambda f, name=name: link(f, name), f"/{name} is no file")
+    for name in FILES
+}
+SEEN |= {
+    f"{name} a folder": (lambda f, name=name: as_folder(f, name), f"/{name} is no file")
+    for name in FILES
+}
+SEEN |= {
+    f"{name} in neither": (
+        lambda folder, name=name: unlisted(folder, name),
+        f"/{name} is missing, in the manifest too",
+    )
     for name in FILES
     if name != TABLE
 }
@@ -243,31 +331,64 @@ SEEN |= {
     "a manifest cut": (lambda folder: cut(folder, MANIFEST), UNREADABLE),
     "a manifest that is no text": (text(MANIFEST, b"\xff\xfe\x00"), UNREADABLE),
     "a manifest that is a list": (text(MANIFEST, b"[]"), UNREADABLE),
-    "a manifest that is a folder": (lambda folder: as_folder(folder, MANIFEST), UNREADABLE),
+    "a manifest that is a folder": (
+        lambda folder: as_folder(folder, MANIFEST),
+        UNREADABLE,
+    ),
     "a deep manifest": (text(MANIFEST, NESTED), UNREADABLE),
-    "a manifest of another version": (manifest(format_version=2), r"/manifest\.json has format_version 2, this .* reads 1"),
+    "a manifest of another version": (
+        manifest(format_version=2),
+        r"/manifest\.json has format_version 2, this .* reads 1",
+    ),
     "a manifest without a version": (manifest(format_version=None), UNREADABLE),
     "a manifest without files": (manifest(files=None), UNREADABLE),
     "a manifest with a number of files": (manifest(files=7), UNREADABLE),
-    "a manifest with a list of files": (manifest(files=["dense.safetensors"]), UNREADABLE),
+    "a manifest with a list of files": (
+        manifest(files=["dense.safetensors"]),
+        UNREADABLE,
+    ),
     "an entry that is text": (manifest(files={STATE: "12 bytes"}), UNREADABLE),
     "an entry without a size": (file_entry(STATE, bytes=None), UNREADABLE),
     "an entry without a checksum": (file_entry(STATE, xxh3_128=None), UNREADABLE),
     "a size in words": (file_entry(STATE, bytes="many"), UNREADABLE),
     "a size without end": (file_entry(STATE, bytes=float("inf")), UNREADABLE),
-    "a size below 0": (file_entry(STATE, bytes=-1), r"/state\.json has \d+ bytes, the manifest says -1"),
-    "a checksum that is a number": (file_entry(STATE, xxh3_128=5), r"/state\.json has another checksum"),
-    "a name that leads out": (file_entry("../step-00000001/state.json"), NO_NAME + "'../step-00000001/state.json', which"),
-    "an absolute name": (file_entry("/etc/hostname"), NO_NAME + "'/etc/hostname', which is no file of a checkpoint"),
-    "a name with a detour": (file_entry("./state.json"), NO_NAME + "'./state.json', which is no file of a checkpoint"),
-    "the folder above": (file_entry(".."), NO_NAME + "'..', which is no file of a checkpoint"),
+    "a size below 0": (
+        file_entry(STATE, bytes=-1),
+        r"/state\.json has \d+ bytes, the manifest says -1",
+    ),
+    "a checksum that is a number": (
+        file_entry(STATE, xxh3_128=5),
+        r"/state\.json has another checksum",
+    ),
+    "a name that leads out": (
+        file_entry("../step-00000001/state.json"),
+        NO_NAME + "'../step-00000001/state.json', which",
+    ),
+    "an absolute name": (
+        file_entry("/etc/hostname"),
+        NO_NAME + "'/etc/hostname', which is no file of a checkpoint",
+    ),
+    "a name with a detour": (
+        file_entry("./state.json"),
+        NO_NAME + "'./state.json', which is no file of a checkpoint",
+    ),
+    "the folder above": (
+        file_entry(".."),
+        NO_NAME + "'..', which is no file of a checkpoint",
+    ),
     "no name": (file_entry(""), NO_NAME + "'', which is no file of a checkpoint"),
-    "the manifest itself": (file_entry(MANIFEST), NO_NAME + "'manifest.json', which is no file of a checkpoint"),
+    "the manifest itself": (
+        file_entry(MANIFEST),
+        NO_NAME + "'manifest.json', which is no file of a checkpoint",
+    ),
     "state.json not JSON": (state_text(b"{"), UNUSABLE),
     "state.json no text": (state_text(b"\xff\xfe\x00"), UNUSABLE),
     "a deep state.json": (state_text(NESTED), UNUSABLE),
     "state.json a list": (state_text(b"[]"), UNUSABLE),
-    "state.json of another version": (facts(format_version=3), r"/state\.json has format_version 3, this program reads 1"),
+    "state.json of another version": (
+        facts(format_version=3),
+        r"/state\.json has format_version 3, this program reads 1",
+    ),
     "state.json without a version": (facts(format_version=None), UNUSABLE),
     "no state": (facts(state=None), UNUSABLE),
     "a state that is a list": (facts(state=[1, 2]), UNUSABLE),
@@ -277,20 +398,41 @@ SEEN |= {
     "half a step": (state(step=2.5), NOT_OURS),
     "no step": (state(step=None), NOT_OURS),
     "a step below 0": (state(step=-1), r"/state\.json: its state has negative counts"),
-    "seconds below 0": (state(seconds=-0.5), "/state.json: its state has negative counts"),
+    "seconds below 0": (
+        state(seconds=-0.5),
+        "/state.json: its state has negative counts",
+    ),
     "a best that is text": (state(best="step-00000001"), NOT_OURS),
     "a best without folder": (state(best={"step": 1}), UNUSABLE),
-    "a best without step": (state(best={"folder": "checkpoints/step-00000001"}), UNUSABLE),
-    "a best without its value": (state(best={"folder": "checkpoints/step-00000001", "step": 1, "epoch": 0}), "/state.json"),
-    "a best outside": (best("checkpoints/../../x"), UNUSABLE + r"checkpoints/\.\./\.\./x is no checkpoint's name"),
+    "a best without step": (
+        state(best={"folder": "checkpoints/step-00000001"}),
+        UNUSABLE,
+    ),
+    "a best without its value": (
+        state(best={"folder": "checkpoints/step-00000001", "step": 1, "epoch": 0}),
+        "/state.json",
+    ),
+    "a best outside": (
+        best("checkpoints/../../x"),
+        UNUSABLE + r"checkpoints/\.\./\.\./x is no checkpoint's name",
+    ),
     "a best above": (best("../run/checkpoints/step-00000001"), UNUSABLE),
     "a best at an absolute place": (best("/etc"), UNUSABLE),
-    "a best that goes on outside": (best("checkpoints/step-00000001/../../.."), UNUSABLE),
+    "a best that goes on outside": (
+        best("checkpoints/step-00000001/../../.."),
+        UNUSABLE,
+    ),
     "a best with a numbered folder": (best(7), UNUSABLE),
     "a best with a step in words": (best(None, step="1"), UNUSABLE),
     "no configuration": (facts(config=None), UNUSABLE),
-    "a configuration in words": (facts(config="seed=0"), "/state.json: its configuration or dataset is missing"),
-    "a numbered dataset": (facts(dataset=12), "/state.json: its configuration or dataset is missing"),
+    "a configuration in words": (
+        facts(config="seed=0"),
+        "/state.json: its configuration or dataset is missing",
+    ),
+    "a numbered dataset": (
+        facts(dataset=12),
+        "/state.json: its configuration or dataset is missing",
+    ),
 }
 
 
@@ -302,10 +444,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, damage, m
     folder, found = newest(run.folder, run.ranks, said.append)
     assert folder == before and found["state"].step == 1
     (line,) = said
-    assert "\n" not in line and re.search(rf"^{re.escape(str(last))}{message}.*: this checkpoint is skipped$", line), line
+    assert "\n" not in line and re.search(
+        rf"^{re.escape(str(last))}{message}.*: this checkpoint is skipped$", line
+    ), line
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".nfs0000001", "table-00001-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", ".nfs0000001", "table-00001-of-00002.safetensors"]
+)
 def test_a_file_that_the_manifest_does_not_name_is_nobodys(run, name):
     """A listing is no reason to skip a whole checkpoint, and what is loaded is what the manifest
     names."""
@@ -318,20 +464,35 @@ def test_a_file_that_the_manifest_does_not_name_is_nobodys(run, name):
 
 def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(run, monkeypatch):
     """As on a host whose listing is from before it was written."""
-    run.save(train(run.trainer(checkpoints(run.folder)[0], 2), 1), RunState(3, 1, best_of(1)))
-    assert json.loads((run.folder / LATEST).read_text()) == {"folder": "checkpoints/step-00000003"}
+    run.save(
+        train(run.trainer(checkpoints(run.folder)[0], 2), 1), RunState(3, 1, best_of(1))
+    )
+    assert json.loads((run.folder / LATEST).read_text()) == {
+        "folder": "checkpoints/step-00000003"
+    }
     real = trainer.checkpoint.save.checkpoints
-    monkeypatch.setattr(trainer.checkpoint.save, "checkpoints", lambda run: real(run)[1:])
+    monkeypatch.setattr(
+        trainer.checkpoint.save, "checkpoints", lambda run: real(run)[1:]
+    )
     folder, facts = newest(run.folder, run.ranks, pytest.fail)
     assert folder.name == "step-00000003" and facts["state"].step == 3
     writer = run.checkpoints(last=facts["state"])
     given = RunState(3, 3, best_of(1))
     writer.save(run.trainer(folder, 3).engine, run.trainer(folder, 3).table, given)
     writer.finish()
-    assert {"step-00000003", "step-00000003-1"} <= set(folders(run))  # it is not written over either
+    assert {"step-00000003", "step-00000003-1"} <= set(
+        folders(run)
+    )  # it is not written over either
 
 
-NO_POINTERS = ["{", "[]", '{"folder": 7}', '{"folder": "checkpoints/../../x"}', '{"folder": "/etc"}', "[" * 200_000]
+NO_POINTERS = [
+    "{",
+    "[]",
+    '{"folder": 7}',
+    '{"folder": "checkpoints/../../x"}',
+    '{"folder": "/etc"}',
+    "[" * 200_000,
+]
 
 
 @pytest.mark.parametrize("content", NO_POINTERS, ids=lambda content: content[:40])
@@ -344,7 +505,10 @@ def test_a_pointer_to_a_checkpoint_that_was_taken_away_is_told(run):
     shutil.rmtree(checkpoints(run.folder)[0])
     said = []
     assert newest(run.folder, run.ranks, said.append)[0].name == "step-00000001"
-    assert len(said) == 1 and "step-00000002/manifest.json is missing or unreadable" in said[0]
+    assert (
+        len(said) == 1
+        and "step-00000002/manifest.json is missing or unreadable" in said[0]
+    )
 
 
 def test_the_table_of_damages_starts_from_a_whole_checkpoint(run):
@@ -361,7 +525,10 @@ def test_where_all_are_damaged_none_is_found_and_each_is_named(run):
         flip(folder, DENSE)
     said = []
     assert newest(run.folder, run.ranks, said.append) == (None, None)
-    assert [Path(line.split(":")[0].split(" ")[0]).parent.name for line in said] == ["step-00000002", "step-00000001"]
+    assert [Path(line.split(":")[0].split(" ")[0]).parent.name for line in said] == [
+        "step-00000002",
+        "step-00000001",
+    ]
 
 
 def test_ranks_share_the_checksums(run):
@@ -375,7 +542,9 @@ def test_ranks_share_the_checksums(run):
                 verify(folder, rank, 3)
             except Damaged as error:
                 blamed.append(str(error))
-        assert blamed == [f"{folder / name} has another checksum than the manifest says"]
+        assert blamed == [
+            f"{folder / name} has another checksum than the manifest says"
+        ]
         flip(folder, name)
     cut(folder, DENSE)
     for rank in range(3):
@@ -397,7 +566,9 @@ class Planted:
 
 
 def pickled(name):
-    return lambda folder: (folder / name).write_bytes(pickle.dumps(Planted(folder.parents[4] / "mark")))
+    return lambda folder: (folder / name).write_bytes(
+        pickle.dumps(Planted(folder.parents[4] / "mark"))
+    )
 
 
 def torch_pickled(name):
@@ -417,7 +588,9 @@ def with_header(name, change):
         (length,) = struct.unpack("<Q", content[:8])
         header = change(json.loads(content[8 : 8 + length]))
         header = header if isinstance(header, bytes) else json.dumps(header).encode()
-        (folder / name).write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+        (folder / name).write_bytes(
+            struct.pack("<Q", len(header)) + header + content[8 + length :]
+        )
 
     return damage
 
@@ -427,7 +600,10 @@ def grown(header):
     name = next(name for name in header if name != "__metadata__")
     entry = header[name]
     first, last = entry["data_offsets"]
-    grown = {"shape": [1000 * entry["shape"][0], *entry["shape"][1:]], "data_offsets": [first, first + 1000 * (last - first)]}
+    grown = {
+        "shape": [1000 * entry["shape"][0], *entry["shape"][1:]],
+        "data_offsets": [first, first + 1000 * (last - first)],
+    }
     return header | {name: entry | grown}
 
 
@@ -439,7 +615,11 @@ def renamed(header):
 def with_facts(**changes):
     def change(header):
         given = header["__metadata__"] | changes
-        return header | {"__metadata__": {key: value for key, value in given.items() if value is not None}}
+        return header | {
+            "__metadata__": {
+                key: value for key, value in given.items() if value is not None
+            }
+        }
 
     return with_header(TABLE, change)
 
@@ -454,7 +634,10 @@ def without_one(values):
 
 
 def doubled(values):
-    return {name: torch.cat([value, value]) if value.dim() else value for name, value in values.items()}
+    return {
+        name: torch.cat([value, value]) if value.dim() else value
+        for name, value in values.items()
+    }
 
 
 def of_table(rows=None, dim=8, **options):
@@ -462,7 +645,9 @@ def of_table(rows=None, dim=8, **options):
 
     def damage(folder):
         dataset = folder.parents[4] / "rows"
-        other = ItemTable(rows or int(dataset.read_text()), dim, TableConfig(**options), 0, "cpu")
+        other = ItemTable(
+            rows or int(dataset.read_text()), dim, TableConfig(**options), 0, "cpu"
+        )
         ShardCopy(other).write(folder)
 
     return damage
@@ -470,41 +655,91 @@ def of_table(rows=None, dim=8, **options):
 
 DOES_NOT_FIT = r"its weights do not fit the run's model and dataset \("
 NOT_READ = r"cannot be read \(.*\): copy the run again"
-LOADED = {f"{name} a pickle": (pickled(name), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)}
-LOADED |= {f"{name} a pickle of torch's": (torch_pickled(name), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)}
-LOADED |= {f"{name} claims more": (with_header(name, grown), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)}
-LOADED |= {f"{name} empty": (text(name, b""), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)}
+LOADED = {
+    f"{name} a pickle": (pickled(name), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)
+}
+LOADED |= {
+    f"{name} a pickle of torch's": (torch_pickled(name), NOT_READ)
+    for name in (DENSE, OPTIMIZER, TABLE)
+}
+LOADED |= {
+    f"{name} claims more": (with_header(name, grown), NOT_READ)
+    for name in (DENSE, OPTIMIZER, TABLE)
+}
+LOADED |= {
+    f"{name} empty": (text(name, b""), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)
+}
 LOADED |= {
     "a header without end": (text(DENSE, struct.pack("<Q", 2**62) + b"{}"), NOT_READ),
     "a header that is no JSON": (with_header(DENSE, lambda _: b"hello"), NOT_READ),
     "a deep header": (with_header(DENSE, lambda _: NESTED), NOT_READ),
     "a weight less": (tensors(DENSE, without_one), DOES_NOT_FIT + "Error.*Missing key"),
-    "a weight more": (tensors(DENSE, lambda values: values | {"more": torch.zeros(2)}), DOES_NOT_FIT + ".*Unexpected key"),
-    "weights of another width": (tensors(DENSE, doubled), DOES_NOT_FIT + ".*size mismatch"),
+    "a weight more": (
+        tensors(DENSE, lambda values: values | {"more": torch.zeros(2)}),
+        DOES_NOT_FIT + ".*Unexpected key",
+    ),
+    "weights of another width": (
+        tensors(DENSE, doubled),
+        DOES_NOT_FIT + ".*size mismatch",
+    ),
     "a renamed weight": (with_header(DENSE, renamed), DOES_NOT_FIT),
     "an optimizer without step": (
-        tensors(OPTIMIZER, lambda values: {name: value for name, value in values.items() if name != "step"}),
+        tensors(
+            OPTIMIZER,
+            lambda values: {
+                name: value for name, value in values.items() if name != "step"
+            },
+        ),
         DOES_NOT_FIT + "'step'",
     ),
     "an optimizer without a moment": (tensors(OPTIMIZER, without_one), DOES_NOT_FIT),
     "an optimizer of another width": (tensors(OPTIMIZER, doubled), DOES_NOT_FIT),
-    "a table of more rows": (of_table(rows=500), DOES_NOT_FIT + ".*holds a table of 500 rows, this one has"),
-    "a table of other width": (of_table(dim=16), DOES_NOT_FIT + r".*is \[\d+, 16\], this table has rows of \[8\]"),
-    "a table without momentum": (of_table(optimizer="sgd"), DOES_NOT_FIT + ".*lacks the optimizer's momentum1"),
-    "a table of adagrad": (of_table(optimizer="adagrad"), DOES_NOT_FIT + r".*momentum1 is \[\d+, 8\], .* rows of \[\]"),
-    "a table without facts": (tensors(TABLE, lambda values: values), DOES_NOT_FIT + ".*holds a table of None rows"),
+    "a table of more rows": (
+        of_table(rows=500),
+        DOES_NOT_FIT + ".*holds a table of 500 rows, this one has",
+    ),
+    "a table of other width": (
+        of_table(dim=16),
+        DOES_NOT_FIT + r".*is \[\d+, 16\], this table has rows of \[8\]",
+    ),
+    "a table without momentum": (
+        of_table(optimizer="sgd"),
+        DOES_NOT_FIT + ".*lacks the optimizer's momentum1",
+    ),
+    "a table of adagrad": (
+        of_table(optimizer="adagrad"),
+        DOES_NOT_FIT + r".*momentum1 is \[\d+, 8\], .* rows of \[\]",
+    ),
+    "a table without facts": (
+        tensors(TABLE, lambda values: values),
+        DOES_NOT_FIT + ".*holds a table of None rows",
+    ),
     "a table that begins nowhere": (with_facts(first_stored_row=None), DOES_NOT_FIT),
-    "a table that begins in words": (with_facts(first_stored_row="first"), DOES_NOT_FIT),
-    "a table that begins later": (with_facts(first_stored_row="2"), DOES_NOT_FIT + r".*table files hold \d+ of the \d+ rows"),
+    "a table that begins in words": (
+        with_facts(first_stored_row="first"),
+        DOES_NOT_FIT,
+    ),
+    "a table that begins later": (
+        with_facts(first_stored_row="2"),
+        DOES_NOT_FIT + r".*table files hold \d+ of the \d+ rows",
+    ),
     "a table that never stepped": (with_facts(updates=None), DOES_NOT_FIT),
     "a table scattered otherwise": (with_facts(scatter_step="1"), DOES_NOT_FIT),
-    "no table": (lambda folder: (folder / TABLE).unlink(), DOES_NOT_FIT + ".*table files hold 0 of the"),
-    "another file of the table": (lambda f: (f / TABLE).rename(f / "table.safetensors"), DOES_NOT_FIT + ".*hold 0 of the"),
+    "no table": (
+        lambda folder: (folder / TABLE).unlink(),
+        DOES_NOT_FIT + ".*table files hold 0 of the",
+    ),
+    "another file of the table": (
+        lambda f: (f / TABLE).rename(f / "table.safetensors"),
+        DOES_NOT_FIT + ".*hold 0 of the",
+    ),
 }
 
 
 @pytest.mark.parametrize(("damage", "message"), LOADED.values(), ids=LOADED)
-def test_what_a_checksum_does_not_show_is_one_line_where_it_is_loaded(run, tmp_path, damage, message):
+def test_what_a_checksum_does_not_show_is_one_line_where_it_is_loaded(
+    run, tmp_path, damage, message
+):
     folder = checkpoints(run.folder)[0]
     (tmp_path / "rows").write_text(str(run.dataset.num_embeddings))
     damage(folder)
@@ -513,7 +748,9 @@ def test_what_a_checksum_does_not_show_is_one_line_where_it_is_loaded(run, tmp_p
     with pytest.raises(InputError) as error:
         run.trainer(folder, 2)
     line = str(error.value)
-    assert "\n" not in line and re.search(rf"^{re.escape(str(folder))}: {message}", line), line
+    assert "\n" not in line and re.search(
+        rf"^{re.escape(str(folder))}: {message}", line
+    ), line
     assert not (tmp_path / "mark").exists()
 
 
@@ -533,7 +770,10 @@ def test_the_manifest_says_which_rows_a_table_file_has(run, tmp_path):
     shutil.copytree(folder, tmp_path / "older")
     seal(tmp_path / "older")
     assert table_ranges(tmp_path / "older") == {TABLE: None}
-    assert same(everything(run.trainer(folder, 1)), everything(run.trainer(tmp_path / "older", 1)))
+    assert same(
+        everything(run.trainer(folder, 1)),
+        everything(run.trainer(tmp_path / "older", 1)),
+    )
 
 
 def test_without_room_for_a_copy_the_table_itself_is_written(run, monkeypatch):
@@ -553,23 +793,35 @@ def test_without_room_for_a_copy_the_table_itself_is_written(run, monkeypatch):
     train(short, 1)
     assert same(everything(run.trainer(checkpoints(run.folder)[0], 2)), saved)
     monkeypatch.setattr(embeddings.placement, "host_memory", lambda: needed + 99)
-    with pytest.raises(InputError, match=r"a checkpoint takes 0\.1 kB of the host at least beside rows of"):
+    with pytest.raises(
+        InputError,
+        match=r"a checkpoint takes 0\.1 kB of the host at least beside rows of",
+    ):
         run.trainer()
 
 
 def test_the_best_model_is_loaded_without_an_optimizer(run):
     trainer = run.trainer()
-    table = ItemTable(run.dataset.num_embeddings, 8, TableConfig(optimizer="sgd"), 1, "cpu")
+    table = ItemTable(
+        run.dataset.num_embeddings, 8, TableConfig(optimizer="sgd"), 1, "cpu"
+    )
     folder, best, facts = best_checkpoint(run.folder, run.ranks)
     assert best == best_of(1) and facts["state"].step == 1
     restore_best(folder, trainer.model, table)
     expected = run.expected[1]
     assert torch.equal(table.shard()[1]["weight"], expected["table weight"])
-    found = {f"dense {name}": value for name, value in trainer.model.state_dict().items()}
-    assert same(found, {name: value for name, value in expected.items() if name.startswith("dense ")})
+    found = {
+        f"dense {name}": value for name, value in trainer.model.state_dict().items()
+    }
+    assert same(
+        found,
+        {name: value for name, value in expected.items() if name.startswith("dense ")},
+    )
 
 
-NO_MODEL = r"run: holds no finished model \(best\.json is missing or unreadable\): train first"
+NO_MODEL = (
+    r"run: holds no finished model \(best\.json is missing or unreadable\): train first"
+)
 NO_BEST = {
     "none": (None, NO_MODEL),
     "not JSON": ("{", NO_MODEL),
@@ -580,8 +832,14 @@ NO_BEST = {
     "an absolute place": (json.dumps(best_of(1, "/etc")), NO_MODEL),
     "a numbered folder": (json.dumps(best_of(1, 7)), NO_MODEL),
     "no step": (json.dumps({"folder": "checkpoints/step-00000001"}), NO_MODEL),
-    "no epoch": (json.dumps({"folder": "checkpoints/step-00000001", "step": 1}), NO_MODEL),
-    "one that is gone": (json.dumps(best_of(7)), r"step-00000007/manifest\.json is missing or unreadable: copy the run again"),
+    "no epoch": (
+        json.dumps({"folder": "checkpoints/step-00000001", "step": 1}),
+        NO_MODEL,
+    ),
+    "one that is gone": (
+        json.dumps(best_of(7)),
+        r"step-00000007/manifest\.json is missing or unreadable: copy the run again",
+    ),
 }
 
 
@@ -597,7 +855,10 @@ def test_no_best_model_is_one_line(run, content, message):
 
 def test_a_best_model_that_is_damaged_is_one_line(run):
     flip(run.folder / "checkpoints/step-00000001", TABLE)
-    with pytest.raises(InputError, match=rf"step-00000001/{TABLE} has another checksum .*: copy the run again$"):
+    with pytest.raises(
+        InputError,
+        match=rf"step-00000001/{TABLE} has another checksum .*: copy the run again$",
+    ):
         best_checkpoint(run.folder, run.ranks)
 
 
@@ -615,30 +876,52 @@ def saves(run, keep, states):
 
 
 def test_the_newest_and_the_best_stay(run):
-    states = [RunState(step, 0, best_of(4) if step > 3 else best_of(1)) for step in range(3, 8)]
+    states = [
+        RunState(step, 0, best_of(4) if step > 3 else best_of(1))
+        for step in range(3, 8)
+    ]
     assert saves(run, 2, states) == [[1, 2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7]]
     assert json.loads((run.folder / BEST).read_text()) == best_of(4)
     assert newest(run.folder, run.ranks, pytest.fail)[1]["state"] == states[-1]
 
 
 def test_the_best_stays_though_another_number_of_them_is_kept(run):
-    assert saves(run, 1, [RunState(8, 0, best_of(2)), RunState(9, 9, best_of(9))]) == [[2, 8], [9]]
+    assert saves(run, 1, [RunState(8, 0, best_of(2)), RunState(9, 9, best_of(9))]) == [
+        [2, 8],
+        [9],
+    ]
 
 
 def test_what_is_not_ours_stays(run):
     place = run.folder / "checkpoints"
-    foreign = ["notes.txt", "step-1", "step-00000001-copy", "step-00000001.backup", "step-00000001.tar", "old-step-00000001"]
+    foreign = [
+        "notes.txt",
+        "step-1",
+        "step-00000001-copy",
+        "step-00000001.backup",
+        "step-00000001.tar",
+        "old-step-00000001",
+    ]
     for name in foreign:
-        (place / name).mkdir() if "." not in name or name.endswith("backup") else (place / name).write_text("mine")
+        (place / name).mkdir() if "." not in name or name.endswith("backup") else (
+            place / name
+        ).write_text("mine")
         if (place / name).is_dir():
             (place / name / "mine").write_text("mine")
-    for name in ("step-00000001.partial", "step-00000007.partial", "step-00000002.removed"):
+    for name in (
+        "step-00000001.partial",
+        "step-00000007.partial",
+        "step-00000002.removed",
+    ):
         (place / name).mkdir()
         (place / name / DENSE).write_text("left by a kill")
     trainer = run.trainer()
     run.save(trainer, RunState(9), keep=1)
     assert folders(run) == sorted([*foreign, "step-00000009"])
-    assert all((place / name / "mine").is_file() if (place / name).is_dir() else True for name in foreign)
+    assert all(
+        (place / name / "mine").is_file() if (place / name).is_dir() else True
+        for name in foreign
+    )
 
 
 def test_damaged_ones_of_later_steps_do_not_push_out_the_one_just_written(run):
@@ -653,7 +936,11 @@ def test_damaged_ones_of_later_steps_do_not_push_out_the_one_just_written(run):
     writer.save(trainer.engine, trainer.table, RunState(5))
     writer.finish()
     folder, found = newest(run.folder, run.ranks, said.append)
-    assert folder is not None and folder.name == "step-00000005" and found["state"].step == 5
+    assert (
+        folder is not None
+        and folder.name == "step-00000005"
+        and found["state"].step == 5
+    )
 
 
 def test_what_a_save_of_more_ranks_left_does_not_spoil_the_next(run):
@@ -667,7 +954,9 @@ def test_what_a_save_of_more_ranks_left_does_not_spoil_the_next(run):
     resumed = train(run.trainer(checkpoints(run.folder)[0], 2), 1)
     run.save(resumed, RunState(3))
     folder, _ = newest(run.folder, run.ranks, pytest.fail)
-    assert folder.name == "step-00000003" and same(everything(run.trainer(folder, 3)), everything(resumed))
+    assert folder.name == "step-00000003" and same(
+        everything(run.trainer(folder, 3)), everything(resumed)
+    )
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(run):
@@ -694,7 +983,9 @@ def test_the_same_state_is_written_once(run):
     writer.finish()
     assert read_state(run.folder / "checkpoints/step-00000005-1")["state"] == given
     before = folders(run)
-    run.checkpoints(last=given).save(trainer.engine, trainer.table, given)  # the run that goes on from it
+    run.checkpoints(last=given).save(
+        trainer.engine, trainer.table, given
+    )  # the run that goes on from it
     assert folders(run) == before
 
 
@@ -704,7 +995,11 @@ def test_the_same_state_is_written_once(run):
 @pytest.fixture
 def held_up(monkeypatch):
     """Every save is held up before its first file until the event is set; what was written, in order."""
-    free, order, real = threading.Event(), [], trainer.checkpoint.save.Checkpoints._write
+    free, order, real = (
+        threading.Event(),
+        [],
+        trainer.checkpoint.save.Checkpoints._write,
+    )
 
     def write(self, *arguments):
         name = self._partial.name
@@ -749,7 +1044,10 @@ def test_one_save_at_a_time(run, held_up):
     writer.save(trainer.engine, trainer.table, RunState(5))
     threading.Timer(0.3, free.set).start()
     writer.save(trainer.engine, trainer.table, RunState(6))
-    assert folders(run)[:2] == ["step-00000002", "step-00000005"]  # made visible before the next begins
+    assert folders(run)[:2] == [
+        "step-00000002",
+        "step-00000005",
+    ]  # made visible before the next begins
     writer.finish()
     names = ("step-00000005.partial", "step-00000006.partial")
     assert order == [f"{what} {name}" for name in names for what in ("begins", "ends")]
@@ -791,7 +1089,9 @@ def test_a_fault_of_the_program_is_no_full_disk(run, monkeypatch):
     ],
 )
 def test_bad_values_name_the_key(key, value, way_out):
-    with pytest.raises(ValueError, match=rf"checkpoint\.{key} is {value}: {re.escape(way_out)}"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint\.{key} is {value}: {re.escape(way_out)}"
+    ):
         CheckpointConfig(**{key: value})
 
 
@@ -801,4 +1101,6 @@ def test_who_may_read_the_folder_may_read_its_files(run):
     writer.save(trainer.engine, trainer.table, RunState(5, 5))
     writer.finish()
     folder = run.folder / "checkpoints/step-00000005"
-    assert {file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")} == {folder.stat().st_mode & 0o666}
+    assert {file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")} == {
+        folder.stat().st_mode & 0o666
+    }

@@ -45,11 +45,16 @@ def old(ranks, tmp_path_factory):
 
 def grown(tmp_path, ranks, old, *settings, items=(4, 7), item_ids=None, **dataset):
     """A run that begins with the old one, on other items: domain 0 has lost one and moved its others, domain 1 has new ones."""
-    ids = item_ids or [["a4", "a0", "a9", "a2"], ["b0", "b1", "b2", "b3", "b4", "b5", "b6"]]
+    ids = item_ids or [
+        ["a4", "a0", "a9", "a2"],
+        ["b0", "b1", "b2", "b3", "b4", "b5", "b6"],
+    ]
     run = SmallRun(tmp_path, ranks)
     shutil.rmtree(run.dataset.folder)
     histories = draw_histories(20, items)
-    run.dataset = write_dataset(tmp_path / "data", histories, items=items, item_ids=ids, **dataset)
+    run.dataset = write_dataset(
+        tmp_path / "data", histories, items=items, item_ids=ids, **dataset
+    )
     run.config = run.configured(f"warm_start={old.folder}", *settings)
     return run
 
@@ -74,7 +79,11 @@ def test_items_are_found_by_their_ids_and_bring_their_state(tmp_path, ranks, old
     expected = np.full(run.dataset.num_embeddings, -1)
     expected[[0, 1, 3]] = [4, 0, 2]
     expected[first : first + 4] = np.arange(4) + 5 + ROOM
-    assert warm.source_N.tolist() == expected.tolist() and warm.known == 7 and warm.old_of_D == [0, 1]
+    assert (
+        warm.source_N.tolist() == expected.tolist()
+        and warm.known == 7
+        and warm.old_of_D == [0, 1]
+    )
     _, before = table_of(old, ranks)
     there = torch.from_numpy(np.flatnonzero(expected >= 0))
     with torch.no_grad():
@@ -110,13 +119,18 @@ def test_a_new_domain_may_come(tmp_path, ranks, old):
     ids = [["c0", "c1"], ["b1", "b0"], ["a0", "a1", "a2"]]
     run = grown(tmp_path, ranks, old, items=(2, 2, 3), item_ids=ids)
     names = ["domain 2", "domain 1", "domain 0"]
-    domains = [dataclasses.replace(domain, name=name) for domain, name in zip(run.dataset.domains, names, strict=True)]
+    domains = [
+        dataclasses.replace(domain, name=name)
+        for domain, name in zip(run.dataset.domains, names, strict=True)
+    ]
     run.dataset = dataclasses.replace(run.dataset, domains=tuple(domains))
     warm, trainer = begun(run)
     assert warm.old_of_D == [-1, 1, 0] and warm.known == 5
     model, _ = table_of(old, ranks)
     gates = [gate.weight for gate in trainer.model.single_gates]
-    assert torch.equal(gates[1], model.single_gates[1].weight) and torch.equal(gates[2], model.single_gates[0].weight)
+    assert torch.equal(gates[1], model.single_gates[1].weight) and torch.equal(
+        gates[2], model.single_gates[0].weight
+    )
     torch.testing.assert_close(gates[0], (gates[1] + gates[2]) / 2)
 
 
@@ -131,8 +145,22 @@ def test_vectors_may_be_shrunk_and_the_dense_model_is_not(tmp_path, ranks, old):
 
 
 def test_what_makes_sense_may_differ(tmp_path, ranks, old):
-    settings = ["optimizer.learning_rate=0.5", "epochs=1", "model.dropout=0.3", "negatives.shared=5", "table.learning_rate=0.4"]
-    run = grown(tmp_path, ranks, old, *settings, "model.time_knots=9", "seed=7", "global_batch_size=3")
+    settings = [
+        "optimizer.learning_rate=0.5",
+        "epochs=1",
+        "model.dropout=0.3",
+        "negatives.shared=5",
+        "table.learning_rate=0.4",
+    ]
+    run = grown(
+        tmp_path,
+        ranks,
+        old,
+        *settings,
+        "model.time_knots=9",
+        "seed=7",
+        "global_batch_size=3",
+    )
     assert find_warm_start(run.config, run.dataset, ranks).known == 7
     begun(run)
 
@@ -144,11 +172,15 @@ def no_run(run, old, folder):
 def unfinished(run, old, folder):
     other = old.copied(folder / "other")
     (other.folder / "best.json").unlink()
-    return dataclasses.replace(run.config, warm_start=str(other.folder)), "holds no finished model"
+    return dataclasses.replace(
+        run.config, warm_start=str(other.folder)
+    ), "holds no finished model"
 
 
 def another_width(run, old, folder):
-    return run.configured(f"warm_start={old.folder}", "model.dim=16"), "another kind: model.dim was 8, is 16"
+    return run.configured(
+        f"warm_start={old.folder}", "model.dim=16"
+    ), "another kind: model.dim was 8, is 16"
 
 
 def another_optimizer(run, old, folder):
@@ -161,17 +193,30 @@ def another_dataset(run, old, folder):
     state = next((other.folder / "checkpoints").iterdir()) / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"dataset": "0" * 64}))
     seal(state.parent)
-    return dataclasses.replace(run.config, warm_start=str(other.folder)), "has other contents by now"
+    return dataclasses.replace(
+        run.config, warm_start=str(other.folder)
+    ), "has other contents by now"
 
 
 def no_dataset(run, old, folder):
     other = old.copied(folder / "other")
     config = other.folder / "config.yaml"
-    config.write_text(config.read_text().replace(str(old.dataset.folder), str(folder / "gone")))
-    return dataclasses.replace(run.config, warm_start=str(other.folder)), "rows were is not known: .*gone"
+    config.write_text(
+        config.read_text().replace(str(old.dataset.folder), str(folder / "gone"))
+    )
+    return dataclasses.replace(
+        run.config, warm_start=str(other.folder)
+    ), "rows were is not known: .*gone"
 
 
-BAD = [no_run, unfinished, another_width, another_optimizer, another_dataset, no_dataset]
+BAD = [
+    no_run,
+    unfinished,
+    another_width,
+    another_optimizer,
+    another_dataset,
+    no_dataset,
+]
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=[spoil.__name__ for spoil in BAD])
@@ -184,7 +229,14 @@ def test_what_cannot_be_begun_with_is_named(tmp_path, ranks, old, spoil):
 
 def test_other_domains_altogether_are_refused(tmp_path, ranks, old):
     run = grown(tmp_path, ranks, old)
-    domains = [dataclasses.replace(domain, name=f"other {domain.name}") for domain in run.dataset.domains]
-    with pytest.raises(InputError, match="knows none of the domains other domain 0, other domain 1"):
-        find_warm_start(run.config, dataclasses.replace(run.dataset, domains=tuple(domains)), ranks)
+    domains = [
+        dataclasses.replace(domain, name=f"other {domain.name}")
+        for domain in run.dataset.domains
+    ]
+    with pytest.raises(
+        InputError, match="knows none of the domains other domain 0, other domain 1"
+    ):
+        find_warm_start(
+            run.config, dataclasses.replace(run.dataset, domains=tuple(domains)), ranks
+        )
     assert Dataset.load(run.dataset.folder)

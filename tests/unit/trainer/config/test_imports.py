@@ -73,6 +73,10 @@ def test_a_step_is_measured_without_a_query_engine():
     names = f"[name for name in {WATCHED} if name in sys.modules]"
     program = f"import sys, benchmarks.workload; print({names})"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"

@@ -65,7 +65,9 @@ BAD_VALUES = {
     "checkpoint.every_steps": "-1 0.5", "checkpoint.every_minutes": "-1 inf", "checkpoint.every_epochs": "-1",
     "checkpoint.keep": "0",
 }  # fmt: skip
-BAD_VALUES = [f"{key}={value}" for key, values in BAD_VALUES.items() for value in values.split()]
+BAD_VALUES = [
+    f"{key}={value}" for key, values in BAD_VALUES.items() for value in values.split()
+]
 
 
 @pytest.mark.parametrize("override", BAD_VALUES)
@@ -83,7 +85,16 @@ def test_an_override_without_a_key_or_value_is_refused(override):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1\n", "epochs: 1\nepochs: 2\n", "epochs: 1\n\tseed: 2", "\x00", "- 1\n- 2\n", "epochs", "model:\n"]
+    "text",
+    [
+        "a: [1\n",
+        "epochs: 1\nepochs: 2\n",
+        "epochs: 1\n\tseed: 2",
+        "\x00",
+        "- 1\n- 2\n",
+        "epochs",
+        "model:\n",
+    ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
     assert "broken.yaml" in refusal(files=[write(tmp_path, text, "broken.yaml")])
@@ -95,17 +106,32 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["epochs=${nothing}", "model.dim=${oc.env:NOT_SET_AT_ALL}", "epochs=[1", "deepspeed.a=???"]
+    "override",
+    [
+        "epochs=${nothing}",
+        "model.dim=${oc.env:NOT_SET_AT_ALL}",
+        "epochs=[1",
+        "deepspeed.a=???",
+    ],
 )
 def test_what_yaml_or_omegaconf_cannot_read_is_one_line_too(override):
     assert override.split("=")[0] in refusal(override)
 
 
-@pytest.mark.parametrize("tag", ["python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "python/object/apply:os.system",
+        "python/object/new:os.system",
+        "python/name:os.system",
+    ],
+)
 def test_yaml_that_asks_for_code_is_refused_and_runs_nothing(tmp_path, tag):
     made = tmp_path / "made"
     attack = f"!!{tag} ['touch {made}']"
-    assert "hostile.yaml" in refusal(files=[write(tmp_path, f"data: {attack}\n", "hostile.yaml")])
+    assert "hostile.yaml" in refusal(
+        files=[write(tmp_path, f"data: {attack}\n", "hostile.yaml")]
+    )
     assert "deepspeed.a" in refusal(f"deepspeed.a={attack}")
     assert not made.exists()
 
@@ -129,26 +155,67 @@ def test_on_and_off_may_be_written_bare(tmp_path, key, word):
         load_config([write(tmp_path, f"model:\n  {key}: '{word}'\n")], []),
     ):
         assert getattr(config.model, key) == word
-    assert load_config([write(tmp_path, "log:\n  tensorboard: off\n")], []).log.tensorboard is False
+    assert (
+        load_config([write(tmp_path, "log:\n  tensorboard: off\n")], []).log.tensorboard
+        is False
+    )
 
 
-@pytest.mark.parametrize("path", ["/tmp/a b", "1e3", "007", "2024_01_01", "on", "{x}", "[x]", "a=b", "~/x", "null", "a: b"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/tmp/a b",
+        "1e3",
+        "007",
+        "2024_01_01",
+        "on",
+        "{x}",
+        "[x]",
+        "a=b",
+        "~/x",
+        "null",
+        "a: b",
+    ],
+)
 def test_paths_are_taken_letter_by_letter(path):
     config = load_config([], [f"run={path}", f"data={path}"])
     assert config.run == config.data == path
 
 
 def test_what_is_saved_reads_back_as_it_was(tmp_path):
-    overrides = ["data=/x", "run=on", "seed=3", "model.mutual_information=off", "table.eps=1e-6"]
-    config = load_config([], [*overrides, "deepspeed.zero_optimization.stage=2", "deepspeed.bf16.enabled=true"])
+    overrides = [
+        "data=/x",
+        "run=on",
+        "seed=3",
+        "model.mutual_information=off",
+        "table.eps=1e-6",
+    ]
+    config = load_config(
+        [],
+        [
+            *overrides,
+            "deepspeed.zero_optimization.stage=2",
+            "deepspeed.bf16.enabled=true",
+        ],
+    )
     again = load_config([write(tmp_path, to_yaml(config))], [])
-    assert again == config and again.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    assert again == config and again.deepspeed == {
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+    }
 
 
 def test_deepspeeds_own_json_is_a_section(tmp_path):
-    facts = {"zero_optimization": {"stage": 3, "offload": {"x": [1, 2]}}, "comms_logger": {"enabled": True}}
+    facts = {
+        "zero_optimization": {"stage": 3, "offload": {"x": [1, 2]}},
+        "comms_logger": {"enabled": True},
+    }
     file = write(tmp_path, json.dumps(facts), "ds.json")
-    config = load_config([], ["deepspeed.zero_optimization.stage=1", "deepspeed.wall_clock_breakdown=true"], file)
+    config = load_config(
+        [],
+        ["deepspeed.zero_optimization.stage=1", "deepspeed.wall_clock_breakdown=true"],
+        file,
+    )
     assert config.deepspeed == facts | {"wall_clock_breakdown": True}
     assert config.model.precision == "fp32"
 
@@ -157,8 +224,13 @@ def test_deepspeeds_own_json_is_a_section(tmp_path):
 def test_bf16_of_deepspeed_is_the_models_precision(tmp_path, section):
     file = write(tmp_path, json.dumps({section: {"enabled": True}}), "ds.json")
     assert load_config([], [], file).model.precision == "bf16"
-    assert load_config([], [f"deepspeed.{section}.enabled=true"]).model.precision == "bf16"
-    assert load_config([], [f"deepspeed.{section}.enabled=false"]).model.precision == "fp32"
+    assert (
+        load_config([], [f"deepspeed.{section}.enabled=true"]).model.precision == "bf16"
+    )
+    assert (
+        load_config([], [f"deepspeed.{section}.enabled=false"]).model.precision
+        == "fp32"
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3", ""])
@@ -167,13 +239,22 @@ def test_a_deepspeed_file_that_is_no_json_object_is_named(tmp_path, text):
     assert "nowhere.json" in refusal(deepspeed=tmp_path / "nowhere.json")
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_presets_load(preset):
     load_config([preset], [])
 
 
 def test_there_are_the_presets_that_the_documentation_names():
-    assert {path.stem for path in PRESETS.glob("*.yaml")} >= {"paper", "default", "amazon4", "demo", "sasrec", "gru4rec"}
+    assert {path.stem for path in PRESETS.glob("*.yaml")} >= {
+        "paper",
+        "default",
+        "amazon4",
+        "demo",
+        "sasrec",
+        "gru4rec",
+    }
 
 
 def test_the_paper_preset_says_every_reading_itself():
@@ -196,9 +277,15 @@ def test_the_paper_preset_says_every_reading_itself():
 
 
 def test_what_is_secret_in_an_address_is_not_kept(tmp_path):
-    config = load_config([], ["data=https://user:pa55@host/folder?key=pa55", f"run={tmp_path}"])
+    config = load_config(
+        [], ["data=https://user:pa55@host/folder?key=pa55", f"run={tmp_path}"]
+    )
     assert config.data == "https://user:pa55@host/folder?key=pa55"
-    assert "pa55" not in to_yaml(config) and "pa55" not in str(flat(config)) and "host/folder" in to_yaml(config)
+    assert (
+        "pa55" not in to_yaml(config)
+        and "pa55" not in str(flat(config))
+        and "host/folder" in to_yaml(config)
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     with group_of_one(), pytest.raises(InputError, match="give it as --data"):
         rank_run(tmp_path, None)

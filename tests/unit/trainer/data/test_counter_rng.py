@@ -21,29 +21,40 @@ def by_hand(*given_keys):
 
     state = 0
     for key in given_keys:
-        state = mix((state + 0x9E3779B97F4A7C15) % WORD ^ mix((key + 0x9E3779B97F4A7C15) % WORD))
+        state = mix(
+            (state + 0x9E3779B97F4A7C15) % WORD ^ mix((key + 0x9E3779B97F4A7C15) % WORD)
+        )
     return state
 
 
 def even(counts):
     """True where counts look like draws from equal chances: χ² within five standard deviations of its mean."""
     expected, freedom = counts.mean(), counts.size - 1
-    return abs(((counts - expected) ** 2 / expected).sum() - freedom) < 5 * np.sqrt(2 * freedom)
+    return abs(((counts - expected) ** 2 / expected).sum() - freedom) < 5 * np.sqrt(
+        2 * freedom
+    )
 
 
 @given(keys)
 def test_bits_are_what_python_integers_give(given_keys):
-    assert int(random_bits(*(np.uint64(key) for key in given_keys))) == by_hand(*given_keys)
+    assert int(random_bits(*(np.uint64(key) for key in given_keys))) == by_hand(
+        *given_keys
+    )
 
 
 def test_arrays_of_keys_broadcast_to_the_draws_of_each():
     drawn = random_bits(7, np.arange(3)[:, None], np.array([[2, 9]]))
     assert drawn.dtype == np.uint64 and drawn.shape == (3, 2)
-    assert [[int(value) for value in row] for row in drawn] == [[by_hand(7, a, b) for b in (2, 9)] for a in range(3)]
+    assert [[int(value) for value in row] for row in drawn] == [
+        [by_hand(7, a, b) for b in (2, 9)] for a in range(3)
+    ]
 
 
 def test_order_and_number_of_keys_matter():
-    draws = [random_bits(*given_keys) for given_keys in ((1, 2), (2, 1), (1,), (2,), (0, 1, 2), (1, 2, 0), (3, 0))]
+    draws = [
+        random_bits(*given_keys)
+        for given_keys in ((1, 2), (2, 1), (1,), (2,), (0, 1, 2), (1, 2, 0), (3, 0))
+    ]
     assert len({int(draw) for draw in draws}) == len(draws)
 
 
@@ -58,7 +69,9 @@ def test_neighbouring_keys_share_nothing():
         given_keys, flipped = [5, 5, 5], [5, 5, 5]
         given_keys[place], flipped[place] = base, base + 1
         difference = random_bits(*given_keys) ^ random_bits(*flipped)
-        ones = ((difference[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).mean(axis=0)
+        ones = (
+            (difference[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+        ).mean(axis=0)
         assert np.abs(ones - 0.5).max() < 5 * 0.5 / np.sqrt(len(base))
 
 
@@ -70,18 +83,29 @@ def test_below_scales_the_high_half(bits, bound):
 
 
 def test_below_takes_a_bound_for_each():
-    drawn = random_below(np.full(4, np.uint64(WORD - 1)), np.array([1, 2, 1000, 2**31 - 1]))
+    drawn = random_below(
+        np.full(4, np.uint64(WORD - 1)), np.array([1, 2, 1000, 2**31 - 1])
+    )
     assert drawn.dtype == np.int64 and drawn.tolist() == [0, 1, 999, 2**31 - 2]
 
 
 @pytest.mark.parametrize("bound", [2, 7, 72, 1000])
 def test_below_is_even(bound):
-    assert even(np.bincount(random_below(random_bits(11, bound, np.arange(200 * bound)), bound), minlength=bound))
+    assert even(
+        np.bincount(
+            random_below(random_bits(11, bound, np.arange(200 * bound)), bound),
+            minlength=bound,
+        )
+    )
 
 
 def test_unit_is_even_and_never_one():
     assert random_unit(np.uint64(WORD - 1)) < 1 and random_unit(np.uint64(0)) == 0
-    assert even(np.histogram(random_unit(random_bits(1, np.arange(20000))), bins=50, range=(0, 1))[0])
+    assert even(
+        np.histogram(
+            random_unit(random_bits(1, np.arange(20000))), bins=50, range=(0, 1)
+        )[0]
+    )
 
 
 @given(st.integers(0, 300), keys)

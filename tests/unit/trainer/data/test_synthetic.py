@@ -15,12 +15,20 @@ import pytest
 
 import trainer.data.synthetic
 from trainer.data.prepare.pipeline import PrepareConfig, prepare
-from trainer.data.synthetic import Events, SyntheticConfig, generate, lengths_of, synthesize
+from trainer.data.synthetic import (
+    Events,
+    SyntheticConfig,
+    generate,
+    lengths_of,
+    synthesize,
+)
 from trainer.errors import InputError
 
 
 def fields(events):
-    return {field.name: getattr(events, field.name) for field in dataclasses.fields(Events)}
+    return {
+        field.name: getattr(events, field.name) for field in dataclasses.fields(Events)
+    }
 
 
 def test_any_slice_of_users_can_be_made_on_its_own():
@@ -51,14 +59,24 @@ def test_events_stay_within_their_domain_and_time_rises(exponent):
     events = generate(config, 0, 300)
     assert set(events.domain) == set(range(5))
     assert sum(config.domain_items) == 1003 and config.domain_items.min() >= 200
-    assert (events.item >= 0).all() and (events.item < config.domain_items[events.domain]).all()
+    assert (events.item >= 0).all() and (
+        events.item < config.domain_items[events.domain]
+    ).all()
     assert (np.diff(events.time)[np.diff(events.user) == 0] > 0).all()
-    np.testing.assert_allclose(np.bincount(events.domain) / len(events.domain), config.shares, atol=0.03)
-    assert config.names[-1] == "ads" and config.shares[-1] == pytest.approx(0.45) and config.shares.sum() == pytest.approx(1)
+    np.testing.assert_allclose(
+        np.bincount(events.domain) / len(events.domain), config.shares, atol=0.03
+    )
+    assert (
+        config.names[-1] == "ads"
+        and config.shares[-1] == pytest.approx(0.45)
+        and config.shares.sum() == pytest.approx(1)
+    )
 
 
 def test_popularity_falls_as_a_power_law():
-    config = SyntheticConfig(users=4000, items=2000, domains=1, topics=2, on_topic=0.0, exponent=1.0)
+    config = SyntheticConfig(
+        users=4000, items=2000, domains=1, topics=2, on_topic=0.0, exponent=1.0
+    )
     counts = np.bincount(generate(config, 0, 4000).item, minlength=2000)
     # P(rank in [a, b)) = log((b + 1) / (a + 1)) / log(n + 1): equal masses for equal ratios.
     for a, b in ((0, 1), (1, 3), (3, 7), (99, 199)):
@@ -77,7 +95,9 @@ def truth():
         if events.user[index] != user:
             last, user = {}, events.user[index]
         same[index] = last.get(domain, -1)
-        related[index] = max((at for name, at in last.items() if name < config.related), default=-1)
+        related[index] = max(
+            (at for name, at in last.items() if name < config.related), default=-1
+        )
         last[domain] = index
     return config, events, same, related
 
@@ -94,14 +114,20 @@ def test_related_domains_reveal_one_anothers_topic(truth):
     for domain in range(config.related):
         mine = events.domain == domain
         # The last related event is nearer than the domain's own last one, so it tells more; both beat chance.
-        assert repeats(events, mine, related) > repeats(events, mine, same) + 0.08 > 10 / config.topics
+        assert (
+            repeats(events, mine, related)
+            > repeats(events, mine, same) + 0.08
+            > 10 / config.topics
+        )
 
 
 def test_the_unrelated_domain_knows_itself_and_nothing_else(truth):
     config, events, same, related = truth
     unrelated = events.domain == config.related
     assert repeats(events, unrelated, same) > 0.7
-    assert repeats(events, unrelated, related) == pytest.approx(1 / config.topics, abs=0.02)
+    assert repeats(events, unrelated, related) == pytest.approx(
+        1 / config.topics, abs=0.02
+    )
 
 
 def test_every_topic_and_item_comes_up():
@@ -118,15 +144,51 @@ def test_every_topic_and_item_comes_up():
         (1, ["shop"], 1),
         (2, ["shop", "video"], 2),
         (3, ["shop", "video", "ads"], 2),
-        (11, ["shop", "video", "navi", "coupon", "music", "books", "games", "travel", "news", "domain9", "ads"], 10),
-        (9, ["shop", "video", "navi", "coupon", "music", "books", "games", "travel", "ads"], 8),
+        (
+            11,
+            [
+                "shop",
+                "video",
+                "navi",
+                "coupon",
+                "music",
+                "books",
+                "games",
+                "travel",
+                "news",
+                "domain9",
+                "ads",
+            ],
+            10,
+        ),
+        (
+            9,
+            [
+                "shop",
+                "video",
+                "navi",
+                "coupon",
+                "music",
+                "books",
+                "games",
+                "travel",
+                "ads",
+            ],
+            8,
+        ),
     ],
 )
 def test_domains_have_names_and_one_is_unrelated_from_three_on(domains, names, related):
     config = SyntheticConfig(domains=domains)
     assert list(config.names) == names and config.related == related
-    assert len(config.shares) == len(config.domain_items) == domains and config.shares.sum() == pytest.approx(1)
-    assert SyntheticConfig(domains=3, unrelated_share=0).names == ("shop", "video", "navi")
+    assert len(config.shares) == len(
+        config.domain_items
+    ) == domains and config.shares.sum() == pytest.approx(1)
+    assert SyntheticConfig(domains=3, unrelated_share=0).names == (
+        "shop",
+        "video",
+        "navi",
+    )
     assert SyntheticConfig(domains=9, unrelated_share=0).names[-1] == "news"
 
 
@@ -137,21 +199,34 @@ def test_files_hold_the_events_and_the_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 3000)
     count = synthesize(tmp_path / "logs", config, processes=1)
     *parts, _ = files = sorted((tmp_path / "logs").iterdir())
-    assert [path.name for path in files] == [*(f"part-0000{number}.parquet" for number in range(3)), "truth.json"]
+    assert [path.name for path in files] == [
+        *(f"part-0000{number}.parquet" for number in range(3)),
+        "truth.json",
+    ]
     table = pq.ParquetDataset(parts).read()
     events = generate(config, 0, 700)
     assert len(table) == count == len(events.user)
     np.testing.assert_array_equal(table["user_id"], events.user)
     np.testing.assert_array_equal(table["item_id"], events.item)
     np.testing.assert_array_equal(table["timestamp"], events.time)
-    assert table["domain"].to_pylist() == [config.names[domain] for domain in events.domain]
+    assert table["domain"].to_pylist() == [
+        config.names[domain] for domain in events.domain
+    ]
     truth = json.loads((tmp_path / "logs/truth.json").read_text())
-    assert truth["related"] == ["shop", "video", "navi"] and truth["unrelated"] == ["ads"]
+    assert truth["related"] == ["shop", "video", "navi"] and truth["unrelated"] == [
+        "ads"
+    ]
     assert SyntheticConfig(**truth["config"]) == config
-    assert (truth["first_user"], truth["last_user"], truth["interactions"]) == (0, 700, count)
+    assert (truth["first_user"], truth["last_user"], truth["interactions"]) == (
+        0,
+        700,
+        count,
+    )
     assert [pq.ParquetFile(part).num_row_groups for part in parts] == [2, 2, 1]
 
-    dataset = prepare(PrepareConfig((str(tmp_path / "logs"),), str(tmp_path / "dataset")))
+    dataset = prepare(
+        PrepareConfig((str(tmp_path / "logs"),), str(tmp_path / "dataset"))
+    )
     assert (dataset.users, dataset.interactions) == (700, count)
     assert [domain.name for domain in dataset.domains] == sorted(config.names)
 
@@ -163,7 +238,10 @@ def folder_bytes(folder):
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch):
     config = SyntheticConfig(users=2000, mean_length=10, seed=5)
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 4000)
-    counts = {processes: synthesize(tmp_path / str(processes), config, processes=processes) for processes in (1, 2, 3)}
+    counts = {
+        processes: synthesize(tmp_path / str(processes), config, processes=processes)
+        for processes in (1, 2, 3)
+    }
     one = folder_bytes(tmp_path / "1")
     assert len(one) == 6 and counts[1] == counts[2] == counts[3]
     assert one == folder_bytes(tmp_path / "2") == folder_bytes(tmp_path / "3")
@@ -179,12 +257,18 @@ def test_slices_of_users_tile_the_whole(tmp_path, monkeypatch):
         counts.append(synthesize(folder, config, first, last, processes=1))
         tables += [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
         truth = json.loads((folder / "truth.json").read_text())
-        assert (truth["first_user"], truth["last_user"], truth["interactions"]) == (first, last or 500, counts[-1])
+        assert (truth["first_user"], truth["last_user"], truth["interactions"]) == (
+            first,
+            last or 500,
+            counts[-1],
+        )
         assert SyntheticConfig(**truth["config"]) == config
     assert sum(counts) == whole
     expected = pq.ParquetDataset(sorted((tmp_path / "whole").glob("*.parquet"))).read()
     for name in expected.column_names:
-        assert [value for table in tables for value in table[name].to_pylist()] == expected[name].to_pylist()
+        assert [
+            value for table in tables for value in table[name].to_pylist()
+        ] == expected[name].to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -209,9 +293,25 @@ ROOT = Path(__file__).parents[4]
 @contextlib.contextmanager
 def started(output, *arguments, **options):
     """launch/synthesize.py with two files or more for two processes, as a process."""
-    command = [sys.executable, "launch/synthesize.py", "--output", output, "--mean-length", 50, "--processes", 2, *arguments]
+    command = [
+        sys.executable,
+        "launch/synthesize.py",
+        "--output",
+        output,
+        "--mean-length",
+        50,
+        "--processes",
+        2,
+        *arguments,
+    ]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, text=True, **options)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        text=True,
+        **options,
+    )
     try:
         yield process
     finally:
@@ -236,7 +336,9 @@ def until(condition):
         time.sleep(0.02)
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the processes")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="needs /proc to find the processes"
+)
 
 
 @linux
@@ -247,7 +349,10 @@ def test_a_killed_process_ends_the_whole_with_one_line_and_leaves_nothing(tmp_pa
         os.kill(killed, signal.SIGKILL)
         out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (2, "")
-    assert err.startswith("error: a process that was writing ended by signal 9") and err.count("\n") == 1
+    assert (
+        err.startswith("error: a process that was writing ended by signal 9")
+        and err.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == [] and not Path(f"/proc/{other}").exists()
 
 
@@ -262,7 +367,9 @@ def test_processes_end_when_the_one_that_started_them_is_gone(tmp_path):
     assert len(children) == 2 and err == ""
 
 
-def test_a_process_that_cannot_write_ends_the_whole_with_one_line_and_leaves_nothing(tmp_path):
+def test_a_process_that_cannot_write_ends_the_whole_with_one_line_and_leaves_nothing(
+    tmp_path,
+):
     resource = pytest.importorskip("resource")
 
     def limit():
@@ -271,7 +378,11 @@ def test_a_process_that_cannot_write_ends_the_whole_with_one_line_and_leaves_not
     with started(tmp_path / "logs", "--users", 1_000_000, preexec_fn=limit) as run:
         out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (2, "")
-    assert err.startswith("error: output ") and "cannot be written" in err and err.count("\n") == 1
+    assert (
+        err.startswith("error: output ")
+        and "cannot be written" in err
+        and err.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 

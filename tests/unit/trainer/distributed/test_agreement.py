@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks.conftest import free_port
-from trainer.distributed.agreement import Signals, StopSignal, agree, by_the_first, ranks_lost
+from trainer.distributed.agreement import (
+    Signals,
+    StopSignal,
+    agree,
+    by_the_first,
+    ranks_lost,
+)
 from trainer.errors import InputError, RanksLost
 from trainer.files.atomic import StorageLate
 
@@ -64,7 +70,10 @@ def test_what_the_first_rank_alone_meets_keeps_its_status(ranks):
 def noted():
     """The handlers that were there before: they note what reaches them."""
     reached, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, lambda sent, frame: reached.append(sent)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda sent, frame: reached.append(sent))
+        for number in numbers
+    }
     yield reached
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -127,14 +136,21 @@ def watched(body):
     program = WATCHED.format(body=body.replace("\n", "\n    "))
     environment = os.environ | {"RANK": "3", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_process_without_progress_is_ended_with_its_line():
     done = watched("time.sleep(3600)")
     assert done.returncode == RanksLost.status == 4 and done.stdout == ""
-    assert done.stderr.startswith("error: rank 3: no progress for 0 s in step 7: another rank or host is gone or hangs")
-    assert done.stderr.count("\n") == 1 and "goes on from the last checkpoint" in done.stderr
+    assert done.stderr.startswith(
+        "error: rank 3: no progress for 0 s in step 7: another rank or host is gone or hangs"
+    )
+    assert (
+        done.stderr.count("\n") == 1
+        and "goes on from the last checkpoint" in done.stderr
+    )
 
 
 def test_it_watches_again_after_it_was_held():
@@ -169,12 +185,30 @@ CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
     ("error", "reason"),
     [
         (RuntimeError(CLOSED), "Connection closed by peer [10.0.0.7]:41022 more"),
-        (RuntimeError(f"{GLOO}Read error [::1]:7: Connection reset by peer"), "Read error [::1]:7: Connection reset by peer"),
-        (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1000ms"), "Timed out waiting 1000ms"),
-        (RuntimeError("Application timeout caused pair closure"), "Application timeout caused pair closure"),
-        (RuntimeError(f"{GLOO}Application timeout caused pair closure"), "Application timeout caused pair closure"),
-        (RuntimeError(f"{GLOO}writev [10.0.0.7]:1: Broken pipe"), "writev [10.0.0.7]:1: Broken pipe"),
-        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), "NCCL communicator was aborted on rank 1."),
+        (
+            RuntimeError(f"{GLOO}Read error [::1]:7: Connection reset by peer"),
+            "Read error [::1]:7: Connection reset by peer",
+        ),
+        (
+            RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1000ms"),
+            "Timed out waiting 1000ms",
+        ),
+        (
+            RuntimeError("Application timeout caused pair closure"),
+            "Application timeout caused pair closure",
+        ),
+        (
+            RuntimeError(f"{GLOO}Application timeout caused pair closure"),
+            "Application timeout caused pair closure",
+        ),
+        (
+            RuntimeError(f"{GLOO}writev [10.0.0.7]:1: Broken pipe"),
+            "writev [10.0.0.7]:1: Broken pipe",
+        ),
+        (
+            dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+            "NCCL communicator was aborted on rank 1.",
+        ),
         (dist.DistNetworkError("Connection reset by peer"), "Connection reset by peer"),
         (dist.DistBackendError("NCCL " + "x" * 1000), "NCCL " + "x" * 155),
     ],
@@ -184,21 +218,39 @@ def test_what_a_backend_raises_is_one_line_of_its_own_rank(monkeypatch, error, r
     with pytest.raises(RanksLost) as lost, ranks_lost():
         raise error
     line = str(lost.value)
-    assert line.startswith(f"rank 5: lost the others ({reason}): another rank or host is gone") and "\n" not in line
+    assert (
+        line.startswith(
+            f"rank 5: lost the others ({reason}): another rank or host is gone"
+        )
+        and "\n" not in line
+    )
     assert lost.value.status == 4
     assert lost.value.__cause__ is error  # whose trace is printed below the line
 
 
 def test_a_rank_that_never_comes_is_one_line():
     """What the backend really raises, where a group of two is joined by one."""
-    store = dist.TCPStore("127.0.0.1", free_port(), 2, True, timedelta(seconds=0.5), wait_for_workers=False)
+    store = dist.TCPStore(
+        "127.0.0.1",
+        free_port(),
+        2,
+        True,
+        timedelta(seconds=0.5),
+        wait_for_workers=False,
+    )
     with pytest.raises(RanksLost, match=r"^rank \d+: lost the others \("), ranks_lost():
-        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.5))
+        dist.init_process_group(
+            "gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.5)
+        )
     assert not dist.is_initialized()
 
 
 def raised_in_torch_distributed(text):
-    exec(compile(f"raise RuntimeError({text!r})", "/lib/torch/distributed/new.py", "exec"))
+    exec(
+        compile(
+            f"raise RuntimeError({text!r})", "/lib/torch/distributed/new.py", "exec"
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +266,9 @@ def raised_in_torch_distributed(text):
         RuntimeError("the server timed out"),
         RuntimeError("it is said that Application timeout caused pair closure"),
         RuntimeError("gloo and NCCL are installed"),
-        RuntimeError("[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length. 16 vs 4"),
+        RuntimeError(
+            "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length. 16 vs 4"
+        ),
     ],
 )
 def test_other_errors_pass_as_they_are(error):

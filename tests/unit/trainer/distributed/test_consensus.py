@@ -19,10 +19,17 @@ def compared(monkeypatch):
 
     def of(facts):
         digest = trainer.distributed.consensus._digest
-        rows = [[digest(json.dumps(part, sort_keys=True)) for part in each.values()] for each in facts]
-        monkeypatch.setattr(trainer.distributed.consensus, "_gathered", lambda numbers: rows)
+        rows = [
+            [digest(json.dumps(part, sort_keys=True)) for part in each.values()]
+            for each in facts
+        ]
         monkeypatch.setattr(
-            trainer.distributed.consensus, "told_by", lambda rank, value: {"host": f"host{rank // 2}", "facts": facts[rank]}
+            trainer.distributed.consensus, "_gathered", lambda numbers: rows
+        )
+        monkeypatch.setattr(
+            trainer.distributed.consensus,
+            "told_by",
+            lambda rank, value: {"host": f"host{rank // 2}", "facts": facts[rank]},
         )
         try:
             require_same(facts[0])
@@ -34,14 +41,23 @@ def compared(monkeypatch):
 
 
 def with_seeds(*seeds):
-    return [{"another dataset": {"fingerprint": "f"}, "other settings": {"seed": seed, "dim": 8}} for seed in seeds]
+    return [
+        {
+            "another dataset": {"fingerprint": "f"},
+            "other settings": {"seed": seed, "dim": 8},
+        }
+        for seed in seeds
+    ]
 
 
 @pytest.mark.parametrize(
     ("facts", "says"),
     [
         (with_seeds(1, 1, 1), None),
-        (with_seeds(1, 2), "rank 1 on host0 has other settings (seed 2, rank 0 on host0 has 1): give all ranks the same"),
+        (
+            with_seeds(1, 2),
+            "rank 1 on host0 has other settings (seed 2, rank 0 on host0 has 1): give all ranks the same",
+        ),
         (
             with_seeds(9, 1, 1, 1),
             "rank 0 on host0 has other settings (seed 9, rank 1 on host0 has 1): give all ranks the same",
@@ -52,7 +68,10 @@ def with_seeds(*seeds):
             "rank 4 on host2 has other settings (seed 3, rank 0 on host0 has 1): give all ranks the same",
         ),
         (
-            [{"another dataset": {"fingerprint": "f"}}, {"another dataset": {"fingerprint": "g", "more": 1}}],
+            [
+                {"another dataset": {"fingerprint": "f"}},
+                {"another dataset": {"fingerprint": "g", "more": 1}},
+            ],
             "rank 1 on host0 has another dataset (fingerprint g, rank 0 on host0 has f; more 1, rank 0 on host0 has not set): "
             "give all ranks the same",
         ),
@@ -65,7 +84,12 @@ def test_those_that_differ_from_most_are_named(compared, facts, says):
 def test_many_are_counted(compared):
     says = compared(with_seeds(*[1] * 60, *range(100, 152)))
     assert says.count("has other settings") == 4 and "; and 48 more ranks: give" in says
-    says = compared([{"other settings": {f"key{n}": n * rank for n in range(1, 9)}} for rank in (0, 1)])
+    says = compared(
+        [
+            {"other settings": {f"key{n}": n * rank for n in range(1, 9)}}
+            for rank in (0, 1)
+        ]
+    )
     assert says.count("rank 0 on host0 has") == 4 and "; and 4 more)" in says
 
 
@@ -74,11 +98,21 @@ def test_many_are_counted(compared):
     [
         (InputError("by the test"), InputError, "by the test"),
         (StorageLate("by the test"), StorageLate, "by the test"),
-        (OSError(errno.EACCES, os.strerror(errno.EACCES), "/data"), InputError, "/data: Permission denied"),
-        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data"), StorageLate, "/data: Stale file handle"),
+        (
+            OSError(errno.EACCES, os.strerror(errno.EACCES), "/data"),
+            InputError,
+            "/data: Permission denied",
+        ),
+        (
+            OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data"),
+            StorageLate,
+            "/data: Stale file handle",
+        ),
     ],
 )
-def test_what_all_meet_is_said_as_it_is_and_what_some_meet_with_their_names(ranks, monkeypatch, error, kind, says):
+def test_what_all_meet_is_said_as_it_is_and_what_some_meet_with_their_names(
+    ranks, monkeypatch, error, kind, says
+):
     def fail():
         raise error
 
@@ -86,7 +120,11 @@ def test_what_all_meet_is_said_as_it_is_and_what_some_meet_with_their_names(rank
         on_all_ranks(fail)
     assert type(raised.value) is kind
     real = trainer.distributed.consensus._gathered
-    monkeypatch.setattr(trainer.distributed.consensus, "_gathered", lambda numbers: [*real(numbers), [0, 0], [0, 0]])
+    monkeypatch.setattr(
+        trainer.distributed.consensus,
+        "_gathered",
+        lambda numbers: [*real(numbers), [0, 0], [0, 0]],
+    )
     with pytest.raises(InputError, match=f"^rank 0 on {socket.gethostname()}: {says}$"):
         on_all_ranks(fail)
 

@@ -31,10 +31,21 @@ RAISES |= {
     "_ctc_loss_backward",
     "max_unpool2d",
 }
-RAISES |= {"avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward"}
+RAISES |= {
+    "avg_pool3d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "adaptive_max_pool2d_backward",
+}
 OF_FLOATS = {"cumsum", "cumsum_", "logcumsumexp", "bincount"}
 # What adds atomically on CUDA unless determinism is asked for, and then does not.
-SWITCHES = {"index_add", "index_add_", "scatter_add", "scatter_add_", "index_put", "index_put_"}
+SWITCHES = {
+    "index_add",
+    "index_add_",
+    "scatter_add",
+    "scatter_add_",
+    "index_put",
+    "index_put_",
+}
 
 
 class Operators(TorchDispatchMode):
@@ -53,7 +64,10 @@ class Operators(TorchDispatchMode):
         if (
             name in RAISES
             or reduces
-            or (name in OF_FLOATS and any(value.is_floating_point() for value in tensors))
+            or (
+                name in OF_FLOATS
+                and any(value.is_floating_point() for value in tensors)
+            )
         ):
             self.refused.add(name)
         return function(*args, **(kwargs or {}))
@@ -138,7 +152,9 @@ def test_it_holds_for_a_whole_run_and_ends_with_it(run, monkeypatch):
 
 def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    refusal = re.escape("CUBLAS_WORKSPACE_CONFIG is :0:0: deterministic=true needs :4096:8 or")
+    refusal = re.escape(
+        "CUBLAS_WORKSPACE_CONFIG is :0:0: deterministic=true needs :4096:8 or"
+    )
     with pytest.raises(InputError, match=refusal), deterministic_sums(True):
         pass
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")

@@ -47,7 +47,12 @@ OPEN_MPI = {
     "PMIX_RANK": "1",
     "PMIX_NAMESPACE": "1895628801",
 }
-HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+HYDRA = {
+    "PMI_RANK": "3",
+    "PMI_SIZE": "4",
+    "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "2",
+}
 MVAPICH = {
     "MV2_COMM_WORLD_RANK": "3",
     "MV2_COMM_WORLD_SIZE": "4",
@@ -90,9 +95,15 @@ def without(variables, *names):
         ({"WORLD_SIZE": "1"}, ALONE),
         (TORCHRUN, World(9, 16, 1, 8, "host0", 29400)),
         (DEEPSPEED, World(1, 2, 1, 2, "127.0.0.1", 29500)),
-        (HYDRA | {"MASTER_ADDR": "a", "MASTER_PORT": "1234"}, World(3, 4, 1, 2, "a", 1234)),
+        (
+            HYDRA | {"MASTER_ADDR": "a", "MASTER_PORT": "1234"},
+            World(3, 4, 1, 2, "a", 1234),
+        ),
         (MVAPICH | {"MASTER_ADDR": "a"}, World(3, 4, 1, 2, "a", DEFAULT_PORT)),
-        (SRUN | {"MASTER_PORT": "5"}, World(4, 5, 1, 2, "node07", 5, "SLURM_STEP_NODELIST")),
+        (
+            SRUN | {"MASTER_PORT": "5"},
+            World(4, 5, 1, 2, "node07", 5, "SLURM_STEP_NODELIST"),
+        ),
         (SRUN | {"MASTER_PORT": "5", "MASTER_ADDR": "b"}, World(4, 5, 1, 2, "b", 5)),
         # deepspeed --launcher mpich: its helper sets RANK and LOCAL_RANK.
         (
@@ -107,7 +118,10 @@ def without(variables, *names):
             World(3, 4, 1, 2, "a", DEFAULT_PORT),
         ),
         # WORLD_SIZE alone goes with the launcher's rank.
-        (HYDRA | {"WORLD_SIZE": "4", "MASTER_ADDR": "a"}, World(3, 4, 1, 2, "a", DEFAULT_PORT)),
+        (
+            HYDRA | {"WORLD_SIZE": "4", "MASTER_ADDR": "a"},
+            World(3, 4, 1, 2, "a", DEFAULT_PORT),
+        ),
         (
             {"PMIX_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"},
             World(1, 2, None, None, "a", DEFAULT_PORT),
@@ -118,8 +132,16 @@ def without(variables, *names):
             World(3, 4, None, None, "a", DEFAULT_PORT),
         ),
         # Jobs of one task.
-        (without(OPEN_MPI, "x") | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, None),
-        (SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, None),
+        (
+            without(OPEN_MPI, "x")
+            | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+            None,
+        ),
+        (
+            SRUN
+            | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},
+            None,
+        ),
         (BATCH | {"SLURM_NTASKS": "1"}, None),
         (BATCH | {"RANK": "0", "WORLD_SIZE": "1"}, None),
     ],
@@ -134,22 +156,34 @@ def test_a_launchers_world(environment, world):
 
 def test_a_port_goes_with_the_job():
     ports = {read_world(SRUN | {"SLURM_JOB_ID": str(job)}).port for job in range(50)}
-    ports |= {read_world(SRUN | {"SLURM_STEP_ID": str(step)}).port for step in range(1, 50)}
+    ports |= {
+        read_world(SRUN | {"SLURM_STEP_ID": str(step)}).port for step in range(1, 50)
+    }
     assert len(ports) > 95 and all(10240 <= port < 30240 for port in ports)
     assert (
         read_world(SRUN).port
-        == read_world(SRUN | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).port
+        == read_world(
+            SRUN | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+        ).port
     )
     one, other = (
-        read_world(OPEN_MPI | {"PMIX_NAMESPACE": name}) for name in ("1895628801", "1895694337")
+        read_world(OPEN_MPI | {"PMIX_NAMESPACE": name})
+        for name in ("1895628801", "1895694337")
     )
     assert one.port != other.port and one.address == "127.0.0.1"
 
 
 def test_mpirun_within_an_allocation_is_mpiruns_world():
     """Its helpers are started by srun, one a node; the ranks inherit the helper's variables."""
-    helper = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
-    assert (read_world(helper | OPEN_MPI).rank, read_world(helper | OPEN_MPI).size) == (1, 2)
+    helper = SRUN | {
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+    }
+    assert (read_world(helper | OPEN_MPI).rank, read_world(helper | OPEN_MPI).size) == (
+        1,
+        2,
+    )
     world = read_world(helper | HYDRA)
     assert (world.rank, world.size, world.address) == (3, 4, "node07")
     # srun --mpi=pmi2 sets both alike: Slurm knows more of the host.
@@ -159,7 +193,9 @@ def test_mpirun_within_an_allocation_is_mpiruns_world():
 
 def test_torchrun_within_srun_is_torchruns_world():
     for launched in (SRUN, OPEN_MPI):
-        assert replace(read_world(launched | TORCHRUN), derived_from=None) == read_world(TORCHRUN)
+        assert replace(
+            read_world(launched | TORCHRUN), derived_from=None
+        ) == read_world(TORCHRUN)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +207,14 @@ def test_torchrun_within_srun_is_torchruns_world():
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "^RANK is '-1', which is no number"),
         ({"RANK": "²", "WORLD_SIZE": "2"}, "^RANK is '²', which is no number"),
         (TORCHRUN | {"LOCAL_RANK": "b"}, "^LOCAL_RANK is 'b', which is no number"),
-        (TORCHRUN | {"MASTER_PORT": "http"}, "^MASTER_PORT is 'http', which is no number"),
-        (TORCHRUN | {"MASTER_PORT": "70000"}, "^MASTER_PORT is 70000: ports run from 1 to 65535"),
+        (
+            TORCHRUN | {"MASTER_PORT": "http"},
+            "^MASTER_PORT is 'http', which is no number",
+        ),
+        (
+            TORCHRUN | {"MASTER_PORT": "70000"},
+            "^MASTER_PORT is 70000: ports run from 1 to 65535",
+        ),
         (TORCHRUN | {"RANK": "16"}, "^rank 16 of 16: ranks run from 0"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "^rank 9 of 0"),
         (TORCHRUN | {"LOCAL_RANK": "8"}, "^local rank 8 of 8"),
@@ -186,7 +228,10 @@ def test_torchrun_within_srun_is_torchruns_world():
         ({"PMI_SIZE": "2"}, "^PMI_SIZE is 2 and PMI_RANK is not set"),
         ({"PMI_RANK": "0"}, "^PMI_RANK is set and PMI_SIZE is not"),
         ({"MV2_COMM_WORLD_SIZE": "2"}, "^MV2_COMM_WORLD_SIZE is 2 and"),
-        ({"PMIX_RANK": "0"}, "^PMIX_RANK is 0, and how many processes there are is not known"),
+        (
+            {"PMIX_RANK": "0"},
+            "^PMIX_RANK is 0, and how many processes there are is not known",
+        ),
         (
             BATCH,
             r"^SLURM_NTASKS is 2, and this process was not started by srun: start it with `srun python …`",
@@ -204,10 +249,17 @@ def test_torchrun_within_srun_is_torchruns_world():
             OPEN_MPI | {"RANK": "0", "WORLD_SIZE": "2"},
             "^RANK is 0 and WORLD_SIZE is 2, but this is process 1 of 2 that Open MPI's",
         ),
-        (OPEN_MPI | {"WORLD_SIZE": "4"}, "^WORLD_SIZE is 4, but this is process 1 of 2"),
-        (SRUN | {"RANK": "0"}, "^RANK is 0, but this is process 4 of 5 that srun started"),
         (
-            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            OPEN_MPI | {"WORLD_SIZE": "4"},
+            "^WORLD_SIZE is 4, but this is process 1 of 2",
+        ),
+        (
+            SRUN | {"RANK": "0"},
+            "^RANK is 0, but this is process 4 of 5 that srun started",
+        ),
+        (
+            OPEN_MPI
+            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
             "with -x MASTER_ADDR=…$",
         ),
         (
@@ -240,14 +292,15 @@ def test_what_is_written_into_the_environment_is_read_again():
         world = read_world(environment)
         enter_world(world, environment)
         assert replace(world, derived_from=None) == read_world(environment)
-        assert environment["RANK"] == str(world.rank) and environment["LOCAL_WORLD_SIZE"] == str(
-            world.local_size
-        )
+        assert environment["RANK"] == str(world.rank) and environment[
+            "LOCAL_WORLD_SIZE"
+        ] == str(world.local_size)
 
 
 def test_a_message_names_a_rank_whatever_the_environment_says():
     assert [
-        rank_for_messages(variables) for variables in ({}, {"RANK": "a"}, TORCHRUN, OPEN_MPI, SRUN)
+        rank_for_messages(variables)
+        for variables in ({}, {"RANK": "a"}, TORCHRUN, OPEN_MPI, SRUN)
     ] == [0, 0, 9, 1, 4]
 
 
@@ -257,16 +310,30 @@ def test_a_message_names_a_rank_whatever_the_environment_says():
         (0, 0, 1, 1, 0),
         (7, 3, 4, 4, 3),
         (7, 3, 4, 8, 3),
-        (7, 3, 4, 1, 0),  # each sees one of its own; which others see is compared by their names
+        (
+            7,
+            3,
+            4,
+            1,
+            0,
+        ),  # each sees one of its own; which others see is compared by their names
         (8, 0, 8, 1, 0),
         (2, 1, 2, 1, 0),
-        (15, 7, 8, 4, "local rank 7 of 8, and 4 devices are visible: two ranks would share one"),
+        (
+            15,
+            7,
+            8,
+            4,
+            "local rank 7 of 8, and 4 devices are visible: two ranks would share one",
+        ),
         (2, 2, 3, 2, "local rank 2 of 3, and 2 devices are visible"),
         (1, 0, 2, 2, "rank 1 is local rank 0 of 2: ranks have to follow each other"),
         (3, 0, 2, 8, "rank 3 is local rank 0 of 2"),
     ],
 )
-def test_a_rank_takes_a_device_that_no_other_takes(rank, local_rank, local_size, devices, device):
+def test_a_rank_takes_a_device_that_no_other_takes(
+    rank, local_rank, local_size, devices, device
+):
     if isinstance(device, str):
         with pytest.raises(InputError, match=f"^{device}"):
             device_of_rank(rank, local_rank, local_size, devices)
@@ -299,7 +366,9 @@ HOSTS = [
 ]
 
 
-SUFFIXED = [("c[08-10]-x,b", ["c08-x", "c09-x", "c10-x", "b"])]  # newer than Slurm 22.05
+SUFFIXED = [
+    ("c[08-10]-x,b", ["c08-x", "c09-x", "c10-x", "b"])
+]  # newer than Slurm 22.05
 
 
 @pytest.mark.parametrize(("text", "hosts"), HOSTS + SUFFIXED)
@@ -308,7 +377,8 @@ def test_a_list_of_hosts(text, hosts):
 
 
 @pytest.mark.skipif(
-    shutil.which("scontrol") is None, reason="scontrol is not there: apt-get install slurm-wlm"
+    shutil.which("scontrol") is None,
+    reason="scontrol is not there: apt-get install slurm-wlm",
 )
 @pytest.mark.parametrize(("text", "hosts"), HOSTS)
 def test_slurm_reads_it_alike(text, hosts, tmp_path):

@@ -66,10 +66,16 @@ def ranks(tmp_path):
     def start(size, body):
         program = RANK.replace("{body}", body.strip().replace("\n", "\n        "))
         for rank in range(size):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(size), "FOLDER": str(tmp_path)}
+            place = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "FOLDER": str(tmp_path),
+            }
             command = [sys.executable, "-c", program]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | place, **pipes))
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=os.environ | place, **pipes)
+            )
         return started
 
     yield start
@@ -115,12 +121,20 @@ def test_what_the_backend_met_is_explained(ranks):
 
 @pytest.mark.parametrize(
     "others",
-    ["time.sleep(3600)", "time.sleep(0.5)\nraise RanksLost('lost the others (closed by peer)')"],
+    [
+        "time.sleep(3600)",
+        "time.sleep(0.5)\nraise RanksLost('lost the others (closed by peer)')",
+    ],
 )
 @pytest.mark.parametrize("one", [0, 1])
-def test_what_one_rank_cannot_use_is_said_once_and_ends_all_with_its_status(ranks, one, others):
+def test_what_one_rank_cannot_use_is_said_once_and_ends_all_with_its_status(
+    ranks, one, others
+):
     found = ends(
-        ranks(3, f"if rank == {one}:\n    raise InputError('data/host1: is not there')\n{others}")
+        ranks(
+            3,
+            f"if rank == {one}:\n    raise InputError('data/host1: is not there')\n{others}",
+        )
     )
     assert [status for status, _ in found] == [2, 2, 2]
     lines = [line for _, lines in found for line in lines]
@@ -130,18 +144,27 @@ def test_what_one_rank_cannot_use_is_said_once_and_ends_all_with_its_status(rank
 def test_what_all_meet_is_said_once(ranks):
     found = ends(ranks(3, "raise InputError('data=DIR is missing')"))
     assert [status for status, _ in found] == [2, 2, 2]
-    assert [line for _, lines in found for line in lines] == ["error: data=DIR is missing"]
+    assert [line for _, lines in found for line in lines] == [
+        "error: data=DIR is missing"
+    ]
 
 
 def test_a_stop_that_was_agreed_on_is_said_once_however_late_one_is(ranks):
-    found = ends(ranks(3, "time.sleep(2.5 * (rank == 2))\nraise Stopped('stopped after step 3')"))
+    found = ends(
+        ranks(3, "time.sleep(2.5 * (rank == 2))\nraise Stopped('stopped after step 3')")
+    )
     assert [status for status, _ in found] == [75, 75, 75]
-    assert [line for _, lines in found for line in lines][:1] == ["stopped after step 3"]
+    assert [line for _, lines in found for line in lines][:1] == [
+        "stopped after step 3"
+    ]
 
 
 def test_what_ranks_meet_differently_is_said_for_each(ranks):
     found = ends(
-        ranks(3, "raise InputError('no room' if rank == 1 else 'another rank cannot go on')")
+        ranks(
+            3,
+            "raise InputError('no room' if rank == 1 else 'another rank cannot go on')",
+        )
     )
     assert [status for status, _ in found] == [2, 2, 2]
     assert sorted(line for _, lines in found for line in lines) == [
@@ -166,7 +189,11 @@ def test_a_fault_is_named_to_the_others(ranks, one):
 
 
 def test_who_is_through_may_leave_before_the_others(ranks):
-    assert ends(ranks(3, "time.sleep((0.0, 0.5, 1.0)[rank])")) == [(0, []), (0, []), (0, [])]
+    assert ends(ranks(3, "time.sleep((0.0, 0.5, 1.0)[rank])")) == [
+        (0, []),
+        (0, []),
+        (0, []),
+    ]
 
 
 def test_who_is_stopped_is_not_dead(ranks, tmp_path):
@@ -201,7 +228,9 @@ time.sleep(3600)
 
 
 def test_one_rank_watches_nobody(ranks):
-    assert ends(ranks(1, "raise InputError('no such file')")) == [(2, ["error: no such file"])]
+    assert ends(ranks(1, "raise InputError('no such file')")) == [
+        (2, ["error: no such file"])
+    ]
 
 
 def test_where_nobody_can_be_reached_the_run_goes_on(tmp_path, monkeypatch, capsys):
@@ -209,7 +238,11 @@ def test_where_nobody_can_be_reached_the_run_goes_on(tmp_path, monkeypatch, caps
 
     class Store:
         def get(self, key):
-            return json.dumps(None).encode() if key != "liveness" else b"9 token nowhere.invalid"
+            return (
+                json.dumps(None).encode()
+                if key != "liveness"
+                else b"9 token nowhere.invalid"
+            )
 
     watched = liveness.watch(Store(), 1, 2, ["127.0.0.1"])
     watched.leave()

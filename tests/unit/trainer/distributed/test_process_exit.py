@@ -25,7 +25,11 @@ ROOT = Path(__file__).parents[4]
         ("1 / 0", 1, "ZeroDivisionError: division by zero"),
         # What Python's teardown would wait for is not waited for.
         ("threading.Thread(target=time.sleep, args=(3600,)).start()", 0, ""),
-        ("multiprocessing.get_context('fork').Process(target=time.sleep, args=(3600,)).start()", 0, ""),
+        (
+            "multiprocessing.get_context('fork').Process(target=time.sleep, args=(3600,)).start()",
+            0,
+            "",
+        ),
     ],
 )
 def test_a_script_ends_with_its_status_and_all_that_it_printed(body, status, errors):
@@ -37,7 +41,13 @@ def main():
     {body}
 run_script(main)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (status, "said")
     assert errors in done.stderr if errors else done.stderr == ""
 
@@ -73,10 +83,19 @@ def supervised(tmp_path):
     script.write_text(SUPERVISED)
 
     def start(ends, restarts, *arguments, **environment):
-        environment |= {"PYTHONPATH": str(ROOT), "RESTARTS": str(restarts), "ENDS": json.dumps(ends), "ATTEMPTS": str(attempts)}
+        environment |= {
+            "PYTHONPATH": str(ROOT),
+            "RESTARTS": str(restarts),
+            "ENDS": json.dumps(ends),
+            "ATTEMPTS": str(attempts),
+        }
         command = [sys.executable, str(script), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **pipes))
+        started.append(
+            subprocess.Popen(
+                command, env=os.environ | environment, start_new_session=True, **pipes
+            )
+        )
         return started[-1]
 
     def tried():
@@ -85,7 +104,9 @@ def supervised(tmp_path):
     yield start, tried
     for process in started:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its child too, which would keep the pipes open
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # its child too, which would keep the pipes open
         process.communicate()
 
 
@@ -104,7 +125,9 @@ def supervised(tmp_path):
         ([5], 0, 5, []),
     ],
 )
-def test_a_supervised_command_is_begun_again_where_that_may_help(supervised, ends, restarts, status, told):
+def test_a_supervised_command_is_begun_again_where_that_may_help(
+    supervised, ends, restarts, status, told
+):
     start, tried = supervised
     process = start(ends, restarts, "data=DIR", "seed=3")
     _, errors = process.communicate(timeout=60)
@@ -115,12 +138,17 @@ def test_a_supervised_command_is_begun_again_where_that_may_help(supervised, end
 
 def test_only_the_first_attempt_is_fresh(supervised):
     start, tried = supervised
-    start([1, 1, 0], 2, "--fresh", "run=DIR", "--max-restarts", "2").communicate(timeout=60)
+    start([1, 1, 0], 2, "--fresh", "run=DIR", "--max-restarts", "2").communicate(
+        timeout=60
+    )
     others = ["run=DIR", "--max-restarts", "2"]
     assert tried() == [["--fresh", *others], others, others]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 1), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 1), (signal.SIGINT, 130)],
+)
 def test_a_request_to_stop_reaches_the_child_and_ends_both(supervised, number, status):
     """Whatever the child ends with, it is not begun again."""
     start, tried = supervised
@@ -152,5 +180,8 @@ def test_torchrun_restarts_by_itself(monkeypatch):
     monkeypatch.delenv("SYNCREC_UNDER_SUPERVISION", raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(subprocess, "Popen", pytest.fail)
-    with pytest.raises(InputError, match=r"^--max-restarts: torchrun restarts by itself, give it to torchrun"):
+    with pytest.raises(
+        InputError,
+        match=r"^--max-restarts: torchrun restarts by itself, give it to torchrun",
+    ):
         supervise(3)

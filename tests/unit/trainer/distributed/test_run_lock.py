@@ -74,7 +74,9 @@ def test_who_was_killed_holds_nothing_though_its_loaders_live_on(holder, tmp_pat
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path):
     with locked(tmp_path / "new"):
-        assert run_folder(tmp_path / "new") == tmp_path / "new"  # a lock makes it no run
+        assert (
+            run_folder(tmp_path / "new") == tmp_path / "new"
+        )  # a lock makes it no run
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
     with locked(tmp_path / "empty"):
@@ -116,13 +118,17 @@ def test_another_hosts_lock_is_waited_for(tmp_path, capsys, monkeypatch):
     with locked(run):
         pass
     assert (
-        "waits up to 100 s for the lock of process 1 of host elsewhere" in capsys.readouterr().err
+        "waits up to 100 s for the lock of process 1 of host elsewhere"
+        in capsys.readouterr().err
     )
     (run / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     with open(run / LOCK) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         monkeypatch.setattr(run_lock, "_LEASE", 0.0)
-        with pytest.raises(InputError, match=r"\(host elsewhere, process 1\)"), locked(run):
+        with (
+            pytest.raises(InputError, match=r"\(host elsewhere, process 1\)"),
+            locked(run),
+        ):
             pass
 
 
@@ -140,7 +146,9 @@ def test_an_owner_that_is_gone_from_this_host_is_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_where_a_file_system_has_no_locks_it_is_said(tmp_path, capsys, monkeypatch, number):
+def test_where_a_file_system_has_no_locks_it_is_said(
+    tmp_path, capsys, monkeypatch, number
+):
     def refuse(file, how):
         raise OSError(number, os.strerror(number))
 
@@ -158,7 +166,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, ranks, where):
     with pytest.raises(InputError) as refused, locked_by_first_rank(run, True):
         pytest.fail("it was made")
     assert (
-        str(refused.value).startswith(f"{run}: cannot be written (") and refused.value.status == 2
+        str(refused.value).startswith(f"{run}: cannot be written (")
+        and refused.value.status == 2
     )
 
 
@@ -167,5 +176,7 @@ def test_a_disk_that_is_only_read_is_one_line(tmp_path, ranks, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(InputError, match=r"run: cannot be written \(Read-only file system\)"):
+    with pytest.raises(
+        InputError, match=r"run: cannot be written \(Read-only file system\)"
+    ):
         locked_by_first_rank(tmp_path / "run", True).__enter__()

@@ -119,7 +119,11 @@ def alive(file):
     """Whether its process is more than an entry that nobody has read the status of."""
     try:
         return (
-            Path(f"/proc/{file.read_text()}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            Path(f"/proc/{file.read_text()}/stat")
+            .read_text()
+            .rsplit(")", 1)[1]
+            .split()[0]
+            != "Z"
         )
     except (FileNotFoundError, ProcessLookupError):
         return False
@@ -130,7 +134,9 @@ def test_where_one_dies_all_begin_again_though_others_hang(supervised):
     start, attempts = supervised
     (first, others), (status, lines) = finished(start([["hang", 0], [-9, 0]], 2))
     assert (first, status) == (0, 0) and tried(attempts) == [2, 2]
-    killed = f"rank 0 on {HOST}: another rank has ended, and this one does not: it is killed"
+    killed = (
+        f"rank 0 on {HOST}: another rank has ended, and this one does not: it is killed"
+    )
     assert others == [killed, "rank 0: ended with signal 9; restart 1 of 2 in 0 s"]
     assert lines == ["rank 1: ended with signal 9; restart 1 of 2 in 0 s"]
 
@@ -179,7 +185,9 @@ def test_a_request_to_stop_one_ends_all(supervised, number):
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_supervisor_that_is_killed_takes_its_child_along_and_ends_the_others(supervised, dead):
+def test_a_supervisor_that_is_killed_takes_its_child_along_and_ends_the_others(
+    supervised, dead
+):
     start, attempts = supervised
     processes = start([["hang", 0], ["hang", 0]], 3)
     files = [attempts / f"{rank}-0" for rank in (0, 1)]
@@ -190,7 +198,8 @@ def test_a_supervisor_that_is_killed_takes_its_child_along_and_ends_the_others(s
     assert not any(map(alive, files)) and tried(attempts) == [1, 1]
     if dead == 1:
         assert (
-            f"error: the supervisor of rank 1 on {HOST} is gone: begin again by hand" in found[0][1]
+            f"error: the supervisor of rank 1 on {HOST} is gone: begin again by hand"
+            in found[0][1]
         )
 
 
@@ -201,7 +210,9 @@ def test_a_port_that_is_taken_is_named(supervised):
         taken.bind(("", port + 1))
         taken.listen()
         ((status, lines),) = finished(start([[0], [0]], 1, port, ranks=[0]))
-    assert status == 2 and lines[0].startswith(f"error: port {port + 1} on {HOST} is in use"), lines
+    assert status == 2 and lines[0].startswith(
+        f"error: port {port + 1} on {HOST} is in use"
+    ), lines
     assert not tried(attempts)
 
 

@@ -55,16 +55,37 @@ def histories():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, histories):
-    return write_dataset(tmp_path_factory.mktemp("full") / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5)
+    return write_dataset(
+        tmp_path_factory.mktemp("full") / "data",
+        histories,
+        ITEMS,
+        cuts=(11, 12, 26, 40, 44),
+        streams=5,
+    )
 
 
 @pytest.fixture
 def table(ranks, dataset):
-    return ItemTable(dataset.num_embeddings, DIM, TableConfig(optimizer="sgd", init_std=0.5), 7, "cpu")
+    return ItemTable(
+        dataset.num_embeddings,
+        DIM,
+        TableConfig(optimizer="sgd", init_std=0.5),
+        7,
+        "cpu",
+    )
 
 
 def configured(dataset, *settings):
-    return load_config([], [f"data={dataset.folder}", "stream.workers=0", "evaluation.batch_size=16", "seed=3", *settings])
+    return load_config(
+        [],
+        [
+            f"data={dataset.folder}",
+            "stream.workers=0",
+            "evaluation.batch_size=16",
+            "seed=3",
+            *settings,
+        ],
+    )
 
 
 def domain_of(row):
@@ -82,11 +103,20 @@ def by_hand(histories, back, vectors, counts):
         items = items.tolist()
         if len(items) < 3:
             continue
-        history, target, others = items[:-back], items[-back], items[:-back] + items[len(items) - back + 1 :]
+        history, target, others = (
+            items[:-back],
+            items[-back],
+            items[:-back] + items[len(items) - back + 1 :],
+        )
         domain = domain_of(target)
         y = vectors[history].mean(0)
-        score = {row: np.float32(vectors[row].double() @ y.double()) for row in range(len(vectors))}
-        rivals = [row for row in items_of(domain) if row not in others and row != target]
+        score = {
+            row: np.float32(vectors[row].double() @ y.double())
+            for row in range(len(vectors))
+        }
+        rivals = [
+            row for row in items_of(domain) if row not in others and row != target
+        ]
         rank = 1 + sum(score[row] >= score[target] for row in rivals)
         least = 1 + sum(counts[row] > counts[target] for row in rivals)
         most = least + sum(counts[row] == counts[target] for row in rivals)
@@ -100,11 +130,21 @@ def by_hand(histories, back, vectors, counts):
 
 
 @pytest.mark.parametrize(("split", "back"), [("test", 1), ("validation", 2)])
-def test_ranks_groups_and_what_is_shown_are_those_of_loops(ranks, dataset, histories, table, split, back):
+def test_ranks_groups_and_what_is_shown_are_those_of_loops(
+    ranks, dataset, histories, table, split, back
+):
     vectors = table(torch.arange(dataset.num_embeddings)).detach()
     expected, shown = by_hand(histories, back, vectors, item_counts(dataset))
     done = []
-    found = rank_fully(Model(), table, dataset, ranks, configured(dataset), split, lambda *now: done.append(now))
+    found = rank_fully(
+        Model(),
+        table,
+        dataset,
+        ranks,
+        configured(dataset),
+        split,
+        lambda *now: done.append(now),
+    )
     assert done[-1][0] == done[-1][1] == len(done)
     np.testing.assert_array_equal(found.shown, shown)
     size = groups_of_domain()
@@ -115,25 +155,57 @@ def test_ranks_groups_and_what_is_shown_are_those_of_loops(ranks, dataset, histo
         assert figures["MRR"] == pytest.approx(np.mean([1 / case[2] for case in own]))
         assert figures["HR@5"] == pytest.approx(np.mean([case[2] <= 5 for case in own]))
         mrr = found.means.figures(1, domain * size)["MRR"]
-        assert np.mean([1 / case[4] for case in own]) - 1e-9 <= mrr <= np.mean([1 / case[3] for case in own]) + 1e-9
+        assert (
+            np.mean([1 / case[4] for case in own]) - 1e-9
+            <= mrr
+            <= np.mean([1 / case[3] for case in own]) + 1e-9
+        )
         breakdown = full_record(split, dataset, found)["breakdown"][f"domain {domain}"]
         for name, column in (("history length", 5), ("history in domain", 6)):
             for group, values in breakdown[name].items():
                 those = [case for case in own if case[column] == group]
                 assert values["users"] == len(those)
-                assert values["MRR"] == (pytest.approx(np.mean([1 / case[2] for case in those])) if those else None)
+                assert values["MRR"] == (
+                    pytest.approx(np.mean([1 / case[2] for case in those]))
+                    if those
+                    else None
+                )
 
 
-def test_one_domain_alone_is_ranked_by_its_own_history(ranks, dataset, histories, table):
+def test_one_domain_alone_is_ranked_by_its_own_history(
+    ranks, dataset, histories, table
+):
     """Its users are those whose held-out item it has; what they had of other domains is not looked at."""
     vectors, expected = table(torch.arange(dataset.num_embeddings)).detach(), []
-    for items in (history.tolist() for history in histories if len(history) >= 3 and domain_of(history[-1]) == 1):
+    for items in (
+        history.tolist()
+        for history in histories
+        if len(history) >= 3 and domain_of(history[-1]) == 1
+    ):
         own = [row for row in items[:-1] if domain_of(row) == 1]
         y = vectors[own].mean(0) if own else torch.ones(DIM)
-        score = {row: np.float32(vectors[row].double() @ y.double()) for row in items_of(1)}
-        expected.append(1 + sum(score[row] >= score[items[-1]] for row in items_of(1) if row not in items))
-    found = rank_fully(Model(), table, dataset, ranks, configured(dataset, "stream.domain=domain 1"), "test")
-    figures = [found.means.figures(0, domain * groups_of_domain()) for domain in range(3)]
+        score = {
+            row: np.float32(vectors[row].double() @ y.double()) for row in items_of(1)
+        }
+        expected.append(
+            1
+            + sum(
+                score[row] >= score[items[-1]]
+                for row in items_of(1)
+                if row not in items
+            )
+        )
+    found = rank_fully(
+        Model(),
+        table,
+        dataset,
+        ranks,
+        configured(dataset, "stream.domain=domain 1"),
+        "test",
+    )
+    figures = [
+        found.means.figures(0, domain * groups_of_domain()) for domain in range(3)
+    ]
     assert [figure["users"] for figure in figures] == [0, len(expected), 0]
     assert figures[1]["MRR"] == pytest.approx(np.mean([1 / rank for rank in expected]))
     assert set(domain_of(row) for row in np.flatnonzero(found.shown)) == {1}
@@ -155,7 +227,9 @@ def test_memory_does_not_grow_by_the_items_in_every_step(ranks, dataset):
 
     tracemalloc.start()
     try:
-        found = rank_fully(Model(), table, many, ranks, configured(many), "test", advance)
+        found = rank_fully(
+            Model(), table, many, ranks, configured(many), "test", advance
+        )
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -171,17 +245,28 @@ def held_of(dataset, split="test"):
 def test_popularity_is_ranked_as_a_loop_would_with_ties_at_random(dataset, histories):
     counts, ties = item_counts(dataset), []
     for seed, held in ((seed, held) for seed in range(4) for held in held_of(dataset)):
-        for user, row, rank in zip(held.user_B, held.row_B, Popularity(dataset, seed).ranks(held), strict=True):
+        for user, row, rank in zip(
+            held.user_B, held.row_B, Popularity(dataset, seed).ranks(held), strict=True
+        ):
             others = set(histories[user][:-1].tolist()) | {row}
-            rivals = counts[[item for item in items_of(domain_of(row)) if item not in others]]
-            before, equal = rank - 1 - np.count_nonzero(rivals > counts[row]), np.count_nonzero(rivals == counts[row])
+            rivals = counts[
+                [item for item in items_of(domain_of(row)) if item not in others]
+            ]
+            before, equal = (
+                rank - 1 - np.count_nonzero(rivals > counts[row]),
+                np.count_nonzero(rivals == counts[row]),
+            )
             assert 0 <= before <= equal
             ties += [(before + 0.5) / (equal + 1)] if equal > 2 else []
-    assert len(ties) > 20 and 0.3 < np.mean(ties) < 0.7 and np.std(ties) > 0.15  # neither all before nor all behind
+    assert (
+        len(ties) > 20 and 0.3 < np.mean(ties) < 0.7 and np.std(ties) > 0.15
+    )  # neither all before nor all behind
 
 
 def test_thirds_have_a_third_of_the_interactions_each(tmp_path):
-    rows = [0] * 6 + [1] * 3 + [2] * 2 + [3] * 2 + [4] * 2 + [5] * 3  # 18 of domain 0; row 6 has none
+    rows = (
+        [0] * 6 + [1] * 3 + [2] * 2 + [3] * 2 + [4] * 2 + [5] * 3
+    )  # 18 of domain 0; row 6 has none
     dataset = write_dataset(tmp_path / "data", [np.array(rows + [0, 0])], items=(7, 2))
     assert Popularity(dataset, 0).third[:7].tolist() == [0, 1, 2, 2, 2, 1, 2]
     assert Popularity(dataset, 0).third[10:12].tolist() == [2, 2]
@@ -199,21 +284,35 @@ def test_thirds_have_a_third_of_the_interactions_each(tmp_path):
     ],
 )
 def test_the_groups_of_a_user(length, own, third, expected):
-    query = build_query(np.zeros(0, np.int64), np.zeros(1, np.int64), 4, np.zeros(0, np.int64))
+    query = build_query(
+        np.zeros(0, np.int64), np.zeros(1, np.int64), 4, np.zeros(0, np.int64)
+    )
     one = np.ones(1, np.int64)
     held = Held(query, one, 2 * one, one, length * one, own * one, one[:0], 0 * one)
     starts = np.cumsum([1, *map(len, BREAKDOWNS.values())])[:-1]
-    assert groups(held, third * one).tolist() == [[2 * groups_of_domain() + place for place in (0, *(starts + expected))]]
+    assert groups(held, third * one).tolist() == [
+        [2 * groups_of_domain() + place for place in (0, *(starts + expected))]
+    ]
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_share_the_users_and_one_without_users_keeps_its_place(dataset, world_size):
+def test_ranks_share_the_users_and_one_without_users_keeps_its_place(
+    dataset, world_size
+):
     expected, found, empty, config = [], [], 0, configured(dataset)
     for held in held_of(dataset):
         expected += held.user_B.tolist()
     for rank in range(world_size):
-        batches = list(HeldBatches(dataset, rank, world_size, config.evaluation, 100, "test", config.seed))
-        assert len(batches) == len(HeldBatches(dataset, 0, world_size, config.evaluation, 100, "test", config.seed))
+        batches = list(
+            HeldBatches(
+                dataset, rank, world_size, config.evaluation, 100, "test", config.seed
+            )
+        )
+        assert len(batches) == len(
+            HeldBatches(
+                dataset, 0, world_size, config.evaluation, 100, "test", config.seed
+            )
+        )
         for held in batches:
             found += held.user_B.tolist()
             empty += len(held.user_B) == 0
@@ -224,25 +323,52 @@ def test_ranks_share_the_users_and_one_without_users_keeps_its_place(dataset, wo
 
 @pytest.mark.parametrize(
     ("counts", "coverage", "gini"),
-    [([1, 1, 1, 1], 1, 0), ([0, 0, 0, 8], 0.25, 0.75), ([0, 2, 2, 0], 0.5, 0.5), ([3], 1, 0), ([1, 2, 3], 1, 2 / 9)],
+    [
+        ([1, 1, 1, 1], 1, 0),
+        ([0, 0, 0, 8], 0.25, 0.75),
+        ([0, 2, 2, 0], 0.5, 0.5),
+        ([3], 1, 0),
+        ([1, 2, 3], 1, 2 / 9),
+    ],
 )
 def test_coverage_and_gini_are_their_definitions(counts, coverage, gini):
     found = recommended(np.array(counts))
-    assert found == {"items": len(counts), "coverage@10": coverage, "gini@10": pytest.approx(gini)}
-    pairs = np.abs(np.subtract.outer(counts, counts)).sum() / (2 * len(counts) ** 2 * np.mean(counts))
+    assert found == {
+        "items": len(counts),
+        "coverage@10": coverage,
+        "gini@10": pytest.approx(gini),
+    }
+    pairs = np.abs(np.subtract.outer(counts, counts)).sum() / (
+        2 * len(counts) ** 2 * np.mean(counts)
+    )
     assert found["gini@10"] == pytest.approx(pairs)
 
 
 def test_nobody_is_shown_anything():
-    assert recommended(np.zeros(3, int)) == {"items": 3, "coverage@10": None, "gini@10": None}
+    assert recommended(np.zeros(3, int)) == {
+        "items": 3,
+        "coverage@10": None,
+        "gini@10": None,
+    }
 
 
-def test_users_of_a_damaged_block_are_refused_or_left_out(ranks, tmp_path, histories, table):
+def test_users_of_a_damaged_block_are_refused_or_left_out(
+    ranks, tmp_path, histories, table
+):
     dataset = write_dataset(tmp_path / "data", histories, ITEMS)
     spoil_block(dataset, 0, 1)
     with pytest.raises(InputError, match=r"000000\.tar"):
         rank_fully(Model(), table, dataset, ranks, configured(dataset), "test")
-    found = rank_fully(Model(), table, dataset, ranks, configured(dataset, "stream.damaged=skip"), "test")
+    found = rank_fully(
+        Model(),
+        table,
+        dataset,
+        ranks,
+        configured(dataset, "stream.damaged=skip"),
+        "test",
+    )
     assert found.skipped_users == 3 and found.reasons
-    assert full_record("test", Dataset.load(dataset.folder), found)["skipped_users"] == 3
+    assert (
+        full_record("test", Dataset.load(dataset.folder), found)["skipped_users"] == 3
+    )
     assert isinstance(found, FullRanking)

@@ -13,7 +13,12 @@ from trainer.data.format.vocabulary import item_counts, item_ids
 from trainer.data.loading.histories import Histories
 from trainer.evaluation.inspect import LookConfig, look_at
 
-CROSS = ["model.tasks=cross", "model.stop_gradient=off", "model.loss_correction=none", "model.mutual_information=off"]
+CROSS = [
+    "model.tasks=cross",
+    "model.stop_gradient=off",
+    "model.loss_correction=none",
+    "model.mutual_information=off",
+]
 
 
 def looked(folder, *settings, **look):
@@ -24,8 +29,12 @@ def looked(folder, *settings, **look):
         train(trainer, 3)
         model = trainer.engine.module.eval()
         with torch.no_grad():
-            vectors = trainer.table(torch.arange(run.dataset.num_embeddings)).numpy().copy()
-        found = look_at(model, trainer.table, run.dataset, run.config, ranks, LookConfig(**look))
+            vectors = (
+                trainer.table(torch.arange(run.dataset.num_embeddings)).numpy().copy()
+            )
+        found = look_at(
+            model, trainer.table, run.dataset, run.config, ranks, LookConfig(**look)
+        )
     return run, model, vectors, found
 
 
@@ -38,7 +47,10 @@ def look(tmp_path_factory):
 def test_gates_are_the_means_over_the_first_users_tokens(look):
     run, model, vectors, found = look
     dataset = run.dataset
-    sums = {view: {domain.name: [] for domain in dataset.domains} for view in ("cross", "single")}
+    sums = {
+        view: {domain.name: [] for domain in dataset.domains}
+        for view in ("cross", "single")
+    }
     histories = Histories(dataset, blocks=1)
     for user in range(13):
         items = histories.read(np.array([user])).items_N
@@ -46,7 +58,15 @@ def test_gates_are_the_means_over_the_first_users_tokens(look):
         domain_N = dataset.domain_of(items)
         nothing = [np.zeros(0, np.int64) for _ in dataset.domains]
         sizes = [domain.items for domain in dataset.domains]
-        arrays = items, np.array([len(items)]), domain_N, np.ones(1), nothing, sizes, run.config.model.max_length
+        arrays = (
+            items,
+            np.array([len(items)]),
+            domain_N,
+            np.ones(1),
+            nothing,
+            sizes,
+            run.config.model.max_length,
+        )
         batch = move(build_batch(*arrays), "cpu")
         rows = torch.from_numpy(vectors)[batch.ids]
         x = model.embedding(batch.cross, rows)
@@ -56,12 +76,18 @@ def test_gates_are_the_means_over_the_first_users_tokens(look):
         x, edges = model.embedding(batch.single, rows), batch.single.task_starts
         for number, domain in enumerate(dataset.domains):
             task = slice(edges[number], edges[number + 1])
-            sums["single"][domain.name] += list(model.single_gates[number](x[task], batch.single, task))
+            sums["single"][domain.name] += list(
+                model.single_gates[number](x[task], batch.single, task)
+            )
     histories.close()
     for view, by_domain in sums.items():
-        assert {name for name, weights in by_domain.items() if weights} == set(found["gates"][view])
+        assert {name for name, weights in by_domain.items() if weights} == set(
+            found["gates"][view]
+        )
         for name, weights in found["gates"][view].items():
-            np.testing.assert_allclose(weights, torch.stack(by_domain[name]).mean(0), atol=1e-4)
+            np.testing.assert_allclose(
+                weights, torch.stack(by_domain[name]).mean(0), atol=1e-4
+            )
             assert sum(weights) == pytest.approx(1, abs=1e-3)
 
 
@@ -103,16 +129,28 @@ def test_neighbours_of_the_most_popular_items_by_cosine(look):
             ids[domain.name, line["item_id"]] = line["row"]
     for domain in run.dataset.domains:
         own = [item for item in found["items"] if item["domain"] == domain.name]
-        popular = sorted(range(domain.start, domain.start + domain.items), key=lambda row: -counts[row])[:2]
+        popular = sorted(
+            range(domain.start, domain.start + domain.items),
+            key=lambda row: -counts[row],
+        )[:2]
         assert [ids[domain.name, item["item"]] for item in own] == popular
         for item, row in zip(own, popular, strict=True):
             for other in run.dataset.domains:
-                rows = [place for place in range(other.start, other.start + other.items) if place != row]
-                best = sorted((float(vectors[place] @ vectors[row]) for place in rows), reverse=True)[:3]
+                rows = [
+                    place
+                    for place in range(other.start, other.start + other.items)
+                    if place != row
+                ]
+                best = sorted(
+                    (float(vectors[place] @ vectors[row]) for place in rows),
+                    reverse=True,
+                )[:3]
                 near = item["nearest"][other.name]
                 assert [value for _, value in near] == pytest.approx(best, abs=1e-4)
                 for name, value in near:
-                    assert float(vectors[ids[other.name, name]] @ vectors[row]) == pytest.approx(value, abs=1e-4)
+                    assert float(
+                        vectors[ids[other.name, name]] @ vectors[row]
+                    ) == pytest.approx(value, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +160,22 @@ def test_neighbours_of_the_most_popular_items_by_cosine(look):
         ([*CROSS, "model.experts=1", "model.tower=off"], None),
         (["model.gate=sequence"], "single"),
         (["model.encoder=gru", "model.loss_correction=shapley"], "single"),
-        ([*CROSS, "model.experts=2", "model.encoder=gru", "model.loss_correction=shapley"], "cross"),
+        (
+            [
+                *CROSS,
+                "model.experts=2",
+                "model.encoder=gru",
+                "model.loss_correction=shapley",
+            ],
+            "cross",
+        ),
     ],
 )
 def test_what_a_model_has_not_is_left_out(tmp_path, settings, view):
     _, model, _, found = looked(tmp_path, *settings)
     gates = {name for name, weights in found["gates"].items() if weights is not None}
-    assert gates == {None: set(), "cross": {"cross"}, "single": {"cross", "single"}}[view]
+    assert (
+        gates == {None: set(), "cross": {"cross"}, "single": {"cross", "single"}}[view]
+    )
     assert (found["lambda"] is None) == (model.correction is None)
     assert found["items"]

@@ -16,7 +16,9 @@ DATASET = SimpleNamespace(domains=["a", "b"], users=USERS)
 
 def rows_of(user):
     """Its own item and negatives, among them an item that others have."""
-    return np.array([100 + user, 1, 2, 100 + (user + 2) % USERS, 3 + user % 3])[: 3 + user % 3]
+    return np.array([100 + user, 1, 2, 100 + (user + 2) % USERS, 3 + user % 3])[
+        : 3 + user % 3
+    ]
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def asked(monkeypatch):
             histogram[0, domain, 2] += 1
         return SimpleNamespace(histogram=histogram)
 
-    monkeypatch.setattr(trainer.evaluation.personalization, "evaluate_split", evaluate_split)
+    monkeypatch.setattr(
+        trainer.evaluation.personalization, "evaluate_split", evaluate_split
+    )
     with group_of_one():
         yield found
 
@@ -46,7 +50,12 @@ def gains_of(wanted, least):
     for users in (np.arange(13), np.array([-1]), np.arange(13, USERS)):
         rows = [rows_of(user) if user >= 0 else np.zeros(1, np.int64) for user in users]
         counts = np.array(list(map(len, rows)))
-        step = SimpleNamespace(user_B=users, domain_B=users % 2, counts_B=counts, rows_C=np.concatenate(rows))
+        step = SimpleNamespace(
+            user_B=users,
+            domain_B=users % 2,
+            counts_B=counts,
+            rows_C=np.concatenate(rows),
+        )
         drawn.visit(step, np.ones(len(users), np.int64))
     return own_item_gains(None, None, CONFIG, DATASET, None, drawn, least)
 
@@ -60,7 +69,9 @@ def test_each_user_is_ranked_with_anothers_item_of_the_same_domain(asked):
         item, *negatives = rows.tolist()
         assert domain == user % 2 and item != 100 + user and item % 2 == domain
         assert negatives == [row for row in rows_of(user)[1:].tolist() if row != item]
-    assert sorted(rows[0] for _, rows in others.values()) == [100 + user for user in range(2, 24)]
+    assert sorted(rows[0] for _, rows in others.values()) == [
+        100 + user for user in range(2, 24)
+    ]
 
 
 def test_few_users_say_nothing_and_many_are_thinned_out(asked, monkeypatch):

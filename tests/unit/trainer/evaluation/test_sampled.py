@@ -38,14 +38,30 @@ def histories():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, histories):
-    return write_dataset(tmp_path_factory.mktemp("rank") / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5)
+    return write_dataset(
+        tmp_path_factory.mktemp("rank") / "data",
+        histories,
+        ITEMS,
+        cuts=(11, 12, 26, 40, 44),
+        streams=5,
+    )
 
 
 def batches_of(
-    dataset, split="test", rank=0, world_size=1, batch_size=7, negatives=9, given=None, max_length=100, stream=None
+    dataset,
+    split="test",
+    rank=0,
+    world_size=1,
+    batch_size=7,
+    negatives=9,
+    given=None,
+    max_length=100,
+    stream=None,
 ):
     config = EvaluationConfig(negatives=negatives, batch_size=batch_size)
-    return RankingBatches(dataset, rank, world_size, config, max_length, split, SEED, given, stream)
+    return RankingBatches(
+        dataset, rank, world_size, config, max_length, split, SEED, given, stream
+    )
 
 
 def users_of(batches):
@@ -63,7 +79,9 @@ def users_of(batches):
             assert user not in found
             inputs = tokens.input_M[tokens.sequence_M == place]
             history = ids[inputs[inputs > 0].numpy() - 1].tolist()
-            rows = candidates.rows_C[ends[place] - candidates.counts_B[place] : ends[place]]
+            rows = candidates.rows_C[
+                ends[place] - candidates.counts_B[place] : ends[place]
+            ]
             found[int(user)] = history, int(candidates.domain_B[place]), rows.tolist()
     return found
 
@@ -73,9 +91,13 @@ def domain_of(row):
 
 
 @pytest.mark.parametrize(("split", "back"), [("test", 1), ("validation", 2)])
-def test_the_held_out_item_is_ranked_after_the_history_before_it(dataset, histories, split, back):
+def test_the_held_out_item_is_ranked_after_the_history_before_it(
+    dataset, histories, split, back
+):
     found = users_of(batches_of(dataset, split))
-    assert found.keys() == {user for user, history in enumerate(histories) if len(history) >= 3}
+    assert found.keys() == {
+        user for user, history in enumerate(histories) if len(history) >= 3
+    }
     assert len(found) == dataset.users - dataset.too_short < dataset.users
     for user, (history, domain, candidates) in found.items():
         own, positive = histories[user].tolist(), histories[user][-back]
@@ -88,7 +110,9 @@ def test_the_held_out_item_is_ranked_after_the_history_before_it(dataset, histor
 
 @pytest.mark.parametrize(("split", "back"), [("test", 1), ("validation", 2)])
 @pytest.mark.parametrize("alone", [None, 1])
-def test_a_history_is_asked_for_the_time_of_the_held_out_item(dataset, histories, split, back, alone):
+def test_a_history_is_asked_for_the_time_of_the_held_out_item(
+    dataset, histories, split, back, alone
+):
     """Each token but the newest for that of the next one that it is shown with."""
     ticks, seen = draw_ticks(histories), 0
     stream = StreamConfig(domain="domain 1") if alone else None
@@ -111,10 +135,16 @@ def test_only_the_newest_tokens_of_a_history_are_read(dataset, histories):
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_one_domain_alone_ranks_its_users_by_its_items_against_the_same_candidates(dataset, histories, split):
+def test_one_domain_alone_ranks_its_users_by_its_items_against_the_same_candidates(
+    dataset, histories, split
+):
     whole = users_of(batches_of(dataset, split))
     found = users_of(batches_of(dataset, split, stream=StreamConfig(domain="domain 1")))
-    assert found.keys() == {user for user, (_, domain, _) in whole.items() if domain == 1} != whole.keys()
+    assert (
+        found.keys()
+        == {user for user, (_, domain, _) in whole.items() if domain == 1}
+        != whole.keys()
+    )
     for user, (history, domain, candidates) in found.items():
         assert domain == 1 and candidates == whole[user][2]
         assert history == [row for row in whole[user][0] if domain_of(row) == 1]
@@ -139,7 +169,9 @@ def test_a_rank_without_users_in_a_step_keeps_its_place(dataset):
     for rank in range(5):
         for candidates in batches_of(dataset, rank=rank, world_size=5):
             if (candidates.user_B < 0).any():
-                assert candidates.user_B.tolist() == [-1] and candidates.counts_B.tolist() == [1]
+                assert candidates.user_B.tolist() == [
+                    -1
+                ] and candidates.counts_B.tolist() == [1]
                 empty += 1
     assert empty
 
@@ -155,7 +187,9 @@ def test_workers_bring_the_same_users_in_the_same_steps(dataset, workers):
 def test_given_candidates_take_the_place_of_drawn_ones(dataset, histories, split, back):
     long = [user for user, history in enumerate(histories) if len(history) >= 3]
     short = [user for user, history in enumerate(histories) if len(history) < 3]
-    given_rows = {user: (2, np.array([48, 50, 49 + user % 2])) for user in [*long[::2], short[0]]}
+    given_rows = {
+        user: (2, np.array([48, 50, 49 + user % 2])) for user in [*long[::2], short[0]]
+    }
     found = users_of(batches_of(dataset, split, given=given_rows))
     assert sorted(found) == long[::2]
     for user, (history, domain, candidates) in found.items():
@@ -178,7 +212,9 @@ class Scorer:
 
 def rank_all(batches, scores, visit=None):
     scorer = Scorer(scores)
-    ranking = rank_candidates(scorer.model, scorer, batches, batches, torch.device("cpu"), visit)
+    ranking = rank_candidates(
+        scorer.model, scorer, batches, batches, torch.device("cpu"), visit
+    )
     assert (ranking.skipped_users, ranking.reasons) == (0, ())
     return ranking.histogram
 
@@ -218,12 +254,19 @@ def test_ties_and_nan_count_against_the_model(ranks, dataset, kind):
         np.testing.assert_array_equal(score, np.float32(scores[candidates[0]]))
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (1, 500), (2, 7), (3, 4), (5, 20)])
-def test_counts_of_ranks_do_not_depend_on_how_users_are_split(ranks, dataset, world_size, batch_size):
+@pytest.mark.parametrize(
+    ("world_size", "batch_size"), [(1, 1), (1, 500), (2, 7), (3, 4), (5, 20)]
+)
+def test_counts_of_ranks_do_not_depend_on_how_users_are_split(
+    ranks, dataset, world_size, batch_size
+):
     """Each rank's counts, with a group of one process: over all of them they are summed."""
     scores = np.random.default_rng(6).normal(size=dataset.num_embeddings)
     expected = rank_all(batches_of(dataset), scores)
-    parts = [rank_all(batches_of(dataset, "test", r, world_size, batch_size), scores) for r in range(world_size)]
+    parts = [
+        rank_all(batches_of(dataset, "test", r, world_size, batch_size), scores)
+        for r in range(world_size)
+    ]
     np.testing.assert_array_equal(sum(parts), expected)
     assert expected[0].sum() == expected[1].sum() == dataset.users - dataset.too_short
 
@@ -231,7 +274,9 @@ def test_counts_of_ranks_do_not_depend_on_how_users_are_split(ranks, dataset, wo
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 10), (2, 5), (5, 2)])
 def test_a_step_has_so_many_users_of_each_rank(tmp_path, histories, world_size, steps):
     """More ranks take fewer steps."""
-    even = write_dataset(tmp_path / "data", histories, ITEMS, cuts=(10, 20, 30, 40), streams=5)
+    even = write_dataset(
+        tmp_path / "data", histories, ITEMS, cuts=(10, 20, 30, 40), streams=5
+    )
     assert len(batches_of(even, batch_size=5, world_size=world_size)) == steps
 
 
@@ -244,21 +289,32 @@ def test_vocabularies_are_read_once(ranks, dataset, monkeypatch):
         monkeypatch.setattr(pq, reader, None)
     np.testing.assert_array_equal(rank_all(batches_of(fresh), scores), expected)
     assert item_counts(fresh) is item_counts(fresh)
-    assert item_counts(fresh).dtype == np.int32 and not item_counts(fresh).flags.writeable
+    assert (
+        item_counts(fresh).dtype == np.int32 and not item_counts(fresh).flags.writeable
+    )
 
 
 def test_every_step_is_reported(ranks, dataset):
     batches, steps = batches_of(dataset), []
     scorer = Scorer(np.zeros(dataset.num_embeddings))
     device = torch.device("cpu")
-    rank_candidates(scorer.model, scorer, batches, batches, device, advance=lambda *step: steps.append(step))
+    rank_candidates(
+        scorer.model,
+        scorer,
+        batches,
+        batches,
+        device,
+        advance=lambda *step: steps.append(step),
+    )
     assert steps == [(step + 1, len(batches)) for step in range(len(batches))]
 
 
 @pytest.fixture
 def damaged(tmp_path, histories):
     """The dataset with the second block of its fourth shard spoilt (users 29 to 31), and its fifth shard gone (40 to 43)."""
-    dataset = write_dataset(tmp_path / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5)
+    dataset = write_dataset(
+        tmp_path / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5
+    )
     spoil_block(dataset, shard=3, block=1)
     (dataset.folder / dataset.shards[4].name).unlink()
     return dataset
@@ -267,12 +323,20 @@ def damaged(tmp_path, histories):
 SKIPPED = {29, 30, 31, 40, 41, 42, 43}
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0), (5, 2)])
-def test_skipped_users_are_counted_and_the_others_ranked_as_ever(ranks, dataset, damaged, monkeypatch, world_size, workers):
+@pytest.mark.parametrize(
+    ("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0), (5, 2)]
+)
+def test_skipped_users_are_counted_and_the_others_ranked_as_ever(
+    ranks, dataset, damaged, monkeypatch, world_size, workers
+):
     """`all_reduce` stands still here, so that each rank's own part is seen."""
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     scores = np.random.default_rng(6).normal(size=dataset.num_embeddings)
-    expected = {user: found for user, found in users_of(batches_of(dataset)).items() if user not in SKIPPED}
+    expected = {
+        user: found
+        for user, found in users_of(batches_of(dataset)).items()
+        if user not in SKIPPED
+    }
     histogram = np.zeros((3, 10), int)
     for _, domain, candidates in expected.values():
         histogram[domain, by_hand(scores, candidates) - 1] += 1
@@ -283,7 +347,9 @@ def test_skipped_users_are_counted_and_the_others_ranked_as_ever(ranks, dataset,
         batches = batches_of(damaged, rank=rank, world_size=world_size, stream=stream)
         found |= users_of(batches)
         built = ready(batches, stream, pin_memory=False)
-        parts.append(rank_candidates(scorer.model, scorer, batches, built, torch.device("cpu")))
+        parts.append(
+            rank_candidates(scorer.model, scorer, batches, built, torch.device("cpu"))
+        )
     assert found == expected
     np.testing.assert_array_equal(sum(part.histogram[0] for part in parts), histogram)
     assert sum(part.skipped_users for part in parts) == len(SKIPPED)
@@ -298,21 +364,36 @@ def test_a_split_is_ranked_as_the_stream_is_configured(ranks, damaged, split):
     scorer = Scorer(np.zeros(damaged.num_embeddings))
     settings = ["evaluation.negatives=9", "evaluation.batch_size=7", "stream.workers=0"]
     with pytest.raises(InputError, match=r"00000[34]\.tar"):
-        evaluate_split(scorer.model, scorer, damaged, ranks, load_config([], settings), split)
+        evaluate_split(
+            scorer.model, scorer, damaged, ranks, load_config([], settings), split
+        )
     config = load_config([], [*settings, "stream.damaged=skip"])
     ranking = evaluate_split(scorer.model, scorer, damaged, ranks, config, split)
     record = evaluation_record(split, damaged, ranking, step=1, epoch=0)
     assert record["skipped_users"] == len(SKIPPED)
-    seen = {user for user in users_of(batches_of(damaged, split, stream=config.stream)) if user not in SKIPPED}
-    assert sum(figures["users"] for figures in record["domains"].values()) == len(seen) == ranking.histogram[0].sum()
+    seen = {
+        user
+        for user in users_of(batches_of(damaged, split, stream=config.stream))
+        if user not in SKIPPED
+    }
+    assert (
+        sum(figures["users"] for figures in record["domains"].values())
+        == len(seen)
+        == ranking.histogram[0].sum()
+    )
 
 
-def test_checksums_are_asked_for_in_ranking_as_the_stream_is_configured(ranks, tmp_path, histories):
+def test_checksums_are_asked_for_in_ranking_as_the_stream_is_configured(
+    ranks, tmp_path, histories
+):
     dataset = write_dataset(tmp_path / "data", histories, ITEMS)
     spoil_block(dataset, shard=0, block=1)
     with pytest.raises(InputError, match="sha256"):
         users_of(batches_of(dataset))
-    assert len(users_of(batches_of(dataset, stream=StreamConfig(verify=False)))) == dataset.users - dataset.too_short
+    assert (
+        len(users_of(batches_of(dataset, stream=StreamConfig(verify=False))))
+        == dataset.users - dataset.too_short
+    )
 
 
 def popularity_histogram(dataset, counts):
@@ -340,7 +421,9 @@ def test_equally_popular_items_are_in_a_fair_order(ranks, tmp_path):
         table = pq.read_table(made.folder / domain.vocabulary)
         zeros = table.set_column(2, "count", [[0] * len(table)])
         pq.write_table(zeros, made.folder / domain.vocabulary)
-    found = rank_all(batches_of(made, negatives=4, batch_size=300), np.zeros(made.num_embeddings))
+    found = rank_all(
+        batches_of(made, negatives=4, batch_size=300), np.zeros(made.num_embeddings)
+    )
     assert found[0, 0].tolist() == [0, 0, 0, 0, 1500]
     assert abs(found[1, 0] - 300).max() < 5 * math.sqrt(240)
 
@@ -361,7 +444,10 @@ def metrics_by_hand(ranks):
         return sum(values) / len(ranks)
 
     hit = {k: mean([float(rank <= k) for rank in ranks]) for k in (5, 10)}
-    gain = {k: mean([1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks]) for k in (5, 10)}
+    gain = {
+        k: mean([1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks])
+        for k in (5, 10)
+    }
     return {
         "users": len(ranks), "HR@5": hit[5], "HR@10": hit[10], "NDCG@5": gain[5], "NDCG@10": gain[10],
         "MRR": mean([1 / rank for rank in ranks]),
@@ -385,7 +471,9 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
     histogram = np.zeros((2, 3, 10), np.int64)
     histogram[0, 0, 0], histogram[0, 2, 9] = 4, 2  # always first; always tenth
     histogram[1, 0, 1], histogram[1, 2, 1] = 4, 2
-    record = evaluation_record("validation", dataset, Ranking(histogram, 5), step=30, epoch=2)
+    record = evaluation_record(
+        "validation", dataset, Ranking(histogram, 5), step=30, epoch=2
+    )
     assert (record["kind"], record["step"], record["epoch"]) == ("validation", 30, 2)
     assert record["too_short"] == dataset.too_short > 0 and record["skipped_users"] == 5
     names = [domain.name for domain in dataset.domains]
@@ -393,7 +481,13 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
     assert record["domains"][names[1]] == {"users": 0} | dict.fromkeys(METRICS)
     assert record["domains"][names[2]]["users"] == 2
     assert record["mean"] == pytest.approx(
-        {"HR@5": 0.5, "HR@10": 1.0, "NDCG@5": 0.5, "NDCG@10": (1 + 1 / math.log2(11)) / 2, "MRR": 0.55}
+        {
+            "HR@5": 0.5,
+            "HR@10": 1.0,
+            "NDCG@5": 0.5,
+            "NDCG@10": (1 + 1 / math.log2(11)) / 2,
+            "MRR": 0.55,
+        }
     )
     assert record["popularity_mean"]["MRR"] == pytest.approx(0.5)
 
@@ -403,7 +497,10 @@ def test_no_user_at_all_has_no_mean(dataset):
     assert record["mean"] == record["popularity_mean"] == dict.fromkeys(METRICS)
 
 
-@pytest.mark.parametrize(("key", "value"), [("negatives", 0), ("batch_size", 0), ("every_epochs", 0), ("patience", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("negatives", 0), ("batch_size", 0), ("every_epochs", 0), ("patience", -1)],
+)
 def test_bad_values_name_the_key(key, value):
     with pytest.raises(ValueError, match=rf"evaluation\.{key} is {value}"):
         EvaluationConfig(**{key: value})

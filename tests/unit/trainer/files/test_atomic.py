@@ -10,9 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trainer.files.atomic.atomic import Patience, flush_tree, passes, patiently, write_text
-from trainer.files.atomic.output_folder import new_folder
-from trainer.files.atomic.staged import Work, finished_whole
 
 import trainer.files.atomic
 import trainer.retraining.publish
@@ -20,9 +17,19 @@ from tests.helpers.runs import finished_run, rank_of_one
 from trainer.config.retraining import PublishConfig
 from trainer.data.prepare.pipeline import PrepareConfig, prepare
 from trainer.evaluation.user_ranks import write_ranks
+from trainer.files.atomic import (
+    Patience,
+    flush_tree,
+    passes,
+    patiently,
+    write_text,
+)
+from trainer.files.output_folder import new_folder
+from trainer.files.staged import Work, finished_whole
 from trainer.retraining.publish import publish
 from trainer.serving.export import ExportConfig, export_run
-from trainer.serving.recommend import AskedConfig, RecommendConfig, recommend
+from trainer.serving.recommend import RecommendConfig, recommend
+from trainer.serving.user_histories import AskedConfig
 
 
 class Disk:
@@ -43,7 +50,11 @@ class Disk:
 
     def state(self, path):
         facts = os.stat(path)
-        return facts.st_ino if os.path.isdir(path) else (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        return (
+            facts.st_ino
+            if os.path.isdir(path)
+            else (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        )
 
     def moving(self, real):
         def moved(source, target, **options):
@@ -52,7 +63,11 @@ class Disk:
                 self.check(source)
                 self.moved.append(os.path.relpath(target, self.root))
             real(source, target, **options)
-            for path in [path for path in self.flushed if path == source or path.startswith(source + "/")]:
+            for path in [
+                path
+                for path in self.flushed
+                if path == source or path.startswith(source + "/")
+            ]:
                 self.flushed[target + path[len(source) :]] = self.flushed.pop(path)
 
         return moved
@@ -106,10 +121,20 @@ def ranks_of_users(folder, run):
 
 
 def a_dataset(folder, run):
-    columns = {"user_id": [1, 1, 2, 2], "item_id": [1, 2, 3, 4], "timestamp": [1, 2, 3, 4]}
+    columns = {
+        "user_id": [1, 1, 2, 2],
+        "item_id": [1, 2, 3, 4],
+        "timestamp": [1, 2, 3, 4],
+    }
     columns["domain"] = ["a", "b", "a", "b"]
     pq.write_table(pa.table(columns), folder / "log.parquet")
-    prepare(PrepareConfig(inputs=(str(folder / "log.parquet"),), output=str(folder / "data"), streams=1))
+    prepare(
+        PrepareConfig(
+            inputs=(str(folder / "log.parquet"),),
+            output=str(folder / "data"),
+            streams=1,
+        )
+    )
 
 
 def an_export(folder, run):
@@ -121,7 +146,9 @@ def a_version(folder, run):
 
 
 def recommendations(folder, run):
-    recommend(run.folder, folder / "top", run.ranks, RecommendConfig(k=2), AskedConfig())
+    recommend(
+        run.folder, folder / "top", run.ranks, RecommendConfig(k=2), AskedConfig()
+    )
 
 
 MADE = {
@@ -193,7 +220,9 @@ def test_what_lasts_is_not(number):
 
 
 @pytest.mark.parametrize(("lateness", "shared"), [(0.0, True), (3600.0, False)])
-def test_once_time_is_up_nothing_is_late_and_on_a_hosts_own_disk_nothing_ever_is(monkeypatch, lateness, shared):
+def test_once_time_is_up_nothing_is_late_and_on_a_hosts_own_disk_nothing_ever_is(
+    monkeypatch, lateness, shared
+):
     monkeypatch.setattr(trainer.files.atomic, "LATENESS", lateness)
     monkeypatch.setattr(trainer.files.atomic, "is_shared", lambda folder: shared)
     read, left = late(3, errno.ENOENT)

@@ -31,10 +31,30 @@ class Terminal(io.StringIO):
 def train_record(step, domains=("Books", "Toys"), **changes):
     by_domain = {domain: 1.0 + number for number, domain in enumerate(domains)}
     record = {
-        **{"step": step, "epoch": 0, "seconds": 1.5 * step, "loss": 2.5, "loss_single": 2.0, "loss_cross": 1.0},
-        **{"mutual_information": 0.5, "single_by_domain": by_domain, "cross_by_domain": by_domain},
-        **{"lambda": dict.fromkeys(domains, 1 / len(domains)), "phi": dict.fromkeys(domains, -0.125)},
-        **{"alpha": 1.0, "beta": 1.0, "learning_rate": 1e-3, "gradient_norm": None, "users_per_second": 12300.0},
+        **{
+            "step": step,
+            "epoch": 0,
+            "seconds": 1.5 * step,
+            "loss": 2.5,
+            "loss_single": 2.0,
+            "loss_cross": 1.0,
+        },
+        **{
+            "mutual_information": 0.5,
+            "single_by_domain": by_domain,
+            "cross_by_domain": by_domain,
+        },
+        **{
+            "lambda": dict.fromkeys(domains, 1 / len(domains)),
+            "phi": dict.fromkeys(domains, -0.125),
+        },
+        **{
+            "alpha": 1.0,
+            "beta": 1.0,
+            "learning_rate": 1e-3,
+            "gradient_norm": None,
+            "users_per_second": 12300.0,
+        },
         **{"tokens_per_second": 4.56e6, "data_wait": 0.031, "memory_gb": 3.25},
     }
     return record | changes
@@ -55,30 +75,56 @@ def evaluation_record(step, domains=("Books", "Toys"), kind="validation", **chan
 
 def open_log(folder, domains=("Books", "Toys"), file=None, total_steps=100, **options):
     options = {"tensorboard": False, **options}
-    return RunLog(folder, total_steps, list(domains), console=Console(file=file or io.StringIO(), width=80), **options)
+    return RunLog(
+        folder,
+        total_steps,
+        list(domains),
+        console=Console(file=file or io.StringIO(), width=80),
+        **options,
+    )
 
 
 def strict_lines(folder):
     def refuse(literal):
         raise AssertionError(f"{literal} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (folder / METRICS_FILE).read_text().splitlines()
+    ]
 
 
 def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_records_become_plain_json(tmp_path):
     with open_log(tmp_path / "new" / "run") as log:
-        log.train(train_record(10, loss=float("nan"), phi={"Books": np.float32("inf"), "Toys": np.float32(0.5)}))
-        log.train(train_record(20, loss=torch.tensor(1.25), users_per_second=np.float64("nan")))
+        log.train(
+            train_record(
+                10,
+                loss=float("nan"),
+                phi={"Books": np.float32("inf"), "Toys": np.float32(0.5)},
+            )
+        )
+        log.train(
+            train_record(
+                20, loss=torch.tensor(1.25), users_per_second=np.float64("nan")
+            )
+        )
         log.evaluation(evaluation_record(20))
     first, second, third = strict_lines(tmp_path / "new" / "run")
-    assert (first["kind"], first["loss"], first["phi"]) == ("train", None, {"Books": None, "Toys": 0.5})
+    assert (first["kind"], first["loss"], first["phi"]) == (
+        "train",
+        None,
+        {"Books": None, "Toys": 0.5},
+    )
     assert (second["loss"], second["users_per_second"]) == (1.25, None)
     assert third["kind"] == "validation" and third["seconds"] >= 0
 
@@ -133,15 +179,30 @@ def test_resume_survives_nan_literals_of_another_writer(tmp_path):
 @given(cut=st.integers(0, 400))
 def test_any_torn_file_reads_as_its_whole_lines(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("torn") / METRICS_FILE
-    lines = [json.dumps({"kind": "train", "step": step, "loss": 0.5, "phi": {"Böoks": 1}}) + "\n" for step in range(5)]
+    lines = [
+        json.dumps({"kind": "train", "step": step, "loss": 0.5, "phi": {"Böoks": 1}})
+        + "\n"
+        for step in range(5)
+    ]
     content = "".join(lines).encode()
     path.write_bytes(content[:cut])
-    whole = sum(len("".join(lines[: n + 1]).rstrip("\n").encode()) <= cut for n in range(5))
+    whole = sum(
+        len("".join(lines[: n + 1]).rstrip("\n").encode()) <= cut for n in range(5)
+    )
     assert [record["step"] for record in read_records(path)] == list(range(whole))
 
 
 @pytest.mark.parametrize(
-    "line", ["12", "null", "[1]", '{"step": 1}', '{"kind": "train"}', '{"kind": "train", "step": "x"}', "�"]
+    "line",
+    [
+        "12",
+        "null",
+        "[1]",
+        '{"step": 1}',
+        '{"kind": "train"}',
+        '{"kind": "train", "step": "x"}',
+        "�",
+    ],
 )
 def test_lines_that_are_no_records_are_left_out(tmp_path, line):
     (tmp_path / METRICS_FILE).write_text(line + '\n{"kind": "train", "step": 7}\n')
@@ -168,17 +229,31 @@ def test_each_record_is_one_line_off_a_terminal(tmp_path):
         log.message("done [bold]not markup[/bold]")
     train, evaluation, message = file.getvalue().splitlines()
     assert "\x1b" not in file.getvalue() and "━" not in file.getvalue()
-    for part in ("step  50/100", "loss 2.5000", "single 2.0000", "MI 0.5000", "λ φ", "domain 11 0.083 -0.125", "12.3k users/s"):
+    for part in (
+        "step  50/100",
+        "loss 2.5000",
+        "single 2.0000",
+        "MI 0.5000",
+        "λ φ",
+        "domain 11 0.083 -0.125",
+        "12.3k users/s",
+    ):
         assert part in train
     assert "4.56M tokens/s" in train and "wait 3.1%" in train and "3.2 GB" in train
-    assert "validation" in evaluation and "NDCG@10 0.2500" in evaluation and "120 users, 3 too short" in evaluation
+    assert (
+        "validation" in evaluation
+        and "NDCG@10 0.2500" in evaluation
+        and "120 users, 3 too short" in evaluation
+    )
     assert message == "done [bold]not markup[/bold]"
 
 
 def test_the_bar_is_drawn_on_a_terminal(tmp_path):
     file = Terminal()
     console = Console(file=file, width=100, force_terminal=True, _environ={})
-    with RunLog(tmp_path, 100, ["Books"], tensorboard=False, resume_step=20, console=console) as log:
+    with RunLog(
+        tmp_path, 100, ["Books"], tensorboard=False, resume_step=20, console=console
+    ) as log:
         log.train(train_record(49, ["Books"]))
         log.advance(30)
     assert "50/100" in file.getvalue() and "loss 2.5000" in file.getvalue()
@@ -213,11 +288,23 @@ def test_lines_without_lambda_or_figures(tmp_path):
     file = io.StringIO()
     empty = dict.fromkeys(METRICS)
     with open_log(tmp_path, file=file) as log:
-        log.train(train_record(1, **{"lambda": {"Books": None, "Toys": None}, "mutual_information": None}))
+        log.train(
+            train_record(
+                1,
+                **{"lambda": {"Books": None, "Toys": None}, "mutual_information": None},
+            )
+        )
         log.train(train_record(2, **{"lambda": {}, "phi": {}, "loss": float("nan")}))
-        log.evaluation(evaluation_record(2, mean=empty) | {"domains": {"Books": {"users": 0, **empty}}})
+        log.evaluation(
+            evaluation_record(2, mean=empty)
+            | {"domains": {"Books": {"users": 0, **empty}}}
+        )
     first, second, third = file.getvalue().splitlines()
-    assert "φ Books -0.125, Toys -0.125" in first and "λ" not in first and "MI" not in first
+    assert (
+        "φ Books -0.125, Toys -0.125" in first
+        and "λ" not in first
+        and "MI" not in first
+    )
     assert "loss –" in second and "φ" not in second
     assert "NDCG@10 –" in third and "Books –" in third
 
@@ -232,15 +319,25 @@ def test_tensorboard_has_every_figure_and_forgets_what_a_resume_redoes(tmp_path)
         log.evaluation(evaluation_record(30, kind="test"))
     found = scalars(tmp_path)
     assert found["loss/total"] == [(10, 10.0), (20, 20.0), (30, 99.0)]
-    assert found["lambda/Toys"][-1] == (30, 0.5) and found["phi/Books"][0] == (10, -0.125)
-    assert found["test mean/NDCG@10"] == [(30, 0.25)] and found["test HR@5/Books"] == [(30, 0.25)]
-    assert "validation mean/NDCG@10" not in found or found["validation mean/NDCG@10"] == []
+    assert found["lambda/Toys"][-1] == (30, 0.5) and found["phi/Books"][0] == (
+        10,
+        -0.125,
+    )
+    assert found["test mean/NDCG@10"] == [(30, 0.25)] and found["test HR@5/Books"] == [
+        (30, 0.25)
+    ]
+    assert (
+        "validation mean/NDCG@10" not in found or found["validation mean/NDCG@10"] == []
+    )
     assert "optimizer/gradient_norm" not in found  # null throughout
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(InputError, match=r"run/metrics\.jsonl: cannot be written"), open_log(tmp_path / "run"):
+    with (
+        pytest.raises(InputError, match=r"run/metrics\.jsonl: cannot be written"),
+        open_log(tmp_path / "run"),
+    ):
         pass
 
 
@@ -260,9 +357,14 @@ def render(table, width=80):
 def test_the_table_fits_80_columns_and_compares_with_popularity():
     half = {"users": 10, **dict.fromkeys(METRICS, 0.125)}
     nothing = {"users": 0, **dict.fromkeys(METRICS)}
-    record = evaluation_record(1200, ["Books", "Office products and supplies"], kind="test")
+    record = evaluation_record(
+        1200, ["Books", "Office products and supplies"], kind="test"
+    )
     record["domains"]["Toys"] = nothing
-    record |= {"popularity": {"Books": half, "Toys": nothing}, "popularity_mean": dict.fromkeys(METRICS, 0.1)}
+    record |= {
+        "popularity": {"Books": half, "Toys": nothing},
+        "popularity_mean": dict.fromkeys(METRICS, 0.1),
+    }
     text = render(evaluation_table(record))
     assert "…" not in text and "Test at step 1,200" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
@@ -281,9 +383,15 @@ def test_skipped_users_are_shown_where_there_are_any(tmp_path):
             log.evaluation(evaluation_record(50, skipped_users=users))
     whole, evaluated, torn, evaluated_torn = file.getvalue().splitlines()
     assert "skipped" not in whole + evaluated
-    assert torn.endswith("GB  1,234 users skipped") and evaluated_torn.endswith("3 too short, 1,234 skipped")
-    assert "1,234 users could not be read" in render(evaluation_table(evaluation_record(50, skipped_users=1234)))
-    assert "could not be read" not in render(evaluation_table(evaluation_record(50, skipped_users=0)))
+    assert torn.endswith("GB  1,234 users skipped") and evaluated_torn.endswith(
+        "3 too short, 1,234 skipped"
+    )
+    assert "1,234 users could not be read" in render(
+        evaluation_table(evaluation_record(50, skipped_users=1234))
+    )
+    assert "could not be read" not in render(
+        evaluation_table(evaluation_record(50, skipped_users=0))
+    )
 
 
 def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
@@ -296,10 +404,20 @@ def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
     with open_log(tmp_path, resume_step=30) as log:  # step 40 is about to be run again
         log.train(train_record(40, skipped_users=50))
     assert skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
-    assert skipped_users([{"kind": "train", "skipped_users": value} for value in (None, "9", [1], 2)]) == 2
-    assert skipped_sentence(1).startswith("1 user was skipped") and skipped_sentence(1057).startswith("1,057 users were")
+    assert (
+        skipped_users(
+            [{"kind": "train", "skipped_users": value} for value in (None, "9", [1], 2)]
+        )
+        == 2
+    )
+    assert skipped_sentence(1).startswith("1 user was skipped") and skipped_sentence(
+        1057
+    ).startswith("1,057 users were")
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (180_000, "2d 2:00:00")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (180_000, "2d 2:00:00")],
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text

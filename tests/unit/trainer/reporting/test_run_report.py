@@ -40,10 +40,31 @@ def train_record(step, phi, seconds=None, weights=None, **changes):
     """phi: {domain: φ}; weights: {domain: λ}, by default equal."""
     weights = dict.fromkeys(phi, 1 / len(phi)) if weights is None else weights
     record = {
-        **{"kind": "train", "step": step, "epoch": 0, "seconds": float(step) if seconds is None else seconds},
-        **{"loss": 4.0, "loss_single": 2.0, "loss_cross": 2.0, "mutual_information": 0.5, "lambda": weights, "phi": phi},
-        **{"single_by_domain": dict.fromkeys(phi, 2.0), "cross_by_domain": dict.fromkeys(phi, 2.5)},
-        **{"alpha": 1.0, "beta": 1.0, "learning_rate": 1e-3, "gradient_norm": 0.7, "users_per_second": 1000.0},
+        **{
+            "kind": "train",
+            "step": step,
+            "epoch": 0,
+            "seconds": float(step) if seconds is None else seconds,
+        },
+        **{
+            "loss": 4.0,
+            "loss_single": 2.0,
+            "loss_cross": 2.0,
+            "mutual_information": 0.5,
+            "lambda": weights,
+            "phi": phi,
+        },
+        **{
+            "single_by_domain": dict.fromkeys(phi, 2.0),
+            "cross_by_domain": dict.fromkeys(phi, 2.5),
+        },
+        **{
+            "alpha": 1.0,
+            "beta": 1.0,
+            "learning_rate": 1e-3,
+            "gradient_norm": 0.7,
+            "users_per_second": 1000.0,
+        },
         **{"tokens_per_second": 5e4, "data_wait": 0.25, "memory_gb": 3.0},
     }
     return record | changes
@@ -51,16 +72,28 @@ def train_record(step, phi, seconds=None, weights=None, **changes):
 
 def evaluation_record(kind, step, values, **changes):
     """values: {domain: every metric's figure, or None for a domain without users}."""
-    domains = {d: {"users": 0 if v is None else 10, **dict.fromkeys(METRICS, v)} for d, v in values.items()}
+    domains = {
+        d: {"users": 0 if v is None else 10, **dict.fromkeys(METRICS, v)}
+        for d, v in values.items()
+    }
     known = [value for value in values.values() if value is not None]
     mean = dict.fromkeys(METRICS, sum(known) / len(known) if known else None)
-    record = {"kind": kind, "step": step, "epoch": 0, "domains": domains, "mean": mean, "too_short": 4}
+    record = {
+        "kind": kind,
+        "step": step,
+        "epoch": 0,
+        "domains": domains,
+        "mean": mean,
+        "too_short": 4,
+    }
     return record | changes
 
 
 def write_run(folder, records, config="model: {experts: 5}\n", tail=""):
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records) + tail
+    )
     if config is not None:
         (folder / "config.yaml").write_text(config)
     return folder
@@ -69,17 +102,27 @@ def write_run(folder, records, config="model: {experts: 5}\n", tail=""):
 def full_run(domains=("Books", "Toys"), lines=30):
     phi = {domain: 0.1 * number for number, domain in enumerate(domains)}
     records = [train_record(step, phi) for step in range(1, lines + 1)]
-    records += [evaluation_record("validation", step, dict.fromkeys(domains, 0.1 + step / 1000)) for step in (10, 30, 20)]
+    records += [
+        evaluation_record("validation", step, dict.fromkeys(domains, 0.1 + step / 1000))
+        for step in (10, 30, 20)
+    ]
     test = evaluation_record("test", 30, dict.fromkeys(domains, 0.25))
     popular = evaluation_record("test", 30, dict.fromkeys(domains, 0.1))
-    return [*records, test | {"popularity": popular["domains"], "popularity_mean": popular["mean"]}]
+    return [
+        *records,
+        test | {"popularity": popular["domains"], "popularity_mean": popular["mean"]},
+    ]
 
 
 def test_a_finished_run(tmp_path):
     path = write_report(write_run(tmp_path / "run", full_run()))
     page = Page(path)
     assert path == tmp_path / "run" / "report.html"
-    assert sorted(file.name for file in path.parent.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+    ]
     for words in (
         "run training report",
         "Test NDCG@10 0.2500 mean, ×2.50 popularity",
@@ -93,7 +136,9 @@ def test_a_finished_run(tmp_path):
         "Configuration model: {experts: 5}",
     ):
         assert words in page.text
-    assert sum("plotly-graph-div" in (a.get("class") or "") for _, a in page.elements) == 8
+    assert (
+        sum("plotly-graph-div" in (a.get("class") or "") for _, a in page.elements) == 8
+    )
     assert "details" in [tag for tag, _ in page.elements]
 
 
@@ -101,25 +146,60 @@ def test_the_page_asks_for_nothing_and_holds_the_library_once(tmp_path):
     page = Page(write_report(write_run(tmp_path, full_run())))
     assert sum(len(script) > LIBRARY_BYTES for script in page.scripts) == 1
     assert sum(map(len, page.scripts)) < 2 * LIBRARY_BYTES
-    assert not [(tag, a) for tag, a in page.elements if {"src", "href", "srcset", "data"} & a.keys()]
-    policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert not [
+        (tag, a)
+        for tag, a in page.elements
+        if {"src", "href", "srcset", "data"} & a.keys()
+    ]
+    policy = [
+        a["content"]
+        for tag, a in page.elements
+        if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy and "default-src 'none'" in policy[0] and "http" not in policy[0]
 
 
 def test_hostile_names_and_config_stay_text(tmp_path):
-    names = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "{{ 7 * 7 }}", "a & b", "q\"'"]
-    page = Page(write_report(write_run(tmp_path, full_run(names), "</pre><script>alert(2)</script>\n")))
-    tame = Page(write_report(write_run(tmp_path / "tame", full_run(["a", "b", "c", "d", "e"]))))
+    names = [
+        "<script>alert(1)</script>",
+        "</script><img src=x onerror=alert(1)>",
+        "{{ 7 * 7 }}",
+        "a & b",
+        "q\"'",
+    ]
+    page = Page(
+        write_report(
+            write_run(tmp_path, full_run(names), "</pre><script>alert(2)</script>\n")
+        )
+    )
+    tame = Page(
+        write_report(write_run(tmp_path / "tame", full_run(["a", "b", "c", "d", "e"])))
+    )
     assert page.count("script") == tame.count("script") and page.count("img") == 0
     for name in [*names, "</pre><script>alert(2)</script>"]:
         assert name in page.text
     own = "".join(script for script in page.scripts if len(script) < LIBRARY_BYTES)
-    assert "<script" not in own and "&lt;script" in own  # Plotly reads a little HTML in its labels
+    assert (
+        "<script" not in own and "&lt;script" in own
+    )  # Plotly reads a little HTML in its labels
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    page = Page(write_report(write_run(tmp_path, [train_record(1, {"Books": 0.1})], config=None, tail='{"kind": "tr')))
-    assert "no test yet" in page.text and "no validation yet" in page.text and "holds no config.yaml" in page.text
+    page = Page(
+        write_report(
+            write_run(
+                tmp_path,
+                [train_record(1, {"Books": 0.1})],
+                config=None,
+                tail='{"kind": "tr',
+            )
+        )
+    )
+    assert (
+        "no test yet" in page.text
+        and "no validation yet" in page.text
+        and "holds no config.yaml" in page.text
+    )
     assert page.text.count("Nothing of this has been logged") == 2
     assert page.count("table") == 0
 
@@ -130,11 +210,19 @@ def test_a_run_without_a_line(tmp_path):
     assert "Transfer at the end" not in page.text
 
 
-@pytest.mark.parametrize("weights", [{}, {"Books": None, "Toys": None}], ids=["missing", "null"])
+@pytest.mark.parametrize(
+    "weights", [{}, {"Books": None, "Toys": None}], ids=["missing", "null"]
+)
 def test_a_run_without_lambda(tmp_path, weights):
-    records = [train_record(step, {"Books": 0.1, "Toys": 0.2}, weights=weights) for step in range(5)]
+    records = [
+        train_record(step, {"Books": 0.1, "Toys": 0.2}, weights=weights)
+        for step in range(5)
+    ]
     page = Page(write_report(write_run(tmp_path, records)))
-    assert "Smallest λ" not in page.text and "No domain ended with negative transfer" in page.text
+    assert (
+        "Smallest λ" not in page.text
+        and "No domain ended with negative transfer" in page.text
+    )
     assert page.text.count("Nothing of this has been logged") == 3
 
 
@@ -153,16 +241,28 @@ def test_validation_stands_in_for_a_missing_test(tmp_path):
 
 def test_domains_without_users_are_dashes(tmp_path):
     values = {"Books": 0.25, "Toys": None}
-    records = [evaluation_record("validation", 4, dict.fromkeys(values)), evaluation_record("validation", 5, values)]
+    records = [
+        evaluation_record("validation", 4, dict.fromkeys(values)),
+        evaluation_record("validation", 5, values),
+    ]
     text = Page(write_report(write_run(tmp_path, records))).text
     assert "Toys 0 – – – – –" in text and "Best validation so far, step 5" in text
-    nothing = [evaluation_record(kind, 5, {"Toys": None}) for kind in ("validation", "validation", "test")]
-    assert "mean 0 – – – – –" in Page(write_report(write_run(tmp_path / "none", nothing))).text
+    nothing = [
+        evaluation_record(kind, 5, {"Toys": None})
+        for kind in ("validation", "validation", "test")
+    ]
+    assert (
+        "mean 0 – – – – –"
+        in Page(write_report(write_run(tmp_path / "none", nothing))).text
+    )
 
 
 def test_it_says_where_transfer_was_negative_at_the_end(tmp_path):
     # The last fifth alone counts: Books is negative only before it, Toys only in it, Music was not seen in it.
-    early, late = {"Books": -0.5, "Toys": 0.5, "Music": -1.0}, {"Books": 0.5, "Toys": -0.25, "Music": None}
+    early, late = (
+        {"Books": -0.5, "Toys": 0.5, "Music": -1.0},
+        {"Books": 0.5, "Toys": -0.25, "Music": None},
+    )
     weights = {"Books": 0.5, "Toys": 0.125, "Music": 0.375}
     records = [train_record(step, early) for step in range(80)]
     records += [train_record(80 + step, late, weights=weights) for step in range(20)]
@@ -173,30 +273,61 @@ def test_it_says_where_transfer_was_negative_at_the_end(tmp_path):
 
 
 def test_it_says_that_the_loss_was_lost(tmp_path):
-    records = [train_record(step, {"Books": 0.1}, loss=None if step in (1200, 1300) else 1.0) for step in (1100, 1200, 1300)]
+    records = [
+        train_record(step, {"Books": 0.1}, loss=None if step in (1200, 1300) else 1.0)
+        for step in (1100, 1200, 1300)
+    ]
     text = Page(write_report(write_run(tmp_path, records))).text
-    assert "The loss was not a finite number in 2 of 3 train lines, first at step 1,200." in text
+    assert (
+        "The loss was not a finite number in 2 of 3 train lines, first at step 1,200."
+        in text
+    )
 
 
 def test_it_says_who_was_skipped(tmp_path):
     records = full_run()
-    assert "skipped" not in Page(write_report(write_run(tmp_path / "whole", records))).text
-    records[3]["skipped_users"], records[7]["skipped_users"], records[-1]["skipped_users"] = 1200, 34, 56
+    assert (
+        "skipped" not in Page(write_report(write_run(tmp_path / "whole", records))).text
+    )
+    (
+        records[3]["skipped_users"],
+        records[7]["skipped_users"],
+        records[-1]["skipped_users"],
+    ) = 1200, 34, 56
     text = Page(write_report(write_run(tmp_path / "torn", records))).text
     assert "1,234 users were skipped in training" in text
     assert "56 users could not be read and are left out." in text
-    hostile = [train_record(1, {"Books": 0.1}, skipped_users="<script>alert(1)</script>")]
-    assert "skipped" not in Page(write_report(write_run(tmp_path / "hostile", hostile, config=None))).text
+    hostile = [
+        train_record(1, {"Books": 0.1}, skipped_users="<script>alert(1)</script>")
+    ]
+    assert (
+        "skipped"
+        not in Page(
+            write_report(write_run(tmp_path / "hostile", hostile, config=None))
+        ).text
+    )
 
 
 def test_a_resumed_clock_counts_on(tmp_path):
     seconds = [10.0, 20.0, 5.0, 15.0]
-    records = [train_record(step, {"Books": 0.1}, seconds=now) for step, now in enumerate(seconds)]
-    assert "Duration 0:00:35" in Page(write_report(write_run(tmp_path, [*records, evaluation_record("test", 1, {})]))).text
+    records = [
+        train_record(step, {"Books": 0.1}, seconds=now)
+        for step, now in enumerate(seconds)
+    ]
+    assert (
+        "Duration 0:00:35"
+        in Page(
+            write_report(
+                write_run(tmp_path, [*records, evaluation_record("test", 1, {})])
+            )
+        ).text
+    )
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"metrics\.jsonl: not found; name the folder of a run"):
+    with pytest.raises(
+        InputError, match=r"metrics\.jsonl: not found; name the folder of a run"
+    ):
         write_report(tmp_path)
 
 
@@ -217,23 +348,36 @@ def test_a_domain_has_one_colour_everywhere_and_no_other_has_it():
         assert [name for name in drawn if name != "mean"] == names
         for trace in figure.data:
             if trace.name in seen:
-                seen[trace.name].add(trace.marker.color if trace.type == "bar" else trace.line.color)
+                seen[trace.name].add(
+                    trace.marker.color if trace.type == "bar" else trace.line.color
+                )
     pairs = plots.pairs_plot(train, domains)
-    for name, trace in zip(names, [trace for trace in pairs.data if trace.name == "cross"], strict=True):
+    for name, trace in zip(
+        names, [trace for trace in pairs.data if trace.name == "cross"], strict=True
+    ):
         seen[name].add(trace.line.color)
     assert all(len(colours) == 1 for colours in seen.values())
     assert len(set.union(*seen.values())) == 12
 
 
 def test_long_runs_are_thinned_and_zero_is_always_in_view_of_phi():
-    records = [train_record(step, {"Books": 5.0 + step % 2}) for step in range(3 * plots.MAX_POINTS + 1)]
+    records = [
+        train_record(step, {"Books": 5.0 + step % 2})
+        for step in range(3 * plots.MAX_POINTS + 1)
+    ]
     figure = plots.gap_plot(records, plots.styles(["Books"]))
-    assert all(plots.MAX_POINTS / 2 < len(trace.x) <= plots.MAX_POINTS for trace in figure.data)
+    assert all(
+        plots.MAX_POINTS / 2 < len(trace.x) <= plots.MAX_POINTS for trace in figure.data
+    )
     low, high = figure.layout.yaxis.range
     assert low < 0 < 5 < high
 
 
-@given(lines=st.integers(1, 300), points=st.integers(1, 40), gaps=st.sets(st.integers(0, 299)))
+@given(
+    lines=st.integers(1, 300),
+    points=st.integers(1, 40),
+    gaps=st.sets(st.integers(0, 299)),
+)
 def test_thinning_keeps_the_ends_and_the_means(lines, points, gaps):
     steps, values = np.arange(lines) * 10, np.linspace(-1, 1, lines)
     values[[gap for gap in gaps if gap < lines]] = np.nan
@@ -242,16 +386,23 @@ def test_thinning_keeps_the_ends_and_the_means(lines, points, gaps):
     assert thin_steps[-1] == steps[-1] and (np.diff(thin_steps) > 0).all()
     size = -(-lines // points)
     expected = [values[start : start + size] for start in range(0, lines, size)]
-    expected = [np.nanmean(part) if np.isfinite(part).any() else np.nan for part in expected]
+    expected = [
+        np.nanmean(part) if np.isfinite(part).any() else np.nan for part in expected
+    ]
     np.testing.assert_allclose(thin_values, expected, atol=1e-12)
 
 
 def test_a_moving_mean_passes_over_gaps_and_keeps_a_level():
     values = np.full(300, 3.0)
     values[50:70] = np.nan
-    records = [train_record(i, {"Books": 0.1}, loss=None if np.isnan(v) else v) for i, v in enumerate(values)]
+    records = [
+        train_record(i, {"Books": 0.1}, loss=None if np.isnan(v) else v)
+        for i, v in enumerate(values)
+    ]
     figure = plots.loss_plot(records)
-    bold = next(trace for trace in figure.data if trace.name == "loss" and trace.showlegend)
+    bold = next(
+        trace for trace in figure.data if trace.name == "loss" and trace.showlegend
+    )
     y = np.asarray(bold.y)
     np.testing.assert_allclose(y[np.isfinite(y)], 3.0)
     assert np.isnan(y).sum() == 20
@@ -265,16 +416,28 @@ def test_a_full_ranking_has_a_table_of_its_own(tmp_path):
 
     within = {"HR@10": [0.1, 0.2], "NDCG@10": [0.3, 0.4]}
     record = {
-        **{"kind": "test", "step": 30, "domains": {"Books": figures(0.35, within), "<b>": figures(None, None)}},
-        **{"mean": figures(0.35, within), "popularity": {"Books": figures(0.2, within), "<b>": figures(None, None)}},
+        **{
+            "kind": "test",
+            "step": 30,
+            "domains": {"Books": figures(0.35, within), "<b>": figures(None, None)},
+        },
+        **{
+            "mean": figures(0.35, within),
+            "popularity": {"Books": figures(0.2, within), "<b>": figures(None, None)},
+        },
         "popularity_mean": figures(0.2, within),
         "difference": {
-            "domains": {"Books": {"interval": [-0.05, 0.25]}, "<b>": {"interval": None}},
+            "domains": {
+                "Books": {"interval": [-0.05, 0.25]},
+                "<b>": {"interval": None},
+            },
             "mean": {"interval": [0.1, 0.2]},
         },
     }
     (folder / "evaluation-full-test.json").write_text(json.dumps(record))
-    (folder / "evaluation-full-validation.json").write_text('{"kind": "vali')  # torn: left out
+    (folder / "evaluation-full-validation.json").write_text(
+        '{"kind": "vali'
+    )  # torn: left out
     page = Page(write_report(folder))
     for words in (
         "Test among all items of the domain, step 30 domain users HR@10 NDCG@10 NDCG@10 95 % popularity NDCG@10",

@@ -22,14 +22,25 @@ def day(tmp_path):
     """day(name, log=…, **settings): the result of a retraining."""
 
     def of(name, log=None, **settings):
-        config = RetrainConfig(**({"folder": str(tmp_path), "name": name, "input": [log or f"{name}.parquet"]} | settings))
+        config = RetrainConfig(
+            **(
+                {
+                    "folder": str(tmp_path),
+                    "name": name,
+                    "input": [log or f"{name}.parquet"],
+                }
+                | settings
+            )
+        )
         return retrain(config, SCRIPTS)
 
     return of
 
 
 def calls(folder):
-    return [line.split(" ", 2) for line in (folder / "calls.txt").read_text().splitlines()]
+    return [
+        line.split(" ", 2) for line in (folder / "calls.txt").read_text().splitlines()
+    ]
 
 
 def stages(folder):
@@ -42,31 +53,67 @@ def plan(folder, name):
 
 def test_day_after_day_each_begins_with_the_last(day, tmp_path):
     first = day("1", min_user=5, base=["a.yaml"], settings=["epochs=9"])
-    assert first["published"] == "0001" and first["extension"] is None and first["drift"] == {}
+    assert (
+        first["published"] == "0001"
+        and first["extension"] is None
+        and first["drift"] == {}
+    )
     (_, _, prepare), (_, _, train), (_, _, publish) = calls(tmp_path)
     assert "--extend" not in prepare
-    assert all(words in prepare for words in ("--keep-log", "--min-user 5", "--input 1.parquet"))
-    assert train == f"--config a.yaml data={tmp_path}/days/1/dataset run={tmp_path}/days/1/run epochs=9"
+    assert all(
+        words in prepare
+        for words in ("--keep-log", "--min-user 5", "--input 1.parquet")
+    )
+    assert (
+        train
+        == f"--config a.yaml data={tmp_path}/days/1/dataset run={tmp_path}/days/1/run epochs=9"
+    )
     assert f"--to {tmp_path}/published" in publish
-    second = day("2", days=30.0, time_unit="s", retire=True, settings=["epochs=9"], warm_settings=["epochs=2", "seed=4"])
+    second = day(
+        "2",
+        days=30.0,
+        time_unit="s",
+        retire=True,
+        settings=["epochs=9"],
+        warm_settings=["epochs=2", "seed=4"],
+    )
     assert second["published"] == "0002" and second["extension"]["late"] == 2
     (_, _, prepare), (_, _, train), _ = calls(tmp_path)[3:]
-    assert f"--extend {tmp_path}/days/1/dataset --retire" in prepare and "--days 30.0 --time-unit s" in prepare
+    assert (
+        f"--extend {tmp_path}/days/1/dataset --retire" in prepare
+        and "--days 30.0 --time-unit s" in prepare
+    )
     assert train.endswith(f"epochs=9 warm_start={tmp_path}/days/1/run epochs=2 seed=4")
     report = (tmp_path / "days/2/report.md").read_text()
-    assert "Published as version 0002." in report and "| shop | 3 | 0.5000 | 0.4000 | +0.0500 to +0.1500 | – |" in report
-    assert "4 rows came; 1 had come before, 2 were late" in report and "Domains were laid out anew." in report
-    assert [name for name in second["seconds"]] == ["extending the dataset", "training", "publishing"]
+    assert (
+        "Published as version 0002." in report
+        and "| shop | 3 | 0.5000 | 0.4000 | +0.0500 to +0.1500 | – |" in report
+    )
+    assert (
+        "4 rows came; 1 had come before, 2 were late" in report
+        and "Domains were laid out anew." in report
+    )
+    assert [name for name in second["seconds"]] == [
+        "extending the dataset",
+        "training",
+        "publishing",
+    ]
 
 
 def test_all_days_are_on_one_page(day, tmp_path):
     for name in ("1", "<b>2"):
         day(name, log="1.parquet")
     page = (tmp_path / "report.html").read_text()
-    assert "published as version 0002" in page and "&lt;b&gt;2" in page and "<b>2" not in page
+    assert (
+        "published as version 0002" in page
+        and "&lt;b&gt;2" in page
+        and "<b>2" not in page
+    )
     for title in ("NDCG@10 day by day", "New items", "Time"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("<td class=\"better\">0.5000</td>") == 2  # a day each, the model until then has 0.4
+    assert (
+        page.count('<td class="better">0.5000</td>') == 2
+    )  # a day each, the model until then has 0.4
 
 
 def test_a_day_that_is_done_stays_done(day, tmp_path):
@@ -78,7 +125,10 @@ def test_a_day_that_is_done_stays_done(day, tmp_path):
 def test_where_a_stage_dies_the_same_command_goes_on(day, tmp_path, stage):
     day("1")
     (tmp_path / f"die-{stage}").touch()
-    with pytest.raises(InputError, match="ended with status 9: its own lines say why; the same command goes on there"):
+    with pytest.raises(
+        InputError,
+        match="ended with status 9: its own lines say why; the same command goes on there",
+    ):
         day("2")
     assert not (tmp_path / "days/2/retrain.json").exists()
     assert day("2")["published"] == "0002"
@@ -88,7 +138,9 @@ def test_where_a_stage_dies_the_same_command_goes_on(day, tmp_path, stage):
 
 
 @pytest.mark.parametrize("place", ["write_text", "_tidy"])
-def test_killed_after_it_was_published_it_is_not_published_again(day, tmp_path, monkeypatch, place):
+def test_killed_after_it_was_published_it_is_not_published_again(
+    day, tmp_path, monkeypatch, place
+):
     day("1")
 
     class Killed(BaseException):
@@ -109,10 +161,16 @@ def test_a_day_that_is_refused_is_left_out_of_the_next(day, tmp_path):
     refused = day("2", log="bad.parquet")
     assert refused["published"] is None and refused["reasons"] == ["shop: worse"]
     report = (tmp_path / "days/2/report.md").read_text()
-    assert "**Not published.**" in report and "- shop: worse" in report and "give them again" in report
+    assert (
+        "**Not published.**" in report
+        and "- shop: worse" in report
+        and "give them again" in report
+    )
     assert day("3")["published"] == "0002"
     assert plan(tmp_path, "3")["extends"] == "days/1/dataset"
-    assert (tmp_path / "days/3/run/begun-with.txt").read_text() == str(tmp_path / "days/1/run")
+    assert (tmp_path / "days/3/run/begun-with.txt").read_text() == str(
+        tmp_path / "days/1/run"
+    )
 
 
 def test_a_refusal_is_known_whatever_status_a_launcher_gives(day, tmp_path):
@@ -146,11 +204,19 @@ def test_a_launcher_that_says_0_of_a_refusal_is_not_believed(day, tmp_path, swal
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("train", "training ended with status 0, but .*/days/2/run holds no test record"),
-        ("publish", "publishing ended with status 0, but .*/days/2/run neither serves nor was refused"),
+        (
+            "train",
+            "training ended with status 0, but .*/days/2/run holds no test record",
+        ),
+        (
+            "publish",
+            "publishing ended with status 0, but .*/days/2/run neither serves nor was refused",
+        ),
     ],
 )
-def test_a_launcher_that_says_0_of_a_death_is_not_believed(day, tmp_path, swallowing, stage, message):
+def test_a_launcher_that_says_0_of_a_death_is_not_believed(
+    day, tmp_path, swallowing, stage, message
+):
     day("1")
     (tmp_path / f"die-{stage}").touch()
     with pytest.raises(InputError, match=message):
@@ -158,7 +224,9 @@ def test_a_launcher_that_says_0_of_a_death_is_not_believed(day, tmp_path, swallo
     assert (tmp_path / "days/2/trained").exists() == (stage == "publish")
     assert day("2", launcher=swallowing)["published"] == "0002"
     again = [f"2 {name}" for name in ("train", "publish")]
-    assert stages(tmp_path)[-2:] == (again if stage == "train" else ["2 publish", "2 publish"])
+    assert stages(tmp_path)[-2:] == (
+        again if stage == "train" else ["2 publish", "2 publish"]
+    )
 
 
 def test_what_was_published_is_known_whatever_status_a_launcher_gives(day, tmp_path):
@@ -191,11 +259,15 @@ def test_what_it_begins_from_is_fixed_when_it_first_begins(day, tmp_path):
         day("2")
     day("3")
     assert day("2")["published"] == "0003"
-    assert (tmp_path / "days/2/run/begun-with.txt").read_text() == str(tmp_path / "days/1/run")
+    assert (tmp_path / "days/2/run/begun-with.txt").read_text() == str(
+        tmp_path / "days/1/run"
+    )
     (tmp_path / "die-train").touch()
     with pytest.raises(InputError):
         day("4")
-    with pytest.raises(InputError, match=r"was begun with input \['4.parquet'\], not \['5.parquet'\]"):
+    with pytest.raises(
+        InputError, match=r"was begun with input \['4.parquet'\], not \['5.parquet'\]"
+    ):
         day("4", log="5.parquet")
 
 
@@ -210,7 +282,9 @@ def test_two_at_once_do_not_harm_each_other(day, tmp_path):
 def test_old_days_make_room_but_not_those_that_serve(day, tmp_path):
     for name in "1234":
         day(name, keep_days=1)
-    gone = tmp_path / "published/versions/0002/version.json"  # as launch/publish.py takes old versions away
+    gone = (
+        tmp_path / "published/versions/0002/version.json"
+    )  # as launch/publish.py takes old versions away
     gone.write_text(json.dumps(json.loads(gone.read_text()) | {"run": "another"}))
     day("5", keep_days=1)
     there = {name: (tmp_path / "days" / name / "run").is_dir() for name in "12345"}
@@ -225,16 +299,26 @@ def export(folder, vectors, ids):
     offsets = np.cumsum([0, *map(len, text)]).astype(np.int64)
     tensors = {"bytes": np.frombuffer(b"".join(text), np.uint8), "offsets": offsets}
     save_file(tensors, folder / "domain-0" / "ids.safetensors")
-    (folder / "schema.json").write_text(json.dumps({"domains": [{"name": "shop", "folder": "domain-0"}]}))
+    (folder / "schema.json").write_text(
+        json.dumps({"domains": [{"name": "shop", "folder": "domain-0"}]})
+    )
 
 
 def test_drift_is_of_items_that_both_have(tmp_path):
     export(tmp_path / "old", [[1, 0], [0, 1], [3, 4]], ["a", "é", "gone"])
-    export(tmp_path / "new", [[1, 1], [0, 5], [9, 9], [2, 0]], ["new", "é", "newer", "a"])
+    export(
+        tmp_path / "new", [[1, 1], [0, 5], [9, 9], [2, 0]], ["new", "é", "newer", "a"]
+    )
     found = drift(tmp_path / "old", tmp_path / "new")["shop"]
-    assert found["items"] == 2 and found["mean"] == pytest.approx(1) and found["p5"] == pytest.approx(1)
+    assert (
+        found["items"] == 2
+        and found["mean"] == pytest.approx(1)
+        and found["p5"] == pytest.approx(1)
+    )
     export(tmp_path / "turned", [[0, 2], [0, 1]], ["a", "é"])
-    assert drift(tmp_path / "old", tmp_path / "turned")["shop"]["mean"] == pytest.approx(0.5)
+    assert drift(tmp_path / "old", tmp_path / "turned")["shop"][
+        "mean"
+    ] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

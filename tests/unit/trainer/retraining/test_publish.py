@@ -14,7 +14,15 @@ import torch
 import trainer.retraining.publish
 import trainer.serving.export
 from embeddings.table import ItemTable
-from tests.helpers.runs import SmallRun, best_of, edit_json, finished_run, rank_of_one, seal, train
+from tests.helpers.runs import (
+    SmallRun,
+    best_of,
+    edit_json,
+    finished_run,
+    rank_of_one,
+    seal,
+    train,
+)
 from trainer.checkpoint.save import BEST, RunState
 from trainer.config.load import to_yaml
 from trainer.config.retraining import PublishConfig
@@ -60,7 +68,11 @@ def exported(first, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch, exported):
     """Every export is that of `first`."""
-    monkeypatch.setattr(trainer.retraining.publish, "export_run", lambda run, output, *others: shutil.copytree(exported, output))
+    monkeypatch.setattr(
+        trainer.retraining.publish,
+        "export_run",
+        lambda run, output, *others: shutil.copytree(exported, output),
+    )
 
 
 @pytest.fixture
@@ -122,17 +134,36 @@ def serving(folder):
     return json.loads((version.parent / "version.json").read_text())["run"]
 
 
-def test_the_first_model_is_published_and_a_better_one_takes_its_place(first, second, tmp_path, good):
+def test_the_first_model_is_published_and_a_better_one_takes_its_place(
+    first, second, tmp_path, good
+):
     good(first=2, second=1)
     record = publish_it(first, tmp_path)
-    assert record["published"] == "0001" and record["against"] is None and not record["reasons"]
+    assert (
+        record["published"] == "0001"
+        and record["against"] is None
+        and not record["reasons"]
+    )
     assert serving(tmp_path) == str(first.folder)
     record = publish_it(second, tmp_path)
-    assert record["published"] == "0002" and record["against"] == "0001" and serving(tmp_path) == str(second.folder)
+    assert (
+        record["published"] == "0002"
+        and record["against"] == "0001"
+        and serving(tmp_path) == str(second.folder)
+    )
     figures = record["domains"]["domain 0"]
-    assert figures["candidate"] == 1 and figures["current"] == pytest.approx(1 / np.log2(3)) == figures["when_published"]
+    assert (
+        figures["candidate"] == 1
+        and figures["current"]
+        == pytest.approx(1 / np.log2(3))
+        == figures["when_published"]
+    )
     assert not (tmp_path / "refused.json").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"versions", "current.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "versions",
+        "current.json",
+        ".lock",
+    }
 
 
 def test_figures_are_those_of_both_models(first, second, tmp_path):
@@ -142,26 +173,45 @@ def test_figures_are_those_of_both_models(first, second, tmp_path):
     for name, run in (("candidate", second), ("current", first)):
         expected = rank_run(run.folder, run.ranks)["domains"]
         for domain, figures in record["domains"].items():
-            assert figures[name] == pytest.approx(expected[domain]["NDCG@10"]) and figures["users"] == expected[domain]["users"]
+            assert (
+                figures[name] == pytest.approx(expected[domain]["NDCG@10"])
+                and figures["users"] == expected[domain]["users"]
+            )
 
 
-def test_there_is_never_a_second_table(first, second, tmp_path, without_encoder, tables):
+def test_there_is_never_a_second_table(
+    first, second, tmp_path, without_encoder, tables
+):
     """The candidate's is read once; the current model's is read into the same one."""
     publish_it(first, tmp_path / "to", tolerance=1.0)
     assert tables == [1]
-    assert publish_it(second, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0)["published"] == "0002"
+    assert (
+        publish_it(
+            second,
+            tmp_path / "to",
+            tolerance=1.0,
+            fall=1.0,
+            domain_fall=1.0,
+            own_fall=1.0,
+        )["published"]
+        == "0002"
+    )
     assert tables == [1, 1]
     rank_run(second.folder, second.ranks)
     assert tables == [1, 1, 1]
 
 
-def test_a_table_of_another_width_is_made_when_the_other_is_gone(ranks, first, tmp_path, tables, quick):
+def test_a_table_of_another_width_is_made_when_the_other_is_gone(
+    ranks, first, tmp_path, tables, quick
+):
     wide = finished_run(tmp_path / "wide", ranks, "model.dim=16")
     shutil.rmtree(wide.dataset.folder)
     shutil.copytree(first.dataset.folder, wide.dataset.folder)
     tables.clear()
     publish_it(first, tmp_path / "to", tolerance=1.0)
-    publish_it(wide, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0)
+    publish_it(
+        wide, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0
+    )
     assert tables == [1, 1, 1]
 
 
@@ -173,10 +223,15 @@ def test_one_domain_that_is_worse_is_enough_to_refuse(first, second, tmp_path, g
     reason, *_ = record["reasons"]
     assert reason.startswith("domain 1: NDCG@10 0.5000, the current model has 0.6309")
     assert json.loads((tmp_path / "refused.json").read_text()) == record
-    assert publish_it(second, tmp_path, tolerance=0.3)["published"] == "0002" and not (tmp_path / "refused.json").exists()
+    assert (
+        publish_it(second, tmp_path, tolerance=0.3)["published"] == "0002"
+        and not (tmp_path / "refused.json").exists()
+    )
 
 
-def test_newest_users_judge_where_there_are_enough(first, second, tmp_path, good, monkeypatch):
+def test_newest_users_judge_where_there_are_enough(
+    first, second, tmp_path, good, monkeypatch
+):
     good(first=2, second=2)
     extension = first.dataset.folder / "extension"
     extension.mkdir()
@@ -185,7 +240,9 @@ def test_newest_users_judge_where_there_are_enough(first, second, tmp_path, good
         record = publish_it(first, tmp_path, least_users=3)
     finally:
         shutil.rmtree(extension)
-    assert [(figures["users"], figures["newest"]) for figures in record["domains"].values()] == [(3, True), (10, False)]
+    assert [
+        (figures["users"], figures["newest"]) for figures in record["domains"].values()
+    ] == [(3, True), (10, False)]
 
 
 def figures(candidate, current, then):
@@ -201,17 +258,37 @@ def figures(candidate, current, then):
         (figures(0.295, 0.30, 0.30), []),
         (figures(0.293, 0.30, 0.30), ["the current model has 0.3000"]),
         (figures(0.25, 0.20, 0.30), []),
-        (figures(0.23, 0.20, 0.30), ["mean NDCG@10 0.2300, 0.3000 when .* unlike those before .a -23 %."]),
-        (figures(0.17, 0.17, 0.30), ["a: NDCG@10 0.1700, 0.3000 when .* unlike those before", "mean NDCG@10 0.1700"]),
-        (figures(0.23, 0.25, 0.30), ["the current model has 0.2500", "mean NDCG@10 0.2300"]),
+        (
+            figures(0.23, 0.20, 0.30),
+            ["mean NDCG@10 0.2300, 0.3000 when .* unlike those before .a -23 %."],
+        ),
+        (
+            figures(0.17, 0.17, 0.30),
+            [
+                "a: NDCG@10 0.1700, 0.3000 when .* unlike those before",
+                "mean NDCG@10 0.1700",
+            ],
+        ),
+        (
+            figures(0.23, 0.25, 0.30),
+            ["the current model has 0.2500", "mean NDCG@10 0.2300"],
+        ),
         (figures(0.19, 0.10, 0.30) | {"b": figures(0.30, 0.30, 0.30)["a"]}, []),
-        (figures(0.17, 0.10, 0.30) | {"b": figures(0.40, 0.30, 0.30)["a"]}, ["a: NDCG@10 0.1700"]),
-        (figures(0.20, 0.10, 0.30) | {"b": figures(0.25, 0.20, 0.30)["a"]}, ["mean NDCG@10 0.2250, .* .a -33 %, b -17 %."]),
+        (
+            figures(0.17, 0.10, 0.30) | {"b": figures(0.40, 0.30, 0.30)["a"]},
+            ["a: NDCG@10 0.1700"],
+        ),
+        (
+            figures(0.20, 0.10, 0.30) | {"b": figures(0.25, 0.20, 0.30)["a"]},
+            ["mean NDCG@10 0.2250, .* .a -33 %, b -17 %."],
+        ),
     ],
 )
 def test_what_speaks_against_it(domains, words):
     reasons = reasons_against(domains, PublishConfig())
-    assert len(reasons) == len(words) and all(re.search(word, reason) for word, reason in zip(words, reasons, strict=True))
+    assert len(reasons) == len(words) and all(
+        re.search(word, reason) for word, reason in zip(words, reasons, strict=True)
+    )
 
 
 def test_items_that_are_nobodys_speak_against_it():
@@ -220,7 +297,10 @@ def test_items_that_are_nobodys_speak_against_it():
 
     for domains, words in (
         ({"a": of(0.06, 0.1), "b": of(0.05, 0.1)}, None),
-        ({"a": of(0.06, 0.1), "b": of(0.03, 0.1)}, "0.0450 higher .*, it was 0.1000 higher .*a 0.0600 after 0.1000, b 0.0300"),
+        (
+            {"a": of(0.06, 0.1), "b": of(0.03, 0.1)},
+            "0.0450 higher .*, it was 0.1000 higher .*a 0.0600 after 0.1000, b 0.0300",
+        ),
         ({"a": of(None, 0.1), "b": of(0.03, None)}, None),
         ({"a": of(-0.01, 0.0)}, None),
     ):
@@ -238,8 +318,12 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("place", ["_begin", "export_run", "_check", "_point", "write_json"])
-def test_killed_anywhere_it_serves_what_loads_and_goes_on(first, second, tmp_path, good, monkeypatch, place):
+@pytest.mark.parametrize(
+    "place", ["_begin", "export_run", "_check", "_point", "write_json"]
+)
+def test_killed_anywhere_it_serves_what_loads_and_goes_on(
+    first, second, tmp_path, good, monkeypatch, place
+):
     good(first=2, second=1)
     publish_it(first, tmp_path)
 
@@ -255,7 +339,9 @@ def test_killed_anywhere_it_serves_what_loads_and_goes_on(first, second, tmp_pat
     assert not list((tmp_path / "versions").glob("*.partial"))
 
 
-def test_an_export_that_does_not_load_is_not_published(first, tmp_path, exported, monkeypatch):
+def test_an_export_that_does_not_load_is_not_published(
+    first, tmp_path, exported, monkeypatch
+):
     def broken(run, output, *others):
         shutil.copytree(exported, output)
         (output / "encoder.pt2").write_bytes(b"?")
@@ -270,10 +356,16 @@ def test_back_to_the_version_before_and_forth_again(first, second, tmp_path, goo
     good(first=2, second=1)
     publish_it(first, tmp_path)
     publish_it(second, tmp_path)
-    assert roll_back(tmp_path)["number"] == "0001" and serving(tmp_path) == str(first.folder)
-    with pytest.raises(InputError, match="there is no version before 0001: there are 0001, 0002"):
+    assert roll_back(tmp_path)["number"] == "0001" and serving(tmp_path) == str(
+        first.folder
+    )
+    with pytest.raises(
+        InputError, match="there is no version before 0001: there are 0001, 0002"
+    ):
         roll_back(tmp_path)
-    assert roll_back(tmp_path, "0002")["number"] == "0002" and serving(tmp_path) == str(second.folder)
+    assert roll_back(tmp_path, "0002")["number"] == "0002" and serving(tmp_path) == str(
+        second.folder
+    )
     with pytest.raises(InputError, match="there is no version 0009"):
         roll_back(tmp_path, "0009")
     file = tmp_path / "versions/0001/model/domain-0/items.npy"
@@ -287,7 +379,11 @@ def test_so_many_older_versions_stay(first, second, tmp_path, good):
     good(first=2, second=2)
     for run in (first, second, first, second):
         publish_it(run, tmp_path, keep=2)
-    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["0002", "0003", "0004"]
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == [
+        "0002",
+        "0003",
+        "0004",
+    ]
 
 
 def test_after_9999_versions_the_numbers_go_on(first, second, tmp_path, good):
@@ -298,12 +394,21 @@ def test_after_9999_versions_the_numbers_go_on(first, second, tmp_path, good):
         version = tmp_path / "versions" / new
         (tmp_path / "versions" / old).rename(version)
         edit_json(version / "version.json", number=new)
-    write_json(tmp_path / "current.json", {"version": "10000", "model": "versions/10000/model"})
+    write_json(
+        tmp_path / "current.json", {"version": "10000", "model": "versions/10000/model"}
+    )
     assert publish_it(first, tmp_path)["number"] == "10001"
-    assert roll_back(tmp_path)["number"] == "10000" and serving(tmp_path) == str(second.folder)
-    assert roll_back(tmp_path)["number"] == "9999" and serving(tmp_path) == str(first.folder)
+    assert roll_back(tmp_path)["number"] == "10000" and serving(tmp_path) == str(
+        second.folder
+    )
+    assert roll_back(tmp_path)["number"] == "9999" and serving(tmp_path) == str(
+        first.folder
+    )
     assert publish_it(second, tmp_path, keep=1)["number"] == "10002"
-    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["10001", "10002"]
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == [
+        "10001",
+        "10002",
+    ]
 
 
 def test_two_at_once_do_not_harm_each_other(first, tmp_path, quick):
@@ -319,7 +424,9 @@ def test_a_pointer_that_is_none_is_named(first, tmp_path, quick):
     (tmp_path / "current.json").write_text("{")
     with pytest.raises(InputError, match=r"current\.json: cannot be used .*--rollback"):
         publish_it(first, tmp_path)
-    assert roll_back(tmp_path, "0001")["number"] == "0001" and serving(tmp_path) == str(first.folder)
+    assert roll_back(tmp_path, "0001")["number"] == "0001" and serving(tmp_path) == str(
+        first.folder
+    )
 
 
 def test_a_candidate_that_is_damaged_changes_nothing(first, second, tmp_path, quick):

@@ -54,9 +54,13 @@ class Canaries:
         self.mark = folder / "mark"
         self.asked = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-        self.server.RequestHandlerClass = type("Handler", (BaseHTTPRequestHandler,), self._answers())
+        self.server.RequestHandlerClass = type(
+            "Handler", (BaseHTTPRequestHandler,), self._answers()
+        )
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, args=(0.01,), daemon=True
+        ).start()
         self.http = f"http://127.0.0.1:{self.server.server_port}"
         programs = folder / "programs"
         programs.mkdir()
@@ -140,7 +144,9 @@ def test_the_canaries_sing(tmp_path, canaries):
 
 def setting(key, value):
     def spoil(text, _):
-        lines = [line for line in text.splitlines(True) if not line.startswith(f"{key}:")]
+        lines = [
+            line for line in text.splitlines(True) if not line.startswith(f"{key}:")
+        ]
         assert len(lines) < len(text.splitlines())
         return "".join([*lines, f"{key}: {value}\n"])
 
@@ -159,24 +165,53 @@ def instead(content):
     return lambda *_: content
 
 
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+)
 RUNS = {
-    "a command": (data_of("pipe:touch {mark}; cat {data}/{{}}"), "pipe:.*give it as --data"),
-    "a command as a file": (data_of("file:pipe:touch {mark}; cat {data}/{{}}"), "is not a dataset folder"),
-    "a command in code": (data_of("file:%70ipe:touch {mark}; cat {data}/{{}}"), "is not a dataset folder"),
+    "a command": (
+        data_of("pipe:touch {mark}; cat {data}/{{}}"),
+        "pipe:.*give it as --data",
+    ),
+    "a command as a file": (
+        data_of("file:pipe:touch {mark}; cat {data}/{{}}"),
+        "is not a dataset folder",
+    ),
+    "a command in code": (
+        data_of("file:%70ipe:touch {mark}; cat {data}/{{}}"),
+        "is not a dataset folder",
+    ),
     "an address": (data_of("{http}"), "give it as --data"),
-    "an address with the environment": (data_of("{http}/${{oc.env:TRUST_SECRET}}"), r"data has \$"),
-    "a cloud's program": (data_of("gs://bucket/folder"), "gs://bucket/folder.*give it as --data"),
+    "an address with the environment": (
+        data_of("{http}/${{oc.env:TRUST_SECRET}}"),
+        r"data has \$",
+    ),
+    "a cloud's program": (
+        data_of("gs://bucket/folder"),
+        "gs://bucket/folder.*give it as --data",
+    ),
     "curl": (data_of("sftp://host/folder"), "give it as --data"),
-    "the environment in another key": (setting("warm_start", "${{oc.env:TRUST_SECRET}}"), r"warm_start has \$"),
+    "the environment in another key": (
+        setting("warm_start", "${{oc.env:TRUST_SECRET}}"),
+        r"warm_start has \$",
+    ),
     "the environment in a list": (
         setting("deepspeed", "{{a: [1, {{b: '${{oc.env:TRUST_SECRET}}'}}]}}"),
         r"deepspeed\.a\[1\]\.b has \$",
     ),
     "another resolver": (setting("run", "'${{oc.decode:x}}'"), r"run has \$"),
-    "an escaped backslash": (setting("run", "'a\\\\${{oc.env:TRUST_SECRET}}'"), r"run has \$"),
-    "a key": (setting("deepspeed", "{{'${{oc.env:TRUST_SECRET}}': 1}}"), "the key .* has"),
-    "a tag": (setting("warm_start", "!!python/object/apply:os.system ['touch {mark}']"), "tag"),
+    "an escaped backslash": (
+        setting("run", "'a\\\\${{oc.env:TRUST_SECRET}}'"),
+        r"run has \$",
+    ),
+    "a key": (
+        setting("deepspeed", "{{'${{oc.env:TRUST_SECRET}}': 1}}"),
+        "the key .* has",
+    ),
+    "a tag": (
+        setting("warm_start", "!!python/object/apply:os.system ['touch {mark}']"),
+        "tag",
+    ),
     "a tag of its own": (setting("warm_start", "!own x"), "has the tag !own"),
     "an alias bomb": (instead(BOMB), "line 1 has an anchor"),
     "an alias": (setting("deepspeed", "&a {{a: *a}}"), "has an anchor"),
@@ -199,7 +234,11 @@ def hostile(run, canaries, folder, case):
     file = other.folder / "config.yaml"
     spoil = RUNS[case][0](file.read_text(), None)
     if isinstance(spoil, str):
-        for word, value in {"mark": canaries.mark, "http": canaries.http, "data": run.dataset.folder}.items():
+        for word, value in {
+            "mark": canaries.mark,
+            "http": canaries.http,
+            "data": run.dataset.folder,
+        }.items():
             spoil = spoil.replace(f"{{{word}}}", str(value))
         spoil = spoil.replace("{{", "{").replace("}}", "}").encode()
     file.write_bytes(spoil)
@@ -218,7 +257,9 @@ def test_a_runs_configuration_starts_nothing(run, tmp_path, canaries, case):
 COMMANDS = {
     "evaluate": lambda run, ranks, out: rank_run(run, ranks),
     "export": lambda run, ranks, out: export_run(run, out, ranks, ExportConfig()),
-    "recommend": lambda run, ranks, out: recommend(run, out, ranks, RecommendConfig(), AskedConfig()),
+    "recommend": lambda run, ranks, out: recommend(
+        run, out, ranks, RecommendConfig(), AskedConfig()
+    ),
     "publish": lambda run, ranks, out: publish(run, out, ranks, PublishConfig()),
 }
 
@@ -237,7 +278,10 @@ def of_another_dataset(folder):
     seal(state.parent)
 
 
-@pytest.mark.parametrize("case", ["a command", "an address", "a cloud's program", "the environment in a list"])
+@pytest.mark.parametrize(
+    "case",
+    ["a command", "an address", "a cloud's program", "the environment in a list"],
+)
 def test_neither_where_a_run_begins_with_another(run, tmp_path, canaries, case):
     folder = hostile(run, canaries, tmp_path, case)
     of_another_dataset(folder)
@@ -245,17 +289,23 @@ def test_neither_where_a_run_begins_with_another(run, tmp_path, canaries, case):
     said = said_of(find_warm_start, config, run.dataset, run.ranks)
     assert str(folder) in said
     canaries.check(said)
-    said = said_of(rank_run, folder, run.ranks, "test", run.dataset.folder)  # its model on another dataset
+    said = said_of(
+        rank_run, folder, run.ranks, "test", run.dataset.folder
+    )  # its model on another dataset
     canaries.check(said)
 
 
 def test_an_address_is_taken_from_who_gives_it(run, tmp_path, canaries):
     folder = hostile(run, canaries, tmp_path, "a command")
     config, dataset = open_run(folder, f"pipe:cat {run.dataset.folder}/{{}}")
-    assert dataset.fingerprint == run.dataset.fingerprint and config.data.startswith("pipe:cat ")
+    assert dataset.fingerprint == run.dataset.fingerprint and config.data.startswith(
+        "pipe:cat "
+    )
 
 
-def test_deepspeeds_section_of_a_run_reaches_no_engine(run, tmp_path, canaries, monkeypatch):
+def test_deepspeeds_section_of_a_run_reaches_no_engine(
+    run, tmp_path, canaries, monkeypatch
+):
     other = run.copied(tmp_path / "other")
     section = {"flops_profiler": {"enabled": True, "output_file": str(canaries.mark)}}
     section |= {"csv_monitor": {"enabled": True, "output_path": str(canaries.mark)}}
@@ -287,9 +337,16 @@ def test_what_is_resolved_is_kept_resolved(tmp_path, monkeypatch):
 
 def test_a_command_is_not_kept(monkeypatch):
     monkeypatch.setenv("TRUST_SECRET", SECRET)
-    config = load_config([], ["data=pipe:curl -H 'Authorization: ${oc.env:TRUST_SECRET}' https://host/{}"])
+    config = load_config(
+        [],
+        ["data=pipe:curl -H 'Authorization: ${oc.env:TRUST_SECRET}' https://host/{}"],
+    )
     assert SECRET in config.data
-    assert SECRET not in to_yaml(config) and SECRET not in str(flat(config)) and "pipe:…" in to_yaml(config)
+    assert (
+        SECRET not in to_yaml(config)
+        and SECRET not in str(flat(config))
+        and "pipe:…" in to_yaml(config)
+    )
 
 
 # A dataset
@@ -298,7 +355,10 @@ def test_a_command_is_not_kept(monkeypatch):
 def renamed(name):
     def spoil(folder, facts, canaries):
         domain = facts["domains"][0]
-        before, domain["vocabulary"] = domain["vocabulary"], name.format(http=canaries.http, mark=canaries.mark)
+        before, domain["vocabulary"] = (
+            domain["vocabulary"],
+            name.format(http=canaries.http, mark=canaries.mark),
+        )
         for file in facts["files"]:
             if file["name"] == before:
                 file["name"] = domain["vocabulary"]
@@ -335,7 +395,10 @@ DATASETS = {
     "names of one of some": (renamed("vocabulary/[0].parquet"), "is no name of a file"),
     "a line's end": (renamed("vocabulary/0\n.parquet"), "is no name of a file"),
     "an address for a name": (renamed("{http}/0.parquet"), None),
-    "SQL for a name": (renamed("vocabulary/x') , (COPY (SELECT 1) TO '{mark}').parquet"), None),
+    "SQL for a name": (
+        renamed("vocabulary/x') , (COPY (SELECT 1) TO '{mark}').parquet"),
+        None,
+    ),
     "pickled lengths": (pickled_lengths, "cannot be read"),
     "a pickled type": (extension_type, None),
 }
@@ -350,14 +413,21 @@ def test_a_dataset_starts_nothing(run, tmp_path, canaries, case):
     spoil(folder, facts, canaries)
     for file in facts["files"]:
         if (folder / file["name"]).is_file():
-            file |= {key: value for key, value in vars(File.of(folder, file["name"])).items()}
+            file |= {
+                key: value for key, value in vars(File.of(folder, file["name"])).items()
+            }
     (folder / "dataset.json").write_text(json.dumps(facts))
 
     def read():
         dataset = Dataset.load(folder)
         assert dataset.lengths.shape == (20, 2)
-        assert len(item_ids(dataset, dataset.domains[0])) == 5 and item_counts(dataset).sum() > 0
-        return rank_run(run.folder, run.ranks, data=folder, output=tmp_path / "ranks.parquet")
+        assert (
+            len(item_ids(dataset, dataset.domains[0])) == 5
+            and item_counts(dataset).sum() > 0
+        )
+        return rank_run(
+            run.folder, run.ranks, data=folder, output=tmp_path / "ranks.parquet"
+        )
 
     if message is None:
         assert read()["kind"] == "test"
@@ -375,7 +445,9 @@ def test_an_extension_that_is_none_is_named(run, tmp_path, facts):
     (folder / "extension" / "extension.json").write_text(facts.replace("%s", "0" * 64))
     other = run.copied(tmp_path / "other")
     of_another_dataset(other.folder)
-    assert "extension: cannot be used" in said_of(rank_run, other.folder, run.ranks, "test", folder)
+    assert "extension: cannot be used" in said_of(
+        rank_run, other.folder, run.ranks, "test", folder
+    )
 
 
 def test_duckdb_fetches_no_extension(canaries):
@@ -400,11 +472,18 @@ class Archive:
     def __init__(self, file):
         with zipfile.ZipFile(file) as archive:
             self.root = archive.namelist()[0].partition("/")[0]
-            self.members = {info.filename.partition("/")[2]: archive.read(info) for info in archive.infolist()}
+            self.members = {
+                info.filename.partition("/")[2]: archive.read(info)
+                for info in archive.infolist()
+            }
         self.more, self.compression = [], zipfile.ZIP_STORED
         self.model = json.loads(self.members["models/model.json"])
-        self.weights = json.loads(self.members["data/weights/model_weights_config.json"])
-        self.constants = json.loads(self.members["data/constants/model_constants_config.json"])
+        self.weights = json.loads(
+            self.members["data/weights/model_weights_config.json"]
+        )
+        self.constants = json.loads(
+            self.members["data/constants/model_constants_config.json"]
+        )
 
     @property
     def graph(self):
@@ -412,12 +491,19 @@ class Archive:
 
     def node(self, name):
         """The first node of an operator."""
-        return next(node for node in self.graph["nodes"] if f"aten.{name}." in node["target"])
+        return next(
+            node for node in self.graph["nodes"] if f"aten.{name}." in node["target"]
+        )
 
     def write(self, file):
-        own = {"models/model.json": self.model, "data/weights/model_weights_config.json": self.weights}
+        own = {
+            "models/model.json": self.model,
+            "data/weights/model_weights_config.json": self.weights,
+        }
         own["data/constants/model_constants_config.json"] = self.constants
-        members = self.members | {name: json.dumps(value).encode() for name, value in own.items()}
+        members = self.members | {
+            name: json.dumps(value).encode() for name, value in own.items()
+        }
         with zipfile.ZipFile(file, "w", self.compression) as archive:
             for name, content in [*members.items(), *self.more]:
                 archive.writestr(f"{self.root}/{name}", content)
@@ -445,7 +531,12 @@ def sample_inputs(archive, mark):
 
 def constant(path, content):
     def spoil(archive, mark):
-        payload = {"path_name": path, "is_param": False, "use_pickle": True, "tensor_meta": None}
+        payload = {
+            "path_name": path,
+            "is_param": False,
+            "use_pickle": True,
+            "tensor_meta": None,
+        }
         archive.constants["config"]["constant"] = payload
         archive.members[f"data/constants/{path}"] = content(mark)
 
@@ -465,7 +556,9 @@ def member_twice(archive, mark):
 
 def member_above(archive, mark):
     archive.root = "../../root"
-    archive.members = {f"../{name}": content for name, content in archive.members.items()}
+    archive.members = {
+        f"../{name}": content for name, content in archive.members.items()
+    }
 
 
 def compressed(archive, mark):
@@ -488,7 +581,9 @@ def attribute_in_expression(archive, mark):
 
 
 def condition(archive, mark):
-    archive.model["guards_code"] = [f"(__import__('os').system('touch {mark}') or True)"]
+    archive.model["guards_code"] = [
+        f"(__import__('os').system('touch {mark}') or True)"
+    ]
 
 
 def function(archive, mark):
@@ -521,7 +616,9 @@ def tree(**spec):
 
 
 def named_function(archive, mark):
-    archive.node("clamp")["inputs"].append({"name": "f", "arg": {"as_operator": "torch.os.system"}, "kind": 2})
+    archive.node("clamp")["inputs"].append(
+        {"name": "f", "arg": {"as_operator": "torch.os.system"}, "kind": 2}
+    )
 
 
 def larger_than_it_is(archive, mark):
@@ -531,18 +628,31 @@ def larger_than_it_is(archive, mark):
 
 
 def cut_short(archive, mark):
-    archive.members = {name: content for name, content in archive.members.items() if "byteorder" not in name}
+    archive.members = {
+        name: content
+        for name, content in archive.members.items()
+        if "byteorder" not in name
+    }
     del archive.weights["config"]
 
 
-FACTORY = json.dumps({"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []})
+FACTORY = json.dumps(
+    {
+        "default_factory_module": "antigravity",
+        "default_factory_name": "x",
+        "dict_context": [],
+    }
+)
 ENUM = json.dumps({"__enum__": True, "fqn": "antigravity:x", "name": "y"})
 ENCODERS = {
     "a pickled weight": (pickled_weight, "use_pickle"),
     "pickled weights of an old format": (old_weights, "model.pt"),
     "pickled sample inputs": (sample_inputs, "sample inputs"),
     "a pickled tensor": (constant("tensor_0", planted), "use_pickle"),
-    "an opaque object": (constant("opaque_obj_0", lambda mark: pickle.dumps(Planted(mark))), "opaque_obj_0"),
+    "an opaque object": (
+        constant("opaque_obj_0", lambda mark: pickle.dumps(Planted(mark))),
+        "opaque_obj_0",
+    ),
     "an object of TorchScript's": (constant("custom_obj_0", planted), "custom_obj_0"),
     "a compiled library": (member("data/aotinductor/model/model.so"), "aotinductor"),
     "ExecuTorch": (member("data/executorch/model.pte"), "executorch"),
@@ -556,12 +666,27 @@ ENCODERS = {
     "code for a condition": (condition, None),
     "a function of Python's": (function, "torch.os.system"),
     "a function as an argument": (named_function, "as_operator"),
-    "an operator that maps files": (operator("torch.ops.aten.from_file.default"), "from_file"),
-    "an operator of another library": (operator("torch.ops.fbgemm.x.default"), "fbgemm"),
-    "an operator of operators": (operator("torch.ops.higher_order.cond"), "higher_order"),
+    "an operator that maps files": (
+        operator("torch.ops.aten.from_file.default"),
+        "from_file",
+    ),
+    "an operator of another library": (
+        operator("torch.ops.fbgemm.x.default"),
+        "fbgemm",
+    ),
+    "an operator of operators": (
+        operator("torch.ops.higher_order.cond"),
+        "higher_order",
+    ),
     "code for a name": (name_that_is_code, "name is"),
-    "a tree that imports": (tree(type="collections.defaultdict", context=FACTORY, children_spec=[]), "in_spec"),
-    "a tree of choices": (tree(type="builtins.dict", context=ENUM, children_spec=[]), "in_spec"),
+    "a tree that imports": (
+        tree(type="collections.defaultdict", context=FACTORY, children_spec=[]),
+        "in_spec",
+    ),
+    "a tree of choices": (
+        tree(type="builtins.dict", context=ENUM, children_spec=[]),
+        "in_spec",
+    ),
     "a tensor larger than it is": (larger_than_it_is, "larger than it is"),
     "no weights": (cut_short, "has no 'config'"),
     "no archive": (None, "no whole archive"),
@@ -591,24 +716,41 @@ def published(folder, model, **changes):
     version.parent.mkdir(parents=True)
     version.mkdir()
     shutil.copytree(model, version / "model")
-    record = {"number": "0001", "run": "/gone", "dataset": "", "best": {}, "domains": {}} | changes
+    record = {
+        "number": "0001",
+        "run": "/gone",
+        "dataset": "",
+        "best": {},
+        "domains": {},
+    } | changes
     (version / "version.json").write_text(json.dumps(record))
-    (folder / "current.json").write_text(json.dumps({"version": "0001", "model": "versions/0001/model"}))
+    (folder / "current.json").write_text(
+        json.dumps({"version": "0001", "model": "versions/0001/model"})
+    )
     return folder
 
 
 @pytest.mark.parametrize("case", ENCODERS)
-def test_an_encoder_is_tensors_and_operations_or_is_not_loaded(exported, tmp_path, canaries, case):
+def test_an_encoder_is_tensors_and_operations_or_is_not_loaded(
+    exported, tmp_path, canaries, case
+):
     message = ENCODERS[case][1]
     model = spoiled(exported, tmp_path / "model", case, canaries.mark)
     if message is None:
         encoder = load_encoder(model / "encoder.pt2")
         now = torch.zeros(1, dtype=torch.float64)
-        encoder(torch.zeros(1, 1, 8), torch.tensor([1]), torch.zeros(1, 1, dtype=torch.float64), now)
+        encoder(
+            torch.zeros(1, 1, 8),
+            torch.tensor([1]),
+            torch.zeros(1, 1, dtype=torch.float64),
+            now,
+        )
         return
     with pytest.raises(ValueError, match=message) as error:
         load_encoder(model / "encoder.pt2")
-    assert str(error.value).isprintable() and str(model / "encoder.pt2") in str(error.value)
+    assert str(error.value).isprintable() and str(model / "encoder.pt2") in str(
+        error.value
+    )
     canaries.check()
     folder = published(tmp_path / "published", model)
     assert "does not load" in said_of(roll_back, folder, "0001")
@@ -617,17 +759,24 @@ def test_an_encoder_is_tensors_and_operations_or_is_not_loaded(exported, tmp_pat
 
 @pytest.mark.parametrize("case", ["a pickled weight", "code for an expression"])
 def test_so_is_a_domains_own(exported, tmp_path, canaries, case):
-    model = spoiled(exported, tmp_path / "model", case, canaries.mark, "domain-1/encoder.pt2")
+    model = spoiled(
+        exported, tmp_path / "model", case, canaries.mark, "domain-1/encoder.pt2"
+    )
     folder = published(tmp_path / "published", model)
     assert "domain-1/encoder.pt2" in said_of(roll_back, folder, "0001")
     canaries.check()
 
 
 def test_what_was_exported_is_published_as_ever(exported, tmp_path):
-    archive = Archive(exported / "encoder.pt2")  # written by another hand, with nothing changed
+    archive = Archive(
+        exported / "encoder.pt2"
+    )  # written by another hand, with nothing changed
     archive.write(tmp_path / "encoder.pt2")
     load_encoder(tmp_path / "encoder.pt2")
-    assert roll_back(published(tmp_path / "published", exported), "0001")["number"] == "0001"
+    assert (
+        roll_back(published(tmp_path / "published", exported), "0001")["number"]
+        == "0001"
+    )
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "domain-0/../../x"])
@@ -647,13 +796,26 @@ def test_the_current_version_is_one_of_them(exported, tmp_path, version):
     assert "is no version's number" in said_of(current_version, folder)
 
 
-@pytest.mark.parametrize("changes", [{"run": 3}, {"number": "../x"}, {"domains": {"a": 1}}, {"domains": []}, {"run": "a\nb"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run": 3},
+        {"number": "../x"},
+        {"domains": {"a": 1}},
+        {"domains": []},
+        {"run": "a\nb"},
+    ],
+)
 def test_a_versions_record_is_one(exported, tmp_path, changes):
     folder = published(tmp_path / "published", exported, **changes)
-    assert "version" in said_of(current_version, folder) and "version" in said_of(roll_back, folder, "0001")
+    assert "version" in said_of(current_version, folder) and "version" in said_of(
+        roll_back, folder, "0001"
+    )
 
 
-def test_the_run_that_a_version_names_is_trusted_no_more_than_others(run, exported, tmp_path, canaries):
+def test_the_run_that_a_version_names_is_trusted_no_more_than_others(
+    run, exported, tmp_path, canaries
+):
     folder = hostile(run, canaries, tmp_path, "the environment in another key")
     where = published(tmp_path / "published", exported, run=str(folder))
     canaries.check(said_of(publish, run.folder, where, run.ranks, PublishConfig()))
@@ -677,11 +839,31 @@ def test_domains_of_an_exported_model_lie_in_it(exported, tmp_path, name):
 
 
 RECORDS = {
-    "a day that is another folder": ("retrain.json", {"name": "../../precious"}, "is not this day's"),
-    "a plan that extends another": ("plan.json", {"extends": "../../precious/dataset"}, "extends is"),
-    "a plan that extends an option": ("plan.json", {"extends": "/precious"}, "extends is"),
-    "a plan with the environment": ("plan.json", {"warm_start": "${oc.env:TRUST_SECRET}"}, "warm_start is"),
-    "a plan that compares another": ("plan.json", {"before": "../precious"}, "before is"),
+    "a day that is another folder": (
+        "retrain.json",
+        {"name": "../../precious"},
+        "is not this day's",
+    ),
+    "a plan that extends another": (
+        "plan.json",
+        {"extends": "../../precious/dataset"},
+        "extends is",
+    ),
+    "a plan that extends an option": (
+        "plan.json",
+        {"extends": "/precious"},
+        "extends is",
+    ),
+    "a plan with the environment": (
+        "plan.json",
+        {"warm_start": "${oc.env:TRUST_SECRET}"},
+        "warm_start is",
+    ),
+    "a plan that compares another": (
+        "plan.json",
+        {"before": "../precious"},
+        "before is",
+    ),
 }
 
 
@@ -693,9 +875,18 @@ def test_records_of_a_retraining_lead_nowhere_else(tmp_path, canaries, case):
         (tmp_path / "precious" / part).mkdir(parents=True)
     day = folder / "days" / "1"
     day.mkdir(parents=True)
-    plan = {"name": "1", "number": 1, "input": ["log"], "extends": None, "warm_start": None, "before": None}
+    plan = {
+        "name": "1",
+        "number": 1,
+        "input": ["log"],
+        "extends": None,
+        "warm_start": None,
+        "before": None,
+    }
     result = {"name": "1", "number": 1, "published": None}
-    (day / "plan.json").write_text(json.dumps(plan | (changes if file == "plan.json" else {})))
+    (day / "plan.json").write_text(
+        json.dumps(plan | (changes if file == "plan.json" else {}))
+    )
     if file == "retrain.json":
         (day / "retrain.json").write_text(json.dumps(result | changes))
     name = "2" if file == "retrain.json" else "1"
@@ -703,7 +894,9 @@ def test_records_of_a_retraining_lead_nowhere_else(tmp_path, canaries, case):
     said = said_of(retrain, config, HELPERS.joinpath("fake_retrain"))
     assert message in said
     canaries.check(said)
-    assert (tmp_path / "precious" / "run").is_dir() and not (folder / "calls.txt").exists()
+    assert (tmp_path / "precious" / "run").is_dir() and not (
+        folder / "calls.txt"
+    ).exists()
 
 
 # As processes
@@ -711,14 +904,24 @@ def test_records_of_a_retraining_lead_nowhere_else(tmp_path, canaries, case):
 
 def status_of(*command):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     return done.returncode, done.stderr.strip().splitlines()
 
 
 def test_commands_start_nothing_either(run, exported, tmp_path, canaries):
     folder = hostile(run, canaries, tmp_path, "an address with the environment")
     status, lines = status_of(ROOT / "launch/evaluate.py", "--run", folder)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and "data has ${…}" in lines[0]
+    assert (
+        status == 2
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and "data has ${…}" in lines[0]
+    )
     model = spoiled(exported, tmp_path / "model", "a pickled weight", canaries.mark)
     status, lines = status_of(model / "example.py", "domain 0", "3")
     assert status != 0 and "use_pickle" in lines[-1]

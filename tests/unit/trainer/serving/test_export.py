@@ -75,24 +75,47 @@ def bare(tmp_path_factory):
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # needed on another system, or by an extra
-        for top in {Path(file).parts[0] for file in package.files if Path(file).parts[0] not in ("..", "__pycache__")}:
+        for top in {
+            Path(file).parts[0]
+            for file in package.files
+            if Path(file).parts[0] not in ("..", "__pycache__")
+        }:
             if not (site / top).exists():
                 (site / top).symlink_to(package.locate_file(top))
         needs = [need for need in package.requires or () if "extra ==" not in need]
-        wanted += [need.replace("[", " ").replace(";", " ").split()[0].rstrip("<>=!~0123456789.,") for need in needs]
+        wanted += [
+            need.replace("[", " ")
+            .replace(";", " ")
+            .split()[0]
+            .rstrip("<>=!~0123456789.,")
+            for need in needs
+        ]
     return root / "bin" / "python"
 
 
 def answers(python, folder, asked):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PYTHON")
+    }
     command = [python, "-c", PROBE, folder]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=environment, cwd=folder)
+    done = subprocess.run(
+        command,
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def ids_of(dataset, number):
-    rows = pq.read_table(dataset.local(dataset.domains[number].vocabulary)).sort_by("row")
+    rows = pq.read_table(dataset.local(dataset.domains[number].vocabulary)).sort_by(
+        "row"
+    )
     return rows["item_id"].to_pylist()
 
 
@@ -105,19 +128,41 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
     for length in (0, 1, 2, 7, 8, 9, 30):  # max_length is 8
         numbers = generator.integers(0, len(names), length)
         events = [(int(d), int(generator.integers(0, len(ids[d])))) for d in numbers]
-        rows = np.array([dataset.domains[d].start + place for d, place in events], np.int64)
-        ticks, now = np.sort(generator.choice([0, 3, 4, 60_000], length)), 61_000  # times are ticks here
-        given = rows, ticks, np.array([length]), np.array([now]), config.model.max_length, np.zeros(0, np.int64), True
+        rows = np.array(
+            [dataset.domains[d].start + place for d, place in events], np.int64
+        )
+        ticks, now = (
+            np.sort(generator.choice([0, 3, 4, 60_000], length)),
+            61_000,
+        )  # times are ticks here
+        given = (
+            rows,
+            ticks,
+            np.array([length]),
+            np.array([now]),
+            config.model.max_length,
+            np.zeros(0, np.int64),
+            True,
+        )
         query = query_of(dataset, *given)
         with torch.no_grad():
             y_DR = model(query, table[query.ids])[0]
         for number, domain in enumerate(dataset.domains):
-            scores = (table[domain.start : domain.start + domain.items] @ y_DR[number]).numpy()
-            left = [place for place in range(domain.items) if (number, place) not in events]
+            scores = (
+                table[domain.start : domain.start + domain.items] @ y_DR[number]
+            ).numpy()
+            left = [
+                place for place in range(domain.items) if (number, place) not in events
+            ]
             best = sorted(left, key=lambda place: -scores[place])
-            history = [(int(tick), names[d], str(ids[d][place])) for tick, (d, place) in zip(ticks, events, strict=True)]
+            history = [
+                (int(tick), names[d], str(ids[d][place]))
+                for tick, (d, place) in zip(ticks, events, strict=True)
+            ]
             asked.append((history, names[number], 1000, now))
-            expected.append([(str(ids[number][place]), float(scores[place])) for place in best])
+            expected.append(
+                [(str(ids[number][place]), float(scores[place])) for place in best]
+            )
     for found, wanted in zip(answers(bare, folder, asked), expected, strict=True):
         assert dict(map(tuple, found)) == pytest.approx(dict(wanted), abs=1e-5)
         scores = [score for _, score in found]
@@ -127,9 +172,21 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
 def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
     dataset = loaded[1]
     name, item = dataset.domains[0].name, str(ids_of(dataset, 0)[2])
-    unknown = [(1, name, "no such item"), (2, "no such domain", item), (3, name, item), (4, name, "")]
+    unknown = [
+        (1, name, "no such item"),
+        (2, "no such domain", item),
+        (3, name, item),
+        (4, name, ""),
+    ]
     with_unknown, without, new, nobody = answers(
-        bare, folder, [(unknown, name, 3), ([(3, name, item)], name, 3), ([], name, 3), ([(5, "?", "?")], name, 3)]
+        bare,
+        folder,
+        [
+            (unknown, name, 3),
+            ([(3, name, item)], name, 3),
+            ([], name, 3),
+            ([(5, "?", "?")], name, 3),
+        ],
     )
     assert with_unknown == without and item not in [found for found, _ in without]
     assert new == nobody and len(new) == 3
@@ -139,7 +196,11 @@ def test_the_example_is_a_command(folder, loaded):
     name, items = loaded[1].domains[1].name, loaded[1].domains[1].items
 
     def run(*arguments):
-        return subprocess.run([sys.executable, folder / "example.py", *arguments], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, folder / "example.py", *arguments],
+            capture_output=True,
+            text=True,
+        )
 
     lines = run(name, "99").stdout.splitlines()
     known = ids_of(loaded[1], 1)[0]
@@ -151,12 +212,20 @@ def test_the_example_is_a_command(folder, loaded):
 def test_vectors_and_ids_are_the_tables_and_the_vocabularys(folder, loaded):
     _, dataset, _, table = loaded
     schema = json.loads((folder / "schema.json").read_text())
-    there = {path.name for path in folder.iterdir()} - {"__pycache__"}  # another test imports example.py
+    there = {path.name for path in folder.iterdir()} - {
+        "__pycache__"
+    }  # another test imports example.py
     assert there == {"schema.json", "encoder.pt2", "example.py", "domain-0", "domain-1"}
     for domain, facts in zip(dataset.domains, schema["domains"], strict=True):
-        assert (facts["name"], facts["items"], facts["id_type"]) == (domain.name, domain.items, "string")
+        assert (facts["name"], facts["items"], facts["id_type"]) == (
+            domain.name,
+            domain.items,
+            "string",
+        )
         items = np.load(folder / facts["folder"] / "items.npy")
-        np.testing.assert_array_equal(items, table[domain.start : domain.start + domain.items])
+        np.testing.assert_array_equal(
+            items, table[domain.start : domain.start + domain.items]
+        )
     for name, facts in schema["files"].items():
         assert File(name, **facts) == File.of(folder, name)
 
@@ -175,12 +244,16 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.export, "save", full)
-    with pytest.raises(InputError, match=r"\.out\.partial cannot be written \(No space left"):
+    with pytest.raises(
+        InputError, match=r"\.out\.partial cannot be written \(No space left"
+    ):
         export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig())
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("room", [100, 20_000])  # of the item vectors, of the encoder: bytes of a file
+@pytest.mark.parametrize(
+    "room", [100, 20_000]
+)  # of the item vectors, of the encoder: bytes of a file
 def test_a_disk_that_is_full_leaves_nothing(run, tmp_path, room):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -201,8 +274,12 @@ def test_an_output_that_is_there_stays_as_it_is(run, tmp_path):
 
 def test_what_has_no_exported_form_is_refused_at_once(run, tmp_path):
     settings = (run.folder / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(settings.replace("encoder: transformer", "encoder: gru"))
-    with pytest.raises(InputError, match=r"model\.encoder is gru: only transformer can be exported"):
+    (tmp_path / "config.yaml").write_text(
+        settings.replace("encoder: transformer", "encoder: gru")
+    )
+    with pytest.raises(
+        InputError, match=r"model\.encoder is gru: only transformer can be exported"
+    ):
         export_run(tmp_path, tmp_path / "out", run.ranks, ExportConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -212,7 +289,9 @@ def test_types_other_than_fp32_and_fp16_are_refused():
         ExportConfig("int8")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="FAISS is here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("faiss") is not None, reason="FAISS is here"
+)
 def test_an_index_without_faiss_is_refused_at_once():
     with pytest.raises(InputError, match="pip install"):
         ExportConfig(faiss="Flat")
@@ -223,7 +302,12 @@ def test_an_index_finds_the_items_with_the_greatest_scores(run, loaded, tmp_path
     export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig(faiss="Flat"))
     items = np.load(tmp_path / "out" / "domain-0" / "items.npy")
     index = faiss.read_index(str(tmp_path / "out" / "domain-0" / "index.faiss"))
-    user = np.random.default_rng(0).standard_normal((1, items.shape[1])).astype(np.float32)
-    assert index.search(user, 3)[1][0].tolist() == np.argsort(-(items @ user[0]))[:3].tolist()
+    user = (
+        np.random.default_rng(0).standard_normal((1, items.shape[1])).astype(np.float32)
+    )
+    assert (
+        index.search(user, 3)[1][0].tolist()
+        == np.argsort(-(items @ user[0]))[:3].tolist()
+    )
     with pytest.raises(InputError, match="knows no such index"):
         ExportConfig(faiss="Nonsense7")

@@ -40,8 +40,21 @@ def score(run):
 
     @torch.no_grad()
     def of(history, ticks):
-        items, lengths, now = np.array(history, np.int64), np.array([len(history)]), np.array([TICKS])
-        query = query_of(dataset, items, np.array(ticks, np.int64), lengths, now, 8, np.zeros(0, np.int64), True)
+        items, lengths, now = (
+            np.array(history, np.int64),
+            np.array([len(history)]),
+            np.array([TICKS]),
+        )
+        query = query_of(
+            dataset,
+            items,
+            np.array(ticks, np.int64),
+            lengths,
+            now,
+            8,
+            np.zeros(0, np.int64),
+            True,
+        )
         y_DR = model(query, table(query.ids))[0].double().numpy()
         return (vectors * y_DR[dataset.domain_of(np.arange(len(vectors)))]).sum(1)
 
@@ -49,7 +62,14 @@ def score(run):
 
 
 def made(run, output, asked=None, fresh=False, **options):
-    return recommend(run.folder, output, run.ranks, RecommendConfig(**options), asked or AskedConfig(), fresh=fresh)
+    return recommend(
+        run.folder,
+        output,
+        run.ranks,
+        RecommendConfig(**options),
+        asked or AskedConfig(),
+        fresh=fresh,
+    )
 
 
 def found(output, part_users):
@@ -58,7 +78,12 @@ def found(output, part_users):
     for file in sorted(output.glob("domain=*/part-*.parquet")):
         table = pq.ParquetFile(file).read()
         assert table.schema.names == ["user_id", "history", "rank", "item_id", "score"]
-        assert table.schema.types[1:] == [pa.int32(), pa.int32(), pa.string(), pa.float32()]
+        assert table.schema.types[1:] == [
+            pa.int32(),
+            pa.int32(),
+            pa.string(),
+            pa.float32(),
+        ]
         own = {}
         for row in table.to_pylist():
             key = row["user_id"], file.parent.name.removeprefix("domain=")
@@ -79,52 +104,98 @@ def expected(score, history, ticks, domain, k, keep_seen):
     scores = score(history, ticks)
     best = sorted(rows, key=lambda row: (-np.float32(scores[row]), row))[:k]
     first = DOMAINS[domain][0]
-    return [(rank, f"d{domain[-1]}-{row - first}", pytest.approx(scores[row], abs=1e-6)) for rank, row in enumerate(best, 1)]
+    return [
+        (rank, f"d{domain[-1]}-{row - first}", pytest.approx(scores[row], abs=1e-6))
+        for rank, row in enumerate(best, 1)
+    ]
 
 
-SOME = [{"k": 2}, {"k": 50}, {"k": 50, "keep_seen": True, "batch_size": 3}, {"k": 1, "domains": ("domain 1",)}]
+SOME = [
+    {"k": 2},
+    {"k": 50},
+    {"k": 50, "keep_seen": True, "batch_size": 3},
+    {"k": 1, "domains": ("domain 1",)},
+]
 
 
 @pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("part_users", [7, 100])
-def test_every_user_gets_the_best_items_that_are_left(run, score, tmp_path, options, part_users):
+def test_every_user_gets_the_best_items_that_are_left(
+    run, score, tmp_path, options, part_users
+):
     record = made(run, tmp_path / "out", AskedConfig(part_users=part_users), **options)
     recommended, lengths = found(tmp_path / "out", part_users)
     names = options.get("domains", tuple(DOMAINS))
     histories = {f"u{user}": history_of(run, user) for user in range(20)}
     assert lengths.keys() == histories.keys()
-    for (user, history), ticks in zip(histories.items(), draw_ticks(histories.values()), strict=True):
+    for (user, history), ticks in zip(
+        histories.items(), draw_ticks(histories.values()), strict=True
+    ):
         assert lengths[user] == len(history)
         for domain in names:
-            wanted = expected(score, history, ticks, domain, options["k"], options.get("keep_seen", False))
+            wanted = expected(
+                score,
+                history,
+                ticks,
+                domain,
+                options["k"],
+                options.get("keep_seen", False),
+            )
             assert recommended.pop((user, domain), []) == wanted
     assert not recommended
     assert record == json.loads((tmp_path / "out" / "recommend.json").read_text())
     assert record["users"] == 20 and record["rows"].keys() == set(names)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"recommend.json", *(f"domain={name}" for name in names)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "recommend.json",
+        *(f"domain={name}" for name in names),
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_users_that_training_never_saw_and_those_without_history(run, score, tmp_path):
-    rows = [("new", "d0-1", "domain 0", 1), ("new", "d1-3", "domain 1", 2), ("new", "?", "domain 1", 3)]
+    rows = [
+        ("new", "d0-1", "domain 0", 1),
+        ("new", "d1-3", "domain 1", 2),
+        ("new", "?", "domain 1", 3),
+    ]
     rows.append(("odd", "d0-1", "?", 1))
-    columns = dict(zip(("user_id", "item_id", "domain", "timestamp"), zip(*rows, strict=True), strict=True))
+    columns = dict(
+        zip(
+            ("user_id", "item_id", "domain", "timestamp"),
+            zip(*rows, strict=True),
+            strict=True,
+        )
+    )
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")
-    pq.write_table(pa.table({"user_id": ["new", "odd", "given"]}), tmp_path / "users.parquet")
-    asked = AskedConfig(inputs=(str(tmp_path / "log.parquet"),), users=str(tmp_path / "users.parquet"))
+    pq.write_table(
+        pa.table({"user_id": ["new", "odd", "given"]}), tmp_path / "users.parquet"
+    )
+    asked = AskedConfig(
+        inputs=(str(tmp_path / "log.parquet"),), users=str(tmp_path / "users.parquet")
+    )
     record = made(run, tmp_path / "out", asked, k=3)
     recommended, lengths = found(tmp_path / "out", 100)
     assert lengths == {"given": 0, "new": 2, "odd": 0}
     for domain in DOMAINS:
-        assert recommended["new", domain] == expected(score, [1, 11], [1, 2], domain, 3, False)
+        assert recommended["new", domain] == expected(
+            score, [1, 11], [1, 2], domain, 3, False
+        )
         assert recommended["odd", domain] == expected(score, [], [], domain, 3, False)
         assert recommended["given", domain] == expected(score, [], [], domain, 3, False)
-    counts = {"users": 3, "without_history": 2, "unknown_domain": 1, "unknown_item": 1, "unread": 0}
+    counts = {
+        "users": 3,
+        "without_history": 2,
+        "unknown_domain": 1,
+        "unknown_item": 1,
+        "unread": 0,
+    }
     assert record.items() >= counts.items()
 
 
 def test_numbers_stay_numbers(run, tmp_path):
-    pq.write_table(pa.table({"user_id": pa.array([5, 70], pa.int16())}), tmp_path / "users.parquet")
+    pq.write_table(
+        pa.table({"user_id": pa.array([5, 70], pa.int16())}), tmp_path / "users.parquet"
+    )
     made(run, tmp_path / "out", AskedConfig(users=str(tmp_path / "users.parquet")), k=1)
     (file,) = (tmp_path / "out" / "domain=domain 1").iterdir()
     assert pq.read_schema(file).field("user_id").type == pa.int64()
@@ -132,14 +203,28 @@ def test_numbers_stay_numbers(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "batch_size", "part_users", "together"),
-    [(1, 512, 7, 1), (64, 512, 65536, 1), (128, 512, 65536, 1), (129, 512, 65536, 2), (512, 512, 65536, 4), (3, 512, 90, 3)],
+    [
+        (1, 512, 7, 1),
+        (64, 512, 65536, 1),
+        (128, 512, 65536, 1),
+        (129, 512, 65536, 2),
+        (512, 512, 65536, 4),
+        (3, 512, 90, 3),
+    ],
 )
 def test_no_rank_is_without_users(ranks, batch_size, part_users, together):
     """As many parts are scored at once as give each rank a step of them."""
-    scorer = SimpleNamespace(config=RecommendConfig(batch_size=batch_size), ranks=SimpleNamespace(world_size=ranks))
-    groups = trainer.serving.recommend._Scorer.groups(scorer, list(range(9)), part_users)
+    scorer = SimpleNamespace(
+        config=RecommendConfig(batch_size=batch_size),
+        ranks=SimpleNamespace(world_size=ranks),
+    )
+    groups = trainer.serving.recommend._Scorer.groups(
+        scorer, list(range(9)), part_users
+    )
     assert [part for group in groups for part in group] == list(range(9))
-    assert len(groups[0]) == together and together * -(-part_users // batch_size) >= ranks
+    assert (
+        len(groups[0]) == together and together * -(-part_users // batch_size) >= ranks
+    )
 
 
 class Killed(BaseException):
@@ -160,10 +245,16 @@ def killed_after(monkeypatch, parts):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_a_call_that_was_killed_goes_on_with_the_parts_that_are_missing(run, tmp_path, monkeypatch):
+def test_a_call_that_was_killed_goes_on_with_the_parts_that_are_missing(
+    run, tmp_path, monkeypatch
+):
     asked = AskedConfig(part_users=6)
     made(run, tmp_path / "whole", asked, k=3)
     for parts in range(4):
@@ -174,11 +265,17 @@ def test_a_call_that_was_killed_goes_on_with_the_parts_that_are_missing(run, tmp
         scored = []
         with monkeypatch.context() as patch:
             call = trainer.serving.recommend._Scorer.__call__
-            patch.setattr(trainer.serving.recommend._Scorer, "__call__", lambda *given: scored.append(1) or call(*given))  # noqa: B023
+            patch.setattr(
+                trainer.serving.recommend._Scorer,
+                "__call__",
+                lambda *given: scored.append(1) or call(*given),  # noqa: B023
+            )
             made(run, tmp_path / f"killed {parts}", asked, k=3)
         assert len(scored) == 4 - parts
         assert contents(tmp_path / f"killed {parts}") == contents(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["whole", *(f"killed {parts}" for parts in range(4))])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["whole", *(f"killed {parts}" for parts in range(4))]
+    )
 
 
 def test_putting_the_parts_in_place_may_be_interrupted_too(run, tmp_path, monkeypatch):
@@ -188,28 +285,48 @@ def test_putting_the_parts_in_place_may_be_interrupted_too(run, tmp_path, monkey
     def failing(*_):
         raise Killed
 
-    for place, name in ((trainer.serving.recommend, "write_json"), (Work, "deliver"), (Work, "discard")):
+    for place, name in (
+        (trainer.serving.recommend, "write_json"),
+        (Work, "deliver"),
+        (Work, "discard"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, name, failing)
             made(run, tmp_path / name, asked)
         made(run, tmp_path / name, asked)
         assert contents(tmp_path / name) == contents(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deliver", "discard", "whole", "write_json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "deliver",
+        "discard",
+        "whole",
+        "write_json",
+    ]
 
 
 OTHERWISE = {
     "k": ({"k": 4}, {}, "k was 3, is 4"),
-    "domains": ({"k": 3, "domains": ("domain 1",)}, {}, "domains was ['domain 0', 'domain 1'], is ['domain 1']"),
+    "domains": (
+        {"k": 3, "domains": ("domain 1",)},
+        {},
+        "domains was ['domain 0', 'domain 1'], is ['domain 1']",
+    ),
     "keep_seen": ({"k": 3, "keep_seen": True}, {}, "keep_seen was False, is True"),
     "part_users": ({"k": 3}, {"part_users": 5}, "part_users was 6, is 5"),
     "users": ({"k": 3}, {"users": "users.parquet"}, "users was []"),
 }
 
 
-@pytest.mark.parametrize(("options", "asked", "message"), OTHERWISE.values(), ids=OTHERWISE)
-def test_what_differs_from_the_call_that_was_killed_is_named(run, tmp_path, monkeypatch, options, asked, message):
+@pytest.mark.parametrize(
+    ("options", "asked", "message"), OTHERWISE.values(), ids=OTHERWISE
+)
+def test_what_differs_from_the_call_that_was_killed_is_named(
+    run, tmp_path, monkeypatch, options, asked, message
+):
     pq.write_table(pa.table({"user_id": ["u1"]}), tmp_path / "users.parquet")
-    asked = {name: str(tmp_path / value) if name == "users" else value for name, value in asked.items()}
+    asked = {
+        name: str(tmp_path / value) if name == "users" else value
+        for name, value in asked.items()
+    }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, 2)
         made(run, tmp_path / "out", AskedConfig(part_users=6), k=3)
@@ -218,7 +335,13 @@ def test_what_differs_from_the_call_that_was_killed_is_named(run, tmp_path, monk
         made(run, tmp_path / "out", AskedConfig(**{"part_users": 6} | asked), **options)
     assert message in str(error.value) and "--fresh" in str(error.value)
     assert contents(tmp_path) == before
-    made(run, tmp_path / "out", AskedConfig(**{"part_users": 6} | asked), fresh=True, **options)
+    made(
+        run,
+        tmp_path / "out",
+        AskedConfig(**{"part_users": 6} | asked),
+        fresh=True,
+        **options,
+    )
     assert (tmp_path / "out" / "recommend.json").exists()
 
 
@@ -244,13 +367,19 @@ def test_a_finished_output_is_left_as_it_is(run, tmp_path):
 
 BAD = {
     "an unknown domain": ({"domains": ("moon",)}, {}, "; it has domain 0, domain 1"),
-    "no such log": ({}, {"inputs": ("nowhere.parquet",)}, "nowhere.parquet does not exist"),
+    "no such log": (
+        {},
+        {"inputs": ("nowhere.parquet",)},
+        "nowhere.parquet does not exist",
+    ),
     "no such users": ({}, {"users": "nobody.csv"}, "nobody.csv does not exist"),
 }
 
 
 @pytest.mark.parametrize(("options", "asked", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_used_is_named_and_leaves_nothing(run, tmp_path, options, asked, message):
+def test_what_cannot_be_used_is_named_and_leaves_nothing(
+    run, tmp_path, options, asked, message
+):
     with pytest.raises(InputError) as error:
         made(run, tmp_path / "out", AskedConfig(**asked), **options)
     assert message in str(error.value)

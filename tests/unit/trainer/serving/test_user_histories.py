@@ -8,7 +8,12 @@ from tests.helpers.made import draw_histories, spoil_block, write_dataset
 from trainer.data.loading.histories import Histories
 from trainer.errors import InputError
 from trainer.files.progress import Stages
-from trainer.serving.user_histories import Asked, AskedConfig, read_histories, write_histories
+from trainer.serving.user_histories import (
+    Asked,
+    AskedConfig,
+    read_histories,
+    write_histories,
+)
 
 # Rows 0 … 4 and 8 … 11; `both` is an item of either domain.
 ITEMS = [["both", "a1", "a2", "a3", "a4"], ["both", "b1", "b2", "b3"]]
@@ -38,12 +43,29 @@ def dataset(tmp_path, histories):
 
 
 def log(folder, rows=LOG, name="log.parquet", **types):
-    columns = dict(zip(("user_id", "item_id", "domain", "timestamp"), zip(*rows, strict=True), strict=True))
+    columns = dict(
+        zip(
+            ("user_id", "item_id", "domain", "timestamp"),
+            zip(*rows, strict=True),
+            strict=True,
+        )
+    )
     path = folder / name
     if path.suffix == ".csv":
-        path.write_text("\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)]) + "\n")
+        path.write_text(
+            "\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)])
+            + "\n"
+        )
     else:
-        pq.write_table(pa.table({key: pa.array(values, types.get(key)) for key, values in columns.items()}), path)
+        pq.write_table(
+            pa.table(
+                {
+                    key: pa.array(values, types.get(key))
+                    for key, values in columns.items()
+                }
+            ),
+            path,
+        )
     return str(path)
 
 
@@ -58,16 +80,32 @@ def found(tmp_path, dataset, report=None, **options):
     (tmp_path / "scratch").mkdir()
     with Stages(False) as stages:
         facts = write_histories(
-            tmp_path / "out", AskedConfig(**options), dataset, tmp_path / "scratch", stages, threads=2, report=report
+            tmp_path / "out",
+            AskedConfig(**options),
+            dataset,
+            tmp_path / "scratch",
+            stages,
+            threads=2,
+            report=report,
         )
     assert Asked.load(tmp_path / "out") == facts
     histories, size = {}, AskedConfig(**options).part_users
     files = sorted((tmp_path / "out").glob("*.parquet"))
-    assert [file.name for file in files] == [f"{part:05d}.parquet" for part in range(-(-facts.users // size))]
+    assert [file.name for file in files] == [
+        f"{part:05d}.parquet" for part in range(-(-facts.users // size))
+    ]
     for part in range(len(files)):
         ids, lengths_B, rows_N, ticks_N = read_histories(tmp_path / "out", part)
-        assert len(ids) == len(lengths_B) == (size if part < len(files) - 1 else facts.users - part * size)
-        assert (lengths_B.dtype, rows_N.dtype, ticks_N.dtype) == (np.int64, np.int32, np.uint16)
+        assert (
+            len(ids)
+            == len(lengths_B)
+            == (size if part < len(files) - 1 else facts.users - part * size)
+        )
+        assert (lengths_B.dtype, rows_N.dtype, ticks_N.dtype) == (
+            np.int64,
+            np.int32,
+            np.uint16,
+        )
         assert len(ticks_N) == len(rows_N)
         ends = np.cumsum(lengths_B)
         for user, end, length in zip(ids.to_pylist(), ends, lengths_B, strict=True):
@@ -79,27 +117,49 @@ def found(tmp_path, dataset, report=None, **options):
 
 @pytest.mark.parametrize("part_users", [1, 2, 3, 100])
 @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
-def test_logs_are_mapped_and_what_is_not_known_is_counted(tmp_path, dataset, part_users, name):
-    histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path, name=name),), part_users=part_users)
+def test_logs_are_mapped_and_what_is_not_known_is_counted(
+    tmp_path, dataset, part_users, name
+):
+    histories, facts = found(
+        tmp_path, dataset, inputs=(log(tmp_path, name=name),), part_users=part_users
+    )
     assert list(histories.items()) == list(EXPECTED.items())
-    assert facts == Asked(users=4, without_history=2, unknown_domain=2, unknown_item=2, unread=0)
+    assert facts == Asked(
+        users=4, without_history=2, unknown_domain=2, unknown_item=2, unread=0
+    )
 
 
 def test_times_come_along_in_the_datasets_ticks(tmp_path, dataset):
     """The dataset's time goes from 0 to 65,535; what is later, as a log of today is, counts as its end."""
-    rows = [("x", "a1", "domain 0", 7), ("x", "a1", "domain 0", 70_000), ("y", "b1", "domain 1", 300)]
+    rows = [
+        ("x", "a1", "domain 0", 7),
+        ("x", "a1", "domain 0", 70_000),
+        ("y", "b1", "domain 1", 300),
+    ]
     logs = log(tmp_path, [*rows, ("y", "no", "domain 1", 9)])
-    for name, options in (("logs", {"inputs": (logs,)}), ("own", {"users": given(tmp_path, ["u3", "u9"])})):
+    for name, options in (
+        ("logs", {"inputs": (logs,)}),
+        ("own", {"users": given(tmp_path, ["u3", "u9"])}),
+    ):
         (tmp_path / name / "scratch").mkdir(parents=True)
         with Stages(False) as stages:
-            write_histories(tmp_path / name, AskedConfig(**options), dataset, tmp_path / name / "scratch", stages, threads=2)
+            write_histories(
+                tmp_path / name,
+                AskedConfig(**options),
+                dataset,
+                tmp_path / name / "scratch",
+                stages,
+                threads=2,
+            )
     assert read_histories(tmp_path / "logs", 0)[3].tolist() == [7, 65_535, 300]
     own = Histories(dataset, 1).read(np.array([3, 9])).ticks_N
     assert own.any() and read_histories(tmp_path / "own", 0)[3].tolist() == own.tolist()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_users_and_events_come_in_batches_that_do_not_match(tmp_path, dataset, monkeypatch, batch):
+def test_users_and_events_come_in_batches_that_do_not_match(
+    tmp_path, dataset, monkeypatch, batch
+):
     monkeypatch.setattr(trainer.serving.user_histories, "_BATCH", batch)
     histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path),))
     assert histories == EXPECTED and facts == Asked(4, 2, 2, 2, 0)
@@ -108,36 +168,62 @@ def test_users_and_events_come_in_batches_that_do_not_match(tmp_path, dataset, m
 def test_given_users_alone_also_such_that_no_log_has(tmp_path, dataset):
     users = given(tmp_path, ["u0", "zero", "u0", "new"])
     histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path),), users=users)
-    assert list(histories.items()) == [("new", [2, 1]), ("u0", [1, 0, 8, 9]), ("zero", [])]
-    assert facts == Asked(users=3, without_history=1, unknown_domain=1, unknown_item=1, unread=0)
+    assert list(histories.items()) == [
+        ("new", [2, 1]),
+        ("u0", [1, 0, 8, 9]),
+        ("zero", []),
+    ]
+    assert facts == Asked(
+        users=3, without_history=1, unknown_domain=1, unknown_item=1, unread=0
+    )
 
 
 @pytest.mark.parametrize("kind", [pa.int32(), pa.string()])
 def test_ids_are_the_same_whatever_they_are_written_as(tmp_path, dataset, kind):
-    logs = log(tmp_path, [(7, "a1", "domain 0", 1), (10, "b1", "domain 1", 1)], user_id=pa.int64())
+    logs = log(
+        tmp_path,
+        [(7, "a1", "domain 0", 1), (10, "b1", "domain 1", 1)],
+        user_id=pa.int64(),
+    )
     users = given(tmp_path, pa.array([10, 9, 7]).cast(kind))
     histories, _ = found(tmp_path, dataset, inputs=(logs,), users=users)
-    expected = {7: [1], 9: [], 10: [9]} if kind == pa.int32() else {"10": [9], "7": [1], "9": []}
+    expected = (
+        {7: [1], 9: [], 10: [9]}
+        if kind == pa.int32()
+        else {"10": [9], "7": [1], "9": []}
+    )
     assert list(histories.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("part_users", [6, 100])
-def test_without_logs_the_dataset_has_the_histories_whole(tmp_path, dataset, histories, part_users):
+def test_without_logs_the_dataset_has_the_histories_whole(
+    tmp_path, dataset, histories, part_users
+):
     read, facts = found(tmp_path, dataset, part_users=part_users)
-    assert list(read.items()) == [(f"u{user}", history.tolist()) for user, history in enumerate(histories)]
+    assert list(read.items()) == [
+        (f"u{user}", history.tolist()) for user, history in enumerate(histories)
+    ]
     assert facts == Asked(20, 0, 0, 0, 0)
 
 
-def test_given_users_of_the_dataset_come_before_those_that_it_does_not_know(tmp_path, dataset, histories):
+def test_given_users_of_the_dataset_come_before_those_that_it_does_not_know(
+    tmp_path, dataset, histories
+):
     users = given(tmp_path, ["u11", "x", "u2", "nobody", "u2"])
     read, facts = found(tmp_path, dataset, users=users)
     assert list(read) == ["u2", "u11", "nobody", "x"]
-    assert [read["u2"], read["u11"], read["x"]] == [histories[2].tolist(), histories[11].tolist(), []]
+    assert [read["u2"], read["u11"], read["x"]] == [
+        histories[2].tolist(),
+        histories[11].tolist(),
+        [],
+    ]
     assert facts == Asked(4, 2, 0, 0, 0)
 
 
 @pytest.mark.parametrize("given_too", [False, True])
-def test_users_of_a_damaged_block_are_refused_or_left_out_and_counted(tmp_path, dataset, given_too):
+def test_users_of_a_damaged_block_are_refused_or_left_out_and_counted(
+    tmp_path, dataset, given_too
+):
     spoil_block(dataset, 0, 1)  # users 3, 4, 5
     options = {"users": given(tmp_path, ["u1", "u4", "x"])} if given_too else {}
     with pytest.raises(InputError, match=r"000000\.tar"):
@@ -148,14 +234,33 @@ def test_users_of_a_damaged_block_are_refused_or_left_out_and_counted(tmp_path, 
         (tmp_path / name).rmdir()
     lines = []
     read, facts = found(tmp_path, dataset, lines.append, **options)
-    left = ["u1", "x"] if given_too else [f"u{user}" for user in range(20) if user not in (3, 4, 5)]
-    assert list(read) == left and facts.unread == (1 if given_too else 3) and facts.users == len(left) and lines
+    left = (
+        ["u1", "x"]
+        if given_too
+        else [f"u{user}" for user in range(20) if user not in (3, 4, 5)]
+    )
+    assert (
+        list(read) == left
+        and facts.unread == (1 if given_too else 3)
+        and facts.users == len(left)
+        and lines
+    )
 
 
 def test_a_domain_is_given_where_logs_have_none(tmp_path, dataset):
-    pq.write_table(pa.table({"who": ["x", "x"], "what": ["b2", "b1"], "when": [2, 1]}), tmp_path / "log.parquet")
-    columns = {"user_column": "who", "item_column": "what", "time_column": "when", "log_domain": "domain 1"}
-    histories, _ = found(tmp_path, dataset, inputs=(str(tmp_path / "log.parquet"),), **columns)
+    pq.write_table(
+        pa.table({"who": ["x", "x"], "what": ["b2", "b1"], "when": [2, 1]}),
+        tmp_path / "log.parquet",
+    )
+    columns = {
+        "user_column": "who",
+        "item_column": "what",
+        "time_column": "when",
+        "log_domain": "domain 1",
+    }
+    histories, _ = found(
+        tmp_path, dataset, inputs=(str(tmp_path / "log.parquet"),), **columns
+    )
     assert histories == {"x": [9, 10]}
 
 
@@ -169,7 +274,9 @@ def no_user_column(folder):
 
 
 def an_empty_id(folder):
-    return {"users": given(folder, ["u1", None])}, "users.parquet: row 2: 'user_id' is empty"
+    return {
+        "users": given(folder, ["u1", None])
+    }, "users.parquet: row 2: 'user_id' is empty"
 
 
 def no_such_file(folder):

@@ -26,7 +26,13 @@ def data(tmp_path):
 
 @pytest.fixture
 def study(tmp_path, data):
-    return lambda **settings: run_study(data, tmp_path / "out", [], StudyConfig(**{"systems": SYSTEMS} | settings), LAUNCH)
+    return lambda **settings: run_study(
+        data,
+        tmp_path / "out",
+        [],
+        StudyConfig(**{"systems": SYSTEMS} | settings),
+        LAUNCH,
+    )
 
 
 def calls(tmp_path):
@@ -37,12 +43,24 @@ def test_every_system_has_its_runs_and_a_domain_alone_one_each(study, tmp_path):
     found = study(seeds=[0, 1], parallel=3)
     names = ["SyNCRec", "w_o_LC-NTG", "SDSR-domain_0", "SDSR-domain_1"]
     runs = [f"{name}-seed={seed}" for name in names for seed in (0, 1)]
-    assert calls(tmp_path) == sorted(f"{what} {run}" for what in ("train", "evaluate") for run in runs)
+    assert calls(tmp_path) == sorted(
+        f"{what} {run}" for what in ("train", "evaluate") for run in runs
+    )
     ours = found.found["SyNCRec"]
-    assert ours.user_U.tolist() == list(range(10)) and ours.rank["full"].tolist() == [list(range(1, 11))] * 2
+    assert (
+        ours.user_U.tolist() == list(range(10))
+        and ours.rank["full"].tolist() == [list(range(1, 11))] * 2
+    )
     alone = found.found["SDSR"]
-    assert alone.user_U.tolist() == list(range(10)) and alone.domain_U.tolist() == [0, 1] * 5
-    assert alone.seconds == [8.0, 8.0] and ours.seconds == [4.0, 4.0] and ours.epochs == [2, 2]
+    assert (
+        alone.user_U.tolist() == list(range(10))
+        and alone.domain_U.tolist() == [0, 1] * 5
+    )
+    assert (
+        alone.seconds == [8.0, 8.0]
+        and ours.seconds == [4.0, 4.0]
+        and ours.epochs == [2, 2]
+    )
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
 
@@ -60,12 +78,19 @@ def test_what_is_done_stays_done(study, tmp_path):
 
 def test_other_settings_do_not_take_what_is_there(study, tmp_path):
     study()
-    with pytest.raises(InputError, match="was made with other settings: remove it, or take another --output"):
+    with pytest.raises(
+        InputError,
+        match="was made with other settings: remove it, or take another --output",
+    ):
         study(settings=["model.dim=8"])
 
 
 def test_the_best_by_validation_stands_for_a_system(study, tmp_path):
-    found = study(tune={"model.dropout": [0.1, 0.4, 0.2]}, seeds=[0, 5], systems=["SyNCRec", "SDSR"])
+    found = study(
+        tune={"model.dropout": [0.1, 0.4, 0.2]},
+        seeds=[0, 5],
+        systems=["SyNCRec", "SDSR"],
+    )
     assert found.chosen["SyNCRec"] == {"": ("model.dropout=0.4",)}
     assert [round(value, 3) for *_, value in found.tried["SyNCRec"]] == [0.1, 0.4, 0.2]
     assert "train SyNCRec-model.dropout=0.4-seed=5" in calls(tmp_path)
@@ -76,7 +101,10 @@ def test_the_best_by_validation_stands_for_a_system(study, tmp_path):
 def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path):
     found = study(seeds=[0, 66], systems=["SyNCRec", "SASRec"])
     assert set(found.failed) == {"SyNCRec-seed=66", "SASRec-seed=66"}
-    assert all("train.py ended with status 1: error: the seed is 66" in why for why in found.failed.values())
+    assert all(
+        "train.py ended with status 1: error: the seed is 66" in why
+        for why in found.failed.values()
+    )
     assert found.found["SyNCRec"].rank["full"].shape == (1, 10)
     page = write_study(tmp_path / "out", found).read_text()
     assert "SyNCRec-seed=66 is not in the tables" in page
@@ -102,13 +130,20 @@ def test_the_report_says_who_gains_and_who_loses(study, tmp_path):
     write_study(tmp_path / "out", found)
     text = (tmp_path / "out" / "report.md").read_text()
     ranks = np.arange(1, 11)
-    means = [np.where(own <= 10, 1 / np.log2(own + 1), 0).mean() for own in (ranks[::2], ranks[1::2])]
+    means = [
+        np.where(own <= 10, 1 / np.log2(own + 1), 0).mean()
+        for own in (ranks[::2], ranks[1::2])
+    ]
     cells = [f"{value:.4f} ± 0.0000" for value in (*means, np.mean(means))]
     full = text[text.index("## NDCG@10 by domain, all items") :]
     assert "| SyNCRec | " + " | ".join(f"**{cell}**" for cell in cells) in full
     assert "| popularity | 0.1000 | 0.1000 | 0.1000 |" in full
     assert "| SyNCRec | +0.0 % | +0.0 % | +0.0 % |" in text
-    worse = next(line for line in text[text.index("## Against SyNCRec") :].splitlines() if line.startswith("| w/o LC-NTG"))
+    worse = next(
+        line
+        for line in text[text.index("## Against SyNCRec") :].splitlines()
+        if line.startswith("| w/o LC-NTG")
+    )
     assert worse.count("\N{MINUS SIGN}") >= 3 and "≤ 0.002" in worse
     assert "## SyNCRec by model.dim" in text
     page = (tmp_path / "out" / "report.html").read_text()

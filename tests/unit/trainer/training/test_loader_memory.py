@@ -29,8 +29,13 @@ class Numbers(torch.utils.data.IterableDataset):
 
 def memory_of(processes):
     """Bytes that processes have to themselves, or their share of, all together."""
-    rolled = [Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes]
-    return sum(1024 * int(re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)[1]) for text in rolled)
+    rolled = [
+        Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes
+    ]
+    return sum(
+        1024 * int(re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)[1])
+        for text in rolled
+    )
 
 
 def is_mapped(process, address):
@@ -77,12 +82,31 @@ def test_what_is_reckoned_is_what_batches_take(tmp_path):
     """With something to spare: of few items a batch has hardly any rows."""
     histories = draw_histories(300, (50, 40), longest=60)
     dataset = write_dataset(tmp_path / "data", histories, (50, 40), block_users=64)
-    for settings in (["negatives.per_target=1"], ["negatives.per_target=8"], ["negatives.shared=64"]):
-        config = load_config([], [f"data={dataset.folder}", "global_batch_size=300", "stream.workers=3", *settings])
+    for settings in (
+        ["negatives.per_target=1"],
+        ["negatives.per_target=8"],
+        ["negatives.shared=64"],
+    ):
+        config = load_config(
+            [],
+            [
+                f"data={dataset.folder}",
+                "global_batch_size=300",
+                "stream.workers=3",
+                *settings,
+            ],
+        )
         plan = Plan(dataset, 300, 1, 0, shuffle=False)
-        batches = TrainBatches(plan, 0, 0, config.model.max_length, "mean", config.negatives, config.stream)
+        batches = TrainBatches(
+            plan, 0, 0, config.model.max_length, "mean", config.negatives, config.stream
+        )
         piece = len(Packer(shared=False)(next(iter(batches)).batch).piece)
         pieces = (config.stream.prefetch + 2) * 2 * 3
         reckoned = (loader_bytes(config, dataset, 1) - 2 * 3 * 160 * 10**6) / pieces
         assert 0.9 * piece < reckoned < 2 * piece
-        assert loader_bytes(replace(config, stream=replace(config.stream, workers=0)), dataset, 1) == 0
+        assert (
+            loader_bytes(
+                replace(config, stream=replace(config.stream, workers=0)), dataset, 1
+            )
+            == 0
+        )

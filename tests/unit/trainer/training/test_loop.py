@@ -5,18 +5,23 @@ import json
 import os
 
 import pytest
-from trainer.checkpoint.save.save import Checkpoints, checkpoints
 
 import trainer.checkpoint.save
 import trainer.training.loop
 from tests.helpers.runs import SmallRun, rank_of_one
+from trainer.checkpoint.save import Checkpoints, checkpoints
 from trainer.errors import InputError
 from trainer.files.atomic import StorageLate
 from trainer.reporting.run_log import HEADLINE
 from trainer.training.loop import train
 from trainer.training.step import Trainer
 
-SETTINGS = ["log.tensorboard=false", "evaluation.negatives=3", "checkpoint.every_minutes=0", "checkpoint.every_epochs=0"]
+SETTINGS = [
+    "log.tensorboard=false",
+    "evaluation.negatives=3",
+    "checkpoint.every_minutes=0",
+    "checkpoint.every_epochs=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,13 @@ def steps(monkeypatch):
     return made
 
 
-def test_after_an_early_stop_the_same_command_trains_no_further(run, steps, monkeypatch, capsys):
-    values, real = iter([0.5, 0.4, 0.3, 0.2, 0.1]), trainer.training.loop.evaluation_record
+def test_after_an_early_stop_the_same_command_trains_no_further(
+    run, steps, monkeypatch, capsys
+):
+    values, real = (
+        iter([0.5, 0.4, 0.3, 0.2, 0.1]),
+        trainer.training.loop.evaluation_record,
+    )
 
     def ever_worse(kind, *arguments, **where):
         record = real(kind, *arguments, **where)
@@ -53,9 +63,13 @@ def test_after_an_early_stop_the_same_command_trains_no_further(run, steps, monk
         return record
 
     monkeypatch.setattr(trainer.training.loop, "evaluation_record", ever_worse)
-    config = run.configured(*SETTINGS, "epochs=9", "evaluation.patience=2", "optimizer.schedule=constant")
+    config = run.configured(
+        *SETTINGS, "epochs=9", "evaluation.patience=2", "optimizer.schedule=constant"
+    )
     first = train(config, run.ranks)
-    assert "stopped early: 2 validations without a better mean" in capsys.readouterr().out
+    assert (
+        "stopped early: 2 validations without a better mean" in capsys.readouterr().out
+    )
     begun, best = len(steps), first["step"]
     assert begun == 3 * best  # the best epoch was the first
     assert checkpoints(run.folder)[0].name == f"step-{begun:08d}"
@@ -66,8 +80,12 @@ def test_after_an_early_stop_the_same_command_trains_no_further(run, steps, monk
     }
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, InputError), (errno.ESTALE, StorageLate)])
-def test_a_first_checkpoint_that_fails_takes_nothing_of_a_run_that_has_made_steps(run, steps, monkeypatch, number, kind):
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, InputError), (errno.ESTALE, StorageLate)]
+)
+def test_a_first_checkpoint_that_fails_takes_nothing_of_a_run_that_has_made_steps(
+    run, steps, monkeypatch, number, kind
+):
     config = run.configured(*SETTINGS, "max_steps=3", "checkpoint.every_steps=1")
 
     def failing(*_):
@@ -77,7 +95,9 @@ def test_a_first_checkpoint_that_fails_takes_nothing_of_a_run_that_has_made_step
         patch.setattr(trainer.checkpoint.save, "save_file", failing)
         train(config, run.ranks)
     assert type(error.value) is kind and os.strerror(number) in str(error.value)
-    assert {"config.yaml", "metrics.jsonl"} <= {entry.name for entry in run.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl"} <= {
+        entry.name for entry in run.folder.iterdir()
+    }
     assert steps
     train(config, run.ranks)
     assert checkpoints(run.folder)[0].name == "step-00000003"
@@ -95,7 +115,11 @@ def test_what_cannot_begin_takes_nothing_that_was_there_before(run, monkeypatch)
     assert not run.folder.exists()
     run.folder.mkdir()
     (run.folder / "config.yaml").write_text("")
-    (run.folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n")
+    (run.folder / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 1}) + "\n"
+    )
     with pytest.raises(InputError, match="by the test"):
         train(config, run.ranks)
-    assert (run.folder / "config.yaml").is_file() and (run.folder / "metrics.jsonl").is_file()
+    assert (run.folder / "config.yaml").is_file() and (
+        run.folder / "metrics.jsonl"
+    ).is_file()

@@ -21,7 +21,14 @@ def batch(weights, interactions):
     return SimpleNamespace(weight_B=torch.tensor(weights), interactions=interactions)
 
 
-def report(mutual_information=1.0, single=2.0, cross=3.0, by_domain=(4.0, 5.0), gaps=(6.0, 7.0), lambdas=(0.5, 0.5)):
+def report(
+    mutual_information=1.0,
+    single=2.0,
+    cross=3.0,
+    by_domain=(4.0, 5.0),
+    gaps=(6.0, 7.0),
+    lambdas=(0.5, 0.5),
+):
     # Sums are counted in float64, the rest is what the model computes in.
     return SimpleNamespace(
         mutual_information=torch.tensor(mutual_information),
@@ -38,13 +45,29 @@ def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(ranks, clock
     meter = IntervalMeter(["a", "b"])
     clock.seconds += 2
     nan = float("nan")
-    meter.add(batch([1.0, 1.0, 0.0], 12), torch.tensor(3.0), report(single=1.0, by_domain=(1.0, nan), gaps=(2.0, nan)))
-    meter.add(batch([1.0], 5), torch.tensor(5.0), report(single=2.0, gaps=(4.0, nan), lambdas=(0.25, 0.75)))
+    meter.add(
+        batch([1.0, 1.0, 0.0], 12),
+        torch.tensor(3.0),
+        report(single=1.0, by_domain=(1.0, nan), gaps=(2.0, nan)),
+    )
+    meter.add(
+        batch([1.0], 5),
+        torch.tensor(5.0),
+        report(single=2.0, gaps=(4.0, nan), lambdas=(0.25, 0.75)),
+    )
     clock.seconds += 2
     found = meter.record(2, 0)
     assert (found["step"], found["epoch"], found["seconds"]) == (2, 0, 4)
-    assert (found["loss"], found["loss_single"], found["loss_cross"], found["mutual_information"]) == (4, 1.5, 3, 1)
-    assert found["single_by_domain"] == {"a": 2.5, "b": 5}  # of the steps that have the domain
+    assert (
+        found["loss"],
+        found["loss_single"],
+        found["loss_cross"],
+        found["mutual_information"],
+    ) == (4, 1.5, 3, 1)
+    assert found["single_by_domain"] == {
+        "a": 2.5,
+        "b": 5,
+    }  # of the steps that have the domain
     assert found["cross_by_domain"] == {"a": 3.5, "b": 6}
     assert found["phi"]["a"] == 3 and math.isnan(found["phi"]["b"])
     assert found["lambda"] == {"a": 0.25, "b": 0.75}
@@ -54,8 +77,12 @@ def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(ranks, clock
     assert found["skipped_users"] == 0
 
 
-def test_skipped_users_are_those_of_the_interval_over_all_ranks(ranks, clock, monkeypatch):
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))  # another rank with the same figures
+def test_skipped_users_are_those_of_the_interval_over_all_ranks(
+    ranks, clock, monkeypatch
+):
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda tensor: tensor.mul_(2)
+    )  # another rank with the same figures
     meter = IntervalMeter(["a", "b"])
     found = []
     for interval in ([3, 0, 4], [0], [2]):

@@ -6,7 +6,15 @@ import torch
 
 from syncrec.losses import shapley
 from syncrec.model import decayed_names
-from tests.helpers.runs import METRICS, SmallRun, best_of, everything, rank_of_one, same, train
+from tests.helpers.runs import (
+    METRICS,
+    SmallRun,
+    best_of,
+    everything,
+    rank_of_one,
+    same,
+    train,
+)
 from tests.helpers.waiting import LookAhead, waits
 from trainer.checkpoint.save import RunState
 from trainer.data.loading.histories import Users
@@ -22,16 +30,30 @@ STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     with rank_of_one() as ranks:
-        yield SmallRun(tmp_path_factory.mktemp("step"), ranks, "optimizer.clip=0.5", "optimizer.schedule=linear")
+        yield SmallRun(
+            tmp_path_factory.mktemp("step"),
+            ranks,
+            "optimizer.clip=0.5",
+            "optimizer.schedule=linear",
+        )
 
 
 def trainer_of(run, *settings):
-    return run.trainer(config=run.configured("optimizer.clip=0.5", "optimizer.schedule=linear", *settings))
+    return run.trainer(
+        config=run.configured(
+            "optimizer.clip=0.5", "optimizer.schedule=linear", *settings
+        )
+    )
 
 
 def batches(trainer, count):
     config = trainer.config
-    given = config.model.max_length, config.model.mutual_information_pooling, config.negatives, config.stream
+    given = (
+        config.model.max_length,
+        config.model.mutual_information_pooling,
+        config.negatives,
+        config.stream,
+    )
     stream = iter(TrainBatches(trainer.plan, 0, trainer.step, *given))
     return [next(stream).batch for _ in range(count)]
 
@@ -50,7 +72,12 @@ def spoil_rows(monkeypatch, trainer):
 def spoil_dense(monkeypatch, trainer):
     """One weight's gradient alone is no number: the loss and the looked-up vectors' are."""
     weight = trainer.model.cross_tower.outer.bias
-    monkeypatch.setattr(weight, "spoiled", weight.register_hook(lambda grad: grad * float("nan")), raising=False)
+    monkeypatch.setattr(
+        weight,
+        "spoiled",
+        weight.register_hook(lambda grad: grad * float("nan")),
+        raising=False,
+    )
 
 
 def spoil_loss(monkeypatch, trainer):
@@ -64,13 +91,18 @@ def spoil_loss(monkeypatch, trainer):
     monkeypatch.setattr(trainer.model, "forward", spoiled)
 
 
-OPTIMIZERS = {"fused": [], "asked of the host": ["deepspeed.optimizer.params.fused=false"]}
+OPTIMIZERS = {
+    "fused": [],
+    "asked of the host": ["deepspeed.optimizer.params.fused=false"],
+}
 
 
 @STAGES
 @pytest.mark.parametrize("spoil", [spoil_rows, spoil_dense, spoil_loss])
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(run, monkeypatch, stage, spoil, settings):
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(
+    run, monkeypatch, stage, spoil, settings
+):
     """Weights, λ, table and both optimizers' states are as before to the bit, though the next step has been computed too."""
     trainer = trainer_of(run, f"optimizer.zero_stage={stage}", *settings)
     first, second, third = batches(trainer, 3)
@@ -79,7 +111,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(run,
     with monkeypatch.context() as spoiled:
         spoil(spoiled, trainer)
         if settings:
-            with pytest.raises(NotFinite, match=r"step 2 .* neither weights nor table were updated"):
+            with pytest.raises(
+                NotFinite, match=r"step 2 .* neither weights nor table were updated"
+            ):
                 trainer.train_step(second)
             assert same(everything(trainer), before)
             return
@@ -89,8 +123,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(run,
     held = everything(trainer)
     # Forward has made a new λ and φ̄, and FBGEMM has counted a look-up: all are put back when the step is told of.
     changed = {name for name in held if not torch.equal(held[name], before[name])}
-    assert changed <= {"dense correction.lambda_D", "dense prediction.gap_2D", "table updates"}
-    with pytest.raises(NotFinite, match=r"step 2 \(batch 1 of epoch 0\): .* not finite; neither weights nor table were"):
+    assert changed <= {
+        "dense correction.lambda_D",
+        "dense prediction.gap_2D",
+        "table updates",
+    }
+    with pytest.raises(
+        NotFinite,
+        match=r"step 2 \(batch 1 of epoch 0\): .* not finite; neither weights nor table were",
+    ):
         trainer.train_step(third)
     assert same(everything(trainer), before) and trainer.step == 1
 
@@ -121,18 +162,38 @@ def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
     checked = Gradients.check
     monkeypatch.setattr(Gradients, "check", check)
     for limit in (clip, 0):
-        settings = f"optimizer.zero_stage={stage}", f"optimizer.clip={limit}", "table.optimizer=sgd"
-        trainer = trainer_of(run, *settings, "optimizer.schedule=constant", "table.learning_rate=1")
+        settings = (
+            f"optimizer.zero_stage={stage}",
+            f"optimizer.clip={limit}",
+            "table.optimizer=sgd",
+        )
+        trainer = trainer_of(
+            run, *settings, "optimizer.schedule=constant", "table.learning_rate=1"
+        )
         before = everything(trainer)
         trainer.train_step(batches(trainer, 1)[0])
         after = everything(trainer)
-        moments = [value.flatten() for name, value in sorted(after.items()) if name.endswith("//exp_avg")]
+        moments = [
+            value.flatten()
+            for name, value in sorted(after.items())
+            if name.endswith("//exp_avg")
+        ]
         dense = torch.cat(moments) / (1 - trainer.config.optimizer.beta1)
-        found[limit] = after["table weight"] - before["table weight"], dense, trainer.state_figures()["gradient_norm"]
+        found[limit] = (
+            after["table weight"] - before["table weight"],
+            dense,
+            trainer.state_figures()["gradient_norm"],
+        )
     (table, dense, norm), (free_table, free_dense, free_norm) = found[clip], found[0]
-    assert norm == free_norm == pytest.approx(free_dense.norm().item(), rel=1e-5) and norm > 10 * clip and norms[0] > clip
+    assert (
+        norm == free_norm == pytest.approx(free_dense.norm().item(), rel=1e-5)
+        and norm > 10 * clip
+        and norms[0] > clip
+    )
     torch.testing.assert_close(dense, free_dense * (clip / norm), rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(table, free_table * (clip / norms[0]), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        table, free_table * (clip / norms[0]), rtol=1e-3, atol=1e-7
+    )
 
 
 @STAGES
@@ -149,9 +210,19 @@ def test_a_run_that_looks_ahead_is_the_same_to_the_bit(run, stage):
 
 
 SETTINGS = [[f"optimizer.zero_stage={stage}"] for stage in (0, 1, 2)]
-SETTINGS += [[f"model.loss={loss}", "model.precision=bf16"] for loss in ("bpr", "bce", "bpr_probability")]
+SETTINGS += [
+    [f"model.loss={loss}", "model.precision=bf16"]
+    for loss in ("bpr", "bce", "bpr_probability")
+]
 SETTINGS += [["model.loss_correction=shapley"], ["model.encoder=gru"]]
-SETTINGS += [["negatives.shared=0", "model.gate=sequence", "optimizer.clip=0", "table.optimizer=adagrad"]]
+SETTINGS += [
+    [
+        "negatives.shared=0",
+        "model.gate=sequence",
+        "optimizer.clip=0",
+        "table.optimizer=adagrad",
+    ]
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids="; ".join)
@@ -165,21 +236,36 @@ def test_a_step_waits_for_nothing_but_the_one_before(run, settings):
 
 def test_what_the_model_cannot_be_built_for_is_one_line(run, monkeypatch):
     monkeypatch.setattr(shapley, "MOST_DOMAINS", 1)
-    with pytest.raises(InputError, match=r"^model\.loss_correction is shapley: with 2 domains it takes 4 more [^\n]*$"):
+    with pytest.raises(
+        InputError,
+        match=r"^model\.loss_correction is shapley: with 2 domains it takes 4 more [^\n]*$",
+    ):
         trainer_of(run, "model.loss_correction=shapley")
 
 
 @STAGES
-@pytest.mark.parametrize("settings", [[], ["model.encoder=gru"]], ids=["transformer", "gru"])
-def test_a_checkpoint_goes_on_to_the_same_bits_with_shapley_values(run, tmp_path, stage, settings):
+@pytest.mark.parametrize(
+    "settings", [[], ["model.encoder=gru"]], ids=["transformer", "gru"]
+)
+def test_a_checkpoint_goes_on_to_the_same_bits_with_shapley_values(
+    run, tmp_path, stage, settings
+):
     """λ is saved, and what comes after it is as it would have been, dropout on."""
-    settings = ["model.loss_correction=shapley", "model.blocks=2", f"optimizer.zero_stage={stage}", *settings]
+    settings = [
+        "model.loss_correction=shapley",
+        "model.blocks=2",
+        f"optimizer.zero_stage={stage}",
+        *settings,
+    ]
     made = SmallRun(tmp_path, run.ranks, *settings)
     made.folder.mkdir()
     (made.folder / "metrics.jsonl").write_text(METRICS)
     trainer = train(made.trainer(), 2)
     lambda_D = trainer.model.correction.lambda_D
-    assert lambda_D.sum().item() == pytest.approx(1) and trainer.state_figures()["alpha"] is None
+    assert (
+        lambda_D.sum().item() == pytest.approx(1)
+        and trainer.state_figures()["alpha"] is None
+    )
     checkpoint = made.save(trainer, RunState(2, 0, best_of(2), 0, 0, 1.0))
     after = everything(train(trainer, 2))
     again = made.trainer(checkpoint, 2)
@@ -193,7 +279,11 @@ def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
     decay = 0.3
     states = {}
     for value in (0, decay):
-        settings = f"optimizer.zero_stage={stage}", f"optimizer.weight_decay={value}", "optimizer.schedule=constant"
+        settings = (
+            f"optimizer.zero_stage={stage}",
+            f"optimizer.weight_decay={value}",
+            "optimizer.schedule=constant",
+        )
         trainer = trainer_of(run, *settings)
         for parameter in trainer.model.parameters():
             assert parameter.requires_grad
@@ -205,8 +295,17 @@ def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
     for name, value in before.items():
         lost = rate * decay * value if name in decayed else torch.zeros_like(value)
         if name.startswith("dense "):
-            torch.testing.assert_close(states[0][name] - states[decay][name], lost, rtol=1e-3, atol=2e-7, msg=name)
-    assert {"dense correction.alpha", "dense cross_experts.blocks.0.b1"} <= before.keys() - decayed
+            torch.testing.assert_close(
+                states[0][name] - states[decay][name],
+                lost,
+                rtol=1e-3,
+                atol=2e-7,
+                msg=name,
+            )
+    assert {
+        "dense correction.alpha",
+        "dense cross_experts.blocks.0.b1",
+    } <= before.keys() - decayed
 
 
 @STAGES
@@ -224,7 +323,9 @@ def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(run, tmp_path, stag
         elsewhere = everything(train(made.trainer(checkpoint, 2, config), 2))
         assert elsewhere.keys() == after.keys()
         for name, value in after.items():
-            torch.testing.assert_close(elsewhere[name], value, rtol=1e-5, atol=1e-7, msg=name)
+            torch.testing.assert_close(
+                elsewhere[name], value, rtol=1e-5, atol=1e-7, msg=name
+            )
 
 
 def test_a_batch_without_any_user_moves_no_row(run):
@@ -233,8 +334,18 @@ def test_a_batch_without_any_user_moves_no_row(run):
     first, _ = batches(trainer, 2)
     trainer.train_step(first)
     config = trainer.config
-    given = config.model.max_length, config.model.mutual_information_pooling, config.negatives, config.stream
-    nobody = Users(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+    given = (
+        config.model.max_length,
+        config.model.mutual_information_pooling,
+        config.negatives,
+        config.stream,
+    )
+    nobody = Users(
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int32),
+        np.zeros(0, np.uint16),
+    )
     empty = TrainBatches(trainer.plan, 0, 0, *given).build(0, 0, nobody)
     assert len(empty.distinct) == 0 and not empty.weight_B.any()
     before = everything(trainer)
@@ -242,12 +353,19 @@ def test_a_batch_without_any_user_moves_no_row(run):
     trainer.settle()
     after = everything(trainer)
     assert after.pop("table updates") == before.pop("table updates") + 1
-    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("table "))
+    assert all(
+        torch.equal(after[name], before[name])
+        for name in before
+        if name.startswith("table ")
+    )
 
 
 def test_what_waits_is_found(run, monkeypatch):
     """By name, by a mask, in backward, and in what DeepSpeed does for itself."""
-    asked = ["deepspeed.zero_optimization.compute_grad_norm=true", "deepspeed.timers.throughput.enabled=true"]
+    asked = [
+        "deepspeed.zero_optimization.compute_grad_norm=true",
+        "deepspeed.timers.throughput.enabled=true",
+    ]
     trainer = trainer_of(run, "optimizer.zero_stage=1", *asked)
     given = batches(trainer, 4)
     trainer.train_step(given[0])
@@ -263,7 +381,14 @@ def test_what_waits_is_found(run, monkeypatch):
 
     monkeypatch.setattr(trainer.model, "forward", waiting)
     found = waits(trainer, given[1:])
-    for expected in ("__float__ in", "index in", "__bool__ in", "tensor in", "runtime/utils.py", "synchronize in"):
+    for expected in (
+        "__float__ in",
+        "index in",
+        "__bool__ in",
+        "tensor in",
+        "runtime/utils.py",
+        "synchronize in",
+    ):
         assert any(expected in line for line in found), (expected, found)
 
 
@@ -291,7 +416,10 @@ def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(run, stage, se
     trainer.settle()  # it is said once
 
 
-@pytest.mark.parametrize("told", [{"stop": True}, {"due": True}, {"writing": True}, {"stop": True, "writing": True}])
+@pytest.mark.parametrize(
+    "told",
+    [{"stop": True}, {"due": True}, {"writing": True}, {"stop": True, "writing": True}],
+)
 def test_what_is_signalled_with_a_step_is_known_with_its_number(run, lag, told):
     trainer = trainer_of(run)
     first, second = batches(trainer, 2)
@@ -313,13 +441,20 @@ def test_a_step_that_is_not_finite_and_in_trouble_is_in_trouble(run, monkeypatch
         trainer.settle()
 
 
-def test_the_next_batch_is_asked_for_once_forward_is_queued_and_sent_after_backward(run, monkeypatch):
+def test_the_next_batch_is_asked_for_once_forward_is_queued_and_sent_after_backward(
+    run, monkeypatch
+):
     """What the host waits for there passes while a device computes."""
     trainer = trainer_of(run)
     first, second = batches(trainer, 2)
     order = []
     engine, beside = trainer.engine, trainer._beside
-    methods = [(engine, "forward"), (engine, "backward"), (beside, "send"), (trainer, "_checked")]
+    methods = [
+        (engine, "forward"),
+        (engine, "backward"),
+        (beside, "send"),
+        (trainer, "_checked"),
+    ]
     for owner, name in methods:
         noted = getattr(owner, name)
 

@@ -20,7 +20,14 @@ import torch
 from syncrec.batch.build import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
-from tests.helpers.made import draw_histories, npy, read_tar, spoil_block, write_dataset, write_tar
+from tests.helpers.made import (
+    draw_histories,
+    npy,
+    read_tar,
+    spoil_block,
+    write_dataset,
+    write_tar,
+)
 from tests.unit.trainer.data.loading.test_stream import assert_same
 from trainer.config.load import load_config
 from trainer.config.negatives import NegativesConfig
@@ -62,24 +69,48 @@ def members(first=13, **changes):
 
     def spoil(path):
         found = read_tar(path)
-        found |= {name_of(1, member): content for member, content in changes.items() if content is not None}
-        gone = [name_of(1, member) for member, content in changes.items() if content is None]
+        found |= {
+            name_of(1, member): content
+            for member, content in changes.items()
+            if content is not None
+        }
+        gone = [
+            name_of(1, member) for member, content in changes.items() if content is None
+        ]
         if "crc32" not in changes:
-            held = [found[name_of(1, member)] for member in ("lengths", "low", "high", "ticks")]
+            held = [
+                found[name_of(1, member)]
+                for member in ("lengths", "low", "high", "ticks")
+            ]
             checksum = zlib.crc32(b"".join([struct.pack("<q", first), *held]))
             found[name_of(1, "crc32")] = npy(np.array([checksum], "<u4"))
-        write_tar(path, {name: content for name, content in found.items() if name not in gone})
+        write_tar(
+            path, {name: content for name, content in found.items() if name not in gone}
+        )
 
     return spoil
 
 
-def block(first=13, lengths=(1, 2, 1), items=(0, 1, 2, 3), high_dtype="u1", length_dtype="u1", high=None):
+def block(
+    first=13,
+    lengths=(1, 2, 1),
+    items=(0, 1, 2, 3),
+    high_dtype="u1",
+    length_dtype="u1",
+    high=None,
+):
     """Spoils a shard by another block 1. high: its bytes as they are, instead of the items'."""
     items = np.array(items, "<u4")
     if high is None:
         high = zstd((items >> 16).astype(high_dtype).tobytes())
     low, ticks = npy(items.astype("<u2")), zstd(bytes(2 * len(items)))
-    return members(first, lengths=npy(np.array(lengths, length_dtype)), low=low, high=high, ticks=ticks)
+    return members(
+        first,
+        lengths=npy(np.array(lengths, length_dtype)),
+        low=low,
+        high=high,
+        ticks=ticks,
+    )
 
 
 def zstd(data):
@@ -89,7 +120,13 @@ def zstd(data):
 def header(shape, descr="<u2", text=None):
     """An array of three numbers below the header of another."""
     text = text or f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + np.arange(3, dtype="<u2").tobytes()
+    return (
+        b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", len(text) + 1)
+        + text.encode()
+        + b"\n"
+        + np.arange(3, dtype="<u2").tobytes()
+    )
 
 
 def order(blocks):
@@ -97,7 +134,15 @@ def order(blocks):
 
     def spoil(path):
         found = read_tar(path).items()
-        write_tar(path, [member for number in blocks for member in found if f"-{number:06d}." in member[0]])
+        write_tar(
+            path,
+            [
+                member
+                for number in blocks
+                for member in found
+                if f"-{number:06d}." in member[0]
+            ],
+        )
 
     return spoil
 
@@ -105,7 +150,13 @@ def order(blocks):
 def exchange(path):
     """Block 1 under the name of block 2, and the other way round."""
     found, other = read_tar(path), {"1": "2", "2": "1"}
-    write_tar(path, {name: found[f"000001-00000{other.get(name[12], name[12])}{name[13:]}"] for name in found})
+    write_tar(
+        path,
+        {
+            name: found[f"000001-00000{other.get(name[12], name[12])}{name[13:]}"]
+            for name in found
+        },
+    )
 
 
 def at(block, array, change, within=0):
@@ -137,7 +188,9 @@ def resize(size, kind=tarfile.REGTYPE):
     def change(content, offset):
         info = tarfile.TarInfo(name_of(2, "lengths"))
         info.size, info.type = size, kind
-        return content[: offset - 512] + info.tobuf(tarfile.GNU_FORMAT) + content[offset:]
+        return (
+            content[: offset - 512] + info.tobuf(tarfile.GNU_FORMAT) + content[offset:]
+        )
 
     return change
 
@@ -167,7 +220,9 @@ def sparse(size, unpacked):
 
 def instead(content):
     """Spoils a shard by another file in its place."""
-    return lambda path: path.write_bytes(content(path) if callable(content) else content)
+    return lambda path: path.write_bytes(
+        content(path) if callable(content) else content
+    )
 
 
 def a_folder(path):
@@ -279,11 +334,17 @@ def damaged(request, tmp_path_factory):
     return dataset, *expected
 
 
-def feed(dataset, config, rank=0, world_size=1, position=0, steps=None, batch_size=BATCH):
+def feed(
+    dataset, config, rank=0, world_size=1, position=0, steps=None, batch_size=BATCH
+):
     """Two epochs of what one rank is fed, or so many steps, from a position on."""
     plan = Plan(dataset, batch_size, world_size, SEED)
     fed = ready(
-        TrainBatches(plan, rank, position, 100, "mean", NegativesConfig(per_target=3), config), config, pin_memory=False
+        TrainBatches(
+            plan, rank, position, 100, "mean", NegativesConfig(per_target=3), config
+        ),
+        config,
+        pin_memory=False,
     )
     steps = plan.steps(0) + plan.steps(1) - position if steps is None else steps
     taken = list(itertools.islice(fed, steps))
@@ -294,7 +355,11 @@ def feed(dataset, config, rank=0, world_size=1, position=0, steps=None, batch_si
 def everyone(dataset, verify=True):
     """All users of an unshuffled epoch as they are read where damage is refused."""
     plan = Plan(dataset, BATCH, 1, SEED, shuffle=False)
-    return [int(user) for _, users in read_users(plan, 0, range(plan.steps(0)), 0, verify) for user in users.number_B]
+    return [
+        int(user)
+        for _, users in read_users(plan, 0, range(plan.steps(0)), 0, verify)
+        for user in users.number_B
+    ]
 
 
 def reseal(dataset):
@@ -302,8 +367,16 @@ def reseal(dataset):
     path = dataset.folder / "shards" / BAD_SHARD
     if not path.is_file():
         return dataset
-    facts = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    shards = [dataclasses.replace(shard, **facts if Path(shard.name).name == BAD_SHARD else {}) for shard in dataset.shards]
+    facts = {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    shards = [
+        dataclasses.replace(
+            shard, **facts if Path(shard.name).name == BAD_SHARD else {}
+        )
+        for shard in dataset.shards
+    ]
     return dataclasses.replace(dataset, shards=tuple(shards))
 
 
@@ -312,7 +385,11 @@ def refusal(read, *arguments):
     with pytest.raises(InputError) as error:
         read(*arguments)
     message = str(error.value)
-    assert message.isprintable() and BAD_SHARD in message and "prepare the dataset again" in message
+    assert (
+        message.isprintable()
+        and BAD_SHARD in message
+        and "prepare the dataset again" in message
+    )
     return message
 
 
@@ -332,14 +409,22 @@ def test_damage_stops_and_is_named(damaged, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_skips_its_users_and_no_one_else(intact, damaged, workers, tmp_path, monkeypatch):
+def test_damage_skips_its_users_and_no_one_else(
+    intact, damaged, workers, tmp_path, monkeypatch
+):
     """Batch for batch, the others are fed as they are from the dataset without damage, over two epochs."""
     monkeypatch.chdir(tmp_path)
     dataset, missing, named, told = damaged
     plan = Plan(intact, BATCH, 1, SEED)
-    build = TrainBatches(plan, 0, 0, 100, "mean", NegativesConfig(per_target=3), STOP).build
+    build = TrainBatches(
+        plan, 0, 0, 100, "mean", NegativesConfig(per_target=3), STOP
+    ).build
     found = feed(dataset, dataclasses.replace(SKIP, workers=workers))
-    expected = [(epoch, *read) for epoch in (0, 1) for read in read_users(plan, epoch, range(plan.steps(epoch)), 0)]
+    expected = [
+        (epoch, *read)
+        for epoch in (0, 1)
+        for read in read_users(plan, epoch, range(plan.steps(epoch)), 0)
+    ]
     for fed, (epoch, step, users) in zip(found, expected, strict=True):
         left = without(users, missing)
         assert fed.users_B.tolist() == left.number_B.tolist()
@@ -350,30 +435,47 @@ def test_damage_skips_its_users_and_no_one_else(intact, damaged, workers, tmp_pa
     reasons = [reason for fed in found for reason in fed.reasons]
     assert any(named in reason for reason in reasons)
     assert all(BAD_SHARD in reason and reason.isprintable() for reason in reasons)
-    assert len(reasons) <= max(1, workers) * len(set(reasons))  # no worker says the same twice
-    said = [f"user {user} is" for user in missing] + [f"{a} to {b} are" for a in missing for b in missing if a < b]
-    assert any(f"{words} skipped" in reason for words in said for reason in reasons) == bool(missing)
+    assert len(reasons) <= max(1, workers) * len(
+        set(reasons)
+    )  # no worker says the same twice
+    said = [f"user {user} is" for user in missing] + [
+        f"{a} to {b} are" for a in missing for b in missing if a < b
+    ]
+    assert any(
+        f"{words} skipped" in reason for words in said for reason in reasons
+    ) == bool(missing)
     if told and not workers:
         unverified = feed(dataset, dataclasses.replace(SKIP, verify=False))
-        assert [fed.users_B.tolist() for fed in unverified] == [fed.users_B.tolist() for fed in found]
+        assert [fed.users_B.tolist() for fed in unverified] == [
+            fed.users_B.tolist() for fed in found
+        ]
     assert list(tmp_path.iterdir()) == []  # nothing was unpickled
 
 
 def without(users, missing):
     keep_B = ~np.isin(users.number_B, list(missing))
     keep_N = np.repeat(keep_B, users.lengths_B)
-    return Users(users.number_B[keep_B], users.lengths_B[keep_B], users.items_N[keep_N], users.ticks_N[keep_N])
+    return Users(
+        users.number_B[keep_B],
+        users.lengths_B[keep_B],
+        users.items_N[keep_N],
+        users.ticks_N[keep_N],
+    )
 
 
 @pytest.mark.parametrize(("position", "workers"), [(0, 0), (3, 2), (8, 0)])
-def test_the_same_users_are_skipped_by_two_ranks_and_after_resuming(damaged, position, workers):
+def test_the_same_users_are_skipped_by_two_ranks_and_after_resuming(
+    damaged, position, workers
+):
     dataset = damaged[0]
     config = dataclasses.replace(SKIP, workers=workers)
     alone = feed(dataset, SKIP)[position:]
     ranks = [feed(dataset, config, rank, 2, position) for rank in range(2)]
     assert len(alone) == len(ranks[0]) == len(ranks[1]) > 2
     for fed, *parts in zip(alone, *ranks, strict=True):
-        assert sorted(fed.users_B.tolist()) == sorted(user for part in parts for user in part.users_B.tolist())
+        assert sorted(fed.users_B.tolist()) == sorted(
+            user for part in parts for user in part.users_B.tolist()
+        )
         assert fed.skipped == sum(part.skipped for part in parts)
         assert len({len(part.batch.weight_B) for part in parts}) == 1
 
@@ -392,7 +494,16 @@ def test_the_table_of_damage_starts_from_a_good_dataset(intact):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("case", ["a bit of the items", "a row beyond M", "a size below 0", "no file", "a pickled object"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a bit of the items",
+        "a row beyond M",
+        "a size below 0",
+        "no file",
+        "a pickled object",
+    ],
+)
 def test_a_worker_hands_its_refusal_over(tmp_path, case, workers, capfd):
     dataset = make(tmp_path)
     CASES[case][0](dataset.folder / "shards" / BAD_SHARD)
@@ -407,15 +518,21 @@ def test_a_batch_without_any_user_keeps_its_place_and_moves_nothing(tmp_path):
     assert Dataset.load(dataset.folder, check_shards=False) == dataset
     fed = feed(dataset, SKIP, batch_size=2)
     nobody = [one for one in fed if not len(one.users_B)]
-    assert nobody and all(one.skipped == 2 and one.batch.weight_B.tolist() == [0, 0] for one in nobody)
+    assert nobody and all(
+        one.skipped == 2 and one.batch.weight_B.tolist() == [0, 0] for one in nobody
+    )
     assert sum(one.skipped for one in fed) == 2 * 30
     model, batch = SyNCRec(ModelConfig(dim=8, ffn_dim=8), 2), nobody[0].batch
     assert len(batch.distinct) == 0  # Adam would move a row that is looked up
     rows = torch.randn(len(batch.place), 8, requires_grad=True)
     loss, _ = model(batch, rows)
     loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    assert loss == 0 and all((gradient == 0).all() for gradient in [rows.grad, *gradients])
+    gradients = [
+        parameter.grad for parameter in model.parameters() if parameter.grad is not None
+    ]
+    assert loss == 0 and all(
+        (gradient == 0).all() for gradient in [rows.grad, *gradients]
+    )
 
 
 def test_several_damaged_shards_are_each_said_once(tmp_path):
@@ -433,7 +550,9 @@ def test_several_damaged_shards_are_each_said_once(tmp_path):
 def test_pinned_memory_is_the_batchs_own(intact, monkeypatch):
     (fed,) = feed(intact, SKIP, steps=1)
     pinned = []
-    monkeypatch.setattr(type(fed.batch), "pin_memory", lambda batch: pinned.append(batch) or "pinned")
+    monkeypatch.setattr(
+        type(fed.batch), "pin_memory", lambda batch: pinned.append(batch) or "pinned"
+    )
     found = fed.pin_memory()
     assert found.batch == "pinned" and pinned == [fed.batch]
     assert (found.users_B is fed.users_B) and (found.skipped, found.reasons) == (0, ())
@@ -444,9 +563,22 @@ def test_hostile_facts_are_refused_before_any_shard_is_read(tmp_path):
     dataset = make(tmp_path)
     path = dataset.folder / "dataset.json"
     facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"shards": [shard | {"name": "../data/" + shard["name"]} for shard in facts["shards"]]}))
+    path.write_text(
+        json.dumps(
+            facts
+            | {
+                "shards": [
+                    shard | {"name": "../data/" + shard["name"]}
+                    for shard in facts["shards"]
+                ]
+            }
+        )
+    )
     for check_shards in (True, False):
-        with pytest.raises(InputError, match=r"'\.\./data/shards/000000\.tar' is no name of a file in this folder"):
+        with pytest.raises(
+            InputError,
+            match=r"'\.\./data/shards/000000\.tar' is no name of a file in this folder",
+        ):
             Dataset.load(dataset.folder, check_shards)
 
 

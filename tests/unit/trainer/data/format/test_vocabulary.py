@@ -27,5 +27,8 @@ def test_a_vocabulary_that_cannot_be_read_is_named(dataset, content):
         pq.write_table(pq.read_table(path).slice(1), path)
     else:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{dataset.domains[1].vocabulary} .*prepare the dataset again"):
+    with pytest.raises(
+        InputError,
+        match=rf"{dataset.domains[1].vocabulary} .*prepare the dataset again",
+    ):
         Dataset.item_counts.func(dataset)

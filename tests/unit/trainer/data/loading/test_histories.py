@@ -26,7 +26,9 @@ HISTORIES = draw_histories(USERS)
 
 def make(folder, streams=3):
     """57 users in 6 uneven shards of blocks of 3."""
-    return write_dataset(Path(folder) / "data", HISTORIES, cuts=(9, 20, 21, 33, 47), streams=streams)
+    return write_dataset(
+        Path(folder) / "data", HISTORIES, cuts=(9, 20, 21, 33, 47), streams=streams
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,10 @@ def by_user(users):
     """The histories that were read: [(number, rows)]."""
     ends = np.cumsum(users.lengths_B)
     begins = ends - users.lengths_B
-    return [(int(n), users.items_N[b:e].tolist()) for n, b, e in zip(users.number_B, begins, ends, strict=True)]
+    return [
+        (int(n), users.items_N[b:e].tolist())
+        for n, b, e in zip(users.number_B, begins, ends, strict=True)
+    ]
 
 
 def expected(numbers):
@@ -60,14 +65,21 @@ def decoded(monkeypatch):
 
 
 @settings(max_examples=40)
-@given(st.lists(st.lists(st.integers(0, USERS - 1), max_size=30), max_size=5), st.integers(1, 8))
+@given(
+    st.lists(st.lists(st.integers(0, USERS - 1), max_size=30), max_size=5),
+    st.integers(1, 8),
+)
 def test_any_users_are_read_in_the_order_asked_for(dataset, asked, blocks):
     """Also one twice, whatever room there is."""
     histories = Histories(dataset, blocks)
     for numbers in asked:
         users = histories.read(np.array(numbers, np.int64))
         assert by_user(users) == expected(numbers)
-        assert (users.number_B.dtype, users.lengths_B.dtype, users.items_N.dtype) == (np.int64, np.int64, np.int32)
+        assert (users.number_B.dtype, users.lengths_B.dtype, users.items_N.dtype) == (
+            np.int64,
+            np.int64,
+            np.int32,
+        )
     histories.close()
 
 
@@ -97,7 +109,11 @@ def test_an_epoch_decodes_every_block_of_a_rank_once(dataset, decoded):
     plan = Plan(dataset, 8, 1, seed=3)
     for _ in read_users(plan, 0, range(plan.steps(0)), 0):
         pass
-    assert len(decoded) == len(set(decoded)) == sum(-(-shard.users // 3) for shard in dataset.shards)
+    assert (
+        len(decoded)
+        == len(set(decoded))
+        == sum(-(-shard.users // 3) for shard in dataset.shards)
+    )
 
 
 def test_memory_and_open_files_are_bounded(dataset, monkeypatch):
@@ -119,9 +135,18 @@ def test_damaged_blocks_leave_their_users_out_and_are_said_once(tmp_path):
     said = []
     histories = Histories(dataset, 3, report=said.append)
     missing = {*range(12, 15), *range(33, 47)}
-    for numbers in ([11, 12, 13, 15], [14], [], [33, 0, 46], list(range(USERS))[::-1], [12, 40, 1]):
+    for numbers in (
+        [11, 12, 13, 15],
+        [14],
+        [],
+        [33, 0, 46],
+        list(range(USERS))[::-1],
+        [12, 40, 1],
+    ):
         users = histories.read(np.array(numbers, np.int64))
-        assert by_user(users) == expected([number for number in numbers if number not in missing])
+        assert by_user(users) == expected(
+            [number for number in numbers if number not in missing]
+        )
     assert len(said) == len(set(said)) == 3  # a sha256, a block, a file
     with pytest.raises(InputError, match=r"000001\.tar: its sha256"):
         Histories(dataset, 3).read(np.array([9]))
@@ -144,14 +169,27 @@ def test_a_rank_that_others_give_users_to_decodes_few_blocks_more(tmp_path, deco
     """Balance moves users of one stream a rank: blocks that are met again and again, and kept."""
     with tempfile.TemporaryDirectory() as folder:
         histories = draw_histories(960, longest=40)
-        dataset = write_dataset(Path(folder) / "data", histories, cuts=range(60, 960, 60), streams=16, block_users=60)
+        dataset = write_dataset(
+            Path(folder) / "data",
+            histories,
+            cuts=range(60, 960, 60),
+            streams=16,
+            block_users=60,
+        )
         plan = Plan(dataset, 240, 4, seed=3, max_length=30)
         for rank in range(4):
             decoded.clear()
-            home = {dataset.shards[shard].first_user for stream in plan.shards(0)[rank::4] for shard in stream}
+            home = {
+                dataset.shards[shard].first_user
+                for stream in plan.shards(0)[rank::4]
+                for shard in stream
+            }
             away = 0
             for _, users in read_users(plan, 0, range(plan.steps(0)), rank):
-                away += sum(60 * (number // 60) not in home for number in users.number_B.tolist())
+                away += sum(
+                    60 * (number // 60) not in home
+                    for number in users.number_B.tolist()
+                )
             assert away and len(decoded) == len(set(decoded))
             assert len(decoded) <= 4 + 2 * 3  # two streams of each other rank
 
@@ -159,7 +197,13 @@ def test_a_rank_that_others_give_users_to_decodes_few_blocks_more(tmp_path, deco
 def test_each_shard_is_hashed_by_its_home_rank_alone(tmp_path, monkeypatch):
     """Others, who take over some of its users, check the blocks that they read."""
     histories = draw_histories(960, longest=40)
-    dataset = write_dataset(tmp_path / "data", histories, cuts=range(60, 960, 60), streams=16, block_users=60)
+    dataset = write_dataset(
+        tmp_path / "data",
+        histories,
+        cuts=range(60, 960, 60),
+        streams=16,
+        block_users=60,
+    )
     plan = Plan(dataset, 240, 8, seed=3, max_length=30)
     hashed, opened = Counter(), Counter()
     digest = hashlib.file_digest
@@ -211,7 +255,9 @@ def few_files():
         names = os.listdir("/proc/self/fd")  # one of them is of the listing itself
         taken = {int(name) for name in names if os.path.exists(f"/proc/self/fd/{name}")}
         free = itertools.filterfalse(taken.__contains__, itertools.count())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, more, None)), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (next(itertools.islice(free, more, None)), hard)
+        )
 
     yield leave
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -233,7 +279,10 @@ def test_no_file_at_all_is_no_damage(dataset, few_files, skips):
     said = []
     histories = Histories(dataset, 1, report=said.append if skips else None)
     few_files(0)
-    with pytest.raises(InputError, match=r"000000\.tar cannot be opened: too many files .* may have \d+: .*ulimit -n"):
+    with pytest.raises(
+        InputError,
+        match=r"000000\.tar cannot be opened: too many files .* may have \d+: .*ulimit -n",
+    ):
         histories.read(np.array([0]))
     assert said == []
 
@@ -241,15 +290,21 @@ def test_no_file_at_all_is_no_damage(dataset, few_files, skips):
 def test_no_file_for_the_cache_is_said_as_such(dataset, tmp_path, few_files):
     """And not as a folder that cannot be written."""
     address = f"pipe:cat {dataset.folder}/{{}}"
-    histories = Histories(Dataset.load(address, source_config=SourceConfig(cache=str(tmp_path))), 1)
+    histories = Histories(
+        Dataset.load(address, source_config=SourceConfig(cache=str(tmp_path))), 1
+    )
     few_files(0)
     with pytest.raises(InputError, match=r"cannot be opened: too many files are open"):
         histories.read(np.array([0]))
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT])
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT]
+)
 @pytest.mark.parametrize("when", ["opening", "reading"])
-def test_a_disk_or_mount_that_does_not_answer_is_no_damage(dataset, monkeypatch, number, when):
+def test_a_disk_or_mount_that_does_not_answer_is_no_damage(
+    dataset, monkeypatch, number, when
+):
     """Where damage is skipped too: its users are sound, and there again in a moment."""
 
     def fails(*_, **__):
@@ -262,7 +317,10 @@ def test_a_disk_or_mount_that_does_not_answer_is_no_damage(dataset, monkeypatch,
         monkeypatch.setattr("trainer.data.format.shards.os.pread", fails)
     else:
         monkeypatch.setattr("builtins.open", fails)
-    with pytest.raises(InputError, match=r"000000\.tar cannot be read \(.*\): look after its disk or mount"):
+    with pytest.raises(
+        InputError,
+        match=r"000000\.tar cannot be read \(.*\): look after its disk or mount",
+    ):
         histories.read(np.array([5]))
     monkeypatch.undo()
     assert said == []

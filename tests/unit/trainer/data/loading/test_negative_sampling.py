@@ -5,9 +5,16 @@ from hypothesis import strategies as st
 
 from tests.unit.trainer.data.test_counter_rng import even
 from trainer.config.negatives import NegativesConfig
-from trainer.data.loading.negative_sampling import evaluation_negatives, shared_negatives, target_negatives
+from trainer.data.loading.negative_sampling import (
+    evaluation_negatives,
+    shared_negatives,
+    target_negatives,
+)
 
-STARTS, ITEMS = np.array([0, 70, 1200]), np.array([2, 1000, 37])  # domains with room after their items
+STARTS, ITEMS = (
+    np.array([0, 70, 1200]),
+    np.array([2, 1000, 37]),
+)  # domains with room after their items
 
 
 def targets(users, seed=0):
@@ -17,11 +24,18 @@ def targets(users, seed=0):
     user_N = np.repeat(random.permutation(10 * users)[:users], lengths)
     position_N = np.concatenate([np.arange(length) for length in lengths])
     domain_N = random.integers(0, 3, len(user_N))
-    return user_N, position_N, STARTS[domain_N] + random.integers(0, ITEMS[domain_N]), domain_N
+    return (
+        user_N,
+        position_N,
+        STARTS[domain_N] + random.integers(0, ITEMS[domain_N]),
+        domain_N,
+    )
 
 
 def draw(user_N, position_N, items_N, domain_N, count=5, seed=1, epoch=2):
-    return target_negatives(seed, epoch, user_N, position_N, items_N, domain_N, STARTS, ITEMS, count)
+    return target_negatives(
+        seed, epoch, user_N, position_N, items_N, domain_N, STARTS, ITEMS, count
+    )
 
 
 def test_a_target_is_never_its_own_negative_and_all_are_of_its_domain():
@@ -29,8 +43,12 @@ def test_a_target_is_never_its_own_negative_and_all_are_of_its_domain():
     drawn = draw(user_N, position_N, items_N, domain_N)
     assert drawn.dtype == np.int64 and drawn.shape == (len(items_N), 5)
     assert (drawn != items_N[:, None]).all()
-    assert (drawn >= STARTS[domain_N][:, None]).all() and (drawn < (STARTS + ITEMS)[domain_N][:, None]).all()
-    assert (drawn[domain_N == 0] == 1 - items_N[domain_N == 0][:, None]).all()  # two items: the other one
+    assert (drawn >= STARTS[domain_N][:, None]).all() and (
+        drawn < (STARTS + ITEMS)[domain_N][:, None]
+    ).all()
+    assert (
+        drawn[domain_N == 0] == 1 - items_N[domain_N == 0][:, None]
+    ).all()  # two items: the other one
 
 
 @pytest.mark.parametrize("target", [0, 18, 36])
@@ -45,7 +63,9 @@ def test_draws_depend_on_the_user_and_the_place_and_not_on_the_others_in_the_bat
     interactions = targets(50)
     whole = draw(*interactions)
     order = np.random.default_rng(3).permutation(len(whole))[:20]
-    np.testing.assert_array_equal(draw(*(values[order] for values in interactions)), whole[order])
+    np.testing.assert_array_equal(
+        draw(*(values[order] for values in interactions)), whole[order]
+    )
 
 
 @pytest.mark.parametrize("change", ["seed", "epoch", "user", "position"])
@@ -55,7 +75,13 @@ def test_each_key_changes_the_draws(change):
     keys = {"seed": 1, "epoch": 2}
     if change in keys:
         keys[change] += 1
-    other = draw(user_N + (change == "user"), position_N + (change == "position"), items_N, domain_N, **keys)
+    other = draw(
+        user_N + (change == "user"),
+        position_N + (change == "position"),
+        items_N,
+        domain_N,
+        **keys,
+    )
     big = domain_N == 1
     assert (base[big] == other[big]).mean() < 0.02
 
@@ -78,13 +104,18 @@ def test_shared_negatives_are_all_items_of_a_small_domain_and_even_draws_of_a_la
 
 @pytest.mark.parametrize("keys", [(9, 2, 3), (1, 9, 3), (1, 2, 9)])
 def test_shared_negatives_follow_seed_epoch_and_step(keys):
-    base, other = (shared_negatives(*given_keys, STARTS, ITEMS, 30)[1] for given_keys in ((1, 2, 3), keys))
+    base, other = (
+        shared_negatives(*given_keys, STARTS, ITEMS, 30)[1]
+        for given_keys in ((1, 2, 3), keys)
+    )
     np.testing.assert_array_equal(base, shared_negatives(1, 2, 3, STARTS, ITEMS, 30)[1])
     assert (base == other).mean() < 0.2
 
 
 def test_two_domains_of_one_size_do_not_share_their_draws():
-    first, second = shared_negatives(1, 2, 3, np.array([0, 1000]), np.array([1000, 1000]), 200)
+    first, second = shared_negatives(
+        1, 2, 3, np.array([0, 1000]), np.array([1000, 1000]), 200
+    )
     assert (first == second - 1000).mean() < 0.05
 
 
@@ -94,13 +125,19 @@ def test_two_domains_of_one_size_do_not_share_their_draws():
     touched=st.lists(st.integers(0, 1200), max_size=400),
     user=st.integers(0, 2**40),
 )
-def test_evaluation_candidates_are_different_rows_that_the_user_never_touched(items, count, touched, user):
+def test_evaluation_candidates_are_different_rows_that_the_user_never_touched(
+    items, count, touched, user
+):
     start = 100
-    drawn = evaluation_negatives(7, user, np.array(touched, np.int64), start, items, count)
+    drawn = evaluation_negatives(
+        7, user, np.array(touched, np.int64), start, items, count
+    )
     others = set(range(start, start + items)) - set(touched)
     assert len(set(drawn.tolist())) == len(drawn) == min(count, len(others))
     assert set(drawn.tolist()) <= others
-    again = evaluation_negatives(7, user, np.array(touched[::-1], np.int64), start, items, count)
+    again = evaluation_negatives(
+        7, user, np.array(touched[::-1], np.int64), start, items, count
+    )
     np.testing.assert_array_equal(again, drawn)
 
 
@@ -125,12 +162,20 @@ def test_a_user_who_touched_nearly_all_of_a_large_domain_gets_the_rest():
 @pytest.mark.parametrize("items", [60, 3000])
 def test_evaluation_candidates_follow_seed_and_user(items):
     def drawn(seed, user):
-        return set(evaluation_negatives(seed, user, np.array([1]), 0, items, 20).tolist())
+        return set(
+            evaluation_negatives(seed, user, np.array([1]), 0, items, 20).tolist()
+        )
 
-    assert drawn(1, 2) == drawn(1, 2) and drawn(1, 2) != drawn(2, 2) and drawn(1, 2) != drawn(1, 3)
+    assert (
+        drawn(1, 2) == drawn(1, 2)
+        and drawn(1, 2) != drawn(2, 2)
+        and drawn(1, 2) != drawn(1, 3)
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("per_target", 0), ("per_target", -1), ("shared", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("per_target", 0), ("per_target", -1), ("shared", -1)]
+)
 def test_bad_values_name_the_key(key, value):
     with pytest.raises(ValueError, match=rf"negatives\.{key} is {value}"):
         NegativesConfig(**{key: value})

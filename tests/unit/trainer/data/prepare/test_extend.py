@@ -12,16 +12,25 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainer.data.prepare.pipeline.extend import LogFacts, options_of
 
 import trainer.data.prepare.pipeline
-from tests.unit.trainer.data.prepare.test_pipeline import COLUMNS, digests, run, some_rows, timed_histories, write
+from tests.unit.trainer.data.prepare.test_pipeline import (
+    COLUMNS,
+    digests,
+    run,
+    some_rows,
+    timed_histories,
+    write,
+)
 from trainer.data.format.dataset import Dataset
+from trainer.data.prepare.extend import LogFacts, options_of
 from trainer.errors import InputError
 
 
 def extended(old, output, *inputs, **options):
-    return run(output, *inputs, extend=str(old.folder), **(options_of(old.folder) | options))
+    return run(
+        output, *inputs, extend=str(old.folder), **(options_of(old.folder) | options)
+    )
 
 
 def items_of(dataset):
@@ -29,18 +38,31 @@ def items_of(dataset):
     found = {}
     for domain in dataset.domains:
         table = pq.read_table(dataset.folder / domain.vocabulary)
-        assert table["row"].to_pylist() == list(range(domain.start, domain.start + domain.items))
-        found |= {line["row"]: (domain.name, str(line["item_id"])) for line in table.to_pylist()}
+        assert table["row"].to_pylist() == list(
+            range(domain.start, domain.start + domain.items)
+        )
+        found |= {
+            line["row"]: (domain.name, str(line["item_id"]))
+            for line in table.to_pylist()
+        }
     return found
 
 
 def told(dataset):
     """{text of a user's id: [(domain, text of the item's id, tick)]}."""
     users = pq.read_table(dataset.folder / "users.parquet")
-    names = dict(zip(users["user"].to_pylist(), map(str, users["user_id"].to_pylist()), strict=True))
+    names = dict(
+        zip(
+            users["user"].to_pylist(),
+            map(str, users["user_id"].to_pylist()),
+            strict=True,
+        )
+    )
     items = items_of(dataset)
     return {
-        names[user]: [(*items[row], tick) for row, tick in zip(rows, ticks, strict=True)]
+        names[user]: [
+            (*items[row], tick) for row, tick in zip(rows, ticks, strict=True)
+        ]
         for user, (rows, ticks) in timed_histories(dataset).items()
     }
 
@@ -48,7 +70,10 @@ def told(dataset):
 def mapping(dataset):
     """{(domain, text of the id): (old row, new row)}."""
     table = pq.read_table(dataset.folder / "extension" / "rows.parquet")
-    return {(line["domain"], str(line["item_id"])): (line["old_row"], line["new_row"]) for line in table.to_pylist()}
+    return {
+        (line["domain"], str(line["item_id"])): (line["old_row"], line["new_row"])
+        for line in table.to_pylist()
+    }
 
 
 def facts_of(dataset):
@@ -57,42 +82,69 @@ def facts_of(dataset):
 
 def numbered(count, first=0, domain="shop", users=5):
     """So many items of a domain, each met once."""
-    return [(number % users, f"{domain}-{first + number}", domain, number) for number in range(count)]
+    return [
+        (number % users, f"{domain}-{first + number}", domain, number)
+        for number in range(count)
+    ]
 
 
-row = st.tuples(st.integers(0, 5), st.integers(0, 9), st.sampled_from(["a", "b", "c"]), st.integers(0, 9))
+row = st.tuples(
+    st.integers(0, 5),
+    st.integers(0, 9),
+    st.sampled_from(["a", "b", "c"]),
+    st.integers(0, 9),
+)
 rows = st.lists(row, min_size=1, max_size=60)
 
 
 @settings(max_examples=12)
-@given(rows, st.lists(rows, min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 2))
+@given(
+    rows, st.lists(rows, min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 2)
+)
 def test_extending_day_by_day_is_preparing_it_all(base, days, min_user, min_item):
     """But for the numbers of rows, and for rows that an earlier day had to the letter."""
-    base = base + [(9, item, domain, 5) for item in (0, 1) for domain in "abc" for _ in range(3)]  # somebody who stays
+    base = base + [
+        (9, item, domain, 5) for item in (0, 1) for domain in "abc" for _ in range(3)
+    ]  # somebody who stays
     with tempfile.TemporaryDirectory() as folder:
         folder, known = Path(folder), Counter(base)
         options = {"min_user": min_user, "min_item": min_item, "streams": 3}
-        dataset = run(folder / "0", write(folder / "0.parquet", base), keep_log=True, **options)
+        dataset = run(
+            folder / "0", write(folder / "0.parquet", base), keep_log=True, **options
+        )
         for number, day in enumerate(days, 1):
             before = dataset
-            dataset = extended(before, folder / str(number), write(folder / f"{number}.csv", day))
+            dataset = extended(
+                before, folder / str(number), write(folder / f"{number}.csv", day)
+            )
             assert Dataset.load(dataset.folder) == dataset
             known += Counter(row for row in day if row not in known)
             whole = list(known.elements())
             log = write(folder / f"whole-{number}.parquet", whole)
             expected = run(folder / f"whole-{number}", log, **options)
             assert told(dataset) == told(expected)
-            assert (dataset.users, dataset.interactions) == (expected.users, expected.interactions)
+            assert (dataset.users, dataset.interactions) == (
+                expected.users,
+                expected.interactions,
+            )
             rows = mapping(dataset)
-            assert {item: new for item, (_, new) in rows.items()} == {item: row for row, item in items_of(dataset).items()}
-            assert {item: old for item, (old, _) in rows.items() if old is not None} == {
-                item: row for row, item in items_of(before).items()
+            assert {item: new for item, (_, new) in rows.items()} == {
+                item: row for row, item in items_of(dataset).items()
             }
-            assert all(old in (None, new) for old, new in rows.values())  # there is room
-            users = pq.read_table(dataset.folder / "users.parquet")["user_id"].to_pylist()
+            assert {
+                item: old for item, (old, _) in rows.items() if old is not None
+            } == {item: row for row, item in items_of(before).items()}
+            assert all(
+                old in (None, new) for old, new in rows.values()
+            )  # there is room
+            users = pq.read_table(dataset.folder / "users.parquet")[
+                "user_id"
+            ].to_pylist()
             came = {user for user, *_ in day} & set(users)
             touched = np.load(dataset.folder / "extension" / "users.npy")
-            assert {users[user] for user in touched} <= came and len(set(touched.tolist())) == len(touched)
+            assert {users[user] for user in touched} <= came and len(
+                set(touched.tolist())
+            ) == len(touched)
 
 
 def test_the_same_day_again_changes_nothing(tmp_path):
@@ -103,12 +155,25 @@ def test_the_same_day_again_changes_nothing(tmp_path):
     facts = facts_of(again)
     assert (facts["arrived"], facts["delivered_before"], facts["late"]) == (300, 300, 0)
     assert not len(np.load(again.folder / "extension" / "users.npy"))
-    own = {name: digest for name, digest in digests(again.folder).items() if not name.startswith(("log/", "extension/"))}
-    assert own == {name: digest for name, digest in digests(dataset.folder).items() if not name.startswith("log/")}
+    own = {
+        name: digest
+        for name, digest in digests(again.folder).items()
+        if not name.startswith(("log/", "extension/"))
+    }
+    assert own == {
+        name: digest
+        for name, digest in digests(dataset.folder).items()
+        if not name.startswith("log/")
+    }
 
 
 def test_late_rows_go_to_their_place_in_time(tmp_path):
-    base = [("u", "a", "shop", 10), ("u", "b", "shop", 30), ("v", "a", "shop", 40), ("v", "b", "shop", 50)]
+    base = [
+        ("u", "a", "shop", 10),
+        ("u", "b", "shop", 30),
+        ("v", "a", "shop", 40),
+        ("v", "b", "shop", 50),
+    ]
     dataset = run(tmp_path / "0", write(tmp_path / "0.csv", base), keep_log=True)
     late = [("u", "b", "shop", 20), ("u", "a", "shop", 60)]
     dataset = extended(dataset, tmp_path / "1", write(tmp_path / "1.csv", late))
@@ -117,80 +182,173 @@ def test_late_rows_go_to_their_place_in_time(tmp_path):
 
 
 def test_a_domain_that_outgrows_its_room_moves_the_ones_behind_it(tmp_path):
-    base = [*numbered(5, domain="a"), *numbered(7, domain="b"), *numbered(3, domain="c")]
+    base = [
+        *numbered(5, domain="a"),
+        *numbered(7, domain="b"),
+        *numbered(3, domain="c"),
+    ]
     before = run(tmp_path / "0", write(tmp_path / "0.csv", base), keep_log=True)
     assert [domain.room for domain in before.domains] == [69, 71, 67]
-    fits = extended(before, tmp_path / "fits", write(tmp_path / "1.csv", numbered(64, 5, "a")))
-    assert [domain.start for domain in fits.domains] == [0, 69, 140] and not facts_of(fits)["laid_out_anew"]
-    grown = extended(before, tmp_path / "grown", write(tmp_path / "2.csv", numbered(65, 5, "a")))
-    assert [(domain.start, domain.items, domain.room) for domain in grown.domains] == [(0, 70, 134), (134, 7, 71), (205, 3, 67)]
+    fits = extended(
+        before, tmp_path / "fits", write(tmp_path / "1.csv", numbered(64, 5, "a"))
+    )
+    assert [domain.start for domain in fits.domains] == [0, 69, 140] and not facts_of(
+        fits
+    )["laid_out_anew"]
+    grown = extended(
+        before, tmp_path / "grown", write(tmp_path / "2.csv", numbered(65, 5, "a"))
+    )
+    assert [(domain.start, domain.items, domain.room) for domain in grown.domains] == [
+        (0, 70, 134),
+        (134, 7, 71),
+        (205, 3, 67),
+    ]
     assert facts_of(grown)["laid_out_anew"]
     for (domain, _), (old, new) in mapping(grown).items():
         number = "abc".index(domain)
         if old is not None:
-            assert new - grown.domains[number].start == old - before.domains[number].start
+            assert (
+                new - grown.domains[number].start == old - before.domains[number].start
+            )
         else:
             assert domain == "a" and 5 <= new < 70
 
 
 def test_a_new_domain_comes_behind_the_others(tmp_path):
-    before = run(tmp_path / "0", write(tmp_path / "0.csv", numbered(4, domain="m")), keep_log=True)
-    after = extended(before, tmp_path / "1", write(tmp_path / "1.csv", numbered(3, domain="z") + numbered(2, domain="a")))
-    assert [(domain.name, domain.start) for domain in after.domains] == [("m", 0), ("a", 68), ("z", 134)]
+    before = run(
+        tmp_path / "0",
+        write(tmp_path / "0.csv", numbered(4, domain="m")),
+        keep_log=True,
+    )
+    after = extended(
+        before,
+        tmp_path / "1",
+        write(tmp_path / "1.csv", numbered(3, domain="z") + numbered(2, domain="a")),
+    )
+    assert [(domain.name, domain.start) for domain in after.domains] == [
+        ("m", 0),
+        ("a", 68),
+        ("z", 134),
+    ]
     assert all(old == new for old, new in mapping(after).values() if old is not None)
 
 
 def test_retired_items_give_their_rows_to_new_ones_and_leave_no_gap(tmp_path):
-    old_rows = [(user, f"old-{number}", "shop", number) for number in range(6) for user in range(2)]
-    kept_rows = [(user, f"kept-{number}", "shop", 100 + number) for number in range(6) for user in range(3)]
-    before = run(tmp_path / "0", write(tmp_path / "0.csv", old_rows + kept_rows), keep_log=True)
+    old_rows = [
+        (user, f"old-{number}", "shop", number)
+        for number in range(6)
+        for user in range(2)
+    ]
+    kept_rows = [
+        (user, f"kept-{number}", "shop", 100 + number)
+        for number in range(6)
+        for user in range(3)
+    ]
+    before = run(
+        tmp_path / "0", write(tmp_path / "0.csv", old_rows + kept_rows), keep_log=True
+    )
     places = {item: row for row, (_, item) in items_of(before).items()}
     assert sorted(places, key=places.get)[0].startswith("kept")  # the more popular ones
-    new = write(tmp_path / "1.csv", [(7, f"new-{number}", "shop", 200) for number in range(4)])
+    new = write(
+        tmp_path / "1.csv", [(7, f"new-{number}", "shop", 200) for number in range(4)]
+    )
     left = extended(before, tmp_path / "left", new, since="50")
-    assert left.domains[0].items == 16 and facts_of(left)["domains"]["shop"]["retired"] == 0
+    assert (
+        left.domains[0].items == 16
+        and facts_of(left)["domains"]["shop"]["retired"] == 0
+    )
     counts = pq.read_table(left.folder / left.domains[0].vocabulary).to_pylist()
-    assert all(line["count"] == 0 for line in counts if line["item_id"].startswith("old"))
+    assert all(
+        line["count"] == 0 for line in counts if line["item_id"].startswith("old")
+    )
     assert told(left).keys() == {"0", "1", "2", "7"}
     retired = extended(before, tmp_path / "retired", new, since="50", retire=True)
     found = mapping(retired)
-    assert {item for (_, item), (_, row) in found.items() if row is None} == {f"old-{number}" for number in range(6)}
-    assert all(found["shop", f"kept-{number}"] == (places[f"kept-{number}"],) * 2 for number in range(6))
-    assert sorted(found["shop", f"new-{number}"][1] for number in range(4)) == [6, 7, 8, 9]
+    assert {item for (_, item), (_, row) in found.items() if row is None} == {
+        f"old-{number}" for number in range(6)
+    }
+    assert all(
+        found["shop", f"kept-{number}"] == (places[f"kept-{number}"],) * 2
+        for number in range(6)
+    )
+    assert sorted(found["shop", f"new-{number}"][1] for number in range(4)) == [
+        6,
+        7,
+        8,
+        9,
+    ]
     facts = facts_of(retired)["domains"]["shop"]
-    assert (facts["items_before"], facts["items"], facts["new"], facts["retired"]) == (12, 10, 4, 6)
+    assert (facts["items_before"], facts["items"], facts["new"], facts["retired"]) == (
+        12,
+        10,
+        4,
+        6,
+    )
     # Fewer new ones than were retired: the last ones move into the gaps.
     few = write(tmp_path / "2.csv", [(7, "old-0", "shop", 200)])
     moved = extended(before, tmp_path / "moved", few, since="103", retire=True)
     found = {item: pair for (_, item), pair in mapping(moved).items()}
     assert found["kept-0"][1] is None and items_of(moved).keys() == {0, 1, 2, 3}
-    assert {item for _, item in items_of(moved).values()} == {"kept-3", "kept-4", "kept-5", "old-0"}
+    assert {item for _, item in items_of(moved).values()} == {
+        "kept-3",
+        "kept-4",
+        "kept-5",
+        "old-0",
+    }
 
 
 def test_a_window_of_days_ends_with_the_newest_row(tmp_path):
     day = datetime.timedelta(days=1)
     first = datetime.datetime(2026, 1, 1)
-    base = [("u", f"i{number}", "shop", (first + number * day).isoformat()) for number in range(10)]
+    base = [
+        ("u", f"i{number}", "shop", (first + number * day).isoformat())
+        for number in range(10)
+    ]
     before = run(tmp_path / "0", write(tmp_path / "0.csv", base), keep_log=True)
-    came = [("u", "i0", "shop", (first + 11 * day).isoformat()), ("u", "i9", "shop", first.isoformat())]
+    came = [
+        ("u", "i0", "shop", (first + 11 * day).isoformat()),
+        ("u", "i9", "shop", first.isoformat()),
+    ]
     new = write(tmp_path / "1.csv", came)
     after = extended(before, tmp_path / "1", new, days=3.0)
     assert [item for _, item, _ in told(after)["u"]] == ["i8", "i9", "i0"]
     facts = facts_of(after)
     assert (facts["late"], facts["before_window"]) == (1, 1)
-    assert after.first_time == (first + 8 * day - datetime.datetime(1970, 1, 1)).total_seconds() * 1e6
+    assert (
+        after.first_time
+        == (first + 8 * day - datetime.datetime(1970, 1, 1)).total_seconds() * 1e6
+    )
     since = extended(before, tmp_path / "2", new, since="2026-01-10")
     assert [item for _, item, _ in told(since)["u"]] == ["i9", "i0"]
     seconds = [("u", f"i{number}", "shop", 86_400 * number) for number in range(10)]
-    numbers = run(tmp_path / "3", write(tmp_path / "3.csv", seconds), keep_log=True, days=1.0, time_unit="s")
+    numbers = run(
+        tmp_path / "3",
+        write(tmp_path / "3.csv", seconds),
+        keep_log=True,
+        days=1.0,
+        time_unit="s",
+    )
     assert [item for _, item, _ in told(numbers)["u"]] == ["i8", "i9"]
 
 
 def test_files_that_a_window_has_left_are_not_kept(tmp_path):
-    before = run(tmp_path / "0", write(tmp_path / "0.csv", [("u", "a", "x", 1), ("u", "b", "x", 2)]), keep_log=True)
-    after = extended(before, tmp_path / "1", write(tmp_path / "1.csv", [("u", "a", "x", 8), ("u", "b", "x", 9)]), since="5")
-    assert [path.name for path in sorted((after.folder / "log").glob("*.parquet"))] == ["00001.parquet"]
-    third = extended(after, tmp_path / "2", write(tmp_path / "2.csv", [("u", "b", "x", 7)]))
+    before = run(
+        tmp_path / "0",
+        write(tmp_path / "0.csv", [("u", "a", "x", 1), ("u", "b", "x", 2)]),
+        keep_log=True,
+    )
+    after = extended(
+        before,
+        tmp_path / "1",
+        write(tmp_path / "1.csv", [("u", "a", "x", 8), ("u", "b", "x", 9)]),
+        since="5",
+    )
+    assert [path.name for path in sorted((after.folder / "log").glob("*.parquet"))] == [
+        "00001.parquet"
+    ]
+    third = extended(
+        after, tmp_path / "2", write(tmp_path / "2.csv", [("u", "b", "x", 7)])
+    )
     assert [item for _, item, _ in told(third)["u"]] == ["b", "a", "b"]
     assert len(list((third.folder / "log").glob("*.parquet"))) == 2
 
@@ -198,26 +356,48 @@ def test_files_that_a_window_has_left_are_not_kept(tmp_path):
 def test_numbers_become_text_once_a_log_has_text(tmp_path):
     types = {"user_id": pa.int64(), "item_id": pa.int64()}
     base = [(7, 1, "shop", 1), (7, 2, "shop", 2), (8, 1, "shop", 3)]
-    before = run(tmp_path / "0", write(tmp_path / "0.parquet", base, types=types), keep_log=True)
-    texts = extended(before, tmp_path / "1", write(tmp_path / "1.csv", [("7", "x", "shop", 4), ("y", "2", "shop", 5)]))
-    assert told(texts)["7"][-1][1] == "x" and told(texts)["y"][0][1] == "2" and len(items_of(texts)) == 3
+    before = run(
+        tmp_path / "0", write(tmp_path / "0.parquet", base, types=types), keep_log=True
+    )
+    texts = extended(
+        before,
+        tmp_path / "1",
+        write(tmp_path / "1.csv", [("7", "x", "shop", 4), ("y", "2", "shop", 5)]),
+    )
+    assert (
+        told(texts)["7"][-1][1] == "x"
+        and told(texts)["y"][0][1] == "2"
+        and len(items_of(texts)) == 3
+    )
     came = [(8, 2, "shop", 6), (7, 1, "shop", 1)]
-    numbers = extended(texts, tmp_path / "2", write(tmp_path / "2.parquet", came, types=types))
+    numbers = extended(
+        texts, tmp_path / "2", write(tmp_path / "2.parquet", came, types=types)
+    )
     assert facts_of(numbers)["delivered_before"] == 1
-    assert [item for _, item, _ in told(numbers)["8"]] == ["1", "2"] and len(items_of(numbers)) == 3
-    assert pq.read_schema(numbers.folder / "vocabulary/0.parquet").field("item_id").type == pa.string()
+    assert [item for _, item, _ in told(numbers)["8"]] == ["1", "2"] and len(
+        items_of(numbers)
+    ) == 3
+    assert (
+        pq.read_schema(numbers.folder / "vocabulary/0.parquet").field("item_id").type
+        == pa.string()
+    )
 
 
 def test_the_whole_log_may_be_given_in_place_of_a_kept_one(tmp_path):
     log = write(tmp_path / "0.csv", numbered(9))
     before = run(tmp_path / "0", log)
-    with pytest.raises(InputError, match=r"keeps no log: prepare it with --keep-log.*--whole-log"):
+    with pytest.raises(
+        InputError, match=r"keeps no log: prepare it with --keep-log.*--whole-log"
+    ):
         extended(before, tmp_path / "1", log)
     whole = write(tmp_path / "1.csv", numbered(9)[3:] + numbered(12, 20))
     after = extended(before, tmp_path / "1", whole, whole_log=True)
     assert not (after.folder / "log").exists()
     assert told(after) == told(run(tmp_path / "2", whole))
-    assert all(old in (None, new) for old, new in mapping(after).values()) and len(mapping(after)) == 21
+    assert (
+        all(old in (None, new) for old, new in mapping(after).values())
+        and len(mapping(after)) == 21
+    )
 
 
 @pytest.mark.parametrize("stage", ["log", "ids", "events", "parts", "finish"])
@@ -232,7 +412,13 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
     def killed(*_, **__):
         raise Killed
 
-    place = {"log": "open_kept", "ids": "number_ids", "events": "_divide", "parts": "_make_part", "finish": "write_extension"}
+    place = {
+        "log": "open_kept",
+        "ids": "number_ids",
+        "events": "_divide",
+        "parts": "_make_part",
+        "finish": "write_extension",
+    }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(trainer.data.prepare.pipeline, place[stage], killed)
         extended(dataset, tmp_path / "killed", day)
@@ -241,17 +427,28 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
     assert told(after) == told(expected) and mapping(after) == mapping(expected)
 
     def own(folder):
-        return {name: digest for name, digest in digests(folder).items() if not name.startswith(("log/", "extension/"))}
+        return {
+            name: digest
+            for name, digest in digests(folder).items()
+            if not name.startswith(("log/", "extension/"))
+        }
 
     assert own(after.folder) == own(expected.folder)
 
 
 def test_what_it_was_made_with_is_kept(tmp_path):
     options = {"min_user": 2, "min_item": 3, "seed": 5, "streams": 7}
-    dataset = run(tmp_path / "0", write(tmp_path / "0.csv", some_rows()), keep_log=True, **options)
+    dataset = run(
+        tmp_path / "0", write(tmp_path / "0.csv", some_rows()), keep_log=True, **options
+    )
     assert options_of(dataset.folder) == options
-    after = extended(dataset, tmp_path / "1", write(tmp_path / "1.csv", some_rows(50, seed=9)))
-    assert LogFacts.load(after.folder) == LogFacts(False, 2, 3) and (after.seed, after.streams) == (5, 7)
+    after = extended(
+        dataset, tmp_path / "1", write(tmp_path / "1.csv", some_rows(50, seed=9))
+    )
+    assert LogFacts.load(after.folder) == LogFacts(False, 2, 3) and (
+        after.seed,
+        after.streams,
+    ) == (5, 7)
 
 
 def dates(_, folder):
@@ -271,12 +468,19 @@ def nothing_left(_, folder):
 
 
 def both_windows(_, folder):
-    return write(folder / "new.csv", [("u", "a", "shop", 3)]), {"since": "1", "days": 3.0, "time_unit": "s"}
+    return write(folder / "new.csv", [("u", "a", "shop", 3)]), {
+        "since": "1",
+        "days": 3.0,
+        "time_unit": "s",
+    }
 
 
 def a_log_that_is_none(dataset, folder):
     (dataset.folder / "log" / "log.json").write_text("{")
-    return write(folder / "new.csv", [("u", "a", "shop", 3)]), {"min_user": 0, "min_item": 0}
+    return write(folder / "new.csv", [("u", "a", "shop", 3)]), {
+        "min_user": 0,
+        "min_item": 0,
+    }
 
 
 BAD = {
@@ -289,7 +493,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), BAD.items(), ids=[spoil.__name__ for spoil in BAD])
+@pytest.mark.parametrize(
+    ("spoil", "message"), BAD.items(), ids=[spoil.__name__ for spoil in BAD]
+)
 def test_what_cannot_be_extended_is_named_and_leaves_nothing(tmp_path, spoil, message):
     dataset = run(tmp_path / "0", write(tmp_path / "0.csv", numbered(9)), keep_log=True)
     log, options = spoil(dataset, tmp_path)
@@ -301,6 +507,17 @@ def test_what_cannot_be_extended_is_named_and_leaves_nothing(tmp_path, spoil, me
 def test_columns_of_the_new_log_may_have_other_names(tmp_path):
     dataset = run(tmp_path / "0", write(tmp_path / "0.csv", numbered(9)), keep_log=True)
     names = ("who", "what", "where", "when")
-    columns = dict(zip((f"{role}_column" for role in ("user", "item", "domain", "time")), names, strict=True))
-    after = extended(dataset, tmp_path / "1", write(tmp_path / "1.csv", [(3, "shop-0", "shop", 77)], names), **columns)
+    columns = dict(
+        zip(
+            (f"{role}_column" for role in ("user", "item", "domain", "time")),
+            names,
+            strict=True,
+        )
+    )
+    after = extended(
+        dataset,
+        tmp_path / "1",
+        write(tmp_path / "1.csv", [(3, "shop-0", "shop", 77)], names),
+        **columns,
+    )
     assert told(after)["3"][-1][1] == "shop-0" and names != COLUMNS

@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainer.data.prepare.pipeline.pipeline import PrepareConfig, prepare
-from trainer.data.prepare.pipeline.shard_writing import assemble
 
 import trainer.data.prepare.pipeline
 import trainer.data.prepare.shard_writing
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import read_blocks
+from trainer.data.prepare.pipeline import PrepareConfig, prepare
+from trainer.data.prepare.shard_writing import assemble
 from trainer.errors import InputError
 
 COLUMNS = ("user_id", "item_id", "domain", "timestamp")
@@ -40,7 +40,10 @@ def write(path, rows, columns=COLUMNS, types=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         types = types or {}
-        arrays = [pa.array([row[index] for row in rows], types.get(name)) for index, name in enumerate(columns)]
+        arrays = [
+            pa.array([row[index] for row in rows], types.get(name))
+            for index, name in enumerate(columns)
+        ]
         pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), path)
         return path
     opened = gzip.open if path.suffix == ".gz" else open
@@ -52,7 +55,9 @@ def write(path, rows, columns=COLUMNS, types=None):
 
 
 def run(output, *inputs, **options):
-    return prepare(PrepareConfig(tuple(str(path) for path in inputs), str(output), **options))
+    return prepare(
+        PrepareConfig(tuple(str(path) for path in inputs), str(output), **options)
+    )
 
 
 def histories(dataset):
@@ -66,8 +71,13 @@ def timed_histories(dataset):
     for shard in dataset.shards:
         for first, block in read_blocks(dataset, shard):
             ends = np.cumsum(block.lengths_B)
-            for user, (start, end) in enumerate(zip(ends - block.lengths_B, ends, strict=True), start=first):
-                found[user] = block.items_N[start:end].tolist(), block.ticks_N[start:end].tolist()
+            for user, (start, end) in enumerate(
+                zip(ends - block.lengths_B, ends, strict=True), start=first
+            ):
+                found[user] = (
+                    block.items_N[start:end].tolist(),
+                    block.ticks_N[start:end].tolist(),
+                )
     return found
 
 
@@ -83,7 +93,12 @@ def some_rows(count=300, users=23, items=40, seed=1):
     """Rows with ties in time and exact duplicates; every domain has the same raw ids."""
     draw = random.Random(seed)
     return [
-        (draw.randrange(users), draw.randrange(items), draw.choice(["shop", "video", "navi"]), draw.randrange(20))
+        (
+            draw.randrange(users),
+            draw.randrange(items),
+            draw.choice(["shop", "video", "navi"]),
+            draw.randrange(20),
+        )
         for _ in range(count)
     ]
 
@@ -97,57 +112,135 @@ def reference(rows, min_user, min_item, seed):
     while True:
         users = Counter(row[0] for row in rows)
         items = Counter((row[2], row[1]) for row in rows)
-        kept = [row for row in rows if users[row[0]] >= min_user and items[row[2], row[1]] >= min_item]
+        kept = [
+            row
+            for row in rows
+            if users[row[0]] >= min_user and items[row[2], row[1]] >= min_item
+        ]
         if len(kept) == len(rows):
             break
         rows = kept
     by_user = defaultdict(list)
     for user, item, domain, when in rows:
         by_user[user].append((when, domain, item))
-    events = {user: [event[1:] for event in sorted(found)] for user, found in by_user.items()}
-    order = sorted(events, key=lambda user: (hashlib.md5(f"{seed}:{user}".encode()).hexdigest()[:15], user))
-    training = Counter(event for found in events.values() for event in (found[:-2] if len(found) >= 3 else found))
+    events = {
+        user: [event[1:] for event in sorted(found)] for user, found in by_user.items()
+    }
+    order = sorted(
+        events,
+        key=lambda user: (
+            hashlib.md5(f"{seed}:{user}".encode()).hexdigest()[:15],
+            user,
+        ),
+    )
+    training = Counter(
+        event
+        for found in events.values()
+        for event in (found[:-2] if len(found) >= 3 else found)
+    )
     vocabulary, start, row_of = {}, 0, {}
     for domain in sorted({domain for domain, _ in items}):
-        mine = sorted((item for name, item in items if name == domain), key=lambda item: (-items[domain, item], item))
+        mine = sorted(
+            (item for name, item in items if name == domain),
+            key=lambda item: (-items[domain, item], item),
+        )
         for place, item in enumerate(mine):
             row_of[domain, item] = start + place
-        vocabulary[domain] = [(item, row_of[domain, item], training[domain, item]) for item in mine]
+        vocabulary[domain] = [
+            (item, row_of[domain, item], training[domain, item]) for item in mine
+        ]
         start += len(mine) + max(64, len(mine) // 10)
-    return order, {user: [row_of[event] for event in found] for user, found in events.items()}, vocabulary
+    return (
+        order,
+        {user: [row_of[event] for event in found] for user, found in events.items()},
+        vocabulary,
+    )
 
 
 def ticks_of(rows, order, events, vocabulary):
     """By raw user, from the first time of all rows to the last."""
     first, last = min(row[3] for row in rows), max(row[3] for row in rows)
-    row_of = {(domain, item): row for domain, lines in vocabulary.items() for item, row, _ in lines}
+    row_of = {
+        (domain, item): row
+        for domain, lines in vocabulary.items()
+        for item, row, _ in lines
+    }
     found = {}
     for user in order:
-        own = [(when, domain, str(item)) for name, item, domain, when in rows if str(name) == user]
+        own = [
+            (when, domain, str(item))
+            for name, item, domain, when in rows
+            if str(name) == user
+        ]
         own = [event for event in sorted(own) if event[1:] in row_of]
         assert [row_of[event[1:]] for event in own] == events[user]
-        found[user] = [int((when - first) / max(last - first, 1) * 65535) for when, _, _ in own]
+        found[user] = [
+            int((when - first) / max(last - first, 1) * 65535) for when, _, _ in own
+        ]
     return found
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1, max_size=3)
-odd_ids = st.sampled_from(
-    ["007", "7", "-0", "1e3", "NULL", "nan", "'", '"', '""', "a,b", "a\tb", "#x", " ", "\n", "é", "e\u0301", "日本"]
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"),
+    min_size=1,
+    max_size=3,
 )
-formats = st.lists(st.sampled_from(["a.parquet", "b.csv", "c.tsv", "d.csv.gz", "e.parquet"]), min_size=1, unique=True)
+odd_ids = st.sampled_from(
+    [
+        "007",
+        "7",
+        "-0",
+        "1e3",
+        "NULL",
+        "nan",
+        "'",
+        '"',
+        '""',
+        "a,b",
+        "a\tb",
+        "#x",
+        " ",
+        "\n",
+        "é",
+        "e\u0301",
+        "日本",
+    ]
+)
+formats = st.lists(
+    st.sampled_from(["a.parquet", "b.csv", "c.tsv", "d.csv.gz", "e.parquet"]),
+    min_size=1,
+    unique=True,
+)
 
 
 @st.composite
 def logs(draw):
     ids = st.one_of(odd_ids, texts) if draw(st.booleans()) else st.integers(-3, 12)
-    user_ids, item_ids = (draw(st.lists(ids, min_size=2, max_size=6, unique=True)) for _ in range(2))
-    domains = draw(st.lists(st.sampled_from(["shop", "Shop", "ads'", "дом", "a b"]), min_size=1, max_size=3, unique=True))
-    row = st.tuples(*map(st.sampled_from, (user_ids, item_ids, domains)), st.integers(-2, 4))
-    return draw(st.lists(row, min_size=1, max_size=40)), draw(st.randoms(use_true_random=False)), draw(formats)
+    user_ids, item_ids = (
+        draw(st.lists(ids, min_size=2, max_size=6, unique=True)) for _ in range(2)
+    )
+    domains = draw(
+        st.lists(
+            st.sampled_from(["shop", "Shop", "ads'", "дом", "a b"]),
+            min_size=1,
+            max_size=3,
+            unique=True,
+        )
+    )
+    row = st.tuples(
+        *map(st.sampled_from, (user_ids, item_ids, domains)), st.integers(-2, 4)
+    )
+    return (
+        draw(st.lists(row, min_size=1, max_size=40)),
+        draw(st.randoms(use_true_random=False)),
+        draw(formats),
+    )
 
 
 @settings(max_examples=40)
-@given(logs(), st.integers(0, 4), st.integers(0, 4), st.integers(0, 5), st.integers(1, 5))
+@given(
+    logs(), st.integers(0, 4), st.integers(0, 4), st.integers(0, 5), st.integers(1, 5)
+)
 def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams):
     rows, shuffle, names = log
     order, events, vocabulary = reference(rows, min_user, min_item, seed)
@@ -159,9 +252,18 @@ def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams
         types = dict(zip(COLUMNS, (kind, kind, pa.string(), pa.int64()), strict=True))
         for name, part in parts.items():
             write(Path(folder, "logs", name), part, types=types)
-        options = dict(min_user=min_user, min_item=min_item, seed=seed, streams=streams, shard_users=2, block_users=2)
+        options = dict(
+            min_user=min_user,
+            min_item=min_item,
+            seed=seed,
+            streams=streams,
+            shard_users=2,
+            block_users=2,
+        )
         if not events or any(len(found) == 1 for found in vocabulary.values()):
-            with pytest.raises(InputError, match="nothing is left" if not events else "one item"):
+            with pytest.raises(
+                InputError, match="nothing is left" if not events else "one item"
+            ):
                 run(Path(folder, "out"), Path(folder, "logs"), **options)
             assert not Path(folder, "out").exists()
             return
@@ -171,28 +273,50 @@ def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams
         users = pq.read_table(dataset.folder / "users.parquet")
         assert users["user"].to_pylist() == list(range(len(order)))
         assert [str(user) for user in users["user_id"].to_pylist()] == order
-        found, ticks = timed_histories(dataset), ticks_of(rows, order, events, vocabulary)
-        assert [found[number] for number in range(len(order))] == [(events[user], ticks[user]) for user in order]
+        found, ticks = (
+            timed_histories(dataset),
+            ticks_of(rows, order, events, vocabulary),
+        )
+        assert [found[number] for number in range(len(order))] == [
+            (events[user], ticks[user]) for user in order
+        ]
         assert [domain.name for domain in dataset.domains] == list(vocabulary)
         for domain in dataset.domains:
             table = pq.read_table(dataset.folder / domain.vocabulary).to_pylist()
-            assert [(str(line["item_id"]), line["row"], line["count"]) for line in table] == vocabulary[domain.name]
+            assert [
+                (str(line["item_id"]), line["row"], line["count"]) for line in table
+            ] == vocabulary[domain.name]
         check_facts(dataset, events)
 
 
 def check_facts(dataset, events):
     lengths = [len(found) for found in events.values()]
-    assert (dataset.users, dataset.interactions, dataset.max_length) == (len(lengths), sum(lengths), max(lengths))
+    assert (dataset.users, dataset.interactions, dataset.max_length) == (
+        len(lengths),
+        sum(lengths),
+        max(lengths),
+    )
     assert dataset.too_short == sum(length < 3 for length in lengths)
-    training = [rows[:-2] if len(rows) >= 3 else rows for rows in histories(dataset).values()]
-    own = [np.bincount(dataset.domain_of(np.array(rows)), minlength=len(dataset.domains)).tolist() for rows in training]
+    training = [
+        rows[:-2] if len(rows) >= 3 else rows for rows in histories(dataset).values()
+    ]
+    own = [
+        np.bincount(
+            dataset.domain_of(np.array(rows)), minlength=len(dataset.domains)
+        ).tolist()
+        for rows in training
+    ]
     assert dataset.lengths.tolist() == own
     for number, domain in enumerate(dataset.domains):
-        counts = (sum(dataset.domain_of(np.array(rows)) == number) for rows in events.values())
+        counts = (
+            sum(dataset.domain_of(np.array(rows)) == number) for rows in events.values()
+        )
         mine = np.array(sorted(count for count in counts if count))
         assert (domain.users, domain.interactions) == (len(mine), mine.sum())
         wanted = np.quantile(mine, [0.05, 0.5, 0.95, 1], method="inverted_cdf").tolist()
-        assert list(domain.length_percentiles.items()) == list(zip(["p5", "p50", "p95", "max"], wanted, strict=True))
+        assert list(domain.length_percentiles.items()) == list(
+            zip(["p5", "p50", "p95", "max"], wanted, strict=True)
+        )
 
 
 # --- the same logs, the same bytes --------------------------------------------------------------------------------------
@@ -202,37 +326,74 @@ def check_facts(dataset, events):
 def test_format_order_and_engine_settings_do_not_change_a_byte(tmp_path, kind):
     rows, types = some_rows(), {"user_id": pa.int32()}
     if kind is str:
-        rows, types = [(f"u{user}", f"é\"{item}'", domain, time) for user, item, domain, time in rows], {}
+        rows, types = (
+            [
+                (f"u{user}", f"é\"{item}'", domain, time)
+                for user, item, domain, time in rows
+            ],
+            {},
+        )
     shuffled = random.Random(5).sample(rows, len(rows))
     write(tmp_path / "one/all.parquet", rows, types=types)
     write(tmp_path / "two/all.csv", shuffled)
     # Columns in another order, one too many, and files of several kinds in one set.
     turned = [(time, "x", domain, user, item) for user, item, domain, time in shuffled]
     columns = ("timestamp", "extra", "domain", "user_id", "item_id")
-    for number, name in enumerate(["a.parquet", "b/c.tsv.gz", "b/d.csv.gz", "e.tsv", "f.CSV"]):
+    for number, name in enumerate(
+        ["a.parquet", "b/c.tsv.gz", "b/d.csv.gz", "e.tsv", "f.CSV"]
+    ):
         write(tmp_path / "three" / name, turned[number::5], columns)
     expected = digests(run(tmp_path / "out1", tmp_path / "one").folder)
     assert len(expected) > 23
-    assert digests(run(tmp_path / "out2", tmp_path / "two" / "*.csv").folder) == expected
-    third = run(tmp_path / "out3", tmp_path / "three/f.CSV", tmp_path / "three", tmp_path / "three/*")
+    assert (
+        digests(run(tmp_path / "out2", tmp_path / "two" / "*.csv").folder) == expected
+    )
+    third = run(
+        tmp_path / "out3",
+        tmp_path / "three/f.CSV",
+        tmp_path / "three",
+        tmp_path / "three/*",
+    )
     assert digests(third.folder) == expected
 
 
 def test_rare_users_and_items_are_dropped_until_none_is_left_to_drop(tmp_path):
     """User n shares item n with user n + 1: the first, with one item, takes all the others along, one a round."""
-    chain = [(user, item, "a", 0) for user in range(9) for item in (user - 1, user) if item >= 0]
+    chain = [
+        (user, item, "a", 0)
+        for user in range(9)
+        for item in (user - 1, user)
+        if item >= 0
+    ]
     kept = [(user, item, "a", 0) for user in (100, 101) for item in (100, 101)]
-    dataset = run(tmp_path / "out", write(tmp_path / "log.csv", chain + kept), min_user=2, min_item=2)
-    assert sorted(pq.read_table(dataset.folder / "users.parquet")["user_id"].to_pylist()) == [100, 101]
-    assert pq.read_table(dataset.folder / "vocabulary/0.parquet")["item_id"].to_pylist() == [100, 101]
+    dataset = run(
+        tmp_path / "out",
+        write(tmp_path / "log.csv", chain + kept),
+        min_user=2,
+        min_item=2,
+    )
+    assert sorted(
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].to_pylist()
+    ) == [100, 101]
+    assert pq.read_table(dataset.folder / "vocabulary/0.parquet")[
+        "item_id"
+    ].to_pylist() == [100, 101]
 
 
 def test_items_of_equal_count_go_by_the_text_of_their_ids(tmp_path):
     items = [item for item in range(20_000) for _ in range(1 + item % 2)]
     random.Random(2).shuffle(items)
-    dataset = run(tmp_path / "out", write(tmp_path / "log.csv", [(0, item, "a", 0) for item in items]))
-    found = pq.read_table(dataset.folder / "vocabulary/0.parquet")["item_id"].to_pylist()
-    assert found == [*sorted(range(1, 20_000, 2), key=str), *sorted(range(0, 20_000, 2), key=str)]
+    dataset = run(
+        tmp_path / "out",
+        write(tmp_path / "log.csv", [(0, item, "a", 0) for item in items]),
+    )
+    found = pq.read_table(dataset.folder / "vocabulary/0.parquet")[
+        "item_id"
+    ].to_pylist()
+    assert found == [
+        *sorted(range(1, 20_000, 2), key=str),
+        *sorted(range(0, 20_000, 2), key=str),
+    ]
 
 
 def test_another_seed_only_shuffles_the_users(tmp_path):
@@ -259,7 +420,9 @@ def test_processes_map_the_rows_of_items_in_place_of_a_copy_each(tmp_path, monke
     run(tmp_path / "out", log, processes=1)
     assert len(maps) > 2
     for text in maps:
-        lines = [line for line in text.splitlines() if line.endswith("/rows/row_of.npy")]
+        lines = [
+            line for line in text.splitlines() if line.endswith("/rows/row_of.npy")
+        ]
         assert lines and all(line.split()[1].startswith("r-") for line in lines)
 
 
@@ -291,7 +454,9 @@ def test_neither_processes_nor_parts_change_a_byte(tmp_path, large_log, monkeypa
     assert digests(divided.folder) == digests(whole.folder)
 
 
-def test_what_does_not_fit_the_memory_goes_to_the_disk_and_gives_the_same(tmp_path, large_log, monkeypatch):
+def test_what_does_not_fit_the_memory_goes_to_the_disk_and_gives_the_same(
+    tmp_path, large_log, monkeypatch
+):
     """An engine that has 60 MB for everything sorts 48 MB of events."""
     whole = run(tmp_path / "whole", large_log, processes=1)
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_ENGINE_SHARE", 0.12)
@@ -315,19 +480,36 @@ def test_what_does_not_fit_the_memory_goes_to_the_disk_and_gives_the_same(tmp_pa
         (1, dict(streams=64), 1, 1),
     ],
 )
-def test_users_are_spread_evenly_over_a_multiple_of_the_streams(tmp_path, users, options, shards, streams):
-    rows = [(user, item, "a", item) for user in range(users) for item in range(2 + user % 3)]
-    dataset = run(tmp_path / "out", write(tmp_path / "log.csv", rows), block_users=2, **options)
+def test_users_are_spread_evenly_over_a_multiple_of_the_streams(
+    tmp_path, users, options, shards, streams
+):
+    rows = [
+        (user, item, "a", item) for user in range(users) for item in range(2 + user % 3)
+    ]
+    dataset = run(
+        tmp_path / "out", write(tmp_path / "log.csv", rows), block_users=2, **options
+    )
     assert (len(dataset.shards), dataset.streams) == (shards, streams)
     sizes = [shard.users for shard in dataset.shards]
-    assert min(sizes) >= 1 and max(sizes) <= options.get("shard_users", 32768) and max(sizes) - min(sizes) <= 1
-    blocks = [[len(block.lengths_B) for _, block in read_blocks(dataset, shard)] for shard in dataset.shards]
+    assert (
+        min(sizes) >= 1
+        and max(sizes) <= options.get("shard_users", 32768)
+        and max(sizes) - min(sizes) <= 1
+    )
+    blocks = [
+        [len(block.lengths_B) for _, block in read_blocks(dataset, shard)]
+        for shard in dataset.shards
+    ]
     assert all(max(found) <= 2 and min(found[:-1], default=2) == 2 for found in blocks)
     assert sorted(histories(dataset)) == list(range(users))
 
 
 def test_a_domain_has_room_for_a_tenth_more_items(tmp_path):
-    rows = [(0, item, domain, item) for domain, items in (("big", 1005), ("small", 3)) for item in range(items)]
+    rows = [
+        (0, item, domain, item)
+        for domain, items in (("big", 1005), ("small", 3))
+        for item in range(items)
+    ]
     big, small = run(tmp_path / "out", write(tmp_path / "log.csv", rows)).domains
     assert (big.start, big.items, big.room) == (0, 1005, 1105)
     assert (small.start, small.items, small.room) == (1105, 3, 67)
@@ -336,7 +518,14 @@ def test_a_domain_has_room_for_a_tenth_more_items(tmp_path):
 def test_a_log_without_domains_gets_the_one_that_is_named(tmp_path):
     rows = [(1, 5, 0), (1, 6, 1), (2, 5, 2)]
     log = write(tmp_path / "log.csv", rows, ("u", "i", "t"))
-    dataset = run(tmp_path / "out", log, user_column="u", item_column="i", time_column="t", domain="it's")
+    dataset = run(
+        tmp_path / "out",
+        log,
+        user_column="u",
+        item_column="i",
+        time_column="t",
+        domain="it's",
+    )
     assert [domain.name for domain in dataset.domains] == ["it's"]
     assert dataset.interactions == 3
 
@@ -344,7 +533,9 @@ def test_a_log_without_domains_gets_the_one_that_is_named(tmp_path):
 def test_a_folder_is_searched_through_and_other_files_are_passed_over(tmp_path):
     rows = some_rows(30)
     write(tmp_path / "logs/year=2024/it's*.csv", rows[:4])
-    write(tmp_path / "logs/year=2024/it's one.csv", rows[4:10])  # the name before, taken as a glob, is this file too
+    write(
+        tmp_path / "logs/year=2024/it's one.csv", rows[4:10]
+    )  # the name before, taken as a glob, is this file too
     write(tmp_path / "logs/[1]/day.parquet", rows[10:])
     (tmp_path / "logs/truth.json").write_text("{}")
     (tmp_path / "logs/readme.md").write_text("x")
@@ -363,7 +554,11 @@ WORDS = ["x", "y", "z"]
 ID_TYPES = {
     "int16": (pa.array([3, 10, 2], pa.int16()), pa.int64(), [10, 2, 3]),
     "uint64 that fits": (pa.array([3, 10, 2], pa.uint64()), pa.int64(), [10, 2, 3]),
-    "uint64 that does not": (pa.array([3, 2**63, 2], pa.uint64()), pa.string(), ["2", "3", str(2**63)]),
+    "uint64 that does not": (
+        pa.array([3, 2**63, 2], pa.uint64()),
+        pa.string(),
+        ["2", "3", str(2**63)],
+    ),
     "text": (pa.array(["3", "10", "2"]), pa.string(), ["10", "2", "3"]),
     "large text": (pa.array(WORDS, pa.large_string()), pa.string(), WORDS),
     "dictionary": (pa.array(WORDS).dictionary_encode(), pa.string(), WORDS),
@@ -374,20 +569,39 @@ ID_TYPES = {
         [str(uuid.UUID(int=n)) for n in (1, 2, 3)],
     ),
     "float": (pa.array([1.0, 2.5, 3.0]), pa.string(), ["1.0", "2.5", "3.0"]),
-    "date": (pa.array([0, 1, 2], pa.date32()), pa.string(), ["1970-01-01", "1970-01-02", "1970-01-03"]),
+    "date": (
+        pa.array([0, 1, 2], pa.date32()),
+        pa.string(),
+        ["1970-01-01", "1970-01-02", "1970-01-03"],
+    ),
 }
 
 
 @pytest.mark.parametrize(("ids", "kind", "values"), ID_TYPES.values(), ids=ID_TYPES)
-def test_ids_of_any_type_are_kept_as_whole_numbers_or_as_text(tmp_path, ids, kind, values):
+def test_ids_of_any_type_are_kept_as_whole_numbers_or_as_text(
+    tmp_path, ids, kind, values
+):
     log = tmp_path / "log.parquet"
-    pq.write_table(pa.table({"user_id": ids, "item_id": ids, "domain": ["a"] * 3, "timestamp": [1, 2, 3]}), log)
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": ids,
+                "item_id": ids,
+                "domain": ["a"] * 3,
+                "timestamp": [1, 2, 3],
+            }
+        ),
+        log,
+    )
     dataset = run(tmp_path / "out", log)
     items = pq.read_table(dataset.folder / "vocabulary/0.parquet")
     users = pq.read_table(dataset.folder / "users.parquet")
     assert items.schema.types == [kind, pa.int64(), pa.int64()]
     assert users.schema.types == [kind, pa.int64()]
-    assert items["item_id"].to_pylist() == values and sorted(users["user_id"].to_pylist(), key=str) == values
+    assert (
+        items["item_id"].to_pylist() == values
+        and sorted(users["user_id"].to_pylist(), key=str) == values
+    )
 
 
 @pytest.mark.parametrize(
@@ -403,7 +617,9 @@ def test_ids_of_any_type_are_kept_as_whole_numbers_or_as_text(tmp_path, ids, kin
 )
 def test_ids_of_a_csv_are_numbers_only_where_no_digit_is_lost(tmp_path, texts, kind):
     log = write(tmp_path / "log.csv", [("u", text, "a", 0) for text in texts])
-    items = pq.read_table(run(tmp_path / "out", log).folder / "vocabulary/0.parquet")["item_id"]
+    items = pq.read_table(run(tmp_path / "out", log).folder / "vocabulary/0.parquet")[
+        "item_id"
+    ]
     assert items.type == kind
     assert sorted(map(str, items.to_pylist())) == sorted(texts)
 
@@ -413,45 +629,81 @@ def test_numbers_in_one_file_and_text_in_another_are_text(tmp_path):
     write(tmp_path / "b.csv", [("07", 1, "a", 0), ("7", "x", "a", 1)])
     write(tmp_path / "c.parquet", [(7, 2, "a", 2)])
     dataset = run(tmp_path / "out", tmp_path)
-    assert sorted(pq.read_table(dataset.folder / "users.parquet")["user_id"].to_pylist()) == ["07", "7", "8"]
+    assert sorted(
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].to_pylist()
+    ) == ["07", "7", "8"]
     assert dataset.max_length == 3
 
 
 UTC = datetime.UTC
 TIMES = {
     "csv whole": ("csv", ["5", "-1", "40"]),
-    "csv beyond double": ("csv", ["9007199254740993", "9007199254740992", "9007199254740994"]),
+    "csv beyond double": (
+        "csv",
+        ["9007199254740993", "9007199254740992", "9007199254740994"],
+    ),
     "csv float": ("csv", ["0.5", "-1e9", "1e3"]),
     "csv dates": ("csv", ["2024-01-02", "2023-12-31", "2024-01-10"]),
-    "csv iso with zones": ("csv", ["2024-01-01T01:00:00Z", "2024-01-01T02:30:00+02:00", "2024-01-01 00:30:00-02:00"]),
-    "csv without zone is UTC": ("csv", ["2024-01-01T00:00:01Z", "2024-01-01 00:00:00", "2024-01-01T00:00:02.5Z"]),
+    "csv iso with zones": (
+        "csv",
+        [
+            "2024-01-01T01:00:00Z",
+            "2024-01-01T02:30:00+02:00",
+            "2024-01-01 00:30:00-02:00",
+        ],
+    ),
+    "csv without zone is UTC": (
+        "csv",
+        ["2024-01-01T00:00:01Z", "2024-01-01 00:00:00", "2024-01-01T00:00:02.5Z"],
+    ),
     "double": (pa.float64(), [0.5, -1e9, 1e3]),
     "decimal": (pa.decimal128(5, 2), [5, -1, 40]),
     "uint64": (pa.uint64(), [5, 1, 40]),
     "text of numbers": (pa.string(), ["5", "-1", "40"]),
     "text of dates": (pa.string(), ["2024-01-02", "2023-12-31", "2024-01-10"]),
     "date": (pa.date32(), [5, -1, 40]),
-    "timestamp[ns, Berlin]": (pa.timestamp("ns", "Europe/Berlin"), [5000, -1000, 40000]),
-    **{f"timestamp[{unit}]": (pa.timestamp(unit), [5000, -1000, 40000]) for unit in ("s", "ms", "us", "ns")},
+    "timestamp[ns, Berlin]": (
+        pa.timestamp("ns", "Europe/Berlin"),
+        [5000, -1000, 40000],
+    ),
+    **{
+        f"timestamp[{unit}]": (pa.timestamp(unit), [5000, -1000, 40000])
+        for unit in ("s", "ms", "us", "ns")
+    },
 }
 
 
 @pytest.mark.parametrize(("kind", "times"), TIMES.values(), ids=TIMES)
 def test_times_of_any_kind_order_the_events(tmp_path, kind, times):
     """Item 10 comes at the second time, 30 at the first, 20 at the third: neither order of rows nor of ids."""
-    rows = [("u", 30, "a", times[0]), ("u", 10, "a", times[1]), ("u", 20, "a", times[2])]
-    log = write(tmp_path / ("log.csv" if kind == "csv" else "log.parquet"), rows, types={"timestamp": kind})
+    rows = [
+        ("u", 30, "a", times[0]),
+        ("u", 10, "a", times[1]),
+        ("u", 20, "a", times[2]),
+    ]
+    log = write(
+        tmp_path / ("log.csv" if kind == "csv" else "log.parquet"),
+        rows,
+        types={"timestamp": kind},
+    )
     dataset = run(tmp_path / "out", log)
-    items = pq.read_table(dataset.folder / "vocabulary/0.parquet")["item_id"].to_pylist()
+    items = pq.read_table(dataset.folder / "vocabulary/0.parquet")[
+        "item_id"
+    ].to_pylist()
     assert [items[row] for row in histories(dataset)[0]] == [10, 30, 20]
 
 
 def test_dates_of_several_kinds_are_one_time(tmp_path):
     write(tmp_path / "a.csv", [("u", 1, "a", "2024-01-02")])
-    write(tmp_path / "b.parquet", [("u", 2, "a", datetime.datetime(2024, 1, 1, 12, tzinfo=UTC))])
+    write(
+        tmp_path / "b.parquet",
+        [("u", 2, "a", datetime.datetime(2024, 1, 1, 12, tzinfo=UTC))],
+    )
     write(tmp_path / "c.parquet", [("u", 3, "a", datetime.date(2024, 1, 3))])
     dataset = run(tmp_path / "out", tmp_path)
-    items = pq.read_table(dataset.folder / "vocabulary/0.parquet")["item_id"].to_pylist()
+    items = pq.read_table(dataset.folder / "vocabulary/0.parquet")[
+        "item_id"
+    ].to_pylist()
     assert [items[row] for row in histories(dataset)[0]] == [2, 1, 3]
 
 
@@ -463,7 +715,10 @@ HEADER = b"user_id,item_id,domain,timestamp\n"
 
 def parquet(column=None, values=None, kind=None):
     """A good log of three rows, one column of it put in another's place."""
-    table = {name: pa.array([row[index] for row in GOOD]) for index, name in enumerate(COLUMNS)}
+    table = {
+        name: pa.array([row[index] for row in GOOD])
+        for index, name in enumerate(COLUMNS)
+    }
     if column:
         table[column] = pa.array(values, kind)
     stream = pa.BufferOutputStream()
@@ -479,51 +734,173 @@ def spoiled():
 
 
 BAD_FILES = {
-    "missing column": ("log.csv", b"user_id,item,domain,timestamp\n1,2,a,3\n", ["'item_id'", "user_id, item", "--item-column"]),
-    "another delimiter": ("log.csv", b"user_id;item_id;domain;timestamp\n1;2;a;3\n", ["'user_id'", "user_id;item_id"]),
-    "a column twice": ("log.csv", b"user_id,item_id,domain,timestamp,item_id\n1,2,a,3,4\n", ["more than one column 'item_id'"]),
+    "missing column": (
+        "log.csv",
+        b"user_id,item,domain,timestamp\n1,2,a,3\n",
+        ["'item_id'", "user_id, item", "--item-column"],
+    ),
+    "another delimiter": (
+        "log.csv",
+        b"user_id;item_id;domain;timestamp\n1;2;a;3\n",
+        ["'user_id'", "user_id;item_id"],
+    ),
+    "a column twice": (
+        "log.csv",
+        b"user_id,item_id,domain,timestamp,item_id\n1,2,a,3,4\n",
+        ["more than one column 'item_id'"],
+    ),
     "no bytes": ("log.csv", b"", ["log.csv", "0 bytes"]),
     "a header alone": ("log.csv", HEADER, ["log.csv", "no rows"]),
     "no row in Parquet": ("log.parquet", None, ["log.parquet", "no rows"]),
-    "no Parquet": ("log.parquet", b"hello world, this is text", ["log.parquet", "cannot be read"]),
-    "Parquet cut short": ("log.parquet", parquet()[:-30], ["log.parquet", "cannot be read"]),
-    "Parquet spoiled inside": ("log.parquet", spoiled(), ["log.parquet", "cannot be read"]),
+    "no Parquet": (
+        "log.parquet",
+        b"hello world, this is text",
+        ["log.parquet", "cannot be read"],
+    ),
+    "Parquet cut short": (
+        "log.parquet",
+        parquet()[:-30],
+        ["log.parquet", "cannot be read"],
+    ),
+    "Parquet spoiled inside": (
+        "log.parquet",
+        spoiled(),
+        ["log.parquet", "cannot be read"],
+    ),
     "no gzip": ("log.csv.gz", HEADER + b"1,2,a,3\n", ["log.csv.gz", "cannot be read"]),
-    "gzip cut short": ("log.csv.gz", gzip.compress(HEADER + b"1,2,a,3\n" * 9999)[:-20], ["log.csv.gz", "cannot be read"]),
-    "not UTF-8": ("log.csv", HEADER + b"1,2,a,3\n1,\xff\xfe,a,3\n", ["log.csv", "cannot be read"]),
+    "gzip cut short": (
+        "log.csv.gz",
+        gzip.compress(HEADER + b"1,2,a,3\n" * 9999)[:-20],
+        ["log.csv.gz", "cannot be read"],
+    ),
+    "not UTF-8": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,\xff\xfe,a,3\n",
+        ["log.csv", "cannot be read"],
+    ),
     "too few fields": ("log.csv", HEADER + b"1,2,a,3\n1,2,a\n", ["log.csv", "Line: 3"]),
-    "too many fields": ("log.csv", HEADER + b"1,2,a,3\n1,2,a,3,4\n", ["log.csv", "Line: 3"]),
-    "an open quote": ("log.csv", HEADER + b'1,2,a,3\n1,"2,a,3\n', ["log.csv", "Line: 3"]),
-    "no user": ("log.csv", HEADER + b"1,2,a,3\n,2,a,3\n", ["log.csv: row 2: 'user_id' is empty"]),
-    "no item, quoted": ("log.csv", HEADER + b'1,"",a,3\n', ["log.csv: row 1: 'item_id' is empty"]),
-    "no domain": ("log.tsv", HEADER.replace(b",", b"\t") + b"1\t2\t\t3\n", ["log.tsv: row 1: 'domain' is empty"]),
-    "no time": ("log.csv", HEADER + b"1,2,a,\n", ["log.csv: row 1: 'timestamp' is empty"]),
-    "null user": ("log.parquet", parquet("user_id", [1, None, 2]), ["log.parquet: row 2: 'user_id' is empty"]),
-    "empty user": ("log.parquet", parquet("user_id", ["1", "2", ""]), ["log.parquet: row 3: 'user_id' is empty"]),
-    "NaN item": ("log.parquet", parquet("item_id", [1.0, 2.0, float("nan")]), ["log.parquet: row 3: 'item_id' is nan"]),
-    "null domain": ("log.parquet", parquet("domain", [None] * 3), ["log.parquet: row 1: 'domain' is empty"]),
-    "null time": ("log.parquet", parquet("timestamp", [1, 2, None]), ["log.parquet: row 3: 'timestamp' is empty"]),
-    "NaN time": ("log.parquet", parquet("timestamp", [1.0, float("nan"), 2.0]), ["row 2: 'timestamp' is nan"]),
-    "NaN time in CSV": ("log.csv", HEADER + b"1,2,a,3\n1,2,a,NaN\n", ["log.csv: row 2: 'timestamp' is 'NaN'", "finite number"]),
-    "infinite time": ("log.parquet", parquet("timestamp", [1.0, 2.0, float("-inf")]), ["row 3: 'timestamp' is -inf"]),
-    "time of words": ("log.csv", HEADER + b"1,2,a,3\n1,2,a,soon\n", ["log.csv: row 2: 'timestamp' is 'soon'", "number"]),
-    "date among numbers": ("log.csv", HEADER + b"1,2,a,3\n1,2,a,2024-01-01\n1,3,a,4\n", ["row 2", "'2024-01-01'"]),
-    "time of bool": ("log.parquet", parquet("timestamp", [True] * 3), ["'timestamp' holds BOOLEAN"]),
-    "time of day": ("log.parquet", parquet("timestamp", [1, 2, 3], pa.time32("s")), ["'timestamp' holds TIME"]),
-    "list of ids": ("log.parquet", parquet("item_id", [[1], [2], [3]]), ["'item_id' holds BIGINT[]"]),
+    "too many fields": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,2,a,3,4\n",
+        ["log.csv", "Line: 3"],
+    ),
+    "an open quote": (
+        "log.csv",
+        HEADER + b'1,2,a,3\n1,"2,a,3\n',
+        ["log.csv", "Line: 3"],
+    ),
+    "no user": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n,2,a,3\n",
+        ["log.csv: row 2: 'user_id' is empty"],
+    ),
+    "no item, quoted": (
+        "log.csv",
+        HEADER + b'1,"",a,3\n',
+        ["log.csv: row 1: 'item_id' is empty"],
+    ),
+    "no domain": (
+        "log.tsv",
+        HEADER.replace(b",", b"\t") + b"1\t2\t\t3\n",
+        ["log.tsv: row 1: 'domain' is empty"],
+    ),
+    "no time": (
+        "log.csv",
+        HEADER + b"1,2,a,\n",
+        ["log.csv: row 1: 'timestamp' is empty"],
+    ),
+    "null user": (
+        "log.parquet",
+        parquet("user_id", [1, None, 2]),
+        ["log.parquet: row 2: 'user_id' is empty"],
+    ),
+    "empty user": (
+        "log.parquet",
+        parquet("user_id", ["1", "2", ""]),
+        ["log.parquet: row 3: 'user_id' is empty"],
+    ),
+    "NaN item": (
+        "log.parquet",
+        parquet("item_id", [1.0, 2.0, float("nan")]),
+        ["log.parquet: row 3: 'item_id' is nan"],
+    ),
+    "null domain": (
+        "log.parquet",
+        parquet("domain", [None] * 3),
+        ["log.parquet: row 1: 'domain' is empty"],
+    ),
+    "null time": (
+        "log.parquet",
+        parquet("timestamp", [1, 2, None]),
+        ["log.parquet: row 3: 'timestamp' is empty"],
+    ),
+    "NaN time": (
+        "log.parquet",
+        parquet("timestamp", [1.0, float("nan"), 2.0]),
+        ["row 2: 'timestamp' is nan"],
+    ),
+    "NaN time in CSV": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,2,a,NaN\n",
+        ["log.csv: row 2: 'timestamp' is 'NaN'", "finite number"],
+    ),
+    "infinite time": (
+        "log.parquet",
+        parquet("timestamp", [1.0, 2.0, float("-inf")]),
+        ["row 3: 'timestamp' is -inf"],
+    ),
+    "time of words": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,2,a,soon\n",
+        ["log.csv: row 2: 'timestamp' is 'soon'", "number"],
+    ),
+    "date among numbers": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,2,a,2024-01-01\n1,3,a,4\n",
+        ["row 2", "'2024-01-01'"],
+    ),
+    "time of bool": (
+        "log.parquet",
+        parquet("timestamp", [True] * 3),
+        ["'timestamp' holds BOOLEAN"],
+    ),
+    "time of day": (
+        "log.parquet",
+        parquet("timestamp", [1, 2, 3], pa.time32("s")),
+        ["'timestamp' holds TIME"],
+    ),
+    "list of ids": (
+        "log.parquet",
+        parquet("item_id", [[1], [2], [3]]),
+        ["'item_id' holds BIGINT[]"],
+    ),
 }
 
 
 BAD_ALONE = {
-    "number among dates": ("log.csv", HEADER + b"1,2,a,2024-01-01\n1,2,a,3\n1,3,a,2024-01-01\n", ["row 2", "'3'", "a date"]),
-    "no such date": ("log.csv", HEADER + b"1,2,a,2024-01-01\n1,2,a,2024-02-30\n", ["row 2", "'2024-02-30'"]),
-    "one item": ("log.csv", HEADER + b"1,2,a,3\n1,2,b,3\n1,3,b,3\n", ["domain 'a' has one item", "negatives"]),
+    "number among dates": (
+        "log.csv",
+        HEADER + b"1,2,a,2024-01-01\n1,2,a,3\n1,3,a,2024-01-01\n",
+        ["row 2", "'3'", "a date"],
+    ),
+    "no such date": (
+        "log.csv",
+        HEADER + b"1,2,a,2024-01-01\n1,2,a,2024-02-30\n",
+        ["row 2", "'2024-02-30'"],
+    ),
+    "one item": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,2,b,3\n1,3,b,3\n",
+        ["domain 'a' has one item", "negatives"],
+    ),
 }
 
 
 @pytest.mark.parametrize("company", [True, False])
 @pytest.mark.parametrize(("name", "data", "named"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_log_that_cannot_be_used_is_refused_and_nothing_is_left(tmp_path, name, data, named, company):
+def test_a_log_that_cannot_be_used_is_refused_and_nothing_is_left(
+    tmp_path, name, data, named, company
+):
     """In company: beside a good file of the same columns, read in the same scan, that the message must not name."""
     if data is None:
         write(tmp_path / name, [], types={name: pa.int64() for name in COLUMNS})
@@ -552,9 +929,16 @@ def test_the_row_at_fault_is_found_in_a_large_file(tmp_path):
     count = 400_000
     times = np.arange(count, dtype=np.float64)
     times[[333_333, 399_999]] = np.nan
-    columns = {"user_id": np.arange(count), "item_id": np.arange(count), "domain": pa.array(["a"] * count), "timestamp": times}
+    columns = {
+        "user_id": np.arange(count),
+        "item_id": np.arange(count),
+        "domain": pa.array(["a"] * count),
+        "timestamp": times,
+    }
     pq.write_table(pa.table(columns), tmp_path / "log.parquet", row_group_size=10_000)
-    with pytest.raises(InputError, match=r"log\.parquet: row 333334: 'timestamp' is nan"):
+    with pytest.raises(
+        InputError, match=r"log\.parquet: row 333334: 'timestamp' is nan"
+    ):
         run(tmp_path / "out", tmp_path / "log.parquet")
 
 
@@ -609,10 +993,10 @@ def test_numbers_and_dates_in_two_files_are_told_apart(tmp_path):
 
 def test_more_rows_than_int32_numbers_are_refused(tmp_path, monkeypatch):
     log = write(tmp_path / "log.csv", some_rows())
-    monkeypatch.setattr(trainer.data.prepare.pipeline.shard_writing, "INT32_MAX", 200)
+    monkeypatch.setattr(trainer.data.prepare.shard_writing, "INT32_MAX", 200)
     with pytest.raises(InputError, match="rows of the item matrix are more than int32"):
         run(tmp_path / "out", log)
-    monkeypatch.setattr(trainer.data.prepare.pipeline.shard_writing, "INT32_MAX", 50)
+    monkeypatch.setattr(trainer.data.prepare.shard_writing, "INT32_MAX", 50)
     with pytest.raises(InputError, match="items are more than int32"):
         run(tmp_path / "out", log)
 
@@ -628,7 +1012,9 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path, kind):
         (out / "precious").write_text("precious")
     with pytest.raises(InputError, match="already holds something"):
         run(out, log)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["log.csv", "out"] + ["precious"] * out.is_dir())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["log.csv", "out"] + ["precious"] * out.is_dir()
+    )
 
 
 # --- killed, gone on with -----------------------------------------------------------------------------------------------
@@ -665,7 +1051,9 @@ def counted(monkeypatch, name, fail_at=None):
         ("assemble", 0, ["ids", "events", "rows"]),
     ],
 )
-def test_a_failed_preparation_goes_on_from_what_was_finished(tmp_path, monkeypatch, name, fail_at, done):
+def test_a_failed_preparation_goes_on_from_what_was_finished(
+    tmp_path, monkeypatch, name, fail_at, done
+):
     log = write(tmp_path / "log.csv", some_rows())
     expected = digests(run(tmp_path / "whole", log).folder)
     several_parts(monkeypatch)
@@ -674,14 +1062,25 @@ def test_a_failed_preparation_goes_on_from_what_was_finished(tmp_path, monkeypat
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run(tmp_path / "out", log, processes=1)
     work = tmp_path / ".out.work"
-    assert not (tmp_path / "out").exists() and all((work / stage).is_dir() for stage in done)
+    assert not (tmp_path / "out").exists() and all(
+        (work / stage).is_dir() for stage in done
+    )
     parts = [path for path in work.glob("parts/*") if path.suffix != ".partial"]
-    calls = {stage: counted(monkeypatch, stage) for stage in ("number_ids", "_divide", "write_part")}
+    calls = {
+        stage: counted(monkeypatch, stage)
+        for stage in ("number_ids", "_divide", "write_part")
+    }
     dataset = run(tmp_path / "out", log, processes=1)
     assert digests(dataset.folder) == expected
-    assert len(calls["number_ids"]) == ("ids" not in done) and len(calls["_divide"]) == ("events" not in done)
+    assert len(calls["number_ids"]) == ("ids" not in done) and len(
+        calls["_divide"]
+    ) == ("events" not in done)
     assert len(parts) + len(calls["write_part"]) > 3 and len(parts) >= fail_at
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "log.csv",
+        "out",
+        "whole",
+    ]
 
 
 def test_one_part_can_be_made_again_alone(tmp_path, monkeypatch):
@@ -695,10 +1094,14 @@ def test_one_part_can_be_made_again_alone(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / ".out.work/parts/00002")
     made = counted(monkeypatch, "write_part")
     dataset = run(tmp_path / "out", log, processes=1)
-    assert [arguments[3] for arguments in made] == [2] and digests(dataset.folder) == expected
+    assert [arguments[3] for arguments in made] == [2] and digests(
+        dataset.folder
+    ) == expected
 
 
-def test_other_logs_or_options_begin_anew_and_so_does_fresh(tmp_path, monkeypatch, capsys):
+def test_other_logs_or_options_begin_anew_and_so_does_fresh(
+    tmp_path, monkeypatch, capsys
+):
     log = write(tmp_path / "log.csv", some_rows())
 
     def leave_work(**options):
@@ -725,7 +1128,14 @@ def test_other_logs_or_options_begin_anew_and_so_does_fresh(tmp_path, monkeypatc
 def test_killed_processes_leave_what_the_same_command_goes_on_from(tmp_path, large_log):
     """SIGKILL to the whole group as soon as a part is finished, again and again until none is left to kill."""
     whole = run(tmp_path / "whole", large_log, processes=1)
-    command = [sys.executable, "launch/prepare.py", "--input", large_log, "--output", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "launch/prepare.py",
+        "--input",
+        large_log,
+        "--output",
+        tmp_path / "out",
+    ]
     command += ["--memory", "720MB", "--processes", "2"]
     root, parts = Path(__file__).parents[5], tmp_path / ".out.work/parts"
 
@@ -736,7 +1146,12 @@ def test_killed_processes_leave_what_the_same_command_goes_on_from(tmp_path, lar
     while not (tmp_path / "out").exists():
         assert len(seen) < 20
         before = finished()
-        process = subprocess.Popen([*map(str, command)], cwd=root, env={"PYTHONPATH": str(root)}, start_new_session=True)
+        process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=root,
+            env={"PYTHONPATH": str(root)},
+            start_new_session=True,
+        )
         while process.poll() is None and finished() <= before:
             time.sleep(0.01)
         with contextlib.suppress(ProcessLookupError):
@@ -770,14 +1185,24 @@ def test_a_full_disk_is_an_input_error_and_the_work_is_kept(tmp_path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.data.prepare.pipeline, "assemble", full)
-        with pytest.raises(InputError, match=r"\.out\.work cannot be written: .*No space left.*the same command goes on"):
+        with pytest.raises(
+            InputError,
+            match=r"\.out\.work cannot be written: .*No space left.*the same command goes on",
+        ):
             run(tmp_path / "out", log)
     assert (tmp_path / ".out.work/parts/00000").is_dir()
     assert run(tmp_path / "out", log).interactions == 300
 
 
 @pytest.mark.parametrize(
-    ("text", "amount"), [("8GB", 8e9), ("500 mb", 5e8), ("1.5GiB", 1.5 * 2**30), ("2T", 2e12), ("700000000", 7e8)]
+    ("text", "amount"),
+    [
+        ("8GB", 8e9),
+        ("500 mb", 5e8),
+        ("1.5GiB", 1.5 * 2**30),
+        ("2T", 2e12),
+        ("700000000", 7e8),
+    ],
 )
 def test_amounts_of_memory(text, amount):
     assert PrepareConfig((), "", memory=text).memory_bytes == amount

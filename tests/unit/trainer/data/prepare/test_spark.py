@@ -12,16 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from trainer.data.prepare.pipeline.pipeline import PrepareConfig
-from trainer.data.prepare.pipeline.shard_writing import Ids, Layout
 
 import trainer.data.prepare.pipeline
-from tests.unit.trainer.data.prepare.test_pipeline import BAD_ALONE, BAD_FILES, COLUMNS, digests, some_rows, write
+from tests.unit.trainer.data.prepare.test_pipeline import (
+    BAD_ALONE,
+    BAD_FILES,
+    COLUMNS,
+    digests,
+    some_rows,
+    write,
+)
+from trainer.data.prepare.pipeline import PrepareConfig
+from trainer.data.prepare.shard_writing import Ids, Layout
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.errors import InputError
 
 if importlib.util.find_spec("pyspark") is None:
-    pytest.skip("PySpark is not installed: pip install -e '.[spark]'", allow_module_level=True)
+    pytest.skip(
+        "PySpark is not installed: pip install -e '.[spark]'", allow_module_level=True
+    )
 if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
     pytest.skip("Spark needs Java 17, which is not here", allow_module_level=True)
 
@@ -57,14 +66,22 @@ def session(tmp_path_factory):
 
 def run(engine, output, *inputs, **options):
     config = PrepareConfig(tuple(str(path) for path in inputs), str(output), **options)
-    return {"duckdb": trainer.data.prepare.pipeline, "spark": trainer.data.spark}[engine].prepare(config)
+    return {"duckdb": trainer.data.prepare.pipeline, "spark": trainer.data.spark}[
+        engine
+    ].prepare(config)
 
 
 def both(folder, *inputs, **options):
     """The dataset that both engines make."""
-    made = {engine: run(engine, folder / engine, *inputs, **options) for engine in ("duckdb", "spark")}
+    made = {
+        engine: run(engine, folder / engine, *inputs, **options)
+        for engine in ("duckdb", "spark")
+    }
     assert digests(made["spark"].folder) == digests(made["duckdb"].folder)
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+    assert (
+        sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+        == []
+    )
     return made["spark"]
 
 
@@ -72,16 +89,53 @@ def both(folder, *inputs, **options):
 
 
 def test_synthetic_logs_in_several_parts_and_streams(tmp_path, monkeypatch, session):
-    synthesize(str(tmp_path / "logs"), SyntheticConfig(users=300, items=400, domains=3, mean_length=12))
+    synthesize(
+        str(tmp_path / "logs"),
+        SyntheticConfig(users=300, items=400, domains=3, mean_length=12),
+    )
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_EVENT_BYTES", 10**7)
     monkeypatch.setattr(trainer.data.prepare.spark, "_PART_INTERACTIONS", 700)
-    dataset = both(tmp_path, tmp_path / "logs", streams=5, shard_users=20, block_users=7, seed=3)
+    dataset = both(
+        tmp_path, tmp_path / "logs", streams=5, shard_users=20, block_users=7, seed=3
+    )
     assert len(dataset.shards) == 15
     assert session.conf.get("spark.sql.session.timeZone") == "Asia/Seoul"
 
 
-ODD = ["007", "7", "-0", "1e3", "NULL", "nan", "'", '"', '""', "a,b", "a\tb", "#x", " ", "\n", "\r\n", "é", "e\u0301", "日本"]
-ODD += ["😀", "\uffff", "\ue000", "a\\", "\\N", ' "a"', "${x}", "\u2028", "A", "a", "á", "Ⅷ"]
+ODD = [
+    "007",
+    "7",
+    "-0",
+    "1e3",
+    "NULL",
+    "nan",
+    "'",
+    '"',
+    '""',
+    "a,b",
+    "a\tb",
+    "#x",
+    " ",
+    "\n",
+    "\r\n",
+    "é",
+    "e\u0301",
+    "日本",
+]
+ODD += [
+    "😀",
+    "\uffff",
+    "\ue000",
+    "a\\",
+    "\\N",
+    ' "a"',
+    "${x}",
+    "\u2028",
+    "A",
+    "a",
+    "á",
+    "Ⅷ",
+]
 
 
 @pytest.mark.parametrize("least", [0, 2])
@@ -90,30 +144,53 @@ def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
     draw = np.random.default_rng(4)
     rows = [
         (ODD[user], ODD[item], ["shop", "Shop", "ads'", "дом"][domain], int(time))
-        for user, item, domain, time in draw.integers(0, [len(ODD), len(ODD), 4, 5], (400, 4))
+        for user, item, domain, time in draw.integers(
+            0, [len(ODD), len(ODD), 4, 5], (400, 4)
+        )
     ]
     rows += rows[::3]
-    names = ["a b%20/[x]{1,2}.parquet", "day=1/_b.csv", "day=1/c.tsv.gz", "d*.csv.gz", "day=2/e.parquet"]
+    names = [
+        "a b%20/[x]{1,2}.parquet",
+        "day=1/_b.csv",
+        "day=1/c.tsv.gz",
+        "d*.csv.gz",
+        "day=2/e.parquet",
+    ]
     for number, name in enumerate(names):
         write(tmp_path / "lo gs" / name, rows[number :: len(names)])
-    dataset = both(tmp_path, tmp_path / "lo gs", min_user=least, min_item=least, streams=3)
-    assert pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.string()
+    dataset = both(
+        tmp_path, tmp_path / "lo gs", min_user=least, min_item=least, streams=3
+    )
+    assert (
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.string()
+    )
 
 
 def test_whole_numbers_are_told_from_texts_over_all_files(tmp_path):
     rows = some_rows()
-    write(tmp_path / "one/a.parquet", rows[::2], types={"user_id": pa.int16(), "item_id": pa.uint32()})
+    write(
+        tmp_path / "one/a.parquet",
+        rows[::2],
+        types={"user_id": pa.int16(), "item_id": pa.uint32()},
+    )
     write(tmp_path / "one/b.csv", rows[1::2])
     dataset = both(tmp_path / "one", tmp_path / "one/*.*", min_user=8, min_item=2)
     assert pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.int64()
     write(tmp_path / "two/a.parquet", rows[::2], types={"user_id": pa.int16()})
     write(tmp_path / "two/b.csv", [(f"0{user}", *rest) for user, *rest in rows[1::2]])
     dataset = both(tmp_path / "two", tmp_path / "two/*.*")
-    assert pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.string()
+    assert (
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.string()
+    )
 
 
 def test_ids_of_other_types_have_the_same_text(tmp_path):
-    days = [datetime.date(2024, 2, 29), datetime.date(1, 1, 1), datetime.date(1582, 10, 10), datetime.date(9999, 12, 31)]
+    days = [
+        datetime.date(2024, 2, 29),
+        datetime.date(1, 1, 1),
+        datetime.date(1582, 10, 10),
+        datetime.date(9999, 12, 31),
+    ]
     values = {
         "float.parquet": ([1.0, 2e9, -7.0, 999_999_999_999_999.0], pa.float64()),
         "half.parquet": ([1.0, 16_777_215.0, -8.0, 10_000_000.0], pa.float32()),
@@ -125,48 +202,113 @@ def test_ids_of_other_types_have_the_same_text(tmp_path):
     }
     for name, (ids, kind) in values.items():
         columns = [(one, other, one, 3) for one in ids for other in ids]
-        write(tmp_path / "logs" / name, columns, types={"user_id": kind, "item_id": kind, "domain": kind})
+        write(
+            tmp_path / "logs" / name,
+            columns,
+            types={"user_id": kind, "item_id": kind, "domain": kind},
+        )
     both(tmp_path, tmp_path / "logs")
 
 
 WHOLE = ["3", "-2", "0", "9223372036854775807", "5", "3"]
-FLOAT = ["+1", "1.", ".5", "1e3", "1E+3", "-.5", "007", "-0.0", "0", "1e-400", "9007199254740993", "-1e308"]
-DATES = ["2024-01-01", "2024-01-01 00:00:00.1", "2024-01-01T00:00:00.000001Z", "2024-01-01 09:00:00+09:00", "0001-01-01"]
-DATES += ["2023-12-31 19:00:00-05:30", "9999-12-31 23:59:59", "1582-10-10", "1969-12-31T23:59:59.999999"]
+FLOAT = [
+    "+1",
+    "1.",
+    ".5",
+    "1e3",
+    "1E+3",
+    "-.5",
+    "007",
+    "-0.0",
+    "0",
+    "1e-400",
+    "9007199254740993",
+    "-1e308",
+]
+DATES = [
+    "2024-01-01",
+    "2024-01-01 00:00:00.1",
+    "2024-01-01T00:00:00.000001Z",
+    "2024-01-01 09:00:00+09:00",
+    "0001-01-01",
+]
+DATES += [
+    "2023-12-31 19:00:00-05:30",
+    "9999-12-31 23:59:59",
+    "1582-10-10",
+    "1969-12-31T23:59:59.999999",
+]
 DATES += ["2024-02-29T00:00:00+14:59", "2024-01-01T00:00:00-00:30"]
-DAYS = [datetime.datetime(*day) for day in ((2024, 1, 1), (1500, 2, 3), (2262, 1, 1), (1970, 1, 1))]
+DAYS = [
+    datetime.datetime(*day)
+    for day in ((2024, 1, 1), (1500, 2, 3), (2262, 1, 1), (1970, 1, 1))
+]
 
 
 @pytest.mark.parametrize("texts", [WHOLE, FLOAT, DATES], ids=["whole", "float", "date"])
 def test_times_in_text_go_in_the_same_order(tmp_path, texts):
     """Each time has an item of its own, so that another order is another history."""
-    write(tmp_path / "log.csv", [(user, item, "a", text) for user in range(3) for item, text in enumerate(texts)])
+    write(
+        tmp_path / "log.csv",
+        [
+            (user, item, "a", text)
+            for user in range(3)
+            for item, text in enumerate(texts)
+        ],
+    )
     both(tmp_path, tmp_path / "log.csv")
 
 
 @pytest.mark.parametrize(
     ("kinds", "values"),
     [
-        ([pa.float32(), pa.float64(), pa.int64(), pa.decimal128(15, 2), pa.decimal128(20, 0)], [-1, 0, 3, 2**23]),
-        ([pa.date32(), pa.timestamp("us"), pa.timestamp("ms", "America/Lima"), pa.timestamp("us", "UTC")], DAYS),
+        (
+            [
+                pa.float32(),
+                pa.float64(),
+                pa.int64(),
+                pa.decimal128(15, 2),
+                pa.decimal128(20, 0),
+            ],
+            [-1, 0, 3, 2**23],
+        ),
+        (
+            [
+                pa.date32(),
+                pa.timestamp("us"),
+                pa.timestamp("ms", "America/Lima"),
+                pa.timestamp("us", "UTC"),
+            ],
+            DAYS,
+        ),
     ],
     ids=["numbers", "dates"],
 )
 def test_times_of_all_types_go_in_the_same_order(tmp_path, kinds, values):
     for number, kind in enumerate(kinds):
-        rows = [(user, 10 * number + item, "a", value) for user in range(3) for item, value in enumerate(values)]
+        rows = [
+            (user, 10 * number + item, "a", value)
+            for user in range(3)
+            for item, value in enumerate(values)
+        ]
         write(tmp_path / "logs" / f"{number}.parquet", rows, types={"timestamp": kind})
     both(tmp_path, tmp_path / "logs")
 
 
 def test_addresses_and_tables_are_read_as_files_are(tmp_path, session):
     """The table compares texts without regard to case, where Spark knows such; the dataset does not."""
-    rows = [("Aa"[user % 2] + str(user // 2), item, domain, time) for user, item, domain, time in some_rows()]
+    rows = [
+        ("Aa"[user % 2] + str(user // 2), item, domain, time)
+        for user, item, domain, time in some_rows()
+    ]
     write(tmp_path / "logs/a b.parquet", rows[::2])
     write(tmp_path / "logs/c.csv", rows[1::2])
     write(tmp_path / "logs/notes.parquet.txt", rows)
     expected = digests(run("duckdb", tmp_path / "duckdb", tmp_path / "logs").folder)
-    assert digests(run("spark", tmp_path / "address", f"file://{tmp_path}/logs").folder) == expected
+    assert (
+        digests(run("spark", tmp_path / "address", f"file://{tmp_path}/logs").folder)
+        == expected
+    )
     mixed = f"file://{tmp_path}/logs/*.csv", tmp_path / "logs/a b.parquet"
     assert digests(run("spark", tmp_path / "mixed", *mixed).folder) == expected
     kind = "STRING" if session.version < "4" else "STRING COLLATE UTF8_LCASE"
@@ -174,15 +316,25 @@ def test_addresses_and_tables_are_read_as_files_are(tmp_path, session):
     texts = frame.selectExpr(f"CAST(user_id AS {kind}) AS user_id", *COLUMNS[1:])
     texts.createOrReplaceTempView("events")
     kinds = run("spark", tmp_path / "table", "table:events").domains
-    assert [one.interactions for one in kinds] == [sum(row[2] == one.name for row in rows) for one in kinds]
-    assert (tmp_path / "table/users.parquet").read_bytes() == (tmp_path / "duckdb/users.parquet").read_bytes()
+    assert [one.interactions for one in kinds] == [
+        sum(row[2] == one.name for row in rows) for one in kinds
+    ]
+    assert (tmp_path / "table/users.parquet").read_bytes() == (
+        tmp_path / "duckdb/users.parquet"
+    ).read_bytes()
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "data", "named"), [*BAD_FILES.values(), *BAD_ALONE.values()], ids=[*BAD_FILES, *BAD_ALONE])
-def test_what_one_engine_refuses_the_other_does_with_the_same_words(tmp_path, name, data, named):
+@pytest.mark.parametrize(
+    ("name", "data", "named"),
+    [*BAD_FILES.values(), *BAD_ALONE.values()],
+    ids=[*BAD_FILES, *BAD_ALONE],
+)
+def test_what_one_engine_refuses_the_other_does_with_the_same_words(
+    tmp_path, name, data, named
+):
     if data is None:
         write(tmp_path / name, [], types={name: pa.int64() for name in COLUMNS})
     else:
@@ -190,7 +342,10 @@ def test_what_one_engine_refuses_the_other_does_with_the_same_words(tmp_path, na
     present = sorted(tmp_path.iterdir())
     with pytest.raises(InputError) as error:
         run("spark", tmp_path / "out", tmp_path)
-    other = {"'item_id' holds BIGINT[]": "'item_id' holds array<bigint>", "'timestamp' holds TIME": "TIME("}
+    other = {
+        "'item_id' holds BIGINT[]": "'item_id' holds array<bigint>",
+        "'timestamp' holds TIME": "TIME(",
+    }
     words = [other.get(word, word) for word in named]
     assert all(word.lower() in str(error.value).lower() for word in words), error.value
     assert not str(error.value).startswith("file:")
@@ -200,7 +355,12 @@ def test_what_one_engine_refuses_the_other_does_with_the_same_words(tmp_path, na
 @pytest.mark.parametrize(
     ("column", "values", "kind", "named"),
     [
-        ("item_id", [1.0, 2.5, 3.0], pa.float64(), "row 2: 'item_id' is '2.5', which Spark"),
+        (
+            "item_id",
+            [1.0, 2.5, 3.0],
+            pa.float64(),
+            "row 2: 'item_id' is '2.5', which Spark",
+        ),
         ("item_id", [1.0, 2.0, 1e15], pa.float64(), "row 3: 'item_id' is"),
         ("user_id", [1.0, -0.0, 3.0], pa.float32(), "row 2: 'user_id' is '-0.0'"),
         ("item_id", [1, 2, 3], pa.uint64(), "'item_id' holds DECIMAL"),
@@ -208,24 +368,56 @@ def test_what_one_engine_refuses_the_other_does_with_the_same_words(tmp_path, na
         ("item_id", [b"1", b"2", b"\xff"], pa.binary(), "'item_id' holds BINARY"),
         ("item_id", [0, 0, 0], pa.decimal128(9, 7), "'item_id' holds DECIMAL"),
         ("timestamp", [1, 2, 2**53], pa.decimal128(20, 2), "row 3: 'timestamp' is"),
-        ("timestamp", ["1", "2", "1_0.5"], pa.string(), "row 3: 'timestamp' is '1_0.5': a time must be a finite number"),
-        ("timestamp", ["2024-01-01", "2024-1-2", "2024-01-02"], pa.string(), "row 2: 'timestamp' is '2024-1-2': .* such as"),
+        (
+            "timestamp",
+            ["1", "2", "1_0.5"],
+            pa.string(),
+            "row 3: 'timestamp' is '1_0.5': a time must be a finite number",
+        ),
+        (
+            "timestamp",
+            ["2024-01-01", "2024-1-2", "2024-01-02"],
+            pa.string(),
+            "row 2: 'timestamp' is '2024-1-2': .* such as",
+        ),
     ],
 )
-def test_what_spark_would_write_or_read_otherwise_is_refused(tmp_path, column, values, kind, named):
-    table = {"user_id": [1, 1, 2], "item_id": [1, 2, 3], "domain": ["a"] * 3, "timestamp": [1, 2, 3]}
-    pq.write_table(pa.table({**table, column: pa.array(values, kind)}), tmp_path / "log.parquet")
+def test_what_spark_would_write_or_read_otherwise_is_refused(
+    tmp_path, column, values, kind, named
+):
+    table = {
+        "user_id": [1, 1, 2],
+        "item_id": [1, 2, 3],
+        "domain": ["a"] * 3,
+        "timestamp": [1, 2, 3],
+    }
+    pq.write_table(
+        pa.table({**table, column: pa.array(values, kind)}), tmp_path / "log.parquet"
+    )
     with pytest.raises(InputError, match=rf"log\.parquet: .*{named}"):
         run("spark", tmp_path / "out", tmp_path)
 
 
 def test_nanoseconds_are_read_alike_or_refused(tmp_path):
-    times = np.array(["2024-01-01T00:00:00.000000001", "2024-01-01", "2023-01-01"] * 2, "datetime64[ns]")
-    table = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [3, 2, 1, 2, 1, 3], "domain": ["a"] * 6, "timestamp": times}
+    times = np.array(
+        ["2024-01-01T00:00:00.000000001", "2024-01-01", "2023-01-01"] * 2,
+        "datetime64[ns]",
+    )
+    table = {
+        "user_id": [1, 1, 1, 2, 2, 2],
+        "item_id": [3, 2, 1, 2, 1, 3],
+        "domain": ["a"] * 6,
+        "timestamp": times,
+    }
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
-    expected = digests(run("duckdb", tmp_path / "duckdb", tmp_path / "log.parquet").folder)
+    expected = digests(
+        run("duckdb", tmp_path / "duckdb", tmp_path / "log.parquet").folder
+    )
     try:
-        assert digests(run("spark", tmp_path / "spark", tmp_path / "log.parquet").folder) == expected
+        assert (
+            digests(run("spark", tmp_path / "spark", tmp_path / "log.parquet").folder)
+            == expected
+        )
     except InputError as error:
         assert "log.parquet" in str(error) and "nano" in str(error).lower()
 
@@ -248,17 +440,28 @@ def test_an_input_that_cannot_be_had_is_named(tmp_path, given, named, monkeypatc
 
 
 def test_nothing_left_is_refused(tmp_path):
-    with pytest.raises(InputError, match="nothing is left with --min-user 99 --min-item 0"):
-        run("spark", tmp_path / "out", write(tmp_path / "log.csv", some_rows()), min_user=99)
+    with pytest.raises(
+        InputError, match="nothing is left with --min-user 99 --min-item 0"
+    ):
+        run(
+            "spark",
+            tmp_path / "out",
+            write(tmp_path / "log.csv", some_rows()),
+            min_user=99,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
 # --- failed tasks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_that_dies_leaves_no_half_part_and_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_a_task_that_dies_leaves_no_half_part_and_the_same_command_goes_on(
+    tmp_path, monkeypatch
+):
     log = write(tmp_path / "log.parquet", some_rows(users=40))
-    expected = digests(run("duckdb", tmp_path / "duckdb", log, shard_users=4, streams=2).folder)
+    expected = digests(
+        run("duckdb", tmp_path / "duckdb", log, shard_users=4, streams=2).folder
+    )
     monkeypatch.setattr(trainer.data.prepare.spark, "_PART_INTERACTIONS", 60)
     calls = tmp_path / "calls"
     calls.mkdir()
@@ -276,39 +479,87 @@ def test_a_task_that_dies_leaves_no_half_part_and_the_same_command_goes_on(tmp_p
 
         trainer.data.prepare.spark.write_part = write
         try:
-            yield from trainer.data.prepare.spark._write_parts(folder, ids, layout, batches)
+            yield from trainer.data.prepare.spark._write_parts(
+                folder, ids, layout, batches
+            )
         finally:
             trainer.data.prepare.spark.write_part = write_part
 
     for die in (True, False):
-        monkeypatch.setattr(trainer.data.prepare.spark, "_write_parts", lambda *given, die=die: watched(die, *given))
+        monkeypatch.setattr(
+            trainer.data.prepare.spark,
+            "_write_parts",
+            lambda *given, die=die: watched(die, *given),
+        )
         if die:
-            with pytest.raises(InputError, match=r"Spark gave up.*the same command goes on"):
+            with pytest.raises(
+                InputError, match=r"Spark gave up.*the same command goes on"
+            ):
                 run("spark", tmp_path / "spark", log, shard_users=4, streams=2)
-            done = {path.name for path in (tmp_path / ".spark.work/parts").iterdir() if path.suffix != ".partial"}
+            done = {
+                path.name
+                for path in (tmp_path / ".spark.work/parts").iterdir()
+                if path.suffix != ".partial"
+            }
             assert "00003" not in done
             assert not (tmp_path / "spark").exists()
         else:
-            assert digests(run("spark", tmp_path / "spark", log, shard_users=4, streams=2).folder) == expected
+            assert (
+                digests(
+                    run(
+                        "spark", tmp_path / "spark", log, shard_users=4, streams=2
+                    ).folder
+                )
+                == expected
+            )
     again = {f"{int(path.name.split('-')[1]):05d}" for path in calls.glob("False-*")}
     assert "00003" in again and not again & done
     assert len(again | done) >= 5
 
 
 def test_of_two_attempts_at_a_part_the_first_to_end_counts(tmp_path):
-    ids = Ids(users=2, interactions=6, names=("a",), items=(3,), rooms=(9,), first_time=0.0, last_time=9.0)
+    ids = Ids(
+        users=2,
+        interactions=6,
+        names=("a",),
+        items=(3,),
+        rooms=(9,),
+        first_time=0.0,
+        last_time=9.0,
+    )
     layout = Layout.of(ids, 1, 2, 2, 100)
-    columns = {"part": [0] * 6, "user": [0, 0, 0, 1, 1, 1], "row": [0, 1, 2, 2, 1, 0], "time": [0, 4, 9, 1, 1, 2]}
-    batch = pa.RecordBatch.from_pydict({name: pa.array(values, pa.int32()) for name, values in columns.items()})
+    columns = {
+        "part": [0] * 6,
+        "user": [0, 0, 0, 1, 1, 1],
+        "row": [0, 1, 2, 2, 1, 0],
+        "time": [0, 4, 9, 1, 1, 2],
+    }
+    batch = pa.RecordBatch.from_pydict(
+        {name: pa.array(values, pa.int32()) for name, values in columns.items()}
+    )
 
     def late():
         yield batch.slice(0, 2)
         yield batch.slice(2)
         # The other attempt ends while this one has only read.
-        assert len(list(trainer.data.prepare.spark._write_parts(tmp_path, ids, layout, [batch]))) == 1
+        assert (
+            len(
+                list(
+                    trainer.data.prepare.spark._write_parts(
+                        tmp_path, ids, layout, [batch]
+                    )
+                )
+            )
+            == 1
+        )
 
     for _ in range(2):
-        assert [one["part"].to_pylist() for one in trainer.data.prepare.spark._write_parts(tmp_path, ids, layout, late())] == [[0]]
+        assert [
+            one["part"].to_pylist()
+            for one in trainer.data.prepare.spark._write_parts(
+                tmp_path, ids, layout, late()
+            )
+        ] == [[0]]
     assert [path.name for path in tmp_path.iterdir()] == ["00000"]
 
 
@@ -317,10 +568,30 @@ def test_of_two_attempts_at_a_part_the_first_to_end_counts(tmp_path):
 
 def test_the_script_prepares_on_spark(tmp_path):
     log = write(tmp_path / "log.parquet", some_rows())
-    settings = ["--master", "local[1]", "--conf", "spark.sql.shuffle.partitions=2", "--conf", "spark.ui.enabled=false"]
+    settings = [
+        "--master",
+        "local[1]",
+        "--conf",
+        "spark.sql.shuffle.partitions=2",
+        "--conf",
+        "spark.ui.enabled=false",
+    ]
     submit = [Path(sys.executable).with_name("spark-submit"), *settings]
-    command = [*submit, ROOT / "launch/prepare.py", "--engine", "spark", "--input", "log.parquet", "--output", "out"]
+    command = [
+        *submit,
+        ROOT / "launch/prepare.py",
+        "--engine",
+        "spark",
+        "--input",
+        "log.parquet",
+        "--output",
+        "out",
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYSPARK_PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "out") == digests(run("duckdb", tmp_path / "duckdb", log).folder)
+    assert digests(tmp_path / "out") == digests(
+        run("duckdb", tmp_path / "duckdb", log).folder
+    )

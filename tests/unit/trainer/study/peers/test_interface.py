@@ -13,15 +13,31 @@ from trainer.data.format.dataset import SPLIT_LENGTH
 from trainer.errors import InputError
 from trainer.evaluation.sampled import RankingBatches, _ranks, figures
 from trainer.study.peers.dataset_export import LOG, hand_over, write_log
-from trainer.study.peers.interface import SPLITS, Handed, full_ranks, mean_ndcg, sampled_ranks
+from trainer.study.peers.interface import (
+    SPLITS,
+    Handed,
+    full_ranks,
+    mean_ndcg,
+    sampled_ranks,
+)
 
 HISTORIES = draw_histories(30, items=(30, 12), longest=9)
-LONG = {user: history for user, history in enumerate(HISTORIES) if len(history) >= SPLIT_LENGTH}
+LONG = {
+    user: history
+    for user, history in enumerate(HISTORIES)
+    if len(history) >= SPLIT_LENGTH
+}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("study") / "data", HISTORIES, (30, 12), cuts=(7, 20), streams=3)
+    return write_dataset(
+        tmp_path_factory.mktemp("study") / "data",
+        HISTORIES,
+        (30, 12),
+        cuts=(7, 20),
+        streams=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +51,34 @@ def test_users_and_histories_are_those_that_can_be_split(handed):
     assert 0 < len(LONG) < len(HISTORIES)
     assert handed.user_U.tolist() == list(LONG)
     assert handed.lengths_U.tolist() == [len(history) for history in LONG.values()]
-    assert handed.items_N.tolist() == [int(item) for history in LONG.values() for item in history]
+    assert handed.items_N.tolist() == [
+        int(item) for history in LONG.values() for item in history
+    ]
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_candidates_are_those_that_our_evaluation_ranks_shorter_lists_filled_up(dataset, handed, split):
+def test_candidates_are_those_that_our_evaluation_ranks_shorter_lists_filled_up(
+    dataset, handed, split
+):
     own = {}
-    for built in RankingBatches(dataset, 0, 1, EvaluationConfig(negatives=20), 64, split, seed=3):
+    for built in RankingBatches(
+        dataset, 0, 1, EvaluationConfig(negatives=20), 64, split, seed=3
+    ):
         rows = np.split(built.rows_C, np.cumsum(built.counts_B)[:-1])
-        own |= {int(user): row.tolist() for user, row in zip(built.user_B, rows, strict=True) if user >= 0}
+        own |= {
+            int(user): row.tolist()
+            for user, row in zip(built.user_B, rows, strict=True)
+            if user >= 0
+        }
     found_UC = handed.load(f"candidates-{split}")
     assert found_UC.shape == (len(LONG), 21) and (found_UC == -1).any()
-    assert {int(u): row[row >= 0].tolist() for u, row in zip(handed.user_U, found_UC, strict=True)} == own
-    assert found_UC[:, 0].tolist() == [history[-SPLITS[split]] for history in LONG.values()]
+    assert {
+        int(u): row[row >= 0].tolist()
+        for u, row in zip(handed.user_U, found_UC, strict=True)
+    } == own
+    assert found_UC[:, 0].tolist() == [
+        history[-SPLITS[split]] for history in LONG.values()
+    ]
 
 
 @pytest.mark.parametrize("back", SPLITS.values())
@@ -65,7 +96,10 @@ def test_others_are_all_else_of_a_history(handed, back):
     user_E, rows_E = handed.others(users, back)
     for place, user in enumerate(users):
         history = list(LONG.values())[user]
-        assert rows_E[user_E == place].tolist() == np.delete(history, len(history) - back).tolist()
+        assert (
+            rows_E[user_E == place].tolist()
+            == np.delete(history, len(history) - back).tolist()
+        )
 
 
 def test_the_log_is_the_training_part_in_order_and_all_items(dataset, handed):
@@ -80,7 +114,10 @@ def test_the_log_is_the_training_part_in_order_and_all_items(dataset, handed):
     assert lines == expected
     with open(handed.folder / LOG / f"{LOG}.item", newline="") as file:
         items = file.read().split()
-    assert items == ["item_id:token", *(str(d.start + item) for d in dataset.domains for item in range(d.items))]
+    assert items == [
+        "item_id:token",
+        *(str(d.start + item) for d in dataset.domains for item in range(d.items)),
+    ]
 
 
 def test_a_dataset_of_users_too_short_to_split_is_refused(tmp_path):
@@ -99,20 +136,34 @@ def test_sampled_ranks_are_those_of_our_evaluation(scores_BC, there_BC):
     assert sampled_ranks(scores_BC, there_BC).tolist() == expected.tolist()
 
 
-PLACES, PAIRS = strategies.integers(0, 4), strategies.tuples(strategies.integers(0, 2), strategies.integers(0, 4))
+PLACES, PAIRS = (
+    strategies.integers(0, 4),
+    strategies.tuples(strategies.integers(0, 2), strategies.integers(0, 4)),
+)
 
 
-@given(arrays(np.float32, (3, 5), elements=FEW_SCORES), arrays(np.int64, 3, elements=PLACES), strategies.lists(PAIRS))
+@given(
+    arrays(np.float32, (3, 5), elements=FEW_SCORES),
+    arrays(np.int64, 3, elements=PLACES),
+    strategies.lists(PAIRS),
+)
 def test_full_ranks_count_other_items_that_are_not_excluded(scores_BN, place_B, pairs):
-    excluded = tuple(np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
+    excluded = tuple(
+        np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1)
+    )
     for user, place in enumerate(place_B):
         others = set(range(5)) - {place} - {item for who, item in pairs if who == user}
-        ahead = sum(not scores_BN[user, place] > scores_BN[user, item] for item in others)
+        ahead = sum(
+            not scores_BN[user, place] > scores_BN[user, item] for item in others
+        )
         assert full_ranks(scores_BN, place_B, excluded)[user] == 1 + ahead
 
 
 def test_the_mean_is_over_domains_with_users_as_in_our_evaluation():
     rank_U, domain_U = np.array([1, 2, 40, 10, 11]), np.array([0, 0, 0, 2, 2])
-    means = [figures(np.bincount(rank_U[domain_U == domain], minlength=101)[1:])["NDCG@10"] for domain in (0, 2)]
+    means = [
+        figures(np.bincount(rank_U[domain_U == domain], minlength=101)[1:])["NDCG@10"]
+        for domain in (0, 2)
+    ]
     assert mean_ndcg(rank_U, domain_U) == pytest.approx(np.mean(means))
     assert mean_ndcg(rank_U[:0], domain_U[:0]) == 0

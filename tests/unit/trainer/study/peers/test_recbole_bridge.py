@@ -14,7 +14,13 @@ from tests.helpers import HELPERS
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.data.format.dataset import SPLIT_LENGTH
 from trainer.errors import InputError
-from trainer.study.peers.recbole_bridge import RANKS, RESULT, default_python, recbole_models, run_recbole
+from trainer.study.peers.recbole_bridge import (
+    RANKS,
+    RESULT,
+    default_python,
+    recbole_models,
+    run_recbole,
+)
 
 HISTORIES = draw_histories(12)
 
@@ -26,18 +32,32 @@ class Bridge:
         self.folder, self.run, self.lines = folder, folder / "run", []
         self.dataset = write_dataset(folder / "data", HISTORIES)
         self.python = folder / "python"
-        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS.joinpath("fake_peer.py")}" "$@"\n')
+        self.python.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS.joinpath("fake_peer.py")}" "$@"\n'
+        )
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("CALLS", str(folder / "calls"))
 
     def __call__(self, model="BPR", seed=1, python=None, **settings):
-        return run_recbole(self.dataset, self.run, model, seed, python or self.python, say=self.lines.append, **settings)
+        return run_recbole(
+            self.dataset,
+            self.run,
+            model,
+            seed,
+            python or self.python,
+            say=self.lines.append,
+            **settings,
+        )
 
     @property
     def tasks(self):
         """What was asked of the other side."""
         calls = self.folder / "calls"
-        return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+        return (
+            [json.loads(line) for line in calls.read_text().splitlines()]
+            if calls.exists()
+            else []
+        )
 
 
 @pytest.fixture
@@ -49,34 +69,58 @@ def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
     found = bridge(options={"learning_rate": 0.01}, epochs=4, patience=1, minutes=5)
     table = pq.read_table(bridge.run / RANKS)
     assert table.schema.types == [pa.int64(), pa.int32(), pa.int32(), pa.int32()]
-    users = [user for user, history in enumerate(HISTORIES) if len(history) >= SPLIT_LENGTH]
+    users = [
+        user for user, history in enumerate(HISTORIES) if len(history) >= SPLIT_LENGTH
+    ]
     domains = [int(bridge.dataset.domain_of(HISTORIES[user][-1])) for user in users]
     expected = {"user": users, "domain": domains}
-    expected |= {name: [first + place for place in range(len(users))] for name, first in (("sampled", 1), ("full", 7))}
+    expected |= {
+        name: [first + place for place in range(len(users))]
+        for name, first in (("sampled", 1), ("full", 7))
+    }
     assert table.to_pydict() == expected
     assert found == json.loads((bridge.run / RESULT).read_text())
-    assert found["validation"] == 0.25 and found["best_epoch"] == 0 and len(found["epochs"]) == 2
-    assert found["users"] == len(users) and found["too_short"] == len(HISTORIES) - len(users)
+    assert (
+        found["validation"] == 0.25
+        and found["best_epoch"] == 0
+        and len(found["epochs"]) == 2
+    )
+    assert found["users"] == len(users) and found["too_short"] == len(HISTORIES) - len(
+        users
+    )
     (task,) = bridge.tasks
     assert found["task"] == task
     assert task["dataset"] == bridge.dataset.fingerprint
     assert {name: task[name] for name in ("model", "seed", "options", "epochs", "patience", "minutes")} == {
         "model": "BPR", "seed": 1, "options": {"learning_rate": 0.01}, "epochs": 4, "patience": 1, "minutes": 5,
     }  # fmt: skip
-    assert sorted(os.listdir(bridge.run)) == ["ranks.parquet", "recbole.log", "result.json"]
+    assert sorted(os.listdir(bridge.run)) == [
+        "ranks.parquet",
+        "recbole.log",
+        "result.json",
+    ]
 
 
 def test_progress_is_told_with_the_time_left(bridge):
     bridge()
     first, second = [line for line in bridge.lines if " of " in line]
-    assert first == "BPR: epoch 1 of 4, validation NDCG@10 0.2500 (best 0.2500, epoch 1), at most 3 min left"
+    assert (
+        first
+        == "BPR: epoch 1 of 4, validation NDCG@10 0.2500 (best 0.2500, epoch 1), at most 3 min left"
+    )
     assert second.endswith("at most 2 min left")
-    assert bridge.lines[-1] == "BPR: 2 epochs in 2 min (patience), NDCG@10 0.2500 in epoch 1"
+    assert (
+        bridge.lines[-1]
+        == "BPR: 2 epochs in 2 min (patience), NDCG@10 0.2500 in epoch 1"
+    )
 
 
 def test_time_left_heeds_the_limit(bridge):
     bridge(minutes=1.5)
-    assert [line.rpartition("most ")[2] for line in bridge.lines if " of " in line] == ["30 s left", "0 s left"]
+    assert [line.rpartition("most ")[2] for line in bridge.lines if " of " in line] == [
+        "30 s left",
+        "0 s left",
+    ]
 
 
 def test_a_finished_run_is_not_done_again_even_without_the_environment(bridge):
@@ -87,7 +131,10 @@ def test_a_finished_run_is_not_done_again_even_without_the_environment(bridge):
 
 def test_another_run_in_the_folder_is_refused_with_what_differs(bridge):
     bridge()
-    with pytest.raises(InputError, match="run: holds a run with another seed, epochs: take another folder"):
+    with pytest.raises(
+        InputError,
+        match="run: holds a run with another seed, epochs: take another folder",
+    ):
         bridge(seed=2, epochs=7)
     with pytest.raises(InputError, match="another model"):
         bridge("STAMP")
@@ -104,12 +151,20 @@ def test_without_its_ranks_a_run_is_done_again(bridge):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("fails", r"^RecBole's BPR failed \(status 1\): ValueError: Training loss is nan \(more in .*run/recbole.log\)$"),
-        ("dies", r"^RecBole's BPR failed \(signal 9\): a warning \(more in .*recbole.log\)$"),
+        (
+            "fails",
+            r"^RecBole's BPR failed \(status 1\): ValueError: Training loss is nan \(more in .*run/recbole.log\)$",
+        ),
+        (
+            "dies",
+            r"^RecBole's BPR failed \(signal 9\): a warning \(more in .*recbole.log\)$",
+        ),
         ("refuses", r"^RecBole has no option learning_rat: learning_rate\?$"),
     ],
 )
-def test_what_fails_is_one_line_leaves_no_result_and_can_be_done_again(bridge, monkeypatch, what, message):
+def test_what_fails_is_one_line_leaves_no_result_and_can_be_done_again(
+    bridge, monkeypatch, what, message
+):
     monkeypatch.setenv("FAKE_PEER", what)
     with pytest.raises(InputError, match=message):
         bridge()
@@ -141,8 +196,19 @@ def test_models_share_what_was_handed_over(bridge, monkeypatch):
     monkeypatch.setattr("trainer.study.peers.recbole_bridge.hand_over", None)
     bridge.run = bridge.folder / "other"
     bridge("STAMP", given=given)
-    with pytest.raises(InputError, match="given: was handed over of another dataset, seed or number of negatives"):
-        run_recbole(bridge.dataset, bridge.folder / "third", "BPR", 1, bridge.python, evaluation_seed=5, given=given)
+    with pytest.raises(
+        InputError,
+        match="given: was handed over of another dataset, seed or number of negatives",
+    ):
+        run_recbole(
+            bridge.dataset,
+            bridge.folder / "third",
+            "BPR",
+            1,
+            bridge.python,
+            evaluation_seed=5,
+            given=given,
+        )
 
 
 @pytest.mark.parametrize(
