@@ -65,7 +65,10 @@ BEST, LATEST, MANIFEST, STATE = (
     "state.json",
 )
 DENSE, OPTIMIZER = "dense.safetensors", "optimizer.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the manifest and its files: a model of any version is read
+# Of state.json. 2: every use of the seed has bits of its own; a run that was begun before
+# would go on with other users in its batches.
+STATE_VERSION = 2
 _NAME = re.compile(
     r"step-(\d{8,})(?:-(\d+))?"
 )  # a second one of the same step gets a number
@@ -163,7 +166,7 @@ class Checkpoints:
         metrics = self.run / METRICS_FILE
         logged = metrics.stat().st_size if self.ranks.first and metrics.exists() else 0
         text = json.dumps(
-            {"format_version": FORMAT_VERSION, "state": asdict(state), **self.facts},
+            {"format_version": STATE_VERSION, "state": asdict(state), **self.facts},
             indent=1,
         )
         self._thread = Thread(
@@ -596,9 +599,12 @@ def read_state(folder: Path):
     file = folder / STATE
     try:
         facts = json.loads(file.read_text())
-        if facts["format_version"] != FORMAT_VERSION:
+        version = facts["format_version"]
+        if version != STATE_VERSION:
             raise Damaged(
-                f"{file} has format_version {facts['format_version']}, this program reads {FORMAT_VERSION}"
+                f"{file} has format_version {version}, this program goes on from {STATE_VERSION}: "
+                "the seed draws other batches since; begin a new run, with warm_start=RUN to keep "
+                "what this one has learnt"
             )
         given = facts["state"]
         kinds = {

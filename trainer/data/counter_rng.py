@@ -4,11 +4,34 @@ The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable pse
 applied once per key. It is vectorised over NumPy arrays, holds no state, and has nothing to do with cryptography.
 """
 
+from enum import IntEnum, unique
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
+
+
+@unique
+class RandomStream(IntEnum):
+    """Every use of a run's seed. It is the key after the seed, so that no two uses share bits.
+
+    A number that has been used keeps its meaning: results of the same seed depend on it.
+    """
+
+    TARGET_NEGATIVES = 1
+    SHARED_NEGATIVES = 2
+    EVALUATION_CANDIDATES = 3
+    POPULARITY_TIES = 4
+    SHARD_ORDER = 5
+    USER_ORDER = 6
+    DROPOUT = 7
+    MUTUAL_INFORMATION_SAMPLE = 8
+    BOOTSTRAP_WEIGHTS = 9
+    POSITION_TIES = 10
+    PERSONALIZATION_SAMPLE = 11
+    PERSONALIZATION_EXCHANGE = 12
 
 
 def _mix(z):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.data.counter_rng import random_bits, random_unit
+from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 
 CUTS = (1, 5, 10, 20, 50)
 NAMES = (*(f"HR@{k}" for k in CUTS), *(f"NDCG@{k}" for k in CUTS), "MRR")
@@ -19,7 +19,6 @@ FEWEST = (
     10  # users of a group for an interval: of fewer it would say less than it seems to
 )
 _SCALE = 2.0**32
-_STREAM = 11  # separates this use of the seed
 _CHANCE = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(13)])
 
 
@@ -27,7 +26,10 @@ def weights(seed, replicates, user_B):
     """How often each replicate counts each user, float64 (replicates, B), whole numbers."""
     unit = random_unit(
         random_bits(
-            seed, _STREAM, np.arange(replicates)[:, None], np.asarray(user_B)[None]
+            seed,
+            RandomStream.BOOTSTRAP_WEIGHTS,
+            np.arange(replicates)[:, None],
+            np.asarray(user_B)[None],
         )
     )
     return np.searchsorted(_CHANCE, unit, side="right").astype(np.float64)

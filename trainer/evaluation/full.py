@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from embeddings.topk.ranking import ExactRanking, Excluded
 from syncrec.batch.build import Query, move
-from trainer.data.counter_rng import random_below, random_bits
+from trainer.data.counter_rng import RandomStream, random_below, random_bits
 from trainer.data.format.dataset import SPLIT_LENGTH
 from trainer.data.format.vocabulary import item_counts
 from trainer.data.loading.stream import ready
@@ -24,7 +24,6 @@ from trainer.evaluation.sampled import RankingBatches
 SHOWN = 10  # items of a user that coverage and Gini are about
 LENGTHS = (1, 5, 10, 20, 50)  # where the buckets of history lengths begin
 HEADLINE = "NDCG@10"
-_STREAM = 12  # separates this use of the seed
 _PIECE = 1 << 20  # numbers that are summed over the ranks at once
 
 POPULARITY = ("head", "middle", "tail")
@@ -260,7 +259,10 @@ class Popularity:
         return (
             1
             + greater_B
-            + random_below(random_bits(self.seed, _STREAM, held.user_B), equal_B + 1)
+            + random_below(
+                random_bits(self.seed, RandomStream.POSITION_TIES, held.user_B),
+                equal_B + 1,
+            )
         )
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.data.counter_rng import permutation, random_bits
+from trainer.data.counter_rng import RandomStream, permutation, random_bits
 from trainer.evaluation.sampled import evaluate_split, figures
 from trainer.reporting.run_log import HEADLINE
 
 _MOST = 20_000  # users; a hundred rows are kept of each
-_CHOICE, _EXCHANGE = 11, 12  # separate the uses of one seed
 
 
 class DrawnUsers:
@@ -35,7 +34,9 @@ class DrawnUsers:
         """As `rank_candidates` calls it."""
         (chosen,) = np.nonzero(candidates.user_B >= 0)
         chosen = chosen[self.wanted_U[candidates.user_B[chosen]]]
-        key_B = random_bits(self.seed, _CHOICE, candidates.user_B[chosen])
+        key_B = random_bits(
+            self.seed, RandomStream.PERSONALIZATION_SAMPLE, candidates.user_B[chosen]
+        )
         if len(self._key_K) == _MOST:
             nearer_B = key_B < self._key_K[-1]
             chosen = chosen[nearer_B]
@@ -100,7 +101,11 @@ def own_item_gains(
         if len(own) < max(2, least):
             continue
         histogram_DR[number] = np.bincount(rank_K[own] - 1, minlength=rows_KC.shape[1])
-        own = own[permutation(len(own), config.seed, _EXCHANGE, number)]
+        own = own[
+            permutation(
+                len(own), config.seed, RandomStream.PERSONALIZATION_EXCHANGE, number
+            )
+        ]
         for one, other in zip(own, np.roll(own, 1), strict=True):
             rows, item = rows_KC[one], rows_KC[other, 0]
             rows = rows[rows >= 0]

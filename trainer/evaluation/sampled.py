@@ -15,7 +15,7 @@ import torch.distributed as dist
 from syncrec.batch.build import Query, build_query, move
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.stream import StreamConfig
-from trainer.data.counter_rng import random_bits, random_unit
+from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import SPLIT_LENGTH
 from trainer.data.format.vocabulary import item_counts
 from trainer.data.loading.batch_schedule import Plan
@@ -295,7 +295,7 @@ def _popularity_scores(popularity, candidates, seed):
     counting ties against so coarse a score would make the opponent weaker than it is."""
     users_C = np.repeat(candidates.user_B, candidates.counts_B)
     return popularity[candidates.rows_C] + random_unit(
-        random_bits(seed, 4, users_C, candidates.rows_C)
+        random_bits(seed, RandomStream.POPULARITY_TIES, users_C, candidates.rows_C)
     )
 
 

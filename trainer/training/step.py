@@ -13,7 +13,7 @@ from syncrec.batch.build import Batch
 from syncrec.losses.loss_correction import LossCorrection
 from syncrec.model import LossReport, SyNCRec
 from trainer.checkpoint.save import restore_model, restore_optimizers
-from trainer.data.counter_rng import random_bits
+from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.distributed.agreement import Signals
 from trainer.distributed.deepspeed_engine import (
     engine_config,
@@ -127,7 +127,15 @@ class Trainer:
         self.table.set_learning_rate(self.config.table.learning_rate * share)
         # Dropout: from (seed, step, rank), so that a run that is resumed goes on as it would have.
         torch.manual_seed(
-            int(random_bits(self.config.seed, self.step, self.ranks.rank) >> 1)
+            int(
+                random_bits(
+                    self.config.seed,
+                    RandomStream.DROPOUT,
+                    self.step,
+                    self.ranks.rank,
+                )
+                >> 1
+            )
         )
         self.engine.train()
         before = self._state_of_forward()

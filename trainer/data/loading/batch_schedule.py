@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.counter_rng import permutation, random_bits
+from trainer.data.counter_rng import RandomStream, permutation, random_bits
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.token_balance import balanced, view_tokens
 from trainer.errors import InputError
 
-_SHARDS, _USERS = 1, 2  # separate the uses of one seed
 _CHUNK_SLOTS = 1 << 15  # whose users are found in one go
 _KEPT_CHUNKS, _KEPT_EPOCHS = 2, 2
 _UNLIMITED = 2**31 - 1
@@ -326,7 +325,7 @@ class Plan:
             # Bits of one block all differ: the mixer is a bijection. So any kind of sort gives the same.
             bits = random_bits(
                 self.seed,
-                _USERS,
+                RandomStream.USER_ORDER,
                 epoch,
                 shard,
                 place,
@@ -342,7 +341,7 @@ class Plan:
             rows[number][:users] = permutation(
                 users,
                 self.seed,
-                _USERS,
+                RandomStream.USER_ORDER,
                 epoch,
                 int(order.shard_K[number]),
                 int(order.place_K[number]),
@@ -372,7 +371,7 @@ class Plan:
                 self.dataset.block_users,
             )
             dealt = (
-                permutation(count, self.seed, _SHARDS, epoch)
+                permutation(count, self.seed, RandomStream.SHARD_ORDER, epoch)
                 if self.shuffle
                 else np.arange(count)
             )

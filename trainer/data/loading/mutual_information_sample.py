@@ -4,9 +4,7 @@ import numpy as np
 import torch
 
 from syncrec.batch.build import Candidates
-from trainer.data.counter_rng import random_bits
-
-_CANDIDATES = 31  # separates this use of the seed
+from trainer.data.counter_rng import RandomStream, random_bits
 
 
 def draw_candidates(
@@ -20,7 +18,8 @@ def draw_candidates(
     """
     domains = lengths_UD.shape[1]
     order_U = np.argsort(
-        random_bits(seed, _CANDIDATES, epoch, step, users_U), kind="stable"
+        random_bits(seed, RandomStream.MUTUAL_INFORMATION_SAMPLE, epoch, step, users_U),
+        kind="stable",
     )
     row_of = {number: row for row, number in enumerate(number_B.tolist())}
     slots = []

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from trainer.data.counter_rng import random_below, random_bits
-
-_TARGETS, _SHARED, _EVALUATION = 1, 2, 3  # separate the uses of one seed
+from trainer.data.counter_rng import RandomStream, random_below, random_bits
 
 
 def target_negatives(
@@ -17,7 +15,7 @@ def target_negatives(
     """
     bits = random_bits(
         seed,
-        _TARGETS,
+        RandomStream.TARGET_NEGATIVES,
         epoch,
         user_N[:, None],
         position_N[:, None],
@@ -31,7 +29,12 @@ def target_negatives(
 def shared_negatives(seed, epoch, step, starts_D, items_D, count):
     """Negatives that all targets of a domain share in one step: a list of D int64 arrays of rows."""
     bits = random_bits(
-        seed, _SHARED, epoch, step, np.arange(len(starts_D))[:, None], np.arange(count)
+        seed,
+        RandomStream.SHARED_NEGATIVES,
+        epoch,
+        step,
+        np.arange(len(starts_D))[:, None],
+        np.arange(count),
     )
     drawn = np.asarray(starts_D)[:, None] + random_below(
         bits, np.asarray(items_D)[:, None]
@@ -53,13 +56,18 @@ def evaluation_negatives(seed, user, touched, start, items, count):
     if items - len(own) <= count:
         return start + np.setdiff1d(np.arange(items), own, assume_unique=True)
     if items <= 8 * count:
-        keys = random_bits(seed, _EVALUATION, user, np.arange(items))
+        keys = random_bits(
+            seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(items)
+        )
         keys[own] = np.iinfo(np.uint64).max
         return start + np.argsort(keys, kind="stable")[:count]
     draws = 2 * count
     while True:
         drawn = random_below(
-            random_bits(seed, _EVALUATION, user, np.arange(draws)), items
+            random_bits(
+                seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(draws)
+            ),
+            items,
         )
         drawn = drawn[~np.isin(drawn, own)]
         first = np.sort(np.unique(drawn, return_index=True)[1])

@@ -387,7 +387,7 @@ SEEN |= {
     "state.json a list": (state_text(b"[]"), UNUSABLE),
     "state.json of another version": (
         facts(format_version=3),
-        r"/state\.json has format_version 3, this program reads 1",
+        r"/state\.json has format_version 3, this program goes on from 2",
     ),
     "state.json without a version": (facts(format_version=None), UNUSABLE),
     "no state": (facts(state=None), UNUSABLE),
@@ -567,14 +567,14 @@ class Planted:
 
 def pickled(name):
     return lambda folder: (folder / name).write_bytes(
-        pickle.dumps(Planted(folder.parents[4] / "mark"))
+        pickle.dumps(Planted(folder.parents[2] / "mark"))
     )
 
 
 def torch_pickled(name):
     def damage(folder):
         stream = io.BytesIO()
-        torch.save({"weight": Planted(folder.parents[4] / "mark")}, stream)
+        torch.save({"weight": Planted(folder.parents[2] / "mark")}, stream)
         (folder / name).write_bytes(stream.getvalue())
 
     return damage
@@ -644,7 +644,7 @@ def of_table(rows=None, dim=8, **options):
     """Another table's file in its place."""
 
     def damage(folder):
-        dataset = folder.parents[4] / "rows"
+        dataset = folder.parents[2] / "rows"
         other = ItemTable(
             rows or int(dataset.read_text()), dim, TableConfig(**options), 0, "cpu"
         )

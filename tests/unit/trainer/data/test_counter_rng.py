@@ -1,14 +1,24 @@
+import ast
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.counter_rng import permutation, random_below, random_bits, random_unit
+from trainer.data.counter_rng import (
+    RandomStream,
+    permutation,
+    random_below,
+    random_bits,
+    random_unit,
+)
 
 WORD = 2**64
 keys = st.lists(st.integers(0, WORD - 1), min_size=1, max_size=5)
+
+ROOT = Path(__file__).parents[4]
 
 
 def by_hand(*given_keys):
@@ -119,3 +129,35 @@ def test_every_order_is_as_likely():
     for key in range(4800):
         orders[tuple(permutation(4, 3, key).tolist())] += 1
     assert even(np.array(list(orders.values())))
+
+
+# A log's own seed, and draws that are numbered there.
+_SEEDED_APART = "trainer/data/synthetic.py"
+
+
+def streams_of_calls():
+    """For each call that draws from a run's seed: where it stands, and the key after the seed."""
+    for file in sorted((ROOT / "trainer").rglob("*.py")):
+        name = file.relative_to(ROOT).as_posix()
+        if name in (_SEEDED_APART, "trainer/data/counter_rng.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            key_of_stream = {"random_bits": 1, "permutation": 2}.get(node.func.id)
+            if key_of_stream is not None:
+                yield f"{name}:{node.lineno}", ast.unparse(node.args[key_of_stream])
+
+
+def test_each_use_of_a_seed_has_a_stream_of_its_own():
+    uses = list(streams_of_calls())
+    assert len(uses) >= len(RandomStream)
+    files_of = {}
+    for place, stream in uses:
+        assert stream.startswith("RandomStream."), (
+            f"{place} draws without a stream: {stream}"
+        )
+        files_of.setdefault(stream, set()).add(place.partition(":")[0])
+    assert files_of.keys() == {f"RandomStream.{stream.name}" for stream in RandomStream}
+    assert all(len(files) == 1 for files in files_of.values()), files_of
+    assert len({int(stream) for stream in RandomStream}) == len(RandomStream)

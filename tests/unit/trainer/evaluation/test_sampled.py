@@ -12,7 +12,7 @@ from tests.helpers.made import draw_histories, draw_ticks, spoil_block, write_da
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.load import load_config
 from trainer.config.stream import StreamConfig
-from trainer.data.counter_rng import random_bits, random_unit
+from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.vocabulary import item_counts
 from trainer.data.loading.stream import ready
@@ -399,7 +399,10 @@ def test_checksums_are_asked_for_in_ranking_as_the_stream_is_configured(
 def popularity_histogram(dataset, counts):
     expected = np.zeros((3, 10), int)
     for user, (_, domain, candidates) in users_of(batches_of(dataset)).items():
-        tie = {row: random_unit(random_bits(SEED, 4, user, row)) for row in candidates}
+        tie = {
+            row: random_unit(random_bits(SEED, RandomStream.POPULARITY_TIES, user, row))
+            for row in candidates
+        }
         order = sorted(candidates, key=lambda row: (-counts[row], -tie[row]))
         expected[domain, order.index(candidates[0])] += 1
     return expected

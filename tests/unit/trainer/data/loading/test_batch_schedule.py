@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from syncrec.batch.build import build_batch, trim
 from tests.helpers.made import draw_histories, write_dataset
-from trainer.data.counter_rng import permutation
+from trainer.data.counter_rng import RandomStream, permutation
 from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.histories import read_users
 from trainer.data.loading.token_balance import (
@@ -62,7 +62,7 @@ def slots_by_hand(layout, seed, epoch, shuffle):
     sizes, streams, block_users = layout
     firsts = np.cumsum([0, *sizes])
     dealt = (
-        permutation(len(sizes), seed, 1, epoch).tolist()
+        permutation(len(sizes), seed, RandomStream.SHARD_ORDER, epoch).tolist()
         if shuffle
         else list(range(len(sizes)))
     )
@@ -73,7 +73,9 @@ def slots_by_hand(layout, seed, epoch, shuffle):
             for place in range(-(-sizes[shard] // block_users)):
                 count = min(block_users, sizes[shard] - place * block_users)
                 order = (
-                    permutation(count, seed, 2, epoch, shard, place).tolist()
+                    permutation(
+                        count, seed, RandomStream.USER_ORDER, epoch, shard, place
+                    ).tolist()
                     if shuffle
                     else range(count)
                 )
