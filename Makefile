@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow bench peers lint
+.PHONY: demo test test-slow bench peers lint style
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -33,8 +33,13 @@ peers: .venv-peers/.ready
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
 	touch $@
 
+# How the code is written, in figures (tests/style.py).
+style: .venv/.ready
+	$(VENV)/python tests/style.py
+
 lint: .venv/.ready
 	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
 
 .venv/.ready: setup.py launch/stack.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
