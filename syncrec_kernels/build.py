@@ -1,7 +1,9 @@
-"""The C++ kernels beside this file: each is compiled where it is first needed, for this machine's processor, and kept.
+"""Just-in-time compilation of the C++ kernels beside this file.
 
-PyTorch's operations pass every intermediate tensor through memory; a kernel keeps it in registers and caches. What a kernel
-does can also be done without it, more slowly: so whoever uses one asks `missing` first.
+Each is compiled where it is first needed, for this machine's processor, and kept in a cache.
+PyTorch's operations pass every intermediate tensor through memory; a kernel keeps it in registers
+and caches. What a kernel does can also be done without it, more slowly: whoever uses one asks
+`missing` first.
 """
 
 import functools
@@ -29,10 +31,11 @@ _FLAGS = (
     "-shared",
     "-fPIC",
     "-w",
+    # A kernel that is not for this processor says so in its first line (#error), in every process
+    # anew: what comes after that is not read, which would take seconds.
+    "-Wfatal-errors",
 )
-# A kernel that is not for this processor says so in its first line (#error), in every process anew:
-# what comes after that is not read, which would take seconds.
-_FLAGS += ("-Wfatal-errors",)
+_LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch")
 
 
 class Unavailable(Exception):
@@ -40,13 +43,14 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def missing(name, without):
+def missing(name: str, without: str) -> str | None:
     """None where the operators of <name>.cpp are loaded, else why they cannot be: a line.
 
-    without: what is the case then, for the log, where it is said once.
+    without: what is the case then. The log says it, once.
     """
     try:
-        torch.ops.load_library(str(build(name)))
+        library = build(name)
+        torch.ops.load_library(str(library))
     except (Unavailable, OSError) as error:
         reason = str(error).splitlines()[0]
         logging.getLogger(__name__).warning(
@@ -56,45 +60,27 @@ def missing(name, without):
     return None
 
 
-def build(name) -> Path:
+def build(name: str) -> Path:
     """Compiles <name>.cpp, up to half a minute once, and returns the library. Raises Unavailable.
 
     Not by torch.utils.cpp_extension.load: it waits for ever for a build that was killed. Two
-    processes that both find no library both build one, and the second replaces the first's by the
+    processes that both see no library both build one, and the second replaces the first's by the
     same. Where the cache folder cannot be written, the library lies in a folder of this user's
-    among the machine's temporary files."""
+    among the machine's temporary files.
+    """
     source = Path(__file__).with_name(f"{name}.cpp")
-    written = b"".join(
-        path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))
-    )
-    kind = "\n".join(
-        [*_FLAGS, torch.__version__, platform.machine(), _features()]
-    ).encode()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncrec"
-    named = f"{name}-{hashlib.sha256(written + kind).hexdigest()[:16]}.so"
-    library = home / named
+    file_name = f"{name}-{_fingerprint(source)}.so"
+    cache = _cache_folder()
+    library = cache / file_name
     if library.exists():
         return library
-    if not _writable(home):
-        library = _own_folder() / named
+    if not _is_writable(cache):
+        library = _temporary_folder() / file_name
         if library.exists():
             return library
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        raise Unavailable("there is no C++ compiler (c++, g++ or $CXX)")
+    compiler = _find_compiler()
     try:
-        # A name of its own: in a home that several hosts or containers share, a process number is
-        # not this process's alone.
-        handle, partial = tempfile.mkstemp(".partial", f"{name}-", library.parent)
-        os.close(handle)
-        try:
-            _compile(compiler, source, partial)
-            os.chmod(partial, 0o755)
-            with open(partial, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(partial, library)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        _compile_in_place(compiler, source, library)
     except OSError as error:
         raise Unavailable(
             f"{compiler} cannot build it in {library.parent}: {error.strerror}"
@@ -102,26 +88,80 @@ def build(name) -> Path:
     return library
 
 
-def _compile(compiler, source, output):
+def _fingerprint(source: Path) -> str:
+    """A hash of all that a library depends on.
+
+    That is the source and the headers, the compiler's flags, PyTorch, and the processor.
+    """
+    digest = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        digest.update(header.read_bytes())
+    settings = [*_FLAGS, torch.__version__, platform.machine(), _processor_features()]
+    digest.update("\n".join(settings).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    """Where libraries are kept: `syncrec` in the user's cache (XDG_CACHE_HOME, or ~/.cache)."""
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if not caches:
+        caches = Path.home() / ".cache"
+    return Path(caches) / "syncrec"
+
+
+def _find_compiler() -> str:
+    """The C++ compiler. Raises Unavailable where there is none."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        raise Unavailable("there is no C++ compiler (c++, g++ or $CXX)")
+    return compiler
+
+
+def _compile_in_place(compiler: str, source: Path, library: Path) -> None:
+    """Compiles under a temporary name, and moves the library to its own: whole or not at all.
+
+    Raises Unavailable or OSError.
+    """
+    # A name of its own: in a home that several hosts or containers share, a process number is
+    # not this process's alone.
+    handle, partial = tempfile.mkstemp(".partial", f"{source.stem}-", library.parent)
+    os.close(handle)
+    try:
+        _compile(compiler, source, partial)
+        os.chmod(partial, 0o755)
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, library)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _compile(compiler: str, source: Path, output: str) -> None:
     """Writes a library into the file `output`. Raises Unavailable."""
     command = [compiler, *_FLAGS, str(source), "-o", output]
-    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + [
-        "-lc10",
-        "-ltorch_cpu",
-        "-ltorch",
-    ]
+    for folder in cpp_extension.include_paths():
+        command.append(f"-I{folder}")
+    for folder in cpp_extension.library_paths():
+        command.append(f"-L{folder}")
+    command += _LIBRARIES
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        errors = (
-            [line for line in done.stderr.splitlines() if "error" in line]
-            or done.stderr.splitlines()
-            or ["?"]
-        )
-        raise Unavailable(f"{compiler} cannot build {source.name}: {errors[0]}")
+        reason = _first_error(done.stderr)
+        raise Unavailable(f"{compiler} cannot build {source.name}: {reason}")
 
 
-def _writable(folder):
+def _first_error(output: str) -> str:
+    """The first line of a compiler's output that speaks of an error, else its first line."""
+    lines = output.splitlines()
+    for line in lines:
+        if "error" in line:
+            return line
+    if lines:
+        return lines[0]
+    return "?"
+
+
+def _is_writable(folder: Path) -> bool:
     """Whether the folder is there, made if need be, and takes files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,31 +171,30 @@ def _writable(folder):
         return False
 
 
-def _own_folder():
+def _temporary_folder() -> Path:
     """A folder for temporary files in which nobody else can put a library. Raises Unavailable."""
-    folder = Path(tempfile.gettempdir()) / f"syncrec-{os.getuid()}"
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"syncrec-{user}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror}") from None
-    if (
-        not stat.S_ISDIR(facts.st_mode)
-        or facts.st_uid != os.getuid()
-        or facts.st_mode & 0o022
-    ):
+    is_folder = stat.S_ISDIR(status.st_mode)
+    others_may_write = status.st_mode & 0o022
+    if not is_folder or status.st_uid != user or others_may_write:
         raise Unavailable(
-            f"{folder} is another user's, or others may write in it: remove it, or set XDG_CACHE_HOME"
+            f"{folder} is another user's, or others may write in it: remove it, or set "
+            "XDG_CACHE_HOME"
         )
     return folder
 
 
-def _features():
+def _processor_features() -> str:
     """What the processor can do: a library built on one machine may stop another's process."""
     info = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M)
-        if info.is_file()
-        else None
-    )
-    return found.group() if found else platform.processor()
+    if info.is_file():
+        features = re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M)
+        if features is not None:
+            return features.group()
+    return platform.processor()
