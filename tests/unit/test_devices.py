@@ -13,14 +13,14 @@ from tests.helpers.alone import deepspeed_on
 
 ROOT = Path(__file__).parents[2]
 
-# Beside a device, as far as Python can tell; `start` would set it, which fails here.
+# Beside a device, as far as Python can tell; `joined` would set it, which fails here.
 PROGRAM = """
 import torch
 torch.cuda.is_available = lambda: True
 from trainer.distributed import deepspeed_engine, process_group
 import deepspeed
 with process_group.joined() as ranks:
-    print(rank_processes.device, deepspeed.accelerator.get_accelerator().device_name())
+    print(ranks.device, deepspeed.accelerator.get_accelerator().device_name())
 """
 
 
@@ -65,7 +65,7 @@ def test_all_ranks_are_started_in_one_place(folder):
     """It hides devices from them: a host with one device has none for ranks 1 and 2."""
     starts = re.compile(r"nproc|--num_gpus|with_name\(.torchrun.\)")
     assert starts.search((ROOT / "tests/helpers/rank_processes.py").read_text())
-    files = sorted((ROOT / "tests" / folder).rglob("*.py"))
+    files = sorted((ROOT / "tests/unit" / folder).rglob("*.py"))
     starting = [
         str(file.relative_to(ROOT))
         for file in files
