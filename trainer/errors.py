@@ -5,6 +5,8 @@ import sys
 import time
 import traceback
 
+from trainer.process_name import process_name, rank_for_messages
+
 LOST = (
     "another rank or host is gone or hangs (its own lines say why, if it is there); the same "
     "command goes on from the last checkpoint; timeout_minutes is how long a rank waits"
@@ -81,14 +83,9 @@ def exit_on_input_error(main):
 
 
 def _say_alone(error):
-    from trainer.distributed.launchers import (
-        rank_for_messages,
-        sign,
-    )  # which raises these errors itself
-
     if isinstance(error, RanksLost) or rank_for_messages() == 0:
         say(error)
         return
     if not error.one_rank:
         time.sleep(_LET_IT_BE_SAID)
-    say(error, f"{sign()}: ")
+    say(error, f"{process_name()}: ")

@@ -1,4 +1,4 @@
-"""Sums in one order on a CUDA device too: what `deterministic: true` asks of PyTorch, FBGEMM and cuBLAS.
+"""Deterministic sums on CUDA: what `deterministic: true` asks of PyTorch, FBGEMM and cuBLAS.
 
 On a CPU every sum of a step has one order anyhow, and nothing changes. On CUDA several sums of a
 step are made by atomic additions, in the order in which threads arrive (docs/gpu.md lists them).
@@ -7,6 +7,7 @@ Each has a second way of one order, which is slower.
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -17,32 +18,34 @@ _WORKSPACES = (":4096:8", ":16:8")  # with any other PyTorch refuses a product o
 
 
 @contextlib.contextmanager
-def deterministic_sums(asked: bool):
-    """Within it every operation has one order of sums, where `asked`; one that has none raises RuntimeError.
+def deterministic_sums(enabled: bool) -> Iterator[None]:
+    """Within it every operation has one order of sums, where `enabled`.
 
-    To be entered before the first matrix product: cuBLAS reads its setting then. Raises InputError
-    where the environment asks for another workspace than a deterministic cuBLAS has.
+    An operation that has none raises RuntimeError. To be entered before the first matrix product:
+    cuBLAS reads its setting then. Raises InputError where the environment asks for another
+    workspace than a deterministic cuBLAS has.
     """
-    if not asked:
+    if not enabled:
         yield
         return
-    set_before = os.environ.get(_VARIABLE)
-    if set_before not in (None, *_WORKSPACES):
+    workspace_before = os.environ.get(_VARIABLE)
+    if workspace_before is not None and workspace_before not in _WORKSPACES:
+        choices = " or ".join(_WORKSPACES)
         raise InputError(
-            f"{_VARIABLE} is {set_before}: deterministic=true needs {' or '.join(_WORKSPACES)}; "
+            f"{_VARIABLE} is {workspace_before}: deterministic=true needs {choices}; "
             "leave it unset"
         )
     os.environ.setdefault(_VARIABLE, _WORKSPACES[0])
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    enabled_before = torch.are_deterministic_algorithms_enabled()
+    warns_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills_before = torch.utils.deterministic.fill_uninitialized_memory
     # Nothing here reads memory that it has not written, and the table would be written once more.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
-        if set_before is None:
+        torch.use_deterministic_algorithms(enabled_before, warn_only=warns_before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills_before
+        if workspace_before is None:
             os.environ.pop(_VARIABLE, None)

@@ -1,5 +1,6 @@
-"""Which rank of which world this process is, from what its launcher sets in the environment. The
-one place that knows.
+"""Which rank of which world this process is, from what its launcher sets in the environment.
+
+No other module reads these variables to decide by.
 
     torchrun, deepspeed (also mpich, impi)   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
     srun (deepspeed's slurm)                 SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
@@ -8,14 +9,13 @@ one place that knows.
     mpirun of MVAPICH (deepspeed's mvapich)  MV2_COMM_WORLD_RANK, MV2_COMM_WORLD_SIZE, …
     mpiexec of MPICH and of Intel MPI        PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, …
 
-RANK and WORLD_SIZE win where both are set. Where several processes were started and this one cannot
-know its rank, or two variables contradict each other, it is refused: each of them would be a run of
+RANK and WORLD_SIZE win where both are set. A process is refused where several were started and it
+cannot know its rank, or where two variables contradict each other: each process would be a run of
 its own. Needs nothing but Python.
 """
 
 import os
 import re
-import socket
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -29,148 +29,201 @@ _LOOPBACK = "127.0.0.1"
 _MOST_HOSTS = 100_000  # a host list that names more is no host list
 _ALONE = "for one process alone set RANK=0 WORLD_SIZE=1"
 
+_Variables = Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those that the launcher started. None: the launcher does not
-    say."""
+    """This process's rank among those that the launcher started.
+
+    Two hosts of two ranks each, as rank 3 sees them:
+
+        World(rank=3, size=4, local_rank=1, local_size=2, address="host0", port=29500)
+
+    None: the launcher does not say.
+    """
 
     rank: int
     size: int
     local_rank: int | None
-    local_size: int | None  # processes of this host
-    address: str  # where the first rank listens
+    # Ranks of this host.
+    local_size: int | None
+    # Where the first rank listens.
+    address: str
     port: int
-    derived_from: str | None = None  # the variable whose first host is the address
+    # The variable whose first host is the address.
+    derived_from: str | None = None
 
 
 @dataclass(frozen=True)
-class _Names:
-    """What a launcher calls things."""
+class _Launcher:
+    """A launcher and the names of its variables; of several names, the first that is set counts."""
 
-    launcher: str
+    name: str
     rank: str
     size: str
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...]
 
+    def has_started(self, environment: _Variables) -> bool:
+        """Whether this launcher has set rank and size."""
+        return self.rank in environment and self.size in environment
 
-_MPI = (
-    _Names(
-        "Open MPI's mpirun",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Names(
-        "MVAPICH's mpirun",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        ("MV2_COMM_WORLD_LOCAL_RANK",),
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
+
+@dataclass(frozen=True)
+class _Launch:
+    """The launcher that started this process, and the variables in which it tells ranks."""
+
+    launcher: _Launcher
+    variables: _Variables
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those that the launcher started."""
+        name = self.launcher.rank
+        return _parse_number(name, self.variables[name])
+
+    @property
+    def size(self) -> int:
+        """How many processes the launcher started."""
+        name = self.launcher.size
+        return _parse_number(name, self.variables[name])
+
+    def describe(self) -> str:
+        """`process 1 of 4 that srun started`."""
+        return f"process {self.rank} of {self.size} that {self.launcher.name} started"
+
+
+_OPEN_MPI = _Launcher(
+    name="Open MPI's mpirun",
+    rank="OMPI_COMM_WORLD_RANK",
+    size="OMPI_COMM_WORLD_SIZE",
+    local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
+    local_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
 )
-_PMI = _Names(
-    "mpiexec",
-    "PMI_RANK",
-    "PMI_SIZE",
-    ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
-    ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+_MVAPICH = _Launcher(
+    name="MVAPICH's mpirun",
+    rank="MV2_COMM_WORLD_RANK",
+    size="MV2_COMM_WORLD_SIZE",
+    local_rank=("MV2_COMM_WORLD_LOCAL_RANK",),
+    local_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
 )
-_SLURM = _Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), ())
-_RANKS = ("RANK", *(names.rank for names in _MPI), _PMI.rank, "PMIX_RANK", _SLURM.rank)
-_HOSTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
+_PMI = _Launcher(
+    name="mpiexec",
+    rank="PMI_RANK",
+    size="PMI_SIZE",
+    local_rank=("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+    local_size=("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+)
+_SLURM = _Launcher(
+    name="srun",
+    rank="SLURM_PROCID",
+    size="SLURM_STEP_NUM_TASKS",
+    local_rank=("SLURM_LOCALID",),
+    local_size=(),  # SLURM_STEP_TASKS_PER_NODE lists all nodes
+)
+_OPEN_MPI_JOB_VARIABLES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+_JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+_HOST_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
 
 
-def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """The world that the environment describes; one process alone where no launcher left a word.
+def read_world(environment: _Variables = os.environ) -> World:
+    """The world that the environment describes; one process alone where it names no launcher.
 
     Raises InputError where variables are no numbers, contradict each other, or leave open which
     rank this is.
     """
-    rank = _number(environment, "RANK")
-    size = _number(environment, "WORLD_SIZE")
-    launched = _launched(environment)
-    if rank is not None and size is not None:
-        _compare(environment, rank, size, launched)
-        names, source = launched or (None, environment)
-    elif launched is not None:
-        names, source = launched
-        rank, size = _completed(environment, names, source, rank, size)
-    elif (
-        rank is None
-        and size is not None
-        and _number(environment, "PMIX_RANK") is not None
-    ):
-        names, source, rank = None, environment, _number(environment, "PMIX_RANK")
-    elif rank is None and size in (None, 1):
-        _refuse_unknown(environment)
-        return World(0, 1, 0, 1, _LOOPBACK, DEFAULT_PORT)
-    else:
-        missing, there = (
-            ("WORLD_SIZE", "RANK") if size is None else ("RANK", "WORLD_SIZE")
+    launch = _detect_launch(environment)
+    numbers = _read_rank_and_size(environment, launch)
+    if numbers is None:
+        _refuse_unknown_rank(environment)
+        return World(
+            rank=0,
+            size=1,
+            local_rank=0,
+            local_size=1,
+            address=_LOOPBACK,
+            port=DEFAULT_PORT,
         )
-        raise InputError(
-            f"{there} is {environment[there]} and {missing} is not set: set both or neither"
-        )
+    rank, size = numbers
     if size < 1 or not 0 <= rank < size:
         raise InputError(
             f"rank {rank} of {size}: ranks run from 0 to the world's size less one; see RANK and "
             "WORLD_SIZE"
         )
-    local_rank, local_size = _local(environment, names, source, rank, size)
-    address, derived_from = _address(environment, names, size, local_size)
+    local_rank, local_size = _read_local(environment, launch, size)
+    address, derived_from = _read_address(environment, launch, size, local_size)
     return World(
-        rank,
-        size,
-        local_rank,
-        local_size,
-        address,
-        _port(environment, names),
-        derived_from,
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        address=address,
+        port=_read_port(environment, launch),
+        derived_from=derived_from,
+    )
+
+
+def _read_rank_and_size(
+    environment: _Variables, launch: _Launch | None
+) -> tuple[int, int] | None:
+    """Rank and size of the world; None where nothing speaks of several processes."""
+    rank = _read_number(environment, "RANK")
+    size = _read_number(environment, "WORLD_SIZE")
+    if rank is not None and size is not None:
+        _refuse_common_rank(environment, rank, size, launch)
+        return rank, size
+    if launch is not None:
+        return _complete_rank_and_size(launch, rank, size)
+    if rank is None and size is not None:
+        rank_of_pmix = _read_number(environment, "PMIX_RANK")
+        if rank_of_pmix is not None:
+            return rank_of_pmix, size
+    if rank is None and size in (None, 1):
+        return None
+    present = "WORLD_SIZE"
+    missing = "RANK"
+    if size is None:
+        present = "RANK"
+        missing = "WORLD_SIZE"
+    raise InputError(
+        f"{present} is {environment[present]} and {missing} is not set: set both or neither"
     )
 
 
 def enter_world(
     world: World, environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Writes the world into the environment as torchrun does, for the libraries and the children of
-    this process."""
+    """Writes the world into the environment as torchrun does.
+
+    The libraries and the children of this process read it there.
+    """
     values = {
         "RANK": world.rank,
         "WORLD_SIZE": world.size,
         "LOCAL_RANK": world.local_rank,
         "LOCAL_WORLD_SIZE": world.local_size,
         "MASTER_ADDR": world.address,
-        "MASTER_PORT": world.port if world.size > 1 else None,
     }
-    environment.update(
-        {name: str(value) for name, value in values.items() if value is not None}
-    )
+    if world.size > 1:
+        values["MASTER_PORT"] = world.port
+    for name, value in values.items():
+        if value is not None:
+            environment[name] = str(value)
 
 
-def rank_for_messages(environment: Mapping[str, str] = os.environ) -> int:
-    """The rank as far as the environment tells, 0 where it does not: for lines, never to decide who
-    does what."""
-    for name in _RANKS:
-        if environment.get(name, "").isdecimal():
-            return int(environment[name])
-    return 0
-
-
-def sign(environment: Mapping[str, str] = os.environ) -> str:
-    """This process as a message names it."""
-    return f"rank {rank_for_messages(environment)} on {socket.gethostname()}"
-
-
-def device_of_rank(rank: int, local_rank: int, local_size: int, devices: int) -> int:
-    """Which of the visible devices a rank of a host takes.
+def device_of_rank(
+    rank: int,
+    local_rank: int,
+    local_size: int,
+    devices: int,
+) -> int:
+    """The number of the visible device that a rank of a host takes.
 
     A launcher may show each process all devices of the host, or one of its own
     (`srun --gpus-per-task=1`). Raises InputError where there are several and fewer than ranks, so
-    that two ranks would share one, and where ranks do not follow each other on a host: TorchRec
-    looks for rank r on device r % (ranks of a host).
+    that two ranks would share one. It does so too where ranks do not follow each other on a host:
+    TorchRec looks for rank r on device r % (ranks of a host).
     """
     if devices == 1:
         return 0
@@ -190,9 +243,11 @@ def device_of_rank(rank: int, local_rank: int, local_size: int, devices: int) ->
 
 
 def find_shared_device(devices: list[str]) -> tuple[int, int] | None:
-    """The first two ranks that have the same device; None where each has its own. devices: each
-    rank's host and what names the device there, in the order of ranks."""
-    first_with = {}
+    """The first two ranks that have the same device; None where each has its own.
+
+    devices: each rank's host and what names the device there, in the order of ranks.
+    """
+    first_with: dict[str, int] = {}
     for rank, device in enumerate(devices):
         if device in first_with:
             return first_with[device], rank
@@ -205,16 +260,19 @@ def expand_hosts(text: str) -> Iterator[str]:
 
     Raises ValueError where it is none.
     """
-    for name in _split(text):
-        yield from _expand(name)
+    for name in _split_outside_brackets(text):
+        yield from _expand_name(name)
 
 
-def _split(text):
-    """Names at commas that stand in no brackets."""
+def _split_outside_brackets(text: str) -> Iterator[str]:
+    """The names between the commas that stand in no brackets."""
     depth = 0
     name = ""
     for letter in text:
-        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "[":
+            depth += 1
+        elif letter == "]":
+            depth -= 1
         if depth not in (0, 1):
             raise ValueError(f"{text!r} is no list of hosts")
         if letter == "," and not depth:
@@ -227,7 +285,8 @@ def _split(text):
     yield name
 
 
-def _expand(name):
+def _expand_name(name: str) -> Iterator[str]:
+    """The hosts of one name, `a[01-03]b[1,2]`, of whatever many brackets."""
     match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", name)
     if match is None:
         if not name or re.search(r"[\[\]\s]", name):
@@ -235,36 +294,57 @@ def _expand(name):
         yield name
         return
     before, ranges, after = match.groups()
+    endings = [""]
+    if after:
+        endings = list(_expand_name(after))
     for part in ranges.split(","):
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if bounds is None:
-            raise ValueError(f"{name!r} is no list of hosts")
-        first, last = bounds.group(1), bounds.group(2) or bounds.group(1)
-        if not 0 <= int(last) - int(first) < _MOST_HOSTS:
-            raise ValueError(f"{name!r} is no list of hosts")
-        for number in range(int(first), int(last) + 1):
-            numbered = f"{before}{number:0{len(first)}d}"
-            yield from (
-                (numbered + rest for rest in _expand(after)) if after else (numbered,)
-            )
+        for number in _expand_range(part):
+            for ending in endings:
+                yield before + number + ending
+
+
+def _expand_range(text: str) -> Iterator[str]:
+    """`08-10` is 08, 09, 10, and `7` is 7."""
+    bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if bounds is None:
+        raise ValueError(f"{text!r} is no range of hosts")
+    first, last = bounds.groups()
+    numbers = range(int(first), int(last or first) + 1)
+    if not 0 < len(numbers) <= _MOST_HOSTS:
+        raise ValueError(f"{text!r} is no range of hosts")
+    width = len(first)
+    for number in numbers:
+        yield str(number).zfill(width)
 
 
 def expand_counts(text: str) -> list[int]:
-    """How many tasks each node has, as Slurm writes it: `2(x3),1` is 2, 2, 2, 1. Raises ValueError
-    where it is no such list."""
+    """How many tasks each node has, as Slurm writes it: `2(x3),1` is 2, 2, 2, 1.
+
+    Raises ValueError where it is no such list.
+    """
     counts = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None or int(match.group(2) or 1) > _MOST_HOSTS:
+        if match is None:
             raise ValueError(f"{text!r} does not count tasks")
-        counts += [int(match.group(1))] * int(match.group(2) or 1)
+        tasks, repeats = match.groups()
+        nodes = int(repeats or 1)
+        if nodes > _MOST_HOSTS:
+            raise ValueError(f"{text!r} does not count tasks")
+        counts += [int(tasks)] * nodes
     return counts
 
 
-def _number(environment, name):
+def _read_number(environment: _Variables, name: str) -> int | None:
+    """A variable's number; None where it is not set. Raises InputError."""
     text = environment.get(name)
     if text is None:
         return None
+    return _parse_number(name, text)
+
+
+def _parse_number(name: str, text: str) -> int:
+    """The number that a variable's text is. Raises InputError."""
     if not (text.isascii() and text.isdecimal()):
         raise InputError(
             f"{name} is {text!r}, which is no number: the launcher sets it; leave it unset "
@@ -273,82 +353,101 @@ def _number(environment, name):
     return int(text)
 
 
-def _launched(environment):
-    """(names, variables) of the launcher that started this process; None where none did."""
-    for names in _MPI:
-        if names.rank in environment and names.size in environment:
-            return names, environment
-    slurm = _slurm_step(environment)
-    if _PMI.rank in environment and _PMI.size in environment:
-        same = slurm and all(
-            slurm[of_slurm] == environment[of_pmi] for of_slurm, of_pmi in _SAME
-        )
-        return (
-            (_SLURM, slurm) if same else (_PMI, environment)
-        )  # mpiexec starts its helpers by srun, one a node
-    return (_SLURM, slurm) if slurm else None
+def _detect_launch(environment: _Variables) -> _Launch | None:
+    """The launcher that started this process; None where none did."""
+    for launcher in (_OPEN_MPI, _MVAPICH):
+        if launcher.has_started(environment):
+            return _Launch(launcher, environment)
+    slurm = _detect_slurm_step(environment)
+    if not _PMI.has_started(environment):
+        return slurm
+    # mpiexec starts its helpers by srun, one a node: they are other processes than Slurm's.
+    if slurm is not None and _is_same_process(slurm.variables, environment):
+        return slurm
+    return _Launch(_PMI, environment)
 
 
-_SAME = ((_SLURM.rank, _PMI.rank), (_SLURM.size, _PMI.size))
+def _is_same_process(slurm: _Variables, environment: _Variables) -> bool:
+    """Whether Slurm and PMI give this process one rank of one size."""
+    same_rank = slurm[_SLURM.rank] == environment[_PMI.rank]
+    same_size = slurm[_SLURM.size] == environment[_PMI.size]
+    return same_rank and same_size
 
 
-def _slurm_step(environment):
-    """The variables of a step that srun started, else None: a batch script and salloc's shell are
-    in no step."""
+def _detect_slurm_step(environment: _Variables) -> _Launch | None:
+    """The step of Slurm that srun started; a batch script and salloc's shell are in none."""
     if "SLURM_STEP_ID" not in environment or _SLURM.rank not in environment:
         return None
-    size = environment.get(_SLURM.size, environment.get("SLURM_NTASKS"))
-    return None if size is None else {**environment, _SLURM.size: size}
+    tasks_of_job = environment.get("SLURM_NTASKS")
+    tasks = environment.get(_SLURM.size, tasks_of_job)
+    if tasks is None:
+        return None
+    variables = dict(environment)
+    variables[_SLURM.size] = tasks
+    return _Launch(_SLURM, variables)
 
 
-def _compare(environment, rank, size, launched):
+def _refuse_common_rank(
+    environment: _Variables,
+    rank: int,
+    size: int,
+    launch: _Launch | None,
+) -> None:
     """Refuses a RANK and a WORLD_SIZE that the processes of one launcher have in common."""
-    if (
-        launched is None or "TORCHELASTIC_RUN_ID" in environment
-    ):  # torchrun gives ranks in an order of its own
+    if launch is None:
         return
-    names, source = launched
-    of_launcher, tasks = _number(source, names.rank), _number(source, names.size)
-    if size < tasks or (size == tasks and rank != of_launcher):
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return  # torchrun gives ranks in an order of its own
+    task = launch.rank
+    tasks = launch.size
+    is_too_small = size < tasks
+    is_another_rank = size == tasks and rank != task
+    if is_too_small or is_another_rank:
         raise InputError(
-            f"RANK is {rank} and WORLD_SIZE is {size}, but this is process {of_launcher} of "
-            f"{tasks} that {names.launcher} started: unset RANK and WORLD_SIZE, or start one "
-            "process"
+            f"RANK is {rank} and WORLD_SIZE is {size}, but this is "
+            f"{launch.describe()}: unset RANK and WORLD_SIZE, or start one process"
         )
 
 
-def _completed(environment, names, source, rank, size):
-    """The launcher's rank and size, with which a RANK or a WORLD_SIZE that stands alone has to
-    agree."""
-    of_launcher, tasks = _number(source, names.rank), _number(source, names.size)
-    for name, told, known in (("RANK", rank, of_launcher), ("WORLD_SIZE", size, tasks)):
-        if told is not None and told != known:
-            raise InputError(
-                f"{name} is {told}, but this is process {of_launcher} of {tasks} that "
-                f"{names.launcher} started: unset {name}"
-            )
-    return of_launcher, tasks
+def _complete_rank_and_size(
+    launch: _Launch,
+    rank: int | None,
+    size: int | None,
+) -> tuple[int, int]:
+    """The launcher's rank and size. A RANK or a WORLD_SIZE that stands alone has to agree."""
+    task = launch.rank
+    tasks = launch.size
+    started = launch.describe()
+    if rank is not None and rank != task:
+        raise InputError(f"RANK is {rank}, but this is {started}: unset RANK")
+    if size is not None and size != tasks:
+        raise InputError(
+            f"WORLD_SIZE is {size}, but this is {started}: unset WORLD_SIZE"
+        )
+    return task, tasks
 
 
-def _refuse_unknown(environment):
+def _refuse_unknown_rank(environment: _Variables) -> None:
     """Refuses where several processes were asked for and none of them can know its rank."""
-    for names in (*_MPI, _PMI):
-        tasks = _number(environment, names.size)
+    for launcher in (_OPEN_MPI, _MVAPICH, _PMI):
+        tasks = _read_number(environment, launcher.size)
+        rank_is_set = launcher.rank in environment
         if tasks is not None and tasks > 1:
             raise InputError(
-                f"{names.size} is {tasks} and {names.rank} is not set: set RANK and WORLD_SIZE; "
-                f"{_ALONE}"
+                f"{launcher.size} is {tasks} and {launcher.rank} is not set: set RANK and "
+                f"WORLD_SIZE; {_ALONE}"
             )
-        if names.rank in environment and tasks is None:
+        if rank_is_set and tasks is None:
             raise InputError(
-                f"{names.rank} is set and {names.size} is not: set RANK and WORLD_SIZE; {_ALONE}"
+                f"{launcher.rank} is set and {launcher.size} is not: set RANK and WORLD_SIZE; "
+                f"{_ALONE}"
             )
     if "PMIX_RANK" in environment:
         raise InputError(
             f"PMIX_RANK is {environment['PMIX_RANK']}, and how many processes there are is not "
             f"known: set WORLD_SIZE; {_ALONE}"
         )
-    tasks = _number(environment, "SLURM_NTASKS")
+    tasks = _read_number(environment, "SLURM_NTASKS")
     if tasks is not None and tasks > 1:
         raise InputError(
             f"SLURM_NTASKS is {tasks}, and this process was not started by srun: start it with "
@@ -357,47 +456,51 @@ def _refuse_unknown(environment):
         )
 
 
-def _local(environment, names, source, rank, size):
-    """(local rank, ranks of this host), each None where the launcher does not say it."""
+def _read_local(
+    environment: _Variables,
+    launch: _Launch | None,
+    size: int,
+) -> tuple[int | None, int | None]:
+    """Local rank, and ranks of this host; each None where the launcher does not say it."""
+    local_rank = _read_number(environment, "LOCAL_RANK")
     if size == 1:
-        return _number(environment, "LOCAL_RANK") or 0, 1
-    local_rank = _number(environment, "LOCAL_RANK")
-    local_size = _number(environment, "LOCAL_WORLD_SIZE")
-    if local_size is None:
-        local_size = _number(environment, "LOCAL_SIZE")
-    if (
-        names is not None and _number(source, names.size) == size
-    ):  # else ranks are not the launcher's processes
+        return local_rank or 0, 1
+    local_size = _read_first_number(environment, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    # Of another size, the ranks are not the launcher's processes.
+    if launch is not None and launch.size == size:
         if local_rank is None:
-            local_rank = _first_number(source, names.local_rank)
-        if local_size is None:
-            local_size = (
-                _slurm_local_size(source)
-                if names is _SLURM
-                else _first_number(source, names.local_size)
+            local_rank = _read_first_number(
+                launch.variables, launch.launcher.local_rank
             )
+        if local_size is None:
+            local_size = _read_local_size(launch)
     if local_size is not None and not 1 <= local_size <= size:
         raise InputError(
             f"{local_size} ranks on this host of {size} in all: see LOCAL_WORLD_SIZE, LOCAL_SIZE "
             "and WORLD_SIZE"
         )
-    if local_rank is not None and local_rank >= (local_size or size):
+    most = local_size or size
+    if local_rank is not None and local_rank >= most:
         raise InputError(
-            f"local rank {local_rank} of {local_size or size}: see LOCAL_RANK and LOCAL_WORLD_SIZE"
+            f"local rank {local_rank} of {most}: see LOCAL_RANK and LOCAL_WORLD_SIZE"
         )
     return local_rank, local_size
 
 
-def _first_number(environment, names):
+def _read_first_number(environment: _Variables, names: tuple[str, ...]) -> int | None:
+    """The number of the first of these variables that is set."""
     for name in names:
         if name in environment:
-            return _number(environment, name)
+            return _read_number(environment, name)
     return None
 
 
-def _slurm_local_size(environment):
-    counts = environment.get("SLURM_STEP_TASKS_PER_NODE")
-    node = _number(environment, "SLURM_NODEID")
+def _read_local_size(launch: _Launch) -> int | None:
+    """How many of the launcher's processes are on this host."""
+    if launch.launcher is not _SLURM:
+        return _read_first_number(launch.variables, launch.launcher.local_size)
+    counts = launch.variables.get("SLURM_STEP_TASKS_PER_NODE")
+    node = _read_number(launch.variables, "SLURM_NODEID")
     if counts is None or node is None:
         return None
     try:
@@ -409,58 +512,70 @@ def _slurm_local_size(environment):
         ) from None
 
 
-def _address(environment, names, size, local_size):
-    """(where the first rank listens, the variable it was derived from or None)."""
-    if address := environment.get("MASTER_ADDR"):
+def _read_address(
+    environment: _Variables,
+    launch: _Launch | None,
+    size: int,
+    local_size: int | None,
+) -> tuple[str, str | None]:
+    """Where the first rank listens, and the variable that it was derived from or None."""
+    address = environment.get("MASTER_ADDR")
+    if address:
         return address, None
     if size == 1 or local_size == size:
         return _LOOPBACK, None
-    for name in _HOSTS:
-        if text := environment.get(name):
-            try:
-                return next(expand_hosts(text)), name
-            except ValueError:
-                raise InputError(
-                    f"{name} is {text!r}, which names no hosts: set MASTER_ADDR to the first "
-                    "rank's host"
-                ) from None
-    how = (
-        "-x MASTER_ADDR=…"
-        if names is _MPI[0]
-        else "-genv MASTER_ADDR …"
-        if names is _PMI
-        else "MASTER_ADDR=…"
-    )
+    for name in _HOST_LISTS:
+        hosts = environment.get(name)
+        if not hosts:
+            continue
+        try:
+            return next(expand_hosts(hosts)), name
+        except ValueError:
+            raise InputError(
+                f"{name} is {hosts!r}, which names no hosts: set MASTER_ADDR to the first "
+                "rank's host"
+            ) from None
+    way = "MASTER_ADDR=…"
+    if launch is not None and launch.launcher is _OPEN_MPI:
+        way = "-x MASTER_ADDR=…"
+    elif launch is not None and launch.launcher is _PMI:
+        way = "-genv MASTER_ADDR …"
     raise InputError(
         f"the {size} ranks are on several hosts and MASTER_ADDR is not set: give the first rank's "
-        f"host with {how}"
+        f"host with {way}"
     )
 
 
-def _port(environment, names):
-    """MASTER_PORT, or a port that goes with the job, so that two jobs of a host do not meet at
-    one."""
-    port = _number(environment, "MASTER_PORT")
+def _read_port(environment: _Variables, launch: _Launch | None) -> int:
+    """MASTER_PORT, or a port that is derived from the job.
+
+    So two jobs of a host do not meet at one port.
+    """
+    port = _read_number(environment, "MASTER_PORT")
     if port is not None:
         if not 0 < port < 65536:
             raise InputError(f"MASTER_PORT is {port}: ports run from 1 to 65535")
         return port
-    job = _job(environment, names)
-    return (
-        DEFAULT_PORT
-        if job is None
-        else _FIRST_PORT + 2 * (zlib.crc32(job.encode()) % _PORTS)
-    )
+    job = _job_name(environment, launch)
+    if job is None:
+        return DEFAULT_PORT
+    pair = zlib.crc32(job.encode()) % _PORTS
+    return _FIRST_PORT + 2 * pair
 
 
-def _job(environment, names):
+def _job_name(environment: _Variables, launch: _Launch | None) -> str | None:
     """What names the launcher's job, alike on all of its processes; None where nothing does."""
-    if names is None:
+    if launch is None:
         return None
-    if names is _SLURM:
-        return f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
-    own = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid") if names is _MPI[0] else ()
-    for name in (*own, "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID"):
-        if environment.get(name):
-            return environment[name]
+    if launch.launcher is _SLURM:
+        job = environment.get("SLURM_JOB_ID")
+        step = environment.get("SLURM_STEP_ID")
+        return f"{job}.{step}"
+    names = _JOB_VARIABLES
+    if launch.launcher is _OPEN_MPI:
+        names = _OPEN_MPI_JOB_VARIABLES + _JOB_VARIABLES
+    for name in names:
+        job = environment.get(name)
+        if job:
+            return job
     return None

@@ -1,19 +1,23 @@
-"""How a script that joins a process group begins and ends as a process."""
+"""The begin and the end of a script that joins a process group, and its exit status."""
 
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
-from trainer.distributed.launchers import sign
+from trainer.process_name import process_name
 
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def run_script(main):
-    """Calls main() and ends this process with its status: 0, what it left with (`sys.exit`), or 1
-    with the trace; 130 where it was interrupted (SIGINT).
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """Calls main() and ends this process with its status.
+
+    That is 0, the status of `sys.exit`, 1 with the trace of an exception, or 130 where it was
+    interrupted (SIGINT).
 
     Python's own teardown is left out: a process that goes through it while threads of gloo are at
     work (DeepSpeed and TorchRec keep the group alive) is aborted now and then, after all is done. A
@@ -23,23 +27,32 @@ def run_script(main):
     status = 0
     try:
         main()
-    except SystemExit as left:
-        status = left.code if isinstance(left.code, int) else int(left.code is not None)
-        if isinstance(left.code, str):
-            print(left.code, file=sys.stderr)
+    except SystemExit as exit_request:
+        status = _exit_status(exit_request)
     except KeyboardInterrupt:
-        print(f"{sign()}: interrupted", file=sys.stderr)
+        print(f"{process_name()}: interrupted", file=sys.stderr)
         status = INTERRUPTED
     except BaseException:
-        print(f"{sign()} failed:", file=sys.stderr)
+        print(f"{process_name()} failed:", file=sys.stderr)
         traceback.print_exc()
         status = 1
     end_process(status)
 
 
-def end_process(status: int) -> None:
-    """Ends this process where it is, in any thread, and with it the loaders of batches that nobody
-    waits for."""
+def _exit_status(exit_request: SystemExit) -> int:
+    """The status of `sys.exit(code)`; a text is printed, as Python does."""
+    code = exit_request.code
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    return 1
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process at once, in any thread, and its child processes, which load batches."""
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):

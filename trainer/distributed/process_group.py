@@ -1,20 +1,22 @@
-"""This process among the others: device, backend, threads, and what the model is handed to reduce over ranks."""
+"""The process group of a run's ranks: rendezvous, device, backend, and reductions over it."""
 
 import contextlib
 import gc
 import os
+import re
 import socket
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from syncrec.reduction import Reduction
-from trainer.distributed.agreement import ranks_lost
 from trainer.distributed.launchers import (
     World,
     device_of_rank,
@@ -22,16 +24,39 @@ from trainer.distributed.launchers import (
     find_shared_device,
     read_world,
 )
-from trainer.distributed.liveness import watch
+from trainer.distributed.liveness import watch_peers
 from trainer.distributed.resources import cores_per_rank, keep_freed_memory
-from trainer.errors import InputError, RanksLost
+from trainer.errors import LOST, InputError, RanksLost
+from trainer.process_name import rank_for_messages
 
 _PORT_IS_FREE = 15.0  # seconds
+_OTHER_PORT = (
+    "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun "
+    "--master-port)"
+)
+
+# gloo's errors have no class of their own, and reach Python from inside a backward too: each names
+# its source file first. These are the sentences of gloo/transport/tcp (pair.cc, unbound_buffer.cc,
+# error.cc, loop.cc) and gloo/rendezvous/context.cc for a peer that is gone or does not answer.
+# Others, such as a size that is not the peer's, are faults. A wait that ends because another link
+# was given up says its sentence without a source file.
+_GLOO_LOST = re.compile(
+    r"^Application timeout caused pair closure$|"
+    r"^\[\S*\.(?:cc|h):\d+\]\s.*("
+    r"connection closed by peer|connection reset|connection refused|broken pipe|"
+    r"socket closed|socket not connected|pair closure|timed out|connect timeout|"
+    r"no route to host|network is (?:unreachable|down)|host is down|"
+    r"connectFullMesh failed)",
+    re.IGNORECASE | re.DOTALL,
+)
+_BACKEND_LOST = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+_SOURCE_FILE = re.compile(r"^\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*")
+_LONGEST_REASON = 160
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the run."""
+    """This process's rank in the run, and the device that it computes on."""
 
     rank: int
     world_size: int
@@ -39,143 +64,183 @@ class Ranks:
     device: torch.device
 
     @property
-    def first(self):
+    def first(self) -> bool:
         """True on the rank that writes and prints."""
         return self.rank == 0
 
 
-def start(timeout_minutes=30) -> Ranks:
-    """Joins the process group that the launcher describes (trainer.distributed.launchers), or makes one of one.
+@contextlib.contextmanager
+def joined(timeout_minutes: float = 30) -> Iterator[Ranks]:
+    """Joins the process group that the launcher describes, or makes one of one rank.
 
     CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
-    gloo; the same code follows either.
+    gloo; the same code follows either. The group is left in order at the end, and where an
+    InputError is the end.
+
+    The ranks watch each other meanwhile (trainer.distributed.liveness). Where others are gone it is
+    RanksLost, or what one of them said when it left. That and any other failure are left to the
+    exit: a rank that waits for the others here could wait for ever.
     """
-    ranks, _ = _join(timeout_minutes)
-    return ranks
-
-
-@contextlib.contextmanager
-def joined(timeout_minutes=30):
-    """`start` for a `with`: the process group is left in order at the end, and where an InputError
-    is the end.
-
-    The ranks watch each other meanwhile (trainer.distributed.liveness). Where others are gone it is RanksLost,
-    or what one of them said when it left. That and any other failure are left to the exit: a rank
-    that waits for the others here could wait for ever.
-    """
-    with ranks_lost():
+    with translate_backend_errors():
         ranks, store = _join(timeout_minutes)
-        liveness = watch(
-            store, ranks.rank, ranks.world_size, [os.environ["MASTER_ADDR"]]
-        )
+        addresses = [os.environ["MASTER_ADDR"]]
+        liveness = watch_peers(store, ranks.rank, ranks.world_size, addresses)
     try:
-        with ranks_lost():
+        with translate_backend_errors():
             yield ranks
     except RanksLost as lost:
-        raise liveness.explain(lost) from lost.__cause__
+        raise liveness.explain_loss(lost) from lost.__cause__
     except InputError as error:
-        liveness.refuse(error)
-        traceback.clear_frames(
-            error.__traceback__
-        )  # their variables hold the group too
-        leave()
+        liveness.report_error(error)
+        # The variables of its frames hold the group too.
+        traceback.clear_frames(error.__traceback__)
+        _leave_group()
         raise
     except SystemExit:  # a script's own way out
         liveness.leave()
         raise
     except BaseException as error:
-        liveness.fail(error)
+        liveness.report_fault(error)
         raise
     liveness.leave()
-    leave()
+    _leave_group()
 
 
-def leave():
-    """Leaves the process group; its threads end where nothing refers to it any more (TorchRec's
-    modules do, in circles)."""
+def _leave_group() -> None:
+    """Leaves the process group.
+
+    Its threads end where nothing refers to it any more; TorchRec's modules do, in circles.
+    """
     dist.destroy_process_group()
     gc.collect()
 
 
+@contextlib.contextmanager
+def translate_backend_errors() -> Iterator[None]:
+    """Raises RanksLost for what gloo or NCCL raises where other ranks are gone.
+
+    It is one line; what was raised is its cause. Other errors pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        text = _SOURCE_FILE.sub("", str(error))
+        reason = " ".join(text.split())[:_LONGEST_REASON]
+        raise RanksLost(
+            f"rank {rank_for_messages()}: lost the others ({reason}): {LOST}",
+            one_rank=True,
+        ) from error
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a backend raised it because its peers are gone."""
+    if isinstance(error, _BACKEND_LOST):
+        return True
+    if type(error) is not RuntimeError:
+        return False
+    text = str(error)
+    return _GLOO_LOST.match(text) is not None
+
+
 def sum_of_ranks(values_N: np.ndarray) -> np.ndarray:
-    """The sum over all ranks of (N,) of the host, over the CPU's backend. Called on all ranks."""
+    """The sum over all ranks of (N,) of the host, over the CPU's backend. Collective."""
     total_N = torch.from_numpy(np.array(values_N))
     dist.all_reduce(total_N)
     return total_N.numpy()
 
 
-def _join(timeout_minutes):
-    """(Ranks, the group's store)."""
+def _join(timeout_minutes: float) -> tuple[Ranks, dist.Store]:
+    """Joins the group; this process's ranks, and the group's store."""
+    timeout = timedelta(minutes=timeout_minutes)
     world = read_world()
-    store = _store(world, timeout_minutes)
+    store = _open_store(world, timeout)
     if world.local_rank is None or world.local_size is None:
-        world = _with_neighbours(world, store)
+        world = _find_neighbours(world, store)
     enter_world(world)
     # DeepSpeed's own switch holds for all of the run.
-    cuda = (
-        torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    )
-    device = torch.device("cpu")
-    if cuda:
+    wants_cuda = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if wants_cuda and torch.cuda.is_available():
         device = _take_device(world, store)
+        backend = "cpu:gloo,cuda:nccl"
     else:
+        device = torch.device("cpu")
+        backend = "gloo"
         keep_freed_memory()
-    if (
-        not cuda and "OMP_NUM_THREADS" not in os.environ
-    ):  # a person's or a launcher's own choice stands
-        torch.set_num_threads(cores_per_rank(world.size))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
+        # A person's or a launcher's own choice stands.
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(cores_per_rank(world.size))
     dist.init_process_group(
-        backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size
+        backend,
+        timeout=timeout,
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
     )
-    return Ranks(world.rank, world.size, world.local_rank, device), store
+    ranks = Ranks(
+        rank=world.rank,
+        world_size=world.size,
+        local_rank=world.local_rank,
+        device=device,
+    )
+    return ranks, store
 
 
-def _take_device(world, store):
-    """The rank's CUDA device, which no other rank has. DeepSpeed and TorchRec read its number from
-    LOCAL_RANK."""
-    number = device_of_rank(
-        world.rank, world.local_rank, world.local_size, torch.cuda.device_count()
-    )
+def _take_device(world: World, store: dist.Store) -> torch.device:
+    """The rank's CUDA device, which no other rank has.
+
+    DeepSpeed and TorchRec read its number from LOCAL_RANK. Raises InputError.
+    """
+    devices = torch.cuda.device_count()
+    number = device_of_rank(world.rank, world.local_rank, world.local_size, devices)
     uuid = torch.cuda.get_device_properties(number).uuid
-    store.set(f"device-{world.rank}", f"{socket.gethostname()} {uuid}")
-    devices = store.multi_get([f"device-{rank}" for rank in range(world.size)])
-    if shared := find_shared_device(devices):
-        host = devices[shared[0]].decode().split(" ")[0]
+    name = f"{socket.gethostname()} {uuid}"
+    names = _exchange(store, "device", world, name)
+    shared = find_shared_device(names)
+    if shared is not None:
+        one, other = shared
+        host = names[one].split(" ")[0]
         raise InputError(
-            f"ranks {shared[0]} and {shared[1]} share one device of {host}: start at most one "
+            f"ranks {one} and {other} share one device of {host}: start at most one "
             "rank a device (--ntasks-per-node, --num_gpus)"
         )
-    for name in (
-        "LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-    ):  # DeepSpeed wants them alike
-        if name in os.environ:
-            os.environ[name] = str(number)
+    # DeepSpeed wants them alike.
+    for variable in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if variable in os.environ:
+            os.environ[variable] = str(number)
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
 
-def _store(world: World, timeout_minutes):
-    """Where the ranks of this attempt find each other. Raises InputError where another program or
-    run has its port."""
+def _exchange(
+    store: dist.Store,
+    key: str,
+    world: World,
+    value: str,
+) -> list[str]:
+    """The values of all ranks in their order, through the store; each gives its own."""
+    store.set(f"{key}-{world.rank}", value)
+    keys = []
+    for rank in range(world.size):
+        keys.append(f"{key}-{rank}")
+    contents = store.multi_get(keys)
+    return [content.decode() for content in contents]
+
+
+def _open_store(world: World, timeout: timedelta) -> dist.Store:
+    """The store at which the ranks of this attempt meet: the rendezvous.
+
+    Raises InputError where another program or run has its port.
+    """
     if world.size == 1:
         return dist.HashStore()
-    timeout = timedelta(minutes=timeout_minutes)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives the processes that it restarts, with the addresses of those
-        # that are gone in it.
-        store = dist.TCPStore(
-            world.address, world.port, world.size, is_master=False, timeout=timeout
-        )
-        return dist.PrefixStore(
-            f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-        )
+        return _open_store_of_torchrun(world, timeout)
     if world.rank == 0:
         _check_address(world)
-        store = _serve(world, timeout)
+        store = _serve_store(world, timeout)
     else:
         store = dist.TCPStore(
             world.address,
@@ -185,7 +250,8 @@ def _store(world: World, timeout_minutes):
             timeout=timeout,
             wait_for_workers=False,
         )
-    if store.add(f"rank-{world.rank}", 1) > 1:
+    joined_as_this_rank = store.add(f"rank-{world.rank}", 1)
+    if joined_as_this_rank > 1:
         raise InputError(
             f"rank {world.rank} is taken at {world.address}:{world.port}: another run's ranks "
             f"meet there, or RANK was given twice; {_OTHER_PORT}",
@@ -194,12 +260,25 @@ def _store(world: World, timeout_minutes):
     return store
 
 
-_OTHER_PORT = "give each run a MASTER_PORT of its own (deepspeed --master_port, torchrun --master-port)"
+def _open_store_of_torchrun(world: World, timeout: timedelta) -> dist.Store:
+    """torchrun's own store, under a prefix of this attempt.
+
+    The store outlives the processes that torchrun restarts, with the addresses of those that are
+    gone in it.
+    """
+    store = dist.TCPStore(
+        world.address, world.port, world.size, is_master=False, timeout=timeout
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
-def _serve(world, timeout):
-    """The store of the first rank. A port of an attempt that has just ended may be held for some
-    seconds by its loaders."""
+def _serve_store(world: World, timeout: timedelta) -> dist.TCPStore:
+    """The store of the first rank.
+
+    Loaders of an attempt that has just ended may hold its port for some seconds. Raises InputError
+    where it is held longer.
+    """
     deadline = time.monotonic() + _PORT_IS_FREE
     while True:
         try:
@@ -207,46 +286,54 @@ def _serve(world, timeout):
                 world.address,
                 world.port,
                 world.size,
-                True,
-                timeout,
+                is_master=True,
+                timeout=timeout,
                 wait_for_workers=False,
             )
         except dist.DistNetworkError as error:
-            if not _is_in_use(error):
+            if not _is_port_in_use(error):
                 raise
             if time.monotonic() > deadline:
-                where = f"port {world.port} (MASTER_PORT) on {socket.gethostname()}"
+                host = socket.gethostname()
                 raise InputError(
-                    f"{where} is in use by another program or run: {_OTHER_PORT}"
+                    f"port {world.port} (MASTER_PORT) on {host} is in use by another program or "
+                    f"run: {_OTHER_PORT}"
                 ) from None
         time.sleep(0.5)
 
 
-def _is_in_use(error):
-    return "EADDRINUSE" in str(error) or "already in use" in str(error)
+def _is_port_in_use(error: dist.DistNetworkError) -> bool:
+    """Whether a store could not listen at a port that another process has."""
+    text = str(error)
+    return "EADDRINUSE" in text or "already in use" in text
 
 
-def _check_address(world):
+def _check_address(world: World) -> None:
     """Refuses an address derived from a list of hosts where the first rank is on another one."""
     if world.derived_from is None:
         return
     host = socket.gethostname()
-    fix = f"set MASTER_ADDR to the first rank's host ({host})"
+    way_out = f"set MASTER_ADDR to the first rank's host ({host})"
     try:
-        addresses = {entry[4][0] for entry in socket.getaddrinfo(world.address, None)}
+        entries = socket.getaddrinfo(world.address, None)
     except OSError:
         raise InputError(
-            f"{world.address}, the first host of {world.derived_from}, has no address here: {fix}"
+            f"{world.address}, the first host of {world.derived_from}, has no address here: "
+            f"{way_out}"
         ) from None
-    if not any(_is_of_this_host(address) for address in addresses):
+    addresses = {entry[4][0] for entry in entries}
+    if not any(map(_is_of_this_host, addresses)):
         raise InputError(
             f"the first rank is on {host}, not on {world.address}, the first host of "
-            f"{world.derived_from}: {fix}"
+            f"{world.derived_from}: {way_out}"
         )
 
 
-def _is_of_this_host(address):
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def _is_of_this_host(address: str) -> bool:
+    """Whether an IP address is one of this host's, which a socket can be bound to."""
+    family = socket.AF_INET
+    if ":" in address:
+        family = socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((address, 0))
@@ -255,54 +342,79 @@ def _is_of_this_host(address):
     return True
 
 
-def _with_neighbours(world, store):
-    """The world with local rank and ranks of this host, where the launcher does not say them: those
-    of the same host name."""
-    store.set(f"host-{world.rank}", socket.gethostname())
-    hosts = store.multi_get([f"host-{rank}" for rank in range(world.size)])
-    same = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
-    return replace(world, local_rank=same.index(world.rank), local_size=len(same))
+def _find_neighbours(world: World, store: dist.Store) -> World:
+    """The world with local rank and ranks of this host, where the launcher does not say them.
+
+    Ranks of one host are those of the same host name.
+    """
+    host = socket.gethostname()
+    hosts = _exchange(store, "host", world, host)
+    neighbours = []
+    for rank, other_host in enumerate(hosts):
+        if other_host == host:
+            neighbours.append(rank)
+    local_rank = neighbours.index(world.rank)
+    return replace(world, local_rank=local_rank, local_size=len(neighbours))
 
 
 class RankReduction(Reduction):
-    """Sums and gathers over the default process group."""
+    """Sums and gathers over the default process group.
+
+    Tensor names end in their axes: B rows of this rank, C its collected rows, W ranks, R numbers of
+    a row.
+    """
 
     def __init__(self):
-        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
 
-    def start_sum(self, values):
+    def start_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         work = dist.all_reduce(values, async_op=True)
 
-        def wait():
+        def wait() -> torch.Tensor:
             work.wait()
             return values
 
         return wait
 
-    def gather(self, values_B):
+    def gather(self, values_B: torch.Tensor) -> torch.Tensor:
         return _Gather.apply(values_B)
 
-    def collect(self, values_CR, place_C, rows):
+    def collect(
+        self,
+        values_CR: torch.Tensor,
+        place_C: torch.Tensor,
+        rows: int,
+    ) -> torch.Tensor:
         return _Collect.apply(values_CR, place_C, rows)
 
 
 class _Collect(torch.autograd.Function):
-    """Rows of all ranks at their places; each gets back the sum of all ranks' gradients of its rows.
+    """Rows of all ranks at their places; each gets back all ranks' gradients of its rows, summed.
 
-    A sum over ranks, of which all but one have zeros at a place: it has one size, whatever each rank gives.
+    A sum over ranks, of which all but one have zeros at a place: it has one size, whatever each
+    rank gives. Of two ranks and 3 rows of R = 2:
+
+        rank 0   values [[1, 2], [5, 6]]   place [0, 2]     [[1, 2],
+        rank 1   values [[3, 4]]           place [1]    →    [3, 4],    on both
+                                                             [5, 6]]
     """
 
     @staticmethod
-    def forward(ctx, values_CR, place_C, rows):
+    def forward(
+        ctx: Any,
+        values_CR: torch.Tensor,
+        place_C: torch.Tensor,
+        rows: int,
+    ) -> torch.Tensor:
         ctx.save_for_backward(place_C)
-        collected = values_CR.new_zeros(rows, values_CR.shape[1]).index_copy_(
-            0, place_C, values_CR
-        )
+        collected = values_CR.new_zeros(rows, values_CR.shape[1])
+        collected.index_copy_(0, place_C, values_CR)
         dist.all_reduce(collected)
         return collected
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (place_C,) = ctx.saved_tensors
         summed = gradient.contiguous().clone()
         dist.all_reduce(summed)
@@ -310,23 +422,29 @@ class _Collect(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' tensors, one after the other; each gets back the sum of all ranks' gradients of its part."""
+    """All ranks' tensors, one after the other; each gets back all ranks' gradients of it, summed.
+
+    Of two ranks:
+
+        rank 0   values [1, 2]
+        rank 1   values [3, 4]    →    [1, 2, 3, 4]    on both
+    """
 
     @staticmethod
-    def forward(ctx, values_B):
-        gathered = values_B.new_empty(
-            dist.get_world_size() * len(values_B), *values_B.shape[1:]
-        )
+    def forward(ctx: Any, values_B: torch.Tensor) -> torch.Tensor:
+        rows = dist.get_world_size() * len(values_B)
+        gathered = values_B.new_empty(rows, *values_B.shape[1:])
         dist.all_gather_into_tensor(gathered, values_B.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient_WB = gradient.contiguous().unflatten(0, (dist.get_world_size(), -1))
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        ranks = dist.get_world_size()
+        gradient_WB = gradient.contiguous().unflatten(0, (ranks, -1))
         if gradient.is_cuda:
-            own_B = torch.empty_like(gradient_WB[0])
-            dist.reduce_scatter_tensor(own_B, gradient_WB)
-            return own_B
+            summed_B = torch.empty_like(gradient_WB[0])
+            dist.reduce_scatter_tensor(summed_B, gradient_WB)
+            return summed_B
         # gloo's reduce_scatter is an all-reduce, which sends twice as much.
         received_WB = torch.empty_like(gradient_WB)
         dist.all_to_all_single(received_WB, gradient_WB)

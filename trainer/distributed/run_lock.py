@@ -1,10 +1,10 @@
-"""A run's folder has one writer: the first rank locks it for as long as the run lasts.
+"""The lock of a run's folder: the first rank holds it while the run lasts, so that one run writes.
 
     run/.lock      {"host": …, "pid": …} of the process that holds the lock
 
 The lock (flock) ends with its process, however that ends; the file alone locks nothing. Forked
-loaders do not hold it. NFS passes it on between hosts (Linux 2.6.12 and newer); where a file system
-has no locks, that is said and the run goes on.
+loaders do not hold it. NFS passes it on between hosts (Linux 2.6.12 and newer). Where a file system
+has no locks, a line on stderr says so and the run goes on.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from trainer.distributed.agreement import by_the_first
 from trainer.errors import InputError
@@ -26,13 +27,16 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # Seconds. A server of NFS forgets a host that is gone after its lease: 90 s by itself.
 _LEASE = 100.0
-_TRY = 0.5
+_RETRY_AFTER = 0.5
 
 
 @contextlib.contextmanager
 def locked_by_first_rank(run: Path, first: bool) -> Iterator[None]:
-    """Within it the run's folder belongs to these ranks. Called on all ranks; raises InputError on
-    all where another process has it, or where the folder cannot be made."""
+    """Within it the run's folder belongs to these ranks. Collective.
+
+    Raises InputError on all ranks where another process has the lock, or where the folder cannot be
+    made.
+    """
     locks = contextlib.ExitStack()
     by_the_first(lambda: locks.enter_context(locked(run)), first)
     with locks:
@@ -41,12 +45,15 @@ def locked_by_first_rank(run: Path, first: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """The folder, which is made where it is not there, for this process alone. Leaves nothing where
-    nothing was written."""
+    """Within it the run's folder belongs to this process.
+
+    Makes the folder where there is none, and removes it where nothing was written into it. Raises
+    InputError.
+    """
     try:
         made = not run.exists()
         run.mkdir(parents=True, exist_ok=True)
-        lock = _wait_for(run)
+        lock = _wait_for_lock(run)
     except OSError as error:
         raise InputError(
             f"{run}: cannot be written ({error.strerror}): give a folder that can be as run=DIR"
@@ -61,46 +68,46 @@ def locked(run: Path) -> Iterator[None]:
                 run.rmdir()
 
 
-def _wait_for(run):
-    """The open file that holds the lock. Waits where its owner is on a host that does not answer
-    for it any more."""
+def _wait_for_lock(run: Path) -> TextIO:
+    """The open file that holds the lock.
+
+    Waits up to a lease where the owner may be gone. Raises InputError where another process has it.
+    """
     deadline = time.monotonic() + _LEASE
-    told = False
+    waits = False
     while True:
-        lock = _take(run)
+        lock = _take_lock(run)
         if lock is not None:
             return lock
-        owner = _owner(run)
+        owner = _read_owner(run)
         if not _may_be_gone(owner) or time.monotonic() > deadline:
-            who = (
-                f"host {owner['host']}, process {owner['pid']}"
-                if owner
-                else "it is not known which"
-            )
+            who = "it is not known which"
+            if owner is not None:
+                who = f"host {owner['host']}, process {owner['pid']}"
             raise InputError(
                 f"{run}: another run writes in this folder ({who}): wait for it, stop it, or give "
                 "another run=DIR"
             )
-        if not told:
-            told = True
+        if not waits:
+            waits = True
             who = f"process {owner['pid']} of host {owner['host']}"
             print(
                 f"{run}: waits up to {_LEASE:.0f} s for the lock of {who}",
                 file=sys.stderr,
                 flush=True,
             )
-        time.sleep(_TRY)
+        time.sleep(_RETRY_AFTER)
 
 
-def _take(run):
+def _take_lock(run: Path) -> TextIO | None:
+    """The open file that holds the lock, with this process in it; None where another has it."""
     path = run / LOCK
     lock = open_unshared(open, path, "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if (
-            os.fstat(lock.fileno()).st_ino != path.stat().st_ino
-        ):  # the owner has just taken it away
-            raise FileNotFoundError
+        opened = os.fstat(lock.fileno())
+        if opened.st_ino != path.stat().st_ino:
+            raise FileNotFoundError  # the owner has just taken it away
     except (BlockingIOError, FileNotFoundError):
         lock.close()
         return None
@@ -120,7 +127,8 @@ def _take(run):
     return lock
 
 
-def _owner(run):
+def _read_owner(run: Path) -> dict[str, Any] | None:
+    """Host and process number of the lock's owner; None where the file does not tell."""
     try:
         owner = json.loads((run / LOCK).read_text(encoding="utf-8"))
         return {"host": str(owner["host"]), "pid": int(owner["pid"])}
@@ -128,9 +136,11 @@ def _owner(run):
         return None
 
 
-def _may_be_gone(owner):
-    """A process of another host, which may be one that a server has not missed yet; or of this one,
-    which is not there."""
+def _may_be_gone(owner: dict[str, Any] | None) -> bool:
+    """Whether the owner may be dead while its lock lives on.
+
+    A server may not have missed another host yet; a process of this host is not there.
+    """
     if owner is None:
         return False
     if owner["host"] != socket.gethostname():

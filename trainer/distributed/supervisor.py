@@ -1,9 +1,18 @@
-"""Begins a command again where it fails, on all ranks together.
+"""Restarts a command where it fails, on all ranks together.
 
 Each rank's process supervises a child that does the work. A launcher sees nothing when a child
 dies, so the supervisors tell each other: they are connected with the first rank's, at the port
 after the rendezvous's. Where one child ends before its time the others are ended too, whatever they
-wait for; when all are gone, all begin the next attempt, or none does.
+wait for. When all are gone, all begin the next attempt, or none does.
+
+Messages, a line of JSON each:
+
+    to the first rank     {rank, size, host}                    first
+                          {attempt, status, final}              a child's end; final: no restart
+                          {through}                             no attempt follows
+    from the first rank   {welcome}                             first
+                          {attempt, over}                       a child has failed: end yours
+                          {attempt, again}                      all have ended; whether to restart
 """
 
 import ctypes
@@ -14,39 +23,43 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
+from types import FrameType
 
 from trainer.distributed.json_lines import (
     Connection,
     connect,
-    in_background,
     listen,
+    run_in_background,
     serve,
 )
-from trainer.distributed.launchers import World, enter_world, read_world, sign
+from trainer.distributed.launchers import World, enter_world, read_world
+from trainer.distributed.preemption import STOP_SIGNALS
 from trainer.errors import InputError, NotFinite, RanksLost, Stopped
+from trainer.process_name import process_name
 
 _THREAD = "supervisor"
 _UNDER_SUPERVISION = "SYNCREC_UNDER_SUPERVISION"
 _SUPERVISOR = "SYNCREC_SUPERVISOR"  # its process number
-_NOT_AGAIN = {
-    InputError.status,
-    NotFinite.status,
-    Stopped.status,
-}  # the same would come of it
+# A restart would end the same.
+_NOT_AGAIN = {InputError.status, NotFinite.status, Stopped.status}
 _BY_ITSELF = 20.0  # seconds in which a child ends after another one has
 _MEET = 600.0  # seconds in which all supervisors are started
-_TRY = 0.5
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_REACH = 5.0  # seconds in which the first rank's supervisor answers
+_TRY = 0.5  # seconds between two looks
+_OTHER_PORT = (
+    "--max-restarts takes the port after MASTER_PORT; give another MASTER_PORT "
+    "(deepspeed --master_port)"
+)
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def supervise(max_restarts: int, pause: float = 2.0) -> None:
-    """Runs this very command as a child, and again where it fails, up to `max_restarts` times; ends
-    this process with the last child's status, 128 + n where signal n ended it. In the child it
-    returns.
+    """Runs this very command as a child, and again where it fails, up to `max_restarts` times.
 
-    Under a launcher each rank's process does so for itself, and all know of each other. pause:
-    seconds before the next attempt.
+    Ends this process with the last child's status, 128 + n where signal n ended it. In the child it
+    returns. Under a launcher each rank's process does so for itself, and all know of each other.
+    pause: seconds before the next attempt.
     """
     if os.environ.get(_UNDER_SUPERVISION):
         if _SUPERVISOR in os.environ:
@@ -57,274 +70,361 @@ def supervise(max_restarts: int, pause: float = 2.0) -> None:
             "--max-restarts: torchrun restarts by itself, give it to torchrun (before the "
             "script's name)"
         )
-    supervised = _Supervised()
-    for number in _SIGNALS:
-        signal.signal(number, supervised.pass_on)
+    child = _Child()
+    for number in STOP_SIGNALS:
+        signal.signal(number, child.pass_on)
     world = read_world()
     enter_world(world)
-    peers = _meet(world, supervised)
-    arguments = [
-        argument for argument in sys.argv[1:] if argument != "--fresh"
-    ]  # its own attempts are to be gone on with
-    for attempt in range(max_restarts + 1):
-        status = supervised.run(attempt, sys.argv[1:] if attempt == 0 else arguments)
-        last = supervised.stopped or attempt == max_restarts
-        again = peers.finish(attempt, status, last)
-        if not again:
-            break
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        again = f"restart {attempt + 1} of {max_restarts}"
-        print(
-            f"rank {world.rank}: ended with {how}; {again} in {pause:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
-        time.sleep(pause)
-        if (
-            supervised.stopped
-        ):  # the others begin, and are not left waiting for this one
-            peers.finish(attempt + 1, status, True)
-            break
+    peers = _meet_peers(world, child)
+    status = _run_attempts(child, peers, world.rank, max_restarts, pause)
     peers.close()
-    sys.exit(status if status >= 0 else 128 - status)
+    if status < 0:
+        status = 128 - status
+    sys.exit(status)
 
 
-class _Supervised:
+def _run_attempts(
+    child: "_Child",
+    peers: "_Peers",
+    rank: int,
+    max_restarts: int,
+    pause: float,
+) -> int:
+    """Runs the child until all ranks end; the status of the last attempt, negative for a signal."""
+    arguments = sys.argv[1:]
+    for attempt in range(max_restarts + 1):
+        status = child.run(attempt, arguments)
+        last = child.stopped or attempt == max_restarts
+        if not peers.finish(attempt, status, last):
+            break
+        end = f"status {status}"
+        if status < 0:
+            end = f"signal {-status}"
+        restart = f"restart {attempt + 1} of {max_restarts} in {pause:.0f} s"
+        _say(f"rank {rank}: ended with {end}; {restart}")
+        time.sleep(pause)
+        if child.stopped:
+            # The others begin, and are not left waiting for this one.
+            peers.finish(attempt + 1, status, last=True)
+            break
+        # What its own attempts have written is resumed.
+        arguments = [argument for argument in arguments if argument != "--fresh"]
+    return status
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Child:
     """The child of this process, of which there is one after another."""
 
     def __init__(self):
         self.stopped = False
-        self._child: subprocess.Popen | None = None
+        self._process: subprocess.Popen | None = None
         self._attempt = -1
         self._over = -1  # the last attempt that has ended somewhere
         self._lock = threading.RLock()  # a signal's handler may come while it is held
 
     def run(self, attempt: int, arguments: list[str]) -> int:
-        """Starts the child of this attempt and waits for its end; its status, negative for a
-        signal."""
+        """Starts the child of this attempt and waits for its end.
+
+        Returns its status, negative for a signal.
+        """
         with self._lock:
             self._attempt = attempt
             command = [sys.executable, sys.argv[0], *arguments]
+            environment = dict(os.environ)
+            environment[_UNDER_SUPERVISION] = "1"
+            environment[_SUPERVISOR] = str(os.getpid())
             # In a group of its own: what a terminal sends to all (Ctrl-C) comes once, from here.
-            environment = os.environ | {
-                _UNDER_SUPERVISION: "1",
-                _SUPERVISOR: str(os.getpid()),
-            }
-            child = subprocess.Popen(command, env=environment, process_group=0)
-            self._child = child
+            process = subprocess.Popen(command, env=environment, process_group=0)
+            self._process = process
             if self.stopped:  # asked between two lines
-                child.terminate()
+                process.terminate()
             if self._over >= attempt:
-                in_background(lambda: self._end(child), _THREAD)
-        return child.wait()
+                run_in_background(lambda: self._end(process), _THREAD)
+        return process.wait()
 
     def end_attempt(self, attempt: int) -> None:
         """Another child of this attempt has ended: this one ends by itself, or is killed."""
         with self._lock:
             self._over = max(self._over, attempt)
-            child = self._child if self._attempt == attempt else None
-        if child is not None:
-            in_background(lambda: self._end(child), _THREAD)
+            process = None
+            if self._attempt == attempt:
+                process = self._process
+        if process is not None:
+            run_in_background(lambda: self._end(process), _THREAD)
 
-    def pass_on(self, number, frame):
-        """A signal's handler."""
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler: passes it on to the child."""
         self.stopped = True
-        if self._child is not None:
-            self._child.send_signal(number)
+        if self._process is not None:
+            self._process.send_signal(number)
 
-    def _end(self, child):
-        end = time.monotonic() + _BY_ITSELF
-        while child.poll() is None and time.monotonic() < end:
+    def _end(self, process: subprocess.Popen) -> None:
+        """Kills the child where it does not end by itself in time."""
+        deadline = time.monotonic() + _BY_ITSELF
+        while process.poll() is None and time.monotonic() < deadline:
             time.sleep(_TRY)
-        if child.poll() is None:
-            print(
-                f"{sign()}: another rank has ended, and this one does not: it is killed",
-                file=sys.stderr,
-                flush=True,
+        if process.poll() is None:
+            _say(
+                f"{process_name()}: another rank has ended, and this one does not: it "
+                "is killed"
             )
-            child.kill()
+            process.kill()
 
 
-class _Alone:
-    """The one supervisor of a world of one."""
+class _Peers:
+    """The supervisors of the other ranks; in a world of one there are none."""
 
-    def finish(self, attempt: int, status: int, last: bool) -> bool:
-        """This rank's child has ended; whether all begin again, once all have ended."""
+    def finish(
+        self,
+        attempt: int,
+        status: int,
+        last: bool,
+    ) -> bool:
+        """Reports that this rank's child has ended, and waits until all have.
+
+        Returns whether all begin again. last: no other attempt may follow.
+        """
         return not (last or status == 0 or status in _NOT_AGAIN)
 
     def close(self) -> None:
         """No attempt follows."""
 
 
-class _First(_Alone):
-    """The first rank's: hears from all and decides."""
+@dataclass(frozen=True)
+class _End:
+    """How a rank's child ended. last: no other attempt may follow."""
 
-    def __init__(self, world: World, supervised: _Supervised):
+    status: int
+    last: bool
+
+
+class _Coordinator(_Peers):
+    """The first rank's supervisor towards the others: it hears from all and decides."""
+
+    def __init__(self, world: World, child: _Child):
         self._size = world.size
-        self._supervised = supervised
+        self._child = child
         self._members: dict[int, Connection] = {}
-        self._ends: dict[
-            int, dict[int, tuple[int, bool]]
-        ] = {}  # attempt: rank: (status, no other may follow)
+        self._ends: dict[int, dict[int, _End]] = {}  # by attempt and rank
         self._gone: str | None = None
         self._changed = threading.Condition()
+        port = world.port + 1
         try:
-            self._listener = listen(world.port + 1, world.size)
+            self._listener = listen(port, world.size)
         except OSError as error:
+            host = socket.gethostname()
             raise InputError(
-                f"port {world.port + 1} on {socket.gethostname()} is in use ({error.strerror}): "
-                "--max-restarts takes the port after MASTER_PORT; give another MASTER_PORT "
-                "(deepspeed --master_port)"
+                f"port {port} on {host} is in use ({error.strerror}): {_OTHER_PORT}"
             ) from None
         serve(self._listener, self._hear, _THREAD)
 
-    def finish(self, attempt, status, last):
-        self._note(0, attempt, status, last)
+    def finish(
+        self,
+        attempt: int,
+        status: int,
+        last: bool,
+    ) -> bool:
+        self._note_end(0, attempt, _End(status, last))
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self._ends[attempt]) == self._size or self._gone
-            )
-            ends = self._ends[attempt].values()
-            again = not (
-                self._gone
-                or all(one == 0 for one, _ in ends)
-                or any(one in _NOT_AGAIN for one, _ in ends)
-                or any(final for one, final in ends)
-            )
+            self._changed.wait_for(lambda: self._is_over(attempt))
+            again = not self._gone and _may_restart(self._ends[attempt])
             members = list(self._members.values())
         if self._gone:
-            print(
-                f"error: {self._gone}: begin again by hand", file=sys.stderr, flush=True
-            )
+            _say(f"error: {self._gone}: begin again by hand")
         for member in members:
             member.send(attempt=attempt, again=again)
         return again
 
-    def close(self):
+    def close(self) -> None:
         self._listener.close()
 
-    def _note(self, rank, attempt, status, final):
+    def _is_over(self, attempt: int) -> bool:
+        """Whether all children have ended, or a supervisor is gone that would say so."""
+        ends = self._ends[attempt]
+        return len(ends) == self._size or self._gone is not None
+
+    def _note_end(
+        self,
+        rank: int,
+        attempt: int,
+        end: _End,
+    ) -> None:
         with self._changed:
             ends = self._ends.setdefault(attempt, {})
-            ends[rank] = (status, final)
+            ends[rank] = end
             members = list(self._members.values())
             self._changed.notify_all()
-        if status != 0:
+        if end.status != 0:
             self._end_all(attempt, members)
 
-    def _end_all(self, attempt, members):
+    def _end_all(self, attempt: int, members: list[Connection]) -> None:
+        """Ends the children of an attempt, of these supervisors and of this one."""
         for member in members:
             member.send(attempt=attempt, over=True)
-        self._supervised.end_attempt(attempt)
+        self._child.end_attempt(attempt)
 
-    def _hear(self, member):
-        lines = member.lines()
-        hello = next(lines, {})
-        if hello.get("size") != self._size or hello.get("rank") in self._members:
+    def _hear(self, member: Connection) -> None:
+        """Reads what another rank's supervisor sends, until its connection ends."""
+        messages = member.lines()
+        hello = next(messages, {})
+        is_of_another_size = hello.get("size") != self._size
+        is_taken = hello.get("rank") in self._members
+        if is_of_another_size or is_taken:
             member.close()  # of another run
             return
-        rank, host, attempt = int(hello["rank"]), str(hello["host"]), 0
+        rank = int(hello["rank"])
+        host = str(hello["host"])
         with self._changed:
             self._members[rank] = member
-            over = [
-                attempt
-                for attempt, ends in self._ends.items()
-                if any(status for status, _ in ends.values())
-            ]
+            failed_attempts = self._list_failed_attempts()
         member.send(welcome=True)
-        for attempt in over:
+        for attempt in failed_attempts:
             member.send(attempt=attempt, over=True)
-        for message in lines:
+        for message in messages:
             if message.get("through"):
                 return
-            self._note(
-                rank,
-                int(message["attempt"]),
-                int(message["status"]),
-                bool(message["final"]),
-            )
+            attempt = int(message["attempt"])
+            status = int(message["status"])
+            last = bool(message["final"])
+            self._note_end(rank, attempt, _End(status, last))
+        self._lose(rank, host, member)
+
+    def _list_failed_attempts(self) -> list[int]:
+        """The attempts in which a child has failed."""
+        failed = []
+        for attempt, ends in self._ends.items():
+            if any(end.status for end in ends.values()):
+                failed.append(attempt)
+        return failed
+
+    def _lose(
+        self,
+        rank: int,
+        host: str,
+        lost: Connection,
+    ) -> None:
+        """Ends all children, since a supervisor is gone: this attempt's and the next one's."""
+        others = []
         with self._changed:
             self._gone = f"the supervisor of rank {rank} on {host} is gone"
-            members = [one for one in self._members.values() if one is not member]
+            for member in self._members.values():
+                if member is not lost:
+                    others.append(member)
             attempt = max(self._ends, default=0)
             self._changed.notify_all()
-        for number in (attempt, attempt + 1):
-            self._end_all(number, members)
+        self._end_all(attempt, others)
+        self._end_all(attempt + 1, others)
 
 
-class _Other(_Alone):
-    """Any other rank's: says how its child ended and does as the first one says."""
+def _may_restart(ends: dict[int, _End]) -> bool:
+    """Whether all ranks begin again after an attempt: one failed, and may not the next time."""
+    all_succeeded = True
+    for end in ends.values():
+        if end.last or end.status in _NOT_AGAIN:
+            return False
+        if end.status != 0:
+            all_succeeded = False
+    return not all_succeeded
 
-    def __init__(self, world: World, supervised: _Supervised):
+
+class _Follower(_Peers):
+    """Another rank's supervisor: it reports how its child ended and does what the first decides."""
+
+    def __init__(self, world: World, child: _Child):
         self._world = world
-        self._supervised = supervised
-        self._verdicts: dict[int, bool] = {}
+        self._child = child
+        self._verdicts: dict[int, bool] = {}  # by attempt: whether all begin again
         self._lost = False
         self._changed = threading.Condition()
         self._first = self._connect()
-        in_background(self._hear, _THREAD)
+        run_in_background(self._hear, _THREAD)
 
-    def finish(self, attempt, status, last):
+    def finish(
+        self,
+        attempt: int,
+        status: int,
+        last: bool,
+    ) -> bool:
         self._first.send(attempt=attempt, status=status, final=last)
         with self._changed:
-            self._changed.wait_for(lambda: attempt in self._verdicts or self._lost)
+            self._changed.wait_for(lambda: self._is_decided(attempt))
             return self._verdicts.get(attempt, False)
 
-    def close(self):
+    def close(self) -> None:
         self._first.send(through=True)
 
-    def _connect(self):
+    def _is_decided(self, attempt: int) -> bool:
+        """Whether the first rank's supervisor has decided what follows an attempt, or is gone."""
+        return self._lost or attempt in self._verdicts
+
+    def _connect(self) -> Connection:
+        """Connects with the first rank's supervisor. Raises InputError."""
         world = self._world
-        address = f"{world.address}:{world.port + 1}"
+        port = world.port + 1
+        address = f"{world.address}:{port}"
+        host = socket.gethostname()
         deadline = time.monotonic() + _MEET
         while True:
             try:
-                first = connect(world.address, world.port + 1, _TRY * 10)
-                first.send(rank=world.rank, size=world.size, host=socket.gethostname())
-                self._lines = first.lines()
-                if next(self._lines, None) is not None:
+                first = connect(world.address, port, _REACH)
+                first.send(
+                    rank=world.rank,
+                    size=world.size,
+                    host=host,
+                )
+                self._messages = first.lines()
+                if next(self._messages, None) is not None:
                     return first
                 raise InputError(
-                    f"at {address} is the supervisor of another run, or another program: "
-                    "--max-restarts takes the port after MASTER_PORT; give another MASTER_PORT "
-                    "(deepspeed --master_port)",
+                    f"at {address} is the supervisor of another run, or another "
+                    f"program: {_OTHER_PORT}",
                     one_rank=True,
                 )
             except OSError as error:
                 if time.monotonic() > deadline:
+                    reason = error.strerror or error
                     raise RanksLost(
-                        f"rank {world.rank}: the first rank's supervisor does not answer at "
-                        f"{address} ({error.strerror or error})"
+                        f"rank {world.rank}: the first rank's supervisor does not "
+                        f"answer at {address} ({reason})"
                     ) from None
-                if self._supervised.stopped:
+                if self._child.stopped:
                     raise Stopped(
                         "stopped before all ranks had met, as asked; the same command goes on"
                     ) from None
             time.sleep(_TRY)
 
-    def _hear(self):
-        for message in self._lines:
+    def _hear(self) -> None:
+        """Reads what the first rank's supervisor sends, until its connection ends."""
+        for message in self._messages:
+            attempt = int(message["attempt"])
             if message.get("over"):
-                self._supervised.end_attempt(int(message["attempt"]))
-            else:
-                with self._changed:
-                    self._verdicts[int(message["attempt"])] = bool(message["again"])
-                    self._changed.notify_all()
+                self._child.end_attempt(attempt)
+                continue
+            with self._changed:
+                self._verdicts[attempt] = bool(message["again"])
+                self._changed.notify_all()
         with self._changed:
             self._lost = True
             attempt = max(self._verdicts, default=-1) + 1
             self._changed.notify_all()
-        self._supervised.end_attempt(attempt)
+        self._child.end_attempt(attempt)
 
 
-def _meet(world, supervised):
+def _meet_peers(world: World, child: _Child) -> _Peers:
+    """Connects with the supervisors of the other ranks."""
     if world.size == 1:
-        return _Alone()
-    return _First(world, supervised) if world.rank == 0 else _Other(world, supervised)
+        return _Peers()
+    if world.rank == 0:
+        return _Coordinator(world, child)
+    return _Follower(world, child)
 
 
-def _die_with(supervisor):
-    """This process is killed where its supervisor is: nobody would know of it."""
+def _die_with(supervisor: int) -> None:
+    """Has the kernel kill this process where its supervisor dies: nobody would know of it."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
     if prctl is not None:
         prctl(_DIE_WITH_PARENT, signal.SIGKILL)

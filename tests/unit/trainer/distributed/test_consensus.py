@@ -24,12 +24,12 @@ def compared(monkeypatch):
             for each in facts
         ]
         monkeypatch.setattr(
-            trainer.distributed.consensus, "_gathered", lambda numbers: rows
+            trainer.distributed.consensus, "_gather_numbers", lambda numbers: rows
         )
         monkeypatch.setattr(
             trainer.distributed.consensus,
-            "told_by",
-            lambda rank, value: {"host": f"host{rank // 2}", "facts": facts[rank]},
+            "broadcast_json",
+            lambda rank, value: {"host": f"host{rank // 2}", "groups": facts[rank]},
         )
         try:
             require_same(facts[0])
@@ -119,10 +119,10 @@ def test_what_all_meet_is_said_as_it_is_and_what_some_meet_with_their_names(
     with pytest.raises(InputError, match=f"^{says}$") as raised:
         on_all_ranks(fail)
     assert type(raised.value) is kind
-    real = trainer.distributed.consensus._gathered
+    real = trainer.distributed.consensus._gather_numbers
     monkeypatch.setattr(
         trainer.distributed.consensus,
-        "_gathered",
+        "_gather_numbers",
         lambda numbers: [*real(numbers), [0, 0], [0, 0]],
     )
     with pytest.raises(InputError, match=f"^rank 0 on {socket.gethostname()}: {says}$"):

@@ -14,10 +14,10 @@ from trainer.distributed.launchers import (
     expand_counts,
     expand_hosts,
     find_shared_device,
-    rank_for_messages,
     read_world,
 )
 from trainer.errors import InputError
+from trainer.process_name import rank_for_messages
 
 # What each launcher sets, as it was seen (Open MPI 4.1.4, Slurm 22.05) or is written in its sources.
 TORCHRUN = {

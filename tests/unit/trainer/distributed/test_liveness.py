@@ -40,17 +40,17 @@ liveness._OTHERS_SPEAK = 2.0
 
 @exit_on_input_error
 def main():
-    watched = liveness.watch(Store(), rank, size, ["127.0.0.1"])
+    watched = liveness.watch_peers(Store(), rank, size, ["127.0.0.1"])
     meet("watches")
     try:
         {body}
     except RanksLost as lost:
-        raise watched.explain(lost)
+        raise watched.explain_loss(lost)
     except InputError as error:
-        watched.refuse(error)
+        watched.report_error(error)
         raise
     except Exception as error:
-        watched.fail(error)
+        watched.report_fault(error)
         raise
     watched.leave()
 
@@ -244,7 +244,7 @@ def test_where_nobody_can_be_reached_the_run_goes_on(tmp_path, monkeypatch, caps
                 else b"9 token nowhere.invalid"
             )
 
-    watched = liveness.watch(Store(), 1, 2, ["127.0.0.1"])
+    watched = liveness.watch_peers(Store(), 1, 2, ["127.0.0.1"])
     watched.leave()
     assert (
         f"rank 1 on {HOST}: no connection to port 9 of 127.0.0.1 or nowhere.invalid"

@@ -1,0 +1,127 @@
+"""What a backend raises where other ranks are gone."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks.conftest import free_port
+from trainer.distributed.process_group import translate_backend_errors
+from trainer.errors import InputError, RanksLost
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] "
+CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(CLOSED), "Connection closed by peer [10.0.0.7]:41022 more"),
+        (
+            RuntimeError(f"{GLOO}Read error [::1]:7: Connection reset by peer"),
+            "Read error [::1]:7: Connection reset by peer",
+        ),
+        (
+            RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1000ms"),
+            "Timed out waiting 1000ms",
+        ),
+        (
+            RuntimeError("Application timeout caused pair closure"),
+            "Application timeout caused pair closure",
+        ),
+        (
+            RuntimeError(f"{GLOO}Application timeout caused pair closure"),
+            "Application timeout caused pair closure",
+        ),
+        (
+            RuntimeError(f"{GLOO}writev [10.0.0.7]:1: Broken pipe"),
+            "writev [10.0.0.7]:1: Broken pipe",
+        ),
+        (
+            dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+            "NCCL communicator was aborted on rank 1.",
+        ),
+        (dist.DistNetworkError("Connection reset by peer"), "Connection reset by peer"),
+        (dist.DistBackendError("NCCL " + "x" * 1000), "NCCL " + "x" * 155),
+    ],
+)
+def test_what_a_backend_raises_is_one_line_of_its_own_rank(monkeypatch, error, reason):
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(RanksLost) as lost, translate_backend_errors():
+        raise error
+    line = str(lost.value)
+    assert (
+        line.startswith(
+            f"rank 5: lost the others ({reason}): another rank or host is gone"
+        )
+        and "\n" not in line
+    )
+    assert lost.value.status == 4
+    assert lost.value.__cause__ is error  # whose trace is printed below the line
+
+
+def test_a_rank_that_never_comes_is_one_line():
+    """What the backend really raises, where a group of two is joined by one."""
+    store = dist.TCPStore(
+        "127.0.0.1",
+        free_port(),
+        2,
+        True,
+        timedelta(seconds=0.5),
+        wait_for_workers=False,
+    )
+    with (
+        pytest.raises(RanksLost, match=r"^rank \d+: lost the others \("),
+        translate_backend_errors(),
+    ):
+        dist.init_process_group(
+            "gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.5)
+        )
+    assert not dist.is_initialized()
+
+
+def raised_in_torch_distributed(text):
+    exec(
+        compile(
+            f"raise RuntimeError({text!r})", "/lib/torch/distributed/new.py", "exec"
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        ValueError("Connection closed by peer"),
+        OSError(28, "No space left on device"),
+        InputError("data=DIR is missing"),
+        KeyboardInterrupt(),
+        torch.OutOfMemoryError("CUDA out of memory. NCCL has 2 GiB. Timed out waiting"),
+        torch.OutOfMemoryError(f"{GLOO}Connection closed by peer"),
+        RuntimeError("the server timed out"),
+        RuntimeError("it is said that Application timeout caused pair closure"),
+        RuntimeError("gloo and NCCL are installed"),
+        RuntimeError(
+            "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length. 16 vs 4"
+        ),
+    ],
+)
+def test_other_errors_pass_as_they_are(error):
+    with pytest.raises(type(error)) as passed, translate_backend_errors():
+        raise error
+    assert passed.value is error
+
+
+def test_a_fault_in_torch_distributed_is_a_fault():
+    with (
+        pytest.raises(RuntimeError, match="words that nobody knows"),
+        translate_backend_errors(),
+    ):
+        raised_in_torch_distributed("words that nobody knows")
+
+
+def test_a_tensor_of_a_wrong_size_is_a_fault(ranks):
+    with pytest.raises((ValueError, RuntimeError)) as fault, translate_backend_errors():
+        dist.all_gather([torch.empty(3)], torch.ones(4))
+    assert not isinstance(fault.value, RanksLost)
