@@ -39,7 +39,10 @@ _LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch")
 
 
 class Unavailable(Exception):
-    """Why a kernel cannot be had on this machine, in a line."""
+    """Why a kernel cannot be had on this machine, in a line.
+
+    There is no compiler, or it fails, or no folder can be written.
+    """
 
 
 @functools.cache
@@ -91,13 +94,16 @@ def build(name: str) -> Path:
 def _fingerprint(source: Path) -> str:
     """A hash of all that a library depends on.
 
-    That is the source and the headers, the compiler's flags, PyTorch, and the processor.
+    That is the source and the headers, the compiler's flags, PyTorch, and the processor. A library
+    of another fingerprint has another name.
     """
     digest = hashlib.sha256(source.read_bytes())
     for header in sorted(source.parent.glob("*.h")):
         digest.update(header.read_bytes())
-    settings = [*_FLAGS, torch.__version__, platform.machine(), _processor_features()]
-    digest.update("\n".join(settings).encode())
+    machine = platform.machine()
+    settings = [*_FLAGS, torch.__version__, machine, _processor_features()]
+    text = "\n".join(settings)
+    digest.update(text.encode())
     return digest.hexdigest()[:16]
 
 

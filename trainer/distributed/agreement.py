@@ -53,6 +53,9 @@ def agree(
 ) -> Signals:
     """What any rank signals. Collective.
 
+        rank 0   agree(stop=True)
+        rank 1   agree(due=True)     →    Signals(stop=True, due=True)    on both
+
     gloo passes a sum around all ranks, one after the other: nothing that is done in every step
     calls this.
     """
@@ -71,6 +74,8 @@ def largest(value: int) -> int:
 
 def by_the_first(work: Callable[[], Any], first: bool) -> Any:
     """Runs work() on the first rank, and gives all ranks its JSON value. Collective.
+
+        version = by_the_first(lambda: read_version(folder), ranks.first)
 
     An InputError of work() is raised on all ranks, with its status; any other exception on the
     first rank alone. However long work() takes, no backend gives up waiting: a collective call

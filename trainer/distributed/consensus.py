@@ -53,6 +53,8 @@ class _Comparison:
 def on_all_ranks(work: Callable[[], T]) -> T:
     """What work() returns, once it has succeeded on all ranks. Collective; work itself is not.
 
+        dataset = on_all_ranks(lambda: open_dataset(folder))
+
     Where work raises an InputError or an OSError on some ranks, all ranks raise the same
     InputError, which names these ranks and their hosts:
 
@@ -69,7 +71,8 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     except OSError as error:
         failure = _failure_of_storage(error)
     except Exception as error:
-        text = f"failed ({type(error).__name__}): {_OTHERS_SAY}"
+        kind = type(error).__name__
+        text = f"failed ({kind}): {_OTHERS_SAY}"
         failure = _Failure(RanksLost.status, text, error)
     statuses, digests = _gather_failures(failure)
     failed_ranks = []
@@ -95,7 +98,12 @@ def _failure_of_storage(error: OSError) -> _Failure:
 
 
 def _gather_failures(failure: _Failure) -> tuple[list[int], list[int]]:
-    """The ranks' statuses, and the digests of their texts. Collective."""
+    """The ranks' statuses, and the digests of their texts. Collective.
+
+    Three ranks, of which the last two fail with one text:
+
+        [0, 2, 2], [4831…, 9076…, 9076…]
+    """
     rows = _gather_numbers([failure.status, _digest(failure.text)])
     statuses = []
     digests = []
@@ -206,7 +214,10 @@ def _compare_groups(groups: dict[str, _Values]) -> list[_Comparison]:
 
 
 def _usual_rank(digests: list[int]) -> int:
-    """The lowest rank that has what most ranks have; of equally many, what the lowest rank has."""
+    """The lowest rank that has what most ranks have: of digests 7, 5, 5 it is rank 1.
+
+    Of equally many, what the lowest rank has counts.
+    """
     counts = Counter(digests)
     usual, _ = counts.most_common(1)[0]
     return digests.index(usual)
@@ -236,7 +247,10 @@ def _describe_difference(
     theirs: _Values,
     other: str,
 ) -> str:
-    """`seed 2, rank 0 on host0 has 1; dim 8, …`. other: who has `theirs`."""
+    """`seed 2, rank 0 on host0 has 1; dim 8, …`, of at most _NAMED values.
+
+    other: the rank that has `theirs`.
+    """
     names = mine.keys() | theirs.keys()
     differences = []
     for name in sorted(names):
@@ -265,6 +279,8 @@ def all_see(
 ) -> str | None:
     """Waits until look() returns None on every rank, and returns None then. Collective.
 
+        unseen = all_see(lambda: missing_file(folder), Patience(folder))
+
     Where time is up before, it returns what look() said on this rank, "" where that was None.
 
     look: says what this rank does not see yet; one that sees all is not asked again. beat: called
@@ -289,7 +305,11 @@ def on_any_rank(flag: bool) -> bool:
 
 
 def _gather_numbers(numbers: list[int]) -> list[list[int]]:
-    """All ranks' integers, a row a rank. Collective; each gives as many."""
+    """All ranks' integers, a row a rank. Collective; each gives as many.
+
+    rank 0   [1, 2]
+    rank 1   [3, 4]    →    [[1, 2], [3, 4]]    on both
+    """
     mine = torch.tensor(numbers, dtype=torch.int64)
     ranks = dist.get_world_size()
     rows = [torch.empty_like(mine) for _ in range(ranks)]

@@ -21,6 +21,9 @@ _WORKSPACES = (":4096:8", ":16:8")  # with any other PyTorch refuses a product o
 def deterministic_sums(enabled: bool) -> Iterator[None]:
     """Within it every operation has one order of sums, where `enabled`.
 
+        with deterministic_sums(config.deterministic):
+            train(config)
+
     An operation that has none raises RuntimeError. To be entered before the first matrix product:
     cuBLAS reads its setting then. Raises InputError where the environment asks for another
     workspace than a deterministic cuBLAS has.

@@ -167,7 +167,11 @@ def read_world(environment: _Variables = os.environ) -> World:
 def _read_rank_and_size(
     environment: _Variables, launch: _Launch | None
 ) -> tuple[int, int] | None:
-    """Rank and size of the world; None where nothing speaks of several processes."""
+    """Rank and size of the world; None where nothing speaks of several processes.
+
+    RANK and WORLD_SIZE win, then the launcher's own variables. PMIX_RANK, beside which PMIx sets
+    no size, serves where WORLD_SIZE is set.
+    """
     rank = _read_number(environment, "RANK")
     size = _read_number(environment, "WORLD_SIZE")
     if rank is not None and size is not None:
@@ -221,7 +225,12 @@ def device_of_rank(
     """The number of the visible device that a rank of a host takes.
 
     A launcher may show each process all devices of the host, or one of its own
-    (`srun --gpus-per-task=1`). Raises InputError where there are several and fewer than ranks, so
+    (`srun --gpus-per-task=1`):
+
+        device_of_rank(rank=5, local_rank=1, local_size=4, devices=4)    1
+        device_of_rank(rank=5, local_rank=1, local_size=4, devices=1)    0
+
+    Raises InputError where there are several and fewer than ranks, so
     that two ranks would share one. It does so too where ranks do not follow each other on a host:
     TorchRec looks for rank r on device r % (ranks of a host).
     """
@@ -245,7 +254,9 @@ def device_of_rank(
 def find_shared_device(devices: list[str]) -> tuple[int, int] | None:
     """The first two ranks that have the same device; None where each has its own.
 
-    devices: each rank's host and what names the device there, in the order of ranks.
+    devices: each rank's host and what names the device there, in the order of ranks:
+
+        find_shared_device(["host0 GPU-a", "host0 GPU-b", "host0 GPU-a"])    (0, 2)
     """
     first_with: dict[str, int] = {}
     for rank, device in enumerate(devices):
@@ -286,7 +297,7 @@ def _split_outside_brackets(text: str) -> Iterator[str]:
 
 
 def _expand_name(name: str) -> Iterator[str]:
-    """The hosts of one name, `a[01-03]b[1,2]`, of whatever many brackets."""
+    """The hosts of one name: `a[1-2]b[3,5]` is a1b3, a1b5, a2b3, a2b5."""
     match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", name)
     if match is None:
         if not name or re.search(r"[\[\]\s]", name):
@@ -461,7 +472,10 @@ def _read_local(
     launch: _Launch | None,
     size: int,
 ) -> tuple[int | None, int | None]:
-    """Local rank, and ranks of this host; each None where the launcher does not say it."""
+    """Local rank, and ranks of this host; each None where the launcher does not say it.
+
+    LOCAL_RANK and LOCAL_WORLD_SIZE, or LOCAL_SIZE, win over the launcher's own variables.
+    """
     local_rank = _read_number(environment, "LOCAL_RANK")
     if size == 1:
         return local_rank or 0, 1
@@ -518,7 +532,10 @@ def _read_address(
     size: int,
     local_size: int | None,
 ) -> tuple[str, str | None]:
-    """Where the first rank listens, and the variable that it was derived from or None."""
+    """Where the first rank listens, and the variable that it was derived from or None.
+
+    MASTER_ADDR wins; else it is this host, where all ranks are here, or the first of Slurm's list.
+    """
     address = environment.get("MASTER_ADDR")
     if address:
         return address, None

@@ -52,7 +52,12 @@ _Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Departure:
-    """How a rank left before its time.
+    """How a rank left before its time; as a message names it:
+
+        rank 3 on host1: data/shop: is not there         refused
+        rank 3 on host1 is gone
+        rank 3 on host1 has lost the others
+        rank 3 on host1 failed (ValueError: …; its trace is in its own lines)
 
     refused: it met an InputError. Else it failed, lost the others, or died without a word (status
     RanksLost.status, text "").
@@ -243,19 +248,21 @@ class FirstRank(Liveness):
         return len(spoke) == self._size - 1
 
     def _say_reasons(
-        self, own: Departure | None = None, error: InputError | None = None
+        self,
+        refusal: Departure | None = None,
+        error: InputError | None = None,
     ) -> None:
         """Says the reasons on stderr, each text once with the ranks that met it.
 
-        The other ranks then learn that it was said. own: the first rank's departure, with its
-        error.
+        The other ranks then learn that it was said. refusal: the first rank's own departure, with
+        its error.
         """
         reasons = []
         new_reasons = []
         texts = set()
         with self._changed:
-            if own is not None:
-                reasons.append(own)
+            if refusal is not None:
+                reasons.append(refusal)
             for departure in self._departed.values():
                 if departure.refused:
                     reasons.append(departure)
@@ -267,7 +274,7 @@ class FirstRank(Liveness):
             ranks = len(reasons) + len(self._through)
         agreed = ranks == self._size and len(texts) == 1
         concerns_all = agreed or isinstance(error, Stopped | NotFinite)
-        if concerns_all and own in new_reasons:
+        if concerns_all and refusal in new_reasons:
             say(error)
         else:
             for departures in _group_by_text(new_reasons):
@@ -280,7 +287,7 @@ class FirstRank(Liveness):
         said: bool,
         agreed: bool = False,
     ) -> None:
-        """Tells the other ranks why the run is over.
+        """Tells the other ranks why the run is over, so that each ends.
 
         said: it is on stderr. agreed: all ranks met it.
         """
@@ -467,6 +474,8 @@ def watch_peers(
 ) -> Liveness:
     """Connects this rank with the first one. Collective.
 
+    The first rank serves; all others connect, and each then hears of the others through it.
+
     store: of the process group, through which the first rank says where it listens. addresses:
     where it may be reached. Where it cannot be, that is said and the run goes on: a rank that dies
     is then noticed as the backend notices it.
@@ -509,7 +518,10 @@ def _ended_by(departure: Departure) -> InputError:
 
 
 def _group_by_text(departures: list[Departure]) -> list[list[Departure]]:
-    """Departures of one text together, in the order in which texts come first."""
+    """Departures of one text together, in the order in which texts come first.
+
+    Of texts a, b, a: the two of a, then the one of b.
+    """
     groups: dict[str, list[Departure]] = {}
     for departure in departures:
         groups.setdefault(departure.text, []).append(departure)

@@ -18,6 +18,11 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 class StopSignal:
     """Catches SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) within a `with` block, and remembers in `asked`.
 
+        with StopSignal() as stop:
+            while not stop.asked:
+                step()
+        save_checkpoint()
+
     The process goes on and ends itself at a good moment. A second SIGINT raises KeyboardInterrupt:
     who presses Ctrl-C again does not want to wait for a checkpoint. In a thread other than the main
     one no signal is caught, since Python allows it there alone.

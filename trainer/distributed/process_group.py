@@ -73,6 +73,9 @@ class Ranks:
 def joined(timeout_minutes: float = 30) -> Iterator[Ranks]:
     """Joins the process group that the launcher describes, or makes one of one rank.
 
+        with joined(timeout_minutes=30) as ranks:
+            train(config, ranks)
+
     CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
     gloo; the same code follows either. The group is left in order at the end, and where an
     InputError is the end.
@@ -145,7 +148,11 @@ def _is_lost(error: RuntimeError) -> bool:
 
 
 def sum_of_ranks(values_N: np.ndarray) -> np.ndarray:
-    """The sum over all ranks of (N,) of the host, over the CPU's backend. Collective."""
+    """The sum over all ranks of (N,) of the host, over the CPU's backend. Collective.
+
+    rank 0   [1, 2]
+    rank 1   [3, 4]    →    [4, 6]    on both
+    """
     total_N = torch.from_numpy(np.array(values_N))
     dist.all_reduce(total_N)
     return total_N.numpy()

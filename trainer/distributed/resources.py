@@ -12,7 +12,8 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 def cores_per_rank(world_size: int) -> int:
     """The cores that each rank of this machine has for itself, at least 1.
 
-    The cores on which this process may run are shared among the machine's ranks.
+    The cores on which this process may run are shared among the machine's ranks: 4 each of 16,
+    where LOCAL_WORLD_SIZE is 4.
     """
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // ranks_of_this_machine(world_size))

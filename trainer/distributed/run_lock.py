@@ -34,6 +34,9 @@ _RETRY_AFTER = 0.5
 def locked_by_first_rank(run: Path, first: bool) -> Iterator[None]:
     """Within it the run's folder belongs to these ranks. Collective.
 
+        with locked_by_first_rank(run, ranks.first):
+            train(config, ranks)
+
     Raises InputError on all ranks where another process has the lock, or where the folder cannot be
     made.
     """

@@ -57,6 +57,10 @@ _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 def supervise(max_restarts: int, pause: float = 2.0) -> None:
     """Runs this very command as a child, and again where it fails, up to `max_restarts` times.
 
+        def main():
+            supervise(max_restarts=3)
+            train()    # in the child
+
     Ends this process with the last child's status, 128 + n where signal n ended it. In the child it
     returns. Under a launcher each rank's process does so for itself, and all know of each other.
     pause: seconds before the next attempt.
@@ -117,7 +121,10 @@ def _say(line: str) -> None:
 
 
 class _Child:
-    """The child of this process, of which there is one after another."""
+    """The child of this process, of which there is one after another.
+
+    stopped: a signal has asked to stop; no other child follows.
+    """
 
     def __init__(self):
         self.stopped = False
@@ -176,7 +183,10 @@ class _Child:
 
 
 class _Peers:
-    """The supervisors of the other ranks; in a world of one there are none."""
+    """The supervisors of the other ranks; in a world of one there are none.
+
+    Each rank calls `finish` after each attempt, and `close` after the last.
+    """
 
     def finish(
         self,
@@ -196,7 +206,10 @@ class _Peers:
 
 @dataclass(frozen=True)
 class _End:
-    """How a rank's child ended. last: no other attempt may follow."""
+    """How a rank's child ended.
+
+    status: negative for a signal. last: no other attempt may follow.
+    """
 
     status: int
     last: bool
@@ -262,7 +275,10 @@ class _Coordinator(_Peers):
             self._end_all(attempt, members)
 
     def _end_all(self, attempt: int, members: list[Connection]) -> None:
-        """Ends the children of an attempt, of these supervisors and of this one."""
+        """Ends the children of an attempt: of these supervisors, and of this one.
+
+        A supervisor whose child has ended already does nothing.
+        """
         for member in members:
             member.send(attempt=attempt, over=True)
         self._child.end_attempt(attempt)
@@ -321,7 +337,10 @@ class _Coordinator(_Peers):
 
 
 def _may_restart(ends: dict[int, _End]) -> bool:
-    """Whether all ranks begin again after an attempt: one failed, and may not the next time."""
+    """Whether all ranks begin again after an attempt: one failed, and may not the next time.
+
+    Statuses 0 and 4, or 0 and -9, may; 0 and 0 are done, and 0 and 2 would meet the same again.
+    """
     all_succeeded = True
     for end in ends.values():
         if end.last or end.status in _NOT_AGAIN:

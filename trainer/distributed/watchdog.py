@@ -20,12 +20,19 @@ from trainer.process_name import rank_for_messages
 class Watchdog:
     """Ends this process, with the status of `RanksLost`, where `beat` is not called for `seconds`.
 
-    what: names what the process is at ("step 7"), for the line on stderr.
+        with Watchdog(1800, lambda: f"step {step}") as watchdog:
+            for step in range(steps):
+                train(step)
+                watchdog.beat()
+            with watchdog.held():
+                draw_report()
+
+    activity: names what the process is at ("step 7"), for the line on stderr.
     """
 
-    def __init__(self, seconds: float, what: Callable[[], str]):
+    def __init__(self, seconds: float, activity: Callable[[], str]):
         self._seconds = seconds
-        self._what = what
+        self._activity = activity
         self._last_beat = time.monotonic()
         self._pauses = 0
         self._ended = threading.Event()
@@ -74,6 +81,6 @@ class Watchdog:
     def _end(self, waited: float) -> None:
         """Says in one line what did not go on, and ends the process."""
         rank = rank_for_messages()
-        line = f"rank {rank}: no progress for {waited:.0f} s in {self._what()}"
+        line = f"rank {rank}: no progress for {waited:.0f} s in {self._activity()}"
         print(f"error: {line}: {LOST}", file=sys.stderr, flush=True)
         end_process(RanksLost.status)

@@ -1,8 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from trainer.config.optimizer import OptimizerConfig
 from trainer.distributed.deepspeed_engine import engine_config, rate_share
 from trainer.errors import InputError
+
+ROOT = Path(__file__).parents[4]
 
 
 def shares(total, **options):
@@ -162,3 +168,13 @@ def test_what_cannot_hold_beside_a_fused_table_is_refused_with_the_way_out(
     with pytest.raises(InputError) as error:
         merged(given)
     assert f"deepspeed.{key}" in str(error.value) and way_out in str(error.value)
+
+
+def test_no_engine_is_loaded_before_one_is_started():
+    program = (
+        "import sys, trainer.distributed.deepspeed_engine\n"
+        "print([name for name in ('deepspeed', 'torch') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -17,7 +17,6 @@ from trainer.distributed.launchers import (
     read_world,
 )
 from trainer.errors import InputError
-from trainer.process_name import rank_for_messages
 
 # What each launcher sets, as it was seen (Open MPI 4.1.4, Slurm 22.05) or is written in its sources.
 TORCHRUN = {
@@ -295,13 +294,6 @@ def test_what_is_written_into_the_environment_is_read_again():
         assert environment["RANK"] == str(world.rank) and environment[
             "LOCAL_WORLD_SIZE"
         ] == str(world.local_size)
-
-
-def test_a_message_names_a_rank_whatever_the_environment_says():
-    assert [
-        rank_for_messages(variables)
-        for variables in ({}, {"RANK": "a"}, TORCHRUN, OPEN_MPI, SRUN)
-    ] == [0, 0, 9, 1, 4]
 
 
 @pytest.mark.parametrize(
