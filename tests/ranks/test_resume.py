@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import HELPERS
 from tests.helpers.left import assert_same, losses
 from tests.helpers.stages import SETTINGS
-from tests.ranks.conftest import deepspeed, run
+from tests.ranks.conftest import ranks_of, run
 from trainer.checkpoint.save import checkpoints
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch_schedule import Plan
@@ -26,7 +26,7 @@ def train(ranks, dataset, folder, *settings, status=(0,), fault=None, **environm
     """A run through launch/train.py, to its end or to the fault ("STEP RANK WHAT")."""
     if fault is not None:
         environment["FAULT"] = f"{fault} {folder}-{fault.replace(' ', '-')}"
-    command = deepspeed(
+    command = ranks_of(
         ranks, WORKER, f"data={dataset}", f"run={folder}", *SETTINGS, *settings
     )
     return run(command, status=status, OMP_NUM_THREADS="1", **environment)
