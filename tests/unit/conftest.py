@@ -5,19 +5,30 @@ import subprocess
 
 import pytest
 
-_MARK_IT = "this test starts a process: mark it with `@pytest.mark.ranks`"
+_MARKS = ("ranks", "slow")
+_may_start = True
 
 
-@pytest.fixture(autouse=True)
-def no_process(request, monkeypatch):
-    """A test of the lane `unit` that starts a process fails."""
-    if request.node.get_closest_marker("ranks") or request.node.get_closest_marker(
-        "slow"
-    ):
-        return
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test of the lane `unit` that starts a process fails; so does one of its fixtures that does."""
+    global _may_start
+    _may_start = any(item.get_closest_marker(mark) for mark in _MARKS)
+    try:
+        return (yield)
+    finally:
+        _may_start = True
 
-    def refuse(*arguments, **named):
-        pytest.fail(_MARK_IT)
 
-    monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+def _guard(start):
+    def guarded(*arguments, **named):
+        if not _may_start:
+            pytest.fail("this test starts a process: mark it with `@pytest.mark.ranks`")
+        return start(*arguments, **named)
+
+    return guarded
+
+
+subprocess.Popen._execute_child = _guard(subprocess.Popen._execute_child)
+_process = multiprocessing.process.BaseProcess
+_process.start = _guard(_process.start)
