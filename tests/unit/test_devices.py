@@ -20,7 +20,7 @@ torch.cuda.is_available = lambda: True
 from trainer.distributed import deepspeed_engine, process_group
 import deepspeed
 with process_group.joined() as ranks:
-    print(rank_processes.device, deepspeed.accelerator.get_accelerator().device_name())
+    print(ranks.device, deepspeed.accelerator.get_accelerator().device_name())
 """
 
 
