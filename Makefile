@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow bench peers lint style
+.PHONY: demo test unit test-slow bench peers lint style
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -13,6 +13,10 @@ demo: .venv/.ready
 # Two files of tests at a time: most of a test's time is one core's.
 test: .venv/.ready lint
 	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Those that start no process.
+unit: .venv/.ready
+	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile -m 'not ranks and not slow' tests/unit
 
 test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow

@@ -1,7 +1,9 @@
 """What holds for all tests: they take the CPU, also beside a device (tests/unit/test_cuda.py asks for it)."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before DeepSpeed is imported, here and in the processes that a test starts: it would take a device
@@ -11,3 +13,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 # How long an example takes says nothing on a machine that does other work too.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+RANKS = Path(__file__).parent / "ranks"
+
+
+def pytest_collection_modifyitems(items):
+    """All of tests/ranks is of the lane `ranks`."""
+    for item in items:
+        if item.path.is_relative_to(RANKS):
+            item.add_marker(pytest.mark.ranks)

@@ -1,13 +1,14 @@
 """Real ranks on this machine: how they are started, and a small dataset to train on."""
 
 import os
-import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.rank_processes import free_port, run_alone, run_ranks
 from trainer.data.prepare.pipeline import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
 
@@ -56,13 +57,6 @@ def trained(dataset, tmp_path_factory):
     return folder
 
 
-def free_port():
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def deepspeed(ranks, script, *arguments, prefix=(), options=()):
     """The command that starts `ranks` local ranks of a script."""
     return [
@@ -74,20 +68,47 @@ def deepspeed(ranks, script, *arguments, prefix=(), options=()):
     ]
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that no launcher starts: what is left where the test is not about one."""
+
+    ranks: int
+    script: Path | str
+    arguments: tuple
+
+
+def ranks_of(ranks, script, *arguments):
+    """For `run`, in place of `deepspeed(…)`: the same ranks, forked where the stack is loaded."""
+    return Ranks(ranks, script, arguments)
+
+
 def run(command, timeout=300, status=(0,), **environment):
     """Runs a command to its end; its output is shown where its status is none of the given ones."""
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path} | environment
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+    if isinstance(command, Ranks):
+        done = run_ranks(
+            command.ranks,
+            command.script,
+            *command.arguments,
+            timeout=timeout,
+            **environment,
+        )
+        words = [command.ranks, "ranks of", command.script, *command.arguments]
+    elif Path(command[0]) == BIN / "python":
+        done = run_alone(*command[1:], timeout=timeout, **environment)
+        words = command
+    else:
+        path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PATH": path} | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        words = command
+    shown = f"{' '.join(map(str, words))}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    assert done.returncode % 256 in {code % 256 for code in status}, (
+        f"status {done.returncode}\n{shown}"
     )
-    shown = (
-        f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-    )
-    assert done.returncode in status, f"status {done.returncode}\n{shown}"
     return done

@@ -12,7 +12,7 @@ import pytest
 import launch.evaluate
 from tests.helpers.alone import as_a_script
 from tests.helpers.made import draw_histories, write_dataset
-from tests.ranks.conftest import deepspeed, run
+from tests.ranks.conftest import ranks_of, run
 from trainer.config.load import load_config
 from trainer.data.format.dataset import Dataset
 from trainer.evaluation.sampled import RankingBatches
@@ -82,7 +82,7 @@ def test_two_ranks_give_the_same_figures_and_the_same_file(
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
     alone = evaluate("--output", one)
     done = run(
-        deepspeed(2, "launch/evaluate.py", "--run", trained, "--json", "--output", two)
+        ranks_of(2, "launch/evaluate.py", "--run", trained, "--json", "--output", two)
     )
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
     assert json.loads(line) == alone
@@ -112,7 +112,7 @@ def test_full_ranking_gives_the_same_figures_by_two_ranks_and_leaves_them_in_the
     assert "among all items of the domain" in (own / "report.html").read_text()
     (own / "evaluation-full-test.json").unlink()
     done = run(
-        deepspeed(2, "launch/evaluate.py", "--run", own, "--json", "--ranking", "full")
+        ranks_of(2, "launch/evaluate.py", "--run", own, "--json", "--ranking", "full")
     )
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
     assert (

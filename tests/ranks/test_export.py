@@ -2,13 +2,13 @@
 
 import json
 
-from tests.ranks.conftest import BIN, deepspeed, run
+from tests.ranks.conftest import BIN, ranks_of, run
 
 
 def export(trained, output, ranks=1, status=(0,)):
     arguments = ["launch/export.py", "--run", trained, "--output", output, "--json"]
     command = (
-        deepspeed(ranks, *arguments)
+        ranks_of(ranks, *arguments)
         if ranks > 1
         else [BIN / "python", *map(str, arguments)]
     )

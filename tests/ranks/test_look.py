@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.ranks.conftest import ROOT, deepspeed, run
+from tests.ranks.conftest import ROOT, ranks_of, run
 
-SCRIPT = ROOT / "tests" / "distributed" / "looked.py"
+SCRIPT = ROOT / "tests" / "helpers" / "looked.py"
 
 
 def test_two_ranks_see_what_one_sees(trained, tmp_path):
@@ -14,7 +14,7 @@ def test_two_ranks_see_what_one_sees(trained, tmp_path):
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.json"
         run(
-            deepspeed(ranks, SCRIPT, trained, file),
+            ranks_of(ranks, SCRIPT, trained, file),
             OMP_NUM_THREADS="1",
             PYTHONPATH=str(ROOT),
         )

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import HELPERS
 from tests.helpers.stages import SETTINGS
-from tests.ranks.conftest import deepspeed, run
+from tests.ranks.conftest import deepspeed, ranks_of, run
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.pipeline import PrepareConfig, prepare
 
@@ -36,7 +36,7 @@ def folder(dataset, tmp_path_factory):
 def met(folder):
     """What tests/helpers/meeting.py finds, of both ranks."""
     done = run(
-        deepspeed(2, HELPERS.joinpath("meeting.py"), folder),
+        ranks_of(2, HELPERS.joinpath("meeting.py"), folder),
         timeout=500,
         OMP_NUM_THREADS="1",
         PYTHONPATH=".",

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import HELPERS
-from tests.ranks.conftest import BIN, deepspeed, run
+from tests.ranks.conftest import BIN, ranks_of, run
 from trainer.data.format.dataset import Dataset
 
 KILLED = HELPERS.joinpath("killed.py")
@@ -24,7 +24,7 @@ def recommend(
 ):
     arguments = ["--run", trained, "--output", output, "--json", *options]
     command = (
-        deepspeed(ranks, script, *arguments)
+        ranks_of(ranks, script, *arguments)
         if ranks > 1
         else [BIN / "python", script, *map(str, arguments)]
     )

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import HELPERS
 from tests.helpers.left import assert_same, losses
 from tests.helpers.stages import SETTINGS
-from tests.ranks.conftest import deepspeed, run
+from tests.ranks.conftest import ranks_of, run
 from trainer.checkpoint.save import checkpoints
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch_schedule import Plan
@@ -26,7 +26,7 @@ def train(ranks, dataset, folder, *settings, status=(0,), fault=None, **environm
     """A run through launch/train.py, to its end or to the fault ("STEP RANK WHAT")."""
     if fault is not None:
         environment["FAULT"] = f"{fault} {folder}-{fault.replace(' ', '-')}"
-    command = deepspeed(
+    command = ranks_of(
         ranks, WORKER, f"data={dataset}", f"run={folder}", *SETTINGS, *settings
     )
     return run(command, status=status, OMP_NUM_THREADS="1", **environment)
@@ -41,7 +41,8 @@ THREE_EPOCHS = [
 ]
 
 
-def test_ten_kills_change_nothing(dataset, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_change_nothing(dataset, tmp_path, kills):
     """Dropout on, a loader's worker process on: weights, table and optimizers' states are equal to the bit, and in every epoch
     every user was fed once."""
     whole, killed, fed = tmp_path / "whole", tmp_path / "killed", tmp_path / "fed"
@@ -49,7 +50,7 @@ def test_ten_kills_change_nothing(dataset, tmp_path):
     train(2, dataset, whole, *THREE_EPOCHS)
     draw = random.Random(3)
     last = max(losses(whole))
-    for _ in range(10):
+    for _ in range(kills):
         at = checkpoints(killed)
         begun = int(at[0].name.removeprefix("step-")) if at else 0
         fault = (
@@ -175,13 +176,23 @@ def test_what_has_changed_is_listed(dataset, tmp_path):
     assert checkpoints(folder)[0].name == "step-00000003"
 
 
+FOURTEEN_STEPS = ["max_steps=14", "checkpoint.every_steps=5"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """Fourteen steps to which nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(2, dataset, folder, *FOURTEEN_STEPS)
+    return folder
+
+
 @pytest.mark.parametrize("what", ["nan", "raise", "hang"])
 def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
-    dataset, tmp_path, what
+    dataset, undisturbed, tmp_path, what
 ):
     settings = [
-        "max_steps=14",
-        "checkpoint.every_steps=5",
+        *FOURTEEN_STEPS,
         "timeout_minutes=0.05",
         "checkpoint.every_epochs=0",
     ]
@@ -207,12 +218,11 @@ def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
         in ("step-00000010", "step-00000005")[: 1 if what == "nan" else 2]
     )
     train(2, dataset, folder, *settings)
-    train(2, dataset, tmp_path / "whole", *settings)
-    assert_same(folder, tmp_path / "whole")
+    assert_same(folder, undisturbed)
 
 
-def test_a_run_begins_again_by_itself(dataset, tmp_path):
-    settings = ["max_steps=14", "checkpoint.every_steps=5"]
+def test_a_run_begins_again_by_itself(dataset, undisturbed, tmp_path):
+    settings = FOURTEEN_STEPS
     folder = tmp_path / "run"
     done = train(
         2, dataset, folder, *settings, "--max-restarts", "2", fault="12 1 KILL"
@@ -220,5 +230,4 @@ def test_a_run_begins_again_by_itself(dataset, tmp_path):
     assert "rank 1: ended with signal 9; restart 1 of 2" in done.stderr
     assert "rank 0: ended with status 4; restart 1 of 2" in done.stderr
     assert f"goes on from {folder}/checkpoints/step-000000" in done.stdout
-    train(2, dataset, tmp_path / "whole", *settings)
-    assert_same(folder, tmp_path / "whole")
+    assert_same(folder, undisturbed)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import HELPERS
-from tests.ranks.conftest import deepspeed, run
+from tests.ranks.conftest import ranks_of, run
 
 WORKER = HELPERS.joinpath("stages.py")
 STAGES = ["0", "1", "2", "3"]
@@ -59,7 +59,7 @@ def outcomes(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     found = {}
     for ranks in (1, 2, 4):
-        run(deepspeed(ranks, WORKER, dataset, folder / str(ranks), *STAGES))
+        run(ranks_of(ranks, WORKER, dataset, folder / str(ranks), *STAGES))
         found |= {(ranks, stage): read(folder / str(ranks) / stage) for stage in STAGES}
     return found
 
@@ -91,7 +91,7 @@ def test_weights_moved(outcomes, dataset, tmp_path):
     """The comparison is not one of initial weights: both halves have trained."""
     start = tmp_path / "start"
     run(
-        deepspeed(
+        ranks_of(
             1,
             WORKER,
             dataset,
@@ -124,7 +124,7 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         f"model.encoder={encoder}",
     ]
     for ranks, stages in ((1, ["0"]), (2, ["0", "3"])):
-        run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own))
+        run(ranks_of(ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own))
     one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
     assert one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
     np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_a_sample_of_users_stands_for_the_global_batch(dataset, tmp_path):
     """Of 30 users 5 a domain: the same losses and weights at one rank and at two."""
     own = ["max_steps=4", "model.mutual_information_negatives=5"]
     for ranks in (1, 2):
-        run(deepspeed(ranks, WORKER, dataset, tmp_path / str(ranks), "0", *own))
+        run(ranks_of(ranks, WORKER, dataset, tmp_path / str(ranks), "0", *own))
     one, two = (read(tmp_path / place) for place in ("1/0", "2/0"))
     assert one.losses.shape == (4, 4) and np.abs(one.losses[:, 3]).min() > 0
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
@@ -152,7 +152,7 @@ def test_a_sample_of_users_stands_for_the_global_batch(dataset, tmp_path):
 def test_bf16_is_the_same_with_weights_taken_apart(dataset, tmp_path):
     """Autocast's casts of weights must not outlive the moment in which ZeRO 3 has them together."""
     run(
-        deepspeed(
+        ranks_of(
             2,
             WORKER,
             dataset,

@@ -13,7 +13,7 @@ from tests.helpers.alone import deepspeed_on
 
 ROOT = Path(__file__).parents[2]
 
-# Beside a device, as far as Python can tell; `joined` would set it, which fails here.
+# Beside a device, as far as Python can tell; `start` would set it, which fails here.
 PROGRAM = """
 import torch
 torch.cuda.is_available = lambda: True
@@ -36,26 +36,31 @@ def test_a_process_that_a_test_starts_takes_the_cpu_beside_a_device():
     assert done.stdout.split() == ["cpu", "cpu"], done.stderr[-2000:]
 
 
+class Ended:
+    """A rank that has ended well."""
+
+    returncode = 0
+    stdout = "said"
+    stderr = ""
+
+
 def test_the_ranks_of_a_test_see_no_device(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     started = []
 
-    def run(command, env, **_):
-        started.append((command, env))
-        return subprocess.CompletedProcess(command, 0, stdout="said")
+    def start(command, environment, module):
+        started.append((command, environment))
+        return Ended()
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert (
-        rank_processes.run_on_cpu_ranks(3, "tests.helpers.table_worker", "folder")
-        == "said"
-    )
-    ((command, environment),) = started
-    assert (environment["CUDA_VISIBLE_DEVICES"], environment["DS_ACCELERATOR"]) == (
-        "",
-        "cpu",
-    )
-    assert "--nproc-per-node=3" in command and command[-1] == "folder"
+    monkeypatch.setattr(rank_processes, "RankProcess", start)
+    said = rank_processes.run_on_cpu_ranks(3, "tests.helpers.table_worker", "folder")
+    assert said == "said" * 3
+    for rank, (command, environment) in enumerate(started):
+        assert command[-1] == "folder"
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""
+        assert environment["DS_ACCELERATOR"] == "cpu"
+        assert (environment["RANK"], environment["WORLD_SIZE"]) == (str(rank), "3")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +69,6 @@ def test_the_ranks_of_a_test_see_no_device(monkeypatch):
 def test_all_ranks_are_started_in_one_place(folder):
     """It hides devices from them: a host with one device has none for ranks 1 and 2."""
     starts = re.compile(r"nproc|--num_gpus|with_name\(.torchrun.\)")
-    assert starts.search((ROOT / "tests/helpers/rank_processes.py").read_text())
     files = sorted((ROOT / "tests/unit" / folder).rglob("*.py"))
     starting = [
         str(file.relative_to(ROOT))

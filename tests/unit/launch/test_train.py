@@ -11,6 +11,7 @@ import torch
 import launch.train
 from tests.helpers.alone import as_a_script
 from tests.helpers.made import draw_histories, write_dataset
+from tests.helpers.rank_processes import run_alone
 from trainer.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
@@ -157,6 +158,9 @@ def test_what_the_run_folder_already_holds_stays(refused, data, tmp_path, kind):
 
 def finish(*command):
     """Exit status and stderr of a command of a person's shell."""
+    if command[0] == sys.executable:
+        done = run_alone(*command[1:])
+        return done.returncode, done.stderr
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

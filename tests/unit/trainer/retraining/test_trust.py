@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import HELPERS
+from tests.helpers.rank_processes import run_alone
 from tests.helpers.runs import finished_run, rank_of_one, seal
 from trainer.checkpoint.best_model import open_run
 from trainer.checkpoint.warm_start import find_warm_start
@@ -903,13 +904,7 @@ def test_records_of_a_retraining_lead_nowhere_else(tmp_path, canaries, case):
 
 
 def status_of(*command):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = run_alone(*command, PYTHONPATH=str(ROOT))
     return done.returncode, done.stderr.strip().splitlines()
 
 

@@ -1,0 +1,168 @@
+"""A process that has imported the whole stack, and forks a rank whenever a test asks for one.
+
+    python -m tests.helpers.rank_server SOCKET
+
+Importing PyTorch, TorchRec, DeepSpeed and FBGEMM takes seconds of a core in each process. A forked
+rank has them at once. It is a process of its own in all else: its environment, arguments, output,
+process group, signals and memory. A request is a line of JSON; the answers are lines with the pid and,
+when the rank has ended, its status. The server ends when the connection that says so is gone.
+"""
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import traceback
+
+# What a rank may use; imported here, once.
+STACK = (
+    "torch",
+    "deepspeed",
+    "torchrec",
+    "trainer.training.loop",
+    "trainer.evaluation.evaluate_run",
+    "trainer.serving.recommend",
+    "trainer.serving.export",
+    "trainer.retraining.publish",
+    "trainer.data.prepare.pipeline",
+)
+
+
+def main(path: str) -> None:
+    """Serves until the first connection is closed."""
+    for name in STACK:
+        __import__(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    owner, _ = listener.accept()
+    owner.sendall(b"ready\n")
+    waiting: dict[int, socket.socket] = {}
+    wake, woken = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(woken)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    while True:
+        readable, _, _ = select.select([listener, owner, wake], [], [], 1.0)
+        if wake in readable:
+            os.read(wake, 4096)
+        report_ended(waiting)
+        if owner in readable:
+            break
+        if listener in readable:
+            connection, _ = listener.accept()
+            request = json.loads(read_line(connection))
+            keep = [listener, owner, connection, *waiting.values()]
+            pid = fork_rank(request, keep, (wake, woken))
+            waiting[pid] = connection
+            connection.sendall(f"{pid}\n".encode())
+    for pid in waiting:
+        os.kill(pid, signal.SIGKILL)
+
+
+def read_line(connection: socket.socket) -> bytes:
+    """What comes until the line ends."""
+    line = b""
+    while not line.endswith(b"\n"):
+        more = connection.recv(65536)
+        if not more:
+            raise ConnectionError("a request has no end")
+        line += more
+    return line
+
+
+def report_ended(waiting: dict[int, socket.socket]) -> None:
+    """Tells who waits for a rank that it has ended, and how."""
+    while waiting:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        connection = waiting.pop(pid, None)
+        if connection is None:
+            continue
+        code = os.waitstatus_to_exitcode(status)
+        with contextlib.suppress(OSError):  # nobody waits any more
+            connection.sendall(f"{code}\n".encode())
+        connection.close()
+
+
+def fork_rank(request: dict, sockets: list, pipe: tuple[int, int]) -> int:
+    """The pid of a new process that runs what is asked for."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for inherited in sockets:
+            inherited.close()
+        for number in pipe:
+            os.close(number)
+        status = run_rank(request)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def run_rank(request: dict) -> int:
+    """Runs the script or module as Python would, and gives its exit status."""
+    os.setsid()
+    redirect(request["stdout"], request["stderr"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    target, *arguments = request["command"]
+    sys.argv = [target, *arguments]
+    status: object = 0
+    try:
+        if request["module"]:
+            sys.path.insert(0, request["folder"])
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
+            runpy.run_path(target, run_name="__main__")
+    except SystemExit as left:
+        status = left.code
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        status = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    return int(status or 0)
+
+
+def redirect(stdout: str, stderr: str) -> None:
+    """Output goes to files, input comes from nowhere."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, name in ((1, stdout), (2, stderr)):
+        file = os.open(name, flags, 0o600)
+        os.dup2(file, number)
+        os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
