@@ -1,10 +1,15 @@
 """Packaging. torch, TorchRec and FBGEMM are installed by launch/stack.py, which alone says which versions go together."""
 
+import re
 import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "trainer/__init__.py").read_text(), re.M
+)[1]
 STACK = runpy.run_path(str(Path(__file__).with_name("launch") / "stack.py"))
 torch, torchrec, fbgemm = STACK["MATCHING"][STACK["PINNED"]]
 # mapInArrow, which takes Arrow batches to Python, asks for pandas; PySpark does not know pandas 3 yet.
@@ -12,17 +17,23 @@ SPARK = ["pyspark>=3.5", "pandas>=2.2,<3"]
 
 setup(
     name="syncrec-trainer",
-    version="0.1.0",
+    version=VERSION,
     description="Distributed training of SyNCRec, a cross-domain sequential recommender, on TorchRec and DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["syncrec = launch.cli:main"]},
     packages=find_packages(
         include=["trainer*", "syncrec*", "embeddings*", "syncrec_kernels*", "launch*"]
     ),
     package_data={
         "launch": ["configs/*.yaml", "templates/*"],
+        "trainer": ["py.typed"],
         "trainer.reporting": ["*.jinja"],
+        "syncrec": ["py.typed"],
+        "embeddings": ["py.typed"],
         "syncrec_kernels": ["*.cpp", "*.h"],
     },
     install_requires=[
@@ -47,14 +58,17 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # pytest-xdist: two files of tests at a time. pyspark, which wants Java 17: so that CI compares
-        # the two engines byte for byte; without them those tests are skipped.
         "test": [
             "pytest>=8",
             "pytest-timeout",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6",  # two files of tests at a time
             "hypothesis>=6.100",
             "ruff",
+            "mypy>=1.13",  # types
+            "types-PyYAML",
+            "nbclient>=0.10",  # runs the notebook of examples/
+            "ipykernel>=6",
+            # PySpark wants Java 17: CI compares the two engines byte for byte; without it those tests are skipped.
             *SPARK,
         ],
         "spark": SPARK,
