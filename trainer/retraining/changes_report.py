@@ -14,14 +14,12 @@ def changes_report(result: dict[str, Any]) -> str:
         lines += _logs(result["extension"])
     if result["drift"]:
         lines += _drift(result["drift"])
-    seconds = []
-    for stage, spent in result["seconds"].items():
-        seconds.append(f"{stage} {spent:,.0f} s")
-    lines += ["", f"Time: {', '.join(seconds)}.", ""]
+    lines += _time(result["seconds"])
     return "\n".join(lines)
 
 
 def _outcome(result: dict[str, Any]) -> list[str]:
+    """Whether the day's model serves, or why not."""
     if result["published"]:
         return [f"Published as version {result['published']}.", ""]
     lines = [
@@ -39,6 +37,7 @@ def _outcome(result: dict[str, Any]) -> list[str]:
 
 
 def _metrics(domains: dict[str, dict[str, Any]]) -> list[str]:
+    """Both models' figures by domain, with the confidence interval of their difference."""
     lines = [
         "## NDCG@10 on the newest held-out items",
         "",
@@ -68,11 +67,18 @@ def _metrics(domains: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _logs(extension: dict[str, Any]) -> list[str]:
+    """What came, and what became of the dataset."""
     users = extension["users"]
+    arrived = extension["arrived"]
+    delivered_before = extension["delivered_before"]
+    late = extension["late"]
+    before_window = extension["before_window"]
     came = (
-        f"{extension['arrived']:,} rows came; {extension['delivered_before']:,} had come "
-        f"before, {extension['late']:,} were late, {extension['before_window']:,} older "
-        f"than the window. {users['before']:,} users became {users['now']:,}."
+        f"{arrived:,} rows came; "
+        f"{delivered_before:,} had come before, "
+        f"{late:,} were late, "
+        f"{before_window:,} older than the window. "
+        f"{users['before']:,} users became {users['now']:,}."
     )
     if extension["laid_out_anew"]:
         came += " Domains were laid out anew."
@@ -95,6 +101,7 @@ def _logs(extension: dict[str, Any]) -> list[str]:
 
 
 def _drift(drift: dict[str, dict[str, Any]]) -> list[str]:
+    """Cosines of items' vectors with those of the model before, by domain."""
     lines = [
         "",
         "## How far item vectors moved",
@@ -113,5 +120,17 @@ def _drift(drift: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _time(seconds: dict[str, float]) -> list[str]:
+    stages = []
+    for stage, spent in seconds.items():
+        stages.append(f"{stage} {spent:,.0f} s")
+    return [
+        "",
+        f"Time: {', '.join(stages)}.",
+        "",
+    ]
+
+
 def _row(cells: list[str]) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"

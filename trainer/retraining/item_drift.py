@@ -44,10 +44,14 @@ def _cosines(
     before: Path,
     after: Path,
 ) -> np.ndarray | None:
-    """Of the items that two folders of a domain have in common, float64; None without any."""
+    """Cosines of the items that two folders of a domain have in common, float64 (items,).
+
+    None without any, and where the vectors' widths differ.
+    """
     matches = pc.index_in(_read_ids(after), value_set=_read_ids(before))
     place_N = matches.to_numpy(zero_copy_only=False)
-    new_places = np.flatnonzero(~np.isnan(place_N.astype(np.float64)))
+    is_common_N = ~np.isnan(place_N.astype(np.float64))
+    new_places = np.flatnonzero(is_common_N)
     old_places = place_N[new_places].astype(np.int64)
     old = np.load(
         before / "items.npy",
@@ -59,7 +63,9 @@ def _cosines(
         mmap_mode="r",
         allow_pickle=False,
     )
-    if not len(new_places) or old.shape[1] != new.shape[1]:
+    if not len(new_places):
+        return None
+    if old.shape[1] != new.shape[1]:
         return None
     old_vectors = np.asarray(old[old_places], np.float64)
     new_vectors = np.asarray(new[new_places], np.float64)

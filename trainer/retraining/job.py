@@ -171,7 +171,8 @@ class _Retraining:
 
         Raises InputError for any status but 0, unless `is_expected` says that it is no failure.
         """
-        print(f"[{time.strftime('%H:%M:%S')}] {stage}", flush=True)
+        now = time.strftime("%H:%M:%S")
+        print(f"[{now}] {stage}", flush=True)
         begun = time.monotonic()
         status = subprocess.run([str(word) for word in command]).returncode
         self.seconds[stage] = time.monotonic() - begun
@@ -187,7 +188,9 @@ class _Retraining:
     def _serves(self) -> bool:
         """Whether this day's candidate is the version that serves."""
         current = read_current_version(self.day.published)
-        return current is not None and Path(current["run"]) == self.day.run.resolve()
+        if current is None:
+            return False
+        return Path(current["run"]) == self.day.run.resolve()
 
     def _is_refused(self) -> bool:
         """Whether this day's candidate is the one that was refused last."""
@@ -263,7 +266,8 @@ def _make_plan(
     before = None
     if current is not None:
         warm_start = current["run"]
-        before = json.loads((day.published / CURRENT).read_text())["model"]
+        pointer = json.loads((day.published / CURRENT).read_text())
+        before = pointer["model"]
     return {
         "name": config.name,
         "input": config.input,
@@ -388,7 +392,8 @@ def _remove_old_days(
 ) -> None:
     """Removes datasets and runs, but for those of the newest days and of published versions."""
     runs = set()
-    for file in (folder / PUBLISHED / VERSIONS).glob(f"*/{VERSION}"):
+    versions = folder / PUBLISHED / VERSIONS
+    for file in versions.glob(f"*/{VERSION}"):
         runs.add(Path(read_json(file)["run"]))
     for result in read_results(folder)[:-keep_days]:
         day = Day(folder, result["name"])

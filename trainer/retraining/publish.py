@@ -63,7 +63,7 @@ def publish(
     nothing can be written; `current.json` is then as it was.
     """
     registry = Registry(Path(published))
-    with registry.exclusive(ranks):
+    with registry.hold_lock(ranks):
         current = by_the_first(
             lambda: read_current_version(registry.folder), ranks.first
         )
@@ -180,9 +180,12 @@ class _Change(NamedTuple):
 
 
 def _mean_change(changes: dict[str, _Change]) -> _Change:
-    now = float(np.mean([change.now for change in changes.values()]))
-    then = float(np.mean([change.then for change in changes.values()]))
-    return _Change(now, then)
+    now = []
+    then = []
+    for change in changes.values():
+        now.append(change.now)
+        then.append(change.then)
+    return _Change(float(np.mean(now)), float(np.mean(then)))
 
 
 def _reasons_of_mean(
@@ -197,7 +200,8 @@ def _reasons_of_mean(
         return []
     words = []
     for name, change in changes.items():
-        words.append(f"{name} {100 * (change.now / change.then - 1):+.0f} %")
+        percent = 100 * (change.now / change.then - 1)
+        words.append(f"{name} {percent:+.0f} %")
     return [
         f"mean {HEADLINE} {mean.now:.4f}, {mean.then:.4f} when the current model was "
         f"published: {_UNLIKE} ({', '.join(words)})"
@@ -218,7 +222,8 @@ def _reasons_of_own_items(
     if not changes:
         return []
     mean = _mean_change(changes)
-    if mean.then <= 0 or mean.now >= (1 - config.own_fall) * mean.then:
+    least = (1 - config.own_fall) * mean.then
+    if mean.then <= 0 or mean.now >= least:
         return []
     words = []
     for name, change in changes.items():
@@ -349,8 +354,8 @@ def find_newest_users(dataset: Dataset) -> tuple[bool, np.ndarray]:
         users = on_all_ranks(
             lambda: patiently(lambda: np.load(file, allow_pickle=False), patience)
         )
-        digest = hashlib.sha256(users.tobytes()).hexdigest()[:16]
-        require_same({"a dataset with other newest logs": {"users": digest}})
+        digest = hashlib.sha256(users.tobytes()).hexdigest()
+        require_same({"a dataset with other newest logs": {"users": digest[:16]}})
         newest_U[users] = True
     return extended, newest_U
 
@@ -394,8 +399,10 @@ def _rank_test_items(
     ) -> None:
         real = candidates.user_B >= 0
         users = torch.from_numpy(candidates.user_B[real])
-        table_2U[0, users] = torch.from_numpy(positions_B[real]).int()
-        table_2U[1, users] = torch.from_numpy(candidates.domain_B[real]).int()
+        positions = torch.from_numpy(positions_B[real])
+        domains = torch.from_numpy(candidates.domain_B[real])
+        table_2U[0, users] = positions.int()
+        table_2U[1, users] = domains.int()
         if drawn is not None:
             drawn.visit(
                 candidates,
@@ -413,4 +420,5 @@ def _rank_test_items(
         visit=visit,
     )
     dist.all_reduce(table_2U)
-    return HeldOutPositions(table_2U[0].numpy(), table_2U[1].numpy())
+    position_U, domain_U = table_2U.numpy()
+    return HeldOutPositions(position_U, domain_U)

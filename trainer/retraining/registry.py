@@ -1,7 +1,7 @@
 """Writes the folder of published versions (a model registry): each version whole, or not at all.
 
 trainer/retraining/published.py draws the folder. The first rank writes; the rest call nothing here
-but `Registry.exclusive`.
+but `Registry.hold_lock`.
 """
 
 import contextlib
@@ -54,11 +54,11 @@ class Registry:
         self.folder = folder
 
     @contextlib.contextmanager
-    def exclusive(self, ranks: Ranks) -> Iterator[None]:
+    def hold_lock(self, ranks: Ranks) -> Iterator[None]:
         """Within it no other process publishes here. Called on all ranks."""
         lock = None
 
-        def take_lock() -> None:
+        def lock_folder() -> None:
             nonlocal lock
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class Registry:
                 )
 
         try:
-            by_the_first(take_lock, ranks.first)
+            by_the_first(lock_folder, ranks.first)
             yield
         finally:
             if lock is not None:
@@ -191,7 +191,8 @@ def check_version(version: Path) -> None:
             if not stays_inside(name):
                 raise ValueError(f"{name!r} is no name of a file in it")
             path = folder / name
-            if not path.is_file() or File.of(folder, name) != File(name, **entry):
+            exported = File(name, **entry)
+            if not path.is_file() or File.of(folder, name) != exported:
                 raise InputError(
                     f"{path}: is not as it was exported: publish the run again"
                 )

@@ -27,28 +27,43 @@ from safetensors.numpy import load_file
 # torch.export.load acts on what it finds in a file: it unpickles, loads libraries, calls functions
 # by their names, makes Python code of names and conditions, and lets SymPy evaluate expressions.
 # So an encoder.pt2 is loaded only if its members have these names, and its texts these forms.
-_MEMBER = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id"
-    r"|models/model\.json|data/sample_inputs/model\.pt|data/weights/model_weights_config\.json"
-    r"|data/constants/model_constants_config\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
+_MEMBERS = (
+    r"archive_format",
+    r"archive_version",
+    r"byteorder",
+    r"\.data/version",
+    r"\.data/serialization_id",
+    r"models/model\.json",
+    r"data/sample_inputs/model\.pt",
+    r"data/weights/model_weights_config\.json",
+    r"data/constants/model_constants_config\.json",
+    r"data/weights/weight_\d+",
+    r"data/constants/tensor_\d+",
 )
+_MEMBER = re.compile("|".join(_MEMBERS))
 _NAME = r"[A-Za-z_]\w*"
 _PATH = r"(?:[A-Za-z]\w*(?:\.\w+)*)?"
 _OPERATORS = (
     "_assert_tensor_metadata|abs|add|addmm|alias|amax|arange|bitwise_and|bitwise_not|bmm"
-    "|bucketize|cat|chunk|clamp|clamp_max|clamp_min|clone|contiguous|cos|cumsum|detach|div|einsum|embedding|eq"
-    "|exp|expand|flatten|full|full_like|gather|ge|gelu|gt|index|index_select|layer_norm|le|lerp"
-    "|linear|logical_and|logical_not|lt|masked_fill|matmul|max|mean|min|minimum|maximum|mul|ne|neg"
-    "|numpy_T|ones|ones_like|permute|pow|reciprocal|relu|reshape|rsqrt|rsub"
-    "|scaled_dot_product_attention|select|sigmoid|sin|slice|softmax|split|sqrt|squeeze|stack|sub"
-    "|sum|sym_size|t|tanh|to|_to_copy|transpose|tril|triu|unbind|unflatten|unsqueeze|view|where"
-    "|zeros|zeros_like"
+    "|bucketize|cat|chunk|clamp|clamp_max|clamp_min|clone|contiguous|cos|cumsum|detach"
+    "|div|einsum|embedding|eq|exp|expand|flatten|full|full_like|gather|ge|gelu|gt|index"
+    "|index_select|layer_norm|le|lerp|linear|logical_and|logical_not|lt|masked_fill"
+    "|matmul|max|mean|min|minimum|maximum|mul|ne|neg|numpy_T|ones|ones_like|permute|pow"
+    "|reciprocal|relu|reshape|rsqrt|rsub|scaled_dot_product_attention|select|sigmoid|sin"
+    "|slice|softmax|split|sqrt|squeeze|stack|sub|sum|sym_size|t|tanh|to|_to_copy"
+    "|transpose|tril|triu|unbind|unflatten|unsqueeze|view|where|zeros|zeros_like"
 )
+_PYTHON_OPERATORS = "add|sub|mul|floordiv|mod"
 _EXPRESSION = (
-    r"(?:Symbol\('[su]\d{1,6}'(?:, (?:positive|nonnegative|integer)=True)*\)|Integer\(-?\d{1,18}\)"
-    r"|(?:Add|Mul|Min|Max|Mod|PythonMod|FloorDiv|CeilDiv)\(|[su]\d{1,6}|\d{1,18}|\*(?!\*)|[ ,()+-])+"
+    r"(?:Symbol\('[su]\d{1,6}'(?:, (?:positive|nonnegative|integer)=True)*\)"
+    r"|Integer\(-?\d{1,18}\)"
+    r"|(?:Add|Mul|Min|Max|Mod|PythonMod|FloorDiv|CeilDiv)\("
+    r"|[su]\d{1,6}|\d{1,18}|\*(?!\*)|[ ,()+-])+"
 )
-_TREE = r'(?:[\[\]{}:, \d]|null|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")+'
+_TREE = (
+    r"(?:[\[\]{}:, \d]|null"
+    r'|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")+'
+)
 _TEXT_FORMS = {
     "name": _NAME,
     "as_name": _NAME,
@@ -58,7 +73,8 @@ _TEXT_FORMS = {
     "tensor_constant_name": _PATH,
     "fqn": _PATH,
     "path_name": r"(?:weight|tensor)_\d+",
-    "target": rf"torch\.ops\.aten\.(?:{_OPERATORS})\.{_NAME}|_operator\.(?:add|sub|mul|floordiv|mod)",
+    "target": rf"torch\.ops\.aten\.(?:{_OPERATORS})\.{_NAME}"
+    rf"|_operator\.(?:{_PYTHON_OPERATORS})",
     "expr_str": _EXPRESSION,
     "as_string": r"[a-z]+(?:,[a-z]+)*->[a-z]*|none|tanh",  # of einsum and gelu
     "in_spec": _TREE,
@@ -224,7 +240,10 @@ class Domain:
 
 
 class Recommender:
-    """Recommends items of each domain; holds the encoders and all item vectors."""
+    """Recommends items of each domain; holds the encoders and all item vectors.
+
+    domains: by name. encoder: of histories of all domains. schema: the content of schema.json.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError where the folder holds what cannot be trusted, and OSError."""
@@ -255,6 +274,9 @@ class Recommender:
         the model does not know are left out of it. A history without any known item is a new
         user's. Items of the history are not recommended, so that fewer than k may be left. now:
         the time of the request; None: the last time that the model knows.
+
+            history = [(1764146000, "books", "B000FA5SXY"), (1764147000, "video", "B00005JKZ2")]
+            recommender(history, "books", 2)  # [("B000FC1PJI", 3.2), ("B000FA64PK", 2.9)]
         """
         if now is None:
             now = self.schema["last_time"]
@@ -276,7 +298,11 @@ class Recommender:
         domain: str,
         now: float,
     ) -> torch.Tensor:
-        """The user's vector for a domain, (width,): an item's score is the dot product with it."""
+        """The user's vector for a domain, (width,).
+
+        An item's score is its dot product with the item's vector. events: the known interactions,
+        oldest first.
+        """
         vector = self._encode(self.encoder, events, now)
         weight = self.domains[domain].weight
         if weight:

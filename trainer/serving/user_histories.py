@@ -325,7 +325,11 @@ class _Events(NamedTuple):
 
 
 class _SortedEvents:
-    """Sorted events out of Arrow batches, taken user by user."""
+    """Sorted events out of Arrow batches, taken user by user.
+
+    Batches and users do not match: of the events of users [0, 0, 1], [1, 2, 2],
+    take_until(2) gives those of [0, 0, 1, 1], and take_until(3) the rest.
+    """
 
     def __init__(self, reader: Iterable[pa.RecordBatch]) -> None:
         self._batches = iter(reader)

@@ -48,13 +48,16 @@ def _lead(study: Study) -> list[str]:
     dataset = study.dataset
     names = []
     for domain in dataset.domains:
-        names.append(f"{printable(domain.name)} ({domain.items:,} items)")
+        name = printable(domain.name)
+        names.append(f"{name} ({domain.items:,} items)")
     seeds = "one seed"
     if len(study.config.seeds) > 1:
         seeds = f"{len(study.config.seeds)} seeds"
     lines = [
-        f"{dataset.users:,} users, {dataset.interactions:,} interactions; domains: "
-        f"{', '.join(names)}. {seeds.capitalize()}. The newest item of a user is the "
+        f"{dataset.users:,} users, "
+        f"{dataset.interactions:,} interactions; "
+        f"domains: {', '.join(names)}. "
+        f"{seeds.capitalize()}. The newest item of a user is the "
         "test item, the one before it validation; epochs and settings are chosen by "
         "validation alone."
     ]
@@ -74,10 +77,13 @@ def _compare_with_best(
         means[name] = mean_metric(results, ranking)
     ours = means.pop(OURS)
     best = max(means, key=means.get)
-    share = format_signed(ours / means[best] - 1, "+.1%")
+    mean_of_best = means[best]
+    share = format_signed(ours / mean_of_best - 1, "+.1%")
     return (
-        f"Among {RANKED[ranking]} {OURS} has a mean {HEADLINE} of {ours:.4f}; the best of "
-        f"the others is {printable(best)} with {means[best]:.4f} ({OURS}: {share})."
+        f"Among {RANKED[ranking]} "
+        f"{OURS} has a mean {HEADLINE} of {ours:.4f}; "
+        f"the best of the others is {printable(best)} "
+        f"with {mean_of_best:.4f} ({OURS}: {share})."
     )
 
 
@@ -133,9 +139,13 @@ def _plot_systems(study: Study) -> go.Figure | None:
     if not study.results:
         return None
     figure = go.Figure()
-    labels = [plots.styles([name])[0].label for name in study.results]
+    labels = []
+    for name in study.results:
+        (style,) = plots.styles([name])
+        labels.append(style.label)
     domains = len(study.dataset.domains)
-    for ranking, style in zip(RANKINGS, plots.styles(list(RANKINGS)), strict=True):
+    styles = plots.styles(list(RANKINGS))
+    for ranking, style in zip(RANKINGS, styles, strict=True):
         means = []
         above = []
         below = []
@@ -147,9 +157,10 @@ def _plot_systems(study: Study) -> go.Figure | None:
                 domains,
             )
             mean_S = np.nanmean(mean_SD, axis=1)
-            means.append(float(mean_S.mean()))
-            above.append(float(mean_S.max() - mean_S.mean()))
-            below.append(float(mean_S.mean() - mean_S.min()))
+            mean = float(mean_S.mean())
+            means.append(mean)
+            above.append(float(mean_S.max()) - mean)
+            below.append(mean - float(mean_S.min()))
             seeds = max(seeds, len(mean_S))
         spread = {
             "type": "data",
@@ -180,7 +191,8 @@ def _plot_sweep(
 ) -> go.Figure:
     figure = go.Figure()
     values = [str(point.value) for point in points]
-    for ranking, style in zip(RANKINGS, plots.styles(list(RANKINGS)), strict=True):
+    styles = plots.styles(list(RANKINGS))
+    for ranking, style in zip(RANKINGS, styles, strict=True):
         figure.add_scatter(
             x=values,
             y=[mean_metric(point.results, ranking) for point in points],

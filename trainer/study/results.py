@@ -76,11 +76,16 @@ class SystemResults:
         metric: str,
         domains: int,
     ) -> np.ndarray:
-        """The metric's means, (S, D), NaN where a domain has no user."""
+        """The metric's means, (S, D), NaN where a domain has no user.
+
+        Of one seed, whose users' domains are [0, 1, 1, 0] and positions [1, 1, 20, 30], HR@10 is
+        [[0.5, 0.5]].
+        """
         value_SU = metric_values(self.position[ranking], metric)
         mean_SD = np.full((len(value_SU), domains), np.nan)
         for domain in np.unique(self.domain_U):
-            mean_SD[:, domain] = value_SU[:, self.domain_U == domain].mean(1)
+            own_U = self.domain_U == domain
+            mean_SD[:, domain] = value_SU[:, own_U].mean(1)
         return mean_SD
 
 
@@ -108,7 +113,10 @@ def collect_results(
     name: str,
     runs: list[list[RunResult]],
 ) -> SystemResults:
-    """A system's results. runs: by seed, one run or one for each domain.
+    """A system's results, over its seeds and its models of single domains.
+
+    runs: by seed, one run or one for each domain. Runs of single domains ranked users of their
+    own: together they are in the order of the users' numbers.
 
     Raises InputError where seeds ranked other users.
     """
@@ -182,7 +190,8 @@ class PopularityMetrics(NamedTuple):
 
 def read_popularity(run: Path) -> dict[str, PopularityMetrics]:
     """Popularity's figures as a run's full evaluation has them, by ranking."""
-    record = json.loads((run / f"{FULL}-test.json").read_text())
+    file = run / f"{FULL}-test.json"
+    record = json.loads(file.read_text())
     popularity = {}
     for ranking, part in (("full", record), ("sampled", record["sampled"])):
         popularity[ranking] = PopularityMetrics(
@@ -236,7 +245,8 @@ def paired_difference(
     means = []
     for number in domains:
         (user_B,) = np.nonzero(one.domain_U == number)
-        means.append(_bootstrap_means(difference_U[user_B], one.user_U[user_B]))
+        difference_B = difference_U[user_B]
+        means.append(_bootstrap_means(difference_B, one.user_U[user_B]))
     mean_R = np.mean(means, axis=0)
     return _summarise(mean_R[0], mean_R[1:])
 
@@ -255,7 +265,8 @@ def _bootstrap_means(
         counts_RB = np.concatenate([every_user_once, drawn])
         values_B2 = np.stack([difference_B[part], np.ones(len(users))], 1)
         sums_R2 += counts_RB @ values_B2
-    return sums_R2[:, 0] / np.maximum(sums_R2[:, 1], 1)
+    difference_R, users_R = sums_R2.T
+    return difference_R / np.maximum(users_R, 1)
 
 
 def _summarise(

@@ -183,9 +183,14 @@ class _StudyRunner:
     def _work_after_tuning(self) -> float:
         """Of the runs that come then, about."""
         other_seeds = len(self.config.seeds) - 1
-        work = sum(SYSTEMS[name].work for name in self.config.systems) * other_seeds
-        work += sum(point.job.work for point in self.sweeps)
-        return work + sum(job.work for job in self.recbole_jobs)
+        work = 0.0
+        for name in self.config.systems:
+            work += SYSTEMS[name].work * other_seeds
+        for point in self.sweeps:
+            work += point.job.work
+        for job in self.recbole_jobs:
+            work += job.work
+        return work
 
     def _read_trials(self, jobs: list[Job]) -> list[Trial]:
         trials = []
@@ -271,7 +276,8 @@ class _StudyRunner:
             if point.job in self.runner.failed:
                 continue
             results = self._collect(_point_name(point), [[point.job]])
-            by_key.setdefault(point.key, []).append(SweepResult(point.value, results))
+            points = by_key.setdefault(point.key, [])
+            points.append(SweepResult(point.value, results))
         return by_key
 
 

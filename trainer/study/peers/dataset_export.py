@@ -101,9 +101,11 @@ def write_log(handed: Handed) -> None:
     """
     folder = handed.folder / LOG
     folder.mkdir(exist_ok=True)
-    user_N = np.repeat(np.arange(len(handed.lengths_U)), handed.lengths_U)
+    user_U = np.arange(len(handed.lengths_U))
+    user_N = np.repeat(user_U, handed.lengths_U)
     place_N = np.arange(len(user_N)) - handed.starts_U[user_N]
-    training_N = place_N < handed.lengths_U[user_N] - max(SPLITS.values())
+    held_out = max(SPLITS.values())
+    training_N = place_N < handed.lengths_U[user_N] - held_out
     interactions = {
         "user_id:token": user_N[training_N],
         "item_id:token": handed.items_N[training_N],
@@ -134,11 +136,19 @@ def _pad(
     counts_B: np.ndarray,
     longest: int,
 ) -> np.ndarray:
-    """Jagged rows as (B, longest), −1 behind the shorter ones."""
+    """Jagged rows as (B, longest), −1 behind the shorter ones.
+
+    Two users, of whom the second has one candidate less:
+
+        rows_C   [8, 9, 11,   3, 0]
+        counts_B [3, 2]
+        padded   [[8, 9, 11], [3, 0, -1]]
+    """
     rows_BC = np.full(
         (len(counts_B), longest),
         -1,
         np.int64,
     )
-    rows_BC[np.arange(longest) < counts_B[:, None]] = rows_C
+    is_row_BC = np.arange(longest) < counts_B[:, None]
+    rows_BC[is_row_BC] = rows_C
     return rows_BC

@@ -64,6 +64,11 @@ class Handed:
 
         users: places 0 … U − 1, int64 (B,). Returns the items, int64 (B, longest), on the left and
         0 elsewhere; and how many they are, int64 (B,).
+
+        Of the users above, padded([0, 1], back=1, longest=2), the histories before the test item:
+
+            items    [[1, 0], [9, 2]]
+            lengths  [2, 2]
         """
         seen_B = self.lengths_U[users] - back
         kept_B = np.minimum(seen_B, longest)
@@ -83,6 +88,11 @@ class Handed:
         """All else of users' histories, which their held-out item is not compared with.
 
         Jagged: places among `users`, int64 (E,), and rows of M, int64 (E,).
+
+        Of the users above, other_items([0, 1], back=1), without the test items 8 and 10:
+
+            user_E  [0, 0, 1, 1, 1]
+            rows_E  [1, 0, 4, 9, 2]
         """
         lengths_B = self.lengths_U[users]
         starts_B = np.cumsum(lengths_B) - lengths_B
@@ -101,7 +111,11 @@ def sampled_positions(
     """The position of each user's first candidate among the sampled ones, int64 (B,).
 
     As trainer/evaluation/sampled.py has it: ties, and scores that are no numbers, count against
-    the first candidate.
+    the first candidate. Two users, of whom the second has one candidate less:
+
+        scores_BC        [[0.5, 0.9, 0.1], [0.2, 0.2, 0.7]]
+        is_candidate_BC  [[  1,   1,   1], [  1,   1,   0]]
+        positions        [2, 2]
     """
     is_below_BC = scores_BC[:, :1] > scores_BC
     return (~is_below_BC & is_candidate_BC).sum(1)
@@ -116,7 +130,12 @@ def full_positions(
 
     As trainer/evaluation/full.py has it: 1 + other items, not excluded, whose score is not less.
     excluded: users and places of equal lengths; a pair may stand there twice, or name the ranked
-    item.
+    item. Two users of a domain with three items, where the first has had item 1:
+
+        scores_BN  [[0.5, 0.9, 0.1], [0.2, 0.4, 0.7]]
+        place_B    [0, 1]
+        excluded   ([0], [1])
+        positions  [1, 2]
     """
     user_B = np.arange(len(place_B))
     is_other_BN = np.ones(scores_BN.shape, bool)

@@ -322,7 +322,10 @@ class Epochs:
 
 
 def _describe_config(config: Config) -> dict[str, Any]:
-    """RecBole's configuration for a record: the model's and the training's, and what was changed."""
+    """RecBole's configuration for a record: of the model and its training, and what was changed.
+
+    Values that JSON does not have are left out.
+    """
     names = {*config.internal_config_dict, *config.external_config_dict} - _UNRECORDED
     values = {}
     for name in sorted(names):
@@ -345,7 +348,10 @@ def _versions() -> dict[str, str | None]:
 
 
 def _take_output() -> Say:
-    """Writes values to standard output; what RecBole prints goes to standard error from now on."""
+    """Takes standard output for lines of JSON.
+
+    What RecBole prints goes to standard error from now on.
+    """
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -357,6 +363,7 @@ def _take_output() -> Say:
 
 
 def _end_with_caller() -> None:
+    """Ends the process where standard input does."""
     while os.read(0, 4096):
         pass
     os._exit(1)

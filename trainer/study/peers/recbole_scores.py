@@ -58,7 +58,8 @@ class Scores:
         """The mean over domains of NDCG@10 of the validation items among their candidates."""
         rows_UC = self._candidates["validation"]
         positions = []
-        for users in self._batches(np.arange(len(rows_UC)), rows_UC.shape[1]):
+        every_user = np.arange(len(rows_UC))
+        for users in self._batches(every_user, rows_UC.shape[1]):
             rows_BC = rows_UC[users]
             scores_BC = self._score(
                 users,
@@ -103,7 +104,10 @@ class Scores:
         users: np.ndarray,
         rows: int,
     ) -> list[np.ndarray]:
-        """Some users at a time; rows: that are scored for each."""
+        """Some users at a time, so many that their scores fit into memory.
+
+        rows: that are scored for each.
+        """
         if self._pairs_only:
             size = self.config["eval_batch_size"] // rows
         else:
@@ -118,7 +122,10 @@ class Scores:
         split: str,
         rows: np.ndarray,
     ) -> np.ndarray:
-        """Scores, float32 (B, C), of rows (B, C), or of the same rows for all, (C,)."""
+        """Scores, float32 (B, C), of rows (B, C), or of the same rows for all, (C,).
+
+        users: places 0 … U − 1. split: how much of their histories the model sees.
+        """
         self.model.eval()
         numbers = self._item_number[rows]
         shape = (len(users), numbers.shape[-1])
