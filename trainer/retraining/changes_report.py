@@ -121,6 +121,7 @@ def _drift(drift: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _time(seconds: dict[str, float]) -> list[str]:
+    """Seconds of each stage."""
     stages = []
     for stage, spent in seconds.items():
         stages.append(f"{stage} {spent:,.0f} s")

@@ -26,6 +26,7 @@ class Day:
 
     @property
     def path(self) -> Path:
+        """The day's own folder."""
         return self.folder / DAYS / self.name
 
     @property
@@ -35,10 +36,12 @@ class Day:
 
     @property
     def dataset(self) -> Path:
+        """The dataset with the day's logs."""
         return self.path / "dataset"
 
     @property
     def run(self) -> Path:
+        """The run that is trained on it."""
         return self.path / "run"
 
     @property
@@ -48,14 +51,17 @@ class Day:
 
     @property
     def plan(self) -> Path:
+        """What the retraining began from."""
         return self.path / PLAN
 
     @property
     def result(self) -> Path:
+        """How it ended; the day is done once the file is there."""
         return self.path / RESULT
 
     @property
     def report(self) -> Path:
+        """The result in words."""
         return self.path / REPORT
 
     def read_extension(self) -> dict[str, Any] | None:

@@ -116,6 +116,7 @@ class _Retraining:
         return result
 
     def _extend_dataset(self) -> None:
+        """Makes the day's dataset; done where its folder is there."""
         if self.day.dataset.is_dir():
             return
         arguments = _prepare_arguments(
@@ -127,6 +128,7 @@ class _Retraining:
         self._run_stage("extending the dataset", command)
 
     def _train(self) -> None:
+        """Trains the day's run to its end. Raises InputError where it left no test record."""
         if self.day.trained.exists():
             return
         arguments = _train_arguments(
@@ -159,6 +161,7 @@ class _Retraining:
         return published
 
     def _launcher(self) -> list[str]:
+        """Words before the scripts that may run as several ranks."""
         return self.config.launcher or [sys.executable]
 
     def _run_stage(
@@ -183,6 +186,7 @@ class _Retraining:
             )
 
     def _is_decided(self) -> bool:
+        """Whether the day's candidate serves or was refused."""
         return self._serves() or self._is_refused()
 
     def _serves(self) -> bool:
@@ -254,6 +258,7 @@ def _make_plan(
     config: RetrainConfig,
     day: Day,
 ) -> dict[str, Any]:
+    """A plan that begins with the version that serves now (warm start)."""
     newest = 0
     for file in day.folder.glob(f"{DAYS}/*/{PLAN}"):
         newest = max(newest, read_json(file)["number"])

@@ -136,6 +136,7 @@ def _is_same_run(
     current: Record,
     identity: Record,
 ) -> bool:
+    """Whether the candidate is the run that serves, on the same dataset."""
     return all(current.get(name) == value for name, value in identity.items())
 
 
@@ -180,6 +181,7 @@ class _Change(NamedTuple):
 
 
 def _mean_change(changes: dict[str, _Change]) -> _Change:
+    """The mean over domains."""
     now = []
     then = []
     for change in changes.values():

@@ -158,6 +158,7 @@ class Registry:
         return record
 
     def _version_before_current(self, versions: list[str]) -> str:
+        """The newest version that is older than the current one. Raises InputError."""
         current = self._current_number()
         older = []
         if current is not None and current.isdecimal():
@@ -206,4 +207,5 @@ def check_version(version: Path) -> None:
 
 
 def _now() -> str:
+    """For people: UTC, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -39,6 +39,7 @@ def write_days(
 
 
 def _lead(newest: Result) -> list[str]:
+    """A sentence on the newest day."""
     name = newest["name"]
     if newest["published"]:
         return [f"{name}: published as version {newest['published']}."]
@@ -128,6 +129,7 @@ def _add_mean(
     label: str,
     dash: str,
 ) -> None:
+    """Adds a model's mean over domains, where any day has one."""
     means = [_mean(result, model) for result in results]
     if all(mean is None for mean in means):
         return
@@ -144,6 +146,7 @@ def _plot_new_items(
     results: list[Result],
     domains: list[plots.Style],
 ) -> go.Figure | None:
+    """Stacked bars: items that each day brought, by domain (item cold start)."""
     figure = go.Figure()
     extended = [result for result in results if result["extension"]]
     for domain in domains:
@@ -177,6 +180,7 @@ def _plot_drift(
     results: list[Result],
     domains: list[plots.Style],
 ) -> go.Figure | None:
+    """A line for each domain: the mean cosine of items' vectors with those before."""
     figure = go.Figure()
     measured = [result for result in results if result["drift"]]
     for domain in domains:
@@ -198,6 +202,7 @@ def _plot_drift(
 
 
 def _plot_time(results: list[Result]) -> go.Figure | None:
+    """Stacked bars: each day's seconds, by stage."""
     figure = go.Figure()
     days = _day_labels(results)
     names: dict[str, None] = {}
@@ -247,6 +252,7 @@ def _by_day(
 
 
 def _days_table(results: list[Result]) -> Table:
+    """A line for each of the newest days."""
     columns = [
         "day",
         "published",
@@ -265,6 +271,7 @@ def _days_table(results: list[Result]) -> Table:
 
 
 def _days_row(result: Result) -> list[Cell]:
+    """The line of a day."""
     published = Cell("no", "worse")
     if result["published"]:
         published = Cell(f"version {result['published']}")

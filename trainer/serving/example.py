@@ -185,6 +185,7 @@ def _plain(
 
 
 def _plain_object(value: dict[str, Any]) -> dict[str, Any]:
+    """`_plain` of a JSON object's values, by their keys."""
     for name in value:
         if not _KEY.fullmatch(name):
             raise ValueError(f"it has a key {name!r}")
@@ -316,6 +317,7 @@ class Recommender:
         return vector
 
     def _known_events(self, history: list[tuple[float, str, str]]) -> list[Event]:
+        """The interactions with items that the model knows, by their rows."""
         events = []
         for time, name, item in history:
             if name in self.domains and item in self.domains[name].rows:

@@ -133,6 +133,7 @@ def _begin(
     output: Path,
     partial: Path,
 ) -> None:
+    """Makes the partial folder. Raises InputError where the output is there already."""
     if output.exists():
         raise InputError(
             f"output {output} is there already: name another folder or remove it"
@@ -313,6 +314,7 @@ def _write_ids(
     folder: Path,
     ids: pa.Array,
 ) -> None:
+    """Writes a domain's raw ids as UTF-8, end to end."""
     text = ids.cast(pa.large_string())
     _, offset_buffer, byte_buffer = text.buffers()
     bytes_N = np.frombuffer(byte_buffer or b"", np.uint8)
@@ -329,6 +331,7 @@ def _write_encoder(
     folder: Path,
     encoder: UserEncoder,
 ) -> None:
+    """Writes an encoder. Raises InputError for one that services would not load."""
     program = io.BytesIO()  # a full disk ends a process that lets PyTorch write to it
     torch.export.save(exported(encoder), program)
     (folder / ENCODER).write_bytes(program.getbuffer())
@@ -345,6 +348,7 @@ def _write_index(
     folder: Path,
     name: str,
 ) -> None:
+    """Writes a FAISS index of a domain's vectors. Raises InputError."""
     import faiss
 
     items = np.load(
@@ -378,6 +382,7 @@ def _make_index(
     name: str,
     width: int,
 ) -> "faiss.Index":
+    """An empty FAISS index, by inner product. Raises InputError."""
     try:
         import faiss
     except ImportError:

@@ -108,6 +108,7 @@ class RecommendationFiles:
         dataset: Dataset,
         skip_damaged: bool,
     ) -> None:
+        """Runs the stage. Called on the first rank."""
         report = Reasons() if skip_damaged else None
         threads = len(os.sched_getaffinity(0))
         scratch = self._work.scratch
@@ -215,6 +216,7 @@ class RecommendationFiles:
         histories: UserHistories,
         tops: list[DomainTop],
     ) -> None:
+        """Runs a part's stage. Called on the first rank."""
         with self._work.stage(_stage(part)) as folder:
             for top in tops:
                 domain = scorer.served.dataset.domains[top.domain]
@@ -292,6 +294,7 @@ class RecommendationFiles:
 
 
 def _stage(part: int) -> str:
+    """The name of a part's stage."""
     return f"parts/{part:05d}"
 
 

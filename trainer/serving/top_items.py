@@ -284,6 +284,7 @@ class Scorer:
         rows_Uk: np.ndarray,
         scores_Uk: np.ndarray,
     ) -> list[list[DomainTop]]:
+        """Takes apart the users of parts, and the columns of domains."""
         batch_size = self.config.batch_size
         parts = []
         first_user = 0

@@ -289,6 +289,7 @@ class _DatasetHistories:
         histories: Histories,
         batch: pa.RecordBatch,
     ) -> UserHistories:
+        """The histories of a batch of users; those whose block is damaged are left out."""
         number_B = batch["number"].to_numpy()
         known_B = number_B >= 0
         read = histories.read(number_B[known_B])
@@ -366,6 +367,7 @@ def _user_files(config: AskedConfig) -> list[str]:
 
 
 def _columns(config: AskedConfig) -> dict[str, str]:
+    """The columns of the logs, by role."""
     return {
         "user": config.user_column,
         "item": config.item_column,
@@ -386,6 +388,7 @@ def _require_users(
     users: int,
     config: AskedConfig,
 ) -> None:
+    """Raises InputError where no user is named."""
     if not users:
         raise InputError(
             f"{config.users}: names no user: there is nobody to recommend to"

@@ -93,6 +93,7 @@ class Commands:
                 signal.signal(number, handler)
 
     def _launcher(self) -> list[str | Path]:
+        """Words before a script: torchrun for several ranks."""
         if self.ranks == 1:
             return [sys.executable]
         torchrun = Path(sys.executable).with_name("torchrun")

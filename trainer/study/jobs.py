@@ -210,6 +210,7 @@ class JobRunner:
         )
 
     def _home(self, job: Job) -> Path:
+        """The job's folder."""
         return self.output / "runs" / job.name
 
     def _describe(self, job: Job) -> dict[str, Any]:
@@ -228,6 +229,7 @@ class JobRunner:
         return settings
 
     def _ranks_file(self, job: Job) -> Path:
+        """The test ranks by user: the last file that a job leaves."""
         if job.recbole:
             return self.folder(job) / RECBOLE_RANKS
         return self.folder(job) / RANKS.format(split="test")
@@ -250,6 +252,7 @@ class JobRunner:
         return None
 
     def _train_and_evaluate(self, job: Job) -> None:
+        """Runs a system: launch/train.py, then launch/evaluate.py among all items."""
         log = self._home(job) / _LOG
         run = self.folder(job)
         base = [f"--config={file}" for file in self.base]
@@ -279,6 +282,7 @@ class JobRunner:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
     def _run_recbole(self, job: Job) -> None:
+        """Runs a baseline of RecBole's."""
         config = self.config
         with (self._home(job) / _LOG).open("a") as log:
             run_recbole(
@@ -314,6 +318,7 @@ class JobRunner:
         total: int,
         left: str,
     ) -> Table:
+        """The jobs that run, with their best validation so far."""
         table = Table(
             title=f"{done} of {total} runs done, about {left} left",
             title_justify="left",
@@ -358,10 +363,12 @@ def _select(
     records: list[dict[str, Any]],
     kind: str,
 ) -> list[dict[str, Any]]:
+    """The records of a kind."""
     return [record for record in records if record["kind"] == kind]
 
 
 def _best_validation(validations: list[dict[str, Any]]) -> float:
+    """The best mean of HEADLINE; of at least one record."""
     return max(record["mean"][HEADLINE] or 0.0 for record in validations)
 
 

@@ -189,6 +189,7 @@ def _plot_sweep(
     key: str,
     points: list[SweepResult],
 ) -> go.Figure:
+    """Lines over a setting's values: the mean metric by ranking."""
     figure = go.Figure()
     values = [str(point.value) for point in points]
     styles = plots.styles(list(RANKINGS))

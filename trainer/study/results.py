@@ -155,6 +155,7 @@ class _Seed(NamedTuple):
 
     @classmethod
     def join(cls, runs: list[RunResult]) -> "_Seed":
+        """Puts the runs of single domains together."""
         user_U = np.concatenate([run.user for run in runs])
         domain_U = np.concatenate([run.domain for run in runs])
         order = np.argsort(user_U, kind="stable")
@@ -273,6 +274,7 @@ def _summarise(
     value: float,
     replicates: np.ndarray,
 ) -> PairedDifference:
+    """The 95 % confidence interval and the p of bootstrap replicates (R,)."""
     low, high = np.percentile(replicates, (2.5, 97.5))
     below = np.mean(replicates <= 0)
     above = np.mean(replicates >= 0)

@@ -193,6 +193,7 @@ class _StudyRunner:
         return work
 
     def _read_trials(self, jobs: list[Job]) -> list[Trial]:
+        """Validations of the jobs that have not failed."""
         trials = []
         for job in jobs:
             if job not in self.runner.failed:
@@ -265,12 +266,14 @@ class _StudyRunner:
         name: str,
         runs: list[list[Job]],
     ) -> SystemResults:
+        """A system's results. runs: by seed, one job or one for each domain."""
         results = []
         for jobs in runs:
             results.append([self.runner.read(job) for job in jobs])
         return collect_results(name, results)
 
     def _sweep_results(self) -> dict[str, list[SweepResult]]:
+        """By key: SyNCRec with each value whose run has not failed."""
         by_key: dict[str, list[SweepResult]] = {}
         for point in self.sweeps:
             if point.job in self.runner.failed:

@@ -209,6 +209,7 @@ def _format_p(p: float) -> str:
 
 
 def _difference_cell(difference: PairedDifference) -> Cell:
+    """Coloured where the confidence interval leaves 0 out."""
     sense = ""
     if difference.is_significant:
         sense = _sense(difference.value)
@@ -220,6 +221,7 @@ def _sweep_table(
     key: str,
     points: list[SweepResult],
 ) -> Table:
+    """A line for each value of a setting."""
     domains = len(study.dataset.domains)
     columns = [key, "validation"]
     columns += [f"test, {RANKED[ranking]}" for ranking in RANKINGS]
@@ -244,6 +246,7 @@ def _sweep_table(
 
 
 def _cost_table(study: Study) -> Table:
+    """Time, epochs and speed of each system."""
     rows = []
     for name, results in study.results.items():
         cells = [
@@ -291,6 +294,7 @@ def _tuning_table(study: Study) -> Table | None:
 
 
 def _systems_table(study: Study) -> Table:
+    """What each ablation and baseline changes in the base."""
     rows = []
     for name in study.results:
         if name in SYSTEMS:
@@ -329,6 +333,7 @@ def mean_metric(
 
 
 def _sense(value: float) -> str:
+    """The colour of a difference."""
     if value > 0:
         return "better"
     return "worse" if value < 0 else ""

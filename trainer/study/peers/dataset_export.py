@@ -120,6 +120,7 @@ def _write_tsv(
     file: Path,
     columns: dict[str, np.ndarray],
 ) -> None:
+    """Writes columns as RecBole reads them: a header with types, and tabs."""
     options = csv.WriteOptions(include_header=False, delimiter="\t")
     header = "\t".join(columns) + "\n"
     with open(file, "wb") as stream:

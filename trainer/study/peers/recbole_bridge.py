@@ -213,6 +213,7 @@ def _check_exported(
     folder: Path,
     made_from: dict[str, Any],
 ) -> None:
+    """Raises InputError unless the folder holds what would be exported now."""
     try:
         before = json.loads((folder / "about.json").read_text())
     except (OSError, ValueError):
@@ -356,6 +357,7 @@ class _Run:
             )
 
     def _summarise(self, result: Result) -> None:
+        """Says how a run has ended."""
         model = result["model"]
         epochs = len(result["epochs"])
         seconds = _time(result["seconds"])

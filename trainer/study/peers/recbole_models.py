@@ -51,6 +51,7 @@ def list_models(package: Path) -> dict[str, str | None]:
 
 
 def main() -> None:
+    """Prints the models of the RecBole that this Python has."""
     models = None
     spec = importlib.util.find_spec("recbole")
     if spec and spec.origin:

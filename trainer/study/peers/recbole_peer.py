@@ -193,6 +193,7 @@ def _refuse_unknown(
     config: Config,
     model: str,
 ) -> None:
+    """Raises Refused, with near names, for an option that RecBole does not have."""
     known = set(config.internal_config_dict).union(*config.parameters.values())
     for name in options.keys() - known:
         near = difflib.get_close_matches(
@@ -210,6 +211,7 @@ def _load_config(
     model: str,
     settings: dict[str, Any],
 ) -> Config:
+    """RecBole's Config of settings over its defaults for the model."""
     arguments = sys.argv
     sys.argv = sys.argv[:1]  # RecBole reads the command line too
     try:
@@ -285,6 +287,7 @@ class Epochs:
         return validation, {}
 
     def _keep_model(self) -> None:
+        """Copies the weights of the best epoch."""
         model = self.scores.model
         self._best_state = {}
         for name, tensor in model.state_dict().items():
@@ -292,6 +295,7 @@ class Epochs:
         self._best_others = copy.deepcopy(model.other_parameter())
 
     def _check_limits(self, epoch: dict[str, Any]) -> None:
+        """Ends training by patience or by minutes (early stopping)."""
         without_better = epoch["epoch"] - self.best["epoch"]
         if 0 < self.task["patience"] <= without_better:
             raise TrainingEnded("patience")
@@ -338,6 +342,7 @@ def _describe_config(config: Config) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
+    """Of Python and the packages; None for one that is not there."""
     versions: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in ("recbole", "torch", "numpy"):
         try:
