@@ -308,12 +308,12 @@ class Recommender:
         weight = self.domains[domain].weight
         if weight:
             own_events = [event for event in events if event[1] == domain]
-            own = self._encode(
+            domain_vector = self._encode(
                 self.domains[domain].encoder,
                 own_events,
                 now,
             )
-            vector = (1 - weight) * vector + weight * own
+            vector = (1 - weight) * vector + weight * domain_vector
         return vector
 
     def _known_events(self, history: list[tuple[float, str, str]]) -> list[Event]:

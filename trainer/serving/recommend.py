@@ -44,7 +44,7 @@ def recommend(
     output: str | Path,
     ranks: Ranks,
     config: RecommendConfig,
-    asked: AskedConfig,
+    histories_config: AskedConfig,
     data: str | Path | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def recommend(
     Raises InputError for whatever is wrong with the run, the logs, the users, a domain's name or
     the folder. It also names what differs from an earlier call that was killed.
     """
-    check_memory(asked)
+    check_memory(histories_config)
     output = Path(output)
     run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     domains = _select_domains(dataset, config.domains)
-    request = _Request(Path(run), dataset, domains, config, asked)
+    request = _Request(Path(run), dataset, domains, config, histories_config)
     made_from = by_the_first(request.describe, ranks.first)
     record = by_the_first(lambda: _read_finished(output, made_from), ranks.first)
     if record is not None:
@@ -72,9 +72,9 @@ def recommend(
         Stages(ranks.first) as stages,
         RecommendationFiles(output, ranks, stages, made_from, fresh) as files,
     ):
-        counts = files.write_histories(asked, dataset, skip_damaged)
+        counts = files.write_histories(histories_config, dataset, skip_damaged)
         scorer = Scorer(served, domains, config)
-        files.write_parts(scorer, counts, asked.part_users)
+        files.write_parts(scorer, counts, histories_config.part_users)
         made_from["best_step"] = served.best["step"]
         return files.deliver(made_from, counts)
 

@@ -67,27 +67,27 @@ class PartReader:
         self._parts = parts
         self._newest: tuple[int, UserHistories] | None = None
 
-    def read(self, place: int) -> UserHistories:
-        """All users of the part in that place."""
+    def read(self, index: int) -> UserHistories:
+        """All users of the part at that index of `parts`."""
         newest = self._newest
-        if newest is not None and newest[0] == place:
+        if newest is not None and newest[0] == index:
             return newest[1]
-        number = self._parts[place]
+        number = self._parts[index]
         # The first rank has written them, perhaps on another host.
         histories = patiently(
             lambda: read_histories(self._folder, number), Patience(self._folder)
         )
-        self._newest = (place, histories)
+        self._newest = (index, histories)
         return histories
 
     def read_users(
         self,
-        place: int,
+        index: int,
         begin: int,
         count: int,
     ) -> UserHistories:
         """Some users of a part."""
-        part = self.read(place)
+        part = self.read(index)
         end = begin + count
         first = int(part.lengths_B[:begin].sum())
         last = int(part.lengths_B[:end].sum())

@@ -255,8 +255,8 @@ class _Run:
         self.work.mkdir(parents=True)
         try:
             self.say(f"{model}: handing over")
-            given = Path(given or self.work / "given").resolve()
-            handed = _export_dataset(dataset, given, task)
+            exported = Path(given or self.work / "given").resolve()
+            handed = _export_dataset(dataset, exported, task)
             trained = self._train(python, handed, task)
             self._write_ranks(handed)
         finally:

@@ -77,12 +77,12 @@ class TrainingEnded(Exception):
 
 def main() -> None:
     """Answers on standard output."""
-    given, task_file, ranks = map(Path, sys.argv[1:])
+    folder, task_file, ranks = map(Path, sys.argv[1:])
     say = _take_output()
     threading.Thread(target=_end_with_caller, daemon=True).start()
     task = json.loads(task_file.read_text())
     try:
-        say({"found": train(Handed(given), task, ranks, say)})
+        say({"found": train(Handed(folder), task, ranks, say)})
     except Refused as error:
         say({"error": str(error)})
 
