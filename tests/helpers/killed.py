@@ -5,11 +5,11 @@ import signal
 
 import launch.recommend
 from trainer.distributed.process_exit import run_script
-from trainer.serving.recommend import _Recommendations
+from trainer.serving.recommendation_files import RecommendationFiles
 
 
 def with_kill(parts):
-    write, written = _Recommendations._write, []
+    write, written = RecommendationFiles._write_part, []
 
     def counted(self, part, *others):
         if len(written) == parts:
@@ -17,7 +17,7 @@ def with_kill(parts):
         write(self, part, *others)
         written.append(part)
 
-    _Recommendations._write = counted
+    RecommendationFiles._write_part = counted
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError
-from trainer.retraining.publish import _came
+from trainer.retraining.publish import find_newest_users
 from trainer.training.loop import train
 
 NEVER = 3600.0
@@ -228,7 +228,7 @@ class Meeting:
             np.save(folder / "extension" / "users.npy", np.arange(7))
         dist.barrier()
         with self.late(1, "*/extension/users.npy", 1.5):
-            extended, came_U = _came(Dataset.load(folder))
+            extended, came_U = find_newest_users(Dataset.load(folder))
         return [extended, int(came_U.sum())]
 
 

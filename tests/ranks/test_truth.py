@@ -11,7 +11,7 @@ import pytest
 from trainer.data.prepare.pipeline import PrepareConfig, prepare
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.evaluation.user_ranks import read_ranks
-from trainer.study.results import compared, gathered
+from trainer.study.results import RunResult, collect_results, paired_difference
 
 ROOT = Path(__file__).parents[2]
 HARMED, RELATED = "ads", ("shop", "video")
@@ -61,11 +61,14 @@ def study(tmp_path_factory):
 
 def ranks_of(study, *runs):
     facts = {"validation": 0.0, "seconds": 0.0, "users_per_second": 0.0, "epochs": 0}
-    return gathered(
+    return collect_results(
         "one",
         [
             [
-                read_ranks(study / "runs" / run / "run" / "ranks-test.parquet") | facts
+                RunResult(
+                    **read_ranks(study / "runs" / run / "run" / "ranks-test.parquet"),
+                    **facts,
+                )
                 for run in runs
             ]
         ],
@@ -89,7 +92,7 @@ def test_the_harmed_domain_is_as_good_as_alone_and_the_related_ones_are_better(s
     ours = ranks_of(study, "SyNCRec-seed=0")
     alone = ranks_of(study, *(f"SDSR-{name}-seed=0" for name in (HARMED, *RELATED)))
     harmed, *related = (
-        compared(ours, alone, "full", domain=domain) for domain in range(3)
+        paired_difference(ours, alone, "full", domain=domain) for domain in range(3)
     )
     assert harmed.high > 0 and harmed.value > -0.015
     assert (

@@ -1,15 +1,18 @@
-"""Every day again: new logs onto the dataset, training that begins with the model that serves, and publishing, as one job.
+"""Nightly retraining as one job: extends the dataset, trains from the model that serves, publishes.
 
     FOLDER/days/NAME/plan.json      what this retraining began from: fixed when it first began
     FOLDER/days/NAME/dataset        the dataset with the new logs
-    FOLDER/days/NAME/run            the run
+    FOLDER/days/NAME/run            the run (warm start)
     FOLDER/days/NAME/retrain.json   how it ended; report.md says it in words
-    FOLDER/published                what serves (trainer/retraining/publish.py)
+    FOLDER/published                what serves (trainer/retraining/published.py)
 
-Each stage leaves something that the next call finds: killed anywhere, the same command goes on
-there. A day that is refused stays out of what follows, and so does one that was rolled back: the
-next one extends the dataset of the version that serves, and their logs may be given again. What a
-stage has done is read from what it left: a launcher's status may say anything."""
+Each stage leaves something that the next call sees: killed anywhere, the same command goes on from
+there. A day that is refused stays out of what follows, and so does one that was rolled back. The
+next day extends the dataset of the version that serves, and their logs may be given again. What a
+stage has done is read from what it left: a launcher's status may say anything.
+
+This process loads neither PyTorch nor an engine; the stages are processes of their own.
+"""
 
 import contextlib
 import json
@@ -18,424 +21,395 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from safetensors.numpy import load_file
+from typing import Any
 
 from trainer.config.retraining import RetrainConfig
-from trainer.data.prepare.extend import EXTENSION
 from trainer.errors import InputError
 from trainer.files.atomic import write_json, write_text
 from trainer.files.staged import exclusive
 from trainer.reporting.run_log import METRICS_FILE, read_records
-from trainer.retraining.publish import CURRENT, REFUSED, current_version
+from trainer.retraining.changes_report import changes_report
+from trainer.retraining.day import (
+    DAYS,
+    PLAN,
+    PUBLISHED,
+    REPORT,  # noqa: F401 (moved)
+    Day,
+    read_json,
+    read_results,
+)
+from trainer.retraining.item_drift import measure_drift
+from trainer.retraining.published import (
+    CURRENT,
+    MODEL,
+    REFUSED,
+    VERSION,
+    VERSIONS,
+    read_current_version,
+    version_folder,
+)
 from trainer.retraining.report import write_days
 
-PUBLISHED, PLAN, RESULT, REPORT = "published", "plan.json", "retrain.json", "report.md"
-_NOT_DONE = (
+_SCRIPTS = Path(__file__).resolve().parents[2] / "launch"
+_NO_TEST_RECORD = (
     "holds no test record: its own lines say why; the same command goes on there"
 )
-_SCRIPTS = Path(__file__).resolve().parents[2] / "launch"
+_NEITHER = (
+    "neither serves nor was refused: its own lines say why; the same command goes on "
+    "there"
+)
+# What a plan may say; its entries become words of commands.
+_PLAN_FORMS = {
+    "extends": r"days/(?!\.)[^/]+/dataset",
+    "before": r"versions/\d+/model",
+    "warm_start": r"(?!.*\$\{).+",  # a run's folder may lie anywhere
+}
 
 
-def retrain(config: RetrainConfig, scripts: Path = _SCRIPTS) -> dict:
-    """Does what of the day's stages is left, and returns what retrain.json says. scripts: where launch/*.py are.
+def retrain(
+    config: RetrainConfig,
+    scripts: Path = _SCRIPTS,
+) -> dict[str, Any]:
+    """Does what is left of the day's stages, and returns the content of its retrain.json.
 
-    Raises InputError: another retraining is at work in the folder, a stage failed (its own lines say why), or it cannot be
-    written.
+    scripts: the folder of launch/*.py.
+
+    Raises InputError where another retraining is at work in the folder, where a stage failed (its
+    own lines say why), or where the folder cannot be written.
     """
-    folder, seconds = Path(config.folder).resolve(), {}
-    with _alone(folder):
-        day = folder / "days" / config.name
-        if (day / RESULT).is_file():
-            return _read(day / RESULT)
-        plan = _plan(config, folder, day)
-        if not (day / "dataset").is_dir():
-            _run(
-                "extending the dataset",
-                [
-                    sys.executable,
-                    scripts / "prepare.py",
-                    *_prepare_words(config, plan, day),
-                ],
-                seconds,
-            )
-        if not (day / "trained").exists():
-            _run(
-                "training",
-                [
-                    *_launcher(config),
-                    scripts / "train.py",
-                    *_train_words(config, plan, day),
-                ],
-                seconds,
-            )
-            if not _is_tested(day / "run"):
-                raise InputError(
-                    f"training ended with status 0, but {day / 'run'} {_NOT_DONE}"
-                )
-            (day / "trained").touch()
-        words = [
-            *_launcher(config),
-            scripts / "publish.py",
-            *_publish_words(config, folder, day),
-        ]
-        _run(
-            "publishing",
-            words,
-            seconds,
-            expected=lambda: _serves(folder, day) or _refused(folder, day),
-        )
-        published = _serves(folder, day)
-        if not published and not _refused(folder, day):
-            raise InputError(
-                f"publishing ended with status 0, but {day / 'run'} neither serves nor was refused: its own lines say why; "
-                "the same command goes on there"
-            )
-        result = _result(config, folder, day, plan, published) | {"seconds": seconds}
-        write_text(day / REPORT, report_of(result))
-        write_days(folder, _results(folder, result))
-        write_json(day / RESULT, result)
-        _tidy(config, folder)
+    folder = Path(config.folder).resolve()
+    day = Day(folder, config.name)
+    with _exclusive_folder(folder):
+        if day.result.is_file():
+            return read_json(day.result)
+        return _Retraining(config, day, scripts).run()
+
+
+class _Retraining:
+    """The stages of one day, each a process of its own whose output is this one's."""
+
+    def __init__(
+        self,
+        config: RetrainConfig,
+        day: Day,
+        scripts: Path,
+    ) -> None:
+        self.config = config
+        self.day = day
+        self.scripts = scripts
+        self.plan = _begin_plan(config, day)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All stages, then the reports. The result is written last: the day is done then."""
+        day = self.day
+        self._extend_dataset()
+        self._train()
+        published = self._publish()
+        result = self._describe_result(published)
+        write_text(day.report, changes_report(result))
+        write_days(day.folder, read_results(day.folder, result))
+        write_json(day.result, result)
+        _remove_old_days(day.folder, self.config.keep_days)
         return result
 
+    def _extend_dataset(self) -> None:
+        """Makes the day's dataset; done where its folder is there."""
+        if self.day.dataset.is_dir():
+            return
+        arguments = _prepare_arguments(
+            self.config,
+            self.plan,
+            self.day,
+        )
+        command = [sys.executable, self.scripts / "prepare.py", *arguments]
+        self._run_stage("extending the dataset", command)
 
-def report_of(result) -> str:
-    """The changes report, Markdown."""
-    lines = [f"# Retraining {result['name']}", ""]
-    if result["published"]:
-        lines += [f"Published as version {result['published']}.", ""]
-    else:
-        lines += [
-            "**Not published.** Yesterday's model goes on serving. Against it speaks:",
-            "",
-        ]
-        lines += [f"- {reason}" for reason in result["reasons"]]
-        lines += [
-            "",
-            "Its logs are in no later dataset: give them again once they are right.",
-            "",
-        ]
-    lines += [
-        "## NDCG@10 on the newest held-out items",
-        "",
-        "| domain | users | candidate | current | 95 % | when published |",
-    ]
-    lines += ["|---|---:|---:|---:|---|---:|"]
-    for name, figures in result["domains"].items():
-        interval = (figures["difference"] or {}).get("interval")
-        within = (
-            "–" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    def _train(self) -> None:
+        """Trains the day's run to its end. Raises InputError where it left no test record."""
+        if self.day.trained.exists():
+            return
+        arguments = _train_arguments(
+            self.config,
+            self.plan,
+            self.day,
         )
-        numbers = [_number(figures[which]) for which in ("candidate", "current")]
-        users = f"{figures['users']:,}" + ("" if figures["newest"] else " (all)")
-        lines.append(
-            f"| {name} | {users} | {' | '.join(numbers)} | {within} | {_number(figures['when_published'])} |"
-        )
-    if result["extension"]:
-        facts = result["extension"]
-        lines += ["", "## Logs", ""]
-        lines.append(
-            f"{facts['arrived']:,} rows came; {facts['delivered_before']:,} had come before, {facts['late']:,} were late, "
-            f"{facts['before_window']:,} older than the window. {facts['users']['before']:,} users became "
-            f"{facts['users']['now']:,}."
-            + (" Domains were laid out anew." if facts["laid_out_anew"] else "")
-        )
-        lines += [
-            "",
-            "| domain | items | new | retired | interactions | before |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for name, own in facts["domains"].items():
-            numbers = [
-                own[key]
-                for key in (
-                    "items",
-                    "new",
-                    "retired",
-                    "interactions",
-                    "interactions_before",
-                )
-            ]
-            lines.append(
-                f"| {name} | {' | '.join(f'{number:,}' for number in numbers)} |"
-            )
-    if result["drift"]:
-        lines += [
-            "",
-            "## How far item vectors moved",
-            "",
-            "| domain | items in both | mean cosine | lowest 5 % |",
-        ]
-        lines += ["|---|---:|---:|---:|"]
-        for name, own in result["drift"].items():
-            lines.append(
-                f"| {name} | {own['items']:,} | {own['mean']:.3f} | {own['p5']:.3f} |"
-            )
-    seconds = ", ".join(
-        f"{what} {spent:,.0f} s" for what, spent in result["seconds"].items()
-    )
-    return "\n".join([*lines, "", f"Time: {seconds}.", ""])
-
-
-def drift(before: Path, after: Path) -> dict:
-    """By domain, the cosines between the vectors that items of two exports have in both: how many, their mean and p5."""
-    found = {}
-    known = {facts["name"]: before / facts["folder"] for facts in _domains(before)}
-    for facts in _domains(after):
-        if facts["name"] not in known:
-            continue
-        places = [known[facts["name"]], after / facts["folder"]]
-        old_ids, new_ids = (_ids(place) for place in places)
-        where = pc.index_in(new_ids, value_set=old_ids).to_numpy(zero_copy_only=False)
-        new_places = np.flatnonzero(~np.isnan(where.astype(np.float64)))
-        old_places = where[new_places].astype(np.int64)
-        old, new = (
-            np.load(place / "items.npy", mmap_mode="r", allow_pickle=False)
-            for place in places
-        )
-        if not len(new_places) or old.shape[1] != new.shape[1]:
-            continue
-        pair = (
-            np.asarray(old[old_places], np.float64),
-            np.asarray(new[new_places], np.float64),
-        )
-        lengths = np.maximum(
-            np.prod([np.linalg.norm(each, axis=1) for each in pair], axis=0), 1e-30
-        )
-        cosines = (pair[0] * pair[1]).sum(1) / lengths
-        found[facts["name"]] = {
-            "items": len(cosines),
-            "mean": float(cosines.mean()),
-            "p5": float(np.quantile(cosines, 0.05)),
-        }
-    return found
-
-
-def _domains(model):
-    """What an export's schema says of its domains. Raises InputError where a folder is none of its own."""
-    domains = _read(model / "schema.json")["domains"]
-    for facts in domains:
-        if not re.fullmatch(r"domain-\d+", facts["folder"]):
+        command = [*self._launcher(), self.scripts / "train.py", *arguments]
+        self._run_stage("training", command)
+        if not _is_tested(self.day.run):
             raise InputError(
-                f"{model / 'schema.json'}: {facts['folder']!r} is no domain's folder"
+                f"training ended with status 0, but {self.day.run} {_NO_TEST_RECORD}"
             )
-    return domains
+        self.day.trained.touch()
+
+    def _publish(self) -> bool:
+        """Whether the day's candidate serves now; it was refused otherwise."""
+        arguments = _publish_arguments(self.config, self.day)
+        command = [*self._launcher(), self.scripts / "publish.py", *arguments]
+        self._run_stage(
+            "publishing",
+            command,
+            self._is_decided,
+        )
+        published = self._serves()
+        if not published and not self._is_refused():
+            raise InputError(
+                f"publishing ended with status 0, but {self.day.run} {_NEITHER}"
+            )
+        return published
+
+    def _launcher(self) -> list[str]:
+        """Words before the scripts that may run as several ranks."""
+        return self.config.launcher or [sys.executable]
+
+    def _run_stage(
+        self,
+        stage: str,
+        command: list[str | Path],
+        is_expected: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Runs a command, and notes its seconds.
+
+        Raises InputError for any status but 0, unless `is_expected` says that it is no failure.
+        """
+        now = time.strftime("%H:%M:%S")
+        print(f"[{now}] {stage}", flush=True)
+        begun = time.monotonic()
+        status = subprocess.run([str(word) for word in command]).returncode
+        self.seconds[stage] = time.monotonic() - begun
+        if status and not is_expected():
+            raise InputError(
+                f"{stage} ended with status {status}: its own lines say why; the same "
+                "command goes on there"
+            )
+
+    def _is_decided(self) -> bool:
+        """Whether the day's candidate serves or was refused."""
+        return self._serves() or self._is_refused()
+
+    def _serves(self) -> bool:
+        """Whether this day's candidate is the version that serves."""
+        current = read_current_version(self.day.published)
+        if current is None:
+            return False
+        return Path(current["run"]) == self.day.run.resolve()
+
+    def _is_refused(self) -> bool:
+        """Whether this day's candidate is the one that was refused last."""
+        file = self.day.published / REFUSED
+        if not file.is_file():
+            return False
+        return Path(read_json(file)["run"]) == self.day.run.resolve()
+
+    def _describe_result(self, published: bool) -> dict[str, Any]:
+        """What retrain.json says."""
+        if published:
+            record = read_current_version(self.day.published)
+        else:
+            record = read_json(self.day.published / REFUSED)
+        drift = {}
+        if published:
+            drift = self._measure_drift(record["number"])
+        return {
+            "name": self.config.name,
+            "number": self.plan["number"],
+            "published": record["number"] if published else None,
+            "reasons": record["reasons"],
+            "domains": record["domains"],
+            "extension": self.day.read_extension(),
+            "drift": drift,
+            "seconds": self.seconds,
+        }
+
+    def _measure_drift(self, number: str) -> dict[str, Any]:
+        """How far items moved from the model that served when the day began."""
+        if self.plan["before"] is None:
+            return {}
+        before = self.day.published / self.plan["before"]
+        if not before.is_dir():
+            return {}
+        return measure_drift(before, version_folder(self.day.published, number) / MODEL)
 
 
-def _plan(config, folder, day):
-    """What the retraining begins from, as it was when it first began."""
-    if (day / PLAN).is_file():
-        plan = _own_places(day / PLAN, _read(day / PLAN))
+def _begin_plan(
+    config: RetrainConfig,
+    day: Day,
+) -> dict[str, Any]:
+    """What the retraining begins from; a later call of the same day gets the first one's."""
+    if day.plan.is_file():
+        plan = read_json(day.plan)
+        _check_plan(day.plan, plan)
         if plan["input"] != config.input:
             raise InputError(
-                f"{day}: was begun with input {plan['input']}, not {config.input}: give that, or another name"
+                f"{day.path}: was begun with input {plan['input']}, not {config.input}: "
+                "give that, or another name"
             )
         return plan
-    current = current_version(folder / PUBLISHED)
-    base = _day_of(folder, current)
-    plan = {
-        "name": config.name,
-        "input": config.input,
-        "number": 1
-        + max(
-            (_read(file)["number"] for file in folder.glob(f"days/*/{PLAN}")), default=0
-        ),
-        "extends": None if base is None else f"days/{base['name']}/dataset",
-        "warm_start": None if current is None else current["run"],
-        "before": None
-        if current is None
-        else json.loads((folder / PUBLISHED / CURRENT).read_text())["model"],
-    }
-    _own_places(day / PLAN, plan)
-    day.mkdir(parents=True, exist_ok=True)
-    write_json(day / PLAN, plan)
+    plan = _make_plan(config, day)
+    _check_plan(day.plan, plan)
+    day.path.mkdir(parents=True, exist_ok=True)
+    write_json(day.plan, plan)
     return plan
 
 
-def _own_places(file, plan):
-    """The plan. Raises InputError where a record in the folder has led it elsewhere: its places become words of commands."""
-    forms = {
-        "extends": r"days/(?!\.)[^/]+/dataset",
-        "before": r"versions/\d+/model",
-        "warm_start": r"(?!.*\$\{).+",  # a run's folder may lie anywhere
+def _make_plan(
+    config: RetrainConfig,
+    day: Day,
+) -> dict[str, Any]:
+    """A plan that begins with the version that serves now (warm start)."""
+    newest = 0
+    for file in day.folder.glob(f"{DAYS}/*/{PLAN}"):
+        newest = max(newest, read_json(file)["number"])
+    current = read_current_version(day.published)
+    base = _find_base_day(day.folder, current)
+    extends = None
+    if base is not None:
+        extends = f"days/{base['name']}/dataset"
+    warm_start = None
+    before = None
+    if current is not None:
+        warm_start = current["run"]
+        pointer = json.loads((day.published / CURRENT).read_text())
+        before = pointer["model"]
+    return {
+        "name": config.name,
+        "input": config.input,
+        "number": newest + 1,
+        "extends": extends,
+        "warm_start": warm_start,
+        "before": before,
     }
-    for name, form in forms.items():
-        place = plan.get(name)
-        if place is not None and not (
-            isinstance(place, str) and re.fullmatch(form, place)
-        ):
+
+
+def _check_plan(
+    file: Path,
+    plan: dict[str, Any],
+) -> None:
+    """Raises InputError where a record in the folder has led the plan elsewhere."""
+    for name, form in _PLAN_FORMS.items():
+        entry = plan.get(name)
+        if entry is None:
+            continue
+        if not (isinstance(entry, str) and re.fullmatch(form, entry)):
             raise InputError(
-                f"{file}: {name} is {place!r}, which no retraining here writes: remove the day's folder"
+                f"{file}: {name} is {entry!r}, which no retraining here writes: remove "
+                "the day's folder"
             )
     if not isinstance(plan.get("number"), int):
         raise InputError(
             f"{file}: its number is {plan.get('number')!r}: remove the day's folder"
         )
-    return plan
 
 
-def _day_of(folder, current):
-    """The retrain.json of the day whose model serves; where another run's does, of the newest day
-    that was published."""
-    published = [result for result in _results(folder) if result["published"]]
+def _find_base_day(
+    folder: Path,
+    current: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """The result of the day whose model serves.
+
+    Where another run's model serves: of the newest day that was published.
+    """
+    published = [result for result in read_results(folder) if result["published"]]
     for result in published:
-        if current is not None and (
-            folder / "days" / result["name"] / "run"
-        ).resolve() == Path(current["run"]):
+        run = Day(folder, result["name"]).run.resolve()
+        if current is not None and run == Path(current["run"]):
             return result
     return published[-1] if published else None
 
 
-def _prepare_words(config, plan, day):
-    words = [
-        "--input",
-        *config.input,
-        "--output",
-        day / "dataset",
-        "--keep-log",
-        "--memory",
-        config.memory,
-    ]
-    for role in ("user", "item", "domain", "time"):
-        words += [f"--{role}-column", getattr(config, f"{role}_column")]
-    words += ["--min-user", config.min_user, "--min-item", config.min_item]
-    words += ["--domain", config.domain] if config.domain else []
-    words += ["--days", config.days] if config.days else []
-    words += ["--time-unit", config.time_unit] if config.time_unit else []
+def _prepare_arguments(
+    config: RetrainConfig,
+    plan: dict[str, Any],
+    day: Day,
+) -> list[Any]:
+    """Of launch/prepare.py."""
+    words: list[Any] = ["--input", *config.input]
+    words += ["--output", day.dataset]
+    words += ["--keep-log"]
+    words += ["--memory", config.memory]
+    words += ["--user-column", config.user_column]
+    words += ["--item-column", config.item_column]
+    words += ["--domain-column", config.domain_column]
+    words += ["--time-column", config.time_column]
+    words += ["--min-user", config.min_user]
+    words += ["--min-item", config.min_item]
+    if config.domain:
+        words += ["--domain", config.domain]
+    if config.days:
+        words += ["--days", config.days]
+    if config.time_unit:
+        words += ["--time-unit", config.time_unit]
     if plan["extends"] is not None:
-        words += [
-            "--extend",
-            day.parents[2] / plan["extends"],
-            *(["--retire"] if config.retire else []),
-        ]
+        words += ["--extend", day.folder / plan["extends"]]
+        if config.retire:
+            words += ["--retire"]
     return words
 
 
-def _train_words(config, plan, day):
-    words = [word for file in config.base for word in ("--config", file)]
-    words += [f"data={day / 'dataset'}", f"run={day / 'run'}", *config.settings]
+def _train_arguments(
+    config: RetrainConfig,
+    plan: dict[str, Any],
+    day: Day,
+) -> list[Any]:
+    """Of launch/train.py."""
+    words: list[Any] = []
+    for file in config.base:
+        words += ["--config", file]
+    words += [f"data={day.dataset}"]
+    words += [f"run={day.run}"]
+    words += config.settings
     if plan["warm_start"] is not None:
-        words += [f"warm_start={plan['warm_start']}", *config.warm_settings]
+        words += [f"warm_start={plan['warm_start']}"]
+        words += config.warm_settings
     return words
 
 
-def _publish_words(config, folder, day):
-    words = [
-        "--candidate",
-        day / "run",
-        "--to",
-        folder / PUBLISHED,
-        "--tolerance",
-        config.tolerance,
-        "--fall",
-        config.fall,
-    ]
-    words += ["--domain-fall", config.domain_fall, "--own-fall", config.own_fall]
-    return [*words, "--least-users", config.least_users, "--keep", config.keep]
+def _publish_arguments(
+    config: RetrainConfig,
+    day: Day,
+) -> list[Any]:
+    """Of launch/publish.py."""
+    words: list[Any] = ["--candidate", day.run]
+    words += ["--to", day.published]
+    words += ["--tolerance", config.tolerance]
+    words += ["--fall", config.fall]
+    words += ["--domain-fall", config.domain_fall]
+    words += ["--own-fall", config.own_fall]
+    words += ["--least-users", config.least_users]
+    words += ["--keep", config.keep]
+    return words
 
 
-def _launcher(config):
-    return config.launcher or [sys.executable]
-
-
-def _is_tested(run):
+def _is_tested(run: Path) -> bool:
     """Whether a run has come to its end, which is when its best model is tested."""
     try:
-        return any(
-            record["kind"] == "test" for record in read_records(run / METRICS_FILE)
-        )
+        records = read_records(run / METRICS_FILE)
     except OSError:
         return False
+    return any(record["kind"] == "test" for record in records)
 
 
-def _serves(folder, day):
-    """Whether this day's candidate is the version that serves."""
-    current = current_version(folder / PUBLISHED)
-    return current is not None and Path(current["run"]) == (day / "run").resolve()
-
-
-def _refused(folder, day):
-    """Whether this day's candidate is the one that was refused last."""
-    file = folder / PUBLISHED / REFUSED
-    return file.is_file() and Path(_read(file)["run"]) == (day / "run").resolve()
-
-
-def _run(what, words, seconds, expected=lambda: False):
-    """A stage in a process of its own, whose output is ours; its time goes to `seconds`. Returns its status; raises InputError
-    for any but 0, unless `expected` says that it means no failure."""
-    print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
-    begun = time.monotonic()
-    status = subprocess.run([str(word) for word in words]).returncode
-    seconds[what] = time.monotonic() - begun
-    if status and not expected():
-        raise InputError(
-            f"{what} ended with status {status}: its own lines say why; the same command goes on there"
-        )
-    return status
-
-
-def _result(config, folder, day, plan, published):
-    record = (
-        current_version(folder / PUBLISHED)
-        if published
-        else _read(folder / PUBLISHED / REFUSED)
-    )
-    extension = day / "dataset" / EXTENSION / "extension.json"
-    moved = {}
-    if (
-        published
-        and plan["before"] is not None
-        and (folder / PUBLISHED / plan["before"]).is_dir()
-    ):
-        moved = drift(
-            folder / PUBLISHED / plan["before"],
-            folder / PUBLISHED / "versions" / record["number"] / "model",
-        )
-    return {
-        "name": config.name,
-        "number": plan["number"],
-        "published": record["number"] if published else None,
-        "reasons": record["reasons"],
-        "domains": record["domains"],
-        "extension": _read(extension) if extension.is_file() else None,
-        "drift": moved,
-    }
-
-
-def _results(folder, *more):
-    """What every day's retrain.json says, and more such, in the order of the days. Raises InputError where one says that it is
-    another folder's: by their names folders are removed."""
-    results = list(more)
-    for file in folder.glob(f"days/*/{RESULT}"):
-        result = _read(file)
-        if result.get("name") != file.parent.name or not isinstance(
-            result.get("number"), int
-        ):
-            raise InputError(f"{file}: is not this day's: remove the day's folder")
-        results.append(result)
-    return sorted(results, key=lambda result: result["number"])
-
-
-def _tidy(config, folder):
-    """Takes datasets and runs away that nothing needs any more: those of the newest days and of published versions stay."""
-    results = _results(folder)
-    versions = [
-        _read(file) for file in (folder / PUBLISHED / "versions").glob("*/version.json")
-    ]
-    runs = {Path(version["run"]) for version in versions}
-    for result in results[: -config.keep_days]:
-        day = folder / "days" / result["name"]
-        if (day / "run").resolve() not in runs:
-            for part in ("dataset", "run"):
-                shutil.rmtree(day / part, ignore_errors=True)
+def _remove_old_days(
+    folder: Path,
+    keep_days: int,
+) -> None:
+    """Removes datasets and runs, but for those of the newest days and of published versions."""
+    runs = set()
+    versions = folder / PUBLISHED / VERSIONS
+    for file in versions.glob(f"*/{VERSION}"):
+        runs.add(Path(read_json(file)["run"]))
+    for result in read_results(folder)[:-keep_days]:
+        day = Day(folder, result["name"])
+        if day.run.resolve() not in runs:
+            shutil.rmtree(day.dataset, ignore_errors=True)
+            shutil.rmtree(day.run, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _alone(folder):
+def _exclusive_folder(folder: Path) -> Iterator[None]:
+    """Within it no other process retrains in the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = exclusive(folder / ".lock")
@@ -447,23 +421,3 @@ def _alone(folder):
         )
     with lock:
         yield
-
-
-def _ids(folder):
-    """The raw ids of an export's domain as text."""
-    stored = load_file(folder / "ids.safetensors")
-    text, offsets = stored["bytes"].tobytes(), stored["offsets"]
-    return pa.LargeStringArray.from_buffers(
-        len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(text)
-    )
-
-
-def _number(value):
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _read(file):
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error})") from None

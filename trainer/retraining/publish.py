@@ -1,417 +1,426 @@
-"""Publishing a model where it is not worse than the one that serves, and only whole.
+"""Publishes a model where it is not worse than the one that serves, and only whole.
 
-    PUBLISHED/versions/0001/model/         what launch/export.py writes, for services
-    PUBLISHED/versions/0001/version.json   the run and dataset it is of, and how well it did
-    PUBLISHED/current.json                 names the version that serves; replaced in one move
-    PUBLISHED/refused.json                 why the newest candidate was not published, if it was not
+The folder of published versions is drawn in trainer/retraining/published.py.
 
-Both models rank the newest held-out items of the candidate's dataset: those of users who came with its newest logs, as the
-current model would have met them. A candidate is refused where a domain is worse than the tolerance, and where the day itself
-is unlike those before: where the figure falls far below the one with which the current model was published, or where it makes
-far less difference than then whose item it is (trainer/evaluation/personalization.py).
+Both models rank the newest held-out items of the candidate's dataset: those of users who came with
+its newest logs, as the current model would have met them. A candidate is refused where a domain is
+worse than the tolerance. It is also refused where the day itself is unlike those before: where the
+figure falls far below the one with which the current model was published, or where a held-out item
+gains far less than then by its own user (trainer/evaluation/personalization.py).
+
+Legend of shapes: U users of the dataset, B users that a domain is judged by.
 """
 
-import contextlib
-import datetime
 import hashlib
-import json
-import re
-import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.best_model import TableSlot, best_model, config_of, open_run
+from trainer.checkpoint.best_model import TableSlot, config_of, open_run
 from trainer.checkpoint.save import best_checkpoint
 from trainer.config.retraining import PublishConfig
-from trainer.data.format.dataset import File, stays_inside
-from trainer.data.prepare.extend import EXTENSION
+from trainer.config.serving import ExportConfig
+from trainer.data.format.dataset import Dataset, Domain
 from trainer.distributed.agreement import by_the_first
 from trainer.distributed.consensus import on_all_ranks, require_same
-from trainer.errors import InputError
+from trainer.distributed.process_group import Ranks
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.personalization import DrawnUsers, own_item_gains
-from trainer.evaluation.sampled import evaluate_split
-from trainer.files.atomic import Patience, move_folder, patiently, write_json
-from trainer.files.staged import exclusive
+from trainer.evaluation.sampled import Candidates, evaluate_split
+from trainer.files.atomic import Patience, patiently
 from trainer.reporting.run_log import HEADLINE
-from trainer.serving.example import load_encoder, plain_program
-from trainer.serving.export import ENCODER, SCHEMA, ExportConfig, export_run
+from trainer.retraining.day import EXTENSION
+from trainer.retraining.published import MODEL, read_current_version
+from trainer.retraining.registry import (
+    Record,
+    Registry,
+    roll_back,  # noqa: F401 (moved)
+)
+from trainer.serving.export import export_run
+from trainer.serving.served_model import ServedModel
 
 _UNLIKE = "the logs are unlike those before"
-CURRENT, REFUSED, VERSION, MODEL = (
-    "current.json",
-    "refused.json",
-    "version.json",
-    "model",
-)
 
 
-def publish(candidate, published, ranks, config: PublishConfig, data=None) -> dict:
-    """Compares a finished run's model with the current one, and publishes or refuses it. Called on all ranks; returns the
-    record, whose `published` is the version's number or None, and whose `reasons` say why not.
+def publish(
+    candidate: str | Path,
+    published: str | Path,
+    ranks: Ranks,
+    config: PublishConfig,
+    data: str | Path | None = None,
+) -> Record:
+    """Compares a finished run's model with the current one, and publishes or refuses it.
 
-    data: the candidate's dataset where it has moved. A run that is published already is left as it is. Raises InputError: the
-    candidate cannot be used, another process publishes here, or nothing can be written; `current.json` is then as it was.
+    Called on all ranks. data: the candidate's dataset where it has moved. Returns the record: its
+    `published` is the version's number or None, and its `reasons` say why not. A run that serves
+    already is left alone.
+
+    Raises InputError where the candidate cannot be used, another process publishes here, or
+    nothing can be written; `current.json` is then as it was.
     """
-    published = Path(published)
-    with _alone(published, ranks):
-        current = by_the_first(lambda: current_version(published), ranks.first)
+    registry = Registry(Path(published))
+    with registry.hold_lock(ranks):
+        current = by_the_first(
+            lambda: read_current_version(registry.folder), ranks.first
+        )
         run_config, dataset = open_run(
             candidate, data, of_all_domains=True, ranks=ranks
         )
-        _, best, _ = best_checkpoint(Path(candidate), ranks)
-        identity = {
-            "run": str(Path(candidate).resolve()),
-            "best": best,
-            "dataset": dataset.fingerprint,
-        }
-        if current and all(
-            current.get(name) == value for name, value in identity.items()
-        ):
+        identity = _identify(candidate, dataset, ranks)
+        if current is not None and _is_same_run(current, identity):
             return current | {"published": current["number"], "reasons": []}
         slot = TableSlot()  # one table for both models, and for what is exported
-        others_U = None
+        current_test = None
         if current is not None:
-            other_config = config_of(current["run"])
-            others_U, _ = _ranks(
-                *best_model(current["run"], other_config, dataset, ranks, slot),
-                other_config,
-                dataset,
-                ranks,
-            )
-        trained = best_model(candidate, run_config, dataset, ranks, slot)
-        record = identity | _compared(
-            trained, others_U, current, run_config, dataset, ranks, config
-        )
-        record["reasons"] = reasons_against(record["domains"], config)
+            current_test = _rank_by_run(current["run"], dataset, ranks, slot)
+        served = ServedModel.load(candidate, run_config, dataset, ranks, slot)
+        comparison = _Comparison(served, current, current_test, config)
+        record = identity | comparison.measure()
+        record["reasons"] = find_refusal_reasons(record["domains"], config)
         if record["reasons"]:
-            return by_the_first(lambda: _refuse(published, record), ranks.first)
-        number = by_the_first(lambda: _begin(published), ranks.first)
-        partial = published / "versions" / f"{number}.partial"
+            return by_the_first(lambda: registry.refuse(record), ranks.first)
+        version = _Version(registry, record, config)
+        return version.publish(candidate, served, data)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The next version of a registry, and its record."""
+
+    registry: Registry
+    record: Record
+    config: PublishConfig
+
+    def publish(
+        self,
+        candidate: str | Path,
+        served: ServedModel,
+        data: str | Path | None,
+    ) -> Record:
+        """Exports the candidate, and makes it the version that serves. Called on all ranks."""
+        ranks = served.ranks
+        number = by_the_first(self.registry.begin_version, ranks.first)
         export_run(
-            candidate, partial / MODEL, ranks, ExportConfig(config.dtype), data, trained
+            candidate,
+            self.registry.partial_folder(number) / MODEL,
+            ranks,
+            ExportConfig(self.config.dtype),
+            data,
+            (served.model, served.table, served.best),
         )
+        record = self.record | {"number": number}
         return by_the_first(
-            lambda: _finish(published, partial, record | {"number": number}, config),
-            ranks.first,
+            lambda: self.registry.finish_version(record, self.config), ranks.first
         )
 
 
-def reasons_against(domains, config: PublishConfig) -> list[str]:
-    """What speaks against publishing, a line a domain and rule. domains: as `publish` records them."""
-    found, pairs = [], {}
+def _identify(
+    candidate: str | Path,
+    dataset: Dataset,
+    ranks: Ranks,
+) -> Record:
+    """What tells one candidate from another."""
+    _, best, _ = best_checkpoint(Path(candidate), ranks)
+    return {
+        "run": str(Path(candidate).resolve()),
+        "best": best,
+        "dataset": dataset.fingerprint,
+    }
+
+
+def _is_same_run(
+    current: Record,
+    identity: Record,
+) -> bool:
+    """Whether the candidate is the run that serves, on the same dataset."""
+    return all(current.get(name) == value for name, value in identity.items())
+
+
+def find_refusal_reasons(
+    domains: dict[str, dict[str, Any]],
+    config: PublishConfig,
+) -> list[str]:
+    """What speaks against publishing, a line for each domain and rule.
+
+    domains: figures by domain, as `publish` records them.
+    """
+    reasons = []
+    changes = {}
     for name, figures in domains.items():
-        candidate, current, then = (
-            figures[which] for which in ("candidate", "current", "when_published")
-        )
+        candidate = figures["candidate"]
+        current = figures["current"]
+        then = figures["when_published"]
         if candidate is None or current is None:
             continue
         if candidate < (1 - config.tolerance) * current:
-            found.append(
+            reasons.append(
                 f"{name}: {HEADLINE} {candidate:.4f}, the current model has {current:.4f}"
             )
-        if then:
-            pairs[name] = candidate, then
-            if candidate < (1 - config.domain_fall) * then:
-                found.append(
-                    f"{name}: {HEADLINE} {candidate:.4f}, {then:.4f} when the current model was published: {_UNLIKE}"
-                )
-    if pairs:
-        now, then = (
-            float(np.mean(figures)) for figures in zip(*pairs.values(), strict=True)
-        )
-        if now < (1 - config.fall) * then:
-            changes = ", ".join(
-                f"{name} {100 * (each / before - 1):+.0f} %"
-                for name, (each, before) in pairs.items()
+        if not then:
+            continue
+        changes[name] = _Change(candidate, then)
+        if candidate < (1 - config.domain_fall) * then:
+            reasons.append(
+                f"{name}: {HEADLINE} {candidate:.4f}, {then:.4f} when the current model "
+                f"was published: {_UNLIKE}"
             )
-            found.append(
-                f"mean {HEADLINE} {now:.4f}, {then:.4f} when the current model was published: {_UNLIKE} ({changes})"
-            )
-    gains = {
-        name: (figures["own_item"], figures["own_item_then"])
-        for name, figures in domains.items()
-        if figures.get("own_item") is not None
-        and figures.get("own_item_then") is not None
-    }
-    if gains:
-        now, then = (float(np.mean(of)) for of in zip(*gains.values(), strict=True))
-        if then > 0 and now < (1 - config.own_fall) * then:
-            changes = ", ".join(
-                f"{name} {each:.4f} after {before:.4f}"
-                for name, (each, before) in gains.items()
-            )
-            found.append(
-                f"a held-out item's {HEADLINE} is {now:.4f} higher for its own user than for another's, it was {then:.4f} "
-                f"higher when the current model was published: items are not their users' ({changes})"
-            )
-    return found
+    reasons += _reasons_of_mean(changes, config)
+    reasons += _reasons_of_own_items(domains, config)
+    return reasons
 
 
-def current_version(published: Path) -> dict | None:
-    """What version.json says of the version that serves; None before the first. Raises InputError where it cannot be read."""
-    file = published / CURRENT
-    if not file.is_file():
-        return None
-    try:
-        number = json.loads(file.read_text(encoding="utf-8"))["version"]
-        if not (isinstance(number, str) and re.fullmatch(r"\d+", number)):
-            raise ValueError(f"{number!r} is no version's number")
-        return _record_of(published / "versions" / number / VERSION)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: cannot be used ({error}): name a version that is there with --rollback"
-        ) from None
+class _Change(NamedTuple):
+    """A domain's figure now, and when the current model was published."""
+
+    now: float
+    then: float
 
 
-def _record_of(file):
-    """What a version.json says. Raises OSError, ValueError."""
-    record = json.loads(file.read_text(encoding="utf-8"))
-    kinds = {"number": str, "run": str, "domains": dict}
-    valid = isinstance(record, dict)
-    valid = valid and all(
-        isinstance(record.get(name), kind) for name, kind in kinds.items()
-    )
-    valid = (
-        valid and re.fullmatch(r"\d+", record["number"]) and record["run"].isprintable()
-    )
-    if not valid:
-        raise ValueError(f"{file} is no version's record")
-    for figures in record["domains"].values():
-        before = (
-            [figures.get(name) for name in ("candidate", "own_item")]
-            if isinstance(figures, dict)
-            else ["none"]
+def _mean_change(changes: dict[str, _Change]) -> _Change:
+    """The mean over domains."""
+    now = []
+    then = []
+    for change in changes.values():
+        now.append(change.now)
+        then.append(change.then)
+    return _Change(float(np.mean(now)), float(np.mean(then)))
+
+
+def _reasons_of_mean(
+    changes: dict[str, _Change],
+    config: PublishConfig,
+) -> list[str]:
+    """The mean over domains has fallen far since the current model was published."""
+    if not changes:
+        return []
+    mean = _mean_change(changes)
+    if mean.now >= (1 - config.fall) * mean.then:
+        return []
+    words = []
+    for name, change in changes.items():
+        percent = 100 * (change.now / change.then - 1)
+        words.append(f"{name} {percent:+.0f} %")
+    return [
+        f"mean {HEADLINE} {mean.now:.4f}, {mean.then:.4f} when the current model was "
+        f"published: {_UNLIKE} ({', '.join(words)})"
+    ]
+
+
+def _reasons_of_own_items(
+    domains: dict[str, dict[str, Any]],
+    config: PublishConfig,
+) -> list[str]:
+    """Items gain far less by their own users than when the current model was published."""
+    changes = {}
+    for name, figures in domains.items():
+        now = figures.get("own_item")
+        then = figures.get("own_item_then")
+        if now is not None and then is not None:
+            changes[name] = _Change(now, then)
+    if not changes:
+        return []
+    mean = _mean_change(changes)
+    least = (1 - config.own_fall) * mean.then
+    if mean.then <= 0 or mean.now >= least:
+        return []
+    words = []
+    for name, change in changes.items():
+        words.append(f"{name} {change.now:.4f} after {change.then:.4f}")
+    return [
+        f"a held-out item's {HEADLINE} is {mean.now:.4f} higher for its own user than for "
+        f"another's, it was {mean.then:.4f} higher when the current model was published: "
+        f"items are not their users' ({', '.join(words)})"
+    ]
+
+
+class HeldOutPositions(NamedTuple):
+    """Where a model ranks each user's test item: int32 (U,), from 1; and the item's domain.
+
+    The position is 0 for a user without a test item. Four users, of whom the second has none:
+
+        position_U  [3, 0, 1, 12]
+        domain_U    [0, 0, 1,  1]
+    """
+
+    position_U: np.ndarray
+    domain_U: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A candidate beside the current model on the candidate's dataset.
+
+    current: the version that serves, and current_test: what its model ranks; None before the
+    first version.
+    """
+
+    candidate: ServedModel
+    current: Record | None
+    current_test: HeldOutPositions | None
+    config: PublishConfig
+
+    def measure(self) -> Record:
+        """Figures by domain, on the users by whom a domain is judged. Called on all ranks."""
+        dataset = self.candidate.dataset
+        extended, newest_U = find_newest_users(dataset)
+        wanted_U = newest_U if extended else np.ones(dataset.users, bool)
+        drawn = DrawnUsers(self.candidate.config, wanted_U)
+        test = _rank_test_items(self.candidate, drawn)
+        gains = own_item_gains(
+            self.candidate.model,
+            self.candidate.table,
+            self.candidate.config,
+            dataset,
+            self.candidate.ranks,
+            drawn,
+            self.config.least_users,
         )
-        if not all(
-            figure is None or isinstance(figure, int | float) for figure in before
-        ):
-            raise ValueError(f"{file}: its figures are none")
-    return record
-
-
-def roll_back(published, to=None) -> dict:
-    """Makes an older version the current one: the newest before it, or the version `to`. Raises InputError where there is none,
-    or its files are not whole."""
-    published = Path(published)
-    versions = _versions(published)
-    try:
-        current = json.loads((published / CURRENT).read_text(encoding="utf-8"))[
-            "version"
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        current = None
-    if not isinstance(current, str):
-        current = None
-    if to is None:
-        known = isinstance(current, str) and current.isdecimal()
-        older = [number for number in versions if known and int(number) < int(current)]
-        if not older:
-            raise InputError(
-                f"{published}: there is no version before {current}: there are {', '.join(versions) or 'none'}"
+        domains = {}
+        for number, domain in enumerate(dataset.domains):
+            own_U = (test.position_U > 0) & (test.domain_U == number)
+            figures = self._compare(
+                domain,
+                test,
+                own_U,
+                newest_U,
             )
-        to = older[-1]
-    if to not in versions:
-        raise InputError(
-            f"{published}: there is no version {to}: there are {', '.join(versions) or 'none'}"
-        )
-    try:
-        record = _record_of(published / "versions" / to / VERSION)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{published}: version {to} cannot be used ({error}): name another"
-        ) from None
-    _check(published / "versions" / to)
-    _point(published, to)
-    return record
-
-
-def _compared(trained, others_U, current, run_config, dataset, ranks, config):
-    """Figures by domain of both models, on the users by whom a domain is judged. trained: what `best_model` gave of the
-    candidate; others_U: the ranks by the current model, if there is one."""
-    extended, came_U = _came(dataset)
-    drawn = DrawnUsers(run_config, came_U if extended else np.ones(dataset.users, bool))
-    rank_U, domain_U = _ranks(*trained, run_config, dataset, ranks, drawn)
-    model, table, _ = trained
-    gains = own_item_gains(
-        model, table, run_config, dataset, ranks, drawn, config.least_users
-    )
-    found = {}
-    for number, domain in enumerate(dataset.domains):
-        own_U = (rank_U > 0) & (domain_U == number)
-        newest_U = own_U & came_U
-        judged_U = (
-            newest_U if np.count_nonzero(newest_U) >= config.least_users else own_U
-        )
-        (users,) = np.nonzero(judged_U)
-        means = GroupMeans(2, 1, run_config.seed)
-        pair = rank_U, rank_U if others_U is None else others_U
-        means.add(
-            users,
-            np.zeros((len(users), 1), np.int64),
-            [each_U[users] for each_U in pair],
-        )
-        figures = [means.figures(system, 0)[HEADLINE] for system in (0, 1)]
-        before = {} if current is None else current["domains"].get(domain.name, {})
-        found[domain.name] = {
-            "users": len(users),
-            "newest": bool(judged_U is newest_U),
-            "candidate": figures[0],
-            "current": None if others_U is None else figures[1],
-            "difference": None if others_U is None else means.difference(0, HEADLINE),
-            "when_published": before.get("candidate"),
-            "own_item": gains[number],
-            "own_item_then": before.get("own_item"),
+            published = self._published_figures(domain)
+            figures["when_published"] = published.get("candidate")
+            figures["own_item"] = gains[number]
+            figures["own_item_then"] = published.get("own_item")
+            domains[domain.name] = figures
+        return {
+            "domains": domains,
+            "against": None if self.current is None else self.current["number"],
+            "config": asdict(self.config),
         }
-    return {
-        "domains": found,
-        "against": None if current is None else current["number"],
-        "config": asdict(config),
-    }
+
+    def _compare(
+        self,
+        domain: Domain,
+        test: HeldOutPositions,
+        own_U: np.ndarray,
+        newest_U: np.ndarray,
+    ) -> Record:
+        """A paired comparison of both models. own_U: users whose test item is the domain's."""
+        newest_own_U = own_U & newest_U
+        enough = int(np.count_nonzero(newest_own_U)) >= self.config.least_users
+        (user_B,) = np.nonzero(newest_own_U if enough else own_U)
+        others = test if self.current_test is None else self.current_test
+        positions = [test.position_U[user_B], others.position_U[user_B]]
+        means = GroupMeans(
+            2,
+            1,
+            self.candidate.config.seed,
+        )
+        means.add(
+            user_B,
+            np.zeros((len(user_B), 1), np.int64),
+            positions,
+        )
+        current = None
+        difference = None
+        if self.current_test is not None:
+            current = means.figures(1, 0)[HEADLINE]
+            difference = means.difference(0, HEADLINE)
+        return {
+            "users": len(user_B),
+            "newest": enough,
+            "candidate": means.figures(0, 0)[HEADLINE],
+            "current": current,
+            "difference": difference,
+        }
+
+    def _published_figures(self, domain: Domain) -> Record:
+        """With which the current version was published; empty where it had no such domain."""
+        if self.current is None:
+            return {}
+        return self.current["domains"].get(domain.name, {})
 
 
-def _came(dataset):
-    """Whether the dataset extends another one, and which users came with its newest logs, (U,); the
-    same on all ranks."""
+def find_newest_users(dataset: Dataset) -> tuple[bool, np.ndarray]:
+    """Whether the dataset extends another one, and which users came with its newest logs, (U,).
+
+    Called on all ranks; the same on all of them.
+    """
     extended = on_all_ranks((dataset.folder / EXTENSION).is_dir)
     require_same({"a dataset with other newest logs": {"extended": extended}})
-    came_U = np.zeros(dataset.users, bool)
+    newest_U = np.zeros(dataset.users, bool)
     if extended:
-        newest = dataset.folder / EXTENSION / "users.npy"
-        patience = Patience(newest.parent)
+        file = dataset.folder / EXTENSION / "users.npy"
+        patience = Patience(file.parent)
         users = on_all_ranks(
-            lambda: patiently(lambda: np.load(newest, allow_pickle=False), patience)
+            lambda: patiently(lambda: np.load(file, allow_pickle=False), patience)
         )
-        require_same(
-            {
-                "a dataset with other newest logs": {
-                    "users": hashlib.sha256(users.tobytes()).hexdigest()[:16]
-                }
-            }
-        )
-        came_U[users] = True
-    return extended, came_U
+        digest = hashlib.sha256(users.tobytes()).hexdigest()
+        require_same({"a dataset with other newest logs": {"users": digest[:16]}})
+        newest_U[users] = True
+    return extended, newest_U
 
 
-def _ranks(model, table, _best, config, dataset, ranks, drawn=None):
-    """Each user's rank of the test item among the drawn ones, 0 of those without, and the item's domain; of all ranks. drawn: a
-    DrawnUsers that sees them too."""
-    found = torch.zeros(2, dataset.users, dtype=torch.int32)
-
-    def visit(candidates, ranks_B, scores_C):
-        real = candidates.user_B >= 0
-        users = torch.from_numpy(candidates.user_B[real])
-        found[0, users] = torch.from_numpy(ranks_B[real]).int()
-        found[1, users] = torch.from_numpy(candidates.domain_B[real]).int()
-        if drawn is not None:
-            drawn.visit(candidates, ranks_B, scores_C)
-
-    evaluate_split(model, table, dataset, ranks, config, "test", visit=visit)
-    dist.all_reduce(found)
-    return found.numpy()
-
-
-@contextlib.contextmanager
-def _alone(published, ranks):
-    """Within it no other process publishes here."""
-    lock = None
-
-    def take():
-        nonlocal lock
-        try:
-            published.mkdir(parents=True, exist_ok=True)
-            lock = exclusive(published / ".lock")
-        except OSError as error:
-            raise InputError(
-                f"{published} cannot be written: {error.strerror}"
-            ) from None
-        if lock is None:
-            raise InputError(
-                f"{published}: another process publishes here: wait for it or stop it"
-            )
-
-    try:
-        by_the_first(take, ranks.first)
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
+def _rank_by_run(
+    run: str,
+    dataset: Dataset,
+    ranks: Ranks,
+    slot: TableSlot,
+) -> HeldOutPositions:
+    """What the model of another run ranks; nothing of it is left in memory but its table."""
+    served = ServedModel.load(
+        run,
+        config_of(run),
+        dataset,
+        ranks,
+        slot,
+    )
+    return _rank_test_items(served)
 
 
-def _versions(published):
-    """Numbers of the versions that are there, as they are written, rising."""
-    names = [
-        path.name
-        for path in (published / "versions").glob("[0-9]*")
-        if path.name.isdecimal() and path.is_dir()
-    ]
-    return sorted(names, key=int)
+def _rank_test_items(
+    served: ServedModel,
+    drawn: DrawnUsers | None = None,
+) -> HeldOutPositions:
+    """Ranks each user's test item among the drawn negatives. Called on all ranks.
 
-
-def _refuse(published, record):
-    record |= {"published": None, "time": _now()}
-    write_json(published / REFUSED, record)
-    return record
-
-
-def _begin(published):
-    """The next version's number, and its folder begun anew."""
-    versions = published / "versions"
-    versions.mkdir(exist_ok=True)
-    for left in versions.glob("*.partial"):
-        shutil.rmtree(left)
-    number = f"{int((_versions(published) or ['0'])[-1]) + 1:04d}"
-    (versions / f"{number}.partial").mkdir()
-    return number
-
-
-def _finish(published, partial, record, config):
-    """Makes the version visible once it loads, and the one that serves; takes the oldest away."""
-    record |= {"published": record["number"], "time": _now()}
-    write_json(partial / VERSION, record)
-    _check(partial)
-    move_folder(partial, partial.with_suffix(""))
-    _point(published, record["number"])
-    (published / REFUSED).unlink(missing_ok=True)
-    for number in _versions(published)[: -1 - config.keep]:
-        shutil.rmtree(published / "versions" / number)
-    return record
-
-
-def _check(version):
-    """Every file of the model is whole, its encoders hold programs and nothing else, and the first of them loads. Raises
-    InputError."""
-    folder = version / MODEL
-    try:
-        schema = json.loads((folder / SCHEMA).read_text(encoding="utf-8"))
-        for name, facts in schema["files"].items():
-            if not stays_inside(name):
-                raise ValueError(f"{name!r} is no name of a file in it")
-            if not (folder / name).is_file() or File.of(folder, name) != File(
-                name, **facts
-            ):
-                raise InputError(
-                    f"{folder / name}: is not as it was exported: publish the run again"
-                )
-        for file in folder.glob(f"*/{ENCODER}"):
-            plain_program(file)
-        load_encoder(folder / ENCODER)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder}: does not load ({error}): publish the run again"
-        ) from None
-
-
-def _point(published, number):
-    write_json(
-        published / CURRENT,
-        {"version": number, "model": f"versions/{number}/{MODEL}", "since": _now()},
+    drawn: sees every user that is ranked.
+    """
+    dataset = served.dataset
+    table_2U = torch.zeros(
+        2,
+        dataset.users,
+        dtype=torch.int32,
     )
 
+    def visit(
+        candidates: Candidates,
+        positions_B: np.ndarray,
+        scores_C: np.ndarray,
+    ) -> None:
+        real = candidates.user_B >= 0
+        users = torch.from_numpy(candidates.user_B[real])
+        positions = torch.from_numpy(positions_B[real])
+        domains = torch.from_numpy(candidates.domain_B[real])
+        table_2U[0, users] = positions.int()
+        table_2U[1, users] = domains.int()
+        if drawn is not None:
+            drawn.visit(
+                candidates,
+                positions_B,
+                scores_C,
+            )
 
-def _now():
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    evaluate_split(
+        served.model,
+        served.table,
+        dataset,
+        served.ranks,
+        served.config,
+        "test",
+        visit=visit,
+    )
+    dist.all_reduce(table_2U)
+    position_U, domain_U = table_2U.numpy()
+    return HeldOutPositions(position_U, domain_U)

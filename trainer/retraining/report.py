@@ -1,6 +1,7 @@
-"""All days of a retraining on one page: how well each day's model does, what came, how far vectors moved, what it took."""
+"""All days of a retraining on one page: metrics, new items, drift and time, day by day."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,17 +14,23 @@ from trainer.reporting.run_log import HEADLINE, duration, number, printable
 PAGE = "report.html"
 _SHOWN = 30  # rows of the table, the newest days
 
+Result = dict[str, Any]  # what a day's retrain.json says
 
-def write_days(folder: Path, results: list[dict]) -> Path:
-    """Writes the page of a retraining's folder. results: what each day's retrain.json says, in their order."""
-    domains = plots.styles(
-        list(dict.fromkeys(name for result in results for name in result["domains"]))
-    )
+
+def write_days(
+    folder: Path,
+    results: list[Result],
+) -> Path:
+    """Writes the page of a retraining's folder. results: of every day, in their order."""
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys(result["domains"])
+    domains = plots.styles(list(names))
     page = table_page(
         folder.name,
         "retraining",
         _lead(results[-1]),
-        [_table(results)],
+        [_days_table(results)],
         _sections(results, domains),
         {},
     )
@@ -31,110 +38,177 @@ def write_days(folder: Path, results: list[dict]) -> Path:
     return folder / PAGE
 
 
-def _lead(newest):
+def _lead(newest: Result) -> list[str]:
+    """A sentence on the newest day."""
+    name = newest["name"]
     if newest["published"]:
-        return [f"{newest['name']}: published as version {newest['published']}."]
-    return [
-        f"{newest['name']}: not published, the model of before goes on serving. {'; '.join(newest['reasons'])}."
-    ]
+        return [f"{name}: published as version {newest['published']}."]
+    reasons = "; ".join(newest["reasons"])
+    return [f"{name}: not published, the model of before goes on serving. {reasons}."]
 
 
-def _sections(results, domains):
-    """Plots, with a title and a sentence."""
-    text = "The newest held-out items by each day's own model, a cross where it was not published; dashed: the mean by the "
-    found = [
+def _sections(
+    results: list[Result],
+    domains: list[plots.Style],
+) -> list[dict]:
+    """Plots, with a title and a sentence each."""
+    sections = [
         (
             f"{HEADLINE} day by day",
-            text + "model that served until then.",
-            _figures(results, domains),
+            "The newest held-out items by each day's own model, a cross where it was not "
+            "published; dashed: the mean by the model that served until then.",
+            _plot_metrics(results, domains),
         ),
         (
             "New items",
             "Items that the day's logs brought into each domain.",
-            _new_items(results, domains),
+            _plot_new_items(results, domains),
         ),
         (
             "How far item vectors moved",
             "Mean cosine of an item's vector and the one before.",
-            _moved(results, domains),
+            _plot_drift(results, domains),
         ),
-        ("Time", "Seconds of each stage.", _time(results)),
+        (
+            "Time",
+            "Seconds of each stage.",
+            _plot_time(results),
+        ),
     ]
-    return rendered(section for section in found if section[2] is not None)
+    return rendered(section for section in sections if section[2] is not None)
 
 
-def _figures(results, domains):
-    figure, days = go.Figure(), _days(results)
-    symbols = ["circle" if result["published"] else "x" for result in results]
-    sizes = [7 if result["published"] else 12 for result in results]
+def _plot_metrics(
+    results: list[Result],
+    domains: list[plots.Style],
+) -> go.Figure | None:
+    """A line for each domain, and means of the day's model and of the one until then."""
+    figure = go.Figure()
+    days = _day_labels(results)
+    symbols = []
+    sizes = []
+    for result in results:
+        symbols.append("circle" if result["published"] else "x")
+        sizes.append(7 if result["published"] else 12)
     for domain in domains:
-        values = [_of(result, domain.name, "candidate") for result in results]
-        marker = {"size": sizes, "symbol": symbols}
-        line = {"width": 2, **domain.line}
+        values = []
+        for result in results:
+            figures = result["domains"].get(domain.name) or {}
+            values.append(figures.get("candidate"))
         figure.add_scatter(
             x=days,
             y=values,
             mode="lines+markers",
             name=domain.label,
-            line=line,
-            marker=marker,
+            line={"width": 2, **domain.line},
+            marker={"size": sizes, "symbol": symbols},
         )
-    for which, label, dash in (
-        ("candidate", "mean", "solid"),
-        ("current", "mean, until then", "dash"),
-    ):
-        means = [_mean(result, which) for result in results]
-        if any(mean is not None for mean in means):
-            line = {"width": 3.5, "color": "#1f2933", "dash": dash}
-            figure.add_scatter(x=days, y=means, mode="lines", name=label, line=line)
+    _add_mean(
+        figure,
+        results,
+        "candidate",
+        "mean",
+        "solid",
+    )
+    _add_mean(
+        figure,
+        results,
+        "current",
+        "mean, until then",
+        "dash",
+    )
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(rangemode="tozero", tickformat=".2f")
     return _by_day(figure, 420)
 
 
-def _new_items(results, domains):
-    figure = go.Figure()
-    came = [result for result in results if result["extension"]]
-    for domain in domains:
-        values = [
-            result["extension"]["domains"].get(domain.name, {}).get("new", 0)
-            for result in came
-        ]
-        if any(values):
-            pattern = {
-                "shape": domain.hatch,
-                "fgcolor": "white",
-                "solidity": 0.25,
-                "size": 6,
-            }
-            marker = {"color": domain.colour, "pattern": pattern}
-            figure.add_bar(x=_days(came), y=values, name=domain.label, marker=marker)
-    return _by_day(figure, 300, barmode="stack", showlegend=True)
+def _add_mean(
+    figure: go.Figure,
+    results: list[Result],
+    model: str,
+    label: str,
+    dash: str,
+) -> None:
+    """Adds a model's mean over domains, where any day has one."""
+    means = [_mean(result, model) for result in results]
+    if all(mean is None for mean in means):
+        return
+    figure.add_scatter(
+        x=_day_labels(results),
+        y=means,
+        mode="lines",
+        name=label,
+        line={"width": 3.5, "color": "#1f2933", "dash": dash},
+    )
 
 
-def _moved(results, domains):
+def _plot_new_items(
+    results: list[Result],
+    domains: list[plots.Style],
+) -> go.Figure | None:
+    """Stacked bars: items that each day brought, by domain (item cold start)."""
     figure = go.Figure()
-    moved = [result for result in results if result["drift"]]
+    extended = [result for result in results if result["extension"]]
     for domain in domains:
-        values = [result["drift"].get(domain.name, {}).get("mean") for result in moved]
-        if any(value is not None for value in values):
-            line = {"width": 2, **domain.line}
-            figure.add_scatter(
-                x=_days(moved),
-                y=values,
-                mode="lines+markers",
-                name=domain.label,
-                line=line,
-            )
+        counts = []
+        for result in extended:
+            items = result["extension"]["domains"].get(domain.name, {})
+            counts.append(items.get("new", 0))
+        if not any(counts):
+            continue
+        pattern = {
+            "shape": domain.hatch,
+            "fgcolor": "white",
+            "solidity": 0.25,
+            "size": 6,
+        }
+        figure.add_bar(
+            x=_day_labels(extended),
+            y=counts,
+            name=domain.label,
+            marker={"color": domain.colour, "pattern": pattern},
+        )
+    return _by_day(
+        figure,
+        300,
+        barmode="stack",
+        showlegend=True,
+    )
+
+
+def _plot_drift(
+    results: list[Result],
+    domains: list[plots.Style],
+) -> go.Figure | None:
+    """A line for each domain: the mean cosine of items' vectors with those before."""
+    figure = go.Figure()
+    measured = [result for result in results if result["drift"]]
+    for domain in domains:
+        cosines = []
+        for result in measured:
+            drift = result["drift"].get(domain.name, {})
+            cosines.append(drift.get("mean"))
+        if all(cosine is None for cosine in cosines):
+            continue
+        figure.add_scatter(
+            x=_day_labels(measured),
+            y=cosines,
+            mode="lines+markers",
+            name=domain.label,
+            line={"width": 2, **domain.line},
+        )
     figure.update_traces(yhoverformat=".3f", showlegend=True)
     return _by_day(figure, 300)
 
 
-def _time(results):
-    figure, days = go.Figure(), _days(results)
-    stages = list(
-        dict.fromkeys(stage for result in results for stage in result["seconds"])
-    )
+def _plot_time(results: list[Result]) -> go.Figure | None:
+    """Stacked bars: each day's seconds, by stage."""
+    figure = go.Figure()
+    days = _day_labels(results)
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys(result["seconds"])
+    stages = list(names)
     for stage, style in zip(stages, plots.styles(stages), strict=True):
         figure.add_bar(
             x=days,
@@ -143,77 +217,95 @@ def _time(results):
             marker_color=style.colour,
         )
     figure.update_traces(yhoverformat=",.0f")
-    return _by_day(figure, 300, barmode="stack", showlegend=True)
+    return _by_day(
+        figure,
+        300,
+        barmode="stack",
+        showlegend=True,
+    )
 
 
-def _days(results):
-    """Their names as Plotly shows them letter by letter."""
+def _day_labels(results: list[Result]) -> list[str]:
+    """The days' names as Plotly shows them letter by letter."""
+    styles = plots.styles([result["name"] for result in results])
+    return [style.label for style in styles]
+
+
+def _by_day(
+    figure: go.Figure,
+    height: int,
+    **layout: Any,
+) -> go.Figure | None:
+    """The figure in the report's look, a day a tick; None where nothing is drawn in it."""
+    figure = plots.finished(
+        figure,
+        height,
+        **layout,
+    )
+    if figure is None:
+        return None
+    return figure.update_xaxes(
+        title=None,
+        type="category",
+        tickformat=None,
+    )
+
+
+def _days_table(results: list[Result]) -> Table:
+    """A line for each of the newest days."""
+    columns = [
+        "day",
+        "published",
+        HEADLINE,
+        "the model until then",
+        "rows",
+        "new items",
+        "time",
+    ]
+    text = (
+        f"The newest first, {_SHOWN} at most. {HEADLINE} is the mean of the domains; "
+        "each day's report.md says more."
+    )
+    rows = [_days_row(result) for result in reversed(results[-_SHOWN:])]
+    return Table("Days", text, columns, rows)
+
+
+def _days_row(result: Result) -> list[Cell]:
+    """The line of a day."""
+    published = Cell("no", "worse")
+    if result["published"]:
+        published = Cell(f"version {result['published']}")
+    candidate = _mean(result, "candidate")
+    current = _mean(result, "current")
+    sense = ""
+    if current is not None:
+        sense = "better" if candidate >= current else "worse"
+    arrived = None
+    new_items = 0
+    if result["extension"]:
+        arrived = result["extension"]["arrived"]
+        for counts in result["extension"]["domains"].values():
+            new_items += counts["new"]
     return [
-        style.label for style in plots.styles([result["name"] for result in results])
+        Cell(printable(result["name"])),
+        published,
+        Cell(number(candidate), sense),
+        Cell(number(current)),
+        Cell(number(arrived, ",")),
+        Cell(f"{new_items:,}"),
+        Cell(duration(sum(result["seconds"].values()))),
     ]
 
 
-def _by_day(figure, height, **layout):
-    figure = plots.finished(figure, height, **layout)
-    return (
-        None
-        if figure is None
-        else figure.update_xaxes(title=None, type="category", tickformat=None)
-    )
-
-
-def _table(results):
-    rows = []
-    for result in reversed(results[-_SHOWN:]):
-        candidate, current = _mean(result, "candidate"), _mean(result, "current")
-        sense = "" if current is None else "better" if candidate >= current else "worse"
-        extension = result["extension"] or {"arrived": None, "domains": {}}
-        new = sum(own["new"] for own in extension["domains"].values())
-        published = (
-            Cell(f"version {result['published']}")
-            if result["published"]
-            else Cell("no", "worse")
-        )
-        arrived = "–" if extension["arrived"] is None else f"{extension['arrived']:,}"
-        figures = [
-            Cell(number(candidate), sense),
-            Cell(number(current)),
-            Cell(arrived),
-            Cell(f"{new:,}"),
-        ]
-        rows.append(
-            [
-                Cell(printable(result["name"])),
-                published,
-                *figures,
-                Cell(duration(sum(result["seconds"].values()))),
-            ]
-        )
-    text = f"The newest first, {_SHOWN} at most. {HEADLINE} is the mean of the domains; each day's report.md says more."
-    return Table(
-        "Days",
-        text,
-        [
-            "day",
-            "published",
-            HEADLINE,
-            "the model until then",
-            "rows",
-            "new items",
-            "time",
-        ],
-        rows,
-    )
-
-
-def _of(result, domain, which):
-    return (result["domains"].get(domain) or {}).get(which)
-
-
-def _mean(result, which):
-    values = [
-        figures[which]
-        for figures in result["domains"].values()
-        if figures[which] is not None
-    ]
-    return float(np.mean(values)) if values else None
+def _mean(
+    result: Result,
+    model: str,
+) -> float | None:
+    """A model's mean over the domains where it has a figure. model: candidate or current."""
+    values = []
+    for figures in result["domains"].values():
+        if figures[model] is not None:
+            values.append(figures[model])
+    if not values:
+        return None
+    return float(np.mean(values))

@@ -1,10 +1,13 @@
-"""Recommends from this folder with PyTorch, NumPy and safetensors alone; a history's items stand oldest first, each with its
-time as the logs have it (dates: microseconds since 1970). The request is now for the model: at the last time that it knows.
+"""Recommends from this folder with PyTorch, NumPy and safetensors alone.
 
     python example.py DOMAIN K [TIME:DOMAIN:ITEM …]
 
-The files may be anybody's: what they hold decides the answers, and starts nothing. This file is code, though: a service keeps a
-copy of its own, and reads the folder with it.
+prints the K best items of a domain for a history, whose items stand oldest first. Times are those
+of the logs (dates: microseconds since 1970). The request counts as made at the last time that the
+model knows.
+
+The files may come from anybody: what they hold decides the answers, and starts nothing. This file
+is code, though: a service keeps a copy of its own, and reads the folder with it.
 """
 
 import io
@@ -15,37 +18,53 @@ import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-# What torch.export.load acts on in a file: pickles and libraries beside the tensors, functions by
-# their names, names and conditions that become Python code, expressions that SymPy evaluates. So
-# an encoder.pt2 has these members, and a text in them is one of these, or it is not loaded.
-_MEMBER = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id"
-    r"|models/model\.json|data/sample_inputs/model\.pt|data/weights/model_weights_config\.json"
-    r"|data/constants/model_constants_config\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
+# torch.export.load acts on what it finds in a file: it unpickles, loads libraries, calls functions
+# by their names, makes Python code of names and conditions, and lets SymPy evaluate expressions.
+# So an encoder.pt2 is loaded only if its members have these names, and its texts these forms.
+_MEMBERS = (
+    r"archive_format",
+    r"archive_version",
+    r"byteorder",
+    r"\.data/version",
+    r"\.data/serialization_id",
+    r"models/model\.json",
+    r"data/sample_inputs/model\.pt",
+    r"data/weights/model_weights_config\.json",
+    r"data/constants/model_constants_config\.json",
+    r"data/weights/weight_\d+",
+    r"data/constants/tensor_\d+",
 )
+_MEMBER = re.compile("|".join(_MEMBERS))
 _NAME = r"[A-Za-z_]\w*"
 _PATH = r"(?:[A-Za-z]\w*(?:\.\w+)*)?"
 _OPERATORS = (
-    "_assert_tensor_metadata|abs|add|addmm|alias|amax|arange|bitwise_and|bitwise_not|bmm|bucketize|cat"
-    "|chunk|clamp|clamp_max|clamp_min|clone|contiguous|cos|cumsum|detach|div|einsum|embedding|eq"
-    "|exp|expand|flatten|full|full_like|gather|ge|gelu|gt|index|index_select|layer_norm|le|lerp"
-    "|linear|logical_and|logical_not|lt|masked_fill|matmul|max|mean|min|minimum|maximum|mul|ne|neg"
-    "|numpy_T|ones|ones_like|permute|pow|reciprocal|relu|reshape|rsqrt|rsub"
-    "|scaled_dot_product_attention|select|sigmoid|sin|slice|softmax|split|sqrt|squeeze|stack|sub"
-    "|sum|sym_size|t|tanh|to|_to_copy|transpose|tril|triu|unbind|unflatten|unsqueeze|view|where"
-    "|zeros|zeros_like"
+    "_assert_tensor_metadata|abs|add|addmm|alias|amax|arange|bitwise_and|bitwise_not|bmm"
+    "|bucketize|cat|chunk|clamp|clamp_max|clamp_min|clone|contiguous|cos|cumsum|detach"
+    "|div|einsum|embedding|eq|exp|expand|flatten|full|full_like|gather|ge|gelu|gt|index"
+    "|index_select|layer_norm|le|lerp|linear|logical_and|logical_not|lt|masked_fill"
+    "|matmul|max|mean|min|minimum|maximum|mul|ne|neg|numpy_T|ones|ones_like|permute|pow"
+    "|reciprocal|relu|reshape|rsqrt|rsub|scaled_dot_product_attention|select|sigmoid|sin"
+    "|slice|softmax|split|sqrt|squeeze|stack|sub|sum|sym_size|t|tanh|to|_to_copy"
+    "|transpose|tril|triu|unbind|unflatten|unsqueeze|view|where|zeros|zeros_like"
 )
+_PYTHON_OPERATORS = "add|sub|mul|floordiv|mod"
 _EXPRESSION = (
-    r"(?:Symbol\('[su]\d{1,6}'(?:, (?:positive|nonnegative|integer)=True)*\)|Integer\(-?\d{1,18}\)"
-    r"|(?:Add|Mul|Min|Max|Mod|PythonMod|FloorDiv|CeilDiv)\(|[su]\d{1,6}|\d{1,18}|\*(?!\*)|[ ,()+-])+"
+    r"(?:Symbol\('[su]\d{1,6}'(?:, (?:positive|nonnegative|integer)=True)*\)"
+    r"|Integer\(-?\d{1,18}\)"
+    r"|(?:Add|Mul|Min|Max|Mod|PythonMod|FloorDiv|CeilDiv)\("
+    r"|[su]\d{1,6}|\d{1,18}|\*(?!\*)|[ ,()+-])+"
 )
-_TREE = r'(?:[\[\]{}:, \d]|null|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")+'
-_TEXTS = {
+_TREE = (
+    r"(?:[\[\]{}:, \d]|null"
+    r'|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")+'
+)
+_TEXT_FORMS = {
     "name": _NAME,
     "as_name": _NAME,
     "forward_arg_names": _NAME,
@@ -54,7 +73,8 @@ _TEXTS = {
     "tensor_constant_name": _PATH,
     "fqn": _PATH,
     "path_name": r"(?:weight|tensor)_\d+",
-    "target": rf"torch\.ops\.aten\.(?:{_OPERATORS})\.{_NAME}|_operator\.(?:add|sub|mul|floordiv|mod)",
+    "target": rf"torch\.ops\.aten\.(?:{_OPERATORS})\.{_NAME}"
+    rf"|_operator\.(?:{_PYTHON_OPERATORS})",
     "expr_str": _EXPRESSION,
     "as_string": r"[a-z]+(?:,[a-z]+)*->[a-z]*|none|tanh",  # of einsum and gelu
     "in_spec": _TREE,
@@ -63,64 +83,59 @@ _TEXTS = {
     "torch_version": r"[\w.+]+",
     "verifiers": "[A-Z]+",
 }
-_TEXTS = {key: re.compile(pattern, re.ASCII) for key, pattern in _TEXTS.items()}
+_TEXTS = {key: re.compile(form, re.ASCII) for key, form in _TEXT_FORMS.items()}
 _KEY = re.compile(rf"{_NAME}|{_PATH}", re.ASCII)
-_LEFT_OUT = {
-    "metadata": {},
-    "guards_code": [],
-}  # where the code lay; what PyTorch would run as Python
+# Left empty: where the program's code lay, and conditions that PyTorch would run as Python.
+_LEFT_OUT: dict[str, Any] = {"metadata": {}, "guards_code": []}
 
 
-def load_encoder(file) -> torch.nn.Module:
-    """The program in an encoder.pt2, which is plain tensors and operations on them.
+# One interaction of a history: its time, its domain and its item's row in that domain.
+Event = tuple[float, str, int]
 
-    Raises ValueError for a file that holds anything else, before PyTorch sees it; OSError.
+
+def load_encoder(file: Path) -> torch.nn.Module:
+    """Loads the program in an encoder.pt2: plain tensors and operations on them.
+
+    Raises ValueError for a file that holds anything else, before PyTorch sees it, and OSError.
     """
     program = plain_program(file)
     try:
         return torch.export.load(program).module()
     except Exception as error:
-        raise ValueError(
-            f"{file}: PyTorch cannot load it ({type(error).__name__})"
-        ) from None
+        kind = type(error).__name__
+        raise ValueError(f"{file}: PyTorch cannot load it ({kind})") from None
 
 
-def plain_program(file) -> io.BytesIO:
-    """The same program, written anew from what `load_encoder` takes. Raises ValueError, OSError."""
+def plain_program(file: Path) -> io.BytesIO:
+    """Writes the program anew from what `load_encoder` takes. Raises ValueError, OSError."""
     data = Path(file).read_bytes()
     try:
-        members = _members(data)
-        plain = io.BytesIO()
-        with zipfile.ZipFile(
-            plain, "w"
-        ) as archive:  # so that PyTorch's reader sees what ours saw
-            for name, content in members.items():
-                if name.endswith(".json"):
-                    content = json.dumps(_plain(json.loads(content), name)).encode()
-                archive.writestr(f"encoder/{name}", content)
+        members = _read_members(data)
+        program = _write_members(members)
         for kind in ("weights", "constants"):
             _check_sizes(members, f"data/{kind}/")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file}: is no encoder that can be trusted: {said}") from None
-    plain.seek(0)
-    return plain
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"has no {error}"
+        raise ValueError(
+            f"{file}: is no encoder that can be trusted: {reason}"
+        ) from None
+    return program
 
 
-def _members(data):
+def _read_members(data: bytes) -> dict[str, bytes]:
+    """The archive's members by name. Raises ValueError for one that an encoder does not have."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > len(data):
                 raise ValueError("its members are larger than the file")
-            members = {}
+            members: dict[str, bytes] = {}
             for entry in entries:
                 name = entry.filename.partition("/")[2]
-                if (
-                    not _MEMBER.fullmatch(name)
-                    or name in members
-                    or entry.compress_type
-                ):
+                known = _MEMBER.fullmatch(name) and name not in members
+                if not known or entry.compress_type:
                     raise ValueError(f"it has a member {entry.filename!r}")
                 members[name] = archive.read(entry)
     except (
@@ -136,131 +151,220 @@ def _members(data):
     return members
 
 
-def _plain(value, key):
-    """A value of the JSON in it under a key, without what nobody needs. Raises ValueError."""
+def _write_members(members: dict[str, bytes]) -> io.BytesIO:
+    """A new archive, so that PyTorch's reader sees what this one saw."""
+    program = io.BytesIO()
+    with zipfile.ZipFile(program, "w") as archive:
+        for name, content in members.items():
+            if name.endswith(".json"):
+                content = json.dumps(_plain(json.loads(content), name)).encode()
+            archive.writestr(f"encoder/{name}", content)
+    program.seek(0)
+    return program
+
+
+def _plain(
+    value: Any,
+    key: str,
+) -> Any:
+    """A JSON value that stands under a key, without what inference does not need.
+
+    Raises ValueError for a text that PyTorch might act on.
+    """
     if isinstance(value, dict):
-        for name in value:
-            if not _KEY.fullmatch(name):
-                raise ValueError(f"it has a key {name!r}")
-        left_out = {name: empty for name, empty in _LEFT_OUT.items() if name in value}
-        kept = {name: inner for name, inner in value.items() if name not in left_out}
-        return {name: _plain(inner, name) for name, inner in kept.items()} | left_out
+        return _plain_object(value)
     if isinstance(value, list):
         return [_plain(inner, key) for inner in value]
-    if isinstance(value, str) and not (key in _TEXTS and _TEXTS[key].fullmatch(value)):
-        raise ValueError(f"{key} is {value[:200]!r}")
+    if isinstance(value, str):
+        form = _TEXTS.get(key)
+        if form is None or not form.fullmatch(value):
+            raise ValueError(f"{key} is {value[:200]!r}")
     if key == "use_pickle" and value is not False:
         raise ValueError("it has a pickle (use_pickle)")
     return value
 
 
-def _check_sizes(members, folder):
-    """Every tensor has a member with at least a byte for each of its values."""
-    (config,) = (
-        name
-        for name in members
-        if re.fullmatch(rf"{folder}model_\w+_config\.json", name)
-    )
+def _plain_object(value: dict[str, Any]) -> dict[str, Any]:
+    """`_plain` of a JSON object's values, by their keys."""
+    for name in value:
+        if not _KEY.fullmatch(name):
+            raise ValueError(f"it has a key {name!r}")
+    plain = {}
+    for name, inner in value.items():
+        if name in _LEFT_OUT:
+            plain[name] = _LEFT_OUT[name]
+        else:
+            plain[name] = _plain(inner, name)
+    return plain
+
+
+def _check_sizes(
+    members: dict[str, bytes],
+    folder: str,
+) -> None:
+    """Raises ValueError unless each tensor's member has at least a byte for each value."""
+    pattern = re.compile(rf"{folder}model_\w+_config\.json")
+    (config,) = [name for name in members if pattern.fullmatch(name)]
     for payload in json.loads(members[config])["config"].values():
         sizes = [size["as_int"] for size in payload["tensor_meta"]["sizes"]]
-        if math.prod(sizes) > len(members[folder + payload["path_name"]]):
-            raise ValueError(f"{payload['path_name']} is said to be larger than it is")
+        name = payload["path_name"]
+        if math.prod(sizes) > len(members[folder + name]):
+            raise ValueError(f"{name} is said to be larger than it is")
+
+
+class Domain:
+    """One domain: its item vectors, their ids, and its own encoder where it has one.
+
+    weight: the share that the domain's own encoder has in a user's vector; 0: it has none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        weight: float,
+    ) -> None:
+        stored = load_file(folder / "ids.safetensors")
+        text = stored["bytes"].tobytes()
+        offsets = stored["offsets"].tolist()
+        # Mapped: only the pages that are used are read from the disk.
+        self.items = np.load(
+            folder / "items.npy",
+            mmap_mode="r",
+            allow_pickle=False,
+        )
+        self.ids = [text[begin:end].decode() for begin, end in pairwise(offsets)]
+        self.rows = {item: row for row, item in enumerate(self.ids)}
+        self.weight = weight
+        self.encoder = None
+        if weight:
+            self.encoder = load_encoder(folder / "encoder.pt2")
 
 
 class Recommender:
-    def __init__(self, folder):
-        self.schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
-        self.own_weight = {
-            domain["name"]: domain["own_weight"] for domain in self.schema["domains"]
-        }
-        places = {
-            domain["name"]: folder / domain["folder"]
-            for domain in self.schema["domains"]
-        }
-        for place in places.values():
-            if place.parent != folder or not re.fullmatch(r"domain-\d+", place.name):
+    """Recommends items of each domain; holds the encoders and all item vectors.
+
+    domains: by name. encoder: of histories of all domains. schema: the content of schema.json.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError where the folder holds what cannot be trusted, and OSError."""
+        text = (folder / "schema.json").read_text(encoding="utf-8")
+        self.schema = json.loads(text)
+        for entry in self.schema["domains"]:
+            path = folder / entry["folder"]
+            if path.parent != folder or not re.fullmatch(r"domain-\d+", path.name):
                 raise ValueError(
-                    f"{folder / 'schema.json'}: {place} is no domain's folder"
+                    f"{folder / 'schema.json'}: {path} is no domain's folder"
                 )
         self.encoder = load_encoder(folder / "encoder.pt2")
-        self.items = {name: self._vectors(place) for name, place in places.items()}
-        own = {name: place for name, place in places.items() if self.own_weight[name]}
-        self.own = {
-            name: load_encoder(place / "encoder.pt2") for name, place in own.items()
-        }
-        self.ids = {
-            name: self._texts(load_file(place / "ids.safetensors"))
-            for name, place in places.items()
-        }
-        self.rows = {
-            name: {text: row for row, text in enumerate(ids)}
-            for name, ids in self.ids.items()
-        }
+        self.domains: dict[str, Domain] = {}
+        for entry in self.schema["domains"]:
+            path = folder / entry["folder"]
+            self.domains[entry["name"]] = Domain(path, entry["own_weight"])
 
-    def _vectors(self, place):
-        return np.load(place / "items.npy", mmap_mode="r", allow_pickle=False)
+    def __call__(
+        self,
+        history: list[tuple[float, str, str]],
+        domain: str,
+        k: int,
+        now: float | None = None,
+    ) -> list[tuple[str, float]]:
+        """The k best items of a domain as (id, score), best first.
 
-    def _texts(self, stored):
-        text, ends = stored["bytes"].tobytes(), stored["offsets"].tolist()
-        return [text[begin:end].decode() for begin, end in pairwise(ends)]
+        history: (time, domain, item id) of each interaction, oldest first. Domains and items that
+        the model does not know are left out of it. A history without any known item is a new
+        user's. Items of the history are not recommended, so that fewer than k may be left. now:
+        the time of the request; None: the last time that the model knows.
 
-    def user(self, known, domain, now):
-        """What a domain's items are scored with for a history of (time, domain, row), oldest first: (r,)."""
-        vector, weight = (
-            self._encoded(self.encoder, known, now),
-            self.own_weight[domain],
-        )
+            history = [(1764146000, "books", "B000FA5SXY"), (1764147000, "video", "B00005JKZ2")]
+            recommender(history, "books", 2)  # [("B000FC1PJI", 3.2), ("B000FA64PK", 2.9)]
+        """
+        if now is None:
+            now = self.schema["last_time"]
+        events = self._known_events(history)
+        items = torch.from_numpy(np.asarray(self.domains[domain].items, np.float32))
+        scores = items @ self.encode_user(events, domain, now)
+        seen = [row for _, name, row in events if name == domain]
+        scores[seen] = -torch.inf
+        best = scores.topk(min(k, len(scores)))
+        recommended = []
+        for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            if score > -torch.inf:
+                recommended.append((self.domains[domain].ids[row], score))
+        return recommended
+
+    def encode_user(
+        self,
+        events: list[Event],
+        domain: str,
+        now: float,
+    ) -> torch.Tensor:
+        """The user's vector for a domain, (width,).
+
+        An item's score is its dot product with the item's vector. events: the known interactions,
+        oldest first.
+        """
+        vector = self._encode(self.encoder, events, now)
+        weight = self.domains[domain].weight
         if weight:
-            alone = self._encoded(
-                self.own[domain], [event for event in known if event[1] == domain], now
+            own_events = [event for event in events if event[1] == domain]
+            domain_vector = self._encode(
+                self.domains[domain].encoder,
+                own_events,
+                now,
             )
-            vector = (1 - weight) * vector + weight * alone
+            vector = (1 - weight) * vector + weight * domain_vector
         return vector
 
-    def _encoded(self, encoder, known, now):
-        recent = known[-self.schema["max_length"] :]
-        vectors = np.zeros((1, max(1, len(recent)), self.schema["width"]), np.float32)
+    def _known_events(self, history: list[tuple[float, str, str]]) -> list[Event]:
+        """The interactions with items that the model knows, by their rows."""
+        events = []
+        for time, name, item in history:
+            if name in self.domains and item in self.domains[name].rows:
+                events.append((time, name, self.domains[name].rows[item]))
+        return events
+
+    def _encode(
+        self,
+        encoder: torch.nn.Module,
+        events: list[Event],
+        now: float,
+    ) -> torch.Tensor:
+        """The encoder's output for the newest events; a batch of one user."""
+        recent = events[-self.schema["max_length"] :]
+        width = self.schema["width"]
+        # A history without items has one place, which its length of 0 leaves out.
+        vectors = np.zeros((1, max(1, len(recent)), width), np.float32)
         times = torch.zeros(vectors.shape[:2], dtype=torch.float64)
-        for place, (time, domain, row) in enumerate(recent):
-            vectors[0, place], times[0, place] = self.items[domain][row], time
-        return encoder(
+        for position, (time, name, row) in enumerate(recent):
+            vectors[0, position] = self.domains[name].items[row]
+            times[0, position] = time
+        output = encoder(
             torch.from_numpy(vectors),
             torch.tensor([len(recent)]),
             times,
             torch.tensor([now]).double(),
-        )[0]
+        )
+        return output[0]
 
-    def __call__(self, history, domain, k, now=None):
-        """The k best items of a domain that are not in the history of (time, domain, item), as (id, score); fewer where there
-        are fewer. Items and domains of the history that the model does not know are left out of it; one without any is a new
-        user's. now: for when is asked; the last time that the model knows, unless said."""
-        now = self.schema["last_time"] if now is None else now
-        known = [
-            (time, name, self.rows[name][item])
-            for time, name, item in history
-            if item in self.rows.get(name, {})
-        ]
-        scores = torch.from_numpy(
-            np.asarray(self.items[domain], np.float32)
-        ) @ self.user(known, domain, now)
-        scores[[row for _, name, row in known if name == domain]] = -torch.inf
-        best = scores.topk(min(k, len(scores)))
-        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [
-            (self.ids[domain][row], score) for row, score in found if score > -torch.inf
-        ]
+
+def main(
+    domain: str,
+    k: str,
+    *events: str,
+) -> None:
+    """Prints the k best items of a domain for a history of TIME:DOMAIN:ITEM."""
+    recommender = Recommender(Path(__file__).parent)
+    if domain not in recommender.domains:
+        known = ", ".join(recommender.domains)
+        sys.exit(f"there is no domain {domain!r}: it is one of {known}")
+    history = []
+    for event in events:
+        time, name, item = event.split(":", 2)
+        history.append((float(time), name, item))
+    for item, score in recommender(history, domain, int(k)):
+        print(f"{item}\t{score:.6f}")
 
 
 if __name__ == "__main__":
-    wanted, count, *events = sys.argv[1:]
-    recommender = Recommender(Path(__file__).parent)
-    if wanted not in recommender.items:
-        sys.exit(
-            f"there is no domain {wanted!r}: it is one of {', '.join(recommender.items)}"
-        )
-    history = [
-        (float(time), name, item)
-        for time, name, item in (event.split(":", 2) for event in events)
-    ]
-    for item, score in recommender(history, wanted, int(count)):
-        print(f"{item}\t{score:.6f}")
+    main(*sys.argv[1:])

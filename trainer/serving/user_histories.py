@@ -1,78 +1,66 @@
-"""The users that somebody asks for and their histories as the run knows them, in parts of so many users on disk.
+"""The users who get recommendations, with their histories as the run's dataset maps them.
 
-    histories/00000.parquet …   user_id (as it came), rows and ticks (lists of int32 and uint16: rows of M, oldest
-                                first, and when)
-    histories/facts.json        Asked
+    histories/00000.parquet …   user_id (as it came), rows and ticks (lists of int32 and uint16)
+    histories/facts.json        HistoryCounts
 
-Histories come from logs, mapped through the vocabularies of the run's dataset, or whole out of that dataset. The order is that
-of the ids, or, out of a dataset, of its users' numbers with users that it does not know behind them. A user's events go by
-time, domain and item id, as in a prepared dataset. What is in a part depends on neither ranks nor memory.
+A part has the same number of users, but for the last. `rows` are rows of M, oldest first; `ticks`
+say when. Histories come from logs, mapped through the vocabularies of the run's dataset, or whole
+out of that dataset. Users of logs stand in the order of their ids. Users of a dataset stand in
+the order of their numbers, and unknown ones (cold start) behind them. A user's events go by time,
+domain and item id, as in a prepared dataset. What is in a part depends on neither ranks nor memory.
 """
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.config.serving import AskedConfig  # moved
 from trainer.data.format.dataset import USERS, Dataset
 from trainer.data.loading.histories import Histories
 from trainer.data.prepare.logs import find_files, open_ids, open_log
 from trainer.data.prepare.pipeline import engine, file_facts, memory_bytes
 from trainer.data.prepare.shard_writing import escape
 from trainer.errors import InputError
+from trainer.files.progress import Stages
 
-FACTS = "facts.json"
-_UNKNOWN_ITEM, _UNKNOWN_DOMAIN = -1, -2
+COUNTS_FILE = "facts.json"
+_UNKNOWN_ITEM = -1
+_UNKNOWN_DOMAIN = -2
 _BATCH = 65536
 
 
-@dataclass(frozen=True)
-class AskedConfig:
-    """Who is asked for. inputs: logs; without any, the histories of the run's dataset, validation and test items included.
+class UserHistories(NamedTuple):
+    """Histories of some users, jagged: raw ids (B,), int64 (B,), int32 (N,) and uint16 (N,).
 
-    users: one file (Parquet, CSV or TSV) whose `user_column` has the only users that are wanted. log_domain: the one domain of
-    logs without a domain column.
+    Four users and two domains, of rows 0 to 4 and 8 to 11; the second user is new:
+
+        ids        ["ann", "bob", "cat", "dan"]
+        lengths_B  [    1,     0,     3,     1]
+        rows_N     [    9,            1, 0, 8,   4]
+        ticks_N    [  500,        20, 41, 41, 9000]
     """
 
-    inputs: tuple[str, ...] = ()
-    users: str | None = None
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    domain_column: str = "domain"
-    time_column: str = "timestamp"
-    log_domain: str | None = None
-    memory: str = "8GB"  # that reading logs keeps to
-    part_users: int = 65536
-
-    def __post_init__(self):
-        if self.part_users < 1:
-            raise InputError(f"part_users is {self.part_users}: it must be at least 1")
-        if self.log_domain == "":
-            raise InputError(
-                "log_domain is empty: give the one domain of these logs a name"
-            )
-        memory_bytes(self.memory)
-
-    def facts(self) -> dict:
-        """What the histories depend on besides the dataset, by the names of the options: JSON values."""
-        facts = asdict(self)
-        del facts["memory"], facts["inputs"]
-        return facts | {
-            "input": [file_facts(file) for file in find_files(self.inputs)],
-            "users": [
-                file_facts(file)
-                for file in find_files([self.users] if self.users else [])
-            ],
-        }
+    ids: pa.Array
+    lengths_B: np.ndarray
+    rows_N: np.ndarray
+    ticks_N: np.ndarray
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How many users, how many of them have no history that the run knows, and how many interactions of theirs were left out:
-    of domains and of items that the run's dataset does not have. unread: users whose shard is damaged, who are left out."""
+class HistoryCounts:
+    """How many users get recommendations, and what of their histories was left out.
+
+    without_history: users of whom the run knows no interaction (cold start). unknown_domain,
+    unknown_item: interactions that were left out, as the run's dataset does not have them.
+    unread: users whose shard is damaged, who are left out.
+    """
 
     users: int
     without_history: int
@@ -81,9 +69,25 @@ class Asked:
     unread: int
 
     @classmethod
-    def load(cls, folder: Path) -> "Asked":
-        """What `write_histories` found."""
-        return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    def load(cls, folder: Path) -> "HistoryCounts":
+        """What `write_histories` counted."""
+        text = (folder / COUNTS_FILE).read_text(encoding="utf-8")
+        return cls(**json.loads(text))
+
+
+def check_memory(config: AskedConfig) -> None:
+    """Raises InputError where `memory` is no amount, or too little to read logs with."""
+    memory_bytes(config.memory)
+
+
+def describe_request(config: AskedConfig) -> dict[str, Any]:
+    """What the histories depend on besides the dataset, by the options' names: JSON values."""
+    request = asdict(config)
+    del request["memory"]
+    del request["inputs"]
+    request["input"] = [file_facts(file) for file in find_files(config.inputs)]
+    request["users"] = [file_facts(file) for file in find_files(_user_files(config))]
+    return request
 
 
 def write_histories(
@@ -91,234 +95,407 @@ def write_histories(
     config: AskedConfig,
     dataset: Dataset,
     scratch: Path,
-    stages,
-    threads,
-    report=None,
-) -> Asked:
-    """Writes the parts into an empty folder. scratch: gets what does not fit into memory. stages: a `Stages`.
+    stages: Stages,
+    threads: int,
+    report: Callable[[str], None] | None = None,
+) -> HistoryCounts:
+    """Writes the parts into an empty folder.
 
-    report: as `ShardFile` has it, for damaged shards of the dataset.
-    Raises InputError for whatever is wrong with the logs or the file of users, and where nobody is asked for.
+    scratch: gets what does not fit into memory. report: called with a line for each damaged
+    shard of the dataset, as `ShardFile` has it; None: a damaged shard is an error.
+
+    Raises InputError for whatever is wrong with the logs or the file of users, and where no user
+    is named.
     """
-    with engine(scratch, memory_bytes(config.memory), threads, stages) as connection:
+    memory = memory_bytes(config.memory)
+    with engine(
+        scratch,
+        memory,
+        threads,
+        stages,
+    ) as connection:
         if config.users:
-            open_ids(connection, find_files([config.users]), config.user_column)
-        source = _FromLogs if config.inputs else _FromDataset
-        source = source(connection, config, dataset, stages, report)
+            open_ids(
+                connection,
+                find_files(_user_files(config)),
+                config.user_column,
+            )
+        source: _LogHistories | _DatasetHistories
+        if config.inputs:
+            source = _LogHistories(
+                connection,
+                config,
+                dataset,
+                stages,
+            )
+        else:
+            source = _DatasetHistories(
+                connection,
+                config,
+                dataset,
+                report,
+            )
         with stages("writing histories", total=source.users) as advance:
-            found = _write_parts(folder, source, config.part_users, advance)
-    (folder / FACTS).write_text(
-        json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8"
-    )
-    return found
+            counts = _write_parts(
+                folder,
+                source,
+                config.part_users,
+                advance,
+            )
+    text = json.dumps(asdict(counts), indent=1) + "\n"
+    (folder / COUNTS_FILE).write_text(text, encoding="utf-8")
+    return counts
 
 
-def read_histories(folder: Path, part):
-    """(raw ids, lengths int64 (B,), rows int32 (N,), ticks uint16 (N,)) of one part."""
-    table = pq.read_table(folder / f"{part:05d}.parquet").combine_chunks()
-    rows, ticks = (table[name].combine_chunks() for name in ("rows", "ticks"))
+def read_histories(
+    folder: Path,
+    part: int,
+) -> UserHistories:
+    """The users of one part."""
+    table = pq.read_table(_part_file(folder, part)).combine_chunks()
+    rows = table["rows"].combine_chunks()
+    ticks = table["ticks"].combine_chunks()
     lengths_B = np.diff(rows.offsets.to_numpy()).astype(np.int64)
-    return (
+    rows_N = rows.flatten().to_numpy()
+    ticks_N = ticks.flatten().to_numpy()
+    return UserHistories(
         table["user_id"],
         lengths_B,
-        rows.flatten().to_numpy(),
-        ticks.flatten().to_numpy(),
+        rows_N,
+        ticks_N,
     )
 
 
-class _FromLogs:
-    """Yields (raw ids, lengths, rows, ticks) of the users of logs, in the order of their ids."""
+class _LogHistories:
+    """Iterates over the users of logs, in the order of their ids; several at a time."""
 
-    def __init__(self, connection, config, dataset, stages, report):
-        self.connection, self.dataset = connection, dataset
-        self.left_out = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        config: AskedConfig,
+        dataset: Dataset,
+        stages: Stages,
+    ) -> None:
+        self.connection = connection
+        self.dataset = dataset
+        self.unknown = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
         with stages("reading the logs"):
+            logs = find_files(config.inputs)
             open_log(
                 connection,
-                find_files(config.inputs),
+                logs,
                 _columns(config),
                 config.log_domain,
             )
-            wanted = (
-                "SELECT user_id FROM ids"
-                if config.users
-                else "SELECT DISTINCT user_id FROM log"
-            )
+            wanted = "SELECT DISTINCT user_id FROM log"
+            if config.users:
+                wanted = "SELECT user_id FROM ids"
             connection.execute(f"""CREATE TABLE asked AS
-                SELECT user_id, (row_number() OVER (ORDER BY user_id) - 1)::INTEGER AS number FROM ({wanted})""")
+                SELECT user_id, (row_number() OVER (ORDER BY user_id) - 1)::INTEGER AS number
+                FROM ({wanted})""")
             _read_vocabularies(connection, dataset)
-        ((self.users,),) = connection.execute("SELECT count(*) FROM asked").fetchall()
-        _refuse_nobody(self.users, config)
+        self.users = _count_rows(connection, "asked")
+        _require_users(self.users, config)
         connection.execute("SET preserve_insertion_order = true")
         with stages("sorting the logs"):
-            self._events = connection.sql(f"""
-                SELECT number, CASE WHEN i.row IS NOT NULL THEN i.row WHEN d.domain IS NULL THEN {_UNKNOWN_DOMAIN}
-                    ELSE {_UNKNOWN_ITEM} END::INTEGER AS row, "time"
-                FROM log JOIN asked ON {_same(connection, "log", "asked")} LEFT JOIN domains d ON d.domain = log.domain
-                LEFT JOIN items i ON i.domain = log.domain AND i.item_id = log.item_id::VARCHAR
-                ORDER BY number, "time", log.domain, log.item_id::VARCHAR""").to_arrow_reader(
-                _BATCH * 16
-            )
+            self._events = self._sorted_events()
 
-    def __iter__(self):
-        events, begin = _Events(self._events), 0
-        for ids in (
-            self.connection.cursor()
-            .sql("SELECT user_id FROM asked ORDER BY number")
-            .to_arrow_reader(_BATCH)
-        ):
-            number_N, row_N, time_N = events.until(begin + len(ids))
+    def _sorted_events(self) -> pa.RecordBatchReader:
+        """Events by user number and time; `row` is one of M, or why there is none."""
+        same_user = _same_user(
+            self.connection,
+            "log",
+            "asked",
+        )
+        events = self.connection.sql(f"""
+            SELECT number, CASE WHEN i.row IS NOT NULL THEN i.row
+                WHEN d.domain IS NULL THEN {_UNKNOWN_DOMAIN}
+                ELSE {_UNKNOWN_ITEM} END::INTEGER AS row, "time"
+            FROM log JOIN asked ON {same_user} LEFT JOIN domains d ON d.domain = log.domain
+            LEFT JOIN items i ON i.domain = log.domain AND i.item_id = log.item_id::VARCHAR
+            ORDER BY number, "time", log.domain, log.item_id::VARCHAR""")
+        return events.to_arrow_reader(_BATCH * 16)
+
+    def __iter__(self) -> Iterator[UserHistories]:
+        events = _SortedEvents(self._events)
+        cursor = self.connection.cursor()
+        users = cursor.sql("SELECT user_id FROM asked ORDER BY number")
+        begin = 0
+        for ids in users.to_arrow_reader(_BATCH):
+            end = begin + len(ids)
+            number_N, row_N, time_N = events.take_until(end)
             known_N = row_N >= 0
-            for kind in self.left_out:
-                self.left_out[kind] += int(np.count_nonzero(row_N == kind))
-            lengths_B = np.bincount(number_N[known_N] - begin, minlength=len(ids))
-            yield (
+            for kind in self.unknown:
+                self.unknown[kind] += int(np.count_nonzero(row_N == kind))
+            place_N = number_N[known_N] - begin
+            lengths_B = np.bincount(place_N, minlength=len(ids))
+            ticks_N = self.dataset.ticks(time_N[known_N])
+            yield UserHistories(
                 ids["user_id"],
                 lengths_B,
                 row_N[known_N],
-                self.dataset.ticks(time_N[known_N]),
+                ticks_N,
             )
-            begin += len(ids)
+            begin = end
 
 
-class _FromDataset:
-    """Yields (raw ids, lengths, rows, ticks) of a dataset's users in the order of their numbers, then of unknown ones."""
+class _DatasetHistories:
+    """Iterates over a dataset's users in the order of their numbers, then over unknown ones."""
 
-    def __init__(self, connection, config, dataset, stages, report):
-        self.connection, self.dataset, self.report = connection, dataset, report
-        self.left_out = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        config: AskedConfig,
+        dataset: Dataset,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.connection = connection
+        self.dataset = dataset
+        self.report = report
+        self.unknown = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
         users = f"read_parquet('{escape(dataset.local(USERS))}')"
         if config.users:
             connection.execute(f"CREATE TABLE known AS SELECT * FROM {users}")
-            same = _same(connection, "known", "ids")
-            self._query = f"""SELECT ids.user_id, coalesce("user", -1)::BIGINT AS number FROM ids LEFT JOIN known ON {same}
+            same_user = _same_user(connection, "known", "ids")
+            self._query = f"""SELECT ids.user_id, coalesce("user", -1)::BIGINT AS number
+                FROM ids LEFT JOIN known ON {same_user}
                 ORDER BY "user" NULLS LAST, ids.user_id"""
-            ((self.users,),) = connection.execute("SELECT count(*) FROM ids").fetchall()
+            self.users = _count_rows(connection, "ids")
         else:
             self._query = (
                 f'SELECT user_id, "user"::BIGINT AS number FROM {users} ORDER BY number'
             )
             self.users = dataset.users
-        _refuse_nobody(self.users, config)
+        _require_users(self.users, config)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[UserHistories]:
+        # Users come in the order of the blocks: one decoded block is enough.
         histories = Histories(
-            self.dataset, blocks=1, report=self.report
-        )  # users come in the order of the blocks
+            self.dataset,
+            blocks=1,
+            report=self.report,
+        )
         self.connection.execute("SET preserve_insertion_order = true")
         try:
             for batch in self.connection.sql(self._query).to_arrow_reader(_BATCH):
-                number_B = batch["number"].to_numpy()
-                known_B = number_B >= 0
-                read = histories.read(number_B[known_B])
-                there_B = ~known_B | np.isin(number_B, read.number_B)
-                self.unread += int(np.count_nonzero(~there_B))
-                lengths_B = np.zeros(len(number_B), np.int64)
-                lengths_B[known_B & there_B] = read.lengths_B
-                yield (
-                    batch["user_id"].filter(pa.array(there_B)),
-                    lengths_B[there_B],
-                    read.items_N,
-                    read.ticks_N,
-                )
+                yield self._read(histories, batch)
         finally:
             histories.close()
 
+    def _read(
+        self,
+        histories: Histories,
+        batch: pa.RecordBatch,
+    ) -> UserHistories:
+        """The histories of a batch of users; those whose block is damaged are left out."""
+        number_B = batch["number"].to_numpy()
+        known_B = number_B >= 0
+        read = histories.read(number_B[known_B])
+        readable_B = ~known_B | np.isin(number_B, read.number_B)
+        self.unread += int(np.count_nonzero(~readable_B))
+        lengths_B = np.zeros(len(number_B), np.int64)
+        lengths_B[known_B & readable_B] = read.lengths_B
+        ids = batch["user_id"].filter(pa.array(readable_B))
+        return UserHistories(
+            ids,
+            lengths_B[readable_B],
+            read.items_N,
+            read.ticks_N,
+        )
 
-class _Events:
-    """Sorted events (number, row, time) out of Arrow batches, taken user by user."""
 
-    def __init__(self, reader):
-        self._reader = iter(reader)
-        self._rest = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0)
+class _Events(NamedTuple):
+    """Events in the order of users and time: user numbers, rows of M, times; each (N,)."""
 
-    def until(self, end):
+    number_N: np.ndarray
+    row_N: np.ndarray
+    time_N: np.ndarray
+
+    def slice(
+        self,
+        begin: int,
+        end: int | None,
+    ) -> "_Events":
+        return _Events(
+            self.number_N[begin:end],
+            self.row_N[begin:end],
+            self.time_N[begin:end],
+        )
+
+
+class _SortedEvents:
+    """Sorted events out of Arrow batches, taken user by user.
+
+    Batches and users do not match: of the events of users [0, 0, 1], [1, 2, 2],
+    take_until(2) gives those of [0, 0, 1, 1], and take_until(3) the rest.
+    """
+
+    def __init__(self, reader: Iterable[pa.RecordBatch]) -> None:
+        self._batches = iter(reader)
+        no_number = np.zeros(0, np.int32)
+        no_row = np.zeros(0, np.int32)
+        self._rest = _Events(no_number, no_row, np.zeros(0))
+
+    def take_until(self, end: int) -> _Events:
         """The events of users below `end` that have not been taken yet."""
-        taken = [self._rest]
-        while not (len(taken[-1][0]) and taken[-1][0][-1] >= end):
-            batch = next(self._reader, None)
+        numbers = [self._rest.number_N]
+        rows = [self._rest.row_N]
+        times = [self._rest.time_N]
+        while not (len(numbers[-1]) and numbers[-1][-1] >= end):
+            batch = next(self._batches, None)
             if batch is None:
                 break
-            taken.append(
-                tuple(batch[name].to_numpy() for name in ("number", "row", "time"))
-            )
-        columns = [np.concatenate(parts) for parts in zip(*taken, strict=True)]
-        cut = int(np.searchsorted(columns[0], end))
-        self._rest = tuple(column[cut:] for column in columns)
-        return [column[:cut] for column in columns]
+            numbers.append(batch["number"].to_numpy())
+            rows.append(batch["row"].to_numpy())
+            times.append(batch["time"].to_numpy())
+        events = _Events(
+            np.concatenate(numbers),
+            np.concatenate(rows),
+            np.concatenate(times),
+        )
+        cut = int(np.searchsorted(events.number_N, end))
+        self._rest = events.slice(cut, None)
+        return events.slice(0, cut)
 
 
-def _columns(config):
+def _user_files(config: AskedConfig) -> list[str]:
+    if config.users:
+        return [config.users]
+    return []
+
+
+def _columns(config: AskedConfig) -> dict[str, str]:
+    """The columns of the logs, by role."""
     return {
-        role: getattr(config, f"{role}_column")
-        for role in ("user", "item", "domain", "time")
+        "user": config.user_column,
+        "item": config.item_column,
+        "domain": config.domain_column,
+        "time": config.time_column,
     }
 
 
-def _refuse_nobody(users, config):
+def _count_rows(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+) -> int:
+    (row,) = connection.execute(f"SELECT count(*) FROM {table}").fetchall()
+    return row[0]
+
+
+def _require_users(
+    users: int,
+    config: AskedConfig,
+) -> None:
+    """Raises InputError where no user is named."""
     if not users:
         raise InputError(
             f"{config.users}: names no user: there is nobody to recommend to"
         )
 
 
-def _same(connection, one, other):
-    """SQL: the user_id of two tables is the same; where one is a number and the other text, by their texts."""
-    kinds = {
-        connection.sql(f"SELECT user_id FROM {table}").types[0]
-        for table in (one, other)
-    }
-    cast = "" if len(kinds) == 1 else "::VARCHAR"
+def _same_user(
+    connection: duckdb.DuckDBPyConnection,
+    one: str,
+    other: str,
+) -> str:
+    """SQL: the user_id of two tables is the same; by their texts where one is a number."""
+    one_type = connection.sql(f"SELECT user_id FROM {one}").types[0]
+    other_type = connection.sql(f"SELECT user_id FROM {other}").types[0]
+    cast = "" if one_type == other_type else "::VARCHAR"
     return f"{one}.user_id{cast} = {other}.user_id{cast}"
 
 
-def _read_vocabularies(connection, dataset):
+def _read_vocabularies(
+    connection: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+) -> None:
     """Makes the tables `domains` (domain) and `items` (domain, item_id as text, row)."""
+    names = [[domain.name] for domain in dataset.domains]
     connection.execute("CREATE TABLE domains (domain VARCHAR)")
-    connection.executemany(
-        "INSERT INTO domains VALUES (?)", [[domain.name] for domain in dataset.domains]
-    )
-    selects = " UNION ALL ".join(
-        f"SELECT '{escape(domain.name)}' AS domain, item_id::VARCHAR AS item_id, row::INTEGER AS row "
-        f"FROM read_parquet('{escape(dataset.local(domain.vocabulary))}')"
-        for domain in dataset.domains
-    )
-    connection.execute(f"CREATE TABLE items AS {selects}")
+    connection.executemany("INSERT INTO domains VALUES (?)", names)
+    selects = []
+    for domain in dataset.domains:
+        file = escape(dataset.local(domain.vocabulary))
+        selects.append(
+            f"SELECT '{escape(domain.name)}' AS domain, item_id::VARCHAR AS item_id, "
+            f"row::INTEGER AS row FROM read_parquet('{file}')"
+        )
+    vocabularies = " UNION ALL ".join(selects)
+    connection.execute(f"CREATE TABLE items AS {vocabularies}")
 
 
-def _write_parts(folder, source, part_users, advance) -> Asked:
-    """Cuts what comes into parts of so many users."""
-    waiting, part, users, without = [], 0, 0, 0
-    for ids, lengths_B, rows_N, ticks_N in source:
-        users += len(ids)
-        without += int(np.count_nonzero(lengths_B == 0))
-        offsets = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int32)
-        jagged = {"rows": rows_N.astype(np.int32), "ticks": ticks_N}
-        offsets = pa.array(offsets)
-        columns = {
-            name: pa.ListArray.from_arrays(offsets, pa.array(values))
-            for name, values in jagged.items()
-        }
-        waiting.append(pa.table({"user_id": ids, **columns}))
-        advance(len(ids))
+def _write_parts(
+    folder: Path,
+    source: _LogHistories | _DatasetHistories,
+    part_users: int,
+    advance: Callable[[int], None],
+) -> HistoryCounts:
+    """Cuts the source's histories into parts of `part_users` users."""
+    waiting: list[pa.Table] = []
+    part = 0
+    users = 0
+    without_history = 0
+    for histories in source:
+        users += len(histories.ids)
+        without_history += int(np.count_nonzero(histories.lengths_B == 0))
+        waiting.append(_as_table(histories))
+        advance(len(histories.ids))
         while sum(map(len, waiting)) >= part_users:
             table = pa.concat_tables(waiting)
-            _write_part(folder, part, table.slice(0, part_users))
-            part, waiting = part + 1, [table.slice(part_users)]
-    if rest := sum(map(len, waiting)):
-        _write_part(folder, part, pa.concat_tables(waiting).slice(0, rest))
-    return Asked(
-        users,
-        without,
-        source.left_out[_UNKNOWN_DOMAIN],
-        source.left_out[_UNKNOWN_ITEM],
-        source.unread,
+            _write_part(
+                folder,
+                part,
+                table.slice(0, part_users),
+            )
+            part += 1
+            waiting = [table.slice(part_users)]
+    if sum(map(len, waiting)) > 0:
+        _write_part(
+            folder,
+            part,
+            pa.concat_tables(waiting),
+        )
+    return HistoryCounts(
+        users=users,
+        without_history=without_history,
+        unknown_domain=source.unknown[_UNKNOWN_DOMAIN],
+        unknown_item=source.unknown[_UNKNOWN_ITEM],
+        unread=source.unread,
     )
 
 
-def _write_part(folder, part, table):
+def _as_table(histories: UserHistories) -> pa.Table:
+    """As a part's file has them, a line a user."""
+    ends = np.cumsum(histories.lengths_B)
+    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
+    rows = pa.array(histories.rows_N.astype(np.int32))
+    ticks = pa.array(histories.ticks_N)
+    return pa.table(
+        {
+            "user_id": histories.ids,
+            "rows": pa.ListArray.from_arrays(offsets, rows),
+            "ticks": pa.ListArray.from_arrays(offsets, ticks),
+        }
+    )
+
+
+def _write_part(
+    folder: Path,
+    part: int,
+    table: pa.Table,
+) -> None:
+    file = _part_file(folder, part)
     pq.write_table(
-        table.combine_chunks(), folder / f"{part:05d}.parquet", compression="lz4"
+        table.combine_chunks(),
+        file,
+        compression="lz4",
     )
+
+
+def _part_file(
+    folder: Path,
+    part: int,
+) -> Path:
+    return folder / f"{part:05d}.parquet"

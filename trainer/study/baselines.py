@@ -1,15 +1,22 @@
-"""What stands in a study's table: SyNCRec, the same without one part, and its opponents, as settings over one base."""
+"""The systems of a study's table: SyNCRec, its ablations and its baselines, as settings over one base.
+
+An ablation is SyNCRec without one part. A baseline is another published model. Those of RecBole
+are named by the study's own settings (trainer/study/peers).
+"""
 
 from dataclasses import dataclass
 
-OURS, ALONE, POPULARITY = "SyNCRec", "SDSR", "popularity"
-_SHARED = (
+from trainer.config.study import OURS, SINGLE_DOMAIN
+
+POPULARITY = "popularity"
+
+_UNCORRECTED = (
     "model.stop_gradient=off",
     "model.loss_correction=none",
     "model.mutual_information=off",
 )
-_CROSS = ("model.tasks=cross", *_SHARED)
-_ONE = (*_CROSS, "model.experts=1", "model.tower=off")
+_CROSS_TASK = ("model.tasks=cross", *_UNCORRECTED)
+_ONE_EXPERT = (*_CROSS_TASK, "model.experts=1", "model.tower=off")
 _UNTIMED = ("model.time_knots=0",)
 # 1 would weigh all alike: the values are differences of losses. 0.05 is CGRec's own.
 _SHAPLEY = ("model.loss_correction=shapley", "model.correction_temperature=0.05")
@@ -18,85 +25,97 @@ _GRU = ("model.encoder=gru", "model.blocks=1", "model.heads=1", "model.kernel=au
 
 @dataclass(frozen=True)
 class System:
-    """What is trained under a name.
+    """A system that is trained under a name.
 
-    settings: over the base, `key=value` as launch/train.py takes them. by_domain: a model of each domain alone. variant:
-    SyNCRec without one part. work: of a run, about, beside SyNCRec's.
+    settings: over the base, `key=value` as launch/train.py takes them. by_domain: a model of each
+    domain alone. ablation: SyNCRec without one part. work: how long a run takes, about, beside
+    one of SyNCRec.
     """
 
     name: str
     about: str
     settings: tuple[str, ...] = ()
     by_domain: bool = False
-    variant: bool = False
+    ablation: bool = False
     work: float = 1.0
 
 
-SYSTEMS = {
-    system.name: system
-    for system in (
-        System(OURS, "the base itself"),
-        System(
-            "w/o LC-NTG",
-            "domains' losses weigh alike",
-            ("model.loss_correction=none",),
-            variant=True,
-        ),
-        System(
-            "w/o SC-MIM",
-            "no mutual information of both views",
-            ("model.mutual_information=off",),
-            variant=True,
-        ),
-        System(
-            "w/o stop-gradient",
-            "every expert learns from both tasks",
-            ("model.stop_gradient=off",),
-            variant=True,
-        ),
-        System(
-            ALONE,
-            "the same experts, gate and tower for each domain by itself",
-            _CROSS,
-            by_domain=True,
-            work=0.3,
-        ),
-        System(
-            "w/o time",
-            "the order of interactions alone, as in the paper",
-            _UNTIMED,
-            variant=True,
-        ),
-        System(
-            "CDSR",
-            "the same experts, gate and tower over the merged history, nothing corrected",
-            _CROSS,
-            work=0.4,
-        ),
-        System(
-            "MMoE",
-            "the same experts for both tasks, a gate and a tower for each, nothing decoupled or corrected",
-            (*_SHARED, *_UNTIMED),
-        ),
-        System("MMoE, timed", "the same, told when", _SHARED),
-        System(
-            "CGRec",
-            "domains' losses by their Shapley values",
-            (*_SHAPLEY, *_UNTIMED),
-            work=3.0,
-        ),
-        System(
-            "SASRec",
-            "one expert, no tower, over the merged history",
-            (*_ONE, *_UNTIMED),
-            work=0.2,
-        ),
-        System("SASRec, timed", "the same, told when", _ONE, work=0.2),
-        System(
-            "GRU4Rec",
-            "one GRU, no tower, over the merged history",
-            (*_ONE, *_UNTIMED, *_GRU),
-            work=0.2,
-        ),
-    )
-}
+_SYSTEMS = (
+    System(
+        name=OURS,
+        about="the base itself",
+    ),
+    System(
+        name="w/o LC-NTG",
+        about="domains' losses weigh alike",
+        settings=("model.loss_correction=none",),
+        ablation=True,
+    ),
+    System(
+        name="w/o SC-MIM",
+        about="no mutual information of both views",
+        settings=("model.mutual_information=off",),
+        ablation=True,
+    ),
+    System(
+        name="w/o stop-gradient",
+        about="every expert learns from both tasks",
+        settings=("model.stop_gradient=off",),
+        ablation=True,
+    ),
+    System(
+        name=SINGLE_DOMAIN,
+        about="the same experts, gate and tower for each domain by itself",
+        settings=_CROSS_TASK,
+        by_domain=True,
+        work=0.3,
+    ),
+    System(
+        name="w/o time",
+        about="the order of interactions alone, as in the paper",
+        settings=_UNTIMED,
+        ablation=True,
+    ),
+    System(
+        name="CDSR",
+        about="the same experts, gate and tower over the merged history, nothing corrected",
+        settings=_CROSS_TASK,
+        work=0.4,
+    ),
+    System(
+        name="MMoE",
+        about="the same experts for both tasks, a gate and a tower for each, nothing "
+        "decoupled or corrected",
+        settings=(*_UNCORRECTED, *_UNTIMED),
+    ),
+    System(
+        name="MMoE, timed",
+        about="the same, told when",
+        settings=_UNCORRECTED,
+    ),
+    System(
+        name="CGRec",
+        about="domains' losses by their Shapley values",
+        settings=(*_SHAPLEY, *_UNTIMED),
+        work=3.0,
+    ),
+    System(
+        name="SASRec",
+        about="one expert, no tower, over the merged history",
+        settings=(*_ONE_EXPERT, *_UNTIMED),
+        work=0.2,
+    ),
+    System(
+        name="SASRec, timed",
+        about="the same, told when",
+        settings=_ONE_EXPERT,
+        work=0.2,
+    ),
+    System(
+        name="GRU4Rec",
+        about="one GRU, no tower, over the merged history",
+        settings=(*_ONE_EXPERT, *_UNTIMED, *_GRU),
+        work=0.2,
+    ),
+)
+SYSTEMS = {system.name: system for system in _SYSTEMS}

@@ -1,29 +1,27 @@
-"""Runs a study's jobs, some side by side, each as the commands that a person would type; what is done stays done.
+"""Runs a study's jobs, some side by side, each as the commands that a person would type.
 
     OUTPUT/runs/NAME/run/        the run: launch/train.py's folder, or RecBole's
-    OUTPUT/runs/NAME/job.json    what was asked for
-    OUTPUT/runs/NAME/log.txt     what the commands said
+    OUTPUT/runs/NAME/job.json    its settings
+    OUTPUT/runs/NAME/log.txt     the commands' output
 
-A job is done when its test ranks are there.
+A job is done when its test ranks are there, and stays done.
 """
 
 import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from trainer.config.study import StudyConfig
 from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError, Stopped
 from trainer.evaluation.evaluate_run import RANKS
@@ -36,49 +34,57 @@ from trainer.reporting.run_log import (
     number,
     read_records,
 )
+from trainer.study.commands import Commands
 from trainer.study.peers.recbole_bridge import RANKS as RECBOLE_RANKS
 from trainer.study.peers.recbole_bridge import RESULT, default_python, run_recbole
-from trainer.study.plan import Job, StudyConfig
+from trainer.study.plan import Job
+from trainer.study.results import RunResult
 
-_JOB, _LOG = "job.json", "log.txt"
-_POLL = 2.0
+_JOB = "job.json"
+_LOG = "log.txt"
+_POLL_SECONDS = 2.0
 
 
-class Jobs:
-    """Everything that runs. launch: the folder of train.py and evaluate.py; base: run configurations, files."""
+class JobRunner:
+    """Runs jobs, and reads what they have left.
+
+    failed: {job: why}, of the jobs that this process has tried.
+    """
 
     def __init__(
         self,
         output: Path,
-        data,
-        base,
+        data: str | Path,
+        base: list[Path],
         config: StudyConfig,
         launch: Path,
-        recbole_python=None,
-    ):
-        self.output, self.data, self.base, self.config, self.launch = (
-            output,
-            str(data),
-            list(map(str, base)),
-            config,
-            launch,
-        )
+        recbole_python: str | Path | None = None,
+    ) -> None:
+        """base: run configurations, files. launch: the folder of train.py and evaluate.py."""
+        self.output = output
+        self.data = str(data)
+        self.base = [str(file) for file in base]
+        self.config = config
         self.recbole_python = recbole_python or default_python()
-        self._fingerprint = Dataset.load(data).fingerprint
-        self.failed, self._active, self._stopping = {}, {}, threading.Event()
-        self._children, self._lock = {}, threading.Lock()
-        self._seconds, self._work = (
-            0.0,
-            0.0,
-        )  # of jobs that were run to their end by this process
-        self._say = print
+        self.failed: dict[Job, str] = {}
+        self._dataset = Dataset.load(data)
+        self._commands = Commands(
+            launch,
+            config.ranks,
+            config.parallel,
+        )
+        self._begun: dict[Job, float] = {}  # when, of the jobs that run
+        # Of the jobs that this process has run to their end.
+        self._seconds = 0.0
+        self._work = 0.0
+        self._say: Callable[[str], None] = print
 
     def folder(self, job: Job) -> Path:
         """Where its run is."""
         return self._home(job) / "run"
 
-    def done(self, job: Job) -> bool:
-        """Raises InputError where its folder has been made with other settings."""
+    def is_done(self, job: Job) -> bool:
+        """Raises InputError where its folder was made with other settings."""
         file = self._home(job) / _JOB
         if not file.is_file():
             return False
@@ -86,158 +92,201 @@ class Jobs:
             before = json.loads(file.read_text())
         except ValueError:
             before = None
-        if before != self._asked(job):
+        if before != self._describe(job):
             raise InputError(
-                f"{self._home(job)}: was made with other settings: remove it, or take another --output"
+                f"{self._home(job)}: was made with other settings: remove it, or take "
+                "another --output"
             )
-        return self._ranks(job).is_file()
+        return self._ranks_file(job).is_file()
 
-    def run(self, jobs: list[Job], later: float = 0.0):
-        """Runs those that are not done, and shows how long is left. later: the work of what is to come after these.
+    def run(
+        self,
+        jobs: Collection[Job],
+        later: float = 0.0,
+    ) -> None:
+        """Runs the jobs that are not done, and shows how long is left.
 
-        What fails is in `failed`, {job: why}; the others go on. Raises Stopped where the process was asked to stop: the same
-        command goes on from there.
+        later: the work of what comes after these. A job that fails is in `failed`; the others go
+        on. Raises Stopped after a signal: the same command goes on from there.
         """
-        todo = [
-            job
-            for job in dict.fromkeys(jobs)
-            if not self.done(job) and job not in self.failed
-        ]
-        if not todo:
+        waiting = []
+        for job in dict.fromkeys(jobs):
+            if not self.is_done(job) and job not in self.failed:
+                waiting.append(job)
+        if not waiting:
             return
-        waiting = list(todo)
+        total = len(waiting)
+        running: dict[Future, Job] = {}
         with (
-            self._signals(),
+            self._commands.graceful_shutdown(),
             self._display() as show,
             ThreadPoolExecutor(self.config.parallel) as pool,
         ):
-            running = {}
             while waiting or running:
-                while (
-                    waiting
-                    and len(running) < self.config.parallel
-                    and not self._stopping.is_set()
-                ):
-                    job = waiting.pop(0)
-                    self._active[job] = time.monotonic()
-                    running[pool.submit(self._one, job)] = job
-                finished, _ = wait(running, _POLL, FIRST_COMPLETED)
+                self._start_jobs(
+                    pool,
+                    waiting,
+                    running,
+                )
+                finished, _ = wait(
+                    running,
+                    _POLL_SECONDS,
+                    FIRST_COMPLETED,
+                )
                 for future in finished:
                     job = running.pop(future)
-                    seconds = time.monotonic() - self._active.pop(job)
-                    if (why := future.result()) is not None:
-                        self.failed[job] = why
-                        self._say(f"{job.name}: {why}")
-                        continue
-                    if not self._stopping.is_set():
-                        self._seconds, self._work = (
-                            self._seconds + seconds,
-                            self._work + job.work,
-                        )
-                        left = self._left(waiting, running.values(), later)
-                        self._say(
-                            f"{job.name}: {self._figure(job)} in {duration(seconds)}; about {left} left"
-                        )
-                if self._stopping.is_set() and not running:
+                    unfinished_work = later + sum(job.work for job in waiting)
+                    self._note_finished(
+                        job,
+                        future.result(),
+                        unfinished_work,
+                        running,
+                    )
+                if self._commands.stopping.is_set() and not running:
                     raise Stopped(
                         "the study was stopped, as asked; the same command goes on"
                     )
-                left = self._left(waiting, running.values(), later)
-                show(
-                    self._table(
-                        len(todo) - len(waiting) - len(running), len(todo), left
-                    )
-                )
+                work = later + sum(job.work for job in waiting)
+                left = self._time_left(work, running.values())
+                done = total - len(waiting) - len(running)
+                show(self._progress_table(done, total, left))
 
-    def read(self, job: Job) -> dict:
-        """What a done run has found: user, domain, sampled, full (arrays), validation, seconds, users_per_second, epochs."""
-        folder, found = self.folder(job), read_ranks(self._ranks(job))
+    def _start_jobs(
+        self,
+        pool: ThreadPoolExecutor,
+        waiting: list[Job],
+        running: dict[Future, Job],
+    ) -> None:
+        """As many as may run side by side; none any more after a signal."""
+        while waiting and len(running) < self.config.parallel:
+            if self._commands.stopping.is_set():
+                return
+            job = waiting.pop(0)
+            self._begun[job] = time.monotonic()
+            running[pool.submit(self._run_job, job)] = job
+
+    def _note_finished(
+        self,
+        job: Job,
+        failure: str | None,
+        work: float,
+        running: dict[Future, Job],
+    ) -> None:
+        """work: that waits and comes later."""
+        seconds = time.monotonic() - self._begun.pop(job)
+        if failure is not None:
+            self.failed[job] = failure
+            self._say(f"{job.name}: {failure}")
+        elif not self._commands.stopping.is_set():
+            self._seconds += seconds
+            self._work += job.work
+            left = self._time_left(work, running.values())
+            validation = self.read(job).validation
+            self._say(
+                f"{job.name}: validation {HEADLINE} {validation:.4f} in "
+                f"{duration(seconds)}; about {left} left"
+            )
+
+    def read(self, job: Job) -> RunResult:
+        """What a done run has left."""
+        ranks = read_ranks(self._ranks_file(job))
         if job.recbole:
-            result = json.loads((folder / RESULT).read_text())
-            more = {
-                "validation": result["validation"],
-                "seconds": result["seconds"],
-                "epochs": len(result["epochs"]),
-            }
-            return found | more | {"users_per_second": result["users_per_second"]}
-        records = read_records(folder / METRICS_FILE)
-        validations = [record for record in records if record["kind"] == "validation"]
-        speeds = [
-            r["users_per_second"]
-            for r in records
-            if r["kind"] == "train" and r.get("users_per_second")
-        ]
-        return found | {
-            "validation": max(
-                record["mean"][HEADLINE] or 0.0 for record in validations
-            ),
-            "seconds": max(record["seconds"] for record in records),
-            "users_per_second": sorted(speeds)[len(speeds) // 2]
-            if speeds
-            else float("nan"),
-            "epochs": len(validations),
-        }
+            result = json.loads((self.folder(job) / RESULT).read_text())
+            return RunResult(
+                **ranks,
+                validation=result["validation"],
+                seconds=result["seconds"],
+                users_per_second=result["users_per_second"],
+                epochs=len(result["epochs"]),
+            )
+        records = read_records(self.folder(job) / METRICS_FILE)
+        validations = _select(records, "validation")
+        return RunResult(
+            **ranks,
+            validation=_best_validation(validations),
+            seconds=max(record["seconds"] for record in records),
+            users_per_second=_median_speed(_select(records, "train")),
+            epochs=len(validations),
+        )
 
-    def _home(self, job):
+    def _home(self, job: Job) -> Path:
+        """The job's folder."""
         return self.output / "runs" / job.name
 
-    def _asked(self, job):
-        asked = {
-            "settings": list(job.settings),
-            "base": [Path(file).read_text() for file in self.base],
-        }
+    def _describe(self, job: Job) -> dict[str, Any]:
+        """Its settings, as job.json has them."""
         if job.recbole:
-            asked = {
+            settings: dict[str, Any] = {
                 "recbole": self.config.recbole[job.system],
                 "epochs": self.config.recbole_epochs,
             }
-        return asked | {"dataset": self._fingerprint}
+        else:
+            settings = {
+                "settings": list(job.settings),
+                "base": [Path(file).read_text() for file in self.base],
+            }
+        settings["dataset"] = self._dataset.fingerprint
+        return settings
 
-    def _ranks(self, job):
-        return self.folder(job) / (
-            RECBOLE_RANKS if job.recbole else RANKS.format(split="test")
-        )
+    def _ranks_file(self, job: Job) -> Path:
+        """The test ranks by user: the last file that a job leaves."""
+        if job.recbole:
+            return self.folder(job) / RECBOLE_RANKS
+        return self.folder(job) / RANKS.format(split="test")
 
-    def _one(self, job):
-        """Runs a job. Returns why it failed, or None."""
-        home, run = self._home(job), self.folder(job)
+    def _run_job(self, job: Job) -> str | None:
+        """Runs a job to its end. Returns why it failed, or None."""
+        home = self._home(job)
         home.mkdir(parents=True, exist_ok=True)
         try:
             if not (home / _JOB).is_file():
-                write_json(home / _JOB, self._asked(job))
+                write_json(home / _JOB, self._describe(job))
             if job.recbole:
-                self._recbole(job, home)
-                return None
-            base = [f"--config={file}" for file in self.base]
-            given = [
-                *job.settings,
-                f"data={self.data}",
-                f"run={run}",
-                "log.tensorboard=false",
-            ]
-            self._command(job, home, "train.py", *base, *given)
-            self._command(
-                job,
-                home,
-                "evaluate.py",
-                "--run",
-                run,
-                "--data",
-                self.data,
-                "--ranking",
-                "full",
-            )
-            if not self.config.keep_models:
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+                self._run_recbole(job)
+            else:
+                self._train_and_evaluate(job)
         except InputError as error:
-            return None if self._stopping.is_set() else " ".join(str(error).split())
+            if self._commands.stopping.is_set():
+                return None
+            return " ".join(str(error).split())
         return None
 
-    def _recbole(self, job, home):
-        config, data = self.config, Dataset.load(self.data)
-        with (home / _LOG).open("a") as log:
+    def _train_and_evaluate(self, job: Job) -> None:
+        """Runs a system: launch/train.py, then launch/evaluate.py among all items."""
+        log = self._home(job) / _LOG
+        run = self.folder(job)
+        base = [f"--config={file}" for file in self.base]
+        settings = [
+            *job.settings,
+            f"data={self.data}",
+            f"run={run}",
+            "log.tensorboard=false",
+        ]
+        self._commands.run(
+            log,
+            "train.py",
+            *base,
+            *settings,
+        )
+        self._commands.run(
+            log,
+            "evaluate.py",
+            "--run",
+            run,
+            "--data",
+            self.data,
+            "--ranking",
+            "full",
+        )
+        if not self.config.keep_models:
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+    def _run_recbole(self, job: Job) -> None:
+        """Runs a baseline of RecBole's."""
+        config = self.config
+        with (self._home(job) / _LOG).open("a") as log:
             run_recbole(
-                data,
+                Dataset.load(self.data),
                 self.folder(job),
                 job.system,
                 job.seed,
@@ -250,76 +299,9 @@ class Jobs:
                 given=self.output / "given",
             )
 
-    def _command(self, job, home, script, *arguments):
-        """Raises InputError where it does not end with 0."""
-        ranks, cores = self.config.ranks, len(os.sched_getaffinity(0))
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher = [
-                Path(sys.executable).with_name("torchrun"),
-                "--standalone",
-                f"--nproc-per-node={ranks}",
-            ]
-        threads = max(1, cores // (ranks * self.config.parallel))
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        path = os.pathsep.join(
-            filter(None, [str(self.launch.parent), os.environ.get("PYTHONPATH")])
-        )
-        with (home / _LOG).open("a") as log:
-            command = [
-                str(word) for word in (*launcher, self.launch / script, *arguments)
-            ]
-            # In a session of its own: Ctrl-C is ours to pass on, once.
-            pipes = {
-                "stdin": subprocess.DEVNULL,
-                "stdout": log,
-                "stderr": log,
-                "start_new_session": True,
-            }
-            child = subprocess.Popen(
-                command, env=environment | {"PYTHONPATH": path}, **pipes
-            )
-            with self._lock:
-                self._children[job] = child
-            if self._stopping.is_set():
-                child.terminate()
-            try:
-                status = child.wait()
-            finally:
-                with self._lock:
-                    del self._children[job]
-        if status:
-            lines = (home / _LOG).read_text(errors="replace").strip().splitlines()
-            errors = (
-                [line for line in lines if line.startswith("error: ")]
-                or lines
-                or ["it said nothing"]
-            )
-            raise InputError(
-                f"{script} ended with status {status}: {errors[-1]} (more in {home / _LOG})"
-            )
-
     @contextlib.contextmanager
-    def _signals(self):
-        """SIGINT, SIGTERM and SIGUSR1 ask the runs to write a checkpoint and end."""
-
-        def stop(number, frame):
-            self._stopping.set()
-            with self._lock:
-                for child in self._children.values():
-                    child.terminate()
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, stop) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def _display(self):
-        """What shows a table: on a terminal, else nothing; lines go through `_say`."""
+    def _display(self) -> Iterator[Callable[[Table], None]]:
+        """Yields what shows a table: on a terminal, else nothing. Lines go through `_say`."""
         console = Console()
         if not console.is_terminal:
             self._say = lambda line: print(line, flush=True)
@@ -330,21 +312,26 @@ class Jobs:
             yield live.update
         self._say = print
 
-    def _table(self, done, total, left):
+    def _progress_table(
+        self,
+        done: int,
+        total: int,
+        left: str,
+    ) -> Table:
+        """The jobs that run, with their best validation so far."""
         table = Table(
             title=f"{done} of {total} runs done, about {left} left",
             title_justify="left",
             box=None,
             pad_edge=False,
         )
-        for column in ("run", "epoch", f"validation {HEADLINE}", "time"):
-            table.add_column(column, justify="left" if column == "run" else "right")
-        for job, begun in self._active.items():
-            validations = self._validations(job)
-            best = max(
-                (record["mean"][HEADLINE] or 0.0 for record in validations),
-                default=None,
-            )
+        table.add_column("run", justify="left")
+        for column in ("epoch", f"validation {HEADLINE}", "time"):
+            table.add_column(column, justify="right")
+        for job, begun in self._begun.items():
+            records = read_records(self.folder(job) / METRICS_FILE)
+            validations = _select(records, "validation")
+            best = _best_validation(validations) if validations else None
             table.add_row(
                 Text(job.name),
                 str(len(validations)),
@@ -353,27 +340,45 @@ class Jobs:
             )
         return table
 
-    def _validations(self, job):
-        return [
-            record
-            for record in read_records(self.folder(job) / METRICS_FILE)
-            if record["kind"] == "validation"
-        ]
-
-    def _figure(self, job):
-        return f"validation {HEADLINE} {self.read(job)['validation']:.4f}"
-
-    def _left(self, waiting, running, later):
-        """Time for what waits, runs and comes later, from what runs have taken so far; words."""
-        now = time.monotonic()
+    def _time_left(
+        self,
+        work: float,
+        running: Collection[Job],
+    ) -> str:
+        """Time for what waits, comes later and runs, from what runs have taken so far; words."""
         if self._work == 0:
             return "an unknown time"
-        pace = self._seconds / self._work
-        active = sum(
-            max(0.1 * pace * job.work, pace * job.work - (now - self._active[job]))
-            for job in running
-        )
-        return duration(
-            (active + pace * (later + sum(job.work for job in waiting)))
-            / self.config.parallel
-        )
+        now = time.monotonic()
+        seconds_per_work = self._seconds / self._work
+        active = 0.0
+        for job in running:
+            expected = seconds_per_work * job.work
+            spent = now - self._begun[job]
+            active += max(0.1 * expected, expected - spent)
+        total = active + seconds_per_work * work
+        return duration(total / self.config.parallel)
+
+
+def _select(
+    records: list[dict[str, Any]],
+    kind: str,
+) -> list[dict[str, Any]]:
+    """The records of a kind."""
+    return [record for record in records if record["kind"] == kind]
+
+
+def _best_validation(validations: list[dict[str, Any]]) -> float:
+    """The best mean of HEADLINE; of at least one record."""
+    return max(record["mean"][HEADLINE] or 0.0 for record in validations)
+
+
+def _median_speed(train: list[dict[str, Any]]) -> float:
+    """Users per second; NaN where no record has them."""
+    speeds = []
+    for record in train:
+        if record.get("users_per_second"):
+            speeds.append(record["users_per_second"])
+    speeds.sort()
+    if not speeds:
+        return float("nan")
+    return speeds[len(speeds) // 2]

@@ -1,132 +1,134 @@
-"""What a study trains: its settings, and the runs that follow from them, each a folder of its own."""
+"""The runs that follow from a study's settings: hyperparameter search, seeds, sweeps and baselines."""
 
 import itertools
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from trainer.config.study import OURS, StudyConfig  # moved
 from trainer.errors import InputError
-from trainer.study.baselines import OURS, SYSTEMS
+from trainer.study.baselines import SYSTEMS
 
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """What a study is of.
-
-    settings: `key=value` over the base, for every system. own: more of them for one system: {name: [...]}. tune: {key: values}:
-    every system is trained with every combination on the first seed, and the one that is best by validation stands for it.
-    sweep: {key: values}: SyNCRec with each of them. recbole: {RecBole's name of a model: its settings}. parallel: runs side by
-    side; ranks: of each. keep_models: keep checkpoints of runs that have been evaluated.
-    """
-
-    systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
-    seeds: list[int] = field(default_factory=lambda: [0])
-    settings: list[str] = field(default_factory=list)
-    own: dict[str, list[str]] = field(default_factory=dict)
-    tune: dict[str, list[Any]] = field(default_factory=dict)
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
-    recbole: dict[str, dict[str, Any]] = field(default_factory=dict)
-    recbole_epochs: int = 100
-    recbole_patience: int = 5
-    recbole_minutes: float = 0.0
-    parallel: int = 1
-    ranks: int = 1
-    keep_models: bool = False
-
-    def __post_init__(self):
-        for name in (*self.systems, *self.own):
-            if name not in SYSTEMS:
-                raise ValueError(
-                    f"there is no system {name!r}: there are {', '.join(SYSTEMS)}"
-                )
-        for name in ("parallel", "ranks", "recbole_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if (
-            not self.seeds
-            or len(set(self.seeds)) < len(self.seeds)
-            or min(self.seeds) < 0
-        ):
-            raise ValueError(
-                f"seeds is {self.seeds}: give at least one, each once, 0 or more"
-            )
-        if not self.systems and not self.recbole:
-            raise ValueError("systems is empty: a study needs one")
-        if self.sweep and OURS not in self.systems:
-            raise ValueError(f"sweep is of {OURS}, which is not among the systems")
+Settings = tuple[str, ...]  # `key=value` each
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. system: as in SYSTEMS, or RecBole's name; domain: of a model of one domain alone; variant: the settings that are
-    tried; settings: all that launch/train.py is given beside base, data and run."""
+    """One run, with a folder of its own.
+
+    system: a name in SYSTEMS, or RecBole's name of a model. domain: of a model of one domain
+    alone. variant: the settings that are tried. settings: all that launch/train.py gets beside
+    base, data and run.
+    """
 
     system: str
     seed: int
     domain: str = ""
-    variant: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    variant: Settings = ()
+    settings: Settings = ()
     recbole: bool = False
 
     @property
     def name(self) -> str:
-        """Its folder."""
-        parts = [self.system, self.domain, *self.variant, f"seed={self.seed}"]
-        return "-".join(re.sub(r"[^\w.=,+-]+", "_", part) for part in parts if part)
+        """The name of its folder."""
+        parts = []
+        for part in (self.system, self.domain, *self.variant, f"seed={self.seed}"):
+            if part:
+                parts.append(re.sub(r"[^\w.=,+-]+", "_", part))
+        return "-".join(parts)
 
     @property
     def work(self) -> float:
-        """About, beside a run of SyNCRec."""
-        return 1.0 if self.recbole else SYSTEMS[self.system].work
+        """How long it takes, about, beside a run of SyNCRec."""
+        if self.recbole:
+            return 1.0
+        return SYSTEMS[self.system].work
 
 
-def jobs_of(
-    config: StudyConfig, system: str, domains, seed: int, variant=()
+class SweepPoint(NamedTuple):
+    """A run of SyNCRec with one value of a setting."""
+
+    key: str
+    value: Any
+    job: Job
+
+
+def make_jobs(
+    config: StudyConfig,
+    name: str,
+    domains: Sequence[str],
+    seed: int,
+    variant: Settings = (),
 ) -> list[Job]:
     """The runs of a system with a seed: one, or one for each domain."""
-    of = SYSTEMS[system]
-    given = (
+    system = SYSTEMS[name]
+    settings = (
         *config.settings,
-        *of.settings,
-        *config.own.get(system, ()),
+        *system.settings,
+        *config.own.get(name, ()),
         *variant,
         f"seed={seed}",
     )
-    if not of.by_domain:
-        return [Job(system, seed, "", tuple(variant), given)]
-    return [
-        Job(system, seed, name, tuple(variant), (*given, f"stream.domain={name}"))
-        for name in domains
-    ]
+    if not system.by_domain:
+        return [Job(name, seed, "", variant, settings)]
+    jobs = []
+    for domain in domains:
+        domain_settings = (*settings, f"stream.domain={domain}")
+        jobs.append(
+            Job(
+                name,
+                seed,
+                domain,
+                variant,
+                domain_settings,
+            )
+        )
+    return jobs
 
 
-def combinations(values: dict[str, list]) -> list[tuple[str, ...]]:
-    """Every combination of `key: values` as key=value; without any, the one that changes nothing."""
-    for key, given in values.items():
-        if not isinstance(given, list) or not given:
+def hyperparameter_grid(tune: dict[str, list[Any]]) -> list[Settings]:
+    """Every combination of `key: values` as settings, for a grid search.
+
+    Without any key: the one combination that changes nothing. Raises InputError where the values
+    of a key are no list.
+    """
+    for key, values in tune.items():
+        if not isinstance(values, list) or not values:
             raise InputError(f"{key}: give a list of values")
-    return [
-        tuple(f"{key}={value}" for key, value in zip(values, chosen, strict=True))
-        for chosen in itertools.product(*values.values())
-    ]
+    grid = []
+    for values in itertools.product(*tune.values()):
+        settings = []
+        for key, value in zip(tune, values, strict=True):
+            settings.append(f"{key}={value}")
+        grid.append(tuple(settings))
+    return grid
 
 
-def swept(config: StudyConfig, domains) -> list[tuple[str, Any, Job]]:
-    """(key, value, run) of every sweep, on the first seed."""
-    found = []
+def make_sweeps(
+    config: StudyConfig,
+    domains: Sequence[str],
+) -> list[SweepPoint]:
+    """The runs of every sweep, on the first seed."""
+    points = []
     for key, values in config.sweep.items():
         for value in values:
-            (job,) = jobs_of(
-                config, OURS, domains, config.seeds[0], (f"{key}={value}",)
+            variant = (f"{key}={value}",)
+            (job,) = make_jobs(
+                config,
+                OURS,
+                domains,
+                config.seeds[0],
+                variant,
             )
-            found.append((key, value, job))
-    return found
+            points.append(SweepPoint(key, value, job))
+    return points
 
 
-def recbole_jobs(config: StudyConfig) -> list[Job]:
+def make_recbole_jobs(config: StudyConfig) -> list[Job]:
     """Every model of RecBole with every seed."""
-    return [
-        Job(model, seed, recbole=True)
-        for model in config.recbole
-        for seed in config.seeds
-    ]
+    jobs = []
+    for model in config.recbole:
+        for seed in config.seeds:
+            jobs.append(Job(model, seed, recbole=True))
+    return jobs

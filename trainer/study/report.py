@@ -5,117 +5,170 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
+from trainer.config.study import OURS
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
 from trainer.reporting.html import rendered, table_page
 from trainer.reporting.run_log import HEADLINE, METRICS_FILE, printable, read_records
-from trainer.study.baselines import OURS
 from trainer.study.results import RANKINGS
-from trainer.study.tables import RANKED, mean, signed, tables
+from trainer.study.runner import Study, SweepResult
+from trainer.study.tables import RANKED, format_signed, make_tables, mean_metric
+
+Section = tuple[str, str, go.Figure | None]  # title, a sentence, its plot
 
 
-def write_study(folder: Path, study) -> Path:
+def write_study(
+    folder: Path,
+    study: Study,
+) -> Path:
     """Writes both, and returns the page's path."""
-    made, title = tables(study), folder.resolve().name
+    tables = make_tables(study)
+    title = folder.resolve().name
+    lead = _lead(study)
     page = table_page(
-        title, "study", _lead(study), made, _sections(study), study.failed
+        title,
+        "study",
+        lead,
+        tables,
+        _sections(study),
+        study.failed,
     )
-    lines = [f"# {title}", "", *_lead(study), ""]
-    lines += [
-        f"{name} is not in the tables: {why}\n" for name, why in study.failed.items()
-    ]
-    for table in made:
+    lines = [f"# {title}", "", *lead, ""]
+    for name, why in study.failed.items():
+        lines.append(f"{name} is not in the tables: {why}\n")
+    for table in tables:
         lines += [f"## {table.title}", "", table.text, "", table.markdown(), ""]
     write_text(folder / "report.md", "\n".join(lines))
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def _lead(study):
+def _lead(study: Study) -> list[str]:
     """Sentences."""
-    dataset, config = study.dataset, study.config
-    domains = ", ".join(
-        f"{printable(domain.name)} ({domain.items:,} items)"
-        for domain in dataset.domains
-    )
-    seeds = f"{len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    dataset = study.dataset
+    names = []
+    for domain in dataset.domains:
+        name = printable(domain.name)
+        names.append(f"{name} ({domain.items:,} items)")
+    seeds = "one seed"
+    if len(study.config.seeds) > 1:
+        seeds = f"{len(study.config.seeds)} seeds"
     lines = [
-        f"{dataset.users:,} users, {dataset.interactions:,} interactions; domains: {domains}. {seeds.capitalize()}. The newest "
-        "item of a user is the test item, the one before it validation; epochs and settings are chosen by validation alone."
+        f"{dataset.users:,} users, "
+        f"{dataset.interactions:,} interactions; "
+        f"domains: {', '.join(names)}. "
+        f"{seeds.capitalize()}. The newest item of a user is the "
+        "test item, the one before it validation; epochs and settings are chosen by "
+        "validation alone."
     ]
-    if OURS in study.found and len(study.found) > 1:
+    if OURS in study.results and len(study.results) > 1:
         for ranking in RANKINGS:
-            figures = {
-                name: mean(found, ranking) for name, found in study.found.items()
-            }
-            own = figures.pop(OURS)
-            best = max(figures, key=figures.get)
-            share = signed(own / figures[best] - 1, "+.1%")
-            first = f"Among {RANKED[ranking]} {OURS} has a mean {HEADLINE} of {own:.4f}"
-            lines.append(
-                f"{first}; the best of the others is {printable(best)} with {figures[best]:.4f} ({OURS}: {share})."
-            )
+            lines.append(_compare_with_best(study, ranking))
     return lines
 
 
-def _sections(study):
-    """Plots, with a title and a sentence."""
-    found = [
+def _compare_with_best(
+    study: Study,
+    ranking: str,
+) -> str:
+    """A sentence: SyNCRec beside the best of the others."""
+    means = {}
+    for name, results in study.results.items():
+        means[name] = mean_metric(results, ranking)
+    ours = means.pop(OURS)
+    best = max(means, key=means.get)
+    mean_of_best = means[best]
+    share = format_signed(ours / mean_of_best - 1, "+.1%")
+    return (
+        f"Among {RANKED[ranking]} "
+        f"{OURS} has a mean {HEADLINE} of {ours:.4f}; "
+        f"the best of the others is {printable(best)} "
+        f"with {mean_of_best:.4f} ({OURS}: {share})."
+    )
+
+
+def _sections(study: Study) -> list[dict]:
+    """Plots, with a title and a sentence each."""
+    sections: list[Section] = [
         (
             f"{HEADLINE} of all systems",
             "Mean over domains; the whiskers are the least and the largest seed.",
-            _bars(study),
+            _plot_systems(study),
         )
     ]
-    for key, values in study.sweeps.items():
-        found.append(
+    for key, points in study.sweeps.items():
+        sections.append(
             (
                 f"{OURS} by {key}",
                 f"Mean {HEADLINE} over domains, first seed.",
-                _lines(key, values),
+                _plot_sweep(key, points),
             )
         )
     if study.example:
-        train = [
-            record
-            for record in read_records(study.example / METRICS_FILE)
-            if record["kind"] == "train"
-        ]
-        domains = plots.styles([domain.name for domain in study.dataset.domains])
-        found.append(
-            (
-                f"λ by domain in a run of {OURS}",
-                "What the losses weigh.",
-                plots.weight_plot(train, domains),
-            )
-        )
-        text = "Single-domain minus cross-domain loss over the same targets; below 0 the other domains harm the prediction."
-        found.append(
-            ("φ, the negative transfer gap", text, plots.gap_plot(train, domains))
-        )
-    return rendered(section for section in found if section[2] is not None)
+        sections += _transfer_sections(study, study.example)
+    return rendered(section for section in sections if section[2] is not None)
 
 
-def _bars(study):
-    if not study.found:
+def _transfer_sections(
+    study: Study,
+    run: Path,
+) -> list[Section]:
+    """How a run of SyNCRec weighed its domains."""
+    train = []
+    for record in read_records(run / METRICS_FILE):
+        if record["kind"] == "train":
+            train.append(record)
+    domains = plots.styles([domain.name for domain in study.dataset.domains])
+    return [
+        (
+            f"λ by domain in a run of {OURS}",
+            "What the losses weigh.",
+            plots.weight_plot(train, domains),
+        ),
+        (
+            "φ, the negative transfer gap",
+            "Single-domain minus cross-domain loss over the same targets; below 0 the "
+            "other domains harm the prediction.",
+            plots.gap_plot(train, domains),
+        ),
+    ]
+
+
+def _plot_systems(study: Study) -> go.Figure | None:
+    """Bars: a system's mean over seeds, with the least and the largest seed."""
+    if not study.results:
         return None
     figure = go.Figure()
-    for ranking, style in zip(RANKINGS, plots.styles(list(RANKINGS)), strict=True):
-        by_seed = {
-            name: np.nanmean(
-                found.by_domain(ranking, HEADLINE, len(study.dataset.domains)), axis=1
+    labels = []
+    for name in study.results:
+        (style,) = plots.styles([name])
+        labels.append(style.label)
+    domains = len(study.dataset.domains)
+    styles = plots.styles(list(RANKINGS))
+    for ranking, style in zip(RANKINGS, styles, strict=True):
+        means = []
+        above = []
+        below = []
+        seeds = 0
+        for results in study.results.values():
+            mean_SD = results.by_domain(
+                ranking,
+                HEADLINE,
+                domains,
             )
-            for name, found in study.found.items()
-        }
-        means = [float(of.mean()) for of in by_seed.values()]
+            mean_S = np.nanmean(mean_SD, axis=1)
+            mean = float(mean_S.mean())
+            means.append(mean)
+            above.append(float(mean_S.max()) - mean)
+            below.append(mean - float(mean_S.min()))
+            seeds = max(seeds, len(mean_S))
         spread = {
             "type": "data",
             "symmetric": False,
-            "array": [float(of.max() - of.mean()) for of in by_seed.values()],
-            "arrayminus": [float(of.mean() - of.min()) for of in by_seed.values()],
-            "visible": any(len(of) > 1 for of in by_seed.values()),
+            "array": above,
+            "arrayminus": below,
+            "visible": seeds > 1,
         }
-        labels = [plots.styles([name])[0].label for name in by_seed]
         figure.add_bar(
             x=labels,
             y=means,
@@ -124,22 +177,33 @@ def _bars(study):
             marker_color=style.colour,
         )
     figure.update_traces(yhoverformat=".4f")
-    return plots.finished(figure, 420).update_xaxes(
-        title=None, tickformat=None, showgrid=False
+    figure = plots.finished(figure, 420)
+    return figure.update_xaxes(
+        title=None,
+        tickformat=None,
+        showgrid=False,
     )
 
 
-def _lines(key, values):
+def _plot_sweep(
+    key: str,
+    points: list[SweepResult],
+) -> go.Figure:
+    """Lines over a setting's values: the mean metric by ranking."""
     figure = go.Figure()
-    for ranking, style in zip(RANKINGS, plots.styles(list(RANKINGS)), strict=True):
-        heights = [mean(found, ranking) for _, found in values]
+    values = [str(point.value) for point in points]
+    styles = plots.styles(list(RANKINGS))
+    for ranking, style in zip(RANKINGS, styles, strict=True):
         figure.add_scatter(
-            x=[str(value) for value, _ in values],
-            y=heights,
+            x=values,
+            y=[mean_metric(point.results, ranking) for point in points],
             name=RANKED[ranking],
             line=style.line,
         )
     figure.update_traces(mode="lines+markers", yhoverformat=".4f")
-    return plots.finished(figure, 320).update_xaxes(
-        title=key, tickformat=None, type="category"
+    figure = plots.finished(figure, 320)
+    return figure.update_xaxes(
+        title=key,
+        tickformat=None,
+        type="category",
     )

@@ -1,11 +1,15 @@
-"""What a study's runs have found: figures by domain and seed, and paired comparisons over the same users.
+"""The results of a study's runs: metrics by domain and seed, and paired comparisons over users.
 
-Shapes: U users that were ranked, D domains, S seeds. A system's ranks are int32 (S, U) in the order of the users' numbers.
+Shapes: U users that were ranked, B some of them, D domains, S seeds, R bootstrap replicates. A
+position is where a user's test item stands in the ranking, from 1. A system's positions are int32
+(S, U), in the order of the users' numbers.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,135 +20,268 @@ from trainer.reporting.run_report import FULL
 
 RANKINGS = ("sampled", "full")
 METRICS = (HEADLINE, "HR@10", "MRR")
-_REPLICATES, _AT_ONCE = 1000, 8192
+_REPLICATES = 1000
+_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
-class Found:
-    """A system's test ranks by seed. rank: {"sampled" or "full": (S, U)}; domain_U, user_U: int64. validation: mean by seed;
-    seconds, users_per_second, epochs: of training by seed, sums over the models of single domains."""
+class RunResult:
+    """What one run has left: ranks by user (trainer/evaluation/user_ranks.py), and its training.
+
+    Four users and two domains, of which `full` ranks among more items than `sampled`:
+
+        user     [2, 5, 6,  9]
+        domain   [0, 1, 1,  0]
+        sampled  [1, 7, 2, 11]
+        full     [3, 9, 2, 80]
+
+    validation: the best one's mean of HEADLINE. epochs: that were validated.
+    """
+
+    user: np.ndarray
+    domain: np.ndarray
+    sampled: np.ndarray
+    full: np.ndarray
+    validation: float
+    seconds: float
+    users_per_second: float
+    epochs: float
+
+    def positions(self, ranking: str) -> np.ndarray:
+        """Positions by one of RANKINGS."""
+        return self.sampled if ranking == "sampled" else self.full
+
+
+@dataclass(frozen=True)
+class SystemResults:
+    """A system's test positions by seed.
+
+    position: {"sampled" or "full": (S, U)}. domain_U, user_U: int64. validation: the mean by
+    seed. seconds, users_per_second, epochs: of training, by seed; over models of single domains,
+    seconds are the sum and the others the mean.
+    """
 
     name: str
     user_U: np.ndarray
     domain_U: np.ndarray
-    rank: dict[str, np.ndarray]
+    position: dict[str, np.ndarray]
     validation: list[float]
     seconds: list[float]
     users_per_second: list[float]
     epochs: list[float]
 
-    def by_domain(self, ranking, metric, domains) -> np.ndarray:
-        """The metric's means, (S, D), NaN where a domain has no user."""
-        value_SU = gain(self.rank[ranking], metric)
-        found = np.full((len(value_SU), domains), np.nan)
+    def by_domain(
+        self,
+        ranking: str,
+        metric: str,
+        domains: int,
+    ) -> np.ndarray:
+        """The metric's means, (S, D), NaN where a domain has no user.
+
+        Of one seed, whose users' domains are [0, 1, 1, 0] and positions [1, 1, 20, 30], HR@10 is
+        [[0.5, 0.5]].
+        """
+        value_SU = metric_values(self.position[ranking], metric)
+        mean_SD = np.full((len(value_SU), domains), np.nan)
         for domain in np.unique(self.domain_U):
-            found[:, domain] = value_SU[:, self.domain_U == domain].mean(1)
-        return found
+            own_U = self.domain_U == domain
+            mean_SD[:, domain] = value_SU[:, own_U].mean(1)
+        return mean_SD
 
 
-def gain(rank, metric):
-    """What a user with this 1-based rank counts in a metric's mean."""
-    rank = np.asarray(rank, np.float64)
+def metric_values(
+    position: np.ndarray,
+    metric: str,
+) -> np.ndarray:
+    """What a user with this position counts in a metric's mean; any shape.
+
+    metric: MRR, HR@k or NDCG@k.
+    """
+    position = np.asarray(position, np.float64)
     if metric == "MRR":
-        return 1 / rank
-    name, at = metric.split("@")
+        return 1 / position
+    name, cut = metric.split("@")
+    values = 1 / np.log2(position + 1) if name == "NDCG" else 1.0
     return np.where(
-        rank <= int(at), 1 / np.log2(rank + 1) if name == "NDCG" else 1.0, 0.0
+        position <= int(cut),
+        values,
+        0.0,
     )
 
 
-def gathered(name, runs) -> Found:
-    """runs: by seed, what `read_run` gives of each run of the system. Raises InputError where seeds ranked other users."""
-    joined = []
-    for parts in runs:
-        columns = {
-            key: np.concatenate([part[key] for part in parts])
-            for key in ("user", "domain", *RANKINGS)
-        }
-        order = np.argsort(columns["user"], kind="stable")
-        joined.append({key: values[order] for key, values in columns.items()})
-    first = joined[0]
-    for other in joined[1:]:
-        if not np.array_equal(other["user"], first["user"]):
+def collect_results(
+    name: str,
+    runs: list[list[RunResult]],
+) -> SystemResults:
+    """A system's results, over its seeds and its models of single domains.
+
+    runs: by seed, one run or one for each domain. Runs of single domains ranked users of their
+    own: together they are in the order of the users' numbers.
+
+    Raises InputError where seeds ranked other users.
+    """
+    seeds = [_Seed.join(parts) for parts in runs]
+    first = seeds[0]
+    for other in seeds[1:]:
+        if not np.array_equal(other.user_U, first.user_U):
             raise InputError(
                 f"{name}: its seeds have ranked other users: remove its runs"
             )
-
-    def values(what, together):
-        return [together([part[what] for part in parts]) for parts in runs]
-
-    return Found(
+    position = {}
+    for ranking in RANKINGS:
+        position[ranking] = np.stack([seed.position[ranking] for seed in seeds])
+    return SystemResults(
         name=name,
-        user_U=first["user"],
-        domain_U=first["domain"],
-        rank={
-            ranking: np.stack([one[ranking] for one in joined]) for ranking in RANKINGS
-        },
-        validation=values("validation", np.mean),
-        seconds=values("seconds", sum),
-        users_per_second=values("users_per_second", np.mean),
-        epochs=values("epochs", np.mean),
+        user_U=first.user_U,
+        domain_U=first.domain_U,
+        position=position,
+        validation=_by_seed(runs, "validation", np.mean),
+        seconds=_by_seed(runs, "seconds", sum),
+        users_per_second=_by_seed(
+            runs,
+            "users_per_second",
+            np.mean,
+        ),
+        epochs=_by_seed(runs, "epochs", np.mean),
     )
 
 
-def popularity(run: Path) -> dict:
-    """Popularity's figures as a run's full evaluation has them: {"sampled" or "full": (by domain, mean)}."""
-    record = json.loads((run / f"{FULL}-test.json").read_text())
-    return {
-        "full": (record["popularity"], record["popularity_mean"]),
-        "sampled": (
-            record["sampled"]["popularity"],
-            record["sampled"]["popularity_mean"],
-        ),
-    }
+class _Seed(NamedTuple):
+    """The runs of one seed together, in the order of the users."""
+
+    user_U: np.ndarray
+    domain_U: np.ndarray
+    position: dict[str, np.ndarray]
+
+    @classmethod
+    def join(cls, runs: list[RunResult]) -> "_Seed":
+        """Puts the runs of single domains together."""
+        user_U = np.concatenate([run.user for run in runs])
+        domain_U = np.concatenate([run.domain for run in runs])
+        order = np.argsort(user_U, kind="stable")
+        position = {}
+        for ranking in RANKINGS:
+            position_U = np.concatenate([run.positions(ranking) for run in runs])
+            position[ranking] = position_U[order]
+        return cls(
+            user_U[order],
+            domain_U[order],
+            position,
+        )
+
+
+def _by_seed(
+    runs: list[list[RunResult]],
+    field: str,
+    join: Callable[[list[float]], float],
+) -> list[float]:
+    """A field of each seed's runs, joined."""
+    values = []
+    for parts in runs:
+        values.append(join([getattr(run, field) for run in parts]))
+    return values
+
+
+class PopularityMetrics(NamedTuple):
+    """What ranking by popularity has: metrics by domain's name, and their means."""
+
+    by_domain: dict[str, dict[str, Any]]
+    mean: dict[str, Any]
+
+
+def read_popularity(run: Path) -> dict[str, PopularityMetrics]:
+    """Popularity's figures as a run's full evaluation has them, by ranking."""
+    file = run / f"{FULL}-test.json"
+    record = json.loads(file.read_text())
+    popularity = {}
+    for ranking, part in (("full", record), ("sampled", record["sampled"])):
+        popularity[ranking] = PopularityMetrics(
+            by_domain=part["popularity"],
+            mean=part["popularity_mean"],
+        )
+    return popularity
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One system's mean less another's over the same users: value, 95 % interval, and the two-sided p of none at all."""
+class PairedDifference:
+    """One system's mean less another's over the same users.
+
+    low, high: its 95 % confidence interval. p: of the hypothesis of no difference, two-sided.
+    """
 
     value: float
     low: float
     high: float
     p: float
 
+    @property
+    def is_significant(self) -> bool:
+        """Whether the confidence interval leaves 0 out."""
+        return self.low * self.high > 0
 
-def compared(
-    one: Found, other: Found, ranking, metric=HEADLINE, domain=None
-) -> Difference:
-    """`one` less `other`, each the mean over its seeds: of one domain's users, or the mean over domains.
 
-    A Poisson bootstrap over users (trainer/evaluation/bootstrap.py). Raises InputError where they have ranked other users.
+def paired_difference(
+    one: SystemResults,
+    other: SystemResults,
+    ranking: str,
+    metric: str = HEADLINE,
+    domain: int | None = None,
+) -> PairedDifference:
+    """`one` less `other`, each the mean over its seeds: of a domain's users, or over domains.
+
+    A paired Poisson bootstrap over users (trainer/evaluation/bootstrap.py).
+
+    Raises InputError where they have ranked other users.
     """
-    if not np.array_equal(one.user_U, other.user_U) or not np.array_equal(
-        one.domain_U, other.domain_U
-    ):
+    same_users = np.array_equal(one.user_U, other.user_U)
+    if not same_users or not np.array_equal(one.domain_U, other.domain_U):
         raise InputError(
-            f"{one.name} and {other.name} have ranked other users: they cannot be compared"
+            f"{one.name} and {other.name} have ranked other users: they cannot be "
+            "compared"
         )
-    difference_U = gain(one.rank[ranking], metric).mean(0) - gain(
-        other.rank[ranking], metric
-    ).mean(0)
+    one_U = metric_values(one.position[ranking], metric).mean(0)
+    other_U = metric_values(other.position[ranking], metric).mean(0)
+    difference_U = one_U - other_U
+    domains = np.unique(one.domain_U) if domain is None else [domain]
     means = []
-    for each in np.unique(one.domain_U) if domain is None else [domain]:
-        (own,) = np.nonzero(one.domain_U == each)
-        sums = np.zeros((1 + _REPLICATES, 2))
-        for first in range(0, len(own), _AT_ONCE):
-            part = own[first : first + _AT_ONCE]
-            drawn = np.concatenate(
-                [np.ones((1, len(part))), weights(0, _REPLICATES, one.user_U[part])]
-            )
-            sums += drawn @ np.stack([difference_U[part], np.ones(len(part))], 1)
-        means.append(sums[:, 0] / np.maximum(sums[:, 1], 1))
-    value, *replicates = np.mean(means, axis=0)
+    for number in domains:
+        (user_B,) = np.nonzero(one.domain_U == number)
+        difference_B = difference_U[user_B]
+        means.append(_bootstrap_means(difference_B, one.user_U[user_B]))
+    mean_R = np.mean(means, axis=0)
+    return _summarise(mean_R[0], mean_R[1:])
+
+
+def _bootstrap_means(
+    difference_B: np.ndarray,
+    user_B: np.ndarray,
+) -> np.ndarray:
+    """The mean over users, then that of each replicate, float64 (1 + R,)."""
+    sums_R2 = np.zeros((1 + _REPLICATES, 2))  # of differences, and of users
+    for first in range(0, len(user_B), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        users = user_B[part]
+        every_user_once = np.ones((1, len(users)))
+        drawn = weights(0, _REPLICATES, users)
+        counts_RB = np.concatenate([every_user_once, drawn])
+        values_B2 = np.stack([difference_B[part], np.ones(len(users))], 1)
+        sums_R2 += counts_RB @ values_B2
+    difference_R, users_R = sums_R2.T
+    return difference_R / np.maximum(users_R, 1)
+
+
+def _summarise(
+    value: float,
+    replicates: np.ndarray,
+) -> PairedDifference:
+    """The 95 % confidence interval and the p of bootstrap replicates (R,)."""
     low, high = np.percentile(replicates, (2.5, 97.5))
-    below, above = (
-        np.mean(np.less_equal(replicates, 0)),
-        np.mean(np.greater_equal(replicates, 0)),
-    )
-    return Difference(
-        float(value),
-        float(low),
-        float(high),
-        float(min(1.0, 2 * max(1 / _REPLICATES, min(below, above)))),
+    below = np.mean(replicates <= 0)
+    above = np.mean(replicates >= 0)
+    p = 2 * max(1 / _REPLICATES, min(below, above))
+    return PairedDifference(
+        value=float(value),
+        low=float(low),
+        high=float(high),
+        p=float(min(1.0, p)),
     )

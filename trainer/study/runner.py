@@ -1,142 +1,298 @@
-"""A study from its beginning to its report: opponents tuned alike, all seeds, what was found."""
+"""A study from its beginning to its report: hyperparameters tuned alike, all seeds, all results."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from trainer.config.study import OURS, StudyConfig
 from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError
 from trainer.files.atomic import write_json
-from trainer.study.baselines import OURS, SYSTEMS
-from trainer.study.jobs import Jobs
+from trainer.study.baselines import SYSTEMS
+from trainer.study.jobs import JobRunner
 from trainer.study.plan import (
     Job,
-    StudyConfig,
-    combinations,
-    jobs_of,
-    recbole_jobs,
-    swept,
+    Settings,
+    SweepPoint,
+    hyperparameter_grid,
+    make_jobs,
+    make_recbole_jobs,
+    make_sweeps,
 )
-from trainer.study.results import Found, gathered, popularity
+from trainer.study.results import (
+    PopularityMetrics,
+    SystemResults,
+    collect_results,
+    read_popularity,
+)
+
+
+class Trial(NamedTuple):
+    """A combination of hyperparameters that was tried; domain: of a model of it alone, or ""."""
+
+    domain: str
+    settings: Settings
+    validation: float
+
+
+class SweepResult(NamedTuple):
+    """SyNCRec with one value of a setting."""
+
+    value: Any
+    results: SystemResults
 
 
 @dataclass(frozen=True)
 class Study:
     """What a report is made of.
 
-    found: {system: Found}; popularity: as `results.popularity`, or None; chosen: {system: {domain or "": the combination that
-    stands for it}}; tried: {system: [(domain, combination, validation)]}; sweeps: {key: [(value, Found)]}; example: the folder
-    of a run of SyNCRec, or None; failed: {name of a run: why}.
+    results: by system. popularity: by ranking, or None. best_settings: {system: {domain or "":
+    the combination that stands for it}}. trials: by system. sweeps: by key. example: the folder
+    of a run of SyNCRec, or None. failed: {name of a run: why}.
     """
 
     dataset: Dataset
     config: StudyConfig
-    found: dict[str, Found]
-    popularity: dict | None
-    chosen: dict[str, dict[str, tuple[str, ...]]]
-    tried: dict[str, list[tuple[str, tuple[str, ...], float]]]
-    sweeps: dict[str, list[tuple[object, Found]]]
+    results: dict[str, SystemResults]
+    popularity: dict[str, PopularityMetrics] | None
+    best_settings: dict[str, dict[str, Settings]]
+    trials: dict[str, list[Trial]]
+    sweeps: dict[str, list[SweepResult]]
     example: Path | None
     failed: dict[str, str]
 
 
 def run_study(
-    data, output, base, config: StudyConfig, launch, recbole_python=None
+    data: str | Path,
+    output: str | Path,
+    base: list[Path],
+    config: StudyConfig,
+    launch: str | Path,
+    recbole_python: str | Path | None = None,
 ) -> Study:
-    """Trains and evaluates all that is not there yet. output: the study's folder; base: run configurations over one another.
+    """Trains and evaluates all that is not there yet.
 
-    Raises InputError where something given cannot be used, Stopped where the process was asked to stop.
+    data: a prepared dataset's folder. output: the study's folder. base: run configurations over
+    one another. launch: the folder of train.py and evaluate.py. recbole_python: of RecBole's
+    environment.
+
+    Raises InputError where something given cannot be used, and Stopped after a signal.
     """
-    output, dataset = Path(output), Dataset.load(data)
-    if (
-        output.exists()
-        and any(output.iterdir())
-        and not (output / "study.json").is_file()
-    ):
+    output = Path(output)
+    dataset = Dataset.load(data)
+    _begin(output, dataset, config)
+    runner = JobRunner(
+        output,
+        data,
+        base,
+        config,
+        Path(launch),
+        recbole_python,
+    )
+    return _StudyRunner(dataset, config, runner).run()
+
+
+def _begin(
+    output: Path,
+    dataset: Dataset,
+    config: StudyConfig,
+) -> None:
+    """The study's folder, with its settings."""
+    record = output / "study.json"
+    if output.exists() and any(output.iterdir()) and not record.is_file():
         raise InputError(
-            f"{output}: already holds something that is no study; give a new folder as --output"
+            f"{output}: already holds something that is no study; give a new folder as "
+            "--output"
         )
     output.mkdir(parents=True, exist_ok=True)
-    write_json(
-        output / "study.json",
-        {"dataset": dataset.fingerprint, "config": asdict(config)},
-    )
-    jobs = Jobs(output, data, base, config, Path(launch), recbole_python)
-    domains = [domain.name for domain in dataset.domains]
-    grid, first = combinations(config.tune), config.seeds[0]
-    later = sum(SYSTEMS[name].work for name in config.systems) * (len(config.seeds) - 1)
-    sweeps, peers = swept(config, domains), recbole_jobs(config)
-    later += sum(job.work for *_, job in sweeps) + sum(job.work for job in peers)
-    trials = {
-        name: [
-            job for one in grid for job in jobs_of(config, name, domains, first, one)
-        ]
-        for name in config.systems
-    }
-    jobs.run([job for trial in trials.values() for job in trial], later)
-    chosen, tried = {}, {}
-    for name, trial in trials.items():
-        chosen[name], tried[name] = _chosen(jobs, trial)
-    final = {name: [] for name in config.systems}
-    for seed in config.seeds:
+    write_json(record, {"dataset": dataset.fingerprint, "config": asdict(config)})
+
+
+class _StudyRunner:
+    """Tunes every system, runs all seeds, and collects the results."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: StudyConfig,
+        runner: JobRunner,
+    ) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.runner = runner
+        self.domains = [domain.name for domain in dataset.domains]
+        self.sweeps = make_sweeps(config, self.domains)
+        self.recbole_jobs = make_recbole_jobs(config)
+        self.best_settings: dict[str, dict[str, Settings]] = {}
+        self.trials: dict[str, list[Trial]] = {}
+
+    def run(self) -> Study:
+        """All runs, and what they found."""
+        self._tune()
+        runs_by_system = self._run_seeds()
+        results = {}
+        everyone = None
+        example = None
+        for name, runs in runs_by_system.items():
+            finished = self._finished_runs(name, runs)
+            if not finished:
+                continue
+            results[name] = self._collect(name, finished)
+            # The run of a model of all domains has ranked every user.
+            if name in SYSTEMS and not SYSTEMS[name].by_domain:
+                everyone = self.runner.folder(finished[0][0])
+                if name == OURS:
+                    example = everyone
+        failed = {job.name: why for job, why in self.runner.failed.items()}
+        return Study(
+            dataset=self.dataset,
+            config=self.config,
+            results=results,
+            popularity=read_popularity(everyone) if everyone else None,
+            best_settings=self.best_settings,
+            trials=self.trials,
+            sweeps=self._sweep_results(),
+            example=example,
+            failed=failed,
+        )
+
+    def _tune(self) -> None:
+        """Tries every combination of hyperparameters, on the first seed."""
+        config = self.config
+        grid = hyperparameter_grid(config.tune)
+        jobs_by_system: dict[str, list[Job]] = {}
         for name in config.systems:
-            of = [
-                job
-                for domain, one in chosen[name].items()
-                for job in jobs_of(config, name, [domain], seed, one)
-            ]
-            final[name].append(of)
-    final |= {
-        model: [[job] for job in peers if job.system == model]
-        for model in config.recbole
-    }
-    jobs.run(
-        [job for runs in final.values() for run in runs for job in run]
-        + [job for *_, job in sweeps]
-    )
-    found, everyone, example = {}, None, None
-    for name, runs in final.items():
-        whole = [
-            run for run in runs if run and not any(job in jobs.failed for job in run)
-        ]
-        if whole and not (
-            name in chosen
-            and len(chosen[name]) < (len(domains) if SYSTEMS[name].by_domain else 1)
-        ):
-            found[name] = gathered(
-                name, [[jobs.read(job) for job in run] for run in whole]
+            jobs_by_system[name] = []
+            for settings in grid:
+                jobs_by_system[name] += make_jobs(
+                    config,
+                    name,
+                    self.domains,
+                    config.seeds[0],
+                    settings,
+                )
+        all_jobs = []
+        for jobs in jobs_by_system.values():
+            all_jobs += jobs
+        self.runner.run(all_jobs, self._work_after_tuning())
+        for name, jobs in jobs_by_system.items():
+            trials = self._read_trials(jobs)
+            self.trials[name] = trials
+            self.best_settings[name] = _select_best(trials)
+
+    def _work_after_tuning(self) -> float:
+        """Of the runs that come then, about."""
+        other_seeds = len(self.config.seeds) - 1
+        work = 0.0
+        for name in self.config.systems:
+            work += SYSTEMS[name].work * other_seeds
+        for point in self.sweeps:
+            work += point.job.work
+        for job in self.recbole_jobs:
+            work += job.work
+        return work
+
+    def _read_trials(self, jobs: list[Job]) -> list[Trial]:
+        """Validations of the jobs that have not failed."""
+        trials = []
+        for job in jobs:
+            if job not in self.runner.failed:
+                validation = self.runner.read(job).validation
+                trials.append(
+                    Trial(
+                        job.domain,
+                        job.variant,
+                        validation,
+                    )
+                )
+        return trials
+
+    def _run_seeds(self) -> dict[str, list[list[Job]]]:
+        """Runs every system, sweep and model of RecBole: the jobs by system, then by seed."""
+        runs: dict[str, list[list[Job]]] = {}
+        for name in self.config.systems:
+            runs[name] = []
+        for seed in self.config.seeds:
+            for name in self.config.systems:
+                runs[name].append(self._final_jobs(name, seed))
+        for model in self.config.recbole:
+            runs[model] = []
+        for job in self.recbole_jobs:
+            runs[job.system].append([job])
+        all_jobs = []
+        for system_runs in runs.values():
+            for jobs in system_runs:
+                all_jobs += jobs
+        all_jobs += [point.job for point in self.sweeps]
+        self.runner.run(all_jobs)
+        return runs
+
+    def _final_jobs(
+        self,
+        name: str,
+        seed: int,
+    ) -> list[Job]:
+        """A system's runs with the settings that stand for it."""
+        jobs = []
+        for domain, settings in self.best_settings[name].items():
+            jobs += make_jobs(
+                self.config,
+                name,
+                [domain],
+                seed,
+                settings,
             )
-            if (
-                name in SYSTEMS and not SYSTEMS[name].by_domain
-            ):  # it has ranked everyone
-                everyone = jobs.folder(whole[0][0])
-                example = everyone if name == OURS else example
-    by_key = {}
-    for key, value, job in sweeps:
-        if job not in jobs.failed:
-            by_key.setdefault(key, []).append(
-                (value, gathered(f"{key}={value}", [[jobs.read(job)]]))
-            )
-    return Study(
-        dataset=dataset,
-        config=config,
-        found=found,
-        popularity=popularity(everyone) if everyone else None,
-        chosen=chosen,
-        tried=tried,
-        sweeps=by_key,
-        example=example,
-        failed={job.name: why for job, why in jobs.failed.items()},
-    )
+        return jobs
+
+    def _finished_runs(
+        self,
+        name: str,
+        runs: list[list[Job]],
+    ) -> list[list[Job]]:
+        """The seeds of which no run failed; none where a domain's model has no settings."""
+        if name in self.best_settings:
+            models = len(self.domains) if SYSTEMS[name].by_domain else 1
+            if len(self.best_settings[name]) < models:
+                return []
+        finished = []
+        for jobs in runs:
+            failed = any(job in self.runner.failed for job in jobs)
+            if jobs and not failed:
+                finished.append(jobs)
+        return finished
+
+    def _collect(
+        self,
+        name: str,
+        runs: list[list[Job]],
+    ) -> SystemResults:
+        """A system's results. runs: by seed, one job or one for each domain."""
+        results = []
+        for jobs in runs:
+            results.append([self.runner.read(job) for job in jobs])
+        return collect_results(name, results)
+
+    def _sweep_results(self) -> dict[str, list[SweepResult]]:
+        """By key: SyNCRec with each value whose run has not failed."""
+        by_key: dict[str, list[SweepResult]] = {}
+        for point in self.sweeps:
+            if point.job in self.runner.failed:
+                continue
+            results = self._collect(_point_name(point), [[point.job]])
+            points = by_key.setdefault(point.key, [])
+            points.append(SweepResult(point.value, results))
+        return by_key
 
 
-def _chosen(jobs: Jobs, trial: list[Job]):
-    """The best combination by validation of each domain's model, or of the one model; and all that were tried."""
-    best, tried = {}, []
-    for job in trial:
-        if job in jobs.failed:
-            continue
-        validation = jobs.read(job)["validation"]
-        tried.append((job.domain, job.variant, validation))
-        if job.domain not in best or validation > best[job.domain][0]:
-            best[job.domain] = validation, job.variant
-    return {domain: variant for domain, (_, variant) in best.items()}, tried
+def _point_name(point: SweepPoint) -> str:
+    return f"{point.key}={point.value}"
+
+
+def _select_best(trials: list[Trial]) -> dict[str, Settings]:
+    """By domain, or of the one model (""): the settings that are best by validation."""
+    best: dict[str, Trial] = {}
+    for trial in trials:
+        before = best.get(trial.domain)
+        if before is None or trial.validation > before.validation:
+            best[trial.domain] = trial
+    return {domain: trial.settings for domain, trial in best.items()}

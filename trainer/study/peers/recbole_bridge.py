@@ -1,15 +1,16 @@
-"""Any of RecBole's general and sequential models, by name, on a prepared dataset: our split, candidates and rule of choice.
+"""Trains RecBole's general and sequential models as baselines, by our split, candidates and choice.
 
-RecBole asks for another NumPy. So it trains in an environment of its own, as a child of this process (recbole_peer.py), by its
-own trainer, loader and augmentation of histories. After every epoch the model scores the validation candidates; their ranks by
-our rules (handed.py) choose the epoch whose model ranks the test items.
+RecBole asks for another NumPy. So it trains in an environment of its own, as a child of this
+process (recbole_peer.py), by its own trainer, loader and augmentation of histories. After every
+epoch the model scores the validation candidates. Their ranks by our rules (interface.py) choose
+the epoch whose model ranks the test items.
 
     FOLDER/ranks.parquet   of the test items (trainer/evaluation/user_ranks.py)
-    FOLDER/result.json     what run_recbole returns; written last, so that a folder with it is a finished run
-    FOLDER/recbole.log     what RecBole said
+    FOLDER/result.json     what run_recbole returns; written last: a folder with it is finished
+    FOLDER/recbole.log     RecBole's output
 
-A sequential model sees the history up to the held-out item: at test with the validation item in it. A general model knows a
-user from the training part alone, for validation and for test.
+A sequential model sees the history up to the held-out item: at test with the validation item in
+it. A general model knows a user from the training part alone, for validation and for test.
 """
 
 import difflib
@@ -17,89 +18,107 @@ import json
 import os
 import shutil
 import subprocess
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import move_folder, write_json
 from trainer.study.peers.dataset_export import hand_over, write_log
 from trainer.study.peers.interface import Handed
 
-RANKS, RESULT, LOG = "ranks.parquet", "result.json", "recbole.log"
-_HERE = Path(__file__).resolve().parent
-_ROOT = _HERE.parents[1]
+RANKS = "ranks.parquet"
+RESULT = "result.json"
+LOG = "recbole.log"
+_PEERS = Path(__file__).resolve().parent
+_ROOT = Path(__file__).resolve().parents[3]
 _MAKE = "make it with `make peers`, or name another with --recbole-python"
+
+Task = dict[str, Any]  # what recbole_peer.py is to train
+Result = dict[str, Any]  # what result.json says
 
 
 def default_python() -> Path:
-    """The Python of RecBole's environment: $RECBOLE_PYTHON, or what `make peers` makes. It need not be there."""
-    return Path(
-        os.environ.get("RECBOLE_PYTHON") or _ROOT / ".venv-peers" / "bin" / "python"
-    )
+    """The Python of RecBole's environment: $RECBOLE_PYTHON, or what `make peers` makes.
+
+    It need not be there.
+    """
+    named = os.environ.get("RECBOLE_PYTHON")
+    if named:
+        return Path(named)
+    return _ROOT / ".venv-peers" / "bin" / "python"
 
 
-def recbole_models(python) -> dict[str, str | None]:
-    """RecBole's models in `python`'s environment: {name: None, or one line that says why it cannot be compared}.
+def recbole_models(python: str | Path) -> dict[str, str | None]:
+    """RecBole's models in `python`'s environment: {name: None, or why it cannot be compared}.
 
     Raises InputError where there is no such environment, or no RecBole in it.
     """
-    command = [_absolute(python), str(_HERE / "recbole_models.py")]
+    command = [_executable(python), str(_PEERS / "recbole_models.py")]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
     except OSError as error:
         raise InputError(
             f"RecBole's environment: {python} cannot be run ({error.strerror}): {_MAKE}"
         ) from None
-    try:
-        models = json.loads(done.stdout)["models"] if done.returncode == 0 else None
-    except (ValueError, KeyError, TypeError):
-        models = None
+    models = None
+    if done.returncode == 0:
+        try:
+            models = json.loads(done.stdout)["models"]
+        except (ValueError, KeyError, TypeError):
+            models = None
     if models is None:
         raise InputError(f"RecBole's environment: {python} has no RecBole: {_MAKE}")
     return models
 
 
 def run_recbole(
-    dataset,
-    folder,
-    model,
-    seed,
-    python,
-    options=None,
-    epochs=300,
-    patience=10,
-    minutes=0,
-    say=print,
+    dataset: Dataset,
+    folder: str | Path,
+    model: str,
+    seed: int,
+    python: str | Path,
+    options: dict[str, Any] | None = None,
+    epochs: int = 300,
+    patience: int = 10,
+    minutes: float = 0,
+    say: Callable[[str], None] = print,
     *,
-    evaluation_seed=0,
-    negatives=99,
-    given=None,
-) -> dict:
-    """Trains a model, leaves its test ranks in `folder`, and returns what was found; a finished run is not done again.
+    evaluation_seed: int = 0,
+    negatives: int = 99,
+    given: str | Path | None = None,
+) -> Result:
+    """Trains a model, leaves its test ranks in `folder`, and returns its result.
 
-    dataset: Dataset. model: RecBole's name, in any case of letters. seed: of RecBole. python: of its environment. options:
-    RecBole's settings over its defaults for the model ({"learning_rate": 0.01, "MAX_ITEM_LIST_LENGTH": 64}). epochs: at most.
-    patience: epochs without a better validation before training stops, 0: never. minutes: training ends after the first epoch
-    over them, 0: no limit. say(line): progress. evaluation_seed, negatives: of the candidates, a run's `seed` and
-    `evaluation.negatives`. given: a folder for what RecBole is handed, kept there for other models of the same dataset;
-    without it, each run writes its own and removes it.
+    A finished run is not done again. model: RecBole's name, in any case of letters. seed: of
+    RecBole. python: of its environment. options: RecBole's settings over its defaults for the
+    model ({"learning_rate": 0.01, "MAX_ITEM_LIST_LENGTH": 64}). epochs: at most. patience: epochs
+    without a better validation before training stops (early stopping), 0: never. minutes: training
+    ends after the first epoch over them, 0: no limit. say: gets lines of progress.
+    evaluation_seed, negatives: of the candidates, a run's `seed` and `evaluation.negatives`.
+    given: a folder for the exported dataset, kept for other models of the same dataset; without
+    it, each run exports its own and removes it.
 
-    Returned, and in result.json: task (the above), model, epochs [{epoch (from 0), seconds (since the start),
-    training_seconds (of this epoch), validation}], best_epoch, validation (its mean over domains of NDCG@10), stopped (why),
-    seconds (of the training and its validations), users_per_second, samples_per_second (of the training alone), users,
-    too_short, weights, recbole (its settings), versions, …
+    Returned, and in result.json: task (the above), model, epochs [{epoch (from 0), seconds (since
+    the start), training_seconds (of this epoch), validation}], best_epoch, validation (its mean
+    over domains of NDCG@10), stopped (why), seconds (of the training and its validations),
+    users_per_second, samples_per_second (of the training alone), users, too_short, weights,
+    recbole (its settings), versions, …
 
-    Raises InputError, one line: no environment, an unknown model (with near names), one that needs what a log does not have,
-    an option that RecBole does not know, a folder that holds another run, and a training that fails (RecBole's last line, and
-    where the rest is).
+    Raises InputError, one line: no environment, an unknown model (with near names), one that needs
+    what a log does not have, an option that RecBole does not know, a folder that holds another
+    run, and a training that fails (RecBole's last line, and where the rest is).
     """
-    run = _Run(Path(folder).resolve(), say)
     task = {
         "dataset": dataset.fingerprint,
         "model": model,
@@ -112,94 +131,74 @@ def run_recbole(
         "negatives": negatives,
     }
     task = json.loads(json.dumps(task))  # as it will be read
-    if (found := run.finished(task)) is not None:
-        say(f"{found['model']}: done already, {run.folder}")
-        return found
-    task["model"] = model = _known(recbole_models(python), model)
-    shutil.rmtree(run.work, ignore_errors=True)
-    run.work.mkdir(parents=True)
-    try:
-        say(f"{model}: handing over")
-        handed = _handed(dataset, Path(given or run.work / "given").resolve(), task)
-        found = run.train(python, handed, task)
-        with np.load(run.work / "ranks.npz", allow_pickle=False) as ranks:
-            domain_U = handed.domain_of(handed.load("candidates-test")[:, 0])
-            write_ranks(
-                run.folder / RANKS,
-                handed.user_U,
-                domain_U,
-                ranks["sampled"],
-                ranks["full"],
-            )
-    finally:
-        shutil.rmtree(run.work, ignore_errors=True)
-    found = {
-        "task": task,
-        "model": model,
-        **found,
-        "users": len(handed.user_U),
-        "too_short": dataset.too_short,
-    }
-    write_json(run.folder / RESULT, found)
-    best = f"{found['validation']:.4f} in epoch {found['best_epoch'] + 1}"
-    say(
-        f"{model}: {len(found['epochs'])} epochs in {_time(found['seconds'])} ({found['stopped']}), NDCG@10 {best}"
+    run = _Run(Path(folder).resolve(), say)
+    return run.finish(
+        dataset,
+        task,
+        python,
+        given,
     )
-    if abs(found["validation_again"] - found["validation"]) > 1e-6:
-        say(
-            f"{model}: scored again, its best epoch has {found['validation_again']:.4f}: it draws as it scores"
-        )
-    return found
 
 
-def _absolute(python):
-    """The path, from wherever it is run; links stay, which make an environment. Raises InputError where there is none."""
-    found = shutil.which(str(python))
-    if found is None:
+def _executable(python: str | Path) -> str:
+    """The path, from wherever it is run; links stay, which make an environment.
+
+    Raises InputError where there is none.
+    """
+    path = shutil.which(str(python))
+    if path is None:
         raise InputError(
             f"RecBole's environment: {python} is no Python that can be run: {_MAKE}"
         )
-    return os.path.abspath(found)
+    return os.path.abspath(path)
 
 
-def _known(models, model):
-    """RecBole's spelling. Raises InputError where it has none, or the model cannot be compared."""
+def _spell(
+    model: str,
+    models: dict[str, str | None],
+) -> str:
+    """RecBole's spelling. Raises InputError where it has none, or it cannot be compared."""
     names = {name.lower(): name for name in models}
     if model.lower() not in names:
-        near = [
-            names[name] for name in difflib.get_close_matches(model.lower(), names, 3)
-        ]
-        raise InputError(
-            f"RecBole has no model {model}"
-            + (f": {' or '.join(near)}?" if near else "")
+        near = difflib.get_close_matches(
+            model.lower(),
+            names,
+            3,
         )
+        hint = ""
+        if near:
+            hint = f": {' or '.join(names[name] for name in near)}?"
+        raise InputError(f"RecBole has no model {model}{hint}")
     name = names[model.lower()]
     if models[name]:
         raise InputError(f"RecBole's {name} cannot be compared here: {models[name]}")
     return name
 
 
-def _handed(dataset, folder, task) -> Handed:
-    """What RecBole reads; written beside and renamed, so that it is there whole or not at all."""
-    about = {name: task[name] for name in ("dataset", "evaluation_seed", "negatives")}
+def _export_dataset(
+    dataset: Dataset,
+    folder: Path,
+    task: Task,
+) -> Handed:
+    """Writes what RecBole reads; beside and renamed, so that it is there whole or not at all."""
+    made_from = {}
+    for name in ("dataset", "evaluation_seed", "negatives"):
+        made_from[name] = task[name]
     if folder.is_dir():
-        try:
-            there = json.loads((folder / "about.json").read_text())
-        except (OSError, ValueError):
-            there = None
-        if there != about:
-            raise InputError(
-                f"{folder}: was handed over of another dataset, seed or number of negatives: take another folder"
-            )
+        _check_exported(folder, made_from)
         return Handed(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_log(
-            hand_over(dataset, partial, task["evaluation_seed"], task["negatives"])
+        handed = hand_over(
+            dataset,
+            partial,
+            task["evaluation_seed"],
+            task["negatives"],
         )
-        write_json(partial / "about.json", about)
+        write_log(handed)
+        write_json(partial / "about.json", made_from)
         try:
             move_folder(partial, folder)
         except OSError:  # another run was faster
@@ -210,50 +209,113 @@ def _handed(dataset, folder, task) -> Handed:
     return Handed(folder)
 
 
+def _check_exported(
+    folder: Path,
+    made_from: dict[str, Any],
+) -> None:
+    """Raises InputError unless the folder holds what would be exported now."""
+    try:
+        before = json.loads((folder / "about.json").read_text())
+    except (OSError, ValueError):
+        before = None
+    if before != made_from:
+        raise InputError(
+            f"{folder}: was handed over of another dataset, seed or number of negatives: "
+            "take another folder"
+        )
+
+
 @dataclass(frozen=True)
 class _Run:
+    """A run's folder; say: gets lines of progress."""
+
     folder: Path
-    say: object
+    say: Callable[[str], None]
 
     @property
-    def work(self):
+    def work(self) -> Path:
         """Gone when the run is done."""
         return self.folder / "work"
 
-    def finished(self, task):
-        """What was found, or None. Raises InputError where the folder holds another run."""
+    def finish(
+        self,
+        dataset: Dataset,
+        task: Task,
+        python: str | Path,
+        given: str | Path | None,
+    ) -> Result:
+        """The result; trains unless the folder has it."""
+        result = self._read_finished(task)
+        if result is not None:
+            self.say(f"{result['model']}: done already, {self.folder}")
+            return result
+        model = _spell(task["model"], recbole_models(python))
+        task["model"] = model
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        try:
+            self.say(f"{model}: handing over")
+            exported = Path(given or self.work / "given").resolve()
+            handed = _export_dataset(dataset, exported, task)
+            trained = self._train(python, handed, task)
+            self._write_ranks(handed)
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+        result = {
+            "task": task,
+            "model": model,
+            **trained,
+            "users": len(handed.user_U),
+            "too_short": dataset.too_short,
+        }
+        write_json(self.folder / RESULT, result)
+        self._summarise(result)
+        return result
+
+    def _read_finished(self, task: Task) -> Result | None:
+        """The result of a finished run. Raises InputError where the folder holds another run."""
         if not (self.folder / RESULT).is_file():
             return None
+        different = []
         try:
-            found = json.loads((self.folder / RESULT).read_text())
-            same = {name: found["task"].get(name) == task[name] for name in task}
-            same["model"] = found["model"].lower() == task["model"].lower()
+            result = json.loads((self.folder / RESULT).read_text())
+            for name in task:
+                same = result["task"].get(name) == task[name]
+                if name == "model":
+                    same = result["model"].lower() == task["model"].lower()
+                if not same:
+                    different.append(name)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
                 f"{self.folder / RESULT} cannot be read: remove the folder"
             ) from None
-        if not all(same.values()):
-            another = ", ".join(name for name in task if not same[name])
+        if different:
             raise InputError(
-                f"{self.folder}: holds a run with another {another}: take another folder, or remove it"
+                f"{self.folder}: holds a run with another {', '.join(different)}: take "
+                "another folder, or remove it"
             )
-        return found if (self.folder / RANKS).is_file() else None
+        return result if (self.folder / RANKS).is_file() else None
 
-    def train(self, python, handed, task):
-        """What recbole_peer.py finds; progress is told meanwhile."""
+    def _train(
+        self,
+        python: str | Path,
+        handed: Handed,
+        task: Task,
+    ) -> Result:
+        """What recbole_peer.py answers; says its progress meanwhile."""
         write_json(self.work / "task.json", task)
-        script, log = _HERE / "recbole_peer.py", self.folder / LOG
+        log = self.folder / LOG
         command = [
-            _absolute(python),
-            script,
+            _executable(python),
+            _PEERS / "recbole_peer.py",
             handed.folder,
             self.work / "task.json",
             self.work / "ranks.npz",
         ]
-        answer = {}
+        answer: Result = {}
         with open(log, "w") as errors:
             child = subprocess.Popen(
-                list(map(str, command)),
+                [str(word) for word in command],
                 cwd=self.work,  # it leaves folders where it runs
                 stdin=subprocess.PIPE,  # the child ends where we do
                 stdout=subprocess.PIPE,
@@ -264,9 +326,8 @@ class _Run:
                 for line in child.stdout:
                     answer = json.loads(line)
                     if "epoch" in answer:
-                        self.say(
-                            f"{task['model']}: {_progress(answer, task['minutes'])}"
-                        )
+                        progress = _progress(answer, task["minutes"])
+                        self.say(f"{task['model']}: {progress}")
                 status = child.wait()
             finally:
                 child.kill()
@@ -283,24 +344,67 @@ class _Run:
             )
         return answer["found"]
 
+    def _write_ranks(self, handed: Handed) -> None:
+        """The test ranks that recbole_peer.py has left, by user."""
+        test_U = handed.load("candidates-test")[:, 0]
+        with np.load(self.work / "ranks.npz", allow_pickle=False) as ranks:
+            write_ranks(
+                self.folder / RANKS,
+                handed.user_U,
+                handed.domain_of(test_U),
+                ranks["sampled"],
+                ranks["full"],
+            )
 
-def _progress(answer, minutes):
-    done, total, best = answer["epoch"] + 1, answer["of"], answer["best"]
+    def _summarise(self, result: Result) -> None:
+        """Says how a run has ended."""
+        model = result["model"]
+        epochs = len(result["epochs"])
+        seconds = _time(result["seconds"])
+        validation = result["validation"]
+        self.say(
+            f"{model}: {epochs} epochs in {seconds} ({result['stopped']}), NDCG@10 "
+            f"{validation:.4f} in epoch {result['best_epoch'] + 1}"
+        )
+        again = result["validation_again"]
+        if abs(again - validation) > 1e-6:
+            self.say(
+                f"{model}: scored again, its best epoch has {again:.4f}: it draws as it "
+                "scores"
+            )
+
+
+def _progress(
+    answer: Result,
+    minutes: float,
+) -> str:
+    """An epoch in words, with the time left at most."""
+    done = answer["epoch"] + 1
+    total = answer["of"]
+    best = answer["best"]
     left = answer["seconds"] / done * (total - done)
     if minutes:
         left = min(left, max(0, 60 * minutes - answer["seconds"]))
-    first = f"epoch {done} of {total}, validation NDCG@10 {answer['validation']:.4f}"
-    return f"{first} (best {best['validation']:.4f}, epoch {best['epoch'] + 1}), at most {_time(left)} left"
+    return (
+        f"epoch {done} of {total}, validation NDCG@10 {answer['validation']:.4f} "
+        f"(best {best['validation']:.4f}, epoch {best['epoch'] + 1}), at most "
+        f"{_time(left)} left"
+    )
 
 
-def _time(seconds):
+def _time(seconds: float) -> str:
     """For people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
-def _last_line(log):
+def _last_line(log: Path) -> str:
+    """The last line that is not empty, or ""."""
+    last = ""
     with open(log, errors="replace") as lines:
-        last = deque(filter(None, map(str.strip, lines)), maxlen=1)
-    return last[0] if last else ""
+        for line in lines:
+            last = line.strip() or last
+    return last

@@ -1,9 +1,9 @@
-"""RecBole's models by name, and why some of them cannot stand in a table beside the others. Imports Python alone.
+"""Lists RecBole's models by name, and why some of them cannot be baselines. Imports Python alone.
 
     .venv-peers/bin/python trainer/study/peers/recbole_models.py
 
-prints {"models": {name: null, or why not}}; {"models": null} where there is no RecBole. RecBole itself is not imported, which
-takes seconds.
+prints {"models": {name: null, or why not}}; {"models": null} where there is no RecBole. RecBole
+itself is not imported, which takes seconds.
 """
 
 import importlib.util
@@ -12,12 +12,14 @@ import re
 from pathlib import Path
 
 # Folders of recbole/model.
-_FAMILIES = {
+_FAMILIES: dict[str, str | None] = {
     "sequential_recommender": None,
     "general_recommender": None,
-    "context_aware_recommender": "it predicts clicks from features of users and items, of which the log has none",
+    "context_aware_recommender": "it predicts clicks from features of users and items, of "
+    "which the log has none",
     "knowledge_aware_recommender": "it needs a knowledge graph of the items",
-    "exlib_recommender": "it grows trees over features of users and items, of which the log has none",
+    "exlib_recommender": "it grows trees over features of users and items, of which the "
+    "log has none",
 }
 _FEATURES = "it needs features of the items, of which the log has none"
 _STAGES = "it is trained in stages, each from the file of the one before"
@@ -32,24 +34,29 @@ _MODELS = {
 }
 
 
-def models(package: Path):
+def list_models(package: Path) -> dict[str, str | None]:
     """{name: None, or one line that says why it cannot be used} of a RecBole package's folder."""
-    found = {}
+    models: dict[str, str | None] = {}
     for family, reason in _FAMILIES.items():
         for file in sorted((package / "model" / family).glob("*.py")):
-            names = re.findall(
-                r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE
-            )
-            for name in names:
+            text = file.read_text(encoding="utf-8")
+            for name in re.findall(
+                r"^class (\w+)\(",
+                text,
+                re.MULTILINE,
+            ):
                 if name.lower() == file.stem:  # RecBole's own rule
-                    found[name] = _MODELS.get(name, reason)
-    return found
+                    models[name] = _MODELS.get(name, reason)
+    return models
 
 
-def main():
+def main() -> None:
+    """Prints the models of the RecBole that this Python has."""
+    models = None
     spec = importlib.util.find_spec("recbole")
-    found = models(Path(spec.origin).parent) if spec and spec.origin else None
-    print(json.dumps({"models": found}))
+    if spec and spec.origin:
+        models = list_models(Path(spec.origin).parent)
+    print(json.dumps({"models": models}))
 
 
 if __name__ == "__main__":

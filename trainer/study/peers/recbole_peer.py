@@ -1,11 +1,12 @@
-"""RecBole's side of recbole_bridge.py: trains one model, and ranks with it. Runs in RecBole's environment.
+"""RecBole's side of recbole_bridge.py: trains one model, and ranks with it.
 
     .venv-peers/bin/python trainer/study/peers/recbole_peer.py FOLDER TASK.json RANKS.npz
 
-FOLDER is what hand_over.py wrote. TASK.json: model, seed, options (RecBole's settings), epochs, patience, minutes, as
-run_recbole has them. RANKS.npz: `sampled` and `full`, int32 (U,), ranks of the test items at the best epoch. Standard output is
-a line of JSON for each epoch ({"epoch": …}) and one at the end: {"found": …} or {"error": one line}. It ends where standard
-input does, so that nobody trains on for a caller that was killed.
+Runs in RecBole's environment. FOLDER is what dataset_export.py wrote. TASK.json has model, seed,
+options (RecBole's settings), epochs, patience and minutes, as run_recbole takes them. RANKS.npz
+gets `sampled` and `full`, int32 (U,), ranks of the test items at the best epoch. Standard output
+is a line of JSON for each epoch ({"epoch": …}) and one at the end: {"found": …} or {"error": one
+line}. The process ends where standard input does: nobody trains on for a caller that was killed.
 """
 
 import copy
@@ -16,11 +17,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-# Run as a file, Python looks beside the file, where a module may have the name of one of RecBole's. Ours come last: they may
-# lie among the packages of our environment.
+# Run as a file, Python looks beside the file, where a module may have the name of one of RecBole's.
+# Ours come last: they may lie among the packages of our environment.
 sys.path.pop(0)
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
@@ -33,55 +36,65 @@ from recbole.utils import ModelType, get_model, get_trainer, init_seed
 from trainer.study.peers.interface import Handed
 from trainer.study.peers.recbole_scores import Scores
 
-# What the comparison stands on, or what the caller says otherwise.
+# Options that the comparison stands on, or that run_recbole has parameters for.
 RESERVED = {
-    *(
-        "model",
-        "dataset",
-        "data_path",
-        "checkpoint_dir",
-        "load_col",
-        "eval_args",
-        "benchmark_filename",
-        "repeatable",
-        "seed",
-    ),
-    *(
-        "epochs",
-        "eval_step",
-        "stopping_step",
-        "valid_metric",
-        "metrics",
-        "show_progress",
-        "USER_ID_FIELD",
-        "ITEM_ID_FIELD",
-    ),
+    "model",
+    "dataset",
+    "data_path",
+    "checkpoint_dir",
+    "load_col",
+    "eval_args",
+    "benchmark_filename",
+    "repeatable",
+    "seed",
+    "epochs",
+    "eval_step",
+    "stopping_step",
+    "valid_metric",
+    "metrics",
+    "show_progress",
+    "USER_ID_FIELD",
+    "ITEM_ID_FIELD",
 }
-# Learn from what was chosen alone, though they ask for pairs with labels as those that need negatives do.
+# These learn from chosen items alone, though they ask for pairs with labels as those that need
+# negatives do.
 WITHOUT_NEGATIVES = {"RepeatNet"}
+# What differs between hosts, and is not recorded.
+_UNRECORDED = {"data_path", "checkpoint_dir", "load_col", "device"}
+_PLAIN_TYPES = bool | int | float | str | list | dict | None
+
+Task = dict[str, Any]
+Say = Callable[[Any], None]  # writes a JSON value as a line
 
 
 class Refused(Exception):
     """The message is one line for the person who asked."""
 
 
-class Enough(Exception):
-    """Training ends before its last epoch; the message says why."""
+class TrainingEnded(Exception):
+    """Training ends before its last epoch (early stopping); the message says why."""
 
 
-def main():
-    given, task, ranks = map(Path, sys.argv[1:])
-    say = _own_output()
+def main() -> None:
+    """Answers on standard output."""
+    folder, task_file, ranks = map(Path, sys.argv[1:])
+    say = _take_output()
     threading.Thread(target=_end_with_caller, daemon=True).start()
+    task = json.loads(task_file.read_text())
     try:
-        say({"found": train(Handed(given), json.loads(task.read_text()), ranks, say)})
+        say({"found": train(Handed(folder), task, ranks, say)})
     except Refused as error:
         say({"error": str(error)})
 
 
-def train(handed, task, ranks, say):
-    """Trains, writes the ranks, and gives what is known of the run."""
-    config = configuration(handed, task)
+def train(
+    handed: Handed,
+    task: Task,
+    ranks: Path,
+    say: Say,
+) -> dict[str, Any]:
+    """Trains, writes the ranks, and returns what is known of the run."""
+    config = make_config(handed, task)
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     loader, _, _ = data_preparation(config, dataset)
@@ -89,57 +102,64 @@ def train(handed, task, ranks, say):
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, loader.dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    epochs = Epochs(
-        Scores(config, dataset, model, handed),
-        task,
-        min(config["epochs"], trainer.epochs),
-        begun,
-        say,
-    )
+    scores = Scores(config, dataset, model, handed)
+    total = min(config["epochs"], trainer.epochs)
+    epochs = Epochs(scores, task, total, begun, say)
     trainer._valid_epoch = epochs.validate
     stopped = "all epochs"
     try:
-        trainer.fit(loader, valid_data=[None], verbose=False, saved=False)
-    except Enough as reason:
+        trainer.fit(
+            loader,
+            valid_data=[None],
+            verbose=False,
+            saved=False,
+        )
+    except TrainingEnded as reason:
         stopped = str(reason)
     seconds = time.perf_counter() - begun
-    epochs.go_back()
-    again = epochs.scores.validation()
-    sampled_U, full_U = epochs.scores.test()
-    np.savez(ranks, sampled=sampled_U, full=full_U)
-    trained = sum(epoch["training_seconds"] for epoch in epochs.found)
+    epochs.restore_best()
+    validation_again = scores.validation()
+    sampled_U, full_U = scores.test()
+    np.savez(
+        ranks,
+        sampled=sampled_U,
+        full=full_U,
+    )
     samples = len(loader.dataset.inter_feat)
     return {
-        "epochs": epochs.found,
-        "best_epoch": epochs.best["epoch"],
-        "validation": epochs.best["validation"],
-        "validation_again": again,  # of the model that was ranked with: the same, but for a model that draws as it scores
+        **epochs.describe(len(handed.user_U), samples),
+        # Of the model that was ranked with: the same, but for a model that draws as it scores.
+        "validation_again": validation_again,
         "stopped": stopped,
         "seconds": seconds,
-        "users_per_second": len(handed.user_U) * len(epochs.found) / trained,
-        "samples_per_second": samples * len(epochs.found) / trained,
-        "samples_per_epoch": samples,
         "weights": sum(parameter.numel() for parameter in model.parameters()),
         "family": config["MODEL_TYPE"].name.lower(),
         "device": str(config["device"]),
         "threads": torch.get_num_threads(),
-        "recbole": _plain(config),
-        "versions": {"python": sys.version.split()[0]}
-        | {name: _version(name) for name in ("recbole", "torch", "numpy")},
+        "recbole": _describe_config(config),
+        "versions": _versions(),
     }
 
 
-def configuration(handed, task):
-    """RecBole's Config. Raises Refused for an option that RecBole would not heed, or that is not the caller's to choose."""
+def make_config(
+    handed: Handed,
+    task: Task,
+) -> Config:
+    """RecBole's Config.
+
+    Raises Refused for an option that RecBole would not heed, or that is not the caller's to choose.
+    """
     options = task["options"]
-    if reserved := sorted(RESERVED & options.keys()):
+    reserved = sorted(RESERVED & options.keys())
+    if reserved:
         raise Refused(
-            f"{reserved[0]} is not among RecBole's options that can be chosen here: the comparison stands on it"
+            f"{reserved[0]} is not among RecBole's options that can be chosen here: the "
+            "comparison stands on it"
         )
     settings = {
         "data_path": str(handed.folder),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id"]},
-        # Nothing is held out: what is was never handed over. Its own split is of prefixes, see hand_over.write_log.
+        # Nothing is held out: what is was never exported (dataset_export.write_log).
         "eval_args": {
             "split": {"RS": [1.0, 0.0, 0.0]},
             "order": "TO",
@@ -150,38 +170,64 @@ def configuration(handed, task):
         "epochs": task["epochs"],
         "stopping_step": task["epochs"],  # Epochs stops
         "show_progress": False,
-        "metrics": [
-            "NDCG"
-        ],  # not asked for; the defaults of some models do not go with a ranking of all items
+        # Not used; the defaults of some models do not go with a ranking of all items.
+        "metrics": ["NDCG"],
         "valid_metric": "NDCG@10",
         "train_neg_sample_args": None,
         **options,
     }
-    config = _config(task["model"], settings)
-    known = set(config.internal_config_dict).union(*config.parameters.values())
-    for name in options.keys() - known:
-        near = difflib.get_close_matches(name, known, 3)
-        raise Refused(
-            f"RecBole has no option {name}"
-            + (f": {' or '.join(near)}?" if near else f" for {task['model']}")
-        )
+    config = _load_config(task["model"], settings)
+    _refuse_unknown(
+        options,
+        config,
+        task["model"],
+    )
     if "train_neg_sample_args" not in options and _needs_negatives(config):
         del settings["train_neg_sample_args"]  # its own
-        config = _config(task["model"], settings)
+        config = _load_config(task["model"], settings)
     return config
 
 
-def _config(model, settings):
-    arguments, sys.argv = sys.argv, sys.argv[:1]  # it reads the command line too
+def _refuse_unknown(
+    options: dict[str, Any],
+    config: Config,
+    model: str,
+) -> None:
+    """Raises Refused, with near names, for an option that RecBole does not have."""
+    known = set(config.internal_config_dict).union(*config.parameters.values())
+    for name in options.keys() - known:
+        near = difflib.get_close_matches(
+            name,
+            known,
+            3,
+        )
+        hint = f" for {model}"
+        if near:
+            hint = f": {' or '.join(near)}?"
+        raise Refused(f"RecBole has no option {name}{hint}")
+
+
+def _load_config(
+    model: str,
+    settings: dict[str, Any],
+) -> Config:
+    """RecBole's Config of settings over its defaults for the model."""
+    arguments = sys.argv
+    sys.argv = sys.argv[:1]  # RecBole reads the command line too
     try:
-        config = Config(model=model, dataset="training", config_dict=dict(settings))
+        config = Config(
+            model=model,
+            dataset="training",
+            config_dict=dict(settings),
+        )
     finally:
         sys.argv = arguments
     logging.getLogger().setLevel(logging.WARNING)
     return config
 
 
-def _needs_negatives(config):
+def _needs_negatives(config: Config) -> bool:
+    """Whether the model trains with negative sampling."""
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
         return True
     if hasattr(config.model_class, "input_type"):
@@ -190,99 +236,139 @@ def _needs_negatives(config):
 
 
 class Epochs:
-    """Stands where RecBole validates: ranks the validation candidates after every epoch, keeps the best model, says when it is
-    enough."""
+    """Stands where RecBole validates.
 
-    def __init__(self, scores, task, total, begun, say):
-        self.scores, self.task, self.total, self.begun, self.say = (
-            scores,
-            task,
-            total,
-            begun,
-            say,
-        )
-        self.found, self.best, self._kept, self._last = [], None, None, begun
+    Ranks the validation candidates after every epoch, keeps the best model, and ends training
+    (early stopping).
+    """
 
-    def validate(self, valid_data, show_progress=False):
-        """For `Trainer._valid_epoch`."""
-        training = time.perf_counter() - self._last
-        value = self.scores.validation()
+    def __init__(
+        self,
+        scores: Scores,
+        task: Task,
+        total: int,
+        begun: float,
+        say: Say,
+    ) -> None:
+        """total: epochs at most. begun: by `time.perf_counter`."""
+        self.scores = scores
+        self.task = task
+        self.total = total
+        self.begun = begun
+        self.say = say
+        self.records: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self._best_state: dict[str, torch.Tensor] = {}
+        self._best_others: Any = None  # what RecBole keeps beside the weights
+        self._last = begun
+
+    def validate(
+        self,
+        valid_data: Any,
+        show_progress: bool = False,
+    ) -> tuple[float, dict]:
+        """For `Trainer._valid_epoch`. Raises TrainingEnded."""
+        training_seconds = time.perf_counter() - self._last
+        validation = self.scores.validation()
         self._last = time.perf_counter()
         epoch = {
-            "epoch": len(self.found),
+            "epoch": len(self.records),
             "seconds": self._last - self.begun,
-            "training_seconds": training,
+            "training_seconds": training_seconds,
+            "validation": validation,
         }
-        epoch["validation"] = value
-        self.found.append(epoch)
-        if self.best is None or value > self.best["validation"]:
+        self.records.append(epoch)
+        if self.best is None or validation > self.best["validation"]:
             self.best = epoch
-            weights = {
-                name: tensor.clone()
-                for name, tensor in self._model.state_dict().items()
-            }
-            self._kept = weights, copy.deepcopy(self._model.other_parameter())
+            self._keep_model()
         self.say(epoch | {"of": self.total, "best": self.best})
-        if len(self.found) == self.total:
-            return value, {}
-        if 0 < self.task["patience"] <= epoch["epoch"] - self.best["epoch"]:
-            raise Enough("patience")
+        if len(self.records) < self.total:
+            self._check_limits(epoch)
+        return validation, {}
+
+    def _keep_model(self) -> None:
+        """Copies the weights of the best epoch."""
+        model = self.scores.model
+        self._best_state = {}
+        for name, tensor in model.state_dict().items():
+            self._best_state[name] = tensor.clone()
+        self._best_others = copy.deepcopy(model.other_parameter())
+
+    def _check_limits(self, epoch: dict[str, Any]) -> None:
+        """Ends training by patience or by minutes (early stopping)."""
+        without_better = epoch["epoch"] - self.best["epoch"]
+        if 0 < self.task["patience"] <= without_better:
+            raise TrainingEnded("patience")
         if 0 < self.task["minutes"] <= epoch["seconds"] / 60:
-            raise Enough("limit of minutes")
-        return value, {}
+            raise TrainingEnded("limit of minutes")
 
-    def go_back(self):
+    def restore_best(self) -> None:
         """Puts the model back to its best epoch, as RecBole's own evaluation does."""
-        weights, others = self._kept
-        self._model.load_state_dict(weights)
-        self._model.load_other_parameter(others)
+        self.scores.model.load_state_dict(self._best_state)
+        self.scores.model.load_other_parameter(self._best_others)
 
-    @property
-    def _model(self):
-        return self.scores.model
-
-
-def _plain(config):
-    """What a record says of RecBole's configuration: what its files say of the model and its training, and what was changed."""
-    names = {*config.internal_config_dict, *config.external_config_dict} - {
-        "data_path",
-        "checkpoint_dir",
-        "load_col",
-        "device",
-    }
-    values = {
-        name: config.final_config_dict[name]
-        for name in sorted(names)
-        if name in config.final_config_dict
-    }
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, bool | int | float | str | list | dict | None)
-    }
+    def describe(
+        self,
+        users: int,
+        samples: int,
+    ) -> dict[str, Any]:
+        """What is known of the epochs. samples: of each."""
+        trained = sum(epoch["training_seconds"] for epoch in self.records)
+        epochs = len(self.records)
+        return {
+            "epochs": self.records,
+            "best_epoch": self.best["epoch"],
+            "validation": self.best["validation"],
+            "users_per_second": users * epochs / trained,
+            "samples_per_second": samples * epochs / trained,
+            "samples_per_epoch": samples,
+        }
 
 
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _describe_config(config: Config) -> dict[str, Any]:
+    """RecBole's configuration for a record: of the model and its training, and what was changed.
+
+    Values that JSON does not have are left out.
+    """
+    names = {*config.internal_config_dict, *config.external_config_dict} - _UNRECORDED
+    values = {}
+    for name in sorted(names):
+        if name not in config.final_config_dict:
+            continue
+        value = config.final_config_dict[name]
+        if isinstance(value, _PLAIN_TYPES):
+            values[name] = value
+    return values
 
 
-def _own_output():
-    """Writes a value to standard output as a line of JSON; what RecBole prints goes to standard error from now on."""
-    own = os.fdopen(os.dup(1), "w")
+def _versions() -> dict[str, str | None]:
+    """Of Python and the packages; None for one that is not there."""
+    versions: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in ("recbole", "torch", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _take_output() -> Say:
+    """Takes standard output for lines of JSON.
+
+    What RecBole prints goes to standard error from now on.
+    """
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(value):
-        print(
-            json.dumps(value, default=str), file=own, flush=True
-        )  # whatever RecBole's settings hold
+    def say(value: Any) -> None:
+        line = json.dumps(value, default=str)  # whatever RecBole's settings hold
+        print(line, file=output, flush=True)
 
     return say
 
 
-def _end_with_caller():
+def _end_with_caller() -> None:
+    """Ends the process where standard input does."""
     while os.read(0, 4096):
         pass
     os._exit(1)

@@ -1,141 +1,204 @@
-"""Scores that a RecBole model gives to rows of M for users of a Handed, and their ranks. Runs in RecBole's environment."""
+"""Scores that a RecBole model gives to items for users, and the ranks that follow.
+
+Runs in RecBole's environment. Shapes: U users that can be split, B some of them, C candidates, N
+items of a domain, T items of a padded history, E excluded pairs, I RecBole's item numbers.
+"""
+
+from typing import Any
 
 import numpy as np
 import torch
+from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import ModelType
 
-from trainer.study.peers.interface import SPLITS, full_ranks, mean_ndcg, sampled_ranks
+from trainer.study.peers.interface import (
+    SPLITS,
+    Handed,
+    full_positions,
+    mean_ndcg,
+    sampled_positions,
+)
 
-_SCORES = (
-    2**20
-)  # of all items, that are in memory at once: a few models take a vector for each
+# Scores of all items in memory at once: a few models take a vector for each.
+_SCORES = 2**20
 
 
 class Scores:
-    """dataset: RecBole's, of which the ids are; the model is scored as it is at a call."""
+    """Scores by a model in its state at a call; rows of M become RecBole's numbers."""
 
-    def __init__(self, config, dataset, model, handed):
-        self.config, self.dataset, self.model, self.handed = (
-            config,
-            dataset,
-            model,
-            handed,
-        )
+    def __init__(
+        self,
+        config: Config,
+        dataset: Any,
+        model: torch.nn.Module,
+        handed: Handed,
+    ) -> None:
+        """dataset: RecBole's, which numbers users and items."""
+        self.config = config
+        self.dataset = dataset
+        self.model = model
+        self.handed = handed
         self._transform = construct_transform(config)
         self._sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-        self._one_by_one = (
-            False  # True: the model scores pairs of a user and an item alone
+        self._pairs_only = (
+            False  # whether the model scores pairs of user and item alone
         )
-        self._candidates = {
-            split: handed.load(f"candidates-{split}") for split in SPLITS
-        }
-        self._user_number = _numbers(
-            dataset.field2token_id[dataset.uid_field], len(handed.user_U)
-        )
+        self._candidates = {}
+        for split in SPLITS:
+            self._candidates[split] = handed.load(f"candidates-{split}")
         start, items = handed.domains_D2[-1]
-        self._item_number = _numbers(
-            dataset.field2token_id[dataset.iid_field], start + items
-        )
+        users_by_token = dataset.field2token_id[dataset.uid_field]
+        items_by_token = dataset.field2token_id[dataset.iid_field]
+        self._user_number = _numbers(users_by_token, len(handed.user_U))
+        self._item_number = _numbers(items_by_token, start + items)
 
-    def validation(self):
+    def validation(self) -> float:
         """The mean over domains of NDCG@10 of the validation items among their candidates."""
         rows_UC = self._candidates["validation"]
-        ranks = []
-        for users in self._batches(np.arange(len(rows_UC)), rows_UC.shape[1]):
+        positions = []
+        every_user = np.arange(len(rows_UC))
+        for users in self._batches(every_user, rows_UC.shape[1]):
             rows_BC = rows_UC[users]
-            ranks.append(
-                sampled_ranks(
-                    self._of(users, "validation", np.maximum(rows_BC, 0)), rows_BC >= 0
-                )
+            scores_BC = self._score(
+                users,
+                "validation",
+                np.maximum(rows_BC, 0),
             )
-        return mean_ndcg(np.concatenate(ranks), self.handed.domain_of(rows_UC[:, 0]))
-
-    def test(self):
-        """Ranks of the test items, each int32 (U,): among their candidates, and among all items of their domains."""
-        rows_UC, back = self._candidates["test"], SPLITS["test"]
+            positions.append(sampled_positions(scores_BC, rows_BC >= 0))
         domain_U = self.handed.domain_of(rows_UC[:, 0])
-        sampled_U, full_U = np.zeros((2, len(rows_UC)), np.int32)
-        for domain, (start, items) in enumerate(self.handed.domains_D2):
+        return mean_ndcg(np.concatenate(positions), domain_U)
+
+    def test(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks of the test items, each int32 (U,): among candidates, and in their whole domains."""
+        handed = self.handed
+        rows_UC = self._candidates["test"]
+        domain_U = handed.domain_of(rows_UC[:, 0])
+        sampled_U = np.zeros(len(rows_UC), np.int32)
+        full_U = np.zeros(len(rows_UC), np.int32)
+        for domain, (start, items) in enumerate(handed.domains_D2):
+            rows_N = np.arange(start, start + items)
             for users in self._batches(np.flatnonzero(domain_U == domain), items):
-                scores_BN = self._of(users, "test", np.arange(start, start + items))
-                place_BC, there_BC = (
-                    np.maximum(rows_UC[users] - start, 0),
-                    rows_UC[users] >= 0,
+                scores_BN = self._score(users, "test", rows_N)
+                rows_BC = rows_UC[users]
+                place_BC = np.maximum(rows_BC - start, 0)
+                scores_BC = np.take_along_axis(
+                    scores_BN,
+                    place_BC,
+                    1,
                 )
-                sampled_U[users] = sampled_ranks(
-                    np.take_along_axis(scores_BN, place_BC, 1), there_BC
-                )
-                user_E, rows_E = self.handed.others(users, back)
-                own_E = (rows_E >= start) & (rows_E < start + items)
-                full_U[users] = full_ranks(
-                    scores_BN, place_BC[:, 0], (user_E[own_E], rows_E[own_E] - start)
+                sampled_U[users] = sampled_positions(scores_BC, rows_BC >= 0)
+                user_E, rows_E = handed.other_items(users, SPLITS["test"])
+                inside_E = (rows_E >= start) & (rows_E < start + items)
+                excluded = (user_E[inside_E], rows_E[inside_E] - start)
+                full_U[users] = full_positions(
+                    scores_BN,
+                    place_BC[:, 0],
+                    excluded,
                 )
         return sampled_U, full_U
 
-    def _batches(self, users, rows):
-        """Some users at a time; rows: that each is asked for."""
-        size = max(
-            1,
-            self.config["eval_batch_size"] // rows
-            if self._one_by_one
-            else _SCORES // self.dataset.item_num,
-        )
+    def _batches(
+        self,
+        users: np.ndarray,
+        rows: int,
+    ) -> list[np.ndarray]:
+        """Some users at a time, so many that their scores fit into memory.
+
+        rows: that are scored for each.
+        """
+        if self._pairs_only:
+            size = self.config["eval_batch_size"] // rows
+        else:
+            size = _SCORES // self.dataset.item_num
+        size = max(1, size)
         return np.split(users, range(size, len(users), size))
 
     @torch.no_grad()
-    def _of(self, users, split, rows):
-        """Scores, float32 (B, C), of rows (B, C), or of the same for all (C,)."""
+    def _score(
+        self,
+        users: np.ndarray,
+        split: str,
+        rows: np.ndarray,
+    ) -> np.ndarray:
+        """Scores, float32 (B, C), of rows (B, C), or of the same rows for all, (C,).
+
+        users: places 0 … U − 1. split: how much of their histories the model sees.
+        """
         self.model.eval()
-        number = torch.from_numpy(
-            np.broadcast_to(
-                self._item_number[rows], (len(users), np.shape(rows)[-1])
-            ).copy()
-        )
+        numbers = self._item_number[rows]
+        shape = (len(users), numbers.shape[-1])
+        number_BC = torch.from_numpy(np.broadcast_to(numbers, shape).copy())
         interaction = self._interaction(users, split)
-        if not self._one_by_one:
+        if not self._pairs_only:
             try:
-                scores_BI = self.model.full_sort_predict(interaction).view(
-                    len(users), -1
-                )
-                return scores_BI.cpu().gather(1, number).float().numpy()
+                scores = self.model.full_sort_predict(interaction)
+                scores_BI = scores.view(len(users), -1)
+                return scores_BI.cpu().gather(1, number_BC).float().numpy()
             except NotImplementedError:
-                self._one_by_one = True
-        pairs, size, parts = (
-            interaction.repeat_interleave(number.shape[1]),
-            self.config["eval_batch_size"],
-            [],
-        )
-        pairs.update(
-            Interaction(
-                {self.dataset.iid_field: number.view(-1).to(self.config["device"])}
-            )
-        )
+                self._pairs_only = True
+        return self._score_pairs(interaction, number_BC)
+
+    def _score_pairs(
+        self,
+        interaction: Interaction,
+        number_BC: torch.Tensor,
+    ) -> np.ndarray:
+        """Scores, float32 (B, C), by a model that scores a pair of user and item at a time."""
+        pairs = interaction.repeat_interleave(number_BC.shape[1])
+        items = number_BC.view(-1).to(self.config["device"])
+        pairs.update(Interaction({self.dataset.iid_field: items}))
+        size = self.config["eval_batch_size"]
+        parts = []
         for begin in range(0, len(pairs), size):
-            parts.append(self.model.predict(pairs[begin : begin + size]).view(-1).cpu())
-        return torch.cat(parts).view(number.shape).float().numpy()
+            scores = self.model.predict(pairs[begin : begin + size])
+            parts.append(scores.view(-1).cpu())
+        return torch.cat(parts).view(number_BC.shape).float().numpy()
 
-    def _interaction(self, users, split):
-        """What RecBole's own evaluation gives the model, but padding for the held-out item and DIEN's negatives, which are
-        looked up and do not count. A general model knows users by their number."""
-        fields = {self.dataset.uid_field: torch.from_numpy(self._user_number[users])}
-        fields[self.dataset.iid_field] = torch.zeros(len(users), dtype=torch.int64)
+    def _interaction(
+        self,
+        users: np.ndarray,
+        split: str,
+    ) -> Interaction:
+        """What RecBole's own evaluation gives the model.
+
+        But for the held-out item and DIEN's negatives, which are looked up and do not count: they
+        are padding. A general model knows users by their number.
+        """
+        dataset = self.dataset
+        config = self.config
+        fields = {
+            dataset.uid_field: torch.from_numpy(self._user_number[users]),
+            dataset.iid_field: torch.zeros(len(users), dtype=torch.int64),
+        }
         if self._sequential:
-            longest = self.config["MAX_ITEM_LIST_LENGTH"]
-            items_BT, lengths_B = self.handed.padded(users, SPLITS[split], longest)
-            number_BT = np.where(
-                np.arange(longest) < lengths_B[:, None], self._item_number[items_BT], 0
+            longest = config["MAX_ITEM_LIST_LENGTH"]
+            back = SPLITS[split]
+            items_BT, lengths_B = self.handed.padded(
+                users,
+                back,
+                longest,
             )
-            items = self.dataset.iid_field + self.config["LIST_SUFFIX"]
-            fields[items] = torch.from_numpy(number_BT)
-            fields[self.config["NEG_PREFIX"] + items] = torch.zeros_like(fields[items])
-            fields[self.config["ITEM_LIST_LENGTH_FIELD"]] = torch.from_numpy(lengths_B)
-        return self._transform(self.dataset, Interaction(fields)).to(
-            self.config["device"]
-        )
+            is_item_BT = np.arange(longest) < lengths_B[:, None]
+            number_BT = np.where(
+                is_item_BT,
+                self._item_number[items_BT],
+                0,
+            )
+            history = dataset.iid_field + config["LIST_SUFFIX"]
+            fields[history] = torch.from_numpy(number_BT)
+            negatives = config["NEG_PREFIX"] + history
+            fields[negatives] = torch.zeros_like(fields[history])
+            fields[config["ITEM_LIST_LENGTH_FIELD"]] = torch.from_numpy(lengths_B)
+        interaction = self._transform(dataset, Interaction(fields))
+        return interaction.to(config["device"])
 
 
-def _numbers(token_id, count):
+def _numbers(
+    token_id: dict[str, int],
+    count: int,
+) -> np.ndarray:
     """RecBole's numbers of 0 … count − 1, int64; 0, its padding, where it has none."""
-    return np.array([token_id.get(str(number), 0) for number in range(count)], np.int64)
+    numbers = [token_id.get(str(number), 0) for number in range(count)]
+    return np.array(numbers, np.int64)

@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from safetensors.numpy import save_file
 from tests.helpers import HELPERS
 from trainer.config.load import load
 from trainer.config.retraining import RetrainConfig
+from trainer.data.prepare import extend
 from trainer.errors import InputError
-from trainer.retraining.job import drift, retrain
+from trainer.retraining import day as day_module
+from trainer.retraining.item_drift import measure_drift
+from trainer.retraining.job import retrain
 
 SCRIPTS = HELPERS.joinpath("fake_retrain")
 
@@ -137,7 +142,7 @@ def test_where_a_stage_dies_the_same_command_goes_on(day, tmp_path, stage):
     assert stages(tmp_path)[3:] == [f"2 {name}" for name in expected]
 
 
-@pytest.mark.parametrize("place", ["write_text", "_tidy"])
+@pytest.mark.parametrize("place", ["write_text", "_remove_old_days"])
 def test_killed_after_it_was_published_it_is_not_published_again(
     day, tmp_path, monkeypatch, place
 ):
@@ -309,14 +314,14 @@ def test_drift_is_of_items_that_both_have(tmp_path):
     export(
         tmp_path / "new", [[1, 1], [0, 5], [9, 9], [2, 0]], ["new", "é", "newer", "a"]
     )
-    found = drift(tmp_path / "old", tmp_path / "new")["shop"]
+    found = measure_drift(tmp_path / "old", tmp_path / "new")["shop"]
     assert (
         found["items"] == 2
         and found["mean"] == pytest.approx(1)
         and found["p5"] == pytest.approx(1)
     )
     export(tmp_path / "turned", [[0, 2], [0, 1]], ["a", "é"])
-    assert drift(tmp_path / "old", tmp_path / "turned")["shop"][
+    assert measure_drift(tmp_path / "old", tmp_path / "turned")["shop"][
         "mean"
     ] == pytest.approx(0.5)
 
@@ -335,3 +340,24 @@ def test_drift_is_of_items_that_both_have(tmp_path):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         load(RetrainConfig, [], settings)
+
+
+HEAVY = ("torch", "deepspeed", "torchrec", "fbgemm_gpu", "duckdb")
+
+
+@pytest.mark.parametrize("module", ["job", "report"])
+def test_the_parent_process_loads_neither_pytorch_nor_an_engine(module):
+    names = f"[name for name in {HEAVY} if name in sys.modules]"
+    program = f"import sys, trainer.retraining.{module}; print({names})"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_the_extensions_folder_is_that_of_preparation():
+    assert day_module.EXTENSION == extend.EXTENSION

@@ -26,11 +26,14 @@ from tests.helpers.runs import (
 from trainer.checkpoint.save import BEST, RunState
 from trainer.config.load import to_yaml
 from trainer.config.retraining import PublishConfig
+from trainer.config.serving import ExportConfig
 from trainer.errors import InputError
 from trainer.evaluation.evaluate_run import rank_run
 from trainer.files.atomic import write_json
-from trainer.retraining.publish import publish, reasons_against, roll_back
-from trainer.serving.export import ExportConfig, export_run
+from trainer.retraining import registry
+from trainer.retraining.publish import HeldOutPositions, find_refusal_reasons, publish
+from trainer.retraining.registry import Registry, roll_back
+from trainer.serving.export import export_run
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +83,14 @@ def good(monkeypatch, quick):
     """good(first=, second=): every user's rank by a run; both are of 20 users, in turn of either domain."""
 
     def set_ranks(**rank_of):
-        def of(model, table, best, config, dataset, ranks, drawn=None):
-            name = next(name for name in rank_of if f"{name}0" in config.run)
+        def of(served, drawn=None):
+            name = next(name for name in rank_of if f"{name}0" in served.config.run)
             given = rank_of[name]
             rank_D = given if isinstance(given, tuple) else (given, given)
-            domain_U = np.arange(dataset.users) % 2
-            return np.array(rank_D)[domain_U], domain_U
+            domain_U = np.arange(served.dataset.users) % 2
+            return HeldOutPositions(np.array(rank_D)[domain_U], domain_U)
 
-        monkeypatch.setattr(trainer.retraining.publish, "_ranks", of)
+        monkeypatch.setattr(trainer.retraining.publish, "_rank_test_items", of)
 
     return set_ranks
 
@@ -114,8 +117,8 @@ def tables(monkeypatch):
 def without_encoder(monkeypatch, exported):
     """An export reads its model and writes the items; the files are those of `first`."""
 
-    def finish(partial, output, *others):
-        shutil.rmtree(partial)
+    def finish(export, output):
+        shutil.rmtree(export.folder)
         shutil.copytree(exported, output)
 
     monkeypatch.setattr(trainer.serving.export, "_finish", finish)
@@ -285,7 +288,7 @@ def figures(candidate, current, then):
     ],
 )
 def test_what_speaks_against_it(domains, words):
-    reasons = reasons_against(domains, PublishConfig())
+    reasons = find_refusal_reasons(domains, PublishConfig())
     assert len(reasons) == len(words) and all(
         re.search(word, reason) for word, reason in zip(words, reasons, strict=True)
     )
@@ -304,7 +307,7 @@ def test_items_that_are_nobodys_speak_against_it():
         ({"a": of(None, 0.1), "b": of(0.03, None)}, None),
         ({"a": of(-0.01, 0.0)}, None),
     ):
-        reasons = reasons_against(domains, PublishConfig())
+        reasons = find_refusal_reasons(domains, PublishConfig())
         assert re.search(words, *reasons) if words else not reasons
 
 
@@ -318,11 +321,18 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(
-    "place", ["_begin", "export_run", "_check", "_point", "write_json"]
-)
+PLACES = {
+    "begin_version": Registry,
+    "export_run": trainer.retraining.publish,
+    "check_version": registry,
+    "point_to": Registry,
+    "write_json": registry,
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_killed_anywhere_it_serves_what_loads_and_goes_on(
-    first, second, tmp_path, good, monkeypatch, place
+    first, second, tmp_path, good, monkeypatch, name
 ):
     good(first=2, second=1)
     publish_it(first, tmp_path)
@@ -331,7 +341,7 @@ def test_killed_anywhere_it_serves_what_loads_and_goes_on(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer.retraining.publish, place, killed)
+        patch.setattr(PLACES[name], name, killed)
         publish_it(second, tmp_path)
     assert serving(tmp_path) == str(first.folder)
     publish_it(second, tmp_path)

@@ -32,17 +32,20 @@ from trainer.checkpoint.warm_start import find_warm_start
 from trainer.config.load import flat, load_config, load_recorded, to_yaml
 from trainer.config.retraining import PublishConfig, RetrainConfig
 from trainer.config.run import RunConfig
+from trainer.config.serving import AskedConfig, ExportConfig, RecommendConfig
 from trainer.data.format.dataset import Dataset, File
 from trainer.data.format.vocabulary import item_counts, item_ids
 from trainer.data.prepare.shard_writing import connect
 from trainer.errors import InputError
 from trainer.evaluation.evaluate_run import rank_run
-from trainer.retraining.job import drift, retrain
-from trainer.retraining.publish import current_version, publish, roll_back
+from trainer.retraining.item_drift import measure_drift
+from trainer.retraining.job import retrain
+from trainer.retraining.publish import publish
+from trainer.retraining.published import read_current_version
+from trainer.retraining.registry import roll_back
 from trainer.serving.example import load_encoder
-from trainer.serving.export import ExportConfig, export_run
-from trainer.serving.recommend import RecommendConfig, recommend
-from trainer.serving.user_histories import AskedConfig
+from trainer.serving.export import export_run
+from trainer.serving.recommend import recommend
 
 ROOT = Path(__file__).resolve().parents[4]
 SECRET = "token-of-the-operator"
@@ -794,7 +797,7 @@ def test_files_of_a_version_lie_in_it(exported, tmp_path, name):
 def test_the_current_version_is_one_of_them(exported, tmp_path, version):
     folder = published(tmp_path / "published", exported)
     (folder / "current.json").write_text(json.dumps({"version": version}))
-    assert "is no version's number" in said_of(current_version, folder)
+    assert "is no version's number" in said_of(read_current_version, folder)
 
 
 @pytest.mark.parametrize(
@@ -809,7 +812,7 @@ def test_the_current_version_is_one_of_them(exported, tmp_path, version):
 )
 def test_a_versions_record_is_one(exported, tmp_path, changes):
     folder = published(tmp_path / "published", exported, **changes)
-    assert "version" in said_of(current_version, folder) and "version" in said_of(
+    assert "version" in said_of(read_current_version, folder) and "version" in said_of(
         roll_back, folder, "0001"
     )
 
@@ -833,7 +836,7 @@ def test_domains_of_an_exported_model_lie_in_it(exported, tmp_path, name):
     (folder / "schema.json").write_text(json.dumps(schema))
     with pytest.raises(ValueError, match="is no domain's folder"):
         Recommender(folder)
-    assert "is no domain's folder" in said_of(drift, folder, folder)
+    assert "is no domain's folder" in said_of(measure_drift, folder, folder)
 
 
 # A retraining's folder

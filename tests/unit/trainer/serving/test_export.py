@@ -17,10 +17,11 @@ import torch
 import trainer.serving.export
 from tests.helpers.runs import finished_run, rank_of_one
 from trainer.checkpoint.best_model import best_model, open_run
+from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import File
 from trainer.errors import InputError
 from trainer.evaluation.sampled import query_of
-from trainer.serving.export import ExportConfig, export_run
+from trainer.serving.export import check_faiss, export_run
 
 ALLOWED = ("torch", "numpy", "safetensors")
 PROBE = """
@@ -294,7 +295,7 @@ def test_types_other_than_fp32_and_fp16_are_refused():
 )
 def test_an_index_without_faiss_is_refused_at_once():
     with pytest.raises(InputError, match="pip install"):
-        ExportConfig(faiss="Flat")
+        export_run("nowhere", "out", None, ExportConfig(faiss="Flat"))
 
 
 def test_an_index_finds_the_items_with_the_greatest_scores(run, loaded, tmp_path):
@@ -310,4 +311,4 @@ def test_an_index_finds_the_items_with_the_greatest_scores(run, loaded, tmp_path
         == np.argsort(-(items @ user[0]))[:3].tolist()
     )
     with pytest.raises(InputError, match="knows no such index"):
-        ExportConfig(faiss="Nonsense7")
+        check_faiss(ExportConfig(faiss="Nonsense7"))

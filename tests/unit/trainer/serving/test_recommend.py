@@ -9,16 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import trainer.serving.recommend
+import trainer.serving.recommendation_files
 from tests.helpers.made import draw_histories, draw_ticks
 from tests.helpers.runs import finished_run, rank_of_one
 from trainer.checkpoint.best_model import best_model, open_run
+from trainer.config.serving import AskedConfig, RecommendConfig
 from trainer.data.format.dataset import TICKS
 from trainer.errors import InputError
 from trainer.evaluation.sampled import query_of
 from trainer.files.staged import Work
-from trainer.serving.recommend import RecommendConfig, folder_of, recommend
-from trainer.serving.user_histories import AskedConfig
+from trainer.serving.recommend import recommend
+from trainer.serving.recommendation_files import RecommendationFiles, hive_folder
+from trainer.serving.top_items import Scorer
 
 DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
 
@@ -216,11 +218,9 @@ def test_no_rank_is_without_users(ranks, batch_size, part_users, together):
     """As many parts are scored at once as give each rank a step of them."""
     scorer = SimpleNamespace(
         config=RecommendConfig(batch_size=batch_size),
-        ranks=SimpleNamespace(world_size=ranks),
+        served=SimpleNamespace(ranks=SimpleNamespace(world_size=ranks)),
     )
-    groups = trainer.serving.recommend._Scorer.groups(
-        scorer, list(range(9)), part_users
-    )
+    groups = Scorer.group_parts(scorer, list(range(9)), part_users)
     assert [part for group in groups for part in group] == list(range(9))
     assert (
         len(groups[0]) == together and together * -(-part_users // batch_size) >= ranks
@@ -233,7 +233,7 @@ class Killed(BaseException):
 
 def killed_after(monkeypatch, parts):
     """The next call ends when it has written so many parts, as a kill would end it."""
-    write, written = trainer.serving.recommend._Recommendations._write, []
+    write, written = RecommendationFiles._write_part, []
 
     def counted(self, part, *others):
         if len(written) == parts:
@@ -241,7 +241,7 @@ def killed_after(monkeypatch, parts):
         written.append(part)
         write(self, part, *others)
 
-    monkeypatch.setattr(trainer.serving.recommend._Recommendations, "_write", counted)
+    monkeypatch.setattr(RecommendationFiles, "_write_part", counted)
 
 
 def contents(folder):
@@ -264,10 +264,10 @@ def test_a_call_that_was_killed_goes_on_with_the_parts_that_are_missing(
         assert not (tmp_path / f"killed {parts}").exists()
         scored = []
         with monkeypatch.context() as patch:
-            call = trainer.serving.recommend._Scorer.__call__
+            call = Scorer.score_parts
             patch.setattr(
-                trainer.serving.recommend._Scorer,
-                "__call__",
+                Scorer,
+                "score_parts",
                 lambda *given: scored.append(1) or call(*given),  # noqa: B023
             )
             made(run, tmp_path / f"killed {parts}", asked, k=3)
@@ -286,7 +286,7 @@ def test_putting_the_parts_in_place_may_be_interrupted_too(run, tmp_path, monkey
         raise Killed
 
     for place, name in (
-        (trainer.serving.recommend, "write_json"),
+        (trainer.serving.recommendation_files, "write_json"),
         (Work, "deliver"),
         (Work, "discard"),
     ):
@@ -404,4 +404,4 @@ def test_bad_options_are_named(name):
     ],
 )
 def test_a_folder_is_quoted_as_hive_does(name, folder):
-    assert folder_of(name) == folder
+    assert hive_folder(name) == folder

@@ -5,12 +5,13 @@ import pytest
 
 import trainer.serving.user_histories
 from tests.helpers.made import draw_histories, spoil_block, write_dataset
+from trainer.config.serving import AskedConfig
 from trainer.data.loading.histories import Histories
 from trainer.errors import InputError
 from trainer.files.progress import Stages
 from trainer.serving.user_histories import (
-    Asked,
-    AskedConfig,
+    HistoryCounts,
+    check_memory,
     read_histories,
     write_histories,
 )
@@ -75,7 +76,7 @@ def given(folder, ids, name="users.parquet"):
 
 
 def found(tmp_path, dataset, report=None, **options):
-    """({raw id: history} in its order, Asked); whenever it was, is with the histories in the order of time."""
+    """({raw id: history} in its order, HistoryCounts); whenever it was, is with the histories in the order of time."""
     (tmp_path / "out").mkdir()
     (tmp_path / "scratch").mkdir()
     with Stages(False) as stages:
@@ -88,7 +89,7 @@ def found(tmp_path, dataset, report=None, **options):
             threads=2,
             report=report,
         )
-    assert Asked.load(tmp_path / "out") == facts
+    assert HistoryCounts.load(tmp_path / "out") == facts
     histories, size = {}, AskedConfig(**options).part_users
     files = sorted((tmp_path / "out").glob("*.parquet"))
     assert [file.name for file in files] == [
@@ -124,7 +125,7 @@ def test_logs_are_mapped_and_what_is_not_known_is_counted(
         tmp_path, dataset, inputs=(log(tmp_path, name=name),), part_users=part_users
     )
     assert list(histories.items()) == list(EXPECTED.items())
-    assert facts == Asked(
+    assert facts == HistoryCounts(
         users=4, without_history=2, unknown_domain=2, unknown_item=2, unread=0
     )
 
@@ -162,7 +163,7 @@ def test_users_and_events_come_in_batches_that_do_not_match(
 ):
     monkeypatch.setattr(trainer.serving.user_histories, "_BATCH", batch)
     histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path),))
-    assert histories == EXPECTED and facts == Asked(4, 2, 2, 2, 0)
+    assert histories == EXPECTED and facts == HistoryCounts(4, 2, 2, 2, 0)
 
 
 def test_given_users_alone_also_such_that_no_log_has(tmp_path, dataset):
@@ -173,7 +174,7 @@ def test_given_users_alone_also_such_that_no_log_has(tmp_path, dataset):
         ("u0", [1, 0, 8, 9]),
         ("zero", []),
     ]
-    assert facts == Asked(
+    assert facts == HistoryCounts(
         users=3, without_history=1, unknown_domain=1, unknown_item=1, unread=0
     )
 
@@ -203,7 +204,7 @@ def test_without_logs_the_dataset_has_the_histories_whole(
     assert list(read.items()) == [
         (f"u{user}", history.tolist()) for user, history in enumerate(histories)
     ]
-    assert facts == Asked(20, 0, 0, 0, 0)
+    assert facts == HistoryCounts(20, 0, 0, 0, 0)
 
 
 def test_given_users_of_the_dataset_come_before_those_that_it_does_not_know(
@@ -217,7 +218,7 @@ def test_given_users_of_the_dataset_come_before_those_that_it_does_not_know(
         histories[11].tolist(),
         [],
     ]
-    assert facts == Asked(4, 2, 0, 0, 0)
+    assert facts == HistoryCounts(4, 2, 0, 0, 0)
 
 
 @pytest.mark.parametrize("given_too", [False, True])
@@ -309,4 +310,4 @@ def test_what_cannot_be_read_is_named(tmp_path, dataset, spoil):
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
-        AskedConfig(**options)
+        check_memory(AskedConfig(**options))

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from trainer.errors import InputError
-from trainer.study.results import Found, compared, gain, gathered
+from trainer.study.results import (
+    RunResult,
+    SystemResults,
+    collect_results,
+    metric_values,
+    paired_difference,
+)
 
 
 def found(rank_SU, domain_U=None, name="one", user_U=None):
@@ -13,7 +19,7 @@ def found(rank_SU, domain_U=None, name="one", user_U=None):
     domain_U = np.zeros(users, int) if domain_U is None else np.asarray(domain_U)
     user_U = np.arange(users) if user_U is None else user_U
     seeds = [0.0] * len(rank_SU)
-    return Found(
+    return SystemResults(
         name,
         user_U,
         domain_U,
@@ -27,11 +33,11 @@ def found(rank_SU, domain_U=None, name="one", user_U=None):
 
 def test_gains_are_their_definitions():
     rank = np.array([1, 2, 10, 11])
-    assert gain(rank, "NDCG@10").tolist() == pytest.approx(
+    assert metric_values(rank, "NDCG@10").tolist() == pytest.approx(
         [1, 1 / np.log2(3), 1 / np.log2(11), 0]
     )
-    assert gain(rank, "HR@10").tolist() == [1, 1, 1, 0]
-    assert gain(rank, "MRR").tolist() == pytest.approx([1, 0.5, 0.1, 1 / 11])
+    assert metric_values(rank, "HR@10").tolist() == [1, 1, 1, 0]
+    assert metric_values(rank, "MRR").tolist() == pytest.approx([1, 0.5, 0.1, 1 / 11])
 
 
 def test_means_are_by_seed_and_domain():
@@ -46,16 +52,16 @@ def test_a_difference_is_the_mean_over_domains_with_an_interval_that_holds_it():
     domain_U = rng.choice(2, 4000, p=[0.9, 0.1])
     ranks = rng.integers(1, 30, (2, 4000))
     one, other = found(ranks, domain_U), found(ranks + (domain_U == 1), domain_U)
-    whole = compared(one, other, "full")
+    whole = paired_difference(one, other, "full")
     by_hand = [
-        (gain(ranks, "NDCG@10") - gain(ranks + 1, "NDCG@10"))
+        (metric_values(ranks, "NDCG@10") - metric_values(ranks + 1, "NDCG@10"))
         .mean(0)[domain_U == 1]
         .mean()
         / 2
     ]
     assert whole.value == pytest.approx(by_hand[0])
     assert 0 < whole.low < whole.value < whole.high and whole.p <= 0.002
-    same = compared(one, other, "full", domain=0)
+    same = paired_difference(one, other, "full", domain=0)
     assert same.value == same.low == same.high == 0 and same.p == 1
 
 
@@ -63,7 +69,7 @@ def test_noise_is_not_taken_for_a_difference():
     """Of forty pairs of systems that are alike, about one in twenty leaves 0 out: seen are 2."""
     rng, out = np.random.default_rng(1), 0
     for _ in range(40):
-        whole = compared(
+        whole = paired_difference(
             found(rng.integers(1, 30, 300)), found(rng.integers(1, 30, 300)), "full"
         )
         out += whole.low * whole.high > 0
@@ -84,16 +90,17 @@ def test_users_are_put_in_order_and_others_are_refused():
             "users_per_second": 10.0,
             "epochs": 3,
         }
-        return {name: np.array(values) for name, values in columns.items()} | facts
+        arrays = {name: np.array(values) for name, values in columns.items()}
+        return RunResult(**arrays, **facts)
 
-    whole = gathered("one", [[part([5, 1], [7, 8]), part([3], [9])]])
-    assert whole.user_U.tolist() == [1, 3, 5] and whole.rank["full"].tolist() == [
+    whole = collect_results("one", [[part([5, 1], [7, 8]), part([3], [9])]])
+    assert whole.user_U.tolist() == [1, 3, 5] and whole.position["full"].tolist() == [
         [8, 9, 7]
     ]
     assert whole.seconds == [4.0] and whole.epochs == [3] and whole.validation == [0.5]
     with pytest.raises(InputError, match="its seeds have ranked other users"):
-        gathered("one", [[part([5, 1], [7, 8])], [part([5, 2], [7, 8])]])
+        collect_results("one", [[part([5, 1], [7, 8])], [part([5, 2], [7, 8])]])
     with pytest.raises(
         InputError, match="have ranked other users: they cannot be compared"
     ):
-        compared(found([1, 2]), found([1, 2], user_U=np.array([0, 2])), "full")
+        paired_difference(found([1, 2]), found([1, 2], user_U=np.array([0, 2])), "full")

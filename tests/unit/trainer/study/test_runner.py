@@ -10,8 +10,9 @@ import pytest
 
 from tests.helpers import HELPERS
 from tests.helpers.made import draw_histories, write_dataset
+from trainer.config.study import SYSTEM_NAMES, StudyConfig
 from trainer.errors import InputError, Stopped
-from trainer.study.plan import StudyConfig
+from trainer.study.baselines import SYSTEMS as ALL_SYSTEMS
 from trainer.study.report import write_study
 from trainer.study.runner import run_study
 
@@ -46,12 +47,12 @@ def test_every_system_has_its_runs_and_a_domain_alone_one_each(study, tmp_path):
     assert calls(tmp_path) == sorted(
         f"{what} {run}" for what in ("train", "evaluate") for run in runs
     )
-    ours = found.found["SyNCRec"]
+    ours = found.results["SyNCRec"]
     assert (
         ours.user_U.tolist() == list(range(10))
-        and ours.rank["full"].tolist() == [list(range(1, 11))] * 2
+        and ours.position["full"].tolist() == [list(range(1, 11))] * 2
     )
-    alone = found.found["SDSR"]
+    alone = found.results["SDSR"]
     assert (
         alone.user_U.tolist() == list(range(10))
         and alone.domain_U.tolist() == [0, 1] * 5
@@ -91,11 +92,11 @@ def test_the_best_by_validation_stands_for_a_system(study, tmp_path):
         seeds=[0, 5],
         systems=["SyNCRec", "SDSR"],
     )
-    assert found.chosen["SyNCRec"] == {"": ("model.dropout=0.4",)}
-    assert [round(value, 3) for *_, value in found.tried["SyNCRec"]] == [0.1, 0.4, 0.2]
+    assert found.best_settings["SyNCRec"] == {"": ("model.dropout=0.4",)}
+    assert [round(value, 3) for *_, value in found.trials["SyNCRec"]] == [0.1, 0.4, 0.2]
     assert "train SyNCRec-model.dropout=0.4-seed=5" in calls(tmp_path)
     assert "train SyNCRec-model.dropout=0.1-seed=5" not in calls(tmp_path)
-    assert found.found["SyNCRec"].validation == [0.4, 0.4]
+    assert found.results["SyNCRec"].validation == [0.4, 0.4]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path):
@@ -105,7 +106,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path):
         "train.py ended with status 1: error: the seed is 66" in why
         for why in found.failed.values()
     )
-    assert found.found["SyNCRec"].rank["full"].shape == (1, 10)
+    assert found.results["SyNCRec"].position["full"].shape == (1, 10)
     page = write_study(tmp_path / "out", found).read_text()
     assert "SyNCRec-seed=66 is not in the tables" in page
 
@@ -175,3 +176,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(study, tmp_path):
     with pytest.raises(InputError, match=r"model.dim: give a list of values"):
         (tmp_path / "out" / "mine.txt").unlink()
         study(sweep={}, tune={"model.dim": 8})
+
+
+def test_settings_know_every_system():
+    assert tuple(ALL_SYSTEMS) == SYSTEM_NAMES

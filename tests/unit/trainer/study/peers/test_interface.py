@@ -16,9 +16,9 @@ from trainer.study.peers.dataset_export import LOG, hand_over, write_log
 from trainer.study.peers.interface import (
     SPLITS,
     Handed,
-    full_ranks,
+    full_positions,
     mean_ndcg,
-    sampled_ranks,
+    sampled_positions,
 )
 
 HISTORIES = draw_histories(30, items=(30, 12), longest=9)
@@ -93,7 +93,7 @@ def test_padded_histories_are_the_newest_before_what_is_held_out(handed, back):
 @pytest.mark.parametrize("back", SPLITS.values())
 def test_others_are_all_else_of_a_history(handed, back):
     users = np.arange(len(LONG))[1::2]
-    user_E, rows_E = handed.others(users, back)
+    user_E, rows_E = handed.other_items(users, back)
     for place, user in enumerate(users):
         history = list(LONG.values())[user]
         assert (
@@ -130,10 +130,10 @@ FEW_SCORES = strategies.sampled_from([0.0, 1.0, 2.0, np.nan, np.inf, -np.inf])
 
 
 @given(arrays(np.float32, (4, 6), elements=FEW_SCORES), arrays(bool, (4, 6)))
-def test_sampled_ranks_are_those_of_our_evaluation(scores_BC, there_BC):
+def test_sampled_positions_are_those_of_our_evaluation(scores_BC, there_BC):
     there_BC[:, 0] = True
     expected = _ranks(scores_BC[there_BC], there_BC.sum(1))
-    assert sampled_ranks(scores_BC, there_BC).tolist() == expected.tolist()
+    assert sampled_positions(scores_BC, there_BC).tolist() == expected.tolist()
 
 
 PLACES, PAIRS = (
@@ -147,7 +147,9 @@ PLACES, PAIRS = (
     arrays(np.int64, 3, elements=PLACES),
     strategies.lists(PAIRS),
 )
-def test_full_ranks_count_other_items_that_are_not_excluded(scores_BN, place_B, pairs):
+def test_full_positions_count_other_items_that_are_not_excluded(
+    scores_BN, place_B, pairs
+):
     excluded = tuple(
         np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1)
     )
@@ -156,7 +158,7 @@ def test_full_ranks_count_other_items_that_are_not_excluded(scores_BN, place_B, 
         ahead = sum(
             not scores_BN[user, place] > scores_BN[user, item] for item in others
         )
-        assert full_ranks(scores_BN, place_B, excluded)[user] == 1 + ahead
+        assert full_positions(scores_BN, place_B, excluded)[user] == 1 + ahead
 
 
 def test_the_mean_is_over_domains_with_users_as_in_our_evaluation():
