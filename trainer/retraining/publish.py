@@ -38,16 +38,11 @@ from trainer.evaluation.sampled import evaluate_split
 from trainer.files.atomic import Patience, move_folder, patiently, write_json
 from trainer.files.staged import exclusive
 from trainer.reporting.run_log import HEADLINE
+from trainer.run_files import CURRENT, MODEL, REFUSED, VERSION
 from trainer.serving.example import load_encoder, plain_program
 from trainer.serving.export import ENCODER, SCHEMA, ExportConfig, export_run
 
 _UNLIKE = "the logs are unlike those before"
-CURRENT, REFUSED, VERSION, MODEL = (
-    "current.json",
-    "refused.json",
-    "version.json",
-    "model",
-)
 
 
 def publish(candidate, published, ranks, config: PublishConfig, data=None) -> dict:
