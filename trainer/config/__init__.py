@@ -9,11 +9,10 @@ from syncrec.config import ModelConfig
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.load import load_config, load_recorded, to_yaml
-from trainer.config.log import LogConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.retraining import PublishConfig, RetrainConfig
-from trainer.config.run import RunConfig
+from trainer.config.run import LogConfig, RunConfig
 from trainer.config.stream import SourceConfig, StreamConfig
 
 __all__ = [

@@ -8,11 +8,22 @@ from embeddings.config import TableConfig, keeps_squares
 from syncrec.config import ModelConfig
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.evaluation import EvaluationConfig
-from trainer.config.log import LogConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.setting import CONSTANT_SCHEDULE, setting
 from trainer.config.stream import StreamConfig
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run logs while it trains."""
+
+    every: int = setting(50, "steps between two lines")
+    tensorboard: bool = setting(True, "write TensorBoard's event files too")
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"log.every is {self.every}: give at least 1")
 
 
 @dataclass(frozen=True)
