@@ -53,16 +53,23 @@ def main() -> None:
 def _run(*command: str | Path) -> None:
     """Shows and runs a command; ends the demo with its status where it fails."""
     words = []
-    for word in map(str, command):
-        words.append(str(_LAUNCH / word) if word.endswith(".py") else word)
     shown = []
-    for word in words:
-        shown.append(os.path.relpath(word) if word.startswith(str(_LAUNCH)) else word)
-    print("\n$ " + " ".join(shown), flush=True)
+    for part in command:
+        word = str(part)
+        if word.endswith(".py"):
+            word = str(_LAUNCH / word)
+        words.append(word)
+        if word.startswith(str(_LAUNCH)):
+            word = os.path.relpath(word)
+        shown.append(word)
+    line = " ".join(shown)
+    print(f"\n$ {line}", flush=True)
     programs = Path(sys.executable).parent
-    path = os.pathsep.join([str(programs), os.environ.get("PATH", "")])
-    environment = os.environ | {"PATH": path}
-    finished = subprocess.run([programs / words[0], *words[1:]], env=environment)
+    others = os.environ.get("PATH", "")
+    environment = dict(os.environ)
+    environment["PATH"] = f"{programs}{os.pathsep}{others}"
+    words[0] = str(programs / words[0])
+    finished = subprocess.run(words, env=environment)
     if finished.returncode:
         sys.exit(finished.returncode)
 

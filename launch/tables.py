@@ -19,9 +19,11 @@ _COMPARED = ("candidate", "current", "when_published")
 
 def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
     """How large a prepared dataset is, by domain. percentiles: names of the length percentiles."""
+    folder = escape(str(dataset.folder))
+    shards = len(dataset.shards)
     title = (
-        f"{escape(str(dataset.folder))}: {dataset.users:,} users in "
-        f"{len(dataset.shards)} shards, {dataset.streams} streams"
+        f"{folder}: {dataset.users:,} users in "
+        f"{shards} shards, {dataset.streams} streams"
     )
     caption = (
         f"{', '.join(percentiles)}: interactions of a user in the domain. "
@@ -37,12 +39,14 @@ def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
         _add_row(table, domain.name, counts)
     table.add_section()
     items = sum(domain.items for domain in dataset.domains)
-    _add_row(table, "all", (dataset.users, items, dataset.interactions))
+    totals = (dataset.users, items, dataset.interactions)
+    _add_row(table, "all", totals)
     return table
 
 
 def _add_row(table: Table, name: str, counts: tuple[int, ...]) -> None:
-    table.add_row(escape(name), *(f"{count:,}" for count in counts))
+    cells = [f"{count:,}" for count in counts]
+    table.add_row(escape(name), *cells)
 
 
 def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:

@@ -75,20 +75,32 @@ def load(
             start = source
             if error.full_key and source not in overrides:
                 start = f"{source}: {error.full_key}"
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{start}: {reason}{_allowed_keys(error)}") from None
+            reason = _first_line(error)
+            keys = _allowed_keys(error)
+            raise InputError(f"{start}: {reason}{keys}") from None
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        reason = _first_line(error)
+        raise InputError(f"{error.full_key}: {reason}") from None
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def load_recorded(file: str | Path) -> RunConfig:
-    """Loads the config.yaml that a run has left. Raises InputError that names the file, and the key.
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0]
 
-    The run may be anybody's. So nothing in it is resolved (`${…}` would read the environment), and
+
+def _one_line(error: Exception) -> str:
+    words = str(error).split()
+    return " ".join(words)
+
+
+def load_recorded(file: str | Path) -> RunConfig:
+    """Loads the config.yaml that a run has left.
+
+    Raises InputError that names the file, and the key. The run may be anybody's. So nothing in it is resolved (`${…}` would read the environment), and
     there are no tags, no aliases and no more bytes than a configuration has.
     """
     file = Path(file)
@@ -176,9 +188,13 @@ def _printable(text: str) -> str:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted key, as JSON has it, without secrets."""
+    """Every setting by its dotted key, as JSON has it, without secrets.
+
+    {"data": "data/shop", …, "model.dim": 128, …, "deepspeed.zero_optimization.stage": 2}
+    """
     values = {}
-    _flatten(asdict(_without_secrets(config)), "", values)
+    sections = asdict(_without_secrets(config))
+    _flatten(sections, "", values)
     return values
 
 
@@ -192,9 +208,10 @@ def _flatten(section: dict[str, Any], start: str, values: dict[str, Any]) -> Non
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The effective configuration as YAML that `load_config` reads, without the address's secrets."""
-    values = _escape(asdict(_without_secrets(config)))
-    return OmegaConf.to_yaml(OmegaConf.create(values))
+    """The effective configuration as YAML that `load_config` reads, without secrets."""
+    sections = asdict(_without_secrets(config))
+    values = OmegaConf.create(_escape(sections))
+    return OmegaConf.to_yaml(values)
 
 
 def _without_secrets(config: RunConfig) -> RunConfig:
@@ -213,7 +230,10 @@ def _escape(value: Any) -> Any:
 
 
 def _parse(override: str, kind: type) -> DictConfig:
-    """The values of a `key=value`."""
+    """The values of a `key=value`.
+
+    `model.dim=64` gives {"model": {"dim": 64}}.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise InputError(
@@ -229,7 +249,7 @@ def _parse(override: str, kind: type) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = _one_line(error)
         raise InputError(f"{override}: its value is no YAML ({reason})") from None
 
 
@@ -258,7 +278,7 @@ def _with_sections(file: str | Path, read: Callable[[], Any], kind: type) -> Dic
     try:
         loaded = read()
     except Exception as error:  # a YAML error of any kind: name the file, and no trace
-        reason = " ".join(str(error).split())
+        reason = _one_line(error)
         raise InputError(f"{file}: is no YAML ({reason})") from None
     if not OmegaConf.is_dict(loaded):
         raise InputError(f"{file}: is a list; a configuration is made of key: value")
@@ -292,7 +312,7 @@ def _allowed_keys(error: OmegaConfBaseException) -> str:
     node = getattr(error, "parent_node", None)
     if node is None or not hasattr(node, "keys") or "not in" not in str(error):
         return ""
-    keys = list(node.keys())
+    keys = ", ".join(map(str, node.keys()))
     if not keys:
         return ""
-    return f" (there are: {', '.join(map(str, keys))})"
+    return f" (there are: {keys})"

@@ -5,14 +5,13 @@ python -m trainer.config.reference > docs/settings.md
 
 import dataclasses
 import sys
-import types
-from typing import Any, Literal, get_args, get_origin
 
 from trainer.config.changes import (
     is_allowed,
     may_change_on_resume,
     may_change_on_warm_start,
 )
+from trainer.config.command_line.describe import describe_type, describe_value
 from trainer.config.retraining import PublishConfig, RetrainConfig
 from trainer.config.run import RunConfig
 from trainer.config.setting import CONSTANT_SCHEDULE, default_of, help_of
@@ -29,128 +28,106 @@ line. Later ones win. `python launch/train.py --show-config …` prints the effe
 *Resume*: the setting may change when the same run goes on from a checkpoint. *Warm start*: it may
 differ from the run whose model another one begins with (`warm_start=RUN`).
 """
-
-
-def describe_type(kind: Any) -> str:
-    """A setting's type in words: int, number, text, on/off, or its choices."""
-    if isinstance(kind, types.UnionType):
-        names = []
-        for member in get_args(kind):
-            if member is not types.NoneType:
-                names.append(describe_type(member))
-        return " or ".join(names)
-    if get_origin(kind) is Literal:
-        return ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) in (list, tuple):
-        return f"list of {describe_type(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return "section"
-    return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
-
-
-_NAMES = {bool: "on/off", int: "int", float: "number", str: "text"}
-
-
-def describe_value(value: Any) -> str:
-    """A default as one writes it."""
-    if value is dataclasses.MISSING:
-        return "needed"
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        if not value:
-            return "–"
-        return f"[{', '.join(map(str, value))}]"
-    if isinstance(value, dict) and not value:
-        return "–"
-    return str(value)
+_COLUMNS = ["Key", "Type", "Default", "What it is"]
+_COLUMNS_OF_CHANGE = ["Resume", "Warm start"]
 
 
 def settings_page() -> str:
     """The text of docs/settings.md."""
-    parts = [_HEAD, _run_tables()]
-    for kind, title in (
-        (PublishConfig, "Publishing: `launch/publish.py`"),
-        (RetrainConfig, "Retraining: `launch/retrain.py`"),
-    ):
-        parts.append(f"## {title}\n\n{_docline(kind)}\n\n{_plain_table(kind)}")
+    parts = [
+        _HEAD,
+        _run_table(),
+        *_section_tables(),
+        _table_of("Publishing: `launch/publish.py`", PublishConfig),
+        _table_of("Retraining: `launch/retrain.py`", RetrainConfig),
+    ]
     return "\n".join(parts)
 
 
-def _run_tables() -> str:
-    """The tables of a run: its top level, then each section."""
-    top = []
-    sections = []
+def _run_table() -> str:
+    """The table of a run's top level."""
+    rows = []
     for field in dataclasses.fields(RunConfig):
-        if dataclasses.is_dataclass(field.type):
-            title = f"## `{field.name}`\n\n{_docline(field.type)}\n\n"
-            rows = _rows_of_run(field.type, f"{field.name}.")
-            sections.append(title + _table(rows))
-        else:
-            top += _rows_of_run(RunConfig, "", only=field.name)
-    return "\n".join([f"## A run\n\n{_table(top)}", *sections])
+        if not dataclasses.is_dataclass(field.type):
+            rows.append(_row_of_run(field, field.name))
+    table = _markdown(_COLUMNS + _COLUMNS_OF_CHANGE, rows)
+    return f"## A run\n\n{table}"
 
 
-def _rows_of_run(kind: type, start: str, only: str | None = None) -> list[list[str]]:
+def _section_tables() -> list[str]:
+    """A table for each section of a run."""
+    tables = []
+    for section in dataclasses.fields(RunConfig):
+        if not dataclasses.is_dataclass(section.type):
+            continue
+        rows = []
+        for field in dataclasses.fields(section.type):
+            key = f"{section.name}.{field.name}"
+            rows.append(_row_of_run(field, key))
+        table = _markdown(_COLUMNS + _COLUMNS_OF_CHANGE, rows)
+        summary = _first_line(section.type)
+        tables.append(f"## `{section.name}`\n\n{summary}\n\n{table}")
+    return tables
+
+
+def _table_of(title: str, kind: type) -> str:
+    """The table of a configuration that is no run's."""
     rows = []
     for field in dataclasses.fields(kind):
-        if only is not None and field.name != only:
-            continue
-        key = start + field.name
-        rows.append([*_cells(field, key), *_cells_of_change(field, key)])
-    return rows
+        rows.append(_row(field, field.name))
+    table = _markdown(_COLUMNS, rows)
+    return f"## {title}\n\n{_first_line(kind)}\n\n{table}"
 
 
-def _cells(field: dataclasses.Field, key: str) -> list[str]:
+def _row_of_run(field: dataclasses.Field, key: str) -> list[str]:
+    """The cells of a setting of a run, with when it may change."""
+    if is_allowed(key, may_change_on_warm_start()):
+        on_warm_start = "yes"
+    else:
+        on_warm_start = ""
+    on_resume = _describe_resume(field, key)
+    return [*_row(field, key), on_resume, on_warm_start]
+
+
+def _row(field: dataclasses.Field, key: str) -> list[str]:
+    """The cells of a setting: key, type, default, help."""
     choices = field.metadata.get("choices")
-    kind = ", ".join(choices) if choices else describe_type(field.type)
+    if choices is None:
+        kind = describe_type(field.type)
+    else:
+        kind = ", ".join(choices)
     value = describe_value(default_of(field))
-    return [f"`{key}`", kind, f"`{value}`" if value != "–" else value, help_of(field)]
+    if value != "–":
+        value = f"`{value}`"
+    return [f"`{key}`", kind, value, help_of(field)]
 
 
-def _cells_of_change(field: dataclasses.Field, key: str) -> list[str]:
-    """Whether it may change on resume, and on a warm start."""
+def _describe_resume(field: dataclasses.Field, key: str) -> str:
+    """When a setting may change on resume."""
     rule = field.metadata.get("on_resume", False)
     if rule == CONSTANT_SCHEDULE:
-        on_resume = CONSTANT_SCHEDULE
-    elif isinstance(rule, tuple):
-        on_resume = ", ".join(f"`{name}`" for name in rule)
-    elif is_allowed(key, may_change_on_resume()):
-        on_resume = "yes"
-    else:
-        on_resume = ""
-    on_warm_start = "yes" if is_allowed(key, may_change_on_warm_start()) else ""
-    return [on_resume, on_warm_start]
-
-
-def _table(rows: list[list[str]]) -> str:
-    head = ["Key", "Type", "Default", "What it is", "Resume", "Warm start"]
-    return _markdown(head, rows)
-
-
-def _plain_table(kind: type) -> str:
-    rows = []
-    for field in dataclasses.fields(kind):
-        rows.append(_cells(field, field.name))
-    return _markdown(["Key", "Type", "Default", "What it is"], rows)
+        return CONSTANT_SCHEDULE
+    if isinstance(rule, tuple):
+        return ", ".join(f"`{name}`" for name in rule)
+    if is_allowed(key, may_change_on_resume()):
+        return "yes"
+    return ""
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [_row(head), _row(["---"] * len(head))]
-    for row in rows:
-        lines.append(_row(row))
+    """A table in Markdown."""
+    line = ["---"] * len(head)
+    lines = []
+    for cells in (head, line, *rows):
+        joined = " | ".join(cells)
+        lines.append(f"| {joined} |")
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: list[str]) -> str:
-    escaped = [cell.replace("|", "\\|") for cell in cells]
-    return "| " + " | ".join(escaped) + " |"
-
-
-def _docline(kind: type) -> str:
-    return (kind.__doc__ or "").strip().splitlines()[0]
+def _first_line(kind: type) -> str:
+    text = kind.__doc__ or ""
+    lines = text.strip().splitlines()
+    return lines[0]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import textwrap
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.config.changes import iterate_settings
-from trainer.config.reference import describe_type, describe_value
+from trainer.config.command_line.describe import describe_type, describe_value
 from trainer.config.setting import default_of, help_of
 
 HELP_COLUMN = 34  # where the help begins

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config.changes import iterate_settings
-from trainer.config.reference import describe_type, describe_value, settings_page
+from trainer.config.command_line.describe import describe_type, describe_value
+from trainer.config.reference import settings_page
 
 PAGE = Path(__file__).parents[4] / "docs" / "settings.md"
 
