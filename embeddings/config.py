@@ -1,7 +1,11 @@
-"""What a person sets about the item table."""
+"""Settings of the item table: its optimizer, its placement, and how its rows travel.
+
+Each field's metadata has its help line, and whether the setting may change on resume and on a warm
+start (trainer/config/setting.py).
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -11,45 +15,84 @@ class TableConfig:
 
     optimizer: Literal[
         "auto", "sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam"
-    ] = "auto"
-    learning_rate: float = 0.05
-    eps: float = 1e-8
-    beta1: float = 0.9
-    beta2: float = 0.999
-    init_std: float = 0.05
-    # CUDA. cached: rows in the host's memory, those in use on the device; auto: where they do not fit into device_share
-    placement: Literal["auto", "device", "cached"] = "auto"
-    cache_share: float = (
-        0.2  # of the rows that are cached, those that have a place on the device
+    ] = field(
+        default="auto",
+        metadata={"help": "the fused optimizer of the rows; auto: rowwise_adagrad"},
     )
-    device_share: float = 0.7  # of the device's free memory, what rows and their optimizer's state may take
-    communication: Literal["fp32", "fp16", "bf16"] = (
-        "fp32"  # of rows between ranks; their gradients: fp32, or else bf16
+    learning_rate: float = field(
+        default=0.05, metadata={"help": "of the item table", "on_warm_start": True}
+    )
+    eps: float = field(
+        default=1e-8, metadata={"help": "what the optimizer adds to the divisor"}
+    )
+    beta1: float = field(
+        default=0.9, metadata={"help": "Adam's decay of the gradient's mean"}
+    )
+    beta2: float = field(
+        default=0.999, metadata={"help": "Adam's decay of the squared gradient's mean"}
+    )
+    init_std: float = field(
+        default=0.05,
+        metadata={
+            "help": "standard deviation of the rows at the start",
+            "on_warm_start": True,
+        },
+    )
+    placement: Literal["auto", "device", "cached"] = field(
+        default="auto",
+        metadata={
+            "help": "CUDA: rows on the device, or cached from the host; auto: as they fit",
+            "on_resume": True,
+        },
+    )
+    cache_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "CUDA: the share of cached rows that the device has room for",
+            "on_resume": True,
+        },
+    )
+    device_share: float = field(
+        default=0.7,
+        metadata={
+            "help": "CUDA: the share of free memory for rows and their optimizer's state",
+            "on_resume": True,
+        },
+    )
+    communication: Literal["fp32", "fp16", "bf16"] = field(
+        default="fp32",
+        metadata={
+            "help": "of rows between ranks; their gradients: fp32, or else bf16",
+            "on_warm_start": True,
+        },
     )
 
     def __post_init__(self):
         for name in ("learning_rate", "eps", "init_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"table.{name} is {getattr(self, name)}: give more than 0"
-                )
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"table.{name} is {value}: give more than 0")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not 0 <= value < 1:
                 raise ValueError(
-                    f"table.{name} is {getattr(self, name)}: give 0 or more, and less than 1"
+                    f"table.{name} is {value}: give 0 or more, and less than 1"
                 )
         for name in ("cache_share", "device_share"):
-            if not 0 < getattr(self, name) <= 1:
+            value = getattr(self, name)
+            if not 0 < value <= 1:
                 raise ValueError(
-                    f"table.{name} is {getattr(self, name)}: give more than 0, and at most 1"
+                    f"table.{name} is {value}: give more than 0, and at most 1"
                 )
 
 
-def optimizer_name(config):
+def optimizer_name(config: TableConfig) -> str:
     """The optimizer in force: `auto` is row-wise Adagrad, which both devices have."""
-    return "rowwise_adagrad" if config.optimizer == "auto" else config.optimizer
+    if config.optimizer == "auto":
+        return "rowwise_adagrad"
+    return config.optimizer
 
 
-def keeps_squares(config):
-    """True where all that it keeps of a row is sums of squared gradients, if anything."""
+def keeps_squares(config: TableConfig) -> bool:
+    """Whether the optimizer's state of a row is sums of squared gradients, if anything."""
     return "adam" not in optimizer_name(config)

@@ -1,86 +1,75 @@
-"""The whole way on synthetic logs: write them, prepare them, train on two ranks, evaluate.
+"""The whole way on synthetic logs: writes them, prepares them, trains on two ranks, evaluates.
 
 python launch/demo.py --output DIR
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from trainer.config.command_line import option, parse_options
+from trainer.run_files import REPORT
+
+_LAUNCH = Path(__file__).resolve().parent
+_LOG_SIZE = "--users 6000 --items 4000 --domains 4 --mean-length 40"
 
 
-def main():
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    output: str = option(
+        "a folder; what an earlier demo left in it is replaced", metavar="DIR"
+    )
+
+
+def parse(arguments: Iterable[str] | None = None) -> Options:
+    """The command line."""
+    return parse_options(Options, __doc__, arguments)
+
+
+def main() -> None:
     """Runs what a person would type, and shows it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="a folder; what an earlier demo left in it is replaced",
-    )
-    output = parser.parse_args().output
-    logs, data, run = output / "logs", output / "data", output / "run"
+    output = Path(parse().output)
+    logs = output / "logs"
+    data = output / "data"
+    run = output / "run"
     for folder in (logs, data, run):
         shutil.rmtree(folder, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    _run(
-        [
-            "python",
-            "synthesize.py",
-            "--output",
-            logs,
-            "--users",
-            6000,
-            "--items",
-            4000,
-            "--domains",
-            4,
-            "--mean-length",
-            40,
-        ]
-    )
-    _run(["python", "prepare.py", "--input", logs, "--output", data])
-    _run(
-        [
-            "deepspeed",
-            "--num_gpus",
-            2,
-            "train.py",
-            "--config",
-            HERE / "configs/demo.yaml",
-            f"data={data}",
-            f"run={run}",
-        ]
-    )
-    _run(["deepspeed", "--num_gpus", 2, "evaluate.py", "--run", run])
-    print(
-        f"\nOpen {run / 'report.html'} in a browser: λ and φ by domain, losses, metrics."
-    )
+    preset = _LAUNCH / "configs/demo.yaml"
+    _run("python", "synthesize.py", "--output", logs, *_LOG_SIZE.split())
+    _run("python", "prepare.py", "--input", logs, "--output", data)
+    two_ranks = ("deepspeed", "--num_gpus", "2")
+    _run(*two_ranks, "train.py", "--config", preset, f"data={data}", f"run={run}")
+    _run(*two_ranks, "evaluate.py", "--run", run)
+    print(f"\nOpen {run / REPORT} in a browser: λ and φ by domain, losses, metrics.")
 
 
-def _run(command):
-    words = [
-        str(HERE / word) if str(word).endswith(".py") else str(word) for word in command
-    ]
-    print(
-        "\n$ "
-        + " ".join(
-            os.path.relpath(word) if word.startswith(str(HERE)) else word
-            for word in words
-        ),
-        flush=True,
-    )
-    program = Path(sys.executable).with_name(words[0])
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    )
-    finished = subprocess.run([program, *words[1:]], env=os.environ | {"PATH": path})
+def _run(*command: str | Path) -> None:
+    """Shows and runs a command; ends the demo with its status where it fails."""
+    words = []
+    shown = []
+    for part in command:
+        word = str(part)
+        if word.endswith(".py"):
+            word = str(_LAUNCH / word)
+        words.append(word)
+        if word.startswith(str(_LAUNCH)):
+            word = os.path.relpath(word)
+        shown.append(word)
+    line = " ".join(shown)
+    print(f"\n$ {line}", flush=True)
+    programs = Path(sys.executable).parent
+    others = os.environ.get("PATH", "")
+    environment = dict(os.environ)
+    environment["PATH"] = f"{programs}{os.pathsep}{others}"
+    words[0] = str(programs / words[0])
+    finished = subprocess.run(words, env=environment)
     if finished.returncode:
         sys.exit(finished.returncode)
 

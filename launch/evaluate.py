@@ -1,43 +1,48 @@
-"""Ranks held-out items with a trained model and prints HR, NDCG and MRR by domain.
+"""Ranks held-out items (leave-one-out) by a trained model, and prints HR, NDCG and MRR by domain.
 
-python launch/evaluate.py --run DIR                                  the test items among 99 drawn candidates
-deepspeed --num_gpus 2 launch/evaluate.py --run DIR                  the same figures, by two ranks
-… --split validation                                                 the validation items
-… --ranking full                                                     among all items of the domain, with 95 % intervals,
-                                                                     breakdowns, coverage and Gini; and among the drawn ones
-… --candidates FILE.parquet                                          given candidates: user_id, positive, negatives
-… --output FILE.parquet                                              per user: user_id, domain, rank, scores
+    python launch/evaluate.py --run DIR                        the test items, 99 drawn candidates
+    deepspeed --num_gpus 2 launch/evaluate.py --run DIR        the same figures, by two ranks
+    … --split validation                                       the validation items
+    … --ranking full                                           among all items of the domain
+    … --candidates FILE.parquet                                user_id, positive, negatives
+    … --output FILE.parquet                                    per user: domain, rank, scores
+
+A full ranking has 95 % intervals, breakdowns, coverage and Gini; the drawn candidates come besides.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-from launch.options import of_a_run
+from launch.options import FinishedRun
 from launch.stack import check_stack
+from trainer.config.command_line import option, parse_options
 from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
 
 
-def parse(arguments=None):
+@dataclass(frozen=True, kw_only=True)
+class Options(FinishedRun):
     """The command line."""
-    parser = of_a_run(__doc__, "one JSON line in place of the table")
-    parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument(
-        "--ranking",
-        choices=["sampled", "full"],
-        default="sampled",
-        help="among which items",
+
+    split: Literal["test", "validation"] = option("the held-out items to rank", "test")
+    ranking: Literal["sampled", "full"] = option("among which items", "sampled")
+    candidates: str | None = option(
+        "Parquet with user_id, positive, negatives (raw ids)", None, metavar="FILE"
     )
-    parser.add_argument(
-        "--candidates", help="Parquet with user_id, positive, negatives (raw ids)"
+    output: str | None = option(
+        "Parquet that gets each user's rank and scores", None, metavar="FILE"
     )
-    parser.add_argument(
-        "--output", help="Parquet that gets each user's rank and scores"
-    )
-    return parser.parse_args(arguments)
+
+
+def parse(arguments: Iterable[str] | None = None) -> Options:
+    """The command line."""
+    return parse_options(Options, __doc__, arguments)
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Loads the run's best model and ranks."""
     check_stack()
     options = parse()
@@ -48,8 +53,8 @@ def main():
     from trainer.reporting.full_ranking_tables import full_tables
     from trainer.reporting.run_log import evaluation_table
 
+    full = options.ranking == "full"
     with process_group.joined() as ranks:
-        full = options.ranking == "full"
         record = rank_run(
             options.run,
             ranks,
@@ -59,11 +64,13 @@ def main():
             options.output,
             full,
         )
-    if ranks.first:
-        tables = full_tables(record) if full else [evaluation_table(record)]
-        print(json.dumps(record)) if options.json else Console().print(
-            *tables, sep="\n"
-        )
+    if not ranks.first:
+        return
+    if options.json:
+        print(json.dumps(record))
+        return
+    tables = full_tables(record) if full else [evaluation_table(record)]
+    Console().print(*tables, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
-"""What the scripts that take a finished run have in common on their command lines."""
+"""Options of all scripts that take a finished run."""
 
-import argparse
+from dataclasses import dataclass
+
+from trainer.config.command_line import option
 
 
-def of_a_run(about, told) -> argparse.ArgumentParser:
-    """A parser with --run, --data and --json; what the DeepSpeed launcher appends is taken and ignored.
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A finished run, and its dataset."""
 
-    about: the script's docstring; told: what --json prints.
-    """
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     # torchrun takes --run for the beginning of an option of its own, wherever it stands.
-    parser.add_argument(
-        "--run",
-        "--of",
-        required=True,
-        help="the folder of a finished run; under torchrun write --of",
+    run: str = option(
+        "the folder of a finished run; under torchrun write --of",
+        flags=("--run", "--of"),
+        metavar="DIR",
     )
-    parser.add_argument(
-        "--data", help="the prepared dataset, where it is not where the run found it"
+    data: str | None = option(
+        "the prepared dataset, where it is not where the run found it",
+        None,
+        metavar="DIR",
     )
-    parser.add_argument("--json", action="store_true", help=f"print {told}")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    return parser
+    json: bool = option("print JSON in one line in place of a table", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogColumns:
+    """The columns of interaction logs."""
+
+    user_column: str = option("of the logs", "user_id", metavar="NAME")
+    item_column: str = option("of the logs", "item_id", metavar="NAME")
+    domain_column: str = option("of the logs", "domain", metavar="NAME")
+    time_column: str = option("of the logs", "timestamp", metavar="NAME")

@@ -1,202 +1,123 @@
-"""Prepares interaction logs for training: Parquet, CSV or TSV (also .gz) in, a folder of shards and vocabularies out.
+"""Prepares interaction logs for training: Parquet, CSV or TSV (also .gz) in, shards out.
 
     python launch/prepare.py --input logs/ more.csv 'days/2024-*.parquet' --output data/shop
 
-Every row of the logs is one interaction: user, item, domain, time. `--domain NAME` stands for a missing domain column.
-What does not fit into --memory goes beside the output. Killed, the same command goes on from the stages that were finished.
+Every row of the logs is one interaction: user, item, domain, time. `--domain NAME` stands for a
+missing domain column. What does not fit into --memory goes beside the output. Killed, the same
+command goes on from the stages that were finished.
 
     python launch/prepare.py --input logs/ --output data/1 --keep-log
     python launch/prepare.py --input logs/2026-11-26.parquet --extend data/1 --output data/2
 
-brings new logs onto a dataset: items keep their rows of the item matrix, new ones take what was kept for later ones.
+brings new logs onto a dataset: items keep their rows of the item matrix, new ones take rows that
+were reserved for them.
 """
 
-import argparse
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from launch.options import LogColumns
+from launch.tables import dataset_table
+from trainer.config.command_line import option, parse_options
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.extend import UNITS, options_of
+from trainer.data.prepare.extend import options_of
 from trainer.data.prepare.pipeline import PrepareConfig, prepare
 from trainer.data.prepare.shard_writing import PERCENTILES
 from trainer.errors import InputError, exit_on_input_error
 
 
-def parse_arguments() -> tuple[str, PrepareConfig, bool]:
-    """The engine, what to prepare, and whether to begin anew."""
-    default = PrepareConfig(inputs=(), output="")
-    inherited = "; that of the extended dataset"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class Options(LogColumns):
+    """The command line. None: the default, or that of the extended dataset."""
+
+    input: tuple[str, ...] = option("files, folders or globs", metavar="PATH")
+    output: str = option("a folder that does not exist yet or is empty", metavar="DIR")
+    domain: str | None = option(
+        "the one domain of logs without a domain column", None, metavar="NAME"
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="files, folders or globs",
+    extend: str | None = option(
+        "the dataset onto which these logs come", None, metavar="DIR"
     )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="a folder that does not exist yet or is empty",
+    keep_log: bool = option(
+        "keep the log in the dataset, so that it can be extended", False
     )
-    for role in ("user", "item", "domain", "time"):
-        parser.add_argument(
-            f"--{role}-column",
-            default=getattr(default, f"{role}_column"),
-            metavar="NAME",
-        )
-    parser.add_argument(
-        "--domain",
-        metavar="NAME",
-        help="the one domain of logs without a domain column",
+    whole_log: bool = option("these logs are all, in place of the kept one", False)
+    since: str | None = option(
+        "leave out what is older, a time as the logs have it", None, metavar="TIME"
     )
-    parser.add_argument(
-        "--extend", metavar="DIR", help="the dataset onto which these logs come"
+    days: float | None = option(
+        "leave out what is older than N days before the newest row", None, metavar="N"
     )
-    parser.add_argument(
-        "--keep-log",
-        action="store_true",
-        help="keep the log in the dataset, so that it can be extended",
+    time_unit: Literal["s", "ms", "us", "ns"] | None = option(
+        "of times that are numbers, for --days", None
     )
-    parser.add_argument(
-        "--whole-log",
-        action="store_true",
-        help="these logs are all, in place of the kept one",
-    )
-    parser.add_argument(
-        "--since",
-        metavar="TIME",
-        help="leave out what is older, a time as the logs have it",
-    )
-    parser.add_argument(
-        "--days",
-        type=float,
+    retire: bool = option("items without an event left give up their rows", False)
+    min_user: int | None = option(
+        "drop users with fewer interactions (default: 0, or the extended dataset's)",
+        None,
         metavar="N",
-        help="leave out what is older than N days before the newest row",
     )
-    parser.add_argument(
-        "--time-unit", choices=list(UNITS), help="of times that are numbers, for --days"
-    )
-    parser.add_argument(
-        "--retire",
-        action="store_true",
-        help="items without an event left give up their rows",
-    )
-    parser.add_argument(
-        "--min-user",
-        type=int,
+    min_item: int | None = option(
+        "drop items with fewer interactions (default: 0, or the extended dataset's)",
+        None,
         metavar="N",
-        help=f"drop users with fewer interactions (default: 0{inherited})",
     )
-    parser.add_argument(
-        "--min-item",
-        type=int,
+    seed: int | None = option(
+        "of the shuffle of users (default: 0, or the extended dataset's)", None
+    )
+    streams: int | None = option(
+        "at least as many as ranks, best a multiple of them (default: 64, or "
+        "the extended dataset's)",
+        None,
         metavar="N",
-        help=f"drop items with fewer interactions (default: 0{inherited})",
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        help=f"of the shuffle of users (default: {default.seed}{inherited})",
+    shard_users: int = option("most users in a shard", 32768, metavar="N")
+    block_users: int = option("most users in a block of a shard", 1024, metavar="N")
+    memory: str = option("of all processes together", "8GB", metavar="SIZE")
+    processes: int = option("how many work; 0: one a core", 0, metavar="N")
+    engine: Literal["duckdb", "spark"] = option(
+        "spark: the session of spark-submit", "duckdb"
     )
-    of_ranks = f"at least as many as ranks, best a multiple of them (default: {default.streams}{inherited})"
-    parser.add_argument("--streams", type=int, metavar="N", help=of_ranks)
-    parser.add_argument(
-        "--shard-users",
-        type=int,
-        default=default.shard_users,
-        help="most users in a shard",
-    )
-    parser.add_argument(
-        "--block-users",
-        type=int,
-        default=default.block_users,
-        help="most users in a block of a shard",
-    )
-    parser.add_argument(
-        "--memory",
-        default=default.memory,
-        help="of all processes together, kept (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=default.processes,
-        metavar="N",
-        help="0: one a core",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=["duckdb", "spark"],
-        default="duckdb",
-        help="spark: the session of spark-submit",
-    )
-    parser.add_argument(
-        "--fresh",
-        action="store_true",
-        help="begin anew where an earlier call was killed",
-    )
-    arguments = vars(parser.parse_args())
-    inputs, engine, fresh = (
-        tuple(arguments.pop("input")),
-        arguments.pop("engine"),
-        arguments.pop("fresh"),
-    )
-    if engine == "spark" and (
-        arguments["extend"]
-        or arguments["keep_log"]
-        or arguments["since"]
-        or arguments["days"]
-    ):
+    fresh: bool = option("begin anew where an earlier call was killed", False)
+
+
+def parse(arguments: Iterable[str] | None = None) -> Options:
+    """The command line."""
+    return parse_options(Options, __doc__, arguments)
+
+
+def prepare_config(options: Options) -> PrepareConfig:
+    """What to prepare. Raises InputError where the engine cannot do it."""
+    windowed = options.since or options.days
+    if options.engine == "spark" and (options.extend or options.keep_log or windowed):
         raise InputError(
             "--engine spark prepares whole logs: --extend, --keep-log and windows are DuckDB's"
         )
-    options = {} if arguments["extend"] is None else options_of(arguments["extend"])
-    options |= {name: value for name, value in arguments.items() if value is not None}
-    return engine, PrepareConfig(inputs=inputs, **options), fresh
+    settings = {} if options.extend is None else options_of(options.extend)
+    for name, value in asdict(options).items():
+        if value is not None and name not in ("input", "engine", "fresh"):
+            settings[name] = value
+    return PrepareConfig(inputs=options.input, **settings)
 
 
-def summary(dataset: Dataset) -> Table:
-    title = f"{escape(str(dataset.folder))}: {dataset.users:,} users in {len(dataset.shards)} shards, {dataset.streams} streams"
-    caption = (
-        f"{', '.join(PERCENTILES)}: interactions of a user in the domain. {dataset.too_short:,} users are too short to be "
-        f"evaluated, the longest has {dataset.max_length:,} interactions"
-    )
-    table = Table("domain", title=title, caption=caption)
-    for column in ("users", "items", "interactions", *PERCENTILES):
-        table.add_column(column, justify="right")
-    for domain in dataset.domains:
-        facts = (
-            domain.users,
-            domain.items,
-            domain.interactions,
-            *domain.length_percentiles.values(),
-        )
-        table.add_row(escape(domain.name), *(f"{fact:,}" for fact in facts))
-    table.add_section()
-    facts = (
-        dataset.users,
-        sum(domain.items for domain in dataset.domains),
-        dataset.interactions,
-    )
-    table.add_row("all", *(f"{fact:,}" for fact in facts))
-    return table
+def run_engine(options: Options) -> Dataset:
+    """Prepares the dataset with the chosen engine."""
+    config = prepare_config(options)
+    if options.engine == "spark":
+        from trainer.data.prepare import spark  # an extra: not everyone has it
+
+        return spark.prepare(config, options.fresh)
+    return prepare(config, options.fresh)
 
 
 @exit_on_input_error
-def main():
-    engine, *what = parse_arguments()
-    if engine == "spark":
-        from trainer.data.prepare import spark  # an extra: not everyone has it
-
-        Console().print(summary(spark.prepare(*what)))
-    else:
-        Console().print(summary(prepare(*what)))
+def main() -> None:
+    """Prepares the dataset and says how large it is."""
+    dataset = run_engine(parse())
+    Console().print(dataset_table(dataset, tuple(PERCENTILES)))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,56 @@
-"""New logs in, a new model out: extends the dataset, trains from the model that serves, compares, publishes.
+"""New logs in, a new model out: extends the dataset, trains, compares, publishes.
 
     python launch/retrain.py --config retrain.yaml name=2026-11-26 'input=[logs/2026-11-26.parquet]'
 
-For cron and its kin (launch/templates/): killed, the same command goes on; two at once do not harm each other.
-Status 0: published; 3: refused, FOLDER/days/NAME/report.md says why; else the stage that failed says why.
+Training begins with the model that serves (warm start). For cron and its kin (launch/templates/):
+killed, the same command goes on; two at once do not harm each other. Status 0: published;
+3: refused, FOLDER/days/NAME/report.md says why; else the stage that failed says why.
 """
 
-import argparse
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from trainer.config import RetrainConfig
+from trainer.config.command_line import option, parse_options
+from trainer.config.load import load
 from trainer.errors import exit_on_input_error
 
 REFUSED = 3
 
 
-def parse(arguments=None):
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
+
+    config: list[str] = option(
+        "YAML of the settings; given again: over the one before",
+        list,
+        repeat=True,
         metavar="FILE",
-        help="YAML of RetrainConfig; may be repeated",
     )
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="over the files"
+    settings: list[str] = option(
+        "settings, listed below, over the files", list, settings_of=RetrainConfig
     )
-    return parser.parse_args(arguments)
+
+
+def parse(arguments: Iterable[str] | None = None) -> Options:
+    """The command line."""
+    return parse_options(Options, __doc__, arguments)
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Retrains, and says how it ended."""
     options = parse()
-    from trainer.config.load import load
-    from trainer.config.retraining import RetrainConfig
     from trainer.retraining.job import REPORT, retrain
 
     config = load(RetrainConfig, options.config, options.settings)
     result = retrain(config)
-    print(
-        f"{config.name}: "
-        + (
-            f"version {result['published']} serves"
-            if result["published"]
-            else "not published"
-        )
-    )
+    if result["published"]:
+        print(f"{config.name}: version {result['published']} serves")
+    else:
+        print(f"{config.name}: not published")
     for reason in result["reasons"]:
         print(f"refused: {reason}", file=sys.stderr)
     print(f"report: {config.folder}/days/{config.name}/{REPORT}")

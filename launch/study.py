@@ -1,79 +1,84 @@
-"""Trains and compares SyNCRec, its variants and its opponents on one's own prepared data: who gains, and who loses.
+"""Trains and compares SyNCRec, its ablations and baselines on one's own prepared data.
 
     python launch/study.py --data DIR --output DIR --base launch/configs/default.yaml
     … --config STUDY.yaml                     the study's own settings (trainer/study/plan.py)
     … seeds=[0,1,2] parallel=2                the same as key=value
     … 'settings=[epochs=10]'                  settings of all runs, over the base
-    … 'tune={model.dropout: [0.2, 0.5]}'      every system tries these, the best by validation stands for it
+    … 'tune={model.dropout: [0.2, 0.5]}'      every system tries these, its best counts
     … 'recbole={BPR: {}, NARM: {}}'           models of RecBole beside them (make peers)
 
-Systems: SyNCRec; w/o LC-NTG, SC-MIM, stop-gradient; SDSR (each domain alone); CDSR; MMoE; CGRec; SASRec; GRU4Rec; popularity.
-Killed or stopped, the same command goes on; what is done stays done. Exit status 1: runs failed, the report is of the others.
+Systems: SyNCRec; w/o LC-NTG, SC-MIM, stop-gradient; SDSR (each domain alone); CDSR; MMoE; CGRec;
+SASRec; GRU4Rec; popularity. Killed or stopped, the same command goes on; what is done stays done.
+Exit status 1: runs failed, and the report is of the others.
 """
 
-import argparse
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.stack import check_stack
+from trainer.config import load_config
+from trainer.config.command_line import option, parse_options
+from trainer.config.load import load
 from trainer.errors import exit_on_input_error
+from trainer.study.plan import StudyConfig
 
 
-def parse(arguments=None):
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+
+    data: str = option("the prepared dataset", metavar="DIR")
+    output: str = option("the study's folder: new, or of the same study", metavar="DIR")
+    base: list[str] = option(
+        "a run's YAML; given again: over the one before",
+        list,
+        repeat=True,
+        metavar="FILE",
     )
-    parser.add_argument("--data", required=True, help="the prepared dataset")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="the study's folder: new, or of the same study",
+    config: list[str] = option(
+        "the study's YAML; given again: over the one before",
+        list,
+        repeat=True,
+        metavar="FILE",
     )
-    parser.add_argument(
-        "--base",
-        action="append",
-        default=[],
-        help="a run's YAML; given again: over the one before",
+    recbole_python: str | None = option(
+        "the Python that has RecBole; without it: what `make peers` makes",
+        None,
+        metavar="FILE",
     )
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        help="the study's YAML; given again: over the one before",
+    settings: list[str] = option(
+        "settings of the study, listed below", list, settings_of=StudyConfig
     )
-    parser.add_argument(
-        "--recbole-python",
-        help="the Python that has RecBole (default: what `make peers` makes)",
-    )
-    parser.add_argument("settings", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+
+
+def parse(arguments: Iterable[str] | None = None) -> Options:
+    """The command line."""
+    return parse_options(Options, __doc__, arguments)
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Runs the study and writes its report."""
     check_stack()
     options = parse()
-    from trainer.config.load import load, load_config
-    from trainer.study.plan import StudyConfig
     from trainer.study.report import write_study
     from trainer.study.runner import run_study
 
     config = load(StudyConfig, options.config, options.settings)
-    load_config(
-        options.base, config.settings
-    )  # what is wrong in them is said before anything runs
+    load_config(options.base, config.settings)  # raises before anything runs
     base = [Path(file).resolve() for file in options.base]
-    here = Path(__file__).resolve().parent
+    output = Path(options.output)
+    scripts = Path(__file__).resolve().parent
     study = run_study(
-        options.data, options.output, base, config, here, options.recbole_python
+        options.data, output, base, config, scripts, options.recbole_python
     )
-    print(f"report: {write_study(options.output, study)}")
+    print(f"report: {write_study(output, study)}")
     if study.failed:
         sys.exit(
-            f"error: {len(study.failed)} runs failed, which the report names; the same command tries them again"
+            f"error: {len(study.failed)} runs failed, which the report names; the same "
+            "command tries them again"
         )
 
 

@@ -1,64 +1,58 @@
-"""Makes a synthetic log with a known truth: related domains that help one another, and one that nothing else helps.
+"""Makes a synthetic log with a known truth: related domains help one another, one is unrelated.
 
-    python launch/synthesize.py --output logs --users 2000 --items 2000 --domains 4 --mean-length 40 --seed 0
-    python launch/synthesize.py --output logs --users 12000000 --items 1000000 --domains 9 --mean-length 60
-    python launch/synthesize.py … --first-user 3000000 --last-user 6000000    the same rows, of these users alone
+    python launch/synthesize.py --output logs --users 2000 --domains 4 --mean-length 40 --seed 0
+    python launch/synthesize.py --output logs --users 12000000 --items 1000000 --domains 9
+    … --first-user 3000000 --last-user 6000000      the same rows, of these users alone
 
 It writes Parquet files for launch/prepare.py, and truth.json, which says which domains are related.
 """
 
-import argparse
-import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from trainer.config.command_line import option, parse_options
 from trainer.data.synthetic import SyntheticConfig, synthesize
 from trainer.errors import exit_on_input_error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    output: str = option("a folder that does not exist yet or is empty", metavar="DIR")
+    log: SyntheticConfig = option("how much, and how it behaves", SyntheticConfig)
+    first_user: int = option("write the users [A, B) alone", 0, metavar="A")
+    last_user: int | None = option(
+        "the end of these users; without it: all", None, metavar="B"
+    )
+    processes: int | None = option(
+        "how many write; without it: one for every core", None, metavar="N"
+    )
+
+
+def parse(arguments: Iterable[str] | None = None) -> Options:
+    """The command line."""
+    return parse_options(Options, __doc__, arguments)
+
+
 @exit_on_input_error
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main() -> None:
+    """Writes the log."""
+    options = parse()
+    count = synthesize(
+        config=options.log,
+        output=options.output,
+        first_user=options.first_user,
+        last_user=options.last_user,
+        processes=options.processes,
     )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="a folder that does not exist yet or is empty",
-    )
-    for field in dataclasses.fields(SyntheticConfig):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=field.type, default=field.default
-        )
-    parser.add_argument(
-        "--first-user",
-        type=int,
-        default=0,
-        metavar="A",
-        help="write the users [A, B) alone",
-    )
-    parser.add_argument(
-        "--last-user",
-        type=int,
-        metavar="B",
-        help="the number of users where it is not given",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        help="how many write; one for every core where it is not given",
-    )
-    arguments = vars(parser.parse_args())
-    own = {
-        name: arguments.pop(name)
-        for name in ("output", "first_user", "last_user", "processes")
-    }
-    config = SyntheticConfig(**arguments)
-    count = synthesize(config=config, **own)
-    users = (config.users if own["last_user"] is None else own["last_user"]) - own[
-        "first_user"
-    ]
+    last_user = options.last_user
+    if last_user is None:
+        last_user = options.log.users
+    users = last_user - options.first_user
     print(
-        f"{own['output']}: {count:,} interactions of {users:,} users in {config.domains} domains"
+        f"{options.output}: {count:,} interactions of {users:,} users in "
+        f"{options.log.domains} domains"
     )
 
 

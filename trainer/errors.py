@@ -1,31 +1,36 @@
-"""How a run ends before its time: one line on stderr and an exit status that a job can act on."""
+"""Errors that end a run: one line on stderr, and an exit status that a job can act on."""
 
 import functools
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from trainer.process_name import process_name, rank_for_messages
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOST = (
     "another rank or host is gone or hangs (its own lines say why, if it is there); the same "
     "command goes on from the last checkpoint; timeout_minutes is how long a rank waits"
 )
-_LET_IT_BE_SAID = 2.5  # seconds
+# Time for the first rank's line, and for its launcher to end the others, who then do not repeat it.
+_SECONDS_FOR_FIRST_RANK = 2.5
 
 
 class InputError(Exception):
-    """Something given from outside (a file, a column, a config key, a rank count, a full disk)
-    cannot be used.
+    """An input (a file, a column, a config key, a rank count, a full disk) cannot be used.
 
     The message is one line that names the thing and the way out. `launch/` prints it and exits with
-    `status`. one_rank: other ranks do not meet it (a file that only this one reads). said: it is on
-    stderr already, for all ranks that met it (trainer.distributed.liveness).
+    `status`. one_rank: other ranks do not meet it (a file that only this one reads). said: it was
+    printed already, for all ranks that met it (trainer.distributed.liveness).
     """
 
     status = 2
 
-    def __init__(self, message, one_rank=False):
+    def __init__(self, message: str, one_rank: bool = False):
         super().__init__(message)
         self.one_rank = one_rank
         self.said = False
@@ -38,54 +43,59 @@ class NotFinite(InputError):
 
 
 class RanksLost(InputError):
-    """Other ranks do not answer any more; the same command goes on from the last checkpoint.
+    """Other ranks do not answer any more; the same command resumes from the last checkpoint.
 
-    What the backend raised is its `__cause__`, and is printed below the line.
+    The backend's error is its `__cause__`, and is printed below the line.
     """
 
     status = 4
 
 
 class Stopped(InputError):
-    """Asked to stop (SIGTERM, SIGUSR1, SIGINT), and a checkpoint written; the same command goes on
-    from there."""
+    """The run was asked to stop (SIGTERM, SIGUSR1, SIGINT: preemption) and has written a checkpoint.
+
+    The same command resumes from it.
+    """
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def say(error: InputError, who: str = "") -> None:
-    """The error's line on stderr, and below it what the backend raised. who: a name that is put
-    before the message."""
+    """Prints an error's line on stderr, and below it the backend's error.
+
+    who: a name to put before the message.
+    """
     start = "" if isinstance(error, Stopped) else "error: "
-    print(start + " ".join(f"{who}{error}".split()), file=sys.stderr, flush=True)
+    line = " ".join(f"{who}{error}".split())
+    print(start + line, file=sys.stderr, flush=True)
     if isinstance(error, RanksLost) and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
 
 
-def exit_on_input_error(main):
+def exit_on_input_error(main: Callable[P, T]) -> Callable[P, T]:
     """Decorates a script's `main`: an `InputError` becomes one line on stderr and its exit status.
 
-    Ranks that have met (trainer.distributed.liveness) say it once. Before they have, each says it for itself,
-    with its name; the first rank does so at once, and where its launcher then takes all down, the
-    others have not said it again.
+    Ranks that have met (trainer.distributed.liveness) print it once. Before they have, each prints
+    it with its own name. The first rank does so at once, and where its launcher then ends all
+    ranks, the others do not repeat it.
     """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
         except InputError as error:
             if not error.said:
-                _say_alone(error)
+                _print_on_this_rank(error)
             sys.exit(error.status)
 
     return wrapped
 
 
-def _say_alone(error):
+def _print_on_this_rank(error: InputError) -> None:
     if isinstance(error, RanksLost) or rank_for_messages() == 0:
         say(error)
         return
     if not error.one_rank:
-        time.sleep(_LET_IT_BE_SAID)
+        time.sleep(_SECONDS_FOR_FIRST_RANK)
     say(error, f"{process_name()}: ")

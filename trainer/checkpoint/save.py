@@ -56,15 +56,17 @@ from trainer.files.atomic import (
     write_beside,
     write_json,
 )
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE
-
-BEST, LATEST, MANIFEST, STATE = (
-    "best.json",
-    "latest.json",
-    "manifest.json",
-    "state.json",
+from trainer.reporting.run_log import HEADLINE
+from trainer.run_files import (
+    BEST,
+    DENSE,
+    LATEST,
+    MANIFEST,
+    METRICS_FILE,
+    OPTIMIZER,
+    STATE,
 )
-DENSE, OPTIMIZER = "dense.safetensors", "optimizer.safetensors"
+
 FORMAT_VERSION = 1  # of the manifest and its files: a model of any version is read
 # Of state.json. 2: every use of the seed has bits of its own; a run that was begun before
 # would go on with other users in its batches.

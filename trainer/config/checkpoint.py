@@ -2,21 +2,27 @@
 
 from dataclasses import dataclass
 
+from trainer.config.setting import setting
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a checkpoint is written; besides at the end, when validation finds a better model, and when asked to stop."""
+    """When a checkpoint is written.
 
-    every_steps: int = 0  # 0: not by steps
-    every_minutes: float = 10.0  # 0: not by time
-    every_epochs: int = 1  # 0: not by epochs
-    keep: int = 2  # newest ones that stay; the best one stays besides
+    Besides, one is written at the end, at a preemption, and when validation finds a better model.
+    """
+
+    every_steps: int = setting(0, "steps between two checkpoints; 0: not by steps")
+    every_minutes: float = setting(10.0, "minutes between two; 0: not by time")
+    every_epochs: int = setting(1, "epochs between two; 0: not by epochs")
+    keep: int = setting(2, "newest checkpoints that stay; the best one stays besides")
 
     def __post_init__(self):
         for name in ("every_steps", "every_minutes", "every_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
                 raise ValueError(
-                    f"checkpoint.{name} is {getattr(self, name)}: give 0 (never) or more"
+                    f"checkpoint.{name} is {value}: give 0 (never) or more"
                 )
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep is {self.keep}: give at least 1")

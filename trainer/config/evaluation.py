@@ -2,24 +2,31 @@
 
 from dataclasses import dataclass
 
+from trainer.config.setting import setting
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is ranked, and how often."""
+    """How held-out items are ranked (leave-one-out), and how often."""
 
-    negatives: int = 99  # candidates beside the held-out item
-    batch_size: int = 512  # users that each rank has at once
-    every_epochs: int = 1  # validation, and with it the choice of the best model
-    patience: int = (
-        5  # validations without a better mean NDCG@10 before training stops; 0: never
+    negatives: int = setting(99, "drawn candidates beside the held-out item")
+    batch_size: int = setting(512, "users that each rank has at once", on_resume=True)
+    every_epochs: int = setting(
+        1,
+        "epochs between validations, which choose the best model",
+        on_resume=True,
+    )
+    patience: int = setting(
+        5,
+        "early stopping: validations without a better mean NDCG@10; 0: never",
+        on_resume=True,
     )
 
     def __post_init__(self):
         for name in ("negatives", "batch_size", "every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"evaluation.{name} is {getattr(self, name)}: give at least 1"
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"evaluation.{name} is {value}: give at least 1")
         if self.patience < 0:
             raise ValueError(
                 f"evaluation.patience is {self.patience}: give 0 (never stop early) or more"

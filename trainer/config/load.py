@@ -2,13 +2,13 @@
 
 import io
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
-from functools import reduce
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.deepspeed_json import asks_for_bf16, read_deepspeed_json
@@ -16,66 +16,123 @@ from trainer.config.run import RunConfig
 from trainer.errors import InputError
 from trainer.files.redact import recorded, words
 
+Config = TypeVar("Config")
+
 _INTERPOLATION = re.compile(
     r"(?<!\\)(?:\\\\)*\$\{"
 )  # OmegaConf's; a backslash before it escapes
+_YAML_TAG = "tag:yaml.org,2002:"
 _LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
 _DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands
+_LONGEST_MESSAGE = 1000  # letters
 
 
-def load_config(files, overrides, deepspeed_file=None) -> RunConfig:
-    """YAML files, each over the ones before it, and `key=value` over them all. Raises InputError naming key or file.
+def load_config(
+    files: Iterable[str | Path],
+    overrides: Iterable[str],
+    deepspeed_file: str | Path | None = None,
+) -> RunConfig:
+    """Loads YAML files, each over the ones before it, and `key=value` over them all.
 
-    deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`.
+    deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`. Raises InputError that names
+    the key or the file.
     """
     more = []
     if deepspeed_file is not None:
-        more.append(
-            (
-                deepspeed_file,
-                OmegaConf.create({"deepspeed": read_deepspeed_json(deepspeed_file)}),
-            )
-        )
+        section = {"deepspeed": read_deepspeed_json(deepspeed_file)}
+        more.append((str(deepspeed_file), OmegaConf.create(section)))
     return _with_bf16(load(RunConfig, files, overrides, more))
 
 
-def _with_bf16(config):
-    if asks_for_bf16(config.deepspeed):
-        config = replace(config, model=replace(config.model, precision="bf16"))
-    return config
+def _with_bf16(config: RunConfig) -> RunConfig:
+    if not asks_for_bf16(config.deepspeed):
+        return config
+    return replace(config, model=replace(config.model, precision="bf16"))
 
 
-def load_recorded(file) -> RunConfig:
-    """What a run has left of its configuration. Raises InputError naming the file, and the key.
+def load(
+    kind: type[Config],
+    files: Iterable[str | Path],
+    overrides: Iterable[str],
+    more: Iterable[tuple[str, DictConfig]] = (),
+) -> Config:
+    """Loads a configuration of any dataclass, as `load_config` does.
 
-    The run may be anybody's. So nothing in it is resolved (`${…}` would read the environment), and
+    more: (name for messages, values) over the rest.
+    """
+    overrides = list(overrides)
+    sources = []
+    for file in files:
+        sources.append((file, _read(file, kind)))
+    for override in overrides:
+        sources.append((override, _parse(override, kind)))
+    sources += more
+    merged = OmegaConf.structured(kind)
+    for source, values in sources:
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            start = source
+            if error.full_key and source not in overrides:
+                start = f"{source}: {error.full_key}"
+            reason = _first_line(error)
+            keys = _allowed_keys(error)
+            raise InputError(f"{start}: {reason}{keys}") from None
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = _first_line(error)
+        raise InputError(f"{error.full_key}: {reason}") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0]
+
+
+def _one_line(error: Exception) -> str:
+    words = str(error).split()
+    return " ".join(words)
+
+
+def load_recorded(file: str | Path) -> RunConfig:
+    """Loads the config.yaml that a run has left.
+
+    Raises InputError that names the file, and the key. The run may be anybody's. So nothing in it is resolved (`${…}` would read the environment), and
     there are no tags, no aliases and no more bytes than a configuration has.
     """
     file = Path(file)
     try:
-        with open(file, "rb") as stream:
-            data = stream.read(_LARGEST_RECORD + 1)
-        if len(data) > _LARGEST_RECORD:
-            raise InputError(
-                f"{file}: has more than {_LARGEST_RECORD} bytes: no run has written it"
-            )
-        text = data.decode("utf-8")
-        _look_at_record(file, text)
+        text = _read_record(file)
+        _check_record(file, text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file}: is no YAML ({words(error)})") from None
     try:
-        given = _with_sections(
+        values = _with_sections(
             file, lambda: OmegaConf.load(io.StringIO(text)), RunConfig
         )
-        return _with_bf16(load(RunConfig, [], [], [(file, given)]))
+        return _with_bf16(load(RunConfig, [], [], [(str(file), values)]))
     except InputError as error:
-        said = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
-        printable = (letter if letter.isprintable() else " " for letter in said[:1000])
-        raise InputError("".join(printable)) from None
+        message = str(error)
+        if not message.startswith(str(file)):
+            message = f"{file}: {message}"
+        raise InputError(_printable(message[:_LONGEST_MESSAGE])) from None
 
 
-def _look_at_record(file, text):
-    """Raises InputError for what a run does not write and YAML or OmegaConf would act on."""
+def _read_record(file: Path) -> str:
+    with open(file, "rb") as stream:
+        data = stream.read(_LARGEST_RECORD + 1)
+    if len(data) > _LARGEST_RECORD:
+        raise InputError(
+            f"{file}: has more than {_LARGEST_RECORD} bytes: no run has written it"
+        )
+    return data.decode("utf-8")
+
+
+def _check_record(file: Path, text: str) -> None:
+    """Raises InputError for what no run writes and YAML or OmegaConf would act on."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -84,171 +141,178 @@ def _look_at_record(file, text):
             raise InputError(
                 f"{file}: is deeper than {_DEEPEST_RECORD} sections: no run has written it"
             )
-        if (
-            isinstance(event, yaml.AliasEvent)
-            or getattr(event, "anchor", None) is not None
-        ):
+        has_anchor = getattr(event, "anchor", None) is not None
+        if has_anchor or isinstance(event, yaml.AliasEvent):
             line = event.start_mark.line + 1
             raise InputError(
                 f"{file}: line {line} has an anchor or alias: a run writes none"
             )
-
-    def visit(node, key):
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            raise InputError(
-                f"{file}: {key} has the tag {words(node.tag)}: a run writes none"
-            )
-        if isinstance(node, yaml.MappingNode):
-            for name, value in node.value:
-                visit(name, f"the key {words(name.value)}")
-                visit(value, f"{key}.{words(name.value)}" if key else words(name.value))
-        elif isinstance(node, yaml.SequenceNode):
-            for number, value in enumerate(node.value):
-                visit(value, f"{key}[{number}]")
-        elif _INTERPOLATION.search(node.value):
-            raise InputError(
-                f"{file}: {key} has ${{…}} in it, which a run does not write and which is not resolved "
-                "here: put its value there, or escape it (\\${…})"
-            )
-
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
-        visit(root, "")
+        _check_node(file, root, "")
 
 
-def load(kind, files, overrides, more=()):
-    """A configuration of any dataclass, as `load_config` has it. more: (name, what OmegaConf made) over the rest."""
-    merged = OmegaConf.structured(kind)
-    sources = [(file, _read(file, kind)) for file in files]
-    sources += [(override, _parse(override, kind)) for override in overrides] + list(
-        more
-    )
-    for source, given in sources:
-        try:
-            merged = OmegaConf.merge(merged, given)
-        except OmegaConfBaseException as error:
-            where = (
-                f"{source}: {error.full_key}"
-                if error.full_key and source not in overrides
-                else source
-            )
-            raise InputError(
-                f"{where}: {str(error).splitlines()[0]}{_allowed(error)}"
-            ) from None
-    try:
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
+def _check_node(file: Path, node: yaml.Node, key: str) -> None:
+    """Raises InputError for a tag or an interpolation in a node or below it."""
+    if not node.tag.startswith(_YAML_TAG) or "python" in node.tag:
+        raise InputError(
+            f"{file}: {key} has the tag {words(node.tag)}: a run writes none"
+        )
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            label = words(name.value)
+            _check_node(file, name, f"the key {label}")
+            _check_node(file, value, _join(key, label))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            _check_node(file, value, f"{key}[{number}]")
+    elif _INTERPOLATION.search(node.value):
+        raise InputError(
+            f"{file}: {key} has ${{…}} in it, which a run does not write and which is not "
+            "resolved here: put its value there, or escape it (\\${…})"
+        )
 
 
-def flat(config: RunConfig) -> dict:
-    """Every setting by its dotted key, as JSON has it."""
-    found = {}
+def _join(key: str, name: str) -> str:
+    """A dotted key, one level deeper."""
+    if key:
+        return f"{key}.{name}"
+    return name
 
-    def walk(value, key):
+
+def _printable(text: str) -> str:
+    letters = []
+    for letter in text:
+        letters.append(letter if letter.isprintable() else " ")
+    return "".join(letters)
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key, as JSON has it, without secrets.
+
+    {"data": "data/shop", …, "model.dim": 128, …, "deepspeed.zero_optimization.stage": 2}
+    """
+    values = {}
+    sections = asdict(_without_secrets(config))
+    _flatten(sections, "", values)
+    return values
+
+
+def _flatten(section: dict[str, Any], start: str, values: dict[str, Any]) -> None:
+    for name, value in section.items():
+        key = _join(start, str(name))
         if isinstance(value, dict):
-            for name, inner in value.items():
-                walk(inner, f"{key}.{name}" if key else str(name))
+            _flatten(value, key, values)
         else:
-            found[key] = value
-
-    walk(asdict(_without_secrets(config)), "")
-    return found
+            values[key] = value
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole effective configuration, as `load_config` reads it; without what is secret in the dataset's address."""
-    return OmegaConf.to_yaml(
-        OmegaConf.create(_escaped(asdict(_without_secrets(config))))
-    )
+    """The effective configuration as YAML that `load_config` reads, without secrets."""
+    sections = asdict(_without_secrets(config))
+    values = OmegaConf.create(_escape(sections))
+    return OmegaConf.to_yaml(values)
 
 
-def _without_secrets(config):
+def _without_secrets(config: RunConfig) -> RunConfig:
     return replace(config, data=recorded(config.data))
 
 
-def _escaped(value):
-    """The same, written so that OmegaConf takes `${` in a text for what it is."""
+def _escape(value: Any) -> Any:
+    """A value whose texts OmegaConf takes letter by letter, `${` too."""
     if isinstance(value, dict):
-        return {key: _escaped(inner) for key, inner in value.items()}
+        return {key: _escape(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_escaped(inner) for inner in value]
+        return [_escape(inner) for inner in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
 
 
-def _parse(override, kind):
-    key, found, value = override.partition("=")
-    if not found or not key:
+def _parse(override: str, kind: type) -> DictConfig:
+    """The values of a `key=value`.
+
+    `model.dim=64` gives {"model": {"dim": 64}}.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
         raise InputError(
             f"{override}: options are given as key=value, e.g. global_batch_size=256"
         )
-    for name in key.split("."):
-        kind = (
-            {field.name: field.type for field in fields(kind)}.get(name)
-            if is_dataclass(kind)
-            else None
-        )
-    if (
-        kind is str or get_origin(kind) is Literal
-    ):  # text as it stands: YAML would make a number of 1e3, a boolean of off
-        return OmegaConf.create(
-            reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
-        )
+    names = key.split(".")
+    if _is_text(_type_of(names, kind)):
+        # Letter by letter: YAML would make a number of 1e3, a boolean of off.
+        values: Any = value
+        for name in reversed(names):
+            values = {name: values}
+        return OmegaConf.create(values)
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
-        raise InputError(
-            f"{override}: its value is no YAML ({' '.join(str(error).split())})"
-        ) from None
+        reason = _one_line(error)
+        raise InputError(f"{override}: its value is no YAML ({reason})") from None
 
 
-def _read(file, kind):
+def _type_of(names: list[str], kind: Any) -> Any:
+    """The type of the setting that names lead to, from a dataclass; None where there is none."""
+    for name in names:
+        if not is_dataclass(kind):
+            return None
+        types = {field.name: field.type for field in fields(kind)}
+        kind = types.get(name)
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or get_origin(kind) is Literal
+
+
+def _read(file: str | Path, kind: type) -> DictConfig:
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such configuration file")
     return _with_sections(file, lambda: OmegaConf.load(file), kind)
 
 
-def _with_sections(file, read, kind):
-    """What `read` gives, with a section for a section."""
+def _with_sections(file: str | Path, read: Callable[[], Any], kind: type) -> DictConfig:
+    """What `read` gives, where each section of `kind` is a section."""
     try:
         loaded = read()
-    except Exception as error:  # a YAML error of any kind: say where, and no trace
-        raise InputError(
-            f"{file}: is no YAML ({' '.join(str(error).split())})"
-        ) from None
+    except Exception as error:  # a YAML error of any kind: name the file, and no trace
+        reason = _one_line(error)
+        raise InputError(f"{file}: is no YAML ({reason})") from None
     if not OmegaConf.is_dict(loaded):
         raise InputError(f"{file}: is a list; a configuration is made of key: value")
-    given = OmegaConf.to_container(loaded)
+    values = OmegaConf.to_container(loaded)
     for section in fields(kind):
-        if is_dataclass(section.type) and not isinstance(
-            given.get(section.name, {}), dict
-        ):
+        if not is_dataclass(section.type) or section.name not in values:
+            continue
+        value = values[section.name]
+        if not isinstance(value, dict):
             raise InputError(
-                f"{file}: {section.name} is {given[section.name]}; it is a section with keys of its own"
+                f"{file}: {section.name} is {value}; it is a section with keys of its own"
             )
-    return OmegaConf.create(_on_off(given, kind))
+    return OmegaConf.create(_restore_words(values, kind))
 
 
-def _on_off(given, kind):
-    """YAML reads a bare on or off as a boolean; where the words are meant, they are put back."""
-    if is_dataclass(kind) and isinstance(given, dict):
-        kinds = {field.name: field.type for field in fields(kind)}
-        return {key: _on_off(value, kinds.get(key)) for key, value in given.items()}
-    if isinstance(given, bool) and {"on", "off"} <= set(get_args(kind)):
-        return "on" if given else "off"
-    return given
+def _restore_words(value: Any, kind: Any) -> Any:
+    """Values in which a bare on or off, a boolean to YAML, is a word again where `kind` has words."""
+    if is_dataclass(kind) and isinstance(value, dict):
+        types = {field.name: field.type for field in fields(kind)}
+        restored = {}
+        for name, inner in value.items():
+            restored[name] = _restore_words(inner, types.get(name))
+        return restored
+    if isinstance(value, bool) and {"on", "off"} <= set(get_args(kind)):
+        return "on" if value else "off"
+    return value
 
 
-def _allowed(error):
-    """The keys that exist where one was given that does not."""
-    node = error.parent_node if hasattr(error, "parent_node") else None
-    keys = (
-        list(node.keys())
-        if node is not None and hasattr(node, "keys") and "not in" in str(error)
-        else None
-    )
-    return f" (there are: {', '.join(map(str, keys))})" if keys else ""
+def _allowed_keys(error: OmegaConfBaseException) -> str:
+    """The keys that exist, in brackets, where one was given that does not; otherwise nothing."""
+    node = getattr(error, "parent_node", None)
+    if node is None or not hasattr(node, "keys") or "not in" not in str(error):
+        return ""
+    keys = ", ".join(map(str, node.keys()))
+    if not keys:
+        return ""
+    return f" (there are: {keys})"

@@ -1,14 +1,19 @@
-"""Settings: which items a target is trained against (negative sampling)."""
+"""Settings: the items that a target is trained against (negative sampling)."""
 
 from dataclasses import dataclass
+
+from trainer.config.setting import setting
 
 
 @dataclass(frozen=True)
 class NegativesConfig:
-    """Uniform over the items of the target's domain, never the target itself."""
+    """Negatives, drawn uniformly from the items of the target's domain without the target."""
 
-    per_target: int = 1  # drawn anew for each target
-    shared: int = 0  # if above 0: so many a domain and step instead, shared by all its targets; all items if it has fewer
+    per_target: int = setting(1, "negatives drawn anew for each target")
+    shared: int = setting(
+        0,
+        "above 0: negatives of a domain and step instead, shared by all its targets",
+    )
 
     def __post_init__(self):
         if self.per_target < 1:

@@ -1,43 +1,45 @@
-"""Settings: a nightly job, and when a new model is published."""
+"""Settings: a nightly retraining, and when a new model is published."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from trainer.config.setting import setting
 from trainer.errors import InputError
 
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """When a candidate is published.
+    """When a candidate is published. A share is of the figure that it is compared with."""
 
-    tolerance: the share of the current model's NDCG@10 that it may lack in a domain. fall, domain_fall: the share that the mean
-    over domains, or a domain's figure, may fall below the one at the current version's publication. own_fall: the same of how
-    much higher an item is ranked for its own user than for another's. least_users: newest users of a domain for them to be
-    judged by; with fewer, all its users are. keep: older versions that stay.
-    """
-
-    tolerance: float = 0.02
-    fall: float = 0.2
-    domain_fall: float = 0.4
-    own_fall: float = 0.5
-    least_users: int = 100
-    keep: int = 5
-    dtype: str = "fp32"
+    tolerance: float = setting(
+        0.02, "the share of the current model's NDCG@10 that a domain may lack"
+    )
+    fall: float = setting(
+        0.2, "the share that the mean may fall since the current version's publication"
+    )
+    domain_fall: float = setting(0.4, "the same share for each domain")
+    own_fall: float = setting(
+        0.5,
+        "the same of how much higher an item ranks for its own user than for others",
+    )
+    least_users: int = setting(
+        100, "newest users that judge a domain; with fewer, all its users do"
+    )
+    keep: int = setting(5, "older versions that stay")
+    dtype: str = setting("fp32", "of the item vectors", choices=("fp32", "fp16"))
 
     def __post_init__(self):
         for name in ("tolerance", "fall", "domain_fall", "own_fall"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}: give a share from 0 to 1"
-                )
-        for name, least in (("least_users", 1), ("keep", 0)):
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}: give at least {least}"
-                )
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}: give a share from 0 to 1")
+        if self.least_users < 1:
+            raise InputError(f"least_users is {self.least_users}: give at least 1")
+        if self.keep < 0:
+            raise InputError(f"keep is {self.keep}: give at least 0")
 
 
 # What measured best on amazon4 (docs/retraining.md).
-_WARM = (
+_WARM_SETTINGS = (
     "epochs=2",
     "evaluation.every_epochs=2",
     "warm_kept=0.3",
@@ -46,50 +48,64 @@ _WARM = (
 )
 
 
+def _warm_settings() -> list[str]:
+    return list(_WARM_SETTINGS)
+
+
 @dataclass(frozen=True)
 class RetrainConfig:
-    """A retraining. Logs and columns are those of launch/prepare.py, base and settings those of launch/train.py, and tolerance,
-    fall, domain_fall, own_fall, least_users and keep those of launch/publish.py.
+    """A retraining: what it prepares (launch/prepare.py), trains (launch/train.py) and publishes."""
 
-    warm_settings: besides, where there is a model to begin with. launcher: words before the scripts of training and publishing,
-    e.g. [deepspeed, --hostfile, hosts]; empty: this Python. keep_days: days whose dataset and run stay, beside those that
-    published versions are of.
-    """
-
-    folder: str = ""
-    name: str = ""
-    input: list[str] = field(default_factory=list)
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    domain_column: str = "domain"
-    time_column: str = "timestamp"
-    domain: str = ""
-    min_user: int = 0
-    min_item: int = 0
-    days: float = 0.0  # 0: all logs count
-    time_unit: str = ""
-    retire: bool = False
-    memory: str = "8GB"
-    base: list[str] = field(default_factory=list)
-    settings: list[str] = field(default_factory=list)
-    warm_settings: list[str] = field(default_factory=lambda: list(_WARM))
-    launcher: list[str] = field(default_factory=list)
-    tolerance: float = 0.02
-    fall: float = 0.2
-    domain_fall: float = 0.4
-    own_fall: float = 0.5
-    least_users: int = 100
-    keep: int = 5
-    keep_days: int = 3
+    folder: str = setting("", "the folder that gets datasets, runs and versions")
+    name: str = setting("", "names this day, e.g. 2026-11-26")
+    input: list[str] = setting(list, "the new logs: files, folders or globs")
+    user_column: str = setting("user_id", "the logs' column of users")
+    item_column: str = setting("item_id", "the logs' column of items")
+    domain_column: str = setting("domain", "the logs' column of domains")
+    time_column: str = setting("timestamp", "the logs' column of times")
+    domain: str = setting("", "the one domain of logs without a domain column")
+    min_user: int = setting(0, "drop users with fewer interactions")
+    min_item: int = setting(0, "drop items with fewer interactions")
+    days: float = setting(
+        0.0, "days before the newest row that count; 0: all logs count"
+    )
+    time_unit: str = setting("", "of times that are numbers, for days")
+    retire: bool = setting(False, "items without an event left give up their rows")
+    memory: str = setting("8GB", "of all preparing processes together")
+    base: list[str] = setting(list, "YAML files of the run")
+    settings: list[str] = setting(list, "key=value of the run, over the files")
+    warm_settings: list[str] = setting(
+        _warm_settings, "besides, where there is a model to begin with (warm start)"
+    )
+    launcher: list[str] = setting(
+        list, "words before the scripts, e.g. [deepspeed, --hostfile, hosts]"
+    )
+    tolerance: float = setting(
+        0.02, "the share of the current model's NDCG@10 that a domain may lack"
+    )
+    fall: float = setting(
+        0.2, "the share that the mean may fall since the current version's publication"
+    )
+    domain_fall: float = setting(0.4, "the same share for each domain")
+    own_fall: float = setting(
+        0.5,
+        "the same of how much higher an item ranks for its own user than for others",
+    )
+    least_users: int = setting(
+        100, "newest users that judge a domain; with fewer, all its users do"
+    )
+    keep: int = setting(5, "older versions that stay")
+    keep_days: int = setting(
+        3, "days whose dataset and run stay, besides those of published versions"
+    )
 
     def __post_init__(self):
-        missing = {
-            "folder": "gets datasets, runs and what is published",
-            "name": "names this day, e.g. 2026-11-26",
-        }
-        for name, what in missing.items():
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: it {what}")
+        if not self.folder:
+            raise ValueError(
+                "folder is missing: it gets datasets, runs and what is published"
+            )
+        if not self.name:
+            raise ValueError("name is missing: it names this day, e.g. 2026-11-26")
         if "/" in self.name or self.name.startswith("."):
             raise ValueError(
                 f"name is {self.name!r}: it names a folder, so without / and no dot first"

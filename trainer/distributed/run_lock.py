@@ -22,8 +22,8 @@ from typing import Any, TextIO
 from trainer.distributed.agreement import by_the_first
 from trainer.errors import InputError
 from trainer.files.close_on_fork import open_unshared
+from trainer.run_files import LOCK
 
-LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # Seconds. A server of NFS forgets a host that is gone after its lease: 90 s by itself.
 _LEASE = 100.0

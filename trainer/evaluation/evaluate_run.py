@@ -20,8 +20,7 @@ from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
 from trainer.reporting.run_log import METRICS_FILE
 from trainer.reporting.run_report import FULL, write_report
-
-RANKS = "ranks-{split}.parquet"  # of trainer/evaluation/user_ranks.py
+from trainer.run_files import RANKS
 
 
 def rank_run(

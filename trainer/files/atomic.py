@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all, after a power cut too; and patience with a storage that
-shows them late.
+"""Atomic files: each is there whole or not at all, after a power cut too; and patience with late storage.
 
-Whoever writes a file writes it under another name, flushes it to disk, moves it over with one
-rename, and flushes the folder. On a network file system another host may see that later: NFS keeps
-what it knows of a file or a folder for up to 60 s (`acregmax` and `acdirmax` of nfs(5)). So nobody
-decides by a listing: files are opened by their names, and what is not there yet is looked for again
-while a `Patience` lasts."""
+Whoever writes a file writes it under another name, flushes it to disk (fsync), renames it, and
+flushes the folder. On a network file system another host may see that later: NFS keeps what it
+knows of a file or a folder for up to 60 s (`acregmax` and `acdirmax` of nfs(5)). So nobody decides
+by a listing: files are opened by their names, and a missing one is looked for again while a
+`Patience` lasts.
+"""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trainer.errors import InputError
 
@@ -25,7 +25,7 @@ LATENESS = 75.0  # seconds after which every host sees what was written: NFS's 6
 PAUSE = 0.5  # seconds between two looks
 
 # File systems that no other host writes in; any other, and an unknown one, may show things late.
-_OF_ONE_HOST = {
+_LOCAL_FILE_SYSTEMS = {
     "btrfs",
     "ext2",
     "ext3",
@@ -37,9 +37,9 @@ _OF_ONE_HOST = {
     "xfs",
     "zfs",
 }
-# What a storage says in passing: a handle of before, a server that is away for a while, a folder
+# Transient errors of a storage: a handle of before, a server that is away for a while, a folder
 # that is not seen yet.
-_PASSING = {
+_TRANSIENT = {
     errno.EAGAIN,
     errno.EINTR,
     errno.EIO,
@@ -53,19 +53,24 @@ _PASSING = {
 
 
 class StorageLate(InputError):
-    """The storage did not show, take or give a file in time; the same command goes on from the last
-    checkpoint."""
+    """The storage did not show, take or give a file in time.
+
+    The same command resumes from the last checkpoint.
+    """
 
     status = 5
 
 
 class Patience:
-    """How long files that others wrote into a folder are still looked for: LATENESS seconds from when
-    it was made; not at all where the folder lies on a disk of this host's own."""
+    """The time for which files that others wrote into a folder are still looked for.
+
+    It lasts LATENESS seconds from its making; no time at all where the folder lies on a local disk.
+    """
 
     def __init__(self, folder: Path):
         self.shared = is_shared(folder)
-        self._end = time.monotonic() + (LATENESS if self.shared else 0.0)
+        lateness = LATENESS if self.shared else 0.0
+        self._end = time.monotonic() + lateness
 
     @property
     def over(self) -> bool:
@@ -73,13 +78,16 @@ class Patience:
         return time.monotonic() >= self._end
 
     def wait(self) -> None:
-        """Until the next look."""
-        time.sleep(min(PAUSE, max(0.0, self._end - time.monotonic())))
+        """Sleeps until the next look."""
+        left = max(0.0, self._end - time.monotonic())
+        time.sleep(min(PAUSE, left))
 
 
 def patiently(read: Callable[[], T], patience: Patience) -> T:
-    """What read() returns, tried again while it raises an OSError that passes. Raises the last
-    one."""
+    """Returns what read() returns, and retries while it raises a transient OSError.
+
+    Raises the last error once the patience is over.
+    """
     while True:
         over = patience.over
         try:
@@ -91,59 +99,63 @@ def patiently(read: Callable[[], T], patience: Patience) -> T:
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether other hosts may write in a folder: where its file system is none that one host has."""
-    place = os.path.realpath(folder)
-    kind, longest = "", -1
+    """Whether other hosts may write in a folder: unless its file system is known to be local."""
+    path = os.path.realpath(folder)
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return True
-    for line in (
-        lines
-    ):  # 36 35 98:0 /root /mount/point options - ext3 source options, see proc(5)
-        fields, _, others = line.partition(" - ")
-        point = _unescaped(fields.split()[4]).rstrip("/")
-        if len(point) >= longest and (place == point or place.startswith(f"{point}/")):
-            longest = len(point)
-            kind = others.split()[0]
-    return kind not in _OF_ONE_HOST
+    kind = ""
+    longest = -1
+    # A line, see proc(5): 36 35 98:0 /root /mount/point options - ext3 source options
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        mount_point = _unescape(before.split()[4]).rstrip("/")
+        contains = path == mount_point or path.startswith(f"{mount_point}/")
+        if contains and len(mount_point) >= longest:
+            longest = len(mount_point)
+            kind = after.split()[0]
+    return kind not in _LOCAL_FILE_SYSTEMS
 
 
-def _unescaped(text):
-    """A path of mountinfo, where blanks and the like are octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+def _unescape(text: str) -> str:
+    """A path of mountinfo, in which blanks and the like are octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def passes(number: int | None) -> bool:
-    """Whether an error number is of the kind that another attempt may not meet."""
-    return number in _PASSING
+    """Whether an error number is transient: another attempt may not meet it."""
+    return number in _TRANSIENT
 
 
-def write_json(file: Path, value) -> None:
-    """`write_text` of a value as JSON."""
+def write_json(file: Path, value: Any) -> None:
+    """Writes a value as JSON, atomically."""
     write_text(file, as_json(value))
 
 
-def as_json(value) -> str:
-    """A value as this program's JSON files have it."""
+def as_json(value: Any) -> str:
+    """A value as the text of a JSON file."""
     return json.dumps(value, indent=1) + "\n"
 
 
 def write_text(file: Path, text: str) -> None:
-    """A reader, and a crash, see the old file or the new one."""
+    """Writes a text atomically: a reader, and a crash, see the old file or the new one."""
     put_in_place(write_beside(file, text))
 
 
 def write_beside(file: Path, text: str) -> Path:
-    """Writes and flushes all that needs room on the disk; `put_in_place` needs none."""
-    partial = _beside(file)
+    """Writes and flushes a text beside its file, and returns its path.
+
+    It takes all the room on the disk that is needed; `put_in_place` needs none.
+    """
+    partial = _partial(file)
     partial.write_text(text, encoding="utf-8")
     flush(partial)
     return partial
 
 
 def put_in_place(partial: Path) -> None:
-    """What was written beside a file takes its place."""
+    """Renames what was written beside a file to the file, and flushes the folder."""
     file = partial.with_suffix("")
     os.replace(partial, file)
     flush(file.parent)
@@ -151,20 +163,19 @@ def put_in_place(partial: Path) -> None:
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yields the name under which the file is to be written; it takes the file's place where
-    nothing is raised."""
-    partial = _beside(file)
+    """Yields the path to write a file under; it replaces the file unless something is raised."""
+    partial = _partial(file)
     yield partial
     flush(partial)
     put_in_place(partial)
 
 
-def _beside(file):
+def _partial(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
 
 
 def move_folder(partial: Path, folder: Path) -> None:
-    """Flushes a folder with all that is in it, and gives it its name."""
+    """Flushes a folder with all that is in it, and renames it."""
     flush_tree(partial)
     os.rename(partial, folder)
     flush(folder.parent)
@@ -172,16 +183,16 @@ def move_folder(partial: Path, folder: Path) -> None:
 
 def flush_tree(folder: Path) -> None:
     """Flushes every file in a folder to disk, and every folder after what is in it."""
-    for place, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            file = Path(place) / name
+            file = Path(parent) / name
             if not file.is_symlink():
                 flush(file)
-        flush(Path(place))
+        flush(Path(parent))
 
 
 def flush(path: Path) -> None:
-    """Flushes a file, or a folder's names, to disk."""
+    """Flushes a file, or a folder's names, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,38 +1,50 @@
-"""What a forked process must not keep open for its parent: a lock's file, a connection whose end
-says that its owner is gone.
+"""Closes in a forked process what only its parent may hold open.
 
-A loader of batches lives on for some seconds where its trainer is killed.
+That is a lock's file, or a connection whose end says that its owner is gone: a worker that loads
+batches lives on for some seconds where its trainer is killed.
 """
 
 import os
 import threading
 import weakref
-
-_guard = (
-    threading.RLock()
-)  # no fork between the opening of a thing and its place in `_kept`
-_kept = weakref.WeakSet()
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 
-def open_unshared(opener, *arguments):
-    """opener(*arguments), a file or a socket, which forked processes close at once. It must not
-    wait: no fork does meanwhile."""
+class Closable(Protocol):
+    """A file, a socket, a connection."""
+
+    def close(self) -> object: ...
+
+
+T = TypeVar("T", bound=Closable)
+
+# No fork between the opening of a thing and its registration in `_registered`.
+_guard = threading.RLock()
+_registered: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def open_unshared(opener: Callable[..., T], *arguments: Any) -> T:
+    """Opens a file or a socket by `opener(*arguments)`, which forked processes close at once.
+
+    The opener must not wait: no fork happens meanwhile.
+    """
     with _guard:
         return keep_from_forks(opener(*arguments))
 
 
-def keep_from_forks(thing):
-    """Forked processes close it at once."""
+def keep_from_forks(resource: T) -> T:
+    """Registers a file or a socket, which forked processes close at once; returns it."""
     with _guard:
-        _kept.add(thing)
-    return thing
+        _registered.add(resource)
+    return resource
 
 
-def _close_in_child():
+def _close_in_child() -> None:
     global _guard
     _guard = threading.RLock()
-    for thing in list(_kept):
-        thing.close()
+    for resource in list(_registered):
+        resource.close()
 
 
 os.register_at_fork(

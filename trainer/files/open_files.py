@@ -1,7 +1,8 @@
-"""Files that this process may hold open at once: how many, and what to say where it may open no more."""
+"""File descriptors: how many files this process may hold open, and what to say where it is too many."""
 
 import errno
 import resource
+from pathlib import Path
 
 from trainer.errors import InputError
 
@@ -11,13 +12,15 @@ _SHARE = 4  # one in so many is for shards; the others are for sockets, shared m
 class NoDescriptors(InputError):
     """A file cannot be opened, because too many are open: nothing is wrong with the file."""
 
-    def __init__(self, path, error: OSError):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        where, way_out = f"this process may have {limit}", "raise it (ulimit -n 65536)"
+    def __init__(self, path: str | Path, error: OSError):
         if error.errno == errno.ENFILE:
-            where, way_out = "this machine may have no more", "raise fs.file-max"
+            limit = "this machine may have no more"
+            way_out = "raise fs.file-max"
+        else:
+            limit = f"this process may have {_descriptor_limit()}"
+            way_out = "raise it (ulimit -n 65536)"
         super().__init__(
-            f"{path} cannot be opened: too many files are open, {where}: {way_out}",
+            f"{path} cannot be opened: too many files are open, {limit}: {way_out}",
             one_rank=True,
         )
 
@@ -28,8 +31,13 @@ def is_lack(error: OSError) -> bool:
 
 
 def files_to_keep(most: int) -> int:
-    """How many files to keep open for later use: `most`, or a share of what the process may have."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return (
-        most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // _SHARE))
-    )
+    """The number of files to keep open for later use: `most`, or this process's share of its limit."""
+    limit = _descriptor_limit()
+    if limit == resource.RLIM_INFINITY:
+        return most
+    return max(1, min(most, limit // _SHARE))
+
+
+def _descriptor_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft

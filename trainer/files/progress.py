@@ -1,34 +1,50 @@
-"""Progress on stderr, with the time left, for what takes more than a few seconds."""
+"""Progress bars on stderr, with the time left, for what takes more than a few seconds."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
 
 class Stages(Progress):
-    """A line for each stage on stderr while it runs, with the time left where DuckDB or the stage knows it.
+    """A line on stderr for each stage while it runs, with the time left where it is known.
 
-    Nothing is shown where stderr is no terminal, nor left behind where it is one. `connection`: DuckDB's, while it works.
-    shown: False on ranks that say nothing.
+    Nothing is shown where stderr is no terminal, nor left behind where it is one. `connection` is
+    DuckDB's while it works: a stage without a total shows the progress of its query.
     """
 
-    def __init__(self, shown=True):
-        self.connection = self._query = None
+    def __init__(self, shown: bool = True):
+        """shown: False on ranks that say nothing."""
+        self.connection: DuckDBPyConnection | None = None
+        self._query: TaskID | None = None
         console = Console(stderr=True)
         super().__init__(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=not (shown and console.is_terminal), refresh_per_second=4,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (shown and console.is_terminal),
+            refresh_per_second=4,
+        )
 
-    def get_renderables(self):
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The lines to draw, with the query's progress in them."""
         if self._query is not None and self.connection is not None:
             percent = self.connection.query_progress()
             if percent > 0:
@@ -36,12 +52,17 @@ class Stages(Progress):
         return super().get_renderables()
 
     @contextlib.contextmanager
-    def __call__(self, description, total=None):
-        """Runs a stage; yields a function that is told how much of `total` more is done."""
+    def __call__(
+        self, description: str, total: float | None = None
+    ) -> Iterator[Callable[[float], None]]:
+        """Runs a stage; yields a function that takes how much more of `total` is done."""
         task = self.add_task(description, total=total)
-        self._query = task if total is None else None
+        if total is None:
+            self._query = task
+        else:
+            self._query = None
         try:
-            yield lambda done: self.advance(task, done)
+            yield lambda amount: self.advance(task, amount)
         finally:
             self._query = None
             self.update(task, total=1, completed=1)

@@ -1,45 +1,57 @@
-"""Texts that may be printed: addresses without their secrets, and what somebody else has said."""
+"""Redaction: texts that may be printed, without the secrets of addresses and without control characters."""
 
 import re
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-_HIDDEN = "…"  # stands for what is secret
+HIDDEN = "…"  # stands for what is secret
+_ADDRESS = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+_LONGEST_TEXT = 300  # letters
 
 
-def is_address(place) -> bool:
-    """Whether a dataset's place is an address to fetch it from; otherwise it is a folder."""
-    return re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
+def is_address(location: object) -> bool:
+    """Whether a dataset's location is an address to fetch it from; otherwise it is a folder."""
+    return _ADDRESS.match(str(location)) is not None
 
 
-def folder_of(place) -> str | None:
-    """The folder that a dataset's place names, also as `file:…`; None where it is an address."""
-    if str(place).startswith("file:"):
-        return url2pathname(urlsplit(str(place)).path)
-    return None if is_address(place) else str(place)
+def folder_of(location: object) -> str | None:
+    """The folder that a dataset's location names, also as `file:…`; None where it is an address."""
+    text = str(location)
+    if text.startswith("file:"):
+        return url2pathname(urlsplit(text).path)
+    if is_address(text):
+        return None
+    return text
 
 
-def recorded(place) -> str:
-    """A dataset's place as a run keeps it: without what is secret, and without a command."""
-    return f"pipe:{_HIDDEN}" if str(place).startswith("pipe:") else shown(place)
+def recorded(location: object) -> str:
+    """A dataset's location as a run records it: without secrets, and without a command."""
+    if str(location).startswith("pipe:"):
+        return f"pipe:{HIDDEN}"
+    return shown(location)
 
 
-def shown(place) -> str:
-    """A dataset's place as it may be printed: without user, password and query of an address."""
-    return (
-        re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{_HIDDEN}", _without_user(str(place)))
-        if is_address(place)
-        else str(place)
-    )
+def shown(location: object) -> str:
+    """A dataset's location as it may be printed: an address loses user, password and query."""
+    text = str(location)
+    if not is_address(text):
+        return text
+    return re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{HIDDEN}", hide_user(text))
 
 
-def _without_user(text):
-    return re.sub(
-        r"://\S*@", f"://{_HIDDEN}@", text
-    )  # rather too much than a part of a password
+def hide_user(text: str) -> str:
+    """A text whose addresses have no user and no password any more."""
+    # It rather hides too much than a part of a password.
+    return re.sub(r"://\S*@", f"://{HIDDEN}@", text)
 
 
-def words(said) -> str:
-    """What an exception or another side says: short, on one line, with nothing in it that steers a terminal."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(said))
-    return " ".join(text.split())[:300] or type(said).__name__
+_without_user = hide_user  # its former name
+
+
+def words(message: object) -> str:
+    """A message of an exception or another side, short, on one line, and harmless to a terminal."""
+    letters = []
+    for letter in str(message):
+        letters.append(letter if letter.isprintable() else " ")
+    text = " ".join("".join(letters).split())
+    return text[:_LONGEST_TEXT] or type(message).__name__

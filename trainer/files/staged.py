@@ -1,138 +1,164 @@
-"""The folder beside an output in which it comes to be, stage by stage: what a killed preparation goes on from.
+"""Staged folders: an output is there whole or not at all, and a killed preparation is resumed.
 
-.NAME.work/facts.json      what it is made from and how; other facts begin anew
-.NAME.work/lock            held by the process that writes here
-.NAME.work/STAGE/          what a finished stage left; STAGE.partial/ while it runs
-.NAME.work/scratch/        what does not fit into memory
+A folder is written beside its place and renamed once all that is in it is on disk (an atomic
+rename). `finished_whole` does that for one folder, `new_folder` for an output without stages, and
+`Work` for an output that comes to be stage by stage:
+
+    .NAME.work/facts.json      what the output is made from and how; any change begins anew
+    .NAME.work/lock            held by the process that writes here
+    .NAME.work/STAGE/          what a finished stage left; STAGE.partial/ while it runs
+    .NAME.work/scratch/        what does not fit into memory
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 from trainer.errors import InputError
 from trainer.files.atomic import flush, move_folder, write_json
+from trainer.files.lock import take_lock
+
+exclusive = take_lock  # its former name
+
+_FACTS = "facts.json"
+_LOCK = "lock"
+_SHOWN = 200  # letters of a value in a message
 
 
 class Work:
-    """Begins or goes on with the work on `output`, which is a new or an empty folder.
+    """The staged work on an output, which is a new or an empty folder.
 
-    facts: JSON values on which the stages depend. fresh: begin anew whatever is there. `begun_anew` says that what was
-    there was made from other facts; with `refuse` that raises InputError, which names the facts (of a dict) that differ. It is
-    raised, too, where the output holds something or cannot be written, or another process is at it.
+    The constructor begins the work, or resumes what a killed process left. `begun_anew` is True
+    where what was left had another identity.
+
+    Raises InputError where the output holds something or cannot be written, and where another
+    process is at work on it.
     """
 
-    def __init__(self, output, facts, fresh=False, refuse=False):
+    def __init__(
+        self,
+        output: str | Path,
+        identity: Any,
+        fresh: bool = False,
+        refuse: bool = False,
+    ):
+        """Locks the work folder, and empties it where it cannot be resumed.
+
+        identity: a JSON value, on which all stages depend. fresh: begin anew whatever is there.
+        refuse: raise InputError in place of beginning anew where the identity, a dict, differs; the
+        message names the differences.
+        """
         self.output = Path(output)
         self.folder = work_folder(self.output)
-        if self.output.exists() and (
-            not self.output.is_dir() or any(self.output.iterdir())
-        ):
-            raise InputError(
-                f"output {output} already holds something: name another folder or remove it"
-            )
-        facts = json.loads(json.dumps(facts))
+        _require_new_or_empty(self.output)
+        identity = json.loads(json.dumps(identity))
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            self._lock = self._locked()
-            path = self.folder / "facts.json"
-            known = _read(path)
-            self.begun_anew = known not in (None, facts)
-            if self.begun_anew and refuse and not fresh:
-                self._lock.close()
-                raise InputError(
-                    f"output {output} was begun otherwise: {_difference(known, facts)}: put it back, give another --output, or "
-                    "begin anew with --fresh"
-                )
-            if fresh or known != facts:
-                self._empty()
-                write_json(path, facts)
+            self._lock = self._take_lock()
+            self._resume_or_empty(identity, fresh, refuse)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
         except OSError as error:
             raise InputError(f"output {output} cannot be written: {error}") from None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._lock.close()
 
     @property
     def scratch(self) -> Path:
-        """For what does not fit into memory; emptied at the start and the end."""
+        """A folder for what does not fit into memory, emptied at the start and the end."""
         return self.folder / "scratch"
 
-    def path(self, stage) -> Path:
+    def path(self, stage: str) -> Path:
         """The folder that a finished stage left."""
         return self.folder / stage
 
-    def done(self, stage) -> bool:
-        """Whether the stage has been finished."""
+    def done(self, stage: str) -> bool:
+        """Whether the stage is finished."""
         return self.path(stage).is_dir()
 
     @contextlib.contextmanager
-    def stage(self, name):
-        """Yields an empty folder for a stage's files, and makes the stage done where nothing is raised."""
+    def stage(self, name: str) -> Iterator[Path]:
+        """Yields an empty folder for a stage's files; finishes the stage unless something is raised."""
         with finished_whole(self.path(name)) as folder:
             yield folder
 
-    def deliver(self, stage):
-        """Makes a finished stage's folder the output, and takes the rest away."""
+    def deliver(self, stage: str) -> None:
+        """Makes a finished stage's folder the output, and removes the work folder."""
         if self.output.is_dir():
             self.output.rmdir()
         self.path(stage).rename(self.output)  # what is in it was flushed with the stage
         flush(self.output.parent)
         self.discard()
 
-    def discard(self):
-        """Takes everything away: there is nothing to go on from."""
+    def discard(self) -> None:
+        """Removes the work folder: there is nothing to resume."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _locked(self):
-        lock = exclusive(self.folder / "lock")
+    def _take_lock(self) -> TextIO:
+        lock = take_lock(self.folder / _LOCK)
         if lock is None:
             raise InputError(
                 f"output {self.output} is being written by another process: wait for it or stop it"
             )
         return lock
 
-    def _empty(self):
+    def _resume_or_empty(self, identity: Any, fresh: bool, refuse: bool) -> None:
+        """Keeps the finished stages of the same identity, and begins anew otherwise."""
+        file = self.folder / _FACTS
+        before = _read_json(file)
+        self.begun_anew = before is not None and before != identity
+        if self.begun_anew and refuse and not fresh:
+            self._lock.close()
+            difference = _describe_difference(before, identity)
+            raise InputError(
+                f"output {self.output} was begun otherwise: {difference}: put it back, give "
+                "another --output, or begin anew with --fresh"
+            )
+        if fresh or before != identity:
+            self._empty()
+            write_json(file, identity)
+
+    def _empty(self) -> None:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name != _LOCK:
                 path.unlink()
 
 
-def exclusive(file: Path):
-    """The file opened and locked until it is closed, or its process ends; None where another process has it."""
-    lock = open(file, "w")  # noqa: SIM115 (held until the end)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
-
-
 def work_folder(output: Path) -> Path:
-    """Where the work on an output is done."""
+    """The folder, beside an output, in which its stages are made."""
     return output.parent / f".{output.name}.work"
 
 
 @contextlib.contextmanager
-def finished_whole(folder: Path, writer=""):
-    """Yields an empty folder `folder`.partial, which gets its name where nothing is raised.
+def finished_whole(folder: Path, writer: str = "") -> Iterator[Path]:
+    """Yields an empty folder beside `folder`, and renames it to `folder` unless something is raised.
 
-    writer: its name, where several may write the same: each has a partial folder of its own, which is taken away where it
-    fails or another was first. That raises OSError, and `folder` is whole then.
+    writer: a name of this process's own, where several may write the same folder: each has a
+    partial folder of its own, which is removed where it fails or another was first. That raises
+    OSError, and `folder` is whole then.
     """
-    partial = folder.with_name(f"{folder.name}{writer and '.'}{writer}.partial")
+    if writer:
+        partial = folder.with_name(f"{folder.name}.{writer}.partial")
+    else:
+        partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -144,19 +170,55 @@ def finished_whole(folder: Path, writer=""):
         raise
 
 
-def _difference(known, facts):
-    """What is not as it was, in words."""
-    if not isinstance(known, dict):
-        return "it is not known how"
-    return "; ".join(
-        f"{name} was {str(known.get(name, 'not set'))[:200]}, is {str(facts.get(name, 'not set'))[:200]}"
-        for name in sorted(known.keys() | facts.keys())
-        if known.get(name) != facts.get(name)
-    )
+@contextlib.contextmanager
+def new_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
+    """Yields an empty folder beside the output, which becomes the output, and a scratch folder.
 
-
-def _read(path):
+    On any failure both are removed. Raises InputError where the output already holds something, or
+    cannot be written.
+    """
+    output = Path(output)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        _require_new_or_empty(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=output.parent, prefix=f".{output.name}."
+        ) as temporary:
+            scratch = Path(temporary) / "scratch"
+            scratch.mkdir()
+            folder = Path(temporary) / "folder"
+            folder.mkdir()
+            yield folder, scratch
+            move_folder(folder, output)
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written: {error}") from None
+
+
+def _require_new_or_empty(output: Path) -> None:
+    """Raises InputError where an output is a file, or a folder that holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(
+            f"output {output} already holds something: name another folder or remove it"
+        )
+
+
+def _describe_difference(before: Any, now: dict[str, Any]) -> str:
+    """Which values of an identity differ, in words."""
+    if not isinstance(before, dict):
+        return "it is not known how"
+    differences = []
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) == now.get(name):
+            continue
+        old = str(before.get(name, "not set"))[:_SHOWN]
+        new = str(now.get(name, "not set"))[:_SHOWN]
+        differences.append(f"{name} was {old}, is {new}")
+    return "; ".join(differences)
+
+
+def _read_json(file: Path) -> Any:
+    """A file's JSON value; None where it is missing or unreadable."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

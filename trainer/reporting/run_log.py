@@ -38,9 +38,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import InputError
+from trainer.run_files import LOOK, METRICS_FILE  # noqa: F401 (others import it here)
 
-METRICS_FILE = "metrics.jsonl"
-LOOK = "look.json"  # what a look at the best model found (trainer.evaluation.inspect)
 HEADLINE = "NDCG@10"
 _REFRESH_SECONDS = 0.25
 _BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")

@@ -26,8 +26,8 @@ from trainer.reporting.run_log import (
     skipped_users,
     times,
 )
+from trainer.run_files import FULL
 
-FULL = "evaluation-full"  # -SPLIT.json: the record of a full ranking (trainer.evaluation.full)
 LAST_SHARE = 0.2  # of the train lines: what "at the end" means
 
 

@@ -1,7 +1,8 @@
 import pytest
 from rich.console import Console
 
-from launch.recommend import parse, table
+from launch.recommend import parse
+from launch.tables import recommendation_table
 
 COUNTS = {
     "users": 1200,
@@ -16,7 +17,7 @@ RECORD = COUNTS | {"rows": {"[red]shop": 12000}}
 def test_the_table_says_how_many_and_what_was_left_out():
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(table("out/[b]", RECORD))
+        console.print(recommendation_table("out/[b]", RECORD))
     text = " ".join(shown.get().split())
     for words in (
         "out/[b]: 1,200 users, 3 of them without a history",

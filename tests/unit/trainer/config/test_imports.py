@@ -61,6 +61,32 @@ def test_settings_load_neither_engines_nor_plots_nor_arrow(loaded):
     assert loaded["config"] == []
 
 
+def test_the_package_of_settings_loads_nothing_heavy():
+    heavy = (
+        "torch",
+        "deepspeed",
+        "torchrec",
+        "fbgemm_gpu",
+        "pyarrow",
+        "duckdb",
+        "numpy",
+    )
+    program = f"""
+import sys, pkgutil, importlib, trainer.config, trainer.run_files
+for module in pkgutil.iter_modules(trainer.config.__path__):
+    importlib.import_module(f"trainer.config.{{module.name}}")
+print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_training_process_loads_no_query_engine_and_no_page(loaded):
     assert loaded["loop"] == []
 

@@ -1,0 +1,88 @@
+"""The tables that scripts print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from trainer.data.format.dataset import Dataset
+
+_LEFT_OUT = {
+    "unknown_domain": "interactions of domains that the model does not know are left out",
+    "unknown_item": "interactions with items that the model does not know are left out",
+    "unread": "users of damaged shards are left out",
+}
+_COMPARED = ("candidate", "current", "when_published")
+
+
+def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
+    """How large a prepared dataset is, by domain. percentiles: names of the length percentiles."""
+    folder = escape(str(dataset.folder))
+    shards = len(dataset.shards)
+    title = (
+        f"{folder}: {dataset.users:,} users in "
+        f"{shards} shards, {dataset.streams} streams"
+    )
+    caption = (
+        f"{', '.join(percentiles)}: interactions of a user in the domain. "
+        f"{dataset.too_short:,} users are too short to be evaluated, the longest has "
+        f"{dataset.max_length:,} interactions"
+    )
+    table = Table("domain", title=title, caption=caption)
+    for column in ("users", "items", "interactions", *percentiles):
+        table.add_column(column, justify="right")
+    for domain in dataset.domains:
+        lengths = domain.length_percentiles.values()
+        counts = (domain.users, domain.items, domain.interactions, *lengths)
+        _add_row(table, domain.name, counts)
+    table.add_section()
+    items = sum(domain.items for domain in dataset.domains)
+    totals = (dataset.users, items, dataset.interactions)
+    _add_row(table, "all", totals)
+    return table
+
+
+def _add_row(table: Table, name: str, counts: tuple[int, ...]) -> None:
+    cells = [f"{count:,}" for count in counts]
+    table.add_row(escape(name), *cells)
+
+
+def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
+    """How many recommendations were written, and what was left out. record: recommend.json."""
+    table = Table(
+        "domain",
+        title=(
+            f"{escape(str(output))}: {record['users']:,} users, "
+            f"{record['without_history']:,} of them without a history that the model knows"
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("recommendations", justify="right")
+    for name, rows in record["rows"].items():
+        table.add_row(escape(name), f"{rows:,}")
+    lines = []
+    for key, sentence in _LEFT_OUT.items():
+        if record[key]:
+            lines.append(f"{record[key]:,} {sentence}")
+    table.caption = "\n".join(lines) or None
+    return table
+
+
+def comparison_table(record: dict[str, Any]) -> Table:
+    """A candidate's figures beside the current version's, by domain. record: of `publish`."""
+    table = Table("domain", title="NDCG@10 on the newest held-out items")
+    for column in ("users", *_COMPARED):
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, figures in record["domains"].items():
+        users = f"{figures['users']:,}"
+        if not figures["newest"]:
+            users += " (all)"
+        numbers = []
+        for key in _COMPARED:
+            figure = figures[key]
+            numbers.append("–" if figure is None else f"{figure:.4f}")
+        table.add_row(escape(name), users, *numbers)
+    return table

@@ -1,0 +1,81 @@
+"""The names of all files and folders that runs, evaluations and publishing leave on disk.
+
+A run's folder (`run=DIR`):
+
+    run/.lock                                   held by the process that writes here
+    run/config.yaml                             the effective configuration
+    run/metrics.jsonl                           one record a line: train, validation, test
+    run/tensorboard/                            the same figures as TensorBoard's event files
+    run/report.html                             the run on one page
+    run/look.json                               what an inspection of the best model gave
+    run/latest.json                             names the newest checkpoint
+    run/best.json                               names the checkpoint with the best validation
+    run/evaluation-full-test.json               the record of a full ranking, by split
+    run/ranks-test.parquet                      each user's positions, by split
+    run/checkpoints/step-00001200/              a checkpoint; a second one of the step: step-00001200-1
+        manifest.json                           size and checksum of every other file
+        state.json                              where the run was, its configuration, its dataset
+        dense.safetensors                       the dense model's weights
+        optimizer.safetensors                   the dense optimizer's state
+        table-00000-of-00002.safetensors        rows of the item table, one file a rank
+        metrics.jsonl                           what was logged until then
+
+A folder of published versions (`launch/publish.py --to DIR`):
+
+    published/.lock                             held by the process that publishes
+    published/current.json                      names the version that serves
+    published/refused.json                      why the last candidate was refused
+    published/versions/0001/version.json        what the version was made from
+    published/versions/0001/model/              the export that a service loads
+"""
+
+# In a run's folder.
+LOCK = ".lock"
+CONFIG = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+REPORT = "report.html"
+LOOK = "look.json"
+LATEST = "latest.json"
+BEST = "best.json"
+FULL = "evaluation-full"  # see full_ranking_file
+RANKS = "ranks-{split}.parquet"  # see user_ranks_file
+CHECKPOINTS = "checkpoints"
+
+# In a checkpoint's folder.
+MANIFEST = "manifest.json"
+STATE = "state.json"
+DENSE = "dense.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+# In a folder of published versions.
+CURRENT = "current.json"
+REFUSED = "refused.json"
+VERSIONS = "versions"
+
+# In a published version's folder.
+VERSION = "version.json"
+MODEL = "model"
+
+
+def full_ranking_file(split: str) -> str:
+    """The file with the record of a full ranking. split: test or validation."""
+    return f"{FULL}-{split}.json"
+
+
+def user_ranks_file(split: str) -> str:
+    """The file with each user's positions in a full ranking. split: test or validation."""
+    return RANKS.format(split=split)
+
+
+def checkpoint_name(step: int, repetition: int = 0) -> str:
+    """A checkpoint's folder in CHECKPOINTS. repetition: above 0 for later ones of the step."""
+    name = f"step-{step:08d}"
+    if repetition > 0:
+        name += f"-{repetition}"
+    return name
+
+
+def table_file(rank: int, world_size: int) -> str:
+    """The file with the rows of the item table that a rank holds."""
+    return f"table-{rank:05d}-of-{world_size:05d}.safetensors"
