@@ -10,11 +10,13 @@ deepspeed --num_gpus 2 launch/evaluate.py --run DIR                  the same fi
 """
 
 import json
+import sys
+from pathlib import Path
 
 from launch.options import of_a_run
 from launch.stack import check_stack
 from trainer.distributed.process_exit import run_script
-from trainer.errors import exit_on_input_error
+from trainer.errors import InputError, exit_on_input_error
 
 
 def parse(arguments=None):
@@ -60,9 +62,32 @@ def main():
             full,
         )
     if ranks.first:
+        if full:
+            update_report(Path(options.run))
         tables = full_tables(record) if full else [evaluation_table(record)]
         print(json.dumps(record)) if options.json else Console().print(
             *tables, sep="\n"
+        )
+
+
+def update_report(run: Path) -> None:
+    """Writes the run's report anew. One that cannot be written stays as it was, which is said."""
+    from trainer.distributed.run_lock import locked
+    from trainer.reporting.run_log import METRICS_FILE
+    from trainer.reporting.run_report import write_report
+
+    if not (run / METRICS_FILE).is_file():
+        return
+    try:
+        with locked(run):
+            write_report(run)
+    except InputError as error:
+        print(f"{error}: its report stays as it was", file=sys.stderr, flush=True)
+    except OSError as error:
+        print(
+            f"{run}: cannot be written ({error.strerror}): its report stays as it was",
+            file=sys.stderr,
+            flush=True,
         )
 
 
