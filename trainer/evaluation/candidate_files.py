@@ -70,18 +70,27 @@ class GivenCandidates(Mapping):
         index = int(np.searchsorted(self.user_K, user))
         if index == len(self.user_K) or self.user_K[index] != user:
             raise KeyError(user)
-        begin = self.ends_K[index - 1] if index else 0
-        rows = self.rows_C[begin : self.ends_K[index]]
-        return int(self.domain_K[index]), rows.astype(np.int64)
+        begin = 0
+        if index:
+            begin = self.ends_K[index - 1]
+        end = self.ends_K[index]
+        domain = int(self.domain_K[index])
+        rows = self.rows_C[begin:end]
+        return domain, rows.astype(np.int64)
 
 
 def read_candidates(dataset: Dataset, file: str | Path) -> GivenCandidates:
     """Reads everybody's candidates.
 
-    file: Parquet with `user_id`, `positive` and `negatives` (a list), raw ids, one row a user. The
-    domain is the only one that has the positive's id, or that of a column `domain`. A negative may
-    occur twice (drawn with replacement), the positive may not occur among them. Raises InputError
-    naming the file and the first row (from 0) that does not fit.
+    file: Parquet with `user_id`, `positive` and `negatives` (a list), raw ids, one row a user:
+
+        user_id    positive    negatives             domain (optional)
+        u5         a1          ["a4", "a2"]          Books
+        u0         b2          ["b3", "b1", "b3"]    Toys
+
+    The domain is the only one that has the positive's id, or that of a column `domain`. A negative
+    may occur twice (drawn with replacement), the positive may not occur among them. Raises
+    InputError naming the file and the first row (from 0) that does not fit.
     """
     collector = _CandidateCollector()
     with limited_engine() as engine:
@@ -148,7 +157,15 @@ class _CandidateCollector:
         self._last_count = 0
 
     def add(self, user_C: np.ndarray, domain_C: np.ndarray, row_C: np.ndarray) -> None:
-        """Adds the next candidates, users rising."""
+        """Adds the next candidates, users rising.
+
+        user_C, domain_C, row_C: of each candidate, a user's positive first. Two users with three
+        and two candidates, domain 1 from row 50:
+
+            user_C      7  7  7     12 12
+            domain_C    1  1  1     0  0
+            row_C       58 52 61    4  9
+        """
         starts_K = np.flatnonzero(np.diff(user_C, prepend=-1))
         count_K = np.diff(starts_K, append=len(user_C))
         if len(count_K):
@@ -164,7 +181,10 @@ class _CandidateCollector:
         self._rows.append(row_C.astype(np.int32))
 
     def _measure(self, user_C: np.ndarray, count_K: np.ndarray) -> None:
-        """Keeps the length of the longest list; the last batch's last user may go on in this one."""
+        """Keeps the length of the longest list.
+
+        The last user of the batch before may go on in this one.
+        """
         before = 0
         if user_C[0] == self._last_user:
             before = self._last_count
@@ -194,7 +214,11 @@ class _CandidateCollector:
 def _broadcast_next(
     batches: Iterator[CandidateBatch], file: str | Path, first: bool
 ) -> CandidateBatch | None:
-    """The next of the first rank's batches, on all ranks; None after the last."""
+    """The next of the first rank's batches, on all ranks; None after the last.
+
+    The first rank sends the batch's size, or _END or _FAILED, and then int32 (3, size). Raises
+    InputError on all ranks where the first one cannot read on.
+    """
     size = torch.tensor([_END])
     batch = None
     error = None
@@ -236,7 +260,12 @@ def _read_joined(engine: duckdb.DuckDBPyConnection) -> Iterator[CandidateBatch]:
 def _join(
     engine: duckdb.DuckDBPyConnection, dataset: Dataset, file: str | Path
 ) -> None:
-    """Makes the table `joined` ("user", domain, place, row), or raises InputError."""
+    """Makes the table `joined`, or raises InputError.
+
+    "user"    domain    place    row
+    5         0         1        1         the positive of the user with number 5
+    5         0         2        4         the first negative
+    """
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such file")
     try:
@@ -253,9 +282,14 @@ def _join(
 
 
 def _load_file(engine: duckdb.DuckDBPyConnection, file: str | Path) -> None:
-    """Makes the table `given` (line, user_id, domain, without, candidates) of the file's rows.
+    """Makes the table `given` of the file's rows.
 
-    without: there is no list of negatives. candidates: the positive first.
+        line    user_id    domain    without    candidates
+        0       u5         Books     false      [a1, a4, a2]
+        1       u0         NULL      true       …
+
+    domain: NULL where the file does not say it. without: there is no list of negatives.
+    candidates: the positive first.
     """
     # DuckDB finds a relation in this function's variables by the name that the SQL says.
     parquet = _open_parquet(engine, file)
@@ -434,7 +468,11 @@ class ResultWriter:
     """Writes the results per user: `user_id`, `domain`, `rank`, `scores`.
 
     scores: the held-out item's first. Each rank writes a part; `finish` joins the parts, sorted by
-    user number, and leaves one file.
+    user number, and leaves one file:
+
+        user_id    domain    rank    scores
+        u0         Toys      2       [0.5, 1.5]
+        u5         Books     1       [3.0, 2.0, 1.0]
     """
 
     def __init__(self, dataset: Dataset, file: str | Path, ranks: "Ranks"):

@@ -1,4 +1,4 @@
-"""An evaluation: the figures of a model and of popularity by domain, and the record that a run writes.
+"""An evaluation: figures of a model and of popularity by domain, and the record that a run writes.
 
 The record is a JSON object. `metrics.jsonl` has one a line, `evaluation-full-SPLIT.json` holds one
 of a ranking among all items:
@@ -36,7 +36,8 @@ _FULL = ("difference", "breakdown", "recommended", "sampled")
 class DomainFigures:
     """One domain's figures.
 
-    popularity: empty where the record has none. A metric is None in a domain without users.
+    model, popularity: {"users": 204, "HR@5": 0.88, …}; popularity is empty where the record has
+    none. A metric is None in a domain without users.
     """
 
     name: str
@@ -122,7 +123,13 @@ class Evaluation:
     def to_pandas(self) -> "pandas.DataFrame":
         """A row for each domain and system: `domain`, `system`, `users`, and the metrics.
 
-        system: "model" or "popularity". Raises ImportError with the way out without pandas.
+            domain        system    users    HR@5    HR@10    …
+             Books         model      204    0.88     1.00
+             Books    popularity      204    0.61     0.93
+              Toys         model       79    0.79     1.00
+              Toys    popularity       79    0.85     0.97
+
+        Raises ImportError with the way out without pandas.
         """
         try:
             import pandas

@@ -1,5 +1,7 @@
-"""Ranking of held-out items among all items of their domain, with confidence intervals, breakdowns by
-groups of users, catalogue coverage and the Gini index of what is recommended.
+"""Ranking of held-out items among all items of their domain.
+
+Beside the figures stand confidence intervals, breakdowns by groups of users, catalogue coverage,
+and the Gini index of what is recommended.
 
 A user's held-out item (leave-one-out) is ranked among all items of its domain, except those of the
 rest of the user's history. Popularity ranks the same items, its ties broken by an order drawn for
@@ -85,6 +87,13 @@ class FullRanking:
     ranked. means: GroupMeans of the model and of popularity; the groups of domain d are
     d · groups_of_domain() and those that follow: all its users, then those of each of BREAKDOWNS.
     shown: how often each row of M was among the SHOWN best of a user.
+
+    The groups of domain 0; those of domain 1 begin at 11:
+
+        0           all users
+        1 2 3       item popularity: head, middle, tail
+        4 … 8       history length: 1–4, 5–9, 10–19, 20–49, 50+
+        9 10        history in domain: none, some
     """
 
     rank_U: np.ndarray
@@ -279,7 +288,13 @@ def groups_of_domain() -> int:
 def groups(batch: HeldOutBatch, third_B: np.ndarray) -> np.ndarray:
     """The numbers of each user's groups, int64 (B, 1 + BREAKDOWNS).
 
-    third_B: the held-out item's third by popularity (trainer/evaluation/popularity.py).
+    third_B: the held-out item's third by popularity (trainer/evaluation/popularity.py). Two users:
+
+        domain_B           0               1
+        third_B            2               0
+        length_B           12              3
+        domain_length_B    4               0
+        groups             0  3  6  10     11 12 15 20
     """
     first_B = batch.domain_B * groups_of_domain()
     bucket_B = np.searchsorted(LENGTHS, batch.length_B, side="right") - 1

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from syncrec.batch.build import Batch, build_batch, move, trim
 from trainer.config.run import RunConfig
-from trainer.data.format.dataset import Dataset
+from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.format.vocabulary import item_counts, item_ids
 from trainer.data.loading.histories import Histories, Users
 from trainer.data.loading.stream import domains_of, training_part
@@ -32,7 +32,7 @@ Gates = dict[str, dict[str, list[float]] | None]
 
 @dataclass(frozen=True)
 class LookConfig:
-    """How much is inspected."""
+    """How much is inspected, so that it takes seconds whatever the size of the dataset."""
 
     users: int = 1024  # whose tokens the gates are averaged over
     items: int = 20_000  # of each domain, the most popular ones
@@ -78,6 +78,10 @@ def _mean_gates(
     ranks: "Ranks",
     most_users: int,
 ) -> Gates:
+    """The mean weight of each expert by domain, as `look_at` returns it. Called on all ranks.
+
+    most_users: the first users of the dataset, whose training parts are read.
+    """
     users = min(most_users, dataset.users)
     batch, real = _training_batch(dataset, config, ranks, users)
     batch = move(batch, ranks.device)
@@ -126,7 +130,11 @@ def _single_weights(
 
 
 def _task_domains(task_starts: Sequence[int], device: torch.device) -> torch.Tensor:
-    """The domain of each token of the single-domain view, int64 (M,)."""
+    """The domain of each token of the single-domain view, int64 (M,).
+
+    task_starts: where each domain's tokens begin, and where the last ones end. (0, 3, 5) gives
+    0 0 0 1 1.
+    """
     edges = torch.tensor(task_starts, device=device)
     domains = torch.arange(len(task_starts) - 1, device=device)
     return torch.repeat_interleave(domains, edges.diff())
@@ -137,7 +145,13 @@ def _sum_by_domain(
 ) -> torch.Tensor:
     """By domain the number of tokens and the sums of weights: float64 (D + 1, 1 + experts).
 
-    The last line is of SOS, which belongs to no domain.
+    The last line is of SOS, which belongs to no domain. Four tokens, two experts, two domains:
+
+        domain_M      2           0           1           0
+        weights_MK    0.5 0.5     0.9 0.1     0.2 0.8     0.7 0.3
+        sums          [[2, 1.6, 0.4],
+                       [1, 0.2, 0.8],
+                       [1, 0.5, 0.5]]
     """
     total_DK = torch.zeros(
         domains + 1,
@@ -219,63 +233,79 @@ def _ignore(_reason: str) -> None:
 
 @dataclass(frozen=True)
 class _PopularItems:
-    """The most popular items of a domain, most popular first.
+    """The most popular items of a domain, most popular first; none on ranks other than the first.
 
-    place_K: where they stand among the domain's items. vectors_KR: of length 1. On ranks other
-    than the first, vectors_KR and ids are empty.
+    name: the domain's. vectors_KR: of length 1.
     """
 
-    place_K: np.ndarray
-    vectors_KR: torch.Tensor
+    name: str
     ids: list[str]
+    vectors_KR: torch.Tensor
 
 
 def _nearest_items(
     table: "ItemTable", dataset: Dataset, ranks: "Ranks", look: LookConfig
 ) -> list[dict[str, Any]] | None:
-    """The items nearest to the most popular ones of each domain. Called on all ranks.
+    """The items nearest to the most popular ones of each domain. Called on all ranks."""
+    popular = []
+    for domain in dataset.domains:
+        popular.append(_read_popular(table, dataset, domain, ranks, look.items))
+    if not ranks.first:
+        return None
+    items = []
+    for domain in popular:
+        for index in range(min(look.shown, len(domain.ids))):
+            nearest = {}
+            for other in popular:
+                near = _neighbours(domain, index, other, look.neighbours)
+                nearest[other.name] = near
+            item = domain.ids[index]
+            items.append({"domain": domain.name, "item": item, "nearest": nearest})
+    return items
+
+
+def _read_popular(
+    table: "ItemTable", dataset: Dataset, domain: Domain, ranks: "Ranks", most: int
+) -> _PopularItems:
+    """A domain's most popular items. Called on all ranks; the first one looks them up.
 
     Equally popular items are ordered by row. An item that training never met lies anywhere: it is
     left out.
     """
     counts_N = item_counts(dataset)
-    popular = []
-    for domain in dataset.domains:
-        counts = counts_N[domain.start : domain.start + domain.items]
-        place_K = np.argsort(-counts, kind="stable")[: look.items]
-        place_K = place_K[counts[place_K] > 0]
-        rows_K = torch.zeros(0, dtype=torch.int64)
-        ids: list[str] = []
-        if ranks.first:
-            rows_K = torch.from_numpy(place_K + domain.start)
-            names = item_ids(dataset, domain).take(place_K).to_pylist()
-            ids = [str(name) for name in names]
-        vectors_KR = torch.nn.functional.normalize(table(rows_K).float(), dim=1)
-        popular.append(_PopularItems(place_K, vectors_KR, ids))
-    if not ranks.first:
-        return None
-    items = []
-    for number, domain in enumerate(dataset.domains):
-        for index in range(len(popular[number].place_K[: look.shown])):
-            nearest = {}
-            for other, other_domain in enumerate(dataset.domains):
-                cosines = popular[other].vectors_KR @ popular[number].vectors_KR[index]
-                most = look.neighbours
-                if other == number:
-                    cosines[index] = -torch.inf  # itself
-                    most += 1
-                near = _greatest(cosines, popular[other].ids, most)
-                nearest[other_domain.name] = near[: look.neighbours]
-            name = popular[number].ids[index]
-            items.append({"domain": domain.name, "item": name, "nearest": nearest})
-    return items
+    counts = counts_N[domain.start : domain.start + domain.items]
+    place_K = np.argsort(-counts, kind="stable")[:most]
+    place_K = place_K[counts[place_K] > 0]
+    rows_K = torch.zeros(0, dtype=torch.int64)
+    ids: list[str] = []
+    if ranks.first:
+        rows_K = torch.from_numpy(place_K + domain.start)
+        names = item_ids(dataset, domain).take(place_K)
+        ids = [str(name) for name in names.to_pylist()]
+    vectors_KR = table(rows_K).float()
+    vectors_KR = torch.nn.functional.normalize(vectors_KR, dim=1)
+    return _PopularItems(domain.name, ids, vectors_KR)
+
+
+def _neighbours(
+    domain: _PopularItems, index: int, other: _PopularItems, most: int
+) -> list[list[Any]]:
+    """The `most` items of another domain, or of its own, that lie nearest to a domain's item."""
+    cosines = other.vectors_KR @ domain.vectors_KR[index]
+    if other is not domain:
+        return _greatest(cosines, other.ids, most)
+    cosines[index] = -torch.inf  # itself
+    near = _greatest(cosines, other.ids, most + 1)
+    return near[:most]
 
 
 def _greatest(cosines: torch.Tensor, ids: list[str], most: int) -> list[list[Any]]:
     """[[item, cosine], …] of the greatest cosines, without −inf."""
     best = cosines.topk(min(most, len(cosines)))
+    indices = best.indices.tolist()
+    values = best.values.tolist()
     near = []
-    for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+    for index, value in zip(indices, values, strict=True):
         if value > -torch.inf:
             near.append([ids[index], round(value, 4)])
     return near

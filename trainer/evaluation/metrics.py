@@ -1,4 +1,4 @@
-"""Metrics of a ranking: HR@k, NDCG@k, MRR, and the rules by which a held-out item gets its position.
+"""Metrics of a ranking: HR@k, NDCG@k, MRR, and the rules that give a held-out item its position.
 
 A position is 1-based: 1 is the top of the list. This module needs NumPy alone, so that a peer's
 environment can import it.
@@ -43,7 +43,10 @@ def discounted_gains(position_B: np.ndarray) -> np.ndarray:
 
 
 def metric_values(metric: str, position_B: np.ndarray) -> np.ndarray:
-    """What each position counts in a metric's mean, float64 (B,). metric: "HR@k", "NDCG@k", "MRR"."""
+    """What each position counts in a metric's mean, float64 (B,).
+
+    metric: "HR@k", "NDCG@k" or "MRR". position_B: 1-based, integers.
+    """
     position_B = np.asarray(position_B, np.float64)
     if metric == "MRR":
         return 1 / position_B
@@ -55,7 +58,14 @@ def metric_values(metric: str, position_B: np.ndarray) -> np.ndarray:
 
 
 def metric_matrix(position_B: np.ndarray, cutoffs: tuple[int, ...]) -> np.ndarray:
-    """`metric_values` of all `metric_names` of the cutoffs, float64 (B, metrics)."""
+    """`metric_values` of all `metric_names` of the cutoffs, float64 (B, metrics).
+
+    Of the cutoffs (1, 5) and two users at positions 1 and 4:
+
+        HR@1    HR@5    NDCG@1    NDCG@5         MRR
+        1       1       1         1              1
+        0       1       0         1 / log2(5)    1 / 4
+    """
     position_B = np.asarray(position_B, np.float64)
     within = [position_B <= k for k in cutoffs]
     gain_B = discounted_gains(position_B)
@@ -66,7 +76,15 @@ def metric_matrix(position_B: np.ndarray, cutoffs: tuple[int, ...]) -> np.ndarra
 def metrics_of_histogram(histogram_P: np.ndarray) -> Figures:
     """The number of users and METRICS, None each without users.
 
-    histogram_P: integers (longest list,), how often each position occurred, position 1 first.
+    histogram_P: integers (longest list,), how often each position occurred, position 1 first. Of
+    four users, two at the top, one second and one seventh:
+
+        histogram_P    [2, 1, 0, 0, 0, 0, 1, 0, 0, 0]
+        HR@5           3 / 4
+        HR@10          4 / 4
+        NDCG@5         (2 + 1 / log2(3)) / 4
+        NDCG@10        (2 + 1 / log2(3) + 1 / log2(8)) / 4
+        MRR            (2 + 1 / 2 + 1 / 7) / 4
     """
     users = int(histogram_P.sum())
     if users == 0:
@@ -137,7 +155,11 @@ def padded_candidate_positions(
 ) -> np.ndarray:
     """`candidate_positions` of lists padded to one length, int64 (B,).
 
-    real_BC: bool, False where a place is padding. The first place is never padding.
+    real_BC: bool, False where an entry is padding. The first one never is. The two users of
+    `candidate_positions`:
+
+        scores_BC    [[0.5, 0.9, 0.1],     real_BC    [[True, True, True],
+                      [2.0, 1.0, 0.0]]                 [True, True, False]]
     """
     ahead_BC = ~outscores(scores_BC[:, :1], scores_BC)
     return (ahead_BC & real_BC).sum(1)
@@ -151,7 +173,11 @@ def positions_among_all(
     """The position of item_B among a domain's N items, int64 (B,).
 
     excluded: (users (E,), items (E,)), int64: pairs that are not compared. A pair may occur twice
-    or name the ranked item itself; both change nothing.
+    or name the ranked item itself; both change nothing. Two users of a domain of four items:
+
+        scores_BN    [[0.1, 0.4, 0.3, 0.9],    item_B       [2, 0]
+                      [0.7, 0.7, 0.2, 0.6]]    excluded     ([0], [3])
+        positions    [2, 2]                    item 1 is before user 0's, and user 1's is tied
     """
     user_B = np.arange(len(item_B))
     others_BN = np.ones(scores_BN.shape, bool)

@@ -88,26 +88,48 @@ class DrawnUsers:
         Returns users, domains, positions, int64 (K,), and candidates, int64 (K, C), the user's own
         item first.
         """
+        begin, total = self._place_among_ranks()
+        key_K, user_K3 = self._gather_users(begin, total)
+        chosen = np.argsort(key_K, kind="stable")[:_MOST]
+        by_user = np.argsort(user_K3[chosen, 0])
+        chosen = chosen[by_user]
+        rows_KC = self._gather_rows(begin, chosen)
+        user_K, domain_K, position_K = user_K3[chosen].T
+        return user_K, domain_K, position_K, rows_KC
+
+    def _place_among_ranks(self) -> tuple[int, int]:
+        """Where this rank's users begin among all ranks' users, and how many all have."""
         rank = dist.get_rank()
         counts_W = torch.zeros(dist.get_world_size(), dtype=torch.int64)
         counts_W[rank] = len(self._key_K)
         dist.all_reduce(counts_W)
-        begin = int(counts_W[:rank].sum())
+        begin = counts_W[:rank].sum()
+        total = counts_W.sum()
+        return int(begin), int(total)
+
+    def _gather_users(self, begin: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' keys, uint64 (total,), and users, domains and positions, int64 (total, 3).
+
+        Each line is one rank's: the others add 0 to it.
+        """
         end = begin + len(self._key_K)
-        table_K4 = torch.zeros(int(counts_W.sum()), 4, dtype=torch.int64)
+        table_K4 = torch.zeros(total, 4, dtype=torch.int64)
         table_K4[begin:end, 0] = torch.from_numpy(self._key_K.view(np.int64))
         table_K4[begin:end, 1:] = torch.from_numpy(self._user_K3)
-        dist.all_reduce(table_K4)  # each line is one rank's
-        key_K = table_K4[:, 0].numpy().astype(np.uint64)
+        dist.all_reduce(table_K4)
+        key_K = table_K4[:, 0].numpy()
         user_K3 = table_K4[:, 1:].numpy()
-        chosen = np.argsort(key_K, kind="stable")[:_MOST]
-        chosen = chosen[np.argsort(user_K3[chosen, 0])]
-        rows_KC = torch.zeros(len(chosen), self._width, dtype=torch.int64)
+        return key_K.astype(np.uint64), user_K3
+
+    def _gather_rows(self, begin: int, chosen: np.ndarray) -> np.ndarray:
+        """The candidates of the chosen ones of all ranks' users, int64 (chosen, C)."""
+        end = begin + len(self._key_K)
         (mine,) = np.nonzero((chosen >= begin) & (chosen < end))
-        my_rows = torch.from_numpy(self._rows_KC[chosen[mine] - begin])
-        rows_KC[torch.from_numpy(mine)] = my_rows
+        my_rows = self._rows_KC[chosen[mine] - begin]
+        rows_KC = torch.zeros(len(chosen), self._width, dtype=torch.int64)
+        rows_KC[torch.from_numpy(mine)] = torch.from_numpy(my_rows)
         dist.all_reduce(rows_KC)
-        return *user_K3[chosen].T, rows_KC.numpy()
+        return rows_KC.numpy()
 
 
 def own_item_gains(
@@ -155,7 +177,15 @@ def _exchange(
 ) -> dict[int, Any]:
     """Each member's candidates with the item of the member before it in place of the own item.
 
-    Returns {user: (domain, rows)}, the other's item first, once.
+    user_K, rows_KC: of the sample. members: int64, the sample's users of one domain, in a drawn
+    order. Three members and what they are ranked with:
+
+        member     own item    negatives    ranked with
+        0          4           9 2          7 9 2          the item of member 2
+        1          5           4 8          4 8            the item of member 0, once
+        2          7           1 3          5 1 3          the item of member 1
+
+    Returns {user: (domain, rows)}, the other's item first.
     """
     exchanged = {}
     for member, other in zip(members, np.roll(members, 1), strict=True):

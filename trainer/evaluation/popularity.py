@@ -34,6 +34,17 @@ def candidate_scores(
     return counts_N[rows_C] + random_unit(bits_C)
 
 
+def _thirds(descending: np.ndarray) -> np.ndarray:
+    """HEAD, MIDDLE or TAIL of a domain's items, by their interactions, most popular first.
+
+    An item without interactions is of the TAIL.
+    """
+    total = max(1, descending.sum())
+    before = np.cumsum(descending) - descending  # interactions of more popular items
+    third = np.minimum(TAIL, 3 * before // total)
+    return np.where(descending > 0, third, TAIL)
+
+
 class Popularity:
     """Ranks held-out items among all items of their domain by training interactions.
 
@@ -51,12 +62,11 @@ class Popularity:
         self.third_N = np.full(dataset.num_embeddings, TAIL, np.int8)
         self._ascending: list[np.ndarray] = []  # counts of each domain
         for domain in dataset.domains:
-            counts = self.counts_N[domain.start : domain.start + domain.items]
+            end = domain.start + domain.items
+            counts = self.counts_N[domain.start : end]
             order = np.argsort(-counts, kind="stable")
             descending = counts[order]
-            before = np.cumsum(descending) - descending
-            third = np.minimum(TAIL, 3 * before // max(1, counts.sum()))
-            self.third_N[domain.start + order] = np.where(descending > 0, third, TAIL)
+            self.third_N[domain.start + order] = _thirds(descending)
             self._ascending.append(descending[::-1])
 
     def positions(

@@ -83,6 +83,13 @@ class Ranking:
     histogram: int64 (2, D, longest candidate list), position 1 first, by the model and by
     popularity. skipped_users: users that could not be read, whether or not they would have been
     evaluated. reasons: why, of this process alone, each line once.
+
+    Four users, two in each of two domains, among three candidates:
+
+        histogram[0]    [[1, 1, 0],    by the model: of domain 0 one user first, one second
+                         [2, 0, 0]]    of domain 1 both first
+        histogram[1]    [[0, 0, 2],    by popularity
+                         [0, 1, 1]]
     """
 
     histogram: np.ndarray
@@ -96,7 +103,11 @@ Visit = Callable[
 
 
 class RankingBatches(torch.utils.data.IterableDataset):
-    """Every user of the dataset that can be split, once, in the same steps on every rank."""
+    """Every user of the dataset that can be split, once, in the same steps on every rank.
+
+    Each user is ranked by its home rank, whose shards hold it. A rank that has no user in a step
+    gives a batch of one place, user −1, so that all ranks take part in the look-up of the table.
+    """
 
     def __init__(
         self,
@@ -384,7 +395,11 @@ def rank_candidates(
 def _model_scores(
     model: Model, table: "ItemTable", candidates: Candidates, device: torch.device
 ) -> np.ndarray:
-    """The model's score of each candidate, float32 (C,)."""
+    """The model's score of each candidate, float32 (C,).
+
+    It is the dot product of the candidate's vector with the user's vector for the domain of the
+    held-out item.
+    """
     query = move(candidates.query, device)
     rows = table(query.ids)
     y_BDR = model(query, rows)

@@ -64,7 +64,11 @@ class LogColumns:
         return cls(domains, total_steps, symbols)
 
     def train_line(self, record: dict[str, Any]) -> Text:
-        """One line for a train record."""
+        """One line for a train record.
+
+        A loss that the record does not have is left out; any other missing figure is a dash. Users
+        that were skipped are named at the end.
+        """
         line = self._begin(record)
         line.append("loss ")
         line.append(number(record.get("loss")), "bold")
@@ -79,7 +83,11 @@ class LogColumns:
         return line
 
     def evaluation_line(self, record: dict[str, Any]) -> Text:
-        """One line for an evaluation record: all mean metrics, then NDCG@10 by domain."""
+        """One line for an evaluation record: all mean metrics, then NDCG@10 by domain.
+
+        0:10:00  step  50/100  epoch 0  validation  mean  HR@5 0.2500  …  MRR 0.2500
+          │  NDCG@10 by domain Books 0.3000, Toys 0.2000  │  20 users, 3 too short
+        """
         evaluation = Evaluation.from_record(record)
         line = self._begin(record)
         line.append(evaluation.kind, "bold green")
@@ -99,6 +107,7 @@ class LogColumns:
         return line
 
     def _begin(self, record: dict[str, Any]) -> Text:
+        """The clock, the step of all steps, and the epoch: what every line begins with."""
         width = len(str(self.total_steps))
         line = Text()
         line.append(duration(record.get("seconds") or 0) + "  ", "dim")
@@ -107,7 +116,11 @@ class LogColumns:
         return line
 
     def _append_transfer(self, line: Text, record: dict[str, Any]) -> None:
-        """λ and φ of each domain that has one of them."""
+        """λ and φ of each domain that has one of them.
+
+        A run without loss correction has no λ, and its lines show φ alone. A φ below 0, negative
+        transfer, is red.
+        """
         weights = _present(record.get("lambda"))
         gaps = _present(record.get("phi"))
         shown = []
@@ -127,6 +140,7 @@ class LogColumns:
             line.append(" " + number(gap, "+.3f"), "red" if negative else "")
 
     def _append_speed(self, line: Text, record: dict[str, Any]) -> None:
+        """Users and tokens per second, the share of the time spent waiting for data, and memory."""
         users = _short_number(record.get("users_per_second"))
         tokens = _short_number(record.get("tokens_per_second"))
         wait = number(record.get("data_wait"), ".1%")
@@ -159,7 +173,13 @@ def _present(by_domain: dict[str, float | None] | None) -> dict[str, float]:
 
 
 class ProgressBar:
-    """The bar of a run's steps, drawn on a terminal only. A context manager."""
+    """The bar of a run's steps, drawn on a terminal only. A context manager.
+
+        loss 2.5000 ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╸ 50/100 0:03:20 left 0:03:20
+
+    console: where the lines of the log go too; they are printed above the bar. completed: steps
+    before a resume.
+    """
 
     def __init__(self, console: Console, total_steps: int, completed: int):
         self._bar = Progress(
@@ -208,6 +228,17 @@ def evaluation_table(record: dict[str, Any]) -> Table:
 
     Where the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand
     beside the model's. It fits 80 columns.
+
+        Test at step 1,200
+
+                                                                 popular
+                             HR      HR    NDCG    NDCG             NDCG
+        domain    users      @5     @10      @5     @10     MRR      @10  ratio
+        ───────────────────────────────────────────────────────────────────────
+        Books        10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
+        Toys          0       –       –       –       –       –        –      –
+
+        mean         10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
     """
     evaluation = Evaluation.from_record(record)
     table = new_table(f"{evaluation.kind.capitalize()} at step {evaluation.step:,}")
@@ -240,6 +271,7 @@ def comparison_columns(evaluation: Evaluation) -> Iterable[str]:
 
 
 def _domain_cells(evaluation: Evaluation, row: DomainFigures) -> list[str]:
+    """The metrics of a row, and the comparison with popularity where the table has one."""
     cells = metric_cells(row.model, evaluation.metrics)
     if evaluation.has_popularity:
         cells.append(number(row.popularity_headline))
@@ -267,7 +299,12 @@ def new_table(title: str, caption: str | None = None) -> Table:
 
 
 def stacked_header(name: str) -> str:
-    """A column's name on several lines: "popular NDCG@10" on three."""
+    """A column's name on several lines, so that the column is no wider than its figures.
+
+    popular NDCG@10    popular
+                       NDCG
+                       @10
+    """
     return name.replace(" ", "\n").replace("@", "\n@")
 
 

@@ -50,7 +50,11 @@ def headline(record: dict[str, Any]) -> str:
 
 
 def _table_of(title: str, columns: list[str], caption: str | None = None) -> Table:
-    """A table without rows; its first column has words, the others figures."""
+    """A table without rows.
+
+    columns: the first one has words, which may wrap; the others have figures, which may not.
+    caption: a sentence below the table.
+    """
     table = new_table(title, caption)
     first, *others = columns
     table.add_column(
@@ -63,6 +67,16 @@ def _table_of(title: str, columns: list[str], caption: str | None = None) -> Tab
 
 
 def _domain_table(record: dict[str, Any]) -> Table:
+    """The figures by domain, with 95 % confidence intervals, and the difference to popularity.
+
+                                                    NDCG  popular
+                         HR    NDCG                  @10     NDCG    difference
+    domain     users    @10     @10     MRR     interval      @10      interval
+    ───────────────────────────────────────────────────────────────────────────
+    Books        204 0.4118  0.2008  0.1741  0.161 0.242   0.1951  -0.051 0.057
+
+    mean         204 0.4118  0.2008  0.1741  0.161 0.242   0.1951  -0.051 0.057
+    """
     evaluation = Evaluation.from_record(record)
     metric = headline(record)
     columns = [
@@ -94,6 +108,11 @@ def _domain_table(record: dict[str, Any]) -> Table:
 def _domain_cells(
     row: DomainFigures, metric: str, difference: dict[str, Any]
 ) -> list[str]:
+    """A row of the table by domain, behind the domain's name.
+
+    metric: the one whose interval is shown. difference: {value, interval} of the model's metric
+    less popularity's.
+    """
     intervals = row.model.get("interval") or {}
     return [
         f"{row.users:,}",
@@ -105,6 +124,16 @@ def _domain_cells(
 
 
 def _breakdown_table(record: dict[str, Any]) -> Table:
+    """The headline metric of each group of users that has any, beside popularity's.
+
+                                                                    popular
+                         users                   NDCG                  NDCG
+    domain                  by          users     @10     interval      @10
+    ───────────────────────────────────────────────────────────────────────
+    Books      item popularity    head     66  0.2366  0.164 0.315   0.5031
+    Books       history length     5–9      9  0.1593            –   0.1649
+    Books    history in domain    none     10  0.0732  0.000 0.177   0.2427
+    """
     metric = headline(record)
     columns = [
         "domain",
@@ -136,6 +165,13 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
 
 
 def _recommendation_table(record: dict[str, Any]) -> Table:
+    """Catalogue coverage and the Gini index of what all users are recommended.
+
+                       coverage    gini
+    domain     items       @10     @10
+    ──────────────────────────────────
+    Books        300    0.8100  0.5400
+    """
     by_domain = record["recommended"]
     names = list(next(iter(by_domain.values())))
     table = _table_of("What all users are recommended", ["domain", *names])

@@ -202,6 +202,7 @@ class TensorBoard:
 
 
 def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
+    """A train record's figures by their tags: "loss/total", "phi/Books", …"""
     scalars = {}
     for field, tag in _TENSORBOARD_TAGS.items():
         scalars[tag] = record.get(field)
@@ -212,6 +213,11 @@ def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
+    """An evaluation's figures by their tags.
+
+    test mean/NDCG@10      the mean over domains
+    test NDCG@10/Books     of a domain
+    """
     evaluation = Evaluation.from_record(record)
     scalars = {}
     for metric in evaluation.metrics:
@@ -278,6 +284,7 @@ def _null(_literal: str) -> None:
 
 
 def _is_record(value: Any) -> bool:
+    """Whether a JSON value has what every record has: a kind, and a step that is an integer."""
     if not isinstance(value, dict):
         return False
     return isinstance(value.get("step"), int) and "kind" in value
@@ -306,6 +313,7 @@ def skipped_sentence(users: int) -> str:
 
 
 def _line(record: dict[str, Any]) -> str:
+    """A record as a line of metrics.jsonl."""
     return json.dumps(record, allow_nan=False) + "\n"
 
 
