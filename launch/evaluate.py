@@ -13,6 +13,7 @@ A full ranking has 95 % intervals, breakdowns, coverage and Gini; the drawn cand
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from launch.options import FinishedRun
@@ -52,6 +53,7 @@ def main() -> None:
     from trainer.evaluation.evaluate_run import rank_run
     from trainer.reporting.full_ranking_tables import full_tables
     from trainer.reporting.run_log import evaluation_table
+    from trainer.reporting.run_report import update_report
 
     full = options.ranking == "full"
     with process_group.joined() as ranks:
@@ -66,6 +68,8 @@ def main() -> None:
         )
     if not ranks.first:
         return
+    if full:
+        update_report(Path(options.run))
     if options.json:
         print(json.dumps(record))
         return

@@ -1,150 +1,207 @@
-"""Means of HR, NDCG and MRR over users, by groups of users, with 95 % intervals: a Poisson bootstrap.
+"""Means of HR, NDCG and MRR over users, by groups of users, with 95 % confidence intervals.
 
-Each replicate counts each user so often as a Poisson number of mean 1 says, which depends on (seed, replicate, user) alone
-(Hanley and MacGibbon, "Creating non-parametric bootstrap samples using Poisson frequencies", 2006). What is summed are integers
-(values times 2³²), so that neither the number of ranks nor the order of users changes a figure.
+The intervals come from a Poisson bootstrap. Each replicate counts each user as often as a Poisson
+number of mean 1 says, which depends on (seed, replicate, user) alone (Hanley and MacGibbon,
+"Creating non-parametric bootstrap samples using Poisson frequencies", 2006). What is summed are
+integers (values times 2³²), so neither the number of ranks nor the order of users changes a figure.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from trainer.data.counter_rng import RandomStream, random_bits, random_unit
-
-CUTS = (1, 5, 10, 20, 50)
-NAMES = (*(f"HR@{k}" for k in CUTS), *(f"NDCG@{k}" for k in CUTS), "MRR")
-FEWEST = (
-    10  # users of a group for an interval: of fewer it would say less than it seems to
+from trainer.evaluation.metrics import (
+    CUTOFFS as CUTS,  # moved
 )
+from trainer.evaluation.metrics import (
+    FULL_METRICS as NAMES,  # moved
+)
+from trainer.evaluation.metrics import metric_matrix
+
+# Users of a group for an interval: of fewer it would say less than it seems to.
+FEWEST = 10
 _SCALE = 2.0**32
-_CHANCE = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(13)])
+_PERCENTILES = (2.5, 97.5)
 
 
-def weights(seed, replicates, user_B):
-    """How often each replicate counts each user, float64 (replicates, B), whole numbers."""
-    unit = random_unit(
-        random_bits(
-            seed,
-            RandomStream.BOOTSTRAP_WEIGHTS,
-            np.arange(replicates)[:, None],
-            np.asarray(user_B)[None],
-        )
-    )
-    return np.searchsorted(_CHANCE, unit, side="right").astype(np.float64)
+def _cumulative_poisson(most: int) -> np.ndarray:
+    """The probabilities that a Poisson number of mean 1 is at most 0, 1, …, `most`."""
+    chances = [math.exp(-1) / math.factorial(count) for count in range(most + 1)]
+    return np.cumsum(chances)
 
 
-def values(rank_B):
-    """What is averaged over users, by 1-based ranks: 1 and the NAMES, each times 2³² and rounded; float64 (B, 1 + NAMES)."""
-    rank_B = np.asarray(rank_B, np.float64)
-    within = [rank_B <= k for k in CUTS]
-    gain_B = 1 / np.log2(rank_B + 1)
-    columns = [
-        np.ones_like(rank_B),
-        *within,
-        *(gain_B * inside for inside in within),
-        1 / rank_B,
-    ]
-    return np.rint(np.stack(columns, 1) * _SCALE)
+_CUMULATIVE = _cumulative_poisson(12)
+
+
+def weights(seed: int, replicates: int, user_B: np.ndarray) -> np.ndarray:
+    """How often each replicate counts each user: whole numbers, float64 (replicates, B)."""
+    replicate_R1 = np.arange(replicates)[:, None]
+    user_1B = np.asarray(user_B)[None]
+    bits_RB = random_bits(seed, RandomStream.BOOTSTRAP_WEIGHTS, replicate_R1, user_1B)
+    unit_RB = random_unit(bits_RB)
+    return np.searchsorted(_CUMULATIVE, unit_RB, side="right").astype(np.float64)
+
+
+def scaled_values(position_B: np.ndarray) -> np.ndarray:
+    """1 and the metrics of each position, times 2³² and rounded: float64 (B, 1 + metrics)."""
+    metrics_BK = metric_matrix(position_B, CUTS)
+    ones_B1 = np.ones((len(metrics_BK), 1))
+    return np.rint(np.concatenate([ones_B1, metrics_BK], axis=1) * _SCALE)
 
 
 class GroupMeans:
-    """Sums over the users of any number of groups, of which a user may be in several, for some systems that rank the same."""
+    """Sums over the users of groups, for several systems that rank the same users.
 
-    def __init__(self, systems, groups, seed, replicates=1000):
-        self.seed, self.replicates = seed, replicates
-        self.sums = np.zeros(
-            (systems, groups, 1 + replicates, 1 + len(NAMES)), np.int64
-        )  # first: every user once
+    A user may be in several groups. sums: int64 (systems, groups, 1 + replicates, 1 + metrics), of
+    values times 2³². Line 0 counts every user once, and column 0 counts users:
 
-    def add(self, user_B, groups_BG, ranks_SB):
-        """Some users: their numbers, the groups of each (int64 (B, G)), and their rank by each system (S, B)."""
+        users     HR@1   HR@5   …   MRR
+        4         1      3          1.9     every user once
+        5         2      4          2.8     replicate 1, in which one user counts twice
+        3         0      2          0.9     replicate 2
+    """
+
+    def __init__(self, systems: int, groups: int, seed: int, replicates: int = 1000):
+        self.seed = seed
+        self.replicates = replicates
+        shape = (systems, groups, 1 + replicates, 1 + len(NAMES))
+        self.sums = np.zeros(shape, np.int64)
+
+    def add(
+        self,
+        user_B: np.ndarray,
+        groups_BG: np.ndarray,
+        ranks_SB: Sequence[np.ndarray] | np.ndarray,
+    ) -> None:
+        """Adds some users. Users occur in one call, on one rank, alone.
+
+        user_B: their numbers. groups_BG: int64, the groups of each. ranks_SB: the position of each
+        by each system. Four users, two groups each (the domain, and a bucket), two systems:
+
+            user_B       12      40      7       31
+            groups_BG    0 1     3 5     3 4     0 2
+            ranks_SB     1       7       2       30      the model's
+                         4       9       2       11      popularity's
+        """
         if len(user_B) == 0:
             return
-        weight = np.concatenate(
-            [np.ones((1, len(user_B))), weights(self.seed, self.replicates, user_B)]
-        )
-        for system, rank_B in enumerate(ranks_SB):
-            value = values(rank_B)
+        once_1B = np.ones((1, len(user_B)))
+        drawn_RB = weights(self.seed, self.replicates, user_B)
+        weight_RB = np.concatenate([once_1B, drawn_RB])
+        for system, position_B in enumerate(ranks_SB):
+            value_BK = scaled_values(position_B)
             for group in np.unique(groups_BG):
-                own = (groups_BG == group).any(1)
+                member_B = (groups_BG == group).any(1)
                 # Whole numbers below 2⁵³ in float64: exact in any order.
-                self.sums[system, group] += (weight[:, own] @ value[own]).astype(
-                    np.int64
-                )
+                sums_RK = weight_RB[:, member_B] @ value_BK[member_B]
+                self.sums[system, group] += sums_RK.astype(np.int64)
 
-    def reduce(self, device):
+    def reduce(self, device: torch.device) -> None:
         """Sums over all ranks. Called on all of them."""
         total = torch.from_numpy(self.sums).to(device)
         dist.all_reduce(total)
         self.sums = total.cpu().numpy()
 
-    def figures(self, system, group) -> dict:
-        """users, the NAMES, and `interval`: {name: [low, high]}; None where there is no user, or too few."""
+    def figures(self, system: int, group: int) -> dict[str, Any]:
+        """users, the metrics, and `interval`: {metric: [low, high]}.
+
+            {"users": 204, "HR@1": 0.08, …, "MRR": 0.17, "interval": {"HR@1": [0.05, 0.12], …}}
+
+        A metric is None without users; `interval` is None of fewer users than FEWEST.
+        """
         return _figures(self.users(group), self._means(system, group))
 
-    def mean(self, system, groups) -> dict:
-        """The same of the means over those of the groups that have users."""
-        some = [group for group in groups if self.users(group)]
-        if not some:
+    def mean(self, system: int, groups: Sequence[int]) -> dict[str, Any]:
+        """The `figures` of the means over those of the groups that have users."""
+        with_users = self._groups_with_users(groups)
+        if not with_users:
             return _figures(0, None)
+        means = [self._means(system, group) for group in with_users]
         with np.errstate(invalid="ignore"):
-            means = np.mean([self._means(system, group) for group in some], axis=0)
-        return _figures(sum(map(self.users, some)), means)
+            mean_RK = np.mean(means, axis=0)
+        return _figures(self._total_users(with_users), mean_RK)
 
-    def difference(self, group, metric) -> dict:
-        """How much more the first system has than the second, in one metric: value, and interval as in `figures`."""
-        column = NAMES.index(metric)
-        ours, others = (self._means(system, group)[:, column] for system in (0, 1))
-        return _difference(self.users(group), ours - others)
+    def difference(self, group: int, metric: str) -> dict[str, Any]:
+        """How much more of a metric the first system has than the second.
 
-    def mean_difference(self, groups, metric) -> dict:
-        """The same of the means over those of the groups that have users."""
-        column, some = (
-            NAMES.index(metric),
-            [group for group in groups if self.users(group)],
-        )
-        if not some:
+        Returns `value`, and `interval` as in `figures`.
+        """
+        return _difference(self.users(group), self._differences(group, metric))
+
+    def mean_difference(self, groups: Sequence[int], metric: str) -> dict[str, Any]:
+        """The `difference` of the means over those of the groups that have users."""
+        with_users = self._groups_with_users(groups)
+        if not with_users:
             return _difference(0, None)
-        found = [
-            self._means(0, group)[:, column] - self._means(1, group)[:, column]
-            for group in some
-        ]
-        return _difference(sum(map(self.users, some)), np.mean(found, axis=0))
+        differences = [self._differences(group, metric) for group in with_users]
+        mean_R = np.mean(differences, axis=0)
+        return _difference(self._total_users(with_users), mean_R)
 
-    def users(self, group) -> int:
+    def users(self, group: int) -> int:
         """How many users of the group were added."""
         return int(self.sums[0, group, 0, 0] / _SCALE)
 
-    def _means(self, system, group):
-        """(1 + replicates, NAMES): of every user once, then of each replicate, NaN where it counts nobody."""
-        sums = self.sums[system, group].astype(np.float64)
+    def _groups_with_users(self, groups: Sequence[int]) -> list[int]:
+        return [group for group in groups if self.users(group)]
+
+    def _total_users(self, groups: Sequence[int]) -> int:
+        return sum(self.users(group) for group in groups)
+
+    def _differences(self, group: int, metric: str) -> np.ndarray:
+        """(1 + replicates,): of every user once, then of each replicate."""
+        column = NAMES.index(metric)
+        first_R = self._means(0, group)[:, column]
+        second_R = self._means(1, group)[:, column]
+        return first_R - second_R
+
+    def _means(self, system: int, group: int) -> np.ndarray:
+        """(1 + replicates, metrics): of every user once, then of each replicate.
+
+        NaN where a replicate counts nobody.
+        """
+        sums_RK = self.sums[system, group].astype(np.float64)
         with np.errstate(invalid="ignore"):
-            return sums[:, 1:] / sums[:, :1]
+            return sums_RK[:, 1:] / sums_RK[:, :1]
 
 
-def _figures(users, means):
+def _figures(users: int, mean_RK: np.ndarray | None) -> dict[str, Any]:
+    """users, the metrics and their intervals.
+
+    mean_RK: (1 + replicates, metrics), the means over every user once first; None without users.
+    """
     if users == 0:
         return {"users": 0} | dict.fromkeys(NAMES) | {"interval": None}
-    interval = None
+    figures: dict[str, Any] = {"users": users}
+    figures |= zip(NAMES, mean_RK[0].tolist(), strict=True)
+    figures["interval"] = None
     if users >= FEWEST:
-        low, high = np.nanpercentile(means[1:], (2.5, 97.5), axis=0)
-        interval = {
-            name: [float(low[place]), float(high[place])]
-            for place, name in enumerate(NAMES)
-        }
-    return (
-        {"users": users}
-        | dict(zip(NAMES, means[0].tolist(), strict=True))
-        | {"interval": interval}
-    )
+        figures["interval"] = _intervals(mean_RK[1:])
+    return figures
 
 
-def _difference(users, found):
+def _intervals(mean_RK: np.ndarray) -> dict[str, list[float]]:
+    """The 95 % interval of each metric: {metric: [low, high]}.
+
+    mean_RK: each replicate's means; those that count nobody are NaN and pass over.
+    """
+    low_high_2K = np.nanpercentile(mean_RK, _PERCENTILES, axis=0)
+    bounds_K2 = low_high_2K.T.tolist()
+    return dict(zip(NAMES, bounds_K2, strict=True))
+
+
+def _difference(users: int, difference_R: np.ndarray | None) -> dict[str, Any]:
+    """A difference's value and interval.
+
+    difference_R: (1 + replicates,), of every user once first; None without users.
+    """
     if users == 0:
         return {"value": None, "interval": None}
-    interval = (
-        np.nanpercentile(found[1:], (2.5, 97.5)).tolist() if users >= FEWEST else None
-    )
-    return {"value": float(found[0]), "interval": interval}
+    interval = None
+    if users >= FEWEST:
+        interval = np.nanpercentile(difference_R[1:], _PERCENTILES).tolist()
+    return {"value": float(difference_R[0]), "interval": interval}

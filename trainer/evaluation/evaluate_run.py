@@ -1,73 +1,163 @@
-"""Evaluation of a finished run."""
+"""Evaluation of a finished run: the record that it prints, and the files that it leaves.
+
+    RUN/evaluation-full-SPLIT.json    the record of a ranking among all items
+    RUN/ranks-SPLIT.parquet           each user's positions (trainer/evaluation/user_ranks.py)
+
+Both are left by a ranking among all items alone. Whoever calls writes the run's report anew.
+"""
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from trainer.checkpoint.best_model import best_model, open_run
+from trainer.config.run import RunConfig
+from trainer.data.format.dataset import Dataset
 from trainer.distributed.consensus import on_all_ranks
 from trainer.distributed.determinism import deterministic_sums
 from trainer.distributed.run_lock import locked
 from trainer.errors import InputError
 from trainer.evaluation.candidate_files import ResultWriter, read_candidates_of_rank
+from trainer.evaluation.evaluation import FULL_RECORD
 from trainer.evaluation.full import full_record, rank_fully, summed
-from trainer.evaluation.sampled import evaluate_split, evaluation_record
+from trainer.evaluation.sampled import (
+    Advance,
+    Candidates,
+    CandidatesByUser,
+    Model,
+    Ranking,
+    Visit,
+    evaluate_split,
+    evaluation_record,
+)
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
-from trainer.reporting.run_log import METRICS_FILE
-from trainer.reporting.run_report import FULL, write_report
 from trainer.run_files import RANKS
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from trainer.distributed.process_group import Ranks
 
 
 def rank_run(
-    run, ranks, split="test", data=None, candidates=None, output=None, full=False
-):
-    """The evaluation record of a run's best model. Called on all ranks.
+    run: str | Path,
+    ranks: "Ranks",
+    split: str = "test",
+    data: str | Path | None = None,
+    candidates: str | Path | None = None,
+    output: str | Path | None = None,
+    full: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a run's best model and returns the record. Called on all ranks.
 
-    data: the dataset's folder where it has moved; candidates, output: files as `trainer.evaluation.candidate_files` has them; full: rank among
-    all items of the domain too, which leaves `evaluation-full-SPLIT.json` and RANKS in the run's folder, and its report anew.
-    Raises InputError where one of them cannot be used.
+    data: the dataset's folder where it has moved. candidates, output: files, see
+    `trainer.evaluation.candidate_files`. full: rank among all items of the domain too, which
+    leaves the record and each user's positions in the run's folder. Raises InputError where one of
+    them cannot be used.
     """
     if full and candidates:
         raise InputError(
-            "--candidates: with --ranking full all items of the domain are the candidates; leave one of them out"
+            "--candidates: with --ranking full all items of the domain are the candidates; "
+            "leave one of them out"
         )
     config, dataset = open_run(run, data, ranks=ranks)
     with deterministic_sums(config.deterministic):
-        return _rank_run(run, config, dataset, ranks, split, candidates, output, full)
+        candidates_by_user = None
+        if candidates:
+            candidates_by_user = read_candidates_of_rank(
+                dataset, candidates, ranks, config
+            )
+        model, table, best = best_model(run, config, dataset, ranks)
+        model_state = {"step": best["step"], "epoch": best["epoch"]}
+        positions = _UserPositions(dataset.users if full else 0)
+        visit = positions.visit if full else None
+        ranking = _rank_candidates(
+            model,
+            table,
+            dataset,
+            ranks,
+            config,
+            split,
+            candidates_by_user,
+            output,
+            visit,
+        )
+        record = evaluation_record(split, dataset, ranking, **model_state)
+        if not full:
+            return record
+        with _progress_bar(ranks, "ranking among all items") as advance:
+            whole = rank_fully(model, table, dataset, ranks, config, split, advance)
+        record = full_record(split, dataset, whole, record, **model_state)
+        domain_U = summed(positions.domain_U, ranks)
+        sampled_U = summed(positions.position_U, ranks)
+    if ranks.first:
+        _save_full(Path(run), record, domain_U, sampled_U, whole.rank_U)
+    return record
 
 
-def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
-    given = (
-        read_candidates_of_rank(dataset, candidates, ranks, config)
-        if candidates
-        else None
-    )
-    model, table, best = best_model(run, config, dataset, ranks)
+class _UserPositions:
+    """The position of each user whom this rank ranks among drawn candidates, and the domain."""
+
+    def __init__(self, users: int):
+        self.position_U = np.zeros(users, np.int32)
+        self.domain_U = np.zeros(users, np.int32)
+
+    def visit(
+        self, candidates: Candidates, position_B: np.ndarray, _scores_C: np.ndarray
+    ) -> None:
+        """Keeps one step's positions."""
+        real = candidates.user_B >= 0
+        user_B = candidates.user_B[real]
+        self.position_U[user_B] = position_B[real]
+        self.domain_U[user_B] = candidates.domain_B[real]
+
+
+def _rank_candidates(
+    model: Model,
+    table: "ItemTable",
+    dataset: Dataset,
+    ranks: "Ranks",
+    config: RunConfig,
+    split: str,
+    candidates: CandidatesByUser | None,
+    output: str | Path | None,
+    visit: Visit | None,
+) -> Ranking:
+    """Ranks a split among drawn or given candidates; leaves `output` where it is given.
+
+    Says on stderr which users were skipped. Where it fails, it leaves no part of `output`.
+    """
     writer = None
+    if output:
+        writer = _open_writer(dataset, output, ranks)
 
-    def begin():
-        nonlocal writer
-        writer = ResultWriter(dataset, output, ranks)
-
-    sampled_U, domain_U = np.zeros((2, dataset.users if full else 0), np.int32)
-
-    def visit(candidates, ranks_B, scores_C):
-        if full:
-            real = candidates.user_B >= 0
-            sampled_U[candidates.user_B[real]] = ranks_B[real]
-            domain_U[candidates.user_B[real]] = candidates.domain_B[real]
+    def visit_both(
+        batch: Candidates, position_B: np.ndarray, scores_C: np.ndarray
+    ) -> None:
+        if visit:
+            visit(batch, position_B, scores_C)
         if writer:
-            writer.add(candidates, ranks_B, scores_C)
+            writer.add(batch, position_B, scores_C)
 
     try:
-        if output:
-            on_all_ranks(begin)
-        ranking = _rank(model, table, dataset, ranks, config, split, given, visit)
+        with _progress_bar(ranks, "ranking") as advance:
+            ranking = evaluate_split(
+                model,
+                table,
+                dataset,
+                ranks,
+                config,
+                split,
+                candidates,
+                visit_both,
+                advance,
+            )
     except BaseException:
         if writer:
             writer.discard()
@@ -75,55 +165,65 @@ def _rank_run(run, config, dataset, ranks, split, candidates, output, full):
     if writer:
         writer.finish()
     for reason in ranking.reasons:
-        print(f"skipped: {reason}", file=sys.stderr, flush=True)
-    where = {"step": best["step"], "epoch": best["epoch"]}
-    record = evaluation_record(split, dataset, ranking, **where)
-    if full:
-        with _bar(ranks, "ranking among all items") as advance:
-            whole = rank_fully(model, table, dataset, ranks, config, split, advance)
-        record = full_record(split, dataset, whole, record, **where)
-        of_users = summed(domain_U, ranks), summed(sampled_U, ranks), whole.rank_U
-        if ranks.first:
-            _keep(Path(run), record, of_users)
-    return record
+        _warn(f"skipped: {reason}")
+    return ranking
 
 
-def _rank(model, table, dataset, ranks, config, split, given, visit):
-    with _bar(ranks, "ranking") as advance:
-        return evaluate_split(
-            model, table, dataset, ranks, config, split, given, visit, advance
-        )
+def _open_writer(dataset: Dataset, output: str | Path, ranks: "Ranks") -> ResultWriter:
+    """Opens this rank's part of the results, or leaves none where another rank's fails."""
+    opened: list[ResultWriter] = []
+    try:
+        on_all_ranks(lambda: opened.append(ResultWriter(dataset, output, ranks)))
+    except BaseException:
+        for writer in opened:
+            writer.discard()
+        raise
+    return opened[0]
 
 
 @contextlib.contextmanager
-def _bar(ranks, words):
-    """A bar on the first rank's stderr; yields what is told how far it is."""
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not ranks.first
-    ) as bar:
-        task = bar.add_task(words)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
+    """A progress bar on the first rank's stderr; yields advance(done, total)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not ranks.first) as bar:
+        task = bar.add_task(text)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
 
 
-def _keep(run, record, of_users):
-    """Leaves a full ranking's record in the run's folder, and each user's ranks; a folder that cannot be written does not lose
-    the figures."""
-    (users,) = np.nonzero(of_users[-1])
+def _save_full(
+    run: Path,
+    record: dict[str, Any],
+    domain_U: np.ndarray,
+    sampled_U: np.ndarray,
+    full_U: np.ndarray,
+) -> None:
+    """Leaves a full ranking's record and each user's positions in the run's folder.
+
+    A folder that cannot be written does not lose the figures: the caller shows them.
+    """
+    split = record["kind"]
+    (users,) = np.nonzero(full_U)
     try:
         with locked(run):
             write_ranks(
-                run / RANKS.format(split=record["kind"]),
+                run / RANKS.format(split=split),
                 users,
-                *(values_U[users] for values_U in of_users),
+                domain_U[users],
+                sampled_U[users],
+                full_U[users],
             )
-            write_json(run / f"{FULL}-{record['kind']}.json", record)
-            if (run / METRICS_FILE).is_file():
-                write_report(run)
+            write_json(run / f"{FULL_RECORD}-{split}.json", record)
     except InputError as error:
-        print(f"{error}: the figures are only shown", file=sys.stderr, flush=True)
+        _warn(f"{error}: the figures are only shown")
     except OSError as error:
-        print(
-            f"{run}: cannot be written ({error.strerror}): the figures are only shown",
-            file=sys.stderr,
-            flush=True,
+        _warn(
+            f"{run}: cannot be written ({error.strerror}): the figures are only shown"
         )
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,12 +1,16 @@
-"""Ranking of held-out items among all items of their domain, with intervals, breakdowns, and what is recommended at all.
+"""Ranking of held-out items among all items of their domain.
 
-A user's held-out item is ranked among all items of its domain but those of the rest of the user's history. Popularity ranks the
-same items; of those as popular as the item it puts before it as many as an order would that is drawn for each user (from the
-seed). Ties of the model's scores count against it. On CPUs every figure is the
-same at any number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/gpu.md).
+Beside the figures stand confidence intervals, breakdowns by groups of users, catalogue coverage,
+and the Gini index of what is recommended.
+
+A user's held-out item (leave-one-out) is ranked among all items of its domain, except those of the
+rest of the user's history. Popularity ranks the same items, its ties broken by an order drawn for
+each user. Ties of the model's scores count against it. On CPUs every figure is the same at any
+number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/gpu.md).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,36 +18,53 @@ import torch.distributed as dist
 
 from embeddings.topk.ranking import ExactRanking, Excluded
 from syncrec.batch.build import Query, move
-from trainer.data.counter_rng import RandomStream, random_below, random_bits
-from trainer.data.format.dataset import SPLIT_LENGTH
-from trainer.data.format.vocabulary import item_counts
+from trainer.config.run import RunConfig
+from trainer.data.format.dataset import Dataset
+from trainer.data.loading.histories import Users
 from trainer.data.loading.stream import ready
+from trainer.data.split import can_be_split
 from trainer.evaluation.bootstrap import GroupMeans
-from trainer.evaluation.sampled import RankingBatches
+from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.metrics import HEADLINE
+from trainer.evaluation.popularity import Popularity
+from trainer.evaluation.sampled import Advance, Model, RankingBatches
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from trainer.distributed.process_group import Ranks
 
 SHOWN = 10  # items of a user that coverage and Gini are about
 LENGTHS = (1, 5, 10, 20, 50)  # where the buckets of history lengths begin
-HEADLINE = "NDCG@10"
 _PIECE = 1 << 20  # numbers that are summed over the ranks at once
 
-POPULARITY = ("head", "middle", "tail")
-OWN = ("none", "some")
+THIRDS = ("head", "middle", "tail")
+LENGTH_BUCKETS = ("1–4", "5–9", "10–19", "20–49", "50+")
+HISTORY_IN_DOMAIN = ("none", "some")
 BREAKDOWNS = {
-    "item popularity": POPULARITY,
-    "history length": tuple(
-        f"{low}–{high - 1}" if high else f"{low}+"
-        for low, high in zip(LENGTHS, (*LENGTHS[1:], None), strict=True)
-    ),
-    "history in domain": OWN,
+    "item popularity": THIRDS,
+    "history length": LENGTH_BUCKETS,
+    "history in domain": HISTORY_IN_DOMAIN,
 }
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
-    user_B, domain_B, row_B: int64: the user, the item's domain, the item. length_B: of the history before it, whole; own_B: how
-    much of that is of the item's domain. rows_E, counts_B: every other item of the user, jagged. skipped, reasons: as in Fed.
+    user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. length_B: of
+    the whole history before it. domain_length_B: interactions of that history in the item's
+    domain. rows_E, counts_B: every other item of the user, jagged. skipped, reasons: as in `Fed`
+    (trainer.data.loading.stream).
+
+    Four users of two domains, domain 1 from row 50, the test item held out:
+
+        user_B             12       40           7       31
+        domain_B           0        1            1       0
+        row_B              4        51           58      9
+        length_B           2        3            2       2
+        domain_length_B    1        2            1       2
+        counts_B           2        3            2       2
+        rows_E             2 55     60 60 3      61 9    8 17
     """
 
     query: Query
@@ -51,7 +72,7 @@ class Held:
     domain_B: np.ndarray
     row_B: np.ndarray
     length_B: np.ndarray
-    own_B: np.ndarray
+    domain_length_B: np.ndarray
     rows_E: np.ndarray
     counts_B: np.ndarray
     skipped: int = 0
@@ -62,9 +83,17 @@ class Held:
 class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
-    rank_U: int32, of each user of the dataset, by number; 0 of those that were not ranked.
-    means: GroupMeans of the model and of popularity; the groups of domain d are d · groups_of_domain() and those that follow:
-    all its users, then those of each of BREAKDOWNS. shown: how often each row of M was among the SHOWN best of a user.
+    rank_U: int32, the position of each user of the dataset, by number; 0 of those that were not
+    ranked. means: GroupMeans of the model and of popularity; the groups of domain d are
+    d · groups_of_domain() and those that follow: all its users, then those of each of BREAKDOWNS.
+    shown: how often each row of M was among the SHOWN best of a user.
+
+    The groups of domain 0; those of domain 1 begin at 11:
+
+        0           all users
+        1 2 3       item popularity: head, middle, tail
+        4 … 8       history length: 1–4, 5–9, 10–19, 20–49, 50+
+        9 10        history in domain: none, some
     """
 
     rank_U: np.ndarray
@@ -74,117 +103,167 @@ class FullRanking:
     reasons: tuple[str, ...]
 
 
-class HeldBatches(RankingBatches):
+class HeldOutBatches(RankingBatches):
     """As RankingBatches, without candidates."""
 
-    def build(self, users):
+    def build(self, users: Users) -> HeldOutBatch:
+        """Histories up to the held-out item, that item, and the user's other items."""
         dataset = self.plan.dataset
-        ends_B = np.cumsum(users.lengths_B)
-        keep_B = users.lengths_B >= SPLIT_LENGTH
-        if self.alone is not None:
-            keep_B[keep_B] = (
-                dataset.domain_of(users.items_N[ends_B[keep_B] - self.back])
-                == self.alone
-            )
-        lengths_B, ends_B = users.lengths_B[keep_B], ends_B[keep_B]
-        items = [
-            users.items_N[end - length : end]
-            for length, end in zip(lengths_B, ends_B, strict=True)
-        ]
-        row_B = np.array([own[-self.back] for own in items], np.int64)
+        chosen_B = self._chosen(users)
+        lengths_B = users.lengths_B[chosen_B]
+        ends_B = np.cumsum(users.lengths_B)[chosen_B]
+        offset = self.split.offset
+        row_B = users.items_N[ends_B - offset].astype(np.int64)
         domain_B = dataset.domain_of(row_B)
-        own_B = [
-            np.count_nonzero(dataset.domain_of(own[: -self.back]) == d)
-            for own, d in zip(items, domain_B, strict=True)
-        ]
-        others = [np.delete(own, len(own) - self.back) for own in items]
-        return Held(
-            query=self.query(users, np.flatnonzero(keep_B), np.zeros(0, np.int64)),
-            user_B=users.number_B[keep_B],
+        domain_length_B = np.zeros(len(row_B), np.int64)
+        others = [np.zeros(0, np.int64)]
+        for user, end in enumerate(ends_B):
+            items = users.items_N[end - lengths_B[user] : end]
+            history_domains = dataset.domain_of(items[:-offset])
+            same_domain = history_domains == domain_B[user]
+            domain_length_B[user] = np.count_nonzero(same_domain)
+            others.append(np.delete(items, len(items) - offset))
+        return HeldOutBatch(
+            query=self.query(users, np.flatnonzero(chosen_B), np.zeros(0, np.int64)),
+            user_B=users.number_B[chosen_B],
             domain_B=domain_B,
             row_B=row_B,
-            length_B=lengths_B - self.back,
-            own_B=np.array(own_B, np.int64),
-            rows_E=np.concatenate([*others, np.zeros(0, np.int64)]),
+            length_B=self.split.history_lengths(lengths_B),
+            domain_length_B=domain_length_B,
+            rows_E=np.concatenate(others),
             counts_B=lengths_B - 1,
         )
+
+    def _chosen(self, users: Users) -> np.ndarray:
+        """Which users are ranked, bool (B,): those that are split, and of the one domain."""
+        chosen_B = can_be_split(users.lengths_B)
+        if self.only_domain is None:
+            return chosen_B
+        ends_B = np.cumsum(users.lengths_B)[chosen_B]
+        row_B = users.items_N[ends_B - self.split.offset]
+        domain_B = self.plan.dataset.domain_of(row_B)
+        chosen_B[chosen_B] = domain_B == self.only_domain
+        return chosen_B
+
+
+class _DomainRankings:
+    """An exact ranking of each domain's items, and how often each item was recommended."""
+
+    def __init__(self, table: "ItemTable", dataset: Dataset, only_domain: int | None):
+        self.domains = dataset.domains
+        self.numbers = range(len(dataset.domains))  # of the domains that are ranked
+        if only_domain is not None:
+            self.numbers = range(only_domain, only_domain + 1)
+        self.rankings = []
+        for domain in dataset.domains:
+            self.rankings.append(ExactRanking(table, domain.start, domain.items))
+        self.shown_N = np.zeros(dataset.num_embeddings, np.int64)
+
+    def rank(self, y_BDR: torch.Tensor, batch: HeldOutBatch) -> np.ndarray:
+        """The position of each held-out item, int64 (B,). Called on all ranks.
+
+        y_BDR: the users' vectors for each domain.
+        """
+        excluded = Excluded(
+            torch.from_numpy(batch.rows_E.astype(np.int64)),
+            torch.from_numpy(batch.counts_B),
+        )
+        position_B = np.zeros(len(batch.user_B), np.int64)
+        for number in self.numbers:
+            y_BR = y_BDR[:, number]
+            self._count_shown(number, y_BR, excluded)
+            in_domain_B = batch.domain_B == number
+            position_B[in_domain_B] = self._positions(
+                number, y_BR, batch, excluded, in_domain_B
+            )
+        return position_B
+
+    def _count_shown(self, number: int, y_BR: torch.Tensor, excluded: Excluded) -> None:
+        """Counts the best items of the domain for each user."""
+        most = min(SHOWN, self.domains[number].items)
+        rows_Bk = self.rankings[number].top_k(y_BR, most, excluded).rows_Bk
+        rows_Bk = rows_Bk.cpu().numpy()
+        # Few of them beside the rows of M: one count each, not one for every row.
+        np.add.at(self.shown_N, rows_Bk[rows_Bk >= 0], 1)
+
+    def _positions(
+        self,
+        number: int,
+        y_BR: torch.Tensor,
+        batch: HeldOutBatch,
+        excluded: Excluded,
+        in_domain_B: np.ndarray,
+    ) -> np.ndarray:
+        """The positions of the held-out items that are of this domain."""
+        members = torch.from_numpy(in_domain_B)
+        in_domain_E = torch.from_numpy(np.repeat(in_domain_B, batch.counts_B))
+        positions = self.rankings[number].ranks(
+            y_BR[members.to(y_BR.device)],
+            torch.from_numpy(batch.row_B)[members],
+            Excluded(excluded.rows_E[in_domain_E], excluded.counts_B[members]),
+        )
+        return positions.cpu().numpy()
 
 
 @torch.no_grad()
 def rank_fully(
-    model, table, dataset, ranks, config, split, advance=None, workers=None
+    model: Model,
+    table: "ItemTable",
+    dataset: Dataset,
+    ranks: "Ranks",
+    config: RunConfig,
+    split: str,
+    advance: Advance | None = None,
+    workers: int | None = None,
 ) -> FullRanking:
-    """Ranks every user of a split. Called on all ranks. config: the RunConfig; workers: see `ready`.
+    """Ranks every user of a split among all items of a domain. Called on all ranks.
 
-    advance(done, total): called after every step.
+    advance(done, total): called after every step. workers: as `ready` takes them.
     """
-    where = dataset, ranks.rank, ranks.world_size
-    how = {"stream": config.stream, "both_views": config.model.predicts_by_both}
-    batches = HeldBatches(
-        *where, config.evaluation, config.model.max_length, split, config.seed, **how
+    batches = HeldOutBatches(
+        dataset,
+        ranks.rank,
+        ranks.world_size,
+        config.evaluation,
+        config.model.max_length,
+        split,
+        config.seed,
+        stream=config.stream,
+        both_views=config.model.predicts_by_both,
     )
-    domains = dataset.domains
-    rankings = [ExactRanking(table, domain.start, domain.items) for domain in domains]
+    rankings = _DomainRankings(table, dataset, batches.only_domain)
     popularity = Popularity(dataset, config.seed)
-    means = GroupMeans(2, len(domains) * groups_of_domain(), config.seed)
-    shown, rank_U = (
-        np.zeros(dataset.num_embeddings, np.int64),
-        np.zeros(dataset.users, np.int32),
-    )
-    skipped, reasons = 0, {}
-    for done, held in enumerate(
-        ready(batches, config.stream, pin_memory=False, workers=workers), start=1
-    ):
-        skipped += held.skipped
-        reasons |= dict.fromkeys(held.reasons)
-        query = move(held.query, ranks.device)
-        y_BDR = model(query, table(query.ids))[
-            : len(held.user_B)
-        ]  # a rank without users has one to look up with
-        excluded = Excluded(
-            torch.from_numpy(held.rows_E.astype(np.int64)),
-            torch.from_numpy(held.counts_B),
+    means = GroupMeans(2, len(dataset.domains) * groups_of_domain(), config.seed)
+    position_U = np.zeros(dataset.users, np.int32)
+    skipped = 0
+    reasons: dict[str, None] = {}
+    built = ready(batches, config.stream, pin_memory=False, workers=workers)
+    for done, batch in enumerate(built, start=1):
+        skipped += batch.skipped
+        reasons |= dict.fromkeys(batch.reasons)
+        query = move(batch.query, ranks.device)
+        y_BDR = model(query, table(query.ids))
+        # A rank without users has one to look up with.
+        position_B = rankings.rank(y_BDR[: len(batch.user_B)], batch)
+        popularity_B = popularity.positions(
+            batch.user_B, batch.domain_B, batch.row_B, batch.counts_B, batch.rows_E
         )
-        rank_B = np.zeros(len(held.user_B), np.int64)
-        for number, ranking in enumerate(rankings):
-            if batches.alone not in (None, number):
-                continue
-            y_BR = y_BDR[:, number]
-            rows_Bk = (
-                ranking.top_k(y_BR, min(SHOWN, domains[number].items), excluded)
-                .rows_Bk.cpu()
-                .numpy()
-            )
-            np.add.at(
-                shown, rows_Bk[rows_Bk >= 0], 1
-            )  # there are few of them beside the rows of M
-            own_B = held.domain_B == number
-            own = torch.from_numpy(own_B)
-            own_excluded = Excluded(
-                excluded.rows_E[torch.from_numpy(np.repeat(own_B, held.counts_B))],
-                excluded.counts_B[own],
-            )
-            found = ranking.ranks(
-                y_BR[own.to(y_BR.device)],
-                torch.from_numpy(held.row_B)[own],
-                own_excluded,
-            )
-            rank_B[own_B] = found.cpu().numpy()
-        rank_U[held.user_B] = rank_B
-        groups_BG = groups(held, popularity.third[held.row_B])
-        means.add(held.user_B, groups_BG, (rank_B, popularity.ranks(held)))
+        position_U[batch.user_B] = position_B
+        groups_BG = groups(batch, popularity.third_N[batch.row_B])
+        means.add(batch.user_B, groups_BG, (position_B, popularity_B))
         if advance is not None:
             advance(done, len(batches))
     means.reduce(ranks.device)
     skipped_1 = np.array([skipped])
-    for values in (shown, skipped_1):
-        _sum_in_place(values, ranks.device)
+    _sum_in_place(rankings.shown_N, ranks.device)
+    _sum_in_place(skipped_1, ranks.device)
+    position_U = summed(position_U, ranks)
     return FullRanking(
-        summed(rank_U, ranks), means, shown, int(skipped_1[0]), tuple(reasons)
+        position_U, means, rankings.shown_N, int(skipped_1[0]), tuple(reasons)
     )
 
 
-def _sum_in_place(values_M, device):
+def _sum_in_place(values_M: np.ndarray, device: torch.device) -> None:
     """Makes an array the sum of all ranks' arrays, a piece at a time."""
     for begin in range(0, len(values_M), _PIECE):
         piece = torch.from_numpy(values_M[begin : begin + _PIECE])
@@ -193,142 +272,132 @@ def _sum_in_place(values_M, device):
         piece.copy_(total)
 
 
-def summed(values_U, ranks):
-    """The sum over all ranks of int32 (U,): of what each knows of its own users, everyone's."""
+def summed(values_U: np.ndarray, ranks: "Ranks") -> np.ndarray:
+    """The sum over all ranks of int32 (U,): each knows its own users' values, and 0 of others."""
     total_U = torch.from_numpy(values_U).to(ranks.device)
     dist.all_reduce(total_U)
     return total_U.cpu().numpy()
 
 
-def groups_of_domain():
-    """All users, and the groups of each breakdown."""
-    return 1 + sum(map(len, BREAKDOWNS.values()))
+def groups_of_domain() -> int:
+    """How many groups a domain has: all its users, and the groups of each breakdown."""
+    groups_of_breakdowns = [len(names) for names in BREAKDOWNS.values()]
+    return 1 + sum(groups_of_breakdowns)
 
 
-def groups(held: Held, third_B):
-    """The numbers of each user's groups, int64 (B, 1 + BREAKDOWNS)."""
-    first_B = held.domain_B * groups_of_domain()
-    length_B = np.searchsorted(LENGTHS, held.length_B, side="right") - 1
-    places = (third_B, length_B, (held.own_B > 0).astype(np.int64))
-    columns, begin = [first_B], 1
-    for place_B, names in zip(places, BREAKDOWNS.values(), strict=True):
-        columns.append(first_B + begin + place_B)
+def groups(batch: HeldOutBatch, third_B: np.ndarray) -> np.ndarray:
+    """The numbers of each user's groups, int64 (B, 1 + BREAKDOWNS).
+
+    third_B: the held-out item's third by popularity (trainer/evaluation/popularity.py). Two users:
+
+        domain_B           0               1
+        third_B            2               0
+        length_B           12              3
+        domain_length_B    4               0
+        groups             0  3  6  10     11 12 15 20
+    """
+    first_B = batch.domain_B * groups_of_domain()
+    bucket_B = np.searchsorted(LENGTHS, batch.length_B, side="right") - 1
+    some_B = (batch.domain_length_B > 0).astype(np.int64)
+    columns = [first_B]
+    begin = 1
+    for names, index_B in zip(
+        BREAKDOWNS.values(), (third_B, bucket_B, some_B), strict=True
+    ):
+        columns.append(first_B + begin + index_B)
         begin += len(names)
     return np.stack(columns, 1)
 
 
-class Popularity:
-    """Training interactions of each row, the ranks that they give, and `third`: whether an item is among the most popular ones
-    that have a third of their domain's interactions (0), the next that have another (1), or the rest (2)."""
-
-    def __init__(self, dataset, seed):
-        self.dataset, self.seed = dataset, seed
-        self.counts = item_counts(dataset)
-        self.third = np.full(dataset.num_embeddings, 2, np.int8)
-        self._sorted = []
-        for domain in dataset.domains:
-            counts = self.counts[domain.start : domain.start + domain.items]
-            order = np.argsort(-counts, kind="stable")
-            falling = counts[order]
-            before = np.cumsum(falling) - falling
-            third = np.minimum(2, 3 * before // max(1, counts.sum()))
-            self.third[domain.start + order] = np.where(falling > 0, third, 2)
-            self._sorted.append(falling[::-1])
-
-    def ranks(self, held: Held):
-        """The 1-based rank of each user's held-out item, int64 (B,)."""
-        user_E = np.repeat(np.arange(len(held.user_B)), held.counts_B)
-        rows = self.dataset.num_embeddings
-        pair = np.unique(user_E * rows + held.rows_E)
-        user_E, row_E = np.divmod(pair, rows)
-        other_E = (self.dataset.domain_of(row_E) == held.domain_B[user_E]) & (
-            row_E != held.row_B[user_E]
-        )
-        user_E, count_E = user_E[other_E], self.counts[row_E[other_E]]
-        own_B = self.counts[held.row_B].astype(np.int64)
-        greater_B, equal_B = np.zeros_like(own_B), np.zeros_like(own_B)
-        for number, ascending in enumerate(self._sorted):
-            own = held.domain_B == number
-            right = np.searchsorted(ascending, own_B[own], side="right")
-            greater_B[own] = len(ascending) - right
-            equal_B[own] = (
-                right - np.searchsorted(ascending, own_B[own], side="left") - 1
-            )
-        greater_B -= np.bincount(user_E[count_E > own_B[user_E]], minlength=len(own_B))
-        equal_B -= np.bincount(user_E[count_E == own_B[user_E]], minlength=len(own_B))
-        return (
-            1
-            + greater_B
-            + random_below(
-                random_bits(self.seed, RandomStream.POSITION_TIES, held.user_B),
-                equal_B + 1,
-            )
-        )
-
-
-def full_record(kind, dataset, ranking: FullRanking, sampled=None, **where):
-    """What a run prints and writes of a full ranking; sampled: the record of the sampled one, which stands beside."""
-    means, size = ranking.means, groups_of_domain()
-    firsts = [number * size for number in range(len(dataset.domains))]
-    record = {
-        "kind": kind,
-        "ranking": "full",
-        "too_short": dataset.too_short,
-        "skipped_users": ranking.skipped_users,
-        **where,
-    }
-    for system, name in enumerate(("domains", "popularity")):
-        record[name] = {
-            d.name: means.figures(system, first)
-            for d, first in zip(dataset.domains, firsts, strict=True)
-        }
-        record["mean" if system == 0 else "popularity_mean"] = means.mean(
-            system, firsts
-        )
-    record["difference"] = {
-        "metric": HEADLINE,
-        "domains": {
-            d.name: means.difference(first, HEADLINE)
-            for d, first in zip(dataset.domains, firsts, strict=True)
+def full_evaluation(
+    split: str,
+    dataset: Dataset,
+    ranking: FullRanking,
+    sampled: dict[str, Any] | None = None,
+    **model_state: Any,
+) -> Evaluation:
+    """The figures of a full ranking. sampled: the record of the ranking among drawn candidates."""
+    means = ranking.means
+    rows = []
+    differences = {}
+    breakdown = {}
+    recommendations = {}
+    firsts = []  # of each domain's groups
+    for number, domain in enumerate(dataset.domains):
+        first = number * groups_of_domain()
+        firsts.append(first)
+        by_model = means.figures(0, first)
+        by_popularity = means.figures(1, first)
+        rows.append(DomainFigures(domain.name, by_model, by_popularity))
+        differences[domain.name] = means.difference(first, HEADLINE)
+        breakdown[domain.name] = _breakdown(means, first)
+        shown_N = ranking.shown[domain.start : domain.start + domain.items]
+        recommendations[domain.name] = recommended(shown_N)
+    full = {
+        "difference": {
+            "metric": HEADLINE,
+            "domains": differences,
+            "mean": means.mean_difference(firsts, HEADLINE),
         },
-        "mean": means.mean_difference(firsts, HEADLINE),
+        "breakdown": breakdown,
+        "recommended": recommendations,
     }
-    record["breakdown"] = {
-        d.name: _breakdown(means, first)
-        for d, first in zip(dataset.domains, firsts, strict=True)
-    }
-    record["recommended"] = {
-        d.name: recommended(ranking.shown[d.start : d.start + d.items]) for d in dataset.domains
-    }  # fmt: skip
-    return record | ({"sampled": sampled} if sampled else {})
-
-
-def _breakdown(means, first):
-    found, place = {}, first + 1
-    for breakdown, names in BREAKDOWNS.items():
-        found[breakdown] = {}
-        for name in names:
-            popularity = means.figures(1, place)
-            found[breakdown][name] = means.figures(0, place) | {
-                f"popularity {HEADLINE}": popularity[HEADLINE]
-            }
-            place += 1
-    return found
-
-
-def recommended(counts_N) -> dict:
-    """items: of the domain; coverage: the share of them that anybody is shown; gini: of how often each is shown, 0 where all
-    are as often, towards 1 where few take all; None where nobody is shown anything."""
-    items, total = len(counts_N), int(counts_N.sum())
-    name = f"@{SHOWN}"
-    if total == 0:
-        return {"items": items, f"coverage{name}": None, f"gini{name}": None}
-    ascending = np.sort(counts_N).astype(np.float64)
-    gini = float(
-        (2 * np.arange(1, items + 1) - items - 1) @ ascending / (items * total)
+    if sampled:
+        full["sampled"] = sampled
+    return Evaluation(
+        kind=split,
+        by_domain=rows,
+        mean=means.mean(0, firsts),
+        popularity_mean=means.mean(1, firsts),
+        too_short=dataset.too_short,
+        skipped_users=ranking.skipped_users,
+        model_state=model_state,
+        full=full,
     )
-    return {
-        "items": items,
-        f"coverage{name}": float(np.count_nonzero(counts_N) / items),
-        f"gini{name}": gini,
-    }
+
+
+def full_record(
+    kind: str,
+    dataset: Dataset,
+    ranking: FullRanking,
+    sampled: dict[str, Any] | None = None,
+    **where: Any,
+) -> dict[str, Any]:
+    """The record of `full_evaluation`, which a run writes and prints. kind: the split."""
+    return full_evaluation(kind, dataset, ranking, sampled, **where).to_record()
+
+
+def _breakdown(means: GroupMeans, first: int) -> dict[str, dict[str, Any]]:
+    """{breakdown: {group: figures}} of the domain whose groups begin at `first`."""
+    breakdowns = {}
+    group = first + 1
+    for breakdown, names in BREAKDOWNS.items():
+        figures_of_groups = {}
+        for name in names:
+            popularity = means.figures(1, group)
+            figures = means.figures(0, group)
+            figures[f"popularity {HEADLINE}"] = popularity[HEADLINE]
+            figures_of_groups[name] = figures
+            group += 1
+        breakdowns[breakdown] = figures_of_groups
+    return breakdowns
+
+
+def recommended(counts_N: np.ndarray) -> dict[str, float | int | None]:
+    """How evenly recommendations are spread over a domain's items.
+
+    items: of the domain. coverage: the share of them that anybody is shown. gini: the Gini index of
+    how often each is shown, 0 where all are equally often, towards 1 where few take all. Both are
+    None where nobody is shown anything. counts_N: int64, how often each item was shown.
+    """
+    items = len(counts_N)
+    total = int(counts_N.sum())
+    coverage_name = f"coverage@{SHOWN}"
+    gini_name = f"gini@{SHOWN}"
+    if total == 0:
+        return {"items": items, coverage_name: None, gini_name: None}
+    coverage = float(np.count_nonzero(counts_N) / items)
+    ascending = np.sort(counts_N).astype(np.float64)
+    weight_N = 2 * np.arange(1, items + 1) - items - 1
+    gini = float(weight_N @ ascending / (items * total))
+    return {"items": items, coverage_name: coverage, gini_name: gini}

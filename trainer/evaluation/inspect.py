@@ -1,26 +1,38 @@
-"""What a trained model looks like inside: its gates, λ, and which items lie near each other. `look.json` in a run's folder.
+"""Inspection of a trained model: its gates, λ, and which items lie near each other.
 
-Gates are averaged over the training parts of the dataset's first users. Items are compared by the cosine of their vectors, as
-the greatest dot products mostly are with popular items; compared are the most popular items of each domain, up to a number
-that bounds time and memory.
+A run leaves the result as `look.json` in its folder. Gates are averaged over the training parts of
+the dataset's first users. Items are compared by the cosine of their vectors, as the greatest dot
+products mostly are with popular items. Compared are the most popular items of each domain, up to a
+number that bounds time and memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from syncrec.batch.build import build_batch, move, trim
+from syncrec.batch.build import Batch, build_batch, move, trim
+from trainer.config.run import RunConfig
+from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.format.vocabulary import item_counts, item_ids
-from trainer.data.loading.histories import Histories
+from trainer.data.loading.histories import Histories, Users
 from trainer.data.loading.stream import domains_of, training_part
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from syncrec.model import SyNCRec
+    from trainer.distributed.process_group import Ranks
+
+Gates = dict[str, dict[str, list[float]] | None]
 
 
 @dataclass(frozen=True)
 class LookConfig:
-    """How much is looked at."""
+    """How much is inspected, so that it takes seconds whatever the size of the dataset."""
 
     users: int = 1024  # whose tokens the gates are averaged over
     items: int = 20_000  # of each domain, the most popular ones
@@ -29,184 +41,271 @@ class LookConfig:
 
 
 @torch.no_grad()
-def look_at(model, table, dataset, config, ranks, look=None) -> dict:
-    """Called on all ranks. JSON values, by the domains' names:
+def look_at(
+    model: "SyNCRec",
+    table: "ItemTable",
+    dataset: Dataset,
+    config: RunConfig,
+    ranks: "Ranks",
+    look: LookConfig | None = None,
+) -> dict[str, Any]:
+    """Inspects a model. Called on all ranks. Returns JSON values, by the domains' names:
 
-    lambda: {domain: λ}, None where it is 1. gates: {"cross": {domain: [weight of each expert]}, "single": the same}: of the
-    cross-domain gate by the domain of a token's item, of each domain's own gate over its view; None where there is no such
-    gate. A domain without a token is left out. items: [{domain, item, nearest: {domain: [[item, cosine], …]}}], on the first
-    rank alone.
+    lambda    {domain: λ}, None where the model has no loss correction
+    gates     {"cross": {domain: [weight of each expert]}, "single": the same}: of the cross-domain
+              gate by the domain of a token's item, of each domain's own gate over its view; None
+              where there is no such gate. A domain without a token is left out.
+    items     [{domain, item, nearest: {domain: [[item, cosine], …]}}], on the first rank alone
     """
     look = look or LookConfig()
     names = [domain.name for domain in dataset.domains]
-    correction = model.correction
+    weights = None
+    if model.correction is not None:
+        lambdas = model.correction.lambda_D.tolist()
+        weights = dict(zip(names, lambdas, strict=True))
     return {
-        "lambda": None
-        if correction is None
-        else dict(zip(names, correction.lambda_D.tolist(), strict=True)),
-        "gates": _gates(model, table, dataset, config, ranks, look.users, names),
-        "items": _neighbours(table, dataset, ranks, look),
+        "lambda": weights,
+        "gates": _mean_gates(model, table, dataset, config, ranks, look.users),
+        "items": _nearest_items(table, dataset, ranks, look),
     }
 
 
-def _gates(model, table, dataset, config, ranks, users, names):
-    batch, some = _batch(dataset, config, ranks, min(users, dataset.users))
+def _mean_gates(
+    model: "SyNCRec",
+    table: "ItemTable",
+    dataset: Dataset,
+    config: RunConfig,
+    ranks: "Ranks",
+    most_users: int,
+) -> Gates:
+    """The mean weight of each expert by domain, as `look_at` returns it. Called on all ranks.
+
+    most_users: the first users of the dataset, whose training parts are read.
+    """
+    users = min(most_users, dataset.users)
+    batch, real = _training_batch(dataset, config, ranks, users)
     batch = move(batch, ranks.device)
-    rows_NR = table(batch.distinct).index_select(0, batch.place[: batch.interactions])
+    place_N = batch.place[: batch.interactions]
+    rows_NR = table(batch.distinct).index_select(0, place_N)
+    gates: Gates = {"cross": None, "single": None}
     if config.model.experts == 1:
-        return {"cross": None, "single": None}
+        return gates
     model.eval()
-    domains = len(names)
-    item_N = batch.distinct[batch.place[: batch.interactions]]
-    starts = torch.from_numpy(dataset.starts).to(item_N.device)
-    # SOS, the first input, belongs to no domain: to one behind the last.
-    of_input = torch.cat(
-        [
-            starts.new_tensor([domains]),
-            torch.searchsorted(starts, item_N, right=True) - 1,
-        ]
-    )
-
-    def sums(of_token, weights_MK):
-        total = torch.zeros(
-            domains + 1,
-            1 + config.model.experts,
-            dtype=torch.float64,
-            device=weights_MK.device,
-        )
-        return some * total.index_add_(
-            0,
-            of_token,
-            torch.cat([torch.ones_like(weights_MK[:, :1]), weights_MK], 1).double(),
-        )
-
-    views = {
-        "cross": sums(
-            of_input[batch.cross.input_M], _cross_weights(model, batch.cross, rows_NR)
-        ),
-        "single": None,
-    }
+    names = [domain.name for domain in dataset.domains]
+    input_domain = _input_domains(dataset, batch.distinct[place_N])
+    x_MR = model.tokens(batch.cross, rows_NR)
+    weights_MK = model.cross_gate(x_MR, batch.cross, slice(None))
+    domain_M = input_domain[batch.cross.input_M]
+    sums_DK = real * _sum_by_domain(domain_M, weights_MK, len(names))
+    single_sums_DK = None
     if model.both_tasks:
-        x_MR, edges = model.tokens(batch.single, rows_NR), batch.single.task_starts
-        tasks = [slice(begin, end) for begin, end in pairwise(edges)]
-        weights = [
-            gate(x_MR[task], batch.single, task)
-            for gate, task in zip(model.single_gates, tasks, strict=True)
-        ]
-        lengths = torch.tensor(
-            [task.stop - task.start for task in tasks], device=x_MR.device
-        )
-        of_token = torch.repeat_interleave(
-            torch.arange(domains, device=x_MR.device), lengths
-        )
-        views["single"] = sums(of_token, torch.cat(weights))
-    return {
-        view: None if total is None else _means(total, names)
-        for view, total in views.items()
-    }
+        weights_MK = _single_weights(model, batch, rows_NR)
+        domain_M = _task_domains(batch.single.task_starts, weights_MK.device)
+        single_sums_DK = real * _sum_by_domain(domain_M, weights_MK, len(names))
+    gates["cross"] = _means_over_ranks(sums_DK, names)
+    if single_sums_DK is not None:
+        gates["single"] = _means_over_ranks(single_sums_DK, names)
+    return gates
 
 
-def _cross_weights(model, view, rows_NR):
-    return model.cross_gate(model.tokens(view, rows_NR), view, slice(None))
+def _input_domains(dataset: Dataset, item_N: torch.Tensor) -> torch.Tensor:
+    """The domain of each input, int64 (1 + N,): of SOS, the first input, one behind the last."""
+    starts = torch.from_numpy(dataset.starts).to(item_N.device)
+    of_sos = starts.new_tensor([len(dataset.domains)])
+    domain_N = torch.searchsorted(starts, item_N, right=True) - 1
+    return torch.cat([of_sos, domain_N])
 
 
-def _means(total, names):
-    dist.all_reduce(total)
-    counted = zip(names, total[: len(names)].tolist(), strict=True)
-    return {
-        name: [round(weight / count, 4) for weight in weights]
-        for name, (count, *weights) in counted
-        if count
-    }
+def _single_weights(
+    model: "SyNCRec", batch: Batch, rows_NR: torch.Tensor
+) -> torch.Tensor:
+    """The weights of each domain's own gate over its view's tokens, (M, experts)."""
+    x_MR = model.tokens(batch.single, rows_NR)
+    edges = pairwise(batch.single.task_starts)
+    weights = []
+    for gate, (begin, end) in zip(model.single_gates, edges, strict=True):
+        task = slice(begin, end)
+        weights.append(gate(x_MR[task], batch.single, task))
+    return torch.cat(weights)
 
 
-def _batch(dataset, config, ranks, users):
-    """The first users' training parts, of which each rank has some, and whether it has; without any it looks an item up all the
-    same."""
-    first, last = (
-        users * place // ranks.world_size for place in (ranks.rank, ranks.rank + 1)
+def _task_domains(task_starts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The domain of each token of the single-domain view, int64 (M,).
+
+    task_starts: where each domain's tokens begin, and where the last ones end. (0, 3, 5) gives
+    0 0 0 1 1.
+    """
+    edges = torch.tensor(task_starts, device=device)
+    domains = torch.arange(len(task_starts) - 1, device=device)
+    return torch.repeat_interleave(domains, edges.diff())
+
+
+def _sum_by_domain(
+    domain_M: torch.Tensor, weights_MK: torch.Tensor, domains: int
+) -> torch.Tensor:
+    """By domain the number of tokens and the sums of weights: float64 (D + 1, 1 + experts).
+
+    The last line is of SOS, which belongs to no domain. Four tokens, two experts, two domains:
+
+        domain_M      2           0           1           0
+        weights_MK    0.5 0.5     0.9 0.1     0.2 0.8     0.7 0.3
+        sums          [[2, 1.6, 0.4],
+                       [1, 0.2, 0.8],
+                       [1, 0.5, 0.5]]
+    """
+    total_DK = torch.zeros(
+        domains + 1,
+        1 + weights_MK.shape[1],
+        dtype=torch.float64,
+        device=weights_MK.device,
     )
-    skips = (lambda _: None) if config.stream.damaged == "skip" else None
-    histories = Histories(dataset, blocks=1, verify=config.stream.verify, report=skips)
-    try:
-        found = histories.read(np.arange(first, last))
-    finally:
-        histories.close()
-    _, lengths_B, place_N, _ = training_part(dataset, found, config.stream.domain)
-    items_N, ticks_N, lengths_B = (
-        found.items_N[place_N],
-        found.ticks_N[place_N],
-        lengths_B[lengths_B > 0],
-    )
-    some = len(items_N) > 0
-    if not some:
-        items_N, ticks_N, lengths_B = (
-            np.zeros(1, np.int32),
-            np.zeros(1, np.uint16),
-            np.ones(1, np.int64),
-        )
+    ones_M1 = torch.ones_like(weights_MK[:, :1])
+    counted_MK = torch.cat([ones_M1, weights_MK], 1).double()
+    return total_DK.index_add_(0, domain_M, counted_MK)
+
+
+def _means_over_ranks(
+    total_DK: torch.Tensor, names: list[str]
+) -> dict[str, list[float]]:
+    """The mean weight of each expert over all ranks' tokens, of domains that have a token."""
+    dist.all_reduce(total_DK)
+    means = {}
+    lines = total_DK[: len(names)].tolist()
+    for name, (count, *weights) in zip(names, lines, strict=True):
+        if count:
+            means[name] = [round(weight / count, 4) for weight in weights]
+    return means
+
+
+def _training_batch(
+    dataset: Dataset, config: RunConfig, ranks: "Ranks", users: int
+) -> tuple[Batch, bool]:
+    """This rank's share of the first users' training parts as a batch, and whether it has any.
+
+    A rank without any looks an item up all the same.
+    """
+    histories = _read_users(dataset, config, ranks, users)
+    _, lengths_B, place_N, _ = training_part(dataset, histories, config.stream.domain)
+    items_N = histories.items_N[place_N]
+    ticks_N = histories.ticks_N[place_N]
+    lengths_B = lengths_B[lengths_B > 0]
+    real = len(items_N) > 0
+    if not real:
+        items_N = np.zeros(1, np.int32)
+        ticks_N = np.zeros(1, np.uint16)
+        lengths_B = np.ones(1, np.int64)
     domain_N = domains_of(dataset, items_N)
     kept_N, lengths_B, domain_N = trim(
         np.arange(len(items_N)), lengths_B, domain_N, config.model.max_length
     )
-    none = [np.zeros(0, np.int64) for _ in dataset.domains]
-    items_D = [domain.items for domain in dataset.domains]
-    given = (
+    batch = build_batch(
         items_N[kept_N],
         lengths_B,
         domain_N,
         np.ones(len(lengths_B)),
-        none,
-        items_D,
+        [np.zeros(0, np.int64) for _ in dataset.domains],  # no negatives
+        [domain.items for domain in dataset.domains],
         config.model.max_length,
+        ticks_N=ticks_N[kept_N],
     )
-    return build_batch(*given, ticks_N=ticks_N[kept_N]), some
+    return batch, real
 
 
-def _neighbours(table, dataset, ranks, look):
-    """Of the most popular items of each domain, equally popular ones by row. An item that training never met lies anywhere: it
-    is left out."""
-    counts = item_counts(dataset)
-    popular, ids, vectors = [], [], []
+def _read_users(
+    dataset: Dataset, config: RunConfig, ranks: "Ranks", users: int
+) -> Users:
+    """This rank's share of the first users."""
+    first = users * ranks.rank // ranks.world_size
+    end = users * (ranks.rank + 1) // ranks.world_size
+    report = None
+    if config.stream.damaged == "skip":
+        report = _ignore
+    histories = Histories(dataset, blocks=1, verify=config.stream.verify, report=report)
+    try:
+        return histories.read(np.arange(first, end))
+    finally:
+        histories.close()
+
+
+def _ignore(_reason: str) -> None:
+    """Training has said which users are skipped."""
+
+
+@dataclass(frozen=True)
+class _PopularItems:
+    """The most popular items of a domain, most popular first; none on ranks other than the first.
+
+    name: the domain's. vectors_KR: of length 1.
+    """
+
+    name: str
+    ids: list[str]
+    vectors_KR: torch.Tensor
+
+
+def _nearest_items(
+    table: "ItemTable", dataset: Dataset, ranks: "Ranks", look: LookConfig
+) -> list[dict[str, Any]] | None:
+    """The items nearest to the most popular ones of each domain. Called on all ranks."""
+    popular = []
     for domain in dataset.domains:
-        own = counts[domain.start : domain.start + domain.items]
-        places = np.argsort(-own, kind="stable")[: look.items]
-        places = places[own[places] > 0]
-        wanted = (
-            torch.from_numpy(places + domain.start)
-            if ranks.first
-            else torch.zeros(0, dtype=torch.int64)
-        )
-        vectors.append(torch.nn.functional.normalize(table(wanted).float(), dim=1))
-        popular.append(places[: look.shown])
-        if ranks.first:
-            ids.append(
-                [
-                    str(item)
-                    for item in item_ids(dataset, domain).take(places).to_pylist()
-                ]
-            )
+        popular.append(_read_popular(table, dataset, domain, ranks, look.items))
     if not ranks.first:
         return None
-    found = []
-    for number, domain in enumerate(dataset.domains):
-        for place in range(len(popular[number])):
+    items = []
+    for domain in popular:
+        for index in range(min(look.shown, len(domain.ids))):
             nearest = {}
-            for other, its_domain in enumerate(dataset.domains):
-                cosines = vectors[other] @ vectors[number][place]
-                if other == number:
-                    cosines[place] = -torch.inf  # itself
-                best = cosines.topk(
-                    min(look.neighbours + (other == number), len(cosines))
-                )
-                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                near = [
-                    [ids[other][index], round(value, 4)]
-                    for index, value in pairs
-                    if value > -torch.inf
-                ]
-                nearest[its_domain.name] = near[: look.neighbours]
-            found.append(
-                {"domain": domain.name, "item": ids[number][place], "nearest": nearest}
-            )
-    return found
+            for other in popular:
+                near = _neighbours(domain, index, other, look.neighbours)
+                nearest[other.name] = near
+            item = domain.ids[index]
+            items.append({"domain": domain.name, "item": item, "nearest": nearest})
+    return items
+
+
+def _read_popular(
+    table: "ItemTable", dataset: Dataset, domain: Domain, ranks: "Ranks", most: int
+) -> _PopularItems:
+    """A domain's most popular items. Called on all ranks; the first one looks them up.
+
+    Equally popular items are ordered by row. An item that training never met lies anywhere: it is
+    left out.
+    """
+    counts_N = item_counts(dataset)
+    counts = counts_N[domain.start : domain.start + domain.items]
+    place_K = np.argsort(-counts, kind="stable")[:most]
+    place_K = place_K[counts[place_K] > 0]
+    rows_K = torch.zeros(0, dtype=torch.int64)
+    ids: list[str] = []
+    if ranks.first:
+        rows_K = torch.from_numpy(place_K + domain.start)
+        names = item_ids(dataset, domain).take(place_K)
+        ids = [str(name) for name in names.to_pylist()]
+    vectors_KR = table(rows_K).float()
+    vectors_KR = torch.nn.functional.normalize(vectors_KR, dim=1)
+    return _PopularItems(domain.name, ids, vectors_KR)
+
+
+def _neighbours(
+    domain: _PopularItems, index: int, other: _PopularItems, most: int
+) -> list[list[Any]]:
+    """The `most` items of another domain, or of its own, that lie nearest to a domain's item."""
+    cosines = other.vectors_KR @ domain.vectors_KR[index]
+    if other is not domain:
+        return _greatest(cosines, other.ids, most)
+    cosines[index] = -torch.inf  # itself
+    near = _greatest(cosines, other.ids, most + 1)
+    return near[:most]
+
+
+def _greatest(cosines: torch.Tensor, ids: list[str], most: int) -> list[list[Any]]:
+    """[[item, cosine], …] of the greatest cosines, without −inf."""
+    best = cosines.topk(min(most, len(cosines)))
+    indices = best.indices.tolist()
+    values = best.values.tolist()
+    near = []
+    for index, value in zip(indices, values, strict=True):
+        if value > -torch.inf:
+            near.append([ids[index], round(value, 4)])
+    return near

@@ -1,125 +1,197 @@
-"""Whether items belong to the users who have them: a held-out item is ranked higher for its own user than for another's.
+"""Personalization: whether a held-out item is ranked higher for its own user than for another's.
 
-Logs whose items have been mixed up keep their popularity, and a model that knows what is popular when ranks them nearly as well
-as before. What it cannot do is tell one user's item from another's.
+Logs whose items have been mixed up keep their popularity. A model that knows what is popular when
+ranks them nearly as well as before. But such a model cannot tell one user's item from another's.
 """
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, permutation, random_bits
-from trainer.evaluation.sampled import evaluate_split, figures
-from trainer.reporting.run_log import HEADLINE
+from trainer.data.format.dataset import Dataset
+from trainer.evaluation.metrics import HEADLINE, count_positions, metrics_of_histogram
+from trainer.evaluation.sampled import Candidates, Model, evaluate_split
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from trainer.distributed.process_group import Ranks
 
 _MOST = 20_000  # users; a hundred rows are kept of each
 
 
 class DrawnUsers:
-    """Some of the users that are ranked, with what their test item was ranked among: what `own_item_gains` asks for.
+    """A random sample of the users that are ranked, with what their test item was ranked among.
 
-    It sees what ranking visits, so that nobody is ranked a second time. wanted_U: whether a user may be chosen; of many, some
-    are, at random. At most _MOST users are held.
+    It sees the users that ranking visits, so that nobody is ranked a second time. At most _MOST
+    users are held: those with the smallest random keys.
     """
 
-    def __init__(self, config, wanted_U):
+    def __init__(self, config: RunConfig, wanted_U: np.ndarray):
+        """wanted_U: bool, whether a user may be chosen."""
         self.seed = config.seed
         self.wanted_U = wanted_U
         self._width = 1 + config.evaluation.negatives
         self._key_K = np.zeros(0, np.uint64)
-        self._facts_K3 = np.zeros((0, 3), np.int64)  # user, domain, rank
+        self._user_K3 = np.zeros((0, 3), np.int64)  # user, domain, position
         self._rows_KC = np.zeros((0, self._width), np.int64)
 
-    def visit(self, candidates, ranks_B, _scores_C=None):
-        """As `rank_candidates` calls it."""
+    def visit(
+        self,
+        candidates: Candidates,
+        ranks_B: np.ndarray,
+        _scores_C: np.ndarray | None = None,
+    ) -> None:
+        """Adds one step's users. `rank_candidates` calls it. ranks_B: positions."""
         (chosen,) = np.nonzero(candidates.user_B >= 0)
         chosen = chosen[self.wanted_U[candidates.user_B[chosen]]]
         key_B = random_bits(
             self.seed, RandomStream.PERSONALIZATION_SAMPLE, candidates.user_B[chosen]
         )
         if len(self._key_K) == _MOST:
-            nearer_B = key_B < self._key_K[-1]
-            chosen = chosen[nearer_B]
-            key_B = key_B[nearer_B]
+            smaller_B = key_B < self._key_K[-1]
+            chosen = chosen[smaller_B]
+            key_B = key_B[smaller_B]
         if not len(chosen):
             return
-        rows_BC = np.full((len(chosen), self._width), -1, np.int64)
-        starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
-        for place, user in enumerate(chosen):
-            count = candidates.counts_B[user]
-            rows_BC[place, :count] = candidates.rows_C[
-                starts_B[user] : starts_B[user] + count
-            ]
-        facts = candidates.user_B[chosen], candidates.domain_B[chosen], ranks_B[chosen]
-        # Those with the smallest keys, which depend on the seed and the user.
+        columns = [
+            candidates.user_B[chosen],
+            candidates.domain_B[chosen],
+            ranks_B[chosen],
+        ]
+        user_K3 = np.concatenate([self._user_K3, np.stack(columns, axis=1)])
+        rows_BC = self._padded_rows(candidates, chosen)
+        rows_KC = np.concatenate([self._rows_KC, rows_BC])
+        # The keys depend on the seed and the user alone.
         key_K = np.append(self._key_K, key_B)
         order = np.argsort(key_K, kind="stable")[:_MOST]
         self._key_K = key_K[order]
-        self._facts_K3 = np.concatenate([self._facts_K3, np.stack(facts, axis=1)])[
-            order
-        ]
-        self._rows_KC = np.concatenate([self._rows_KC, rows_BC])[order]
+        self._user_K3 = user_K3[order]
+        self._rows_KC = rows_KC[order]
 
-    def gathered(self):
-        """Of all ranks, by user: (users, domains, ranks, rows, the user's own item's first), int64. Called on all ranks."""
-        counts_W = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-        counts_W[dist.get_rank()] = len(self._key_K)
-        dist.all_reduce(counts_W)
-        first = int(counts_W[: dist.get_rank()].sum())
-        own = slice(first, first + len(self._key_K))
-        together = torch.zeros(int(counts_W.sum()), 4, dtype=torch.int64)
-        together[own, 0] = torch.from_numpy(self._key_K.view(np.int64))
-        together[own, 1:] = torch.from_numpy(self._facts_K3)
-        dist.all_reduce(together)  # each line is one rank's
-        key_K = together[:, 0].numpy().astype(np.uint64)
-        facts_K3 = together[:, 1:].numpy()
+    def _padded_rows(self, candidates: Candidates, chosen: np.ndarray) -> np.ndarray:
+        """The candidates of the chosen users, int64 (B, C), −1 behind shorter lists."""
+        rows_BC = np.full((len(chosen), self._width), -1, np.int64)
+        starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
+        for line, user in enumerate(chosen):
+            count = candidates.counts_B[user]
+            begin = starts_B[user]
+            rows_BC[line, :count] = candidates.rows_C[begin : begin + count]
+        return rows_BC
+
+    def gathered(self) -> tuple[np.ndarray, ...]:
+        """The sample over all ranks, by user. Called on all ranks.
+
+        Returns users, domains, positions, int64 (K,), and candidates, int64 (K, C), the user's own
+        item first.
+        """
+        begin, total = self._place_among_ranks()
+        key_K, user_K3 = self._gather_users(begin, total)
         chosen = np.argsort(key_K, kind="stable")[:_MOST]
-        chosen = chosen[np.argsort(facts_K3[chosen, 0])]
+        by_user = np.argsort(user_K3[chosen, 0])
+        chosen = chosen[by_user]
+        rows_KC = self._gather_rows(begin, chosen)
+        user_K, domain_K, position_K = user_K3[chosen].T
+        return user_K, domain_K, position_K, rows_KC
+
+    def _place_among_ranks(self) -> tuple[int, int]:
+        """Where this rank's users begin among all ranks' users, and how many all have."""
+        rank = dist.get_rank()
+        counts_W = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        counts_W[rank] = len(self._key_K)
+        dist.all_reduce(counts_W)
+        begin = counts_W[:rank].sum()
+        total = counts_W.sum()
+        return int(begin), int(total)
+
+    def _gather_users(self, begin: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' keys, uint64 (total,), and users, domains and positions, int64 (total, 3).
+
+        Each line is one rank's: the others add 0 to it.
+        """
+        end = begin + len(self._key_K)
+        table_K4 = torch.zeros(total, 4, dtype=torch.int64)
+        table_K4[begin:end, 0] = torch.from_numpy(self._key_K.view(np.int64))
+        table_K4[begin:end, 1:] = torch.from_numpy(self._user_K3)
+        dist.all_reduce(table_K4)
+        key_K = table_K4[:, 0].numpy()
+        user_K3 = table_K4[:, 1:].numpy()
+        return key_K.astype(np.uint64), user_K3
+
+    def _gather_rows(self, begin: int, chosen: np.ndarray) -> np.ndarray:
+        """The candidates of the chosen ones of all ranks' users, int64 (chosen, C)."""
+        end = begin + len(self._key_K)
+        (mine,) = np.nonzero((chosen >= begin) & (chosen < end))
+        my_rows = self._rows_KC[chosen[mine] - begin]
         rows_KC = torch.zeros(len(chosen), self._width, dtype=torch.int64)
-        (mine,) = np.nonzero((chosen >= own.start) & (chosen < own.stop))
-        rows_KC[torch.from_numpy(mine)] = torch.from_numpy(
-            self._rows_KC[chosen[mine] - own.start]
-        )
+        rows_KC[torch.from_numpy(mine)] = torch.from_numpy(my_rows)
         dist.all_reduce(rows_KC)
-        return *facts_K3[chosen].T, rows_KC.numpy()
+        return rows_KC.numpy()
 
 
 def own_item_gains(
-    model, table, config, dataset, ranks, drawn: DrawnUsers, least
+    model: Model,
+    table: "ItemTable",
+    config: RunConfig,
+    dataset: Dataset,
+    ranks: "Ranks",
+    drawn: DrawnUsers,
+    least: int,
 ) -> list[float | None]:
-    """By domain: NDCG@10 of held-out test items for their own users, less that of the same items for one another's users, over
-    the same drawn candidates. Called on all ranks.
+    """NDCG@10 of test items for their own users, less that of the same items for others' users.
 
-    drawn: has seen these users ranked by the model. None for a domain where fewer than `least` of them are left.
+    By domain, over the same drawn candidates. Called on all ranks. drawn: has seen these users
+    ranked by the model. None for a domain where fewer than `least` of them are left.
     """
-    user_K, domain_K, rank_K, rows_KC = drawn.gathered()
-    exchanged = {}
-    gains = []
-    histogram_DR = np.zeros((len(dataset.domains), rows_KC.shape[1]), np.int64)
-    for number in range(len(dataset.domains)):
-        (own,) = np.nonzero(domain_K == number)
-        if len(own) < max(2, least):
+    user_K, domain_K, position_K, rows_KC = drawn.gathered()
+    exchanged: dict[int, tuple[int, np.ndarray]] = {}
+    domains = range(len(dataset.domains))
+    histogram_DP = np.zeros((len(domains), rows_KC.shape[1]), np.int64)
+    for number in domains:
+        (members,) = np.nonzero(domain_K == number)
+        if len(members) < max(2, least):
             continue
-        histogram_DR[number] = np.bincount(rank_K[own] - 1, minlength=rows_KC.shape[1])
-        own = own[
-            permutation(
-                len(own), config.seed, RandomStream.PERSONALIZATION_EXCHANGE, number
-            )
-        ]
-        for one, other in zip(own, np.roll(own, 1), strict=True):
-            rows, item = rows_KC[one], rows_KC[other, 0]
-            rows = rows[rows >= 0]
-            exchanged[int(user_K[one])] = (
-                number,
-                np.append(item, rows[1:][rows[1:] != item]),
-            )
+        count_positions(histogram_DP, domain_K[members], position_K[members])
+        stream = RandomStream.PERSONALIZATION_EXCHANGE
+        order = permutation(len(members), config.seed, stream, number)
+        exchanged |= _exchange(user_K, rows_KC, members[order], number)
     ranking = evaluate_split(
-        model, table, dataset, ranks, config, "test", given=exchanged
+        model, table, dataset, ranks, config, "test", candidates=exchanged
     )
-    for number in range(len(dataset.domains)):
-        own, others = (
-            figures(histogram[number])[HEADLINE]
-            for histogram in (histogram_DR, ranking.histogram[0])
-        )
-        gains.append(None if own is None else own - others)
+    gains = []
+    for number in domains:
+        own = metrics_of_histogram(histogram_DP[number])[HEADLINE]
+        others = metrics_of_histogram(ranking.histogram[0, number])[HEADLINE]
+        if own is None:
+            gains.append(None)
+        else:
+            gains.append(own - others)
     return gains
+
+
+def _exchange(
+    user_K: np.ndarray, rows_KC: np.ndarray, members: np.ndarray, domain: int
+) -> dict[int, Any]:
+    """Each member's candidates with the item of the member before it in place of the own item.
+
+    user_K, rows_KC: of the sample. members: int64, the sample's users of one domain, in a drawn
+    order. Three members and what they are ranked with:
+
+        member     own item    negatives    ranked with
+        0          4           9 2          7 9 2          the item of member 2
+        1          5           4 8          4 8            the item of member 0, once
+        2          7           1 3          5 1 3          the item of member 1
+
+    Returns {user: (domain, rows)}, the other's item first.
+    """
+    exchanged = {}
+    for member, other in zip(members, np.roll(members, 1), strict=True):
+        rows = rows_KC[member]
+        item = rows_KC[other, 0]
+        negatives = rows[rows >= 0][1:]
+        rows = np.append(item, negatives[negatives != item])
+        exchanged[int(user_K[member])] = (domain, rows)
+    return exchanged

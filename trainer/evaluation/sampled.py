@@ -1,12 +1,15 @@
-"""Ranking of held-out items among candidates: HR, NDCG and MRR by domain (section 5.2.2).
+"""Ranking of held-out items among drawn candidates: HR, NDCG and MRR by domain (section 5.2.2).
 
-The newest interaction of a user's merged history is the test item, the one before it the validation item; the item is
-ranked among items of its own domain that the user never touched. A result is an integer rank, and what is summed over
-ranks are counts of them: on CPUs the figures do not depend on the number of processes; on CUDA near ties
-may (docs/gpu.md). Ties count against the model.
+By leave-one-out (trainer/data/split.py) the newest interaction of a user's merged history is the
+test item, the one before it the validation item. The item is ranked among items of its own domain
+that the user never touched (negative sampling). Its position is an integer, and what is summed
+over processes are counts of positions. So on CPUs the figures do not depend on the number of
+processes; on CUDA near ties may (docs/gpu.md). Ties count against the model.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,24 +17,54 @@ import torch.distributed as dist
 
 from syncrec.batch.build import Query, build_query, move
 from trainer.config.evaluation import EvaluationConfig
+from trainer.config.run import RunConfig
 from trainer.config.stream import StreamConfig
-from trainer.data.counter_rng import RandomStream, random_bits, random_unit
-from trainer.data.format.dataset import SPLIT_LENGTH
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.vocabulary import item_counts
 from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.histories import Histories, Users
 from trainer.data.loading.negative_sampling import evaluation_negatives
 from trainer.data.loading.stream import Reasons, domains_of, ready
+from trainer.data.split import SPLITS, can_be_split
+from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.metrics import (
+    METRICS as METRICS,  # moved
+)
+from trainer.evaluation.metrics import (
+    candidate_positions,
+    count_positions,
+    mean_figures,
+    metrics_of_histogram,
+)
+from trainer.evaluation.popularity import candidate_scores
 
-METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from trainer.distributed.process_group import Ranks
+
+figures = metrics_of_histogram  # moved
+_ranks = candidate_positions  # moved
+
+Model = Callable[[Query, torch.Tensor], torch.Tensor]  # (query, rows) to (B, D, R)
+CandidatesByUser = Mapping[int, tuple[int, np.ndarray]]  # user: (domain, rows of M)
+Advance = Callable[[int, int], object]  # called with (steps done, steps in all)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Users to be ranked in one step of one rank: a model's input, and what it is to score.
+    """Users to be ranked in one step of one process: a model's input, and what it is to score.
 
-    user_B: user numbers, −1 for a place that only keeps the ranks in step; domain_B; counts_B: candidates of each user, the
-    held-out item first; rows_C: their rows of M. skipped, reasons: who could not be read, as in Fed (trainer.data.loading.stream).
+    user_B: user numbers, −1 for a place that only keeps the processes in step. domain_B: of the
+    held-out item. counts_B: candidates of each user, the held-out item first. rows_C: their rows
+    of M. skipped, reasons: users who could not be read, and why, as in `Fed`
+    (trainer.data.loading.stream).
+
+    Four users, two of each domain, with two negatives each; domain 1 begins at row 50:
+
+        user_B      12        40         7         31
+        domain_B    0         1          1         0
+        counts_B    3         3          3         3
+        rows_C      4 9 2     51 60 55   58 52 61  9 17 3
     """
 
     query: Query
@@ -45,11 +78,18 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What ranking a split gives, summed over all processes.
+    """How often each position occurred in a split, summed over all processes.
 
-    histogram: how often each rank occurred, rank 1 first, by the model and by popularity: int64 (2, D, longest candidate
-    list). skipped_users: users that could not be read, whether or not they would have been evaluated. reasons: why, of
-    this process alone, each line once.
+    histogram: int64 (2, D, longest candidate list), position 1 first, by the model and by
+    popularity. skipped_users: users that could not be read, whether or not they would have been
+    evaluated. reasons: why, of this process alone, each line once.
+
+    Four users, two in each of two domains, among three candidates:
+
+        histogram[0]    [[1, 1, 0],    by the model: of domain 0 one user first, one second
+                         [2, 0, 0]]    of domain 1 both first
+        histogram[1]    [[0, 0, 2],    by popularity
+                         [0, 1, 1]]
     """
 
     histogram: np.ndarray
@@ -57,94 +97,165 @@ class Ranking:
     reasons: tuple[str, ...] = ()
 
 
+Visit = Callable[
+    [Candidates, np.ndarray, np.ndarray], None
+]  # (…, position_B, scores_C)
+
+
 class RankingBatches(torch.utils.data.IterableDataset):
     """Every user of the dataset that can be split, once, in the same steps on every rank.
 
-    split: "validation" or "test". given: {user number: (domain, rows)}, the held-out item first, instead of drawn
-    candidates; users without an entry are left out. stream: `verify`, `damaged` and `domain` are heeded. both_views: as the
-    model predicts.
+    Each user is ranked by its home rank, whose shards hold it. A rank that has no user in a step
+    gives a batch of one place, user −1, so that all ranks take part in the look-up of the table.
     """
 
     def __init__(
         self,
-        dataset,
-        rank,
-        world_size,
+        dataset: Dataset,
+        rank: int,
+        world_size: int,
         config: EvaluationConfig,
-        max_length,
-        split,
-        seed,
-        given=None,
-        stream=None,
-        both_views=False,
+        max_length: int,
+        split: str,
+        seed: int,
+        candidates: CandidatesByUser | None = None,
+        stream: StreamConfig | None = None,
+        both_views: bool = False,
     ):
+        """split: "validation" or "test". candidates: {user number: (domain, rows)}, the held-out
+        item first, in place of drawn candidates; users without an entry are left out. stream: its
+        `verify`, `damaged` and `domain` count. both_views: as the model predicts.
+        """
         super().__init__()
         self.stream = stream or StreamConfig()
-        # Each user on its home rank: candidates are most of the work, and as many for each.
-        of_all_ranks = config.batch_size * world_size
+        # Each user stays on its home rank: candidates are most of the work, and as many for each.
+        global_batch_size = config.batch_size * world_size
         self.plan = Plan(
-            dataset, of_all_ranks, world_size, seed, shuffle=False, balance=False
+            dataset, global_batch_size, world_size, seed, shuffle=False, balance=False
         )
-        self.rank, self.config, self.max_length, self.both_views = (
-            rank,
-            config,
-            max_length,
-            both_views,
-        )
-        self.back = {"test": 1, "validation": 2}[split]
-        self.given = given
-        self.alone = (
-            dataset.domain_number(self.stream.domain) if self.stream.domain else None
-        )
+        self.rank = rank
+        self.config = config
+        self.max_length = max_length
+        self.both_views = both_views
+        self.split = SPLITS[split]
+        self.candidates = candidates
+        self.only_domain = None  # the one domain that the model knows, by number
+        if self.stream.domain:
+            self.only_domain = dataset.domain_number(self.stream.domain)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.plan.steps(0)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        offset = 0
+        stride = 1
+        if worker:
+            offset = worker.id
+            stride = worker.num_workers
         reasons = Reasons()
-        histories = Histories.of_plan(
-            self.plan,
-            self.stream.verify,
-            reasons if self.stream.damaged == "skip" else None,
-        )
+        report = reasons if self.stream.damaged == "skip" else None
+        histories = Histories.of_plan(self.plan, self.stream.verify, report)
         try:
             for step in range(offset, self.plan.steps(0), stride):
                 wanted_B = self.plan.users(0, step, self.rank)
                 users = histories.read(wanted_B)
                 skipped = len(wanted_B) - len(users.number_B)
-                yield replace(
-                    self.build(users), skipped=skipped, reasons=reasons.take()
-                )
+                batch = self.build(users)
+                yield replace(batch, skipped=skipped, reasons=reasons.take())
         finally:
             histories.close()
 
-    def query(self, users, user_B, extra_ids):
-        """The Query of the histories of some of the `users`, by their places, up to the held-out item and for its time; without
-        any, one that is empty: a rank without users takes part in the look-up. Of the one domain where a model is trained on
-        that alone.
-        """
-        dataset, ends_B = self.plan.dataset, np.cumsum(users.lengths_B)
-        histories, now_B = (
-            [(np.zeros(0, np.int64), np.zeros(0, np.int64))] * (not len(user_B)),
-            [0] * (not len(user_B)),
+    def build(self, users: Users) -> Candidates:
+        """Histories up to the held-out item, and its candidates."""
+        ends_B = np.cumsum(users.lengths_B)
+        chosen: list[int] = []
+        numbers: list[int] = []
+        domains: list[int] = []
+        candidates: list[np.ndarray] = []
+        (split_B,) = np.nonzero(can_be_split(users.lengths_B))
+        for user in split_B:
+            items = users.items_N[ends_B[user] - users.lengths_B[user] : ends_B[user]]
+            number = users.number_B[user]
+            pair = self._candidates(int(number), items)
+            if pair is None:
+                continue
+            domain, rows = pair
+            chosen.append(user)
+            numbers.append(number)
+            domains.append(domain)
+            candidates.append(rows)
+        if not chosen:  # this rank takes part in the look-up all the same
+            numbers = [-1]
+            domains = [0]
+            candidates = [np.zeros(1, np.int64)]
+        rows_C = np.concatenate(candidates)
+        query = self.query(users, chosen, rows_C)
+        counts_B = np.array([len(rows) for rows in candidates])
+        return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
+
+    def _candidates(
+        self, user: int, items: np.ndarray
+    ) -> tuple[int, np.ndarray] | None:
+        """(domain, rows) of a user with this history, None where the user is left out."""
+        dataset = self.plan.dataset
+        if self.candidates is not None:
+            if user not in self.candidates:
+                return None
+            domain, rows = self.candidates[user]
+            if self.only_domain not in (None, domain):
+                return None
+            return domain, rows
+        positive = items[-self.split.offset]
+        number = int(dataset.domain_of(positive[None])[0])
+        if self.only_domain not in (None, number):
+            return None
+        domain = dataset.domains[number]
+        negatives = evaluation_negatives(
+            self.plan.seed,
+            user,
+            items,
+            domain.start,
+            domain.items,
+            self.config.negatives,
         )
+        return number, np.append(positive, negatives)
+
+    def query(
+        self, users: Users, user_B: Iterable[int], extra_ids: np.ndarray
+    ) -> Query:
+        """The Query of some users' histories up to the held-out item, for that item's time.
+
+        user_B: which of `users`, by index. Where a model was trained on one domain alone, that
+        domain's interactions alone. Without users it has one empty history, as a rank without
+        users takes part in the look-up.
+        """
+        dataset = self.plan.dataset
+        ends_B = np.cumsum(users.lengths_B)
+        item_parts: list[np.ndarray] = []
+        tick_parts: list[np.ndarray] = []
+        now_B: list[int] = []
         for user in user_B:
-            end = ends_B[user] - self.back
-            own = slice(ends_B[user] - users.lengths_B[user], end)
-            items, ticks = users.items_N[own], users.ticks_N[own]
-            if self.alone is not None:
-                here = dataset.domain_of(items) == self.alone
-                items, ticks = items[here], ticks[here]
-            histories.append((items, ticks))
+            begin = ends_B[user] - users.lengths_B[user]
+            end = ends_B[user] - self.split.offset
+            items = users.items_N[begin:end]
+            ticks = users.ticks_N[begin:end]
+            if self.only_domain is not None:
+                of_domain = dataset.domain_of(items) == self.only_domain
+                items = items[of_domain]
+                ticks = ticks[of_domain]
+            item_parts.append(items)
+            tick_parts.append(ticks)
             now_B.append(users.ticks_N[end])
-        items_N, ticks_N = map(np.concatenate, zip(*histories, strict=True))
-        lengths_B = np.array([len(items) for items, _ in histories])
+        if not item_parts:
+            item_parts.append(np.zeros(0, np.int64))
+            tick_parts.append(np.zeros(0, np.int64))
+            now_B.append(0)
+        lengths_B = np.array([len(items) for items in item_parts])
         return query_of(
             dataset,
-            items_N,
-            ticks_N,
+            np.concatenate(item_parts),
+            np.concatenate(tick_parts),
             lengths_B,
             np.array(now_B),
             self.max_length,
@@ -152,49 +263,42 @@ class RankingBatches(torch.utils.data.IterableDataset):
             self.both_views,
         )
 
-    def build(self, users: Users) -> Candidates:
-        """Histories up to the held-out item, and its candidates."""
-        dataset = self.plan.dataset
-        ends = np.cumsum(users.lengths_B)
-        asked, numbers, domains, candidates = [], [], [], []
-        for user, (number, length, end) in enumerate(
-            zip(users.number_B, users.lengths_B, ends, strict=True)
-        ):
-            if length < SPLIT_LENGTH:
-                continue
-            items = users.items_N[end - length : end]
-            positive = items[-self.back]
-            domain = int(dataset.domain_of(positive[None])[0])
-            if self.given is not None:
-                if int(number) not in self.given:
-                    continue
-                domain, rows = self.given[int(number)]
-            if self.alone not in (None, domain):
-                continue
-            if self.given is None:
-                own = dataset.domains[domain]
-                seed, count = self.plan.seed, self.config.negatives
-                negatives = evaluation_negatives(
-                    seed, int(number), items, own.start, own.items, count
-                )
-                rows = np.append(positive, negatives)
-            asked.append(user)
-            numbers.append(number)
-            domains.append(domain)
-            candidates.append(rows)
-        if not asked:  # this rank takes part in the look-up all the same
-            numbers, domains, candidates = [-1], [0], [np.zeros(1, np.int64)]
-        rows_C = np.concatenate(candidates)
-        query = self.query(users, asked, rows_C)
-        counts_B = np.array([len(rows) for rows in candidates])
-        return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
+    def longest_list(self) -> int:
+        """Candidates of the user with most of them, of all ranks' users."""
+        if self.candidates is None:
+            return 1 + self.config.negatives
+        # Each rank may have been given its own users' candidates, which know the longest of all.
+        longest = getattr(self.candidates, "longest", None)
+        if longest:
+            return longest
+        lengths = [len(rows) for _, rows in self.candidates.values()]
+        return max(lengths, default=1)
 
 
 def query_of(
-    dataset, items_N, ticks_N, lengths_B, now_B, max_length, extra_ids, both_views
-):
-    """A Query of histories for some times (ticks), with the views that a model predicts by."""
-    domain_N = domains_of(dataset, items_N) if both_views else None
+    dataset: Dataset,
+    items_N: np.ndarray,
+    ticks_N: np.ndarray,
+    lengths_B: np.ndarray,
+    now_B: np.ndarray,
+    max_length: int,
+    extra_ids: np.ndarray,
+    both_views: bool,
+) -> Query:
+    """A Query of histories for some times (ticks), with the views that a model predicts by.
+
+    items_N, ticks_N, lengths_B: jagged, user after user, oldest first. now_B: the ticks for which
+    is predicted. extra_ids: rows that are looked up too. Four users of two domains, of which the
+    third has no history:
+
+        lengths_B    2        3           0    1
+        items_N      4 51     9 60 2           58
+        ticks_N      10 20    5 5 90           7
+        now_B        30       95          0    8
+    """
+    domain_N = None
+    if both_views:
+        domain_N = domains_of(dataset, items_N)
     return build_query(
         items_N,
         lengths_B,
@@ -208,142 +312,129 @@ def query_of(
 
 
 def evaluate_split(
-    model,
-    table,
-    dataset,
-    ranks,
-    config,
-    split,
-    given=None,
-    visit=None,
-    advance=None,
-    workers=None,
-):
-    """The Ranking of every user of a split, as `rank_candidates` gives it. config: the RunConfig; workers: see `ready`."""
-    where = dataset, ranks.rank, ranks.world_size
-    what = (
+    model: Model,
+    table: "ItemTable",
+    dataset: Dataset,
+    ranks: "Ranks",
+    config: RunConfig,
+    split: str,
+    candidates: CandidatesByUser | None = None,
+    visit: Visit | None = None,
+    advance: Advance | None = None,
+    workers: int | None = None,
+) -> Ranking:
+    """Ranks every user of a split, as `rank_candidates` does. Called on all ranks.
+
+    candidates: as `RankingBatches` takes them. workers: as `ready` takes them.
+    """
+    batches = RankingBatches(
+        dataset,
+        ranks.rank,
+        ranks.world_size,
         config.evaluation,
         config.model.max_length,
         split,
         config.seed,
-        given,
+        candidates,
         config.stream,
         config.model.predicts_by_both,
     )
-    batches = RankingBatches(*where, *what)
     built = ready(batches, config.stream, pin_memory=False, workers=workers)
     return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
 
 
 @torch.no_grad()
 def rank_candidates(
-    model, table, batches, built, device, visit=None, advance=None
+    model: Model,
+    table: "ItemTable",
+    batches: RankingBatches,
+    built: Iterable[Candidates],
+    device: torch.device,
+    visit: Visit | None = None,
+    advance: Advance | None = None,
 ) -> Ranking:
-    """Ranks what `built` brings, on all processes.
+    """Ranks the candidates of every step that `built` brings. Called on all ranks.
 
-    model: takes (Query, rows) and gives (B, D, r); table: ItemTable. visit(candidates, ranks_B, scores_C): called for every
-    step of this process. advance(done, total): called after every step.
+    model: takes (Query, rows) and gives (B, D, R). visit(candidates, position_B, scores_C): called
+    for every step of this process. advance(done, total): called after every step.
     """
     dataset = batches.plan.dataset
-    popularity = item_counts(dataset)
-    longest = 1 + batches.config.negatives
-    if batches.given is not None:
-        # Of all ranks' users, where each rank has been given its own.
-        longest = getattr(batches.given, "longest", None) or max(
-            (len(rows) for _, rows in batches.given.values()), default=1
-        )
-    histogram = np.zeros((2, len(dataset.domains), longest), np.int64)
-    skipped, reasons = 0, {}
+    counts_N = item_counts(dataset)
+    shape = (2, len(dataset.domains), batches.longest_list())
+    histogram = np.zeros(shape, np.int64)
+    skipped = 0
+    reasons: dict[str, None] = {}
     for done, candidates in enumerate(built, start=1):
         skipped += candidates.skipped
         reasons |= dict.fromkeys(candidates.reasons)
-        query = move(candidates.query, device)
-        rows = table(query.ids)
-        y_BDR = model(query, rows)
-        y_BR = y_BDR[torch.arange(len(y_BDR)), torch.from_numpy(candidates.domain_B)]
-        counts = torch.from_numpy(candidates.counts_B).to(device)
-        users_C = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), counts
-        )
-        scores_C = (
-            (y_BR[users_C] * rows[query.interactions :]).sum(1).float().cpu().numpy()
-        )
-        ranks_B = _ranks(scores_C, candidates.counts_B)
-        real = candidates.user_B >= 0
-        by_popularity_B = _ranks(
-            _popularity_scores(popularity, candidates, batches.plan.seed),
+        scores_C = _model_scores(model, table, candidates, device)
+        popularity_C = candidate_scores(
+            counts_N,
+            batches.plan.seed,
+            candidates.user_B,
             candidates.counts_B,
+            candidates.rows_C,
         )
-        for system, ranks in enumerate((ranks_B, by_popularity_B)):
-            np.add.at(
-                histogram[system], (candidates.domain_B[real], ranks[real] - 1), 1
-            )
+        position_B = candidate_positions(scores_C, candidates.counts_B)
+        popularity_B = candidate_positions(popularity_C, candidates.counts_B)
+        real = candidates.user_B >= 0
+        domain_B = candidates.domain_B[real]
+        count_positions(histogram[0], domain_B, position_B[real])
+        count_positions(histogram[1], domain_B, popularity_B[real])
         if visit is not None:
-            visit(candidates, ranks_B, scores_C)
+            visit(candidates, position_B, scores_C)
         if advance is not None:
             advance(done, len(batches))
     total = torch.from_numpy(np.append(histogram, skipped)).to(device)
     dist.all_reduce(total)
     *counts, skipped = total.tolist()
-    return Ranking(
-        np.array(counts, np.int64).reshape(histogram.shape), skipped, tuple(reasons)
+    histogram = np.array(counts, np.int64).reshape(shape)
+    return Ranking(histogram, skipped, tuple(reasons))
+
+
+def _model_scores(
+    model: Model, table: "ItemTable", candidates: Candidates, device: torch.device
+) -> np.ndarray:
+    """The model's score of each candidate, float32 (C,).
+
+    It is the dot product of the candidate's vector with the user's vector for the domain of the
+    held-out item.
+    """
+    query = move(candidates.query, device)
+    rows = table(query.ids)
+    y_BDR = model(query, rows)
+    domain_B = torch.from_numpy(candidates.domain_B)
+    y_BR = y_BDR[torch.arange(len(y_BDR)), domain_B]
+    counts_B = torch.from_numpy(candidates.counts_B).to(device)
+    user_C = torch.repeat_interleave(
+        torch.arange(len(counts_B), device=device), counts_B
+    )
+    candidates_CR = rows[query.interactions :]
+    return (y_BR[user_C] * candidates_CR).sum(1).float().cpu().numpy()
+
+
+def evaluation_of(
+    split: str, dataset: Dataset, ranking: Ranking, **model_state: Any
+) -> Evaluation:
+    """The figures by domain and their means. model_state: `step`, `epoch` and the like."""
+    rows = []
+    for number, domain in enumerate(dataset.domains):
+        by_model = metrics_of_histogram(ranking.histogram[0, number])
+        by_popularity = metrics_of_histogram(ranking.histogram[1, number])
+        rows.append(DomainFigures(domain.name, by_model, by_popularity))
+    return Evaluation(
+        kind=split,
+        by_domain=rows,
+        mean=mean_figures({row.name: row.model for row in rows}),
+        popularity_mean=mean_figures({row.name: row.popularity for row in rows}),
+        too_short=dataset.too_short,
+        skipped_users=ranking.skipped_users,
+        model_state=model_state,
     )
 
 
-def _popularity_scores(popularity, candidates, seed):
-    """Training interactions of each candidate; equal counts in a random order that is fixed by (seed, user, item), since
-    counting ties against so coarse a score would make the opponent weaker than it is."""
-    users_C = np.repeat(candidates.user_B, candidates.counts_B)
-    return popularity[candidates.rows_C] + random_unit(
-        random_bits(seed, RandomStream.POPULARITY_TIES, users_C, candidates.rows_C)
-    )
-
-
-def _ranks(scores_C, counts_B):
-    """The 1-based rank of each user's first candidate; equal scores, and scores that are no numbers, count against it."""
-    starts = np.cumsum(counts_B) - counts_B
-    first_C = np.repeat(scores_C[starts], counts_B)
-    beaten_C = first_C > scores_C
-    return counts_B - np.add.reduceat(beaten_C.astype(np.int64), starts)
-
-
-def figures(histogram_R):
-    """HR, NDCG and MRR from counts of ranks (rank 1 first), with the number of users; None where there is none."""
-    users = int(histogram_R.sum())
-    if users == 0:
-        return {"users": 0} | dict.fromkeys(METRICS)
-    rank = np.arange(1, len(histogram_R) + 1)
-    gain, share = 1 / np.log2(rank + 1), histogram_R / users
-    return {
-        "users": users,
-        "HR@5": float(share[:5].sum()),
-        "HR@10": float(share[:10].sum()),
-        "NDCG@5": float((share * gain)[:5].sum()),
-        "NDCG@10": float((share * gain)[:10].sum()),
-        "MRR": float((share / rank).sum()),
-    }
-
-
-def evaluation_record(kind, dataset, ranking: Ranking, **where):
-    """What a run writes and prints of one evaluation: figures by domain and their mean over domains with users."""
-    record = {
-        "kind": kind,
-        "too_short": dataset.too_short,
-        "skipped_users": ranking.skipped_users,
-        **where,
-    }
-    for system, name in enumerate(("domains", "popularity")):
-        by_domain = {
-            d.name: figures(ranking.histogram[system, i])
-            for i, d in enumerate(dataset.domains)
-        }
-        seen = [values for values in by_domain.values() if values["users"]]
-        mean = {
-            metric: float(np.mean([v[metric] for v in seen])) if seen else None
-            for metric in METRICS
-        }
-        record[name], record["mean" if name == "domains" else "popularity_mean"] = (
-            by_domain,
-            mean,
-        )
-    return record
+def evaluation_record(
+    kind: str, dataset: Dataset, ranking: Ranking, **where: Any
+) -> dict[str, Any]:
+    """The record of `evaluation_of`, which a run writes and prints. kind: the split."""
+    return evaluation_of(kind, dataset, ranking, **where).to_record()

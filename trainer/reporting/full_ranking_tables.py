@@ -1,17 +1,34 @@
-"""What a person reads of a full ranking: tables of its record."""
+"""A full ranking on the console: tables of its record, which fit 80 columns."""
 
-from rich import box
+from typing import Any
+
 from rich.table import Table
 from rich.text import Text
 
-from trainer.reporting.run_log import evaluation_table, number, printable
+from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.reporting.console import (
+    evaluation_table,
+    metric_cells,
+    new_table,
+    number,
+    printable,
+    stacked_header,
+)
 
 METRICS = ("HR@10", "NDCG@10", "MRR")  # the record has more, 80 columns have not
 
 
-def full_tables(record: dict) -> list[Table]:
-    """The figures by domain with intervals, beside popularity's; the breakdowns; what is recommended; the sampled figures."""
-    tables = [_by_domain(record), _breakdown(record), _recommended(record)]
+def full_tables(record: dict[str, Any]) -> list[Table]:
+    """All tables of a full ranking's record.
+
+    The figures by domain with intervals, beside popularity's; the breakdowns by groups of users;
+    what is recommended; and the figures among drawn candidates.
+    """
+    tables = [
+        _domain_table(record),
+        _breakdown_table(record),
+        _recommendation_table(record),
+    ]
     if record.get("sampled"):
         table = evaluation_table(record["sampled"])
         table.title = f"{record['kind'].capitalize()} among drawn candidates"
@@ -19,102 +36,149 @@ def full_tables(record: dict) -> list[Table]:
     return tables
 
 
-def interval(found) -> str:
-    """A 95 % interval, or a dash where there is none."""
-    return "–" if found is None else " ".join(f"{value:.3f}" for value in found)
+def interval(bounds: list[float] | None) -> str:
+    """A 95 % confidence interval, or a dash where there is none."""
+    if bounds is None:
+        return "–"
+    low, high = bounds
+    return f"{low:.3f} {high:.3f}"
 
 
-def headline(record) -> str:
+def headline(record: dict[str, Any]) -> str:
     """The metric that is compared with popularity's."""
     return record["difference"]["metric"]
 
 
-def _table(title, *columns, caption=None):
-    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption=caption,
-        caption_justify="left",
-        **style,
+def _table_of(title: str, columns: list[str], caption: str | None = None) -> Table:
+    """A table without rows.
+
+    columns: the first one has words, which may wrap; the others have figures, which may not.
+    caption: a sentence below the table.
+    """
+    table = new_table(title, caption)
+    first, *others = columns
+    table.add_column(
+        stacked_header(first), overflow="fold", min_width=9, vertical="bottom"
     )
-    for place, column in enumerate(columns):
-        header = column.replace(" ", "\n").replace("@", "\n@")
-        if place:
-            table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
-        else:
-            table.add_column(header, overflow="fold", min_width=9, vertical="bottom")
+    for column in others:
+        header = stacked_header(column)
+        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
     return table
 
 
-def _by_domain(record):
-    name = headline(record)
-    title = f"{record['kind'].capitalize()} at step {record['step']:,} among all items of the domain"
-    caption = "Intervals are of 95 %, over users; the difference is that to ranking by popularity."
+def _domain_table(record: dict[str, Any]) -> Table:
+    """The figures by domain, with 95 % confidence intervals, and the difference to popularity.
+
+                                                    NDCG  popular
+                         HR    NDCG                  @10     NDCG    difference
+    domain     users    @10     @10     MRR     interval      @10      interval
+    ───────────────────────────────────────────────────────────────────────────
+    Books        204 0.4118  0.2008  0.1741  0.161 0.242   0.1951  -0.051 0.057
+
+    mean         204 0.4118  0.2008  0.1741  0.161 0.242   0.1951  -0.051 0.057
+    """
+    evaluation = Evaluation.from_record(record)
+    metric = headline(record)
     columns = [
         "domain",
         "users",
         *METRICS,
-        f"{name} interval",
-        f"popular {name}",
+        f"{metric} interval",
+        f"popular {metric}",
         "difference interval",
     ]
-    table = _table(title, *columns, caption=caption)
-
-    def row(label, figures, popularity, difference):
-        own = [number(figures[metric]) for metric in METRICS]
-        within = (figures.get("interval") or {}).get(name)
-        baseline = number(popularity[name]), interval(difference["interval"])
-        table.add_row(label, f"{figures['users']:,}", *own, interval(within), *baseline)
-
-    for domain, figures in record["domains"].items():
-        row(
-            Text(printable(domain)),
-            figures,
-            record["popularity"][domain],
-            record["difference"]["domains"][domain],
-        )
+    split = evaluation.kind.capitalize()
+    table = _table_of(
+        f"{split} at step {evaluation.step:,} among all items of the domain",
+        columns,
+        "Intervals are of 95 %, over users; "
+        "the difference is that to ranking by popularity.",
+    )
+    differences = record["difference"]["domains"]
+    for row in evaluation.by_domain:
+        cells = _domain_cells(row, metric, differences[row.name])
+        table.add_row(Text(printable(row.name)), *cells)
     table.add_section()
-    row("mean", record["mean"], record["popularity_mean"], record["difference"]["mean"])
+    means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
+    cells = _domain_cells(means, metric, record["difference"]["mean"])
+    table.add_row("mean", *cells)
     return table
 
 
-def _breakdown(record):
-    name = headline(record)
-    columns = ["domain", "users by", "", "users", name, "interval", f"popular {name}"]
-    table = _table(f"{name} by groups of users", *columns)
+def _domain_cells(
+    row: DomainFigures, metric: str, difference: dict[str, Any]
+) -> list[str]:
+    """A row of the table by domain, behind the domain's name.
+
+    metric: the one whose interval is shown. difference: {value, interval} of the model's metric
+    less popularity's.
+    """
+    intervals = row.model.get("interval") or {}
+    return [
+        f"{row.users:,}",
+        *metric_cells(row.model, METRICS),
+        interval(intervals.get(metric)),
+        number(row.popularity[metric]),
+        interval(difference["interval"]),
+    ]
+
+
+def _breakdown_table(record: dict[str, Any]) -> Table:
+    """The headline metric of each group of users that has any, beside popularity's.
+
+                                                                    popular
+                         users                   NDCG                  NDCG
+    domain                  by          users     @10     interval      @10
+    ───────────────────────────────────────────────────────────────────────
+    Books      item popularity    head     66  0.2366  0.164 0.315   0.5031
+    Books       history length     5–9      9  0.1593            –   0.1649
+    Books    history in domain    none     10  0.0732  0.000 0.177   0.2427
+    """
+    metric = headline(record)
+    columns = [
+        "domain",
+        "users by",
+        "",
+        "users",
+        metric,
+        "interval",
+        f"popular {metric}",
+    ]
+    table = _table_of(f"{metric} by groups of users", columns)
     for domain, breakdowns in record["breakdown"].items():
         for breakdown, groups in breakdowns.items():
             for group, figures in groups.items():
-                if figures["users"]:
-                    within, popularity = (
-                        (figures.get("interval") or {}).get(name),
-                        figures[f"popularity {name}"],
-                    )
-                    label = (
-                        Text(printable(domain)),
-                        breakdown,
-                        group,
-                        f"{figures['users']:,}",
-                    )
-                    table.add_row(
-                        *label,
-                        number(figures[name]),
-                        interval(within),
-                        number(popularity),
-                    )
+                if not figures["users"]:
+                    continue
+                intervals = figures.get("interval") or {}
+                table.add_row(
+                    Text(printable(domain)),
+                    breakdown,
+                    group,
+                    f"{figures['users']:,}",
+                    number(figures[metric]),
+                    interval(intervals.get(metric)),
+                    number(figures[f"popularity {metric}"]),
+                )
         table.add_section()
     return table
 
 
-def _recommended(record):
-    columns = next(iter(record["recommended"].values()))
-    table = _table("What all users are recommended", "domain", *columns)
-    for domain, found in record["recommended"].items():
+def _recommendation_table(record: dict[str, Any]) -> Table:
+    """Catalogue coverage and the Gini index of what all users are recommended.
+
+                       coverage    gini
+    domain     items       @10     @10
+    ──────────────────────────────────
+    Books        300    0.8100  0.5400
+    """
+    by_domain = record["recommended"]
+    names = list(next(iter(by_domain.values())))
+    table = _table_of("What all users are recommended", ["domain", *names])
+    for domain, figures in by_domain.items():
         table.add_row(
             Text(printable(domain)),
-            f"{found['items']:,}",
-            *(number(found[name]) for name in list(columns)[1:]),
+            f"{figures['items']:,}",
+            *metric_cells(figures, names[1:]),
         )
     return table

@@ -1,19 +1,20 @@
-"""What a run says while it goes: `metrics.jsonl`, TensorBoard, one console line per record, and a progress bar.
+"""A run's log: `metrics.jsonl`, TensorBoard, a console line for each record, and a progress bar.
 
-`metrics.jsonl` is the one that lasts. It holds one JSON object a line, a train record per logging interval and a record per
-evaluation, in the order in which they happened; `trainer/reporting/run_report.py` draws from it and from nothing else. Its figures:
+`metrics.jsonl` is the one that lasts. It holds one JSON object a line, a train record for each
+logging interval and a record for each evaluation, in the order in which they happened.
+`trainer/reporting/run_report.py` draws from it and from nothing else. Its figures:
 
-    train        kind "train", step, epoch, seconds (since the start), loss, loss_single, loss_cross, mutual_information,
-                 single_by_domain, cross_by_domain (losses), lambda (weights), phi (eq. 10, below 0 = negative transfer),
-                 alpha, beta, learning_rate, gradient_norm, users_per_second, tokens_per_second,
-                 skipped_users (over all ranks in the interval: they could not be read, see stream.damaged),
-                 data_wait (share of the time, 0 to 1), memory_gb
-    evaluation   kind "validation" or "test", step, epoch, seconds, domains {name: {users, HR@5, …, MRR}}, mean {HR@5, …},
-                 popularity and popularity_mean (same shapes, optional), too_short (users left out),
-                 skipped_users (left out too, as they could not be read)
+    train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
+                 loss_cross, mutual_information, single_by_domain, cross_by_domain (losses),
+                 lambda (weights), phi (eq. 10, below 0 = negative transfer), alpha, beta,
+                 learning_rate, gradient_norm, users_per_second, tokens_per_second,
+                 skipped_users (over all ranks in the interval: they could not be read, see
+                 stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
+    evaluation   kind "validation" or "test", step, epoch, seconds, and the figures that
+                 trainer/evaluation/evaluation.py lists
 
-`seconds` is filled in where a record comes without it. A figure that is missing, infinite or not a number is null, as a NaN
-literal would break every JSON reader but Python's.
+`seconds` is filled in where a record comes without it. A figure that is missing, infinite or not a
+number is null, as a NaN literal would break every JSON reader but Python's.
 """
 
 import contextlib
@@ -23,27 +24,25 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
-from rich import box
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import InputError
-from trainer.run_files import LOOK, METRICS_FILE  # noqa: F401 (others import it here)
+from trainer.evaluation.evaluation import Evaluation
+from trainer.evaluation.metrics import HEADLINE as HEADLINE  # moved
+from trainer.evaluation.metrics import metrics_of as metrics_of  # moved
+from trainer.reporting.console import LogColumns, ProgressBar, printable
+from trainer.reporting.console import duration as duration  # moved
+from trainer.reporting.console import evaluation_table as evaluation_table  # moved
+from trainer.reporting.console import number as number  # moved
+from trainer.reporting.console import times as times  # moved
+from trainer.run_files import LOOK as LOOK  # moved
+from trainer.run_files import METRICS_FILE as METRICS_FILE  # moved
 
-HEADLINE = "NDCG@10"
-_REFRESH_SECONDS = 0.25
 _BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")
-_TENSORBOARD_GROUP = {
+_TENSORBOARD_TAGS = {
     "loss": "loss/total",
     "loss_single": "loss/single",
     "loss_cross": "loss/cross",
@@ -60,18 +59,7 @@ _TENSORBOARD_GROUP = {
 
 
 class RunLog:
-    """Writes a run's records to disk, to TensorBoard and to the console.
-
-    folder: the run's folder, made if it is not there.
-    total_steps: steps of the whole run, those before a resume included.
-    domains: names in the order in which they are shown.
-    enabled: False on every rank but 0; every method then does nothing.
-    resume_step: the step of the checkpoint that the run goes on from. Records of later steps, and of a test, are taken out of
-        metrics.jsonl, because they are about to come again. None starts a fresh file.
-    console: where to write, by default standard output. The bar is shown on a terminal only.
-
-    Raises InputError when the folder cannot be written or TensorBoard is asked for and not installed.
-    """
+    """Writes a run's records to disk, to TensorBoard and to the console. A context manager."""
 
     def __init__(
         self,
@@ -83,172 +71,199 @@ class RunLog:
         resume_step: int | None = None,
         console: Console | None = None,
     ):
+        """folder: the run's folder, made if it is not there.
+        total_steps: steps of the whole run, those before a resume included.
+        domains: names in the order in which they are shown.
+        enabled: False on every rank but 0; every method then does nothing.
+        resume_step: the step of the checkpoint from which the run resumes. Records of later steps,
+            and of a test, are removed from metrics.jsonl, because they are about to come again.
+            None starts a fresh file.
+        console: where to write, by default standard output. The bar is shown on a terminal only.
+
+        Entering raises InputError when the folder cannot be written or TensorBoard is asked for
+        and not installed.
+        """
         self.folder = Path(folder)
-        self.domains = list(domains)
         self.total_steps = total_steps
         self.enabled = enabled
+        self._domains = list(domains)
         self._tensorboard_wanted = tensorboard
         self._resume_step = resume_step
-        self._console = console or Console(width=None if sys.stdout.isatty() else 120)
+        width = None if sys.stdout.isatty() else 120
+        self._console = console or Console(width=width)
 
-    def __enter__(self):
+    def __enter__(self) -> "RunLog":
         if not self.enabled:
             return self
         # Words outlive an encoding that has no λ: a log line must never end a run.
         if hasattr(self._console.file, "reconfigure"):
             self._console.file.reconfigure(errors="replace")
-        with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(self._open_metrics())
-            self._writer = (
-                self._open_tensorboard() if self._tensorboard_wanted else None
-            )
-            if self._writer is not None:
-                stack.callback(self._writer.close)
-            self._bar = stack.enter_context(self._open_bar())
-            self._close = stack.pop_all()
-        self._task = self._bar.add_task(
-            "train", total=self.total_steps, completed=self._resume_step or 0, loss=""
+        self._columns = LogColumns.for_console(
+            self._console, self._domains, self.total_steps
         )
-        self._started = self._refreshed = time.monotonic()
+        completed = self._resume_step or 0
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(
+                open_metrics(self.folder, self._resume_step)
+            )
+            self._tensorboard = None
+            if self._tensorboard_wanted:
+                self._tensorboard = TensorBoard(self.folder, self._resume_step)
+                stack.callback(self._tensorboard.close)
+            bar = ProgressBar(self._console, self.total_steps, completed)
+            self._bar = stack.enter_context(bar)
+            self._close = stack.pop_all()
+        self._started = time.monotonic()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if self.enabled:
-            self._bar.refresh()
             self._close.close()
 
-    def train(self, record: dict) -> None:
-        """Logs one training interval; `record` as the module says, numbers or 0-dimensional arrays and tensors."""
+    def train(self, record: dict[str, Any]) -> None:
+        """Logs one training interval.
+
+        record: as the module says, of numbers or 0-dimensional arrays and tensors.
+        """
         if not self.enabled:
             return
         record = self._append({"kind": "train", **record})
-        scalars = {tag: record.get(name) for name, tag in _TENSORBOARD_GROUP.items()}
-        for name in _BY_DOMAIN:
-            scalars |= {
-                f"{name}/{domain}": value
-                for domain, value in (record.get(name) or {}).items()
-            }
-        self._to_tensorboard(scalars, record["step"])
-        self._bar.update(self._task, loss=f"loss {number(record.get('loss'), '.4f')}")
-        self._print(train_line(record, self.domains, self.total_steps, self._symbols()))
+        if self._tensorboard is not None:
+            self._tensorboard.add(_train_scalars(record), record["step"])
+        self._bar.show_loss(record.get("loss"))
+        self._print(self._columns.train_line(record))
 
-    def evaluation(self, record: dict) -> None:
+    def evaluation(self, record: dict[str, Any]) -> None:
         """Logs one evaluation; `record` as the module says, `kind` "validation" or "test"."""
         if not self.enabled:
             return
         record = self._append(record)
-        scalars = {}
-        for metric in metrics_of(record):
-            scalars[f"{record['kind']} mean/{metric}"] = record["mean"].get(metric)
-            for domain, figures in record["domains"].items():
-                scalars[f"{record['kind']} {metric}/{domain}"] = figures.get(metric)
-        self._to_tensorboard(scalars, record["step"])
-        self._print(evaluation_line(record, self.domains, self.total_steps))
+        if self._tensorboard is not None:
+            self._tensorboard.add(_evaluation_scalars(record), record["step"])
+        self._print(self._columns.evaluation_line(record))
 
     def advance(self, steps: int) -> None:
         """Moves the bar by `steps`."""
-        if not self.enabled:
-            return
-        self._bar.advance(self._task, steps)
-        now = time.monotonic()
-        if now - self._refreshed >= _REFRESH_SECONDS:
-            self._refreshed = now
-            self._bar.refresh()
+        if self.enabled:
+            self._bar.advance(steps)
 
     def message(self, text: str | RenderableType) -> None:
-        """Prints a text as it stands, or anything that Rich can draw, such as `evaluation_table`'s."""
+        """Prints a text letter by letter, or anything that Rich can draw, such as a table."""
         if not self.enabled:
             return
-        if isinstance(text, str):
-            self._print(
-                Text(
-                    "\n".join(
-                        printable(line) if line else "" for line in text.splitlines()
-                    )
-                )
-            )
-        else:
+        if not isinstance(text, str):
             self._console.print(text)
+            return
+        lines = []
+        for line in text.splitlines():
+            lines.append(printable(line) if line else "")
+        self._print(Text("\n".join(lines)))
 
-    def _open_metrics(self):
-        path = self.folder / METRICS_FILE
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self._resume_step is None:
-                return path.open("w", encoding="utf-8")
-            kept = [
-                record
-                for record in read_records(path)
-                if record["step"] <= self._resume_step and record["kind"] != "test"
-            ]
-            temporary = path.with_name(METRICS_FILE + ".new")
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(_line(record) for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            return path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be written ({error.strerror}); choose another run folder"
-            ) from error
+    def _append(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Writes a record, and returns it in Python's own types."""
+        seconds = time.monotonic() - self._started
+        record = {"seconds": seconds, **_plain(record)}
+        self._file.write(_line(record))
+        self._file.flush()
+        return record
 
-    def _open_tensorboard(self):
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True, highlight=False)
+
+
+class TensorBoard:
+    """Writes scalars for TensorBoard into RUN/tensorboard."""
+
+    def __init__(self, folder: Path, resume_step: int | None = None):
+        """Raises InputError where TensorBoard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
                 "tensorboard is not installed: install it or switch it off in the config"
             ) from error
-        # Events of an earlier attempt stay on disk; purge_step tells TensorBoard from where on they no longer count.
-        purge_step = 0 if self._resume_step is None else self._resume_step + 1
-        return SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=purge_step, flush_secs=30
+        # Events of an earlier attempt stay on disk; purge_step tells TensorBoard from where on
+        # they no longer count.
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=purge_step, flush_secs=30
         )
 
-    def _open_bar(self):
-        return Progress(
-            TextColumn("{task.fields[loss]}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            expand=True,
-            auto_refresh=False,  # no thread beside the training: `advance` draws
-            speed_estimate_period=600,
-            disable=not (self._console.is_interactive and self._console.file.isatty()),
-        )
-
-    def _append(self, record):
-        record = {"seconds": time.monotonic() - self._started, **_plain(record)}
-        self._file.write(_line(record))
-        self._file.flush()
-        return record
-
-    def _to_tensorboard(self, scalars, step):
-        if self._writer is None:
-            return
+    def add(self, scalars: dict[str, float | None], step: int) -> None:
+        """Writes the scalars that are there, by their tags."""
         for tag, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(printable(tag), value, step)
 
-    def _symbols(self):
-        try:
-            "λφ".encode(self._console.encoding)
-            return "λ", "φ"
-        except (UnicodeEncodeError, LookupError):
-            return "lambda", "phi"
-
-    def _print(self, text):
-        self._console.print(text, soft_wrap=True, highlight=False)
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
 
 
-def read_records(path: Path) -> list[dict]:
+def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
+    """A train record's figures by their tags: "loss/total", "phi/Books", …"""
+    scalars = {}
+    for field, tag in _TENSORBOARD_TAGS.items():
+        scalars[tag] = record.get(field)
+    for field in _BY_DOMAIN:
+        for domain, value in (record.get(field) or {}).items():
+            scalars[f"{field}/{domain}"] = value
+    return scalars
+
+
+def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
+    """An evaluation's figures by their tags.
+
+    test mean/NDCG@10      the mean over domains
+    test NDCG@10/Books     of a domain
+    """
+    evaluation = Evaluation.from_record(record)
+    scalars = {}
+    for metric in evaluation.metrics:
+        scalars[f"{evaluation.kind} mean/{metric}"] = evaluation.mean.get(metric)
+        for row in evaluation.by_domain:
+            tag = f"{evaluation.kind} {metric}/{row.name}"
+            scalars[tag] = row.model.get(metric)
+    return scalars
+
+
+def open_metrics(folder: Path, resume_step: int | None = None) -> TextIO:
+    """Opens a run's metrics.jsonl to append to it. Raises InputError where it cannot be written.
+
+    resume_step: keep the records up to it, without those of a test. None: start a fresh file.
+    """
+    path = folder / METRICS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            return path.open("w", encoding="utf-8")
+        _rewind(path, resume_step)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); choose another run folder"
+        ) from error
+
+
+def _rewind(path: Path, resume_step: int) -> None:
+    """Removes the records of later steps, and of a test, by an atomic rename."""
+    lines = []
+    for record in read_records(path):
+        if record["step"] <= resume_step and record["kind"] != "test":
+            lines.append(_line(record))
+    temporary = path.with_name(METRICS_FILE + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in order; none if there is no file.
 
-    A line that is not a whole record (the last one of a run that was killed while it wrote) is left out.
+    A line that is not a whole record (the last one of a run that was killed while it wrote) is
+    left out.
     """
     path = Path(path)
     if not path.exists():
@@ -257,227 +272,51 @@ def read_records(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                record = json.loads(
-                    line, parse_constant=lambda literal: None
-                )  # NaN, Infinity
-                if (
-                    isinstance(record, dict)
-                    and isinstance(record.get("step"), int)
-                    and "kind" in record
-                ):
+                record = json.loads(line, parse_constant=_null)
+                if _is_record(record):
                     records.append(record)
     return records
 
 
-def skipped_users(records: list[dict]) -> int:
-    """How many users were skipped in training, over all train records; one that is skipped each epoch counts each time."""
-    found = (
-        record.get("skipped_users") for record in records if record["kind"] == "train"
-    )
-    return sum(users for users in found if isinstance(users, int))
+def _null(_literal: str) -> None:
+    """NaN and Infinity are read as null."""
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a JSON value has what every record has: a kind, and a step that is an integer."""
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("step"), int) and "kind" in value
+
+
+def skipped_users(records: list[dict[str, Any]]) -> int:
+    """How many users were skipped in training, over all train records.
+
+    A user who is skipped in each epoch counts each time.
+    """
+    total = 0
+    for record in records:
+        users = record.get("skipped_users")
+        if record["kind"] == "train" and isinstance(users, int):
+            total += users
+    return total
 
 
 def skipped_sentence(users: int) -> str:
     """What a run says at its end of the users that `skipped_users` counts."""
-    who = "1 user was" if users == 1 else f"{users:,} users were"
-    return f"{who} skipped in training, counted anew each epoch: the data is damaged (stream.damaged=skip)."
-
-
-def metrics_of(record: dict) -> list[str]:
-    """The names of an evaluation record's metrics, in its own order."""
-    return [name for name in record["mean"] if name != "users"]
-
-
-def printable(text: str) -> str:
-    """A name from a person's data on one line, with nothing in it that steers a terminal."""
-    marked = (
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
-        for character in str(text)
+    subject = "1 user was" if users == 1 else f"{users:,} users were"
+    return (
+        f"{subject} skipped in training, counted anew each epoch: "
+        "the data is damaged (stream.damaged=skip)."
     )
-    return "".join(marked) or "(no name)"
 
 
-def train_line(
-    record: dict,
-    domains: list[str],
-    total_steps: int,
-    symbols: tuple[str, str] = ("λ", "φ"),
-) -> Text:
-    """One line for a train record; `symbols`: how λ and φ are written."""
-    line = _line_start(record, total_steps)
-    line.append("loss ").append(number(record.get("loss")), "bold")
-    for name, label in (
-        ("loss_single", "single"),
-        ("loss_cross", "cross"),
-        ("mutual_information", "MI"),
-    ):
-        if record.get(name) is not None:
-            line.append(f"  {label} ", "dim").append(number(record[name]))
-    weights, gaps = (
-        {
-            domain: value
-            for domain, value in (record.get(name) or {}).items()
-            if value is not None
-        }
-        for name in ("lambda", "phi")
-    )
-    shown = [domain for domain in domains if domain in weights or domain in gaps]
-    if shown:
-        line.append("  │  ", "dim").append(
-            " ".join(symbols) if weights else symbols[1], "dim"
-        )
-    for position, domain in enumerate(shown):
-        line.append(", " if position else " ", "dim").append(printable(domain), "cyan")
-        if weights:
-            line.append(" " + number(weights.get(domain), ".3f"))
-        gap = gaps.get(domain)
-        line.append(
-            " " + number(gap, "+.3f"), "red" if gap is not None and gap < 0 else ""
-        )
-    line.append("  │  ", "dim")
-    users, tokens = (
-        _short(record.get("users_per_second")),
-        _short(record.get("tokens_per_second")),
-    )
-    wait, memory = (
-        number(record.get("data_wait"), ".1%"),
-        number(record.get("memory_gb"), ".1f"),
-    )
-    line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
-    if record.get("skipped_users"):
-        line.append(f"  {record['skipped_users']:,} users skipped", "red")
-    return line
-
-
-def evaluation_line(record: dict, domains: list[str], total_steps: int) -> Text:
-    """One line for an evaluation record: the means of all metrics, then the headline metric per domain."""
-    line = _line_start(record, total_steps)
-    line.append(record["kind"], "bold green").append("  mean", "dim")
-    for metric in metrics_of(record):
-        line.append(f"  {metric} ", "dim")
-        line.append(
-            number(record["mean"].get(metric)), "bold" if metric == HEADLINE else ""
-        )
-    line.append("  │  ", "dim").append(f"{HEADLINE} by domain", "dim")
-    for position, domain in enumerate(
-        domain for domain in domains if domain in record["domains"]
-    ):
-        line.append(", " if position else " ", "dim").append(printable(domain), "cyan")
-        line.append(" " + number(record["domains"][domain].get(HEADLINE)))
-    users = sum(figures.get("users") or 0 for figures in record["domains"].values())
-    line.append("  │  ", "dim").append(
-        f"{users:,} users, {record.get('too_short') or 0:,} too short"
-    )
-    if record.get("skipped_users"):
-        line.append(f", {record['skipped_users']:,} skipped", "red")
-    return line
-
-
-def evaluation_table(record: dict) -> Table:
-    """A table of an evaluation record: a row per domain and one of means, and below them how many users were skipped.
-
-    When the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand beside them.
-    """
-    metrics = metrics_of(record)
-    popularity, popularity_mean = (
-        record.get("popularity"),
-        record.get("popularity_mean") or {},
-    )
-    title = f"{record['kind'].capitalize()} at step {record['step']:,}"
-    style = {
-        "box": box.SIMPLE_HEAD,
-        "padding": (0, 1, 0, 0),
-        "pad_edge": False,
-    }  # fits 80 columns
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        **style,
-    )
-    if record.get("skipped_users"):
-        table.caption = (
-            f"{record['skipped_users']:,} users could not be read and are left out"
-        )
-    table.add_column("domain", overflow="fold", vertical="bottom")
-    for name in (
-        "users",
-        *metrics,
-        *((f"popular {HEADLINE}", "ratio") if popularity else ()),
-    ):
-        header = name.replace(" ", "\n").replace("@", "\n@")
-        table.add_column(
-            header,
-            justify="right",
-            no_wrap=True,
-            style="bold" if name == HEADLINE else "",
-        )
-
-    def cells(figures, baseline):
-        own = [number(figures.get(metric)) for metric in metrics]
-        if not popularity:
-            return own
-        return [
-            *own,
-            number(baseline.get(HEADLINE)),
-            times(figures.get(HEADLINE), baseline.get(HEADLINE)),
-        ]
-
-    for domain, figures in record["domains"].items():
-        baseline = (popularity or {}).get(domain) or {}
-        table.add_row(
-            Text(printable(domain)),
-            f"{figures.get('users') or 0:,}",
-            *cells(figures, baseline),
-        )
-    table.add_section()
-    users = sum(figures.get("users") or 0 for figures in record["domains"].values())
-    table.add_row("mean", f"{users:,}", *cells(record["mean"], popularity_mean))
-    return table
-
-
-def times(value: float | None, baseline: float | None) -> str:
-    """How many times the baseline a value is, in words for a table: "×3.2", or a dash where that has no meaning."""
-    if value is None or not baseline:
-        return "–"
-    return f"×{value / baseline:.2f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, with the days before it from one day on."""
-    seconds = int(seconds)
-    clock = f"{seconds % 86400 // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
-    return clock if seconds < 86400 else f"{seconds // 86400}d {clock}"
-
-
-def _line_start(record, total_steps):
-    width = len(str(total_steps))
-    step = f"step {record['step']:>{width}}/{total_steps}"
-    line = Text()
-    line.append(duration(record.get("seconds") or 0) + "  ", "dim").append(step, "bold")
-    return line.append(f"  epoch {record.get('epoch', 0)}  ", "dim")
-
-
-def number(value: float | None, form=".4f") -> str:
-    """A number for a table, by default as metrics are shown; a dash where there is none."""
-    return "–" if value is None else format(value, form)
-
-
-def _short(value):
-    if value is None:
-        return "–"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def _line(record):
+def _line(record: dict[str, Any]) -> str:
+    """A record as a line of metrics.jsonl."""
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Python's own types all the way down; anything that is not a finite number becomes None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

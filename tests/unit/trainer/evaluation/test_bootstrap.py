@@ -9,7 +9,7 @@ from trainer.evaluation.bootstrap import (
     FEWEST,
     NAMES,
     GroupMeans,
-    values,
+    scaled_values,
     weights,
 )
 
@@ -38,7 +38,7 @@ def drawn(users=300, groups=4, seed=0):
 
 
 def test_values_are_their_definitions():
-    found = values(np.array([1, 2, 10, 11, 60, 10**6])) / 2.0**32
+    found = scaled_values(np.array([1, 2, 10, 11, 60, 10**6])) / 2.0**32
     assert found[:, 0].tolist() == [1] * 6
     for row, rank in zip(found[:, 1:], (1, 2, 10, 11, 60, 10**6), strict=True):
         assert dict(zip(NAMES, row, strict=True)) == pytest.approx(

@@ -11,7 +11,7 @@ from trainer.errors import InputError
 from trainer.evaluation.candidate_files import (
     Homes,
     ResultWriter,
-    _Collected,
+    _CandidateCollector,
     read_candidates,
     read_candidates_of_rank,
 )
@@ -213,7 +213,7 @@ def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(
     )
     kept = {}
     for rank in range(world_size):
-        collected = _Collected(Homes(dataset, world_size, config), rank)
+        collected = _CandidateCollector(Homes(dataset, world_size, config), rank)
         for user in range(users):
             rows = everyone[user][1]
             for part in (rows[:2], rows[2:]):

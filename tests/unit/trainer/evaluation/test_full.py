@@ -18,15 +18,15 @@ from trainer.errors import InputError
 from trainer.evaluation.full import (
     BREAKDOWNS,
     FullRanking,
-    Held,
-    HeldBatches,
-    Popularity,
+    HeldOutBatch,
+    HeldOutBatches,
     full_record,
     groups,
     groups_of_domain,
     rank_fully,
     recommended,
 )
+from trainer.evaluation.popularity import Popularity
 
 ITEMS, STARTS = (30, 12, 8), (0, 33, 48)
 DIM = 8
@@ -239,15 +239,18 @@ def test_memory_does_not_grow_by_the_items_in_every_step(ranks, dataset):
 
 def held_of(dataset, split="test"):
     config = configured(dataset)
-    return list(HeldBatches(dataset, 0, 1, config.evaluation, 100, split, config.seed))
+    return list(
+        HeldOutBatches(dataset, 0, 1, config.evaluation, 100, split, config.seed)
+    )
 
 
 def test_popularity_is_ranked_as_a_loop_would_with_ties_at_random(dataset, histories):
     counts, ties = item_counts(dataset), []
     for seed, held in ((seed, held) for seed in range(4) for held in held_of(dataset)):
-        for user, row, rank in zip(
-            held.user_B, held.row_B, Popularity(dataset, seed).ranks(held), strict=True
-        ):
+        positions = Popularity(dataset, seed).positions(
+            held.user_B, held.domain_B, held.row_B, held.counts_B, held.rows_E
+        )
+        for user, row, rank in zip(held.user_B, held.row_B, positions, strict=True):
             others = set(histories[user][:-1].tolist()) | {row}
             rivals = counts[
                 [item for item in items_of(domain_of(row)) if item not in others]
@@ -268,8 +271,8 @@ def test_thirds_have_a_third_of_the_interactions_each(tmp_path):
         [0] * 6 + [1] * 3 + [2] * 2 + [3] * 2 + [4] * 2 + [5] * 3
     )  # 18 of domain 0; row 6 has none
     dataset = write_dataset(tmp_path / "data", [np.array(rows + [0, 0])], items=(7, 2))
-    assert Popularity(dataset, 0).third[:7].tolist() == [0, 1, 2, 2, 2, 1, 2]
-    assert Popularity(dataset, 0).third[10:12].tolist() == [2, 2]
+    assert Popularity(dataset, 0).third_N[:7].tolist() == [0, 1, 2, 2, 2, 1, 2]
+    assert Popularity(dataset, 0).third_N[10:12].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,9 @@ def test_the_groups_of_a_user(length, own, third, expected):
         np.zeros(0, np.int64), np.zeros(1, np.int64), 4, np.zeros(0, np.int64)
     )
     one = np.ones(1, np.int64)
-    held = Held(query, one, 2 * one, one, length * one, own * one, one[:0], 0 * one)
+    held = HeldOutBatch(
+        query, one, 2 * one, one, length * one, own * one, one[:0], 0 * one
+    )
     starts = np.cumsum([1, *map(len, BREAKDOWNS.values())])[:-1]
     assert groups(held, third * one).tolist() == [
         [2 * groups_of_domain() + place for place in (0, *(starts + expected))]
@@ -304,12 +309,12 @@ def test_ranks_share_the_users_and_one_without_users_keeps_its_place(
         expected += held.user_B.tolist()
     for rank in range(world_size):
         batches = list(
-            HeldBatches(
+            HeldOutBatches(
                 dataset, rank, world_size, config.evaluation, 100, "test", config.seed
             )
         )
         assert len(batches) == len(
-            HeldBatches(
+            HeldOutBatches(
                 dataset, 0, world_size, config.evaluation, 100, "test", config.seed
             )
         )

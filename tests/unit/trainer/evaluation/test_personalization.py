@@ -26,11 +26,11 @@ def asked(monkeypatch):
     """What is ranked: a list of {user: (domain, rows)}. Others' items get rank 3."""
     found = []
 
-    def evaluate_split(model, table, dataset, ranks, config, split, given=None):
+    def evaluate_split(model, table, dataset, ranks, config, split, candidates=None):
         assert split == "test"
-        found.append(given)
+        found.append(candidates)
         histogram = np.zeros((2, 2, 1 + NEGATIVES), np.int64)
-        for user, (domain, rows) in given.items():
+        for user, (domain, rows) in candidates.items():
             assert rows[0] != 100 + user
             histogram[0, domain, 2] += 1
         return SimpleNamespace(histogram=histogram)

@@ -5,8 +5,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.helpers.made import draw_histories, draw_ticks, spoil_block, write_dataset
 from trainer.config.evaluation import EvaluationConfig
@@ -17,13 +15,12 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.format.vocabulary import item_counts
 from trainer.data.loading.stream import ready
 from trainer.errors import InputError
+from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.sampled import (
-    METRICS,
     Ranking,
     RankingBatches,
     evaluate_split,
     evaluation_record,
-    figures,
     rank_candidates,
 )
 
@@ -438,36 +435,6 @@ def test_longer_given_lists_widen_the_counts(ranks, dataset, histories):
     found = rank_all(batches_of(dataset, given=given_rows), -scores)
     assert found.shape == (2, 3, 25) and found[0].sum() == 1 and found[0, 0, 24] == 1
     assert rank_all(batches_of(dataset, given={}), scores).sum() == 0
-
-
-def metrics_by_hand(ranks):
-    """The usual definitions, one user after the other."""
-
-    def mean(values):
-        return sum(values) / len(ranks)
-
-    hit = {k: mean([float(rank <= k) for rank in ranks]) for k in (5, 10)}
-    gain = {
-        k: mean([1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks])
-        for k in (5, 10)
-    }
-    return {
-        "users": len(ranks), "HR@5": hit[5], "HR@10": hit[10], "NDCG@5": gain[5], "NDCG@10": gain[10],
-        "MRR": mean([1 / rank for rank in ranks]),
-    }  # fmt: skip
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 120))
-def test_metrics_are_their_definitions(ranks, longest):
-    found = figures(np.bincount(np.array(ranks) - 1, minlength=longest))
-    assert found == pytest.approx(metrics_by_hand(ranks), rel=1e-12)
-    assert list(found) == ["users", *METRICS]
-
-
-@pytest.mark.parametrize("longest", [1, 4, 7])
-def test_metrics_of_fewer_candidates_than_the_cut(longest):
-    ranks = list(range(1, longest + 1))
-    assert figures(np.ones(longest, int)) == pytest.approx(metrics_by_hand(ranks))
 
 
 def test_the_mean_is_over_domains_that_have_users(dataset):

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from trainer.errors import InputError
+from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import (
     METRICS_FILE,
     RunLog,
-    duration,
-    evaluation_table,
     read_records,
     skipped_sentence,
     skipped_users,
@@ -413,11 +412,3 @@ def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
     assert skipped_sentence(1).startswith("1 user was skipped") and skipped_sentence(
         1057
     ).startswith("1,057 users were")
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (180_000, "2d 2:00:00")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text

@@ -1,0 +1,56 @@
+"""Numbers, names and columns on the console."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from trainer.reporting.console import LogColumns, duration, number, printable, times
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (180_000, "2d 2:00:00")],
+)
+def test_a_duration_has_days_from_one_day_on(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_what_there_is_not_is_a_dash():
+    assert number(None) == "–" and number(0.25) == "0.2500"
+    assert times(1.0, None) == times(None, 1.0) == times(1.0, 0) == "–"
+    assert times(0.5, 0.25) == "×2.00"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("Books", "Books"), ("a\nb\x1b", "a�b�"), ("", "(no name)")]
+)
+def test_a_name_stays_on_one_line(name, shown):
+    assert printable(name) == shown
+
+
+@pytest.mark.parametrize(
+    ("encoding", "head"),
+    [("utf-8", "λ φ"), ("ascii", "lambda phi"), ("?", "lambda phi")],
+)
+def test_a_console_without_greek_gets_letters(encoding, head):
+    console = SimpleNamespace(encoding=encoding)
+    columns = LogColumns.for_console(console, ["Books"], 10)
+    record = {"step": 3, "lambda": {"Books": 1.0}, "phi": {"Books": -0.5}}
+    line = columns.train_line(record)
+    assert f"│  {head} Books 1.000 -0.500" in line.plain
+    assert line.plain.startswith("0:00:00  step  3/10  epoch 0  loss –")
+
+
+MODULES = ["console", "full_ranking_tables", "html", "plots", "run_log", "run_report"]
+
+
+def test_reporting_loads_nothing_that_trains():
+    names = ", ".join(f"trainer.reporting.{module}" for module in MODULES)
+    code = f"import sys, {names}; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"torch", "deepspeed", "torchrec", "fbgemm_gpu", "duckdb", "pyarrow"}
+    assert not heavy & set(done.stdout.split())

@@ -1,0 +1,187 @@
+"""An evaluation: figures of a model and of popularity by domain, and the record that a run writes.
+
+The record is a JSON object. `metrics.jsonl` has one a line, `evaluation-full-SPLIT.json` holds one
+of a ranking among all items:
+
+    kind               "validation" or "test"
+    ranking            "full" among all items; absent among drawn candidates
+    too_short          users whose history is too short to be split
+    skipped_users      users left out because they could not be read
+    step, epoch        of the model; seconds since the run began, where a run logs the record
+    domains            {name: {users, HR@5, …, MRR}}, by the model
+    mean               {HR@5, …, MRR}, over domains with users
+    popularity         as domains, by popularity (optional)
+    popularity_mean    as mean, by popularity (optional)
+    difference, breakdown, recommended, sampled    of a ranking among all items alone
+
+This module needs neither torch nor a dataset: reports import it.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainer.evaluation.metrics import HEADLINE, Figures
+
+if TYPE_CHECKING:
+    import pandas
+
+FULL_RECORD = "evaluation-full"  # -SPLIT.json: the record of a ranking among all items
+
+_BEFORE = ("kind", "ranking", "too_short", "skipped_users")
+_FIGURES = ("domains", "mean", "popularity", "popularity_mean")
+_FULL = ("difference", "breakdown", "recommended", "sampled")
+
+
+@dataclass(frozen=True)
+class DomainFigures:
+    """One domain's figures.
+
+    model, popularity: {"users": 204, "HR@5": 0.88, …}; popularity is empty where the record has
+    none. A metric is None in a domain without users.
+    """
+
+    name: str
+    model: Figures
+    popularity: Figures
+
+    @property
+    def users(self) -> int:
+        """Users whose held-out item is of this domain."""
+        return self.model.get("users") or 0
+
+    @property
+    def headline(self) -> float | None:
+        """The model's NDCG@10."""
+        return self.model.get(HEADLINE)
+
+    @property
+    def popularity_headline(self) -> float | None:
+        """Popularity's NDCG@10."""
+        return self.popularity.get(HEADLINE)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one model on one split.
+
+    by_domain: a row for each domain, in the dataset's order. mean, popularity_mean: over domains
+    with users. model_state: `step`, `epoch` and what else says which model it was, in the record's
+    order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking among all
+    items, empty otherwise.
+    """
+
+    kind: str
+    by_domain: list[DomainFigures]
+    mean: Figures
+    popularity_mean: Figures | None = None
+    too_short: int | None = None
+    skipped_users: int | None = None
+    model_state: dict[str, Any] = field(default_factory=dict)
+    full: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Evaluation":
+        """Reads a record. Raises KeyError where it has no kind, domains or mean."""
+        popularity = record.get("popularity") or {}
+        rows = []
+        for name, figures in record["domains"].items():
+            rows.append(DomainFigures(name, figures, popularity.get(name) or {}))
+        model_state = {}
+        for key, value in record.items():
+            if key not in (*_BEFORE, *_FIGURES, *_FULL):
+                model_state[key] = value
+        full = {key: record[key] for key in _FULL if key in record}
+        return cls(
+            kind=record["kind"],
+            by_domain=rows,
+            mean=record["mean"],
+            popularity_mean=record.get("popularity_mean"),
+            too_short=record.get("too_short"),
+            skipped_users=record.get("skipped_users"),
+            model_state=model_state,
+            full=full,
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """The record, without the keys for which there is nothing."""
+        record: dict[str, Any] = {"kind": self.kind}
+        if self.full:
+            record["ranking"] = "full"
+        if self.too_short is not None:
+            record["too_short"] = self.too_short
+        if self.skipped_users is not None:
+            record["skipped_users"] = self.skipped_users
+        record |= self.model_state
+        record["domains"] = {row.name: row.model for row in self.by_domain}
+        record["mean"] = self.mean
+        if self.has_popularity:
+            record["popularity"] = {row.name: row.popularity for row in self.by_domain}
+        if self.popularity_mean is not None:
+            record["popularity_mean"] = self.popularity_mean
+        return record | self.full
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row for each domain and system: `domain`, `system`, `users`, and the metrics.
+
+            domain        system    users    HR@5    HR@10    …
+             Books         model      204    0.88     1.00
+             Books    popularity      204    0.61     0.93
+              Toys         model       79    0.79     1.00
+              Toys    popularity       79    0.85     0.97
+
+        Raises ImportError with the way out without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "pandas is not installed: `pip install pandas`, or use Evaluation.by_domain"
+            ) from error
+        rows = []
+        for row in self.by_domain:
+            systems = {"model": row.model, "popularity": row.popularity}
+            for system, figures in systems.items():
+                if figures:
+                    metrics = {name: figures.get(name) for name in self.metrics}
+                    start = {"domain": row.name, "system": system}
+                    rows.append(start | {"users": figures["users"]} | metrics)
+        return pandas.DataFrame(
+            rows, columns=["domain", "system", "users", *self.metrics]
+        )
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, in the record's order."""
+        return [name for name in self.mean if name not in ("users", "interval")]
+
+    @property
+    def step(self) -> int:
+        """Training steps of the model. Raises KeyError where the record has none."""
+        return self.model_state["step"]
+
+    @property
+    def has_popularity(self) -> bool:
+        """Whether popularity's figures stand beside the model's."""
+        return any(row.popularity for row in self.by_domain)
+
+    @property
+    def users(self) -> int:
+        """Users that were evaluated, in all domains together."""
+        return sum(row.users for row in self.by_domain)
+
+    @property
+    def mean_ndcg(self) -> float | None:
+        """The mean NDCG@10, which chooses the best model; None without users."""
+        return self.mean.get(HEADLINE)
+
+    @property
+    def popularity_mean_ndcg(self) -> float | None:
+        """Popularity's mean NDCG@10."""
+        return (self.popularity_mean or {}).get(HEADLINE)
+
+    def figures_of(self, domain: str) -> DomainFigures:
+        """A domain's figures, empty ones where the evaluation does not have the domain."""
+        for row in self.by_domain:
+            if row.name == domain:
+                return row
+        return DomainFigures(domain, {}, {})

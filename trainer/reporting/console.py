@@ -1,0 +1,352 @@
+"""What a run shows on the console: a line for each record, tables, and a progress bar.
+
+    0:03:20  step  50/100  epoch 0  loss 2.5000  single 2.0000  cross 1.0000  MI 0.5000
+      │  λ φ Books 0.500 -0.125, Toys 0.500 -0.125  │  12.3k users/s  4.56M tokens/s  wait 3.1%  3.2 GB
+
+(one line in truth). Names come from a person's data, so nothing in them may steer a terminal.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.metrics import HEADLINE, Figures
+
+_REFRESH_SECONDS = 0.25
+_GREEK = ("λ", "φ")
+_ASCII = ("lambda", "phi")
+_SECTION = "  │  "
+_LOSSES = {
+    "loss_single": "single",
+    "loss_cross": "cross",
+    "mutual_information": "MI",
+}
+
+
+class LogColumns:
+    """What the lines of a log have in common: which domains they show, and how wide a step is."""
+
+    def __init__(
+        self,
+        domains: list[str],
+        total_steps: int,
+        symbols: tuple[str, str] = _GREEK,
+    ):
+        """domains: names, in order. symbols: how λ and φ are written."""
+        self.domains = list(domains)
+        self.total_steps = total_steps
+        self.symbols = symbols
+
+    @classmethod
+    def for_console(
+        cls, console: Console, domains: list[str], total_steps: int
+    ) -> "LogColumns":
+        """Writes λ and φ in letters where the console has no Greek."""
+        symbols = _GREEK
+        try:
+            "".join(_GREEK).encode(console.encoding)
+        except (UnicodeEncodeError, LookupError):
+            symbols = _ASCII
+        return cls(domains, total_steps, symbols)
+
+    def train_line(self, record: dict[str, Any]) -> Text:
+        """One line for a train record.
+
+        A loss that the record does not have is left out; any other missing figure is a dash. Users
+        that were skipped are named at the end.
+        """
+        line = self._begin(record)
+        line.append("loss ")
+        line.append(number(record.get("loss")), "bold")
+        for field, label in _LOSSES.items():
+            if record.get(field) is not None:
+                line.append(f"  {label} ", "dim")
+                line.append(number(record[field]))
+        self._append_transfer(line, record)
+        self._append_speed(line, record)
+        if record.get("skipped_users"):
+            line.append(f"  {record['skipped_users']:,} users skipped", "red")
+        return line
+
+    def evaluation_line(self, record: dict[str, Any]) -> Text:
+        """One line for an evaluation record: all mean metrics, then NDCG@10 by domain.
+
+        0:10:00  step  50/100  epoch 0  validation  mean  HR@5 0.2500  …  MRR 0.2500
+          │  NDCG@10 by domain Books 0.3000, Toys 0.2000  │  20 users, 3 too short
+        """
+        evaluation = Evaluation.from_record(record)
+        line = self._begin(record)
+        line.append(evaluation.kind, "bold green")
+        line.append("  mean", "dim")
+        for metric in evaluation.metrics:
+            line.append(f"  {metric} ", "dim")
+            style = "bold" if metric == HEADLINE else ""
+            line.append(number(evaluation.mean.get(metric)), style)
+        line.append(_SECTION, "dim")
+        line.append(f"{HEADLINE} by domain", "dim")
+        self._append_headlines(line, evaluation)
+        line.append(_SECTION, "dim")
+        too_short = evaluation.too_short or 0
+        line.append(f"{evaluation.users:,} users, {too_short:,} too short")
+        if evaluation.skipped_users:
+            line.append(f", {evaluation.skipped_users:,} skipped", "red")
+        return line
+
+    def _begin(self, record: dict[str, Any]) -> Text:
+        """The clock, the step of all steps, and the epoch: what every line begins with."""
+        width = len(str(self.total_steps))
+        line = Text()
+        line.append(duration(record.get("seconds") or 0) + "  ", "dim")
+        line.append(f"step {record['step']:>{width}}/{self.total_steps}", "bold")
+        line.append(f"  epoch {record.get('epoch', 0)}  ", "dim")
+        return line
+
+    def _append_transfer(self, line: Text, record: dict[str, Any]) -> None:
+        """λ and φ of each domain that has one of them.
+
+        A run without loss correction has no λ, and its lines show φ alone. A φ below 0, negative
+        transfer, is red.
+        """
+        weights = _present(record.get("lambda"))
+        gaps = _present(record.get("phi"))
+        shown = []
+        for domain in self.domains:
+            if domain in weights or domain in gaps:
+                shown.append(domain)
+        if shown:
+            line.append(_SECTION, "dim")
+            head = " ".join(self.symbols) if weights else self.symbols[1]
+            line.append(head, "dim")
+        for index, domain in enumerate(shown):
+            _append_name(line, index, domain)
+            if weights:
+                line.append(" " + number(weights.get(domain), ".3f"))
+            gap = gaps.get(domain)
+            negative = gap is not None and gap < 0
+            line.append(" " + number(gap, "+.3f"), "red" if negative else "")
+
+    def _append_speed(self, line: Text, record: dict[str, Any]) -> None:
+        """Users and tokens per second, the share of the time spent waiting for data, and memory."""
+        users = _short_number(record.get("users_per_second"))
+        tokens = _short_number(record.get("tokens_per_second"))
+        wait = number(record.get("data_wait"), ".1%")
+        memory = number(record.get("memory_gb"), ".1f")
+        line.append(_SECTION, "dim")
+        line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
+
+    def _append_headlines(self, line: Text, evaluation: Evaluation) -> None:
+        """NDCG@10 of each domain that was evaluated."""
+        evaluated = {row.name: row for row in evaluation.by_domain}
+        shown = [domain for domain in self.domains if domain in evaluated]
+        for index, domain in enumerate(shown):
+            _append_name(line, index, domain)
+            line.append(" " + number(evaluated[domain].headline))
+
+
+def _append_name(line: Text, index: int, domain: str) -> None:
+    """A domain's name as the one after `index` others."""
+    line.append(", " if index else " ", "dim")
+    line.append(printable(domain), "cyan")
+
+
+def _present(by_domain: dict[str, float | None] | None) -> dict[str, float]:
+    """The domains that have a figure."""
+    present = {}
+    for domain, value in (by_domain or {}).items():
+        if value is not None:
+            present[domain] = value
+    return present
+
+
+class ProgressBar:
+    """The bar of a run's steps, drawn on a terminal only. A context manager.
+
+        loss 2.5000 ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╸ 50/100 0:03:20 left 0:03:20
+
+    console: where the lines of the log go too; they are printed above the bar. completed: steps
+    before a resume.
+    """
+
+    def __init__(self, console: Console, total_steps: int, completed: int):
+        self._bar = Progress(
+            TextColumn("{task.fields[loss]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+            auto_refresh=False,  # no thread beside the training: `advance` draws
+            speed_estimate_period=600,
+            disable=not (console.is_interactive and console.file.isatty()),
+        )
+        self._total_steps = total_steps
+        self._completed = completed
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        self._task = self._bar.add_task(
+            "train", total=self._total_steps, completed=self._completed, loss=""
+        )
+        self._refreshed = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.refresh()
+        self._bar.stop()
+
+    def show_loss(self, loss: float | None) -> None:
+        """Shows the newest loss beside the bar."""
+        self._bar.update(self._task, loss=f"loss {number(loss, '.4f')}")
+
+    def advance(self, steps: int) -> None:
+        """Moves the bar, and draws it where the last drawing is some time ago."""
+        self._bar.advance(self._task, steps)
+        now = time.monotonic()
+        if now - self._refreshed >= _REFRESH_SECONDS:
+            self._refreshed = now
+            self._bar.refresh()
+
+
+def evaluation_table(record: dict[str, Any]) -> Table:
+    """A table of an evaluation record: a row for each domain, one of means, and who was skipped.
+
+    Where the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand
+    beside the model's. It fits 80 columns.
+
+        Test at step 1,200
+
+                                                                 popular
+                             HR      HR    NDCG    NDCG             NDCG
+        domain    users      @5     @10      @5     @10     MRR      @10  ratio
+        ───────────────────────────────────────────────────────────────────────
+        Books        10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
+        Toys          0       –       –       –       –       –        –      –
+
+        mean         10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
+    """
+    evaluation = Evaluation.from_record(record)
+    table = new_table(f"{evaluation.kind.capitalize()} at step {evaluation.step:,}")
+    if evaluation.skipped_users:
+        table.caption = (
+            f"{evaluation.skipped_users:,} users could not be read and are left out"
+        )
+    table.add_column("domain", overflow="fold", vertical="bottom")
+    for name in ("users", *evaluation.metrics, *comparison_columns(evaluation)):
+        table.add_column(
+            stacked_header(name),
+            justify="right",
+            no_wrap=True,
+            style="bold" if name == HEADLINE else "",
+        )
+    for row in evaluation.by_domain:
+        cells = _domain_cells(evaluation, row)
+        table.add_row(Text(printable(row.name)), f"{row.users:,}", *cells)
+    table.add_section()
+    means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean or {})
+    table.add_row("mean", f"{evaluation.users:,}", *_domain_cells(evaluation, means))
+    return table
+
+
+def comparison_columns(evaluation: Evaluation) -> Iterable[str]:
+    """The columns that compare with popularity, where the evaluation has its figures."""
+    if not evaluation.has_popularity:
+        return ()
+    return (f"popular {HEADLINE}", "ratio")
+
+
+def _domain_cells(evaluation: Evaluation, row: DomainFigures) -> list[str]:
+    """The metrics of a row, and the comparison with popularity where the table has one."""
+    cells = metric_cells(row.model, evaluation.metrics)
+    if evaluation.has_popularity:
+        cells.append(number(row.popularity_headline))
+        cells.append(times(row.headline, row.popularity_headline))
+    return cells
+
+
+def metric_cells(figures: Figures, metrics: Iterable[str]) -> list[str]:
+    """Metrics as a table shows them."""
+    return [number(figures.get(metric)) for metric in metrics]
+
+
+def new_table(title: str, caption: str | None = None) -> Table:
+    """A table in the style of all tables on the console, narrow enough for 80 columns."""
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+
+
+def stacked_header(name: str) -> str:
+    """A column's name on several lines, so that the column is no wider than its figures.
+
+    popular NDCG@10    popular
+                       NDCG
+                       @10
+    """
+    return name.replace(" ", "\n").replace("@", "\n@")
+
+
+def printable(text: str) -> str:
+    """A name from a person's data on one line, with nothing in it that steers a terminal."""
+    characters = []
+    for character in str(text):
+        if not character.isprintable():
+            character = "\N{REPLACEMENT CHARACTER}"
+        characters.append(character)
+    return "".join(characters) or "(no name)"
+
+
+def times(value: float | None, baseline: float | None) -> str:
+    """How many times the baseline a value is: "×3.2", or a dash where that has no meaning."""
+    if value is None or not baseline:
+        return "–"
+    return f"×{value / baseline:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, with the days before it from one day on."""
+    seconds = int(seconds)
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    if days > 0:
+        return f"{days}d {clock}"
+    return clock
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """A number for a table, by default as metrics are shown; a dash where there is none."""
+    if value is None:
+        return "–"
+    return format(value, form)
+
+
+def _short_number(value: float | None) -> str:
+    """Three digits and a letter: 12.3k."""
+    if value is None:
+        return "–"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
