@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+from duckdb import DuckDBPyConnection
 
 from embeddings.control_groups import host_memory
 
@@ -27,7 +28,7 @@ _LEAST_MEMORY = 256 * 10**6
 _MOST_MEMORY = 8 * 10**9
 
 
-def connect() -> duckdb.DuckDBPyConnection:
+def connect() -> DuckDBPyConnection:
     """Opens a DuckDB that fetches and loads no extension, whatever a file holds or is called."""
     settings = {
         "autoinstall_known_extensions": "false",
@@ -47,7 +48,7 @@ def parquet_folder_sql(folder: Path) -> str:
     return f"read_parquet('{pattern}/*.parquet', hive_partitioning=false)"
 
 
-def query_value(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
+def query_value(connection: DuckDBPyConnection, query: str) -> Any:
     """Returns the one value of a query with one row and one column."""
     ((value,),) = connection.execute(query).fetchall()
     return value
@@ -55,8 +56,11 @@ def query_value(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
 
 @contextlib.contextmanager
 def engine(
-    scratch: Path, memory: int, threads: int, stages: "Stages | None" = None
-) -> Iterator[duckdb.DuckDBPyConnection]:
+    scratch: Path,
+    memory: int,
+    threads: int,
+    stages: "Stages | None" = None,
+) -> Iterator[DuckDBPyConnection]:
     """Opens a DuckDB that keeps within `memory` bytes together with what is made of its results.
 
     scratch: the folder for what does not fit. stages: show the progress of the queries.
@@ -78,7 +82,7 @@ def engine(
 
 
 @contextlib.contextmanager
-def limited_engine() -> Iterator[duckdb.DuckDBPyConnection]:
+def limited_engine() -> Iterator[DuckDBPyConnection]:
     """Opens a DuckDB for joins beside a run, within a quarter of the host's free memory.
 
     What does not fit goes to the system's folder for temporary files (TMPDIR).

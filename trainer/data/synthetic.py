@@ -110,7 +110,11 @@ class _FileOfUsers:
     last_user: int
 
 
-def lengths_of(config: SyntheticConfig, first: int, last: int) -> np.ndarray:
+def lengths_of(
+    config: SyntheticConfig,
+    first: int,
+    last: int,
+) -> np.ndarray:
     """Draws how many interactions the users [first, last) have, int64.
 
     They are geometric from 1, with the mean of the config.
@@ -122,7 +126,11 @@ def lengths_of(config: SyntheticConfig, first: int, last: int) -> np.ndarray:
     return 1 + more.astype(np.int64)
 
 
-def generate(config: SyntheticConfig, first: int, last: int) -> Events:
+def generate(
+    config: SyntheticConfig,
+    first: int,
+    last: int,
+) -> Events:
     """Draws the events of the users [first, last), the same whatever other users are made too."""
     lengths = lengths_of(config, first, last)
     users = np.arange(first, last)
@@ -162,7 +170,11 @@ def _draw_topics(
 ) -> np.ndarray:
     """Draws the topic that each event follows. is_first: the event is its user's first."""
 
-    def draw_moving_topic(drift: float, moves: _Draw, topics: _Draw) -> np.ndarray:
+    def draw_moving_topic(
+        drift: float,
+        moves: _Draw,
+        topics: _Draw,
+    ) -> np.ndarray:
         """Draws a topic anew where it moves on, and repeats it until then."""
         moved = np.flatnonzero(is_first | (_draw_unit(moves, counter) < drift))
         drawn = random_below(random_bits(topics, counter[moved]), config.topics)
@@ -217,7 +229,10 @@ def _popularity_laws(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_power_law(
-    unit: np.ndarray, count: np.ndarray, span: np.ndarray, exponent: float
+    unit: np.ndarray,
+    count: np.ndarray,
+    span: np.ndarray,
+    exponent: float,
 ) -> np.ndarray:
     """Draws ranks in [0, count), P(rank) close to (rank + 1) ** -exponent.
 
@@ -296,7 +311,10 @@ def _available_cores() -> int:
 
 
 def _plan_files(
-    config: SyntheticConfig, folder: Path, first_user: int, last_user: int
+    config: SyntheticConfig,
+    folder: Path,
+    first_user: int,
+    last_user: int,
 ) -> list[_FileOfUsers]:
     """Divides the users into files of about `_FILE_EVENTS` events."""
     file_users = max(1, int(_FILE_EVENTS / config.mean_length))
@@ -331,7 +349,9 @@ def _write_truth(
 
 
 def _write_logs(
-    config: SyntheticConfig, files: list[_FileOfUsers], processes: int
+    config: SyntheticConfig,
+    files: list[_FileOfUsers],
+    processes: int,
 ) -> Iterator[tuple[int, int]]:
     """Writes the files; yields (users, events) of each row group that is written."""
     if processes == 1:
@@ -390,7 +410,9 @@ def _failed_process(exitcode: int) -> InputError:
 
 
 def _work(
-    sender: Connection, config: SyntheticConfig, files: list[_FileOfUsers]
+    sender: Connection,
+    config: SyntheticConfig,
+    files: list[_FileOfUsers],
 ) -> None:
     """Writes a child process's files; sends (users, events) of each part, or an error of the disk."""
     # The parent gets Ctrl-C too, and ends this process.

@@ -314,7 +314,12 @@ class Dataset:
         return dataset
 
     @classmethod
-    def _parse(cls, record: Any, path: Path | str, folder: Path) -> "Dataset":
+    def _parse(
+        cls,
+        record: Any,
+        path: Path | str,
+        folder: Path,
+    ) -> "Dataset":
         """Makes a Dataset of the JSON in `path`, and checks all that needs no other file."""
         version = None
         if isinstance(record, dict):
@@ -390,7 +395,10 @@ class Dataset:
             )
 
     def _check_files(
-        self, path: Path, check_shards: bool, check_contents: bool
+        self,
+        path: Path,
+        check_shards: bool,
+        check_contents: bool,
     ) -> None:
         """Raises InputError where a file is missing, of another size or other contents."""
         for file in self.files:
@@ -424,7 +432,11 @@ class Dataset:
             )
 
 
-def ticks_of(times: np.ndarray, first: float, last: float) -> np.ndarray:
+def ticks_of(
+    times: np.ndarray,
+    first: float,
+    last: float,
+) -> np.ndarray:
     """Quantizes times, see `Dataset.ticks`."""
     span = max(last - first, np.finfo(np.float64).tiny)
     share = (np.asarray(times, np.float64) - first) / span
@@ -476,7 +488,10 @@ def _tiles(ranges: list[tuple[int, int]], end: int | None = None) -> bool:
 
 
 def _parse_records(
-    kind: type[Record], record: dict[str, Any], name: str, path: Path | str
+    kind: type[Record],
+    record: dict[str, Any],
+    name: str,
+    path: Path | str,
 ) -> tuple[Record, ...]:
     """Makes dataclasses of the list in a field."""
     values = record.get(name)

@@ -120,7 +120,10 @@ def codec(level: int | None = None) -> "pa.Codec":
 
 
 def write_shard(
-    path: Path, first_user: int, num_embeddings: int, blocks: Iterable[Block]
+    path: Path,
+    first_user: int,
+    num_embeddings: int,
+    blocks: Iterable[Block],
 ) -> tuple[int, str]:
     """Writes the blocks of the users from `first_user` on as one tar.
 
@@ -143,7 +146,10 @@ def write_shard(
 
 
 def _encode_block(
-    block: Block, first_user: int, num_embeddings: int, zstd: "pa.Codec"
+    block: Block,
+    first_user: int,
+    num_embeddings: int,
+    zstd: "pa.Codec",
 ) -> dict[str, bytes]:
     """Returns the contents of a block's members by name."""
     rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
@@ -281,7 +287,12 @@ class ShardFile:
             self._stream.close()
             self._stream = None
 
-    def _refuse(self, begin: int, end: int, problem: object) -> None:
+    def _refuse(
+        self,
+        begin: int,
+        end: int,
+        problem: object,
+    ) -> None:
         """Reports or raises that blocks begin … end − 1 cannot be used."""
         if self._report is None:
             raise InputError(
@@ -291,7 +302,12 @@ class ShardFile:
         skipped = _skipped_users(self.dataset, self.shard, begin, end)
         self._report(f"{self.path}: {problem}: {skipped}")
 
-    def _read_block(self, members: list[_Member], first_user: int, users: int) -> Block:
+    def _read_block(
+        self,
+        members: list[_Member],
+        first_user: int,
+        users: int,
+    ) -> Block:
         """Reads and checks one block."""
         num_embeddings = self.dataset.num_embeddings
         contents = {name: self._read_member(members, name) for name in _CONTENTS}
@@ -376,7 +392,12 @@ def _file_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _skipped_users(dataset: Dataset, shard: Shard, begin: int, end: int) -> str:
+def _skipped_users(
+    dataset: Dataset,
+    shard: Shard,
+    begin: int,
+    end: int,
+) -> str:
     """Says which users are skipped with the blocks begin … end − 1."""
     first = shard.first_user + begin * dataset.block_users
     last = shard.first_user + min(end * dataset.block_users, shard.users) - 1
@@ -449,7 +470,11 @@ def _to_npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _from_npy(data: bytes, dtypes: tuple[np.dtype, ...], member: str) -> np.ndarray:
+def _from_npy(
+    data: bytes,
+    dtypes: tuple[np.dtype, ...],
+    member: str,
+) -> np.ndarray:
     """Parses the array of a member, which has to be of one axis and of one of the dtypes.
 
     Nothing is made before its size is known, and never an object.
@@ -497,7 +522,10 @@ def _high_dtype(num_embeddings: int) -> np.dtype:
 
 
 def _unpack(
-    contents: dict[str, bytes], name: str, dtype: np.dtype, count: int
+    contents: dict[str, bytes],
+    name: str,
+    dtype: np.dtype,
+    count: int,
 ) -> np.ndarray:
     """Decompresses `count` values of a member. The frame gets no more room than they take."""
     size = count * dtype.itemsize

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from duckdb import DuckDBPyConnection
 
 from trainer.data.duckdb_engine import parquet_folder_sql
 from trainer.data.format.dataset import (
@@ -33,7 +33,7 @@ def assemble(
     part_folders: list[Path],
     layout: Layout,
     seed: int,
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
 ) -> Dataset:
     """Makes the dataset in `folder` of the numbered ids and the finished parts.
 
@@ -89,7 +89,7 @@ def _write_vocabularies(
     ids: Ids,
     ids_folder: Path,
     part_folders: list[Path],
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
 ) -> list[Domain]:
     """Writes the vocabulary of each domain, and counts its users and their lengths."""
     items = parquet_folder_sql(ids_folder / "items")
@@ -138,7 +138,9 @@ def _sum_by_key(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _write_users(
-    folder: Path, ids_folder: Path, connection: duckdb.DuckDBPyConnection
+    folder: Path,
+    ids_folder: Path,
+    connection: DuckDBPyConnection,
 ) -> None:
     """Writes the users' ids in the order of their numbers."""
     rows = connection.sql(f"""
@@ -148,7 +150,11 @@ def _write_users(
     _write_parquet(folder / USERS, rows.to_arrow_reader())
 
 
-def _join_lengths(path: Path, part_folders: list[Path], shape: tuple[int, int]) -> None:
+def _join_lengths(
+    path: Path,
+    part_folders: list[Path],
+    shape: tuple[int, int],
+) -> None:
     """Joins the parts' lengths, one part in memory at a time."""
     header = {
         "descr": np.lib.format.dtype_to_descr(LENGTHS_DTYPE),
@@ -162,7 +168,9 @@ def _join_lengths(path: Path, part_folders: list[Path], shape: tuple[int, int]) 
 
 
 def _take_shards(
-    folder: Path, part_folders: list[Path], summaries: list[dict[str, Any]]
+    folder: Path,
+    part_folders: list[Path],
+    summaries: list[dict[str, Any]],
 ) -> list[Shard]:
     """Moves the parts' shards into the dataset's folder."""
     shards = []

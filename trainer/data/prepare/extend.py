@@ -26,10 +26,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import TIME_UNITS as UNITS  # noqa: F401 (moved)
 from trainer.data.duckdb_engine import escape, parquet_folder_sql, query_value
@@ -72,7 +72,9 @@ def options_of(folder: str | Path) -> dict[str, int]:
 
 
 def add_old_items(
-    connection: duckdb.DuckDBPyConnection, old: Dataset, retire: bool
+    connection: DuckDBPyConnection,
+    old: Dataset,
+    retire: bool,
 ) -> None:
     """Makes the table `old_items` (domain, item_id, old_row) of the old dataset's items.
 
@@ -112,7 +114,7 @@ def reserve_extended_rows(old: Dataset, items: list[int]) -> list[int]:
     return old_rows + [reserve_rows(count) for count in items[len(old_rows) :]]
 
 
-def place_items(connection: duckdb.DuckDBPyConnection, old: Dataset) -> None:
+def place_items(connection: DuckDBPyConnection, old: Dataset) -> None:
     """Makes the table `places` (domain, item_id, place) of `distinct_items`.
 
     An item keeps its place in its domain. New ones, by how many events they have, fill those that
@@ -171,7 +173,7 @@ def place_items(connection: duckdb.DuckDBPyConnection, old: Dataset) -> None:
 
 
 def write_extension(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     old: Dataset,
     ids_folder: Path,
     log_folder: Path,
@@ -212,7 +214,10 @@ def write_extension(
 
 
 def _write_item_rows(
-    connection: duckdb.DuckDBPyConnection, old: Dataset, ids_folder: Path, target: Path
+    connection: DuckDBPyConnection,
+    old: Dataset,
+    ids_folder: Path,
+    target: Path,
 ) -> None:
     """Writes rows.parquet: the old and the new row of every item."""
     item_type = column_type(connection, ids_folder / "items" / "0.parquet", "item_id")
@@ -240,7 +245,10 @@ def _is_laid_out_anew(old: Dataset, new: Dataset) -> bool:
 
 
 def _compare_domains(
-    connection: duckdb.DuckDBPyConnection, old: Dataset, new: Dataset, rows: Path
+    connection: DuckDBPyConnection,
+    old: Dataset,
+    new: Dataset,
+    rows: Path,
 ) -> dict[str, dict[str, int]]:
     """Counts items and interactions before and now, by the new dataset's domains."""
     counts = connection.execute(f"""
@@ -286,7 +294,9 @@ def rows_of_extension(dataset: Dataset) -> np.ndarray:
 
 
 def rows_of_items(
-    old: Dataset, dataset: Dataset, connection: duckdb.DuckDBPyConnection
+    old: Dataset,
+    dataset: Dataset,
+    connection: DuckDBPyConnection,
 ) -> np.ndarray:
     """Joins the same of any two datasets, by domains' names and items' ids as text."""
     joined = connection.sql(f"""

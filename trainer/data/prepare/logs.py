@@ -15,10 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import duckdb
 import pyarrow as pa
+from duckdb import DuckDBPyConnection
 
 from trainer.data.duckdb_engine import escape
 from trainer.errors import InputError
@@ -46,6 +47,7 @@ _FLOAT = {"FLOAT", "DOUBLE"}
 # And its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS.
 _DATE = ("DATE", "TIMESTAMP")
 _NESTED = ("STRUCT", "MAP", "UNION")
+_LONGEST_REASON = 300
 
 
 @dataclass
@@ -160,7 +162,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def open_log(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     files: list[Path],
     columns: dict[str, str],
     domain: str | None = None,
@@ -180,18 +182,23 @@ def open_log(
         if group.rows:
             groups.append(group)
     if not groups:
-        more = f" and {len(files) - 1} more" if files[1:] else ""
-        raise InputError(f"{files[0]}{more}: no rows, nothing to prepare")
+        logs = str(files[0])
+        if len(files) > 1:
+            logs += f" and {len(files) - 1} more"
+        raise InputError(f"{logs}: no rows, nothing to prepare")
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
     times, dates = _parse_times(connection, groups)
     selects = []
     for group, time in zip(groups, times, strict=True):
+        user = group.value["user"]
+        item = group.value["item"]
+        domain_value = group.value["domain"]
         selects.append(f"""
             SELECT
-                {group.value["user"]}::{user_type} AS user_id,
-                {group.value["item"]}::{item_type} AS item_id,
-                {group.value["domain"]}::VARCHAR AS domain,
+                {user}::{user_type} AS user_id,
+                {item}::{item_type} AS item_id,
+                {domain_value}::VARCHAR AS domain,
                 {time} AS "time"
             FROM {group.table}""")
     rows = " UNION ALL ".join(selects)
@@ -200,7 +207,9 @@ def open_log(
 
 
 def open_ids(
-    connection: duckdb.DuckDBPyConnection, files: list[Path], column: str
+    connection: DuckDBPyConnection,
+    files: list[Path],
+    column: str,
 ) -> None:
     """Makes the table `ids` of the distinct values of a column: `user_id`, typed as in `log`.
 
@@ -214,7 +223,9 @@ def open_ids(
     selects = []
     for group in groups:
         value = group.value["user"]
-        selects.append(f"SELECT {value}::{user_type} AS user_id FROM {group.table}")
+        selects.append(f"""
+            SELECT {value}::{user_type} AS user_id
+            FROM {group.table}""")
     connection.execute(f"""
         CREATE TABLE ids AS
             SELECT DISTINCT user_id
@@ -230,7 +241,7 @@ def _common_id_type(groups: list[_Group], role: str) -> str:
 
 
 def read_text(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     path: Path,
     columns: dict[str, str],
     domain: str | None = None,
@@ -241,9 +252,11 @@ def read_text(
     Raises InputError, naming the file: a missing column, a file that cannot be read.
     """
     (group,) = _group_files(connection, [path], columns, domain)
-    values = [f"{value}::VARCHAR AS {role}" for role, value in group.value.items()]
+    columns_sql = ["row_number() OVER () AS row"]
+    for role, value in group.value.items():
+        columns_sql.append(f"{value}::VARCHAR AS {role}")
     query = f"""
-        SELECT row_number() OVER () AS row, {", ".join(values)}
+        SELECT {", ".join(columns_sql)}
         FROM {group.scan_sql([path])}"""
     try:
         yield from connection.sql(query).to_arrow_reader()
@@ -251,15 +264,21 @@ def read_text(
         _refuse_unreadable(connection, group, error)
 
 
-def check_columns(path: Path | str, names: list[str], wanted: dict[str, str]) -> None:
+def check_columns(
+    path: Path | str,
+    names: list[str],
+    wanted: dict[str, str],
+) -> None:
     """Raises InputError where a column that is `wanted` (by role) is missing, or there twice."""
     for role, name in wanted.items():
         count = names.count(name)
         if count == 1:
             continue
         state = "more than one column" if count else "no column"
+        present = ", ".join(names)
         raise InputError(
-            f"{path} has {state} {name!r}; it has {', '.join(names)}: "
+            f"{path} has {state} {name!r}; "
+            f"it has {present}: "
             f"name yours with --{role}-column"
         )
 
@@ -271,12 +290,15 @@ def reason(error: Exception) -> str:
         if line.startswith(("Possible", "LINE ", "  file =")):
             break
         lines.append(line)
-    return " ".join(" ".join(lines).split())[:300]
+    text = " ".join(lines)
+    text = " ".join(text.split())
+    return text[:_LONGEST_REASON]
 
 
 def _path_literal(path: Path) -> str:
     """Returns the SQL literal of a path that DuckDB does not take for a glob."""
-    return f"'{escape(glob.escape(str(path)))}'"
+    pattern = glob.escape(str(path))
+    return f"'{escape(pattern)}'"
 
 
 def _quote(name: str) -> str:
@@ -286,7 +308,7 @@ def _quote(name: str) -> str:
 
 
 def _group_files(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     files: list[Path],
     columns: dict[str, str],
     domain: str | None,
@@ -363,7 +385,7 @@ def _read_header(path: Path, delimiter: str) -> list[str]:
 
 
 def _read_parquet_columns(
-    connection: duckdb.DuckDBPyConnection, path: Path
+    connection: DuckDBPyConnection, path: Path
 ) -> tuple[tuple[str, str], ...]:
     """Reads the (name, DuckDB type) of a Parquet file's columns."""
     source = f"read_parquet({_path_literal(path)}, hive_partitioning=false)"
@@ -371,11 +393,16 @@ def _read_parquet_columns(
         rows = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
     except duckdb.Error as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from None
-    return tuple((name, column_type) for name, column_type, *_ in rows)
+    columns = []
+    for name, column_type, *_ in rows:
+        columns.append((name, column_type))
+    return tuple(columns)
 
 
 def _inspect(
-    connection: duckdb.DuckDBPyConnection, group: _Group, copy_name: str
+    connection: DuckDBPyConnection,
+    group: _Group,
+    copy_name: str,
 ) -> None:
     """Fills in table (a copy called `copy_name` for CSV), rows and is_whole.
 
@@ -391,26 +418,43 @@ def _inspect(
     try:
         if group.text:  # parsing is dear: once
             _copy_text(connection, group, copy_name)
-        query = f"SELECT {', '.join(aggregates)} FROM {group.table}"
-        ((group.rows, *results),) = connection.execute(query).fetchall()
+        results = _query_row(connection, aggregates, group.table)
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
         _refuse_unreadable(connection, group, error)
-    missing_counts = results[: len(roles)]
+    group.rows = results[0]
+    missing_counts = results[1 : 1 + len(roles)]
+    whole_flags = results[1 + len(roles) :]
     for role, missing in zip(roles, missing_counts, strict=True):
         if missing:
             condition = group.missing_sql(role)
             path, row, text = _first_row(connection, group, role, condition)
+            value = text or "empty"
             raise InputError(
-                f"{path}: row {row}: {group.columns[role]!r} is {text or 'empty'}: "
+                f"{path}: row {row}: {group.columns[role]!r} is {value}: "
                 "every row needs one"
             )
-    group.is_whole = dict(zip(roles, results[len(roles) :], strict=True))
+    group.is_whole = dict(zip(roles, whole_flags, strict=True))
+
+
+def _query_row(
+    connection: DuckDBPyConnection,
+    expressions: list[str],
+    table: str,
+) -> tuple[Any, ...]:
+    """Returns the one row of a query of aggregates."""
+    query = f"""
+        SELECT {", ".join(expressions)}
+        FROM {table}"""
+    (row,) = connection.execute(query).fetchall()
+    return row
 
 
 def _copy_text(
-    connection: duckdb.DuckDBPyConnection, group: _Group, copy_name: str
+    connection: DuckDBPyConnection,
+    group: _Group,
+    copy_name: str,
 ) -> None:
     """Copies the columns of text files into a table, which the group reads from then on."""
     columns = []
@@ -425,21 +469,25 @@ def _copy_text(
 
 
 def _refuse_unreadable(
-    connection: duckdb.DuckDBPyConnection, group: _Group, error: Exception
+    connection: DuckDBPyConnection,
+    group: _Group,
+    error: Exception,
 ) -> NoReturn:
     """Raises InputError for the first file that cannot be read alone, or else the error."""
-    values = ", ".join(f"max(hash({value}))" for value in group.value.values())
+    values = [f"max(hash({value}))" for value in group.value.values()]
     for path in group.files:
         try:
-            query = f"SELECT {values} FROM {group.scan_sql([path])}"
-            connection.execute(query).fetchall()
+            _query_row(connection, values, group.scan_sql([path]))
         except duckdb.Error as file_error:
             raise InputError(f"{path} cannot be read: {reason(file_error)}") from None
     raise error
 
 
 def _first_row(
-    connection: duckdb.DuckDBPyConnection, group: _Group, role: str, condition: str
+    connection: DuckDBPyConnection,
+    group: _Group,
+    role: str,
+    condition: str,
 ) -> tuple[Path, int, str | None]:
     """Finds file, row (from 1, the header not counted) and value of the first row in a condition."""
     for path in group.files:
@@ -462,17 +510,18 @@ def _first_row(
 
 
 def _parse_times(
-    connection: duckdb.DuckDBPyConnection, groups: list[_Group]
+    connection: DuckDBPyConnection, groups: list[_Group]
 ) -> tuple[list[str], bool]:
     """Returns SQL of the time, one a group, all of one kind; and whether they are dates."""
     kinds = [_kind_of_time(connection, group) for group in groups]
     is_date = [kind == "date" for kind in kinds]
     if len(set(is_date)) > 1:
-        dated = groups[is_date.index(True)]
-        numbered = groups[is_date.index(False)]
+        dated = groups[is_date.index(True)].files[0]
+        numbered = groups[is_date.index(False)].files[0]
+        column = groups[0].columns["time"]
         raise InputError(
-            f"{dated.files[0]} has dates in {dated.columns['time']!r} "
-            f"and {numbered.files[0]} has numbers: write one kind"
+            f"{dated} has dates in {column!r} "
+            f"and {numbered} has numbers: write one kind"
         )
     number_type = "BIGINT" if set(kinds) <= {"whole"} else "DOUBLE"
     times = []
@@ -485,7 +534,7 @@ def _parse_times(
     return times, "date" in kinds
 
 
-def _kind_of_time(connection: duckdb.DuckDBPyConnection, group: _Group) -> str:
+def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:
     """Returns 'whole', 'float' or 'date'.
 
     Refuses a column that is none of them, naming the first row at fault.
@@ -494,8 +543,7 @@ def _kind_of_time(connection: duckdb.DuckDBPyConnection, group: _Group) -> str:
         return "whole"
     conditions = _time_conditions(group)
     counts = [f"count(*) FILTER (WHERE {sql})" for sql in conditions.values()]
-    query = f"SELECT {', '.join(counts)} FROM {group.table}"
-    (results,) = connection.execute(query).fetchall()
+    results = _query_row(connection, counts, group.table)
     fitting_rows = dict(zip(conditions, results, strict=True))
     best = max(fitting_rows, key=fitting_rows.get)
     if fitting_rows[best] == group.rows:
@@ -505,9 +553,9 @@ def _kind_of_time(connection: duckdb.DuckDBPyConnection, group: _Group) -> str:
     expected = "a number or a date"
     if fitting_rows[best]:
         expected = {"float": "a finite number", "date": "a date"}[best]
+    column = group.columns["time"]
     raise InputError(
-        f"{path}: row {row}: {group.columns['time']!r} is {text!r}: "
-        f"a time must be {expected}"
+        f"{path}: row {row}: {column!r} is {text!r}: a time must be {expected}"
     )
 
 
@@ -523,7 +571,8 @@ def _time_conditions(group: _Group) -> dict[str, str]:
         return {"date": is_date}
     if column_type == "VARCHAR":
         return {"float": is_float, "date": is_date}
+    column = group.columns["time"]
     raise InputError(
-        f"{group.files[0]}: column {group.columns['time']!r} holds {column_type}: "
+        f"{group.files[0]}: column {column!r} holds {column_type}: "
         "a time is a number or a date"
     )

@@ -7,7 +7,7 @@ row of M follows its popularity within the domain. Rare users and items are drop
 from collections.abc import Iterable
 from pathlib import Path
 
-import duckdb
+from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import PrepareConfig
 from trainer.data.duckdb_engine import escape, query_value
@@ -29,7 +29,7 @@ from trainer.files.progress import Stages
 
 
 def number_ids(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     config: PrepareConfig,
     folder: Path,
     stages: Stages,
@@ -66,7 +66,7 @@ def number_ids(
         ids.save(folder)
 
 
-def _find_distinct_ids(connection: duckdb.DuckDBPyConnection) -> None:
+def _find_distinct_ids(connection: DuckDBPyConnection) -> None:
     """Makes the tables `distinct_users` (user_id) and `distinct_items` (domain, item_id, total)."""
     connection.execute("""
         CREATE TABLE distinct_users AS
@@ -80,7 +80,9 @@ def _find_distinct_ids(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _drop_rare(
-    connection: duckdb.DuckDBPyConnection, min_user: int, min_item: int
+    connection: DuckDBPyConnection,
+    min_user: int,
+    min_item: int,
 ) -> None:
     """Leaves the k-core in `distinct_users` and `distinct_items`.
 
@@ -119,7 +121,9 @@ def _drop_rare(
 
 
 def _drop_rare_once(
-    connection: duckdb.DuckDBPyConnection, column: str, least: int
+    connection: DuckDBPyConnection,
+    column: str,
+    least: int,
 ) -> int:
     """Drops the events of rare users or items; returns how many events."""
     delete = f"""
@@ -133,7 +137,7 @@ def _drop_rare_once(
     return query_value(connection, delete)
 
 
-def _number_users(connection: duckdb.DuckDBPyConnection, seed: int) -> None:
+def _number_users(connection: DuckDBPyConnection, seed: int) -> None:
     """Makes the table `users` (user_id, "user")."""
     digits = f"substr(md5('{seed}:' || user_id), 1, {HASH_DIGITS})"
     connection.execute(f"""
@@ -150,7 +154,7 @@ def _number_users(connection: duckdb.DuckDBPyConnection, seed: int) -> None:
             )""")
 
 
-def _summarize(connection: duckdb.DuckDBPyConnection, old: Dataset | None) -> Ids:
+def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
     """Counts users, interactions, and the items of each domain."""
     counts = connection.execute("""
         SELECT domain, count(*)
@@ -183,7 +187,7 @@ def _order_names(names: Iterable[str], old: Dataset | None) -> list[str]:
     return order_domains(old, names)
 
 
-def _place_by_popularity(connection: duckdb.DuckDBPyConnection) -> None:
+def _place_by_popularity(connection: DuckDBPyConnection) -> None:
     """Makes the table `places` (domain, item_id, place): 0, 1, … by popularity in the domain."""
     connection.execute("""
         CREATE TABLE places AS
@@ -197,7 +201,7 @@ def _place_by_popularity(connection: duckdb.DuckDBPyConnection) -> None:
             FROM distinct_items""")
 
 
-def _number_items(connection: duckdb.DuckDBPyConnection, ids: Ids) -> None:
+def _number_items(connection: DuckDBPyConnection, ids: Ids) -> None:
     """Makes the table `items` (domain, name, item_id, total, item, row)."""
     starts = []
     for number, name in enumerate(ids.names):

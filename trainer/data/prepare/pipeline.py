@@ -33,6 +33,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import PrepareConfig, memory_bytes  # noqa: F401 (moved)
 from trainer.data import duckdb_engine
@@ -59,7 +60,7 @@ _EVENT_BYTES = 96  # what sorting and cutting a part take for each of its events
 _ROWS = "rows"  # a stage, and the file that it leaves
 _ROW_OF_ITEM = "row_of.npy"
 
-Finish = Callable[[duckdb.DuckDBPyConnection, Path, Dataset], None]
+Finish = Callable[[DuckDBPyConnection, Path, Dataset], None]
 
 
 def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
@@ -184,10 +185,10 @@ class _Preparation:
         with self._engine() as connection, self.stages("writing vocabularies"):
             return join_parts(work, layout, self.config.seed, connection, self._finish)
 
-    def _engine(self) -> contextlib.AbstractContextManager[duckdb.DuckDBPyConnection]:
+    def _engine(self) -> contextlib.AbstractContextManager[DuckDBPyConnection]:
         return engine(self.work.scratch, self.memory, self.threads, self.stages)
 
-    def _open_log(self, connection: duckdb.DuckDBPyConnection) -> None:
+    def _open_log(self, connection: DuckDBPyConnection) -> None:
         """Makes the view `log`."""
         config = self.config
         if not (config.keep_log or self.old or config.since or config.days):
@@ -198,7 +199,7 @@ class _Preparation:
                 store_log(connection, config, self.files, self.old, folder)
         open_stored_log(connection, self.work.path(LOG), self.old)
 
-    def _run_passes(self, connection: duckdb.DuckDBPyConnection) -> Layout:
+    def _run_passes(self, connection: DuckDBPyConnection) -> Layout:
         """Numbers the ids, and divides the events: the stages that read the view `log`."""
         work = self.work
         ids_folder = work.path("ids")
@@ -253,7 +254,10 @@ class _Preparation:
                     advance(len(layout.users_of(part_of_future[future])))
 
     def _finish(
-        self, connection: duckdb.DuckDBPyConnection, folder: Path, dataset: Dataset
+        self,
+        connection: DuckDBPyConnection,
+        folder: Path,
+        dataset: Dataset,
     ) -> None:
         """Adds the stored log and the extension to an assembled dataset. May be called again."""
         log = self.work.path(LOG)
@@ -302,7 +306,7 @@ def _process_pool(
 
 
 def _divide_events(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     ids_folder: Path,
     layout: Layout,
     folder: Path,
@@ -332,7 +336,9 @@ def _divide_events(
 
 
 def _write_item_rows(
-    connection: duckdb.DuckDBPyConnection, ids_folder: Path, folder: Path
+    connection: DuckDBPyConnection,
+    ids_folder: Path,
+    folder: Path,
 ) -> None:
     """Writes the row of M of each item, by its number, int32 (items,).
 
@@ -349,7 +355,12 @@ def _write_item_rows(
     row_of_item.flush()
 
 
-def _make_part(work_folder: Path, layout: Layout, part: int, memory: int) -> None:
+def _make_part(
+    work_folder: Path,
+    layout: Layout,
+    part: int,
+    memory: int,
+) -> None:
     """Sorts one part's events and writes its shards, all of them or none.
 
     Runs in a process of its own.
@@ -369,7 +380,9 @@ def _make_part(work_folder: Path, layout: Layout, part: int, memory: int) -> Non
 
 
 def _sort_events(
-    connection: duckdb.DuckDBPyConnection, folder: Path, row_of_item: np.ndarray
+    connection: DuckDBPyConnection,
+    folder: Path,
+    row_of_item: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads a part's events in order: numbers of users and rows of M, int32; times, float64: (N,).
 
@@ -399,7 +412,7 @@ def join_parts(
     work: Work,
     layout: Layout,
     seed: int,
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     finish: Finish | None = None,
 ) -> Dataset:
     """Makes the dataset of the finished parts: the stage `dataset`.

@@ -107,7 +107,10 @@ def write_part(
 
 
 def _write_statistics(
-    folder: Path, ids: Ids, histories: _Histories, number_N: np.ndarray
+    folder: Path,
+    ids: Ids,
+    histories: _Histories,
+    number_N: np.ndarray,
 ) -> None:
     """Writes lengths.npy, held.npy and histograms.npy."""
     starts = np.array(ids.starts)
@@ -133,7 +136,9 @@ def _write_statistics(
 
 
 def _count_by_domain(
-    starts: np.ndarray, histories: _Histories, number_N: np.ndarray
+    starts: np.ndarray,
+    histories: _Histories,
+    number_N: np.ndarray,
 ) -> np.ndarray:
     """Counts each user's interactions by domain, int64 (U, D). starts: as `Ids.starts`."""
     users = len(histories.users)

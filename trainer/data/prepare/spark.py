@@ -81,7 +81,8 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     table, whose state is not known, it always begins anew.
     Raises InputError for whatever is wrong with the logs, the output folder or the cluster.
     """
-    config = dataclasses.replace(config, output=os.path.abspath(config.output))
+    output = os.path.abspath(config.output)
+    config = dataclasses.replace(config, output=output)
     with _open_session() as spark:
         inputs = find_inputs(spark, config.inputs)
         fresh = fresh or any(one.is_table for one in inputs)
@@ -191,15 +192,18 @@ class _Preparation:
     def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
-        users = log.select("user_id").distinct()
-        items = log.groupBy("domain", "item_id").agg(F.count("*").alias("total"))
         if config.min_user > 1 or config.min_item > 1:
             users, items = self.drop_rare(log)
-        items = self.materialize(items, "found_items")
+        else:
+            users = log.select("user_id").distinct()
+            total = F.count("*").alias("total")
+            items = log.groupBy("domain", "item_id").agg(total)
+        items = self.materialize(items, "distinct_items")
         users, count = self.number_users(users)
         refuse_beyond_int32(count, "users")
         refuse_beyond_int32(items.count(), "items")
-        users.select("user_id", "user").write.parquet(_uri(folder / "users"))
+        users = users.select("user_id", "user")
+        users.write.parquet(_uri(folder / "users"))
         ids = self.summarize(log, items, count)
         ids.check()
         items = self.number_items(items, ids)
@@ -208,27 +212,37 @@ class _Preparation:
 
     def number_users(self, users: DataFrame) -> tuple[DataFrame, int]:
         """Numbers users by (MD5 of seed and id, text of the id); returns them, and how many."""
-        seeded = F.concat(F.lit(f"{self.config.seed}:"), "text").cast("binary")
-        digits = F.substring(F.md5(seeded), 1, HASH_DIGITS)
-        users = users.withColumn("text", F.col("user_id").cast("string"))
-        users = users.withColumn("key", F.conv(digits, 16, 10).cast("bigint"))
+        seed = F.lit(f"{self.config.seed}:")
+        seeded_id = F.concat(seed, "text").cast("binary")
+        digits = F.substring(F.md5(seeded_id), 1, HASH_DIGITS)
+        key = F.conv(digits, 16, 10).cast("bigint")
+        text = F.col("user_id").cast("string")
+        users = users.withColumn("text", text)
+        users = users.withColumn("key", key)
         return self.number_rows(users, ("key", "text"), "user")
 
-    def summarize(self, log: DataFrame, items: DataFrame, users: int) -> Ids:
+    def summarize(
+        self,
+        log: DataFrame,
+        items: DataFrame,
+        users: int,
+    ) -> Ids:
         """Counts interactions, and the items of each domain."""
-        first, last = log.agg(F.min("time"), F.max("time")).head()
+        times = log.agg(F.min("time"), F.max("time"))
+        first_time, last_time = times.head()
+        (interactions,) = items.agg(F.sum("total")).head()
         domains = items.groupBy("domain").count().collect()
         domains.sort(key=lambda row: row[0].encode())
         names = [name for name, _ in domains]
         counts = [count for _, count in domains]
         return Ids(
             users=users,
-            interactions=items.agg(F.sum("total")).head()[0],
+            interactions=interactions,
             names=tuple(names),
             items=tuple(counts),
             rooms=tuple(reserve_rows(count) for count in counts),
-            first_time=float(first),
-            last_time=float(last),
+            first_time=float(first_time),
+            last_time=float(last_time),
         )
 
     def number_items(self, items: DataFrame, ids: Ids) -> DataFrame:
@@ -237,16 +251,21 @@ class _Preparation:
         shifts = []
         items_before = 0
         for number, name in enumerate(ids.names):
-            shifts.append((number, name, ids.starts[number] - items_before))
+            shift = ids.starts[number] - items_before
+            shifts.append((number, name, shift))
             items_before += ids.items[number]
         schema = "domain int, name string, shift bigint"
-        domains = F.broadcast(self.spark.createDataFrame(shifts, schema))
-        items = items.withColumnRenamed("domain", "name").join(domains, "name")
-        items = items.withColumn("text", F.col("item_id").cast("string"))
-        items, _ = self.number_rows(items, ("domain", "text"), "item")
+        domains = self.spark.createDataFrame(shifts, schema)
+        items = items.withColumnRenamed("domain", "name")
+        items = items.join(F.broadcast(domains), "name")
+        text = F.col("item_id").cast("string")
+        items = items.withColumn("text", text)
+        by_id = ("domain", "text")
+        items, _ = self.number_rows(items, by_id, "item")
         by_popularity = ("domain", F.desc("total"), "text")
         items, _ = self.number_rows(items, by_popularity, "position")
-        items = items.withColumn("row", F.col("shift") + F.col("position"))
+        row = F.col("shift") + F.col("position")
+        items = items.withColumn("row", row)
         return items.select("domain", "name", "item_id", "total", "item", "row")
 
     def drop_rare(self, log: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -256,30 +275,33 @@ class _Preparation:
         interactions.
         """
         config = self.config
+        user = ["user_id"]
         item = ["domain", "item_id"]
         total = F.sum("total").alias("total")
-        pairs = log.groupBy("user_id", *item).agg(F.count("*").alias("total"))
+        events = F.count("*").alias("total")
+        pairs = log.groupBy(*user, *item).agg(events)
         pairs = self.materialize(pairs, "round-0")
         before = None
         count = pairs.count()
         number = 0
         while count != before:
-            # Kept as files at each round: a plan that grew with the rounds would be worked through
-            # anew in each of them.
             rest = pairs
-            number += 1
             for columns, least in (
-                (["user_id"], config.min_user),
+                (user, config.min_user),
                 (item, config.min_item),
             ):
                 if least > 1:
                     totals = pairs.groupBy(columns).agg(total)
                     rare = totals.filter(F.col("total") < least)
                     rest = rest.join(rare, columns, "left_anti")
-            pairs = self.materialize(rest, f"round-{number}")
+            # Kept as files at each round: a plan that grew with the rounds would be worked through
+            # anew in each of them.
+            pairs = self.materialize(rest, f"round-{number + 1}")
             before = count
             count = pairs.count()
-            shutil.rmtree(self.work.scratch / f"round-{number - 1}")
+            old_round = self.work.scratch / f"round-{number}"
+            shutil.rmtree(old_round)
+            number += 1
         if not count:
             raise InputError(
                 f"nothing is left with --min-user {config.min_user} "
@@ -289,29 +311,39 @@ class _Preparation:
         return users, pairs.groupBy(*item).agg(total)
 
     def number_rows(
-        self, frame: DataFrame, order: tuple[object, ...], name: str
+        self,
+        frame: DataFrame,
+        order: tuple[object, ...],
+        name: str,
     ) -> tuple[DataFrame, int]:
-        """Adds the rows' number in an order, from 0, as a column; returns how many there are, too.
+        """Adds the rows' number in an order, from 0, as the column `name`; also counts them.
 
-        Spark numbers rows within portions: the rows before a portion are added to them.
+        Spark numbers rows within the portions of its sort. The rows before a portion are added:
+
+            serial    portion 0: 0 1 2    portion 1: 2³³ + 0, 2³³ + 1
+            start     0                   3
+            number    0 1 2               3 4
         """
         serial = F.col("serial")
         ordered = frame.orderBy(*order)
         ordered = ordered.withColumn("serial", F.monotonically_increasing_id())
         frame = self.materialize(ordered, f"by-{name}")
         portion = F.shiftright(serial, _POSITION_BITS)
-        sizes = frame.groupBy(portion.alias("portion")).count().collect()
+        position = serial.bitwiseAND(2**_POSITION_BITS - 1)
+        portions = frame.groupBy(portion.alias("portion"))
+        sizes = portions.count().collect()
         starts = []
         count = 0
         for number, size in sorted(sizes):
             starts.append((number, count))
             count += size
         schema = "portion bigint, start bigint"
-        starts = F.broadcast(self.spark.createDataFrame(starts, schema))
-        frame = frame.withColumn("portion", portion).join(starts, "portion")
-        position = serial.bitwiseAND(2**_POSITION_BITS - 1)
+        starts = self.spark.createDataFrame(starts, schema)
+        frame = frame.withColumn("portion", portion)
+        frame = frame.join(F.broadcast(starts), "portion")
         frame = frame.withColumn(name, F.col("start") + position)
-        return frame.drop("portion", "start", "serial"), count
+        frame = frame.drop("portion", "start", "serial")
+        return frame, count
 
     def write_parts(self, ids: Ids, layout: Layout) -> None:
         """Writes the shards of all parts that are not done."""
@@ -334,16 +366,22 @@ class _Preparation:
         users = self.read_parquet(_uri(ids_folder / "users"))
         items = self.read_parquet(_uri(ids_folder / "items"))
         part = layout.part_sql("user", "div")
-        users = users.selectExpr("user_id", "int(user) AS user", f"int({part}) AS part")
+        users = users.selectExpr(
+            "user_id",
+            "int(user) AS user",
+            f"int({part}) AS part",
+        )
         if len(missing) < layout.parts:
-            users = users.filter(F.col("part").isin(missing))
+            is_missing = F.col("part").isin(missing)
+            users = users.filter(is_missing)
         items = items.selectExpr(
             "name AS domain",
             "item_id",
             "int(item) AS item",
             "int(row) AS row",
         )
-        events = self.log.join(users, "user_id").join(items, ["domain", "item_id"])
+        events = self.log.join(users, "user_id")
+        events = events.join(items, ["domain", "item_id"])
         events = events.select("part", "user", "time", "item", "row")
         events = events.repartition(len(missing), "part")
         events = events.sortWithinPartitions("part", "user", "time", "item")
@@ -353,7 +391,8 @@ class _Preparation:
         """Writes the rows to files; returns the same rows, read from them."""
         uri = self.scratch_uri(name)
         frame.write.parquet(uri)
-        return self.spark.read.schema(frame.schema).parquet(escape_glob(uri))
+        reader = self.spark.read.schema(frame.schema)
+        return reader.parquet(escape_glob(uri))
 
     def read_parquet(self, uri: str) -> DataFrame:
         """Reads all files of a folder."""
@@ -369,7 +408,10 @@ def _uri(path: Path) -> str:
 
 
 def _write_parts(
-    folder: Path, ids: Ids, layout: Layout, batches: Iterable[pa.RecordBatch]
+    folder: Path,
+    ids: Ids,
+    layout: Layout,
+    batches: Iterable[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
     """Writes the shards of the parts whose events (part, user, row, time) come in order.
 
@@ -384,13 +426,22 @@ def _write_parts(
         except OSError:
             if not target.is_dir():
                 raise
-        yield pa.RecordBatch.from_pydict({"part": pa.array([part], pa.int32())})
+        written = pa.array([part], pa.int32())
+        yield pa.RecordBatch.from_pydict({"part": written})
 
 
 def _join_batches(
     batches: Iterable[pa.RecordBatch],
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields each part with all of its user numbers, rows of M and times, (N,)."""
+    """Yields each part with all of its user numbers, rows of M and times, (N,).
+
+    batches: Arrow batches of (part, user, row, time), all events of a part one after the other:
+
+        part  4 4 4 | 4 7 7      gives  4: user [0 0 1 1], row [5 2 2 8], time [1 3 2 6]
+        user  0 0 1 | 1 6 6             7: user [6 6],     row [2 5],     time [4 5]
+        row   5 2 2 | 8 2 5
+        time  1 3 2 | 6 4 5
+    """
     current = None
     pieces = []
     for batch in batches:

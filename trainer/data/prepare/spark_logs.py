@@ -41,19 +41,25 @@ TABLE = "table:"
 SPARK_ERRORS = (PySparkException, Py4JError)
 ROLES = ("user", "item", "domain", "time")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-_TEXT_COLUMNS = {
-    "file": "string",
-    "row": "bigint",
-    "user": "string",
-    "item": "string",
-    "domain": "string",
-    "time": "string",
-    "fault": "string",
-}
-_ARROW_TYPES = {"bigint": pa.int64(), "string": pa.string()}
-_TEXT_SCHEMA = ", ".join(f"{name} {kind}" for name, kind in _TEXT_COLUMNS.items())
+# The rows of a text file, or what is wrong with it.
+_TEXT_SCHEMA = """
+    file string,
+    row bigint,
+    user string,
+    item string,
+    domain string,
+    time string,
+    fault string"""
 _TEXT_ARROW_SCHEMA = pa.schema(
-    [(name, _ARROW_TYPES[kind]) for name, kind in _TEXT_COLUMNS.items()]
+    {
+        "file": pa.string(),
+        "row": pa.int64(),
+        "user": pa.string(),
+        "item": pa.string(),
+        "domain": pa.string(),
+        "time": pa.string(),
+        "fault": pa.string(),
+    }
 )
 _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 # Up to here a whole float is written in all its digits.
@@ -89,7 +95,10 @@ class Input:
     @property
     def is_text(self) -> bool:
         """Whether it is a CSV or TSV file."""
-        return not self.is_table and SUFFIXES[suffix_of(Path(self.name))] is not None
+        if self.is_table:
+            return False
+        suffix = suffix_of(Path(self.name))
+        return SUFFIXES[suffix] is not None
 
     @property
     def is_remote(self) -> bool:
@@ -133,7 +142,8 @@ def _find_logs(spark: SparkSession, text: str) -> list[Input]:
         return _find_remote_logs(spark, text)
     logs = []
     for file in find_files([text]):
-        logs.append(Input(str(file), tuple(file_facts(file))))
+        state = tuple(file_facts(file))
+        logs.append(Input(str(file), state))
     return logs
 
 
@@ -144,7 +154,8 @@ def _find_remote_logs(spark: SparkSession, address: str) -> list[Input]:
     )
     time = F.unix_micros("modificationTime")
     try:
-        files = reader.load(address).select("path", "length", time).collect()
+        listing = reader.load(address).select("path", "length", time)
+        files = listing.collect()
     except SPARK_ERRORS as error:
         raise InputError(
             f"input {address} cannot be listed: {spark_reason(error)}"
@@ -203,8 +214,10 @@ def open_log(
         if group.rows:
             groups.append(group)
     if not groups:
-        more = f" and {len(inputs) - 1} more" if inputs[1:] else ""
-        raise InputError(f"{inputs[0].name}{more}: no rows, nothing to prepare")
+        logs = inputs[0].name
+        if len(inputs) > 1:
+            logs += f" and {len(inputs) - 1} more"
+        raise InputError(f"{logs}: no rows, nothing to prepare")
     times = _time_expressions(groups)
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
@@ -225,11 +238,12 @@ def _time_expressions(groups: "list[_Group]") -> list[str]:
     kinds = [group.kind_of_time() for group in groups]
     is_date = [kind == "date" for kind in kinds]
     if len(set(is_date)) > 1:
-        dated = groups[is_date.index(True)]
-        numbered = groups[is_date.index(False)]
+        dated = groups[is_date.index(True)].inputs[0]
+        numbered = groups[is_date.index(False)].inputs[0]
+        column = groups[0].columns["time"]
         raise InputError(
-            f"{dated.inputs[0].name} has dates in {dated.columns['time']!r} "
-            f"and {numbered.inputs[0].name} has numbers: write one kind"
+            f"{dated.name} has dates in {column!r} "
+            f"and {numbered.name} has numbers: write one kind"
         )
     number = "CAST(time AS bigint)"
     if not set(kinds) <= {"whole"}:
@@ -294,7 +308,8 @@ def _read_columns(
     if not inputs[0].is_table:
         file = F.col("_metadata.file_path")
         row = F.col("_metadata.row_index") + 1
-    selected = [file.alias("file"), row.cast("bigint").alias("row")]
+    row = row.cast("bigint")
+    selected = [file.alias("file"), row.alias("row")]
     for role in ROLES:
         if role in wanted:
             column = _quoted_column(wanted[role])
@@ -339,14 +354,20 @@ def _read_texts(
     scratch: str,
 ) -> DataFrame:
     """Parses CSV and TSV files once, into Parquet, since parsing is dear; reads that."""
-    local = [(one.name, None) for one in inputs if not one.is_remote]
-    remote = [escape_glob(one.name) for one in inputs if one.is_remote]
+    local = []
+    remote = []
+    for one in inputs:
+        if one.is_remote:
+            remote.append(escape_glob(one.name))
+        else:
+            local.append((one.name, None))
     files = spark.createDataFrame(local, "file string, content binary")
     if remote:
         contents = spark.read.format("binaryFile").load(remote)
         files = files.unionAll(contents.select("path", "content"))
     parse = functools.partial(_parse_texts, columns, domain)
-    rows = files.repartition(len(inputs)).mapInArrow(parse, _TEXT_SCHEMA)
+    files = files.repartition(len(inputs))
+    rows = files.mapInArrow(parse, _TEXT_SCHEMA)
     rows.write.parquet(scratch)
     rows = spark.read.parquet(escape_glob(scratch))
     faulty = rows.filter("fault IS NOT NULL").orderBy("file")
@@ -357,7 +378,9 @@ def _read_texts(
 
 
 def _parse_texts(
-    columns: dict[str, str], domain: str | None, batches: Iterable[pa.RecordBatch]
+    columns: dict[str, str],
+    domain: str | None,
+    batches: Iterable[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
     """Yields the rows of CSV and TSV files, or what is wrong with a file. Runs in a task."""
     for batch in batches:
@@ -368,7 +391,10 @@ def _parse_texts(
 
 
 def _parse_text(
-    file: str, content: bytes | None, columns: dict[str, str], domain: str | None
+    file: str,
+    content: bytes | None,
+    columns: dict[str, str],
+    domain: str | None,
 ) -> Iterator[pa.RecordBatch]:
     """Yields the rows of one file. content: of a remote one."""
     with tempfile.TemporaryDirectory() as folder, connect() as connection:
@@ -384,7 +410,8 @@ def _parse_text(
                 arrays = [pa.array([file] * len(rows))]
                 for name in ("row", *ROLES):
                     arrays.append(rows[name])
-                arrays.append(pa.nulls(len(rows), pa.string()))
+                no_faults = pa.nulls(len(rows), pa.string())
+                arrays.append(no_faults)
                 yield pa.RecordBatch.from_arrays(arrays, schema=_TEXT_ARROW_SCHEMA)
         except InputError as error:
             fault = str(error).replace(str(path), file)
@@ -409,26 +436,31 @@ class _Group:
         self.columns = columns
         self.frame = read(inputs)
         self.parsed = inputs[0].is_text
-        self.types = {role: self.frame.schema[role].dataType for role in ROLES}
+        self.types: dict[str, T.DataType] = {}  # by role
         self.rows = 0
         self.is_whole: dict[str, bool] = {}  # by role
         self.fitting_rows: dict[str, int] = {}  # by kind of time
+        for role in ROLES:
+            self.types[role] = self.frame.schema[role].dataType
         for role in ROLES:
             self._check_type(role)
 
     def _check_type(self, role: str) -> None:
         """Raises InputError where the engines could read a column's type differently."""
         kind = self.types[role]
-        column = f"{self.inputs[0].name}: column {self.columns[role]!r}"
+        name = self.inputs[0].name
+        column = f"{name}: column {self.columns[role]!r}"
         if isinstance(kind, _NESTED):
             raise InputError(f"{column} holds {kind.simpleString()}, not single values")
-        name = kind.simpleString().upper()
+        type_name = kind.simpleString().upper()
         if role == "time":
             if not isinstance(kind, _TIME_TYPES):
-                raise InputError(f"{column} holds {name}: a time is a number or a date")
+                raise InputError(
+                    f"{column} holds {type_name}: a time is a number or a date"
+                )
         elif not _is_id_type(kind):
             raise InputError(
-                f"{column} holds {name}: Spark may write it otherwise than DuckDB; "
+                f"{column} holds {type_name}: Spark may write it otherwise than DuckDB; "
                 "cast it to BIGINT or text, or use --engine duckdb"
             )
 
@@ -466,7 +498,9 @@ class _Group:
         if isinstance(kind, _DATE):
             return f"NOT {role} BETWEEN DATE'0001-01-01' AND DATE'9999-12-31'"
         if role == "time" and isinstance(kind, T.DecimalType):
-            return f"abs(time) >= {2**53}BD / {10**kind.scale}BD"
+            least_inexact = 2**53
+            unit = 10**kind.scale
+            return f"abs(time) >= {least_inexact}BD / {unit}BD"
         if role != "time" and self._is_float(role):
             bound = _FLOAT[type(kind)]
             return (
@@ -482,7 +516,9 @@ class _Group:
         if self.parsed or is_text_time:
             number = f"CAST(try_cast({role} AS bigint) AS string)"
             return f"coalesce({number} = {role}, false)"
-        return str(isinstance(self.types[role], _WHOLE)).lower()
+        if isinstance(self.types[role], _WHOLE):
+            return "true"
+        return "false"
 
     @property
     def time_conditions(self) -> dict[str, str]:
@@ -516,10 +552,14 @@ class _Group:
         except SPARK_ERRORS as error:
             self._refuse_unreadable(error)
         self.rows = results[0]
-        self._refuse_missing(results[1:5])
-        self._refuse_strange(results[5:9])
-        self.is_whole = dict(zip(ROLES, results[9:13], strict=True))
-        self.fitting_rows = dict(zip(conditions, results[13:], strict=True))
+        missing_counts = results[1:5]
+        strange_counts = results[5:9]
+        whole_flags = results[9:13]
+        time_counts = results[13:]
+        self._refuse_missing(missing_counts)
+        self._refuse_strange(strange_counts)
+        self.is_whole = dict(zip(ROLES, whole_flags, strict=True))
+        self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
 
     def kind_of_time(self) -> str:
         """Returns 'whole', 'float' or 'date'.
@@ -576,7 +616,8 @@ class _Group:
         Rows are numbered from 1, the header not counted. A table's have no number.
         """
         first = f"min(struct(file, row, CAST({role} AS string)))"
-        (values,) = self.frame.filter(condition).selectExpr(first).head()
+        rows = self.frame.filter(condition)
+        (values,) = rows.selectExpr(first).head()
         file, number, text = values
         name = f"{_file_name(file)}:"
         if number is not None:

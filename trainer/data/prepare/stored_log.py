@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
+from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import TIME_UNITS, PrepareConfig
 from trainer.data.duckdb_engine import escape, query_value
@@ -74,7 +74,7 @@ class StoredLog:
 
 
 def store_log(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     config: PrepareConfig,
     files: list[Path],
     old: Dataset | None,
@@ -134,7 +134,9 @@ def read_counts(folder: Path) -> dict[str, Any]:
 
 
 def open_stored_log(
-    connection: duckdb.DuckDBPyConnection, folder: Path, old: Dataset | None
+    connection: DuckDBPyConnection,
+    folder: Path,
+    old: Dataset | None,
 ) -> None:
     """Makes the view `log` over the log in `folder`, and `newest` over the rows that came last.
 
@@ -164,13 +166,21 @@ def link_log(log: Path, folder: Path) -> None:
         _link(file, folder / file.name)
 
 
-def column_type(connection: duckdb.DuckDBPyConnection, file: Path, column: str) -> str:
+def column_type(
+    connection: DuckDBPyConnection,
+    file: Path,
+    column: str,
+) -> str:
     """Returns the type of a Parquet file's column."""
     query = f"SELECT \"{column}\" FROM read_parquet('{escape(file)}')"
     return str(connection.sql(query).types[0])
 
 
-def _check_kind_of_time(old: Dataset, dates: bool, files: list[Path]) -> None:
+def _check_kind_of_time(
+    old: Dataset,
+    dates: bool,
+    files: list[Path],
+) -> None:
     """Raises InputError where new times are dates and old ones numbers, or the other way round."""
     if StoredLog.load(old.folder).dates == dates:
         return
@@ -185,9 +195,7 @@ def _check_kind_of_time(old: Dataset, dates: bool, files: list[Path]) -> None:
     )
 
 
-def _drop_delivered_rows(
-    connection: duckdb.DuckDBPyConnection, old_files: list[Path]
-) -> None:
+def _drop_delivered_rows(connection: DuckDBPyConnection, old_files: list[Path]) -> None:
     """Makes the view `old_log`, and the table `new_rows` of the arrived rows that are not in it."""
     types = _common_types(connection, old_files)
     connection.execute(
@@ -209,7 +217,11 @@ def _drop_delivered_rows(
             ANTI JOIN delivered_before USING ({", ".join(_COLUMNS)})""")
 
 
-def _count_before(connection: duckdb.DuckDBPyConnection, view: str, time: float) -> int:
+def _count_before(
+    connection: DuckDBPyConnection,
+    view: str,
+    time: float,
+) -> int:
     query = f"SELECT count(*) FROM {view} WHERE time < {time!r}"
     return query_value(connection, query)
 
@@ -222,7 +234,7 @@ def _window_sql(begin: float | None) -> str:
 
 
 def _begin_of_window(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     config: PrepareConfig,
     dates: bool,
     views: list[str],
@@ -253,7 +265,7 @@ def _begin_of_window(
         ) from None
 
 
-def _parse_date(connection: duckdb.DuckDBPyConnection, text: str) -> int:
+def _parse_date(connection: DuckDBPyConnection, text: str) -> int:
     """Returns a date in microseconds since 1970."""
     query = "SELECT epoch_us(TRY_CAST(? AS TIMESTAMPTZ))"
     ((time,),) = connection.execute(query, [text]).fetchall()
@@ -263,7 +275,7 @@ def _parse_date(connection: duckdb.DuckDBPyConnection, text: str) -> int:
 
 
 def _common_types(
-    connection: duckdb.DuckDBPyConnection,
+    connection: DuckDBPyConnection,
     files: Iterable[Path],
     vocabularies: Iterable[Path] = (),
 ) -> dict[str, str]:
@@ -286,7 +298,11 @@ def _common_types(
     return common_types
 
 
-def _rows_sql(files: list[Path], types: dict[str, str], condition: str = "") -> str:
+def _rows_sql(
+    files: list[Path],
+    types: dict[str, str],
+    condition: str = "",
+) -> str:
     """Returns SQL for the rows of a log's files, with columns of these types."""
     columns = []
     for name, column in types.items():
