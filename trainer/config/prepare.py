@@ -36,8 +36,8 @@ class PrepareConfig:
     """Which logs to prepare, and how.
 
     domain: names the one domain of logs without a domain column.
-    min_user, min_item: drop users and items with fewer interactions, again and again until none is
-    left to drop (the k-core).
+    min_user, min_item: drop users and items with fewer interactions, again and again until none
+    is left to drop (the k-core).
     extend: the folder of a dataset that these logs extend. Its items keep their rows of M where
     they can.
     keep_log: the dataset keeps its log, so that it can be extended.
@@ -114,7 +114,8 @@ class PrepareConfig:
 def memory_bytes(text: str) -> int:
     """Converts an amount like 8GB or 500MiB to bytes.
 
-    Raises InputError for a text that is no amount, and for an amount that is too small to read logs.
+    Raises InputError for a text that is no amount, and for an amount that is too small to read
+    logs.
     """
     pattern = r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?"
     match = re.fullmatch(pattern, text.strip().upper())

@@ -34,8 +34,8 @@ class SyntheticConfig:
     """How much is made, and how the truth behaves.
 
     items: of all domains together, which share them evenly.
-    mean_length: mean interactions of a user. Lengths are geometric, so some users are too short to
-    be evaluated.
+    mean_length: mean interactions of a user. Lengths are geometric, so some users are too short
+    to be evaluated.
     unrelated_share: the unrelated domain's share of the events.
     exponent: of the popularity's power law.
     hours: mean time between two events of a user.

@@ -1,7 +1,8 @@
 """DuckDB as the project uses it: without extensions, and within a limit of memory.
 
-`engine` keeps within an amount of memory that the caller names; `limited_engine` joins tables beside
-a run, within a part of what the host has free. What does not fit goes to a scratch folder.
+`engine` keeps within an amount of memory that the caller names; `limited_engine` joins tables
+beside a run, within a part of what the host has free. What does not fit goes to a scratch
+folder.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ _MOST_MEMORY = 8 * 10**9
 
 
 def connect() -> DuckDBPyConnection:
-    """Opens a DuckDB that fetches and loads no extension, whatever a file holds or is called."""
+    """Opens a DuckDB that fetches and loads no extension, whatever a file contains."""
     settings = {
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
@@ -61,7 +62,7 @@ def engine(
     threads: int,
     stages: "Stages | None" = None,
 ) -> Iterator[DuckDBPyConnection]:
-    """Opens a DuckDB that keeps within `memory` bytes together with what is made of its results.
+    """Opens a DuckDB that keeps within `memory` bytes, together with copies of its results.
 
     scratch: the folder for what does not fit. stages: show the progress of the queries.
     """

@@ -1,16 +1,18 @@
-"""Synthetic interaction logs of any size, with a truth that says which domains help one another.
+"""Synthetic interaction logs of any size, whose truth says which domains help one another.
 
-Every user has an interest, one of `topics`. It moves on with probability `interest_drift` at each
-event of the user's merged history. An event in a RELATED domain is about the interest, so the user's
-last event in the other related domains tells more than the domain's own, older history does.
+Every user has an interest, one of `topics`. It moves on with probability `interest_drift` at
+each event of the user's merged history. An event in a RELATED domain is about the interest, so
+the user's last event in the other related domains tells more than the domain's own, older
+history does.
 
-An event in the UNRELATED domain (there is one from three domains on) follows a topic of its own. That
-topic moves slowly (`unrelated_drift`) and does not depend on the interest. The domain's own history
-tells all there is to know, and the other domains only distract.
+An event in the UNRELATED domain (there is one from three domains on) follows a topic of its
+own. That topic moves slowly (`unrelated_drift`) and does not depend on the interest. The
+domain's own history tells all there is to know, and the other domains only distract.
 
-An event picks an item of its topic with probability `on_topic`, by a power law within the topic, and
-else any item of the domain. Item n of a domain belongs to topic n % topics, and lower numbers are
-more popular. Item numbers recur from domain to domain and are different items there.
+An event picks an item of its topic with probability `on_topic`, by a power law within the
+topic, and else any item of the domain. Item n of a domain belongs to topic n % topics, and
+lower numbers are more popular. Item numbers recur from domain to domain and are different items
+there.
 
 All draws come from counters, so any slice of users can be made on its own.
 """
@@ -121,8 +123,10 @@ def lengths_of(
     """
     if config.mean_length == 1:
         return np.ones(last - first, dtype=np.int64)
-    bits = random_bits(config.seed, _Draw.LENGTH, np.arange(first, last))
-    more = np.log1p(-random_unit(bits)) / np.log1p(-1 / config.mean_length)
+    users = np.arange(first, last)
+    unit = random_unit(random_bits(config.seed, _Draw.LENGTH, users))
+    stop_probability = 1 / config.mean_length
+    more = np.log1p(-unit) / np.log1p(-stop_probability)
     return 1 + more.astype(np.int64)
 
 
@@ -131,7 +135,7 @@ def generate(
     first: int,
     last: int,
 ) -> Events:
-    """Draws the events of the users [first, last), the same whatever other users are made too."""
+    """Draws the events of the users [first, last), the same whatever else is made."""
     lengths = lengths_of(config, first, last)
     users = np.arange(first, last)
     user = np.repeat(users, lengths)
@@ -139,8 +143,9 @@ def generate(
     position = np.arange(len(user)) - np.repeat(starts, lengths)
     # One counter an event: the user's own random 64 bits plus the position.
     user_bits = random_bits(config.seed, _Draw.USER, users)
+    first_counter = np.repeat(user_bits, lengths)
     with np.errstate(over="ignore"):
-        counter = np.repeat(user_bits, lengths) + position.astype(np.uint64)
+        counter = first_counter + position.astype(np.uint64)
 
     domain_unit = _draw_unit(_Draw.DOMAIN, counter)
     last_domain_ends = np.cumsum(config.shares)[:-1]
@@ -148,12 +153,14 @@ def generate(
     topic = _draw_topics(config, counter, position == 0, domain)
     item = _draw_items(config, counter, domain, topic)
 
+    mean_gap = config.hours * 3600
     gap_unit = _draw_unit(_Draw.GAP, counter)
-    gaps = 1 - np.log1p(-gap_unit) * (config.hours * 3600)
+    gaps = 1 - np.log1p(-gap_unit) * mean_gap
     elapsed = np.cumsum(gaps.astype(np.int64))
     joined_bits = random_bits(config.seed, _Draw.JOINED, users)
     joined = random_below(joined_bits, _YEAR_SECONDS)
-    time = _FIRST_SECOND + elapsed + np.repeat(joined - elapsed[starts], lengths)
+    shift = np.repeat(joined - elapsed[starts], lengths)
+    time = _FIRST_SECOND + elapsed + shift
     return Events(user, item, domain, time, topic)
 
 
@@ -176,9 +183,12 @@ def _draw_topics(
         topics: _Draw,
     ) -> np.ndarray:
         """Draws a topic anew where it moves on, and repeats it until then."""
-        moved = np.flatnonzero(is_first | (_draw_unit(moves, counter) < drift))
-        drawn = random_below(random_bits(topics, counter[moved]), config.topics)
-        return np.repeat(drawn, np.diff(moved, append=len(counter)))
+        moves_on = _draw_unit(moves, counter) < drift
+        moved = np.flatnonzero(is_first | moves_on)
+        bits = random_bits(topics, counter[moved])
+        drawn = random_below(bits, config.topics)
+        events_until_move = np.diff(moved, append=len(counter))
+        return np.repeat(drawn, events_until_move)
 
     interest = draw_moving_topic(
         config.interest_drift, _Draw.INTEREST_MOVES, _Draw.INTEREST
@@ -202,7 +212,9 @@ def _draw_items(
     Both picks are one power law over a number of ranks: the topic's items, or the domain's.
     """
     on_topic = _draw_unit(_Draw.ON_TOPIC, counter) < config.on_topic
-    law = domain * (config.topics + 1) + np.where(on_topic, topic, config.topics)
+    laws_of_domain = config.topics + 1
+    law_in_domain = np.where(on_topic, topic, config.topics)
+    law = domain * laws_of_domain + law_in_domain
     ranks_of_law, span_of_law = _popularity_laws(config)
     rank = _draw_power_law(
         _draw_unit(_Draw.ITEM, counter),
@@ -215,10 +227,10 @@ def _draw_items(
 
 @functools.lru_cache(maxsize=8)
 def _popularity_laws(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what an item may be picked from: numbers of ranks and their spans, (D · (topics + 1)).
+    """Returns what an item may be picked from: numbers of ranks and their spans.
 
-    Index domain · (topics + 1) + topic stands for the topic's items, and topic `topics` for the
-    whole domain.
+    Both are of shape (D · (topics + 1),). Index domain · (topics + 1) + topic stands for the
+    topic's items, and topic `topics` for the whole domain.
     """
     domain_items = config.domain_items
     topic_items = (
@@ -236,8 +248,8 @@ def _draw_power_law(
 ) -> np.ndarray:
     """Draws ranks in [0, count), P(rank) close to (rank + 1) ** -exponent.
 
-    It is a continuous law on [1, count + 1), rounded down. It needs no table of ranks, so a domain
-    may have any number of items. span: `_power_law_span` of the counts.
+    It is a continuous law on [1, count + 1), rounded down. It needs no table of ranks, so a
+    domain may have any number of items. span: `_power_law_span` of the counts.
     """
     if _is_one(exponent):
         value = np.exp(unit * span)
@@ -264,18 +276,18 @@ def synthesize(
     last_user: int | None = None,
     processes: int | None = None,
 ) -> int:
-    """Writes Parquet files of events (by user, then time) and `truth.json`; returns how many events.
+    """Writes Parquet files of events (by user, then time) and `truth.json`; counts the events.
 
-    first_user, last_user: write the users [first_user, last_user) of the config's alone (None: to
-    the last one). Their rows are the same as in the whole.
+    first_user, last_user: write the users [first_user, last_user) of the config's alone (None:
+    to the last one). Their rows are the same as in the whole.
     processes: how many write, each whole files (None: one for every core that this process may
     use). The files are the same for any number. With one, or one file, this process writes.
     truth.json: the domains, which of them are related, the users, and the whole config.
 
-    Memory does not grow with users or items: about 200 MB a process. Progress and the time left are
-    shown on stderr if it is a terminal.
-    Raises InputError: the output folder already holds something or cannot be written, there are no
-    such users, a process ends before its time.
+    Memory does not grow with users or items: about 200 MB a process. Progress and the time left
+    are shown on stderr if it is a terminal.
+    Raises InputError: the output folder already holds something or cannot be written, there are
+    no such users, a process ends before its time.
     """
     if last_user is None:
         last_user = config.users
@@ -296,7 +308,8 @@ def synthesize(
         stages("writing logs", last_user - first_user) as advance,
     ):
         files = _plan_files(config, folder, first_user, last_user)
-        for users, events in _write_logs(config, files, min(processes, len(files))):
+        processes = min(processes, len(files))
+        for users, events in _write_logs(config, files, processes):
             interactions += events
             advance(users)
         _write_truth(config, folder, first_user, last_user, interactions)
@@ -414,7 +427,7 @@ def _work(
     config: SyntheticConfig,
     files: list[_FileOfUsers],
 ) -> None:
-    """Writes a child process's files; sends (users, events) of each part, or an error of the disk."""
+    """Writes a child process's files; sends (users, events) of each group, or an OSError."""
     # The parent gets Ctrl-C too, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

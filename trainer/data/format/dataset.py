@@ -1,20 +1,20 @@
 """A prepared dataset: what `dataset.json` says of it, and where its files are.
 
     DIR/dataset.json
-    DIR/vocabulary/<domain number>.parquet   item_id, row (int64, row of the item matrix M), count
-                                             (int64, training part)
+    DIR/vocabulary/<domain number>.parquet   item_id, row (int64, row of the item matrix M),
+                                             count (int64, training part)
     DIR/users.parquet                        user_id, user (int64, 0..U-1)
     DIR/lengths.npy                          uint16 (U, D): interactions of the training part by
                                              user and domain, 65,535 at most
     DIR/shards/000000.tar ...                WebDataset tars of blocks of users, see `shards.py`
 
-The folder may lie elsewhere and be fetched file by file on demand (`source.py`): `Dataset.local` gives
-a file's path.
+The folder may lie elsewhere and be fetched file by file on demand (`source.py`):
+`Dataset.local` gives a file's path.
 
-A domain owns the rows [start, start + room) of M, of which the first `items` are taken. The split is
-leave-one-out, one rule everywhere: a user with at least `SPLIT_LENGTH` interactions has the last one
-as test and the last but one as validation (SyNCRec, section 5.3). Training sees the rest. A shorter
-user is trained on whole and never evaluated.
+A domain owns the rows [start, start + room) of M, of which the first `items` are taken. The
+split is leave-one-out, one rule everywhere: a user with at least `SPLIT_LENGTH` interactions
+has the last one as test and the last but one as validation (SyNCRec, section 5.3). Training
+sees the rest. A shorter user is trained on whole and never evaluated.
 
 Two domains, four users, whose histories are rows of M, oldest first:
 
@@ -47,8 +47,8 @@ from trainer.files.redact import folder_of
 
 Record = TypeVar("Record")
 
-# 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums of
-# all files; 4: times
+# 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums
+# of all files; 4: times
 FORMAT_VERSION = 4
 FILE_NAME = "dataset.json"
 USERS = "users.parquet"
@@ -79,7 +79,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: the users [first_user, first_user + users), its bytes and the sha256 of the file."""
+    """One tar: the users [first_user, first_user + users), the file's bytes and sha256."""
 
     name: str
     users: int
@@ -112,7 +112,8 @@ class Dataset:
 
     folder: holds the files. Those of a dataset that lies elsewhere come there through `cache`.
     too_short: users with fewer than `SPLIT_LENGTH` interactions.
-    first_time, last_time: those of the logs, in the logs' own unit (dates: microseconds since 1970).
+    first_time, last_time: those of the logs, in the logs' own unit (dates: microseconds since
+    1970).
     block_users: users of each block of a shard but for the last, which has the rest.
     files: all but the shards and `dataset.json`.
     """
@@ -142,17 +143,19 @@ class Dataset:
     @property
     def num_embeddings(self) -> int:
         """Rows of the item matrix M, the room for later items included."""
-        return self.domains[-1].start + self.domains[-1].room
+        last_domain = self.domains[-1]
+        return last_domain.start + last_domain.room
 
     @cached_property
     def starts(self) -> np.ndarray:
         """First row of each domain, int64 (D,), rising."""
-        return np.array([domain.start for domain in self.domains], dtype=np.int64)
+        starts = [domain.start for domain in self.domains]
+        return np.array(starts, dtype=np.int64)
 
     def ticks(self, times: np.ndarray) -> np.ndarray:
-        """Quantizes times of the logs (any shape) to uint16: `first_time` is 0, `last_time` 65,535.
+        """Quantizes times of the logs (any shape) to uint16.
 
-        Earlier and later times are clipped to these.
+        `first_time` is 0, `last_time` 65,535; earlier and later times are clipped to these.
         """
         return ticks_of(times, self.first_time, self.last_time)
 
@@ -176,10 +179,10 @@ class Dataset:
     def local(self, file: str) -> Path:
         """Returns the path of a shard or another file by its name in `dataset.json`.
 
-        A file that lies elsewhere is fetched. A fetched shard stays at least until the same thread
-        asks for its next one, and for whoever has it open.
-        Raises NotFetched, an InputError: the file could not be fetched; InputError: the cache cannot
-        be written.
+        A file that lies elsewhere is fetched. A fetched shard stays at least until the same
+        thread asks for its next one, and for whoever has it open.
+        Raises NotFetched, an InputError: the file could not be fetched; InputError: the cache
+        cannot be written.
         """
         if self.cache:
             return self.cache.local(file)
@@ -223,10 +226,10 @@ class Dataset:
 
     @cached_property
     def item_counts(self) -> np.ndarray:
-        """Popularity: interactions of each row of M in the training part, int32 (num_embeddings,).
+        """Popularity: interactions of each row of M in the training part.
 
-        At most 2³¹ − 1, and 0 for rows kept for later items. The vocabularies are read once in a
-        process. Not to be written to.
+        int32 (num_embeddings,). At most 2³¹ − 1, and 0 for rows kept for later items. The
+        vocabularies are read once in a process. Not to be written to.
         Raises InputError where a vocabulary cannot be read, or does not fit the dataset.
         """
         counts = np.zeros(self.num_embeddings, np.int32)
@@ -270,15 +273,15 @@ class Dataset:
         place: a folder, or an address (see `source.Address`). Of an address `dataset.json` is
         fetched anew, and the files that every run needs if they are not in the cache. Users and
         shards are fetched on demand.
-        check_shards: refuse a shard that is missing or of another size. Without it damaged shards
-        can be skipped. Ignored for an address.
-        check_contents: read all files but the shards, and compare their sha256, else their sizes
-        alone. One process of a host is enough to do so. Of an address each process compares what it
-        opens.
-        Raises InputError: not a dataset folder, unreadable JSON, another format version, a field
-        missing or of another type, users or rows that do not add up, a name that leads out of the
-        folder, a file missing or of another size, no shard at all; an address that cannot be used,
-        or a file that cannot be fetched.
+        check_shards: refuse a shard that is missing or of another size. Without it damaged
+        shards can be skipped. Ignored for an address.
+        check_contents: read all files but the shards, and compare their sha256, else their
+        sizes alone. One process of a host is enough to do so. Of an address each process
+        compares what it opens.
+        Raises InputError: not a dataset folder, unreadable JSON, another format version, a
+        field missing or of another type, users or rows that do not add up, a name that leads
+        out of the folder, a file missing or of another size, no shard at all; an address that
+        cannot be used, or a file that cannot be fetched.
         """
         location = str(place)
         local_folder = folder_of(location)
@@ -304,7 +307,8 @@ class Dataset:
     @classmethod
     def _load_remote(cls, address: Address) -> "Dataset":
         record = address.read_json(FILE_NAME)
-        dataset = cls._parse(record, address.shown(FILE_NAME), Path())
+        shown = address.shown(FILE_NAME)
+        dataset = cls._parse(record, shown, Path())
         cache = Cache(address, dataset.fingerprint, dataset.shards, dataset.files)
         dataset = dataclasses.replace(dataset, folder=cache.folder, cache=cache)
         for file in dataset.files:
@@ -329,8 +333,9 @@ class Dataset:
                 f"{path} has format_version {version}, "
                 f"this program reads {FORMAT_VERSION}: prepare the dataset again"
             )
-        for name, kind in (("domains", Domain), ("shards", Shard), ("files", File)):
-            record[name] = _parse_records(kind, record, name, path)
+        record["domains"] = _parse_records(Domain, record, "domains", path)
+        record["shards"] = _parse_records(Shard, record, "shards", path)
+        record["files"] = _parse_records(File, record, "files", path)
         dataset = _parse_record(cls, record, path, folder=folder, cache=None)
         dataset._check_sums(path)
         dataset._check_limits(path)
@@ -350,7 +355,8 @@ class Dataset:
         for domain in self.domains:
             if not 1 <= domain.items <= domain.room:
                 adds_up = False
-        if sum(shard.interactions for shard in self.shards) != self.interactions:
+        interactions = sum(shard.interactions for shard in self.shards)
+        if interactions != self.interactions:
             adds_up = False
         if not adds_up:
             raise InputError(
@@ -378,7 +384,7 @@ class Dataset:
             )
 
     def _check_names(self, path: Path | str) -> None:
-        """Raises InputError for file names that lead out of the folder or are not a dataset's."""
+        """Raises InputError for file names that lead out of the folder or are not known."""
         vocabularies = [domain.vocabulary for domain in self.domains]
         shard_names = [shard.name for shard in self.shards]
         file_names = [file.name for file in self.files]
@@ -388,7 +394,8 @@ class Dataset:
                     f"{path}: {name!r} is no name of a file in this folder: "
                     "prepare the dataset again"
                 )
-        if sorted(file_names) != sorted([USERS, LENGTHS, *vocabularies]):
+        expected_names = [USERS, LENGTHS, *vocabularies]
+        if sorted(file_names) != sorted(expected_names):
             raise InputError(
                 f"{path}: the files it names are not those of a dataset: "
                 "prepare the dataset again"
@@ -409,7 +416,8 @@ class Dataset:
                     f"its sha256 is not the one in {FILE_NAME}: "
                     "copy it again or prepare the dataset again"
                 )
-        if not any((self.folder / shard.name).is_file() for shard in self.shards):
+        shard_paths = [self.folder / shard.name for shard in self.shards]
+        if not any(path.is_file() for path in shard_paths):
             raise InputError(
                 f"{path}: not one of its {len(self.shards)} shards is there: "
                 "copy them again"
@@ -438,16 +446,18 @@ def ticks_of(
     last: float,
 ) -> np.ndarray:
     """Quantizes times, see `Dataset.ticks`."""
-    span = max(last - first, np.finfo(np.float64).tiny)
+    least_span = np.finfo(np.float64).tiny
+    span = max(last - first, least_span)
     share = (np.asarray(times, np.float64) - first) / span
-    return (np.clip(share, 0, 1) * TICKS).astype(np.uint16)
+    ticks = np.clip(share, 0, 1) * TICKS
+    return ticks.astype(np.uint16)
 
 
 def stays_inside(name: str) -> bool:
     """Returns whether a file's name leads to no place outside its folder, and is no glob.
 
-    Only the name is judged: a file in the folder may be a link to elsewhere, which is its owner's
-    choice.
+    Only the name is judged: a file in the folder may be a link to elsewhere, which is its
+    owner's choice.
     """
     path = PurePosixPath(name)
     if path.name == "" or path.is_absolute() or ".." in path.parts:
@@ -478,7 +488,7 @@ def _read_item_counts(path: Path, counts: np.ndarray) -> int:
 
 
 def _tiles(ranges: list[tuple[int, int]], end: int | None = None) -> bool:
-    """Returns whether ranges (start, length) follow one another from 0, to `end` if there is one."""
+    """Returns whether ranges (start, length) follow one another from 0, to `end` if given."""
     position = 0
     for start, length in ranges:
         if start != position or length < 1:

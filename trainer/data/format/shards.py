@@ -4,13 +4,13 @@ Members of a sample, of B users with N interactions:
 
     lengths.npy      uint8, 16 or 32, whichever is the narrowest for the block: (B,)
     items.low.npy    uint16 (N,): the rows of M modulo 2¹⁶, each user's history oldest first
-    items.high.zst   the rows divided by 2¹⁶, as N bytes (N little-endian uint16 where M has more
-                     than 2²⁴ rows), Zstandard
-    ticks.zst        the tick of each interaction (see `Dataset.ticks`), less the tick of the one
-                     before it in the block, modulo 2¹⁶: N little-endian uint16, Zstandard
+    items.high.zst   the rows divided by 2¹⁶, as N bytes (N little-endian uint16 where M has
+                     more than 2²⁴ rows), Zstandard
+    ticks.zst        the tick of each interaction (see `Dataset.ticks`), less the tick of the
+                     one before it in the block, modulo 2¹⁶: N little-endian uint16, Zstandard
     crc32.npy        uint32 (1,): CRC-32 of the number of the block's first user (int64,
-                     little-endian) and of the contents of the other members, one after the other:
-                     it tells a damaged block from a whole one
+                     little-endian) and of the contents of the other members, one after the
+                     other: it tells a damaged block from a whole one
 
 A block of four users, where domain 0 owns the rows 0 … 4 of M and domain 1 the rows 5 … 8:
 
@@ -23,11 +23,12 @@ A block of four users, where domain 0 owns the rows 0 … 4 of M and domain 1 th
     items.high     0 0 0 0 | 0 | 0 0 0 | 0 0
     ticks          0 9 0 31 | 65508 | 65527 17 70 | 65453 1
 
-Rows are numbered by popularity within a domain. So the high part is small and compresses well, and
-the low part hardly does.
+Rows are numbered by popularity within a domain. So the high part is small and compresses well,
+and the low part hardly does.
 
-Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) · block_users).
-A block's users follow from its number and from `dataset.json`, never from its contents.
+Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) ·
+block_users). A block's users follow from its number and from `dataset.json`, never from its
+contents.
 
 Tars are written and read by `tarfile`, as WebDataset does it itself: importing WebDataset takes
 seconds in each process that prepares, since it takes torch along.
@@ -69,8 +70,8 @@ _LOW_DTYPE = np.dtype("<u2")
 _TICKS_DTYPE = np.dtype("<u2")
 _CHECKSUM_DTYPE = np.dtype("<u4")
 _ZERO = np.zeros(1, _TICKS_DTYPE)
-# Errors of the system for which the file itself is at fault. Any other (a mount that is away, no
-# memory) may pass.
+# Errors of the system for which the file itself is at fault. Any other (a mount that is away,
+# no memory) may pass.
 _ERRORS_OF_FILE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -86,7 +87,8 @@ _ERRORS_OF_FILE = {
 class Block:
     """Histories of B users one after the other, N interactions together.
 
-    lengths_B: int32 (B,), whose sum is N. items_N: rows of M, int32 (N,), each user's oldest first.
+    lengths_B: int32 (B,), whose sum is N. items_N: rows of M, int32 (N,), each user's oldest
+    first.
     ticks_N: uint16 (N,).
 
         Two domains (rows 0 … 4 and 5 … 8 of M), four users:
@@ -136,9 +138,11 @@ def write_shard(
         for number, block in enumerate(blocks):
             members = _encode_block(block, first_user, num_embeddings, zstd)
             for name in sorted(members):
-                member = tarfile.TarInfo(f"{path.stem}-{number:06d}.{name}")
-                member.size = len(members[name])
-                tar.addfile(member, io.BytesIO(members[name]))
+                content = members[name]
+                key = f"{path.stem}-{number:06d}"
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
             first_user += len(block.lengths_B)
     with open(path, "rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -154,9 +158,11 @@ def _encode_block(
     """Returns the contents of a block's members by name."""
     rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
     low = rows.astype(_LOW_DTYPE)  # modulo 2¹⁶
-    high = (rows >> np.uint32(16)).astype(_high_dtype(num_embeddings))
+    high_dtype = _high_dtype(num_embeddings)
+    high = (rows >> np.uint32(16)).astype(high_dtype)
     tick_steps = np.diff(block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO)
-    lengths = block.lengths_B.astype(_narrowest_dtype(block.lengths_B.max()))
+    length_dtype = _narrowest_dtype(block.lengths_B.max())
+    lengths = block.lengths_B.astype(length_dtype)
     contents = {
         _LENGTHS: _to_npy(lengths),
         _LOW: _to_npy(low),
@@ -164,15 +170,16 @@ def _encode_block(
         _TICKS: zstd.compress(tick_steps.tobytes(), asbytes=True),
     }
     checksum = _compute_crc32(first_user, contents.values())
-    contents[_CHECKSUM] = _to_npy(np.array([checksum], _CHECKSUM_DTYPE))
+    checksums = np.array([checksum], _CHECKSUM_DTYPE)
+    contents[_CHECKSUM] = _to_npy(checksums)
     return contents
 
 
 class ShardFile:
     """An open shard, whose blocks are read in any order.
 
-    It holds the blocks 0 … `count` − 1, of the dataset's `block_users` users each from `first_user`
-    on, the last one with the rest.
+    It holds the blocks 0 … `count` − 1, of the dataset's `block_users` users each from
+    `first_user` on, the last one with the rest.
     """
 
     def __init__(
@@ -185,16 +192,16 @@ class ShardFile:
     ):
         """Opens the shard and finds its blocks, from the tar's headers alone.
 
-        verify: compare each block with its CRC-32 when it is read. whole: and compare the file's
-        sha256 with `dataset.json` at once.
+        verify: compare each block with its CRC-32 when it is read. whole: and compare the
+        file's sha256 with `dataset.json` at once.
 
-        report: None refuses a damaged shard. Otherwise blocks that cannot be used are left out, and
-        `report` gets a line for each: a damaged block alone, the rest of the shard where the tar
-        itself breaks off, all of a file that cannot be read.
+        report: None refuses a damaged shard. Otherwise blocks that cannot be used are left out,
+        and `report` gets a line for each: a damaged block alone, the rest of the shard where
+        the tar itself breaks off, all of a file that cannot be read.
         Raises InputError, naming the file: it is missing or unreadable, a checksum is wrong, a
         member is missing, of another dtype or no array, lengths do not add up, a row is out of
-        range. With any `report` it is raised where the file is not at fault: NoDescriptors for too
-        many open files.
+        range. With any `report` it is raised where the file is not at fault: NoDescriptors for
+        too many open files.
         """
         self.dataset = dataset
         self.shard = shard
@@ -211,7 +218,8 @@ class ShardFile:
         except NotFetched as error:
             if report is None:
                 raise
-            report(f"{error.said}: {_skipped_users(dataset, shard, 0, self.count)}")
+            skipped = _skipped_users(dataset, shard, 0, self.count)
+            report(f"{error.said}: {skipped}")
             return
         self._open(whole)
 
@@ -243,12 +251,13 @@ class ShardFile:
                 self._refuse(expected, expected, problem)
                 continue
             if number > expected:
-                problem = f"{_name_blocks(expected, number)} missing"
-                self._refuse(expected, number, problem)
+                blocks = _name_blocks(expected, number)
+                self._refuse(expected, number, f"{blocks} missing")
             self._members[number] = members
             self._next_block = number + 1
         if self._next_block < self.count:
-            raise _Damage(f"{_name_blocks(self._next_block, self.count)} missing")
+            blocks = _name_blocks(self._next_block, self.count)
+            raise _Damage(f"{blocks} missing")
 
     def compare(self) -> None:
         """Compares the file's sha256 with `dataset.json`, once, if checksums are verified."""
@@ -268,17 +277,19 @@ class ShardFile:
         self._report(f"{self.path}: {problem}: its blocks are checked one by one")
 
     def block(self, number: int) -> Block | None:
-        """Reads block `number`; returns None for one that cannot be used and has been reported."""
+        """Reads a block; returns None for one that cannot be used and has been reported."""
         if number not in self._members:
             return None
         block_users = self.dataset.block_users
-        first_user = self.first_user + number * block_users
-        users = min(block_users, self.shard.users - number * block_users)
+        users_before = number * block_users
+        first_user = self.first_user + users_before
+        users = min(block_users, self.shard.users - users_before)
         try:
             return self._read_block(self._members[number], first_user, users)
         except _Damage as error:
             del self._members[number]  # reported once
-            self._refuse(number, number + 1, f"block {number}: {error}")
+            problem = f"block {number}: {error}"
+            self._refuse(number, number + 1, problem)
             return None
 
     def close(self) -> None:
@@ -308,13 +319,18 @@ class ShardFile:
         first_user: int,
         users: int,
     ) -> Block:
-        """Reads and checks one block."""
+        """Reads and checks one block.
+
+        members: of its sample. users: how many it has to hold, from `first_user` on. The rows
+        and the ticks are put together as the module's head draws them.
+        """
         num_embeddings = self.dataset.num_embeddings
         contents = {name: self._read_member(members, name) for name in _CONTENTS}
         if self.verify:
             content = self._read_member(members, _CHECKSUM)
             stored = _from_npy(content, (_CHECKSUM_DTYPE,), _CHECKSUM)
-            if stored.tolist() != [_compute_crc32(first_user, contents.values())]:
+            computed = _compute_crc32(first_user, contents.values())
+            if stored.tolist() != [computed]:
                 raise _Damage("its checksum (CRC-32) is wrong")
         lengths = _from_npy(contents[_LENGTHS], _LENGTH_DTYPES, _LENGTHS)
         low = _from_npy(contents[_LOW], (_LOW_DTYPE,), _LOW)
@@ -323,7 +339,8 @@ class ShardFile:
             raise _Damage(
                 f"lengths are not those of {users} users with {len(low)} items together"
             )
-        high = _unpack(contents, _HIGH, _high_dtype(num_embeddings), len(low))
+        high_dtype = _high_dtype(num_embeddings)
+        high = _unpack(contents, _HIGH, high_dtype, len(low))
         rows = high.astype("<i4")
         rows <<= 16
         rows |= low
@@ -344,7 +361,8 @@ class ShardFile:
             raise _Damage(f"the member {name} is there twice")
         (member,) = matches
         with _file_errors(self.path):
-            content = os.pread(self._stream.fileno(), member.size, member.offset)
+            descriptor = self._stream.fileno()
+            content = os.pread(descriptor, member.size, member.offset)
         if len(content) != member.size:
             raise _Damage(f"{name} is cut short")
         return content
@@ -356,7 +374,7 @@ def read_blocks(
     verify: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Block]]:
-    """Yields (first user, Block) of a shard in order; arguments and errors as for `ShardFile`."""
+    """Yields (first user, Block) of a shard in order; see `ShardFile` for the arguments."""
     file = ShardFile(dataset, shard, verify, report)
     try:
         for number in range(file.count):
@@ -399,8 +417,9 @@ def _skipped_users(
     end: int,
 ) -> str:
     """Says which users are skipped with the blocks begin … end − 1."""
+    end_user = min(end * dataset.block_users, shard.users)
     first = shard.first_user + begin * dataset.block_users
-    last = shard.first_user + min(end * dataset.block_users, shard.users) - 1
+    last = shard.first_user + end_user - 1
     if first < last:
         return f"users {first} to {last} are skipped"
     if first == last:
@@ -419,9 +438,9 @@ def _read_samples(stream: BinaryIO) -> Iterator[tuple[str, list[_Member]]]:
 
     Of "a-0.items.low.npy" the key is "a-0" and the name "items.low.npy".
 
-    WebDataset's own reader is not used: it unpacks whatever compression and sparse members a file
-    holds, by which few bytes become any number. It also lets tarfile follow sizes below 0 in a
-    circle.
+    WebDataset's own reader is not used: it unpacks whatever compression and sparse members a
+    file holds, by which few bytes become any number. It also lets tarfile follow sizes below 0
+    in a circle.
     """
     try:
         file_size = os.fstat(stream.fileno()).st_size
@@ -492,16 +511,17 @@ def _from_npy(
         raise _Damage(
             f"{member} is no array that can be read ({words(error)})"
         ) from None
-    if dtype not in dtypes or len(shape) != 1:
+    axes = len(shape)
+    if dtype not in dtypes or axes != 1:
         expected = " or ".join(map(str, dtypes))
         raise _Damage(
-            f"{member} is {words(dtype)} with {len(shape)} axes, "
-            f"not {expected} with one"
+            f"{member} is {words(dtype)} with {axes} axes, not {expected} with one"
         )
+    (count,) = shape
     left = len(data) - stream.tell()
-    if left != shape[0] * dtype.itemsize:
+    if left != count * dtype.itemsize:
         raise _Damage(
-            f"{member} says that it has {shape[0]} values, but holds {left} bytes"
+            f"{member} says that it has {count} values, but holds {left} bytes"
         )
     return np.frombuffer(data, dtype, offset=stream.tell())
 

@@ -2,8 +2,8 @@
 
 An extended dataset says what became of the one before it:
 
-    extension/rows.parquet     domain, item_id, old_row, new_row: every item of either; without a new
-                               row it was retired
+    extension/rows.parquet     domain, item_id, old_row, new_row: every item of either; without
+                               a new row it was retired
     extension/users.npy        the numbers of the users with rows that came with the new logs
     extension/extension.json   how much came, twice or late, and what it made of every domain
 
@@ -78,8 +78,8 @@ def add_old_items(
 ) -> None:
     """Makes the table `old_items` (domain, item_id, old_row) of the old dataset's items.
 
-    Those without an event come into `distinct_items` (domain, item_id, total) too, unless they are
-    retired.
+    Those without an event come into `distinct_items` (domain, item_id, total) too, unless they
+    are retired.
     """
     item_type = query_value(
         connection, "SELECT typeof(item_id) FROM distinct_items LIMIT 1"
@@ -104,8 +104,8 @@ def order_domains(old: Dataset, names: Iterable[str]) -> list[str]:
 def reserve_extended_rows(old: Dataset, items: list[int]) -> list[int]:
     """Returns the rows for each domain of `order_domains`, which have so many items.
 
-    Old domains keep theirs, and new ones get theirs. Where a domain has outgrown its rows, all are
-    reserved anew.
+    Old domains keep theirs, and new ones get theirs. Where a domain has outgrown its rows, all
+    are reserved anew.
     """
     old_rows = [domain.room for domain in old.domains]
     for count, rows in zip(items, old_rows, strict=False):
@@ -117,9 +117,9 @@ def reserve_extended_rows(old: Dataset, items: list[int]) -> list[int]:
 def place_items(connection: DuckDBPyConnection, old: Dataset) -> None:
     """Makes the table `places` (domain, item_id, place) of `distinct_items`.
 
-    An item keeps its place in its domain. New ones, by how many events they have, fill those that
-    are free. If some are free still (their items were retired), the last ones move there: places
-    are those from 0 to the number of items.
+    An item keeps its place in its domain. New ones, by how many events they have, fill those
+    that are free. If some are free still (their items were retired), the last ones move there:
+    places are those from 0 to the number of items.
     """
     starts = []
     for domain in old.domains:

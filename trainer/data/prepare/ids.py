@@ -1,4 +1,4 @@
-"""Numbered users and items: how many there are, and which rows of the item matrix M the domains own."""
+"""Numbered users and items, and the rows of the item matrix M that the domains own."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,8 @@ from typing import Any
 from trainer.errors import InputError
 
 INT32_MAX = 2**31 - 1
-# Hexadecimal digits of an MD5 by which users are numbered: 60 bits, which every engine's BIGINT holds.
+# Hexadecimal digits of an MD5 by which users are numbered: 60 bits, which every engine's BIGINT
+# holds.
 HASH_DIGITS = 15
 _LEAST_FREE_ROWS = 64
 _SUMMARY = "facts.json"
@@ -25,8 +26,8 @@ class Ids:
     Beside this summary lie Parquet files, in two folders:
 
         users/   user_id, "user" (the number)
-        items/   domain (its number), name, item_id, item (0, 1, … by domain and text of the id),
-                 total (interactions), row (of M)
+        items/   domain (its number), name, item_id, item (0, 1, … by domain and text of the
+                 id), total (interactions), row (of M)
     """
 
     users: int
@@ -66,7 +67,7 @@ class Ids:
 
 
 def reserve_rows(items: int) -> int:
-    """Returns how many rows of M a domain of so many items gets: a tenth more, 64 more at least."""
+    """Returns the rows of M for a domain of so many items: a tenth more, 64 more at least."""
     return items + max(_LEAST_FREE_ROWS, items // 10)
 
 

@@ -1,7 +1,8 @@
 """The cut of a dataset into shards and parts.
 
-Users are numbered by a hash of their ids, so a range of numbers is a random part of them. A part is the
-users of some consecutive shards, and can be made, or made again, without the others.
+Users are numbered by a hash of their ids, so a range of numbers is a random part of them. A
+part is the users of some consecutive shards, and can be made, or made again, without the
+others.
 """
 
 from dataclasses import dataclass
@@ -36,9 +37,9 @@ class Layout:
     ) -> "Layout":
         """Chooses the cut.
 
-        Shards have `shard_users` at most. Their number is a multiple of `streams`, or of the users
-        where there are fewer. Blocks have `block_users` at most, fewer where histories are long.
-        Parts have about `part_interactions`, and one shard at least.
+        Shards have `shard_users` at most. Their number is a multiple of `streams`, or of the
+        users where there are fewer. Blocks have `block_users` at most, fewer where histories
+        are long. Parts have about `part_interactions`, and one shard at least.
         """
         streams = min(streams, ids.users)
         shards = streams * _divide_up(ids.users, streams * shard_users)

@@ -1,10 +1,11 @@
-"""Reading interaction logs with DuckDB: their files, their columns, and one view `log` over all of them.
+"""Reading interaction logs with DuckDB: files, columns, and one view `log` over all of them.
 
 The view has the columns
 
     user_id, item_id   BIGINT if every id in every file is a whole number, else VARCHAR
     domain             VARCHAR
-    time               BIGINT or DOUBLE; dates are microseconds since 1970, UTC if they name no zone
+    time               BIGINT or DOUBLE; dates are microseconds since 1970, UTC if they name
+                       no zone
 """
 
 import csv
@@ -106,8 +107,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """Finds the log files behind paths, folders and globs, sorted, each once.
 
     Folders are searched through, and other files in them ignored.
-    Raises InputError: a path that does not exist, a folder without logs, a named file that is no
-    log, an empty file.
+    Raises InputError: a path that does not exist, a folder without logs, a named file that is
+    no log, an empty file.
     """
     files = set()
     for text in inputs:
@@ -168,16 +169,17 @@ def open_log(
     domain: str | None = None,
     view: str = "log",
 ) -> bool:
-    """Makes the view `log`, or of another name, over the files. Returns whether times are dates.
+    """Makes the view `log` over the files. Returns whether their times are dates.
 
     columns: the columns' names by role: user, item, domain, time.
     domain: the one domain of all rows, in place of a column.
-    Raises InputError, naming file and row: a missing column, a file that cannot be read, an empty
-    id, a time that is neither number nor date, no rows at all.
+    Raises InputError, naming file and row: a missing column, a file that cannot be read, an
+    empty id, a time that is neither number nor date, no rows at all.
     """
     connection.execute("SET TimeZone = 'UTC'")
     groups = []
-    for number, group in enumerate(_group_files(connection, files, columns, domain)):
+    all_groups = _group_files(connection, files, columns, domain)
+    for number, group in enumerate(all_groups):
         _inspect(connection, group, f"text_{number}")
         if group.rows:
             groups.append(group)
@@ -269,7 +271,7 @@ def check_columns(
     names: list[str],
     wanted: dict[str, str],
 ) -> None:
-    """Raises InputError where a column that is `wanted` (by role) is missing, or there twice."""
+    """Raises InputError where a `wanted` column (by role) is missing, or there twice."""
     for role, name in wanted.items():
         count = names.count(name)
         if count == 1:
@@ -345,8 +347,8 @@ def _make_group(
     """Makes the group of files with one layout: (column name, DuckDB type) of each column."""
     names = [name for name, _ in layout]
     check_columns(paths[0], names, wanted)
-    # Without can_have_nan DuckDB may answer isfinite() from a column's statistics, which leave NaN
-    # out.
+    # Without can_have_nan DuckDB may answer isfinite() from a column's statistics, which leave
+    # NaN out.
     options = "can_have_nan=true"
     if delimiter:
         types = [f"'c{number}': 'VARCHAR'" for number in range(len(names))]
@@ -411,9 +413,11 @@ def _inspect(
     roles = list(group.value)
     aggregates = ["count(*)"]
     for role in roles:
-        aggregates.append(f"count(*) FILTER (WHERE {group.missing_sql(role)})")
+        missing = group.missing_sql(role)
+        aggregates.append(f"count(*) FILTER (WHERE {missing})")
     for role in roles:
-        aggregates.append(f"bool_and({group.whole_sql(role)})")
+        whole = group.whole_sql(role)
+        aggregates.append(f"bool_and({whole})")
     group.table = group.scan_sql(group.files)
     try:
         if group.text:  # parsing is dear: once
@@ -474,7 +478,9 @@ def _refuse_unreadable(
     error: Exception,
 ) -> NoReturn:
     """Raises InputError for the first file that cannot be read alone, or else the error."""
-    values = [f"max(hash({value}))" for value in group.value.values()]
+    values = []
+    for value in group.value.values():
+        values.append(f"max(hash({value}))")
     for path in group.files:
         try:
             _query_row(connection, values, group.scan_sql([path]))
@@ -489,7 +495,10 @@ def _first_row(
     role: str,
     condition: str,
 ) -> tuple[Path, int, str | None]:
-    """Finds file, row (from 1, the header not counted) and value of the first row in a condition."""
+    """Finds the first row that meets a condition: its file, number and value.
+
+    Rows are numbered from 1, the header not counted.
+    """
     for path in group.files:
         rows = connection.execute(f"""
             SELECT number, value
@@ -542,7 +551,9 @@ def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:
     if group.is_whole["time"]:
         return "whole"
     conditions = _time_conditions(group)
-    counts = [f"count(*) FILTER (WHERE {sql})" for sql in conditions.values()]
+    counts = []
+    for condition in conditions.values():
+        counts.append(f"count(*) FILTER (WHERE {condition})")
     results = _query_row(connection, counts, group.table)
     fitting_rows = dict(zip(conditions, results, strict=True))
     best = max(fitting_rows, key=fitting_rows.get)
@@ -560,7 +571,7 @@ def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:
 
 
 def _time_conditions(group: _Group) -> dict[str, str]:
-    """Returns SQL by the kinds of time that the column's type allows: the value is of the kind."""
+    """Returns SQL for: the value is of the kind, by the kinds of time that the type allows."""
     value = group.value["time"]
     column_type = group.type["time"]
     is_float = f"coalesce(isfinite(TRY_CAST({value} AS DOUBLE)), false)"

@@ -1,7 +1,8 @@
 """Numbering of users and items with DuckDB: one pass over the logs, out of core.
 
-Users are numbered by (MD5 of seed and id, text of the id), items by (domain, text of the id). An item's
-row of M follows its popularity within the domain. Rare users and items are dropped first (the k-core).
+Users are numbered by (MD5 of seed and id, text of the id), items by (domain, text of the id).
+An item's row of M follows its popularity within the domain. Rare users and items are dropped
+first (the k-core).
 """
 
 from collections.abc import Iterable
@@ -67,7 +68,7 @@ def number_ids(
 
 
 def _find_distinct_ids(connection: DuckDBPyConnection) -> None:
-    """Makes the tables `distinct_users` (user_id) and `distinct_items` (domain, item_id, total)."""
+    """Makes the tables `distinct_users` and `distinct_items` (domain, item_id, total)."""
     connection.execute("""
         CREATE TABLE distinct_users AS
             SELECT DISTINCT user_id
@@ -188,7 +189,7 @@ def _order_names(names: Iterable[str], old: Dataset | None) -> list[str]:
 
 
 def _place_by_popularity(connection: DuckDBPyConnection) -> None:
-    """Makes the table `places` (domain, item_id, place): 0, 1, … by popularity in the domain."""
+    """Makes the table `places` (domain, item_id, place), by popularity in the domain."""
     connection.execute("""
         CREATE TABLE places AS
             SELECT

@@ -2,20 +2,21 @@
 
 A preparation that is killed goes on from them:
 
-    log      the log that the dataset keeps, old and new rows     see stored_log.py
-    ids      users and items are numbered                         one pass over the logs, DuckDB,
-                                                                  see numbering.py
-    events   user, item and time of every event by part           one more pass, DuckDB
-    rows     the row of M of every item                           one array, mapped by all processes
-    parts    each part sorted and cut into shards                 a process a part, several at once
-    dataset  vocabularies, users, lengths, dataset.json           see assembly.py
+    log      the log that the dataset keeps, old and new rows see stored_log.py
+    ids      users and items are numbered                     one pass over the logs, DuckDB,
+                                                              see numbering.py
+    events   user, item and time of every event by part       one more pass, DuckDB
+    rows     the row of M of every item                       one array, mapped by all processes
+    parts    each part sorted and cut into shards             a process a part, several at once
+    dataset  vocabularies, users, lengths, dataset.json       see assembly.py
 
-The same logs give the same bytes whatever their format, their order, the memory and the number of
-processes: users are numbered by (MD5 of seed and id, text of the id), items by (domain, text of the
-id), and a user's events go by time, domain and item id.
+The same logs give the same bytes whatever their format, their order, the memory and the number
+of
+processes: users are numbered by (MD5 of seed and id, text of the id), items by (domain, text of
+the id), and a user's events go by time, domain and item id.
 
-`memory` bounds all processes together. Besides, some 10 bytes a user and 20 a row of the item matrix
-are held, once.
+`memory` bounds all processes together. Besides, some 10 bytes a user and 20 a row of the item
+matrix are held, once.
 """
 
 import concurrent.futures
@@ -52,7 +53,8 @@ from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
 from trainer.files.staged import Work, finished_whole
 
-# Bytes that Python, its libraries and what they keep take: of this process, and of each further one.
+# Bytes that Python, its libraries and what they keep take: of this process, and of each further
+# one.
 _FIRST_PROCESS = 200 * 10**6
 _NEXT_PROCESS = 130 * 10**6
 _WORTH_A_PROCESS = 250 * 10**6
@@ -66,9 +68,10 @@ Finish = Callable[[DuckDBPyConnection, Path, Dataset], None]
 def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     """Reads the logs and writes the dataset folder `config.output`, all of it or nothing.
 
-    Where an earlier call with the same logs and options was killed, it goes on from the stages and
-    parts that were finished. fresh: begins anew.
-    Raises InputError for whatever is wrong with the logs, the output folder, the memory or the disk.
+    Where an earlier call with the same logs and options was killed, it goes on from the stages
+    and parts that were finished. fresh: begins anew.
+    Raises InputError for whatever is wrong with the logs, the output folder, the memory or the
+    disk.
     """
     files = find_files(config.inputs)
     old = None
@@ -120,7 +123,7 @@ def _refused_errors(config: PrepareConfig, work: Work) -> Iterator[None]:
 
 
 def file_facts(file: Path) -> list[str | int]:
-    """Returns what tells one state of a file from another: its path, size and time of change."""
+    """Returns what tells one state of a file from another: path, size, time of change."""
     status = file.stat()
     return [str(file), status.st_size, status.st_mtime_ns]
 
@@ -132,7 +135,9 @@ def list_dependencies(
 ) -> dict[str, Any]:
     """Returns what the stages depend on: the options, the files, and versions of libraries.
 
-    files: the states of the logs. libraries: those that shape the files of a stage.
+    An earlier preparation with other dependencies is not gone on with.
+    files: the states of the logs, see `file_facts`.
+    libraries: those that shape the files of a stage.
     """
     options = dataclasses.asdict(config)
     for name in ("inputs", "output", "memory", "processes"):
@@ -166,8 +171,8 @@ class _Preparation:
         self.stages = stages
         self.threads = config.processes or len(os.sched_getaffinity(0))
         self.memory = config.memory_bytes - _FIRST_PROCESS
-        # The first process waits where others make the parts, and makes them itself where there is
-        # room for one alone.
+        # The first process waits where others make the parts, and makes them itself where there
+        # is room for one alone.
         self.processes = min(self.threads, self.memory // _WORTH_A_PROCESS)
         self.part_memory = self.memory
         if self.processes >= 2:
@@ -259,7 +264,7 @@ class _Preparation:
         folder: Path,
         dataset: Dataset,
     ) -> None:
-        """Adds the stored log and the extension to an assembled dataset. May be called again."""
+        """Adds the stored log and the extension to a dataset. May be called again."""
         log = self.work.path(LOG)
         if self.config.keep_log or (self.old and not self.config.whole_log):
             link_log(log, folder / LOG)
@@ -351,7 +356,8 @@ def _write_item_rows(
     source = parquet_folder_sql(ids_folder / "items")
     rows = connection.sql(f"SELECT item, row FROM {source}")
     for batch in rows.to_arrow_reader():
-        row_of_item[batch["item"].to_numpy()] = batch["row"].to_numpy()
+        item_numbers = batch["item"].to_numpy()
+        row_of_item[item_numbers] = batch["row"].to_numpy()
     row_of_item.flush()
 
 
@@ -384,9 +390,9 @@ def _sort_events(
     folder: Path,
     row_of_item: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads a part's events in order: numbers of users and rows of M, int32; times, float64: (N,).
+    """Reads a part's events in order, (N,): see `write_part`.
 
-    See `write_part`.
+    Returns numbers of users, int32; rows of M, int32; times, float64.
     """
     connection.execute("SET preserve_insertion_order = true")
     events = parquet_folder_sql(folder)
@@ -403,7 +409,8 @@ def _sort_events(
         begin = end
         end = begin + len(batch)
         number_N[begin:end] = batch["user"].to_numpy()
-        rows_N[begin:end] = row_of_item[batch["item"].to_numpy()]
+        item_numbers = batch["item"].to_numpy()
+        rows_N[begin:end] = row_of_item[item_numbers]
         time_N[begin:end] = batch["time"].to_numpy()
     return number_N, rows_N, time_N
 
@@ -421,8 +428,9 @@ def join_parts(
     """
     folder = work.path("dataset.partial")
     folder.mkdir(exist_ok=True)
+    ids_folder = work.path("ids")
     parts = [work.path(part_stage(part)) for part in range(layout.parts)]
-    dataset = assemble(folder, work.path("ids"), parts, layout, seed, connection)
+    dataset = assemble(folder, ids_folder, parts, layout, seed, connection)
     if finish is not None:
         finish(connection, folder, dataset)
     move_folder(folder, work.path("dataset"))

@@ -1,7 +1,7 @@
 """One part's shards from its sorted events, and the statistics by which parts become a dataset.
 
-What is in a shard does not depend on the parts. Whatever sorts the events (DuckDB, or a Spark cluster
-in `spark.py`) hands them to `write_part`.
+What is in a shard does not depend on the parts. Whatever sorts the events (DuckDB, or a Spark
+cluster in `spark.py`) hands them to `write_part`.
 
 A part of four users, where domain 0 owns the rows 0 … 68 of M and domain 1 the rows 69 … 135:
 
@@ -9,8 +9,8 @@ A part of four users, where domain 0 owns the rows 0 … 68 of M and domain 1 th
     rows_N     2 69 0 1 | 70 | 1 1 3 | 69 71
     time_N     1 2  2 9 | 4  | 3 5 8 | 7  8
 
-The users 0 and 2 are split by leave-one-out; of each the last item is the test item, the last but one
-the validation item. What the dataset has to know of the part lies beside its shards:
+The users 0 and 2 are split by leave-one-out; of each the last item is the test item, the last
+but one the validation item. What the dataset has to know of the part lies beside its shards:
 
     lengths.npy      training interactions, uint16 (U, D): [[1, 1], [0, 1], [1, 0], [0, 2]]
     held.npy         rows that are held out, and how often: [[0, 1, 3], [1, 2, 1]]
@@ -60,17 +60,21 @@ class _Histories:
         block_users: int,
         advance: Callable[[int], None] | None,
     ) -> Iterator[Block]:
-        """Yields the users [first, last) in blocks."""
+        """Yields the users [first, last) in blocks, of which the last has the rest."""
         for block_first in range(first, last, block_users):
             block_last = min(block_first + block_users, last)
-            own_users = slice(
-                block_first - self.users.start, block_last - self.users.start
-            )
-            events = slice(self.offsets[own_users.start], self.offsets[own_users.stop])
+            begin = block_first - self.users.start
+            end = block_last - self.users.start
+            first_event = self.offsets[begin]
+            last_event = self.offsets[end]
             if advance is not None:
-                advance(events.stop - events.start)
-            lengths_B = self.lengths_U[own_users].astype(np.int32)
-            yield Block(lengths_B, self.rows_N[events], self.ticks_N[events])
+                advance(last_event - first_event)
+            lengths_U = self.lengths_U[begin:end]
+            yield Block(
+                lengths_B=lengths_U.astype(np.int32),
+                items_N=self.rows_N[first_event:last_event],
+                ticks_N=self.ticks_N[first_event:last_event],
+            )
 
 
 def write_part(
@@ -116,14 +120,15 @@ def _write_statistics(
     starts = np.array(ids.starts)
     rows_N = histories.rows_N
 
-    # Leave-one-out: the last item of the users S that are long enough is the test item, the last
-    # but one the validation item.
+    # Leave-one-out: the last item of the users S that are long enough is the test item, the
+    # last but one the validation item.
     users_S = np.flatnonzero(histories.lengths_U >= SPLIT_LENGTH)
     ends_S = histories.offsets[1:][users_S]
     test_rows_S = rows_N[ends_S - 1]
     validation_rows_S = rows_N[ends_S - 2]
     held_out = np.concatenate([test_rows_S, validation_rows_S])
-    np.save(folder / "held.npy", np.stack(np.unique(held_out, return_counts=True)))
+    held_out_rows, held_out_counts = np.unique(held_out, return_counts=True)
+    np.save(folder / "held.npy", np.stack([held_out_rows, held_out_counts]))
 
     counts_UD = _count_by_domain(starts, histories, number_N)
     training_UD = counts_UD.copy()
@@ -140,7 +145,11 @@ def _count_by_domain(
     histories: _Histories,
     number_N: np.ndarray,
 ) -> np.ndarray:
-    """Counts each user's interactions by domain, int64 (U, D). starts: as `Ids.starts`."""
+    """Counts each user's interactions by domain, int64 (U, D).
+
+    starts: as `Ids.starts`. Of the example in the module's head: [[3, 1], [0, 1], [3, 0], [0,
+    2]].
+    """
     users = len(histories.users)
     domains = len(starts) - 1
     domain_N = np.searchsorted(starts, histories.rows_N, side="right") - 1
@@ -153,9 +162,11 @@ def _length_histograms(counts_UD: np.ndarray) -> np.ndarray:
     """Counts the users of each length by domain: (domain, length, users), int64 (K, 3)."""
     pieces = []
     for domain, counts_U in enumerate(counts_UD.T):
-        lengths, users = np.unique(counts_U[counts_U > 0], return_counts=True)
+        active_U = counts_U[counts_U > 0]
+        lengths, users = np.unique(active_U, return_counts=True)
         domain_column = np.full(len(lengths), domain, np.int64)
-        pieces.append(np.column_stack([domain_column, lengths, users]))
+        piece = np.column_stack([domain_column, lengths, users])
+        pieces.append(piece)
     return np.concatenate(pieces).astype(np.int64)
 
 

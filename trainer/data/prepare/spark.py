@@ -1,12 +1,12 @@
-"""The preparation of `pipeline.py` on Spark: the same logs and options give the same folder, byte for byte.
+"""The preparation of `pipeline.py` on Spark, which gives the same folder, byte for byte.
 
     ids      users and items are numbered              Spark
-    parts    each part sorted and cut into shards      Spark brings a part's events to one task, and
-                                                       `write_part` does the rest
+    parts    each part sorted and cut into shards      Spark brings a part's events to one task,
+                                                       and `write_part` does the rest
     dataset  vocabularies, users, lengths, dataset.json, on the driver
 
-The driver and all executors see the output by the same path. Without a session that runs already
-(spark-submit, a notebook) one is started on this machine.
+The driver and all executors see the output by the same path. Without a session that runs
+already (spark-submit, a notebook) one is started on this machine.
 """
 
 import contextlib
@@ -76,9 +76,9 @@ _POSITION_BITS = 33
 def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     """Does what `pipeline.prepare` does.
 
-    Inputs may also be addresses that Spark reads (s3a://, hdfs://) and table:NAME. Spark decides on
-    `config.processes`, and `config.memory` holds for the driver's last stage alone. If an input is a
-    table, whose state is not known, it always begins anew.
+    Inputs may also be addresses that Spark reads (s3a://, hdfs://) and table:NAME. Spark
+    decides on `config.processes`, and `config.memory` holds for the driver's last stage alone.
+    If an input is a table, whose state is not known, it always begins anew.
     Raises InputError for whatever is wrong with the logs, the output folder or the cluster.
     """
     output = os.path.abspath(config.output)
@@ -129,7 +129,7 @@ def _explain_failure(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _open_session() -> Iterator[SparkSession]:
-    """Yields the session that runs, or a new one, with the settings that give logs their meaning."""
+    """Yields the session that runs, or a new one, with the settings that logs depend on."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = SparkSession.getActiveSession()
     if spark is None:
@@ -294,8 +294,8 @@ class _Preparation:
                     totals = pairs.groupBy(columns).agg(total)
                     rare = totals.filter(F.col("total") < least)
                     rest = rest.join(rare, columns, "left_anti")
-            # Kept as files at each round: a plan that grew with the rounds would be worked through
-            # anew in each of them.
+            # Kept as files at each round: a plan that grew with the rounds would be worked
+            # through anew in each of them.
             pairs = self.materialize(rest, f"round-{number + 1}")
             before = count
             count = pairs.count()
@@ -361,7 +361,7 @@ class _Preparation:
             raise AssertionError(f"parts {written} were written in place of {missing}")
 
     def sort_events(self, layout: Layout, missing: list[int]) -> DataFrame:
-        """Brings the events of each missing part into one portion: part, user, row, time in order."""
+        """Brings the events of each part into one portion: part, user, row, time, in order."""
         ids_folder = self.work.path("ids")
         users = self.read_parquet(_uri(ids_folder / "users"))
         items = self.read_parquet(_uri(ids_folder / "items"))

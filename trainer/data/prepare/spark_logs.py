@@ -1,10 +1,11 @@
-"""Reading interaction logs with Spark: the same rows, types and refusals as `logs.py`, as one DataFrame.
+"""Reading interaction logs with Spark: the rows, types and refusals of `logs.py`.
 
-Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's tasks, a file a task:
-Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for data.
+Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's tasks, a file a
+task: Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for
+data.
 
-Spark writes some ids otherwise than DuckDB (a fraction, a TIMESTAMP), and reads fewer ways to write a
-time. Such a log is refused: the engines never differ in silence.
+Spark writes some ids otherwise than DuckDB (a fraction, a TIMESTAMP), and reads fewer ways to
+write a time. Such a log is refused: the engines never differ in silence.
 """
 
 import functools
@@ -66,8 +67,20 @@ _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 _FLOAT = {T.FloatType: 2**24, T.DoubleType: 10**15}
 _DATE = (T.DateType, T.TimestampType, T.TimestampNTZType)
 _NESTED = (T.ArrayType, T.MapType, T.StructType)
-_ID_TYPES = (*_WHOLE, *_FLOAT, T.StringType, T.BooleanType, T.DateType)
-_TIME_TYPES = (*_WHOLE, *_FLOAT, *_DATE, T.StringType, T.DecimalType)
+_ID_TYPES = (
+    *_WHOLE,
+    *_FLOAT,
+    T.StringType,
+    T.BooleanType,
+    T.DateType,
+)
+_TIME_TYPES = (
+    *_WHOLE,
+    *_FLOAT,
+    *_DATE,
+    T.StringType,
+    T.DecimalType,
+)
 _NUMBER_TEXT = r"r'\A[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?\z'"
 _DATE_TEXT = (
     r"r'\A[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -81,7 +94,8 @@ _SCHEMAS_AT_ONCE = 8
 class Input:
     """A file that Spark can read, or a table.
 
-    name: a local path, an address, or table:NAME. facts: what tells one state of it from another.
+    name: a local path, an address, or table:NAME. facts: what tells one state of it from
+    another.
     """
 
     name: str
@@ -126,7 +140,8 @@ def find_inputs(spark: SparkSession, inputs: Iterable[str]) -> list[Input]:
     for log in logs_by_name.values():
         if log.is_table or log.is_text:
             continue
-        if Path(log.name).name.startswith(("_", ".")):
+        file_name = Path(log.name).name
+        if file_name.startswith(("_", ".")):
             raise InputError(
                 f"{log.name}: Spark leaves out files "
                 "whose names begin with _ or a dot: rename it"
@@ -268,7 +283,10 @@ def _group_inputs(
     domain: str | None,
     scratch: str,
 ) -> "list[_Group]":
-    """Groups inputs with equal columns, so that a thousand part files are one scan."""
+    """Groups inputs with equal columns, so that a thousand part files are one scan.
+
+    All text files are one group. A table is a group of its own.
+    """
     groups = []
     texts = [one for one in inputs if one.is_text]
     if texts:
@@ -540,15 +558,19 @@ class _Group:
         conditions = self.time_conditions
         aggregates = ["count(*)"]
         for role in ROLES:
-            aggregates.append(f"count_if({self.missing_sql(role)})")
+            missing = self.missing_sql(role)
+            aggregates.append(f"count_if({missing})")
         for role in ROLES:
-            aggregates.append(f"count_if({self.strange_sql(role)})")
+            strange = self.strange_sql(role)
+            aggregates.append(f"count_if({strange})")
         for role in ROLES:
-            aggregates.append(f"bool_and({self.whole_sql(role)})")
+            whole = self.whole_sql(role)
+            aggregates.append(f"bool_and({whole})")
         for condition in conditions.values():
             aggregates.append(f"count_if({condition})")
         try:
-            results = list(self.frame.selectExpr(*aggregates).head())
+            counts = self.frame.selectExpr(*aggregates)
+            results = list(counts.head())
         except SPARK_ERRORS as error:
             self._refuse_unreadable(error)
         self.rows = results[0]
@@ -593,17 +615,19 @@ class _Group:
         """Raises InputError for the first role with missing values."""
         for role, count in zip(ROLES, counts, strict=True):
             if count:
-                row, text = self._first_row(role, self.missing_sql(role))
+                condition = self.missing_sql(role)
+                row, text = self._first_row(role, condition)
                 value = (text or "empty").lower().replace("infinity", "inf")
                 raise InputError(
                     f"{row} {self.columns[role]!r} is {value}: every row needs one"
                 )
 
     def _refuse_strange(self, counts: list[int]) -> None:
-        """Raises InputError for the first role with values that the engines read differently."""
+        """Raises InputError for the first role with values that the engines read otherwise."""
         for role, count in zip(ROLES, counts, strict=True):
             if count:
-                row, text = self._first_row(role, self.strange_sql(role))
+                condition = self.strange_sql(role)
+                row, text = self._first_row(role, condition)
                 raise InputError(
                     f"{row} {self.columns[role]!r} is {text!r}, "
                     "which Spark reads or writes otherwise than DuckDB: "
@@ -625,7 +649,7 @@ class _Group:
         return name, text
 
     def _refuse_unreadable(self, error: Exception) -> NoReturn:
-        """Raises InputError for the first input that cannot be read alone, or else the error."""
+        """Raises InputError for the first input that cannot be read, or else the error."""
         values = [f"max(hash({role}))" for role in ROLES]
         for one in self.inputs:
             try:

@@ -1,9 +1,9 @@
-"""The log that a dataset keeps, so that new logs can extend it, and the window of time that counts.
+"""The log that a dataset keeps for its extension, and the window of time that counts.
 
-A dataset that is to be extended keeps every row of its log, also of users and items too rare to be
-prepared:
+A dataset that is to be extended keeps every row of its log, also of users and items too rare to
+be prepared:
 
-    log/00000.parquet …        user_id, item_id, domain, time, of the logs that came first, second, …
+    log/00000.parquet …        user_id, item_id, domain, time, of the logs that came first, …
     log/log.json               their kind of times, and the dataset's options (StoredLog)
 
 Sizes are whatever the logs are; everything is DuckDB's, out of core.
@@ -80,12 +80,13 @@ def store_log(
     old: Dataset | None,
     folder: Path,
 ) -> None:
-    """Writes the log of the dataset into `folder`: the rows that `old` keeps, then those of `files`.
+    """Writes the dataset's log into `folder`: the rows that `old` keeps, then new ones.
 
-    New rows that are in the old log to the letter (user, item, domain, time) are left out: they were
-    delivered twice. Rows from before the window are left out of both. `found.json` says how many
-    there were of either.
-    Raises InputError: the new logs cannot be read, or have another kind of time; the window is none.
+    New rows that are in the old log to the letter (user, item, domain, time) are left out: they
+    were delivered twice. Rows from before the window are left out of both. `found.json` says
+    how many there were of either.
+    Raises InputError: the new logs cannot be read, or have another kind of time; the window is
+    none.
     """
     dates = open_log(connection, files, config.columns, config.domain, view="arrived")
     old_files = []
@@ -181,7 +182,7 @@ def _check_kind_of_time(
     dates: bool,
     files: list[Path],
 ) -> None:
-    """Raises InputError where new times are dates and old ones numbers, or the other way round."""
+    """Raises InputError where new times are dates and old ones numbers, or vice versa."""
     if StoredLog.load(old.folder).dates == dates:
         return
     old_kind = "dates"
@@ -196,7 +197,7 @@ def _check_kind_of_time(
 
 
 def _drop_delivered_rows(connection: DuckDBPyConnection, old_files: list[Path]) -> None:
-    """Makes the view `old_log`, and the table `new_rows` of the arrived rows that are not in it."""
+    """Makes the view `old_log`, and the table `new_rows` of arrived rows that it lacks."""
     types = _common_types(connection, old_files)
     connection.execute(
         f"CREATE OR REPLACE VIEW old_log AS {_rows_sql(old_files, types)}"
@@ -205,7 +206,8 @@ def _drop_delivered_rows(connection: DuckDBPyConnection, old_files: list[Path]) 
     for name in _COLUMNS:
         # An id may be a number in one log and text in another.
         cast = "::VARCHAR" if name.endswith("_id") else ""
-        conditions.append(f'o."{name}"{cast} = a."{name}"{cast}')
+        column = f'"{name}"{cast}'
+        conditions.append(f"o.{column} = a.{column}")
     connection.execute(f"""
         CREATE TABLE delivered_before AS
             SELECT DISTINCT a.*
@@ -254,7 +256,8 @@ def _begin_of_window(
                 f"say what they are in with --time-unit ({', '.join(TIME_UNITS)})"
             )
         unit = "us" if dates else config.time_unit
-        return max(newest_by_view) - config.days * _DAY * TIME_UNITS[unit]
+        second = TIME_UNITS[unit]
+        return max(newest_by_view) - config.days * _DAY * second
     if dates:
         return _parse_date(connection, config.since)
     try:
@@ -303,14 +306,19 @@ def _rows_sql(
     types: dict[str, str],
     condition: str = "",
 ) -> str:
-    """Returns SQL for the rows of a log's files, with columns of these types."""
+    """Returns SQL for the rows of a log's files.
+
+    types: by column. condition: a WHERE clause, if not all rows count.
+    """
     columns = []
     for name, column in types.items():
         columns.append(f'"{name}"::{column} AS "{name}"')
     selects = []
     for file in files:
-        source = f"read_parquet('{escape(file)}')"
-        selects.append(f"SELECT {', '.join(columns)} FROM {source} {condition}")
+        selects.append(f"""
+            SELECT {", ".join(columns)}
+            FROM read_parquet('{escape(file)}')
+            {condition}""")
     return " UNION ALL ".join(selects)
 
 
