@@ -1,29 +1,102 @@
-"""Joins beside a run: by DuckDB, within a part of the host's memory, whatever they join."""
+"""DuckDB as the project uses it: without extensions, and within a limit of memory.
+
+`engine` keeps within an amount of memory that the caller names; `limited_engine` joins tables
+beside a run, within a part of what the host has free. What does not fit goes to a scratch
+folder.
+"""
 
 import contextlib
+import glob
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+from duckdb import DuckDBPyConnection
 
 from embeddings.control_groups import host_memory
-from trainer.data.prepare.shard_writing import connect, escape
 
-_MOST, _LEAST, _SHARE = (
-    8 * 10**9,
-    256 * 10**6,
-    0.25,
-)  # bytes at most and at least; the share of what the host has free
+if TYPE_CHECKING:
+    from trainer.files.progress import Stages
+
+# Of `engine`'s memory; DuckDB goes beyond its limit for a while, and NumPy needs some.
+ENGINE_SHARE = 0.6
+# Of `limited_engine`'s memory: the share of what the host has free, and its bounds in bytes.
+_HOST_SHARE = 0.25
+_LEAST_MEMORY = 256 * 10**6
+_MOST_MEMORY = 8 * 10**9
+
+
+def connect() -> DuckDBPyConnection:
+    """Opens a DuckDB that fetches and loads no extension, whatever a file contains."""
+    settings = {
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+    return duckdb.connect(":memory:", config=settings)
+
+
+def escape(text: str | Path) -> str:
+    """Escapes a text or path for an SQL literal between single quotes."""
+    return str(text).replace("'", "''")
+
+
+def parquet_folder_sql(folder: Path) -> str:
+    """Returns SQL for the rows of all Parquet files in a folder, whatever its name."""
+    pattern = escape(glob.escape(str(folder)))
+    return f"read_parquet('{pattern}/*.parquet', hive_partitioning=false)"
+
+
+def query_value(connection: DuckDBPyConnection, query: str) -> Any:
+    """Returns the one value of a query with one row and one column."""
+    ((value,),) = connection.execute(query).fetchall()
+    return value
 
 
 @contextlib.contextmanager
-def limited_engine():
-    """A DuckDB connection. What does not fit into its memory goes to the system's folder for temporary files (TMPDIR)."""
-    memory = max(_LEAST, min(_MOST, int(_SHARE * host_memory())))
+def engine(
+    scratch: Path,
+    memory: int,
+    threads: int,
+    stages: "Stages | None" = None,
+) -> Iterator[DuckDBPyConnection]:
+    """Opens a DuckDB that keeps within `memory` bytes, together with copies of its results.
+
+    scratch: the folder for what does not fit. stages: show the progress of the queries.
+    """
+    memory_limit = int(memory * ENGINE_SHARE)
+    with connect() as connection:
+        connection.execute(f"""
+            SET temp_directory = '{escape(scratch)}';
+            SET memory_limit = '{memory_limit}B';
+            SET threads = {threads};
+            SET preserve_insertion_order = false;
+            SET enable_progress_bar = true;
+            SET enable_progress_bar_print = false""")
+        if stages is not None:
+            stages.connection = connection
+        yield connection
+        if stages is not None:
+            stages.connection = None
+
+
+@contextlib.contextmanager
+def limited_engine() -> Iterator[DuckDBPyConnection]:
+    """Opens a DuckDB for joins beside a run, within a quarter of the host's free memory.
+
+    What does not fit goes to the system's folder for temporary files (TMPDIR).
+    """
+    host_share = int(_HOST_SHARE * host_memory())
+    memory = max(_LEAST_MEMORY, min(_MOST_MEMORY, host_share))
+    threads = len(os.sched_getaffinity(0))
     with (
         tempfile.TemporaryDirectory(prefix="join-") as scratch,
         connect() as connection,
     ):
-        connection.execute(
-            f"SET memory_limit = '{memory}B'; SET temp_directory = '{escape(scratch)}'"
-        )
-        connection.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
+        connection.execute(f"""
+            SET memory_limit = '{memory}B';
+            SET temp_directory = '{escape(scratch)}';
+            SET threads = {threads}""")
         yield connection

@@ -4,19 +4,34 @@ Members of a sample, of B users with N interactions:
 
     lengths.npy      uint8, 16 or 32, whichever is the narrowest for the block: (B,)
     items.low.npy    uint16 (N,): the rows of M modulo 2¹⁶, each user's history oldest first
-    items.high.zst   the rows divided by 2¹⁶, as N bytes (N little-endian uint16 where M has more than 2²⁴ rows), Zstandard
-    ticks.zst        when each interaction was (see `Dataset.ticks`), less when the one before it in the block was, modulo 2¹⁶:
-                     N little-endian uint16, Zstandard
-    crc32.npy        uint32 (1,): CRC-32 of the number of the block's first user (int64, little-endian) and of the contents of
-                     the other members, one after the other: it tells a damaged block from a whole one
+    items.high.zst   the rows divided by 2¹⁶, as N bytes (N little-endian uint16 where M has
+                     more than 2²⁴ rows), Zstandard
+    ticks.zst        the tick of each interaction (see `Dataset.ticks`), less the tick of the
+                     one before it in the block, modulo 2¹⁶: N little-endian uint16, Zstandard
+    crc32.npy        uint32 (1,): CRC-32 of the number of the block's first user (int64,
+                     little-endian) and of the contents of the other members, one after the
+                     other: it tells a damaged block from a whole one
 
-Rows are numbered by popularity within a domain, so the high part is small and compresses well, and the low part hardly does.
+A block of four users, where domain 0 owns the rows 0 … 4 of M and domain 1 the rows 5 … 8:
 
-Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) · block_users): who is in a block
-follows from its place and the dataset's facts, never from what it holds.
+    user           0             1     2          3
+    history        [2 5 0 6]     [7]   [1 1 3]    [5 8]
+    ticks          [0 9 9 40]    [12]  [3 20 90]  [7 8]
 
-Tars are written and read by `tarfile`, as WebDataset does it itself: importing WebDataset takes seconds in each process that
-prepares, since it takes torch along.
+    lengths.npy    4 1 3 2
+    items.low.npy  2 5 0 6 | 7 | 1 1 3 | 5 8
+    items.high     0 0 0 0 | 0 | 0 0 0 | 0 0
+    ticks          0 9 0 31 | 65508 | 65527 17 70 | 65453 1
+
+Rows are numbered by popularity within a domain. So the high part is small and compresses well,
+and the low part hardly does.
+
+Block k of a shard, `<shard>-<k>` in the tar, holds its users [k · block_users, (k + 1) ·
+block_users). A block's users follow from its number and from `dataset.json`, never from its
+contents.
+
+Tars are written and read by `tarfile`, as WebDataset does it itself: importing WebDataset takes
+seconds in each process that prepares, since it takes torch along.
 """
 
 import errno
@@ -31,6 +46,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -40,23 +56,23 @@ from trainer.errors import InputError
 from trainer.files.open_files import NoDescriptors, is_lack
 from trainer.files.redact import words
 
-_LENGTHS, _LOW, _HIGH, _TICKS, _CHECKSUM = (
-    "lengths.npy",
-    "items.low.npy",
-    "items.high.zst",
-    "ticks.zst",
-    "crc32.npy",
-)
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LENGTHS = "lengths.npy"
+_LOW = "items.low.npy"
+_HIGH = "items.high.zst"
+_TICKS = "ticks.zst"
+_CHECKSUM = "crc32.npy"
 _CONTENTS = (_LENGTHS, _LOW, _HIGH, _TICKS)
-_LENGTH_DTYPES = tuple(map(np.dtype, ("u1", "<u2", "<u4")))
-_LOW_DTYPE, _TICKS_DTYPE, _CHECKSUM_DTYPE = (
-    np.dtype("<u2"),
-    np.dtype("<u2"),
-    np.dtype("<u4"),
-)
+_LENGTH_DTYPES = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"))
+_LOW_DTYPE = np.dtype("<u2")
+_TICKS_DTYPE = np.dtype("<u2")
+_CHECKSUM_DTYPE = np.dtype("<u4")
 _ZERO = np.zeros(1, _TICKS_DTYPE)
-# What the system says where the file itself is at fault. Anything else (a mount that is away, no memory) may pass.
-_OF_THE_FILE = {
+# Errors of the system for which the file itself is at fault. Any other (a mount that is away,
+# no memory) may pass.
+_ERRORS_OF_FILE = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -69,18 +85,36 @@ _OF_THE_FILE = {
 
 @dataclass(frozen=True)
 class Block:
-    """Histories of B users one after the other: lengths int32 (B,); rows of M int32 (N,) and ticks uint16 (N,), N the sum of
-    the lengths."""
+    """Histories of B users one after the other, N interactions together.
+
+    lengths_B: int32 (B,), whose sum is N. items_N: rows of M, int32 (N,), each user's oldest
+    first.
+    ticks_N: uint16 (N,).
+
+        Two domains (rows 0 … 4 and 5 … 8 of M), four users:
+
+        lengths_B   4          1    3         2
+        items_N     2 5 0  6 | 7  | 1  1  3 | 5 8
+        ticks_N     0 9 9 40 | 12 | 3 20 90 | 7 8
+    """
 
     lengths_B: np.ndarray
     items_N: np.ndarray
     ticks_N: np.ndarray
 
 
-def codec(level: int | None = None):
-    """What packs a block's members, at a level of its own, and unpacks them.
+class _Member(NamedTuple):
+    """A file in the tar: its name without the sample's key, and where its content lies."""
 
-    Loaded when it is first asked for: settings are imported with this module.
+    name: str
+    offset: int
+    size: int
+
+
+def codec(level: int | None = None) -> "pa.Codec":
+    """Returns the Zstandard codec that packs, at a level, and unpacks a block's members.
+
+    pyarrow is loaded at the first call: settings are imported with this module.
     """
     import pyarrow
 
@@ -88,50 +122,63 @@ def codec(level: int | None = None):
 
 
 def write_shard(
-    path: Path, first_user: int, num_embeddings: int, blocks: Iterable[Block]
+    path: Path,
+    first_user: int,
+    num_embeddings: int,
+    blocks: Iterable[Block],
 ) -> tuple[int, str]:
-    """Writes the blocks of the users from `first_user` on as one tar, and returns its size in bytes and its sha256.
+    """Writes the blocks of the users from `first_user` on as one tar.
 
     num_embeddings: rows of M. Equal blocks give equal bytes.
+    Returns the tar's size in bytes and its sha256.
     """
     path = Path(path)
     zstd = codec(level=1)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks):
-            rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
-            longest = block.lengths_B.max()
-            narrow = next(
-                dtype for dtype in _LENGTH_DTYPES if longest <= np.iinfo(dtype).max
-            )
-            high = (rows >> np.uint32(16)).astype(_high_dtype(num_embeddings))
-            contents = {
-                _LENGTHS: _to_npy(block.lengths_B.astype(narrow)),
-                _LOW: _to_npy(rows.astype(_LOW_DTYPE)),  # modulo 2¹⁶
-                _HIGH: zstd.compress(high.tobytes(), asbytes=True),
-                _TICKS: zstd.compress(
-                    np.diff(
-                        block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO
-                    ).tobytes(),
-                    asbytes=True,
-                ),
-            }
-            checksum = np.array(
-                [_crc32(first_user, contents.values())], _CHECKSUM_DTYPE
-            )
-            for name, content in sorted(
-                {**contents, _CHECKSUM: _to_npy(checksum)}.items()
-            ):
-                member = tarfile.TarInfo(f"{path.stem}-{number:06d}.{name}")
+            members = _encode_block(block, first_user, num_embeddings, zstd)
+            for name in sorted(members):
+                content = members[name]
+                key = f"{path.stem}-{number:06d}"
+                member = tarfile.TarInfo(f"{key}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
             first_user += len(block.lengths_B)
-    return path.stat().st_size, _sha256(path)
+    with open(path, "rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return path.stat().st_size, sha256
+
+
+def _encode_block(
+    block: Block,
+    first_user: int,
+    num_embeddings: int,
+    zstd: "pa.Codec",
+) -> dict[str, bytes]:
+    """Returns the contents of a block's members by name."""
+    rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
+    low = rows.astype(_LOW_DTYPE)  # modulo 2¹⁶
+    high_dtype = _high_dtype(num_embeddings)
+    high = (rows >> np.uint32(16)).astype(high_dtype)
+    tick_steps = np.diff(block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO)
+    length_dtype = _narrowest_dtype(block.lengths_B.max())
+    lengths = block.lengths_B.astype(length_dtype)
+    contents = {
+        _LENGTHS: _to_npy(lengths),
+        _LOW: _to_npy(low),
+        _HIGH: zstd.compress(high.tobytes(), asbytes=True),
+        _TICKS: zstd.compress(tick_steps.tobytes(), asbytes=True),
+    }
+    checksum = _compute_crc32(first_user, contents.values())
+    checksums = np.array([checksum], _CHECKSUM_DTYPE)
+    contents[_CHECKSUM] = _to_npy(checksums)
+    return contents
 
 
 class ShardFile:
     """An open shard, whose blocks are read in any order.
 
-    `first_user` and `count` say what it holds: blocks 0 … count − 1, of the dataset's `block_users` users each from
+    It holds the blocks 0 … `count` − 1, of the dataset's `block_users` users each from
     `first_user` on, the last one with the rest.
     """
 
@@ -143,162 +190,180 @@ class ShardFile:
         report: Callable[[str], None] | None = None,
         whole: bool = True,
     ):
-        """verify: compare each block with its CRC-32 when it is read; whole: and now the file's sha256 with `dataset.json`.
+        """Opens the shard and finds its blocks, from the tar's headers alone.
 
-        report: None refuses a damaged shard. Otherwise blocks that cannot be used are left out, and `report` gets a line for
-        each: a damaged block alone, the rest of the shard where the tar itself breaks off, all of a file that cannot be read.
-        Raises InputError, naming the file: it is missing or unreadable, a checksum is wrong, a member is missing, of another
-        dtype or no array, lengths do not add up, a row is out of range; whatever `report` is where the file is not at fault,
-        NoDescriptors where it is too many open files.
+        verify: compare each block with its CRC-32 when it is read. whole: and compare the
+        file's sha256 with `dataset.json` at once.
+
+        report: None refuses a damaged shard. Otherwise blocks that cannot be used are left out,
+        and `report` gets a line for each: a damaged block alone, the rest of the shard where
+        the tar itself breaks off, all of a file that cannot be read.
+        Raises InputError, naming the file: it is missing or unreadable, a checksum is wrong, a
+        member is missing, of another dtype or no array, lengths do not add up, a row is out of
+        range. With any `report` it is raised where the file is not at fault: NoDescriptors for
+        too many open files.
         """
-        self.dataset, self.shard, self.verify, self._report = (
-            dataset,
-            shard,
-            verify,
-            report,
-        )
-        self.first_user, self.count = (
-            shard.first_user,
-            -(-shard.users // dataset.block_users),
-        )
-        self._members, self._stream, self._compared = {}, None, False
+        self.dataset = dataset
+        self.shard = shard
+        self.verify = verify
+        self.first_user = shard.first_user
+        self.count = -(-shard.users // dataset.block_users)
+        self._report = report
+        self._members: dict[int, list[_Member]] = {}  # by number of the block
+        self._next_block = 0  # while they are indexed: the next block to come
+        self._stream: BinaryIO | None = None
+        self._compared = False
         try:
             self.path = dataset.local(shard.name)
         except NotFetched as error:
             if report is None:
                 raise
-            report(f"{error.said}: {_left_out(dataset, shard, 0, self.count)}")
+            skipped = _skipped_users(dataset, shard, 0, self.count)
+            report(f"{error.said}: {skipped}")
             return
-        place = 0  # the next block to come
+        self._open(whole)
+
+    def _open(self, whole: bool) -> None:
+        """Opens the file, and indexes its blocks."""
         try:
-            with _told_apart(self.path):
+            with _file_errors(self.path):
                 if not self.path.is_file():  # a pipe would be waited for
                     raise _Damage("it is missing or no file")
                 self._stream = open(self.path, "rb")  # noqa: SIM115 (until `close`)
                 if whole:
                     self.compare()
-                for key, members in _samples(self._stream):
-                    number = _number(key, self.path)
-                    if number is None or not place <= number < self.count:
-                        self._refuse(
-                            place,
-                            place,
-                            f"{key!r} is none of its {self.count} blocks, or out of turn",
-                        )
-                        continue
-                    if number > place:
-                        self._refuse(place, number, f"{_blocks(place, number)} missing")
-                    self._members[number] = members
-                    place = number + 1
-                if place < self.count:
-                    raise _Damage(f"{_blocks(place, self.count)} missing")
+                self._index_blocks()
         except _Damage as error:
-            if report is None:
+            if self._report is None:
                 self.close()
-            self._refuse(place, self.count, error)
+            self._refuse(self._next_block, self.count, error)
         except InputError:
             self.close()
             raise
 
+    def _index_blocks(self) -> None:
+        """Notes where the members of each block lie. Blocks have to come in order."""
+        for key, members in _read_samples(self._stream):
+            expected = self._next_block
+            number = _parse_block_number(key, self.path)
+            if number is None or not expected <= number < self.count:
+                problem = f"{key!r} is none of its {self.count} blocks, or out of turn"
+                self._refuse(expected, expected, problem)
+                continue
+            if number > expected:
+                blocks = _name_blocks(expected, number)
+                self._refuse(expected, number, f"{blocks} missing")
+            self._members[number] = members
+            self._next_block = number + 1
+        if self._next_block < self.count:
+            blocks = _name_blocks(self._next_block, self.count)
+            raise _Damage(f"{blocks} missing")
+
     def compare(self) -> None:
-        """Compares the file's sha256 with `dataset.json`, once, where checksums are asked for."""
-        if (
-            self._compared
-            or self._stream is None
-            or not self.verify
-            or self.dataset.cache
-        ):  # the cache has compared it
+        """Compares the file's sha256 with `dataset.json`, once, if checksums are verified."""
+        if self._compared or self._stream is None or not self.verify:
             return
-        with _told_apart(self.path):
+        if self.dataset.cache:  # which has compared it
+            return
+        with _file_errors(self.path):
             self._stream.seek(0)
             digest = hashlib.file_digest(self._stream, "sha256").hexdigest()
         self._compared = True
         if digest == self.shard.sha256:
             return
+        problem = "its sha256 is not the one in dataset.json"
         if self._report is None:
-            self._refuse(0, self.count, "its sha256 is not the one in dataset.json")
-        self._report(
-            f"{self.path}: its sha256 is not the one in dataset.json: its blocks are checked one by one"
-        )
+            self._refuse(0, self.count, problem)
+        self._report(f"{self.path}: {problem}: its blocks are checked one by one")
 
     def block(self, number: int) -> Block | None:
-        """Block `number`; None where it cannot be used and that has been reported."""
+        """Reads a block; returns None for one that cannot be used and has been reported."""
         if number not in self._members:
             return None
-        users = min(
-            self.dataset.block_users,
-            self.shard.users - number * self.dataset.block_users,
-        )
-        first_user = self.first_user + number * self.dataset.block_users
+        block_users = self.dataset.block_users
+        users_before = number * block_users
+        first_user = self.first_user + users_before
+        users = min(block_users, self.shard.users - users_before)
         try:
-            return self._read(self._members[number], first_user, users)
+            return self._read_block(self._members[number], first_user, users)
         except _Damage as error:
-            del self._members[number]  # said once
-            self._refuse(number, number + 1, f"block {number}: {error}")
+            del self._members[number]  # reported once
+            problem = f"block {number}: {error}"
+            self._refuse(number, number + 1, problem)
             return None
 
-    def close(self):
-        """Lets the file go."""
+    def close(self) -> None:
+        """Closes the file."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
 
-    def _refuse(self, begin, end, what):
-        """Blocks begin … end − 1 cannot be used."""
+    def _refuse(
+        self,
+        begin: int,
+        end: int,
+        problem: object,
+    ) -> None:
+        """Reports or raises that blocks begin … end − 1 cannot be used."""
         if self._report is None:
             raise InputError(
-                f"{self.path}: {what}: copy the file again or prepare the dataset again"
+                f"{self.path}: {problem}: "
+                "copy the file again or prepare the dataset again"
             )
-        self._report(
-            f"{self.path}: {what}: {_left_out(self.dataset, self.shard, begin, end)}"
-        )
+        skipped = _skipped_users(self.dataset, self.shard, begin, end)
+        self._report(f"{self.path}: {problem}: {skipped}")
 
-    def _read(self, members, first_user, users):
-        contents = {name: self._content(members, name) for name in _CONTENTS}
+    def _read_block(
+        self,
+        members: list[_Member],
+        first_user: int,
+        users: int,
+    ) -> Block:
+        """Reads and checks one block.
+
+        members: of its sample. users: how many it has to hold, from `first_user` on. The rows
+        and the ticks are put together as the module's head draws them.
+        """
+        num_embeddings = self.dataset.num_embeddings
+        contents = {name: self._read_member(members, name) for name in _CONTENTS}
         if self.verify:
-            stored = _from_npy(
-                self._content(members, _CHECKSUM), (_CHECKSUM_DTYPE,), _CHECKSUM
-            )
-            if stored.tolist() != [_crc32(first_user, contents.values())]:
+            content = self._read_member(members, _CHECKSUM)
+            stored = _from_npy(content, (_CHECKSUM_DTYPE,), _CHECKSUM)
+            computed = _compute_crc32(first_user, contents.values())
+            if stored.tolist() != [computed]:
                 raise _Damage("its checksum (CRC-32) is wrong")
         lengths = _from_npy(contents[_LENGTHS], _LENGTH_DTYPES, _LENGTHS)
         low = _from_npy(contents[_LOW], (_LOW_DTYPE,), _LOW)
-        if (
-            len(lengths) != users
-            or not lengths.all()
-            or lengths.sum(dtype=np.int64) != len(low)
-        ):
+        total = lengths.sum(dtype=np.int64)
+        if len(lengths) != users or not lengths.all() or total != len(low):
             raise _Damage(
                 f"lengths are not those of {users} users with {len(low)} items together"
             )
-        high = _unpacked(
-            contents, _HIGH, _high_dtype(self.dataset.num_embeddings), len(low)
-        )
+        high_dtype = _high_dtype(num_embeddings)
+        high = _unpack(contents, _HIGH, high_dtype, len(low))
         rows = high.astype("<i4")
         rows <<= 16
         rows |= low
-        if (
-            len(rows)
-            and not 0 <= rows.min() <= rows.max() < self.dataset.num_embeddings
-        ):
+        if len(rows) and not 0 <= rows.min() <= rows.max() < num_embeddings:
             raise _Damage(
-                f"an item is outside the {self.dataset.num_embeddings} rows of the item matrix"
+                f"an item is outside the {num_embeddings} rows of the item matrix"
             )
-        ticks = np.cumsum(
-            _unpacked(contents, _TICKS, _TICKS_DTYPE, len(low)), dtype=np.uint16
-        )  # modulo 2¹⁶
+        tick_steps = _unpack(contents, _TICKS, _TICKS_DTYPE, len(low))
+        ticks = np.cumsum(tick_steps, dtype=np.uint16)  # modulo 2¹⁶
         return Block(lengths.astype(np.int32), rows, ticks)
 
-    def _content(self, members, name):
-        found = [place for member, *place in members if member == name]
-        if len(found) != 1:
-            raise _Damage(
-                f"the member {name} is {'there twice' if found else 'missing'}"
-            )
-        ((offset, size),) = found
-        with _told_apart(self.path):
-            content = os.pread(self._stream.fileno(), size, offset)
-        if len(content) != size:
+    def _read_member(self, members: list[_Member], name: str) -> bytes:
+        """Reads the content of the one member with a name."""
+        matches = [member for member in members if member.name == name]
+        if not matches:
+            raise _Damage(f"the member {name} is missing")
+        if len(matches) > 1:
+            raise _Damage(f"the member {name} is there twice")
+        (member,) = matches
+        with _file_errors(self.path):
+            descriptor = self._stream.fileno()
+            content = os.pread(descriptor, member.size, member.offset)
+        if len(content) != member.size:
             raise _Damage(f"{name} is cut short")
         return content
 
@@ -309,7 +374,7 @@ def read_blocks(
     verify: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Block]]:
-    """Yields (first user, Block) of a shard in order; arguments and errors as for `ShardFile`."""
+    """Yields (first user, Block) of a shard in order; see `ShardFile` for the arguments."""
     file = ShardFile(dataset, shard, verify, report)
     try:
         for number in range(file.count):
@@ -325,141 +390,177 @@ class _Damage(Exception):
 
 
 @contextmanager
-def _told_apart(path):
-    """Turns an OSError into damage where the file is at fault, else into an InputError: skipping would lose sound users."""
+def _file_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into damage where the file is at fault, else into an InputError.
+
+    Skipping would lose sound users.
+    """
     try:
         yield
     except OSError as error:
         if is_lack(error):
             raise NoDescriptors(path, error) from None
-        if error.errno in _OF_THE_FILE:
+        if error.errno in _ERRORS_OF_FILE:
             raise _Damage(f"it cannot be read ({words(error)})") from None
         raise InputError(
-            f"{path} cannot be read ({words(error)}): look after its disk or mount, and the same command goes on; a file that "
-            "is lost for good is skipped once it is removed (stream.damaged=skip)",
+            f"{path} cannot be read ({words(error)}): look after its disk or mount, "
+            "and the same command goes on; a file that is lost for good is skipped "
+            "once it is removed (stream.damaged=skip)",
             one_rank=True,
         ) from None
 
 
-def _left_out(dataset, shard, begin, end):
+def _skipped_users(
+    dataset: Dataset,
+    shard: Shard,
+    begin: int,
+    end: int,
+) -> str:
+    """Says which users are skipped with the blocks begin … end − 1."""
+    end_user = min(end * dataset.block_users, shard.users)
     first = shard.first_user + begin * dataset.block_users
-    last = shard.first_user + min(end * dataset.block_users, shard.users) - 1
-    if first >= last:
-        return (
-            f"user {first} is skipped" if first == last else "no user is skipped for it"
-        )
-    return f"users {first} to {last} are skipped"
+    last = shard.first_user + end_user - 1
+    if first < last:
+        return f"users {first} to {last} are skipped"
+    if first == last:
+        return f"user {first} is skipped"
+    return "no user is skipped for it"
 
 
-def _blocks(begin, end):
-    return (
-        f"block {begin} is" if end - begin == 1 else f"blocks {begin} to {end - 1} are"
-    )
+def _name_blocks(begin: int, end: int) -> str:
+    if end - begin == 1:
+        return f"block {begin} is"
+    return f"blocks {begin} to {end - 1} are"
 
 
-def _samples(stream):
-    """(key, [(name, offset, size), …]) of each run of members with one key; of "a-0.items.low.npy" key "a-0", name
-    "items.low.npy". Headers alone are read.
+def _read_samples(stream: BinaryIO) -> Iterator[tuple[str, list[_Member]]]:
+    """Yields (key, members) of each run of members with one key. Headers alone are read.
 
-    Not WebDataset's own reader: that one unpacks whatever compression and sparse members a file holds, by which few bytes
-    become any number, and lets tarfile follow sizes below 0 in a circle.
+    Of "a-0.items.low.npy" the key is "a-0" and the name "items.low.npy".
+
+    WebDataset's own reader is not used: it unpacks whatever compression and sparse members a
+    file holds, by which few bytes become any number. It also lets tarfile follow sizes below 0
+    in a circle.
     """
     try:
-        size = os.fstat(stream.fileno()).st_size
+        file_size = os.fstat(stream.fileno()).st_size
         stream.seek(0)
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for key, members in itertools.groupby(
-                iter(tar.next, None), lambda member: _key_and_name(member)[0]
-            ):
-                places = []
-                for member in members:
-                    if (
-                        member.issparse()
-                        or not 0 <= member.size <= size - member.offset_data
-                    ):
+            headers = iter(tar.next, None)
+            for key, group in itertools.groupby(headers, _sample_key):
+                members = []
+                for header in group:
+                    room = file_size - header.offset_data
+                    if header.issparse() or not 0 <= header.size <= room:
                         raise tarfile.ReadError(
-                            f"{member.name!r} is sparse or reaches beyond the end of the file"
+                            f"{header.name!r} is sparse "
+                            "or reaches beyond the end of the file"
                         )
-                    if member.isreg():
-                        places.append(
-                            (_key_and_name(member)[1], member.offset_data, member.size)
-                        )
-                if key and places:
-                    yield key, places
+                    if header.isreg():
+                        _, _, name = header.name.partition(".")
+                        member = _Member(name, header.offset_data, header.size)
+                        members.append(member)
+                if key and members:
+                    yield key, members
     except OSError:  # of the system, not of what it reads
         raise
-    except Exception as error:  # of a damaged archive tarfile raises whatever its parsing stumbles over
+    except Exception as error:
+        # Of a damaged archive tarfile raises whatever its parsing stumbles over.
         raise _Damage(f"it cannot be read ({words(error)})") from None
 
 
-def _key_and_name(member):
-    """ "000001-000002.items.low.npy" → ("000001-000002", "items.low.npy"): a key has no dot."""
-    key, _, name = member.name.partition(".")
-    return key, name
+def _sample_key(header: tarfile.TarInfo) -> str:
+    """Returns "000001-000002" of "000001-000002.items.low.npy": a key has no dot."""
+    key, _, _ = header.name.partition(".")
+    return key
 
 
-def _number(key, path):
-    found = re.fullmatch(r"(.+)-(\d{6,12})", key, re.ASCII)
-    return int(found[2]) if found and found[1] == path.stem else None
+def _parse_block_number(key: str, path: Path) -> int | None:
+    """Returns the number of a block by its key; None for a key that is none of this shard's."""
+    match = re.fullmatch(r"(.+)-(\d{6,12})", key, re.ASCII)
+    if match is None or match[1] != path.stem:
+        return None
+    return int(match[2])
 
 
-def _to_npy(array):
+def _to_npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
 
 
-def _from_npy(data, dtypes, member):
-    """The array of a member, which has to be of one axis. Nothing is made before its size is known, and never an object."""
+def _from_npy(
+    data: bytes,
+    dtypes: tuple[np.dtype, ...],
+    member: str,
+) -> np.ndarray:
+    """Parses the array of a member, which has to be of one axis and of one of the dtypes.
+
+    Nothing is made before its size is known, and never an object.
+    """
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, found = read_header(stream)
-    except Exception as error:  # a header is Python's own text for a dict: parsing it may fail in many ways
+        shape, _, dtype = readers[version](stream)
+    except Exception as error:
+        # A header is Python's own text for a dict: parsing it may fail in many ways.
         raise _Damage(
             f"{member} is no array that can be read ({words(error)})"
         ) from None
-    if found not in dtypes or len(shape) != 1:
-        wanted = " or ".join(map(str, dtypes))
+    axes = len(shape)
+    if dtype not in dtypes or axes != 1:
+        expected = " or ".join(map(str, dtypes))
         raise _Damage(
-            f"{member} is {words(found)} with {len(shape)} axes, not {wanted} with one"
+            f"{member} is {words(dtype)} with {axes} axes, not {expected} with one"
         )
-    held = len(data) - stream.tell()
-    if held != shape[0] * found.itemsize:
+    (count,) = shape
+    left = len(data) - stream.tell()
+    if left != count * dtype.itemsize:
         raise _Damage(
-            f"{member} says that it has {shape[0]} values, but holds {held} bytes"
+            f"{member} says that it has {count} values, but holds {left} bytes"
         )
-    return np.frombuffer(data, found, offset=stream.tell())
+    return np.frombuffer(data, dtype, offset=stream.tell())
 
 
-def _high_dtype(num_embeddings):
-    return np.dtype("u1") if num_embeddings <= 2**24 else np.dtype("<u2")
+def _narrowest_dtype(longest: int) -> np.dtype:
+    """Returns the narrowest dtype of lengths that holds the longest."""
+    for dtype in _LENGTH_DTYPES:
+        if longest <= np.iinfo(dtype).max:
+            return dtype
+    raise AssertionError(f"a length of {longest} does not fit uint32")
 
 
-def _unpacked(contents, name, dtype, count):
-    """`count` values, as many as the file holds low parts, out of a Zstandard frame, which gets no more room than they take."""
+def _high_dtype(num_embeddings: int) -> np.dtype:
+    """Returns the dtype of the rows divided by 2¹⁶."""
+    if num_embeddings <= 2**24:
+        return np.dtype("u1")
+    return np.dtype("<u2")
+
+
+def _unpack(
+    contents: dict[str, bytes],
+    name: str,
+    dtype: np.dtype,
+    count: int,
+) -> np.ndarray:
+    """Decompresses `count` values of a member. The frame gets no more room than they take."""
+    size = count * dtype.itemsize
     try:
-        unpacked = codec().decompress(contents[name], count * dtype.itemsize)
+        unpacked = codec().decompress(contents[name], size)
     except Exception as error:
         raise _Damage(f"{name} cannot be unpacked ({words(error)})") from None
-    if len(unpacked) != count * dtype.itemsize:
-        raise _Damage(
-            f"{name} holds {len(unpacked)} bytes, not {count * dtype.itemsize}"
-        )
+    if len(unpacked) != size:
+        raise _Damage(f"{name} holds {len(unpacked)} bytes, not {size}")
     return np.frombuffer(unpacked, dtype)
 
 
-def _crc32(first_user, contents):
+def _compute_crc32(first_user: int, contents: Iterable[bytes]) -> int:
+    """Computes the checksum of a block's first user and its members."""
     value = zlib.crc32(first_user.to_bytes(8, "little"))
     for content in contents:
         value = zlib.crc32(content, value)
     return value
-
-
-def _sha256(path):
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,20 +1,24 @@
-"""What the vocabularies of a dataset say of its items."""
+"""Vocabularies: the raw ids and the popularity of a dataset's items."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.data.format.dataset import Dataset
+from trainer.data.format.dataset import Dataset, Domain
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def item_counts(dataset: Dataset) -> np.ndarray:
-    """`Dataset.item_counts`, which is read once in a process."""
+    """Returns `Dataset.item_counts`, which is read once in a process."""
     return dataset.item_counts
 
 
-def item_ids(dataset, domain):
-    """The raw ids of a Domain's items in the order of their rows, of the type that they came with: a pyarrow array."""
+def item_ids(dataset: Dataset, domain: Domain) -> "pa.Array":
+    """Reads the raw ids of a domain's items in the order of their rows, in the logs' type."""
     import pyarrow.parquet as pq
 
-    columns = pq.read_table(
-        dataset.local(domain.vocabulary), columns=["item_id", "row"]
-    )
-    return columns.sort_by("row")["item_id"].combine_chunks()
+    path = dataset.local(domain.vocabulary)
+    table = pq.read_table(path, columns=["item_id", "row"])
+    return table.sort_by("row")["item_id"].combine_chunks()

@@ -1,7 +1,11 @@
-"""Reading interaction logs: which files, which columns of which types, and one DuckDB view `log` over all of them.
+"""Reading interaction logs with DuckDB: files, columns, and one view `log` over all of them.
 
-The view has the columns `user_id`, `item_id` (BIGINT if every id in every file is a whole number, else VARCHAR), `domain`
-(VARCHAR) and `time` (BIGINT or DOUBLE; dates are microseconds since 1970, UTC where they say no zone).
+The view has the columns
+
+    user_id, item_id   BIGINT if every id in every file is a whole number, else VARCHAR
+    domain             VARCHAR
+    time               BIGINT or DOUBLE; dates are microseconds since 1970, UTC if they name
+                       no zone
 """
 
 import csv
@@ -9,14 +13,19 @@ import glob
 import gzip
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import duckdb
 import pyarrow as pa
+from duckdb import DuckDBPyConnection
 
+from trainer.data.duckdb_engine import escape
 from trainer.errors import InputError
 
+# The delimiter of each kind of file; Parquet has none.
 SUFFIXES = {
     ".parquet": None,
     ".csv": ",",
@@ -33,392 +42,548 @@ _WHOLE = {
     "USMALLINT",
     "UINTEGER",
 }
-_WIDE = {
-    "UBIGINT",
-    "HUGEINT",
-    "UHUGEINT",
-}  # whole numbers that may not fit int64: decided by what they hold
+# Whole numbers that may not fit int64: their values decide.
+_WIDE = {"UBIGINT", "HUGEINT", "UHUGEINT"}
 _FLOAT = {"FLOAT", "DOUBLE"}
-_DATE = (
-    "DATE",
-    "TIMESTAMP",
-)  # and its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS
-
-
-def find_files(inputs) -> list[Path]:
-    """Log files behind paths, folders (searched through, other files in them ignored) and globs, sorted, each once.
-
-    Raises InputError: a path that does not exist, a folder without logs, a named file that is no log, an empty file.
-    """
-    found = set()
-    for given in inputs:
-        path = Path(given)
-        paths = (
-            [path]
-            if path.exists()
-            else sorted(Path(match) for match in glob.glob(str(given), recursive=True))
-        )
-        if not paths:
-            raise InputError(
-                f"input {given} does not exist: give a file, a folder or a glob"
-            )
-        logs = []
-        for path in paths:
-            if path.is_dir():
-                logs += [
-                    child
-                    for child in path.rglob("*")
-                    if child.is_file() and suffix_of(child) in SUFFIXES
-                ]
-            elif suffix_of(path) in SUFFIXES:
-                logs.append(path)
-            elif len(paths) == 1:
-                raise InputError(
-                    f"input {path} is no log: the name must end in {', '.join(SUFFIXES)}"
-                )
-        if not logs:
-            raise InputError(
-                f"input {given} holds no log: names must end in {', '.join(SUFFIXES)}"
-            )
-        found.update(log.resolve() for log in logs)
-    for path in found:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty (0 bytes): remove it or write it again")
-    return sorted(found)
-
-
-def open_log(
-    connection, files, columns: dict[str, str], domain: str | None = None, view="log"
-) -> bool:
-    """Makes the view `log`, or of another name, over the files. Returns whether their times are dates.
-
-    columns: the columns' names by role: user, item, domain, time. domain: the one domain of all rows, in place of a column.
-    Raises InputError, naming file and row: a missing column, a file that cannot be read, an empty id, a time that is
-    neither number nor date, no rows at all.
-    """
-    connection.execute("SET TimeZone = 'UTC'")
-    groups = _group(connection, files, columns, domain)
-    for number, group in enumerate(groups):
-        _inspect(connection, group, f"text_{number}")
-    groups = [group for group in groups if group.rows]
-    if not groups:
-        raise InputError(
-            f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: no rows, nothing to prepare"
-        )
-    ids = {
-        role: "BIGINT" if all(group.whole[role] for group in groups) else "VARCHAR"
-        for role in ("user", "item")
-    }
-    times, dates = _times(connection, groups)
-    selects = [
-        f"""SELECT {group.value["user"]}::{ids["user"]} AS user_id, {group.value["item"]}::{ids["item"]} AS item_id,
-            {group.value["domain"]}::VARCHAR AS domain, {time} AS "time" FROM {group.table}"""
-        for group, time in zip(groups, times, strict=True)
-    ]
-    connection.execute(
-        f"CREATE OR REPLACE VIEW {view} AS " + " UNION ALL ".join(selects)
-    )
-    return dates
-
-
-def open_ids(connection, files, column) -> None:
-    """Makes the table `ids` of the different values that a column of the files has: `user_id`, BIGINT or VARCHAR as in `log`.
-
-    Raises InputError as `open_log` does; files without a row are none.
-    """
-    groups = _group(connection, files, {"user": column}, None)
-    for number, group in enumerate(groups):
-        _inspect(connection, group, f"ids_{number}")
-    kind = (
-        "BIGINT"
-        if all(group.whole["user"] for group in groups if group.rows)
-        else "VARCHAR"
-    )
-    selects = [
-        f"SELECT {group.value['user']}::{kind} AS user_id FROM {group.table}"
-        for group in groups
-    ]
-    connection.execute(
-        f"CREATE TABLE ids AS SELECT DISTINCT user_id FROM ({' UNION ALL '.join(selects)})"
-    )
+# And its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS.
+_DATE = ("DATE", "TIMESTAMP")
+_NESTED = ("STRUCT", "MAP", "UNION")
+_LONGEST_REASON = 300
 
 
 @dataclass
 class _Group:
-    """Files of one format with equal columns, which one table function reads together."""
+    """Files of one format with equal columns, which one table function reads together.
+
+    options: what the table function gets beside the files.
+    columns: column name by role, for the roles that the files have a column for.
+    value: SQL expression over `table` by role. type: DuckDB type by role.
+    text: CSV, of which every column is text.
+    is_whole: by role, whether all values are whole numbers that fit int64.
+    """
 
     files: list[Path]
-    options: str  # what the table function gets beside the files
-    columns: dict[str, str]  # role → column name, for the roles that the files give
-    value: dict[str, str]  # role → SQL expression over `table`
-    type: dict[str, str]  # role → DuckDB type
-    text: bool  # CSV: every column is text, whatever it holds
+    options: str
+    columns: dict[str, str]
+    text: bool
+    value: dict[str, str] = field(default_factory=dict)
+    type: dict[str, str] = field(default_factory=dict)
     table: str = ""
     rows: int = 0
-    whole: dict[str, bool] | None = (
-        None  # role → all values are whole numbers that fit int64
-    )
+    is_whole: dict[str, bool] = field(default_factory=dict)
 
-    def scan(self, files):
-        literals = ", ".join(
-            "'" + glob.escape(str(file)).replace("'", "''") + "'" for file in files
-        )
-        return f"{'read_csv' if self.text else 'read_parquet'}([{literals}], {self.options})"
+    def scan_sql(self, files: list[Path]) -> str:
+        """Returns SQL that reads some of the files."""
+        function = "read_csv" if self.text else "read_parquet"
+        literals = ", ".join(_path_literal(file) for file in files)
+        return f"{function}([{literals}], {self.options})"
 
-    def missing(self, role):
-        """SQL: the value is not there. An empty text is what CSV has for it; a NaN what a float column has."""
-        value, kind = self.value[role], self.type[role]
-        empty = (
-            f" OR {value} = ''"
-            if kind == "VARCHAR"
-            else f" OR NOT isfinite({value})"
-            if kind in _FLOAT
-            else ""
-        )
-        return f"({value} IS NULL{empty})"
+    def missing_sql(self, role: str) -> str:
+        """Returns SQL for: the value is missing.
 
-    def is_open(self, role):
-        """The type does not say whether the column holds whole numbers that fit int64."""
-        return (
-            self.text
-            or self.type[role] in _WIDE
-            or (role == "time" and self.type[role] == "VARCHAR")
-        )
+        An empty text is what CSV has for it, a NaN what a float column has.
+        """
+        value = self.value[role]
+        if self.type[role] == "VARCHAR":
+            return f"({value} IS NULL OR {value} = '')"
+        if self.type[role] in _FLOAT:
+            return f"({value} IS NULL OR NOT isfinite({value}))"
+        return f"({value} IS NULL)"
 
-    def is_whole(self, role):
-        """SQL: the value is a whole number as int64 writes it; '007' and '1e3' are text."""
+    def whole_sql(self, role: str) -> str:
+        """Returns SQL for: the value is a whole number as int64 writes it.
+
+        '007' and '1e3' are text. Where the type decides, no value is looked at.
+        """
+        kind = self.type[role]
+        is_text_time = role == "time" and kind == "VARCHAR"
+        if not (self.text or kind in _WIDE or is_text_time):
+            return str(kind in _WHOLE)
         value = f"{self.value[role]}::VARCHAR"
         return f"coalesce(TRY_CAST({value} AS BIGINT)::VARCHAR = {value}, false)"
 
 
-def suffix_of(path) -> str | None:
-    """The key of SUFFIXES that a path ends in."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """Finds the log files behind paths, folders and globs, sorted, each once.
 
-
-def _quote(name):
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _group(connection, files, columns, domain):
-    """Files with equal columns go together, so that a thousand part files are one scan."""
-    layouts = defaultdict(list)
+    Folders are searched through, and other files in them ignored.
+    Raises InputError: a path that does not exist, a folder without logs, a named file that is
+    no log, an empty file.
+    """
+    files = set()
+    for text in inputs:
+        for log in _find_logs(text):
+            files.add(log.resolve())
     for path in files:
-        delimiter = SUFFIXES[suffix_of(path)]
-        if delimiter:
-            layouts[
-                delimiter, tuple((name, "VARCHAR") for name in _header(path, delimiter))
-            ].append(path)
-        else:
-            layouts[None, _parquet_columns(connection, path)].append(path)
-    groups = []
-    for (delimiter, layout), paths in layouts.items():
-        names = [name for name, _ in layout]
-        wanted = {
-            role: name
-            for role, name in columns.items()
-            if role != "domain" or domain is None
-        }
-        check_columns(paths[0], names, wanted)
-        types = dict(layout)
-        if delimiter:
-            listed = ", ".join(
-                f"'c{number}': 'VARCHAR'" for number in range(len(names))
-            )
-            options = f"""auto_detect=false, header=true, delim='{delimiter}', quote='"', escape='"', comment='',
-                columns={{{listed}}}"""
-        else:  # without can_have_nan DuckDB may answer isfinite() from a column's statistics, which leave NaN out
-            options = "can_have_nan=true"
-        group = _Group(
-            paths,
-            options + ", hive_partitioning=false",
-            wanted,
-            {},
-            {},
-            text=bool(delimiter),
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty (0 bytes): remove it or write it again")
+    return sorted(files)
+
+
+def _find_logs(text: str | Path) -> list[Path]:
+    """Finds the logs behind one path, folder or glob."""
+    path = Path(text)
+    paths = [path]
+    if not path.exists():
+        matches = glob.glob(str(text), recursive=True)
+        paths = sorted(Path(match) for match in matches)
+    if not paths:
+        raise InputError(
+            f"input {text} does not exist: give a file, a folder or a glob"
         )
-        for role, name in wanted.items():
-            group.value[role] = f"c{names.index(name)}" if delimiter else _quote(name)
-            group.type[role] = types[name]
-        if domain is not None:
-            group.value["domain"], group.type["domain"] = (
-                "'" + domain.replace("'", "''") + "'",
-                "VARCHAR",
-            )
-        for name in wanted.values():
-            if types[name].endswith("]") or types[name].startswith(
-                ("STRUCT", "MAP", "UNION")
-            ):
-                raise InputError(
-                    f"{paths[0]}: column {name!r} holds {types[name]}, not single values"
-                )
-        groups.append(group)
-    return groups
+    suffixes = ", ".join(SUFFIXES)
+    logs = []
+    for path in paths:
+        if path.is_dir():
+            logs += _find_logs_in(path)
+        elif suffix_of(path) in SUFFIXES:
+            logs.append(path)
+        elif len(paths) == 1:
+            raise InputError(f"input {path} is no log: the name must end in {suffixes}")
+    if not logs:
+        raise InputError(f"input {text} holds no log: names must end in {suffixes}")
+    return logs
 
 
-def check_columns(path, names, wanted: dict[str, str]):
-    """Raises InputError where a column that is `wanted` (by role) is not among the names, or more than once."""
-    for role, name in wanted.items():
-        if names.count(name) != 1:
-            state = "no column" if name not in names else "more than one column"
-            raise InputError(
-                f"{path} has {state} {name!r}; it has {', '.join(names)}: name yours with --{role}-column"
-            )
+def _find_logs_in(folder: Path) -> list[Path]:
+    logs = []
+    for path in folder.rglob("*"):
+        if path.is_file() and suffix_of(path) in SUFFIXES:
+            logs.append(path)
+    return logs
 
 
-def read_text(connection, path, columns: dict[str, str], domain: str | None = None):
-    """Yields the rows of one CSV or TSV file in Arrow batches: row (int64, from 1), and by role, all as text, user, item,
-    domain, time. Raises InputError, naming the file: a missing column, a file that cannot be read."""
-    (group,) = _group(connection, [path], columns, domain)
-    values = ", ".join(
-        f"{value}::VARCHAR AS {role}" for role, value in group.value.items()
-    )
+def suffix_of(path: Path) -> str | None:
+    """Returns the key of SUFFIXES that a path ends in."""
+    name = path.name.lower()
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return suffix
+    return None
+
+
+def open_log(
+    connection: DuckDBPyConnection,
+    files: list[Path],
+    columns: dict[str, str],
+    domain: str | None = None,
+    view: str = "log",
+) -> bool:
+    """Makes the view `log` over the files. Returns whether their times are dates.
+
+    columns: the columns' names by role: user, item, domain, time.
+    domain: the one domain of all rows, in place of a column.
+    Raises InputError, naming file and row: a missing column, a file that cannot be read, an
+    empty id, a time that is neither number nor date, no rows at all.
+    """
+    connection.execute("SET TimeZone = 'UTC'")
+    groups = []
+    all_groups = _group_files(connection, files, columns, domain)
+    for number, group in enumerate(all_groups):
+        _inspect(connection, group, f"text_{number}")
+        if group.rows:
+            groups.append(group)
+    if not groups:
+        logs = str(files[0])
+        if len(files) > 1:
+            logs += f" and {len(files) - 1} more"
+        raise InputError(f"{logs}: no rows, nothing to prepare")
+    user_type = _common_id_type(groups, "user")
+    item_type = _common_id_type(groups, "item")
+    times, dates = _parse_times(connection, groups)
+    selects = []
+    for group, time in zip(groups, times, strict=True):
+        user = group.value["user"]
+        item = group.value["item"]
+        domain_value = group.value["domain"]
+        selects.append(f"""
+            SELECT
+                {user}::{user_type} AS user_id,
+                {item}::{item_type} AS item_id,
+                {domain_value}::VARCHAR AS domain,
+                {time} AS "time"
+            FROM {group.table}""")
+    rows = " UNION ALL ".join(selects)
+    connection.execute(f"CREATE OR REPLACE VIEW {view} AS {rows}")
+    return dates
+
+
+def open_ids(
+    connection: DuckDBPyConnection,
+    files: list[Path],
+    column: str,
+) -> None:
+    """Makes the table `ids` of the distinct values of a column: `user_id`, typed as in `log`.
+
+    Raises InputError as `open_log` does; files without a row are allowed.
+    """
+    groups = _group_files(connection, files, {"user": column}, None)
+    for number, group in enumerate(groups):
+        _inspect(connection, group, f"ids_{number}")
+    groups_with_rows = [group for group in groups if group.rows]
+    user_type = _common_id_type(groups_with_rows, "user")
+    selects = []
+    for group in groups:
+        value = group.value["user"]
+        selects.append(f"""
+            SELECT {value}::{user_type} AS user_id
+            FROM {group.table}""")
+    connection.execute(f"""
+        CREATE TABLE ids AS
+            SELECT DISTINCT user_id
+            FROM ({" UNION ALL ".join(selects)})""")
+
+
+def _common_id_type(groups: list[_Group], role: str) -> str:
+    """Returns BIGINT if all ids of all files are whole numbers, else VARCHAR."""
+    for group in groups:
+        if not group.is_whole[role]:
+            return "VARCHAR"
+    return "BIGINT"
+
+
+def read_text(
+    connection: DuckDBPyConnection,
+    path: Path,
+    columns: dict[str, str],
+    domain: str | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of one CSV or TSV file in Arrow batches.
+
+    Their columns are row (int64, from 1), and by role, all as text, user, item, domain, time.
+    Raises InputError, naming the file: a missing column, a file that cannot be read.
+    """
+    (group,) = _group_files(connection, [path], columns, domain)
+    columns_sql = ["row_number() OVER () AS row"]
+    for role, value in group.value.items():
+        columns_sql.append(f"{value}::VARCHAR AS {role}")
+    query = f"""
+        SELECT {", ".join(columns_sql)}
+        FROM {group.scan_sql([path])}"""
     try:
-        yield from connection.sql(
-            f"SELECT row_number() OVER () AS row, {values} FROM {group.scan([path])}"
-        ).to_arrow_reader()
+        yield from connection.sql(query).to_arrow_reader()
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         _refuse_unreadable(connection, group, error)
 
 
-def _header(path, delimiter):
-    try:
-        opened = gzip.open if path.suffix.lower() == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            return next(csv.reader(stream, delimiter=delimiter), [])
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def _parquet_columns(connection, path):
-    literal = "'" + glob.escape(str(path)).replace("'", "''") + "'"
-    try:
-        described = connection.execute(
-            f"DESCRIBE SELECT * FROM read_parquet({literal}, hive_partitioning=false)"
+def check_columns(
+    path: Path | str,
+    names: list[str],
+    wanted: dict[str, str],
+) -> None:
+    """Raises InputError where a `wanted` column (by role) is missing, or there twice."""
+    for role, name in wanted.items():
+        count = names.count(name)
+        if count == 1:
+            continue
+        state = "more than one column" if count else "no column"
+        present = ", ".join(names)
+        raise InputError(
+            f"{path} has {state} {name!r}; "
+            f"it has {present}: "
+            f"name yours with --{role}-column"
         )
-        return tuple((name, kind) for name, kind, *_ in described.fetchall())
-    except duckdb.Error as error:
-        raise InputError(f"{path} cannot be read: {reason(error)}") from None
 
 
-def reason(error) -> str:
-    """The telling part of a DuckDB message, in one line."""
+def reason(error: Exception) -> str:
+    """Returns the telling part of a DuckDB message, in one line."""
     lines = []
     for line in str(error).splitlines():
         if line.startswith(("Possible", "LINE ", "  file =")):
             break
         lines.append(line)
-    return " ".join(" ".join(lines).split())[:300]
+    text = " ".join(lines)
+    text = " ".join(text.split())
+    return text[:_LONGEST_REASON]
 
 
-def _inspect(connection, group, name):
-    """Fills in table (a copy called `name` for CSV), rows and whole; refuses unreadable files and ids that are not there."""
-    group.table = group.scan(group.files)
-    roles = tuple(group.value)
+def _path_literal(path: Path) -> str:
+    """Returns the SQL literal of a path that DuckDB does not take for a glob."""
+    pattern = glob.escape(str(path))
+    return f"'{escape(pattern)}'"
+
+
+def _quote(name: str) -> str:
+    """Quotes a column's name for SQL."""
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
+
+
+def _group_files(
+    connection: DuckDBPyConnection,
+    files: list[Path],
+    columns: dict[str, str],
+    domain: str | None,
+) -> list[_Group]:
+    """Groups files with equal columns, so that a thousand part files are one scan."""
+    files_by_layout = defaultdict(list)
+    for path in files:
+        delimiter = SUFFIXES[suffix_of(path)]
+        if delimiter:
+            header = _read_header(path, delimiter)
+            layout = tuple((name, "VARCHAR") for name in header)
+        else:
+            layout = _read_parquet_columns(connection, path)
+        files_by_layout[delimiter, layout].append(path)
+    wanted = dict(columns)
+    if domain is not None:
+        wanted.pop("domain", None)
+    groups = []
+    for (delimiter, layout), paths in files_by_layout.items():
+        group = _make_group(delimiter, layout, paths, wanted)
+        if domain is not None:
+            group.value["domain"] = f"'{escape(domain)}'"
+            group.type["domain"] = "VARCHAR"
+        groups.append(group)
+    return groups
+
+
+def _make_group(
+    delimiter: str | None,
+    layout: tuple[tuple[str, str], ...],
+    paths: list[Path],
+    wanted: dict[str, str],
+) -> _Group:
+    """Makes the group of files with one layout: (column name, DuckDB type) of each column."""
+    names = [name for name, _ in layout]
+    check_columns(paths[0], names, wanted)
+    # Without can_have_nan DuckDB may answer isfinite() from a column's statistics, which leave
+    # NaN out.
+    options = "can_have_nan=true"
+    if delimiter:
+        types = [f"'c{number}': 'VARCHAR'" for number in range(len(names))]
+        options = f"""
+            auto_detect=false,
+            header=true,
+            delim='{delimiter}',
+            quote='"',
+            escape='"',
+            comment='',
+            columns={{{", ".join(types)}}}"""
+    options += ", hive_partitioning=false"
+    group = _Group(paths, options, wanted, text=bool(delimiter))
+    for role, name in wanted.items():
+        number = names.index(name)
+        _, column_type = layout[number]
+        if column_type.endswith("]") or column_type.startswith(_NESTED):
+            raise InputError(
+                f"{paths[0]}: column {name!r} holds {column_type}, not single values"
+            )
+        group.type[role] = column_type
+        group.value[role] = f"c{number}" if delimiter else _quote(name)
+    return group
+
+
+def _read_header(path: Path, delimiter: str) -> list[str]:
+    """Reads the column names of a CSV or TSV file."""
+    open_text = open
+    if path.suffix.lower() == ".gz":
+        open_text = gzip.open
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            return next(csv.reader(stream, delimiter=delimiter), [])
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _read_parquet_columns(
+    connection: DuckDBPyConnection, path: Path
+) -> tuple[tuple[str, str], ...]:
+    """Reads the (name, DuckDB type) of a Parquet file's columns."""
+    source = f"read_parquet({_path_literal(path)}, hive_partitioning=false)"
+    try:
+        rows = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
+    except duckdb.Error as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}") from None
+    columns = []
+    for name, column_type, *_ in rows:
+        columns.append((name, column_type))
+    return tuple(columns)
+
+
+def _inspect(
+    connection: DuckDBPyConnection,
+    group: _Group,
+    copy_name: str,
+) -> None:
+    """Fills in table (a copy called `copy_name` for CSV), rows and is_whole.
+
+    Refuses unreadable files and missing ids.
+    """
+    roles = list(group.value)
+    aggregates = ["count(*)"]
+    for role in roles:
+        missing = group.missing_sql(role)
+        aggregates.append(f"count(*) FILTER (WHERE {missing})")
+    for role in roles:
+        whole = group.whole_sql(role)
+        aggregates.append(f"bool_and({whole})")
+    group.table = group.scan_sql(group.files)
     try:
         if group.text:  # parsing is dear: once
-            read = dict.fromkeys(
-                value for role, value in group.value.items() if role in group.columns
-            )
-            connection.execute(
-                f"CREATE TABLE {name} AS SELECT {', '.join(read)} FROM {group.table}"
-            )
-            group.table = name
-        facts = ["count(*)"]
-        facts += [f"count(*) FILTER (WHERE {group.missing(role)})" for role in roles]
-        facts += [
-            f"bool_and({group.is_whole(role) if group.is_open(role) else group.type[role] in _WHOLE})"
-            for role in roles
-        ]
-        ((group.rows, *found),) = connection.execute(
-            f"SELECT {', '.join(facts)} FROM {group.table}"
-        ).fetchall()
+            _copy_text(connection, group, copy_name)
+        results = _query_row(connection, aggregates, group.table)
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
         _refuse_unreadable(connection, group, error)
-    for role, missing in zip(roles, found[: len(roles)], strict=True):
+    group.rows = results[0]
+    missing_counts = results[1 : 1 + len(roles)]
+    whole_flags = results[1 + len(roles) :]
+    for role, missing in zip(roles, missing_counts, strict=True):
         if missing:
-            path, row, text = _first(connection, group, role, group.missing(role))
+            condition = group.missing_sql(role)
+            path, row, text = _first_row(connection, group, role, condition)
+            value = text or "empty"
             raise InputError(
-                f"{path}: row {row}: {group.columns[role]!r} is {text or 'empty'}: every row needs one"
+                f"{path}: row {row}: {group.columns[role]!r} is {value}: "
+                "every row needs one"
             )
-    group.whole = dict(zip(roles, found[len(roles) :], strict=True))
+    group.is_whole = dict(zip(roles, whole_flags, strict=True))
 
 
-def _refuse_unreadable(connection, group, error):
+def _query_row(
+    connection: DuckDBPyConnection,
+    expressions: list[str],
+    table: str,
+) -> tuple[Any, ...]:
+    """Returns the one row of a query of aggregates."""
+    query = f"""
+        SELECT {", ".join(expressions)}
+        FROM {table}"""
+    (row,) = connection.execute(query).fetchall()
+    return row
+
+
+def _copy_text(
+    connection: DuckDBPyConnection,
+    group: _Group,
+    copy_name: str,
+) -> None:
+    """Copies the columns of text files into a table, which the group reads from then on."""
+    columns = []
+    for role in group.columns:
+        if group.value[role] not in columns:
+            columns.append(group.value[role])
+    connection.execute(f"""
+        CREATE TABLE {copy_name} AS
+            SELECT {", ".join(columns)}
+            FROM {group.table}""")
+    group.table = copy_name
+
+
+def _refuse_unreadable(
+    connection: DuckDBPyConnection,
+    group: _Group,
+    error: Exception,
+) -> NoReturn:
+    """Raises InputError for the first file that cannot be read alone, or else the error."""
+    values = []
+    for value in group.value.values():
+        values.append(f"max(hash({value}))")
     for path in group.files:
         try:
-            values = ", ".join(f"max(hash({value}))" for value in group.value.values())
-            connection.execute(f"SELECT {values} FROM {group.scan([path])}").fetchall()
-        except duckdb.Error as fault:
-            raise InputError(f"{path} cannot be read: {reason(fault)}") from None
+            _query_row(connection, values, group.scan_sql([path]))
+        except duckdb.Error as file_error:
+            raise InputError(f"{path} cannot be read: {reason(file_error)}") from None
     raise error
 
 
-def _first(connection, group, role, condition):
-    """File, row (from 1, the header not counted) and value of the first row that meets the condition."""
+def _first_row(
+    connection: DuckDBPyConnection,
+    group: _Group,
+    role: str,
+    condition: str,
+) -> tuple[Path, int, str | None]:
+    """Finds the first row that meets a condition: its file, number and value.
+
+    Rows are numbered from 1, the header not counted.
+    """
     for path in group.files:
-        found = connection.execute(
-            f"""SELECT number, value FROM (SELECT row_number() OVER () AS number, ({condition}) AS bad,
-                {group.value[role]}::VARCHAR AS value FROM {group.scan([path])}) WHERE bad ORDER BY number LIMIT 1"""
-        ).fetchall()
-        if found:
-            return path, *found[0]
+        rows = connection.execute(f"""
+            SELECT number, value
+            FROM (
+                SELECT
+                    row_number() OVER () AS number,
+                    ({condition}) AS bad,
+                    {group.value[role]}::VARCHAR AS value
+                FROM {group.scan_sql([path])}
+            )
+            WHERE bad
+            ORDER BY number
+            LIMIT 1""").fetchall()
+        if rows:
+            number, value = rows[0]
+            return path, number, value
     raise AssertionError(f"no row with {condition}")
 
 
-def _times(connection, groups):
-    """SQL expressions of the time, one a group, all of one kind: numbers or dates; and whether dates."""
-    kinds = [_time_kind(connection, group) for group in groups]
-    if len({kind == "date" for kind in kinds}) > 1:
-        dated, numbered = (
-            groups[[kind == "date" for kind in kinds].index(is_date)]
-            for is_date in (True, False)
-        )
+def _parse_times(
+    connection: DuckDBPyConnection, groups: list[_Group]
+) -> tuple[list[str], bool]:
+    """Returns SQL of the time, one a group, all of one kind; and whether they are dates."""
+    kinds = [_kind_of_time(connection, group) for group in groups]
+    is_date = [kind == "date" for kind in kinds]
+    if len(set(is_date)) > 1:
+        dated = groups[is_date.index(True)].files[0]
+        numbered = groups[is_date.index(False)].files[0]
+        column = groups[0].columns["time"]
         raise InputError(
-            f"{dated.files[0]} has dates in {dated.columns['time']!r} and {numbered.files[0]} has numbers: write one kind"
+            f"{dated} has dates in {column!r} "
+            f"and {numbered} has numbers: write one kind"
         )
-    number = "BIGINT" if set(kinds) <= {"whole"} else "DOUBLE"
-    read = [
-        f"epoch_us({group.value['time']}::TIMESTAMPTZ)"
-        if kind == "date"
-        else f"{group.value['time']}::{number}"
-        for kind, group in zip(kinds, groups, strict=True)
-    ]
-    return read, "date" in kinds
+    number_type = "BIGINT" if set(kinds) <= {"whole"} else "DOUBLE"
+    times = []
+    for group, kind in zip(groups, kinds, strict=True):
+        value = group.value["time"]
+        if kind == "date":
+            times.append(f"epoch_us({value}::TIMESTAMPTZ)")
+        else:
+            times.append(f"{value}::{number_type}")
+    return times, "date" in kinds
 
 
-def _time_kind(connection, group):
-    """'whole', 'float' or 'date'; refuses a column that is none of them, naming the first row at fault."""
-    value, kind = group.value["time"], group.type["time"]
-    if group.whole["time"]:
+def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:
+    """Returns 'whole', 'float' or 'date'.
+
+    Refuses a column that is none of them, naming the first row at fault.
+    """
+    if group.is_whole["time"]:
         return "whole"
-    fits = {
-        "float": f"coalesce(isfinite(TRY_CAST({value} AS DOUBLE)), false)",
-        "date": f"coalesce(isfinite(TRY_CAST({value} AS TIMESTAMPTZ)), false)",
-    }
-    if kind in _FLOAT or kind in _WIDE or kind.startswith("DECIMAL"):
-        del fits["date"]
-    elif kind.startswith(_DATE):
-        del fits["float"]
-    elif kind != "VARCHAR":
-        raise InputError(
-            f"{group.files[0]}: column {group.columns['time']!r} holds {kind}: a time is a number or a date"
-        )
-    counts = ", ".join(f"count(*) FILTER (WHERE {fit})" for fit in fits.values())
-    (found,) = connection.execute(f"SELECT {counts} FROM {group.table}").fetchall()
-    fitting = dict(zip(fits, found, strict=True))
-    best = max(fitting, key=fitting.get)
-    if fitting[best] == group.rows:
+    conditions = _time_conditions(group)
+    counts = []
+    for condition in conditions.values():
+        counts.append(f"count(*) FILTER (WHERE {condition})")
+    results = _query_row(connection, counts, group.table)
+    fitting_rows = dict(zip(conditions, results, strict=True))
+    best = max(fitting_rows, key=fitting_rows.get)
+    if fitting_rows[best] == group.rows:
         return best
-    path, row, text = _first(connection, group, "time", f"NOT {fits[best]}")
-    meant = (
-        {"float": "a finite number", "date": "a date"}[best]
-        if fitting[best]
-        else "a number or a date"
-    )
+    condition = f"NOT {conditions[best]}"
+    path, row, text = _first_row(connection, group, "time", condition)
+    expected = "a number or a date"
+    if fitting_rows[best]:
+        expected = {"float": "a finite number", "date": "a date"}[best]
+    column = group.columns["time"]
     raise InputError(
-        f"{path}: row {row}: {group.columns['time']!r} is {text!r}: a time must be {meant}"
+        f"{path}: row {row}: {column!r} is {text!r}: a time must be {expected}"
+    )
+
+
+def _time_conditions(group: _Group) -> dict[str, str]:
+    """Returns SQL for: the value is of the kind, by the kinds of time that the type allows."""
+    value = group.value["time"]
+    column_type = group.type["time"]
+    is_float = f"coalesce(isfinite(TRY_CAST({value} AS DOUBLE)), false)"
+    is_date = f"coalesce(isfinite(TRY_CAST({value} AS TIMESTAMPTZ)), false)"
+    if column_type in _FLOAT | _WIDE or column_type.startswith("DECIMAL"):
+        return {"float": is_float}
+    if column_type.startswith(_DATE):
+        return {"date": is_date}
+    if column_type == "VARCHAR":
+        return {"float": is_float, "date": is_date}
+    column = group.columns["time"]
+    raise InputError(
+        f"{group.files[0]}: column {column!r} holds {column_type}: "
+        "a time is a number or a date"
     )

@@ -1,387 +1,203 @@
-"""The cut of a dataset into shards and parts, one part's shards from its sorted events, and the dataset from all parts.
+"""One part's shards from its sorted events, and the statistics by which parts become a dataset.
 
-Users are numbered by a hash of their ids, so a range of numbers is a random part of them: a part is the users of some
-consecutive shards, and can be made, or made again, without the others. What is in a shard does not depend on the parts.
-Whatever sorts the events (DuckDB here, a Spark cluster in `spark.py`) hands them to the same functions.
+What is in a shard does not depend on the parts. Whatever sorts the events (DuckDB, or a Spark
+cluster in `spark.py`) hands them to `write_part`.
+
+A part of four users, where domain 0 owns the rows 0 … 68 of M and domain 1 the rows 69 … 135:
+
+    number_N   0 0  0 0 | 1  | 2 2 2 | 3  3
+    rows_N     2 69 0 1 | 70 | 1 1 3 | 69 71
+    time_N     1 2  2 9 | 4  | 3 5 8 | 7  8
+
+The users 0 and 2 are split by leave-one-out; of each the last item is the test item, the last
+but one the validation item. What the dataset has to know of the part lies beside its shards:
+
+    lengths.npy      training interactions, uint16 (U, D): [[1, 1], [0, 1], [1, 0], [0, 2]]
+    held.npy         rows that are held out, and how often: [[0, 1, 3], [1, 2, 1]]
+    histograms.npy   domain, length, how many users have it (all parts of the split together):
+                     [[0, 3, 2], [1, 1, 2], [1, 2, 1]]
+    facts.json       its shards, how many users are too short to be split, the longest history
 """
 
 import dataclasses
-import glob
-import itertools
-import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from trainer.data.duckdb_engine import connect, escape  # noqa: F401 (moved)
 from trainer.data.format.dataset import (
     LENGTHS,
     LENGTHS_DTYPE,
     SPLIT_LENGTH,
-    USERS,
-    Dataset,
-    Domain,
-    File,
     Shard,
     ticks_of,
 )
 from trainer.data.format.shards import Block, write_shard
-from trainer.errors import InputError
-
-PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
-INT32_MAX = 2**31 - 1
-HASH_DIGITS = (
-    15  # hexadecimal digits of an MD5: 60 bits, which every engine's BIGINT holds
-)
-_PARQUET_ROWS = 1 << 17
-_BLOCK_INTERACTIONS = (
-    1 << 17
-)  # a block of mean histories is not larger: a reader holds one a stream
+from trainer.data.prepare.assembly import PERCENTILES  # noqa: F401 (moved)
+from trainer.data.prepare.ids import Ids, write_json
+from trainer.data.prepare.layout import Layout
 
 
 @dataclass(frozen=True)
-class Ids:
-    """What numbering the users and items found: U users 0 … U − 1, N interactions, and by domain how many items and rows of M;
-    the first and the last time of the logs.
+class _Histories:
+    """The histories of a part's users, one after the other.
 
-    Beside these facts lie, as Parquet files in the folders `users` and `items`: user_id, "user" (the number); and domain
-    (its number), name, item_id, item (0, 1, … by domain and text of the id), total (interactions), row (of M).
+    lengths_U, int64 (U,). offsets: int64 (U + 1,), where each history begins, and N.
     """
 
-    users: int
-    interactions: int
-    names: tuple[str, ...]
-    items: tuple[int, ...]
-    rooms: tuple[int, ...]
-    first_time: float
-    last_time: float
+    users: range
+    lengths_U: np.ndarray
+    offsets: np.ndarray
+    rows_N: np.ndarray
+    ticks_N: np.ndarray
 
-    @property
-    def starts(self):
-        """First row of each domain, and behind them the number of rows."""
-        return [0, *itertools.accumulate(self.rooms)]
-
-    def check(self):
-        """Raises InputError where they cannot be a dataset."""
-        for name, items in zip(self.names, self.items, strict=True):
-            if items < 2:
-                raise InputError(
-                    f"domain {name!r} has one item: there is no other to tell it from (negatives are impossible); leave it out"
-                )
-        refuse_beyond_int32(self.starts[-1], "rows of the item matrix")
-
-    def save(self, folder: Path):
-        """Writes `facts.json` into the folder."""
-        _write_json(folder / "facts.json", dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Ids":
-        """Reads what `save` wrote."""
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        return cls(
-            **facts | {name: tuple(facts[name]) for name in ("names", "items", "rooms")}
-        )
-
-
-def room_of(items) -> int:
-    """Rows of M kept for a domain of so many items: a tenth more, 64 at least."""
-    return items + max(64, items // 10)
-
-
-def refuse_beyond_int32(count, what):
-    """Raises InputError where so many cannot be numbered."""
-    if count > INT32_MAX:
-        raise InputError(
-            f"{count:,} {what} are more than int32 can number ({INT32_MAX:,}): drop rare ones with --min-item"
-        )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which users are in which shard and part: shard k has the users [k · users // shards, (k + 1) · users // shards)."""
-
-    users: int
-    streams: int
-    shards: int
-    block_users: int
-    parts: int
-
-    @classmethod
-    def of(
-        cls, ids: Ids, streams, shard_users, block_users, part_interactions
-    ) -> "Layout":
-        """Shards of `shard_users` at most, a multiple of `streams` (fewer where there are fewer users) of them; blocks of
-        `block_users` at most, fewer where histories are long; parts of about `part_interactions`, one shard at least."""
-        streams = min(streams, ids.users)
-        shards = streams * -(-ids.users // (streams * shard_users))
-        fitting = _BLOCK_INTERACTIONS * ids.users // ids.interactions
-        parts = min(shards, -(-ids.interactions // part_interactions))
-        return cls(ids.users, streams, shards, max(1, min(block_users, fitting)), parts)
-
-    def first_user(self, shard):
-        """First user of a shard, or for `shards` the number of users."""
-        return shard * self.users // self.shards
-
-    def shards_of(self, part):
-        """The shards of a part, a range."""
-        return range(
-            *(-(-number * self.shards // self.parts) for number in (part, part + 1))
-        )
-
-    def users_of(self, part):
-        """The users of a part, a range."""
-        shards = self.shards_of(part)
-        return range(self.first_user(shards.start), self.first_user(shards.stop))
-
-    def part_sql(self, number, divide):
-        """SQL: the part of the user `number`. divide: the engine's whole division, `//` or `div`."""
-        return f"((({number} + 1) * {self.shards} - 1) {divide} {self.users}) * {self.parts} {divide} {self.shards}"
+    def blocks(
+        self,
+        first: int,
+        last: int,
+        block_users: int,
+        advance: Callable[[int], None] | None,
+    ) -> Iterator[Block]:
+        """Yields the users [first, last) in blocks, of which the last has the rest."""
+        for block_first in range(first, last, block_users):
+            block_last = min(block_first + block_users, last)
+            begin = block_first - self.users.start
+            end = block_last - self.users.start
+            first_event = self.offsets[begin]
+            last_event = self.offsets[end]
+            if advance is not None:
+                advance(last_event - first_event)
+            lengths_U = self.lengths_U[begin:end]
+            yield Block(
+                lengths_B=lengths_U.astype(np.int32),
+                items_N=self.rows_N[first_event:last_event],
+                ticks_N=self.ticks_N[first_event:last_event],
+            )
 
 
 def write_part(
-    folder: Path, ids: Ids, layout: Layout, part, number_N, rows_N, time_N, advance=None
-):
-    """Writes a part's shards into `folder`/shards, and beside them what the dataset has to know of them.
+    folder: Path,
+    ids: Ids,
+    layout: Layout,
+    part: int,
+    number_N: np.ndarray,
+    rows_N: np.ndarray,
+    time_N: np.ndarray,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a part's shards into `folder`/shards, and beside them the part's statistics.
 
-    number_N: user numbers, rising; rows_N: rows of M, int32, each user's oldest first: all events of the part's users; time_N:
-    their times, in the logs' unit.
+    All events of the part's users are given, drawn above: number_N, numbers of users, rising;
+    rows_N, rows of M, int32, each user's oldest first; time_N, times in the logs' unit.
     advance(n): called as n interactions have been written.
     """
     users = layout.users_of(part)
-    starts, ticks_N = (
-        np.array(ids.starts),
-        ticks_of(time_N, ids.first_time, ids.last_time),
-    )
-    lengths = np.bincount(number_N - users.start, minlength=len(users))
-    if len(lengths) != len(users) or not lengths.all():
+    ticks_N = ticks_of(time_N, ids.first_time, ids.last_time)
+    lengths_U = np.bincount(number_N - users.start, minlength=len(users))
+    if len(lengths_U) != len(users) or not lengths_U.all():
         raise AssertionError(f"part {part} has not the events of its users {users}")
-    ends = np.cumsum(lengths)
-    offsets = np.concatenate([[0], ends])
-    splits = lengths >= SPLIT_LENGTH
-    held = np.concatenate([rows_N[ends[splits] - back] for back in (1, 2)])
+    offsets = np.concatenate([[0], np.cumsum(lengths_U)])
+    histories = _Histories(users, lengths_U, offsets, rows_N, ticks_N)
+    _write_statistics(folder, ids, histories, number_N)
+    shards = _write_shards(folder, ids, layout, part, histories, advance)
+    record = {
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+        "too_short": int((lengths_U < SPLIT_LENGTH).sum()),
+        "max_length": int(lengths_U.max()),
+    }
+    write_json(folder / "facts.json", record)
 
-    domains = len(ids.names)
-    own_N = (number_N - users.start) * domains + (
-        np.searchsorted(starts, rows_N, side="right") - 1
-    )
-    counts_UD = np.bincount(own_N, minlength=len(users) * domains).reshape(
-        len(users), domains
-    )
-    domain = [
-        np.searchsorted(starts, rows_N[ends[splits] - back], side="right") - 1
-        for back in (1, 2)
-    ]
+
+def _write_statistics(
+    folder: Path,
+    ids: Ids,
+    histories: _Histories,
+    number_N: np.ndarray,
+) -> None:
+    """Writes lengths.npy, held.npy and histograms.npy."""
+    starts = np.array(ids.starts)
+    rows_N = histories.rows_N
+
+    # Leave-one-out: the last item of the users S that are long enough is the test item, the
+    # last but one the validation item.
+    users_S = np.flatnonzero(histories.lengths_U >= SPLIT_LENGTH)
+    ends_S = histories.offsets[1:][users_S]
+    test_rows_S = rows_N[ends_S - 1]
+    validation_rows_S = rows_N[ends_S - 2]
+    held_out = np.concatenate([test_rows_S, validation_rows_S])
+    held_out_rows, held_out_counts = np.unique(held_out, return_counts=True)
+    np.save(folder / "held.npy", np.stack([held_out_rows, held_out_counts]))
+
+    counts_UD = _count_by_domain(starts, histories, number_N)
     training_UD = counts_UD.copy()
-    for column in domain:
-        training_UD[np.flatnonzero(splits), column] -= 1
-    np.save(
-        folder / LENGTHS,
-        np.minimum(training_UD, np.iinfo(LENGTHS_DTYPE).max).astype(LENGTHS_DTYPE),
-    )
-    np.save(folder / "held.npy", np.stack(np.unique(held, return_counts=True)))
-    histograms = [
-        np.unique(column[column > 0], return_counts=True) for column in counts_UD.T
-    ]
-    np.save(folder / "histograms.npy", np.array([
-        (number, length, count)
-        for number, histogram in enumerate(histograms)
-        for length, count in zip(*map(np.ndarray.tolist, histogram), strict=True)
-    ], np.int64).reshape(-1, 3))  # fmt: skip
+    for rows_S in (test_rows_S, validation_rows_S):
+        domains_S = np.searchsorted(starts, rows_S, side="right") - 1
+        training_UD[users_S, domains_S] -= 1
+    clipped_UD = np.minimum(training_UD, np.iinfo(LENGTHS_DTYPE).max)
+    np.save(folder / LENGTHS, clipped_UD.astype(LENGTHS_DTYPE))
+    np.save(folder / "histograms.npy", _length_histograms(counts_UD))
 
-    def blocks(first, last):
-        for begin in range(first, last, layout.block_users):
-            own = slice(
-                begin - users.start, min(begin + layout.block_users, last) - users.start
-            )
-            events = slice(offsets[own.start], offsets[own.stop])
-            if advance is not None:
-                advance(events.stop - events.start)
-            yield Block(lengths[own].astype(np.int32), rows_N[events], ticks_N[events])
 
+def _count_by_domain(
+    starts: np.ndarray,
+    histories: _Histories,
+    number_N: np.ndarray,
+) -> np.ndarray:
+    """Counts each user's interactions by domain, int64 (U, D).
+
+    starts: as `Ids.starts`. Of the example in the module's head: [[3, 1], [0, 1], [3, 0], [0,
+    2]].
+    """
+    users = len(histories.users)
+    domains = len(starts) - 1
+    domain_N = np.searchsorted(starts, histories.rows_N, side="right") - 1
+    cell_N = (number_N - histories.users.start) * domains + domain_N
+    counts = np.bincount(cell_N, minlength=users * domains)
+    return counts.reshape(users, domains)
+
+
+def _length_histograms(counts_UD: np.ndarray) -> np.ndarray:
+    """Counts the users of each length by domain: (domain, length, users), int64 (K, 3)."""
+    pieces = []
+    for domain, counts_U in enumerate(counts_UD.T):
+        active_U = counts_U[counts_U > 0]
+        lengths, users = np.unique(active_U, return_counts=True)
+        domain_column = np.full(len(lengths), domain, np.int64)
+        piece = np.column_stack([domain_column, lengths, users])
+        pieces.append(piece)
+    return np.concatenate(pieces).astype(np.int64)
+
+
+def _write_shards(
+    folder: Path,
+    ids: Ids,
+    layout: Layout,
+    part: int,
+    histories: _Histories,
+    advance: Callable[[int], None] | None,
+) -> list[Shard]:
+    """Writes a part's shards into `folder`/shards."""
+    num_embeddings = ids.starts[-1]
+    offsets = histories.offsets
     (folder / "shards").mkdir()
     shards = []
     for number in layout.shards_of(part):
-        first, last = layout.first_user(number), layout.first_user(number + 1)
+        first = layout.first_user(number)
+        last = layout.first_user(number + 1)
         name = f"shards/{number:06d}.tar"
-        size, sha256 = write_shard(
-            folder / name, first, int(starts[-1]), blocks(first, last)
+        blocks = histories.blocks(first, last, layout.block_users, advance)
+        size, sha256 = write_shard(folder / name, first, num_embeddings, blocks)
+        first_event = offsets[first - histories.users.start]
+        last_event = offsets[last - histories.users.start]
+        shard = Shard(
+            name=name,
+            users=last - first,
+            first_user=first,
+            interactions=int(last_event - first_event),
+            bytes=size,
+            sha256=sha256,
         )
-        interactions = int(offsets[last - users.start] - offsets[first - users.start])
-        shards.append(
-            dataclasses.asdict(
-                Shard(name, last - first, first, interactions, size, sha256)
-            )
-        )
-    _write_json(folder / "facts.json", {
-        "shards": shards,
-        "too_short": int((~splits).sum()),
-        "max_length": int(lengths.max()),
-    })  # fmt: skip
-
-
-def assemble(
-    folder: Path,
-    ids_folder: Path,
-    part_folders,
-    layout: Layout,
-    seed,
-    connection: duckdb.DuckDBPyConnection,
-):
-    """Makes the dataset in `folder` out of the numbered ids and the finished parts, whose shards it takes. May be called
-    again after it was interrupted."""
-    ids = Ids.load(ids_folder)
-    facts = [
-        json.loads((part / "facts.json").read_text(encoding="utf-8"))
-        for part in part_folders
-    ]
-    histograms = np.concatenate(
-        [np.load(part / "histograms.npy") for part in part_folders]
-    )
-    held = np.zeros(ids.starts[-1], np.int64)
-    for part in part_folders:
-        rows, counts = np.load(part / "held.npy")
-        held[rows] += counts
-    (folder / "vocabulary").mkdir(exist_ok=True)
-    (folder / "shards").mkdir(exist_ok=True)
-    domains = []
-    items = scan(ids_folder / "items")
-    for number, (name, count) in enumerate(zip(ids.names, ids.items, strict=True)):
-        found = connection.sql(
-            f"SELECT item_id, row::BIGINT AS row, total FROM {items} WHERE domain = {number} ORDER BY row"
-        )
-        vocabulary = f"vocabulary/{number}.parquet"
-        _write_parquet(folder / vocabulary, found.to_arrow_reader(), held)
-        lengths, users = _sum_by(*histograms[histograms[:, 0] == number, 1:].T)
-        domains.append(
-            Domain(
-                name=name,
-                start=ids.starts[number],
-                items=count,
-                room=ids.rooms[number],
-                users=int(users.sum()),
-                interactions=int(users @ lengths),
-                length_percentiles=percentiles(lengths, users),
-                vocabulary=vocabulary,
-            )
-        )
-    users = connection.sql(
-        f"""SELECT user_id, "user"::BIGINT AS "user" FROM {scan(ids_folder / "users")} ORDER BY "user" """
-    )
-    _write_parquet(folder / USERS, users.to_arrow_reader())
-    _join_lengths(folder / LENGTHS, part_folders, (ids.users, len(domains)))
-    for part, fact in zip(part_folders, facts, strict=True):
-        for shard in fact["shards"]:
-            if (
-                part / shard["name"]
-            ).exists():  # else it was taken before the interruption
-                (part / shard["name"]).rename(folder / shard["name"])
-    dataset = Dataset(
-        folder=folder,
-        seed=seed,
-        users=ids.users,
-        interactions=ids.interactions,
-        too_short=sum(fact["too_short"] for fact in facts),
-        max_length=max(fact["max_length"] for fact in facts),
-        first_time=ids.first_time,
-        last_time=ids.last_time,
-        block_users=layout.block_users,
-        streams=layout.streams,
-        domains=tuple(domains),
-        shards=tuple(Shard(**shard) for fact in facts for shard in fact["shards"]),
-        files=tuple(
-            File.of(folder, name)
-            for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))
-        ),
-    )
-    dataset.save()
-    return dataset
-
-
-def percentiles(lengths, users) -> dict[str, int]:
-    """p5, p50, p95 and max of lengths (rising) that so many users have: the least length that enough users do not exceed; 0
-    where nobody has any."""
-    if not len(users):
-        return dict.fromkeys(PERCENTILES, 0)
-    share = np.cumsum(users) / users.sum()
-    return {
-        name: int(lengths[np.searchsorted(share, q)]) for name, q in PERCENTILES.items()
-    }
-
-
-def connect() -> duckdb.DuckDBPyConnection:
-    """A DuckDB that fetches and loads no extension, whatever a file holds or is called."""
-    off = {
-        "autoinstall_known_extensions": "false",
-        "autoload_known_extensions": "false",
-    }
-    return duckdb.connect(":memory:", config=off)
-
-
-def escape(path):
-    """A path inside an SQL literal."""
-    return str(path).replace("'", "''")
-
-
-def scan(folder):
-    """SQL: the rows of all Parquet files in a folder, whatever its name."""
-    return f"read_parquet('{escape(glob.escape(str(folder)))}/*.parquet', hive_partitioning=false)"
-
-
-def _sum_by(keys, counts):
-    """Rising keys, each once, and the sums of their counts."""
-    found, index = np.unique(keys, return_inverse=True)
-    return found, np.bincount(index, weights=counts, minlength=len(found)).astype(
-        np.int64
-    )
-
-
-def _join_lengths(path, part_folders, shape):
-    with open(path, "wb") as stream:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(LENGTHS_DTYPE),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(stream, header)
-        for part in part_folders:
-            np.load(part / LENGTHS).tofile(stream)
-
-
-def _write_parquet(path, reader, held_out=None):
-    """Writes a stream in row groups of one size, so that the bytes do not depend on how it was batched."""
-    with pq.ParquetWriter(path, _schema(reader.schema)) as writer:
-        waiting = []
-        for batch in itertools.chain(reader, [None]):
-            if batch is not None:
-                waiting.append(batch)
-            table = pa.Table.from_batches(waiting, schema=reader.schema)
-            whole = (
-                len(table)
-                if batch is None
-                else len(table) // _PARQUET_ROWS * _PARQUET_ROWS
-            )
-            for start in range(0, whole, _PARQUET_ROWS):
-                part = table.slice(start, min(_PARQUET_ROWS, whole - start))
-                if held_out is not None:
-                    count = part["total"].to_numpy() - held_out[part["row"].to_numpy()]
-                    part = part.set_column(2, "count", pa.array(count, pa.int64()))
-                writer.write_table(part.combine_chunks().cast(writer.schema))
-            waiting = table.slice(whole).to_batches()
-
-
-def _schema(schema):
-    return pa.schema(
-        [
-            ("count" if field.name == "total" else field.name, field.type)
-            for field in schema
-        ]
-    )
-
-
-def _write_json(path, facts):
-    path.write_text(
-        json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+        shards.append(shard)
+    return shards

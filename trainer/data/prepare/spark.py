@@ -1,11 +1,12 @@
-"""The preparation of `prepare.py` on Spark: the same logs and options give the same folder, byte for byte.
+"""The preparation of `pipeline.py` on Spark, which gives the same folder, byte for byte.
 
     ids      users and items are numbered              Spark
-    parts    each part sorted and cut into shards      Spark brings a part's events to one task, `write_part` does the rest
+    parts    each part sorted and cut into shards      Spark brings a part's events to one task,
+                                                       and `write_part` does the rest
     dataset  vocabularies, users, lengths, dataset.json, on the driver
 
-The output lies where the driver and all executors see it by the same path. Without a session that runs already (spark-submit,
-a notebook) one is started on this machine.
+The driver and all executors see the output by the same path. Without a session that runs
+already (spark-submit, a notebook) one is started on this machine.
 """
 
 import contextlib
@@ -17,21 +18,29 @@ import re
 import shutil
 import sys
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from trainer.config.prepare import PrepareConfig
+from trainer.data.duckdb_engine import engine
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.pipeline import PrepareConfig, engine, facts, join_parts
-from trainer.data.prepare.shard_writing import (
+from trainer.data.prepare.ids import (
     HASH_DIGITS,
     Ids,
-    Layout,
     refuse_beyond_int32,
-    room_of,
-    write_part,
+    reserve_rows,
 )
+from trainer.data.prepare.layout import Layout
+from trainer.data.prepare.pipeline import (
+    join_parts,
+    list_dependencies,
+    missing_parts,
+    warn_of_new_begin,
+)
+from trainer.data.prepare.shard_writing import write_part
 from trainer.errors import InputError
 from trainer.files.staged import Work, finished_whole
 
@@ -45,7 +54,8 @@ except ImportError as error:
 
 from trainer.data.prepare.spark_logs import (
     SPARK_ERRORS,
-    escaped,
+    Input,
+    escape_glob,
     find_inputs,
     open_log,
     spark_reason,
@@ -59,64 +69,71 @@ _SETTINGS = {
     "spark.sql.parquet.binaryAsString": "false",
     "spark.sql.parquet.int96AsTimestamp": "true",
 }
-_PLACE_BITS = 33  # of monotonically_increasing_id(): the place in the portion; above them the portion
+# Of monotonically_increasing_id(): the position in the portion; above them the portion.
+_POSITION_BITS = 33
 
 
-def prepare(config: PrepareConfig, fresh=False) -> Dataset:
-    """Does what `prepare.prepare` does. Inputs may also be addresses that Spark reads (s3a://, hdfs://) and table:NAME.
+def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
+    """Does what `pipeline.prepare` does.
 
-    `config.processes` is for Spark to say, and `config.memory` holds for the driver's last stage alone. Where an input is a
-    table, whose state is not known, it always begins anew. Raises InputError for whatever is wrong with the logs, the output
-    folder or the cluster.
+    Inputs may also be addresses that Spark reads (s3a://, hdfs://) and table:NAME. Spark
+    decides on `config.processes`, and `config.memory` holds for the driver's last stage alone.
+    If an input is a table, whose state is not known, it always begins anew.
+    Raises InputError for whatever is wrong with the logs, the output folder or the cluster.
     """
-    config = dataclasses.replace(config, output=os.path.abspath(config.output))
-    with _session() as spark:
+    output = os.path.abspath(config.output)
+    config = dataclasses.replace(config, output=output)
+    with _open_session() as spark:
         inputs = find_inputs(spark, config.inputs)
         fresh = fresh or any(one.is_table for one in inputs)
-        known = facts(
-            config, [one.facts for one in inputs], ("pyspark", "duckdb", "pyarrow")
-        )
-        with Work(
-            config.output, known | {"part_interactions": _PART_INTERACTIONS}, fresh
-        ) as work:
-            if work.begun_anew:
-                print(
-                    f"{work.folder}: was made from other logs or options; begins anew",
-                    file=sys.stderr,
-                )
-            try:
+        states = [one.facts for one in inputs]
+        libraries = ("pyspark", "duckdb", "pyarrow")
+        dependencies = list_dependencies(config, states, libraries)
+        dependencies["part_interactions"] = _PART_INTERACTIONS
+        with Work(config.output, dependencies, fresh) as work:
+            warn_of_new_begin(work)
+            with _refused_errors(work):
                 _Preparation(spark, config, inputs, work).run()
-            except InputError:  # of the logs: it would be met again
-                work.discard()
-                raise
-            except OSError as error:
-                raise InputError(
-                    f"{work.folder} cannot be written: {error}: mend it, and the same command goes on"
-                ) from None
-            except SPARK_ERRORS as error:
-                raise InputError(_gave_up(error)) from None
             work.deliver("dataset")
     return Dataset.load(config.output)
 
 
-def _gave_up(error):
+@contextlib.contextmanager
+def _refused_errors(work: Work) -> Iterator[None]:
+    """Turns errors of the disk and of Spark into InputErrors that say what to do."""
+    try:
+        yield
+    except InputError:  # of the logs: it would be met again
+        work.discard()
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{work.folder} cannot be written: {error}: "
+            "mend it, and the same command goes on"
+        ) from None
+    except SPARK_ERRORS as error:
+        raise InputError(_explain_failure(error)) from None
+
+
+def _explain_failure(error: Exception) -> str:
+    """Says why Spark gave up, and the way out."""
     missing = re.search(r"No module named '(\w+)", str(error))
     if missing:
         return (
-            f"Spark's executors do not find the Python package {missing[1]}: install it there, give it with --py-files, "
+            f"Spark's executors do not find the Python package {missing[1]}: "
+            "install it there, give it with --py-files, "
             "or name the Python that has it in PYSPARK_PYTHON"
         )
     return f"Spark gave up: {spark_reason(error)}: the same command goes on"
 
 
 @contextlib.contextmanager
-def _session():
-    """The session that runs, or a new one, with the settings that the meaning of the logs depends on."""
+def _open_session() -> Iterator[SparkSession]:
+    """Yields the session that runs, or a new one, with the settings that logs depend on."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    spark = (
-        SparkSession.getActiveSession()
-        or SparkSession.builder.appName("prepare").getOrCreate()
-    )
+    spark = SparkSession.getActiveSession()
+    if spark is None:
+        spark = SparkSession.builder.appName("prepare").getOrCreate()
     before = {name: spark.conf.get(name, None) for name in _SETTINGS}
     try:
         for name, value in _SETTINGS.items():
@@ -124,17 +141,31 @@ def _session():
         yield spark
     finally:
         for name, value in before.items():
-            spark.conf.unset(name) if value is None else spark.conf.set(name, value)
+            if value is None:
+                spark.conf.unset(name)
+            else:
+                spark.conf.set(name, value)
 
 
 class _Preparation:
     """The stages of one call of `prepare`."""
 
-    def __init__(self, spark, config, inputs, work):
-        self.spark, self.config, self.inputs, self.work = spark, config, inputs, work
+    def __init__(
+        self,
+        spark: SparkSession,
+        config: PrepareConfig,
+        inputs: list[Input],
+        work: Work,
+    ):
+        self.spark = spark
+        self.config = config
+        self.inputs = inputs
+        self.work = work
 
-    def run(self):
-        config, work = self.config, self.work
+    def run(self) -> None:
+        """Runs the stages that are not done."""
+        config = self.config
+        work = self.work
         if not work.done("ids"):
             with work.stage("ids") as folder:
                 self.number_ids(self.log, folder)
@@ -147,193 +178,247 @@ class _Preparation:
             _PART_INTERACTIONS,
         )
         self.write_parts(ids, layout)
-        with engine(
-            work.scratch, config.memory_bytes, len(os.sched_getaffinity(0))
-        ) as connection:
+        threads = len(os.sched_getaffinity(0))
+        with engine(work.scratch, config.memory_bytes, threads) as connection:
             join_parts(work, layout, config.seed, connection)
 
     @functools.cached_property
-    def log(self):
+    def log(self) -> DataFrame:
         """The rows of the logs."""
-        return open_log(
-            self.spark,
-            self.inputs,
-            self.config.columns,
-            self.config.domain,
-            self.scratch("text"),
-        )
+        config = self.config
+        scratch = self.scratch_uri("text")
+        return open_log(self.spark, self.inputs, config.columns, config.domain, scratch)
 
-    def number_ids(self, log, folder):
+    def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
-        users = log.select("user_id").distinct()
-        items = log.groupBy("domain", "item_id").agg(F.count("*").alias("total"))
         if config.min_user > 1 or config.min_item > 1:
-            users, items = self.frequent(log)
-        items = self.kept(items, "found_items")
-
-        key = F.substring(
-            F.md5(F.concat(F.lit(f"{config.seed}:"), "text").cast("binary")),
-            1,
-            HASH_DIGITS,
-        )
-        users = users.withColumn("text", F.col("user_id").cast("string"))
-        users = users.withColumn("key", F.conv(key, 16, 10).cast("bigint"))
-        users, count = self.numbered(users, ("key", "text"), "user")
+            users, items = self.drop_rare(log)
+        else:
+            users = log.select("user_id").distinct()
+            total = F.count("*").alias("total")
+            items = log.groupBy("domain", "item_id").agg(total)
+        items = self.materialize(items, "distinct_items")
+        users, count = self.number_users(users)
         refuse_beyond_int32(count, "users")
         refuse_beyond_int32(items.count(), "items")
-        users.select("user_id", "user").write.parquet(_uri(folder / "users"))
-
-        first, last = log.agg(F.min("time"), F.max("time")).head()
-        domains = sorted(
-            items.groupBy("domain").count().collect(),
-            key=lambda found: found[0].encode(),
-        )
-        ids = Ids(
-            users=count,
-            interactions=items.agg(F.sum("total")).head()[0],
-            names=tuple(name for name, _ in domains),
-            items=tuple(number for _, number in domains),
-            rooms=tuple(room_of(number) for _, number in domains),
-            first_time=float(first),
-            last_time=float(last),
-        )
+        users = users.select("user_id", "user")
+        users.write.parquet(_uri(folder / "users"))
+        ids = self.summarize(log, items, count)
         ids.check()
-        befores = [sum(ids.items[:number]) for number in range(len(ids.items))]
-        shifts = [
-            start - before
-            for start, before in zip(ids.starts[:-1], befores, strict=True)
-        ]
-        table = self.spark.createDataFrame(
-            [
-                (number, name, shift)
-                for number, (name, shift) in enumerate(
-                    zip(ids.names, shifts, strict=True)
-                )
-            ],
-            "domain int, name string, shift bigint",
-        )
-        items = items.withColumnRenamed("domain", "name").join(
-            F.broadcast(table), "name"
-        )
-        items = items.withColumn("text", F.col("item_id").cast("string"))
-        items, _ = self.numbered(items, ("domain", "text"), "item")
-        items, _ = self.numbered(items, ("domain", F.desc("total"), "text"), "rank")
-        items = items.withColumn("row", F.col("shift") + F.col("rank"))
-        items.select("domain", "name", "item_id", "total", "item", "row").write.parquet(
-            _uri(folder / "items")
-        )
+        items = self.number_items(items, ids)
+        items.write.parquet(_uri(folder / "items"))
         ids.save(folder)
 
-    def frequent(self, log):
-        """Users and items that stay when events are dropped until every user left has `min_user` and every item left
-        `min_item` interactions: the k-core."""
-        config, item = self.config, ["domain", "item_id"]
-        total = F.sum("total").alias("total")
-        pairs = self.kept(
-            log.groupBy("user_id", *item).agg(F.count("*").alias("total")), "round-0"
+    def number_users(self, users: DataFrame) -> tuple[DataFrame, int]:
+        """Numbers users by (MD5 of seed and id, text of the id); returns them, and how many."""
+        seed = F.lit(f"{self.config.seed}:")
+        seeded_id = F.concat(seed, "text").cast("binary")
+        digits = F.substring(F.md5(seeded_id), 1, HASH_DIGITS)
+        key = F.conv(digits, 16, 10).cast("bigint")
+        text = F.col("user_id").cast("string")
+        users = users.withColumn("text", text)
+        users = users.withColumn("key", key)
+        return self.number_rows(users, ("key", "text"), "user")
+
+    def summarize(
+        self,
+        log: DataFrame,
+        items: DataFrame,
+        users: int,
+    ) -> Ids:
+        """Counts interactions, and the items of each domain."""
+        times = log.agg(F.min("time"), F.max("time"))
+        first_time, last_time = times.head()
+        (interactions,) = items.agg(F.sum("total")).head()
+        domains = items.groupBy("domain").count().collect()
+        domains.sort(key=lambda row: row[0].encode())
+        names = [name for name, _ in domains]
+        counts = [count for _, count in domains]
+        return Ids(
+            users=users,
+            interactions=interactions,
+            names=tuple(names),
+            items=tuple(counts),
+            rooms=tuple(reserve_rows(count) for count in counts),
+            first_time=float(first_time),
+            last_time=float(last_time),
         )
-        before, count, number = None, pairs.count(), 0
+
+    def number_items(self, items: DataFrame, ids: Ids) -> DataFrame:
+        """Numbers items by (domain, text of the id), and gives them rows of M by popularity."""
+        # What a domain's first row is beyond the number of items before it.
+        shifts = []
+        items_before = 0
+        for number, name in enumerate(ids.names):
+            shift = ids.starts[number] - items_before
+            shifts.append((number, name, shift))
+            items_before += ids.items[number]
+        schema = "domain int, name string, shift bigint"
+        domains = self.spark.createDataFrame(shifts, schema)
+        items = items.withColumnRenamed("domain", "name")
+        items = items.join(F.broadcast(domains), "name")
+        text = F.col("item_id").cast("string")
+        items = items.withColumn("text", text)
+        by_id = ("domain", "text")
+        items, _ = self.number_rows(items, by_id, "item")
+        by_popularity = ("domain", F.desc("total"), "text")
+        items, _ = self.number_rows(items, by_popularity, "position")
+        row = F.col("shift") + F.col("position")
+        items = items.withColumn("row", row)
+        return items.select("domain", "name", "item_id", "total", "item", "row")
+
+    def drop_rare(self, log: DataFrame) -> tuple[DataFrame, DataFrame]:
+        """Returns the users and items of the k-core.
+
+        Events are dropped until every user left has `min_user` and every item left `min_item`
+        interactions.
+        """
+        config = self.config
+        user = ["user_id"]
+        item = ["domain", "item_id"]
+        total = F.sum("total").alias("total")
+        events = F.count("*").alias("total")
+        pairs = log.groupBy(*user, *item).agg(events)
+        pairs = self.materialize(pairs, "round-0")
+        before = None
+        count = pairs.count()
+        number = 0
         while count != before:
-            # Kept as files at each round: a plan that grew with the rounds would be worked through anew in each of them.
-            rest, number = pairs, number + 1
-            for column, least in (
-                (["user_id"], config.min_user),
+            rest = pairs
+            for columns, least in (
+                (user, config.min_user),
                 (item, config.min_item),
             ):
                 if least > 1:
-                    rare = (
-                        pairs.groupBy(column).agg(total).filter(F.col("total") < least)
-                    )
-                    rest = rest.join(rare, column, "left_anti")
-            pairs = self.kept(rest, f"round-{number}")
-            before, count = count, pairs.count()
-            shutil.rmtree(self.work.scratch / f"round-{number - 1}")
+                    totals = pairs.groupBy(columns).agg(total)
+                    rare = totals.filter(F.col("total") < least)
+                    rest = rest.join(rare, columns, "left_anti")
+            # Kept as files at each round: a plan that grew with the rounds would be worked
+            # through anew in each of them.
+            pairs = self.materialize(rest, f"round-{number + 1}")
+            before = count
+            count = pairs.count()
+            old_round = self.work.scratch / f"round-{number}"
+            shutil.rmtree(old_round)
+            number += 1
         if not count:
             raise InputError(
-                f"nothing is left with --min-user {config.min_user} --min-item {config.min_item}: lower them"
+                f"nothing is left with --min-user {config.min_user} "
+                f"--min-item {config.min_item}: lower them"
             )
-        return pairs.select("user_id").distinct(), pairs.groupBy(*item).agg(total)
+        users = pairs.select("user_id").distinct()
+        return users, pairs.groupBy(*item).agg(total)
 
-    def numbered(self, frame: DataFrame, order, name):
-        """The rows with their number in that order, from 0, in a new column; and how many there are."""
-        place = F.col("place")
-        frame = self.kept(
-            frame.orderBy(*order).withColumn("place", F.monotonically_increasing_id()),
-            f"by-{name}",
-        )
-        portion = F.shiftright(place, _PLACE_BITS)
-        counts = sorted(frame.groupBy(portion.alias("portion")).count().collect())
-        starts, count = [], 0
-        for number, size in counts:
+    def number_rows(
+        self,
+        frame: DataFrame,
+        order: tuple[object, ...],
+        name: str,
+    ) -> tuple[DataFrame, int]:
+        """Adds the rows' number in an order, from 0, as the column `name`; also counts them.
+
+        Spark numbers rows within the portions of its sort. The rows before a portion are added:
+
+            serial    portion 0: 0 1 2    portion 1: 2³³ + 0, 2³³ + 1
+            start     0                   3
+            number    0 1 2               3 4
+        """
+        serial = F.col("serial")
+        ordered = frame.orderBy(*order)
+        ordered = ordered.withColumn("serial", F.monotonically_increasing_id())
+        frame = self.materialize(ordered, f"by-{name}")
+        portion = F.shiftright(serial, _POSITION_BITS)
+        position = serial.bitwiseAND(2**_POSITION_BITS - 1)
+        portions = frame.groupBy(portion.alias("portion"))
+        sizes = portions.count().collect()
+        starts = []
+        count = 0
+        for number, size in sorted(sizes):
             starts.append((number, count))
             count += size
-        starts = self.spark.createDataFrame(starts, "portion bigint, start bigint")
-        frame = frame.withColumn("portion", portion).join(
-            F.broadcast(starts), "portion"
-        )
-        number = F.col("start") + place.bitwiseAND(2**_PLACE_BITS - 1)
-        return frame.withColumn(name, number).drop("portion", "start", "place"), count
+        schema = "portion bigint, start bigint"
+        starts = self.spark.createDataFrame(starts, schema)
+        frame = frame.withColumn("portion", portion)
+        frame = frame.join(F.broadcast(starts), "portion")
+        frame = frame.withColumn(name, F.col("start") + position)
+        frame = frame.drop("portion", "start", "serial")
+        return frame, count
 
-    def write_parts(self, ids, layout):
-        """Writes the shards of all parts that are not there yet."""
+    def write_parts(self, ids: Ids, layout: Layout) -> None:
+        """Writes the shards of all parts that are not done."""
         folder = self.work.folder / "parts"
         for partial in folder.glob("*.partial"):
             shutil.rmtree(partial)
-        missing = [
-            part
-            for part in range(layout.parts)
-            if not self.work.done(f"parts/{part:05d}")
-        ]
+        missing = missing_parts(self.work, layout)
         if not missing:
             return
-        users = self.spark.read.parquet(escaped(_uri(self.work.path("ids") / "users")))
-        items = self.spark.read.parquet(escaped(_uri(self.work.path("ids") / "items")))
-        users = users.selectExpr(
-            "user_id",
-            "int(user) AS user",
-            f"int({layout.part_sql('user', 'div')}) AS part",
-        )
-        if len(missing) < layout.parts:
-            users = users.filter(F.col("part").isin(missing))
-        items = items.selectExpr(
-            "name AS domain", "item_id", "int(item) AS item", "int(row) AS row"
-        )
-        events = self.log.join(users, "user_id").join(items, ["domain", "item_id"])
-        events = events.select("part", "user", "time", "item", "row").repartition(
-            len(missing), "part"
-        )
-        events = events.sortWithinPartitions("part", "user", "time", "item").select(
-            "part", "user", "row", "time"
-        )
+        events = self.sort_events(layout, missing)
         write = functools.partial(_write_parts, folder, ids, layout)
-        written = sorted(
-            part for (part,) in events.mapInArrow(write, "part int").collect()
-        )
+        rows = events.mapInArrow(write, "part int").collect()
+        written = sorted(part for (part,) in rows)
         if written != missing:
             raise AssertionError(f"parts {written} were written in place of {missing}")
 
-    def kept(self, frame, name):
-        """The same rows, read from files."""
-        path = self.scratch(name)
-        frame.write.parquet(path)
-        return self.spark.read.schema(frame.schema).parquet(escaped(path))
+    def sort_events(self, layout: Layout, missing: list[int]) -> DataFrame:
+        """Brings the events of each part into one portion: part, user, row, time, in order."""
+        ids_folder = self.work.path("ids")
+        users = self.read_parquet(_uri(ids_folder / "users"))
+        items = self.read_parquet(_uri(ids_folder / "items"))
+        part = layout.part_sql("user", "div")
+        users = users.selectExpr(
+            "user_id",
+            "int(user) AS user",
+            f"int({part}) AS part",
+        )
+        if len(missing) < layout.parts:
+            is_missing = F.col("part").isin(missing)
+            users = users.filter(is_missing)
+        items = items.selectExpr(
+            "name AS domain",
+            "item_id",
+            "int(item) AS item",
+            "int(row) AS row",
+        )
+        events = self.log.join(users, "user_id")
+        events = events.join(items, ["domain", "item_id"])
+        events = events.select("part", "user", "time", "item", "row")
+        events = events.repartition(len(missing), "part")
+        events = events.sortWithinPartitions("part", "user", "time", "item")
+        return events.select("part", "user", "row", "time")
 
-    def scratch(self, name):
+    def materialize(self, frame: DataFrame, name: str) -> DataFrame:
+        """Writes the rows to files; returns the same rows, read from them."""
+        uri = self.scratch_uri(name)
+        frame.write.parquet(uri)
+        reader = self.spark.read.schema(frame.schema)
+        return reader.parquet(escape_glob(uri))
+
+    def read_parquet(self, uri: str) -> DataFrame:
+        """Reads all files of a folder."""
+        return self.spark.read.parquet(escape_glob(uri))
+
+    def scratch_uri(self, name: str) -> str:
+        """Returns the name of a scratch folder in Spark's terms."""
         return _uri(self.work.scratch / name)
 
 
-def _uri(path):
+def _uri(path: Path) -> str:
     return f"file://{path}"
 
 
-def _write_parts(folder: Path, ids: Ids, layout: Layout, batches):
-    """Writes the shards of the parts whose events (part, user, row, time) come in order. Runs in a task.
+def _write_parts(
+    folder: Path,
+    ids: Ids,
+    layout: Layout,
+    batches: Iterable[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    """Writes the shards of the parts whose events (part, user, row, time) come in order.
 
-    Another attempt at the same part may run at the same time, or have run: each writes into a folder of its own, and the
-    first to end gives it the part's name.
+    Runs in a task. Another attempt at the same part may run at the same time, or have run: each
+    writes into a folder of its own, and the first to end gives it the part's name.
     """
-    for part, number_N, rows_N, time_N in _by_part(batches):
+    for part, number_N, rows_N, time_N in _join_batches(batches):
         target = folder / f"{part:05d}"
         try:
             with finished_whole(target, uuid.uuid4().hex) as partial:
@@ -341,24 +426,49 @@ def _write_parts(folder: Path, ids: Ids, layout: Layout, batches):
         except OSError:
             if not target.is_dir():
                 raise
-        yield pa.RecordBatch.from_pydict({"part": pa.array([part], pa.int32())})
+        written = pa.array([part], pa.int32())
+        yield pa.RecordBatch.from_pydict({"part": written})
 
 
-def _by_part(batches):
-    """Each part with all of its user numbers, rows of M and times, (N,)."""
-    current, found = None, []
+def _join_batches(
+    batches: Iterable[pa.RecordBatch],
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields each part with all of its user numbers, rows of M and times, (N,).
+
+    batches: Arrow batches of (part, user, row, time), all events of a part one after the other:
+
+        part  4 4 4 | 4 7 7      gives  4: user [0 0 1 1], row [5 2 2 8], time [1 3 2 6]
+        user  0 0 1 | 1 6 6             7: user [6 6],     row [2 5],     time [4 5]
+        row   5 2 2 | 8 2 5
+        time  1 3 2 | 6 4 5
+    """
+    current = None
+    pieces = []
     for batch in batches:
-        part_N, *columns = (
-            column.to_numpy(zero_copy_only=False) for column in batch.columns
-        )
-        cuts = [0, *(np.flatnonzero(np.diff(part_N)) + 1), len(part_N)]
-        for start, end in itertools.pairwise(cuts):
+        columns = []
+        for column in batch.columns:
+            columns.append(column.to_numpy(zero_copy_only=False))
+        part_N = columns.pop(0)
+        cuts = np.flatnonzero(np.diff(part_N)) + 1
+        bounds = [0, *cuts, len(part_N)]
+        for start, end in itertools.pairwise(bounds):
             if start == end:
                 continue
             if part_N[start] != current:
-                if found:
-                    yield current, *map(np.concatenate, zip(*found, strict=True))
-                current, found = int(part_N[start]), []
-            found.append([column[start:end] for column in columns])
-    if found:
-        yield current, *map(np.concatenate, zip(*found, strict=True))
+                if pieces:
+                    yield current, *_concatenate_columns(pieces)
+                current = int(part_N[start])
+                pieces = []
+            pieces.append([column[start:end] for column in columns])
+    if pieces:
+        yield current, *_concatenate_columns(pieces)
+
+
+def _concatenate_columns(
+    pieces: list[list[np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Joins pieces of (user numbers, rows of M, times)."""
+    numbers = np.concatenate([piece[0] for piece in pieces])
+    rows = np.concatenate([piece[1] for piece in pieces])
+    times = np.concatenate([piece[2] for piece in pieces])
+    return numbers, rows, times

@@ -1,8 +1,11 @@
-"""Reading interaction logs with Spark: the same rows, types and refusals as `logs.py` has, as one DataFrame.
+"""Reading interaction logs with Spark: the rows, types and refusals of `logs.py`.
 
-Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's tasks, a file a task: Spark's own reader takes
-an open quote, mixed line ends and bytes that are no UTF-8 for data. Where Spark would write an id otherwise than DuckDB
-(a fraction, a TIMESTAMP), or reads fewer ways to write a time, the log is refused: the engines never differ in silence.
+Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's tasks, a file a
+task: Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for
+data.
+
+Spark writes some ids otherwise than DuckDB (a fraction, a TIMESTAMP), and reads fewer ways to
+write a time. Such a log is refused: the engines never differ in silence.
 """
 
 import functools
@@ -10,17 +13,20 @@ import re
 import tempfile
 import urllib.parse
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from trainer.data.duckdb_engine import connect, escape
 from trainer.data.prepare.logs import (
     SUFFIXES,
     check_columns,
@@ -30,29 +36,55 @@ from trainer.data.prepare.logs import (
     suffix_of,
 )
 from trainer.data.prepare.pipeline import file_facts
-from trainer.data.prepare.shard_writing import connect
 from trainer.errors import InputError
 
 TABLE = "table:"
 SPARK_ERRORS = (PySparkException, Py4JError)
 ROLES = ("user", "item", "domain", "time")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-_TEXT = "file string, row bigint, user string, item string, domain string, time string, fault string"
-_TEXT_ARROW = pa.schema(
-    [
-        (name, pa.int64() if kind == "bigint" else pa.string())
-        for name, kind in map(str.split, _TEXT.split(", "))
-    ]
+# The rows of a text file, or what is wrong with it.
+_TEXT_SCHEMA = """
+    file string,
+    row bigint,
+    user string,
+    item string,
+    domain string,
+    time string,
+    fault string"""
+_TEXT_ARROW_SCHEMA = pa.schema(
+    {
+        "file": pa.string(),
+        "row": pa.int64(),
+        "user": pa.string(),
+        "item": pa.string(),
+        "domain": pa.string(),
+        "time": pa.string(),
+        "fault": pa.string(),
+    }
 )
 _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
-_FLOAT = {
-    T.FloatType: 2**24,
-    T.DoubleType: 10**15,
-}  # up to here a whole float is written in all its digits
+# Up to here a whole float is written in all its digits.
+_FLOAT = {T.FloatType: 2**24, T.DoubleType: 10**15}
 _DATE = (T.DateType, T.TimestampType, T.TimestampNTZType)
+_NESTED = (T.ArrayType, T.MapType, T.StructType)
+_ID_TYPES = (
+    *_WHOLE,
+    *_FLOAT,
+    T.StringType,
+    T.BooleanType,
+    T.DateType,
+)
+_TIME_TYPES = (
+    *_WHOLE,
+    *_FLOAT,
+    *_DATE,
+    T.StringType,
+    T.DecimalType,
+)
 _NUMBER_TEXT = r"r'\A[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?\z'"
 _DATE_TEXT = (
-    r"r'\A[0-9]{4}-[0-9]{2}-[0-9]{2}([ T]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{1,6})?"
+    r"r'\A[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"([ T]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{1,6})?"
     r"(Z|[+-](0[0-9]|1[0-4]):[0-5][0-9])?)?\z'"
 )
 _SCHEMAS_AT_ONCE = 8
@@ -60,439 +92,594 @@ _SCHEMAS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Input:
-    """A file that Spark can read, or a table. `facts`: what tells one state of it from another."""
+    """A file that Spark can read, or a table.
 
-    name: str  # a local path, an address, or table:NAME
+    name: a local path, an address, or table:NAME. facts: what tells one state of it from
+    another.
+    """
+
+    name: str
     facts: tuple
 
     @property
-    def is_table(self):
-        """Whether it is a table: whose state is not known."""
+    def is_table(self) -> bool:
+        """Whether it is a table, whose state is not known."""
         return self.name.startswith(TABLE)
 
     @property
-    def is_text(self):
+    def is_text(self) -> bool:
         """Whether it is a CSV or TSV file."""
-        return not self.is_table and SUFFIXES[suffix_of(Path(self.name))] is not None
+        if self.is_table:
+            return False
+        suffix = suffix_of(Path(self.name))
+        return SUFFIXES[suffix] is not None
 
     @property
-    def uri(self):
+    def is_remote(self) -> bool:
+        """Whether it is an address."""
+        return _ADDRESS.match(self.name) is not None
+
+    @property
+    def uri(self) -> str:
         """The name in Spark's terms."""
-        return self.name if _ADDRESS.match(self.name) else f"file://{self.name}"
+        if self.is_remote:
+            return self.name
+        return f"file://{self.name}"
 
 
-def find_inputs(spark: SparkSession, inputs) -> list[Input]:
-    """The logs behind paths (see `find_files`), addresses (s3a://bucket/logs: file, folder or glob) and table:NAME, sorted,
-    each once. Raises InputError as `find_files` does."""
-    found = {}
-    for given in inputs:
-        if given.startswith(TABLE):
-            logs = [Input(given, (given,))]
-        elif _ADDRESS.match(given):
-            logs = _find_remote(spark, given)
-        else:
-            logs = [
-                Input(str(file), tuple(file_facts(file)))
-                for file in find_files([given])
-            ]
-        found.update((log.name, log) for log in logs)
-    for log in found.values():
-        if not (log.is_table or log.is_text) and Path(log.name).name.startswith(
-            ("_", ".")
-        ):
+def find_inputs(spark: SparkSession, inputs: Iterable[str]) -> list[Input]:
+    """Finds the logs behind paths, addresses and table:NAME, sorted, each once.
+
+    Paths: see `find_files`. An address is a file, a folder or a glob, like s3a://bucket/logs.
+    Raises InputError as `find_files` does.
+    """
+    logs_by_name = {}
+    for text in inputs:
+        for log in _find_logs(spark, text):
+            logs_by_name[log.name] = log
+    for log in logs_by_name.values():
+        if log.is_table or log.is_text:
+            continue
+        file_name = Path(log.name).name
+        if file_name.startswith(("_", ".")):
             raise InputError(
-                f"{log.name}: Spark leaves out files whose names begin with _ or a dot: rename it"
+                f"{log.name}: Spark leaves out files "
+                "whose names begin with _ or a dot: rename it"
             )
-    return [found[name] for name in sorted(found)]
+    return [logs_by_name[name] for name in sorted(logs_by_name)]
 
 
-def _find_remote(spark, given):
+def _find_logs(spark: SparkSession, text: str) -> list[Input]:
+    """Finds the logs behind one path, address or table:NAME."""
+    if text.startswith(TABLE):
+        return [Input(text, (text,))]
+    if _ADDRESS.match(text):
+        return _find_remote_logs(spark, text)
+    logs = []
+    for file in find_files([text]):
+        state = tuple(file_facts(file))
+        logs.append(Input(str(file), state))
+    return logs
+
+
+def _find_remote_logs(spark: SparkSession, address: str) -> list[Input]:
+    """Lists the logs behind an address."""
+    reader = spark.read.format("binaryFile").options(
+        recursiveFileLookup="true", ignoreMissingFiles="false"
+    )
+    time = F.unix_micros("modificationTime")
     try:
-        listed = (
-            spark.read.format("binaryFile")
-            .options(recursiveFileLookup="true", ignoreMissingFiles="false")
-            .load(given)
-        )
-        files = listed.select(
-            "path", "length", F.unix_micros("modificationTime")
-        ).collect()
+        listing = reader.load(address).select("path", "length", time)
+        files = listing.collect()
     except SPARK_ERRORS as error:
         raise InputError(
-            f"input {given} cannot be listed: {spark_reason(error)}"
+            f"input {address} cannot be listed: {spark_reason(error)}"
         ) from None
-    files = [
-        (re.sub(r"^([\w+.-]+):/(?!/)", r"\1:///", path), *facts)
-        for path, *facts in files
-    ]
-    logs = [
-        Input(path, (path, *facts))
-        for path, *facts in files
-        if suffix_of(Path(path)) in SUFFIXES
-    ]
+    logs = []
+    for path, size, microseconds in files:
+        # Spark writes file:/path.
+        name = re.sub(r"^([\w+.-]+):/(?!/)", r"\1:///", path)
+        if suffix_of(Path(name)) in SUFFIXES:
+            logs.append(Input(name, (name, size, microseconds)))
     if not logs:
         raise InputError(
-            f"input {given} holds no log: names must end in {', '.join(SUFFIXES)}"
+            f"input {address} holds no log: names must end in {', '.join(SUFFIXES)}"
         )
     for log in logs:
-        if log.facts[1] == 0:
+        _, size, _ = log.facts
+        if size == 0:
             raise InputError(
                 f"{log.name} is empty (0 bytes): remove it or write it again"
             )
     return logs
 
 
-def spark_reason(error) -> str:
-    """The telling part of a message of Spark's, in one line."""
+def spark_reason(error: Exception) -> str:
+    """Returns the telling part of a message of Spark's, in one line."""
     text = str(error)
-    caused = re.findall(
-        r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$", text, re.MULTILINE
-    )
-    return reason(
-        caused[-1] if caused else text.split("\n\n")[0].split("\nJVM stacktrace")[0]
-    )
+    pattern = r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$"
+    causes = re.findall(pattern, text, re.MULTILINE)
+    if causes:
+        return reason(causes[-1])
+    first_paragraph = text.split("\n\n")[0]
+    return reason(first_paragraph.split("\nJVM stacktrace")[0])
 
 
-def escaped(path) -> str:
-    """A path that Spark does not take for a glob."""
+def escape_glob(path: str | Path) -> str:
+    """Escapes a path, so that Spark does not take it for a glob."""
     return re.sub(r"([*?\[\]{}\\])", r"\\\1", str(path))
 
 
 def open_log(
-    spark,
+    spark: SparkSession,
     inputs: list[Input],
     columns: dict[str, str],
     domain: str | None,
     scratch: str,
 ) -> DataFrame:
-    """The rows of all inputs, with the columns user_id, item_id (bigint or string), domain (string) and time (bigint or
-    double). scratch: a new folder for what is kept of text files.
+    """Returns the rows of all inputs: user_id, item_id, domain and time.
 
+    Ids are bigint or string, domain is string, time bigint or double.
+    scratch: a new folder for copies of text files.
     Raises InputError, as `logs.open_log` does.
     """
-    groups = _groups(spark, inputs, columns, domain, scratch)
-    for group in groups:
+    groups = []
+    for group in _group_inputs(spark, inputs, columns, domain, scratch):
         group.inspect()
-    groups = [group for group in groups if group.rows]
+        if group.rows:
+            groups.append(group)
     if not groups:
-        more = f" and {len(inputs) - 1} more" if inputs[1:] else ""
-        raise InputError(f"{inputs[0].name}{more}: no rows, nothing to prepare")
-    kinds = [group.time_kind() for group in groups]
-    if len({kind == "date" for kind in kinds}) > 1:
-        dated, numbered = (
-            groups[[kind == "date" for kind in kinds].index(is_date)]
-            for is_date in (True, False)
+        logs = inputs[0].name
+        if len(inputs) > 1:
+            logs += f" and {len(inputs) - 1} more"
+        raise InputError(f"{logs}: no rows, nothing to prepare")
+    times = _time_expressions(groups)
+    user_type = _common_id_type(groups, "user")
+    item_type = _common_id_type(groups, "item")
+    logs = []
+    for group, time in zip(groups, times, strict=True):
+        log = group.frame.selectExpr(
+            f"{group.id_sql('user', user_type)} AS user_id",
+            f"{group.id_sql('item', item_type)} AS item_id",
+            f"{group.text_sql('domain')} AS domain",
+            f"{time} AS time",
         )
-        raise InputError(
-            f"{dated.inputs[0].name} has dates in {columns['time']!r} and {numbered.inputs[0].name} has numbers: write one kind"
-        )
-    ids = {
-        role: "bigint" if all(group.whole[role] for group in groups) else "string"
-        for role in ("user", "item")
-    }
-    # A negative zero is none: which of two equal times comes first is for the item to say.
-    number = (
-        "CAST(time AS bigint)"
-        if set(kinds) <= {"whole"}
-        else "CAST(time AS double) + 0D"
-    )
-    logs = [
-        group.frame.selectExpr(
-            *(
-                f"CAST({group.text(role) if kind == 'string' else role} AS {kind}) AS {role}_id"
-                for role, kind in ids.items()
-            ),
-            f"{group.text('domain')} AS domain",
-            f"{'unix_micros(CAST(time AS timestamp))' if kind == 'date' else number} AS time",
-        )
-        for group, kind in zip(groups, kinds, strict=True)
-    ]
+        logs.append(log)
     return functools.reduce(DataFrame.unionAll, logs)
 
 
-def _groups(spark, inputs, columns, domain, scratch):
-    groups, alike = [], defaultdict(list)
+def _time_expressions(groups: "list[_Group]") -> list[str]:
+    """Returns SQL of the time, one a group, all of one kind: numbers or dates."""
+    kinds = [group.kind_of_time() for group in groups]
+    is_date = [kind == "date" for kind in kinds]
+    if len(set(is_date)) > 1:
+        dated = groups[is_date.index(True)].inputs[0]
+        numbered = groups[is_date.index(False)].inputs[0]
+        column = groups[0].columns["time"]
+        raise InputError(
+            f"{dated.name} has dates in {column!r} "
+            f"and {numbered.name} has numbers: write one kind"
+        )
+    number = "CAST(time AS bigint)"
+    if not set(kinds) <= {"whole"}:
+        # Without negative zeros: the item decides which of two equal times comes first.
+        number = "CAST(time AS double) + 0D"
+    date = "unix_micros(CAST(time AS timestamp))"
+    return [date if kind == "date" else number for kind in kinds]
+
+
+def _common_id_type(groups: "list[_Group]", role: str) -> str:
+    """Returns bigint if all ids of all inputs are whole numbers, else string."""
+    for group in groups:
+        if not group.is_whole[role]:
+            return "string"
+    return "bigint"
+
+
+def _group_inputs(
+    spark: SparkSession,
+    inputs: list[Input],
+    columns: dict[str, str],
+    domain: str | None,
+    scratch: str,
+) -> "list[_Group]":
+    """Groups inputs with equal columns, so that a thousand part files are one scan.
+
+    All text files are one group. A table is a group of its own.
+    """
+    groups = []
     texts = [one for one in inputs if one.is_text]
     if texts:
-        kept = _read_texts(spark, texts, columns, domain, scratch)
-        groups.append(_Group(texts, lambda _: kept, columns))
-    rest = [one for one in inputs if not one.is_text]
+        frame = _read_texts(spark, texts, columns, domain, scratch)
+        groups.append(_Group(texts, lambda _: frame, columns))
+    others = [one for one in inputs if not one.is_text]
+
+    def read_schema(one: Input) -> str:
+        return _read_frame(spark, [one]).schema.json()
+
+    inputs_by_layout = defaultdict(list)
     with ThreadPoolExecutor(_SCHEMAS_AT_ONCE) as pool:
-        for one, schema in zip(
-            rest,
-            pool.map(lambda one: _read(spark, [one]).schema.json(), rest),
-            strict=True,
-        ):
-            alike[one.is_table and one.name, schema].append(one)
+        schemas = pool.map(read_schema, others)
+        for one, schema in zip(others, schemas, strict=True):
+            table = one.name if one.is_table else ""
+            inputs_by_layout[table, schema].append(one)
     read = functools.partial(_read_columns, spark, columns=columns, domain=domain)
-    return groups + [_Group(own, read, columns) for own in alike.values()]
+    for alike in inputs_by_layout.values():
+        groups.append(_Group(alike, read, columns))
+    return groups
 
 
-def _read_columns(spark, inputs, columns, domain):
-    """Of tables or Parquet files: file, row, and the columns by role."""
-    frame = _read(spark, inputs)
-    wanted = {
-        role: name
-        for role, name in columns.items()
-        if role != "domain" or domain is None
-    }
-    check_columns(inputs[0].name, frame.columns, wanted)
-    file, row = F.lit(inputs[0].name), F.lit(None)
-    if not inputs[0].is_table:
-        file, row = F.col("_metadata.file_path"), F.col("_metadata.row_index") + 1
-    values = {
-        role: F.col("`" + name.replace("`", "``") + "`")
-        for role, name in wanted.items()
-    }
+def _read_columns(
+    spark: SparkSession,
+    inputs: list[Input],
+    columns: dict[str, str],
+    domain: str | None,
+) -> DataFrame:
+    """Reads file, row, and the columns by role of tables or Parquet files."""
+    frame = _read_frame(spark, inputs)
+    wanted = dict(columns)
     if domain is not None:
-        values["domain"] = F.lit(domain)
-    return frame.select(
-        file.alias("file"),
-        row.cast("bigint").alias("row"),
-        *(values[role].alias(role) for role in ROLES),
-    )
+        wanted.pop("domain", None)
+    check_columns(inputs[0].name, frame.columns, wanted)
+    file = F.lit(inputs[0].name)
+    row = F.lit(None)
+    if not inputs[0].is_table:
+        file = F.col("_metadata.file_path")
+        row = F.col("_metadata.row_index") + 1
+    row = row.cast("bigint")
+    selected = [file.alias("file"), row.alias("row")]
+    for role in ROLES:
+        if role in wanted:
+            column = _quoted_column(wanted[role])
+        else:
+            column = F.lit(domain)
+        selected.append(column.alias(role))
+    return frame.select(*selected)
 
 
-def _read(spark, inputs):
-    """Tables or Parquet files with equal columns."""
+def _quoted_column(name: str) -> Column:
+    escaped = name.replace("`", "``")
+    return F.col(f"`{escaped}`")
+
+
+def _read_frame(spark: SparkSession, inputs: list[Input]) -> DataFrame:
+    """Reads tables or Parquet files with equal columns."""
+    options = {
+        "recursiveFileLookup": "true",  # folders named key=value are no columns
+        "ignoreCorruptFiles": "false",
+        "ignoreMissingFiles": "false",
+        "mergeSchema": "false",
+        "datetimeRebaseMode": "CORRECTED",
+        "int96RebaseMode": "CORRECTED",
+    }
+    first = inputs[0]
     try:
-        if inputs[0].is_table:
-            return spark.table(inputs[0].name.removeprefix(TABLE))
-        options = {
-            "recursiveFileLookup": "true",  # folders named key=value are no columns
-            "ignoreCorruptFiles": "false",
-            "ignoreMissingFiles": "false",
-            "mergeSchema": "false",
-            "datetimeRebaseMode": "CORRECTED",
-            "int96RebaseMode": "CORRECTED",
-        }
-        return spark.read.options(**options).parquet(
-            *(escaped(one.uri) for one in inputs)
-        )
+        if first.is_table:
+            return spark.table(first.name.removeprefix(TABLE))
+        paths = [escape_glob(one.uri) for one in inputs]
+        return spark.read.options(**options).parquet(*paths)
     except SPARK_ERRORS as error:
         raise InputError(
-            f"{inputs[0].name} cannot be read: {spark_reason(error)}"
+            f"{first.name} cannot be read: {spark_reason(error)}"
         ) from None
 
 
-def _read_texts(spark, inputs, columns, domain, scratch):
-    """CSV and TSV files, read once and kept as Parquet: parsing is dear."""
-    local = [one.name for one in inputs if not _ADDRESS.match(one.name)]
-    remote = [one.name for one in inputs if _ADDRESS.match(one.name)]
-    files = spark.createDataFrame(
-        [(file, None) for file in local], "file string, content binary"
-    )
+def _read_texts(
+    spark: SparkSession,
+    inputs: list[Input],
+    columns: dict[str, str],
+    domain: str | None,
+    scratch: str,
+) -> DataFrame:
+    """Parses CSV and TSV files once, into Parquet, since parsing is dear; reads that."""
+    local = []
+    remote = []
+    for one in inputs:
+        if one.is_remote:
+            remote.append(escape_glob(one.name))
+        else:
+            local.append((one.name, None))
+    files = spark.createDataFrame(local, "file string, content binary")
     if remote:
-        read = spark.read.format("binaryFile").load([escaped(file) for file in remote])
-        files = files.unionAll(read.select("path", "content"))
-    kept = files.repartition(len(inputs)).mapInArrow(
-        functools.partial(_parse, columns, domain), _TEXT
-    )
-    kept.write.parquet(scratch)
-    kept = spark.read.parquet(escaped(scratch))
-    faults = kept.filter("fault IS NOT NULL").orderBy("file").select("fault").head(1)
+        contents = spark.read.format("binaryFile").load(remote)
+        files = files.unionAll(contents.select("path", "content"))
+    parse = functools.partial(_parse_texts, columns, domain)
+    files = files.repartition(len(inputs))
+    rows = files.mapInArrow(parse, _TEXT_SCHEMA)
+    rows.write.parquet(scratch)
+    rows = spark.read.parquet(escape_glob(scratch))
+    faulty = rows.filter("fault IS NOT NULL").orderBy("file")
+    faults = faulty.select("fault").head(1)
     if faults:
         raise InputError(faults[0].fault)
-    return kept.drop("fault")
+    return rows.drop("fault")
 
 
-def _parse(columns, domain, batches):
-    """Rows of CSV and TSV files, or what is wrong with a file. Runs in a task."""
+def _parse_texts(
+    columns: dict[str, str],
+    domain: str | None,
+    batches: Iterable[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of CSV and TSV files, or what is wrong with a file. Runs in a task."""
     for batch in batches:
-        for file, content in zip(
-            *(column.to_pylist() for column in batch.columns), strict=True
-        ):
-            with tempfile.TemporaryDirectory() as folder, connect() as connection:
-                connection.execute(f"SET threads = 1; SET temp_directory = '{folder}'")
-                path = Path(file)
-                if content is not None:
-                    path = Path(folder, path.name)
-                    path.write_bytes(content)
-                try:
-                    for rows in read_text(connection, path, columns, domain):
-                        named = (
-                            pa.array([file] * len(rows)),
-                            *(rows[name] for name in ("row", *ROLES)),
-                        )
-                        yield pa.RecordBatch.from_arrays(
-                            [*named, pa.nulls(len(rows), pa.string())],
-                            schema=_TEXT_ARROW,
-                        )
-                except InputError as error:
-                    fault = str(error).replace(str(path), file)
-                    yield pa.RecordBatch.from_pylist(
-                        [{"file": file, "fault": fault}], _TEXT_ARROW
-                    )
+        files = batch.column(0).to_pylist()
+        contents = batch.column(1).to_pylist()
+        for file, content in zip(files, contents, strict=True):
+            yield from _parse_text(file, content, columns, domain)
+
+
+def _parse_text(
+    file: str,
+    content: bytes | None,
+    columns: dict[str, str],
+    domain: str | None,
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of one file. content: of a remote one."""
+    with tempfile.TemporaryDirectory() as folder, connect() as connection:
+        connection.execute(f"""
+            SET threads = 1;
+            SET temp_directory = '{escape(folder)}'""")
+        path = Path(file)
+        if content is not None:
+            path = Path(folder, path.name)
+            path.write_bytes(content)
+        try:
+            for rows in read_text(connection, path, columns, domain):
+                arrays = [pa.array([file] * len(rows))]
+                for name in ("row", *ROLES):
+                    arrays.append(rows[name])
+                no_faults = pa.nulls(len(rows), pa.string())
+                arrays.append(no_faults)
+                yield pa.RecordBatch.from_arrays(arrays, schema=_TEXT_ARROW_SCHEMA)
+        except InputError as error:
+            fault = str(error).replace(str(path), file)
+            record = {"file": file, "fault": fault}
+            yield pa.RecordBatch.from_pylist([record], _TEXT_ARROW_SCHEMA)
 
 
 class _Group:
-    """Inputs with equal columns, which one DataFrame reads together: file, row (null for a table), user, item, domain, time."""
+    """Inputs with equal columns, which one DataFrame reads together.
 
-    def __init__(self, inputs, read, columns):
-        self.inputs, self.read, self.columns = inputs, read, columns
+    Its columns are file, row (null for a table), user, item, domain, time.
+    """
+
+    def __init__(
+        self,
+        inputs: list[Input],
+        read: Callable[[list[Input]], DataFrame],
+        columns: dict[str, str],
+    ):
+        self.inputs = inputs
+        self.read = read
+        self.columns = columns
         self.frame = read(inputs)
-        self.types = {role: self.frame.schema[role].dataType for role in ROLES}
         self.parsed = inputs[0].is_text
-        for role, kind in self.types.items():
-            if isinstance(kind, T.ArrayType | T.MapType | T.StructType):
-                raise InputError(
-                    f"{inputs[0].name}: column {columns[role]!r} holds {kind.simpleString()}, not single values"
-                )
-            if not (self.is_time(kind) if role == "time" else self.is_id(kind)):
-                can = (
-                    "a time is a number or a date"
-                    if role == "time"
-                    else "Spark may write it otherwise than DuckDB"
-                )
-                way = (
-                    ""
-                    if role == "time"
-                    else "; cast it to BIGINT or text, or use --engine duckdb"
-                )
-                raise InputError(
-                    f"{inputs[0].name}: column {columns[role]!r} holds {kind.simpleString().upper()}: {can}{way}"
-                )
+        self.types: dict[str, T.DataType] = {}  # by role
+        self.rows = 0
+        self.is_whole: dict[str, bool] = {}  # by role
+        self.fitting_rows: dict[str, int] = {}  # by kind of time
+        for role in ROLES:
+            self.types[role] = self.frame.schema[role].dataType
+        for role in ROLES:
+            self._check_type(role)
 
-    def is_id(self, kind):
-        """Whether ids may be of this type."""
-        if isinstance(
-            kind, T.DecimalType
-        ):  # DECIMAL(20, 0) may be what Spark makes of UBIGINT; others lose their zeros
-            return (
-                kind.scale <= 6
-                and kind.scale < kind.precision
-                and (kind.precision, kind.scale) != (20, 0)
-            )
-        return isinstance(
-            kind, (*_WHOLE, *_FLOAT, T.StringType, T.BooleanType, T.DateType)
-        )
-
-    def is_time(self, kind):
-        """Whether times may be of this type."""
-        return isinstance(kind, (*_WHOLE, *_FLOAT, *_DATE, T.StringType, T.DecimalType))
-
-    def text(self, role):
-        """SQL: the value as DuckDB writes it."""
+    def _check_type(self, role: str) -> None:
+        """Raises InputError where the engines could read a column's type differently."""
         kind = self.types[role]
-        if isinstance(kind, tuple(_FLOAT)):
+        name = self.inputs[0].name
+        column = f"{name}: column {self.columns[role]!r}"
+        if isinstance(kind, _NESTED):
+            raise InputError(f"{column} holds {kind.simpleString()}, not single values")
+        type_name = kind.simpleString().upper()
+        if role == "time":
+            if not isinstance(kind, _TIME_TYPES):
+                raise InputError(
+                    f"{column} holds {type_name}: a time is a number or a date"
+                )
+        elif not _is_id_type(kind):
+            raise InputError(
+                f"{column} holds {type_name}: Spark may write it otherwise than DuckDB; "
+                "cast it to BIGINT or text, or use --engine duckdb"
+            )
+
+    def text_sql(self, role: str) -> str:
+        """Returns SQL for the value as DuckDB writes it."""
+        if self._is_float(role):
             return f"concat(CAST(CAST({role} AS bigint) AS string), '.0')"
         return f"CAST({role} AS string)"
 
-    def missing(self, role):
-        """SQL: the value is not there."""
-        kind = self.types[role]
-        empty = (
-            f" OR CAST({role} AS string) = ''" if isinstance(kind, T.StringType) else ""
-        )
-        empty = f" OR NOT {_finite(role)}" if isinstance(kind, tuple(_FLOAT)) else empty
-        return f"({role} IS NULL{empty})"
+    def id_sql(self, role: str, id_type: str) -> str:
+        """Returns SQL for the id as bigint or string."""
+        value = role
+        if id_type == "string":
+            value = self.text_sql(role)
+        return f"CAST({value} AS {id_type})"
 
-    def strange(self, role):
-        """SQL: the value is one that Spark does not read or write as DuckDB does."""
+    def missing_sql(self, role: str) -> str:
+        """Returns SQL for: the value is missing."""
+        if self._is_string(role):
+            return f"({role} IS NULL OR CAST({role} AS string) = '')"
+        if self._is_float(role):
+            return f"({role} IS NULL OR NOT {_finite_sql(role)})"
+        return f"({role} IS NULL)"
+
+    def strange_sql(self, role: str) -> str:
+        """Returns SQL for: Spark does not read or write the value as DuckDB does."""
         kind = self.types[role]
-        if isinstance(kind, T.StringType):
+        if self._is_string(role):
             if self.parsed:
                 return "false"
             if hasattr(F, "is_valid_utf8"):
                 return f"NOT is_valid_utf8({role})"
-            return f"CAST(decode(CAST({role} AS binary), 'UTF-8') AS binary) <> CAST({role} AS binary)"
+            binary = f"CAST({role} AS binary)"
+            return f"CAST(decode({binary}, 'UTF-8') AS binary) <> {binary}"
         if isinstance(kind, _DATE):
             return f"NOT {role} BETWEEN DATE'0001-01-01' AND DATE'9999-12-31'"
         if role == "time" and isinstance(kind, T.DecimalType):
-            return f"abs(time) >= {2**53}BD / {10**kind.scale}BD"
-        if role != "time" and isinstance(kind, tuple(_FLOAT)):
-            return f"({role} <> floor({role}) OR abs({role}) >= {_FLOAT[type(kind)]} OR CAST({role} AS string) = '-0.0')"
+            least_inexact = 2**53
+            unit = 10**kind.scale
+            return f"abs(time) >= {least_inexact}BD / {unit}BD"
+        if role != "time" and self._is_float(role):
+            bound = _FLOAT[type(kind)]
+            return (
+                f"({role} <> floor({role}) "
+                f"OR abs({role}) >= {bound} "
+                f"OR CAST({role} AS string) = '-0.0')"
+            )
         return "false"
 
-    def is_whole(self, role):
-        """SQL: the value is a whole number as int64 writes it."""
-        if self.parsed or (
-            role == "time" and isinstance(self.types[role], T.StringType)
-        ):
-            return (
-                f"coalesce(CAST(try_cast({role} AS bigint) AS string) = {role}, false)"
-            )
-        return str(isinstance(self.types[role], _WHOLE)).lower()
+    def whole_sql(self, role: str) -> str:
+        """Returns SQL for: the value is a whole number as int64 writes it."""
+        is_text_time = role == "time" and self._is_string(role)
+        if self.parsed or is_text_time:
+            number = f"CAST(try_cast({role} AS bigint) AS string)"
+            return f"coalesce({number} = {role}, false)"
+        if isinstance(self.types[role], _WHOLE):
+            return "true"
+        return "false"
 
     @property
-    def fits(self):
-        """SQL by kind of time: the value is one."""
+    def time_conditions(self) -> dict[str, str]:
+        """SQL by kind of time: the value is of the kind."""
         kind = self.types["time"]
-        if isinstance(kind, T.StringType):
-            return {
-                "float": f"(time RLIKE {_NUMBER_TEXT} AND {_finite('try_cast(time AS double)')})",
-                "date": f"(time RLIKE {_DATE_TEXT} AND time >= '0001' AND try_cast(time AS timestamp) IS NOT NULL)",
-            }
-        return {"date": "true"} if isinstance(kind, _DATE) else {"float": "true"}
+        if isinstance(kind, _DATE):
+            return {"date": "true"}
+        if not isinstance(kind, T.StringType):
+            return {"float": "true"}
+        is_finite = _finite_sql("try_cast(time AS double)")
+        is_date = "try_cast(time AS timestamp) IS NOT NULL"
+        return {
+            "float": f"(time RLIKE {_NUMBER_TEXT} AND {is_finite})",
+            "date": f"(time RLIKE {_DATE_TEXT} AND time >= '0001' AND {is_date})",
+        }
 
-    def inspect(self):
-        """Fills in rows, whole (by role) and fitting (rows by kind of time); refuses values that are not there."""
-        facts = [f"count_if({self.missing(role)})" for role in ROLES]
-        facts += [f"count_if({self.strange(role)})" for role in ROLES]
-        facts += [f"bool_and({self.is_whole(role)})" for role in ROLES]
-        facts += [f"count_if({fit})" for fit in self.fits.values()]
+    def inspect(self) -> None:
+        """Fills in rows, is_whole and fitting_rows; refuses missing values."""
+        conditions = self.time_conditions
+        aggregates = ["count(*)"]
+        for role in ROLES:
+            missing = self.missing_sql(role)
+            aggregates.append(f"count_if({missing})")
+        for role in ROLES:
+            strange = self.strange_sql(role)
+            aggregates.append(f"count_if({strange})")
+        for role in ROLES:
+            whole = self.whole_sql(role)
+            aggregates.append(f"bool_and({whole})")
+        for condition in conditions.values():
+            aggregates.append(f"count_if({condition})")
         try:
-            self.rows, *found = self.frame.selectExpr("count(*)", *facts).head()
+            counts = self.frame.selectExpr(*aggregates)
+            results = list(counts.head())
         except SPARK_ERRORS as error:
             self._refuse_unreadable(error)
-        for role, missing in zip(ROLES, found[:4], strict=True):
-            if missing:
-                file, row, text = self._first(role, self.missing(role))
-                text = (text or "empty").lower().replace("infinity", "inf")
-                raise InputError(
-                    f"{file}:{row} {self.columns[role]!r} is {text}: every row needs one"
-                )
-        for role, strange in zip(ROLES, found[4:8], strict=True):
-            if strange:
-                file, row, text = self._first(role, self.strange(role))
-                raise InputError(
-                    f"{file}:{row} {self.columns[role]!r} is {text!r}, which Spark reads or writes otherwise than DuckDB: "
-                    "make the column BIGINT or UTF-8 text, or use --engine duckdb"
-                )
-        self.whole = dict(zip(ROLES, found[8:12], strict=True))
-        self.fitting = dict(zip(self.fits, found[12:], strict=True))
+        self.rows = results[0]
+        missing_counts = results[1:5]
+        strange_counts = results[5:9]
+        whole_flags = results[9:13]
+        time_counts = results[13:]
+        self._refuse_missing(missing_counts)
+        self._refuse_strange(strange_counts)
+        self.is_whole = dict(zip(ROLES, whole_flags, strict=True))
+        self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
 
-    def time_kind(self):
-        """'whole', 'float' or 'date'; refuses a column that is none of them, naming the first row at fault."""
-        if self.whole["time"]:
+    def kind_of_time(self) -> str:
+        """Returns 'whole', 'float' or 'date'.
+
+        Refuses a column that is none of them, naming the first row at fault.
+        """
+        if self.is_whole["time"]:
             return "whole"
-        best = max(self.fitting, key=self.fitting.get)
-        if self.fitting[best] == self.rows:
+        best = max(self.fitting_rows, key=self.fitting_rows.get)
+        if self.fitting_rows[best] == self.rows:
             return best
-        file, row, text = self._first("time", f"NOT coalesce({self.fits[best]}, false)")
-        meant = {
-            "float": "a finite number",
-            "date": "a date such as 2024-01-31 or 2024-01-31T23:59:59.5+01:00",
-        }[best]
-        meant = meant if self.fitting[best] else "a number or a date"
+        condition = f"NOT coalesce({self.time_conditions[best]}, false)"
+        row, text = self._first_row("time", condition)
+        expected = "a number or a date"
+        if self.fitting_rows[best]:
+            expected = {
+                "float": "a finite number",
+                "date": "a date such as 2024-01-31 or 2024-01-31T23:59:59.5+01:00",
+            }[best]
         raise InputError(
-            f"{file}:{row} {self.columns['time']!r} is {text!r}: a time must be {meant}"
+            f"{row} {self.columns['time']!r} is {text!r}: a time must be {expected}"
         )
 
-    def _first(self, role, condition):
-        """File, ' row N:' (from 1, the header not counted) and value of the first row that meets the condition."""
-        place = f"min(struct(file, row, CAST({role} AS string)))"
-        ((file, row, text),) = self.frame.filter(condition).selectExpr(place).head()
-        return _plain(file), "" if row is None else f" row {row}:", text
+    def _is_string(self, role: str) -> bool:
+        return isinstance(self.types[role], T.StringType)
 
-    def _refuse_unreadable(self, error):
+    def _is_float(self, role: str) -> bool:
+        return isinstance(self.types[role], tuple(_FLOAT))
+
+    def _refuse_missing(self, counts: list[int]) -> None:
+        """Raises InputError for the first role with missing values."""
+        for role, count in zip(ROLES, counts, strict=True):
+            if count:
+                condition = self.missing_sql(role)
+                row, text = self._first_row(role, condition)
+                value = (text or "empty").lower().replace("infinity", "inf")
+                raise InputError(
+                    f"{row} {self.columns[role]!r} is {value}: every row needs one"
+                )
+
+    def _refuse_strange(self, counts: list[int]) -> None:
+        """Raises InputError for the first role with values that the engines read otherwise."""
+        for role, count in zip(ROLES, counts, strict=True):
+            if count:
+                condition = self.strange_sql(role)
+                row, text = self._first_row(role, condition)
+                raise InputError(
+                    f"{row} {self.columns[role]!r} is {text!r}, "
+                    "which Spark reads or writes otherwise than DuckDB: "
+                    "make the column BIGINT or UTF-8 text, or use --engine duckdb"
+                )
+
+    def _first_row(self, role: str, condition: str) -> tuple[str, str | None]:
+        """Finds the first row in a condition; returns "FILE: row N:" and the value.
+
+        Rows are numbered from 1, the header not counted. A table's have no number.
+        """
+        first = f"min(struct(file, row, CAST({role} AS string)))"
+        rows = self.frame.filter(condition)
+        (values,) = rows.selectExpr(first).head()
+        file, number, text = values
+        name = f"{_file_name(file)}:"
+        if number is not None:
+            name += f" row {number}:"
+        return name, text
+
+    def _refuse_unreadable(self, error: Exception) -> NoReturn:
+        """Raises InputError for the first input that cannot be read, or else the error."""
+        values = [f"max(hash({role}))" for role in ROLES]
         for one in self.inputs:
             try:
-                self.read([one]).selectExpr(
-                    *(f"max(hash({role}))" for role in ROLES)
-                ).head()
-            except SPARK_ERRORS as fault:
+                self.read([one]).selectExpr(*values).head()
+            except SPARK_ERRORS as input_error:
                 raise InputError(
-                    f"{one.name} cannot be read: {spark_reason(fault)}"
+                    f"{one.name} cannot be read: {spark_reason(input_error)}"
                 ) from None
         raise error
 
 
-def _finite(value):
+def _is_id_type(kind: T.DataType) -> bool:
+    """Returns whether ids may be of this type."""
+    if not isinstance(kind, T.DecimalType):
+        return isinstance(kind, _ID_TYPES)
+    # DECIMAL(20, 0) may be what Spark makes of UBIGINT; others lose their zeros.
+    if (kind.precision, kind.scale) == (20, 0):
+        return False
+    return kind.scale <= 6 and kind.scale < kind.precision
+
+
+def _finite_sql(value: str) -> str:
     return f"coalesce(abs({value}) < double('Infinity'), false)"
 
 
-def _plain(file):
-    """The name of a file as given, from what Spark calls it."""
-    if not re.match(r"file:/", file):
-        return urllib.parse.unquote(file) if _ADDRESS.match(file) else file
-    return "/" + urllib.parse.unquote(file.removeprefix("file:")).lstrip("/")
+def _file_name(file: str) -> str:
+    """Returns the name of a file as given, from Spark's name of it."""
+    if re.match(r"file:/", file):
+        path = urllib.parse.unquote(file.removeprefix("file:"))
+        return "/" + path.lstrip("/")
+    if _ADDRESS.match(file):
+        return urllib.parse.unquote(file)
+    return file

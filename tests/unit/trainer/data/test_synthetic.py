@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import trainer.data.synthetic
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
+from trainer.config.prepare import PrepareConfig
+from trainer.config.synthetic import SyntheticConfig
+from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import (
     Events,
-    SyntheticConfig,
     generate,
     lengths_of,
     synthesize,

@@ -23,7 +23,8 @@ from tests.unit.trainer.data.prepare.test_pipeline import (
     write,
 )
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.extend import LogFacts, options_of
+from trainer.data.prepare.extend import options_of
+from trainer.data.prepare.stored_log import StoredLog
 from trainer.errors import InputError
 
 
@@ -413,9 +414,9 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
         raise Killed
 
     place = {
-        "log": "open_kept",
+        "log": "open_stored_log",
         "ids": "number_ids",
-        "events": "_divide",
+        "events": "_divide_events",
         "parts": "_make_part",
         "finish": "write_extension",
     }
@@ -445,7 +446,7 @@ def test_what_it_was_made_with_is_kept(tmp_path):
     after = extended(
         dataset, tmp_path / "1", write(tmp_path / "1.csv", some_rows(50, seed=9))
     )
-    assert LogFacts.load(after.folder) == LogFacts(False, 2, 3) and (
+    assert StoredLog.load(after.folder) == StoredLog(False, 2, 3) and (
         after.seed,
         after.streams,
     ) == (5, 7)

@@ -23,12 +23,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainer.data.duckdb_engine
+import trainer.data.prepare.ids
 import trainer.data.prepare.pipeline
-import trainer.data.prepare.shard_writing
+from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import read_blocks
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
-from trainer.data.prepare.shard_writing import assemble
+from trainer.data.prepare.assembly import assemble
+from trainer.data.prepare.pipeline import prepare
 from trainer.errors import InputError
 
 COLUMNS = ("user_id", "item_id", "domain", "timestamp")
@@ -459,7 +461,7 @@ def test_what_does_not_fit_the_memory_goes_to_the_disk_and_gives_the_same(
 ):
     """An engine that has 60 MB for everything sorts 48 MB of events."""
     whole = run(tmp_path / "whole", large_log, processes=1)
-    monkeypatch.setattr(trainer.data.prepare.pipeline, "_ENGINE_SHARE", 0.12)
+    monkeypatch.setattr(trainer.data.duckdb_engine, "ENGINE_SHARE", 0.12)
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_EVENT_BYTES", 1)
     small = run(tmp_path / "small", large_log, memory="700MB", processes=1)
     assert digests(small.folder) == digests(whole.folder)
@@ -993,10 +995,10 @@ def test_numbers_and_dates_in_two_files_are_told_apart(tmp_path):
 
 def test_more_rows_than_int32_numbers_are_refused(tmp_path, monkeypatch):
     log = write(tmp_path / "log.csv", some_rows())
-    monkeypatch.setattr(trainer.data.prepare.shard_writing, "INT32_MAX", 200)
+    monkeypatch.setattr(trainer.data.prepare.ids, "INT32_MAX", 200)
     with pytest.raises(InputError, match="rows of the item matrix are more than int32"):
         run(tmp_path / "out", log)
-    monkeypatch.setattr(trainer.data.prepare.shard_writing, "INT32_MAX", 50)
+    monkeypatch.setattr(trainer.data.prepare.ids, "INT32_MAX", 50)
     with pytest.raises(InputError, match="items are more than int32"):
         run(tmp_path / "out", log)
 
@@ -1045,8 +1047,8 @@ def counted(monkeypatch, name, fail_at=None):
     ("name", "fail_at", "done"),
     [
         ("number_ids", 0, []),
-        ("_divide", 0, ["ids"]),
-        ("_write_rows", 0, ["ids", "events"]),
+        ("_divide_events", 0, ["ids"]),
+        ("_write_item_rows", 0, ["ids", "events"]),
         ("write_part", 2, ["ids", "events", "rows"]),
         ("assemble", 0, ["ids", "events", "rows"]),
     ],
@@ -1068,12 +1070,12 @@ def test_a_failed_preparation_goes_on_from_what_was_finished(
     parts = [path for path in work.glob("parts/*") if path.suffix != ".partial"]
     calls = {
         stage: counted(monkeypatch, stage)
-        for stage in ("number_ids", "_divide", "write_part")
+        for stage in ("number_ids", "_divide_events", "write_part")
     }
     dataset = run(tmp_path / "out", log, processes=1)
     assert digests(dataset.folder) == expected
     assert len(calls["number_ids"]) == ("ids" not in done) and len(
-        calls["_divide"]
+        calls["_divide_events"]
     ) == ("events" not in done)
     assert len(parts) + len(calls["write_part"]) > 3 and len(parts) >= fail_at
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -22,9 +22,11 @@ from tests.unit.trainer.data.prepare.test_pipeline import (
     some_rows,
     write,
 )
-from trainer.data.prepare.pipeline import PrepareConfig
-from trainer.data.prepare.shard_writing import Ids, Layout
-from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.config.prepare import PrepareConfig
+from trainer.config.synthetic import SyntheticConfig
+from trainer.data.prepare.ids import Ids
+from trainer.data.prepare.layout import Layout
+from trainer.data.synthetic import synthesize
 from trainer.errors import InputError
 
 if importlib.util.find_spec("pyspark") is None:
@@ -66,9 +68,10 @@ def session(tmp_path_factory):
 
 def run(engine, output, *inputs, **options):
     config = PrepareConfig(tuple(str(path) for path in inputs), str(output), **options)
-    return {"duckdb": trainer.data.prepare.pipeline, "spark": trainer.data.spark}[
-        engine
-    ].prepare(config)
+    return {
+        "duckdb": trainer.data.prepare.pipeline,
+        "spark": trainer.data.prepare.spark,
+    }[engine].prepare(config)
 
 
 def both(folder, *inputs, **options):

@@ -1,0 +1,130 @@
+"""Settings: which interaction logs are prepared, and how."""
+
+import re
+from dataclasses import dataclass
+
+from trainer.errors import InputError
+
+LEAST_MEMORY = 500 * 10**6  # bytes
+TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
+_BYTES_BY_UNIT = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+# Two users a shard at least: with one, a multiple of `streams` shards could leave some empty.
+_LOWER_BOUNDS = {
+    "min_user": 0,
+    "min_item": 0,
+    "seed": 0,
+    "streams": 1,
+    "shard_users": 2,
+    "block_users": 1,
+    "processes": 0,
+}
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Which logs to prepare, and how.
+
+    domain: names the one domain of logs without a domain column.
+    min_user, min_item: drop users and items with fewer interactions, again and again until none
+    is left to drop (the k-core).
+    extend: the folder of a dataset that these logs extend. Its items keep their rows of M where
+    they can.
+    keep_log: the dataset keeps its log, so that it can be extended.
+    whole_log: these logs replace the log that the extended dataset kept.
+    since, days: the window of time that counts. It begins at a time, or so many days before the
+    newest row.
+    time_unit: the unit of times that are numbers.
+    retire: items without an event in the window lose their row.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    domain_column: str = "domain"
+    time_column: str = "timestamp"
+    domain: str | None = None
+    min_user: int = 0
+    min_item: int = 0
+    seed: int = 0
+    streams: int = 64
+    shard_users: int = 32768
+    block_users: int = 1024
+    extend: str | None = None
+    keep_log: bool = False
+    whole_log: bool = False
+    since: str | None = None
+    days: float | None = None
+    time_unit: str | None = None
+    retire: bool = False
+    memory: str = "8GB"  # of all processes together
+    processes: int = 0  # 0: as many as this process may use cores
+
+    def __post_init__(self) -> None:
+        for name, bound in _LOWER_BOUNDS.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise InputError(f"{name} is {value}: it must be at least {bound}")
+        if self.domain == "":
+            raise InputError(
+                "domain is empty: give the one domain of these logs a name"
+            )
+        for name in ("whole_log", "retire"):
+            if getattr(self, name) and self.extend is None:
+                raise InputError(
+                    f"{name} is for a dataset that is extended: "
+                    "give --extend, or leave it out"
+                )
+        if self.since is not None and self.days is not None:
+            raise InputError(
+                "since and days are both given: "
+                "one of them says where the window begins"
+            )
+        if self.days is not None and not 0 < self.days < float("inf"):
+            raise InputError(f"days is {self.days}: it must be more than 0")
+        memory_bytes(self.memory)
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return memory_bytes(self.memory)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns' names by role."""
+        return {
+            "user": self.user_column,
+            "item": self.item_column,
+            "domain": self.domain_column,
+            "time": self.time_column,
+        }
+
+
+def memory_bytes(text: str) -> int:
+    """Converts an amount like 8GB or 500MiB to bytes.
+
+    Raises InputError for a text that is no amount, and for an amount that is too small to read
+    logs.
+    """
+    pattern = r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?"
+    match = re.fullmatch(pattern, text.strip().upper())
+    if not match or match[2] not in _BYTES_BY_UNIT:
+        raise InputError(f"memory {text!r} is no amount like 8GB")
+    amount = int(float(match[1]) * _BYTES_BY_UNIT[match[2]])
+    if amount < LEAST_MEMORY:
+        raise InputError(
+            f"memory {text} is too little: "
+            f"give {LEAST_MEMORY // 10**6}MB or more with --memory"
+        )
+    return amount

@@ -1,0 +1,222 @@
+"""Numbering of users and items with DuckDB: one pass over the logs, out of core.
+
+Users are numbered by (MD5 of seed and id, text of the id), items by (domain, text of the id).
+An item's row of M follows its popularity within the domain. Rare users and items are dropped
+first (the k-core).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from duckdb import DuckDBPyConnection
+
+from trainer.config.prepare import PrepareConfig
+from trainer.data.duckdb_engine import escape, query_value
+from trainer.data.format.dataset import Dataset
+from trainer.data.prepare.extend import (
+    add_old_items,
+    order_domains,
+    place_items,
+    reserve_extended_rows,
+)
+from trainer.data.prepare.ids import (
+    HASH_DIGITS,
+    Ids,
+    refuse_beyond_int32,
+    reserve_rows,
+)
+from trainer.errors import InputError
+from trainer.files.progress import Stages
+
+
+def number_ids(
+    connection: DuckDBPyConnection,
+    config: PrepareConfig,
+    folder: Path,
+    stages: Stages,
+    old: Dataset | None = None,
+) -> None:
+    """Writes the numbered users and items of the view `log` (see `Ids`) into `folder`.
+
+    old: the dataset that is extended.
+    """
+    with stages("numbering users and items"):
+        _find_distinct_ids(connection)
+    if config.min_user > 1 or config.min_item > 1:
+        with stages("dropping rare users and items"):
+            _drop_rare(connection, config.min_user, config.min_item)
+    if old is not None:
+        with stages("finding known items"):
+            add_old_items(connection, old, config.retire)
+            place_items(connection, old)
+    for noun in ("users", "items"):
+        count = query_value(connection, f"SELECT count(*) FROM distinct_{noun}")
+        refuse_beyond_int32(count, noun)
+    with stages("numbering users and items"):
+        _number_users(connection, config.seed)
+        ids = _summarize(connection, old)
+        ids.check()
+        if old is None:
+            _place_by_popularity(connection)
+        _number_items(connection, ids)
+        for table in ("users", "items"):
+            (folder / table).mkdir()
+            target = folder / table / "0.parquet"
+            connection.execute(f"COPY {table} TO '{escape(target)}' (FORMAT parquet)")
+            connection.execute(f"DROP TABLE {table}; DROP TABLE distinct_{table}")
+        ids.save(folder)
+
+
+def _find_distinct_ids(connection: DuckDBPyConnection) -> None:
+    """Makes the tables `distinct_users` and `distinct_items` (domain, item_id, total)."""
+    connection.execute("""
+        CREATE TABLE distinct_users AS
+            SELECT DISTINCT user_id
+            FROM log""")
+    connection.execute("""
+        CREATE TABLE distinct_items AS
+            SELECT domain, item_id, count(*) AS total
+            FROM log
+            GROUP BY ALL""")
+
+
+def _drop_rare(
+    connection: DuckDBPyConnection,
+    min_user: int,
+    min_item: int,
+) -> None:
+    """Leaves the k-core in `distinct_users` and `distinct_items`.
+
+    Events are dropped until every user left has `min_user` and every item left `min_item`
+    interactions.
+    """
+    connection.execute("""
+        CREATE TABLE pairs AS
+            SELECT u.rowid AS "user", i.rowid AS item
+            FROM log
+            JOIN distinct_users u USING (user_id)
+            JOIN distinct_items i USING (domain, item_id)""")
+    dropped = 1
+    while dropped:
+        dropped = _drop_rare_once(connection, "item", min_item)
+        dropped += _drop_rare_once(connection, "user", min_user)
+    if not query_value(connection, "SELECT count(*) FROM pairs"):
+        raise InputError(
+            f"nothing is left with --min-user {min_user} --min-item {min_item}: "
+            "lower them"
+        )
+    connection.execute("""
+        CREATE OR REPLACE TABLE distinct_users AS
+            SELECT user_id
+            FROM distinct_users
+            WHERE rowid IN (SELECT "user" FROM pairs);
+        CREATE OR REPLACE TABLE distinct_items AS
+            SELECT domain, item_id, core.total
+            FROM distinct_items
+            JOIN (
+                SELECT item, count(*) AS total
+                FROM pairs
+                GROUP BY item
+            ) core ON distinct_items.rowid = core.item;
+        DROP TABLE pairs""")
+
+
+def _drop_rare_once(
+    connection: DuckDBPyConnection,
+    column: str,
+    least: int,
+) -> int:
+    """Drops the events of rare users or items; returns how many events."""
+    delete = f"""
+        DELETE FROM pairs
+        WHERE "{column}" IN (
+            SELECT "{column}"
+            FROM pairs
+            GROUP BY "{column}"
+            HAVING count(*) < {least}
+        )"""
+    return query_value(connection, delete)
+
+
+def _number_users(connection: DuckDBPyConnection, seed: int) -> None:
+    """Makes the table `users` (user_id, "user")."""
+    digits = f"substr(md5('{seed}:' || user_id), 1, {HASH_DIGITS})"
+    connection.execute(f"""
+        CREATE TABLE users AS
+            SELECT
+                user_id,
+                row_number() OVER (ORDER BY key, text) - 1 AS "user"
+            FROM (
+                SELECT
+                    user_id,
+                    ('0x' || {digits})::BIGINT AS key,
+                    user_id::VARCHAR AS text
+                FROM distinct_users
+            )""")
+
+
+def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
+    """Counts users, interactions, and the items of each domain."""
+    counts = connection.execute("""
+        SELECT domain, count(*)
+        FROM distinct_items
+        GROUP BY ALL
+        ORDER BY ALL""").fetchall()
+    items_by_domain = dict(counts)
+    names = _order_names(items_by_domain, old)
+    items = [items_by_domain.get(name, 0) for name in names]
+    if old is None:
+        rows = [reserve_rows(count) for count in items]
+    else:
+        rows = reserve_extended_rows(old, items)
+    interactions_query = "SELECT sum(total)::BIGINT FROM distinct_items"
+    return Ids(
+        users=query_value(connection, "SELECT count(*) FROM users"),
+        interactions=query_value(connection, interactions_query),
+        names=tuple(names),
+        items=tuple(items),
+        rooms=tuple(rows),
+        first_time=float(query_value(connection, 'SELECT min("time") FROM log')),
+        last_time=float(query_value(connection, 'SELECT max("time") FROM log')),
+    )
+
+
+def _order_names(names: Iterable[str], old: Dataset | None) -> list[str]:
+    """Returns the domains in their order."""
+    if old is None:
+        return list(names)
+    return order_domains(old, names)
+
+
+def _place_by_popularity(connection: DuckDBPyConnection) -> None:
+    """Makes the table `places` (domain, item_id, place), by popularity in the domain."""
+    connection.execute("""
+        CREATE TABLE places AS
+            SELECT
+                domain,
+                item_id,
+                row_number() OVER (
+                    PARTITION BY domain
+                    ORDER BY total DESC, item_id::VARCHAR
+                ) - 1 AS place
+            FROM distinct_items""")
+
+
+def _number_items(connection: DuckDBPyConnection, ids: Ids) -> None:
+    """Makes the table `items` (domain, name, item_id, total, item, row)."""
+    starts = []
+    for number, name in enumerate(ids.names):
+        starts.append(f"({number}, '{escape(name)}', {ids.starts[number]})")
+    connection.execute(f"""
+        CREATE TABLE items AS
+            SELECT
+                d.number AS domain,
+                domain AS name,
+                item_id,
+                total,
+                row_number() OVER (ORDER BY domain, item_id::VARCHAR) - 1 AS item,
+                first + place AS row
+            FROM distinct_items
+            JOIN places USING (domain, item_id)
+            JOIN (VALUES {", ".join(starts)}) d (number, name, first)
+                ON domain = d.name""")

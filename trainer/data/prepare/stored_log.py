@@ -1,0 +1,330 @@
+"""The log that a dataset keeps for its extension, and the window of time that counts.
+
+A dataset that is to be extended keeps every row of its log, also of users and items too rare to
+be prepared:
+
+    log/00000.parquet …        user_id, item_id, domain, time, of the logs that came first, …
+    log/log.json               their kind of times, and the dataset's options (StoredLog)
+
+Sizes are whatever the logs are; everything is DuckDB's, out of core.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duckdb import DuckDBPyConnection
+
+from trainer.config.prepare import TIME_UNITS, PrepareConfig
+from trainer.data.duckdb_engine import escape, query_value
+from trainer.data.format.dataset import Dataset
+from trainer.data.prepare.logs import open_log
+from trainer.errors import InputError
+
+LOG = "log"
+_COLUMNS = ("user_id", "item_id", "domain", "time")
+_DAY = 86400
+_RECORD = "log.json"
+_COUNTS = "found.json"  # of the stage: what its logs had
+
+
+@dataclass(frozen=True)
+class StoredLog:
+    """A stored log: its kind of times, and the options that the dataset was made with.
+
+    dates: times are dates (microseconds since 1970), not numbers.
+    """
+
+    dates: bool
+    min_user: int
+    min_item: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise TypeError(f"{field.name} is {value!r}")
+
+    @classmethod
+    def load(cls, dataset: Path) -> "StoredLog | None":
+        """Reads the record of a dataset's folder; returns None for one that keeps no log.
+
+        Raises InputError where it cannot be read.
+        """
+        file = dataset / LOG / _RECORD
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**record)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{file} cannot be read ({error}): copy the dataset again"
+            ) from None
+
+    def save(self, folder: Path) -> None:
+        """Writes `log.json` into the log's folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        (folder / _RECORD).write_text(text, encoding="utf-8")
+
+
+def store_log(
+    connection: DuckDBPyConnection,
+    config: PrepareConfig,
+    files: list[Path],
+    old: Dataset | None,
+    folder: Path,
+) -> None:
+    """Writes the dataset's log into `folder`: the rows that `old` keeps, then new ones.
+
+    New rows that are in the old log to the letter (user, item, domain, time) are left out: they
+    were delivered twice. Rows from before the window are left out of both. `found.json` says
+    how many there were of either.
+    Raises InputError: the new logs cannot be read, or have another kind of time; the window is
+    none.
+    """
+    dates = open_log(connection, files, config.columns, config.domain, view="arrived")
+    old_files = []
+    if old is not None and not config.whole_log:
+        old_files = sorted((old.folder / LOG).glob("*.parquet"))
+    if old_files:
+        _check_kind_of_time(old, dates, files)
+    counts = {
+        "arrived": query_value(connection, "SELECT count(*) FROM arrived"),
+        "delivered_before": 0,
+        "late": 0,
+        "before_window": 0,
+    }
+    new_rows = "arrived"
+    views = ["arrived"]
+    if old_files:
+        _drop_delivered_rows(connection, old_files)
+        new_rows = "new_rows"
+        views = ["old_log", "new_rows"]
+        new_count = query_value(connection, "SELECT count(*) FROM new_rows")
+        counts["delivered_before"] = counts["arrived"] - new_count
+        counts["late"] = _count_before(connection, "new_rows", old.last_time)
+    begin = _begin_of_window(connection, config, dates, views)
+    if begin is not None:
+        counts["before_window"] = _count_before(connection, new_rows, begin)
+    for number, file in enumerate(old_files):
+        newest_query = f"SELECT max(time) FROM read_parquet('{escape(file)}')"
+        newest = query_value(connection, newest_query)
+        if begin is None or newest >= begin:
+            _link(file, folder / f"{number:05d}.parquet")
+    new_file = folder / f"{len(old_files):05d}.parquet"
+    connection.execute(f"""
+        COPY (SELECT * FROM {new_rows} {_window_sql(begin)})
+        TO '{escape(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
+    StoredLog(dates, config.min_user, config.min_item).save(folder)
+    text = json.dumps({"begin": begin, "newest": new_file.name, **counts})
+    (folder / _COUNTS).write_text(text, encoding="utf-8")
+
+
+def read_counts(folder: Path) -> dict[str, Any]:
+    """Reads what `store_log` counted: arrived, delivered_before, late, before_window rows.
+
+    Besides it has `begin`, of the window, and `newest`, the file of the rows that came last.
+    """
+    return json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+
+
+def open_stored_log(
+    connection: DuckDBPyConnection,
+    folder: Path,
+    old: Dataset | None,
+) -> None:
+    """Makes the view `log` over the log in `folder`, and `newest` over the rows that came last.
+
+    Ids that are text in `old` are text.
+    """
+    counts = read_counts(folder)
+    files = sorted(folder.glob("*.parquet"))
+    vocabularies = []
+    if old is not None:
+        vocabularies = [old.local(domain.vocabulary) for domain in old.domains]
+    types = _common_types(connection, files, vocabularies)
+    log_sql = _rows_sql(files, types, _window_sql(counts["begin"]))
+    newest_sql = _rows_sql([folder / counts["newest"]], types)
+    connection.execute(f"CREATE OR REPLACE VIEW log AS {log_sql}")
+    connection.execute(f"CREATE OR REPLACE VIEW newest AS {newest_sql}")
+    if not query_value(connection, "SELECT count(*) FROM log"):
+        raise InputError(
+            "no rows are left in the window: give an earlier --since or more --days"
+        )
+
+
+def link_log(log: Path, folder: Path) -> None:
+    """Makes the folder `log` of a dataset of the files that `store_log` left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in (*log.glob("*.parquet"), log / _RECORD):
+        _link(file, folder / file.name)
+
+
+def column_type(
+    connection: DuckDBPyConnection,
+    file: Path,
+    column: str,
+) -> str:
+    """Returns the type of a Parquet file's column."""
+    query = f"SELECT \"{column}\" FROM read_parquet('{escape(file)}')"
+    return str(connection.sql(query).types[0])
+
+
+def _check_kind_of_time(
+    old: Dataset,
+    dates: bool,
+    files: list[Path],
+) -> None:
+    """Raises InputError where new times are dates and old ones numbers, or vice versa."""
+    if StoredLog.load(old.folder).dates == dates:
+        return
+    old_kind = "dates"
+    new_kind = "numbers"
+    if dates:
+        old_kind = "numbers"
+        new_kind = "dates"
+    raise InputError(
+        f"{old.folder}: its times are {old_kind}, "
+        f"those of {files[0]} are {new_kind}: write one kind"
+    )
+
+
+def _drop_delivered_rows(connection: DuckDBPyConnection, old_files: list[Path]) -> None:
+    """Makes the view `old_log`, and the table `new_rows` of arrived rows that it lacks."""
+    types = _common_types(connection, old_files)
+    connection.execute(
+        f"CREATE OR REPLACE VIEW old_log AS {_rows_sql(old_files, types)}"
+    )
+    conditions = []
+    for name in _COLUMNS:
+        # An id may be a number in one log and text in another.
+        cast = "::VARCHAR" if name.endswith("_id") else ""
+        column = f'"{name}"{cast}'
+        conditions.append(f"o.{column} = a.{column}")
+    connection.execute(f"""
+        CREATE TABLE delivered_before AS
+            SELECT DISTINCT a.*
+            FROM arrived a
+            JOIN old_log o ON {" AND ".join(conditions)};
+        CREATE TABLE new_rows AS
+            SELECT *
+            FROM arrived
+            ANTI JOIN delivered_before USING ({", ".join(_COLUMNS)})""")
+
+
+def _count_before(
+    connection: DuckDBPyConnection,
+    view: str,
+    time: float,
+) -> int:
+    query = f"SELECT count(*) FROM {view} WHERE time < {time!r}"
+    return query_value(connection, query)
+
+
+def _window_sql(begin: float | None) -> str:
+    """Returns the SQL condition of the rows in the window."""
+    if begin is None:
+        return ""
+    return f"WHERE time >= {begin!r}"
+
+
+def _begin_of_window(
+    connection: DuckDBPyConnection,
+    config: PrepareConfig,
+    dates: bool,
+    views: list[str],
+) -> float | None:
+    """Returns the first time that counts, or None if all do."""
+    if config.since is None and config.days is None:
+        return None
+    newest_by_view = []
+    for view in views:
+        newest = query_value(connection, f"SELECT max(time) FROM {view}")
+        if newest is not None:
+            newest_by_view.append(newest)
+    if config.days is not None:
+        if not dates and config.time_unit is None:
+            raise InputError(
+                "--days with times that are numbers: "
+                f"say what they are in with --time-unit ({', '.join(TIME_UNITS)})"
+            )
+        unit = "us" if dates else config.time_unit
+        second = TIME_UNITS[unit]
+        return max(newest_by_view) - config.days * _DAY * second
+    if dates:
+        return _parse_date(connection, config.since)
+    try:
+        return float(config.since)
+    except ValueError:
+        raise InputError(
+            f"--since {config.since!r}: these logs' times are numbers: give one"
+        ) from None
+
+
+def _parse_date(connection: DuckDBPyConnection, text: str) -> int:
+    """Returns a date in microseconds since 1970."""
+    query = "SELECT epoch_us(TRY_CAST(? AS TIMESTAMPTZ))"
+    ((time,),) = connection.execute(query, [text]).fetchall()
+    if time is None:
+        raise InputError(f"--since {text!r} is no date like 2026-01-31")
+    return time
+
+
+def _common_types(
+    connection: DuckDBPyConnection,
+    files: Iterable[Path],
+    vocabularies: Iterable[Path] = (),
+) -> dict[str, str]:
+    """Returns the types, by column, of a log whose files may have different ones.
+
+    Item ids are to be like those of the vocabularies, too.
+    """
+    common_types = {}
+    for name in _COLUMNS:
+        types = {column_type(connection, file, name) for file in files}
+        if name == "item_id":
+            for file in vocabularies:
+                types.add(column_type(connection, file, name))
+        if len(types) == 1:
+            common_types[name] = types.pop()
+        elif name == "time":
+            common_types[name] = "DOUBLE"
+        else:
+            common_types[name] = "VARCHAR"
+    return common_types
+
+
+def _rows_sql(
+    files: list[Path],
+    types: dict[str, str],
+    condition: str = "",
+) -> str:
+    """Returns SQL for the rows of a log's files.
+
+    types: by column. condition: a WHERE clause, if not all rows count.
+    """
+    columns = []
+    for name, column in types.items():
+        columns.append(f'"{name}"::{column} AS "{name}"')
+    selects = []
+    for file in files:
+        selects.append(f"""
+            SELECT {", ".join(columns)}
+            FROM read_parquet('{escape(file)}')
+            {condition}""")
+    return " UNION ALL ".join(selects)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Links a file to another name, or copies it where the file system knows no links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
