@@ -4,7 +4,7 @@
     python benchmarks/balance.py data=DATA ranks=[2,4] users_per_rank=32 steps=200
     python benchmarks/balance.py --short                        a small dataset of its own: does it run?
 
-- Tokens: those of both views by rank, as the trainer counts them when it assigns users (`trainer.data.loading.token_balance.view_tokens`: one
+- Tokens: those of both views by rank, as the trainer counts them when it assigns users (`trainer.data.loading.token_balance.count_view_tokens`: one
   a user more than there are). plain leaves every user on the rank that owns its stream, balanced is `trainer.data.loading.batch_schedule.Plan`
   as it trains. The figure of a step is the most that a rank has over the mean; away is the share of users on another rank than
   their own.

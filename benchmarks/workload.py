@@ -12,7 +12,10 @@ from trainer.config.run import RunConfig
 from trainer.data.counter_rng import permutation, random_below, random_bits, random_unit
 from trainer.data.format.dataset import Dataset, Domain, Shard
 from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.negative_sampling import shared_negatives, target_negatives
+from trainer.data.loading.negative_sampling import (
+    draw_shared_negatives,
+    draw_target_negatives,
+)
 from trainer.training.step import Trainer
 
 _SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
@@ -77,7 +80,7 @@ def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
     bits_N = random_bits(_SEED, _ITEMS, step, np.arange(total))
     items_N = dataset.starts[domain_N] + _popular(bits_N, items_D[domain_N], exponent)
     if negatives.shared:
-        drawn = shared_negatives(
+        drawn = draw_shared_negatives(
             _SEED, 0, step, dataset.starts, items_D, negatives.shared
         )
     else:
@@ -85,7 +88,7 @@ def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
             np.cumsum(lengths_B) - lengths_B, lengths_B
         )
         user_N = np.repeat(step * users + np.arange(users), lengths_B)
-        drawn = target_negatives(
+        drawn = draw_target_negatives(
             _SEED,
             0,
             user_N,

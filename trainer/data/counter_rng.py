@@ -48,11 +48,13 @@ class RandomStream(IntEnum):
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
+    # In place after the first line: fresh memory for each step would take longer than the step.
     state = state ^ (state >> _SHIFT_1)
-    state = state * _MULTIPLY_1
-    state = state ^ (state >> _SHIFT_2)
-    state = state * _MULTIPLY_2
-    return state ^ (state >> _SHIFT_3)
+    state *= _MULTIPLY_1
+    state ^= state >> _SHIFT_2
+    state *= _MULTIPLY_2
+    state ^= state >> _SHIFT_3
+    return state
 
 
 def random_bits(*keys: Key) -> np.ndarray:
@@ -78,17 +80,15 @@ def random_below(bits: np.ndarray, bound: Key) -> np.ndarray:
     The bias is below bound / 2**32.
     """
     bound = np.asarray(bound).astype(np.uint64)
-    high_bits = bits >> _HALF
     with np.errstate(over="ignore"):
-        product = high_bits * bound
-    below = product >> _HALF
-    return below.astype(np.int64)
+        product = (bits >> _HALF) * bound
+    product = product >> _HALF
+    return product.astype(np.int64)
 
 
 def random_unit(bits: np.ndarray) -> np.ndarray:
     """Maps random bits to float64 in [0, 1)."""
-    high_bits = bits >> _NOT_IN_FLOAT
-    return high_bits.astype(np.float64) * 2.0**-53
+    return (bits >> _NOT_IN_FLOAT).astype(np.float64) * 2.0**-53
 
 
 def permutation(length: int, *keys: Key) -> np.ndarray:

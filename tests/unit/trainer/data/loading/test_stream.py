@@ -363,9 +363,9 @@ class Looked:
             started,
         )
 
-    def at(self, position):
+    def from_position(self, position):
         self._started.append(position)
-        return self._batches.at(position)
+        return self._batches.from_position(position)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
