@@ -151,7 +151,14 @@ class Plan:
         return user_T[taken_T], stream_T[taken_T]
 
     def ranks(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`batch` with the rank of each user: (user numbers, home ranks, ranks), int64 (B,)."""
+        """`batch` with the rank of each user: (user numbers, home ranks, ranks), int64 (B,).
+
+        In the example of the module's head, batch 1 is
+
+            user numbers    [2, 5, 7, 6]
+            home ranks      [0, 1, 0, 1]
+            ranks           [0, 1, 0, 1]    or others, where users are moved to balance tokens
+        """
         users_B, stream_B = self.batch(epoch, step)
         turn_B, home_B = np.divmod(stream_B, self.world_size)
         if self.world_size == 1 or not self.balance:
@@ -185,6 +192,7 @@ class Plan:
         """The shard numbers of each stream, in reading order."""
         order = self._order(epoch)
         ends_S = np.cumsum(order.shards_S)
+        # Two streams of two shards each: [[0, 2], [1, 3]].
         return np.split(order.shard_N, ends_S[:-1])
 
     def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
@@ -233,7 +241,16 @@ class Plan:
     def _cut_by_tokens(self, epoch: int) -> np.ndarray:
         """Cuts an epoch into batches of limited tokens: each one's first slot, and the end; int64.
 
-        A batch takes the next users as long as their tokens fit, and one user in any case.
+        A batch takes the next users as long as their tokens fit, and one user in any case. At
+        most 10 tokens a batch:
+
+            slot       0  1  2  3  4  5  6
+            tokens     4  5  –  6  2  1  9     slot 2 is empty
+            batch      0  0  0  1  1  1  2
+            returns    [0, 3, 6, 7]
+
+        Chunks of slots come one after the other, so that an epoch need not fit into memory; a batch
+        goes on from one chunk to the next.
         """
         slots = self._order(epoch).slots
         first_slots = [0]
@@ -276,7 +293,15 @@ class Plan:
         rank: int,
         sum_of_ranks: Callable[[np.ndarray], np.ndarray],
     ) -> None:
-        """Has each rank cut one of these epochs, at most as many as there are ranks."""
+        """Has each rank cut one of these epochs, at most as many as there are ranks.
+
+        Ranks exchange the cuts by sums: each adds its own to zeros of the others.
+
+            cuts of rank 0    [0, 3, 6, 7]    of epochs[0]
+            cuts of rank 1    [0, 4, 7]       of epochs[1]
+            sizes_E           [4, 3]
+            all_cuts          [0, 3, 6, 7, 0, 4, 7]
+        """
         cuts = np.zeros(0, np.int64)
         sizes_E = np.zeros(len(epochs), np.int64)
         takes_part = rank < len(epochs)

@@ -64,7 +64,11 @@ class EpochOrder:
         return len(self.users_S)
 
     def count_users_before(self, slot: int) -> np.ndarray:
-        """For each stream, how many of its users come before a slot: int64 (S,)."""
+        """For each stream, how many of its users come before a slot: int64 (S,).
+
+        In the example of the module's head: 7 slots come before slot 7, of them 4 of stream 0
+        and 3 of stream 1.
+        """
         stream_S = np.arange(self.streams)
         slots_S = -((stream_S - slot) // self.streams)
         slots_S = np.maximum(0, slots_S)
@@ -73,7 +77,17 @@ class EpochOrder:
     def find_users(
         self, begin: int, end: int, shuffle: "BlockShuffle | None"
     ) -> np.ndarray:
-        """The user in each of the slots begin … end − 1, int64; `EMPTY` where a slot is empty."""
+        """The user in each of the slots begin … end − 1, int64; `EMPTY` where a slot is empty.
+
+        In the example of the module's head, for the slots 4 … 7:
+
+            stream 0, of which users 2 and 3 are meant    block 1 from its position 0, block 2
+            stream 1, of which users 2 and 3 are meant    block 1, both positions
+            returns                                       [2, 5, 7, 6]
+
+        Blocks that hold such a user are listed stream after stream, then the users of each block,
+        and each user is put into its slot.
+        """
         first_S = self.begin_S + self.count_users_before(begin)
         last_S = self.begin_S + self.count_users_before(end)
         active = np.flatnonzero(first_S < last_S)  # streams that have users there
@@ -108,15 +122,25 @@ class EpochOrder:
 
 
 def order_epoch(dataset: Dataset, seed: int, epoch: int, shuffle: bool) -> EpochOrder:
-    """Deals an epoch's shards to the streams. shuffle: in another order each epoch."""
+    """Deals an epoch's shards to the streams. shuffle: in another order each epoch.
+
+    In the example of the module's head:
+
+        shard_N    [0, 2,  1, 3]              users_N         [3, 4, 4, 2]
+        slot_N     [0, 6,  1, 9]              shards_S        [2, 2]
+        users_S    [7, 6]                     begin_S         [0, 7]
+        shard_K    [0, 0, 2, 2,  1, 1, 3]     place_K         [0, 1, 0, 1,  0, 1, 0]
+        users_K    [2, 1, 2, 2,  2, 2, 2]     first_user_K    [0, 2, 7, 9,  3, 5, 11]
+        begin_K    [0, 2, 3, 5,  7, 9, 11]    slots           13
+    """
     streams = dataset.streams
     block_users = dataset.block_users
+    shards = len(dataset.shards)
     shard_users = np.array([shard.users for shard in dataset.shards])
     shard_first_user = np.array([shard.first_user for shard in dataset.shards])
+    cards = np.arange(shards)
     if shuffle:
-        cards = permutation(len(shard_users), seed, RandomStream.SHARD_ORDER, epoch)
-    else:
-        cards = np.arange(len(shard_users))
+        cards = permutation(shards, seed, RandomStream.SHARD_ORDER, epoch)
     hands = [cards[stream::streams] for stream in range(streams)]
     shard_N = np.concatenate(hands)
     shards_S = np.array([len(hand) for hand in hands])
@@ -130,8 +154,8 @@ def order_epoch(dataset: Dataset, seed: int, epoch: int, shuffle: bool) -> Epoch
     blocks_N = -(-users_N // block_users)
     shard_K = np.repeat(shard_N, blocks_N)
     place_K = count_within_rows(blocks_N)
-    left_K = shard_users[shard_K] - place_K * block_users
-    users_K = np.minimum(block_users, left_K)
+    passed_K = place_K * block_users  # users of the shard that come before the block
+    users_K = np.minimum(block_users, shard_users[shard_K] - passed_K)
 
     last_slot_S = np.arange(streams) + (users_S - 1) * streams
     return EpochOrder(
@@ -145,7 +169,7 @@ def order_epoch(dataset: Dataset, seed: int, epoch: int, shuffle: bool) -> Epoch
         place_K=place_K,
         users_K=users_K,
         begin_K=row_begins(users_K),
-        first_user_K=shard_first_user[shard_K] + place_K * block_users,
+        first_user_K=shard_first_user[shard_K] + passed_K,
         slots=int(last_slot_S[users_S > 0].max()) + 1,
     )
 
@@ -192,12 +216,14 @@ class BlockShuffle:
             block_C = block_J[begin : begin + _BLOCKS_AT_ONCE]
             # Bits of one block all differ: the mixer is a bijection. So any kind of sort
             # gives the same.
+            shard_C1 = order.shard_K[block_C, None]
+            place_C1 = order.place_K[block_C, None]
             bits_CP = random_bits(
                 self._seed,
                 RandomStream.USER_ORDER,
                 self.epoch,
-                order.shard_K[block_C, None],
-                order.place_K[block_C, None],
+                shard_C1,
+                place_C1,
                 positions,
             )
             order_CP = np.argsort(bits_CP, axis=1).astype(np.int32)

@@ -17,8 +17,8 @@ An example: six users on 2 ranks, whose tokens are
     home rank     0    0    0    0    1    1
     tokens       40   10   30   20    5   15
 
-    same counts   0    0    0    1    1    1      tokens 80 and 40: user 3 is the home's last
-    balanced      1    0    0    0    1    1      tokens 60 and 60: users 0 and 3 are exchanged
+    equal counts  0    0    0    1    1    1      80 and 40 tokens: rank 0 gives its last user
+    equal tokens  0    1    1    1    0    0      60 and 60 tokens: users 1 and 2 for 4 and 5
 
 Letters at the end of names: B users of the batch, W ranks, G sets of S ranks that exchange users,
 P pairs of a heavy and a light rank, M users that a rank offers, C of these that are considered.
@@ -64,6 +64,11 @@ def equalize_counts(home_B: np.ndarray, world_size: int) -> np.ndarray:
 
     That is the home rank, but for the users of which it has too many; these come last in the
     batch. Ranks have B / world_size users, rounded up on those that own the most, else down.
+
+        home_B     [0, 0, 0, 0, 1, 1]    2 ranks
+        counts_W   [4, 2]
+        room_W     [3, 3]
+        rank_B     [0, 0, 0, 1, 1, 1]    rank 0 has no room for its fourth user
     """
     users = len(home_B)
     counts_W = np.bincount(home_B, minlength=world_size)
@@ -169,7 +174,9 @@ def _exchange_users(
 ) -> None:
     """Exchanges offered users within each set until no load of a set is above the set's limit.
 
-    Changes `rank_B` and `load_W`.
+    In each round the heaviest rank of a set and its lightest one exchange the two users that bring
+    their loads nearest to the mean, and so do the next ones. Where no exchange helps, the heavy
+    rank meets another light one in the next round. Changes `rank_B` and `load_W`.
     """
     sets, size = member_GS.shape
     user_WM = _list_users_of_ranks(rank_B, offered, len(load_W))
@@ -210,7 +217,11 @@ def _exchange_users(
 def _list_users_of_ranks(
     rank_B: np.ndarray, offered: np.ndarray, world_size: int
 ) -> np.ndarray:
-    """The offered users of each rank, in the batch's order: (W, M); `_ABSENT` past the end."""
+    """The offered users of each rank, in the batch's order: (W, M); `_ABSENT` past the end.
+
+    rank_B     [0, 1, 0]
+    user_WM    [[0, 2], [1, -1]]    where all three are offered
+    """
     rank_of_offered = rank_B[offered]
     counts_W = np.bincount(rank_of_offered, minlength=world_size)
     order, turn = _group_by_rank(rank_of_offered, counts_W)
@@ -226,6 +237,12 @@ def _pair_heavy_and_light(
 
     Each int64 (P,): the pair's set, its heavy rank, its light rank. shift_G: how many of the
     lightest ranks are passed over; a set that has no others left has no pairs.
+
+        member_GS    [[0, 1], [2, 3]]
+        load_W       [9, 5, 6, 6]
+        limit_G      [7, 7]
+        shift_G      [0, 0]
+        returns      [0], [0], [1]       only rank 0 is too heavy, and pairs with rank 1
     """
     _, size = member_GS.shape
     load_GS = load_W[member_GS]
@@ -268,7 +285,11 @@ def _take_first_of_ranks(
 def _group_by_rank(
     rank_B: np.ndarray, counts_W: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Users sorted by rank, in the batch's order within it; each one's number among its rank's."""
+    """Users sorted by rank, in the batch's order within it; each one's number among its rank's.
+
+    rank_B     [1, 0, 1, 0]
+    returns    [1, 3, 0, 2], [0, 1, 0, 1]
+    """
     if len(counts_W) <= 2**16:
         rank_B = rank_B.astype(np.uint16)  # which NumPy sorts by counting
     order = np.argsort(rank_B, kind="stable")
@@ -285,22 +306,27 @@ def _find_best_exchange(
 
     heavy_PM, light_PM: costs of up to M users of each rank; `_ABSENT` stands for none. gap_P: by
     how much the loads of a pair differ.
+
+        heavy_PM    [[40, 10, 30]]
+        light_PM    [[20, 5, 15]]
+        wanted_P    [20]
+        gap_P       [40]
+        returns     [True], [0], [0]     40 against 20 moves 20 tokens
     """
     pairs, users = heavy_PM.shape
     pair = np.arange(pairs)
     row = pair[:, None]
+    wanted_P1 = wanted_P[:, None]
+    gap_P1 = gap_P[:, None]
     tried_PC = _choose_tried(heavy_PM)
     give_PC = heavy_PM[row, tried_PC]
-    top = int(max(heavy_PM.max(), light_PM.max())) + 1
+    top = int(max(heavy_PM.max(), light_PM.max()))
+    top += 1  # stands for none of the light rank
     light_PM = np.where(light_PM == _ABSENT, top, light_PM)
     light_order = np.argsort(light_PM, axis=1, kind="stable")
     sorted_PM = light_PM[row, light_order]
-    # One search over all pairs: each pair's costs lie in a range of their own.
-    range_begin = row * (top + 1)
-    keys = (sorted_PM + range_begin).reshape(-1)
-    sought_PC = np.clip(give_PC - wanted_P[:, None], 0, top) + range_begin
-    above_PC = np.searchsorted(keys, sought_PC.reshape(-1))
-    above_PC = above_PC.reshape(sought_PC.shape) - row * users
+    sought_PC = give_PC - wanted_P1
+    above_PC = _search_rows(sorted_PM, sought_PC, top)
     best_error = np.full(pairs, _NEVER)
     best_give = np.zeros(pairs, np.int64)
     best_take = np.zeros(pairs, np.int64)
@@ -313,18 +339,40 @@ def _find_best_exchange(
             (take_PC < top)
             & (give_PC != _ABSENT)
             & (moved_PC > 0)
-            & (moved_PC < gap_P[:, None])
+            & (moved_PC < gap_P1)
         )
-        error_PC = np.where(possible_PC, np.abs(moved_PC - wanted_P[:, None]), _NEVER)
+        error_PC = np.abs(moved_PC - wanted_P1)
+        error_PC = np.where(possible_PC, error_PC, _NEVER)
         choice = error_PC.argmin(1)
         error = error_PC[pair, choice]
         closer = error < best_error
         give = tried_PC[pair, choice]
-        take = light_order[pair, column_PC[pair, choice]]
+        column = column_PC[pair, choice]
+        take = light_order[pair, column]
         best_give = np.where(closer, give, best_give)
         best_take = np.where(closer, take, best_take)
         best_error = np.minimum(best_error, error)
     return best_error < _NEVER, best_give, best_take
+
+
+def _search_rows(sorted_PM: np.ndarray, sought_PC: np.ndarray, top: int) -> np.ndarray:
+    """`np.searchsorted` of each row of `sought_PC` in that of `sorted_PM`: int64 (P, C).
+
+    It is one search over all rows: each row's numbers lie in a range of their own. top: the
+    largest number of `sorted_PM`, which has none below 0.
+
+        sorted_PM    [[5, 15, 20], [1, 2, 3]]
+        sought_PC    [[20, -10], [2, 9]]
+        returns      [[2, 0], [1, 3]]
+    """
+    pairs, users = sorted_PM.shape
+    row = np.arange(pairs)[:, None]
+    range_begin = row * (top + 1)
+    keys = sorted_PM + range_begin
+    sought_PC = np.clip(sought_PC, 0, top)
+    sought_PC = sought_PC + range_begin
+    index = np.searchsorted(keys.reshape(-1), sought_PC.reshape(-1))
+    return index.reshape(sought_PC.shape) - row * users
 
 
 def _choose_tried(heavy_PM: np.ndarray) -> np.ndarray:
