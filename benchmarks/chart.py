@@ -1,4 +1,6 @@
-"""Line charts and stacked bars as SVG, for README.md: text, no library, no script, readable on any background."""
+"""Line charts and stacked bars as SVG, for README.md: text, no library, no script, readable on
+any background.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -13,15 +15,21 @@ _COLOURS = (
     "#56b4e9",
     "#888888",
 )  # Okabe and Ito's, for all eyes
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 330, 56, 12, 34, 74
+_WIDTH = 480
+_HEIGHT = 330
+_LEFT = 56
+_RIGHT = 12
+_TOP = 34
+_BOTTOM = 74
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with a title and named axes. values: {series: a value, 0 or more, for each of `places`}.
+    """A picture with a title and named axes. values: {series: a value, 0 or more, for each of
+    `places`}.
 
-    dashed: for some of these series, another line in the same colour. stacked: bars on top of each other instead of lines. top:
-    the largest value of the axis, None: what the values need.
+    dashed: for some of these series, another line in the same colour. stacked: bars on top of
+    each other instead of lines. top: the largest value of the axis, None: what the values need.
     """
 
     title: str
@@ -34,7 +42,7 @@ class Panel:
     top: float | None = None
 
 
-def svg(panels):
+def svg(panels: list[Panel]) -> str:
     """The panels beside each other."""
     inner = "\n".join(
         f'<g transform="translate({i * _WIDTH} 0)">\n{_panel(panel)}\n</g>'
@@ -42,8 +50,10 @@ def svg(panels):
     )
     width = _WIDTH * len(panels)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" width="{width}" height="{_HEIGHT}" '
-        f'font-family="sans-serif" font-size="12">\n<rect width="{width}" height="{_HEIGHT}" fill="white"/>\n{inner}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
+        f'width="{width}" height="{_HEIGHT}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="{width}" '
+        f'height="{_HEIGHT}" fill="white"/>\n{inner}\n</svg>\n'
     )
 
 
@@ -57,7 +67,8 @@ def _panel(panel):
         highest = max(max(values) for values in panel.values.values())
     step = _tick(panel.top or highest)
     top = panel.top or step * math.ceil(highest / step)
-    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    width = _WIDTH - _LEFT - _RIGHT
+    height = _HEIGHT - _TOP - _BOTTOM
     slot = width / len(panel.places)
 
     def x(i):
@@ -73,7 +84,8 @@ def _panel(panel):
     for tick in range(round(top / step) + 1):
         level = y(tick * step)
         parts += [
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>',
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
+            'stroke="#ddd"/>',
             _text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"),
         ]
     parts += [
@@ -95,8 +107,10 @@ def _panel(panel):
             for i, value in enumerate(values):
                 size = height * value / top
                 parts.append(
-                    f'<rect x="{x(i) - 0.35 * slot:.1f}" width="{0.7 * slot:.1f}" y="{y(below[i]) - size:.1f}" '
-                    f'height="{size:.1f}" fill="{colour}"><title>{escape(name)}: {value:g}</title></rect>'
+                    f'<rect x="{x(i) - 0.35 * slot:.1f}" width="{0.7 * slot:.1f}" '
+                    f'y="{y(below[i]) - size:.1f}" '
+                    f'height="{size:.1f}" fill="{colour}"><title>{escape(name)}: '
+                    f"{value:g}</title></rect>"
                 )
                 below[i] += value
         else:
@@ -107,7 +121,8 @@ def _panel(panel):
                 there = [(x(i), y(value)) for i, value in enumerate(drawn)]
                 line = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
                 parts.append(
-                    f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>'
+                    f'<polyline points="{line}" fill="none" stroke="{colour}" '
+                    f'stroke-width="2"{dashes}/>'
                 )
                 parts += [
                     f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>'
@@ -118,9 +133,11 @@ def _panel(panel):
 
 def _legend(names):
     """Up to three names a line, below the axis."""
-    parts, room = [], (_WIDTH - _LEFT - _RIGHT) / 3
+    parts = []
+    room = (_WIDTH - _LEFT - _RIGHT) / 3
     for i, (colour, name) in enumerate(zip(_COLOURS, names, strict=False)):
-        left, base = _LEFT + i % 3 * room, _HEIGHT - 24 + i // 3 * 16
+        left = _LEFT + i % 3 * room
+        base = _HEIGHT - 24 + i // 3 * 16
         parts.append(
             f'<rect x="{left:.1f}" y="{base - 9}" width="10" height="10" fill="{colour}"/>'
         )
@@ -138,6 +155,7 @@ def _tick(highest):
 
 def _text(x, y, text, anchor="start", size=12, weight="normal"):
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" fill="#222">'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+        f'font-weight="{weight}" fill="#222">'
         f"{escape(text)}</text>"
     )
