@@ -57,78 +57,103 @@ def svg(panels: list[Panel]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Axes:
+    """Where values of a panel lie in its picture."""
+
+    slot: float  # width of a place
+    height: float
+    top: float  # the value at the upper end
+
+    def x(self, place: int) -> float:
+        return _LEFT + (place + 0.5) * self.slot
+
+    def y(self, value: float) -> float:
+        return _TOP + self.height * (1 - value / self.top)
+
+
 def _panel(panel):
-    if panel.stacked:
-        highest = max(
-            sum(values[i] for values in panel.values.values())
-            for i in range(len(panel.places))
-        )
-    else:
-        highest = max(max(values) for values in panel.values.values())
+    highest = _highest(panel)
     step = _tick(panel.top or highest)
-    top = panel.top or step * math.ceil(highest / step)
     width = _WIDTH - _LEFT - _RIGHT
-    height = _HEIGHT - _TOP - _BOTTOM
-    slot = width / len(panel.places)
-
-    def x(i):
-        return _LEFT + (i + 0.5) * slot
-
-    def y(value):
-        return _TOP + height * (1 - value / top)
-
+    axes = _Axes(
+        slot=width / len(panel.places),
+        height=_HEIGHT - _TOP - _BOTTOM,
+        top=panel.top or step * math.ceil(highest / step),
+    )
     parts = [
         _text(_LEFT, 18, panel.title, weight="bold"),
         _text(_LEFT, _TOP - 4, panel.y_title, size=11),
     ]
-    for tick in range(round(top / step) + 1):
-        level = y(tick * step)
-        parts += [
+    for tick in range(round(axes.top / step) + 1):
+        level = axes.y(tick * step)
+        parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
-            'stroke="#ddd"/>',
-            _text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"),
-        ]
-    parts += [
-        _text(x(i), _TOP + height + 16, place, anchor="middle")
-        for i, place in enumerate(panel.places)
-    ]
-    parts.append(
-        _text(
-            _LEFT + width / 2,
-            _TOP + height + 32,
-            panel.x_title,
-            anchor="middle",
-            size=11,
+            'stroke="#ddd"/>'
         )
-    )
+        parts.append(_text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"))
+    below = _TOP + axes.height
+    for number, place in enumerate(panel.places):
+        parts.append(_text(axes.x(number), below + 16, place, anchor="middle"))
+    middle = _LEFT + width / 2
+    parts.append(_text(middle, below + 32, panel.x_title, anchor="middle", size=11))
+    if panel.stacked:
+        parts += _bars(panel, axes)
+    else:
+        parts += _lines(panel, axes)
+    parts += _legend(list(panel.values))
+    return "\n".join(parts)
+
+
+def _highest(panel):
+    if not panel.stacked:
+        return max(max(values) for values in panel.values.values())
+    sums = [0] * len(panel.places)
+    for values in panel.values.values():
+        for number in range(len(panel.places)):
+            sums[number] += values[number]
+    return max(sums)
+
+
+def _bars(panel, axes):
+    """Each series on top of those before it."""
+    parts = []
     below = [0.0] * len(panel.places)
     for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
-        if panel.stacked:
-            for i, value in enumerate(values):
-                size = height * value / top
-                parts.append(
-                    f'<rect x="{x(i) - 0.35 * slot:.1f}" width="{0.7 * slot:.1f}" '
-                    f'y="{y(below[i]) - size:.1f}" '
-                    f'height="{size:.1f}" fill="{colour}"><title>{escape(name)}: '
-                    f"{value:g}</title></rect>"
+        for number, value in enumerate(values):
+            size = axes.height * value / axes.top
+            left = axes.x(number) - 0.35 * axes.slot
+            upper = axes.y(below[number]) - size
+            parts.append(
+                f'<rect x="{left:.1f}" width="{0.7 * axes.slot:.1f}" y="{upper:.1f}" '
+                f'height="{size:.1f}" fill="{colour}"><title>{escape(name)}: '
+                f"{value:g}</title></rect>"
+            )
+            below[number] += value
+    return parts
+
+
+def _lines(panel, axes):
+    """Each series as a line, and its dashed one."""
+    parts = []
+    for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
+        dashed = panel.dashed.get(name, [])
+        for drawn, dashes in ((values, ""), (dashed, ' stroke-dasharray="5 4"')):
+            points = []
+            circles = []
+            for number, value in enumerate(drawn):
+                x = axes.x(number)
+                y = axes.y(value)
+                points.append(f"{x:.1f},{y:.1f}")
+                circles.append(
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
                 )
-                below[i] += value
-        else:
-            for drawn, dashes in (
-                (values, ""),
-                (panel.dashed.get(name, []), ' stroke-dasharray="5 4"'),
-            ):
-                there = [(x(i), y(value)) for i, value in enumerate(drawn)]
-                line = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
-                parts.append(
-                    f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                    f'stroke-width="2"{dashes}/>'
-                )
-                parts += [
-                    f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>'
-                    for a, b in there
-                ]
-    return "\n".join([*parts, *_legend(list(panel.values))])
+            parts.append(
+                f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
+                f'stroke-width="2"{dashes}/>'
+            )
+            parts += circles
+    return parts
 
 
 def _legend(names):

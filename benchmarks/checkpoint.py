@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -244,7 +244,7 @@ class System:
     loaded = True
     # Of the last save, in bytes.
     size = 0
-    files: ClassVar[dict] = {}
+    files: ClassVar[dict[str, int]] = {}
 
     def __init__(self, trainer: "Trainer", folder: Path):
         self.trainer = trainer

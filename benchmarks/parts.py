@@ -127,7 +127,6 @@ def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
     """Parts of a step and of the model: lines of the record's `results`, and their limits."""
     with process_group.joined() as ranks:
         config = replace(settings.model, precision=precision)
-        count = settings.warmup + settings.repeats
         trainer, drawn, domain_items = started(config, settings, ranks)
         built, batches = timed_calls(
             lambda arrays: build_batch(*arrays, domain_items, config.max_length),
@@ -158,56 +157,22 @@ def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
             seconds.pop("table.exchange"), seconds.pop("table.look_up"), strict=True
         )
         seconds["table look-up"] = [sum(pair) for pair in pairs]
-        lines = [
-            line(name, values[-settings.repeats :])
-            for name, values in seconds.items()
-            if len(values) == count
-        ]
-        steps = dict(zip([of["part"] for of in lines], lines, strict=True))
         of_products = functools.partial(limits.seconds_of, products)
         least_forward = of_products(forward["experts"] + forward["tasks"])
+        least_backward = products["seconds_per_step"] - least_forward
+        looked_up = 2 * len(batch.distinct) * row / rates["gather"]
+        updated = update_bytes(batch.distinct, row) / rates["gather"]
+        stepped = 7 * 4 * trainer.weights / rates["add"]
         named = {
-            "table look-up": (
-                "table look-up",
-                "rows",
-                2 * len(batch.distinct) * row / rates["gather"],
-            ),
+            "table look-up": ("table look-up", "rows", looked_up),
             "engine": ("model forward", "products", least_forward),
-            "engine.backward": (
-                "model backward",
-                "products",
-                products["seconds_per_step"] - least_forward,
-            ),
-            "table.update": (
-                "table update",
-                "rows",
-                update_bytes(batch.distinct, row) / rates["gather"],
-            ),
-            "engine.step": (
-                "dense optimizer step",
-                "memory",
-                7 * 4 * trainer.weights / rates["add"],
-            ),
+            "engine.backward": ("model backward", "products", least_backward),
+            "table.update": ("table update", "rows", updated),
+            "engine.step": ("dense optimizer step", "memory", stepped),
         }
-        lines = [limited(steps[name], *of) for name, of in named.items()]
-        spent = [
-            sum(values)
-            for values in zip(*(of["seconds"]["all"] for of in lines), strict=True)
-        ]
-        whole = whole[-settings.repeats :]
-        lines.append(
-            line("the rest", [of - part for of, part in zip(whole, spent, strict=True)])
-        )
-        lines.append(
-            limited(
-                line("step", whole),
-                "step",
-                "sum of the above",
-                sum(of[2] for of in named.values()),
-            )
-        )
+        lines = _lines_of_step(settings, seconds, named, whole)
 
-        for name, made, least in model_parts(
+        parts_of_model = model_parts(
             config,
             settings,
             batch,
@@ -216,7 +181,8 @@ def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
             of_products,
             rates,
             ranks.device,
-        ):
+        )
+        for name, made, least in parts_of_model:
             lines.append(limited(line(name, made), name, *least))
         size = sum(values.nbytes for values in tensors(batch))
         lines.append(
@@ -228,6 +194,29 @@ def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
             )
         )
         return lines, {"products": products, "memory": rates}
+
+
+def _lines_of_step(settings, seconds, named, whole):
+    """A line for each named part of a step, for the rest of it, and for the whole.
+
+    seconds: of each part that was called. named: (name, what limits it, its limit) of those that
+    are shown. whole: seconds of each step.
+    """
+    count = settings.warmup + settings.repeats
+    steps = {}
+    for name, values in seconds.items():
+        if len(values) == count:
+            steps[name] = line(name, values[-settings.repeats :])
+    lines = [limited(steps[name], *of) for name, of in named.items()]
+    whole = whole[-settings.repeats :]
+    rest = list(whole)
+    for repeat in range(len(whole)):
+        spent = sum(of["seconds"]["all"][repeat] for of in lines)
+        rest[repeat] = whole[repeat] - spent
+    lines.append(line("the rest", rest))
+    least = sum(of[2] for of in named.values())
+    lines.append(limited(line("step", whole), "step", "sum of the above", least))
+    return lines
 
 
 def started(config: ModelConfig, settings: Settings, ranks: "Ranks") -> tuple:

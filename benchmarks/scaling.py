@@ -235,26 +235,7 @@ def volumes(groups: Groups, settings: Settings, model: dict) -> list[dict]:
             rows["foreign"],
         )
         answers = group.ask("calls", **about, interface=interfaces)
-        parts = {
-            part: {"calls": 0, "expected": sent, "called": 0.0, "wire": 0.0}
-            for part, sent in expected.items()
-        }
-        share = 1 / len(answers) / len(answers[0]["calls"])  # of a rank and a batch
-        for call in (
-            call
-            for answer in answers
-            for of_step in answer["calls"]
-            for call in of_step
-        ):
-            part = parts.setdefault(
-                call["part"], {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0}
-            )
-            part["calls"] += share
-            part["called"] += share * call["sent"]
-            part["wire"] += share * (call["wire"] or 0)
-        if interfaces is None:
-            for part in parts.values():
-                part["wire"] = None
+        parts = _volumes_of_parts(expected, answers, on_wire=interfaces is not None)
         found.append(
             {
                 "exponent": exponent,
@@ -273,6 +254,28 @@ def volumes(groups: Groups, settings: Settings, model: dict) -> list[dict]:
             }
         )
     return found
+
+
+def _volumes_of_parts(expected, answers, on_wire):
+    """What each part of a step sends, the mean over ranks and batches: expected, called, on the
+    wire.
+    """
+    parts = {}
+    for part, sent in expected.items():
+        parts[part] = {"calls": 0, "expected": sent, "called": 0.0, "wire": 0.0}
+    share = 1 / len(answers) / len(answers[0]["calls"])  # of a rank and a batch
+    for answer in answers:
+        for of_step in answer["calls"]:
+            for call in of_step:
+                nothing = {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0}
+                part = parts.setdefault(call["part"], nothing)
+                part["calls"] += share
+                part["called"] += share * call["sent"]
+                part["wire"] += share * (call["wire"] or 0)
+    if not on_wire:
+        for part in parts.values():
+            part["wire"] = None
+    return parts
 
 
 def points(record: dict) -> list[tuple]:

@@ -149,7 +149,6 @@ def cluster_step(
             part: 0 if part.startswith("SC-MIM") else sent
             for part, sent in by_part.items()
         }
-    hosts = gpus / cluster.per_host
     inside = cluster.inside_gbyte * 1e9
     between = between_gbit * 1e9 / 8
     # Of what a rank sends to gpus − 1 others, so much leaves the host.
@@ -164,30 +163,39 @@ def cluster_step(
         """The whole host's ring enters and leaves it once; a rank's own part is the same on
         every link of the ring.
         """
-        return max(sent / inside, sent / between if hosts > 1 else 0.0)
+        if gpus <= cluster.per_host:
+            return sent / inside
+        return max(sent / inside, sent / between)
 
     rows = sum(
         by_part[part] for part in ("numbers of ids", "ids", "rows", "row gradients")
     )
     dense = sum(by_part.get(part, 0) for part in ("dense gradients", "dense weights"))
     information = by_part["SC-MIM"] + by_part["SC-MIM gradients"]
-    compared = load.users * gpus
-    if load.candidates:
-        compared = min(compared, load.candidates)
-    others = max(0, compared - load.users) if load.global_negatives else 0
-    pairs = 6 * load.users * others * load.domains * load.dim
-    hops = math.ceil(math.log2(gpus))
-    collectives = len(by_part)
-    exchanges = 5  # all-to-alls: numbers, lengths, ids, rows, gradients
     return {
         "compute": load.tokens / tokens_per_second * cluster.imbalance,
-        "SC-MIM's pairs": pairs / cluster.fp32_flops,
+        "SC-MIM's pairs": _pair_operations(load, gpus) / cluster.fp32_flops,
         "rows": all_to_all(rows),
         "dense": ring(dense),
         "SC-MIM": ring(information),
-        "messages": (
-            collectives * hops * cluster.message_microseconds
-            + exchanges * gpus * cluster.peer_microseconds
-        )
-        * 1e-6,
+        "messages": _message_seconds(cluster, gpus, len(by_part)),
     }
+
+
+def _pair_operations(load, gpus):
+    """Of a rank's users against the candidates that are not its own."""
+    if not load.global_negatives:
+        return 0
+    compared = load.users * gpus
+    if load.candidates:
+        compared = min(compared, load.candidates)
+    others = max(0, compared - load.users)
+    return 6 * load.users * others * load.domains * load.dim
+
+
+def _message_seconds(cluster, gpus, collectives):
+    hops = math.ceil(math.log2(gpus))
+    exchanges = 5  # all-to-alls: numbers, lengths, ids, rows, gradients
+    microseconds = collectives * hops * cluster.message_microseconds
+    microseconds += exchanges * gpus * cluster.peer_microseconds
+    return microseconds * 1e-6
