@@ -1,16 +1,20 @@
-"""How evenly do ranks share a batch's tokens, and the table's shards its rows? Ranks are simulated, none is started.
+"""How evenly do ranks share a batch's tokens, and the table's shards its rows? Ranks are
+simulated, none is started.
 
-    python benchmarks/balance.py data=DATA                      8 and 64 ranks of 128 users, 1,000 steps
+    python benchmarks/balance.py data=DATA  8 and 64 ranks of 128 users, 1,000 steps
     python benchmarks/balance.py data=DATA ranks=[2,4] users_per_rank=32 steps=200
-    python benchmarks/balance.py --short                        a small dataset of its own: does it run?
+    python benchmarks/balance.py --short    a small dataset of its own: does it run?
 
-- Tokens: those of both views by rank, as the trainer counts them when it assigns users (`trainer.data.loading.token_balance.view_tokens`: one
-  a user more than there are). plain leaves every user on the rank that owns its stream, balanced is `trainer.data.loading.batch_schedule.Plan`
-  as it trains. The figure of a step is the most that a rank has over the mean; away is the share of users on another rank than
-  their own.
-- Rows: look-ups of the interactions that are trained on by shard of the table, all ranks together, the most over the mean: in a
-  step, and of all steps' sums. scattered is where `embeddings.row_scatter.RowScatter` puts rows, unscattered as they are numbered;
-  distinct counts a row once for each rank that looks it up in a step. Negatives are left out: they are drawn evenly.
+- Tokens: those of both views by rank, as the trainer counts them when it assigns users
+  (`trainer.data.loading.token_balance.count_view_tokens`: one a user more than there are).
+  plain leaves every user on the rank that owns its stream, balanced is
+  `trainer.data.loading.batch_schedule.Plan` as it trains. The figure of a step is the most that
+  a rank has over the mean; away is the share of users on another rank than their own.
+- Rows: look-ups of the interactions that are trained on by shard of the table, all ranks
+  together, the most over the mean: in a step, and of all steps' sums. scattered is where
+  `embeddings.row_scatter.RowScatter` puts rows, unscattered as they are numbered; distinct
+  counts a row once for each rank that looks it up in a step. Negatives are left out: they are
+  drawn evenly.
 """
 
 import sys
@@ -18,6 +22,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.progress import track
@@ -34,6 +39,9 @@ from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.histories import Histories
 from trainer.data.loading.stream import domains_of, training_part
 from trainer.errors import InputError, exit_on_input_error
+
+if TYPE_CHECKING:
+    from trainer.data.loading.histories import Users
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,12 @@ class Settings:
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Simulates, prints, writes."""
     settings, options = suite.settings("balance", Settings)
     record = suite.header("balance", settings, options)
-    results, not_run = [], []
+    results = []
+    not_run = []
     with suite.scratch("") as folder:
         dataset = Dataset.load(settings.data or prepared(Path(folder), settings.users))
         for ranks in settings.ranks:
@@ -79,8 +88,10 @@ def main():
     sys.exit(not results)
 
 
-def measure(dataset, ranks, settings):
-    """Tokens and rows at one number of ranks: an entry of the record's `results`. Raises InputError as `Plan` does."""
+def measure(dataset: Dataset, ranks: int, settings: Settings) -> dict:
+    """Tokens and rows at one number of ranks: an entry of the record's `results`. Raises
+    InputError as `Plan` does.
+    """
     plan = Plan(
         dataset,
         ranks * settings.users_per_rank,
@@ -95,9 +106,11 @@ def measure(dataset, ranks, settings):
     }
 
 
-def tokens(plan, steps):
+def tokens(plan: Plan, steps: int) -> dict:
     """How evenly tokens lie, plain and balanced, and what finding out takes."""
-    ratios, away, seconds = defaultdict(list), [], []
+    ratios = defaultdict(list)
+    away = []
+    seconds = []
     for position in track(
         range(steps), f"{plan.world_size} ranks, tokens", transient=True
     ):
@@ -116,16 +129,18 @@ def tokens(plan, steps):
     return found | {"away": summary(away), "assign_seconds": summary(seconds)}
 
 
-def rows(plan, steps):
+def rows(plan: Plan, steps: int) -> dict:
     """How evenly look-ups lie on the table's shards, scattered and not."""
-    dataset, shards = plan.dataset, plan.world_size
+    dataset = plan.dataset
+    shards = plan.world_size
     where = {
         "scattered": RowScatter(dataset.num_embeddings).stored,
         "unscattered": lambda row: row,
     }
     in_shard = -(-dataset.num_embeddings // shards)
     histories = Histories(dataset, 2 * dataset.streams)
-    ratios, sums = defaultdict(list), defaultdict(lambda: np.zeros(shards, np.int64))
+    ratios = defaultdict(list)
+    sums = defaultdict(lambda: np.zeros(shards, np.int64))
     by_row = np.zeros(dataset.num_embeddings, np.int64)
     for position in track(range(steps), f"{shards} ranks, rows", transient=True):
         users_B, _, rank_B = plan.ranks(*plan.locate(position))
@@ -151,7 +166,9 @@ def rows(plan, steps):
     }
 
 
-def interactions(dataset, users, rank_B, max_length):
+def interactions(
+    dataset: Dataset, users: "Users", rank_B: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows, int64, and rank of each interaction that the users' ranks train on."""
     _, lengths_B, place_N, _ = training_part(dataset, users)
     row_N = users.items_N[place_N]
@@ -159,12 +176,12 @@ def interactions(dataset, users, rank_B, max_length):
     return row_N.astype(np.int64), np.repeat(rank_B, lengths_B)
 
 
-def most_over_mean(values):
+def most_over_mean(values: np.ndarray) -> float:
     """1 where all have equally much."""
     return float(values.max() / values.mean())
 
 
-def summary(values):
+def summary(values: list[float]) -> dict[str, float]:
     """Mean, 99th percentile and the largest."""
     return {
         "mean": float(np.mean(values)),
@@ -173,11 +190,14 @@ def summary(values):
     }
 
 
-def table(record):
+def table(record: dict) -> str:
     """Two tables, tokens and rows, and the share of the most popular row."""
-    by_tokens, by_rows, lines = [], [], []
+    by_tokens = []
+    by_rows = []
+    lines = []
     for result in record["results"]:
-        found, ranks = result["tokens"], result["ranks"]
+        found = result["tokens"]
+        ranks = result["ranks"]
         ratios = {
             f"{name}: {part}": f"{found[name][part]:.3f}"
             for name in ("plain", "balanced")
@@ -193,7 +213,8 @@ def table(record):
             }
         )
         for name in ("scattered", "unscattered"):
-            of, row = result["rows"][name], {"ranks": ranks, "rows are": name}
+            of = result["rows"][name]
+            row = {"ranks": ranks, "rows are": name}
             for counted, label in (("lookups", "look-ups"), ("distinct", "distinct")):
                 row |= {
                     f"{label} in a step: {part}": f"{of[counted]['step'][part]:.3f}"
@@ -203,7 +224,8 @@ def table(record):
             by_rows.append(row)
         share = result["rows"]["shares_of_most_popular"][0]
         lines.append(
-            f"{ranks} ranks: a shard's share is {1 / ranks:.2%}, the most popular row's {share:.2%}."
+            f"{ranks} ranks: a shard's share is {1 / ranks:.2%}, the most popular row's "
+            f"{share:.2%}."
         )
     lines += [
         f"{left_out['ranks']} ranks, not run: {left_out['reason']}."

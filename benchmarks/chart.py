@@ -1,4 +1,6 @@
-"""Line charts and stacked bars as SVG, for README.md: text, no library, no script, readable on any background."""
+"""Line charts and stacked bars as SVG, for README.md: text, no library, no script, readable on
+any background.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -13,15 +15,21 @@ _COLOURS = (
     "#56b4e9",
     "#888888",
 )  # Okabe and Ito's, for all eyes
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 330, 56, 12, 34, 74
+_WIDTH = 480
+_HEIGHT = 330
+_LEFT = 56
+_RIGHT = 12
+_TOP = 34
+_BOTTOM = 74
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with a title and named axes. values: {series: a value, 0 or more, for each of `places`}.
+    """A picture with a title and named axes. values: {series: a value, 0 or more, for each of
+    `places`}.
 
-    dashed: for some of these series, another line in the same colour. stacked: bars on top of each other instead of lines. top:
-    the largest value of the axis, None: what the values need.
+    dashed: for some of these series, another line in the same colour. stacked: bars on top of
+    each other instead of lines. top: the largest value of the axis, None: what the values need.
     """
 
     title: str
@@ -34,7 +42,7 @@ class Panel:
     top: float | None = None
 
 
-def svg(panels):
+def svg(panels: list[Panel]) -> str:
     """The panels beside each other."""
     inner = "\n".join(
         f'<g transform="translate({i * _WIDTH} 0)">\n{_panel(panel)}\n</g>'
@@ -42,85 +50,119 @@ def svg(panels):
     )
     width = _WIDTH * len(panels)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" width="{width}" height="{_HEIGHT}" '
-        f'font-family="sans-serif" font-size="12">\n<rect width="{width}" height="{_HEIGHT}" fill="white"/>\n{inner}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
+        f'width="{width}" height="{_HEIGHT}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="{width}" '
+        f'height="{_HEIGHT}" fill="white"/>\n{inner}\n</svg>\n'
     )
 
 
+@dataclass(frozen=True)
+class _Axes:
+    """Where values of a panel lie in its picture."""
+
+    slot: float  # width of a place
+    height: float
+    top: float  # the value at the upper end
+
+    def x(self, place: int) -> float:
+        return _LEFT + (place + 0.5) * self.slot
+
+    def y(self, value: float) -> float:
+        return _TOP + self.height * (1 - value / self.top)
+
+
 def _panel(panel):
-    if panel.stacked:
-        highest = max(
-            sum(values[i] for values in panel.values.values())
-            for i in range(len(panel.places))
-        )
-    else:
-        highest = max(max(values) for values in panel.values.values())
+    highest = _highest(panel)
     step = _tick(panel.top or highest)
-    top = panel.top or step * math.ceil(highest / step)
-    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    slot = width / len(panel.places)
-
-    def x(i):
-        return _LEFT + (i + 0.5) * slot
-
-    def y(value):
-        return _TOP + height * (1 - value / top)
-
+    width = _WIDTH - _LEFT - _RIGHT
+    axes = _Axes(
+        slot=width / len(panel.places),
+        height=_HEIGHT - _TOP - _BOTTOM,
+        top=panel.top or step * math.ceil(highest / step),
+    )
     parts = [
         _text(_LEFT, 18, panel.title, weight="bold"),
         _text(_LEFT, _TOP - 4, panel.y_title, size=11),
     ]
-    for tick in range(round(top / step) + 1):
-        level = y(tick * step)
-        parts += [
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>',
-            _text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"),
-        ]
-    parts += [
-        _text(x(i), _TOP + height + 16, place, anchor="middle")
-        for i, place in enumerate(panel.places)
-    ]
-    parts.append(
-        _text(
-            _LEFT + width / 2,
-            _TOP + height + 32,
-            panel.x_title,
-            anchor="middle",
-            size=11,
+    for tick in range(round(axes.top / step) + 1):
+        level = axes.y(tick * step)
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
+            'stroke="#ddd"/>'
         )
-    )
+        parts.append(_text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"))
+    below = _TOP + axes.height
+    for number, place in enumerate(panel.places):
+        parts.append(_text(axes.x(number), below + 16, place, anchor="middle"))
+    middle = _LEFT + width / 2
+    parts.append(_text(middle, below + 32, panel.x_title, anchor="middle", size=11))
+    if panel.stacked:
+        parts += _bars(panel, axes)
+    else:
+        parts += _lines(panel, axes)
+    parts += _legend(list(panel.values))
+    return "\n".join(parts)
+
+
+def _highest(panel):
+    if not panel.stacked:
+        return max(max(values) for values in panel.values.values())
+    sums = [0] * len(panel.places)
+    for values in panel.values.values():
+        for number in range(len(panel.places)):
+            sums[number] += values[number]
+    return max(sums)
+
+
+def _bars(panel, axes):
+    """Each series on top of those before it."""
+    parts = []
     below = [0.0] * len(panel.places)
     for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
-        if panel.stacked:
-            for i, value in enumerate(values):
-                size = height * value / top
-                parts.append(
-                    f'<rect x="{x(i) - 0.35 * slot:.1f}" width="{0.7 * slot:.1f}" y="{y(below[i]) - size:.1f}" '
-                    f'height="{size:.1f}" fill="{colour}"><title>{escape(name)}: {value:g}</title></rect>'
+        for number, value in enumerate(values):
+            size = axes.height * value / axes.top
+            left = axes.x(number) - 0.35 * axes.slot
+            upper = axes.y(below[number]) - size
+            parts.append(
+                f'<rect x="{left:.1f}" width="{0.7 * axes.slot:.1f}" y="{upper:.1f}" '
+                f'height="{size:.1f}" fill="{colour}"><title>{escape(name)}: '
+                f"{value:g}</title></rect>"
+            )
+            below[number] += value
+    return parts
+
+
+def _lines(panel, axes):
+    """Each series as a line, and its dashed one."""
+    parts = []
+    for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
+        dashed = panel.dashed.get(name, [])
+        for drawn, dashes in ((values, ""), (dashed, ' stroke-dasharray="5 4"')):
+            points = []
+            circles = []
+            for number, value in enumerate(drawn):
+                x = axes.x(number)
+                y = axes.y(value)
+                points.append(f"{x:.1f},{y:.1f}")
+                circles.append(
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
                 )
-                below[i] += value
-        else:
-            for drawn, dashes in (
-                (values, ""),
-                (panel.dashed.get(name, []), ' stroke-dasharray="5 4"'),
-            ):
-                there = [(x(i), y(value)) for i, value in enumerate(drawn)]
-                line = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
-                parts.append(
-                    f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>'
-                )
-                parts += [
-                    f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>'
-                    for a, b in there
-                ]
-    return "\n".join([*parts, *_legend(list(panel.values))])
+            parts.append(
+                f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
+                f'stroke-width="2"{dashes}/>'
+            )
+            parts += circles
+    return parts
 
 
 def _legend(names):
     """Up to three names a line, below the axis."""
-    parts, room = [], (_WIDTH - _LEFT - _RIGHT) / 3
+    parts = []
+    room = (_WIDTH - _LEFT - _RIGHT) / 3
     for i, (colour, name) in enumerate(zip(_COLOURS, names, strict=False)):
-        left, base = _LEFT + i % 3 * room, _HEIGHT - 24 + i // 3 * 16
+        left = _LEFT + i % 3 * room
+        base = _HEIGHT - 24 + i // 3 * 16
         parts.append(
             f'<rect x="{left:.1f}" y="{base - 9}" width="10" height="10" fill="{colour}"/>'
         )
@@ -138,6 +180,7 @@ def _tick(highest):
 
 def _text(x, y, text, anchor="start", size=12, weight="normal"):
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" fill="#222">'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+        f'font-weight="{weight}" fill="#222">'
         f"{escape(text)}</text>"
     )

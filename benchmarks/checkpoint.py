@@ -1,27 +1,32 @@
-"""What does a checkpoint cost? Ours beside torch.distributed.checkpoint (DCP) and beside plain copies of as many bytes.
+"""What does a checkpoint cost? Ours beside torch.distributed.checkpoint (DCP) and beside plain
+copies of as many bytes.
 
-    python benchmarks/checkpoint.py                     10⁶ and 10⁷ rows, 1 and 2 ranks: 14 GB of disk and of memory
-    python benchmarks/checkpoint.py --short             10⁵ rows, one repeat
-    python benchmarks/checkpoint.py folder=/scratch     on another disk than the one of temporary files
+    python benchmarks/checkpoint.py                  10⁶ and 10⁷ rows, 1 and 2 ranks: 14 GB disk and memory
+    python benchmarks/checkpoint.py --short          10⁵ rows, one repeat
+    python benchmarks/checkpoint.py folder=/scratch  on another disk than the one of temporary files
 
-Rows of 64 floats with row-wise Adagrad (4 bytes a row), and a small dense model (D = 5, K = 5, r = 64) with Adam. Each number
-of rows and of ranks is measured in processes of its own on this machine; nothing trains meanwhile.
+Rows of 64 floats with row-wise Adagrad (4 bytes a row), and a small dense model (D = 5, K = 5,
+r = 64) with Adam. Each number of rows and of ranks is measured in processes of its own on this
+machine; nothing trains meanwhile.
 
-- ours: `trainer.checkpoint.save.Checkpoints`. What blocks training is `save`, a copy to the host; a thread writes it, flushes it,
-  reads it again for the checksums of the manifest, and renames it. Loading is `newest` (reads all of it once, to compare the
-  checksums) and then `restore_model` and `restore_optimizers`; building the engine is timed apart.
-- DCP safetensors: `HuggingFaceStorageWriter(save_distributed=True)`. DCP pickle: `FileSystemWriter`, whose metadata is a
-  pickle. Both flush their files too, keep no checksums, and are given the table and its optimizer's state alone. With `save`
-  all of it blocks training; async is `async_save`, which copies first, as ours does.
-- file copy: the limit of the disk. Ranks copy the files of our checkpoint, each its own ones, and flush them; for loading,
-  they read them into memory that was touched before.
+- ours: `trainer.checkpoint.save.Checkpoints`. What blocks training is `save`, a copy to the
+  host; a thread writes it, flushes it, reads it again for the checksums of the manifest, and
+  renames it. Loading is `newest` (reads all of it once, to compare the checksums) and then
+  `restore_model` and `restore_optimizers`; building the engine is timed apart.
+- DCP safetensors: `HuggingFaceStorageWriter(save_distributed=True)`. DCP pickle:
+  `FileSystemWriter`, whose metadata is a pickle. Both flush their files too, keep no checksums,
+  and are given the table and its optimizer's state alone. With `save` all of it blocks
+  training; async is `async_save`, which copies first, as ours does.
+- file copy: the limit of the disk. Ranks copy the files of our checkpoint, each its own ones,
+  and flush them; for loading, they read them into memory that was touched before.
 - memory copy: the limit of what blocks, the table's tensors copied to new memory.
 
-Files come from the page cache where they were written just before. So each load is timed twice: after the cache was asked to
-drop the files (`posix_fadvise`; from_disk says whether it did: on tmpfs it does not), and right after that, from the cache.
-What lies below (a hypervisor, a disk's own cache) may hold them still. Before each save dirty pages are written out (`sync`),
-and what stood in the folder is removed. Times are those of the slowest rank. memory is what a save takes beside what was
-there, at its peak, all ranks together.
+Files come from the page cache where they were written just before. So each load is timed twice:
+after the cache was asked to drop the files (`posix_fadvise`; from_disk says whether it did: on
+tmpfs it does not), and right after that, from the cache. What lies below (a hypervisor, a
+disk's own cache) may hold them still. Before each save dirty pages are written out (`sync`),
+and what stood in the folder is removed. Times are those of the slowest rank. memory is what a
+save takes beside what was there, at its peak, all ranks together.
 """
 
 import os
@@ -30,8 +35,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -58,7 +65,17 @@ from trainer.config.load import flat
 from trainer.distributed import process_group
 from trainer.distributed.agreement import agree
 
-DIM, DOMAINS, USERS, SHORTEST, LONGEST = 64, 5, 32, 16, 128
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from trainer.distributed.process_group import Ranks
+    from trainer.training.step import Trainer
+
+
+DIM = 64
+DOMAINS = 5
+USERS = 32
+SHORTEST = 16
+LONGEST = 128
 TRAINING = 600  # seconds of training between two checkpoints, as checkpoint.every_minutes has it
 _COPIES_ON_DISK = (
     5  # ours, DCP's two formats, the plain copy, and the one that is being written
@@ -78,26 +95,27 @@ class Settings:
         suite.at_least(2 * DOMAINS, self, "rows")
         suite.at_least(1, self, "ranks", "repeats")
         suite.existing(self.folder)
-        folder, rows = self.folder or tempfile.gettempdir(), max(self.rows)
-        needed, free = (
-            _COPIES_ON_DISK * (table_bytes(rows) + 2**24),
-            shutil.disk_usage(folder).free,
-        )
+        folder = self.folder or tempfile.gettempdir()
+        rows = max(self.rows)
+        needed = _COPIES_ON_DISK * (table_bytes(rows) + 2**24)
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise ValueError(
-                f"folder {folder}: {rows} rows take {needed / 1e9:.1f} GB there for a while, and {free / 1e9:.1f} GB are free: "
+                f"folder {folder}: {rows} rows take {needed / 1e9:.1f} GB there for a "
+                f"while, and {free / 1e9:.1f} GB are free: "
                 "make room, or give a folder on another disk"
             )
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("checkpoint", Settings)
     record = suite.header("checkpoint", settings, options)
     record["machine"]["file_system"] = machine.file_system(
         Path(settings.folder or tempfile.gettempdir())
     )
-    results, not_run = [], []
+    results = []
+    not_run = []
     for rows in settings.rows:
         for ranks in settings.ranks:
             begin = time.perf_counter()
@@ -120,19 +138,21 @@ def main():
     sys.exit(bool(not_run))
 
 
-def table_bytes(rows):
+def table_bytes(rows: int) -> int:
     """The weights and row-wise Adagrad's one number a row, float32."""
     return rows * (DIM + 1) * 4
 
 
-def measure(rows, repeats, folder):
+def measure(rows: int, repeats: int, folder: Path) -> list[dict]:
     """`_measure` in the group of new processes."""
     with process_group.joined() as ranks:
         return _measure(rows, repeats, ranks, folder)
 
 
 def _measure(rows, repeats, ranks, folder):
-    """Saves by every system in turn, as often as asked, then loads. Called on all ranks of a group; returns its lines."""
+    """Saves by every system in turn, as often as asked, then loads. Called on all ranks of a
+    group; returns its lines.
+    """
     trainer, _ = built(rows, ranks)
     for step in range(2):  # so that both optimizers have their state
         arrays = draw(
@@ -193,7 +213,7 @@ def _measure(rows, repeats, ranks, folder):
     return results
 
 
-def built(rows, ranks):
+def built(rows: int, ranks: "Ranks") -> "tuple[Trainer, float]":
     """A trainer with a table of so many rows, and the seconds that this took."""
     model = ModelConfig(
         dim=DIM,
@@ -215,26 +235,30 @@ def built(rows, ranks):
 
 
 class System:
-    """A way to keep a trainer's state. What it does is a list of actions, each timed from the start of the first."""
+    """A way to keep a trainer's state. What it does is a list of actions, each timed from the
+    start of the first.
+    """
 
     name: str
-    loaded = (
-        True  # False: there is nothing to load, or another system's files are the same
-    )
-    size, files = 0, {}  # of the last save, in bytes
+    # False: there is nothing to load, or another system's files are the same.
+    loaded = True
+    # Of the last save, in bytes.
+    size = 0
+    files: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, trainer, folder):
-        self.trainer, self.folder = trainer, folder / self.name.replace(" ", "-")
+    def __init__(self, trainer: "Trainer", folder: Path):
+        self.trainer = trainer
+        self.folder = folder / self.name.replace(" ", "-")
 
-    def saving(self):
+    def saving(self) -> list[Callable]:
         """The first action is what blocks training."""
         raise NotImplementedError
 
-    def loading(self, fresh):
+    def loading(self, fresh: "Trainer") -> list[Callable]:
         """Into `fresh`, a Trainer; None: it loads into nothing."""
         raise NotImplementedError
 
-    def written(self):
+    def written(self) -> Path | None:
         """The folder with the files of the last save, None where there is none."""
         return self.folder
 
@@ -244,13 +268,11 @@ class Ours(System):
 
     name = "ours"
 
-    def __init__(self, trainer, folder):
+    def __init__(self, trainer: "Trainer", folder: Path):
         super().__init__(trainer, folder)
         facts = {"config": flat(trainer.config), "dataset": trainer.dataset.fingerprint}
-        self._checkpoints, self._state = (
-            Checkpoints(self.folder, 1, trainer.ranks, facts),
-            RunState(trainer.step),
-        )
+        self._checkpoints = Checkpoints(self.folder, 1, trainer.ranks, facts)
+        self._state = RunState(trainer.step)
 
     def saving(self):
         self._state.step += 1  # the state that was saved last is not saved again
@@ -261,7 +283,7 @@ class Ours(System):
             self._checkpoints.finish,
         ]
 
-    def loading(self, fresh):
+    def loading(self, fresh: "Trainer"):
         model = SyNCRec(
             fresh.config.model, len(fresh.dataset.domains)
         )  # restored before an engine is built around it
@@ -280,30 +302,41 @@ class Ours(System):
 class DCP(System):
     """torch.distributed.checkpoint in the foreground."""
 
-    def __init__(self, name, trainer, folder, reader, writer):
-        self.name, self._reader, self._writer = name, reader, writer
+    def __init__(
+        self,
+        name: str,
+        trainer: "Trainer",
+        folder: Path,
+        reader: Callable,
+        writer: Callable,
+    ):
+        self.name = name
+        self._reader = reader
+        self._writer = writer
         super().__init__(trainer, folder)
 
     def saving(self):
-        state, writer = table_state(self.trainer.table), self._writer(str(self.folder))
+        state = table_state(self.trainer.table)
+        writer = self._writer(str(self.folder))
         return [lambda: dcp.save(state, storage_writer=writer)]
 
-    def loading(self, fresh):
-        state, reader = table_state(fresh.table), self._reader(str(self.folder))
+    def loading(self, fresh: "Trainer"):
+        state = table_state(fresh.table)
+        reader = self._reader(str(self.folder))
         return [lambda: dcp.load(state, storage_reader=reader)]
 
 
 class DCPAsync(DCP):
-    """torch.distributed.checkpoint with a thread that writes; the files are those of the foreground."""
+    """torch.distributed.checkpoint with a thread that writes; the files are those of the
+    foreground.
+    """
 
     loaded = False
 
     def saving(self):
-        state, writer, futures = (
-            table_state(self.trainer.table),
-            self._writer(str(self.folder)),
-            [],
-        )
+        state = table_state(self.trainer.table)
+        writer = self._writer(str(self.folder))
+        futures = []
         return [
             lambda: futures.append(dcp.async_save(state, storage_writer=writer)),
             lambda: futures.pop().result(),
@@ -315,7 +348,7 @@ class FileCopy(System):
 
     name = "file copy"
 
-    def __init__(self, trainer, folder, ours):
+    def __init__(self, trainer: "Trainer", folder: Path, ours: Ours):
         super().__init__(trainer, folder)
         self._ours = ours
 
@@ -330,7 +363,7 @@ class FileCopy(System):
 
         return [copy]
 
-    def loading(self, fresh):
+    def loading(self, fresh: "Trainer"):
         files = self._share(self.folder)
         memory = [
             torch.ones(file.stat().st_size, dtype=torch.uint8).numpy() for file in files
@@ -348,7 +381,9 @@ class FileCopy(System):
         return [read]
 
     def _share(self, folder):
-        """Every ranks-th file: the table's files, one a rank, stand together at the end of the names."""
+        """Every ranks-th file: the table's files, one a rank, stand together at the end of the
+        names.
+        """
         ranks = self.trainer.ranks
         return sorted(folder.iterdir())[ranks.rank :: ranks.world_size]
 
@@ -367,14 +402,18 @@ class MemoryCopy(System):
         return None
 
 
-def table_state(table):
-    """The table as DCP takes it: TorchRec's ShardedTensors of the weights and of the fused optimizer's state."""
+def table_state(table: "ItemTable") -> dict:
+    """The table as DCP takes it: TorchRec's ShardedTensors of the weights and of the fused
+    optimizer's state.
+    """
     (state,) = table._parallel.fused_optimizer.state_dict()["state"].values()
     return dict(table._collection.state_dict()) | state
 
 
-def timed_save(system):
-    """Seconds that block, seconds in all, and bytes of memory on all ranks (None where the system does not tell) of a save."""
+def timed_save(system: System) -> tuple:
+    """Seconds that block, seconds in all, and bytes of memory on all ranks (None where the
+    system does not tell) of a save.
+    """
     ranks = system.trainer.ranks
     if ranks.first:
         shutil.rmtree(system.folder, ignore_errors=True)
@@ -400,12 +439,14 @@ def timed_save(system):
     return laps[0], laps[-1], None if before is None else int(taken)
 
 
-def timed_load(system, trainer, fresh):
-    """Loads from the disk and again from the page cache: {"from_disk": …, "disk": (seconds of each action), "cached": …}.
+def timed_load(system: System, trainer: "Trainer", fresh: "Trainer") -> dict:
+    """Loads from the disk and again from the page cache: {"from_disk": …, "disk": (seconds of
+    each action), "cached": …}.
 
     Raises ArithmeticError where `fresh` does not get the table that `trainer` has.
     """
-    kept, filled = trainer.table.shard()[1], fresh.table.shard()[1]
+    kept = trainer.table.shard()[1]
+    filled = fresh.table.shard()[1]
     load = {}
     for place in ("disk", "cached"):
         for tensor in filled.values():
@@ -426,10 +467,13 @@ def timed_load(system, trainer, fresh):
     return load
 
 
-def timed(*actions):
-    """Seconds from a start that all ranks share until the end of each action, on the slowest rank. Called on all ranks."""
+def timed(*actions: Callable[[], Any]) -> list[float]:
+    """Seconds from a start that all ranks share until the end of each action, on the slowest
+    rank. Called on all ranks.
+    """
     agree()
-    begin, laps = time.perf_counter(), []
+    begin = time.perf_counter()
+    laps = []
     for action in actions:
         action()
         laps.append(time.perf_counter() - begin)
@@ -438,13 +482,13 @@ def timed(*actions):
     return slowest.tolist()
 
 
-def flush(file):
+def flush(file: Path) -> None:
     """To disk."""
     with open(file, "rb+") as stream:
         os.fsync(stream.fileno())
 
 
-def summary_of_saves(saves, size):
+def summary_of_saves(saves: list[tuple], size: int) -> dict:
     """What the JSON says of a system's saves. saves: what `timed_save` gave."""
     blocking, seconds, memory = zip(*saves, strict=True)
     median = statistics.median(blocking)
@@ -457,7 +501,7 @@ def summary_of_saves(saves, size):
     }
 
 
-def summary_of_loads(loads, size):
+def summary_of_loads(loads: list[dict], size: int) -> dict:
     """What the JSON says of a system's loads. loads: what `timed_load` gave."""
     summary = {"from_disk": all(load["from_disk"] for load in loads)}
     for place in ("disk", "cached"):
@@ -473,26 +517,32 @@ def summary_of_loads(loads, size):
     return summary
 
 
-def table(record):
-    """A line for each size and number of ranks: ours, as a share of what the copies reach, and DCP's times."""
-    groups, rows, notes = {}, [], []
+def table(record: dict) -> str:
+    """A line for each size and number of ranks: ours, as a share of what the copies reach, and
+    DCP's times.
+    """
+    groups = {}
+    rows = []
+    notes = []
     for line in record["results"]:
         groups.setdefault((line["rows"], line["ranks"]), {})[line["system"]] = line
     for (count, ranks), of in groups.items():
-        ours, copy = of["ours"], of["file copy"]
-        save, load = ours["save"], ours["load"]
-        blocks, total = save["blocking_seconds"]["median"], save["seconds"]["median"]
-        written, read = (
-            ours["bytes"] / (total - blocks),
-            load["disk"]["bytes_per_second"],
-        )
+        ours = of["ours"]
+        copy = of["file copy"]
+        save = ours["save"]
+        load = ours["load"]
+        blocks = save["blocking_seconds"]["median"]
+        memory_copy = of["memory copy"]["save"]["blocking_seconds"]["median"]
+        total = save["seconds"]["median"]
+        written = ours["bytes"] / (total - blocks)
+        read = load["disk"]["bytes_per_second"]
         row = {
             "rows": f"{count:,}",
             "ranks": ranks,
             "size": f"{ours['bytes'] / 1e6:,.0f} MB",
             "blocks s (min – max)": suite.shown(save["blocking_seconds"], 2),
             f"share of {TRAINING} s": f"{save['blocking_share']:.2%}",
-            "of memory copy": f"{of['memory copy']['save']['blocking_seconds']['median'] / blocks:.0%}",
+            "of memory copy": f"{memory_copy / blocks:.0%}",
             "total s (min – max)": suite.shown(save["seconds"], 2),
             "written after the copy": f"{written / 1e6:,.0f} MB/s",
             "of file copy": f"{written / copy['save']['bytes_per_second']:.0%}",
@@ -511,7 +561,8 @@ def table(record):
         rows.append(row)
         if not all(line["load"]["from_disk"] for line in of.values() if line["load"]):
             notes.append(
-                f"{count:,} rows, ranks: {ranks}: not all files had left the page cache before loading from disk."
+                f"{count:,} rows, ranks: {ranks}: not all files had left the page cache "
+                "before loading from disk."
             )
     for left_out in record["not_run"]:
         notes.append(

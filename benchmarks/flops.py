@@ -2,26 +2,35 @@
 
 An expert of `blocks` blocks takes for each token of a sequence
 
-    Q, K, V: 3 r²    out: r²    feed-forward: 2 r h        multiply-adds a block: 6 r² with h = r, 12 r² in two blocks
+    Q, K, V: 3 r²    out: r²    feed-forward: 2 r h
+    (multiply-adds a block: 6 r² with h = r, 12 r² in two blocks)
     attention: 2 r for each pair of a token and one it sees
 
-and backward takes twice the forward. Forward runs all K experts in both views; backward runs experts 1..j in the
-cross-domain view and the K − j others in the single-domain view (equations 2 and 4). Gates (K r a token), towers (2 r h) and
-scores (r each) have their backward everywhere. The mixtures of experts, SC-MIM and everything that works element by element
-are left out: below 1 % together.
+and backward takes twice the forward. Forward runs all K experts in both views; backward runs
+experts 1..j in the cross-domain view and the K − j others in the single-domain view (equations
+2 and 4). Gates (K r a token), towers (2 r h) and scores (r each) have their backward
+everywhere. The mixtures of experts, SC-MIM and everything that works element by element are
+left out: below 1 % together.
 
 The padded model does the same on more tokens: users × T in each of D + 1 views.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from benchmarks.padded import PaddedBatch
+    from syncrec.batch.build import Batch
+    from syncrec.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Work:
-    """One view: its tokens, the (token, seen token) pairs of its attention, how many experts have their backward there, and
-    the scores of negatives that its targets need."""
+    """One view: its tokens, the (token, seen token) pairs of its attention, how many experts
+    have their backward there, and the scores of negatives that its targets need.
+    """
 
     tokens: int
     pairs: int
@@ -29,9 +38,10 @@ class Work:
     scores: int
 
 
-def step_operations(config, works):
+def step_operations(config: "ModelConfig", works: list[Work]) -> int:
     """Operations of a step: forward, backward, no optimizer (which multiplies no matrices)."""
-    dim, inner = config.dim, config.ffn_dim
+    dim = config.dim
+    inner = config.ffn_dim
     total = 0
     for work in works:
         expert = config.blocks * (
@@ -44,11 +54,13 @@ def step_operations(config, works):
     return 2 * total
 
 
-def packed_work(config, batch, square=False):
+def packed_work(
+    config: "ModelConfig", batch: "Batch", square: bool = False
+) -> list[Work]:
     """The views of a packed `syncrec.batch.build.Batch`.
 
-    square: count attention as a kernel that computes each bucket's whole square does, instead of what is needed: n (n + 1) / 2
-    pairs for a sequence of n tokens.
+    square: count attention as a kernel that computes each bucket's whole square does, instead
+    of what is needed: n (n + 1) / 2 pairs for a sequence of n tokens.
     """
     views = (
         (batch.cross, config.cross_experts),
@@ -57,8 +69,12 @@ def packed_work(config, batch, square=False):
     return [_packed(batch, view, live, square) for view, live in views]
 
 
-def padded_work(config, batch, square=False):
-    """The D + 1 views of a `benchmarks.padded.PaddedBatch`, padding included: it is computed too."""
+def padded_work(
+    config: "ModelConfig", batch: "PaddedBatch", square: bool = False
+) -> list[Work]:
+    """The D + 1 views of a `benchmarks.padded.PaddedBatch`, padding included: it is computed
+    too.
+    """
     views, users, longest = batch.input_VBT.shape
     pairs = users * (longest * longest if square else longest * (longest + 1) // 2)
     works = []

@@ -1,4 +1,6 @@
-"""Groups of ranks on this machine that wait for commands, so that what they do can be timed in turn; see `scaling_rank`."""
+"""Groups of ranks on this machine that wait for commands, so that what they do can be timed in
+turn; see `scaling_rank`.
+"""
 
 import contextlib
 import json
@@ -7,21 +9,40 @@ import selectors
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import namespaces, suite
 
+if TYPE_CHECKING:
+    from benchmarks.scaling import Settings
+
+
 ROOT = Path(__file__).resolve().parents[1]
-ONE, TWIN, PAIR, HOSTS = "one rank", "two apart", "two ranks", "two hosts"
+ONE = "one rank"
+TWIN = "two apart"
+PAIR = "two ranks"
+HOSTS = "two hosts"
 _PATIENCE = 300  # seconds for an answer
 
 
 class Group:
-    """Ranks that wait for commands; see `scaling_rank`. Each has a core of its own, where there are enough."""
+    """Ranks that wait for commands; see `scaling_rank`. Each has a core of its own, where there
+    are enough.
+    """
 
-    def __init__(self, folder, name, cores, arguments, hosts=()):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cores: list[int],
+        arguments: list[str],
+        hosts: Sequence[tuple] = (),
+    ):
         """hosts: of `namespaces.two_hosts`, one for each rank; else all are here."""
-        self.name, self.ranks = name, []
+        self.name = name
+        self.ranks = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -53,8 +74,10 @@ class Group:
             )
             self.ranks.append((process, log))
 
-    def tell(self, do, **options):
-        """Sends a command to all ranks; `options` are the same for all, or a list with one for each."""
+    def tell(self, do: str, **options: Any) -> None:
+        """Sends a command to all ranks; `options` are the same for all, or a list with one for
+        each.
+        """
         for rank, (process, _) in enumerate(self.ranks):
             own = {
                 name: value[rank] if isinstance(value, list) else value
@@ -63,8 +86,10 @@ class Group:
             process.stdin.write(json.dumps({"do": do, **own}) + "\n")
             process.stdin.flush()
 
-    def hear(self):
-        """Every rank's answer. Raises RuntimeError with the end of a rank's output where there is none."""
+    def hear(self) -> list:
+        """Every rank's answer. Raises RuntimeError with the end of a rank's output where there
+        is none.
+        """
         answers = []
         for process, log in self.ranks:
             with selectors.DefaultSelector() as ready:
@@ -77,12 +102,12 @@ class Group:
             answers.append(json.loads(line))
         return answers
 
-    def ask(self, do, **options):
+    def ask(self, do: str, **options: Any) -> list:
         """`tell` and `hear`."""
         self.tell(do, **options)
         return self.hear()
 
-    def end(self):
+    def end(self) -> None:
         """Whoever is left is killed."""
         for process, log in self.ranks:
             process.kill()
@@ -91,10 +116,13 @@ class Group:
 
 
 class Groups:
-    """All groups that take turns: `one`, `twin` (on the other core), `pair`, and `apart` on two hosts, or None."""
+    """All groups that take turns: `one`, `twin` (on the other core), `pair`, and `apart` on two
+    hosts, or None.
+    """
 
-    def __init__(self, arguments, hosts):
-        self.arguments, self.with_hosts = arguments, hosts
+    def __init__(self, arguments: list[str], hosts: list[tuple]):
+        self.arguments = arguments
+        self.with_hosts = hosts
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
@@ -104,14 +132,16 @@ class Groups:
                 stack.enter_context(namespaces.two_hosts()) if self.with_hosts else None
             )
             cores = sorted(os.sched_getaffinity(0))
-            first, second = cores[0], cores[1 % len(cores)]
+            first = cores[0]
+            second = cores[1 % len(cores)]
 
             def group(name, cores, hosts=()):
                 made = Group(folder, name, cores, self.arguments, hosts)
                 stack.callback(made.end)
                 return made
 
-            self.one, self.twin = group(ONE, [first]), group(TWIN, [second])
+            self.one = group(ONE, [first])
+            self.twin = group(TWIN, [second])
             self.pair = group(PAIR, [first, second])
             self.apart = (
                 group(HOSTS, [first, second], self.hosts) if self.hosts else None
@@ -125,7 +155,7 @@ class Groups:
     def __exit__(self, *exception):
         self._stack.close()
 
-    def cases(self, settings):
+    def cases(self, settings: "Settings") -> list[tuple]:
         """[(name, group, Gbit/s of the cable or None)]: what is timed in turn."""
         cases = [(ONE, self.one, None), (TWIN, self.one, None), (PAIR, self.pair, None)]
         if self.apart:
@@ -136,12 +166,12 @@ class Groups:
             ]
         return cases
 
-    def limit(self, gbit):
+    def limit(self, gbit: float | None) -> None:
         """Of the cable between the hosts."""
         if self.hosts:
             namespaces.limit(self.hosts, gbit and gbit * 1e9)
 
-    def links(self, settings):
+    def links(self, settings: "Settings") -> dict:
         """{case: bytes a second of collectives that do nothing else, and their latency}."""
         found = {}
         for name, group, gbit in self.cases(settings)[2:]:

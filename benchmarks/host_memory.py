@@ -1,4 +1,5 @@
-"""What does a table take of devices and hosts, and what is read to resume, to begin warm, and to publish?
+"""What does a table take of devices and hosts, and what is read to resume, to begin warm, and
+to publish?
 
     python benchmarks/host_memory.py                              8 ranks a host, 64 and 512 ranks
     python benchmarks/host_memory.py rows=[50000000] dim=256 ranks_a_host=4
@@ -6,14 +7,17 @@
 Everything but the last table is reckoned, by the functions that a run plans with, for the sizes in
 settings/host_memory.yaml; no rank is started.
 
-- plan: bytes of the rows and their optimizer's state on a rank's device and on the host, of a checkpoint while it is written,
-  and of the loaders, those of all ranks of a host together. Training goes on while a checkpoint is written where the host has
-  room for a copy of the rows; otherwise it waits, and a piece of the rows is held at a time.
-- resume, warm start: files that are opened and bytes that are read, by all ranks together. `before`: each rank opens every file
-  of the table (and in a warm start reads every block with any row of its own, which is all of them where rows have moved).
-  `now`: `embeddings.checkpoint.load_shard` and `embeddings.warm_start.carry_rows`. "other": one rank less than wrote the files.
-- publish: tables that a rank holds at most, and their bytes. `before`: TorchRec's modules refer to themselves in circles, so
-  that a model that was let go stayed until Python collected it.
+- plan: bytes of the rows and their optimizer's state on a rank's device and on the host, of a
+  checkpoint while it is written, and of the loaders, those of all ranks of a host together.
+  Training goes on while a checkpoint is written where the host has room for a copy of the rows;
+  otherwise it waits, and a piece of the rows is held at a time.
+- resume, warm start: files that are opened and bytes that are read, by all ranks together.
+  `before`: each rank opens every file of the table (and in a warm start reads every block with
+  any row of its own, which is all of them where rows have moved). `now`:
+  `embeddings.checkpoint.load_shard` and `embeddings.warm_start.carry_rows`. "other": one rank
+  less than wrote the files.
+- publish: tables that a rank holds at most, and their bytes. `before`: TorchRec's modules refer
+  to themselves in circles, so that a model that was let go stayed until Python collected it.
 - measured: a table made in a process of its own, in bytes that it adds to what is resident.
 """
 
@@ -37,7 +41,8 @@ from trainer.config.stream import StreamConfig
 from trainer.distributed import process_group
 from trainer.training.loader_memory import loader_bytes
 
-_TABLES_BEFORE = 3  # that publishing held at once: of the candidate, the current model, and one that was being made
+# that publishing held at once: of the candidate, the current model, and one that was being made
+_TABLES_BEFORE = 3
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Settings:
         suite.at_least(20_000, self, "measured_rows")
 
 
-def main():
+def main() -> None:
     settings, options = suite.settings("host_memory", Settings)
     record = suite.header("host_memory", settings, options)
     record["plans"] = [
@@ -90,7 +95,7 @@ def main():
     suite.save("host_memory", record, options)
 
 
-def plan(settings, rows, device):
+def plan(settings: Settings, rows: int, device: bool) -> dict:
     """Of a rank with so many rows, and of its host. device: the rank has a device."""
     room = Room(
         settings.device_bytes if device else None,
@@ -114,7 +119,7 @@ def plan(settings, rows, device):
     }
 
 
-def loaders_of(settings):
+def loaders_of(settings: Settings) -> int:
     """Bytes of a rank's loaders."""
     users = 1_000_000
     dataset = dataset_of(1000, 5, users, 1)
@@ -127,7 +132,7 @@ def loaders_of(settings):
     return loader_bytes(config, dataset, 1)
 
 
-def reads(settings, rows, ranks):
+def reads(settings: Settings, rows: int, ranks: int) -> dict:
     """Of all ranks together, of a table with so many rows a rank."""
     total = rows * ranks
     row = plan_capacity(
@@ -160,8 +165,10 @@ def reads(settings, rows, ranks):
     return found
 
 
-def measure(settings):
-    """Bytes that a table adds to what is resident: made without rows, filled, and with a checkpoint's copy."""
+def measure(settings: Settings) -> dict:
+    """Bytes that a table adds to what is resident: made without rows, filled, and with a
+    checkpoint's copy.
+    """
     with process_group.joined():
         gc.collect()
         begun = _resident()
@@ -199,7 +206,7 @@ def _resident():
     )
 
 
-def table(record):
+def table(record: dict) -> str:
     """What a rank and a host take; what is read; what was measured."""
     planned = [_planned(result) for result in record["plans"]]
     read = [_read(result) for result in record["reads"]]

@@ -1,20 +1,32 @@
 """What the hardware could do, measured in the same run as what is held against it.
 
-- `matmul`: the time of a step's matrix products at the model's own shapes, and the rate at which a large square one runs.
-- `memory`: bytes a second of a copy, of an addition, and of rows gathered at random, the natural limit of the item table.
-- `collectives`: bytes a second that a rank sends to the others of its group, and the time of a collective of hardly any bytes.
+- `matmul`: the time of a step's matrix products at the model's own shapes, and the rate at
+  which a large square one runs.
+- `memory`: bytes a second of a copy, of an addition, and of rows gathered at random, the
+  natural limit of the item table.
+- `collectives`: bytes a second that a rank sends to the others of its group, and the time of a
+  collective of hardly any bytes.
 
-The best of several windows counts: a limit is what the hardware can do, and other processes only slow it down.
+The best of several windows counts: a limit is what the hardware can do, and other processes
+only slow it down.
 """
 
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from syncrec.batch.build import Batch
+    from syncrec.config import ModelConfig
+    from trainer.distributed.process_group import Ranks
+
 
 _WINDOWS = 5
 _SQUARE = 1024
@@ -22,8 +34,10 @@ _SQUARE = 1024
 
 @dataclass(frozen=True)
 class Product:
-    """`experts` products (rows, inner) @ (inner, columns) side by side. flipped: "left" or "right" where that operand is a
-    transposed view, as autograd has it in the products of backward; "" for none."""
+    """`experts` products (rows, inner) @ (inner, columns) side by side. flipped: "left" or
+    "right" where that operand is a transposed view, as autograd has it in the products of
+    backward; "" for none.
+    """
 
     experts: int
     rows: int
@@ -32,7 +46,7 @@ class Product:
     flipped: str = ""
 
     @property
-    def operations(self):
+    def operations(self) -> int:
         """A multiply-add counts as two."""
         return 2 * self.experts * self.rows * self.inner * self.columns
 
@@ -44,7 +58,9 @@ class Product:
         marks = "ᵀ" * (self.flipped == "left"), "ᵀ" * (self.flipped == "right")
         return f"{self.experts} x {left}{marks[0]} @ {right}{marks[1]}"
 
-    def operands(self, dtype, device):
+    def operands(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
         """Left, right and the result's place."""
 
         def drawn(rows, columns, flipped):
@@ -56,10 +72,8 @@ class Product:
             values = torch.randn(shape, device=device).to(dtype)
             return values.transpose(1, 2) if flipped else values
 
-        left, right = (
-            drawn(self.rows, self.inner, self.flipped == "left"),
-            drawn(self.inner, self.columns, self.flipped == "right"),
-        )
+        left = drawn(self.rows, self.inner, self.flipped == "left")
+        right = drawn(self.inner, self.columns, self.flipped == "right")
         out = torch.empty(
             self.experts, self.rows, self.columns, dtype=dtype, device=device
         )
@@ -71,16 +85,22 @@ class Product:
         )
 
 
-def step_products(config, batch, backward=True):
-    """The products of a step of the packed model: {"experts", "tasks" (gates and towers)}, a Counter of `Product` each.
+def step_products(
+    config: "ModelConfig", batch: "Batch", backward: bool = True
+) -> dict[str, Counter]:
+    """The products of a step of the packed model: {"experts", "tasks" (gates and towers)}, a
+    Counter of `Product` each.
 
     Those of attention and scores are left out. backward: False for forward's alone.
 
     Each view runs all experts forward, and those that learn from it backward (equations 2 and 4).
     """
-    dim, inner = config.dim, config.ffn_dim
-    experts, tasks = Counter(), Counter()
-    cross, single = config.cross_experts, config.experts - config.cross_experts
+    dim = config.dim
+    inner = config.ffn_dim
+    experts = Counter()
+    tasks = Counter()
+    cross = config.cross_experts
+    single = config.experts - config.cross_experts
     for view, live, stopped in (
         (batch.cross, cross, single),
         (batch.single, single, cross),
@@ -105,9 +125,12 @@ def _layer(experts, tokens, inner, columns, backward, times=1):
     return Counter(products * times if tokens else [])
 
 
-def matmul(products, dtype, device, window=0.1):
-    """How fast the device multiplies: {"seconds": {shape: of one product}, "counts": {shape: in a step}, "seconds_per_step",
-    "rate" (operations a second, all of them together), "square_rate" (of a 1024 x 1024 product)}.
+def matmul(
+    products: Counter, dtype: torch.dtype, device: torch.device, window: float = 0.1
+) -> dict:
+    """How fast the device multiplies: {"seconds": {shape: of one product}, "counts": {shape: in
+    a step}, "seconds_per_step", "rate" (operations a second, all of them together),
+    "square_rate" (of a 1024 x 1024 product)}.
 
     products: a Counter of `Product`. window: seconds of each of several windows.
     """
@@ -128,7 +151,7 @@ def matmul(products, dtype, device, window=0.1):
     return summed(found)
 
 
-def summed(found):
+def summed(found: dict) -> dict:
     """`matmul`'s figures with the sums that follow from its `seconds`."""
     total = sum(
         found["counts"][shape] * seconds for shape, seconds in found["seconds"].items()
@@ -139,14 +162,14 @@ def summed(found):
     }
 
 
-def seconds_of(found, products):
+def seconds_of(found: dict, products: Counter) -> float:
     """How long a part of the products takes that `matmul` has timed."""
     return sum(
         found["seconds"][str(product)] * count for product, count in products.items()
     )
 
 
-def fastest(measured):
+def fastest(measured: list[dict]) -> dict:
     """Several measurements of the same products as one: the least time of each."""
     first = measured[0]
     seconds = {
@@ -167,9 +190,17 @@ def _product_seconds(product, dtype, device, window):
     return best_seconds(lambda: torch.matmul(left, right, out=out), device, window)
 
 
-def memory(device, row_bytes, size=2**28, rows=2**20, window=0.1):
-    """Bytes a second, read and written: {"copy", "add" (two read, one written), "gather" (of rows of `row_bytes` at random from
-    a table of so many `rows`)}. size: bytes of a tensor of the first two, more than caches hold."""
+def memory(
+    device: torch.device,
+    row_bytes: int,
+    size: int = 2**28,
+    rows: int = 2**20,
+    window: float = 0.1,
+) -> dict[str, float]:
+    """Bytes a second, read and written: {"copy", "add" (two read, one written), "gather" (of
+    rows of `row_bytes` at random from a table of so many `rows`)}. size: bytes of a tensor of
+    the first two, more than caches hold.
+    """
     one, other, out = (torch.ones(size // 4, device=device) for _ in range(3))
     copy = best_seconds(lambda: out.copy_(one), device, window)
     add = best_seconds(lambda: torch.add(one, other, alpha=2, out=out), device, window)
@@ -186,12 +217,18 @@ def memory(device, row_bytes, size=2**28, rows=2**20, window=0.1):
     }
 
 
-def collectives(ranks, window=0.1, size=2**26):
-    """Bytes that a rank sends a second in collectives of `size` bytes a rank, {"all_reduce", "all_to_all"}, and {"latency"},
-    the seconds of one of a single number. Called on all ranks."""
-    world, device = ranks.world_size, ranks.device
+def collectives(
+    ranks: "Ranks", window: float = 0.1, size: int = 2**26
+) -> dict[str, float]:
+    """Bytes that a rank sends a second in collectives of `size` bytes a rank, {"all_reduce",
+    "all_to_all"}, and {"latency"}, the seconds of one of a single number. Called on all
+    ranks.
+    """
+    world = ranks.world_size
+    device = ranks.device
     values = torch.zeros(size // 4 // world * world, device=device)
-    received, little = torch.empty_like(values), torch.zeros(1, device=device)
+    received = torch.empty_like(values)
+    little = torch.zeros(1, device=device)
 
     def seconds(function):
         dist.barrier()
@@ -220,8 +257,12 @@ def collectives(ranks, window=0.1, size=2**26):
     }
 
 
-def best_seconds(function, device, window):
-    """The least time of a call of `function()` over several windows, each of about `window` seconds."""
+def best_seconds(
+    function: Callable[[], Any], device: torch.device, window: float
+) -> float:
+    """The least time of a call of `function()` over several windows, each of about `window`
+    seconds.
+    """
     _seconds(function, 2, device)
     count = math.ceil(window / _seconds(function, 2, device))
     return min(_seconds(function, count, device) for _ in range(_WINDOWS))

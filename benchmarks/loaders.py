@@ -1,14 +1,16 @@
-"""What do a rank's loaders open, hash and decode in an epoch? Ranks are simulated, no shard is there.
+"""What do a rank's loaders open, hash and decode in an epoch? Ranks are simulated, no shard is
+there.
 
-    python benchmarks/loaders.py                                   64 and 512 ranks of 128 and 1,024 users, a million users
+    python benchmarks/loaders.py          64 and 512 ranks of 128 and 1,024 users, a million users
     python benchmarks/loaders.py users=12000000 ranks=[64] steps=40
-    python benchmarks/loaders.py --short                           a small dataset: does it run?
+    python benchmarks/loaders.py --short  a small dataset: does it run?
 
-The plan (`trainer.data.loading.batch_schedule.Plan`) and what reads it (`trainer.data.loading.histories.Histories`) are those of a run, with one loader a
-rank, as many streams as ranks, and users whose lengths are drawn. Shards are counted in place of read:
+The plan (`trainer.data.loading.batch_schedule.Plan`) and what reads it
+(`trainer.data.loading.histories.Histories`) are those of a run, with one loader a rank, as many
+streams as ranks, and users whose lengths are drawn. Shards are counted in place of read:
 
-- opened: shards that a loader opens in the epoch; foreign: those that are not of the rank's own streams; of other hosts: those
-  of ranks that share neither page cache nor downloads.
+- opened: shards that a loader opens in the epoch; foreign: those that are not of the rank's own
+  streams; of other hosts: those of ranks that share neither page cache nor downloads.
 - hashed: bytes whose sha256 is compared.
 - decoded: blocks; foreign users: their share of the rank's users.
 - tokens: the most that a rank has in a step over the mean, as the plan counts them.
@@ -70,7 +72,9 @@ class Settings:
 
 @dataclass
 class Counts:
-    """What one rank's loader has done: first users of the shards that it opened, and decoded a block of; bytes hashed."""
+    """What one rank's loader has done: first users of the shards that it opened, and decoded a
+    block of; bytes hashed.
+    """
 
     opened: list[int]
     decoded: list[int]
@@ -78,15 +82,15 @@ class Counts:
 
 
 class CountedShard:
-    """Stands for a `ShardFile`: counts what would be read, and gives users of one interaction each."""
+    """Stands for a `ShardFile`: counts what would be read, and gives users of one interaction
+    each.
+    """
 
     def __init__(self, counts: Counts, dataset: Dataset, shard: Shard, whole: bool):
-        self.counts, self.dataset, self.shard, self._compared = (
-            counts,
-            dataset,
-            shard,
-            False,
-        )
+        self.counts = counts
+        self.dataset = dataset
+        self.shard = shard
+        self._compared = False
         counts.opened.append(shard.first_user)
         if whole:
             self.compare()
@@ -97,7 +101,7 @@ class CountedShard:
             self._compared = True
             self.counts.hashed += self.shard.bytes
 
-    def block(self, number) -> Block:
+    def block(self, number: int) -> Block:
         """As `ShardFile.block`."""
         self.counts.decoded.append(self.shard.first_user)
         users = min(
@@ -114,7 +118,7 @@ class CountedShard:
         """As `ShardFile.close`."""
 
 
-def main():
+def main() -> None:
     """Simulates, prints, writes."""
     settings, options = suite.settings("loaders", Settings)
     record = suite.header("loaders", settings, options)
@@ -129,7 +133,9 @@ def main():
 
 
 def dataset_of(settings: Settings, streams: int) -> Dataset:
-    """A dataset without files: as many shards as `prepare` would make of its users, and the users' lengths."""
+    """A dataset without files: as many shards as `prepare` would make of its users, and the
+    users' lengths.
+    """
     shards = streams * -(-settings.users // (streams * settings.shard_users))
     firsts = [number * settings.users // shards for number in range(shards + 1)]
     made = []
@@ -164,7 +170,9 @@ def dataset_of(settings: Settings, streams: int) -> Dataset:
     return dataset
 
 
-def measure(dataset, ranks, users_per_rank, settings):
+def measure(
+    dataset: Dataset, ranks: int, users_per_rank: int, settings: Settings
+) -> dict:
     """An entry of the record's `results`."""
     plan = Plan(
         dataset,
@@ -174,7 +182,9 @@ def measure(dataset, ranks, users_per_rank, settings):
         max_length=settings.max_length,
     )
     steps = min(settings.steps or plan.steps(0), plan.steps(0))
-    assigned, tokens, seconds = [], [], []
+    assigned = []
+    tokens = []
+    seconds = []
     for step in track(
         range(steps), f"{ranks} ranks of {users_per_rank} users", transient=True
     ):
@@ -201,7 +211,7 @@ def measure(dataset, ranks, users_per_rank, settings):
     return facts | figures
 
 
-def simulate(plan, rank, assigned, host):
+def simulate(plan: Plan, rank: int, assigned: list, host: int) -> dict:
     """What one rank's loader does in the steps whose users were assigned."""
     home_of = {}
     for stream, shards in enumerate(plan.shards(0)):
@@ -230,13 +240,15 @@ def simulate(plan, rank, assigned, host):
     }
 
 
-def spread(values):
+def spread(values: list[float]) -> dict[str, float]:
     """Mean and the largest."""
     return {"mean": float(np.mean(values)), "max": float(np.max(values))}
 
 
-def table(record):
-    """A line for each number of ranks and users: means over the ranks, the most of one in brackets."""
+def table(record: dict) -> str:
+    """A line for each number of ranks and users: means over the ranks, the most of one in
+    brackets.
+    """
     rows = []
     for result in record["results"]:
         row = {

@@ -1,4 +1,6 @@
-"""What a figure was measured on: the machine, the versions, the commit; and what Linux says of memory and of the page cache."""
+"""What a figure was measured on: the machine, the versions, the commit; and what Linux says of
+memory and of the page cache.
+"""
 
 import ctypes
 import importlib.metadata
@@ -17,7 +19,7 @@ _PACKAGES = (
 )
 
 
-def memory_bytes():
+def memory_bytes() -> int:
     """The machine's memory, or what a control group leaves of it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [
@@ -32,8 +34,10 @@ _MEMORY_LIMITS = (
 )
 
 
-def describe(device):
-    """Facts for the JSON: processor, cores, memory in bytes, load before the run, Python, packages, commit."""
+def describe(device: torch.device) -> dict:
+    """Facts for the JSON: processor, cores, memory in bytes, load before the run, Python,
+    packages, commit.
+    """
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -108,8 +112,10 @@ def _commit():
     }
 
 
-def has_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware: CUDA from compute capability 8.0, x86 by AVX-512 or AMX."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware: CUDA from compute capability
+    8.0, x86 by AVX-512 or AMX.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     info = Path("/proc/cpuinfo")
@@ -119,7 +125,7 @@ def has_bf16(device):
     return bool(flags) and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
-def file_system(folder):
+def file_system(folder: Path) -> str | None:
     """The kind of file system that a folder lies on, None where it cannot be told."""
     mounts = Path("/proc/mounts")
     lines = mounts.read_text().splitlines() if mounts.is_file() else []
@@ -136,8 +142,10 @@ def file_system(folder):
     )
 
 
-def drop_from_cache(files):
-    """Asks the page cache to forget files; True where at most a hundredth of them is in it afterwards."""
+def drop_from_cache(files: list[Path]) -> bool:
+    """Asks the page cache to forget files; True where at most a hundredth of them is in it
+    afterwards.
+    """
     files = [file for file in files if file.stat().st_size]
     for file in files:
         handle = os.open(file, os.O_RDONLY)
@@ -150,7 +158,7 @@ def drop_from_cache(files):
     )
 
 
-def cached_bytes(file):
+def cached_bytes(file: Path) -> int:
     """How much of a file, not an empty one, is in the page cache, in whole pages."""
     with (
         open(file, "rb") as stream,
@@ -168,8 +176,10 @@ def cached_bytes(file):
     return size if failed else cached.raw.count(1) * mmap.PAGESIZE
 
 
-def reset_peak_memory():
-    """Lets `peak_memory` begin anew; returns the memory that is held now, in bytes, None where Linux's files do not say."""
+def reset_peak_memory() -> int | None:
+    """Lets `peak_memory` begin anew; returns the memory that is held now, in bytes, None where
+    Linux's files do not say.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)  # what earlier saves left free would be taken again unseen
@@ -180,7 +190,7 @@ def reset_peak_memory():
         return None
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The most memory, in bytes, that this process held since `reset_peak_memory`."""
     return _status("VmHWM")
 

@@ -47,7 +47,7 @@ class Settings:
         suite.at_least(1, self, "users", "reckoned_users")
 
 
-def main():
+def main() -> None:
     """Counts, reckons, prints, writes."""
     settings, options = suite.settings("messages", Settings)
     record = suite.header("messages", settings, options)
@@ -59,7 +59,9 @@ def main():
 
 
 def counted(settings: Settings, ranks: int) -> dict:
-    """What a rank sends in a step, the mean over ranks and batches: {"ranks", "model", "rows", "parts"}."""
+    """What a rank sends in a step, the mean over ranks and batches: {"ranks", "model", "rows",
+    "parts"}.
+    """
     cores = sorted(os.sched_getaffinity(0))
     arguments = [
         *settings.step,
@@ -125,7 +127,9 @@ def reckoned(settings: Settings, counted: dict, ranks: int) -> dict:
     return {"ranks": ranks, "rows": rows, "parts": parts}
 
 
-def formula(settings, model, ranks, users, foreign):
+def formula(
+    settings: Settings, model: dict, ranks: int, users: int, foreign: float
+) -> dict:
     """`traffic.expected` of these ranks."""
     return traffic.expected(
         ranks,

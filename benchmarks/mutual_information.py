@@ -1,18 +1,22 @@
-"""What SC-MIM's loss takes on one rank, forward and backward: bytes and seconds, as one matrix, in chunks, and from a sample.
+"""What SC-MIM's loss takes on one rank, forward and backward: bytes and seconds, as one matrix,
+in chunks, and from a sample.
 
-Bytes are the most that is live at one moment, inputs and their gradients included, counted at each operation; on any device
-they are the same. Those of a larger batch are reckoned from them where this machine cannot hold it.
+Bytes are the most that is live at one moment, inputs and their gradients included, counted at
+each operation; on any device they are the same. Those of a larger batch are reckoned from them
+where this machine cannot hold it.
 
-    python benchmarks/mutual_information.py                       bytes at a few sizes, and what 64 and 512 ranks would take
-    python benchmarks/mutual_information.py --seconds             seconds of small batches as well
+    python benchmarks/mutual_information.py            bytes at a few sizes, and at 64 and 512 ranks
+    python benchmarks/mutual_information.py --seconds  seconds of small batches as well
 """
 
 import argparse
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,7 +34,9 @@ GIB = 2**30
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations within it have made and that still live; `peak`: the most at once."""
+    """Counts the bytes of all storages that operations within it have made and that still live;
+    `peak`: the most at once.
+    """
 
     def __init__(self):
         super().__init__()
@@ -45,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
                 self.count(tensor)
         return result
 
-    def count(self, tensor):
+    def count(self, tensor: torch.Tensor) -> None:
         """Counts a tensor's storage, once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -60,8 +66,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def drawn(users, everyone, dim=WIDTH, domains=DOMAINS):
-    """Views of a rank's users and of all, and who is present: (cross_BDR, single_GDR, present_BD, present_GD, own_B)."""
+def drawn(
+    users: int, everyone: int, dim: int = WIDTH, domains: int = DOMAINS
+) -> tuple[torch.Tensor, ...]:
+    """Views of a rank's users and of all, and who is present: (cross_BDR, single_GDR,
+    present_BD, present_GD, own_B).
+    """
     generator = torch.Generator().manual_seed(1)
     cross_BDR = torch.randn(users, domains, dim, generator=generator).requires_grad_()
     single_GDR = torch.randn(
@@ -71,7 +81,7 @@ def drawn(users, everyone, dim=WIDTH, domains=DOMAINS):
     return cross_BDR, single_GDR, present_GD[:users], present_GD, torch.arange(users)
 
 
-def against_all(users, everyone, **shape):
+def against_all(users: int, everyone: int, **shape: int) -> tuple:
     """A function that makes one forward and backward pass with all users as candidates."""
     module = MutualInformation(ModelConfig(dim=shape.get("dim", WIDTH)))
     given = drawn(users, everyone, **shape)
@@ -83,7 +93,7 @@ def against_all(users, everyone, **shape):
     return step, given[:2]
 
 
-def against_sample(users, everyone, size, **shape):
+def against_sample(users: int, everyone: int, size: int, **shape: int) -> tuple:
     """The same with a sample of so many candidates a domain."""
     module = MutualInformation(ModelConfig(dim=shape.get("dim", WIDTH)))
     cross_BDR, single_GDR, present_BD, present_GD, own_B = drawn(
@@ -104,7 +114,7 @@ def against_sample(users, everyone, size, **shape):
     return step, (cross_BDR, single_BDR, chosen)
 
 
-def peak_bytes(made):
+def peak_bytes(made: tuple) -> int:
     """The most bytes that live at once in one pass; made: (step, inputs)."""
     step, inputs = made
     counter = LiveBytes()
@@ -115,7 +125,7 @@ def peak_bytes(made):
     return counter.peak
 
 
-def in_one_matrix(function):
+def in_one_matrix(function: Callable[[], Any]) -> Any:
     """What a function gives where all candidates fit into one chunk."""
     chunk = mutual_information._CHUNK
     mutual_information._CHUNK = sys.maxsize
@@ -125,7 +135,7 @@ def in_one_matrix(function):
         mutual_information._CHUNK = chunk
 
 
-def seconds(made, repeats=30):
+def seconds(made: tuple, repeats: int = 30) -> float:
     """The median of a pass's seconds."""
     step, _ = made
     taken = []
@@ -136,7 +146,7 @@ def seconds(made, repeats=30):
     return median(taken)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,7 +158,8 @@ def main():
     arguments = parser.parse_args()
     users = arguments.users
     print(
-        f"{DOMAINS} domains, r = {WIDTH}, {users} users a rank; GiB on a rank at once, forward and backward"
+        f"{DOMAINS} domains, r = {WIDTH}, {users} users a rank; GiB on a rank at once, "
+        "forward and backward"
     )
     print(
         f"{'ranks':>6} {'one matrix':>12} {'chunks':>12} {f'sample {arguments.sample}':>14}"
@@ -175,7 +186,8 @@ def main():
             else "   the first two reckoned from those of 4 and 8 ranks"
         )
         print(
-            f"{ranks:>6} {line['matrix'] / GIB:>12.3f} {line['chunks'] / GIB:>12.3f} {sampled / GIB:>14.3f}{note}"
+            f"{ranks:>6} {line['matrix'] / GIB:>12.3f} {line['chunks'] / GIB:>12.3f} "
+            f"{sampled / GIB:>14.3f}{note}"
         )
     if arguments.seconds:
         print(f"{'users':>6} {'one matrix ms':>14} {'as run ms':>10}")

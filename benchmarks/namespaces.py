@@ -1,4 +1,6 @@
-"""Two hosts on one machine: network namespaces joined by a cable, whose bandwidth can be limited."""
+"""Two hosts on one machine: network namespaces joined by a cable, whose bandwidth can be
+limited.
+"""
 
 import contextlib
 import os
@@ -7,21 +9,22 @@ import subprocess
 import uuid
 
 ADDRESSES = ("10.203.0.1", "10.203.0.2")
-# What may pass at once, whatever the limit: four of the largest packets that the kernel hands to a device.
+# What may pass at once, whatever the limit: four of the largest packets that the kernel hands
+# to a device.
 _BURST = 2**18
 
 
-def run(*words, check=True):
+def run(*words: str, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a command of iproute2."""
     return subprocess.run(words, check=check, capture_output=True, text=True)
 
 
-def ip(*words, check=True):
+def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess:
     """Runs `ip`."""
     return run("ip", *words, check=check)
 
 
-def why_not():
+def why_not() -> str | None:
     """Why this machine cannot have them, or None."""
     if shutil.which("ip") is None:
         return "needs `ip` (iproute2)"
@@ -34,7 +37,7 @@ def why_not():
     return None
 
 
-def why_no_limit():
+def why_no_limit() -> str | None:
     """Why the cable's bandwidth cannot be limited on this machine, or None."""
     if reason := why_not():
         return reason
@@ -44,7 +47,10 @@ def why_no_limit():
         try:
             limit(hosts, 1e9)
         except subprocess.CalledProcessError as error:
-            return f"this machine's kernel does not limit bandwidth ({error.stderr.strip().splitlines()[-1]})"
+            return (
+                "this machine's kernel does not limit bandwidth "
+                f"({error.stderr.strip().splitlines()[-1]})"
+            )
     return None
 
 
@@ -69,8 +75,10 @@ def two_hosts():
             ip("netns", "delete", name, check=False)
 
 
-def limit(hosts, bits_per_second):
-    """From now on so much passes the cable in each direction, headers included; None: as much as can."""
+def limit(hosts: list[tuple], bits_per_second: float | None) -> None:
+    """From now on so much passes the cable in each direction, headers included; None: as much
+    as can.
+    """
     for name, cable, _ in hosts:
         if bits_per_second is None:
             run("tc", "-n", name, "qdisc", "del", "dev", cable, "root", check=False)

@@ -1,16 +1,19 @@
 """The same model as people write it without packing: what our step is timed against.
 
-Every user is a row of T slots, right-padded, in D + 1 views (0: cross-domain, d + 1: domain d); each expert is a module of its
-own that runs on all of them; SG of eq. 2 and 4 is `.detach()` on what was computed with a graph; the item matrix is an
-`nn.Embedding` with dense gradients. It is kept fair: right padding lets attention take the kernel without a mask, a stopped
-expert's graph is dropped and not run backward, losses are computed where there is a target, and rows are looked up three times
-a step (inputs, targets, negatives), not in every view anew. Losses, λ, SC-MIM, gate and tower are our modules: what differs is
-what surrounds them. It follows the default readings (`gate: token`, `mutual_information_pooling: mean`, one rank).
+Every user is a row of T slots, right-padded, in D + 1 views (0: cross-domain, d + 1: domain d);
+each expert is a module of its own that runs on all of them; SG of eq. 2 and 4 is `.detach()` on
+what was computed with a graph; the item matrix is an `nn.Embedding` with dense gradients. It is
+kept fair: right padding lets attention take the kernel without a mask, a stopped expert's graph
+is dropped and not run backward, losses are computed where there is a target, and rows are
+looked up three times a step (inputs, targets, negatives), not in every view anew. Losses, λ,
+SC-MIM, gate and tower are our modules: what differs is what surrounds them. It follows the
+default readings (`gate: token`, `mutual_information_pooling: mean`, one rank).
 
 Shapes: V = D + 1 views, B users, T slots, K experts, D domains, L targets, n negatives, r width.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,20 +25,25 @@ from syncrec.losses.loss_correction import LossCorrection, transfer_gap
 from syncrec.losses.mutual_information import MutualInformation
 from syncrec.losses.prediction import prediction_loss
 
-_PAD, _SOS, _FIRST_ITEM = (
-    0,
-    1,
-    2,
-)  # rows of the padded item matrix: row x of M is row x + 2 here
+if TYPE_CHECKING:
+    from syncrec.config import ModelConfig
+    from syncrec.model import SyNCRec
+
+
+# rows of the padded item matrix: row x of M is row x + 2 here
+_PAD = 0
+_SOS = 1
+_FIRST_ITEM = 2
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
     """Users of one step. Items are rows of the padded matrix; 0 where there is none.
 
-    input_VBT, position_VBT (distance from the newest token), input_domain_VBT (D: none), target_VBT, target_domain_VBT;
-    comparable_VBT: the other view has the target too. negatives: how many each target has of its own, in negative_VBTn, or
-    None where they are shared_D, D tensors. domain_items: items of each domain.
+    input_VBT, position_VBT (distance from the newest token), input_domain_VBT (D: none),
+    target_VBT, target_domain_VBT; comparable_VBT: the other view has the target too. negatives:
+    how many each target has of its own, in negative_VBTn, or None where they are shared_D, D
+    tensors. domain_items: items of each domain.
     """
 
     input_VBT: torch.Tensor
@@ -52,16 +60,22 @@ class PaddedBatch:
 
 
 def pad_batch(
-    items_N, lengths_B, domain_N, weight_B, negatives, domain_items, max_length
-):
+    items_N: np.ndarray,
+    lengths_B: np.ndarray,
+    domain_N: np.ndarray,
+    weight_B: np.ndarray,
+    negatives: np.ndarray | list[np.ndarray],
+    domain_items: list[int],
+    max_length: int,
+) -> PaddedBatch:
     """The padded views of some users; arguments as for `syncrec.batch.build.build_batch`."""
-    domains, users = len(domain_items), len(lengths_B)
+    domains = len(domain_items)
+    users = len(lengths_B)
     own = None if isinstance(negatives, list) else negatives.shape[1]
     shape = (domains + 1, users, max_length)
-    given, predicted = (
-        np.full(shape, -2),
-        np.full(shape, -1),
-    )  # interactions; given: −1 SOS, −2 PAD; predicted: −1 none
+    # interactions; given: −1 SOS, −2 PAD; predicted: −1 none
+    given = np.full(shape, -2)
+    predicted = np.full(shape, -1)
     position = np.zeros(shape, np.int64)
     for user, end in enumerate(np.cumsum(lengths_B)):
         history = np.arange(end - lengths_B[user], end)
@@ -115,8 +129,12 @@ def pad_batch(
 class PaddedSyNCRec(nn.Module):
     """Model and item matrix in one module, as one optimizer gets them."""
 
-    def __init__(self, config, domains, rows, plain=False):
-        """rows: of M, without PAD and SOS. plain: each view reads the item matrix for itself, as a loop over domains does."""
+    def __init__(
+        self, config: "ModelConfig", domains: int, rows: int, plain: bool = False
+    ):
+        """rows: of M, without PAD and SOS. plain: each view reads the item matrix for itself,
+        as a loop over domains does.
+        """
         super().__init__()
         if (
             config.gate != "token"
@@ -124,13 +142,17 @@ class PaddedSyNCRec(nn.Module):
             or config.stop_gradient != "on"
         ):
             raise ValueError(
-                "the padded model has the default readings only: gate token, pooling mean, stop_gradient on"
+                "the padded model has the default readings only: gate token, pooling mean, "
+                "stop_gradient on"
             )
         if config.encoder != "transformer" or config.loss_correction == "shapley":
             raise ValueError(
-                "the padded model has Transformers and LC-NTG only: no encoder gru, no loss_correction shapley"
+                "the padded model has Transformers and LC-NTG only: no encoder gru, no "
+                "loss_correction shapley"
             )
-        self.config, self.domains, self.plain = config, domains, plain
+        self.config = config
+        self.domains = domains
+        self.plain = plain
         self.items = nn.Embedding(rows + _FIRST_ITEM, config.dim, padding_idx=_PAD)
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.experts = nn.ModuleList(
@@ -149,8 +171,10 @@ class PaddedSyNCRec(nn.Module):
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=config.init_std)
 
-    def forward(self, batch):
-        """The loss of eq. 18 and what it is made of: single-domain and cross-domain mean losses, (D,) each, and λ, (D,)."""
+    def forward(self, batch: PaddedBatch) -> tuple:
+        """The loss of eq. 18 and what it is made of: single-domain and cross-domain mean
+        losses, (D,) each, and λ, (D,).
+        """
         x_VBTR = self._rows(batch.input_VBT, [1] * (self.domains + 1)) + self.positions(
             batch.position_VBT
         )
@@ -197,14 +221,10 @@ class PaddedSyNCRec(nn.Module):
                 0, domain_L[chosen], values_L[chosen]
             )
 
-        single_D, cross_D = (
-            by_domain(loss_L * weight_L, True),
-            by_domain(loss_L * weight_L, False),
-        )
-        single_count_D, cross_count_D = (
-            by_domain(weight_L, True),
-            by_domain(weight_L, False),
-        )
+        single_D = by_domain(loss_L * weight_L, True)
+        cross_D = by_domain(loss_L * weight_L, False)
+        single_count_D = by_domain(weight_L, True)
+        cross_count_D = by_domain(weight_L, False)
         gap_count_D = by_domain(shared_L, True)
         lambda_D = torch.ones_like(cross_D)
         if self.correction is not None:
@@ -242,12 +262,11 @@ class PaddedSyNCRec(nn.Module):
         for d, items in enumerate(batch.domain_items):
             of_d = (domain_L == d).nonzero().squeeze(1)
             if batch.negatives is None:
-                scores, allowed = (
-                    y_LR[of_d] @ shared_D[d].T,
-                    batch.shared_D[d] != target_L[of_d].unsqueeze(1),
-                )
+                scores = y_LR[of_d] @ shared_D[d].T
+                allowed = batch.shared_D[d] != target_L[of_d].unsqueeze(1)
             else:
-                scores, allowed = scores_Ln[of_d], None
+                scores = scores_Ln[of_d]
+                allowed = None
             loss_L = loss_L.index_add(
                 0,
                 of_d,
@@ -283,14 +302,14 @@ class PaddedSyNCRec(nn.Module):
 class PaddedExpert(nn.Module):
     """f_TRM of eq. 5 to 7."""
 
-    def __init__(self, config):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.blocks = nn.ModuleList(PaddedBlock(config) for _ in range(config.blocks))
         self.last_norm = (
             nn.LayerNorm(config.dim) if config.norm == "pre" else nn.Identity()
         )
 
-    def forward(self, x_BTR):
+    def forward(self, x_BTR: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x_BTR = block(x_BTR)
         return self.last_norm(x_BTR)
@@ -299,25 +318,19 @@ class PaddedExpert(nn.Module):
 class PaddedBlock(nn.Module):
     """Causal self-attention and feed-forward network, each with residual, dropout and LayerNorm."""
 
-    def __init__(self, config):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
-        self.heads, self.dropout, self.pre_norm = (
-            config.heads,
-            config.dropout,
-            config.norm == "pre",
-        )
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.pre_norm = config.norm == "pre"
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
-        self.inner, self.outer = (
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.Linear(config.ffn_dim, config.dim),
-        )
-        self.attention_norm, self.ffn_norm = (
-            nn.LayerNorm(config.dim),
-            nn.LayerNorm(config.dim),
-        )
+        self.inner = nn.Linear(config.dim, config.ffn_dim)
+        self.outer = nn.Linear(config.ffn_dim, config.dim)
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.ffn_norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x_BTR):
+    def forward(self, x_BTR: torch.Tensor) -> torch.Tensor:
         x_BTR = self._around(self.attention_norm, self._attend, x_BTR)
         return self._around(
             self.ffn_norm, lambda y_BTR: self.outer(F.gelu(self.inner(y_BTR))), x_BTR
@@ -329,7 +342,8 @@ class PaddedBlock(nn.Module):
         return norm(x_BTR + F.dropout(layer(x_BTR), self.dropout, self.training))
 
     def _attend(self, x_BTR):
-        # Right-padded: a real token never sees a padded one, so the causal mask is all that is needed.
+        # Right-padded: a real token never sees a padded one, so the causal mask is all that is
+        # needed.
         query, key, value = (
             self.qkv(x_BTR).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         )
@@ -340,8 +354,12 @@ class PaddedBlock(nn.Module):
         )
 
 
-def copy_weights(packed, table_MR, padded):
-    """Gives a `PaddedSyNCRec` the weights and λ of a packed `SyNCRec` and the item matrix M, (rows, r)."""
+def copy_weights(
+    packed: "SyNCRec", table_MR: torch.Tensor, padded: PaddedSyNCRec
+) -> None:
+    """Gives a `PaddedSyNCRec` the weights and λ of a packed `SyNCRec` and the item matrix M,
+    (rows, r).
+    """
     with torch.no_grad():
         padded.items.weight.copy_(
             torch.cat(

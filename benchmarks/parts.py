@@ -1,4 +1,5 @@
-"""Where does the time of a training step go, and how far is each part from what the hardware could do?
+"""Where does the time of a training step go, and how far is each part from what the hardware
+could do?
 
     python benchmarks/parts.py            10⁶ items, fp32 and bf16, collectives at 2 ranks
     python benchmarks/parts.py --short    10⁵ items, few repeats
@@ -6,22 +7,25 @@
 
 The workload is that of train_step.py. Three kinds of lines:
 
-- Parts of a step, timed within `Trainer.train_step` by standing between it and its table and engine: together with *the rest*
-  they are the step.
-- Parts of the model, each made again alone: the calls of the expert stacks, of gates and towers, and of the losses are noted in
-  a forward pass with their inputs, and repeated with and without their backward. What is between them (the input layer, mixing
-  experts) is in no line.
-- Collectives between ranks of this machine: what the step exchanges, at its sizes, and table look-up and update with their
-  exchange. Each rank has the users of a step of its own.
+- Parts of a step, timed within `Trainer.train_step` by standing between it and its table and
+  engine: together with *the rest* they are the step.
+- Parts of the model, each made again alone: the calls of the expert stacks, of gates and
+  towers, and of the losses are noted in a forward pass with their inputs, and repeated with and
+  without their backward. What is between them (the input layer, mixing experts) is in no line.
+- Collectives between ranks of this machine: what the step exchanges, at its sizes, and table
+  look-up and update with their exchange. Each rank has the users of a step of its own.
 
-The limit of a part is the least time that the hardware measured in the same run needs for it (`limits.py`):
+The limit of a part is the least time that the hardware measured in the same run needs for it
+(`limits.py`):
 
-- products: its matrix products at their own shapes. Attention's products and all that works element by element add nothing.
-- rows: bytes of the rows read and written by the rate of rows gathered at random. An update reads a gradient for each look-up,
-  and reads and writes each distinct row.
-- memory: bytes that have to be read and written once, by the rate of a copy or, for Adam (4 numbers of each weight read, 3
-  written), of an addition.
-- wire: bytes sent, by the rate of the same collective with many more; for λ's sums the time of a collective of one number.
+- products: its matrix products at their own shapes. Attention's products and all that works
+  element by element add nothing.
+- rows: bytes of the rows read and written by the rate of rows gathered at random. An update
+  reads a gradient for each look-up, and reads and writes each distinct row.
+- memory: bytes that have to be read and written once, by the rate of a copy or, for Adam (4
+  numbers of each weight read, 3 written), of an addition.
+- wire: bytes sent, by the rate of the same collective with many more; for λ's sums the time of
+  a collective of one number.
 """
 
 import functools
@@ -29,9 +33,10 @@ import inspect
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -48,6 +53,10 @@ from syncrec.layers.transformer import ExpertStack
 from syncrec.model import SyNCRec
 from trainer.config.negatives import NegativesConfig
 from trainer.distributed import process_group
+
+if TYPE_CHECKING:
+    from syncrec.batch.build import Batch
+    from trainer.distributed.process_group import Ranks
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Settings:
         suite.at_least(2 * self.domains, self, "items")
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("parts", Settings)
     record = suite.header("parts", settings, options) | {
@@ -114,11 +123,10 @@ def main():
     suite.save("parts", record, options)
 
 
-def measure(settings, precision):
+def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
     """Parts of a step and of the model: lines of the record's `results`, and their limits."""
     with process_group.joined() as ranks:
         config = replace(settings.model, precision=precision)
-        count = settings.warmup + settings.repeats
         trainer, drawn, domain_items = started(config, settings, ranks)
         built, batches = timed_calls(
             lambda arrays: build_batch(*arrays, domain_items, config.max_length),
@@ -149,56 +157,22 @@ def measure(settings, precision):
             seconds.pop("table.exchange"), seconds.pop("table.look_up"), strict=True
         )
         seconds["table look-up"] = [sum(pair) for pair in pairs]
-        lines = [
-            line(name, values[-settings.repeats :])
-            for name, values in seconds.items()
-            if len(values) == count
-        ]
-        steps = dict(zip([of["part"] for of in lines], lines, strict=True))
         of_products = functools.partial(limits.seconds_of, products)
         least_forward = of_products(forward["experts"] + forward["tasks"])
+        least_backward = products["seconds_per_step"] - least_forward
+        looked_up = 2 * len(batch.distinct) * row / rates["gather"]
+        updated = update_bytes(batch.distinct, row) / rates["gather"]
+        stepped = 7 * 4 * trainer.weights / rates["add"]
         named = {
-            "table look-up": (
-                "table look-up",
-                "rows",
-                2 * len(batch.distinct) * row / rates["gather"],
-            ),
+            "table look-up": ("table look-up", "rows", looked_up),
             "engine": ("model forward", "products", least_forward),
-            "engine.backward": (
-                "model backward",
-                "products",
-                products["seconds_per_step"] - least_forward,
-            ),
-            "table.update": (
-                "table update",
-                "rows",
-                update_bytes(batch.distinct, row) / rates["gather"],
-            ),
-            "engine.step": (
-                "dense optimizer step",
-                "memory",
-                7 * 4 * trainer.weights / rates["add"],
-            ),
+            "engine.backward": ("model backward", "products", least_backward),
+            "table.update": ("table update", "rows", updated),
+            "engine.step": ("dense optimizer step", "memory", stepped),
         }
-        lines = [limited(steps[name], *of) for name, of in named.items()]
-        spent = [
-            sum(values)
-            for values in zip(*(of["seconds"]["all"] for of in lines), strict=True)
-        ]
-        whole = whole[-settings.repeats :]
-        lines.append(
-            line("the rest", [of - part for of, part in zip(whole, spent, strict=True)])
-        )
-        lines.append(
-            limited(
-                line("step", whole),
-                "step",
-                "sum of the above",
-                sum(of[2] for of in named.values()),
-            )
-        )
+        lines = _lines_of_step(settings, seconds, named, whole)
 
-        for name, made, least in model_parts(
+        parts_of_model = model_parts(
             config,
             settings,
             batch,
@@ -207,7 +181,8 @@ def measure(settings, precision):
             of_products,
             rates,
             ranks.device,
-        ):
+        )
+        for name, made, least in parts_of_model:
             lines.append(limited(line(name, made), name, *least))
         size = sum(values.nbytes for values in tensors(batch))
         lines.append(
@@ -221,8 +196,33 @@ def measure(settings, precision):
         return lines, {"products": products, "memory": rates}
 
 
-def started(config, settings, ranks):
-    """A trainer, what its batches are built from, as many as are needed, and the items of each domain."""
+def _lines_of_step(settings, seconds, named, whole):
+    """A line for each named part of a step, for the rest of it, and for the whole.
+
+    seconds: of each part that was called. named: (name, what limits it, its limit) of those that
+    are shown. whole: seconds of each step.
+    """
+    count = settings.warmup + settings.repeats
+    steps = {}
+    for name, values in seconds.items():
+        if len(values) == count:
+            steps[name] = line(name, values[-settings.repeats :])
+    lines = [limited(steps[name], *of) for name, of in named.items()]
+    whole = whole[-settings.repeats :]
+    rest = list(whole)
+    for repeat in range(len(whole)):
+        spent = sum(of["seconds"]["all"][repeat] for of in lines)
+        rest[repeat] = whole[repeat] - spent
+    lines.append(line("the rest", rest))
+    least = sum(of[2] for of in named.values())
+    lines.append(limited(line("step", whole), "step", "sum of the above", least))
+    return lines
+
+
+def started(config: ModelConfig, settings: Settings, ranks: "Ranks") -> tuple:
+    """A trainer, what its batches are built from, as many as are needed, and the items of each
+    domain.
+    """
     count = settings.warmup + settings.repeats
     dataset = dataset_of(
         settings.items, settings.domains, settings.users * ranks.world_size, count
@@ -246,15 +246,24 @@ def started(config, settings, ranks):
     return trainer, drawn, [domain.items for domain in dataset.domains]
 
 
-def update_bytes(distinct, row):
+def update_bytes(distinct: torch.Tensor, row: int) -> int:
     """Of each row a gradient read, the row read and written."""
     return 3 * len(distinct) * row
 
 
 def model_parts(
-    config, settings, batch, everything, forward, of_products, rates, device
+    config: ModelConfig,
+    settings: Settings,
+    batch: "Batch",
+    everything: Any,
+    forward: Callable[[], Any],
+    of_products: dict,
+    rates: dict,
+    device: torch.device,
 ):
-    """Each part of a model that no engine has, alone: (name, seconds of each repeat, (what limits it, its limit))."""
+    """Each part of a model that no engine has, alone: (name, seconds of each repeat, (what
+    limits it, its limit)).
+    """
     torch.manual_seed(0)
     model = SyNCRec(config, settings.domains).to(device).train()
     batch = move(batch, device)
@@ -302,7 +311,9 @@ def model_parts(
 
 @dataclass(frozen=True)
 class Call:
-    """A call as it was made. leaves: its own tensors that want a gradient, and weights that it may use."""
+    """A call as it was made. leaves: its own tensors that want a gradient, and weights that it
+    may use.
+    """
 
     function: Any
     arguments: tuple
@@ -312,8 +323,12 @@ class Call:
     weights: tuple
 
 
-def noted(model, forward):
-    """The calls of experts, of gates and towers, and of the losses in `forward()`: three lists of `Call`."""
+def noted(
+    model: SyNCRec, forward: Callable[[], Any]
+) -> tuple[list[Call], list[Call], list[Call]]:
+    """The calls of experts, of gates and towers, and of the losses in `forward()`: three lists
+    of `Call`.
+    """
     found = {ExpertStack: [], Gate: [], Tower: [], SyNCRec: []}
 
     def note(kind, function, arguments, weights):
@@ -358,8 +373,10 @@ def noted(model, forward):
     return found[ExpertStack], found[Gate] + found[Tower], found[SyNCRec]
 
 
-def again(calls, backward):
-    """Makes the calls anew; backward: and computes the gradients of everything that they were given and of their weights."""
+def again(calls: list[Call], backward: bool) -> None:
+    """Makes the calls anew; backward: and computes the gradients of everything that they were
+    given and of their weights.
+    """
     for call in calls:
         device = call.weights[0].device.type
         with (
@@ -380,15 +397,15 @@ def again(calls, backward):
 
 
 class Between:
-    """Stands for an object and notes how long its methods take: seconds[name] and seconds[name.method], a list each."""
+    """Stands for an object and notes how long its methods take: seconds[name] and
+    seconds[name.method], a list each.
+    """
 
-    def __init__(self, inner, name, seconds, device):
-        self._inner, self._name, self._seconds, self._device = (
-            inner,
-            name,
-            seconds,
-            device,
-        )
+    def __init__(self, inner: Any, name: str, seconds: dict, device: torch.device):
+        self._inner = inner
+        self._name = name
+        self._seconds = seconds
+        self._device = device
 
     def __call__(self, *arguments, **named):
         return self._timed(self._name, self._inner, *arguments, **named)
@@ -410,15 +427,18 @@ class Between:
         return value
 
 
-def wait(device):
+def wait(device: torch.device) -> None:
     """Until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def timed_calls(function, values, device):
+def timed_calls(
+    function: Callable[[Any], Any], values: list, device: torch.device
+) -> tuple[list[float], list]:
     """Seconds of `function(value)` for each value, and what it returned."""
-    seconds, returned = [], []
+    seconds = []
+    returned = []
     for value in values:
         wait(device)
         begin = time.perf_counter()
@@ -428,7 +448,7 @@ def timed_calls(function, values, device):
     return seconds, returned
 
 
-def tensors(value):
+def tensors(value: Any):
     """All tensors in a dataclass and those in it."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -437,30 +457,35 @@ def tensors(value):
             yield from tensors(getattr(value, name))
 
 
-def measure_collectives(settings):
-    """What ranks exchange in a step: lines of the record's `results`, and their limits. Called on every rank."""
+def measure_collectives(settings: Settings) -> tuple[list[dict], dict]:
+    """What ranks exchange in a step: lines of the record's `results`, and their limits. Called
+    on every rank.
+    """
     with process_group.joined() as ranks:
         return _measure_collectives(settings, ranks)
 
 
 def _measure_collectives(settings, ranks):
-    config, world, device = settings.model, ranks.world_size, ranks.device
+    config = settings.model
+    world = ranks.world_size
+    device = ranks.device
     trainer, drawn, domain_items = started(config, settings, ranks)
     every = [
         build_batch(*arrays, domain_items, config.max_length).distinct.to(device)
         for arrays in drawn
     ]
-    ids, row, others = every[-1], 4 * config.dim, (world - 1) / world
+    ids = every[-1]
+    row = 4 * config.dim
+    others = (world - 1) / world
     wire = limits.collectives(ranks, settings.window, settings.wire_bytes)
     rates = limits.memory(device, row, settings.memory_bytes, window=settings.window)
     fewest = torch.tensor(len(ids), device=device)  # ranks have more or less alike
     dist.all_reduce(fewest, dist.ReduceOp.MIN)
     even = int(fewest) // world * world
-    rows, numbers = (
-        torch.ones(even, config.dim, device=device),
-        torch.ones(even, dtype=torch.int64, device=device),
-    )
-    back, got = torch.empty_like(rows), torch.empty_like(numbers)
+    rows = torch.ones(even, config.dim, device=device)
+    numbers = torch.ones(even, dtype=torch.int64, device=device)
+    back = torch.empty_like(rows)
+    got = torch.empty_like(numbers)
     gradients = torch.zeros(trainer.weights, device=device)
     sums = torch.zeros(8 * settings.domains, dtype=torch.float64, device=device)
     pooled = torch.zeros(settings.users, settings.domains, config.dim, device=device)
@@ -515,7 +540,7 @@ def _measure_collectives(settings, ranks):
     return [of | {"ranks": world} for of in lines], {"wire": wire, "memory": rates}
 
 
-def timed_together(call, settings):
+def timed_together(call: Callable[[], Any], settings: Settings) -> list[float]:
     """Seconds of `call()`, begun by all ranks at once."""
     seconds = []
     for _ in range(settings.warmup + settings.repeats):
@@ -527,20 +552,22 @@ def timed_together(call, settings):
     return seconds[settings.warmup :]
 
 
-def slowest_rank(seconds, device):
+def slowest_rank(seconds: list[float], device: torch.device) -> list[float]:
     """Each repeat's time on the rank that took longest."""
     values = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
 
 
-def line(name, seconds):
+def line(name: str, seconds: list[float]) -> dict:
     """A line of the record's `results` without a limit."""
     return {"part": name, "seconds": suite.spread(seconds)}
 
 
-def limited(found, name, limit, least):
-    """A line with its name, what limits it, the least seconds by that, and their share of the time."""
+def limited(found: dict, name: str, limit: str, least: float) -> dict:
+    """A line with its name, what limits it, the least seconds by that, and their share of the
+    time.
+    """
     return found | {
         "part": name,
         "limit": limit,
@@ -549,7 +576,7 @@ def limited(found, name, limit, least):
     }
 
 
-def table(record):
+def table(record: dict) -> str:
     """A line for each part, a group of columns for each precision."""
     rows = {}
     for result in record["results"]:
@@ -558,10 +585,8 @@ def table(record):
             if "ranks" not in result
             else f"{result['ranks']} ranks: {result['part']}"
         )
-        row, precision = (
-            rows.setdefault(name, {"part": name, "limit": ""}),
-            result["precision"],
-        )
+        row = rows.setdefault(name, {"part": name, "limit": ""})
+        precision = result["precision"]
         milliseconds = {
             of: 1000 * result["seconds"][of] for of in ("median", "min", "max")
         }

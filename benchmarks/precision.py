@@ -1,11 +1,13 @@
-"""Does bf16 train as fp32 does? Loss curves and NDCG@10 of runs on real logs, beside the noise of seeds.
+"""Does bf16 train as fp32 does? Loss curves and NDCG@10 of runs on real logs, beside the noise
+of seeds.
 
-    python benchmarks/precision.py data=DATA                    a dataset of launch/prepare.py; minutes a run
-    python benchmarks/precision.py --short                      a small dataset of its own: does it run?
+    python benchmarks/precision.py data=DATA  a dataset of launch/prepare.py; minutes a run
+    python benchmarks/precision.py --short    a small dataset of its own: does it run?
 
-Every precision trains with every seed, by `launch/train.py`. A seed settles the order of users, the negatives, the start and
-the masks of dropout, so two runs of one seed differ by precision alone. Compared are the training losses of the last quarter of
-the logged intervals: the mean over them by run, and the mean distance between two runs at the same step.
+Every precision trains with every seed, by `launch/train.py`. A seed settles the order of users,
+the negatives, the start and the masks of dropout, so two runs of one seed differ by precision
+alone. Compared are the training losses of the last quarter of the logged intervals: the mean
+over them by run, and the mean distance between two runs at the same step.
 """
 
 import itertools
@@ -50,7 +52,7 @@ class Settings:
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Trains, compares, prints, writes."""
     settings, options = suite.settings("precision", Settings)
     with suite.scratch("") as made:
@@ -70,7 +72,9 @@ def main():
         options.json.with_suffix(".svg").write_text(picture(record), encoding="utf-8")
 
 
-def trained(settings, data, folder, precision, seed):
+def trained(
+    settings: Settings, data: Path, folder: Path, precision: str, seed: int
+) -> dict:
     """One run: its losses by step, and its test NDCG@10."""
     run = folder / f"{precision}-{seed}"
     given = [
@@ -96,14 +100,14 @@ def trained(settings, data, folder, precision, seed):
     }
 
 
-def distance(one, other):
+def distance(one: dict, other: dict) -> float:
     """Mean distance of two runs' losses at the same steps of the last part."""
     last = len(one["losses"]) - max(1, len(one["losses"]) // _LAST)
     pairs = zip(one["losses"][last:], other["losses"][last:], strict=True)
     return statistics.mean(abs(a - b) for a, b in pairs)
 
 
-def table(record):
+def table(record: dict) -> str:
     """Markdown: a line for each precision, and what lies between runs."""
     runs = {(run["precision"], run["seed"]): run for run in record["results"]}
     first, *others = dict.fromkeys(run["precision"] for run in record["results"])
@@ -130,7 +134,8 @@ def table(record):
         for a, b in itertools.combinations(seeds, 2)
     )
     between = [
-        f"{other} and {first}, same seed: {statistics.mean(distance(runs[other, s], runs[first, s]) for s in seeds):.4f}"
+        f"{other} and {first}, same seed: "
+        f"{statistics.mean(distance(runs[other, s], runs[first, s]) for s in seeds):.4f}"
         for other in others
     ]
     return (
@@ -141,7 +146,7 @@ def table(record):
     )
 
 
-def picture(record):
+def picture(record: dict) -> str:
     """All runs' losses as SVG: colours are seeds, dashes the other precision."""
     first, *others = dict.fromkeys(run["precision"] for run in record["results"])
     places = [str(step) for step in record["results"][0]["steps"]]

@@ -1,16 +1,18 @@
 """What does it take to prepare the logs of millions of users, and does it grow with them?
 
-    python benchmarks/prepare.py                            0.12, 1.2 and 12 million users; 40 GB of disk, an hour
-    python benchmarks/prepare.py folder=/scratch keep=true  on another disk; logs and datasets stay there
+    python benchmarks/prepare.py                            0.12, 1.2 and 12 million users; 40 GB, an hour
+    python benchmarks/prepare.py folder=/scratch keep=true  elsewhere; logs and datasets stay there
     python benchmarks/prepare.py --short                    12 thousand users: does it run?
 
-Synthetic logs of nine domains and a million items, 60 interactions a user on average (geometric), as Parquet files: written by
-`launch/synthesize.py` and prepared by `launch/prepare.py`, each as the process that a person starts, imports included. Disk
-caches are as the step before left them: the logs of the smaller sizes are in memory, those of the largest are not.
+Synthetic logs of nine domains and a million items, 60 interactions a user on average
+(geometric), as Parquet files: written by `launch/synthesize.py` and prepared by
+`launch/prepare.py`, each as the process that a person starts, imports included. Disk caches are
+as the step before left them: the logs of the smaller sizes are in memory, those of the largest
+are not.
 
-- memory: the sum of the resident sets of all processes of the command, at its peak, sampled 20 times a second; what they share
-  counts for each. disk: most that lay in the output and beside it while it was prepared (sampled once a second), and the
-  dataset in the end, all files.
+- memory: the sum of the resident sets of all processes of the command, at its peak, sampled 20
+  times a second; what they share counts for each. disk: most that lay in the output and beside
+  it while it was prepared (sampled once a second), and the dataset in the end, all files.
 - growth: seconds an interaction, as a multiple of those of the size before.
 """
 
@@ -55,7 +57,7 @@ class Settings:
             )
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("prepare", Settings)
     record = suite.header("prepare", settings, options) | {"results": []}
@@ -67,9 +69,10 @@ def main():
             suite.save("prepare", record, options)
 
 
-def measure(users, settings, folder):
+def measure(users: int, settings: Settings, folder: Path) -> dict:
     """Writes and prepares the logs of so many users: an entry of the record's `results`."""
-    logs, data = folder / f"logs-{users}", folder / f"data-{users}"
+    logs = folder / f"logs-{users}"
+    data = folder / f"data-{users}"
     shutil.rmtree(data, ignore_errors=True)
     written = None
     if not (logs / "truth.json").is_file():
@@ -112,8 +115,10 @@ def measure(users, settings, folder):
     return result
 
 
-def run(command, output):
-    """Runs one of our scripts and watches it: seconds, and the most memory and disk that it took."""
+def run(command: list[str], output: Path) -> dict:
+    """Runs one of our scripts and watches it: seconds, and the most memory and disk that it
+    took.
+    """
     peak = {"memory": 0, "disk": 0}
     ended = threading.Event()
     begin = time.perf_counter()
@@ -162,7 +167,7 @@ def run(command, output):
     }
 
 
-def size_of(folder):
+def size_of(folder: Path) -> int:
     """Bytes of all files below, of those that are still there."""
     total = 0
     for path in Path(folder).rglob("*"):
@@ -174,11 +179,13 @@ def size_of(folder):
     return total
 
 
-def table(record):
+def table(record: dict) -> str:
     """A line for each number of users."""
-    rows, before = [], None
+    rows = []
+    before = None
     for result in record["results"]:
-        prepared, written = result["prepare"], result["synthesize"]
+        prepared = result["prepare"]
+        written = result["synthesize"]
         pace = prepared["seconds"] / result["interactions"]
         rows.append(
             {

@@ -1,26 +1,33 @@
-"""How fast are all items of a domain ranked, as a share of what the machine multiplies, and beside FAISS?
+"""How fast are all items of a domain ranked, as a share of what the machine multiplies, and
+beside FAISS?
 
     python benchmarks/ranking.py                 10⁵ and 10⁶ items, r = 64 and 128
     python benchmarks/ranking.py --short         10⁵ items, one repeat
     pip install 'syncrec-trainer[index]'         FAISS; without it its lines stay empty
 
-One process with all cores, vectors drawn from a normal distribution, and in turn, so that what else the machine does meets all:
+One process with all cores, vectors drawn from a normal distribution, and in turn, so that what
+else the machine does meets all:
 
-- top_k: `ExactRanking.top_k` (embeddings/topk/ranking.py); with exclusions: the same where each user has had some items.
+- top_k: `ExactRanking.top_k` (embeddings/topk/ranking.py); with exclusions: the same where each
+  user has had some items.
 - ranks: `ExactRanking.ranks` of an item for each user.
 - FAISS: `IndexFlatIP.search` over a copy of the same vectors, with as many threads.
-- limit: the float32 product of the users at once with one block of items, over and over: all scores, and nothing kept of them.
+- limit: the float32 product of the users at once with one block of items, over and over: all
+  scores, and nothing kept of them.
 
-A share is that of the limit's operations a second: 2 r for each user and item. FAISS gives what its product gives; ours gives
-what float64 does, equal for any number of ranks. Memory is the peak of a call beside what was there before, the users' vectors
-among it, for two numbers of users; the answers themselves are k numbers of 12 bytes a user.
+A share is that of the limit's operations a second: 2 r for each user and item. FAISS gives what
+its product gives; ours gives what float64 does, equal for any number of ranks. Memory is the
+peak of a call beside what was there before, the users' vectors among it, for two numbers of
+users; the answers themselves are k numbers of 12 bytes a user.
 """
 
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +71,7 @@ class Settings:
             raise ValueError(f"dim is {self.dim}: FBGEMM's rows are of multiples of 4")
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("ranking", Settings)
     record = suite.header("ranking", settings, options)
@@ -81,7 +88,7 @@ def main():
     suite.save("ranking", record | {"results": results}, options)
 
 
-def measure(settings, items, dim):
+def measure(settings: Settings, items: int, dim: int) -> list[dict]:
     """The lines of one table of items."""
     with process_group.joined() as ranks:
         return _measure(settings, items, dim, ranks.device)
@@ -95,7 +102,8 @@ def _measure(settings, items, dim, device):
     rows_E = torch.randint(
         items, (settings.users * settings.excluded,), generator=generator
     ).to(device)
-    ranking, k = ExactRanking(table, 0, items), settings.k
+    ranking = ExactRanking(table, 0, items)
+    k = settings.k
     memory = {}
     for count in (settings.fewer_users, settings.users):
         counts = torch.full((count,), settings.excluded, device=device)
@@ -116,7 +124,8 @@ def _measure(settings, items, dim, device):
     product = Counter(
         {limits.Product(1, ranking.users, dim, ranking.block, "right"): 1}
     )
-    multiplied, seconds = [], {name: [] for name in calls}
+    multiplied = []
+    seconds = {name: [] for name in calls}
     for repeat in range(-1, settings.repeats):
         for name, call in calls.items():
             spent = timed(call, device)
@@ -146,7 +155,13 @@ def _measure(settings, items, dim, device):
     ]
 
 
-def calls_of(ranking, y_BR, row_B, k, had):
+def calls_of(
+    ranking: ExactRanking,
+    y_BR: torch.Tensor,
+    row_B: torch.Tensor,
+    k: int,
+    had: Excluded,
+) -> dict[str, Callable]:
     """What is measured of ours."""
     return {
         "top_k": lambda: ranking.top_k(y_BR, k),
@@ -155,7 +170,7 @@ def calls_of(ranking, y_BR, row_B, k, had):
     }
 
 
-def timed(call, device):
+def timed(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of a call."""
     begin = time.perf_counter()
     call()
@@ -164,7 +179,7 @@ def timed(call, device):
     return time.perf_counter() - begin
 
 
-def peak(call, device):
+def peak(call: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that a call takes at its peak beside what was there; None where it cannot be told."""
     call()  # what is made once is there
     if device.type == "cuda":
@@ -177,9 +192,10 @@ def peak(call, device):
     return None if before is None else machine.peak_memory() - before
 
 
-def table(record):
+def table(record: dict) -> str:
     """A line for each system and table of items."""
-    rows, settings = [], record["settings"]
+    rows = []
+    settings = record["settings"]
     for line in record["results"]:
         slowest, fastest = (
             line["users"] / line["seconds"][name] for name in ("max", "min")
@@ -190,7 +206,8 @@ def table(record):
                 "": line["system"],
                 "items": f"{line['items']:,}",
                 "r": line["dim"],
-                "users/s (min – max)": f"{line['users_per_second']:,.0f} ({slowest:,.0f} – {fastest:,.0f})",
+                "users/s (min – max)": f"{line['users_per_second']:,.0f} ({slowest:,.0f} – "
+                f"{fastest:,.0f})",
                 "GFLOP/s": f"{line['rate'] / 1e9:,.0f}",
                 "of the limit": f"{line['share']:.0%}",
                 "limit GFLOP/s": f"{line['limit'] / 1e9:,.0f}",
@@ -200,7 +217,8 @@ def table(record):
             }
         )
     what = (
-        f"{settings['users']:,} users a call, k = {settings['k']}, {settings['excluded']} exclusions a user where there are "
+        f"{settings['users']:,} users a call, k = {settings['k']}, {settings['excluded']} "
+        "exclusions a user where there are "
         f"any. Memory for {settings['fewer_users']:,} and {settings['users']:,} users."
     )
     missing = "FAISS was not installed there: pip install 'syncrec-trainer[index]'."

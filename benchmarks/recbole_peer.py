@@ -1,20 +1,25 @@
-"""How fast does SASRec train here, beside RecBole's, how well does it rank, and what does full SyNCRec cost and gain?
+"""How fast does SASRec train here, beside RecBole's, how well does it rank, and what does full
+SyNCRec cost and gain?
 
     make peers                                    RecBole's environment, .venv-peers
-    python benchmarks/recbole_peer.py             its log lies beside the project; RecBole's training takes hours
+    python benchmarks/recbole_peer.py          its log lies beside the project; takes hours
     python benchmarks/recbole_peer.py parts=[speed]
-    python benchmarks/recbole_peer.py --short     a small synthetic log: does it run?
+    python benchmarks/recbole_peer.py --short  a small synthetic log: does it run?
 
-Ours is what a person starts: `launch/train.py` with `launch/configs/sasrec.yaml` (SyNCRec: `amazon4.yaml`), worker processes
-and all. RecBole is its own trainer and loader, in an environment of its own (`recbole_sasrec.py`), with the same split, length,
-width, blocks, heads and inner width. Both use all cores, one after the other.
+Ours is what a person starts: `launch/train.py` with `launch/configs/sasrec.yaml` (SyNCRec:
+`amazon4.yaml`), worker processes and all. RecBole is its own trainer and loader, in an
+environment of its own (`recbole_sasrec.py`), with the same split, length, width, blocks, heads
+and inner width. Both use all cores, one after the other.
 
-- interactions/s: interactions predicted in an epoch, each counted once, by the time: RecBole's samples (it makes one of every
-  prefix of a history), our targets of the cross-domain view. Windows of training steps, without validation.
-- NDCG@10: the test item among 99 drawn from its domain, the same for all systems, at the epoch that was best by such a list for
-  the validation item. RecBole's scores are ranked by our code; ours go through `launch/evaluate.py --candidates`.
-- RecBole "by users" is its model, loss and Adam fed whole users, where all prefixes of a user share one pass
-  (`recbole_sasrec.quality_by_user`): its own training takes too long to be trained to the end.
+- interactions/s: interactions predicted in an epoch, each counted once, by the time: RecBole's
+  samples (it makes one of every prefix of a history), our targets of the cross-domain view.
+  Windows of training steps, without validation.
+- NDCG@10: the test item among 99 drawn from its domain, the same for all systems, at the epoch
+  that was best by such a list for the validation item. RecBole's scores are ranked by our code;
+  ours go through `launch/evaluate.py --candidates`.
+- RecBole "by users" is its model, loss and Adam fed whole users, where all prefixes of a user
+  share one pass (`recbole_sasrec.quality_by_user`): its own training takes too long to be
+  trained to the end.
 """
 
 import json
@@ -22,6 +27,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +51,8 @@ from trainer.study.peers import dataset_export as handing
 from trainer.study.peers.interface import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
-SASREC, SYNCREC = "SASRec", "SyNCRec"
+SASREC = "SASRec"
+SYNCREC = "SyNCRec"
 PRESETS = {SASREC: "sasrec", SYNCREC: "amazon4"}
 _LENGTH = 64  # T of both presets
 _DEFAULT_BATCH = 2048  # RecBole's
@@ -100,7 +107,7 @@ class Settings:
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("recbole_peer", Settings)
     record = suite.header("recbole_peer", settings, options)
@@ -126,12 +133,10 @@ def main():
 class Work:
     """The folder: the prepared dataset, what RecBole is given, runs, and what was found so far."""
 
-    def __init__(self, settings, folder):
-        self.settings, self.folder, self.given = (
-            settings,
-            folder.resolve(),
-            folder.resolve() / "given",
-        )
+    def __init__(self, settings: Settings, folder: Path):
+        self.settings = settings
+        self.folder = folder.resolve()
+        self.given = folder.resolve() / "given"
         if not (self.folder / "data" / "dataset.json").is_file():
             log = ROOT / settings.log
             if not settings.log:
@@ -151,7 +156,7 @@ class Work:
             hand_over(self.dataset, partial)
             partial.rename(self.given)
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the record says of the dataset. predicted: of an epoch, by us."""
         lengths_U = self.dataset.lengths.sum(1, dtype=np.int64)
         return {
@@ -166,7 +171,7 @@ class Work:
             "fingerprint": self.dataset.fingerprint,
         }
 
-    def once(self, name, task, function):
+    def once(self, name: str, task: Any, function: Callable[[], Any]) -> Any:
         """`function()`, or what it returned in an earlier call with the same task."""
         file = self.folder / f"{name}.json"
         if file.is_file() and (kept := json.loads(file.read_text()))["task"] == task:
@@ -175,7 +180,7 @@ class Work:
         write_json(file, {"task": task, "answer": answer})
         return answer
 
-    def peer(self, name, task):
+    def peer(self, name: str, task: dict) -> dict:
         """What recbole_sasrec.py finds for a task."""
 
         def run():
@@ -189,7 +194,7 @@ class Work:
 
         return self.once(name, task, run)
 
-    def train(self, name, system, *arguments):
+    def train(self, name: str, system: str, *arguments: str) -> list[dict]:
         """The records of a run of ours, by `launch/train.py`; its folder is `name`."""
         preset = f"launch/configs/{PRESETS[system]}.yaml"
         arguments = [
@@ -215,8 +220,10 @@ class Work:
         return self.once(name, [*arguments, (ROOT / preset).read_text()], run)
 
 
-def output(command, log, folder=ROOT):
-    """The last line of a command's standard output; what else it says goes to a file, whose end is shown where it fails."""
+def output(command: list[str], log: Path, folder: Path = ROOT) -> str:
+    """The last line of a command's standard output; what else it says goes to a file, whose end
+    is shown where it fails.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with open(log, "w") as errors:
         done = subprocess.run(
@@ -234,12 +241,15 @@ def output(command, log, folder=ROOT):
     return done.stdout.splitlines()[-1]
 
 
-def hand_over(dataset, folder):
-    """What `recbole_sasrec.py` reads; and the test candidates as raw ids, for `launch/evaluate.py`."""
+def hand_over(dataset: Dataset, folder: Path) -> None:
+    """What `recbole_sasrec.py` reads; and the test candidates as raw ids, for
+    `launch/evaluate.py`.
+    """
     handed = handing.hand_over(dataset, folder)
     if any((handed.load(f"candidates-{split}") < 0).any() for split in SPLITS):
         raise InputError(
-            "a domain has too few items for 99 candidates that a user never touched: take another log"
+            "a domain has too few items for 99 candidates that a user never touched: take "
+            "another log"
         )
     raw = np.zeros(dataset.num_embeddings, object)
     for domain in dataset.domains:
@@ -263,9 +273,10 @@ def hand_over(dataset, folder):
     pq.write_table(pa.table(columns), folder / "candidates-test.parquet")
 
 
-def speeds(work):
+def speeds(work: Work):
     """Entries of the record's `speed`."""
-    settings, facts = work.settings, work.facts()
+    settings = work.settings
+    facts = work.facts()
     for system in PRESETS:
         for users in settings.users_per_step:
             arguments = [
@@ -280,7 +291,8 @@ def speeds(work):
                 "epochs=1000",
                 "evaluation.every_epochs=1000",
             )
-            # Looked-up interactions come in the log; those outside the newest T of the merged history are not predicted.
+            # Looked-up interactions come in the log; those outside the newest T of the merged
+            # history are not predicted.
             share = facts["predicted_per_epoch"] / facts["looked_up_per_epoch"]
             # The first two windows hold start-up and the loader's measuring of its workers.
             windows = [
@@ -324,7 +336,7 @@ def speeds(work):
             }
 
 
-def options(settings, loss, batch):
+def options(settings: Settings, loss: str, batch: int) -> dict:
     """RecBole's settings."""
     return {
         "MAX_ITEM_LIST_LENGTH": _LENGTH,
@@ -334,7 +346,7 @@ def options(settings, loss, batch):
     }
 
 
-def qualities(work):
+def qualities(work: Work):
     """Entries of the record's `quality`."""
     for system in PRESETS:
         for seed in work.settings.seeds.get(system, []):
@@ -357,7 +369,7 @@ def qualities(work):
         )
 
 
-def our_quality(work, system, seed):
+def our_quality(work: Work, system: str, seed: int) -> dict:
     """One run to the end, and its best model on the given candidates."""
     name = f"quality-{system}-{seed}"
     epochs = [f"epochs={work.settings.epochs}"] if work.settings.epochs else []
@@ -403,7 +415,7 @@ def our_quality(work, system, seed):
     }
 
 
-def peer_quality(work, name, training, loss, task):
+def peer_quality(work: Work, name: str, training: str, loss: str, task: dict) -> dict:
     """RecBole's training, ranked by our code."""
     task |= {
         "options": options(work.settings, loss, work.settings.quality_batch),
@@ -435,7 +447,7 @@ def peer_quality(work, name, training, loss, task):
     }
 
 
-def ranked(work, split, scores_UC):
+def ranked(work: Work, split: str, scores_UC: np.ndarray) -> dict:
     """The evaluation record of scores, the held-out item's first; a tie counts against it."""
     candidates_UC = np.load(work.given / f"candidates-{split}.npy", allow_pickle=False)
     rank_U = (~(scores_UC[:, :1] > scores_UC)).sum(1)
@@ -446,45 +458,49 @@ def ranked(work, split, scores_UC):
     return evaluation_record(split, work.dataset, Ranking(histogram))
 
 
-def table(record):
+def table(record: dict) -> str:
     """Speed, then quality."""
     return "\n\n".join(
         filter(None, [speed_table(record["speed"]), quality_table(record["quality"])])
     )
 
 
-def speed_table(results):
+def speed_table(results: list[dict]) -> str:
     """A line a case; against RecBole's fastest, and its default."""
-    peers = [result for result in results if result["system"] not in PRESETS]
-    fastest = max(
-        (result["interactions_per_second"]["median"] for result in peers), default=None
-    )
+    fastest = None
+    default_rate = None
+    for result in results:
+        if result["system"] in PRESETS:
+            continue
+        median = result["interactions_per_second"]["median"]
+        fastest = max(fastest or median, median)
+        is_default = result["predicted_per_step"] == _DEFAULT_BATCH
+        if result["loss"] == "CE" and is_default and default_rate is None:
+            default_rate = median
     rows = []
     for result in results:
         rate = result["interactions_per_second"]
-        default = [
-            p
-            for p in peers
-            if p["loss"] == "CE" and p["predicted_per_step"] == _DEFAULT_BATCH
-        ]
+        times_fastest = ""
+        if fastest:
+            times_fastest = f"{rate['median'] / fastest:.1f}"
+        times_default = ""
+        if default_rate:
+            times_default = f"{rate['median'] / default_rate:.1f}"
         rows.append(
             {
                 "system": result["system"],
                 "loss": result["loss"],
                 "predicted a step": f"{result['predicted_per_step']:,.0f}",
-                "interactions/s": f"{rate['median']:,.0f} ({rate['min']:,.0f} – {rate['max']:,.0f})",
-                "times RecBole's fastest": f"{rate['median'] / fastest:.1f}"
-                if fastest
-                else "",
-                "times its default": f"{rate['median'] / default[0]['interactions_per_second']['median']:.1f}"
-                if default
-                else "",
+                "interactions/s": f"{rate['median']:,.0f} ({rate['min']:,.0f} – "
+                f"{rate['max']:,.0f})",
+                "times RecBole's fastest": times_fastest,
+                "times its default": times_default,
             }
         )
     return suite.markdown(rows)
 
 
-def quality_table(results):
+def quality_table(results: list[dict]) -> str:
     """A line a system and training; the mean over seeds, and the least and largest of them."""
     groups = {}
     for result in results:

@@ -1,9 +1,11 @@
-"""RecBole's side of recbole_peer.py: its SASRec, by its own trainer and loader. Runs in the peers' environment.
+"""RecBole's side of recbole_peer.py: its SASRec, by its own trainer and loader. Runs in the
+peers' environment.
 
     .venv-peers/bin/python benchmarks/recbole_sasrec.py FOLDER TASK.json
 
 FOLDER is what trainer/study/peers/dataset_export.py wrote; items are our table's rows.
-TASK.json: its `kind` names a function of KINDS, which says the rest. What is found is the last line printed, as JSON.
+TASK.json: its `kind` names a function of KINDS, which says the rest. What is found is the last
+line printed, as JSON.
 """
 
 import json
@@ -12,6 +14,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +33,10 @@ CHUNK = 128  # targets whose scores of all items are in memory at once
 class Log(Handed):
     """What FOLDER holds, for RecBole's own split."""
 
-    def write(self):
-        """The whole log in RecBole's own format. Its times are float32, so the place in the history stands for the time."""
+    def write(self) -> None:
+        """The whole log in RecBole's own format. Its times are float32, so the place in the
+        history stands for the time.
+        """
         file = self.folder / "recbole" / "log" / "log.inter"
         if file.exists():
             return
@@ -48,14 +53,16 @@ class Log(Handed):
 class EveryPlace(SASRec):
     """In training gives the outputs at all places, (B, T, r), not at each sample's last one."""
 
-    def gather_indexes(self, output, gather_index):
+    def gather_indexes(self, output: torch.Tensor, gather_index: torch.Tensor):
         return output if self.training else super().gather_indexes(output, gather_index)
 
 
 class Peer:
-    """RecBole's configuration, dataset, loaders, model and trainer. options: its own settings, over what the split asks for."""
+    """RecBole's configuration, dataset, loaders, model and trainer. options: its own settings,
+    over what the split asks for.
+    """
 
-    def __init__(self, log: Log, options: dict, kind=SASRec):
+    def __init__(self, log: Log, options: dict, kind: type[SASRec] = SASRec):
         log.write()
         settings = {
             "data_path": str(log.folder / "recbole"),
@@ -76,7 +83,9 @@ class Peer:
             settings.get("loss_type", "CE") == "CE"
         ):  # over all items: it refuses negatives
             settings["train_neg_sample_args"] = None
-        arguments, sys.argv = sys.argv, sys.argv[:1]  # it reads the command line too
+        # it reads the command line too
+        arguments = sys.argv
+        sys.argv = sys.argv[:1]
         self.config = Config(model="SASRec", dataset="log", config_dict=settings)
         sys.argv = arguments
         logging.getLogger().setLevel(logging.WARNING)
@@ -85,7 +94,8 @@ class Peer:
         self.train, self.validation, _ = data_preparation(self.config, self.dataset)
         self.model = kind(self.config, self.train.dataset).to(self.config["device"])
         self.trainer = Trainer(self.config, self.model)
-        # Rows of our table in RecBole's numbers. What nobody touched has none: it is not learnt, and gets the padding's 0.
+        # Rows of our table in RecBole's numbers. What nobody touched has none: it is not
+        # learnt, and gets the padding's 0.
         tokens = self.dataset.field2token_id["item_id"]
         rows = (
             int(
@@ -98,7 +108,7 @@ class Peer:
         )
         self.number_of = np.array([tokens.get(str(row), 0) for row in range(rows)])
 
-    def facts(self):
+    def facts(self) -> dict:
         """What a record says of it."""
         learnt = (
             "loss_type",
@@ -130,10 +140,15 @@ class Peer:
 
 
 class Timed:
-    """The first batches of a loader's epoch; notes when each is asked for and how many interactions it predicts."""
+    """The first batches of a loader's epoch; notes when each is asked for and how many
+    interactions it predicts.
+    """
 
-    def __init__(self, loader, batches):
-        self.loader, self.batches, self.times, self.sizes = loader, batches, [], []
+    def __init__(self, loader: Any, batches: int):
+        self.loader = loader
+        self.batches = batches
+        self.times = []
+        self.sizes = []
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -148,8 +163,10 @@ class Timed:
         self.times.append(time.perf_counter())
 
 
-def speed(log, task):
-    """Training interactions/s of each window, by RecBole's trainer. task: options; warm_up, window (batches); windows."""
+def speed(log: Log, task: dict) -> dict:
+    """Training interactions/s of each window, by RecBole's trainer. task: options; warm_up,
+    window (batches); windows.
+    """
     peer = Peer(log, task["options"])
     timed = Timed(
         peer.train,
@@ -167,10 +184,12 @@ def speed(log, task):
     return {"interactions_per_second": windows} | peer.facts()
 
 
-def quality(log, task):
-    """RecBole's own training. After every epoch the candidates' scores are left in FOLDER/OUTPUT/SPLIT-EPOCH.npy.
+def quality(log: Log, task: dict) -> dict:
+    """RecBole's own training. After every epoch the candidates' scores are left in
+    FOLDER/OUTPUT/SPLIT-EPOCH.npy.
 
-    task: options, output, minutes. Ends by its early stopping, which ranks all items, or after the first epoch over the limit.
+    task: options, output, minutes. Ends by its early stopping, which ranks all items, or after
+    the first epoch over the limit.
     """
     peer = Peer(log, task["options"])
     epochs = Epochs(log, peer, task)
@@ -190,14 +209,16 @@ def quality(log, task):
     return {"epochs": epochs.found, "stopped": stopped} | peer.facts()
 
 
-def quality_by_user(log, task):
-    """The same model, loss and Adam, fed users instead of shuffled prefixes: all of a user's prefixes in one pass.
+def quality_by_user(log: Log, task: dict) -> dict:
+    """The same model, loss and Adam, fed users instead of shuffled prefixes: all of a user's
+    prefixes in one pass.
 
-    RecBole makes a sample of every prefix and pads it on the right, under a causal mask and with positions from the oldest:
-    the output for a prefix is what a pass over the whole history gives at that place. So this computes the same losses over a
-    ninth of the tokens (Amazon reviews, T = 64), which is what makes training to the end affordable; the batches are others,
-    and prefixes of a user share their dropout. task: options, output, minutes, patience (epochs without a better validation
-    NDCG@10).
+    RecBole makes a sample of every prefix and pads it on the right, under a causal mask and
+    with positions from the oldest: the output for a prefix is what a pass over the whole
+    history gives at that place. So this computes the same losses over a ninth of the tokens
+    (Amazon reviews, T = 64), which is what makes training to the end affordable; the batches
+    are others, and prefixes of a user share their dropout. task: options, output, minutes,
+    patience (epochs without a better validation NDCG@10).
     """
     peer = Peer(log, task["options"], EveryPlace)
     epochs = Epochs(log, peer, task)
@@ -225,10 +246,13 @@ def quality_by_user(log, task):
     return {"epochs": epochs.found, "stopped": stopped} | peer.facts()
 
 
-def by_user(log, peer, longest):
-    """inputs (R, T), targets (R, T, 0: none), lengths and numbers of targets (R,): a row a user, and one for
-    each prefix of more than T interactions, which predicts one item; in RecBole's numbers."""
-    inputs, targets = [], []
+def by_user(log: Log, peer: Peer, longest: int):
+    """inputs (R, T), targets (R, T, 0: none), lengths and numbers of targets (R,): a row a
+    user, and one for each prefix of more than T interactions, which predicts one item; in
+    RecBole's numbers.
+    """
+    inputs = []
+    targets = []
     for start, length in zip(log.starts_U, log.lengths_U, strict=True):
         items = peer.number_of[log.items_N[start : start + length - 2]]
         first = items[: longest + 1]
@@ -237,24 +261,23 @@ def by_user(log, peer, longest):
         for end in range(longest + 1, len(items)):
             inputs.append(items[end - longest : end])
             targets.append(np.append(np.zeros(longest - 1, items.dtype), items[end]))
-    inputs_RT, targets_RT = np.stack(inputs), np.stack(targets)
+    inputs_RT = np.stack(inputs)
+    targets_RT = np.stack(targets)
     return inputs_RT, targets_RT, (inputs_RT > 0).sum(1), (targets_RT > 0).sum(1)
 
 
-def user_loss(peer, rows, generator):
+def user_loss(
+    peer: Peer, rows: tuple[torch.Tensor, ...], generator: torch.Generator
+) -> torch.Tensor:
     """`SASRec.calculate_loss` over the prefixes of some rows of `by_user`."""
     inputs_RT, targets_RT, lengths_R, _ = rows
     longest = int(lengths_R.max())
-    y_RTR, targets_RT = (
-        peer.model.forward(inputs_RT[:, :longest], lengths_R),
-        targets_RT[:, :longest],
-    )
+    y_RTR = peer.model.forward(inputs_RT[:, :longest], lengths_R)
+    targets_RT = targets_RT[:, :longest]
     row_L, place_L = torch.nonzero(targets_RT, as_tuple=True)
-    y_LR, target_L, vectors = (
-        y_RTR[row_L, place_L],
-        targets_RT[row_L, place_L],
-        peer.model.item_embedding,
-    )
+    y_LR = y_RTR[row_L, place_L]
+    target_L = targets_RT[row_L, place_L]
+    vectors = peer.model.item_embedding
     if peer.model.loss_type == "CE":
         return FullSoftmax.apply(y_LR, vectors.weight, target_L)
     # Uniform over what is no target of the user's, as its sampler draws them: anew until so.
@@ -272,17 +295,20 @@ def user_loss(peer, rows, generator):
 
 
 class FullSoftmax(torch.autograd.Function):
-    """nn.CrossEntropyLoss of y · M(x) over all items, with its gradients at once, a few targets at a time: half the time."""
+    """nn.CrossEntropyLoss of y · M(x) over all items, with its gradients at once, a few targets
+    at a time: half the time.
+    """
 
     @staticmethod
-    def forward(ctx, y_LR, items_IR, target_L):
-        grad_y, grad_items, total = (
-            torch.empty_like(y_LR),
-            torch.zeros_like(items_IR),
-            0.0,
-        )
+    def forward(
+        ctx: Any, y_LR: torch.Tensor, items_IR: torch.Tensor, target_L: torch.Tensor
+    ):
+        grad_y = torch.empty_like(y_LR)
+        grad_items = torch.zeros_like(items_IR)
+        total = 0.0
         for place in torch.arange(len(y_LR)).split(CHUNK):
-            y, target = y_LR[place], target_L[place]
+            y = y_LR[place]
+            target = target_L[place]
             scores = y @ items_IR.T
             high = scores.amax(1, keepdim=True)
             own = scores.gather(1, target.unsqueeze(1)) - high
@@ -296,7 +322,7 @@ class FullSoftmax(torch.autograd.Function):
         return y_LR.new_tensor(total / len(y_LR))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor):
         grad_y, grad_items = ctx.saved_tensors
         return grad * grad_y, grad * grad_items, None
 
@@ -306,10 +332,14 @@ class TimeIsUp(Exception):
 
 
 class Epochs:
-    """Scores the candidates after every epoch, and raises TimeIsUp after the first over task["minutes"]."""
+    """Scores the candidates after every epoch, and raises TimeIsUp after the first over
+    task["minutes"].
+    """
 
-    def __init__(self, log, peer, task):
-        self.peer, self.limit, self.found = peer, 60 * task["minutes"], []
+    def __init__(self, log: Log, peer: Peer, task: dict):
+        self.peer = peer
+        self.limit = 60 * task["minutes"]
+        self.found = []
         self.output = log.folder / task["output"]
         self.output.mkdir(parents=True, exist_ok=True)
         longest = peer.config["MAX_ITEM_LIST_LENGTH"]
@@ -328,7 +358,7 @@ class Epochs:
             )
         self.begun = time.perf_counter()
 
-    def note(self, epoch, value):
+    def note(self, epoch: int, value: float | None) -> None:
         """value: RecBole's own validation, where it has one."""
         self.peer.model.eval()
         figures = {
@@ -373,7 +403,7 @@ class Epochs:
 KINDS = {"speed": speed, "quality": quality, "quality_by_user": quality_by_user}
 
 
-def main():
+def main() -> None:
     task = json.loads(Path(sys.argv[2]).read_text())
     print(json.dumps(KINDS[task["kind"]](Log(Path(sys.argv[1])), task)))
 

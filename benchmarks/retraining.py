@@ -1,18 +1,19 @@
 """What does a model lose that is only ever continued, day after day, and what does it save?
 
-    python benchmarks/retraining.py log=amazon4.parquet folder=/scratch   a base and ten days; less than an hour on a core
-    python benchmarks/retraining.py log=amazon4.parquet --short           two days, a few steps each: does it run?
+    python benchmarks/retraining.py log=amazon4.parquet folder=/scratch  a base and ten days: an hour
+    python benchmarks/retraining.py log=amazon4.parquet --short          two days, few steps: does it run?
 
-The log is cut by its times into a base and slices of as many interactions each, its newest. The base is prepared and trained;
-then come the days, each its slice onto the dataset of the day before (`launch/prepare.py --extend`), and then, on all data to
-that day,
+The log is cut by its times into a base and slices of as many interactions each, its newest. The
+base is prepared and trained; then come the days, each its slice onto the dataset of the day
+before (`launch/prepare.py --extend`), and then, on all data to that day,
 
 - warm: the warm model of the day before, trained a little further (`warm_start`);
 - scratch: a new model, trained until validation stops it;
 - before: the warm model of the day before, as it is.
 
-All three rank the same test items, everyone's newest of that day's dataset, among 99 others. Seconds are of the whole process
-of launch/train.py, as a person starts it. Figures of training are one seed's.
+All three rank the same test items, everyone's newest of that day's dataset, among 99 others.
+Seconds are of the whole process of launch/train.py, as a person starts it. Figures of training
+are one seed's.
 """
 
 import json
@@ -67,7 +68,7 @@ class Settings:
             )
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("retraining", Settings)
     record = suite.header("retraining", settings, options) | {"results": []}
@@ -75,7 +76,8 @@ def main():
         folder = Path(settings.folder or temporary)
         record["machine"]["file_system"] = machine.file_system(folder)
         logs, record["days"] = cut(settings, folder)
-        cold, warm = settings.settings, [*settings.settings, *settings.warm_settings]
+        cold = settings.settings
+        warm = [*settings.settings, *settings.warm_settings]
         prepare(
             folder,
             0,
@@ -109,13 +111,15 @@ def main():
         print(f"written: {picture}")
 
 
-def cut(settings, folder):
+def cut(settings: Settings, folder: Path) -> tuple:
     """The log's parts as files, and what is in each: first and last time, interactions."""
     log = pq.read_table(settings.log)
     time_N = log[_TIME].to_numpy()
     shares = 1 - settings.share * np.arange(settings.days, 0, -1)
     ends = [*np.quantile(time_N, shares, method="higher").tolist(), time_N.max()]
-    files, facts, last = [], [], None
+    files = []
+    facts = []
+    last = None
     for part, end in enumerate(ends):
         chosen = pc.less_equal(log[_TIME], pa.scalar(end, log[_TIME].type))
         if last is not None:
@@ -136,7 +140,7 @@ def cut(settings, folder):
     return files, facts
 
 
-def prepare(folder, day, log, given):
+def prepare(folder: Path, day: int, log: list[Path], given: list[str]) -> None:
     """The dataset of a day, DAY-data."""
     once(
         folder,
@@ -152,7 +156,9 @@ def prepare(folder, day, log, given):
     )
 
 
-def train(settings, folder, day, kind, given):
+def train(
+    settings: Settings, folder: Path, day: int, kind: str, given: list[str]
+) -> dict:
     """The model of a day, DAY-KIND: what it took."""
     run = folder / f"{day}-{kind}"
     configs = [f"--config={file}" for file in settings.base]
@@ -170,7 +176,7 @@ def train(settings, folder, day, kind, given):
     return {"seconds": seconds, "epochs": epochs}
 
 
-def mean_of(folder, run, day):
+def mean_of(folder: Path, run: str, day: int) -> dict:
     """Test NDCG@10 of a run on a day's dataset, by domain, and "mean"."""
     name = f"{run.name}-on-{day}"
     once(
@@ -192,8 +198,10 @@ def mean_of(folder, run, day):
     return domains | {"mean": record["mean"][HEADLINE]}
 
 
-def once(folder, name, command):
-    """Runs one of our scripts, where it has not been run before; returns its seconds. What it prints is in NAME.out."""
+def once(folder: Path, name: str, command: list[str]) -> float:
+    """Runs one of our scripts, where it has not been run before; returns its seconds. What it
+    prints is in NAME.out.
+    """
     file = folder / f"{name}.seconds"
     if not file.is_file():
         with (folder / f"{name}.out").open("w") as out:
@@ -212,7 +220,7 @@ def once(folder, name, command):
     return json.loads(file.read_text())
 
 
-def table(record):
+def table(record: dict) -> str:
     """A line for each day, and what all days took."""
     rows = [
         {
@@ -238,14 +246,17 @@ def table(record):
         )
         base = record["base"]
         lines.append(
-            f"\nTest NDCG@10, mean of the domains. Base: {record['days'][0]['interactions']:,} interactions, "
-            f"{base['mean']['mean']:.4f} on its own test items after {base['seconds']:.0f} s. All days: warm has "
-            f"{np.mean(shares):.3f} of scratch's figure (least {min(shares):.3f}), in {warm / scratch:.0%} of its time."
+            "\nTest NDCG@10, mean of the domains. Base: "
+            f"{record['days'][0]['interactions']:,} interactions, "
+            f"{base['mean']['mean']:.4f} on its own test items after {base['seconds']:.0f} "
+            "s. All days: warm has "
+            f"{np.mean(shares):.3f} of scratch's figure (least {min(shares):.3f}), in "
+            f"{warm / scratch:.0%} of its time."
         )
     return "\n".join(lines)
 
 
-def chart(record):
+def chart(record: dict) -> str:
     """NDCG@10 and seconds by day."""
     days = [str(result["day"]) for result in record["results"]]
     means = {

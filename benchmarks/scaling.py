@@ -1,18 +1,21 @@
-"""What do two ranks get done that one does not, what goes over the wire, and what would 8 to 512 GPUs do?
+"""What do two ranks get done that one does not, what goes over the wire, and what would 8 to
+512 GPUs do?
 
-    python benchmarks/scaling.py            some minutes; the two hosts (network namespaces) need root, `ip` and `tc`
-    python benchmarks/scaling.py --short    few steps: does it run?
+    python benchmarks/scaling.py          some minutes; two hosts need root, `ip` and `tc`
+    python benchmarks/scaling.py --short  few steps: does it run?
     python benchmarks/scaling.py optimizer.zero_stage=1
 
 Timed is the trainer's own step, by ranks that are processes of one thread on one core each: one
-rank; two that have nothing to do with each other, which is what the cores, caches and memory give when both are busy; two of
-one run (gloo over the loopback); two on hosts of their own, network namespaces joined by a cable, without limit and limited by
-`tc`. All are started at the beginning and wait. They take turns, a few steps each, for several rounds, so that the machine's
-changes of speed meet all alike, and ratios are taken within a round. A step of two ranks ends with the later. Steps in which
-other processes took more than `quiet` of a core are tried again, `tries` times at most, and the quietest count.
+rank; two that have nothing to do with each other, which is what the cores, caches and memory
+give when both are busy; two of one run (gloo over the loopback); two on hosts of their own,
+network namespaces joined by a cable, without limit and limited by `tc`. All are started at the
+beginning and wait. They take turns, a few steps each, for several rounds, so that the machine's
+changes of speed meet all alike, and ratios are taken within a round. A step of two ranks ends
+with the later. Steps in which other processes took more than `quiet` of a core are tried again,
+`tries` times at most, and the quietest count.
 
-Bytes are counted by `traffic.py`: by formula, by call, and those that left through the hosts' interfaces. The model of a step's
-time is `step_model.py`'s, fitted on the medians.
+Bytes are counted by `traffic.py`: by formula, by call, and those that left through the hosts'
+interfaces. The model of a step's time is `step_model.py`'s, fitted on the medians.
 """
 
 import math
@@ -23,7 +26,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +36,9 @@ from benchmarks.groups import HOSTS, ONE, TWIN, Groups
 from syncrec.config import ModelConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from benchmarks.groups import Group
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Settings:
         suite.at_least(2 * self.domains, self, "items")
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("scaling", Settings)
     arguments = ["--short"] * options.short + list(options.given)
@@ -83,9 +89,10 @@ def main():
         options.json.with_suffix(".svg").write_text(picture(record), encoding="utf-8")
 
 
-def steps(groups, settings):
-    """Timed steps: [{case, gbit, ranks, users, tokens (of a rank), seconds (spread of the steps), rounds (medians of each),
-    others (cores that other processes took, the mean)}]."""
+def steps(groups: Groups, settings: Settings) -> list[dict]:
+    """Timed steps: [{case, gbit, ranks, users, tokens (of a rank), seconds (spread of the
+    steps), rounds (medians of each), others (cores that other processes took, the mean)}].
+    """
     cases = groups.cases(settings)
     timed = defaultdict(list)
     for turn in range(settings.rounds):
@@ -95,9 +102,11 @@ def steps(groups, settings):
                 together = [group, groups.twin] if name == TWIN else [group]
                 found = quietest(together, users, settings)
                 timed[name, users].append(found)
-                median, others = statistics.median(found["seconds"]), found["others"]
+                median = statistics.median(found["seconds"])
+                others = found["others"]
                 print(
-                    f"round {turn + 1}, {name}, {users} users a rank: {median:.3f} s, others {others:.2f} cores",
+                    f"round {turn + 1}, {name}, {users} users a rank: {median:.3f} s, "
+                    f"others {others:.2f} cores",
                     flush=True,
                 )
     return [
@@ -127,13 +136,16 @@ def steps(groups, settings):
     ]
 
 
-def quietest(together, users, settings):
-    """Steps of these groups at the same time: {"seconds" (of each step, the later rank's), "tokens", "others"}."""
+def quietest(together: "list[Group]", users: int, settings: Settings) -> dict:
+    """Steps of these groups at the same time: {"seconds" (of each step, the later rank's),
+    "tokens", "others"}.
+    """
     tried = []
     while len(tried) < settings.tries and (
         not tried or tried[-1]["others"] > settings.quiet
     ):
-        begin, busy = time.perf_counter(), _busy()
+        begin = time.perf_counter()
+        busy = _busy()
         for group in together:
             group.tell("steps", users=users, steps=settings.steps)
         answers = [answer for group in together for answer in group.hear()]
@@ -163,9 +175,11 @@ def _busy():
     )
 
 
-def waits(groups, settings):
-    """Where the time of a step goes: {case: {"step", "waited" (for the later rank), "parts": {part: seconds}}}; medians over
-    steps of the mean over ranks. Ranks meet before each collective, and none is overlapped."""
+def waits(groups: Groups, settings: Settings) -> dict:
+    """Where the time of a step goes: {case: {"step", "waited" (for the later rank), "parts":
+    {part: seconds}}}; medians over steps of the mean over ranks. Ranks meet before each
+    collective, and none is overlapped.
+    """
     found = {}
     for name, group, gbit in groups.cases(settings)[2:]:
         groups.limit(gbit)
@@ -191,16 +205,18 @@ def waits(groups, settings):
     return found
 
 
-def volumes(groups, settings, model):
-    """Bytes that a rank sends in a step, the mean over ranks and batches, for each popularity: [{exponent, rows…, "parts":
-    {part: {"calls", "expected", "called", "wire"}}, "least", "expected", "called", "wire"}]. Counted on the hosts' cable, where
-    there are hosts."""
+def volumes(groups: Groups, settings: Settings, model: dict) -> list[dict]:
+    """Bytes that a rank sends in a step, the mean over ranks and batches, for each popularity:
+    [{exponent, rows…, "parts": {part: {"calls", "expected", "called", "wire"}}, "least",
+    "expected", "called", "wire"}]. Counted on the hosts' cable, where there are hosts.
+    """
     groups.limit(None)
     group = groups.apart or groups.pair
     interfaces = (
         [interface for _, interface, _ in groups.hosts] if groups.hosts else None
     )
-    world, dim = len(group.ranks), settings.model.dim
+    world = len(group.ranks)
+    dim = settings.model.dim
     found = []
     for exponent in settings.exponents:
         about = {"users": settings.volume_users, "exponent": exponent}
@@ -219,26 +235,7 @@ def volumes(groups, settings, model):
             rows["foreign"],
         )
         answers = group.ask("calls", **about, interface=interfaces)
-        parts = {
-            part: {"calls": 0, "expected": sent, "called": 0.0, "wire": 0.0}
-            for part, sent in expected.items()
-        }
-        share = 1 / len(answers) / len(answers[0]["calls"])  # of a rank and a batch
-        for call in (
-            call
-            for answer in answers
-            for of_step in answer["calls"]
-            for call in of_step
-        ):
-            part = parts.setdefault(
-                call["part"], {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0}
-            )
-            part["calls"] += share
-            part["called"] += share * call["sent"]
-            part["wire"] += share * (call["wire"] or 0)
-        if interfaces is None:
-            for part in parts.values():
-                part["wire"] = None
+        parts = _volumes_of_parts(expected, answers, on_wire=interfaces is not None)
         found.append(
             {
                 "exponent": exponent,
@@ -259,7 +256,29 @@ def volumes(groups, settings, model):
     return found
 
 
-def points(record):
+def _volumes_of_parts(expected, answers, on_wire):
+    """What each part of a step sends, the mean over ranks and batches: expected, called, on the
+    wire.
+    """
+    parts = {}
+    for part, sent in expected.items():
+        parts[part] = {"calls": 0, "expected": sent, "called": 0.0, "wire": 0.0}
+    share = 1 / len(answers) / len(answers[0]["calls"])  # of a rank and a batch
+    for answer in answers:
+        for of_step in answer["calls"]:
+            for call in of_step:
+                nothing = {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0}
+                part = parts.setdefault(call["part"], nothing)
+                part["calls"] += share
+                part["called"] += share * call["sent"]
+                part["wire"] += share * (call["wire"] or 0)
+    if not on_wire:
+        for part in parts.values():
+            part["wire"] = None
+    return parts
+
+
+def points(record: dict) -> list[tuple]:
     """What the model is fitted on: [(step of the record, step_model.Point)]."""
     counted = record["volume"][0]
     messages = sum(part["calls"] for part in counted["parts"].values())
@@ -267,7 +286,8 @@ def points(record):
     for step in record["steps"]:
         if step["case"] == TWIN:
             continue
-        settings, model = record["settings"], record["model"]
+        settings = record["settings"]
+        model = record["model"]
         sent = traffic.expected(
             step["ranks"],
             settings["model"]["dim"],
@@ -288,7 +308,7 @@ def points(record):
     return found
 
 
-def fitted(record):
+def fitted(record: dict) -> dict | None:
     """The model's parameters, and what it says of each step: fitted on all, and on all others."""
     of_steps = points(record)
     measured = [point for _, point in of_steps]
@@ -313,9 +333,12 @@ def fitted(record):
     }
 
 
-def predictions(settings, record):
-    """[{tokens_per_second, between_gbit, gpus, global_negatives, parts, seconds, efficiency}]: nothing overlapped."""
-    counted, cluster = record["volume"][0], settings.cluster
+def predictions(settings: Settings, record: dict) -> list[dict]:
+    """[{tokens_per_second, between_gbit, gpus, global_negatives, parts, seconds, efficiency}]:
+    nothing overlapped.
+    """
+    counted = record["volume"][0]
+    cluster = settings.cluster
     tokens = record["steps"][0]["tokens"] / record["steps"][0]["users"] * cluster.users
     rows = counted["distinct"] / counted["users"] * cluster.users
     found = []
@@ -345,7 +368,7 @@ def predictions(settings, record):
     return found
 
 
-def table(record):
+def table(record: dict) -> str:
     """Times, where they go, bytes, the model, and what it says of GPUs."""
     parts = [
         _times(record),
@@ -361,8 +384,10 @@ def table(record):
     return "\n\n".join(filter(None, parts))
 
 
-def ratios(record, case, users, of=1):
-    """How the time of one rank on `of` · users compares with the case's on as many a rank, by round: `suite.spread`."""
+def ratios(record: dict, case: str, users: int, of: int = 1) -> dict | None:
+    """How the time of one rank on `of` · users compares with the case's on as many a rank, by
+    round: `suite.spread`.
+    """
     rounds = {(step["case"], step["users"]): step["rounds"] for step in record["steps"]}
     if (ONE, of * users) not in rounds:
         return None
@@ -381,12 +406,14 @@ def _times(record):
     for step in record["steps"]:
         weak = step["case"] != ONE and ratios(record, step["case"], step["users"])
         strong = step["ranks"] > 1 and ratios(record, step["case"], step["users"], 2)
+        ranks = 1 if step["case"] == ONE else 2
+        rate = step["tokens"] * ranks / step["seconds"]["median"]
         rows.append(
             {
                 "case": step["case"],
                 "users a rank": step["users"],
                 "step s (min – max)": suite.shown(step["seconds"]),
-                "tokens/s": f"{step['tokens'] * (1 if step['case'] == ONE else 2) / step['seconds']['median']:,.0f}",
+                "tokens/s": f"{rate:,.0f}",
                 "% of twice one rank": suite.shown(
                     {key: 100 * weak[key] for key in ("median", "min", "max")}, 0
                 )
@@ -456,7 +483,10 @@ def _bytes(record):
         }
         for counted in record["volume"]
     ]
-    return f"{suite.markdown(sums)}\n\nBy collective, exponent {by_part['exponent']:g}:\n\n{suite.markdown(rows)}"
+    return (
+        f"{suite.markdown(sums)}\n\nBy collective, exponent "
+        f"{by_part['exponent']:g}:\n\n{suite.markdown(rows)}"
+    )
 
 
 def _model(record):
@@ -486,7 +516,8 @@ def _model(record):
 def _clusters(record):
     """The smallest, the middle and the largest number of GPUs; for faster GPUs the middle one."""
     gpus = record["settings"]["cluster"]["gpus"]
-    rows, key = [], ("tokens_per_second", "between_gbit", "gpus")
+    rows = []
+    key = ("tokens_per_second", "between_gbit", "gpus")
     own = {
         tuple(found[name] for name in key): found
         for found in record["predictions"]
@@ -504,6 +535,7 @@ def _clusters(record):
         if not found["global_negatives"] or found["gpus"] not in shown:
             continue
         parts = found["parts"]
+        within = own[tuple(found[name] for name in key)]["efficiency"]
         rows.append(
             {
                 "tokens/s of a GPU alone": f"{found['tokens_per_second'] / 1e6:g} million",
@@ -515,19 +547,17 @@ def _clusters(record):
                     part: f"{100 * seconds / found['seconds']:.0f} %"
                     for part, seconds in parts.items()
                 },
-                "SC-MIM within ranks: of that many alone": f"{100 * own[tuple(found[n] for n in key)]['efficiency']:.0f} %",
+                "SC-MIM within ranks: of that many alone": f"{100 * within:.0f} %",
             }
         )
     return "![](results/scaling.svg)\n\n" + suite.markdown(rows)
 
 
-def picture(record):
+def picture(record: dict) -> str:
     """The predictions as SVG: efficiency by network, and where the time goes on one of them."""
     cluster = record["settings"]["cluster"]
-    rate, places = (
-        cluster["tokens_per_second"][0],
-        [str(gpus) for gpus in cluster["gpus"]],
-    )
+    rate = cluster["tokens_per_second"][0]
+    places = [str(gpus) for gpus in cluster["gpus"]]
 
     def of(gbit, everyone):
         return [
@@ -556,10 +586,8 @@ def picture(record):
         part: [1e3 * found["parts"][part] for found in shown]
         for part in shown[0]["parts"]
     }
-    title, gpus = (
-        f"{rate / 1e6:g} million tokens/s a GPU, by a host's network",
-        f"GPUs, {cluster['per_host']} a host",
-    )
+    title = f"{rate / 1e6:g} million tokens/s a GPU, by a host's network"
+    gpus = f"GPUs, {cluster['per_host']} a host"
     alone = "% of as many GPUs alone; dashed: SC-MIM within ranks"
     return chart.svg(
         [

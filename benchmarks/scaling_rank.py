@@ -1,12 +1,14 @@
-"""One rank of `scaling.py`: a process on the core that it was given, which trains, when told so, on batches drawn before.
+"""One rank of `scaling.py`: a process on the core that it was given, which trains, when told
+so, on batches drawn before.
 
-It reads commands, one JSON object a line, and answers each with one. Ranks of a group are told the same at the same time.
+It reads commands, one JSON object a line, and answers each with one. Ranks of a group are told
+the same at the same time.
 
-    {"do": "steps", "users": 32, "steps": 3}               seconds of each step, after one that does not count
-    {"do": "calls", "users": 32, "exponent": 0.7, …}       every collective of a step (`traffic.Call`)
-    {"do": "volume", "users": 32, "exponent": 0.7}         the rows that a step looks up
-    {"do": "model"}                                        the dense model's size
-    {"do": "link"}                                         what collectives reach that do nothing else
+    {"do": "steps", "users": 32, "steps": 3}          seconds of each step after a first one
+    {"do": "calls", "users": 32, "exponent": 0.7, …}  every collective of a step (`traffic.Call`)
+    {"do": "volume", "users": 32, "exponent": 0.7}    the rows that a step looks up
+    {"do": "model"}                                   the dense model's size
+    {"do": "link"}                                    what collectives reach that do nothing else
 """
 
 import json
@@ -15,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -29,16 +32,24 @@ from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 from trainer.training.step import Trainer
 
+if TYPE_CHECKING:
+    from syncrec.batch.build import Batch
+    from trainer.distributed.process_group import Ranks
+
+
 _STEPS = 10_000  # more than any run takes
 _BATCHES = 4  # different ones of each kind, taken in turn
-_LINK_WINDOW, _LINK_BYTES = 0.05, 2**23  # a step sends about so many
+# a step sends about so many
+_LINK_WINDOW = 0.05
+_LINK_BYTES = 2**23
 
 
 class Rank:
     """A trainer and its batches."""
 
-    def __init__(self, settings, ranks):
-        self.settings, self.ranks = settings, ranks
+    def __init__(self, settings: Settings, ranks: "Ranks"):
+        self.settings = settings
+        self.ranks = ranks
         users = max(settings.users)
         self.dataset = dataset_of(
             settings.items,
@@ -58,9 +69,10 @@ class Rank:
             self.dataset, config.global_batch_size, ranks.world_size, config.seed
         )
         self.trainer = Trainer(config, ranks, self.dataset, plan)
-        self._drawn, self._taken = {}, 0
+        self._drawn = {}
+        self._taken = 0
 
-    def batches(self, users, exponent=0.0):
+    def batches(self, users: int, exponent: float = 0.0) -> list:
         """The batches of so many users, the same length in all on every rank."""
         if (users, exponent) not in self._drawn:
             self._drawn[users, exponent] = [
@@ -70,7 +82,8 @@ class Rank:
 
     def _batch(self, step, users, exponent):
         place = step * self.ranks.world_size + self.ranks.rank
-        longest, negatives = self.settings.model.max_length, self.settings.negatives
+        longest = self.settings.model.max_length
+        negatives = self.settings.negatives
         arrays = draw(
             self.dataset,
             place,
@@ -84,7 +97,7 @@ class Rank:
             *arrays, [domain.items for domain in self.dataset.domains], longest
         )
 
-    def step(self, users, exponent=0.0):
+    def step(self, users: int, exponent: float = 0.0) -> "Batch":
         """What the training loop does in a step."""
         self._taken += 1
         batch = self.batches(users, exponent)[self._taken % _BATCHES]
@@ -93,9 +106,12 @@ class Rank:
             raise ArithmeticError(f"the loss is {loss}")
         return batch
 
-    def steps(self, users, steps):
-        """Seconds of each step; the processor's, of all of them and the one before; and the tokens of one."""
-        seconds, processor = [], time.process_time()
+    def steps(self, users: int, steps: int) -> dict:
+        """Seconds of each step; the processor's, of all of them and the one before; and the
+        tokens of one.
+        """
+        seconds = []
+        processor = time.process_time()
         for _ in range(1 + steps):
             begin = time.perf_counter()
             batch = self.step(users)
@@ -106,13 +122,22 @@ class Rank:
             "tokens": batch.interactions,
         }
 
-    def calls(self, users, exponent=0.0, interface=None, meet=False):
-        """The collectives of a step on each of the batches, in their order, as `traffic.Call`s, and each step's seconds.
+    def calls(
+        self,
+        users: int,
+        exponent: float = 0.0,
+        interface: str | None = None,
+        meet: bool = False,
+    ) -> dict:
+        """The collectives of a step on each of the batches, in their order, as `traffic.Call`s,
+        and each step's seconds.
 
-        interface: where bytes on the wire are counted. meet: the seconds of each call without the wait for the others.
+        interface: where bytes on the wire are counted. meet: the seconds of each call without
+        the wait for the others.
         """
         self.step(users, exponent)
-        found, seconds = [], []
+        found = []
+        seconds = []
         for _ in range(_BATCHES):
             dist.barrier()
             with traffic.Traffic(interface, meet) as noted:
@@ -122,14 +147,14 @@ class Rank:
             found.append([asdict(call) for call in noted.calls])
         return {"calls": found, "seconds": seconds}
 
-    def volume(self, users, exponent=0.0):
-        """Rows of this rank's step, the mean over the batches: how often one is used, how many are asked for, and those of them
-        that others hold; of the rows used the distinct ones, and those that others hold."""
-        world, scatter, rank = (
-            self.ranks.world_size,
-            self.trainer.table.scatter,
-            self.ranks.rank,
-        )
+    def volume(self, users: int, exponent: float = 0.0) -> dict:
+        """Rows of this rank's step, the mean over the batches: how often one is used, how many
+        are asked for, and those of them that others hold; of the rows used the distinct ones,
+        and those that others hold.
+        """
+        world = self.ranks.world_size
+        scatter = self.trainer.table.scatter
+        rank = self.ranks.rank
         found = {
             "used": [],
             "asked": [],
@@ -138,7 +163,8 @@ class Rank:
             "distinct_foreign": [],
         }
         for batch in self.batches(users, exponent):
-            used, asked = batch.ids.long(), batch.distinct.long()
+            used = batch.ids.long()
+            asked = batch.distinct.long()
             found["used"].append(len(used))
             for names, rows in (
                 (("asked", "foreign"), asked),
@@ -148,8 +174,10 @@ class Rank:
                 found[names[1]].append(traffic.foreign(rows, rank, world, scatter))
         return {name: statistics.mean(counts) for name, counts in found.items()}
 
-    def model(self):
-        """Trained weights of the dense model, the ZeRO stage in force, width, domains, SC-MIM's candidates."""
+    def model(self) -> dict:
+        """Trained weights of the dense model, the ZeRO stage in force, width, domains, SC-MIM's
+        candidates.
+        """
         weights = sum(
             parameter.numel()
             for parameter in self.trainer.model.parameters()
@@ -163,12 +191,12 @@ class Rank:
             "candidates": self.settings.model.mutual_information_candidates,
         }
 
-    def link(self):
+    def link(self) -> dict:
         """`limits.collectives` of this group."""
         return limits.collectives(self.ranks, _LINK_WINDOW, _LINK_BYTES)
 
 
-def main():
+def main() -> None:
     """Joins the group, says that it is there, and serves commands until there are none."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer

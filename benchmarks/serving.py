@@ -1,21 +1,26 @@
 """How long does a single request take to an exported model?
 
-    python benchmarks/serving.py                 r = 64 with T = 50, r = 128 with T = 128; 10⁵ and 10⁶ items
-    python benchmarks/serving.py --short         10⁵ items, few requests
+    python benchmarks/serving.py          r = 64, T = 50 and r = 128, T = 128; 10⁵ and 10⁶ items
+    python benchmarks/serving.py --short  10⁵ items, few requests
 
-What launch/export.py writes, without a run: a SyNCRec at its start weights, exported, saved and loaded; item vectors drawn from
-a normal distribution, in memory. A request is one user with as many items as the model takes, in PyTorch, one after the other:
+What launch/export.py writes, without a run: a SyNCRec at its start weights, exported, saved and
+loaded; item vectors drawn from a normal distribution, in memory. A request is one user with as
+many items as the model takes, in PyTorch, one after the other:
 
 - encoder: one exported program, item vectors of the history in hand.
-- encoder and top k: an answer. The cross-domain program, the domain's own for a fifth of the history, their mean
-  (`model.prediction: both`), the product with all items' vectors, and the k best.
+- encoder and top k: an answer. The cross-domain program, the domain's own for a fifth of the
+  history, their mean (`model.prediction: both`), the product with all items' vectors, and the k
+  best.
 """
 
+import functools
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +66,12 @@ class Settings:
         suite.at_least(2, self, "experts", "time_knots")
         if len(self.dim) != len(self.max_length):
             raise ValueError(
-                f"max_length has {len(self.max_length)} values, dim {len(self.dim)}: give one for each"
+                f"max_length has {len(self.max_length)} values, dim {len(self.dim)}: give "
+                "one for each"
             )
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("serving", Settings)
     record = suite.header("serving", settings, options) | {"results": []}
@@ -75,7 +81,7 @@ def main():
 
 
 @torch.no_grad()
-def measure(settings, dim, longest):
+def measure(settings: Settings, dim: int, longest: int) -> list[dict]:
     """Lines of one model's sizes."""
     torch.manual_seed(0)
     program, own = loaded(settings, dim, longest)
@@ -94,7 +100,8 @@ def measure(settings, dim, longest):
         lines.append(what | {"part": "encoder", "items": None} | timings)
         for items in settings.items:
             matrix = torch.randn(items, dim)
-            timings = latencies(lambda: answer(user, (), matrix, settings.k), settings)  # noqa: B023
+            request = functools.partial(answer, user, (), matrix, settings.k)
+            timings = latencies(request, settings)
             lines.append(what | {"part": "encoder and top k", "items": items} | timings)
     return lines
 
@@ -110,8 +117,10 @@ def _history(items, dim):
     )
 
 
-def loaded(settings, dim, longest):
-    """A model's cross-domain program and a domain's own, as a service has them: exported, saved, loaded."""
+def loaded(settings: Settings, dim: int, longest: int) -> list:
+    """A model's cross-domain program and a domain's own, as a service has them: exported,
+    saved, loaded.
+    """
     experts = {
         "experts": settings.experts,
         "cross_experts": (settings.experts + 1) // 2,
@@ -126,7 +135,8 @@ def loaded(settings, dim, longest):
         **experts,
     )
     with tempfile.TemporaryDirectory() as folder:
-        model, file = SyNCRec(config, _DOMAINS).eval(), Path(folder) / "encoder.pt2"
+        model = SyNCRec(config, _DOMAINS).eval()
+        file = Path(folder) / "encoder.pt2"
         programs = []
         for domain in (None, 0):
             torch.export.save(exported(UserEncoder(model, (0.0, 200.0), domain)), file)
@@ -134,12 +144,14 @@ def loaded(settings, dim, longest):
         return programs
 
 
-def answer(program, history, matrix, k):
+def answer(
+    program: Callable, history: tuple[torch.Tensor, ...], matrix: torch.Tensor, k: int
+) -> Any:
     """The k best items of one user."""
     return (matrix @ program(*history)[0]).topk(k)
 
 
-def latencies(request, settings):
+def latencies(request: Callable[[], Any], settings: Settings) -> dict:
     """Seconds of a request: median, 99th percentile, and of all of them."""
     seconds = []
     for number in range(-settings.warmup, settings.requests):
@@ -154,7 +166,7 @@ def latencies(request, settings):
     }
 
 
-def table(record):
+def table(record: dict) -> str:
     """A line for each part and size."""
     rows = [
         {

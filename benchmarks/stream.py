@@ -1,27 +1,35 @@
-"""How fast do shards become batches? Ours beside the disk's own speed and beside a WebDataset of one user a sample.
+"""How fast do shards become batches? Ours beside the disk's own speed and beside a WebDataset
+of one user a sample.
 
-    python benchmarks/stream.py data=DATA                 a prepared dataset; its shards, or a part, come into memory once
+    python benchmarks/stream.py data=DATA  a prepared dataset; its shards come into memory once
     python benchmarks/stream.py data=DATA batch_size=256
-    python benchmarks/stream.py --short                   a small dataset of its own: does it run?
+    python benchmarks/stream.py --short    a small dataset of its own: does it run?
 
-A token is an interaction of a user's training part that is within the newest T; it is counted once. Batches are those of one
-rank, in an epoch's order, with negatives that all targets of a domain share.
+A token is an interaction of a user's training part that is within the newest T; it is counted
+once. Batches are those of one rank, in an epoch's order, with negatives that all targets of a
+domain share.
 
-- ready: batches ready to use, as a run gets them (`trainer.data.loading.stream.ready`): built by worker processes, received by this
-  one, which does nothing else. The clock starts once a first round of batches has arrived, and runs over whole rounds: in a
-  round every stream uses up a block of users, so each measured round decodes as much as any other. Opening shards, which comes
-  once in many rounds, is not in it and is timed apart; `opened_users_per_second` counts it in. worker_busy is the share of the
-  time in which a worker reads and builds; in the rest it hands over or waits.
-- The parts of a batch, in this process and one thread: assign (`Plan.users`: who is in it), read (`Histories.read`: decode
-  blocks and pick users), build (`TrainBatches.build`: trim, negatives, both views).
-- open, decode: shards one after the other, alone. Opening compares the sha256 and finds the members; decoding gives rows.
-- raw: the bytes of the same shards, read in order, 1 MiB at once: after the page cache was asked to forget them
-  (`posix_fadvise`; from_disk says whether it did), and from the cache. What lies below may hold them still.
-- webdataset: some users as one sample each, items.npy (int32) and domains.npy (uint8), written by `TarWriter` and read by
-  `WebDataset(…).decode()` in this process: histories as arrays, and no batch yet.
+- ready: batches ready to use, as a run gets them (`trainer.data.loading.stream.ready`): built
+  by worker processes, received by this one, which does nothing else. The clock starts once a
+  first round of batches has arrived, and runs over whole rounds: in a round every stream uses
+  up a block of users, so each measured round decodes as much as any other. Opening shards,
+  which comes once in many rounds, is not in it and is timed apart; `opened_users_per_second`
+  counts it in. worker_busy is the share of the time in which a worker reads and builds; in the
+  rest it hands over or waits.
+- The parts of a batch, in this process and one thread: assign (`Plan.users`: who is in it),
+  read (`Histories.read`: decode blocks and pick users), build (`TrainBatches.build`: trim,
+  negatives, both views).
+- open, decode: shards one after the other, alone. Opening compares the sha256 and finds the
+  members; decoding gives rows.
+- raw: the bytes of the same shards, read in order, 1 MiB at once: after the page cache was
+  asked to forget them (`posix_fadvise`; from_disk says whether it did), and from the cache.
+  What lies below may hold them still.
+- webdataset: some users as one sample each, items.npy (int32) and domains.npy (uint8), written
+  by `TarWriter` and read by `WebDataset(…).decode()` in this process: histories as arrays, and
+  no batch yet.
 
-All but the first raw read find their files in the page cache. The repeats of all of these take turns; one before them does not
-count.
+All but the first raw read find their files in the page cache. The repeats of all of these take
+turns; one before them does not count.
 """
 
 import contextlib
@@ -31,6 +39,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,9 +59,14 @@ from trainer.data.loading.histories import Histories, read_users
 from trainer.data.loading.stream import TrainBatches, ready
 from trainer.errors import exit_on_input_error
 
+if TYPE_CHECKING:
+    from trainer.data.format.dataset import Shard
+
+
 _SAMPLES = 10_000  # of the WebDataset, a tar
 _READ = 1 << 20
-_ITEMS, _DOMAINS = "items.npy", "domains.npy"
+_ITEMS = "items.npy"
+_DOMAINS = "domains.npy"
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Setting:
     settings: Settings
 
     @property
-    def round(self):
+    def round(self) -> int:
         """Batches in which every stream uses up a block."""
         return max(
             1,
@@ -103,13 +117,14 @@ class Setting:
         )
 
     @property
-    def measured(self):
+    def measured(self) -> int:
         """Batches that are timed."""
         return -(-self.settings.batches // self.round) * self.round
 
-    def fed(self, workers=0):
+    def fed(self, workers: int = 0) -> TrainBatches:
         """Batches of one rank from the first one on, of a plan that has computed nothing yet."""
-        given, config = self.settings, StreamConfig(workers=workers)
+        given = self.settings
+        config = StreamConfig(workers=workers)
         plan = Plan(
             self.dataset, given.batch_size, 1, seed=0, max_length=given.max_length
         )
@@ -123,7 +138,7 @@ class Setting:
             config,
         )
 
-    def tokens(self, users):
+    def tokens(self, users: np.ndarray | slice) -> int:
         """Tokens of some users: numbers, or a slice."""
         lengths = self.dataset.lengths[users].sum(1, dtype=np.int64)
         return int(np.minimum(lengths, self.settings.max_length).sum())
@@ -141,7 +156,7 @@ class Timed:
 
 
 @exit_on_input_error
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("stream", Settings)
     torch.set_num_threads(1)  # as worker processes have it
@@ -163,7 +178,7 @@ def main():
     )
 
 
-def measure(setting, folder) -> list[dict]:
+def measure(setting: Setting, folder: Path) -> list[dict]:
     """The lines of the JSON's `results`."""
     shards = setting.dataset.shards[: setting.settings.shards]
     tars = write_webdataset(setting, folder)
@@ -194,7 +209,8 @@ def measure(setting, folder) -> list[dict]:
                 if repeat >= 0:
                     timed.setdefault(row, []).append(one)
         print(
-            f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} ({time.perf_counter() - begin:.0f} s)",
+            f"{f'repeat {repeat + 1}' if repeat >= 0 else 'warm-up'} "
+            f"({time.perf_counter() - begin:.0f} s)",
             flush=True,
         )
     results = [summary(name, values) for name, values in timed.items()]
@@ -215,7 +231,7 @@ def _ready(setting, workers):
     return lambda: ready_batches(setting, workers)
 
 
-def ready_batches(setting, workers) -> Timed:
+def ready_batches(setting: Setting, workers: int) -> Timed:
     """Batches from worker processes."""
     batches = setting.fed(workers)
     begin = time.perf_counter()
@@ -224,7 +240,8 @@ def ready_batches(setting, workers) -> Timed:
         first = time.perf_counter() - begin
         for _ in range(setting.round - 1):
             next(stream)
-        users, built = [], 0.0
+        users = []
+        built = 0.0
         begin = time.perf_counter()
         for _ in range(setting.measured):
             fed = next(stream)
@@ -236,11 +253,13 @@ def ready_batches(setting, workers) -> Timed:
     return Timed(seconds, len(numbers), setting.tokens(numbers), facts=facts)
 
 
-def parts(setting) -> dict[str, Timed]:
+def parts(setting: Setting) -> dict[str, Timed]:
     """The same batches in this process, by parts."""
     batches = setting.fed()
-    plan, histories = batches.plan, Histories.of_plan(batches.plan)
-    laps, users = np.zeros(3), []
+    plan = batches.plan
+    histories = Histories.of_plan(batches.plan)
+    laps = np.zeros(3)
+    users = []
     with contextlib.closing(histories):
         for position in range(setting.round + setting.measured):
             times = [time.perf_counter()]
@@ -255,7 +274,8 @@ def parts(setting) -> dict[str, Timed]:
                 laps += np.diff(times)
                 users.append(numbers)
     numbers = np.concatenate(users)
-    size, tokens = len(numbers), setting.tokens(numbers)
+    size = len(numbers)
+    tokens = setting.tokens(numbers)
     found = {
         name: Timed(float(lap), size, tokens)
         for name, lap in zip(("assign", "read", "build"), laps, strict=True)
@@ -263,7 +283,9 @@ def parts(setting) -> dict[str, Timed]:
     return {"all in one process": Timed(float(laps.sum()), size, tokens), **found}
 
 
-def shard_after_shard(setting, shards) -> dict[str, Timed]:
+def shard_after_shard(
+    setting: Setting, shards: "tuple[Shard, ...]"
+) -> dict[str, Timed]:
     """Shards opened and decoded in their order, every user once."""
     laps = np.zeros(2)
     for shard in shards:
@@ -281,7 +303,7 @@ def shard_after_shard(setting, shards) -> dict[str, Timed]:
     }
 
 
-def raw(setting, shards, forget=False) -> Timed:
+def raw(setting: Setting, shards: "tuple[Shard, ...]", forget: bool = False) -> Timed:
     """The shards' bytes in order, into memory that is used again."""
     paths = [setting.dataset.local(shard.name) for shard in shards]
     facts = {"from_disk": machine.drop_from_cache(paths)} if forget else None
@@ -304,9 +326,11 @@ def _amount(setting, shards):
     }
 
 
-def write_webdataset(setting, folder) -> list[str]:
+def write_webdataset(setting: Setting, folder: Path) -> list[str]:
     """The first users in the batches' order as tars of one user a sample, whole histories."""
-    plan, tars, tar = setting.fed().plan, [], None
+    plan = setting.fed().plan
+    tars = []
+    tar = None
     left = min(setting.settings.samples, setting.dataset.users)
     written = 0
     with contextlib.ExitStack() as stack:
@@ -333,7 +357,7 @@ def write_webdataset(setting, folder) -> list[str]:
     return tars
 
 
-def read_webdataset(setting, tars) -> Timed:
+def read_webdataset(setting: Setting, tars: list[str]) -> Timed:
     """Every sample decoded once."""
     users = []
     begin = time.perf_counter()
@@ -349,9 +373,10 @@ def read_webdataset(setting, tars) -> Timed:
     )
 
 
-def summary(name, values):
+def summary(name: str, values: list[Timed]) -> dict:
     """What the JSON says of a row's repeats, which are of the same users."""
-    one, seconds = values[0], statistics.median(value.seconds for value in values)
+    one = values[0]
+    seconds = statistics.median(value.seconds for value in values)
     line = {"name": name, "users": one.users, "tokens": one.tokens, "bytes": one.bytes}
     line["seconds"] = suite.spread([value.seconds for value in values])
     line |= {
@@ -364,7 +389,7 @@ def summary(name, values):
     return line
 
 
-def ratios(results):
+def ratios(results: list[dict]) -> dict[str, float]:
     """Ours by what it is held against: users by users, or bytes by bytes."""
     lines = {line["name"]: line for line in results}
     decoding = 1 / sum(
@@ -389,18 +414,21 @@ def ratios(results):
     }
 
 
-def table(record):
+def table(record: dict) -> str:
     """What was streamed, a line for each way, and the ratios."""
-    data, rows = record["dataset"], []
+    data = record["dataset"]
+    rows = []
     for line in record["results"]:
         slowest, fastest = (
             line["users"] / line["seconds"][name] for name in ("max", "min")
         )
-        speed, busy = line["bytes_per_second"], line.get("worker_busy")
+        speed = line["bytes_per_second"]
+        busy = line.get("worker_busy")
         rows.append(
             {
                 "": line["name"],
-                "users/s (min – max)": f"{line['users_per_second']:,.0f} ({slowest:,.0f} – {fastest:,.0f})",
+                "users/s (min – max)": f"{line['users_per_second']:,.0f} ({slowest:,.0f} – "
+                f"{fastest:,.0f})",
                 "million tokens/s": f"{line['tokens_per_second'] / 1e6:,.2f}",
                 "MB/s": "" if speed is None else f"{speed / 1e6:,.0f}",
                 "users/s, opening counted in": f"{line['opened_users_per_second']:,.0f}"
@@ -412,7 +440,8 @@ def table(record):
             }
         )
     what = (
-        f"{data['users']:,} users, {data['interactions']:,} interactions, {data['domains']} domains, {data['rows']:,} rows; "
+        f"{data['users']:,} users, {data['interactions']:,} interactions, "
+        f"{data['domains']} domains, {data['rows']:,} rows; "
         f"batches of {record['settings']['batch_size']} users, {record['measured']} a repeat."
     )
     compared = (

@@ -1,7 +1,9 @@
-"""What all benchmarks share: settings from YAML, processes of their own, the record, and its tables.
+"""What all benchmarks share: settings from YAML, processes of their own, the record, and its
+tables.
 
-A benchmark is `benchmarks/NAME.py`. Its docstring says what it asks and how it measures, a frozen dataclass holds its settings
-(`settings/NAME.yaml`), `main()` measures and saves, and `table(record)` makes Markdown of what was saved, and nothing else:
+A benchmark is `benchmarks/NAME.py`. Its docstring says what it asks and how it measures, a
+frozen dataclass holds its settings (`settings/NAME.yaml`), `main()` measures and saves, and
+`table(record)` makes Markdown of what was saved, and nothing else:
 
     @dataclass(frozen=True)
     class Settings:
@@ -11,15 +13,24 @@ A benchmark is `benchmarks/NAME.py`. Its docstring says what it asks and how it 
 
     def main():
         settings, options = suite.settings("NAME", Settings)
-        record = suite.header("NAME", settings, options)  # before anything is measured: it notes the load
-        suite.save("NAME", record | {"results": [suite.in_own_process(measure, settings, n) for n in settings.items]}, options)
+        # Before anything is measured: it notes the load.
+        record = suite.header("NAME", settings, options)
+        results = []
+        for items in settings.items:
+            results.append(suite.in_own_process(measure, settings, items))
+        suite.save("NAME", record | {"results": results}, options)
 
     def table(record):
-        return markdown([{"items": f"{result['items']:,}", "s": shown(result["seconds"])} for result in record["results"]])
+        rows = []
+        for result in record["results"]:
+            seconds = shown(result["seconds"])
+            rows.append({"items": f"{result['items']:,}", "s": seconds})
+        return markdown(rows)
 
-The command line of each is `python benchmarks/NAME.py [--short] [--json FILE] [key=value …]`. With --short the YAML's `short`
-is laid over its `full`. A full run writes results/NAME.json; a short one only prints, unless --json says where to: `make bench`
-has it overwrite results/NAME.json. `tables.py` puts what lies there into README.md.
+The command line of each is `python benchmarks/NAME.py [--short] [--json FILE] [key=value …]`.
+With --short the YAML's `short` is laid over its `full`. A full run writes results/NAME.json; a
+short one only prints, unless --json says where to: `make bench` has it overwrite
+results/NAME.json. `tables.py` puts what lies there into README.md.
 """
 
 import argparse
@@ -31,9 +42,11 @@ import statistics
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -56,15 +69,21 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark was started. json: where the record goes, None: nowhere. given: the `key=value`s."""
+    """How a benchmark was started. json: where the record goes, None: nowhere. given: the
+    `key=value`s.
+    """
 
     short: bool
     json: Path | None
     given: tuple[str, ...] = ()
 
 
-def settings(name, kind, arguments=None):
-    """`kind` filled from settings/NAME.yaml and the command line, and the Options. A bad value is one line, exit status 2."""
+def settings(
+    name: str, kind: type, arguments: list[str] | None = None
+) -> tuple[Any, Options]:
+    """`kind` filled from settings/NAME.yaml and the command line, and the Options. A bad value
+    is one line, exit status 2.
+    """
     about = sys.modules[kind.__module__].__doc__
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
@@ -108,8 +127,10 @@ def settings(name, kind, arguments=None):
     return filled, Options(options.short, options.json, tuple(options.given))
 
 
-def at_least(least, settings, *names):
-    """Raises ValueError where one of these settings, or an entry of a list, is less, or where a list is empty."""
+def at_least(least: float, settings: Any, *names: str) -> None:
+    """Raises ValueError where one of these settings, or an entry of a list, is less, or where a
+    list is empty.
+    """
     for name in names:
         value = getattr(settings, name)
         if (
@@ -119,24 +140,30 @@ def at_least(least, settings, *names):
             raise ValueError(f"{name} is {value}: give at least {least}")
 
 
-def scratch(folder, prefix="benchmark-"):
-    """A new temporary folder in `folder` ("": the system's place), removed at the end of its `with`."""
+def scratch(folder: str, prefix: str = "benchmark-") -> tempfile.TemporaryDirectory:
+    """A new temporary folder in `folder` ("": the system's place), removed at the end of its
+    `with`.
+    """
     return tempfile.TemporaryDirectory(prefix=prefix, dir=folder or None)
 
 
-def existing(folder):
-    """Raises ValueError where there is no such folder ("" is the system's place for temporary files)."""
+def existing(folder: str) -> None:
+    """Raises ValueError where there is no such folder ("" is the system's place for temporary
+    files).
+    """
     if folder and not Path(folder).is_dir():
         raise ValueError(f"folder {folder}: there is no such folder")
 
 
-def device():
+def device() -> torch.device:
     """What is measured on: the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def header(name, settings, options):
-    """A record's first part: what was asked for, when, and on what. No folder of this machine is in it."""
+def header(name: str, settings: Any, options: Options) -> dict:
+    """A record's first part: what was asked for, when, and on what. No folder of this machine
+    is in it.
+    """
     command = [
         "python",
         f"benchmarks/{name}.py",
@@ -163,14 +190,15 @@ def _without_folder(value):
     return key + equals + Path(path).name
 
 
-def in_own_process(function, *arguments):
+def in_own_process(function: Callable, *arguments: Any) -> Any:
     """What `function(*arguments)` returns in a new process; see `on_ranks`."""
     return on_ranks(1, function, *arguments)
 
 
-def on_ranks(ranks, function, *arguments):
-    """`function(*arguments)` in so many new local processes, whose environment describes their group (`distributed.joined`);
-    returns what the first one returned, which has to be plain values that JSON holds.
+def on_ranks(ranks: int, function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)` in so many new local processes, whose environment describes their
+    group (`distributed.joined`); returns what the first one returned, which has to be plain
+    values that JSON holds.
 
     Raises torch.multiprocessing.ProcessExitedException where one of them is killed.
     """
@@ -212,7 +240,7 @@ def _rank(rank, ranks, port, answer, function, arguments):
     os._exit(0)  # without Python's teardown: trainer.distributed.process_exit says why
 
 
-def spread(values):
+def spread(values: list[float]) -> dict:
     """Median, extremes, and all of them."""
     return {
         "median": statistics.median(values),
@@ -222,7 +250,7 @@ def spread(values):
     }
 
 
-def save(name, record, options):
+def save(name: str, record: dict, options: Options) -> None:
     """Prints the record's tables and writes it, whole or not at all, where `options` say."""
     print(render(name, record), flush=True)
     if options.json:
@@ -230,12 +258,14 @@ def save(name, record, options):
         print(f"written: {options.json}")
 
 
-def render(name, record):
+def render(name: str, record: dict) -> str:
     """A record as README.md has it: what it was measured on, and the benchmark's own `table`."""
-    return f"{caption(record)}\n\n{importlib.import_module(f'benchmarks.{name}').table(record).strip()}"
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    table = benchmark.table(record).strip()
+    return f"{caption(record)}\n\n{table}"
 
 
-def caption(record):
+def caption(record: dict) -> str:
     """One line: short or full form, date, hardware, versions, commit, load."""
     facts = record["machine"]
     versions = [
@@ -265,13 +295,16 @@ def caption(record):
         else "Full form"
     )
     return (
-        f"*{form}, {record['date'][:10]}. {', '.join(hardware)}. Python {facts['python']}, {', '.join(versions)}. "
+        f"*{form}, {record['date'][:10]}. {', '.join(hardware)}. Python {facts['python']}, "
+        f"{', '.join(versions)}. "
         f"Commit {commit}. Load before the run {facts['load_before']:.1f}{quiet}.*"
     )
 
 
-def markdown(rows):
-    """A Markdown table of [{column: cell}, …], the first column to the left, the others to the right; "" for no rows."""
+def markdown(rows: list[dict]) -> str:
+    """A Markdown table of [{column: cell}, …], the first column to the left, the others to the
+    right; "" for no rows.
+    """
     if not rows:
         return ""
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -301,6 +334,9 @@ def markdown(rows):
     return "\n".join([line(columns), rule, *map(line, lines[1:])])
 
 
-def shown(timing, digits=3):
+def shown(timing: dict, digits: int = 3) -> str:
     """A `spread` as a table's cell: median (min – max)."""
-    return f"{timing['median']:.{digits}f} ({timing['min']:.{digits}f} – {timing['max']:.{digits}f})"
+    return (
+        f"{timing['median']:.{digits}f} ({timing['min']:.{digits}f} – "
+        f"{timing['max']:.{digits}f})"
+    )

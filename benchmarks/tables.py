@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py
 
-Each stands between `<!-- NAME -->` and `<!-- /NAME -->` and comes from `table` of NAME.py; nothing else in the file changes.
+Each stands between `<!-- NAME -->` and `<!-- /NAME -->` and comes from `table` of NAME.py;
+nothing else in the file changes.
 """
 
 import json
@@ -17,21 +18,24 @@ from benchmarks.suite import FOLDER, RESULTS, render
 README = FOLDER / "README.md"
 
 
-def main():
+def main() -> None:
     README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def rewritten(text, results=RESULTS):
+def rewritten(text: str, results: Path = RESULTS) -> str:
     """The text with every record's tables in it. Ends in one line where a record has no place."""
     for file in sorted(results.glob("*.json")):
-        begin, end = f"<!-- {file.stem} -->", f"<!-- /{file.stem} -->"
+        begin = f"<!-- {file.stem} -->"
+        end = f"<!-- /{file.stem} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
             sys.exit(
                 f"error: the text has no {begin} … {end}, where the tables of {file.name} belong"
             )
-        text = f"{before}{begin}\n{render(file.stem, json.loads(file.read_text(encoding='utf-8')))}\n{end}{after}"
+        record = json.loads(file.read_text(encoding="utf-8"))
+        tables = render(file.stem, record)
+        text = f"{before}{begin}\n{tables}\n{end}{after}"
     return text
 
 

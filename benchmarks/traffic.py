@@ -1,27 +1,39 @@
 """What the ranks send each other in a step, in three ways that can be held against each other.
 
 - By formula (`expected`), from the batch's and the model's sizes alone.
-- By call: the functions of `torch.distributed` are replaced by ones that note what they are handed (`watch`, `Traffic`). What a
-  rank then sends follows from the algorithm that the backend uses (`sent`).
-- On the wire: what the network interface counts, where all traffic of a rank passes one that nobody else uses (a namespace).
+- By call: the functions of `torch.distributed` are replaced by ones that note what they are
+  handed (`watch`, `Traffic`). What a rank then sends follows from the algorithm that the
+  backend uses (`sent`).
+- On the wire: what the network interface counts, where all traffic of a rank passes one that
+  nobody else uses (a namespace).
 
-`least` is what no trainer can do without: every distinct row that a rank needs and another one holds, once there and its
-gradient once back, and the dense gradients' reduction.
+`least` is what no trainer can do without: every distinct row that a rank needs and another one
+holds, once there and its gradient once back, and the dense gradients' reduction.
 """
 
 import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from embeddings.table import bags_of_rank
 
-# Ethernet, IPv4, TCP with timestamps: of every packet that the interface counts. The kernel hands a device packets of up to
-# 64 KiB; a network with packets of 1,500 bytes has these, and 24 bytes between two frames, on each 1,448 bytes: 6 %.
+if TYPE_CHECKING:
+    import torch
+
+    from embeddings.row_scatter import RowScatter
+
+
+# Ethernet, IPv4, TCP with timestamps: of every packet that the interface counts. The kernel
+# hands a device packets of up to
+# 64 KiB; a network with packets of 1,500 bytes has these, and 24 bytes between two frames, on
+# each 1,448 bytes: 6 %.
 HEADER = 14 + 20 + 32
 _ID = 8  # bytes of a row's number as TorchRec sends it
 _LENGTH = 4  # of the number of ids in a bag
@@ -58,8 +70,10 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Call:
-    """A collective as one rank saw it. part: what for; sent: bytes that the rank sends by the backend's algorithm; wire: those
-    that its interface counted, headers left out, or None; waited: seconds until the last rank was there; seconds: from then."""
+    """A collective as one rank saw it. part: what for; sent: bytes that the rank sends by the
+    backend's algorithm; wire: those that its interface counted, headers left out, or None;
+    waited: seconds until the last rank was there; seconds: from then.
+    """
 
     part: str
     kind: str
@@ -70,8 +84,9 @@ class Call:
     seconds: float
 
 
-def sent(kind, payload, world, own=0):
-    """Bytes that a rank sends in a collective, the mean over ranks, with the backends' algorithms for much data.
+def sent(kind: str, payload: int, world: int, own: int = 0) -> float:
+    """Bytes that a rank sends in a collective, the mean over ranks, with the backends'
+    algorithms for much data.
 
     payload: bytes of the rank's own tensor; own: those of an all-to-all that stay where they are.
     """
@@ -79,7 +94,8 @@ def sent(kind, payload, world, own=0):
         return payload - own
     if kind in ("all_gather", "all_gather_into_tensor"):
         return (world - 1) * payload
-    # Each part of the tensor is summed around a ring, and the sums go around it. gloo's reduce-scatter does both too.
+    # Each part of the tensor is summed around a ring, and the sums go around it. gloo's reduce-
+    # scatter does both too.
     return 2 * (world - 1) / world * payload
 
 
@@ -91,16 +107,20 @@ def messages(kind: str, world: int) -> int:
 
 
 class Traffic:
-    """Within it, the calls of this process are noted in `calls`, and async ones are waited for at once. One at a time.
+    """Within it, the calls of this process are noted in `calls`, and async ones are waited for
+    at once. One at a time.
 
-    interface: a network interface that only this rank uses, to read what passes; then every call is followed by a pause, so
-    that times mean nothing. meet: ranks meet before each call, so that `seconds` is not the wait for a slower rank.
+    interface: a network interface that only this rank uses, to read what passes; then every
+    call is followed by a pause, so that times mean nothing. meet: ranks meet before each call,
+    so that `seconds` is not the wait for a slower rank.
     """
 
     _active = None
 
-    def __init__(self, interface=None, meet=False):
-        self.interface, self.meet, self.calls = interface, meet, []
+    def __init__(self, interface: str | None = None, meet: bool = False):
+        self.interface = interface
+        self.meet = meet
+        self.calls = []
 
     def __enter__(self):
         Traffic._active = self
@@ -109,7 +129,7 @@ class Traffic:
     def __exit__(self, *exception):
         Traffic._active = None
 
-    def note(self, kind, function, args, kwargs):
+    def note(self, kind: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Calls the collective, notes it, and returns what it returned."""
         Traffic._active = (
             None  # what the collective and the meeting are made of is not counted
@@ -129,7 +149,8 @@ class Traffic:
             if len(args) > _POSITIONS[kind]
             else kwargs[_INPUTS[kind]]
         )
-        world, own = dist.get_world_size(), 0
+        world = dist.get_world_size()
+        own = 0
         if kind == "all_to_all_single":
             splits = args[3] if len(args) > 3 else kwargs.get("input_split_sizes")
             rows = splits[dist.get_rank()] if splits else len(tensor) // world
@@ -149,8 +170,10 @@ class Traffic:
         return passed(self.interface)
 
 
-def passed(interface):
-    """Bytes that left through a network interface of this process's namespace so far, headers left out."""
+def passed(interface: str) -> int:
+    """Bytes that left through a network interface of this process's namespace so far, headers
+    left out.
+    """
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == interface:
@@ -161,7 +184,9 @@ def passed(interface):
 
 @contextlib.contextmanager
 def watch():
-    """Replaces the functions of `torch.distributed` while it lasts: before anybody keeps one of them (DeepSpeed does)."""
+    """Replaces the functions of `torch.distributed` while it lasts: before anybody keeps one of
+    them (DeepSpeed does).
+    """
     originals = {kind: getattr(dist, kind) for kind in _INPUTS}
 
     def watched(kind, function):
@@ -185,10 +210,13 @@ def watch():
 
 
 def _part(kind, tensor):
-    """What the collective that is being called is for: by who calls it, and whether backward is running."""
+    """What the collective that is being called is for: by who calls it, and whether backward is
+    running.
+    """
     frame = sys._getframe(3)
     while frame is not None:
-        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        file = frame.f_code.co_filename
+        name = frame.f_code.co_name
         if f"{os.sep}torchrec{os.sep}" in file:
             if tensor.is_floating_point():
                 return "row gradients" if name == "backward" else "rows"
@@ -208,12 +236,22 @@ def _part(kind, tensor):
     return "others"
 
 
-def expected(world, dim, domains, users, weights, zero_stage, foreign, candidates=0):
+def expected(
+    world: int,
+    dim: int,
+    domains: int,
+    users: int,
+    weights: int,
+    zero_stage: int,
+    foreign: float,
+    candidates: int = 0,
+) -> dict[str, float]:
     """{part: bytes that a rank sends in a step, the mean over ranks}, by formula.
 
-    candidates: users a domain that stand for all of a larger batch in SC-MIM; 0: all do for themselves. users: of a rank;
-    weights: trained weights of the dense model; foreign: rows that a rank looks up at others, the mean over
-    ranks. Reductions of a few numbers are in it, so that nothing is missing.
+    candidates: users a domain that stand for all of a larger batch in SC-MIM; 0: all do for
+    themselves. users: of a rank; weights: trained weights of the dense model; foreign: rows
+    that a rank looks up at others, the mean over ranks. Reductions of a few numbers are in it,
+    so that nothing is missing.
     """
     if world == 1:
         return {}
@@ -244,14 +282,15 @@ def expected(world, dim, domains, users, weights, zero_stage, foreign, candidate
     return found
 
 
-def foreign(ids, rank, world, scatter):
+def foreign(ids: "torch.Tensor", rank: int, world: int, scatter: "RowScatter") -> int:
     """How many of these rows (int64) other ranks hold."""
     in_shard = -(-scatter.rows // world)
     return int((scatter.stored(ids) // in_shard != rank).sum())
 
 
-def least(world, dim, weights, distinct_foreign):
-    """Bytes that a rank has to send, the mean over ranks: see above. distinct_foreign: distinct rows of its batch that others
-    hold."""
+def least(world: int, dim: int, weights: int, distinct_foreign: float) -> float:
+    """Bytes that a rank has to send, the mean over ranks: see above. distinct_foreign: distinct
+    rows of its batch that others hold.
+    """
     rows = distinct_foreign * (_LEAST_ID + 2 * 4 * dim)
     return rows + 2 * (world - 1) / world * 4 * weights

@@ -1,14 +1,16 @@
-"""How fast is a training step, and what does a large item table cost? Ours beside the same model padded, with dense Adam.
+"""How fast is a training step, and what does a large item table cost? Ours beside the same
+model padded, with dense Adam.
 
-    python benchmarks/train_step.py            5·10⁴ to 10⁷ items, fp32 and bf16: some minutes, 7 GB of memory
-    python benchmarks/train_step.py --short    5·10⁴ items, few steps
+    python benchmarks/train_step.py          5·10⁴ to 10⁷ items, fp32 and bf16: minutes, 7 GB of memory
+    python benchmarks/train_step.py --short  5·10⁴ items, few steps
     python benchmarks/train_step.py model.loss=sampled_softmax negatives.shared=1024
 
-Ours is `trainer.training.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad, packed model, DeepSpeed engine. Batches
-are built beforehand, as worker processes do, and each is made ready beside the step before it, as in a run. Nothing is read
-from a device while steps are measured: events in its own queue time them. Each line of the table is measured in a process of
-its own, so that none inherits another's memory, and each process of ours times the matrix products of its step too; the least
-time of each is the machine's.
+Ours is `trainer.training.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad,
+packed model, DeepSpeed engine. Batches are built beforehand, as worker processes do, and each
+is made ready beside the step before it, as in a run. Nothing is read from a device while steps
+are measured: events in its own queue time them. Each line of the table is measured in a process
+of its own, so that none inherits another's memory, and each process of ours times the matrix
+products of its step too; the least time of each is the machine's.
 """
 
 import functools
@@ -16,11 +18,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.multiprocessing import ProcessExitedException
@@ -36,10 +38,20 @@ from syncrec.config import ModelConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.distributed import process_group
 
-OURS, PADDED, PLAIN = "ours", "padded", "plain"
-# The padded version's tensors as large as the item matrix: itself, its gradient, Adam's two moments, and two more for a
-# while: gradients of several look-ups that wait to be summed, then what Adam's update of a tensor makes on the way.
-_DENSE_COPIES, _PASSING_COPIES = 4, 2
+if TYPE_CHECKING:
+    from trainer.data.format.dataset import Dataset
+    from trainer.distributed.process_group import Ranks
+
+
+OURS = "ours"
+PADDED = "padded"
+PLAIN = "plain"
+# The padded version's tensors as large as the item matrix: itself, its gradient, Adam's two
+# moments, and two more for a
+# while: gradients of several look-ups that wait to be summed, then what Adam's update of a
+# tensor makes on the way.
+_DENSE_COPIES = 4
+_PASSING_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,13 @@ class Case:
         return f"{self.system}, {self.precision}, {self.items:,} items"
 
 
-def main():
+def main() -> None:
     """Measures, prints, writes."""
     settings, options = suite.settings("train_step", Settings)
     record = suite.header("train_step", settings, options)
     cases, not_run = plan(settings)
-    results, failed = [], False
+    results = []
+    failed = False
     for case in cases:
         begin = time.perf_counter()
         try:
@@ -95,7 +108,8 @@ def main():
             failed = True
             continue
         print(
-            f"{case}: {results[-1]['tokens_per_second']:,.0f} tokens/s ({time.perf_counter() - begin:.0f} s)",
+            f"{case}: {results[-1]['tokens_per_second']:,.0f} tokens/s "
+            f"({time.perf_counter() - begin:.0f} s)",
             flush=True,
         )
     suite.save(
@@ -104,13 +118,15 @@ def main():
     sys.exit(failed)
 
 
-def plan(settings):
+def plan(settings: Settings) -> tuple[list[Case], list[dict]]:
     """The cases to measure, and what is left out with the arithmetic of why."""
-    cases, not_run = [], []
+    cases = []
+    not_run = []
     for system in settings.systems:
         for precision in settings.precision if system == OURS else ["fp32"]:
             for items in sorted(set(settings.items)):
-                case, reason = Case(system, precision, items), None
+                case = Case(system, precision, items)
+                reason = None
                 if precision == "bf16" and not machine.has_bf16(suite.device()):
                     reason = "the processor has no bf16 products"
                 elif system != OURS:
@@ -124,21 +140,26 @@ def plan(settings):
     return cases, not_run
 
 
-def too_large(items, dim, memory):
+def too_large(items: int, dim: int, memory: float) -> str | None:
     """Why the padded version cannot train so many items in `memory` bytes, or None where it can."""
     one = items * dim * 4
-    kept, peak = _DENSE_COPIES * one, (_DENSE_COPIES + _PASSING_COPIES) * one
+    kept = _DENSE_COPIES * one
+    peak = (_DENSE_COPIES + _PASSING_COPIES) * one
     if peak <= memory:
         return None
     return (
-        f"{items:.0e} x {dim} x 4 bytes = {one / 1e9:.1f} GB; weights, gradient and Adam's two moments: {kept / 1e9:.1f} GB; "
-        f"with {_PASSING_COPIES} more of that size while gradients are summed and weights updated: {peak / 1e9:.1f} GB, and "
+        f"{items:.0e} x {dim} x 4 bytes = {one / 1e9:.1f} GB; weights, gradient and Adam's "
+        f"two moments: {kept / 1e9:.1f} GB; "
+        f"with {_PASSING_COPIES} more of that size while gradients are summed and weights "
+        f"updated: {peak / 1e9:.1f} GB, and "
         f"the machine has {memory / 1e9:.1f} GB"
     )
 
 
-def measure(case, settings):
-    """Times the steps of one case: an entry of the record's `results`. Starts the process group of its process."""
+def measure(case: Case, settings: Settings) -> dict:
+    """Times the steps of one case: an entry of the record's `results`. Starts the process group
+    of its process.
+    """
     with process_group.joined() as ranks:
         return _measure(case, settings, ranks)
 
@@ -206,7 +227,9 @@ def _measure(case, settings, ranks):
 
 
 class Marks:
-    """Moments between steps, set without waiting: events in a device's queue, else the host's clock."""
+    """Moments between steps, set without waiting: events in a device's queue, else the host's
+    clock.
+    """
 
     def __init__(self, device: torch.device):
         self._on_device = device.type == "cuda"
@@ -256,10 +279,13 @@ def _wait_for(device):
         torch.cuda.synchronize(device)
 
 
-# Each `start_…` returns a function that trains on all batches but the last, and yields each loss unread.
+# Each `start_…` returns a function that trains on all batches but the last, and yields each
+# loss unread.
 
 
-def start_ours(config, settings, ranks, dataset):
+def start_ours(
+    config: ModelConfig, settings: Settings, ranks: "Ranks", dataset: "Dataset"
+) -> Callable:
     """The trainer's own step, with the next batch made ready beside it."""
     trainer = trainer_of(
         config, settings.users, dataset, ranks, negatives=settings.negatives
@@ -281,8 +307,16 @@ def start_ours(config, settings, ranks, dataset):
     return steps
 
 
-def start_padded(config, settings, ranks, dataset, plain=False):
-    """One optimizer over everything, as a tutorial has it. plain: and each view reads the item matrix for itself."""
+def start_padded(
+    config: ModelConfig,
+    settings: Settings,
+    ranks: "Ranks",
+    dataset: "Dataset",
+    plain: bool = False,
+) -> Callable:
+    """One optimizer over everything, as a tutorial has it. plain: and each view reads the item
+    matrix for itself.
+    """
     torch.manual_seed(0)
     model = (
         PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings, plain)
@@ -309,8 +343,10 @@ _SYSTEMS = {
 }
 
 
-def assembled(results):
-    """Results, each with its share of the limit of its precision, and the limits: {precision: `limits.matmul`}."""
+def assembled(results: list[dict]) -> dict:
+    """Results, each with its share of the limit of its precision, and the limits: {precision:
+    `limits.matmul`}.
+    """
     measured = {}
     for result in results:
         if "matmul" in result:
@@ -324,8 +360,10 @@ def assembled(results):
     return {"limits": found, "results": results}
 
 
-def table(record):
-    """A line for each case, with what it is of its limit and against the others; the limits; what was not run and why."""
+def table(record: dict) -> str:
+    """A line for each case, with what it is of its limit and against the others; the limits;
+    what was not run and why.
+    """
     speed = {
         tuple(result[key] for key in Case.__annotations__): result["tokens_per_second"]
         for result in record["results"]
@@ -364,8 +402,10 @@ def table(record):
     lines = [suite.markdown(rows)]
     for precision, limit in record["limits"].items():
         lines.append(
-            f"\n{precision} products: {limit['rate'] / 1e9:.0f} GFLOP/s at the model's shapes, a step's "
-            f"{limit['operations'] / 1e9:.1f} GFLOP in {limit['seconds_per_step']:.3f} s; 1024 x 1024: "
+            f"\n{precision} products: {limit['rate'] / 1e9:.0f} GFLOP/s at the model's "
+            "shapes, a step's "
+            f"{limit['operations'] / 1e9:.1f} GFLOP in {limit['seconds_per_step']:.3f} s; "
+            "1024 x 1024: "
             f"{limit['square_rate'] / 1e9:.0f} GFLOP/s."
         )
     reasons = {

@@ -1,10 +1,13 @@
-"""What is measured on: batches of a training step, drawn from counters, whose dataset needs no file, and a small prepared one.
+"""What is measured on: batches of a training step, drawn from counters, whose dataset needs no
+file, and a small prepared one.
 
-In those batches domains share items and interactions evenly, and items are drawn uniformly unless told otherwise: popular items
-would stay in the caches, so this is the hard case for a large table.
+In those batches domains share items and interactions evenly, and items are drawn uniformly
+unless told otherwise: popular items would stay in the caches, so this is the hard case for a
+large table.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,15 +15,30 @@ from trainer.config.run import RunConfig
 from trainer.data.counter_rng import permutation, random_below, random_bits, random_unit
 from trainer.data.format.dataset import Dataset, Domain, Shard
 from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.negative_sampling import shared_negatives, target_negatives
+from trainer.data.loading.negative_sampling import (
+    draw_shared_negatives,
+    draw_target_negatives,
+)
 from trainer.training.step import Trainer
 
-_SEED, _LENGTHS, _DOMAINS, _ITEMS = 0, 1, 2, 3
+if TYPE_CHECKING:
+    from syncrec.config import ModelConfig
+    from trainer.config.negatives import NegativesConfig
+    from trainer.distributed.process_group import Ranks
+
+
+_SEED = 0
+_LENGTHS = 1
+_DOMAINS = 2
+_ITEMS = 3
 _NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel")
 
 
-def dataset_of(items, domains, users, steps, streams=1):
-    """A `Dataset` of so many items, with users for so many steps of `users`; its files do not exist.
+def dataset_of(
+    items: int, domains: int, users: int, steps: int, streams: int = 1
+) -> Dataset:
+    """A `Dataset` of so many items, with users for so many steps of `users`; its files do not
+    exist.
 
     streams: as many ranks as there are at most.
     """
@@ -60,12 +78,22 @@ def dataset_of(items, domains, users, steps, streams=1):
     )
 
 
-def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
-    """What `syncrec.batch.build.build_batch` takes first: items_N, lengths_B, domain_N, weight_B, negatives.
+def draw(
+    dataset: Dataset,
+    step: int,
+    users: int,
+    shortest: int,
+    longest: int,
+    negatives: "NegativesConfig",
+    exponent: float = 0.0,
+) -> tuple:
+    """What `syncrec.batch.build.build_batch` takes first: items_N, lengths_B, domain_N,
+    weight_B, negatives.
 
-    Lengths stand evenly between `shortest` and `longest`, so that every step has as many interactions. negatives: a
-    `trainer.config.negatives.NegativesConfig`. exponent: the n-th item of a domain is drawn as often as n ** −exponent says
-    (Zipf's law); 0: all alike. Negatives are drawn uniformly, as the trainer draws them.
+    Lengths stand evenly between `shortest` and `longest`, so that every step has as many
+    interactions. negatives: a `trainer.config.negatives.NegativesConfig`. exponent: the n-th
+    item of a domain is drawn as often as n ** −exponent says (Zipf's law); 0: all alike.
+    Negatives are drawn uniformly, as the trainer draws them.
     """
     lengths_B = np.linspace(shortest, longest, users).round().astype(np.int64)
     lengths_B = lengths_B[permutation(users, _SEED, _LENGTHS, step)]
@@ -77,7 +105,7 @@ def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
     bits_N = random_bits(_SEED, _ITEMS, step, np.arange(total))
     items_N = dataset.starts[domain_N] + _popular(bits_N, items_D[domain_N], exponent)
     if negatives.shared:
-        drawn = shared_negatives(
+        drawn = draw_shared_negatives(
             _SEED, 0, step, dataset.starts, items_D, negatives.shared
         )
     else:
@@ -85,7 +113,7 @@ def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
             np.cumsum(lengths_B) - lengths_B, lengths_B
         )
         user_N = np.repeat(step * users + np.arange(users), lengths_B)
-        drawn = target_negatives(
+        drawn = draw_target_negatives(
             _SEED,
             0,
             user_N,
@@ -99,7 +127,9 @@ def draw(dataset, step, users, shortest, longest, negatives, exponent=0.0):
     return items_N, lengths_B, domain_N, np.ones(users, np.float32), drawn
 
 
-def trainer_of(model, users, dataset, ranks, **given):
+def trainer_of(
+    model: "ModelConfig", users: int, dataset: Dataset, ranks: "Ranks", **given: Any
+) -> Trainer:
     """A `Trainer` of `users` users a rank; given: more of a RunConfig."""
     config = RunConfig(global_batch_size=users * ranks.world_size, model=model, **given)
     return Trainer(
@@ -126,15 +156,18 @@ def _popular(bits, items_N, exponent):
     )  # where rounding leaves the last share below 1
 
 
-def some_data(settings):
-    """Raises ValueError where settings name neither `data`, a folder, nor `users` of a dataset to be made."""
+def some_data(settings: Any) -> None:
+    """Raises ValueError where settings name neither `data`, a folder, nor `users` of a dataset
+    to be made.
+    """
     if not settings.data and settings.users < 1:
         raise ValueError(
-            "give data=DATA, a folder that launch/prepare.py made, or users=… of a synthetic dataset"
+            "give data=DATA, a folder that launch/prepare.py made, or users=… of a "
+            "synthetic dataset"
         )
 
 
-def prepared(folder, users):
+def prepared(folder: Path, users: int) -> Path:
     """A small synthetic dataset of nine domains, prepared in `folder`: the dataset's own folder."""
     # DuckDB comes with them, which a training step has no use for.
     from trainer.data.prepare.pipeline import PrepareConfig, prepare
@@ -155,7 +188,7 @@ def prepared(folder, users):
     return folder / "data"
 
 
-def described(dataset):
+def described(dataset: Dataset) -> dict:
     """What a record says of a dataset."""
     return {
         "users": dataset.users,

@@ -1,23 +1,36 @@
-"""Random numbers from counters: the same (seed, epoch, user, …) gives the same draw on any rank, in any order.
+"""Random numbers from counters: the same keys give the same draw on any rank, in any order.
 
-The mixer is splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014),
-applied once per key. It is vectorised over NumPy arrays, holds no state, and has nothing to do with cryptography.
+Keys are the run's seed, a `RandomStream` and, for example, (epoch, user). This is a counter-based
+generator, as Philox and Threefry are.
+
+The mixer is splitmix64's finaliser, applied once per key (Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", 2014). It is vectorised over NumPy arrays and holds no state. It
+has nothing to do with cryptography.
 """
 
 from enum import IntEnum, unique
+from typing import TypeAlias
 
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_1 = np.uint64(30)
+_SHIFT_2 = np.uint64(27)
+_SHIFT_3 = np.uint64(31)
+_HALF = np.uint64(32)  # bits
+_NOT_IN_FLOAT = np.uint64(11)  # bits of 64 that a float64's mantissa has no room for
+
+Key: TypeAlias = int | np.ndarray
 
 
 @unique
 class RandomStream(IntEnum):
-    """Every use of a run's seed. It is the key after the seed, so that no two uses share bits.
+    """The uses of a run's seed: one stream each.
 
-    A number that has been used keeps its meaning: results of the same seed depend on it.
+    The stream is the key after the seed, so that no two uses share bits. A number that has been
+    used keeps its meaning: results of the same seed depend on it.
     """
 
     TARGET_NEGATIVES = 1
@@ -34,13 +47,17 @@ class RandomStream(IntEnum):
     PERSONALIZATION_EXCHANGE = 12
 
 
-def _mix(z):
-    z = (z ^ (z >> np.uint64(30))) * _MULTIPLY_1
-    z = (z ^ (z >> np.uint64(27))) * _MULTIPLY_2
-    return z ^ (z >> np.uint64(31))
+def _mix(state: np.ndarray) -> np.ndarray:
+    # In place after the first line: fresh memory for each step would take longer than the step.
+    state = state ^ (state >> _SHIFT_1)
+    state *= _MULTIPLY_1
+    state ^= state >> _SHIFT_2
+    state *= _MULTIPLY_2
+    state ^= state >> _SHIFT_3
+    return state
 
 
-def random_bits(*keys):
+def random_bits(*keys: Key) -> np.ndarray:
     """64 random bits for each combination of keys.
 
     keys: integers or integer arrays that broadcast together; their order matters.
@@ -49,27 +66,32 @@ def random_bits(*keys):
     with np.errstate(over="ignore"):
         state = np.uint64(0)
         for key in keys:
-            key = np.asarray(key).astype(np.uint64)
-            state = _mix((state + _GOLDEN) ^ _mix(key + _GOLDEN))
+            key = np.asarray(key)
+            key = key.astype(np.uint64)
+            mixed_key = _mix(key + _GOLDEN)
+            state = _mix((state + _GOLDEN) ^ mixed_key)
     return state
 
 
-def random_below(bits, bound):
+def random_below(bits: np.ndarray, bound: Key) -> np.ndarray:
     """Maps random bits to integers in [0, bound): the high 32 bits times the bound, shifted.
 
-    bits: uint64 array; bound: positive integers below 2**31 that broadcast with it. Returns int64.
+    bits: uint64. bound: positive integers below 2**31 that broadcast with it. Returns int64.
     The bias is below bound / 2**32.
     """
+    bound = np.asarray(bound).astype(np.uint64)
     with np.errstate(over="ignore"):
-        product = (bits >> np.uint64(32)) * np.asarray(bound).astype(np.uint64)
-    return (product >> np.uint64(32)).astype(np.int64)
+        product = (bits >> _HALF) * bound
+    product = product >> _HALF
+    return product.astype(np.int64)
 
 
-def random_unit(bits):
+def random_unit(bits: np.ndarray) -> np.ndarray:
     """Maps random bits to float64 in [0, 1)."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (bits >> _NOT_IN_FLOAT).astype(np.float64) * 2.0**-53
 
 
-def permutation(length, *keys):
+def permutation(length: int, *keys: Key) -> np.ndarray:
     """A permutation of range(length), int64, that depends on the keys alone."""
-    return np.argsort(random_bits(*keys, np.arange(length)), kind="stable")
+    bits = random_bits(*keys, np.arange(length))
+    return np.argsort(bits, kind="stable")

@@ -1,26 +1,39 @@
-"""Who is in which batch, and on which rank: computed from a dataset's facts and its users' lengths, without any shard.
+"""The batch schedule, a distributed batch sampler: which users are in each batch, and on which rank.
 
-A dataset has a fixed number of logical streams. An epoch permutes the shards by (seed, epoch), deals them to the streams and
-shuffles users within their block; slot i of the epoch is the next user of stream i mod streams. A batch is a range of slots:
-global_batch_size of them, or as many as `tokens_per_batch` allows. Streams differ by a few users in length; a slot past a
-stream's end stays empty. Nothing of this depends on the ranks, and the position in the data is one integer, the step.
+It is computed from the dataset's description and its users' lengths, without any shard. A dataset
+has a fixed number of logical streams, whose users take turns in the slots of an epoch
+(`epoch_order.py`, where users are shuffled). A batch is a range of slots: global_batch_size of
+them, or as many as `tokens_per_batch` allows. Nothing of this depends on the number of ranks, and
+the position in the data is one integer, the step: a run resumes anywhere, on any ranks.
 
-Rank r is the home of the streams r, r + world_size, …; `balance.py` moves some users to other ranks, so that all have equally
-much to do.
+Rank r is the home of the streams r, r + world_size, …; `token_balance.py` moves some users to other
+ranks, so that all have equally much to do.
+
+An example: 13 users in 2 streams, without shuffling; global_batch_size 4, 2 ranks.
+
+    slot       0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12
+    stream     0  1  0  1 |  0  1  0  1 |  0  1  0  1 |  0
+    user       0  3  1  4 |  2  5  7  6 |  8 11  9 12 | 10
+    home rank  0  1  0  1 |  0  1  0  1 |  0  1  0  1 |  0
+    batch           0     |      1      |      2      |  3
+
+    users(epoch=0, step=1, rank=0)   [2, 7], where no user is moved
+
+The last batch has one user. Rank 1 has none, and fills its batch up with users of weight 0.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trainer.data.counter_rng import RandomStream, permutation, random_bits
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.token_balance import balanced, view_tokens
+from trainer.data.loading.epoch_order import BlockShuffle, EpochOrder, order_epoch
+from trainer.data.loading.token_balance import balance_tokens, count_view_tokens
 from trainer.errors import InputError
 
-_CHUNK_SLOTS = 1 << 15  # whose users are found in one go
-_KEPT_CHUNKS, _KEPT_EPOCHS = 2, 2
+_CHUNK_SLOTS = 1 << 15  # whose users are computed in one go
+_KEPT_CHUNKS = 2
+_KEPT_EPOCHS = 2
 _UNLIMITED = 2**31 - 1
 
 
@@ -39,49 +52,56 @@ class Plan:
         tokens_per_batch: int = 0,
         balance: bool = True,
     ):
-        """max_length: tokens of a sequence at most. tokens_per_batch: interactions of the training part, a user's newest
-        max_length, that a batch may hold; 0: no limit. balance: even out what the ranks have to do; else each user stays on
-        its home rank.
+        """max_length: tokens of a sequence at most.
+
+        tokens_per_batch: how many interactions of the training part a batch may hold, of each user
+        the newest max_length; 0: no limit. balance: even out what the ranks have to do. Else each
+        user stays on its home rank.
 
         Raises InputError where there are more ranks than streams, users or tokens for them.
         """
         if world_size > dataset.streams:
             raise InputError(
-                f"{world_size} ranks, but {dataset.place} has {dataset.streams} streams: use at most as many ranks, or "
-                f"prepare again with --streams {world_size} or more, best a multiple of the ranks"
+                f"{world_size} ranks, but {dataset.place} has {dataset.streams} streams: "
+                "use at most as many ranks, or prepare again with "
+                f"--streams {world_size} or more, best a multiple of the ranks"
             )
         if world_size > global_batch_size:
             raise InputError(
-                f"global_batch_size={global_batch_size} is below the number of ranks, {world_size}: raise it"
+                f"global_batch_size={global_batch_size} is below the number of ranks, "
+                f"{world_size}: raise it"
             )
-        if 0 < tokens_per_batch < world_size * max_length:
+        least_tokens = world_size * max_length
+        if 0 < tokens_per_batch < least_tokens:
             raise InputError(
-                f"tokens_per_batch={tokens_per_batch} is below what one user of full length takes on each rank, {world_size} x "
-                f"model.max_length={max_length}: raise it to {world_size * max_length} or more, or use fewer ranks"
+                f"tokens_per_batch={tokens_per_batch} is below what one user of full length "
+                f"takes on each rank, {world_size} x model.max_length={max_length}: raise it "
+                f"to {least_tokens} or more, or use fewer ranks"
             )
-        self.dataset, self.batch_size, self.world_size = (
-            dataset,
-            global_batch_size,
-            world_size,
-        )
-        self.seed, self.shuffle, self.max_length = seed, shuffle, max_length
-        self.tokens_per_batch, self.balance = tokens_per_batch, balance
-        self._stream = np.arange(dataset.streams)
-        self._shard_users = np.array([shard.users for shard in dataset.shards])
-        self._shard_first_user = np.array(
-            [shard.first_user for shard in dataset.shards]
-        )
-        self._steps, self._bounds, self._orders = {}, {}, {}
-        self._chunks, self._shuffled, self._home_shards = {}, (None, {}), {}
+        self.dataset = dataset
+        self.batch_size = global_batch_size
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.max_length = max_length
+        self.tokens_per_batch = tokens_per_batch
+        self.balance = balance
+        self._steps: dict[int, int] = {}
+        self._first_slots: dict[int, np.ndarray] = {}  # of batches of limited tokens
+        self._orders: dict[int, EpochOrder] = {}
+        self._chunks: dict[tuple[int, int], np.ndarray] = {}
+        self._home_shards: dict[tuple[int, int], frozenset[int]] = {}
+        self._block_shuffle: BlockShuffle | None = None
 
-    def steps(self, epoch):
+    def steps(self, epoch: int) -> int:
         """Batches of the epoch: the same on every rank."""
         if epoch not in self._steps:
             if self.tokens_per_batch:
-                self._bounds[epoch] = self._walk(epoch)
-                self._steps[epoch] = len(self._bounds[epoch]) - 1
+                self._first_slots[epoch] = self._cut_by_tokens(epoch)
+                self._steps[epoch] = len(self._first_slots[epoch]) - 1
             else:
-                self._steps[epoch] = -(-self._order(epoch).slots // self.batch_size)
+                slots = self._order(epoch).slots
+                self._steps[epoch] = _divide_up(slots, self.batch_size)
         return self._steps[epoch]
 
     def count_steps(
@@ -93,332 +113,252 @@ class Plan:
     ) -> int:
         """Batches of so many epochs, `most` at most (0: no limit).
 
-        Where tokens limit a batch, an epoch has to be walked through to know its batches. With `sum_of_ranks`, the sum of int64
-        (N,) over all ranks, which then all call this, each walks through every W-th epoch, and tells the others.
+        Where tokens limit a batch, only a walk through an epoch tells its batches. `sum_of_ranks`
+        gives the sum of int64 (N,) over all ranks, which then all call this. With it each rank
+        walks through every W-th epoch and tells the others.
         """
+        together = (
+            self.tokens_per_batch > 0
+            and self.world_size > 1
+            and sum_of_ranks is not None
+        )
         total = 0
         for first in range(0, epochs, self.world_size):
             numbers = range(first, min(first + self.world_size, epochs))
-            if (
-                self.tokens_per_batch
-                and self.world_size > 1
-                and sum_of_ranks is not None
-            ):
-                self._walk_together(numbers, rank, sum_of_ranks)
-            total += sum(self.steps(epoch) for epoch in numbers)
+            if together:
+                self._cut_together(numbers, rank, sum_of_ranks)
+            for epoch in numbers:
+                total += self.steps(epoch)
             if 0 < most <= total:
                 return most
         return total
 
-    def locate(self, position):
-        """The (epoch, step of the epoch) of a position counted in batches from the start of the run."""
+    def locate(self, position: int) -> tuple[int, int]:
+        """The (epoch, step of the epoch) of a position counted in batches from the run's start."""
         epoch = 0
-        while position >= (steps := self.steps(epoch)):
-            position, epoch = position - steps, epoch + 1
-        return epoch, position
+        step = position
+        while step >= self.steps(epoch):
+            step -= self.steps(epoch)
+            epoch += 1
+        return epoch, step
 
-    def batch(self, epoch, step):
-        """Everyone in a batch, in the order of its slots: (user numbers, streams), both int64 (B,)."""
+    def batch(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Everyone in a batch, in the order of its slots: (user numbers, streams), int64 (B,)."""
         begin, end = self._slots(epoch, step)
-        users = self._users(epoch, begin, end)
-        there = users >= 0
-        return users[there], np.arange(begin, end)[there] % self.dataset.streams
+        user_T = self._users_of_slots(epoch, begin, end)
+        stream_T = np.arange(begin, end) % self.dataset.streams
+        taken_T = user_T >= 0
+        return user_T[taken_T], stream_T[taken_T]
 
-    def ranks(self, epoch, step):
-        """`batch` with the rank that each user is on: (user numbers, home ranks, ranks), all int64 (B,)."""
+    def ranks(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`batch` with the rank of each user: (user numbers, home ranks, ranks), int64 (B,).
+
+        In the example of the module's head, batch 1 is
+
+            user numbers    [2, 5, 7, 6]
+            home ranks      [0, 1, 0, 1]
+            ranks           [0, 1, 0, 1]    or others, where users are moved to balance tokens
+        """
         users_B, stream_B = self.batch(epoch, step)
         turn_B, home_B = np.divmod(stream_B, self.world_size)
         if self.world_size == 1 or not self.balance:
             return users_B, home_B, home_B
-        return (
-            users_B,
-            home_B,
-            balanced(home_B, self.tokens(users_B), self.world_size, turn_B),
-        )
+        tokens_B = self.tokens(users_B)
+        rank_B = balance_tokens(home_B, tokens_B, self.world_size, turn_B)
+        return users_B, home_B, rank_B
 
-    def users(self, epoch, step, rank):
-        """The numbers of the users that a rank has in a batch, int64, in the order of the batch's slots."""
+    def users(self, epoch: int, step: int, rank: int) -> np.ndarray:
+        """The numbers of a rank's users in a batch, int64, in the order of the batch's slots."""
         users_B, _, rank_B = self.ranks(epoch, step)
         return users_B[rank_B == rank]
 
-    def users_per_rank(self, epoch, step):
-        """How many users the rank with most of them has in a batch, at least 1; the others are filled up to it."""
-        begin, end = (
-            np.minimum(self._before(slot), self._order(epoch).users_S)
-            for slot in self._slots(epoch, step)
-        )
-        users_S = end - begin
-        if self.balance:
-            return max(1, -(-int(users_S.sum()) // self.world_size))
-        return max(
-            1, int(np.bincount(self._stream % self.world_size, weights=users_S).max())
-        )
+    def users_per_rank(self, epoch: int, step: int) -> int:
+        """How many users the rank with most of them has in a batch, at least 1.
 
-    def shards(self, epoch):
-        """The shard numbers of each stream, in reading order: a list of arrays."""
-        return np.split(
-            self._order(epoch).shard_N, np.cumsum(self._order(epoch).shards_S)[:-1]
-        )
+        The other ranks are filled up to it.
+        """
+        order = self._order(epoch)
+        begin, end = self._slots(epoch, step)
+        users_S = order.count_users_before(end) - order.count_users_before(begin)
+        if self.balance:
+            most = _divide_up(int(users_S.sum()), self.world_size)
+        else:
+            home_S = np.arange(self.dataset.streams) % self.world_size
+            users_W = np.bincount(home_S, weights=users_S)
+            most = int(users_W.max())
+        return max(1, most)
+
+    def shards(self, epoch: int) -> list[np.ndarray]:
+        """The shard numbers of each stream, in reading order."""
+        order = self._order(epoch)
+        ends_S = np.cumsum(order.shards_S)
+        # Two streams of two shards each: [[0, 2], [1, 3]].
+        return np.split(order.shard_N, ends_S[:-1])
 
     def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
-        """The numbers of the shards of the streams that a rank is the home of, in an epoch."""
-        key = epoch, rank
+        """The numbers of the shards of a rank's own streams in an epoch."""
+        key = (epoch, rank)
         if key not in self._home_shards:
-            while len(self._home_shards) >= _KEPT_EPOCHS:
-                del self._home_shards[next(iter(self._home_shards))]
             streams = self.shards(epoch)[rank :: self.world_size]
-            self._home_shards[key] = frozenset(
-                shard for stream in streams for shard in stream.tolist()
-            )
+            shards = np.concatenate(streams).tolist()
+            _drop_oldest(self._home_shards, _KEPT_EPOCHS)
+            self._home_shards[key] = frozenset(shards)
         return self._home_shards[key]
 
-    def next_shards(self, epoch, step, rank):
-        """The names of the shards that the rank's own streams begin after a batch, in this epoch and the next, in the order in
-        which it will need them."""
+    def next_shards(self, epoch: int, step: int, rank: int) -> list[str]:
+        """The names of the shards that a rank's own streams begin after a batch.
+
+        Those of this epoch and of the next one, in the order in which the rank will need them.
+        """
         _, end = self._slots(epoch, step)
-        names = []
-        for number, after in ((epoch, end), (epoch + 1, 0)):
-            order = self._order(number)
-            stream_N = np.repeat(self._stream, order.shards_S)
-            users_N = self._shard_users[order.shard_N]
-            slot_N = (
-                np.cumsum(users_N) - users_N - order.begin_S[stream_N]
-            ) * self.dataset.streams + stream_N
-            later = np.flatnonzero(
-                (stream_N % self.world_size == rank) & (slot_N >= after)
-            )
-            names += [
-                self.dataset.shards[shard].name
-                for shard in order.shard_N[later[np.argsort(slot_N[later])]]
-            ]
+        names = self._list_shards_after(epoch, end, rank)
+        names += self._list_shards_after(epoch + 1, 0, rank)
         return names
 
-    def tokens(self, users_B):
-        """Tokens of both views of the given users, as ranks are balanced by."""
-        return view_tokens(self.dataset.lengths[users_B], self.max_length)
+    def _list_shards_after(self, epoch: int, slot: int, rank: int) -> list[str]:
+        order = self._order(epoch)
+        stream_N = np.repeat(np.arange(self.dataset.streams), order.shards_S)
+        own_N = stream_N % self.world_size == rank
+        later = np.flatnonzero(own_N & (order.slot_N >= slot))
+        by_slot = later[np.argsort(order.slot_N[later])]
+        shards = order.shard_N[by_slot].tolist()
+        return [self.dataset.shards[shard].name for shard in shards]
 
-    def _slots(self, epoch, step):
+    def tokens(self, users_B: np.ndarray) -> np.ndarray:
+        """Tokens of both views of these users, by which ranks are balanced: int64 (B,)."""
+        lengths_BD = self.dataset.lengths[users_B]
+        return count_view_tokens(lengths_BD, self.max_length)
+
+    def _slots(self, epoch: int, step: int) -> tuple[int, int]:
         """The first slot of a batch and the first one after it."""
         if not self.tokens_per_batch:
-            return step * self.batch_size, (step + 1) * self.batch_size
+            begin = step * self.batch_size
+            return begin, begin + self.batch_size
         self.steps(epoch)
-        return tuple(map(int, self._bounds[epoch][step : step + 2]))
+        begin, end = self._first_slots[epoch][step : step + 2].tolist()
+        return begin, end
 
-    def _before(self, slot):
-        """For each stream, how many of its users come before a slot."""
-        return np.maximum(0, -((self._stream - slot) // self.dataset.streams))
+    def _cut_by_tokens(self, epoch: int) -> np.ndarray:
+        """Cuts an epoch into batches of limited tokens: each one's first slot, and the end; int64.
 
-    def _walk(self, epoch):
-        """Where batches of limited tokens begin: the first slot of each and the end, int64."""
-        limit, slots = self.tokens_per_batch, self._order(epoch).slots
-        bounds = [0]
-        tokens = users = 0  # of the batch that a chunk before has begun
-        for first in range(0, slots, _CHUNK_SLOTS):
-            users_C = self._found(epoch, first, min(first + _CHUNK_SLOTS, slots))
-            slot_C = np.flatnonzero(users_C >= 0)
-            tokens_C = self.dataset.lengths[users_C[slot_C]].sum(1, dtype=np.int32)
-            sums_C = np.concatenate(
-                [[0], np.cumsum(np.minimum(tokens_C, self.max_length), dtype=np.int64)]
-            )
-            place = 0
+        A batch takes the next users as long as their tokens fit, and one user in any case. At
+        most 10 tokens a batch:
+
+            slot       0  1  2  3  4  5  6
+            tokens     4  5  –  6  2  1  9     slot 2 is empty
+            batch      0  0  0  1  1  1  2
+            returns    [0, 3, 6, 7]
+
+        Chunks of slots come one after the other, so that an epoch need not fit into memory; a batch
+        goes on from one chunk to the next.
+        """
+        slots = self._order(epoch).slots
+        first_slots = [0]
+        # What the batch has of the chunks before this one.
+        batch_tokens = 0
+        batch_users = 0
+        for chunk_begin in range(0, slots, _CHUNK_SLOTS):
+            chunk_end = min(chunk_begin + _CHUNK_SLOTS, slots)
+            user_T = self._compute_users(epoch, chunk_begin, chunk_end)
+            slot_C = np.flatnonzero(user_T >= 0)
+            sums_C = self._sum_tokens(user_T[slot_C])
+            first = 0  # of the chunk's users that is in the batch
             while True:
-                end = (
-                    int(
-                        np.searchsorted(
-                            sums_C, sums_C[place] + limit - tokens, side="right"
-                        )
-                    )
-                    - 1
-                )
-                end = min(end, place + self.batch_size - users)
-                if end == place and not users:
+                limit = sums_C[first] + self.tokens_per_batch - batch_tokens
+                end = int(np.searchsorted(sums_C, limit, side="right")) - 1
+                end = min(end, first + self.batch_size - batch_users)
+                if end == first and batch_users == 0:
                     end += 1  # one user always fits
                 if end >= len(slot_C):
-                    tokens, users = (
-                        tokens + int(sums_C[-1] - sums_C[place]),
-                        users + len(slot_C) - place,
-                    )
+                    batch_tokens += int(sums_C[-1] - sums_C[first])
+                    batch_users += len(slot_C) - first
                     break
-                bounds.append(first + int(slot_C[end]))
-                place, tokens, users = end, 0, 0
-        return np.array([*bounds, slots])
+                first_slots.append(chunk_begin + int(slot_C[end]))
+                first = end
+                batch_tokens = 0
+                batch_users = 0
+        first_slots.append(slots)
+        return np.array(first_slots)
 
-    def _walk_together(self, epochs, rank, sum_of_ranks):
-        """Has the ranks walk through an epoch each, at most as many as there are."""
-        place = rank if rank < len(epochs) else None
-        bounds = np.zeros(0, np.int64) if place is None else self._walk(epochs[place])
+    def _sum_tokens(self, users_C: np.ndarray) -> np.ndarray:
+        """Tokens of the first 0, 1, … C of these users together: int64 (C + 1,)."""
+        lengths_C = self.dataset.lengths[users_C].sum(1, dtype=np.int32)
+        tokens_C = np.minimum(lengths_C, self.max_length)
+        sums_C = np.cumsum(tokens_C, dtype=np.int64)
+        return np.concatenate([[0], sums_C])
+
+    def _cut_together(
+        self,
+        epochs: Sequence[int],
+        rank: int,
+        sum_of_ranks: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Has each rank cut one of these epochs, at most as many as there are ranks.
+
+        Ranks exchange the cuts by sums: each adds its own to zeros of the others.
+
+            cuts of rank 0    [0, 3, 6, 7]    of epochs[0]
+            cuts of rank 1    [0, 4, 7]       of epochs[1]
+            sizes_E           [4, 3]
+            all_cuts          [0, 3, 6, 7, 0, 4, 7]
+        """
+        cuts = np.zeros(0, np.int64)
         sizes_E = np.zeros(len(epochs), np.int64)
-        if place is not None:
-            sizes_E[place] = len(bounds)
+        takes_part = rank < len(epochs)
+        if takes_part:
+            cuts = self._cut_by_tokens(epochs[rank])
+            sizes_E[rank] = len(cuts)
         ends_E = np.cumsum(sum_of_ranks(sizes_E))
         begins_E = np.concatenate([[0], ends_E[:-1]])
-        bounds_N = np.zeros(ends_E[-1], np.int64)
-        if place is not None:
-            bounds_N[begins_E[place] : ends_E[place]] = bounds
-        bounds_N = sum_of_ranks(bounds_N)
+        all_cuts = np.zeros(ends_E[-1], np.int64)
+        if takes_part:
+            all_cuts[begins_E[rank] : ends_E[rank]] = cuts
+        all_cuts = sum_of_ranks(all_cuts)
         for epoch, begin, end in zip(epochs, begins_E, ends_E, strict=True):
-            self._bounds[epoch] = bounds_N[begin:end]
+            self._first_slots[epoch] = all_cuts[begin:end]
             self._steps[epoch] = int(end - begin) - 1
 
-    def _users(self, epoch, begin, end):
+    def _users_of_slots(self, epoch: int, begin: int, end: int) -> np.ndarray:
         """The user in each of the slots begin … end − 1, int64; −1 where a slot is empty."""
+        first_chunk = begin // _CHUNK_SLOTS
+        end_chunk = _divide_up(end, _CHUNK_SLOTS)
         parts = []
-        for number in range(begin // _CHUNK_SLOTS, -(-end // _CHUNK_SLOTS)):
-            first, key = number * _CHUNK_SLOTS, (epoch, number)
+        for chunk in range(first_chunk, end_chunk):
+            first = chunk * _CHUNK_SLOTS
+            key = (epoch, chunk)
             if key not in self._chunks:
-                while len(self._chunks) >= _KEPT_CHUNKS:
-                    del self._chunks[next(iter(self._chunks))]
-                self._chunks[key] = self._found(epoch, first, first + _CHUNK_SLOTS)
+                _drop_oldest(self._chunks, _KEPT_CHUNKS)
+                users = self._compute_users(epoch, first, first + _CHUNK_SLOTS)
+                self._chunks[key] = users
             parts.append(self._chunks[key][max(0, begin - first) : end - first])
         return np.concatenate(parts)
 
-    def _found(self, epoch, begin, end):
-        """`_users` without a memory."""
-        order, streams = self._order(epoch), self.dataset.streams
-        first_S, last_S = (
-            order.begin_S + np.minimum(self._before(slot), order.users_S)
-            for slot in (begin, end)
-        )
-        own = np.flatnonzero(first_S < last_S)
-        first_S, last_S = first_S[own], last_S[own]
-        # The blocks that hold them, stream after stream, and the range of places in each.
-        low_S = np.searchsorted(order.begin_K, first_S, side="right") - 1
-        count_S = np.searchsorted(order.begin_K, last_S, side="left") - low_S
-        block = np.repeat(low_S - np.cumsum(count_S) + count_S, count_S) + np.arange(
-            int(count_S.sum())
-        )
-        first_K = np.maximum(np.repeat(first_S, count_S) - order.begin_K[block], 0)
-        last_K = np.minimum(
-            np.repeat(last_S, count_S) - order.begin_K[block], order.users_K[block]
-        )
-        places_K = last_K - first_K
-        row = np.repeat(np.arange(len(block)), places_K)
-        place = np.arange(len(row)) + np.repeat(
-            first_K - np.cumsum(places_K) + places_K, places_K
-        )
-        stream_K = np.repeat(own, count_S)
-        slot_K = (
-            (order.begin_K[block] - order.begin_S[stream_K]) * streams
-            + stream_K
-            - begin
-        )  # of the block's place 0
-        found = np.full(end - begin, -1)
-        shuffled = (
-            self._orders_of(epoch, order, block)[row, place] if self.shuffle else place
-        )
-        found[slot_K[row] + place * streams] = order.first_user_K[block][row] + shuffled
-        return found
+    def _compute_users(self, epoch: int, begin: int, end: int) -> np.ndarray:
+        """`_users_of_slots` without a memory."""
+        order = self._order(epoch)
+        if not self.shuffle:
+            return order.find_users(begin, end, None)
+        if self._block_shuffle is None or self._block_shuffle.epoch != epoch:
+            block_users = self.dataset.block_users
+            self._block_shuffle = BlockShuffle(self.seed, epoch, block_users)
+        return order.find_users(begin, end, self._block_shuffle)
 
-    def _orders_of(self, epoch, order, block_K):
-        """How each block's users are shuffled: int32 (K, block_users); the end of a shorter block's row says nothing.
-
-        Blocks of the last call are kept: a stream's next users are in the block of those before, or begin another.
-        """
-        kept = self._shuffled[1] if self._shuffled[0] == epoch else {}
-        numbers = block_K.tolist()
-        new = np.array([number for number in numbers if number not in kept], np.int64)
-        rows = {}
-        for part in (
-            np.array_split(new, -(-len(new) // 128)) if len(new) else ()
-        ):  # bits that stay in the cache
-            shard, place = (of_K[part, None] for of_K in (order.shard_K, order.place_K))
-            # Bits of one block all differ: the mixer is a bijection. So any kind of sort gives the same.
-            bits = random_bits(
-                self.seed,
-                RandomStream.USER_ORDER,
-                epoch,
-                shard,
-                place,
-                np.arange(self.dataset.block_users)[None],
-            )
-            rows |= zip(
-                part.tolist(),
-                map(np.copy, np.argsort(bits, axis=1).astype(np.int32)),
-                strict=True,
-            )
-        for number in new[order.users_K[new] < self.dataset.block_users].tolist():
-            users = int(order.users_K[number])
-            rows[number][:users] = permutation(
-                users,
-                self.seed,
-                RandomStream.USER_ORDER,
-                epoch,
-                int(order.shard_K[number]),
-                int(order.place_K[number]),
-            )
-        here = {
-            number: rows[number] if number in rows else kept[number]
-            for number in numbers
-        }
-        last = [
-            number
-            for number, after in zip(numbers, [*numbers[1:], -1], strict=False)
-            if after != number + 1
-        ]
-        self._shuffled = epoch, {number: here[number] for number in last}
-        return (
-            np.stack(list(here.values()))
-            if here
-            else np.zeros((0, self.dataset.block_users), np.int32)
-        )
-
-    def _order(self, epoch):
-        """The epoch's blocks in order."""
+    def _order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
-            count, streams, block_users = (
-                len(self._shard_users),
-                self.dataset.streams,
-                self.dataset.block_users,
-            )
-            dealt = (
-                permutation(count, self.seed, RandomStream.SHARD_ORDER, epoch)
-                if self.shuffle
-                else np.arange(count)
-            )
-            of_stream = [dealt[stream::streams] for stream in self._stream]
-            shards = np.concatenate(of_stream)
-            users_S = np.array(
-                [self._shard_users[own].sum() for own in of_stream], np.int64
-            )
-            blocks = -(-self._shard_users[shards] // block_users)
-            shard_K = np.repeat(shards, blocks)
-            place_K = np.arange(len(shard_K)) - np.repeat(
-                np.cumsum(blocks) - blocks, blocks
-            )
-            users_K = np.minimum(
-                block_users, self._shard_users[shard_K] - place_K * block_users
-            )
-            while len(self._orders) >= _KEPT_EPOCHS:
-                del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = _Order(
-                shard_N=shards,
-                shards_S=np.array([len(own) for own in of_stream]),
-                users_S=users_S,
-                begin_S=np.cumsum(users_S) - users_S,
-                shard_K=shard_K,
-                place_K=place_K,
-                users_K=users_K,
-                begin_K=np.cumsum(users_K) - users_K,
-                first_user_K=self._shard_first_user[shard_K] + place_K * block_users,
-                slots=int((self._stream + (users_S - 1) * streams)[users_S > 0].max())
-                + 1,
+            _drop_oldest(self._orders, _KEPT_EPOCHS)
+            self._orders[epoch] = order_epoch(
+                self.dataset, self.seed, epoch, self.shuffle
             )
         return self._orders[epoch]
 
 
-@dataclass(frozen=True)
-class _Order:
-    """An epoch: S streams one after the other, of N shards and K blocks in all. users, shards: how many; begin: how many users
-    come before in this order; shard, place: a block's shard and place in it; first_user: the number of its first user. slots:
-    those up to the last user."""
+def _divide_up(amount: int, size: int) -> int:
+    """amount / size, rounded up."""
+    return -(-amount // size)
 
-    shard_N: np.ndarray
-    shards_S: np.ndarray
-    users_S: np.ndarray
-    begin_S: np.ndarray
-    shard_K: np.ndarray
-    place_K: np.ndarray
-    users_K: np.ndarray
-    begin_K: np.ndarray
-    first_user_K: np.ndarray
-    slots: int
+
+def _drop_oldest(cache: dict, room: int) -> None:
+    """Makes room for one more entry of `room`."""
+    while len(cache) >= room:
+        oldest = next(iter(cache))
+        del cache[oldest]

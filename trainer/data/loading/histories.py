@@ -1,6 +1,9 @@
-"""Users' histories by their numbers: out of blocks of shards, of which those that are needed again are kept decoded."""
+"""Reading users' histories by their numbers, out of blocks of shards.
 
-from collections.abc import Callable, Collection
+Blocks that are needed again are kept decoded (a cache that drops the oldest, LRU).
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,6 +11,7 @@ import numpy as np
 
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import ShardFile
+from trainer.data.loading.batch_schedule import Plan
 from trainer.files.open_files import NoDescriptors, files_to_keep
 
 _FOREIGN_BLOCKS = 64  # kept beside those of a rank's own streams
@@ -16,8 +20,16 @@ _OPEN_FILES = 256  # fewer where the process may have few
 
 @dataclass(frozen=True)
 class Users:
-    """Some users' whole histories, jagged, oldest first: numbers int64 (B,), lengths int64 (B,), rows of M int32 (N,), ticks
-    uint16 (N,)."""
+    """Some users' whole histories, jagged, oldest first.
+
+    number_B: the users' numbers, int64. lengths_B: int64. items_N: rows of the item matrix M,
+    int32. ticks_N: when, uint16. Four users, items of two domains at the rows 0–4 and 8–11:
+
+        number_B    [7,           3,    9,       5]
+        lengths_B   [4,           2,    3,       1]
+        items_N     [0, 9, 1, 2,  9, 8, 3, 9, 4, 11]
+        ticks_N     [5, 6, 8, 9,  0, 7, 1, 1, 2, 4]
+    """
 
     number_B: np.ndarray
     lengths_B: np.ndarray
@@ -26,15 +38,27 @@ class Users:
 
 
 NO_USERS = Users(
-    np.zeros(0, np.int64),
-    np.zeros(0, np.int64),
-    np.zeros(0, np.int32),
-    np.zeros(0, np.uint16),
+    number_B=np.zeros(0, np.int64),
+    lengths_B=np.zeros(0, np.int64),
+    items_N=np.zeros(0, np.int32),
+    ticks_N=np.zeros(0, np.uint16),
 )
 
 
+@dataclass(frozen=True)
+class _DecodedBlock:
+    """A block's histories: user k's are those from bounds[k] to bounds[k + 1]."""
+
+    bounds: np.ndarray
+    items_N: np.ndarray
+    ticks_N: np.ndarray
+
+
 class Histories:
-    """Reads users, in any order. The newest blocks stay decoded and the newest shards open, as many as `blocks` says."""
+    """Reads users, in any order.
+
+    The newest blocks stay decoded and the newest shards open, as many as `blocks` says.
+    """
 
     def __init__(
         self,
@@ -44,109 +68,140 @@ class Histories:
         report: Callable[[str], None] | None = None,
         open_shard: Callable[..., ShardFile] = ShardFile,
     ):
-        """blocks: at least as many as hold users of one `read` and of the next, or they are decoded again.
+        """blocks: at least as many as hold the users of one `read` and of the next.
 
-        verify, report: as `ShardFile` has them. open_shard: what opens a shard.
+        With fewer, blocks are decoded again. verify, report: as `ShardFile` has them. open_shard:
+        what opens a shard.
         """
-        self.dataset, self.verify, self.report = dataset, verify, report
+        self.dataset = dataset
+        self.verify = verify
+        self.report = report
         self.opened = 0  # shards, so far
-        self._room, self._blocks, self._files = blocks, {}, {}
-        self._whole = set()  # shards whose files have been compared
-        self._open_shard, self._most_files = open_shard, files_to_keep(_OPEN_FILES)
+        self._room = blocks
+        self._blocks: dict[tuple[int, int], _DecodedBlock] = {}
+        self._files: dict[int, ShardFile] = {}
+        self._compared: set[int] = set()  # shards whose whole file has been
+        self._open_shard = open_shard
+        self._most_files = files_to_keep(_OPEN_FILES)
         self._first_user = np.array([shard.first_user for shard in dataset.shards])
 
     @classmethod
-    def of_plan(cls, plan, verify=True, report=None, open_shard=ShardFile):
-        """With room for one rank of a `Plan`: each of its own streams has a current block and a next one, and where users
-        are moved between ranks, some blocks of other streams are met again."""
-        own = -(-plan.dataset.streams // plan.world_size)
-        foreign = (
-            min(plan.dataset.streams - own, _FOREIGN_BLOCKS) if plan.balance else 0
-        )
-        return cls(plan.dataset, 2 * own + foreign, verify, report, open_shard)
+    def of_plan(
+        cls,
+        plan: Plan,
+        verify: bool = True,
+        report: Callable[[str], None] | None = None,
+        open_shard: Callable[..., ShardFile] = ShardFile,
+    ) -> "Histories":
+        """Reads one rank's users of a batch schedule.
+
+        Each of the rank's own streams has a current block and a next one. Where users are moved
+        between ranks, some blocks of other streams are met again.
+        """
+        streams = plan.dataset.streams
+        own_streams = -(-streams // plan.world_size)
+        foreign_blocks = 0
+        if plan.balance:
+            foreign_blocks = min(streams - own_streams, _FOREIGN_BLOCKS)
+        blocks = 2 * own_streams + foreign_blocks
+        return cls(plan.dataset, blocks, verify, report, open_shard)
 
     def read(self, number_B: np.ndarray, home: Collection[int] | None = None) -> Users:
-        """The given users (int64 numbers), in the given order, without those of damaged blocks.
+        """These users (int64 numbers), in this order, without those of damaged blocks.
 
-        home: the shards whose files are compared with their sha256 before anything is read of them; of the others, which other
-        ranks compare, each block with its CRC-32 alone. None: all. Raises InputError as `ShardFile` does.
+        home: the shards whose files are compared with their sha256 before anything is read of
+        them; None: all. The other shards are compared by other ranks; of these each block is
+        compared with its CRC-32 alone. Raises InputError as `ShardFile` does.
         """
         shard_B = np.searchsorted(self._first_user, number_B, side="right") - 1
-        block_B, place_B = np.divmod(
-            number_B - self._first_user[shard_B], self.dataset.block_users
-        )
+        in_shard_B = number_B - self._first_user[shard_B]
+        block_B, place_B = np.divmod(in_shard_B, self.dataset.block_users)
         order = np.lexsort((block_B, shard_B))
-        shard_B, block_B, place_B = shard_B[order], block_B[order], place_B[order]
-        starts = np.flatnonzero(
-            np.diff(shard_B, prepend=-1) | np.diff(block_B, prepend=-1)
-        ).tolist()
-        histories, read = [], []
+        shard_B = shard_B[order]
+        block_B = block_B[order]
+        place_B = place_B[order]
+        new_shard = np.diff(shard_B, prepend=-1)
+        new_block = np.diff(block_B, prepend=-1)
+        starts = np.flatnonzero(new_shard | new_block).tolist()
+        items = []
+        ticks = []
+        read = []
         for begin, end in pairwise([*starts, len(order)]):
             shard = int(shard_B[begin])
-            block = self._block(
-                shard, int(block_B[begin]), home is None or shard in home
-            )
+            at_home = home is None or shard in home
+            block = self._read_block(shard, int(block_B[begin]), at_home)
             if block is None:
                 continue
-            ends, items, ticks = block
             places = place_B[begin:end]
-            cuts = zip(ends[places].tolist(), ends[places + 1].tolist(), strict=True)
-            histories += [(items[low:high], ticks[low:high]) for low, high in cuts]
+            lows = block.bounds[places].tolist()
+            highs = block.bounds[places + 1].tolist()
+            for low, high in zip(lows, highs, strict=True):
+                items.append(block.items_N[low:high])
+                ticks.append(block.ticks_N[low:high])
             read.append(order[begin:end])
-        while len(self._blocks) > self._room:
-            del self._blocks[next(iter(self._blocks))]
-        if not histories:
+        self._drop_blocks()
+        if not items:
             return NO_USERS
         read_B = np.concatenate(read)
-        items, ticks = zip(
-            *(histories[place] for place in np.argsort(read_B).tolist()), strict=True
-        )
-        lengths_B = np.fromiter(map(len, items), np.int64, len(items))
+        as_asked = np.argsort(read_B).tolist()
+        items = [items[place] for place in as_asked]
+        ticks = [ticks[place] for place in as_asked]
         return Users(
-            number_B[np.sort(read_B)],
-            lengths_B,
-            np.concatenate(items),
-            np.concatenate(ticks),
+            number_B=number_B[np.sort(read_B)],
+            lengths_B=np.fromiter(map(len, items), np.int64, len(items)),
+            items_N=np.concatenate(items),
+            ticks_N=np.concatenate(ticks),
         )
 
-    def close(self):
-        """Lets all files go."""
+    def close(self) -> None:
+        """Closes all files."""
         for file in self._files.values():
             file.close()
-        self._blocks, self._files = {}, {}
+        self._blocks = {}
+        self._files = {}
 
-    def _block(self, shard, number, whole):
-        """(ends, items, ticks) of a block, where user k's are those from ends[k] to ends[k + 1]; None: it cannot be used."""
-        key = shard, number
-        if whole and shard not in self._whole:
-            self._file(shard, whole)
-            self._whole.add(shard)
+    def _read_block(
+        self, shard: int, number: int, compare: bool
+    ) -> _DecodedBlock | None:
+        """A block; None where it cannot be used. compare: the whole file first."""
+        key = (shard, number)
+        if compare and shard not in self._compared:
+            self._get_file(shard, compare)
+            self._compared.add(shard)
         if key in self._blocks:
             self._blocks[key] = self._blocks.pop(key)  # the newest now
             return self._blocks[key]
-        block = self._file(shard, whole).block(number)
+        block = self._get_file(shard, compare).block(number)
         if block is None:
             return None
-        self._blocks[key] = (
-            np.concatenate([[0], np.cumsum(block.lengths_B)]),
-            block.items_N,
-            block.ticks_N,
+        ends_B = np.cumsum(block.lengths_B)
+        self._blocks[key] = _DecodedBlock(
+            bounds=np.concatenate([[0], ends_B]),
+            items_N=block.items_N,
+            ticks_N=block.ticks_N,
         )
         return self._blocks[key]
 
-    def _file(self, shard, whole):
-        if shard in self._files:
-            self._files[shard] = self._files.pop(shard)
-            if whole:
-                self._files[shard].compare()
-        else:
-            self._close_oldest(self._most_files - 1)
-            self._files[shard] = self._opened(shard, whole)
-            self.opened += 1
-        return self._files[shard]
+    def _drop_blocks(self) -> None:
+        while len(self._blocks) > self._room:
+            oldest = next(iter(self._blocks))
+            del self._blocks[oldest]
 
-    def _opened(self, shard, whole):
-        """A shard, for which older ones are closed where the process may have no more."""
+    def _get_file(self, shard: int, compare: bool) -> ShardFile:
+        if shard in self._files:
+            file = self._files.pop(shard)
+            self._files[shard] = file  # the newest now
+            if compare:
+                file.compare()
+            return file
+        self._close_oldest(self._most_files - 1)
+        file = self._open_file(shard, compare)
+        self._files[shard] = file
+        self.opened += 1
+        return file
+
+    def _open_file(self, shard: int, compare: bool) -> ShardFile:
+        """Opens a shard, and closes older ones where the process may have no more."""
         while True:
             try:
                 return self._open_shard(
@@ -154,7 +209,7 @@ class Histories:
                     self.dataset.shards[shard],
                     self.verify,
                     self.report,
-                    whole,
+                    compare,
                 )
             except NoDescriptors:
                 if not self._files:
@@ -162,24 +217,30 @@ class Histories:
                 self._most_files = max(1, len(self._files) // 2)
                 self._close_oldest(self._most_files - 1)
 
-    def _close_oldest(self, kept):
-        while len(self._files) > kept:
-            self._files.pop(next(iter(self._files))).close()
+    def _close_oldest(self, room: int) -> None:
+        while len(self._files) > room:
+            oldest = next(iter(self._files))
+            self._files.pop(oldest).close()
 
 
-def read_users(plan, epoch, steps, rank, verify=True, report=None):
-    """Yields (step, Users) of one rank for the given steps of an epoch; a batch may be empty.
+def read_users(
+    plan: Plan,
+    epoch: int,
+    steps: Iterable[int],
+    rank: int,
+    verify: bool = True,
+    report: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, Users]]:
+    """Yields (step, Users) of one rank for these steps of an epoch; a batch may be empty.
 
     verify, report: as `ShardFile` has them. Users of damaged blocks are not in their batch.
     """
     histories = Histories.of_plan(plan, verify, report)
     try:
         for step in steps:
-            yield (
-                step,
-                histories.read(
-                    plan.users(epoch, step, rank), plan.home_shards(epoch, rank)
-                ),
-            )
+            number_B = plan.users(epoch, step, rank)
+            home = plan.home_shards(epoch, rank)
+            users = histories.read(number_B, home)
+            yield step, users
     finally:
         histories.close()

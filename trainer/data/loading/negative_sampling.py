@@ -1,17 +1,37 @@
-"""Negative items, drawn from counters: they depend on the user (or the step), never on the rank or its history."""
+"""Negative sampling: negative items drawn from counters.
+
+They depend on the user (or the step), never on the rank or on what was drawn before. An example:
+two domains with items at the rows 0–4 and 8–11, so starts_D = [0, 8] and items_D = [5, 4].
+
+    user_N         7        7        3            users of three targets
+    position_N     0        1        0            of the target in the user's history
+    items_N        0        9        3            rows of the targets
+    domain_N       0        1        0
+
+    draw_target_negatives(…, count=2)    [[3, 4], [8, 11], [0, 1]]    of the target's domain, not it
+    draw_shared_negatives(…, count=3)    [[4, 0, 2], [8, 10, 10]]      a row of them for each domain
+"""
 
 import numpy as np
 
 from trainer.data.counter_rng import RandomStream, random_below, random_bits
 
 
-def target_negatives(
-    seed, epoch, user_N, position_N, items_N, domain_N, starts_D, items_D, count
-):
+def draw_target_negatives(
+    seed: int,
+    epoch: int,
+    user_N: np.ndarray,
+    position_N: np.ndarray,
+    items_N: np.ndarray,
+    domain_N: np.ndarray,
+    starts_D: np.ndarray,
+    items_D: np.ndarray,
+    count: int,
+) -> np.ndarray:
     """Each interaction's own negatives: int64 (N, count) rows.
 
-    user_N, position_N: user number and place in the user's history; items_N: the target's row; starts_D, items_D: first
-    row and number of items of each domain.
+    user_N, position_N: user number and position in the user's history. items_N: the target's row.
+    starts_D, items_D: first row and number of items of each domain.
     """
     bits = random_bits(
         seed,
@@ -21,13 +41,29 @@ def target_negatives(
         position_N[:, None],
         np.arange(count)[None, :],
     )
-    others = random_below(bits, (items_D[domain_N] - 1)[:, None])
-    target = (items_N - starts_D[domain_N])[:, None]
-    return starts_D[domain_N][:, None] + others + (others >= target)
+    start_N = starts_D[domain_N]
+    other_items_N = items_D[domain_N] - 1
+    drawn = random_below(bits, other_items_N[:, None])
+    target = (items_N - start_N)[:, None]
+    # What is drawn counts the domain's items without the target.
+    passes_target = drawn >= target
+    return start_N[:, None] + drawn + passes_target
 
 
-def shared_negatives(seed, epoch, step, starts_D, items_D, count):
-    """Negatives that all targets of a domain share in one step: a list of D int64 arrays of rows."""
+def draw_shared_negatives(
+    seed: int,
+    epoch: int,
+    step: int,
+    starts_D: np.ndarray,
+    items_D: np.ndarray,
+    count: int,
+) -> list[np.ndarray]:
+    """Negatives that all targets of a domain share in one step: D int64 arrays of rows.
+
+    A domain of at most `count` items gives all of them.
+    """
+    starts_D = np.asarray(starts_D)
+    items_D = np.asarray(items_D)
     bits = random_bits(
         seed,
         RandomStream.SHARED_NEGATIVES,
@@ -36,41 +72,55 @@ def shared_negatives(seed, epoch, step, starts_D, items_D, count):
         np.arange(len(starts_D))[:, None],
         np.arange(count),
     )
-    drawn = np.asarray(starts_D)[:, None] + random_below(
-        bits, np.asarray(items_D)[:, None]
-    )
-    few = [
-        start + np.arange(items) if items <= count else None
-        for start, items in zip(starts_D, items_D, strict=True)
-    ]
-    return [rows if own is None else own for rows, own in zip(drawn, few, strict=True)]
+    drawn = random_below(bits, items_D[:, None])
+    rows_of_domains = list(starts_D[:, None] + drawn)
+    for domain in np.flatnonzero(items_D <= count).tolist():
+        rows_of_domains[domain] = starts_D[domain] + np.arange(items_D[domain])
+    return rows_of_domains
 
 
-def evaluation_negatives(seed, user, touched, start, items, count):
-    """`count` different rows of a domain that the user never touched, or all of them where there are fewer.
+def evaluation_negatives(
+    seed: int, user: int, touched: np.ndarray, start: int, items: int, count: int
+) -> np.ndarray:
+    """`count` different rows of a domain that the user never touched: the candidates to rank.
 
-    touched: the user's rows, any domain. Depends on (seed, user) alone: validation, test and every system that is
-    compared rank the same candidates.
+    All of them where there are fewer. The draw depends on (seed, user) alone: validation, test and
+    every system that is compared rank the same candidates. touched: the user's rows, any domain.
     """
-    own = np.unique(touched[(touched >= start) & (touched < start + items)] - start)
-    if items - len(own) <= count:
-        return start + np.setdiff1d(np.arange(items), own, assume_unique=True)
+    in_domain = (touched >= start) & (touched < start + items)
+    touched = np.unique(touched[in_domain] - start)
+    if items - len(touched) <= count:
+        untouched = np.setdiff1d(np.arange(items), touched, assume_unique=True)
+        return start + untouched
     if items <= 8 * count:
-        keys = random_bits(
-            seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(items)
-        )
-        keys[own] = np.iinfo(np.uint64).max
-        return start + np.argsort(keys, kind="stable")[:count]
+        drawn = _draw_from_few(seed, user, touched, items, count)
+    else:
+        drawn = _draw_from_many(seed, user, touched, items, count)
+    return start + drawn
+
+
+def _draw_from_few(
+    seed: int, user: int, touched: np.ndarray, items: int, count: int
+) -> np.ndarray:
+    """The first untouched items of a random order of all."""
+    keys = random_bits(seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(items))
+    keys[touched] = np.iinfo(np.uint64).max
+    order = np.argsort(keys, kind="stable")
+    return order[:count]
+
+
+def _draw_from_many(
+    seed: int, user: int, touched: np.ndarray, items: int, count: int
+) -> np.ndarray:
+    """The first different untouched items of a sequence of draws (rejection sampling)."""
     draws = 2 * count
     while True:
-        drawn = random_below(
-            random_bits(
-                seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(draws)
-            ),
-            items,
-        )
-        drawn = drawn[~np.isin(drawn, own)]
-        first = np.sort(np.unique(drawn, return_index=True)[1])
+        numbers = np.arange(draws)
+        bits = random_bits(seed, RandomStream.EVALUATION_CANDIDATES, user, numbers)
+        drawn = random_below(bits, items)
+        drawn = drawn[~np.isin(drawn, touched)]
+        _, first = np.unique(drawn, return_index=True)
         if len(first) >= count:
-            return start + drawn[first[:count]]
+            first = np.sort(first)
+            return drawn[first[:count]]
         draws *= 2

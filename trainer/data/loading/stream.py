@@ -1,26 +1,42 @@
-"""What each rank is fed: batches built ahead by worker processes, which the plan says who is in."""
+"""The data loader: each rank's batches, built ahead by worker processes (prefetch).
+
+    BatchSchedule ──▶ TrainBatches ──▶ worker processes ──▶ BatchFeed ──▶ the training loop
+    who is in which    reads users,     pack each batch       one RankBatch
+    batch and on       builds batches   in one piece of       a step
+    which rank                          shared memory
+
+Worker w of n builds every n-th batch. `worker_handover.py` draws how a batch comes to the trainer.
+
+Letters at the end of names: B users, N interactions, D domains, U users of the batch of all ranks.
+"""
 
 import gc
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from syncrec.batch.build import Batch, build_batch, trim, without_look_up
+from syncrec.batch.build import Batch, Candidates, build_batch, trim, without_look_up
 from trainer.config.negatives import NegativesConfig
 from trainer.config.stream import MEASURED, StreamConfig
-from trainer.data.format.dataset import SPLIT_LENGTH
+from trainer.data.format.dataset import SPLIT_LENGTH, Dataset
 from trainer.data.format.shards import codec
 from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.histories import NO_USERS, Histories
+from trainer.data.loading.histories import NO_USERS, Histories, Users
+from trainer.data.loading.jagged import count_within_rows, join_ranges, row_begins
 from trainer.data.loading.mutual_information_sample import draw_candidates
-from trainer.data.loading.negative_sampling import shared_negatives, target_negatives
+from trainer.data.loading.negative_sampling import (
+    draw_shared_negatives,
+    draw_target_negatives,
+)
 from trainer.data.loading.worker_handover import (
-    Packed,
-    Packer,
+    BatchPacker,
+    PackedBatch,
     refuse_small_shared_memory,
     unpack,
 )
@@ -29,18 +45,22 @@ from trainer.errors import InputError
 
 _FEW_DOMAINS = 24
 _HELD_OUT = 2  # the newest interactions of a user: validation, test
-_WARM_UP, _MEASURED_STEPS = 5, 20  # steps that do not count, and those that do
-_SPARE = 1.25  # worker processes beside what the mean asks for: batches differ, and so does the machine
+_FILLER_LENGTH = 2  # interactions of a user that only fills up: one input, one target
+_WARM_UP = 5  # steps that do not count
+_MEASURED_STEPS = 20
+# Worker processes beside what the mean asks for: batches differ, and so does the machine.
+_SPARE = 1.25
 
 
 @dataclass(frozen=True)
 class Fed:
     """One step of one rank: its batch, and who is missing in it.
 
-    users_B: numbers of the batch's real users, int64, in order; those without an interaction of `stream.domain` are not
-    counted in the batch. skipped: users that would be there too if they could be
-    read. reasons: a line for each damaged place that this worker met for the first time since its last Fed; several
-    workers read the same shards, so another may say the same. seconds: what reading and building took.
+    users_B: numbers of the batch's real users, int64, in order. Those without an interaction of
+    `stream.domain` are not counted in the batch. skipped: users that would be there too if they
+    could be read. reasons: a line for each damaged place that this worker met for the first time
+    since its last batch; several workers read the same shards, so another may say the same.
+    seconds: what reading and building took.
     """
 
     batch: Batch
@@ -49,7 +69,7 @@ class Fed:
     reasons: tuple[str, ...]
     seconds: float = 0.0
 
-    def pin_memory(self):
+    def pin_memory(self) -> "Fed":
         """The same with the batch in pinned memory (a DataLoader calls this)."""
         return replace(self, batch=self.batch.pin_memory())
 
@@ -58,24 +78,26 @@ class Reasons:
     """What was skipped and why, each line once; called with a line (see `read_blocks`)."""
 
     def __init__(self):
-        self._known, self._new = set(), []
+        self._known: set[str] = set()
+        self._new: list[str] = []
 
-    def __call__(self, line):
+    def __call__(self, line: str) -> None:
         if line not in self._known:
             self._known.add(line)
             self._new.append(line)
 
     def take(self) -> tuple[str, ...]:
         """The lines since the last call."""
-        taken, self._new = tuple(self._new), []
-        return taken
+        lines = tuple(self._new)
+        self._new = []
+        return lines
 
 
 class TrainBatches(torch.utils.data.IterableDataset):
-    """What one rank is fed (Fed) from a position on, epoch after epoch, without end.
+    """One rank's batches from a position on, epoch after epoch, without end.
 
-    Worker w of n builds every n-th batch, so that each arrives whole; reading what the other workers build is cheap
-    beside building it.
+    Worker w of n builds every n-th batch, so that each arrives whole. Reading what the other
+    workers build is cheap beside building it.
     """
 
     def __init__(
@@ -89,150 +111,190 @@ class TrainBatches(torch.utils.data.IterableDataset):
         config: StreamConfig,
         candidates: int = 0,
     ):
-        """candidates: the users a domain that stand for all of a batch with more users (SC-MIM); 0: all users do."""
-        super().__init__()
-        self.candidates = candidates
-        self.plan, self.rank, self.position = plan, rank, position
-        self.max_length, self.pooling, self.negatives, self.config = (
-            max_length,
-            pooling,
-            negatives,
-            config,
-        )
-        self.alone = (
-            plan.dataset.domain_number(config.domain) if config.domain else None
-        )
+        """candidates: the users a domain that stand for all of a larger batch (SC-MIM).
 
-    def at(self, position) -> "TrainBatches":
+        0: all users do.
+        """
+        super().__init__()
+        self.plan = plan
+        self.rank = rank
+        self.position = position
+        self.max_length = max_length
+        self.pooling = pooling
+        self.negatives = negatives
+        self.config = config
+        self.candidates = candidates
+        self.only_domain: int | None = None
+        if config.domain:
+            self.only_domain = plan.dataset.domain_number(config.domain)
+        domains = plan.dataset.domains
+        self._items_D = np.array([domain.items for domain in domains])
+
+    def from_position(self, position: int) -> "TrainBatches":
         """The same from another position on."""
-        options = (
+        return TrainBatches(
+            self.plan,
+            self.rank,
+            position,
             self.max_length,
             self.pooling,
             self.negatives,
             self.config,
             self.candidates,
         )
-        return TrainBatches(self.plan, self.rank, position, *options)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Fed]:
+        position = self.position
+        stride = 1
         worker = torch.utils.data.get_worker_info()
-        position, stride = (
-            (self.position + worker.id, worker.num_workers)
-            if worker
-            else (self.position, 1)
-        )
+        if worker is not None:
+            position += worker.id
+            stride = worker.num_workers
         reasons = Reasons()
-        histories = Histories.of_plan(
-            self.plan,
-            self.config.verify,
-            reasons if self.config.damaged == "skip" else None,
-        )
-        known = 0
+        report = None
+        if self.config.damaged == "skip":
+            report = reasons
+        histories = Histories.of_plan(self.plan, self.config.verify, report)
+        opened = 0
         try:
             while True:
                 begun = time.perf_counter()
                 epoch, step = self.plan.locate(position)
                 wanted_B = self.plan.users(epoch, step, self.rank)
-                users = histories.read(
-                    wanted_B, self.plan.home_shards(epoch, self.rank)
-                )
-                if (
-                    histories.opened > known
-                ):  # what comes after these may have to be fetched
-                    known = histories.opened
-                    self.plan.dataset.ahead(
-                        self.plan.next_shards(epoch, step, self.rank)
-                    )
-                batch, skipped = (
-                    self.build(epoch, step, users),
-                    len(wanted_B) - len(users.number_B),
-                )
+                home = self.plan.home_shards(epoch, self.rank)
+                users = histories.read(wanted_B, home)
+                if histories.opened > opened:
+                    # What comes after these shards may have to be fetched.
+                    opened = histories.opened
+                    shards = self.plan.next_shards(epoch, step, self.rank)
+                    self.plan.dataset.ahead(shards)
+                batch = self.build(epoch, step, users)
                 yield Fed(
-                    batch,
-                    users.number_B,
-                    skipped,
-                    reasons.take(),
-                    time.perf_counter() - begun,
+                    batch=batch,
+                    users_B=users.number_B,
+                    skipped=len(wanted_B) - len(users.number_B),
+                    reasons=reasons.take(),
+                    seconds=time.perf_counter() - begun,
                 )
                 position += stride
         finally:
             histories.close()
 
-    def build(self, epoch, step, users) -> Batch:
-        """One rank's batch: training part, weight-zero users, negatives, both views.
+    def build(self, epoch: int, step: int, users: Users) -> Batch:
+        """One rank's batch: training part, filler users of weight zero, negatives, both views.
 
-        Who only fills up has two interactions, one input and one target, with a row that the batch looks up anyway: an
-        optimizer like Adam moves each row that is looked up, whatever its gradient. Where there is none, nothing is.
+        A filler user has two interactions, one input and one target, with a row that the batch
+        looks up anyway: an optimizer like Adam moves each row that is looked up, whatever its
+        gradient. Where there is no such row, nothing is looked up.
+
+        An example: items of two domains at the rows 0–4 and 8–11, three of four users on this
+        rank, where the rank with most users of the step has four.
+
+            users           0 9 1 2 | 9 8 | 3 9 4      histories of the users 7, 3 and 9
+            training part   0 9     | 9 8 | 3          without the newest two, if it has three
+            filled up       0 9     | 9 8 | 3 | 3 3    a filler user with the row that came last
+            lengths_B       [2, 2, 1, 2]
+            domain_N        [0, 1, 1, 1, 0, 0, 0]
+            weight_B        [1, 1, 1, 0]
         """
-        dataset, seed = self.plan.dataset, self.plan.seed
-        number_B, lengths_B, place_N, position_N = training_part(
-            dataset, users, self.config.domain
-        )
-        items_N, ticks_N = users.items_N[place_N], users.ticks_N[place_N]
-        items_D = np.array([domain.items for domain in dataset.domains])
-        shared = None
-        if self.negatives.shared:
-            shared = shared_negatives(
-                seed, epoch, step, dataset.starts, items_D, self.negatives.shared
-            )
-            if self.alone is not None:  # nothing of the others is predicted
-                shared = [
-                    rows if number == self.alone else rows[:0]
-                    for number, rows in enumerate(shared)
-                ]
-        looked_up = items_N if shared is None else np.concatenate([items_N, *shared])
-        filler = (
-            looked_up[-1] if len(looked_up) else 0
-        )  # the newest of the last user, which is not trimmed
-        missing = max(0, self.plan.users_per_rank(epoch, step) - len(lengths_B))
-        real_B = np.arange(len(lengths_B) + missing) < len(lengths_B)
-        whole_B = lengths_B
-        lengths_B = np.append(lengths_B, np.full(missing, 2))
-        items_N = np.append(items_N, np.full(2 * missing, filler, items_N.dtype))
-        ticks_N = np.append(ticks_N, np.zeros(2 * missing, ticks_N.dtype))
+        dataset = self.plan.dataset
+        part = _TrainingPart.of_users(dataset, users, self.config.domain)
+        shared = self._draw_shared_negatives(epoch, step)
+        looked_up = part.items_N
+        if shared is not None:
+            looked_up = np.concatenate([part.items_N, *shared])
+        filler = 0
+        if len(looked_up):
+            filler = looked_up[
+                -1
+            ]  # among interactions the newest of all, never trimmed
+        fillers = self.plan.users_per_rank(epoch, step) - len(part.number_B)
+        filled = part.fill_up(max(0, fillers), filler)
         kept_N, lengths_B, domain_N = trim(
-            np.arange(len(items_N)),
-            lengths_B,
-            domains_of(dataset, items_N),
+            np.arange(len(filled.items_N)),
+            filled.lengths_B,
+            domains_of(dataset, filled.items_N),
             self.max_length,
         )
-        items_N, ticks_N = items_N[kept_N], ticks_N[kept_N]
+        items_N = filled.items_N[kept_N]
         negatives = shared
         if negatives is None:
-            real = (
-                len(kept_N) - 2 * missing
-            )  # those that fill up come last, and are not trimmed
-            drawn = target_negatives(
-                seed,
-                epoch,
-                np.repeat(number_B, whole_B)[kept_N[:real]],
-                position_N[kept_N[:real]],
-                items_N[:real],
-                domain_N[:real],
-                dataset.starts,
-                items_D,
-                self.negatives.per_target,
+            negatives = self._draw_own_negatives(
+                epoch, part, kept_N, items_N, domain_N, filler
             )
-            negatives = np.concatenate(
-                [drawn, np.full((2 * missing, self.negatives.per_target), filler)]
-            )
-        weight_B = real_B.astype(np.float32)
+        weight_B = np.ones(len(lengths_B), np.float32)
+        weight_B[len(part.number_B) :] = 0
         batch = build_batch(
             items_N,
             lengths_B,
             domain_N,
             weight_B,
             negatives,
-            items_D,
+            self._items_D,
             self.max_length,
             self.pooling,
-            ticks_N,
+            filled.ticks_N[kept_N],
         )
-        batch = replace(batch, candidates=self._candidates(epoch, step, number_B))
-        return batch if len(looked_up) else without_look_up(batch)
+        candidates = self._draw_candidates(epoch, step, part.number_B)
+        batch = replace(batch, candidates=candidates)
+        if len(looked_up) == 0:
+            return without_look_up(batch)
+        return batch
 
-    def _candidates(self, epoch, step, number_B):
-        """This rank's part of those who stand for all users of the step; None where all stand for themselves."""
+    def _draw_shared_negatives(self, epoch: int, step: int) -> list[np.ndarray] | None:
+        """The rows of each domain; None where each target has its own."""
+        if not self.negatives.shared:
+            return None
+        rows_of_domains = draw_shared_negatives(
+            self.plan.seed,
+            epoch,
+            step,
+            self.plan.dataset.starts,
+            self._items_D,
+            self.negatives.shared,
+        )
+        if self.only_domain is not None:
+            for domain, rows in enumerate(rows_of_domains):
+                if domain != self.only_domain:  # nothing of it is predicted
+                    rows_of_domains[domain] = rows[:0]
+        return rows_of_domains
+
+    def _draw_own_negatives(
+        self,
+        epoch: int,
+        part: "_TrainingPart",
+        kept_N: np.ndarray,
+        items_N: np.ndarray,
+        domain_N: np.ndarray,
+        filler: int,
+    ) -> np.ndarray:
+        """Each target's own negatives, and `filler` for those of filler users: int64 (N, n)."""
+        # Fillers come last, and are not trimmed: the rest of what is kept is the users'.
+        targets = int(np.searchsorted(kept_N, len(part.items_N)))
+        kept_targets = kept_N[:targets]
+        user_N = np.repeat(part.number_B, part.lengths_B)
+        drawn = draw_target_negatives(
+            self.plan.seed,
+            epoch,
+            user_N[kept_targets],
+            part.position_N[kept_targets],
+            items_N[:targets],
+            domain_N[:targets],
+            self.plan.dataset.starts,
+            self._items_D,
+            self.negatives.per_target,
+        )
+        filler_targets = len(kept_N) - targets
+        of_fillers = np.full((filler_targets, self.negatives.per_target), filler)
+        return np.concatenate([drawn, of_fillers])
+
+    def _draw_candidates(
+        self, epoch: int, step: int, number_B: np.ndarray
+    ) -> Candidates | None:
+        """This rank's part of those who stand for all users of the step in SC-MIM.
+
+        None where all stand for themselves.
+        """
         if not self.candidates:
             return None
         users_U, _ = self.plan.batch(epoch, step)
@@ -244,32 +306,83 @@ class TrainBatches(torch.utils.data.IterableDataset):
         )
 
 
-def training_part(dataset, users, domain=""):
-    """What is trained on: (number_B, lengths_B, place_N, position_N), all int64, user after user.
+@dataclass(frozen=True)
+class _TrainingPart:
+    """The interactions that users are trained on, jagged, oldest first."""
 
-    Users, how many interactions each has, and where these are: among all of `users`, and in the user's history. domain: its
-    interactions alone, and users who have any.
+    number_B: np.ndarray
+    lengths_B: np.ndarray
+    position_N: np.ndarray  # in the user's history
+    items_N: np.ndarray
+    ticks_N: np.ndarray
+
+    @classmethod
+    def of_users(cls, dataset: Dataset, users: Users, domain: str) -> "_TrainingPart":
+        """domain: its interactions alone, and users who have any."""
+        number_B, lengths_B, place_N, position_N = training_part(dataset, users, domain)
+        return cls(
+            number_B=number_B,
+            lengths_B=lengths_B,
+            position_N=position_N,
+            items_N=users.items_N[place_N],
+            ticks_N=users.ticks_N[place_N],
+        )
+
+    def fill_up(self, fillers: int, item: int) -> "_TrainingPart":
+        """The same with filler users, who have no number, and no positions."""
+        interactions = _FILLER_LENGTH * fillers
+        lengths = np.full(fillers, _FILLER_LENGTH)
+        items = np.full(interactions, item, self.items_N.dtype)
+        ticks = np.zeros(interactions, self.ticks_N.dtype)
+        return replace(
+            self,
+            lengths_B=np.append(self.lengths_B, lengths),
+            items_N=np.append(self.items_N, items),
+            ticks_N=np.append(self.ticks_N, ticks),
+        )
+
+
+def training_part(
+    dataset: Dataset, users: Users, domain: str = ""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The training part of the leave-one-out split: (number_B, lengths_B, place_N, position_N).
+
+    All are int64, user after user: the users, how many interactions each has, and where these are
+    among all of `users`, and in the user's history. domain: its interactions alone, and users who
+    have any. An example with three users, items of two domains at the rows 0–4 and 8–11:
+
+        users.number_B    [7,           3,    9      ]
+        users.lengths_B   [4,           2,    3      ]
+        users.items_N     [0, 9, 1, 2,  9, 8, 3, 9, 4]
+
+                          both domains          the first one alone
+        number_B          [7, 3, 9]             [7, 9]
+        lengths_B         [2, 2, 1]             [1, 1]
+        place_N           [0, 1, 4, 5, 6]       [0, 6]
+        position_N        [0, 1, 0, 1, 0]       [0, 0]
     """
     lengths_B = np.where(
         users.lengths_B >= SPLIT_LENGTH, users.lengths_B - _HELD_OUT, users.lengths_B
     )
-    user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
-    position_N = np.arange(len(user_N)) - np.repeat(
-        np.cumsum(lengths_B) - lengths_B, lengths_B
-    )
-    place_N = position_N + np.repeat(
-        np.cumsum(users.lengths_B) - users.lengths_B, lengths_B
-    )
+    position_N = count_within_rows(lengths_B)
+    place_N = join_ranges(row_begins(users.lengths_B), lengths_B)
     if not domain:
         return users.number_B, lengths_B, place_N, position_N
-    own_N = domains_of(dataset, users.items_N[place_N]) == dataset.domain_number(domain)
-    lengths_B = np.bincount(user_N[own_N], minlength=len(lengths_B))
-    some_B = lengths_B > 0
-    return users.number_B[some_B], lengths_B[some_B], place_N[own_N], position_N[own_N]
+    user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    domain_N = domains_of(dataset, users.items_N[place_N])
+    in_domain_N = domain_N == dataset.domain_number(domain)
+    lengths_B = np.bincount(user_N[in_domain_N], minlength=len(lengths_B))
+    has_domain_B = lengths_B > 0
+    return (
+        users.number_B[has_domain_B],
+        lengths_B[has_domain_B],
+        place_N[in_domain_N],
+        position_N[in_domain_N],
+    )
 
 
-def domains_of(dataset, items_N):
-    """`Dataset.domain_of`, quicker for a few domains."""
+def domains_of(dataset: Dataset, items_N: np.ndarray) -> np.ndarray:
+    """The domain number of each row of M: `Dataset.domain_of`, quicker for a few domains."""
     if len(dataset.starts) > _FEW_DOMAINS:
         return dataset.domain_of(items_N)
     domain_N = np.zeros(len(items_N), np.int8)
@@ -279,28 +392,26 @@ def domains_of(dataset, items_N):
 
 
 class Feed:
-    """What one rank is fed, step after step, built ahead by worker processes.
+    """One rank's batches, step after step, built ahead by worker processes.
 
-    Where their number is to be measured it begins with one. After some steps there are as many as it takes to build a batch,
-    and a quarter more, while a step computes; the loader then begins anew where training is. Any number builds the same.
+    Where the number of workers is to be measured, one begins. After some steps there are as many
+    as it takes to build a batch, and a quarter more, while a step computes. The loader then begins
+    anew where training is. Any number of workers builds the same batches.
     """
 
     def __init__(self, batches: TrainBatches, pin_memory: bool, cores: int):
-        """cores: those that this rank may use for itself, and so the most workers that are measured to be needed."""
-        self._batches, self._pin_memory, self._cores = (
-            batches,
-            pin_memory,
-            max(1, cores),
-        )
-        self._measures, self._build, self._compute = (
-            batches.config.workers == MEASURED,
-            [],
-            [],
-        )
-        self.position, self.workers = (
-            batches.position,
-            1 if self._measures else batches.config.workers,
-        )
+        """cores: those that this rank may use for itself.
+
+        They are the most workers that are started where the number is measured.
+        """
+        self._batches = batches
+        self._pin_memory = pin_memory
+        self._cores = max(1, cores)
+        self._measures = batches.config.workers == MEASURED
+        self._build_seconds: list[float] = []
+        self._step_seconds: list[float] = []
+        self.position = batches.position
+        self.workers = _first_workers(batches.config)
         self._begin()
 
     def __next__(self) -> Fed:
@@ -308,114 +419,159 @@ class Feed:
         fed = next(self._stream)
         self.position += 1
         if self._measures:
-            self._build.append(fed.seconds)
+            self._build_seconds.append(fed.seconds)
         return fed
 
     def without_users(self) -> Fed:
-        """In place of the next step's batch, where that cannot be had: one in which this rank only takes part."""
+        """In place of the next step's batch, where that cannot be read: one without a real user.
+
+        With it this rank only takes part in the step.
+        """
         plan = self._batches.plan
         epoch, step = plan.locate(self.position)
         self.position += 1
-        nobody = np.zeros(0, np.int64)
-        return Fed(self._batches.build(epoch, step, NO_USERS), nobody, 0, ())
+        batch = self._batches.build(epoch, step, NO_USERS)
+        return Fed(batch, users_B=np.zeros(0, np.int64), skipped=0, reasons=())
 
-    def computed(self, seconds):
-        """Called after each step with the seconds that it computed. Returns a line to log where the number of workers
-        follows from them, else None."""
+    def computed(self, seconds: float) -> str | None:
+        """Notes how long a step computed: called after each step.
+
+        Returns a line to log where the number of workers follows from the steps so far.
+        """
         if not self._measures:
             return None
-        self._compute.append(seconds)
-        if len(self._compute) < _WARM_UP + _MEASURED_STEPS:
+        self._step_seconds.append(seconds)
+        if len(self._step_seconds) < _WARM_UP + _MEASURED_STEPS:
             return None
         self._measures = False
-        build, compute = (
-            sum(taken[_WARM_UP:][:_MEASURED_STEPS]) / _MEASURED_STEPS
-            for taken in (self._build, self._compute)
-        )
+        build = _average_measured(self._build_seconds)
+        compute = _average_measured(self._step_seconds)
         needed = workers_needed(build, compute)
-        found = f"a batch takes {build:.3g} s to build and a step {compute:.3g} s: {needed} worker processes a rank"
+        line = (
+            f"a batch takes {build:.3g} s to build and a step {compute:.3g} s: "
+            f"{needed} worker processes a rank"
+        )
         if needed > self._cores:
-            found += f", of which {self._cores} are started for want of cores: training will wait for data"
-        if min(needed, self._cores) > self.workers:
+            line += (
+                f", of which {self._cores} are started for want of cores: "
+                "training will wait for data"
+            )
+        workers = min(needed, self._cores)
+        if workers > self.workers:
             self._stream.close()
-            self.workers = min(needed, self._cores)
+            self.workers = workers
             self._begin()
-        return found
+        return line
 
-    def close(self):
+    def close(self) -> None:
         """Ends the workers."""
         self._stream.close()
 
-    def _begin(self):
-        self._stream = ready(
-            self._batches.at(self.position),
-            self._batches.config,
-            self._pin_memory,
-            self.workers,
-        )
+    def _begin(self) -> None:
+        batches = self._batches.from_position(self.position)
+        config = self._batches.config
+        self._stream = ready(batches, config, self._pin_memory, self.workers)
 
 
-def workers_needed(build_seconds, step_seconds):
+def workers_needed(build_seconds: float, step_seconds: float) -> int:
     """How many processes build batches as fast as steps take them, with something to spare."""
-    return max(1, math.ceil(_SPARE * build_seconds / max(step_seconds, 1e-9)))
+    build_seconds = _SPARE * build_seconds
+    step_seconds = max(step_seconds, 1e-9)
+    return max(1, math.ceil(build_seconds / step_seconds))
 
 
-def ready(batches, config: StreamConfig, pin_memory: bool, workers: int | None = None):
-    """Yields what `batches` (an IterableDataset) builds, in order, built ahead in worker processes.
+def _average_measured(seconds: list[float]) -> float:
+    measured = seconds[_WARM_UP : _WARM_UP + _MEASURED_STEPS]
+    return sum(measured) / _MEASURED_STEPS
 
-    pin_memory: for asynchronous copies to a CUDA device. workers: how many, where it is not the config that says so; one
-    where that leaves it to be measured. Raises InputError as the worker did.
+
+def _first_workers(config: StreamConfig) -> int:
+    """One where the number of workers is to be measured."""
+    if config.workers == MEASURED:
+        return 1
+    return config.workers
+
+
+def ready(
+    batches: Iterable,
+    config: StreamConfig,
+    pin_memory: bool,
+    workers: int | None = None,
+) -> Iterator[Any]:
+    """Yields what `batches` (an IterableDataset) builds, in order, prefetched by worker processes.
+
+    pin_memory: for asynchronous copies to a CUDA device. workers: how many, where it is not the
+    config that says so; one where the config leaves it to be measured. Raises InputError as the
+    worker did.
     """
     if workers is None:
-        workers = 1 if config.workers == MEASURED else config.workers
+        workers = _first_workers(config)
     codec()  # loaders are forked: they share what is loaded here
+    prefetch = None
+    if workers:
+        prefetch = config.prefetch
     loader = torch.utils.data.DataLoader(
-        _Guarded(batches),
+        _PackedBatches(batches),
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=config.prefetch if workers else None,
+        prefetch_factor=prefetch,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_set_up_worker,
     )
-    looked_at = not workers
+    memory_checked = workers == 0
     for batch in loader:
-        if isinstance(batch, _Refusal):
+        if isinstance(batch, _WorkerError):
             raise InputError(batch.reason, one_rank=True)
-        if not looked_at and isinstance(batch, Packed):
+        if not isinstance(batch, PackedBatch):
+            yield batch
+            continue
+        if not memory_checked:
+            piece_bytes = len(batch.piece)
+            world_size = batches.plan.world_size
             refuse_small_shared_memory(
-                len(batch.piece), workers, config.prefetch, batches.plan.world_size
+                piece_bytes, workers, config.prefetch, world_size
             )
-            looked_at = True
-        yield unpack(batch) if isinstance(batch, Packed) else batch
+            memory_checked = True
+        yield unpack(batch)
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class _WorkerError:
+    """An InputError on its way to the trainer."""
+
     reason: str
 
 
-class _Guarded(torch.utils.data.IterableDataset):
-    """Hands over in one piece what a worker builds, and an InputError as a value: raised, it would arrive as a trace."""
+class _PackedBatches(torch.utils.data.IterableDataset):
+    """Hands over in one piece what a worker builds.
 
-    def __init__(self, batches):
+    It hands over an InputError as a value: raised, it would arrive as a trace.
+    """
+
+    def __init__(self, batches: Iterable):
         super().__init__()
         self.batches = batches
 
-    def __iter__(self):
-        pack = Packer(shared=torch.utils.data.get_worker_info() is not None)
+    def __iter__(self) -> Iterator[Any]:
+        in_worker = torch.utils.data.get_worker_info() is not None
+        pack = BatchPacker(shared=in_worker)
         try:
             for batch in self.batches:
-                yield pack(batch) if is_dataclass(batch) else batch
+                if is_dataclass(batch):
+                    yield pack(batch)
+                else:
+                    yield batch
         except InputError as error:
-            yield _Refusal(str(error))
+            yield _WorkerError(str(error))
 
 
-def _start_worker(_worker):
-    # What the forked process inherits is not its own to collect: a process group that is garbage waits, when it is taken
-    # away, for threads that only its maker has.
+def _set_up_worker(_worker: int) -> None:
+    # What the forked process inherits is not its own to collect: a process group that is garbage
+    # waits, when it is taken away, for threads that only its maker has.
     gc.freeze()
     torch.set_num_threads(1)
     keep_freed_memory()
-    # A launcher that stops a run asks every process of it; the trainer still needs what is built to reach its checkpoint.
+    # A launcher that stops a run asks every process of it; the trainer still needs what is built
+    # to reach its checkpoint.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,13 +1,29 @@
-"""How a dataclass full of tensors goes from a worker process to the trainer: as one piece of shared memory, used again.
+"""The worker hand-over: how a batch goes from a worker process to the trainer, in shared memory.
 
-Each tensor on its own would be a file descriptor, a mapping and a thread's wake-up of its own, which for a small batch takes
-longer than building it; and fresh shared memory comes page by page, which takes as long again. So a worker keeps its pieces,
-and fills one anew once the trainer has let go of all tensors in it. Integers go as int32, which holds every row, token and
-slot, and is half as much to write, to map and to bring to a device; `syncrec.batch.build.move` widens them there.
+The batch is a dataclass full of tensors. All go as one piece of shared memory, which is used again:
+
+    worker                                                  trainer
+
+    RankBatch(ids, weight, …)
+        │  BatchPacker
+        ▼
+    piece   0        64          …            last byte
+            ┌────────┬───────────┬───────────┬───┐
+            │ ids    │ weight    │ …         │ 1 │ ─────▶   unpack: tensors that are views of the
+            └────────┴───────────┴───────────┴───┘          piece, in a RankBatch as before
+                                               0  ◀─────    when the last of them is gone:
+    the worker may fill the piece again                     the last byte says that it is free
+
+Each tensor on its own would be a file descriptor, a mapping and a thread's wake-up, which for a
+small batch takes longer than building it. Fresh shared memory comes page by page, which takes as
+long again. So a worker keeps its pieces, and fills one anew once the trainer has let go of all
+tensors in it. Integers go as int32, which holds every row, token and slot. That is half as much to
+write, to map and to bring to a device; `syncrec.batch.build.move` widens them there.
 """
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -20,131 +36,169 @@ SHARED_MEMORY = "/dev/shm"  # what holds the pieces, on Linux
 _ALIGNED = 64  # bytes
 _IN_HAND = 2  # batches of a rank: the one that is trained on, and the next one
 _MAKE_ROOM = (
-    "give it more (docker run --shm-size, a Kubernetes emptyDir with medium: Memory), or lower stream.prefetch, "
-    "stream.workers (0: none is needed) or the batch"
+    "give it more (docker run --shm-size, a Kubernetes emptyDir with medium: Memory), "
+    "or lower stream.prefetch, stream.workers (0: none is needed) or the batch"
 )
 _KEPT = 16  # pieces that a worker fills again; a trainer that holds on to more gets new ones
+_FREE = 0  # values of a piece's last byte
+_IN_USE = 1
 
 
 @dataclass(frozen=True)
-class Packed:
-    """`value` with a `_Place` for each tensor, and a piece of memory with the tensors' bytes, the last of which says whether
-    it is in use."""
+class PackedBatch:
+    """A dataclass packed by `BatchPacker`.
+
+    value: the dataclass with a `_Slot` in place of each tensor. piece: memory with the tensors'
+    bytes, the last of which says whether it is in use.
+    """
 
     value: Any
     piece: torch.Tensor
 
-    def pin_memory(self):
+    def pin_memory(self) -> "PackedBatch":
         """The same in pinned memory (a DataLoader calls this)."""
         pinned = replace(self, piece=self.piece.pin_memory())
-        _let_go(self.piece)
+        _free(self.piece)
         return pinned
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Slot:
+    """Where in a piece a tensor's bytes are, and what they are."""
+
     begin: int
     end: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def view(self, piece: torch.Tensor) -> torch.Tensor:
+        """The tensor, which shares the piece."""
+        data = piece[self.begin : self.end]
+        return data.view(self.dtype).view(self.shape)
 
-class Packer:
-    """Copies the CPU tensors of dataclasses, and of the dataclasses in them, into pieces of memory; int64 becomes int32."""
 
-    def __init__(self, shared=True):
+class _Layout:
+    """Gives tensors slots one after the other."""
+
+    def __init__(self):
+        self.size = 0
+        self.tensors: list[torch.Tensor] = []
+        self.slots: list[_Slot] = []
+
+    def add(self, tensor: torch.Tensor) -> _Slot:
+        """The tensor's slot; int64 becomes int32."""
+        dtype = tensor.dtype
+        if dtype == torch.int64:
+            dtype = torch.int32
+        length = tensor.numel() * dtype.itemsize
+        slot = _Slot(self.size, self.size + length, dtype, tuple(tensor.shape))
+        self.tensors.append(tensor)
+        self.slots.append(slot)
+        self.size += -(-length // _ALIGNED) * _ALIGNED
+        return slot
+
+
+class BatchPacker:
+    """Copies the CPU tensors of a dataclass into a piece of memory; int64 becomes int32.
+
+    So it does with those of the dataclasses in it.
+    """
+
+    def __init__(self, shared: bool = True):
         """shared: memory that another process can map."""
-        self._shared, self._pieces = shared, []
+        self._shared = shared
+        self._pieces: list[torch.Tensor] = []
 
-    def __call__(self, value) -> Packed:
-        """The value packed. What `unpack` makes of it stays as it is while anyone holds one of its tensors."""
-        places, size = [], 0
+    def __call__(self, value: Any) -> PackedBatch:
+        """The value packed.
 
-        def place(tensor):
-            nonlocal size
-            dtype = torch.int32 if tensor.dtype == torch.int64 else tensor.dtype
-            length = tensor.numel() * dtype.itemsize
-            places.append(
-                (tensor, _Place(size, size + length, dtype, tuple(tensor.shape)))
-            )
-            size += -(-length // _ALIGNED) * _ALIGNED
-            return places[-1][1]
+        What `unpack` makes of it does not change while anyone holds one of its tensors.
+        """
+        layout = _Layout()
+        outline = _map_fields(value, torch.Tensor, layout.add)
+        piece = self._take_piece(layout.size + 1)
+        for tensor, slot in zip(layout.tensors, layout.slots, strict=True):
+            slot.view(piece).copy_(tensor)
+        return PackedBatch(outline, piece)
 
-        empty = _mapped(value, torch.Tensor, place)
-        piece = self._free(size + 1)
-        for tensor, where in places:
-            _at(piece, where).copy_(tensor)
-        return Packed(empty, piece)
-
-    def _free(self, size):
+    def _take_piece(self, size: int) -> torch.Tensor:
         """A piece of at least so many bytes that nobody uses, from now on in use."""
         if not self._shared:
-            return torch.ones(size, dtype=torch.uint8)
-        free = [piece for piece in self._pieces if not piece[-1]]
+            return torch.full((size,), _IN_USE, dtype=torch.uint8)
+        free = []
+        in_use = []
+        for piece in self._pieces:
+            if piece[-1] == _FREE:
+                free.append(piece)
+            else:
+                in_use.append(piece)
         for piece in free:
             if len(piece) >= size:
-                break
-        else:
-            self._pieces = [
-                piece
-                for piece in self._pieces
-                if all(piece is not small for small in free)
-            ]
-            size += size // 4  # the next batches are not quite as large
-            piece = torch.empty(0, dtype=torch.uint8).set_(_new_shared(size))
-            if len(self._pieces) < _KEPT:
-                self._pieces.append(piece)
-        piece[-1] = 1
+                piece[-1] = _IN_USE
+                return piece
+        self._pieces = in_use  # those that are free are too small
+        size += size // 4  # the next batches are not quite as large
+        piece = torch.empty(0, dtype=torch.uint8).set_(_allocate_shared(size))
+        piece[-1] = _IN_USE
+        if len(self._pieces) < _KEPT:
+            self._pieces.append(piece)
         return piece
 
 
 def refuse_small_shared_memory(
     piece_bytes: int, workers: int, prefetch: int, world_size: int
 ) -> None:
-    """Raises InputError where shared memory cannot hold what the loaders of this machine's ranks keep ready: pieces of so many
-    bytes, `prefetch` of each of a rank's `workers` and two that it computes with."""
+    """Raises InputError where shared memory cannot hold what this machine's loaders keep ready.
+
+    Each of the machine's ranks has `prefetch` pieces of each of its `workers`, and two that it
+    computes with.
+    """
     pieces = workers * prefetch + _IN_HAND
     ranks = ranks_of_this_machine(world_size)
     needed = ranks * pieces * piece_bytes
     try:
-        facts = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:  # another system, whose shared memory lies elsewhere
         return
-    if needed > facts.f_blocks * facts.f_frsize:
+    if needed > status.f_blocks * status.f_frsize:
         raise InputError(
-            f"{_holds()}, but the loaders need {_amount(needed)} ({ranks} ranks x {pieces} batches x "
-            f"{_amount(piece_bytes)}): {_MAKE_ROOM}",
+            f"{_describe_shared_memory()}, but the loaders need {_format_bytes(needed)} "
+            f"({ranks} ranks x {pieces} batches x {_format_bytes(piece_bytes)}): "
+            f"{_MAKE_ROOM}",
             one_rank=True,
         )
 
 
-def _new_shared(size):
+def _allocate_shared(size: int) -> torch.UntypedStorage:
     try:
         return torch.UntypedStorage._new_shared(size)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{_holds()}, which is not enough for one more batch of {_amount(size)} ({reason}): {_MAKE_ROOM}",
+            f"{_describe_shared_memory()}, which is not enough for one more batch of "
+            f"{_format_bytes(size)} ({reason}): {_MAKE_ROOM}",
             one_rank=True,
         ) from None
 
 
-def _holds():
+def _describe_shared_memory() -> str:
     try:
-        facts = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return f"{SHARED_MEMORY} cannot be looked at"
-    size, free = (
-        blocks * facts.f_frsize for blocks in (facts.f_blocks, facts.f_bavail)
-    )
-    return f"{SHARED_MEMORY} has {_amount(size)}, {_amount(free)} of them free"
+    size = _format_bytes(status.f_blocks * status.f_frsize)
+    free = _format_bytes(status.f_bavail * status.f_frsize)
+    return f"{SHARED_MEMORY} has {size}, {free} of them free"
 
 
-def _amount(size):
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
+def _format_bytes(size: int) -> str:
+    if size >= 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    kibibytes = -(-size // 2**10)
+    return f"{kibibytes} KiB"
 
 
-def unpack(packed: Packed):
+def unpack(packed: PackedBatch) -> Any:
     """The value with its tensors, which share the piece.
 
     The first tensor lies at the piece's first byte, and that matters where the piece is pinned. An
@@ -154,27 +208,28 @@ def unpack(packed: Packed):
     all of them on one stream, and the first one's record keeps the piece.
     """
     root = packed.piece.numpy()
-    weakref.finalize(root, _let_go, packed.piece).atexit = False
+    weakref.finalize(root, _free, packed.piece).atexit = False
     piece = torch.from_numpy(
         root
     )  # holds on to `root` as long as there is a tensor in it
-    return _mapped(packed.value, _Place, lambda place: _at(piece, place))
+
+    def view_in_piece(slot: _Slot) -> torch.Tensor:
+        return slot.view(piece)
+
+    return _map_fields(packed.value, _Slot, view_in_piece)
 
 
-def _let_go(piece):
-    piece[-1] = 0
+def _free(piece: torch.Tensor) -> None:
+    piece[-1] = _FREE
 
 
-def _at(piece, place):
-    return piece[place.begin : place.end].view(place.dtype).view(place.shape)
-
-
-def _mapped(value, kind, function):
+def _map_fields(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The same dataclass with function(field) for each field of that kind, and so inside it."""
     changed = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, kind):
             changed[field.name] = function(item)
         elif is_dataclass(item):
-            changed[field.name] = _mapped(item, kind, function)
+            changed[field.name] = _map_fields(item, kind, function)
     return replace(value, **changed)

@@ -15,7 +15,7 @@ from trainer.config.load import load_config
 from trainer.config.stream import StreamConfig
 from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.stream import TrainBatches, ready
-from trainer.data.loading.worker_handover import Packer
+from trainer.data.loading.worker_handover import BatchPacker
 from trainer.training.loader_memory import loader_bytes
 
 ROWS, DIM = 400_000, 64
@@ -100,7 +100,7 @@ def test_what_is_reckoned_is_what_batches_take(tmp_path):
         batches = TrainBatches(
             plan, 0, 0, config.model.max_length, "mean", config.negatives, config.stream
         )
-        piece = len(Packer(shared=False)(next(iter(batches)).batch).piece)
+        piece = len(BatchPacker(shared=False)(next(iter(batches)).batch).piece)
         pieces = (config.stream.prefetch + 2) * 2 * 3
         reckoned = (loader_bytes(config, dataset, 1) - 2 * 3 * 160 * 10**6) / pieces
         assert 0.9 * piece < reckoned < 2 * piece

@@ -15,10 +15,10 @@ from trainer.data.counter_rng import RandomStream, permutation
 from trainer.data.loading.batch_schedule import Plan
 from trainer.data.loading.histories import read_users
 from trainer.data.loading.token_balance import (
-    balanced,
-    equal_counts,
-    partners,
-    view_tokens,
+    balance_tokens,
+    count_view_tokens,
+    equalize_counts,
+    pair_ranks,
 )
 from trainer.errors import InputError
 
@@ -237,9 +237,11 @@ def test_ranks_walk_through_an_epoch_each_and_tell_the_others(
     dataset, monkeypatch, epochs, tokens
 ):
     walked = []
-    walk = Plan._walk
+    walk = Plan._cut_by_tokens
     monkeypatch.setattr(
-        Plan, "_walk", lambda plan, epoch: walked.append(epoch) or walk(plan, epoch)
+        Plan,
+        "_cut_by_tokens",
+        lambda plan, epoch: walked.append(epoch) or walk(plan, epoch),
     )
     limits = {"max_length": 5, "tokens_per_batch": tokens}
     alone = Plan(dataset, 8, 3, seed=1, **limits)
@@ -267,9 +269,11 @@ def test_ranks_walk_through_an_epoch_each_and_tell_the_others(
 
 def test_epochs_beyond_the_last_step_are_not_walked_through(dataset, monkeypatch):
     walked = []
-    walk = Plan._walk
+    walk = Plan._cut_by_tokens
     monkeypatch.setattr(
-        Plan, "_walk", lambda plan, epoch: walked.append(epoch) or walk(plan, epoch)
+        Plan,
+        "_cut_by_tokens",
+        lambda plan, epoch: walked.append(epoch) or walk(plan, epoch),
     )
     plan = Plan(dataset, 8, 1, seed=1, max_length=5, tokens_per_batch=30)
     assert plan.count_steps(10**9, most=plan.steps(0) + 1) == plan.steps(0) + 1
@@ -386,7 +390,7 @@ def test_the_cost_of_a_user_is_its_tokens_in_both_views_and_one(max_length):
     user_N = np.repeat(np.arange(40), lengths_B)
     lengths_BD = np.zeros((40, 3), np.uint16)
     np.add.at(lengths_BD, (user_N, domain_N), 1)
-    found = view_tokens(lengths_BD, max_length)
+    found = count_view_tokens(lengths_BD, max_length)
     kept_N, lengths_B, domain_N = trim(
         np.arange(len(domain_N)), lengths_B, domain_N, max_length
     )
@@ -400,7 +404,8 @@ def test_the_cost_of_a_user_is_its_tokens_in_both_views_and_one(max_length):
     )
     exact = cross + np.bincount(user_S, minlength=40)
     assert (
-        found.tolist() == view_tokens(lengths_BD.astype(np.int64), max_length).tolist()
+        found.tolist()
+        == count_view_tokens(lengths_BD.astype(np.int64), max_length).tolist()
     )
     assert ((found == exact) | (found == exact + 1)).all() and (
         max_length < 100 or (found > exact).all()
@@ -425,7 +430,7 @@ def _interactions(view):
 @given(st.lists(st.integers(0, 6), max_size=60), st.integers(7, 9))
 def test_counts_are_made_equal_with_as_few_moves_as_possible(home, world_size):
     home_B = np.array(home, np.int64)
-    rank_B = equal_counts(home_B, world_size)
+    rank_B = equalize_counts(home_B, world_size)
     counts_W = np.bincount(rank_B, minlength=world_size)
     assert counts_W.max() - counts_W.min() <= 1
     room_W = sorted(counts_W.tolist())
@@ -455,7 +460,7 @@ def realistic(draw):
     stream_B = np.arange(users) % streams
     return (
         stream_B % world_size,
-        view_tokens(lengths_BD, 128),
+        count_view_tokens(lengths_BD, 128),
         world_size,
         stream_B // world_size,
     )
@@ -465,7 +470,7 @@ def realistic(draw):
 @given(realistic(), st.booleans())
 def test_ranks_have_equally_many_users_and_tokens(batch, with_turns):
     home_B, cost_B, world_size, turn_B = batch
-    rank_B = balanced(home_B, cost_B, world_size, turn_B if with_turns else None)
+    rank_B = balance_tokens(home_B, cost_B, world_size, turn_B if with_turns else None)
     counts_W = np.bincount(rank_B, minlength=world_size)
     assert counts_W.max() - counts_W.min() <= 1
     load_W = np.bincount(rank_B, weights=cost_B, minlength=world_size)
@@ -479,7 +484,7 @@ def test_few_users_leave_their_home():
     random = np.random.default_rng(1)
     stream_B = np.arange(8 * 512) % 64
     cost_B = 20 + np.minimum(random.geometric(1 / 60, len(stream_B)), 128)
-    rank_B = balanced(stream_B % 8, cost_B, 8, stream_B // 8)
+    rank_B = balance_tokens(stream_B % 8, cost_B, 8, stream_B // 8)
     away = rank_B != stream_B % 8
     load_W = np.bincount(stream_B % 8, weights=cost_B)
     assert load_W.max() > 1.02 * load_W.mean()  # there was something to do
@@ -496,7 +501,7 @@ def test_partners_are_few_neighbours_first_and_lead_from_any_rank_to_any_other(
     reached = np.arange(world_size)[
         :, None
     ]  # the ranks that what a rank had may be on, after the stages so far
-    for member_GS in partners(world_size):
+    for member_GS in pair_ranks(world_size):
         assert sorted(member_GS.reshape(-1).tolist()) == list(range(world_size))
         mates_WS = np.empty((world_size, member_GS.shape[1]), np.int64)
         mates_WS[member_GS] = member_GS[:, None]
@@ -507,7 +512,7 @@ def test_partners_are_few_neighbours_first_and_lead_from_any_rank_to_any_other(
         ).all()  # consecutive ranks: a host's before others'
     assert reached.shape[1] == world_size
     if world_size & (world_size - 1) == 0:
-        assert len(partners(world_size)) == world_size.bit_length() - 1
+        assert len(pair_ranks(world_size)) == world_size.bit_length() - 1
 
 
 @pytest.mark.parametrize(("world_size", "others"), [(8, 3), (16, 4), (24, 5), (64, 6)])
@@ -521,7 +526,7 @@ def test_a_rank_takes_users_of_few_others(world_size, others):
         lengths_B = np.minimum(
             random.lognormal(3.4, 1.2, len(home_B)).astype(np.int64) + 1, 128
         )
-        rank_B = balanced(home_B, 2 * lengths_B, world_size, home_B * 0)
+        rank_B = balance_tokens(home_B, 2 * lengths_B, world_size, home_B * 0)
         load_W = np.bincount(rank_B, weights=lengths_B, minlength=world_size)
         beyond = max(beyond, load_W.max() / load_W.mean())
         for rank, home in zip(rank_B.tolist(), home_B.tolist(), strict=True):
@@ -536,7 +541,7 @@ def test_those_that_a_rank_has_too_many_of_go_to_few_others():
     """48 ranks of 64 streams: 16 of them own two."""
     stream_B = np.arange(48 * 64) % 64
     home_B = stream_B % 48
-    rank_B = equal_counts(home_B, 48)
+    rank_B = equalize_counts(home_B, 48)
     homes = [set(home_B[rank_B == rank].tolist()) for rank in range(48)]
     assert max(map(len, homes)) <= 3
 
@@ -566,12 +571,12 @@ def test_any_batch_can_be_balanced(world_size, users, seed):
     random = np.random.default_rng(seed)
     cost_B = random.choice([0, 1, 1000], users)
     home_B = random.integers(0, world_size, users)
-    rank_B = balanced(home_B, cost_B, world_size)
+    rank_B = balance_tokens(home_B, cost_B, world_size)
     assert rank_B.dtype == np.int64 and len(rank_B) == users
     counts_W = np.bincount(rank_B, minlength=world_size)
     assert len(counts_W) == world_size and counts_W.max() - counts_W.min() <= 1
     before = np.bincount(
-        equal_counts(home_B, world_size), weights=cost_B, minlength=world_size
+        equalize_counts(home_B, world_size), weights=cost_B, minlength=world_size
     )
     assert (
         np.bincount(rank_B, weights=cost_B, minlength=world_size).max() <= before.max()

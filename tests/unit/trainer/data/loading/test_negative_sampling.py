@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from tests.unit.trainer.data.test_counter_rng import even
 from trainer.config.negatives import NegativesConfig
 from trainer.data.loading.negative_sampling import (
+    draw_shared_negatives,
+    draw_target_negatives,
     evaluation_negatives,
-    shared_negatives,
-    target_negatives,
 )
 
 STARTS, ITEMS = (
@@ -33,7 +33,7 @@ def targets(users, seed=0):
 
 
 def draw(user_N, position_N, items_N, domain_N, count=5, seed=1, epoch=2):
-    return target_negatives(
+    return draw_target_negatives(
         seed, epoch, user_N, position_N, items_N, domain_N, STARTS, ITEMS, count
     )
 
@@ -95,7 +95,7 @@ def test_negatives_of_one_target_differ_from_each_other():
 def test_shared_negatives_are_all_items_of_a_small_domain_and_even_draws_of_a_large_one():
     counts = np.zeros(1000, int)
     for step in range(300):
-        small, large, middle = shared_negatives(1, 2, step, STARTS, ITEMS, 37)
+        small, large, middle = draw_shared_negatives(1, 2, step, STARTS, ITEMS, 37)
         assert small.tolist() == [0, 1] and middle.tolist() == list(range(1200, 1237))
         assert len(large) == 37 and large.min() >= 70 and large.max() < 1070
         np.add.at(counts, large - 70, 1)
@@ -105,15 +105,17 @@ def test_shared_negatives_are_all_items_of_a_small_domain_and_even_draws_of_a_la
 @pytest.mark.parametrize("keys", [(9, 2, 3), (1, 9, 3), (1, 2, 9)])
 def test_shared_negatives_follow_seed_epoch_and_step(keys):
     base, other = (
-        shared_negatives(*given_keys, STARTS, ITEMS, 30)[1]
+        draw_shared_negatives(*given_keys, STARTS, ITEMS, 30)[1]
         for given_keys in ((1, 2, 3), keys)
     )
-    np.testing.assert_array_equal(base, shared_negatives(1, 2, 3, STARTS, ITEMS, 30)[1])
+    np.testing.assert_array_equal(
+        base, draw_shared_negatives(1, 2, 3, STARTS, ITEMS, 30)[1]
+    )
     assert (base == other).mean() < 0.2
 
 
 def test_two_domains_of_one_size_do_not_share_their_draws():
-    first, second = shared_negatives(
+    first, second = draw_shared_negatives(
         1, 2, 3, np.array([0, 1000]), np.array([1000, 1000]), 200
     )
     assert (first == second - 1000).mean() < 0.05

@@ -249,7 +249,7 @@ def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(dataset, size, ba
             plan = Plan(dataset, 8, world_size, 4, balance=balance)
             batches = TrainBatches(
                 plan, rank, 0, LONG, "mean", NegativesConfig(), HERE, size
-            ).at(0)
+            ).from_position(0)
             for number, fed in zip(range(steps), batches, strict=False):
                 users_U, _ = plan.batch(0, number)
                 if len(users_U) <= size:
@@ -363,9 +363,9 @@ class Looked:
             started,
         )
 
-    def at(self, position):
+    def from_position(self, position):
         self._started.append(position)
-        return self._batches.at(position)
+        return self._batches.from_position(position)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -11,7 +11,7 @@ from syncrec.batch.build import build_batch, map_tensors, move
 from tests.unit.trainer.data.loading.test_stream import assert_same
 from trainer.data.loading.stream import Fed
 from trainer.data.loading.worker_handover import (
-    Packer,
+    BatchPacker,
     refuse_small_shared_memory,
     unpack,
 )
@@ -46,10 +46,10 @@ NARROW = replace(VALUE, ids=VALUE.ids.int())
 
 
 def test_a_value_comes_back_as_it_was_but_for_the_width_of_integers():
-    packed = Packer()(VALUE)
+    packed = BatchPacker()(VALUE)
     assert packed.piece.is_shared()
     assert_same(unpack(packed), NARROW)
-    alone = Packer(shared=False)(VALUE)
+    alone = BatchPacker(shared=False)(VALUE)
     assert not alone.piece.is_shared()
     assert_same(unpack(alone), NARROW)
     assert_same(move(NARROW, "cpu"), VALUE)
@@ -62,11 +62,11 @@ def test_a_value_without_any_number_comes_back():
         square=VALUE.empty,
         inner=replace(VALUE.inner, flags=VALUE.empty),
     )
-    assert_same(unpack(Packer()(nothing)), nothing)
+    assert_same(unpack(BatchPacker()(nothing)), nothing)
 
 
 def test_its_tensors_share_one_piece_and_not_each_others_place():
-    found = unpack(Packer()(VALUE))
+    found = unpack(BatchPacker()(VALUE))
     tensors = [found.ids, found.square, found.inner.flags]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     found.ids.zero_()
@@ -87,7 +87,7 @@ def test_the_first_tensor_of_a_batch_lies_at_the_first_byte_of_its_piece():
         8,
     )
     fed = Fed(batch, np.arange(2), 0, ())
-    packed = Packer()(fed)
+    packed = BatchPacker()(fed)
     first = []
     map_tensors(
         unpack(packed).batch, lambda tensor: first.append(tensor.data_ptr()) or tensor
@@ -111,7 +111,7 @@ def where(tensor):
 
 
 def test_a_piece_is_filled_again_only_when_every_tensor_in_it_is_gone():
-    pack = Packer()
+    pack = BatchPacker()
     first = unpack(pack(other(0)))
     last, piece = first.square[1:], where(first.ids)
     del first
@@ -125,7 +125,7 @@ def test_a_piece_is_filled_again_only_when_every_tensor_in_it_is_gone():
 
 
 def test_a_larger_value_gets_a_larger_piece():
-    pack = Packer()
+    pack = BatchPacker()
     for size in (10, 10_000, 10, 20_000):
         value = replace(VALUE, square=torch.rand(size, dtype=torch.float64))
         assert torch.equal(unpack(pack(value)).square, value.square)
@@ -134,7 +134,7 @@ def test_a_larger_value_gets_a_larger_piece():
 
 class Counted(torch.utils.data.IterableDataset):
     def __iter__(self):
-        pack = Packer()
+        pack = BatchPacker()
         for number in range(200):
             yield pack(other(number))
 
@@ -188,13 +188,13 @@ def test_a_system_without_such_a_folder_is_not_looked_at(monkeypatch):
 FULL = """
 from dataclasses import dataclass
 import torch
-from trainer.data.loading.worker_handover import Packer
+from trainer.data.loading.worker_handover import BatchPacker
 from trainer.errors import InputError
 @dataclass(frozen=True)
 class Value:
     tensor: torch.Tensor
 try:
-    Packer()(Value(torch.zeros(10**6)))
+    BatchPacker()(Value(torch.zeros(10**6)))
 except InputError as error:
     print(error)
 """
