@@ -152,7 +152,7 @@ class SyNCRec(nn.Module):
         return (
             x_MR
             if self.clock is None
-            else x_MR + self.clock.added_to_tokens(view.asked_M, view.gap_M)
+            else x_MR + self.clock.added_to_tokens(view.target_time_M, view.gap_M)
         )
 
     def _scoring(self, view, output_MR, token_L):
@@ -161,7 +161,7 @@ class SyNCRec(nn.Module):
         if self.clock is None:
             return output_LR
         return output_LR + self.clock.added_to_outputs(
-            view.asked_M.index_select(0, token_L)
+            view.target_time_M.index_select(0, token_L)
         )
 
     def _cross_outputs(self, view, inputs_NR):

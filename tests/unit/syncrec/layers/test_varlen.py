@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from syncrec.batch import build
+from syncrec.batch import attention_layout
 from syncrec.batch.build import attention_layout, move
 from syncrec.layers import attention, varlen
 from syncrec.layers.attention import causal_attention
@@ -24,7 +24,7 @@ def kernel(query, key, value, begins, key_begins, longest, key_longest, *, windo
     assert (
         min(lengths) >= 0
         and max(lengths) <= longest
-        and len(lengths) <= build.MOST_SEQUENCES
+        and len(lengths) <= attention_layout.MOST_SEQUENCES
     )
     parts = zip(*(part.split(lengths) for part in (query, key, value)), strict=True)
     heads_first = ([part.transpose(0, 1) for part in sequence] for sequence in parts)
