@@ -55,7 +55,7 @@ class SyNCRec(nn.Module):
         super().__init__()
         self.config, self.domains = config, domains
         self.both_tasks = config.tasks == "both"
-        self.decoupled = config.stop_gradient == "on"
+        self.decoupled = config.stop_gradient
         self.embedding = InputEmbedding(config)
         self.clock = Clock(config) if config.time_knots else None
         # Experts 1..j and j+1..K of eq. 2 and 4: each stack has its backward in one of the views only.
@@ -69,7 +69,7 @@ class SyNCRec(nn.Module):
             else None
         )
         gate = Gate if config.experts > 1 else OnlyExpert
-        tower = Tower if config.tower == "on" else nn.Identity
+        tower = Tower if config.tower else nn.Identity
         self.cross_gate, self.cross_tower = gate(config), tower(config)
         single_tasks = range(domains if self.both_tasks else 0)
         self.single_gates = nn.ModuleList(gate(config) for _ in single_tasks)
@@ -82,7 +82,7 @@ class SyNCRec(nn.Module):
             correction(config, domains) if correction is not None else None
         )
         self.mutual_information = (
-            MutualInformation(config) if config.mutual_information == "on" else None
+            MutualInformation(config) if config.mutual_information else None
         )
         self.prediction = (
             PredictionMix(config, domains) if config.predicts_by_both else None

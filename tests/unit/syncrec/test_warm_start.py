@@ -104,9 +104,9 @@ def test_without_times_or_single_domain_tasks_nothing_is_missing():
         dim=6,
         experts=1,
         tasks="cross",
-        stop_gradient="off",
+        stop_gradient=False,
         loss_correction="none",
-        mutual_information="off",
+        mutual_information=False,
     )
     model = SyNCRec(plain, 2).double()
     SyNCRec(plain, 3).double().load_state_dict(grown(model, [1, 0, -1], knots=0))
