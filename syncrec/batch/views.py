@@ -208,9 +208,7 @@ def move(value: _Packed, device: torch.device | str) -> _Packed:
     return map_tensors(value, move_tensor)
 
 
-def map_tensors(
-    value: _Packed, function: Callable[[Tensor], Tensor]
-) -> _Packed:
+def map_tensors(value: _Packed, function: Callable[[Tensor], Tensor]) -> _Packed:
     """The same dataclass with function(tensor) for each tensor, those of inner dataclasses too."""
     changed = {}
     for field in fields(value):

@@ -927,4 +927,4 @@ def test_training_alone_moves_the_gap():
     there = ~report.phi_D.isnan()
     assert 0 < there.sum() < len(there)
     near(sums_D[there] / ones_D[there], report.phi_D[there].double(), "the mean gap")
-    assert not sums_D[~there].any() and (model.prediction.own_D[~there] == 0.5).all()
+    assert not sums_D[~there].any() and (model.prediction.single_weight_D[~there] == 0.5).all()

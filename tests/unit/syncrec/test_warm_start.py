@@ -48,7 +48,7 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
     ]  # a fourth is kept for the new one
     assert after.correction.lambda_D.tolist() == pytest.approx(kept, abs=2e-6)
     assert after.prediction.gap_2D.tolist() == [[2, 0, 0, 1], [5, 0, 3, 4]]
-    assert after.prediction.own_D[1] == 0.5
+    assert after.prediction.single_weight_D[1] == 0.5
     for name, value in before.items():
         if not name.startswith(
             (
