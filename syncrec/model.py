@@ -158,9 +158,13 @@ class SyNCRec(nn.Module):
             cross_MR = cross_MR.to(rows.dtype)
             if self.both_tasks:
                 single_MR = single_MR.to(rows.dtype)
-            items = _ItemVectors(inputs_NR, negatives_R)
             return self._compute_losses(
-                batch, items, cross_MR, single_MR, reduction or Reduction()
+                batch,
+                inputs_NR,
+                negatives_R,
+                cross_MR,
+                single_MR,
+                reduction or Reduction(),
             )
 
     def _predict(self, query: Query, inputs_NR: Tensor, cross_MR: Tensor) -> Tensor:
@@ -248,7 +252,8 @@ class SyNCRec(nn.Module):
     def _compute_losses(
         self,
         batch: Batch,
-        items: "_ItemVectors",
+        inputs_NR: Tensor,
+        negatives_R: Tensor,
         cross_MR: Tensor,
         single_MR: Tensor | None,
         reduction: Reduction,
@@ -257,6 +262,7 @@ class SyNCRec(nn.Module):
 
         single_MR: None without a single-domain task; its sums are then 0.
         """
+        items = _ItemVectors(inputs_NR, negatives_R)
         cross_L = self._prediction_losses(batch, batch.cross, items, cross_MR)
         cross_sums = _sum_by_domain(batch.cross, cross_L)
         single_sums = torch.zeros_like(cross_sums)
