@@ -51,9 +51,6 @@ from syncrec.batch.attention_layout import (  # noqa: F401
     build_attention_layout,
     sort_small,
 )
-from syncrec.batch.attention_layout import (  # noqa: F401
-    build_attention_layout as attention_layout,  # moved
-)
 from syncrec.batch.views import (  # noqa: F401
     Batch,
     Candidates,  # moved
