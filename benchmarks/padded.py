@@ -139,7 +139,7 @@ class PaddedSyNCRec(nn.Module):
         if (
             config.gate != "token"
             or config.mutual_information_pooling != "mean"
-            or config.stop_gradient != "on"
+            or not config.stop_gradient
         ):
             raise ValueError(
                 "the padded model has the default readings only: gate token, pooling mean, "
@@ -166,7 +166,7 @@ class PaddedSyNCRec(nn.Module):
             else None
         )
         self.mutual_information = (
-            MutualInformation(config) if config.mutual_information == "on" else None
+            MutualInformation(config) if config.mutual_information else None
         )
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=config.init_std)

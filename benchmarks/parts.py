@@ -359,15 +359,15 @@ def noted(
         for module in model.modules()
         if type(module) in (ExpertStack, Gate, Tower)
     ]
-    losses = model._losses
+    losses = model._compute_losses
 
     def noting(*arguments):
         note(SyNCRec, losses, arguments, tuple(model.parameters()))
         return losses(*arguments)
 
-    model._losses = noting
+    model._compute_losses = noting
     forward()
-    del model._losses
+    del model._compute_losses
     for handle in hooks:
         handle.remove()
     return found[ExpertStack], found[Gate] + found[Tower], found[SyNCRec]

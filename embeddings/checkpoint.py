@@ -1,12 +1,16 @@
-"""The table on disk, readable at any number of ranks: one safetensors file a rank, each naming its rows.
+"""The table on disk, readable at any number of ranks (resharding): one safetensors file a rank.
 
-Written beside TorchRec's own way (torch.distributed.checkpoint), whose metadata is a pickle and whose safetensors writer
-copies every shard twice more (benchmarks/checkpoint.py).
+    table-00000-of-00002.safetensors     the tensors of a shard by name, and as metadata
+    table-00001-of-00002.safetensors     first_stored_row, rows, scatter_step, updates
+
+Written beside TorchRec's own way (torch.distributed.checkpoint), whose metadata is a pickle and
+whose safetensors writer copies every shard twice more (benchmarks/checkpoint.py).
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +18,9 @@ from safetensors import safe_open
 
 from embeddings.host_memory import unforked_zeros
 from embeddings.placement import PIECE
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
 
 _DTYPES = {
     torch.float32: "F32",
@@ -24,47 +31,52 @@ _DTYPES = {
 }
 # Of table files by name: the first stored row and how many rows; None where that is not known.
 Ranges = dict[str, tuple[int, int] | None]
+# An open safetensors file.
+OpenFile = Any
 
 
 class ShardCopy:
-    """This rank's rows and their optimizer state as they are now, on the host: what is written while training goes on.
+    """A copy of this rank's rows and their optimizer state, on the host, to be written in background.
 
-    copied: False where the host has no room for a copy (`Capacity.copied`). Then `write` takes them from the table, which must
-    not be updated before it is done.
+    copied: False where the host has no room for a copy (`Capacity.copied`). Then `write` takes them
+    from the table, which must not be updated before it is done.
     """
 
-    def __init__(self, table):
+    def __init__(self, table: "ItemTable"):
         first, tensors = table.shard()
-        self.name = (
-            f"table-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-        )
+        rank = dist.get_rank()
+        ranks = dist.get_world_size()
+        self.name = f"table-{rank:05d}-of-{ranks:05d}.safetensors"
         self.range = {"first_row": first, "rows": len(tensors["weight"])}
-        facts = {
-            "first_stored_row": first,
-            "rows": table.rows,
-            "scatter_step": table.scatter.step,
-            "updates": table.updates,
+        self._metadata = {
+            "first_stored_row": str(first),
+            "rows": str(table.rows),
+            "scatter_step": str(table.scatter.step),
+            "updates": str(table.updates),
         }
-        self._facts = {key: str(value) for key, value in facts.items()}
         self.copied = table.capacity.copied
-        self._tensors = (
-            {name: _on_host(tensor) for name, tensor in tensors.items()}
-            if self.copied
-            else tensors
-        )
+        self._tensors = tensors
+        if self.copied:
+            self._tensors = {}
+            for name, tensor in tensors.items():
+                self._tensors[name] = _copy_to_host(tensor)
 
-    def write(self, folder: Path):
-        """Writes folder/table-<rank>-of-<ranks>.safetensors and returns its name. Holds a piece of the rows besides at most."""
-        _write_safetensors(folder / self.name, self._tensors, self._facts)
+    def write(self, folder: Path) -> str:
+        """Writes folder/table-<rank>-of-<ranks>.safetensors and returns its name.
+
+        Takes memory for a piece of the rows at most.
+        """
+        _write_safetensors(folder / self.name, self._tensors, self._metadata)
         return self.name
 
 
-def load_shard(table, folder: Path, ranges: Ranges | None = None):
-    """Fills this rank's rows, and the optimizer state that the table has, from the files of any number of ranks. Called on
-    all ranks.
+def load_shard(table: "ItemTable", folder: Path, ranges: Ranges | None = None) -> None:
+    """Fills this rank's rows, and the optimizer state that the table has. Called on all ranks.
 
-    ranges: of all table files of the folder, of which those alone are opened that may hold rows of this rank; None: of all
-    that a listing has, and each is looked into.
+    The files may be those of any number of ranks.
+
+    ranges: of all table files of the folder, of which those alone are opened that may hold rows of
+    this rank. None: of all that a listing has, and each is looked into.
     Raises ValueError where they are of another table or optimizer, or do not hold every row.
     """
     with table.rewritten() as (first, tensors):
@@ -72,50 +84,70 @@ def load_shard(table, folder: Path, ranges: Ranges | None = None):
         filled = 0
         for file in files_with(folder, ranges, first, first + rows):
             with safe_open(file, framework="pt") as stored:
-                facts = stored.metadata() or {}
-                if (facts.get("rows"), facts.get("scatter_step")) != (
-                    str(table.rows),
-                    str(table.scatter.step),
-                ):
-                    raise ValueError(
-                        f"{file}: holds a table of {facts.get('rows')} rows, this one has {table.rows}"
-                    )
-                check_names_and_shapes(file, stored, tensors)
-                begin = int(facts["first_stored_row"])
-                low = max(first, begin)
-                high = min(
-                    first + rows, begin + stored.get_slice("weight").get_shape()[0]
-                )
-                for name, tensor in tensors.items():
-                    kept = stored.get_slice(name)
-                    for place, end in pieces(tensor, low - first, high - first):
-                        tensor[place:end].copy_(
-                            kept[place + first - begin : end + first - begin]
-                        )
-                filled += max(0, high - low)
-                table.updates = int(facts["updates"])
+                filled += _read_rows(table, file, stored, first, tensors)
         if filled != rows:
             raise ValueError(
                 f"{folder}: table files hold {filled} of the {rows} rows of rank {dist.get_rank()}"
             )
 
 
-def check_names_and_shapes(file, stored, tensors):
-    """Raises ValueError where an open file lacks one of a shard's tensors, or has it in another shape."""
-    if missing := tensors.keys() - stored.keys():
+def _read_rows(
+    table: "ItemTable",
+    file: Path,
+    stored: OpenFile,
+    first: int,
+    tensors: dict[str, torch.Tensor],
+) -> int:
+    """Fills the rows of a shard that an open file has; how many these are.
+
+    first: the shard's first stored row.
+    """
+    metadata = stored.metadata() or {}
+    rows = metadata.get("rows")
+    step = metadata.get("scatter_step")
+    if rows != str(table.rows) or step != str(table.scatter.step):
         raise ValueError(
-            f"{file}: lacks the optimizer's {', '.join(sorted(missing))}: it is of another optimizer"
+            f"{file}: holds a table of {rows} rows, this one has {table.rows}"
+        )
+    check_names_and_shapes(file, stored, tensors)
+    begin = int(metadata["first_stored_row"])
+    end = begin + stored.get_slice("weight").get_shape()[0]
+    low = max(first, begin)
+    high = min(first + len(tensors["weight"]), end)
+    to_file = first - begin  # from a shard's row to a file's
+    for name, tensor in tensors.items():
+        values = stored.get_slice(name)
+        for piece_begin, piece_end in pieces(tensor, low - first, high - first):
+            piece = values[piece_begin + to_file : piece_end + to_file]
+            tensor[piece_begin:piece_end].copy_(piece)
+    table.updates = int(metadata["updates"])
+    return max(0, high - low)
+
+
+def check_names_and_shapes(
+    file: Path, stored: OpenFile, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Raises ValueError where an open file lacks a shard's tensor, or has it in another shape."""
+    missing = tensors.keys() - stored.keys()
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ValueError(
+            f"{file}: lacks the optimizer's {names}: it is of another optimizer"
         )
     for name, tensor in tensors.items():
         shape = stored.get_slice(name).get_shape()
-        if shape[1:] != list(tensor.shape[1:]):
+        expected = list(tensor.shape[1:])
+        if shape[1:] != expected:
             raise ValueError(
-                f"{file}: {name} is {shape}, this table has rows of {list(tensor.shape[1:])}"
+                f"{file}: {name} is {shape}, this table has rows of {expected}"
             )
 
 
 def pieces(tensor: torch.Tensor, low: int, high: int) -> Iterator[tuple[int, int]]:
-    """Cuts the rows low … high − 1 of a tensor like this one into pieces of at most `PIECE` bytes: (begin, end)."""
+    """Cuts the rows low … high − 1 of a tensor like this one into pieces: (begin, end).
+
+    A piece has `PIECE` bytes at most.
+    """
     row = max(1, tensor[:1].numel() * tensor.element_size())
     step = max(1, PIECE // row)
     for begin in range(low, high, step):
@@ -135,22 +167,25 @@ def files_with(
     return files
 
 
-def _on_host(tensor):
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     copy = unforked_zeros(*tensor.shape, dtype=tensor.dtype)
     return copy.copy_(tensor)
 
 
-def _write_safetensors(file, tensors, facts):
+def _write_safetensors(
+    file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
     """By hand: safetensors' own writer wants all tensors on the host as a whole."""
-    header = {"__metadata__": facts}
-    end = 0
+    header: dict[str, Any] = {"__metadata__": metadata}
+    begin = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        end = begin + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
+        begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as target:

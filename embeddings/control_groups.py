@@ -1,38 +1,40 @@
-"""What this process may still take of its host's memory: the kernel says it of the machine, control groups of a job.
+"""Available host memory: what the kernel says of the machine, and control groups (cgroups) of a job.
 
-Slurm, Kubernetes and Docker limit a job by its group, which lies below others that may have limits of their own.
+Slurm, Kubernetes and Docker limit a job by its group, which lies below others that may have limits
+of their own.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-
-def host_memory(root=Path("/")):
-    """Bytes that this process may still take: the kernel's estimate, or what the tightest of its control groups leaves.
-
-    root: where /proc and /sys are.
-    """
-    free = 1024 * (
-        _numbers(root / "proc/meminfo")["MemAvailable"]
-        + _numbers(root / "proc/meminfo").get("SwapFree", 0)
-    )
-    return min(
-        [
-            free,
-            *(left for group in _groups(root) if (left := _left_in(group)) is not None),
-        ]
-    )
-
-
-# How a group's limit, what it has taken, and what of that are files that are only kept in case are called.
+# What a group's limit, its use, and the part of that that is files kept just in case are called.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
+Names = tuple[str, str, str]
 
-def _groups(root):
-    """(folder, names) of this process's control groups and all that they are in, by version 2 and version 1.
 
-    A container may see its own group as the mounted root while /proc names it as its host does: what is not there is passed
-    over, and the root is always looked at.
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take.
+
+    The kernel's estimate, or what the tightest of its control groups leaves. root: where /proc and
+    /sys are.
+    """
+    sizes = _read_numbers(root / "proc/meminfo")
+    least = 1024 * (sizes["MemAvailable"] + sizes.get("SwapFree", 0))
+    for folder, names in _list_groups(root):
+        available = _read_available(folder, names)
+        if available is not None:
+            least = min(least, available)
+    return least
+
+
+def _list_groups(root: Path) -> Iterator[tuple[Path, Names]]:
+    """(folder, names) of this process's control groups and all that they are in.
+
+    By version 2 and version 1. A container may see its own group as the mounted root while /proc
+    names it as its host does: a folder that does not exist is passed over, and the root is always
+    looked at.
     """
     mounts = root / "sys/fs/cgroup"
     try:
@@ -49,26 +51,27 @@ def _groups(root):
             continue
         for top, names in dict.fromkeys(tops):
             group = top / path.strip("/")
-            yield from (
-                (folder, names)
-                for folder in (group, *group.parents)
-                if folder.is_relative_to(top)
-            )
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top):
+                    yield folder, names
 
 
-def _left_in(group):
-    """Bytes that a control group leaves; None where it is not there or has no limit."""
-    folder, (limit, used, files) = group
+def _read_available(folder: Path, names: Names) -> int | None:
+    """Bytes that a control group leaves; None where it does not exist or has no limit."""
+    limit_name, used_name, files_name = names
     try:
-        left = int((folder / limit).read_text()) - int(
-            (folder / used).read_text()
-        )  # "max": no limit
-        return left + _numbers(folder / "memory.stat").get(files, 0)
+        limit = int((folder / limit_name).read_text())  # "max": no limit
+        used = int((folder / used_name).read_text())
+        files = _read_numbers(folder / "memory.stat").get(files_name, 0)
     except (OSError, ValueError):
         return None
+    return limit - used + files
 
 
-def _numbers(file):
+def _read_numbers(file: Path) -> dict[str, int]:
     """{name: number} of lines such as `MemFree: 12 kB` and `inactive_file 12`."""
-    words = [line.replace(":", " ").split() for line in file.read_text().splitlines()]
-    return {name: int(value) for name, value, *_ in words}
+    numbers = {}
+    for line in file.read_text().splitlines():
+        name, value, *_ = line.replace(":", " ").split()
+        numbers[name] = int(value)
+    return numbers

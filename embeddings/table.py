@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel, ShardingEnv
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -19,9 +21,14 @@ from torchrec.distributed.fbgemm_qcomm_codec import (
     get_qcomm_codecs,
 )
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
-from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan
+from torchrec.distributed.types import (
+    CacheParams,
+    CommOp,
+    EmbeddingModuleShardingPlan,
+    ShardingPlan,
+)
 
-from embeddings.config import optimizer_name
+from embeddings.config import TableConfig, optimizer_name
 from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params
 from embeddings.placement import (
@@ -33,75 +40,120 @@ from embeddings.placement import (
 )
 from embeddings.row_scatter import RowScatter
 
-logging.getLogger("torch.fx._symbolic_trace").setLevel(
-    logging.ERROR
-)  # TorchRec calls what torch has renamed
+# TorchRec calls what torch has renamed.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
-_TABLE, _FEATURE = "item_table", "item"
+_TABLE = "item_table"
+_FEATURE = "item"
 # FBGEMM's CUDA kernels are parallel over bags: a thread sorts one bag's ids by rank, a warp looks
 # one bag's rows up. So the ids of a rank are cut into many bags. Every rank sends the lengths of all
 # its bags to every other rank; among many ranks each has fewer bags.
 _BAGS = 2048
 _FEWEST_BAGS = 512
 _BAGS_OF_ALL_RANKS = 2**17
-_INIT_BLOCK = 4096  # rows drawn from one generator: a shard may begin anywhere, so blocks are drawn whole and cut
+# Rows drawn from one generator: a shard may begin anywhere, so blocks are drawn whole and cut.
+_INIT_BLOCK = 4096
+
+Shard = tuple[int, dict[str, Tensor]]  # the first stored row, and tensors by name
 
 
 class ItemTable:
-    """M, shared by all ranks of the default process group; every method is called on all ranks.
+    """M, shared by all ranks of the default process group (section 4.1).
 
-    Rows are named as in the dataset; where they are stored is the table's own business (RowScatter). It stays outside
-    the module that DeepSpeed gets: DeepSpeed would broadcast rank 0's shard over the others'.
+    Every method is called on all ranks. Rows are named as in the dataset; where they are stored is
+    the table's own business (RowScatter). It stays outside the module that DeepSpeed gets: DeepSpeed
+    would broadcast rank 0's shard over the others'.
+
+    Example: a table of 20 rows of two domains over two ranks, and the rows that the four users of
+    syncrec/batch/build.py's head look up:
+
+        ids        tensor([1, 2, 3, 5, 7, 8, 12, 14, 15, 16])
+        table(ids) (10, r), float32, from the shards of both ranks
     """
 
-    def __init__(self, rows, dim, config, seed, device, filled=True, beside=None):
-        """rows: number of embeddings; dim: r. Rows start normal with std config.init_std, drawn from (seed, stored row)
-        alone, so that any number of ranks starts from the same table.
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        config: TableConfig,
+        seed: int,
+        device: torch.device | str,
+        filled: bool = True,
+        beside: HostNeeds | None = None,
+    ):
+        """Allocates this rank's shard.
 
-        filled: False where all rows are read from a checkpoint next: they are not drawn, and cannot be looked up before.
-        beside: what the host has to have room for besides (`HostNeeds`).
-        Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row, or the rows fit nowhere.
+        Rows start normal with std config.init_std, drawn from (seed, stored row) alone, so that any
+        number of ranks starts from the same table.
+
+        Args:
+            rows: number of embeddings.
+            dim: r.
+            config: the table's settings.
+            seed: of the rows' first vectors.
+            device: where the table is trained.
+            filled: False where all rows are read from a checkpoint next: they are not drawn, and
+                cannot be looked up before.
+            beside: what the host has to have room for besides.
+
+        Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row,
+        or the rows fit nowhere.
         """
         ranks = dist.get_world_size()
-        if (
-            -(-rows // ranks) * (ranks - 1) >= rows
-        ):  # TorchRec cuts in equal parts, rounded up, and fails on an empty one
+        rows_of_rank = -(-rows // ranks)
+        # TorchRec cuts in equal parts, rounded up, and fails on an empty one.
+        if rows_of_rank * (ranks - 1) >= rows:
             raise ValueError(
                 f"a table of {rows} rows leaves some of {ranks} ranks without one: use fewer ranks"
             )
-        self.rows, self.dim, self.device = rows, dim, torch.device(device)
+        self.rows = rows
+        self.dim = dim
+        self.device = torch.device(device)
         self.scatter = RowScatter(rows)
         params = fused_params(config, self.device.type)
-        own_rows = -(-rows // ranks)
-        room = free_room(self.device)
         self.capacity = plan_capacity(
-            config, optimizer_name(config), own_rows, dim, room, beside or HostNeeds()
+            config,
+            optimizer_name(config),
+            rows_of_rank,
+            dim,
+            free_room(self.device),
+            beside or HostNeeds(),
         )
-        described = EmbeddingConfig(
+        self._parallel = self._build_sharded(config, params)
+        self._collection = self._parallel.module["m"]
+        self._looked_up = None
+        self.begin_anew(config.init_std, seed)
+        if filled:
+            self.fill()
+
+    def _build_sharded(
+        self, config: TableConfig, params: dict[str, Any]
+    ) -> DistributedModelParallel:
+        """TorchRec's sharded module. params: of the fused optimizer."""
+        ranks = dist.get_world_size()
+        table_config = EmbeddingConfig(
             name=_TABLE,
-            embedding_dim=dim,
-            num_embeddings=rows,
+            embedding_dim=self.dim,
+            num_embeddings=self.rows,
             feature_names=[_FEATURE],
-            init_fn=_leave,
+            init_fn=_leave_undrawn,
         )
-        collection = EmbeddingCollection(
-            tables=[described], device=torch.device("meta")
-        )
+        meta = torch.device("meta")
+        collection = EmbeddingCollection(tables=[table_config], device=meta)
         codecs = None if ranks == 1 else communication_codecs(config.communication)
         sharder = EmbeddingCollectionSharder(
             fused_params=params, qcomm_codecs_registry=codecs
         )
-        cache_share = config.cache_share if self.capacity.cached else None
         plan = sharding_plan(
             collection,
             sharder,
-            cache_share,
+            config.cache_share if self.capacity.cached else None,
             ranks,
             devices_of_host(self.device),
             self.device.type,
         )
         with TableMemory():
-            self._parallel = DistributedModelParallel(
+            return DistributedModelParallel(
                 nn.ModuleDict({"m": collection}),
                 env=ShardingEnv.from_process_group(dist.group.WORLD),
                 device=self.device,
@@ -109,53 +161,32 @@ class ItemTable:
                 sharders=[sharder],
                 init_data_parallel=False,
             )
-        self._collection = self._parallel.module["m"]
-        self.begin_anew(config.init_std, seed)
-        if filled:
-            self.fill()
 
-    def begin_anew(self, init_std: float, seed: int):
-        """Gives up what is in the table, for other rows to be read into it: those that are new are drawn from `seed` with
-        `init_std`."""
+    def begin_anew(self, init_std: float, seed: int) -> None:
+        """Gives up what is in the table, for other rows to be read into it.
+
+        Rows that are new are drawn from `seed` with `init_std`.
+        """
         self._init_std = init_std
         self._seed = seed
         self._filled = False
 
-    def fill(self, places: np.ndarray | None = None):
-        """Gives this rank's rows their first vectors, which depend on the seed and the stored row alone.
+    def fill(self, index: np.ndarray | None = None) -> None:
+        """Draws first vectors of this rank's rows, which depend on seed and stored row alone.
 
-        places: those of the shard's rows that get them, int64, rising; None: all. Blocks without any of them are not drawn.
+        index: those of the shard's rows that get them, int64, rising; None: all. Blocks without any
+        of them are not drawn.
         """
-        if places is None:
-            self._fill(self._init_std, self._seed)
-        else:
-            self._fill(self._init_std, self._seed, places)
-
-    def _fill(self, std: float, seed: int, places: np.ndarray | None = None):
         with self.rewritten() as (first, tensors):
             weights = tensors["weight"]
-            if places is None:
-                last = -(-(first + len(weights)) // _INIT_BLOCK)
-                blocks = range(first // _INIT_BLOCK, last)
+            if index is None:
+                end_block = -(-(first + len(weights)) // _INIT_BLOCK)
+                blocks = range(first // _INIT_BLOCK, end_block)
             else:
-                blocks = np.unique((first + places) // _INIT_BLOCK).tolist()
+                blocks = np.unique((first + index) // _INIT_BLOCK).tolist()
 
-            def fill_block(block):
-                low = max(first, block * _INIT_BLOCK)
-                high = min(first + len(weights), (block + 1) * _INIT_BLOCK)
-                drawn = _drawn(block, self.dim, std, seed)[low % _INIT_BLOCK :][
-                    : high - low
-                ]
-                if places is None:
-                    weights[low - first : high - first] = drawn.to(weights)
-                else:
-                    wanted = places[
-                        slice(*np.searchsorted(places, [low - first, high - first]))
-                    ]
-                    part = torch.from_numpy(wanted)
-                    weights[part.to(weights.device)] = drawn[part - (low - first)].to(
-                        weights
-                    )
+            def fill_block(block: int) -> None:
+                self._fill_block(block, first, weights, index)
 
             threads = torch.get_num_threads()
             try:
@@ -167,23 +198,40 @@ class ItemTable:
             finally:
                 torch.set_num_threads(threads)
 
-    def __call__(self, ids):
-        """The vectors of rows `ids` (int64, any number, each rank its own), as a leaf: (ids, r), float32.
+    def _fill_block(
+        self, block: int, first: int, weights: Tensor, index: np.ndarray | None
+    ) -> None:
+        """Fills the shard's rows of a block. first: the shard's first stored row."""
+        begin = block * _INIT_BLOCK
+        low = max(first, begin)
+        high = min(first + len(weights), begin + _INIT_BLOCK)
+        block_drawn = _draw_block(block, self.dim, self._init_std, self._seed)
+        drawn = block_drawn[low % _INIT_BLOCK :][: high - low]
+        if index is None:
+            weights[low - first : high - first] = drawn.to(weights)
+            return
+        bounds = np.searchsorted(index, [low - first, high - first])
+        rows = torch.from_numpy(index[slice(*bounds)])
+        weights[rows.to(weights.device)] = drawn[rows - (low - first)].to(weights)
 
-        After the caller's backward, `update` carries the leaf's gradient into the table.
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The vectors of rows `ids`, as a leaf: (ids, r), float32.
+
+        ids: int64, any number, each rank its own. After the caller's backward, `update` carries the
+        leaf's gradient into the table.
         """
         return self.look_up(self.exchange(ids))
 
-    def exchange(self, ids) -> "Exchange":
-        """Starts to tell the ranks that hold the rows `ids` that they are wanted; `look_up` takes what comes of it. In between
-        other rows may be looked up, and all may be updated: only ids are on their way.
+    def exchange(self, ids: Tensor) -> "Exchange":
+        """Starts to tell the ranks that have the rows `ids` that they are wanted (input dist).
 
-        Several can be on their way at once, as long as all ranks start them, send them and look them up in the same order.
+        `look_up` takes what comes of it. In between other rows may be looked up, and all may be
+        updated: only ids are on their way. Several exchanges can be on their way at once, as long as
+        all ranks start them, send them and look them up in the same order.
         """
         stored = self.scatter.stored(ids.to(self.device))
-        lengths = bag_lengths(
-            len(stored), bags_of_rank(dist.get_world_size()), self.device
-        )
+        bags = bags_of_rank(dist.get_world_size())
+        lengths = bag_lengths(len(stored), bags, self.device)
         # The host knows the count: TorchRec would read it from the device.
         features = KeyedJaggedTensor(
             [_FEATURE],
@@ -194,99 +242,106 @@ class ItemTable:
         )
         return Exchange(self._collection, features)
 
-    def look_up(self, exchange: "Exchange"):
-        """The vectors of the rows whose ids were exchanged, as they are now; otherwise as when called."""
+    def look_up(self, exchange: "Exchange") -> Tensor:
+        """The vectors of the rows whose ids were exchanged, as they are now; else as when called."""
         if not self._filled:
             raise RuntimeError(
                 "the item table has no rows yet: fill it or read a checkpoint into it first"
             )
-        updates = None if torch.is_grad_enabled() else self.updates
+        training = torch.is_grad_enabled()
+        updates = None if training else self.updates
         context, features = exchange.received()
-        self._looked_up = self._collection.compute_and_output_dist(context, features)[
-            _FEATURE
-        ].values()
+        outputs = self._collection.compute_and_output_dist(context, features)
+        self._looked_up = outputs[_FEATURE].values()
         if updates is not None:
-            self.updates = updates  # FBGEMM counts when it looks up, also where nothing will be updated
-        return self._looked_up.detach().requires_grad_(torch.is_grad_enabled())
+            # FBGEMM counts when it looks up, also where nothing will be updated.
+            self.updates = updates
+        return self._looked_up.detach().requires_grad_(training)
 
-    def update(self, gradient):
+    def update(self, gradient: Tensor) -> None:
         """One step of the fused optimizer with d loss / d vectors of the last look-up.
 
-        gradient: (ids, r), of a loss whose mean over ranks is the global one (TorchRec divides by the number of ranks).
+        gradient: (ids, r), of a loss whose mean over ranks is the global one (TorchRec divides by
+        the number of ranks).
         """
         self._looked_up.backward(gradient)
         self._looked_up = None
 
-    def set_learning_rate(self, learning_rate):
+    def set_learning_rate(self, learning_rate: float) -> None:
         """Takes effect with the next look-up: FBGEMM hands the rate to backward when it looks up."""
         for group in self._parallel.fused_optimizer.param_groups:
             group["lr"] = learning_rate
-        self._parallel.fused_optimizer.step()  # the fused kind of step: hands the rate to FBGEMM, updates nothing
+        # The fused kind of step: hands the rate to FBGEMM, updates nothing.
+        self._parallel.fused_optimizer.step()
 
-    def shard(self):
-        """This rank's part as it is now: (first stored row, {name: tensor (rows here, …)}), the tensors as views, to be written
-        only as `rewritten` has it.
+    def shard(self) -> Shard:
+        """This rank's part as it is now: (first stored row, {name: tensor (rows here, …)}).
 
-        "weight" (rows here, r), and what the fused optimizer keeps of each row ("momentum1", …), if anything.
+        "weight" (rows here, r), and what the fused optimizer has of each row ("momentum1", …), if
+        anything. The tensors are views, to be written only as `rewritten` has it.
         """
         weight = self._collection.state_dict()[f"embeddings.{_TABLE}.weight"]
         (state,) = self._parallel.fused_optimizer.state_dict()["state"].values()
-        named = {"weight": weight} | {
-            name.removeprefix(f"{_TABLE}."): tensor for name, tensor in state.items()
-        }
-        shards = {name: tensor.local_shards()[0] for name, tensor in named.items()}
-        return shards["weight"].metadata.shard_offsets[0], {
-            name: shard.tensor for name, shard in shards.items()
-        }
+        (weight_shard, *_) = weight.local_shards()
+        tensors = {"weight": weight_shard.tensor}
+        for name, tensor in state.items():
+            (shard, *_) = tensor.local_shards()
+            tensors[name.removeprefix(f"{_TABLE}.")] = shard.tensor
+        return weight_shard.metadata.shard_offsets[0], tensors
 
     @contextlib.contextmanager
-    def rewritten(self):
+    def rewritten(self) -> Iterator[Shard]:
         """What `shard` gives, for a `with` in which it is written."""
         yield self.shard()
-        self._kernel.reset_cache_states()  # what a device's cache has of the rows is not what they are any more
+        # What a device's cache has of the rows is out of date.
+        self._kernel.reset_cache_states()
         self._filled = True
 
     @property
-    def updates(self):
+    def updates(self) -> int:
         """How often the fused optimizer has stepped; Adam's bias correction counts it."""
-        return int(
-            self._kernel.iter_cpu
-        )  # `iter` is the same on the device, which would have to be waited for
+        # `iter` is the same on the device, which would have to be waited for.
+        return int(self._kernel.iter_cpu)
 
     @updates.setter
-    def updates(self, count):
+    def updates(self, count: int) -> None:
         self._kernel.set_optimizer_step(count)
         self._kernel.iter_cpu.fill_(count)
 
     @property
-    def _kernel(self):
-        """FBGEMM's module that holds this rank's rows."""
+    def _kernel(self) -> nn.Module:
+        """FBGEMM's module that has this rank's rows."""
         (lookup,) = self._collection._lookups
         (embedding,) = lookup._emb_modules
         return embedding.emb_module
 
 
 class Exchange:
-    """Ids on their way to the ranks that hold their rows, in two halves: how many go where, then the ids themselves."""
+    """Ids on their way to the ranks that have their rows, in two halves.
 
-    def __init__(self, collection, features):
+    First go the counts, how many ids go where, then the ids themselves.
+    """
+
+    def __init__(self, collection: nn.Module, features: KeyedJaggedTensor):
+        """collection: TorchRec's sharded EmbeddingCollection."""
         self._context = collection.create_context()
-        self._counts, self._ids = collection.input_dist(self._context, features), None
+        self._counts = collection.input_dist(self._context, features)
+        self._ids = None
 
-    def send(self):
-        """Waits until it is known how many ids come from where (the host has to know), and sends the ids."""
+    def send(self) -> None:
+        """Waits until the host knows how many ids come from where, and sends the ids."""
         if self._ids is None:
             self._ids = self._counts.wait()
 
-    def received(self):
+    def received(self) -> tuple[Any, Any]:
         """TorchRec's context and the ids that have come, for the stream that is current now."""
         self.send()
         features = self._ids.wait()
-        if (
-            self._context.sharding_contexts[0].features_before_input_dist.device().type
-            == "cuda"
-        ):
-            stream = torch.cuda.current_stream()  # they were made on another: their memory is not free before this one is done
+        sharding_context = self._context.sharding_contexts[0]
+        sent = sharding_context.features_before_input_dist
+        if sent.device().type == "cuda":
+            # They were made on another stream: their memory is not free before this one is done.
+            stream = torch.cuda.current_stream()
             self._context.record_stream(stream)
             features.record_stream(stream)
         return self._context, features
@@ -297,7 +352,7 @@ def bags_of_rank(ranks: int) -> int:
     return min(_BAGS, max(_FEWEST_BAGS, _BAGS_OF_ALL_RANKS // ranks))
 
 
-def bag_lengths(ids: int, bags: int, device: torch.device) -> torch.Tensor:
+def bag_lengths(ids: int, bags: int, device: torch.device) -> Tensor:
     """How many of the ids are in each bag, int32 (bags,): equally many, the first bags one more.
 
     Five ids in three bags are tensor([2, 2, 1]).
@@ -307,29 +362,37 @@ def bag_lengths(ids: int, bags: int, device: torch.device) -> torch.Tensor:
     return lengths
 
 
-def _leave(_weights):
-    """What TorchRec is to draw a table's first vectors with: nothing, `ItemTable.fill` draws them."""
+def _leave_undrawn(_weights: Tensor) -> None:
+    """What TorchRec is to draw first vectors with: nothing, `ItemTable.fill` draws them."""
 
 
-def _drawn(block, dim, std, seed):
+def _draw_block(block: int, dim: int, std: float, seed: int) -> Tensor:
     """The first vectors of a block of stored rows, (_INIT_BLOCK, dim)."""
     generator = torch.Generator()
     generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) % 2**63)
     return torch.randn(_INIT_BLOCK, dim, generator=generator).mul_(std)
 
 
-def _threads():
+def _threads() -> int:
     """The cores that this rank has for itself."""
     return max(1, len(os.sched_getaffinity(0)) // ranks_of_host())
 
 
-def sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host, device_type):
-    """Rows in equal contiguous parts over all ranks; with a cache_share on the hosts, that share cached on the devices."""
-    kernel = (
-        EmbeddingComputeKernel.FUSED
-        if cache_share is None
-        else EmbeddingComputeKernel.FUSED_UVM_CACHING
-    )
+def sharding_plan(
+    collection: EmbeddingCollection,
+    sharder: EmbeddingCollectionSharder,
+    cache_share: float | None,
+    ranks: int,
+    ranks_of_host: int,
+    device_type: str,
+) -> EmbeddingModuleShardingPlan:
+    """Rows in equal contiguous parts over all ranks.
+
+    With a cache_share they lie on the hosts, that share cached on the devices.
+    """
+    kernel = EmbeddingComputeKernel.FUSED
+    if cache_share is not None:
+        kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING
     plan = construct_module_sharding_plan(
         collection,
         {_TABLE: row_wise(compute_kernel=kernel.value)},
@@ -343,15 +406,14 @@ def sharding_plan(collection, sharder, cache_share, ranks, ranks_of_host, device
     return plan
 
 
-def communication_codecs(precision):
-    """How TorchRec is to encode rows and their gradients between ranks; None where they go as they are."""
+def communication_codecs(precision: str) -> dict[str, Any] | None:
+    """How TorchRec encodes rows and their gradients between ranks; None where it does not."""
     if precision == "fp32":
         return None
-    # Gradients in bf16 either way: fp16 has nothing below 6e-8, and a gradient of a mean over 10⁵ targets is often less.
-    # Not by TorchRec's get_qcomm_codecs_registry: on gloo that makes fp16 of bf16, which gloo carries as well.
-    codecs = get_qcomm_codecs(
-        QCommsConfig(
-            forward_precision=CommType(precision), backward_precision=CommType.BF16
-        )
+    # Gradients in bf16 either way: fp16 has nothing below 6e-8, and a gradient of a mean over 10⁵
+    # targets is often less. Not by TorchRec's get_qcomm_codecs_registry: on gloo that makes fp16 of
+    # bf16, which gloo carries as well.
+    config = QCommsConfig(
+        forward_precision=CommType(precision), backward_precision=CommType.BF16
     )
-    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: codecs}
+    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)}

@@ -1,62 +1,92 @@
-"""A table on disk into a table of other rows, at any number of ranks: what is left of it, and what is new.
+"""Warm start of the table: from a table on disk into one of other rows, at any number of ranks.
 
-Shapes: N rows of the table, G groups, r width.
+Rows that are found again come with their optimizer state; new rows begin like the rest of their
+group.
+
+Shapes: N rows of the table, F files, K rows that are asked for, W ranks, G groups, r width.
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from torch import Tensor
 
-from embeddings.checkpoint import Ranges, check_names_and_shapes
+from embeddings.checkpoint import OpenFile, Ranges, check_names_and_shapes
 from embeddings.placement import PIECE
 from embeddings.row_scatter import RowScatter
 
-_BLOCK = 1 << 18  # rows that are held at once
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+
+_BLOCK = 1 << 18  # rows that are in memory at once
+_FLOAT = 4
 
 
 def carry_rows(
-    table,
+    table: "ItemTable",
     folder: Path,
-    source_N,
-    group_N,
-    init_std,
-    kept=1.0,
+    source_N: np.ndarray,
+    group_N: np.ndarray,
+    init_std: float,
+    scale: float = 1.0,
     ranges: Ranges | None = None,
-):
-    """Fills this rank's rows from the files of any number of ranks in `folder`. Called on all ranks.
+) -> None:
+    """Fills this rank's rows from the files of any number of ranks in `folder`.
 
-    source_N: which row of the table on disk each row was, −1: none; it gets the vector and the optimizer's state. group_N: to
-    which group each row belongs, −1: to none, nobody has it. A row of a group that was none begins at the mean of the group's
-    others with their spread, coordinate by coordinate, and without a state; where a group has no others, of all. Integers (N,).
-    init_std: of the vectors that new rows are drawn with (the table's own), which are what is spread. kept: what every vector
-    is multiplied by in the end; the optimizer's state, sums of squared gradients, by its square (Ash and Adams, 2020, "On
-    Warm-Starting Neural Network Training": shrunk, they follow what is new as fresh ones do, and still know what they knew).
+    Called on all ranks. Each row on disk is read by one rank, and sent to the rank that it is for.
 
-    ranges: as `load_shard` has them; None: the folder is listed.
-    Each row on disk is read by one rank, and sent to the rank that it is for.
-    Raises ValueError where the files are of another width or optimizer, or do not hold every row that is asked for.
+    Args:
+        table: the new table.
+        folder: has the table files.
+        source_N: integers, which row of the table on disk each row was, −1: none. It gets the
+            vector and the optimizer's state.
+        group_N: integers, to which group each row belongs, −1: to none, nobody has it. A row of a
+            group that has no source begins at the mean of the group's others with their spread,
+            coordinate by coordinate, and without a state; where a group has no others, of all.
+        init_std: of the vectors that new rows are drawn with (the table's own), which are what is
+            spread.
+        scale: what every vector is multiplied by in the end; the optimizer's state, sums of squared
+            gradients, by its square (Ash and Adams, 2020, "On Warm-Starting Neural Network
+            Training": shrunk, they follow what is new as fresh ones do, and still know what they
+            knew).
+        ranges: as `load_shard` has them; None: the folder is listed.
+
+    Raises ValueError where the files are of another width or optimizer, or do not hold every row
+    that is asked for.
+
+    Example: two domains as groups, six rows, of which the second of each group is new, and the last
+    is nobody's:
+
+        source_N    array([4, -1, 5, 0, -1, -1])
+        group_N     array([0,  0, 0, 1,  1, -1])
     """
     first, tensors = table.shard()
-    own_N = table.scatter.row(np.arange(first, first + len(tensors["weight"])))
-    source_N = np.asarray(source_N)[own_N].astype(np.int64)
-    group_N = np.asarray(group_N)[own_N].astype(np.int64)
+    local_N = table.scatter.row(np.arange(first, first + len(tensors["weight"])))
+    source_N = np.asarray(source_N)[local_N].astype(np.int64)
+    group_N = np.asarray(group_N)[local_N].astype(np.int64)
     table.fill(np.flatnonzero(source_N < 0))
     with table.rewritten() as (_, tensors):
         table.updates = _read(table, folder, tensors, source_N, ranges)
-        _begin(tensors["weight"], source_N, group_N, init_std)
-        if kept != 1:
+        start_new_rows(tensors["weight"], source_N, group_N, init_std)
+        if scale != 1:
             for name, tensor in tensors.items():
-                tensor.mul_(kept if name == "weight" else kept**2)
+                tensor.mul_(scale if name == "weight" else scale**2)
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """The table on disk. files, begin_F, end_F: its files and the stored rows of each, rising. scatter: how rows are stored."""
+class _DiskTable:
+    """The table on disk.
+
+    files, begin_F, end_F: its files and the stored rows of each, rising. scatter: how rows are
+    stored. updates: how often its optimizer had stepped.
+    """
 
     files: list[Path]
     begin_F: np.ndarray
@@ -64,176 +94,214 @@ class _Stored:
     scatter: RowScatter
     updates: int
 
-    def holds(self, stored_K):
-        """Whether there is a file with each of some stored rows."""
+    def count_stored(self, stored_K: np.ndarray) -> int:
+        """For how many of some stored rows there is a file."""
+        if not self.files:
+            return 0
         file_K = np.searchsorted(self.begin_F, stored_K, side="right") - 1
-        return (file_K >= 0) & (stored_K < self.end_F[file_K])
+        is_stored_K = (file_K >= 0) & (stored_K < self.end_F[file_K])
+        return int(np.count_nonzero(is_stored_K))
 
 
-def _read(table, folder, tensors, source_N, ranges):
-    """Fills the rows that were there, empties the state of the others; how often the optimizer had stepped."""
-    disk = _look_into(table, folder, tensors, ranges)
-    place_K = np.flatnonzero(source_N >= 0)
-    # Without files there is no row to ask for.
-    stored_K = (
-        disk.scatter.stored(source_N[place_K]) if disk.files else np.zeros(0, np.int64)
-    )
-    held = int(np.count_nonzero(disk.holds(stored_K))) if disk.files else 0
-    with _agreed(folder):
-        if held != len(place_K):
+def _read(
+    table: "ItemTable",
+    folder: Path,
+    tensors: dict[str, Tensor],
+    source_N: np.ndarray,
+    ranges: Ranges | None,
+) -> int:
+    """Fills the rows that have a source, empties the state of the others.
+
+    Returns how often the optimizer had stepped.
+    """
+    disk = _read_headers(table, folder, tensors, ranges)
+    index_K = np.flatnonzero(source_N >= 0)
+    stored_K = np.zeros(0, np.int64)
+    if disk.files:  # else there is no row to ask for
+        stored_K = disk.scatter.stored(source_N[index_K])
+    stored = disk.count_stored(stored_K)
+    with _raise_on_all(folder):
+        if stored != len(index_K):
             raise ValueError(
-                f"{folder}: table files hold {held} of the {len(place_K)} rows that rank {dist.get_rank()} asks for"
+                f"{folder}: table files hold {stored} of the {len(index_K)} rows that rank "
+                f"{dist.get_rank()} asks for"
             )
-    state = [tensor for name, tensor in tensors.items() if name != "weight"]
     new = torch.from_numpy(np.flatnonzero(source_N < 0))
-    for tensor in state:
-        tensor[new.to(tensor.device)] = 0
+    for name, tensor in tensors.items():
+        if name != "weight":
+            tensor[new.to(tensor.device)] = 0
     if disk.files:
         order = np.argsort(stored_K, kind="stable")
-        _exchange_rows(folder, disk, tensors, stored_K[order], place_K[order])
+        _exchange_rows(folder, disk, tensors, stored_K[order], index_K[order])
     return disk.updates
 
 
-def _exchange_rows(folder, disk, tensors, stored_K, place_K):
-    """Round by round each rank reads the next of its stored rows and sends those that are asked for to who asks.
+def _exchange_rows(
+    folder: Path,
+    disk: _DiskTable,
+    tensors: dict[str, Tensor],
+    stored_K: np.ndarray,
+    index_K: np.ndarray,
+) -> None:
+    """Round by round each rank reads the next of its stored rows and sends them to who wants them.
 
-    stored_K, place_K: what this rank asks for, rising, and where in its shard it goes.
+    stored_K, index_K: the stored rows that this rank wants, rising, and where in its shard they go.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    ranks = dist.get_world_size()
     rows = disk.scatter.rows
-    share = -(
-        -rows // ranks
-    )  # as TorchRec shards: with as many ranks as files each reads one file
-    width = {name: max(1, tensor[:1].numel()) for name, tensor in tensors.items()}
-    step = max(1, min(_BLOCK, PIECE // (4 * sum(width.values()))))
+    # As TorchRec shards: with as many ranks as files each reads one file.
+    share = -(-rows // ranks)
+    width = 0
+    for tensor in tensors.values():
+        width += max(1, tensor[:1].numel())
+    step = max(1, min(_BLOCK, PIECE // (_FLOAT * width)))
     with contextlib.ExitStack() as stack:
-        reader = _Reader(disk, tensors, stack)
+        reader = _RowReader(disk, tensors, stack)
         for begin in range(0, share, step):
             end = min(begin + step, share)
             # Of each reader's rows in this round, those that are wanted here.
-            bounds = [
-                [min(owner * share + at, rows) for at in (begin, end)]
-                for owner in range(ranks)
-            ]
-            wanted = [slice(*np.searchsorted(stored_K, bound)) for bound in bounds]
-            asked_W = [part.stop - part.start for part in wanted]
-            told_W = _exchanged_counts(asked_W)
-            own = torch.from_numpy(np.concatenate([stored_K[part] for part in wanted]))
-            requested = _exchanged(own, asked_W, told_W)
-            place = torch.from_numpy(np.concatenate([place_K[part] for part in wanted]))
+            wanted = []
+            for reading_rank in range(ranks):
+                first = reading_rank * share
+                bounds = [min(first + begin, rows), min(first + end, rows)]
+                wanted.append(slice(*np.searchsorted(stored_K, bounds)))
+            wanted_counts = [part.stop - part.start for part in wanted]
+            sent_counts = _exchange_counts(wanted_counts)
+            wanted_rows = np.concatenate([stored_K[part] for part in wanted])
+            wanted_index = np.concatenate([index_K[part] for part in wanted])
+            requested = _exchange(
+                torch.from_numpy(wanted_rows), wanted_counts, sent_counts
+            )
             low = min(rank * share + begin, rows)
             high = min(rank * share + end, rows)
             values = {}
-            with _agreed(folder):
+            with _raise_on_all(folder):
                 values = reader.rows(requested.numpy(), low, high)
+            index = torch.from_numpy(wanted_index)
             for name, tensor in tensors.items():
-                received = _exchanged(values[name], told_W, asked_W)
-                tensor[place.to(tensor.device)] = received.to(tensor)
+                received = _exchange(values[name], sent_counts, wanted_counts)
+                tensor[index.to(tensor.device)] = received.to(tensor)
 
 
-class _Reader:
+class _RowReader:
     """Reads stored rows. A file is opened once."""
 
-    def __init__(self, disk: _Stored, tensors, stack: contextlib.ExitStack):
-        self._disk, self._tensors, self._stack = disk, tensors, stack
-        self._open = {}
+    def __init__(
+        self,
+        disk: _DiskTable,
+        tensors: dict[str, Tensor],
+        stack: contextlib.ExitStack,
+    ):
+        self._disk = disk
+        self._tensors = tensors
+        self._stack = stack
+        self._open_files: dict[Path, OpenFile] = {}
 
-    def rows(self, stored_K, low, high):
-        """{name: the values of stored rows}, all of them in low … high − 1, which are read once and in order."""
-        values = {
-            name: torch.zeros(len(stored_K), *tensor.shape[1:])
-            for name, tensor in self._tensors.items()
-        }
+    def rows(self, stored_K: np.ndarray, low: int, high: int) -> dict[str, Tensor]:
+        """{name: the values of stored rows}.
+
+        All of them are in low … high − 1, which are read once and in order.
+        """
+        values = {}
+        for name, tensor in self._tensors.items():
+            values[name] = torch.zeros(len(stored_K), *tensor.shape[1:])
         order = np.argsort(stored_K, kind="stable")
         disk = self._disk
-        for file, begin, end in zip(
-            disk.files, disk.begin_F.tolist(), disk.end_F.tolist(), strict=True
-        ):
-            first, last = max(low, begin), min(high, end)
-            part = order[slice(*np.searchsorted(stored_K, [first, last], sorter=order))]
+        begins = disk.begin_F.tolist()
+        ends = disk.end_F.tolist()
+        for file, begin, end in zip(disk.files, begins, ends, strict=True):
+            first = max(low, begin)
+            last = min(high, end)
+            bounds = np.searchsorted(stored_K, [first, last], sorter=order)
+            part = order[slice(*bounds)]
             if not len(part):
                 continue
+            index = torch.from_numpy(part)
+            in_file = torch.from_numpy(stored_K[part] - first)
             for name, value in values.items():
-                rows = self._opened(file).get_slice(name)[first - begin : last - begin]
-                value[torch.from_numpy(part)] = rows[
-                    torch.from_numpy(stored_K[part] - first)
-                ].to(value)
+                stored = self._open(file).get_slice(name)
+                block = stored[first - begin : last - begin]
+                value[index] = block[in_file].to(value)
         return values
 
-    def _opened(self, file):
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(
-                safe_open(file, framework="pt")
-            )
-        return self._open[file]
+    def _open(self, file: Path) -> OpenFile:
+        if file not in self._open_files:
+            opened = safe_open(file, framework="pt")
+            self._open_files[file] = self._stack.enter_context(opened)
+        return self._open_files[file]
 
 
-def _look_into(table, folder, tensors, ranges):
+def _read_headers(
+    table: "ItemTable",
+    folder: Path,
+    tensors: dict[str, Tensor],
+    ranges: Ranges | None,
+) -> _DiskTable:
     """What the headers of all files say, each read by one rank."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    files = (
-        sorted(folder.glob("table-*.safetensors"))
-        if ranges is None
-        else [folder / name for name in sorted(ranges)]
-    )
-    facts_FK = torch.zeros(len(files), 4, dtype=torch.int64)
-    with _agreed(folder):
-        for number in range(rank, len(files), ranks):
-            with safe_open(files[number], framework="pt") as stored:
-                facts = stored.metadata() or {}
-                scatter = RowScatter(int(facts["rows"]))
-                if facts["scatter_step"] != str(scatter.step):
-                    raise ValueError(
-                        f"{files[number]}: holds its rows in another order than this program's"
-                    )
-                check_names_and_shapes(files[number], stored, tensors)
-                begin = int(facts["first_stored_row"])
-                end = begin + stored.get_slice("weight").get_shape()[0]
-                facts_FK[number] = torch.tensor(
-                    [begin, end, scatter.rows, int(facts["updates"])]
-                )
-    dist.all_reduce(facts_FK)
+    if ranges is None:
+        files = sorted(folder.glob("table-*.safetensors"))
+    else:
+        files = [folder / name for name in sorted(ranges)]
+    headers_F4 = torch.zeros(len(files), 4, dtype=torch.int64)
+    with _raise_on_all(folder):
+        for number in range(dist.get_rank(), len(files), dist.get_world_size()):
+            headers_F4[number] = torch.tensor(_read_header(files[number], tensors))
+    dist.all_reduce(headers_F4)
     if not files:
-        return _Stored(
-            [],
-            np.zeros(0, np.int64),
-            np.zeros(0, np.int64),
-            table.scatter,
-            table.updates,
-        )
-    facts_FK = facts_FK.numpy()
-    order = np.argsort(facts_FK[:, 0], kind="stable")
-    begin_F, end_F, rows_F, updates_F = facts_FK[order].T
+        nothing = np.zeros(0, np.int64)
+        return _DiskTable([], nothing, nothing, table.scatter, table.updates)
+    headers_F4 = headers_F4.numpy()
+    order = np.argsort(headers_F4[:, 0], kind="stable")
+    begin_F, end_F, rows_F, updates_F = headers_F4[order].T
     if (rows_F != rows_F[0]).any():
         raise ValueError(
             f"{folder}: its table files are of tables of {rows_F.min()} and of {rows_F.max()} rows"
         )
-    return _Stored(
-        [files[number] for number in order],
-        begin_F,
-        end_F,
-        RowScatter(int(rows_F[0])),
-        int(updates_F[0]),
+    return _DiskTable(
+        files=[files[number] for number in order],
+        begin_F=begin_F,
+        end_F=end_F,
+        scatter=RowScatter(int(rows_F[0])),
+        updates=int(updates_F[0]),
     )
 
 
-def _exchanged_counts(counts_W):
-    """What each rank told this one."""
-    told = torch.empty(len(counts_W), dtype=torch.int64)
-    dist.all_to_all_single(told, torch.tensor(counts_W))
-    return told.tolist()
+def _read_header(file: Path, tensors: dict[str, Tensor]) -> list[int]:
+    """A file's stored rows, from and to, the table's number of rows, and its updates."""
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata() or {}
+        scatter = RowScatter(int(metadata["rows"]))
+        if metadata["scatter_step"] != str(scatter.step):
+            raise ValueError(
+                f"{file}: holds its rows in another order than this program's"
+            )
+        check_names_and_shapes(file, stored, tensors)
+        begin = int(metadata["first_stored_row"])
+        end = begin + stored.get_slice("weight").get_shape()[0]
+        return [begin, end, scatter.rows, int(metadata["updates"])]
 
 
-def _exchanged(values, sent_W, received_W):
-    """The first sent_W[0] values go to rank 0, and so on; received_W: how many come from each rank."""
+def _exchange_counts(counts_W: list[int]) -> list[int]:
+    """Sends each rank its number; the numbers that came from them."""
+    received = torch.empty(len(counts_W), dtype=torch.int64)
+    dist.all_to_all_single(received, torch.tensor(counts_W))
+    return received.tolist()
+
+
+def _exchange(values: Tensor, sent_W: list[int], received_W: list[int]) -> Tensor:
+    """The first sent_W[0] values go to rank 0, and so on.
+
+    received_W: how many come from each rank.
+    """
     received = values.new_empty(sum(received_W), *values.shape[1:])
     dist.all_to_all_single(received, values, received_W, sent_W)
     return received
 
 
 @contextlib.contextmanager
-def _agreed(folder):
-    """Called on all ranks: what is raised within it on one rank is raised on all, so that none waits for it."""
+def _raise_on_all(folder: Path) -> Iterator[None]:
+    """Called on all ranks: what one rank raises within it all raise, so that none waits for it."""
     error = None
     try:
         yield
@@ -249,30 +317,50 @@ def _agreed(folder):
         )
 
 
-def _begin(weight, source_N, group_N, init_std):
-    """Gives rows that were none their first vectors."""
+def start_new_rows(
+    weight: Tensor, source_N: np.ndarray, group_N: np.ndarray, init_std: float
+) -> None:
+    """Gives rows without a source their first vectors: cold start from their group's others.
+
+    weight: this rank's vectors, those of new rows drawn with init_std. Called on all ranks.
+    """
+    grouped = np.flatnonzero(group_N >= 0)
+    is_new = source_N[grouped] < 0
+    new = grouped[is_new]
+    moments = _compute_moments(weight, grouped[~is_new], group_N)
+    if moments is None:
+        return
+    mean_GR, spread_GR = moments
+    for low in range(0, len(new), _BLOCK):
+        rows = new[low : low + _BLOCK]
+        index = torch.from_numpy(rows).to(weight.device)
+        group = torch.from_numpy(group_N[rows])
+        drawn = weight[index].double().cpu() / init_std
+        weight[index] = (mean_GR[group] + drawn * spread_GR[group]).to(weight)
+
+
+def _compute_moments(
+    weight: Tensor, carried: np.ndarray, group_N: np.ndarray
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each group's carried rows over all ranks, float64 (G, r).
+
+    A group without any has those of all; None where nothing was carried at all.
+    """
     width = weight.shape[1]
     groups = torch.tensor([int(group_N.max(initial=-1)) + 1])
     dist.all_reduce(groups, op=dist.ReduceOp.MAX)
-    grouped = np.flatnonzero(group_N >= 0)
-    carried, new = grouped[source_N[grouped] >= 0], grouped[source_N[grouped] < 0]
     sums = torch.zeros(int(groups), 1 + 2 * width, dtype=torch.float64)
     for low in range(0, len(carried), _BLOCK):
-        part = carried[low : low + _BLOCK]
-        vectors = weight[torch.from_numpy(part).to(weight.device)].double().cpu()
-        facts = torch.cat(
-            [torch.ones(len(part), 1, dtype=torch.float64), vectors, vectors.square()],
-            dim=1,
-        )
-        sums.index_add_(0, torch.from_numpy(group_N[part]), facts)
+        rows = carried[low : low + _BLOCK]
+        index = torch.from_numpy(rows).to(weight.device)
+        vectors = weight[index].double().cpu()
+        ones = torch.ones(len(rows), 1, dtype=torch.float64)
+        terms = torch.cat([ones, vectors, vectors.square()], dim=1)
+        sums.index_add_(0, torch.from_numpy(group_N[rows]), terms)
     dist.all_reduce(sums)
     sums = torch.where(sums[:, :1] > 0, sums, sums.sum(0))
-    if not sums[:, 0].all():  # nothing was carried at all
-        return
+    if not sums[:, 0].all():
+        return None
     mean_GR, square_GR = (sums[:, 1:] / sums[:, :1]).split(width, dim=1)
     spread_GR = (square_GR - mean_GR.square()).clamp(min=0).sqrt()
-    for low in range(0, len(new), _BLOCK):
-        part = torch.from_numpy(new[low : low + _BLOCK]).to(weight.device)
-        group = torch.from_numpy(group_N[new[low : low + _BLOCK]])
-        drawn = weight[part].double().cpu() / init_std
-        weight[part] = (mean_GR[group] + drawn * spread_GR[group]).to(weight)
+    return mean_GR, spread_GR

@@ -1,126 +1,204 @@
-"""What the model is, as values: every reading of the paper that measures differently is one of these."""
+"""What the model is, as values: every reading of the paper that measures differently is one."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _setting(default: Any, help: str, on_warm_start: bool = False) -> Any:
+    """A field of ModelConfig. on_warm_start: a run that warm-starts may have another value.
+
+    No setting of the model may change when a run is resumed.
+    """
+    metadata = {"help": help, "on_resume": False, "on_warm_start": on_warm_start}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """SyNCRec's architecture and losses (section 4 of the paper). Equations are the paper's."""
+    """SyNCRec's architecture and losses (section 4 of the paper). Equations are the paper's.
 
-    dim: int = 128  # r, the width of item vectors and of everything else
-    max_length: int = 128  # T, tokens kept of a sequence
-    tasks: Literal["both", "cross"] = (
-        "both"  # cross: the cross-domain task alone; with one expert and no tower, SASRec
+    Raises ValueError for a value that no model has, and for values that exclude each other.
+    """
+
+    dim: int = _setting(128, "r, the width of item vectors and of everything else")
+    max_length: int = _setting(128, "T, tokens kept of a sequence")
+    tasks: Literal["both", "cross"] = _setting(
+        "both",
+        "cross: the cross-domain task alone; with one expert and no tower, SASRec",
     )
-    time_knots: int = 0  # of the vectors of time (syncrec/layers/time_encoding.py), from the logs' first time to the last; 0: order alone
-    experts: int = 5  # K
-    cross_experts: int = 3  # j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks
-    stop_gradient: Literal["on", "off"] = (
-        "on"  # off: every expert learns from both (the paper's variant C)
+    time_knots: int = _setting(
+        0,
+        "knots of the vectors of time, from the logs' first time to the last; 0: order alone",
+        on_warm_start=True,
     )
-    encoder: Literal["transformer", "gru"] = (
-        "transformer"  # what an expert is; gru: GRU4Rec's, without positions
+    experts: int = _setting(5, "K")
+    cross_experts: int = _setting(
+        3,
+        "j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks",
     )
-    blocks: int = 2  # attention blocks of an expert, or its GRU's layers
-    heads: int = 1
-    ffn_dim: int = 128  # inner width of a Transformer's and a tower's feed-forward network (eq. 7 has r)
-    norm: Literal["post", "pre"] = (
-        "post"  # a Transformer's LayerNorm after the residual sum, or before each sub-layer
+    stop_gradient: bool = _setting(
+        True, "false: every expert learns from both tasks (the paper's variant C)"
     )
-    dropout: float = 0.1
-    tower: Literal["on", "off"] = (
-        "on"  # off: what the experts give, mixed, is the output
+    encoder: Literal["transformer", "gru"] = _setting(
+        "transformer", "what an expert is; gru: GRU4Rec's, without positions"
     )
-    gate: Literal["token", "sequence"] = (
-        "token"  # sequence: eq. 3 literally; it sees later items
+    blocks: int = _setting(2, "attention blocks of an expert, or its GRU's layers")
+    heads: int = _setting(1, "heads of an expert's attention")
+    ffn_dim: int = _setting(
+        128,
+        "inner width of a Transformer's and a tower's feed-forward network (eq. 7 has r)",
     )
-    loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = (
-        "sampled_softmax"  # bpr_probability: eq. 8, 9
+    norm: Literal["post", "pre"] = _setting(
+        "post",
+        "a Transformer's LayerNorm after the residual sum, or before each sub-layer",
     )
-    # shapley: CGRec's, 2^D more forward passes a step (syncrec/losses/shapley.py); none: variant A.
-    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = (
-        "negative_transfer_gap"
+    dropout: float = _setting(
+        0.1, "share of elements that dropout clears", on_warm_start=True
     )
-    correction_temperature: float = 1.0  # δ of eq. 11, and of shapley's softmax
-    correction_total: Literal["one", "domains"] = (
-        "one"  # Σ λ; one: eq. 11. domains: D, so that equal weights are all 1
+    tower: bool = _setting(True, "false: what the experts give, mixed, is the output")
+    gate: Literal["token", "sequence"] = _setting(
+        "token", "sequence: eq. 3 literally; it sees later items"
     )
-    learn_scales: bool = True  # α and β of eq. 11
-    # What a domain's items are scored with. cross: Y^cross, as in the paper; both: the mean of Y^cross and the domain's own
-    # Y^single, weighed by its negative transfer gap
-    prediction: Literal["cross", "both"] = "both"
-    prediction_temperature: float = 0.3  # of that weight, in the loss's units
-    mutual_information: Literal["on", "off"] = "on"  # off: variant B
-    mutual_information_pooling: Literal["mean", "last"] = "mean"
-    mutual_information_similarity: Literal["sigmoid", "cosine"] = (
-        "sigmoid"  # sigmoid: eq. 17
+    loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = _setting(
+        "sampled_softmax",
+        "next-item loss; bpr_probability: eq. 8, 9",
+        on_warm_start=True,
     )
-    mutual_information_temperature: float = 1.0
-    # Whom a user is told apart from. A number: the users of all ranks, where there are more that many of each domain, drawn
-    # by the seed and standing for all; memory then does not grow with the ranks. global: all of them; rank: those of one's own
-    mutual_information_negatives: int | str = 4096
-    mutual_information_denominator: Literal["all", "others"] = (
-        "all"  # all: eq. 14 and 15, others: eq. 16 as printed
+    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = _setting(
+        "negative_transfer_gap",
+        "where λ comes from; shapley: CGRec's, 2^D more forward passes a step; none: variant A",
     )
-    eta: float = 0.9  # η of eq. 18
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # bf16: matrix products by autocast; weights, losses and λ stay fp32
+    correction_temperature: float = _setting(
+        1.0, "δ of eq. 11, and of shapley's softmax", on_warm_start=True
     )
-    kernel: Literal["auto", "fused", "plain"] = (
-        "auto"  # of the experts on a CPU: fused where a C++ compiler is at hand
+    correction_total: Literal["one", "domains"] = _setting(
+        "one", "Σ λ; one: eq. 11; domains: D, so that equal weights are all 1"
     )
-    init_std: float = 0.02
+    learn_scales: bool = _setting(
+        True, "whether α and β of eq. 11 learn", on_warm_start=True
+    )
+    prediction: Literal["cross", "both"] = _setting(
+        "both",
+        "what a domain's items are scored with; cross: Y^cross, as in the paper; both: the mean of "
+        "Y^cross and the domain's own Y^single, weighed by its negative transfer gap",
+    )
+    prediction_temperature: float = _setting(
+        0.3, "of that weight, in the loss's units", on_warm_start=True
+    )
+    mutual_information: bool = _setting(True, "SC-MIM; false: variant B")
+    mutual_information_pooling: Literal["mean", "last"] = _setting(
+        "mean", "which of a domain's tokens stand for it in SC-MIM", on_warm_start=True
+    )
+    mutual_information_similarity: Literal["sigmoid", "cosine"] = _setting(
+        "sigmoid", "sigmoid: eq. 17", on_warm_start=True
+    )
+    mutual_information_temperature: float = _setting(
+        1.0, "what SC-MIM's similarities are divided by", on_warm_start=True
+    )
+    mutual_information_negatives: int | str = _setting(
+        4096,
+        "whom a user is told apart from; a number: the users of all ranks, where there are more, "
+        "that many of each domain, drawn by the seed and standing for all, so that memory does not "
+        "grow with the ranks; global: all of them; rank: those of one's own",
+        on_warm_start=True,
+    )
+    mutual_information_denominator: Literal["all", "others"] = _setting(
+        "all", "all: eq. 14 and 15, others: eq. 16 as printed", on_warm_start=True
+    )
+    eta: float = _setting(0.9, "η of eq. 18", on_warm_start=True)
+    precision: Literal["fp32", "bf16"] = _setting(
+        "fp32",
+        "bf16: matrix products by autocast; weights, losses and λ stay fp32",
+        on_warm_start=True,
+    )
+    kernel: Literal["auto", "fused", "plain"] = _setting(
+        "auto",
+        "of the experts on a CPU; auto: fused where a C++ compiler is at hand",
+        on_warm_start=True,
+    )
+    init_std: float = _setting(
+        0.02, "standard deviation of first embeddings", on_warm_start=True
+    )
 
     def __post_init__(self):
+        self._check_switches()
+        self._check_sizes()
+        if self.encoder == "gru":
+            self._check_gru()
+        if self.tasks == "cross":
+            self._check_cross_task()
+        self._check_negatives()
+        self._check_numbers()
+
+    def _check_switches(self) -> None:
+        for name in ("stop_gradient", "tower", "learn_scales", "mutual_information"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"model.{name} is {value}: give true or false")
+
+    def _check_sizes(self) -> None:
         for name in ("dim", "max_length", "experts", "blocks", "heads", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)}: give at least 1"
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"model.{name} is {value}: give at least 1")
         if self.dim % self.heads:
             raise ValueError(
                 f"model.dim {self.dim} is not divisible by model.heads {self.heads}"
             )
-        if self.stop_gradient == "on" and not 0 < self.cross_experts < self.experts:
+        if self.stop_gradient and not 0 < self.cross_experts < self.experts:
             raise ValueError(
-                f"model.cross_experts is {self.cross_experts}: with stop_gradient on, both tasks need experts of their "
-                f"own, so give 1 to {self.experts - 1} (model.experts - 1)"
+                f"model.cross_experts is {self.cross_experts}: with stop_gradient on, both "
+                f"tasks need experts of their own, so give 1 to {self.experts - 1} "
+                "(model.experts - 1)"
             )
-        if self.encoder == "gru":
-            for name, unused in (("heads", 1), ("norm", "post")):
-                if getattr(self, name) != unused:
-                    raise ValueError(
-                        f"model.{name} is {getattr(self, name)}: model.encoder=gru has none, leave it at {unused}"
-                    )
-            if self.kernel == "fused":
+
+    def _check_gru(self) -> None:
+        """Settings that are for attention alone have their defaults."""
+        for name, default in (("heads", 1), ("norm", "post")):
+            value = getattr(self, name)
+            if value != default:
                 raise ValueError(
-                    "model.kernel is fused: it is for attention, and model.encoder=gru has none; use auto"
+                    f"model.{name} is {value}: model.encoder=gru has none, leave it at {default}"
                 )
-        if self.tasks == "cross":
-            for name, only in (
-                ("stop_gradient", "off"),
-                ("loss_correction", "none"),
-                ("mutual_information", "off"),
-            ):
-                if getattr(self, name) not in (only, "shapley"):
-                    raise ValueError(
-                        f"model.{name} is {getattr(self, name)}: with model.tasks=cross there is no single-domain task, so "
-                        f"set model.{name}={only}"
-                    )
-        negatives = self.mutual_information_negatives
-        if (
-            negatives not in ("global", "rank")
-            if isinstance(negatives, str)
-            else negatives < 2
-        ):
+        if self.kernel == "fused":
             raise ValueError(
-                f"model.mutual_information_negatives is {negatives}: give global, rank, or a number of users, at least 2"
+                "model.kernel is fused: it is for attention, and model.encoder=gru has none; "
+                "use auto"
             )
+
+    def _check_cross_task(self) -> None:
+        """What needs the single-domain tasks is switched off without them."""
+        values = {
+            "stop_gradient": "on" if self.stop_gradient else "off",
+            "loss_correction": self.loss_correction,
+            "mutual_information": "on" if self.mutual_information else "off",
+        }
+        for name, value in values.items():
+            if value not in ("off", "none", "shapley"):
+                allowed = "none" if name == "loss_correction" else "off"
+                raise ValueError(
+                    f"model.{name} is {value}: with model.tasks=cross there is no "
+                    f"single-domain task, so set model.{name}={allowed}"
+                )
+
+    def _check_negatives(self) -> None:
+        negatives = self.mutual_information_negatives
+        if isinstance(negatives, str):
+            valid = negatives in ("global", "rank")
+        else:
+            valid = negatives >= 2
+        if not valid:
+            raise ValueError(
+                f"model.mutual_information_negatives is {negatives}: give global, rank, or a "
+                "number of users, at least 2"
+            )
+
+    def _check_numbers(self) -> None:
         if self.time_knots < 0 or self.time_knots == 1:
             raise ValueError(
-                f"model.time_knots is {self.time_knots}: give 0 (times are not looked at), or 2 and more"
+                f"model.time_knots is {self.time_knots}: give 0 (times are not looked at), or 2 "
+                "and more"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(
@@ -134,20 +212,17 @@ class ModelConfig:
             "mutual_information_temperature",
             "init_std",
         ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)}: give more than 0"
-                )
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"model.{name} is {value}: give more than 0")
 
     @property
     def mutual_information_candidates(self) -> int:
         """The users a domain that stand for more of them in SC-MIM; 0: nobody stands for others."""
         negatives = self.mutual_information_negatives
-        return (
-            negatives
-            if isinstance(negatives, int) and self.mutual_information == "on"
-            else 0
-        )
+        if isinstance(negatives, int) and self.mutual_information:
+            return negatives
+        return 0
 
     @property
     def predicts_by_both(self) -> bool:

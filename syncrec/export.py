@@ -1,8 +1,10 @@
-"""A path of a trained model for a service, the cross-domain task's or a single-domain one's: padded histories in, vectors of
-users out, plain operations only.
+"""Exports a path of a trained model for inference in a service, by `torch.export`.
 
-The trainer's own forward is packed, with layouts that are worked out from the data and a compiled kernel; `torch.export` can
-take neither. tests/unit/syncrec/test_export.py holds this to it. It computes in fp32, whatever `model.precision` says.
+It is the cross-domain task's or a single-domain one's: padded histories in, vectors of users out,
+plain operations only. The trainer's own forward is packed, with layouts that are worked out from
+the data and a compiled kernel; `torch.export` can take neither.
+tests/unit/syncrec/test_export.py holds this path to it. It computes in fp32, whatever
+`model.precision` says.
 
 Shapes: B users, N items of a history, P = N + 1 tokens, K experts of both stacks, r width.
 """
@@ -12,10 +14,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from syncrec.layers.embedding import OnlyExpert
+from syncrec.config import ModelConfig
+from syncrec.layers.gate import OnlyExpert
 from syncrec.layers.time_encoding import NO_GAP, TICKS
+from syncrec.model import SyNCRec
 
 _NORMS = (
     "attention_norm_scale",
@@ -27,193 +31,226 @@ _BLOCK = ("qkv", "out", "w1", "b1", "w2", "b2", *_NORMS)
 
 
 class UserEncoder(nn.Module):
-    """Y^cross of eq. 4 at each history's newest token: what a `Query` of the same histories gives. Of a domain: its Y^single of
-    eq. 2, given histories of that domain alone."""
+    """Y^cross of eq. 4 at each history's newest token (section 4.2.1).
 
-    def __init__(self, model, span, domain=None):
-        """model: a SyNCRec; its weights are copied. span: the dataset's first and last time. domain: its number. Raises
-        ValueError where it has no exported form."""
+    It is what a `Query` of the same histories gives. Of a domain: its Y^single of eq. 2, given
+    histories of that domain alone.
+
+    Example: four users, the newest N = 3 items of each, the third without a history:
+
+        items_BNR    (4, 3, r), the vectors of rows 3, 12, 5 | 15, –, – | –, –, – | 1, 2, –
+        lengths_B    tensor([3, 1, 0, 2])
+        result       (4, r)
+    """
+
+    def __init__(
+        self, model: SyNCRec, span: tuple[float, float], domain: int | None = None
+    ):
+        """model: its weights are copied. span: the dataset's first and last time. domain: its number.
+
+        Raises ValueError where the model has no exported form.
+        """
         super().__init__()
         config = model.config
         check_exportable(config)
-        stacks = [
-            stack
-            for stack in (model.cross_experts, model.single_experts)
-            if stack is not None
-        ]
-        self.max_length, self.heads, self.blocks, self.experts = (
-            config.max_length,
-            config.heads,
-            config.blocks,
-            config.experts,
-        )
-        self.pre_norm, self.literal_gate = (
-            config.norm == "pre",
-            config.gate == "sequence",
-        )
-        self._keep("start", model.embedding.start)
-        self._keep("positions", model.embedding.positions)
+        self.max_length = config.max_length
+        self.heads = config.heads
+        self.blocks = config.blocks
+        self.experts = config.experts
+        self.pre_norm = config.norm == "pre"
+        self.literal_gate = config.gate == "sequence"
+        self._copy("start", model.embedding.start)
+        self._copy("positions", model.embedding.positions)
         gate = model.cross_gate if domain is None else model.single_gates[domain]
-        self._keep("gate", None if isinstance(gate, OnlyExpert) else gate.weight)
-        for number in range(config.blocks):
-            for name in _BLOCK:
-                weights = [getattr(stack.blocks[number], name) for stack in stacks]
-                self._keep(f"{name}_{number}", torch.cat(weights))
-        if self.pre_norm:
-            self._keep(
-                "last_scale", torch.cat([stack.last_norm.scale for stack in stacks])
-            )
-            self._keep(
-                "last_shift", torch.cat([stack.last_norm.shift for stack in stacks])
-            )
+        self._copy("gate", None if isinstance(gate, OnlyExpert) else gate.weight)
+        self._copy_experts(model)
         tower = model.cross_tower if domain is None else model.single_towers[domain]
         self.tower = copy.deepcopy(tower).eval().requires_grad_(False)
-        self.clock, self.first_time, self.duration = (
-            None,
-            float(span[0]),
-            max(float(span[1] - span[0]), sys.float_info.min),
-        )
+        self.clock = None
+        self.first_time = float(span[0])
+        self.duration = max(float(span[1] - span[0]), sys.float_info.min)
         if model.clock is not None:
             self.clock = copy.deepcopy(model.clock).eval().requires_grad_(False)
-            self._keep("gap_bounds", 2 ** torch.arange(1, NO_GAP))
+            self._copy("gap_bounds", 2 ** torch.arange(1, NO_GAP))
 
-    def _keep(self, name, weight):
-        self.register_buffer(name, None if weight is None else weight.detach().clone())
+    def _copy_experts(self, model: SyNCRec) -> None:
+        """Stacks the weights of all experts."""
+        stacks = [model.cross_experts]
+        if model.single_experts is not None:
+            stacks.append(model.single_experts)
+        for number in range(self.blocks):
+            for name in _BLOCK:
+                weights = [getattr(stack.blocks[number], name) for stack in stacks]
+                self._copy(f"{name}_{number}", torch.cat(weights))
+        if self.pre_norm:
+            scales = [stack.last_norm.scale for stack in stacks]
+            shifts = [stack.last_norm.shift for stack in stacks]
+            self._copy("last_scale", torch.cat(scales))
+            self._copy("last_shift", torch.cat(shifts))
 
-    def forward(self, items_BNR, lengths_B, times_BN, now_B):
-        """items_BNR: item vectors of the newest N items, oldest first, N from 1 to max_length, anything behind a history's end;
-        lengths_B: int64, how many there are, 0 for a user without a history; times_BN: when they were, now_B: when the request
-        is, float64, in the logs' unit; of no account in a model without time_knots. Returns (B, r)."""
-        users, given, width = items_BNR.shape
-        tokens = given + 1
-        lengths_B1 = (
-            (lengths_B + 1).clamp(max=self.max_length).unsqueeze(1)
-        )  # in tokens: SOS, and an item each
-        place_P = torch.arange(tokens, device=items_BNR.device)
+    def _copy(self, name: str, weight: Tensor | None) -> None:
+        """Registers a copy of a weight as buffer."""
+        if weight is not None:
+            weight = weight.detach().clone()
+        self.register_buffer(name, weight)
+
+    def forward(
+        self, items_BNR: Tensor, lengths_B: Tensor, times_BN: Tensor, now_B: Tensor
+    ) -> Tensor:
+        """The users' vectors (B, r).
+
+        Args:
+            items_BNR: item vectors of the newest N items, oldest first, N from 1 to max_length,
+                anything behind a history's end.
+            lengths_B: int64, how many there are, 0 for a user without a history.
+            times_BN: when they were, float64, in the logs' unit.
+            now_B: when the request is. Both times are of no account in a model without time_knots.
+        """
+        users, items, width = items_BNR.shape
+        # In tokens: SOS, and an item each.
+        lengths_B1 = (lengths_B + 1).clamp(max=self.max_length).unsqueeze(1)
+        index_P = torch.arange(items + 1, device=items_BNR.device)
         # A history of max_length items has no room for SOS.
-        from_BP = (place_P + (lengths_B.unsqueeze(1) + 1 - lengths_B1)).clamp(max=given)
-        whole_BPR = torch.cat([self.start.expand(users, 1, width), items_BNR], dim=1)
-        x_BPR = whole_BPR.gather(1, from_BP.unsqueeze(2).expand(-1, -1, width))
-        position_BP = (lengths_B1 - 1 - place_P).clamp(min=0)
-        there_BP1 = (place_P < lengths_B1).unsqueeze(2)
-        # What lies behind the end is not seen by any token before it, but NaN times zero is NaN.
+        skipped_B1 = lengths_B.unsqueeze(1) + 1 - lengths_B1
+        source_BP = (index_P + skipped_B1).clamp(max=items)
+        start_B1R = self.start.expand(users, 1, width)
+        whole_BPR = torch.cat([start_B1R, items_BNR], dim=1)
+        x_BPR = whole_BPR.gather(1, source_BP.unsqueeze(2).expand(-1, -1, width))
+        position_BP = (lengths_B1 - 1 - index_P).clamp(min=0)
+        is_token_BP1 = (index_P < lengths_B1).unsqueeze(2)
         x_BPR = x_BPR + F.embedding(position_BP, self.positions)
         if self.clock is not None:
-            x_BPR = x_BPR + self._time_of_tokens(times_BN, now_B, lengths_B, from_BP)
-        x_BPR = torch.where(there_BP1, x_BPR, 0.0)
+            x_BPR = x_BPR + self._encode_time(times_BN, now_B, lengths_B, source_BP)
+        # No token sees what lies behind the end, but NaN times zero is NaN.
+        x_BPR = torch.where(is_token_BP1, x_BPR, 0.0)
         newest_B11 = (lengths_B1 - 1).unsqueeze(2)
         newest_BR = x_BPR.gather(1, newest_B11.expand(-1, -1, width)).squeeze(1)
-        y_KBPR = x_BPR.expand(self.experts, -1, -1, -1)
-        for number in range(self.blocks):
-            y_KBPR = self._block(number, y_KBPR)
-        y_KBR = y_KBPR.gather(
-            2, newest_B11.expand(self.experts, -1, -1, width)
-        ).squeeze(2)
-        if self.pre_norm:
-            y_KBR = F.layer_norm(y_KBR, (width,)) * self.last_scale + self.last_shift
+        y_KBR = self._run_experts(x_BPR, newest_B11)
         if self.gate is None:
             mixed_BR = y_KBR[0]
         else:
-            mixed_BR = torch.einsum(
-                "bk,kbr->br",
-                self._gate_weights(newest_BR, x_BPR, position_BP, there_BP1),
-                y_KBR,
-            )
+            weights_BK = self._gate_weights(newest_BR, x_BPR, position_BP, is_token_BP1)
+            mixed_BR = torch.einsum("bk,kbr->br", weights_BK, y_KBR)
         y_BR = self.tower(mixed_BR)
-        return (
-            y_BR
-            if self.clock is None
-            else y_BR + self.clock.added_to_outputs(self._ticks(now_B))
-        )
+        if self.clock is None:
+            return y_BR
+        return y_BR + self.clock.added_to_outputs(self._to_ticks(now_B))
 
-    def _time_of_tokens(self, times_BN, now_B, lengths_B, from_BP):
-        """What time adds to SOS and the items that the tokens are (from_BP: 0 for SOS), each predicting for the next one's."""
-        users, tokens = from_BP.shape
-        tick_BN, now_B1 = self._ticks(times_BN), self._ticks(now_B).unsqueeze(1)
-        asked_BP = torch.cat([tick_BN, now_B1], dim=1).gather(1, from_BP)
-        asked_BP = torch.where(from_BP < lengths_B.unsqueeze(1), asked_BP, now_B1)
-        since_BP = asked_BP - torch.cat(
-            [torch.zeros_like(now_B1), tick_BN], dim=1
-        ).gather(1, from_BP)
-        gap_BP = torch.bucketize(since_BP.clamp(min=0) + 1, self.gap_bounds, right=True)
-        gap_BP = torch.where(from_BP > 0, gap_BP, NO_GAP)
-        return self.clock.added_to_tokens(asked_BP.flatten(), gap_BP.flatten()).view(
-            users, tokens, -1
-        )
-
-    def _ticks(self, times):
-        """As `Dataset.ticks`."""
-        return (
-            ((times.double() - self.first_time) / self.duration).clamp(0, 1) * TICKS
-        ).long()
-
-    def _block(self, number, x_KBPR):
-        w = {name: getattr(self, f"{name}_{number}").unsqueeze(1) for name in _BLOCK}
-
-        def norm(y_KBPR, name):
-            y_KBPR = F.layer_norm(y_KBPR, y_KBPR.shape[-1:])
-            return y_KBPR * w[f"{name}_norm_scale"] + w[f"{name}_norm_shift"]
-
-        def attend(y_KBPR):
-            experts, users, tokens, width = y_KBPR.shape
-            qkv = (y_KBPR @ w["qkv"]).view(
-                experts, users, tokens, 3, self.heads, width // self.heads
-            )
-            query, key, value = (
-                part.transpose(2, 3).flatten(0, 1) for part in qkv.unbind(3)
-            )
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            return (
-                mixed.transpose(1, 2).reshape(experts, users, tokens, width) @ w["out"]
-            )
-
-        def feed_forward(y_KBPR):
-            return F.gelu(y_KBPR @ w["w1"] + w["b1"]) @ w["w2"] + w["b2"]
-
+    def _run_experts(self, x_BPR: Tensor, newest_B11: Tensor) -> Tensor:
+        """The experts' outputs at each user's newest token, (K, B, r)."""
+        width = x_BPR.shape[2]
+        y_KBPR = x_BPR.expand(self.experts, -1, -1, -1)
+        for number in range(self.blocks):
+            y_KBPR = self._run_block(number, y_KBPR)
+        newest_KB1R = newest_B11.expand(self.experts, -1, -1, width)
+        y_KBR = y_KBPR.gather(2, newest_KB1R).squeeze(2)
         if self.pre_norm:
-            x_KBPR = x_KBPR + attend(norm(x_KBPR, "attention"))
-            return x_KBPR + feed_forward(norm(x_KBPR, "ffn"))
-        x_KBPR = norm(x_KBPR + attend(x_KBPR), "attention")
-        return norm(x_KBPR + feed_forward(x_KBPR), "ffn")
+            y_KBR = F.layer_norm(y_KBR, (width,)) * self.last_scale + self.last_shift
+        return y_KBR
 
-    def _gate_weights(self, newest_BR, x_BPR, position_BP, there_BP1):
+    def _encode_time(
+        self, times_BN: Tensor, now_B: Tensor, lengths_B: Tensor, source_BP: Tensor
+    ) -> Tensor:
+        """What time adds to SOS and the items, each of which predicts for the next one's time.
+
+        source_BP: which item each token is, 0 for SOS. Returns (B, P, r).
+        """
+        users, tokens = source_BP.shape
+        tick_BN = self._to_ticks(times_BN)
+        now_B1 = self._to_ticks(now_B).unsqueeze(1)
+        target_BP = torch.cat([tick_BN, now_B1], dim=1).gather(1, source_BP)
+        has_next_BP = source_BP < lengths_B.unsqueeze(1)
+        target_BP = torch.where(has_next_BP, target_BP, now_B1)
+        before_BP = torch.cat([torch.zeros_like(now_B1), tick_BN], dim=1)
+        since_BP = target_BP - before_BP.gather(1, source_BP)
+        span_BP = since_BP.clamp(min=0) + 1
+        gap_BP = torch.bucketize(span_BP, self.gap_bounds, right=True)
+        gap_BP = torch.where(source_BP > 0, gap_BP, NO_GAP)
+        added = self.clock.added_to_tokens(target_BP.flatten(), gap_BP.flatten())
+        return added.view(users, tokens, -1)
+
+    def _to_ticks(self, times: Tensor) -> Tensor:
+        """As `Dataset.ticks`."""
+        elapsed = (times.double() - self.first_time) / self.duration
+        return (elapsed.clamp(0, 1) * TICKS).long()
+
+    def _run_block(self, number: int, x_KBPR: Tensor) -> Tensor:
+        """`Block` of syncrec/layers/transformer.py, eq. 5 to 7."""
+        weights = {}
+        for name in _BLOCK:
+            weights[name] = getattr(self, f"{name}_{number}").unsqueeze(1)
+        if self.pre_norm:
+            normed = _norm(x_KBPR, weights, "attention")
+            x_KBPR = x_KBPR + self._attend(normed, weights)
+            return x_KBPR + _feed_forward(_norm(x_KBPR, weights, "ffn"), weights)
+        x_KBPR = _norm(x_KBPR + self._attend(x_KBPR, weights), weights, "attention")
+        return _norm(x_KBPR + _feed_forward(x_KBPR, weights), weights, "ffn")
+
+    def _attend(self, y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        experts, users, tokens, width = y_KBPR.shape
+        head_dim = width // self.heads
+        qkv = y_KBPR @ weights["qkv"]
+        qkv = qkv.view(experts, users, tokens, 3, self.heads, head_dim)
+        heads = [part.transpose(2, 3).flatten(0, 1) for part in qkv.unbind(3)]
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = mixed.transpose(1, 2).reshape(experts, users, tokens, width)
+        return mixed @ weights["out"]
+
+    def _gate_weights(
+        self,
+        newest_BR: Tensor,
+        x_BPR: Tensor,
+        position_BP: Tensor,
+        is_token_BP1: Tensor,
+    ) -> Tensor:
+        """The experts' weights at each user's newest token, (B, K)."""
         if not self.literal_gate:
             return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
         scores_BPK = torch.einsum("bpr,bpkr->bpk", x_BPR, self.gate[position_BP])
-        return torch.softmax((scores_BPK * there_BP1).sum(1), dim=-1)
+        return torch.softmax((scores_BPK * is_token_BP1).sum(1), dim=-1)
 
 
-def check_exportable(config):
-    """Raises ValueError for a model that `UserEncoder` does not cover. config: its ModelConfig."""
+def _norm(y_KBPR: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    normed = F.layer_norm(y_KBPR, y_KBPR.shape[-1:])
+    return normed * weights[f"{name}_norm_scale"] + weights[f"{name}_norm_shift"]
+
+
+def _feed_forward(y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    inner = F.gelu(y_KBPR @ weights["w1"] + weights["b1"])
+    return inner @ weights["w2"] + weights["b2"]
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """Raises ValueError for a model that `UserEncoder` does not cover."""
     if config.encoder != "transformer":
         # torch.export writes a GRU out step by step, and then it is for histories of one length.
         raise ValueError(
-            f"model.encoder is {config.encoder}: only transformer can be exported; launch/recommend.py takes any"
+            f"model.encoder is {config.encoder}: only transformer can be exported; "
+            "launch/recommend.py takes any"
         )
 
 
 def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
     """The encoder for any number of users and 1 to max_length items, loadable with PyTorch alone.
 
-    Without what PyTorch keeps beside it: the example, which it would pickle, and where in which folders the code lay.
+    Without what PyTorch adds: the example, which it would pickle, and the folders of the code.
     """
-    given = min(2, encoder.max_length)
+    items = min(2, encoder.max_length)
+    width = encoder.start.shape[1]
     example = (
-        torch.zeros(2, given, encoder.start.shape[1], dtype=encoder.start.dtype),
-        torch.tensor([given, 0]),
-        torch.zeros(2, given, dtype=torch.float64),
+        torch.zeros(2, items, width, dtype=encoder.start.dtype),
+        torch.tensor([items, 0]),
+        torch.zeros(2, items, dtype=torch.float64),
         torch.zeros(2, dtype=torch.float64),
     )
     users = {0: torch.export.Dim("users", min=1)}
-    items = (
-        {1: torch.export.Dim("items", min=1, max=encoder.max_length)}
-        if encoder.max_length > 1
-        else {}
-    )
+    users_and_items = dict(users)
+    if encoder.max_length > 1:
+        users_and_items[1] = torch.export.Dim("items", min=1, max=encoder.max_length)
     shapes = {
-        "items_BNR": users | items,
+        "items_BNR": users_and_items,
         "lengths_B": users,
-        "times_BN": users | items,
+        "times_BN": users_and_items,
         "now_B": users,
     }
     program = torch.export.export(encoder.eval(), example, dynamic_shapes=shapes)

@@ -1,58 +1,82 @@
-"""A model's weights for one that knows other domains, and another span of time.
+"""Warm start: a model's weights for one that knows other domains, and another span of time.
 
 Shapes: D domains, K knots, r width.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-_OWN = re.compile(
-    r"(single_gates|single_towers)\.(\d+)\.(.+)"
-)  # what each domain has of its own
-_BY_DOMAIN = {
-    "correction.lambda_D": 0,
-    "prediction.gap_2D": 1,
-}  # buffers, and their axis of domains
+# What each domain has for itself.
+_OF_DOMAIN = re.compile(r"(single_gates|single_towers)\.(\d+)\.(.+)")
+# Buffers with an axis of domains, and which axis that is.
+_DOMAIN_AXES = {"correction.lambda_D": 0, "prediction.gap_2D": 1}
 _KNOTS = "clock.knots_2KR"
 
+Span = tuple[float, float]  # first and last time of a dataset
 
-def grown_state(state, old_of_D, spans, knots):
-    """The state_dict of a SyNCRec whose domain d was domain old_of_D[d] of the model that `state` is of, −1: it is new.
 
-    A new domain's gate and tower begin as the mean of the others', its λ and its gap as never seen. spans: (first, last) time
-    of the datasets of both, the old one's first; the clock's vectors stay where they were in time, and what lies beyond the old
-    span begins as its end. knots: how many the new model has.
+def grown_state(
+    state: Mapping[str, Tensor],
+    old_of_D: Sequence[int],
+    spans: tuple[Span, Span],
+    knots: int,
+) -> dict[str, Tensor]:
+    """The state_dict of a SyNCRec whose domain d was domain old_of_D[d] of another model.
+
+    A new domain's gate and tower begin as the mean of the others', its λ and its gap as never seen.
+    The clock's vectors stay where they were in time, and what lies beyond the old span begins as its
+    end.
+
+    Args:
+        state: the other model's state_dict.
+        old_of_D: −1: the domain is new.
+        spans: of the datasets of both, the old one's first.
+        knots: how many the new model has.
+
+    Example: old_of_D [1, −1, 0] takes single_gates.1 as single_gates.0, the mean of both as
+    single_gates.1, and single_gates.0 as single_gates.2.
     """
-    found, own = {}, {}
+    grown = {}
+    by_name: dict[tuple[str, str], dict[int, Tensor]] = {}
     for name, value in state.items():
-        if match := _OWN.fullmatch(name):
-            own.setdefault((match[1], match[3]), {})[int(match[2])] = value
-        elif name in _BY_DOMAIN:
-            found[name] = _by_domain(value, old_of_D, _BY_DOMAIN[name])
+        match = _OF_DOMAIN.fullmatch(name)
+        if match:
+            module, domain, rest = match.groups()
+            by_name.setdefault((module, rest), {})[int(domain)] = value
+        elif name in _DOMAIN_AXES:
+            grown[name] = _select_domains(value, old_of_D, _DOMAIN_AXES[name])
+        elif name == _KNOTS:
+            grown[name] = _interpolate_knots(value, *spans, knots)
         else:
-            found[name] = _moved(value, *spans, knots) if name == _KNOTS else value
-    for (part, rest), by_domain in own.items():
+            grown[name] = value
+    for (module, rest), by_domain in by_name.items():
         mean = torch.stack(list(by_domain.values())).mean(0)
         for domain, old in enumerate(old_of_D):
-            found[f"{part}.{domain}.{rest}"] = (
-                by_domain[old].clone() if old >= 0 else mean.clone()
-            )
-    return found
+            value = by_domain[old] if old >= 0 else mean
+            grown[f"{module}.{domain}.{rest}"] = value.clone()
+    return grown
 
 
-def _by_domain(value, old_of_D, axis):
-    with_none = torch.cat([value, torch.zeros_like(value.narrow(axis, 0, 1))], dim=axis)
-    return with_none.index_select(
-        axis, torch.tensor([old if old >= 0 else value.shape[axis] for old in old_of_D])
-    )
+def _select_domains(value: Tensor, old_of_D: Sequence[int], axis: int) -> Tensor:
+    """A buffer by the new domains; 0 for those that are new."""
+    domains = value.shape[axis]
+    zero = torch.zeros_like(value.narrow(axis, 0, 1))
+    with_zero = torch.cat([value, zero], dim=axis)
+    index = [old if old >= 0 else domains for old in old_of_D]
+    return with_zero.index_select(axis, torch.tensor(index))
 
 
-def _moved(knots_2KR, old_span, new_span, knots):
+def _interpolate_knots(
+    knots_2KR: Tensor, old_span: Span, new_span: Span, knots: int
+) -> Tensor:
     """The functions of time at new knots."""
     times = torch.linspace(*new_span, knots, dtype=torch.float64)
     length = max(old_span[1] - old_span[0], torch.finfo(torch.float64).tiny)
-    place = ((times - old_span[0]) / length).clamp(0, 1) * (knots_2KR.shape[1] - 1)
-    low = place.long().clamp(max=knots_2KR.shape[1] - 2)
-    share = (place - low).to(knots_2KR.dtype).unsqueeze(1)
+    last = knots_2KR.shape[1] - 1
+    along = ((times - old_span[0]) / length).clamp(0, 1) * last
+    low = along.long().clamp(max=last - 1)
+    share = (along - low).to(knots_2KR.dtype).unsqueeze(1)
     return torch.lerp(knots_2KR[:, low], knots_2KR[:, low + 1], share)

@@ -1,151 +1,219 @@
-"""What a rank scores: its rows of a domain in strips, for some users.
+"""What a rank scores: its rows of a domain in strips, for some of the users.
 
-A strip's vectors are copied together, since they lie far apart in the shard, as who scores them wants them: embeddings/topk/torch_scan.py
-or scan.py.
+A strip's vectors are copied together, since they lie far apart in the shard, in the form that a scan
+wants: embeddings/topk/torch_scan.py or cpu_scan.py.
+
+Shapes: U users of a part, S rows of a strip, E excluded pairs of user and row, P pairs, r width. A
+slot is a row's index in the shard's weight.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from embeddings.topk.bounds import Vectors, exact_scores, full_precision
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
 
 _STRIP = 8  # blocks
 _FEWEST = 128  # users that are worth a thread
 
 
 class Shard:
-    """The rows of M that this rank holds, as they are now."""
+    """The rows of M that this rank has, with the vectors that they have now."""
 
-    def __init__(self, table):
+    def __init__(self, table: "ItemTable"):
         self.first, tensors = table.shard()
-        self.weight, self.scatter = tensors["weight"].detach(), table.scatter
+        self.weight = tensors["weight"].detach()
+        self.scatter = table.scatter
 
-    def place(self, row):
+    def slot(self, row: Tensor) -> Tensor:
         """Where in `weight` rows of M would be."""
         return self.scatter.stored(row) - self.first
 
-    def row(self, place):
-        """The inverse of `place`."""
-        return self.scatter.row(place + self.first)
+    def row(self, slot: Tensor) -> Tensor:
+        """The inverse of `slot`."""
+        return self.scatter.row(slot + self.first)
 
-    def holds(self, place):
-        return (place >= 0) & (place < len(self.weight))
-
-
-class Strips:
-    """The rows [first, first + items) of M in strips, of which about `block` · 8 rows lie on each of so many ranks."""
-
-    def __init__(self, first, items, block, ranks):
-        self.block = block
-        span = _STRIP * block * ranks
-        self.bounds = [*range(first, first + items, span), first + items]
-
-    def of(self, shard, items_of):
-        """Those that the shard has any rows of, in the order of rows. items_of(weight, place_S): their items."""
-        for number, (begin, end) in enumerate(pairwise(self.bounds)):
-            row = torch.arange(begin, end, device=shard.weight.device)
-            place = shard.place(row)
-            here = shard.holds(place)
-            row, place = row[here], place[here]
-            if len(row):
-                # As many as there would be of `block` rows: how many of a strip lie here differs by a few.
-                yield Strip(
-                    number,
-                    row,
-                    place,
-                    items_of(shard.weight, place),
-                    max(1, round(len(row) / self.block)),
-                )
+    def contains(self, slot: Tensor) -> Tensor:
+        """Whether slots are this shard's, bool."""
+        return (slot >= 0) & (slot < len(self.weight))
 
 
 @dataclass(frozen=True)
 class Strip:
-    """row_S: of M, ascending; place_S: in the shard; items: their vectors; blocks: how many to score it in."""
+    """Some rows of a shard.
+
+    Attributes:
+        number: which of the strips it is.
+        row_S: rows of M, ascending.
+        slot_S: their slots in the shard.
+        items: their vectors, as the scan wants them.
+        blocks: in how many blocks to score it.
+    """
 
     number: int
-    row_S: torch.Tensor
-    place_S: torch.Tensor
-    items: object
+    row_S: Tensor
+    slot_S: Tensor
+    items: Any
     blocks: int
 
 
-class UserPart:
-    """Some users y_UR, and what of each is not to be shown: pairs (row, user), sorted by row, once each."""
+class Strips:
+    """The rows [first, first + items) of M in strips.
 
-    def __init__(self, y_UR, excluded_row, excluded_user, shard, strips):
-        self.y, self.shard = Vectors(y_UR), shard
-        self.excluded_row, self.excluded_user = excluded_row, excluded_user
+    About `block` · 8 rows of a strip lie on each of `ranks` ranks.
+    """
+
+    def __init__(self, first: int, items: int, block: int, ranks: int):
+        self.block = block
+        span = _STRIP * block * ranks
+        self.bounds = [*range(first, first + items, span), first + items]
+
+    def cut(
+        self, shard: Shard, pack_items: Callable[[Tensor, Tensor], Any]
+    ) -> Iterator[Strip]:
+        """The strips that the shard has any rows of, in the order of rows.
+
+        pack_items(weight, slot_S): the vectors as the scan wants them.
+        """
+        for number, (begin, end) in enumerate(pairwise(self.bounds)):
+            row = torch.arange(begin, end, device=shard.weight.device)
+            slot = shard.slot(row)
+            local = shard.contains(slot)
+            row = row[local]
+            slot = slot[local]
+            if len(row) == 0:
+                continue
+            # As many as there would be of `block` rows: how many rows of a strip are on this rank
+            # differs by a few.
+            blocks = max(1, round(len(row) / self.block))
+            yield Strip(number, row, slot, pack_items(shard.weight, slot), blocks)
+
+
+class UserPart:
+    """Some users y_UR, and what of each is excluded: pairs (row, user), sorted by row, once each.
+
+    Example: three users. The first is not to be shown rows 4 and 9, the third not row 4:
+
+        excluded_row     tensor([4, 4, 9])
+        excluded_user    tensor([0, 2, 0])
+    """
+
+    def __init__(
+        self,
+        y_UR: Tensor,
+        excluded_row: Tensor,
+        excluded_user: Tensor,
+        shard: Shard,
+        strips: Strips,
+    ):
+        self.y = Vectors(y_UR)
+        self.shard = shard
+        self.excluded_row = excluded_row
+        self.excluded_user = excluded_user
         bounds = torch.tensor(strips.bounds, device=y_UR.device)
         self._cuts = torch.searchsorted(excluded_row, bounds).tolist()
 
-    def exact(self, users_C, places_C):
-        return exact_scores(self.y.vectors_VR, users_C, self.shard.weight, places_C)
+    def exact(self, user_P: Tensor, slot_P: Tensor) -> Tensor:
+        """The scores of pairs of user and slot, (P,)."""
+        return exact_scores(self.y.vectors_VR, user_P, self.shard.weight, slot_P)
 
-    def hidden(self, strip):
-        """Pairs (user, column of the strip) that are not to be shown, by column."""
-        here = slice(*self._cuts[strip.number : strip.number + 2])
-        return self.excluded_user[here], torch.searchsorted(
-            strip.row_S, self.excluded_row[here]
-        )
+    def find_excluded(self, strip: Strip) -> tuple[Tensor, Tensor]:
+        """Excluded pairs (user, column of the strip), by column."""
+        begin = self._cuts[strip.number]
+        end = self._cuts[strip.number + 1]
+        columns = torch.searchsorted(strip.row_S, self.excluded_row[begin:end])
+        return self.excluded_user[begin:end], columns
 
-    def left(self, items):
-        """How many of all the shard's items, so many, are to be shown to each (U,)."""
-        return items - torch.bincount(
-            self.excluded_user, minlength=len(self.y.vectors_VR)
-        )
-
-
-def parts_of(users, device, most):
-    """Slices of so many users that are scored side by side: on a CPU up to `most` for each thread, where users are enough."""
-    threads = 1 if device.type != "cpu" else torch.get_num_threads()
-    parts = 1 if threads == 1 else max(1, min(threads * most, users // _FEWEST))
-    return [
-        slice(users * part // parts, users * (part + 1) // parts)
-        for part in range(parts)
-    ]
+    def count_shown(self, items: int) -> Tensor:
+        """How many of all the shard's items, so many, are shown to each user (U,)."""
+        users = len(self.y.vectors_VR)
+        return items - torch.bincount(self.excluded_user, minlength=users)
 
 
-def show(strips, viewers):
-    """Calls each viewer's `see` with every strip, in order; the viewers run side by side.
+class Scan(Protocol):
+    """What goes through the strips for a part of the users: the best k, or the items ahead."""
 
-    What is done beside the products is many short operations, which PyTorch's threads do not speed up: so each viewer has a
-    core for itself.
+    part: UserPart
+
+    def scan(self, strip: Strip) -> None:
+        """Takes in a strip."""
+
+
+def split_users(users: int, device: torch.device, most: int) -> list[slice]:
+    """Slices of so many users that are scored side by side.
+
+    On a CPU up to `most` for each thread, where users are enough.
     """
+    parts = 1
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads > 1:
+        parts = max(1, min(threads * most, users // _FEWEST))
+    slices = []
+    for part in range(parts):
+        begin = users * part // parts
+        end = users * (part + 1) // parts
+        slices.append(slice(begin, end))
+    return slices
 
-    def see(viewer, strip, before):
-        if before is not None:
-            before.result()  # taken up earlier, so it ends
-        with torch.no_grad():
-            viewer.see(strip)
 
-    with full_precision(viewers[0].part.shard.weight.device.type):
-        if len(viewers) == 1:
-            for strip in strips:
-                see(viewers[0], strip, None)
+def scan_strips(strips: Iterator[Strip], scans: Sequence[Scan]) -> None:
+    """Calls each scan with every strip, in order; the scans run side by side.
+
+    What is done beside the products is many short operations, which PyTorch's threads do not speed
+    up: so each scan has a core for itself.
+    """
+    with full_precision(scans[0].part.shard.weight.device.type):
+        if len(scans) == 1:
+            with torch.no_grad():
+                for strip in strips:
+                    scans[0].scan(strip)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(min(threads, len(viewers)) + 1) as pool:
-                earlier, seen = [], [None] * len(viewers)
-                coming = pool.submit(next, strips, None)
-                while (strip := coming.result()) is not None:
-                    coming = pool.submit(next, strips, None)
-                    pairs = list(zip(viewers, seen, strict=True))
-                    earlier, seen = (
-                        seen,
-                        [
-                            pool.submit(see, viewer, strip, before)
-                            for viewer, before in pairs
-                        ],
-                    )
-                    # A core that something else slows down holds up the others by the next strip only.
-                    for one in filter(None, earlier):
-                        one.result()
-                for one in filter(None, seen):
-                    one.result()
+            with ThreadPoolExecutor(min(threads, len(scans)) + 1) as pool:
+                _scan_side_by_side(pool, strips, scans)
         finally:
             torch.set_num_threads(threads)
+
+
+def _scan_side_by_side(
+    pool: ThreadPoolExecutor, strips: Iterator[Strip], scans: Sequence[Scan]
+) -> None:
+    """Each scan takes the next strip when it is done with the one before; strips are prefetched."""
+    earlier: list[Future | None] = []
+    running: list[Future | None] = [None] * len(scans)
+    prefetched = pool.submit(next, strips, None)
+    strip = prefetched.result()
+    while strip is not None:
+        prefetched = pool.submit(next, strips, None)
+        started = []
+        for scan, before in zip(scans, running, strict=True):
+            started.append(pool.submit(_scan_after, before, scan, strip))
+        earlier = running
+        running = started
+        # A core that something else slows down holds up the others by the next strip only.
+        _wait(earlier)
+        strip = prefetched.result()
+    _wait(running)
+
+
+def _scan_after(before: Future | None, scan: Scan, strip: Strip) -> None:
+    if before is not None:
+        before.result()  # taken up earlier, so it ends
+    with torch.no_grad():
+        scan.scan(strip)
+
+
+def _wait(futures: Sequence[Future | None]) -> None:
+    for future in futures:
+        if future is not None:
+            future.result()

@@ -1,22 +1,31 @@
-"""What embeddings/topk/torch_scan.py looks for, by a CPU kernel that compares while it multiplies (syncrec_kernels/scan.cpp): the same, sooner.
+"""Scans of strips by a CPU kernel that compares while it multiplies (syncrec_kernels/scan.cpp).
 
-Scores never go through memory. The kernel itself scores exactly what its products cannot tell apart.
+They give what those of embeddings/topk/torch_scan.py give, sooner: scores never go through memory.
+The kernel itself scores exactly what its products cannot tell apart.
+
+Shapes: U users of a part, S rows of a strip, C candidates of a user, k best items, r width.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from embeddings.topk.bounds import Vectors, above, below, error
+from embeddings.topk.chunks import Strip, UserPart
 from embeddings.topk.torch_scan import MISSING, keys_of, smallest
 from syncrec_kernels.build import missing
 
 PARTS = 2  # of users for a thread: whichever is free takes the next
+_SLOT_BITS = 0xFFFFFFFF
 
 
-def can(y_UR):
-    """True where the kernel can look for what these users want: on a CPU with AVX-512 and a C++ compiler, where their vectors
-    are tame (embeddings/topk/bounds.py)."""
+def supports(y_UR: Tensor) -> bool:
+    """Whether the kernel can scan for these users.
+
+    It runs on a CPU with AVX-512 and a C++ compiler, for vectors that are tame
+    (embeddings/topk/bounds.py).
+    """
     if y_UR.device.type != "cpu" or Vectors(y_UR).any_wild:
         return False
     return not missing("scan", "ranking all items takes up to twice as long")
@@ -24,94 +33,114 @@ def can(y_UR):
 
 @dataclass(frozen=True)
 class Panels:
-    """A strip's vectors as the kernel reads them, and the length of the longest of them that is tame, at least."""
+    """A strip's vectors as the kernel reads them.
 
-    packed: torch.Tensor
+    longest: the length of the longest of them that is tame, at least.
+    """
+
+    packed: Tensor
     longest: float
 
 
-def items_of(weight, place_S):
+def pack_items(weight: Tensor, slot_S: Tensor) -> Panels:
     """A strip's Panels."""
-    return Panels(*torch.ops.scan.pack(weight, place_S))
+    packed, longest = torch.ops.scan.pack(weight, slot_S)
+    return Panels(packed, longest)
 
 
-class Best:
-    """The best k of each user so far, and what could be: of each `room` places in the shard at most, in the order of rows."""
+class TopK:
+    """The best k of each user so far, and what could be among them.
 
-    def __init__(self, part, k):
-        y_UR, items = part.y.vectors_VR, len(part.shard.weight)
-        users, self.part, self.k, self._least_k = (
-            len(y_UR),
-            part,
-            k,
-            max(1, min(k, items)),
-        )
-        room = 2 * self._least_k + 32
-        self._places_UC = torch.empty(users, room, dtype=torch.int32)
-        self._products_UC = torch.empty(users, room)
+    Of each user so many candidates at most as a row of `_slots_UC` has, in the order of rows.
+    """
+
+    def __init__(self, part: UserPart, k: int):
+        y_UR = part.y.vectors_VR
+        users = len(y_UR)
+        self.part = part
+        self.k = k
+        self._least_k = max(1, min(k, len(part.shard.weight)))
+        most = 2 * self._least_k + 32
+        self._slots_UC = torch.empty(users, most, dtype=torch.int32)
+        self._products_UC = torch.empty(users, most)
         self._counts_U = torch.zeros(users, dtype=torch.int32)
-        self._least_U = torch.full(
-            (users,), -torch.inf
-        )  # what the k-th best has at least
-        self._nowhere_U = (y_UR == 0).all(1)  # all items are equal for these
-        self._error_U = torch.zeros(
-            users, dtype=torch.float64
-        )  # of any product that is held
+        # What the k-th best has at least.
+        self._least_U = torch.full((users,), -torch.inf)
+        # For these users all items are equal.
+        self._equal_U = (y_UR == 0).all(1)
+        # Of any product of a candidate.
+        self._error_U = torch.zeros(users, dtype=torch.float64)
 
-    def see(self, strip):
-        """Takes the candidates of a strip."""
+    def scan(self, strip: Strip) -> None:
+        """Takes in the candidates of a strip."""
         error_U = error(self.part.y, strip.items)
         self._error_U = torch.maximum(self._error_U, error_U)
-        torch.ops.scan.best(*_seen(self.part, strip), error_U, *self._held())
+        inputs = _kernel_inputs(self.part, strip)
+        torch.ops.scan.best(*inputs, error_U, *self._state())
 
-    def keys(self):
-        """Of the best k (U, k)."""
-        torch.ops.scan.settle(
-            self.part.shard.weight, self.part.y.vectors_VR, *self._held()
+    def best_keys(self) -> Tensor:
+        """The keys of the best k (U, k), see `keys_of` of torch_scan.py."""
+        weight = self.part.shard.weight
+        torch.ops.scan.settle(weight, self.part.y.vectors_VR, *self._state())
+        most = int(self._counts_U.max())  # of any user
+        slots_Un = self._slots_UC[:, :most].long() & _SLOT_BITS
+        rows_Un = self.part.shard.row(slots_Un)
+        is_filled_Un = torch.arange(most) < self._counts_U[:, None]
+        keys_Un = keys_of(self._products_UC[:, :most], rows_Un)
+        keys_Un = torch.where(is_filled_Un, keys_Un, MISSING)
+        padding_Um = keys_Un.new_full((len(keys_Un), self.k - most), MISSING)
+        return smallest(torch.cat([keys_Un, padding_Um], 1), self.k)
+
+    def _state(self) -> tuple[Tensor | int, ...]:
+        """What the kernel reads and writes."""
+        return (
+            self._error_U,
+            self._equal_U,
+            self._least_k,
+            self._slots_UC,
+            self._products_UC,
+            self._counts_U,
+            self._least_U,
         )
-        left = int(self._counts_U.max())  # of any user
-        rows_Un = self.part.shard.row(self._places_UC[:, :left].long() & 0xFFFFFFFF)
-        there_Un = torch.arange(left) < self._counts_U[:, None]
-        keys_Un = torch.where(
-            there_Un, keys_of(self._products_UC[:, :left], rows_Un), MISSING
-        )
-        none_Um = keys_Un.new_full((len(keys_Un), self.k - left), MISSING)
-        return smallest(torch.cat([keys_Un, none_Um], 1), self.k)
-
-    def _held(self):
-        state = self._places_UC, self._products_UC, self._counts_U, self._least_U
-        return self._error_U, self._nowhere_U, self._least_k, *state
 
 
-class Ahead:
-    """How many items of the shard come before one whose score is given: not less, or no number."""
+class ItemsAhead:
+    """How many items of the shard come before one whose score is given.
 
-    def __init__(self, part, score_U):
-        self.part, self._items = part, 0
-        self._lost_U = ~(score_U > -torch.inf)  # behind every item that is left
+    An item comes before it whose score is not less, or no number.
+    """
+
+    def __init__(self, part: UserPart, score_U: Tensor):
+        self.part = part
+        self._items = 0
+        self._lost_U = ~(score_U > -torch.inf)  # behind every item that is shown
         self._score_U = score_U.masked_fill(self._lost_U, torch.inf)
         self._ahead_U = torch.zeros(len(score_U), dtype=torch.int64)
 
-    def see(self, strip):
+    def scan(self, strip: Strip) -> None:
         """Counts those of a strip."""
         self._items += len(strip.row_S)
-        score_U, error_U = self._score_U.double(), error(self.part.y, strip.items)
-        low_U, high_U = below(score_U - error_U), above(score_U + error_U)
-        torch.ops.scan.ahead(
-            *_seen(self.part, strip), low_U, high_U, self._score_U, self._ahead_U
-        )
+        score_U = self._score_U.double()
+        error_U = error(self.part.y, strip.items)
+        low_U = below(score_U - error_U)
+        high_U = above(score_U + error_U)
+        inputs = _kernel_inputs(self.part, strip)
+        torch.ops.scan.ahead(*inputs, low_U, high_U, self._score_U, self._ahead_U)
 
-    def count(self):
+    def count(self) -> Tensor:
         """Of each user: int64 (U,)."""
-        return torch.where(self._lost_U, self.part.left(self._items), self._ahead_U)
+        all_U = self.part.count_shown(self._items)
+        return torch.where(self._lost_U, all_U, self._ahead_U)
 
 
-def _seen(part, strip):
+def _kernel_inputs(part: UserPart, strip: Strip) -> tuple[Tensor, ...]:
     """What the kernel reads."""
+    users_E, columns_E = part.find_excluded(strip)
     return (
         strip.items.packed,
-        strip.place_S,
+        strip.slot_S,
         part.shard.weight,
         part.y.vectors_VR,
-        *part.hidden(strip),
+        users_E,
+        columns_E,
     )

@@ -1,51 +1,59 @@
-"""When: vectors for the time for which a token predicts, and for how long after the token's interaction that is.
+"""When: vectors for the time for which a token predicts, and for how long after its input that is.
 
-Time comes as ticks, whole numbers from 0, the first time of the dataset's logs, to 65,535, the last. Shapes: K knots, r width.
+Time comes as ticks, whole numbers from 0, the first time of the dataset's logs, to 65,535, the last.
+Shapes: K knots, M packed tokens, L targets, r width.
 """
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from syncrec.config import ModelConfig
 
 TICKS = 2**16 - 1
 NO_GAP = 17  # of SOS, before which nothing was; the others are 0 to 16
-_INPUT, _OUTPUT = range(2)
+_INPUT = 0
+_OUTPUT = 1
 
 
 class Clock(nn.Module):
-    """What time adds to a token: a vector of its gap, and one of the time for which it predicts; and what the latter adds to
-    the output that items are scored with, by which an item has a popularity of its own at every time.
+    """A time encoding: what time adds to a token, and to the output that items are scored with.
 
-    A token of a history predicts for the time of the interaction that followed, the newest for the time of the request. The
-    time's vectors are linear between `time_knots` knots at equal distances. Not in the paper, which knows the order of
-    interactions and nothing of their times. All start at zero.
+    To a token it adds a vector of its gap and a vector of the time for which it predicts. A token
+    of a history predicts for the time of the interaction that followed, the newest token for the
+    time of the request. By what it adds to the output an item has a popularity of its own at every
+    time. The time's vectors are linear between `time_knots` knots at equal distances. All start at
+    zero.
+
+    Beyond section 4 of the paper, which knows the order of interactions and nothing of their times.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.knots_2KR = nn.Parameter(torch.zeros(2, config.time_knots, config.dim))
         self.gaps_GR = nn.Parameter(torch.zeros(NO_GAP + 1, config.dim))
 
-    def added_to_tokens(self, asked_M, gap_M):
-        """asked_M: ticks, gap_M: see `gaps`, both int64. Returns (M, r)."""
-        return self._at(_INPUT, asked_M) + self.gaps_GR.index_select(0, gap_M)
+    def added_to_tokens(self, time_M: Tensor, gap_M: Tensor) -> Tensor:
+        """time_M: ticks, gap_M: of `compute_gaps`, both int64. Returns (M, r)."""
+        return self._interpolate(_INPUT, time_M) + self.gaps_GR.index_select(0, gap_M)
 
-    def added_to_outputs(self, asked_L):
-        """asked_L: ticks, int64. Returns (L, r)."""
-        return self._at(_OUTPUT, asked_L)
+    def added_to_outputs(self, time_L: Tensor) -> Tensor:
+        """time_L: ticks, int64. Returns (L, r)."""
+        return self._interpolate(_OUTPUT, time_L)
 
-    def _at(self, function, tick_N):
+    def _interpolate(self, function: int, time_N: Tensor) -> Tensor:
+        """Vectors of some times, linear between the two knots beside each: (N, r)."""
         knots_KR = self.knots_2KR[function]
-        place_N = tick_N.to(knots_KR.dtype) * ((len(knots_KR) - 1) / TICKS)
-        low_N = place_N.long().clamp(max=len(knots_KR) - 2)
-        share_N1 = (place_N - low_N).unsqueeze(1)
-        return torch.lerp(
-            knots_KR.index_select(0, low_N),
-            knots_KR.index_select(0, low_N + 1),
-            share_N1,
-        )
+        last = len(knots_KR) - 1
+        along_N = time_N.to(knots_KR.dtype) * (last / TICKS)
+        low_N = along_N.long().clamp(max=last - 1)
+        share_N1 = (along_N - low_N).unsqueeze(1)
+        low_NR = knots_KR.index_select(0, low_N)
+        high_NR = knots_KR.index_select(0, low_N + 1)
+        return torch.lerp(low_NR, high_NR, share_N1)
 
 
-def gaps(ticks):
-    """The number of a span of time: ⌊log₂(1 + ticks)⌋, int32 of the same shape; of negative ones 0."""
-    return np.frexp(np.maximum(ticks, 0) + 1.0)[1].astype(np.int32) - 1
+def compute_gaps(ticks: np.ndarray) -> np.ndarray:
+    """The number of each span of time: ⌊log₂(1 + ticks)⌋, int32 of the same shape; 0 below 0."""
+    _, exponent = np.frexp(np.maximum(ticks, 0) + 1.0)
+    return exponent.astype(np.int32) - 1

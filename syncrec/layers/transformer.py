@@ -3,32 +3,36 @@
 Shapes: K experts of this stack, M packed tokens, r width, h inner width of the feed-forward network.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from syncrec.batch.attention_layout import AttentionLayout
+from syncrec.config import ModelConfig
 from syncrec.layers import fused_block
 from syncrec.layers.attention import GroupLayerNorm, causal_attention, group_layer_norm
 from syncrec.layers.dropout import add_dropped
-from syncrec.layers.embedding import init_linear
+from syncrec.layers.tower import init_linear
 
 
 class ExpertStack(nn.Module):
-    """K experts f_TRM of eq. 5 to 7, each of `blocks` attention blocks with residuals and LayerNorm [28 in the paper]."""
+    """K experts f_TRM of eq. 5 to 7 (section 4.2.2), each of `blocks` attention blocks.
 
-    def __init__(self, config, experts):
+    Residuals and LayerNorm are those of [28] in the paper.
+    """
+
+    def __init__(self, config: ModelConfig, experts: int):
         super().__init__()
         self.experts = experts
-        self.blocks = nn.ModuleList(
-            Block(config, experts) for _ in range(config.blocks)
-        )
-        self.last_norm = (
-            GroupLayerNorm(experts, config.dim)
-            if config.norm == "pre"
-            else nn.Identity()
-        )
+        blocks = [Block(config, experts) for _ in range(config.blocks)]
+        self.blocks = nn.ModuleList(blocks)
+        self.last_norm = nn.Identity()
+        if config.norm == "pre":
+            self.last_norm = GroupLayerNorm(experts, config.dim)
 
-    def forward(self, x_MR, layout):
+    def forward(self, x_MR: Tensor, layout: AttentionLayout) -> Tensor:
         """x_MR: (M, r) → (K, M, r), one output an expert."""
         x_KMR = x_MR.expand(self.experts, -1, -1)
         for block in self.blocks:
@@ -37,74 +41,75 @@ class ExpertStack(nn.Module):
 
 
 class Block(nn.Module):
-    """Multi-head self-attention (eq. 5, 6) and point-wise feed-forward network (eq. 7)."""
+    """Multi-head self-attention (eq. 5, 6) and point-wise feed-forward network (eq. 7).
 
-    def __init__(self, config, experts):
+    Section 4.2.2. The weights of all K experts are stacked.
+    """
+
+    def __init__(self, config: ModelConfig, experts: int):
         super().__init__()
-        self.heads, self.dropout, self.pre_norm, self.kernel = (
-            config.heads,
-            config.dropout,
-            config.norm == "pre",
-            config.kernel,
-        )
-        dim, inner = config.dim, config.ffn_dim
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.pre_norm = config.norm == "pre"
+        self.kernel = config.kernel
+        dim = config.dim
+        inner = config.ffn_dim
         self.qkv = nn.Parameter(torch.empty(experts, dim, 3 * dim))
         self.out = nn.Parameter(torch.empty(experts, dim, dim))
         self.w1 = nn.Parameter(torch.empty(experts, dim, inner))
         self.b1 = nn.Parameter(torch.zeros(experts, 1, inner))
         self.w2 = nn.Parameter(torch.empty(experts, inner, dim))
         self.b2 = nn.Parameter(torch.zeros(experts, 1, dim))
-        # No modules of their own: ZeRO 3 brings a module's weights when it is called, and a kernel calls none.
-        for norm in ("attention_norm", "ffn_norm"):
-            self.register_parameter(
-                f"{norm}_scale", nn.Parameter(torch.ones(experts, 1, dim))
-            )
-            self.register_parameter(
-                f"{norm}_shift", nn.Parameter(torch.zeros(experts, 1, dim))
-            )
+        # No modules for the norms: ZeRO 3 brings a module's weights when it is called, and a kernel
+        # calls none.
+        self.attention_norm_scale = nn.Parameter(torch.ones(experts, 1, dim))
+        self.attention_norm_shift = nn.Parameter(torch.zeros(experts, 1, dim))
+        self.ffn_norm_scale = nn.Parameter(torch.ones(experts, 1, dim))
+        self.ffn_norm_shift = nn.Parameter(torch.zeros(experts, 1, dim))
         for weight in (self.qkv, self.out, self.w1, self.w2):
             init_linear(weight)
 
-    def forward(self, x_KMR, layout):
+    def forward(self, x_KMR: Tensor, layout: AttentionLayout) -> Tensor:
         """(K, M, r) → (K, M, r)."""
+        attention_norm = (self.attention_norm_scale, self.attention_norm_shift)
+        ffn_norm = (self.ffn_norm_scale, self.ffn_norm_shift)
         if fused_block.chosen(self.kernel, x_KMR, not self.pre_norm):
-            weights = (
-                self.qkv,
-                self.out,
-                self.w1,
-                self.w2,
-                self.b1,
-                self.b2,
-                *self._norm("attention"),
-                *self._norm("ffn"),
-            )
+            matrices = (self.qkv, self.out, self.w1, self.w2)
+            biases = (self.b1, self.b2)
             return fused_block.block(
-                x_KMR, layout.starts_S, weights, self.heads, self.dropout, self.training
-            )
-        x_KMR = self._around(self._norm("attention"), self._attend, x_KMR, layout)
-        return self._around(self._norm("ffn"), self._feed_forward, x_KMR)
-
-    def _norm(self, name):
-        return getattr(self, f"{name}_norm_scale"), getattr(self, f"{name}_norm_shift")
-
-    def _around(self, norm, layer, x_KMR, *args):
-        if self.pre_norm:
-            return add_dropped(
                 x_KMR,
-                layer(group_layer_norm(x_KMR, *norm), *args),
+                layout.starts_S,
+                (*matrices, *biases, *attention_norm, *ffn_norm),
+                self.heads,
                 self.dropout,
                 self.training,
             )
-        return group_layer_norm(
-            add_dropped(x_KMR, layer(x_KMR, *args), self.dropout, self.training), *norm
-        )
 
-    def _attend(self, x_KMR, layout):
-        return torch.bmm(
-            causal_attention(torch.bmm(x_KMR, self.qkv), layout, self.heads), self.out
-        )
+        def attend(x_KMR: Tensor) -> Tensor:
+            return self._attend(x_KMR, layout)
 
-    def _feed_forward(self, x_KMR):
-        return torch.baddbmm(
-            self.b2, F.gelu(torch.baddbmm(self.b1, x_KMR, self.w1)), self.w2
-        )
+        x_KMR = self._add_residual(attention_norm, attend, x_KMR)
+        return self._add_residual(ffn_norm, self._feed_forward, x_KMR)
+
+    def _add_residual(
+        self,
+        norm: tuple[Tensor, Tensor],
+        layer: Callable[[Tensor], Tensor],
+        x_KMR: Tensor,
+    ) -> Tensor:
+        """Applies a layer with its residual and its norm, (scale, shift)."""
+        if self.pre_norm:
+            y_KMR = layer(group_layer_norm(x_KMR, *norm))
+            return add_dropped(x_KMR, y_KMR, self.dropout, self.training)
+        y_KMR = layer(x_KMR)
+        sum_KMR = add_dropped(x_KMR, y_KMR, self.dropout, self.training)
+        return group_layer_norm(sum_KMR, *norm)
+
+    def _attend(self, x_KMR: Tensor, layout: AttentionLayout) -> Tensor:
+        qkv_KMR = torch.bmm(x_KMR, self.qkv)
+        mixed_KMR = causal_attention(qkv_KMR, layout, self.heads)
+        return torch.bmm(mixed_KMR, self.out)
+
+    def _feed_forward(self, x_KMR: Tensor) -> Tensor:
+        inner_KMH = torch.baddbmm(self.b1, x_KMR, self.w1)
+        return torch.baddbmm(self.b2, F.gelu(inner_KMH), self.w2)

@@ -1,19 +1,25 @@
-"""Causal self-attention over packed sequences as one kernel that knows where they begin: no padding, no buckets.
+"""Causal self-attention over packed sequences as one kernel that knows where they begin.
 
-PyTorch has it as FlashAttention 2: on CUDA from compute capability 8.0, for 16-bit floats, heads of up to 256 in steps of 8.
-Elsewhere attention goes by buckets (attention.py). Shapes: K experts, M packed tokens, S sequences, r width.
+It needs no padding and no buckets. PyTorch has it as FlashAttention 2: on CUDA from compute
+capability 8.0, for 16-bit floats, heads of up to 256 in steps of 8. Elsewhere attention goes by
+buckets (syncrec/layers/attention.py). Shapes: K experts, M packed tokens, S sequences, r width.
 """
 
 import torch
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from syncrec.batch import build
+from syncrec.batch import attention_layout
+from syncrec.batch.attention_layout import AttentionLayout
 
 _CAUSAL = (-1, 0)  # every token sees all before it, and none after
 
 
-def available(device, dtype, head_dim):
-    """True where the kernel takes queries, keys and values of this kind. dtype: of the matrix products, autocast counted in."""
+def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel takes queries, keys and values of this kind.
+
+    dtype: of the matrix products, autocast counted in.
+    """
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -24,24 +30,26 @@ def available(device, dtype, head_dim):
     )
 
 
-def attend(qkv_KMR, layout, heads):
-    """softmax(Q Kᵀ / √(r / heads)) V within each sequence, each token seeing itself and what is older (eq. 5).
+def attend(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
+    """softmax(Q Kᵀ / √(r / heads)) V within each sequence (eq. 5). Returns (K, M, r).
 
-    qkv_KMR: (K, M, 3 r), contiguous. layout: an AttentionLayout; some of its sequences may have no tokens. The experts'
-    tokens are K · S sequences, one after the other, which go into one call where the kernel takes so many. Otherwise each
-    expert's go into calls of their own, a piece of the layout each. Returns (K, M, r).
+    Each token sees itself and what is older. qkv_KMR: (K, M, 3 r), contiguous. Some of the layout's
+    sequences may have no tokens.
+
+    The experts' tokens are K · S sequences, one after the other, which go into one call where the
+    kernel takes so many. Otherwise each expert's go into calls of their own, a piece of the layout
+    each.
     """
     experts, tokens, width = qkv_KMR.shape
+    qkv = qkv_KMR.view(experts * tokens, width)
     longest = layout.shapes[0][1]
     sequences = len(layout.starts_S) - 1
-    if experts * sequences <= build.MOST_SEQUENCES:
-        firsts = tokens * torch.arange(experts + 1, device=qkv_KMR.device).unsqueeze(
-            1
-        )  # of each expert, and the end
-        begins = torch.cat([(firsts[:-1] + layout.starts_S[:-1]).flatten(), firsts[-1]])
-        return _attend(
-            qkv_KMR.view(experts * tokens, width), begins, longest, heads
-        ).view(experts, tokens, -1)
+    if experts * sequences <= attention_layout.MOST_SEQUENCES:
+        experts_and_end = torch.arange(experts + 1, device=qkv_KMR.device)
+        firsts = tokens * experts_and_end.unsqueeze(1)
+        begins = (firsts[:-1] + layout.starts_S[:-1]).flatten()
+        mixed = _attend(qkv, torch.cat([begins, firsts[-1]]), longest, heads)
+        return mixed.view(experts, tokens, -1)
     bounds = []
     sizes = []
     first = 0
@@ -52,20 +60,23 @@ def attend(qkv_KMR, layout, heads):
             bounds.append(begins - begins[0])
             sizes.append(size)
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
-    pieces = qkv_KMR.view(experts * tokens, width).split(sizes * experts)
-    mixed = [
-        _attend(piece, begins, longest, heads)
-        for piece, begins in zip(pieces, bounds * experts, strict=True)
-    ]
+    pieces = qkv.split(sizes * experts)
+    mixed = []
+    for piece, begins in zip(pieces, bounds * experts, strict=True):
+        mixed.append(_attend(piece, begins, longest, heads))
     return torch.cat(mixed).view(experts, tokens, -1)
 
 
-def _attend(qkv_MR, begins, longest, heads):
-    """One call. begins: where each sequence begins, and the end. longest: no sequence has more tokens. Returns (M, r)."""
+def _attend(qkv_MR: Tensor, begins: Tensor, longest: int, heads: int) -> Tensor:
+    """One call. Returns (M, r).
+
+    begins: where each sequence begins, and the end. longest: no sequence has more tokens.
+    """
     tokens, width = qkv_MR.shape
-    query, key, value = qkv_MR.view(tokens, 3, heads, width // 3 // heads).unbind(1)
+    width = width // 3
+    query, key, value = qkv_MR.view(tokens, 3, heads, width // heads).unbind(1)
     begins = begins.to(torch.int32)
     mixed = varlen_attn(
         query, key, value, begins, begins, longest, longest, window_size=_CAUSAL
     )
-    return mixed.reshape(tokens, width // 3)
+    return mixed.reshape(tokens, width)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from embeddings.checkpoint import ShardCopy
 from embeddings.config import TableConfig
 from embeddings.table import ItemTable
-from embeddings.warm_start import _begin, carry_rows
+from embeddings.warm_start import carry_rows, start_new_rows
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 
@@ -113,7 +113,7 @@ def by_hand(before):
             tensor[torch.from_numpy(there)] = torch.from_numpy(
                 before[name][source_N[there]]
             )
-        _begin(tensors["weight"], source_N, group_N, CONFIG.init_std)
+        start_new_rows(tensors["weight"], source_N, group_N, CONFIG.init_std)
     return start, contents(table)
 
 

@@ -28,13 +28,13 @@ WAYS = (
 @contextlib.contextmanager
 def by(way):
     """Ranks one way."""
-    before = cpu_scan.can
+    before = cpu_scan.supports
     try:
         if way == "plain":
-            cpu_scan.can = lambda y_UR: False
+            cpu_scan.supports = lambda y_UR: False
         yield
     finally:
-        cpu_scan.can = before
+        cpu_scan.supports = before
 
 
 def table_of(m_NR, device="cpu", config=None):
@@ -69,7 +69,7 @@ def ranked(case, table):
     found = {
         "rows": top.rows_Bk,
         "scores": top.scores_Bk,
-        "ranks": ranking.ranks(y_BR, row_B, excluded),
+        "ranks": ranking.positions(y_BR, row_B, excluded),
     }
     for name, values in found.items():
         values = values.cpu()

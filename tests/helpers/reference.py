@@ -195,7 +195,7 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     loss_cross = sum(lambdas[d] * cross_sums[d][0] for d in domains) / max(
         targets_cross, 1
     )
-    if config.mutual_information == "on":
+    if config.mutual_information:
         vectors = [
             _user_vectors(config, d, histories, cross_outputs, single_outputs)
             for d in domains
@@ -295,7 +295,7 @@ class _Network:
         mixed_BTR = 0
         for k in range(self.config.experts):
             output_BTR = self._expert(k, inputs_BTR, real_BT)
-            if self.config.stop_gradient == "on" and k in stopped:
+            if self.config.stop_gradient and k in stopped:
                 output_BTR = output_BTR.detach()
             mixed_BTR = mixed_BTR + weights_BTK[:, :, k, None] * output_BTR
         output_BTR = self._tower(tower, mixed_BTR)
@@ -370,7 +370,7 @@ class _Network:
     def _expert(self, k, x_BTR, real_BT):
         """Equations 5 to 7, each sub-layer with its residual and LayerNorm."""
         stack, place = "cross_experts.", k
-        if self.config.stop_gradient == "on" and k >= self.config.cross_experts:
+        if self.config.stop_gradient and k >= self.config.cross_experts:
             stack, place = "single_experts.", k - self.config.cross_experts
 
         def parameter(name):
@@ -424,7 +424,7 @@ class _Network:
         return torch.cat(outputs, dim=-1) @ out
 
     def _tower(self, name, x_BTR):
-        if self.config.tower == "off":
+        if not self.config.tower:
             return x_BTR
 
         def linear(layer, value):

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from embeddings.checkpoint import ShardCopy, load_shard
 from embeddings.config import TableConfig
 from embeddings.table import ItemTable
-from syncrec.batch.build import attention_layout, move
+from syncrec.batch.attention_layout import build_attention_layout
+from syncrec.batch.views import move
 from syncrec.layers import varlen
 from syncrec.layers.attention import causal_attention
 from tests.helpers.alone import deepspeed_on
@@ -39,7 +40,7 @@ def ranks():
 def test_variable_length_attention_is_what_the_buckets_compute(heads):
     """In bf16, whose rounding is 2⁻⁸; gradients too."""
     lengths_S = np.random.default_rng(1).integers(0, 129, 64)
-    layout = move(attention_layout(lengths_S), "cuda")
+    layout = move(build_attention_layout(lengths_S), "cuda")
     assert varlen.available(torch.device("cuda"), torch.bfloat16, 128 // heads)
     generator = torch.Generator("cuda").manual_seed(1)
     qkv = torch.randn(

@@ -210,7 +210,8 @@ def differences(facts, config: RunConfig, fingerprint):
         if facts["dataset"] == fingerprint
         else [f"the dataset {shown(config.data)} has other contents"]
     )
-    before, now = facts["config"], flat(config)
+    now = flat(config)
+    before = recorded_settings(facts, now)
     may_change = (
         MAY_CHANGE
         if config.optimizer.schedule == "constant"
@@ -223,6 +224,16 @@ def differences(facts, config: RunConfig, fingerprint):
                 f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
             )
     return found
+
+
+def recorded_settings(facts, now):
+    """A checkpoint's settings. Earlier versions recorded switches as `on` and `off`, which `now`,
+    this run's settings, has as booleans."""
+    before = dict(facts["config"])
+    for key, value in now.items():
+        if isinstance(value, bool) and before.get(key) in ("on", "off"):
+            before[key] = before[key] == "on"
+    return before
 
 
 def shown_value(values, key):

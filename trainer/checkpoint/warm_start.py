@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from embeddings.warm_start import carry_rows
 from syncrec.warm_start import grown_state
-from trainer.checkpoint.resume import MAY_CHANGE, shown_value
+from trainer.checkpoint.resume import MAY_CHANGE, recorded_settings, shown_value
 from trainer.checkpoint.save import best_checkpoint, dense_state, reading, table_ranges
 from trainer.config.load import flat, load_recorded
 from trainer.config.run import RunConfig
@@ -119,7 +119,8 @@ def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | Non
 
     on_all_ranks(look)
     folder, _, facts = best_checkpoint(run, ranks)
-    refused = _differences(facts["config"], flat(config))
+    now = flat(config)
+    refused = _differences(recorded_settings(facts, now), now)
     if refused:
         raise InputError(
             f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold"

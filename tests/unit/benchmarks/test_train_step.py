@@ -65,7 +65,7 @@ def models(config, rows, domains, dtype=torch.float64, plain=False):
             0,
         ),
         (
-            {"loss": "bpr", "loss_correction": "none", "mutual_information": "off"},
+            {"loss": "bpr", "loss_correction": "none", "mutual_information": False},
             0,
             None,
         ),

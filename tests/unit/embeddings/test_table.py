@@ -245,10 +245,10 @@ def test_any_number_of_threads_draws_the_same_rows(group, monkeypatch, threads):
 def test_a_table_may_be_made_without_rows_and_given_some_of_them(group, monkeypatch):
     """Nothing is drawn for rows that are read from a checkpoint, and blocks without new rows are not drawn either."""
     blocks = []
-    draw = embeddings.table._drawn
+    draw = embeddings.table._draw_block
     monkeypatch.setattr(
         embeddings.table,
-        "_drawn",
+        "_draw_block",
         lambda block, *others: blocks.append(block) or draw(block, *others),
     )
     table = ItemTable(10_000, 8, TableConfig(init_std=0.25), 3, "cpu", filled=False)

@@ -18,9 +18,9 @@ SPAN = 1_000.0, 3_000_000.0
 LENGTHS = [0, 1, 4, 7, 8, 9, 23]  # max_length is 8
 PLAIN = {
     "tasks": "cross",
-    "stop_gradient": "off",
+    "stop_gradient": False,
     "loss_correction": "none",
-    "mutual_information": "off",
+    "mutual_information": False,
 }
 
 
@@ -115,10 +115,10 @@ def both(model, lengths, domain=None):
         {"norm": "pre"},
         {"gate": "sequence"},
         {"gate": "sequence", "norm": "pre", "blocks": 1, "heads": 1},
-        {"stop_gradient": "off"},
-        {"tower": "off"},
+        {"stop_gradient": False},
+        {"tower": False},
         {"kernel": "plain", "blocks": 3},
-        PLAIN | {"experts": 1, "tower": "off"},
+        PLAIN | {"experts": 1, "tower": False},
         PLAIN | {"experts": 3},
         {"max_length": 1},
         {"time_knots": 9},

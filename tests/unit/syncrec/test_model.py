@@ -46,9 +46,9 @@ SMALL = ModelConfig(
 )
 SASREC = {
     "experts": 1,
-    "stop_gradient": "off",
+    "stop_gradient": False,
     "loss_correction": "none",
-    "mutual_information": "off",
+    "mutual_information": False,
 }
 # Every reading of the paper that a config value stands for, and a few of them together.
 READINGS = {
@@ -66,10 +66,10 @@ READINGS = {
     "one_single_expert": {"cross_experts": 3},
     "sequence_gate": {"gate": "sequence"},
     "sequence_gate_pre_norm": {"gate": "sequence", "norm": "pre"},
-    "no_stop_gradient": {"stop_gradient": "off"},
-    "no_stop_gradient_sequence_gate": {"stop_gradient": "off", "gate": "sequence"},
+    "no_stop_gradient": {"stop_gradient": False},
+    "no_stop_gradient_sequence_gate": {"stop_gradient": False, "gate": "sequence"},
     "no_correction": {"loss_correction": "none"},
-    "no_tower": {"tower": "off"},
+    "no_tower": {"tower": False},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
     "shapley_sequence_gate_pre_norm_bpr": {
         "loss_correction": "shapley",
@@ -79,7 +79,7 @@ READINGS = {
     },
     "sharp_correction": {"correction_temperature": 0.3},
     "fixed_scales": {"learn_scales": False},
-    "no_information": {"mutual_information": "off"},
+    "no_information": {"mutual_information": False},
     "last_pooling": {"mutual_information_pooling": "last"},
     "cosine": {
         "mutual_information_similarity": "cosine",
@@ -383,14 +383,14 @@ def only(batch, view):
     return replace(batch, **{other: silent})
 
 
-@pytest.mark.parametrize("stop_gradient", ["on", "off"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("view", ["cross", "single"])
 def test_each_task_trains_its_own_experts_only(view, stop_gradient):
     config = replace(
         SMALL,
         stop_gradient=stop_gradient,
         loss_correction="none",
-        mutual_information="off",
+        mutual_information=False,
     )
     model = make_model(config, len(DOMAIN_ITEMS), seed=3)
     batch, _ = pack(draw(3, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
@@ -403,12 +403,12 @@ def test_each_task_trains_its_own_experts_only(view, stop_gradient):
     for name, gradient in experts.items():
         silent = gradient is None or not gradient.any()
         assert silent == (
-            stop_gradient == "on" and not name.startswith(f"{view}_experts")
+            stop_gradient and not name.startswith(f"{view}_experts")
         ), name
-        if stop_gradient == "off":
+        if not stop_gradient:
             assert gradient.flatten(1).any(1).all(), f"not every expert learns: {name}"
     assert len({name.split(".")[0] for name in experts}) == (
-        2 if stop_gradient == "on" else 1
+        2 if stop_gradient else 1
     )
 
 
@@ -631,7 +631,7 @@ def ranks_add_up(results, tables, replicas, whole):
 
 DECAY_KINDS = {
     "all": {"time_knots": 3, "norm": "pre"},
-    "gru": {**SASREC, "encoder": "gru", "heads": 1, "tower": "on"},
+    "gru": {**SASREC, "encoder": "gru", "heads": 1, "tower": True},
 }
 
 
@@ -686,12 +686,12 @@ RANK_READINGS = {
         "mutual_information_denominator": "others",
         "mutual_information_similarity": "cosine",
     },
-    "no_stop_gradient": {"stop_gradient": "off"},
+    "no_stop_gradient": {"stop_gradient": False},
     "no_correction_no_information": {
         "loss_correction": "none",
-        "mutual_information": "off",
+        "mutual_information": False,
     },
-    "cross_task_alone": {**SASREC, "tasks": "cross", "tower": "off"},
+    "cross_task_alone": {**SASREC, "tasks": "cross", "tower": False},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
     "shapley_of_gru": {
         **SASREC,
@@ -927,4 +927,4 @@ def test_training_alone_moves_the_gap():
     there = ~report.phi_D.isnan()
     assert 0 < there.sum() < len(there)
     near(sums_D[there] / ones_D[there], report.phi_D[there].double(), "the mean gap")
-    assert not sums_D[~there].any() and (model.prediction.own_D[~there] == 0.5).all()
+    assert not sums_D[~there].any() and (model.prediction.single_weight_D[~there] == 0.5).all()

@@ -48,7 +48,7 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
     ]  # a fourth is kept for the new one
     assert after.correction.lambda_D.tolist() == pytest.approx(kept, abs=2e-6)
     assert after.prediction.gap_2D.tolist() == [[2, 0, 0, 1], [5, 0, 3, 4]]
-    assert after.prediction.own_D[1] == 0.5
+    assert after.prediction.single_weight_D[1] == 0.5
     for name, value in before.items():
         if not name.startswith(
             (
@@ -104,9 +104,9 @@ def test_without_times_or_single_domain_tasks_nothing_is_missing():
         dim=6,
         experts=1,
         tasks="cross",
-        stop_gradient="off",
+        stop_gradient=False,
         loss_correction="none",
-        mutual_information="off",
+        mutual_information=False,
     )
     model = SyNCRec(plain, 2).double()
     SyNCRec(plain, 3).double().load_state_dict(grown(model, [1, 0, -1], knots=0))

@@ -41,7 +41,7 @@ class Whole:
 
     def of(self, weight):
         row = torch.arange(len(weight))
-        return Strip(0, row, row, cpu_scan.items_of(weight, row), 1)
+        return Strip(0, row, row, cpu_scan.pack_items(weight, row), 1)
 
 
 @pytest.mark.parametrize("dim", [4, 64, 132])
@@ -66,8 +66,8 @@ def test_a_product_is_never_further_from_the_score_than_the_error(dim):
             UserPart(y_UR, NOTHING, NOTHING, shard, strips),
             strips.of(shard.weight),
         )
-        best = cpu_scan.Best(part, 1)
-        best.see(strip)
+        best = cpu_scan.TopK(part, 1)
+        best.scan(strip)
         exact_U = part.exact(torch.arange(200), torch.zeros(200, dtype=torch.int64))
         error_U = bounds.error(part.y, strip.items)
         assert strip.items.longest >= shard.weight.double().norm()
@@ -84,7 +84,7 @@ def test_panels_are_the_vectors_and_wild_ones_no_numbers(dim):
     m_NR = torch.randn(75, dim)
     m_NR[3, 1], m_NR[40, 0], m_NR[41] = torch.nan, -torch.inf, 1e19
     place = torch.randperm(75)[:70]
-    panels = cpu_scan.items_of(m_NR, place)
+    panels = cpu_scan.pack_items(m_NR, place)
     columns = panels.packed.transpose(1, 2).reshape(96, dim)
     wild = torch.isin(place, torch.tensor([3, 40, 41]))
     assert (
@@ -116,14 +116,14 @@ def test_any_number_of_users_is_ranked_as_without_the_kernel(users, dim, items):
 def test_a_rank_without_rows_has_none_of_the_best():
     shard, strips = Alone(torch.zeros(0, 4)), Whole(1)
     part = UserPart(torch.randn(3, 4), NOTHING, NOTHING, shard, strips)
-    rows_Uk = scores_and_rows(cpu_scan.Best(part, 2).keys())[1]
+    rows_Uk = scores_and_rows(cpu_scan.TopK(part, 2).best_keys())[1]
     assert (
         torch.equal(rows_Uk, torch.full((3, 2), -1))
-        and not cpu_scan.Ahead(part, torch.zeros(3)).count().any()
+        and not cpu_scan.ItemsAhead(part, torch.zeros(3)).count().any()
     )
 
 
 def test_it_is_for_tame_users():
-    assert cpu_scan.can(torch.randn(3, 4))
+    assert cpu_scan.supports(torch.randn(3, 4))
     for value in (torch.nan, torch.inf, 1e30):
-        assert not cpu_scan.can(torch.tensor([[1.0, 2.0], [value, 0.0]]))
+        assert not cpu_scan.supports(torch.tensor([[1.0, 2.0], [value, 0.0]]))

@@ -67,7 +67,7 @@ def test_users_may_be_scored_side_by_side(group, way, monkeypatch, name):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert len(chunks.parts_of(7, torch.device("cpu"), 1)) == 3
+        assert len(chunks.split_users(7, torch.device("cpu"), 1)) == 3
         assert_brute_force(CASES[name])
         assert torch.get_num_threads() == 3
     finally:

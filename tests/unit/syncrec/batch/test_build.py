@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncrec.batch.build import attention_layout, build_batch, build_query, move, trim
+from syncrec.batch.attention_layout import build_attention_layout
+from syncrec.batch.build import build_batch, build_query, trim
+from syncrec.batch.views import move
 from tests.helpers.histories import flatten, pack
 from tests.helpers.reference import NONE, SOS, History, cross_sequence, single_sequence
 
@@ -329,7 +331,7 @@ def test_shared_negatives_are_looked_up_by_domain():
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(any))
 def test_attention_layout_shows_each_token_in_one_slot(lengths):
     lengths_S = np.array(lengths)
-    layout = attention_layout(lengths_S)
+    layout = build_attention_layout(lengths_S)
     tokens, slots = int(lengths_S.sum()), len(layout.pad_P)
     pad_P, unpad_M = layout.pad_P.numpy(), layout.unpad_M.numpy()
     assert slots == sum(sequences * length for sequences, length in layout.shapes)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncrec.batch.build import attention_layout, move
+from syncrec.batch.attention_layout import build_attention_layout
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.layers import fused_block
 from syncrec.layers.transformer import Block
@@ -26,7 +27,7 @@ def made(lengths, experts, dim, heads, ffn_dim, dtype=torch.float64, seed=0):
     block = Block(config, experts).to(dtype)
     for weight in block.parameters():
         weight.data += 0.2 * torch.randn_like(weight)
-    layout = move(attention_layout(np.asarray(lengths)), "cpu")
+    layout = move(build_attention_layout(np.asarray(lengths)), "cpu")
     return block, layout, torch.randn(experts, int(sum(lengths)), dim, dtype=dtype)
 
 

@@ -152,7 +152,7 @@ def test_a_query_gives_the_newest_output():
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"gate": "sequence", "stop_gradient": "off"}], ids=str
+    "given", [{}, {"gate": "sequence", "stop_gradient": False}], ids=str
 )
 def test_recurrent_experts_stand_in_both_views_of_the_whole_model(given):
     """Gates and towers around them as around a Transformer's; each task trains its own experts."""

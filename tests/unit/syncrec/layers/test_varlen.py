@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from syncrec.batch import build
-from syncrec.batch.build import attention_layout, move
+from syncrec.batch import attention_layout
+from syncrec.batch.attention_layout import build_attention_layout
+from syncrec.batch.views import move
 from syncrec.layers import attention, varlen
 from syncrec.layers.attention import causal_attention
 
@@ -24,7 +25,7 @@ def kernel(query, key, value, begins, key_begins, longest, key_longest, *, windo
     assert (
         min(lengths) >= 0
         and max(lengths) <= longest
-        and len(lengths) <= build.MOST_SEQUENCES
+        and len(lengths) <= attention_layout.MOST_SEQUENCES
     )
     parts = zip(*(part.split(lengths) for part in (query, key, value)), strict=True)
     heads_first = ([part.transpose(0, 1) for part in sequence] for sequence in parts)
@@ -42,7 +43,7 @@ def kernel(query, key, value, begins, key_begins, longest, key_longest, *, windo
 def test_it_is_what_the_buckets_compute(monkeypatch, experts, heads, lengths):
     """Outputs and gradients; sequences of one token, and those that have none, among them."""
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    layout = move(attention_layout(np.array(lengths)), "cpu")
+    layout = move(build_attention_layout(np.array(lengths)), "cpu")
     generator = torch.Generator().manual_seed(1)
     qkv_KMR = torch.randn(
         experts, sum(lengths), 3 * 8, generator=generator, dtype=torch.float64
@@ -99,8 +100,8 @@ def test_no_call_gets_more_sequences_than_a_kernel_takes(
     weight_KMR = torch.randn(experts, sum(lengths), 8, generator=generator)
     outcomes = []
     for limit in (10**9, most):
-        monkeypatch.setattr(build, "MOST_SEQUENCES", limit)
-        layout = move(attention_layout(np.array(lengths)), "cpu")
+        monkeypatch.setattr(attention_layout, "MOST_SEQUENCES", limit)
+        layout = move(build_attention_layout(np.array(lengths)), "cpu")
         assert sum(count for count, _ in layout.pieces) == len(lengths)
         leaf = qkv_KMR.clone().requires_grad_()
         counts.clear()

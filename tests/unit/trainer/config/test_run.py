@@ -148,13 +148,13 @@ def test_later_files_and_then_overrides_win(tmp_path):
 @pytest.mark.parametrize("word", ["on", "off"])
 @pytest.mark.parametrize("key", ["stop_gradient", "mutual_information"])
 def test_on_and_off_may_be_written_bare(tmp_path, key, word):
-    """YAML 1.1 calls them booleans; these keys mean the words."""
+    """YAML 1.1 calls them booleans; in quotes they are words, and mean the same."""
     for config in (
         load_config([], [f"model.{key}={word}"]),
         load_config([write(tmp_path, f"model:\n  {key}: {word}\n")], []),
         load_config([write(tmp_path, f"model:\n  {key}: '{word}'\n")], []),
     ):
-        assert getattr(config.model, key) == word
+        assert getattr(config.model, key) is (word == "on")
     assert (
         load_config([write(tmp_path, "log:\n  tensorboard: off\n")], []).log.tensorboard
         is False
@@ -263,7 +263,7 @@ def test_the_paper_preset_says_every_reading_itself():
         "model": {
             "dim": 128, "max_length": 128, "experts": 5, "cross_experts": 3, "blocks": 2, "heads": 1, "ffn_dim": 128,
             "norm": "post", "gate": "sequence", "loss": "bpr_probability", "loss_correction": "negative_transfer_gap",
-            "learn_scales": True, "mutual_information": "on", "mutual_information_pooling": "mean",
+            "learn_scales": True, "mutual_information": True, "mutual_information_pooling": "mean",
             "mutual_information_similarity": "sigmoid", "mutual_information_denominator": "others",
         },
         "negatives": {"per_target": 1, "shared": 0},
@@ -273,7 +273,7 @@ def test_the_paper_preset_says_every_reading_itself():
     for section, values in literal.items():
         assert {key: written[section].get(key) for key in values} == values
         assert {key: loaded[section][key] for key in values} == values
-    assert loaded["model"]["stop_gradient"] == "on"
+    assert loaded["model"]["stop_gradient"] is True
 
 
 def test_what_is_secret_in_an_address_is_not_kept(tmp_path):

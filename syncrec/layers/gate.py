@@ -1,0 +1,54 @@
+"""The gate of each task: how much of every expert goes into its output (section 4.2.1).
+
+Shapes: M packed tokens, S sequences, K experts, T longest sequence, r width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncrec.batch.views import View
+from syncrec.config import ModelConfig
+
+
+class Gate(nn.Module):
+    """A distribution over the K experts (g of section 4.2.1, eq. 3).
+
+    `token` takes it from e_t alone, so it is causal. `sequence` is eq. 3 literally: one
+    distribution a sequence from all its positions, the target of an inner position among them.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.literal = config.gate == "sequence"
+        positions = config.max_length if self.literal else 1
+        self.weight = nn.Parameter(torch.empty(positions, config.experts, config.dim))
+        nn.init.normal_(self.weight, std=config.init_std)
+
+    def forward(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
+        """The experts' weights (M, K). x_MR: inputs of the view's tokens in the slice `tokens`."""
+        if self.literal:
+            return self._weigh_sequences(x_MR, view, tokens)
+        # In fp32 also under autocast: its product has K columns, and casts of (M, r) would take
+        # longer than they save.
+        with torch.autocast(x_MR.device.type, enabled=False):
+            return torch.softmax(F.linear(x_MR, self.weight[0]), dim=-1)
+
+    def _weigh_sequences(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
+        sequence_M = view.sequence_M[tokens]
+        by_position_MKR = self.weight.index_select(0, view.position_M[tokens])
+        scores_MK = torch.einsum("mr,mkr->mk", x_MR, by_position_MKR)
+        none_SK = scores_MK.new_zeros(view.sequences, scores_MK.shape[1])
+        scores_SK = none_SK.index_add(0, sequence_M, scores_MK)
+        return torch.softmax(scores_SK, dim=-1).index_select(0, sequence_M)
+
+
+class OnlyExpert(nn.Module):
+    """The gate of one expert (section 4.2.1), whose weight is 1: nothing is learned or computed."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+
+    def forward(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
+        """Ones, (M, 1); arguments as for `Gate`."""
+        return x_MR.new_ones(1, 1).expand(len(x_MR), 1)
