@@ -122,6 +122,7 @@ def _load_run(
     of_all_domains: bool,
     ranks: "Ranks | None",
 ) -> tuple[RunConfig, Dataset]:
+    """Opens a run's configuration and dataset on this rank."""
     config = config_of(run)
     if of_all_domains and config.stream.domain:
         raise InputError(

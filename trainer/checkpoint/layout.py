@@ -82,6 +82,9 @@ class ManifestEntry:
     checksum: str
 
 
+ManifestEntries = dict[str, ManifestEntry]  # by the files' names
+
+
 class Damaged(Exception):
     """A checkpoint that is torn or was altered; the message names the file.
 
@@ -101,8 +104,12 @@ def checkpoints(run: Path) -> list[Path]:
     folder = run / _FOLDER
     if not folder.is_dir():
         return []
-    entries = [entry for entry in folder.iterdir() if is_checkpoint_name(entry.name)]
-    return sorted(entries, key=step_and_repetition, reverse=True)
+    folders = []
+    for entry in folder.iterdir():
+        if is_checkpoint_name(entry.name):
+            folders.append(entry)
+    folders.sort(key=step_and_repetition, reverse=True)
+    return folders
 
 
 def checkpoint_folder(run: Path, name: str) -> Path:
@@ -163,10 +170,7 @@ def best_folder(run: Path, best: BestRecord) -> Path:
     Raises ValueError where it is no such record.
     """
     kinds = {"folder": str, "step": int, "epoch": int, HEADLINE: (int, float)}
-    fits = best.keys() == kinds.keys()
-    for name, kind in kinds.items():
-        fits = fits and isinstance(best[name], kind)
-    if not fits:
+    if not _has_kinds(best, kinds):
         raise ValueError(f"{best} is no best validation")
     folder = best["folder"]
     parent, _, name = folder.partition("/")
@@ -175,7 +179,7 @@ def best_folder(run: Path, best: BestRecord) -> Path:
     return checkpoint_folder(run, name)
 
 
-def parse_manifest(folder: Path, text: str) -> dict[str, ManifestEntry]:
+def parse_manifest(folder: Path, text: str) -> ManifestEntries:
     """Parses a manifest's text. Raises Damaged. Files that it does not name are ignored."""
     file = folder / MANIFEST
     try:
@@ -184,9 +188,7 @@ def parse_manifest(folder: Path, text: str) -> dict[str, ManifestEntry]:
         files = dict(manifest["files"])
         entries = {}
         for name, entry in files.items():
-            size = int(entry["bytes"])
-            checksum = str(entry["xxh3_128"])
-            entries[str(name)] = ManifestEntry(size, checksum)
+            entries[str(name)] = _parse_entry(entry)
     except UNREADABLE:
         raise unreadable_manifest(folder, late=True) from None
     if version != FORMAT_VERSION:
@@ -200,6 +202,13 @@ def parse_manifest(folder: Path, text: str) -> dict[str, ManifestEntry]:
     if missing:
         raise Damaged(f"{folder / min(missing)} is missing, in the manifest too")
     return entries
+
+
+def _parse_entry(entry: dict[str, Any]) -> ManifestEntry:
+    """Parses what a manifest says of a file."""
+    size = int(entry["bytes"])
+    checksum = str(entry["xxh3_128"])
+    return ManifestEntry(size, checksum)
 
 
 def unreadable_manifest(folder: Path, late: bool = False) -> Damaged:
@@ -249,17 +258,23 @@ def _check_version(file: Path, version: object) -> None:
 
 def _check_state(file: Path, state: dict[str, Any]) -> None:
     """Checks that a JSON object can become a RunState."""
-    kinds = {field.name: field.type for field in fields(RunState)}
-    fits = state.keys() == kinds.keys()
-    for name, kind in kinds.items():
-        if kind is float:
-            kind = (int, float)
-        fits = fits and isinstance(state[name], kind)
-    if not fits:
+    kinds = {}
+    for field in fields(RunState):
+        kinds[field.name] = field.type
+        if field.type is float:
+            kinds[field.name] = (int, float)
+    if not _has_kinds(state, kinds):
         raise Damaged(f"{file}: its state is not this program's")
     for name in _COUNTS:
         if state[name] < 0:
             raise Damaged(f"{file}: its state has negative counts")
+
+
+def _has_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> bool:
+    """Whether a JSON object has these keys, each with a value of its kind."""
+    if values.keys() != kinds.keys():
+        return False
+    return all(isinstance(values[name], kind) for name, kind in kinds.items())
 
 
 def compute_checksum(file: Path) -> str:

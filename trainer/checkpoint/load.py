@@ -9,11 +9,12 @@ import contextlib
 import errno
 import functools
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ from trainer.checkpoint.layout import (
     UNREADABLE,
     BestRecord,
     Damaged,
-    ManifestEntry,
+    ManifestEntries,
     RunState,
     StateRecord,
     best_folder,
@@ -43,7 +44,7 @@ from trainer.checkpoint.layout import (
     step_and_repetition,
     unreadable_manifest,
 )
-from trainer.checkpoint.zero_state import restore_optimizer_state
+from trainer.checkpoint.zero_state import Tensors, restore_optimizer_state
 from trainer.distributed.agreement import by_the_first
 from trainer.distributed.consensus import all_see, on_all_ranks, on_any_rank
 from trainer.errors import InputError
@@ -108,8 +109,8 @@ def _read_state_on_first(
     read = functools.partial(_read_state_as_json, folder)
     record, damage = by_the_first(read, ranks.first)
     if record is not None:
-        state = RunState(**record["state"])
-        return record | {"state": state}, None
+        record["state"] = RunState(**record["state"])
+        return record, None
     if not ranks.first:
         damage = ""
     return None, damage
@@ -121,7 +122,8 @@ def _read_state_as_json(folder: Path) -> tuple[StateRecord | None, str | None]:
         record = read_state(folder)
     except Damaged as error:
         return None, str(error)
-    return record | {"state": asdict(record["state"])}, None
+    record["state"] = asdict(record["state"])
+    return record, None
 
 
 def best_checkpoint(run: Path, ranks: "Ranks") -> tuple[Path, BestRecord, StateRecord]:
@@ -144,8 +146,8 @@ def best_checkpoint(run: Path, ranks: "Ranks") -> tuple[Path, BestRecord, StateR
     record, damage = by_the_first(read, ranks.first)
     if record is None:
         raise InputError(f"{damage}: copy the run again")
-    state = RunState(**record["state"])
-    return folder, best, record | {"state": state}
+    record["state"] = RunState(**record["state"])
+    return folder, best, record
 
 
 def _read_best(run: Path, patience: Patience) -> BestRecord:
@@ -153,7 +155,8 @@ def _read_best(run: Path, patience: Patience) -> BestRecord:
     while True:
         over = patience.over
         try:
-            best = json.loads((run / BEST).read_text())
+            text = (run / BEST).read_text()
+            best = json.loads(text)
             folder = best_folder(run, best)
         except UNREADABLE:
             raise InputError(
@@ -218,7 +221,8 @@ class _Inspection:
         if self._other_folder is not None:
             return self._other_folder
         try:
-            _check_files(self._folder, parse_manifest(self._folder, self._manifest))
+            entries = parse_manifest(self._folder, self._manifest)
+            _check_files(self._folder, entries)
         except Damaged as error:
             self.damage = str(error)
             if error.late:
@@ -258,7 +262,9 @@ class _Inspection:
 
 
 def _read_manifest(folder: Path) -> str:
-    return (folder / MANIFEST).read_bytes().decode()
+    """Reads the manifest's text. Raises OSError and UnicodeError."""
+    content = (folder / MANIFEST).read_bytes()
+    return content.decode()
 
 
 def _read_manifest_patiently(
@@ -281,29 +287,33 @@ def _read_manifest_patiently(
         patience.wait()
 
 
-def _check_files(folder: Path, entries: dict[str, ManifestEntry]) -> None:
+def _check_files(folder: Path, entries: ManifestEntries) -> None:
     """Checks that the files are there, and of the size that they should have. Raises Damaged."""
     for name, entry in sorted(entries.items()):
         file = folder / name
-        try:
-            status = file.lstat()
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise Damaged(f"{file} is missing", late=True) from None
-            raise Damaged(
-                f"{file} cannot be read ({error.strerror})", late=passes(error.errno)
-            ) from None
+        status = _file_status(file)
+        size = status.st_size
         if not stat.S_ISREG(status.st_mode):
             raise Damaged(f"{file} is no file")
-        if status.st_size != entry.bytes:
-            raise Damaged(
-                f"{file} has {status.st_size} bytes, the manifest says {entry.bytes}",
-                late=True,
-            )
+        if size != entry.bytes:
+            message = f"{file} has {size} bytes, the manifest says {entry.bytes}"
+            raise Damaged(message, late=True)
+
+
+def _file_status(file: Path) -> os.stat_result:
+    """Asks for a file's type and size. Raises Damaged."""
+    try:
+        return file.lstat()
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise Damaged(f"{file} is missing", late=True) from None
+        message = f"{file} cannot be read ({error.strerror})"
+        late = passes(error.errno)
+        raise Damaged(message, late) from None
 
 
 def _check_checksums(
-    folder: Path, entries: dict[str, ManifestEntry], rank: int, world_size: int
+    folder: Path, entries: ManifestEntries, rank: int, world_size: int
 ) -> None:
     """Reads every world_size-th file and compares its checksum. Raises Damaged."""
     patience = Patience(folder)
@@ -311,8 +321,9 @@ def _check_checksums(
         if number % world_size != rank:
             continue
         file = folder / name
+        read = functools.partial(compute_checksum, file)
         try:
-            checksum = patiently(functools.partial(compute_checksum, file), patience)
+            checksum = patiently(read, patience)
         except OSError as error:
             raise Damaged(f"{file} cannot be read ({error.strerror})") from None
         if checksum != entry.checksum:
@@ -338,15 +349,18 @@ def table_ranges(folder: Path) -> Ranges:
     return ranges
 
 
-def _row_range(folder: Path, entry: dict[str, object]) -> tuple[int, int] | None:
+def _row_range(folder: Path, entry: dict[str, Any]) -> tuple[int, int] | None:
+    """Reads a table file's first row and number of rows from its manifest entry."""
     if "first_row" not in entry:
         return None
     try:
-        return int(entry["first_row"]), int(entry["rows"])
+        first = int(entry["first_row"])
+        rows = int(entry["rows"])
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise Damaged(
-            f"{folder / MANIFEST} does not say which rows a table file holds"
-        ) from None
+        file = folder / MANIFEST
+        message = f"{file} does not say which rows a table file holds"
+        raise Damaged(message) from None
+    return first, rows
 
 
 # Loading, from a checkpoint that is whole.
@@ -365,7 +379,7 @@ def restore_model(folder: Path, model: torch.nn.Module) -> None:
     on_all_ranks(fill)
 
 
-def dense_state(folder: Path) -> dict[str, torch.Tensor]:
+def dense_state(folder: Path) -> Tensors:
     """Reads the dense model's weights and buffers."""
     return load_file(folder / DENSE)
 
@@ -380,7 +394,8 @@ def restore_optimizers(
 
     def fill() -> None:
         with refuse_unreadable(folder):
-            restore_optimizer_state(engine, load_file(folder / OPTIMIZER))
+            state = load_file(folder / OPTIMIZER)
+            restore_optimizer_state(engine, state)
             load_shard(table, folder, table_ranges(folder))
 
     on_all_ranks(fill)

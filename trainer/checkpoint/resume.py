@@ -32,6 +32,9 @@ from trainer.files.atomic import Patience, write_json
 from trainer.files.redact import shown
 from trainer.reporting.run_log import METRICS_FILE
 
+# A run's settings by their dotted keys, as `trainer.config.load.flat` gives them.
+Settings = dict[str, Any]
+
 if TYPE_CHECKING:
     from trainer.data.format.dataset import Dataset
     from trainer.distributed.process_group import Ranks
@@ -135,7 +138,7 @@ def require_same_start(
     )
 
 
-def shared_settings(config: RunConfig) -> dict[str, Any]:
+def shared_settings(config: RunConfig) -> Settings:
     """Lists every setting that has to be the same on all ranks, by its dotted key."""
     settings = {}
     for key, value in flat(config).items():
@@ -265,11 +268,17 @@ def differences(record: StateRecord, config: RunConfig, fingerprint: str) -> lis
     if config.optimizer.schedule != "constant":
         may_change -= set(_MOVES_THE_RATE)
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not is_listed(key, may_change):
-            lines.append(
-                f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
-            )
+        changed = before.get(key) != now.get(key)
+        if changed and not is_listed(key, may_change):
+            lines.append(describe_change(key, before, now))
     return lines
+
+
+def describe_change(key: str, before: Settings, now: Settings) -> str:
+    """Says what a setting was, and what it is now."""
+    old_value = shown_value(before, key)
+    new_value = shown_value(now, key)
+    return f"{key} was {old_value}, is {new_value}"
 
 
 def is_listed(key: str, names: Iterable[str]) -> bool:
@@ -277,12 +286,14 @@ def is_listed(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def shown_value(settings: dict[str, Any], key: str) -> str:
+def shown_value(settings: Settings, key: str) -> str:
     """Formats a setting for a message."""
     if key not in settings:
         return "not set"
-    text = str(settings[key])[:_VALUE_LENGTH]
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    text = ""
+    for letter in str(settings[key])[:_VALUE_LENGTH]:
+        text += letter if letter.isprintable() else " "
+    return text
 
 
 def leave_nothing(run: Path) -> None:

@@ -52,7 +52,7 @@ from trainer.checkpoint.load import (
     table_ranges,  # noqa: F401  # moved
     verify,  # noqa: F401  # moved
 )
-from trainer.checkpoint.zero_state import full_optimizer_state, full_state
+from trainer.checkpoint.zero_state import Tensors, full_optimizer_state, full_state
 from trainer.distributed.agreement import largest
 from trainer.distributed.consensus import all_see, on_all_ranks
 from trainer.errors import InputError
@@ -80,6 +80,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 # A file's entry in the manifest: bytes, xxh3_128; of a table file first_row and rows too.
 Entry = dict[str, Any]
+Entries = dict[str, Entry]  # by the files' names
 
 
 def _do_nothing(*_: object) -> None:
@@ -119,16 +120,15 @@ class Checkpoints:
         self._on_written = on_written
         self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self._entries: dict[str, Entry] = {}
+        self._entries: Entries = {}
         if ranks.first:
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Removes what a kill has left."""
         for folder in self.folder.glob("step-*"):
-            if folder.suffix in (_WRITTEN, _REMOVED) and is_checkpoint_name(
-                folder.stem
-            ):
+            is_leftover = folder.suffix in (_WRITTEN, _REMOVED)
+            if is_leftover and is_checkpoint_name(folder.stem):
                 shutil.rmtree(folder, ignore_errors=True)
 
     @property
@@ -152,7 +152,7 @@ class Checkpoints:
         if self.ranks.first:
             repetition = self._prepare_folder(state.step)
         name = checkpoint_name(state.step, largest(repetition))
-        if state.best is not None and state.best["step"] == state.step:
+        if _is_best(state):
             state.best = state.best | {"folder": relative_folder(name)}
         self._state = replace(state)
         self._partial = self.folder / f"{name}{_WRITTEN}"
@@ -226,7 +226,7 @@ class Checkpoints:
     def _write(
         self,
         shard: ShardCopy,
-        tensors: dict[str, dict[str, torch.Tensor]],
+        tensors: dict[str, Tensors],
         text: str,
         logged_bytes: int,
     ) -> None:
@@ -237,10 +237,10 @@ class Checkpoints:
             if self.ranks.first:
                 for name, values in tensors.items():
                     save_file(values, self._partial / name)
-                (self._partial / STATE).write_text(text)
-                _copy_start(
-                    self.run / METRICS_FILE, self._partial / METRICS_FILE, logged_bytes
-                )
+                state = self._partial / STATE
+                state.write_text(text)
+                metrics = self._partial / METRICS_FILE
+                _copy_start(self.run / METRICS_FILE, metrics, logged_bytes)
                 names += [*tensors, STATE, METRICS_FILE]
             entries = {}
             for name in names:
@@ -253,6 +253,7 @@ class Checkpoints:
     # The second phase: the ranks agree, and the first one makes the checkpoint visible.
 
     def _commit(self) -> None:
+        """Makes the checkpoint visible once its files are seen; discards it on an error."""
         self._thread = None
         try:
             on_all_ranks(self._raise_error)
@@ -283,15 +284,17 @@ class Checkpoints:
         return InputError(self._message(error))
 
     def _message(self, reason: object, way_out: str = "make room") -> str:
+        """Says that this checkpoint is not written, why, and what to do."""
         return (
             f"{self._partial}: the checkpoint cannot be written ({reason}): "
             f"the one before it stays good; {way_out}, and the same command goes on from it"
         )
 
-    def _gather_entries(self) -> dict[str, Entry]:
+    def _gather_entries(self) -> Entries:
         """Gathers the manifest's entries of all ranks' files on the first rank; empty elsewhere."""
         world_size = self.ranks.world_size
-        entry = self._entries[table_file(self.ranks.rank, world_size)]
+        own_file = table_file(self.ranks.rank, world_size)
+        entry = self._entries[own_file]
         numbers = [entry["bytes"], entry["first_row"], entry["rows"]]
         numbers += _halve(entry["xxh3_128"])
         row = torch.tensor(numbers)
@@ -302,8 +305,10 @@ class Checkpoints:
         dist.gather(row, rows, dst=0)
         tables = {}
         for rank, gathered in enumerate(rows):
-            size, first_row, count, *halves = gathered.tolist()
-            tables[table_file(rank, world_size)] = {
+            numbers = gathered.tolist()
+            size, first_row, count, *halves = numbers
+            name = table_file(rank, world_size)
+            tables[name] = {
                 "bytes": size,
                 "xxh3_128": _join(halves),
                 "first_row": first_row,
@@ -311,7 +316,7 @@ class Checkpoints:
             }
         return self._entries | tables
 
-    def _await_files(self, entries: dict[str, Entry]) -> None:
+    def _await_files(self, entries: Entries) -> None:
         """Waits until the first rank sees the files of all ranks, which a storage may show late."""
         patience = Patience(self.run)
         unseen = all_see(lambda: self._find_unseen(entries), patience, self._beat)
@@ -325,26 +330,28 @@ class Checkpoints:
             raise StorageLate(message)
         raise InputError(message)
 
-    def _find_unseen(self, entries: dict[str, Entry]) -> str | None:
+    def _find_unseen(self, entries: Entries) -> str | None:
         """Says which of the written files this rank does not see yet."""
         for name, entry in entries.items():
+            file = self._partial / name
+            written = entry["bytes"]
             try:
-                size = (self._partial / name).stat().st_size
+                size = file.stat().st_size
             except OSError as error:
                 return f"{name}: {error.strerror}"
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes, {entry['bytes']} were written"
+            if size != written:
+                return f"{name} has {size} bytes, {written} were written"
         return None
 
-    def _publish(self, entries: dict[str, Entry]) -> None:
+    def _publish(self, entries: Entries) -> None:
         """Makes the checkpoint visible, on the first rank, and removes older ones."""
         if not self.ranks.first:
             return
         folder = self._partial.with_suffix("")
-        best = self._state.best
-        pointers = {LATEST: {"folder": relative_folder(folder.name)}}
-        if best is not None and best["step"] == self._state.step:
-            pointers[BEST] = best
+        latest = {"folder": relative_folder(folder.name)}
+        pointers = {LATEST: latest}
+        if _is_best(self._state):
+            pointers[BEST] = self._state.best
         partials = []
         try:
             manifest = {"format_version": FORMAT_VERSION, "files": entries}
@@ -361,13 +368,10 @@ class Checkpoints:
             for partial in partials:
                 partial.unlink(missing_ok=True)
             raise self._write_error(error, error.errno) from None
-        self._remove_older(folder, best)
+        self._remove_older(folder)
 
-    def _remove_older(self, newest_folder: Path, best: dict[str, Any] | None) -> None:
+    def _remove_older(self, newest_folder: Path) -> None:
         """Removes all but the newest ones and the best; one that cannot be removed stays."""
-        retained = {newest_folder.name}
-        if best is not None:
-            retained.add(Path(best.get("folder", "")).name)
         listed = checkpoints(self.run)
         older = []
         for folder in listed:
@@ -375,16 +379,30 @@ class Checkpoints:
             # Of later steps there are only damaged ones: the run went back behind them.
             if step <= self._state.step and folder != newest_folder:
                 older.append(folder)
+        retained = {newest_folder.name}
         for folder in older[: self.keep - 1]:
             retained.add(folder.name)
+        best = self._state.best
+        if best is not None:
+            best_path = Path(best.get("folder", ""))
+            retained.add(best_path.name)
         for folder in listed:
-            if folder.name in retained:
-                continue
-            try:
-                _remove(folder)
-            except OSError as error:
-                message = f"{folder}: cannot be removed ({error.strerror})"
-                print(message, file=sys.stderr, flush=True)
+            if folder.name not in retained:
+                _try_to_remove(folder)
+
+
+def _is_best(state: RunState) -> bool:
+    """Whether the best validation is that of the state's own step."""
+    return state.best is not None and state.best["step"] == state.step
+
+
+def _try_to_remove(folder: Path) -> None:
+    """Removes a checkpoint; says so where it cannot be removed."""
+    try:
+        _remove(folder)
+    except OSError as error:
+        message = f"{folder}: cannot be removed ({error.strerror})"
+        print(message, file=sys.stderr, flush=True)
 
 
 def _remove(folder: Path) -> None:
@@ -410,23 +428,28 @@ def _copy_start(source: Path, target: Path, size: int) -> None:
 def _flush_file(file: Path) -> Entry:
     """Flushes a file to disk, and makes its manifest entry."""
     # Safetensors' own files are for their owner alone.
-    file.chmod(file.parent.stat().st_mode & 0o666)
+    folder_mode = file.parent.stat().st_mode
+    file.chmod(folder_mode & 0o666)
     flush(file)
-    return {"bytes": file.stat().st_size, "xxh3_128": compute_checksum(file)}
+    size = file.stat().st_size
+    return {"bytes": size, "xxh3_128": compute_checksum(file)}
 
 
 def _halve(checksum: str) -> list[int]:
     """Splits 128 bits in hexadecimal into two int64."""
     whole = bytes.fromhex(checksum)
-    high = int.from_bytes(whole[:8], "big", signed=True)
-    low = int.from_bytes(whole[8:], "big", signed=True)
+    half = len(whole) // 2
+    high = int.from_bytes(whole[:half], "big", signed=True)
+    low = int.from_bytes(whole[half:], "big", signed=True)
     return [high, low]
 
 
 def _join(halves: list[int]) -> str:
     """Joins two int64 to 128 bits in hexadecimal."""
     high, low = halves
-    whole = high.to_bytes(8, "big", signed=True) + low.to_bytes(8, "big", signed=True)
+    whole = b""
+    for half in (high, low):
+        whole += half.to_bytes(8, "big", signed=True)
     return whole.hex()
 
 
@@ -438,4 +461,6 @@ def _os_error_number(error: OSError | SafetensorError) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     match = _OS_ERROR.search(str(error))
-    return int(match[1]) if match else None
+    if match is None:
+        return None
+    return int(match[1])

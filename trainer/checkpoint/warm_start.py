@@ -9,7 +9,7 @@ Shapes: N rows of the item table M, D domains.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,12 @@ from trainer.checkpoint.load import (
     refuse_unreadable,
     table_ranges,
 )
-from trainer.checkpoint.resume import MAY_CHANGE, is_listed, shown_value
+from trainer.checkpoint.resume import (
+    MAY_CHANGE,
+    Settings,
+    describe_change,
+    is_listed,
+)
 from trainer.config.load import flat, load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
@@ -103,12 +108,14 @@ class WarmStart:
     @property
     def known(self) -> int:
         """How many items of the dataset the old model knows."""
-        return int(np.count_nonzero(self.source_N >= 0))
+        is_known_N = self.source_N >= 0
+        return int(np.count_nonzero(is_known_N))
 
     @property
     def share(self) -> str:
         """The known items and all items, in words."""
-        items = np.count_nonzero(self.group_N >= 0)
+        has_item_N = self.group_N >= 0
+        items = np.count_nonzero(has_item_N)
         return f"{self.known:,} of {items:,} items"
 
     def restore_model(self, model: "SyNCRec") -> None:
@@ -129,7 +136,10 @@ class WarmStart:
     def restore_table(
         self, table: "ItemTable", init_std: float, kept: float = 1.0
     ) -> None:
-        """Fills the table and its optimizer's state. kept: see carry_rows. Called on all ranks."""
+        """Fills the table and its optimizer's state. Called on all ranks.
+
+        init_std, kept: as in `embeddings.warm_start.carry_rows`.
+        """
         with refuse_unreadable(self.folder):
             ranges = table_ranges(self.folder)
             carry_rows(
@@ -175,57 +185,65 @@ def match_model(
     and sends what it finds to the others. Raises InputError where nobody knows any more what the
     old rows were, and where the datasets have no domain in common.
     """
-    old_names, old_span, source_N = _share_old_rows(run, fingerprint, dataset, ranks)
+    old = _share_old_rows(run, fingerprint, dataset, ranks)
     group_N = np.full(dataset.num_embeddings, -1, np.int32)
     old_of_D = []
     for number, domain in enumerate(dataset.domains):
         group_N[domain.start : domain.start + domain.items] = number
         old_number = -1
-        if domain.name in old_names:
-            old_number = old_names.index(domain.name)
+        if domain.name in old.domains:
+            old_number = old.domains.index(domain.name)
         old_of_D.append(old_number)
     if max(old_of_D) < 0:
-        domains = ", ".join(domain.name for domain in dataset.domains)
+        domains = ", ".join(_domain_names(dataset))
         raise InputError(f"{run}: its model knows none of the domains {domains}")
-    new_span = (dataset.first_time, dataset.last_time)
-    return WarmStart(run, folder, source_N, group_N, old_of_D, (old_span, new_span))
+    spans = (old.span, _time_span(dataset))
+    return WarmStart(run, folder, old.source_N, group_N, old_of_D, spans)
+
+
+@dataclass(frozen=True)
+class _OldRows:
+    """What is known of a model's own dataset, matched with another one.
+
+    domains: names, in their old order. span: its first and last time. source_N: as in WarmStart.
+    """
+
+    domains: list[str]
+    span: TimeSpan
+    source_N: np.ndarray
 
 
 def _share_old_rows(
     run: Path, fingerprint: str, dataset: Dataset, ranks: "Ranks"
-) -> tuple[list[str], TimeSpan, np.ndarray]:
-    """Finds the old rows on the first rank, for all: see `_find_old_rows`."""
-    source_N = None
+) -> _OldRows:
+    """Finds the old rows on the first rank, for all."""
+    old: _OldRows | None = None
 
     def find() -> tuple[list[str], TimeSpan]:
-        nonlocal source_N
-        names, span, source_N = _find_old_rows(run, fingerprint, dataset)
-        return names, span
+        nonlocal old
+        old = _find_old_rows(run, fingerprint, dataset)
+        return old.domains, old.span
 
-    names, span = by_the_first(find, ranks.first)
-    shared_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
+    domains, span = by_the_first(find, ranks.first)
+    source_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
     if ranks.first:
-        shared_N.copy_(torch.from_numpy(source_N))
-    dist.broadcast(shared_N, 0)
-    return names, tuple(span), shared_N.numpy()
+        source_N.copy_(torch.from_numpy(old.source_N))
+    dist.broadcast(source_N, 0)
+    return _OldRows(domains, tuple(span), source_N.numpy())
 
 
-def _find_old_rows(
-    run: Path, fingerprint: str, dataset: Dataset
-) -> tuple[list[str], TimeSpan, np.ndarray]:
-    """Finds the old domains' names in order, the old dataset's span of time, and source_N."""
+def _find_old_rows(run: Path, fingerprint: str, dataset: Dataset) -> _OldRows:
+    """Finds which row each row of M was in the dataset with the fingerprint."""
     if fingerprint == dataset.fingerprint:
         rows_N = np.arange(dataset.num_embeddings)
-        return _domain_names(dataset), (dataset.first_time, dataset.last_time), rows_N
+        return _OldRows(_domain_names(dataset), _time_span(dataset), rows_N)
     extension = _read_extension(dataset, fingerprint)
     if extension is not None:
         return extension
     return _match_items(_load_old_dataset(run, fingerprint), dataset)
 
 
-def _read_extension(
-    dataset: Dataset, fingerprint: str
-) -> tuple[list[str], TimeSpan, np.ndarray] | None:
+def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
     """Reads the old rows where the dataset says that it extends the one with the fingerprint."""
     # DuckDB and Arrow are for a warm start alone.
     import pyarrow as pa
@@ -240,8 +258,8 @@ def _read_extension(
         if record["of"] != fingerprint:
             return None
         first, last = map(float, record["span_before"])
-        names = [str(name) for name in record["domains_before"]]
-        return names, (first, last), rows_of_extension(dataset)
+        domains = [str(name) for name in record["domains_before"]]
+        return _OldRows(domains, (first, last), rows_of_extension(dataset))
     except (
         OSError,
         ValueError,
@@ -278,28 +296,31 @@ def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
     return old
 
 
-def _match_items(
-    old: Dataset, dataset: Dataset
-) -> tuple[list[str], TimeSpan, np.ndarray]:
+def _match_items(old: Dataset, dataset: Dataset) -> _OldRows:
     """Matches the items of two datasets by their ids."""
     from trainer.data.duckdb_engine import limited_engine
     from trainer.data.prepare.extend import rows_of_items
 
     with limited_engine() as connection:
         rows_N = rows_of_items(old, dataset, connection)
-    return _domain_names(old), (old.first_time, old.last_time), rows_N
+    return _OldRows(_domain_names(old), _time_span(old), rows_N)
 
 
 def _domain_names(dataset: Dataset) -> list[str]:
+    """Lists the domains' names in their order."""
     return [domain.name for domain in dataset.domains]
 
 
-def _list_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _time_span(dataset: Dataset) -> TimeSpan:
+    """Returns the dataset's first and last time."""
+    return dataset.first_time, dataset.last_time
+
+
+def _list_differences(before: Settings, now: Settings) -> list[str]:
     """Lists the settings that make another kind of model."""
     lines = []
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not is_listed(key, MAY_DIFFER):
-            lines.append(
-                f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
-            )
+        changed = before.get(key) != now.get(key)
+        if changed and not is_listed(key, MAY_DIFFER):
+            lines.append(describe_change(key, before, now))
     return lines

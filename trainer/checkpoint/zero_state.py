@@ -15,6 +15,8 @@ from trainer.distributed.deepspeed_engine import deepspeed
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+Tensors = dict[str, torch.Tensor]  # by the names of parameters, buffers or states
+
 _SEPARATOR = "//"  # between a parameter's name and its state's
 
 
@@ -23,39 +25,41 @@ def collect_gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
 
     It is the mean over ranks: all of it at stage 0, a partition at the others.
     """
-    gradients = []
-    if engine.zero_optimization_stage() == 0:
-        for _, parameter in _trained_parameters(engine):
-            gradients.append(parameter.grad)
-    elif engine.zero_offload_optimizer():
-        for flat in _flat_parameters(engine):
-            gradients.append(flat.grad)
+    candidates = []
+    stage = engine.zero_optimization_stage()
+    if stage == 0 or engine.zero_offload_optimizer():
+        for parameter in _flat_parameters(engine):
+            candidates.append(parameter.grad)
     else:
-        for group in engine.optimizer.averaged_gradients.values():
-            gradients.extend(group)
-    return [gradient for gradient in gradients if gradient is not None]
+        optimizer = engine.optimizer
+        for group in optimizer.averaged_gradients.values():
+            candidates.extend(group)
+    gradients = []
+    for gradient in candidates:
+        if gradient is not None:
+            gradients.append(gradient)
+    return gradients
 
 
-def full_state(engine: "DeepSpeedEngine", keep: bool) -> dict[str, torch.Tensor]:
+def full_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     """Gathers the dense model's parameters and buffers by name. Called on all ranks.
 
     keep: whether this rank wants them; it is empty otherwise.
     """
     state = {}
-    for name, parameter in engine.module.named_parameters():
+    model = engine.module
+    for name, parameter in model.named_parameters():
         is_partitioned = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters(parameter, enabled=is_partitioned):
             if keep:
                 state[name] = _copy(parameter)
     if keep:
-        for name, buffer in engine.module.named_buffers():
+        for name, buffer in model.named_buffers():
             state[name] = _copy(buffer)
     return state
 
 
-def full_optimizer_state(
-    engine: "DeepSpeedEngine", keep: bool
-) -> dict[str, torch.Tensor]:
+def full_optimizer_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     """Gathers the dense optimizer's state. Called on all ranks.
 
     Example: {"gate.weight//exp_avg": of the parameter's shape, …, "step": the number of steps}.
@@ -63,13 +67,18 @@ def full_optimizer_state(
     """
     optimizer = base_optimizer(engine)
     flats = _flat_parameters(engine)
-    if not flats or not optimizer.state.get(flats[0]):
+    if not flats:
+        return {}
+    first_flat = flats[0]
+    first_state = optimizer.state.get(first_flat)
+    if not first_state:
         return {}
     _link_state(engine)
-    first_state = optimizer.state[flats[0]]
+    # DeepSpeed may have made new ones.
+    first_state = optimizer.state[first_flat]
     names = []
     for name, value in first_state.items():
-        if value.shape == flats[0].shape:
+        if value.shape == first_flat.shape:
             names.append(name)
     state = {}
     if keep:
@@ -97,9 +106,7 @@ def _state_key(parameter_name: str, name: str) -> str:
     return f"{parameter_name}{_SEPARATOR}{name}"
 
 
-def restore_optimizer_state(
-    engine: "DeepSpeedEngine", state: dict[str, torch.Tensor]
-) -> None:
+def restore_optimizer_state(engine: "DeepSpeedEngine", state: Tensors) -> None:
     """Fills a new engine's optimizer with what `full_optimizer_state` gave. Called on all ranks.
 
     Stage and number of ranks may be others. Raises ValueError for another shape, KeyError for a
@@ -123,7 +130,7 @@ def restore_optimizer_state(
             _set_state(engine, parameter, name, value)
 
 
-def _state_names(state: dict[str, torch.Tensor]) -> list[str]:
+def _state_names(state: Tensors) -> list[str]:
     """Lists the names of a parameter's states, of Adam exp_avg and exp_avg_sq."""
     names = set()
     for key in state:

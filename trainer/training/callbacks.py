@@ -173,11 +173,8 @@ class CheckpointWriter(Callback):
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Saves the best model so far, the run's last, and where one is due anyhow."""
         is_best = state.since_best == 0
-        if (
-            is_best
-            or self._context.finished
-            or self._context.is_epoch_end(self._config.every_epochs)
-        ):
+        is_due = self._context.is_epoch_end(self._config.every_epochs)
+        if is_best or is_due or self._context.finished:
             self.save()
 
     @property
@@ -188,8 +185,10 @@ class CheckpointWriter(Callback):
     @property
     def due_by_time(self) -> bool:
         """True on the first rank once `checkpoint.every_minutes` have passed."""
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return self._context.ranks.first and 0 < self._config.every_minutes <= minutes
+        seconds = time.monotonic() - self._saved_at
+        every = self._config.every_minutes
+        is_due = 0 < every <= seconds / 60
+        return self._context.ranks.first and is_due
 
     def follow_signals(self, step: int, signals: Signals) -> None:
         """Publishes, stops or saves as the ranks have signalled with a step. Raises Stopped."""
@@ -234,6 +233,7 @@ class CheckpointWriter(Callback):
         )
 
     def _report_written(self, state: RunState, folder: Path) -> None:
+        """Tells all callbacks of a checkpoint that is visible now."""
         for callback in self._callbacks:
             callback.on_checkpoint(state, folder)
 
@@ -269,6 +269,7 @@ class Validation(Callback):
             self._validate()
 
     def _validate(self) -> None:
+        """Evaluates, counts, and tells all callbacks."""
         context = self._context
         context.trainer.settle()
         with context.meter.paused():

@@ -127,12 +127,13 @@ def _train(
 
 
 def _load_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
+    """Opens the dataset; the first rank of each host reads its files whole."""
     if not config.data:
         raise InputError(
             "data=DIR is missing: the prepared dataset, see launch/prepare.py"
         )
     check_shards = config.stream.damaged == "stop"
-    check_contents = ranks.local_rank == 0  # once a host
+    check_contents = ranks.local_rank == 0
     return Dataset.load(config.data, check_shards, config.stream, check_contents)
 
 
@@ -159,19 +160,25 @@ def _write_first_files(
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "config.yaml", to_yaml(config))
     if checkpoint is not None:
-        write_text(run / METRICS_FILE, (checkpoint / METRICS_FILE).read_text())
+        metrics = (checkpoint / METRICS_FILE).read_text()
+        write_text(run / METRICS_FILE, metrics)
 
 
 def _open_log(
     run: Path, trainer: Trainer, checkpoint: Path | None, state: RunState
 ) -> RunLog:
+    """Opens the run's log, which goes on after the step that is resumed from."""
+    domains = [domain.name for domain in trainer.dataset.domains]
+    resume_step = None
+    if checkpoint is not None:
+        resume_step = state.step
     return RunLog(
         run,
         trainer.total_steps,
-        [domain.name for domain in trainer.dataset.domains],
+        domains,
         trainer.config.log.tensorboard,
         trainer.ranks.first,
-        None if checkpoint is None else state.step,
+        resume_step,
     )
 
 
@@ -196,7 +203,8 @@ def _log_start(
 def _log_test(log: RunLog, record: dict[str, Any], state: RunState) -> None:
     """Logs the test record, and shows it."""
     log.evaluation(record)
-    log.message(evaluation_table(record))
+    table = evaluation_table(record)
+    log.message(table)
     if state.skipped_users:
         log.message(skipped_sentence(state.skipped_users))
 
@@ -268,6 +276,7 @@ class TrainingRun:
             self.checkpoint_writer.finish()
 
     def _run_steps(self) -> None:
+        """The loop: fetch, agree, step, call back."""
         while not self.context.finished:
             batch = self.next_batch()
             self.coordinate()
@@ -304,7 +313,8 @@ class TrainingRun:
         signals = functools.partial(self._signals, in_trouble)
         begun = time.perf_counter()
         loss, losses = self.trainer.train_step(prefetched, self._prefetch, signals)
-        seconds = time.perf_counter() - begun - self._prefetch_seconds
+        elapsed = time.perf_counter() - begun
+        seconds = elapsed - self._prefetch_seconds
         self.state.step = self.trainer.step
         return StepReport(batch.rank_batch, loss, losses, seconds)
 
@@ -353,7 +363,8 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
     config = trainer.config
     ranks = trainer.ranks
     dataset = trainer.dataset
-    model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
+    domains = len(dataset.domains)
+    model = SyNCRec(config.model, domains).to(ranks.device).eval()
     folder, best, _ = best_checkpoint(run, ranks)
     restore_best(folder, model, trainer.table)
     ranking = evaluate_split(model, trainer.table, dataset, ranks, config, "test")
@@ -374,12 +385,14 @@ def describe(trainer: Trainer) -> str:
     batch = f"{config.global_batch_size} users"
     if config.tokens_per_batch:
         batch += f" or {config.tokens_per_batch:,} tokens"
+    domains = len(dataset.domains)
+    stage = trainer.engine.zero_optimization_stage()
     return (
         f"{dataset.users:,} users, {dataset.interactions:,} interactions, "
-        f"{len(dataset.domains)} domains; "
+        f"{domains} domains; "
         f"table {table.rows:,} x {table.dim} ({table.capacity}), "
         f"dense model {trainer.weights:,} weights; "
         f"{ranks.world_size} ranks on {ranks.device.type}, "
-        f"ZeRO stage {trainer.engine.zero_optimization_stage()}; "
+        f"ZeRO stage {stage}; "
         f"{trainer.total_steps:,} steps of {batch}"
     )

@@ -39,7 +39,8 @@ class IntervalMeter:
         """Time in here is time spent waiting for data."""
         begun = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        self._waited += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -51,7 +52,8 @@ class IntervalMeter:
         finally:
             self._pauses -= 1
             if self._pauses == 0:
-                self._begun += time.perf_counter() - begun
+                seconds = time.perf_counter() - begun
+                self._begun += seconds
 
     def add(
         self, batch: "Batch", loss: torch.Tensor, report: "LossReport", skipped: int = 0

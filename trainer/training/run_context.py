@@ -97,12 +97,14 @@ class RunContext:
 
     def current_epoch(self) -> int:
         """Returns the epoch of the last step."""
-        epoch, _ = self.plan.locate(self.state.step - 1)
+        last_step = self.state.step - 1
+        epoch, _ = self.plan.locate(last_step)
         return epoch
 
     def seconds(self) -> float:
         """Returns the seconds spent in the run, restarts not counted."""
-        return self._seconds_before + time.monotonic() - self._begun
+        elapsed = time.monotonic() - self._begun
+        return self._seconds_before + elapsed
 
     def warn_of_damage(self, reasons: Iterable[str]) -> None:
         """Prints once what is damaged; each of a loader's processes meets it."""

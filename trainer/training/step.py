@@ -337,7 +337,8 @@ class Trainer:
         # A domain without targets has no mean loss.
         failed_D = ~losses_D.isfinite() & (targets_D > 0)
         names = []
-        for domain, failed in zip(self.dataset.domains, failed_D.tolist(), strict=True):
+        domains = self.dataset.domains
+        for domain, failed in zip(domains, failed_D.tolist(), strict=True):
             if failed:
                 names.append(domain.name)
         if not names:
