@@ -15,13 +15,13 @@ from pathlib import Path
 
 import launch.train
 from trainer.distributed.process_exit import run_script
-from trainer.training.loop import TrainingRun
+from trainer.training.callbacks import StepLog
 from trainer.training.step import Trainer
 
 
 def with_fault(step, rank, what, file):
     """The trainer's check of the gradients, with the fault before it."""
-    check = Trainer._checked
+    check = Trainer._guard_gradient
 
     def checked(self, gradient, *others):
         if (str(self.step + 1), str(self.ranks.rank)) == (step, rank) and not Path(
@@ -45,24 +45,25 @@ def with_fault(step, rank, what, file):
                 os.kill(os.getpid(), getattr(signal, f"SIG{what}"))
         return check(self, gradient, *others)
 
-    Trainer._checked = checked
+    Trainer._guard_gradient = checked
 
 
 def with_count(folder):
     """The run's own step, which writes down whom it was fed."""
-    note = TrainingRun._note
+    on_step = StepLog.on_step
 
-    def noted(self, fed, *others):
+    def noted(self, state, report):
+        ranks = self._context.ranks
         record = {
-            "step": self.state.step,
-            "ranks": self.ranks.world_size,
-            "users": fed.users_B.tolist(),
+            "step": state.step,
+            "ranks": ranks.world_size,
+            "users": report.rank_batch.users_B.tolist(),
         }
-        with open(Path(folder) / f"{self.ranks.rank}.jsonl", "a") as file:
+        with open(Path(folder) / f"{ranks.rank}.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        return note(self, fed, *others)
+        return on_step(self, state, report)
 
-    TrainingRun._note = noted
+    StepLog.on_step = noted
 
 
 if __name__ == "__main__":

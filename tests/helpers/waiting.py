@@ -11,11 +11,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncrec.batch.build import map_tensors
-from trainer.training.gradients import Known
-from trainer.training.prefetch import Beside
+from trainer.training.gradients import HostCopy
+from trainer.training.prefetch import Prefetcher
 
 # Where a host may wait: for the second stream, which has only the next batch's counts before it; and for the step before.
-ALLOWED = {Beside.prepare.__code__, Beside.send.__code__, Known.value.__code__}
+ALLOWED = {
+    Prefetcher.prepare.__code__,
+    Prefetcher.send.__code__,
+    HostCopy.value.__code__,
+}
 WAITING = {
     "item",
     "tolist",

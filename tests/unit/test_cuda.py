@@ -119,7 +119,7 @@ def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(
     batches = [next(stream).batch.pin_memory() for _ in range(6)]
     for batch in batches:
         plain.train_step(batch)
-    send, prepare = ahead._beside.send, ahead._beside.prepare
+    send, prepare = ahead._prefetcher.send, ahead._prefetcher.prepare
 
     def allowed(function):
         def call(*arguments):
@@ -136,7 +136,7 @@ def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(
         for number, following in enumerate([*batches[1:], None]):
             following = None if following is None else ahead.prepare(following)
             if number == 2:  # what is made once is made
-                ahead._beside.send, ahead._beside.prepare = (
+                ahead._prefetcher.send, ahead._prefetcher.prepare = (
                     allowed(send),
                     allowed(prepare),
                 )

@@ -1,17 +1,22 @@
-"""A finished run's best model, read from disk into any number of ranks."""
+"""A finished run's best model, read back for inference: ranking, recommendation, export.
+
+It is read at any number of ranks, and on a dataset that has changed since too.
+"""
 
 import gc
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from embeddings.table import ItemTable
 from syncrec.model import SyNCRec
+from trainer.checkpoint.layout import BestRecord
+from trainer.checkpoint.load import best_checkpoint, restore_best
 from trainer.checkpoint.resume import require_same_start
-from trainer.checkpoint.save import best_checkpoint, restore_best
-from trainer.checkpoint.warm_start import carried
+from trainer.checkpoint.warm_start import match_model
 from trainer.config.load import load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
@@ -19,94 +24,180 @@ from trainer.distributed.consensus import on_all_ranks
 from trainer.errors import InputError
 from trainer.files.redact import folder_of, shown, words
 
+if TYPE_CHECKING:
+    from embeddings.config import TableConfig
+    from trainer.checkpoint.warm_start import WarmStart
+    from trainer.distributed.process_group import Ranks
 
-def open_run(
-    run, data=None, of_all_domains=False, ranks=None
-) -> tuple[RunConfig, Dataset]:
-    """The configuration that a run had, and its dataset, the same on all ranks. Called on all ranks.
 
-    data: the dataset's folder or address where it has moved, or where the run names an address: none is fetched from on a
-    run's word. ranks: where there are several, of which the first of each host reads the dataset's files whole, to compare
-    them.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished run's best model, with all that inference needs of the run.
 
-    Raises InputError where one of them cannot be used; of_all_domains: and where the run knows but one.
+    model: the dense model, in evaluation mode. table: the item vectors, without an optimizer's
+    state. dataset: what the run was trained on, or a later one. checkpoint: what best.json says of
+    the model: folder, step, epoch and NDCG@10 of its validation.
     """
-    config, dataset = on_all_ranks(lambda: _opened(run, data, of_all_domains, ranks))
-    require_same_start(config, dataset)
-    return config, dataset
 
-
-def _opened(run, data, of_all_domains, ranks):
-    config = config_of(run)
-    if of_all_domains and config.stream.domain:
-        raise InputError(
-            f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): no more is asked of it"
-        )
-    if not data and folder_of(config.data) is None:
-        raise InputError(
-            f"{run}: was trained from an address, {words(shown(config.data))}, which is not fetched from on a run's word; "
-            "give it as --data"
-        )
-    config = replace(config, data=str(data or config.data))
-    check_contents = ranks is None or ranks.local_rank == 0
-    return config, Dataset.load(
-        config.data, config.stream.damaged == "stop", config.stream, check_contents
-    )
-
-
-def config_of(run) -> RunConfig:
-    """The configuration that a run had. Raises InputError where it is no run, or has none that can be used."""
-    if not (Path(run) / "config.yaml").is_file():
-        raise InputError(f"{run}: is no run (there is no config.yaml in it)")
-    return load_recorded(Path(run) / "config.yaml")
+    run: Path
+    config: RunConfig
+    dataset: Dataset
+    model: SyNCRec
+    table: ItemTable
+    checkpoint: BestRecord
 
 
 class TableSlot:
-    """Holds one item table at most, into which models are read one after the other."""
+    """Holds at most one item table, into which models are read one after the other."""
 
-    def __init__(self):
-        self._table = None
+    def __init__(self) -> None:
+        self._table: ItemTable | None = None
 
-    def take(self, rows, dim, config, seed, device) -> ItemTable:
-        """A table to read a model into: the one that is there, where it has the same shape. Otherwise that one is let go first.
-        Nobody may use it any more."""
+    def take(
+        self,
+        rows: int,
+        dim: int,
+        config: "TableConfig",
+        seed: int,
+        device: torch.device,
+    ) -> ItemTable:
+        """Returns a table to read a model into.
+
+        It is the present one where that has the same shape. Otherwise the present one is freed
+        first: nobody may use it any more.
+        """
         table = self._table
-        if table is not None and (table.rows, table.dim) == (rows, dim):
+        if table is not None and table.rows == rows and table.dim == dim:
             table.begin_anew(config.init_std, seed)
             return table
-        table = self._table = None
+        table = None
+        self._table = None
         free_memory()
         self._table = ItemTable(rows, dim, config, seed, device, filled=False)
         return self._table
 
 
-def free_memory():
-    """Frees the tables that nobody refers to any more: TorchRec's modules refer to themselves in circles."""
+def open_trained_model(
+    run: Path | str,
+    ranks: "Ranks",
+    data: Path | str | None = None,
+    of_all_domains: bool = False,
+    slot: TableSlot | None = None,
+) -> TrainedModel:
+    """Opens a run and reads its best model: `open_run` and `load_trained_model` in one.
+
+    Called on all ranks.
+    """
+    config, dataset = open_run(run, data, of_all_domains, ranks)
+    return load_trained_model(run, config, dataset, ranks, slot)
+
+
+def open_run(
+    run: Path | str,
+    data: Path | str | None = None,
+    of_all_domains: bool = False,
+    ranks: "Ranks | None" = None,
+) -> tuple[RunConfig, Dataset]:
+    """Opens a run's configuration and its dataset, the same on all ranks. Called on all ranks.
+
+    data: the dataset's folder or address where it has moved, or where the run names an address:
+    none is fetched from on a run's word. of_all_domains: refuse a run of one domain alone. ranks:
+    where there are several, the first one of each host reads the dataset's files whole, to compare
+    them.
+
+    Raises InputError where configuration or dataset cannot be used.
+    """
+
+    def load() -> tuple[RunConfig, Dataset]:
+        return _load_run(run, data, of_all_domains, ranks)
+
+    config, dataset = on_all_ranks(load)
+    require_same_start(config, dataset)
+    return config, dataset
+
+
+def _load_run(
+    run: Path | str,
+    data: Path | str | None,
+    of_all_domains: bool,
+    ranks: "Ranks | None",
+) -> tuple[RunConfig, Dataset]:
+    """Opens a run's configuration and dataset on this rank."""
+    config = config_of(run)
+    if of_all_domains and config.stream.domain:
+        raise InputError(
+            f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): "
+            "no more is asked of it"
+        )
+    if not data and folder_of(config.data) is None:
+        raise InputError(
+            f"{run}: was trained from an address, {words(shown(config.data))}, "
+            "which is not fetched from on a run's word; give it as --data"
+        )
+    config = replace(config, data=str(data or config.data))
+    check_shards = config.stream.damaged == "stop"
+    check_contents = ranks is None or ranks.local_rank == 0
+    dataset = Dataset.load(config.data, check_shards, config.stream, check_contents)
+    return config, dataset
+
+
+def config_of(run: Path | str) -> RunConfig:
+    """Reads the configuration that a run had.
+
+    Raises InputError where the folder is no run, or its configuration cannot be used.
+    """
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{run}: is no run (there is no config.yaml in it)")
+    return load_recorded(file)
+
+
+def free_memory() -> None:
+    """Frees unused tables: TorchRec's modules refer to themselves in circles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def best_model(
-    run, config: RunConfig, dataset: Dataset, ranks, slot=None
-) -> tuple[SyNCRec, ItemTable, dict]:
-    """The dense model and the item table as the run's best validation had them, and what best.json says of it; on a dataset
-    that is not the run's own, what is left of them there (`carried`). Called on all ranks. slot: a TableSlot, for whoever reads
-    more than one. Raises InputError where the run has none, or it is damaged or does not fit the dataset."""
+    run: Path | str,
+    config: RunConfig,
+    dataset: Dataset,
+    ranks: "Ranks",
+    slot: TableSlot | None = None,
+) -> tuple[SyNCRec, ItemTable, BestRecord]:
+    """`load_trained_model` as a tuple: the dense model, the item table, and best.json's record."""
+    trained = load_trained_model(run, config, dataset, ranks, slot)
+    return trained.model, trained.table, trained.checkpoint
+
+
+def load_trained_model(
+    run: Path | str,
+    config: RunConfig,
+    dataset: Dataset,
+    ranks: "Ranks",
+    slot: TableSlot | None = None,
+) -> TrainedModel:
+    """Reads a run's best model by validation. Called on all ranks.
+
+    On a dataset that is not the run's own, items and domains are matched by their ids and names
+    (`match_model`). slot: holds the table, for whoever reads more than one model. Raises InputError
+    where there is no best model, or it is damaged or does not fit the dataset.
+    """
     run = Path(run)
-    folder, best, facts = best_checkpoint(run, ranks)
-    change = (
-        None
-        if facts["dataset"] == dataset.fingerprint
-        else carried(run, folder, facts["dataset"], dataset, ranks)
-    )
-    # Nothing is trained here: an optimizer without state and a place that any device has, whatever the run was trained with.
+    folder, best, record = best_checkpoint(run, ranks)
+    matched = None
+    if record["dataset"] != dataset.fingerprint:
+        matched = match_model(run, folder, record["dataset"], dataset, ranks)
+    # Nothing is trained here: an optimizer without state, and a placement that any device has,
+    # whatever the run was trained with.
     table_config = replace(
         config.table, optimizer="sgd", placement="auto", communication="fp32"
     )
+    domains = len(dataset.domains)
     slot = slot or TableSlot()
     try:
-        model = SyNCRec(config.model, len(dataset.domains)).to(ranks.device).eval()
+        model = SyNCRec(config.model, domains).to(ranks.device).eval()
         table = slot.take(
             dataset.num_embeddings,
             config.model.dim,
@@ -116,15 +207,25 @@ def best_model(
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    if change is None:
+    if matched is None:
         restore_best(folder, model, table)
     else:
-        change.restore_model(model)
-        change.restore_table(table, table_config.init_std)
-        if ranks.first:
-            print(
-                f"{run}: was trained on another dataset; knows {change.share}",
-                file=sys.stderr,
-                flush=True,
-            )
-    return model, table, best
+        _restore_matched(matched, model, table, table_config.init_std, ranks)
+    return TrainedModel(run, config, dataset, model, table, best)
+
+
+def _restore_matched(
+    matched: "WarmStart",
+    model: SyNCRec,
+    table: ItemTable,
+    init_std: float,
+    ranks: "Ranks",
+) -> None:
+    """Fills model and table on a dataset that is not the run's own, and says so."""
+    matched.restore_model(model)
+    matched.restore_table(table, init_std)
+    if ranks.first:
+        message = (
+            f"{matched.run}: was trained on another dataset; knows {matched.share}"
+        )
+        print(message, file=sys.stderr, flush=True)

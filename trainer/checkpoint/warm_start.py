@@ -1,10 +1,15 @@
-"""A run's best model on another dataset than its own, where users, items and domains are others by now: to begin a new run with
-(`warm_start=RUN`), and to be evaluated. Items are found again by their ids.
+"""Warm start: a run's best model on a dataset whose users, items and domains are others by now.
+
+A new run begins with it (`warm_start=RUN`), and it is evaluated so. Items are matched by their ids,
+domains by their names.
+
+Shapes: N rows of the item table M, D domains.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,8 +17,19 @@ import torch.distributed as dist
 
 from embeddings.warm_start import carry_rows
 from syncrec.warm_start import grown_state
-from trainer.checkpoint.resume import MAY_CHANGE, recorded_settings, shown_value
-from trainer.checkpoint.save import best_checkpoint, dense_state, reading, table_ranges
+from trainer.checkpoint.load import (
+    best_checkpoint,
+    dense_state,
+    refuse_unreadable,
+    table_ranges,
+)
+from trainer.checkpoint.resume import (
+    MAY_CHANGE,
+    Settings,
+    describe_change,
+    is_listed,
+    recorded_settings,
+)
 from trainer.config.load import flat, load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
@@ -22,7 +38,13 @@ from trainer.distributed.consensus import on_all_ranks
 from trainer.errors import InputError
 from trainer.files.redact import folder_of, shown, words
 
-# What a new run may have otherwise than the one whose model it begins with: how it learns, and on what.
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
+    from syncrec.model import SyNCRec
+    from trainer.distributed.process_group import Ranks
+
+# What a new run may have otherwise than the one whose model it begins with: how it learns, and on
+# what.
 MAY_DIFFER = (
     *MAY_CHANGE,
     "seed",
@@ -55,160 +77,212 @@ MAY_DIFFER = (
     "model.init_std",
 )
 
+TimeSpan = tuple[float, float]  # the first and the last time of a dataset
+
 
 @dataclass(frozen=True)
-class Carried:
-    """What is left of a run's best model. source_N: which row of the old table each row of M was, −1: none; group_N: its
-    domain, −1: no item has it. old_of_D: the old number of each domain, −1: new; spans: (first, last) time, old and new."""
+class WarmStart:
+    """A run's best model, matched with a dataset.
+
+    source_N: the row of the old table that each row of M was, −1 for none. group_N: the domain of
+    each row, −1 where no item has the row. old_of_D: the old number of each domain, −1 for a new
+    one. spans: of the old dataset and of the new one.
+
+    Example: domain 0 of 2 items has lost one of them and got another, domain 1 is new, and each
+    domain has a spare row:
+
+        old rows    0: a0   1: a1   2: –
+        new rows    0: a1   1: a2   2: –   3: b0   4: –
+
+        source_N    [1, −1, −1, −1, −1]
+        group_N     [0,  0, −1,  1, −1]
+        old_of_D    [0, −1]
+    """
 
     run: Path
     folder: Path
     source_N: np.ndarray
     group_N: np.ndarray
     old_of_D: list[int]
-    spans: tuple[tuple[float, float], tuple[float, float]]
+    spans: tuple[TimeSpan, TimeSpan]
 
     @property
     def known(self) -> int:
         """How many items of the dataset the old model knows."""
-        return int(np.count_nonzero(self.source_N >= 0))
+        is_known_N = self.source_N >= 0
+        return int(np.count_nonzero(is_known_N))
 
     @property
     def share(self) -> str:
-        """The same in words, with how many items there are."""
-        return f"{self.known:,} of {np.count_nonzero(self.group_N >= 0):,} items"
+        """The known items and all items, in words."""
+        has_item_N = self.group_N >= 0
+        items = np.count_nonzero(has_item_N)
+        return f"{self.known:,} of {items:,} items"
 
-    def restore_model(self, model):
-        """Fills the dense model's weights and buffers, before an engine is built around it. Called
-        on all ranks."""
+    def restore_model(self, model: "SyNCRec") -> None:
+        """Fills the dense model's weights and buffers, before an engine is built around it.
 
-        def fill():
-            with reading(self.folder):
+        Called on all ranks.
+        """
+
+        def fill() -> None:
+            with refuse_unreadable(self.folder):
                 knots = model.config.time_knots
-                model.load_state_dict(
-                    grown_state(
-                        dense_state(self.folder), self.old_of_D, self.spans, knots
-                    )
-                )
+                old_state = dense_state(self.folder)
+                state = grown_state(old_state, self.old_of_D, self.spans, knots)
+                model.load_state_dict(state)
 
         on_all_ranks(fill)
 
-    def restore_table(self, table, init_std, kept=1.0):
-        """Fills the table and its optimizer's state; kept: see carry_rows. Called on all ranks."""
-        with reading(self.folder):
+    def restore_table(
+        self, table: "ItemTable", init_std: float, kept: float = 1.0
+    ) -> None:
+        """Fills the table and its optimizer's state. Called on all ranks.
+
+        init_std, kept: as in `embeddings.warm_start.carry_rows`.
+        """
+        with refuse_unreadable(self.folder):
             ranges = table_ranges(self.folder)
             carry_rows(
                 table, self.folder, self.source_N, self.group_N, init_std, kept, ranges
             )
 
 
-def find_warm_start(config: RunConfig, dataset: Dataset, ranks) -> Carried | None:
-    """What `config.warm_start` names; None where it names nothing. Called on all ranks.
+def find_warm_start(
+    config: RunConfig, dataset: Dataset, ranks: "Ranks"
+) -> WarmStart | None:
+    """Matches the model that `config.warm_start` names; None without one. Called on all ranks.
 
-    Raises InputError: it is no finished run, its model is of another kind, or nobody knows any more what its rows were.
+    Raises InputError where it is no finished run, its model is of another kind, or nobody knows any
+    more what its rows were.
     """
     if not config.warm_start:
         return None
     run = Path(config.warm_start)
 
-    def look():
+    def require_run() -> None:
         if not (run / "config.yaml").is_file():
             raise InputError(
                 f"warm_start={run}: is no run (there is no config.yaml in it)"
             )
 
-    on_all_ranks(look)
-    folder, _, facts = best_checkpoint(run, ranks)
+    on_all_ranks(require_run)
+    folder, _, record = best_checkpoint(run, ranks)
     now = flat(config)
-    refused = _differences(recorded_settings(facts, now), now)
-    if refused:
+    changes = _list_differences(recorded_settings(record, now), now)
+    if changes:
         raise InputError(
-            f"warm_start={run}: its model is of another kind: {'; '.join(refused)}: put it back, or start cold"
+            f"warm_start={run}: its model is of another kind: {'; '.join(changes)}: "
+            "put it back, or start cold"
         )
-    return carried(run, folder, facts["dataset"], dataset, ranks)
+    return match_model(run, folder, record["dataset"], dataset, ranks)
 
 
-def carried(run: Path, folder: Path, fingerprint, dataset: Dataset, ranks) -> Carried:
-    """What a run's checkpoint in `folder`, of the dataset with the fingerprint, is on another one. Called on all ranks; the
-    first one looks for the items, and tells the others. Raises InputError where nobody knows any more what its rows were, and
-    where the datasets have no domain in common."""
-    names, span, source_N = _told_rows(run, fingerprint, dataset, ranks)
+def match_model(
+    run: Path, folder: Path, fingerprint: str, dataset: Dataset, ranks: "Ranks"
+) -> WarmStart:
+    """Matches a run's checkpoint with a dataset that may not be its own. Called on all ranks.
+
+    folder: the checkpoint's. fingerprint: of its own dataset. The first rank looks for the items,
+    and sends what it finds to the others. Raises InputError where nobody knows any more what the
+    old rows were, and where the datasets have no domain in common.
+    """
+    old = _share_old_rows(run, fingerprint, dataset, ranks)
     group_N = np.full(dataset.num_embeddings, -1, np.int32)
+    old_of_D = []
     for number, domain in enumerate(dataset.domains):
         group_N[domain.start : domain.start + domain.items] = number
-    old_of_D = [
-        names.index(domain.name) if domain.name in names else -1
-        for domain in dataset.domains
-    ]
+        old_number = -1
+        if domain.name in old.domains:
+            old_number = old.domains.index(domain.name)
+        old_of_D.append(old_number)
     if max(old_of_D) < 0:
-        domains = ", ".join(domain.name for domain in dataset.domains)
+        domains = ", ".join(_domain_names(dataset))
         raise InputError(f"{run}: its model knows none of the domains {domains}")
-    return Carried(
-        run,
-        folder,
-        source_N,
-        group_N,
-        old_of_D,
-        (span, (dataset.first_time, dataset.last_time)),
-    )
+    spans = (old.span, _time_span(dataset))
+    return WarmStart(run, folder, old.source_N, group_N, old_of_D, spans)
 
 
-def _told_rows(run, fingerprint, dataset, ranks):
-    """`_known_rows` of the first rank, on all."""
-    source_N = None
+@dataclass(frozen=True)
+class _OldRows:
+    """What is known of a model's own dataset, matched with another one.
 
-    def look():
-        nonlocal source_N
-        names, span, source_N = _known_rows(run, fingerprint, dataset)
-        return names, span
+    domains: names, in their old order. span: its first and last time. source_N: as in WarmStart.
+    """
 
-    names, span = by_the_first(look, ranks.first)
-    told_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
+    domains: list[str]
+    span: TimeSpan
+    source_N: np.ndarray
+
+
+def _share_old_rows(
+    run: Path, fingerprint: str, dataset: Dataset, ranks: "Ranks"
+) -> _OldRows:
+    """Finds the old rows on the first rank, for all."""
+    old: _OldRows | None = None
+
+    def find() -> tuple[list[str], TimeSpan]:
+        nonlocal old
+        old = _find_old_rows(run, fingerprint, dataset)
+        return old.domains, old.span
+
+    domains, span = by_the_first(find, ranks.first)
+    source_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
     if ranks.first:
-        told_N.copy_(torch.from_numpy(source_N))
-    dist.broadcast(told_N, 0)
-    return names, tuple(span), told_N.numpy()
+        source_N.copy_(torch.from_numpy(old.source_N))
+    dist.broadcast(source_N, 0)
+    return _OldRows(domains, tuple(span), source_N.numpy())
 
 
-def _known_rows(run, fingerprint, dataset):
-    """The old domains' names in their order, the old span of time, and source_N."""
+def _find_old_rows(run: Path, fingerprint: str, dataset: Dataset) -> _OldRows:
+    """Finds which row each row of M was in the dataset with the fingerprint."""
+    if fingerprint == dataset.fingerprint:
+        rows_N = np.arange(dataset.num_embeddings)
+        return _OldRows(_domain_names(dataset), _time_span(dataset), rows_N)
+    extension = _read_extension(dataset, fingerprint)
+    if extension is not None:
+        return extension
+    return _match_items(_load_old_dataset(run, fingerprint), dataset)
+
+
+def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
+    """Reads the old rows where the dataset says that it extends the one with the fingerprint."""
     # DuckDB and Arrow are for a warm start alone.
     import pyarrow as pa
 
-    from trainer.data.duckdb_engine import limited_engine
-    from trainer.data.prepare.extend import EXTENSION, rows_of_extension, rows_of_items
+    from trainer.data.prepare.extend import EXTENSION, rows_of_extension
 
-    facts = dataset.folder / EXTENSION / "extension.json"
-    if fingerprint == dataset.fingerprint:
-        rows = np.arange(dataset.num_embeddings)
-        return (
-            [domain.name for domain in dataset.domains],
-            (dataset.first_time, dataset.last_time),
-            rows,
-        )
-    if facts.is_file():
-        try:
-            said = json.loads(facts.read_text(encoding="utf-8"))
-            if said["of"] == fingerprint:
-                first, last = map(float, said["span_before"])
-                names = [str(name) for name in said["domains_before"]]
-                return names, (first, last), rows_of_extension(dataset)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            pa.ArrowException,
-        ) as error:
-            raise InputError(
-                f"{facts.parent}: cannot be used ({words(error)}): copy the dataset again"
-            ) from None
+    file = dataset.folder / EXTENSION / "extension.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["of"] != fingerprint:
+            return None
+        first, last = map(float, record["span_before"])
+        domains = [str(name) for name in record["domains_before"]]
+        return _OldRows(domains, (first, last), rows_of_extension(dataset))
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        pa.ArrowException,
+    ) as error:
+        raise InputError(
+            f"{file.parent}: cannot be used ({words(error)}): copy the dataset again"
+        ) from None
+
+
+def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
+    """Opens the dataset that a run was trained on. Raises InputError where it has changed."""
     config = load_recorded(run / "config.yaml")
     if folder_of(config.data) is None:
         raise InputError(
-            f"{run}: what its model's rows were is not known: it was trained from an address, {words(shown(config.data))}, "
-            f"which is not fetched from on a run's word; copy the dataset to a folder and name it as data in {run}/config.yaml"
+            f"{run}: what its model's rows were is not known: it was trained from an address, "
+            f"{words(shown(config.data))}, which is not fetched from on a run's word; "
+            f"copy the dataset to a folder and name it as data in {run}/config.yaml"
         )
     try:
         old = Dataset.load(config.data, check_shards=False)
@@ -218,21 +292,37 @@ def _known_rows(run, fingerprint, dataset):
         ) from None
     if old.fingerprint != fingerprint:
         raise InputError(
-            f"{run}: its dataset {config.data} has other contents by now: nobody knows what its model's rows were"
+            f"{run}: its dataset {config.data} has other contents by now: "
+            "nobody knows what its model's rows were"
         )
+    return old
+
+
+def _match_items(old: Dataset, dataset: Dataset) -> _OldRows:
+    """Matches the items of two datasets by their ids."""
+    from trainer.data.duckdb_engine import limited_engine
+    from trainer.data.prepare.extend import rows_of_items
+
     with limited_engine() as connection:
-        rows = rows_of_items(old, dataset, connection)
-    return (
-        [domain.name for domain in old.domains],
-        (old.first_time, old.last_time),
-        rows,
-    )
+        rows_N = rows_of_items(old, dataset, connection)
+    return _OldRows(_domain_names(old), _time_span(old), rows_N)
 
 
-def _differences(before, now):
-    return [
-        f"{key} was {shown_value(before, key)}, is {shown_value(now, key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
-    ]
+def _domain_names(dataset: Dataset) -> list[str]:
+    """Lists the domains' names in their order."""
+    return [domain.name for domain in dataset.domains]
+
+
+def _time_span(dataset: Dataset) -> TimeSpan:
+    """Returns the dataset's first and last time."""
+    return dataset.first_time, dataset.last_time
+
+
+def _list_differences(before: Settings, now: Settings) -> list[str]:
+    """Lists the settings that make another kind of model."""
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        changed = before.get(key) != now.get(key)
+        if changed and not is_listed(key, MAY_DIFFER):
+            lines.append(describe_change(key, before, now))
+    return lines

@@ -1,160 +1,234 @@
-"""The dense model's weights and optimizer state, whole and in float32 on the CPU, whatever the ZeRO stage.
+"""The dense model's weights and optimizer state, whole, float32, on the CPU, at any ZeRO stage.
 
-ZeRO's own checkpoints are pickles that only the same number of ranks and the same stage read. Weights come back before the
-engine is built, which is the same at every stage; the optimizer's state after it.
+ZeRO's own checkpoints are pickles that only the same number of ranks and the same stage read.
+Weights are restored before the engine is built, which is the same at every stage; the optimizer's
+state after it.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from trainer.distributed.deepspeed_engine import deepspeed
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Tensors = dict[str, torch.Tensor]  # by the names of parameters, buffers or states
+
 _SEPARATOR = "//"  # between a parameter's name and its state's
 
 
-def gradients(engine):
-    """This rank's part of the dense gradient's tensors after backward, the mean over ranks, as they go into the step: all of it
-    at stage 0, a partition at the others."""
-    if engine.zero_optimization_stage() == 0:
-        found = [parameter.grad for _, parameter in _trained(engine)]
-    elif engine.zero_offload_optimizer():
-        found = [flat.grad for flat in _flat_parameters(engine)]
+def collect_gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
+    """Collects this rank's part of the dense gradient after backward, as it goes into the step.
+
+    It is the mean over ranks: all of it at stage 0, a partition at the others.
+    """
+    candidates = []
+    stage = engine.zero_optimization_stage()
+    if stage == 0 or engine.zero_offload_optimizer():
+        for parameter in _flat_parameters(engine):
+            candidates.append(parameter.grad)
     else:
-        found = [
-            gradient
-            for group in engine.optimizer.averaged_gradients.values()
-            for gradient in group
-        ]
-    return [gradient for gradient in found if gradient is not None]
+        optimizer = engine.optimizer
+        for group in optimizer.averaged_gradients.values():
+            candidates.extend(group)
+    gradients = []
+    for gradient in candidates:
+        if gradient is not None:
+            gradients.append(gradient)
+    return gradients
 
 
-def full_state(engine, keep: bool):
-    """The dense model's parameters and buffers: {name: tensor}, empty unless `keep`. Called on all ranks."""
+def full_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
+    """Gathers the dense model's parameters and buffers by name. Called on all ranks.
+
+    keep: whether this rank wants them; it is empty otherwise.
+    """
     state = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters(
-            parameter, enabled=hasattr(parameter, "ds_id")
-        ):
+    model = engine.module
+    for name, parameter in model.named_parameters():
+        is_partitioned = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters(parameter, enabled=is_partitioned):
             if keep:
                 state[name] = _copy(parameter)
     if keep:
-        state |= {name: _copy(buffer) for name, buffer in engine.module.named_buffers()}
+        for name, buffer in model.named_buffers():
+            state[name] = _copy(buffer)
     return state
 
 
-def full_optimizer_state(engine, keep: bool):
-    """{"parameter//exp_avg": tensor of the parameter's shape, …, "step": number of steps}, empty unless `keep`, and before the
-    first step. Called on all ranks."""
-    optimizer, flats = base_optimizer(engine), _flat_parameters(engine)
-    if not flats or not optimizer.state.get(flats[0]):
+def full_optimizer_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
+    """Gathers the dense optimizer's state. Called on all ranks.
+
+    Example: {"gate.weight//exp_avg": of the parameter's shape, …, "step": the number of steps}.
+    keep: whether this rank wants it; it is empty otherwise, and before the first step.
+    """
+    optimizer = base_optimizer(engine)
+    flats = _flat_parameters(engine)
+    if not flats:
+        return {}
+    first_flat = flats[0]
+    first_state = optimizer.state.get(first_flat)
+    if not first_state:
         return {}
     _link_state(engine)
-    names = [
-        name
-        for name, value in optimizer.state[flats[0]].items()
-        if value.shape == flats[0].shape
-    ]
-    state = (
-        {"step": optimizer.state[flats[0]]["step"].detach().cpu().clone()}
-        if keep
-        else {}
-    )
-    for parameter_name, parameter in _trained(engine):
+    # DeepSpeed may have made new ones.
+    first_state = optimizer.state[first_flat]
+    names = []
+    for name, value in first_state.items():
+        if value.shape == first_flat.shape:
+            names.append(name)
+    state = {}
+    if keep:
+        state["step"] = first_state["step"].detach().cpu().clone()
+    for parameter_name, parameter in _trained_parameters(engine):
         for name in names:
-            if engine.zero_optimization_stage() == 0:
-                value = optimizer.state[parameter][name]
-            else:
-                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, name)
+            value = _gather_state(engine, parameter, name)
             if keep:
-                state[f"{parameter_name}{_SEPARATOR}{name}"] = _copy(value)
+                key = _state_key(parameter_name, name)
+                state[key] = _copy(value)
     return state
 
 
-def restore_optimizer_state(engine, state):
-    """Gives a new engine what `full_optimizer_state` gave, at any stage and number of ranks. Called on all ranks."""
+def _gather_state(
+    engine: "DeepSpeedEngine", parameter: torch.nn.Parameter, name: str
+) -> torch.Tensor:
+    """Gathers one of a parameter's states. Called on all ranks."""
+    if engine.zero_optimization_stage() == 0:
+        return base_optimizer(engine).state[parameter][name]
+    return deepspeed.utils.safe_get_full_optimizer_state(parameter, name)
+
+
+def _state_key(parameter_name: str, name: str) -> str:
+    """Names a parameter's state in a checkpoint."""
+    return f"{parameter_name}{_SEPARATOR}{name}"
+
+
+def restore_optimizer_state(engine: "DeepSpeedEngine", state: Tensors) -> None:
+    """Fills a new engine's optimizer with what `full_optimizer_state` gave. Called on all ranks.
+
+    Stage and number of ranks may be others. Raises ValueError for another shape, KeyError for a
+    parameter that the state lacks.
+    """
     if not state:
         return
-    optimizer, stage = base_optimizer(engine), engine.zero_optimization_stage()
-    step, names = (
-        state["step"],
-        sorted({key.rpartition(_SEPARATOR)[2] for key in state if _SEPARATOR in key}),
-    )
-    for flat in _flat_parameters(
-        engine
-    ):  # Adam makes its state in its first step; here it is needed before
-        optimizer.state[flat] = {
-            "step": step.clone(),
-            **{name: torch.zeros_like(flat) for name in names},
-        }
-        if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"):
-            optimizer.state[flat]["step"] = step.to(
-                flat.device, copy=True
-            )  # each its own: the kernel counts in it
+    names = _state_names(state)
+    _make_state(engine, state["step"], names)
     _link_state(engine)
-    for parameter_name, parameter in _trained(engine):
+    for parameter_name, parameter in _trained_parameters(engine):
+        shape = getattr(parameter, "ds_shape", parameter.shape)
         for name in names:
-            value = state[f"{parameter_name}{_SEPARATOR}{name}"].to(engine.device)
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            key = _state_key(parameter_name, name)
+            value = state[key].to(engine.device)
             if value.shape != shape:
                 raise ValueError(
-                    f"the optimizer's {name} of {parameter_name} is {list(value.shape)}, not {list(shape)}"
+                    f"the optimizer's {name} of {parameter_name} is {list(value.shape)}, "
+                    f"not {list(shape)}"
                 )
-            if stage == 0:
-                optimizer.state[parameter][name].copy_(value)
-            elif stage < 3:
-                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
-            else:
-                deepspeed.utils.safe_set_local_optimizer_state(
-                    parameter, _partition(value, parameter.ds_tensor.numel()), name
-                )
+            _set_state(engine, parameter, name, value)
 
 
-def _link_state(engine):
-    """Has ZeRO 1 or 2 know which parts of the optimizer's state belong to which parameter.
-
-    DeepSpeed does so itself after it has stepped the first of several groups (stage_1_and_2.py, `_optimizer_step`), when the
-    others have no state yet, and never again.
-    """
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _partition(value, length):
-    """This rank's part of a parameter that stage 3 has taken apart: equal lengths, the last filled up."""
-    first = dist.get_rank() * length
-    part = value.flatten()[first : first + length]
-    return torch.nn.functional.pad(part, (0, length - len(part)))
+def _state_names(state: Tensors) -> list[str]:
+    """Lists the names of a parameter's states, of Adam exp_avg and exp_avg_sq."""
+    names = set()
+    for key in state:
+        _, separator, name = key.rpartition(_SEPARATOR)
+        if separator:
+            names.add(name)
+    return sorted(names)
 
 
-def _trained(engine):
-    return [
-        (name, parameter)
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    ]
+def _make_state(
+    engine: "DeepSpeedEngine", step: torch.Tensor, names: list[str]
+) -> None:
+    """Makes the optimizer's state, which Adam itself makes in its first step only."""
+    optimizer = base_optimizer(engine)
+    defaults = optimizer.defaults
+    counts_on_device = defaults.get("fused") or defaults.get("capturable")
+    for flat in _flat_parameters(engine):
+        # Each has a copy: the kernel counts in it.
+        flat_step = step.clone()
+        if counts_on_device:
+            flat_step = step.to(flat.device, copy=True)
+        flat_state = {"step": flat_step}
+        for name in names:
+            flat_state[name] = torch.zeros_like(flat)
+        optimizer.state[flat] = flat_state
 
 
-def base_optimizer(engine):
-    """PyTorch's optimizer, which ZeRO wraps."""
-    return (
-        engine.optimizer
-        if engine.zero_optimization_stage() == 0
-        else engine.optimizer.optimizer
-    )
-
-
-def _flat_parameters(engine):
-    """What PyTorch's optimizer steps on this rank: the parameters, or ZeRO's flat pieces of them."""
+def _set_state(
+    engine: "DeepSpeedEngine",
+    parameter: torch.nn.Parameter,
+    name: str,
+    value: torch.Tensor,
+) -> None:
+    """Sets one parameter's state from the whole of it."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return [parameter for _, parameter in _trained(engine)]
-    return (
-        engine.optimizer.single_partition_of_fp32_groups
-        if stage < 3
-        else engine.optimizer.fp32_partitioned_groups_flat
-    )
+        base_optimizer(engine).state[parameter][name].copy_(value)
+    elif stage < 3:
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
+    else:
+        part = _take_partition(value, parameter.ds_tensor.numel())
+        deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
 
 
-def _copy(tensor):
+def _link_state(engine: "DeepSpeedEngine") -> None:
+    """Has ZeRO 1 or 2 know which parts of the optimizer's state belong to which parameter.
+
+    DeepSpeed does so itself after it has stepped the first of several groups (stage_1_and_2.py,
+    `_optimizer_step`), when the others have no state yet, and never again.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        optimizer = engine.optimizer
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _take_partition(value: torch.Tensor, length: int) -> torch.Tensor:
+    """Takes this rank's part of a parameter that stage 3 has partitioned.
+
+    Parts have equal lengths; the last one is filled up with zeros.
+    """
+    first = dist.get_rank() * length
+    last = first + length
+    part = value.flatten()[first:last]
+    missing = length - len(part)
+    return torch.nn.functional.pad(part, (0, missing))
+
+
+def _trained_parameters(
+    engine: "DeepSpeedEngine",
+) -> list[tuple[str, torch.nn.Parameter]]:
+    """Lists the names and parameters that the optimizer steps."""
+    parameters = []
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            parameters.append((name, parameter))
+    return parameters
+
+
+def base_optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
+    """Returns PyTorch's optimizer, which ZeRO wraps."""
+    if engine.zero_optimization_stage() == 0:
+        return engine.optimizer
+    return engine.optimizer.optimizer
+
+
+def _flat_parameters(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
+    """Lists what PyTorch's optimizer steps on this rank: the parameters, or ZeRO's flat pieces."""
+    stage = engine.zero_optimization_stage()
+    optimizer = engine.optimizer
+    if stage == 0:
+        return [parameter for _, parameter in _trained_parameters(engine)]
+    if stage < 3:
+        return optimizer.single_partition_of_fp32_groups
+    return optimizer.fp32_partitioned_groups_flat
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copies a tensor to the CPU, in float32."""
     return tensor.detach().float().cpu().clone()

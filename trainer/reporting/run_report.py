@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.errors import InputError
-from trainer.evaluation.evaluation import FULL_RECORD as FULL  # moved
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
 from trainer.evaluation.metrics import HEADLINE
 from trainer.files.atomic import write_text

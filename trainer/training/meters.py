@@ -1,106 +1,140 @@
-"""What happened since the last log line: mean losses, φ, λ, speed, and time spent waiting for data."""
+"""Metrics since the last log line: mean losses, φ, λ, throughput, time spent waiting for data."""
 
 import contextlib
 import resource
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+if TYPE_CHECKING:
+    from syncrec.batch.build import Batch
+    from syncrec.model import LossReport
+
 
 class IntervalMeter:
-    """Collects on the device, without waiting for it, and reduces over ranks only when a line is due."""
+    """Collects a log line's figures on the device, without waiting for it.
 
-    def __init__(self, domains):
+    They are reduced over ranks only when a line is due.
+    """
+
+    def __init__(self, domains: list[str]):
         self.domains = domains
         self.started = time.perf_counter()
+        self._pauses = 0  # that are open, one within the other
         self._reset()
 
-    def _reset(self):
-        self._reports, self._users, self._tokens, self._skipped = [], 0, 0, 0
-        self._waited, self._begun = 0.0, time.perf_counter()
+    def _reset(self) -> None:
+        self._reports: list[torch.Tensor] = []
+        self._users = 0
+        self._tokens = 0
+        self._skipped = 0
+        self._waited = 0.0
+        self._begun = time.perf_counter()
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Time in here is time spent waiting for data."""
         begun = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        self._waited += seconds
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time in here (validation, saving) does not count as training."""
+    def paused(self) -> Iterator[None]:
+        """Time in here (validation, saving) does not count as training. It may be nested."""
         begun = time.perf_counter()
-        yield
-        self._begun += time.perf_counter() - begun
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if self._pauses == 0:
+                seconds = time.perf_counter() - begun
+                self._begun += seconds
 
-    def add(self, batch, loss, report, skipped=0):
-        """One step of this rank. batch: on the host; skipped: users that are not in it as they could not be read."""
-        domains = len(self.domains)
-        self._reports.append(
-            torch.cat(
-                [
-                    torch.stack([loss, report.mutual_information]).double(),
-                    torch.stack([report.loss_single, report.loss_cross]),
-                    *(
-                        values.double()
-                        for values in (
-                            report.single_D,
-                            report.cross_D,
-                            report.phi_D,
-                            report.lambda_D,
-                        )
-                    ),
-                ]
-            )
+    def add(
+        self, batch: "Batch", loss: torch.Tensor, report: "LossReport", skipped: int = 0
+    ) -> None:
+        """Adds one step of this rank.
+
+        batch: on the host. skipped: users that are not in it as they could not be read.
+        """
+        totals = torch.stack([loss, report.mutual_information]).double()
+        views = torch.stack([report.loss_single, report.loss_cross])
+        figures = torch.cat(
+            [
+                totals,
+                views,
+                report.single_D.double(),
+                report.cross_D.double(),
+                report.phi_D.double(),
+                report.lambda_D.double(),
+            ]
         )
-        assert len(self._reports[-1]) == 4 + 4 * domains
-        real = int(batch.weight_B.sum())
-        self._users += real
-        self._tokens += batch.interactions - 2 * (len(batch.weight_B) - real)
+        assert len(figures) == 4 + 4 * len(self.domains)
+        self._reports.append(figures)
+        users = int(batch.weight_B.sum())
+        # Who only fills up has two interactions.
+        fillers = len(batch.weight_B) - users
+        self._users += users
+        self._tokens += batch.interactions - 2 * fillers
         self._skipped += skipped
 
-    def record(self, step, epoch):
-        """The figures of a train record (see trainer.reporting.run_log), means over the interval; λ is the newest. On all ranks."""
+    def record(self, step: int, epoch: int) -> dict[str, Any]:
+        """Makes the figures of a train record (see trainer.reporting.run_log). On all ranks.
+
+        They are means over the interval; λ is the newest.
+        """
         elapsed = time.perf_counter() - self._begun
+        domains = len(self.domains)
         steps = torch.stack(self._reports)
-        # Each rank's loss has the global one as its mean over ranks, and its mutual information is a share of the sum.
+        # Each rank's loss has the global one as its mean over ranks, and its mutual information is
+        # a share of the sum.
+        mean_loss = steps[:, 0].mean()
+        mean_information = steps[:, 1].mean()
         counts = steps.new_tensor([self._users, self._tokens, self._skipped])
-        shared = torch.stack([steps[:, 0].mean(), steps[:, 1].mean(), *counts])
+        shared = torch.stack([mean_loss, mean_information, *counts])
         dist.all_reduce(shared)
         loss, information, users, tokens, skipped = shared.tolist()
-        loss_single, loss_cross = steps[:, 2:4].mean(0).tolist()
-        single, cross, phi = (
-            steps[:, 4 : 4 + 3 * len(self.domains)].nanmean(0).view(3, -1).tolist()
-        )
-        lambdas = steps[-1, -len(self.domains) :].tolist()
+        views = steps[:, 2:4].mean(0)
+        loss_single, loss_cross = views.tolist()
+        # A domain's mean is over the steps that have it.
+        by_domain = steps[:, 4 : 4 + 3 * domains].nanmean(0)
+        single, cross, phi = by_domain.view(3, domains).tolist()
+        lambdas = steps[-1, -domains:].tolist()
+        world_size = dist.get_world_size()
         figures = {
             "step": step,
             "epoch": epoch,
             "seconds": time.perf_counter() - self.started,
-            "loss": loss / dist.get_world_size(),
+            "loss": loss / world_size,
             "loss_single": loss_single,
             "loss_cross": loss_cross,
             "mutual_information": information,
-            "single_by_domain": self._named(single),
-            "cross_by_domain": self._named(cross),
-            "lambda": self._named(lambdas),
-            "phi": self._named(phi),
+            "single_by_domain": self._name_domains(single),
+            "cross_by_domain": self._name_domains(cross),
+            "lambda": self._name_domains(lambdas),
+            "phi": self._name_domains(phi),
             "users_per_second": users / elapsed,
             "tokens_per_second": tokens / elapsed,
             "skipped_users": int(skipped),
             "data_wait": self._waited / elapsed,
-            "memory_gb": _memory_gb(),
+            "memory_gb": _peak_memory_gb(),
         }
         self._reset()
         return figures
 
-    def _named(self, values):
-        return dict(zip(self.domains, values, strict=True))
+    def _name_domains(self, values_D: list[float]) -> dict[str, float]:
+        """Returns the values by the domains' names."""
+        return dict(zip(self.domains, values_D, strict=True))
 
 
-def _memory_gb():
-    """Peak memory of this process, on the device where there is one."""
+def _peak_memory_gb() -> float:
+    """Returns this process's peak memory, on the device where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss / 2**20

@@ -1,7 +1,14 @@
-"""One training step: table and dense model, forward, backward, both updated; and how they are built and brought back."""
+"""One training step: table and dense model, forward, backward, both updated.
+
+A `Trainer` builds both or restores them from a checkpoint.
+
+Shapes: N uses of rows in a batch, U distinct rows, D domains, r width.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,7 +19,8 @@ from embeddings.table import ItemTable
 from syncrec.batch.build import Batch
 from syncrec.losses.loss_correction import LossCorrection
 from syncrec.model import LossReport, SyNCRec
-from trainer.checkpoint.save import restore_model, restore_optimizers
+from trainer.checkpoint.load import restore_model, restore_optimizers
+from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.distributed.agreement import Signals
 from trainer.distributed.deepspeed_engine import (
@@ -21,135 +29,173 @@ from trainer.distributed.deepspeed_engine import (
     set_learning_rate,
     start_engine,
 )
-from trainer.distributed.process_group import RankReduction, sum_of_ranks
+from trainer.distributed.process_group import RankReduction, Ranks, sum_of_ranks
 from trainer.errors import InputError, NotFinite
-from trainer.training.gradients import Gradients, Known
+from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import loader_bytes
-from trainer.training.prefetch import Beside, Ready
+from trainer.training.prefetch import PrefetchedBatch, Prefetcher
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.warm_start import WarmStart
+    from trainer.data.format.dataset import Dataset
+    from trainer.data.loading.batch_schedule import Plan
 
 
 @dataclass(frozen=True)
-class _Unsettled:
-    """A step of which the host does not know yet whether it was made, with the model's buffers (λ, φ̄) and the table's count
-    of updates before it. outcome: 1 where it was finite, and the ranks' signals summed."""
+class _ForwardState:
+    """What a forward pass changes, none of it in place.
 
-    number: int
-    outcome: Known
-    report: LossReport
+    buffers: the model's (λ, φ̄): module, name, value. updates: the table's count of updates.
+    """
+
     buffers: list[tuple[torch.nn.Module, str, torch.Tensor]]
     updates: int
 
 
-class Halted(Exception):
-    """A rank signalled that it cannot go on: raised on all ranks, with everything as it was before that step."""
+@dataclass(frozen=True)
+class _PendingStep:
+    """A step of which the host does not know yet whether it was made.
+
+    outcome: 1 where it was finite, and the ranks' signals summed. before: the state to go back to.
+    """
+
+    number: int
+    outcome: HostCopy
+    report: LossReport
+    before: _ForwardState
+
+
+class RankFailure(Exception):
+    """A rank signalled that it cannot go on.
+
+    Raised on all ranks, with everything as it was before that step.
+    """
 
 
 class Trainer:
-    """Everything that a training step needs, and how many there have been: `step` is also the position in the data."""
+    """Everything that a training step needs, and how many there have been.
+
+    `step` is also the position in the data.
+    """
 
     def __init__(
-        self, config, ranks, dataset, plan, checkpoint=None, step=0, warm=None
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        dataset: "Dataset",
+        plan: "Plan",
+        checkpoint: Path | None = None,
+        step: int = 0,
+        warm: "WarmStart | None" = None,
     ):
-        """checkpoint: a folder to go on from, made after `step` steps; warm: a Carried to begin with."""
-        self.config, self.ranks, self.dataset, self.plan = config, ranks, dataset, plan
+        """Builds table and dense model. Called on all ranks.
+
+        checkpoint: a folder to resume from, made after `step` steps. warm: a model to begin with.
+        Raises InputError where the host has no room for the table, or the model cannot be built.
+        """
+        self.config = config
+        self.ranks = ranks
+        self.dataset = dataset
+        self.plan = plan
         self.step = step
         self.total_steps = plan.count_steps(
             config.epochs, ranks.rank, sum_of_ranks, config.max_steps
         )
-        deepspeed = engine_config(
+        deepspeed_config = engine_config(
             config.optimizer,
             config.deepspeed,
             config.global_batch_size,
             ranks.world_size,
         )
+        is_new = checkpoint is None and warm is None
         try:
-            self.table = ItemTable(
-                dataset.num_embeddings,
-                config.model.dim,
-                config.table,
-                config.seed,
-                ranks.device,
-                filled=checkpoint is None and warm is None,
-                beside=HostNeeds(
-                    checkpoints=True,
-                    loaders=loader_bytes(config, dataset, ranks.world_size),
-                ),
-            )
+            self.table = self._build_table(is_new)
             torch.manual_seed(config.seed)
             self.model = SyNCRec(config.model, len(dataset.domains))
         except ValueError as error:
             raise InputError(str(error)) from None
-        self.weights = sum(
-            parameter.numel() for parameter in self.model.parameters()
-        )  # ZeRO 3 takes them apart
+        # Counted here: ZeRO 3 partitions the parameters.
+        self.weights = sum(parameter.numel() for parameter in self.model.parameters())
         if checkpoint is not None:
             restore_model(checkpoint, self.model)
         if warm is not None:
             warm.restore_model(self.model)
-        self.engine = start_engine(self.model, deepspeed)
+        self.engine = start_engine(self.model, deepspeed_config)
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
         if warm is not None:
             warm.restore_table(self.table, config.table.init_std, config.warm_kept)
         self.reduction = RankReduction()
-        self._beside = Beside(ranks.device)
+        self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
-        self._held = self._gradients.can_be_held and zero_changes_nothing(config.table)
-        self._unsettled, self._told = None, (step - 1, Signals())
+        self._skips_on_device = (
+            self._gradients.skips_on_device and zero_changes_nothing(config.table)
+        )
+        self._pending: _PendingStep | None = None
+        self._settled_signals = (step - 1, Signals())
 
-    def prepare(self, batch: Batch) -> Ready:
-        """Starts to bring a batch to the device and its ids to the ranks that hold the rows, for a
-        step to come. Called on all ranks, in the order of the steps."""
-        return self._beside.prepare(batch, self.table)
+    def _build_table(self, is_new: bool) -> ItemTable:
+        """Builds the item table; is_new: with its first vectors drawn."""
+        config = self.config
+        loaders = loader_bytes(config, self.dataset, self.ranks.world_size)
+        return ItemTable(
+            self.dataset.num_embeddings,
+            config.model.dim,
+            config.table,
+            config.seed,
+            self.ranks.device,
+            filled=is_new,
+            beside=HostNeeds(checkpoints=True, loaders=loaders),
+        )
+
+    def prepare(self, batch: Batch) -> PrefetchedBatch:
+        """Starts to prefetch a batch for a step to come.
+
+        It is copied to the device and its ids are sent to the ranks that hold the rows. Called on
+        all ranks, in the order of the steps.
+        """
+        return self._prefetcher.prepare(batch, self.table)
 
     def train_step(
         self,
-        batch: Batch | Ready,
-        following: Ready | Callable[[], Ready | None] | None = None,
+        batch: Batch | PrefetchedBatch,
+        following: PrefetchedBatch | Callable[[], PrefetchedBatch | None] | None = None,
         signals: Callable[[], Signals] = Signals,
     ) -> tuple[torch.Tensor, LossReport]:
-        """One step of table and dense model; returns this rank's loss and the model's LossReport. Called on all ranks.
+        """Makes one step of table and dense model. Called on all ranks.
 
-        batch: a Batch, or what `prepare` made of it. following: what `prepare` made of the next step's batch, or a function
-        that gives it and is called once forward has been queued; its ids are sent once backward has been queued too. So what
-        the host waits for (the loader, the batch's copy, how many ids go where) passes while the device computes. signals:
-        called when the step's sums set off; gives what this rank tells the others with them.
+        batch: a Batch, or what `prepare` made of it. following: what `prepare` made of the next
+        step's batch, or a function that gives it and is called once forward has been queued; its
+        ids are sent once backward has been queued too. So what the host waits for (the loader, the
+        batch's copy, how many ids go where) passes while the device computes. signals: called when
+        the step's sums set off; gives what this rank signals the others with them.
 
-        A step whose loss or gradient is no number on any rank changes nothing, nor does one with which a rank signals trouble.
-        The host learns of it when the device is through with that step: then NotFinite or Halted is raised on all ranks, by the
-        next step before it changes anything, or by `settle`.
+        Returns this rank's loss and the model's LossReport.
+
+        A step whose loss or gradient is not finite on any rank changes nothing, nor does one with
+        which a rank signals trouble. The host learns of it when the device is through with that
+        step: then NotFinite or RankFailure is raised on all ranks, by the next step before it
+        changes anything, or by `settle`.
         """
-        config = self.config.optimizer
-        ready = batch if isinstance(batch, Ready) else self.prepare(batch)
-        share = rate_share(config, self.step, self.total_steps)
-        self.learning_rate = config.learning_rate * share
-        set_learning_rate(self.engine, self.learning_rate)
-        self.table.set_learning_rate(self.config.table.learning_rate * share)
-        # Dropout: from (seed, step, rank), so that a run that is resumed goes on as it would have.
-        torch.manual_seed(
-            int(
-                random_bits(
-                    self.config.seed,
-                    RandomStream.DROPOUT,
-                    self.step,
-                    self.ranks.rank,
-                )
-                >> 1
-            )
-        )
+        prefetched = batch
+        if not isinstance(batch, PrefetchedBatch):
+            prefetched = self.prepare(batch)
+        self._set_learning_rates()
+        self._seed_dropout()
         self.engine.train()
-        before = self._state_of_forward()
-        batch, exchange = self._beside.take(ready)
+        before = self._state_before_forward()
+        batch, exchange = self._prefetcher.take(prefetched)
         rows_UR = self.table.look_up(exchange)
-        # A leaf for each use: what is clipped is the norm over uses, which does not depend on the rank that a user is on.
+        # A leaf for each use: what is clipped is the norm over uses, which does not depend on the
+        # rank that a user is on.
         used_NR = batch.vectors_of_uses(rows_UR.detach()).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
         if callable(following):
             following = following()
         self.engine.backward(loss)
         if following is not None:
-            self._beside.send(following)
-        gradient_NR = self._checked(
+            self._prefetcher.send(following)
+        gradient_NR = self._guard_gradient(
             used_NR.grad, loss.detach(), report, batch, before, signals
         )
         self.table.update(batch.gradient_of_rows(gradient_NR))
@@ -157,96 +203,144 @@ class Trainer:
         self.step += 1
         return loss.detach(), report
 
+    def _set_learning_rates(self) -> None:
+        """Sets both learning rates to where the schedule is."""
+        config = self.config.optimizer
+        share = rate_share(config, self.step, self.total_steps)
+        self.learning_rate = config.learning_rate * share
+        set_learning_rate(self.engine, self.learning_rate)
+        self.table.set_learning_rate(self.config.table.learning_rate * share)
+
+    def _seed_dropout(self) -> None:
+        """Seeds dropout from (seed, step, rank), so that a resumed run draws the same masks."""
+        bits = random_bits(
+            self.config.seed, RandomStream.DROPOUT, self.step, self.ranks.rank
+        )
+        torch.manual_seed(int(bits >> 1))
+
     @property
     def signals(self) -> tuple[int, Signals]:
-        """The newest step of which it is known what the ranks signalled with it, and what. It is the
-        last step where there is no device to wait for, otherwise the last that was settled. The same
-        on all ranks."""
-        if self._unsettled is not None and self._unsettled.outcome.on_host:
-            return self._unsettled.number, Signals.of_sums(
-                self._unsettled.outcome.value()[1:]
-            )
-        return self._told
+        """The newest step whose signals are known, and what the ranks signalled with it.
 
-    def settle(self):
-        """Waits until it is known that the last step was made; before anything is made of what it left, or of its figures.
-        Called on all ranks. Raises NotFinite, and Halted where a rank signalled trouble."""
-        step, self._unsettled = self._unsettled, None
-        if step is None:
+        It is the last step where there is no device to wait for, otherwise the last that was
+        settled. The same on all ranks.
+        """
+        pending = self._pending
+        if pending is not None and pending.outcome.on_host:
+            _, *signal_sums = pending.outcome.value()
+            return pending.number, Signals.of_sums(signal_sums)
+        return self._settled_signals
+
+    def settle(self) -> None:
+        """Waits until it is known that the last step was made. Called on all ranks.
+
+        Called before its weights or figures are used. Raises NotFinite, and RankFailure where a
+        rank signalled trouble; all is then as it was before that step.
+        """
+        pending = self._pending
+        self._pending = None
+        if pending is None:
             return
-        finite, *signals = step.outcome.value()
-        self._told = step.number, Signals.of_sums(signals)
-        _, told = self._told
-        if finite and not told.trouble:
+        finite, *signal_sums = pending.outcome.value()
+        signals = Signals.of_sums(signal_sums)
+        self._settled_signals = (pending.number, signals)
+        if finite and not signals.trouble:
             return
-        self.step, self.table.updates = step.number, step.updates
-        for module, name, value in step.buffers:
+        self.step = pending.number
+        self.table.updates = pending.before.updates
+        for module, name, value in pending.before.buffers:
             setattr(module, name, value)
-        if told.trouble:
-            raise Halted
-        raise NotFinite(self._not_finite(step.report))
+        if signals.trouble:
+            raise RankFailure
+        raise NotFinite(self._describe_not_finite(pending.report))
 
-    def state_figures(self):
-        """What a log line shows beside the meter's: α, β, learning rate, gradient norm."""
+    def state_figures(self) -> dict[str, float | None]:
+        """Returns what a log line shows beside the meter's: α, β, learning rate, gradient norm."""
         correction = self.model.correction
-        has_scales = isinstance(correction, LossCorrection)
+        alpha = None
+        beta = None
+        if isinstance(correction, LossCorrection):
+            alpha = correction.alpha.item()
+            beta = correction.beta.item()
         return {
-            "alpha": correction.alpha.item() if has_scales else None,
-            "beta": correction.beta.item() if has_scales else None,
+            "alpha": alpha,
+            "beta": beta,
             "learning_rate": self.learning_rate,
-            "gradient_norm": self._norm.item(),
+            "gradient_norm": self._gradient_norm.item(),
         }
 
-    def _state_of_forward(self):
-        """What forward itself changes, none of it in place: buffers, and the number of look-ups."""
-        buffers = [
-            (m, name, value)
-            for m in self.model.modules()
-            for name, value in m.named_buffers(recurse=False)
-        ]
-        return buffers, self.table.updates
+    def _state_before_forward(self) -> _ForwardState:
+        """Takes what the forward pass is about to change."""
+        buffers = []
+        for module in self.model.modules():
+            for name, value in module.named_buffers(recurse=False):
+                buffers.append((module, name, value))
+        return _ForwardState(buffers, self.table.updates)
 
-    def _checked(self, gradient, loss, report, batch, before, signals):
-        """The table's gradient, clipped, as it may go into the update; before: what `_state_of_forward` gave.
+    def _guard_gradient(
+        self,
+        gradient_NR: torch.Tensor,
+        loss: torch.Tensor,
+        report: LossReport,
+        batch: Batch,
+        before: _ForwardState,
+        signals: Callable[[], Signals],
+    ) -> torch.Tensor:
+        """Clips the table's gradient; it is zero where the step is skipped.
 
-        The step before this one is settled here: this one's work is queued by now, and nothing of it has been updated. So is
-        this step itself where only the host can keep an optimizer from stepping.
+        The step before this one is settled here: this one's work is queued by now, and nothing of
+        it has been updated. So is this step itself where only the host can keep an optimizer from
+        stepping.
         """
-        # Shared negatives are scaled too, but not counted: every rank looks them up, and has a part of their gradient.
-        counted = (
-            gradient if batch.negatives is not None else gradient[: batch.interactions]
+        # Shared negatives are scaled too, but not counted: every rank looks them up, and has a part
+        # of their gradient.
+        counted = gradient_NR
+        if batch.negatives is None:
+            counted = gradient_NR[: batch.interactions]
+        gradient_NR, outcome, self._gradient_norm = self._gradients.check(
+            gradient_NR, counted, loss, signals()
         )
-        gradient, outcome, self._norm = self._gradients.check(
-            gradient, counted, loss, signals()
-        )
-        this = _Unsettled(self.step, Known(outcome), report, *before)
+        step = _PendingStep(self.step, HostCopy(outcome), report, before)
         self.settle()
-        self._unsettled = this
-        if not self._held:
+        self._pending = step
+        if not self._skips_on_device:
             self.settle()
-        return gradient
+        return gradient_NR
 
-    def _not_finite(self, report):
-        """Which part of the loss of step `self.step`, and of which domain, in one line. Called on all ranks."""
+    def _describe_not_finite(self, report: LossReport) -> str:
+        """Says which part of a loss is not finite, and of which domain. Called on all ranks.
+
+        The loss is that of step `self.step`.
+        """
         information = report.mutual_information.clone()
         dist.all_reduce(information)
-        names = [domain.name for domain in self.dataset.domains]
-        views = {
-            "single-domain": (report.single_D, report.single_targets_D),
-            "cross-domain": (report.cross_D, report.cross_targets_D),
-        }
-        parts = []
-        for view, (
-            values_D,
-            targets_D,
-        ) in views.items():  # a domain without targets has no mean loss
-            odd_D = ~values_D.isfinite() & (targets_D > 0)
-            bad = [name for name, odd in zip(names, odd_D.tolist(), strict=True) if odd]
-            parts += [f"the {view} loss of {', '.join(bad)}"] if bad else []
-        parts += [] if information.isfinite() else ["the mutual information"]
-        what = " and ".join(parts) or "the gradient"
+        parts = [
+            self._describe_view(
+                "single-domain", report.single_D, report.single_targets_D
+            ),
+            self._describe_view("cross-domain", report.cross_D, report.cross_targets_D),
+        ]
+        if not information.isfinite():
+            parts.append("the mutual information")
+        culprit = " and ".join(filter(None, parts)) or "the gradient"
         epoch, batch = self.plan.locate(self.step)
         return (
-            f"step {self.step + 1} (batch {batch} of epoch {epoch}): {what} is not finite; neither weights nor table were "
-            "updated, and the last checkpoint stays: lower optimizer.learning_rate or table.learning_rate, set optimizer.clip"
+            f"step {self.step + 1} (batch {batch} of epoch {epoch}): {culprit} is not finite; "
+            "neither weights nor table were updated, and the last checkpoint stays: "
+            "lower optimizer.learning_rate or table.learning_rate, set optimizer.clip"
         )
+
+    def _describe_view(
+        self, view: str, losses_D: torch.Tensor, targets_D: torch.Tensor
+    ) -> str:
+        """Names the domains whose mean loss is not finite, "" where there is none."""
+        # A domain without targets has no mean loss.
+        failed_D = ~losses_D.isfinite() & (targets_D > 0)
+        names = []
+        domains = self.dataset.domains
+        for domain, failed in zip(domains, failed_D.tolist(), strict=True):
+            if failed:
+                names.append(domain.name)
+        if not names:
+            return ""
+        return f"the {view} loss of {', '.join(names)}"

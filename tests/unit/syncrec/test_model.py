@@ -402,14 +402,12 @@ def test_each_task_trains_its_own_experts_only(view, stop_gradient):
     }
     for name, gradient in experts.items():
         silent = gradient is None or not gradient.any()
-        assert silent == (
-            stop_gradient and not name.startswith(f"{view}_experts")
-        ), name
+        assert silent == (stop_gradient and not name.startswith(f"{view}_experts")), (
+            name
+        )
         if not stop_gradient:
             assert gradient.flatten(1).any(1).all(), f"not every expert learns: {name}"
-    assert len({name.split(".")[0] for name in experts}) == (
-        2 if stop_gradient else 1
-    )
+    assert len({name.split(".")[0] for name in experts}) == (2 if stop_gradient else 1)
 
 
 def test_no_module_sees_a_padded_token():
@@ -927,4 +925,7 @@ def test_training_alone_moves_the_gap():
     there = ~report.phi_D.isnan()
     assert 0 < there.sum() < len(there)
     near(sums_D[there] / ones_D[there], report.phi_D[there].double(), "the mean gap")
-    assert not sums_D[~there].any() and (model.prediction.single_weight_D[~there] == 0.5).all()
+    assert (
+        not sums_D[~there].any()
+        and (model.prediction.single_weight_D[~there] == 0.5).all()
+    )

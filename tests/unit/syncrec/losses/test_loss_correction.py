@@ -345,7 +345,9 @@ def test_the_gap_for_a_prediction_is_a_mean_that_forgets():
     mean = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True)) / sum(
         weights
     )
-    assert mix.single_weight_D.tolist() == pytest.approx([1 / (1 + math.exp(mean / 0.2)), 0.5])
+    assert mix.single_weight_D.tolist() == pytest.approx(
+        [1 / (1 + math.exp(mean / 0.2)), 0.5]
+    )
     for _ in range(1000):
         mix.observe(doubles(-2, 7), torch.tensor([True, False]))
     assert mix.single_weight_D[0] > 0.9999

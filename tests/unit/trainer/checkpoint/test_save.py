@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import embeddings.checkpoint
 import embeddings.placement
+import trainer.checkpoint.load
 import trainer.checkpoint.save
 from embeddings.checkpoint import ShardCopy
 from embeddings.config import TableConfig
@@ -33,7 +34,7 @@ from tests.helpers.runs import (
     seal,
     train,
 )
-from trainer.checkpoint.save import (
+from trainer.checkpoint.layout import (
     BEST,
     DENSE,
     LATEST,
@@ -42,10 +43,12 @@ from trainer.checkpoint.save import (
     STATE,
     Damaged,
     RunState,
-    best_checkpoint,
     checkpoints,
-    newest,
     read_state,
+)
+from trainer.checkpoint.load import (
+    best_checkpoint,
+    newest,
     restore_best,
     table_ranges,
     verify,
@@ -470,10 +473,8 @@ def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(run, monkeypatc
     assert json.loads((run.folder / LATEST).read_text()) == {
         "folder": "checkpoints/step-00000003"
     }
-    real = trainer.checkpoint.save.checkpoints
-    monkeypatch.setattr(
-        trainer.checkpoint.save, "checkpoints", lambda run: real(run)[1:]
-    )
+    for module in (trainer.checkpoint.load, trainer.checkpoint.save):
+        monkeypatch.setattr(module, "checkpoints", lambda run: checkpoints(run)[1:])
     folder, facts = newest(run.folder, run.ranks, pytest.fail)
     assert folder.name == "step-00000003" and facts["state"].step == 3
     writer = run.checkpoints(last=facts["state"])

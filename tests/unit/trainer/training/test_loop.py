@@ -7,12 +7,14 @@ import os
 import pytest
 
 import trainer.checkpoint.save
-import trainer.training.loop
+import trainer.training.callbacks
 from tests.helpers.runs import SmallRun, rank_of_one
-from trainer.checkpoint.save import Checkpoints, checkpoints
+from trainer.checkpoint.layout import RunState, checkpoints, read_state
+from trainer.checkpoint.save import Checkpoints
 from trainer.errors import InputError
 from trainer.files.atomic import StorageLate
 from trainer.reporting.run_log import HEADLINE
+from trainer.training.callbacks import Callback
 from trainer.training.loop import train
 from trainer.training.step import Trainer
 
@@ -53,7 +55,7 @@ def test_after_an_early_stop_the_same_command_trains_no_further(
 ):
     values, real = (
         iter([0.5, 0.4, 0.3, 0.2, 0.1]),
-        trainer.training.loop.evaluation_record,
+        trainer.training.callbacks.evaluation_record,
     )
 
     def ever_worse(kind, *arguments, **where):
@@ -62,7 +64,7 @@ def test_after_an_early_stop_the_same_command_trains_no_further(
             record["mean"][HEADLINE] = next(values)
         return record
 
-    monkeypatch.setattr(trainer.training.loop, "evaluation_record", ever_worse)
+    monkeypatch.setattr(trainer.training.callbacks, "evaluation_record", ever_worse)
     config = run.configured(
         *SETTINGS, "epochs=9", "evaluation.patience=2", "optimizer.schedule=constant"
     )
@@ -123,3 +125,79 @@ def test_what_cannot_begin_takes_nothing_that_was_there_before(run, monkeypatch)
     assert (run.folder / "config.yaml").is_file() and (
         run.folder / "metrics.jsonl"
     ).is_file()
+
+
+class Notes(Callback):
+    """Writes down what it is called with, and what is on disk then."""
+
+    def __init__(self, folder, calls, name):
+        self.folder = folder
+        self.calls = calls
+        self.name = name
+
+    def note(self, method, *values):
+        self.calls.append((self.name, method, *values))
+
+    def on_step(self, state, report):
+        assert report.seconds > 0
+        assert report.rank_batch.batch.interactions > 0
+        assert report.loss.isfinite()
+        assert report.losses.lambda_D.isfinite().all()
+        self.note("step", state.step)
+
+    def on_validation(self, state, record):
+        *_, last = (self.folder / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(last)["mean"] == record["mean"]
+        assert record["kind"] == "validation"
+        assert record["step"] == state.step == state.validated
+        self.note("validation", state.step)
+
+    def on_checkpoint(self, state, folder):
+        assert read_state(folder)["state"] == state
+        assert json.loads((self.folder / "latest.json").read_text()) == {
+            "folder": f"checkpoints/{folder.name}"
+        }
+        self.note("checkpoint", state.step)
+
+
+def test_callbacks_are_called_in_order(run):
+    """After the run's own: a validation is logged, and a checkpoint is whole on disk."""
+    settings = ["max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=9"]
+    config = run.configured(*SETTINGS, *settings)
+    calls = []
+    callbacks = [Notes(run.folder, calls, name) for name in ("first", "second")]
+    train(config, run.ranks, callbacks=callbacks)
+    by_name = {"first": [], "second": []}
+    for name, *call in calls:
+        by_name[name].append(call)
+    assert by_name["first"] == by_name["second"]
+    assert [name for name, *_ in calls] == ["first", "second"] * (len(calls) // 2)
+    others = [call for call in by_name["first"] if call[0] != "checkpoint"]
+    assert others == [["step", 1], ["step", 2], ["validation", 3], ["step", 3]]
+    written = [step for method, step in by_name["first"] if method == "checkpoint"]
+    assert written == [1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["on_step", "on_validation", "on_checkpoint"])
+def test_an_exception_of_a_callback_ends_the_run_and_its_checkpoint_stays(run, method):
+    settings = ["max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=9"]
+    config = run.configured(*SETTINGS, *settings)
+
+    def fail(self, state, *_):
+        if state.step >= 3:
+            raise ZeroDivisionError("by the test")
+
+    failing = type("Failing", (Callback,), {method: fail})()
+    with pytest.raises(ZeroDivisionError):
+        train(config, run.ranks, callbacks=[failing])
+    # The newest one may still have been in flight, as with any fault.
+    assert checkpoints(run.folder)[-1].name == "step-00000001"
+    train(config, run.ranks)
+    assert checkpoints(run.folder)[0].name == "step-00000003"
+
+
+def test_a_callback_does_nothing_by_default(run):
+    callback = Callback()
+    assert callback.on_step(RunState(), None) is None
+    assert callback.on_validation(RunState(), {}) is None
+    assert callback.on_checkpoint(RunState(), run.folder) is None

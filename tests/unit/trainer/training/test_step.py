@@ -16,13 +16,13 @@ from tests.helpers.runs import (
     train,
 )
 from tests.helpers.waiting import LookAhead, waits
-from trainer.checkpoint.save import RunState
+from trainer.checkpoint.layout import RunState
 from trainer.data.loading.histories import Users
 from trainer.data.loading.stream import TrainBatches
 from trainer.distributed.agreement import Signals
 from trainer.errors import InputError, NotFinite
-from trainer.training.gradients import Gradients, Known
-from trainer.training.step import Halted, Trainer
+from trainer.training.gradients import Gradients, HostCopy
+from trainer.training.step import RankFailure, Trainer
 
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
@@ -60,13 +60,13 @@ def batches(trainer, count):
 
 def spoil_rows(monkeypatch, trainer):
     """The look-up's gradient is no number in one place, as a loss would make it."""
-    check = Trainer._checked
+    check = Trainer._guard_gradient
 
     def checked(self, gradient, *others):
         gradient[0, 0] = float("inf")
         return check(self, gradient, *others)
 
-    monkeypatch.setattr(trainer, "_checked", checked.__get__(trainer))
+    monkeypatch.setattr(trainer, "_guard_gradient", checked.__get__(trainer))
 
 
 def spoil_dense(monkeypatch, trainer):
@@ -398,7 +398,7 @@ def test_what_waits_is_found(run, monkeypatch):
 @pytest.fixture(params=[True, False], ids=["on the host", "on a device"])
 def lag(request, monkeypatch):
     """Whether what comes of a step is known at once, or, as on a device, only when the step is settled."""
-    monkeypatch.setattr(Known, "on_host", request.param)
+    monkeypatch.setattr(HostCopy, "on_host", request.param)
     return 0 if request.param else 1
 
 
@@ -409,7 +409,7 @@ def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(run, stage, se
     first, second, third = batches(trainer, 3)
     trainer.train_step(first)
     before = everything(trainer)
-    with pytest.raises(Halted):
+    with pytest.raises(RankFailure):
         trainer.train_step(second, signals=lambda: Signals(trouble=True))
         trainer.train_step(third)
     assert same(everything(trainer), before) and trainer.step == 1
@@ -437,7 +437,7 @@ def test_a_step_that_is_not_finite_and_in_trouble_is_in_trouble(run, monkeypatch
     trainer = trainer_of(run)
     spoil_rows(monkeypatch, trainer)
     trainer.train_step(batches(trainer, 1)[0], signals=lambda: Signals(trouble=True))
-    with pytest.raises(Halted):
+    with pytest.raises(RankFailure):
         trainer.settle()
 
 
@@ -448,12 +448,12 @@ def test_the_next_batch_is_asked_for_once_forward_is_queued_and_sent_after_backw
     trainer = trainer_of(run)
     first, second = batches(trainer, 2)
     order = []
-    engine, beside = trainer.engine, trainer._beside
+    engine, prefetcher = trainer.engine, trainer._prefetcher
     methods = [
         (engine, "forward"),
         (engine, "backward"),
-        (beside, "send"),
-        (trainer, "_checked"),
+        (prefetcher, "send"),
+        (trainer, "_guard_gradient"),
     ]
     for owner, name in methods:
         noted = getattr(owner, name)
@@ -470,4 +470,11 @@ def test_the_next_batch_is_asked_for_once_forward_is_queued_and_sent_after_backw
         return trainer.prepare(second)
 
     trainer.train_step(ready, following)
-    assert order == ["send", "forward", "following", "backward", "send", "_checked"]
+    assert order == [
+        "send",
+        "forward",
+        "following",
+        "backward",
+        "send",
+        "_guard_gradient",
+    ]

@@ -1,0 +1,288 @@
+"""A checkpoint's folder: the names of its files, its manifest, and the state of the run in it.
+
+    run/checkpoints/step-00001200/
+        state.json                         RunState; the configuration and dataset it belongs to
+        dense.safetensors                  dense weights, λ, α, β
+        optimizer.safetensors              the dense optimizer's state
+        table-00000-of-00002.safetensors   rows of M with the fused optimizer's state, one file
+                                           a rank that wrote
+        metrics.jsonl                      what was logged until then
+        manifest.json                      size and checksum of every other file, and which rows
+                                           a table file has
+    run/best.json                          names the checkpoint with the best validation
+    run/latest.json                        names the newest one
+
+Random numbers need no state: they are drawn from (seed, step, …). `trainer.checkpoint.save`
+writes such a folder, `trainer.checkpoint.load` reads it.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from trainer.reporting.run_log import HEADLINE, METRICS_FILE
+
+BEST = "best.json"
+LATEST = "latest.json"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+DENSE = "dense.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+FORMAT_VERSION = 1  # of the manifest and its files: a model of any version is read
+# Of state.json. 2: every use of the seed has bits of its own; a run that was begun before
+# would go on with other users in its batches.
+STATE_VERSION = 2
+
+# What reading a JSON file of somebody else may raise.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+_FOLDER = "checkpoints"  # in the run's folder
+# A second checkpoint of the same step gets a number.
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_COUNTS = ("step", "validated", "since_best", "skipped_users", "seconds")
+_CHECKSUM_BUFFER = 2**22  # bytes
+
+# What a state.json says: format_version, state, config, dataset, …
+StateRecord = dict[str, Any]
+# What best.json says: folder, step, epoch and NDCG@10 of the best validation.
+BestRecord = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """Where a run is. `step` is also the position in the data, in batches from the start."""
+
+    step: int = 0
+    validated: int = 0  # the step after which validation was last made
+    best: dict | None = None  # folder, step, epoch, NDCG@10 of the best validation
+    since_best: int = 0  # validations since then
+    skipped_users: int = 0  # users of damaged blocks, summed over steps
+    seconds: float = 0.0  # spent in the run, restarts not counted
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """What a manifest says of one file."""
+
+    bytes: int
+    checksum: str
+
+
+ManifestEntries = dict[str, ManifestEntry]  # by the files' names
+
+
+class Damaged(Exception):
+    """A checkpoint that is torn or was altered; the message names the file.
+
+    late: the storage may only show it late, so it is to be looked at again.
+    """
+
+    def __init__(self, message: str, late: bool = False):
+        super().__init__(message)
+        self.late = late
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Lists the run's checkpoints, newest first.
+
+    Folders that are still written, or half removed, are left out. A listing may be late.
+    """
+    folder = run / _FOLDER
+    if not folder.is_dir():
+        return []
+    folders = []
+    for entry in folder.iterdir():
+        if is_checkpoint_name(entry.name):
+            folders.append(entry)
+    folders.sort(key=step_and_repetition, reverse=True)
+    return folders
+
+
+def checkpoint_folder(run: Path, name: str) -> Path:
+    """Returns where a checkpoint of that name lies."""
+    return run / _FOLDER / name
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder's name is that of a whole checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def checkpoint_name(step: int, repetition: int = 0) -> str:
+    """Names a checkpoint's folder. repetition: above 0 for later ones of the same step."""
+    name = f"step-{step:08d}"
+    if repetition > 0:
+        name += f"-{repetition}"
+    return name
+
+
+def step_and_repetition(folder: Path) -> tuple[int, int]:
+    """Parses a checkpoint's name: its step, and above 0 for later ones of the same step."""
+    match = _NAME.fullmatch(folder.name)
+    step, repetition = match.groups(default="0")
+    return int(step), int(repetition)
+
+
+def table_file(rank: int, world_size: int) -> str:
+    """Names the file with a rank's rows of the item table."""
+    return f"table-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def is_table_file(name: str) -> bool:
+    """Whether a file of that name holds rows of the item table."""
+    return name.startswith("table-") and name.endswith(".safetensors")
+
+
+def relative_folder(name: str) -> str:
+    """Returns a checkpoint's folder as best.json and latest.json name it."""
+    return f"{_FOLDER}/{name}"
+
+
+def name_in_pointer(file: Path) -> str | None:
+    """Reads best.json or latest.json; returns the name of its checkpoint, None without one."""
+    try:
+        folder = json.loads(file.read_text())["folder"]
+        parent, _, name = folder.partition("/")
+    except UNREADABLE:
+        return None
+    if parent != _FOLDER or not is_checkpoint_name(name):
+        return None
+    return name
+
+
+def best_folder(run: Path, best: BestRecord) -> Path:
+    """Returns the folder that a best.json names, which lies in the run.
+
+    Raises ValueError where it is no such record.
+    """
+    kinds = {"folder": str, "step": int, "epoch": int, HEADLINE: (int, float)}
+    if not _has_kinds(best, kinds):
+        raise ValueError(f"{best} is no best validation")
+    folder = best["folder"]
+    parent, _, name = folder.partition("/")
+    if parent != _FOLDER or not is_checkpoint_name(name):
+        raise ValueError(f"{folder} is no checkpoint's name")
+    return checkpoint_folder(run, name)
+
+
+def parse_manifest(folder: Path, text: str) -> ManifestEntries:
+    """Parses a manifest's text. Raises Damaged. Files that it does not name are ignored."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(text)
+        version = manifest["format_version"]
+        files = dict(manifest["files"])
+        entries = {}
+        for name, entry in files.items():
+            entries[str(name)] = _parse_entry(entry)
+    except UNREADABLE:
+        raise unreadable_manifest(folder, late=True) from None
+    if version != FORMAT_VERSION:
+        raise Damaged(
+            f"{file} has format_version {version}, this program reads {FORMAT_VERSION}"
+        )
+    for name in entries:
+        if not _is_file_name(name):
+            raise Damaged(f"{file} names {name!r}, which is no file of a checkpoint")
+    missing = {STATE, DENSE, OPTIMIZER, METRICS_FILE} - entries.keys()
+    if missing:
+        raise Damaged(f"{folder / min(missing)} is missing, in the manifest too")
+    return entries
+
+
+def _parse_entry(entry: dict[str, Any]) -> ManifestEntry:
+    """Parses what a manifest says of a file."""
+    size = int(entry["bytes"])
+    checksum = str(entry["xxh3_128"])
+    return ManifestEntry(size, checksum)
+
+
+def unreadable_manifest(folder: Path, late: bool = False) -> Damaged:
+    """Makes the error for a manifest that cannot be read."""
+    return Damaged(f"{folder / MANIFEST} is missing or unreadable", late)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a manifest may name a file so: no path, nothing that steers a terminal."""
+    if name != os.path.basename(name) or not name.isprintable():
+        return False
+    return name not in ("", ".", "..", MANIFEST)
+
+
+def read_state(folder: Path) -> StateRecord:
+    """Reads a checkpoint's state.json, "state" as a RunState. Raises Damaged."""
+    file = folder / STATE
+    try:
+        record = json.loads(file.read_text())
+        _check_version(file, record["format_version"])
+        state = record["state"]
+        _check_state(file, state)
+        has_config = isinstance(record["config"], dict)
+        has_dataset = isinstance(record["dataset"], str)
+        if not has_config or not has_dataset:
+            raise Damaged(f"{file}: its configuration or dataset is missing")
+        best = state["best"]
+        if best is not None:
+            run = folder.parent.parent
+            best_folder(run, best)
+        record["state"] = RunState(**state)
+        return record
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise Damaged(f"{file} cannot be used ({reason})") from None
+
+
+def _check_version(file: Path, version: object) -> None:
+    """Checks that this program goes on from a state.json of that version."""
+    if version != STATE_VERSION:
+        raise Damaged(
+            f"{file} has format_version {version}, this program goes on from {STATE_VERSION}: "
+            "the seed draws other batches since; begin a new run, with warm_start=RUN to keep "
+            "what this one has learnt"
+        )
+
+
+def _check_state(file: Path, state: dict[str, Any]) -> None:
+    """Checks that a JSON object can become a RunState."""
+    kinds = {}
+    for field in fields(RunState):
+        kinds[field.name] = field.type
+        if field.type is float:
+            kinds[field.name] = (int, float)
+    if not _has_kinds(state, kinds):
+        raise Damaged(f"{file}: its state is not this program's")
+    for name in _COUNTS:
+        if state[name] < 0:
+            raise Damaged(f"{file}: its state has negative counts")
+
+
+def _has_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> bool:
+    """Whether a JSON object has these keys, each with a value of its kind."""
+    if values.keys() != kinds.keys():
+        return False
+    return all(isinstance(values[name], kind) for name, kind in kinds.items())
+
+
+def compute_checksum(file: Path) -> str:
+    """Computes a file's XXH3, which finds damage at the speed of memory; it is no signature."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(_CHECKSUM_BUFFER)
+    with open(file, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            content = memoryview(buffer)[:count]
+            digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""What the training loop and its callbacks share: trainer, state, log, meter, clock."""
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from trainer.checkpoint.layout import RunState
+from trainer.config.run import RunConfig
+from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.stream import Feed, TrainBatches
+from trainer.distributed.agreement import StopSignal, Watchdog
+from trainer.distributed.process_group import Ranks
+from trainer.distributed.resources import cores_per_rank
+from trainer.reporting.run_log import RunLog
+from trainer.training.meters import IntervalMeter
+from trainer.training.step import Trainer
+
+_WATCHDOG_MARGIN = 5  # seconds after timeout_minutes: a backend that gives up says more
+
+
+class RunContext:
+    """A run in progress, on one rank."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        state: RunState,
+        folder: Path,
+        log: RunLog,
+        stop_signal: StopSignal,
+        resumed: bool,
+    ):
+        """folder: the run's. resumed: the run's newest checkpoint holds this state."""
+        self.trainer = trainer
+        self.state = state
+        self.folder = folder
+        self.log = log
+        self.stop_signal = stop_signal
+        self.resumed = resumed
+        self.config: RunConfig = trainer.config
+        self.ranks: Ranks = trainer.ranks
+        self.plan: Plan = trainer.plan
+        self.meter = IntervalMeter([domain.name for domain in trainer.dataset.domains])
+        self.watchdog = Watchdog(
+            60 * self.config.timeout_minutes + _WATCHDOG_MARGIN,
+            lambda: f"step {self.state.step + 1}",
+        )
+        self.skipped_users = 0  # by this rank, since the run was begun or resumed
+        self._begun = time.monotonic()
+        self._seconds_before = state.seconds
+        self._damages: set[str] = set()
+        self.feed = self._open_feed()
+
+    def _open_feed(self) -> Feed:
+        """Opens the stream of this rank's batches, from the state's step on."""
+        config = self.config
+        batches = TrainBatches(
+            self.plan,
+            self.ranks.rank,
+            self.state.step,
+            config.model.max_length,
+            config.model.mutual_information_pooling,
+            config.negatives,
+            config.stream,
+            config.model.mutual_information_candidates,
+        )
+        pin_memory = self.ranks.device.type == "cuda"
+        return Feed(batches, pin_memory, cores_per_rank(self.ranks.world_size))
+
+    @property
+    def at_last_step(self) -> bool:
+        """True after the run's last step."""
+        return self.state.step == self.trainer.total_steps
+
+    @property
+    def stopped_early(self) -> bool:
+        """True once so many validations were no better: early stopping by its patience."""
+        patience = self.config.evaluation.patience
+        return 0 < patience <= self.state.since_best
+
+    @property
+    def finished(self) -> bool:
+        """True once no step is to follow."""
+        if self.state.step >= self.trainer.total_steps:
+            return True
+        return self.stopped_early
+
+    def is_epoch_end(self, every: int) -> bool:
+        """True after the last step of every `every`-th epoch; every: 0 for never."""
+        if not self.state.step or not every:
+            return False
+        epoch, step = self.plan.locate(self.state.step - 1)
+        steps_done = step + 1
+        epochs_done = epoch + 1
+        return steps_done == self.plan.steps(epoch) and epochs_done % every == 0
+
+    def current_epoch(self) -> int:
+        """Returns the epoch of the last step."""
+        last_step = self.state.step - 1
+        epoch, _ = self.plan.locate(last_step)
+        return epoch
+
+    def seconds(self) -> float:
+        """Returns the seconds spent in the run, restarts not counted."""
+        elapsed = time.monotonic() - self._begun
+        return self._seconds_before + elapsed
+
+    def warn_of_damage(self, reasons: Iterable[str]) -> None:
+        """Prints once what is damaged; each of a loader's processes meets it."""
+        rank = self.ranks.rank
+        for reason in set(reasons) - self._damages:
+            print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
+        self._damages.update(reasons)
