@@ -153,7 +153,11 @@ class UserEncoder(nn.Module):
     ) -> Tensor:
         """What time adds to SOS and the items, each of which predicts for the next one's time.
 
-        source_BP: which item each token is, 0 for SOS. Returns (B, P, r).
+        Args:
+            times_BN, now_B, lengths_B: as in `forward`.
+            source_BP: which item each token is, 0 for SOS.
+
+        Returns (B, P, r).
         """
         users, tokens = source_BP.shape
         tick_BN = self._to_ticks(times_BN)
@@ -187,6 +191,7 @@ class UserEncoder(nn.Module):
         return _norm(x_KBPR + _feed_forward(x_KBPR, weights), weights, "ffn")
 
     def _attend(self, y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Eq. 5 and 6 of all experts, (K, B, P, r)."""
         experts, users, tokens, width = y_KBPR.shape
         head_dim = width // self.heads
         qkv = y_KBPR @ weights["qkv"]
@@ -203,7 +208,14 @@ class UserEncoder(nn.Module):
         position_BP: Tensor,
         is_token_BP1: Tensor,
     ) -> Tensor:
-        """The experts' weights at each user's newest token, (B, K)."""
+        """The experts' weights at each user's newest token, (B, K).
+
+        Args:
+            newest_BR: the inputs of the newest tokens.
+            x_BPR: the inputs of all tokens, 0 behind a history's end.
+            position_BP: distance from the newest token.
+            is_token_BP1: False behind a history's end.
+        """
         if not self.literal_gate:
             return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
         scores_BPK = torch.einsum("bpr,bpkr->bpk", x_BPR, self.gate[position_BP])
@@ -211,11 +223,13 @@ class UserEncoder(nn.Module):
 
 
 def _norm(y_KBPR: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    """LayerNorm of all experts. name: attention or ffn."""
     normed = F.layer_norm(y_KBPR, y_KBPR.shape[-1:])
     return normed * weights[f"{name}_norm_scale"] + weights[f"{name}_norm_shift"]
 
 
 def _feed_forward(y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Eq. 7 of all experts, (K, B, P, r)."""
     inner = F.gelu(y_KBPR @ weights["w1"] + weights["b1"])
     return inner @ weights["w2"] + weights["b2"]
 

@@ -18,7 +18,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,22 +26,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
 
 from trainer.checkpoint.best_model import config_of, open_run
 from trainer.config.load import load
+from trainer.config.prepare import PrepareConfig
 from trainer.config.run import RunConfig
+from trainer.config.serving import AskedConfig, ExportConfig, RecommendConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.pipeline import PrepareConfig
 from trainer.data.prepare.pipeline import prepare as prepare_logs
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.evaluation.evaluate_run import rank_run
-from trainer.reporting.run_log import METRICS_FILE, read_records
-from trainer.reporting.run_report import write_report
-from trainer.serving.export import ExportConfig, export_run
-from trainer.serving.recommend import RecommendConfig, recommend
-from trainer.serving.user_histories import AskedConfig
+from trainer.evaluation.evaluation import Evaluation
+from trainer.reporting.run_log import read_records
+from trainer.reporting.run_report import update_report
+from trainer.run_files import METRICS_FILE, REPORT
+from trainer.serving.export import export_run
+from trainer.serving.recommend import recommend
 from trainer.training.loop import train
 
 if TYPE_CHECKING:
@@ -140,7 +143,7 @@ class Run:
     @property
     def report(self) -> Path:
         """The page for people, as a file."""
-        return self.folder / "report.html"
+        return self.folder / REPORT
 
     def evaluate(
         self,
@@ -167,7 +170,7 @@ class Run:
                 self.folder, ranks, split, self.data, candidates, output, full
             )
             if full and ranks.first:
-                write_report(self.folder)
+                update_report(self.folder)
         return Evaluation.from_record(record)
 
     def recommend(
@@ -240,35 +243,35 @@ def _config_of(
     config: RunConfig | PathLike | Sequence[PathLike], settings: dict[str, Any]
 ) -> RunConfig:
     """The configuration, and keywords over it."""
-    base: RunConfig | None = None
     files: list[PathLike] = []
+    sources: list[tuple[str, DictConfig]] = []
     if isinstance(config, RunConfig):
-        base = config
+        sources.append(("config", OmegaConf.create(asdict(config))))
     elif isinstance(config, (str, os.PathLike)):
-        files = [config]
+        files.append(config)
     else:
-        files = list(config)
-    return load(RunConfig, files, [], _sources(settings), base=base)
-
-
-def _sources(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Each keyword by itself, named in an error; a dotted key becomes sections in sections."""
-    sources = []
+        files += config
     for key, value in settings.items():
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        section: Any = value
-        for name in reversed(key.split(".")):
-            section = {name: section}
-        sources.append((key, section))
-    return sources
+        sources.append((key, _section_of(key, value)))
+    return load(RunConfig, [os.fspath(file) for file in files], [], sources)
+
+
+def _section_of(key: str, value: Any) -> DictConfig:
+    """A keyword by itself, so that an error names it; a dotted key becomes sections in sections."""
+    section: Any = value
+    if isinstance(value, os.PathLike):
+        section = os.fspath(value)
+    for name in reversed(key.split(".")):
+        section = {name: section}
+    return OmegaConf.create(section)
 
 
 def _refuse_unknown(function: str, options: dict[str, Any], known: set[str]) -> None:
     for name in options:
         if name not in known:
+            names = ", ".join(sorted(known))
             raise InputError(
-                f"{function}: there is no option {name!r} (there are: {', '.join(sorted(known))})"
+                f"{function}: there is no option {name!r} (there are: {names})"
             )
 
 

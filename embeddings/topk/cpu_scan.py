@@ -51,7 +51,14 @@ def pack_items(weight: Tensor, slot_S: Tensor) -> Panels:
 class TopK:
     """The best k of each user so far, and what could be among them.
 
-    Of each user so many candidates at most as a row of `_slots_UC` has, in the order of rows.
+    The kernel reads and writes
+
+        _slots_UC       the slots of each user's candidates, in the order of rows
+        _products_UC    their scores by product, exact ones where they are settled
+        _counts_U       how many candidates there are
+        _least_U        what the k-th best has at least
+        _equal_U        users for whom all items are equal
+        _error_U        of any product of a candidate, float64
     """
 
     def __init__(self, part: UserPart, k: int):
@@ -64,11 +71,8 @@ class TopK:
         self._slots_UC = torch.empty(users, most, dtype=torch.int32)
         self._products_UC = torch.empty(users, most)
         self._counts_U = torch.zeros(users, dtype=torch.int32)
-        # What the k-th best has at least.
         self._least_U = torch.full((users,), -torch.inf)
-        # For these users all items are equal.
         self._equal_U = (y_UR == 0).all(1)
-        # Of any product of a candidate.
         self._error_U = torch.zeros(users, dtype=torch.float64)
 
     def scan(self, strip: Strip) -> None:
@@ -105,15 +109,16 @@ class TopK:
 
 
 class ItemsAhead:
-    """How many items of the shard come before one whose score is given.
+    """How many items of the shard come before one whose score is given: ties count against it.
 
-    An item comes before it whose score is not less, or no number.
+    An item comes before it whose score is not less, or no number. An item whose own score is −inf
+    or no number is lost: every item that is shown comes before it.
     """
 
     def __init__(self, part: UserPart, score_U: Tensor):
         self.part = part
         self._items = 0
-        self._lost_U = ~(score_U > -torch.inf)  # behind every item that is shown
+        self._lost_U = ~(score_U > -torch.inf)
         self._score_U = score_U.masked_fill(self._lost_U, torch.inf)
         self._ahead_U = torch.zeros(len(score_U), dtype=torch.int64)
 

@@ -24,7 +24,19 @@ _MOST_CANDIDATES = 4  # as a multiple of those that will be left
 
 
 class TopK:
-    """Candidates for the best k of each user, with their scores by product."""
+    """Candidates for the best k of each user, with their scores by product.
+
+    A candidate is an int64: the user's number, and in the lower 32 bits the slot in the shard.
+
+    Attributes:
+        part: the users.
+        k: how many items are wanted.
+        limit: how many new candidates wait before all are settled.
+        least_U: what the k-th best has at least.
+        full_U: whether k candidates are settled.
+        equal_U: users for whom all items are equal.
+        error_U: of any candidate's product, float64.
+    """
 
     def __init__(self, part: UserPart, k: int):
         y_UR = part.y.vectors_VR
@@ -33,18 +45,13 @@ class TopK:
         self.part = part
         self.k = k
         self.limit = _MOST_CANDIDATES * k * users
-        # What the k-th best has at least.
         self.least_U = torch.full((users,), -torch.inf, device=device)
-        # Whether k candidates are settled.
         self.full_U = torch.zeros(users, dtype=torch.bool, device=device)
-        # For these users all items are equal.
         self.equal_U = (y_UR == 0).all(1)
-        # Of any candidate's product.
         self.error_U = torch.zeros(users, dtype=torch.float64, device=device)
         self._scorer = BlockScorer(part, self._find_hopeless())
         self._blocks = 0
         self._waiting = 0
-        # Of each candidate: the user's number, and in the lower 32 bits the slot in the shard.
         self._candidates = [torch.empty(0, dtype=torch.int64, device=device)]
         self._scores = [torch.empty(0, device=device)]
 
@@ -94,7 +101,12 @@ class TopK:
     def _add_candidates(self, block: Block, groups_UG: Tensor) -> None:
         """Adds a block's items that may be among the best.
 
-        groups_UG: the greatest score of each group of columns, of which few pass.
+        First whole groups of columns are passed over, of which few have such an item. Then the
+        columns of the others are compared one by one.
+
+        Args:
+            block: scores of some rows.
+            groups_UG: the greatest score of each group of columns.
         """
         cutoff_U = self._cutoff(block.error_U)
         passes_UG = ~(groups_UG < cutoff_U[:, None])
@@ -154,7 +166,20 @@ class TopK:
     def _pad_by_user(
         self, users_C: Tensor, values_C: Tensor, padding: float
     ) -> tuple[Tensor, Tensor]:
-        """The values of each user beside each other, at least k (U, n), and how many each has."""
+        """The values of each user beside each other, at least k (U, n), and how many each has.
+
+        Args:
+            users_C: the user of each value, rising.
+            values_C: the values.
+            padding: what fills a user's row up.
+
+        Example: three users, k = 2:
+
+            users_C     tensor([0, 0, 0, 2])
+            values_C    tensor([0.5, 0.1, 0.9, 0.3])
+            padded_Un   tensor([[0.5, 0.1, 0.9], [−inf, −inf, −inf], [0.3, −inf, −inf]])
+            counts_U    tensor([3, 0, 1])
+        """
         counts_U = torch.bincount(users_C, minlength=len(self.least_U))
         width = max(self.k, int(counts_U.max()))
         shape = (len(counts_U), width)
@@ -166,13 +191,14 @@ class TopK:
 
 
 class ItemsAhead:
-    """How many items of the shard come before one whose score is given.
+    """How many items of the shard come before one whose score is given: ties count against it.
 
-    An item comes before it whose score is not less, or no number.
+    An item comes before it whose score is not less, or no number. An item whose own score is −inf
+    or no number is lost: every item that is shown comes before it, and nothing is compared.
     """
 
     def __init__(self, part: UserPart, score_U: Tensor):
-        # Behind every item that is shown: nothing has to be compared.
+        """part: the users. score_U: the score of each user's item."""
         lost_U = ~(score_U > -torch.inf)
         self.part = part
         self._scorer = BlockScorer(part, lost_U if lost_U.any() else None)
@@ -194,6 +220,11 @@ class ItemsAhead:
         return torch.where(self._lost_U, all_U, self._ahead_U)
 
     def _count_block(self, block: Block) -> None:
+        """Counts the items of a block that come before each user's.
+
+        Products that are more than their error away from the score are counted as they are. Users
+        with a product that is nearer have those pairs scored exactly.
+        """
         scores_UN = block.scores_UN
         score_U = self._score_U
         low_U = below(score_U.double() - block.error_U)
@@ -226,7 +257,12 @@ def smallest(keys: Tensor, k: int) -> Tensor:
 def keys_of(scores_C: Tensor, rows_C: Tensor) -> Tensor:
     """int64 keys that ascend as scores descend, those of equal scores as rows ascend.
 
-    The row is the lower 32 bits.
+    The row is the lower 32 bits. The upper ones are the score's bits, made to ascend as integers
+    and then inverted; a score that is no number is −inf.
+
+    Args:
+        scores_C: float32.
+        rows_C: int64, rows of M.
     """
     scores_C = torch.where(scores_C.isnan(), -torch.inf, scores_C) + 0.0  # −0 is 0
     bits_C = scores_C.view(torch.int32)

@@ -18,9 +18,16 @@ from syncrec.layers import varlen
 
 
 def causal_attention(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
-    """softmax(Q Kᵀ / √(r / heads)) V within each sequence (eq. 5). Returns (K, M, r).
+    """softmax(Q Kᵀ / √(r / heads)) V within each sequence (eq. 5).
 
-    Each token sees itself and what is older. qkv_KMR: (K, M, 3 r).
+    Each token sees itself and what is older.
+
+    Args:
+        qkv_KMR: queries, keys and values beside each other, (K, M, 3 r).
+        layout: where sequences begin, and their buckets.
+        heads: of the attention; r is divisible by it.
+
+    Returns (K, M, r).
     """
     experts, _, width = qkv_KMR.shape
     width = width // 3
@@ -71,6 +78,11 @@ def pad(x_KMW: Tensor, layout: AttentionLayout) -> Tensor:
     """Packed tokens in the slots of the layout's buckets: (K, M, w) → (K, P, w).
 
     For what is causal within a sequence and is packed again by `unpad`.
+
+    Example: the four users of AttentionLayout, with 3, 1, 0 and 2 tokens, K and w 1:
+
+        x_KMW     tensor([a, b, c,   d,   e, f])
+        result    tensor([a, b, c,   e, f, f,   d, d, d])
     """
     return _Move.apply(x_KMW, layout.pad_P, layout.unpad_M)
 
@@ -106,6 +118,7 @@ class _Move(torch.autograd.Function):
 
 
 def _gather(x_KFW: Tensor, index_T: Tensor) -> Tensor:
+    """Rows of each expert: (K, from, w) → (K, to, w)."""
     experts, rows, width = x_KFW.shape
     if experts == 1:
         return x_KFW[0].index_select(0, index_T).unsqueeze(0)

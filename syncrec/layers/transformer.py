@@ -43,7 +43,13 @@ class ExpertStack(nn.Module):
 class Block(nn.Module):
     """Multi-head self-attention (eq. 5, 6) and point-wise feed-forward network (eq. 7).
 
-    Section 4.2.2. The weights of all K experts are stacked.
+    Section 4.2.2. The weights of all K experts are stacked:
+
+        qkv         (K, r, 3 r)    W^Q, W^K and W^V of eq. 5
+        out         (K, r, r)      W^O of eq. 6
+        w1, b1      (K, r, h), (K, 1, h)
+        w2, b2      (K, h, r), (K, 1, r)
+        attention_norm_scale, …_shift, ffn_norm_scale, …_shift     (K, 1, r)
     """
 
     def __init__(self, config: ModelConfig, experts: int):
@@ -97,7 +103,13 @@ class Block(nn.Module):
         layer: Callable[[Tensor], Tensor],
         x_KMR: Tensor,
     ) -> Tensor:
-        """Applies a layer with its residual and its norm, (scale, shift)."""
+        """Applies a layer with its residual and its norm.
+
+        Args:
+            norm: the LayerNorm's scale and shift.
+            layer: attention or the feed-forward network.
+            x_KMR: its input.
+        """
         if self.pre_norm:
             y_KMR = layer(group_layer_norm(x_KMR, *norm))
             return add_dropped(x_KMR, y_KMR, self.dropout, self.training)
@@ -106,10 +118,12 @@ class Block(nn.Module):
         return group_layer_norm(sum_KMR, *norm)
 
     def _attend(self, x_KMR: Tensor, layout: AttentionLayout) -> Tensor:
+        """Eq. 5 and 6: (K, M, r) → (K, M, r)."""
         qkv_KMR = torch.bmm(x_KMR, self.qkv)
         mixed_KMR = causal_attention(qkv_KMR, layout, self.heads)
         return torch.bmm(mixed_KMR, self.out)
 
     def _feed_forward(self, x_KMR: Tensor) -> Tensor:
+        """Eq. 7: (K, M, r) → (K, M, r)."""
         inner_KMH = torch.baddbmm(self.b1, x_KMR, self.w1)
         return torch.baddbmm(self.b2, F.gelu(inner_KMH), self.w2)

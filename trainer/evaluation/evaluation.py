@@ -17,6 +17,7 @@ of a ranking among all items:
 This module needs neither torch nor a dataset: reports import it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from trainer.evaluation.metrics import HEADLINE, Figures
 
 if TYPE_CHECKING:
     import pandas
+    import pyarrow
 
 FULL_RECORD = "evaluation-full"  # -SPLIT.json: the record of a ranking among all items
 
@@ -60,6 +62,57 @@ class DomainFigures:
         return self.popularity.get(HEADLINE)
 
 
+class DomainTable(list[DomainFigures]):
+    """The domains' figures, a row for each domain, in the dataset's order.
+
+    metrics: the names of the metrics, in the record's order. A notebook shows it as a table.
+    """
+
+    def __init__(self, rows: Iterable[DomainFigures], metrics: Iterable[str]) -> None:
+        super().__init__(rows)
+        self.metrics = list(metrics)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row for each domain and system: `domain`, `system`, `users`, and the metrics.
+
+            domain        system    users    HR@5    HR@10    …
+             Books         model      204    0.88     1.00
+             Books    popularity      204    0.61     0.93
+              Toys         model       79    0.79     1.00
+              Toys    popularity       79    0.85     0.97
+
+        Raises ImportError with the way out without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "pandas is not installed: `pip install pandas`, or use Evaluation.by_domain"
+            ) from error
+        columns = ["domain", "system", "users", *self.metrics]
+        return pandas.DataFrame(self._rows(), columns=columns)
+
+    def to_arrow(self) -> "pyarrow.Table":
+        """The same rows as a pyarrow Table."""
+        import pyarrow
+
+        return pyarrow.Table.from_pylist(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for row in self:
+            systems = {"model": row.model, "popularity": row.popularity}
+            for system, figures in systems.items():
+                if not figures:
+                    continue
+                values: dict[str, Any] = {"domain": row.name, "system": system}
+                values["users"] = figures["users"]
+                for name in self.metrics:
+                    values[name] = figures.get(name)
+                rows.append(values)
+        return rows
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The figures of one model on one split.
@@ -71,7 +124,7 @@ class Evaluation:
     """
 
     kind: str
-    by_domain: list[DomainFigures]
+    by_domain: DomainTable
     mean: Figures
     popularity_mean: Figures | None = None
     too_short: int | None = None
@@ -93,7 +146,7 @@ class Evaluation:
         full = {key: record[key] for key in _FULL if key in record}
         return cls(
             kind=record["kind"],
-            by_domain=rows,
+            by_domain=DomainTable(rows, _metrics_of(record["mean"])),
             mean=record["mean"],
             popularity_mean=record.get("popularity_mean"),
             too_short=record.get("too_short"),
@@ -121,38 +174,13 @@ class Evaluation:
         return record | self.full
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """A row for each domain and system: `domain`, `system`, `users`, and the metrics.
-
-            domain        system    users    HR@5    HR@10    …
-             Books         model      204    0.88     1.00
-             Books    popularity      204    0.61     0.93
-              Toys         model       79    0.79     1.00
-              Toys    popularity       79    0.85     0.97
-
-        Raises ImportError with the way out without pandas.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "pandas is not installed: `pip install pandas`, or use Evaluation.by_domain"
-            ) from error
-        rows = []
-        for row in self.by_domain:
-            systems = {"model": row.model, "popularity": row.popularity}
-            for system, figures in systems.items():
-                if figures:
-                    metrics = {name: figures.get(name) for name in self.metrics}
-                    start = {"domain": row.name, "system": system}
-                    rows.append(start | {"users": figures["users"]} | metrics)
-        return pandas.DataFrame(
-            rows, columns=["domain", "system", "users", *self.metrics]
-        )
+        """`by_domain` as a DataFrame."""
+        return self.by_domain.to_pandas()
 
     @property
     def metrics(self) -> list[str]:
         """The names of the metrics, in the record's order."""
-        return [name for name in self.mean if name not in ("users", "interval")]
+        return _metrics_of(self.mean)
 
     @property
     def step(self) -> int:
@@ -185,3 +213,8 @@ class Evaluation:
             if row.name == domain:
                 return row
         return DomainFigures(domain, {}, {})
+
+
+def _metrics_of(mean: Figures) -> list[str]:
+    """The names of the metrics in a mean."""
+    return [name for name in mean if name not in ("users", "interval")]

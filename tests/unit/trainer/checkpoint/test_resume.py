@@ -6,8 +6,19 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.runs import SmallRun, best_of, rank_of_one
+<<<<<<< HEAD
 from trainer.checkpoint.layout import BEST, DENSE, RunState, checkpoints
 from trainer.checkpoint.resume import differences, find_start, leave_nothing, run_folder
+=======
+from trainer.checkpoint.resume import (
+    differences,
+    find_start,
+    leave_nothing,
+    recorded_settings,
+    run_folder,
+)
+from trainer.checkpoint.save import BEST, DENSE, RunState, checkpoints
+>>>>>>> model
 from trainer.config.load import flat
 from trainer.errors import InputError
 
@@ -356,3 +367,13 @@ def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
     (tmp_path / "run" / "checkpoints" / "notes.txt").unlink()
     leave_nothing(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_switches_that_an_earlier_version_recorded_are_booleans_now():
+    recorded = {"model.tower": "on", "model.stop_gradient": "off", "run": "on"}
+    settings = {"model.tower": True, "model.stop_gradient": True, "run": "on"}
+    assert recorded_settings({"config": recorded}, settings) == {
+        "model.tower": True,
+        "model.stop_gradient": False,
+        "run": "on",
+    }
