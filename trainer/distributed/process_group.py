@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -115,6 +116,10 @@ def _leave_group() -> None:
     Its threads end where nothing refers to it any more; TorchRec's modules do, in circles.
     """
     dist.destroy_process_group()
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None:
+        # It keeps the first group that it meets; the next run of this process has another.
+        deepspeed.utils.groups._WORLD_GROUP = None
     gc.collect()
 
 

@@ -6,10 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.runs import SmallRun, best_of, rank_of_one
-<<<<<<< HEAD
 from trainer.checkpoint.layout import BEST, DENSE, RunState, checkpoints
-from trainer.checkpoint.resume import differences, find_start, leave_nothing, run_folder
-=======
 from trainer.checkpoint.resume import (
     differences,
     find_start,
@@ -17,8 +14,6 @@ from trainer.checkpoint.resume import (
     recorded_settings,
     run_folder,
 )
-from trainer.checkpoint.save import BEST, DENSE, RunState, checkpoints
->>>>>>> model
 from trainer.config.load import flat
 from trainer.errors import InputError
 
