@@ -1,4 +1,4 @@
-"""The batch schedule, a distributed batch sampler: which users are in each batch, and on which rank.
+"""The batch schedule (a distributed batch sampler): who is in each batch, and on which rank.
 
 It is computed from the dataset's description and its users' lengths, without any shard. A dataset
 has a fixed number of logical streams, whose users take turns in the slots of an epoch

@@ -143,9 +143,9 @@ class Histories:
         if not items:
             return NO_USERS
         read_B = np.concatenate(read)
-        as_asked = np.argsort(read_B).tolist()
-        items = [items[place] for place in as_asked]
-        ticks = [ticks[place] for place in as_asked]
+        by_request = np.argsort(read_B).tolist()
+        items = [items[index] for index in by_request]
+        ticks = [ticks[index] for index in by_request]
         return Users(
             number_B=number_B[np.sort(read_B)],
             lengths_B=np.fromiter(map(len, items), np.int64, len(items)),

@@ -1,4 +1,4 @@
-"""Load balancing: which rank takes which user of a batch, so that all ranks have equally much to do.
+"""Load balancing: which rank takes which user of a batch, so that all have equally much to do.
 
 A user starts on its home rank, whose shards hold it. Users are first moved until all ranks have
 equally many. Then heavy and light ranks exchange users, one for one, until no rank has noticeably
@@ -31,7 +31,8 @@ from trainer.data.loading.jagged import count_within_rows
 _TOLERANCE = 0.0075  # how far above the mean of all a rank may stay
 _OF_A_SET = 0.5  # of it: how far above the mean of a set, of which several come in turn
 _ROUNDS = 32
-_TRIED = 32  # users of a heavy rank that are considered in a round, from its longest to its shortest
+# Users of a heavy rank that are considered in a round, from its longest to its shortest.
+_TRIED = 32
 _OFFERED = 24  # users of each rank that are enough to choose from
 _MOST_OFFERED = 128  # more than these are sorted in vain, and lie in more blocks
 _ABSENT = -1
@@ -267,9 +268,9 @@ def _swap(
     take: np.ndarray,
 ) -> None:
     """Exchanges entries of heavy ranks with entries of light ones."""
-    given = array_WM[heavy, give]
+    from_heavy = array_WM[heavy, give]
     array_WM[heavy, give] = array_WM[light, take]
-    array_WM[light, take] = given
+    array_WM[light, take] = from_heavy
 
 
 def _take_first_of_ranks(

@@ -1,10 +1,10 @@
-"""The local cache of a dataset that lies elsewhere: a folder of bounded size, for all processes of a host.
+"""The local cache of a dataset that lies elsewhere: a folder of bounded size, shared by a host.
 
-    <cache>/<fingerprint>/shards/000001.tar       what has come: whole, its sha256 compared
-    <cache>/<fingerprint>/.fetch/000004.part      what is coming (the file's number in `dataset.json`)
-    <cache>/<fingerprint>/.fetch/000004.lock      locked by who fetches it; why that failed, a line each time
-    <cache>/<fingerprint>/.fetch/000004.pin       locked, shared, by who is about to open it: not evicted
-    <cache>/<fingerprint>/.fetch/room.lock        locked by who counts the bytes and makes room
+    <cache>/<fingerprint>/shards/000001.tar     what has come: whole, its sha256 compared
+    <cache>/<fingerprint>/.fetch/000004.part    what is coming (the file's number in dataset.json)
+    <cache>/<fingerprint>/.fetch/000004.lock    locked by who fetches it; lines say why that failed
+    <cache>/<fingerprint>/.fetch/000004.pin     locked, shared, by who opens it soon: not evicted
+    <cache>/<fingerprint>/.fetch/room.lock      locked by who counts the bytes and makes room
 
 Shards that were read longest ago are evicted first (LRU). Locks go with the process that holds
 them, so a killed one leaves nothing but a `.part`, which the next one goes on with.
@@ -97,10 +97,10 @@ class Cache:
         least = max(shard.bytes for shard in shards)
         for file in files:
             least += file.bytes
-        given = self.address.config.cache_bytes
-        if least > given:
+        room = self.address.config.cache_bytes
+        if least > room:
             raise InputError(
-                f"stream.cache_bytes is {given}: the largest shard of {self.address} and "
+                f"stream.cache_bytes is {room}: the largest shard of {self.address} and "
                 f"what is no shard have {least} bytes: give at least these"
             )
 
