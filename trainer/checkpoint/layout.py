@@ -155,12 +155,17 @@ def relative_folder(name: str) -> str:
 def name_in_pointer(file: Path) -> str | None:
     """Reads best.json or latest.json; returns the name of its checkpoint, None without one."""
     try:
-        folder = json.loads(file.read_text())["folder"]
-        parent, _, name = folder.partition("/")
+        pointer = json.loads(file.read_text())
+        return _name_in_folder(pointer["folder"])
     except UNREADABLE:
         return None
+
+
+def _name_in_folder(folder: str) -> str:
+    """Returns the checkpoint's name in what `relative_folder` gave. Raises ValueError."""
+    parent, _, name = folder.partition("/")
     if parent != _FOLDER or not is_checkpoint_name(name):
-        return None
+        raise ValueError(f"{folder} is no checkpoint's name")
     return name
 
 
@@ -172,10 +177,7 @@ def best_folder(run: Path, best: BestRecord) -> Path:
     kinds = {"folder": str, "step": int, "epoch": int, HEADLINE: (int, float)}
     if not _has_kinds(best, kinds):
         raise ValueError(f"{best} is no best validation")
-    folder = best["folder"]
-    parent, _, name = folder.partition("/")
-    if parent != _FOLDER or not is_checkpoint_name(name):
-        raise ValueError(f"{folder} is no checkpoint's name")
+    name = _name_in_folder(best["folder"])
     return checkpoint_folder(run, name)
 
 

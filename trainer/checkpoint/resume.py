@@ -32,12 +32,12 @@ from trainer.files.atomic import Patience, write_json
 from trainer.files.redact import shown
 from trainer.reporting.run_log import METRICS_FILE
 
-# A run's settings by their dotted keys, as `trainer.config.load.flat` gives them.
-Settings = dict[str, Any]
-
 if TYPE_CHECKING:
     from trainer.data.format.dataset import Dataset
     from trainer.distributed.process_group import Ranks
+
+# A run's settings by their dotted keys, as `trainer.config.load.flat` gives them.
+Settings = dict[str, Any]
 
 PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 

@@ -90,6 +90,7 @@ class IntervalMeter:
         """
         elapsed = time.perf_counter() - self._begun
         domains = len(self.domains)
+        world_size = dist.get_world_size()
         steps = torch.stack(self._reports)
         # Each rank's loss has the global one as its mean over ranks, and its mutual information is
         # a share of the sum.
@@ -104,8 +105,8 @@ class IntervalMeter:
         # A domain's mean is over the steps that have it.
         by_domain = steps[:, 4 : 4 + 3 * domains].nanmean(0)
         single, cross, phi = by_domain.view(3, domains).tolist()
-        lambdas = steps[-1, -domains:].tolist()
-        world_size = dist.get_world_size()
+        newest = steps[-1]
+        lambdas = newest[-domains:].tolist()
         figures = {
             "step": step,
             "epoch": epoch,
