@@ -1,0 +1,45 @@
+"""One process has a lock, until it closes it or ends."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from trainer.files.lock import take_lock
+
+ROOT = Path(__file__).parents[4]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from trainer.files.lock import take_lock
+
+lock = take_lock(Path(sys.argv[1]))
+print(lock is not None, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_is_taken_once_and_again_after_it_is_closed(tmp_path):
+    lock = take_lock(tmp_path / "lock")
+    assert lock is not None and take_lock(tmp_path / "lock") is None
+    lock.close()
+    again = take_lock(tmp_path / "lock")
+    assert again is not None
+    again.close()
+
+
+def test_a_killed_process_has_no_lock_any_more(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline().strip() == "True"
+        assert take_lock(tmp_path / "lock") is None
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    deadline = time.monotonic() + 10
+    while (lock := take_lock(tmp_path / "lock")) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    lock.close()
