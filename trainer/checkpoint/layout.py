@@ -56,10 +56,11 @@ _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _COUNTS = ("step", "validated", "since_best", "skipped_users", "seconds")
 _CHECKSUM_BUFFER = 2**22  # bytes
 
+JsonObject = dict[str, Any]
 # What a state.json says: format_version, state, config, dataset, …
-StateRecord = dict[str, Any]
+StateRecord = JsonObject
 # What best.json says: folder, step, epoch and NDCG@10 of the best validation.
-BestRecord = dict[str, Any]
+BestRecord = JsonObject
 
 
 @dataclass
@@ -206,7 +207,7 @@ def parse_manifest(folder: Path, text: str) -> ManifestEntries:
     return entries
 
 
-def _parse_entry(entry: dict[str, Any]) -> ManifestEntry:
+def _parse_entry(entry: JsonObject) -> ManifestEntry:
     """Parses what a manifest says of a file."""
     size = int(entry["bytes"])
     checksum = str(entry["xxh3_128"])
@@ -258,7 +259,7 @@ def _check_version(file: Path, version: object) -> None:
         )
 
 
-def _check_state(file: Path, state: dict[str, Any]) -> None:
+def _check_state(file: Path, state: JsonObject) -> None:
     """Checks that a JSON object can become a RunState."""
     kinds = {}
     for field in fields(RunState):
@@ -272,7 +273,7 @@ def _check_state(file: Path, state: dict[str, Any]) -> None:
             raise Damaged(f"{file}: its state has negative counts")
 
 
-def _has_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> bool:
+def _has_kinds(values: JsonObject, kinds: JsonObject) -> bool:
     """Whether a JSON object has these keys, each with a value of its kind."""
     if values.keys() != kinds.keys():
         return False

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ from trainer.checkpoint.layout import (
     UNREADABLE,
     BestRecord,
     Damaged,
+    JsonObject,
     ManifestEntries,
     RunState,
     StateRecord,
@@ -349,7 +350,7 @@ def table_ranges(folder: Path) -> Ranges:
     return ranges
 
 
-def _row_range(folder: Path, entry: dict[str, Any]) -> tuple[int, int] | None:
+def _row_range(folder: Path, entry: JsonObject) -> tuple[int, int] | None:
     """Reads a table file's first row and number of rows from its manifest entry."""
     if "first_row" not in entry:
         return None

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from trainer.checkpoint.layout import (
     STATE,
     STATE_VERSION,
     Damaged,  # noqa: F401  # moved
+    JsonObject,
     RunState,
     checkpoint_name,
     checkpoints,
@@ -79,7 +80,7 @@ _REMOVED = ".removed"  # a folder on its way out
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 # A file's entry in the manifest: bytes, xxh3_128; of a table file first_row and rows too.
-Entry = dict[str, Any]
+Entry = JsonObject
 Entries = dict[str, Entry]  # by the files' names
 
 
@@ -99,7 +100,7 @@ class Checkpoints:
         run: Path,
         keep: int,
         ranks: "Ranks",
-        origin: dict[str, Any],
+        origin: JsonObject,
         newest_state: RunState | None = None,
         beat: Callable[[], None] = _do_nothing,
         on_written: Callable[[RunState, Path], None] = _do_nothing,
