@@ -19,14 +19,22 @@ setup(
     name="syncrec-trainer",
     version=VERSION,
     description="Distributed training of SyNCRec, a cross-domain sequential recommender, on TorchRec and DeepSpeed",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=Path(__file__)
+    .with_name("README.md")
+    .read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     entry_points={"console_scripts": ["syncrec = launch.cli:main"]},
     packages=find_packages(
-        include=["trainer*", "syncrec*", "embeddings*", "syncrec_kernels*", "launch*"]
+        include=[
+            "trainer*",
+            "syncrec*",
+            "embeddings*",
+            "syncrec_kernels*",
+            "launch*",
+        ]
     ),
     package_data={
         "launch": ["configs/*.yaml", "templates/*"],
@@ -77,6 +85,10 @@ setup(
         ],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
         # What the benchmarks' peers need stands in benchmarks/peers.txt: RecBole cannot share an environment with NumPy 2.
         # On a CUDA machine plain pip does the same as launch/stack.py.
-        "cuda": [f"torch=={torch}", f"torchrec=={torchrec}", f"fbgemm-gpu=={fbgemm}"],
+        "cuda": [
+            f"torch=={torch}",
+            f"torchrec=={torchrec}",
+            f"fbgemm-gpu=={fbgemm}",
+        ],
     },
 )

@@ -35,13 +35,13 @@ from benchmarks.workload import described, prepared, some_data
 from embeddings.row_scatter import RowScatter
 from syncrec.batch.build import trim
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import Histories
-from trainer.data.loading.stream import domains_of, training_part
+from trainer.data.loading.stream import find_domains, select_training_part
 from trainer.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
-    from trainer.data.loading.histories import Users
+    from trainer.data.loading.histories import UserHistories
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,13 @@ class Settings:
 
     def __post_init__(self):
         suite.at_least(
-            1, self, "ranks", "users_per_rank", "max_length", "steps", "row_steps"
+            1,
+            self,
+            "ranks",
+            "users_per_rank",
+            "max_length",
+            "steps",
+            "row_steps",
         )
         suite.at_least(0, self, "seed")
         some_data(self)
@@ -73,7 +79,9 @@ def main() -> None:
     results = []
     not_run = []
     with suite.scratch("") as folder:
-        dataset = Dataset.load(settings.data or prepared(Path(folder), settings.users))
+        dataset = Dataset.load(
+            settings.data or prepared(Path(folder), settings.users)
+        )
         for ranks in settings.ranks:
             try:
                 results.append(measure(dataset, ranks, settings))
@@ -82,7 +90,11 @@ def main() -> None:
     suite.save(
         "balance",
         record
-        | {"dataset": described(dataset), "results": results, "not_run": not_run},
+        | {
+            "dataset": described(dataset),
+            "results": results,
+            "not_run": not_run,
+        },
         options,
     )
     sys.exit(not results)
@@ -92,7 +104,7 @@ def measure(dataset: Dataset, ranks: int, settings: Settings) -> dict:
     """Tokens and rows at one number of ranks: an entry of the record's `results`. Raises
     InputError as `Plan` does.
     """
-    plan = Plan(
+    plan = BatchSchedule(
         dataset,
         ranks * settings.users_per_rank,
         ranks,
@@ -106,7 +118,7 @@ def measure(dataset: Dataset, ranks: int, settings: Settings) -> dict:
     }
 
 
-def tokens(plan: Plan, steps: int) -> dict:
+def tokens(plan: BatchSchedule, steps: int) -> dict:
     """How evenly tokens lie, plain and balanced, and what finding out takes."""
     ratios = defaultdict(list)
     away = []
@@ -129,7 +141,7 @@ def tokens(plan: Plan, steps: int) -> dict:
     return found | {"away": summary(away), "assign_seconds": summary(seconds)}
 
 
-def rows(plan: Plan, steps: int) -> dict:
+def rows(plan: BatchSchedule, steps: int) -> dict:
     """How evenly look-ups lie on the table's shards, scattered and not."""
     dataset = plan.dataset
     shards = plan.world_size
@@ -142,7 +154,9 @@ def rows(plan: Plan, steps: int) -> dict:
     ratios = defaultdict(list)
     sums = defaultdict(lambda: np.zeros(shards, np.int64))
     by_row = np.zeros(dataset.num_embeddings, np.int64)
-    for position in track(range(steps), f"{shards} ranks, rows", transient=True):
+    for position in track(
+        range(steps), f"{shards} ranks, rows", transient=True
+    ):
         users_B, _, rank_B = plan.ranks(*plan.locate(position))
         row_N, rank_N = interactions(
             dataset, histories.read(users_B), rank_B, plan.max_length
@@ -162,17 +176,24 @@ def rows(plan: Plan, steps: int) -> dict:
             "sum": most_over_mean(sums[name, counted]),
         }
     return found | {
-        "shares_of_most_popular": (np.sort(by_row)[::-1][:10] / by_row.sum()).tolist()
+        "shares_of_most_popular": (
+            np.sort(by_row)[::-1][:10] / by_row.sum()
+        ).tolist()
     }
 
 
 def interactions(
-    dataset: Dataset, users: "Users", rank_B: np.ndarray, max_length: int
+    dataset: Dataset,
+    users: "UserHistories",
+    rank_B: np.ndarray,
+    max_length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows, int64, and rank of each interaction that the users' ranks train on."""
-    _, lengths_B, place_N, _ = training_part(dataset, users)
+    _, lengths_B, place_N, _ = select_training_part(dataset, users)
     row_N = users.items_N[place_N]
-    row_N, lengths_B, _ = trim(row_N, lengths_B, domains_of(dataset, row_N), max_length)
+    row_N, lengths_B, _ = trim(
+        row_N, lengths_B, find_domains(dataset, row_N), max_length
+    )
     return row_N.astype(np.int64), np.repeat(rank_B, lengths_B)
 
 
@@ -215,7 +236,10 @@ def table(record: dict) -> str:
         for name in ("scattered", "unscattered"):
             of = result["rows"][name]
             row = {"ranks": ranks, "rows are": name}
-            for counted, label in (("lookups", "look-ups"), ("distinct", "distinct")):
+            for counted, label in (
+                ("lookups", "look-ups"),
+                ("distinct", "distinct"),
+            ):
                 row |= {
                     f"{label} in a step: {part}": f"{of[counted]['step'][part]:.3f}"
                     for part in ("mean", "p99")
@@ -231,7 +255,12 @@ def table(record: dict) -> str:
         f"{left_out['ranks']} ranks, not run: {left_out['reason']}."
         for left_out in record["not_run"]
     ]
-    tables = ["Tokens:", suite.markdown(by_tokens), "Rows:", suite.markdown(by_rows)]
+    tables = [
+        "Tokens:",
+        suite.markdown(by_tokens),
+        "Rows:",
+        suite.markdown(by_rows),
+    ]
     return "\n\n".join(tables + lines)
 
 

@@ -91,12 +91,16 @@ def _panel(panel):
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
             'stroke="#ddd"/>'
         )
-        parts.append(_text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end"))
+        parts.append(
+            _text(_LEFT - 6, level + 4, f"{tick * step:g}", anchor="end")
+        )
     below = _TOP + axes.height
     for number, place in enumerate(panel.places):
         parts.append(_text(axes.x(number), below + 16, place, anchor="middle"))
     middle = _LEFT + width / 2
-    parts.append(_text(middle, below + 32, panel.x_title, anchor="middle", size=11))
+    parts.append(
+        _text(middle, below + 32, panel.x_title, anchor="middle", size=11)
+    )
     if panel.stacked:
         parts += _bars(panel, axes)
     else:
@@ -119,7 +123,9 @@ def _bars(panel, axes):
     """Each series on top of those before it."""
     parts = []
     below = [0.0] * len(panel.places)
-    for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
+    for colour, (name, values) in zip(
+        _COLOURS, panel.values.items(), strict=False
+    ):
         for number, value in enumerate(values):
             size = axes.height * value / axes.top
             left = axes.x(number) - 0.35 * axes.slot
@@ -136,9 +142,14 @@ def _bars(panel, axes):
 def _lines(panel, axes):
     """Each series as a line, and its dashed one."""
     parts = []
-    for colour, (name, values) in zip(_COLOURS, panel.values.items(), strict=False):
+    for colour, (name, values) in zip(
+        _COLOURS, panel.values.items(), strict=False
+    ):
         dashed = panel.dashed.get(name, [])
-        for drawn, dashes in ((values, ""), (dashed, ' stroke-dasharray="5 4"')):
+        for drawn, dashes in (
+            (values, ""),
+            (dashed, ' stroke-dasharray="5 4"'),
+        ):
             points = []
             circles = []
             for number, value in enumerate(drawn):
@@ -174,7 +185,9 @@ def _tick(highest):
     """A round distance that cuts the axis into about five."""
     power = 10.0 ** math.floor(math.log10(highest / 5))
     return next(
-        power * factor for factor in (1, 2, 5, 10) if power * factor >= highest / 5
+        power * factor
+        for factor in (1, 2, 5, 10)
+        if power * factor >= highest / 5
     )
 
 

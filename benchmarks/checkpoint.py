@@ -53,17 +53,16 @@ from benchmarks.workload import dataset_of, draw, trainer_of
 from syncrec.batch.build import build_batch
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
-from trainer.checkpoint.save import (
-    Checkpoints,
-    RunState,
-    checkpoints,
-    newest,
+from trainer.checkpoint.layout import RunState, list_checkpoints
+from trainer.checkpoint.load import (
+    find_newest,
     restore_model,
     restore_optimizers,
 )
-from trainer.config.load import flat
+from trainer.checkpoint.save import Checkpoints
+from trainer.config.load import flatten_config
 from trainer.distributed import process_group
-from trainer.distributed.agreement import agree
+from trainer.distributed.agreement import reduce_signals
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -77,9 +76,7 @@ USERS = 32
 SHORTEST = 16
 LONGEST = 128
 TRAINING = 600  # seconds of training between two checkpoints, as checkpoint.every_minutes has it
-_COPIES_ON_DISK = (
-    5  # ours, DCP's two formats, the plain copy, and the one that is being written
-)
+_COPIES_ON_DISK = 5  # ours, DCP's two formats, the plain copy, and the one that is being written
 
 
 @dataclass(frozen=True)
@@ -125,16 +122,16 @@ def main() -> None:
                         ranks, measure, rows, settings.repeats, Path(own)
                     )
             except ProcessExitedException as error:
-                reason = (
-                    f"a rank's process ended ({error}), most likely for want of memory"
-                )
+                reason = f"a rank's process ended ({error}), most likely for want of memory"
                 not_run.append({"rows": rows, "ranks": ranks, "reason": reason})
                 continue
             print(
                 f"{rows:,} rows, ranks: {ranks} ({time.perf_counter() - begin:.0f} s)",
                 flush=True,
             )
-    suite.save("checkpoint", record | {"results": results, "not_run": not_run}, options)
+    suite.save(
+        "checkpoint", record | {"results": results, "not_run": not_run}, options
+    )
     sys.exit(bool(not_run))
 
 
@@ -145,7 +142,7 @@ def table_bytes(rows: int) -> int:
 
 def measure(rows: int, repeats: int, folder: Path) -> list[dict]:
     """`_measure` in the group of new processes."""
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         return _measure(rows, repeats, ranks, folder)
 
 
@@ -165,7 +162,9 @@ def _measure(rows, repeats, ranks, folder):
         )
         trainer.train_step(
             build_batch(
-                *arrays, [domain.items for domain in trainer.dataset.domains], LONGEST
+                *arrays,
+                [domain.items for domain in trainer.dataset.domains],
+                LONGEST,
             )
         )
     ours = Ours(trainer, folder)
@@ -205,7 +204,9 @@ def _measure(rows, repeats, ranks, folder):
         }
         line["save"] = summary_of_saves(saves[system.name], system.size)
         line["load"] = (
-            summary_of_loads(loads[system.name], system.size) if system.loaded else None
+            summary_of_loads(loads[system.name], system.size)
+            if system.loaded
+            else None
         )
         if system is ours:
             line["load"]["build_seconds"] = build_seconds
@@ -227,10 +228,13 @@ def built(rows: int, ranks: "Ranks") -> "tuple[Trainer, float]":
         loss="bpr",
     )
     dataset = replace(
-        dataset_of(rows, DOMAINS, USERS * ranks.world_size, 2), streams=ranks.world_size
+        dataset_of(rows, DOMAINS, USERS * ranks.world_size, 2),
+        streams=ranks.world_size,
     )
     made = []
-    (seconds,) = timed(lambda: made.append(trainer_of(model, USERS, dataset, ranks)))
+    (seconds,) = timed(
+        lambda: made.append(trainer_of(model, USERS, dataset, ranks))
+    )
     return made[0], seconds
 
 
@@ -270,12 +274,17 @@ class Ours(System):
 
     def __init__(self, trainer: "Trainer", folder: Path):
         super().__init__(trainer, folder)
-        facts = {"config": flat(trainer.config), "dataset": trainer.dataset.fingerprint}
+        facts = {
+            "config": flatten_config(trainer.config),
+            "dataset": trainer.dataset.fingerprint,
+        }
         self._checkpoints = Checkpoints(self.folder, 1, trainer.ranks, facts)
         self._state = RunState(trainer.step)
 
     def saving(self):
-        self._state.step += 1  # the state that was saved last is not saved again
+        self._state.step += (
+            1  # the state that was saved last is not saved again
+        )
         return [
             lambda: self._checkpoints.save(
                 self.trainer.engine, self.trainer.table, self._state
@@ -293,10 +302,13 @@ class Ours(System):
             restore_model(found[0], model)
             restore_optimizers(found[0], fresh.engine, fresh.table)
 
-        return [lambda: found.extend(newest(self.folder, fresh.ranks, print)), restore]
+        return [
+            lambda: found.extend(find_newest(self.folder, fresh.ranks, print)),
+            restore,
+        ]
 
     def written(self):
-        return checkpoints(self.folder)[0]
+        return list_checkpoints(self.folder)[0]
 
 
 class DCP(System):
@@ -338,7 +350,9 @@ class DCPAsync(DCP):
         writer = self._writer(str(self.folder))
         futures = []
         return [
-            lambda: futures.append(dcp.async_save(state, storage_writer=writer)),
+            lambda: futures.append(
+                dcp.async_save(state, storage_writer=writer)
+            ),
             lambda: futures.pop().result(),
         ]
 
@@ -366,7 +380,8 @@ class FileCopy(System):
     def loading(self, fresh: "Trainer"):
         files = self._share(self.folder)
         memory = [
-            torch.ones(file.stat().st_size, dtype=torch.uint8).numpy() for file in files
+            torch.ones(file.stat().st_size, dtype=torch.uint8).numpy()
+            for file in files
         ]
 
         def read():
@@ -418,11 +433,13 @@ def timed_save(system: System) -> tuple:
     if ranks.first:
         shutil.rmtree(system.folder, ignore_errors=True)
         os.sync()
-    agree()
+    reduce_signals()
     actions = system.saving()
     before = machine.reset_peak_memory()
     laps = timed(*actions)
-    taken = torch.tensor([-1 if before is None else machine.peak_memory() - before])
+    taken = torch.tensor(
+        [-1 if before is None else machine.peak_memory() - before]
+    )
     dist.all_reduce(taken)
     folder = system.written()
     system.files = (
@@ -431,9 +448,11 @@ def timed_save(system: System) -> tuple:
         else {}
     )
     system.size = (
-        sum(system.files.values()) if folder else table_bytes(system.trainer.table.rows)
+        sum(system.files.values())
+        if folder
+        else table_bytes(system.trainer.table.rows)
     )
-    agree()
+    reduce_signals()
     if not system.loaded and ranks.first:
         shutil.rmtree(system.folder, ignore_errors=True)
     return laps[0], laps[-1], None if before is None else int(taken)
@@ -453,7 +472,7 @@ def timed_load(system: System, trainer: "Trainer", fresh: "Trainer") -> dict:
             tensor.zero_()
         actions = system.loading(fresh)
         if place == "disk":
-            agree()
+            reduce_signals()
             load["from_disk"] = (
                 machine.drop_from_cache(system.written().iterdir())
                 if fresh.ranks.first
@@ -463,7 +482,9 @@ def timed_load(system: System, trainer: "Trainer", fresh: "Trainer") -> dict:
         if not isinstance(system, FileCopy) and not all(
             torch.equal(kept[name], filled[name]) for name in kept
         ):
-            raise ArithmeticError(f"{system.name} loads another table than it saved")
+            raise ArithmeticError(
+                f"{system.name} loads another table than it saved"
+            )
     return load
 
 
@@ -471,7 +492,7 @@ def timed(*actions: Callable[[], Any]) -> list[float]:
     """Seconds from a start that all ranks share until the end of each action, on the slowest
     rank. Called on all ranks.
     """
-    agree()
+    reduce_signals()
     begin = time.perf_counter()
     laps = []
     for action in actions:
@@ -525,7 +546,9 @@ def table(record: dict) -> str:
     rows = []
     notes = []
     for line in record["results"]:
-        groups.setdefault((line["rows"], line["ranks"]), {})[line["system"]] = line
+        groups.setdefault((line["rows"], line["ranks"]), {})[line["system"]] = (
+            line
+        )
     for (count, ranks), of in groups.items():
         ours = of["ours"]
         copy = of["file copy"]
@@ -557,9 +580,13 @@ def table(record: dict) -> str:
                 of[name]["save"]["seconds"]["median"],
                 of[name]["load"]["disk"]["seconds"]["median"],
             )
-            row[f"{name}: save, load"] = f"{seconds[0]:.2f} s, {seconds[1]:.2f} s"
+            row[f"{name}: save, load"] = (
+                f"{seconds[0]:.2f} s, {seconds[1]:.2f} s"
+            )
         rows.append(row)
-        if not all(line["load"]["from_disk"] for line in of.values() if line["load"]):
+        if not all(
+            line["load"]["from_disk"] for line in of.values() if line["load"]
+        ):
             notes.append(
                 f"{count:,} rows, ranks: {ranks}: not all files had left the page cache "
                 "before loading from disk."

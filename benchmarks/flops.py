@@ -22,7 +22,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from benchmarks.padded import PaddedBatch
-    from syncrec.batch.build import Batch
+    from syncrec.batch.views import Batch
     from syncrec.config import ModelConfig
 
 
@@ -45,10 +45,12 @@ def step_operations(config: "ModelConfig", works: list[Work]) -> int:
     total = 0
     for work in works:
         expert = config.blocks * (
-            work.tokens * (4 * dim * dim + 2 * dim * inner) + work.pairs * 2 * dim
+            work.tokens * (4 * dim * dim + 2 * dim * inner)
+            + work.pairs * 2 * dim
         )
         task = (
-            work.tokens * (config.experts * dim + 2 * dim * inner) + work.scores * dim
+            work.tokens * (config.experts * dim + 2 * dim * inner)
+            + work.scores * dim
         )
         total += (config.experts + 2 * work.live) * expert + 3 * task
     return 2 * total
@@ -76,7 +78,9 @@ def padded_work(
     too.
     """
     views, users, longest = batch.input_VBT.shape
-    pairs = users * (longest * longest if square else longest * (longest + 1) // 2)
+    pairs = users * (
+        longest * longest if square else longest * (longest + 1) // 2
+    )
     works = []
     for view in range(views):
         domains = (
@@ -84,11 +88,18 @@ def padded_work(
             .bincount(minlength=views - 1)
             .tolist()
         )
-        live = config.experts - config.cross_experts if view else config.cross_experts
+        live = (
+            config.experts - config.cross_experts
+            if view
+            else config.cross_experts
+        )
         shared = [len(rows) for rows in batch.shared_D]
         works.append(
             Work(
-                users * longest, pairs, live, _scores(domains, batch.negatives, shared)
+                users * longest,
+                pairs,
+                live,
+                _scores(domains, batch.negatives, shared),
             )
         )
     return works
@@ -97,7 +108,8 @@ def padded_work(
 def _packed(batch, view, live, square):
     if square:
         pairs = sum(
-            sequences * length * length for sequences, length in view.attention.shapes
+            sequences * length * length
+            for sequences, length in view.attention.shapes
         )
     else:
         lengths = view.sequence_M.bincount()
@@ -116,5 +128,6 @@ def _scores(targets_D, own, shared_D):
     if own is not None:
         return own * sum(targets_D)
     return sum(
-        targets * shared for targets, shared in zip(targets_D, shared_D, strict=True)
+        targets * shared
+        for targets, shared in zip(targets_D, shared_D, strict=True)
     )

@@ -47,7 +47,9 @@ class Group:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank, core in enumerate(cores):
-            namespace, interface, _ = hosts[rank] if hosts else (None, "lo", None)
+            namespace, interface, _ = (
+                hosts[rank] if hosts else (None, "lo", None)
+            )
             environment = {
                 "RANK": rank,
                 "WORLD_SIZE": len(cores),
@@ -63,7 +65,13 @@ class Group:
             prefix += ["taskset", "--cpu-list", str(core)]
             log = open(folder / f"{name} {rank}.log", "w")  # noqa: SIM115 (it outlives this loop)
             process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "benchmarks.scaling_rank", *arguments],
+                [
+                    *prefix,
+                    sys.executable,
+                    "-m",
+                    "benchmarks.scaling_rank",
+                    *arguments,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -94,7 +102,9 @@ class Group:
         for process, log in self.ranks:
             with selectors.DefaultSelector() as ready:
                 ready.register(process.stdout, selectors.EVENT_READ)
-                line = process.stdout.readline() if ready.select(_PATIENCE) else ""
+                line = (
+                    process.stdout.readline() if ready.select(_PATIENCE) else ""
+                )
             if not line:
                 raise RuntimeError(
                     f"{self.name}: a rank gave no answer:\n{Path(log.name).read_text()[-3000:]}"
@@ -129,7 +139,9 @@ class Groups:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(suite.scratch("")))
             self.hosts = (
-                stack.enter_context(namespaces.two_hosts()) if self.with_hosts else None
+                stack.enter_context(namespaces.two_hosts())
+                if self.with_hosts
+                else None
             )
             cores = sorted(os.sched_getaffinity(0))
             first = cores[0]
@@ -144,7 +156,9 @@ class Groups:
             self.twin = group(TWIN, [second])
             self.pair = group(PAIR, [first, second])
             self.apart = (
-                group(HOSTS, [first, second], self.hosts) if self.hosts else None
+                group(HOSTS, [first, second], self.hosts)
+                if self.hosts
+                else None
             )
             for made in (self.one, self.twin, self.pair, self.apart):
                 if made is not None:
@@ -157,7 +171,11 @@ class Groups:
 
     def cases(self, settings: "Settings") -> list[tuple]:
         """[(name, group, Gbit/s of the cable or None)]: what is timed in turn."""
-        cases = [(ONE, self.one, None), (TWIN, self.one, None), (PAIR, self.pair, None)]
+        cases = [
+            (ONE, self.one, None),
+            (TWIN, self.one, None),
+            (PAIR, self.pair, None),
+        ]
         if self.apart:
             cases += [(HOSTS, self.apart, None)]
             cases += [

@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
 from benchmarks.workload import dataset_of
-from embeddings.checkpoint import ShardCopy, files_with
+from embeddings.checkpoint import ShardCopy, find_table_files
 from embeddings.config import TableConfig
 from embeddings.placement import HostNeeds, Room, plan_capacity
 from embeddings.table import ItemTable
 from trainer.config.run import RunConfig
 from trainer.config.stream import StreamConfig
 from trainer.distributed import process_group
-from trainer.training.loader_memory import loader_bytes
+from trainer.training.loader_memory import estimate_loader_bytes
 
 # that publishing held at once: of the candidate, the current model, and one that was being made
 _TABLES_BEFORE = 3
@@ -127,9 +127,10 @@ def loaders_of(settings: Settings) -> int:
         **{**vars(dataset), "interactions": users * settings.length}
     )
     config = RunConfig(
-        global_batch_size=settings.users, stream=StreamConfig(workers=settings.workers)
+        global_batch_size=settings.users,
+        stream=StreamConfig(workers=settings.workers),
     )
-    return loader_bytes(config, dataset, 1)
+    return estimate_loader_bytes(config, dataset, 1)
 
 
 def reads(settings: Settings, rows: int, ranks: int) -> dict:
@@ -150,7 +151,9 @@ def reads(settings: Settings, rows: int, ranks: int) -> dict:
         share = -(-total // others)
         opened = sum(
             len(
-                files_with(Path(), ranges, rank * share, min(total, (rank + 1) * share))
+                find_table_files(
+                    Path(), ranges, rank * share, min(total, (rank + 1) * share)
+                )
             )
             for rank in range(others)
         )
@@ -161,7 +164,10 @@ def reads(settings: Settings, rows: int, ranks: int) -> dict:
             "warm_before": others * ranks,
             "warm_now": ranks + opened,
         }
-    found |= {"warm_bytes_before": ranks * total * row, "warm_bytes_now": total * row}
+    found |= {
+        "warm_bytes_before": ranks * total * row,
+        "warm_bytes_now": total * row,
+    }
     return found
 
 
@@ -169,7 +175,7 @@ def measure(settings: Settings) -> dict:
     """Bytes that a table adds to what is resident: made without rows, filled, and with a
     checkpoint's copy.
     """
-    with process_group.joined():
+    with process_group.join_process_group():
         gc.collect()
         begun = _resident()
         table = ItemTable(
@@ -235,7 +241,9 @@ def _planned(result):
         "host: rows, GB": f"{result['host_rows'] / 1e9:.1f}",
         "checkpoint, GB": f"{result['host_checkpoint'] / 1e9:.1f}",
         "loaders, GB": f"{result['host_loaders'] / 1e9:.1f}",
-        "training while it is written": "goes on" if result["copied"] else "waits",
+        "training while it is written": "goes on"
+        if result["copied"]
+        else "waits",
     }
 
 
@@ -245,14 +253,21 @@ def _read(result):
         "ranks": result["ranks"],
         "table, TB": f"{result['table_bytes'] / 1e12:.2f}",
     }
-    for name, shown in (("resume", "resume: files"), ("warm", "warm start: files")):
+    for name, shown in (
+        ("resume", "resume: files"),
+        ("warm", "warm start: files"),
+    ):
         for when in ("before", "now"):
             line[f"{shown}, {when}"] = f"{result['same'][f'{name}_{when}']:,}"
     line["one rank less, now"] = f"{result['other']['resume_now']:,}"
     for when in ("before", "now"):
-        line[f"warm start: TB, {when}"] = f"{result[f'warm_bytes_{when}'] / 1e12:.2f}"
+        line[f"warm start: TB, {when}"] = (
+            f"{result[f'warm_bytes_{when}'] / 1e12:.2f}"
+        )
     for when in ("before", "now"):
-        of_rank = result[f"publish_{when}"] * result["table_bytes"] / result["ranks"]
+        of_rank = (
+            result[f"publish_{when}"] * result["table_bytes"] / result["ranks"]
+        )
         line[f"publish: GB a rank, {when}"] = f"{of_rank / 1e9:.1f}"
     return line
 

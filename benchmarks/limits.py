@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from syncrec.batch.build import Batch
+    from syncrec.batch.views import Batch
     from syncrec.config import ModelConfig
     from trainer.distributed.process_group import Ranks
 
@@ -53,7 +53,10 @@ class Product:
     def __str__(self):
         left, right = (
             f"({rows}, {columns})"
-            for rows, columns in ((self.rows, self.inner), (self.inner, self.columns))
+            for rows, columns in (
+                (self.rows, self.inner),
+                (self.inner, self.columns),
+            )
         )
         marks = "ᵀ" * (self.flipped == "left"), "ᵀ" * (self.flipped == "right")
         return f"{self.experts} x {left}{marks[0]} @ {right}{marks[1]}"
@@ -106,8 +109,12 @@ def step_products(
         (batch.single, single, cross),
     ):
         for ways in ((dim, 3 * dim), (dim, dim), (dim, inner), (inner, dim)):
-            experts += _layer(live, len(view.input_M), *ways, backward, config.blocks)
-            experts += _layer(stopped, len(view.input_M), *ways, False, config.blocks)
+            experts += _layer(
+                live, len(view.input_M), *ways, backward, config.blocks
+            )
+            experts += _layer(
+                stopped, len(view.input_M), *ways, False, config.blocks
+            )
         for begin, end in pairwise(view.task_starts):
             for ways in ((dim, config.experts), (dim, inner), (inner, dim)):
                 tasks += _layer(1, end - begin, *ways, backward)
@@ -117,7 +124,9 @@ def step_products(
 def _layer(experts, tokens, inner, columns, backward, times=1):
     """A linear layer's products, `times` times."""
     products = [Product(experts, tokens, inner, columns)]
-    if backward:  # gradients of the input: grad @ Wᵀ, and of the weights: Xᵀ @ grad
+    if (
+        backward
+    ):  # gradients of the input: grad @ Wᵀ, and of the weights: Xᵀ @ grad
         products += [
             Product(experts, tokens, columns, inner, "right"),
             Product(experts, inner, tokens, columns, "left"),
@@ -126,7 +135,10 @@ def _layer(experts, tokens, inner, columns, backward, times=1):
 
 
 def matmul(
-    products: Counter, dtype: torch.dtype, device: torch.device, window: float = 0.1
+    products: Counter,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: float = 0.1,
 ) -> dict:
     """How fast the device multiplies: {"seconds": {shape: of one product}, "counts": {shape: in
     a step}, "seconds_per_step", "rate" (operations a second, all of them together),
@@ -154,7 +166,8 @@ def matmul(
 def summed(found: dict) -> dict:
     """`matmul`'s figures with the sums that follow from its `seconds`."""
     total = sum(
-        found["counts"][shape] * seconds for shape, seconds in found["seconds"].items()
+        found["counts"][shape] * seconds
+        for shape, seconds in found["seconds"].items()
     )
     return found | {
         "seconds_per_step": total,
@@ -165,7 +178,8 @@ def summed(found: dict) -> dict:
 def seconds_of(found: dict, products: Counter) -> float:
     """How long a part of the products takes that `matmul` has timed."""
     return sum(
-        found["seconds"][str(product)] * count for product, count in products.items()
+        found["seconds"][str(product)] * count
+        for product, count in products.items()
     )
 
 
@@ -187,7 +201,9 @@ def fastest(measured: list[dict]) -> dict:
 
 def _product_seconds(product, dtype, device, window):
     left, right, out = product.operands(dtype, device)
-    return best_seconds(lambda: torch.matmul(left, right, out=out), device, window)
+    return best_seconds(
+        lambda: torch.matmul(left, right, out=out), device, window
+    )
 
 
 def memory(
@@ -203,12 +219,16 @@ def memory(
     """
     one, other, out = (torch.ones(size // 4, device=device) for _ in range(3))
     copy = best_seconds(lambda: out.copy_(one), device, window)
-    add = best_seconds(lambda: torch.add(one, other, alpha=2, out=out), device, window)
+    add = best_seconds(
+        lambda: torch.add(one, other, alpha=2, out=out), device, window
+    )
     table = torch.ones(rows, row_bytes // 4, device=device)
     index = torch.randint(rows, (rows // 16,), device=device)
     gathered = torch.empty(len(index), table.shape[1], device=device)
     gather = best_seconds(
-        lambda: torch.index_select(table, 0, index, out=gathered), device, window
+        lambda: torch.index_select(table, 0, index, out=gathered),
+        device,
+        window,
     )
     return {
         "copy": 2 * size / copy,
@@ -238,7 +258,12 @@ def collectives(
         )
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         best = torch.tensor(
-            [min(_seconds(function, int(count), device) for _ in range(_WINDOWS))],
+            [
+                min(
+                    _seconds(function, int(count), device)
+                    for _ in range(_WINDOWS)
+                )
+            ],
             dtype=torch.float64,
         )
         dist.all_reduce(best, op=dist.ReduceOp.MAX)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import suite
 from trainer.data.format.dataset import LENGTHS_DTYPE, Dataset, Domain, Shard
 from trainer.data.format.shards import Block
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import Histories
 
 _SHARES = (0.4, 0.25, 0.15, 0.12, 0.08)  # of the domains in the interactions
@@ -86,7 +86,9 @@ class CountedShard:
     each.
     """
 
-    def __init__(self, counts: Counts, dataset: Dataset, shard: Shard, whole: bool):
+    def __init__(
+        self, counts: Counts, dataset: Dataset, shard: Shard, whole: bool
+    ):
         self.counts = counts
         self.dataset = dataset
         self.shard = shard
@@ -155,7 +157,17 @@ def dataset_of(settings: Settings, streams: int) -> Dataset:
         Domain(str(number), number * _ROOM, 2, _ROOM, 0, 0, {}, "")
         for number in range(len(_SHARES))
     ]
-    facts = (settings.seed, settings.users, 0, 0, 0, 0.0, 1.0, _BLOCK_USERS, streams)
+    facts = (
+        settings.seed,
+        settings.users,
+        0,
+        0,
+        0,
+        0.0,
+        1.0,
+        _BLOCK_USERS,
+        streams,
+    )
     dataset = Dataset(Path(), *facts, tuple(domains), tuple(made), ())
     random = np.random.default_rng(settings.seed)
     lengths_U = 1 + random.lognormal(
@@ -174,7 +186,7 @@ def measure(
     dataset: Dataset, ranks: int, users_per_rank: int, settings: Settings
 ) -> dict:
     """An entry of the record's `results`."""
-    plan = Plan(
+    plan = BatchSchedule(
         dataset,
         ranks * users_per_rank,
         ranks,
@@ -192,14 +204,19 @@ def measure(
         assigned.append(plan.ranks(0, step))
         seconds.append(time.perf_counter() - begin)
         users_B, _, rank_B = assigned[-1]
-        load_W = np.bincount(rank_B, weights=plan.tokens(users_B), minlength=ranks)
+        load_W = np.bincount(
+            rank_B, weights=plan.tokens(users_B), minlength=ranks
+        )
         tokens.append(load_W.max() / load_W.mean())
     measured = np.unique(
         np.linspace(0, ranks - 1, min(settings.measured, ranks)).astype(int)
     ).tolist()
-    loaders = [simulate(plan, rank, assigned, settings.host) for rank in measured]
+    loaders = [
+        simulate(plan, rank, assigned, settings.host) for rank in measured
+    ]
     figures = {
-        name: spread([loader[name] for loader in loaders]) for name in loaders[0]
+        name: spread([loader[name] for loader in loaders])
+        for name in loaders[0]
     }
     figures |= {"tokens": spread(tokens), "assign_seconds": spread(seconds)}
     facts = {
@@ -211,18 +228,20 @@ def measure(
     return facts | figures
 
 
-def simulate(plan: Plan, rank: int, assigned: list, host: int) -> dict:
+def simulate(plan: BatchSchedule, rank: int, assigned: list, host: int) -> dict:
     """What one rank's loader does in the steps whose users were assigned."""
     home_of = {}
     for stream, shards in enumerate(plan.shards(0)):
         for shard in shards.tolist():
-            home_of[plan.dataset.shards[shard].first_user] = stream % plan.world_size
+            home_of[plan.dataset.shards[shard].first_user] = (
+                stream % plan.world_size
+            )
     counts = Counts([], [])
 
     def open_shard(dataset, shard, _verify, _report, whole):
         return CountedShard(counts, dataset, shard, whole)
 
-    histories = Histories.of_plan(plan, open_shard=open_shard)
+    histories = Histories.of_schedule(plan, open_shard=open_shard)
     users = foreign = 0
     for users_B, home_B, rank_B in assigned:
         histories.read(users_B[rank_B == rank], plan.home_shards(0, rank))
@@ -235,7 +254,9 @@ def simulate(plan: Plan, rank: int, assigned: list, host: int) -> dict:
         "away": sum(home_of[shard] // host != rank // host for shard in opened),
         "hashed_bytes": counts.hashed,
         "decoded": len(counts.decoded),
-        "decoded_foreign": sum(home_of[shard] != rank for shard in counts.decoded),
+        "decoded_foreign": sum(
+            home_of[shard] != rank for shard in counts.decoded
+        ),
         "foreign_users": foreign / max(users, 1),
     }
 
@@ -253,9 +274,15 @@ def table(record: dict) -> str:
     for result in record["results"]:
         row = {
             name: f"{result[key]:,}"
-            for name, key in (("ranks", "ranks"), ("users a rank", "users_per_rank"))
+            for name, key in (
+                ("ranks", "ranks"),
+                ("users a rank", "users_per_rank"),
+            )
         }
-        row |= {"steps": f"{result['steps']:,}", "shards": f"{result['shards']:,}"}
+        row |= {
+            "steps": f"{result['steps']:,}",
+            "shards": f"{result['shards']:,}",
+        }
         for name, key in (
             ("opened", "opened"),
             ("foreign", "foreign"),

@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 
 _PACKAGES = (
-    *("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "deepspeed", "numpy"),
+    *(
+        "torch",
+        "torchrec",
+        "fbgemm-gpu-cpu",
+        "fbgemm-gpu",
+        "deepspeed",
+        "numpy",
+    ),
     *("safetensors", "xxhash", "webdataset", "pyarrow", "duckdb", "recbole"),
 )
 
@@ -23,7 +30,9 @@ def memory_bytes() -> int:
     """The machine's memory, or what a control group leaves of it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [
-        path.read_text().strip() for path in map(Path, _MEMORY_LIMITS) if path.is_file()
+        path.read_text().strip()
+        for path in map(Path, _MEMORY_LIMITS)
+        if path.is_file()
     ]
     return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
 
@@ -42,7 +51,9 @@ def describe(device: torch.device) -> dict:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": memory_bytes(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else "cpu",
         "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -103,7 +114,10 @@ def _commit():
     except FileNotFoundError:
         commit = None
     # What the benchmarks write themselves is no change of what they measure.
-    own = (":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/README.md")
+    own = (
+        ":(top,exclude)benchmarks/results",
+        ":(top,exclude)benchmarks/README.md",
+    )
     return {
         "commit": commit,
         "uncommitted_changes": bool(git("status", "--porcelain", ":/", *own))
@@ -122,7 +136,9 @@ def has_bf16(device: torch.device) -> bool:
     flags = re.search(
         r"^flags\s*:(.*)$", info.read_text() if info.is_file() else "", re.M
     )
-    return bool(flags) and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+    return bool(flags) and not {"avx512_bf16", "amx_bf16"}.isdisjoint(
+        flags[1].split()
+    )
 
 
 def file_system(folder: Path) -> str | None:
@@ -170,7 +186,9 @@ def cached_bytes(file: Path) -> int:
         )  # a byte a page, its lowest bit: it is there
         start = ctypes.c_char.from_buffer(pages)
         failed = ctypes.CDLL(None).mincore(
-            ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), cached
+            ctypes.c_void_p(ctypes.addressof(start)),
+            ctypes.c_size_t(size),
+            cached,
         )
         del start  # it holds the mapping
     return size if failed else cached.raw.count(1) * mmap.PAGESIZE
@@ -197,4 +215,6 @@ def peak_memory() -> int:
 
 def _status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return next(
+        int(line.split()[1]) * 1024 for line in lines if line.startswith(name)
+    )

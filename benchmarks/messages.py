@@ -26,9 +26,7 @@ from benchmarks.groups import Group
 # Sums over ranks in a step, where a sample of users stands for all: the candidates' vectors, their
 # gradients, and which of them there are.
 _OF_SAMPLE = {"SC-MIM": 1, "SC-MIM gradients": 1, "φ, λ and means": 2}
-_AGREEMENT = (
-    "agreement of its own, until 2026-11"  # now it travels with "clip, check, signals"
-)
+_AGREEMENT = "agreement of its own, until 2026-11"  # now it travels with "clip, check, signals"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def main() -> None:
     record = suite.header("messages", settings, options)
     record["counted"] = [counted(settings, ranks) for ranks in settings.ranks]
     record["reckoned"] = [
-        reckoned(settings, record["counted"][-1], ranks) for ranks in settings.reckoned
+        reckoned(settings, record["counted"][-1], ranks)
+        for ranks in settings.reckoned
     ]
     suite.save("messages", record, options)
 
@@ -86,17 +85,22 @@ def counted(settings: Settings, ranks: int) -> dict:
             )
         finally:
             group.end()
-    parts = defaultdict(lambda: {"collectives": 0.0, "bytes": 0.0, "messages": 0.0})
+    parts = defaultdict(
+        lambda: {"collectives": 0.0, "bytes": 0.0, "messages": 0.0}
+    )
     steps = [step for answer in answers for step in answer["calls"]]
     for step in steps:
         for call in step:
             part = parts[call["part"]]
             part["collectives"] += 1 / len(steps)
             part["bytes"] += call["sent"] / len(steps)
-            part["messages"] += traffic.messages(call["kind"], ranks) / len(steps)
+            part["messages"] += traffic.messages(call["kind"], ranks) / len(
+                steps
+            )
             part["kind"] = call["kind"]
     rows = {
-        name: statistics.mean(volume[name] for volume in volumes) for name in volumes[0]
+        name: statistics.mean(volume[name] for volume in volumes)
+        for name in volumes[0]
     }
     expected = formula(settings, model, ranks, settings.users, rows["foreign"])
     for name, part in parts.items():
@@ -107,7 +111,9 @@ def counted(settings: Settings, ranks: int) -> dict:
 def reckoned(settings: Settings, counted: dict, ranks: int) -> dict:
     """What a rank of so many would send in a step with `reckoned_users` users each, by formula."""
     rows = counted["rows"]["asked"] / settings.users * settings.reckoned_users
-    sampled = 0 < counted["model"]["candidates"] < ranks * settings.reckoned_users
+    sampled = (
+        0 < counted["model"]["candidates"] < ranks * settings.reckoned_users
+    )
     foreign = rows * (ranks - 1) / ranks
     expected = formula(
         settings, counted["model"], ranks, settings.reckoned_users, foreign
@@ -158,7 +164,9 @@ def table(record: dict) -> str:
 
 
 def _rows(columns, shown_bytes):
-    names = list(dict.fromkeys(name for column in columns for name in column["parts"]))
+    names = list(
+        dict.fromkeys(name for column in columns for name in column["parts"])
+    )
     rows = []
     for name in names:
         row = {
@@ -170,11 +178,18 @@ def _rows(columns, shown_bytes):
             row[f"bytes, {column['ranks']} ranks"] = shown_bytes(part)
             row[f"messages, {column['ranks']}"] = f"{part['messages']:,.0f}"
         rows.append(row)
-    total = {"part": "all", "collectives": f"{_sum(columns[0], 'collectives'):.0f}"}
+    total = {
+        "part": "all",
+        "collectives": f"{_sum(columns[0], 'collectives'):.0f}",
+    }
     before = {"part": _AGREEMENT, "collectives": "1"}
     for column in columns:
-        total[f"bytes, {column['ranks']} ranks"] = f"{_sum(column, 'bytes'):,.0f}"
-        total[f"messages, {column['ranks']}"] = f"{_sum(column, 'messages'):,.0f}"
+        total[f"bytes, {column['ranks']} ranks"] = (
+            f"{_sum(column, 'bytes'):,.0f}"
+        )
+        total[f"messages, {column['ranks']}"] = (
+            f"{_sum(column, 'messages'):,.0f}"
+        )
         sent = traffic.sent("all_reduce", 4 * 4, column["ranks"])
         before[f"bytes, {column['ranks']} ranks"] = f"{sent:,.0f}"
         before[f"messages, {column['ranks']}"] = (

@@ -73,12 +73,20 @@ def drawn(
     present_BD, present_GD, own_B).
     """
     generator = torch.Generator().manual_seed(1)
-    cross_BDR = torch.randn(users, domains, dim, generator=generator).requires_grad_()
+    cross_BDR = torch.randn(
+        users, domains, dim, generator=generator
+    ).requires_grad_()
     single_GDR = torch.randn(
         everyone, domains, dim, generator=generator
     ).requires_grad_()
     present_GD = torch.rand(everyone, domains, generator=generator) < 0.6
-    return cross_BDR, single_GDR, present_GD[:users], present_GD, torch.arange(users)
+    return (
+        cross_BDR,
+        single_GDR,
+        present_GD[:users],
+        present_GD,
+        torch.arange(users),
+    )
 
 
 def against_all(users: int, everyone: int, **shape: int) -> tuple:
@@ -99,7 +107,9 @@ def against_sample(users: int, everyone: int, size: int, **shape: int) -> tuple:
     cross_BDR, single_GDR, present_BD, present_GD, own_B = drawn(
         users, max(users, size), **shape
     )
-    chosen = single_GDR.detach()[:size].transpose(0, 1).contiguous().requires_grad_()
+    chosen = (
+        single_GDR.detach()[:size].transpose(0, 1).contiguous().requires_grad_()
+    )
     own_DB = torch.where(own_B < size, own_B, -1).expand(chosen.shape[0], -1)
     count_D = torch.full((chosen.shape[0],), int(0.6 * everyone))
     sample = Sample(chosen, present_GD[:size].T, own_DB, count_D)
@@ -148,12 +158,17 @@ def seconds(made: tuple, repeats: int = 30) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--users", type=int, default=1024, help="users a rank")
-    parser.add_argument("--sample", type=int, default=4096, help="candidates a domain")
     parser.add_argument(
-        "--seconds", action="store_true", help="measure seconds of small batches too"
+        "--sample", type=int, default=4096, help="candidates a domain"
+    )
+    parser.add_argument(
+        "--seconds",
+        action="store_true",
+        help="measure seconds of small batches too",
     )
     arguments = parser.parse_args()
     users = arguments.users
@@ -172,14 +187,17 @@ def main() -> None:
     }
     sizes = (4 * users, 8 * users)
     measured = {
-        name: [way(everyone) for everyone in sizes] for name, way in ways.items()
+        name: [way(everyone) for everyone in sizes]
+        for name, way in ways.items()
     }
     for ranks in (4, 8, 64, 512):
         line = {}
         for name, (low, high) in measured.items():
             a_user = (high - low) / (sizes[1] - sizes[0])  # by which both grow
             line[name] = low + a_user * (ranks * users - sizes[0])
-        sampled = peak_bytes(against_sample(users, ranks * users, arguments.sample))
+        sampled = peak_bytes(
+            against_sample(users, ranks * users, arguments.sample)
+        )
         note = (
             ""
             if ranks <= 8

@@ -81,7 +81,17 @@ def limit(hosts: list[tuple], bits_per_second: float | None) -> None:
     """
     for name, cable, _ in hosts:
         if bits_per_second is None:
-            run("tc", "-n", name, "qdisc", "del", "dev", cable, "root", check=False)
+            run(
+                "tc",
+                "-n",
+                name,
+                "qdisc",
+                "del",
+                "dev",
+                cable,
+                "root",
+                check=False,
+            )
         else:
             shape = [
                 "rate",

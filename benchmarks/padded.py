@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from syncrec.layers.embedding import Gate, Tower
+from syncrec.layers.gate import Gate
+from syncrec.layers.tower import Tower
 from syncrec.losses.loss_correction import LossCorrection, transfer_gap
 from syncrec.losses.mutual_information import MutualInformation
 from syncrec.losses.prediction import prediction_loss
@@ -84,9 +85,9 @@ def pad_batch(
             if len(steps) == 0:
                 continue
             inputs = np.append(-1, steps[steps != end - 1])[-max_length:]
-            targets = np.append(steps, -1)[: len(steps) + (steps[-1] != end - 1)][
-                -max_length:
-            ]
+            targets = np.append(steps, -1)[
+                : len(steps) + (steps[-1] != end - 1)
+            ][-max_length:]
             given[view, user, : len(inputs)] = inputs
             predicted[view, user, : len(targets)] = targets
             position[view, user, : len(inputs)] = np.arange(len(inputs))[::-1]
@@ -99,7 +100,9 @@ def pad_batch(
         picked = values_N[np.maximum(place, 0)]
         return torch.from_numpy(
             np.where(
-                (place >= 0).reshape(place.shape + (1,) * (picked.ndim - place.ndim)),
+                (place >= 0).reshape(
+                    place.shape + (1,) * (picked.ndim - place.ndim)
+                ),
                 picked,
                 none,
             )
@@ -118,7 +121,9 @@ def pad_batch(
         negative_VBTn=torch.zeros(0)
         if own is None
         else pick(negatives + _FIRST_ITEM, predicted, _PAD),
-        shared_D=tuple(torch.from_numpy(rows + _FIRST_ITEM) for rows in negatives)
+        shared_D=tuple(
+            torch.from_numpy(rows + _FIRST_ITEM) for rows in negatives
+        )
         if own is None
         else (),
         weight_B=torch.from_numpy(np.asarray(weight_B, np.float32)),
@@ -130,7 +135,11 @@ class PaddedSyNCRec(nn.Module):
     """Model and item matrix in one module, as one optimizer gets them."""
 
     def __init__(
-        self, config: "ModelConfig", domains: int, rows: int, plain: bool = False
+        self,
+        config: "ModelConfig",
+        domains: int,
+        rows: int,
+        plain: bool = False,
     ):
         """rows: of M, without PAD and SOS. plain: each view reads the item matrix for itself,
         as a loop over domains does.
@@ -145,7 +154,10 @@ class PaddedSyNCRec(nn.Module):
                 "the padded model has the default readings only: gate token, pooling mean, "
                 "stop_gradient on"
             )
-        if config.encoder != "transformer" or config.loss_correction == "shapley":
+        if (
+            config.encoder != "transformer"
+            or config.loss_correction == "shapley"
+        ):
             raise ValueError(
                 "the padded model has Transformers and LC-NTG only: no encoder gru, no "
                 "loss_correction shapley"
@@ -153,7 +165,9 @@ class PaddedSyNCRec(nn.Module):
         self.config = config
         self.domains = domains
         self.plain = plain
-        self.items = nn.Embedding(rows + _FIRST_ITEM, config.dim, padding_idx=_PAD)
+        self.items = nn.Embedding(
+            rows + _FIRST_ITEM, config.dim, padding_idx=_PAD
+        )
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.experts = nn.ModuleList(
             PaddedExpert(config) for _ in range(config.experts)
@@ -175,9 +189,9 @@ class PaddedSyNCRec(nn.Module):
         """The loss of eq. 18 and what it is made of: single-domain and cross-domain mean
         losses, (D,) each, and λ, (D,).
         """
-        x_VBTR = self._rows(batch.input_VBT, [1] * (self.domains + 1)) + self.positions(
-            batch.position_VBT
-        )
+        x_VBTR = self._rows(
+            batch.input_VBT, [1] * (self.domains + 1)
+        ) + self.positions(batch.position_VBT)
         x_VBTR = F.dropout(x_VBTR, self.config.dropout, self.training)
         y_VBTR = torch.stack(
             [self._view(view, x_BTR) for view, x_BTR in enumerate(x_VBTR)]
@@ -234,7 +248,9 @@ class PaddedSyNCRec(nn.Module):
             )
             lambda_D = self.correction(phi_D, gap_count_D > 0)
         loss_single = single_D.sum() / single_count_D.sum().clamp(min=1)
-        loss_cross = (lambda_D * cross_D).sum() / cross_count_D.sum().clamp(min=1)
+        loss_cross = (lambda_D * cross_D).sum() / cross_count_D.sum().clamp(
+            min=1
+        )
         loss = loss_single + loss_cross
         if self.mutual_information is not None:
             loss = config.eta * loss - (1 - config.eta) * self._information(
@@ -256,7 +272,9 @@ class PaddedSyNCRec(nn.Module):
             )
         else:
             scores_Ln = torch.einsum(
-                "lr,lnr->ln", y_LR, self._rows(batch.negative_VBTn[present_VBT], views)
+                "lr,lnr->ln",
+                y_LR,
+                self._rows(batch.negative_VBTn[present_VBT], views),
             )
         loss_L = torch.zeros_like(positive_L)
         for d, items in enumerate(batch.domain_items):
@@ -304,7 +322,9 @@ class PaddedExpert(nn.Module):
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
-        self.blocks = nn.ModuleList(PaddedBlock(config) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(
+            PaddedBlock(config) for _ in range(config.blocks)
+        )
         self.last_norm = (
             nn.LayerNorm(config.dim) if config.norm == "pre" else nn.Identity()
         )
@@ -333,19 +353,27 @@ class PaddedBlock(nn.Module):
     def forward(self, x_BTR: torch.Tensor) -> torch.Tensor:
         x_BTR = self._around(self.attention_norm, self._attend, x_BTR)
         return self._around(
-            self.ffn_norm, lambda y_BTR: self.outer(F.gelu(self.inner(y_BTR))), x_BTR
+            self.ffn_norm,
+            lambda y_BTR: self.outer(F.gelu(self.inner(y_BTR))),
+            x_BTR,
         )
 
     def _around(self, norm, layer, x_BTR):
         if self.pre_norm:
-            return x_BTR + F.dropout(layer(norm(x_BTR)), self.dropout, self.training)
-        return norm(x_BTR + F.dropout(layer(x_BTR), self.dropout, self.training))
+            return x_BTR + F.dropout(
+                layer(norm(x_BTR)), self.dropout, self.training
+            )
+        return norm(
+            x_BTR + F.dropout(layer(x_BTR), self.dropout, self.training)
+        )
 
     def _attend(self, x_BTR):
         # Right-padded: a real token never sees a padded one, so the causal mask is all that is
         # needed.
         query, key, value = (
-            self.qkv(x_BTR).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            self.qkv(x_BTR)
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
         )
         return self.out(
             F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -363,7 +391,11 @@ def copy_weights(
     with torch.no_grad():
         padded.items.weight.copy_(
             torch.cat(
-                [torch.zeros_like(table_MR[:1]), packed.embedding.start, table_MR]
+                [
+                    torch.zeros_like(table_MR[:1]),
+                    packed.embedding.start,
+                    table_MR,
+                ]
             )
         )
         padded.positions.weight.copy_(packed.embedding.positions)
@@ -376,7 +408,9 @@ def copy_weights(
             for given, block in zip(stack.blocks, expert.blocks, strict=True):
                 linears = block.qkv, block.out, block.inner, block.outer
                 for linear, weight in zip(
-                    linears, (given.qkv, given.out, given.w1, given.w2), strict=True
+                    linears,
+                    (given.qkv, given.out, given.w1, given.w2),
+                    strict=True,
                 ):
                     linear.weight.copy_(weight[k].T)
                 block.inner.bias.copy_(given.b1[k, 0])
@@ -388,23 +422,33 @@ def copy_weights(
                     block.attention_norm,
                 )
                 _copy_norm(
-                    given.ffn_norm_scale, given.ffn_norm_shift, k, block.ffn_norm
+                    given.ffn_norm_scale,
+                    given.ffn_norm_shift,
+                    k,
+                    block.ffn_norm,
                 )
             if padded.config.norm == "pre":
                 _copy_norm(
-                    stack.last_norm.scale, stack.last_norm.shift, k, expert.last_norm
+                    stack.last_norm.scale,
+                    stack.last_norm.shift,
+                    k,
+                    expert.last_norm,
                 )
         for gate, given in zip(
             padded.gates, [packed.cross_gate, *packed.single_gates], strict=True
         ):
             gate.load_state_dict(given.state_dict())
         for tower, given in zip(
-            padded.towers, [packed.cross_tower, *packed.single_towers], strict=True
+            padded.towers,
+            [packed.cross_tower, *packed.single_towers],
+            strict=True,
         ):
             tower.load_state_dict(given.state_dict())
     for name in ("correction", "mutual_information"):
         if getattr(padded, name) is not None:
-            getattr(padded, name).load_state_dict(getattr(packed, name).state_dict())
+            getattr(padded, name).load_state_dict(
+                getattr(packed, name).state_dict()
+            )
 
 
 def _copy_norm(scale_K1R, shift_K1R, k, norm):

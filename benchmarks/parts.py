@@ -46,16 +46,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import limits, machine, suite
 from benchmarks.workload import dataset_of, draw, trainer_of
-from syncrec.batch.build import build_batch, move
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
-from syncrec.layers.embedding import Gate, Tower
+from syncrec.layers.gate import Gate
+from syncrec.layers.tower import Tower
 from syncrec.layers.transformer import ExpertStack
 from syncrec.model import SyNCRec
 from trainer.config.negatives import NegativesConfig
 from trainer.distributed import process_group
 
 if TYPE_CHECKING:
-    from syncrec.batch.build import Batch
+    from syncrec.batch.views import Batch
     from trainer.distributed.process_group import Ranks
 
 
@@ -104,39 +106,51 @@ def main() -> None:
     for precision in settings.precision:
         if precision == "bf16" and not machine.has_bf16(suite.device()):
             record["not_run"].append(
-                {"precision": precision, "reason": "the processor has no bf16 products"}
+                {
+                    "precision": precision,
+                    "reason": "the processor has no bf16 products",
+                }
             )
             continue
         lines, record["limits"][precision] = suite.in_own_process(
             measure, settings, precision
         )
         record["results"] += [{"precision": precision} | line for line in lines]
-    if suite.device().type == "cpu" or torch.cuda.device_count() >= settings.ranks:
+    if (
+        suite.device().type == "cpu"
+        or torch.cuda.device_count() >= settings.ranks
+    ):
         lines, record["limits"][f"{settings.ranks} ranks"] = suite.on_ranks(
             settings.ranks, measure_collectives, settings
         )
         record["results"] += [{"precision": "fp32"} | line for line in lines]
     else:
         record["not_run"].append(
-            {"precision": "fp32", "reason": f"{settings.ranks} ranks need as many GPUs"}
+            {
+                "precision": "fp32",
+                "reason": f"{settings.ranks} ranks need as many GPUs",
+            }
         )
     suite.save("parts", record, options)
 
 
 def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
     """Parts of a step and of the model: lines of the record's `results`, and their limits."""
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         config = replace(settings.model, precision=precision)
         trainer, drawn, domain_items = started(config, settings, ranks)
         built, batches = timed_calls(
-            lambda arrays: build_batch(*arrays, domain_items, config.max_length),
+            lambda arrays: build_batch(
+                *arrays, domain_items, config.max_length
+            ),
             drawn,
             ranks.device,
         )
         batch = batches[-1]
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         everything, forward = (
-            limits.step_products(config, batch, backward) for backward in (True, False)
+            limits.step_products(config, batch, backward)
+            for backward in (True, False)
         )
         row = 4 * config.dim
         products = limits.matmul(
@@ -151,10 +165,14 @@ def measure(settings: Settings, precision: str) -> tuple[list[dict], dict]:
 
         seconds = defaultdict(list)
         trainer.table = Between(trainer.table, "table", seconds, ranks.device)
-        trainer.engine = Between(trainer.engine, "engine", seconds, ranks.device)
+        trainer.engine = Between(
+            trainer.engine, "engine", seconds, ranks.device
+        )
         whole, _ = timed_calls(trainer.train_step, batches, ranks.device)
         pairs = zip(
-            seconds.pop("table.exchange"), seconds.pop("table.look_up"), strict=True
+            seconds.pop("table.exchange"),
+            seconds.pop("table.look_up"),
+            strict=True,
         )
         seconds["table look-up"] = [sum(pair) for pair in pairs]
         of_products = functools.partial(limits.seconds_of, products)
@@ -215,7 +233,9 @@ def _lines_of_step(settings, seconds, named, whole):
         rest[repeat] = whole[repeat] - spent
     lines.append(line("the rest", rest))
     least = sum(of[2] for of in named.values())
-    lines.append(limited(line("step", whole), "step", "sum of the above", least))
+    lines.append(
+        limited(line("step", whole), "step", "sum of the above", least)
+    )
     return lines
 
 
@@ -225,7 +245,10 @@ def started(config: ModelConfig, settings: Settings, ranks: "Ranks") -> tuple:
     """
     count = settings.warmup + settings.repeats
     dataset = dataset_of(
-        settings.items, settings.domains, settings.users * ranks.world_size, count
+        settings.items,
+        settings.domains,
+        settings.users * ranks.world_size,
+        count,
     )
     dataset = replace(dataset, streams=ranks.world_size)
     trainer = trainer_of(
@@ -342,7 +365,9 @@ def noted(
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(weights[0].device.type),
         )
-        found[kind].append(Call(function, tuple(arguments), *state, leaves, weights))
+        found[kind].append(
+            Call(function, tuple(arguments), *state, leaves, weights)
+        )
 
     def own(value):
         return (
@@ -382,7 +407,10 @@ def again(calls: list[Call], backward: bool) -> None:
         with (
             torch.set_grad_enabled(call.graph),
             torch.autocast(
-                device, torch.bfloat16, enabled=call.autocast, cache_enabled=False
+                device,
+                torch.bfloat16,
+                enabled=call.autocast,
+                cache_enabled=False,
             ),
         ):
             output = call.function(*call.arguments)
@@ -401,7 +429,9 @@ class Between:
     seconds[name.method], a list each.
     """
 
-    def __init__(self, inner: Any, name: str, seconds: dict, device: torch.device):
+    def __init__(
+        self, inner: Any, name: str, seconds: dict, device: torch.device
+    ):
         self._inner = inner
         self._name = name
         self._seconds = seconds
@@ -461,7 +491,7 @@ def measure_collectives(settings: Settings) -> tuple[list[dict], dict]:
     """What ranks exchange in a step: lines of the record's `results`, and their limits. Called
     on every rank.
     """
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         return _measure_collectives(settings, ranks)
 
 
@@ -471,15 +501,21 @@ def _measure_collectives(settings, ranks):
     device = ranks.device
     trainer, drawn, domain_items = started(config, settings, ranks)
     every = [
-        build_batch(*arrays, domain_items, config.max_length).distinct.to(device)
+        build_batch(*arrays, domain_items, config.max_length).distinct.to(
+            device
+        )
         for arrays in drawn
     ]
     ids = every[-1]
     row = 4 * config.dim
     others = (world - 1) / world
     wire = limits.collectives(ranks, settings.window, settings.wire_bytes)
-    rates = limits.memory(device, row, settings.memory_bytes, window=settings.window)
-    fewest = torch.tensor(len(ids), device=device)  # ranks have more or less alike
+    rates = limits.memory(
+        device, row, settings.memory_bytes, window=settings.window
+    )
+    fewest = torch.tensor(
+        len(ids), device=device
+    )  # ranks have more or less alike
     dist.all_reduce(fewest, dist.ReduceOp.MIN)
     even = int(fewest) // world * world
     rows = torch.ones(even, config.dim, device=device)
@@ -488,7 +524,9 @@ def _measure_collectives(settings, ranks):
     got = torch.empty_like(numbers)
     gradients = torch.zeros(trainer.weights, device=device)
     sums = torch.zeros(8 * settings.domains, dtype=torch.float64, device=device)
-    pooled = torch.zeros(settings.users, settings.domains, config.dim, device=device)
+    pooled = torch.zeros(
+        settings.users, settings.domains, config.dim, device=device
+    )
     exchange = others * rows.nbytes / wire["all_to_all"]
     looked_up = 2 * len(ids) * row / rates["gather"] + exchange
     updated = update_bytes(ids, row) / rates["gather"] + exchange
@@ -535,9 +573,17 @@ def _measure_collectives(settings, ranks):
     ):
         slowest = slowest_rank(seconds[key][settings.warmup :], device)
         lines.append(
-            limited(line(name, slowest), f"{name} and exchange", "rows and wire", least)
+            limited(
+                line(name, slowest),
+                f"{name} and exchange",
+                "rows and wire",
+                least,
+            )
         )
-    return [of | {"ranks": world} for of in lines], {"wire": wire, "memory": rates}
+    return [of | {"ranks": world} for of in lines], {
+        "wire": wire,
+        "memory": rates,
+    }
 
 
 def timed_together(call: Callable[[], Any], settings: Settings) -> list[float]:
@@ -593,10 +639,13 @@ def table(record: dict) -> str:
         row[f"{precision} ms (min – max)"] = suite.shown(milliseconds, 2)
         if "limit" in result:
             row["limit"] = result["limit"]
-            row[f"{precision} limit ms"] = f"{1000 * result['limit_seconds']:.2f}"
+            row[f"{precision} limit ms"] = (
+                f"{1000 * result['limit_seconds']:.2f}"
+            )
             row[f"{precision} share"] = f"{result['share']:.0%}"
     notes = [
-        f"Limits, {name}: {_rates(found)}." for name, found in record["limits"].items()
+        f"Limits, {name}: {_rates(found)}."
+        for name, found in record["limits"].items()
     ]
     notes += [
         f"{left_out['precision']} not run: {left_out['reason']}."
@@ -609,7 +658,8 @@ def _rates(found):
     """The limits of one run of processes in words."""
     named = {"copy": "copy", "add": "addition", "gather": "rows at random"}
     words = [
-        f"{name} {found['memory'][key] / 1e9:.1f} GB/s" for key, name in named.items()
+        f"{name} {found['memory'][key] / 1e9:.1f} GB/s"
+        for key, name in named.items()
     ]
     if "products" in found:
         words.append(
@@ -621,7 +671,9 @@ def _rates(found):
             f"{name.replace('_', '-')} {wire[name] / 1e9:.2f} GB/s"
             for name in ("all_to_all", "all_reduce")
         ]
-        words.append(f"a collective of one number {wire['latency'] * 1e6:,.0f} µs")
+        words.append(
+            f"a collective of one number {wire['latency'] * 1e6:,.0f} µs"
+        )
     return ", ".join(words)
 
 

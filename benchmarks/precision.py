@@ -26,7 +26,8 @@ from benchmarks import chart, suite
 from benchmarks.workload import described, prepared, some_data
 from trainer.data.format.dataset import Dataset
 from trainer.errors import exit_on_input_error
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE, read_records
+from trainer.reporting.run_log import read_records
+from trainer.run_files import HEADLINE, METRICS_FILE
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LAST = 4  # the share of a run's intervals that is compared is one of so many
@@ -66,10 +67,14 @@ def main() -> None:
             list(itertools.product(settings.precision, settings.seeds)), "runs"
         ):
             found = trained(settings, data, folder, precision, seed)
-            record["results"].append({"precision": precision, "seed": seed} | found)
+            record["results"].append(
+                {"precision": precision, "seed": seed} | found
+            )
     suite.save("precision", record, options)
     if options.json:
-        options.json.with_suffix(".svg").write_text(picture(record), encoding="utf-8")
+        options.json.with_suffix(".svg").write_text(
+            picture(record), encoding="utf-8"
+        )
 
 
 def trained(
@@ -84,7 +89,13 @@ def trained(
         f"model.precision={precision}",
         *settings.arguments,
     ]
-    command = [sys.executable, "launch/train.py", "--config", settings.preset, *given]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--config",
+        settings.preset,
+        *given,
+    ]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(
@@ -110,13 +121,17 @@ def distance(one: dict, other: dict) -> float:
 def table(record: dict) -> str:
     """Markdown: a line for each precision, and what lies between runs."""
     runs = {(run["precision"], run["seed"]): run for run in record["results"]}
-    first, *others = dict.fromkeys(run["precision"] for run in record["results"])
+    first, *others = dict.fromkeys(
+        run["precision"] for run in record["results"]
+    )
     seeds = list(dict.fromkeys(run["seed"] for run in record["results"]))
     rows = []
     for precision in (first, *others):
         own = [runs[precision, seed] for seed in seeds]
         last = [
-            statistics.mean(run["losses"][-max(1, len(run["losses"]) // _LAST) :])
+            statistics.mean(
+                run["losses"][-max(1, len(run["losses"]) // _LAST) :]
+            )
             for run in own
         ]
         ranked = [run["test"] for run in own]
@@ -148,7 +163,9 @@ def table(record: dict) -> str:
 
 def picture(record: dict) -> str:
     """All runs' losses as SVG: colours are seeds, dashes the other precision."""
-    first, *others = dict.fromkeys(run["precision"] for run in record["results"])
+    first, *others = dict.fromkeys(
+        run["precision"] for run in record["results"]
+    )
     places = [str(step) for step in record["results"][0]["steps"]]
     of = {
         precision: {
@@ -158,7 +175,9 @@ def picture(record: dict) -> str:
         }
         for precision in (first, *others)
     }
-    title = f"Training loss: {first}" + "".join(f", {other} dashed" for other in others)
+    title = f"Training loss: {first}" + "".join(
+        f", {other} dashed" for other in others
+    )
     return chart.svg(
         [
             chart.Panel(

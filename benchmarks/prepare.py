@@ -107,7 +107,8 @@ def measure(users: int, settings: Settings, folder: Path) -> dict:
         "shard_bytes": sum(shard["bytes"] for shard in dataset["shards"]),
         "synthesize": written,
         "prepare": prepared,
-        "interactions_per_second": dataset["interactions"] / prepared["seconds"],
+        "interactions_per_second": dataset["interactions"]
+        / prepared["seconds"],
     }
     if not settings.keep:
         shutil.rmtree(logs)
@@ -147,10 +148,15 @@ def run(command: list[str], output: Path) -> dict:
         while not ended.wait(1):
             peak["disk"] = max(
                 peak["disk"],
-                sum(size_of(path) for path in output.parent.glob(f"*{output.name}*")),
+                sum(
+                    size_of(path)
+                    for path in output.parent.glob(f"*{output.name}*")
+                ),
             )
 
-    watchers = [threading.Thread(target=watch) for watch in (watch_memory, watch_disk)]
+    watchers = [
+        threading.Thread(target=watch) for watch in (watch_memory, watch_disk)
+    ]
     for watcher in watchers:
         watcher.start()
     status = process.wait()
@@ -159,7 +165,9 @@ def run(command: list[str], output: Path) -> dict:
     for watcher in watchers:
         watcher.join()
     if status:
-        sys.exit(f"error: {' '.join(map(str, command))} ended with status {status}")
+        sys.exit(
+            f"error: {' '.join(map(str, command))} ended with status {status}"
+        )
     return {
         "seconds": seconds,
         "peak_memory_bytes": peak["memory"],

@@ -61,14 +61,24 @@ class Settings:
 
     def __post_init__(self):
         suite.at_least(
-            1, self, "items", "dim", "users", "fewer_users", "k", "excluded", "repeats"
+            1,
+            self,
+            "items",
+            "dim",
+            "users",
+            "fewer_users",
+            "k",
+            "excluded",
+            "repeats",
         )
         if self.fewer_users >= self.users:
             raise ValueError(
                 f"fewer_users is {self.fewer_users}: give less than users, {self.users}"
             )
         if any(dim % 4 for dim in self.dim):
-            raise ValueError(f"dim is {self.dim}: FBGEMM's rows are of multiples of 4")
+            raise ValueError(
+                f"dim is {self.dim}: FBGEMM's rows are of multiples of 4"
+            )
 
 
 def main() -> None:
@@ -90,7 +100,7 @@ def main() -> None:
 
 def measure(settings: Settings, items: int, dim: int) -> list[dict]:
     """The lines of one table of items."""
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         return _measure(settings, items, dim, ranks.device)
 
 
@@ -98,7 +108,9 @@ def _measure(settings, items, dim, device):
     generator = torch.Generator().manual_seed(1)
     table = ItemTable(items, dim, TableConfig(init_std=1.0), 1, device)
     y_BR = torch.randn(settings.users, dim, generator=generator).to(device)
-    row_B = torch.randint(items, (settings.users,), generator=generator).to(device)
+    row_B = torch.randint(items, (settings.users,), generator=generator).to(
+        device
+    )
     rows_E = torch.randint(
         items, (settings.users * settings.excluded,), generator=generator
     ).to(device)
@@ -221,7 +233,9 @@ def table(record: dict) -> str:
         "exclusions a user where there are "
         f"any. Memory for {settings['fewer_users']:,} and {settings['users']:,} users."
     )
-    missing = "FAISS was not installed there: pip install 'syncrec-trainer[index]'."
+    missing = (
+        "FAISS was not installed there: pip install 'syncrec-trainer[index]'."
+    )
     peer = f"FAISS {record['faiss']}." if record["faiss"] else missing
     return "\n\n".join([what, suite.markdown(rows), peer])
 

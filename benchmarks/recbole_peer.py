@@ -40,13 +40,15 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
+from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.format.dataset import USERS, Dataset
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
-from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.data.prepare.pipeline import prepare
+from trainer.data.synthetic import synthesize_logs
 from trainer.errors import InputError, exit_on_input_error
-from trainer.evaluation.sampled import Ranking, evaluation_record
+from trainer.evaluation.sampled import PositionCounts, make_evaluation_record
 from trainer.files.atomic import write_json
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE, read_records
+from trainer.reporting.run_log import read_records
+from trainer.run_files import HEADLINE, METRICS_FILE
 from trainer.study.peers import dataset_export as handing
 from trainer.study.peers.interface import SPLITS
 
@@ -101,9 +103,13 @@ class Settings:
         suite.at_least(3 * self.our_window, self, "our_steps")
         suite.existing(self.folder)
         if not self.log and self.users < 1:
-            raise ValueError("give log=FILE.parquet, or users=… of a synthetic log")
+            raise ValueError(
+                "give log=FILE.parquet, or users=… of a synthetic log"
+            )
         if not (ROOT / self.python).is_file():
-            raise ValueError(f"python is {self.python}, which is not there: make peers")
+            raise ValueError(
+                f"python is {self.python}, which is not there: make peers"
+            )
 
 
 @exit_on_input_error
@@ -141,13 +147,20 @@ class Work:
             log = ROOT / settings.log
             if not settings.log:
                 log = self.folder / "logs"
-                synthesize(
+                synthesize_logs(
                     log,
                     SyntheticConfig(
-                        users=settings.users, items=2000, domains=4, mean_length=30
+                        users=settings.users,
+                        items=2000,
+                        domains=4,
+                        mean_length=30,
                     ),
                 )
-            prepare(PrepareConfig(inputs=(str(log),), output=str(self.folder / "data")))
+            prepare(
+                PrepareConfig(
+                    inputs=(str(log),), output=str(self.folder / "data")
+                )
+            )
         self.dataset = Dataset.load(self.folder / "data")
         if not self.given.is_dir():
             partial = self.folder / "given.partial"
@@ -166,7 +179,9 @@ class Work:
             "domains": len(self.dataset.domains),
             "predicted_per_epoch": int(np.minimum(lengths_U, _LENGTH).sum()),
             "looked_up_per_epoch": int(
-                np.minimum(self.dataset.lengths, _LENGTH + 1).sum(dtype=np.int64)
+                np.minimum(self.dataset.lengths, _LENGTH + 1).sum(
+                    dtype=np.int64
+                )
             ),
             "fingerprint": self.dataset.fingerprint,
         }
@@ -174,7 +189,10 @@ class Work:
     def once(self, name: str, task: Any, function: Callable[[], Any]) -> Any:
         """`function()`, or what it returned in an earlier call with the same task."""
         file = self.folder / f"{name}.json"
-        if file.is_file() and (kept := json.loads(file.read_text()))["task"] == task:
+        if (
+            file.is_file()
+            and (kept := json.loads(file.read_text()))["task"] == task
+        ):
             return kept["answer"]
         answer = function()
         write_json(file, {"task": task, "answer": answer})
@@ -245,7 +263,7 @@ def hand_over(dataset: Dataset, folder: Path) -> None:
     """What `recbole_sasrec.py` reads; and the test candidates as raw ids, for
     `launch/evaluate.py`.
     """
-    handed = handing.hand_over(dataset, folder)
+    handed = handing.export_dataset(dataset, folder)
     if any((handed.load(f"candidates-{split}") < 0).any() for split in SPLITS):
         raise InputError(
             "a domain has too few items for 99 candidates that a user never touched: take "
@@ -257,15 +275,16 @@ def hand_over(dataset: Dataset, folder: Path) -> None:
             dataset.local(domain.vocabulary), columns=["item_id", "row"]
         )
         raw[vocabulary["row"].to_numpy()] = vocabulary["item_id"].to_pylist()
-    people = pq.read_table(dataset.local(USERS), columns=["user_id", "user"]).sort_by(
-        "user"
-    )["user_id"]
+    people = pq.read_table(
+        dataset.local(USERS), columns=["user_id", "user"]
+    ).sort_by("user")["user_id"]
     test_UC = handed.load("candidates-test")
     named = raw[test_UC]
     columns = {
         "user_id": people.take(pa.array(handed.user_U)),
         "domain": [
-            dataset.domains[domain].name for domain in dataset.domain_of(test_UC[:, 0])
+            dataset.domains[domain].name
+            for domain in dataset.domain_of(test_UC[:, 0])
         ],
         "positive": list(named[:, 0]),
         "negatives": [list(others) for others in named[:, 1:]],
@@ -374,7 +393,9 @@ def our_quality(work: Work, system: str, seed: int) -> dict:
     name = f"quality-{system}-{seed}"
     epochs = [f"epochs={work.settings.epochs}"] if work.settings.epochs else []
     records = work.train(name, system, f"seed={seed}", *epochs)
-    validations = [record for record in records if record["kind"] == "validation"]
+    validations = [
+        record for record in records if record["kind"] == "validation"
+    ]
     command = [
         "launch/evaluate.py",
         "--json",
@@ -415,7 +436,9 @@ def our_quality(work: Work, system: str, seed: int) -> dict:
     }
 
 
-def peer_quality(work: Work, name: str, training: str, loss: str, task: dict) -> dict:
+def peer_quality(
+    work: Work, name: str, training: str, loss: str, task: dict
+) -> dict:
     """RecBole's training, ranked by our code."""
     task |= {
         "options": options(work.settings, loss, work.settings.quality_batch),
@@ -425,10 +448,13 @@ def peer_quality(work: Work, name: str, training: str, loss: str, task: dict) ->
     for epoch in found["epochs"]:
         for split in SPLITS:
             scores_UC = np.load(
-                work.given / name / f"{split}-{epoch['epoch']}.npy", allow_pickle=False
+                work.given / name / f"{split}-{epoch['epoch']}.npy",
+                allow_pickle=False,
             )
             epoch[split] = ranked(work, split, scores_UC)
-    best = max(found["epochs"], key=lambda epoch: epoch["validation"]["mean"][HEADLINE])
+    best = max(
+        found["epochs"], key=lambda epoch: epoch["validation"]["mean"][HEADLINE]
+    )
     test = best["test"]
     by_epoch = [
         epoch | {split: epoch[split]["mean"][HEADLINE] for split in SPLITS}
@@ -449,19 +475,30 @@ def peer_quality(work: Work, name: str, training: str, loss: str, task: dict) ->
 
 def ranked(work: Work, split: str, scores_UC: np.ndarray) -> dict:
     """The evaluation record of scores, the held-out item's first; a tie counts against it."""
-    candidates_UC = np.load(work.given / f"candidates-{split}.npy", allow_pickle=False)
-    rank_U = (~(scores_UC[:, :1] > scores_UC)).sum(1)
-    histogram = np.zeros((2, len(work.dataset.domains), scores_UC.shape[1]), np.int64)
-    np.add.at(
-        histogram[0], (work.dataset.domain_of(candidates_UC[:, 0]), rank_U - 1), 1
+    candidates_UC = np.load(
+        work.given / f"candidates-{split}.npy", allow_pickle=False
     )
-    return evaluation_record(split, work.dataset, Ranking(histogram))
+    rank_U = (~(scores_UC[:, :1] > scores_UC)).sum(1)
+    histogram = np.zeros(
+        (2, len(work.dataset.domains), scores_UC.shape[1]), np.int64
+    )
+    np.add.at(
+        histogram[0],
+        (work.dataset.domain_of(candidates_UC[:, 0]), rank_U - 1),
+        1,
+    )
+    return make_evaluation_record(
+        split, work.dataset, PositionCounts(histogram)
+    )
 
 
 def table(record: dict) -> str:
     """Speed, then quality."""
     return "\n\n".join(
-        filter(None, [speed_table(record["speed"]), quality_table(record["quality"])])
+        filter(
+            None,
+            [speed_table(record["speed"]), quality_table(record["quality"])],
+        )
     )
 
 
@@ -513,7 +550,9 @@ def quality_table(results: list[dict]) -> str:
         for metric in (HEADLINE, "HR@10", "MRR"):
             values = [result["mean"][metric] for result in group]
             spread = (
-                f" ({min(values):.4f} – {max(values):.4f})" if len(values) > 1 else ""
+                f" ({min(values):.4f} – {max(values):.4f})"
+                if len(values) > 1
+                else ""
             )
             cells[f"test {metric}"] = f"{np.mean(values):.4f}{spread}"
         ended = group[0].get("stopped", "patience")

@@ -24,13 +24,13 @@ from recbole.model.sequential_recommender import SASRec
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-from trainer.study.peers.interface import SPLITS, Handed
+from trainer.study.peers.interface import SPLITS, PeerDataset
 
 AT_ONCE = 512  # users that are scored together
 CHUNK = 128  # targets whose scores of all items are in memory at once
 
 
-class Log(Handed):
+class Log(PeerDataset):
     """What FOLDER holds, for RecBole's own split."""
 
     def write(self) -> None:
@@ -47,14 +47,20 @@ class Log(Handed):
         )
         columns = np.stack([users_N, self.items_N, place_N], axis=1)
         header = "user_id:token\titem_id:token\ttimestamp:float"
-        np.savetxt(file, columns, fmt="%d", delimiter="\t", header=header, comments="")
+        np.savetxt(
+            file, columns, fmt="%d", delimiter="\t", header=header, comments=""
+        )
 
 
 class EveryPlace(SASRec):
     """In training gives the outputs at all places, (B, T, r), not at each sample's last one."""
 
     def gather_indexes(self, output: torch.Tensor, gather_index: torch.Tensor):
-        return output if self.training else super().gather_indexes(output, gather_index)
+        return (
+            output
+            if self.training
+            else super().gather_indexes(output, gather_index)
+        )
 
 
 class Peer:
@@ -86,13 +92,19 @@ class Peer:
         # it reads the command line too
         arguments = sys.argv
         sys.argv = sys.argv[:1]
-        self.config = Config(model="SASRec", dataset="log", config_dict=settings)
+        self.config = Config(
+            model="SASRec", dataset="log", config_dict=settings
+        )
         sys.argv = arguments
         logging.getLogger().setLevel(logging.WARNING)
         init_seed(self.config["seed"], self.config["reproducibility"])
         self.dataset = create_dataset(self.config)
-        self.train, self.validation, _ = data_preparation(self.config, self.dataset)
-        self.model = kind(self.config, self.train.dataset).to(self.config["device"])
+        self.train, self.validation, _ = data_preparation(
+            self.config, self.dataset
+        )
+        self.model = kind(self.config, self.train.dataset).to(
+            self.config["device"]
+        )
         self.trainer = Trainer(self.config, self.model)
         # Rows of our table in RecBole's numbers. What nobody touched has none: it is not
         # learnt, and gets the padding's 0.
@@ -101,12 +113,17 @@ class Peer:
             int(
                 max(
                     log.items_N.max(),
-                    *(log.load(f"candidates-{split}").max() for split in SPLITS),
+                    *(
+                        log.load(f"candidates-{split}").max()
+                        for split in SPLITS
+                    ),
                 )
             )
             + 1
         )
-        self.number_of = np.array([tokens.get(str(row), 0) for row in range(rows)])
+        self.number_of = np.array(
+            [tokens.get(str(row), 0) for row in range(rows)]
+        )
 
     def facts(self) -> dict:
         """What a record says of it."""
@@ -130,10 +147,13 @@ class Peer:
         names = ("recbole", "torch", "numpy", "pandas", "scipy", "ray")
         return {
             "samples_per_epoch": len(self.train.dataset.inter_feat),
-            "weights": sum(parameter.numel() for parameter in self.model.parameters()),
+            "weights": sum(
+                parameter.numel() for parameter in self.model.parameters()
+            ),
             "threads": torch.get_num_threads(),
             "recbole": {
-                name: self.config[name] for name in (*learnt, *dropout, *shape, "seed")
+                name: self.config[name]
+                for name in (*learnt, *dropout, *shape, "seed")
             },
             "versions": {name: version(name) for name in names},
         }
@@ -170,7 +190,9 @@ def speed(log: Log, task: dict) -> dict:
     peer = Peer(log, task["options"])
     timed = Timed(
         peer.train,
-        min(task["warm_up"] + task["windows"] * task["window"], len(peer.train)),
+        min(
+            task["warm_up"] + task["windows"] * task["window"], len(peer.train)
+        ),
     )
     peer.trainer._train_epoch(timed, 0)
     windows = []
@@ -179,7 +201,8 @@ def speed(log: Log, task: dict) -> dict:
     ):
         end = begin + task["window"]
         windows.append(
-            sum(timed.sizes[begin:end]) / (timed.times[end] - timed.times[begin])
+            sum(timed.sizes[begin:end])
+            / (timed.times[end] - timed.times[begin])
         )
     return {"interactions_per_second": windows} | peer.facts()
 
@@ -229,11 +252,15 @@ def quality_by_user(log: Log, task: dict) -> dict:
         for epoch in range(peer.config["epochs"]):
             peer.model.train()
             order = generator.permutation(len(rows[0]))
-            batch_of = np.cumsum(rows[3][order]) // peer.config["train_batch_size"]
+            batch_of = (
+                np.cumsum(rows[3][order]) // peer.config["train_batch_size"]
+            )
             for batch in np.split(order, np.flatnonzero(np.diff(batch_of)) + 1):
                 peer.trainer.optimizer.zero_grad()
                 user_loss(
-                    peer, [torch.from_numpy(part[batch]) for part in rows], generator
+                    peer,
+                    [torch.from_numpy(part[batch]) for part in rows],
+                    generator,
                 ).backward()
                 peer.trainer.optimizer.step()
             epochs.note(epoch, None)
@@ -260,10 +287,17 @@ def by_user(log: Log, peer: Peer, longest: int):
         targets.append(np.pad(first[1:], (0, longest - len(first) + 1)))
         for end in range(longest + 1, len(items)):
             inputs.append(items[end - longest : end])
-            targets.append(np.append(np.zeros(longest - 1, items.dtype), items[end]))
+            targets.append(
+                np.append(np.zeros(longest - 1, items.dtype), items[end])
+            )
     inputs_RT = np.stack(inputs)
     targets_RT = np.stack(targets)
-    return inputs_RT, targets_RT, (inputs_RT > 0).sum(1), (targets_RT > 0).sum(1)
+    return (
+        inputs_RT,
+        targets_RT,
+        (inputs_RT > 0).sum(1),
+        (targets_RT > 0).sum(1),
+    )
 
 
 def user_loss(
@@ -301,7 +335,10 @@ class FullSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y_LR: torch.Tensor, items_IR: torch.Tensor, target_L: torch.Tensor
+        ctx: Any,
+        y_LR: torch.Tensor,
+        items_IR: torch.Tensor,
+        target_L: torch.Tensor,
     ):
         grad_y = torch.empty_like(y_LR)
         grad_items = torch.zeros_like(items_IR)
@@ -318,7 +355,9 @@ class FullSoftmax(torch.autograd.Function):
             share.div_(sums)[torch.arange(len(y)), target] -= 1
             grad_y[place] = share @ items_IR
             grad_items.addmm_(share.T, y)
-        ctx.save_for_backward(grad_y.div_(len(y_LR)), grad_items.div_(len(y_LR)))
+        ctx.save_for_backward(
+            grad_y.div_(len(y_LR)), grad_items.div_(len(y_LR))
+        )
         return y_LR.new_tensor(total / len(y_LR))
 
     @staticmethod
@@ -349,7 +388,9 @@ class Epochs:
                 np.arange(len(log.lengths_U)), held_out, longest
             )
             items_UT = np.where(
-                np.arange(longest) < lengths_U[:, None], peer.number_of[items_UT], 0
+                np.arange(longest) < lengths_U[:, None],
+                peer.number_of[items_UT],
+                0,
             )
             self.inputs[split] = (
                 items_UT,
@@ -368,7 +409,8 @@ class Epochs:
         }
         for split, arrays in self.inputs.items():
             parts = (
-                np.array_split(array, -(-len(array) // AT_ONCE)) for array in arrays
+                np.array_split(array, -(-len(array) // AT_ONCE))
+                for array in arrays
             )
             scores_UC = np.concatenate(
                 [
@@ -393,7 +435,9 @@ class Epochs:
         y_BR = self.peer.model.forward(items_BT, lengths_B)
         return (
             torch.einsum(
-                "br,bcr->bc", y_BR, self.peer.model.item_embedding(candidates_BC)
+                "br,bcr->bc",
+                y_BR,
+                self.peer.model.item_embedding(candidates_BC),
             )
             .float()
             .numpy()

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import machine, suite
 from benchmarks.chart import Panel, svg
 from trainer.files.atomic import write_json
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE, read_records
+from trainer.reporting.run_log import read_records
+from trainer.run_files import HEADLINE, METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 _TIME = "timestamp"
@@ -94,14 +95,18 @@ def main() -> None:
         before = folder / "0-scratch"
         record["base"] = base | {"mean": mean_of(folder, before, 0)}
         for day in range(1, settings.days + 1):
-            prepare(folder, day, logs[day], ["--extend", folder / f"{day - 1}-data"])
+            prepare(
+                folder, day, logs[day], ["--extend", folder / f"{day - 1}-data"]
+            )
             result = {"day": day, "before": mean_of(folder, before, day)}
             for kind, given in (
                 ("warm", [*warm, f"warm_start={before}"]),
                 ("scratch", cold),
             ):
                 result[kind] = train(settings, folder, day, kind, given)
-                result[kind]["mean"] = mean_of(folder, folder / f"{day}-{kind}", day)
+                result[kind]["mean"] = mean_of(
+                    folder, folder / f"{day}-{kind}", day
+                )
             before = folder / f"{day}-warm"
             record["results"].append(result)
             suite.save("retraining", record, options)
@@ -116,7 +121,10 @@ def cut(settings: Settings, folder: Path) -> tuple:
     log = pq.read_table(settings.log)
     time_N = log[_TIME].to_numpy()
     shares = 1 - settings.share * np.arange(settings.days, 0, -1)
-    ends = [*np.quantile(time_N, shares, method="higher").tolist(), time_N.max()]
+    ends = [
+        *np.quantile(time_N, shares, method="higher").tolist(),
+        time_N.max(),
+    ]
     files = []
     facts = []
     last = None
@@ -171,7 +179,8 @@ def train(
     ]
     seconds = once(folder, run.name, ["launch/train.py", *given])
     epochs = sum(
-        record["kind"] == "validation" for record in read_records(run / METRICS_FILE)
+        record["kind"] == "validation"
+        for record in read_records(run / METRICS_FILE)
     )
     return {"seconds": seconds, "epochs": epochs}
 
@@ -193,7 +202,8 @@ def mean_of(folder: Path, run: str, day: int) -> dict:
     )
     record = json.loads((folder / f"{name}.out").read_text().splitlines()[-1])
     domains = {
-        domain: figures[HEADLINE] for domain, figures in record["domains"].items()
+        domain: figures[HEADLINE]
+        for domain, figures in record["domains"].items()
     }
     return domains | {"mean": record["mean"][HEADLINE]}
 
@@ -229,7 +239,9 @@ def table(record: dict) -> str:
             "before": f"{result['before']['mean']:.4f}",
             "warm": f"{result['warm']['mean']['mean']:.4f}",
             "scratch": f"{result['scratch']['mean']['mean']:.4f}",
-            "warm against scratch": f"{_share(result) - 1:+.1%}".replace("-", "−"),
+            "warm against scratch": f"{_share(result) - 1:+.1%}".replace(
+                "-", "−"
+            ),
             "warm s": f"{result['warm']['seconds']:.0f}",
             "scratch s": f"{result['scratch']['seconds']:.0f}",
             "scratch epochs": result["scratch"]["epochs"],
@@ -260,8 +272,12 @@ def chart(record: dict) -> str:
     """NDCG@10 and seconds by day."""
     days = [str(result["day"]) for result in record["results"]]
     means = {
-        "warm": [result["warm"]["mean"]["mean"] for result in record["results"]],
-        "scratch": [result["scratch"]["mean"]["mean"] for result in record["results"]],
+        "warm": [
+            result["warm"]["mean"]["mean"] for result in record["results"]
+        ],
+        "scratch": [
+            result["scratch"]["mean"]["mean"] for result in record["results"]
+        ],
         "before": [result["before"]["mean"] for result in record["results"]],
     }
     seconds = {
@@ -277,7 +293,9 @@ def chart(record: dict) -> str:
                 "day",
                 f"test {HEADLINE}",
             ),
-            Panel("What a day's training takes", days, seconds, "day", "seconds"),
+            Panel(
+                "What a day's training takes", days, seconds, "day", "seconds"
+            ),
         ]
     )
 

@@ -64,7 +64,14 @@ class Settings:
 
     def __post_init__(self):
         suite.at_least(
-            1, self, "users", "shortest", "steps", "rounds", "tries", "volume_users"
+            1,
+            self,
+            "users",
+            "shortest",
+            "steps",
+            "rounds",
+            "tries",
+            "volume_users",
         )
         suite.at_least(2 * self.domains, self, "items")
 
@@ -86,7 +93,9 @@ def main() -> None:
     record["predictions"] = predictions(settings, record)
     suite.save("scaling", record, options)
     if options.json:
-        options.json.with_suffix(".svg").write_text(picture(record), encoding="utf-8")
+        options.json.with_suffix(".svg").write_text(
+            picture(record), encoding="utf-8"
+        )
 
 
 def steps(groups: Groups, settings: Settings) -> list[dict]:
@@ -149,7 +158,11 @@ def quietest(together: "list[Group]", users: int, settings: Settings) -> dict:
         for group in together:
             group.tell("steps", users=users, steps=settings.steps)
         answers = [answer for group in together for answer in group.hear()]
-        others = _busy() - busy - sum(answer["processor_seconds"] for answer in answers)
+        others = (
+            _busy()
+            - busy
+            - sum(answer["processor_seconds"] for answer in answers)
+        )
         tried.append(
             {
                 "seconds": [
@@ -195,7 +208,8 @@ def waits(groups: Groups, settings: Settings) -> dict:
             for part, seconds in parts.items():
                 of_steps[part].append(seconds)
         medians = {
-            part: statistics.median(seconds) for part, seconds in of_steps.items()
+            part: statistics.median(seconds)
+            for part, seconds in of_steps.items()
         }
         found[name] = {
             "step": medians.pop("step"),
@@ -213,7 +227,9 @@ def volumes(groups: Groups, settings: Settings, model: dict) -> list[dict]:
     groups.limit(None)
     group = groups.apart or groups.pair
     interfaces = (
-        [interface for _, interface, _ in groups.hosts] if groups.hosts else None
+        [interface for _, interface, _ in groups.hosts]
+        if groups.hosts
+        else None
     )
     world = len(group.ranks)
     dim = settings.model.dim
@@ -235,7 +251,9 @@ def volumes(groups: Groups, settings: Settings, model: dict) -> list[dict]:
             rows["foreign"],
         )
         answers = group.ask("calls", **about, interface=interfaces)
-        parts = _volumes_of_parts(expected, answers, on_wire=interfaces is not None)
+        parts = _volumes_of_parts(
+            expected, answers, on_wire=interfaces is not None
+        )
         found.append(
             {
                 "exponent": exponent,
@@ -267,7 +285,12 @@ def _volumes_of_parts(expected, answers, on_wire):
     for answer in answers:
         for of_step in answer["calls"]:
             for call in of_step:
-                nothing = {"calls": 0, "expected": 0.0, "called": 0.0, "wire": 0.0}
+                nothing = {
+                    "calls": 0,
+                    "expected": 0.0,
+                    "called": 0.0,
+                    "wire": 0.0,
+                }
                 part = parts.setdefault(call["part"], nothing)
                 part["calls"] += share
                 part["called"] += share * call["sent"]
@@ -339,7 +362,11 @@ def predictions(settings: Settings, record: dict) -> list[dict]:
     """
     counted = record["volume"][0]
     cluster = settings.cluster
-    tokens = record["steps"][0]["tokens"] / record["steps"][0]["users"] * cluster.users
+    tokens = (
+        record["steps"][0]["tokens"]
+        / record["steps"][0]["users"]
+        * cluster.users
+    )
     rows = counted["distinct"] / counted["users"] * cluster.users
     found = []
     for rate in cluster.tokens_per_second:
@@ -353,7 +380,9 @@ def predictions(settings: Settings, record: dict) -> list[dict]:
                         global_negatives=everyone,
                         **record["model"],
                     )
-                    parts = step_model.cluster_step(load, cluster, gpus, gbit, rate)
+                    parts = step_model.cluster_step(
+                        load, cluster, gpus, gbit, rate
+                    )
                     found.append(
                         {
                             "tokens_per_second": rate,
@@ -388,7 +417,10 @@ def ratios(record: dict, case: str, users: int, of: int = 1) -> dict | None:
     """How the time of one rank on `of` · users compares with the case's on as many a rank, by
     round: `suite.spread`.
     """
-    rounds = {(step["case"], step["users"]): step["rounds"] for step in record["steps"]}
+    rounds = {
+        (step["case"], step["users"]): step["rounds"]
+        for step in record["steps"]
+    }
     if (ONE, of * users) not in rounds:
         return None
     return suite.spread(
@@ -404,8 +436,12 @@ def ratios(record: dict, case: str, users: int, of: int = 1) -> dict | None:
 def _times(record):
     rows = []
     for step in record["steps"]:
-        weak = step["case"] != ONE and ratios(record, step["case"], step["users"])
-        strong = step["ranks"] > 1 and ratios(record, step["case"], step["users"], 2)
+        weak = step["case"] != ONE and ratios(
+            record, step["case"], step["users"]
+        )
+        strong = step["ranks"] > 1 and ratios(
+            record, step["case"], step["users"], 2
+        )
         ranks = 1 if step["case"] == ONE else 2
         rate = step["tokens"] * ranks / step["seconds"]["median"]
         rows.append(
@@ -415,11 +451,14 @@ def _times(record):
                 "step s (min – max)": suite.shown(step["seconds"]),
                 "tokens/s": f"{rate:,.0f}",
                 "% of twice one rank": suite.shown(
-                    {key: 100 * weak[key] for key in ("median", "min", "max")}, 0
+                    {key: 100 * weak[key] for key in ("median", "min", "max")},
+                    0,
                 )
                 if weak
                 else "",
-                "times one rank on all users": suite.shown(strong, 2) if strong else "",
+                "times one rank on all users": suite.shown(strong, 2)
+                if strong
+                else "",
                 "other processes, cores": f"{step['others']:.2f}",
             }
         )
@@ -436,11 +475,18 @@ def _times(record):
 def _waits(record):
     parts = list(
         dict.fromkeys(
-            part for found in record["waits"].values() for part in found["parts"]
+            part
+            for found in record["waits"].values()
+            for part in found["parts"]
         )
     )
     rows = []
-    for part in ["whole step", "wait for the later rank", *parts, "all collectives"]:
+    for part in [
+        "whole step",
+        "wait for the later rank",
+        *parts,
+        "all collectives",
+    ]:
         row = {"ms of a step": part}
         for case, found in record["waits"].items():
             seconds = {
@@ -462,7 +508,9 @@ def _bytes(record):
             "collectives": f"{part['calls']:.0f}",
             "by formula": f"{part['expected']:,.0f}",
             "by call": f"{part['called']:,.0f}",
-            "on the wire": f"{part['wire']:,.0f}" if part["wire"] is not None else "",
+            "on the wire": f"{part['wire']:,.0f}"
+            if part["wire"] is not None
+            else "",
         }
         for name, part in by_part["parts"].items()
     ]
@@ -525,7 +573,8 @@ def _clusters(record):
     }
     for found in record["predictions"]:
         first = (
-            found["tokens_per_second"] == record["predictions"][0]["tokens_per_second"]
+            found["tokens_per_second"]
+            == record["predictions"][0]["tokens_per_second"]
         )
         shown = (
             (gpus[0], gpus[len(gpus) // 2], gpus[-1])

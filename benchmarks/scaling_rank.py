@@ -27,13 +27,13 @@ from benchmarks.scaling import Settings
 from benchmarks.workload import dataset_of, draw
 from syncrec.batch.build import build_batch
 from trainer.config.run import RunConfig
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 from trainer.training.step import Trainer
 
 if TYPE_CHECKING:
-    from syncrec.batch.build import Batch
+    from syncrec.batch.views import Batch
     from trainer.distributed.process_group import Ranks
 
 
@@ -65,8 +65,11 @@ class Rank:
             optimizer=settings.optimizer,
             deepspeed=settings.deepspeed,
         )
-        plan = Plan(
-            self.dataset, config.global_batch_size, ranks.world_size, config.seed
+        plan = BatchSchedule(
+            self.dataset,
+            config.global_batch_size,
+            ranks.world_size,
+            config.seed,
         )
         self.trainer = Trainer(config, ranks, self.dataset, plan)
         self._drawn = {}
@@ -171,7 +174,9 @@ class Rank:
                 (("distinct", "distinct_foreign"), torch.unique(used)),
             ):
                 found[names[0]].append(len(rows))
-                found[names[1]].append(traffic.foreign(rows, rank, world, scatter))
+                found[names[1]].append(
+                    traffic.foreign(rows, rank, world, scatter)
+                )
         return {name: statistics.mean(counts) for name, counts in found.items()}
 
     def model(self) -> dict:
@@ -206,7 +211,10 @@ def main() -> None:
     def answer(value):
         print(json.dumps(value), file=answers, flush=True)
 
-    with traffic.watch(), process_group.joined(timeout_minutes=5) as ranks:
+    with (
+        traffic.watch(),
+        process_group.join_process_group(timeout_minutes=5) as ranks,
+    ):
         rank = Rank(settings, ranks)
         answer({"there": ranks.rank})
         for line in sys.stdin:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import suite
 from syncrec.config import ModelConfig
-from syncrec.export import UserEncoder, exported
+from syncrec.export import UserEncoder, export_program
 from syncrec.model import SyNCRec
 
 _DOMAINS = 5
@@ -76,7 +76,9 @@ def main() -> None:
     settings, options = suite.settings("serving", Settings)
     record = suite.header("serving", settings, options) | {"results": []}
     for dim, longest in zip(settings.dim, settings.max_length, strict=True):
-        record["results"] += suite.in_own_process(measure, settings, dim, longest)
+        record["results"] += suite.in_own_process(
+            measure, settings, dim, longest
+        )
     suite.save("serving", record, options)
 
 
@@ -102,7 +104,9 @@ def measure(settings: Settings, dim: int, longest: int) -> list[dict]:
             matrix = torch.randn(items, dim)
             request = functools.partial(answer, user, (), matrix, settings.k)
             timings = latencies(request, settings)
-            lines.append(what | {"part": "encoder and top k", "items": items} | timings)
+            lines.append(
+                what | {"part": "encoder and top k", "items": items} | timings
+            )
     return lines
 
 
@@ -139,13 +143,18 @@ def loaded(settings: Settings, dim: int, longest: int) -> list:
         file = Path(folder) / "encoder.pt2"
         programs = []
         for domain in (None, 0):
-            torch.export.save(exported(UserEncoder(model, (0.0, 200.0), domain)), file)
+            torch.export.save(
+                export_program(UserEncoder(model, (0.0, 200.0), domain)), file
+            )
             programs.append(torch.export.load(file).module())
         return programs
 
 
 def answer(
-    program: Callable, history: tuple[torch.Tensor, ...], matrix: torch.Tensor, k: int
+    program: Callable,
+    history: tuple[torch.Tensor, ...],
+    matrix: torch.Tensor,
+    k: int,
 ) -> Any:
     """The k best items of one user."""
     return (matrix @ program(*history)[0]).topk(k)

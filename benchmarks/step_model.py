@@ -42,7 +42,13 @@ class Point:
     def terms(self) -> np.ndarray:
         """What each of the parameters is multiplied with."""
         return np.array(
-            [1.0, self.tokens, self.messages, self.bytes, self.bytes / self.bandwidth]
+            [
+                1.0,
+                self.tokens,
+                self.messages,
+                self.bytes,
+                self.bytes / self.bandwidth,
+            ]
         )
 
 
@@ -56,11 +62,15 @@ def fit(points: list[Point]) -> dict[str, float]:
     # Non-negative least squares, exactly: the best of all sets of parameters that may be other
     # than 0.
     for size in range(1, len(PARAMETERS) + 1):
-        for kept in map(list, itertools.combinations(range(len(PARAMETERS)), size)):
+        for kept in map(
+            list, itertools.combinations(range(len(PARAMETERS)), size)
+        ):
             found, *_ = np.linalg.lstsq(
                 terms[:, kept] / scale[kept], np.ones(len(points)), rcond=None
             )
-            error = float(((terms[:, kept] / scale[kept] @ found - 1) ** 2).sum())
+            error = float(
+                ((terms[:, kept] / scale[kept] @ found - 1) ** 2).sum()
+            )
             if (found >= 0).all() and error < best:
                 best = error
                 values = np.zeros(len(PARAMETERS))
@@ -70,7 +80,9 @@ def fit(points: list[Point]) -> dict[str, float]:
 
 def predict(parameters: dict[str, float], point: Point) -> float:
     """Seconds of the step."""
-    return float(point.terms @ np.array([parameters[name] for name in PARAMETERS]))
+    return float(
+        point.terms @ np.array([parameters[name] for name in PARAMETERS])
+    )
 
 
 def left_out(points: list[Point]) -> list[float]:
@@ -156,7 +168,8 @@ def cluster_step(
 
     def all_to_all(sent):
         return (
-            sent * (1 - leaving) / inside + cluster.per_host * sent * leaving / between
+            sent * (1 - leaving) / inside
+            + cluster.per_host * sent * leaving / between
         )
 
     def ring(sent):
@@ -168,9 +181,12 @@ def cluster_step(
         return max(sent / inside, sent / between)
 
     rows = sum(
-        by_part[part] for part in ("numbers of ids", "ids", "rows", "row gradients")
+        by_part[part]
+        for part in ("numbers of ids", "ids", "rows", "row gradients")
     )
-    dense = sum(by_part.get(part, 0) for part in ("dense gradients", "dense weights"))
+    dense = sum(
+        by_part.get(part, 0) for part in ("dense gradients", "dense weights")
+    )
     information = by_part["SC-MIM"] + by_part["SC-MIM gradients"]
     return {
         "compute": load.tokens / tokens_per_second * cluster.imbalance,

@@ -54,9 +54,9 @@ from trainer.config.negatives import NegativesConfig
 from trainer.config.stream import StreamConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import ShardFile
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import Histories, read_users
-from trainer.data.loading.stream import TrainBatches, ready
+from trainer.data.loading.stream import TrainBatches, batches_of_workers
 from trainer.errors import exit_on_input_error
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ class Setting:
         """Batches in which every stream uses up a block."""
         return max(
             1,
-            self.dataset.streams * self.dataset.block_users // self.settings.batch_size,
+            self.dataset.streams
+            * self.dataset.block_users
+            // self.settings.batch_size,
         )
 
     @property
@@ -125,8 +127,12 @@ class Setting:
         """Batches of one rank from the first one on, of a plan that has computed nothing yet."""
         given = self.settings
         config = StreamConfig(workers=workers)
-        plan = Plan(
-            self.dataset, given.batch_size, 1, seed=0, max_length=given.max_length
+        plan = BatchSchedule(
+            self.dataset,
+            given.batch_size,
+            1,
+            seed=0,
+            max_length=given.max_length,
         )
         return TrainBatches(
             plan,
@@ -162,7 +168,9 @@ def main() -> None:
     torch.set_num_threads(1)  # as worker processes have it
     record = suite.header("stream", settings, options)
     with suite.scratch(settings.folder, "stream-") as scratch:
-        dataset = Dataset.load(settings.data or prepared(Path(scratch), settings.users))
+        dataset = Dataset.load(
+            settings.data or prepared(Path(scratch), settings.users)
+        )
         record["machine"]["file_system"] = machine.file_system(
             Path(settings.data or scratch)
         )
@@ -174,7 +182,9 @@ def main() -> None:
         "round": setting.round,
     }
     suite.save(
-        "stream", record | {"results": results, "ratios": ratios(results)}, options
+        "stream",
+        record | {"results": results, "ratios": ratios(results)},
+        options,
     )
 
 
@@ -201,7 +211,9 @@ def measure(setting: Setting, folder: Path) -> list[dict]:
         for (
             name,
             function,
-        ) in rows.items():  # in turn: what else the machine does then meets all of them
+        ) in (
+            rows.items()
+        ):  # in turn: what else the machine does then meets all of them
             found = function()
             for row, one in (
                 found.items() if isinstance(found, dict) else [(name, found)]
@@ -219,7 +231,9 @@ def measure(setting: Setting, folder: Path) -> list[dict]:
         line = lines[f"ready, workers: {workers}"]
         line["workers"] = workers
         line["users_per_second_and_worker"] = line["users_per_second"] / workers
-        line["tokens_per_second_and_worker"] = line["tokens_per_second"] / workers
+        line["tokens_per_second_and_worker"] = (
+            line["tokens_per_second"] / workers
+        )
         # Each worker opens every shard.
         line["opened_users_per_second"] = 1 / (
             1 / line["users_per_second"] + 1 / lines["open"]["users_per_second"]
@@ -235,7 +249,9 @@ def ready_batches(setting: Setting, workers: int) -> Timed:
     """Batches from worker processes."""
     batches = setting.fed(workers)
     begin = time.perf_counter()
-    with contextlib.closing(ready(batches, batches.config, pin_memory=False)) as stream:
+    with contextlib.closing(
+        batches_of_workers(batches, batches.config, pin_memory=False)
+    ) as stream:
         next(stream)
         first = time.perf_counter() - begin
         for _ in range(setting.round - 1):
@@ -249,7 +265,10 @@ def ready_batches(setting: Setting, workers: int) -> Timed:
             built += fed.seconds
         seconds = time.perf_counter() - begin
     numbers = np.concatenate(users)
-    facts = {"first_batch_seconds": first, "worker_busy": built / workers / seconds}
+    facts = {
+        "first_batch_seconds": first,
+        "worker_busy": built / workers / seconds,
+    }
     return Timed(seconds, len(numbers), setting.tokens(numbers), facts=facts)
 
 
@@ -257,7 +276,7 @@ def parts(setting: Setting) -> dict[str, Timed]:
     """The same batches in this process, by parts."""
     batches = setting.fed()
     plan = batches.plan
-    histories = Histories.of_plan(batches.plan)
+    histories = Histories.of_schedule(batches.plan)
     laps = np.zeros(3)
     users = []
     with contextlib.closing(histories):
@@ -280,7 +299,10 @@ def parts(setting: Setting) -> dict[str, Timed]:
         name: Timed(float(lap), size, tokens)
         for name, lap in zip(("assign", "read", "build"), laps, strict=True)
     }
-    return {"all in one process": Timed(float(laps.sum()), size, tokens), **found}
+    return {
+        "all in one process": Timed(float(laps.sum()), size, tokens),
+        **found,
+    }
 
 
 def shard_after_shard(
@@ -303,7 +325,9 @@ def shard_after_shard(
     }
 
 
-def raw(setting: Setting, shards: "tuple[Shard, ...]", forget: bool = False) -> Timed:
+def raw(
+    setting: Setting, shards: "tuple[Shard, ...]", forget: bool = False
+) -> Timed:
     """The shards' bytes in order, into memory that is used again."""
     paths = [setting.dataset.local(shard.name) for shard in shards]
     facts = {"from_disk": machine.drop_from_cache(paths)} if forget else None
@@ -313,11 +337,15 @@ def raw(setting: Setting, shards: "tuple[Shard, ...]", forget: bool = False) -> 
         with open(path, "rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
-    return Timed(time.perf_counter() - begin, **_amount(setting, shards), facts=facts)
+    return Timed(
+        time.perf_counter() - begin, **_amount(setting, shards), facts=facts
+    )
 
 
 def _amount(setting, shards):
-    users = slice(shards[0].first_user, shards[-1].first_user + shards[-1].users)
+    users = slice(
+        shards[0].first_user, shards[-1].first_user + shards[-1].users
+    )
     size = sum(shard.bytes for shard in shards)
     return {
         "users": users.stop - users.start,
@@ -377,13 +405,20 @@ def summary(name: str, values: list[Timed]) -> dict:
     """What the JSON says of a row's repeats, which are of the same users."""
     one = values[0]
     seconds = statistics.median(value.seconds for value in values)
-    line = {"name": name, "users": one.users, "tokens": one.tokens, "bytes": one.bytes}
+    line = {
+        "name": name,
+        "users": one.users,
+        "tokens": one.tokens,
+        "bytes": one.bytes,
+    }
     line["seconds"] = suite.spread([value.seconds for value in values])
     line |= {
         "users_per_second": one.users / seconds,
         "tokens_per_second": one.tokens / seconds,
     }
-    line["bytes_per_second"] = None if one.bytes is None else one.bytes / seconds
+    line["bytes_per_second"] = (
+        None if one.bytes is None else one.bytes / seconds
+    )
     for fact in one.facts or ():
         line[fact] = [value.facts[fact] for value in values]
     return line
@@ -407,7 +442,8 @@ def ratios(results: list[dict]) -> dict[str, float]:
         },
         "open and decode / webdataset": reading / other,
         **{
-            f"open and decode / {name}": decoding / lines[name]["bytes_per_second"]
+            f"open and decode / {name}": decoding
+            / lines[name]["bytes_per_second"]
             for name in lines
             if "raw" in name
         },
@@ -446,11 +482,15 @@ def table(record: dict) -> str:
     )
     compared = (
         "Ratios: "
-        + "; ".join(f"{name}: {ratio:.3g}" for name, ratio in record["ratios"].items())
+        + "; ".join(
+            f"{name}: {ratio:.3g}" for name, ratio in record["ratios"].items()
+        )
         + "."
     )
     lines = [what, suite.markdown(rows), compared]
-    if not all(all(line.get("from_disk", [True])) for line in record["results"]):
+    if not all(
+        all(line.get("from_disk", [True])) for line in record["results"]
+    ):
         lines.append(
             "Not all shards left the page cache before they were read from disk."
         )

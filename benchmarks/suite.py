@@ -112,7 +112,9 @@ def settings(
         form = [described.full] + [described.short] * options.short
         filled = OmegaConf.to_object(
             OmegaConf.merge(
-                OmegaConf.structured(kind), *form, OmegaConf.from_dotlist(options.given)
+                OmegaConf.structured(kind),
+                *form,
+                OmegaConf.from_dotlist(options.given),
             )
         )
     except (OmegaConfBaseException, ValueError) as error:
@@ -134,13 +136,17 @@ def at_least(least: float, settings: Any, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if (
-            min(value if isinstance(value, list) else [value], default=least - 1)
+            min(
+                value if isinstance(value, list) else [value], default=least - 1
+            )
             < least
         ):
             raise ValueError(f"{name} is {value}: give at least {least}")
 
 
-def scratch(folder: str, prefix: str = "benchmark-") -> tempfile.TemporaryDirectory:
+def scratch(
+    folder: str, prefix: str = "benchmark-"
+) -> tempfile.TemporaryDirectory:
     """A new temporary folder in `folder` ("": the system's place), removed at the end of its
     `with`.
     """
@@ -176,7 +182,8 @@ def header(name: str, settings: Any, options: Options) -> dict:
         "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {
-            key: _without_folder(value) for key, value in asdict(settings).items()
+            key: _without_folder(value)
+            for key, value in asdict(settings).items()
         },
         "machine": machine.describe(device()),
     }
@@ -208,7 +215,10 @@ def on_ranks(ranks: int, function: Callable, *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory(prefix="ranks-") as own:
         answer = Path(own) / "answer.json"
         group = spawn(
-            _rank, (ranks, port, answer, function, arguments), nprocs=ranks, join=False
+            _rank,
+            (ranks, port, answer, function, arguments),
+            nprocs=ranks,
+            join=False,
         )
         try:
             while not group.join():  # True once all have ended
@@ -232,12 +242,16 @@ def _rank(rank, ranks, port, answer, function, arguments):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    warnings.simplefilter("ignore", FutureWarning)  # torch calls what it has deprecated
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # torch calls what it has deprecated
     returned = function(*arguments)
     if rank == 0:
         write_json(answer, returned)
     sys.stdout.flush()
-    os._exit(0)  # without Python's teardown: trainer.distributed.process_exit says why
+    os._exit(
+        0
+    )  # without Python's teardown: trainer.distributed.process_exit says why
 
 
 def spread(values: list[float]) -> dict:
@@ -327,7 +341,10 @@ def markdown(rows: list[dict]) -> str:
     rule = (
         "|"
         + "|".join(
-            ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+            [
+                "-" * (widths[0] + 2),
+                *("-" * (width + 1) + ":" for width in widths[1:]),
+            ]
         )
         + "|"
     )

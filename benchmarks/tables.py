@@ -19,7 +19,9 @@ README = FOLDER / "README.md"
 
 
 def main() -> None:
-    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(
+        rewritten(README.read_text(encoding="utf-8")), encoding="utf-8"
+    )
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:

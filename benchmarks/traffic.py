@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from embeddings.table import bags_of_rank
+from embeddings.table import count_bags
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,9 @@ HEADER = 14 + 20 + 32
 _ID = 8  # bytes of a row's number as TorchRec sends it
 _LENGTH = 4  # of the number of ids in a bag
 _LEAST_ID = 4  # a table has less than 2³¹ rows
-_CHECKED = 3 + 4  # both norms and the probe of what is not finite; the ranks' signals
+_CHECKED = (
+    3 + 4
+)  # both norms and the probe of what is not finite; the ranks' signals
 
 # The collectives and where their input is among the arguments.
 _INPUTS = {
@@ -129,11 +131,11 @@ class Traffic:
     def __exit__(self, *exception):
         Traffic._active = None
 
-    def note(self, kind: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def note(
+        self, kind: str, function: Callable, args: tuple, kwargs: dict
+    ) -> Any:
         """Calls the collective, notes it, and returns what it returned."""
-        Traffic._active = (
-            None  # what the collective and the meeting are made of is not counted
-        )
+        Traffic._active = None  # what the collective and the meeting are made of is not counted
         begin = time.perf_counter()
         if self.meet:
             dist.barrier()
@@ -152,13 +154,23 @@ class Traffic:
         world = dist.get_world_size()
         own = 0
         if kind == "all_to_all_single":
-            splits = args[3] if len(args) > 3 else kwargs.get("input_split_sizes")
+            splits = (
+                args[3] if len(args) > 3 else kwargs.get("input_split_sizes")
+            )
             rows = splits[dist.get_rank()] if splits else len(tensor) // world
             own = rows * tensor[:1].nbytes
         bytes_sent = sent(kind, tensor.nbytes, world, own)
         part = _part(kind, tensor)
         self.calls.append(
-            Call(part, kind, tensor.nbytes, bytes_sent, wire, met - begin, ended - met)
+            Call(
+                part,
+                kind,
+                tensor.nbytes,
+                bytes_sent,
+                wire,
+                met - begin,
+                ended - met,
+            )
         )
         Traffic._active = self
         return returned
@@ -221,7 +233,9 @@ def _part(kind, tensor):
             if tensor.is_floating_point():
                 return "row gradients" if name == "backward" else "rows"
             return (
-                "ids" if frame.f_locals.get("label") == "values" else "numbers of ids"
+                "ids"
+                if frame.f_locals.get("label") == "values"
+                else "numbers of ids"
             )
         if f"{os.sep}deepspeed{os.sep}" in file:
             if kind in ("all_gather", "all_gather_into_tensor"):
@@ -259,19 +273,23 @@ def expected(
     gathered = users * domains * 4 * dim
     found = {
         # How many lengths, ids and bags go to each rank; the lengths of the bags.
-        "numbers of ids": (world - 1) * (3 * _ID + bags_of_rank(world) * _LENGTH),
+        "numbers of ids": (world - 1) * (3 * _ID + count_bags(world) * _LENGTH),
         "ids": foreign * _ID,
         "rows": foreign * 4 * dim,
         "row gradients": foreign * 4 * dim,
         "φ, λ and means": 2 * others * 8 * 8 * domains,
         "SC-MIM": (world - 1)
-        * (gathered + users * domains),  # the vectors, and which of them there are
+        * (
+            gathered + users * domains
+        ),  # the vectors, and which of them there are
         "SC-MIM gradients": (world - 1) * gathered,
         "dense gradients": 2 * others * 4 * weights,
         "clip, check, signals": 2 * others * _CHECKED * 8,
     }
     if 0 < candidates < world * users:
-        sample = 2 * others * 4 * domains * candidates * dim  # summed into their places
+        sample = (
+            2 * others * 4 * domains * candidates * dim
+        )  # summed into their places
         found["SC-MIM"] = sample
         found["SC-MIM gradients"] = sample
         found["φ, λ and means"] += (
@@ -282,7 +300,9 @@ def expected(
     return found
 
 
-def foreign(ids: "torch.Tensor", rank: int, world: int, scatter: "RowScatter") -> int:
+def foreign(
+    ids: "torch.Tensor", rank: int, world: int, scatter: "RowScatter"
+) -> int:
     """How many of these rows (int64) other ranks hold."""
     in_shard = -(-scatter.rows // world)
     return int((scatter.stored(ids) // in_shard != rank).sum())

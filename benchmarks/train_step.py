@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import flops, limits, machine, suite
 from benchmarks.padded import PaddedSyNCRec, pad_batch
 from benchmarks.workload import dataset_of, draw, trainer_of
-from syncrec.batch.build import build_batch, map_tensors, move
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import map_tensors, move
 from syncrec.config import ModelConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.distributed import process_group
@@ -71,7 +72,9 @@ class Settings:
     negatives: NegativesConfig
 
     def __post_init__(self):
-        suite.at_least(1, self, "domains", "users", "shortest", "steps", "warmup")
+        suite.at_least(
+            1, self, "domains", "users", "shortest", "steps", "warmup"
+        )
         suite.at_least(2 * self.domains, self, "items")
 
 
@@ -113,7 +116,9 @@ def main() -> None:
             flush=True,
         )
     suite.save(
-        "train_step", record | assembled(results) | {"not_run": not_run}, options
+        "train_step",
+        record | assembled(results) | {"not_run": not_run},
+        options,
     )
     sys.exit(failed)
 
@@ -160,7 +165,7 @@ def measure(case: Case, settings: Settings) -> dict:
     """Times the steps of one case: an entry of the record's `results`. Starts the process group
     of its process.
     """
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         return _measure(case, settings, ranks)
 
 
@@ -183,9 +188,13 @@ def _measure(case, settings, ranks):
         for step in range(count)
     ]
     build, work, start = _SYSTEMS[case.system]
-    batches = [build(*arrays, domain_items, config.max_length) for arrays in drawn]
+    batches = [
+        build(*arrays, domain_items, config.max_length) for arrays in drawn
+    ]
     if ranks.device.type == "cuda":
-        batches = [map_tensors(batch, torch.Tensor.pin_memory) for batch in batches]
+        batches = [
+            map_tensors(batch, torch.Tensor.pin_memory) for batch in batches
+        ]
     tokens = len(drawn[0][0])
     steps = start(config, settings, ranks, dataset)
     seconds, interval, losses = timed_steps(
@@ -319,7 +328,9 @@ def start_padded(
     """
     torch.manual_seed(0)
     model = (
-        PaddedSyNCRec(config, len(dataset.domains), dataset.num_embeddings, plain)
+        PaddedSyNCRec(
+            config, len(dataset.domains), dataset.num_embeddings, plain
+        )
         .to(ranks.device)
         .train()
     )
@@ -339,7 +350,11 @@ def start_padded(
 _SYSTEMS = {
     OURS: (build_batch, flops.packed_work, start_ours),
     PADDED: (pad_batch, flops.padded_work, start_padded),
-    PLAIN: (pad_batch, flops.padded_work, functools.partial(start_padded, plain=True)),
+    PLAIN: (
+        pad_batch,
+        flops.padded_work,
+        functools.partial(start_padded, plain=True),
+    ),
 }
 
 
@@ -350,8 +365,12 @@ def assembled(results: list[dict]) -> dict:
     measured = {}
     for result in results:
         if "matmul" in result:
-            measured.setdefault(result["precision"], []).append(result.pop("matmul"))
-    found = {precision: limits.fastest(of) for precision, of in measured.items()}
+            measured.setdefault(result["precision"], []).append(
+                result.pop("matmul")
+            )
+    found = {
+        precision: limits.fastest(of) for precision, of in measured.items()
+    }
     for result in results:
         limit = found.get(result["precision"])
         result["matmul_share"] = (
@@ -365,7 +384,9 @@ def table(record: dict) -> str:
     what was not run and why.
     """
     speed = {
-        tuple(result[key] for key in Case.__annotations__): result["tokens_per_second"]
+        tuple(result[key] for key in Case.__annotations__): result[
+            "tokens_per_second"
+        ]
         for result in record["results"]
     }
     rows = []
@@ -373,9 +394,13 @@ def table(record: dict) -> str:
         against = {
             "times padded": speed.get((PADDED, "fp32", result["items"])),
             "times plain": speed.get((PLAIN, "fp32", result["items"])),
-            "times fp32": speed.get((result["system"], "fp32", result["items"])),
+            "times fp32": speed.get(
+                (result["system"], "fp32", result["items"])
+            ),
             "times fewest items": speed[
-                result["system"], result["precision"], min(of[2] for of in speed)
+                result["system"],
+                result["precision"],
+                min(of[2] for of in speed),
             ],
         }
         share = result["matmul_share"]
@@ -388,7 +413,9 @@ def table(record: dict) -> str:
                 "step s (min – max)": suite.shown(result["step_seconds"]),
                 "of matmul rate": "" if share is None else f"{share:.0%}",
                 **{
-                    name: f"{result['tokens_per_second'] / other:.2f}" if other else ""
+                    name: f"{result['tokens_per_second'] / other:.2f}"
+                    if other
+                    else ""
                     for name, other in against.items()
                 },
                 "memory": f"{result['peak_memory_bytes'] / 1e9:.1f} GB",
@@ -397,7 +424,11 @@ def table(record: dict) -> str:
     for left_out in record["not_run"]:
         system = f"{left_out['system']}, {left_out['precision']}"
         rows.append(
-            {"system": system, "items": f"{left_out['items']:,}", "tokens/s": "not run"}
+            {
+                "system": system,
+                "items": f"{left_out['items']:,}",
+                "tokens/s": "not run",
+            }
         )
     lines = [suite.markdown(rows)]
     for precision, limit in record["limits"].items():
@@ -412,7 +443,9 @@ def table(record: dict) -> str:
         left_out["reason"]: f"{left_out['system']}, {left_out['items']:,} items"
         for left_out in record["not_run"]
     }
-    lines += [f"\nNot run ({what}): {reason}." for reason, what in reasons.items()]
+    lines += [
+        f"\nNot run ({what}): {reason}." for reason, what in reasons.items()
+    ]
     return "\n".join(lines)
 
 

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config.run import RunConfig
-from trainer.data.counter_rng import permutation, random_below, random_bits, random_unit
+from trainer.data.counter_rng import (
+    permutation,
+    random_below,
+    random_bits,
+    random_unit,
+)
 from trainer.data.format.dataset import Dataset, Domain, Shard
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.negative_sampling import (
     draw_shared_negatives,
     draw_target_negatives,
@@ -31,7 +36,16 @@ _SEED = 0
 _LENGTHS = 1
 _DOMAINS = 2
 _ITEMS = 3
-_NAMES = ("shop", "video", "navi", "coupon", "music", "books", "games", "travel")
+_NAMES = (
+    "shop",
+    "video",
+    "navi",
+    "coupon",
+    "music",
+    "books",
+    "games",
+    "travel",
+)
 
 
 def dataset_of(
@@ -44,7 +58,9 @@ def dataset_of(
     """
     ends = np.arange(domains + 1) * items // domains
     percentiles = {"p5": 0, "p50": 0, "p95": 0, "max": 0}
-    ranges = zip(_NAMES, ends[:-1].tolist(), np.diff(ends).tolist(), strict=False)
+    ranges = zip(
+        _NAMES, ends[:-1].tolist(), np.diff(ends).tolist(), strict=False
+    )
     owned = tuple(
         Domain(name, start, room, room, 0, 0, percentiles, "")
         for name, start, room in ranges
@@ -99,11 +115,14 @@ def draw(
     lengths_B = lengths_B[permutation(users, _SEED, _LENGTHS, step)]
     total = int(lengths_B.sum())
     domain_N = random_below(
-        random_bits(_SEED, _DOMAINS, step, np.arange(total)), len(dataset.domains)
+        random_bits(_SEED, _DOMAINS, step, np.arange(total)),
+        len(dataset.domains),
     )
     items_D = np.array([domain.items for domain in dataset.domains])
     bits_N = random_bits(_SEED, _ITEMS, step, np.arange(total))
-    items_N = dataset.starts[domain_N] + _popular(bits_N, items_D[domain_N], exponent)
+    items_N = dataset.starts[domain_N] + _popular(
+        bits_N, items_D[domain_N], exponent
+    )
     if negatives.shared:
         drawn = draw_shared_negatives(
             _SEED, 0, step, dataset.starts, items_D, negatives.shared
@@ -128,15 +147,23 @@ def draw(
 
 
 def trainer_of(
-    model: "ModelConfig", users: int, dataset: Dataset, ranks: "Ranks", **given: Any
+    model: "ModelConfig",
+    users: int,
+    dataset: Dataset,
+    ranks: "Ranks",
+    **given: Any,
 ) -> Trainer:
     """A `Trainer` of `users` users a rank; given: more of a RunConfig."""
-    config = RunConfig(global_batch_size=users * ranks.world_size, model=model, **given)
+    config = RunConfig(
+        global_batch_size=users * ranks.world_size, model=model, **given
+    )
     return Trainer(
         config,
         ranks,
         dataset,
-        Plan(dataset, config.global_batch_size, ranks.world_size, config.seed),
+        BatchSchedule(
+            dataset, config.global_batch_size, ranks.world_size, config.seed
+        ),
     )
 
 
@@ -170,10 +197,11 @@ def some_data(settings: Any) -> None:
 def prepared(folder: Path, users: int) -> Path:
     """A small synthetic dataset of nine domains, prepared in `folder`: the dataset's own folder."""
     # DuckDB comes with them, which a training step has no use for.
-    from trainer.data.prepare.pipeline import PrepareConfig, prepare
-    from trainer.data.synthetic import SyntheticConfig, synthesize
+    from trainer.config.prepare import PrepareConfig, SyntheticConfig
+    from trainer.data.prepare.pipeline import prepare
+    from trainer.data.synthetic import synthesize_logs
 
-    synthesize(
+    synthesize_logs(
         folder / "logs",
         SyntheticConfig(users=users, items=20_000, domains=9, mean_length=60),
     )

@@ -70,7 +70,9 @@ class ShardCopy:
         return self.name
 
 
-def load_shard(table: "ItemTable", folder: Path, ranges: Ranges | None = None) -> None:
+def load_shard(
+    table: "ItemTable", folder: Path, ranges: Ranges | None = None
+) -> None:
     """Fills this rank's rows, and the optimizer state that the table has. Called on all ranks.
 
     The files may be those of any number of ranks.
@@ -82,7 +84,7 @@ def load_shard(table: "ItemTable", folder: Path, ranges: Ranges | None = None) -
     with table.rewritten() as (first, tensors):
         rows = len(tensors["weight"])
         filled = 0
-        for file in files_with(folder, ranges, first, first + rows):
+        for file in find_table_files(folder, ranges, first, first + rows):
             with safe_open(file, framework="pt") as stored:
                 filled += _read_rows(table, file, stored, first, tensors)
         if filled != rows:
@@ -143,7 +145,9 @@ def check_names_and_shapes(
             )
 
 
-def pieces(tensor: torch.Tensor, low: int, high: int) -> Iterator[tuple[int, int]]:
+def pieces(
+    tensor: torch.Tensor, low: int, high: int
+) -> Iterator[tuple[int, int]]:
     """Cuts the rows low … high − 1 of a tensor like this one into pieces: (begin, end).
 
     A piece has `PIECE` bytes at most.
@@ -154,7 +158,7 @@ def pieces(tensor: torch.Tensor, low: int, high: int) -> Iterator[tuple[int, int
         yield begin, min(begin + step, high)
 
 
-def files_with(
+def find_table_files(
     folder: Path, ranges: Ranges | None, first: int, last: int
 ) -> list[Path]:
     """The table files that may hold stored rows first … last − 1."""

@@ -14,22 +14,32 @@ class TableConfig:
     """The item matrix M and its fused optimizer."""
 
     optimizer: Literal[
-        "auto", "sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam"
+        "auto",
+        "sgd",
+        "adagrad",
+        "rowwise_adagrad",
+        "adam",
+        "partial_rowwise_adam",
     ] = field(
         default="auto",
-        metadata={"help": "the fused optimizer of the rows; auto: rowwise_adagrad"},
+        metadata={
+            "help": "the fused optimizer of the rows; auto: rowwise_adagrad"
+        },
     )
     learning_rate: float = field(
-        default=0.05, metadata={"help": "of the item table", "on_warm_start": True}
+        default=0.05,
+        metadata={"help": "of the item table", "on_warm_start": True},
     )
     eps: float = field(
-        default=1e-8, metadata={"help": "what the optimizer adds to the divisor"}
+        default=1e-8,
+        metadata={"help": "what the optimizer adds to the divisor"},
     )
     beta1: float = field(
         default=0.9, metadata={"help": "Adam's decay of the gradient's mean"}
     )
     beta2: float = field(
-        default=0.999, metadata={"help": "Adam's decay of the squared gradient's mean"}
+        default=0.999,
+        metadata={"help": "Adam's decay of the squared gradient's mean"},
     )
     init_std: float = field(
         default=0.05,

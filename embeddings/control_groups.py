@@ -14,7 +14,7 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 Names = tuple[str, str, str]
 
 
-def host_memory(root: Path = Path("/")) -> int:
+def available_host_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may still take.
 
     The kernel's estimate, or what the tightest of its control groups leaves. root: where /proc and

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 _LEAST = 1 << 20  # bytes; what is smaller stays where PyTorch puts it
 
 
-def unforked_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def unforked_zeros(
+    *shape: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Zeros on the host in pages of their own, which take room when they are first written.
 
     A process that is forked does not have these pages. It ends (SIGSEGV) where it reads them.

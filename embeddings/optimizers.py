@@ -17,7 +17,7 @@ _CUDA = _CPU | {
 }
 
 
-def zero_changes_nothing(config: TableConfig) -> bool:
+def ignores_zero_gradients(config: TableConfig) -> bool:
     """Whether a gradient of zero leaves rows and their state unchanged, to the bit.
 
     Adam's moments decay.

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.config import TableConfig
-from embeddings.control_groups import host_memory
+from embeddings.control_groups import available_host_memory
 
 _FLOAT = 4
 _STATE = {  # floats of a row's optimizer state: (in units of r, besides)
@@ -141,7 +141,9 @@ def _place_rows(
                 "it is; use auto"
             )
         if not fits_host:
-            raise ValueError(f"{needs}; {host}: use more hosts, or a smaller model.dim")
+            raise ValueError(
+                f"{needs}; {host}: use more hosts, or a smaller model.dim"
+            )
         return Capacity(rows, False, 0, table)
     share = int(config.device_share * room.device)
     device = (
@@ -156,7 +158,9 @@ def _place_rows(
     if config.placement != "cached" and fits_device:
         return Capacity(rows, False, table, 0)
     if not fits_host:
-        raise ValueError(f"{needs}; {device}, and {host}: use more ranks or hosts")
+        raise ValueError(
+            f"{needs}; {device}, and {host}: use more ranks or hosts"
+        )
     cached_rows = int(config.cache_share * rows)
     cache = cached_rows * (_FLOAT * dim + _CACHED_ROW) + rows * _ROW
     if cache > share:
@@ -174,14 +178,14 @@ def free_room(device: torch.device) -> Room:
     """
     cuda = device.type == "cuda"
     free_on_device = torch.cuda.mem_get_info(device)[0] if cuda else 0
-    free_on_host = host_memory() // ranks_of_host()
+    free_on_host = available_host_memory() // count_ranks_of_host()
     least = torch.tensor([free_on_device, free_on_host])
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     on_device, host = least.tolist()
     return Room(on_device if cuda else None, host)
 
 
-def ranks_of_host() -> int:
+def count_ranks_of_host() -> int:
     """How many ranks this host has.
 
     Whoever joined the group left it in the environment (trainer.distributed.launchers); all ranks,
@@ -193,14 +197,14 @@ def ranks_of_host() -> int:
     return max(1, min(int(local_size), ranks))
 
 
-def devices_of_host(device: torch.device) -> int:
+def count_devices_of_host(device: torch.device) -> int:
     """How many devices TorchRec is to count on a host: it looks for rank r on device r % that.
 
     One, where each rank sees one device of its own.
     """
     if device.type == "cuda" and torch.cuda.device_count() == 1:
         return 1
-    return ranks_of_host()
+    return count_ranks_of_host()
 
 
 def _describe_host(room: Room, beside: HostNeeds) -> str:

@@ -20,7 +20,10 @@ from torchrec.distributed.fbgemm_qcomm_codec import (
     QCommsConfig,
     get_qcomm_codecs,
 )
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.sharding_plan import (
+    construct_module_sharding_plan,
+    row_wise,
+)
 from torchrec.distributed.types import (
     CacheParams,
     CommOp,
@@ -33,10 +36,10 @@ from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params
 from embeddings.placement import (
     HostNeeds,
-    devices_of_host,
+    count_devices_of_host,
+    count_ranks_of_host,
     free_room,
     plan_capacity,
-    ranks_of_host,
 )
 from embeddings.row_scatter import RowScatter
 
@@ -54,7 +57,9 @@ _BAGS_OF_ALL_RANKS = 2**17
 # Rows drawn from one generator: a shard may begin anywhere, so blocks are drawn whole and cut.
 _INIT_BLOCK = 4096
 
-Shard = tuple[int, dict[str, Tensor]]  # the first stored row, and tensors by name
+Shard = tuple[
+    int, dict[str, Tensor]
+]  # the first stored row, and tensors by name
 
 
 class ItemTable:
@@ -122,7 +127,7 @@ class ItemTable:
         self._parallel = self._build_sharded(config, params)
         self._collection = self._parallel.module["m"]
         self._looked_up = None
-        self.begin_anew(config.init_std, seed)
+        self.reset(config.init_std, seed)
         if filled:
             self.fill()
 
@@ -140,7 +145,9 @@ class ItemTable:
         )
         meta = torch.device("meta")
         collection = EmbeddingCollection(tables=[table_config], device=meta)
-        codecs = None if ranks == 1 else communication_codecs(config.communication)
+        codecs = (
+            None if ranks == 1 else communication_codecs(config.communication)
+        )
         sharder = EmbeddingCollectionSharder(
             fused_params=params, qcomm_codecs_registry=codecs
         )
@@ -149,7 +156,7 @@ class ItemTable:
             sharder,
             config.cache_share if self.capacity.cached else None,
             ranks,
-            devices_of_host(self.device),
+            count_devices_of_host(self.device),
             self.device.type,
         )
         with TableMemory():
@@ -162,7 +169,7 @@ class ItemTable:
                 init_data_parallel=False,
             )
 
-    def begin_anew(self, init_std: float, seed: int) -> None:
+    def reset(self, init_std: float, seed: int) -> None:
         """Gives up what is in the table, for other rows to be read into it.
 
         Rows that are new are drawn from `seed` with `init_std`.
@@ -212,7 +219,9 @@ class ItemTable:
             return
         bounds = np.searchsorted(index, [low - first, high - first])
         rows = torch.from_numpy(index[slice(*bounds)])
-        weights[rows.to(weights.device)] = drawn[rows - (low - first)].to(weights)
+        weights[rows.to(weights.device)] = drawn[rows - (low - first)].to(
+            weights
+        )
 
     def __call__(self, ids: Tensor) -> Tensor:
         """The vectors of rows `ids`, as a leaf: (ids, r), float32.
@@ -230,7 +239,7 @@ class ItemTable:
         all ranks start them, send them and look them up in the same order.
         """
         stored = self.scatter.stored(ids.to(self.device))
-        bags = bags_of_rank(dist.get_world_size())
+        bags = count_bags(dist.get_world_size())
         lengths = bag_lengths(len(stored), bags, self.device)
         # The host knows the count: TorchRec would read it from the device.
         features = KeyedJaggedTensor(
@@ -347,7 +356,7 @@ class Exchange:
         return self._context, features
 
 
-def bags_of_rank(ranks: int) -> int:
+def count_bags(ranks: int) -> int:
     """Into how many bags each of so many ranks cuts the ids that it looks up."""
     return min(_BAGS, max(_FEWEST_BAGS, _BAGS_OF_ALL_RANKS // ranks))
 
@@ -375,7 +384,7 @@ def _draw_block(block: int, dim: int, std: float, seed: int) -> Tensor:
 
 def _threads() -> int:
     """The cores that this rank has for itself."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_of_host())
+    return max(1, len(os.sched_getaffinity(0)) // count_ranks_of_host())
 
 
 def sharding_plan(
@@ -383,7 +392,7 @@ def sharding_plan(
     sharder: EmbeddingCollectionSharder,
     cache_share: float | None,
     ranks: int,
-    ranks_of_host: int,
+    local_size: int,
     device_type: str,
 ) -> EmbeddingModuleShardingPlan:
     """Rows in equal contiguous parts over all ranks.
@@ -398,7 +407,7 @@ def sharding_plan(
         {_TABLE: row_wise(compute_kernel=kernel.value)},
         sharder=sharder,
         world_size=ranks,
-        local_size=ranks_of_host,
+        local_size=local_size,
         device_type=device_type,
     )
     if cache_share is not None:
@@ -416,4 +425,6 @@ def communication_codecs(precision: str) -> dict[str, Any] | None:
     config = QCommsConfig(
         forward_precision=CommType(precision), backward_precision=CommType.BF16
     )
-    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)}
+    return {
+        CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)
+    }

@@ -68,7 +68,9 @@ def carry_rows(
         group_N     array([0,  0, 0, 1,  1, -1])
     """
     first, tensors = table.shard()
-    local_N = table.scatter.row(np.arange(first, first + len(tensors["weight"])))
+    local_N = table.scatter.row(
+        np.arange(first, first + len(tensors["weight"]))
+    )
     source_N = np.asarray(source_N)[local_N].astype(np.int64)
     group_N = np.asarray(group_N)[local_N].astype(np.int64)
     table.fill(np.flatnonzero(source_N < 0))
@@ -198,7 +200,9 @@ class _RowReader:
         self._stack = stack
         self._open_files: dict[Path, OpenFile] = {}
 
-    def rows(self, stored_K: np.ndarray, low: int, high: int) -> dict[str, Tensor]:
+    def rows(
+        self, stored_K: np.ndarray, low: int, high: int
+    ) -> dict[str, Tensor]:
         """{name: the values of stored rows}.
 
         All of them are in low … high − 1, which are read once and in order.
@@ -246,7 +250,9 @@ def _read_headers(
     headers_F4 = torch.zeros(len(files), 4, dtype=torch.int64)
     with _raise_on_all(folder):
         for number in range(dist.get_rank(), len(files), dist.get_world_size()):
-            headers_F4[number] = torch.tensor(_read_header(files[number], tensors))
+            headers_F4[number] = torch.tensor(
+                _read_header(files[number], tensors)
+            )
     dist.all_reduce(headers_F4)
     if not files:
         nothing = np.zeros(0, np.int64)
@@ -289,7 +295,9 @@ def _exchange_counts(counts_W: list[int]) -> list[int]:
     return received.tolist()
 
 
-def _exchange(values: Tensor, sent_W: list[int], received_W: list[int]) -> Tensor:
+def _exchange(
+    values: Tensor, sent_W: list[int], received_W: list[int]
+) -> Tensor:
     """The first sent_W[0] values go to rank 0, and so on.
 
     received_W: how many come from each rank.

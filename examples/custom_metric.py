@@ -26,14 +26,18 @@ class LossSpread(Callback):
         by_domain = record["metrics"]
         figures = [metrics["NDCG@10"] for metrics in by_domain.values()]
         spread = max(figures) - min(figures)
-        print(f"step {state.step}: NDCG@10 of the domains lies {spread:.4f} apart")
+        print(
+            f"step {state.step}: NDCG@10 of the domains lies {spread:.4f} apart"
+        )
 
 
 def main(data: str, run: str) -> None:
     """Trains with the callback."""
     spread = LossSpread()
     fit(data, run, callbacks=[spread], epochs=2, global_batch_size=128)
-    print(f"{len(spread.losses)} steps, the last loss is {spread.losses[-1]:.4f}")
+    print(
+        f"{len(spread.losses)} steps, the last loss is {spread.losses[-1]:.4f}"
+    )
 
 
 if __name__ == "__main__":

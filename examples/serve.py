@@ -28,7 +28,9 @@ class Handler(BaseHTTPRequestHandler):
             k = int(query.get("k", ["10"])[0])
             history = [_event(text) for text in query.get("item", [])]
             items = self.recommender(history, domain, k)
-            self._answer(200, [{"item": item, "score": score} for item, score in items])
+            self._answer(
+                200, [{"item": item, "score": score} for item, score in items]
+            )
         except (KeyError, ValueError, IndexError) as error:
             self._answer(400, {"error": str(error)})
 

@@ -54,7 +54,11 @@ def overview() -> str:
     """A line for each command: the first line of its script's docstring."""
     lines = ["syncrec COMMAND …; syncrec COMMAND --help says more", ""]
     for command in COMMANDS:
-        source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+        source = (
+            Path(__file__)
+            .with_name(f"{command}.py")
+            .read_text(encoding="utf-8")
+        )
         about = ast.get_docstring(ast.parse(source)) or ""
         lines.append(f"  {command:<11} {about.splitlines()[0]}")
     return "\n".join(lines)

@@ -45,9 +45,13 @@ def main() -> None:
     _run("python", "synthesize.py", "--output", logs, *_LOG_SIZE.split())
     _run("python", "prepare.py", "--input", logs, "--output", data)
     two_ranks = ("deepspeed", "--num_gpus", "2")
-    _run(*two_ranks, "train.py", "--config", preset, f"data={data}", f"run={run}")
+    _run(
+        *two_ranks, "train.py", "--config", preset, f"data={data}", f"run={run}"
+    )
     _run(*two_ranks, "evaluate.py", "--run", run)
-    print(f"\nOpen {run / REPORT} in a browser: λ and φ by domain, losses, metrics.")
+    print(
+        f"\nOpen {run / REPORT} in a browser: λ and φ by domain, losses, metrics."
+    )
 
 
 def _run(*command: str | Path) -> None:

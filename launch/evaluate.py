@@ -27,10 +27,14 @@ from trainer.errors import exit_on_input_error
 class Options(FinishedRun):
     """The command line."""
 
-    split: Literal["test", "validation"] = option("the held-out items to rank", "test")
+    split: Literal["test", "validation"] = option(
+        "the held-out items to rank", "test"
+    )
     ranking: Literal["sampled", "full"] = option("among which items", "sampled")
     candidates: str | None = option(
-        "Parquet with user_id, positive, negatives (raw ids)", None, metavar="FILE"
+        "Parquet with user_id, positive, negatives (raw ids)",
+        None,
+        metavar="FILE",
     )
     output: str | None = option(
         "Parquet that gets each user's rank and scores", None, metavar="FILE"
@@ -50,14 +54,14 @@ def main() -> None:
     from rich.console import Console
 
     from trainer.distributed import process_group
-    from trainer.evaluation.evaluate_run import rank_run
+    from trainer.evaluation.evaluate_run import evaluate_run
+    from trainer.reporting.console import evaluation_table
     from trainer.reporting.full_ranking_tables import full_tables
-    from trainer.reporting.run_log import evaluation_table
     from trainer.reporting.run_report import update_report
 
     full = options.ranking == "full"
-    with process_group.joined() as ranks:
-        record = rank_run(
+    with process_group.join_process_group() as ranks:
+        record = evaluate_run(
             options.run,
             ranks,
             options.split,

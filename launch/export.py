@@ -28,7 +28,9 @@ class Options(FinishedRun):
     output: str = option("a folder that does not exist yet", metavar="DIR")
     dtype: str = option("of the item vectors: fp32 or fp16", "fp32")
     faiss: str | None = option(
-        "also a FAISS index: Flat, HNSW32, IVF1024,PQ32, …", None, metavar="INDEX"
+        "also a FAISS index: Flat, HNSW32, IVF1024,PQ32, …",
+        None,
+        metavar="INDEX",
     )
 
 
@@ -42,12 +44,15 @@ def main() -> None:
     """Loads the run's best model and exports it."""
     check_stack()
     options = parse()
+    from trainer.config.serving import ExportConfig
     from trainer.distributed import process_group
-    from trainer.serving.export import ExportConfig, export_run
+    from trainer.serving.export import export_run
 
     config = ExportConfig(options.dtype, options.faiss)
-    with process_group.joined() as ranks:
-        schema = export_run(options.run, options.output, ranks, config, options.data)
+    with process_group.join_process_group() as ranks:
+        schema = export_run(
+            options.run, options.output, ranks, config, options.data
+        )
     if not ranks.first:
         return
     if options.json:

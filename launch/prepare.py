@@ -22,10 +22,11 @@ from rich.console import Console
 from launch.options import LogColumns
 from launch.tables import dataset_table
 from trainer.config.command_line import option, parse_options
+from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.extend import options_of
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
-from trainer.data.prepare.shard_writing import PERCENTILES
+from trainer.data.prepare.assembly import PERCENTILES
+from trainer.data.prepare.extend import read_options
+from trainer.data.prepare.pipeline import prepare
 from trainer.errors import InputError, exit_on_input_error
 
 
@@ -34,7 +35,9 @@ class Options(LogColumns):
     """The command line. None: the default, or that of the extended dataset."""
 
     input: tuple[str, ...] = option("files, folders or globs", metavar="PATH")
-    output: str = option("a folder that does not exist yet or is empty", metavar="DIR")
+    output: str = option(
+        "a folder that does not exist yet or is empty", metavar="DIR"
+    )
     domain: str | None = option(
         "the one domain of logs without a domain column", None, metavar="NAME"
     )
@@ -44,17 +47,25 @@ class Options(LogColumns):
     keep_log: bool = option(
         "keep the log in the dataset, so that it can be extended", False
     )
-    whole_log: bool = option("these logs are all, in place of the kept one", False)
+    whole_log: bool = option(
+        "these logs are all, in place of the kept one", False
+    )
     since: str | None = option(
-        "leave out what is older, a time as the logs have it", None, metavar="TIME"
+        "leave out what is older, a time as the logs have it",
+        None,
+        metavar="TIME",
     )
     days: float | None = option(
-        "leave out what is older than N days before the newest row", None, metavar="N"
+        "leave out what is older than N days before the newest row",
+        None,
+        metavar="N",
     )
     time_unit: Literal["s", "ms", "us", "ns"] | None = option(
         "of times that are numbers, for --days", None
     )
-    retire: bool = option("items without an event left give up their rows", False)
+    retire: bool = option(
+        "items without an event left give up their rows", False
+    )
     min_user: int | None = option(
         "drop users with fewer interactions (default: 0, or the extended dataset's)",
         None,
@@ -75,7 +86,9 @@ class Options(LogColumns):
         metavar="N",
     )
     shard_users: int = option("most users in a shard", 32768, metavar="N")
-    block_users: int = option("most users in a block of a shard", 1024, metavar="N")
+    block_users: int = option(
+        "most users in a block of a shard", 1024, metavar="N"
+    )
     memory: str = option("of all processes together", "8GB", metavar="SIZE")
     processes: int = option("how many work; 0: one a core", 0, metavar="N")
     engine: Literal["duckdb", "spark"] = option(
@@ -92,11 +105,13 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 def prepare_config(options: Options) -> PrepareConfig:
     """What to prepare. Raises InputError where the engine cannot do it."""
     windowed = options.since or options.days
-    if options.engine == "spark" and (options.extend or options.keep_log or windowed):
+    if options.engine == "spark" and (
+        options.extend or options.keep_log or windowed
+    ):
         raise InputError(
             "--engine spark prepares whole logs: --extend, --keep-log and windows are DuckDB's"
         )
-    settings = {} if options.extend is None else options_of(options.extend)
+    settings = {} if options.extend is None else read_options(options.extend)
     for name, value in asdict(options).items():
         if value is not None and name not in ("input", "engine", "fresh"):
             settings[name] = value

@@ -27,16 +27,23 @@ class Options:
     """The command line."""
 
     to: str = option("the folder of published versions", metavar="DIR")
-    candidate: str | None = option("the folder of a finished run", None, metavar="RUN")
+    candidate: str | None = option(
+        "the folder of a finished run", None, metavar="RUN"
+    )
     data: str | None = option(
         "the candidate's dataset, where it is not where the run found it",
         None,
         metavar="DIR",
     )
     rollback: str | None = option(
-        "make an older version the current one", None, bare="", metavar="VERSION"
+        "make an older version the current one",
+        None,
+        bare="",
+        metavar="VERSION",
     )
-    rules: PublishConfig = option("when a candidate is published", PublishConfig)
+    rules: PublishConfig = option(
+        "when a candidate is published", PublishConfig
+    )
     json: bool = option("print one JSON line in place of the table", False)
 
 
@@ -60,7 +67,7 @@ def main() -> None:
     from trainer.distributed import process_group
     from trainer.retraining.publish import publish
 
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         record = publish(
             options.candidate, options.to, ranks, options.rules, options.data
         )
@@ -71,10 +78,12 @@ def main() -> None:
 
 def _roll_back(options: Options) -> None:
     """Makes an older version the current one."""
-    from trainer.retraining.publish import roll_back
+    from trainer.retraining.registry import roll_back
 
     version = roll_back(options.to, options.rollback or None)
-    print(f"{options.to}: version {version['number']} serves, of {version['run']}")
+    print(
+        f"{options.to}: version {version['number']} serves, of {version['run']}"
+    )
 
 
 def _print_record(options: Options, record: dict) -> None:

@@ -27,14 +27,20 @@ from trainer.errors import exit_on_input_error
 class Options(LogColumns, FinishedRun):
     """The command line."""
 
-    output: str = option("a folder that does not exist yet or is empty", metavar="DIR")
-    input: tuple[str, ...] = option("logs: files, folders or globs", (), metavar="PATH")
+    output: str = option(
+        "a folder that does not exist yet or is empty", metavar="DIR"
+    )
+    input: tuple[str, ...] = option(
+        "logs: files, folders or globs", (), metavar="PATH"
+    )
     users: str | None = option(
         "Parquet, CSV or TSV with the user column: of these users alone",
         None,
         metavar="FILE",
     )
-    k: int = option("items for each user and domain", 10, flags=("-k",), metavar="K")
+    k: int = option(
+        "items for each user and domain", 10, flags=("-k",), metavar="K"
+    )
     domain: list[str] = option(
         "recommend items of this domain", list, repeat=True, metavar="D"
     )
@@ -44,7 +50,9 @@ class Options(LogColumns, FinishedRun):
     )
     batch_size: int = option("users of one rank at once", 512, metavar="N")
     part_users: int = option("users in each file", 65536, metavar="N")
-    memory: str = option("that reading the logs keeps to", "8GB", metavar="SIZE")
+    memory: str = option(
+        "that reading the logs keeps to", "8GB", metavar="SIZE"
+    )
     fresh: bool = option("begin anew where an earlier call was killed", False)
 
 
@@ -61,11 +69,11 @@ def main() -> None:
     from rich.console import Console
 
     from launch.tables import recommendation_table
+    from trainer.config.serving import HistoriesConfig, RecommendConfig
     from trainer.distributed import process_group
-    from trainer.serving.recommend import RecommendConfig, recommend
-    from trainer.serving.user_histories import AskedConfig
+    from trainer.serving.recommend import recommend
 
-    asked = AskedConfig(
+    asked = HistoriesConfig(
         inputs=options.input,
         users=options.users,
         user_column=options.user_column,
@@ -79,7 +87,7 @@ def main() -> None:
     config = RecommendConfig(
         options.k, tuple(options.domain), options.keep_seen, options.batch_size
     )
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         record = recommend(
             options.run,
             options.output,

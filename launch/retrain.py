@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from trainer.config import RetrainConfig
 from trainer.config.command_line import option, parse_options
-from trainer.config.load import load
+from trainer.config.load import load_settings
 from trainer.errors import exit_on_input_error
 
 REFUSED = 3
@@ -30,7 +30,9 @@ class Options:
         metavar="FILE",
     )
     settings: list[str] = option(
-        "settings, listed below, over the files", list, settings_of=RetrainConfig
+        "settings, listed below, over the files",
+        list,
+        settings_of=RetrainConfig,
     )
 
 
@@ -43,9 +45,10 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 def main() -> None:
     """Retrains, and says how it ended."""
     options = parse()
-    from trainer.retraining.job import REPORT, retrain
+    from trainer.retraining.day import REPORT
+    from trainer.retraining.job import retrain
 
-    config = load(RetrainConfig, options.config, options.settings)
+    config = load_settings(RetrainConfig, options.config, options.settings)
     result = retrain(config)
     if result["published"]:
         print(f"{config.name}: version {result['published']} serves")

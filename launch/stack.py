@@ -87,7 +87,9 @@ def sees_device(dev: Path = Path("/dev")) -> bool:
     # CUDA stops at the first that it does not know: "", -1, Slurm's NoDevFiles.
     if not re.match(r"\d|GPU-|MIG-", first):
         return False
-    return any(re.fullmatch(r"nvidia\d+|dxg", file.name) for file in dev.iterdir())
+    return any(
+        re.fullmatch(r"nvidia\d+|dxg", file.name) for file in dev.iterdir()
+    )
 
 
 def check_stack() -> None:
@@ -113,7 +115,9 @@ def check_stack() -> None:
         _minor(wanted[1]),
         _minor(wanted[2]),
     ):
-        needs = f"torch {torch} needs torchrec {wanted[1]} and fbgemm {wanted[2]}"
+        needs = (
+            f"torch {torch} needs torchrec {wanted[1]} and fbgemm {wanted[2]}"
+        )
         sys.exit(_refuse(f"{versions} do not fit together: {needs}; {way_out}"))
     refusal = _device_refusal(torch_cuda(), fbgemm_is_cuda())
     if refusal:
@@ -169,7 +173,11 @@ def install(device: str | None = None) -> None:
         _pip("uninstall", "--yes", wanted)
     _pip("install", f"{wanted}=={fbgemm}", *(_index() if cuda else []))
     _pip("install", "--no-deps", f"torchrec=={torchrec}")
-    _pip("install", "--editable", f"{Path(__file__).resolve().parent.parent}[test]")
+    _pip(
+        "install",
+        "--editable",
+        f"{Path(__file__).resolve().parent.parent}[test]",
+    )
     # In processes of their own: this one does not see what has just been installed.
     hidden = (
         {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
@@ -181,7 +189,9 @@ def install(device: str | None = None) -> None:
         # Now rather than in the first step; without a compiler there is none, which a run says and does without.
         build = "from syncrec_kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
         for kernel in ("block", "scan"):
-            subprocess.run([sys.executable, "-c", build.format(kernel)], check=True)
+            subprocess.run(
+                [sys.executable, "-c", build.format(kernel)], check=True
+            )
 
 
 def wants_cuda(device: str | None = None) -> bool:
@@ -245,7 +255,8 @@ def _pip(*arguments):
     print("pip " + " ".join(arguments), flush=True)
     quiet = ["--quiet", "--disable-pip-version-check"]
     subprocess.run(
-        [sys.executable, "-m", "pip", arguments[0], *quiet, *arguments[1:]], check=True
+        [sys.executable, "-m", "pip", arguments[0], *quiet, *arguments[1:]],
+        check=True,
     )
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from launch.stack import check_stack
 from trainer.config import load_config
 from trainer.config.command_line import option, parse_options
-from trainer.config.load import load
+from trainer.config.load import load_settings
+from trainer.config.study import StudyConfig
 from trainer.errors import exit_on_input_error
-from trainer.study.plan import StudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,9 @@ class Options:
     """The command line."""
 
     data: str = option("the prepared dataset", metavar="DIR")
-    output: str = option("the study's folder: new, or of the same study", metavar="DIR")
+    output: str = option(
+        "the study's folder: new, or of the same study", metavar="DIR"
+    )
     base: list[str] = option(
         "a run's YAML; given again: over the one before",
         list,
@@ -66,7 +68,7 @@ def main() -> None:
     from trainer.study.report import write_study
     from trainer.study.runner import run_study
 
-    config = load(StudyConfig, options.config, options.settings)
+    config = load_settings(StudyConfig, options.config, options.settings)
     load_config(options.base, config.settings)  # raises before anything runs
     base = [Path(file).resolve() for file in options.base]
     output = Path(options.output)

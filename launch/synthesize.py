@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trainer.config.command_line import option, parse_options
-from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.config.prepare import SyntheticConfig
+from trainer.data.synthetic import synthesize_logs
 from trainer.errors import exit_on_input_error
 
 
@@ -19,8 +20,12 @@ from trainer.errors import exit_on_input_error
 class Options:
     """The command line."""
 
-    output: str = option("a folder that does not exist yet or is empty", metavar="DIR")
-    log: SyntheticConfig = option("how much, and how it behaves", SyntheticConfig)
+    output: str = option(
+        "a folder that does not exist yet or is empty", metavar="DIR"
+    )
+    log: SyntheticConfig = option(
+        "how much, and how it behaves", SyntheticConfig
+    )
     first_user: int = option("write the users [A, B) alone", 0, metavar="A")
     last_user: int | None = option(
         "the end of these users; without it: all", None, metavar="B"
@@ -39,7 +44,7 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 def main() -> None:
     """Writes the log."""
     options = parse()
-    count = synthesize(
+    count = synthesize_logs(
         config=options.log,
         output=options.output,
         first_user=options.first_user,

@@ -28,7 +28,10 @@ class Options:
     """The command line."""
 
     config: list[str] = option(
-        "YAML; given again: over the one before", list, repeat=True, metavar="FILE"
+        "YAML; given again: over the one before",
+        list,
+        repeat=True,
+        metavar="FILE",
     )
     deepspeed_config: str | None = option(
         "DeepSpeed's own JSON, as under `deepspeed:` in the YAML",
@@ -36,17 +39,22 @@ class Options:
         flags=("--deepspeed_config",),
         metavar="FILE",
     )
-    show_config: bool = option("print the effective configuration and stop", False)
+    show_config: bool = option(
+        "print the effective configuration and stop", False
+    )
     fresh: bool = option(
         "refuse a folder that holds a run, in place of resuming", False
     )
     accept_changes: bool = option(
-        "resume though the dataset or a setting has changed since the checkpoint", False
+        "resume though the dataset or a setting has changed since the checkpoint",
+        False,
     )
     max_restarts: int = option(
         "restarts from the last checkpoint after a fault", 0, metavar="N"
     )
-    settings: list[str] = option("settings, listed below", list, settings_of=RunConfig)
+    settings: list[str] = option(
+        "settings, listed below", list, settings_of=RunConfig
+    )
 
 
 def parse(arguments: Iterable[str] | None = None) -> Options:
@@ -64,11 +72,13 @@ def main() -> None:
     from trainer.distributed import process_group
     from trainer.training.loop import train
 
-    config = load_config(options.config, options.settings, options.deepspeed_config)
+    config = load_config(
+        options.config, options.settings, options.deepspeed_config
+    )
     if options.show_config:
         print(to_yaml(config), end="")
         return
-    with process_group.joined(config.timeout_minutes) as ranks:
+    with process_group.join_process_group(config.timeout_minutes) as ranks:
         train(config, ranks, options.fresh, options.accept_changes)
 
 

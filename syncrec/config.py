@@ -10,7 +10,11 @@ def _setting(default: Any, help: str, on_warm_start: bool = False) -> Any:
 
     No setting of the model may change when a run is resumed.
     """
-    metadata = {"help": help, "on_resume": False, "on_warm_start": on_warm_start}
+    metadata = {
+        "help": help,
+        "on_resume": False,
+        "on_warm_start": on_warm_start,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -21,7 +25,9 @@ class ModelConfig:
     Raises ValueError for a value that no model has, and for values that exclude each other.
     """
 
-    dim: int = _setting(128, "r, the width of item vectors and of everything else")
+    dim: int = _setting(
+        128, "r, the width of item vectors and of everything else"
+    )
     max_length: int = _setting(128, "T, tokens kept of a sequence")
     tasks: Literal["both", "cross"] = _setting(
         "both",
@@ -38,12 +44,15 @@ class ModelConfig:
         "j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks",
     )
     stop_gradient: bool = _setting(
-        True, "false: every expert learns from both tasks (the paper's variant C)"
+        True,
+        "false: every expert learns from both tasks (the paper's variant C)",
     )
     encoder: Literal["transformer", "gru"] = _setting(
         "transformer", "what an expert is; gru: GRU4Rec's, without positions"
     )
-    blocks: int = _setting(2, "attention blocks of an expert, or its GRU's layers")
+    blocks: int = _setting(
+        2, "attention blocks of an expert, or its GRU's layers"
+    )
     heads: int = _setting(1, "heads of an expert's attention")
     ffn_dim: int = _setting(
         128,
@@ -56,18 +65,24 @@ class ModelConfig:
     dropout: float = _setting(
         0.1, "share of elements that dropout clears", on_warm_start=True
     )
-    tower: bool = _setting(True, "false: what the experts give, mixed, is the output")
+    tower: bool = _setting(
+        True, "false: what the experts give, mixed, is the output"
+    )
     gate: Literal["token", "sequence"] = _setting(
         "token", "sequence: eq. 3 literally; it sees later items"
     )
-    loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = _setting(
-        "sampled_softmax",
-        "next-item loss; bpr_probability: eq. 8, 9",
-        on_warm_start=True,
+    loss: Literal["bpr_probability", "bpr", "bce", "sampled_softmax"] = (
+        _setting(
+            "sampled_softmax",
+            "next-item loss; bpr_probability: eq. 8, 9",
+            on_warm_start=True,
+        )
     )
-    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = _setting(
-        "negative_transfer_gap",
-        "where λ comes from; shapley: CGRec's, 2^D more forward passes a step; none: variant A",
+    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = (
+        _setting(
+            "negative_transfer_gap",
+            "where λ comes from; shapley: CGRec's, 2^D more forward passes a step; none: variant A",
+        )
     )
     correction_temperature: float = _setting(
         1.0, "δ of eq. 11, and of shapley's softmax", on_warm_start=True
@@ -88,7 +103,9 @@ class ModelConfig:
     )
     mutual_information: bool = _setting(True, "SC-MIM; false: variant B")
     mutual_information_pooling: Literal["mean", "last"] = _setting(
-        "mean", "which of a domain's tokens stand for it in SC-MIM", on_warm_start=True
+        "mean",
+        "which of a domain's tokens stand for it in SC-MIM",
+        on_warm_start=True,
     )
     mutual_information_similarity: Literal["sigmoid", "cosine"] = _setting(
         "sigmoid", "sigmoid: eq. 17", on_warm_start=True
@@ -104,7 +121,9 @@ class ModelConfig:
         on_warm_start=True,
     )
     mutual_information_denominator: Literal["all", "others"] = _setting(
-        "all", "all: eq. 14 and 15, others: eq. 16 as printed", on_warm_start=True
+        "all",
+        "all: eq. 14 and 15, others: eq. 16 as printed",
+        on_warm_start=True,
     )
     eta: float = _setting(0.9, "η of eq. 18", on_warm_start=True)
     precision: Literal["fp32", "bf16"] = _setting(
@@ -132,13 +151,25 @@ class ModelConfig:
         self._check_numbers()
 
     def _check_switches(self) -> None:
-        for name in ("stop_gradient", "tower", "learn_scales", "mutual_information"):
+        for name in (
+            "stop_gradient",
+            "tower",
+            "learn_scales",
+            "mutual_information",
+        ):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"model.{name} is {value}: give true or false")
 
     def _check_sizes(self) -> None:
-        for name in ("dim", "max_length", "experts", "blocks", "heads", "ffn_dim"):
+        for name in (
+            "dim",
+            "max_length",
+            "experts",
+            "blocks",
+            "heads",
+            "ffn_dim",
+        ):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"model.{name} is {value}: give at least 1")

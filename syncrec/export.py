@@ -44,7 +44,10 @@ class UserEncoder(nn.Module):
     """
 
     def __init__(
-        self, model: SyNCRec, span: tuple[float, float], domain: int | None = None
+        self,
+        model: SyNCRec,
+        span: tuple[float, float],
+        domain: int | None = None,
     ):
         """model: its weights are copied. span: the dataset's first and last time. domain: its number.
 
@@ -61,10 +64,16 @@ class UserEncoder(nn.Module):
         self.literal_gate = config.gate == "sequence"
         self._copy("start", model.embedding.start)
         self._copy("positions", model.embedding.positions)
-        gate = model.cross_gate if domain is None else model.single_gates[domain]
-        self._copy("gate", None if isinstance(gate, OnlyExpert) else gate.weight)
+        gate = (
+            model.cross_gate if domain is None else model.single_gates[domain]
+        )
+        self._copy(
+            "gate", None if isinstance(gate, OnlyExpert) else gate.weight
+        )
         self._copy_experts(model)
-        tower = model.cross_tower if domain is None else model.single_towers[domain]
+        tower = (
+            model.cross_tower if domain is None else model.single_towers[domain]
+        )
         self.tower = copy.deepcopy(tower).eval().requires_grad_(False)
         self.clock = None
         self.first_time = float(span[0])
@@ -80,7 +89,9 @@ class UserEncoder(nn.Module):
             stacks.append(model.single_experts)
         for number in range(self.blocks):
             for name in _BLOCK:
-                weights = [getattr(stack.blocks[number], name) for stack in stacks]
+                weights = [
+                    getattr(stack.blocks[number], name) for stack in stacks
+                ]
                 self._copy(f"{name}_{number}", torch.cat(weights))
         if self.pre_norm:
             scales = [stack.last_norm.scale for stack in stacks]
@@ -95,7 +106,11 @@ class UserEncoder(nn.Module):
         self.register_buffer(name, weight)
 
     def forward(
-        self, items_BNR: Tensor, lengths_B: Tensor, times_BN: Tensor, now_B: Tensor
+        self,
+        items_BNR: Tensor,
+        lengths_B: Tensor,
+        times_BN: Tensor,
+        now_B: Tensor,
     ) -> Tensor:
         """The users' vectors (B, r).
 
@@ -115,12 +130,16 @@ class UserEncoder(nn.Module):
         source_BP = (index_P + skipped_B1).clamp(max=items)
         start_B1R = self.start.expand(users, 1, width)
         whole_BPR = torch.cat([start_B1R, items_BNR], dim=1)
-        x_BPR = whole_BPR.gather(1, source_BP.unsqueeze(2).expand(-1, -1, width))
+        x_BPR = whole_BPR.gather(
+            1, source_BP.unsqueeze(2).expand(-1, -1, width)
+        )
         position_BP = (lengths_B1 - 1 - index_P).clamp(min=0)
         is_token_BP1 = (index_P < lengths_B1).unsqueeze(2)
         x_BPR = x_BPR + F.embedding(position_BP, self.positions)
         if self.clock is not None:
-            x_BPR = x_BPR + self._encode_time(times_BN, now_B, lengths_B, source_BP)
+            x_BPR = x_BPR + self._encode_time(
+                times_BN, now_B, lengths_B, source_BP
+            )
         # No token sees what lies behind the end, but NaN times zero is NaN.
         x_BPR = torch.where(is_token_BP1, x_BPR, 0.0)
         newest_B11 = (lengths_B1 - 1).unsqueeze(2)
@@ -129,12 +148,14 @@ class UserEncoder(nn.Module):
         if self.gate is None:
             mixed_BR = y_KBR[0]
         else:
-            weights_BK = self._gate_weights(newest_BR, x_BPR, position_BP, is_token_BP1)
+            weights_BK = self._gate_weights(
+                newest_BR, x_BPR, position_BP, is_token_BP1
+            )
             mixed_BR = torch.einsum("bk,kbr->br", weights_BK, y_KBR)
         y_BR = self.tower(mixed_BR)
         if self.clock is None:
             return y_BR
-        return y_BR + self.clock.added_to_outputs(self._to_ticks(now_B))
+        return y_BR + self.clock.encode_outputs(self._to_ticks(now_B))
 
     def _run_experts(self, x_BPR: Tensor, newest_B11: Tensor) -> Tensor:
         """The experts' outputs at each user's newest token, (K, B, r)."""
@@ -145,11 +166,18 @@ class UserEncoder(nn.Module):
         newest_KB1R = newest_B11.expand(self.experts, -1, -1, width)
         y_KBR = y_KBPR.gather(2, newest_KB1R).squeeze(2)
         if self.pre_norm:
-            y_KBR = F.layer_norm(y_KBR, (width,)) * self.last_scale + self.last_shift
+            y_KBR = (
+                F.layer_norm(y_KBR, (width,)) * self.last_scale
+                + self.last_shift
+            )
         return y_KBR
 
     def _encode_time(
-        self, times_BN: Tensor, now_B: Tensor, lengths_B: Tensor, source_BP: Tensor
+        self,
+        times_BN: Tensor,
+        now_B: Tensor,
+        lengths_B: Tensor,
+        source_BP: Tensor,
     ) -> Tensor:
         """What time adds to SOS and the items, each of which predicts for the next one's time.
 
@@ -170,7 +198,7 @@ class UserEncoder(nn.Module):
         span_BP = since_BP.clamp(min=0) + 1
         gap_BP = torch.bucketize(span_BP, self.gap_bounds, right=True)
         gap_BP = torch.where(source_BP > 0, gap_BP, NO_GAP)
-        added = self.clock.added_to_tokens(target_BP.flatten(), gap_BP.flatten())
+        added = self.clock.encode_tokens(target_BP.flatten(), gap_BP.flatten())
         return added.view(users, tokens, -1)
 
     def _to_ticks(self, times: Tensor) -> Tensor:
@@ -186,8 +214,12 @@ class UserEncoder(nn.Module):
         if self.pre_norm:
             normed = _norm(x_KBPR, weights, "attention")
             x_KBPR = x_KBPR + self._attend(normed, weights)
-            return x_KBPR + _feed_forward(_norm(x_KBPR, weights, "ffn"), weights)
-        x_KBPR = _norm(x_KBPR + self._attend(x_KBPR, weights), weights, "attention")
+            return x_KBPR + _feed_forward(
+                _norm(x_KBPR, weights, "ffn"), weights
+            )
+        x_KBPR = _norm(
+            x_KBPR + self._attend(x_KBPR, weights), weights, "attention"
+        )
         return _norm(x_KBPR + _feed_forward(x_KBPR, weights), weights, "ffn")
 
     def _attend(self, y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -218,14 +250,18 @@ class UserEncoder(nn.Module):
         """
         if not self.literal_gate:
             return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
-        scores_BPK = torch.einsum("bpr,bpkr->bpk", x_BPR, self.gate[position_BP])
+        scores_BPK = torch.einsum(
+            "bpr,bpkr->bpk", x_BPR, self.gate[position_BP]
+        )
         return torch.softmax((scores_BPK * is_token_BP1).sum(1), dim=-1)
 
 
 def _norm(y_KBPR: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     """LayerNorm of all experts. name: attention or ffn."""
     normed = F.layer_norm(y_KBPR, y_KBPR.shape[-1:])
-    return normed * weights[f"{name}_norm_scale"] + weights[f"{name}_norm_shift"]
+    return (
+        normed * weights[f"{name}_norm_scale"] + weights[f"{name}_norm_shift"]
+    )
 
 
 def _feed_forward(y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -244,7 +280,7 @@ def check_exportable(config: ModelConfig) -> None:
         )
 
 
-def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
+def export_program(encoder: UserEncoder) -> torch.export.ExportedProgram:
     """The encoder for any number of users and 1 to max_length items, loadable with PyTorch alone.
 
     Without what PyTorch adds: the example, which it would pickle, and the folders of the code.
@@ -260,14 +296,18 @@ def exported(encoder: UserEncoder) -> torch.export.ExportedProgram:
     users = {0: torch.export.Dim("users", min=1)}
     users_and_items = dict(users)
     if encoder.max_length > 1:
-        users_and_items[1] = torch.export.Dim("items", min=1, max=encoder.max_length)
+        users_and_items[1] = torch.export.Dim(
+            "items", min=1, max=encoder.max_length
+        )
     shapes = {
         "items_BNR": users_and_items,
         "lengths_B": users,
         "times_BN": users_and_items,
         "now_B": users,
     }
-    program = torch.export.export(encoder.eval(), example, dynamic_shapes=shapes)
+    program = torch.export.export(
+        encoder.eval(), example, dynamic_shapes=shapes
+    )
     program.example_inputs = None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)

@@ -25,7 +25,11 @@ from syncrec.layers.gru import RecurrentStack
 from syncrec.layers.time_encoding import Clock
 from syncrec.layers.tower import Tower
 from syncrec.layers.transformer import ExpertStack
-from syncrec.losses.loss_correction import LossCorrection, PredictionMix, transfer_gap
+from syncrec.losses.loss_correction import (
+    LossCorrection,
+    PredictionMix,
+    transfer_gap,
+)
 from syncrec.losses.mutual_information import MutualInformation, Sample, pool
 from syncrec.losses.prediction import prediction_loss
 from syncrec.losses.shapley import ShapleyCorrection, coalition_losses
@@ -130,7 +134,10 @@ class SyNCRec(nn.Module):
             self.prediction = PredictionMix(config, self.domains)
 
     def forward(
-        self, batch: Batch | Query, rows: Tensor, reduction: Reduction | None = None
+        self,
+        batch: Batch | Query,
+        rows: Tensor,
+        reduction: Reduction | None = None,
     ) -> tuple[Tensor, LossReport] | Tensor:
         """A Batch gives (loss, LossReport); a Query gives predictions, (B, D, r).
 
@@ -167,10 +174,14 @@ class SyNCRec(nn.Module):
                 reduction or Reduction(),
             )
 
-    def _predict(self, query: Query, inputs_NR: Tensor, cross_MR: Tensor) -> Tensor:
+    def _predict(
+        self, query: Query, inputs_NR: Tensor, cross_MR: Tensor
+    ) -> Tensor:
         """Y^cross at each user's newest token, mixed with the domain's Y^single, (B, D, r)."""
         dtype = inputs_NR.dtype
-        cross_BR = self._scoring(query.cross, cross_MR.to(dtype), query.newest_B)
+        cross_BR = self._scoring(
+            query.cross, cross_MR.to(dtype), query.newest_B
+        )
         cross_BDR = cross_BR.unsqueeze(1).expand(-1, self.domains, -1)
         if self.prediction is None:
             return cross_BDR
@@ -194,9 +205,11 @@ class SyNCRec(nn.Module):
         x_MR = self.embedding(view, inputs_NR)
         if self.clock is None:
             return x_MR
-        return x_MR + self.clock.added_to_tokens(view.target_time_M, view.gap_M)
+        return x_MR + self.clock.encode_tokens(view.target_time_M, view.gap_M)
 
-    def _scoring(self, view: View, output_MR: Tensor, token_L: Tensor) -> Tensor:
+    def _scoring(
+        self, view: View, output_MR: Tensor, token_L: Tensor
+    ) -> Tensor:
         """What items are scored with at some tokens, (L, r).
 
         It is the output, and what the clock adds for the time for which the token predicts.
@@ -205,19 +218,23 @@ class SyNCRec(nn.Module):
         if self.clock is None:
             return output_LR
         time_L = view.target_time_M.index_select(0, token_L)
-        return output_LR + self.clock.added_to_outputs(time_L)
+        return output_LR + self.clock.encode_outputs(time_L)
 
     def _cross_outputs(self, view: View, inputs_NR: Tensor) -> Tensor:
         """Y^cross of eq. 4, (M, r)."""
         x_MR = self.tokens(view, inputs_NR)
-        experts = self._run_experts(x_MR, view, self.cross_experts, self.single_experts)
+        experts = self._run_experts(
+            x_MR, view, self.cross_experts, self.single_experts
+        )
         weights_MK = self.cross_gate(x_MR, view, slice(None))
         return self.cross_tower(mix(weights_MK, experts))
 
     def _single_outputs(self, view: View, inputs_NR: Tensor) -> Tensor:
         """Y^single of eq. 2, domain after domain, (M, r)."""
         x_MR = self.tokens(view, inputs_NR)
-        experts = self._run_experts(x_MR, view, self.single_experts, self.cross_experts)
+        experts = self._run_experts(
+            x_MR, view, self.single_experts, self.cross_experts
+        )
         lengths = []
         tasks = []
         for start, end in pairwise(view.task_starts):
@@ -225,7 +242,9 @@ class SyNCRec(nn.Module):
             tasks.append(slice(start, end))
         weights = []
         inputs = x_MR.split(lengths)
-        for gate, task_MR, task in zip(self.single_gates, inputs, tasks, strict=True):
+        for gate, task_MR, task in zip(
+            self.single_gates, inputs, tasks, strict=True
+        ):
             weights.append(gate(task_MR, view, task))
         mixed = mix(torch.cat(weights), experts).split(lengths)
         outputs = []
@@ -234,7 +253,11 @@ class SyNCRec(nn.Module):
         return torch.cat(outputs)
 
     def _run_experts(
-        self, x_MR: Tensor, view: View, live: nn.Module, stopped: nn.Module | None
+        self,
+        x_MR: Tensor,
+        view: View,
+        live: nn.Module,
+        stopped: nn.Module | None,
     ) -> tuple[Tensor, ...]:
         """Outputs of experts 1..j and of j+1..K.
 
@@ -267,16 +290,22 @@ class SyNCRec(nn.Module):
         cross_sums = _sum_by_domain(batch.cross, cross_L)
         single_sums = torch.zeros_like(cross_sums)
         if self.both_tasks:
-            single_L = self._prediction_losses(batch, batch.single, items, single_MR)
+            single_L = self._prediction_losses(
+                batch, batch.single, items, single_MR
+            )
             single_sums = _sum_by_domain(batch.single, single_L)
         coalition_C = self._coalition_sums(batch, items)
         # In flight while SC-MIM is computed: what λ and the means need of the other ranks.
         local = torch.cat([*single_sums, *cross_sums, coalition_C])
         wait = reduction.start_sum(local.detach().double())
-        information_D = self._mutual_information(batch, single_MR, cross_MR, reduction)
+        information_D = self._mutual_information(
+            batch, single_MR, cross_MR, reduction
+        )
         totals = _Totals(wait(), self.domains)
 
-        phi_D = transfer_gap(totals.single_gap, totals.cross_gap, totals.comparable)
+        phi_D = transfer_gap(
+            totals.single_gap, totals.cross_gap, totals.comparable
+        )
         if self.prediction is not None and self.training:
             self.prediction.observe(phi_D, totals.present)
         lambda_D = self._weigh_domains(totals, phi_D, cross_MR)
@@ -290,10 +319,14 @@ class SyNCRec(nn.Module):
         loss_cross = scale * cross_sum / cross_targets.to(dtype)
         information = information_D.sum()
         eta = self.config.eta if self.mutual_information is not None else 1.0
-        loss = eta * (loss_single + loss_cross) - (1 - eta) * scale * information
+        loss = (
+            eta * (loss_single + loss_cross) - (1 - eta) * scale * information
+        )
         return loss, self._report(totals, phi_D, lambda_D, information)
 
-    def _weigh_domains(self, totals: "_Totals", phi_D: Tensor, like: Tensor) -> Tensor:
+    def _weigh_domains(
+        self, totals: "_Totals", phi_D: Tensor, like: Tensor
+    ) -> Tensor:
         """λ of the batch, (D,); ones like `like` where no loss correction is set."""
         if len(totals.coalitions):
             all_targets = totals.cross_targets.sum().clamp(min=1)
@@ -304,7 +337,11 @@ class SyNCRec(nn.Module):
         return like.new_ones(self.domains)
 
     def _report(
-        self, totals: "_Totals", phi_D: Tensor, lambda_D: Tensor, information: Tensor
+        self,
+        totals: "_Totals",
+        phi_D: Tensor,
+        lambda_D: Tensor,
+        information: Tensor,
     ) -> LossReport:
         """The step's report, with NaN for what the cross-domain task alone has not."""
         single_D = totals.single_loss / totals.single_targets.clamp(min=1)
@@ -317,7 +354,9 @@ class SyNCRec(nn.Module):
         return LossReport(
             single_D=single_D.masked_fill(totals.single_targets == 0, _NAN),
             cross_D=cross_D.masked_fill(totals.cross_targets == 0, _NAN),
-            loss_single=single_or_nan * totals.single_loss.sum() / single_targets,
+            loss_single=single_or_nan
+            * totals.single_loss.sum()
+            / single_targets,
             loss_cross=(detached_D * totals.cross_loss).sum() / cross_targets,
             phi_D=phi_D.masked_fill(~totals.present, _NAN),
             lambda_D=lambda_or_nan * detached_D,
@@ -338,7 +377,9 @@ class SyNCRec(nn.Module):
             with self._autocast(shown_NR):
                 cross_MR = self._cross_outputs(batch.cross, shown_NR)
                 cross_MR = cross_MR.to(shown_NR.dtype)
-            loss_L = self._prediction_losses(batch, batch.cross, items, cross_MR)
+            loss_L = self._prediction_losses(
+                batch, batch.cross, items, cross_MR
+            )
             return (loss_L * batch.cross.target_weight_L).sum()
 
         return coalition_losses(self, batch, items.inputs_NR, loss_of)
@@ -355,7 +396,9 @@ class SyNCRec(nn.Module):
             return self._losses_of_shared(
                 batch, view, items, predicted_LR, positive_L, lengths
             )
-        own_NnR = items.negatives_R.view(batch.interactions, batch.negatives, -1)
+        own_NnR = items.negatives_R.view(
+            batch.interactions, batch.negatives, -1
+        )
         own_LnR = own_NnR.index_select(0, view.target_interaction_L)
         # Not a product of matrices: for each target it is one row.
         negative_Ln = (predicted_LR.unsqueeze(1) * own_LnR).sum(2)
@@ -363,7 +406,11 @@ class SyNCRec(nn.Module):
         for length, count in zip(lengths, batch.domain_items, strict=True):
             item_counts.append(positive_L.new_full((length, 1), count))
         return prediction_loss(
-            self.config.loss, positive_L, negative_Ln, None, torch.cat(item_counts)
+            self.config.loss,
+            positive_L,
+            negative_Ln,
+            None,
+            torch.cat(item_counts),
         )
 
     def _losses_of_shared(
@@ -378,7 +425,9 @@ class SyNCRec(nn.Module):
         """The losses of targets against the negatives that their domain shares, (L,)."""
         negative_lengths = _lengths_of(batch.negative_starts)
         shared = items.negatives_R.split(negative_lengths)
-        shared_rows = batch.inverse[batch.interactions :].split(negative_lengths)
+        shared_rows = batch.inverse[batch.interactions :].split(
+            negative_lengths
+        )
         target_row_L = batch.inverse.index_select(0, view.target_interaction_L)
         target_rows = target_row_L.split(lengths)
         predicted = predicted_LR.split(lengths)
@@ -389,7 +438,11 @@ class SyNCRec(nn.Module):
             allowed = shared_rows[domain] != target_rows[domain].unsqueeze(1)
             losses.append(
                 prediction_loss(
-                    self.config.loss, positives[domain], scores, allowed, item_count
+                    self.config.loss,
+                    positives[domain],
+                    scores,
+                    allowed,
+                    item_count,
                 )
             )
         return torch.cat(losses)
@@ -408,8 +461,12 @@ class SyNCRec(nn.Module):
         if self.mutual_information is None:
             return cross_MR.new_zeros(self.domains)
         users = len(batch.weight_B)
-        single_BDR, single_count_BD = pool(single_MR, batch.single, users, self.domains)
-        cross_BDR, cross_count_BD = pool(cross_MR, batch.cross, users, self.domains)
+        single_BDR, single_count_BD = pool(
+            single_MR, batch.single, users, self.domains
+        )
+        cross_BDR, cross_count_BD = pool(
+            cross_MR, batch.cross, users, self.domains
+        )
         in_both_BD = (single_count_BD > 0) & (cross_count_BD > 0)
         present_BD = in_both_BD & (batch.weight_B > 0).unsqueeze(1)
         position_B = torch.arange(users, device=present_BD.device)
@@ -427,7 +484,12 @@ class SyNCRec(nn.Module):
                 present_GD = reduction.gather(present_BD)
                 position_B = position_B + reduction.rank * users
         sum_D, count_D = self.mutual_information(
-            cross_BDR, candidates_GDR, present_BD, present_GD, position_B, sample
+            cross_BDR,
+            candidates_GDR,
+            present_BD,
+            present_GD,
+            position_B,
+            sample,
         )
         if of_this_rank:
             count_D = count_D * reduction.world_size
@@ -445,13 +507,21 @@ class SyNCRec(nn.Module):
         slot_C = candidates.slot_C
         position_C = candidates.place_C
         present_S = present_BD.flatten().double()
-        shown = torch.zeros(slots, dtype=torch.float64, device=present_BD.device)
-        shown = shown.index_copy(0, position_C, present_S.index_select(0, slot_C))
-        wait = reduction.start_sum(torch.cat([shown, present_BD.sum(0).double()]))
+        shown = torch.zeros(
+            slots, dtype=torch.float64, device=present_BD.device
+        )
+        shown = shown.index_copy(
+            0, position_C, present_S.index_select(0, slot_C)
+        )
+        wait = reduction.start_sum(
+            torch.cat([shown, present_BD.sum(0).double()])
+        )
         values_CR = single_BDR.flatten(0, 1).index_select(0, slot_C)
         single_NR = reduction.collect(values_CR, position_C, slots)
         nowhere_S = torch.full_like(present_S, -1, dtype=torch.int64)
-        position_BD = nowhere_S.index_copy(0, slot_C, position_C % candidates.size)
+        position_BD = nowhere_S.index_copy(
+            0, slot_C, position_C % candidates.size
+        )
         shown, count_D = wait().split([slots, self.domains])
         return Sample(
             single_DNR=single_NR.view(self.domains, candidates.size, -1),
@@ -482,14 +552,17 @@ class _Totals:
         size = 2 * _SUMS * domains
         by_view, self.coalitions = sums.split([size, len(sums) - size])
         single_4D, cross_4D = by_view.view(2, _SUMS, domains)
-        self.single_loss, self.single_targets, self.single_gap, self.comparable = (
-            single_4D
-        )
+        (
+            self.single_loss,
+            self.single_targets,
+            self.single_gap,
+            self.comparable,
+        ) = single_4D
         self.cross_loss, self.cross_targets, self.cross_gap, _ = cross_4D
         self.present = self.comparable > 0
 
 
-def decayed_names(model: nn.Module) -> set[str]:
+def select_decayed_parameters(model: nn.Module) -> set[str]:
     """The names of the parameters that weight decay is for.
 
     These are the projections and what stands for items, positions and times. Not biases, not what
@@ -535,7 +608,12 @@ def _sum_by_domain(view: View, loss_L: Tensor) -> Tensor:
     domains = len(view.target_starts) - 1
     weight_L = view.target_weight_L.to(loss_L.dtype)
     shared_L = weight_L * view.comparable_L
-    columns = [loss_L * weight_L, weight_L, loss_L.detach() * shared_L, shared_L]
+    columns = [
+        loss_L * weight_L,
+        weight_L,
+        loss_L.detach() * shared_L,
+        shared_L,
+    ]
     terms_L4 = torch.stack(columns, dim=1)
     zeros_D4 = terms_L4.new_zeros(domains, _SUMS)
     return zeros_D4.index_add(0, view.target_domain_L, terms_L4).T

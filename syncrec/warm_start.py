@@ -18,7 +18,7 @@ _KNOTS = "clock.knots_2KR"
 Span = tuple[float, float]  # first and last time of a dataset
 
 
-def grown_state(
+def grow_state(
     state: Mapping[str, Tensor],
     old_of_D: Sequence[int],
     spans: tuple[Span, Span],
@@ -60,7 +60,9 @@ def grown_state(
     return grown
 
 
-def _select_domains(value: Tensor, old_of_D: Sequence[int], axis: int) -> Tensor:
+def _select_domains(
+    value: Tensor, old_of_D: Sequence[int], axis: int
+) -> Tensor:
     """A buffer by the new domains; 0 for those that are new."""
     domains = value.shape[axis]
     zero = torch.zeros_like(value.narrow(axis, 0, 1))

@@ -46,7 +46,7 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def missing(name: str, without: str) -> str | None:
+def why_unavailable(name: str, without: str) -> str | None:
     """None where the operators of <name>.cpp are loaded, else why they cannot be: a line.
 
     without: what is the case then. The log says it, once.
@@ -117,7 +117,9 @@ def _cache_folder() -> Path:
 
 def _find_compiler() -> str:
     """The C++ compiler. Raises Unavailable where there is none."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = (
+        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    )
     if not compiler:
         raise Unavailable("there is no C++ compiler (c++, g++ or $CXX)")
     return compiler
@@ -130,7 +132,9 @@ def _compile_in_place(compiler: str, source: Path, library: Path) -> None:
     """
     # A name of its own: in a home that several hosts or containers share, a process number is
     # not this process's alone.
-    handle, partial = tempfile.mkstemp(".partial", f"{source.stem}-", library.parent)
+    handle, partial = tempfile.mkstemp(
+        ".partial", f"{source.stem}-", library.parent
+    )
     os.close(handle)
     try:
         _compile(compiler, source, partial)
@@ -185,7 +189,9 @@ def _temporary_folder() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
-        raise Unavailable(f"{folder} cannot be written: {error.strerror}") from None
+        raise Unavailable(
+            f"{folder} cannot be written: {error.strerror}"
+        ) from None
     is_folder = stat.S_ISDIR(status.st_mode)
     others_may_write = status.st_mode & 0o022
     if not is_folder or status.st_uid != user or others_may_write:
@@ -200,7 +206,9 @@ def _processor_features() -> str:
     """What the processor can do: a library built on one machine may stop another's process."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        features = re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M)
+        features = re.search(
+            r"^(flags|Features)\s*:.*$", info.read_text(), re.M
+        )
         if features is not None:
             return features.group()
     return platform.processor()

@@ -158,7 +158,9 @@ def arguments_of(function: ast.FunctionDef) -> list[ast.arg]:
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     starred = [arguments.vararg, arguments.kwarg]
     named += [argument for argument in starred if argument is not None]
-    return [argument for argument in named if argument.arg not in ("self", "cls")]
+    return [
+        argument for argument in named if argument.arg not in ("self", "cls")
+    ]
 
 
 def long_functions(file: Path) -> list[str]:
@@ -178,12 +180,19 @@ def full_folders(folders: list[Path]) -> list[str]:
     """Folders with more modules at their top level than one looks through."""
     names = []
     for folder in folders:
-        for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        for place in [
+            folder,
+            *(path for path in folder.rglob("*") if path.is_dir()),
+        ]:
             modules = [
-                file for file in place.glob("*.py") if file.name != "__init__.py"
+                file
+                for file in place.glob("*.py")
+                if file.name != "__init__.py"
             ]
             if len(modules) > MOST_MODULES:
-                names.append(f"{place.relative_to(ROOT)} has {len(modules)} modules")
+                names.append(
+                    f"{place.relative_to(ROOT)} has {len(modules)} modules"
+                )
     return names
 
 
@@ -192,7 +201,9 @@ def rooms_of(folders: list[Path]) -> dict[str, list[Path]]:
     rooms = {}
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
-            rooms.setdefault(file.parent.relative_to(ROOT).as_posix(), []).append(file)
+            rooms.setdefault(
+                file.parent.relative_to(ROOT).as_posix(), []
+            ).append(file)
     return rooms
 
 

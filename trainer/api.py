@@ -28,17 +28,21 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.checkpoint.best_model import config_of, open_run
-from trainer.config.load import load
+from trainer.checkpoint.best_model import open_run, read_config
+from trainer.config.load import load_settings
 from trainer.config.prepare import PrepareConfig
 from trainer.config.run import RunConfig
-from trainer.config.serving import AskedConfig, ExportConfig, RecommendConfig
+from trainer.config.serving import (
+    ExportConfig,
+    HistoriesConfig,
+    RecommendConfig,
+)
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.pipeline import prepare as prepare_logs
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
-from trainer.evaluation.evaluate_run import rank_run
+from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.evaluation.evaluation import Evaluation
 from trainer.reporting.run_log import read_records
 from trainer.reporting.run_report import update_report
@@ -69,10 +73,15 @@ def prepare(
     fresh: begins anew where an earlier call was killed.
     options: those of `trainer.config.prepare.PrepareConfig`, e.g. `user_column="uid"`, `min_user=5`.
     """
-    known = {field.name for field in fields(PrepareConfig)} - {"inputs", "output"}
+    known = {field.name for field in fields(PrepareConfig)} - {
+        "inputs",
+        "output",
+    }
     _refuse_unknown("prepare", options, known)
     with _paths_of(logs, output) as paths:
-        config = PrepareConfig(inputs=paths, output=os.fspath(output), **options)
+        config = PrepareConfig(
+            inputs=paths, output=os.fspath(output), **options
+        )
         return prepare_logs(config, fresh)
 
 
@@ -117,16 +126,18 @@ class Run:
     data: str | None = None
 
     @classmethod
-    def open(cls, folder: PathLike, data: Dataset | PathLike | None = None) -> "Run":
+    def open(
+        cls, folder: PathLike, data: Dataset | PathLike | None = None
+    ) -> "Run":
         """The run in a folder. Raises InputError where there is none."""
-        config_of(folder)
+        read_config(folder)
         place = data.folder if isinstance(data, Dataset) else data
         return cls(Path(folder), None if place is None else os.fspath(place))
 
     @cached_property
     def config(self) -> RunConfig:
         """Every setting that was in force."""
-        return config_of(self.folder)
+        return read_config(self.folder)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -163,10 +174,12 @@ class Run:
         if split not in ("test", "validation"):
             raise InputError(f"split is {split!r}: give 'test' or 'validation'")
         if ranking not in ("sampled", "full"):
-            raise InputError(f"ranking is {ranking!r}: give 'sampled' or 'full'")
+            raise InputError(
+                f"ranking is {ranking!r}: give 'sampled' or 'full'"
+            )
         full = ranking == "full"
         with _joined(self.config.timeout_minutes) as ranks:
-            record = rank_run(
+            record = evaluate_run(
                 self.folder, ranks, split, self.data, candidates, output, full
             )
             if full and ranks.first:
@@ -193,16 +206,23 @@ class Run:
         output: a folder that gets the same as partitioned Parquet, and stays.
         options: column names and memory, those of `trainer.config.serving.AskedConfig`.
         """
-        known = {field.name for field in fields(AskedConfig)} - {"inputs", "users"}
+        known = {field.name for field in fields(HistoriesConfig)} - {
+            "inputs",
+            "users",
+        }
         _refuse_unknown("recommend", options, known)
-        config = RecommendConfig(k=k, domains=tuple(domains), keep_seen=keep_seen)
+        config = RecommendConfig(
+            k=k, domains=tuple(domains), keep_seen=keep_seen
+        )
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             column = options.get("user_column", "user_id")
             wanted = _file_of_users(users, column, Path(scratch))
             paths = stack.enter_context(_paths_of(logs, Path(scratch) / "logs"))
-            asked = AskedConfig(inputs=paths, users=wanted, **options)
-            folder = Path(scratch) / "recommendations" if output is None else output
+            asked = HistoriesConfig(inputs=paths, users=wanted, **options)
+            folder = (
+                Path(scratch) / "recommendations" if output is None else output
+            )
             with _joined(self.config.timeout_minutes) as ranks:
                 if output is None and ranks.world_size > 1:
                     raise InputError(
@@ -232,7 +252,7 @@ def _joined(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     """The process group, for one call; what it sets in the environment is put back."""
     environment = dict(os.environ)
     try:
-        with process_group.joined(timeout_minutes) as ranks:
+        with process_group.join_process_group(timeout_minutes) as ranks:
             yield ranks
     finally:
         os.environ.clear()
@@ -253,7 +273,9 @@ def _config_of(
         files += config
     for key, value in settings.items():
         sources.append((key, _section_of(key, value)))
-    return load(RunConfig, [os.fspath(file) for file in files], [], sources)
+    return load_settings(
+        RunConfig, [os.fspath(file) for file in files], [], sources
+    )
 
 
 def _section_of(key: str, value: Any) -> DictConfig:
@@ -266,7 +288,9 @@ def _section_of(key: str, value: Any) -> DictConfig:
     return OmegaConf.create(section)
 
 
-def _refuse_unknown(function: str, options: dict[str, Any], known: set[str]) -> None:
+def _refuse_unknown(
+    function: str, options: dict[str, Any], known: set[str]
+) -> None:
     for name in options:
         if name not in known:
             names = ", ".join(sorted(known))
@@ -290,7 +314,9 @@ def _paths_of(logs: Logs, output: PathLike) -> Iterator[tuple[str, ...]]:
         parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=parent, prefix=".logs-")
     except OSError as error:
-        raise InputError(f"{parent}: cannot be written ({error.strerror})") from None
+        raise InputError(
+            f"{parent}: cannot be written ({error.strerror})"
+        ) from None
     with folder as name:
         file = Path(name) / "logs.parquet"
         pq.write_table(table, file)
@@ -306,7 +332,9 @@ def _table_of(logs: Any) -> pa.Table | None:
             return pa.Table.from_pandas(logs, preserve_index=False)
         except (pa.ArrowException, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"the DataFrame cannot be read: {reason}") from None
+            raise InputError(
+                f"the DataFrame cannot be read: {reason}"
+            ) from None
     return None
 
 
@@ -322,7 +350,9 @@ def _file_of_users(
         table = pa.table({column: list(users)})
     except (pa.ArrowException, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"users: these are no ids of one type: {reason}") from None
+        raise InputError(
+            f"users: these are no ids of one type: {reason}"
+        ) from None
     file = folder / "users.parquet"
     pq.write_table(table, file)
     return str(file)
@@ -333,7 +363,14 @@ def _read_recommendations(folder: Path) -> pa.Table:
     files = sorted(str(file) for file in folder.glob("domain=*/*.parquet"))
     if not files:
         raise InputError(f"{folder}: there are no recommendations in it")
-    by_domain = pds.partitioning(pa.schema([("domain", pa.string())]), flavor="hive")
-    dataset = pds.dataset(files, partitioning=by_domain, partition_base_dir=str(folder))
-    names = ["domain", *(name for name in dataset.schema.names if name != "domain")]
+    by_domain = pds.partitioning(
+        pa.schema([("domain", pa.string())]), flavor="hive"
+    )
+    dataset = pds.dataset(
+        files, partitioning=by_domain, partition_base_dir=str(folder)
+    )
+    names = [
+        "domain",
+        *(name for name in dataset.schema.names if name != "domain"),
+    ]
     return dataset.to_table(columns=names)

@@ -12,7 +12,7 @@ from trainer.process_name import process_name, rank_for_messages
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LOST = (
+RANKS_LOST_ADVICE = (
     "another rank or host is gone or hangs (its own lines say why, if it is there); the same "
     "command goes on from the last checkpoint; timeout_minutes is how long a rank waits"
 )
@@ -36,13 +36,13 @@ class InputError(Exception):
         self.said = False
 
 
-class NotFinite(InputError):
+class NonFiniteLoss(InputError):
     """The loss is infinite or not a number; the same command would meet it again."""
 
     status = 3
 
 
-class RanksLost(InputError):
+class LostRanks(InputError):
     """Other ranks do not answer any more; the same command resumes from the last checkpoint.
 
     The backend's error is its `__cause__`, and is printed below the line.
@@ -51,7 +51,7 @@ class RanksLost(InputError):
     status = 4
 
 
-class Stopped(InputError):
+class RunStopped(InputError):
     """The run was asked to stop (SIGTERM, SIGUSR1, SIGINT: preemption) and has written a checkpoint.
 
     The same command resumes from it.
@@ -60,15 +60,15 @@ class Stopped(InputError):
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
-def say(error: InputError, who: str = "") -> None:
+def print_error(error: InputError, who: str = "") -> None:
     """Prints an error's line on stderr, and below it the backend's error.
 
     who: a name to put before the message.
     """
-    start = "" if isinstance(error, Stopped) else "error: "
+    start = "" if isinstance(error, RunStopped) else "error: "
     line = " ".join(f"{who}{error}".split())
     print(start + line, file=sys.stderr, flush=True)
-    if isinstance(error, RanksLost) and error.__cause__ is not None:
+    if isinstance(error, LostRanks) and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
 
 
@@ -93,9 +93,9 @@ def exit_on_input_error(main: Callable[P, T]) -> Callable[P, T]:
 
 
 def _print_on_this_rank(error: InputError) -> None:
-    if isinstance(error, RanksLost) or rank_for_messages() == 0:
-        say(error)
+    if isinstance(error, LostRanks) or rank_for_messages() == 0:
+        print_error(error)
         return
     if not error.one_rank:
         time.sleep(_SECONDS_FOR_FIRST_RANK)
-    say(error, f"{process_name()}: ")
+    print_error(error, f"{process_name()}: ")

@@ -38,6 +38,9 @@ REPORT = "report.html"
 LOOK = "look.json"
 LATEST = "latest.json"
 BEST = "best.json"
+HEADLINE = (
+    "NDCG@10"  # in it and in records: the metric that chooses the best model
+)
 FULL = "evaluation-full"  # see full_ranking_file
 RANKS = "ranks-{split}.parquet"  # see user_ranks_file
 CHECKPOINTS = "checkpoints"

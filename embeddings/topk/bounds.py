@@ -28,7 +28,9 @@ def exact_scores(
 
     Takes memory for a few thousand pairs.
     """
-    scores_P = torch.empty(len(left_P), dtype=torch.float32, device=left_LR.device)
+    scores_P = torch.empty(
+        len(left_P), dtype=torch.float32, device=left_LR.device
+    )
     for begin in range(0, len(left_P), _PAIRS):
         pairs = slice(begin, begin + _PAIRS)
         left_CR = left_LR.index_select(0, left_P[pairs])
@@ -81,7 +83,9 @@ class Vectors:
         return self.length_V.max()
 
 
-def product(users: Vectors, items: Vectors, out: Tensor, first: int = 0) -> Tensor:
+def product(
+    users: Vectors, items: Vectors, out: Tensor, first: int = 0
+) -> Tensor:
     """Scores (U, N) of N items from the first on, as a matrix product gives them, into `out`.
 
     NaN where either is wild. To be called within `full_precision`.

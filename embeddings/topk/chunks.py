@@ -94,7 +94,9 @@ class Strips:
             # As many as there would be of `block` rows: how many rows of a strip are on this rank
             # differs by a few.
             blocks = max(1, round(len(row) / self.block))
-            yield Strip(number, row, slot, pack_items(shard.weight, slot), blocks)
+            yield Strip(
+                number, row, slot, pack_items(shard.weight, slot), blocks
+            )
 
 
 class UserPart:
@@ -123,7 +125,9 @@ class UserPart:
 
     def exact(self, user_P: Tensor, slot_P: Tensor) -> Tensor:
         """The scores of pairs of user and slot, (P,)."""
-        return exact_scores(self.y.vectors_VR, user_P, self.shard.weight, slot_P)
+        return exact_scores(
+            self.y.vectors_VR, user_P, self.shard.weight, slot_P
+        )
 
     def find_excluded(self, strip: Strip) -> tuple[Tensor, Tensor]:
         """Excluded pairs (user, column of the strip), by column."""

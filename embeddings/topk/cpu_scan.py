@@ -14,7 +14,7 @@ from torch import Tensor
 from embeddings.topk.bounds import Vectors, above, below, error
 from embeddings.topk.chunks import Strip, UserPart
 from embeddings.topk.torch_scan import MISSING, keys_of, smallest
-from syncrec_kernels.build import missing
+from syncrec_kernels.build import why_unavailable
 
 PARTS = 2  # of users for a thread: whichever is free takes the next
 _SLOT_BITS = 0xFFFFFFFF
@@ -28,7 +28,9 @@ def supports(y_UR: Tensor) -> bool:
     """
     if y_UR.device.type != "cpu" or Vectors(y_UR).any_wild:
         return False
-    return not missing("scan", "ranking all items takes up to twice as long")
+    return not why_unavailable(
+        "scan", "ranking all items takes up to twice as long"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ class ItemsAhead:
         low_U = below(score_U - error_U)
         high_U = above(score_U + error_U)
         inputs = _kernel_inputs(self.part, strip)
-        torch.ops.scan.ahead(*inputs, low_U, high_U, self._score_U, self._ahead_U)
+        torch.ops.scan.ahead(
+            *inputs, low_U, high_U, self._score_U, self._ahead_U
+        )
 
     def count(self) -> Tensor:
         """Of each user: int64 (U,)."""

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from embeddings.topk import cpu_scan, torch_scan
 from embeddings.topk.bounds import exact_scores
-from embeddings.topk.chunks import Shard, Strips, UserPart, scan_strips, split_users
+from embeddings.topk.chunks import (
+    Shard,
+    Strips,
+    UserPart,
+    scan_strips,
+    split_users,
+)
 from embeddings.topk.torch_scan import scores_and_rows, smallest
 
 if TYPE_CHECKING:
@@ -98,7 +104,9 @@ class ExactRanking:
                 f"rows {first} to {first + items - 1} are not rows of a table of {table.rows}"
             )
         if block < 1 or users < 1:
-            raise ValueError(f"block is {block} and users {users}: give at least 1")
+            raise ValueError(
+                f"block is {block} and users {users}: give at least 1"
+            )
         self.table = table
         self.first = first
         self.items = items
@@ -111,7 +119,9 @@ class ExactRanking:
         self._starts_W = self._gather_numbers(first_stored_row)
 
     @torch.no_grad()
-    def top_k(self, y_BR: Tensor, k: int, excluded: Excluded | None = None) -> Top:
+    def top_k(
+        self, y_BR: Tensor, k: int, excluded: Excluded | None = None
+    ) -> Top:
         """The k best items of each user.
 
         y_BR: float32; the score of an item is the dot product with the item's vector. k is the same
@@ -122,7 +132,9 @@ class ExactRanking:
         best = [torch.empty(0, k, dtype=torch.int64, device=self.table.device)]
         for group in self._group_users(y_BR, excluded):
             scans = [group.scan.TopK(part, k) for part in group.parts]
-            scan_strips(self.strips.cut(group.shard, group.scan.pack_items), scans)
+            scan_strips(
+                self.strips.cut(group.shard, group.scan.pack_items), scans
+            )
             keys_Uk = torch.cat([scan.best_keys() for scan in scans])
             best.append(self._merge_keys(group, keys_Uk, k))
         scores_Bk, rows_Bk = scores_and_rows(torch.cat(best))
@@ -146,13 +158,17 @@ class ExactRanking:
             raise ValueError(
                 f"an item to be ranked is not one of rows {self.first} to {end - 1}"
             )
-        positions = [torch.empty(0, dtype=torch.int64, device=self.table.device)]
+        positions = [
+            torch.empty(0, dtype=torch.int64, device=self.table.device)
+        ]
         for group in self._group_users(y_BR, excluded, row_B):
             score_U = self._score_targets(group)
             scans = []
             for part, users in zip(group.parts, group.slices, strict=True):
                 scans.append(group.scan.ItemsAhead(part, score_U[users]))
-            scan_strips(self.strips.cut(group.shard, group.scan.pack_items), scans)
+            scan_strips(
+                self.strips.cut(group.shard, group.scan.pack_items), scans
+            )
             ahead_U = torch.cat([scan.count() for scan in scans])
             dist.all_reduce(ahead_U)
             positions.append(1 + ahead_U[group.first : group.end])
@@ -182,7 +198,10 @@ class ExactRanking:
         return score_U
 
     def _group_users(
-        self, y_BR: Tensor, excluded: Excluded | None, row_B: Tensor | None = None
+        self,
+        y_BR: Tensor,
+        excluded: Excluded | None,
+        row_B: Tensor | None = None,
     ) -> Iterator["_Group"]:
         """The users of all ranks, some of each at a time. row_B: items whose position is wanted."""
         device = self.table.device
@@ -236,7 +255,9 @@ class ExactRanking:
         slices = split_users(len(y_UR), self.table.device, scan.PARTS)
         parts = []
         for users in slices:
-            in_part = (excluded_user >= users.start) & (excluded_user < users.stop)
+            in_part = (excluded_user >= users.start) & (
+                excluded_user < users.stop
+            )
             part = UserPart(
                 y_UR[users],
                 excluded_row[in_part],
@@ -316,7 +337,9 @@ class _Group:
 def _gather(local: Tensor, counts: list[int]) -> list[Tensor]:
     """All ranks' tensors. counts: how many rows each rank's has."""
     most = max(counts)
-    padded = torch.zeros(most, *local.shape[1:], dtype=local.dtype, device=local.device)
+    padded = torch.zeros(
+        most, *local.shape[1:], dtype=local.dtype, device=local.device
+    )
     padded[: len(local)] = local
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)

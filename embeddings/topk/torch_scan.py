@@ -62,7 +62,9 @@ class TopK:
             groups_UG = block.scores_UN.unflatten(1, (GROUP, -1)).amax(1)
             if self._blocks == 1:
                 enough = self.k <= groups_UG.shape[1]
-                self._begin(groups_UG if enough else block.scores_UN, block.error_U)
+                self._begin(
+                    groups_UG if enough else block.scores_UN, block.error_U
+                )
             self._add_candidates(block, groups_UG)
             # Each time that twice as many rows are scanned, about as many are better.
             if self._blocks & (self._blocks - 1) == 0:
@@ -206,7 +208,9 @@ class ItemsAhead:
         self._items = 0
         self._score_U = score_U.masked_fill(lost_U, torch.inf)
         users = len(score_U)
-        self._ahead_U = torch.zeros(users, dtype=torch.int64, device=score_U.device)
+        self._ahead_U = torch.zeros(
+            users, dtype=torch.int64, device=score_U.device
+        )
 
     def scan(self, strip: Strip) -> None:
         """Counts those of a strip."""
@@ -264,7 +268,9 @@ def keys_of(scores_C: Tensor, rows_C: Tensor) -> Tensor:
         scores_C: float32.
         rows_C: int64, rows of M.
     """
-    scores_C = torch.where(scores_C.isnan(), -torch.inf, scores_C) + 0.0  # −0 is 0
+    scores_C = (
+        torch.where(scores_C.isnan(), -torch.inf, scores_C) + 0.0
+    )  # −0 is 0
     bits_C = scores_C.view(torch.int32)
     ascending_C = torch.where(bits_C < 0, bits_C ^ 0x7FFFFFFF, bits_C)
     return ((~ascending_C).long() << 32) | rows_C

@@ -33,7 +33,9 @@ def syncrec_retrain() -> None:
             cwd=PROJECT,
         ).returncode
         if status == REFUSED:
-            raise AirflowFailException(f"{ds} was refused: its report.md says why")
+            raise AirflowFailException(
+                f"{ds} was refused: its report.md says why"
+            )
         if status:
             raise RuntimeError(f"status {status}")
 

@@ -13,9 +13,7 @@ import torch
 # params.h)`; the memory-efficient kernel: `dim3(…, num_heads, num_batches)`).
 MOST_SEQUENCES = 65_535
 
-_LEAST_SPREAD = (
-    8  # tokens by which lengths in one bucket may differ, however short they are
-)
+_LEAST_SPREAD = 8  # tokens by which lengths in one bucket may differ, however short they are
 
 
 @dataclass(frozen=True)

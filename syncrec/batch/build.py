@@ -45,26 +45,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from syncrec.batch.attention_layout import (  # noqa: F401
-    MOST_SEQUENCES,  # moved
-    AttentionLayout,  # moved
+from syncrec.batch.attention_layout import (
     build_attention_layout,
     sort_small,
 )
-from syncrec.batch.views import (  # noqa: F401
+from syncrec.batch.views import (
     Batch,
-    Candidates,  # moved
     Query,
     View,
-    map_tensors,  # moved
-    move,  # moved
-    without_look_up,  # moved
 )
 from syncrec.layers.time_encoding import NO_GAP, compute_gaps
 
 
 def trim(
-    items_N: np.ndarray, lengths_B: np.ndarray, domain_N: np.ndarray, max_length: int
+    items_N: np.ndarray,
+    lengths_B: np.ndarray,
+    domain_N: np.ndarray,
+    max_length: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leaves out interactions that no view of `max_length` tokens reaches.
 
@@ -189,7 +186,9 @@ def build_query(
     if domain_N is None:
         kept_N, lengths_B = _keep_newest(kept_N, lengths_B, max_length)
     else:
-        kept_N, lengths_B, domain_N = trim(kept_N, lengths_B, domain_N, max_length)
+        kept_N, lengths_B, domain_N = trim(
+            kept_N, lengths_B, domain_N, max_length
+        )
     ticks_N = _to_ticks(ticks_N, len(items_N))[kept_N]
     now_B = _to_ticks(now_B, users)
     items_N = items_N[kept_N]
@@ -206,7 +205,9 @@ def build_query(
         single = _build_query_view(tokens, starts, ticks_N, now_S)
         newest_DB = torch.from_numpy(ends_DB - 1)
     return Query(
-        ids=torch.from_numpy(np.concatenate([items_N, extra_ids], dtype=np.int64)),
+        ids=torch.from_numpy(
+            np.concatenate([items_N, extra_ids], dtype=np.int64)
+        ),
         interactions=len(items_N),
         cross=cross,
         newest_B=torch.from_numpy(newest_B),
@@ -237,7 +238,9 @@ def _group_by_domain(
 ) -> _Groups:
     users = len(lengths_B)
     slot_N = _number_slots(lengths_B, domain_N, domains)
-    counts_BD = np.bincount(slot_N, minlength=users * domains).reshape(users, domains)
+    counts_BD = np.bincount(slot_N, minlength=users * domains).reshape(
+        users, domains
+    )
     counts_DB = np.ascontiguousarray(counts_BD.T)
     domain_G, user_G = np.nonzero(counts_DB)
     groups_D = np.count_nonzero(counts_DB, axis=1)
@@ -282,9 +285,13 @@ class _Tokens:
         """
         target_ticks = np.append(ticks_N, np.int32(0))
         input_ticks = np.append(np.int32(0), ticks_N)
-        time_M = np.where(self.target_M >= 0, target_ticks[self.target_M], default)
+        time_M = np.where(
+            self.target_M >= 0, target_ticks[self.target_M], default
+        )
         since_M = time_M - input_ticks[self.input_M]
-        gap_M = np.where(self.input_M > 0, compute_gaps(since_M), np.int32(NO_GAP))
+        gap_M = np.where(
+            self.input_M > 0, compute_gaps(since_M), np.int32(NO_GAP)
+        )
         return time_M, gap_M
 
 
@@ -299,14 +306,18 @@ def _pack_tokens(
     The newest item is no input where `drop_newest`, bool (G,). Of each sequence the newest
     `max_length` tokens remain. order_N: the interactions, group after group; None: they lie so.
     """
-    lengths = np.where(lengths_G > 0, lengths_G + 1 - drop_newest, 1 - drop_newest)
+    lengths = np.where(
+        lengths_G > 0, lengths_G + 1 - drop_newest, 1 - drop_newest
+    )
     lengths_S = np.minimum(lengths, max_length)
     ends_S = np.cumsum(lengths_S)
     first_S = np.cumsum(lengths_G) - lengths_G
     index_M = np.arange(int(lengths_S.sum()), dtype=np.int32)
     position_M = np.repeat((ends_S - 1).astype(np.int32), lengths_S)
     position_M -= index_M
-    target_M = np.repeat((first_S + lengths - ends_S).astype(np.int32), lengths_S)
+    target_M = np.repeat(
+        (first_S + lengths - ends_S).astype(np.int32), lengths_S
+    )
     # In `order_N`. A token without a target gets the next group's first for now, or none.
     target_M += index_M
     if order_N is not None:
@@ -329,7 +340,9 @@ def _pack_tokens(
         input_M=input_M,
         target_M=target_M,
         position_M=position_M,
-        sequence_M=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths_S),
+        sequence_M=np.repeat(
+            np.arange(len(lengths), dtype=np.int32), lengths_S
+        ),
         lengths_S=lengths_S,
         ends_S=ends_S,
     )
@@ -344,7 +357,9 @@ def _pack_every_domain(
     group_N = domain_N.astype(np.int64) * users + user_N
     lengths_G = np.bincount(group_N, minlength=domains * users)
     order_N = np.argsort(group_N, kind="stable")
-    return _pack_tokens(order_N, lengths_G, np.zeros(len(lengths_G), bool), max_length)
+    return _pack_tokens(
+        order_N, lengths_G, np.zeros(len(lengths_G), bool), max_length
+    )
 
 
 @dataclass(frozen=True)
@@ -497,7 +512,9 @@ class _Rows:
     negative_starts: tuple[int, ...]
 
 
-def _list_rows(items_N: np.ndarray, negatives: np.ndarray | list[np.ndarray]) -> _Rows:
+def _list_rows(
+    items_N: np.ndarray, negatives: np.ndarray | list[np.ndarray]
+) -> _Rows:
     if isinstance(negatives, list):
         per_interaction = None
         negative_ids = np.concatenate(negatives)
@@ -507,7 +524,9 @@ def _list_rows(items_N: np.ndarray, negatives: np.ndarray | list[np.ndarray]) ->
         per_interaction = negatives.shape[1]
         negative_ids = negatives.reshape(-1)
         starts = ()
-    ids = torch.from_numpy(np.concatenate([items_N, negative_ids], dtype=np.int64))
+    ids = torch.from_numpy(
+        np.concatenate([items_N, negative_ids], dtype=np.int64)
+    )
     # Less than half of np.unique's time.
     distinct, inverse = torch.unique(ids, return_inverse=True)
     return _Rows(distinct, inverse.int(), per_interaction, starts)

@@ -147,18 +147,20 @@ class Batch:
             return torch.zeros_like(self.inverse)
         return self.distinct[self.inverse]
 
-    def vectors_of_uses(self, rows_UR: Tensor) -> Tensor:
+    def gather_vectors(self, rows_UR: Tensor) -> Tensor:
         """The vectors of interactions and negatives, (N + negatives, r), from those of `distinct`."""
         if len(self.distinct) == 0:
             return rows_UR.new_zeros(len(self.inverse), rows_UR.shape[1])
         return rows_UR.index_select(0, self.inverse)
 
-    def gradient_of_rows(self, gradient_NR: Tensor) -> Tensor:
+    def reduce_gradient(self, gradient_NR: Tensor) -> Tensor:
         """The gradient of `distinct`'s vectors, (U, r): the sum of that of all their uses.
 
         gradient_NR: of the interactions' and the negatives' vectors, (N + negatives, r).
         """
-        gradient_UR = gradient_NR.new_zeros(len(self.distinct), gradient_NR.shape[1])
+        gradient_UR = gradient_NR.new_zeros(
+            len(self.distinct), gradient_NR.shape[1]
+        )
         if len(self.distinct) == 0:
             return gradient_UR
         return gradient_UR.index_add_(0, self.inverse, gradient_NR)
@@ -208,7 +210,9 @@ def move(value: _Packed, device: torch.device | str) -> _Packed:
     return map_tensors(value, move_tensor)
 
 
-def map_tensors(value: _Packed, function: Callable[[Tensor], Tensor]) -> _Packed:
+def map_tensors(
+    value: _Packed, function: Callable[[Tensor], Tensor]
+) -> _Packed:
     """The same dataclass with function(tensor) for each tensor, those of inner dataclasses too."""
     changed = {}
     for field in fields(value):
@@ -220,7 +224,9 @@ def map_tensors(value: _Packed, function: Callable[[Tensor], Tensor]) -> _Packed
     return replace(value, **changed)
 
 
-def without_look_up(batch: Batch) -> Batch:
+def drop_lookup(batch: Batch) -> Batch:
     """A batch whose users all only fill up: no row is looked up, `vectors_of_uses` gives zeros."""
     no_rows = batch.distinct[:0]
-    return replace(batch, distinct=no_rows, inverse=torch.zeros_like(batch.inverse))
+    return replace(
+        batch, distinct=no_rows, inverse=torch.zeros_like(batch.inverse)
+    )

@@ -17,7 +17,9 @@ from syncrec.batch.attention_layout import AttentionLayout
 from syncrec.layers import varlen
 
 
-def causal_attention(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
+def causal_attention(
+    qkv_KMR: Tensor, layout: AttentionLayout, heads: int
+) -> Tensor:
     """softmax(Q Kᵀ / √(r / heads)) V within each sequence (eq. 5).
 
     Each token sees itself and what is older.
@@ -58,7 +60,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     most = attention_layout.MOST_SEQUENCES
     if len(query) <= most:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    pieces = zip(query.split(most), key.split(most), value.split(most), strict=True)
+    pieces = zip(
+        query.split(most), key.split(most), value.split(most), strict=True
+    )
     outputs = []
     for piece in pieces:
         outputs.append(F.scaled_dot_product_attention(*piece, is_causal=True))
@@ -102,7 +106,9 @@ class _Move(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KFW: Tensor, index_T: Tensor, inverse_F: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_KFW: Tensor, index_T: Tensor, inverse_F: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(index_T, inverse_F)
         ctx.clear = len(inverse_F) > len(index_T)
         return _gather(x_KFW, index_T)
@@ -123,15 +129,21 @@ def _gather(x_KFW: Tensor, index_T: Tensor) -> Tensor:
     if experts == 1:
         return x_KFW[0].index_select(0, index_T).unsqueeze(0)
     # One gather of whole rows: index_select over an inner dimension copies row by row.
-    offsets = torch.arange(0, experts * rows, rows, device=index_T.device).unsqueeze(1)
+    offsets = torch.arange(
+        0, experts * rows, rows, device=index_T.device
+    ).unsqueeze(1)
     index = (offsets + index_T).view(-1)
     gathered = x_KFW.reshape(experts * rows, width).index_select(0, index)
     return gathered.view(experts, -1, width)
 
 
-def group_layer_norm(x_KMR: Tensor, scale_K1R: Tensor, shift_K1R: Tensor) -> Tensor:
+def group_layer_norm(
+    x_KMR: Tensor, scale_K1R: Tensor, shift_K1R: Tensor
+) -> Tensor:
     """LayerNorm of K experts at once: (K, M, r)."""
-    return torch.addcmul(shift_K1R, F.layer_norm(x_KMR, x_KMR.shape[-1:]), scale_K1R)
+    return torch.addcmul(
+        shift_K1R, F.layer_norm(x_KMR, x_KMR.shape[-1:]), scale_K1R
+    )
 
 
 class GroupLayerNorm(nn.Module):

@@ -32,7 +32,9 @@ class InputEmbedding(nn.Module):
         self.start = nn.Parameter(torch.empty(1, config.dim))
         self.positions = None
         if config.encoder == "transformer":
-            self.positions = nn.Parameter(torch.empty(config.max_length, config.dim))
+            self.positions = nn.Parameter(
+                torch.empty(config.max_length, config.dim)
+            )
         self.dropout = config.dropout
         for weight in self.parameters():
             nn.init.normal_(weight, std=config.init_std)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncrec_kernels.build import Unavailable, missing
+from syncrec_kernels.build import Unavailable, why_unavailable
 
 _TILE = 384  # rows, few enough to stay in a core's L2 cache
 
@@ -70,7 +70,11 @@ def block(
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_KMR: Tensor, starts_S: Tensor, settings: tuple, *weights: Tensor
+        ctx: Any,
+        x_KMR: Tensor,
+        starts_S: Tensor,
+        settings: tuple,
+        *weights: Tensor,
     ) -> Tensor:
         heads, share, seed, half, save, tile = settings
         y_KMR, *intermediates = torch.ops.syncrec.block_forward(
@@ -94,4 +98,4 @@ class _Block(torch.autograd.Function):
 
 def why_missing() -> str | None:
     """None where the kernel is loaded, else why it cannot be."""
-    return missing("block", "experts run two to three times as long")
+    return why_unavailable("block", "experts run two to three times as long")

@@ -22,7 +22,9 @@ class Gate(nn.Module):
         super().__init__()
         self.literal = config.gate == "sequence"
         positions = config.max_length if self.literal else 1
-        self.weight = nn.Parameter(torch.empty(positions, config.experts, config.dim))
+        self.weight = nn.Parameter(
+            torch.empty(positions, config.experts, config.dim)
+        )
         nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
@@ -34,7 +36,9 @@ class Gate(nn.Module):
         with torch.autocast(x_MR.device.type, enabled=False):
             return torch.softmax(F.linear(x_MR, self.weight[0]), dim=-1)
 
-    def _weigh_sequences(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
+    def _weigh_sequences(
+        self, x_MR: Tensor, view: View, tokens: slice
+    ) -> Tensor:
         sequence_M = view.sequence_M[tokens]
         by_position_MKR = self.weight.index_select(0, view.position_M[tokens])
         scores_MK = torch.einsum("mr,mkr->mk", x_MR, by_position_MKR)

@@ -30,14 +30,18 @@ class Clock(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.knots_2KR = nn.Parameter(torch.zeros(2, config.time_knots, config.dim))
+        self.knots_2KR = nn.Parameter(
+            torch.zeros(2, config.time_knots, config.dim)
+        )
         self.gaps_GR = nn.Parameter(torch.zeros(NO_GAP + 1, config.dim))
 
-    def added_to_tokens(self, time_M: Tensor, gap_M: Tensor) -> Tensor:
+    def encode_tokens(self, time_M: Tensor, gap_M: Tensor) -> Tensor:
         """time_M: ticks, gap_M: of `compute_gaps`, both int64. Returns (M, r)."""
-        return self._interpolate(_INPUT, time_M) + self.gaps_GR.index_select(0, gap_M)
+        return self._interpolate(_INPUT, time_M) + self.gaps_GR.index_select(
+            0, gap_M
+        )
 
-    def added_to_outputs(self, time_L: Tensor) -> Tensor:
+    def encode_outputs(self, time_L: Tensor) -> Tensor:
         """time_L: ticks, int64. Returns (L, r)."""
         return self._interpolate(_OUTPUT, time_L)
 

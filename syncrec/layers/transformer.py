@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from syncrec.batch.attention_layout import AttentionLayout
 from syncrec.config import ModelConfig
 from syncrec.layers import fused_block
-from syncrec.layers.attention import GroupLayerNorm, causal_attention, group_layer_norm
+from syncrec.layers.attention import (
+    GroupLayerNorm,
+    causal_attention,
+    group_layer_norm,
+)
 from syncrec.layers.dropout import add_dropped
 from syncrec.layers.tower import init_linear
 

@@ -19,7 +19,9 @@ _LEAST = 1e-6  # λ of a domain that was seen; 0 is one that was not
 _ROUNDING = 1e-5  # that λ in float32 may be off after many batches
 
 
-def transfer_gap(single_sum_D: Tensor, cross_sum_D: Tensor, count_D: Tensor) -> Tensor:
+def transfer_gap(
+    single_sum_D: Tensor, cross_sum_D: Tensor, count_D: Tensor
+) -> Tensor:
     """φ_d = mean single-domain loss − mean cross-domain loss of d (Def. 2, eq. 10), (D,).
 
     Both means are over the same targets, those that both views predict. Negative where the other
@@ -47,7 +49,9 @@ class PredictionMix(nn.Module):
 
     def observe(self, phi_D: Tensor, present_D: Tensor) -> None:
         """Takes in a batch's φ, equal on all ranks. present_D: bool, where the batch has one."""
-        seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)]).to(self.gap_2D.dtype)
+        seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)]).to(
+            self.gap_2D.dtype
+        )
         mean_2D = _DECAY * self.gap_2D + (1 - _DECAY) * seen_2D
         self.gap_2D = torch.where(present_D, mean_2D, self.gap_2D)
 
@@ -55,7 +59,9 @@ class PredictionMix(nn.Module):
     def single_weight_D(self) -> Tensor:
         """The weight of Y^single by domain; a half before anything was seen."""
         sum_D, weight_D = self.gap_2D
-        return torch.sigmoid(-sum_D / (weight_D.clamp(min=1e-30) * self.temperature))
+        return torch.sigmoid(
+            -sum_D / (weight_D.clamp(min=1e-30) * self.temperature)
+        )
 
     @property
     def own_D(self) -> Tensor:  # renamed
@@ -83,8 +89,12 @@ class LossCorrection(nn.Module):
         super().__init__()
         self.temperature = config.correction_temperature
         self.total = domains if config.correction_total == "domains" else 1
-        self.alpha = nn.Parameter(torch.ones(1), requires_grad=config.learn_scales)
-        self.beta = nn.Parameter(torch.ones(1), requires_grad=config.learn_scales)
+        self.alpha = nn.Parameter(
+            torch.ones(1), requires_grad=config.learn_scales
+        )
+        self.beta = nn.Parameter(
+            torch.ones(1), requires_grad=config.learn_scales
+        )
         self.register_buffer("lambda_D", torch.zeros(domains))
 
     def forward(self, phi_D: Tensor, present_D: Tensor) -> Tensor:
@@ -138,7 +148,9 @@ def _even_out(lambda_D: Tensor) -> Tensor:
     return new_D.masked_fill(~seen_D, 0).to(lambda_D.dtype)
 
 
-def _share_by_softmax(share: Tensor, logits_D: Tensor, present_D: Tensor) -> Tensor:
+def _share_by_softmax(
+    share: Tensor, logits_D: Tensor, present_D: Tensor
+) -> Tensor:
     """`share` of 1 among the present domains, by the softmax of their logits; (D,), float64.
 
     Who would get less than the floor gets the floor; the others share the rest by the softmax over

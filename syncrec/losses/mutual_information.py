@@ -48,7 +48,9 @@ class MutualInformation(nn.Module):
         self.similarity = config.mutual_information_similarity
         self.temperature = config.mutual_information_temperature
         self.others_only = config.mutual_information_denominator == "others"
-        self.weight = nn.Parameter(torch.empty(config.dim, config.dim))  # W^H of eq. 17
+        self.weight = nn.Parameter(
+            torch.empty(config.dim, config.dim)
+        )  # W^H of eq. 17
         nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(
@@ -99,7 +101,9 @@ class MutualInformation(nn.Module):
             sum_DB = self._log_sum_exp(
                 projected_BDR, single_DGR, present_GD.T, left_out_DB
             )
-            positive_DB = self._rho_of_positives(projected_BDR, single_GDR, position_B)
+            positive_DB = self._rho_of_positives(
+                projected_BDR, single_GDR, position_B
+            )
             bound_DB = positive_DB - sum_DB
         return torch.where(counted_DB, bound_DB, 0).sum(1), count_D * enough_D
 
@@ -112,7 +116,9 @@ class MutualInformation(nn.Module):
         position_B: Tensor,
     ) -> Tensor:
         """The bounds, with all similarities at once: (D, B)."""
-        rho_DBG = self._rho(torch.einsum("bdr,gdr->dbg", projected_BDR, single_GDR))
+        rho_DBG = self._rho(
+            torch.einsum("bdr,gdr->dbg", projected_BDR, single_GDR)
+        )
         position_DB1 = position_B.view(1, -1, 1).expand(len(rho_DBG), -1, 1)
         positive_DB = rho_DBG.gather(2, position_DB1).squeeze(2)
         candidates_DBG = present_GD.T.unsqueeze(1).expand_as(rho_DBG)
@@ -138,7 +144,9 @@ class MutualInformation(nn.Module):
         candidates_DNR = sample.single_DNR
         if self.similarity == "cosine":
             candidates_DNR = F.normalize(candidates_DNR, dim=-1)
-        positive_DB = self._rho_of_positives(projected_BDR, single_BDR, position_B)
+        positive_DB = self._rho_of_positives(
+            projected_BDR, single_BDR, position_B
+        )
         candidates_D1 = sample.present_DN.sum(1, keepdim=True)
         others_DB = candidates_D1 - (sample.position_DB >= 0).long()
         enough_D = sample.count_D > 1
@@ -215,7 +223,9 @@ class _LogSumExp(torch.autograd.Function):
             larger_DB = torch.maximum(largest_DB, rho_DBC.amax(2))
             origin_DB = larger_DB.masked_fill(larger_DB == float("-inf"), 0)
             total_DB = total_DB * (largest_DB - origin_DB).exp()
-            total_DB = total_DB + rho_DBC.sub_(origin_DB.unsqueeze(2)).exp_().sum(2)
+            total_DB = total_DB + rho_DBC.sub_(
+                origin_DB.unsqueeze(2)
+            ).exp_().sum(2)
             largest_DB = larger_DB
         sum_DB = largest_DB + total_DB.log()
         ctx.save_for_backward(
@@ -227,7 +237,9 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_DB: Tensor) -> tuple[Tensor | None, ...]:
-        query_DBR, candidates_DGR, present_DG, left_out_DB, sum_DB = ctx.saved_tensors
+        query_DBR, candidates_DGR, present_DG, left_out_DB, sum_DB = (
+            ctx.saved_tensors
+        )
         query_grad_DBR = torch.zeros_like(query_DBR)
         candidates_grad_DGR = torch.empty_like(candidates_DGR)
         origin_DB1 = sum_DB.masked_fill(sum_DB == float("-inf"), 0).unsqueeze(2)
@@ -239,13 +251,17 @@ class _LogSumExp(torch.autograd.Function):
                 product_DBC.sigmoid_()
             share_DBC = (product_DBC / ctx.temperature).sub_(origin_DB1)
             absent_DBC = _find_absent(present_DG, left_out_DB, chunk)
-            share_DBC.masked_fill_(absent_DBC, float("-inf")).exp_().mul_(grad_DB1)
+            share_DBC.masked_fill_(absent_DBC, float("-inf")).exp_().mul_(
+                grad_DB1
+            )
             del absent_DBC
             if ctx.sigmoid:
                 share_DBC.mul_(product_DBC)
                 share_DBC.mul_(product_DBC.neg_().add_(1))
             query_grad_DBR += share_DBC @ chunk_DCR
-            candidates_grad_DGR[:, chunk] = share_DBC.transpose(1, 2) @ query_DBR
+            candidates_grad_DGR[:, chunk] = (
+                share_DBC.transpose(1, 2) @ query_DBR
+            )
         return query_grad_DBR, candidates_grad_DGR, None, None, None, None
 
 

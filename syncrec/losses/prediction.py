@@ -38,7 +38,9 @@ def prediction_loss(
     if kind == "sampled_softmax":
         return _sampled_softmax(positive_L, negative_Ln, allowed_Ln, items)
     if kind == "bce":
-        return F.softplus(-positive_L) + _mean(F.softplus(negative_Ln), allowed_Ln)
+        return F.softplus(-positive_L) + _mean(
+            F.softplus(negative_Ln), allowed_Ln
+        )
     if kind == "bpr_probability":
         positive_L = torch.sigmoid(positive_L)
         negative_Ln = torch.sigmoid(negative_Ln)

@@ -2,7 +2,7 @@
 
 The re-weighting of CGRec, beside LC-NTG: Park et al., "Cracking the Code of Negative Transfer: A
 Cooperative Game Theoretic Approach for Cross-Domain Sequential Recommendation", CIKM 2023.
-docs/readings.md says what is ours in it.
+docs/paper_interpretation.md says what is ours in it.
 
 Shapes: D domains, C = 2^D coalitions (coalition c holds the domains whose bits are set in c), N
 interactions, M packed tokens, r width.
@@ -34,7 +34,9 @@ def shapley_values(value_C: Tensor) -> Tensor:
         weight = 1 / (players * math.comb(players - 1, coalition.bit_count()))
         weights.append(value_C.new_full((1,), weight))
     weight_S = torch.cat(weights)
-    by_player = value_C.view((2,) * players)  # the last dimension is the first player's
+    by_player = value_C.view(
+        (2,) * players
+    )  # the last dimension is the first player's
     gains = []
     for player in range(players):
         gain = by_player.diff(dim=players - 1 - player)

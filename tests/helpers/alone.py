@@ -14,7 +14,9 @@ import torch.distributed as dist
 @contextlib.contextmanager
 def group_of_one():
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
     try:
         yield
     finally:
@@ -38,8 +40,12 @@ def deepspeed_on(name):
     """
     accelerators = deepspeed.accelerator.real_accelerator
     before = accelerators.get_accelerator()
-    module = importlib.import_module(f"deepspeed.accelerator.{name}_accelerator")
-    accelerators.set_accelerator(getattr(module, f"{name.upper()}_Accelerator")())
+    module = importlib.import_module(
+        f"deepspeed.accelerator.{name}_accelerator"
+    )
+    accelerators.set_accelerator(
+        getattr(module, f"{name.upper()}_Accelerator")()
+    )
     deepspeed.utils.groups._WORLD_GROUP = None
     try:
         yield
@@ -57,7 +63,13 @@ def as_a_script():
     The script leaves its process group itself: a process that exits with one is aborted now and then.
     """
     environment, threads = dict(os.environ), torch.get_num_threads()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         os.environ.pop(name, None)
     try:
         with mock.patch.object(torch.cuda, "is_available", lambda: False):

@@ -20,7 +20,9 @@ from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
 
 OLD, NEW, DIM = 6003, 7007, 4
-CONFIG = TableConfig(optimizer="rowwise_adagrad", learning_rate=0.1, init_std=0.05)
+CONFIG = TableConfig(
+    optimizer="rowwise_adagrad", learning_rate=0.1, init_std=0.05
+)
 GROUPS = (
     (0, 3000),
     (3000, 5500),
@@ -52,7 +54,9 @@ def contents(table):
     for name, tensor in tensors.items():
         whole = torch.zeros(table.rows, *tensor.shape[1:])
         whole[
-            torch.from_numpy(table.scatter.row(np.arange(first, first + len(tensor))))
+            torch.from_numpy(
+                table.scatter.row(np.arange(first, first + len(tensor)))
+            )
         ] = tensor.cpu()
         dist.all_reduce(whole)
         found[name] = whole.numpy()
@@ -106,7 +110,9 @@ def by_hand(before):
     table = ItemTable(NEW, DIM, CONFIG, 2, "cpu")
     start = contents(table)["weight"]
     with table.rewritten() as (first, tensors):
-        own_N = table.scatter.row(np.arange(first, first + len(tensors["weight"])))
+        own_N = table.scatter.row(
+            np.arange(first, first + len(tensors["weight"]))
+        )
         source_N, group_N = (each[own_N] for each in mapping())
         there = np.flatnonzero(source_N >= 0)
         for name, tensor in tensors.items():
@@ -156,7 +162,7 @@ class CountedSlice:
 def main():
     """With what the command line says."""
     what, output, *saved = sys.argv[1:]
-    with process_group.joined():
+    with process_group.join_process_group():
         {"save": save, "carry": carry}[what](Path(output), *saved)
 
 

@@ -25,7 +25,9 @@ def main():
     def scored(self):
         np.save(
             os.environ["SCORES"],
-            every_pair(self.config, self.dataset, self.model.eval(), self.handed),
+            every_pair(
+                self.config, self.dataset, self.model.eval(), self.handed
+            ),
         )
         return ranks(self)
 
@@ -38,7 +40,10 @@ def every_pair(config, dataset, model, handed):
     import torch
     from recbole.data.interaction import Interaction
 
-    users, items = dataset.field2token_id["user_id"], dataset.field2token_id["item_id"]
+    users, items = (
+        dataset.field2token_id["user_id"],
+        dataset.field2token_id["item_id"],
+    )
     rows = [int(token) for token in items if token != "[PAD]"]
     scores_UI = np.full((len(handed.user_U), max(rows) + 1), np.nan, np.float32)
     numbers = torch.tensor([items[str(row)] for row in rows])
@@ -46,9 +51,10 @@ def every_pair(config, dataset, model, handed):
     for user, (start, length) in enumerate(
         zip(handed.starts_U, handed.lengths_U, strict=True)
     ):
-        seen = [items[str(row)] for row in handed.items_N[start : start + length - 1]][
-            -longest:
-        ]
+        seen = [
+            items[str(row)]
+            for row in handed.items_N[start : start + length - 1]
+        ][-longest:]
         fields = {
             "user_id": torch.full((len(rows),), users[str(user)]),
             "item_id": numbers,
@@ -58,7 +64,9 @@ def every_pair(config, dataset, model, handed):
             "item_length": torch.full((len(rows),), len(seen)),
         }
         with torch.no_grad():
-            scores_UI[user, rows] = model.predict(Interaction(fields)).view(-1).numpy()
+            scores_UI[user, rows] = (
+                model.predict(Interaction(fields)).view(-1).numpy()
+            )
     return scores_UI
 
 

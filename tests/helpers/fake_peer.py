@@ -12,7 +12,12 @@ from pathlib import Path
 import numpy as np
 
 WHAT = os.environ.get("FAKE_PEER", "trains")
-MODELS = {"BPR": None, "STAMP": None, "SASRec": None, "S3Rec": "it is pretrained"}
+MODELS = {
+    "BPR": None,
+    "STAMP": None,
+    "SASRec": None,
+    "S3Rec": "it is pretrained",
+}
 
 
 def main():
@@ -29,13 +34,16 @@ def main():
         sys.exit(1)
     if WHAT == "refuses":
         print(
-            json.dumps({"error": "RecBole has no option learning_rat: learning_rate?"}),
+            json.dumps(
+                {"error": "RecBole has no option learning_rat: learning_rate?"}
+            ),
             flush=True,
         )
         return
     same = {"training_seconds": 50.0, "validation": 0.25}
     epochs = [
-        {"epoch": epoch, "seconds": 60.0 * (epoch + 1)} | same for epoch in range(2)
+        {"epoch": epoch, "seconds": 60.0 * (epoch + 1)} | same
+        for epoch in range(2)
     ]
     for epoch in epochs:
         print(json.dumps(epoch | {"of": 4, "best": epochs[0]}), flush=True)

@@ -24,9 +24,10 @@ def with_fault(step, rank, what, file):
     check = Trainer._guard_gradient
 
     def checked(self, gradient, *others):
-        if (str(self.step + 1), str(self.ranks.rank)) == (step, rank) and not Path(
-            file
-        ).exists():
+        if (str(self.step + 1), str(self.ranks.rank)) == (
+            step,
+            rank,
+        ) and not Path(file).exists():
             Path(file).touch()
             if what == "raise":
                 raise ZeroDivisionError("by the test")

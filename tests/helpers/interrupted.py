@@ -31,8 +31,10 @@ from tests.helpers.runs import (
     same,
     train,
 )
-from trainer.checkpoint.save import BEST, RunState, checkpoints, newest, verify
+from trainer.checkpoint.layout import RunState, list_checkpoints
+from trainer.checkpoint.load import find_newest, verify_checkpoint
 from trainer.errors import InputError
+from trainer.run_files import BEST
 
 NEVER = 10**9
 _WRITING = os.O_WRONLY | os.O_RDWR
@@ -75,7 +77,10 @@ class Calls:
         """In safetensors' place: it writes a file with a name of its own first."""
         content = save(tensors, *metadata)
         self.call(
-            "save_file", file, [file, Path(file).with_name(".tmp5vXkQ1")], content
+            "save_file",
+            file,
+            [file, Path(file).with_name(".tmp5vXkQ1")],
+            content,
         )
         pause, self.audit = self.audit, lambda *_: None
         Path(file).write_bytes(content)
@@ -112,7 +117,9 @@ def install():
 
     trainer.checkpoint.save.save_file = through(checkpoint, "save_file")
     os.fsync = through(_fsync, "fsync")
-    sys.addaudithook(lambda event, arguments: _calls and _calls.audit(event, arguments))
+    sys.addaudithook(
+        lambda event, arguments: _calls and _calls.audit(event, arguments)
+    )
 
 
 def _gathered_alone(parts, mine, **_):
@@ -148,7 +155,12 @@ class Scenario:
 
     def __init__(self, name, folder, run, before, state):
         """before: RunStates of the checkpoints that are there, the last being the one to fall back on."""
-        self.name, self.run, self.state, self.template = name, run, state, folder / name
+        self.name, self.run, self.state, self.template = (
+            name,
+            run,
+            state,
+            folder / name,
+        )
         self.expected = {}
         trainer = run.trainer()
         for earlier in before:
@@ -182,41 +194,57 @@ class Scenario:
     def look(self, case):
         """Goes on from what is there; what is wrong with it."""
         run, said = self.run, []
-        folder, facts = newest(run.folder, run.ranks, said.append)
+        folder, facts = find_newest(run.folder, run.ranks, said.append)
         if folder is None or said:
             return f"found {folder}, said {said}"
         state, case.step = facts["state"], facts["state"].step
         if state not in (self.old, self.state):
             return f"{folder} holds {state}"
         resumed = run.trainer(folder, state.step)
-        if not same(everything(resumed), self.expected[state.step, state.validated]):
+        if not same(
+            everything(resumed), self.expected[state.step, state.validated]
+        ):
             return f"{folder} does not hold what was saved"
         if (folder / "metrics.jsonl").read_text() != METRICS:
             return f"{folder} has other log lines"
         if (run.folder / BEST).exists():
-            verify(run.folder / json.loads((run.folder / BEST).read_text())["folder"])
-        for other in checkpoints(run.folder):  # what is half removed is none
-            verify(other)
+            verify_checkpoint(
+                run.folder
+                / json.loads((run.folder / BEST).read_text())["folder"]
+            )
+        for other in list_checkpoints(
+            run.folder
+        ):  # what is half removed is none
+            verify_checkpoint(other)
         # The run goes on, which for the old checkpoint is the very save that was interrupted.
         if state == self.old:
             then = self.state
         else:
-            then = RunState(self.state.step + 1, self.state.step, self.state.best)
+            then = RunState(
+                self.state.step + 1, self.state.step, self.state.best
+            )
         train(resumed, then.step - state.step)
         writer = run.checkpoints(keep=1, last=state)
         writer.save(resumed.engine, resumed.table, then)
         writer.finish()
-        entries = sorted(entry.name for entry in (run.folder / "checkpoints").iterdir())
+        entries = sorted(
+            entry.name for entry in (run.folder / "checkpoints").iterdir()
+        )
         whole = sorted(
-            {checkpoints(run.folder)[0].name, Path(then.best["folder"]).name}
+            {
+                list_checkpoints(run.folder)[0].name,
+                Path(then.best["folder"]).name,
+            }
         )
         if entries != whole or not any(
             name.startswith(f"step-{then.step:08d}") for name in whole
         ):
             return f"after a following save there are {entries}, not {whole}"
-        folder, facts = newest(run.folder, run.ranks, said.append)
+        folder, facts = find_newest(run.folder, run.ranks, said.append)
         if said or facts is None or facts["state"] != then:
-            return f"a following save gave {facts and facts['state']}, said {said}"
+            return (
+                f"a following save gave {facts and facts['state']}, said {said}"
+            )
         if case.how == "full":  # as it is after a kill
             return ""
         expected = self.expected.get(
@@ -241,14 +269,18 @@ class Scenario:
                 if how == "torn" and not call.endswith("*"):
                     continue  # there is no half of it
                 case = Case(self.name, how, f"{number}: {call}")
-                self._make(case, forked(lambda at=number, how=how: self.save(at, how)))
+                self._make(
+                    case, forked(lambda at=number, how=how: self.save(at, how))
+                )
                 yield case
 
     def _make(self, case, told):
         if isinstance(told, dict):
             case.wrong = told["died"]
             return
-        case.passed, case.error = (not told[1], told[1]) if told else (False, "")
+        case.passed, case.error = (
+            (not told[1], told[1]) if told else (False, "")
+        )
         left = (
             [
                 entry.name
@@ -288,16 +320,25 @@ def on_disks(scenario, folder):
         error = ""
         try:
             writer = scenario.run.checkpoints(keep=1)
-            writer.save(scenario.trainer.engine, scenario.trainer.table, scenario.state)
+            writer.save(
+                scenario.trainer.engine, scenario.trainer.table, scenario.state
+            )
             writer.finish()
         except InputError as refusal:
             error = str(refusal)
         said = []
-        _, facts = newest(disk, scenario.run.ranks, said.append)
+        _, facts = find_newest(disk, scenario.run.ranks, said.append)
         left = sorted(
-            entry.name for entry in (disk / "checkpoints").iterdir() if entry.suffix
+            entry.name
+            for entry in (disk / "checkpoints").iterdir()
+            if entry.suffix
         )
-        return [size, error, asdict(facts["state"]) if facts else None, said + left]
+        return [
+            size,
+            error,
+            asdict(facts["state"]) if facts else None,
+            said + left,
+        ]
 
     found = []
     for size in range(needed // 4096 * 4096, 100 * needed, 4096):
@@ -331,7 +372,11 @@ def main(folder):
         shutil.rmtree(run.folder / "checkpoints")
         (run.folder / BEST).unlink()
         again = Scenario(
-            "the same step", folder, run, [RunState(3)], RunState(3, 3, best_of(3))
+            "the same step",
+            folder,
+            run,
+            [RunState(3)],
+            RunState(3, 3, best_of(3)),
         )
         calls, others = further.calls(), again.calls()
         # Until a folder is renamed they write the same, under another name: looked at once.
@@ -340,12 +385,17 @@ def main(folder):
             for number, call in enumerate(others, 1)
             if call.startswith("rename step-")
         )
-        for scenario, its_calls, first in ((further, calls, 1), (again, others, alike)):
+        for scenario, its_calls, first in (
+            (further, calls, 1),
+            (again, others, alike),
+        ):
             found["cases"] += [
                 asdict(case) for case in scenario.cases(its_calls, first)
             ]
         disks = on_disks(further, folder)
-        found |= {"no_disks": disks} if isinstance(disks, str) else {"disks": disks}
+        found |= (
+            {"no_disks": disks} if isinstance(disks, str) else {"disks": disks}
+        )
     (folder / "found.json").write_text(json.dumps(found, indent=1))
 
 
@@ -353,4 +403,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
     sys.stdout.flush()
-    os._exit(0)  # without Python's teardown, as trainer.distributed.process_exit has it
+    os._exit(
+        0
+    )  # without Python's teardown, as trainer.distributed.process_exit has it

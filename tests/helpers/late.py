@@ -42,25 +42,37 @@ class Late:
         """Within it this process sees files so."""
         with contextlib.ExitStack() as stack:
             by_name = self.how != "unlisted"
-            for module, name in ((os, "stat"), (os, "lstat")) if by_name else ():
-                stack.enter_context(
-                    mock.patch.object(module, name, self._asked(getattr(module, name)))
-                )
             for module, name in (
-                ((builtins, "open"), (io, "open"), (os, "open")) if by_name else ()
+                ((os, "stat"), (os, "lstat")) if by_name else ()
             ):
                 stack.enter_context(
-                    mock.patch.object(module, name, self._opened(getattr(module, name)))
+                    mock.patch.object(
+                        module, name, self._asked(getattr(module, name))
+                    )
+                )
+            for module, name in (
+                ((builtins, "open"), (io, "open"), (os, "open"))
+                if by_name
+                else ()
+            ):
+                stack.enter_context(
+                    mock.patch.object(
+                        module, name, self._opened(getattr(module, name))
+                    )
                 )
             listdir, scandir = os.listdir, os.scandir
             stack.enter_context(
                 mock.patch.object(
-                    os, "listdir", lambda path=".": self._listed(path, listdir(path))
+                    os,
+                    "listdir",
+                    lambda path=".": self._listed(path, listdir(path)),
                 )
             )
             stack.enter_context(
                 mock.patch.object(
-                    os, "scandir", lambda path=".": _Entries(self, path, scandir(path))
+                    os,
+                    "scandir",
+                    lambda path=".": _Entries(self, path, scandir(path)),
                 )
             )
             yield self

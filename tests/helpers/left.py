@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from trainer.checkpoint.save import checkpoints
+from trainer.checkpoint.layout import list_checkpoints
 
 
 def losses(run: Path):
     """The logged losses, by step."""
     records = [
-        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     return {
         record["step"]: record["loss"]
@@ -23,14 +24,16 @@ def losses(run: Path):
 
 def tensors(run: Path):
     """Every tensor of the newest checkpoint, the table's files put together: weights and both optimizers' states."""
-    folder = checkpoints(run)[0]
+    folder = list_checkpoints(run)[0]
     found = {}
     for name in ("dense", "optimizer"):
         found |= {
             f"{name}: {key}": value
             for key, value in load_file(folder / f"{name}.safetensors").items()
         }
-    shards = [load_file(file) for file in sorted(folder.glob("table-*.safetensors"))]
+    shards = [
+        load_file(file) for file in sorted(folder.glob("table-*.safetensors"))
+    ]
     return found | {
         f"table: {key}": np.concatenate([shard[key] for shard in shards])
         for key in shards[0]
@@ -39,7 +42,7 @@ def tensors(run: Path):
 
 def assert_same(run: Path, other: Path, tolerance=0.0):
     """Same steps, losses, weights and optimizer states; to the bit, or to a relative difference."""
-    assert checkpoints(run)[0].name == checkpoints(other)[0].name
+    assert list_checkpoints(run)[0].name == list_checkpoints(other)[0].name
     found, expected = losses(run), losses(other)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(

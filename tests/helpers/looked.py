@@ -7,24 +7,24 @@ import torch
 
 from trainer.checkpoint.best_model import best_model, open_run
 from trainer.distributed import process_group
-from trainer.evaluation.inspect import look_at
+from trainer.evaluation.inspect import inspect_model
 from trainer.files.atomic import write_json
 
 
 def main():
     """Looks with as many ranks as were started."""
     run, file, *_ = (
-        argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")
+        argument
+        for argument in sys.argv[1:]
+        if not argument.startswith("--local_rank")
     )
-    with process_group.joined() as ranks:
+    with process_group.join_process_group() as ranks:
         config, dataset = open_run(run)
         model, table, _ = best_model(run, config, dataset, ranks)
         with torch.no_grad():
             for gate in (model.cross_gate, *model.single_gates):
-                gate.weight *= (
-                    1000  # after three steps a gate's means are the same over any users
-                )
-        found = look_at(model, table, dataset, config, ranks)
+                gate.weight *= 1000  # after three steps a gate's means are the same over any users
+        found = inspect_model(model, table, dataset, config, ranks)
         if ranks.first:
             write_json(Path(file), found)
 

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from trainer.data.format.dataset import (
     LENGTHS,
     LENGTHS_DTYPE,
-    SPLIT_LENGTH,
     TICKS,
     USERS,
     Dataset,
@@ -19,6 +18,7 @@ from trainer.data.format.dataset import (
     Shard,
 )
 from trainer.data.format.shards import Block, write_shard
+from trainer.data.split import SPLIT_LENGTH
 
 ROOM = 3  # rows that a domain keeps for later items
 
@@ -56,36 +56,56 @@ def write_dataset(
             _blocks(histories, ticks, first, last, block_users),
         )
         interactions = sum(len(history) for history in histories[first:last])
-        shards.append(Shard(name, last - first, first, interactions, size, sha256))
+        shards.append(
+            Shard(name, last - first, first, interactions, size, sha256)
+        )
     training = [
-        np.asarray(h[:-2] if len(h) >= SPLIT_LENGTH else h, np.int64) for h in histories
+        np.asarray(h[:-2] if len(h) >= SPLIT_LENGTH else h, np.int64)
+        for h in histories
     ]
     counts = np.bincount(np.concatenate(training), minlength=rows)
     lengths_UD = [
         np.bincount(
-            np.searchsorted(starts, part, side="right") - 1, minlength=len(items)
+            np.searchsorted(starts, part, side="right") - 1,
+            minlength=len(items),
         )
         for part in training
     ]
     np.save(folder / LENGTHS, np.array(lengths_UD).astype(LENGTHS_DTYPE))
     domains = []
     for number, (start, count) in enumerate(zip(starts, items, strict=True)):
-        name, own = f"vocabulary/{number}.parquet", np.arange(start, start + count)
+        name, own = (
+            f"vocabulary/{number}.parquet",
+            np.arange(start, start + count),
+        )
         ids = (
             item_ids[number]
             if item_ids
             else [f"d{number}-{item}" for item in range(count)]
         )
         pq.write_table(
-            pa.table({"item_id": ids, "row": own, "count": counts[own]}), folder / name
+            pa.table({"item_id": ids, "row": own, "count": counts[own]}),
+            folder / name,
         )
         domains.append(
-            Domain(f"domain {number}", int(start), count, count + ROOM, 0, 0, {}, name)
+            Domain(
+                f"domain {number}",
+                int(start),
+                count,
+                count + ROOM,
+                0,
+                0,
+                {},
+                name,
+            )
         )
     users = np.arange(len(histories))
     pq.write_table(
         pa.table(
-            {"user_id": user_ids or [f"u{user}" for user in users], "user": users}
+            {
+                "user_id": user_ids or [f"u{user}" for user in users],
+                "user": users,
+            }
         ),
         folder / USERS,
     )
@@ -105,7 +125,11 @@ def write_dataset(
         shards=tuple(shards),
         files=tuple(
             File.of(folder, name)
-            for name in (USERS, LENGTHS, *(domain.vocabulary for domain in domains))
+            for name in (
+                USERS,
+                LENGTHS,
+                *(domain.vocabulary for domain in domains),
+            )
         ),
     )
     dataset.save()
@@ -117,10 +141,14 @@ def draw_histories(users, items=(5, 4), longest=9, seed=0):
     random = np.random.default_rng(seed)
     starts = np.cumsum([0, *(count + ROOM for count in items[:-1])])
     rows = np.concatenate(
-        [start + np.arange(count) for start, count in zip(starts, items, strict=True)]
+        [
+            start + np.arange(count)
+            for start, count in zip(starts, items, strict=True)
+        ]
     )
     return [
-        random.choice(rows, size=random.integers(1, longest + 1)) for _ in range(users)
+        random.choice(rows, size=random.integers(1, longest + 1))
+        for _ in range(users)
     ]
 
 
@@ -149,8 +177,14 @@ def read_tar(path):
 def write_tar(path, members):
     """Members by name, or as pairs, one of which may then come twice; a value may be a TarInfo without content."""
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items() if isinstance(members, dict) else members:
-            info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+        for name, data in (
+            members.items() if isinstance(members, dict) else members
+        ):
+            info = (
+                data
+                if isinstance(data, tarfile.TarInfo)
+                else tarfile.TarInfo(name)
+            )
             if info is not data:
                 info.size = len(data)
             tar.addfile(info, None if info is data else io.BytesIO(data))

@@ -25,8 +25,9 @@ import trainer.files.atomic
 from tests.helpers.late import Late
 from tests.helpers.stages import SETTINGS
 from trainer.checkpoint.best_model import open_run
+from trainer.checkpoint.layout import list_checkpoints
+from trainer.checkpoint.load import find_best, verify_checkpoint
 from trainer.checkpoint.resume import find_start
-from trainer.checkpoint.save import best_checkpoint, checkpoints, verify
 from trainer.config.load import load_config
 from trainer.data.format.dataset import Dataset
 from trainer.distributed import process_group
@@ -68,7 +69,7 @@ class Meeting:
 
     def train(self, data, run, *settings):
         train(self.config(data, run, *settings), self.ranks)
-        return [folder.name for folder in checkpoints(self.folder / run)]
+        return [folder.name for folder in list_checkpoints(self.folder / run)]
 
     def copied(self, name):
         """A copy of the run `whole`, and where both ranks' begins."""
@@ -91,7 +92,10 @@ class Meeting:
         looked in vain."""
         late = Late(pattern, seconds, how)
         seen = late.seen() if self.rank == rank else contextlib.nullcontext()
-        with mock.patch.object(trainer.files.atomic, "LATENESS", patience), seen:
+        with (
+            mock.patch.object(trainer.files.atomic, "LATENESS", patience),
+            seen,
+        ):
             yield
         assert self.rank != rank or late.looks
 
@@ -103,19 +107,28 @@ class Meeting:
 
     def case_other_settings(self):
         return self.train(
-            "host0", "refused", f"model.eta=0.{self.rank + 5}", f"seed={self.rank}"
+            "host0",
+            "refused",
+            f"model.eta=0.{self.rank + 5}",
+            f"seed={self.rank}",
         )
 
     def case_other_versions(self):
         real = importlib.metadata.version
 
         def version(name):
-            return "0.9" if self.rank == 1 and name == "torchrec" else real(name)
+            return (
+                "0.9" if self.rank == 1 and name == "torchrec" else real(name)
+            )
 
-        fresh = functools.cache(trainer.checkpoint.resume.versions.__wrapped__)
+        fresh = functools.cache(
+            trainer.checkpoint.resume.list_versions.__wrapped__
+        )
         with (
             mock.patch.object(importlib.metadata, "version", version),
-            mock.patch.object(trainer.checkpoint.resume, "versions", fresh),
+            mock.patch.object(
+                trainer.checkpoint.resume, "list_versions", fresh
+            ),
         ):
             return self.train("host0", "refused")
 
@@ -129,7 +142,9 @@ class Meeting:
         with mock.patch.object(
             Dataset,
             "load",
-            side_effect=ZeroDivisionError("by the test") if self.rank == 1 else None,
+            side_effect=ZeroDivisionError("by the test")
+            if self.rank == 1
+            else None,
         ):
             try:
                 return self.train("host0", "refused")
@@ -140,8 +155,10 @@ class Meeting:
         open_run(self.folder / "whole", self.folder / f"copy{self.rank}")
 
     def case_evaluation(self):
-        _, dataset = open_run(self.folder / "whole", self.folder / f"host{self.rank}")
-        folder, best, _ = best_checkpoint(self.folder / "whole", self.ranks)
+        _, dataset = open_run(
+            self.folder / "whole", self.folder / f"host{self.rank}"
+        )
+        folder, best, _ = find_best(self.folder / "whole", self.ranks)
         return [folder.name, best["step"], dataset.users]
 
     def case_no_newest_checkpoint(self):
@@ -164,7 +181,7 @@ class Meeting:
     def case_late_parts(self):
         with self.late(0, TABLE_1, 1.5):
             names = self.train("host0", "late-parts")
-        verify(checkpoints(self.folder / "late-parts")[-1])
+        verify_checkpoint(list_checkpoints(self.folder / "late-parts")[-1])
         return names
 
     def case_short_parts(self):
@@ -205,7 +222,7 @@ class Meeting:
 
     def case_a_late_best(self):
         with self.late(1, NEWEST, 1.5):
-            folder, best, facts = best_checkpoint(self.folder / "whole", self.ranks)
+            folder, best, facts = find_best(self.folder / "whole", self.ranks)
         return [folder.name, best["step"], facts["state"].step]
 
     def case_a_file_too_many(self):
@@ -213,7 +230,8 @@ class Meeting:
         if self.ranks.first:
             (run / "checkpoints/step-00000003/.nfs0001").write_text("")
             (
-                run / "checkpoints/step-00000003/table-00002-of-00003.safetensors"
+                run
+                / "checkpoints/step-00000003/table-00002-of-00003.safetensors"
             ).write_text("of another number of ranks")
         dist.barrier()
         before = self.start("more")
@@ -240,7 +258,7 @@ def main():
     found = {}
     trainer.files.atomic.is_shared = lambda folder: True
     trainer.files.atomic.LATENESS = 5.0
-    with process_group.joined(timeout_minutes=2) as ranks:
+    with process_group.join_process_group(timeout_minutes=2) as ranks:
         meeting = Meeting(Path(folder), ranks)
         for name in names or [
             name for name in vars(Meeting) if name.startswith("case_")

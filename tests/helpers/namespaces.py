@@ -14,11 +14,28 @@ def start(hosts, folder, script, *arguments, port):
     )
     processes = []
     for rank, (name, cable, _) in enumerate(hosts):
-        options = ["--hostfile", folder / "hostfile", "--no_ssh", "--node_rank", rank]
+        options = [
+            "--hostfile",
+            folder / "hostfile",
+            "--no_ssh",
+            "--node_rank",
+            rank,
+        ]
         options += ["--master_addr", ADDRESSES[0], "--master_port", port]
-        prefix = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={cable}"]
+        prefix = [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "env",
+            f"GLOO_SOCKET_IFNAME={cable}",
+        ]
         command = deepspeed(
-            None, script, *arguments, prefix=prefix, options=list(map(str, options))
+            None,
+            script,
+            *arguments,
+            prefix=prefix,
+            options=list(map(str, options)),
         )
         environment = os.environ | {
             "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
@@ -27,7 +44,11 @@ def start(hosts, folder, script, *arguments, port):
         log = open(folder / f"host{rank}.log", "w")  # noqa: SIM115 (it outlives this loop)
         processes.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         )
     return processes
@@ -43,5 +64,6 @@ def finish(processes, folder, timeout=300):
             statuses.append(None)
             process.kill()
     return statuses, [
-        (folder / f"host{rank}.log").read_text() for rank in range(len(processes))
+        (folder / f"host{rank}.log").read_text()
+        for rank in range(len(processes))
     ]

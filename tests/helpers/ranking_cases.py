@@ -36,7 +36,9 @@ class Case:
 def scores_of(case):
     """The score of every user and item of the domain, by the definition: float64 products of float32 numbers summed in halves,
     rounded."""
-    items_NR = case.m_NR[case.first : case.first + case.items].astype(np.float64)
+    items_NR = case.m_NR[case.first : case.first + case.items].astype(
+        np.float64
+    )
     with np.errstate(all="ignore"):
         terms = case.y_BR.astype(np.float64)[:, None] * items_NR
         while (width := terms.shape[2]) > 1:
@@ -69,7 +71,9 @@ def brute_force(case):
             counted_N[left_N][order],
         )
         own_N = rows_N == case.row_B[user]
-        ranks[user] = 1 + (left_N & ~own_N & ~(scores_N < scores_N[own_N])).sum()
+        ranks[user] = (
+            1 + (left_N & ~own_N & ~(scores_N < scores_N[own_N])).sum()
+        )
     return {"rows": rows, "scores": scores, "ranks": ranks}
 
 
@@ -131,9 +135,10 @@ def _zeros(m_NR, random):
 
 def _wild(m_NR, random):
     for value in (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e25, 1e-40):
-        m_NR[random.integers(0, len(m_NR), 9), random.integers(0, m_NR.shape[1], 9)] = (
-            value
-        )
+        m_NR[
+            random.integers(0, len(m_NR), 9),
+            random.integers(0, m_NR.shape[1], 9),
+        ] = value
     m_NR[random.integers(0, len(m_NR), 5)] = np.nan
 
 
@@ -166,11 +171,14 @@ CASES = {
     "equal": made(7, spoil=_equal, had=200),
     "zeros": made(8, spoil=_zeros, had=40),
     "wild": made(9, spoil=_wild, had=60),
-    "wild_users": _wild_users(made(10, spoil=_wild, had=20, first=100, items=800, k=5)),
+    "wild_users": _wild_users(
+        made(10, spoil=_wild, had=20, first=100, items=800, k=5)
+    ),
     "wild_users_of_good_items": _wild_users(made(11, had=20, k=40)),
     "spread": made(13, spoil=_spread),
     "all_had": replace(
-        _all_had, excluded=[list(range(203)) * 2, list(range(20, 118))] * 11 + [[]]
+        _all_had,
+        excluded=[list(range(203)) * 2, list(range(20, 118))] * 11 + [[]],
     ),
     "few_items": made(14, first=500, items=6, had=300, k=9),
     "one_item": made(15, first=500, items=1, k=3),

@@ -39,7 +39,9 @@ def by(way):
 
 def table_of(m_NR, device="cpu", config=None):
     """An ItemTable with these vectors as its rows of M."""
-    table = ItemTable(len(m_NR), m_NR.shape[1], config or TableConfig(), 0, device)
+    table = ItemTable(
+        len(m_NR), m_NR.shape[1], config or TableConfig(), 0, device
+    )
     with table.rewritten() as (first, tensors):
         weight = tensors["weight"]
         rows = table.scatter.row(torch.arange(first, first + len(weight)))
@@ -52,20 +54,30 @@ def ranked(case, table):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     owner_B = case.owner(ranks)
     own = owner_B == rank
-    ranking = ExactRanking(table, case.first, case.items, case.block, case.users)
-    y_BR, row_B = torch.from_numpy(case.y_BR[own]), torch.from_numpy(case.row_B[own])
+    ranking = ExactRanking(
+        table, case.first, case.items, case.block, case.users
+    )
+    y_BR, row_B = (
+        torch.from_numpy(case.y_BR[own]),
+        torch.from_numpy(case.row_B[own]),
+    )
     excluded = None
     if case.excluded is not None:
         rows = [
             torch.tensor(case.excluded[user], dtype=torch.int64)
             for user in np.flatnonzero(own)
         ]
-        counts = torch.tensor([len(of_user) for of_user in rows], dtype=torch.int64)
+        counts = torch.tensor(
+            [len(of_user) for of_user in rows], dtype=torch.int64
+        )
         excluded = Excluded(
             torch.cat([torch.zeros(0, dtype=torch.int64), *rows]), counts
         )
     top = ranking.top_k(y_BR, case.k, excluded)
-    assert top.rows_Bk.dtype == torch.int64 and top.scores_Bk.dtype == torch.float32
+    assert (
+        top.rows_Bk.dtype == torch.int64
+        and top.scores_Bk.dtype == torch.float32
+    )
     found = {
         "rows": top.rows_Bk,
         "scores": top.scores_Bk,
@@ -101,7 +113,7 @@ def main(output):
 
 def as_rank():
     """`main` in the process group that torchrun describes."""
-    with process_group.joined():
+    with process_group.join_process_group():
         main(Path(sys.argv[1]))
 
 

@@ -66,7 +66,9 @@ def single_sequence(history, domain, longest):
     return list(zip(inputs, [*steps, NONE], strict=False))[-longest:]
 
 
-def training_step(config, state, table, histories, domain_items, shared_negatives=None):
+def training_step(
+    config, state, table, histories, domain_items, shared_negatives=None
+):
     """One training step of users in one process, with dropout 0.
 
     state: state_dict of the packed model. table: M, (rows, r). domain_items: number of items of each domain.
@@ -84,14 +86,19 @@ def training_step(config, state, table, histories, domain_items, shared_negative
         cross_sequence(history, config.max_length) for history in histories
     ]
     single_sequences = [
-        [single_sequence(history, d, config.max_length) for history in histories]
+        [
+            single_sequence(history, d, config.max_length)
+            for history in histories
+        ]
         for d in domains
     ]
     cross_outputs, single_outputs = {}, {}
     for user, outputs in enumerate(network.cross(histories, cross_sequences)):
         cross_outputs |= {
             (user, given): y
-            for (given, _), y in zip(cross_sequences[user], outputs, strict=True)
+            for (given, _), y in zip(
+                cross_sequences[user], outputs, strict=True
+            )
         }
     for d in domains:
         for user, outputs in enumerate(
@@ -124,7 +131,9 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     cross_losses, single_losses = {}, {}
     for user, sequence in enumerate(cross_sequences):
         for given, step in sequence:
-            cross_losses[user, step] = loss_of(user, step, cross_outputs[user, given])
+            cross_losses[user, step] = loss_of(
+                user, step, cross_outputs[user, given]
+            )
     for d in domains:
         for user, sequence in enumerate(single_sequences[d]):
             for given, step in sequence:
@@ -134,14 +143,17 @@ def training_step(config, state, table, histories, domain_items, shared_negative
                     )
 
     def sum_and_count(losses, keys):
-        counted = [losses[user, step] for user, step in keys if histories[user].weight]
+        counted = [
+            losses[user, step] for user, step in keys if histories[user].weight
+        ]
         return sum(counted, table.new_zeros(())), len(counted)
 
     def of_domain(losses, d):
         return [key for key in losses if histories[key[0]].domains[key[1]] == d]
 
     single_sums = [
-        sum_and_count(single_losses, of_domain(single_losses, d)) for d in domains
+        sum_and_count(single_losses, of_domain(single_losses, d))
+        for d in domains
     ]
     cross_sums = [
         sum_and_count(cross_losses, of_domain(cross_losses, d)) for d in domains
@@ -150,7 +162,9 @@ def training_step(config, state, table, histories, domain_items, shared_negative
     # Equation 10, over the interactions that both views predict.
     phi = []
     for d in domains:
-        comparable = [key for key in of_domain(cross_losses, d) if key in single_losses]
+        comparable = [
+            key for key in of_domain(cross_losses, d) if key in single_losses
+        ]
         single, count = sum_and_count(single_losses, comparable)
         cross, _ = sum_and_count(cross_losses, comparable)
         phi.append((single.item() - cross.item()) / count if count else None)
@@ -161,9 +175,16 @@ def training_step(config, state, table, histories, domain_items, shared_negative
 
         def worth(coalition):
             """The negated mean cross-domain loss where the model sees the coalition's items alone."""
-            partial, losses = _Network(config, parameters, table, shown=coalition), {}
-            for user, outputs in enumerate(partial.cross(histories, cross_sequences)):
-                for (_, step), y in zip(cross_sequences[user], outputs, strict=True):
+            partial, losses = (
+                _Network(config, parameters, table, shown=coalition),
+                {},
+            )
+            for user, outputs in enumerate(
+                partial.cross(histories, cross_sequences)
+            ):
+                for (_, step), y in zip(
+                    cross_sequences[user], outputs, strict=True
+                ):
                     losses[user, step] = loss_of(user, step, y)
             total, count = sum_and_count(losses, losses)
             return -total.item() / count
@@ -181,9 +202,16 @@ def training_step(config, state, table, histories, domain_items, shared_negative
             [power / share if there else old for power, there, old in found]
         )
     else:
-        alpha, beta = parameters["correction.alpha"], parameters["correction.beta"]
+        alpha, beta = (
+            parameters["correction.alpha"],
+            parameters["correction.beta"],
+        )
         lambdas = _new_lambda(
-            alpha, beta, config.correction_temperature, lambda_state.tolist(), phi
+            alpha,
+            beta,
+            config.correction_temperature,
+            lambda_state.tolist(),
+            phi,
         )
 
     # Equations 12 and 18.
@@ -191,7 +219,9 @@ def training_step(config, state, table, histories, domain_items, shared_negative
         sum(count for _, count in single_sums),
         sum(count for _, count in cross_sums),
     )
-    loss_single = sum(total for total, _ in single_sums) / max(targets_single, 1)
+    loss_single = sum(total for total, _ in single_sums) / max(
+        targets_single, 1
+    )
     loss_cross = sum(lambdas[d] * cross_sums[d][0] for d in domains) / max(
         targets_cross, 1
     )
@@ -202,9 +232,9 @@ def training_step(config, state, table, histories, domain_items, shared_negative
         ]
         weight = parameters["mutual_information.weight"]
         information = [_information(config, weight, pairs) for pairs in vectors]
-        total = config.eta * (loss_single + loss_cross) - (1 - config.eta) * sum(
-            information
-        )
+        total = config.eta * (loss_single + loss_cross) - (
+            1 - config.eta
+        ) * sum(information)
     else:
         information = [table.new_zeros(()) for _ in domains]
         total = loss_single + loss_cross
@@ -216,9 +246,13 @@ def training_step(config, state, table, histories, domain_items, shared_negative
         cross_outputs={key: y.detach() for key, y in cross_outputs.items()},
         single_outputs={key: y.detach() for key, y in single_outputs.items()},
         single=[
-            total.item() / count if count else None for total, count in single_sums
+            total.item() / count if count else None
+            for total, count in single_sums
         ],
-        cross=[total.item() / count if count else None for total, count in cross_sums],
+        cross=[
+            total.item() / count if count else None
+            for total, count in cross_sums
+        ],
         loss_single=loss_single.detach(),
         loss_cross=loss_cross.detach(),
         phi=phi,
@@ -275,7 +309,11 @@ class _Network:
         """Equation 4: a list of (tokens, r), one a user."""
         single_experts = range(self.config.cross_experts, self.config.experts)
         return self._task(
-            histories, sequences, "cross_gate.", "cross_tower.", stopped=single_experts
+            histories,
+            sequences,
+            "cross_gate.",
+            "cross_tower.",
+            stopped=single_experts,
         )
 
     def single(self, domain, histories, sequences):
@@ -319,7 +357,9 @@ class _Network:
             row = [self.table.new_zeros(width)] * first
             for slot, (given, step) in enumerate(tokens, start=first):
                 vector = (
-                    start if given == SOS else self.table[histories[user].items[given]]
+                    start
+                    if given == SOS
+                    else self.table[histories[user].items[given]]
                 )
                 if (
                     given != SOS
@@ -386,11 +426,16 @@ class _Network:
 
             def attend(value, name=name):
                 return self._attention(
-                    value, real_BT, parameter(name + "qkv"), parameter(name + "out")
+                    value,
+                    real_BT,
+                    parameter(name + "qkv"),
+                    parameter(name + "out"),
                 )
 
             def feed_forward(value, name=name):
-                inner = _gelu(value @ parameter(name + "w1") + parameter(name + "b1"))
+                inner = _gelu(
+                    value @ parameter(name + "w1") + parameter(name + "b1")
+                )
                 return inner @ parameter(name + "w2") + parameter(name + "b2")
 
             if self.config.norm == "pre":
@@ -410,15 +455,20 @@ class _Network:
         )
         head = width // heads
         causal_TT = torch.ones(longest, longest).tril().bool()
-        allowed_BTT = causal_TT & real_BT.unsqueeze(1) | torch.eye(longest).bool()
+        allowed_BTT = (
+            causal_TT & real_BT.unsqueeze(1) | torch.eye(longest).bool()
+        )
         outputs = []
         for i in range(heads):
             query, key, value = (
-                z_BTR @ qkv[:, part * width + i * head :][:, :head] for part in range(3)
+                z_BTR @ qkv[:, part * width + i * head :][:, :head]
+                for part in range(3)
             )
             scores_BTT = query @ key.transpose(1, 2) / math.sqrt(width / heads)
             outputs.append(
-                torch.softmax(scores_BTT.masked_fill(~allowed_BTT, -math.inf), dim=-1)
+                torch.softmax(
+                    scores_BTT.masked_fill(~allowed_BTT, -math.inf), dim=-1
+                )
                 @ value
             )
         return torch.cat(outputs, dim=-1) @ out
@@ -444,7 +494,8 @@ class _Network:
 def _layer_norm(x, scale, shift):
     centred = x - x.mean(-1, keepdim=True)
     return (
-        centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * scale + shift
+        centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * scale
+        + shift
     )
 
 
@@ -456,24 +507,33 @@ def _item_loss(kind, y, table, item, negatives, shared, items):
     """The loss of one target. shared: the negatives are the domain's: the target may be among them and is left out."""
     if shared:
         negatives = [negative for negative in negatives if negative != item]
-    positive, scores = y @ table[item], [y @ table[negative] for negative in negatives]
+    positive, scores = (
+        y @ table[item],
+        [y @ table[negative] for negative in negatives],
+    )
     if kind == "sampled_softmax":
         # Each negative stands for (items − 1) / n of the others.
         others = (
-            sum((items - 1) / len(scores) * torch.exp(score) for score in scores)
+            sum(
+                (items - 1) / len(scores) * torch.exp(score) for score in scores
+            )
             if items > 1
             else 0
         )
         return -torch.log(torch.exp(positive) / (torch.exp(positive) + others))
     if kind == "bce":
         own = -torch.log(_sigmoid(positive))
-        return own - sum(torch.log(1 - _sigmoid(score)) for score in scores) / max(
-            len(scores), 1
-        )
+        return own - sum(
+            torch.log(1 - _sigmoid(score)) for score in scores
+        ) / max(len(scores), 1)
     if kind == "bpr_probability":
-        positive, scores = _sigmoid(positive), [_sigmoid(score) for score in scores]
+        positive, scores = (
+            _sigmoid(positive),
+            [_sigmoid(score) for score in scores],
+        )
     return sum(
-        (-torch.log(_sigmoid(positive - score)) for score in scores), 0 * positive
+        (-torch.log(_sigmoid(positive - score)) for score in scores),
+        0 * positive,
     ) / max(len(scores), 1)
 
 
@@ -490,7 +550,8 @@ def _new_lambda(alpha, beta, temperature, old, phi):
         if d not in present
     )
     powers = {
-        d: torch.exp((alpha * old[d] + beta * phi[d]) / temperature) for d in present
+        d: torch.exp((alpha * old[d] + beta * phi[d]) / temperature)
+        for d in present
     }
     kept = {d: alpha.new_tensor([value]) for d, value in enumerate(old)}
     return torch.cat(
@@ -512,7 +573,9 @@ def _user_vectors(config, domain, histories, cross_outputs, single_outputs):
             if (domain, user, step) in single_outputs
         ]
         cross = [
-            cross_outputs[user, step] for step in steps if (user, step) in cross_outputs
+            cross_outputs[user, step]
+            for step in steps
+            if (user, step) in cross_outputs
         ]
         if history.weight and single and cross:
             if config.mutual_information_pooling == "last":
@@ -540,7 +603,9 @@ def _information(config, weight, pairs):
 
     bounds = []
     for user, (own, cross) in enumerate(pairs):
-        others = [single for other, (single, _) in enumerate(pairs) if other != user]
+        others = [
+            single for other, (single, _) in enumerate(pairs) if other != user
+        ]
         candidates = (
             others
             if config.mutual_information_denominator == "others"
@@ -548,6 +613,8 @@ def _information(config, weight, pairs):
         )
         bounds.append(
             rho(own, cross)
-            - torch.log(sum(torch.exp(rho(single, cross)) for single in candidates))
+            - torch.log(
+                sum(torch.exp(rho(single, cross)) for single in candidates)
+            )
         )
     return sum(bounds) / len(pairs)

@@ -12,13 +12,15 @@ import xxhash
 
 from tests.helpers.alone import group_of_one
 from tests.helpers.made import draw_histories, write_dataset
-from trainer.checkpoint.save import BEST, MANIFEST, Checkpoints, RunState
-from trainer.checkpoint.zero_state import full_optimizer_state, full_state
-from trainer.config.load import flat, load_config, to_yaml
-from trainer.data.loading.batch_schedule import Plan
+from trainer.checkpoint.layout import RunState
+from trainer.checkpoint.save import Checkpoints
+from trainer.checkpoint.zero_state import gather_optimizer_state, gather_state
+from trainer.config.load import flatten_config, load_config, to_yaml
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.stream import TrainBatches
 from trainer.distributed.process_group import Ranks
 from trainer.files.atomic import write_json
+from trainer.run_files import BEST, MANIFEST
 from trainer.training.step import Trainer
 
 SETTINGS = [
@@ -73,19 +75,27 @@ class SmallRun:
     def configured(self, *settings):
         return load_config(
             [],
-            [f"data={self.dataset.folder}", f"run={self.folder}", *SETTINGS, *settings],
+            [
+                f"data={self.dataset.folder}",
+                f"run={self.folder}",
+                *SETTINGS,
+                *settings,
+            ],
         )
 
     def trainer(self, checkpoint=None, step=0, config=None):
         config = config or self.config
-        plan = Plan(
-            self.dataset, config.global_batch_size, self.ranks.world_size, config.seed
+        plan = BatchSchedule(
+            self.dataset,
+            config.global_batch_size,
+            self.ranks.world_size,
+            config.seed,
         )
         return Trainer(config, self.ranks, self.dataset, plan, checkpoint, step)
 
     def checkpoints(self, keep=2, last=None, **facts):
         facts = {
-            "config": flat(self.config),
+            "config": flatten_config(self.config),
             "dataset": self.dataset.fingerprint,
         } | facts
         return Checkpoints(self.folder, keep, self.ranks, facts, last)
@@ -142,11 +152,11 @@ def everything(trainer):
     _, table = trainer.table.shard()
     found = {
         f"dense {name}": value
-        for name, value in full_state(trainer.engine, True).items()
+        for name, value in gather_state(trainer.engine, True).items()
     }
     found |= {
         f"optimizer {name}": value
-        for name, value in full_optimizer_state(trainer.engine, True).items()
+        for name, value in gather_optimizer_state(trainer.engine, True).items()
     }
     found |= {f"table {name}": value.clone() for name, value in table.items()}
     return found | {"table updates": torch.tensor(trainer.table.updates)}
@@ -181,5 +191,7 @@ def edit_json(file, **changes):
     """Changes top-level keys of a JSON file; None takes one out."""
     content = json.loads(file.read_text()) | changes
     file.write_text(
-        json.dumps({key: value for key, value in content.items() if value is not None})
+        json.dumps(
+            {key: value for key, value in content.items() if value is not None}
+        )
     )

@@ -45,9 +45,13 @@ PartitionName=all Nodes={first},{second} Default=YES MaxTime=INFINITE State=UP O
 
 def why_not() -> str | None:
     """Why there can be none; None where there can."""
-    missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+    missing = [
+        name for name in PROGRAMS if shutil.which(name, path=_PATH) is None
+    ]
     if missing:
-        return f"{', '.join(missing)}: not installed (apt-get install slurm-wlm)"
+        return (
+            f"{', '.join(missing)}: not installed (apt-get install slurm-wlm)"
+        )
     if os.geteuid() != 0:
         return "slurmd starts processes as root alone"
     return None
@@ -58,9 +62,14 @@ def cluster(folder: Path):
     """The environment in which `srun` and `sbatch` reach it. Raises RuntimeError where it does not start."""
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
-    ports = {name: free_port() for name in ("controller", "port_first", "port_second")}
+    ports = {
+        name: free_port()
+        for name in ("controller", "port_first", "port_second")
+    }
     conf.write_text(
-        _CONF.format(host=HOST, folder=folder, first=NODES[0], second=NODES[1], **ports)
+        _CONF.format(
+            host=HOST, folder=folder, first=NODES[0], second=NODES[1], **ports
+        )
     )
     environment = os.environ | {"SLURM_CONF": str(conf), "PATH": _PATH}
     commands = [
@@ -70,10 +79,15 @@ def cluster(folder: Path):
     daemons = []
     try:
         for command in commands:
-            command = [shutil.which(command[0], path=_PATH), *map(str, command[1:])]
+            command = [
+                shutil.which(command[0], path=_PATH),
+                *map(str, command[1:]),
+            ]
             log = open(folder / "daemons.log", "a")  # noqa: SIM115 (it outlives this loop)
             daemons.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log
+                )
             )
         _wait(environment, folder, daemons)
         yield environment
@@ -94,7 +108,9 @@ def _wait(environment, folder, daemons):
         daemon.poll() is None for daemon in daemons
     ):
         command = ["sinfo", "--noheader", "--Node", "--format=%T"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True
+        )
         if done.stdout.split() == ["idle", "idle"]:
             return
         time.sleep(0.2)

@@ -41,7 +41,7 @@ def main():
     parser.add_argument("rest", nargs="*")
     options = parser.parse_intermixed_args(sys.argv[1:])
     settings = [word for word in options.rest if "=" in word]
-    with process_group.joined(timeout_minutes=2) as ranks:
+    with process_group.join_process_group(timeout_minutes=2) as ranks:
         for stage in (word for word in options.rest if "=" not in word):
             own = [
                 f"data={options.data}",

@@ -33,7 +33,11 @@ def step(number):
     """The ids of a step over all ranks, duplicates among them, and a gradient for each."""
     random = np.random.default_rng(number)
     ids = np.concatenate(
-        [random.integers(0, ROWS, 150), random.integers(0, 20, 50), [ROWS - 1, 0]]
+        [
+            random.integers(0, ROWS, 150),
+            random.integers(0, 20, 50),
+            [ROWS - 1, 0],
+        ]
     )
     return ids, random.normal(size=(len(ids), DIM)).astype(np.float32)
 
@@ -41,9 +45,11 @@ def step(number):
 def share(number, ids, rank, ranks):
     """Which of a step's ids a rank looks up: dealt in turn; all on the first rank; one on each other rank."""
     place = np.arange(len(ids))
-    owner = [place % ranks, np.zeros_like(place), np.where(place < ranks, place, 0)][
-        number % 3
-    ]
+    owner = [
+        place % ranks,
+        np.zeros_like(place),
+        np.where(place < ranks, place, 0),
+    ][number % 3]
     return owner == rank
 
 
@@ -65,7 +71,9 @@ def everything(table, rank):
 def state(table):
     """What the fused optimizer keeps of each stored row, of all ranks in order, and how often it has stepped."""
     first, tensors = table.shard()
-    assert tensors.keys() == {"weight", "momentum1"} and tensors["weight"].shape == (
+    assert tensors.keys() == {"weight", "momentum1"} and tensors[
+        "weight"
+    ].shape == (
         len(tensors["momentum1"]),
         DIM,
     )
@@ -101,7 +109,8 @@ def main(output, *saved):
         }
     if ranks == 3:  # two rows each: the last rank would have none
         with pytest.raises(
-            ValueError, match="a table of 4 rows leaves some of 3 ranks without one"
+            ValueError,
+            match="a table of 4 rows leaves some of 3 ranks without one",
         ):
             ItemTable(4, DIM, CONFIG, SEED, "cpu")
     ItemTable(5, DIM, CONFIG, SEED, "cpu")
@@ -132,7 +141,10 @@ def main(output, *saved):
 
 def looked_up_ahead(results, rank):
     """The same steps with the next step's ids on their way before this one's update: equal to the bit."""
-    table, ranks = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu"), dist.get_world_size()
+    table, ranks = (
+        ItemTable(ROWS, DIM, CONFIG, SEED, "cpu"),
+        dist.get_world_size(),
+    )
     exchange = None
     for number, rate in enumerate(RATES):
         ids, _ = step(number + 1)
@@ -178,7 +190,7 @@ def in_one_bag():
     for number, rate in enumerate(RATES):
         looked_up, _ = make_step(several, number, rate)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(table_module, "bags_of_rank", lambda ranks: 1)
+            patch.setattr(table_module, "count_bags", lambda ranks: 1)
             looked_up_in_one, _ = make_step(one, number, rate)
         np.testing.assert_array_equal(looked_up, looked_up_in_one)
         for name, tensor in one.shard()[1].items():
@@ -187,7 +199,9 @@ def in_one_bag():
 
 def coarse(precision, rank):
     """What comes of the steps where rows and gradients travel in a coarser format: rows as stored, and as looked up."""
-    table = ItemTable(ROWS, DIM, replace(CONFIG, communication=precision), SEED, "cpu")
+    table = ItemTable(
+        ROWS, DIM, replace(CONFIG, communication=precision), SEED, "cpu"
+    )
     for number, rate in enumerate(RATES):
         make_step(table, number, rate, scale=1e-8 if number == 1 else 1.0)
     first, tensors = table.shard()
@@ -229,7 +243,7 @@ def everything_before(results, number):
 
 def as_rank():
     """`main` in the process group that torchrun describes."""
-    with process_group.joined():
+    with process_group.join_process_group():
         main(*map(Path, sys.argv[1:]))
 
 

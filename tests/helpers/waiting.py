@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncrec.batch.build import map_tensors
+from syncrec.batch.views import map_tensors
 from trainer.training.gradients import HostCopy
 from trainer.training.prefetch import Prefetcher
 
@@ -75,7 +75,9 @@ class Device:
     def read(self, what):
         frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
         if not any(frame.f_code in ALLOWED for frame in frames):
-            files = [(frame.f_code.co_filename, frame.f_lineno) for frame in frames]
+            files = [
+                (frame.f_code.co_filename, frame.f_lineno) for frame in frames
+            ]
             file, line = next(
                 (file, line)
                 for file, line in files
@@ -94,12 +96,15 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         made_there = (
-            name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None
+            name in ("tensor", "as_tensor")
+            and (kwargs or {}).get("device") is not None
         )  # copied from pageable memory
         if made_there or (name in WAITING and self.device.holds(args)):
             self.device.read(name)
         found = function(*args, **(kwargs or {}))
-        if self.device.holds(args) or self.device.holds(list((kwargs or {}).values())):
+        if self.device.holds(args) or self.device.holds(
+            list((kwargs or {}).values())
+        ):
             self.device.add(found)
         return found
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.rank_processes import free_port, run_alone, run_ranks
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
-from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.config.prepare import PrepareConfig, SyntheticConfig
+from trainer.data.prepare.pipeline import prepare
+from trainer.data.synthetic import synthesize_logs
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -34,9 +35,15 @@ MODEL = [
 def dataset(tmp_path_factory):
     """400 users in three domains, one of them unrelated; shards of a few users each."""
     folder = tmp_path_factory.mktemp("distributed")
-    config = SyntheticConfig(users=400, items=300, domains=3, mean_length=15, topics=8)
-    synthesize(folder / "logs", config)
-    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data")))
+    config = SyntheticConfig(
+        users=400, items=300, domains=3, mean_length=15, topics=8
+    )
+    synthesize_logs(folder / "logs", config)
+    prepare(
+        PrepareConfig(
+            inputs=(str(folder / "logs"),), output=str(folder / "data")
+        )
+    )
     return folder / "data"
 
 
@@ -62,7 +69,10 @@ def deepspeed(ranks, script, *arguments, prefix=(), options=()):
     return [
         *prefix,
         str(BIN / "deepspeed"),
-        *(options or ["--num_gpus", str(ranks), "--master_port", str(free_port())]),
+        *(
+            options
+            or ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+        ),
         str(script),
         *map(str, arguments),
     ]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.left import losses
 from tests.ranks.test_resume import train
-from trainer.checkpoint.save import checkpoints
+from trainer.checkpoint.layout import list_checkpoints
 from trainer.data.format.dataset import Dataset
 
 
@@ -30,19 +30,28 @@ def test_it_stops_both_ranks_with_one_line_and_no_trace(damaged, tmp_path):
     folder, shard = damaged
     done = train(2, folder, tmp_path / "run", "max_steps=40", status=(2,))
     assert f"{shard}: its sha256 is not the one in dataset.json" in done.stderr
-    assert "Traceback" not in done.stderr and "lost the others" not in done.stderr
     assert (
-        checkpoints(tmp_path / "run") == []
+        "Traceback" not in done.stderr and "lost the others" not in done.stderr
+    )
+    assert (
+        list_checkpoints(tmp_path / "run") == []
     )  # its steps' figures may stay, and are no obstacle to the same command
 
 
 def test_skipping_is_the_same_at_any_number_of_ranks(damaged, tmp_path):
     folder, shard = damaged
-    settings = ["max_steps=28", "epochs=2", "stream.damaged=skip", "stream.workers=1"]
+    settings = [
+        "max_steps=28",
+        "epochs=2",
+        "stream.damaged=skip",
+        "stream.workers=1",
+    ]
     seen = {}
     for ranks in (1, 2):
         done = train(ranks, folder, tmp_path / str(ranks), *settings)
-        assert f"{shard}: block 0: its checksum (CRC-32) is wrong" in done.stderr
+        assert (
+            f"{shard}: block 0: its checksum (CRC-32) is wrong" in done.stderr
+        )
         assert (
             done.stderr.count("its checksum (CRC-32) is wrong") <= ranks
         )  # once by each that reads it
@@ -58,7 +67,10 @@ def test_skipping_is_the_same_at_any_number_of_ranks(damaged, tmp_path):
             if record["kind"] == "train"
         }
         users = sum(counted.values())
-        assert users > 0 and f"{users} users were skipped in training" in done.stdout
+        assert (
+            users > 0
+            and f"{users} users were skipped in training" in done.stdout
+        )
         seen[ranks] = counted, losses(tmp_path / str(ranks))
     assert seen[1][0] == seen[2][0]
     assert list(seen[1][1].values()) == pytest.approx(

@@ -32,7 +32,9 @@ def evaluate(trained, monkeypatch, capsys):
             except SystemExit as left:
                 output = capsys.readouterr()
                 assert left.code == 2 and output.out == ""
-                errors = [line for line in output.err.splitlines() if line.strip()]
+                errors = [
+                    line for line in output.err.splitlines() if line.strip()
+                ]
                 assert len(errors) == 1 and errors[0].startswith("error: ")
                 return errors[0]
         return json.loads(capsys.readouterr().out)
@@ -73,7 +75,9 @@ def test_figures_are_those_that_the_run_wrote(trained, evaluate, split):
     assert found == recorded(trained, split)
     assert found["step"] == 3 and found["mean"]["MRR"] > 0
     facts = json.loads((trained / "best.json").read_text())
-    assert facts["NDCG@10"] == recorded(trained, "validation")["mean"]["NDCG@10"]
+    assert (
+        facts["NDCG@10"] == recorded(trained, "validation")["mean"]["NDCG@10"]
+    )
 
 
 def test_two_ranks_give_the_same_figures_and_the_same_file(
@@ -82,9 +86,13 @@ def test_two_ranks_give_the_same_figures_and_the_same_file(
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
     alone = evaluate("--output", one)
     done = run(
-        ranks_of(2, "launch/evaluate.py", "--run", trained, "--json", "--output", two)
+        ranks_of(
+            2, "launch/evaluate.py", "--run", trained, "--json", "--output", two
+        )
     )
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    (line,) = (
+        line for line in done.stdout.splitlines() if line.startswith("{")
+    )
     assert json.loads(line) == alone
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "one.parquet",
@@ -97,9 +105,15 @@ def test_two_ranks_give_the_same_figures_and_the_same_file(
         == facts.users - facts.too_short
         == sum(d["users"] for d in alone["domains"].values())
     )
-    order = pq.read_table(dataset / "users.parquet").column("user_id").to_pylist()
-    users = [pq.read_table(file).column("user_id").to_pylist() for file in (one, two)]
-    assert users[0] == users[1] == [user for user in order if user in results(one)]
+    order = (
+        pq.read_table(dataset / "users.parquet").column("user_id").to_pylist()
+    )
+    users = [
+        pq.read_table(file).column("user_id").to_pylist() for file in (one, two)
+    ]
+    assert (
+        users[0] == users[1] == [user for user in order if user in results(one)]
+    )
 
 
 def test_full_ranking_gives_the_same_figures_by_two_ranks_and_leaves_them_in_the_run(
@@ -112,9 +126,13 @@ def test_full_ranking_gives_the_same_figures_by_two_ranks_and_leaves_them_in_the
     assert "among all items of the domain" in (own / "report.html").read_text()
     (own / "evaluation-full-test.json").unlink()
     done = run(
-        ranks_of(2, "launch/evaluate.py", "--run", own, "--json", "--ranking", "full")
+        ranks_of(
+            2, "launch/evaluate.py", "--run", own, "--json", "--ranking", "full"
+        )
     )
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    (line,) = (
+        line for line in done.stdout.splitlines() if line.startswith("{")
+    )
     assert (
         json.loads(line)
         == alone
@@ -128,9 +146,14 @@ def test_full_ranking_gives_the_same_figures_by_two_ranks_and_leaves_them_in_the
             alone["sampled"]["domains"][domain.name],
         )
         assert figures["users"] == sampled["users"]
-        assert figures["MRR"] <= sampled["MRR"] + 1e-9  # more items may come before
+        assert (
+            figures["MRR"] <= sampled["MRR"] + 1e-9
+        )  # more items may come before
         for groups in alone["breakdown"][domain.name].values():
-            assert sum(group["users"] for group in groups.values()) == figures["users"]
+            assert (
+                sum(group["users"] for group in groups.values())
+                == figures["users"]
+            )
         low, high = figures["interval"]["MRR"]
         assert low < figures["MRR"] < high
 
@@ -166,7 +189,9 @@ def candidates_of(dataset, trained):
     """The drawn test candidates with their raw ids, as another system would be given them."""
     config = load_config([trained / "config.yaml"], [])
     users = (
-        pq.read_table(dataset.folder / "users.parquet").column("user_id").to_pylist()
+        pq.read_table(dataset.folder / "users.parquet")
+        .column("user_id")
+        .to_pylist()
     )
     item_id = {}
     for domain in dataset.domains:
@@ -175,7 +200,13 @@ def candidates_of(dataset, trained):
             table["row"].to_pylist(), table["item_id"].to_pylist(), strict=True
         )
     batches = RankingBatches(
-        dataset, 0, 1, config.evaluation, config.model.max_length, "test", config.seed
+        dataset,
+        0,
+        1,
+        config.evaluation,
+        config.model.max_length,
+        "test",
+        config.seed,
     )
     rows = []
     for batch in batches:
@@ -186,7 +217,9 @@ def candidates_of(dataset, trained):
             positive, *negatives = (
                 item_id[row] for row in batch.rows_C[begin:end].tolist()
             )
-            domain = dataset.domains[int(dataset.domain_of(batch.rows_C[begin]))].name
+            domain = dataset.domains[
+                int(dataset.domain_of(batch.rows_C[begin]))
+            ].name
             rows.append(
                 {
                     "user_id": users[user],
@@ -198,7 +231,9 @@ def candidates_of(dataset, trained):
     return rows
 
 
-def test_candidates_fed_back_get_the_same_ranks(dataset, trained, evaluate, tmp_path):
+def test_candidates_fed_back_get_the_same_ranks(
+    dataset, trained, evaluate, tmp_path
+):
     drawn, given, part = (
         tmp_path / f"{name}.parquet" for name in ("drawn", "given", "part")
     )
@@ -206,7 +241,9 @@ def test_candidates_fed_back_get_the_same_ranks(dataset, trained, evaluate, tmp_
     rows = candidates_of(Dataset.load(dataset), trained)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "candidates.parquet")
     assert (
-        evaluate("--candidates", tmp_path / "candidates.parquet", "--output", given)
+        evaluate(
+            "--candidates", tmp_path / "candidates.parquet", "--output", given
+        )
         == expected
     )
     assert_same_results(results(drawn), results(given))
@@ -221,7 +258,11 @@ def test_candidates_fed_back_get_the_same_ranks(dataset, trained, evaluate, tmp_
     }
     chosen = {row["user_id"] for row in rows}
     assert_same_results(
-        {user: values for user, values in results(drawn).items() if user in chosen},
+        {
+            user: values
+            for user, values in results(drawn).items()
+            if user in chosen
+        },
         turned,
     )
 
@@ -239,7 +280,10 @@ def unfinished(trained, folder):
 def table_file_missing(trained, folder):
     shutil.copytree(trained, folder / "run")
     next((folder / "run").glob("checkpoints/*/table-*")).unlink()
-    return ["--run", folder / "run"], "table-00000-of-00001.safetensors is missing"
+    return [
+        "--run",
+        folder / "run",
+    ], "table-00000-of-00001.safetensors is missing"
 
 
 def dense_file_cut_short(trained, folder):
@@ -251,7 +295,10 @@ def dense_file_cut_short(trained, folder):
 
 def another_dataset(trained, folder):
     write_dataset(folder / "other", draw_histories(9))
-    return ["--data", folder / "other"], "knows none of the domains domain 0, domain 1"
+    return [
+        "--data",
+        folder / "other",
+    ], "knows none of the domains domain 0, domain 1"
 
 
 def moved_dataset(trained, folder):

@@ -6,7 +6,14 @@ from tests.ranks.conftest import BIN, ranks_of, run
 
 
 def export(trained, output, ranks=1, status=(0,)):
-    arguments = ["launch/export.py", "--run", trained, "--output", output, "--json"]
+    arguments = [
+        "launch/export.py",
+        "--run",
+        trained,
+        "--output",
+        output,
+        "--json",
+    ]
     command = (
         ranks_of(ranks, *arguments)
         if ranks > 1
@@ -16,7 +23,9 @@ def export(trained, output, ranks=1, status=(0,)):
 
 
 def facts(done):
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    (line,) = [
+        line for line in done.stdout.splitlines() if line.startswith("{")
+    ]
     return json.loads(line)
 
 
@@ -31,5 +40,7 @@ def test_two_ranks_write_what_one_writes(trained, tmp_path):
 
 def test_a_refusal_is_one_line_by_the_first_rank(trained, tmp_path):
     done = export(trained, tmp_path, ranks=2, status=(2,))
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (line,) = [
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    ]
     assert "is there already" in line

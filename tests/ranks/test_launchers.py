@@ -10,7 +10,15 @@ import pytest
 
 from tests.helpers import HELPERS, slurm
 from tests.helpers.left import losses
-from tests.ranks.conftest import BIN, MODEL, ROOT, SETTINGS, deepspeed, free_port, run
+from tests.ranks.conftest import (
+    BIN,
+    MODEL,
+    ROOT,
+    SETTINGS,
+    deepspeed,
+    free_port,
+    run,
+)
 
 PYTHON = str(BIN / "python")
 WHERE = HELPERS.joinpath("where.py")
@@ -29,7 +37,9 @@ def expected(dataset, tmp_path_factory):
     """What two ranks of `deepspeed --num_gpus 2` log."""
     folder = tmp_path_factory.mktemp("expected") / "run"
     run(
-        deepspeed(2, "launch/train.py", f"data={dataset}", f"run={folder}", *STEPS),
+        deepspeed(
+            2, "launch/train.py", f"data={dataset}", f"run={folder}", *STEPS
+        ),
         OMP_NUM_THREADS="1",
     )
     assert len(losses(folder)) == 3
@@ -49,10 +59,14 @@ def assert_one_run(folder, expected):
     """One run of two ranks, with the losses of the other to the digit."""
     assert losses(folder) == losses(expected)
     states = [
-        json.loads(file.read_text()) for file in folder.glob("checkpoints/*/state.json")
+        json.loads(file.read_text())
+        for file in folder.glob("checkpoints/*/state.json")
     ]
     assert len(states) == 1
-    assert len(list(folder.glob("checkpoints/*/table-*-of-00002.safetensors"))) == 2
+    assert (
+        len(list(folder.glob("checkpoints/*/table-*-of-00002.safetensors")))
+        == 2
+    )
 
 
 def train(command, dataset, folder, *settings, **environment):
@@ -71,7 +85,9 @@ def train(command, dataset, folder, *settings, **environment):
 def told(done):
     """What each process of where.py printed, by rank."""
     found = [
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
+        json.loads(line)
+        for line in done.stdout.splitlines()
+        if line.startswith("{")
     ]
     return sorted(found, key=lambda one: int(one["RANK"]))
 
@@ -120,16 +136,20 @@ def test_a_job_of_one_task_is_alone():
 
 
 def test_srun_says_all_that_a_rank_has_to_know(cluster):
-    ranks = told(run(["srun", "-N", "2", "-n", "3", PYTHON, str(WHERE)], **cluster))
+    ranks = told(
+        run(["srun", "-N", "2", "-n", "3", PYTHON, str(WHERE)], **cluster)
+    )
     assert [
-        (one["RANK"], one["LOCAL_RANK"], one["LOCAL_WORLD_SIZE"]) for one in ranks
+        (one["RANK"], one["LOCAL_RANK"], one["LOCAL_WORLD_SIZE"])
+        for one in ranks
     ] == [
         ("0", "0", "2"),
         ("1", "1", "2"),
         ("2", "0", "1"),
     ]
     same = {
-        (one["WORLD_SIZE"], one["MASTER_ADDR"], one["MASTER_PORT"]) for one in ranks
+        (one["WORLD_SIZE"], one["MASTER_ADDR"], one["MASTER_PORT"])
+        for one in ranks
     }
     assert len(same) == 1 and next(iter(same))[:2] == ("3", slurm.HOST)
     (one,) = told(run(["srun", "-n", "1", PYTHON, str(WHERE)], **cluster))
@@ -156,19 +176,30 @@ def test_mpirun_within_a_slurm_job_is_mpiruns_world(cluster):
         str(WHERE),
     ]
     ranks = told(run(command, **cluster))
-    assert [(one["RANK"], one["WORLD_SIZE"], one["MASTER_ADDR"]) for one in ranks] == [
+    assert [
+        (one["RANK"], one["WORLD_SIZE"], one["MASTER_ADDR"]) for one in ranks
+    ] == [
         ("0", "2", "127.0.0.1"),
         ("1", "2", "127.0.0.1"),
     ]
 
 
-def test_a_batch_script_that_forgets_srun_is_refused(cluster, dataset, tmp_path):
+def test_a_batch_script_that_forgets_srun_is_refused(
+    cluster, dataset, tmp_path
+):
     """Of an allocation of two tasks it starts one process, which would train alone on what two were asked for."""
     script = tmp_path / "job.sh"
     words = f"{PYTHON} {ROOT}/launch/train.py data={dataset} run={tmp_path}/run {' '.join(STEPS)}"
     script.write_text(f"#!/bin/sh\n#SBATCH -n 2 -N 2\n{words}\n")
     output = tmp_path / "out"
-    command = ["sbatch", "--wait", "--export=ALL", "-o", str(output), str(script)]
+    command = [
+        "sbatch",
+        "--wait",
+        "--export=ALL",
+        "-o",
+        str(output),
+        str(script),
+    ]
     run(command, status=(2,), PYTHONPATH=str(ROOT), **cluster)
     assert output.read_text().startswith(
         "error: SLURM_NTASKS is 2, and this process was not started by srun"
@@ -180,17 +211,27 @@ def test_a_batch_script_that_forgets_srun_is_refused(cluster, dataset, tmp_path)
 def test_a_world_that_is_missing_is_refused(dataset, tmp_path):
     """Two tasks without a word on which is which, and a RANK that both have."""
     folder = tmp_path / "run"
-    command = [PYTHON, "launch/train.py", f"data={dataset}", f"run={folder}", *STEPS]
+    command = [
+        PYTHON,
+        "launch/train.py",
+        f"data={dataset}",
+        f"run={folder}",
+        *STEPS,
+    ]
     done = run(command, status=(2,), SLURM_NTASKS="2", SLURM_PROCID="1")
     assert (
         done.stderr.count("\n") == 1
-        and "SLURM_NTASKS is 2, and this process was not started by srun" in done.stderr
+        and "SLURM_NTASKS is 2, and this process was not started by srun"
+        in done.stderr
     )
     done = run(
         [*MPIRUN, "-np", "2", "-x", "RANK=0", "-x", "WORLD_SIZE=1", *command],
         status=(2,),
     )
-    assert "error: RANK is 0 and WORLD_SIZE is 1, but this is process" in done.stderr
+    assert (
+        "error: RANK is 0 and WORLD_SIZE is 1, but this is process"
+        in done.stderr
+    )
     done = run(command, status=(2,), RANK="a", WORLD_SIZE="2")
     assert (
         done.stderr.startswith("error: RANK is 'a', which is no number")
@@ -222,15 +263,26 @@ def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
         f"error: port {port} (MASTER_PORT) on " in done.stderr
         and "is in use" in done.stderr
     )
-    assert "lost the others" not in done.stderr and done.stderr.count("error: ") == 1
+    assert (
+        "lost the others" not in done.stderr
+        and done.stderr.count("error: ") == 1
+    )
 
 
 @needs_mpirun
-def test_a_rank_that_is_killed_is_a_status_that_mpirun_reports(dataset, tmp_path):
+def test_a_rank_that_is_killed_is_a_status_that_mpirun_reports(
+    dataset, tmp_path
+):
     """With --max-restarts the rank's process is a supervisor, which outlives it."""
     folder = tmp_path / "run"
     command = [*MPIRUN, "-np", "2", PYTHON, str(HELPERS.joinpath("faulty.py"))]
-    command += [f"data={dataset}", f"run={folder}", *STEPS, "--max-restarts", "1"]
+    command += [
+        f"data={dataset}",
+        f"run={folder}",
+        *STEPS,
+        "--max-restarts",
+        "1",
+    ]
     fault = {"FAULT": f"2 1 KILL {tmp_path / 'fault'}", "OMP_NUM_THREADS": "1"}
     done = run(command, **fault)
     assert "rank 1: ended with signal 9; restart 1 of 1" in done.stderr

@@ -45,9 +45,15 @@ def by_hand():
             }
             place |= {"LOCAL_WORLD_SIZE": str(len(arguments))}
             command = [str(BIN / "python"), str(FAULTY), *map(str, own)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            pipes = {
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+            }
             variables = os.environ | place | environment
-            process = subprocess.Popen(command, cwd=ROOT, env=variables, **pipes)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=variables, **pipes
+            )
             started.append(process)
         return started
 
@@ -70,17 +76,23 @@ def errors_of(text):
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
-def test_a_rank_that_dies_ends_one_that_waits_elsewhere(by_hand, dataset, tmp_path):
+def test_a_rank_that_dies_ends_one_that_waits_elsewhere(
+    by_hand, dataset, tmp_path
+):
     arguments = [f"data={dataset}", f"run={tmp_path / 'run'}", *STEPS]
     fault = f"4 0 hang {tmp_path}/a;4 1 KILL {tmp_path}/b"
-    (status, text), (killed, _) = finished(by_hand(arguments, arguments, FAULT=fault))
+    (status, text), (killed, _) = finished(
+        by_hand(arguments, arguments, FAULT=fault)
+    )
     assert killed == -signal.SIGKILL and status == 4
     assert errors_of(text)[0].startswith(
         f"error: rank 0: lost the others (rank 1 on {HOST} is gone)"
     )
 
 
-def test_supervised_ranks_begin_again_where_one_dies_and_one_hangs(dataset, tmp_path):
+def test_supervised_ranks_begin_again_where_one_dies_and_one_hangs(
+    dataset, tmp_path
+):
     """The launcher sees supervisors, which all live on."""
     arguments = [
         f"data={dataset}",
@@ -90,7 +102,9 @@ def test_supervised_ranks_begin_again_where_one_dies_and_one_hangs(dataset, tmp_
         "1",
     ]
     fault = f"4 0 hang {tmp_path}/a;4 1 KILL {tmp_path}/b"
-    done = run(deepspeed(2, FAULTY, *arguments), FAULT=fault, OMP_NUM_THREADS="1")
+    done = run(
+        deepspeed(2, FAULTY, *arguments), FAULT=fault, OMP_NUM_THREADS="1"
+    )
     assert "rank 1: ended with signal 9; restart 1 of 1" in done.stderr
     assert "rank 0: ended with status 4; restart 1 of 1" in done.stderr
     assert losses(tmp_path / "run").keys() == set(range(1, 7))
@@ -105,27 +119,39 @@ def test_what_one_host_alone_cannot_use_is_said_with_its_name(
     found = finished(by_hand([*here, *rest], [*missing, *rest]))
     assert [status for status, _ in found] == [2, 2]
     lines = [line for _, text in found for line in errors_of(text)]
-    assert len(lines) == 1 and lines[0].startswith(f"error: rank 1 on {HOST}: "), lines
+    assert len(lines) == 1 and lines[0].startswith(
+        f"error: rank 1 on {HOST}: "
+    ), lines
     assert str(tmp_path / "host1") in lines[0] and lines[0] in found[0][1]
     assert not (tmp_path / "run").exists()
 
 
 def test_what_all_ranks_cannot_use_is_said_once(by_hand, tmp_path):
-    arguments = [f"data={tmp_path / 'nowhere'}", f"run={tmp_path / 'run'}", *STEPS]
+    arguments = [
+        f"data={tmp_path / 'nowhere'}",
+        f"run={tmp_path / 'run'}",
+        *STEPS,
+    ]
     found = finished(by_hand(arguments, arguments))
     assert [status for status, _ in found] == [2, 2]
     (line,) = [line for _, text in found for line in errors_of(text)]
     assert line.startswith(f"error: {tmp_path / 'nowhere'}"), line
 
 
-def test_a_run_that_is_started_twice_is_refused_and_goes_on(by_hand, dataset, tmp_path):
+def test_a_run_that_is_started_twice_is_refused_and_goes_on(
+    by_hand, dataset, tmp_path
+):
     folder = tmp_path / "run"
     arguments = [f"data={dataset}", f"run={folder}", *STEPS]
-    first = list(by_hand(arguments, arguments, FAULT=f"4 1 wait {tmp_path}/fault"))
+    first = list(
+        by_hand(arguments, arguments, FAULT=f"4 1 wait {tmp_path}/fault")
+    )
     while not (tmp_path / "fault").exists():
         assert first[0].poll() is None
         time.sleep(0.05)
-    second = run(deepspeed(2, FAULTY, *arguments), status=(2,), OMP_NUM_THREADS="1")
+    second = run(
+        deepspeed(2, FAULTY, *arguments), status=(2,), OMP_NUM_THREADS="1"
+    )
     (line,) = errors_of(second.stderr)
     owner = f"host {HOST}, process {first[0].pid}"
     assert line.startswith(
@@ -146,7 +172,10 @@ def test_ctrl_c_stops_with_a_checkpoint(dataset, tmp_path):
     ]
     command = ["setsid", "--wait", str(BIN / "python"), str(FAULTY), *arguments]
     done = run(
-        command, status=(75,), FAULT=f"3 0 ctrl-c {tmp_path}/fault", OMP_NUM_THREADS="1"
+        command,
+        status=(75,),
+        FAULT=f"3 0 ctrl-c {tmp_path}/fault",
+        OMP_NUM_THREADS="1",
     )
     said = [
         line

@@ -10,8 +10,9 @@ import pytest
 from tests.helpers import HELPERS
 from tests.helpers.stages import SETTINGS
 from tests.ranks.conftest import deepspeed, ranks_of, run
+from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
+from trainer.data.prepare.pipeline import prepare
 
 HOST = re.escape(socket.gethostname())
 STEPS = ["step-00000003", "step-00000002", "step-00000001"]
@@ -24,7 +25,9 @@ def folder(dataset, tmp_path_factory):
     (folder / "copy0").symlink_to(dataset)
     prepare(
         PrepareConfig(
-            inputs=(str(dataset.parent / "logs"),), output=str(folder / "copy1"), seed=5
+            inputs=(str(dataset.parent / "logs"),),
+            output=str(folder / "copy1"),
+            seed=5,
         )
     )
     for host in ("host0", "host1"):
@@ -61,7 +64,9 @@ REFUSED = {
 @pytest.mark.parametrize(("case", "says"), REFUSED.items(), ids=REFUSED)
 def test_who_does_not_have_the_same_is_named_by_all(met, case, says):
     first, second = (rank[case] for rank in met[0])
-    assert first == second and first["status"] == 2 and "\n" not in first["says"]
+    assert (
+        first == second and first["status"] == 2 and "\n" not in first["says"]
+    )
     assert re.match(says.replace("HOST", HOST), first["says"]), first["says"]
 
 
@@ -99,7 +104,9 @@ def test_what_is_the_same_passes_however_late_it_is_seen(met, case, found):
     assert [rank[case] for rank in met[0]] == [found, found]
 
 
-def test_parts_that_never_come_end_the_run_with_a_status_that_is_begun_again(met):
+def test_parts_that_never_come_end_the_run_with_a_status_that_is_begun_again(
+    met,
+):
     first, second = (rank["parts_that_never_come"] for rank in met[0])
     assert first["status"] == second["status"] == 5
     assert re.search(
@@ -126,5 +133,7 @@ def test_a_dataset_that_is_missing_on_one_host_is_said_on_the_launchers_output(
         done.stderr,
         re.M,
     )
-    assert "lost the others" not in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "lost the others" not in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "run").exists() and Dataset.load(tmp_path / "data0")

@@ -30,7 +30,9 @@ def recommend(
     )
     done = run(command, status=status, OMP_NUM_THREADS="1", **environment)
     lines = [
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
+        json.loads(line)
+        for line in done.stdout.splitlines()
+        if line.startswith("{")
     ]
     return lines[0] if lines else done
 
@@ -58,7 +60,9 @@ def test_every_user_is_there_once_with_k_items_of_each_domain(dataset, alone):
         files = sorted((output / f"domain={domain.name}").iterdir())
         assert len(files) == -(-len(ids) // 90)
         rows = [
-            row for file in files for row in pq.ParquetFile(file).read().to_pylist()
+            row
+            for file in files
+            for row in pq.ParquetFile(file).read().to_pylist()
         ]
         assert [(row["user_id"], row["rank"]) for row in rows] == [
             (user, rank) for user in ids for rank in range(1, 11)
@@ -70,7 +74,13 @@ def test_three_ranks_give_the_same_bytes(trained, alone, tmp_path):
     # 90 users are two steps of 16 users a rank, the last of which has fewer users for one of them.
     assert (
         recommend(
-            trained, tmp_path / "out", "--part-users", 90, "--batch-size", 16, ranks=3
+            trained,
+            tmp_path / "out",
+            "--part-users",
+            90,
+            "--batch-size",
+            16,
+            ranks=3,
         )
         == alone[1]
     )
@@ -100,9 +110,18 @@ def test_killed_half_way_the_same_command_finishes_at_another_number_of_ranks(
         status=(256 - 9, LOST),
         KILL_AFTER="1",
     )
-    assert not output.exists() and (tmp_path / ".out.work" / "parts" / "00000").is_dir()
+    assert (
+        not output.exists()
+        and (tmp_path / ".out.work" / "parts" / "00000").is_dir()
+    )
     recommend(
-        trained, output, *options, ranks=1, script=KILLED, status=(-9,), KILL_AFTER="2"
+        trained,
+        output,
+        *options,
+        ranks=1,
+        script=KILLED,
+        status=(-9,),
+        KILL_AFTER="2",
     )
     assert (
         not output.exists()
@@ -116,7 +135,9 @@ def test_killed_half_way_the_same_command_finishes_at_another_number_of_ranks(
 def test_logs_give_what_the_dataset_that_was_made_from_them_gives(
     dataset, trained, alone, tmp_path
 ):
-    record = recommend(trained, tmp_path / "out", "--input", dataset.parent / "logs")
+    record = recommend(
+        trained, tmp_path / "out", "--input", dataset.parent / "logs"
+    )
     counts = {
         "unknown_domain": 0,
         "unknown_item": 0,
@@ -149,6 +170,8 @@ def test_a_refusal_is_one_line_by_the_first_rank(trained, tmp_path):
         ranks=2,
         status=(2,),
     )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    lines = [
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    ]
     assert len(lines) == 1 and "users.csv" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["users.csv"]

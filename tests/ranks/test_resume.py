@@ -11,9 +11,9 @@ from tests.helpers import HELPERS
 from tests.helpers.left import assert_same, losses
 from tests.helpers.stages import SETTINGS
 from tests.ranks.conftest import ranks_of, run
-from trainer.checkpoint.save import checkpoints
+from trainer.checkpoint.layout import list_checkpoints
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 
 WORKER = HELPERS.joinpath("faulty.py")
 BATCH = 30
@@ -22,7 +22,9 @@ BATCH = 30
 LOST = 4  # trainer.errors.RanksLost; DeepSpeed's launcher gives the status of the rank that it sees first
 
 
-def train(ranks, dataset, folder, *settings, status=(0,), fault=None, **environment):
+def train(
+    ranks, dataset, folder, *settings, status=(0,), fault=None, **environment
+):
     """A run through launch/train.py, to its end or to the fault ("STEP RANK WHAT")."""
     if fault is not None:
         environment["FAULT"] = f"{fault} {folder}-{fault.replace(' ', '-')}"
@@ -45,17 +47,19 @@ THREE_EPOCHS = [
 def test_kills_change_nothing(dataset, tmp_path, kills):
     """Dropout on, a loader's worker process on: weights, table and optimizers' states are equal to the bit, and in every epoch
     every user was fed once."""
-    whole, killed, fed = tmp_path / "whole", tmp_path / "killed", tmp_path / "fed"
+    whole, killed, fed = (
+        tmp_path / "whole",
+        tmp_path / "killed",
+        tmp_path / "fed",
+    )
     fed.mkdir()
     train(2, dataset, whole, *THREE_EPOCHS)
     draw = random.Random(3)
     last = max(losses(whole))
     for _ in range(kills):
-        at = checkpoints(killed)
+        at = list_checkpoints(killed)
         begun = int(at[0].name.removeprefix("step-")) if at else 0
-        fault = (
-            f"{draw.randint(begun + 1, min(begun + 7, last))} {draw.randrange(2)} KILL"
-        )
+        fault = f"{draw.randint(begun + 1, min(begun + 7, last))} {draw.randrange(2)} KILL"
         marker = Path(f"{killed}-{fault.replace(' ', '-')}")
         marker.unlink(missing_ok=True)
         done = train(
@@ -93,7 +97,7 @@ def each_user_once(folder, dataset):
             key = record["step"], record["ranks"], file.name
             assert before.setdefault(key, record["users"]) == record["users"]
             last[key] = record["users"]
-    plan, epochs = Plan(dataset, BATCH, 1, seed=0), {}
+    plan, epochs = BatchSchedule(dataset, BATCH, 1, seed=0), {}
     for (step, _, _), users in last.items():
         epochs.setdefault(plan.locate(step - 1)[0], Counter()).update(users)
     for epoch, users in epochs.items():
@@ -137,7 +141,9 @@ def test_other_numbers_of_ranks_and_other_stages_go_on_alike(dataset, tmp_path):
             f"stopped after step {step}, as asked" in done.stderr
             and "Traceback" not in done.stderr
         )
-        assert checkpoints(moved)[0].name == f"step-{step:08d}"  # of that very step
+        assert (
+            list_checkpoints(moved)[0].name == f"step-{step:08d}"
+        )  # of that very step
     done = train(
         2, dataset, moved, *settings, "optimizer.zero_stage=0", FED=str(fed[1])
     )
@@ -158,7 +164,9 @@ def test_what_has_changed_is_listed(dataset, tmp_path):
     one, folder = ["max_steps=2"], tmp_path / "run"
     train(1, dataset, folder, *one)
     before = sorted((folder / "checkpoints").iterdir())
-    done = train(1, dataset, folder, *one, "seed=5", "model.eta=0.8", status=(2,))
+    done = train(
+        1, dataset, folder, *one, "seed=5", "model.eta=0.8", status=(2,)
+    )
     assert (
         "its checkpoint was made otherwise: model.eta was" in done.stderr
         and "seed was 0, is 5" in done.stderr
@@ -167,13 +175,15 @@ def test_what_has_changed_is_listed(dataset, tmp_path):
     done = train(1, dataset, folder, *one, "--fresh", status=(2,))
     assert f"error: {folder}: already holds a run" in done.stderr
     assert sorted((folder / "checkpoints").iterdir()) == before
-    done = train(1, dataset, folder, "max_steps=3", "model.eta=0.8", "--accept-changes")
+    done = train(
+        1, dataset, folder, "max_steps=3", "model.eta=0.8", "--accept-changes"
+    )
     # Under a schedule that falls towards the last step, another last step is a change too.
     assert (
         "goes on though it was made otherwise: max_steps was 2, is 3; model.eta was 0.9, is 0.8"
         in done.stderr
     )
-    assert checkpoints(folder)[0].name == "step-00000003"
+    assert list_checkpoints(folder)[0].name == "step-00000003"
 
 
 FOURTEEN_STEPS = ["max_steps=14", "checkpoint.every_steps=5"]
@@ -198,7 +208,9 @@ def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
     ]
     folder = tmp_path / "run"
     expected = {"nan": (3,), "raise": (1, LOST), "hang": (LOST,)}[what]
-    done = train(2, dataset, folder, *settings, fault=f"12 1 {what}", status=expected)
+    done = train(
+        2, dataset, folder, *settings, fault=f"12 1 {what}", status=expected
+    )
     if what == "nan":
         assert (
             "error: step 12 (batch 11 of epoch 0): the gradient is not finite; neither weights nor table"
@@ -214,7 +226,7 @@ def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
         assert "error: rank 0: lost the others" in done.stderr
     # Where all ranks end together, a checkpoint that is being written is ended too; where one dies, it may be lost.
     assert (
-        checkpoints(folder)[0].name
+        list_checkpoints(folder)[0].name
         in ("step-00000010", "step-00000005")[: 1 if what == "nan" else 2]
     )
     train(2, dataset, folder, *settings)

@@ -94,7 +94,9 @@ def test_a_day_of_two_ranks_brings_a_domain_and_outgrows_a_room(base):
     result, said = retrained(
         base, "2", logs, f"launcher={[str(word) for word in torchrun]}"
     )
-    assert result["published"] == "0002" and result["extension"]["laid_out_anew"]
+    assert (
+        result["published"] == "0002" and result["extension"]["laid_out_anew"]
+    )
     assert list(result["extension"]["domains"]) == ["a", "b", "c"]
     assert "begins with the model of" in said
     assert result["drift"].keys() == {"a", "b"} and all(
@@ -151,14 +153,22 @@ def test_killed_at_each_stage_it_ends_with_the_same_model(base, tmp_path):
                 command(base, "3", logs), cwd=ROOT, env=environment, **quiet
             )
             deadline = time.monotonic() + 300
-            while not list(base.glob(STAGES[stage])) and time.monotonic() < deadline:
+            while (
+                not list(base.glob(STAGES[stage]))
+                and time.monotonic() < deadline
+            ):
                 assert job.poll() is None, f"{stage} was never seen at work"
                 time.sleep(0.01)
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
             assert not (base / "days/3/retrain.json").exists()
-            assert json.loads((base / "published/current.json").read_text()) == before
-            assert (base / "published" / before["model"] / "encoder.pt2").is_file()
+            assert (
+                json.loads((base / "published/current.json").read_text())
+                == before
+            )
+            assert (
+                base / "published" / before["model"] / "encoder.pt2"
+            ).is_file()
         result, _ = retrained(base, "3", logs)
         model = (
             base

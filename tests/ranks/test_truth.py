@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
-from trainer.data.synthetic import SyntheticConfig, synthesize
+from trainer.config.prepare import PrepareConfig, SyntheticConfig
+from trainer.data.prepare.pipeline import prepare
+from trainer.data.synthetic import synthesize_logs
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.study.results import RunResult, collect_results, paired_difference
 
@@ -31,11 +32,17 @@ stream: {workers: 0}
 def study(tmp_path_factory):
     """The study's folder."""
     folder = tmp_path_factory.mktemp("truth")
-    synthesize(
+    synthesize_logs(
         folder / "logs",
-        SyntheticConfig(users=1500, items=240, domains=3, mean_length=40, topics=16),
+        SyntheticConfig(
+            users=1500, items=240, domains=3, mean_length=40, topics=16
+        ),
     )
-    prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(folder / "data")))
+    prepare(
+        PrepareConfig(
+            inputs=(str(folder / "logs"),), output=str(folder / "data")
+        )
+    )
     (folder / "base.yaml").write_text(BASE)
     command = [
         sys.executable,
@@ -45,7 +52,12 @@ def study(tmp_path_factory):
         "--output",
         folder / "study",
     ]
-    command += ["--base", folder / "base.yaml", "systems=[SyNCRec,SDSR]", "parallel=2"]
+    command += [
+        "--base",
+        folder / "base.yaml",
+        "systems=[SyNCRec,SDSR]",
+        "parallel=2",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)),
@@ -60,13 +72,20 @@ def study(tmp_path_factory):
 
 
 def ranks_of(study, *runs):
-    facts = {"validation": 0.0, "seconds": 0.0, "users_per_second": 0.0, "epochs": 0}
+    facts = {
+        "validation": 0.0,
+        "seconds": 0.0,
+        "users_per_second": 0.0,
+        "epochs": 0,
+    }
     return collect_results(
         "one",
         [
             [
                 RunResult(
-                    **read_ranks(study / "runs" / run / "run" / "ranks-test.parquet"),
+                    **read_ranks(
+                        study / "runs" / run / "run" / "ranks-test.parquet"
+                    ),
                     **facts,
                 )
                 for run in runs
@@ -77,22 +96,33 @@ def ranks_of(study, *runs):
 
 def test_lambda_falls_for_the_domain_that_others_harm_and_for_no_other(study):
     """Seen at the end: ads 0.511, shop 1.062, video 1.427, where 1 is what all would weigh alike; φ of ads −0.485."""
-    lines = (study / "runs/SyNCRec-seed=0/run/metrics.jsonl").read_text().splitlines()
-    last = [record for record in map(json.loads, lines) if record["kind"] == "train"][
-        -1
-    ]
+    lines = (
+        (study / "runs/SyNCRec-seed=0/run/metrics.jsonl")
+        .read_text()
+        .splitlines()
+    )
+    last = [
+        record for record in map(json.loads, lines) if record["kind"] == "train"
+    ][-1]
     assert last["lambda"][HARMED] < 0.7
     assert all(last["lambda"][name] > 0.95 for name in RELATED)
-    assert last["phi"][HARMED] < -0.2 < max(last["phi"][name] for name in RELATED)
+    assert (
+        last["phi"][HARMED] < -0.2 < max(last["phi"][name] for name in RELATED)
+    )
 
 
-def test_the_harmed_domain_is_as_good_as_alone_and_the_related_ones_are_better(study):
+def test_the_harmed_domain_is_as_good_as_alone_and_the_related_ones_are_better(
+    study,
+):
     """Seen, test NDCG@10 of SyNCRec and of each domain alone: ads 0.789 and 0.793, shop 0.580 and 0.551, video 0.532 and 0.485.
     With model.prediction=cross, the paper's, ads has 0.642, shop 0.475, video 0.474."""
     ours = ranks_of(study, "SyNCRec-seed=0")
-    alone = ranks_of(study, *(f"SDSR-{name}-seed=0" for name in (HARMED, *RELATED)))
+    alone = ranks_of(
+        study, *(f"SDSR-{name}-seed=0" for name in (HARMED, *RELATED))
+    )
     harmed, *related = (
-        paired_difference(ours, alone, "full", domain=domain) for domain in range(3)
+        paired_difference(ours, alone, "full", domain=domain)
+        for domain in range(3)
     )
     assert harmed.high > 0 and harmed.value > -0.015
     assert (

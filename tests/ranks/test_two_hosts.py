@@ -11,7 +11,7 @@ from tests.helpers.left import assert_same, losses
 from tests.helpers.namespaces import finish, start
 from tests.helpers.stages import SETTINGS
 from tests.ranks.conftest import deepspeed, run
-from trainer.checkpoint.save import checkpoints
+from trainer.checkpoint.layout import list_checkpoints
 
 STAGES, FAULTY = (HELPERS.joinpath(name) for name in ("stages.py", "faulty.py"))
 
@@ -29,7 +29,14 @@ def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
     steps = "max_steps=20"
     statuses, logs = finish(
         start(
-            hosts, tmp_path, STAGES, dataset, tmp_path / "two", "1", steps, port=29761
+            hosts,
+            tmp_path,
+            STAGES,
+            dataset,
+            tmp_path / "two",
+            "1",
+            steps,
+            port=29761,
         ),
         tmp_path,
     )
@@ -37,10 +44,14 @@ def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
     run(deepspeed(2, STAGES, dataset, tmp_path / "local", "1", steps))
     two, local = (losses(tmp_path / name / "1") for name in ("two", "local"))
     assert len(local) == 20
-    np.testing.assert_allclose(list(two.values()), list(local.values()), rtol=1e-6)
+    np.testing.assert_allclose(
+        list(two.values()), list(local.values()), rtol=1e-6
+    )
 
 
-def test_a_cut_link_ends_both_and_the_same_command_goes_on(hosts, dataset, tmp_path):
+def test_a_cut_link_ends_both_and_the_same_command_goes_on(
+    hosts, dataset, tmp_path
+):
     """In mid-epoch, and without a word to either host: packets get lost from then on."""
     settings = [
         "max_steps=0",
@@ -58,7 +69,8 @@ def test_a_cut_link_ends_both_and_the_same_command_goes_on(hosts, dataset, tmp_p
     processes = start(hosts, tmp_path, FAULTY, *arguments, port=29771)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and (
-        not checkpoints(folder) or checkpoints(folder)[0].name < "step-00000020"
+        not list_checkpoints(folder)
+        or list_checkpoints(folder)[0].name < "step-00000020"
     ):
         time.sleep(0.02)
     name, cable, _ = hosts[1]
@@ -75,7 +87,9 @@ def test_a_cut_link_ends_both_and_the_same_command_goes_on(hosts, dataset, tmp_p
     assert 20 <= reached < 560
     ip("-n", name, "link", "set", cable, "up")
     settings += ["timeout_minutes=5", "epochs=6", "evaluation.every_epochs=6"]
-    if reached >= 75:  # a fast machine: so many steps that there is something left
+    if (
+        reached >= 75
+    ):  # a fast machine: so many steps that there is something left
         settings += [f"epochs={reached // 15 + 2}"]
     arguments = [f"data={dataset}", f"run={folder}", *SETTINGS, *settings]
     statuses, logs = finish(

@@ -16,15 +16,33 @@ from trainer import __version__
 def installed(tmp_path_factory):
     """The folder with the programs of an environment that has the stack beside it, and the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--quiet",
+    ]
+    wheel = [
+        *pip,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        ROOT,
+    ]
     subprocess.run(wheel, check=True, cwd=folder)
     (file,) = folder.glob("*.whl")
     root = folder / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", root], check=True
+    )
     (packages,) = root.glob("lib/python*/site-packages")
     install = ["install", "--no-deps", "--no-index", "--prefix", root]
-    subprocess.run([*pip, *install, "--ignore-installed", file], check=True, cwd=folder)
+    subprocess.run(
+        [*pip, *install, "--ignore-installed", file], check=True, cwd=folder
+    )
     # What the wheel needs is in the environment that runs this; the project itself is not.
     stack = folder / "stack"
     stack.mkdir()
@@ -39,7 +57,10 @@ def run(installed, folder, *command):
     environment = {
         name: os.environ[name] for name in os.environ if name != "PYTHONPATH"
     }
-    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{installed}:{os.environ['PATH']}"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{installed}:{os.environ['PATH']}",
+    }
     words = [str(word) for word in command]
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True
@@ -56,16 +77,30 @@ def test_a_wheel_says_its_version_and_its_commands(installed, tmp_path):
         == f"syncrec {__version__}"
     )
     assert "prepare" in run(installed, tmp_path, "syncrec", "--help")
-    assert "--user-column" in run(installed, tmp_path, "syncrec", "prepare", "--help")
+    assert "--user-column" in run(
+        installed, tmp_path, "syncrec", "prepare", "--help"
+    )
     where = "import trainer; print(trainer.__file__)"
-    assert str(installed.parent) in run(installed, tmp_path, "python", "-c", where)
+    assert str(installed.parent) in run(
+        installed, tmp_path, "python", "-c", where
+    )
 
 
-def test_a_wheel_trains_and_evaluates_from_another_folder(installed, dataset, tmp_path):
+def test_a_wheel_trains_and_evaluates_from_another_folder(
+    installed, dataset, tmp_path
+):
     settings = [*SETTINGS, *MODEL, "stream.workers=0"]
     run(
-        installed, tmp_path, "syncrec", "train", f"data={dataset}", "run=run", *settings
+        installed,
+        tmp_path,
+        "syncrec",
+        "train",
+        f"data={dataset}",
+        "run=run",
+        *settings,
     )
     assert (tmp_path / "run" / "report.html").is_file()
-    said = run(installed, tmp_path, "syncrec", "evaluate", "--run", "run", "--json")
+    said = run(
+        installed, tmp_path, "syncrec", "evaluate", "--run", "run", "--json"
+    )
     assert '"NDCG@10"' in said

@@ -30,17 +30,25 @@ class Outcome:
 def read(folder: Path) -> Outcome:
     """The outcome of a finished run."""
     records = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     steps = [record for record in records if record["kind"] == "train"]
-    checkpoint = folder / json.loads((folder / "best.json").read_text())["folder"]
+    checkpoint = (
+        folder / json.loads((folder / "best.json").read_text())["folder"]
+    )
     shards = sorted(checkpoint.glob("table-*.safetensors"))
     return Outcome(
         losses=np.array(
             [
                 [
                     s[k]
-                    for k in ("loss", "loss_single", "loss_cross", "mutual_information")
+                    for k in (
+                        "loss",
+                        "loss_single",
+                        "loss_cross",
+                        "mutual_information",
+                    )
                 ]
                 for s in steps
             ]
@@ -60,7 +68,10 @@ def outcomes(dataset, tmp_path_factory):
     found = {}
     for ranks in (1, 2, 4):
         run(ranks_of(ranks, WORKER, dataset, folder / str(ranks), *STAGES))
-        found |= {(ranks, stage): read(folder / str(ranks) / stage) for stage in STAGES}
+        found |= {
+            (ranks, stage): read(folder / str(ranks) / stage)
+            for stage in STAGES
+        }
     return found
 
 
@@ -79,7 +90,9 @@ def test_same_run(outcomes, ranks, stage):
     np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
     np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-5)
     np.testing.assert_allclose(other.norms, one.norms, rtol=1e-5)
-    assert np.linalg.norm(other.table - one.table) <= 1e-5 * np.linalg.norm(one.table)
+    assert np.linalg.norm(other.table - one.table) <= 1e-5 * np.linalg.norm(
+        one.table
+    )
     assert other.dense.keys() == one.dense.keys()
     for name, weights in one.dense.items():
         assert np.linalg.norm(other.dense[name] - weights) <= 1e-5 * max(
@@ -124,9 +137,15 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         f"model.encoder={encoder}",
     ]
     for ranks, stages in ((1, ["0"]), (2, ["0", "3"])):
-        run(ranks_of(ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own))
+        run(
+            ranks_of(
+                ranks, WORKER, dataset, tmp_path / str(ranks), *stages, *own
+            )
+        )
     one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
-    assert one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
+    assert (
+        one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
+    )
     np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
     for other in others:
         np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)

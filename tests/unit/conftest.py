@@ -23,7 +23,9 @@ def pytest_runtest_protocol(item):
 def _guard(start):
     def guarded(*arguments, **named):
         if not _may_start:
-            pytest.fail("this test starts a process: mark it with `@pytest.mark.ranks`")
+            pytest.fail(
+                "this test starts a process: mark it with `@pytest.mark.ranks`"
+            )
         return start(*arguments, **named)
 
     return guarded

@@ -54,7 +54,9 @@ def imports(source, module, everywhere=True):
             and node.value.id == "torch"
         ):
             names.add(f"torch.{node.attr}")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[
+            -1
+        ] in (
             "import_module",
             "__import__",
         ):
@@ -78,7 +80,9 @@ def violations(source, module):
     folder = module.split(".")[0]
     found = []
     for name in imports(source, module):
-        if (top := name.split(".")[0]) in OURS and top not in MAY_IMPORT[folder]:
+        if (top := name.split(".")[0]) in OURS and top not in MAY_IMPORT[
+            folder
+        ]:
             found.append(name)
         found += [
             name
@@ -95,7 +99,9 @@ def modules():
 
 
 def test_every_folder_has_modules():
-    assert {module.split(".")[0] for module, _ in modules()} == MAY_IMPORT.keys()
+    assert {
+        module.split(".")[0] for module, _ in modules()
+    } == MAY_IMPORT.keys()
 
 
 @pytest.mark.parametrize(
@@ -106,13 +112,21 @@ def test_imports_run_downwards(module, path):
 
 
 def test_no_module_imports_itself_around_a_corner():
-    known = {module.removesuffix(".__init__"): path for module, path in modules()}
+    known = {
+        module.removesuffix(".__init__"): path for module, path in modules()
+    }
     graph = {}
     for module, path in known.items():
-        names = imports(path.read_text(encoding="utf-8"), module, everywhere=False)
-        named = {name if name in known else name.rpartition(".")[0] for name in names}
+        names = imports(
+            path.read_text(encoding="utf-8"), module, everywhere=False
+        )
+        named = {
+            name if name in known else name.rpartition(".")[0] for name in names
+        }
         graph[module] = named & known.keys() - {module}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    TopologicalSorter(
+        graph
+    ).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize(

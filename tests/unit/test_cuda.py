@@ -22,7 +22,9 @@ from tests.helpers.runs import SmallRun, everything, rank_of_one
 from trainer.data.loading.stream import TrainBatches
 from trainer.distributed.process_group import Ranks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device"
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +70,18 @@ def test_a_cached_table_is_one_on_the_device_and_its_checkpoint_too(
         TableConfig(optimizer=optimizer, placement=placement, cache_share=0.1)
         for placement in ("device", "cached")
     ]
-    tables = [ItemTable(10_000, 64, config, 0, ranks.device) for config in kinds]
+    tables = [
+        ItemTable(10_000, 64, config, 0, ranks.device) for config in kinds
+    ]
     assert [table.capacity.cached for table in tables] == [False, True]
 
     def step(table, number):
         generator = torch.Generator("cuda").manual_seed(number)
         ids = torch.randint(10_000, (900,), device="cuda", generator=generator)
         rows = table(ids)
-        table.update(torch.randn(rows.shape, device="cuda", generator=generator))
+        table.update(
+            torch.randn(rows.shape, device="cuda", generator=generator)
+        )
 
     def close(one, other):
         for name, tensor in one.shard()[1].items():
@@ -157,15 +163,21 @@ def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(
 
 @pytest.mark.parametrize("placement", ["device", "cached"])
 @pytest.mark.parametrize("name", CASES)
-def test_exact_ranking_is_a_brute_force_on_the_device_too(ranks, name, placement):
+def test_exact_ranking_is_a_brute_force_on_the_device_too(
+    ranks, name, placement
+):
     """Where TF32 is allowed: ranking does not take it."""
     torch.set_float32_matmul_precision("high")
     try:
         found = ranked(
             CASES[name],
-            table_of(CASES[name].m_NR, ranks.device, TableConfig(placement=placement)),
+            table_of(
+                CASES[name].m_NR, ranks.device, TableConfig(placement=placement)
+            ),
         )
     finally:
         torch.set_float32_matmul_precision("highest")
     for what, expected in brute_force(CASES[name]).items():
-        np.testing.assert_array_equal(found[what], expected, f"{what} of {name}")
+        np.testing.assert_array_equal(
+            found[what], expected, f"{what} of {name}"
+        )

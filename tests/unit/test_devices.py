@@ -31,7 +31,10 @@ def accelerator():
 def test_a_process_that_a_test_starts_takes_the_cpu_beside_a_device():
     """The run's device and DeepSpeed's are one choice."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.split() == ["cpu", "cpu"], done.stderr[-2000:]
 
@@ -54,13 +57,18 @@ def test_the_ranks_of_a_test_see_no_device(monkeypatch):
         return Ended()
 
     monkeypatch.setattr(rank_processes, "RankProcess", start)
-    said = rank_processes.run_on_cpu_ranks(3, "tests.helpers.table_worker", "folder")
+    said = rank_processes.run_on_cpu_ranks(
+        3, "tests.helpers.table_worker", "folder"
+    )
     assert said == "said" * 3
     for rank, (command, environment) in enumerate(started):
         assert command[-1] == "folder"
         assert environment["CUDA_VISIBLE_DEVICES"] == ""
         assert environment["DS_ACCELERATOR"] == "cpu"
-        assert (environment["RANK"], environment["WORLD_SIZE"]) == (str(rank), "3")
+        assert (environment["RANK"], environment["WORLD_SIZE"]) == (
+            str(rank),
+            "3",
+        )
 
 
 @pytest.mark.parametrize(

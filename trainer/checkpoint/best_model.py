@@ -14,15 +14,19 @@ import torch
 from embeddings.table import ItemTable
 from syncrec.model import SyNCRec
 from trainer.checkpoint.layout import BestRecord
-from trainer.checkpoint.load import best_checkpoint, restore_best
+from trainer.checkpoint.load import find_best, restore_best
 from trainer.checkpoint.resume import require_same_start
 from trainer.checkpoint.warm_start import match_model
 from trainer.config.load import load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.distributed.consensus import on_all_ranks
+from trainer.distributed.consensus import run_on_all_ranks
 from trainer.errors import InputError
-from trainer.files.redact import folder_of, shown, words
+from trainer.files.redact import (
+    find_local_folder,
+    printable_text,
+    redact_location,
+)
 
 if TYPE_CHECKING:
     from embeddings.config import TableConfig
@@ -68,7 +72,7 @@ class TableSlot:
         """
         table = self._table
         if table is not None and table.rows == rows and table.dim == dim:
-            table.begin_anew(config.init_std, seed)
+            table.reset(config.init_std, seed)
             return table
         table = None
         self._table = None
@@ -111,7 +115,7 @@ def open_run(
     def load() -> tuple[RunConfig, Dataset]:
         return _load_run(run, data, of_all_domains, ranks)
 
-    config, dataset = on_all_ranks(load)
+    config, dataset = run_on_all_ranks(load)
     require_same_start(config, dataset)
     return config, dataset
 
@@ -123,25 +127,27 @@ def _load_run(
     ranks: "Ranks | None",
 ) -> tuple[RunConfig, Dataset]:
     """Opens a run's configuration and dataset on this rank."""
-    config = config_of(run)
+    config = read_config(run)
     if of_all_domains and config.stream.domain:
         raise InputError(
             f"{run}: knows one domain alone, {config.stream.domain!r} (stream.domain): "
             "no more is asked of it"
         )
-    if not data and folder_of(config.data) is None:
+    if not data and find_local_folder(config.data) is None:
         raise InputError(
-            f"{run}: was trained from an address, {words(shown(config.data))}, "
+            f"{run}: was trained from an address, {printable_text(redact_location(config.data))}, "
             "which is not fetched from on a run's word; give it as --data"
         )
     config = replace(config, data=str(data or config.data))
     check_shards = config.stream.damaged == "stop"
     check_contents = ranks is None or ranks.local_rank == 0
-    dataset = Dataset.load(config.data, check_shards, config.stream, check_contents)
+    dataset = Dataset.load(
+        config.data, check_shards, config.stream, check_contents
+    )
     return config, dataset
 
 
-def config_of(run: Path | str) -> RunConfig:
+def read_config(run: Path | str) -> RunConfig:
     """Reads the configuration that a run had.
 
     Raises InputError where the folder is no run, or its configuration cannot be used.
@@ -185,7 +191,7 @@ def load_trained_model(
     where there is no best model, or it is damaged or does not fit the dataset.
     """
     run = Path(run)
-    folder, best, record = best_checkpoint(run, ranks)
+    folder, best, record = find_best(run, ranks)
     matched = None
     if record["dataset"] != dataset.fingerprint:
         matched = match_model(run, folder, record["dataset"], dataset, ranks)
@@ -225,7 +231,5 @@ def _restore_matched(
     matched.restore_model(model)
     matched.restore_table(table, init_std)
     if ranks.first:
-        message = (
-            f"{matched.run}: was trained on another dataset; knows {matched.share}"
-        )
+        message = f"{matched.run}: was trained on another dataset; knows {matched.share}"
         print(message, file=sys.stderr, flush=True)

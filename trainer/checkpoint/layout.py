@@ -25,16 +25,18 @@ from typing import Any
 
 import xxhash
 
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE
+from trainer.run_files import (
+    DENSE,
+    HEADLINE,
+    MANIFEST,
+    METRICS_FILE,
+    OPTIMIZER,
+    STATE,
+)
 
-BEST = "best.json"
-LATEST = "latest.json"
-MANIFEST = "manifest.json"
-STATE = "state.json"
-DENSE = "dense.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-
-FORMAT_VERSION = 1  # of the manifest and its files: a model of any version is read
+FORMAT_VERSION = (
+    1  # of the manifest and its files: a model of any version is read
+)
 # Of state.json. 2: every use of the seed has bits of its own; a run that was begun before
 # would go on with other users in its batches.
 STATE_VERSION = 2
@@ -69,7 +71,9 @@ class RunState:
 
     step: int = 0
     validated: int = 0  # the step after which validation was last made
-    best: dict | None = None  # folder, step, epoch, NDCG@10 of the best validation
+    best: dict | None = (
+        None  # folder, step, epoch, NDCG@10 of the best validation
+    )
     since_best: int = 0  # validations since then
     skipped_users: int = 0  # users of damaged blocks, summed over steps
     seconds: float = 0.0  # spent in the run, restarts not counted
@@ -86,7 +90,7 @@ class ManifestEntry:
 ManifestEntries = dict[str, ManifestEntry]  # by the files' names
 
 
-class Damaged(Exception):
+class DamagedCheckpoint(Exception):
     """A checkpoint that is torn or was altered; the message names the file.
 
     late: the storage may only show it late, so it is to be looked at again.
@@ -97,7 +101,7 @@ class Damaged(Exception):
         self.late = late
 
 
-def checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Lists the run's checkpoints, newest first.
 
     Folders that are still written, or half removed, are left out. A listing may be late.
@@ -195,15 +199,19 @@ def parse_manifest(folder: Path, text: str) -> ManifestEntries:
     except UNREADABLE:
         raise unreadable_manifest(folder, late=True) from None
     if version != FORMAT_VERSION:
-        raise Damaged(
+        raise DamagedCheckpoint(
             f"{file} has format_version {version}, this program reads {FORMAT_VERSION}"
         )
     for name in entries:
         if not _is_file_name(name):
-            raise Damaged(f"{file} names {name!r}, which is no file of a checkpoint")
+            raise DamagedCheckpoint(
+                f"{file} names {name!r}, which is no file of a checkpoint"
+            )
     missing = {STATE, DENSE, OPTIMIZER, METRICS_FILE} - entries.keys()
     if missing:
-        raise Damaged(f"{folder / min(missing)} is missing, in the manifest too")
+        raise DamagedCheckpoint(
+            f"{folder / min(missing)} is missing, in the manifest too"
+        )
     return entries
 
 
@@ -214,9 +222,11 @@ def _parse_entry(entry: JsonObject) -> ManifestEntry:
     return ManifestEntry(size, checksum)
 
 
-def unreadable_manifest(folder: Path, late: bool = False) -> Damaged:
+def unreadable_manifest(folder: Path, late: bool = False) -> DamagedCheckpoint:
     """Makes the error for a manifest that cannot be read."""
-    return Damaged(f"{folder / MANIFEST} is missing or unreadable", late)
+    return DamagedCheckpoint(
+        f"{folder / MANIFEST} is missing or unreadable", late
+    )
 
 
 def _is_file_name(name: str) -> bool:
@@ -237,7 +247,9 @@ def read_state(folder: Path) -> StateRecord:
         has_config = isinstance(record["config"], dict)
         has_dataset = isinstance(record["dataset"], str)
         if not has_config or not has_dataset:
-            raise Damaged(f"{file}: its configuration or dataset is missing")
+            raise DamagedCheckpoint(
+                f"{file}: its configuration or dataset is missing"
+            )
         best = state["best"]
         if best is not None:
             run = folder.parent.parent
@@ -246,13 +258,13 @@ def read_state(folder: Path) -> StateRecord:
         return record
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
-        raise Damaged(f"{file} cannot be used ({reason})") from None
+        raise DamagedCheckpoint(f"{file} cannot be used ({reason})") from None
 
 
 def _check_version(file: Path, version: object) -> None:
     """Checks that this program goes on from a state.json of that version."""
     if version != STATE_VERSION:
-        raise Damaged(
+        raise DamagedCheckpoint(
             f"{file} has format_version {version}, this program goes on from {STATE_VERSION}: "
             "the seed draws other batches since; begin a new run, with warm_start=RUN to keep "
             "what this one has learnt"
@@ -267,10 +279,10 @@ def _check_state(file: Path, state: JsonObject) -> None:
         if field.type is float:
             kinds[field.name] = (int, float)
     if not _has_kinds(state, kinds):
-        raise Damaged(f"{file}: its state is not this program's")
+        raise DamagedCheckpoint(f"{file}: its state is not this program's")
     for name in _COUNTS:
         if state[name] < 0:
-            raise Damaged(f"{file}: its state has negative counts")
+            raise DamagedCheckpoint(f"{file}: its state has negative counts")
 
 
 def _has_kinds(values: JsonObject, kinds: JsonObject) -> bool:

@@ -22,23 +22,18 @@ from safetensors.torch import load_file
 
 from embeddings.checkpoint import Ranges, load_shard
 from trainer.checkpoint.layout import (
-    BEST,
-    DENSE,
-    LATEST,
-    MANIFEST,
-    OPTIMIZER,
     UNREADABLE,
     BestRecord,
-    Damaged,
+    DamagedCheckpoint,
     JsonObject,
     ManifestEntries,
     RunState,
     StateRecord,
     best_folder,
     checkpoint_folder,
-    checkpoints,
     compute_checksum,
     is_table_file,
+    list_checkpoints,
     name_in_pointer,
     parse_manifest,
     read_state,
@@ -46,10 +41,15 @@ from trainer.checkpoint.layout import (
     unreadable_manifest,
 )
 from trainer.checkpoint.zero_state import Tensors, restore_optimizer_state
-from trainer.distributed.agreement import by_the_first
-from trainer.distributed.consensus import all_see, on_all_ranks, on_any_rank
+from trainer.distributed.agreement import run_on_first_rank
+from trainer.distributed.consensus import (
+    is_true_on_any_rank,
+    run_on_all_ranks,
+    wait_until_all_see,
+)
 from trainer.errors import InputError
-from trainer.files.atomic import Patience, passes, patiently
+from trainer.files.atomic import Patience, is_transient, retry_patiently
+from trainer.run_files import BEST, DENSE, LATEST, MANIFEST, OPTIMIZER
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 _REASON_LENGTH = 300  # letters of a library's error in a message
 
 
-def newest(
+def find_newest(
     run: Path,
     ranks: "Ranks",
     say: Callable[[str], None],
@@ -73,10 +73,10 @@ def newest(
     has another checkpoint than the first one, or none.
     """
     patience = patience or Patience(run)
-    names = by_the_first(lambda: _list_names(run), ranks.first)
+    names = run_on_first_rank(lambda: _list_names(run), ranks.first)
     for name in names:
         folder = checkpoint_folder(run, name)
-        damage = damage_of(folder, ranks, patience)
+        damage = find_damage(folder, ranks, patience)
         record = None
         if damage is None:
             record, damage = _read_state_on_first(folder, ranks)
@@ -92,12 +92,14 @@ def _list_names(run: Path) -> list[str]:
 
     They are those that a listing has, and those that best.json and latest.json name.
     """
-    names = {folder.name for folder in checkpoints(run)}
+    names = {folder.name for folder in list_checkpoints(run)}
     for pointer in (BEST, LATEST):
         name = name_in_pointer(run / pointer)
         if name is not None:
             names.add(name)
-    return sorted(names, key=lambda name: step_and_repetition(Path(name)), reverse=True)
+    return sorted(
+        names, key=lambda name: step_and_repetition(Path(name)), reverse=True
+    )
 
 
 def _read_state_on_first(
@@ -108,7 +110,7 @@ def _read_state_on_first(
     The damage is empty on the other ranks, which have not met it.
     """
     read = functools.partial(_read_state_as_json, folder)
-    record, damage = by_the_first(read, ranks.first)
+    record, damage = run_on_first_rank(read, ranks.first)
     if record is not None:
         record["state"] = RunState(**record["state"])
         return record, None
@@ -121,30 +123,32 @@ def _read_state_as_json(folder: Path) -> tuple[StateRecord | None, str | None]:
     """`read_state` with the RunState as JSON, or its error's message."""
     try:
         record = read_state(folder)
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         return None, str(error)
     record["state"] = asdict(record["state"])
     return record, None
 
 
-def best_checkpoint(run: Path, ranks: "Ranks") -> tuple[Path, BestRecord, StateRecord]:
+def find_best(
+    run: Path, ranks: "Ranks"
+) -> tuple[Path, BestRecord, StateRecord]:
     """Finds the run's best checkpoint whole: its folder, best.json and state.json.
 
     Called on all ranks: the first one chooses, and they share the reading. Raises InputError where
     there is none, or it is damaged.
     """
     patience = Patience(run)
-    best = by_the_first(lambda: _read_best(run, patience), ranks.first)
+    best = run_on_first_rank(lambda: _read_best(run, patience), ranks.first)
     folder = run / best["folder"]
-    damage = damage_of(folder, ranks, patience)
+    damage = find_damage(folder, ranks, patience)
 
     def refuse_damage() -> None:
         if damage:
             raise InputError(f"{damage}: copy the run again")
 
-    on_all_ranks(refuse_damage)
+    run_on_all_ranks(refuse_damage)
     read = functools.partial(_read_state_as_json, folder)
-    record, damage = by_the_first(read, ranks.first)
+    record, damage = run_on_first_rank(read, ranks.first)
     if record is None:
         raise InputError(f"{damage}: copy the run again")
     record["state"] = RunState(**record["state"])
@@ -171,7 +175,7 @@ def _read_best(run: Path, patience: Patience) -> BestRecord:
 # Verification: the manifest, then names and sizes, then checksums.
 
 
-def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+def verify_checkpoint(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     """Compares every ranks-th file with the manifest, and all names and sizes. Raises Damaged."""
     try:
         text = _read_manifest(folder)
@@ -182,7 +186,7 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     _check_checksums(folder, entries, rank, ranks)
 
 
-def damage_of(folder: Path, ranks: "Ranks", patience: Patience) -> str | None:
+def find_damage(folder: Path, ranks: "Ranks", patience: Patience) -> str | None:
     """Verifies a checkpoint: None where it is whole, else the damage that this rank finds.
 
     The damage is "" on a rank that finds none. Called on all ranks, which share the reading. What
@@ -190,17 +194,17 @@ def damage_of(folder: Path, ranks: "Ranks", patience: Patience) -> str | None:
     rank has a manifest and another one has another, or none: they see different folders.
     """
     read = functools.partial(_read_manifest_patiently, folder, patience)
-    text, damage = by_the_first(read, ranks.first)
+    text, damage = run_on_first_rank(read, ranks.first)
     if damage is not None:
         if ranks.first:
             return damage
         return ""
     inspection = _Inspection(folder, text, ranks)
-    all_see(inspection.look, patience)
-    on_all_ranks(inspection.refuse_other_folder)
+    wait_until_all_see(inspection.look, patience)
+    run_on_all_ranks(inspection.refuse_other_folder)
     if inspection.damage is None:
         inspection.check_checksums()
-    if on_any_rank(inspection.damage is not None):
+    if is_true_on_any_rank(inspection.damage is not None):
         return inspection.damage or ""
     return None
 
@@ -224,7 +228,7 @@ class _Inspection:
         try:
             entries = parse_manifest(self._folder, self._manifest)
             _check_files(self._folder, entries)
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             self.damage = str(error)
             if error.late:
                 return self.damage
@@ -257,8 +261,10 @@ class _Inspection:
         entries = parse_manifest(self._folder, self._manifest)
         rank = self._ranks.rank
         try:
-            _check_checksums(self._folder, entries, rank, self._ranks.world_size)
-        except Damaged as error:
+            _check_checksums(
+                self._folder, entries, rank, self._ranks.world_size
+            )
+        except DamagedCheckpoint as error:
             self.damage = str(error)
 
 
@@ -280,7 +286,7 @@ def _read_manifest_patiently(
             return text, None
         except (OSError, UnicodeError):
             damage = str(unreadable_manifest(folder))
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             damage = str(error)
             over = over or not error.late
         if over:
@@ -295,10 +301,12 @@ def _check_files(folder: Path, entries: ManifestEntries) -> None:
         status = _file_status(file)
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):
-            raise Damaged(f"{file} is no file")
+            raise DamagedCheckpoint(f"{file} is no file")
         if size != entry.bytes:
-            message = f"{file} has {size} bytes, the manifest says {entry.bytes}"
-            raise Damaged(message, late=True)
+            message = (
+                f"{file} has {size} bytes, the manifest says {entry.bytes}"
+            )
+            raise DamagedCheckpoint(message, late=True)
 
 
 def _file_status(file: Path) -> os.stat_result:
@@ -307,10 +315,10 @@ def _file_status(file: Path) -> os.stat_result:
         return file.lstat()
     except OSError as error:
         if error.errno == errno.ENOENT:
-            raise Damaged(f"{file} is missing", late=True) from None
+            raise DamagedCheckpoint(f"{file} is missing", late=True) from None
         message = f"{file} cannot be read ({error.strerror})"
-        late = passes(error.errno)
-        raise Damaged(message, late) from None
+        late = is_transient(error.errno)
+        raise DamagedCheckpoint(message, late) from None
 
 
 def _check_checksums(
@@ -324,21 +332,25 @@ def _check_checksums(
         file = folder / name
         read = functools.partial(compute_checksum, file)
         try:
-            checksum = patiently(read, patience)
+            checksum = retry_patiently(read, patience)
         except OSError as error:
-            raise Damaged(f"{file} cannot be read ({error.strerror})") from None
+            raise DamagedCheckpoint(
+                f"{file} cannot be read ({error.strerror})"
+            ) from None
         if checksum != entry.checksum:
-            raise Damaged(f"{file} has another checksum than the manifest says")
+            raise DamagedCheckpoint(
+                f"{file} has another checksum than the manifest says"
+            )
 
 
-def table_ranges(folder: Path) -> Ranges:
+def read_table_ranges(folder: Path) -> Ranges:
     """Reads from the manifest which stored rows each table file holds.
 
     Example: {"table-00000-of-00002.safetensors": (0, 500), …}; None in place of (first row, rows)
     where an older manifest does not say it. Raises Damaged.
     """
     try:
-        text = patiently((folder / MANIFEST).read_text, Patience(folder))
+        text = retry_patiently((folder / MANIFEST).read_text, Patience(folder))
     except (OSError, UnicodeError):
         raise unreadable_manifest(folder) from None
     names = sorted(parse_manifest(folder, text))
@@ -360,7 +372,7 @@ def _row_range(folder: Path, entry: JsonObject) -> tuple[int, int] | None:
     except (KeyError, TypeError, ValueError, OverflowError):
         file = folder / MANIFEST
         message = f"{file} does not say which rows a table file holds"
-        raise Damaged(message) from None
+        raise DamagedCheckpoint(message) from None
     return first, rows
 
 
@@ -375,12 +387,12 @@ def restore_model(folder: Path, model: torch.nn.Module) -> None:
 
     def fill() -> None:
         with refuse_unreadable(folder):
-            model.load_state_dict(dense_state(folder))
+            model.load_state_dict(load_dense_state(folder))
 
-    on_all_ranks(fill)
+    run_on_all_ranks(fill)
 
 
-def dense_state(folder: Path) -> Tensors:
+def load_dense_state(folder: Path) -> Tensors:
     """Reads the dense model's weights and buffers."""
     return load_file(folder / DENSE)
 
@@ -397,20 +409,22 @@ def restore_optimizers(
         with refuse_unreadable(folder):
             state = load_file(folder / OPTIMIZER)
             restore_optimizer_state(engine, state)
-            load_shard(table, folder, table_ranges(folder))
+            load_shard(table, folder, read_table_ranges(folder))
 
-    on_all_ranks(fill)
+    run_on_all_ranks(fill)
 
 
-def restore_best(folder: Path, model: torch.nn.Module, table: "ItemTable") -> None:
+def restore_best(
+    folder: Path, model: torch.nn.Module, table: "ItemTable"
+) -> None:
     """Fills the dense model and the item table for inference. Called on all ranks."""
     restore_model(folder, model)
 
     def fill() -> None:
         with refuse_unreadable(folder):
-            load_shard(table, folder, table_ranges(folder))
+            load_shard(table, folder, read_table_ranges(folder))
 
-    on_all_ranks(fill)
+    run_on_all_ranks(fill)
 
 
 @contextlib.contextmanager
@@ -422,7 +436,7 @@ def refuse_unreadable(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder}: cannot be read ({error}): copy the run again"
         ) from None
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         raise InputError(f"{error}: copy the run again") from None
     except (RuntimeError, ValueError, KeyError) as error:
         # Weights of other shapes or names; a table of other rows.

@@ -6,31 +6,31 @@ import hashlib
 import importlib.metadata
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.checkpoint.layout import (
-    BEST,
-    LATEST,
-    RunState,
-    StateRecord,
-    checkpoints,
+from trainer.checkpoint.layout import RunState, StateRecord, list_checkpoints
+from trainer.checkpoint.load import find_damage, find_newest
+from trainer.config.changes import (
+    is_allowed,
+    may_change_on_resume,
+    may_differ_by_host,
+    refused_changes,
 )
-from trainer.checkpoint.load import damage_of, newest
-from trainer.config.load import flat
+from trainer.config.load import flatten_config
 from trainer.config.run import RunConfig
-from trainer.config.stream import SourceConfig
-from trainer.distributed.agreement import by_the_first
-from trainer.distributed.consensus import on_all_ranks, require_same
-from trainer.distributed.run_lock import LOCK
+from trainer.distributed.agreement import run_on_first_rank
+from trainer.distributed.consensus import (
+    require_same_on_all_ranks,
+    run_on_all_ranks,
+)
 from trainer.errors import InputError
 from trainer.files.atomic import Patience, write_json
-from trainer.files.redact import shown
-from trainer.reporting.run_log import METRICS_FILE
+from trainer.files.redact import redact_location
+from trainer.run_files import BEST, LATEST, LOCK, METRICS_FILE
 
 if TYPE_CHECKING:
     from trainer.data.format.dataset import Dataset
@@ -41,49 +41,15 @@ Settings = dict[str, Any]
 
 PACKAGES = ("torch", "torchrec", "deepspeed", "numpy")
 
-# What may differ when a run is resumed: it changes where things lie, how fast they go, or how far,
-# not what a step does.
-MAY_CHANGE = (
-    "data",
-    "run",
-    "timeout_minutes",
-    "deterministic",
-    "epochs",
-    "max_steps",
-    "log",
-    "checkpoint",
-    "table.placement",
-    "table.cache_share",
-    "table.device_share",
-    "stream.workers",
-    "stream.prefetch",
-    "stream.verify",
-    "stream.damaged",
-    *(f"stream.{field.name}" for field in fields(SourceConfig)),
-    "evaluation.batch_size",
-    "evaluation.every_epochs",
-    "evaluation.patience",
-    "optimizer.zero_stage",
-    "deepspeed.zero_optimization",
-)
-# Where the schedule falls towards the last step, these move the learning rate.
-_MOVES_THE_RATE = ("epochs", "max_steps")
 _NAMED_CHANGES = 12  # in a message
 _VALUE_LENGTH = 80  # letters of a setting in a message
-# Where things lie, and how they are fetched there: it may be another location on another host.
-_LOCATIONS = (
-    "data",
-    "run",
-    "warm_start",
-    *(f"stream.{field.name}" for field in fields(SourceConfig)),
-)
 _PROGRAM = "syncrec-trainer"
 _SOURCES = ("launch", "trainer", "embeddings", "syncrec", "syncrec_kernels")
 _SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_folder(folder: str, fresh: bool = False) -> Path:
+def check_run_folder(folder: str, fresh: bool = False) -> Path:
     """Checks the run's folder: new, empty, or of a run that can go on.
 
     fresh: it must not hold anything. Raises InputError where it is none of them.
@@ -128,11 +94,11 @@ def require_same_start(
     command line says. Called on all ranks.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    require_same(
+    require_same_on_all_ranks(
         {
             "another dataset": {"fingerprint": dataset.fingerprint},
             "other settings": shared_settings(config),
-            "other versions": versions(),
+            "other versions": list_versions(),
             "another command or device": {"device": device, **command},
         }
     )
@@ -140,15 +106,16 @@ def require_same_start(
 
 def shared_settings(config: RunConfig) -> Settings:
     """Lists every setting that has to be the same on all ranks, by its dotted key."""
+    by_host = may_differ_by_host()
     settings = {}
-    for key, value in flat(config).items():
-        if key not in _LOCATIONS:
+    for key, value in flatten_config(config).items():
+        if not is_allowed(key, by_host):
             settings[key] = value
     return settings
 
 
 @functools.cache
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Lists the versions on which a step's arithmetic rests.
 
     They are those of the libraries and of this program, with a checksum of its files.
@@ -191,16 +158,18 @@ def find_start(
         print(f"rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
 
     patience = Patience(run)
-    folder, record = newest(run, ranks, say, patience)
+    folder, record = find_newest(run, ranks, say, patience)
     if folder is None:
-        damaged = by_the_first(lambda: len(checkpoints(run)), ranks.first)
+        damaged = run_on_first_rank(
+            lambda: len(list_checkpoints(run)), ranks.first
+        )
         if damaged:
             raise InputError(
                 f"{run}: none of its {damaged} checkpoints is whole: "
                 "copy the run again, or give a new folder as run=DIR"
             )
         return None, RunState()
-    changes = differences(record, config, dataset.fingerprint)
+    changes = list_changes(record, config, dataset.fingerprint)
     if changes and not accept_changes:
         raise InputError(
             f"{run}: its checkpoint was made otherwise: {_shorten(changes)}: put it back, "
@@ -234,7 +203,7 @@ def _restore_best_record(
     Where the best model is not whole any more, the state forgets it.
     """
     if state.best is not None and run / state.best["folder"] != folder:
-        damage = damage_of(run / state.best["folder"], ranks, patience)
+        damage = find_damage(run / state.best["folder"], ranks, patience)
         if damage:
             say(
                 f"{damage}: the best model so far is lost, the next validation begins anew"
@@ -251,52 +220,38 @@ def _restore_best_record(
         else:
             (run / BEST).unlink(missing_ok=True)
 
-    on_all_ranks(write)
+    run_on_all_ranks(write)
 
 
-def differences(record: StateRecord, config: RunConfig, fingerprint: str) -> list[str]:
+def list_changes(
+    record: StateRecord, config: RunConfig, fingerprint: str
+) -> list[str]:
     """Lists what has changed since the checkpoint was made, and may not change silently.
 
     record: what the checkpoint's state.json says. fingerprint: of the dataset.
     """
     lines = []
     if record["dataset"] != fingerprint:
-        lines.append(f"the dataset {shown(config.data)} has other contents")
-    now = flat(config)
-    before = recorded_settings(record, now)
-    may_change = set(MAY_CHANGE)
-    if config.optimizer.schedule != "constant":
-        may_change -= set(_MOVES_THE_RATE)
-    for key in sorted(before.keys() | now.keys()):
-        changed = before.get(key) != now.get(key)
-        if changed and not is_listed(key, may_change):
-            lines.append(describe_change(key, before, now))
+        lines.append(
+            f"the dataset {redact_location(config.data)} has other contents"
+        )
+    now = flatten_config(config)
+    before = record["config"]
+    constant_schedule = config.optimizer.schedule == "constant"
+    allowed = may_change_on_resume(constant_schedule)
+    for key in refused_changes(before, now, allowed):
+        lines.append(describe_change(key, before, now))
     return lines
-
-
-def recorded_settings(record: StateRecord, now: Settings) -> Settings:
-    """A checkpoint's settings. Earlier versions recorded switches as `on` and `off`, which `now`,
-    this run's settings, has as booleans."""
-    before = dict(record["config"])
-    for key, value in now.items():
-        if isinstance(value, bool) and before.get(key) in ("on", "off"):
-            before[key] = before[key] == "on"
-    return before
 
 
 def describe_change(key: str, before: Settings, now: Settings) -> str:
     """Says what a setting was, and what it is now."""
-    old_value = shown_value(before, key)
-    new_value = shown_value(now, key)
+    old_value = format_setting(before, key)
+    new_value = format_setting(now, key)
     return f"{key} was {old_value}, is {new_value}"
 
 
-def is_listed(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key, or a section that it is in, is among the names."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def shown_value(settings: Settings, key: str) -> str:
+def format_setting(settings: Settings, key: str) -> str:
     """Formats a setting for a message."""
     if key not in settings:
         return "not set"
@@ -306,12 +261,12 @@ def shown_value(settings: Settings, key: str) -> str:
     return text
 
 
-def leave_nothing(run: Path) -> None:
+def remove_failed_start(run: Path) -> None:
     """Removes what a run that could not begin has written into a folder that was empty before.
 
     Nothing else is removed; a checkpoint or a model stays.
     """
-    if not run.is_dir() or checkpoints(run):
+    if not run.is_dir() or list_checkpoints(run):
         return
     if (run / BEST).exists() or (run / LATEST).exists():
         return

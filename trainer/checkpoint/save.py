@@ -24,50 +24,45 @@ from safetensors.torch import save_file
 
 from embeddings.checkpoint import ShardCopy
 from trainer.checkpoint.layout import (
-    BEST,
-    DENSE,
     FORMAT_VERSION,
-    LATEST,
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
     STATE_VERSION,
-    Damaged,  # noqa: F401  # moved
     JsonObject,
     RunState,
     checkpoint_name,
-    checkpoints,
     compute_checksum,
     is_checkpoint_name,
-    read_state,  # noqa: F401  # moved
+    list_checkpoints,
     relative_folder,
     step_and_repetition,
     table_file,
 )
-from trainer.checkpoint.load import (
-    best_checkpoint,  # noqa: F401  # moved
-    newest,  # noqa: F401  # moved
-    restore_best,  # noqa: F401  # moved
-    restore_model,  # noqa: F401  # moved
-    restore_optimizers,  # noqa: F401  # moved
-    table_ranges,  # noqa: F401  # moved
-    verify,  # noqa: F401  # moved
+from trainer.checkpoint.zero_state import (
+    Tensors,
+    gather_optimizer_state,
+    gather_state,
 )
-from trainer.checkpoint.zero_state import Tensors, full_optimizer_state, full_state
-from trainer.distributed.agreement import largest
-from trainer.distributed.consensus import all_see, on_all_ranks
+from trainer.distributed.agreement import max_of_ranks
+from trainer.distributed.consensus import run_on_all_ranks, wait_until_all_see
 from trainer.errors import InputError
 from trainer.files.atomic import (
+    LateStorage,
     Patience,
-    StorageLate,
-    as_json,
     flush,
-    passes,
-    put_in_place,
+    is_transient,
+    json_text,
+    rename_partial,
     write_beside,
     write_json,
 )
-from trainer.reporting.run_log import METRICS_FILE
+from trainer.run_files import (
+    BEST,
+    DENSE,
+    LATEST,
+    MANIFEST,
+    METRICS_FILE,
+    OPTIMIZER,
+    STATE,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -152,15 +147,15 @@ class Checkpoints:
         repetition = 0
         if self.ranks.first:
             repetition = self._prepare_folder(state.step)
-        name = checkpoint_name(state.step, largest(repetition))
+        name = checkpoint_name(state.step, max_of_ranks(repetition))
         if _is_best(state):
             state.best = state.best | {"folder": relative_folder(name)}
         self._state = replace(state)
         self._partial = self.folder / f"{name}{_WRITTEN}"
         shard = ShardCopy(table)
         tensors = {
-            DENSE: full_state(engine, self.ranks.first),
-            OPTIMIZER: full_optimizer_state(engine, self.ranks.first),
+            DENSE: gather_state(engine, self.ranks.first),
+            OPTIMIZER: gather_optimizer_state(engine, self.ranks.first),
         }
         record = {
             "format_version": STATE_VERSION,
@@ -175,7 +170,9 @@ class Checkpoints:
             name="checkpoint",
         )
         self._thread.start()
-        if not shard.copied:  # it is written from the table, which must stay as it is
+        if (
+            not shard.copied
+        ):  # it is written from the table, which must stay as it is
             self.finish()
 
     def _is_saved(self, state: RunState) -> bool:
@@ -190,7 +187,7 @@ class Checkpoints:
         A run of another number of ranks may have left one that no listing has shown.
         """
         repetition = 0
-        for folder in checkpoints(self.run):
+        for folder in list_checkpoints(self.run):
             listed_step, listed_repetition = step_and_repetition(folder)
             if listed_step == step:
                 repetition = max(repetition, listed_repetition + 1)
@@ -257,10 +254,10 @@ class Checkpoints:
         """Makes the checkpoint visible once its files are seen; discards it on an error."""
         self._thread = None
         try:
-            on_all_ranks(self._raise_error)
+            run_on_all_ranks(self._raise_error)
             entries = self._gather_entries()
             self._await_files(entries)
-            on_all_ranks(lambda: self._publish(entries))
+            run_on_all_ranks(lambda: self._publish(entries))
         except BaseException:
             if self.ranks.first:
                 shutil.rmtree(self._partial, ignore_errors=True)
@@ -280,8 +277,8 @@ class Checkpoints:
         self, error: OSError | SafetensorError, number: int | None
     ) -> InputError:
         """Makes the error for a failed write. number: the operating system's."""
-        if passes(number):
-            return StorageLate(self._message(error))
+        if is_transient(number):
+            return LateStorage(self._message(error))
         return InputError(self._message(error))
 
     def _message(self, reason: object, way_out: str = "make room") -> str:
@@ -320,7 +317,9 @@ class Checkpoints:
     def _await_files(self, entries: Entries) -> None:
         """Waits until the first rank sees the files of all ranks, which a storage may show late."""
         patience = Patience(self.run)
-        unseen = all_see(lambda: self._find_unseen(entries), patience, self._beat)
+        unseen = wait_until_all_see(
+            lambda: self._find_unseen(entries), patience, self._beat
+        )
         if unseen is None:
             return
         unseen = unseen or "the first rank does not see another one's file"
@@ -328,7 +327,7 @@ class Checkpoints:
             unseen, "run=DIR has to be one folder, which all hosts see"
         )
         if patience.shared:
-            raise StorageLate(message)
+            raise LateStorage(message)
         raise InputError(message)
 
     def _find_unseen(self, entries: Entries) -> str | None:
@@ -360,11 +359,11 @@ class Checkpoints:
             # A full disk is met before the checkpoint is seen: from then on nothing needs room.
             for name, value in pointers.items():
                 partials.append(self.run / f"{name}.partial")
-                write_beside(self.run / name, as_json(value))
+                write_beside(self.run / name, json_text(value))
             os.replace(self._partial, folder)
             flush(self.folder)
             for partial in partials:
-                put_in_place(partial)
+                rename_partial(partial)
         except OSError as error:
             for partial in partials:
                 partial.unlink(missing_ok=True)
@@ -373,7 +372,7 @@ class Checkpoints:
 
     def _remove_older(self, newest_folder: Path) -> None:
         """Removes all but the newest ones and the best; one that cannot be removed stays."""
-        listed = checkpoints(self.run)
+        listed = list_checkpoints(self.run)
         older = []
         for folder in listed:
             step, _ = step_and_repetition(folder)

@@ -16,66 +16,35 @@ import torch
 import torch.distributed as dist
 
 from embeddings.warm_start import carry_rows
-from syncrec.warm_start import grown_state
+from syncrec.warm_start import grow_state
 from trainer.checkpoint.load import (
-    best_checkpoint,
-    dense_state,
+    find_best,
+    load_dense_state,
+    read_table_ranges,
     refuse_unreadable,
-    table_ranges,
 )
 from trainer.checkpoint.resume import (
-    MAY_CHANGE,
     Settings,
     describe_change,
-    is_listed,
-    recorded_settings,
 )
-from trainer.config.load import flat, load_recorded
+from trainer.config.changes import may_change_on_warm_start, refused_changes
+from trainer.config.load import flatten_config, load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.distributed.agreement import by_the_first
-from trainer.distributed.consensus import on_all_ranks
+from trainer.distributed.agreement import run_on_first_rank
+from trainer.distributed.consensus import run_on_all_ranks
 from trainer.errors import InputError
-from trainer.files.redact import folder_of, shown, words
+from trainer.files.redact import (
+    find_local_folder,
+    printable_text,
+    redact_location,
+)
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from syncrec.model import SyNCRec
     from trainer.distributed.process_group import Ranks
 
-# What a new run may have otherwise than the one whose model it begins with: how it learns, and on
-# what.
-MAY_DIFFER = (
-    *MAY_CHANGE,
-    "seed",
-    "global_batch_size",
-    "tokens_per_batch",
-    "warm_start",
-    "warm_kept",
-    "optimizer",
-    "table.learning_rate",
-    "table.init_std",
-    "table.communication",
-    "negatives",
-    "stream",
-    "evaluation",
-    "deepspeed",
-    "model.time_knots",
-    "model.dropout",
-    "model.loss",
-    "model.eta",
-    "model.learn_scales",
-    "model.correction_temperature",
-    "model.prediction_temperature",
-    "model.mutual_information_temperature",
-    "model.mutual_information_negatives",
-    "model.mutual_information_denominator",
-    "model.mutual_information_pooling",
-    "model.mutual_information_similarity",
-    "model.precision",
-    "model.kernel",
-    "model.init_std",
-)
 
 TimeSpan = tuple[float, float]  # the first and the last time of a dataset
 
@@ -128,11 +97,11 @@ class WarmStart:
         def fill() -> None:
             with refuse_unreadable(self.folder):
                 knots = model.config.time_knots
-                old_state = dense_state(self.folder)
-                state = grown_state(old_state, self.old_of_D, self.spans, knots)
+                old_state = load_dense_state(self.folder)
+                state = grow_state(old_state, self.old_of_D, self.spans, knots)
                 model.load_state_dict(state)
 
-        on_all_ranks(fill)
+        run_on_all_ranks(fill)
 
     def restore_table(
         self, table: "ItemTable", init_std: float, kept: float = 1.0
@@ -142,9 +111,15 @@ class WarmStart:
         init_std, kept: as in `embeddings.warm_start.carry_rows`.
         """
         with refuse_unreadable(self.folder):
-            ranges = table_ranges(self.folder)
+            ranges = read_table_ranges(self.folder)
             carry_rows(
-                table, self.folder, self.source_N, self.group_N, init_std, kept, ranges
+                table,
+                self.folder,
+                self.source_N,
+                self.group_N,
+                init_std,
+                kept,
+                ranges,
             )
 
 
@@ -166,10 +141,10 @@ def find_warm_start(
                 f"warm_start={run}: is no run (there is no config.yaml in it)"
             )
 
-    on_all_ranks(require_run)
-    folder, _, record = best_checkpoint(run, ranks)
-    now = flat(config)
-    changes = _list_differences(recorded_settings(record, now), now)
+    run_on_all_ranks(require_run)
+    folder, _, record = find_best(run, ranks)
+    now = flatten_config(config)
+    changes = _list_differences(record["config"], now)
     if changes:
         raise InputError(
             f"warm_start={run}: its model is of another kind: {'; '.join(changes)}: "
@@ -198,7 +173,9 @@ def match_model(
         old_of_D.append(old_number)
     if max(old_of_D) < 0:
         domains = ", ".join(_domain_names(dataset))
-        raise InputError(f"{run}: its model knows none of the domains {domains}")
+        raise InputError(
+            f"{run}: its model knows none of the domains {domains}"
+        )
     spans = (old.span, _time_span(dataset))
     return WarmStart(run, folder, old.source_N, group_N, old_of_D, spans)
 
@@ -226,7 +203,7 @@ def _share_old_rows(
         old = _find_old_rows(run, fingerprint, dataset)
         return old.domains, old.span
 
-    domains, span = by_the_first(find, ranks.first)
+    domains, span = run_on_first_rank(find, ranks.first)
     source_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
     if ranks.first:
         source_N.copy_(torch.from_numpy(old.source_N))
@@ -250,7 +227,7 @@ def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
     # DuckDB and Arrow are for a warm start alone.
     import pyarrow as pa
 
-    from trainer.data.prepare.extend import EXTENSION, rows_of_extension
+    from trainer.data.prepare.extend import EXTENSION, read_old_rows
 
     file = dataset.folder / EXTENSION / "extension.json"
     if not file.is_file():
@@ -261,7 +238,7 @@ def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
             return None
         first, last = map(float, record["span_before"])
         domains = [str(name) for name in record["domains_before"]]
-        return _OldRows(domains, (first, last), rows_of_extension(dataset))
+        return _OldRows(domains, (first, last), read_old_rows(dataset))
     except (
         OSError,
         ValueError,
@@ -271,17 +248,17 @@ def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
         pa.ArrowException,
     ) as error:
         raise InputError(
-            f"{file.parent}: cannot be used ({words(error)}): copy the dataset again"
+            f"{file.parent}: cannot be used ({printable_text(error)}): copy the dataset again"
         ) from None
 
 
 def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
     """Opens the dataset that a run was trained on. Raises InputError where it has changed."""
     config = load_recorded(run / "config.yaml")
-    if folder_of(config.data) is None:
+    if find_local_folder(config.data) is None:
         raise InputError(
             f"{run}: what its model's rows were is not known: it was trained from an address, "
-            f"{words(shown(config.data))}, which is not fetched from on a run's word; "
+            f"{printable_text(redact_location(config.data))}, which is not fetched from on a run's word; "
             f"copy the dataset to a folder and name it as data in {run}/config.yaml"
         )
     try:
@@ -300,11 +277,11 @@ def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
 
 def _match_items(old: Dataset, dataset: Dataset) -> _OldRows:
     """Matches the items of two datasets by their ids."""
-    from trainer.data.duckdb_engine import limited_engine
-    from trainer.data.prepare.extend import rows_of_items
+    from trainer.data.duckdb_engine import open_limited_engine
+    from trainer.data.prepare.extend import join_old_rows
 
-    with limited_engine() as connection:
-        rows_N = rows_of_items(old, dataset, connection)
+    with open_limited_engine() as connection:
+        rows_N = join_old_rows(old, dataset, connection)
     return _OldRows(_domain_names(old), _time_span(old), rows_N)
 
 
@@ -321,8 +298,6 @@ def _time_span(dataset: Dataset) -> TimeSpan:
 def _list_differences(before: Settings, now: Settings) -> list[str]:
     """Lists the settings that make another kind of model."""
     lines = []
-    for key in sorted(before.keys() | now.keys()):
-        changed = before.get(key) != now.get(key)
-        if changed and not is_listed(key, MAY_DIFFER):
-            lines.append(describe_change(key, before, now))
+    for key in refused_changes(before, now, may_change_on_warm_start()):
+        lines.append(describe_change(key, before, now))
     return lines

@@ -15,7 +15,9 @@ from trainer.distributed.deepspeed_engine import deepspeed
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-Tensors = dict[str, torch.Tensor]  # by the names of parameters, buffers or states
+Tensors = dict[
+    str, torch.Tensor
+]  # by the names of parameters, buffers or states
 
 _SEPARATOR = "//"  # between a parameter's name and its state's
 
@@ -41,7 +43,7 @@ def collect_gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
     return gradients
 
 
-def full_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
+def gather_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     """Gathers the dense model's parameters and buffers by name. Called on all ranks.
 
     keep: whether this rank wants them; it is empty otherwise.
@@ -50,7 +52,9 @@ def full_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     model = engine.module
     for name, parameter in model.named_parameters():
         is_partitioned = hasattr(parameter, "ds_id")
-        with deepspeed.zero.GatheredParameters(parameter, enabled=is_partitioned):
+        with deepspeed.zero.GatheredParameters(
+            parameter, enabled=is_partitioned
+        ):
             if keep:
                 state[name] = _copy(parameter)
     if keep:
@@ -59,7 +63,7 @@ def full_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     return state
 
 
-def full_optimizer_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
+def gather_optimizer_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     """Gathers the dense optimizer's state. Called on all ranks.
 
     Example: {"gate.weight//exp_avg": of the parameter's shape, …, "step": the number of steps}.

@@ -13,7 +13,9 @@ from trainer.config.run import RunConfig
 from trainer.config.setting import CONSTANT_SCHEDULE
 
 
-def iterate_settings(kind: type = RunConfig) -> Iterator[tuple[str, dataclasses.Field]]:
+def iterate_settings(
+    kind: type = RunConfig,
+) -> Iterator[tuple[str, dataclasses.Field]]:
     """Yields (dotted key, field) of every setting and every section of a configuration."""
     for field in dataclasses.fields(kind):
         yield field.name, field

@@ -12,10 +12,14 @@ class CheckpointConfig:
     Besides, one is written at the end, at a preemption, and when validation finds a better model.
     """
 
-    every_steps: int = setting(0, "steps between two checkpoints; 0: not by steps")
+    every_steps: int = setting(
+        0, "steps between two checkpoints; 0: not by steps"
+    )
     every_minutes: float = setting(10.0, "minutes between two; 0: not by time")
     every_epochs: int = setting(1, "epochs between two; 0: not by epochs")
-    keep: int = setting(2, "newest checkpoints that stay; the best one stays besides")
+    keep: int = setting(
+        2, "newest checkpoints that stay; the best one stays besides"
+    )
 
     def __post_init__(self):
         for name in ("every_steps", "every_minutes", "every_epochs"):

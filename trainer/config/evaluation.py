@@ -10,7 +10,9 @@ class EvaluationConfig:
     """How held-out items are ranked (leave-one-out), and how often."""
 
     negatives: int = setting(99, "drawn candidates beside the held-out item")
-    batch_size: int = setting(512, "users that each rank has at once", on_resume=True)
+    batch_size: int = setting(
+        512, "users that each rank has at once", on_resume=True
+    )
     every_epochs: int = setting(
         1,
         "epochs between validations, which choose the best model",
@@ -26,7 +28,9 @@ class EvaluationConfig:
         for name in ("negatives", "batch_size", "every_epochs"):
             value = getattr(self, name)
             if value < 1:
-                raise ValueError(f"evaluation.{name} is {value}: give at least 1")
+                raise ValueError(
+                    f"evaluation.{name} is {value}: give at least 1"
+                )
         if self.patience < 0:
             raise ValueError(
                 f"evaluation.patience is {self.patience}: give 0 (never stop early) or more"

@@ -11,10 +11,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.deepspeed_json import asks_for_bf16, read_deepspeed_json
+from trainer.config.optimizer import asks_for_bf16, read_deepspeed_json
 from trainer.config.run import RunConfig
 from trainer.errors import InputError
-from trainer.files.redact import recorded, words
+from trainer.files.redact import printable_text, redact_for_record
 
 Config = TypeVar("Config")
 
@@ -41,7 +41,7 @@ def load_config(
     if deepspeed_file is not None:
         section = {"deepspeed": read_deepspeed_json(deepspeed_file)}
         more.append((str(deepspeed_file), OmegaConf.create(section)))
-    return _with_bf16(load(RunConfig, files, overrides, more))
+    return _with_bf16(load_settings(RunConfig, files, overrides, more))
 
 
 def _with_bf16(config: RunConfig) -> RunConfig:
@@ -50,7 +50,7 @@ def _with_bf16(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, precision="bf16"))
 
 
-def load(
+def load_settings(
     kind: type[Config],
     files: Iterable[str | Path],
     overrides: Iterable[str],
@@ -93,8 +93,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    words = str(error).split()
-    return " ".join(words)
+    printable_text = str(error).split()
+    return " ".join(printable_text)
 
 
 def load_recorded(file: str | Path) -> RunConfig:
@@ -108,12 +108,16 @@ def load_recorded(file: str | Path) -> RunConfig:
         text = _read_record(file)
         _check_record(file, text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: is no YAML ({words(error)})") from None
+        raise InputError(
+            f"{file}: is no YAML ({printable_text(error)})"
+        ) from None
     try:
         values = _with_sections(
             file, lambda: OmegaConf.load(io.StringIO(text)), RunConfig
         )
-        return _with_bf16(load(RunConfig, [], [], [(str(file), values)]))
+        return _with_bf16(
+            load_settings(RunConfig, [], [], [(str(file), values)])
+        )
     except InputError as error:
         message = str(error)
         if not message.startswith(str(file)):
@@ -156,11 +160,11 @@ def _check_node(file: Path, node: yaml.Node, key: str) -> None:
     """Raises InputError for a tag or an interpolation in a node or below it."""
     if not node.tag.startswith(_YAML_TAG) or "python" in node.tag:
         raise InputError(
-            f"{file}: {key} has the tag {words(node.tag)}: a run writes none"
+            f"{file}: {key} has the tag {printable_text(node.tag)}: a run writes none"
         )
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
-            label = words(name.value)
+            label = printable_text(name.value)
             _check_node(file, name, f"the key {label}")
             _check_node(file, value, _join(key, label))
     elif isinstance(node, yaml.SequenceNode):
@@ -187,7 +191,7 @@ def _printable(text: str) -> str:
     return "".join(letters)
 
 
-def flat(config: RunConfig) -> dict[str, Any]:
+def flatten_config(config: RunConfig) -> dict[str, Any]:
     """Every setting by its dotted key, as JSON has it, without secrets.
 
     {"data": "data/shop", …, "model.dim": 128, …, "deepspeed.zero_optimization.stage": 2}
@@ -198,7 +202,9 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def _flatten(section: dict[str, Any], start: str, values: dict[str, Any]) -> None:
+def _flatten(
+    section: dict[str, Any], start: str, values: dict[str, Any]
+) -> None:
     for name, value in section.items():
         key = _join(start, str(name))
         if isinstance(value, dict):
@@ -215,7 +221,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _without_secrets(config: RunConfig) -> RunConfig:
-    return replace(config, data=recorded(config.data))
+    return replace(config, data=redact_for_record(config.data))
 
 
 def _escape(value: Any) -> Any:
@@ -250,7 +256,9 @@ def _parse(override: str, kind: type) -> DictConfig:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
         reason = _one_line(error)
-        raise InputError(f"{override}: its value is no YAML ({reason})") from None
+        raise InputError(
+            f"{override}: its value is no YAML ({reason})"
+        ) from None
 
 
 def _type_of(names: list[str], kind: Any) -> Any:
@@ -273,15 +281,21 @@ def _read(file: str | Path, kind: type) -> DictConfig:
     return _with_sections(file, lambda: OmegaConf.load(file), kind)
 
 
-def _with_sections(file: str | Path, read: Callable[[], Any], kind: type) -> DictConfig:
+def _with_sections(
+    file: str | Path, read: Callable[[], Any], kind: type
+) -> DictConfig:
     """What `read` gives, where each section of `kind` is a section."""
     try:
         loaded = read()
-    except Exception as error:  # a YAML error of any kind: name the file, and no trace
+    except (
+        Exception
+    ) as error:  # a YAML error of any kind: name the file, and no trace
         reason = _one_line(error)
         raise InputError(f"{file}: is no YAML ({reason})") from None
     if not OmegaConf.is_dict(loaded):
-        raise InputError(f"{file}: is a list; a configuration is made of key: value")
+        raise InputError(
+            f"{file}: is a list; a configuration is made of key: value"
+        )
     values = OmegaConf.to_container(loaded)
     for section in fields(kind):
         if not is_dataclass(section.type) or section.name not in values:

@@ -21,4 +21,6 @@ class NegativesConfig:
                 f"negatives.per_target is {self.per_target}: give at least 1"
             )
         if self.shared < 0:
-            raise ValueError(f"negatives.shared is {self.shared}: give 0 (off) or more")
+            raise ValueError(
+                f"negatives.shared is {self.shared}: give 0 (off) or more"
+            )

@@ -1,10 +1,14 @@
-"""Settings: the dense optimizer, its learning-rate schedule, gradient clipping, and the ZeRO stage."""
+"""Settings: the dense optimizer, its learning-rate schedule, gradient clipping, the ZeRO
+stage; and DeepSpeed's own JSON."""
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from trainer.config.setting import setting
+from trainer.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,12 @@ class OptimizerConfig:
     beta2: float = setting(0.999, "Adam's decay of the squared gradient's mean")
     eps: float = setting(1e-8, "what Adam adds to the divisor")
     weight_decay: float = setting(
-        0.0, "of projections and embeddings; biases, LayerNorms, α and β have none"
+        0.0,
+        "of projections and embeddings; biases, LayerNorms, α and β have none",
     )
-    warmup_steps: int = setting(0, "steps in which the learning rate rises from 0")
+    warmup_steps: int = setting(
+        0, "steps in which the learning rate rises from 0"
+    )
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "after warm-up, down to final_share at the last step"
     )
@@ -43,7 +50,9 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise ValueError(f"optimizer.{name} is {value}: give more than 0")
+                raise ValueError(
+                    f"optimizer.{name} is {value}: give more than 0"
+                )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -58,3 +67,33 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.zero_stage is {self.zero_stage}: give 0, 1, 2 or 3"
             )
+
+
+def read_deepspeed_json(file: str | Path) -> dict[str, Any]:
+    """Reads a DeepSpeed configuration file. Raises InputError that names the file."""
+    try:
+        config = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{file}: is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(
+            f"{file}: is no JSON object; DeepSpeed's configuration is one"
+        )
+    return config
+
+
+def asks_for_bf16(deepspeed_config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's bf16 or torch_autocast is enabled: the model then runs in bf16 (autocast)."""
+    return section_enabled(deepspeed_config, "bf16") or section_enabled(
+        deepspeed_config, "torch_autocast"
+    )
+
+
+def section_enabled(config: dict[str, Any], section: str) -> bool:
+    """Whether a section of DeepSpeed's configuration says `enabled`, or is true itself."""
+    value = config.get(section)
+    if isinstance(value, dict):
+        return bool(value.get("enabled", False))
+    return bool(value)

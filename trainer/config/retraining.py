@@ -14,7 +14,8 @@ class PublishConfig:
         0.02, "the share of the current model's NDCG@10 that a domain may lack"
     )
     fall: float = setting(
-        0.2, "the share that the mean may fall since the current version's publication"
+        0.2,
+        "the share that the mean may fall since the current version's publication",
     )
     domain_fall: float = setting(0.4, "the same share for each domain")
     own_fall: float = setting(
@@ -25,7 +26,9 @@ class PublishConfig:
         100, "newest users that judge a domain; with fewer, all its users do"
     )
     keep: int = setting(5, "older versions that stay")
-    dtype: str = setting("fp32", "of the item vectors", choices=("fp32", "fp16"))
+    dtype: str = setting(
+        "fp32", "of the item vectors", choices=("fp32", "fp16")
+    )
 
     def __post_init__(self):
         for name in ("tolerance", "fall", "domain_fall", "own_fall"):
@@ -33,12 +36,14 @@ class PublishConfig:
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}: give a share from 0 to 1")
         if self.least_users < 1:
-            raise InputError(f"least_users is {self.least_users}: give at least 1")
+            raise InputError(
+                f"least_users is {self.least_users}: give at least 1"
+            )
         if self.keep < 0:
             raise InputError(f"keep is {self.keep}: give at least 0")
 
 
-# What measured best on amazon4 (docs/retraining.md).
+# What measured best on amazon4 (docs/retrain.md).
 _WARM_SETTINGS = (
     "epochs=2",
     "evaluation.every_epochs=2",
@@ -56,7 +61,9 @@ def _warm_settings() -> list[str]:
 class RetrainConfig:
     """A retraining: what it prepares (launch/prepare.py), trains (launch/train.py) and publishes."""
 
-    folder: str = setting("", "the folder that gets datasets, runs and versions")
+    folder: str = setting(
+        "", "the folder that gets datasets, runs and versions"
+    )
     name: str = setting("", "names this day, e.g. 2026-11-26")
     input: list[str] = setting(list, "the new logs: files, folders or globs")
     user_column: str = setting("user_id", "the logs' column of users")
@@ -70,12 +77,15 @@ class RetrainConfig:
         0.0, "days before the newest row that count; 0: all logs count"
     )
     time_unit: str = setting("", "of times that are numbers, for days")
-    retire: bool = setting(False, "items without an event left give up their rows")
+    retire: bool = setting(
+        False, "items without an event left give up their rows"
+    )
     memory: str = setting("8GB", "of all preparing processes together")
     base: list[str] = setting(list, "YAML files of the run")
     settings: list[str] = setting(list, "key=value of the run, over the files")
     warm_settings: list[str] = setting(
-        _warm_settings, "besides, where there is a model to begin with (warm start)"
+        _warm_settings,
+        "besides, where there is a model to begin with (warm start)",
     )
     launcher: list[str] = setting(
         list, "words before the scripts, e.g. [deepspeed, --hostfile, hosts]"
@@ -84,7 +94,8 @@ class RetrainConfig:
         0.02, "the share of the current model's NDCG@10 that a domain may lack"
     )
     fall: float = setting(
-        0.2, "the share that the mean may fall since the current version's publication"
+        0.2,
+        "the share that the mean may fall since the current version's publication",
     )
     domain_fall: float = setting(0.4, "the same share for each domain")
     own_fall: float = setting(
@@ -96,7 +107,8 @@ class RetrainConfig:
     )
     keep: int = setting(5, "older versions that stay")
     keep_days: int = setting(
-        3, "days whose dataset and run stay, besides those of published versions"
+        3,
+        "days whose dataset and run stay, besides those of published versions",
     )
 
     def __post_init__(self):
@@ -105,7 +117,9 @@ class RetrainConfig:
                 "folder is missing: it gets datasets, runs and what is published"
             )
         if not self.name:
-            raise ValueError("name is missing: it names this day, e.g. 2026-11-26")
+            raise ValueError(
+                "name is missing: it names this day, e.g. 2026-11-26"
+            )
         if "/" in self.name or self.name.startswith("."):
             raise ValueError(
                 f"name is {self.name!r}: it names a folder, so without / and no dot first"

@@ -48,7 +48,7 @@ class RunConfig:
         on_warm_start=True,
         on_each_host=True,
     )
-    # Adagrad's sums are scaled by its square; 0.3 measured best (docs/retraining.md).
+    # Adagrad's sums are scaled by its square; 0.3 measured best (docs/retrain.md).
     warm_kept: float = setting(
         1.0,
         "what a warm start scales the item vectors by; 1: as they were",
@@ -67,7 +67,9 @@ class RunConfig:
         20, "passes over the training users", on_resume=CONSTANT_SCHEDULE
     )
     max_steps: int = setting(
-        0, "stop after so many steps; 0: epochs decide", on_resume=CONSTANT_SCHEDULE
+        0,
+        "stop after so many steps; 0: epochs decide",
+        on_resume=CONSTANT_SCHEDULE,
     )
     timeout_minutes: float = setting(
         30.0,
@@ -76,11 +78,15 @@ class RunConfig:
     )
     deterministic: bool = setting(
         False,
-        "on CUDA: sums in one order, slower; a CPU's have one (docs/gpu.md)",
+        "on CUDA: sums in one order, slower; a CPU's have one (docs/cuda.md)",
         on_resume=True,
     )
-    model: ModelConfig = setting(ModelConfig, "the model's architecture and losses")
-    table: TableConfig = setting(TableConfig, "the item table and its optimizer")
+    model: ModelConfig = setting(
+        ModelConfig, "the model's architecture and losses"
+    )
+    table: TableConfig = setting(
+        TableConfig, "the item table and its optimizer"
+    )
     optimizer: OptimizerConfig = setting(
         OptimizerConfig, "the dense model's optimizer", on_warm_start=True
     )

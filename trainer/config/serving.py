@@ -45,7 +45,7 @@ class RecommendConfig:
 
 
 @dataclass(frozen=True)
-class AskedConfig:
+class HistoriesConfig:
     """Which users get recommendations, and where their histories are read.
 
     inputs: logs. Without any, histories come from the run's dataset, with the validation and
@@ -66,7 +66,9 @@ class AskedConfig:
 
     def __post_init__(self) -> None:
         if self.part_users < 1:
-            raise InputError(f"part_users is {self.part_users}: it must be at least 1")
+            raise InputError(
+                f"part_users is {self.part_users}: it must be at least 1"
+            )
         if self.log_domain == "":
             raise InputError(
                 "log_domain is empty: give the one domain of these logs a name"

@@ -63,7 +63,9 @@ class SourceConfig:
                 f"stream.timeout_seconds is {self.timeout_seconds}: give more than 0"
             )
         if self.read_ahead < 0:
-            raise ValueError(f"stream.read_ahead is {self.read_ahead}: give 0 or more")
+            raise ValueError(
+                f"stream.read_ahead is {self.read_ahead}: give 0 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class StreamConfig(SourceConfig):
         "processes a rank that build batches; -1: measured; 0: the training process",
         on_resume=True,
     )
-    prefetch: int = setting(4, "batches that each worker keeps ready", on_resume=True)
+    prefetch: int = setting(
+        4, "batches that each worker keeps ready", on_resume=True
+    )
     verify: bool = setting(
         True,
         "check each block's checksum, and a shard's when its home rank opens it",
@@ -93,7 +97,8 @@ class StreamConfig(SourceConfig):
         True, "move users between ranks, so that all have equally much to do"
     )
     domain: str = setting(
-        "", "train and rank on this domain alone, with users split as for all domains"
+        "",
+        "train and rank on this domain alone, with users split as for all domains",
     )
 
     def __post_init__(self):
@@ -104,4 +109,6 @@ class StreamConfig(SourceConfig):
                 "it measured"
             )
         if self.prefetch < 1:
-            raise ValueError(f"stream.prefetch is {self.prefetch}: give at least 1")
+            raise ValueError(
+                f"stream.prefetch is {self.prefetch}: give at least 1"
+            )

@@ -54,7 +54,9 @@ class StudyConfig:
         for name in (*self.systems, *self.own):
             if name not in SYSTEM_NAMES:
                 known = ", ".join(SYSTEM_NAMES)
-                raise ValueError(f"there is no system {name!r}: there are {known}")
+                raise ValueError(
+                    f"there is no system {name!r}: there are {known}"
+                )
         for name in ("parallel", "ranks", "recbole_epochs"):
             value = getattr(self, name)
             if value < 1:
@@ -67,4 +69,6 @@ class StudyConfig:
         if not self.systems and not self.recbole:
             raise ValueError("systems is empty: a study needs one")
         if self.sweep and OURS not in self.systems:
-            raise ValueError(f"sweep is of {OURS}, which is not among the systems")
+            raise ValueError(
+                f"sweep is of {OURS}, which is not among the systems"
+            )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 from duckdb import DuckDBPyConnection
 
-from embeddings.control_groups import host_memory
+from embeddings.control_groups import available_host_memory
 
 if TYPE_CHECKING:
     from trainer.files.progress import Stages
@@ -29,7 +29,7 @@ _LEAST_MEMORY = 256 * 10**6
 _MOST_MEMORY = 8 * 10**9
 
 
-def connect() -> DuckDBPyConnection:
+def open_connection() -> DuckDBPyConnection:
     """Opens a DuckDB that fetches and loads no extension, whatever a file contains."""
     settings = {
         "autoinstall_known_extensions": "false",
@@ -38,14 +38,14 @@ def connect() -> DuckDBPyConnection:
     return duckdb.connect(":memory:", config=settings)
 
 
-def escape(text: str | Path) -> str:
+def escape_sql(text: str | Path) -> str:
     """Escapes a text or path for an SQL literal between single quotes."""
     return str(text).replace("'", "''")
 
 
 def parquet_folder_sql(folder: Path) -> str:
     """Returns SQL for the rows of all Parquet files in a folder, whatever its name."""
-    pattern = escape(glob.escape(str(folder)))
+    pattern = escape_sql(glob.escape(str(folder)))
     return f"read_parquet('{pattern}/*.parquet', hive_partitioning=false)"
 
 
@@ -56,7 +56,7 @@ def query_value(connection: DuckDBPyConnection, query: str) -> Any:
 
 
 @contextlib.contextmanager
-def engine(
+def open_engine(
     scratch: Path,
     memory: int,
     threads: int,
@@ -67,9 +67,9 @@ def engine(
     scratch: the folder for what does not fit. stages: show the progress of the queries.
     """
     memory_limit = int(memory * ENGINE_SHARE)
-    with connect() as connection:
+    with open_connection() as connection:
         connection.execute(f"""
-            SET temp_directory = '{escape(scratch)}';
+            SET temp_directory = '{escape_sql(scratch)}';
             SET memory_limit = '{memory_limit}B';
             SET threads = {threads};
             SET preserve_insertion_order = false;
@@ -83,20 +83,20 @@ def engine(
 
 
 @contextlib.contextmanager
-def limited_engine() -> Iterator[DuckDBPyConnection]:
+def open_limited_engine() -> Iterator[DuckDBPyConnection]:
     """Opens a DuckDB for joins beside a run, within a quarter of the host's free memory.
 
     What does not fit goes to the system's folder for temporary files (TMPDIR).
     """
-    host_share = int(_HOST_SHARE * host_memory())
+    host_share = int(_HOST_SHARE * available_host_memory())
     memory = max(_LEAST_MEMORY, min(_MOST_MEMORY, host_share))
     threads = len(os.sched_getaffinity(0))
     with (
         tempfile.TemporaryDirectory(prefix="join-") as scratch,
-        connect() as connection,
+        open_connection() as connection,
     ):
         connection.execute(f"""
             SET memory_limit = '{memory}B';
-            SET temp_directory = '{escape(scratch)}';
+            SET temp_directory = '{escape_sql(scratch)}';
             SET threads = {threads}""")
         yield connection

@@ -34,11 +34,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config.synthetic import SyntheticConfig  # moved
+from trainer.config.prepare import SyntheticConfig
 from trainer.data.counter_rng import random_below, random_bits, random_unit
 from trainer.errors import InputError
-from trainer.files.output_folder import new_folder
 from trainer.files.progress import Stages
+from trainer.files.staged import new_output_folder
 
 _FIRST_SECOND = 1_704_067_200  # 2024-01-01
 _YEAR_SECONDS = 365 * 86400
@@ -112,7 +112,7 @@ class _FileOfUsers:
     last_user: int
 
 
-def lengths_of(
+def draw_lengths(
     config: SyntheticConfig,
     first: int,
     last: int,
@@ -130,13 +130,13 @@ def lengths_of(
     return 1 + more.astype(np.int64)
 
 
-def generate(
+def generate_events(
     config: SyntheticConfig,
     first: int,
     last: int,
 ) -> Events:
     """Draws the events of the users [first, last), the same whatever else is made."""
-    lengths = lengths_of(config, first, last)
+    lengths = draw_lengths(config, first, last)
     users = np.arange(first, last)
     user = np.repeat(users, lengths)
     starts = np.cumsum(lengths) - lengths
@@ -269,7 +269,7 @@ def _is_one(exponent: float) -> bool:
     return abs(exponent - 1) < 1e-9
 
 
-def synthesize(
+def synthesize_logs(
     output: str | Path,
     config: SyntheticConfig,
     first_user: int = 0,
@@ -303,7 +303,7 @@ def synthesize(
         raise InputError(f"processes is {processes}: it must be at least 1")
     interactions = 0
     with (
-        new_folder(output) as (folder, _),
+        new_output_folder(output) as (folder, _),
         Stages() as stages,
         stages("writing logs", last_user - first_user) as advance,
     ):
@@ -448,7 +448,9 @@ def _write_files(
     make_batch = _batch_maker(config)
     for file in files:
         with pq.ParquetWriter(file.path, _SCHEMA, **_ENCODING) as writer:
-            for group_first in range(file.first_user, file.last_user, group_users):
+            for group_first in range(
+                file.first_user, file.last_user, group_users
+            ):
                 group_last = min(group_first + group_users, file.last_user)
                 batches = []
                 for first in range(group_first, group_last, chunk_users):
@@ -459,12 +461,14 @@ def _write_files(
                 yield group_last - group_first, len(group)
 
 
-def _batch_maker(config: SyntheticConfig) -> Callable[[int, int], pa.RecordBatch]:
+def _batch_maker(
+    config: SyntheticConfig,
+) -> Callable[[int, int], pa.RecordBatch]:
     """Returns a function that makes the rows of the users [first, last)."""
     names = pa.array(config.names)
 
     def make_batch(first: int, last: int) -> pa.RecordBatch:
-        events = generate(config, first, last)
+        events = generate_events(config, first, last)
         domain_numbers = pa.array(events.domain.astype(np.int32))
         columns = [
             pa.array(events.user),

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.preemption import StopSignal  # noqa: F401  # moved
-from trainer.distributed.watchdog import Watchdog  # noqa: F401  # moved
 from trainer.errors import InputError
 
 _PAUSE = 1.0  # seconds between two collective calls while the first rank works
@@ -39,13 +37,13 @@ class Signals:
         return [float(flag) for flag in astuple(self)]
 
     @classmethod
-    def of_sums(cls, sums: list[float]) -> "Signals":
+    def from_sums(cls, sums: list[float]) -> "Signals":
         """What any rank signals, from the ranks' `numbers` summed."""
         flags = [total > 0 for total in sums]
         return cls(*flags)
 
 
-def agree(
+def reduce_signals(
     trouble: bool = False,
     stop: bool = False,
     due: bool = False,
@@ -62,17 +60,17 @@ def agree(
     mine = Signals(trouble, stop, due, writing)
     flags = torch.tensor(mine.numbers(), dtype=torch.float64)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return Signals.of_sums(flags.tolist())
+    return Signals.from_sums(flags.tolist())
 
 
-def largest(value: int) -> int:
+def max_of_ranks(value: int) -> int:
     """The maximum of the ranks' values. Collective."""
     maximum = torch.tensor([value])
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
     return int(maximum)
 
 
-def by_the_first(work: Callable[[], Any], first: bool) -> Any:
+def run_on_first_rank(work: Callable[[], Any], first: bool) -> Any:
     """Runs work() on the first rank, and gives all ranks its JSON value. Collective.
 
         version = by_the_first(lambda: read_version(folder), ranks.first)
@@ -85,11 +83,14 @@ def by_the_first(work: Callable[[], Any], first: bool) -> Any:
     thread = None
     if first:
         thread = threading.Thread(
-            target=_run_work, args=(work, outcome), name="first rank", daemon=True
+            target=_run_work,
+            args=(work, outcome),
+            name="first rank",
+            daemon=True,
         )
         thread.start()
         thread.join(_PAUSE)
-    while largest(int(thread is not None and thread.is_alive())):
+    while max_of_ranks(int(thread is not None and thread.is_alive())):
         if thread is not None:
             thread.join(_PAUSE)
     if "fault" in outcome:

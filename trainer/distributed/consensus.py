@@ -17,16 +17,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.agreement import broadcast_json, largest
-from trainer.errors import InputError, RanksLost
-from trainer.files.atomic import Patience, StorageLate, passes
+from trainer.distributed.agreement import broadcast_json, max_of_ranks
+from trainer.errors import InputError, LostRanks
+from trainer.files.atomic import LateStorage, Patience, is_transient
 
 T = TypeVar("T")
 _Values = dict[str, Any]  # JSON values by their names
 
 _NAMED = 4  # ranks, and differences of one of them, that a message names
 _LENGTH = 90  # letters of a value in a message
-_OTHERS_SAY = "its own lines say why; the same command goes on from the last checkpoint"
+_OTHERS_SAY = (
+    "its own lines say why; the same command goes on from the last checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class _Comparison:
     odd_ranks: list[int]
 
 
-def on_all_ranks(work: Callable[[], T]) -> T:
+def run_on_all_ranks(work: Callable[[], T]) -> T:
     """What work() returns, once it has succeeded on all ranks. Collective; work itself is not.
 
         dataset = on_all_ranks(lambda: open_dataset(folder))
@@ -73,7 +75,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     except Exception as error:
         kind = type(error).__name__
         text = f"failed ({kind}): {_OTHERS_SAY}"
-        failure = _Failure(RanksLost.status, text, error)
+        failure = _Failure(LostRanks.status, text, error)
     statuses, digests = _gather_failures(failure)
     failed_ranks = []
     for rank, status in enumerate(statuses):
@@ -90,8 +92,8 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 def _failure_of_storage(error: OSError) -> _Failure:
     """A failure that another attempt may not meet, or one that it will."""
     status = InputError.status
-    if passes(error.errno):
-        status = StorageLate.status
+    if is_transient(error.errno):
+        status = LateStorage.status
     file = error.filename or "storage"
     reason = error.strerror or error
     return _Failure(status, f"{file}: {reason}")
@@ -149,13 +151,13 @@ def _join_failures(
 
 def _error_class(status: int) -> type[InputError]:
     """The error of an exit status, as far as a restart depends on it."""
-    for error_class in (StorageLate, RanksLost):
+    for error_class in (LateStorage, LostRanks):
         if error_class.status == status:
             return error_class
     return InputError
 
 
-def require_same(groups: dict[str, _Values]) -> None:
+def require_same_on_all_ranks(groups: dict[str, _Values]) -> None:
     """Raises InputError on all ranks where some have other values than most of them. Collective.
 
     The message names these ranks, their hosts and what differs:
@@ -272,7 +274,7 @@ def _shorten(value: Any) -> str:
     return text[:_LENGTH]
 
 
-def all_see(
+def wait_until_all_see(
     look: Callable[[], str | None],
     patience: Patience,
     beat: Callable[[], None] = lambda: None,
@@ -290,18 +292,18 @@ def all_see(
     while True:
         if unseen is not None:
             unseen = look()
-        if not on_any_rank(unseen is not None):
+        if not is_true_on_any_rank(unseen is not None):
             return None
         is_first = dist.get_rank() == 0
-        if on_any_rank(is_first and patience.over):
+        if is_true_on_any_rank(is_first and patience.over):
             return unseen or ""
         beat()
         patience.wait()
 
 
-def on_any_rank(flag: bool) -> bool:
+def is_true_on_any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. Collective."""
-    return bool(largest(int(flag)))
+    return bool(max_of_ranks(int(flag)))
 
 
 def _gather_numbers(numbers: list[int]) -> list[list[int]]:

@@ -10,8 +10,7 @@ import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.deepspeed_json import _enabled
-from trainer.config.optimizer import OptimizerConfig
+from trainer.config.optimizer import OptimizerConfig, section_enabled
 from trainer.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _NOT_PASSED = (
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`from …deepspeed_engine import deepspeed`."""  # moved
+    """`from …deepspeed_engine import deepspeed`."""
     if name == "deepspeed":
         return import_deepspeed()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -58,7 +57,7 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def rate_share(
+def learning_rate_share(
     config: OptimizerConfig,
     step: int,
     total_steps: int,
@@ -81,7 +80,7 @@ def rate_share(
     return config.final_share + (1 - config.final_share) * remaining
 
 
-def engine_config(
+def build_engine_config(
     config: OptimizerConfig,
     user_json: _Json,
     global_batch_size: int,
@@ -95,7 +94,9 @@ def engine_config(
     _refuse_loss_scaling(user_json)
     _refuse_batch_sizes(user_json, global_batch_size, micro_batch_size)
     _refuse_settings_of_both(user_json)
-    passed = {key: user_json[key] for key in user_json if key not in _NOT_PASSED}
+    passed = {
+        key: user_json[key] for key in user_json if key not in _NOT_PASSED
+    }
     merged = _merge(_default_config(config), passed)
     zero = merged["zero_optimization"]
     if zero["stage"] in (1, 2) and "offload_optimizer" not in zero:
@@ -110,7 +111,7 @@ def engine_config(
 def _refuse_loss_scaling(user_json: _Json) -> None:
     """Refuses float16 in DeepSpeed's ways."""
     for section in ("fp16", "amp"):
-        if _enabled(user_json, section):
+        if section_enabled(user_json, section):
             raise InputError(
                 f"deepspeed.{section}.enabled: loss scaling does not reach the item table, whose "
                 "optimizer runs inside backward; use model.precision=bf16"
@@ -206,7 +207,7 @@ def parameter_groups(model: "nn.Module", config: _Json) -> list[Any]:
 
     With weight decay in two groups, since it is not for all of them.
     """
-    from syncrec.model import decayed_names
+    from syncrec.model import select_decayed_parameters
 
     trained = {}
     for name, parameter in model.named_parameters():
@@ -216,7 +217,7 @@ def parameter_groups(model: "nn.Module", config: _Json) -> list[Any]:
         return list(trained.values())
     decayed = []
     others = []
-    names = decayed_names(model)
+    names = select_decayed_parameters(model)
     for name, parameter in trained.items():
         if name in names:
             decayed.append(parameter)

@@ -1,7 +1,7 @@
 """Deterministic sums on CUDA: what `deterministic: true` asks of PyTorch, FBGEMM and cuBLAS.
 
 On a CPU every sum of a step has one order anyhow, and nothing changes. On CUDA several sums of a
-step are made by atomic additions, in the order in which threads arrive (docs/gpu.md lists them).
+step are made by atomic additions, in the order in which threads arrive (docs/cuda.md lists them).
 Each has a second way of one order, which is slower.
 """
 
@@ -14,11 +14,14 @@ import torch
 from trainer.errors import InputError
 
 _VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
-_WORKSPACES = (":4096:8", ":16:8")  # with any other PyTorch refuses a product on CUDA
+_WORKSPACES = (
+    ":4096:8",
+    ":16:8",
+)  # with any other PyTorch refuses a product on CUDA
 
 
 @contextlib.contextmanager
-def deterministic_sums(enabled: bool) -> Iterator[None]:
+def use_deterministic_sums(enabled: bool) -> Iterator[None]:
     """Within it every operation has one order of sums, where `enabled`.
 
         with deterministic_sums(config.deterministic):
@@ -48,7 +51,9 @@ def deterministic_sums(enabled: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled_before, warn_only=warns_before)
+        torch.use_deterministic_algorithms(
+            enabled_before, warn_only=warns_before
+        )
         torch.utils.deterministic.fill_uninitialized_memory = fills_before
         if workspace_before is None:
             os.environ.pop(_VARIABLE, None)

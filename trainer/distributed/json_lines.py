@@ -135,7 +135,9 @@ def serve(
                 connection = accept(listener)
             except OSError:
                 return
-            run_in_background(lambda connection=connection: handle(connection), name)
+            run_in_background(
+                lambda connection=connection: handle(connection), name
+            )
 
     run_in_background(accept_all, name)
 

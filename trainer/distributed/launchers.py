@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from trainer.errors import InputError
 
 DEFAULT_PORT = 29500  # torchrun's and DeepSpeed's
-_FIRST_PORT = 10240  # below the ports that Linux gives away by itself (32768 and up)
+_FIRST_PORT = (
+    10240  # below the ports that Linux gives away by itself (32768 and up)
+)
 _PORTS = 10000  # pairs: a supervisor takes the port after the rendezvous's
 _LOOPBACK = "127.0.0.1"
 _MOST_HOSTS = 100_000  # a host list that names more is no host list
@@ -479,7 +481,9 @@ def _read_local(
     local_rank = _read_number(environment, "LOCAL_RANK")
     if size == 1:
         return local_rank or 0, 1
-    local_size = _read_first_number(environment, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    local_size = _read_first_number(
+        environment, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    )
     # Of another size, the ranks are not the launcher's processes.
     if launch is not None and launch.size == size:
         if local_rank is None:
@@ -501,7 +505,9 @@ def _read_local(
     return local_rank, local_size
 
 
-def _read_first_number(environment: _Variables, names: tuple[str, ...]) -> int | None:
+def _read_first_number(
+    environment: _Variables, names: tuple[str, ...]
+) -> int | None:
     """The number of the first of these variables that is set."""
     for name in names:
         if name in environment:
@@ -571,7 +577,9 @@ def _read_port(environment: _Variables, launch: _Launch | None) -> int:
     port = _read_number(environment, "MASTER_PORT")
     if port is not None:
         if not 0 < port < 65536:
-            raise InputError(f"MASTER_PORT is {port}: ports run from 1 to 65535")
+            raise InputError(
+                f"MASTER_PORT is {port}: ports run from 1 to 65535"
+            )
         return port
     job = _job_name(environment, launch)
     if job is None:

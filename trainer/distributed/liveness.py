@@ -32,7 +32,14 @@ from trainer.distributed.json_lines import (
     serve,
 )
 from trainer.distributed.process_exit import end_process
-from trainer.errors import LOST, InputError, NotFinite, RanksLost, Stopped, say
+from trainer.errors import (
+    RANKS_LOST_ADVICE,
+    InputError,
+    LostRanks,
+    NonFiniteLoss,
+    RunStopped,
+    print_error,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -73,7 +80,7 @@ class Departure:
         who = f"rank {self.rank} on {self.host}"
         if self.refused:
             return f"{who}: {self.text}"
-        if self.status == RanksLost.status:
+        if self.status == LostRanks.status:
             return f"{who} {self.text or 'is gone'}"
         return f"{who} failed ({self.text}; its trace is in its own lines)"
 
@@ -85,7 +92,7 @@ class Departure:
         """
         if self.refused:
             return 0
-        if self.status != RanksLost.status:
+        if self.status != LostRanks.status:
             return 1
         if not self.text:
             return 2
@@ -96,7 +103,7 @@ class Departure:
         """The status with which the other ranks end."""
         if self.refused:
             return self.status
-        return RanksLost.status
+        return LostRanks.status
 
 
 def _read_departure(
@@ -116,7 +123,9 @@ def _read_departure(
 
 def _died(rank: int, host: str) -> Departure:
     """The departure of a rank whose connection has ended without a word."""
-    return Departure(rank, host, refused=False, text="", status=RanksLost.status)
+    return Departure(
+        rank, host, refused=False, text="", status=LostRanks.status
+    )
 
 
 def _refusal(
@@ -163,14 +172,14 @@ class Liveness:
     def report_fault(self, error: BaseException) -> None:
         """Reports that this rank leaves with a fault, whose trace it prints."""
 
-    def explain_loss(self, lost: RanksLost) -> InputError:
+    def explain_loss(self, lost: LostRanks) -> InputError:
         """The error to be raised in place of `lost`, which a backend raised: it names the cause."""
         return lost
 
-    def _describe(self, departure: Departure) -> RanksLost:
+    def _describe(self, departure: Departure) -> LostRanks:
         """This rank's error where another has left."""
-        return RanksLost(
-            f"rank {self.rank}: lost the others ({departure}): {LOST}",
+        return LostRanks(
+            f"rank {self.rank}: lost the others ({departure}): {RANKS_LOST_ADVICE}",
             one_rank=True,
         )
 
@@ -181,7 +190,7 @@ class Liveness:
             return
         self._ended = True
         if not said:
-            say(self._describe(departure))
+            print_error(self._describe(departure))
         end_process(departure.exit_status)
 
 
@@ -219,7 +228,7 @@ class FirstRank(Liveness):
         departure = _fault(0, self._host, error)
         self._send_all(departure, said=False)
 
-    def explain_loss(self, lost: RanksLost) -> InputError:
+    def explain_loss(self, lost: LostRanks) -> InputError:
         with self._changed:
             self._changed.wait_for(lambda: self._departed, _NEWS)
             if not self._departed:
@@ -240,7 +249,9 @@ class FirstRank(Liveness):
 
     def _find_cause(self) -> Departure:
         """A reason where somebody gave one; who died comes before who met that."""
-        return min(self._departed.values(), key=lambda departure: departure.distance)
+        return min(
+            self._departed.values(), key=lambda departure: departure.distance
+        )
 
     def _all_spoke(self) -> bool:
         """Whether every other rank has said that it leaves or is through."""
@@ -273,9 +284,9 @@ class FirstRank(Liveness):
             self._said |= texts
             ranks = len(reasons) + len(self._through)
         agreed = ranks == self._size and len(texts) == 1
-        concerns_all = agreed or isinstance(error, Stopped | NotFinite)
+        concerns_all = agreed or isinstance(error, RunStopped | NonFiniteLoss)
         if concerns_all and refusal in new_reasons:
-            say(error)
+            print_error(error)
         else:
             for departures in _group_by_text(new_reasons):
                 _say_for_all(departures)
@@ -399,7 +410,7 @@ class OtherRank(Liveness):
         departure = _fault(self.rank, self._host, error)
         self._send(departure)
 
-    def explain_loss(self, lost: RanksLost) -> InputError:
+    def explain_loss(self, lost: LostRanks) -> InputError:
         with self._changed:
             self._changed.wait_for(self._has_news, _NEWS)
             self._ended = True
@@ -411,7 +422,7 @@ class OtherRank(Liveness):
                 self._host,
                 refused=False,
                 text="has lost the others",
-                status=RanksLost.status,
+                status=LostRanks.status,
             )
             self._send(departure)
             return lost
@@ -537,7 +548,7 @@ def _say_for_all(departures: list[Departure]) -> None:
         who = f"{ranks} ranks, {who} among them"
     error = InputError(f"{who}: {first.text}")
     error.status = first.status
-    say(error)
+    print_error(error)
 
 
 def _in_one_line(error: BaseException) -> str:

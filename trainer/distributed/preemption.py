@@ -36,7 +36,9 @@ class StopSignal:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._handlers_before[number] = signal.signal(number, self._remember)
+                self._handlers_before[number] = signal.signal(
+                    number, self._remember
+                )
         return self
 
     def __exit__(

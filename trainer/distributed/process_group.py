@@ -26,8 +26,11 @@ from trainer.distributed.launchers import (
     read_world,
 )
 from trainer.distributed.liveness import watch_peers
-from trainer.distributed.resources import cores_per_rank, keep_freed_memory
-from trainer.errors import LOST, InputError, RanksLost
+from trainer.distributed.resources import (
+    count_cores_per_rank,
+    keep_freed_memory,
+)
+from trainer.errors import RANKS_LOST_ADVICE, InputError, LostRanks
 from trainer.process_name import rank_for_messages
 
 _PORT_IS_FREE = 15.0  # seconds
@@ -50,7 +53,11 @@ _GLOO_LOST = re.compile(
     r"connectFullMesh failed)",
     re.IGNORECASE | re.DOTALL,
 )
-_BACKEND_LOST = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+_BACKEND_LOST = (
+    dist.DistBackendError,
+    dist.DistNetworkError,
+    dist.DistStoreError,
+)
 _SOURCE_FILE = re.compile(r"^\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*")
 _LONGEST_REASON = 160
 
@@ -71,7 +78,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined(timeout_minutes: float = 30) -> Iterator[Ranks]:
+def join_process_group(timeout_minutes: float = 30) -> Iterator[Ranks]:
     """Joins the process group that the launcher describes, or makes one of one rank.
 
         with joined(timeout_minutes=30) as ranks:
@@ -92,7 +99,7 @@ def joined(timeout_minutes: float = 30) -> Iterator[Ranks]:
     try:
         with translate_backend_errors():
             yield ranks
-    except RanksLost as lost:
+    except LostRanks as lost:
         raise liveness.explain_loss(lost) from lost.__cause__
     except InputError as error:
         liveness.report_error(error)
@@ -136,8 +143,8 @@ def translate_backend_errors() -> Iterator[None]:
             raise
         text = _SOURCE_FILE.sub("", str(error))
         reason = " ".join(text.split())[:_LONGEST_REASON]
-        raise RanksLost(
-            f"rank {rank_for_messages()}: lost the others ({reason}): {LOST}",
+        raise LostRanks(
+            f"rank {rank_for_messages()}: lost the others ({reason}): {RANKS_LOST_ADVICE}",
             one_rank=True,
         ) from error
 
@@ -152,7 +159,7 @@ def _is_lost(error: RuntimeError) -> bool:
     return _GLOO_LOST.match(text) is not None
 
 
-def sum_of_ranks(values_N: np.ndarray) -> np.ndarray:
+def sum_over_ranks(values_N: np.ndarray) -> np.ndarray:
     """The sum over all ranks of (N,) of the host, over the CPU's backend. Collective.
 
     rank 0   [1, 2]
@@ -182,7 +189,7 @@ def _join(timeout_minutes: float) -> tuple[Ranks, dist.Store]:
         keep_freed_memory()
         # A person's or a launcher's own choice stands.
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(cores_per_rank(world.size))
+            torch.set_num_threads(count_cores_per_rank(world.size))
     dist.init_process_group(
         backend,
         timeout=timeout,
@@ -205,7 +212,9 @@ def _take_device(world: World, store: dist.Store) -> torch.device:
     DeepSpeed and TorchRec read its number from LOCAL_RANK. Raises InputError.
     """
     devices = torch.cuda.device_count()
-    number = device_of_rank(world.rank, world.local_rank, world.local_size, devices)
+    number = device_of_rank(
+        world.rank, world.local_rank, world.local_size, devices
+    )
     uuid = torch.cuda.get_device_properties(number).uuid
     name = f"{socket.gethostname()} {uuid}"
     names = _exchange(store, "device", world, name)
@@ -426,7 +435,9 @@ class _Collect(torch.autograd.Function):
         return collected
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         (place_C,) = ctx.saved_tensors
         summed = gradient.contiguous().clone()
         dist.all_reduce(summed)

@@ -9,17 +9,17 @@ _MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
-def cores_per_rank(world_size: int) -> int:
+def count_cores_per_rank(world_size: int) -> int:
     """The cores that each rank of this machine has for itself, at least 1.
 
     The cores on which this process may run are shared among the machine's ranks: 4 each of 16,
     where LOCAL_WORLD_SIZE is 4.
     """
     cores = len(os.sched_getaffinity(0))
-    return max(1, cores // ranks_of_this_machine(world_size))
+    return max(1, cores // count_local_ranks(world_size))
 
 
-def ranks_of_this_machine(world_size: int) -> int:
+def count_local_ranks(world_size: int) -> int:
     """How many ranks are on this machine, at least 1, as launchers say in the environment.
 
     All ranks, where they do not say it.
@@ -35,7 +35,9 @@ def keep_freed_memory() -> None:
     Each step asks for the same blocks again. A block that went back to the kernel comes anew, page
     fault by page fault: 17,000 a step at 2,300 tokens, 400 with this.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(
+        ctypes.CDLL(None), "mallopt", None
+    )  # other C libraries have none
     if mallopt is None:
         return
     mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.distributed.agreement import by_the_first
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.errors import InputError
 from trainer.files.close_on_fork import open_unshared
 from trainer.run_files import LOCK
@@ -31,7 +31,7 @@ _RETRY_AFTER = 0.5
 
 
 @contextlib.contextmanager
-def locked_by_first_rank(run: Path, first: bool) -> Iterator[None]:
+def lock_run_folder_on_first_rank(run: Path, first: bool) -> Iterator[None]:
     """Within it the run's folder belongs to these ranks. Collective.
 
         with locked_by_first_rank(run, ranks.first):
@@ -41,13 +41,13 @@ def locked_by_first_rank(run: Path, first: bool) -> Iterator[None]:
     made.
     """
     locks = contextlib.ExitStack()
-    by_the_first(lambda: locks.enter_context(locked(run)), first)
+    run_on_first_rank(lambda: locks.enter_context(lock_run_folder(run)), first)
     with locks:
         yield
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def lock_run_folder(run: Path) -> Iterator[None]:
     """Within it the run's folder belongs to this process.
 
     Makes the folder where there is none, and removes it where nothing was written into it. Raises

@@ -35,14 +35,14 @@ from trainer.distributed.json_lines import (
 )
 from trainer.distributed.launchers import World, enter_world, read_world
 from trainer.distributed.preemption import STOP_SIGNALS
-from trainer.errors import InputError, NotFinite, RanksLost, Stopped
+from trainer.errors import InputError, LostRanks, NonFiniteLoss, RunStopped
 from trainer.process_name import process_name
 
 _THREAD = "supervisor"
 _UNDER_SUPERVISION = "SYNCREC_UNDER_SUPERVISION"
 _SUPERVISOR = "SYNCREC_SUPERVISOR"  # its process number
 # A restart would end the same.
-_NOT_AGAIN = {InputError.status, NotFinite.status, Stopped.status}
+_NOT_AGAIN = {InputError.status, NonFiniteLoss.status, RunStopped.status}
 _BY_ITSELF = 20.0  # seconds in which a child ends after another one has
 _MEET = 600.0  # seconds in which all supervisors are started
 _REACH = 5.0  # seconds in which the first rank's supervisor answers
@@ -112,7 +112,9 @@ def _run_attempts(
             peers.finish(attempt + 1, status, last=True)
             break
         # What its own attempts have written is resumed.
-        arguments = [argument for argument in arguments if argument != "--fresh"]
+        arguments = [
+            argument for argument in arguments if argument != "--fresh"
+        ]
     return status
 
 
@@ -131,7 +133,9 @@ class _Child:
         self._process: subprocess.Popen | None = None
         self._attempt = -1
         self._over = -1  # the last attempt that has ended somewhere
-        self._lock = threading.RLock()  # a signal's handler may come while it is held
+        self._lock = (
+            threading.RLock()
+        )  # a signal's handler may come while it is held
 
     def run(self, attempt: int, arguments: list[str]) -> int:
         """Starts the child of this attempt and waits for its end.
@@ -145,7 +149,9 @@ class _Child:
             environment[_UNDER_SUPERVISION] = "1"
             environment[_SUPERVISOR] = str(os.getpid())
             # In a group of its own: what a terminal sends to all (Ctrl-C) comes once, from here.
-            process = subprocess.Popen(command, env=environment, process_group=0)
+            process = subprocess.Popen(
+                command, env=environment, process_group=0
+            )
             self._process = process
             if self.stopped:  # asked between two lines
                 process.terminate()
@@ -356,7 +362,9 @@ class _Follower(_Peers):
     def __init__(self, world: World, child: _Child):
         self._world = world
         self._child = child
-        self._verdicts: dict[int, bool] = {}  # by attempt: whether all begin again
+        self._verdicts: dict[
+            int, bool
+        ] = {}  # by attempt: whether all begin again
         self._lost = False
         self._changed = threading.Condition()
         self._first = self._connect()
@@ -406,12 +414,12 @@ class _Follower(_Peers):
             except OSError as error:
                 if time.monotonic() > deadline:
                     reason = error.strerror or error
-                    raise RanksLost(
+                    raise LostRanks(
                         f"rank {world.rank}: the first rank's supervisor does not "
                         f"answer at {address} ({reason})"
                     ) from None
                 if self._child.stopped:
-                    raise Stopped(
+                    raise RunStopped(
                         "stopped before all ranks had met, as asked; the same command goes on"
                     ) from None
             time.sleep(_TRY)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from trainer.distributed.process_exit import end_process
-from trainer.errors import LOST, RanksLost
+from trainer.errors import RANKS_LOST_ADVICE, LostRanks
 from trainer.process_name import rank_for_messages
 
 
@@ -81,6 +81,10 @@ class Watchdog:
     def _end(self, waited: float) -> None:
         """Says in one line what did not go on, and ends the process."""
         rank = rank_for_messages()
-        line = f"rank {rank}: no progress for {waited:.0f} s in {self._activity()}"
-        print(f"error: {line}: {LOST}", file=sys.stderr, flush=True)
-        end_process(RanksLost.status)
+        line = (
+            f"rank {rank}: no progress for {waited:.0f} s in {self._activity()}"
+        )
+        print(
+            f"error: {line}: {RANKS_LOST_ADVICE}", file=sys.stderr, flush=True
+        )
+        end_process(LostRanks.status)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.evaluation.metrics import (
-    CUTOFFS as CUTS,  # moved
+    CUTOFFS as CUTS,
 )
 from trainer.evaluation.metrics import (
-    FULL_METRICS as NAMES,  # moved
+    FULL_METRICS as NAMES,
 )
 from trainer.evaluation.metrics import metric_matrix
 
@@ -31,20 +31,28 @@ _PERCENTILES = (2.5, 97.5)
 
 def _cumulative_poisson(most: int) -> np.ndarray:
     """The probabilities that a Poisson number of mean 1 is at most 0, 1, …, `most`."""
-    chances = [math.exp(-1) / math.factorial(count) for count in range(most + 1)]
+    chances = [
+        math.exp(-1) / math.factorial(count) for count in range(most + 1)
+    ]
     return np.cumsum(chances)
 
 
 _CUMULATIVE = _cumulative_poisson(12)
 
 
-def weights(seed: int, replicates: int, user_B: np.ndarray) -> np.ndarray:
+def poisson_weights(
+    seed: int, replicates: int, user_B: np.ndarray
+) -> np.ndarray:
     """How often each replicate counts each user: whole numbers, float64 (replicates, B)."""
     replicate_R1 = np.arange(replicates)[:, None]
     user_1B = np.asarray(user_B)[None]
-    bits_RB = random_bits(seed, RandomStream.BOOTSTRAP_WEIGHTS, replicate_R1, user_1B)
+    bits_RB = random_bits(
+        seed, RandomStream.BOOTSTRAP_WEIGHTS, replicate_R1, user_1B
+    )
     unit_RB = random_unit(bits_RB)
-    return np.searchsorted(_CUMULATIVE, unit_RB, side="right").astype(np.float64)
+    return np.searchsorted(_CUMULATIVE, unit_RB, side="right").astype(
+        np.float64
+    )
 
 
 def scaled_values(position_B: np.ndarray) -> np.ndarray:
@@ -66,7 +74,9 @@ class GroupMeans:
         3         0      2          0.9     replicate 2
     """
 
-    def __init__(self, systems: int, groups: int, seed: int, replicates: int = 1000):
+    def __init__(
+        self, systems: int, groups: int, seed: int, replicates: int = 1000
+    ):
         self.seed = seed
         self.replicates = replicates
         shape = (systems, groups, 1 + replicates, 1 + len(NAMES))
@@ -91,7 +101,7 @@ class GroupMeans:
         if len(user_B) == 0:
             return
         once_1B = np.ones((1, len(user_B)))
-        drawn_RB = weights(self.seed, self.replicates, user_B)
+        drawn_RB = poisson_weights(self.seed, self.replicates, user_B)
         weight_RB = np.concatenate([once_1B, drawn_RB])
         for system, position_B in enumerate(ranks_SB):
             value_BK = scaled_values(position_B)
@@ -133,7 +143,9 @@ class GroupMeans:
         """
         return _difference(self.users(group), self._differences(group, metric))
 
-    def mean_difference(self, groups: Sequence[int], metric: str) -> dict[str, Any]:
+    def mean_difference(
+        self, groups: Sequence[int], metric: str
+    ) -> dict[str, Any]:
         """The `difference` of the means over those of the groups that have users."""
         with_users = self._groups_with_users(groups)
         if not with_users:

@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 
 from trainer.config.run import RunConfig
-from trainer.data.duckdb_engine import limited_engine
+from trainer.data.duckdb_engine import (
+    escape_sql,
+    open_connection,
+    open_limited_engine,
+)
 from trainer.data.format.dataset import USERS, Dataset
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.prepare.shard_writing import connect, escape
-from trainer.distributed.agreement import by_the_first
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.errors import InputError
-from trainer.files.atomic import Patience, StorageLate, replaced
+from trainer.files.atomic import LateStorage, Patience, replace_file
 
 if TYPE_CHECKING:
     from trainer.distributed.process_group import Ranks
@@ -29,10 +32,12 @@ _BATCH = 1 << 20  # candidates that are read and sent at once
 _END = -1  # in place of a batch's size
 _FAILED = -2
 
-CandidateBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # users, domains, rows
+CandidateBatch = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # users, domains, rows
 
 
-class GivenCandidates(Mapping):
+class CandidateLists(Mapping):
     """{user number: (domain, rows of M)}, the positive first, held as arrays.
 
     user_K: int64, rising; domain_K; ends_K: where each user's rows end in rows_C, int32. longest:
@@ -79,7 +84,7 @@ class GivenCandidates(Mapping):
         return domain, rows.astype(np.int64)
 
 
-def read_candidates(dataset: Dataset, file: str | Path) -> GivenCandidates:
+def read_candidates(dataset: Dataset, file: str | Path) -> CandidateLists:
     """Reads everybody's candidates.
 
     file: Parquet with `user_id`, `positive` and `negatives` (a list), raw ids, one row a user:
@@ -93,7 +98,7 @@ def read_candidates(dataset: Dataset, file: str | Path) -> GivenCandidates:
     InputError naming the file and the first row (from 0) that does not fit.
     """
     collector = _CandidateCollector()
-    with limited_engine() as engine:
+    with open_limited_engine() as engine:
         _join(engine, dataset, file)
         for user_C, domain_C, row_C in _read_joined(engine):
             collector.add(user_C, domain_C, row_C)
@@ -102,7 +107,7 @@ def read_candidates(dataset: Dataset, file: str | Path) -> GivenCandidates:
 
 def read_candidates_of_rank(
     dataset: Dataset, file: str | Path, ranks: "Ranks", config: RunConfig
-) -> GivenCandidates:
+) -> CandidateLists:
     """Reads the candidates of the users that this rank ranks.
 
     Called on all ranks; the first one reads, and sends to the others.
@@ -113,10 +118,12 @@ def read_candidates_of_rank(
         engine = None
         batches: Iterator[CandidateBatch] = iter(())
         if ranks.first:
-            engine = stack.enter_context(limited_engine())
+            engine = stack.enter_context(open_limited_engine())
             batches = _read_joined(engine)
-        by_the_first(lambda: _join(engine, dataset, file), ranks.first)
-        while (batch := _broadcast_next(batches, file, ranks.first)) is not None:
+        run_on_first_rank(lambda: _join(engine, dataset, file), ranks.first)
+        while (
+            batch := _broadcast_next(batches, file, ranks.first)
+        ) is not None:
             collector.add(*batch)
     return collector.candidates()
 
@@ -126,10 +133,17 @@ class Homes:
 
     def __init__(self, dataset: Dataset, world_size: int, config: RunConfig):
         batch_size = max(config.evaluation.batch_size, world_size)
-        plan = Plan(
-            dataset, batch_size, world_size, config.seed, shuffle=False, balance=False
+        plan = BatchSchedule(
+            dataset,
+            batch_size,
+            world_size,
+            config.seed,
+            shuffle=False,
+            balance=False,
         )
-        self._first_user = np.array([shard.first_user for shard in dataset.shards])
+        self._first_user = np.array(
+            [shard.first_user for shard in dataset.shards]
+        )
         self._rank_of_shard = np.zeros(len(dataset.shards), np.int64)
         for stream, shards in enumerate(plan.shards(0)):
             self._rank_of_shard[shards] = stream % world_size
@@ -156,7 +170,9 @@ class _CandidateCollector:
         self._last_user = -1
         self._last_count = 0
 
-    def add(self, user_C: np.ndarray, domain_C: np.ndarray, row_C: np.ndarray) -> None:
+    def add(
+        self, user_C: np.ndarray, domain_C: np.ndarray, row_C: np.ndarray
+    ) -> None:
         """Adds the next candidates, users rising.
 
         user_C, domain_C, row_C: of each candidate, a user's positive first. Two users with three
@@ -195,7 +211,7 @@ class _CandidateCollector:
         if len(count_K) == 1:
             self._last_count = first_count
 
-    def candidates(self) -> GivenCandidates:
+    def candidates(self) -> CandidateLists:
         """Joins all batches."""
         user_K = np.concatenate(self._users)
         domain_K = np.concatenate(self._domains)
@@ -206,8 +222,12 @@ class _CandidateCollector:
         if len(first_K):
             total_K = np.cumsum(count_K)
             ends_K = np.append(total_K[first_K[1:] - 1], total_K[-1])
-        return GivenCandidates(
-            user_K[first_K], domain_K[first_K], ends_K, rows_C, max(1, self._longest)
+        return CandidateLists(
+            user_K[first_K],
+            domain_K[first_K],
+            ends_K,
+            rows_C,
+            max(1, self._longest),
         )
 
 
@@ -311,7 +331,9 @@ def _load_file(engine: duckdb.DuckDBPyConnection, file: str | Path) -> None:
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
-        raise InputError(f"{file}: cannot be read ({_first_line(error)})") from None
+        raise InputError(
+            f"{file}: cannot be read ({_first_line(error)})"
+        ) from None
 
 
 def _open_parquet(
@@ -407,7 +429,9 @@ def _refuse_unusable_rows(
     )
 
 
-def _place_positives(engine: duckdb.DuckDBPyConnection, file: str | Path) -> None:
+def _place_positives(
+    engine: duckdb.DuckDBPyConnection, file: str | Path
+) -> None:
     """Makes the table `placed` (line, matches, domain): the domain that has the row's positive."""
     engine.execute(
         """
@@ -481,7 +505,9 @@ class ResultWriter:
         self.file = Path(file)
         self.ranks = ranks
         if self.file.exists():
-            raise InputError(f"{self.file}: already exists; give another --output")
+            raise InputError(
+                f"{self.file}: already exists; give another --output"
+            )
         if not self.file.parent.is_dir():
             raise InputError(f"{self.file.parent}: there is no such folder")
         self._schema = pa.schema(
@@ -493,14 +519,19 @@ class ResultWriter:
             ]
         )
         try:
-            self._writer = pq.ParquetWriter(self._part(ranks.rank), self._schema)
+            self._writer = pq.ParquetWriter(
+                self._part(ranks.rank), self._schema
+            )
         except OSError as error:
             raise InputError(
                 f"{self.file.parent}: cannot be written ({error.strerror})"
             ) from None
 
     def add(
-        self, candidates: "Candidates", ranks_B: np.ndarray, scores_C: np.ndarray
+        self,
+        candidates: "Candidates",
+        ranks_B: np.ndarray,
+        scores_C: np.ndarray,
     ) -> None:
         """Adds one step's users; `rank_candidates` calls it. ranks_B: positions."""
         real = candidates.user_B >= 0
@@ -508,7 +539,9 @@ class ResultWriter:
             return
         ends_B = np.cumsum(candidates.counts_B)
         offsets = np.concatenate([[0], ends_B]).astype(np.int32)
-        names = [self.dataset.domains[domain].name for domain in candidates.domain_B]
+        names = [
+            self.dataset.domains[domain].name for domain in candidates.domain_B
+        ]
         scores = pa.ListArray.from_arrays(offsets, scores_C.astype(np.float32))
         columns = {
             "user": candidates.user_B,
@@ -522,9 +555,11 @@ class ResultWriter:
         """Joins the parts. Called on all ranks after the last user."""
         self._writer.close()
         my_size = torch.tensor([self._part(self.ranks.rank).stat().st_size])
-        sizes = [torch.empty_like(my_size) for _ in range(self.ranks.world_size)]
+        sizes = [
+            torch.empty_like(my_size) for _ in range(self.ranks.world_size)
+        ]
         dist.all_gather(sizes, my_size)
-        by_the_first(
+        run_on_first_rank(
             lambda: self._join([int(size) for size in sizes]), self.ranks.first
         )
 
@@ -535,7 +570,10 @@ class ResultWriter:
         try:
             self._wait_for(parts, sizes)
             quoted_parts = ", ".join(map(_quote, parts))
-            with replaced(self.file) as partial, connect() as engine:
+            with (
+                replace_file(self.file) as partial,
+                open_connection() as engine,
+            ):
                 engine.execute(
                     f"""
                     COPY (SELECT u.user_id, r.domain, r.rank, r.scores
@@ -556,7 +594,7 @@ class ResultWriter:
         for part, size in zip(parts, sizes, strict=True):
             while not _has_size(part, size):
                 if patience.over:
-                    raise StorageLate(
+                    raise LateStorage(
                         f"{part}: is not seen on this host: --output has to be on storage "
                         "that all hosts see"
                     )
@@ -572,7 +610,10 @@ class ResultWriter:
 
 
 def _refuse(
-    engine: duckdb.DuckDBPyConnection, file: str | Path, offenders: str, message: str
+    engine: duckdb.DuckDBPyConnection,
+    file: str | Path,
+    offenders: str,
+    message: str,
 ) -> None:
     """Raises InputError for the first row that the query `offenders` (line, value) gives."""
     query = f"SELECT * FROM ({offenders}) ORDER BY 1 LIMIT 1"
@@ -600,4 +641,4 @@ def _users_sql(dataset: Dataset) -> str:
 
 def _quote(path: str | Path) -> str:
     """A path as an SQL literal."""
-    return f"'{escape(path)}'"
+    return f"'{escape_sql(path)}'"

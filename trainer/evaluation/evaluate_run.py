@@ -19,33 +19,35 @@ from rich.progress import Progress
 from trainer.checkpoint.best_model import best_model, open_run
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.distributed.consensus import on_all_ranks
-from trainer.distributed.determinism import deterministic_sums
-from trainer.distributed.run_lock import locked
+from trainer.distributed.consensus import run_on_all_ranks
+from trainer.distributed.determinism import use_deterministic_sums
+from trainer.distributed.run_lock import lock_run_folder
 from trainer.errors import InputError
-from trainer.evaluation.candidate_files import ResultWriter, read_candidates_of_rank
-from trainer.evaluation.evaluation import FULL_RECORD
+from trainer.evaluation.candidate_files import (
+    ResultWriter,
+    read_candidates_of_rank,
+)
 from trainer.evaluation.full import full_record, rank_fully, summed
 from trainer.evaluation.sampled import (
     Advance,
     Candidates,
     CandidatesByUser,
     Model,
-    Ranking,
+    PositionCounts,
     Visit,
     evaluate_split,
-    evaluation_record,
+    make_evaluation_record,
 )
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
-from trainer.run_files import RANKS
+from trainer.run_files import FULL, RANKS
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
 
 
-def rank_run(
+def evaluate_run(
     run: str | Path,
     ranks: "Ranks",
     split: str = "test",
@@ -67,7 +69,7 @@ def rank_run(
             "leave one of them out"
         )
     config, dataset = open_run(run, data, ranks=ranks)
-    with deterministic_sums(config.deterministic):
+    with use_deterministic_sums(config.deterministic):
         candidates_by_user = None
         if candidates:
             candidates_by_user = read_candidates_of_rank(
@@ -88,11 +90,13 @@ def rank_run(
             output,
             visit,
         )
-        record = evaluation_record(split, dataset, ranking, **model_state)
+        record = make_evaluation_record(split, dataset, ranking, **model_state)
         if not full:
             return record
         with _progress_bar(ranks, "ranking among all items") as advance:
-            whole = rank_fully(model, table, dataset, ranks, config, split, advance)
+            whole = rank_fully(
+                model, table, dataset, ranks, config, split, advance
+            )
         record = full_record(split, dataset, whole, record, **model_state)
         domain_U = summed(positions.domain_U, ranks)
         sampled_U = summed(positions.position_U, ranks)
@@ -109,7 +113,10 @@ class _UserPositions:
         self.domain_U = np.zeros(users, np.int32)
 
     def visit(
-        self, candidates: Candidates, position_B: np.ndarray, _scores_C: np.ndarray
+        self,
+        candidates: Candidates,
+        position_B: np.ndarray,
+        _scores_C: np.ndarray,
     ) -> None:
         """Keeps one step's positions."""
         real = candidates.user_B >= 0
@@ -128,7 +135,7 @@ def _rank_candidates(
     candidates: CandidatesByUser | None,
     output: str | Path | None,
     visit: Visit | None,
-) -> Ranking:
+) -> PositionCounts:
     """Ranks a split among drawn or given candidates; leaves `output` where it is given.
 
     Says on stderr which users were skipped. Where it fails, it leaves no part of `output`.
@@ -169,11 +176,15 @@ def _rank_candidates(
     return ranking
 
 
-def _open_writer(dataset: Dataset, output: str | Path, ranks: "Ranks") -> ResultWriter:
+def _open_writer(
+    dataset: Dataset, output: str | Path, ranks: "Ranks"
+) -> ResultWriter:
     """Opens this rank's part of the results, or leaves none where another rank's fails."""
     opened: list[ResultWriter] = []
     try:
-        on_all_ranks(lambda: opened.append(ResultWriter(dataset, output, ranks)))
+        run_on_all_ranks(
+            lambda: opened.append(ResultWriter(dataset, output, ranks))
+        )
     except BaseException:
         for writer in opened:
             writer.discard()
@@ -185,7 +196,9 @@ def _open_writer(dataset: Dataset, output: str | Path, ranks: "Ranks") -> Result
 def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
     """A progress bar on the first rank's stderr; yields advance(done, total)."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not ranks.first) as bar:
+    with Progress(
+        console=console, transient=True, disable=not ranks.first
+    ) as bar:
         task = bar.add_task(text)
 
         def advance(done: int, total: int) -> None:
@@ -208,7 +221,7 @@ def _save_full(
     split = record["kind"]
     (users,) = np.nonzero(full_U)
     try:
-        with locked(run):
+        with lock_run_folder(run):
             write_ranks(
                 run / RANKS.format(split=split),
                 users,
@@ -216,7 +229,7 @@ def _save_full(
                 sampled_U[users],
                 full_U[users],
             )
-            write_json(run / f"{FULL_RECORD}-{split}.json", record)
+            write_json(run / f"{FULL}-{split}.json", record)
     except InputError as error:
         _warn(f"{error}: the figures are only shown")
     except OSError as error:

@@ -21,13 +21,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.evaluation.metrics import HEADLINE, Figures
+from trainer.evaluation.metrics import Figures
+from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-FULL_RECORD = "evaluation-full"  # -SPLIT.json: the record of a ranking among all items
+FULL_RECORD = (
+    "evaluation-full"  # -SPLIT.json: the record of a ranking among all items
+)
 
 _BEFORE = ("kind", "ranking", "too_short", "skipped_users")
 _FIGURES = ("domains", "mean", "popularity", "popularity_mean")
@@ -68,7 +71,9 @@ class DomainTable(list[DomainFigures]):
     metrics: the names of the metrics, in the record's order. A notebook shows it as a table.
     """
 
-    def __init__(self, rows: Iterable[DomainFigures], metrics: Iterable[str]) -> None:
+    def __init__(
+        self, rows: Iterable[DomainFigures], metrics: Iterable[str]
+    ) -> None:
         super().__init__(rows)
         self.metrics = list(metrics)
 
@@ -138,7 +143,9 @@ class Evaluation:
         popularity = record.get("popularity") or {}
         rows = []
         for name, figures in record["domains"].items():
-            rows.append(DomainFigures(name, figures, popularity.get(name) or {}))
+            rows.append(
+                DomainFigures(name, figures, popularity.get(name) or {})
+            )
         model_state = {}
         for key, value in record.items():
             if key not in (*_BEFORE, *_FIGURES, *_FULL):
@@ -168,7 +175,9 @@ class Evaluation:
         record["domains"] = {row.name: row.model for row in self.by_domain}
         record["mean"] = self.mean
         if self.has_popularity:
-            record["popularity"] = {row.name: row.popularity for row in self.by_domain}
+            record["popularity"] = {
+                row.name: row.popularity for row in self.by_domain
+            }
         if self.popularity_mean is not None:
             record["popularity_mean"] = self.popularity_mean
         return record | self.full

@@ -6,7 +6,7 @@ and the Gini index of what is recommended.
 A user's held-out item (leave-one-out) is ranked among all items of its domain, except those of the
 rest of the user's history. Popularity ranks the same items, its ties broken by an order drawn for
 each user. Ties of the model's scores count against it. On CPUs every figure is the same at any
-number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/gpu.md).
+number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/cuda.md).
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 
 from embeddings.topk.ranking import ExactRanking, Excluded
-from syncrec.batch.build import Query, move
+from syncrec.batch.views import Query, move
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.histories import Users
-from trainer.data.loading.stream import ready
+from trainer.data.loading.histories import UserHistories
+from trainer.data.loading.stream import batches_of_workers
 from trainer.data.split import can_be_split
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
-from trainer.evaluation.metrics import HEADLINE
 from trainer.evaluation.popularity import Popularity
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
+from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -106,7 +106,7 @@ class FullRanking:
 class HeldOutBatches(RankingBatches):
     """As RankingBatches, without candidates."""
 
-    def build(self, users: Users) -> HeldOutBatch:
+    def build(self, users: UserHistories) -> HeldOutBatch:
         """Histories up to the held-out item, that item, and the user's other items."""
         dataset = self.plan.dataset
         chosen_B = self._chosen(users)
@@ -124,7 +124,9 @@ class HeldOutBatches(RankingBatches):
             domain_length_B[user] = np.count_nonzero(same_domain)
             others.append(np.delete(items, len(items) - offset))
         return HeldOutBatch(
-            query=self.query(users, np.flatnonzero(chosen_B), np.zeros(0, np.int64)),
+            query=self.query(
+                users, np.flatnonzero(chosen_B), np.zeros(0, np.int64)
+            ),
             user_B=users.number_B[chosen_B],
             domain_B=domain_B,
             row_B=row_B,
@@ -134,7 +136,7 @@ class HeldOutBatches(RankingBatches):
             counts_B=lengths_B - 1,
         )
 
-    def _chosen(self, users: Users) -> np.ndarray:
+    def _chosen(self, users: UserHistories) -> np.ndarray:
         """Which users are ranked, bool (B,): those that are split, and of the one domain."""
         chosen_B = can_be_split(users.lengths_B)
         if self.only_domain is None:
@@ -149,14 +151,20 @@ class HeldOutBatches(RankingBatches):
 class _DomainRankings:
     """An exact ranking of each domain's items, and how often each item was recommended."""
 
-    def __init__(self, table: "ItemTable", dataset: Dataset, only_domain: int | None):
+    def __init__(
+        self, table: "ItemTable", dataset: Dataset, only_domain: int | None
+    ):
         self.domains = dataset.domains
-        self.numbers = range(len(dataset.domains))  # of the domains that are ranked
+        self.numbers = range(
+            len(dataset.domains)
+        )  # of the domains that are ranked
         if only_domain is not None:
             self.numbers = range(only_domain, only_domain + 1)
         self.rankings = []
         for domain in dataset.domains:
-            self.rankings.append(ExactRanking(table, domain.start, domain.items))
+            self.rankings.append(
+                ExactRanking(table, domain.start, domain.items)
+            )
         self.shown_N = np.zeros(dataset.num_embeddings, np.int64)
 
     def rank(self, y_BDR: torch.Tensor, batch: HeldOutBatch) -> np.ndarray:
@@ -178,7 +186,9 @@ class _DomainRankings:
             )
         return position_B
 
-    def _count_shown(self, number: int, y_BR: torch.Tensor, excluded: Excluded) -> None:
+    def _count_shown(
+        self, number: int, y_BR: torch.Tensor, excluded: Excluded
+    ) -> None:
         """Counts the best items of the domain for each user."""
         most = min(SHOWN, self.domains[number].items)
         rows_Bk = self.rankings[number].top_k(y_BR, most, excluded).rows_Bk
@@ -233,11 +243,15 @@ def rank_fully(
     )
     rankings = _DomainRankings(table, dataset, batches.only_domain)
     popularity = Popularity(dataset, config.seed)
-    means = GroupMeans(2, len(dataset.domains) * groups_of_domain(), config.seed)
+    means = GroupMeans(
+        2, len(dataset.domains) * groups_of_domain(), config.seed
+    )
     position_U = np.zeros(dataset.users, np.int32)
     skipped = 0
     reasons: dict[str, None] = {}
-    built = ready(batches, config.stream, pin_memory=False, workers=workers)
+    built = batches_of_workers(
+        batches, config.stream, pin_memory=False, workers=workers
+    )
     for done, batch in enumerate(built, start=1):
         skipped += batch.skipped
         reasons |= dict.fromkeys(batch.reasons)
@@ -246,7 +260,11 @@ def rank_fully(
         # A rank without users has one to look up with.
         position_B = rankings.rank(y_BDR[: len(batch.user_B)], batch)
         popularity_B = popularity.positions(
-            batch.user_B, batch.domain_B, batch.row_B, batch.counts_B, batch.rows_E
+            batch.user_B,
+            batch.domain_B,
+            batch.row_B,
+            batch.counts_B,
+            batch.rows_E,
         )
         position_U[batch.user_B] = position_B
         groups_BG = groups(batch, popularity.third_N[batch.row_B])

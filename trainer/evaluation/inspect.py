@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from syncrec.batch.build import Batch, build_batch, move, trim
+from syncrec.batch.build import build_batch, trim
+from syncrec.batch.views import Batch, move
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset, Domain
-from trainer.data.format.vocabulary import item_counts, item_ids
-from trainer.data.loading.histories import Histories, Users
-from trainer.data.loading.stream import domains_of, training_part
+from trainer.data.format.vocabulary import read_item_counts, read_item_ids
+from trainer.data.loading.histories import Histories, UserHistories
+from trainer.data.loading.stream import find_domains, select_training_part
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -31,7 +32,7 @@ Gates = dict[str, dict[str, list[float]] | None]
 
 
 @dataclass(frozen=True)
-class LookConfig:
+class InspectionConfig:
     """How much is inspected, so that it takes seconds whatever the size of the dataset."""
 
     users: int = 1024  # whose tokens the gates are averaged over
@@ -41,13 +42,13 @@ class LookConfig:
 
 
 @torch.no_grad()
-def look_at(
+def inspect_model(
     model: "SyNCRec",
     table: "ItemTable",
     dataset: Dataset,
     config: RunConfig,
     ranks: "Ranks",
-    look: LookConfig | None = None,
+    look: InspectionConfig | None = None,
 ) -> dict[str, Any]:
     """Inspects a model. Called on all ranks. Returns JSON values, by the domains' names:
 
@@ -57,7 +58,7 @@ def look_at(
               where there is no such gate. A domain without a token is left out.
     items     [{domain, item, nearest: {domain: [[item, cosine], …]}}], on the first rank alone
     """
-    look = look or LookConfig()
+    look = look or InspectionConfig()
     names = [domain.name for domain in dataset.domains]
     weights = None
     if model.correction is not None:
@@ -129,7 +130,9 @@ def _single_weights(
     return torch.cat(weights)
 
 
-def _task_domains(task_starts: Sequence[int], device: torch.device) -> torch.Tensor:
+def _task_domains(
+    task_starts: Sequence[int], device: torch.device
+) -> torch.Tensor:
     """The domain of each token of the single-domain view, int64 (M,).
 
     task_starts: where each domain's tokens begin, and where the last ones end. (0, 3, 5) gives
@@ -185,7 +188,9 @@ def _training_batch(
     A rank without any looks an item up all the same.
     """
     histories = _read_users(dataset, config, ranks, users)
-    _, lengths_B, place_N, _ = training_part(dataset, histories, config.stream.domain)
+    _, lengths_B, place_N, _ = select_training_part(
+        dataset, histories, config.stream.domain
+    )
     items_N = histories.items_N[place_N]
     ticks_N = histories.ticks_N[place_N]
     lengths_B = lengths_B[lengths_B > 0]
@@ -194,7 +199,7 @@ def _training_batch(
         items_N = np.zeros(1, np.int32)
         ticks_N = np.zeros(1, np.uint16)
         lengths_B = np.ones(1, np.int64)
-    domain_N = domains_of(dataset, items_N)
+    domain_N = find_domains(dataset, items_N)
     kept_N, lengths_B, domain_N = trim(
         np.arange(len(items_N)), lengths_B, domain_N, config.model.max_length
     )
@@ -213,14 +218,16 @@ def _training_batch(
 
 def _read_users(
     dataset: Dataset, config: RunConfig, ranks: "Ranks", users: int
-) -> Users:
+) -> UserHistories:
     """This rank's share of the first users."""
     first = users * ranks.rank // ranks.world_size
     end = users * (ranks.rank + 1) // ranks.world_size
     report = None
     if config.stream.damaged == "skip":
         report = _ignore
-    histories = Histories(dataset, blocks=1, verify=config.stream.verify, report=report)
+    histories = Histories(
+        dataset, blocks=1, verify=config.stream.verify, report=report
+    )
     try:
         return histories.read(np.arange(first, end))
     finally:
@@ -244,7 +251,7 @@ class _PopularItems:
 
 
 def _nearest_items(
-    table: "ItemTable", dataset: Dataset, ranks: "Ranks", look: LookConfig
+    table: "ItemTable", dataset: Dataset, ranks: "Ranks", look: InspectionConfig
 ) -> list[dict[str, Any]] | None:
     """The items nearest to the most popular ones of each domain. Called on all ranks."""
     popular = []
@@ -260,19 +267,25 @@ def _nearest_items(
                 near = _neighbours(domain, index, other, look.neighbours)
                 nearest[other.name] = near
             item = domain.ids[index]
-            items.append({"domain": domain.name, "item": item, "nearest": nearest})
+            items.append(
+                {"domain": domain.name, "item": item, "nearest": nearest}
+            )
     return items
 
 
 def _read_popular(
-    table: "ItemTable", dataset: Dataset, domain: Domain, ranks: "Ranks", most: int
+    table: "ItemTable",
+    dataset: Dataset,
+    domain: Domain,
+    ranks: "Ranks",
+    most: int,
 ) -> _PopularItems:
     """A domain's most popular items. Called on all ranks; the first one looks them up.
 
     Equally popular items are ordered by row. An item that training never met lies anywhere: it is
     left out.
     """
-    counts_N = item_counts(dataset)
+    counts_N = read_item_counts(dataset)
     counts = counts_N[domain.start : domain.start + domain.items]
     place_K = np.argsort(-counts, kind="stable")[:most]
     place_K = place_K[counts[place_K] > 0]
@@ -280,7 +293,7 @@ def _read_popular(
     ids: list[str] = []
     if ranks.first:
         rows_K = torch.from_numpy(place_K + domain.start)
-        names = item_ids(dataset, domain).take(place_K)
+        names = read_item_ids(dataset, domain).take(place_K)
         ids = [str(name) for name in names.to_pylist()]
     vectors_KR = table(rows_K).float()
     vectors_KR = torch.nn.functional.normalize(vectors_KR, dim=1)
@@ -299,7 +312,9 @@ def _neighbours(
     return near[:most]
 
 
-def _greatest(cosines: torch.Tensor, ids: list[str], most: int) -> list[list[Any]]:
+def _greatest(
+    cosines: torch.Tensor, ids: list[str], most: int
+) -> list[list[Any]]:
     """[[item, cosine], …] of the greatest cosines, without −inf."""
     best = cosines.topk(min(most, len(cosines)))
     indices = best.indices.tolist()

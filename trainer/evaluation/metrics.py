@@ -34,7 +34,6 @@ def metric_names(cutoffs: tuple[int, ...]) -> tuple[str, ...]:
 
 METRICS = metric_names(SHORT_CUTOFFS)  # of a ranking among drawn candidates
 FULL_METRICS = metric_names(CUTOFFS)  # of a ranking among all items
-HEADLINE = "NDCG@10"  # the metric that chooses the best model
 
 
 def discounted_gains(position_B: np.ndarray) -> np.ndarray:
@@ -57,7 +56,9 @@ def metric_values(metric: str, position_B: np.ndarray) -> np.ndarray:
     return discounted_gains(position_B) * within_B
 
 
-def metric_matrix(position_B: np.ndarray, cutoffs: tuple[int, ...]) -> np.ndarray:
+def metric_matrix(
+    position_B: np.ndarray, cutoffs: tuple[int, ...]
+) -> np.ndarray:
     """`metric_values` of all `metric_names` of the cutoffs, float64 (B, metrics).
 
     Of the cutoffs (1, 5) and two users at positions 1 and 4:
@@ -113,7 +114,9 @@ def mean_figures(by_domain: Mapping[str, Figures]) -> Figures:
     return means
 
 
-def mean_ndcg(position_U: np.ndarray, domain_U: np.ndarray, cutoff: int = 10) -> float:
+def mean_ndcg(
+    position_U: np.ndarray, domain_U: np.ndarray, cutoff: int = 10
+) -> float:
     """The mean over domains with users of NDCG@cutoff, 0.0 without users.
 
     position_U, domain_U: int64 (U,), of each user's held-out item.
@@ -121,7 +124,9 @@ def mean_ndcg(position_U: np.ndarray, domain_U: np.ndarray, cutoff: int = 10) ->
     if len(position_U) == 0:
         return 0.0
     gain_U = metric_values(f"NDCG@{cutoff}", position_U)
-    means = [gain_U[domain_U == domain].mean() for domain in np.unique(domain_U)]
+    means = [
+        gain_U[domain_U == domain].mean() for domain in np.unique(domain_U)
+    ]
     return float(np.mean(means))
 
 
@@ -135,7 +140,9 @@ def outscores(score: np.ndarray, other: np.ndarray) -> np.ndarray:
     return score > other
 
 
-def candidate_positions(scores_C: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+def candidate_positions(
+    scores_C: np.ndarray, counts_B: np.ndarray
+) -> np.ndarray:
     """The position of each user's first candidate among the user's candidates, int64 (B,).
 
     scores_C, counts_B: jagged, user after user. Two users with three and two candidates:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, permutation, random_bits
 from trainer.data.format.dataset import Dataset
-from trainer.evaluation.metrics import HEADLINE, count_positions, metrics_of_histogram
+from trainer.evaluation.metrics import count_positions, metrics_of_histogram
 from trainer.evaluation.sampled import Candidates, Model, evaluate_split
+from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _MOST = 20_000  # users; a hundred rows are kept of each
 
 
-class DrawnUsers:
+class UserSample:
     """A random sample of the users that are ranked, with what their test item was ranked among.
 
     It sees the users that ranking visits, so that nobody is ranked a second time. At most _MOST
@@ -49,7 +50,9 @@ class DrawnUsers:
         (chosen,) = np.nonzero(candidates.user_B >= 0)
         chosen = chosen[self.wanted_U[candidates.user_B[chosen]]]
         key_B = random_bits(
-            self.seed, RandomStream.PERSONALIZATION_SAMPLE, candidates.user_B[chosen]
+            self.seed,
+            RandomStream.PERSONALIZATION_SAMPLE,
+            candidates.user_B[chosen],
         )
         if len(self._key_K) == _MOST:
             smaller_B = key_B < self._key_K[-1]
@@ -72,7 +75,9 @@ class DrawnUsers:
         self._user_K3 = user_K3[order]
         self._rows_KC = rows_KC[order]
 
-    def _padded_rows(self, candidates: Candidates, chosen: np.ndarray) -> np.ndarray:
+    def _padded_rows(
+        self, candidates: Candidates, chosen: np.ndarray
+    ) -> np.ndarray:
         """The candidates of the chosen users, int64 (B, C), −1 behind shorter lists."""
         rows_BC = np.full((len(chosen), self._width), -1, np.int64)
         starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
@@ -107,7 +112,9 @@ class DrawnUsers:
         total = counts_W.sum()
         return int(begin), int(total)
 
-    def _gather_users(self, begin: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    def _gather_users(
+        self, begin: int, total: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All ranks' keys, uint64 (total,), and users, domains and positions, int64 (total, 3).
 
         Each line is one rank's: the others add 0 to it.
@@ -132,13 +139,13 @@ class DrawnUsers:
         return rows_KC.numpy()
 
 
-def own_item_gains(
+def measure_personalization(
     model: Model,
     table: "ItemTable",
     config: RunConfig,
     dataset: Dataset,
     ranks: "Ranks",
-    drawn: DrawnUsers,
+    drawn: UserSample,
     least: int,
 ) -> list[float | None]:
     """NDCG@10 of test items for their own users, less that of the same items for others' users.

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
-from trainer.data.format.vocabulary import item_counts
+from trainer.data.format.vocabulary import read_item_counts
 from trainer.evaluation.metrics import drawn_positions
 
 HEAD, MIDDLE, TAIL = range(3)  # thirds of a domain's interactions
@@ -40,7 +40,9 @@ def _thirds(descending: np.ndarray) -> np.ndarray:
     An item without interactions is of the TAIL.
     """
     total = max(1, descending.sum())
-    before = np.cumsum(descending) - descending  # interactions of more popular items
+    before = (
+        np.cumsum(descending) - descending
+    )  # interactions of more popular items
     third = np.minimum(TAIL, 3 * before // total)
     return np.where(descending > 0, third, TAIL)
 
@@ -58,7 +60,7 @@ class Popularity:
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
-        self.counts_N = item_counts(dataset)
+        self.counts_N = read_item_counts(dataset)
         self.third_N = np.full(dataset.num_embeddings, TAIL, np.int8)
         self._ascending: list[np.ndarray] = []  # counts of each domain
         for domain in dataset.domains:

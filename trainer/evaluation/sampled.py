@@ -4,7 +4,7 @@ By leave-one-out (trainer/data/split.py) the newest interaction of a user's merg
 test item, the one before it the validation item. The item is ranked among items of its own domain
 that the user never touched (negative sampling). Its position is an integer, and what is summed
 over processes are counts of positions. So on CPUs the figures do not depend on the number of
-processes; on CUDA near ties may (docs/gpu.md). Ties count against the model.
+processes; on CUDA near ties may (docs/cuda.md). Ties count against the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,21 +15,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from syncrec.batch.build import Query, build_query, move
+from syncrec.batch.build import build_query
+from syncrec.batch.views import Query, move
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.run import RunConfig
 from trainer.config.stream import StreamConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.format.vocabulary import item_counts
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.histories import Histories, Users
-from trainer.data.loading.negative_sampling import evaluation_negatives
-from trainer.data.loading.stream import Reasons, domains_of, ready
+from trainer.data.format.vocabulary import read_item_counts
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.histories import Histories, UserHistories
+from trainer.data.loading.negative_sampling import draw_evaluation_negatives
+from trainer.data.loading.stream import (
+    DamageLog,
+    batches_of_workers,
+    find_domains,
+)
 from trainer.data.split import SPLITS, can_be_split
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
-from trainer.evaluation.metrics import (
-    METRICS as METRICS,  # moved
-)
 from trainer.evaluation.metrics import (
     candidate_positions,
     count_positions,
@@ -42,11 +44,15 @@ if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
 
-figures = metrics_of_histogram  # moved
-_ranks = candidate_positions  # moved
+figures = metrics_of_histogram
+_ranks = candidate_positions
 
-Model = Callable[[Query, torch.Tensor], torch.Tensor]  # (query, rows) to (B, D, R)
-CandidatesByUser = Mapping[int, tuple[int, np.ndarray]]  # user: (domain, rows of M)
+Model = Callable[
+    [Query, torch.Tensor], torch.Tensor
+]  # (query, rows) to (B, D, R)
+CandidatesByUser = Mapping[
+    int, tuple[int, np.ndarray]
+]  # user: (domain, rows of M)
 Advance = Callable[[int, int], object]  # called with (steps done, steps in all)
 
 
@@ -77,7 +83,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class PositionCounts:
     """How often each position occurred in a split, summed over all processes.
 
     histogram: int64 (2, D, longest candidate list), position 1 first, by the model and by
@@ -130,8 +136,13 @@ class RankingBatches(torch.utils.data.IterableDataset):
         self.stream = stream or StreamConfig()
         # Each user stays on its home rank: candidates are most of the work, and as many for each.
         global_batch_size = config.batch_size * world_size
-        self.plan = Plan(
-            dataset, global_batch_size, world_size, seed, shuffle=False, balance=False
+        self.plan = BatchSchedule(
+            dataset,
+            global_batch_size,
+            world_size,
+            seed,
+            shuffle=False,
+            balance=False,
         )
         self.rank = rank
         self.config = config
@@ -139,7 +150,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
         self.both_views = both_views
         self.split = SPLITS[split]
         self.candidates = candidates
-        self.only_domain = None  # the one domain that the model knows, by number
+        self.only_domain = (
+            None  # the one domain that the model knows, by number
+        )
         if self.stream.domain:
             self.only_domain = dataset.domain_number(self.stream.domain)
 
@@ -153,9 +166,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
         if worker:
             offset = worker.id
             stride = worker.num_workers
-        reasons = Reasons()
+        reasons = DamageLog()
         report = reasons if self.stream.damaged == "skip" else None
-        histories = Histories.of_plan(self.plan, self.stream.verify, report)
+        histories = Histories.of_schedule(self.plan, self.stream.verify, report)
         try:
             for step in range(offset, self.plan.steps(0), stride):
                 wanted_B = self.plan.users(0, step, self.rank)
@@ -166,7 +179,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
         finally:
             histories.close()
 
-    def build(self, users: Users) -> Candidates:
+    def build(self, users: UserHistories) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
         ends_B = np.cumsum(users.lengths_B)
         chosen: list[int] = []
@@ -175,7 +188,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
         candidates: list[np.ndarray] = []
         (split_B,) = np.nonzero(can_be_split(users.lengths_B))
         for user in split_B:
-            items = users.items_N[ends_B[user] - users.lengths_B[user] : ends_B[user]]
+            items = users.items_N[
+                ends_B[user] - users.lengths_B[user] : ends_B[user]
+            ]
             number = users.number_B[user]
             pair = self._candidates(int(number), items)
             if pair is None:
@@ -192,7 +207,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
         rows_C = np.concatenate(candidates)
         query = self.query(users, chosen, rows_C)
         counts_B = np.array([len(rows) for rows in candidates])
-        return Candidates(query, np.array(numbers), np.array(domains), counts_B, rows_C)
+        return Candidates(
+            query, np.array(numbers), np.array(domains), counts_B, rows_C
+        )
 
     def _candidates(
         self, user: int, items: np.ndarray
@@ -211,7 +228,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
         if self.only_domain not in (None, number):
             return None
         domain = dataset.domains[number]
-        negatives = evaluation_negatives(
+        negatives = draw_evaluation_negatives(
             self.plan.seed,
             user,
             items,
@@ -222,7 +239,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
         return number, np.append(positive, negatives)
 
     def query(
-        self, users: Users, user_B: Iterable[int], extra_ids: np.ndarray
+        self, users: UserHistories, user_B: Iterable[int], extra_ids: np.ndarray
     ) -> Query:
         """The Query of some users' histories up to the held-out item, for that item's time.
 
@@ -252,7 +269,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
             tick_parts.append(np.zeros(0, np.int64))
             now_B.append(0)
         lengths_B = np.array([len(items) for items in item_parts])
-        return query_of(
+        return build_history_query(
             dataset,
             np.concatenate(item_parts),
             np.concatenate(tick_parts),
@@ -275,7 +292,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
         return max(lengths, default=1)
 
 
-def query_of(
+def build_history_query(
     dataset: Dataset,
     items_N: np.ndarray,
     ticks_N: np.ndarray,
@@ -298,7 +315,7 @@ def query_of(
     """
     domain_N = None
     if both_views:
-        domain_N = domains_of(dataset, items_N)
+        domain_N = find_domains(dataset, items_N)
     return build_query(
         items_N,
         lengths_B,
@@ -322,7 +339,7 @@ def evaluate_split(
     visit: Visit | None = None,
     advance: Advance | None = None,
     workers: int | None = None,
-) -> Ranking:
+) -> PositionCounts:
     """Ranks every user of a split, as `rank_candidates` does. Called on all ranks.
 
     candidates: as `RankingBatches` takes them. workers: as `ready` takes them.
@@ -339,8 +356,12 @@ def evaluate_split(
         config.stream,
         config.model.predicts_by_both,
     )
-    built = ready(batches, config.stream, pin_memory=False, workers=workers)
-    return rank_candidates(model, table, batches, built, ranks.device, visit, advance)
+    built = batches_of_workers(
+        batches, config.stream, pin_memory=False, workers=workers
+    )
+    return rank_candidates(
+        model, table, batches, built, ranks.device, visit, advance
+    )
 
 
 @torch.no_grad()
@@ -352,14 +373,14 @@ def rank_candidates(
     device: torch.device,
     visit: Visit | None = None,
     advance: Advance | None = None,
-) -> Ranking:
+) -> PositionCounts:
     """Ranks the candidates of every step that `built` brings. Called on all ranks.
 
     model: takes (Query, rows) and gives (B, D, R). visit(candidates, position_B, scores_C): called
     for every step of this process. advance(done, total): called after every step.
     """
     dataset = batches.plan.dataset
-    counts_N = item_counts(dataset)
+    counts_N = read_item_counts(dataset)
     shape = (2, len(dataset.domains), batches.longest_list())
     histogram = np.zeros(shape, np.int64)
     skipped = 0
@@ -389,11 +410,14 @@ def rank_candidates(
     dist.all_reduce(total)
     *counts, skipped = total.tolist()
     histogram = np.array(counts, np.int64).reshape(shape)
-    return Ranking(histogram, skipped, tuple(reasons))
+    return PositionCounts(histogram, skipped, tuple(reasons))
 
 
 def _model_scores(
-    model: Model, table: "ItemTable", candidates: Candidates, device: torch.device
+    model: Model,
+    table: "ItemTable",
+    candidates: Candidates,
+    device: torch.device,
 ) -> np.ndarray:
     """The model's score of each candidate, float32 (C,).
 
@@ -414,7 +438,7 @@ def _model_scores(
 
 
 def evaluation_of(
-    split: str, dataset: Dataset, ranking: Ranking, **model_state: Any
+    split: str, dataset: Dataset, ranking: PositionCounts, **model_state: Any
 ) -> Evaluation:
     """The figures by domain and their means. model_state: `step`, `epoch` and the like."""
     rows = []
@@ -426,15 +450,17 @@ def evaluation_of(
         kind=split,
         by_domain=rows,
         mean=mean_figures({row.name: row.model for row in rows}),
-        popularity_mean=mean_figures({row.name: row.popularity for row in rows}),
+        popularity_mean=mean_figures(
+            {row.name: row.popularity for row in rows}
+        ),
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
     )
 
 
-def evaluation_record(
-    kind: str, dataset: Dataset, ranking: Ranking, **where: Any
+def make_evaluation_record(
+    kind: str, dataset: Dataset, ranking: PositionCounts, **where: Any
 ) -> dict[str, Any]:
     """The record of `evaluation_of`, which a run writes and prints. kind: the split."""
     return evaluation_of(kind, dataset, ranking, **where).to_record()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.files.atomic import replaced
+from trainer.files.atomic import replace_file
 
 _SCHEMA = pa.schema(
     [
@@ -36,7 +36,7 @@ def write_ranks(
     arrays = (user_U, domain_U, sampled_U, full_U)
     for column, values_U in zip(_SCHEMA, arrays, strict=True):
         columns.append(pa.array(values_U, column.type))
-    with replaced(file) as partial:
+    with replace_file(file) as partial:
         pq.write_table(pa.table(columns, schema=_SCHEMA), partial)
 
 

@@ -52,7 +52,7 @@ _TRANSIENT = {
 }
 
 
-class StorageLate(InputError):
+class LateStorage(InputError):
     """The storage did not show, take or give a file in time.
 
     The same command resumes from the last checkpoint.
@@ -83,7 +83,7 @@ class Patience:
         time.sleep(min(PAUSE, left))
 
 
-def patiently(read: Callable[[], T], patience: Patience) -> T:
+def retry_patiently(read: Callable[[], T], patience: Patience) -> T:
     """Returns what read() returns, and retries while it raises a transient OSError.
 
     Raises the last error once the patience is over.
@@ -93,7 +93,7 @@ def patiently(read: Callable[[], T], patience: Patience) -> T:
         try:
             return read()
         except OSError as error:
-            if over or not passes(error.errno):
+            if over or not is_transient(error.errno):
                 raise
         patience.wait()
 
@@ -123,24 +123,24 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
-def passes(number: int | None) -> bool:
+def is_transient(number: int | None) -> bool:
     """Whether an error number is transient: another attempt may not meet it."""
     return number in _TRANSIENT
 
 
 def write_json(file: Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
-    write_text(file, as_json(value))
+    write_text(file, json_text(value))
 
 
-def as_json(value: Any) -> str:
+def json_text(value: Any) -> str:
     """A value as the text of a JSON file."""
     return json.dumps(value, indent=1) + "\n"
 
 
 def write_text(file: Path, text: str) -> None:
     """Writes a text atomically: a reader, and a crash, see the old file or the new one."""
-    put_in_place(write_beside(file, text))
+    rename_partial(write_beside(file, text))
 
 
 def write_beside(file: Path, text: str) -> Path:
@@ -154,7 +154,7 @@ def write_beside(file: Path, text: str) -> Path:
     return partial
 
 
-def put_in_place(partial: Path) -> None:
+def rename_partial(partial: Path) -> None:
     """Renames what was written beside a file to the file, and flushes the folder."""
     file = partial.with_suffix("")
     os.replace(partial, file)
@@ -162,12 +162,12 @@ def put_in_place(partial: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced(file: Path) -> Iterator[Path]:
+def replace_file(file: Path) -> Iterator[Path]:
     """Yields the path to write a file under; it replaces the file unless something is raised."""
     partial = _partial(file)
     yield partial
     flush(partial)
-    put_in_place(partial)
+    rename_partial(partial)
 
 
 def _partial(file: Path) -> Path:

@@ -9,7 +9,7 @@ from trainer.errors import InputError
 _SHARE = 4  # one in so many is for shards; the others are for sockets, shared memory and libraries
 
 
-class NoDescriptors(InputError):
+class TooManyOpenFiles(InputError):
     """A file cannot be opened, because too many are open: nothing is wrong with the file."""
 
     def __init__(self, path: str | Path, error: OSError):
@@ -25,12 +25,12 @@ class NoDescriptors(InputError):
         )
 
 
-def is_lack(error: OSError) -> bool:
+def is_too_many_open_files(error: OSError) -> bool:
     """Whether too many files are open, in this process or on this machine."""
     return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
-def files_to_keep(most: int) -> int:
+def open_file_budget(most: int) -> int:
     """The number of files to keep open for later use: `most`, or this process's share of its limit."""
     limit = _descriptor_limit()
     if limit == resource.RLIM_INFINITY:

@@ -14,7 +14,7 @@ def is_address(location: object) -> bool:
     return _ADDRESS.match(str(location)) is not None
 
 
-def folder_of(location: object) -> str | None:
+def find_local_folder(location: object) -> str | None:
     """The folder that a dataset's location names, also as `file:…`; None where it is an address."""
     text = str(location)
     if text.startswith("file:"):
@@ -24,14 +24,14 @@ def folder_of(location: object) -> str | None:
     return text
 
 
-def recorded(location: object) -> str:
+def redact_for_record(location: object) -> str:
     """A dataset's location as a run records it: without secrets, and without a command."""
     if str(location).startswith("pipe:"):
         return f"pipe:{HIDDEN}"
-    return shown(location)
+    return redact_location(location)
 
 
-def shown(location: object) -> str:
+def redact_location(location: object) -> str:
     """A dataset's location as it may be printed: an address loses user, password and query."""
     text = str(location)
     if not is_address(text):
@@ -45,10 +45,10 @@ def hide_user(text: str) -> str:
     return re.sub(r"://\S*@", f"://{HIDDEN}@", text)
 
 
-_without_user = hide_user  # its former name
+hide_user = hide_user  # its former name
 
 
-def words(message: object) -> str:
+def printable_text(message: object) -> str:
     """A message of an exception or another side, short, on one line, and harmless to a terminal."""
     letters = []
     for letter in str(message):

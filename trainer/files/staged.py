@@ -30,7 +30,7 @@ _LOCK = "lock"
 _SHOWN = 200  # letters of a value in a message
 
 
-class Work:
+class StagedOutput:
     """The staged work on an output, which is a new or an empty folder.
 
     The constructor begins the work, or resumes what a killed process left. `begun_anew` is True
@@ -65,7 +65,9 @@ class Work:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
         except OSError as error:
-            raise InputError(f"output {output} cannot be written: {error}") from None
+            raise InputError(
+                f"output {output} cannot be written: {error}"
+            ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -95,14 +97,16 @@ class Work:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Path]:
         """Yields an empty folder for a stage's files; finishes the stage unless something is raised."""
-        with finished_whole(self.path(name)) as folder:
+        with staged_folder(self.path(name)) as folder:
             yield folder
 
     def deliver(self, stage: str) -> None:
         """Makes a finished stage's folder the output, and removes the work folder."""
         if self.output.is_dir():
             self.output.rmdir()
-        self.path(stage).rename(self.output)  # what is in it was flushed with the stage
+        self.path(stage).rename(
+            self.output
+        )  # what is in it was flushed with the stage
         flush(self.output.parent)
         self.discard()
 
@@ -118,7 +122,9 @@ class Work:
             )
         return lock
 
-    def _resume_or_empty(self, identity: Any, fresh: bool, refuse: bool) -> None:
+    def _resume_or_empty(
+        self, identity: Any, fresh: bool, refuse: bool
+    ) -> None:
         """Keeps the finished stages of the same identity, and begins anew otherwise."""
         file = self.folder / _FACTS
         before = _read_json(file)
@@ -148,7 +154,7 @@ def work_folder(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def finished_whole(folder: Path, writer: str = "") -> Iterator[Path]:
+def staged_folder(folder: Path, writer: str = "") -> Iterator[Path]:
     """Yields an empty folder beside `folder`, and renames it to `folder` unless something is raised.
 
     writer: a name of this process's own, where several may write the same folder: each has a
@@ -171,7 +177,7 @@ def finished_whole(folder: Path, writer: str = "") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
+def new_output_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yields an empty folder beside the output, which becomes the output, and a scratch folder.
 
     On any failure both are removed. Raises InputError where the output already holds something, or
@@ -191,7 +197,9 @@ def new_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
             yield folder, scratch
             move_folder(folder, output)
     except OSError as error:
-        raise InputError(f"output {output} cannot be written: {error}") from None
+        raise InputError(
+            f"output {output} cannot be written: {error}"
+        ) from None
 
 
 def _require_new_or_empty(output: Path) -> None:

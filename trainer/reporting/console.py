@@ -24,7 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
-from trainer.evaluation.metrics import HEADLINE, Figures
+from trainer.evaluation.metrics import Figures
+from trainer.run_files import HEADLINE
 
 _REFRESH_SECONDS = 0.25
 _GREEK = ("λ", "φ")
@@ -71,11 +72,11 @@ class LogColumns:
         """
         line = self._begin(record)
         line.append("loss ")
-        line.append(number(record.get("loss")), "bold")
+        line.append(format_number(record.get("loss")), "bold")
         for field, label in _LOSSES.items():
             if record.get(field) is not None:
                 line.append(f"  {label} ", "dim")
-                line.append(number(record[field]))
+                line.append(format_number(record[field]))
         self._append_transfer(line, record)
         self._append_speed(line, record)
         if record.get("skipped_users"):
@@ -95,7 +96,7 @@ class LogColumns:
         for metric in evaluation.metrics:
             line.append(f"  {metric} ", "dim")
             style = "bold" if metric == HEADLINE else ""
-            line.append(number(evaluation.mean.get(metric)), style)
+            line.append(format_number(evaluation.mean.get(metric)), style)
         line.append(_SECTION, "dim")
         line.append(f"{HEADLINE} by domain", "dim")
         self._append_headlines(line, evaluation)
@@ -110,8 +111,10 @@ class LogColumns:
         """The clock, the step of all steps, and the epoch: what every line begins with."""
         width = len(str(self.total_steps))
         line = Text()
-        line.append(duration(record.get("seconds") or 0) + "  ", "dim")
-        line.append(f"step {record['step']:>{width}}/{self.total_steps}", "bold")
+        line.append(format_duration(record.get("seconds") or 0) + "  ", "dim")
+        line.append(
+            f"step {record['step']:>{width}}/{self.total_steps}", "bold"
+        )
         line.append(f"  epoch {record.get('epoch', 0)}  ", "dim")
         return line
 
@@ -134,19 +137,23 @@ class LogColumns:
         for index, domain in enumerate(shown):
             _append_name(line, index, domain)
             if weights:
-                line.append(" " + number(weights.get(domain), ".3f"))
+                line.append(" " + format_number(weights.get(domain), ".3f"))
             gap = gaps.get(domain)
             negative = gap is not None and gap < 0
-            line.append(" " + number(gap, "+.3f"), "red" if negative else "")
+            line.append(
+                " " + format_number(gap, "+.3f"), "red" if negative else ""
+            )
 
     def _append_speed(self, line: Text, record: dict[str, Any]) -> None:
         """Users and tokens per second, the share of the time spent waiting for data, and memory."""
         users = _short_number(record.get("users_per_second"))
         tokens = _short_number(record.get("tokens_per_second"))
-        wait = number(record.get("data_wait"), ".1%")
-        memory = number(record.get("memory_gb"), ".1f")
+        wait = format_number(record.get("data_wait"), ".1%")
+        memory = format_number(record.get("memory_gb"), ".1f")
         line.append(_SECTION, "dim")
-        line.append(f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB")
+        line.append(
+            f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB"
+        )
 
     def _append_headlines(self, line: Text, evaluation: Evaluation) -> None:
         """NDCG@10 of each domain that was evaluated."""
@@ -154,13 +161,13 @@ class LogColumns:
         shown = [domain for domain in self.domains if domain in evaluated]
         for index, domain in enumerate(shown):
             _append_name(line, index, domain)
-            line.append(" " + number(evaluated[domain].headline))
+            line.append(" " + format_number(evaluated[domain].headline))
 
 
 def _append_name(line: Text, index: int, domain: str) -> None:
     """A domain's name as the one after `index` others."""
     line.append(", " if index else " ", "dim")
-    line.append(printable(domain), "cyan")
+    line.append(escape_name(domain), "cyan")
 
 
 def _present(by_domain: dict[str, float | None] | None) -> dict[str, float]:
@@ -212,7 +219,7 @@ class ProgressBar:
 
     def show_loss(self, loss: float | None) -> None:
         """Shows the newest loss beside the bar."""
-        self._bar.update(self._task, loss=f"loss {number(loss, '.4f')}")
+        self._bar.update(self._task, loss=f"loss {format_number(loss, '.4f')}")
 
     def advance(self, steps: int) -> None:
         """Moves the bar, and draws it where the last drawing is some time ago."""
@@ -241,11 +248,11 @@ def evaluation_table(record: dict[str, Any]) -> Table:
         mean         10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
     """
     evaluation = Evaluation.from_record(record)
-    table = new_table(f"{evaluation.kind.capitalize()} at step {evaluation.step:,}")
+    table = new_table(
+        f"{evaluation.kind.capitalize()} at step {evaluation.step:,}"
+    )
     if evaluation.skipped_users:
-        table.caption = (
-            f"{evaluation.skipped_users:,} users could not be read and are left out"
-        )
+        table.caption = f"{evaluation.skipped_users:,} users could not be read and are left out"
     table.add_column("domain", overflow="fold", vertical="bottom")
     for name in ("users", *evaluation.metrics, *comparison_columns(evaluation)):
         table.add_column(
@@ -256,10 +263,14 @@ def evaluation_table(record: dict[str, Any]) -> Table:
         )
     for row in evaluation.by_domain:
         cells = _domain_cells(evaluation, row)
-        table.add_row(Text(printable(row.name)), f"{row.users:,}", *cells)
+        table.add_row(Text(escape_name(row.name)), f"{row.users:,}", *cells)
     table.add_section()
-    means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean or {})
-    table.add_row("mean", f"{evaluation.users:,}", *_domain_cells(evaluation, means))
+    means = DomainFigures(
+        "mean", evaluation.mean, evaluation.popularity_mean or {}
+    )
+    table.add_row(
+        "mean", f"{evaluation.users:,}", *_domain_cells(evaluation, means)
+    )
     return table
 
 
@@ -274,14 +285,14 @@ def _domain_cells(evaluation: Evaluation, row: DomainFigures) -> list[str]:
     """The metrics of a row, and the comparison with popularity where the table has one."""
     cells = metric_cells(row.model, evaluation.metrics)
     if evaluation.has_popularity:
-        cells.append(number(row.popularity_headline))
-        cells.append(times(row.headline, row.popularity_headline))
+        cells.append(format_number(row.popularity_headline))
+        cells.append(format_ratio(row.headline, row.popularity_headline))
     return cells
 
 
 def metric_cells(figures: Figures, metrics: Iterable[str]) -> list[str]:
     """Metrics as a table shows them."""
-    return [number(figures.get(metric)) for metric in metrics]
+    return [format_number(figures.get(metric)) for metric in metrics]
 
 
 def new_table(title: str, caption: str | None = None) -> Table:
@@ -308,7 +319,7 @@ def stacked_header(name: str) -> str:
     return name.replace(" ", "\n").replace("@", "\n@")
 
 
-def printable(text: str) -> str:
+def escape_name(text: str) -> str:
     """A name from a person's data on one line, with nothing in it that steers a terminal."""
     characters = []
     for character in str(text):
@@ -318,14 +329,14 @@ def printable(text: str) -> str:
     return "".join(characters) or "(no name)"
 
 
-def times(value: float | None, baseline: float | None) -> str:
+def format_ratio(value: float | None, baseline: float | None) -> str:
     """How many times the baseline a value is: "×3.2", or a dash where that has no meaning."""
     if value is None or not baseline:
         return "–"
     return f"×{value / baseline:.2f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as h:mm:ss, with the days before it from one day on."""
     seconds = int(seconds)
     days, rest = divmod(seconds, 86400)
@@ -335,7 +346,7 @@ def duration(seconds: float) -> str:
     return clock
 
 
-def number(value: float | None, form: str = ".4f") -> str:
+def format_number(value: float | None, form: str = ".4f") -> str:
     """A number for a table, by default as metrics are shown; a dash where there is none."""
     if value is None:
         return "–"

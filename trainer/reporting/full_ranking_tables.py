@@ -7,15 +7,19 @@ from rich.text import Text
 
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
 from trainer.reporting.console import (
+    escape_name,
     evaluation_table,
+    format_number,
     metric_cells,
     new_table,
-    number,
-    printable,
     stacked_header,
 )
 
-METRICS = ("HR@10", "NDCG@10", "MRR")  # the record has more, 80 columns have not
+METRICS = (
+    "HR@10",
+    "NDCG@10",
+    "MRR",
+)  # the record has more, 80 columns have not
 
 
 def full_tables(record: dict[str, Any]) -> list[Table]:
@@ -49,7 +53,9 @@ def headline(record: dict[str, Any]) -> str:
     return record["difference"]["metric"]
 
 
-def _table_of(title: str, columns: list[str], caption: str | None = None) -> Table:
+def _table_of(
+    title: str, columns: list[str], caption: str | None = None
+) -> Table:
     """A table without rows.
 
     columns: the first one has words, which may wrap; the others have figures, which may not.
@@ -62,7 +68,9 @@ def _table_of(title: str, columns: list[str], caption: str | None = None) -> Tab
     )
     for column in others:
         header = stacked_header(column)
-        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
+        table.add_column(
+            header, justify="right", no_wrap=True, vertical="bottom"
+        )
     return table
 
 
@@ -97,7 +105,7 @@ def _domain_table(record: dict[str, Any]) -> Table:
     differences = record["difference"]["domains"]
     for row in evaluation.by_domain:
         cells = _domain_cells(row, metric, differences[row.name])
-        table.add_row(Text(printable(row.name)), *cells)
+        table.add_row(Text(escape_name(row.name)), *cells)
     table.add_section()
     means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
     cells = _domain_cells(means, metric, record["difference"]["mean"])
@@ -118,7 +126,7 @@ def _domain_cells(
         f"{row.users:,}",
         *metric_cells(row.model, METRICS),
         interval(intervals.get(metric)),
-        number(row.popularity[metric]),
+        format_number(row.popularity[metric]),
         interval(difference["interval"]),
     ]
 
@@ -152,13 +160,13 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
                     continue
                 intervals = figures.get("interval") or {}
                 table.add_row(
-                    Text(printable(domain)),
+                    Text(escape_name(domain)),
                     breakdown,
                     group,
                     f"{figures['users']:,}",
-                    number(figures[metric]),
+                    format_number(figures[metric]),
                     interval(intervals.get(metric)),
-                    number(figures[f"popularity {metric}"]),
+                    format_number(figures[f"popularity {metric}"]),
                 )
         table.add_section()
     return table
@@ -177,7 +185,7 @@ def _recommendation_table(record: dict[str, Any]) -> Table:
     table = _table_of("What all users are recommended", ["domain", *names])
     for domain, figures in by_domain.items():
         table.add_row(
-            Text(printable(domain)),
+            Text(escape_name(domain)),
             f"{figures['items']:,}",
             *metric_cells(figures, names[1:]),
         )

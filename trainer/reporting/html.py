@@ -55,7 +55,7 @@ def _markdown_line(texts: list[str]) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
-def table_page(
+def render_table_page(
     name: str,
     kind: str,
     lead: list[str],
@@ -67,7 +67,7 @@ def table_page(
 
     sections: as `rendered` gives them. failed: {run: why it is in none of the tables}.
     """
-    page = template(Path(__file__).with_name("tables.html.jinja"))
+    page = load_template(Path(__file__).with_name("tables.html.jinja"))
     return page.render(
         name=name,
         kind=kind,
@@ -78,15 +78,17 @@ def table_page(
     )
 
 
-def template(file: Path) -> Template:
+def load_template(file: Path) -> Template:
     """A Jinja2 template, by the path of its file."""
     environment = Environment(
-        loader=FileSystemLoader(file.parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(file.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
     )
     return environment.get_template(file.name)
 
 
-def rendered(
+def render_sections(
     sections: Iterable[tuple[str, str, "Figure | None"]],
 ) -> list[dict[str, Any]]:
     """title, text and plot (HTML, None without a figure) of (title, text, figure).

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from trainer.evaluation.evaluation import Evaluation
-from trainer.reporting.console import printable
+from trainer.reporting.console import escape_name
 
 MAX_POINTS = 2000
 _SMOOTHING_SHARE = 0.03  # of the run
@@ -91,7 +91,7 @@ OPTIMISATION = (
 )
 
 
-def styles(names: list[str]) -> list[Style]:
+def assign_styles(names: list[str]) -> list[Style]:
     """A style for each domain, by its index in the list.
 
         index      0             1 … 5         6               … 11        12
@@ -102,7 +102,7 @@ def styles(names: list[str]) -> list[Style]:
     """
     domains = []
     for number, name in enumerate(names):
-        label = printable(name)
+        label = escape_name(name)
         if len(label) > _LONGEST_LABEL:
             label = label[: _LONGEST_LABEL - 1] + "…"
         sign = min(number // _COLOURS_A_SIGN, len(_DASHES) - 1)
@@ -118,7 +118,9 @@ def styles(names: list[str]) -> list[Style]:
     return domains
 
 
-def series(records: list[Record], field: str, domain: str | None = None) -> np.ndarray:
+def series(
+    records: list[Record], field: str, domain: str | None = None
+) -> np.ndarray:
     """A field of all records, float64 (records,), NaN where it is missing.
 
     domain: which of a field that has a figure for each domain. Of two records,
@@ -147,31 +149,45 @@ def loss_plot(train: list[Record]) -> go.Figure | None:
     dashed = {"color": _GREY, "dash": "dash"}
     _draw(figure, train, "mutual_information", "mutual information", dashed)
     figure.update_traces(yhoverformat=".4f")
-    return finished(figure, 380)
+    return finish_figure(figure, 380)
 
 
 def weight_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
     """λ by domain."""
     figure = go.Figure()
     for domain in domains:
-        _draw(figure, train, "lambda", domain.label, domain.line, domain=domain.name)
+        _draw(
+            figure,
+            train,
+            "lambda",
+            domain.label,
+            domain.line,
+            domain=domain.name,
+        )
     figure.update_traces(yhoverformat=".3f")
     figure.update_yaxes(rangemode="tozero")
-    return finished(figure, 420)
+    return finish_figure(figure, 420)
 
 
 def gap_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
     """φ by domain, with a line at 0 and the side of negative transfer shaded."""
     figure = go.Figure()
     for domain in domains:
-        _draw(figure, train, "phi", domain.label, domain.line, domain=domain.name)
+        _draw(
+            figure, train, "phi", domain.label, domain.line, domain=domain.name
+        )
     if not figure.data:
         return None
     figure.update_traces(yhoverformat="+.3f")
     low, high = _range_with_zero(figure)
     figure.update_yaxes(range=[low, high], tickformat=".2~f")
     figure.add_hrect(
-        y0=low, y1=0, fillcolor=_ORANGE, opacity=0.06, line_width=0, layer="below"
+        y0=low,
+        y1=0,
+        fillcolor=_ORANGE,
+        opacity=0.06,
+        line_width=0,
+        layer="below",
     )
     figure.add_hline(y=0, line={"color": _DARK, "width": 1.5})
     figure.add_annotation(
@@ -184,7 +200,7 @@ def gap_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
         y=low,
         yanchor="bottom",
     )
-    return finished(figure, 420)
+    return finish_figure(figure, 420)
 
 
 def pairs_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
@@ -258,10 +274,12 @@ def validation_plot(
     figure.add_vline(x=best["step"], line=upright)
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(rangemode="tozero", tickformat=".2f")
-    return finished(figure, 420)
+    return finish_figure(figure, 420)
 
 
-def metrics_plot(record: Record | None, domains: list[Style]) -> go.Figure | None:
+def metrics_plot(
+    record: Record | None, domains: list[Style]
+) -> go.Figure | None:
     """Bars of an evaluation record: a group for each metric, a bar for each domain and the mean."""
     if record is None:
         return None
@@ -273,7 +291,10 @@ def metrics_plot(record: Record | None, domains: list[Style]) -> go.Figure | Non
         values = [figures.get(metric) for metric in metrics]
         if _any_value(values):
             figure.add_bar(
-                x=metrics, y=values, name=domain.label, marker=_bar_marker(domain)
+                x=metrics,
+                y=values,
+                name=domain.label,
+                marker=_bar_marker(domain),
             )
     if not figure.data:
         return None
@@ -282,7 +303,7 @@ def metrics_plot(record: Record | None, domains: list[Style]) -> go.Figure | Non
         figure.add_bar(x=metrics, y=means, name="mean", marker_color=_DARK)
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(tickformat=".2f")
-    finished(figure, 400, bargap=0.25, bargroupgap=0.08)
+    finish_figure(figure, 400, bargap=0.25, bargroupgap=0.08)
     return figure.update_xaxes(title=None, tickformat=None, showgrid=False)
 
 
@@ -313,7 +334,7 @@ def gates_plot(gates: dict[str, Any]) -> go.Figure | None:
     cells = []
     for view, label in labels.items():
         for name, weights in (gates.get(view) or {}).items():
-            rows.append(label.format(styles([name])[0].label))
+            rows.append(label.format(assign_styles([name])[0].label))
             cells.append(weights)
     if not cells:
         return None
@@ -329,11 +350,13 @@ def gates_plot(gates: dict[str, Any]) -> go.Figure | None:
         hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>",
         colorscale=[[0, "#ffffff"], [1, _BLUE]],
         zmin=0,
-        zmax=max(2 / len(experts), greatest),  # even weights are half as dark as can be
+        zmax=max(
+            2 / len(experts), greatest
+        ),  # even weights are half as dark as can be
         showscale=False,
     )
     figure = go.Figure(heatmap)
-    finished(figure, 120 + 34 * len(rows), hovermode="closest")
+    finish_figure(figure, 120 + 34 * len(rows), hovermode="closest")
     figure.update_xaxes(title=None, tickformat=None, side="top")
     return figure.update_yaxes(autorange="reversed")
 
@@ -358,14 +381,16 @@ def final_weights_plot(
         hovertemplate="%{y}: %{x:.4f}<extra></extra>",
     )
     figure = go.Figure(bars)
-    finished(figure, 90 + 34 * len(shown), hovermode="closest")
+    finish_figure(figure, 90 + 34 * len(shown), hovermode="closest")
     upright = {"color": _DARK, "width": 1.5, "dash": "dot"}
     figure.add_vline(x=1 / len(weights), line=upright)
     figure.update_xaxes(title=None, rangemode="tozero", tickformat=".2~f")
     return figure.update_yaxes(autorange="reversed")
 
 
-def panels_plot(train: list[Record], panels: tuple[Panel, ...]) -> go.Figure | None:
+def panels_plot(
+    train: list[Record], panels: tuple[Panel, ...]
+) -> go.Figure | None:
     """Small plots side by side."""
     titles = [panel.title for panel in panels]
     figure = make_subplots(1, len(panels), subplot_titles=titles)
@@ -493,7 +518,9 @@ def _range(figure: go.Figure) -> tuple[float, float]:
     return float(min(lows)), float(max(highs))
 
 
-def finished(figure: go.Figure, height: int, **layout: Any) -> go.Figure | None:
+def finish_figure(
+    figure: go.Figure, height: int, **layout: Any
+) -> go.Figure | None:
     """The figure in the report's look, or None where nothing is drawn in it."""
     if not figure.data:
         return None
@@ -521,7 +548,10 @@ def finished(figure: go.Figure, height: int, **layout: Any) -> go.Figure | None:
 
 def _finish_panels(figure: go.Figure, height: int) -> go.Figure | None:
     """`finished` for small plots: narrow margins, no legend, few ticks."""
-    if finished(figure, height, margin=_SMALL_MARGIN, showlegend=False) is None:
+    if (
+        finish_figure(figure, height, margin=_SMALL_MARGIN, showlegend=False)
+        is None
+    ):
         return None
     figure.update_annotations(font={"size": 13, "color": _DARK})
     return figure.update_xaxes(title=None, nticks=5, tickformat="~s")

@@ -31,15 +31,12 @@ from rich.text import Text
 
 from trainer.errors import InputError
 from trainer.evaluation.evaluation import Evaluation
-from trainer.evaluation.metrics import HEADLINE as HEADLINE  # moved
-from trainer.evaluation.metrics import metrics_of as metrics_of  # moved
-from trainer.reporting.console import LogColumns, ProgressBar, printable
-from trainer.reporting.console import duration as duration  # moved
-from trainer.reporting.console import evaluation_table as evaluation_table  # moved
-from trainer.reporting.console import number as number  # moved
-from trainer.reporting.console import times as times  # moved
-from trainer.run_files import LOOK as LOOK  # moved
-from trainer.run_files import METRICS_FILE as METRICS_FILE  # moved
+from trainer.reporting.console import (
+    LogColumns,
+    ProgressBar,
+    escape_name,
+)
+from trainer.run_files import METRICS_FILE
 
 _BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")
 _TENSORBOARD_TAGS = {
@@ -156,7 +153,7 @@ class RunLog:
             return
         lines = []
         for line in text.splitlines():
-            lines.append(printable(line) if line else "")
+            lines.append(escape_name(line) if line else "")
         self._print(Text("\n".join(lines)))
 
     def _append(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +190,7 @@ class TensorBoard:
         """Writes the scalars that are there, by their tags."""
         for tag, value in scalars.items():
             if value is not None:
-                self._writer.add_scalar(printable(tag), value, step)
+                self._writer.add_scalar(escape_name(tag), value, step)
 
     def close(self) -> None:
         """Writes what is left."""
@@ -220,7 +217,9 @@ def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     evaluation = Evaluation.from_record(record)
     scalars = {}
     for metric in evaluation.metrics:
-        scalars[f"{evaluation.kind} mean/{metric}"] = evaluation.mean.get(metric)
+        scalars[f"{evaluation.kind} mean/{metric}"] = evaluation.mean.get(
+            metric
+        )
         for row in evaluation.by_domain:
             tag = f"{evaluation.kind} {metric}/{row.name}"
             scalars[tag] = row.model.get(metric)
@@ -289,7 +288,7 @@ def _is_record(value: Any) -> bool:
     return isinstance(value.get("step"), int) and "kind" in value
 
 
-def skipped_users(records: list[dict[str, Any]]) -> int:
+def count_skipped_users(records: list[dict[str, Any]]) -> int:
     """How many users were skipped in training, over all train records.
 
     A user who is skipped in each epoch counts each time.

@@ -18,25 +18,22 @@ import numpy as np
 
 from trainer.errors import InputError
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
-from trainer.evaluation.metrics import HEADLINE
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
 from trainer.reporting.console import (
-    duration,
+    escape_name,
+    format_duration,
+    format_number,
+    format_ratio,
     metric_cells,
-    number,
-    printable,
-    times,
 )
-from trainer.reporting.html import rendered, template
+from trainer.reporting.html import load_template, render_sections
 from trainer.reporting.run_log import (
-    LOOK,
-    METRICS_FILE,
+    count_skipped_users,
     read_records,
     skipped_sentence,
-    skipped_users,
 )
-from trainer.run_files import FULL
+from trainer.run_files import FULL, HEADLINE, LOOK, METRICS_FILE
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -76,7 +73,13 @@ class RunRecords:
     def domain_names(self) -> list[str]:
         """All domains that occur in a record, in their order."""
         names: dict[str, None] = {}
-        fields = ("single_by_domain", "cross_by_domain", "lambda", "phi", "domains")
+        fields = (
+            "single_by_domain",
+            "cross_by_domain",
+            "lambda",
+            "phi",
+            "domains",
+        )
         for record in self.every:
             for field in fields:
                 names |= dict.fromkeys(record.get(field) or {})
@@ -118,9 +121,9 @@ def write_report(folder: Path) -> Path:
             f"{file}: not found; name the folder of a run that has started to train"
         )
     records = RunRecords.read(file)
-    domains = plots.styles(records.domain_names())
+    domains = plots.assign_styles(records.domain_names())
     look = _read_json(folder / LOOK) or {}
-    page = template(Path(__file__).with_name("report.html.jinja"))
+    page = load_template(Path(__file__).with_name("report.html.jinja"))
     text = page.render(
         name=folder.resolve().name,
         cards=_cards(records),
@@ -141,7 +144,7 @@ def write_report(folder: Path) -> Path:
 
 def _skipped(train: list[Record]) -> str | None:
     """The sentence on users who were skipped in training, None without any."""
-    users = skipped_users(train)
+    users = count_skipped_users(train)
     if not users:
         return None
     return skipped_sentence(users)
@@ -164,7 +167,7 @@ def _sections(
         *_look_sections(look, domains),
         *_speed_sections(records.train),
     ]
-    return rendered(sections)
+    return render_sections(sections)
 
 
 def _transfer_sections(
@@ -256,14 +259,14 @@ def _speed_sections(train: list[Record]) -> list[Section]:
 
 def _thinning(lines: int) -> str:
     """The sentence below the plots that says how they were drawn. lines: of the train log."""
-    text = "Bold lines are moving means over the faint lines of the logged figures"
+    text = (
+        "Bold lines are moving means over the faint lines of the logged figures"
+    )
     size = -(-lines // plots.MAX_POINTS)
     end = "."
     if size > 1:
         end = f", each point of which is the mean of {size} log lines."
-    return (
-        f"{text}{end} Drag to zoom, double-click to go back, click a name to hide it."
-    )
+    return f"{text}{end} Drag to zoom, double-click to go back, click a name to hide it."
 
 
 def _median(train: list[Record], field: str) -> float | None:
@@ -282,7 +285,7 @@ def _cards(records: RunRecords) -> list[tuple[str, str, str]]:
     mean, ×2.50 popularity  mean, at step 30           30 steps     median, 25.0% waiting …
     """
     steps = max((record["step"] for record in records.every), default=0)
-    clock = duration(records.seconds())
+    clock = format_duration(records.seconds())
     return [
         _test_card(records.test),
         _validation_card(records.best),
@@ -298,10 +301,10 @@ def _test_card(test: Record | None) -> tuple[str, str, str]:
         return title, "–", "no test yet"
     evaluation = Evaluation.from_record(test)
     note = "mean"
-    ratio = times(evaluation.mean_ndcg, evaluation.popularity_mean_ndcg)
+    ratio = format_ratio(evaluation.mean_ndcg, evaluation.popularity_mean_ndcg)
     if ratio != "–":
         note = f"mean, {ratio} popularity"
-    return title, number(evaluation.mean_ndcg), note
+    return title, format_number(evaluation.mean_ndcg), note
 
 
 def _validation_card(best: Record | None) -> tuple[str, str, str]:
@@ -310,7 +313,11 @@ def _validation_card(best: Record | None) -> tuple[str, str, str]:
     if not best:
         return title, "–", "no validation yet"
     evaluation = Evaluation.from_record(best)
-    return title, number(evaluation.mean_ndcg), f"mean, at step {evaluation.step:,}"
+    return (
+        title,
+        format_number(evaluation.mean_ndcg),
+        f"mean, at step {evaluation.step:,}",
+    )
 
 
 def _speed_card(train: list[Record]) -> tuple[str, str, str]:
@@ -320,7 +327,7 @@ def _speed_card(train: list[Record]) -> tuple[str, str, str]:
     note = "median"
     if wait is not None:
         note = f"median, {wait:.1%} waiting for data"
-    return "Users per second", number(speed, ",.0f"), note
+    return "Users per second", format_number(speed, ",.0f"), note
 
 
 def _findings(train: list[Record], names: list[str]) -> list[str]:
@@ -355,7 +362,7 @@ def _gap_sentences(gaps: dict[str, float], names: list[str]) -> list[str]:
     negative = []
     for name, gap in gaps.items():
         if gap < 0:
-            negative.append(f"{printable(name)} (φ {_signed(gap)})")
+            negative.append(f"{escape_name(name)} (φ {_signed(gap)})")
     if negative:
         domains = "domains" if len(gaps) > 1 else "domain"
         count = f"{len(negative)} of {len(gaps)} {domains}"
@@ -365,7 +372,7 @@ def _gap_sentences(gaps: dict[str, float], names: list[str]) -> list[str]:
         sentences.append(
             "No domain ended with negative transfer: no mean φ is below 0."
         )
-    absent = [printable(name) for name in names if name not in gaps]
+    absent = [escape_name(name) for name in names if name not in gaps]
     if absent:
         sentences.append(f"No φ was logged at the end for {', '.join(absent)}.")
     return sentences
@@ -381,12 +388,14 @@ def _weight_sentences(weights: dict[str, float]) -> list[str]:
     name = min(weights, key=weights.get)
     equal = sum(weights.values()) / len(weights)
     return [
-        f"Smallest λ: {printable(name)} with {weights[name]:.3f}; "
+        f"Smallest λ: {escape_name(name)} with {weights[name]:.3f}; "
         f"equal weights would be {equal:.3f}."
     ]
 
 
-def _means(records: list[Record], field: str, names: list[str]) -> dict[str, float]:
+def _means(
+    records: list[Record], field: str, names: list[str]
+) -> dict[str, float]:
     """The mean of a field by domain, of domains that have a figure."""
     means = {}
     for name in names:
@@ -417,8 +426,12 @@ def _final_table(
         figures = evaluation.figures_of(domain.name)
         users += figures.users
         cells = _final_cells(evaluation, figures, figures.users)
-        rows.append({"label": printable(domain.name), "style": domain, "cells": cells})
-    means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean or {})
+        rows.append(
+            {"label": escape_name(domain.name), "style": domain, "cells": cells}
+        )
+    means = DomainFigures(
+        "mean", evaluation.mean, evaluation.popularity_mean or {}
+    )
     cells = _final_cells(evaluation, means, users)
     rows.append({"label": "mean", "style": None, "cells": cells})
     kind = "Test" if evaluation.kind == "test" else "Best validation so far"
@@ -436,12 +449,14 @@ def _final_table(
     }
 
 
-def _final_cells(evaluation: Evaluation, row: DomainFigures, users: int) -> list[str]:
+def _final_cells(
+    evaluation: Evaluation, row: DomainFigures, users: int
+) -> list[str]:
     """A row's users and metrics, and the comparison with popularity where there is one."""
     cells = [f"{users:,}", *metric_cells(row.model, evaluation.metrics)]
     if evaluation.has_popularity:
-        cells.append(number(row.popularity_headline))
-        cells.append(times(row.headline, row.popularity_headline))
+        cells.append(format_number(row.popularity_headline))
+        cells.append(format_ratio(row.headline, row.popularity_headline))
     return cells
 
 
@@ -475,7 +490,7 @@ def _full_table(record: Record) -> dict[str, Any]:
     rows = []
     for row in evaluation.by_domain:
         cells = _full_cells(row, metrics, differences["domains"][row.name])
-        rows.append({"label": printable(row.name), "cells": cells})
+        rows.append({"label": escape_name(row.name), "cells": cells})
     means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
     cells = _full_cells(means, metrics, differences["mean"])
     rows.append({"label": "mean", "cells": cells})
@@ -506,7 +521,7 @@ def _full_cells(
         f"{row.users:,}",
         *metric_cells(row.model, metrics),
         _interval(intervals.get(HEADLINE)),
-        number(row.popularity[HEADLINE]),
+        format_number(row.popularity[HEADLINE]),
         _interval(difference["interval"]),
     ]
 
@@ -524,10 +539,10 @@ def _nearest_items(items: list[Record]) -> dict[str, list[dict[str, Any]]]:
         for domain, neighbours in item["nearest"].items():
             texts = []
             for neighbour, cosine in neighbours:
-                texts.append(f"{printable(neighbour)} ({cosine:.2f})")
-            near.append((printable(domain), texts))
-        rows = tables.setdefault(printable(item["domain"]), [])
-        rows.append({"item": printable(item["item"]), "near": near})
+                texts.append(f"{escape_name(neighbour)} ({cosine:.2f})")
+            near.append((escape_name(domain), texts))
+        rows = tables.setdefault(escape_name(item["domain"]), [])
+        rows.append({"item": escape_name(item["item"]), "near": near})
     return tables
 
 
@@ -544,17 +559,17 @@ def _signed(value: float) -> str:
 
 def update_report(run: Path) -> None:
     """Writes the run's report anew. One that cannot be written stays as it was, which is said."""
-    from trainer.distributed.run_lock import (
-        locked,  # loads PyTorch, for the ranks' sake
-    )
+    from trainer.distributed.run_lock import lock_run_folder
 
     if not (run / METRICS_FILE).is_file():
         return
     try:
-        with locked(run):
+        with lock_run_folder(run):
             write_report(run)
     except InputError as error:
-        print(f"{error}: its report stays as it was", file=sys.stderr, flush=True)
+        print(
+            f"{error}: its report stays as it was", file=sys.stderr, flush=True
+        )
     except OSError as error:
         print(
             f"{run}: cannot be written ({error.strerror}): its report stays as it was",

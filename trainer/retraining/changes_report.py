@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.reporting.run_log import number as decimal
+from trainer.reporting.console import format_number as decimal
 
 
 def changes_report(result: dict[str, Any]) -> str:

@@ -86,7 +86,9 @@ def read_results(
         result = read_json(file)
         same_day = result.get("name") == file.parent.name
         if not same_day or not isinstance(result.get("number"), int):
-            raise InputError(f"{file}: is not this day's: remove the day's folder")
+            raise InputError(
+                f"{file}: is not this day's: remove the day's folder"
+            )
         results.append(result)
     results.sort(key=lambda result: result["number"])
     return results

@@ -28,34 +28,31 @@ from typing import Any
 from trainer.config.retraining import RetrainConfig
 from trainer.errors import InputError
 from trainer.files.atomic import write_json, write_text
-from trainer.files.staged import exclusive
-from trainer.reporting.run_log import METRICS_FILE, read_records
+from trainer.files.lock import take_lock
+from trainer.reporting.run_log import read_records
 from trainer.retraining.changes_report import changes_report
 from trainer.retraining.day import (
     DAYS,
     PLAN,
     PUBLISHED,
-    REPORT,  # noqa: F401 (moved)
     Day,
     read_json,
     read_results,
 )
 from trainer.retraining.item_drift import measure_drift
-from trainer.retraining.published import (
+from trainer.retraining.published import read_current_version, version_folder
+from trainer.retraining.report import write_days
+from trainer.run_files import (
     CURRENT,
+    METRICS_FILE,
     MODEL,
     REFUSED,
     VERSION,
     VERSIONS,
-    read_current_version,
-    version_folder,
 )
-from trainer.retraining.report import write_days
 
 _SCRIPTS = Path(__file__).resolve().parents[2] / "launch"
-_NO_TEST_RECORD = (
-    "holds no test record: its own lines say why; the same command goes on there"
-)
+_NO_TEST_RECORD = "holds no test record: its own lines say why; the same command goes on there"
 _NEITHER = (
     "neither serves nor was refused: its own lines say why; the same command goes on "
     "there"
@@ -230,7 +227,9 @@ class _Retraining:
         before = self.day.published / self.plan["before"]
         if not before.is_dir():
             return {}
-        return measure_drift(before, version_folder(self.day.published, number) / MODEL)
+        return measure_drift(
+            before, version_folder(self.day.published, number) / MODEL
+        )
 
 
 def _begin_plan(
@@ -311,7 +310,9 @@ def _find_base_day(
 
     Where another run's model serves: of the newest day that was published.
     """
-    published = [result for result in read_results(folder) if result["published"]]
+    published = [
+        result for result in read_results(folder) if result["published"]
+    ]
     for result in published:
         run = Day(folder, result["name"]).run.resolve()
         if current is not None and run == Path(current["run"]):
@@ -412,9 +413,11 @@ def _exclusive_folder(folder: Path) -> Iterator[None]:
     """Within it no other process retrains in the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = exclusive(folder / ".lock")
+        lock = take_lock(folder / ".lock")
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+        raise InputError(
+            f"{folder} cannot be written: {error.strerror}"
+        ) from None
     if lock is None:
         raise InputError(
             f"{folder}: another retraining is at work here: wait for it or stop it"

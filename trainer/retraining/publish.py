@@ -20,26 +20,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.best_model import TableSlot, config_of, open_run
-from trainer.checkpoint.save import best_checkpoint
+from trainer.checkpoint.best_model import TableSlot, open_run, read_config
+from trainer.checkpoint.load import find_best
 from trainer.config.retraining import PublishConfig
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import Dataset, Domain
-from trainer.distributed.agreement import by_the_first
-from trainer.distributed.consensus import on_all_ranks, require_same
+from trainer.distributed.agreement import run_on_first_rank
+from trainer.distributed.consensus import (
+    require_same_on_all_ranks,
+    run_on_all_ranks,
+)
 from trainer.distributed.process_group import Ranks
 from trainer.evaluation.bootstrap import GroupMeans
-from trainer.evaluation.personalization import DrawnUsers, own_item_gains
+from trainer.evaluation.personalization import (
+    UserSample,
+    measure_personalization,
+)
 from trainer.evaluation.sampled import Candidates, evaluate_split
-from trainer.files.atomic import Patience, patiently
-from trainer.reporting.run_log import HEADLINE
+from trainer.files.atomic import Patience, retry_patiently
 from trainer.retraining.day import EXTENSION
-from trainer.retraining.published import MODEL, read_current_version
+from trainer.retraining.published import read_current_version
 from trainer.retraining.registry import (
     Record,
     Registry,
-    roll_back,  # noqa: F401 (moved)
 )
+from trainer.run_files import HEADLINE, MODEL
 from trainer.serving.export import export_run
 from trainer.serving.served_model import ServedModel
 
@@ -64,7 +69,7 @@ def publish(
     """
     registry = Registry(Path(published))
     with registry.hold_lock(ranks):
-        current = by_the_first(
+        current = run_on_first_rank(
             lambda: read_current_version(registry.folder), ranks.first
         )
         run_config, dataset = open_run(
@@ -73,7 +78,9 @@ def publish(
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
             return current | {"published": current["number"], "reasons": []}
-        slot = TableSlot()  # one table for both models, and for what is exported
+        slot = (
+            TableSlot()
+        )  # one table for both models, and for what is exported
         current_test = None
         if current is not None:
             current_test = _rank_by_run(current["run"], dataset, ranks, slot)
@@ -82,7 +89,9 @@ def publish(
         record = identity | comparison.measure()
         record["reasons"] = find_refusal_reasons(record["domains"], config)
         if record["reasons"]:
-            return by_the_first(lambda: registry.refuse(record), ranks.first)
+            return run_on_first_rank(
+                lambda: registry.refuse(record), ranks.first
+            )
         version = _Version(registry, record, config)
         return version.publish(candidate, served, data)
 
@@ -103,7 +112,7 @@ class _Version:
     ) -> Record:
         """Exports the candidate, and makes it the version that serves. Called on all ranks."""
         ranks = served.ranks
-        number = by_the_first(self.registry.begin_version, ranks.first)
+        number = run_on_first_rank(self.registry.begin_version, ranks.first)
         export_run(
             candidate,
             self.registry.partial_folder(number) / MODEL,
@@ -113,8 +122,9 @@ class _Version:
             (served.model, served.table, served.best),
         )
         record = self.record | {"number": number}
-        return by_the_first(
-            lambda: self.registry.finish_version(record, self.config), ranks.first
+        return run_on_first_rank(
+            lambda: self.registry.finish_version(record, self.config),
+            ranks.first,
         )
 
 
@@ -124,7 +134,7 @@ def _identify(
     ranks: Ranks,
 ) -> Record:
     """What tells one candidate from another."""
-    _, best, _ = best_checkpoint(Path(candidate), ranks)
+    _, best, _ = find_best(Path(candidate), ranks)
     return {
         "run": str(Path(candidate).resolve()),
         "best": best,
@@ -268,9 +278,9 @@ class _Comparison:
         dataset = self.candidate.dataset
         extended, newest_U = find_newest_users(dataset)
         wanted_U = newest_U if extended else np.ones(dataset.users, bool)
-        drawn = DrawnUsers(self.candidate.config, wanted_U)
+        drawn = UserSample(self.candidate.config, wanted_U)
         test = _rank_test_items(self.candidate, drawn)
-        gains = own_item_gains(
+        gains = measure_personalization(
             self.candidate.model,
             self.candidate.table,
             self.candidate.config,
@@ -347,17 +357,23 @@ def find_newest_users(dataset: Dataset) -> tuple[bool, np.ndarray]:
 
     Called on all ranks; the same on all of them.
     """
-    extended = on_all_ranks((dataset.folder / EXTENSION).is_dir)
-    require_same({"a dataset with other newest logs": {"extended": extended}})
+    extended = run_on_all_ranks((dataset.folder / EXTENSION).is_dir)
+    require_same_on_all_ranks(
+        {"a dataset with other newest logs": {"extended": extended}}
+    )
     newest_U = np.zeros(dataset.users, bool)
     if extended:
         file = dataset.folder / EXTENSION / "users.npy"
         patience = Patience(file.parent)
-        users = on_all_ranks(
-            lambda: patiently(lambda: np.load(file, allow_pickle=False), patience)
+        users = run_on_all_ranks(
+            lambda: retry_patiently(
+                lambda: np.load(file, allow_pickle=False), patience
+            )
         )
         digest = hashlib.sha256(users.tobytes()).hexdigest()
-        require_same({"a dataset with other newest logs": {"users": digest[:16]}})
+        require_same_on_all_ranks(
+            {"a dataset with other newest logs": {"users": digest[:16]}}
+        )
         newest_U[users] = True
     return extended, newest_U
 
@@ -371,7 +387,7 @@ def _rank_by_run(
     """What the model of another run ranks; nothing of it is left in memory but its table."""
     served = ServedModel.load(
         run,
-        config_of(run),
+        read_config(run),
         dataset,
         ranks,
         slot,
@@ -381,7 +397,7 @@ def _rank_by_run(
 
 def _rank_test_items(
     served: ServedModel,
-    drawn: DrawnUsers | None = None,
+    drawn: UserSample | None = None,
 ) -> HeldOutPositions:
     """Ranks each user's test item among the drawn negatives. Called on all ranks.
 

@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
-
-CURRENT = "current.json"
-REFUSED = "refused.json"
-VERSION = "version.json"
-MODEL = "model"
-VERSIONS = "versions"
+from trainer.run_files import CURRENT, VERSION, VERSIONS
 
 _RECORD_TYPES = {"number": str, "run": str, "domains": dict}
 

@@ -13,21 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.retraining import PublishConfig
-from trainer.data.format.dataset import File, stays_inside
-from trainer.distributed.agreement import by_the_first
+from trainer.data.format.dataset import File, is_inside_folder
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.files.atomic import move_folder, write_json
-from trainer.files.staged import exclusive
-from trainer.retraining.published import (
-    CURRENT,
-    MODEL,
-    REFUSED,
-    VERSION,
-    VERSIONS,
-    read_version,
-    version_folder,
-)
+from trainer.files.lock import take_lock
+from trainer.retraining.published import read_version, version_folder
+from trainer.run_files import CURRENT, MODEL, REFUSED, VERSION, VERSIONS
 from trainer.serving.example import load_encoder, plain_program
 from trainer.serving.export import ENCODER, SCHEMA
 
@@ -62,7 +55,7 @@ class Registry:
             nonlocal lock
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock = exclusive(self.folder / ".lock")
+                lock = take_lock(self.folder / ".lock")
             except OSError as error:
                 raise InputError(
                     f"{self.folder} cannot be written: {error.strerror}"
@@ -74,7 +67,7 @@ class Registry:
                 )
 
         try:
-            by_the_first(lock_folder, ranks.first)
+            run_on_first_rank(lock_folder, ranks.first)
             yield
         finally:
             if lock is not None:
@@ -162,7 +155,9 @@ class Registry:
         current = self._current_number()
         older = []
         if current is not None and current.isdecimal():
-            older = [number for number in versions if int(number) < int(current)]
+            older = [
+                number for number in versions if int(number) < int(current)
+            ]
         if not older:
             known = ", ".join(versions) or "none"
             raise InputError(
@@ -189,7 +184,7 @@ def check_version(version: Path) -> None:
     try:
         schema = json.loads((folder / SCHEMA).read_text(encoding="utf-8"))
         for name, entry in schema["files"].items():
-            if not stays_inside(name):
+            if not is_inside_folder(name):
                 raise ValueError(f"{name!r} is no name of a file in it")
             path = folder / name
             exported = File(name, **entry)

@@ -8,8 +8,18 @@ import plotly.graph_objects as go
 
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
-from trainer.reporting.html import Cell, Table, rendered, table_page
-from trainer.reporting.run_log import HEADLINE, duration, number, printable
+from trainer.reporting.console import (
+    escape_name,
+    format_duration,
+    format_number,
+)
+from trainer.reporting.html import (
+    Cell,
+    Table,
+    render_sections,
+    render_table_page,
+)
+from trainer.run_files import HEADLINE
 
 PAGE = "report.html"
 _SHOWN = 30  # rows of the table, the newest days
@@ -25,8 +35,8 @@ def write_days(
     names: dict[str, None] = {}
     for result in results:
         names |= dict.fromkeys(result["domains"])
-    domains = plots.styles(list(names))
-    page = table_page(
+    domains = plots.assign_styles(list(names))
+    page = render_table_page(
         folder.name,
         "retraining",
         _lead(results[-1]),
@@ -44,7 +54,9 @@ def _lead(newest: Result) -> list[str]:
     if newest["published"]:
         return [f"{name}: published as version {newest['published']}."]
     reasons = "; ".join(newest["reasons"])
-    return [f"{name}: not published, the model of before goes on serving. {reasons}."]
+    return [
+        f"{name}: not published, the model of before goes on serving. {reasons}."
+    ]
 
 
 def _sections(
@@ -75,7 +87,9 @@ def _sections(
             _plot_time(results),
         ),
     ]
-    return rendered(section for section in sections if section[2] is not None)
+    return render_sections(
+        section for section in sections if section[2] is not None
+    )
 
 
 def _plot_metrics(
@@ -209,7 +223,7 @@ def _plot_time(results: list[Result]) -> go.Figure | None:
     for result in results:
         names |= dict.fromkeys(result["seconds"])
     stages = list(names)
-    for stage, style in zip(stages, plots.styles(stages), strict=True):
+    for stage, style in zip(stages, plots.assign_styles(stages), strict=True):
         figure.add_bar(
             x=days,
             y=[result["seconds"].get(stage, 0) for result in results],
@@ -227,7 +241,7 @@ def _plot_time(results: list[Result]) -> go.Figure | None:
 
 def _day_labels(results: list[Result]) -> list[str]:
     """The days' names as Plotly shows them letter by letter."""
-    styles = plots.styles([result["name"] for result in results])
+    styles = plots.assign_styles([result["name"] for result in results])
     return [style.label for style in styles]
 
 
@@ -237,7 +251,7 @@ def _by_day(
     **layout: Any,
 ) -> go.Figure | None:
     """The figure in the report's look, a day a tick; None where nothing is drawn in it."""
-    figure = plots.finished(
+    figure = plots.finish_figure(
         figure,
         height,
         **layout,
@@ -287,13 +301,13 @@ def _days_row(result: Result) -> list[Cell]:
         for counts in result["extension"]["domains"].values():
             new_items += counts["new"]
     return [
-        Cell(printable(result["name"])),
+        Cell(escape_name(result["name"])),
         published,
-        Cell(number(candidate), sense),
-        Cell(number(current)),
-        Cell(number(arrived, ",")),
+        Cell(format_number(candidate), sense),
+        Cell(format_number(current)),
+        Cell(format_number(arrived, ",")),
         Cell(f"{new_items:,}"),
-        Cell(duration(sum(result["seconds"].values()))),
+        Cell(format_duration(sum(result["seconds"].values()))),
     ]
 
 

@@ -114,7 +114,13 @@ def plain_program(file: Path) -> io.BytesIO:
         program = _write_members(members)
         for kind in ("weights", "constants"):
             _check_sizes(members, f"data/{kind}/")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         reason = str(error)
         if isinstance(error, KeyError):
             reason = f"has no {error}"
@@ -232,7 +238,9 @@ class Domain:
             mmap_mode="r",
             allow_pickle=False,
         )
-        self.ids = [text[begin:end].decode() for begin, end in pairwise(offsets)]
+        self.ids = [
+            text[begin:end].decode() for begin, end in pairwise(offsets)
+        ]
         self.rows = {item: row for row, item in enumerate(self.ids)}
         self.weight = weight
         self.encoder = None
@@ -252,7 +260,9 @@ class Recommender:
         self.schema = json.loads(text)
         for entry in self.schema["domains"]:
             path = folder / entry["folder"]
-            if path.parent != folder or not re.fullmatch(r"domain-\d+", path.name):
+            if path.parent != folder or not re.fullmatch(
+                r"domain-\d+", path.name
+            ):
                 raise ValueError(
                     f"{folder / 'schema.json'}: {path} is no domain's folder"
                 )
@@ -282,13 +292,17 @@ class Recommender:
         if now is None:
             now = self.schema["last_time"]
         events = self._known_events(history)
-        items = torch.from_numpy(np.asarray(self.domains[domain].items, np.float32))
+        items = torch.from_numpy(
+            np.asarray(self.domains[domain].items, np.float32)
+        )
         scores = items @ self.encode_user(events, domain, now)
         seen = [row for _, name, row in events if name == domain]
         scores[seen] = -torch.inf
         best = scores.topk(min(k, len(scores)))
         recommended = []
-        for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        for row, score in zip(
+            best.indices.tolist(), best.values.tolist(), strict=True
+        ):
             if score > -torch.inf:
                 recommended.append((self.domains[domain].ids[row], score))
         return recommended
@@ -316,7 +330,9 @@ class Recommender:
             vector = (1 - weight) * vector + weight * domain_vector
         return vector
 
-    def _known_events(self, history: list[tuple[float, str, str]]) -> list[Event]:
+    def _known_events(
+        self, history: list[tuple[float, str, str]]
+    ) -> list[Event]:
         """The interactions with items that the model knows, by their rows."""
         events = []
         for time, name, item in history:

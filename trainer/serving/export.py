@@ -26,13 +26,13 @@ import torch
 from safetensors.numpy import save
 
 from embeddings.table import ItemTable
-from syncrec.export import UserEncoder, check_exportable, exported
+from syncrec.export import UserEncoder, check_exportable, export_program
 from syncrec.model import SyNCRec
 from trainer.checkpoint.best_model import open_run
-from trainer.config.serving import ExportConfig  # moved
+from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import Dataset, Domain, File
-from trainer.data.format.vocabulary import item_ids
-from trainer.distributed.agreement import by_the_first
+from trainer.data.format.vocabulary import read_item_ids
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.files.atomic import move_folder
@@ -102,7 +102,7 @@ def export_run(
         check_exportable(run_config.model)
     except ValueError as error:
         raise InputError(f"{run}: {error}") from None
-    by_the_first(lambda: _begin(output, partial), ranks.first)
+    run_on_first_rank(lambda: _begin(output, partial), ranks.first)
     try:
         if trained is None:
             served = ServedModel.load(
@@ -122,7 +122,9 @@ def export_run(
         with Stages(ranks.first) as stages:
             export.write_items(stages)
             with stages("exporting the encoder"):
-                return by_the_first(lambda: _finish(export, output), ranks.first)
+                return run_on_first_rank(
+                    lambda: _finish(export, output), ranks.first
+                )
     except BaseException:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -213,7 +215,7 @@ class _Export:
         """Writes a domain's files beside its vectors; returns its entry in the schema."""
         domain = self.dataset.domains[number]
         folder = self.folder / f"domain-{number}"
-        ids = item_ids(self.dataset, domain)
+        ids = read_item_ids(self.dataset, domain)
         _write_ids(folder, ids)
         if self.config.faiss:
             _write_index(folder, self.config.faiss)
@@ -240,7 +242,9 @@ class _Export:
         """The schema of the files that are there."""
         paths = [path for path in self.folder.rglob("*") if path.is_file()]
         files = {}
-        for name in sorted(str(path.relative_to(self.folder)) for path in paths):
+        for name in sorted(
+            str(path.relative_to(self.folder)) for path in paths
+        ):
             file = File.of(self.folder, name)
             files[name] = {"bytes": file.bytes, "sha256": file.sha256}
         model_config = self.served.config.model
@@ -288,7 +292,7 @@ def _write_items(
                 folder.mkdir(exist_ok=True)
                 _append_items(file, vectors, shape, dtype)  # noqa: B023
 
-        by_the_first(write, ranks.first)
+        run_on_first_rank(write, ranks.first)
         advance(last - first)
 
 
@@ -332,8 +336,10 @@ def _write_encoder(
     encoder: UserEncoder,
 ) -> None:
     """Writes an encoder. Raises InputError for one that services would not load."""
-    program = io.BytesIO()  # a full disk ends a process that lets PyTorch write to it
-    torch.export.save(exported(encoder), program)
+    program = (
+        io.BytesIO()
+    )  # a full disk ends a process that lets PyTorch write to it
+    torch.export.save(export_program(encoder), program)
     (folder / ENCODER).write_bytes(program.getbuffer())
     try:
         plain_program(folder / ENCODER)

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.best_model import open_run
-from trainer.checkpoint.save import MANIFEST
-from trainer.config.serving import AskedConfig, RecommendConfig  # moved
+from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import Dataset
-from trainer.distributed.agreement import by_the_first
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.files.progress import Stages
 from trainer.files.staged import work_folder
+from trainer.run_files import MANIFEST
 from trainer.serving.recommendation_files import RECORD, RecommendationFiles
 from trainer.serving.served_model import ServedModel
 from trainer.serving.top_items import Scorer
@@ -44,7 +44,7 @@ def recommend(
     output: str | Path,
     ranks: Ranks,
     config: RecommendConfig,
-    histories_config: AskedConfig,
+    histories_config: HistoriesConfig,
     data: str | Path | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
@@ -62,8 +62,10 @@ def recommend(
     run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     domains = _select_domains(dataset, config.domains)
     request = _Request(Path(run), dataset, domains, config, histories_config)
-    made_from = by_the_first(request.describe, ranks.first)
-    record = by_the_first(lambda: _read_finished(output, made_from), ranks.first)
+    made_from = run_on_first_rank(request.describe, ranks.first)
+    record = run_on_first_rank(
+        lambda: _read_finished(output, made_from), ranks.first
+    )
     if record is not None:
         return record
     served = ServedModel.load(run, run_config, dataset, ranks)
@@ -97,7 +99,7 @@ class _Request:
     dataset: Dataset
     domains: list[int]
     config: RecommendConfig
-    users: AskedConfig
+    users: HistoriesConfig
 
     def describe(self) -> dict[str, Any]:
         """What the recommendations depend on, by the options' names: JSON values."""

@@ -14,16 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config.serving import AskedConfig
+from trainer.config.serving import HistoriesConfig
 from trainer.data.format.dataset import Dataset, Domain
-from trainer.data.loading.stream import Reasons
-from trainer.data.prepare.logs import reason
-from trainer.distributed.agreement import by_the_first
+from trainer.data.loading.stream import DamageLog
+from trainer.data.prepare.logs import summarize_error
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.files.atomic import move_folder, write_json
 from trainer.files.progress import Stages
-from trainer.files.staged import Work, work_folder
+from trainer.files.staged import StagedOutput, work_folder
 from trainer.serving.top_items import DomainTop, PartReader, Scorer
 from trainer.serving.user_histories import (
     HistoryCounts,
@@ -63,28 +63,30 @@ class RecommendationFiles:
         self.ranks = ranks
         self.stages = stages
         self.folder = work_folder(output)
-        self._work: Work | None = None  # the first rank's
+        self._work: StagedOutput | None = None  # the first rank's
 
         def begin() -> None:
-            self._work = Work(
+            self._work = StagedOutput(
                 output,
                 made_from,
                 fresh,
                 refuse=True,
             )
 
-        by_the_first(begin, ranks.first)
+        run_on_first_rank(begin, ranks.first)
 
     def __enter__(self) -> "RecommendationFiles":
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._work is not None:
-            self._work.__exit__(None, None, None)  # another process may work here now
+            self._work.__exit__(
+                None, None, None
+            )  # another process may work here now
 
     def write_histories(
         self,
-        config: AskedConfig,
+        config: HistoriesConfig,
         dataset: Dataset,
         skip_damaged: bool,
     ) -> HistoryCounts:
@@ -100,16 +102,16 @@ class RecommendationFiles:
                     )
                 return asdict(HistoryCounts.load(self._work.path("histories")))
 
-        return HistoryCounts(**by_the_first(write, self.ranks.first))
+        return HistoryCounts(**run_on_first_rank(write, self.ranks.first))
 
     def _write_histories(
         self,
-        config: AskedConfig,
+        config: HistoriesConfig,
         dataset: Dataset,
         skip_damaged: bool,
     ) -> None:
         """Runs the stage. Called on the first rank."""
-        report = Reasons() if skip_damaged else None
+        report = DamageLog() if skip_damaged else None
         threads = len(os.sched_getaffinity(0))
         scratch = self._work.scratch
         try:
@@ -129,7 +131,7 @@ class RecommendationFiles:
         except duckdb.OutOfMemoryException as error:
             raise InputError(
                 f"memory {config.memory} is too little: give more with --memory "
-                f"({reason(error)})"
+                f"({summarize_error(error)})"
             ) from None
 
     def write_parts(
@@ -140,7 +142,9 @@ class RecommendationFiles:
     ) -> None:
         """Scores and writes the parts that are not there."""
         parts = -(-counts.users // part_users)
-        missing = by_the_first(lambda: self._missing_parts(parts), self.ranks.first)
+        missing = run_on_first_rank(
+            lambda: self._missing_parts(parts), self.ranks.first
+        )
         with self.stages("recommending", total=counts.users) as advance:
             finished = parts - len(missing)
             advance(min(counts.users, finished * part_users))
@@ -172,7 +176,9 @@ class RecommendationFiles:
 
     def _missing_parts(self, parts: int) -> list[int]:
         """The numbers of the parts that no call has finished, rising."""
-        return [part for part in range(parts) if not self._work.done(_stage(part))]
+        return [
+            part for part in range(parts) if not self._work.done(_stage(part))
+        ]
 
     def _start_writing(
         self,
@@ -207,7 +213,7 @@ class RecommendationFiles:
             if writing is not None:
                 writing.result()
 
-        by_the_first(result, self.ranks.first)
+        run_on_first_rank(result, self.ranks.first)
 
     def _write_part(
         self,
@@ -246,7 +252,9 @@ class RecommendationFiles:
         def move() -> dict[str, Any]:
             with self._disk_errors():
                 whole = self._work.path("whole")
-                if self._work.done("whole"):  # a call was killed on the threshold
+                if self._work.done(
+                    "whole"
+                ):  # a call was killed on the threshold
                     text = (whole / RECORD).read_text(encoding="utf-8")
                     record = json.loads(text)
                 else:
@@ -254,7 +262,7 @@ class RecommendationFiles:
                 self._work.deliver("whole")
                 return record
 
-        return by_the_first(move, self.ranks.first)
+        return run_on_first_rank(move, self.ranks.first)
 
     def _collect_parts(
         self,
@@ -288,7 +296,7 @@ class RecommendationFiles:
             yield
         except (duckdb.IOException, OSError) as error:
             raise InputError(
-                f"{self.folder} cannot be written: {reason(error)}: make room, "
+                f"{self.folder} cannot be written: {summarize_error(error)}: make room, "
                 "and the same command goes on"
             ) from None
 

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from embeddings.topk.ranking import ExactRanking, Excluded
-from syncrec.batch.build import move
+from syncrec.batch.views import move
 from trainer.config.serving import RecommendConfig
 from trainer.data.format.dataset import TICKS
-from trainer.data.format.vocabulary import item_ids
-from trainer.evaluation.sampled import query_of
-from trainer.files.atomic import Patience, patiently
+from trainer.data.format.vocabulary import read_item_ids
+from trainer.evaluation.sampled import build_history_query
+from trainer.files.atomic import Patience, retry_patiently
 from trainer.serving.served_model import ServedModel
 from trainer.serving.user_histories import UserHistories, read_histories
 
@@ -74,7 +74,7 @@ class PartReader:
             return newest[1]
         number = self._parts[index]
         # The first rank has written them, perhaps on another host.
-        histories = patiently(
+        histories = retry_patiently(
             lambda: read_histories(self._folder, number), Patience(self._folder)
         )
         self._newest = (index, histories)
@@ -128,7 +128,9 @@ class Scorer:
         """Raw ids of a domain's items, in the order of their rows."""
         if number not in self._item_ids:
             dataset = self.served.dataset
-            self._item_ids[number] = item_ids(dataset, dataset.domains[number])
+            self._item_ids[number] = read_item_ids(
+                dataset, dataset.domains[number]
+            )
         return self._item_ids[number]
 
     def group_parts(
@@ -139,7 +141,9 @@ class Scorer:
         """Parts that are scored together: so many that each rank has users in a step."""
         steps = -(-part_users // self.config.batch_size)
         size = -(-self.served.ranks.world_size // steps)
-        return [parts[begin : begin + size] for begin in range(0, len(parts), size)]
+        return [
+            parts[begin : begin + size] for begin in range(0, len(parts), size)
+        ]
 
     @torch.no_grad()
     def score_parts(
@@ -242,7 +246,7 @@ class Scorer:
         lengths_B = users.lengths_B
         if not len(lengths_B):
             lengths_B = np.zeros(1, np.int64)
-        query = query_of(
+        query = build_history_query(
             served.dataset,
             users.rows_N,
             users.ticks_N,
@@ -269,7 +273,9 @@ class Scorer:
         if not ranks.first:
             dist.gather(values_SBk, None, dst=0)
             return np.zeros((0, values_SBk.shape[2]), values_SBk.numpy().dtype)
-        gathered = [torch.empty_like(values_SBk) for _ in range(ranks.world_size)]
+        gathered = [
+            torch.empty_like(values_SBk) for _ in range(ranks.world_size)
+        ]
         dist.gather(
             values_SBk,
             gathered,

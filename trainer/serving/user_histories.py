@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config.serving import AskedConfig  # moved
+from trainer.config.prepare import memory_bytes
+from trainer.config.serving import HistoriesConfig
+from trainer.data.duckdb_engine import escape_sql, open_engine
 from trainer.data.format.dataset import USERS, Dataset
 from trainer.data.loading.histories import Histories
 from trainer.data.prepare.logs import find_files, open_ids, open_log
-from trainer.data.prepare.pipeline import engine, file_facts, memory_bytes
-from trainer.data.prepare.shard_writing import escape
+from trainer.data.prepare.pipeline import file_state
 from trainer.errors import InputError
 from trainer.files.progress import Stages
 
@@ -75,24 +76,26 @@ class HistoryCounts:
         return cls(**json.loads(text))
 
 
-def check_memory(config: AskedConfig) -> None:
+def check_memory(config: HistoriesConfig) -> None:
     """Raises InputError where `memory` is no amount, or too little to read logs with."""
     memory_bytes(config.memory)
 
 
-def describe_request(config: AskedConfig) -> dict[str, Any]:
+def describe_request(config: HistoriesConfig) -> dict[str, Any]:
     """What the histories depend on besides the dataset, by the options' names: JSON values."""
     request = asdict(config)
     del request["memory"]
     del request["inputs"]
-    request["input"] = [file_facts(file) for file in find_files(config.inputs)]
-    request["users"] = [file_facts(file) for file in find_files(_user_files(config))]
+    request["input"] = [file_state(file) for file in find_files(config.inputs)]
+    request["users"] = [
+        file_state(file) for file in find_files(_user_files(config))
+    ]
     return request
 
 
 def write_histories(
     folder: Path,
-    config: AskedConfig,
+    config: HistoriesConfig,
     dataset: Dataset,
     scratch: Path,
     stages: Stages,
@@ -108,7 +111,7 @@ def write_histories(
     is named.
     """
     memory = memory_bytes(config.memory)
-    with engine(
+    with open_engine(
         scratch,
         memory,
         threads,
@@ -172,7 +175,7 @@ class _LogHistories:
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
-        config: AskedConfig,
+        config: HistoriesConfig,
         dataset: Dataset,
         stages: Stages,
     ) -> None:
@@ -246,7 +249,7 @@ class _DatasetHistories:
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
-        config: AskedConfig,
+        config: HistoriesConfig,
         dataset: Dataset,
         report: Callable[[str], None] | None,
     ) -> None:
@@ -255,7 +258,7 @@ class _DatasetHistories:
         self.report = report
         self.unknown = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
-        users = f"read_parquet('{escape(dataset.local(USERS))}')"
+        users = f"read_parquet('{escape_sql(dataset.local(USERS))}')"
         if config.users:
             connection.execute(f"CREATE TABLE known AS SELECT * FROM {users}")
             same_user = _same_user(connection, "known", "ids")
@@ -264,9 +267,7 @@ class _DatasetHistories:
                 ORDER BY "user" NULLS LAST, ids.user_id"""
             self.users = _count_rows(connection, "ids")
         else:
-            self._query = (
-                f'SELECT user_id, "user"::BIGINT AS number FROM {users} ORDER BY number'
-            )
+            self._query = f'SELECT user_id, "user"::BIGINT AS number FROM {users} ORDER BY number'
             self.users = dataset.users
         _require_users(self.users, config)
 
@@ -279,7 +280,9 @@ class _DatasetHistories:
         )
         self.connection.execute("SET preserve_insertion_order = true")
         try:
-            for batch in self.connection.sql(self._query).to_arrow_reader(_BATCH):
+            for batch in self.connection.sql(self._query).to_arrow_reader(
+                _BATCH
+            ):
                 yield self._read(histories, batch)
         finally:
             histories.close()
@@ -360,13 +363,13 @@ class _SortedEvents:
         return events.slice(0, cut)
 
 
-def _user_files(config: AskedConfig) -> list[str]:
+def _user_files(config: HistoriesConfig) -> list[str]:
     if config.users:
         return [config.users]
     return []
 
 
-def _columns(config: AskedConfig) -> dict[str, str]:
+def _columns(config: HistoriesConfig) -> dict[str, str]:
     """The columns of the logs, by role."""
     return {
         "user": config.user_column,
@@ -386,7 +389,7 @@ def _count_rows(
 
 def _require_users(
     users: int,
-    config: AskedConfig,
+    config: HistoriesConfig,
 ) -> None:
     """Raises InputError where no user is named."""
     if not users:
@@ -417,9 +420,9 @@ def _read_vocabularies(
     connection.executemany("INSERT INTO domains VALUES (?)", names)
     selects = []
     for domain in dataset.domains:
-        file = escape(dataset.local(domain.vocabulary))
+        file = escape_sql(dataset.local(domain.vocabulary))
         selects.append(
-            f"SELECT '{escape(domain.name)}' AS domain, item_id::VARCHAR AS item_id, "
+            f"SELECT '{escape_sql(domain.name)}' AS domain, item_id::VARCHAR AS item_id, "
             f"row::INTEGER AS row FROM read_parquet('{file}')"
         )
     vocabularies = " UNION ALL ".join(selects)

@@ -19,8 +19,16 @@ _CROSS_TASK = ("model.tasks=cross", *_UNCORRECTED)
 _ONE_EXPERT = (*_CROSS_TASK, "model.experts=1", "model.tower=off")
 _UNTIMED = ("model.time_knots=0",)
 # 1 would weigh all alike: the values are differences of losses. 0.05 is CGRec's own.
-_SHAPLEY = ("model.loss_correction=shapley", "model.correction_temperature=0.05")
-_GRU = ("model.encoder=gru", "model.blocks=1", "model.heads=1", "model.kernel=auto")
+_SHAPLEY = (
+    "model.loss_correction=shapley",
+    "model.correction_temperature=0.05",
+)
+_GRU = (
+    "model.encoder=gru",
+    "model.blocks=1",
+    "model.heads=1",
+    "model.kernel=auto",
+)
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,20 @@ from rich.text import Text
 
 from trainer.config.study import StudyConfig
 from trainer.data.format.dataset import Dataset
-from trainer.errors import InputError, Stopped
+from trainer.errors import InputError, RunStopped
 from trainer.evaluation.evaluate_run import RANKS
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.files.atomic import write_json
-from trainer.reporting.run_log import (
-    HEADLINE,
-    METRICS_FILE,
-    duration,
-    number,
-    read_records,
-)
+from trainer.reporting.console import format_duration, format_number
+from trainer.reporting.run_log import read_records
+from trainer.run_files import HEADLINE, METRICS_FILE
 from trainer.study.commands import Commands
 from trainer.study.peers.recbole_bridge import RANKS as RECBOLE_RANKS
-from trainer.study.peers.recbole_bridge import RESULT, default_python, run_recbole
+from trainer.study.peers.recbole_bridge import (
+    RESULT,
+    default_python,
+    run_recbole,
+)
 from trainer.study.plan import Job
 from trainer.study.results import RunResult
 
@@ -143,7 +143,7 @@ class JobRunner:
                         running,
                     )
                 if self._commands.stopping.is_set() and not running:
-                    raise Stopped(
+                    raise RunStopped(
                         "the study was stopped, as asked; the same command goes on"
                     )
                 work = later + sum(job.work for job in waiting)
@@ -184,7 +184,7 @@ class JobRunner:
             validation = self.read(job).validation
             self._say(
                 f"{job.name}: validation {HEADLINE} {validation:.4f} in "
-                f"{duration(seconds)}; about {left} left"
+                f"{format_duration(seconds)}; about {left} left"
             )
 
     def read(self, job: Job) -> RunResult:
@@ -335,8 +335,8 @@ class JobRunner:
             table.add_row(
                 Text(job.name),
                 str(len(validations)),
-                number(best),
-                duration(time.monotonic() - begun),
+                format_number(best),
+                format_duration(time.monotonic() - begun),
             )
         return table
 
@@ -356,7 +356,7 @@ class JobRunner:
             spent = now - self._begun[job]
             active += max(0.1 * expected, expected - spent)
         total = active + seconds_per_work * work
-        return duration(total / self.config.parallel)
+        return format_duration(total / self.config.parallel)
 
 
 def _select(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trainer.config.study import OURS, StudyConfig  # moved
+from trainer.config.study import OURS, StudyConfig
 from trainer.errors import InputError
 from trainer.study.baselines import SYSTEMS
 
@@ -33,7 +33,12 @@ class Job:
     def name(self) -> str:
         """The name of its folder."""
         parts = []
-        for part in (self.system, self.domain, *self.variant, f"seed={self.seed}"):
+        for part in (
+            self.system,
+            self.domain,
+            *self.variant,
+            f"seed={self.seed}",
+        ):
             if part:
                 parts.append(re.sub(r"[^\w.=,+-]+", "_", part))
         return "-".join(parts)

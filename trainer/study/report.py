@@ -8,8 +8,10 @@ import plotly.graph_objects as go
 from trainer.config.study import OURS
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
-from trainer.reporting.html import rendered, table_page
-from trainer.reporting.run_log import HEADLINE, METRICS_FILE, printable, read_records
+from trainer.reporting.console import escape_name
+from trainer.reporting.html import render_sections, render_table_page
+from trainer.reporting.run_log import read_records
+from trainer.run_files import HEADLINE, METRICS_FILE
 from trainer.study.results import RANKINGS
 from trainer.study.runner import Study, SweepResult
 from trainer.study.tables import RANKED, format_signed, make_tables, mean_metric
@@ -25,7 +27,7 @@ def write_study(
     tables = make_tables(study)
     title = folder.resolve().name
     lead = _lead(study)
-    page = table_page(
+    page = render_table_page(
         title,
         "study",
         lead,
@@ -48,7 +50,7 @@ def _lead(study: Study) -> list[str]:
     dataset = study.dataset
     names = []
     for domain in dataset.domains:
-        name = printable(domain.name)
+        name = escape_name(domain.name)
         names.append(f"{name} ({domain.items:,} items)")
     seeds = "one seed"
     if len(study.config.seeds) > 1:
@@ -82,7 +84,7 @@ def _compare_with_best(
     return (
         f"Among {RANKED[ranking]} "
         f"{OURS} has a mean {HEADLINE} of {ours:.4f}; "
-        f"the best of the others is {printable(best)} "
+        f"the best of the others is {escape_name(best)} "
         f"with {mean_of_best:.4f} ({OURS}: {share})."
     )
 
@@ -106,7 +108,9 @@ def _sections(study: Study) -> list[dict]:
         )
     if study.example:
         sections += _transfer_sections(study, study.example)
-    return rendered(section for section in sections if section[2] is not None)
+    return render_sections(
+        section for section in sections if section[2] is not None
+    )
 
 
 def _transfer_sections(
@@ -118,7 +122,9 @@ def _transfer_sections(
     for record in read_records(run / METRICS_FILE):
         if record["kind"] == "train":
             train.append(record)
-    domains = plots.styles([domain.name for domain in study.dataset.domains])
+    domains = plots.assign_styles(
+        [domain.name for domain in study.dataset.domains]
+    )
     return [
         (
             f"λ by domain in a run of {OURS}",
@@ -141,10 +147,10 @@ def _plot_systems(study: Study) -> go.Figure | None:
     figure = go.Figure()
     labels = []
     for name in study.results:
-        (style,) = plots.styles([name])
+        (style,) = plots.assign_styles([name])
         labels.append(style.label)
     domains = len(study.dataset.domains)
-    styles = plots.styles(list(RANKINGS))
+    styles = plots.assign_styles(list(RANKINGS))
     for ranking, style in zip(RANKINGS, styles, strict=True):
         means = []
         above = []
@@ -177,7 +183,7 @@ def _plot_systems(study: Study) -> go.Figure | None:
             marker_color=style.colour,
         )
     figure.update_traces(yhoverformat=".4f")
-    figure = plots.finished(figure, 420)
+    figure = plots.finish_figure(figure, 420)
     return figure.update_xaxes(
         title=None,
         tickformat=None,
@@ -192,7 +198,7 @@ def _plot_sweep(
     """Lines over a setting's values: the mean metric by ranking."""
     figure = go.Figure()
     values = [str(point.value) for point in points]
-    styles = plots.styles(list(RANKINGS))
+    styles = plots.assign_styles(list(RANKINGS))
     for ranking, style in zip(RANKINGS, styles, strict=True):
         figure.add_scatter(
             x=values,
@@ -201,7 +207,7 @@ def _plot_sweep(
             line=style.line,
         )
     figure.update_traces(mode="lines+markers", yhoverformat=".4f")
-    figure = plots.finished(figure, 320)
+    figure = plots.finish_figure(figure, 320)
     return figure.update_xaxes(
         title=key,
         tickformat=None,

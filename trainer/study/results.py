@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.errors import InputError
-from trainer.evaluation.bootstrap import weights
-from trainer.reporting.run_log import HEADLINE
-from trainer.reporting.run_report import FULL
+from trainer.evaluation.bootstrap import poisson_weights
+from trainer.evaluation.metrics import metric_values
+from trainer.run_files import FULL, HEADLINE
 
 RANKINGS = ("sampled", "full")
 METRICS = (HEADLINE, "HR@10", "MRR")
@@ -81,32 +81,12 @@ class SystemResults:
         Of one seed, whose users' domains are [0, 1, 1, 0] and positions [1, 1, 20, 30], HR@10 is
         [[0.5, 0.5]].
         """
-        value_SU = metric_values(self.position[ranking], metric)
+        value_SU = metric_values(metric, self.position[ranking])
         mean_SD = np.full((len(value_SU), domains), np.nan)
         for domain in np.unique(self.domain_U):
             own_U = self.domain_U == domain
             mean_SD[:, domain] = value_SU[:, own_U].mean(1)
         return mean_SD
-
-
-def metric_values(
-    position: np.ndarray,
-    metric: str,
-) -> np.ndarray:
-    """What a user with this position counts in a metric's mean; any shape.
-
-    metric: MRR, HR@k or NDCG@k.
-    """
-    position = np.asarray(position, np.float64)
-    if metric == "MRR":
-        return 1 / position
-    name, cut = metric.split("@")
-    values = 1 / np.log2(position + 1) if name == "NDCG" else 1.0
-    return np.where(
-        position <= int(cut),
-        values,
-        0.0,
-    )
 
 
 def collect_results(
@@ -161,7 +141,9 @@ class _Seed(NamedTuple):
         order = np.argsort(user_U, kind="stable")
         position = {}
         for ranking in RANKINGS:
-            position_U = np.concatenate([run.positions(ranking) for run in runs])
+            position_U = np.concatenate(
+                [run.positions(ranking) for run in runs]
+            )
             position[ranking] = position_U[order]
         return cls(
             user_U[order],
@@ -239,8 +221,8 @@ def paired_difference(
             f"{one.name} and {other.name} have ranked other users: they cannot be "
             "compared"
         )
-    one_U = metric_values(one.position[ranking], metric).mean(0)
-    other_U = metric_values(other.position[ranking], metric).mean(0)
+    one_U = metric_values(metric, one.position[ranking]).mean(0)
+    other_U = metric_values(metric, other.position[ranking]).mean(0)
     difference_U = one_U - other_U
     domains = np.unique(one.domain_U) if domain is None else [domain]
     means = []
@@ -262,7 +244,7 @@ def _bootstrap_means(
         part = slice(first, first + _AT_ONCE)
         users = user_B[part]
         every_user_once = np.ones((1, len(users)))
-        drawn = weights(0, _REPLICATES, users)
+        drawn = poisson_weights(0, _REPLICATES, users)
         counts_RB = np.concatenate([every_user_once, drawn])
         values_B2 = np.stack([difference_B[part], np.ones(len(users))], 1)
         sums_R2 += counts_RB @ values_B2

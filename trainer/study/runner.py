@@ -105,7 +105,9 @@ def _begin(
             "--output"
         )
     output.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"dataset": dataset.fingerprint, "config": asdict(config)})
+    write_json(
+        record, {"dataset": dataset.fingerprint, "config": asdict(config)}
+    )
 
 
 class _StudyRunner:

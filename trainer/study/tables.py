@@ -8,8 +8,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from trainer.config.study import OURS, SINGLE_DOMAIN
+from trainer.reporting.console import (
+    escape_name,
+    format_duration,
+    format_number,
+)
 from trainer.reporting.html import Cell, Table
-from trainer.reporting.run_log import HEADLINE, duration, number, printable
+from trainer.run_files import HEADLINE
 from trainer.study.baselines import POPULARITY, SYSTEMS
 from trainer.study.results import (
     METRICS,
@@ -20,7 +25,10 @@ from trainer.study.results import (
 )
 from trainer.study.runner import Study, SweepResult
 
-RANKED = {"sampled": "99 negatives of the domain", "full": "all items of the domain"}
+RANKED = {
+    "sampled": "99 negatives of the domain",
+    "full": "all items of the domain",
+}
 
 
 def make_tables(study: Study) -> list[Table]:
@@ -64,9 +72,9 @@ def _metric_table(
         best_D = np.nanmax(np.stack(list(means.values())), axis=0)
     rows = []
     for name, values_SD in values.items():
-        row = [Cell(printable(name))]
+        row = [Cell(escape_name(name))]
         for column, value in enumerate(means[name]):
-            text = number(None if np.isnan(value) else value)
+            text = format_number(None if np.isnan(value) else value)
             if len(values_SD) > 1:
                 deviation = values_SD[:, column].std(ddof=1)
                 text += f" ± {deviation:.4f}"
@@ -79,7 +87,7 @@ def _metric_table(
     return Table(
         title=f"{metric} by domain, {RANKED[ranking]}",
         text=f"Test users ranked among {RANKED[ranking]}; mean{over_seeds}",
-        columns=["system", *map(printable, _domain_names(study)), "mean"],
+        columns=["system", *map(escape_name, _domain_names(study)), "mean"],
         rows=rows,
     )
 
@@ -139,7 +147,7 @@ def _gains_over_single_domain(
         system_mean = np.nanmean(system_D)
         gains = list((system_D - single_D) / single_D)
         gains.append((system_mean - single_mean) / single_mean)
-        row = [Cell(printable(name))]
+        row = [Cell(escape_name(name))]
         for gain in gains:
             text = format_signed(gain, "+.1%")
             row.append(Cell(text, _sense(gain)))
@@ -148,7 +156,7 @@ def _gains_over_single_domain(
         title=f"Against {SINGLE_DOMAIN}, {RANKED[ranking]}",
         text=f"{HEADLINE} against {SINGLE_DOMAIN}, a model of each domain alone: what the "
         "other domains add or take away.",
-        columns=["system", *map(printable, names), "mean"],
+        columns=["system", *map(escape_name, names), "mean"],
         rows=rows,
     )
 
@@ -164,12 +172,12 @@ def _differences_from_ours(
     domains = {}
     for domain, name in enumerate(_domain_names(study)):
         if (ours.domain_U == domain).any():
-            domains[domain] = printable(name)
+            domains[domain] = escape_name(name)
     rows = []
     for name, results in study.results.items():
         if name == OURS:
             continue
-        row = [Cell(printable(name))]
+        row = [Cell(escape_name(name))]
         for domain in domains:
             difference = paired_difference(
                 results,
@@ -227,7 +235,10 @@ def _sweep_table(
     columns += [f"test, {RANKED[ranking]}" for ranking in RANKINGS]
     rows = []
     for point in points:
-        cells = [printable(str(point.value)), number(point.results.validation[0])]
+        cells = [
+            escape_name(str(point.value)),
+            format_number(point.results.validation[0]),
+        ]
         for ranking in RANKINGS:
             test_D = point.results.by_domain(
                 ranking,
@@ -235,7 +246,7 @@ def _sweep_table(
                 domains,
             ).mean(0)
             mean = float(np.nanmean(test_D))
-            cells.append(number(mean))
+            cells.append(format_number(mean))
         rows.append(_row(cells))
     return Table(
         title=f"{OURS} by {key}",
@@ -250,11 +261,11 @@ def _cost_table(study: Study) -> Table:
     rows = []
     for name, results in study.results.items():
         cells = [
-            printable(name),
-            duration(float(np.mean(results.seconds))),
+            escape_name(name),
+            format_duration(float(np.mean(results.seconds))),
             f"{np.mean(results.epochs):.1f}",
             f"{np.nanmean(results.users_per_second):,.0f}",
-            number(np.mean(results.validation)),
+            format_number(np.mean(results.validation)),
         ]
         rows.append(_row(cells))
     return Table(
@@ -262,7 +273,13 @@ def _cost_table(study: Study) -> Table:
         text="Of one seed's training with its validations, "
         f"{study.config.parallel} runs side by side; {SINGLE_DOMAIN} is the sum of its "
         "models, its epochs and speed their mean.",
-        columns=["system", "time", "epochs", "users/s", f"validation {HEADLINE}"],
+        columns=[
+            "system",
+            "time",
+            "epochs",
+            "users/s",
+            f"validation {HEADLINE}",
+        ],
         rows=rows,
     )
 
@@ -279,9 +296,9 @@ def _tuning_table(study: Study) -> Table | None:
                 label = f"{name}, {trial.domain}"
             best = study.best_settings[name].get(trial.domain) == trial.settings
             row = [
-                Cell(printable(label)),
+                Cell(escape_name(label)),
                 Cell(" ".join(trial.settings)),
-                Cell(number(trial.validation), "best" if best else ""),
+                Cell(format_number(trial.validation), "best" if best else ""),
             ]
             rows.append(row)
     return Table(
@@ -300,10 +317,10 @@ def _systems_table(study: Study) -> Table:
         if name in SYSTEMS:
             system = SYSTEMS[name]
             settings = [*system.settings, *study.config.own.get(name, [])]
-            cells = [printable(name), system.about, " ".join(settings) or "–"]
+            cells = [escape_name(name), system.about, " ".join(settings) or "–"]
         else:
             options = study.config.recbole[name] or "its defaults"
-            cells = [printable(name), "RecBole's", str(options)]
+            cells = [escape_name(name), "RecBole's", str(options)]
         rows.append(_row(cells))
     return Table(
         title="What the systems are",

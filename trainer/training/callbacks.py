@@ -41,12 +41,12 @@ from syncrec.model import LossReport
 from trainer.checkpoint.layout import RunState
 from trainer.checkpoint.resume import PACKAGES
 from trainer.checkpoint.save import Checkpoints
-from trainer.config.load import flat
-from trainer.data.loading.stream import Fed
-from trainer.distributed.agreement import Signals, agree
-from trainer.errors import Stopped
-from trainer.evaluation.sampled import evaluate_split, evaluation_record
-from trainer.reporting.run_log import HEADLINE
+from trainer.config.load import flatten_config
+from trainer.data.loading.stream import RankBatch
+from trainer.distributed.agreement import Signals, reduce_signals
+from trainer.errors import RunStopped
+from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
+from trainer.run_files import HEADLINE
 from trainer.training.run_context import RunContext
 
 # Steps of a validation between two in which the ranks agree to go on with it.
@@ -62,7 +62,7 @@ class StepReport:
     seconds: what the step took without fetching the next batch.
     """
 
-    rank_batch: Fed
+    rank_batch: RankBatch
     loss: torch.Tensor
     losses: LossReport
     seconds: float
@@ -149,7 +149,7 @@ class CheckpointWriter(Callback):
         for name in PACKAGES:
             versions[name] = importlib.metadata.version(name)
         origin = {
-            "config": flat(context.config),
+            "config": flatten_config(context.config),
             "dataset": context.trainer.dataset.fingerprint,
             "world_size": context.ranks.world_size,
             "versions": versions,
@@ -167,7 +167,9 @@ class CheckpointWriter(Callback):
     def on_step(self, state: RunState, report: StepReport) -> None:
         """Saves after an epoch, unless a validation has decided on it already."""
         validated = state.validated == state.step
-        if not validated and self._context.is_epoch_end(self._config.every_epochs):
+        if not validated and self._context.is_epoch_end(
+            self._config.every_epochs
+        ):
             self.save()
 
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
@@ -227,7 +229,7 @@ class CheckpointWriter(Callback):
         """Writes a checkpoint and ends the run: preemption, or a person's Ctrl-C."""
         self.save()
         self.finish()
-        raise Stopped(
+        raise RunStopped(
             f"stopped after step {self._context.state.step}, as asked; "
             "its checkpoint is written, the same command goes on"
         )
@@ -298,7 +300,7 @@ class Validation(Callback):
             self._checkpoint_writer.stop()
         seconds = context.seconds()
         context.warn_of_damage(ranking.reasons)
-        return evaluation_record(
+        return make_evaluation_record(
             "validation",
             trainer.dataset,
             ranking,
@@ -312,7 +314,7 @@ class Validation(Callback):
         context = self._context
         context.watchdog.beat()
         if done % _STEPS_PER_AGREEMENT == 0:
-            agreed = agree(stop=context.stop_signal.asked)
+            agreed = reduce_signals(stop=context.stop_signal.asked)
             if agreed.stop:
                 raise _ValidationStopped
 

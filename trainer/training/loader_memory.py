@@ -19,7 +19,9 @@ _IN_HAND = 2
 _SPARE = 1.25
 
 
-def loader_bytes(config: RunConfig, dataset: Dataset, world_size: int) -> int:
+def estimate_loader_bytes(
+    config: RunConfig, dataset: Dataset, world_size: int
+) -> int:
     """Estimates the bytes that a rank's loaders take of the host.
 
     They are those that build batches, and as many that a validation starts. Where their number is

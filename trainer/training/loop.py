@@ -13,36 +13,33 @@ import torch.distributed as dist
 
 from syncrec.model import SyNCRec
 from trainer.checkpoint.layout import RunState
-from trainer.checkpoint.load import best_checkpoint, restore_best
+from trainer.checkpoint.load import find_best, restore_best
 from trainer.checkpoint.resume import (
+    check_run_folder,
     find_start,
     is_empty,
-    leave_nothing,
+    remove_failed_start,
     require_same_start,
-    run_folder,
 )
 from trainer.checkpoint.warm_start import WarmStart, find_warm_start
 from trainer.config.load import to_yaml
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.stream import Fed
-from trainer.distributed.agreement import Signals, StopSignal, by_the_first
-from trainer.distributed.consensus import on_all_ranks
-from trainer.distributed.determinism import deterministic_sums
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.stream import RankBatch
+from trainer.distributed.agreement import Signals, run_on_first_rank
+from trainer.distributed.consensus import run_on_all_ranks
+from trainer.distributed.determinism import use_deterministic_sums
+from trainer.distributed.preemption import StopSignal
 from trainer.distributed.process_group import Ranks
-from trainer.distributed.run_lock import locked_by_first_rank
-from trainer.errors import InputError, NotFinite
-from trainer.evaluation.inspect import look_at
-from trainer.evaluation.sampled import evaluate_split, evaluation_record
+from trainer.distributed.run_lock import lock_run_folder_on_first_rank
+from trainer.errors import InputError, NonFiniteLoss
+from trainer.evaluation.inspect import inspect_model
+from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
-from trainer.reporting.run_log import (
-    LOOK,
-    METRICS_FILE,
-    RunLog,
-    evaluation_table,
-    skipped_sentence,
-)
+from trainer.reporting.console import evaluation_table
+from trainer.reporting.run_log import RunLog, skipped_sentence
+from trainer.run_files import LOOK, METRICS_FILE
 from trainer.training.callbacks import (
     Callback,
     CheckpointWriter,
@@ -75,7 +72,7 @@ def train(
     """
     with (
         _refuse_full_disk(config.run),
-        deterministic_sums(config.deterministic),
+        use_deterministic_sums(config.deterministic),
         contextlib.ExitStack() as locks,
     ):
         return _train(config, ranks, fresh, accept_changes, callbacks, locks)
@@ -90,25 +87,35 @@ def _train(
     locks: contextlib.ExitStack,
 ) -> dict[str, Any]:
     """`train`, within what holds for all of it. locks: gets the lock of the run's folder."""
-    dataset = on_all_ranks(lambda: _load_dataset(config, ranks))
-    require_same_start(config, dataset, fresh=fresh, accept_changes=accept_changes)
+    dataset = run_on_all_ranks(lambda: _load_dataset(config, ranks))
+    require_same_start(
+        config, dataset, fresh=fresh, accept_changes=accept_changes
+    )
     plan = _build_plan(config, dataset, ranks)
     run = Path(config.run)
-    is_new = by_the_first(lambda: is_empty(run_folder(config.run, fresh)), ranks.first)
-    locks.enter_context(locked_by_first_rank(run, ranks.first))
+    is_new = run_on_first_rank(
+        lambda: is_empty(check_run_folder(config.run, fresh)), ranks.first
+    )
+    locks.enter_context(lock_run_folder_on_first_rank(run, ranks.first))
     checkpoint, state = find_start(run, config, dataset, ranks, accept_changes)
     warm = None
     if checkpoint is None:
         warm = find_warm_start(config, dataset, ranks)
-    trainer = Trainer(config, ranks, dataset, plan, checkpoint, state.step, warm)
+    trainer = Trainer(
+        config, ranks, dataset, plan, checkpoint, state.step, warm
+    )
     dist.barrier()  # every rank has looked at the folder before one of them writes
     try:
-        on_all_ranks(lambda: _write_first_files(run, config, checkpoint, ranks))
+        run_on_all_ranks(
+            lambda: _write_first_files(run, config, checkpoint, ranks)
+        )
         with _open_log(run, trainer, checkpoint, state) as log:
             _log_start(log, trainer, checkpoint, state, warm)
             with StopSignal() as stop_signal:
                 resumed = checkpoint is not None
-                context = RunContext(trainer, state, run, log, stop_signal, resumed)
+                context = RunContext(
+                    trainer, state, run, log, stop_signal, resumed
+                )
                 TrainingRun(context, callbacks).fit()
             record = test_best(trainer, run)
             record["seconds"] = state.seconds
@@ -116,7 +123,9 @@ def _train(
     except InputError as error:
         is_refusal = type(error) is InputError
         if is_refusal and ranks.first and is_new and not state.step:
-            leave_nothing(run)  # what cannot begin is in the way of the next try
+            remove_failed_start(
+                run
+            )  # what cannot begin is in the way of the next try
         raise
     if ranks.first:
         # Plotly and Jinja2 are for the page alone.
@@ -134,12 +143,16 @@ def _load_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
         )
     check_shards = config.stream.damaged == "stop"
     check_contents = ranks.local_rank == 0
-    return Dataset.load(config.data, check_shards, config.stream, check_contents)
+    return Dataset.load(
+        config.data, check_shards, config.stream, check_contents
+    )
 
 
-def _build_plan(config: RunConfig, dataset: Dataset, ranks: Ranks) -> Plan:
+def _build_plan(
+    config: RunConfig, dataset: Dataset, ranks: Ranks
+) -> BatchSchedule:
     """Plans the batches of all epochs and ranks."""
-    return Plan(
+    return BatchSchedule(
         dataset,
         config.global_batch_size,
         ranks.world_size,
@@ -190,14 +203,16 @@ def _log_start(
     warm: WarmStart | None,
 ) -> None:
     """Logs what runs, and what it begins with."""
-    log.message(describe(trainer))
+    log.message(describe_run(trainer))
     if checkpoint is not None:
         minutes = state.seconds / 60
         log.message(
             f"goes on from {checkpoint}, after {minutes:.1f} minutes of training"
         )
     if warm is not None:
-        log.message(f"begins with the model of {warm.run}, which knows {warm.share}")
+        log.message(
+            f"begins with the model of {warm.run}, which knows {warm.share}"
+        )
 
 
 def _log_test(log: RunLog, record: dict[str, Any], state: RunState) -> None:
@@ -228,7 +243,7 @@ def _refuse_full_disk(run: str) -> Iterator[None]:
 class StepBatch:
     """A step's batch on the host; prefetched: where it is on its way to the device."""
 
-    rank_batch: Fed
+    rank_batch: RankBatch
     prefetched: PrefetchedBatch | None = None
 
 
@@ -243,7 +258,9 @@ class TrainingRun:
         self.feed = context.feed
         self.callbacks: list[Callback] = []
         self.checkpoint_writer = CheckpointWriter(context, self.callbacks)
-        self.validation = Validation(context, self.checkpoint_writer, self.callbacks)
+        self.validation = Validation(
+            context, self.checkpoint_writer, self.callbacks
+        )
         self.callbacks += [
             StepLog(context),
             WorkerTuning(context),
@@ -265,7 +282,9 @@ class TrainingRun:
             self.validation.validate_if_due()  # the run was stopped in between
             try:
                 self._run_steps()
-            except NotFinite:  # on all ranks: what is being written was good
+            except (
+                NonFiniteLoss
+            ):  # on all ranks: what is being written was good
                 self.checkpoint_writer.finish()
                 raise
             except RankFailure:  # likewise
@@ -312,7 +331,9 @@ class TrainingRun:
         in_trouble = self._refusal is not None
         signals = functools.partial(self._signals, in_trouble)
         begun = time.perf_counter()
-        loss, losses = self.trainer.train_step(prefetched, self._prefetch, signals)
+        loss, losses = self.trainer.train_step(
+            prefetched, self._prefetch, signals
+        )
         elapsed = time.perf_counter() - begun
         seconds = elapsed - self._prefetch_seconds
         self.state.step = self.trainer.step
@@ -352,7 +373,7 @@ class TrainingRun:
                     return StepBatch(next(self.feed))
                 except InputError as error:
                     self._refusal = error
-        return StepBatch(self.feed.without_users())
+        return StepBatch(self.feed.build_without_users())
 
 
 def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
@@ -365,18 +386,20 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
     dataset = trainer.dataset
     domains = len(dataset.domains)
     model = SyNCRec(config.model, domains).to(ranks.device).eval()
-    folder, best, _ = best_checkpoint(run, ranks)
+    folder, best, _ = find_best(run, ranks)
     restore_best(folder, model, trainer.table)
-    ranking = evaluate_split(model, trainer.table, dataset, ranks, config, "test")
-    inspection = look_at(model, trainer.table, dataset, config, ranks)
+    ranking = evaluate_split(
+        model, trainer.table, dataset, ranks, config, "test"
+    )
+    inspection = inspect_model(model, trainer.table, dataset, config, ranks)
     if ranks.first:
         write_json(run / LOOK, inspection)
-    return evaluation_record(
+    return make_evaluation_record(
         "test", dataset, ranking, step=best["step"], epoch=best["epoch"]
     )
 
 
-def describe(trainer: Trainer) -> str:
+def describe_run(trainer: Trainer) -> str:
     """Describes what runs, in a line or two."""
     dataset = trainer.dataset
     table = trainer.table

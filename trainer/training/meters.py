@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from syncrec.batch.build import Batch
+    from syncrec.batch.views import Batch
     from syncrec.model import LossReport
 
 
@@ -56,7 +56,11 @@ class IntervalMeter:
                 self._begun += seconds
 
     def add(
-        self, batch: "Batch", loss: torch.Tensor, report: "LossReport", skipped: int = 0
+        self,
+        batch: "Batch",
+        loss: torch.Tensor,
+        report: "LossReport",
+        skipped: int = 0,
     ) -> None:
         """Adds one step of this rank.
 

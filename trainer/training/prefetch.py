@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from embeddings.table import Exchange, ItemTable
-from syncrec.batch.build import Batch, map_tensors, move
+from syncrec.batch.views import Batch, map_tensors, move
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Prefetcher:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_stream(self._stream)
             # Its memory may be used again only once this stream is through with it.
-            map_tensors(prefetched.batch, lambda tensor: tensor.record_stream(stream))
+            map_tensors(
+                prefetched.batch, lambda tensor: tensor.record_stream(stream)
+            )
         return prefetched.batch, prefetched.exchange
 
     def _on_stream(self) -> AbstractContextManager[object]:

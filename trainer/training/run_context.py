@@ -7,16 +7,19 @@ from pathlib import Path
 
 from trainer.checkpoint.layout import RunState
 from trainer.config.run import RunConfig
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.stream import Feed, TrainBatches
-from trainer.distributed.agreement import StopSignal, Watchdog
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.stream import BatchFeed, TrainBatches
+from trainer.distributed.preemption import StopSignal
 from trainer.distributed.process_group import Ranks
-from trainer.distributed.resources import cores_per_rank
+from trainer.distributed.resources import count_cores_per_rank
+from trainer.distributed.watchdog import Watchdog
 from trainer.reporting.run_log import RunLog
 from trainer.training.meters import IntervalMeter
 from trainer.training.step import Trainer
 
-_WATCHDOG_MARGIN = 5  # seconds after timeout_minutes: a backend that gives up says more
+_WATCHDOG_MARGIN = (
+    5  # seconds after timeout_minutes: a backend that gives up says more
+)
 
 
 class RunContext:
@@ -40,19 +43,23 @@ class RunContext:
         self.resumed = resumed
         self.config: RunConfig = trainer.config
         self.ranks: Ranks = trainer.ranks
-        self.plan: Plan = trainer.plan
-        self.meter = IntervalMeter([domain.name for domain in trainer.dataset.domains])
+        self.plan: BatchSchedule = trainer.plan
+        self.meter = IntervalMeter(
+            [domain.name for domain in trainer.dataset.domains]
+        )
         self.watchdog = Watchdog(
             60 * self.config.timeout_minutes + _WATCHDOG_MARGIN,
             lambda: f"step {self.state.step + 1}",
         )
-        self.skipped_users = 0  # by this rank, since the run was begun or resumed
+        self.skipped_users = (
+            0  # by this rank, since the run was begun or resumed
+        )
         self._begun = time.monotonic()
         self._seconds_before = state.seconds
         self._damages: set[str] = set()
         self.feed = self._open_feed()
 
-    def _open_feed(self) -> Feed:
+    def _open_feed(self) -> BatchFeed:
         """Opens the stream of this rank's batches, from the state's step on."""
         config = self.config
         batches = TrainBatches(
@@ -66,7 +73,9 @@ class RunContext:
             config.model.mutual_information_candidates,
         )
         pin_memory = self.ranks.device.type == "cuda"
-        return Feed(batches, pin_memory, cores_per_rank(self.ranks.world_size))
+        return BatchFeed(
+            batches, pin_memory, count_cores_per_rank(self.ranks.world_size)
+        )
 
     @property
     def at_last_step(self) -> bool:

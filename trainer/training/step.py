@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from embeddings.optimizers import zero_changes_nothing
+from embeddings.optimizers import ignores_zero_gradients
 from embeddings.placement import HostNeeds
 from embeddings.table import ItemTable
-from syncrec.batch.build import Batch
+from syncrec.batch.views import Batch
 from syncrec.losses.loss_correction import LossCorrection
 from syncrec.model import LossReport, SyNCRec
 from trainer.checkpoint.load import restore_model, restore_optimizers
@@ -24,21 +24,25 @@ from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.distributed.agreement import Signals
 from trainer.distributed.deepspeed_engine import (
-    engine_config,
-    rate_share,
+    build_engine_config,
+    learning_rate_share,
     set_learning_rate,
     start_engine,
 )
-from trainer.distributed.process_group import RankReduction, Ranks, sum_of_ranks
-from trainer.errors import InputError, NotFinite
+from trainer.distributed.process_group import (
+    RankReduction,
+    Ranks,
+    sum_over_ranks,
+)
+from trainer.errors import InputError, NonFiniteLoss
 from trainer.training.gradients import Gradients, HostCopy
-from trainer.training.loader_memory import loader_bytes
+from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
 
 if TYPE_CHECKING:
     from trainer.checkpoint.warm_start import WarmStart
     from trainer.data.format.dataset import Dataset
-    from trainer.data.loading.batch_schedule import Plan
+    from trainer.data.loading.batch_schedule import BatchSchedule
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Trainer:
         config: RunConfig,
         ranks: Ranks,
         dataset: "Dataset",
-        plan: "Plan",
+        plan: "BatchSchedule",
         checkpoint: Path | None = None,
         step: int = 0,
         warm: "WarmStart | None" = None,
@@ -99,9 +103,9 @@ class Trainer:
         self.plan = plan
         self.step = step
         self.total_steps = plan.count_steps(
-            config.epochs, ranks.rank, sum_of_ranks, config.max_steps
+            config.epochs, ranks.rank, sum_over_ranks, config.max_steps
         )
-        deepspeed_config = engine_config(
+        deepspeed_config = build_engine_config(
             config.optimizer,
             config.deepspeed,
             config.global_batch_size,
@@ -115,7 +119,9 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from None
         # Counted here: ZeRO 3 partitions the parameters.
-        self.weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self.weights = sum(
+            parameter.numel() for parameter in self.model.parameters()
+        )
         if checkpoint is not None:
             restore_model(checkpoint, self.model)
         if warm is not None:
@@ -124,12 +130,15 @@ class Trainer:
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
         if warm is not None:
-            warm.restore_table(self.table, config.table.init_std, config.warm_kept)
+            warm.restore_table(
+                self.table, config.table.init_std, config.warm_kept
+            )
         self.reduction = RankReduction()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
         self._skips_on_device = (
-            self._gradients.skips_on_device and zero_changes_nothing(config.table)
+            self._gradients.skips_on_device
+            and ignores_zero_gradients(config.table)
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
@@ -137,7 +146,9 @@ class Trainer:
     def _build_table(self, is_new: bool) -> ItemTable:
         """Builds the item table; is_new: with its first vectors drawn."""
         config = self.config
-        loaders = loader_bytes(config, self.dataset, self.ranks.world_size)
+        loaders = estimate_loader_bytes(
+            config, self.dataset, self.ranks.world_size
+        )
         return ItemTable(
             self.dataset.num_embeddings,
             config.model.dim,
@@ -159,7 +170,9 @@ class Trainer:
     def train_step(
         self,
         batch: Batch | PrefetchedBatch,
-        following: PrefetchedBatch | Callable[[], PrefetchedBatch | None] | None = None,
+        following: PrefetchedBatch
+        | Callable[[], PrefetchedBatch | None]
+        | None = None,
         signals: Callable[[], Signals] = Signals,
     ) -> tuple[torch.Tensor, LossReport]:
         """Makes one step of table and dense model. Called on all ranks.
@@ -188,7 +201,7 @@ class Trainer:
         rows_UR = self.table.look_up(exchange)
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the
         # rank that a user is on.
-        used_NR = batch.vectors_of_uses(rows_UR.detach()).requires_grad_()
+        used_NR = batch.gather_vectors(rows_UR.detach()).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
         if callable(following):
             following = following()
@@ -198,7 +211,7 @@ class Trainer:
         gradient_NR = self._guard_gradient(
             used_NR.grad, loss.detach(), report, batch, before, signals
         )
-        self.table.update(batch.gradient_of_rows(gradient_NR))
+        self.table.update(batch.reduce_gradient(gradient_NR))
         self.engine.step()
         self.step += 1
         return loss.detach(), report
@@ -206,7 +219,7 @@ class Trainer:
     def _set_learning_rates(self) -> None:
         """Sets both learning rates to where the schedule is."""
         config = self.config.optimizer
-        share = rate_share(config, self.step, self.total_steps)
+        share = learning_rate_share(config, self.step, self.total_steps)
         self.learning_rate = config.learning_rate * share
         set_learning_rate(self.engine, self.learning_rate)
         self.table.set_learning_rate(self.config.table.learning_rate * share)
@@ -228,7 +241,7 @@ class Trainer:
         pending = self._pending
         if pending is not None and pending.outcome.on_host:
             _, *signal_sums = pending.outcome.value()
-            return pending.number, Signals.of_sums(signal_sums)
+            return pending.number, Signals.from_sums(signal_sums)
         return self._settled_signals
 
     def settle(self) -> None:
@@ -242,7 +255,7 @@ class Trainer:
         if pending is None:
             return
         finite, *signal_sums = pending.outcome.value()
-        signals = Signals.of_sums(signal_sums)
+        signals = Signals.from_sums(signal_sums)
         self._settled_signals = (pending.number, signals)
         if finite and not signals.trouble:
             return
@@ -252,7 +265,7 @@ class Trainer:
             setattr(module, name, value)
         if signals.trouble:
             raise RankFailure
-        raise NotFinite(self._describe_not_finite(pending.report))
+        raise NonFiniteLoss(self._describe_not_finite(pending.report))
 
     def state_figures(self) -> dict[str, float | None]:
         """Returns what a log line shows beside the meter's: α, β, learning rate, gradient norm."""
@@ -318,7 +331,9 @@ class Trainer:
             self._describe_view(
                 "single-domain", report.single_D, report.single_targets_D
             ),
-            self._describe_view("cross-domain", report.cross_D, report.cross_targets_D),
+            self._describe_view(
+                "cross-domain", report.cross_D, report.cross_targets_D
+            ),
         ]
         if not information.isfinite():
             parts.append("the mutual information")

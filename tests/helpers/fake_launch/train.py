@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-given = dict(word.split("=", 1) for word in sys.argv[1:] if not word.startswith("--"))
+given = dict(
+    word.split("=", 1) for word in sys.argv[1:] if not word.startswith("--")
+)
 run = Path(given["run"])
 run.mkdir(parents=True, exist_ok=True)
 with (run.parents[1] / "calls.txt").open("a") as calls:

@@ -54,7 +54,9 @@ def train():
     run.mkdir(exist_ok=True)
     _called("train", run.parent)
     (run / "begun-with.txt").write_text(given.get("warm_start", ""))
-    (run / "metrics.jsonl").write_text(json.dumps({"kind": "test", "step": 3}) + "\n")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"kind": "test", "step": 3}) + "\n"
+    )
 
 
 def publish():
@@ -76,7 +78,9 @@ def publish():
         (published / "refused.json").write_text(json.dumps(record))
         sys.exit(3)
     versions = sorted((published / "versions").iterdir())
-    current = versions and json.loads((versions[-1] / "version.json").read_text())
+    current = versions and json.loads(
+        (versions[-1] / "version.json").read_text()
+    )
     number = f"{len(versions) + 1:04d}"
     if current and current["run"] == str(run):
         return

@@ -11,7 +11,7 @@ from embeddings.row_scatter import RowScatter
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.negatives import NegativesConfig
 from trainer.config.stream import StreamConfig
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.stream import TrainBatches
 
 HISTORIES = draw_histories(240, longest=30)
@@ -38,7 +38,9 @@ def run(monkeypatch, dataset, output, *arguments):
         str(output),
         "users_per_rank=10",
     ]
-    monkeypatch.setattr(sys, "argv", [*command, f"max_length={LONGEST}", *arguments])
+    monkeypatch.setattr(
+        sys, "argv", [*command, f"max_length={LONGEST}", *arguments]
+    )
     with pytest.raises(SystemExit) as left:
         balance.main()
     return left.value.code
@@ -46,7 +48,9 @@ def run(monkeypatch, dataset, output, *arguments):
 
 def fed(dataset, ranks, balanced, steps):
     """The batches that real ranks are fed: [[a batch of each rank], …]."""
-    plan = Plan(dataset, 10 * ranks, ranks, 0, max_length=LONGEST, balance=balanced)
+    plan = BatchSchedule(
+        dataset, 10 * ranks, ranks, 0, max_length=LONGEST, balance=balanced
+    )
     config, negatives = StreamConfig(workers=0), NegativesConfig()
     streams = [
         iter(TrainBatches(plan, rank, 0, LONGEST, "mean", negatives, config))
@@ -69,10 +73,14 @@ def test_figures_are_those_of_batches_as_ranks_are_fed_them(
     given = ["ranks=[2,3]", f"steps={steps}", f"row_steps={steps}"]
     assert not run(monkeypatch, dataset, tmp_path / "b.json", *given)
     record = json.loads((tmp_path / "b.json").read_text())
-    assert [result["ranks"] for result in record["results"]] == [2, 3] and record[
-        "not_run"
-    ] == []
-    assert record["dataset"]["users"] == 240 and record["settings"]["steps"] == steps
+    assert [result["ranks"] for result in record["results"]] == [
+        2,
+        3,
+    ] and record["not_run"] == []
+    assert (
+        record["dataset"]["users"] == 240
+        and record["settings"]["steps"] == steps
+    )
     for result in record["results"]:
         ranks, found = result["ranks"], result["tokens"]
         for name, balanced in (("plain", False), ("balanced", True)):
@@ -90,9 +98,14 @@ def test_figures_are_those_of_batches_as_ranks_are_fed_them(
                 ]
                 ratios.append(max(own) / np.mean(own))
             assert found[name]["max"] == pytest.approx(max(ratios), rel=0.02)
-            assert found[name]["mean"] == pytest.approx(np.mean(ratios), rel=0.01)
+            assert found[name]["mean"] == pytest.approx(
+                np.mean(ratios), rel=0.01
+            )
         assert found["balanced"]["max"] < found["plain"]["max"]
-        rows, in_shard = dataset.num_embeddings, -(-dataset.num_embeddings // ranks)
+        rows, in_shard = (
+            dataset.num_embeddings,
+            -(-dataset.num_embeddings // ranks),
+        )
         looked_up = [
             [real(batch) for batch in batches]
             for batches in fed(dataset, ranks, True, steps)
@@ -101,10 +114,15 @@ def test_figures_are_those_of_batches_as_ranks_are_fed_them(
             ("scattered", RowScatter(rows).stored),
             ("unscattered", lambda row: row),
         ):
-            for counted, of in (("lookups", lambda ids: ids), ("distinct", np.unique)):
+            for counted, of in (
+                ("lookups", lambda ids: ids),
+                ("distinct", np.unique),
+            ):
                 counts = [
                     np.bincount(
-                        np.concatenate([stored(of(ids)) // in_shard for ids in step]),
+                        np.concatenate(
+                            [stored(of(ids)) // in_shard for ids in step]
+                        ),
                         minlength=ranks,
                     )
                     for step in looked_up
@@ -113,12 +131,12 @@ def test_figures_are_those_of_batches_as_ranks_are_fed_them(
                     [c.max() / c.mean() for c in counts],
                     np.sum(counts, axis=0),
                 )
-                assert result["rows"][name][counted]["step"]["mean"] == pytest.approx(
-                    np.mean(ratios)
-                )
-                assert result["rows"][name][counted]["step"]["max"] == pytest.approx(
-                    max(ratios)
-                )
+                assert result["rows"][name][counted]["step"][
+                    "mean"
+                ] == pytest.approx(np.mean(ratios))
+                assert result["rows"][name][counted]["step"][
+                    "max"
+                ] == pytest.approx(max(ratios))
                 assert result["rows"][name][counted]["sum"] == pytest.approx(
                     total.max() / total.mean()
                 )
@@ -158,8 +176,13 @@ def test_bad_options_are_refused_in_words(arguments, message, capsys):
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_dataset_is_refused_in_a_line(monkeypatch, tmp_path, capfd):
+def test_a_folder_that_is_no_dataset_is_refused_in_a_line(
+    monkeypatch, tmp_path, capfd
+):
     monkeypatch.setattr(sys, "argv", ["balance.py", f"data={tmp_path}"])
     with pytest.raises(SystemExit) as left:
         balance.main()
-    assert left.value.code == 2 and "is not a dataset folder" in capfd.readouterr().err
+    assert (
+        left.value.code == 2
+        and "is not a dataset folder" in capfd.readouterr().err
+    )

@@ -32,7 +32,9 @@ def run_main(monkeypatch, *arguments):
     return left.value.code
 
 
-def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd):
+def test_short_measures_every_system_and_cleans_up(
+    monkeypatch, tmp_path, capfd
+):
     file, folder = tmp_path / "result.json", tmp_path / "disk"
     folder.mkdir()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -48,11 +50,17 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
     assert not list(folder.iterdir())
 
     record = json.loads(file.read_text())
-    lines = {(line["ranks"], line["system"]): line for line in record["results"]}
-    assert list(lines) == [(ranks, system) for ranks in (1, 2) for system in SAVED]
+    lines = {
+        (line["ranks"], line["system"]): line for line in record["results"]
+    }
+    assert list(lines) == [
+        (ranks, system) for ranks in (1, 2) for system in SAVED
+    ]
     for (_, system), line in lines.items():
         save = line["save"]
-        assert 0 < save["blocking_seconds"]["median"] <= save["seconds"]["median"]
+        assert (
+            0 < save["blocking_seconds"]["median"] <= save["seconds"]["median"]
+        )
         assert (
             save["seconds"]["min"]
             <= save["seconds"]["median"]
@@ -85,14 +93,19 @@ def test_short_measures_every_system_and_cleans_up(monkeypatch, tmp_path, capfd)
             "DCP pickle async",
         ):  # these return before all is written
             save = lines[ranks, system]["save"]
-            assert save["blocking_seconds"]["median"] < save["seconds"]["median"]
+            assert (
+                save["blocking_seconds"]["median"] < save["seconds"]["median"]
+            )
     assert (
         record["machine"]["versions"]["safetensors"]
         and record["date"]
         and not record["not_run"]
     )
     shown = capfd.readouterr()
-    assert f"| {ROWS:,} |     2 |" in shown.out and "FutureWarning" not in shown.err
+    assert (
+        f"| {ROWS:,} |     2 |" in shown.out
+        and "FutureWarning" not in shown.err
+    )
 
 
 def assert_sizes(ranks, lines):
@@ -105,7 +118,9 @@ def assert_sizes(ranks, lines):
     ours = lines["ours"]["files"]
     tables = [name for name in ours if name.startswith("table-")]
     assert len(tables) == ranks
-    assert 0 < sum(ours[name] for name in tables) - table < 1000 * ranks  # headers
+    assert (
+        0 < sum(ours[name] for name in tables) - table < 1000 * ranks
+    )  # headers
     assert ours["optimizer.safetensors"] == pytest.approx(
         2 * ours["dense.safetensors"], rel=0.02
     )
@@ -133,7 +148,11 @@ def test_a_killed_rank_is_reported_and_the_others_are_kept(
     monkeypatch.setattr(suite, "on_ranks", killed)
     assert (
         run_main(
-            monkeypatch, "--short", "ranks=[2]", "--json", tmp_path / "result.json"
+            monkeypatch,
+            "--short",
+            "ranks=[2]",
+            "--json",
+            tmp_path / "result.json",
         )
         == 1
     )
@@ -168,9 +187,13 @@ def test_a_load_is_held_against_what_was_saved(tmp_path):
             Loaded(tmp_path, saved), trainer(saved), trainer(saved.clone())
         )
         assert load.keys() == {"from_disk", "disk", "cached"}
-        with pytest.raises(ArithmeticError, match="another loads another table"):
+        with pytest.raises(
+            ArithmeticError, match="another loads another table"
+        ):
             checkpoint.timed_load(
-                Loaded(tmp_path, saved + 1), trainer(saved), trainer(saved.clone())
+                Loaded(tmp_path, saved + 1),
+                trainer(saved),
+                trainer(saved.clone()),
             )
 
 
@@ -193,7 +216,9 @@ def test_bad_options_are_refused_in_words(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(monkeypatch, tmp_path, capsys):
+def test_a_full_disk_is_seen_before_anything_is_written(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * 10**9)
     )

@@ -17,7 +17,9 @@ def record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, as_a_script():
         patch.setattr(suite, "in_own_process", in_this_process)
         patch.setattr(
-            sys, "argv", ["host_memory.py", "--short", "--json", str(file), *given]
+            sys,
+            "argv",
+            ["host_memory.py", "--short", "--json", str(file), *given],
         )
         host_memory.main()
     return json.loads(file.read_text())
@@ -36,7 +38,9 @@ def test_a_host_has_what_its_ranks_have_together(record):
     assert "125.0 GB left for a rank" in refused["refused"]
 
 
-def test_each_file_and_each_byte_is_read_once_where_as_many_ranks_read_as_wrote(record):
+def test_each_file_and_each_byte_is_read_once_where_as_many_ranks_read_as_wrote(
+    record,
+):
     small = record["reads"][0]
     assert small["table_bytes"] == 8 * 1000 * 129 * 4 == small["warm_bytes_now"]
     assert small["warm_bytes_before"] == 8 * small["table_bytes"]

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import limits
 from benchmarks.workload import dataset_of, draw
-from syncrec.batch.build import build_batch, move
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from trainer.config.negatives import NegativesConfig
@@ -38,7 +39,8 @@ def test_a_steps_products_are_those_that_are_computed():
     dataset = dataset_of(1000, 3, users=8, steps=1)
     arrays = draw(dataset, 0, 8, 4, 16, NegativesConfig())
     batch = move(
-        build_batch(*arrays, [domain.items for domain in dataset.domains], 16), "cpu"
+        build_batch(*arrays, [domain.items for domain in dataset.domains], 16),
+        "cpu",
     )
     rows = torch.randn(len(batch.ids), 32, requires_grad=True)
     products = limits.step_products(config, batch)
@@ -56,7 +58,10 @@ def test_a_steps_products_are_those_that_are_computed():
     live = 3 * len(batch.cross.input_M) + 2 * len(batch.single.input_M)
     stopped = 2 * len(batch.cross.input_M) + 3 * len(batch.single.input_M)
     of_experts = [
-        sum(product.operations * count for product, count in of["experts"].items())
+        sum(
+            product.operations * count
+            for product, count in of["experts"].items()
+        )
         for of in (products, forward)
     ]
     assert of_experts[0] / of_experts[1] == pytest.approx(
@@ -77,7 +82,9 @@ def test_operands_have_the_shapes_and_strides_of_the_product(flipped):
             flipped != "left",
             flipped != "right",
         )
-        torch.testing.assert_close(torch.matmul(left, right, out=out), left @ right)
+        torch.testing.assert_close(
+            torch.matmul(left, right, out=out), left @ right
+        )
         assert product.operations == experts * 2 * 4 * 5 * 6
 
 
@@ -85,13 +92,20 @@ def test_sums_and_the_fastest_of_several():
     products = Counter(
         {limits.Product(2, 8, 8, 8): 3, limits.Product(1, 8, 4, 8, "left"): 2}
     )
-    found = [limits.matmul(products, torch.float32, CPU, window=1e-4) for _ in range(2)]
+    found = [
+        limits.matmul(products, torch.float32, CPU, window=1e-4)
+        for _ in range(2)
+    ]
     best = limits.fastest(found)
     assert best["operations"] == 3 * 2 * 2 * 8**3 + 2 * 2 * 8 * 4 * 8
     for shape, seconds in best["seconds"].items():
         assert seconds == min(of["seconds"][shape] for of in found)
-    assert best["seconds_per_step"] == pytest.approx(limits.seconds_of(best, products))
-    assert best["rate"] == pytest.approx(best["operations"] / best["seconds_per_step"])
+    assert best["seconds_per_step"] == pytest.approx(
+        limits.seconds_of(best, products)
+    )
+    assert best["rate"] == pytest.approx(
+        best["operations"] / best["seconds_per_step"]
+    )
 
 
 def test_bytes_are_counted_by_what_is_read_and_written(monkeypatch):

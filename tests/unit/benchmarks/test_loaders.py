@@ -8,7 +8,7 @@ import pytest
 from benchmarks import loaders, suite
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.data.format import shards
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import Histories
 
 
@@ -31,10 +31,10 @@ def test_figures_are_those_of_real_shards(dataset, monkeypatch):
     result = loaders.measure(dataset, 8, 10, settings)
     assert (result["ranks"], result["steps"], result["shards"]) == (
         8,
-        Plan(dataset, 80, 8, 0).steps(0),
+        BatchSchedule(dataset, 80, 8, 0).steps(0),
         16,
     )
-    plan = Plan(dataset, 80, 8, settings.seed, max_length=30)
+    plan = BatchSchedule(dataset, 80, 8, settings.seed, max_length=30)
     opened, decoded, hashed = [], [], []
     block, digest = shards.ShardFile.block, shards.hashlib.file_digest
     monkeypatch.setattr(
@@ -53,7 +53,7 @@ def test_figures_are_those_of_real_shards(dataset, monkeypatch):
         return shards.ShardFile(dataset, shard, *arguments)
 
     for rank in range(8):
-        reading = Histories.of_plan(plan, open_shard=opening)
+        reading = Histories.of_schedule(plan, open_shard=opening)
         for step in range(plan.steps(0)):
             reading.read(plan.users(0, step, rank), plan.home_shards(0, rank))
         reading.close()
@@ -70,7 +70,9 @@ def test_figures_are_those_of_real_shards(dataset, monkeypatch):
 
 def test_the_short_form_runs(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(
-        sys, "argv", ["loaders.py", "--short", "--json", str(tmp_path / "l.json")]
+        sys,
+        "argv",
+        ["loaders.py", "--short", "--json", str(tmp_path / "l.json")],
     )
     loaders.main()
     (result,) = json.loads((tmp_path / "l.json").read_text())["results"]

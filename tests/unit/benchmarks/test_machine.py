@@ -19,7 +19,8 @@ def test_the_cache_forgets_what_is_loaded_from_disk(tmp_path):
     assert machine.cached_bytes(file) == 0
     with open(file, "rb") as held:  # what someone has mapped stays
         mapped = torch.frombuffer(
-            mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
+            mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_COPY),
+            dtype=torch.uint8,
         )
         assert int(mapped.sum()) == 10**6 * ord("x")
         assert machine.drop_from_cache([file]) is False

@@ -40,7 +40,9 @@ def test_a_collective_is_so_many_messages(kind, world, count):
 def test_many_ranks_send_what_the_formula_says():
     column = messages.reckoned(SETTINGS, COUNTED, 64)
     assert column["rows"] == 200  # twice the users
-    assert column["parts"]["rows"]["bytes"] == pytest.approx(200 * 63 / 64 * 4 * 16)
+    assert column["parts"]["rows"]["bytes"] == pytest.approx(
+        200 * 63 / 64 * 4 * 16
+    )
     assert column["parts"]["clip, check, signals"]["messages"] == 126
     assert column["parts"]["clip, check, signals"]["bytes"] == pytest.approx(
         2 * 63 / 64 * 7 * 8

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import parts, suite
 from benchmarks.workload import dataset_of, draw
-from syncrec.batch.build import build_batch, move
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.helpers.alone import as_a_script, in_this_process
@@ -111,7 +112,8 @@ def test_all_parts_are_measured_and_written(monkeypatch, tmp_path, capsys):
     # 4 users of 16 interactions, each with one negative: at most so many rows of 16 floats, read and written.
     assert (
         0.8
-        < lines["table look-up"]["limit_seconds"] / (2 * 128 * 64 / memory["gather"])
+        < lines["table look-up"]["limit_seconds"]
+        / (2 * 128 * 64 / memory["gather"])
         <= 1
     )
     assert all(of["ranks"] == 2 for of in results[-len(OF_RANKS) :])
@@ -140,7 +142,8 @@ def test_what_is_made_again_is_what_the_model_computed():
     dataset = dataset_of(500, 3, users=4, steps=1)
     arrays = draw(dataset, 0, 4, 16, 16, NegativesConfig())
     batch = move(
-        build_batch(*arrays, [domain.items for domain in dataset.domains], 16), "cpu"
+        build_batch(*arrays, [domain.items for domain in dataset.domains], 16),
+        "cpu",
     )
     model, rows = (
         SyNCRec(config, 3),
@@ -153,7 +156,9 @@ def test_what_is_made_again_is_what_the_model_computed():
     assert [call.graph for call in experts].count(
         True
     ) == 2  # a stack learns in one of the views
-    assert len(experts) == 4 and len(tasks) == 2 * (1 + 3) and len(of_losses) == 1
+    assert (
+        len(experts) == 4 and len(tasks) == 2 * (1 + 3) and len(of_losses) == 1
+    )
     (call,) = of_losses
     assert torch.equal(call.function(*call.arguments)[0], losses[0]) and all(
         leaf.is_leaf for leaf in call.leaves

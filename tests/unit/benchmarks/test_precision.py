@@ -35,9 +35,17 @@ def test_the_table_has_both_precisions_and_the_noise():
         for line in text.splitlines()
         if line.startswith("| ")
     ]
-    assert rows[1] == ["fp32", "2.6500", "2.5000, 2.8000", "0.3100", "0.3000, 0.3200"]
+    assert rows[1] == [
+        "fp32",
+        "2.6500",
+        "2.5000, 2.8000",
+        "0.3100",
+        "0.3000, 0.3200",
+    ]
     assert rows[2][0] == "bf16" and rows[2][3] == "0.3100"
-    assert "two seeds of fp32: 0.3000; bf16 and fp32, same seed: 0.0500." in text
+    assert (
+        "two seeds of fp32: 0.3000; bf16 and fp32, same seed: 0.0500." in text
+    )
 
 
 def test_the_picture_has_a_line_for_each_run():

@@ -18,12 +18,17 @@ def run_main(monkeypatch, file, folder, *arguments):
 def test_every_size_is_measured_and_taken_away(monkeypatch, tmp_path, capfd):
     folder = tmp_path / "disk"
     folder.mkdir()
-    record = run_main(monkeypatch, tmp_path / "result.json", folder, "users=[200,400]")
+    record = run_main(
+        monkeypatch, tmp_path / "result.json", folder, "users=[200,400]"
+    )
     assert list(folder.iterdir()) == []
     assert [result["users"] for result in record["results"]] == [200, 400]
     for result in record["results"]:
         took = result["prepare"]
-        assert result["interactions"] > 30 * result["users"] and result["log_bytes"] > 0
+        assert (
+            result["interactions"] > 30 * result["users"]
+            and result["log_bytes"] > 0
+        )
         assert result["interactions_per_second"] == pytest.approx(
             result["interactions"] / took["seconds"]
         )
@@ -33,7 +38,10 @@ def test_every_size_is_measured_and_taken_away(monkeypatch, tmp_path, capfd):
             < result["dataset_bytes"]
             <= took["peak_disk_bytes"]
         )
-        assert took["peak_memory_bytes"] > 50e6 and result["synthesize"]["seconds"] > 0
+        assert (
+            took["peak_memory_bytes"] > 50e6
+            and result["synthesize"]["seconds"] > 0
+        )
     assert record["machine"]["cores"] and "400" in capfd.readouterr().out
 
 
@@ -43,20 +51,27 @@ def test_kept_logs_are_taken_again_and_the_dataset_is_counted_whole(
     first = run_main(
         monkeypatch, tmp_path / "1.json", tmp_path, "users=[200]", "keep=true"
     )["results"][0]
-    files = [path for path in (tmp_path / "data-200").rglob("*") if path.is_file()]
+    files = [
+        path for path in (tmp_path / "data-200").rglob("*") if path.is_file()
+    ]
     assert first["dataset_bytes"] == sum(path.stat().st_size for path in files)
     again = run_main(
         monkeypatch, tmp_path / "2.json", tmp_path, "users=[200]", "keep=true"
     )["results"][0]
     assert (
-        again["synthesize"] is None and again["dataset_bytes"] == first["dataset_bytes"]
+        again["synthesize"] is None
+        and again["dataset_bytes"] == first["dataset_bytes"]
     )
 
 
 def test_a_script_that_fails_ends_it(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"prepare\.py .* ended with status 2"):
         run_main(
-            monkeypatch, tmp_path / "1.json", tmp_path, "users=[200]", "memory=1MB"
+            monkeypatch,
+            tmp_path / "1.json",
+            tmp_path,
+            "users=[200]",
+            "memory=1MB",
         )
 
 

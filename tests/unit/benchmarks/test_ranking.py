@@ -27,7 +27,9 @@ def test_every_line_is_measured_and_a_missing_peer_is_said(
         "repeats=2",
         "window=0.001",
     ]
-    monkeypatch.setattr(sys, "argv", ["ranking.py", "--json", str(file), *given])
+    monkeypatch.setattr(
+        sys, "argv", ["ranking.py", "--json", str(file), *given]
+    )
     with as_a_script():
         ranking.main()
     record = json.loads(file.read_text())
@@ -36,8 +38,12 @@ def test_every_line_is_measured_and_a_missing_peer_is_said(
         (dim, name) for dim in (8, 16) for name in OURS
     ]
     for line in record["results"]:
-        assert len(line["seconds"]["all"]) == 2 and len(line["memory_bytes"]) == 2
-        assert line["users_per_second"] == pytest.approx(40 / line["seconds"]["median"])
+        assert (
+            len(line["seconds"]["all"]) == 2 and len(line["memory_bytes"]) == 2
+        )
+        assert line["users_per_second"] == pytest.approx(
+            40 / line["seconds"]["median"]
+        )
         assert line["rate"] == pytest.approx(
             2 * line["dim"] * 500 * line["users_per_second"]
         )

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import recbole_peer, suite
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.evaluation import EvaluationConfig
-from trainer.data.format.dataset import SPLIT_LENGTH
+from trainer.data.split import SPLIT_LENGTH
 from trainer.errors import InputError
 from trainer.evaluation.candidate_files import read_candidates
 from trainer.evaluation.sampled import RankingBatches
@@ -39,17 +39,23 @@ def test_histories_are_handed_over_by_user_number_without_those_too_short_to_spl
 ):
     long = [history for history in HISTORIES if len(history) >= SPLIT_LENGTH]
     assert 0 < len(long) < len(HISTORIES)
-    assert np.load(given / "lengths.npy").tolist() == [len(history) for history in long]
+    assert np.load(given / "lengths.npy").tolist() == [
+        len(history) for history in long
+    ]
     assert np.load(given / "items.npy").tolist() == [
         int(item) for history in long for item in history
     ]
 
 
 @pytest.mark.parametrize(("split", "back"), [("validation", 2), ("test", 1)])
-def test_candidates_are_those_that_our_evaluation_ranks(dataset, given, split, back):
+def test_candidates_are_those_that_our_evaluation_ranks(
+    dataset, given, split, back
+):
     handed_UC = np.load(given / f"candidates-{split}.npy")
     own = {}
-    for built in RankingBatches(dataset, 0, 1, EvaluationConfig(), 64, split, seed=0):
+    for built in RankingBatches(
+        dataset, 0, 1, EvaluationConfig(), 64, split, seed=0
+    ):
         rows = np.split(built.rows_C, np.cumsum(built.counts_B)[:-1])
         own |= {
             int(user): row.tolist()
@@ -57,10 +63,14 @@ def test_candidates_are_those_that_our_evaluation_ranks(dataset, given, split, b
             if user >= 0
         }
     users = [
-        user for user, history in enumerate(HISTORIES) if len(history) >= SPLIT_LENGTH
+        user
+        for user, history in enumerate(HISTORIES)
+        if len(history) >= SPLIT_LENGTH
     ]
     assert handed_UC.tolist() == [own[user] for user in users]
-    assert handed_UC[:, 0].tolist() == [HISTORIES[user][-back] for user in users]
+    assert handed_UC[:, 0].tolist() == [
+        HISTORIES[user][-back] for user in users
+    ]
     if split == "test":  # and so does `launch/evaluate.py --candidates`
         read = read_candidates(dataset, given / "candidates-test.parquet")
         assert {user: rows.tolist() for user, (_, rows) in read.items()} == own
@@ -68,7 +78,9 @@ def test_candidates_are_those_that_our_evaluation_ranks(dataset, given, split, b
 
 def test_too_small_a_domain_is_refused(tmp_path):
     small = write_dataset(
-        tmp_path / "data", draw_histories(30, items=(140, 90), longest=12), (140, 90)
+        tmp_path / "data",
+        draw_histories(30, items=(140, 90), longest=12),
+        (140, 90),
     )
     with pytest.raises(InputError, match=r"^a domain has too few items"):
         recbole_peer.hand_over(small, tmp_path)
@@ -122,7 +134,9 @@ def quality(system, training, loss, value, best, epochs, **more):
         "mean": mean,
         "best_epoch": best,
     }
-    return found | {"epochs": [{"epoch": epoch} for epoch in range(epochs)]} | more
+    return (
+        found | {"epochs": [{"epoch": epoch} for epoch in range(epochs)]} | more
+    )
 
 
 def test_tables_divide_by_the_fastest_and_by_the_default_and_join_seeds():
@@ -149,7 +163,13 @@ def test_tables_divide_by_the_fastest_and_by_the_default_and_join_seeds():
         quality("SASRec", "its own", "sampled softmax", 0.3, 3, 6, seed=0),
         quality("SASRec", "its own", "sampled softmax", 0.32, 4, 6, seed=1),
         quality(
-            "RecBole SASRec", "by users", "CE", 0.31, 1, 2, stopped="limit of minutes"
+            "RecBole SASRec",
+            "by users",
+            "CE",
+            0.31,
+            1,
+            2,
+            stopped="limit of minutes",
         ),
     ]
     ours, peer = recbole_peer.quality_table(found).splitlines()[2:]
@@ -163,7 +183,9 @@ def test_tables_divide_by_the_fastest_and_by_the_default_and_join_seeds():
 
 def test_without_recboles_environment_one_line_says_how_to_make_it(capsys):
     with pytest.raises(SystemExit) as left:
-        suite.settings("recbole_peer", recbole_peer.Settings, ["python=nowhere/python"])
+        suite.settings(
+            "recbole_peer", recbole_peer.Settings, ["python=nowhere/python"]
+        )
     assert (
         left.value.code == 2
         and "python is nowhere/python, which is not there: make peers"

@@ -44,7 +44,9 @@ def settings_of(log, *given):
 def test_every_row_is_of_one_part_and_no_part_is_older_than_the_one_before(
     log, tmp_path
 ):
-    files, facts = retraining.cut(settings_of(log, "days=3", "share=0.1"), tmp_path)
+    files, facts = retraining.cut(
+        settings_of(log, "days=3", "share=0.1"), tmp_path
+    )
     parts = [pq.read_table(file) for file in files]
     assert [len(part) for part in parts] == [
         fact["interactions"] for fact in facts
@@ -64,7 +66,10 @@ def test_every_row_is_of_one_part_and_no_part_is_older_than_the_one_before(
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["days=0"], "days is 0"), (["days=10", "share=0.1"], "have to leave something")],
+    [
+        (["days=0"], "days is 0"),
+        (["days=10", "share=0.1"], "have to leave something"),
+    ],
 )
 def test_bad_settings_are_refused(log, given, message, capsys):
     with pytest.raises(SystemExit):
@@ -86,7 +91,8 @@ def test_what_is_done_is_not_done_again_and_what_fails_ends_it(tmp_path):
     seconds = retraining.once(tmp_path, "a", [script, tmp_path / "there"])
     assert (
         seconds > 0
-        and retraining.once(tmp_path, "a", [script, tmp_path / "there"]) == seconds
+        and retraining.once(tmp_path, "a", [script, tmp_path / "there"])
+        == seconds
     )
     with pytest.raises(SystemExit, match="ended with status 1"):
         retraining.once(tmp_path, "b", [script, tmp_path / "there"])

@@ -80,7 +80,10 @@ def test_ranks_send_what_the_formula_says(stage, tmp_path):
 
 def test_a_rank_that_dies_is_reported_with_its_last_words(tmp_path):
     group = Group(
-        tmp_path, "broken", [sorted(os.sched_getaffinity(0))[0]], ["--short", "items=1"]
+        tmp_path,
+        "broken",
+        [sorted(os.sched_getaffinity(0))[0]],
+        ["--short", "items=1"],
     )
     try:
         with pytest.raises(
@@ -101,7 +104,13 @@ def test_hosts_are_counted_on_the_wire_and_everything_is_written(
     monkeypatch.setattr(
         sys,
         "argv",
-        ["scaling.py", "--short", "--json", str(tmp_path / "scaling.json"), *SMALL],
+        [
+            "scaling.py",
+            "--short",
+            "--json",
+            str(tmp_path / "scaling.json"),
+            *SMALL,
+        ],
     )
     scaling.main()
     record = json.loads((tmp_path / "scaling.json").read_text())
@@ -151,8 +160,12 @@ def test_popular_items_are_drawn_by_zipfs_law():
     share = 1 / (1 / np.arange(1, 1001)).sum()
     assert np.isclose((rank_N == 0).mean(), share, rtol=0.05)
     assert np.isclose((rank_N == 9).mean(), share / 10, rtol=0.15)
-    even_N, _, domain_N, _, _ = draw(dataset, 0, 400, 100, 100, NegativesConfig())
-    assert np.isclose((even_N == dataset.starts[domain_N]).mean(), 1e-3, atol=5e-4)
+    even_N, _, domain_N, _, _ = draw(
+        dataset, 0, 400, 100, 100, NegativesConfig()
+    )
+    assert np.isclose(
+        (even_N == dataset.starts[domain_N]).mean(), 1e-3, atol=5e-4
+    )
 
 
 def test_a_chart_has_every_value_where_it_belongs():
@@ -176,10 +189,20 @@ def test_a_chart_has_every_value_where_it_belongs():
     root = ElementTree.fromstring(chart.svg([lines, bars]))
     name = "{http://www.w3.org/2000/svg}"
     assert [
-        len(line.get("points").split()) for line in root.findall(f".//{name}polyline")
+        len(line.get("points").split())
+        for line in root.findall(f".//{name}polyline")
     ] == [2, 2, 2, 0]
-    heights = [float(circle.get("cy")) for circle in root.findall(f".//{name}circle")]
-    assert heights[0] < heights[2] < heights[4] < heights[1] < heights[3] < heights[5]
+    heights = [
+        float(circle.get("cy")) for circle in root.findall(f".//{name}circle")
+    ]
+    assert (
+        heights[0]
+        < heights[2]
+        < heights[4]
+        < heights[1]
+        < heights[3]
+        < heights[5]
+    )
     stacked = [
         rect
         for rect in root.findall(f".//{name}rect")

@@ -24,7 +24,9 @@ def test_every_part_is_measured(monkeypatch, tmp_path, capsys):
         "experts=2",
         "blocks=1",
     ]
-    monkeypatch.setattr(sys, "argv", ["serving.py", "--json", str(file), *given])
+    monkeypatch.setattr(
+        sys, "argv", ["serving.py", "--json", str(file), *given]
+    )
     try:
         with as_a_script():
             serving.main()
@@ -35,7 +37,8 @@ def test_every_part_is_measured(monkeypatch, tmp_path, capsys):
         ("encoder", None), ("encoder and top k", 50), ("encoder and top k", 70)
     ]  # fmt: skip
     assert all(
-        len(line["seconds"]) == 3 and line["median"] <= line["p99"] for line in lines
+        len(line["seconds"]) == 3 and line["median"] <= line["p99"]
+        for line in lines
     )
     assert "encoder and top k" in capsys.readouterr().out
 

@@ -28,7 +28,13 @@ CLUSTER = Cluster(
     imbalance=1.0,
 )
 LOAD = Load(
-    tokens=1000, users=10, rows=900, domains=2, dim=32, weights=10_000, zero_stage=0
+    tokens=1000,
+    users=10,
+    rows=900,
+    domains=2,
+    dim=32,
+    weights=10_000,
+    zero_stage=0,
 )
 
 
@@ -42,7 +48,9 @@ def measured(parameters=KNOWN):
             (10, 4e6 + 1e3 * tokens, 1e8),
         ):
             point = Point(tokens, messages, sent, bandwidth, seconds=math.nan)
-            points.append(replace(point, seconds=step_model.predict(parameters, point)))
+            points.append(
+                replace(point, seconds=step_model.predict(parameters, point))
+            )
     return points
 
 
@@ -55,7 +63,9 @@ def test_the_fit_finds_what_made_the_points():
 
 def test_no_parameter_is_negative_where_that_would_fit_better():
     found = step_model.fit(measured(KNOWN | {"per_message": -1e-3}))
-    assert found["per_message"] == 0 and all(value >= 0 for value in found.values())
+    assert found["per_message"] == 0 and all(
+        value >= 0 for value in found.values()
+    )
 
 
 def test_a_point_that_does_not_fit_shows_when_it_is_left_out():
@@ -93,15 +103,21 @@ def test_zero_stages_send_the_dense_weights_once_more():
         found = traffic.expected(
             4, 8, 2, users=3, weights=1000, zero_stage=stage, foreign=50
         )
-        return sum(found.get(part, 0) for part in ("dense gradients", "dense weights"))
+        return sum(
+            found.get(part, 0) for part in ("dense gradients", "dense weights")
+        )
 
     assert dense(0) == 2 * 3 / 4 * 4000 and dense(1) == 3 * 3 / 4 * 4000
     assert (
-        traffic.expected(1, 8, 2, users=3, weights=1000, zero_stage=1, foreign=0) == {}
+        traffic.expected(
+            1, 8, 2, users=3, weights=1000, zero_stage=1, foreign=0
+        )
+        == {}
     )
 
 
 def test_the_least_is_distinct_rows_there_and_back_and_the_dense_reduction():
     assert (
-        traffic.least(2, 8, weights=100, distinct_foreign=10) == 10 * (4 + 2 * 32) + 400
+        traffic.least(2, 8, weights=100, distinct_foreign=10)
+        == 10 * (4 + 2 * 32) + 400
     )

@@ -46,14 +46,17 @@ def histories():
 
 @pytest.fixture
 def data(tmp_path, histories):
-    write_dataset(tmp_path / "data", histories, cuts=(13, 22), streams=3, block_users=4)
+    write_dataset(
+        tmp_path / "data", histories, cuts=(13, 22), streams=3, block_users=4
+    )
     return tmp_path / "data"
 
 
 def tokens(histories, longest):
     """By the rule: a user of 3 or more interactions keeps two of them from training, and the newest `longest` are seen."""
     return sum(
-        min(longest, len(history) - 2 * (len(history) >= 3)) for history in histories
+        min(longest, len(history) - 2 * (len(history) >= 3))
+        for history in histories
     )
 
 
@@ -79,7 +82,9 @@ def run_main(monkeypatch, *arguments):
     stream.main()
 
 
-def test_all_is_measured_and_written(monkeypatch, tmp_path, data, histories, capsys):
+def test_all_is_measured_and_written(
+    monkeypatch, tmp_path, data, histories, capsys
+):
     file, scratch = tmp_path / "result.json", tmp_path / "scratch"
     scratch.mkdir()
     given = (
@@ -90,7 +95,9 @@ def test_all_is_measured_and_written(monkeypatch, tmp_path, data, histories, cap
         "samples=9",
         "repeats=3",
     )
-    run_main(monkeypatch, f"data={data}", *given, f"folder={scratch}", "--json", file)
+    run_main(
+        monkeypatch, f"data={data}", *given, f"folder={scratch}", "--json", file
+    )
     assert list(scratch.iterdir()) == []
 
     record = json.loads(file.read_text())
@@ -134,7 +141,9 @@ def test_all_is_measured_and_written(monkeypatch, tmp_path, data, histories, cap
     assert ratios["ready, workers: 2 / webdataset"] == pytest.approx(
         two["users_per_second"] / webdataset_rate
     )
-    seconds = opening["seconds"]["median"] + lines["decode"]["seconds"]["median"]
+    seconds = (
+        opening["seconds"]["median"] + lines["decode"]["seconds"]["median"]
+    )
     assert ratios["open and decode / webdataset"] == pytest.approx(
         40 / seconds / webdataset_rate
     )
@@ -143,7 +152,8 @@ def test_all_is_measured_and_written(monkeypatch, tmp_path, data, histories, cap
         opening["bytes"] / seconds / raw
     )
     assert (
-        record["dataset"]["users"] == 40 and record["machine"]["versions"]["webdataset"]
+        record["dataset"]["users"] == 40
+        and record["machine"]["versions"]["webdataset"]
     )
     shown = capsys.readouterr().out
     assert "40 users, " in shown
@@ -224,6 +234,8 @@ def test_bad_options_are_refused_in_words(arguments, message, capsys):
 
 def test_a_folder_that_is_no_dataset_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        run_main(monkeypatch, "--short", f"data={tmp_path}", f"folder={tmp_path}")
+        run_main(
+            monkeypatch, "--short", f"data={tmp_path}", f"folder={tmp_path}"
+        )
     assert left.value.code == 2
     assert f"{tmp_path} is not a dataset folder" in capsys.readouterr().err

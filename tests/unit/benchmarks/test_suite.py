@@ -11,7 +11,11 @@ def test_short_is_laid_over_full_and_the_command_line_over_both():
     settings, options = suite.settings(
         "stream", stream.Settings, ["--short", "samples=7"]
     )
-    assert (settings.repeats, settings.samples, settings.batch_size) == (2, 7, 1024)
+    assert (settings.repeats, settings.samples, settings.batch_size) == (
+        2,
+        7,
+        1024,
+    )
     assert options == suite.Options(True, None, ("samples=7",))
     settings, options = suite.settings("stream", stream.Settings, ["data=x"])
     assert (settings.repeats, settings.samples) == (5, 50_000)
@@ -51,7 +55,9 @@ def test_no_folder_of_this_machine_is_recorded(tmp_path):
 
 
 def test_tables_are_aligned_and_keep_their_order():
-    text = suite.markdown([{"what": "a", "s": 1}, {"what": "longer", "more": "x"}])
+    text = suite.markdown(
+        [{"what": "a", "s": 1}, {"what": "longer", "more": "x"}]
+    )
     assert text.splitlines() == [
         "| what   | s | more |",
         "|--------|--:|-----:|",

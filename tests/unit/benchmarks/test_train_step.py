@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import flops, machine, suite, train_step
 from benchmarks.padded import PaddedSyNCRec, copy_weights, pad_batch
 from benchmarks.workload import dataset_of, draw
-from syncrec.batch.build import build_batch, move, trim
+from syncrec.batch.build import build_batch, trim
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.helpers import histories
@@ -65,7 +66,11 @@ def models(config, rows, domains, dtype=torch.float64, plain=False):
             0,
         ),
         (
-            {"loss": "bpr", "loss_correction": "none", "mutual_information": False},
+            {
+                "loss": "bpr",
+                "loss_correction": "none",
+                "mutual_information": False,
+            },
             0,
             None,
         ),
@@ -90,7 +95,9 @@ def test_the_padded_model_has_the_losses_and_gradients_of_ours(
         np.arange(len(items_N)), lengths_B, domain_N, config.max_length
     )
     negatives = (
-        histories.draw_shared(5, DOMAIN_ITEMS, shared) if shared else negatives[kept_N]
+        histories.draw_shared(5, DOMAIN_ITEMS, shared)
+        if shared
+        else negatives[kept_N]
     )
     arrays = (
         items_N[kept_N],
@@ -120,7 +127,9 @@ def test_the_padded_model_has_the_losses_and_gradients_of_ours(
         cross_D, report.cross_D.nan_to_num().to(cross_D), **close
     )
     torch.testing.assert_close(lambda_D, report.lambda_D, **close)
-    torch.testing.assert_close(padded.items.weight.grad[2:], table.grad, **close)
+    torch.testing.assert_close(
+        padded.items.weight.grad[2:], table.grad, **close
+    )
     torch.testing.assert_close(
         padded.items.weight.grad[1:2], packed.embedding.start.grad, **close
     )
@@ -199,7 +208,9 @@ def test_needed_attention_is_less_than_half_of_what_padded_squares_hold():
     config = ModelConfig(dim=8, max_length=32)
     dataset = dataset_of(100, 3, users=8, steps=1)
     arrays = draw(dataset, 0, 8, 4, 32, NegativesConfig())
-    batch = build_batch(*arrays, [domain.items for domain in dataset.domains], 32)
+    batch = build_batch(
+        *arrays, [domain.items for domain in dataset.domains], 32
+    )
     cross, _ = flops.packed_work(config, batch)
     assert cross.pairs == sum(
         length * (length + 1) // 2 for length in arrays[1].tolist()
@@ -214,7 +225,11 @@ def test_every_step_draws_as_many_interactions_and_other_items():
         draw(dataset, step, 32, 16, 128, NegativesConfig()) for step in range(2)
     )
     for items_N, lengths_B, domain_N, _, negatives_N1 in (first, second):
-        assert (lengths_B.min(), lengths_B.max(), lengths_B.sum()) == (16, 128, 2304)
+        assert (lengths_B.min(), lengths_B.max(), lengths_B.sum()) == (
+            16,
+            128,
+            2304,
+        )
         assert (dataset.domain_of(items_N) == domain_N).all()
         assert (dataset.domain_of(negatives_N1[:, 0]) == domain_N).all()
         assert (negatives_N1[:, 0] != items_N).all()
@@ -229,7 +244,9 @@ def test_ten_million_items_do_not_fit_with_dense_adam(items, fits):
     reason = train_step.too_large(items, 128, 24 * 2**30)
     assert (reason is None) == fits
     if reason:
-        assert "5.1 GB" in reason and "20.5 GB" in reason and "25.8 GB" in reason
+        assert (
+            "5.1 GB" in reason and "20.5 GB" in reason and "25.8 GB" in reason
+        )
 
 
 SMALL = [
@@ -280,7 +297,9 @@ def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     ]
     limit = record["limits"]["fp32"]
     assert limit["seconds_per_step"] == pytest.approx(
-        sum(limit["counts"][of] * limit["seconds"][of] for of in limit["counts"])
+        sum(
+            limit["counts"][of] * limit["seconds"][of] for of in limit["counts"]
+        )
     )
     assert limit["rate"] == pytest.approx(
         limit["operations"] / limit["seconds_per_step"]
@@ -290,8 +309,12 @@ def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
         assert len(seconds["all"]) == 3 and len(result["warmup_seconds"]) == 1
         assert seconds["min"] <= seconds["median"] <= seconds["max"]
         assert result["tokens"] == 4 * 16
-        assert result["tokens_per_second"] == pytest.approx(64 / seconds["median"])
-        share = result["operations_per_step"] / limit["rate"] / seconds["median"]
+        assert result["tokens_per_second"] == pytest.approx(
+            64 / seconds["median"]
+        )
+        share = (
+            result["operations_per_step"] / limit["rate"] / seconds["median"]
+        )
         assert result["matmul_share"] == pytest.approx(share) and share > 0
         assert len(set(result["losses"])) == 4
     assert record["machine"]["versions"]["torch"] == torch.__version__
@@ -301,7 +324,8 @@ def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     ours, padded = record["results"][0], record["results"][2]
     shown = capfd.readouterr().out
     assert (
-        f" {ours['tokens_per_second'] / padded['tokens_per_second']:.2f} |" in shown
+        f" {ours['tokens_per_second'] / padded['tokens_per_second']:.2f} |"
+        in shown
         and "the machine has 0.0 GB" in shown
     )
 
@@ -338,7 +362,9 @@ def test_no_step_is_read_before_the_last_is_done(monkeypatch):
             yield torch.tensor(float(number)).as_subclass(OnDevice)
 
     monkeypatch.setattr(train_step, "_wait_for", wait)
-    seconds, interval, losses = train_step.timed_steps(steps(), 2, torch.device("cpu"))
+    seconds, interval, losses = train_step.timed_steps(
+        steps(), 2, torch.device("cpu")
+    )
     assert waits == [2, 5] and losses == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert len(seconds) == 5 and min(*seconds, interval) >= 0
 
@@ -363,7 +389,10 @@ def test_ours_makes_the_next_batch_ready_beside_each_step(monkeypatch):
 
     monkeypatch.setattr(train_step, "trainer_of", lambda *_, **__: Trainer())
     steps = train_step.start_ours(settings.model, settings, None, None)
-    assert list(steps(["a", "b", "c"])) == ["loss of ready a", "loss of ready b"]
+    assert list(steps(["a", "b", "c"])) == [
+        "loss of ready a",
+        "loss of ready b",
+    ]
     assert calls == [
         *("prepare a", "step ready a", "prepare b", "then ready b"),
         *("step ready b", "prepare c", "then ready c", "settle"),
@@ -381,13 +410,19 @@ def test_a_killed_process_is_reported_and_the_others_are_kept(
     monkeypatch.setattr(suite, "in_own_process", killed)
     assert (
         run_main(
-            monkeypatch, *SMALL, "systems=[ours]", "--json", tmp_path / "result.json"
+            monkeypatch,
+            *SMALL,
+            "systems=[ours]",
+            "--json",
+            tmp_path / "result.json",
         )
         == 1
     )
     assert "SIGKILL" in capsys.readouterr().out
     assert (
-        json.loads((tmp_path / "result.json").read_text())["not_run"][0]["system"]
+        json.loads((tmp_path / "result.json").read_text())["not_run"][0][
+            "system"
+        ]
         == "ours"
     )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from embeddings.control_groups import host_memory
+from embeddings.control_groups import available_host_memory
 
 GB = 2**30
 HUGE = 9223372036854771712  # what version 1 says where there is no limit
@@ -39,7 +39,9 @@ def v2(path, limit, used, files=0):
 def v1(path, limit, used, files=0):
     folder = f"sys/fs/cgroup/memory/{path}".rstrip("/")
     return {
-        f"{folder}/memory.limit_in_bytes": limit if limit == HUGE else limit * GB,
+        f"{folder}/memory.limit_in_bytes": limit
+        if limit == HUGE
+        else limit * GB,
         f"{folder}/memory.usage_in_bytes": used * GB,
         f"{folder}/memory.stat": f"cache 1\ninactive_file 3\ntotal_inactive_file {files * GB}",
     }
@@ -66,7 +68,11 @@ CASES = {
     ),
     "version 2, none": (f"0::/{JOB}", v2(JOB, "max", 10), 500),
     "a limit beyond the machine": (f"0::/{JOB}", v2(JOB, 900, 10), 500),
-    "a container that sees its own group as the root": ("0::/", v2("", 16, 6), 10),
+    "a container that sees its own group as the root": (
+        "0::/",
+        v2("", 16, 6),
+        10,
+    ),
     "one whose path is its host's": ("0::/kubepods/pod1", v2("", 16, 7), 9),
     "version 1": (
         "4:memory:/slurm/uid_1/job_7\n1:name=systemd:/x",
@@ -78,7 +84,11 @@ CASES = {
         v1("job_7/step_0", HUGE, 8) | v1("job_7", 24, 9),
         15,
     ),
-    "version 1 beside version 2": ("3:cpu,memory:/a\n0::/a", v1("a", 12, 2), 10),
+    "version 1 beside version 2": (
+        "3:cpu,memory:/a\n0::/a",
+        v1("a", 12, 2),
+        10,
+    ),
     "version 1, none": ("4:memory:/a", v1("a", HUGE, 8), 500),
 }
 
@@ -89,9 +99,9 @@ def test_a_job_has_what_the_tightest_of_its_groups_leaves(
 ):
     machine(tmp_path, 500)
     write(tmp_path, files | ({"proc/self/cgroup": groups} if groups else {}))
-    assert host_memory(tmp_path) == left * GB
+    assert available_host_memory(tmp_path) == left * GB
 
 
 def test_swap_counts_where_no_group_limits(tmp_path):
     machine(tmp_path, 500, swap=20)
-    assert host_memory(tmp_path) == 520 * GB
+    assert available_host_memory(tmp_path) == 520 * GB

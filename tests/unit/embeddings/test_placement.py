@@ -26,10 +26,20 @@ def group():
 
 
 def planned(
-    rows=10**6, dim=128, room=GPU, optimizer="rowwise_adagrad", needs=None, **settings
+    rows=10**6,
+    dim=128,
+    room=GPU,
+    optimizer="rowwise_adagrad",
+    needs=None,
+    **settings,
 ):
     return plan_capacity(
-        TableConfig(**settings), optimizer, rows, dim, room, needs or HostNeeds()
+        TableConfig(**settings),
+        optimizer,
+        rows,
+        dim,
+        room,
+        needs or HostNeeds(),
     )
 
 
@@ -56,9 +66,14 @@ def test_a_row_takes_its_floats_and_those_of_its_optimizer(optimizer, floats):
 def test_what_is_planned_is_what_is_allocated(group, optimizer):
     table = ItemTable(1000, 8, TableConfig(optimizer=optimizer), 0, "cpu")
     allocated = sum(
-        tensor.numel() * tensor.element_size() for tensor in table.shard()[1].values()
+        tensor.numel() * tensor.element_size()
+        for tensor in table.shard()[1].values()
     )
-    assert (table.capacity.host, table.capacity.device, table.capacity.cached) == (
+    assert (
+        table.capacity.host,
+        table.capacity.device,
+        table.capacity.cached,
+    ) == (
         allocated,
         0,
         False,
@@ -95,7 +110,13 @@ CHECKPOINTS = {
     "two tables and the loaders, just": (474_806_201, CPU, 245.0, 245.0, True),
     "and one row more": (474_806_203, CPU, 245.0, 0.067, False),
     "of rows on the device": (10**8, Room(80 * GB, 70 * GB), 0, 51.6, True),
-    "of rows on the device, no room": (10**8, Room(80 * GB, 60 * GB), 0, 0.067, False),
+    "of rows on the device, no room": (
+        10**8,
+        Room(80 * GB, 60 * GB),
+        0,
+        0.067,
+        False,
+    ),
     "of rows cached on the device": (3 * 10**8, GPU, 154.8, 154.8, True),
     "of rows cached on the device, no room": (
         3 * 10**8,
@@ -124,9 +145,10 @@ def test_a_checkpoints_copy_takes_of_the_host_wherever_the_rows_lie(
         not copied
     )
     evaluated = planned(rows, room=room)
-    assert (evaluated.checkpoint, evaluated.copied) == (0, True) and "waits" not in str(
-        evaluated
-    )
+    assert (evaluated.checkpoint, evaluated.copied) == (
+        0,
+        True,
+    ) and "waits" not in str(evaluated)
 
 
 REFUSED = {
@@ -170,14 +192,16 @@ def test_what_fits_nowhere_is_refused_with_the_arithmetic(given, message):
 
 
 def test_a_table_is_refused_before_it_is_allocated(group, monkeypatch):
-    monkeypatch.setattr(placement, "host_memory", lambda: 10**6)
-    with pytest.raises(ValueError, match=r"the host has 1\.0 MB left for a rank"):
+    monkeypatch.setattr(placement, "available_host_memory", lambda: 10**6)
+    with pytest.raises(
+        ValueError, match=r"the host has 1\.0 MB left for a rank"
+    ):
         ItemTable(10**9, 128, TableConfig(), 0, "cpu")
 
 
 def test_ranks_of_a_host_share_its_memory(group, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
-    monkeypatch.setattr(placement, "host_memory", lambda: 80 * GB)
+    monkeypatch.setattr(placement, "available_host_memory", lambda: 80 * GB)
     for local, expected in (("4", 20 * GB), ("8", 10 * GB), (None, 5 * GB)):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if local:
@@ -206,11 +230,21 @@ def test_the_plan_has_equal_ranges_on_each_hosts_devices_and_the_caches_share(
     collection = EmbeddingCollection(tables=tables, device=torch.device("meta"))
     sharder = EmbeddingCollectionSharder()
     found = sharding_plan(
-        collection, sharder, cache_share, ranks=4, ranks_of_host=2, device_type="cuda"
+        collection,
+        sharder,
+        cache_share,
+        ranks=4,
+        ranks_of_host=2,
+        device_type="cuda",
     )["item_table"]
     assert found.sharding_type == "row_wise" and found.ranks == [0, 1, 2, 3]
     shards = found.sharding_spec.shards
-    assert [shard.shard_sizes for shard in shards] == [[3, 8], [3, 8], [3, 8], [1, 8]]
+    assert [shard.shard_sizes for shard in shards] == [
+        [3, 8],
+        [3, 8],
+        [3, 8],
+        [1, 8],
+    ]
     assert [str(shard.placement) for shard in shards] == [
         f"rank:{rank}/cuda:{rank % 2}" for rank in range(4)
     ]
@@ -219,10 +253,14 @@ def test_the_plan_has_equal_ranges_on_each_hosts_devices_and_the_caches_share(
     )
     # What reaches FBGEMM beside the optimizer's own parameters.
     fbgemm = add_params_from_parameter_sharding({}, found)
-    assert fbgemm == ({} if cache_share is None else {"cache_load_factor": cache_share})
+    assert fbgemm == (
+        {} if cache_share is None else {"cache_load_factor": cache_share}
+    )
 
 
-def test_rows_that_are_written_are_not_shadowed_by_the_cache(group, monkeypatch):
+def test_rows_that_are_written_are_not_shadowed_by_the_cache(
+    group, monkeypatch
+):
     """FBGEMM has a cache on CUDA alone: that it is emptied after each writing is what can be seen here."""
     table = ItemTable(10, 4, TableConfig(), 0, "cpu")
     done = []
@@ -248,4 +286,4 @@ def test_torchrec_counts_the_devices_that_a_rank_sees(
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    assert placement.devices_of_host(torch.device(kind)) == devices
+    assert placement.count_devices_of_host(torch.device(kind)) == devices

@@ -13,7 +13,9 @@ from embeddings.row_scatter import RowScatter
 def test_every_row_has_its_own_place(rows):
     scatter = RowScatter(rows)
     stored = scatter.stored(torch.arange(rows))
-    assert stored.dtype == torch.int64 and sorted(stored.tolist()) == list(range(rows))
+    assert stored.dtype == torch.int64 and sorted(stored.tolist()) == list(
+        range(rows)
+    )
     assert scatter.row(stored).tolist() == list(range(rows))
     assert scatter.row(stored.numpy()).tolist() == list(range(rows))
 
@@ -23,7 +25,9 @@ def test_large_tables_find_their_rows_again(rows, share):
     scatter = RowScatter(rows)
     row = torch.tensor([int(share * rows), 0, rows - 1])
     stored = scatter.stored(row)
-    assert ((stored >= 0) & (stored < rows)).all()  # nothing has left int64 on the way
+    assert (
+        (stored >= 0) & (stored < rows)
+    ).all()  # nothing has left int64 on the way
     assert stored[0] == (int(row[0]) * scatter.step + 1) % rows
     assert scatter.row(stored).tolist() == row.tolist()
     assert scatter.row(stored.numpy()).tolist() == row.tolist()
@@ -39,7 +43,9 @@ def test_any_domain_falls_evenly_on_all_shards(rows, shards):
             shard = scatter.stored(torch.arange(begin, begin + length)) // size
             counts = np.bincount(shard.numpy(), minlength=shards)
             whole = np.minimum(size, rows - size * np.arange(shards)) / rows
-            assert (np.abs(counts - length * whole) < 6 + 0.005 * length * whole).all()
+            assert (
+                np.abs(counts - length * whole) < 6 + 0.005 * length * whole
+            ).all()
 
 
 def test_neighbours_are_stored_far_apart():

@@ -18,7 +18,7 @@ from embeddings.config import TableConfig
 from embeddings.optimizers import fused_params
 from embeddings.placement import Capacity
 from embeddings.row_scatter import RowScatter
-from embeddings.table import ItemTable, bag_lengths, bags_of_rank
+from embeddings.table import ItemTable, bag_lengths, count_bags
 from tests.helpers import table_worker
 from tests.helpers.alone import group_of_one
 from tests.helpers.rank_processes import run_on_cpu_ranks
@@ -36,7 +36,9 @@ def results(tmp_path_factory):
             with group_of_one():
                 table_worker.main(folder, *saved)
         else:
-            run_on_cpu_ranks(ranks, "tests.helpers.table_worker", folder, *saved)
+            run_on_cpu_ranks(
+                ranks, "tests.helpers.table_worker", folder, *saved
+            )
         found[ranks] = dict(np.load(folder / f"ranks-{ranks}.npz"))
         saved.append(folder / f"saved-{ranks}")
     return found
@@ -74,19 +76,27 @@ def test_any_number_of_ranks_starts_from_the_same_rows(results, ranks):
         and abs(start.mean()) < 1e-3
     )
     assert len(np.unique(start[:, 0])) > 0.99 * ROWS
-    assert np.corrcoef(start[:, 0], results[ranks]["other_seed"][:, 0])[0, 1] < 0.05
+    assert (
+        np.corrcoef(start[:, 0], results[ranks]["other_seed"][:, 0])[0, 1]
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_updates_are_those_of_a_dense_table(results, ranks):
     """Gradients are sums over ranks and duplicates; the third update is at a rate that was set anew."""
     for number, (expected, _) in enumerate(adagrad(results[1]["start"])):
-        found = results[ranks][f"after_{number}" if number < len(RATES) else "next"]
+        found = results[ranks][
+            f"after_{number}" if number < len(RATES) else "next"
+        ]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
         untouched = np.setdiff1d(
-            np.arange(ROWS), np.concatenate([step(n)[0] for n in range(number + 1)])
+            np.arange(ROWS),
+            np.concatenate([step(n)[0] for n in range(number + 1)]),
         )
-        np.testing.assert_array_equal(found[untouched], results[1]["start"][untouched])
+        np.testing.assert_array_equal(
+            found[untouched], results[1]["start"][untouched]
+        )
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -100,19 +110,26 @@ def test_ids_are_looked_up_in_many_bags(results, ranks):
 def test_bags_hold_equally_many_ids(ids, bags):
     lengths = bag_lengths(ids, bags, torch.device("cpu"))
     assert len(lengths) == bags and lengths.sum() == ids
-    assert lengths.max() - lengths.min() <= 1 and bool((lengths.diff() <= 0).all())
+    assert lengths.max() - lengths.min() <= 1 and bool(
+        (lengths.diff() <= 0).all()
+    )
 
 
 @pytest.mark.parametrize(
-    ("ranks", "bags"), [(1, 2048), (64, 2048), (128, 1024), (256, 512), (4096, 512)]
+    ("ranks", "bags"),
+    [(1, 2048), (64, 2048), (128, 1024), (256, 512), (4096, 512)],
 )
 def test_many_ranks_have_fewer_bags_each(ranks, bags):
     """Each rank is sent the lengths of every other rank's bags."""
-    assert bags_of_rank(ranks) == bags
+    assert count_bags(ranks) == bags
 
 
-@pytest.mark.parametrize(("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])
-def test_rows_and_gradients_may_travel_in_half_precision(results, precision, step):
+@pytest.mark.parametrize(
+    ("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)]
+)
+def test_rows_and_gradients_may_travel_in_half_precision(
+    results, precision, step
+):
     """The rows that are kept stay fp32; what travels is rounded: rows to the format, gradients, of 1e-8 or of 1, to bf16."""
     found, scales = results[2], (1.0, 1e-8, 1.0)
     *_, (expected, squares) = adagrad(results[1]["start"], RATES, scales)
@@ -121,7 +138,9 @@ def test_rows_and_gradients_may_travel_in_half_precision(results, precision, ste
         np.abs(expected - results[1]["start"]).max(),
     )
     error = np.abs(stored - expected).max()
-    assert 1e-6 * moved < error < 2.0**-7 * moved  # rounded, and by no more than that
+    assert (
+        1e-6 * moved < error < 2.0**-7 * moved
+    )  # rounded, and by no more than that
     assert (
         np.abs(found[f"{precision}_looked_up"] - stored).max()
         <= step * np.abs(stored).max()
@@ -166,7 +185,9 @@ def test_the_fused_optimizers_state_comes_along(results, saved, loaded):
     following = found[f"next_from_saved-{saved}"]
     if saved == loaded:
         np.testing.assert_array_equal(following, expected["next"])
-    np.testing.assert_allclose(following, expected["next"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        following, expected["next"], rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "partial_rowwise_adam"])
@@ -181,7 +202,9 @@ def test_an_optimizer_that_the_device_lacks_is_named_with_those_it_has(
 
 
 def test_adam_is_fused_on_cuda_with_its_own_parameters():
-    params = fused_params(TableConfig(optimizer="adam", beta1=0.5, beta2=0.6), "cuda")
+    params = fused_params(
+        TableConfig(optimizer="adam", beta1=0.5, beta2=0.6), "cuda"
+    )
     assert (params["beta1"], params["beta2"]) == (0.5, 0.6)
     assert (
         fused_params(TableConfig(), "cuda")["optimizer"]
@@ -193,7 +216,11 @@ def test_adam_is_fused_on_cuda_with_its_own_parameters():
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_other_optimizers_step_as_their_definition(group, optimizer):
     table = ItemTable(
-        10, 4, TableConfig(optimizer=optimizer, learning_rate=0.5, eps=1e-3), 0, "cpu"
+        10,
+        4,
+        TableConfig(optimizer=optimizer, learning_rate=0.5, eps=1e-3),
+        0,
+        "cpu",
     )
     ids, gradient = (
         torch.tensor([3, 7, 3]),
@@ -218,7 +245,11 @@ def test_other_optimizers_step_as_their_definition(group, optimizer):
 
 def table_of(rows=10, dim=4, optimizer="auto", seed=0):
     return ItemTable(
-        rows, dim, TableConfig(optimizer=optimizer, learning_rate=0.5), seed, "cpu"
+        rows,
+        dim,
+        TableConfig(optimizer=optimizer, learning_rate=0.5),
+        seed,
+        "cpu",
     )
 
 
@@ -238,11 +269,15 @@ def test_any_number_of_threads_draws_the_same_rows(group, monkeypatch, threads):
     monkeypatch.setattr(embeddings.table, "_threads", lambda: threads)
     before = torch.get_num_threads()
     table = ItemTable(10_000, 8, TableConfig(init_std=0.25), 3, "cpu")
-    assert torch.equal(table.shard()[1]["weight"], drawn_by_hand(10_000, 8, 0.25, 3))
+    assert torch.equal(
+        table.shard()[1]["weight"], drawn_by_hand(10_000, 8, 0.25, 3)
+    )
     assert torch.get_num_threads() == before
 
 
-def test_a_table_may_be_made_without_rows_and_given_some_of_them(group, monkeypatch):
+def test_a_table_may_be_made_without_rows_and_given_some_of_them(
+    group, monkeypatch
+):
     """Nothing is drawn for rows that are read from a checkpoint, and blocks without new rows are not drawn either."""
     blocks = []
     draw = embeddings.table._draw_block
@@ -251,7 +286,9 @@ def test_a_table_may_be_made_without_rows_and_given_some_of_them(group, monkeypa
         "_draw_block",
         lambda block, *others: blocks.append(block) or draw(block, *others),
     )
-    table = ItemTable(10_000, 8, TableConfig(init_std=0.25), 3, "cpu", filled=False)
+    table = ItemTable(
+        10_000, 8, TableConfig(init_std=0.25), 3, "cpu", filled=False
+    )
     assert not blocks and not table.shard()[1]["weight"].any()
     with pytest.raises(RuntimeError, match="has no rows yet"):
         table(torch.tensor([1]))
@@ -297,12 +334,17 @@ def test_a_rank_opens_the_files_that_hold_its_rows(
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(dist, "get_world_size", lambda: 8)
         copy = ShardCopy(PlainTable(values, rank, 8))
-        ranges[copy.write(tmp_path)] = (copy.range["first_row"], copy.range["rows"])
+        ranges[copy.write(tmp_path)] = (
+            copy.range["first_row"],
+            copy.range["rows"],
+        )
     opened = []
     monkeypatch.setattr(
         embeddings.checkpoint,
         "safe_open",
-        lambda file, framework: opened.append(file) or safe_open(file, framework),
+        lambda file, framework: (
+            opened.append(file) or safe_open(file, framework)
+        ),
     )
     for rank in range(loading):
         table = PlainTable(torch.zeros_like(values), rank, loading)
@@ -312,7 +354,11 @@ def test_a_rank_opens_the_files_that_hold_its_rows(
             values[table.first :][: len(table.tensors["weight"])],
         )
     assert rows == sum(count for _, count in ranges.values())
-    assert len(opened) == 8 * loading if not known else len(opened) <= 8 + loading - 1
+    assert (
+        len(opened) == 8 * loading
+        if not known
+        else len(opened) <= 8 + loading - 1
+    )
     if known and loading == 8:
         assert len(opened) == 8
 
@@ -321,7 +367,11 @@ class PlainTable:
     """What the files are written from and read into, without a group of ranks."""
 
     def __init__(self, values, rank, ranks):
-        self.rows, self.scatter, self.updates = len(values), RowScatter(len(values)), 0
+        self.rows, self.scatter, self.updates = (
+            len(values),
+            RowScatter(len(values)),
+            0,
+        )
         self.capacity = Capacity(len(values), False, 0, 0)
         share = -(-len(values) // ranks)
         self.first, self.tensors = (
@@ -351,23 +401,34 @@ def test_a_file_is_the_same_whatever_it_is_written_in(
     assert found.keys() == tensors.keys() and all(
         torch.equal(found[key], tensors[key]) for key in tensors
     )
-    other = ItemTable(50, 4, TableConfig(optimizer="adagrad"), 9, "cpu", filled=False)
+    other = ItemTable(
+        50, 4, TableConfig(optimizer="adagrad"), 9, "cpu", filled=False
+    )
     load_shard(other, tmp_path)
-    assert all(torch.equal(other.shard()[1][key], tensors[key]) for key in tensors)
+    assert all(
+        torch.equal(other.shard()[1][key], tensors[key]) for key in tensors
+    )
 
 
 def update(table):
     table(torch.tensor([3, 7, 3]))
-    table.update(torch.randn(3, table.dim, generator=torch.Generator().manual_seed(1)))
+    table.update(
+        torch.randn(3, table.dim, generator=torch.Generator().manual_seed(1))
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_a_copy_is_of_the_moment_it_was_made(group, tmp_path, optimizer):
     """And a table that loads it goes on as the one that was copied, with every optimizer."""
-    table, other = table_of(optimizer=optimizer), table_of(optimizer=optimizer, seed=1)
+    table, other = (
+        table_of(optimizer=optimizer),
+        table_of(optimizer=optimizer, seed=1),
+    )
     update(table)
     copy = ShardCopy(table)
-    expected = {name: tensor.clone() for name, tensor in table.shard()[1].items()}
+    expected = {
+        name: tensor.clone() for name, tensor in table.shard()[1].items()
+    }
     update(table)
     copy.write(tmp_path)
     load_shard(other, tmp_path)
@@ -396,7 +457,10 @@ def test_looking_up_for_a_validation_is_no_update(group):
 
 def test_a_table_without_optimizer_state_takes_the_rows_alone(group, tmp_path):
     """For evaluation, whatever it was trained with."""
-    table, other = table_of(optimizer="adagrad"), table_of(optimizer="sgd", seed=1)
+    table, other = (
+        table_of(optimizer="adagrad"),
+        table_of(optimizer="sgd", seed=1),
+    )
     update(table)
     ShardCopy(table).write(tmp_path)
     load_shard(other, tmp_path)
@@ -435,7 +499,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("saved", "loaded", "message"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"), OTHERS.values(), ids=OTHERS
+)
 def test_another_table_is_not_loaded(group, tmp_path, saved, loaded, message):
     ShardCopy(table_of(**saved)).write(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -443,7 +509,9 @@ def test_another_table_is_not_loaded(group, tmp_path, saved, loaded, message):
 
 
 def test_a_table_with_rows_missing_is_not_loaded(group, tmp_path):
-    with pytest.raises(ValueError, match="table files hold 0 of the 10 rows of rank 0"):
+    with pytest.raises(
+        ValueError, match="table files hold 0 of the 10 rows of rank 0"
+    ):
         load_shard(table_of(), tmp_path)
 
 

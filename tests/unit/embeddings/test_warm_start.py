@@ -11,7 +11,15 @@ from embeddings.table import ItemTable
 from embeddings.warm_start import carry_rows
 from tests.helpers import carry_worker
 from tests.helpers.alone import group_of_one
-from tests.helpers.carry_worker import CONFIG, DIM, FRESH, GROUPS, NEW, OLD, mapping
+from tests.helpers.carry_worker import (
+    CONFIG,
+    DIM,
+    FRESH,
+    GROUPS,
+    NEW,
+    OLD,
+    mapping,
+)
 from tests.helpers.rank_processes import run_on_cpu_ranks, start_on_cpu_ranks
 
 SAVED, CARRIED = (1, 3), (1, 2, 3)
@@ -32,21 +40,28 @@ def folder(tmp_path_factory):
         with_ranks(ranks, "save", folder)
     for ranks in CARRIED:
         with_ranks(
-            ranks, "carry", folder, *(folder / f"saved-{saved}" for saved in SAVED)
+            ranks,
+            "carry",
+            folder,
+            *(folder / f"saved-{saved}" for saved in SAVED),
         )
     return folder
 
 
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("carried", CARRIED)
-def test_every_row_that_is_left_is_at_its_new_place_to_the_bit(folder, saved, carried):
+def test_every_row_that_is_left_is_at_its_new_place_to_the_bit(
+    folder, saved, carried
+):
     before = np.load(folder / f"saved-{saved}" / "contents.npz")
     after = np.load(folder / f"saved-{saved}-carried-{carried}.npz")
     source_N, _ = mapping()
     there = source_N >= 0
     assert there.sum() == 5500 - 2 * FRESH
     for name in ("weight", "momentum1"):
-        np.testing.assert_array_equal(after[name][there], before[name][source_N[there]])
+        np.testing.assert_array_equal(
+            after[name][there], before[name][source_N[there]]
+        )
     assert before["momentum1"].any() and not after["momentum1"][~there].any()
     assert after["updates"] == before["updates"] == 3
 
@@ -65,9 +80,9 @@ def test_new_rows_begin_among_those_of_their_group(folder, saved, carried):
             if number < 2
             else whole
         )
-        expected = others.mean(0) + after["start"][new] / CONFIG.init_std * others.std(
-            0
-        )
+        expected = others.mean(0) + after["start"][
+            new
+        ] / CONFIG.init_std * others.std(0)
         assert len(new) == (FRESH if number < 2 else last - first)
         np.testing.assert_allclose(after["weight"][new], expected, atol=1e-6)
         assert np.abs(expected - after["start"][new]).max() > 0.01
@@ -78,7 +93,9 @@ def test_new_rows_begin_among_those_of_their_group(folder, saved, carried):
 
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("carried", CARRIED)
-def test_the_table_is_to_the_bit_what_the_plain_way_gives(folder, saved, carried):
+def test_the_table_is_to_the_bit_what_the_plain_way_gives(
+    folder, saved, carried
+):
     """Where all rows are drawn first, and every rank has the whole old table."""
     found = np.load(folder / f"saved-{saved}-carried-{carried}.npz")
     for name in ("weight", "momentum1"):
@@ -89,7 +106,9 @@ def test_the_table_is_to_the_bit_what_the_plain_way_gives(folder, saved, carried
 @pytest.mark.parametrize("carried", CARRIED)
 def test_each_row_is_read_by_one_rank(folder, saved, carried):
     """Of the weights and of the optimizer's state. A file is opened for its header, and by those that read from it."""
-    opens, rows = np.load(folder / f"saved-{saved}-carried-{carried}.npz")["read"]
+    opens, rows = np.load(folder / f"saved-{saved}-carried-{carried}.npz")[
+        "read"
+    ]
     assert rows == 2 * OLD
     assert opens <= 2 * saved + carried - 1
 
@@ -137,9 +156,19 @@ def test_what_is_kept_of_vectors_and_state(folder, tmp_path):
             "rowwise_adagrad",
             "weight is .*, this table has rows of",
         ),
-        ("rowwise_adagrad", DIM, "adagrad", "momentum1 is .*, this table has rows of"),
+        (
+            "rowwise_adagrad",
+            DIM,
+            "adagrad",
+            "momentum1 is .*, this table has rows of",
+        ),
         ("sgd", DIM, "adagrad", "lacks the optimizer's momentum1"),
-        (None, DIM, "rowwise_adagrad", "hold 0 of the .* rows that rank 0 asks for"),
+        (
+            None,
+            DIM,
+            "rowwise_adagrad",
+            "hold 0 of the .* rows that rank 0 asks for",
+        ),
     ],
 )
 def test_another_table_is_not_carried(tmp_path, saved, dim, optimizer, message):

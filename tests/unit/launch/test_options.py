@@ -36,14 +36,35 @@ EXPECTED = {
         "max_restarts": 3,
         "settings": ["data=d", "run=r", "epochs=3"],
     },
-    "evaluate": {"run": "r", "split": "validation", "ranking": "full", "json": True},
+    "evaluate": {
+        "run": "r",
+        "split": "validation",
+        "ranking": "full",
+        "json": True,
+    },
     "export": {"dtype": "fp16", "faiss": "IVF1024,PQ32"},
-    "recommend": {"k": 3, "domain": ["x", "y"], "input": ("a", "b"), "users": "f"},
-    "publish": {"rules": PublishConfig(0.1, 0.2, 0.3, 0.4, 5, 6, "fp16"), "to": "p"},
-    "retrain": {"config": ["a.yaml", "b.yaml"], "settings": ["name=n", "input=[a]"]},
+    "recommend": {
+        "k": 3,
+        "domain": ["x", "y"],
+        "input": ("a", "b"),
+        "users": "f",
+    },
+    "publish": {
+        "rules": PublishConfig(0.1, 0.2, 0.3, 0.4, 5, 6, "fp16"),
+        "to": "p",
+    },
+    "retrain": {
+        "config": ["a.yaml", "b.yaml"],
+        "settings": ["name=n", "input=[a]"],
+    },
     "study": {"base": ["a", "b"], "settings": ["seeds=[0,1]", "parallel=2"]},
     "synthesize": {"first_user": 1, "last_user": 4, "processes": 1},
-    "prepare": {"input": ("a", "b"), "days": 3.0, "streams": 4, "engine": "spark"},
+    "prepare": {
+        "input": ("a", "b"),
+        "days": 3.0,
+        "streams": 4,
+        "engine": "spark",
+    },
     "demo": {"output": "o"},
 }
 
@@ -73,7 +94,8 @@ def test_help_is_read_at_a_hundred_columns(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "version"), [([], None), (["--rollback"], ""), (["--rollback", "3"], "3")]
+    ("words", "version"),
+    [([], None), (["--rollback"], ""), (["--rollback", "3"], "3")],
 )
 def test_a_rollback_may_name_its_version(words, version):
     from launch.publish import parse

@@ -9,7 +9,11 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(script, *arguments, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "launch" / script), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / script),
+        *map(str, arguments),
+    ]
     return subprocess.run(
         command,
         cwd=cwd,
@@ -33,7 +37,9 @@ def test_a_synthetic_log_is_made_and_prepared(tmp_path):
         9,
     )
     assert (made.returncode, made.stderr) == (0, "")
-    count = json.loads((tmp_path / "logs/truth.json").read_text())["interactions"]
+    count = json.loads((tmp_path / "logs/truth.json").read_text())[
+        "interactions"
+    ]
     assert f"{count:,}" in made.stdout
     done = run(
         "prepare.py",
@@ -85,7 +91,11 @@ def test_a_synthetic_log_is_made_and_prepared(tmp_path):
             [],
             "log.csv cannot be read",
         ),
-        ("user_id,item_id,domain,timestamp\n1,2,a,3\n", [], "domain 'a' has one item"),
+        (
+            "user_id,item_id,domain,timestamp\n1,2,a,3\n",
+            [],
+            "domain 'a' has one item",
+        ),
         (
             "user_id,item_id,domain,timestamp\n1,2,a,3\n1,3,a,4\n",
             ["--min-user", "3"],
@@ -99,7 +109,13 @@ def test_a_log_that_cannot_be_used_is_one_line_and_status_2(
 ):
     (tmp_path / "log.csv").write_text(text)
     done = run(
-        "prepare.py", "--input", "log.csv", "--output", "out", *options, cwd=tmp_path
+        "prepare.py",
+        "--input",
+        "log.csv",
+        "--output",
+        "out",
+        *options,
+        cwd=tmp_path,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert (
@@ -113,5 +129,8 @@ def test_a_log_that_cannot_be_used_is_one_line_and_status_2(
 def test_a_config_that_cannot_be_used_is_one_line_and_status_2(tmp_path):
     done = run("synthesize.py", "--output", tmp_path / "logs", "--items", 5)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: items is 5") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: items is 5")
+        and done.stderr.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == []

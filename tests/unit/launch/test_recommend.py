@@ -26,7 +26,10 @@ def test_the_table_says_how_many_and_what_was_left_out():
         "41 interactions with items",
     ):
         assert words in text
-    assert "domains that the model does not know" not in text and "damaged" not in text
+    assert (
+        "domains that the model does not know" not in text
+        and "damaged" not in text
+    )
 
 
 def test_options_are_as_the_paper_s_service_asks():
@@ -45,7 +48,11 @@ def test_options_are_as_the_paper_s_service_asks():
             "--local_rank=0",
         ]
     )
-    assert (options.k, options.domain, options.input) == (1, ["shop", "video"], ())
+    assert (options.k, options.domain, options.input) == (
+        1,
+        ["shop", "video"],
+        (),
+    )
 
 
 @pytest.mark.parametrize("missing", ["--run", "--output"])

@@ -29,12 +29,15 @@ def test_the_presets_of_one_task_train_log_and_are_evaluated_without_what_two_ta
     with rank_of_one() as ranks:
         test = train(
             load_config(
-                [PRESETS / f"{preset}.yaml"], [f"data={data}", f"run={run}", *SMALL]
+                [PRESETS / f"{preset}.yaml"],
+                [f"data={data}", f"run={run}", *SMALL],
             ),
             ranks,
         )
     records = read_records(run / "metrics.jsonl")
-    assert [record["kind"] for record in records if record["kind"] != "train"] == [
+    assert [
+        record["kind"] for record in records if record["kind"] != "train"
+    ] == [
         "validation",
         "validation",
         "test",
@@ -69,7 +72,8 @@ def test_one_task_with_shapley_values_logs_lambda_and_no_gap(tmp_path):
     with rank_of_one() as ranks:
         train(
             load_config(
-                [PRESETS / "gru4rec.yaml"], [f"data={data}", f"run={run}", *SMALL, *own]
+                [PRESETS / "gru4rec.yaml"],
+                [f"data={data}", f"run={run}", *SMALL, *own],
             ),
             ranks,
         )

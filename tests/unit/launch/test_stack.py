@@ -68,11 +68,16 @@ def test_every_known_triple_fits(packages, minor, fbgemm):
 
 def test_patch_releases_fit_and_newer_torch_is_left_to_its_imports(packages):
     torch, torchrec, fbgemm = (
-        re.sub(r"\d+$", "9", version) for version in stack.MATCHING[stack.PINNED]
+        re.sub(r"\d+$", "9", version)
+        for version in stack.MATCHING[stack.PINNED]
     )
-    packages.update({"torch": torch, "torchrec": torchrec, "fbgemm-gpu": fbgemm})
+    packages.update(
+        {"torch": torch, "torchrec": torchrec, "fbgemm-gpu": fbgemm}
+    )
     stack.check_stack()
-    packages.update({"torch": "9.0.0", "torchrec": "8.0.0", "fbgemm-gpu": "7.0.0"})
+    packages.update(
+        {"torch": "9.0.0", "torchrec": "8.0.0", "fbgemm-gpu": "7.0.0"}
+    )
     stack.check_stack()
 
 
@@ -87,13 +92,19 @@ def test_a_missing_package_is_named(packages, capsys, missing):
     )
     del packages[missing]
     message = refusal(capsys)
-    assert "is missing" in message and re.search(rf"{missing}(\(-cpu\))? None", message)
+    assert "is missing" in message and re.search(
+        rf"{missing}(\(-cpu\))? None", message
+    )
 
 
 @pytest.mark.parametrize("package", ["torchrec", "fbgemm-gpu-cpu"])
-def test_a_triple_that_does_not_fit_says_what_is_needed(packages, capsys, package):
+def test_a_triple_that_does_not_fit_says_what_is_needed(
+    packages, capsys, package
+):
     torch, torchrec, fbgemm = stack.MATCHING["2.13"]
-    packages.update({"torch": torch, "torchrec": torchrec, "fbgemm-gpu-cpu": fbgemm})
+    packages.update(
+        {"torch": torch, "torchrec": torchrec, "fbgemm-gpu-cpu": fbgemm}
+    )
     packages[package] = "1.7.3"
     message = refusal(capsys)
     assert (
@@ -101,7 +112,10 @@ def test_a_triple_that_does_not_fit_says_what_is_needed(packages, capsys, packag
         and f"{package.removesuffix('-cpu')}" in message
         and "1.7.3" in message
     )
-    assert f"torch {torch} needs torchrec {torchrec} and fbgemm {fbgemm}" in message
+    assert (
+        f"torch {torch} needs torchrec {torchrec} and fbgemm {fbgemm}"
+        in message
+    )
 
 
 def test_both_builds_of_fbgemm_are_refused(packages, capsys):
@@ -157,7 +171,11 @@ def test_torch_and_fbgemm_are_for_the_device_that_is_there(
 ):
     """FBGEMM's own word counts: an index of CPU builds calls them fbgemm-gpu too."""
     machine.packages.update(
-        zip(("torch", "torchrec", package), stack.MATCHING[stack.PINNED], strict=True)
+        zip(
+            ("torch", "torchrec", package),
+            stack.MATCHING[stack.PINNED],
+            strict=True,
+        )
     )
     machine.cuda, machine.fbgemm, machine.device, refused = DEVICES[case]
     if refused is None:
@@ -216,7 +234,10 @@ def test_checking_imports_no_torch_and_starts_nothing(machine, monkeypatch):
     program = "import sys; from launch import stack; stack.check_stack(); sys.exit('torch' in sys.modules)"
     monkeypatch.undo()
     assert (
-        stack.subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+        stack.subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT
+        ).returncode
+        == 0
     )
 
 
@@ -244,9 +265,13 @@ def installs(monkeypatch, machine):
         ]
         if torch:
             build = (
-                arguments[-1].rpartition("/")[2] if "--index-url" in arguments else ""
+                arguments[-1].rpartition("/")[2]
+                if "--index-url" in arguments
+                else ""
             )
-            machine.packages["torch"] = f"{torch[0]}+{build}" if build else torch[0]
+            machine.packages["torch"] = (
+                f"{torch[0]}+{build}" if build else torch[0]
+            )
             machine.cuda = None if build == "cpu" else "13.0"
 
     monkeypatch.setattr(stack, "_pip", pip)
@@ -276,7 +301,14 @@ BUILDS = {
     "a bare login node": (None, None, None, False, "cuda", True),
     "a login node and an index": (None, None, "cu130", False, None, True),
     "an index of CPU builds": (None, None, "cpu", False, None, False),
-    "an index of CPU builds on a CUDA machine": (None, None, "cpu", True, None, False),
+    "an index of CPU builds on a CUDA machine": (
+        None,
+        None,
+        "cpu",
+        True,
+        None,
+        False,
+    ),
     "a chosen CUDA torch on a login node": (
         "2.11.0+cu130",
         "13.0",
@@ -285,17 +317,47 @@ BUILDS = {
         None,
         True,
     ),
-    "a torch for CPU on a CUDA machine": ("2.13.0+cpu", None, None, True, None, False),
+    "a torch for CPU on a CUDA machine": (
+        "2.13.0+cpu",
+        None,
+        None,
+        True,
+        None,
+        False,
+    ),
     "a torch of one's own for CPU": ("2.13.0", None, None, True, None, False),
-    "PyPI's torch on a CPU machine": ("2.12.1", "13.0", None, False, None, False),
-    "PyPI's torch on a CUDA machine": ("2.12.1", "13.0", None, True, None, True),
-    "PyPI's torch on a login node": ("2.12.1", "13.0", None, False, "cuda", True),
+    "PyPI's torch on a CPU machine": (
+        "2.12.1",
+        "13.0",
+        None,
+        False,
+        None,
+        False,
+    ),
+    "PyPI's torch on a CUDA machine": (
+        "2.12.1",
+        "13.0",
+        None,
+        True,
+        None,
+        True,
+    ),
+    "PyPI's torch on a login node": (
+        "2.12.1",
+        "13.0",
+        None,
+        False,
+        "cuda",
+        True,
+    ),
     "CPU asked for": ("2.13.0+cu130", "13.0", None, True, "cpu", False),
 }
 
 
 @pytest.mark.parametrize("case", BUILDS)
-def test_fbgemm_is_built_for_what_torch_is(installs, machine, monkeypatch, case):
+def test_fbgemm_is_built_for_what_torch_is(
+    installs, machine, monkeypatch, case
+):
     version, machine.cuda, index, machine.driver, asked, expected = BUILDS[case]
     if version:
         machine.packages["torch"] = version
@@ -308,9 +370,13 @@ def test_fbgemm_is_built_for_what_torch_is(installs, machine, monkeypatch, case)
         package
         == f"{'fbgemm-gpu' if expected else 'fbgemm-gpu-cpu'}=={stack.MATCHING[minor][2]}"
     )
-    assert source == (["--index-url", INDEX + index] if expected and index else [])
+    assert source == (
+        ["--index-url", INDEX + index] if expected and index else []
+    )
     assert any(
-        "syncrec_kernels.build" in word for command in installs for word in command
+        "syncrec_kernels.build" in word
+        for command in installs
+        for word in command
     ) == (not expected)
 
 
@@ -337,7 +403,8 @@ def test_a_torch_for_cpu_cannot_have_fbgemm_for_cuda(installs, machine, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "instal", "install --gpu", "check --cuda", "install --cuda --cpu"]
+    "arguments",
+    ["", "instal", "install --gpu", "check --cuda", "install --cuda --cpu"],
 )
 def test_another_command_line_is_told_the_usage(installs, arguments):
     with pytest.raises(SystemExit, match=r"^usage: .*install --cuda"):
@@ -363,12 +430,19 @@ def test_a_bare_machine_gets_the_pinned_triple(installs, machine, cuda, fbgemm):
             f"torchrec=={torchrec}",
         ),  # with them it would bring the other build of FBGEMM
     ]
-    assert project == ("install", "--editable", f"{ROOT}[test]") and check[1] == "check"
+    assert (
+        project == ("install", "--editable", f"{ROOT}[test]")
+        and check[1] == "check"
+    )
     for (_, program), name in zip(kernels, ("scan", "block"), strict=not cuda):
-        assert "syncrec_kernels.build" in program and f"build({name!r})" in program
+        assert (
+            "syncrec_kernels.build" in program and f"build({name!r})" in program
+        )
 
 
-def test_a_known_torch_is_kept_and_the_wrong_fbgemm_goes_first(installs, packages):
+def test_a_known_torch_is_kept_and_the_wrong_fbgemm_goes_first(
+    installs, packages
+):
     packages.update({"torch": "2.11.5", "fbgemm-gpu": "1.8.0"})
     stack.install()
     _, torchrec, fbgemm = stack.MATCHING["2.11"]
@@ -382,8 +456,12 @@ def test_a_known_torch_is_kept_and_the_wrong_fbgemm_goes_first(installs, package
     )
 
 
-def test_a_cpu_build_that_is_called_fbgemm_gpu_goes_first_too(installs, machine):
-    machine.packages.update({"torch": "2.13.0+cu130", "fbgemm-gpu": "1.8.0+cpu"})
+def test_a_cpu_build_that_is_called_fbgemm_gpu_goes_first_too(
+    installs, machine
+):
+    machine.packages.update(
+        {"torch": "2.13.0+cu130", "fbgemm-gpu": "1.8.0+cpu"}
+    )
     machine.cuda, machine.fbgemm = "13.0", "cpu"
     stack.install()
     assert installs[:2] == [
@@ -427,7 +505,8 @@ def test_the_package_has_its_name_and_all_folders(metadata):
         "launch",
     } <= set(metadata["packages"])
     assert not any(
-        package.startswith(("tests", "benchmarks")) for package in metadata["packages"]
+        package.startswith(("tests", "benchmarks"))
+        for package in metadata["packages"]
     )
     data = {
         path
@@ -457,7 +536,8 @@ def test_pip_asks_for_what_the_table_says(metadata):
 
 
 VERSION = re.compile(
-    r"\b(torch|torchrec|fbgemm[\w-]*)\b[\s\"'`,:(=<>~!]{0,6}v?\d+\.\d+", re.IGNORECASE
+    r"\b(torch|torchrec|fbgemm[\w-]*)\b[\s\"'`,:(=<>~!]{0,6}v?\d+\.\d+",
+    re.IGNORECASE,
 )
 
 
@@ -483,7 +563,17 @@ def test_versions_of_the_stack_are_stated_in_one_place():
         for path in [top] if top.is_file() else top.rglob("*"):
             if (
                 path.suffix
-                in {".py", ".md", ".toml", ".yaml", ".yml", ".cfg", ".txt", ".sh", ""}
+                in {
+                    ".py",
+                    ".md",
+                    ".toml",
+                    ".yaml",
+                    ".yml",
+                    ".cfg",
+                    ".txt",
+                    ".sh",
+                    "",
+                }
                 and path.is_file()
             ):
                 found[str(path.relative_to(ROOT))] = stated(

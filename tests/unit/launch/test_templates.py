@@ -20,7 +20,9 @@ def pods(value):
 @pytest.mark.parametrize("name", ["kubernetes.yaml"])
 def test_a_pod_has_shared_memory_for_loaders(name):
     """Without a volume of its own a container has 64 MiB."""
-    manifests = list(yaml.safe_load_all((TEMPLATES / name).read_text(encoding="utf-8")))
+    manifests = list(
+        yaml.safe_load_all((TEMPLATES / name).read_text(encoding="utf-8"))
+    )
     specified = [pod for manifest in manifests for pod in pods(manifest)]
     assert specified
     for pod in specified:

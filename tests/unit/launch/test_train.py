@@ -16,7 +16,12 @@ from trainer.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
-MODEL = ["model.dim=8", "model.ffn_dim=8", "model.experts=2", "model.cross_experts=1"]
+MODEL = [
+    "model.dim=8",
+    "model.ffn_dim=8",
+    "model.experts=2",
+    "model.cross_experts=1",
+]
 SMALL = [*MODEL, "global_batch_size=8", "stream.shuffle=false"]
 
 
@@ -24,7 +29,9 @@ SMALL = [*MODEL, "global_batch_size=8", "stream.shuffle=false"]
 def data(tmp_path_factory):
     """Forty users in four shards of one stream."""
     return write_dataset(
-        tmp_path_factory.mktemp("train") / "data", draw_histories(40), cuts=(10, 20, 30)
+        tmp_path_factory.mktemp("train") / "data",
+        draw_histories(40),
+        cuts=(10, 20, 30),
     ).folder
 
 
@@ -74,7 +81,9 @@ def test_the_effective_configuration_can_be_seen_without_a_run(
 
 def another_format(folder):
     facts = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(facts | {"format_version": 7}))
+    (folder / "dataset.json").write_text(
+        json.dumps(facts | {"format_version": 7})
+    )
 
 
 def without_a_shard(folder):
@@ -87,8 +96,14 @@ def without_a_shard(folder):
         (["data={data}"], ["run=DIR is missing"]),
         (["run={run}"], ["data=DIR is missing"]),
         (["data={run}-no", "run={run}"], ["-no", "not a dataset folder"]),
-        (["data={data}", "run={run}", "modle.dim=3"], ["'modle'", "model, table"]),
-        (["data={data}", "run={run}", "model.dropout=2"], ["model.dropout is 2"]),
+        (
+            ["data={data}", "run={run}", "modle.dim=3"],
+            ["'modle'", "model, table"],
+        ),
+        (
+            ["data={data}", "run={run}", "model.dropout=2"],
+            ["model.dropout is 2"],
+        ),
         (["data={data}", "run={run}", "steps"], ["steps", "key=value"]),
         (
             ["--config", "{run}.yaml", "data={data}", "run={run}"],
@@ -103,7 +118,11 @@ def without_a_shard(folder):
             ["deepspeed.fp16", "bf16"],
         ),
         (
-            ["data={data}", "run={run}", "deepspeed.gradient_accumulation_steps=4"],
+            [
+                "data={data}",
+                "run={run}",
+                "deepspeed.gradient_accumulation_steps=4",
+            ],
             ["gradient_accumulation_steps"],
         ),
         (
@@ -151,8 +170,12 @@ def test_what_the_run_folder_already_holds_stays(refused, data, tmp_path, kind):
     else:
         taken.mkdir()
         (taken / "notes.txt").write_text("mine")
-    assert "run: already holds something" in refused(f"data={data}", f"run={taken}")
-    assert (taken if kind == "a file" else taken / "notes.txt").read_text() == "mine"
+    assert "run: already holds something" in refused(
+        f"data={data}", f"run={taken}"
+    )
+    assert (
+        taken if kind == "a file" else taken / "notes.txt"
+    ).read_text() == "mine"
     assert taken.is_file() or len(list(taken.iterdir())) == 1
 
 
@@ -190,7 +213,9 @@ def test_an_unknown_key_in_a_shell(data, tmp_path):
 
 
 def test_a_changed_shard_is_found_while_training(tmp_path):
-    dataset = write_dataset(tmp_path / "data", draw_histories(40), cuts=(10, 20, 30))
+    dataset = write_dataset(
+        tmp_path / "data", draw_histories(40), cuts=(10, 20, 30)
+    )
     shard = dataset.folder / dataset.shards[2].name
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1  # beyond the archive's end: only the checksum tells
@@ -204,7 +229,9 @@ def test_a_changed_shard_is_found_while_training(tmp_path):
     )
     assert status == 2
     assert (
-        errors.startswith(f"error: {shard}: its sha256 is not the one in dataset.json")
+        errors.startswith(
+            f"error: {shard}: its sha256 is not the one in dataset.json"
+        )
         and errors.count("\n") == 1
     )
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -216,7 +243,11 @@ def test_more_ranks_than_streams(data, tmp_path):
         port = probe.getsockname()[1]
     launcher = [BIN / "deepspeed", "--num_gpus", 2, "--master_port", port]
     status, errors = finish(
-        *launcher, "launch/train.py", f"data={data}", f"run={tmp_path / 'run'}", *SMALL
+        *launcher,
+        "launch/train.py",
+        f"data={data}",
+        f"run={tmp_path / 'run'}",
+        *SMALL,
     )
     assert status == 2
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]

@@ -5,23 +5,29 @@ from dataclasses import fields
 import pytest
 
 from syncrec.config import ModelConfig
-from trainer.checkpoint.resume import MAY_CHANGE
-from trainer.checkpoint.warm_start import MAY_DIFFER
+from tests.unit.trainer.config.test_changes import MODEL, ON_RESUME
 
 SWITCHES = ("stop_gradient", "tower", "learn_scales", "mutual_information")
 
 
-@pytest.mark.parametrize("setting", fields(ModelConfig), ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "setting", fields(ModelConfig), ids=lambda field: field.name
+)
 def test_a_setting_says_what_it_is_and_whether_it_may_change(setting):
     assert setting.metadata.keys() == {"help", "on_resume", "on_warm_start"}
-    assert setting.metadata["help"].strip() and "\n" not in setting.metadata["help"]
+    assert (
+        setting.metadata["help"].strip()
+        and "\n" not in setting.metadata["help"]
+    )
     key = f"model.{setting.name}"
-    assert setting.metadata["on_resume"] is (key in MAY_CHANGE)
-    assert setting.metadata["on_warm_start"] is (key in MAY_DIFFER)
+    assert setting.metadata["on_resume"] is (key in ON_RESUME)
+    assert setting.metadata["on_warm_start"] is (key in MODEL)
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("value", ["on", "off", 1])
 def test_a_switch_is_a_boolean(name, value):
-    with pytest.raises(ValueError, match=f"model.{name} is {value}: give true or"):
+    with pytest.raises(
+        ValueError, match=f"model.{name} is {value}: give true or"
+    ):
         ModelConfig(**{name: value})

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from syncrec.batch.build import build_query, move
+from syncrec.batch.build import build_query
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
-from syncrec.export import UserEncoder, exported
+from syncrec.export import UserEncoder, export_program
 from syncrec.layers.time_encoding import TICKS
 from syncrec.model import SyNCRec
 
@@ -52,7 +53,9 @@ def padded(table, histories, ticks, now, max_length):
     times = torch.full(items.shape[:2], float("nan"), dtype=torch.float64)
     for user, (history, when) in enumerate(zip(recent, ticks, strict=True)):
         items[user, : len(history)] = table[history]
-        times[user, : len(history)] = torch.from_numpy(time_of(when[-max_length:]))
+        times[user, : len(history)] = torch.from_numpy(
+            time_of(when[-max_length:])
+        )
     return (
         items,
         torch.tensor([len(history) for history in recent]),
@@ -63,7 +66,9 @@ def padded(table, histories, ticks, now, max_length):
 
 def time_of(ticks):
     """In the middle of the tick, of logs from SPAN[0] to SPAN[1]."""
-    return SPAN[0] + (np.minimum(ticks + 0.5, TICKS)) / TICKS * (SPAN[1] - SPAN[0])
+    return SPAN[0] + (np.minimum(ticks + 0.5, TICKS)) / TICKS * (
+        SPAN[1] - SPAN[0]
+    )
 
 
 def both(model, lengths, domain=None):
@@ -72,7 +77,10 @@ def both(model, lengths, domain=None):
     histories = [generator.integers(0, 50, length) for length in lengths]
     seeded, longest = torch.Generator().manual_seed(1), model.config.max_length
     table = torch.randn(
-        50, model.config.dim, dtype=next(model.parameters()).dtype, generator=seeded
+        50,
+        model.config.dim,
+        dtype=next(model.parameters()).dtype,
+        generator=seeded,
     )
     items = np.concatenate(histories)
     ticks = [
@@ -99,7 +107,9 @@ def both(model, lengths, domain=None):
             expected = model._scoring(query.cross, outputs, query.newest_B)
         else:
             outputs = model._single_outputs(query.single, table[query.ids])
-            expected = model._scoring(query.single, outputs, query.newest_DB[domain])
+            expected = model._scoring(
+                query.single, outputs, query.newest_DB[domain]
+            )
             own = [history // 20 == domain for history in histories]
             histories, ticks = (
                 [each[here] for each, here in zip(kind, own, strict=True)]
@@ -156,13 +166,17 @@ def test_equals_the_packed_model(given):
 )
 def test_the_exported_program_takes_any_users_and_items(given, tmp_path):
     model = made(torch.float32, **given)
-    torch.export.save(exported(UserEncoder(model, SPAN)), tmp_path / "encoder.pt2")
+    torch.export.save(
+        export_program(UserEncoder(model, SPAN)), tmp_path / "encoder.pt2"
+    )
     with zipfile.ZipFile(tmp_path / "encoder.pt2") as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     assert not any(
         content for name, content in contents.items() if "sample_inputs" in name
     )  # they would be a pickle
-    assert not any(str(ROOT).encode() in content for content in contents.values())
+    assert not any(
+        str(ROOT).encode() in content for content in contents.values()
+    )
     program = torch.export.load(tmp_path / "encoder.pt2").module()
     for lengths in (LENGTHS, [0], [1], [30], [2, 2, 5]):
         expected, given_items = both(model, lengths)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from syncrec.batch.build import build_query, move
+from syncrec.batch.build import build_query
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
-from syncrec.layers.embedding import InputEmbedding, Tower
+from syncrec.layers.embedding import InputEmbedding
+from syncrec.layers.tower import Tower
 from syncrec.layers.transformer import ExpertStack
-from syncrec.model import SyNCRec, decayed_names, mix
+from syncrec.model import SyNCRec, mix, select_decayed_parameters
 from syncrec.reduction import Reduction
 from tests.helpers.histories import (
     draw,
@@ -67,7 +69,10 @@ READINGS = {
     "sequence_gate": {"gate": "sequence"},
     "sequence_gate_pre_norm": {"gate": "sequence", "norm": "pre"},
     "no_stop_gradient": {"stop_gradient": False},
-    "no_stop_gradient_sequence_gate": {"stop_gradient": False, "gate": "sequence"},
+    "no_stop_gradient_sequence_gate": {
+        "stop_gradient": False,
+        "gate": "sequence",
+    },
     "no_correction": {"loss_correction": "none"},
     "no_tower": {"tower": False},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
@@ -113,12 +118,18 @@ def make_model(config, domains, seed, lambda_state=False):
     generator = torch.Generator().manual_seed(seed)
     model = SyNCRec(config, domains).double()
     for name, parameter in model.named_parameters():
-        offset = 1.0 if "norm" in name and name.endswith(("scale", "weight")) else 0.0
+        offset = (
+            1.0
+            if "norm" in name and name.endswith(("scale", "weight"))
+            else 0.0
+        )
         parameter.data = offset + 0.4 * torch.randn(
             parameter.shape, generator=generator, dtype=torch.float64
         )
     if lambda_state and model.correction is not None:
-        drawn = torch.rand(domains, generator=generator, dtype=torch.float64) + 0.1
+        drawn = (
+            torch.rand(domains, generator=generator, dtype=torch.float64) + 0.1
+        )
         model.correction.lambda_D = drawn / drawn.sum()
     return model
 
@@ -147,7 +158,11 @@ def run(model, table, batch, reduction=None):
 def near(actual, expected, what):
     """Equal to 1e-9 of the scale of `expected`."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
-    actual = torch.zeros_like(expected) if actual is None else torch.as_tensor(actual)
+    actual = (
+        torch.zeros_like(expected)
+        if actual is None
+        else torch.as_tensor(actual)
+    )
     assert actual.dtype == torch.float64, f"{what} is {actual.dtype}"
     assert actual.shape == expected.shape, what
     scale = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-6)
@@ -194,11 +209,18 @@ def recorded(model, batch, rows):
 
 
 def compare(
-    config, domain_items, seed, absent_domain=None, shared=None, lambda_state=False
+    config,
+    domain_items,
+    seed,
+    absent_domain=None,
+    shared=None,
+    lambda_state=False,
 ):
     """Holds one packed training step against the reference; returns the reference's result."""
     histories = draw(seed, domain_items, absent_domain=absent_domain)
-    shared_negatives = draw_shared(seed, domain_items, shared) if shared else None
+    shared_negatives = (
+        draw_shared(seed, domain_items, shared) if shared else None
+    )
     model = make_model(config, len(domain_items), seed, lambda_state)
     table = make_table(domain_items, config.dim, seed)
     state = {
@@ -248,7 +270,9 @@ def compare(
     )
 
     loss, report, gradients, item_gradient = run(model, table, batch)
-    same_numbers(report.single_D, expected.single, "single-domain loss by domain")
+    same_numbers(
+        report.single_D, expected.single, "single-domain loss by domain"
+    )
     same_numbers(report.cross_D, expected.cross, "cross-domain loss by domain")
     near(report.loss_single, expected.loss_single, "single-domain loss")
     near(report.loss_cross, expected.loss_cross, "corrected cross-domain loss")
@@ -256,7 +280,11 @@ def compare(
     near(report.lambda_D, expected.lambdas, "λ")
     if model.correction is not None:
         near(model.correction.lambda_D, expected.lambdas, "λ state")
-    near(report.mutual_information, sum(expected.information), "mutual information")
+    near(
+        report.mutual_information,
+        sum(expected.information),
+        "mutual information",
+    )
     if information is not None:
         sums_D, counts_D = information
         near(
@@ -267,7 +295,9 @@ def compare(
     near(loss, expected.total, "loss")
     near(item_gradient, expected.item_gradient, "gradient of the items")
     names = {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
     assert names == expected.parameter_gradients.keys() - (
         set() if config.learn_scales else {*SCALES}
@@ -319,7 +349,9 @@ def test_packed_step_equals_the_padded_one_on_more_batches(seed):
     )
 
 
-@pytest.mark.parametrize("loss", ["sampled_softmax", "bpr", "bce", "bpr_probability"])
+@pytest.mark.parametrize(
+    "loss", ["sampled_softmax", "bpr", "bce", "bpr_probability"]
+)
 def test_packed_step_equals_the_padded_one_with_shared_negatives_and_a_domain_of_one_item(
     loss,
 ):
@@ -368,7 +400,11 @@ def test_the_drawn_batches_hold_the_awkward_cases():
                     seen.add("single-domain sequence cut")
                 if single[-1][1] is NONE:
                     seen.add("token without a target")
-                if {step for _, step in single} - {step for _, step in cross} - {NONE}:
+                if (
+                    {step for _, step in single}
+                    - {step for _, step in cross}
+                    - {NONE}
+                ):
                     seen.add("predicted in the single-domain view only")
     assert len(seen) == 10, seen
 
@@ -398,16 +434,22 @@ def test_each_task_trains_its_own_experts_only(view, stop_gradient):
         model, make_table(DOMAIN_ITEMS, config.dim, 3), only(batch, view)
     )
     experts = {
-        name: gradient for name, gradient in gradients.items() if "experts" in name
+        name: gradient
+        for name, gradient in gradients.items()
+        if "experts" in name
     }
     for name, gradient in experts.items():
         silent = gradient is None or not gradient.any()
-        assert silent == (stop_gradient and not name.startswith(f"{view}_experts")), (
-            name
-        )
+        assert silent == (
+            stop_gradient and not name.startswith(f"{view}_experts")
+        ), name
         if not stop_gradient:
-            assert gradient.flatten(1).any(1).all(), f"not every expert learns: {name}"
-    assert len({name.split(".")[0] for name in experts}) == (2 if stop_gradient else 1)
+            assert gradient.flatten(1).any(1).all(), (
+                f"not every expert learns: {name}"
+            )
+    assert len({name.split(".")[0] for name in experts}) == (
+        2 if stop_gradient else 1
+    )
 
 
 def test_no_module_sees_a_padded_token():
@@ -420,18 +462,21 @@ def test_no_module_sees_a_padded_token():
     )
     single = [
         sum(
-            len(single_sequence(history, d, config.max_length)) for history in histories
+            len(single_sequence(history, d, config.max_length))
+            for history in histories
         )
         for d in range(len(DOMAIN_ITEMS))
     ]
-    assert 0 < sum(single) < len(DOMAIN_ITEMS) * len(histories) * config.max_length
+    assert (
+        0 < sum(single) < len(DOMAIN_ITEMS) * len(histories) * config.max_length
+    )
     counted = {}
     for name, module in model.named_modules():
         if isinstance(module, (ExpertStack, Tower)) or "norm" in name:
             module.register_forward_pre_hook(
-                lambda module, inputs, name=name: counted.setdefault(name, []).append(
-                    inputs[0].shape[-2]
-                )
+                lambda module, inputs, name=name: counted.setdefault(
+                    name, []
+                ).append(inputs[0].shape[-2])
             )
         elif isinstance(module, InputEmbedding):
             module.register_forward_hook(
@@ -457,7 +502,9 @@ def test_no_module_sees_a_padded_token():
 
 
 @pytest.mark.parametrize("gate", ["token", "sequence"])
-def test_outputs_are_causal_with_the_token_gate_and_not_with_the_literal_one(gate):
+def test_outputs_are_causal_with_the_token_gate_and_not_with_the_literal_one(
+    gate,
+):
     """Reading 3: W_g over the whole sequence lets every position's mixture see the items that it is to predict."""
     config = replace(SMALL, gate=gate, max_length=8)
     model = make_model(config, 1, seed=5)
@@ -539,7 +586,8 @@ def run_ranks(models, batches, tables):
             raise
 
     threads = [
-        threading.Thread(target=one, args=(rank,)) for rank in range(len(models))
+        threading.Thread(target=one, args=(rank,))
+        for rank in range(len(models))
     ]
     for thread in threads:
         thread.start()
@@ -575,12 +623,20 @@ def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(
         return replace(
             batch,
             candidates=draw_candidates(
-                1, 2, 3, counted_U, lengths_UD, first + np.arange(len(part)), size
+                1,
+                2,
+                3,
+                counted_U,
+                lengths_UD,
+                first + np.arange(len(part)),
+                size,
             ),
         )
 
     whole = sampled(histories, 0)
-    loss, report, gradients, item_gradient = run(copy.deepcopy(model), table, whole)
+    loss, report, gradients, item_gradient = run(
+        copy.deepcopy(model), table, whole
+    )
     everyone, _, _, everyone_gradient = run(
         copy.deepcopy(model), table, replace(whole, candidates=None)
     )
@@ -598,7 +654,9 @@ def test_a_sample_of_users_is_the_same_at_any_number_of_ranks(
         for rank, part in enumerate(split(histories, world_size))
     ]
     results = run_ranks(replicas, batches, tables)
-    ranks_add_up(results, tables, replicas, (loss, report, gradients, item_gradient))
+    ranks_add_up(
+        results, tables, replicas, (loss, report, gradients, item_gradient)
+    )
 
 
 def ranks_add_up(results, tables, replicas, whole):
@@ -616,7 +674,10 @@ def ranks_add_up(results, tables, replicas, whole):
     )
     for name, gradient in gradients.items():
         near(
-            sum(dict(replica.named_parameters())[name].grad for replica in replicas),
+            sum(
+                dict(replica.named_parameters())[name].grad
+                for replica in replicas
+            ),
             gradient,
             name,
         )
@@ -636,7 +697,7 @@ DECAY_KINDS = {
 @pytest.mark.parametrize("kind", DECAY_KINDS)
 def test_weight_decay_is_for_projections_and_embeddings(kind):
     model = SyNCRec(replace(SMALL, **DECAY_KINDS[kind]), 2)
-    decayed = decayed_names(model)
+    decayed = select_decayed_parameters(model)
     names = {name for name, _ in model.named_parameters()}
     kept = {name.rpartition(".")[2] for name in names - decayed}
     assert decayed <= names
@@ -649,7 +710,15 @@ def test_weight_decay_is_for_projections_and_embeddings(kind):
         "ffn_norm_shift",
     }
     if kind == "all":
-        assert kept == {*block, "scale", "shift", "weight", "bias", "alpha", "beta"}
+        assert kept == {
+            *block,
+            "scale",
+            "shift",
+            "weight",
+            "bias",
+            "alpha",
+            "beta",
+        }
         assert {name.rpartition(".")[2] for name in decayed} == {
             *(
                 "qkv",
@@ -665,16 +734,24 @@ def test_weight_decay_is_for_projections_and_embeddings(kind):
         }
     else:
         assert kept == {
-            *(f"bias_{way}_l{layer}" for way in ("ih", "hh") for layer in (0, 1)),
+            *(
+                f"bias_{way}_l{layer}"
+                for way in ("ih", "hh")
+                for layer in (0, 1)
+            ),
             "weight",
             "bias",
         }
-    assert all("norm" in name for name in names - decayed if name.endswith(".weight"))
+    assert all(
+        "norm" in name for name in names - decayed if name.endswith(".weight")
+    )
 
 
 def split(histories, world_size):
     size = len(histories) // world_size
-    return [histories[rank * size : (rank + 1) * size] for rank in range(world_size)]
+    return [
+        histories[rank * size : (rank + 1) * size] for rank in range(world_size)
+    ]
 
 
 RANK_READINGS = {
@@ -720,7 +797,9 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
     replicas = [copy.deepcopy(model) for _ in range(world_size)]
     tables = [table.clone().requires_grad_() for _ in range(world_size)]
     batches = [
-        pack(part, DOMAIN_ITEMS, config.max_length, shared_negatives=negatives)[0]
+        pack(part, DOMAIN_ITEMS, config.max_length, shared_negatives=negatives)[
+            0
+        ]
         for part in split(histories, world_size)
     ]
     whole, _ = pack(
@@ -730,7 +809,9 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
     loss, report, gradients, item_gradient = run(model, table, whole)
     results = run_ranks(replicas, batches, tables)
 
-    ranks_add_up(results, tables, replicas, (loss, report, gradients, item_gradient))
+    ranks_add_up(
+        results, tables, replicas, (loss, report, gradients, item_gradient)
+    )
     for _, rank_report in results:
         for field in (
             "single_D",
@@ -751,25 +832,33 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
             assert torch.equal(
                 replica.correction.lambda_D, replicas[0].correction.lambda_D
             )
-        near(replicas[0].correction.lambda_D, model.correction.lambda_D, "λ state")
+        near(
+            replicas[0].correction.lambda_D,
+            model.correction.lambda_D,
+            "λ state",
+        )
 
 
 def test_information_among_a_ranks_own_users_is_the_mean_of_the_ranks():
     config = replace(SMALL, mutual_information_negatives="rank", eta=0.0)
     histories = [
-        replace(history, weight=1) for history in draw(21, DOMAIN_ITEMS, users=12)
+        replace(history, weight=1)
+        for history in draw(21, DOMAIN_ITEMS, users=12)
     ]
     model = make_model(config, len(DOMAIN_ITEMS), 21)
     table = make_table(DOMAIN_ITEMS, config.dim, 21)
     batches = [
-        pack(part, DOMAIN_ITEMS, config.max_length)[0] for part in split(histories, 2)
+        pack(part, DOMAIN_ITEMS, config.max_length)[0]
+        for part in split(histories, 2)
     ]
     alone = [
         run(copy.deepcopy(model), table, batch)[1].mutual_information
         for batch in batches
     ]
     tables = [table.clone().requires_grad_() for _ in batches]
-    results = run_ranks([copy.deepcopy(model) for _ in batches], batches, tables)
+    results = run_ranks(
+        [copy.deepcopy(model) for _ in batches], batches, tables
+    )
     near(
         torch.stack([loss.detach() for loss, _ in results]).mean(),
         -torch.stack(alone).mean(),
@@ -785,22 +874,30 @@ def test_information_among_a_ranks_own_users_is_the_mean_of_the_ranks():
 @pytest.mark.parametrize("reading", ["default", "paper", "pre_norm", "cosine"])
 def test_bf16_is_near_fp32(reading):
     config = replace(SMALL, **{**READINGS[reading], "dim": 32, "ffn_dim": 32})
-    batch, _ = pack(draw(22, DOMAIN_ITEMS, users=20), DOMAIN_ITEMS, config.max_length)
+    batch, _ = pack(
+        draw(22, DOMAIN_ITEMS, users=20), DOMAIN_ITEMS, config.max_length
+    )
     table = make_table(DOMAIN_ITEMS, config.dim, 22).float() * 0.1
     model = SyNCRec(config, len(DOMAIN_ITEMS))
     half = SyNCRec(replace(config, precision="bf16"), len(DOMAIN_ITEMS))
     half.load_state_dict(model.state_dict())
     loss, report, gradients, item_gradient = run(model, table, batch)
-    half_loss, half_report, half_gradients, half_item_gradient = run(half, table, batch)
+    half_loss, half_report, half_gradients, half_item_gradient = run(
+        half, table, batch
+    )
     assert half_loss != loss, "the products were not in bf16"
     assert (
-        half_loss.dtype == torch.float32 and half_item_gradient.dtype == torch.float32
+        half_loss.dtype == torch.float32
+        and half_item_gradient.dtype == torch.float32
     )
     torch.testing.assert_close(half_loss, loss, rtol=0.02, atol=0.0)
     torch.testing.assert_close(
         half_report.lambda_D, report.lambda_D, rtol=0.05, atol=0.0
     )
-    gradients["items"], half_gradients["items"] = item_gradient, half_item_gradient
+    gradients["items"], half_gradients["items"] = (
+        item_gradient,
+        half_item_gradient,
+    )
     flat, half_flat = (
         torch.cat([g.flatten() for g in grads.values()])
         for grads in (gradients, half_gradients)
@@ -822,7 +919,10 @@ def test_query_gives_the_newest_output_of_the_training_view(gate, knots):
     cross_MR, _, _ = recorded(model, batch, table[batch.ids])
     newest = (
         np.cumsum(
-            [len(cross_sequence(history, config.max_length)) for history in histories]
+            [
+                len(cross_sequence(history, config.max_length))
+                for history in histories
+            ]
         )
         - 1
     )
@@ -840,7 +940,7 @@ def test_query_gives_the_newest_output_of_the_training_view(gate, knots):
     outputs_BDR = model(query, table[query.ids])
     expected_BR = cross_MR[newest]
     if knots:
-        expected_BR = expected_BR + model.clock.added_to_outputs(
+        expected_BR = expected_BR + model.clock.encode_outputs(
             torch.from_numpy(now_B)
         )
     assert outputs_BDR.shape == (len(histories), len(DOMAIN_ITEMS), config.dim)
@@ -889,7 +989,12 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
         # As if there were no other domain: a view of one task, through the domain's own gate and tower.
         one = move(
             build_query(
-                items, lengths, config.max_length, items[:0], ticks_N=ticks, now_B=now_B
+                items,
+                lengths,
+                config.max_length,
+                items[:0],
+                ticks_N=ticks,
+                now_B=now_B,
             ),
             "cpu",
         )
@@ -902,7 +1007,7 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
         )
         single_BR = model.single_towers[domain](mixed_MR)[one.newest_B]
         expected_BR = (1 - own[domain]) * cross_BR + own[domain] * single_BR
-        expected_BR = expected_BR + model.clock.added_to_outputs(
+        expected_BR = expected_BR + model.clock.encode_outputs(
             torch.from_numpy(now_B)
         )
         near(found_BDR[:, domain], expected_BR.detach(), f"domain {domain}")
@@ -924,7 +1029,11 @@ def test_training_alone_moves_the_gap():
     sums_D, ones_D = model.prediction.gap_2D
     there = ~report.phi_D.isnan()
     assert 0 < there.sum() < len(there)
-    near(sums_D[there] / ones_D[there], report.phi_D[there].double(), "the mean gap")
+    near(
+        sums_D[there] / ones_D[there],
+        report.phi_D[there].double(),
+        "the mean gap",
+    )
     assert (
         not sums_D[~there].any()
         and (model.prediction.single_weight_D[~there] == 0.5).all()

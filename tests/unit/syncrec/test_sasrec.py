@@ -9,7 +9,13 @@ from torch import nn
 
 from syncrec.batch.build import build_query
 from syncrec.config import ModelConfig
-from tests.helpers.histories import draw, draw_shared, flatten, pack, without_newest
+from tests.helpers.histories import (
+    draw,
+    draw_shared,
+    flatten,
+    pack,
+    without_newest,
+)
 from tests.unit.syncrec.test_model import (
     DOMAIN_ITEMS,
     make_model,
@@ -41,7 +47,9 @@ class PaddedSASRec(nn.Module):
         self.config = config
         self.items = nn.Parameter(table.clone())
         self.start = nn.Parameter(model.embedding.start.detach().clone())
-        self.positions = nn.Parameter(model.embedding.positions.detach().clone())
+        self.positions = nn.Parameter(
+            model.embedding.positions.detach().clone()
+        )
         layer = {
             "dropout": 0.0,
             "activation": "gelu",
@@ -62,7 +70,9 @@ class PaddedSASRec(nn.Module):
         for name, values in model.named_parameters():
             if name in self.places():
                 attribute, transposed = self.places()[name]
-                given = values.detach()[0] if values.dim() == 3 else values.detach()
+                given = (
+                    values.detach()[0] if values.dim() == 3 else values.detach()
+                )
                 self.get_parameter(attribute).data.copy_(
                     given.T if transposed else given.view(-1)
                 )
@@ -85,9 +95,16 @@ class PaddedSASRec(nn.Module):
                     f"{own}w{ours}": (f"{other}{theirs}.weight", True),
                     f"{own}b{ours}": (f"{other}{theirs}.bias", False),
                 }
-            for ours, theirs in (("attention_norm", "norm1"), ("ffn_norm", "norm2")):
-                found |= {f"{own}{ours}_scale": (f"{other}{theirs}.weight", False)}
-                found |= {f"{own}{ours}_shift": (f"{other}{theirs}.bias", False)}
+            for ours, theirs in (
+                ("attention_norm", "norm1"),
+                ("ffn_norm", "norm2"),
+            ):
+                found |= {
+                    f"{own}{ours}_scale": (f"{other}{theirs}.weight", False)
+                }
+                found |= {
+                    f"{own}{ours}_shift": (f"{other}{theirs}.bias", False)
+                }
         if self.config.norm == "pre":
             found |= {"cross_experts.last_norm.scale": ("last.weight", False)}
             found |= {"cross_experts.last_norm.shift": ("last.bias", False)}
@@ -112,7 +129,8 @@ class PaddedSASRec(nn.Module):
         for layer in self.layers:
             x_BTR = layer(x_BTR, src_mask=mask)
         return [
-            y_TR[:count] for y_TR, count in zip(self.last(x_BTR), tokens, strict=True)
+            y_TR[:count]
+            for y_TR, count in zip(self.last(x_BTR), tokens, strict=True)
         ]
 
     def loss(self, histories, shared_negatives=None):
@@ -128,7 +146,9 @@ class PaddedSASRec(nn.Module):
                     negatives = negatives[negatives != item]
                 scores = self.items[negatives] @ y_R
                 if self.config.loss == "bpr":
-                    value = -F.logsigmoid(self.items[item] @ y_R - scores).mean()
+                    value = -F.logsigmoid(
+                        self.items[item] @ y_R - scores
+                    ).mean()
                 else:  # sampled_softmax: each negative stands for (items − 1) / n of the others
                     weight = torch.tensor(
                         (DOMAIN_ITEMS[d] - 1) / len(scores), dtype=scores.dtype
@@ -148,7 +168,11 @@ class PaddedSASRec(nn.Module):
 
 @pytest.mark.parametrize(
     "reading",
-    [{}, {"norm": "pre", "loss": "bpr"}, {"heads": 1, "blocks": 1, "max_length": 13}],
+    [
+        {},
+        {"norm": "pre", "loss": "bpr"},
+        {"heads": 1, "blocks": 1, "max_length": 13},
+    ],
 )
 @pytest.mark.parametrize("seed", [31, 32])
 def test_losses_and_gradients_are_those_of_a_plain_padded_sasrec(reading, seed):
@@ -161,11 +185,16 @@ def test_losses_and_gradients_are_those_of_a_plain_padded_sasrec(reading, seed):
     expected, by_domain = padded.loss(histories, shared)
     expected.backward()
 
-    batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length, shared_negatives=shared)
+    batch, _ = pack(
+        histories, DOMAIN_ITEMS, config.max_length, shared_negatives=shared
+    )
     loss, report, gradients, item_gradient = run(model, table, batch)
     near(loss, expected.detach(), "loss")
     near(report.loss_cross, expected.detach(), "cross-domain loss")
-    assert report.cross_D.isnan().tolist() == torch.tensor(by_domain).isnan().tolist()
+    assert (
+        report.cross_D.isnan().tolist()
+        == torch.tensor(by_domain).isnan().tolist()
+    )
     near(
         report.cross_D.nan_to_num(),
         torch.tensor(by_domain, dtype=torch.float64).nan_to_num(),
@@ -185,7 +214,9 @@ def test_losses_and_gradients_are_those_of_a_plain_padded_sasrec(reading, seed):
         gradient = padded.get_parameter(attribute).grad
         near(
             gradients[name],
-            (gradient.T if transposed else gradient).reshape(gradients[name].shape),
+            (gradient.T if transposed else gradient).reshape(
+                gradients[name].shape
+            ),
             name,
         )
 
@@ -193,9 +224,16 @@ def test_losses_and_gradients_are_those_of_a_plain_padded_sasrec(reading, seed):
 def test_what_two_tasks_would_give_is_not_a_number():
     batch, _ = pack(draw(33, DOMAIN_ITEMS), DOMAIN_ITEMS, SASREC.max_length)
     _, report, _, _ = run(
-        make_model(SASREC, 4, seed=33), make_table(DOMAIN_ITEMS, SASREC.dim, 33), batch
+        make_model(SASREC, 4, seed=33),
+        make_table(DOMAIN_ITEMS, SASREC.dim, 33),
+        batch,
     )
-    for value in (report.single_D, report.loss_single, report.phi_D, report.lambda_D):
+    for value in (
+        report.single_D,
+        report.loss_single,
+        report.phi_D,
+        report.lambda_D,
+    ):
         assert value.isnan().all()
     assert (
         not report.single_targets_D.any()
@@ -212,8 +250,14 @@ def test_a_query_gives_the_newest_output():
     histories = [history for history in draw(34, DOMAIN_ITEMS) if history.items]
     items_N, lengths_B, *_ = flatten(without_newest(histories))
     query = build_query(items_N, lengths_B, SASREC.max_length, items_N[:0])
-    newest = [outputs[-1] for outputs in PaddedSASRec(SASREC, model, table)(histories)]
-    near(model(query, table[query.ids])[:, 2], torch.stack(newest).detach(), "query")
+    newest = [
+        outputs[-1] for outputs in PaddedSASRec(SASREC, model, table)(histories)
+    ]
+    near(
+        model(query, table[query.ids])[:, 2],
+        torch.stack(newest).detach(),
+        "query",
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from syncrec.config import ModelConfig
 from syncrec.layers.time_encoding import TICKS, Clock
 from syncrec.model import SyNCRec
-from syncrec.warm_start import grown_state
+from syncrec.warm_start import grow_state
 from tests.unit.syncrec.test_model import make_model
 
 CONFIG = ModelConfig(
@@ -16,7 +16,7 @@ SPAN = (100.0, 700.0)
 
 
 def grown(model, old_of_D, spans=(SPAN, SPAN), knots=7):
-    return grown_state(model.state_dict(), old_of_D, spans, knots)
+    return grow_state(model.state_dict(), old_of_D, spans, knots)
 
 
 def test_the_same_domains_are_the_same_model():
@@ -31,14 +31,21 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
     model = make_model(CONFIG, 3, seed=2, lambda_state=True)
     model.prediction.gap_2D = torch.arange(6, dtype=torch.float64).view(2, 3)
     before, after = model.state_dict(), SyNCRec(CONFIG, 4).double()
-    after.load_state_dict(grown(model, [2, -1, 0, 1]))  # all names and shapes fit
+    after.load_state_dict(
+        grown(model, [2, -1, 0, 1])
+    )  # all names and shapes fit
     for part in ("single_gates", "single_towers"):
         for (name, own), others in zip(
             getattr(after, part)[1].named_parameters(),
-            zip(*(getattr(model, part)[d].parameters() for d in range(3)), strict=True),
+            zip(
+                *(getattr(model, part)[d].parameters() for d in range(3)),
+                strict=True,
+            ),
             strict=True,
         ):
-            torch.testing.assert_close(own, torch.stack(others).mean(0), msg=name)
+            torch.testing.assert_close(
+                own, torch.stack(others).mean(0), msg=name
+            )
         for new, old in ((0, 2), (2, 0), (3, 1)):
             for name, value in getattr(after, part)[new].named_parameters():
                 assert torch.equal(value, before[f"{part}.{old}.{name}"])
@@ -70,7 +77,9 @@ def test_a_domain_may_be_gone():
     torch.testing.assert_close(
         after.correction.lambda_D, left_D / left_D.sum(), rtol=0, atol=2e-6
     )
-    assert torch.equal(after.single_gates[0].weight, model.single_gates[2].weight)
+    assert torch.equal(
+        after.single_gates[0].weight, model.single_gates[2].weight
+    )
 
 
 @pytest.mark.parametrize("knots", [7, 13, 4])
@@ -78,7 +87,9 @@ def test_a_time_has_the_vector_that_it_had(knots):
     """The span has grown to twice its length, and knots lie where they lay, between them, or fewer."""
     model = make_model(CONFIG, 2, seed=4)
     new_span = (100.0, 1300.0)
-    after = SyNCRec(ModelConfig(**{**CONFIG.__dict__, "time_knots": knots}), 2).double()
+    after = SyNCRec(
+        ModelConfig(**{**CONFIG.__dict__, "time_knots": knots}), 2
+    ).double()
     after.load_state_dict(grown(model, [0, 1], (SPAN, new_span), knots))
     for time in torch.linspace(*new_span, knots, dtype=torch.float64).tolist():
         old_tick = min(1.0, (time - SPAN[0]) / (SPAN[1] - SPAN[0])) * TICKS
@@ -95,7 +106,7 @@ def test_a_time_has_the_vector_that_it_had(knots):
 def at(clock: Clock, tick):
     """The outputs' function at a time that is no whole tick."""
     low = int(tick)
-    pair = clock.added_to_outputs(torch.tensor([low, min(low + 1, TICKS)]))
+    pair = clock.encode_outputs(torch.tensor([low, min(low + 1, TICKS)]))
     return torch.lerp(pair[0], pair[1], tick - low)
 
 
@@ -109,4 +120,6 @@ def test_without_times_or_single_domain_tasks_nothing_is_missing():
         mutual_information=False,
     )
     model = SyNCRec(plain, 2).double()
-    SyNCRec(plain, 3).double().load_state_dict(grown(model, [1, 0, -1], knots=0))
+    SyNCRec(plain, 3).double().load_state_dict(
+        grown(model, [1, 0, -1], knots=0)
+    )

@@ -19,10 +19,12 @@ def test_what_cannot_be_built_says_why_and_leaves_nothing(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(build.Unavailable, match=r"false cannot build block\.cpp"):
+    with pytest.raises(
+        build.Unavailable, match=r"false cannot build block\.cpp"
+    ):
         build.build("block")
     with caplog.at_level(logging.WARNING):
-        reason = build.missing.__wrapped__("block", "all is slow")
+        reason = build.why_unavailable.__wrapped__("block", "all is slow")
     assert (
         "cannot build" in reason
         and f"no compiled block, so all is slow: {reason}" in caplog.text
@@ -47,14 +49,18 @@ def empty_source(monkeypatch, tmp_path):
     """The kernel `one`, of an empty source, and a cache of its own."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "one.cpp").write_text("")
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "source" / "build.py"))
+    monkeypatch.setattr(
+        build, "__file__", str(tmp_path / "source" / "build.py")
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     return tmp_path
 
 
-def test_builders_of_one_number_do_not_disturb_each_other(empty_source, monkeypatch):
+def test_builders_of_one_number_do_not_disturb_each_other(
+    empty_source, monkeypatch
+):
     """Two hosts or containers that share a home have the same process numbers."""
     real, both, outputs = subprocess.run, Barrier(2, timeout=60), []
 
@@ -78,7 +84,9 @@ def test_builders_of_one_number_do_not_disturb_each_other(empty_source, monkeypa
 
 
 @pytest.mark.parametrize("how", ["a file in its place", "no room"])
-def test_a_cache_that_cannot_be_written_is_done_without(empty_source, monkeypatch, how):
+def test_a_cache_that_cannot_be_written_is_done_without(
+    empty_source, monkeypatch, how
+):
     cache = empty_source / "cache"
     if how == "a file in its place":
         cache.write_text("")
@@ -92,13 +100,22 @@ def test_a_cache_that_cannot_be_written_is_done_without(empty_source, monkeypatc
 
         monkeypatch.setattr(tempfile, "TemporaryFile", full)
     library = build.build("one")
-    assert library.parent == empty_source / "temporary" / f"syncrec-{os.getuid()}"
-    assert library.is_file() and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    assert (
+        library.parent == empty_source / "temporary" / f"syncrec-{os.getuid()}"
+    )
+    assert (
+        library.is_file()
+        and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    )
     written = library.stat().st_mtime_ns
-    assert build.build("one") == library and library.stat().st_mtime_ns == written
+    assert (
+        build.build("one") == library and library.stat().st_mtime_ns == written
+    )
 
 
-def test_a_folder_into_which_others_may_write_is_no_place_for_a_library(empty_source):
+def test_a_folder_into_which_others_may_write_is_no_place_for_a_library(
+    empty_source,
+):
     (empty_source / "cache").write_text("")
     folder = empty_source / "temporary" / f"syncrec-{os.getuid()}"
     folder.mkdir()

@@ -16,7 +16,9 @@ from trainer.process_name import RANK_VARIABLES, process_name, rank_for_messages
         ({"OMPI_COMM_WORLD_RANK": "1"}, 1),
     ],
 )
-def test_a_message_names_a_rank_whatever_the_environment_says(environment, rank):
+def test_a_message_names_a_rank_whatever_the_environment_says(
+    environment, rank
+):
     assert rank_for_messages(environment) == rank
     assert process_name(environment) == f"rank {rank} on {socket.gethostname()}"
 

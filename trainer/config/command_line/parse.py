@@ -35,7 +35,9 @@ PROGRAM = "syncrec-trainer"
 
 
 def parse_options(
-    kind: type[T], description: str | None, arguments: Iterable[str] | None = None
+    kind: type[T],
+    description: str | None,
+    arguments: Iterable[str] | None = None,
 ) -> T:
     """The options of a script, as an instance of the dataclass `kind`.
 
@@ -96,7 +98,9 @@ def _parser(
     )
     for option in options:
         option.add_to(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher
     parser.add_argument(
         "--version",
         action="version",

@@ -12,7 +12,7 @@ The folder may lie elsewhere and be fetched file by file on demand (`source.py`)
 `Dataset.local` gives a file's path.
 
 A domain owns the rows [start, start + room) of M, of which the first `items` are taken. The
-split is leave-one-out, one rule everywhere: a user with at least `SPLIT_LENGTH` interactions
+split is leave-one-out, one rule everywhere: a user with at least `trainer.data.split.SPLIT_LENGTH` interactions
 has the last one as test and the last but one as validation (SyNCRec, section 5.3). Training
 sees the rest. A shorter user is trained on whole and never evaluated.
 
@@ -42,8 +42,8 @@ from trainer.config.stream import SourceConfig
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
 from trainer.errors import InputError
-from trainer.files.open_files import NoDescriptors, is_lack
-from trainer.files.redact import folder_of
+from trainer.files.open_files import TooManyOpenFiles, is_too_many_open_files
+from trainer.files.redact import find_local_folder
 
 Record = TypeVar("Record")
 
@@ -54,7 +54,6 @@ FILE_NAME = "dataset.json"
 USERS = "users.parquet"
 LENGTHS = "lengths.npy"
 LENGTHS_DTYPE = np.dtype("<u2")
-SPLIT_LENGTH = 3  # leave-one-out: the least interactions of a user who is evaluated
 TICKS = 2**16 - 1  # from the first time of the logs to the last
 _INT32_MAX = 2**31 - 1
 _GLOB_CHARACTERS = frozenset("*?[]{}")
@@ -157,7 +156,7 @@ class Dataset:
 
         `first_time` is 0, `last_time` 65,535; earlier and later times are clipped to these.
         """
-        return ticks_of(times, self.first_time, self.last_time)
+        return quantize_times(times, self.first_time, self.last_time)
 
     def domain_of(self, rows: np.ndarray) -> np.ndarray:
         """Returns the domain numbers, int64, of an array of rows of M (any shape)."""
@@ -207,8 +206,8 @@ class Dataset:
         try:
             lengths = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            if is_lack(error):
-                raise NoDescriptors(path, error) from None
+            if is_too_many_open_files(error):
+                raise TooManyOpenFiles(path, error) from None
             raise InputError(
                 f"{path} cannot be read: {error}: "
                 "copy it again or prepare the dataset again"
@@ -284,9 +283,11 @@ class Dataset:
         cannot be used, or a file that cannot be fetched.
         """
         location = str(place)
-        local_folder = folder_of(location)
+        local_folder = find_local_folder(location)
         if local_folder is None:
-            return cls._load_remote(Address(location, source_config or SourceConfig()))
+            return cls._load_remote(
+                Address(location, source_config or SourceConfig())
+            )
         folder = Path(local_folder)
         path = folder / FILE_NAME
         if not path.is_file():
@@ -309,7 +310,9 @@ class Dataset:
         record = address.read_json(FILE_NAME)
         shown = address.shown(FILE_NAME)
         dataset = cls._parse(record, shown, Path())
-        cache = Cache(address, dataset.fingerprint, dataset.shards, dataset.files)
+        cache = Cache(
+            address, dataset.fingerprint, dataset.shards, dataset.files
+        )
         dataset = dataclasses.replace(dataset, folder=cache.folder, cache=cache)
         for file in dataset.files:
             # The users' file is large, and needed for the results of single users alone.
@@ -389,7 +392,7 @@ class Dataset:
         shard_names = [shard.name for shard in self.shards]
         file_names = [file.name for file in self.files]
         for name in vocabularies + shard_names + file_names:
-            if not stays_inside(name):
+            if not is_inside_folder(name):
                 raise InputError(
                     f"{path}: {name!r} is no name of a file in this folder: "
                     "prepare the dataset again"
@@ -440,7 +443,7 @@ class Dataset:
             )
 
 
-def ticks_of(
+def quantize_times(
     times: np.ndarray,
     first: float,
     last: float,
@@ -453,7 +456,7 @@ def ticks_of(
     return ticks.astype(np.uint16)
 
 
-def stays_inside(name: str) -> bool:
+def is_inside_folder(name: str) -> bool:
     """Returns whether a file's name leads to no place outside its folder, and is no glob.
 
     Only the name is judged: a file in the folder may be a link to elsewhere, which is its
@@ -478,9 +481,15 @@ def _read_item_counts(path: Path, counts: np.ndarray) -> int:
                 count = np.minimum(batch["count"].to_numpy(), _INT32_MAX)
                 counts[batch["row"].to_numpy()] = count
                 items += len(batch)
-    except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and is_lack(error):
-            raise NoDescriptors(path, error) from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        pa.ArrowException,
+    ) as error:
+        if isinstance(error, OSError) and is_too_many_open_files(error):
+            raise TooManyOpenFiles(path, error) from None
         raise InputError(
             f"{path} cannot be read: {error}; prepare the dataset again"
         ) from None

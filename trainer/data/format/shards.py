@@ -51,10 +51,10 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from trainer.data.format.dataset import Dataset, Shard
-from trainer.data.remote.source import NotFetched
+from trainer.data.remote.source import FetchFailed
 from trainer.errors import InputError
-from trainer.files.open_files import NoDescriptors, is_lack
-from trainer.files.redact import words
+from trainer.files.open_files import TooManyOpenFiles, is_too_many_open_files
+from trainer.files.redact import printable_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,7 +111,7 @@ class _Member(NamedTuple):
     size: int
 
 
-def codec(level: int | None = None) -> "pa.Codec":
+def zstd_codec(level: int | None = None) -> "pa.Codec":
     """Returns the Zstandard codec that packs, at a level, and unpacks a block's members.
 
     pyarrow is loaded at the first call: settings are imported with this module.
@@ -133,7 +133,7 @@ def write_shard(
     Returns the tar's size in bytes and its sha256.
     """
     path = Path(path)
-    zstd = codec(level=1)
+    zstd = zstd_codec(level=1)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks):
             members = _encode_block(block, first_user, num_embeddings, zstd)
@@ -215,7 +215,7 @@ class ShardFile:
         self._compared = False
         try:
             self.path = dataset.local(shard.name)
-        except NotFetched as error:
+        except FetchFailed as error:
             if report is None:
                 raise
             skipped = _skipped_users(dataset, shard, 0, self.count)
@@ -274,7 +274,9 @@ class ShardFile:
         problem = "its sha256 is not the one in dataset.json"
         if self._report is None:
             self._refuse(0, self.count, problem)
-        self._report(f"{self.path}: {problem}: its blocks are checked one by one")
+        self._report(
+            f"{self.path}: {problem}: its blocks are checked one by one"
+        )
 
     def block(self, number: int) -> Block | None:
         """Reads a block; returns None for one that cannot be used and has been reported."""
@@ -325,7 +327,9 @@ class ShardFile:
         and the ticks are put together as the module's head draws them.
         """
         num_embeddings = self.dataset.num_embeddings
-        contents = {name: self._read_member(members, name) for name in _CONTENTS}
+        contents = {
+            name: self._read_member(members, name) for name in _CONTENTS
+        }
         if self.verify:
             content = self._read_member(members, _CHECKSUM)
             stored = _from_npy(content, (_CHECKSUM_DTYPE,), _CHECKSUM)
@@ -398,12 +402,14 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if is_lack(error):
-            raise NoDescriptors(path, error) from None
+        if is_too_many_open_files(error):
+            raise TooManyOpenFiles(path, error) from None
         if error.errno in _ERRORS_OF_FILE:
-            raise _Damage(f"it cannot be read ({words(error)})") from None
+            raise _Damage(
+                f"it cannot be read ({printable_text(error)})"
+            ) from None
         raise InputError(
-            f"{path} cannot be read ({words(error)}): look after its disk or mount, "
+            f"{path} cannot be read ({printable_text(error)}): look after its disk or mount, "
             "and the same command goes on; a file that is lost for good is skipped "
             "once it is removed (stream.damaged=skip)",
             one_rank=True,
@@ -466,7 +472,7 @@ def _read_samples(stream: BinaryIO) -> Iterator[tuple[str, list[_Member]]]:
         raise
     except Exception as error:
         # Of a damaged archive tarfile raises whatever its parsing stumbles over.
-        raise _Damage(f"it cannot be read ({words(error)})") from None
+        raise _Damage(f"it cannot be read ({printable_text(error)})") from None
 
 
 def _sample_key(header: tarfile.TarInfo) -> str:
@@ -509,13 +515,13 @@ def _from_npy(
     except Exception as error:
         # A header is Python's own text for a dict: parsing it may fail in many ways.
         raise _Damage(
-            f"{member} is no array that can be read ({words(error)})"
+            f"{member} is no array that can be read ({printable_text(error)})"
         ) from None
     axes = len(shape)
     if dtype not in dtypes or axes != 1:
         expected = " or ".join(map(str, dtypes))
         raise _Damage(
-            f"{member} is {words(dtype)} with {axes} axes, not {expected} with one"
+            f"{member} is {printable_text(dtype)} with {axes} axes, not {expected} with one"
         )
     (count,) = shape
     left = len(data) - stream.tell()
@@ -550,9 +556,11 @@ def _unpack(
     """Decompresses `count` values of a member. The frame gets no more room than they take."""
     size = count * dtype.itemsize
     try:
-        unpacked = codec().decompress(contents[name], size)
+        unpacked = zstd_codec().decompress(contents[name], size)
     except Exception as error:
-        raise _Damage(f"{name} cannot be unpacked ({words(error)})") from None
+        raise _Damage(
+            f"{name} cannot be unpacked ({printable_text(error)})"
+        ) from None
     if len(unpacked) != size:
         raise _Damage(f"{name} holds {len(unpacked)} bytes, not {size}")
     return np.frombuffer(unpacked, dtype)

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def item_counts(dataset: Dataset) -> np.ndarray:
+def read_item_counts(dataset: Dataset) -> np.ndarray:
     """Returns `Dataset.item_counts`, which is read once in a process."""
     return dataset.item_counts
 
 
-def item_ids(dataset: Dataset, domain: Domain) -> "pa.Array":
+def read_item_ids(dataset: Dataset, domain: Domain) -> "pa.Array":
     """Reads the raw ids of a domain's items in the order of their rows, in the logs' type."""
     import pyarrow.parquet as pq
 

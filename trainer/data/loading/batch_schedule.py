@@ -27,7 +27,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.epoch_order import BlockShuffle, EpochOrder, order_epoch
+from trainer.data.loading.epoch_order import (
+    BlockShuffle,
+    EpochOrder,
+    order_epoch,
+)
 from trainer.data.loading.token_balance import balance_tokens, count_view_tokens
 from trainer.errors import InputError
 
@@ -37,7 +41,7 @@ _KEPT_EPOCHS = 2
 _UNLIMITED = 2**31 - 1
 
 
-class Plan:
+class BatchSchedule:
     """The batches of every epoch and rank."""
 
     def __init__(
@@ -87,7 +91,9 @@ class Plan:
         self.tokens_per_batch = tokens_per_batch
         self.balance = balance
         self._steps: dict[int, int] = {}
-        self._first_slots: dict[int, np.ndarray] = {}  # of batches of limited tokens
+        self._first_slots: dict[
+            int, np.ndarray
+        ] = {}  # of batches of limited tokens
         self._orders: dict[int, EpochOrder] = {}
         self._chunks: dict[tuple[int, int], np.ndarray] = {}
         self._home_shards: dict[tuple[int, int], frozenset[int]] = {}
@@ -150,7 +156,9 @@ class Plan:
         taken_T = user_T >= 0
         return user_T[taken_T], stream_T[taken_T]
 
-    def ranks(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def ranks(
+        self, epoch: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`batch` with the rank of each user: (user numbers, home ranks, ranks), int64 (B,).
 
         In the example of the module's head, batch 1 is
@@ -179,7 +187,9 @@ class Plan:
         """
         order = self._order(epoch)
         begin, end = self._slots(epoch, step)
-        users_S = order.count_users_before(end) - order.count_users_before(begin)
+        users_S = order.count_users_before(end) - order.count_users_before(
+            begin
+        )
         if self.balance:
             most = _divide_up(int(users_S.sum()), self.world_size)
         else:

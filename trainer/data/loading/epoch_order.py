@@ -28,9 +28,15 @@ import numpy as np
 
 from trainer.data.counter_rng import RandomStream, permutation, random_bits
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.jagged import count_within_rows, join_ranges, row_begins
+from trainer.data.loading.jagged import (
+    count_within_rows,
+    join_ranges,
+    row_begins,
+)
 
-_BLOCKS_AT_ONCE = 128  # that are shuffled in one go: their bits stay in the cache
+_BLOCKS_AT_ONCE = (
+    128  # that are shuffled in one go: their bits stay in the cache
+)
 EMPTY = -1  # in place of the user of an empty slot
 
 
@@ -90,7 +96,9 @@ class EpochOrder:
         """
         first_S = self.begin_S + self.count_users_before(begin)
         last_S = self.begin_S + self.count_users_before(end)
-        active = np.flatnonzero(first_S < last_S)  # streams that have users there
+        active = np.flatnonzero(
+            first_S < last_S
+        )  # streams that have users there
         first_S = first_S[active]
         last_S = last_S[active]
         # The blocks that hold them, stream after stream, and the users of each: those at the
@@ -121,7 +129,9 @@ class EpochOrder:
         return users
 
 
-def order_epoch(dataset: Dataset, seed: int, epoch: int, shuffle: bool) -> EpochOrder:
+def order_epoch(
+    dataset: Dataset, seed: int, epoch: int, shuffle: bool
+) -> EpochOrder:
     """Deals an epoch's shards to the streams. shuffle: in another order each epoch.
 
     In the example of the module's head:
@@ -154,7 +164,9 @@ def order_epoch(dataset: Dataset, seed: int, epoch: int, shuffle: bool) -> Epoch
     blocks_N = -(-users_N // block_users)
     shard_K = np.repeat(shard_N, blocks_N)
     place_K = count_within_rows(blocks_N)
-    passed_K = place_K * block_users  # users of the shard that come before the block
+    passed_K = (
+        place_K * block_users
+    )  # users of the shard that come before the block
     users_K = np.minimum(block_users, shard_users[shard_K] - passed_K)
 
     last_slot_S = np.arange(streams) + (users_S - 1) * streams
@@ -186,7 +198,9 @@ class BlockShuffle:
         self._block_users = block_users
         self._last_orders: dict[int, np.ndarray] = {}
 
-    def order_blocks(self, order: EpochOrder, block_J: np.ndarray) -> np.ndarray:
+    def order_blocks(
+        self, order: EpochOrder, block_J: np.ndarray
+    ) -> np.ndarray:
         """Which user of its block is at each position of it: int32 (J, block_users).
 
         The end of a shorter block's row says nothing.
@@ -208,7 +222,10 @@ class BlockShuffle:
         return np.stack(list(orders.values()))
 
     def _shuffle(
-        self, order: EpochOrder, block_J: np.ndarray, orders: dict[int, np.ndarray]
+        self,
+        order: EpochOrder,
+        block_J: np.ndarray,
+        orders: dict[int, np.ndarray],
     ) -> None:
         """Puts the order of each of these blocks into `orders`."""
         positions = np.arange(self._block_users)[None]
@@ -228,7 +245,9 @@ class BlockShuffle:
             )
             order_CP = np.argsort(bits_CP, axis=1).astype(np.int32)
             for block, order_P in zip(block_C.tolist(), order_CP, strict=True):
-                orders[block] = order_P.copy()  # not a view, which would keep them all
+                orders[block] = (
+                    order_P.copy()
+                )  # not a view, which would keep them all
         short = order.users_K[block_J] < self._block_users
         for block in block_J[short].tolist():
             users = int(order.users_K[block])

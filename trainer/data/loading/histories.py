@@ -11,15 +11,15 @@ import numpy as np
 
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import ShardFile
-from trainer.data.loading.batch_schedule import Plan
-from trainer.files.open_files import NoDescriptors, files_to_keep
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.files.open_files import TooManyOpenFiles, open_file_budget
 
 _FOREIGN_BLOCKS = 64  # kept beside those of a rank's own streams
 _OPEN_FILES = 256  # fewer where the process may have few
 
 
 @dataclass(frozen=True)
-class Users:
+class UserHistories:
     """Some users' whole histories, jagged, oldest first.
 
     number_B: the users' numbers, int64. lengths_B: int64. items_N: rows of the item matrix M,
@@ -37,7 +37,7 @@ class Users:
     ticks_N: np.ndarray
 
 
-NO_USERS = Users(
+NO_USERS = UserHistories(
     number_B=np.zeros(0, np.int64),
     lengths_B=np.zeros(0, np.int64),
     items_N=np.zeros(0, np.int32),
@@ -82,13 +82,15 @@ class Histories:
         self._files: dict[int, ShardFile] = {}
         self._compared: set[int] = set()  # shards whose whole file has been
         self._open_shard = open_shard
-        self._most_files = files_to_keep(_OPEN_FILES)
-        self._first_user = np.array([shard.first_user for shard in dataset.shards])
+        self._most_files = open_file_budget(_OPEN_FILES)
+        self._first_user = np.array(
+            [shard.first_user for shard in dataset.shards]
+        )
 
     @classmethod
-    def of_plan(
+    def of_schedule(
         cls,
-        plan: Plan,
+        plan: BatchSchedule,
         verify: bool = True,
         report: Callable[[str], None] | None = None,
         open_shard: Callable[..., ShardFile] = ShardFile,
@@ -106,7 +108,9 @@ class Histories:
         blocks = 2 * own_streams + foreign_blocks
         return cls(plan.dataset, blocks, verify, report, open_shard)
 
-    def read(self, number_B: np.ndarray, home: Collection[int] | None = None) -> Users:
+    def read(
+        self, number_B: np.ndarray, home: Collection[int] | None = None
+    ) -> UserHistories:
         """These users (int64 numbers), in this order, without those of damaged blocks.
 
         home: the shards whose files are compared with their sha256 before anything is read of
@@ -146,7 +150,7 @@ class Histories:
         by_request = np.argsort(read_B).tolist()
         items = [items[index] for index in by_request]
         ticks = [ticks[index] for index in by_request]
-        return Users(
+        return UserHistories(
             number_B=number_B[np.sort(read_B)],
             lengths_B=np.fromiter(map(len, items), np.int64, len(items)),
             items_N=np.concatenate(items),
@@ -211,7 +215,7 @@ class Histories:
                     self.report,
                     compare,
                 )
-            except NoDescriptors:
+            except TooManyOpenFiles:
                 if not self._files:
                     raise
                 self._most_files = max(1, len(self._files) // 2)
@@ -224,18 +228,18 @@ class Histories:
 
 
 def read_users(
-    plan: Plan,
+    plan: BatchSchedule,
     epoch: int,
     steps: Iterable[int],
     rank: int,
     verify: bool = True,
     report: Callable[[str], None] | None = None,
-) -> Iterator[tuple[int, Users]]:
+) -> Iterator[tuple[int, UserHistories]]:
     """Yields (step, Users) of one rank for these steps of an epoch; a batch may be empty.
 
     verify, report: as `ShardFile` has them. Users of damaged blocks are not in their batch.
     """
-    histories = Histories.of_plan(plan, verify, report)
+    histories = Histories.of_schedule(plan, verify, report)
     try:
         for step in steps:
             number_B = plan.users(epoch, step, rank)

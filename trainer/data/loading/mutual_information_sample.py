@@ -17,7 +17,7 @@ domains, `count` = 2, of which this rank has users 7 and 9.
 import numpy as np
 import torch
 
-from syncrec.batch.build import Candidates
+from syncrec.batch.views import Candidates
 from trainer.data.counter_rng import RandomStream, random_bits
 
 

@@ -79,8 +79,13 @@ def draw_shared_negatives(
     return rows_of_domains
 
 
-def evaluation_negatives(
-    seed: int, user: int, touched: np.ndarray, start: int, items: int, count: int
+def draw_evaluation_negatives(
+    seed: int,
+    user: int,
+    touched: np.ndarray,
+    start: int,
+    items: int,
+    count: int,
 ) -> np.ndarray:
     """`count` different rows of a domain that the user never touched: the candidates to rank.
 
@@ -103,7 +108,9 @@ def _draw_from_few(
     seed: int, user: int, touched: np.ndarray, items: int, count: int
 ) -> np.ndarray:
     """The first untouched items of a random order of all."""
-    keys = random_bits(seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(items))
+    keys = random_bits(
+        seed, RandomStream.EVALUATION_CANDIDATES, user, np.arange(items)
+    )
     keys[touched] = np.iinfo(np.uint64).max
     order = np.argsort(keys, kind="stable")
     return order[:count]
@@ -116,7 +123,9 @@ def _draw_from_many(
     draws = 2 * count
     while True:
         numbers = np.arange(draws)
-        bits = random_bits(seed, RandomStream.EVALUATION_CANDIDATES, user, numbers)
+        bits = random_bits(
+            seed, RandomStream.EVALUATION_CANDIDATES, user, numbers
+        )
         drawn = random_below(bits, items)
         drawn = drawn[~np.isin(drawn, touched)]
         _, first = np.unique(drawn, return_index=True)

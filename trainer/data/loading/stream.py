@@ -21,14 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from syncrec.batch.build import Batch, Candidates, build_batch, trim, without_look_up
+from syncrec.batch.build import build_batch, trim
+from syncrec.batch.views import Batch, Candidates, drop_lookup
 from trainer.config.negatives import NegativesConfig
 from trainer.config.stream import MEASURED, StreamConfig
-from trainer.data.format.dataset import SPLIT_LENGTH, Dataset
-from trainer.data.format.shards import codec
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.histories import NO_USERS, Histories, Users
-from trainer.data.loading.jagged import count_within_rows, join_ranges, row_begins
+from trainer.data.format.dataset import Dataset
+from trainer.data.format.shards import zstd_codec
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.histories import NO_USERS, Histories, UserHistories
+from trainer.data.loading.jagged import (
+    count_within_rows,
+    join_ranges,
+    row_begins,
+)
 from trainer.data.loading.mutual_information_sample import draw_candidates
 from trainer.data.loading.negative_sampling import (
     draw_shared_negatives,
@@ -40,12 +45,14 @@ from trainer.data.loading.worker_handover import (
     refuse_small_shared_memory,
     unpack,
 )
+from trainer.data.split import training_lengths
 from trainer.distributed.resources import keep_freed_memory
 from trainer.errors import InputError
 
 _FEW_DOMAINS = 24
-_HELD_OUT = 2  # the newest interactions of a user: validation, test
-_FILLER_LENGTH = 2  # interactions of a user that only fills up: one input, one target
+_FILLER_LENGTH = (
+    2  # interactions of a user that only fills up: one input, one target
+)
 _WARM_UP = 5  # steps that do not count
 _MEASURED_STEPS = 20
 # Worker processes beside what the mean asks for: batches differ, and so does the machine.
@@ -53,7 +60,7 @@ _SPARE = 1.25
 
 
 @dataclass(frozen=True)
-class Fed:
+class RankBatch:
     """One step of one rank: its batch, and who is missing in it.
 
     users_B: numbers of the batch's real users, int64, in order. Those without an interaction of
@@ -69,12 +76,12 @@ class Fed:
     reasons: tuple[str, ...]
     seconds: float = 0.0
 
-    def pin_memory(self) -> "Fed":
+    def pin_memory(self) -> "RankBatch":
         """The same with the batch in pinned memory (a DataLoader calls this)."""
         return replace(self, batch=self.batch.pin_memory())
 
 
-class Reasons:
+class DamageLog:
     """What was skipped and why, each line once; called with a line (see `read_blocks`)."""
 
     def __init__(self):
@@ -102,7 +109,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BatchSchedule,
         rank: int,
         position: int,
         max_length: int,
@@ -143,18 +150,18 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.candidates,
         )
 
-    def __iter__(self) -> Iterator[Fed]:
+    def __iter__(self) -> Iterator[RankBatch]:
         position = self.position
         stride = 1
         worker = torch.utils.data.get_worker_info()
         if worker is not None:
             position += worker.id
             stride = worker.num_workers
-        reasons = Reasons()
+        reasons = DamageLog()
         report = None
         if self.config.damaged == "skip":
             report = reasons
-        histories = Histories.of_plan(self.plan, self.config.verify, report)
+        histories = Histories.of_schedule(self.plan, self.config.verify, report)
         opened = 0
         try:
             while True:
@@ -169,7 +176,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
                     shards = self.plan.next_shards(epoch, step, self.rank)
                     self.plan.dataset.ahead(shards)
                 batch = self.build(epoch, step, users)
-                yield Fed(
+                yield RankBatch(
                     batch=batch,
                     users_B=users.number_B,
                     skipped=len(wanted_B) - len(users.number_B),
@@ -180,7 +187,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         finally:
             histories.close()
 
-    def build(self, epoch: int, step: int, users: Users) -> Batch:
+    def build(self, epoch: int, step: int, users: UserHistories) -> Batch:
         """One rank's batch: training part, filler users of weight zero, negatives, both views.
 
         A filler user has two interactions, one input and one target, with a row that the batch
@@ -213,7 +220,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         kept_N, lengths_B, domain_N = trim(
             np.arange(len(filled.items_N)),
             filled.lengths_B,
-            domains_of(dataset, filled.items_N),
+            find_domains(dataset, filled.items_N),
             self.max_length,
         )
         items_N = filled.items_N[kept_N]
@@ -238,10 +245,12 @@ class TrainBatches(torch.utils.data.IterableDataset):
         candidates = self._draw_candidates(epoch, step, part.number_B)
         batch = replace(batch, candidates=candidates)
         if len(looked_up) == 0:
-            return without_look_up(batch)
+            return drop_lookup(batch)
         return batch
 
-    def _draw_shared_negatives(self, epoch: int, step: int) -> list[np.ndarray] | None:
+    def _draw_shared_negatives(
+        self, epoch: int, step: int
+    ) -> list[np.ndarray] | None:
         """The rows of each domain; None where each target has its own."""
         if not self.negatives.shared:
             return None
@@ -285,7 +294,9 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.negatives.per_target,
         )
         filler_targets = len(kept_N) - targets
-        of_fillers = np.full((filler_targets, self.negatives.per_target), filler)
+        of_fillers = np.full(
+            (filler_targets, self.negatives.per_target), filler
+        )
         return np.concatenate([drawn, of_fillers])
 
     def _draw_candidates(
@@ -302,7 +313,13 @@ class TrainBatches(torch.utils.data.IterableDataset):
             return None
         lengths_UD = self.plan.dataset.lengths[users_U]
         return draw_candidates(
-            self.plan.seed, epoch, step, users_U, lengths_UD, number_B, self.candidates
+            self.plan.seed,
+            epoch,
+            step,
+            users_U,
+            lengths_UD,
+            number_B,
+            self.candidates,
         )
 
 
@@ -317,9 +334,13 @@ class _TrainingPart:
     ticks_N: np.ndarray
 
     @classmethod
-    def of_users(cls, dataset: Dataset, users: Users, domain: str) -> "_TrainingPart":
+    def of_users(
+        cls, dataset: Dataset, users: UserHistories, domain: str
+    ) -> "_TrainingPart":
         """domain: its interactions alone, and users who have any."""
-        number_B, lengths_B, place_N, position_N = training_part(dataset, users, domain)
+        number_B, lengths_B, place_N, position_N = select_training_part(
+            dataset, users, domain
+        )
         return cls(
             number_B=number_B,
             lengths_B=lengths_B,
@@ -342,8 +363,8 @@ class _TrainingPart:
         )
 
 
-def training_part(
-    dataset: Dataset, users: Users, domain: str = ""
+def select_training_part(
+    dataset: Dataset, users: UserHistories, domain: str = ""
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The training part of the leave-one-out split: (number_B, lengths_B, place_N, position_N).
 
@@ -361,15 +382,13 @@ def training_part(
         place_N           [0, 1, 4, 5, 6]       [0, 6]
         position_N        [0, 1, 0, 1, 0]       [0, 0]
     """
-    lengths_B = np.where(
-        users.lengths_B >= SPLIT_LENGTH, users.lengths_B - _HELD_OUT, users.lengths_B
-    )
+    lengths_B = training_lengths(users.lengths_B)
     position_N = count_within_rows(lengths_B)
     place_N = join_ranges(row_begins(users.lengths_B), lengths_B)
     if not domain:
         return users.number_B, lengths_B, place_N, position_N
     user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
-    domain_N = domains_of(dataset, users.items_N[place_N])
+    domain_N = find_domains(dataset, users.items_N[place_N])
     in_domain_N = domain_N == dataset.domain_number(domain)
     lengths_B = np.bincount(user_N[in_domain_N], minlength=len(lengths_B))
     has_domain_B = lengths_B > 0
@@ -381,7 +400,7 @@ def training_part(
     )
 
 
-def domains_of(dataset: Dataset, items_N: np.ndarray) -> np.ndarray:
+def find_domains(dataset: Dataset, items_N: np.ndarray) -> np.ndarray:
     """The domain number of each row of M: `Dataset.domain_of`, quicker for a few domains."""
     if len(dataset.starts) > _FEW_DOMAINS:
         return dataset.domain_of(items_N)
@@ -391,7 +410,7 @@ def domains_of(dataset: Dataset, items_N: np.ndarray) -> np.ndarray:
     return domain_N
 
 
-class Feed:
+class BatchFeed:
     """One rank's batches, step after step, built ahead by worker processes.
 
     Where the number of workers is to be measured, one begins. After some steps there are as many
@@ -414,7 +433,7 @@ class Feed:
         self.workers = _first_workers(batches.config)
         self._begin()
 
-    def __next__(self) -> Fed:
+    def __next__(self) -> RankBatch:
         """Raises InputError as a worker did."""
         fed = next(self._stream)
         self.position += 1
@@ -422,7 +441,7 @@ class Feed:
             self._build_seconds.append(fed.seconds)
         return fed
 
-    def without_users(self) -> Fed:
+    def build_without_users(self) -> RankBatch:
         """In place of the next step's batch, where that cannot be read: one without a real user.
 
         With it this rank only takes part in the step.
@@ -431,7 +450,9 @@ class Feed:
         epoch, step = plan.locate(self.position)
         self.position += 1
         batch = self._batches.build(epoch, step, NO_USERS)
-        return Fed(batch, users_B=np.zeros(0, np.int64), skipped=0, reasons=())
+        return RankBatch(
+            batch, users_B=np.zeros(0, np.int64), skipped=0, reasons=()
+        )
 
     def computed(self, seconds: float) -> str | None:
         """Notes how long a step computed: called after each step.
@@ -446,7 +467,7 @@ class Feed:
         self._measures = False
         build = _average_measured(self._build_seconds)
         compute = _average_measured(self._step_seconds)
-        needed = workers_needed(build, compute)
+        needed = count_workers_needed(build, compute)
         line = (
             f"a batch takes {build:.3g} s to build and a step {compute:.3g} s: "
             f"{needed} worker processes a rank"
@@ -470,10 +491,12 @@ class Feed:
     def _begin(self) -> None:
         batches = self._batches.from_position(self.position)
         config = self._batches.config
-        self._stream = ready(batches, config, self._pin_memory, self.workers)
+        self._stream = batches_of_workers(
+            batches, config, self._pin_memory, self.workers
+        )
 
 
-def workers_needed(build_seconds: float, step_seconds: float) -> int:
+def count_workers_needed(build_seconds: float, step_seconds: float) -> int:
     """How many processes build batches as fast as steps take them, with something to spare."""
     build_seconds = _SPARE * build_seconds
     step_seconds = max(step_seconds, 1e-9)
@@ -492,7 +515,7 @@ def _first_workers(config: StreamConfig) -> int:
     return config.workers
 
 
-def ready(
+def batches_of_workers(
     batches: Iterable,
     config: StreamConfig,
     pin_memory: bool,
@@ -506,7 +529,7 @@ def ready(
     """
     if workers is None:
         workers = _first_workers(config)
-    codec()  # loaders are forked: they share what is loaded here
+    zstd_codec()  # loaders are forked: they share what is loaded here
     prefetch = None
     if workers:
         prefetch = config.prefetch

@@ -29,12 +29,16 @@ import numpy as np
 from trainer.data.loading.jagged import count_within_rows
 
 _TOLERANCE = 0.0075  # how far above the mean of all a rank may stay
-_OF_A_SET = 0.5  # of it: how far above the mean of a set, of which several come in turn
+_OF_A_SET = (
+    0.5  # of it: how far above the mean of a set, of which several come in turn
+)
 _ROUNDS = 32
 # Users of a heavy rank that are considered in a round, from its longest to its shortest.
 _TRIED = 32
 _OFFERED = 24  # users of each rank that are enough to choose from
-_MOST_OFFERED = 128  # more than these are sorted in vain, and lie in more blocks
+_MOST_OFFERED = (
+    128  # more than these are sorted in vain, and lie in more blocks
+)
 _ABSENT = -1
 _NEVER = np.iinfo(np.int64).max
 
@@ -124,7 +128,9 @@ def balance_tokens(
     limit_G = np.array([limit])
     for offered in offers:
         if load_W.max() > limit:
-            _exchange_users(rank_B, cost_B, load_W, everyone_GS, limit_G, offered)
+            _exchange_users(
+                rank_B, cost_B, load_W, everyone_GS, limit_G, offered
+            )
     return rank_B
 
 
@@ -185,7 +191,9 @@ def _exchange_users(
     mean_G = load_W[member_GS].sum(1) // size
     shift_G = np.zeros(sets, np.int64)
     for _ in range(_ROUNDS):
-        set_P, heavy, light = _pair_heavy_and_light(load_W, member_GS, limit_G, shift_G)
+        set_P, heavy, light = _pair_heavy_and_light(
+            load_W, member_GS, limit_G, shift_G
+        )
         if len(set_P) == 0:
             break
         mean_P = mean_G[set_P]
@@ -232,7 +240,10 @@ def _list_users_of_ranks(
 
 
 def _pair_heavy_and_light(
-    load_W: np.ndarray, member_GS: np.ndarray, limit_G: np.ndarray, shift_G: np.ndarray
+    load_W: np.ndarray,
+    member_GS: np.ndarray,
+    limit_G: np.ndarray,
+    shift_G: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs the heaviest rank of each set with the lightest one, the next with the next.
 
@@ -298,7 +309,10 @@ def _group_by_rank(
 
 
 def _find_best_exchange(
-    heavy_PM: np.ndarray, light_PM: np.ndarray, wanted_P: np.ndarray, gap_P: np.ndarray
+    heavy_PM: np.ndarray,
+    light_PM: np.ndarray,
+    wanted_P: np.ndarray,
+    gap_P: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For P pairs of ranks, the exchange of two users that moves nearest to `wanted_P` tokens.
 
@@ -356,7 +370,9 @@ def _find_best_exchange(
     return best_error < _NEVER, best_give, best_take
 
 
-def _search_rows(sorted_PM: np.ndarray, sought_PC: np.ndarray, top: int) -> np.ndarray:
+def _search_rows(
+    sorted_PM: np.ndarray, sought_PC: np.ndarray, top: int
+) -> np.ndarray:
     """`np.searchsorted` of each row of `sought_PC` in that of `sorted_PM`: int64 (P, C).
 
     It is one search over all rows: each row's numbers lie in a range of their own. top: the

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from trainer.distributed.resources import ranks_of_this_machine
+from trainer.distributed.resources import count_local_ranks
 from trainer.errors import InputError
 
 SHARED_MEMORY = "/dev/shm"  # what holds the pieces, on Linux
@@ -154,7 +154,7 @@ def refuse_small_shared_memory(
     computes with.
     """
     pieces = workers * prefetch + _IN_HAND
-    ranks = ranks_of_this_machine(world_size)
+    ranks = count_local_ranks(world_size)
     needed = ranks * pieces * piece_bytes
     try:
         status = os.statvfs(SHARED_MEMORY)

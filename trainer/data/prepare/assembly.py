@@ -51,7 +51,9 @@ def assemble(
         summaries.append(summary)
     (folder / "vocabulary").mkdir(exist_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
-    domains = _write_vocabularies(folder, ids, ids_folder, part_folders, connection)
+    domains = _write_vocabularies(
+        folder, ids, ids_folder, part_folders, connection
+    )
     _write_users(folder, ids_folder, connection)
     lengths_shape = (ids.users, len(domains))
     _join_lengths(folder / LENGTHS, part_folders, lengths_shape)
@@ -142,7 +144,9 @@ def _sum_held_out(part_folders: list[Path], rows: int) -> np.ndarray:
     return counts
 
 
-def _sum_by_key(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sum_by_key(
+    keys: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns rising keys, each once, and the sums of their counts, int64.
 
     Of the keys [3, 1, 3] and the counts [4, 5, 6] these are [1, 3] and [5, 10].

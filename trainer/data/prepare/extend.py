@@ -31,8 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
-from trainer.config.prepare import TIME_UNITS as UNITS  # noqa: F401 (moved)
-from trainer.data.duckdb_engine import escape, parquet_folder_sql, query_value
+from trainer.data.duckdb_engine import (
+    escape_sql,
+    parquet_folder_sql,
+    query_value,
+)
 from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.prepare.ids import reserve_rows
 from trainer.data.prepare.stored_log import StoredLog, column_type, read_counts
@@ -42,7 +45,7 @@ EXTENSION = "extension"
 _BATCH = 1 << 20  # rows of a result that are in memory at once
 
 
-def to_extend(folder: str | Path, whole_log: bool = False) -> Dataset:
+def load_extendable(folder: str | Path, whole_log: bool = False) -> Dataset:
     """Loads the dataset that is to be extended.
 
     Raises InputError where it cannot be, with what can be done.
@@ -60,7 +63,7 @@ def to_extend(folder: str | Path, whole_log: bool = False) -> Dataset:
     return old
 
 
-def options_of(folder: str | Path) -> dict[str, int]:
+def read_options(folder: str | Path) -> dict[str, int]:
     """Returns how a dataset was prepared, for one that extends it: options of PrepareConfig."""
     old = Dataset.load(folder)
     log = StoredLog.load(Path(folder))
@@ -123,7 +126,7 @@ def place_items(connection: DuckDBPyConnection, old: Dataset) -> None:
     """
     starts = []
     for domain in old.domains:
-        starts.append(f"('{escape(domain.name)}', {domain.start})")
+        starts.append(f"('{escape_sql(domain.name)}', {domain.start})")
     connection.execute(f"""
         CREATE TABLE placed AS
             SELECT
@@ -220,7 +223,9 @@ def _write_item_rows(
     target: Path,
 ) -> None:
     """Writes rows.parquet: the old and the new row of every item."""
-    item_type = column_type(connection, ids_folder / "items" / "0.parquet", "item_id")
+    item_type = column_type(
+        connection, ids_folder / "items" / "0.parquet", "item_id"
+    )
     connection.execute(f"""
         COPY (
             SELECT
@@ -232,7 +237,7 @@ def _write_item_rows(
             FULL OUTER JOIN {parquet_folder_sql(ids_folder / "items")} n
                 ON o.domain = n.name AND o.item_id = n.item_id
             ORDER BY old_row NULLS LAST, new_row
-        ) TO '{escape(target)}' (FORMAT parquet)""")
+        ) TO '{escape_sql(target)}' (FORMAT parquet)""")
 
 
 def _is_laid_out_anew(old: Dataset, new: Dataset) -> bool:
@@ -256,14 +261,16 @@ def _compare_domains(
             domain,
             count(*) FILTER (WHERE old_row IS NULL),
             count(*) FILTER (WHERE new_row IS NULL)
-        FROM read_parquet('{escape(rows)}')
+        FROM read_parquet('{escape_sql(rows)}')
         GROUP BY domain""").fetchall()
     new_items = {}
     retired_items = {}
     for name, new_count, retired_count in counts:
         new_items[name] = new_count
         retired_items[name] = retired_count
-    old_domains: dict[str, Domain] = {domain.name: domain for domain in old.domains}
+    old_domains: dict[str, Domain] = {
+        domain.name: domain for domain in old.domains
+    }
     domains = {}
     for domain in new.domains:
         items_before = 0
@@ -283,7 +290,7 @@ def _compare_domains(
     return domains
 
 
-def rows_of_extension(dataset: Dataset) -> np.ndarray:
+def read_old_rows(dataset: Dataset) -> np.ndarray:
     """Reads which row of the dataset before it each row of M was, −1 for a new one: int32.
 
     `write_extension` left it.
@@ -293,7 +300,7 @@ def rows_of_extension(dataset: Dataset) -> np.ndarray:
     return _collect_old_rows(dataset, batches)
 
 
-def rows_of_items(
+def join_old_rows(
     old: Dataset,
     dataset: Dataset,
     connection: DuckDBPyConnection,
@@ -324,10 +331,10 @@ def _vocabularies_sql(dataset: Dataset, item_type: str) -> str:
     """Returns SQL for domain, item_id of a type, and old_row of all items."""
     selects = []
     for domain in dataset.domains:
-        vocabulary = escape(dataset.local(domain.vocabulary))
+        vocabulary = escape_sql(dataset.local(domain.vocabulary))
         selects.append(f"""
             SELECT
-                '{escape(domain.name)}' AS domain,
+                '{escape_sql(domain.name)}' AS domain,
                 item_id::{item_type} AS item_id,
                 row AS old_row
             FROM read_parquet('{vocabulary}')""")

@@ -66,7 +66,9 @@ class Layout:
     def users_of(self, part: int) -> range:
         """Returns the users of a part."""
         shards = self.shards_of(part)
-        return range(self.first_user(shards.start), self.first_user(shards.stop))
+        return range(
+            self.first_user(shards.start), self.first_user(shards.stop)
+        )
 
     def part_sql(self, number: str, divide: str) -> str:
         """Returns SQL for the part of a user.

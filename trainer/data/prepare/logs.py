@@ -22,7 +22,7 @@ import duckdb
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
 
-from trainer.data.duckdb_engine import escape
+from trainer.data.duckdb_engine import escape_sql
 from trainer.errors import InputError
 
 # The delimiter of each kind of file; Parquet has none.
@@ -100,7 +100,9 @@ class _Group:
         if not (self.text or kind in _WIDE or is_text_time):
             return str(kind in _WHOLE)
         value = f"{self.value[role]}::VARCHAR"
-        return f"coalesce(TRY_CAST({value} AS BIGINT)::VARCHAR = {value}, false)"
+        return (
+            f"coalesce(TRY_CAST({value} AS BIGINT)::VARCHAR = {value}, false)"
+        )
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -116,7 +118,9 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
             files.add(log.resolve())
     for path in files:
         if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty (0 bytes): remove it or write it again")
+            raise InputError(
+                f"{path} is empty (0 bytes): remove it or write it again"
+            )
     return sorted(files)
 
 
@@ -139,9 +143,13 @@ def _find_logs(text: str | Path) -> list[Path]:
         elif suffix_of(path) in SUFFIXES:
             logs.append(path)
         elif len(paths) == 1:
-            raise InputError(f"input {path} is no log: the name must end in {suffixes}")
+            raise InputError(
+                f"input {path} is no log: the name must end in {suffixes}"
+            )
     if not logs:
-        raise InputError(f"input {text} holds no log: names must end in {suffixes}")
+        raise InputError(
+            f"input {text} holds no log: names must end in {suffixes}"
+        )
     return logs
 
 
@@ -285,7 +293,7 @@ def check_columns(
         )
 
 
-def reason(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """Returns the telling part of a DuckDB message, in one line."""
     lines = []
     for line in str(error).splitlines():
@@ -300,7 +308,7 @@ def reason(error: Exception) -> str:
 def _path_literal(path: Path) -> str:
     """Returns the SQL literal of a path that DuckDB does not take for a glob."""
     pattern = glob.escape(str(path))
-    return f"'{escape(pattern)}'"
+    return f"'{escape_sql(pattern)}'"
 
 
 def _quote(name: str) -> str:
@@ -332,7 +340,7 @@ def _group_files(
     for (delimiter, layout), paths in files_by_layout.items():
         group = _make_group(delimiter, layout, paths, wanted)
         if domain is not None:
-            group.value["domain"] = f"'{escape(domain)}'"
+            group.value["domain"] = f"'{escape_sql(domain)}'"
             group.type["domain"] = "VARCHAR"
         groups.append(group)
     return groups
@@ -382,7 +390,13 @@ def _read_header(path: Path, delimiter: str) -> list[str]:
     try:
         with open_text(path, "rt", encoding="utf-8-sig", newline="") as stream:
             return next(csv.reader(stream, delimiter=delimiter), [])
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+    except (
+        OSError,
+        EOFError,
+        UnicodeDecodeError,
+        zlib.error,
+        csv.Error,
+    ) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
@@ -394,7 +408,9 @@ def _read_parquet_columns(
     try:
         rows = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
     except duckdb.Error as error:
-        raise InputError(f"{path} cannot be read: {reason(error)}") from None
+        raise InputError(
+            f"{path} cannot be read: {summarize_error(error)}"
+        ) from None
     columns = []
     for name, column_type, *_ in rows:
         columns.append((name, column_type))
@@ -485,7 +501,9 @@ def _refuse_unreadable(
         try:
             _query_row(connection, values, group.scan_sql([path]))
         except duckdb.Error as file_error:
-            raise InputError(f"{path} cannot be read: {reason(file_error)}") from None
+            raise InputError(
+                f"{path} cannot be read: {summarize_error(file_error)}"
+            ) from None
     raise error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import PrepareConfig
-from trainer.data.duckdb_engine import escape, query_value
+from trainer.data.duckdb_engine import escape_sql, query_value
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.extend import (
     add_old_items,
@@ -62,8 +62,12 @@ def number_ids(
         for table in ("users", "items"):
             (folder / table).mkdir()
             target = folder / table / "0.parquet"
-            connection.execute(f"COPY {table} TO '{escape(target)}' (FORMAT parquet)")
-            connection.execute(f"DROP TABLE {table}; DROP TABLE distinct_{table}")
+            connection.execute(
+                f"COPY {table} TO '{escape_sql(target)}' (FORMAT parquet)"
+            )
+            connection.execute(
+                f"DROP TABLE {table}; DROP TABLE distinct_{table}"
+            )
         ids.save(folder)
 
 
@@ -176,7 +180,9 @@ def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
         names=tuple(names),
         items=tuple(items),
         rooms=tuple(rows),
-        first_time=float(query_value(connection, 'SELECT min("time") FROM log')),
+        first_time=float(
+            query_value(connection, 'SELECT min("time") FROM log')
+        ),
         last_time=float(query_value(connection, 'SELECT max("time") FROM log')),
     )
 
@@ -206,7 +212,7 @@ def _number_items(connection: DuckDBPyConnection, ids: Ids) -> None:
     """Makes the table `items` (domain, name, item_id, total, item, row)."""
     starts = []
     for number, name in enumerate(ids.names):
-        starts.append(f"({number}, '{escape(name)}', {ids.starts[number]})")
+        starts.append(f"({number}, '{escape_sql(name)}', {ids.starts[number]})")
     connection.execute(f"""
         CREATE TABLE items AS
             SELECT

@@ -36,22 +36,36 @@ import duckdb
 import numpy as np
 from duckdb import DuckDBPyConnection
 
-from trainer.config.prepare import PrepareConfig, memory_bytes  # noqa: F401 (moved)
+from trainer.config.prepare import PrepareConfig
 from trainer.data import duckdb_engine
-from trainer.data.duckdb_engine import engine, escape, parquet_folder_sql, query_value
+from trainer.data.duckdb_engine import (
+    escape_sql,
+    open_engine,
+    parquet_folder_sql,
+    query_value,
+)
 from trainer.data.format.dataset import FORMAT_VERSION, Dataset
 from trainer.data.prepare.assembly import assemble
-from trainer.data.prepare.extend import EXTENSION, to_extend, write_extension
+from trainer.data.prepare.extend import (
+    EXTENSION,
+    load_extendable,
+    write_extension,
+)
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
-from trainer.data.prepare.logs import find_files, open_log, reason
+from trainer.data.prepare.logs import find_files, open_log, summarize_error
 from trainer.data.prepare.numbering import number_ids
 from trainer.data.prepare.shard_writing import write_part
-from trainer.data.prepare.stored_log import LOG, link_log, open_stored_log, store_log
+from trainer.data.prepare.stored_log import (
+    LOG,
+    link_log,
+    open_stored_log,
+    store_log,
+)
 from trainer.errors import InputError
 from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
-from trainer.files.staged import Work, finished_whole
+from trainer.files.staged import StagedOutput, staged_folder
 
 # Bytes that Python, its libraries and what they keep take: of this process, and of each further
 # one.
@@ -76,10 +90,15 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     files = find_files(config.inputs)
     old = None
     if config.extend is not None:
-        old = to_extend(config.extend, config.whole_log)
-    dependencies = list_dependencies(config, [file_facts(file) for file in files])
+        old = load_extendable(config.extend, config.whole_log)
+    dependencies = list_dependencies(
+        config, [file_state(file) for file in files]
+    )
     dependencies["extended"] = old and old.fingerprint
-    with Work(config.output, dependencies, fresh) as work, Stages() as stages:
+    with (
+        StagedOutput(config.output, dependencies, fresh) as work,
+        Stages() as stages,
+    ):
         warn_of_new_begin(work)
         preparation = _Preparation(config, files, old, work, stages)
         with _refused_errors(config, work):
@@ -88,7 +107,7 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     return dataclasses.replace(dataset, folder=Path(config.output))
 
 
-def warn_of_new_begin(work: Work) -> None:
+def warn_of_new_begin(work: StagedOutput) -> None:
     """Prints that an earlier preparation is not gone on with."""
     if work.begun_anew:
         print(
@@ -98,7 +117,9 @@ def warn_of_new_begin(work: Work) -> None:
 
 
 @contextlib.contextmanager
-def _refused_errors(config: PrepareConfig, work: Work) -> Iterator[None]:
+def _refused_errors(
+    config: PrepareConfig, work: StagedOutput
+) -> Iterator[None]:
     """Turns errors of memory, disk and processes into InputErrors that say what to do."""
     try:
         yield
@@ -108,11 +129,11 @@ def _refused_errors(config: PrepareConfig, work: Work) -> Iterator[None]:
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"memory {config.memory} is too little: "
-            f"give more with --memory ({reason(error)})"
+            f"give more with --memory ({summarize_error(error)})"
         ) from None
     except (duckdb.IOException, OSError) as error:
         raise InputError(
-            f"{work.folder} cannot be written: {reason(error)}: "
+            f"{work.folder} cannot be written: {summarize_error(error)}: "
             "make room, and the same command goes on"
         ) from None
     except BrokenProcessPool:
@@ -122,7 +143,7 @@ def _refused_errors(config: PrepareConfig, work: Work) -> Iterator[None]:
         ) from None
 
 
-def file_facts(file: Path) -> list[str | int]:
+def file_state(file: Path) -> list[str | int]:
     """Returns what tells one state of a file from another: path, size, time of change."""
     status = file.stat()
     return [str(file), status.st_size, status.st_mtime_ns]
@@ -161,7 +182,7 @@ class _Preparation:
         config: PrepareConfig,
         files: list[Path],
         old: Dataset | None,
-        work: Work,
+        work: StagedOutput,
         stages: Stages,
     ):
         self.config = config
@@ -188,10 +209,14 @@ class _Preparation:
             layout = self._run_passes(connection)
         self._write_parts(layout)
         with self._engine() as connection, self.stages("writing vocabularies"):
-            return join_parts(work, layout, self.config.seed, connection, self._finish)
+            return join_parts(
+                work, layout, self.config.seed, connection, self._finish
+            )
 
     def _engine(self) -> contextlib.AbstractContextManager[DuckDBPyConnection]:
-        return engine(self.work.scratch, self.memory, self.threads, self.stages)
+        return open_engine(
+            self.work.scratch, self.memory, self.threads, self.stages
+        )
 
     def _open_log(self, connection: DuckDBPyConnection) -> None:
         """Makes the view `log`."""
@@ -210,10 +235,15 @@ class _Preparation:
         ids_folder = work.path("ids")
         if not work.done("ids"):
             with work.stage("ids") as folder:
-                number_ids(connection, self.config, folder, self.stages, self.old)
+                number_ids(
+                    connection, self.config, folder, self.stages, self.old
+                )
         layout = self._choose_layout(Ids.load(ids_folder))
         if not work.done("events"):
-            with work.stage("events") as folder, self.stages("dividing the events"):
+            with (
+                work.stage("events") as folder,
+                self.stages("dividing the events"),
+            ):
                 _divide_events(connection, ids_folder, layout, folder)
         if not work.done(_ROWS):
             with work.stage(_ROWS) as folder:
@@ -251,7 +281,11 @@ class _Preparation:
                 part_of_future = {}
                 for part in missing:
                     future = pool.submit(
-                        _make_part, self.work.folder, layout, part, self.part_memory
+                        _make_part,
+                        self.work.folder,
+                        layout,
+                        part,
+                        self.part_memory,
                     )
                     part_of_future[future] = part
                 for future in concurrent.futures.as_completed(part_of_future):
@@ -280,7 +314,7 @@ class _Preparation:
             )
 
 
-def missing_parts(work: Work, layout: Layout) -> list[int]:
+def missing_parts(work: StagedOutput, layout: Layout) -> list[int]:
     """Returns the parts that are not done."""
     parts = []
     for part in range(layout.parts):
@@ -331,7 +365,7 @@ def _divide_events(
             FROM log
             JOIN users USING (user_id)
             JOIN items USING (domain, item_id)
-        ) TO '{escape(folder)}' (
+        ) TO '{escape_sql(folder)}' (
             FORMAT parquet,
             PARTITION_BY (part),
             OVERWRITE_OR_IGNORE,
@@ -374,13 +408,17 @@ def _make_part(
     ids = Ids.load(work_folder / "ids")
     scratch = work_folder / "scratch" / f"part-{part:05d}"
     scratch.mkdir()
-    with finished_whole(work_folder / part_stage(part)) as folder:
-        with engine(scratch, memory, 1) as connection:
+    with staged_folder(work_folder / part_stage(part)) as folder:
+        with open_engine(scratch, memory, 1) as connection:
             row_of_item = np.load(
-                work_folder / _ROWS / _ROW_OF_ITEM, mmap_mode="r", allow_pickle=False
+                work_folder / _ROWS / _ROW_OF_ITEM,
+                mmap_mode="r",
+                allow_pickle=False,
             )
             events = work_folder / "events" / f"part={part}"
-            number_N, rows_N, time_N = _sort_events(connection, events, row_of_item)
+            number_N, rows_N, time_N = _sort_events(
+                connection, events, row_of_item
+            )
         write_part(folder, ids, layout, part, number_N, rows_N, time_N)
     shutil.rmtree(scratch)
 
@@ -416,7 +454,7 @@ def _sort_events(
 
 
 def join_parts(
-    work: Work,
+    work: StagedOutput,
     layout: Layout,
     seed: int,
     connection: DuckDBPyConnection,

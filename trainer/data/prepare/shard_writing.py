@@ -26,18 +26,16 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.duckdb_engine import connect, escape  # noqa: F401 (moved)
 from trainer.data.format.dataset import (
     LENGTHS,
     LENGTHS_DTYPE,
-    SPLIT_LENGTH,
     Shard,
-    ticks_of,
+    quantize_times,
 )
 from trainer.data.format.shards import Block, write_shard
-from trainer.data.prepare.assembly import PERCENTILES  # noqa: F401 (moved)
 from trainer.data.prepare.ids import Ids, write_json
 from trainer.data.prepare.layout import Layout
+from trainer.data.split import TEST, VALIDATION, can_be_split
 
 
 @dataclass(frozen=True)
@@ -94,17 +92,19 @@ def write_part(
     advance(n): called as n interactions have been written.
     """
     users = layout.users_of(part)
-    ticks_N = ticks_of(time_N, ids.first_time, ids.last_time)
+    ticks_N = quantize_times(time_N, ids.first_time, ids.last_time)
     lengths_U = np.bincount(number_N - users.start, minlength=len(users))
     if len(lengths_U) != len(users) or not lengths_U.all():
-        raise AssertionError(f"part {part} has not the events of its users {users}")
+        raise AssertionError(
+            f"part {part} has not the events of its users {users}"
+        )
     offsets = np.concatenate([[0], np.cumsum(lengths_U)])
     histories = _Histories(users, lengths_U, offsets, rows_N, ticks_N)
     _write_statistics(folder, ids, histories, number_N)
     shards = _write_shards(folder, ids, layout, part, histories, advance)
     record = {
         "shards": [dataclasses.asdict(shard) for shard in shards],
-        "too_short": int((lengths_U < SPLIT_LENGTH).sum()),
+        "too_short": int((~can_be_split(lengths_U)).sum()),
         "max_length": int(lengths_U.max()),
     }
     write_json(folder / "facts.json", record)
@@ -122,10 +122,10 @@ def _write_statistics(
 
     # Leave-one-out: the last item of the users S that are long enough is the test item, the
     # last but one the validation item.
-    users_S = np.flatnonzero(histories.lengths_U >= SPLIT_LENGTH)
+    users_S = np.flatnonzero(can_be_split(histories.lengths_U))
     ends_S = histories.offsets[1:][users_S]
-    test_rows_S = rows_N[ends_S - 1]
-    validation_rows_S = rows_N[ends_S - 2]
+    test_rows_S = rows_N[ends_S - TEST.offset]
+    validation_rows_S = rows_N[ends_S - VALIDATION.offset]
     held_out = np.concatenate([test_rows_S, validation_rows_S])
     held_out_rows, held_out_counts = np.unique(held_out, return_counts=True)
     np.save(folder / "held.npy", np.stack([held_out_rows, held_out_counts]))

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.config.prepare import PrepareConfig
-from trainer.data.duckdb_engine import engine
+from trainer.data.duckdb_engine import open_engine
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.ids import (
     HASH_DIGITS,
@@ -42,7 +42,7 @@ from trainer.data.prepare.pipeline import (
 )
 from trainer.data.prepare.shard_writing import write_part
 from trainer.errors import InputError
-from trainer.files.staged import Work, finished_whole
+from trainer.files.staged import StagedOutput, staged_folder
 
 try:
     from pyspark.sql import DataFrame, SparkSession
@@ -61,7 +61,9 @@ from trainer.data.prepare.spark_logs import (
     spark_reason,
 )
 
-_PART_INTERACTIONS = 1 << 23  # what Python holds of a part: some 60 bytes for each
+_PART_INTERACTIONS = (
+    1 << 23
+)  # what Python holds of a part: some 60 bytes for each
 _SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.caseSensitive": "true",
@@ -90,7 +92,7 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
         libraries = ("pyspark", "duckdb", "pyarrow")
         dependencies = list_dependencies(config, states, libraries)
         dependencies["part_interactions"] = _PART_INTERACTIONS
-        with Work(config.output, dependencies, fresh) as work:
+        with StagedOutput(config.output, dependencies, fresh) as work:
             warn_of_new_begin(work)
             with _refused_errors(work):
                 _Preparation(spark, config, inputs, work).run()
@@ -99,7 +101,7 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
 
 
 @contextlib.contextmanager
-def _refused_errors(work: Work) -> Iterator[None]:
+def _refused_errors(work: StagedOutput) -> Iterator[None]:
     """Turns errors of the disk and of Spark into InputErrors that say what to do."""
     try:
         yield
@@ -155,7 +157,7 @@ class _Preparation:
         spark: SparkSession,
         config: PrepareConfig,
         inputs: list[Input],
-        work: Work,
+        work: StagedOutput,
     ):
         self.spark = spark
         self.config = config
@@ -179,7 +181,9 @@ class _Preparation:
         )
         self.write_parts(ids, layout)
         threads = len(os.sched_getaffinity(0))
-        with engine(work.scratch, config.memory_bytes, threads) as connection:
+        with open_engine(
+            work.scratch, config.memory_bytes, threads
+        ) as connection:
             join_parts(work, layout, config.seed, connection)
 
     @functools.cached_property
@@ -187,7 +191,9 @@ class _Preparation:
         """The rows of the logs."""
         config = self.config
         scratch = self.scratch_uri("text")
-        return open_log(self.spark, self.inputs, config.columns, config.domain, scratch)
+        return open_log(
+            self.spark, self.inputs, config.columns, config.domain, scratch
+        )
 
     def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
@@ -358,7 +364,9 @@ class _Preparation:
         rows = events.mapInArrow(write, "part int").collect()
         written = sorted(part for (part,) in rows)
         if written != missing:
-            raise AssertionError(f"parts {written} were written in place of {missing}")
+            raise AssertionError(
+                f"parts {written} were written in place of {missing}"
+            )
 
     def sort_events(self, layout: Layout, missing: list[int]) -> DataFrame:
         """Brings the events of each part into one portion: part, user, row, time, in order."""
@@ -421,7 +429,7 @@ def _write_parts(
     for part, number_N, rows_N, time_N in _join_batches(batches):
         target = folder / f"{part:05d}"
         try:
-            with finished_whole(target, uuid.uuid4().hex) as partial:
+            with staged_folder(target, uuid.uuid4().hex) as partial:
                 write_part(partial, ids, layout, part, number_N, rows_N, time_N)
         except OSError:
             if not target.is_dir():

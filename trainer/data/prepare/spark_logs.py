@@ -26,16 +26,16 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from trainer.data.duckdb_engine import connect, escape
+from trainer.data.duckdb_engine import escape_sql, open_connection
 from trainer.data.prepare.logs import (
     SUFFIXES,
     check_columns,
     find_files,
     read_text,
-    reason,
     suffix_of,
+    summarize_error,
 )
-from trainer.data.prepare.pipeline import file_facts
+from trainer.data.prepare.pipeline import file_state
 from trainer.errors import InputError
 
 TABLE = "table:"
@@ -157,7 +157,7 @@ def _find_logs(spark: SparkSession, text: str) -> list[Input]:
         return _find_remote_logs(spark, text)
     logs = []
     for file in find_files([text]):
-        state = tuple(file_facts(file))
+        state = tuple(file_state(file))
         logs.append(Input(str(file), state))
     return logs
 
@@ -200,9 +200,9 @@ def spark_reason(error: Exception) -> str:
     pattern = r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$"
     causes = re.findall(pattern, text, re.MULTILINE)
     if causes:
-        return reason(causes[-1])
+        return summarize_error(causes[-1])
     first_paragraph = text.split("\n\n")[0]
-    return reason(first_paragraph.split("\nJVM stacktrace")[0])
+    return summarize_error(first_paragraph.split("\nJVM stacktrace")[0])
 
 
 def escape_glob(path: str | Path) -> str:
@@ -303,7 +303,9 @@ def _group_inputs(
         for one, schema in zip(others, schemas, strict=True):
             table = one.name if one.is_table else ""
             inputs_by_layout[table, schema].append(one)
-    read = functools.partial(_read_columns, spark, columns=columns, domain=domain)
+    read = functools.partial(
+        _read_columns, spark, columns=columns, domain=domain
+    )
     for alike in inputs_by_layout.values():
         groups.append(_Group(alike, read, columns))
     return groups
@@ -415,10 +417,13 @@ def _parse_text(
     domain: str | None,
 ) -> Iterator[pa.RecordBatch]:
     """Yields the rows of one file. content: of a remote one."""
-    with tempfile.TemporaryDirectory() as folder, connect() as connection:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_connection() as connection,
+    ):
         connection.execute(f"""
             SET threads = 1;
-            SET temp_directory = '{escape(folder)}'""")
+            SET temp_directory = '{escape_sql(folder)}'""")
         path = Path(file)
         if content is not None:
             path = Path(folder, path.name)
@@ -430,7 +435,9 @@ def _parse_text(
                     arrays.append(rows[name])
                 no_faults = pa.nulls(len(rows), pa.string())
                 arrays.append(no_faults)
-                yield pa.RecordBatch.from_arrays(arrays, schema=_TEXT_ARROW_SCHEMA)
+                yield pa.RecordBatch.from_arrays(
+                    arrays, schema=_TEXT_ARROW_SCHEMA
+                )
         except InputError as error:
             fault = str(error).replace(str(path), file)
             record = {"file": file, "fault": fault}
@@ -469,7 +476,9 @@ class _Group:
         name = self.inputs[0].name
         column = f"{name}: column {self.columns[role]!r}"
         if isinstance(kind, _NESTED):
-            raise InputError(f"{column} holds {kind.simpleString()}, not single values")
+            raise InputError(
+                f"{column} holds {kind.simpleString()}, not single values"
+            )
         type_name = kind.simpleString().upper()
         if role == "time":
             if not isinstance(kind, _TIME_TYPES):

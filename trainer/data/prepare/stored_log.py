@@ -21,7 +21,7 @@ from typing import Any
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import TIME_UNITS, PrepareConfig
-from trainer.data.duckdb_engine import escape, query_value
+from trainer.data.duckdb_engine import escape_sql, query_value
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.logs import open_log
 from trainer.errors import InputError
@@ -88,7 +88,9 @@ def store_log(
     Raises InputError: the new logs cannot be read, or have another kind of time; the window is
     none.
     """
-    dates = open_log(connection, files, config.columns, config.domain, view="arrived")
+    dates = open_log(
+        connection, files, config.columns, config.domain, view="arrived"
+    )
     old_files = []
     if old is not None and not config.whole_log:
         old_files = sorted((old.folder / LOG).glob("*.parquet"))
@@ -113,14 +115,16 @@ def store_log(
     if begin is not None:
         counts["before_window"] = _count_before(connection, new_rows, begin)
     for number, file in enumerate(old_files):
-        newest_query = f"SELECT max(time) FROM read_parquet('{escape(file)}')"
+        newest_query = (
+            f"SELECT max(time) FROM read_parquet('{escape_sql(file)}')"
+        )
         newest = query_value(connection, newest_query)
         if begin is None or newest >= begin:
             _link(file, folder / f"{number:05d}.parquet")
     new_file = folder / f"{len(old_files):05d}.parquet"
     connection.execute(f"""
         COPY (SELECT * FROM {new_rows} {_window_sql(begin)})
-        TO '{escape(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
+        TO '{escape_sql(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
     StoredLog(dates, config.min_user, config.min_item).save(folder)
     text = json.dumps({"begin": begin, "newest": new_file.name, **counts})
     (folder / _COUNTS).write_text(text, encoding="utf-8")
@@ -173,7 +177,7 @@ def column_type(
     column: str,
 ) -> str:
     """Returns the type of a Parquet file's column."""
-    query = f"SELECT \"{column}\" FROM read_parquet('{escape(file)}')"
+    query = f"SELECT \"{column}\" FROM read_parquet('{escape_sql(file)}')"
     return str(connection.sql(query).types[0])
 
 
@@ -196,7 +200,9 @@ def _check_kind_of_time(
     )
 
 
-def _drop_delivered_rows(connection: DuckDBPyConnection, old_files: list[Path]) -> None:
+def _drop_delivered_rows(
+    connection: DuckDBPyConnection, old_files: list[Path]
+) -> None:
     """Makes the view `old_log`, and the table `new_rows` of arrived rows that it lacks."""
     types = _common_types(connection, old_files)
     connection.execute(
@@ -317,7 +323,7 @@ def _rows_sql(
     for file in files:
         selects.append(f"""
             SELECT {", ".join(columns)}
-            FROM read_parquet('{escape(file)}')
+            FROM read_parquet('{escape_sql(file)}')
             {condition}""")
     return " UNION ALL ".join(selects)
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.config.stream import SourceConfig
-from trainer.data.remote.source import Address, NotFetched
+from trainer.data.remote.source import Address, FetchFailed
 from trainer.errors import InputError
-from trainer.files.open_files import NoDescriptors, is_lack
-from trainer.files.redact import words
+from trainer.files.open_files import TooManyOpenFiles, is_too_many_open_files
+from trainer.files.redact import printable_text
 
 _LONGEST_LINE = 2**16  # that a lock's file is read for, in bytes
 _PLAIN_PART = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*")
@@ -114,7 +114,9 @@ class Cache:
         with self._blaming_this_disk(name):
             if name in self._shards:
                 self._pins.latest = None  # before there is room to be made
-                self._pins.latest = _Lock(self._control(name, "pin"), fcntl.LOCK_SH)
+                self._pins.latest = _Lock(
+                    self._control(name, "pin"), fcntl.LOCK_SH
+                )
             if not self._is_whole(name):
                 self._fetch(name)
             # The disk's own clock ticks too slowly to tell which of two came first.
@@ -144,7 +146,9 @@ class Cache:
         try:
             with open(self.folder / name, "rb") as stream:
                 status = os.fstat(stream.fileno())
-                if status.st_size != file.bytes or not stat.S_ISREG(status.st_mode):
+                if status.st_size != file.bytes or not stat.S_ISREG(
+                    status.st_mode
+                ):
                     return False
                 if self._checked.get(name) == status.st_ino:
                     return True
@@ -168,12 +172,12 @@ class Cache:
             if self._is_whole(name):
                 return
             if failure:
-                raise NotFetched(failure)
+                raise FetchFailed(failure)
             if not self._make_room(name, needed):
                 return
             try:
                 self.address.fetch(name, file.bytes, file.sha256, part)
-            except NotFetched as error:
+            except FetchFailed as error:
                 lock.write(error.said)
                 raise
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,9 +259,9 @@ class Cache:
             self._fetching.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
-            if is_lack(error):
-                raise NoDescriptors(path, error) from None
-            reason = words(error.strerror or error)
+            if is_too_many_open_files(error):
+                raise TooManyOpenFiles(path, error) from None
+            reason = printable_text(error.strerror or error)
             raise InputError(
                 f"{path} cannot be written ({reason}): make room on that disk, lower "
                 "stream.cache_bytes, or give another folder as stream.cache",
@@ -347,7 +351,9 @@ class _Lock:
         file = self._file
         self._file = -1
         if file >= 0:
-            fcntl.flock(file, fcntl.LOCK_UN)  # whoever else has the file open by a fork
+            fcntl.flock(
+                file, fcntl.LOCK_UN
+            )  # whoever else has the file open by a fork
             os.close(file)
 
     __del__ = release
@@ -404,6 +410,6 @@ def _cache_root(config: SourceConfig) -> Path:
         return root / "syncrec-trainer"
     except RuntimeError as error:  # a user without a home
         raise InputError(
-            f"stream.cache is {config.cache!r}: {words(error)} Give a folder",
+            f"stream.cache is {config.cache!r}: {printable_text(error)} Give a folder",
             one_rank=True,
         ) from None

@@ -31,7 +31,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from trainer.config.stream import SourceConfig
 from trainer.errors import InputError
-from trainer.files.redact import _without_user, shown, words
+from trainer.files.redact import hide_user, printable_text, redact_location
 
 _FILE_NAME = "{}"  # stands for the file's name in a command
 _CHUNK = 2**18
@@ -39,12 +39,14 @@ _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server says
 _LARGEST_IN_MEMORY = 2**30
 _LAST_WORDS = 300  # bytes of what a command writes to stderr
 _AGAIN = (408, 429)  # the statuses of 4xx that pass by themselves
-_jitter = random.SystemRandom()  # forked workers would share the state of any other
+_jitter = (
+    random.SystemRandom()
+)  # forked workers would share the state of any other
 
 T = TypeVar("T")
 
 
-class NotFetched(InputError):
+class FetchFailed(InputError):
     """A file of a remote dataset could not be had, whatever was tried.
 
     said: which file and why, without the way out.
@@ -111,7 +113,9 @@ class Address:
     def _refuse_invalid_url(self, scheme: str) -> None:
         try:
             parts = urlsplit(self.text)
-            valid = bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+            valid = bool(parts.hostname) and (
+                parts.port is None or parts.port >= 0
+            )
         except ValueError:
             valid = False
         if not valid:
@@ -122,11 +126,11 @@ class Address:
             )
 
     def __str__(self):
-        return shown(self.text)
+        return redact_location(self.text)
 
     def shown(self, name: str) -> str:
         """The address of a file as it may be printed."""
-        return shown(self._address_of(name))
+        return redact_location(self._address_of(name))
 
     def read_json(self, name: str) -> Any:
         """The contents of a file whose size and checksum nobody knows. Raises NotFetched."""
@@ -139,14 +143,17 @@ class Address:
                 data += chunk
                 if len(data) > _LARGEST_IN_MEMORY:
                     raise _Failure(
-                        f"it has more than {_LARGEST_IN_MEMORY} bytes", final=True
+                        f"it has more than {_LARGEST_IN_MEMORY} bytes",
+                        final=True,
                     )
         if response.total not in (None, len(data)):
             raise _Failure(f"{len(data)} of its {response.total} bytes came")
         try:
             return json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise _Failure(f"what came is no JSON ({words(error)})") from None
+            raise _Failure(
+                f"what came is no JSON ({printable_text(error)})"
+            ) from None
 
     def fetch(self, name: str, size: int, sha256: str, part: Path) -> None:
         """Puts a file of known size and sha256 into `part`, and goes on with what it holds.
@@ -155,20 +162,22 @@ class Address:
         """
         self._retry(name, lambda: self._fetch_once(name, size, sha256, part))
 
-    def _fetch_once(self, name: str, size: int, sha256: str, part: Path) -> None:
+    def _fetch_once(
+        self, name: str, size: int, sha256: str, part: Path
+    ) -> None:
         with open(part, "r+b") as file:
             download = _Download(file, size, sha256)
             if download.is_whole():  # killed before it could be renamed
                 return
             if download.came >= size:
-                download.begin_anew()
+                download.reset()
             try:
                 with self._open(name, download.came) as response:
                     download.write(response)
                 download.refuse_if_damaged()
             except _Failure as failure:
                 if failure.anew:
-                    download.begin_anew()
+                    download.reset()
                 raise
             file.flush()
             os.fsync(file.fileno())
@@ -182,8 +191,10 @@ class Address:
                     reason = self._hide_secrets(str(failure))
                     attempts = ""
                     if number > 1:
-                        attempts = f" ({number} attempts, this came of the last)"
-                    raise NotFetched(
+                        attempts = (
+                            f" ({number} attempts, this came of the last)"
+                        )
+                    raise FetchFailed(
                         f"{self.shown(name)} cannot be fetched: {reason}{attempts}"
                     ) from None
                 wait = self.config.retry_seconds * 2 ** (number - 1)
@@ -211,7 +222,7 @@ class Address:
             for secret in (parts.password, parts.query):
                 if secret:
                     text = text.replace(secret, "…")
-        return _without_user(text)
+        return hide_user(text)
 
     def _open(self, name: str, begin: int) -> AbstractContextManager[_Response]:
         """Opens a file from a byte on, or from its first one.
@@ -237,7 +248,7 @@ class _Download:
             self._digest.update(chunk)
         self.came = file.tell()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Drops what has come."""
         self._file.seek(0)
         self._file.truncate()
@@ -245,7 +256,9 @@ class _Download:
         self.came = 0
 
     def is_whole(self) -> bool:
-        return self.came == self._size and self._digest.hexdigest() == self._sha256
+        return (
+            self.came == self._size and self._digest.hexdigest() == self._sha256
+        )
 
     def write(self, response: _Response) -> None:
         """Adds what comes. Raises _Failure where it is not a part of this file."""
@@ -256,11 +269,13 @@ class _Download:
                 anew=True,
             )
         if response.begin != self.came:
-            self.begin_anew()
+            self.reset()
         for chunk in response.chunks:
             self.came += len(chunk)
             if self.came > self._size:
-                raise _Failure(f"more than its {self._size} bytes came", anew=True)
+                raise _Failure(
+                    f"more than its {self._size} bytes came", anew=True
+                )
             self._file.write(chunk)
             self._digest.update(chunk)
 
@@ -269,7 +284,9 @@ class _Download:
         if self.came != self._size:
             raise _Failure(f"{self.came} of its {self._size} bytes came")
         if self._digest.hexdigest() != self._sha256:
-            raise _Failure("its sha256 is not the one in dataset.json", anew=True)
+            raise _Failure(
+                "its sha256 is not the one in dataset.json", anew=True
+            )
 
 
 @contextmanager
@@ -288,7 +305,9 @@ def _open_http(address: str, begin: int, timeout: float) -> Iterator[_Response]:
                     anew=True,
                 )
         elif response.status != 200:
-            raise _Failure(f"HTTP {response.status} {words(response.reason)}")
+            raise _Failure(
+                f"HTTP {response.status} {printable_text(response.reason)}"
+            )
         total = None
         if response.length is not None:
             total = first + response.length
@@ -300,7 +319,9 @@ def _make_request(address: str, begin: int) -> urllib.request.Request:
     parts = urlsplit(address)
     user, _, host = parts.netloc.rpartition("@")
     url = urlunsplit((parts.scheme, host, *parts[2:]))
-    request = urllib.request.Request(url, headers={"User-Agent": "syncrec-trainer"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "syncrec-trainer"}
+    )
     if user:  # not sent on to where the server may point
         if ":" not in user:
             user = f"{user}:"
@@ -405,9 +426,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         loses_https = request.type == "https" and scheme == "http"
         if scheme not in ("http", "https") or loses_https:
             raise _Failure(
-                f"it redirects from {request.type} to {words(scheme)}", final=True
+                f"it redirects from {request.type} to {printable_text(scheme)}",
+                final=True,
             )
-        return super().redirect_request(request, file, code, message, headers, newurl)
+        return super().redirect_request(
+            request, file, code, message, headers, newurl
+        )
 
 
 def _make_http_opener() -> urllib.request.OpenerDirector:
@@ -434,7 +458,11 @@ class _Failure(Exception):
     """
 
     def __init__(
-        self, reason: str, final: bool = False, wait: float = 0.0, anew: bool = False
+        self,
+        reason: str,
+        final: bool = False,
+        wait: float = 0.0,
+        anew: bool = False,
     ):
         super().__init__(reason)
         self.final = final
@@ -455,13 +483,13 @@ def _turning_into_failures() -> Iterator[None]:
     except TimeoutError:
         raise _Failure("nothing came for too long") from None
     except urllib.error.URLError as error:
-        raise _Failure(words(error.reason)) from None
+        raise _Failure(printable_text(error.reason)) from None
     except (OSError, http.client.HTTPException) as error:
         is_missing = isinstance(error, FileNotFoundError)
-        raise _Failure(words(error), final=is_missing) from None
+        raise _Failure(printable_text(error), final=is_missing) from None
     except Exception as error:
         # What a scheme of WebDataset's needs is not installed, or its address is no address.
-        raise _Failure(words(error), final=True) from None
+        raise _Failure(printable_text(error), final=True) from None
 
 
 def _failure_of_status(error: urllib.error.HTTPError) -> _Failure:
@@ -472,7 +500,7 @@ def _failure_of_status(error: urllib.error.HTTPError) -> _Failure:
     beyond_end = error.code == 416  # less lies there than has come
     passes = error.code in _AGAIN or beyond_end
     final = 400 <= error.code < 500 and not passes
-    reason = f"HTTP {error.code} {words(error.reason)}"
+    reason = f"HTTP {error.code} {printable_text(error.reason)}"
     return _Failure(reason, final, wait, anew=beyond_end)
 
 
@@ -490,4 +518,4 @@ def _read_last_words(file: BinaryIO) -> str:
     written = file.read().decode("utf-8", "replace").strip()
     if not written:
         return ""
-    return f" and said {words(written)!r}"
+    return f" and said {printable_text(written)!r}"

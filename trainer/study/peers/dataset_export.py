@@ -7,22 +7,23 @@ import pyarrow as pa
 from pyarrow import csv
 
 from trainer.config.evaluation import EvaluationConfig
-from trainer.data.format.dataset import SPLIT_LENGTH, Dataset
+from trainer.data.format.dataset import Dataset
 from trainer.data.loading.histories import Histories
+from trainer.data.split import SPLIT_LENGTH
 from trainer.errors import InputError
 from trainer.evaluation.sampled import RankingBatches
-from trainer.study.peers.interface import SPLITS, Handed
+from trainer.study.peers.interface import SPLITS, PeerDataset
 
 LOG = "training"  # RecBole's name of the training data
 _AT_ONCE = 4096  # users that are read together
 
 
-def hand_over(
+def export_dataset(
     dataset: Dataset,
     folder: Path,
     seed: int = 0,
     negatives: int = 99,
-) -> Handed:
+) -> PeerDataset:
     """Writes what `Handed` reads into a folder that is there, and returns it.
 
     Users too short to be split are left out. seed: of the candidates (negative sampling), a run's
@@ -40,7 +41,7 @@ def hand_over(
         np.save(folder / f"{name}.npy", values)
     domains = [(domain.start, domain.items) for domain in dataset.domains]
     np.save(folder / "domains.npy", np.array(domains, np.int64))
-    return Handed(folder)
+    return PeerDataset(folder)
 
 
 def _collect(
@@ -69,7 +70,7 @@ def _collect(
             seed=seed,
         )
         parts[f"candidates-{split}"] = [np.zeros((0, longest), np.int64)]
-    histories = Histories.of_plan(candidates["test"].plan)
+    histories = Histories.of_schedule(candidates["test"].plan)
     for first in range(0, dataset.users, _AT_ONCE):
         last = min(first + _AT_ONCE, dataset.users)
         users = histories.read(np.arange(first, last))
@@ -92,7 +93,7 @@ def _collect(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def write_log(handed: Handed) -> None:
+def write_log(handed: PeerDataset) -> None:
     """Writes the training part in RecBole's own format, and all items.
 
     An item that is only ever held out has a vector too, as with us. The held-out two are not in
@@ -111,7 +112,9 @@ def write_log(handed: Handed) -> None:
         "item_id:token": handed.items_N[training_N],
         "timestamp:float": place_N[training_N],
     }
-    rows = [np.arange(start, start + items) for start, items in handed.domains_D2]
+    rows = [
+        np.arange(start, start + items) for start, items in handed.domains_D2
+    ]
     _write_tsv(folder / f"{LOG}.inter", interactions)
     _write_tsv(folder / f"{LOG}.item", {"item_id:token": np.concatenate(rows)})
 

@@ -1,4 +1,4 @@
-"""What a peer in another environment reads, and how its scores become ranks. Imports NumPy alone.
+"""What a peer in another environment reads, of a dataset. Imports NumPy alone.
 
     FOLDER/users.npy              int64 (U,), numbers of the users that can be split, rising
     FOLDER/lengths.npy            int64 (U,), interactions of each user
@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-# The split (leave-one-out): how many of a user's newest interactions are not seen.
-SPLITS = {"validation": 2, "test": 1}
+from trainer.data import split
+
+# Leave-one-out: how many of a user's newest interactions are not seen.
+SPLITS = {name: part.offset for name, part in split.SPLITS.items()}
 
 
-class Handed:
+class PeerDataset:
     """The dataset that a peer reads: FOLDER, with the histories jagged.
 
     Three users and two domains, of rows 0 to 4 and 8 to 11:
@@ -102,66 +104,3 @@ class Handed:
         rows_E = self.items_N[first_E + place_E].astype(np.int64)
         is_other_E = place_E != lengths_B[user_E] - back
         return user_E[is_other_E], rows_E[is_other_E]
-
-
-def sampled_positions(
-    scores_BC: np.ndarray,
-    is_candidate_BC: np.ndarray,
-) -> np.ndarray:
-    """The position of each user's first candidate among the sampled ones, int64 (B,).
-
-    As trainer/evaluation/sampled.py has it: ties, and scores that are no numbers, count against
-    the first candidate. Two users, of whom the second has one candidate less:
-
-        scores_BC        [[0.5, 0.9, 0.1], [0.2, 0.2, 0.7]]
-        is_candidate_BC  [[  1,   1,   1], [  1,   1,   0]]
-        positions        [2, 2]
-    """
-    is_below_BC = scores_BC[:, :1] > scores_BC
-    return (~is_below_BC & is_candidate_BC).sum(1)
-
-
-def full_positions(
-    scores_BN: np.ndarray,
-    place_B: np.ndarray,
-    excluded: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
-    """The position of item place_B among a domain's N items, int64 (B,).
-
-    As trainer/evaluation/full.py has it: 1 + other items, not excluded, whose score is not less.
-    excluded: users and places of equal lengths; a pair may stand there twice, or name the ranked
-    item. Two users of a domain with three items, where the first has had item 1:
-
-        scores_BN  [[0.5, 0.9, 0.1], [0.2, 0.4, 0.7]]
-        place_B    [0, 1]
-        excluded   ([0], [1])
-        positions  [1, 2]
-    """
-    user_B = np.arange(len(place_B))
-    is_other_BN = np.ones(scores_BN.shape, bool)
-    is_other_BN[excluded] = False
-    is_other_BN[user_B, place_B] = False
-    is_below_BN = scores_BN[user_B, place_B, None] > scores_BN
-    return 1 + (~is_below_BN & is_other_BN).sum(1)
-
-
-def mean_ndcg(
-    position_U: np.ndarray,
-    domain_U: np.ndarray,
-    at: int = 10,
-) -> float:
-    """The mean over domains with users of NDCG@at; 0.0 without users.
-
-    As `evaluation_record` has it: what chooses a model.
-    """
-    if not len(position_U):
-        return 0.0
-    gain_U = np.where(
-        position_U <= at,
-        1 / np.log2(position_U + 1.0),
-        0.0,
-    )
-    means = []
-    for domain in np.unique(domain_U):
-        means.append(gain_U[domain_U == domain].mean())
-    return float(np.mean(means))

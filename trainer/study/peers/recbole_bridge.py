@@ -29,8 +29,8 @@ from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import move_folder, write_json
-from trainer.study.peers.dataset_export import hand_over, write_log
-from trainer.study.peers.interface import Handed
+from trainer.study.peers.dataset_export import export_dataset, write_log
+from trainer.study.peers.interface import PeerDataset
 
 RANKS = "ranks.parquet"
 RESULT = "result.json"
@@ -78,7 +78,9 @@ def recbole_models(python: str | Path) -> dict[str, str | None]:
         except (ValueError, KeyError, TypeError):
             models = None
     if models is None:
-        raise InputError(f"RecBole's environment: {python} has no RecBole: {_MAKE}")
+        raise InputError(
+            f"RecBole's environment: {python} has no RecBole: {_MAKE}"
+        )
     return models
 
 
@@ -171,7 +173,9 @@ def _spell(
         raise InputError(f"RecBole has no model {model}{hint}")
     name = names[model.lower()]
     if models[name]:
-        raise InputError(f"RecBole's {name} cannot be compared here: {models[name]}")
+        raise InputError(
+            f"RecBole's {name} cannot be compared here: {models[name]}"
+        )
     return name
 
 
@@ -179,19 +183,19 @@ def _export_dataset(
     dataset: Dataset,
     folder: Path,
     task: Task,
-) -> Handed:
+) -> PeerDataset:
     """Writes what RecBole reads; beside and renamed, so that it is there whole or not at all."""
     made_from = {}
     for name in ("dataset", "evaluation_seed", "negatives"):
         made_from[name] = task[name]
     if folder.is_dir():
         _check_exported(folder, made_from)
-        return Handed(folder)
+        return PeerDataset(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        handed = hand_over(
+        handed = export_dataset(
             dataset,
             partial,
             task["evaluation_seed"],
@@ -206,7 +210,7 @@ def _export_dataset(
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Handed(folder)
+    return PeerDataset(folder)
 
 
 def _check_exported(
@@ -299,7 +303,7 @@ class _Run:
     def _train(
         self,
         python: str | Path,
-        handed: Handed,
+        handed: PeerDataset,
         task: Task,
     ) -> Result:
         """What recbole_peer.py answers; says its progress meanwhile."""
@@ -344,7 +348,7 @@ class _Run:
             )
         return answer["found"]
 
-    def _write_ranks(self, handed: Handed) -> None:
+    def _write_ranks(self, handed: PeerDataset) -> None:
         """The test ranks that recbole_peer.py has left, by user."""
         test_U = handed.load("candidates-test")[:, 0]
         with np.load(self.work / "ranks.npz", allow_pickle=False) as ranks:

@@ -33,7 +33,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, get_trainer, init_seed
 
-from trainer.study.peers.interface import Handed
+from trainer.study.peers.interface import PeerDataset
 from trainer.study.peers.recbole_scores import Scores
 
 # Options that the comparison stands on, or that run_recbole has parameters for.
@@ -82,13 +82,13 @@ def main() -> None:
     threading.Thread(target=_end_with_caller, daemon=True).start()
     task = json.loads(task_file.read_text())
     try:
-        say({"found": train(Handed(folder), task, ranks, say)})
+        say({"found": train(PeerDataset(folder), task, ranks, say)})
     except Refused as error:
         say({"error": str(error)})
 
 
 def train(
-    handed: Handed,
+    handed: PeerDataset,
     task: Task,
     ranks: Path,
     say: Say,
@@ -100,7 +100,9 @@ def train(
     loader, _, _ = data_preparation(config, dataset)
     begun = time.perf_counter()
     init_seed(config["seed"], config["reproducibility"])
-    model = get_model(config["model"])(config, loader.dataset).to(config["device"])
+    model = get_model(config["model"])(config, loader.dataset).to(
+        config["device"]
+    )
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     scores = Scores(config, dataset, model, handed)
     total = min(config["epochs"], trainer.epochs)
@@ -142,7 +144,7 @@ def train(
 
 
 def make_config(
-    handed: Handed,
+    handed: PeerDataset,
     task: Task,
 ) -> Config:
     """RecBole's Config.
@@ -158,7 +160,10 @@ def make_config(
         )
     settings = {
         "data_path": str(handed.folder),
-        "load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id"]},
+        "load_col": {
+            "inter": ["user_id", "item_id", "timestamp"],
+            "item": ["item_id"],
+        },
         # Nothing is held out: what is was never exported (dataset_export.write_log).
         "eval_args": {
             "split": {"RS": [1.0, 0.0, 0.0]},
@@ -330,7 +335,10 @@ def _describe_config(config: Config) -> dict[str, Any]:
 
     Values that JSON does not have are left out.
     """
-    names = {*config.internal_config_dict, *config.external_config_dict} - _UNRECORDED
+    names = {
+        *config.internal_config_dict,
+        *config.external_config_dict,
+    } - _UNRECORDED
     values = {}
     for name in sorted(names):
         if name not in config.final_config_dict:
@@ -361,7 +369,9 @@ def _take_output() -> Say:
     os.dup2(2, 1)
 
     def say(value: Any) -> None:
-        line = json.dumps(value, default=str)  # whatever RecBole's settings hold
+        line = json.dumps(
+            value, default=str
+        )  # whatever RecBole's settings hold
         print(line, file=output, flush=True)
 
     return say

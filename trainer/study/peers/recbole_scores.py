@@ -13,13 +13,12 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import ModelType
 
-from trainer.study.peers.interface import (
-    SPLITS,
-    Handed,
-    full_positions,
+from trainer.evaluation.metrics import (
     mean_ndcg,
-    sampled_positions,
+    padded_candidate_positions,
+    positions_among_all,
 )
+from trainer.study.peers.interface import SPLITS, PeerDataset
 
 # Scores of all items in memory at once: a few models take a vector for each.
 _SCORES = 2**20
@@ -33,7 +32,7 @@ class Scores:
         config: Config,
         dataset: Any,
         model: torch.nn.Module,
-        handed: Handed,
+        handed: PeerDataset,
     ) -> None:
         """dataset: RecBole's, which numbers users and items."""
         self.config = config
@@ -66,7 +65,9 @@ class Scores:
                 "validation",
                 np.maximum(rows_BC, 0),
             )
-            positions.append(sampled_positions(scores_BC, rows_BC >= 0))
+            positions.append(
+                padded_candidate_positions(scores_BC, rows_BC >= 0)
+            )
         domain_U = self.handed.domain_of(rows_UC[:, 0])
         return mean_ndcg(np.concatenate(positions), domain_U)
 
@@ -79,7 +80,9 @@ class Scores:
         full_U = np.zeros(len(rows_UC), np.int32)
         for domain, (start, items) in enumerate(handed.domains_D2):
             rows_N = np.arange(start, start + items)
-            for users in self._batches(np.flatnonzero(domain_U == domain), items):
+            for users in self._batches(
+                np.flatnonzero(domain_U == domain), items
+            ):
                 scores_BN = self._score(users, "test", rows_N)
                 rows_BC = rows_UC[users]
                 place_BC = np.maximum(rows_BC - start, 0)
@@ -88,11 +91,13 @@ class Scores:
                     place_BC,
                     1,
                 )
-                sampled_U[users] = sampled_positions(scores_BC, rows_BC >= 0)
+                sampled_U[users] = padded_candidate_positions(
+                    scores_BC, rows_BC >= 0
+                )
                 user_E, rows_E = handed.other_items(users, SPLITS["test"])
                 inside_E = (rows_E >= start) & (rows_E < start + items)
                 excluded = (user_E[inside_E], rows_E[inside_E] - start)
-                full_U[users] = full_positions(
+                full_U[users] = positions_among_all(
                     scores_BN,
                     place_BC[:, 0],
                     excluded,
@@ -190,7 +195,9 @@ class Scores:
             fields[history] = torch.from_numpy(number_BT)
             negatives = config["NEG_PREFIX"] + history
             fields[negatives] = torch.zeros_like(fields[history])
-            fields[config["ITEM_LIST_LENGTH_FIELD"]] = torch.from_numpy(lengths_B)
+            fields[config["ITEM_LIST_LENGTH_FIELD"]] = torch.from_numpy(
+                lengths_B
+            )
         interaction = self._transform(dataset, Interaction(fields))
         return interaction.to(config["device"])
 

@@ -9,14 +9,14 @@ import torch
 from embeddings.topk import bounds, cpu_scan
 from embeddings.topk.chunks import Strip, UserPart
 from embeddings.topk.torch_scan import scores_and_rows
-from syncrec_kernels.build import missing
+from syncrec_kernels.build import why_unavailable
 from tests.helpers import ranking_worker
 from tests.helpers.alone import group_of_one
 from tests.helpers.ranking_cases import made
 
-if missing("scan", "its tests are skipped"):
+if why_unavailable("scan", "its tests are skipped"):
     pytest.skip(
-        f"no compiled scan here: {missing('scan', 'its tests are skipped')}",
+        f"no compiled scan here: {why_unavailable('scan', 'its tests are skipped')}",
         allow_module_level=True,
     )
 
@@ -68,11 +68,14 @@ def test_a_product_is_never_further_from_the_score_than_the_error(dim):
         )
         best = cpu_scan.TopK(part, 1)
         best.scan(strip)
-        exact_U = part.exact(torch.arange(200), torch.zeros(200, dtype=torch.int64))
+        exact_U = part.exact(
+            torch.arange(200), torch.zeros(200, dtype=torch.int64)
+        )
         error_U = bounds.error(part.y, strip.items)
         assert strip.items.longest >= shard.weight.double().norm()
         assert (
-            (best._products_UC[:, 0].double() - exact_U.double()).abs() <= error_U
+            (best._products_UC[:, 0].double() - exact_U.double()).abs()
+            <= error_U
         ).all()
         assert (
             error_U <= 1.01 * bounds.error(part.y, bounds.Vectors(shard.weight))
@@ -102,7 +105,9 @@ def test_panels_are_the_vectors_and_wild_ones_no_numbers(dim):
 )
 def test_any_number_of_users_is_ranked_as_without_the_kernel(users, dim, items):
     """Of them 12 are multiplied at once, and what stays in a cache goes through the items together."""
-    case = replace(made(users, rows=items, dim=dim, users=users, had=5), users=4096)
+    case = replace(
+        made(users, rows=items, dim=dim, users=users, had=5), users=4096
+    )
     with group_of_one():
         table = ranking_worker.table_of(case.m_NR)
         found = {}

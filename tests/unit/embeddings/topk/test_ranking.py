@@ -35,10 +35,14 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_ranks_and_best_items_are_those_of_a_brute_force(results, ranks, way, name):
+def test_ranks_and_best_items_are_those_of_a_brute_force(
+    results, ranks, way, name
+):
     for what, expected in brute_force(CASES[name]).items():
         np.testing.assert_array_equal(
-            results[ranks][f"{way}_{name}_{what}"], expected, f"{what} of {name}"
+            results[ranks][f"{way}_{name}_{what}"],
+            expected,
+            f"{what} of {name}",
         )
 
 
@@ -60,7 +64,9 @@ def assert_brute_force(case):
         np.testing.assert_array_equal(found[what], expected, what)
 
 
-@pytest.mark.parametrize("name", ["middle", "almost_equal", "wild_users", "all_had"])
+@pytest.mark.parametrize(
+    "name", ["middle", "almost_equal", "wild_users", "all_had"]
+)
 def test_users_may_be_scored_side_by_side(group, way, monkeypatch, name):
     """In threads, as where there are many; the number of PyTorch's own is as before afterwards."""
     monkeypatch.setattr(chunks, "_FEWEST", 2)
@@ -104,7 +110,9 @@ NUMBERS = st.sampled_from(
 )
 
 
-TAME = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, 3.0, 1 + 2.0**-23, 2.0**-140, 1e15])
+TAME = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 0.1, 3.0, 1 + 2.0**-23, 2.0**-140, 1e15]
+)
 
 
 @st.composite
@@ -117,7 +125,9 @@ def any_case(draw):
         draw(arrays(np.float32, (rows, 4), elements=NUMBERS)),
         draw(
             arrays(
-                np.float32, (users, 4), elements=draw(st.sampled_from([TAME, NUMBERS]))
+                np.float32,
+                (users, 4),
+                elements=draw(st.sampled_from([TAME, NUMBERS])),
             )
         ),
         first,
@@ -140,7 +150,10 @@ def any_case(draw):
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+    ],
     max_examples=100,
 )
 @given(case=any_case())
@@ -172,7 +185,8 @@ def test_a_product_is_never_further_from_the_score_than_the_error(dim):
             y_UR, torch.arange(200), m_NR, torch.full((200,), item)
         )
         assert (
-            (found_U.double() - exact_U.double()).abs() <= bounds.error(users, items)
+            (found_U.double() - exact_U.double()).abs()
+            <= bounds.error(users, items)
         ).all()
 
 

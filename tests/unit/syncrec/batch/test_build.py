@@ -12,7 +12,13 @@ from syncrec.batch.attention_layout import build_attention_layout
 from syncrec.batch.build import build_batch, build_query, trim
 from syncrec.batch.views import move
 from tests.helpers.histories import flatten, pack
-from tests.helpers.reference import NONE, SOS, History, cross_sequence, single_sequence
+from tests.helpers.reference import (
+    NONE,
+    SOS,
+    History,
+    cross_sequence,
+    single_sequence,
+)
 
 DOMAINS = 4
 DOMAIN_ITEMS = (500, 500, 500, 500)
@@ -49,14 +55,19 @@ def build(histories, longest, pooling="mean", trimmed=True):
 def unpacked(batch, view):
     """Everything a View says, in terms of items: its sequences of (input, position), its targets, its pools."""
     tokens = [
-        SOS if place == 0 else batch.ids[place - 1].item() for place in view.input_M
+        SOS if place == 0 else batch.ids[place - 1].item()
+        for place in view.input_M
     ]
     sequences = [[] for _ in range(view.sequences)]
     for token, position, sequence in zip(
         tokens, view.position_M.tolist(), view.sequence_M.tolist(), strict=True
     ):
         sequences[sequence].append((token, position))
-    columns = (view.target_token_L, view.target_interaction_L, view.target_domain_L)
+    columns = (
+        view.target_token_L,
+        view.target_interaction_L,
+        view.target_domain_L,
+    )
     columns += (view.target_weight_L, view.comparable_L)
     targets = [
         (
@@ -84,9 +95,12 @@ def unpacked(batch, view):
 def items_of(history, tokens):
     """A reference sequence in terms of items: [(input, position)] and [(input, target)]."""
     named = [
-        (SOS if given == SOS else history.items[given], step) for given, step in tokens
+        (SOS if given == SOS else history.items[given], step)
+        for given, step in tokens
     ]
-    inputs = [(item, len(named) - 1 - place) for place, (item, _) in enumerate(named)]
+    inputs = [
+        (item, len(named) - 1 - place) for place, (item, _) in enumerate(named)
+    ]
     return inputs, [
         (item, history.items[step]) for item, step in named if step is not NONE
     ]
@@ -133,7 +147,10 @@ def test_figure_2():
     for view in (cross, single):
         assert view.target_domain_L.tolist() == [a, a, a, b, b, b, c, c]
         assert view.target_starts == (0, 3, 6, 8)
-        assert view.comparable_L.all() and view.target_weight_L.tolist() == [1.0] * 8
+        assert (
+            view.comparable_L.all()
+            and view.target_weight_L.tolist() == [1.0] * 8
+        )
     assert cross.pool_slot.tolist() == [a, b, a, b, a, c, c]
     assert cross.pool_token.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert single.pool_slot.tolist() == [a, a, a, b, b, c, c]
@@ -141,7 +158,9 @@ def test_figure_2():
 
 
 def test_figure_2_cut_to_three_tokens():
-    history = user([0, 1, 0, 1, 0, 2, 2, 1], first=1)  # items 1 … 8 are x_1 … x_8
+    history = user(
+        [0, 1, 0, 1, 0, 2, 2, 1], first=1
+    )  # items 1 … 8 are x_1 … x_8
     batch = build([history], 3)
     sequences, targets, _, _, _ = unpacked(batch, batch.cross)
     assert sequences == [[(5, 2), (6, 1), (7, 0)]]
@@ -156,7 +175,9 @@ def test_figure_2_cut_to_three_tokens():
         [(SOS, 2), (2, 1), (4, 0)],
         [(SOS, 2), (6, 1), (7, 0)],
     ]
-    comparable = {target: comparable for *_, target, _, _, comparable in targets}
+    comparable = {
+        target: comparable for *_, target, _, _, comparable in targets
+    }
     assert comparable == {
         3: False,
         5: False,
@@ -180,7 +201,11 @@ def test_views_are_the_sequences_of_the_paper(drawn):
         if (tokens := single_sequence(history, d, longest))
     ]
     predicted = [
-        {(place, step) for place, tokens in enumerate(cross) for _, step in tokens},
+        {
+            (place, step)
+            for place, tokens in enumerate(cross)
+            for _, step in tokens
+        },
         {
             (place, step)
             for _, place, tokens in single
@@ -189,7 +214,8 @@ def test_views_are_the_sequences_of_the_paper(drawn):
         },
     ]
     comparable = {
-        histories[place].items[step] for place, step in predicted[0] & predicted[1]
+        histories[place].items[step]
+        for place, step in predicted[0] & predicted[1]
     }
     domain_of = {
         item: d
@@ -199,9 +225,14 @@ def test_views_are_the_sequences_of_the_paper(drawn):
 
     for view, expected in (
         (batch.cross, list(zip(histories, cross, strict=True))),
-        (batch.single, [(histories[place], tokens) for _, place, tokens in single]),
+        (
+            batch.single,
+            [(histories[place], tokens) for _, place, tokens in single],
+        ),
     ):
-        sequences, targets, _, task_starts, target_starts = unpacked(batch, view)
+        sequences, targets, _, task_starts, target_starts = unpacked(
+            batch, view
+        )
         assert sequences == [
             items_of(history, tokens)[0] for history, tokens in expected
         ]
@@ -266,14 +297,21 @@ def test_trim_leaves_out_what_is_out_of_reach(drawn):
     for history in histories:
         for step, domain in enumerate(history.domains):
             newer_in_domain = history.domains[step + 1 :].count(domain)
-            if len(history.items) - 1 - step <= longest or newer_in_domain <= longest:
+            if (
+                len(history.items) - 1 - step <= longest
+                or newer_in_domain <= longest
+            ):
                 kept.append(history.items[step])
-    kept_N, kept_lengths_B, kept_domain_N = trim(items_N, lengths_B, domain_N, longest)
+    kept_N, kept_lengths_B, kept_domain_N = trim(
+        items_N, lengths_B, domain_N, longest
+    )
     assert kept_N.tolist() == kept
     assert kept_lengths_B.tolist() == [
         len(set(history.items) & set(kept)) for history in histories
     ]
-    assert kept_domain_N.tolist() == [domain_N[items_N == item][0] for item in kept]
+    assert kept_domain_N.tolist() == [
+        domain_N[items_N == item][0] for item in kept
+    ]
 
 
 @given(batches(), st.sampled_from(["mean", "last"]))
@@ -334,7 +372,9 @@ def test_attention_layout_shows_each_token_in_one_slot(lengths):
     layout = build_attention_layout(lengths_S)
     tokens, slots = int(lengths_S.sum()), len(layout.pad_P)
     pad_P, unpad_M = layout.pad_P.numpy(), layout.unpad_M.numpy()
-    assert slots == sum(sequences * length for sequences, length in layout.shapes)
+    assert slots == sum(
+        sequences * length for sequences, length in layout.shapes
+    )
     assert len(set(unpad_M.tolist())) == tokens == len(unpad_M)
     assert pad_P[unpad_M].tolist() == list(range(tokens))
 
@@ -343,10 +383,15 @@ def test_attention_layout_shows_each_token_in_one_slot(lengths):
     seen, begin = [], 0
     for sequences, length in layout.shapes:
         for slot in range(begin, begin + sequences * length, length):
-            row, real = pad_P[slot : slot + length], real_P[slot : slot + length]
+            row, real = (
+                pad_P[slot : slot + length],
+                real_P[slot : slot + length],
+            )
             sequence = int(np.searchsorted(ends, row[0], side="right"))
             # Whole, in order, real ones first.
-            assert row[real].tolist() == list(range(starts[sequence], ends[sequence]))
+            assert row[real].tolist() == list(
+                range(starts[sequence], ends[sequence])
+            )
             assert real.tolist() == sorted(real.tolist(), reverse=True)
             assert (row[~real] == ends[sequence] - 1).all()
             assert (
@@ -367,11 +412,18 @@ def test_query_continues_whole_histories(drawn, extra):
     for history, sequence in zip(histories, sequences, strict=True):
         expected = [SOS, *history.items][-longest:]
         assert sequence == [
-            (item, len(expected) - 1 - place) for place, item in enumerate(expected)
+            (item, len(expected) - 1 - place)
+            for place, item in enumerate(expected)
         ]
-    assert not targets and not pools and task_starts == (0, len(query.cross.input_M))
+    assert (
+        not targets
+        and not pools
+        and task_starts == (0, len(query.cross.input_M))
+    )
     newest = query.newest_B.tolist()
-    assert query.cross.sequence_M[newest].tolist() == list(range(len(histories)))
+    assert query.cross.sequence_M[newest].tolist() == list(
+        range(len(histories))
+    )
     assert not query.cross.position_M[newest].any()
     assert query.ids[query.interactions :].tolist() == extra
     assert query.interactions == sum(

@@ -13,7 +13,9 @@ def test_drops_its_share_and_keeps_the_mean(share):
     y = drop(x, share, training=True)
     kept = y != 0
     assert kept.double().mean().item() == pytest.approx(1 - share, abs=0.005)
-    torch.testing.assert_close(y[kept], (x / (1 - share))[kept], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        y[kept], (x / (1 - share))[kept], rtol=1e-4, atol=0
+    )
     for axis in (0, 1):  # no stripes
         assert (
             kept.double().mean(axis).std()

@@ -14,7 +14,8 @@ from syncrec.layers.transformer import Block
 
 if fused_block.why_missing():
     pytest.skip(
-        f"no fused kernel here: {fused_block.why_missing()}", allow_module_level=True
+        f"no fused kernel here: {fused_block.why_missing()}",
+        allow_module_level=True,
     )
 
 
@@ -28,7 +29,11 @@ def made(lengths, experts, dim, heads, ffn_dim, dtype=torch.float64, seed=0):
     for weight in block.parameters():
         weight.data += 0.2 * torch.randn_like(weight)
     layout = move(build_attention_layout(np.asarray(lengths)), "cpu")
-    return block, layout, torch.randn(experts, int(sum(lengths)), dim, dtype=dtype)
+    return (
+        block,
+        layout,
+        torch.randn(experts, int(sum(lengths)), dim, dtype=dtype),
+    )
 
 
 def given_to(block):
@@ -120,7 +125,9 @@ def test_fp32_and_bf16_are_as_near_float64_as_their_digits(
         return fused_block.block(x, starts_S, given_to(block), heads, 0.0, True)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        actual = outcome(run_fused, x.float(), given_to(block), gradient.float())
+        actual = outcome(
+            run_fused, x.float(), given_to(block), gradient.float()
+        )
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < tolerance * other.norm()
@@ -133,13 +140,19 @@ def test_dropout_is_the_seeds_alone_and_its_gradient_is_exact():
     def run(x, *weights, threads=1, tile=1000):
         torch.manual_seed(5)
         torch.set_num_threads(threads)
-        return fused_block.block(x, layout.starts_S, weights, 1, 0.4, True, tile)
+        return fused_block.block(
+            x, layout.starts_S, weights, 1, 0.4, True, tile
+        )
 
     torch.testing.assert_close(
-        run(x, *weights), run(x, *weights, threads=3, tile=1), rtol=1e-12, atol=1e-12
+        run(x, *weights),
+        run(x, *weights, threads=3, tile=1),
+        rtol=1e-12,
+        atol=1e-12,
     )
     assert not torch.allclose(
-        run(x, *weights), fused_block.block(x, layout.starts_S, weights, 1, 0.4, True)
+        run(x, *weights),
+        fused_block.block(x, layout.starts_S, weights, 1, 0.4, True),
     )
     given = [tensor.detach().requires_grad_() for tensor in (x, *weights)]
     assert torch.autograd.gradcheck(run, given)
@@ -152,7 +165,9 @@ def test_drops_its_share(share):
         block.out.zero_()
         block.w2.zero_()
         block.b2.fill_(1e6)
-    normed = fused_block.block(x, layout.starts_S, given_to(block), 1, share, True)
+    normed = fused_block.block(
+        x, layout.starts_S, given_to(block), 1, share, True
+    )
     dropped = (
         normed - block.ffn_norm_shift
     ) / block.ffn_norm_scale < 0  # below its row's mean
@@ -161,7 +176,10 @@ def test_drops_its_share(share):
     assert (
         rows.mean(0).std() < 2 * (share * (1 - share) / len(rows)) ** 0.5
     )  # no column has more, and no two go together
-    assert abs(np.corrcoef(rows.T.numpy()) - np.eye(65)).max() < 6 / len(rows) ** 0.5
+    assert (
+        abs(np.corrcoef(rows.T.numpy()) - np.eye(65)).max()
+        < 6 / len(rows) ** 0.5
+    )
 
 
 def test_outside_training_nothing_is_dropped_and_nothing_drawn():

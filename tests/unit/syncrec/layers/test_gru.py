@@ -13,7 +13,13 @@ from syncrec.config import ModelConfig
 from syncrec.export import UserEncoder
 from syncrec.layers.gru import RecurrentStack
 from syncrec.model import SyNCRec
-from tests.helpers.histories import draw, draw_shared, flatten, pack, without_newest
+from tests.helpers.histories import (
+    draw,
+    draw_shared,
+    flatten,
+    pack,
+    without_newest,
+)
 from tests.helpers.reference import SOS, cross_sequence, single_sequence
 from tests.unit.syncrec.test_model import (
     DOMAIN_ITEMS,
@@ -38,7 +44,9 @@ def alone(stack, x_TR):
         for number in range(expert.num_layers):
             layer = nn.GRU(width, width, dtype=x_TR.dtype)
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-                setattr(layer, f"{name}_l0", getattr(expert, f"{name}_l{number}"))
+                setattr(
+                    layer, f"{name}_l0", getattr(expert, f"{name}_l{number}")
+                )
             y_TR = layer(y_TR.unsqueeze(1))[0].squeeze(1)
         outputs.append(y_TR)
     return torch.stack(outputs)
@@ -52,7 +60,9 @@ def test_packed_experts_equal_a_gru_a_sequence(blocks, experts):
     config = replace(GRU4REC, blocks=blocks, max_length=20)
     stack = RecurrentStack(config, experts).double()
     batch, _ = pack(
-        draw(51, DOMAIN_ITEMS, users=9, longest=25), DOMAIN_ITEMS, config.max_length
+        draw(51, DOMAIN_ITEMS, users=9, longest=25),
+        DOMAIN_ITEMS,
+        config.max_length,
     )
     for view in (batch.cross, batch.single):
         lengths = view.attention.starts_S.diff().tolist()
@@ -64,7 +74,10 @@ def test_packed_experts_equal_a_gru_a_sequence(blocks, experts):
         )
         gradient_KMR = torch.randn(experts, *x_MR.shape, dtype=torch.float64)
         plain_KMR = torch.cat(
-            [alone(stack, part) for part in x_MR.split([n for n in lengths if n])],
+            [
+                alone(stack, part)
+                for part in x_MR.split([n for n in lengths if n])
+            ],
             dim=1,
         )
         packed_KMR = stack(x_MR, view.attention)
@@ -72,7 +85,9 @@ def test_packed_experts_equal_a_gru_a_sequence(blocks, experts):
         wanted = [x_MR, *stack.parameters()]
         expected = torch.autograd.grad(plain_KMR, wanted, gradient_KMR)
         for found, one in zip(
-            torch.autograd.grad(packed_KMR, wanted, gradient_KMR), expected, strict=True
+            torch.autograd.grad(packed_KMR, wanted, gradient_KMR),
+            expected,
+            strict=True,
         ):
             near(found, one, "gradient")
 
@@ -85,7 +100,9 @@ def plain_gru4rec(model, table, histories, shared_negatives=None):
         if not tokens:
             continue
         given = [
-            model.embedding.start[0] if step == SOS else table[history.items[step]]
+            model.embedding.start[0]
+            if step == SOS
+            else table[history.items[step]]
             for step, _ in tokens
         ]
         (y_TR,) = alone(model.cross_experts, torch.stack(given))
@@ -127,14 +144,19 @@ def test_one_expert_without_a_tower_is_gru4rec(seed, blocks):
     expected, _ = plain_gru4rec(model, own, histories, shared)
     expected.backward()
     gradients = {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters()
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
     }
-    batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length, shared_negatives=shared)
+    batch, _ = pack(
+        histories, DOMAIN_ITEMS, config.max_length, shared_negatives=shared
+    )
     loss, report, found, item_gradient = run(model, table, batch)
     near(loss, expected.detach(), "loss")
     near(report.loss_cross, expected.detach(), "cross-domain loss")
     near(item_gradient, own.grad, "gradient of the items")
-    assert found.keys() == gradients.keys() and "embedding.positions" not in found
+    assert (
+        found.keys() == gradients.keys() and "embedding.positions" not in found
+    )
     for name, gradient in gradients.items():
         near(found[name], gradient, name)
 
@@ -148,7 +170,9 @@ def test_a_query_gives_the_newest_output():
     items_N, lengths_B, *_ = flatten(without_newest(histories))
     query = build_query(items_N, lengths_B, GRU4REC.max_length, items_N[:0])
     _, newest = plain_gru4rec(model, table, histories)
-    near(model(query, table[query.ids])[:, 0].detach(), newest.detach(), "query")
+    near(
+        model(query, table[query.ids])[:, 0].detach(), newest.detach(), "query"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +196,9 @@ def test_recurrent_experts_stand_in_both_views_of_the_whole_model(given):
 
     def output(history, tokens, gate, tower):
         rows = [
-            model.embedding.start[0] if step == SOS else table[history.items[step]]
+            model.embedding.start[0]
+            if step == SOS
+            else table[history.items[step]]
             for step, _ in tokens
         ]
         x_TR = torch.stack(rows)
@@ -188,14 +214,17 @@ def test_recurrent_experts_stand_in_both_views_of_the_whole_model(given):
         return tower(torch.einsum("tk,ktr->tr", weights_TK, y_KTR))
 
     cross = [
-        (history, cross_sequence(history, config.max_length)) for history in histories
+        (history, cross_sequence(history, config.max_length))
+        for history in histories
     ]
     expected = [
         output(history, tokens, model.cross_gate, model.cross_tower)
         for history, tokens in cross
         if tokens
     ]
-    near(cross_MR.detach(), torch.cat(expected).detach(), "cross-domain outputs")
+    near(
+        cross_MR.detach(), torch.cat(expected).detach(), "cross-domain outputs"
+    )
     expected = []
     for d, (gate, tower) in enumerate(
         zip(model.single_gates, model.single_towers, strict=True)
@@ -205,11 +234,19 @@ def test_recurrent_experts_stand_in_both_views_of_the_whole_model(given):
             for history in histories
         ]
         expected += [
-            output(history, tokens, gate, tower) for history, tokens in single if tokens
+            output(history, tokens, gate, tower)
+            for history, tokens in single
+            if tokens
         ]
-    near(single_MR.detach(), torch.cat(expected).detach(), "single-domain outputs")
+    near(
+        single_MR.detach(),
+        torch.cat(expected).detach(),
+        "single-domain outputs",
+    )
     _, _, gradients, _ = run(model, table, batch)
-    assert all(gradients[name] is not None for name in gradients if "experts" in name)
+    assert all(
+        gradients[name] is not None for name in gradients if "experts" in name
+    )
 
 
 def test_dropout_only_while_training_and_after_every_layer():
@@ -227,9 +264,14 @@ def test_dropout_only_while_training_and_after_every_layer():
 
 def test_bf16_is_near_fp32():
     config = replace(GRUS, dim=32, ffn_dim=32)
-    batch, _ = pack(draw(57, DOMAIN_ITEMS, users=20), DOMAIN_ITEMS, config.max_length)
+    batch, _ = pack(
+        draw(57, DOMAIN_ITEMS, users=20), DOMAIN_ITEMS, config.max_length
+    )
     table = make_table(DOMAIN_ITEMS, config.dim, 57).float() * 0.1
-    model, half = SyNCRec(config, 4), SyNCRec(replace(config, precision="bf16"), 4)
+    model, half = (
+        SyNCRec(config, 4),
+        SyNCRec(replace(config, precision="bf16"), 4),
+    )
     half.load_state_dict(model.state_dict())
     loss, _, gradients, _ = run(model, table, batch)
     half_loss, _, half_gradients, _ = run(half, table, batch)
@@ -256,6 +298,8 @@ def test_what_a_gru_has_not_is_refused_in_one_line(name, value):
 def test_there_is_no_exported_form():
     with pytest.raises(
         ValueError,
-        match=re.escape("model.encoder is gru: only transformer can be exported"),
+        match=re.escape(
+            "model.encoder is gru: only transformer can be exported"
+        ),
     ):
         UserEncoder(SyNCRec(GRU4REC, 2), (0, 1))

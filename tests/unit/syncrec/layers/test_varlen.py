@@ -12,7 +12,9 @@ from syncrec.layers import attention, varlen
 from syncrec.layers.attention import causal_attention
 
 
-def kernel(query, key, value, begins, key_begins, longest, key_longest, *, window_size):
+def kernel(
+    query, key, value, begins, key_begins, longest, key_longest, *, window_size
+):
     """What FlashAttention computes, one sequence after the other. query, key, value: (tokens, heads, head width)."""
     assert (
         begins.dtype == torch.int32
@@ -27,10 +29,16 @@ def kernel(query, key, value, begins, key_begins, longest, key_longest, *, windo
         and max(lengths) <= longest
         and len(lengths) <= attention_layout.MOST_SEQUENCES
     )
-    parts = zip(*(part.split(lengths) for part in (query, key, value)), strict=True)
-    heads_first = ([part.transpose(0, 1) for part in sequence] for sequence in parts)
+    parts = zip(
+        *(part.split(lengths) for part in (query, key, value)), strict=True
+    )
+    heads_first = (
+        [part.transpose(0, 1) for part in sequence] for sequence in parts
+    )
     mixed = [
-        F.scaled_dot_product_attention(*sequence, is_causal=True).transpose(0, 1)
+        F.scaled_dot_product_attention(*sequence, is_causal=True).transpose(
+            0, 1
+        )
         for sequence in heads_first
     ]
     return torch.cat(mixed)
@@ -38,7 +46,8 @@ def kernel(query, key, value, begins, key_begins, longest, key_longest, *, windo
 
 @pytest.mark.parametrize(("experts", "heads"), [(1, 1), (3, 1), (2, 4)])
 @pytest.mark.parametrize(
-    "lengths", [[1], [5, 1, 9, 9, 2], [0, 3, 0, 0, 17, 1, 0], list(range(1, 40))]
+    "lengths",
+    [[1], [5, 1, 9, 9, 2], [0, 3, 0, 0, 17, 1, 0], list(range(1, 40))],
 )
 def test_it_is_what_the_buckets_compute(monkeypatch, experts, heads, lengths):
     """Outputs and gradients; sequences of one token, and those that have none, among them."""
@@ -61,7 +70,9 @@ def test_it_is_what_the_buckets_compute(monkeypatch, experts, heads, lengths):
         (output * weight).sum().backward()
         found.append((output.detach(), leaf.grad))
     for by_buckets, by_offsets in zip(*found, strict=True):
-        torch.testing.assert_close(by_offsets, by_buckets, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            by_offsets, by_buckets, rtol=1e-12, atol=1e-12
+        )
 
 
 LENGTHS = {
@@ -90,7 +101,9 @@ def test_no_call_gets_more_sequences_than_a_kernel_takes(
         return attended(query, *others, **options)
 
     attended = F.scaled_dot_product_attention
-    attention_calls = SimpleNamespace(scaled_dot_product_attention=counted_attention)
+    attention_calls = SimpleNamespace(
+        scaled_dot_product_attention=counted_attention
+    )
     monkeypatch.setattr(attention, "F", attention_calls)
     monkeypatch.setattr(varlen, "varlen_attn", counted_kernel)
     monkeypatch.setattr(varlen, "available", lambda *kind: by_offsets)
@@ -126,12 +139,16 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    ("expected", "device", "dtype", "head_dim", "capability"), KINDS.values(), ids=KINDS
+    ("expected", "device", "dtype", "head_dim", "capability"),
+    KINDS.values(),
+    ids=KINDS,
 )
 def test_where_the_kernel_can_be_had(
     monkeypatch, expected, device, dtype, head_dim, capability
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability
+    )
     monkeypatch.setattr(
         torch.backends.cuda, "is_flash_attention_available", lambda: True
     )

@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncrec.config import ModelConfig
-from syncrec.losses.loss_correction import LossCorrection, PredictionMix, transfer_gap
+from syncrec.losses.loss_correction import (
+    LossCorrection,
+    PredictionMix,
+    transfer_gap,
+)
 
 
 def doubles(*values):
@@ -48,17 +52,21 @@ def test_update_is_equation_11():
         for old, phi in zip(state, phi_D.tolist(), strict=True)
     ]
     expected = [power / sum(powers) for power in powers]
-    assert module(phi_D, torch.ones(3, dtype=torch.bool)).tolist() == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert module(
+        phi_D, torch.ones(3, dtype=torch.bool)
+    ).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_weights_may_add_up_to_the_number_of_domains():
     """The state does not: eq. 11 goes on from it as ever."""
-    one, domains = (correction(correction_total=total) for total in ("one", "domains"))
+    one, domains = (
+        correction(correction_total=total) for total in ("one", "domains")
+    )
     for phi_D in (doubles(-1, 0, 2), doubles(1, 0.5, 0)):
         present_D = torch.ones(3, dtype=torch.bool)
-        torch.testing.assert_close(domains(phi_D, present_D), 3 * one(phi_D, present_D))
+        torch.testing.assert_close(
+            domains(phi_D, present_D), 3 * one(phi_D, present_D)
+        )
         torch.testing.assert_close(domains.lambda_D, one.lambda_D)
 
 
@@ -67,7 +75,9 @@ def test_weights_may_add_up_to_the_number_of_domains():
     present=st.lists(st.booleans(), min_size=4, max_size=4),
     weights=st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
 )
-def test_an_absent_domain_keeps_its_lambda_and_all_sum_to_one(phi, present, weights):
+def test_an_absent_domain_keeps_its_lambda_and_all_sum_to_one(
+    phi, present, weights
+):
     state = [weight / sum(weights) for weight in weights]
     module, present_D = correction(4, state), torch.tensor(present)
     new_D = module(doubles(*phi), present_D).detach()
@@ -98,12 +108,15 @@ def slow_lambdas(batches, domains, delta, alpha, beta):
         share = max(1 - math.fsum(absent), floor * sum(present))
         free = [domain for domain in range(domains) if present[domain]]
         state = [
-            floor if here else old for old, here in zip(state, present, strict=True)
+            floor if here else old
+            for old, here in zip(state, present, strict=True)
         ]
         while free:
             rest = share - floor * (sum(present) - len(free))
             greatest = max(logits[domain] for domain in free)
-            powers = {domain: math.exp(logits[domain] - greatest) for domain in free}
+            powers = {
+                domain: math.exp(logits[domain] - greatest) for domain in free
+            }
             shares = {
                 domain: rest * power / math.fsum(powers.values())
                 for domain, power in powers.items()
@@ -124,11 +137,14 @@ def runs_of_batches(draw):
     domains = draw(st.integers(1, 6))
     gaps = st.lists(st.floats(-3, 3), min_size=domains, max_size=domains)
     who = st.lists(st.booleans(), min_size=domains, max_size=domains)
-    return domains, draw(st.lists(st.tuples(gaps, who), min_size=1, max_size=12))
+    return domains, draw(
+        st.lists(st.tuples(gaps, who), min_size=1, max_size=12)
+    )
 
 
 SCALES = st.one_of(
-    st.floats(-2, 2), st.sampled_from([0.0, 20.0, -20.0, 1e4, -1e4, 1e30, -1e30])
+    st.floats(-2, 2),
+    st.sampled_from([0.0, 20.0, -20.0, 1e4, -1e4, 1e30, -1e30]),
 )
 
 
@@ -155,7 +171,9 @@ def test_any_run_of_batches_is_the_slow_loop_and_lambda_is_a_share_of_its_total(
         new_D = module(doubles(*phi), torch.tensor(present))
         seen = [old or here for old, here in zip(seen, present, strict=True)]
         assert torch.equal(new_D.detach(), domains * module.lambda_D)
-        assert module.lambda_D.tolist() == pytest.approx(state, rel=1e-6, abs=1e-12)
+        assert module.lambda_D.tolist() == pytest.approx(
+            state, rel=1e-6, abs=1e-12
+        )
         for value, known in zip(module.lambda_D.tolist(), seen, strict=True):
             assert (
                 min(1e-6, 1 / domains) * (1 - 1e-6) <= value <= 1
@@ -172,7 +190,13 @@ def test_any_run_of_batches_is_the_slow_loop_and_lambda_is_a_share_of_its_total(
 
 HARD = {
     "four domains, sharp": (4, [0.7] * 4, 0.1, 1, 1),
-    "five domains, two of them rare": (5, [0.9, 0.9, 0.9, 0.2, 0.2], 0.05, 1, 1),
+    "five domains, two of them rare": (
+        5,
+        [0.9, 0.9, 0.9, 0.2, 0.2],
+        0.05,
+        1,
+        1,
+    ),
     "both scales have grown": (9, [0.7] * 5 + [0.1] * 4, 1, 20, 20),
     "the first scale has grown": (9, [0.7] * 5 + [0.1] * 4, 1, 30, 1),
 }
@@ -185,16 +209,21 @@ HARD = {
 def test_no_weight_is_negative_or_nothing_after_many_batches(
     domains, chances, delta, alpha, beta, dtype
 ):
-    module = LossCorrection(ModelConfig(correction_temperature=delta), domains).to(
-        dtype
-    )
+    module = LossCorrection(
+        ModelConfig(correction_temperature=delta), domains
+    ).to(dtype)
     module.alpha.data.fill_(alpha)
     module.beta.data.fill_(beta)
     generator = torch.Generator().manual_seed(1)
     seen_D = torch.zeros(domains, dtype=torch.bool)
     for _ in range(300):
-        phi_D = 2 * torch.rand(domains, generator=generator, dtype=torch.float64) - 1
-        present_D = torch.rand(domains, generator=generator) < torch.tensor(chances)
+        phi_D = (
+            2 * torch.rand(domains, generator=generator, dtype=torch.float64)
+            - 1
+        )
+        present_D = torch.rand(domains, generator=generator) < torch.tensor(
+            chances
+        )
         new_D = module(phi_D, present_D).detach()
         seen_D = seen_D | present_D
         assert (new_D[present_D] >= 0.999e-6).all() and (new_D <= 1).all()
@@ -212,7 +241,10 @@ def test_gradients_are_the_slopes_beside_domains_at_the_floor():
 
     def weighted(alpha, beta):
         module = correction(4, state)
-        module.alpha, module.beta = torch.nn.Parameter(alpha), torch.nn.Parameter(beta)
+        module.alpha, module.beta = (
+            torch.nn.Parameter(alpha),
+            torch.nn.Parameter(beta),
+        )
         module.eval()
         return module, module(doubles(0.3, -0.4, -20, 1), present_D) @ doubles(
             1e6, 2e6, 3e6, 4
@@ -222,8 +254,12 @@ def test_gradients_are_the_slopes_beside_domains_at_the_floor():
     value.backward()
     step = 1e-5
     for name, ends in {
-        "alpha": [(doubles(5.0 + sign * step), doubles(1.0)) for sign in (1, -1)],
-        "beta": [(doubles(5.0), doubles(1.0 + sign * step)) for sign in (1, -1)],
+        "alpha": [
+            (doubles(5.0 + sign * step), doubles(1.0)) for sign in (1, -1)
+        ],
+        "beta": [
+            (doubles(5.0), doubles(1.0 + sign * step)) for sign in (1, -1)
+        ],
     }.items():
         high, low = (weighted(*end)[1].item() for end in ends)
         slope = getattr(module, name).grad.item()
@@ -248,12 +284,18 @@ def test_gradients_are_the_slopes_beside_domains_at_the_floor():
 def test_a_state_from_before_is_gone_on_with(before, after):
     """Earlier versions could leave λ that are negative or do not add up; what is sound stays to the bit."""
     module = correction()
-    module.load_state_dict(correction().state_dict() | {"lambda_D": doubles(*before)})
+    module.load_state_dict(
+        correction().state_dict() | {"lambda_D": doubles(*before)}
+    )
     assert module.lambda_D.tolist() == pytest.approx(after, abs=4e-6)
     assert before != after or module.lambda_D.tolist() == before
     seen = sum(value != 0 for value in before)
     assert module.lambda_D.sum().item() == pytest.approx(seen / 3, abs=1e-12)
-    for present in ([True, False, False], [False, True, False], [False, False, True]):
+    for present in (
+        [True, False, False],
+        [False, True, False],
+        [False, False, True],
+    ):
         new_D = module(doubles(1, 0, -1), torch.tensor(present)).detach()
         assert (new_D >= 0).all() and (new_D <= 1).all()
     assert new_D.sum().item() == pytest.approx(1, abs=1e-12)
@@ -261,7 +303,9 @@ def test_a_state_from_before_is_gone_on_with(before, after):
 
 def test_a_domain_never_seen_stays_at_zero_until_it_comes():
     module = correction()
-    first_D = module(doubles(1, 0, 0), torch.tensor([True, True, False])).detach()
+    first_D = module(
+        doubles(1, 0, 0), torch.tensor([True, True, False])
+    ).detach()
     assert first_D[2] == 0 and first_D.sum().item() == pytest.approx(
         2 / 3, abs=1e-12
     )  # its third is kept for it
@@ -321,7 +365,9 @@ def test_evaluation_gives_lambda_but_keeps_the_state():
 def test_gradients_reach_the_scales_only():
     module = correction(state=[0.2, 0.5, 0.3])
     phi_D = doubles(1, 0, -1).requires_grad_()
-    (module(phi_D, torch.ones(3, dtype=torch.bool)) @ doubles(1, 2, 3)).backward()
+    (
+        module(phi_D, torch.ones(3, dtype=torch.bool)) @ doubles(1, 2, 3)
+    ).backward()
     assert module.alpha.grad.item() != 0 and module.beta.grad.item() != 0
     assert phi_D.grad is None and not module.lambda_D.requires_grad
     assert not any(
@@ -342,9 +388,9 @@ def test_the_gap_for_a_prediction_is_a_mean_that_forgets():
     for gap in gaps:
         mix.observe(doubles(gap, 7), torch.tensor([True, False]))
     weights = [0.99 ** (len(gaps) - 1 - place) for place in range(len(gaps))]
-    mean = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True)) / sum(
-        weights
-    )
+    mean = sum(
+        weight * gap for weight, gap in zip(weights, gaps, strict=True)
+    ) / sum(weights)
     assert mix.single_weight_D.tolist() == pytest.approx(
         [1 / (1 + math.exp(mean / 0.2)), 0.5]
     )

@@ -7,7 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.mutual_information import against_all, against_sample, peak_bytes
+from benchmarks.mutual_information import (
+    against_all,
+    against_sample,
+    peak_bytes,
+)
 from syncrec.config import ModelConfig
 from syncrec.losses import mutual_information
 from syncrec.losses.mutual_information import MutualInformation, Sample, pool
@@ -17,13 +21,16 @@ USERS, DOMAINS, WIDTH = 5, 2, 3
 
 def vectors(seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(USERS, DOMAINS, WIDTH, generator=generator, dtype=torch.float64)
+    return torch.randn(
+        USERS, DOMAINS, WIDTH, generator=generator, dtype=torch.float64
+    )
 
 
 def module(**values):
     made = MutualInformation(
         ModelConfig(
-            dim=WIDTH, **{f"mutual_information_{name}": v for name, v in values.items()}
+            dim=WIDTH,
+            **{f"mutual_information_{name}": v for name, v in values.items()},
         )
     )
     made.weight.data = torch.randn(
@@ -41,9 +48,13 @@ def present(*users_of_domains):
 
 @pytest.mark.parametrize("denominator", ["all", "others"])
 @pytest.mark.parametrize("similarity", ["sigmoid", "cosine"])
-def test_sums_are_equation_16_over_the_users_that_are_present(denominator, similarity):
+def test_sums_are_equation_16_over_the_users_that_are_present(
+    denominator, similarity
+):
     """The single-domain side of every user is a candidate, the cross-domain side asks (eq. 16, 17)."""
-    mutual = module(denominator=denominator, similarity=similarity, temperature=0.5)
+    mutual = module(
+        denominator=denominator, similarity=similarity, temperature=0.5
+    )
     single_BDR, cross_BDR = vectors(1), vectors(2)
     users_of = ([0, 2, 3], [1, 4])
 
@@ -62,12 +73,17 @@ def test_sums_are_equation_16_over_the_users_that_are_present(denominator, simil
         for user in users:
             cross = cross_BDR[user, domain]
             candidates = [
-                other for other in users if denominator == "all" or other != user
+                other
+                for other in users
+                if denominator == "all" or other != user
             ]
             powers = [
-                math.exp(rho(single_BDR[other, domain], cross)) for other in candidates
+                math.exp(rho(single_BDR[other, domain], cross))
+                for other in candidates
             ]
-            total += rho(single_BDR[user, domain], cross) - math.log(sum(powers))
+            total += rho(single_BDR[user, domain], cross) - math.log(
+                sum(powers)
+            )
         expected.append(total)
     here_BD = present(*users_of)
     sums_D, counts_D = mutual(
@@ -100,7 +116,10 @@ def test_a_user_without_company_counts_nothing_and_has_no_gradient(
     denominator, users_of
 ):
     mutual, here_BD = module(denominator=denominator), present(*users_of)
-    single_BDR, cross_BDR = vectors(1).requires_grad_(), vectors(2).requires_grad_()
+    single_BDR, cross_BDR = (
+        vectors(1).requires_grad_(),
+        vectors(2).requires_grad_(),
+    )
     sums_D, counts_D = mutual(
         cross_BDR, single_BDR, here_BD, here_BD, torch.arange(USERS)
     )
@@ -114,9 +133,13 @@ def test_a_user_without_company_counts_nothing_and_has_no_gradient(
 def test_users_that_are_absent_are_no_candidates():
     mutual, here_BD = module(), present([0, 1], [0, 1])
     single_BDR, cross_BDR = vectors(1), vectors(2)
-    before, _ = mutual(cross_BDR, single_BDR, here_BD, here_BD, torch.arange(USERS))
+    before, _ = mutual(
+        cross_BDR, single_BDR, here_BD, here_BD, torch.arange(USERS)
+    )
     single_BDR[2:], cross_BDR[2:] = 7.0, -3.0
-    after, _ = mutual(cross_BDR, single_BDR, here_BD, here_BD, torch.arange(USERS))
+    after, _ = mutual(
+        cross_BDR, single_BDR, here_BD, here_BD, torch.arange(USERS)
+    )
     assert torch.equal(before, after)
 
 
@@ -125,10 +148,14 @@ def test_with_all_candidates_the_bound_is_a_log_probability():
     mutual = module(similarity="cosine", temperature=0.01)
     mutual.weight.data = torch.eye(WIDTH, dtype=torch.float64)
     apart_BDR = (
-        torch.eye(WIDTH, dtype=torch.float64).unsqueeze(1).expand(-1, DOMAINS, -1)
+        torch.eye(WIDTH, dtype=torch.float64)
+        .unsqueeze(1)
+        .expand(-1, DOMAINS, -1)
     )
     here_BD = torch.ones(WIDTH, DOMAINS, dtype=torch.bool)
-    sums_D, _ = mutual(apart_BDR, apart_BDR, here_BD, here_BD, torch.arange(WIDTH))
+    sums_D, _ = mutual(
+        apart_BDR, apart_BDR, here_BD, here_BD, torch.arange(WIDTH)
+    )
     assert (sums_D <= 0).all() and sums_D.abs().max() < 1e-12
     swapped_D, _ = mutual(
         apart_BDR.flip(0), apart_BDR, here_BD, here_BD, torch.arange(WIDTH)
@@ -141,14 +168,18 @@ def dense_sums(mutual, cross_BDR, single_GDR, present_BD, present_GD, own_B):
     projected_BDR = cross_BDR @ mutual.weight.T
     if mutual.similarity == "cosine":
         normal_BDR, normal_GDR = (
-            x / x.norm(dim=-1, keepdim=True) for x in (projected_BDR, single_GDR)
+            x / x.norm(dim=-1, keepdim=True)
+            for x in (projected_BDR, single_GDR)
         )
         rho_DBG = (
-            torch.einsum("bdr,gdr->dbg", normal_BDR, normal_GDR) / mutual.temperature
+            torch.einsum("bdr,gdr->dbg", normal_BDR, normal_GDR)
+            / mutual.temperature
         )
     else:
         rho_DBG = (
-            torch.sigmoid(torch.einsum("bdr,gdr->dbg", projected_BDR, single_GDR))
+            torch.sigmoid(
+                torch.einsum("bdr,gdr->dbg", projected_BDR, single_GDR)
+            )
             / mutual.temperature
         )
     sums = []
@@ -159,7 +190,11 @@ def dense_sums(mutual, cross_BDR, single_GDR, present_BD, present_GD, own_B):
             if not present_BD[user, domain] or candidates.sum() < 2:
                 continue
             candidates[own] = not mutual.others_only
-            total = total + rho_BG[user, own] - rho_BG[user, candidates].logsumexp(0)
+            total = (
+                total
+                + rho_BG[user, own]
+                - rho_BG[user, candidates].logsumexp(0)
+            )
         sums.append(total)
     return torch.stack(sums)
 
@@ -169,8 +204,14 @@ def gradients_of(function, mutual, *views):
     leaves = [view.clone().requires_grad_() for view in views]
     mutual.weight.grad = None
     sums_D = function(*leaves)
-    (sums_D * torch.arange(1.0, len(sums_D) + 1, dtype=sums_D.dtype)).sum().backward()
-    return [sums_D.detach(), mutual.weight.grad, *(leaf.grad for leaf in leaves)]
+    (
+        sums_D * torch.arange(1.0, len(sums_D) + 1, dtype=sums_D.dtype)
+    ).sum().backward()
+    return [
+        sums_D.detach(),
+        mutual.weight.grad,
+        *(leaf.grad for leaf in leaves),
+    ]
 
 
 KINDS = pytest.mark.parametrize(
@@ -221,7 +262,9 @@ def test_chunks_of_candidates_give_what_all_at_once_give(
 
     expected = gradients_of(dense, mutual, cross_BDR, single_GDR)
     for part, whole in zip(
-        gradients_of(chunked, mutual, cross_BDR, single_GDR), expected, strict=True
+        gradients_of(chunked, mutual, cross_BDR, single_GDR),
+        expected,
+        strict=True,
     ):
         assert whole.abs().sum() > 0
         torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
@@ -239,7 +282,9 @@ def test_chunks_do_not_overflow(monkeypatch):
     ]
     sums_D, _ = mutual(*given)
     expected_D = dense_sums(copy.deepcopy(mutual).double(), *many(23, 6, 9))
-    torch.testing.assert_close(sums_D.double(), expected_D, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        sums_D.double(), expected_D, rtol=1e-3, atol=1e-3
+    )
 
 
 def sample_of(lists, single_GDR, present_GD, own_B, count_D, size):
@@ -247,7 +292,10 @@ def sample_of(lists, single_GDR, present_GD, own_B, count_D, size):
     domains = len(lists)
     shown = [
         torch.cat(
-            [single_GDR[users, d], single_GDR.new_zeros(size - len(users), WIDTH)]
+            [
+                single_GDR[users, d],
+                single_GDR.new_zeros(size - len(users), WIDTH),
+            ]
         )
         for d, users in enumerate(lists)
     ]
@@ -277,7 +325,12 @@ def test_a_sample_stands_for_all_others(
     def sampled(cross, single):
         sample = sample_of(lists, single, present_GD, own_B, count_D, size=6)
         return mutual(
-            cross, single[own_B], present_BD, present_BD, torch.arange(6), sample
+            cross,
+            single[own_B],
+            present_BD,
+            present_BD,
+            torch.arange(6),
+            sample,
         )[0]
 
     def slow(cross, single):
@@ -301,7 +354,11 @@ def test_a_sample_stands_for_all_others(
                     for other in users
                     if present_GD[other, domain] and other != own
                 ]
-                if not present_BD[user, domain] or not others or count_D[domain] < 2:
+                if (
+                    not present_BD[user, domain]
+                    or not others
+                    or count_D[domain] < 2
+                ):
                     continue
                 positive = rho(user, own, domain)
                 weight = (count_D[domain].item() - 1) / len(others)
@@ -320,7 +377,9 @@ def test_a_sample_stands_for_all_others(
 
     expected = gradients_of(slow, mutual, cross_BDR, single_GDR)
     for part, whole in zip(
-        gradients_of(sampled, mutual, cross_BDR, single_GDR), expected, strict=True
+        gradients_of(sampled, mutual, cross_BDR, single_GDR),
+        expected,
+        strict=True,
     ):
         assert whole.abs().sum() > 0
         torch.testing.assert_close(part, whole, rtol=1e-11, atol=1e-11)
@@ -336,10 +395,19 @@ def test_a_sample_of_all_is_exact(similarity, denominator, temperature):
         present_GD[:, domain].nonzero().flatten().flip(0).tolist()
         for domain in range(4)
     ]
-    sample = sample_of(lists, single_GDR, present_GD, own_B, present_GD.sum(0), size=23)
-    whole_D, count_D = mutual(cross_BDR, single_GDR, present_BD, present_GD, own_B)
+    sample = sample_of(
+        lists, single_GDR, present_GD, own_B, present_GD.sum(0), size=23
+    )
+    whole_D, count_D = mutual(
+        cross_BDR, single_GDR, present_BD, present_GD, own_B
+    )
     sums_D, counts_D = mutual(
-        cross_BDR, single_GDR[own_B], present_BD, present_BD, torch.arange(6), sample
+        cross_BDR,
+        single_GDR[own_B],
+        present_BD,
+        present_BD,
+        torch.arange(6),
+        sample,
     )
     torch.testing.assert_close(sums_D, whole_D, rtol=1e-12, atol=1e-12)
     assert torch.equal(counts_D, count_D)

@@ -14,7 +14,9 @@ LOSSES = ["sampled_softmax", "bpr", "bce", "bpr_probability"]
 def scores(*shape, seed=0):
     return (
         torch.randn(
-            *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            *shape,
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float64,
         )
         * 2
     )
@@ -23,7 +25,11 @@ def scores(*shape, seed=0):
 def others(target_L, items):
     """Each row without its target: (L, items − 1)."""
     kept = torch.arange(items) != target_L.unsqueeze(1)
-    return torch.arange(items).expand(len(target_L), -1)[kept].view(len(target_L), -1)
+    return (
+        torch.arange(items)
+        .expand(len(target_L), -1)[kept]
+        .view(len(target_L), -1)
+    )
 
 
 def test_sampled_softmax_over_all_items_is_the_full_softmax():
@@ -32,7 +38,11 @@ def test_sampled_softmax_over_all_items_is_the_full_softmax():
     expected_L = F.cross_entropy(all_LV, target_L, reduction="none")
     positive_L = all_LV.gather(1, target_L.unsqueeze(1)).squeeze(1)
     own = prediction_loss(
-        "sampled_softmax", positive_L, all_LV.gather(1, others(target_L, 7)), None, 7
+        "sampled_softmax",
+        positive_L,
+        all_LV.gather(1, others(target_L, 7)),
+        None,
+        7,
     )
     shared = prediction_loss(
         "sampled_softmax",
@@ -95,7 +105,9 @@ def test_a_target_among_the_shared_negatives_counts_as_none(kind):
     loss_L = prediction_loss(kind, positive_L, negative_Ln, allowed_Ln, 11)
     for target in range(4):
         rest = negative_Ln[target : target + 1, allowed_Ln[target]]
-        alone = prediction_loss(kind, positive_L[target : target + 1], rest, None, 11)
+        alone = prediction_loss(
+            kind, positive_L[target : target + 1], rest, None, 11
+        )
         torch.testing.assert_close(loss_L[target], alone[0])
     loss_L.sum().backward()
     assert torch.equal(negative_Ln.grad != 0, allowed_Ln)
@@ -121,7 +133,9 @@ def test_a_domain_whose_only_item_is_the_target_has_finite_losses(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_losses_are_positive_fall_with_the_targets_score_and_bear_large_ones(kind):
+def test_losses_are_positive_fall_with_the_targets_score_and_bear_large_ones(
+    kind,
+):
     negative_Ln = torch.tensor([[80.0, -80.0]])
     positive = [torch.tensor([score]) for score in (-90.0, 0.0, 90.0)]
     values = [

@@ -9,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncrec.config import ModelConfig
-from syncrec.losses.shapley import MOST_DOMAINS, ShapleyCorrection, shapley_values
+from syncrec.losses.shapley import (
+    MOST_DOMAINS,
+    ShapleyCorrection,
+    shapley_values,
+)
 from syncrec.model import SyNCRec
 from tests.helpers.histories import draw, pack
 from tests.helpers.reference import shapley
@@ -49,7 +53,8 @@ def correction(domains=3, state=None, **values):
 def test_values_are_the_mean_gains_over_every_order(worths):
     players = int(math.log2(len(worths)))
     expected = shapley(
-        lambda coalition: worths[sum(1 << player for player in coalition)], players
+        lambda coalition: worths[sum(1 << player for player in coalition)],
+        players,
     )
     values_D = shapley_values(doubles(*worths))
     assert values_D.tolist() == pytest.approx(expected, abs=1e-12)
@@ -64,13 +69,19 @@ def test_who_helps_gets_the_greater_weight():
     lambda_D = correction(correction_temperature=0.5)(
         loss_C, torch.ones(3, dtype=torch.bool)
     )
-    torch.testing.assert_close(lambda_D, torch.softmax(doubles(1, 0, -1) / 0.5, dim=0))
+    torch.testing.assert_close(
+        lambda_D, torch.softmax(doubles(1, 0, -1) / 0.5, dim=0)
+    )
 
 
 def test_present_domains_share_one_and_an_absent_one_keeps_its_lambda():
     module = correction(state=[0.2, 0.5, 0.3])
-    lambda_D = module(doubles(*range(8, 0, -1)), torch.tensor([True, False, True]))
-    assert lambda_D[[0, 2]].sum().item() == pytest.approx(1) and lambda_D[1] == 0.5
+    lambda_D = module(
+        doubles(*range(8, 0, -1)), torch.tensor([True, False, True])
+    )
+    assert (
+        lambda_D[[0, 2]].sum().item() == pytest.approx(1) and lambda_D[1] == 0.5
+    )
     assert torch.equal(module.lambda_D, lambda_D)
     assert torch.equal(
         module(doubles(*[0.0] * 8), torch.zeros(3, dtype=torch.bool)), lambda_D
@@ -87,7 +98,9 @@ def test_evaluation_keeps_the_state_and_it_is_saved():
 
 def test_a_loss_that_is_no_number_is_not_hidden():
     assert (
-        correction()(doubles(*[1.0] * 7, math.nan), torch.ones(3, dtype=torch.bool))
+        correction()(
+            doubles(*[1.0] * 7, math.nan), torch.ones(3, dtype=torch.bool)
+        )
         .isnan()
         .all()
     )
@@ -101,7 +114,9 @@ def test_the_coalition_of_all_is_the_real_pass_and_an_input_matters_where_it_is_
     config = (
         SHAPLEY
         if tasks == "both"
-        else replace(SASREC, loss_correction="shapley", correction_temperature=0.1)
+        else replace(
+            SASREC, loss_correction="shapley", correction_temperature=0.1
+        )
     )
     model, table = (
         make_model(config, 4, seed=41),
@@ -123,8 +138,14 @@ def test_the_coalition_of_all_is_the_real_pass_and_an_input_matters_where_it_is_
         report.cross_D.nan_to_num() * report.cross_targets_D
     ).sum() / report.cross_targets_D.sum()
     near(loss_C[-1], mean, "loss with all items")
-    near(report.lambda_D, torch.softmax(shapley_values(-loss_C) / 0.1, dim=0), "λ")
-    assert report.lambda_D.max() > 1.1 * report.lambda_D.min() and present_D.all()
+    near(
+        report.lambda_D,
+        torch.softmax(shapley_values(-loss_C) / 0.1, dim=0),
+        "λ",
+    )
+    assert (
+        report.lambda_D.max() > 1.1 * report.lambda_D.min() and present_D.all()
+    )
     # What is an input alone, and no target, does not matter to the coalition of none.
     spoiled, rows = [], table[batch.ids].clone()
     targets = batch.cross.target_interaction_L.unique()
@@ -135,7 +156,11 @@ def test_the_coalition_of_all_is_the_real_pass_and_an_input_matters_where_it_is_
         lambda module, inputs: spoiled.append(inputs[0])
     )
     model(batch, rows)
-    assert others.any() and spoiled[0][0] == loss_C[0] and spoiled[0][-1] != loss_C[-1]
+    assert (
+        others.any()
+        and spoiled[0][0] == loss_C[0]
+        and spoiled[0][-1] != loss_C[-1]
+    )
     assert report.phi_D.isnan().all() == (tasks == "cross")
 
 
@@ -146,7 +171,9 @@ def test_the_real_pass_and_the_random_state_are_as_without():
     results, states = [], []
     for loss_correction in ("shapley", "none"):
         model = make_model(
-            replace(SHAPLEY, dropout=0.4, loss_correction=loss_correction), 4, seed=42
+            replace(SHAPLEY, dropout=0.4, loss_correction=loss_correction),
+            4,
+            seed=42,
         )
         torch.manual_seed(0)
         results.append(run(model, table, batch)[1])
@@ -157,7 +184,9 @@ def test_the_real_pass_and_the_random_state_are_as_without():
         results[0].single_D, results[1].single_D
     )
     sharp = make_model(replace(SHAPLEY, dropout=0.0), 4, seed=42)
-    assert torch.equal(run(sharp, table, batch)[1].lambda_D, results[0].lambda_D)
+    assert torch.equal(
+        run(sharp, table, batch)[1].lambda_D, results[0].lambda_D
+    )
 
 
 def test_too_many_domains_are_refused_with_the_reason():

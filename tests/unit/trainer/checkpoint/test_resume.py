@@ -6,23 +6,26 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.runs import SmallRun, best_of, rank_of_one
-from trainer.checkpoint.layout import BEST, DENSE, RunState, checkpoints
+from trainer.checkpoint.layout import RunState, list_checkpoints
 from trainer.checkpoint.resume import (
-    differences,
+    check_run_folder,
     find_start,
-    leave_nothing,
-    recorded_settings,
-    run_folder,
+    list_changes,
+    remove_failed_start,
 )
-from trainer.config.load import flat
+from trainer.config.load import flatten_config
 from trainer.errors import InputError
+from trainer.run_files import BEST, DENSE
 
 # The run's folder.
 
 
 def test_a_new_or_empty_folder_may_be_used(tmp_path):
-    assert run_folder(str(tmp_path / "new" / "run")) == tmp_path / "new" / "run"
-    assert run_folder(str(tmp_path), fresh=True) == tmp_path
+    assert (
+        check_run_folder(str(tmp_path / "new" / "run"))
+        == tmp_path / "new" / "run"
+    )
+    assert check_run_folder(str(tmp_path), fresh=True) == tmp_path
     assert (
         list(tmp_path.iterdir()) == []
     )  # nothing is made: what cannot begin leaves nothing
@@ -30,11 +33,12 @@ def test_a_new_or_empty_folder_may_be_used(tmp_path):
 
 def test_a_runs_folder_may_be_used_unless_it_is_to_be_fresh(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    assert run_folder(str(tmp_path)) == tmp_path
+    assert check_run_folder(str(tmp_path)) == tmp_path
     with pytest.raises(
-        InputError, match=rf"^{tmp_path}: already holds a run; .* leave out --fresh"
+        InputError,
+        match=rf"^{tmp_path}: already holds a run; .* leave out --fresh",
     ):
-        run_folder(str(tmp_path), fresh=True)
+        check_run_folder(str(tmp_path), fresh=True)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -46,27 +50,29 @@ def test_a_folder_of_something_else_is_refused(tmp_path, fresh):
             InputError,
             match=f"^{place}: already holds something that is no run; give a new folder as run=DIR",
         ):
-            run_folder(str(place), fresh)
+            check_run_folder(str(place), fresh)
 
 
 def test_a_folder_has_to_be_given():
     with pytest.raises(InputError, match=r"^run=DIR is missing"):
-        run_folder("")
+        check_run_folder("")
 
 
 def test_what_a_run_that_could_not_begin_wrote_is_taken_away(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("")
-    leave_nothing(run)
+    remove_failed_start(run)
     assert not run.exists()
 
 
-@pytest.mark.parametrize("there", ["checkpoints/step-00000003/state.json", BEST])
+@pytest.mark.parametrize(
+    "there", ["checkpoints/step-00000003/state.json", BEST]
+)
 def test_a_checkpoint_or_a_model_is_not_taken_away(tmp_path, there):
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).write_text("{}")
-    leave_nothing(tmp_path)
+    remove_failed_start(tmp_path)
     assert (tmp_path / there).exists()
 
 
@@ -124,8 +130,10 @@ def test_the_newest_checkpoint_is_gone_on_from(run, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_gone_on_from(run, capsys):
-    spoil(checkpoints(run.folder)[0])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_gone_on_from(
+    run, capsys
+):
+    spoil(list_checkpoints(run.folder)[0])
     folder, state = start(run)
     assert folder.name == "step-00000002" and state.step == 2
     told = capsys.readouterr().err
@@ -138,15 +146,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_gone_on_from(run, ca
 
 
 @pytest.mark.parametrize("accept_changes", [False, True])
-def test_where_all_checkpoints_are_damaged_nothing_begins_anew(run, accept_changes):
-    for folder in checkpoints(run.folder):
+def test_where_all_checkpoints_are_damaged_nothing_begins_anew(
+    run, accept_changes
+):
+    for folder in list_checkpoints(run.folder):
         spoil(folder)
     with pytest.raises(
         InputError,
         match=rf"^{run.folder}: none of its 3 checkpoints is whole: .* run=DIR$",
     ):
         start(run, accept_changes=accept_changes)
-    assert len(checkpoints(run.folder)) == 3
+    assert len(list_checkpoints(run.folder)) == 3
 
 
 @pytest.mark.parametrize(
@@ -158,21 +168,29 @@ def test_best_json_is_put_back_to_what_the_checkpoint_says(run, content):
     if content is not None:
         (run.folder / BEST).write_text(content)
     _, state = start(run)
-    assert json.loads((run.folder / BEST).read_text()) == state.best == best_of(1)
+    assert (
+        json.loads((run.folder / BEST).read_text()) == state.best == best_of(1)
+    )
 
 
 def test_without_a_validation_there_is_no_best_json(run):
     run.save(run.trainer(), RunState(4))
     (run.folder / BEST).write_text(json.dumps(best_of(3)))
     _, state = start(run)
-    assert state.step == 4 and state.best is None and not (run.folder / BEST).exists()
+    assert (
+        state.step == 4
+        and state.best is None
+        and not (run.folder / BEST).exists()
+    )
 
 
 @pytest.mark.parametrize("damage", [spoil, shutil.rmtree])
 def test_a_best_model_that_is_lost_is_told_and_forgotten(run, capsys, damage):
     damage(run.folder / "checkpoints/step-00000001")
     folder, state = start(run)
-    assert folder.name == "step-00000003" and state == RunState(3, 3, None, 0, 5, 7.5)
+    assert folder.name == "step-00000003" and state == RunState(
+        3, 3, None, 0, 5, 7.5
+    )
     assert not (run.folder / BEST).exists()
     told = capsys.readouterr().err
     assert (
@@ -213,7 +231,7 @@ def test_what_decides_a_step_may_not_change(run, capsys):
 
 
 def test_a_long_list_is_cut(run):
-    settings = flat(run.config)
+    settings = flatten_config(run.config)
     others = {key: "other" for key in settings if key.startswith("model.")}
     trainer, writer = run.trainer(), run.checkpoints(config=settings | others)
     writer.save(trainer.engine, trainer.table, RunState(6))
@@ -236,15 +254,15 @@ def test_another_dataset_is_refused(run):
     ):
         find_start(run.folder, run.config, other, run.ranks)
     assert (
-        find_start(run.folder, run.config, other, run.ranks, accept_changes=True)[
-            1
-        ].step
+        find_start(
+            run.folder, run.config, other, run.ranks, accept_changes=True
+        )[1].step
         == 3
     )
 
 
 def changed(run, before, now, dataset="same"):
-    return differences({"config": before, "dataset": "same"}, now, dataset)
+    return list_changes({"config": before, "dataset": "same"}, now, dataset)
 
 
 # Where things lie, how fast they go, how far, what is said and kept of them.
@@ -259,24 +277,35 @@ FREE = {
 }
 FREE |= {
     f"stream.{name}"
-    for name in ("workers", "prefetch", "verify", "damaged", "cache", "cache_bytes")
+    for name in (
+        "workers",
+        "prefetch",
+        "verify",
+        "damaged",
+        "cache",
+        "cache_bytes",
+    )
 }
 FREE |= {
     f"stream.{name}"
     for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")
 }
-FREE |= {f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")}
+FREE |= {
+    f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")
+}
 FREE |= {
     f"checkpoint.{name}"
     for name in ("every_steps", "every_minutes", "every_epochs", "keep")
 }
 FREE |= {f"log.{name}" for name in ("every", "tensorboard")}
-FREE |= {f"table.{name}" for name in ("placement", "cache_share", "device_share")}
+FREE |= {
+    f"table.{name}" for name in ("placement", "cache_share", "device_share")
+}
 FREE |= {"deepspeed.zero_optimization.reduce_bucket_size"}
 
 
 def test_settings_that_decide_what_is_computed_are_listed_and_no_others(run):
-    settings, free = flat(run.config), set()
+    settings, free = flatten_config(run.config), set()
     for key, value in settings.items():
         found = changed(run, settings | {key: "other"}, run.config)
         assert found in ([], [f"{key} was other, is {value}"])
@@ -286,9 +315,13 @@ def test_settings_that_decide_what_is_computed_are_listed_and_no_others(run):
 
 
 def test_settings_that_one_of_the_two_does_not_know_are_listed(run):
-    settings = flat(run.config)
-    without = {key: value for key, value in settings.items() if key != "model.eta"}
-    assert changed(run, without, run.config) == ["model.eta was not set, is 0.9"]
+    settings = flatten_config(run.config)
+    without = {
+        key: value for key, value in settings.items() if key != "model.eta"
+    }
+    assert changed(run, without, run.config) == [
+        "model.eta was not set, is 0.9"
+    ]
     assert changed(run, settings | {"model.older": 3}, run.config) == [
         "model.older was 3, is not set"
     ]
@@ -299,7 +332,7 @@ def test_settings_that_one_of_the_two_does_not_know_are_listed(run):
 
 
 def test_the_dataset_counts_by_its_contents(run):
-    settings = flat(run.config)
+    settings = flatten_config(run.config)
     assert changed(run, settings | {"data": "elsewhere"}, run.config) == []
     assert changed(run, settings, run.config, "other") == [
         f"the dataset {run.config.data} has other contents"
@@ -315,7 +348,7 @@ def test_a_longer_run_is_another_one_where_the_rate_falls_towards_its_end(
         run.config, optimizer=replace(run.config.optimizer, schedule=schedule)
     )
     expected = [] if schedule == "constant" else [f"{key} was 999, is {value}"]
-    assert changed(run, flat(config) | {key: 999}, config) == expected
+    assert changed(run, flatten_config(config) | {key: 999}, config) == expected
 
 
 def test_where_deepspeed_keeps_things_may_change(run):
@@ -329,19 +362,19 @@ def test_where_deepspeed_keeps_things_may_change(run):
             "communication_data_type": "bf16",
         },
     )
-    assert changed(run, flat(sharded), other) == [
+    assert changed(run, flatten_config(sharded), other) == [
         "deepspeed.communication_data_type was not set, is bf16"
     ]
     assert (
         changed(
             run,
-            flat(plain),
+            flatten_config(plain),
             replace(plain, optimizer=replace(plain.optimizer, zero_stage=3)),
         )
         == []
     )
-    assert changed(run, flat(plain), sharded) == []
-    assert changed(run, flat(sharded), plain) == []
+    assert changed(run, flatten_config(plain), sharded) == []
+    assert changed(run, flatten_config(sharded), plain) == []
 
 
 def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
@@ -354,21 +387,16 @@ def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
     ):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
-    leave_nothing(tmp_path / "run")
+    remove_failed_start(tmp_path / "run")
     left = [
-        path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")
+        path.relative_to(tmp_path / "run")
+        for path in (tmp_path / "run").rglob("*")
     ]
-    assert sorted(map(str, left)) == [".lock", "checkpoints", "checkpoints/notes.txt"]
+    assert sorted(map(str, left)) == [
+        ".lock",
+        "checkpoints",
+        "checkpoints/notes.txt",
+    ]
     (tmp_path / "run" / "checkpoints" / "notes.txt").unlink()
-    leave_nothing(tmp_path / "run")
+    remove_failed_start(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_switches_that_an_earlier_version_recorded_are_booleans_now():
-    recorded = {"model.tower": "on", "model.stop_gradient": "off", "run": "on"}
-    settings = {"model.tower": True, "model.stop_gradient": True, "run": "on"}
-    assert recorded_settings({"config": recorded}, settings) == {
-        "model.tower": True,
-        "model.stop_gradient": False,
-        "run": "on",
-    }

@@ -35,28 +35,23 @@ from tests.helpers.runs import (
     train,
 )
 from trainer.checkpoint.layout import (
-    BEST,
-    DENSE,
-    LATEST,
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    Damaged,
+    DamagedCheckpoint,
     RunState,
-    checkpoints,
+    list_checkpoints,
     read_state,
 )
 from trainer.checkpoint.load import (
-    best_checkpoint,
-    newest,
+    find_best,
+    find_newest,
+    read_table_ranges,
     restore_best,
-    table_ranges,
-    verify,
+    verify_checkpoint,
 )
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.errors import InputError
-from trainer.training.loader_memory import loader_bytes
-from trainer.training.loop import describe
+from trainer.run_files import BEST, DENSE, LATEST, MANIFEST, OPTIMIZER, STATE
+from trainer.training.loader_memory import estimate_loader_bytes
+from trainer.training.loop import describe_run
 
 ROOT = Path(__file__).parents[4]
 TABLE = "table-00000-of-00001.safetensors"
@@ -98,7 +93,9 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(
         for case in interrupted["cases"]
         if (case["scenario"], case["how"]) == (scenario, how)
     ]
-    wrong = [f"{case['call']}: {case['wrong']}" for case in cases if case["wrong"]]
+    wrong = [
+        f"{case['call']}: {case['wrong']}" for case in cases if case["wrong"]
+    ]
     assert wrong == []
     kinds = {case["call"].split()[1] for case in cases}
     if (
@@ -111,13 +108,16 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(
             else with_halves | {"mkdir", "fsync", "rename", "remove", "rmdir"}
         )
         # Nothing that needs room is written once the new checkpoint is seen.
-        assert {case["step"] for case in cases} == ({2} if how == "torn" else {2, 3})
+        assert {case["step"] for case in cases} == (
+            {2} if how == "torn" else {2, 3}
+        )
     for case in cases:
         if how != "full":
             assert not case["passed"] and not case["error"], case
         elif case["error"]:
             assert (
-                "\n" not in case["error"] and os.strerror(errno.ENOSPC) in case["error"]
+                "\n" not in case["error"]
+                and os.strerror(errno.ENOSPC) in case["error"]
             ), case
             assert re.search(
                 r"step-00000003(-1)?\.partial: the checkpoint cannot be written",
@@ -130,7 +130,9 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(
             ), case
 
 
-def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(interrupted):
+def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(
+    interrupted,
+):
     if "no_disks" in interrupted:
         pytest.skip(interrupted["no_disks"])
     *small, enough = interrupted["disks"]
@@ -181,12 +183,14 @@ def run(pristine, tmp_path):
 
 
 def folders(run):
-    return sorted(entry.name for entry in (run.folder / "checkpoints").iterdir())
+    return sorted(
+        entry.name for entry in (run.folder / "checkpoints").iterdir()
+    )
 
 
 def test_a_checkpoint_holds_all_that_the_next_step_depends_on(run):
     said = []
-    folder, facts = newest(run.folder, run.ranks, said.append)
+    folder, facts = find_newest(run.folder, run.ranks, said.append)
     assert said == [] and folder.name == "step-00000002"
     assert facts["state"] == RunState(2, 1, best_of(1), 0, 4, 2.5)
     assert facts["dataset"] == run.dataset.fingerprint
@@ -199,7 +203,10 @@ def test_a_checkpoint_holds_all_that_the_next_step_depends_on(run):
 
 
 def test_without_a_checkpoint_there_is_none(run, tmp_path):
-    assert newest(tmp_path / "nowhere", run.ranks, pytest.fail) == (None, None)
+    assert find_newest(tmp_path / "nowhere", run.ranks, pytest.fail) == (
+        None,
+        None,
+    )
 
 
 # Damage that is seen where checkpoints are looked for.
@@ -267,9 +274,11 @@ def facts(**entries):
 def state(**entries):
     def damage(folder):
         content = json.loads((folder / STATE).read_text())["state"] | entries
-        facts(state={key: value for key, value in content.items() if value is not ...})(
-            folder
-        )
+        facts(
+            state={
+                key: value for key, value in content.items() if value is not ...
+            }
+        )(folder)
 
     return damage
 
@@ -313,11 +322,17 @@ SEEN |= {
     for name in FILES
 }
 SEEN |= {
-    f"{name} a link": (lambda f, name=name: link(f, name), f"/{name} is no file")
+    f"{name} a link": (
+        lambda f, name=name: link(f, name),
+        f"/{name} is no file",
+    )
     for name in FILES
 }
 SEEN |= {
-    f"{name} a folder": (lambda f, name=name: as_folder(f, name), f"/{name} is no file")
+    f"{name} a folder": (
+        lambda f, name=name: as_folder(f, name),
+        f"/{name} is no file",
+    )
     for name in FILES
 }
 SEEN |= {
@@ -352,7 +367,10 @@ SEEN |= {
     ),
     "an entry that is text": (manifest(files={STATE: "12 bytes"}), UNREADABLE),
     "an entry without a size": (file_entry(STATE, bytes=None), UNREADABLE),
-    "an entry without a checksum": (file_entry(STATE, xxh3_128=None), UNREADABLE),
+    "an entry without a checksum": (
+        file_entry(STATE, xxh3_128=None),
+        UNREADABLE,
+    ),
     "a size in words": (file_entry(STATE, bytes="many"), UNREADABLE),
     "a size without end": (file_entry(STATE, bytes=float("inf")), UNREADABLE),
     "a size below 0": (
@@ -379,7 +397,10 @@ SEEN |= {
         file_entry(".."),
         NO_NAME + "'..', which is no file of a checkpoint",
     ),
-    "no name": (file_entry(""), NO_NAME + "'', which is no file of a checkpoint"),
+    "no name": (
+        file_entry(""),
+        NO_NAME + "'', which is no file of a checkpoint",
+    ),
     "the manifest itself": (
         file_entry(MANIFEST),
         NO_NAME + "'manifest.json', which is no file of a checkpoint",
@@ -400,7 +421,10 @@ SEEN |= {
     "a step in words": (state(step="2"), NOT_OURS),
     "half a step": (state(step=2.5), NOT_OURS),
     "no step": (state(step=None), NOT_OURS),
-    "a step below 0": (state(step=-1), r"/state\.json: its state has negative counts"),
+    "a step below 0": (
+        state(step=-1),
+        r"/state\.json: its state has negative counts",
+    ),
     "seconds below 0": (
         state(seconds=-0.5),
         "/state.json: its state has negative counts",
@@ -412,7 +436,9 @@ SEEN |= {
         UNUSABLE,
     ),
     "a best without its value": (
-        state(best={"folder": "checkpoints/step-00000001", "step": 1, "epoch": 0}),
+        state(
+            best={"folder": "checkpoints/step-00000001", "step": 1, "epoch": 0}
+        ),
         "/state.json",
     ),
     "a best outside": (
@@ -440,15 +466,18 @@ SEEN |= {
 
 
 @pytest.mark.parametrize(("damage", "message"), SEEN.values(), ids=SEEN)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, damage, message):
-    last, before = checkpoints(run.folder)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    run, damage, message
+):
+    last, before = list_checkpoints(run.folder)
     damage(last)
     said = []
-    folder, found = newest(run.folder, run.ranks, said.append)
+    folder, found = find_newest(run.folder, run.ranks, said.append)
     assert folder == before and found["state"].step == 1
     (line,) = said
     assert "\n" not in line and re.search(
-        rf"^{re.escape(str(last))}{message}.*: this checkpoint is skipped$", line
+        rf"^{re.escape(str(last))}{message}.*: this checkpoint is skipped$",
+        line,
     ), line
 
 
@@ -458,28 +487,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, damage, m
 def test_a_file_that_the_manifest_does_not_name_is_nobodys(run, name):
     """A listing is no reason to skip a whole checkpoint, and what is loaded is what the manifest
     names."""
-    folder = checkpoints(run.folder)[0]
+    folder = list_checkpoints(run.folder)[0]
     (folder / name).write_bytes(b"of somebody else")
     (folder / "more").mkdir()
-    assert newest(run.folder, run.ranks, pytest.fail)[0] == folder
+    assert find_newest(run.folder, run.ranks, pytest.fail)[0] == folder
     assert same(everything(run.trainer(folder, 2)), run.expected[2])
 
 
-def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(run, monkeypatch):
+def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(
+    run, monkeypatch
+):
     """As on a host whose listing is from before it was written."""
     run.save(
-        train(run.trainer(checkpoints(run.folder)[0], 2), 1), RunState(3, 1, best_of(1))
+        train(run.trainer(list_checkpoints(run.folder)[0], 2), 1),
+        RunState(3, 1, best_of(1)),
     )
     assert json.loads((run.folder / LATEST).read_text()) == {
         "folder": "checkpoints/step-00000003"
     }
     for module in (trainer.checkpoint.load, trainer.checkpoint.save):
-        monkeypatch.setattr(module, "checkpoints", lambda run: checkpoints(run)[1:])
-    folder, facts = newest(run.folder, run.ranks, pytest.fail)
+        monkeypatch.setattr(
+            module, "checkpoints", lambda run: list_checkpoints(run)[1:]
+        )
+    folder, facts = find_newest(run.folder, run.ranks, pytest.fail)
     assert folder.name == "step-00000003" and facts["state"].step == 3
     writer = run.checkpoints(last=facts["state"])
     given = RunState(3, 3, best_of(1))
-    writer.save(run.trainer(folder, 3).engine, run.trainer(folder, 3).table, given)
+    writer.save(
+        run.trainer(folder, 3).engine, run.trainer(folder, 3).table, given
+    )
     writer.finish()
     assert {"step-00000003", "step-00000003-1"} <= set(
         folders(run)
@@ -496,16 +532,24 @@ NO_POINTERS = [
 ]
 
 
-@pytest.mark.parametrize("content", NO_POINTERS, ids=lambda content: content[:40])
+@pytest.mark.parametrize(
+    "content", NO_POINTERS, ids=lambda content: content[:40]
+)
 def test_a_pointer_that_is_none_is_no_matter(run, content):
     (run.folder / LATEST).write_text(content)
-    assert newest(run.folder, run.ranks, pytest.fail)[0].name == "step-00000002"
+    assert (
+        find_newest(run.folder, run.ranks, pytest.fail)[0].name
+        == "step-00000002"
+    )
 
 
 def test_a_pointer_to_a_checkpoint_that_was_taken_away_is_told(run):
-    shutil.rmtree(checkpoints(run.folder)[0])
+    shutil.rmtree(list_checkpoints(run.folder)[0])
     said = []
-    assert newest(run.folder, run.ranks, said.append)[0].name == "step-00000001"
+    assert (
+        find_newest(run.folder, run.ranks, said.append)[0].name
+        == "step-00000001"
+    )
     assert (
         len(said) == 1
         and "step-00000002/manifest.json is missing or unreadable" in said[0]
@@ -513,20 +557,22 @@ def test_a_pointer_to_a_checkpoint_that_was_taken_away_is_told(run):
 
 
 def test_the_table_of_damages_starts_from_a_whole_checkpoint(run):
-    folder = checkpoints(run.folder)[0]
+    folder = list_checkpoints(run.folder)[0]
     seal(folder)
-    assert newest(run.folder, run.ranks, pytest.fail)[0] == folder
+    assert find_newest(run.folder, run.ranks, pytest.fail)[0] == folder
     state()(folder)
     file_entry(STATE)(folder)
-    assert newest(run.folder, run.ranks, pytest.fail)[0] == folder
+    assert find_newest(run.folder, run.ranks, pytest.fail)[0] == folder
 
 
 def test_where_all_are_damaged_none_is_found_and_each_is_named(run):
-    for folder in checkpoints(run.folder):
+    for folder in list_checkpoints(run.folder):
         flip(folder, DENSE)
     said = []
-    assert newest(run.folder, run.ranks, said.append) == (None, None)
-    assert [Path(line.split(":")[0].split(" ")[0]).parent.name for line in said] == [
+    assert find_newest(run.folder, run.ranks, said.append) == (None, None)
+    assert [
+        Path(line.split(":")[0].split(" ")[0]).parent.name for line in said
+    ] == [
         "step-00000002",
         "step-00000001",
     ]
@@ -534,14 +580,14 @@ def test_where_all_are_damaged_none_is_found_and_each_is_named(run):
 
 def test_ranks_share_the_checksums(run):
     """All of them see names and sizes; each file's content is read by one rank."""
-    folder = checkpoints(run.folder)[0]
+    folder = list_checkpoints(run.folder)[0]
     for name in FILES:
         flip(folder, name)
         blamed = []
         for rank in range(3):
             try:
-                verify(folder, rank, 3)
-            except Damaged as error:
+                verify_checkpoint(folder, rank, 3)
+            except DamagedCheckpoint as error:
                 blamed.append(str(error))
         assert blamed == [
             f"{folder / name} has another checksum than the manifest says"
@@ -549,8 +595,10 @@ def test_ranks_share_the_checksums(run):
         flip(folder, name)
     cut(folder, DENSE)
     for rank in range(3):
-        with pytest.raises(Damaged, match=r"dense\.safetensors has \d+ bytes"):
-            verify(folder, rank, 3)
+        with pytest.raises(
+            DamagedCheckpoint, match=r"dense\.safetensors has \d+ bytes"
+        ):
+            verify_checkpoint(folder, rank, 3)
 
 
 # What a valid checksum hides is refused where it is loaded.
@@ -588,7 +636,9 @@ def with_header(name, change):
         content = (folder / name).read_bytes()
         (length,) = struct.unpack("<Q", content[:8])
         header = change(json.loads(content[8 : 8 + length]))
-        header = header if isinstance(header, bytes) else json.dumps(header).encode()
+        header = (
+            header if isinstance(header, bytes) else json.dumps(header).encode()
+        )
         (folder / name).write_bytes(
             struct.pack("<Q", len(header)) + header + content[8 + length :]
         )
@@ -610,7 +660,10 @@ def grown(header):
 
 def renamed(header):
     name = next(name for name in header if name != "__metadata__")
-    return {("other" if key == name else key): value for key, value in header.items()}
+    return {
+        ("other" if key == name else key): value
+        for key, value in header.items()
+    }
 
 
 def with_facts(**changes):
@@ -627,7 +680,9 @@ def with_facts(**changes):
 
 def tensors(name, change):
     """The tensors of a file changed, its metadata kept out."""
-    return lambda folder: save_file(change(load_file(folder / name)), folder / name)
+    return lambda folder: save_file(
+        change(load_file(folder / name)), folder / name
+    )
 
 
 def without_one(values):
@@ -647,7 +702,11 @@ def of_table(rows=None, dim=8, **options):
     def damage(folder):
         dataset = folder.parents[2] / "rows"
         other = ItemTable(
-            rows or int(dataset.read_text()), dim, TableConfig(**options), 0, "cpu"
+            rows or int(dataset.read_text()),
+            dim,
+            TableConfig(**options),
+            0,
+            "cpu",
         )
         ShardCopy(other).write(folder)
 
@@ -657,7 +716,8 @@ def of_table(rows=None, dim=8, **options):
 DOES_NOT_FIT = r"its weights do not fit the run's model and dataset \("
 NOT_READ = r"cannot be read \(.*\): copy the run again"
 LOADED = {
-    f"{name} a pickle": (pickled(name), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)
+    f"{name} a pickle": (pickled(name), NOT_READ)
+    for name in (DENSE, OPTIMIZER, TABLE)
 }
 LOADED |= {
     f"{name} a pickle of torch's": (torch_pickled(name), NOT_READ)
@@ -668,13 +728,23 @@ LOADED |= {
     for name in (DENSE, OPTIMIZER, TABLE)
 }
 LOADED |= {
-    f"{name} empty": (text(name, b""), NOT_READ) for name in (DENSE, OPTIMIZER, TABLE)
+    f"{name} empty": (text(name, b""), NOT_READ)
+    for name in (DENSE, OPTIMIZER, TABLE)
 }
 LOADED |= {
-    "a header without end": (text(DENSE, struct.pack("<Q", 2**62) + b"{}"), NOT_READ),
-    "a header that is no JSON": (with_header(DENSE, lambda _: b"hello"), NOT_READ),
+    "a header without end": (
+        text(DENSE, struct.pack("<Q", 2**62) + b"{}"),
+        NOT_READ,
+    ),
+    "a header that is no JSON": (
+        with_header(DENSE, lambda _: b"hello"),
+        NOT_READ,
+    ),
     "a deep header": (with_header(DENSE, lambda _: NESTED), NOT_READ),
-    "a weight less": (tensors(DENSE, without_one), DOES_NOT_FIT + "Error.*Missing key"),
+    "a weight less": (
+        tensors(DENSE, without_one),
+        DOES_NOT_FIT + "Error.*Missing key",
+    ),
     "a weight more": (
         tensors(DENSE, lambda values: values | {"more": torch.zeros(2)}),
         DOES_NOT_FIT + ".*Unexpected key",
@@ -693,8 +763,14 @@ LOADED |= {
         ),
         DOES_NOT_FIT + "'step'",
     ),
-    "an optimizer without a moment": (tensors(OPTIMIZER, without_one), DOES_NOT_FIT),
-    "an optimizer of another width": (tensors(OPTIMIZER, doubled), DOES_NOT_FIT),
+    "an optimizer without a moment": (
+        tensors(OPTIMIZER, without_one),
+        DOES_NOT_FIT,
+    ),
+    "an optimizer of another width": (
+        tensors(OPTIMIZER, doubled),
+        DOES_NOT_FIT,
+    ),
     "a table of more rows": (
         of_table(rows=500),
         DOES_NOT_FIT + ".*holds a table of 500 rows, this one has",
@@ -715,7 +791,10 @@ LOADED |= {
         tensors(TABLE, lambda values: values),
         DOES_NOT_FIT + ".*holds a table of None rows",
     ),
-    "a table that begins nowhere": (with_facts(first_stored_row=None), DOES_NOT_FIT),
+    "a table that begins nowhere": (
+        with_facts(first_stored_row=None),
+        DOES_NOT_FIT,
+    ),
     "a table that begins in words": (
         with_facts(first_stored_row="first"),
         DOES_NOT_FIT,
@@ -741,11 +820,11 @@ LOADED |= {
 def test_what_a_checksum_does_not_show_is_one_line_where_it_is_loaded(
     run, tmp_path, damage, message
 ):
-    folder = checkpoints(run.folder)[0]
+    folder = list_checkpoints(run.folder)[0]
     (tmp_path / "rows").write_text(str(run.dataset.num_embeddings))
     damage(folder)
     seal(folder)
-    assert newest(run.folder, run.ranks, pytest.fail)[0] == folder
+    assert find_newest(run.folder, run.ranks, pytest.fail)[0] == folder
     with pytest.raises(InputError) as error:
         run.trainer(folder, 2)
     line = str(error.value)
@@ -767,10 +846,10 @@ def test_the_manifest_says_which_rows_a_table_file_has(run, tmp_path):
     """One that was written before it said so is read all the same."""
     folder = run.save(train(run.trainer(), 1), RunState(step=1))
     rows = run.dataset.num_embeddings
-    assert table_ranges(folder) == {TABLE: (0, rows)}
+    assert read_table_ranges(folder) == {TABLE: (0, rows)}
     shutil.copytree(folder, tmp_path / "older")
     seal(tmp_path / "older")
-    assert table_ranges(tmp_path / "older") == {TABLE: None}
+    assert read_table_ranges(tmp_path / "older") == {TABLE: None}
     assert same(
         everything(run.trainer(folder, 1)),
         everything(run.trainer(tmp_path / "older", 1)),
@@ -780,20 +859,31 @@ def test_the_manifest_says_which_rows_a_table_file_has(run, tmp_path):
 def test_without_room_for_a_copy_the_table_itself_is_written(run, monkeypatch):
     """Training waits for it: when `save` is over the checkpoint is there, with what a copy would have had."""
     trainer = train(run.trainer(), 2)
-    needed = trainer.table.capacity.host + loader_bytes(run.config, run.dataset, 1)
-    monkeypatch.setattr(embeddings.placement, "host_memory", lambda: needed + 200)
+    needed = trainer.table.capacity.host + estimate_loader_bytes(
+        run.config, run.dataset, 1
+    )
+    monkeypatch.setattr(
+        embeddings.placement, "available_host_memory", lambda: needed + 200
+    )
     monkeypatch.setattr(embeddings.placement, "PIECE", 100)
     monkeypatch.setattr(embeddings.checkpoint, "PIECE", 100)
     short = train(run.trainer(), 2)
     assert trainer.table.capacity.copied and not short.table.capacity.copied
-    assert "training waits while a checkpoint is written" in describe(short)
+    assert "training waits while a checkpoint is written" in describe_run(short)
     writer = run.checkpoints()
     writer.save(short.engine, short.table, RunState(step=99))
-    assert not writer.writing and checkpoints(run.folder)[0].name == "step-00000099"
+    assert (
+        not writer.writing
+        and list_checkpoints(run.folder)[0].name == "step-00000099"
+    )
     saved = everything(short)
     train(short, 1)
-    assert same(everything(run.trainer(checkpoints(run.folder)[0], 2)), saved)
-    monkeypatch.setattr(embeddings.placement, "host_memory", lambda: needed + 99)
+    assert same(
+        everything(run.trainer(list_checkpoints(run.folder)[0], 2)), saved
+    )
+    monkeypatch.setattr(
+        embeddings.placement, "available_host_memory", lambda: needed + 99
+    )
     with pytest.raises(
         InputError,
         match=r"a checkpoint takes 0\.1 kB of the host at least beside rows of",
@@ -806,23 +896,26 @@ def test_the_best_model_is_loaded_without_an_optimizer(run):
     table = ItemTable(
         run.dataset.num_embeddings, 8, TableConfig(optimizer="sgd"), 1, "cpu"
     )
-    folder, best, facts = best_checkpoint(run.folder, run.ranks)
+    folder, best, facts = find_best(run.folder, run.ranks)
     assert best == best_of(1) and facts["state"].step == 1
     restore_best(folder, trainer.model, table)
     expected = run.expected[1]
     assert torch.equal(table.shard()[1]["weight"], expected["table weight"])
     found = {
-        f"dense {name}": value for name, value in trainer.model.state_dict().items()
+        f"dense {name}": value
+        for name, value in trainer.model.state_dict().items()
     }
     assert same(
         found,
-        {name: value for name, value in expected.items() if name.startswith("dense ")},
+        {
+            name: value
+            for name, value in expected.items()
+            if name.startswith("dense ")
+        },
     )
 
 
-NO_MODEL = (
-    r"run: holds no finished model \(best\.json is missing or unreadable\): train first"
-)
+NO_MODEL = r"run: holds no finished model \(best\.json is missing or unreadable\): train first"
 NO_BEST = {
     "none": (None, NO_MODEL),
     "not JSON": ("{", NO_MODEL),
@@ -850,7 +943,7 @@ def test_no_best_model_is_one_line(run, content, message):
     if content is not None:
         (run.folder / BEST).write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=message) as error:
-        best_checkpoint(run.folder, run.ranks)
+        find_best(run.folder, run.ranks)
     assert "\n" not in str(error.value)
 
 
@@ -860,7 +953,7 @@ def test_a_best_model_that_is_damaged_is_one_line(run):
         InputError,
         match=rf"step-00000001/{TABLE} has another checksum .*: copy the run again$",
     ):
-        best_checkpoint(run.folder, run.ranks)
+        find_best(run.folder, run.ranks)
 
 
 # Which checkpoints stay.
@@ -881,13 +974,24 @@ def test_the_newest_and_the_best_stay(run):
         RunState(step, 0, best_of(4) if step > 3 else best_of(1))
         for step in range(3, 8)
     ]
-    assert saves(run, 2, states) == [[1, 2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7]]
+    assert saves(run, 2, states) == [
+        [1, 2, 3],
+        [3, 4],
+        [4, 5],
+        [4, 5, 6],
+        [4, 6, 7],
+    ]
     assert json.loads((run.folder / BEST).read_text()) == best_of(4)
-    assert newest(run.folder, run.ranks, pytest.fail)[1]["state"] == states[-1]
+    assert (
+        find_newest(run.folder, run.ranks, pytest.fail)[1]["state"]
+        == states[-1]
+    )
 
 
 def test_the_best_stays_though_another_number_of_them_is_kept(run):
-    assert saves(run, 1, [RunState(8, 0, best_of(2)), RunState(9, 9, best_of(9))]) == [
+    assert saves(
+        run, 1, [RunState(8, 0, best_of(2)), RunState(9, 9, best_of(9))]
+    ) == [
         [2, 8],
         [9],
     ]
@@ -904,9 +1008,9 @@ def test_what_is_not_ours_stays(run):
         "old-step-00000001",
     ]
     for name in foreign:
-        (place / name).mkdir() if "." not in name or name.endswith("backup") else (
-            place / name
-        ).write_text("mine")
+        (place / name).mkdir() if "." not in name or name.endswith(
+            "backup"
+        ) else (place / name).write_text("mine")
         if (place / name).is_dir():
             (place / name / "mine").write_text("mine")
     for name in (
@@ -931,12 +1035,12 @@ def test_damaged_ones_of_later_steps_do_not_push_out_the_one_just_written(run):
     for step in (8, 9):
         flip(run.save(trainer, RunState(step), keep=9), DENSE)
     said = []
-    folder, found = newest(run.folder, run.ranks, said.append)
+    folder, found = find_newest(run.folder, run.ranks, said.append)
     assert folder.name == "step-00000002" and len(said) == 2
     writer = run.checkpoints(keep=1, last=found["state"])
     writer.save(trainer.engine, trainer.table, RunState(5))
     writer.finish()
-    folder, found = newest(run.folder, run.ranks, said.append)
+    folder, found = find_newest(run.folder, run.ranks, said.append)
     assert (
         folder is not None
         and folder.name == "step-00000005"
@@ -952,20 +1056,22 @@ def test_what_a_save_of_more_ranks_left_does_not_spoil_the_next(run):
     (left / "table-00000-of-00002.safetensors").write_text("whole")
     entry = {"table-00000-of-00002.safetensors": {"bytes": 5, "xxh3_128": "0"}}
     (left / "part-00001.json").write_text(json.dumps(entry))
-    resumed = train(run.trainer(checkpoints(run.folder)[0], 2), 1)
+    resumed = train(run.trainer(list_checkpoints(run.folder)[0], 2), 1)
     run.save(resumed, RunState(3))
-    folder, _ = newest(run.folder, run.ranks, pytest.fail)
+    folder, _ = find_newest(run.folder, run.ranks, pytest.fail)
     assert folder.name == "step-00000003" and same(
         everything(run.trainer(folder, 3)), everything(resumed)
     )
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(run):
-    folder = checkpoints(run.folder)[0]
+    folder = list_checkpoints(run.folder)[0]
     resumed = run.trainer(folder, 2)
     flip(folder, DENSE)
     assert run.save(resumed, RunState(2, 1)) == folder
-    assert newest(run.folder, run.ranks, pytest.fail)[1]["state"] == RunState(2, 1)
+    assert find_newest(run.folder, run.ranks, pytest.fail)[1][
+        "state"
+    ] == RunState(2, 1)
 
 
 def test_the_same_state_is_written_once(run):
@@ -982,7 +1088,9 @@ def test_the_same_state_is_written_once(run):
     given.validated = 4
     writer.save(trainer.engine, trainer.table, given)
     writer.finish()
-    assert read_state(run.folder / "checkpoints/step-00000005-1")["state"] == given
+    assert (
+        read_state(run.folder / "checkpoints/step-00000005-1")["state"] == given
+    )
     before = folders(run)
     run.checkpoints(last=given).save(
         trainer.engine, trainer.table, given
@@ -1016,7 +1124,7 @@ def held_up(monkeypatch):
 
 def test_later_steps_and_log_lines_are_not_in_it(run, held_up):
     free, _ = held_up
-    resumed = train(run.trainer(checkpoints(run.folder)[0], 2), 1)
+    resumed = train(run.trainer(list_checkpoints(run.folder)[0], 2), 1)
     expected, given = everything(resumed), RunState(3, 1, best_of(1))
     with open(run.folder / "metrics.jsonl", "a") as metrics:
         metrics.write("until here\n")
@@ -1033,7 +1141,7 @@ def test_later_steps_and_log_lines_are_not_in_it(run, held_up):
     free.set()
     writer.finish()
     assert not writer.writing
-    folder, found = newest(run.folder, run.ranks, pytest.fail)
+    folder, found = find_newest(run.folder, run.ranks, pytest.fail)
     assert found["state"] == RunState(3, 1, best_of(1))
     assert (folder / "metrics.jsonl").read_text() == METRICS + "until here\n"
     assert same(everything(run.trainer(folder, 3)), expected)
@@ -1051,7 +1159,9 @@ def test_one_save_at_a_time(run, held_up):
     ]  # made visible before the next begins
     writer.finish()
     names = ("step-00000005.partial", "step-00000006.partial")
-    assert order == [f"{what} {name}" for name in names for what in ("begins", "ends")]
+    assert order == [
+        f"{what} {name}" for name in names for what in ("begins", "ends")
+    ]
     assert folders(run) == ["step-00000005", "step-00000006"]
 
 
@@ -1102,6 +1212,6 @@ def test_who_may_read_the_folder_may_read_its_files(run):
     writer.save(trainer.engine, trainer.table, RunState(5, 5))
     writer.finish()
     folder = run.folder / "checkpoints/step-00000005"
-    assert {file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")} == {
-        folder.stat().st_mode & 0o666
-    }
+    assert {
+        file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")
+    } == {folder.stat().st_mode & 0o666}

@@ -13,7 +13,7 @@ from tests.helpers.runs import SmallRun, finished_run, rank_of_one, seal
 from trainer.checkpoint.best_model import best_model
 from trainer.checkpoint.warm_start import find_warm_start
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.errors import InputError
 from trainer.training.step import Trainer
 
@@ -43,7 +43,9 @@ def old(ranks, tmp_path_factory):
     return run
 
 
-def grown(tmp_path, ranks, old, *settings, items=(4, 7), item_ids=None, **dataset):
+def grown(
+    tmp_path, ranks, old, *settings, items=(4, 7), item_ids=None, **dataset
+):
     """A run that begins with the old one, on other items: domain 0 has lost one and moved its others, domain 1 has new ones."""
     ids = item_ids or [
         ["a4", "a0", "a9", "a2"],
@@ -68,11 +70,15 @@ def table_of(run, ranks):
 
 def begun(run):
     warm = find_warm_start(run.config, run.dataset, run.ranks)
-    plan = Plan(run.dataset, run.config.global_batch_size, 1, run.config.seed)
+    plan = BatchSchedule(
+        run.dataset, run.config.global_batch_size, 1, run.config.seed
+    )
     return warm, Trainer(run.config, run.ranks, run.dataset, plan, warm=warm)
 
 
-def test_items_are_found_by_their_ids_and_bring_their_state(tmp_path, ranks, old):
+def test_items_are_found_by_their_ids_and_bring_their_state(
+    tmp_path, ranks, old
+):
     run = grown(tmp_path, ranks, old)
     warm, trainer = begun(run)
     first = 4 + ROOM
@@ -92,7 +98,9 @@ def test_items_are_found_by_their_ids_and_bring_their_state(tmp_path, ranks, old
     cold = grown(tmp_path / "cold", ranks, old).trainer()
     with torch.no_grad():
         start = cold.table(torch.arange(run.dataset.num_embeddings))
-    empty = np.setdiff1d(np.arange(len(start)), [*range(4), *range(first, first + 7)])
+    empty = np.setdiff1d(
+        np.arange(len(start)), [*range(4), *range(first, first + 7)]
+    )
     assert torch.equal(after[empty], start[empty])
     for row in (2, first + 4, first + 5, first + 6):
         assert not torch.equal(after[row], start[row])
@@ -110,7 +118,7 @@ def test_the_dense_model_goes_on_as_it_was(tmp_path, ranks, old):
 def test_the_same_dataset_needs_no_other(tmp_path, ranks, old, monkeypatch):
     run = SmallRun(tmp_path, ranks, f"warm_start={old.folder}")
     run.dataset = old.dataset
-    monkeypatch.setattr("trainer.data.prepare.extend.rows_of_items", None)
+    monkeypatch.setattr("trainer.data.prepare.extend.join_old_rows", None)
     warm = find_warm_start(run.config, run.dataset, ranks)
     assert warm.source_N.tolist() == list(range(run.dataset.num_embeddings))
 
@@ -191,7 +199,9 @@ def another_optimizer(run, old, folder):
 def another_dataset(run, old, folder):
     other = old.copied(folder / "other")
     state = next((other.folder / "checkpoints").iterdir()) / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"dataset": "0" * 64}))
+    state.write_text(
+        json.dumps(json.loads(state.read_text()) | {"dataset": "0" * 64})
+    )
     seal(state.parent)
     return dataclasses.replace(
         run.config, warm_start=str(other.folder)
@@ -202,7 +212,9 @@ def no_dataset(run, old, folder):
     other = old.copied(folder / "other")
     config = other.folder / "config.yaml"
     config.write_text(
-        config.read_text().replace(str(old.dataset.folder), str(folder / "gone"))
+        config.read_text().replace(
+            str(old.dataset.folder), str(folder / "gone")
+        )
     )
     return dataclasses.replace(
         run.config, warm_start=str(other.folder)
@@ -234,9 +246,12 @@ def test_other_domains_altogether_are_refused(tmp_path, ranks, old):
         for domain in run.dataset.domains
     ]
     with pytest.raises(
-        InputError, match="knows none of the domains other domain 0, other domain 1"
+        InputError,
+        match="knows none of the domains other domain 0, other domain 1",
     ):
         find_warm_start(
-            run.config, dataclasses.replace(run.dataset, domains=tuple(domains)), ranks
+            run.config,
+            dataclasses.replace(run.dataset, domains=tuple(domains)),
+            ranks,
         )
     assert Dataset.load(run.dataset.folder)

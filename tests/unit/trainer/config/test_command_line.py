@@ -8,7 +8,7 @@ import pytest
 
 from trainer.config.command_line import option, parse_options
 from trainer.config.command_line.help import describe_settings
-from trainer.config.load import load
+from trainer.config.load import load_settings
 from trainer.config.run import RunConfig
 from trainer.config.setting import setting
 
@@ -64,7 +64,12 @@ SAME = {
         ["--fresh", "yes"],
         ["--fr"],
     ],
-    "a switch that is off": [[], ["fresh=off"], ["--fresh=false"], ["--fresh", "no"]],
+    "a switch that is off": [
+        [],
+        ["fresh=off"],
+        ["--fresh=false"],
+        ["--fresh", "no"],
+    ],
     "a list": [["--input", "a", "b"], ["input=[a,b]"], ["--input=[a, b]"]],
     "a repeated one": [
         ["--base", "a", "--base", "b"],
@@ -80,7 +85,11 @@ SAME = {
         ["least-users=7"],
     ],
     "none or a number": [["--days", "1.5"], ["days=1.5"]],
-    "what the launcher appends": [[], ["--local_rank=1"], ["--local_rank", "1"]],
+    "what the launcher appends": [
+        [],
+        ["--local_rank=1"],
+        ["--local_rank", "1"],
+    ],
 }
 
 
@@ -119,7 +128,9 @@ def test_the_value_of_a_flag_is_taken_as_it_stands():
         (["run=r", "fresh=maybe"], "--fresh"),
     ],
 )
-def test_what_cannot_be_used_ends_with_status_2_and_its_name(words, said, capsys):
+def test_what_cannot_be_used_ends_with_status_2_and_its_name(
+    words, said, capsys
+):
     with pytest.raises(SystemExit) as left:
         parsed(*words)
     assert left.value.code == 2
@@ -128,7 +139,7 @@ def test_what_cannot_be_used_ends_with_status_2_and_its_name(words, said, capsys
 
 def trained(*words):
     options = parse_options(Training, None, list(words))
-    return options, load(RunConfig, [], options.settings)
+    return options, load_settings(RunConfig, [], options.settings)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +153,11 @@ def trained(*words):
 def test_settings_are_flags_and_keys(words):
     options, config = trained("--config", "a.yaml", *words, "--fresh")
     assert options.fresh and options.config == ["a.yaml"]
-    assert (config.model.dim, config.epochs, config.stream.shuffle) == (64, 3, False)
+    assert (config.model.dim, config.epochs, config.stream.shuffle) == (
+        64,
+        3,
+        False,
+    )
 
 
 def test_later_settings_win_whatever_their_form():
@@ -151,7 +166,9 @@ def test_later_settings_win_whatever_their_form():
 
 
 def test_a_switch_alone_is_on():
-    _, config = trained("stream.balance=off", "--deterministic", "--stream.balance")
+    _, config = trained(
+        "stream.balance=off", "--deterministic", "--stream.balance"
+    )
     assert config.deterministic and config.stream.balance
 
 

@@ -4,7 +4,12 @@ import dataclasses
 
 import pytest
 
-from trainer.config.load import load, load_config, load_recorded, to_yaml
+from trainer.config.load import (
+    load_config,
+    load_recorded,
+    load_settings,
+    to_yaml,
+)
 from trainer.config.run import RunConfig
 from trainer.config.setting import setting
 from trainer.errors import InputError
@@ -37,19 +42,27 @@ WORDS = {
 def test_a_boolean_is_read_bare_and_quoted(tmp_path, word, value, quote):
     quoted = f"{quote}{word}{quote}"
     file = tmp_path / "config.yaml"
-    file.write_text(f"shuffle: {quoted}\ninner:\n  tower: {quoted}\n  name: on\n")
-    of_file = load(Outer, [file], ["inner.name=off"])
+    file.write_text(
+        f"shuffle: {quoted}\ninner:\n  tower: {quoted}\n  name: on\n"
+    )
+    of_file = load_settings(Outer, [file], ["inner.name=off"])
     assert of_file == Outer(value, Inner(value, "off"))
-    of_words = load(Outer, [], [f"shuffle={quoted}", f"inner.tower={quoted}"])
+    of_words = load_settings(
+        Outer, [], [f"shuffle={quoted}", f"inner.tower={quoted}"]
+    )
     assert of_words == Outer(value, Inner(value))
 
 
 @pytest.mark.parametrize("quote", ["", "'", '"'])
 @pytest.mark.parametrize(("word", "value"), [("on", True), ("off", False)])
-def test_a_boolean_of_a_record_is_read_bare_and_quoted(tmp_path, word, value, quote):
+def test_a_boolean_of_a_record_is_read_bare_and_quoted(
+    tmp_path, word, value, quote
+):
     file = tmp_path / "config.yaml"
     quoted = f"{quote}{word}{quote}"
-    file.write_text(f"log:\n  tensorboard: {quoted}\nstream:\n  shuffle: {quoted}\n")
+    file.write_text(
+        f"log:\n  tensorboard: {quoted}\nstream:\n  shuffle: {quoted}\n"
+    )
     config = load_recorded(file)
     assert (config.log.tensorboard, config.stream.shuffle) == (value, value)
 
@@ -57,10 +70,12 @@ def test_a_boolean_of_a_record_is_read_bare_and_quoted(tmp_path, word, value, qu
 @pytest.mark.parametrize("word", ["perhaps", "1.5", "[on]"])
 def test_another_word_is_refused_with_its_key(word):
     with pytest.raises(InputError, match="shuffle"):
-        load(Outer, [], [f"shuffle={word}"])
+        load_settings(Outer, [], [f"shuffle={word}"])
 
 
-@pytest.mark.parametrize("key", ["stop_gradient", "tower", "mutual_information"])
+@pytest.mark.parametrize(
+    "key", ["stop_gradient", "tower", "mutual_information"]
+)
 @pytest.mark.parametrize("word", ["on", "off"])
 def test_the_models_switches_are_read_from_everywhere(tmp_path, key, word):
     """Words or booleans: all ways of writing one are the same."""

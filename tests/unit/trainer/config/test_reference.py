@@ -18,7 +18,9 @@ def test_the_page_is_generated_from_the_settings():
 
 def test_every_setting_of_a_run_is_on_the_page():
     text = settings_page()
-    sections = {key.split(".")[0] for key, _ in iterate_settings() if "." in key}
+    sections = {
+        key.split(".")[0] for key, _ in iterate_settings() if "." in key
+    }
     for key, _ in iterate_settings():
         if key not in sections:
             assert f"| `{key}` |" in text
@@ -41,7 +43,14 @@ def test_types_are_said_in_words(kind, words):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(True, "on"), (None, "–"), ("", "–"), ([], "–"), ([1, 2], "[1, 2]"), (0.5, "0.5")],
+    [
+        (True, "on"),
+        (None, "–"),
+        ("", "–"),
+        ([], "–"),
+        ([1, 2], "[1, 2]"),
+        (0.5, "0.5"),
+    ],
 )
 def test_defaults_are_said_as_one_writes_them(value, text):
     assert describe_value(value) == text

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from tests.helpers.alone import group_of_one
-from trainer.config.load import flat, load_config, to_yaml
+from trainer.config.load import flatten_config, load_config, to_yaml
 from trainer.config.run import RunConfig
 from trainer.errors import InputError
-from trainer.evaluation.evaluate_run import rank_run
+from trainer.evaluation.evaluate_run import evaluate_run
 
 PRESETS = Path(__file__).parents[4] / "launch" / "configs"
 
@@ -39,10 +39,14 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize(("override", "allowed"), UNKNOWN.items(), ids=UNKNOWN)
-def test_an_unknown_key_is_refused_with_the_allowed_ones(tmp_path, override, allowed):
+def test_an_unknown_key_is_refused_with_the_allowed_ones(
+    tmp_path, override, allowed
+):
     keys, value = override.split("=")
     *section, key = keys.split(".")
-    text = f"{key}: {value}" if not section else f"{section[0]}:\n  {key}: {value}"
+    text = (
+        f"{key}: {value}" if not section else f"{section[0]}:\n  {key}: {value}"
+    )
     for message in (refusal(override), refusal(files=[write(tmp_path, text)])):
         key = (section or [key])[0] if section == ["modle"] else key
         assert f"'{key}'" in message
@@ -66,7 +70,9 @@ BAD_VALUES = {
     "checkpoint.keep": "0",
 }  # fmt: skip
 BAD_VALUES = [
-    f"{key}={value}" for key, values in BAD_VALUES.items() for value in values.split()
+    f"{key}={value}"
+    for key, values in BAD_VALUES.items()
+    for value in values.split()
 ]
 
 
@@ -75,7 +81,11 @@ def test_a_bad_value_names_its_key(tmp_path, override):
     key, value = override.split("=")
     assert key in refusal(override)
     *section, name = key.split(".")
-    text = f"{name}: {value}" if not section else f"{section[0]}:\n  {name}: {value}"
+    text = (
+        f"{name}: {value}"
+        if not section
+        else f"{section[0]}:\n  {name}: {value}"
+    )
     assert name in refusal(files=[write(tmp_path, text)])
 
 
@@ -97,7 +107,9 @@ def test_an_override_without_a_key_or_value_is_refused(override):
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
-    assert "broken.yaml" in refusal(files=[write(tmp_path, text, "broken.yaml")])
+    assert "broken.yaml" in refusal(
+        files=[write(tmp_path, text, "broken.yaml")]
+    )
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -137,7 +149,9 @@ def test_yaml_that_asks_for_code_is_refused_and_runs_nothing(tmp_path, tag):
 
 
 def test_later_files_and_then_overrides_win(tmp_path):
-    one = write(tmp_path, "epochs: 3\nseed: 3\nmodel: {dim: 32, heads: 2}", "one.yaml")
+    one = write(
+        tmp_path, "epochs: 3\nseed: 3\nmodel: {dim: 32, heads: 2}", "one.yaml"
+    )
     two = write(tmp_path, "seed: 4\nmodel: {dim: 64}", "two.yaml")
     config = load_config([one, two], ["model.dim=16", "max_steps=7"])
     assert (config.epochs, config.seed, config.max_steps) == (3, 4, 7)
@@ -156,7 +170,9 @@ def test_on_and_off_may_be_written_bare(tmp_path, key, word):
     ):
         assert getattr(config.model, key) is (word == "on")
     assert (
-        load_config([write(tmp_path, "log:\n  tensorboard: off\n")], []).log.tensorboard
+        load_config(
+            [write(tmp_path, "log:\n  tensorboard: off\n")], []
+        ).log.tensorboard
         is False
     )
 
@@ -213,7 +229,10 @@ def test_deepspeeds_own_json_is_a_section(tmp_path):
     file = write(tmp_path, json.dumps(facts), "ds.json")
     config = load_config(
         [],
-        ["deepspeed.zero_optimization.stage=1", "deepspeed.wall_clock_breakdown=true"],
+        [
+            "deepspeed.zero_optimization.stage=1",
+            "deepspeed.wall_clock_breakdown=true",
+        ],
         file,
     )
     assert config.deepspeed == facts | {"wall_clock_breakdown": True}
@@ -225,7 +244,8 @@ def test_bf16_of_deepspeed_is_the_models_precision(tmp_path, section):
     file = write(tmp_path, json.dumps({section: {"enabled": True}}), "ds.json")
     assert load_config([], [], file).model.precision == "bf16"
     assert (
-        load_config([], [f"deepspeed.{section}.enabled=true"]).model.precision == "bf16"
+        load_config([], [f"deepspeed.{section}.enabled=true"]).model.precision
+        == "bf16"
     )
     assert (
         load_config([], [f"deepspeed.{section}.enabled=false"]).model.precision
@@ -283,9 +303,9 @@ def test_what_is_secret_in_an_address_is_not_kept(tmp_path):
     assert config.data == "https://user:pa55@host/folder?key=pa55"
     assert (
         "pa55" not in to_yaml(config)
-        and "pa55" not in str(flat(config))
+        and "pa55" not in str(flatten_config(config))
         and "host/folder" in to_yaml(config)
     )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     with group_of_one(), pytest.raises(InputError, match="give it as --data"):
-        rank_run(tmp_path, None)
+        evaluate_run(tmp_path, None)

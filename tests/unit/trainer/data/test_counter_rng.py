@@ -32,7 +32,8 @@ def by_hand(*given_keys):
     state = 0
     for key in given_keys:
         state = mix(
-            (state + 0x9E3779B97F4A7C15) % WORD ^ mix((key + 0x9E3779B97F4A7C15) % WORD)
+            (state + 0x9E3779B97F4A7C15) % WORD
+            ^ mix((key + 0x9E3779B97F4A7C15) % WORD)
         )
     return state
 
@@ -40,9 +41,9 @@ def by_hand(*given_keys):
 def even(counts):
     """True where counts look like draws from equal chances: χ² within five standard deviations of its mean."""
     expected, freedom = counts.mean(), counts.size - 1
-    return abs(((counts - expected) ** 2 / expected).sum() - freedom) < 5 * np.sqrt(
-        2 * freedom
-    )
+    return abs(
+        ((counts - expected) ** 2 / expected).sum() - freedom
+    ) < 5 * np.sqrt(2 * freedom)
 
 
 @given(keys)
@@ -63,7 +64,15 @@ def test_arrays_of_keys_broadcast_to_the_draws_of_each():
 def test_order_and_number_of_keys_matter():
     draws = [
         random_bits(*given_keys)
-        for given_keys in ((1, 2), (2, 1), (1,), (2,), (0, 1, 2), (1, 2, 0), (3, 0))
+        for given_keys in (
+            (1, 2),
+            (2, 1),
+            (1,),
+            (2,),
+            (0, 1, 2),
+            (1, 2, 0),
+            (3, 0),
+        )
     ]
     assert len({int(draw) for draw in draws}) == len(draws)
 
@@ -80,7 +89,8 @@ def test_neighbouring_keys_share_nothing():
         given_keys[place], flipped[place] = base, base + 1
         difference = random_bits(*given_keys) ^ random_bits(*flipped)
         ones = (
-            (difference[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+            (difference[:, None] >> np.arange(64, dtype=np.uint64))
+            & np.uint64(1)
         ).mean(axis=0)
         assert np.abs(ones - 0.5).max() < 5 * 0.5 / np.sqrt(len(base))
 
@@ -110,7 +120,9 @@ def test_below_is_even(bound):
 
 
 def test_unit_is_even_and_never_one():
-    assert random_unit(np.uint64(WORD - 1)) < 1 and random_unit(np.uint64(0)) == 0
+    assert (
+        random_unit(np.uint64(WORD - 1)) < 1 and random_unit(np.uint64(0)) == 0
+    )
     assert even(
         np.histogram(
             random_unit(random_bits(1, np.arange(20000))), bins=50, range=(0, 1)
@@ -121,7 +133,9 @@ def test_unit_is_even_and_never_one():
 @given(st.integers(0, 300), keys)
 def test_a_permutation_has_everything_once(length, given_keys):
     order = permutation(length, *(np.uint64(key) for key in given_keys))
-    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(length))
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(
+        range(length)
+    )
 
 
 def test_every_order_is_as_likely():
@@ -142,11 +156,18 @@ def streams_of_calls():
         if name in (_SEEDED_APART, "trainer/data/counter_rng.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            if not isinstance(node, ast.Call) or not isinstance(
+                node.func, ast.Name
+            ):
                 continue
-            key_of_stream = {"random_bits": 1, "permutation": 2}.get(node.func.id)
+            key_of_stream = {"random_bits": 1, "permutation": 2}.get(
+                node.func.id
+            )
             if key_of_stream is not None:
-                yield f"{name}:{node.lineno}", ast.unparse(node.args[key_of_stream])
+                yield (
+                    f"{name}:{node.lineno}",
+                    ast.unparse(node.args[key_of_stream]),
+                )
 
 
 def test_each_use_of_a_seed_has_a_stream_of_its_own():
@@ -158,6 +179,8 @@ def test_each_use_of_a_seed_has_a_stream_of_its_own():
             f"{place} draws without a stream: {stream}"
         )
         files_of.setdefault(stream, set()).add(place.partition(":")[0])
-    assert files_of.keys() == {f"RandomStream.{stream.name}" for stream in RandomStream}
+    assert files_of.keys() == {
+        f"RandomStream.{stream.name}" for stream in RandomStream
+    }
     assert all(len(files) == 1 for files in files_of.values()), files_of
     assert len({int(stream) for stream in RandomStream}) == len(RandomStream)

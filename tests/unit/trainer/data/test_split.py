@@ -15,7 +15,8 @@ from trainer.data.split import (
 
 
 @pytest.mark.parametrize(
-    ("history", "training"), [("abcde", "abc"), ("abc", "a"), ("ab", "ab"), ("a", "a")]
+    ("history", "training"),
+    [("abcde", "abc"), ("abc", "a"), ("ab", "ab"), ("a", "a")],
 )
 def test_a_history_is_trained_on_but_for_the_newest_two(history, training):
     lengths_B = np.array([len(history)])
@@ -28,4 +29,6 @@ def test_each_split_holds_one_interaction_out():
     assert history[TEST.history_lengths(lengths_B)[0]] == "e"
     assert history[VALIDATION.history_lengths(lengths_B)[0]] == "d"
     assert SPLITS == {"validation": VALIDATION, "test": TEST}
-    assert {split.offset for split in SPLITS.values()} == set(range(1, HELD_OUT + 1))
+    assert {split.offset for split in SPLITS.values()} == set(
+        range(1, HELD_OUT + 1)
+    )

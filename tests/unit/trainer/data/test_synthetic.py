@@ -14,50 +14,55 @@ import pyarrow.parquet as pq
 import pytest
 
 import trainer.data.synthetic
-from trainer.config.prepare import PrepareConfig
-from trainer.config.synthetic import SyntheticConfig
+from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import (
     Events,
-    generate,
-    lengths_of,
-    synthesize,
+    draw_lengths,
+    generate_events,
+    synthesize_logs,
 )
 from trainer.errors import InputError
 
 
 def fields(events):
     return {
-        field.name: getattr(events, field.name) for field in dataclasses.fields(Events)
+        field.name: getattr(events, field.name)
+        for field in dataclasses.fields(Events)
     }
 
 
 def test_any_slice_of_users_can_be_made_on_its_own():
     config = SyntheticConfig(users=500, domains=5, seed=3)
-    whole = fields(generate(config, 0, 500))
-    part = fields(generate(config, 123, 321))
+    whole = fields(generate_events(config, 0, 500))
+    part = fields(generate_events(config, 123, 321))
     mine = (whole["user"] >= 123) & (whole["user"] < 321)
     for name, values in part.items():
         np.testing.assert_array_equal(values, whole[name][mine])
-    assert len(generate(config, 7, 7).user) == 0
+    assert len(generate_events(config, 7, 7).user) == 0
 
 
 def test_another_seed_or_user_gives_other_events():
-    one, other = (fields(generate(SyntheticConfig(seed=seed), 0, 1)) for seed in (0, 1))
+    one, other = (
+        fields(generate_events(SyntheticConfig(seed=seed), 0, 1))
+        for seed in (0, 1)
+    )
     assert not np.array_equal(one["item"][:3], other["item"][:3])
 
 
 @pytest.mark.parametrize("mean_length", [1, 1.5, 40, 300])
 def test_lengths_have_the_mean_that_was_asked_for(mean_length):
-    lengths = lengths_of(SyntheticConfig(mean_length=mean_length), 0, 100_000)
+    lengths = draw_lengths(SyntheticConfig(mean_length=mean_length), 0, 100_000)
     assert lengths.min() == 1
     assert lengths.mean() == pytest.approx(mean_length, rel=0.02)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 1.6])
 def test_events_stay_within_their_domain_and_time_rises(exponent):
-    config = SyntheticConfig(users=300, items=1003, domains=5, exponent=exponent)
-    events = generate(config, 0, 300)
+    config = SyntheticConfig(
+        users=300, items=1003, domains=5, exponent=exponent
+    )
+    events = generate_events(config, 0, 300)
     assert set(events.domain) == set(range(5))
     assert sum(config.domain_items) == 1003 and config.domain_items.min() >= 200
     assert (events.item >= 0).all() and (
@@ -65,7 +70,9 @@ def test_events_stay_within_their_domain_and_time_rises(exponent):
     ).all()
     assert (np.diff(events.time)[np.diff(events.user) == 0] > 0).all()
     np.testing.assert_allclose(
-        np.bincount(events.domain) / len(events.domain), config.shares, atol=0.03
+        np.bincount(events.domain) / len(events.domain),
+        config.shares,
+        atol=0.03,
     )
     assert (
         config.names[-1] == "ads"
@@ -78,18 +85,20 @@ def test_popularity_falls_as_a_power_law():
     config = SyntheticConfig(
         users=4000, items=2000, domains=1, topics=2, on_topic=0.0, exponent=1.0
     )
-    counts = np.bincount(generate(config, 0, 4000).item, minlength=2000)
+    counts = np.bincount(generate_events(config, 0, 4000).item, minlength=2000)
     # P(rank in [a, b)) = log((b + 1) / (a + 1)) / log(n + 1): equal masses for equal ratios.
     for a, b in ((0, 1), (1, 3), (3, 7), (99, 199)):
         wanted = np.log((b + 1) / (a + 1)) / np.log(2001)
-        assert counts[a:b].sum() / counts.sum() == pytest.approx(wanted, rel=0.05)
+        assert counts[a:b].sum() / counts.sum() == pytest.approx(
+            wanted, rel=0.05
+        )
 
 
 @pytest.fixture(scope="module")
 def truth():
     """Events of the default truth, and the index of the user's event before each: in the same domain, in any related one."""
     config = SyntheticConfig(users=3000, items=6400)
-    events = generate(config, 0, 3000)
+    events = generate_events(config, 0, 3000)
     same, related = np.full(len(events.user), -1), np.full(len(events.user), -1)
     last, user = {}, None
     for index, domain in enumerate(events.domain.tolist()):
@@ -97,7 +106,8 @@ def truth():
             last, user = {}, events.user[index]
         same[index] = last.get(domain, -1)
         related[index] = max(
-            (at for name, at in last.items() if name < config.related), default=-1
+            (at for name, at in last.items() if name < config.related),
+            default=-1,
         )
         last[domain] = index
     return config, events, same, related
@@ -133,7 +143,7 @@ def test_the_unrelated_domain_knows_itself_and_nothing_else(truth):
 
 def test_every_topic_and_item_comes_up():
     config = SyntheticConfig(users=3000, items=400, domains=4, exponent=0.5)
-    events = generate(config, 0, 3000)
+    events = generate_events(config, 0, 3000)
     for domain in range(4):
         assert len(np.unique(events.item[events.domain == domain])) == 100
     assert len(np.unique(events.topic)) == 32
@@ -179,7 +189,9 @@ def test_every_topic_and_item_comes_up():
         ),
     ],
 )
-def test_domains_have_names_and_one_is_unrelated_from_three_on(domains, names, related):
+def test_domains_have_names_and_one_is_unrelated_from_three_on(
+    domains, names, related
+):
     config = SyntheticConfig(domains=domains)
     assert list(config.names) == names and config.related == related
     assert len(config.shares) == len(
@@ -198,14 +210,14 @@ def test_files_hold_the_events_and_the_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.data.synthetic, "_CHUNK_EVENTS", 1000)
     monkeypatch.setattr(trainer.data.synthetic, "_ROW_GROUP_CHUNKS", 2)
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 3000)
-    count = synthesize(tmp_path / "logs", config, processes=1)
+    count = synthesize_logs(tmp_path / "logs", config, processes=1)
     *parts, _ = files = sorted((tmp_path / "logs").iterdir())
     assert [path.name for path in files] == [
         *(f"part-0000{number}.parquet" for number in range(3)),
         "truth.json",
     ]
     table = pq.ParquetDataset(parts).read()
-    events = generate(config, 0, 700)
+    events = generate_events(config, 0, 700)
     assert len(table) == count == len(events.user)
     np.testing.assert_array_equal(table["user_id"], events.user)
     np.testing.assert_array_equal(table["item_id"], events.item)
@@ -214,9 +226,9 @@ def test_files_hold_the_events_and_the_truth(tmp_path, monkeypatch):
         config.names[domain] for domain in events.domain
     ]
     truth = json.loads((tmp_path / "logs/truth.json").read_text())
-    assert truth["related"] == ["shop", "video", "navi"] and truth["unrelated"] == [
-        "ads"
-    ]
+    assert truth["related"] == ["shop", "video", "navi"] and truth[
+        "unrelated"
+    ] == ["ads"]
     assert SyntheticConfig(**truth["config"]) == config
     assert (truth["first_user"], truth["last_user"], truth["interactions"]) == (
         0,
@@ -240,7 +252,9 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch):
     config = SyntheticConfig(users=2000, mean_length=10, seed=5)
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 4000)
     counts = {
-        processes: synthesize(tmp_path / str(processes), config, processes=processes)
+        processes: synthesize_logs(
+            tmp_path / str(processes), config, processes=processes
+        )
         for processes in (1, 2, 3)
     }
     one = folder_bytes(tmp_path / "1")
@@ -251,21 +265,29 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch):
 def test_slices_of_users_tile_the_whole(tmp_path, monkeypatch):
     config = SyntheticConfig(users=500, mean_length=10)
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 1500)
-    whole = synthesize(tmp_path / "whole", config, processes=1)
+    whole = synthesize_logs(tmp_path / "whole", config, processes=1)
     tables, counts = [], []
     for first, last in ((0, 123), (123, 124), (124, None)):
         folder = tmp_path / str(first)
-        counts.append(synthesize(folder, config, first, last, processes=1))
-        tables += [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+        counts.append(synthesize_logs(folder, config, first, last, processes=1))
+        tables += [
+            pq.read_table(path) for path in sorted(folder.glob("*.parquet"))
+        ]
         truth = json.loads((folder / "truth.json").read_text())
-        assert (truth["first_user"], truth["last_user"], truth["interactions"]) == (
+        assert (
+            truth["first_user"],
+            truth["last_user"],
+            truth["interactions"],
+        ) == (
             first,
             last or 500,
             counts[-1],
         )
         assert SyntheticConfig(**truth["config"]) == config
     assert sum(counts) == whole
-    expected = pq.ParquetDataset(sorted((tmp_path / "whole").glob("*.parquet"))).read()
+    expected = pq.ParquetDataset(
+        sorted((tmp_path / "whole").glob("*.parquet"))
+    ).read()
     for name in expected.column_names:
         assert [
             value for table in tables for value in table[name].to_pylist()
@@ -282,9 +304,11 @@ def test_slices_of_users_tile_the_whole(tmp_path, monkeypatch):
         (dict(processes=0), "processes is 0"),
     ],
 )
-def test_users_or_processes_that_make_no_sense_are_named(tmp_path, given, named):
+def test_users_or_processes_that_make_no_sense_are_named(
+    tmp_path, given, named
+):
     with pytest.raises(InputError, match=named):
-        synthesize(tmp_path / "logs", SyntheticConfig(users=10), **given)
+        synthesize_logs(tmp_path / "logs", SyntheticConfig(users=10), **given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,12 +362,15 @@ def until(condition):
 
 
 linux = pytest.mark.skipif(
-    not Path("/proc/self/task").exists(), reason="needs /proc to find the processes"
+    not Path("/proc/self/task").exists(),
+    reason="needs /proc to find the processes",
 )
 
 
 @linux
-def test_a_killed_process_ends_the_whole_with_one_line_and_leaves_nothing(tmp_path):
+def test_a_killed_process_ends_the_whole_with_one_line_and_leaves_nothing(
+    tmp_path,
+):
     with started(tmp_path / "logs", "--users", 50_000_000) as run:
         until(lambda: len(list(tmp_path.glob(".logs.*/folder/*.parquet"))) == 2)
         killed, other = writers(run.pid)
@@ -354,7 +381,9 @@ def test_a_killed_process_ends_the_whole_with_one_line_and_leaves_nothing(tmp_pa
         err.startswith("error: a process that was writing ended by signal 9")
         and err.count("\n") == 1
     )
-    assert list(tmp_path.iterdir()) == [] and not Path(f"/proc/{other}").exists()
+    assert (
+        list(tmp_path.iterdir()) == [] and not Path(f"/proc/{other}").exists()
+    )
 
 
 @linux
@@ -364,7 +393,11 @@ def test_processes_end_when_the_one_that_started_them_is_gone(tmp_path):
         children = writers(run.pid)
         run.kill()
         _, err = run.communicate(timeout=120)  # until nobody holds the pipe
-        until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+        until(
+            lambda: (
+                not any(Path(f"/proc/{child}").exists() for child in children)
+            )
+        )
     assert len(children) == 2 and err == ""
 
 
@@ -376,7 +409,9 @@ def test_a_process_that_cannot_write_ends_the_whole_with_one_line_and_leaves_not
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    with started(tmp_path / "logs", "--users", 1_000_000, preexec_fn=limit) as run:
+    with started(
+        tmp_path / "logs", "--users", 1_000_000, preexec_fn=limit
+    ) as run:
         out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (2, "")
     assert (
@@ -427,5 +462,5 @@ def test_a_config_that_makes_no_sense_is_named(bad):
 def test_an_output_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "precious").touch()
     with pytest.raises(InputError, match="already holds something"):
-        synthesize(tmp_path, SyntheticConfig(users=1))
+        synthesize_logs(tmp_path, SyntheticConfig(users=1))
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]

@@ -8,9 +8,12 @@ import socket
 import pytest
 
 import trainer.distributed.consensus
-from trainer.distributed.consensus import on_all_ranks, require_same
+from trainer.distributed.consensus import (
+    require_same_on_all_ranks,
+    run_on_all_ranks,
+)
 from trainer.errors import InputError
-from trainer.files.atomic import StorageLate
+from trainer.files.atomic import LateStorage
 
 
 @pytest.fixture
@@ -24,15 +27,20 @@ def compared(monkeypatch):
             for each in facts
         ]
         monkeypatch.setattr(
-            trainer.distributed.consensus, "_gather_numbers", lambda numbers: rows
+            trainer.distributed.consensus,
+            "_gather_numbers",
+            lambda numbers: rows,
         )
         monkeypatch.setattr(
             trainer.distributed.consensus,
             "broadcast_json",
-            lambda rank, value: {"host": f"host{rank // 2}", "groups": facts[rank]},
+            lambda rank, value: {
+                "host": f"host{rank // 2}",
+                "groups": facts[rank],
+            },
         )
         try:
-            require_same(facts[0])
+            require_same_on_all_ranks(facts[0])
         except InputError as error:
             return str(error)
         return None
@@ -83,7 +91,10 @@ def test_those_that_differ_from_most_are_named(compared, facts, says):
 
 def test_many_are_counted(compared):
     says = compared(with_seeds(*[1] * 60, *range(100, 152)))
-    assert says.count("has other settings") == 4 and "; and 48 more ranks: give" in says
+    assert (
+        says.count("has other settings") == 4
+        and "; and 48 more ranks: give" in says
+    )
     says = compared(
         [
             {"other settings": {f"key{n}": n * rank for n in range(1, 9)}}
@@ -97,7 +108,7 @@ def test_many_are_counted(compared):
     ("error", "kind", "says"),
     [
         (InputError("by the test"), InputError, "by the test"),
-        (StorageLate("by the test"), StorageLate, "by the test"),
+        (LateStorage("by the test"), LateStorage, "by the test"),
         (
             OSError(errno.EACCES, os.strerror(errno.EACCES), "/data"),
             InputError,
@@ -105,7 +116,7 @@ def test_many_are_counted(compared):
         ),
         (
             OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data"),
-            StorageLate,
+            LateStorage,
             "/data: Stale file handle",
         ),
     ],
@@ -117,7 +128,7 @@ def test_what_all_meet_is_said_as_it_is_and_what_some_meet_with_their_names(
         raise error
 
     with pytest.raises(InputError, match=f"^{says}$") as raised:
-        on_all_ranks(fail)
+        run_on_all_ranks(fail)
     assert type(raised.value) is kind
     real = trainer.distributed.consensus._gather_numbers
     monkeypatch.setattr(
@@ -125,11 +136,13 @@ def test_what_all_meet_is_said_as_it_is_and_what_some_meet_with_their_names(
         "_gather_numbers",
         lambda numbers: [*real(numbers), [0, 0], [0, 0]],
     )
-    with pytest.raises(InputError, match=f"^rank 0 on {socket.gethostname()}: {says}$"):
-        on_all_ranks(fail)
+    with pytest.raises(
+        InputError, match=f"^rank 0 on {socket.gethostname()}: {says}$"
+    ):
+        run_on_all_ranks(fail)
 
 
 def test_a_fault_is_raised_as_it_is(ranks):
     with pytest.raises(ZeroDivisionError):
-        on_all_ranks(lambda: 1 // 0)
-    assert on_all_ranks(lambda: 5) == 5
+        run_on_all_ranks(lambda: 1 // 0)
+    assert run_on_all_ranks(lambda: 5) == 5

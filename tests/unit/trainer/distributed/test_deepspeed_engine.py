@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from trainer.config.optimizer import OptimizerConfig
-from trainer.distributed.deepspeed_engine import engine_config, rate_share
+from trainer.distributed.deepspeed_engine import (
+    build_engine_config,
+    learning_rate_share,
+)
 from trainer.errors import InputError
 
 ROOT = Path(__file__).parents[4]
@@ -13,7 +16,7 @@ ROOT = Path(__file__).parents[4]
 
 def shares(total, **options):
     config = OptimizerConfig(**options)
-    return [rate_share(config, step, total) for step in range(total)]
+    return [learning_rate_share(config, step, total) for step in range(total)]
 
 
 def test_constant_is_the_full_rate_in_every_step():
@@ -40,15 +43,19 @@ def test_cosine_is_half_way_in_the_middle():
         and found[4] == pytest.approx(0.55)
         and found == sorted(found, reverse=True)
     )
-    assert found[1] == pytest.approx(0.1 + 0.9 * 0.9619397662556434)  # cos²(π/16)
+    assert found[1] == pytest.approx(
+        0.1 + 0.9 * 0.9619397662556434
+    )  # cos²(π/16)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_share_stays_at_the_end_value_after_the_last_step(schedule):
-    config = OptimizerConfig(schedule=schedule, final_share=0.25, warmup_steps=2)
-    assert [rate_share(config, step, 10) for step in (10, 11, 1000)] == pytest.approx(
-        [0.25] * 3
+    config = OptimizerConfig(
+        schedule=schedule, final_share=0.25, warmup_steps=2
     )
+    assert [
+        learning_rate_share(config, step, 10) for step in (10, 11, 1000)
+    ] == pytest.approx([0.25] * 3)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -57,7 +64,9 @@ def test_a_run_no_longer_than_its_warm_up(schedule):
 
 
 def merged(given, config=None, batch_size=10, world_size=4):
-    return engine_config(config or OptimizerConfig(), given, batch_size, world_size)
+    return build_engine_config(
+        config or OptimizerConfig(), given, batch_size, world_size
+    )
 
 
 def test_our_settings_reach_deepspeed():
@@ -75,7 +84,10 @@ def test_our_settings_reach_deepspeed():
         "fused": True,
     }
     assert found["optimizer"]["params"] == params
-    assert found["zero_optimization"]["stage"] == 2 and found["gradient_clipping"] == 0
+    assert (
+        found["zero_optimization"]["stage"] == 2
+        and found["gradient_clipping"] == 0
+    )
     assert found["train_micro_batch_size_per_gpu"] == 2
     assert merged({}, batch_size=3)["train_micro_batch_size_per_gpu"] == 1
 
@@ -85,13 +97,16 @@ def test_our_settings_reach_deepspeed():
 )
 def test_deepspeed_takes_no_norm_that_the_host_would_wait_for(given, expected):
     assert (
-        merged({"zero_optimization": {"stage": given}})["zero_optimization"].get(
-            "compute_grad_norm"
-        )
+        merged({"zero_optimization": {"stage": given}})[
+            "zero_optimization"
+        ].get("compute_grad_norm")
         is expected
     )
     offloaded = {
-        "zero_optimization": {"stage": given, "offload_optimizer": {"device": "cpu"}}
+        "zero_optimization": {
+            "stage": given,
+            "offload_optimizer": {"device": "cpu"},
+        }
     }
     assert (
         "compute_grad_norm" not in merged(offloaded)["zero_optimization"]
@@ -105,14 +120,19 @@ def test_the_users_json_goes_over_ours_key_by_key():
         "wall_clock_breakdown": True,
     }
     found = merged(given)
-    assert found["zero_optimization"] == {"stage": 3, "contiguous_gradients": False}
+    assert found["zero_optimization"] == {
+        "stage": 3,
+        "contiguous_gradients": False,
+    }
     assert found["optimizer"]["type"] == "AdamW"
     assert (
         found["optimizer"]["params"]["weight_decay"] == 0.5
         and found["optimizer"]["params"]["lr"] == 1e-3
     )
     assert found["wall_clock_breakdown"] is True
-    assert given["optimizer"] == {"params": {"weight_decay": 0.5}}  # left as it was
+    assert given["optimizer"] == {
+        "params": {"weight_decay": 0.5}
+    }  # left as it was
 
 
 @pytest.mark.parametrize(
@@ -167,7 +187,9 @@ def test_what_cannot_hold_beside_a_fused_table_is_refused_with_the_way_out(
 ):
     with pytest.raises(InputError) as error:
         merged(given)
-    assert f"deepspeed.{key}" in str(error.value) and way_out in str(error.value)
+    assert f"deepspeed.{key}" in str(error.value) and way_out in str(
+        error.value
+    )
 
 
 def test_no_engine_is_loaded_before_one_is_started():
@@ -176,5 +198,7 @@ def test_no_engine_is_loaded_before_one_is_started():
         "print([name for name in ('deepspeed', 'torch') if name in sys.modules])"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"

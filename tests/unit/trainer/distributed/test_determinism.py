@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.runs import SmallRun, everything, rank_of_one, same, train
 from tests.unit.trainer.training.test_step import batches
-from trainer.checkpoint.resume import MAY_CHANGE
-from trainer.distributed.determinism import deterministic_sums
+from trainer.config.changes import may_change_on_resume
+from trainer.distributed.determinism import use_deterministic_sums
 from trainer.errors import InputError
 from trainer.training.loop import train as train_run
 
@@ -92,9 +92,13 @@ SETTINGS += [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids="; ".join)
-def test_every_operation_of_a_step_has_a_deterministic_way_on_cuda(run, settings):
-    """By name, on a CPU. What CUDA alone has, its attention and FBGEMM's update, is in docs/gpu.md."""
-    trainer = run.trainer(config=run.configured("model.kernel=plain", *settings))
+def test_every_operation_of_a_step_has_a_deterministic_way_on_cuda(
+    run, settings
+):
+    """By name, on a CPU. What CUDA alone has, its attention and FBGEMM's update, is in docs/cuda.md."""
+    trainer = run.trainer(
+        config=run.configured("model.kernel=plain", *settings)
+    )
     first, second = batches(trainer, 2)
     trainer.train_step(first)
     with Operators() as operators:
@@ -116,9 +120,11 @@ def test_an_operation_without_a_deterministic_way_is_seen():
 
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids="; ".join)
 def test_it_changes_no_bit_on_a_cpu(run, settings):
-    plain, sums = (run.trainer(config=run.configured(*settings)) for _ in range(2))
+    plain, sums = (
+        run.trainer(config=run.configured(*settings)) for _ in range(2)
+    )
     train(plain, 3)
-    with deterministic_sums(True):
+    with use_deterministic_sums(True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         train(sums, 3)
@@ -150,18 +156,20 @@ def test_it_holds_for_a_whole_run_and_ends_with_it(run, monkeypatch):
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused(monkeypatch):
+def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused(
+    monkeypatch,
+):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     refusal = re.escape(
         "CUBLAS_WORKSPACE_CONFIG is :0:0: deterministic=true needs :4096:8 or"
     )
-    with pytest.raises(InputError, match=refusal), deterministic_sums(True):
+    with pytest.raises(InputError, match=refusal), use_deterministic_sums(True):
         pass
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    with deterministic_sums(True):
+    with use_deterministic_sums(True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_a_run_may_go_on_with_it_or_without():
-    assert "deterministic" in MAY_CHANGE
+    assert "deterministic" in may_change_on_resume()

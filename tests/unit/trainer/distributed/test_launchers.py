@@ -78,12 +78,18 @@ BATCH = {
     "SLURM_NTASKS": "2",
     "SLURM_JOB_NODELIST": "node[01-02]",
 }
-SALLOC = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[01-02]"}
+SALLOC = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "2",
+    "SLURM_JOB_NODELIST": "node[01-02]",
+}
 ALONE = World(0, 1, 0, 1, "127.0.0.1", DEFAULT_PORT)
 
 
 def without(variables, *names):
-    return {name: value for name, value in variables.items() if name not in names}
+    return {
+        name: value for name, value in variables.items() if name not in names
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,10 @@ def without(variables, *names):
             SRUN | {"MASTER_PORT": "5"},
             World(4, 5, 1, 2, "node07", 5, "SLURM_STEP_NODELIST"),
         ),
-        (SRUN | {"MASTER_PORT": "5", "MASTER_ADDR": "b"}, World(4, 5, 1, 2, "b", 5)),
+        (
+            SRUN | {"MASTER_PORT": "5", "MASTER_ADDR": "b"},
+            World(4, 5, 1, 2, "b", 5),
+        ),
         # deepspeed --launcher mpich: its helper sets RANK and LOCAL_RANK.
         (
             HYDRA
@@ -127,7 +136,8 @@ def without(variables, *names):
         ),
         # No word on the host's ranks: they are found by the hosts' names.
         (
-            without(HYDRA, "MPI_LOCALRANKID", "MPI_LOCALNRANKS") | {"MASTER_ADDR": "a"},
+            without(HYDRA, "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+            | {"MASTER_ADDR": "a"},
             World(3, 4, None, None, "a", DEFAULT_PORT),
         ),
         # Jobs of one task.
@@ -138,7 +148,11 @@ def without(variables, *names):
         ),
         (
             SRUN
-            | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},
+            | {
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_NTASKS": "1",
+            },
             None,
         ),
         (BATCH | {"SLURM_NTASKS": "1"}, None),
@@ -148,21 +162,30 @@ def without(variables, *names):
 def test_a_launchers_world(environment, world):
     read = read_world(environment)
     if world is None:
-        assert (read.rank, read.size, read.local_rank, read.local_size) == (0, 1, 0, 1)
+        assert (read.rank, read.size, read.local_rank, read.local_size) == (
+            0,
+            1,
+            0,
+            1,
+        )
     else:
         assert read == world
 
 
 def test_a_port_goes_with_the_job():
-    ports = {read_world(SRUN | {"SLURM_JOB_ID": str(job)}).port for job in range(50)}
+    ports = {
+        read_world(SRUN | {"SLURM_JOB_ID": str(job)}).port for job in range(50)
+    }
     ports |= {
-        read_world(SRUN | {"SLURM_STEP_ID": str(step)}).port for step in range(1, 50)
+        read_world(SRUN | {"SLURM_STEP_ID": str(step)}).port
+        for step in range(1, 50)
     }
     assert len(ports) > 95 and all(10240 <= port < 30240 for port in ports)
     assert (
         read_world(SRUN).port
         == read_world(
-            SRUN | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+            SRUN
+            | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
         ).port
     )
     one, other = (
@@ -179,7 +202,10 @@ def test_mpirun_within_an_allocation_is_mpiruns_world():
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_NTASKS": "2",
     }
-    assert (read_world(helper | OPEN_MPI).rank, read_world(helper | OPEN_MPI).size) == (
+    assert (
+        read_world(helper | OPEN_MPI).rank,
+        read_world(helper | OPEN_MPI).size,
+    ) == (
         1,
         2,
     )
@@ -202,10 +228,19 @@ def test_torchrun_within_srun_is_torchruns_world():
     [
         ({"RANK": "a"}, r"^RANK is 'a', which is no number"),
         ({"WORLD_SIZE": "x"}, r"^WORLD_SIZE is 'x', which is no number"),
-        ({"RANK": "0", "WORLD_SIZE": ""}, "^WORLD_SIZE is '', which is no number"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "^RANK is '-1', which is no number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": ""},
+            "^WORLD_SIZE is '', which is no number",
+        ),
+        (
+            {"RANK": "-1", "WORLD_SIZE": "2"},
+            "^RANK is '-1', which is no number",
+        ),
         ({"RANK": "²", "WORLD_SIZE": "2"}, "^RANK is '²', which is no number"),
-        (TORCHRUN | {"LOCAL_RANK": "b"}, "^LOCAL_RANK is 'b', which is no number"),
+        (
+            TORCHRUN | {"LOCAL_RANK": "b"},
+            "^LOCAL_RANK is 'b', which is no number",
+        ),
         (
             TORCHRUN | {"MASTER_PORT": "http"},
             "^MASTER_PORT is 'http', which is no number",
@@ -217,7 +252,10 @@ def test_torchrun_within_srun_is_torchruns_world():
         (TORCHRUN | {"RANK": "16"}, "^rank 16 of 16: ranks run from 0"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "^rank 9 of 0"),
         (TORCHRUN | {"LOCAL_RANK": "8"}, "^local rank 8 of 8"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "17"}, "^17 ranks on this host of 16 in all"),
+        (
+            TORCHRUN | {"LOCAL_WORLD_SIZE": "17"},
+            "^17 ranks on this host of 16 in all",
+        ),
         ({"RANK": "0"}, "^RANK is 0 and WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "2"}, "^WORLD_SIZE is 2 and RANK is not set"),
         (
@@ -235,7 +273,10 @@ def test_torchrun_within_srun_is_torchruns_world():
             BATCH,
             r"^SLURM_NTASKS is 2, and this process was not started by srun: start it with `srun python …`",
         ),
-        (SALLOC, "^SLURM_NTASKS is 2, and this process was not started by srun"),
+        (
+            SALLOC,
+            "^SLURM_NTASKS is 2, and this process was not started by srun",
+        ),
         (
             {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
             "^SLURM_NTASKS is 2, and this process was not started by srun",
@@ -258,7 +299,10 @@ def test_torchrun_within_srun_is_torchruns_world():
         ),
         (
             OPEN_MPI
-            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            | {
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            },
             "with -x MASTER_ADDR=…$",
         ),
         (
@@ -286,7 +330,13 @@ def test_a_world_that_cannot_be_known_is_refused(environment, line):
 
 
 def test_what_is_written_into_the_environment_is_read_again():
-    for launched in (OPEN_MPI, SRUN, HYDRA | {"MASTER_ADDR": "a"}, TORCHRUN, DEEPSPEED):
+    for launched in (
+        OPEN_MPI,
+        SRUN,
+        HYDRA | {"MASTER_ADDR": "a"},
+        TORCHRUN,
+        DEEPSPEED,
+    ):
         environment = dict(launched)
         world = read_world(environment)
         enter_world(world, environment)
@@ -319,7 +369,13 @@ def test_what_is_written_into_the_environment_is_read_again():
             "local rank 7 of 8, and 4 devices are visible: two ranks would share one",
         ),
         (2, 2, 3, 2, "local rank 2 of 3, and 2 devices are visible"),
-        (1, 0, 2, 2, "rank 1 is local rank 0 of 2: ranks have to follow each other"),
+        (
+            1,
+            0,
+            2,
+            2,
+            "rank 1 is local rank 0 of 2: ranks have to follow each other",
+        ),
         (3, 0, 2, 8, "rank 3 is local rank 0 of 2"),
     ],
 )
@@ -375,7 +431,9 @@ def test_a_list_of_hosts(text, hosts):
 @pytest.mark.parametrize(("text", "hosts"), HOSTS)
 def test_slurm_reads_it_alike(text, hosts, tmp_path):
     conf = tmp_path / "slurm.conf"
-    conf.write_text("ClusterName=c\nSlurmctldHost=localhost\nNodeName=localhost\n")
+    conf.write_text(
+        "ClusterName=c\nSlurmctldHost=localhost\nNodeName=localhost\n"
+    )
     command = ["scontrol", "show", "hostnames", text]
     done = subprocess.run(
         command,

@@ -64,7 +64,9 @@ def ranks(tmp_path):
     started = []
 
     def start(size, body):
-        program = RANK.replace("{body}", body.strip().replace("\n", "\n        "))
+        program = RANK.replace(
+            "{body}", body.strip().replace("\n", "\n        ")
+        )
         for rank in range(size):
             place = {
                 "RANK": str(rank),
@@ -72,9 +74,15 @@ def ranks(tmp_path):
                 "FOLDER": str(tmp_path),
             }
             command = [sys.executable, "-c", program]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            pipes = {
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+            }
             started.append(
-                subprocess.Popen(command, cwd=ROOT, env=os.environ | place, **pipes)
+                subprocess.Popen(
+                    command, cwd=ROOT, env=os.environ | place, **pipes
+                )
             )
         return started
 
@@ -105,7 +113,9 @@ def test_a_rank_that_dies_ends_all_that_wait(ranks, dead):
             assert status == -signal.SIGKILL
         else:
             start = f"error: rank {rank}: lost the others (rank {dead} on {HOST} is gone): another rank or host is gone"
-            assert status == 4 and len(lines) == 1 and lines[0].startswith(start), lines
+            assert (
+                status == 4 and len(lines) == 1 and lines[0].startswith(start)
+            ), lines
 
 
 def test_what_the_backend_met_is_explained(ranks):
@@ -151,7 +161,10 @@ def test_what_all_meet_is_said_once(ranks):
 
 def test_a_stop_that_was_agreed_on_is_said_once_however_late_one_is(ranks):
     found = ends(
-        ranks(3, "time.sleep(2.5 * (rank == 2))\nraise Stopped('stopped after step 3')")
+        ranks(
+            3,
+            "time.sleep(2.5 * (rank == 2))\nraise Stopped('stopped after step 3')",
+        )
     )
     assert [status for status, _ in found] == [75, 75, 75]
     assert [line for _, lines in found for line in lines][:1] == [
@@ -209,7 +222,9 @@ def test_who_is_stopped_is_not_dead(ranks, tmp_path):
     assert ends(processes) == [(0, []), (0, []), (0, [])]
 
 
-def test_a_loader_that_lives_on_does_not_hide_its_trainers_death(ranks, tmp_path):
+def test_a_loader_that_lives_on_does_not_hide_its_trainers_death(
+    ranks, tmp_path
+):
     body = f"""
 if rank == 1:
     if (child := os.fork()) == 0:
@@ -233,7 +248,9 @@ def test_one_rank_watches_nobody(ranks):
     ]
 
 
-def test_where_nobody_can_be_reached_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_where_nobody_can_be_reached_the_run_goes_on(
+    tmp_path, monkeypatch, capsys
+):
     from trainer.distributed import liveness
 
     class Store:

@@ -22,7 +22,9 @@ def noted():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+)
 def test_a_request_to_stop_is_noted_and_reaches_nobody_else(noted, number):
     with StopSignal() as stop:
         assert not stop.asked
@@ -61,4 +63,6 @@ def test_other_threads_leave_the_signals_alone(noted):
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(before, False)] and signal.getsignal(signal.SIGTERM) == before
+    assert (
+        seen == [(before, False)] and signal.getsignal(signal.SIGTERM) == before
+    )

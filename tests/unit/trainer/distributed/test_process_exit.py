@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[4]
         ),
     ],
 )
-def test_a_script_ends_with_its_status_and_all_that_it_printed(body, status, errors):
+def test_a_script_ends_with_its_status_and_all_that_it_printed(
+    body, status, errors
+):
     program = f"""
 import multiprocessing, sys, threading, time
 from trainer.distributed.process_exit import run_script
@@ -79,7 +81,11 @@ run_script(main)
 @pytest.fixture
 def supervised(tmp_path):
     """Starts a script that supervises itself and whose attempts end as given: a status, -signal, or "wait"."""
-    script, attempts, started = tmp_path / "script.py", tmp_path / "attempts", []
+    script, attempts, started = (
+        tmp_path / "script.py",
+        tmp_path / "attempts",
+        [],
+    )
     script.write_text(SUPERVISED)
 
     def start(ends, restarts, *arguments, **environment):
@@ -90,10 +96,17 @@ def supervised(tmp_path):
             "ATTEMPTS": str(attempts),
         }
         command = [sys.executable, str(script), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+        }
         started.append(
             subprocess.Popen(
-                command, env=os.environ | environment, start_new_session=True, **pipes
+                command,
+                env=os.environ | environment,
+                start_new_session=True,
+                **pipes,
             )
         )
         return started[-1]
@@ -113,8 +126,18 @@ def supervised(tmp_path):
 @pytest.mark.parametrize(
     ("ends", "restarts", "status", "told"),
     [
-        ([1, 1, 0], 5, 0, ["status 1; restart 1 of 5", "status 1; restart 2 of 5"]),
-        ([1, 4, 1], 2, 1, ["status 1; restart 1 of 2", "status 4; restart 2 of 2"]),
+        (
+            [1, 1, 0],
+            5,
+            0,
+            ["status 1; restart 1 of 5", "status 1; restart 2 of 5"],
+        ),
+        (
+            [1, 4, 1],
+            2,
+            1,
+            ["status 1; restart 1 of 2", "status 4; restart 2 of 2"],
+        ),
         ([-9, -9], 1, 128 + 9, ["signal 9; restart 1 of 1"]),
         ([-11, 7], 1, 7, ["signal 11; restart 1 of 1"]),
         ([0], 3, 0, []),
@@ -132,15 +155,17 @@ def test_a_supervised_command_is_begun_again_where_that_may_help(
     process = start(ends, restarts, "data=DIR", "seed=3")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert errors.splitlines() == [f"rank 0: ended with {text} in 0 s" for text in told]
+    assert errors.splitlines() == [
+        f"rank 0: ended with {text} in 0 s" for text in told
+    ]
     assert tried() == [["data=DIR", "seed=3"]] * len(ends)
 
 
 def test_only_the_first_attempt_is_fresh(supervised):
     start, tried = supervised
-    start([1, 1, 0], 2, "--fresh", "run=DIR", "--max-restarts", "2").communicate(
-        timeout=60
-    )
+    start(
+        [1, 1, 0], 2, "--fresh", "run=DIR", "--max-restarts", "2"
+    ).communicate(timeout=60)
     others = ["run=DIR", "--max-restarts", "2"]
     assert tried() == [["--fresh", *others], others, others]
 
@@ -149,7 +174,9 @@ def test_only_the_first_attempt_is_fresh(supervised):
     ("number", "status"),
     [(signal.SIGTERM, 75), (signal.SIGUSR1, 1), (signal.SIGINT, 130)],
 )
-def test_a_request_to_stop_reaches_the_child_and_ends_both(supervised, number, status):
+def test_a_request_to_stop_reaches_the_child_and_ends_both(
+    supervised, number, status
+):
     """Whatever the child ends with, it is not begun again."""
     start, tried = supervised
     process = start(["wait", 0], 3)

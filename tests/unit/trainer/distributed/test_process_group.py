@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.ranks.conftest import free_port
 from trainer.distributed.process_group import translate_backend_errors
-from trainer.errors import InputError, RanksLost
+from trainer.errors import InputError, LostRanks
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] "
 CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
@@ -17,7 +17,10 @@ CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (RuntimeError(CLOSED), "Connection closed by peer [10.0.0.7]:41022 more"),
+        (
+            RuntimeError(CLOSED),
+            "Connection closed by peer [10.0.0.7]:41022 more",
+        ),
         (
             RuntimeError(f"{GLOO}Read error [::1]:7: Connection reset by peer"),
             "Read error [::1]:7: Connection reset by peer",
@@ -42,13 +45,18 @@ CLOSED = f"{GLOO}Connection closed by peer [10.0.0.7]:41022\nmore"
             dist.DistBackendError("NCCL communicator was aborted on rank 1."),
             "NCCL communicator was aborted on rank 1.",
         ),
-        (dist.DistNetworkError("Connection reset by peer"), "Connection reset by peer"),
+        (
+            dist.DistNetworkError("Connection reset by peer"),
+            "Connection reset by peer",
+        ),
         (dist.DistBackendError("NCCL " + "x" * 1000), "NCCL " + "x" * 155),
     ],
 )
-def test_what_a_backend_raises_is_one_line_of_its_own_rank(monkeypatch, error, reason):
+def test_what_a_backend_raises_is_one_line_of_its_own_rank(
+    monkeypatch, error, reason
+):
     monkeypatch.setenv("RANK", "5")
-    with pytest.raises(RanksLost) as lost, translate_backend_errors():
+    with pytest.raises(LostRanks) as lost, translate_backend_errors():
         raise error
     line = str(lost.value)
     assert (
@@ -58,7 +66,9 @@ def test_what_a_backend_raises_is_one_line_of_its_own_rank(monkeypatch, error, r
         and "\n" not in line
     )
     assert lost.value.status == 4
-    assert lost.value.__cause__ is error  # whose trace is printed below the line
+    assert (
+        lost.value.__cause__ is error
+    )  # whose trace is printed below the line
 
 
 def test_a_rank_that_never_comes_is_one_line():
@@ -72,11 +82,15 @@ def test_a_rank_that_never_comes_is_one_line():
         wait_for_workers=False,
     )
     with (
-        pytest.raises(RanksLost, match=r"^rank \d+: lost the others \("),
+        pytest.raises(LostRanks, match=r"^rank \d+: lost the others \("),
         translate_backend_errors(),
     ):
         dist.init_process_group(
-            "gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.5)
+            "gloo",
+            store=store,
+            rank=0,
+            world_size=2,
+            timeout=timedelta(seconds=0.5),
         )
     assert not dist.is_initialized()
 
@@ -84,7 +98,9 @@ def test_a_rank_that_never_comes_is_one_line():
 def raised_in_torch_distributed(text):
     exec(
         compile(
-            f"raise RuntimeError({text!r})", "/lib/torch/distributed/new.py", "exec"
+            f"raise RuntimeError({text!r})",
+            "/lib/torch/distributed/new.py",
+            "exec",
         )
     )
 
@@ -97,7 +113,9 @@ def raised_in_torch_distributed(text):
         OSError(28, "No space left on device"),
         InputError("data=DIR is missing"),
         KeyboardInterrupt(),
-        torch.OutOfMemoryError("CUDA out of memory. NCCL has 2 GiB. Timed out waiting"),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. NCCL has 2 GiB. Timed out waiting"
+        ),
         torch.OutOfMemoryError(f"{GLOO}Connection closed by peer"),
         RuntimeError("the server timed out"),
         RuntimeError("it is said that Application timeout caused pair closure"),
@@ -122,6 +140,9 @@ def test_a_fault_in_torch_distributed_is_a_fault():
 
 
 def test_a_tensor_of_a_wrong_size_is_a_fault(ranks):
-    with pytest.raises((ValueError, RuntimeError)) as fault, translate_backend_errors():
+    with (
+        pytest.raises((ValueError, RuntimeError)) as fault,
+        translate_backend_errors(),
+    ):
         dist.all_gather([torch.empty(3)], torch.ones(4))
-    assert not isinstance(fault.value, RanksLost)
+    assert not isinstance(fault.value, LostRanks)

@@ -2,12 +2,16 @@ import os
 
 import pytest
 
-from trainer.distributed.resources import cores_per_rank
+from trainer.distributed.resources import count_cores_per_rank
 
 
 @pytest.mark.parametrize(
     ("given", "ranks", "cores"),
-    [({}, 4, 4), ({"LOCAL_WORLD_SIZE": "2"}, 16, 8), ({"LOCAL_SIZE": "99"}, 99, 1)],
+    [
+        ({}, 4, 4),
+        ({"LOCAL_WORLD_SIZE": "2"}, 16, 8),
+        ({"LOCAL_SIZE": "99"}, 99, 1),
+    ],
 )
 def test_ranks_of_a_machine_share_its_cores(monkeypatch, given, ranks, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
@@ -15,4 +19,4 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch, given, ranks, cores):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert cores_per_rank(ranks) == cores
+    assert count_cores_per_rank(ranks) == cores

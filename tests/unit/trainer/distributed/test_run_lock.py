@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint.resume import leave_nothing, run_folder
+from trainer.checkpoint.resume import check_run_folder, remove_failed_start
 from trainer.distributed import run_lock
-from trainer.distributed.run_lock import LOCK, locked, locked_by_first_rank
+from trainer.distributed.run_lock import (
+    lock_run_folder,
+    lock_run_folder_on_first_rank,
+)
 from trainer.errors import InputError
+from trainer.run_files import LOCK
 
 ROOT = Path(__file__).parents[4]
 HOST = socket.gethostname()
@@ -39,7 +43,11 @@ def holder():
     def start(run, *how):
         command = [sys.executable, "-c", HOLDER, str(run), *how]
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         started.append(process)
         process.stdout.readline()
@@ -52,47 +60,53 @@ def holder():
         process.stdout.close()
 
 
-def test_a_folder_that_another_process_has_is_refused_with_its_owner(holder, tmp_path):
+def test_a_folder_that_another_process_has_is_refused_with_its_owner(
+    holder, tmp_path
+):
     run = tmp_path / "run"
     process = holder(run)
     before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
-    with pytest.raises(InputError) as refused, locked(run):
+    with pytest.raises(InputError) as refused, lock_run_folder(run):
         pytest.fail("two have it")
     line = f"{run}: another run writes in this folder (host {HOST}, process {process.pid}): wait"
     assert str(refused.value).startswith(line) and refused.value.status == 2
     assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
 
 
-def test_who_was_killed_holds_nothing_though_its_loaders_live_on(holder, tmp_path):
+def test_who_was_killed_holds_nothing_though_its_loaders_live_on(
+    holder, tmp_path
+):
     process = holder(tmp_path / "run", "fork")
     process.kill()
     process.wait()
-    with locked(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         owner = json.loads((tmp_path / "run" / LOCK).read_text())
         assert owner == {"host": HOST, "pid": os.getpid()}
 
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path):
-    with locked(tmp_path / "new"):
+    with lock_run_folder(tmp_path / "new"):
         assert (
-            run_folder(tmp_path / "new") == tmp_path / "new"
+            check_run_folder(tmp_path / "new") == tmp_path / "new"
         )  # a lock makes it no run
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
-    with locked(tmp_path / "empty"):
+    with lock_run_folder(tmp_path / "empty"):
         pass
     assert list((tmp_path / "empty").iterdir()) == []
-    with pytest.raises(ZeroDivisionError), locked(tmp_path / "run"):
+    with pytest.raises(ZeroDivisionError), lock_run_folder(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").touch()
         raise ZeroDivisionError
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [
+        "config.yaml"
+    ]
 
 
 def test_a_run_that_could_not_begin_leaves_its_lock_neither(tmp_path):
     run = tmp_path / "run"
-    with locked(run):
+    with lock_run_folder(run):
         (run / "config.yaml").touch()
-        leave_nothing(run)
+        remove_failed_start(run)
         assert not run.exists()
     assert not run.exists()
 
@@ -101,9 +115,9 @@ def test_the_next_one_has_it_and_not_the_file_that_is_gone(tmp_path):
     """The lock's file is taken away at the end: who has opened it before locks nothing with it."""
     run = tmp_path / "run"
     run.mkdir()
-    with locked(run):
+    with lock_run_folder(run):
         pass
-    with locked(run), pytest.raises(InputError), locked(run):
+    with lock_run_folder(run), pytest.raises(InputError), lock_run_folder(run):
         pass
 
 
@@ -115,7 +129,7 @@ def test_another_hosts_lock_is_waited_for(tmp_path, capsys, monkeypatch):
     held = open(run / LOCK)  # noqa: SIM115 (a timer closes it)
     fcntl.flock(held, fcntl.LOCK_EX)
     threading.Timer(1.0, held.close).start()
-    with locked(run):
+    with lock_run_folder(run):
         pass
     assert (
         "waits up to 100 s for the lock of process 1 of host elsewhere"
@@ -127,7 +141,7 @@ def test_another_hosts_lock_is_waited_for(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(run_lock, "_LEASE", 0.0)
         with (
             pytest.raises(InputError, match=r"\(host elsewhere, process 1\)"),
-            locked(run),
+            lock_run_folder(run),
         ):
             pass
 
@@ -141,11 +155,13 @@ def test_an_owner_that_is_gone_from_this_host_is_waited_for(tmp_path):
     held = open(run / LOCK)  # noqa: SIM115 (a timer closes it)
     fcntl.flock(held, fcntl.LOCK_EX)
     threading.Timer(0.7, held.close).start()
-    with locked(run):
+    with lock_run_folder(run):
         pass
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
+)
 def test_where_a_file_system_has_no_locks_it_is_said(
     tmp_path, capsys, monkeypatch, number
 ):
@@ -153,7 +169,7 @@ def test_where_a_file_system_has_no_locks_it_is_said(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         pass
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "this file system has no locks" in said
@@ -163,7 +179,10 @@ def test_where_a_file_system_has_no_locks_it_is_said(
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, ranks, where):
     (tmp_path / "file").touch()
     run = tmp_path / where
-    with pytest.raises(InputError) as refused, locked_by_first_rank(run, True):
+    with (
+        pytest.raises(InputError) as refused,
+        lock_run_folder_on_first_rank(run, True),
+    ):
         pytest.fail("it was made")
     assert (
         str(refused.value).startswith(f"{run}: cannot be written (")
@@ -179,4 +198,4 @@ def test_a_disk_that_is_only_read_is_one_line(tmp_path, ranks, monkeypatch):
     with pytest.raises(
         InputError, match=r"run: cannot be written \(Read-only file system\)"
     ):
-        locked_by_first_rank(tmp_path / "run", True).__enter__()
+        lock_run_folder_on_first_rank(tmp_path / "run", True).__enter__()

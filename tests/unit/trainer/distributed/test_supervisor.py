@@ -70,8 +70,14 @@ def supervised(tmp_path):
                 "GRACE": str(grace),
             }
             command = [sys.executable, str(script)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command, env=os.environ | environment, **pipes)
+            pipes = {
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+            }
+            process = subprocess.Popen(
+                command, env=os.environ | environment, **pipes
+            )
             started.append(process)
         return started
 
@@ -132,12 +138,15 @@ def alive(file):
 def test_where_one_dies_all_begin_again_though_others_hang(supervised):
     """The one that hangs neither ends by itself nor when it is asked to."""
     start, attempts = supervised
-    (first, others), (status, lines) = finished(start([["hang", 0], [-9, 0]], 2))
-    assert (first, status) == (0, 0) and tried(attempts) == [2, 2]
-    killed = (
-        f"rank 0 on {HOST}: another rank has ended, and this one does not: it is killed"
+    (first, others), (status, lines) = finished(
+        start([["hang", 0], [-9, 0]], 2)
     )
-    assert others == [killed, "rank 0: ended with signal 9; restart 1 of 2 in 0 s"]
+    assert (first, status) == (0, 0) and tried(attempts) == [2, 2]
+    killed = f"rank 0 on {HOST}: another rank has ended, and this one does not: it is killed"
+    assert others == [
+        killed,
+        "rank 0: ended with signal 9; restart 1 of 2 in 0 s",
+    ]
     assert lines == ["rank 1: ended with signal 9; restart 1 of 2 in 0 s"]
 
 
@@ -161,7 +170,9 @@ def test_who_was_through_begins_again_with_the_others(supervised, dead):
         ([[0], [0]], [0, 0]),
     ],
 )
-def test_what_a_restart_does_not_mend_is_not_begun_again(supervised, ends, statuses):
+def test_what_a_restart_does_not_mend_is_not_begun_again(
+    supervised, ends, statuses
+):
     start, attempts = supervised
     assert [status for status, _ in finished(start(ends, 3))] == statuses
     assert tried(attempts) == [1, 1]
@@ -170,7 +181,9 @@ def test_what_a_restart_does_not_mend_is_not_begun_again(supervised, ends, statu
 def test_restarts_come_to_an_end_with_the_status_of_the_signal(supervised):
     start, attempts = supervised
     found = finished(start([[4, 4, 4], [-11, -6, -9]], 2))
-    assert [status for status, _ in found] == [4, 128 + 9] and tried(attempts) == [3, 3]
+    assert [status for status, _ in found] == [4, 128 + 9] and tried(
+        attempts
+    ) == [3, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

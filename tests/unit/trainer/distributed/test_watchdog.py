@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer.errors import RanksLost
+from trainer.errors import LostRanks
 
 ROOT = Path(__file__).parents[4]
 WATCHED = """
@@ -22,13 +22,18 @@ def watched(body):
     environment = os.environ | {"RANK": "3", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
 def test_a_process_without_progress_is_ended_with_its_line():
     done = watched("time.sleep(3600)")
-    assert done.returncode == RanksLost.status == 4 and done.stdout == ""
+    assert done.returncode == LostRanks.status == 4 and done.stdout == ""
     assert done.stderr.startswith(
         "error: rank 3: no progress for 0 s in step 7: another rank or host is gone or hangs"
     )

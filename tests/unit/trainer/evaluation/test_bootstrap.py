@@ -5,25 +5,24 @@ import pytest
 import torch
 
 from trainer.evaluation.bootstrap import (
-    CUTS,
     FEWEST,
-    NAMES,
     GroupMeans,
+    poisson_weights,
     scaled_values,
-    weights,
 )
+from trainer.evaluation.metrics import CUTOFFS, FULL_METRICS
 
 CPU = torch.device("cpu")
 
 
 def by_hand(ranks):
     ranks = np.asarray(ranks, float)
-    hit = {f"HR@{k}": np.mean(ranks <= k) for k in CUTS}
+    hit = {f"HR@{k}": np.mean(ranks <= k) for k in CUTOFFS}
     gain = {
         f"NDCG@{k}": np.mean(
             [1 / math.log2(rank + 1) if rank <= k else 0 for rank in ranks]
         )
-        for k in CUTS
+        for k in CUTOFFS
     }
     return hit | gain | {"MRR": np.mean(1 / ranks)}
 
@@ -41,7 +40,7 @@ def test_values_are_their_definitions():
     found = scaled_values(np.array([1, 2, 10, 11, 60, 10**6])) / 2.0**32
     assert found[:, 0].tolist() == [1] * 6
     for row, rank in zip(found[:, 1:], (1, 2, 10, 11, 60, 10**6), strict=True):
-        assert dict(zip(NAMES, row, strict=True)) == pytest.approx(
+        assert dict(zip(FULL_METRICS, row, strict=True)) == pytest.approx(
             by_hand([rank]), abs=2.0**-32
         )
 
@@ -56,21 +55,25 @@ def test_figures_are_means_over_the_users_of_each_group(ranks):
             own = (groups_BG == group).any(1)
             found = means.figures(system, group)
             assert found["users"] == own.sum()
-            assert {name: found[name] for name in NAMES} == pytest.approx(
-                by_hand(ranks_SB[system, own]), abs=1e-9
-            )
+            assert {
+                name: found[name] for name in FULL_METRICS
+            } == pytest.approx(by_hand(ranks_SB[system, own]), abs=1e-9)
         mean = means.mean(system, [0, 1, 4])
         both = [
             by_hand(ranks_SB[system, (groups_BG == group).any(1)])["MRR"]
             for group in (0, 1)
         ]
-        assert mean["users"] == 300 and mean["MRR"] == pytest.approx(np.mean(both))
-    assert means.figures(0, 4) == {"users": 0} | dict.fromkeys(NAMES) | {
+        assert mean["users"] == 300 and mean["MRR"] == pytest.approx(
+            np.mean(both)
+        )
+    assert means.figures(0, 4) == {"users": 0} | dict.fromkeys(FULL_METRICS) | {
         "interval": None
     }
     assert means.mean(0, [4]) == means.figures(0, 4)
     ours, others = (means.figures(system, 1)["NDCG@10"] for system in (0, 1))
-    assert means.difference(1, "NDCG@10")["value"] == pytest.approx(ours - others)
+    assert means.difference(1, "NDCG@10")["value"] == pytest.approx(
+        ours - others
+    )
     assert (
         means.difference(4, "MRR")
         == means.mean_difference([4], "MRR")
@@ -95,11 +98,15 @@ def test_intervals_are_those_of_theory(ranks):
     rank_B = np.where(np.arange(users) < share * users, 1, 100)
     means = GroupMeans(2, 1, seed=5)
     means.add(
-        np.arange(users), np.zeros((users, 1), np.int64), (rank_B, np.full(users, 2))
+        np.arange(users),
+        np.zeros((users, 1), np.int64),
+        (rank_B, np.full(users, 2)),
     )
     low, high = means.figures(0, 0)["interval"]["HR@1"]
     half = 1.96 * math.sqrt(share * (1 - share) / users)
-    assert (low, high) == pytest.approx((share - half, share + half), abs=0.1 * half)
+    assert (low, high) == pytest.approx(
+        (share - half, share + half), abs=0.1 * half
+    )
     assert means.figures(1, 0)["interval"]["HR@1"] == [
         0,
         0,
@@ -126,15 +133,15 @@ def test_few_users_have_no_interval(ranks):
 
 
 def test_weights_are_poisson_and_depend_on_seed_replicate_and_user():
-    found = weights(3, 50, np.arange(4000))
+    found = poisson_weights(3, 50, np.arange(4000))
     for count in range(6):
         assert np.mean(found == count) == pytest.approx(
             math.exp(-1) / math.factorial(count), abs=0.003
         )
     np.testing.assert_array_equal(
-        found[:20, 100:130], weights(3, 20, np.arange(100, 130))
+        found[:20, 100:130], poisson_weights(3, 20, np.arange(100, 130))
     )
     assert (found[0] != found[1]).any() and (
-        found != weights(4, 50, np.arange(4000))
+        found != poisson_weights(4, 50, np.arange(4000))
     ).any()
     assert abs(np.corrcoef(found[0], found[1])[0, 1]) < 0.05

@@ -34,7 +34,9 @@ def write(folder, **columns):
 
 
 def as_lists(given):
-    return {user: (domain, rows.tolist()) for user, (domain, rows) in given.items()}
+    return {
+        user: (domain, rows.tolist()) for user, (domain, rows) in given.items()
+    }
 
 
 def test_raw_ids_become_rows_with_the_positive_first(dataset, tmp_path):
@@ -46,7 +48,11 @@ def test_raw_ids_become_rows_with_the_positive_first(dataset, tmp_path):
         negatives=[["a4", "both"], ["b3", "b1", "b3"], []],
     )
     found = read_candidates(dataset, file)
-    assert as_lists(found) == {5: (0, [1, 4, 0]), 0: (1, [10, 11, 9, 11]), 2: (0, [4])}
+    assert as_lists(found) == {
+        5: (0, [1, 4, 0]),
+        0: (1, [10, 11, 9, 11]),
+        2: (0, [4]),
+    }
     assert all(
         isinstance(user, int) and rows.dtype == np.int64
         for user, (_, rows) in found.items()
@@ -74,7 +80,10 @@ def test_a_domain_column_tells_equal_ids_apart(dataset, tmp_path):
 def test_integer_ids_are_the_same_whatever_they_are_written_as(tmp_path, kind):
     items = [[30, 10, 20, 50, 40], [1, 2, 3, 4]]
     dataset = write_dataset(
-        tmp_path / "data", draw_histories(3), user_ids=[700, 5, -2], item_ids=items
+        tmp_path / "data",
+        draw_histories(3),
+        user_ids=[700, 5, -2],
+        item_ids=items,
     )
 
     def column(values):
@@ -124,10 +133,19 @@ BAD = {
         {"negatives": [1, 2, 3]},
         ["the column negatives is BIGINT"],
     ),
-    "an unknown user": ({"user_id": ["u0", "nobody", "x"]}, ["row 1", "nobody"]),
+    "an unknown user": (
+        {"user_id": ["u0", "nobody", "x"]},
+        ["row 1", "nobody"],
+    ),
     "a null user": ({"user_id": ["u0", "u1", None]}, ["row 2", "user_id"]),
-    "a user twice": ({"user_id": ["u0", "u1", "u0"]}, ["row 2", "u0", "earlier"]),
-    "an unknown positive": ({"positive": ["a1", "z", "b1"]}, ["row 1", "item z"]),
+    "a user twice": (
+        {"user_id": ["u0", "u1", "u0"]},
+        ["row 2", "u0", "earlier"],
+    ),
+    "an unknown positive": (
+        {"positive": ["a1", "z", "b1"]},
+        ["row 1", "item z"],
+    ),
     "a null positive": ({"positive": ["a1", None, "b1"]}, ["row 1"]),
     "a positive of two domains": (
         {"positive": ["a1", "a2", "both"]},
@@ -137,7 +155,10 @@ BAD = {
         {"negatives": [["a3"], ["a1", "q"], ["b2"]]},
         ["row 1", "item q"],
     ),
-    "a null negative": ({"negatives": [["a3"], ["a1", None], ["b2"]]}, ["row 1"]),
+    "a null negative": (
+        {"negatives": [["a3"], ["a1", None], ["b2"]]},
+        ["row 1"],
+    ),
     "a negative of the other domain": (
         {"negatives": [["a3"], ["a1"], ["a1"]]},
         ["row 2", "item a1"],
@@ -166,7 +187,9 @@ def test_candidates_that_cannot_be_used_are_named_by_file_and_row(
     dataset, tmp_path, change, named
 ):
     columns = {
-        name: values for name, values in (GOOD | change).items() if values is not None
+        name: values
+        for name, values in (GOOD | change).items()
+        if values is not None
     }
     with pytest.raises(InputError) as error:
         read_candidates(dataset, write(tmp_path, **columns))
@@ -202,23 +225,37 @@ def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(
     """Whatever pieces they come in."""
     users = 40
     dataset = write_dataset(
-        tmp_path / "data", draw_histories(users), cuts=(7, 11, 20, 29), streams=4
+        tmp_path / "data",
+        draw_histories(users),
+        cuts=(7, 11, 20, 29),
+        streams=4,
     )
-    config = load_config([], [f"data={dataset.folder}", "evaluation.batch_size=6"])
+    config = load_config(
+        [], [f"data={dataset.folder}", "evaluation.batch_size=6"]
+    )
     negatives = [["d0-1", "d0-2", "d0-3"][: user % 4] for user in range(users)]
     ids = [f"u{user}" for user in range(users)]
     everyone = read_candidates(
         dataset,
-        write(tmp_path, user_id=ids, positive=["d0-0"] * users, negatives=negatives),
+        write(
+            tmp_path,
+            user_id=ids,
+            positive=["d0-0"] * users,
+            negatives=negatives,
+        ),
     )
     kept = {}
     for rank in range(world_size):
-        collected = _CandidateCollector(Homes(dataset, world_size, config), rank)
+        collected = _CandidateCollector(
+            Homes(dataset, world_size, config), rank
+        )
         for user in range(users):
             rows = everyone[user][1]
             for part in (rows[:2], rows[2:]):
                 collected.add(
-                    np.full(len(part), user), np.zeros(len(part), np.int64), part
+                    np.full(len(part), user),
+                    np.zeros(len(part), np.int64),
+                    part,
                 )
         found = collected.candidates()
         batches = RankingBatches(
@@ -226,7 +263,9 @@ def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(
         )
         steps = range(batches.plan.steps(0))
         assert set(found) == {
-            int(user) for step in steps for user in batches.plan.users(0, step, rank)
+            int(user)
+            for step in steps
+            for user in batches.plan.users(0, step, rank)
         }
         assert found.longest == everyone.longest == 4
         kept |= {user: rows.tolist() for user, (_, rows) in found.items()}
@@ -234,22 +273,32 @@ def test_each_rank_keeps_the_candidates_of_the_users_that_it_ranks(
     assert kept[3] == [0, 1, 2, 3] and everyone.rows_C.dtype == np.int32
 
 
-def test_candidates_come_in_pieces_of_any_size(dataset, ranks, tmp_path, monkeypatch):
+def test_candidates_come_in_pieces_of_any_size(
+    dataset, ranks, tmp_path, monkeypatch
+):
     file = write(tmp_path, **GOOD)
     config = load_config([], [f"data={dataset.folder}"])
     whole = as_lists(read_candidates(dataset, file))
     monkeypatch.setattr(trainer.evaluation.candidate_files, "_BATCH", 2)
-    assert as_lists(read_candidates_of_rank(dataset, file, ranks, config)) == whole
+    assert (
+        as_lists(read_candidates_of_rank(dataset, file, ranks, config)) == whole
+    )
 
 
 def step(users, domains, counts):
     rows = np.zeros(sum(counts), np.int64)
-    query = build_query(np.zeros(0, np.int64), np.zeros(len(users), np.int64), 4, rows)
-    return Candidates(query, np.array(users), np.array(domains), np.array(counts), rows)
+    query = build_query(
+        np.zeros(0, np.int64), np.zeros(len(users), np.int64), 4, rows
+    )
+    return Candidates(
+        query, np.array(users), np.array(domains), np.array(counts), rows
+    )
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "it's out.parquet"])
-def test_results_are_one_file_in_the_order_of_the_users(dataset, ranks, tmp_path, name):
+def test_results_are_one_file_in_the_order_of_the_users(
+    dataset, ranks, tmp_path, name
+):
     folder = tmp_path / "results"
     folder.mkdir()
     writer = ResultWriter(dataset, folder / name, ranks)
@@ -268,7 +317,12 @@ def test_results_are_one_file_in_the_order_of_the_users(dataset, ranks, tmp_path
     assert table.to_pylist() == [
         {"user_id": "u0", "domain": "domain 1", "rank": 1, "scores": [-0.25]},
         {"user_id": "u1", "domain": "domain 0", "rank": 1, "scores": [3, 2, 1]},
-        {"user_id": "u4", "domain": "domain 1", "rank": 2, "scores": [0.5, 1.5]},
+        {
+            "user_id": "u4",
+            "domain": "domain 1",
+            "rank": 2,
+            "scores": [0.5, 1.5],
+        },
     ]
     assert table.schema.field("scores").type.value_type == pa.float32()
 

@@ -50,7 +50,9 @@ def test_domains_are_rows_with_both_systems():
     assert (books.name, books.users, books.headline) == ("Books", 4, 0.5)
     assert books.popularity_headline == 0.25 and toys.headline is None
     assert evaluation.users == 4 and evaluation.step == 30
-    assert evaluation.mean_ndcg == 0.5 and evaluation.popularity_mean_ndcg == 0.25
+    assert (
+        evaluation.mean_ndcg == 0.5 and evaluation.popularity_mean_ndcg == 0.25
+    )
     assert evaluation.metrics == list(METRICS)
     assert evaluation.figures_of("Books") is books
     assert evaluation.figures_of("Moon").users == 0

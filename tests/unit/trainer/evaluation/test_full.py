@@ -13,7 +13,7 @@ from syncrec.batch.build import build_query
 from tests.helpers.made import draw_histories, spoil_block, write_dataset
 from trainer.config.load import load_config
 from trainer.data.format.dataset import Dataset
-from trainer.data.format.vocabulary import item_counts
+from trainer.data.format.vocabulary import read_item_counts
 from trainer.errors import InputError
 from trainer.evaluation.full import (
     BREAKDOWNS,
@@ -115,13 +115,25 @@ def by_hand(histories, back, vectors, counts):
             for row in range(len(vectors))
         }
         rivals = [
-            row for row in items_of(domain) if row not in others and row != target
+            row
+            for row in items_of(domain)
+            if row not in others and row != target
         ]
         rank = 1 + sum(score[row] >= score[target] for row in rivals)
         least = 1 + sum(counts[row] > counts[target] for row in rivals)
         most = least + sum(counts[row] == counts[target] for row in rivals)
-        length = "1–4" if len(history) < 5 else "5–9" if len(history) < 10 else "10–19"
-        own = "some" if any(domain_of(row) == domain for row in history) else "none"
+        length = (
+            "1–4"
+            if len(history) < 5
+            else "5–9"
+            if len(history) < 10
+            else "10–19"
+        )
+        own = (
+            "some"
+            if any(domain_of(row) == domain for row in history)
+            else "none"
+        )
         found.append((user, domain, rank, least, most, length, own))
         for d in range(3):
             left = [row for row in items_of(d) if row not in others]
@@ -134,7 +146,9 @@ def test_ranks_groups_and_what_is_shown_are_those_of_loops(
     ranks, dataset, histories, table, split, back
 ):
     vectors = table(torch.arange(dataset.num_embeddings)).detach()
-    expected, shown = by_hand(histories, back, vectors, item_counts(dataset))
+    expected, shown = by_hand(
+        histories, back, vectors, read_item_counts(dataset)
+    )
     done = []
     found = rank_fully(
         Model(),
@@ -152,15 +166,21 @@ def test_ranks_groups_and_what_is_shown_are_those_of_loops(
         own = [case for case in expected if case[1] == domain]
         figures = found.means.figures(0, domain * size)
         assert figures["users"] == len(own) > 0
-        assert figures["MRR"] == pytest.approx(np.mean([1 / case[2] for case in own]))
-        assert figures["HR@5"] == pytest.approx(np.mean([case[2] <= 5 for case in own]))
+        assert figures["MRR"] == pytest.approx(
+            np.mean([1 / case[2] for case in own])
+        )
+        assert figures["HR@5"] == pytest.approx(
+            np.mean([case[2] <= 5 for case in own])
+        )
         mrr = found.means.figures(1, domain * size)["MRR"]
         assert (
             np.mean([1 / case[4] for case in own]) - 1e-9
             <= mrr
             <= np.mean([1 / case[3] for case in own]) + 1e-9
         )
-        breakdown = full_record(split, dataset, found)["breakdown"][f"domain {domain}"]
+        breakdown = full_record(split, dataset, found)["breakdown"][
+            f"domain {domain}"
+        ]
         for name, column in (("history length", 5), ("history in domain", 6)):
             for group, values in breakdown[name].items():
                 those = [case for case in own if case[column] == group]
@@ -185,7 +205,8 @@ def test_one_domain_alone_is_ranked_by_its_own_history(
         own = [row for row in items[:-1] if domain_of(row) == 1]
         y = vectors[own].mean(0) if own else torch.ones(DIM)
         score = {
-            row: np.float32(vectors[row].double() @ y.double()) for row in items_of(1)
+            row: np.float32(vectors[row].double() @ y.double())
+            for row in items_of(1)
         }
         expected.append(
             1
@@ -204,10 +225,13 @@ def test_one_domain_alone_is_ranked_by_its_own_history(
         "test",
     )
     figures = [
-        found.means.figures(0, domain * groups_of_domain()) for domain in range(3)
+        found.means.figures(0, domain * groups_of_domain())
+        for domain in range(3)
     ]
     assert [figure["users"] for figure in figures] == [0, len(expected), 0]
-    assert figures[1]["MRR"] == pytest.approx(np.mean([1 / rank for rank in expected]))
+    assert figures[1]["MRR"] == pytest.approx(
+        np.mean([1 / rank for rank in expected])
+    )
     assert set(domain_of(row) for row in np.flatnonzero(found.shown)) == {1}
 
 
@@ -217,7 +241,9 @@ def test_memory_does_not_grow_by_the_items_in_every_step(ranks, dataset):
     last = dataset.domains[-1]
     grown = dataclasses.replace(dataset.domains[-1], room=rows - last.start)
     many = dataclasses.replace(dataset, domains=(*dataset.domains[:-1], grown))
-    table = ItemTable(rows, DIM, TableConfig(optimizer="sgd", init_std=0.5), 7, "cpu")
+    table = ItemTable(
+        rows, DIM, TableConfig(optimizer="sgd", init_std=0.5), 7, "cpu"
+    )
     begun = []
 
     def advance(done, total):
@@ -240,20 +266,32 @@ def test_memory_does_not_grow_by_the_items_in_every_step(ranks, dataset):
 def held_of(dataset, split="test"):
     config = configured(dataset)
     return list(
-        HeldOutBatches(dataset, 0, 1, config.evaluation, 100, split, config.seed)
+        HeldOutBatches(
+            dataset, 0, 1, config.evaluation, 100, split, config.seed
+        )
     )
 
 
-def test_popularity_is_ranked_as_a_loop_would_with_ties_at_random(dataset, histories):
-    counts, ties = item_counts(dataset), []
-    for seed, held in ((seed, held) for seed in range(4) for held in held_of(dataset)):
+def test_popularity_is_ranked_as_a_loop_would_with_ties_at_random(
+    dataset, histories
+):
+    counts, ties = read_item_counts(dataset), []
+    for seed, held in (
+        (seed, held) for seed in range(4) for held in held_of(dataset)
+    ):
         positions = Popularity(dataset, seed).positions(
             held.user_B, held.domain_B, held.row_B, held.counts_B, held.rows_E
         )
-        for user, row, rank in zip(held.user_B, held.row_B, positions, strict=True):
+        for user, row, rank in zip(
+            held.user_B, held.row_B, positions, strict=True
+        ):
             others = set(histories[user][:-1].tolist()) | {row}
             rivals = counts[
-                [item for item in items_of(domain_of(row)) if item not in others]
+                [
+                    item
+                    for item in items_of(domain_of(row))
+                    if item not in others
+                ]
             ]
             before, equal = (
                 rank - 1 - np.count_nonzero(rivals > counts[row]),
@@ -270,7 +308,9 @@ def test_thirds_have_a_third_of_the_interactions_each(tmp_path):
     rows = (
         [0] * 6 + [1] * 3 + [2] * 2 + [3] * 2 + [4] * 2 + [5] * 3
     )  # 18 of domain 0; row 6 has none
-    dataset = write_dataset(tmp_path / "data", [np.array(rows + [0, 0])], items=(7, 2))
+    dataset = write_dataset(
+        tmp_path / "data", [np.array(rows + [0, 0])], items=(7, 2)
+    )
     assert Popularity(dataset, 0).third_N[:7].tolist() == [0, 1, 2, 2, 2, 1, 2]
     assert Popularity(dataset, 0).third_N[10:12].tolist() == [2, 2]
 
@@ -310,19 +350,33 @@ def test_ranks_share_the_users_and_one_without_users_keeps_its_place(
     for rank in range(world_size):
         batches = list(
             HeldOutBatches(
-                dataset, rank, world_size, config.evaluation, 100, "test", config.seed
+                dataset,
+                rank,
+                world_size,
+                config.evaluation,
+                100,
+                "test",
+                config.seed,
             )
         )
         assert len(batches) == len(
             HeldOutBatches(
-                dataset, 0, world_size, config.evaluation, 100, "test", config.seed
+                dataset,
+                0,
+                world_size,
+                config.evaluation,
+                100,
+                "test",
+                config.seed,
             )
         )
         for held in batches:
             found += held.user_B.tolist()
             empty += len(held.user_B) == 0
             assert len(held.query.newest_B) == max(1, len(held.user_B))
-    assert sorted(found) == sorted(expected) and len(set(expected)) == len(expected)
+    assert sorted(found) == sorted(expected) and len(set(expected)) == len(
+        expected
+    )
     assert empty or world_size == 2
 
 
@@ -374,6 +428,9 @@ def test_users_of_a_damaged_block_are_refused_or_left_out(
     )
     assert found.skipped_users == 3 and found.reasons
     assert (
-        full_record("test", Dataset.load(dataset.folder), found)["skipped_users"] == 3
+        full_record("test", Dataset.load(dataset.folder), found)[
+            "skipped_users"
+        ]
+        == 3
     )
     assert isinstance(found, FullRanking)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import trainer.evaluation.inspect
-from syncrec.batch.build import build_batch, move
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import move
 from tests.helpers.runs import SmallRun, rank_of_one, train
-from trainer.data.format.dataset import SPLIT_LENGTH
-from trainer.data.format.vocabulary import item_counts, item_ids
+from trainer.data.format.vocabulary import read_item_counts, read_item_ids
 from trainer.data.loading.histories import Histories
-from trainer.evaluation.inspect import LookConfig, look_at
+from trainer.data.split import SPLIT_LENGTH
+from trainer.evaluation.inspect import InspectionConfig, inspect_model
 
 CROSS = [
     "model.tasks=cross",
@@ -30,10 +31,17 @@ def looked(folder, *settings, **look):
         model = trainer.engine.module.eval()
         with torch.no_grad():
             vectors = (
-                trainer.table(torch.arange(run.dataset.num_embeddings)).numpy().copy()
+                trainer.table(torch.arange(run.dataset.num_embeddings))
+                .numpy()
+                .copy()
             )
-        found = look_at(
-            model, trainer.table, run.dataset, run.config, ranks, LookConfig(**look)
+        found = inspect_model(
+            model,
+            trainer.table,
+            run.dataset,
+            run.config,
+            ranks,
+            InspectionConfig(**look),
         )
     return run, model, vectors, found
 
@@ -70,9 +78,13 @@ def test_gates_are_the_means_over_the_first_users_tokens(look):
         batch = move(build_batch(*arrays), "cpu")
         rows = torch.from_numpy(vectors)[batch.ids]
         x = model.embedding(batch.cross, rows)
-        for token, weights in enumerate(model.cross_gate(x, batch.cross, slice(None))):
+        for token, weights in enumerate(
+            model.cross_gate(x, batch.cross, slice(None))
+        ):
             if place := int(batch.cross.input_M[token]):
-                sums["cross"][dataset.domains[domain_N[place - 1]].name].append(weights)
+                sums["cross"][dataset.domains[domain_N[place - 1]].name].append(
+                    weights
+                )
         x, edges = model.embedding(batch.single, rows), batch.single.task_starts
         for number, domain in enumerate(dataset.domains):
             task = slice(edges[number], edges[number + 1])
@@ -93,7 +105,9 @@ def test_gates_are_the_means_over_the_first_users_tokens(look):
 
 def test_lambda_is_the_models(look):
     run, model, _, found = look
-    assert list(found["lambda"]) == [domain.name for domain in run.dataset.domains]
+    assert list(found["lambda"]) == [
+        domain.name for domain in run.dataset.domains
+    ]
     assert list(found["lambda"].values()) == model.correction.lambda_D.tolist()
 
 
@@ -103,29 +117,34 @@ def test_a_rank_without_users_adds_nothing(tmp_path):
 
 def test_items_that_training_never_met_are_not_shown(tmp_path, monkeypatch):
     def counts(dataset):
-        found = item_counts(dataset).copy()
+        found = read_item_counts(dataset).copy()
         found[1:3] = 0  # of the first domain
         found[dataset.domains[1].start :] = 0
         return found
 
-    monkeypatch.setattr(trainer.evaluation.inspect, "item_counts", counts)
+    monkeypatch.setattr(trainer.evaluation.inspect, "read_item_counts", counts)
     run, _, _, found = looked(tmp_path)
     first, second = run.dataset.domains
-    never = set(item_ids(run.dataset, first).to_pylist()[1:3])
+    never = set(read_item_ids(run.dataset, first).to_pylist()[1:3])
     assert {item["domain"] for item in found["items"]} == {first.name}
     for item in found["items"]:
         assert item["nearest"][second.name] == []
         near = [name for name, _ in item["nearest"][first.name]]
-        assert len(near) == first.items - 3 and not never & {item["item"], *near}
+        assert len(near) == first.items - 3 and not never & {
+            item["item"],
+            *near,
+        }
 
 
 def test_neighbours_of_the_most_popular_items_by_cosine(look):
     run, _, vectors, found = look
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    counts = item_counts(run.dataset)
+    counts = read_item_counts(run.dataset)
     ids = {}
     for domain in run.dataset.domains:
-        for line in pq.read_table(run.dataset.local(domain.vocabulary)).to_pylist():
+        for line in pq.read_table(
+            run.dataset.local(domain.vocabulary)
+        ).to_pylist():
             ids[domain.name, line["item_id"]] = line["row"]
     for domain in run.dataset.domains:
         own = [item for item in found["items"] if item["domain"] == domain.name]
@@ -146,7 +165,9 @@ def test_neighbours_of_the_most_popular_items_by_cosine(look):
                     reverse=True,
                 )[:3]
                 near = item["nearest"][other.name]
-                assert [value for _, value in near] == pytest.approx(best, abs=1e-4)
+                assert [value for _, value in near] == pytest.approx(
+                    best, abs=1e-4
+                )
                 for name, value in near:
                     assert float(
                         vectors[ids[other.name, name]] @ vectors[row]
@@ -173,9 +194,14 @@ def test_neighbours_of_the_most_popular_items_by_cosine(look):
 )
 def test_what_a_model_has_not_is_left_out(tmp_path, settings, view):
     _, model, _, found = looked(tmp_path, *settings)
-    gates = {name for name, weights in found["gates"].items() if weights is not None}
+    gates = {
+        name for name, weights in found["gates"].items() if weights is not None
+    }
     assert (
-        gates == {None: set(), "cross": {"cross"}, "single": {"cross", "single"}}[view]
+        gates
+        == {None: set(), "cross": {"cross"}, "single": {"cross", "single"}}[
+            view
+        ]
     )
     assert (found["lambda"] is None) == (model.correction is None)
     assert found["items"]

@@ -34,7 +34,9 @@ def metrics_by_hand(ranks):
 
     hit = {k: mean([float(rank <= k) for rank in ranks]) for k in (5, 10)}
     gain = {
-        k: mean([1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks])
+        k: mean(
+            [1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks]
+        )
         for k in (5, 10)
     }
     return {
@@ -43,9 +45,13 @@ def metrics_by_hand(ranks):
     }  # fmt: skip
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 120))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 120)
+)
 def test_metrics_are_their_definitions(ranks, longest):
-    found = metrics_of_histogram(np.bincount(np.array(ranks) - 1, minlength=longest))
+    found = metrics_of_histogram(
+        np.bincount(np.array(ranks) - 1, minlength=longest)
+    )
     assert found == pytest.approx(metrics_by_hand(ranks), rel=1e-12)
     assert list(found) == ["users", *METRICS]
 
@@ -60,7 +66,9 @@ def test_metrics_of_fewer_candidates_than_the_cut(longest):
 
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=40))
 def test_values_of_positions_have_the_means_that_histograms_have(positions):
-    expected = metrics_of_histogram(np.bincount(np.array(positions) - 1, minlength=80))
+    expected = metrics_of_histogram(
+        np.bincount(np.array(positions) - 1, minlength=80)
+    )
     for metric in METRICS:
         assert np.mean(metric_values(metric, positions)) == pytest.approx(
             expected[metric], rel=1e-12
@@ -79,7 +87,9 @@ def by_tie_rule(first, others):
     return 1 + sum(not first > other for other in others)
 
 
-@given(st.lists(st.lists(SCORE, min_size=1, max_size=6), min_size=1, max_size=5))
+@given(
+    st.lists(st.lists(SCORE, min_size=1, max_size=6), min_size=1, max_size=5)
+)
 def test_ties_and_nan_count_against_the_first_candidate(lists):
     expected = [by_tie_rule(scores[0], scores[1:]) for scores in lists]
     counts_B = np.array([len(scores) for scores in lists])
@@ -102,7 +112,9 @@ def test_ties_and_nan_count_against_the_first_candidate(lists):
 )
 def test_positions_among_all_items_skip_the_excluded_ones(rows, pairs, item):
     pairs = [pair for pair in pairs if pair[0] < len(rows)]
-    users = np.array([user for user, _ in pairs] * 2, np.int64)  # each pair twice
+    users = np.array(
+        [user for user, _ in pairs] * 2, np.int64
+    )  # each pair twice
     items = np.array([other for _, other in pairs] * 2, np.int64)
     item_B = np.full(len(rows), item)
     positions = positions_among_all(np.array(rows), item_B, (users, items))
@@ -119,7 +131,9 @@ def test_drawn_positions_are_spread_evenly_over_the_ties():
     users = 4000
     greater_B, equal_B = np.full(users, 2), np.full(users, 3)
     bits_B = random_bits(1, np.arange(users))
-    counts = np.bincount(drawn_positions(greater_B, equal_B, bits_B), minlength=7)
+    counts = np.bincount(
+        drawn_positions(greater_B, equal_B, bits_B), minlength=7
+    )
     assert counts[:3].sum() == 0 and len(counts) == 7
     assert abs(counts[3:] - users / 4).max() < 5 * math.sqrt(users * 3 / 16)
 

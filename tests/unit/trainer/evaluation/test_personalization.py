@@ -7,10 +7,15 @@ import pytest
 
 import trainer.evaluation.personalization
 from tests.helpers.alone import group_of_one
-from trainer.evaluation.personalization import DrawnUsers, own_item_gains
+from trainer.evaluation.personalization import (
+    UserSample,
+    measure_personalization,
+)
 
 USERS, NEGATIVES = 30, 4
-CONFIG = SimpleNamespace(seed=3, evaluation=SimpleNamespace(negatives=NEGATIVES))
+CONFIG = SimpleNamespace(
+    seed=3, evaluation=SimpleNamespace(negatives=NEGATIVES)
+)
 DATASET = SimpleNamespace(domains=["a", "b"], users=USERS)
 
 
@@ -26,7 +31,9 @@ def asked(monkeypatch):
     """What is ranked: a list of {user: (domain, rows)}. Others' items get rank 3."""
     found = []
 
-    def evaluate_split(model, table, dataset, ranks, config, split, candidates=None):
+    def evaluate_split(
+        model, table, dataset, ranks, config, split, candidates=None
+    ):
         assert split == "test"
         found.append(candidates)
         histogram = np.zeros((2, 2, 1 + NEGATIVES), np.int64)
@@ -46,9 +53,12 @@ def gains_of(wanted, least):
     """Of users who were ranked first, in several steps, one of which has nobody."""
     wanted_U = np.zeros(USERS, bool)
     wanted_U[wanted] = True
-    drawn = DrawnUsers(CONFIG, wanted_U)
+    drawn = UserSample(CONFIG, wanted_U)
     for users in (np.arange(13), np.array([-1]), np.arange(13, USERS)):
-        rows = [rows_of(user) if user >= 0 else np.zeros(1, np.int64) for user in users]
+        rows = [
+            rows_of(user) if user >= 0 else np.zeros(1, np.int64)
+            for user in users
+        ]
         counts = np.array(list(map(len, rows)))
         step = SimpleNamespace(
             user_B=users,
@@ -57,18 +67,24 @@ def gains_of(wanted, least):
             rows_C=np.concatenate(rows),
         )
         drawn.visit(step, np.ones(len(users), np.int64))
-    return own_item_gains(None, None, CONFIG, DATASET, None, drawn, least)
+    return measure_personalization(
+        None, None, CONFIG, DATASET, None, drawn, least
+    )
 
 
 def test_each_user_is_ranked_with_anothers_item_of_the_same_domain(asked):
     gains = gains_of(np.arange(2, 24), 1)
-    assert gains == [pytest.approx(0.5)] * 2  # NDCG of rank 1 less that of rank 3
+    assert (
+        gains == [pytest.approx(0.5)] * 2
+    )  # NDCG of rank 1 less that of rank 3
     (others,) = asked
     assert others.keys() == set(range(2, 24))
     for user, (domain, rows) in others.items():
         item, *negatives = rows.tolist()
         assert domain == user % 2 and item != 100 + user and item % 2 == domain
-        assert negatives == [row for row in rows_of(user)[1:].tolist() if row != item]
+        assert negatives == [
+            row for row in rows_of(user)[1:].tolist() if row != item
+        ]
     assert sorted(rows[0] for _, rows in others.values()) == [
         100 + user for user in range(2, 24)
     ]

@@ -6,21 +6,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.made import draw_histories, draw_ticks, spoil_block, write_dataset
+from tests.helpers.made import (
+    draw_histories,
+    draw_ticks,
+    spoil_block,
+    write_dataset,
+)
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.load import load_config
 from trainer.config.stream import StreamConfig
 from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
-from trainer.data.format.vocabulary import item_counts
-from trainer.data.loading.stream import ready
+from trainer.data.format.vocabulary import read_item_counts
+from trainer.data.loading.stream import batches_of_workers
 from trainer.errors import InputError
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.sampled import (
-    Ranking,
+    PositionCounts,
     RankingBatches,
     evaluate_split,
-    evaluation_record,
+    make_evaluation_record,
     rank_candidates,
 )
 
@@ -57,7 +62,15 @@ def batches_of(
 ):
     config = EvaluationConfig(negatives=negatives, batch_size=batch_size)
     return RankingBatches(
-        dataset, rank, world_size, config, max_length, split, SEED, given, stream
+        dataset,
+        rank,
+        world_size,
+        config,
+        max_length,
+        split,
+        SEED,
+        given,
+        stream,
     )
 
 
@@ -67,7 +80,9 @@ def users_of(batches):
     for candidates in batches:
         query, tokens = candidates.query, candidates.query.cross
         ids = query.ids.numpy()
-        np.testing.assert_array_equal(ids[query.interactions :], candidates.rows_C)
+        np.testing.assert_array_equal(
+            ids[query.interactions :], candidates.rows_C
+        )
         ends = np.cumsum(candidates.counts_B)
         for place, user in enumerate(candidates.user_B):
             if user < 0:
@@ -79,7 +94,11 @@ def users_of(batches):
             rows = candidates.rows_C[
                 ends[place] - candidates.counts_B[place] : ends[place]
             ]
-            found[int(user)] = history, int(candidates.domain_B[place]), rows.tolist()
+            found[int(user)] = (
+                history,
+                int(candidates.domain_B[place]),
+                rows.tolist(),
+            )
     return found
 
 
@@ -100,8 +119,12 @@ def test_the_held_out_item_is_ranked_after_the_history_before_it(
         own, positive = histories[user].tolist(), histories[user][-back]
         assert history == own[:-back]
         assert candidates[0] == positive and domain == domain_of(positive)
-        others = set(range(STARTS[domain], STARTS[domain] + ITEMS[domain])) - set(own)
-        assert len(candidates) == 1 + min(9, len(others)) == len(set(candidates))
+        others = set(
+            range(STARTS[domain], STARTS[domain] + ITEMS[domain])
+        ) - set(own)
+        assert (
+            len(candidates) == 1 + min(9, len(others)) == len(set(candidates))
+        )
         assert set(candidates[1:]) <= others
 
 
@@ -118,8 +141,12 @@ def test_a_history_is_asked_for_the_time_of_the_held_out_item(
         for place, user in enumerate(candidates.user_B):
             if user < 0:  # a rank without users
                 continue
-            shown = zip(ticks[user][:-back], histories[user][:-back], strict=True)
-            own = [tick for tick, row in shown if alone in (None, domain_of(row))]
+            shown = zip(
+                ticks[user][:-back], histories[user][:-back], strict=True
+            )
+            own = [
+                tick for tick, row in shown if alone in (None, domain_of(row))
+            ]
             asked = tokens.asked_M[tokens.sequence_M == place].tolist()
             assert asked == [*own, ticks[user][-back]]
             seen += 1
@@ -127,7 +154,9 @@ def test_a_history_is_asked_for_the_time_of_the_held_out_item(
 
 
 def test_only_the_newest_tokens_of_a_history_are_read(dataset, histories):
-    for user, (history, _, _) in users_of(batches_of(dataset, max_length=3)).items():
+    for user, (history, _, _) in users_of(
+        batches_of(dataset, max_length=3)
+    ).items():
         assert history == histories[user].tolist()[:-1][-3:]
 
 
@@ -136,7 +165,9 @@ def test_one_domain_alone_ranks_its_users_by_its_items_against_the_same_candidat
     dataset, histories, split
 ):
     whole = users_of(batches_of(dataset, split))
-    found = users_of(batches_of(dataset, split, stream=StreamConfig(domain="domain 1")))
+    found = users_of(
+        batches_of(dataset, split, stream=StreamConfig(domain="domain 1"))
+    )
     assert (
         found.keys()
         == {user for user, (_, domain, _) in whole.items() if domain == 1}
@@ -175,17 +206,24 @@ def test_a_rank_without_users_in_a_step_keeps_its_place(dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_bring_the_same_users_in_the_same_steps(dataset, workers):
-    built = ready(batches_of(dataset), StreamConfig(workers=workers), pin_memory=False)
+    built = batches_of_workers(
+        batches_of(dataset), StreamConfig(workers=workers), pin_memory=False
+    )
     numbers = [candidates.user_B.tolist() for candidates in built]
-    assert numbers == [candidates.user_B.tolist() for candidates in batches_of(dataset)]
+    assert numbers == [
+        candidates.user_B.tolist() for candidates in batches_of(dataset)
+    ]
 
 
 @pytest.mark.parametrize(("split", "back"), [("test", 1), ("validation", 2)])
-def test_given_candidates_take_the_place_of_drawn_ones(dataset, histories, split, back):
+def test_given_candidates_take_the_place_of_drawn_ones(
+    dataset, histories, split, back
+):
     long = [user for user, history in enumerate(histories) if len(history) >= 3]
     short = [user for user, history in enumerate(histories) if len(history) < 3]
     given_rows = {
-        user: (2, np.array([48, 50, 49 + user % 2])) for user in [*long[::2], short[0]]
+        user: (2, np.array([48, 50, 49 + user % 2]))
+        for user in [*long[::2], short[0]]
     }
     found = users_of(batches_of(dataset, split, given=given_rows))
     assert sorted(found) == long[::2]
@@ -239,7 +277,9 @@ def test_ties_and_nan_count_against_the_model(ranks, dataset, kind):
 
     def visit(candidates, ranks_B, scores_C):
         starts = np.cumsum(candidates.counts_B) - candidates.counts_B
-        for user, rank, start in zip(candidates.user_B, ranks_B, starts, strict=True):
+        for user, rank, start in zip(
+            candidates.user_B, ranks_B, starts, strict=True
+        ):
             seen[int(user)] = int(rank), scores_C[start]
 
     found = rank_all(batches_of(dataset), scores, visit)
@@ -265,11 +305,17 @@ def test_counts_of_ranks_do_not_depend_on_how_users_are_split(
         for r in range(world_size)
     ]
     np.testing.assert_array_equal(sum(parts), expected)
-    assert expected[0].sum() == expected[1].sum() == dataset.users - dataset.too_short
+    assert (
+        expected[0].sum()
+        == expected[1].sum()
+        == dataset.users - dataset.too_short
+    )
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 10), (2, 5), (5, 2)])
-def test_a_step_has_so_many_users_of_each_rank(tmp_path, histories, world_size, steps):
+def test_a_step_has_so_many_users_of_each_rank(
+    tmp_path, histories, world_size, steps
+):
     """More ranks take fewer steps."""
     even = write_dataset(
         tmp_path / "data", histories, ITEMS, cuts=(10, 20, 30, 40), streams=5
@@ -285,9 +331,10 @@ def test_vocabularies_are_read_once(ranks, dataset, monkeypatch):
     for reader in ("read_table", "ParquetFile"):
         monkeypatch.setattr(pq, reader, None)
     np.testing.assert_array_equal(rank_all(batches_of(fresh), scores), expected)
-    assert item_counts(fresh) is item_counts(fresh)
+    assert read_item_counts(fresh) is read_item_counts(fresh)
     assert (
-        item_counts(fresh).dtype == np.int32 and not item_counts(fresh).flags.writeable
+        read_item_counts(fresh).dtype == np.int32
+        and not read_item_counts(fresh).flags.writeable
     )
 
 
@@ -310,7 +357,11 @@ def test_every_step_is_reported(ranks, dataset):
 def damaged(tmp_path, histories):
     """The dataset with the second block of its fourth shard spoilt (users 29 to 31), and its fifth shard gone (40 to 43)."""
     dataset = write_dataset(
-        tmp_path / "data", histories, ITEMS, cuts=(11, 12, 26, 40, 44), streams=5
+        tmp_path / "data",
+        histories,
+        ITEMS,
+        cuts=(11, 12, 26, 40, 44),
+        streams=5,
     )
     spoil_block(dataset, shard=3, block=1)
     (dataset.folder / dataset.shards[4].name).unlink()
@@ -339,16 +390,25 @@ def test_skipped_users_are_counted_and_the_others_ranked_as_ever(
         histogram[domain, by_hand(scores, candidates) - 1] += 1
     assert len(expected) < dataset.users - dataset.too_short
     parts, found = [], {}
-    scorer, stream = Scorer(scores), StreamConfig(workers=workers, damaged="skip")
+    scorer, stream = (
+        Scorer(scores),
+        StreamConfig(workers=workers, damaged="skip"),
+    )
     for rank in range(world_size):
-        batches = batches_of(damaged, rank=rank, world_size=world_size, stream=stream)
+        batches = batches_of(
+            damaged, rank=rank, world_size=world_size, stream=stream
+        )
         found |= users_of(batches)
-        built = ready(batches, stream, pin_memory=False)
+        built = batches_of_workers(batches, stream, pin_memory=False)
         parts.append(
-            rank_candidates(scorer.model, scorer, batches, built, torch.device("cpu"))
+            rank_candidates(
+                scorer.model, scorer, batches, built, torch.device("cpu")
+            )
         )
     assert found == expected
-    np.testing.assert_array_equal(sum(part.histogram[0] for part in parts), histogram)
+    np.testing.assert_array_equal(
+        sum(part.histogram[0] for part in parts), histogram
+    )
     assert sum(part.skipped_users for part in parts) == len(SKIPPED)
     reasons = [line for part in parts for line in part.reasons]
     assert len(reasons) == len(set(reasons)) == 3  # a sha256, a block, a file
@@ -359,14 +419,25 @@ def test_skipped_users_are_counted_and_the_others_ranked_as_ever(
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_split_is_ranked_as_the_stream_is_configured(ranks, damaged, split):
     scorer = Scorer(np.zeros(damaged.num_embeddings))
-    settings = ["evaluation.negatives=9", "evaluation.batch_size=7", "stream.workers=0"]
+    settings = [
+        "evaluation.negatives=9",
+        "evaluation.batch_size=7",
+        "stream.workers=0",
+    ]
     with pytest.raises(InputError, match=r"00000[34]\.tar"):
         evaluate_split(
-            scorer.model, scorer, damaged, ranks, load_config([], settings), split
+            scorer.model,
+            scorer,
+            damaged,
+            ranks,
+            load_config([], settings),
+            split,
         )
     config = load_config([], [*settings, "stream.damaged=skip"])
-    ranking = evaluate_split(scorer.model, scorer, damaged, ranks, config, split)
-    record = evaluation_record(split, damaged, ranking, step=1, epoch=0)
+    ranking = evaluate_split(
+        scorer.model, scorer, damaged, ranks, config, split
+    )
+    record = make_evaluation_record(split, damaged, ranking, step=1, epoch=0)
     assert record["skipped_users"] == len(SKIPPED)
     seen = {
         user
@@ -397,7 +468,9 @@ def popularity_histogram(dataset, counts):
     expected = np.zeros((3, 10), int)
     for user, (_, domain, candidates) in users_of(batches_of(dataset)).items():
         tie = {
-            row: random_unit(random_bits(SEED, RandomStream.POPULARITY_TIES, user, row))
+            row: random_unit(
+                random_bits(SEED, RandomStream.POPULARITY_TIES, user, row)
+            )
             for row in candidates
         }
         order = sorted(candidates, key=lambda row: (-counts[row], -tie[row]))
@@ -422,18 +495,25 @@ def test_equally_popular_items_are_in_a_fair_order(ranks, tmp_path):
         zeros = table.set_column(2, "count", [[0] * len(table)])
         pq.write_table(zeros, made.folder / domain.vocabulary)
     found = rank_all(
-        batches_of(made, negatives=4, batch_size=300), np.zeros(made.num_embeddings)
+        batches_of(made, negatives=4, batch_size=300),
+        np.zeros(made.num_embeddings),
     )
     assert found[0, 0].tolist() == [0, 0, 0, 0, 1500]
     assert abs(found[1, 0] - 300).max() < 5 * math.sqrt(240)
 
 
 def test_longer_given_lists_widen_the_counts(ranks, dataset, histories):
-    user = next(user for user, history in enumerate(histories) if len(history) >= 3)
+    user = next(
+        user for user, history in enumerate(histories) if len(history) >= 3
+    )
     given_rows = {user: (0, np.arange(25))}
     scores = -np.arange(dataset.num_embeddings, dtype=float)
     found = rank_all(batches_of(dataset, given=given_rows), -scores)
-    assert found.shape == (2, 3, 25) and found[0].sum() == 1 and found[0, 0, 24] == 1
+    assert (
+        found.shape == (2, 3, 25)
+        and found[0].sum() == 1
+        and found[0, 0, 24] == 1
+    )
     assert rank_all(batches_of(dataset, given={}), scores).sum() == 0
 
 
@@ -441,11 +521,18 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
     histogram = np.zeros((2, 3, 10), np.int64)
     histogram[0, 0, 0], histogram[0, 2, 9] = 4, 2  # always first; always tenth
     histogram[1, 0, 1], histogram[1, 2, 1] = 4, 2
-    record = evaluation_record(
-        "validation", dataset, Ranking(histogram, 5), step=30, epoch=2
+    record = make_evaluation_record(
+        "validation", dataset, PositionCounts(histogram, 5), step=30, epoch=2
     )
-    assert (record["kind"], record["step"], record["epoch"]) == ("validation", 30, 2)
-    assert record["too_short"] == dataset.too_short > 0 and record["skipped_users"] == 5
+    assert (record["kind"], record["step"], record["epoch"]) == (
+        "validation",
+        30,
+        2,
+    )
+    assert (
+        record["too_short"] == dataset.too_short > 0
+        and record["skipped_users"] == 5
+    )
     names = [domain.name for domain in dataset.domains]
     assert list(record["domains"]) == list(record["popularity"]) == names
     assert record["domains"][names[1]] == {"users": 0} | dict.fromkeys(METRICS)
@@ -463,13 +550,20 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
 
 
 def test_no_user_at_all_has_no_mean(dataset):
-    record = evaluation_record("test", dataset, Ranking(np.zeros((2, 3, 10), np.int64)))
+    record = make_evaluation_record(
+        "test", dataset, PositionCounts(np.zeros((2, 3, 10), np.int64))
+    )
     assert record["mean"] == record["popularity_mean"] == dict.fromkeys(METRICS)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("negatives", 0), ("batch_size", 0), ("every_epochs", 0), ("patience", -1)],
+    [
+        ("negatives", 0),
+        ("batch_size", 0),
+        ("every_epochs", 0),
+        ("patience", -1),
+    ],
 )
 def test_bad_values_name_the_key(key, value):
     with pytest.raises(ValueError, match=rf"evaluation\.{key} is {value}"):

@@ -14,22 +14,26 @@ from hypothesis import strategies as st
 import trainer.files.atomic
 import trainer.retraining.publish
 from tests.helpers.runs import finished_run, rank_of_one
+from trainer.config.prepare import PrepareConfig
 from trainer.config.retraining import PublishConfig
-from trainer.data.prepare.pipeline import PrepareConfig, prepare
+from trainer.config.serving import (
+    ExportConfig,
+    HistoriesConfig,
+    RecommendConfig,
+)
+from trainer.data.prepare.pipeline import prepare
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import (
     Patience,
     flush_tree,
-    passes,
-    patiently,
+    is_transient,
+    retry_patiently,
     write_text,
 )
-from trainer.files.output_folder import new_folder
-from trainer.files.staged import Work, finished_whole
+from trainer.files.staged import StagedOutput, new_output_folder, staged_folder
 from trainer.retraining.publish import publish
-from trainer.serving.export import ExportConfig, export_run
-from trainer.serving.recommend import RecommendConfig, recommend
-from trainer.serving.user_histories import AskedConfig
+from trainer.serving.export import export_run
+from trainer.serving.recommend import recommend
 
 
 class Disk:
@@ -68,7 +72,9 @@ class Disk:
                 for path in self.flushed
                 if path == source or path.startswith(source + "/")
             ]:
-                self.flushed[target + path[len(source) :]] = self.flushed.pop(path)
+                self.flushed[target + path[len(source) :]] = self.flushed.pop(
+                    path
+                )
 
         return moved
 
@@ -99,18 +105,18 @@ def a_text(folder, run):
 
 
 def a_stage(folder, run):
-    with finished_whole(folder / "stage") as partial:
+    with staged_folder(folder / "stage") as partial:
         (partial / "below").mkdir()
         (partial / "below" / "file").write_text("1")
 
 
 def a_new_folder(folder, run):
-    with new_folder(folder / "logs") as (partial, _):
+    with new_output_folder(folder / "logs") as (partial, _):
         (partial / "file").write_text("1")
 
 
 def a_delivery(folder, run):
-    with Work(folder / "output", {"made": "from"}) as work:
+    with StagedOutput(folder / "output", {"made": "from"}) as work:
         with work.stage("dataset") as partial:
             (partial / "file").write_text("1")
         work.deliver("dataset")
@@ -147,7 +153,11 @@ def a_version(folder, run):
 
 def recommendations(folder, run):
     recommend(
-        run.folder, folder / "top", run.ranks, RecommendConfig(k=2), AskedConfig()
+        run.folder,
+        folder / "top",
+        run.ranks,
+        RecommendConfig(k=2),
+        HistoriesConfig(),
     )
 
 
@@ -165,11 +175,15 @@ MADE = {
 
 
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
-def test_all_of_it_is_on_disk_before_it_has_its_name(disk, finished, tmp_path, make):
+def test_all_of_it_is_on_disk_before_it_has_its_name(
+    disk, finished, tmp_path, make
+):
     make(tmp_path, finished)
     assert disk.torn == []
     assert MADE[make] in disk.moved
-    assert str((tmp_path / MADE[make]).parent) in disk.flushed  # and so is the name
+    assert (
+        str((tmp_path / MADE[make]).parent) in disk.flushed
+    )  # and so is the name
 
 
 def test_a_file_that_is_not_flushed_is_seen(disk, tmp_path):
@@ -205,7 +219,7 @@ def test_what_passes_is_tried_again(times, number):
         patch.setattr(trainer.files.atomic, "LATENESS", 60.0)
         patch.setattr(trainer.files.atomic, "PAUSE", 0.0)
         patch.setattr(trainer.files.atomic, "is_shared", lambda folder: True)
-        assert patiently(read, Patience(Path())) == "read" and left == [0]
+        assert retry_patiently(read, Patience(Path())) == "read" and left == [0]
 
 
 @given(st.sampled_from(LASTING))
@@ -215,8 +229,8 @@ def test_what_lasts_is_not(number):
         patch.setattr(trainer.files.atomic, "LATENESS", 60.0)
         patch.setattr(trainer.files.atomic, "is_shared", lambda folder: True)
         with pytest.raises(OSError, match=r"file"):
-            patiently(read, Patience(Path()))
-    assert left == [2] and not passes(number)
+            retry_patiently(read, Patience(Path()))
+    assert left == [2] and not is_transient(number)
 
 
 @pytest.mark.parametrize(("lateness", "shared"), [(0.0, True), (3600.0, False)])
@@ -224,12 +238,14 @@ def test_once_time_is_up_nothing_is_late_and_on_a_hosts_own_disk_nothing_ever_is
     monkeypatch, lateness, shared
 ):
     monkeypatch.setattr(trainer.files.atomic, "LATENESS", lateness)
-    monkeypatch.setattr(trainer.files.atomic, "is_shared", lambda folder: shared)
+    monkeypatch.setattr(
+        trainer.files.atomic, "is_shared", lambda folder: shared
+    )
     read, left = late(3, errno.ENOENT)
     with pytest.raises(FileNotFoundError):
-        patiently(read, Patience(Path()))
+        retry_patiently(read, Patience(Path()))
     assert left == [2]
-    assert patiently(late(0, errno.ENOENT)[0], Patience(Path())) == "read"
+    assert retry_patiently(late(0, errno.ENOENT)[0], Patience(Path())) == "read"
 
 
 MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda1 rw

@@ -30,7 +30,9 @@ def test_a_lock_is_taken_once_and_again_after_it_is_closed(tmp_path):
 
 def test_a_killed_process_has_no_lock_any_more(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline().strip() == "True"
         assert take_lock(tmp_path / "lock") is None

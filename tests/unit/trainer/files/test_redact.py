@@ -2,7 +2,13 @@
 
 import pytest
 
-from trainer.files.redact import folder_of, is_address, recorded, shown, words
+from trainer.files.redact import (
+    find_local_folder,
+    is_address,
+    printable_text,
+    redact_for_record,
+    redact_location,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,21 +21,24 @@ from trainer.files.redact import folder_of, is_address, recorded, shown, words
     ],
 )
 def test_addresses_lose_their_secrets(location, printed):
-    assert shown(location) == printed
+    assert redact_location(location) == printed
 
 
 def test_a_command_is_not_recorded():
-    assert recorded("pipe:cat secret") == "pipe:…"
-    assert recorded("https://u@host/a") == "https://…@host/a"
+    assert redact_for_record("pipe:cat secret") == "pipe:…"
+    assert redact_for_record("https://u@host/a") == "https://…@host/a"
 
 
 def test_folders_and_addresses():
-    assert folder_of("file:/a%20b") == "/a b" and folder_of("a/b") == "a/b"
-    assert folder_of("s3://a") is None and is_address("pipe:x")
+    assert (
+        find_local_folder("file:/a%20b") == "/a b"
+        and find_local_folder("a/b") == "a/b"
+    )
+    assert find_local_folder("s3://a") is None and is_address("pipe:x")
     assert not is_address("data/shop")
 
 
 def test_words_are_one_short_line():
-    assert words("a\x1b[31m\n b") == "a [31m b"
-    assert words(ValueError()) == "ValueError"
-    assert len(words("x" * 1000)) == 300
+    assert printable_text("a\x1b[31m\n b") == "a [31m b"
+    assert printable_text(ValueError()) == "ValueError"
+    assert len(printable_text("x" * 1000)) == 300

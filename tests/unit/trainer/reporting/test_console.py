@@ -6,28 +6,45 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.reporting.console import LogColumns, duration, number, printable, times
+from trainer.reporting.console import (
+    LogColumns,
+    escape_name,
+    format_duration,
+    format_number,
+    format_ratio,
+)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (180_000, "2d 2:00:00")],
+    [
+        (0, "0:00:00"),
+        (59.9, "0:00:59"),
+        (3661, "1:01:01"),
+        (180_000, "2d 2:00:00"),
+    ],
 )
 def test_a_duration_has_days_from_one_day_on(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_what_there_is_not_is_a_dash():
-    assert number(None) == "–" and number(0.25) == "0.2500"
-    assert times(1.0, None) == times(None, 1.0) == times(1.0, 0) == "–"
-    assert times(0.5, 0.25) == "×2.00"
+    assert format_number(None) == "–" and format_number(0.25) == "0.2500"
+    assert (
+        format_ratio(1.0, None)
+        == format_ratio(None, 1.0)
+        == format_ratio(1.0, 0)
+        == "–"
+    )
+    assert format_ratio(0.5, 0.25) == "×2.00"
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("Books", "Books"), ("a\nb\x1b", "a�b�"), ("", "(no name)")]
+    ("name", "shown"),
+    [("Books", "Books"), ("a\nb\x1b", "a�b�"), ("", "(no name)")],
 )
 def test_a_name_stays_on_one_line(name, shown):
-    assert printable(name) == shown
+    assert escape_name(name) == shown
 
 
 @pytest.mark.parametrize(
@@ -43,7 +60,14 @@ def test_a_console_without_greek_gets_letters(encoding, head):
     assert line.plain.startswith("0:00:00  step  3/10  epoch 0  loss –")
 
 
-MODULES = ["console", "full_ranking_tables", "html", "plots", "run_log", "run_report"]
+MODULES = [
+    "console",
+    "full_ranking_tables",
+    "html",
+    "plots",
+    "run_log",
+    "run_report",
+]
 
 
 def test_reporting_loads_nothing_that_trains():
@@ -52,5 +76,12 @@ def test_reporting_loads_nothing_that_trains():
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    heavy = {"torch", "deepspeed", "torchrec", "fbgemm_gpu", "duckdb", "pyarrow"}
+    heavy = {
+        "torch",
+        "deepspeed",
+        "torchrec",
+        "fbgemm_gpu",
+        "duckdb",
+        "pyarrow",
+    }
     assert not heavy & set(done.stdout.split())

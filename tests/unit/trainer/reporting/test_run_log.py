@@ -11,12 +11,12 @@ from rich.console import Console
 from trainer.errors import InputError
 from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import (
-    METRICS_FILE,
     RunLog,
+    count_skipped_users,
     read_records,
     skipped_sentence,
-    skipped_users,
 )
+from trainer.run_files import METRICS_FILE
 
 METRICS = ["HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"]
 HOSTILE = ["<script>", "[red]Books[/]", "two\nlines", "\x1b[31mred", ""]
@@ -59,7 +59,9 @@ def train_record(step, domains=("Books", "Toys"), **changes):
     return record | changes
 
 
-def evaluation_record(step, domains=("Books", "Toys"), kind="validation", **changes):
+def evaluation_record(
+    step, domains=("Books", "Toys"), kind="validation", **changes
+):
     figures = {"users": 10, **dict.fromkeys(METRICS, 0.25)}
     mean = dict.fromkeys(METRICS, 0.25)
     return {
@@ -72,7 +74,9 @@ def evaluation_record(step, domains=("Books", "Toys"), kind="validation", **chan
     } | changes
 
 
-def open_log(folder, domains=("Books", "Toys"), file=None, total_steps=100, **options):
+def open_log(
+    folder, domains=("Books", "Toys"), file=None, total_steps=100, **options
+):
     options = {"tensorboard": False, **options}
     return RunLog(
         folder,
@@ -94,7 +98,9 @@ def strict_lines(folder):
 
 
 def scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (
+        EventAccumulator,
+    )
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     return {
@@ -153,7 +159,9 @@ def test_resume_takes_out_later_steps_and_a_torn_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
 
 
-@pytest.mark.parametrize("resume_step, steps", [(None, [1]), (0, [1]), (10, [10, 1])])
+@pytest.mark.parametrize(
+    "resume_step, steps", [(None, [1]), (0, [1]), (10, [10, 1])]
+)
 def test_what_a_start_keeps(tmp_path, resume_step, steps):
     with open_log(tmp_path) as log:
         log.train(train_record(10))
@@ -169,26 +177,35 @@ def test_resume_without_a_file_starts_one(tmp_path):
 
 
 def test_resume_survives_nan_literals_of_another_writer(tmp_path):
-    (tmp_path / METRICS_FILE).write_text('{"kind": "train", "step": 1, "loss": NaN}\n')
+    (tmp_path / METRICS_FILE).write_text(
+        '{"kind": "train", "step": 1, "loss": NaN}\n'
+    )
     with open_log(tmp_path, resume_step=1):
         pass
-    assert strict_lines(tmp_path) == [{"kind": "train", "step": 1, "loss": None}]
+    assert strict_lines(tmp_path) == [
+        {"kind": "train", "step": 1, "loss": None}
+    ]
 
 
 @given(cut=st.integers(0, 400))
 def test_any_torn_file_reads_as_its_whole_lines(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("torn") / METRICS_FILE
     lines = [
-        json.dumps({"kind": "train", "step": step, "loss": 0.5, "phi": {"Böoks": 1}})
+        json.dumps(
+            {"kind": "train", "step": step, "loss": 0.5, "phi": {"Böoks": 1}}
+        )
         + "\n"
         for step in range(5)
     ]
     content = "".join(lines).encode()
     path.write_bytes(content[:cut])
     whole = sum(
-        len("".join(lines[: n + 1]).rstrip("\n").encode()) <= cut for n in range(5)
+        len("".join(lines[: n + 1]).rstrip("\n").encode()) <= cut
+        for n in range(5)
     )
-    assert [record["step"] for record in read_records(path)] == list(range(whole))
+    assert [record["step"] for record in read_records(path)] == list(
+        range(whole)
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,13 +221,19 @@ def test_any_torn_file_reads_as_its_whole_lines(tmp_path_factory, cut):
     ],
 )
 def test_lines_that_are_no_records_are_left_out(tmp_path, line):
-    (tmp_path / METRICS_FILE).write_text(line + '\n{"kind": "train", "step": 7}\n')
-    assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == [7]
+    (tmp_path / METRICS_FILE).write_text(
+        line + '\n{"kind": "train", "step": 7}\n'
+    )
+    assert [
+        record["step"] for record in read_records(tmp_path / METRICS_FILE)
+    ] == [7]
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     file = io.StringIO()
-    with open_log(tmp_path / "run", file=file, enabled=False, tensorboard=True) as log:
+    with open_log(
+        tmp_path / "run", file=file, enabled=False, tensorboard=True
+    ) as log:
         log.message("hello")
         log.train(train_record(10))
         log.evaluation(evaluation_record(10))
@@ -238,7 +261,9 @@ def test_each_record_is_one_line_off_a_terminal(tmp_path):
         "12.3k users/s",
     ):
         assert part in train
-    assert "4.56M tokens/s" in train and "wait 3.1%" in train and "3.2 GB" in train
+    assert (
+        "4.56M tokens/s" in train and "wait 3.1%" in train and "3.2 GB" in train
+    )
     assert (
         "validation" in evaluation
         and "NDCG@10 0.2500" in evaluation
@@ -251,7 +276,12 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
     file = Terminal()
     console = Console(file=file, width=100, force_terminal=True, _environ={})
     with RunLog(
-        tmp_path, 100, ["Books"], tensorboard=False, resume_step=20, console=console
+        tmp_path,
+        100,
+        ["Books"],
+        tensorboard=False,
+        resume_step=20,
+        console=console,
     ) as log:
         log.train(train_record(49, ["Books"]))
         log.advance(30)
@@ -266,7 +296,13 @@ def test_hostile_names_stay_on_one_line_letter_by_letter(tmp_path):
         log.message(evaluation_table(evaluation_record(1, HOSTILE)))
     text = file.getvalue()
     assert text.count("step   1/100") == 2
-    for name in ("<script>", "[red]Books[/]", "two�lines", "�[31mred", "(no name)"):
+    for name in (
+        "<script>",
+        "[red]Books[/]",
+        "two�lines",
+        "�[31mred",
+        "(no name)",
+    ):
         assert text.count(name) == 3, name
     assert "\x1b" not in text
     assert strict_lines(tmp_path)[0]["phi"].keys() == set(HOSTILE)
@@ -290,10 +326,15 @@ def test_lines_without_lambda_or_figures(tmp_path):
         log.train(
             train_record(
                 1,
-                **{"lambda": {"Books": None, "Toys": None}, "mutual_information": None},
+                **{
+                    "lambda": {"Books": None, "Toys": None},
+                    "mutual_information": None,
+                },
             )
         )
-        log.train(train_record(2, **{"lambda": {}, "phi": {}, "loss": float("nan")}))
+        log.train(
+            train_record(2, **{"lambda": {}, "phi": {}, "loss": float("nan")})
+        )
         log.evaluation(
             evaluation_record(2, mean=empty)
             | {"domains": {"Books": {"users": 0, **empty}}}
@@ -308,7 +349,9 @@ def test_lines_without_lambda_or_figures(tmp_path):
     assert "NDCG@10 –" in third and "Books –" in third
 
 
-def test_tensorboard_has_every_figure_and_forgets_what_a_resume_redoes(tmp_path):
+def test_tensorboard_has_every_figure_and_forgets_what_a_resume_redoes(
+    tmp_path,
+):
     with open_log(tmp_path, tensorboard=True) as log:
         for step in (10, 20, 30):
             log.train(train_record(step, loss=float(step)))
@@ -322,11 +365,12 @@ def test_tensorboard_has_every_figure_and_forgets_what_a_resume_redoes(tmp_path)
         10,
         -0.125,
     )
-    assert found["test mean/NDCG@10"] == [(30, 0.25)] and found["test HR@5/Books"] == [
-        (30, 0.25)
-    ]
+    assert found["test mean/NDCG@10"] == [(30, 0.25)] and found[
+        "test HR@5/Books"
+    ] == [(30, 0.25)]
     assert (
-        "validation mean/NDCG@10" not in found or found["validation mean/NDCG@10"] == []
+        "validation mean/NDCG@10" not in found
+        or found["validation mean/NDCG@10"] == []
     )
     assert "optimizer/gradient_norm" not in found  # null throughout
 
@@ -334,7 +378,9 @@ def test_tensorboard_has_every_figure_and_forgets_what_a_resume_redoes(tmp_path)
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "run").write_text("a file")
     with (
-        pytest.raises(InputError, match=r"run/metrics\.jsonl: cannot be written"),
+        pytest.raises(
+            InputError, match=r"run/metrics\.jsonl: cannot be written"
+        ),
         open_log(tmp_path / "run"),
     ):
         pass
@@ -366,7 +412,11 @@ def test_the_table_fits_80_columns_and_compares_with_popularity():
     }
     text = render(evaluation_table(record))
     assert "…" not in text and "Test at step 1,200" in text
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    rows = {
+        line.split()[0]: line.split()
+        for line in text.splitlines()
+        if line.strip()
+    }
     assert rows["Books"][1:] == ["10", *["0.2500"] * 5, "0.1250", "×2.00"]
     assert rows["Toys"][1:] == ["0", *["–"] * 7]
     assert rows["mean"][1:] == ["20", *["0.2500"] * 5, "0.1000", "×2.50"]
@@ -399,16 +449,21 @@ def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
             log.train(train_record(step, skipped_users=users))
         log.train(train_record(25))
         log.evaluation(evaluation_record(30, skipped_users=1000))
-    assert skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
-    with open_log(tmp_path, resume_step=30) as log:  # step 40 is about to be run again
+    assert count_skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
+    with open_log(
+        tmp_path, resume_step=30
+    ) as log:  # step 40 is about to be run again
         log.train(train_record(40, skipped_users=50))
-    assert skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
+    assert count_skipped_users(read_records(tmp_path / METRICS_FILE)) == 57
     assert (
-        skipped_users(
-            [{"kind": "train", "skipped_users": value} for value in (None, "9", [1], 2)]
+        count_skipped_users(
+            [
+                {"kind": "train", "skipped_users": value}
+                for value in (None, "9", [1], 2)
+            ]
         )
         == 2
     )
-    assert skipped_sentence(1).startswith("1 user was skipped") and skipped_sentence(
-        1057
-    ).startswith("1,057 users were")
+    assert skipped_sentence(1).startswith(
+        "1 user was skipped"
+    ) and skipped_sentence(1057).startswith("1,057 users were")

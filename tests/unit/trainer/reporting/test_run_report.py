@@ -11,7 +11,9 @@ from trainer.reporting import plots
 from trainer.reporting.run_report import write_report
 
 METRICS = ["HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"]
-LIBRARY_BYTES = 4_000_000  # Plotly's JavaScript: more than this is in the page once
+LIBRARY_BYTES = (
+    4_000_000  # Plotly's JavaScript: more than this is in the page once
+)
 
 
 class Page(HTMLParser):
@@ -103,14 +105,20 @@ def full_run(domains=("Books", "Toys"), lines=30):
     phi = {domain: 0.1 * number for number, domain in enumerate(domains)}
     records = [train_record(step, phi) for step in range(1, lines + 1)]
     records += [
-        evaluation_record("validation", step, dict.fromkeys(domains, 0.1 + step / 1000))
+        evaluation_record(
+            "validation", step, dict.fromkeys(domains, 0.1 + step / 1000)
+        )
         for step in (10, 30, 20)
     ]
     test = evaluation_record("test", 30, dict.fromkeys(domains, 0.25))
     popular = evaluation_record("test", 30, dict.fromkeys(domains, 0.1))
     return [
         *records,
-        test | {"popularity": popular["domains"], "popularity_mean": popular["mean"]},
+        test
+        | {
+            "popularity": popular["domains"],
+            "popularity_mean": popular["mean"],
+        },
     ]
 
 
@@ -137,7 +145,11 @@ def test_a_finished_run(tmp_path):
     ):
         assert words in page.text
     assert (
-        sum("plotly-graph-div" in (a.get("class") or "") for _, a in page.elements) == 8
+        sum(
+            "plotly-graph-div" in (a.get("class") or "")
+            for _, a in page.elements
+        )
+        == 8
     )
     assert "details" in [tag for tag, _ in page.elements]
 
@@ -156,7 +168,9 @@ def test_the_page_asks_for_nothing_and_holds_the_library_once(tmp_path):
         for tag, a in page.elements
         if a.get("http-equiv") == "Content-Security-Policy"
     ]
-    assert policy and "default-src 'none'" in policy[0] and "http" not in policy[0]
+    assert (
+        policy and "default-src 'none'" in policy[0] and "http" not in policy[0]
+    )
 
 
 def test_hostile_names_and_config_stay_text(tmp_path):
@@ -169,16 +183,24 @@ def test_hostile_names_and_config_stay_text(tmp_path):
     ]
     page = Page(
         write_report(
-            write_run(tmp_path, full_run(names), "</pre><script>alert(2)</script>\n")
+            write_run(
+                tmp_path, full_run(names), "</pre><script>alert(2)</script>\n"
+            )
         )
     )
     tame = Page(
-        write_report(write_run(tmp_path / "tame", full_run(["a", "b", "c", "d", "e"])))
+        write_report(
+            write_run(tmp_path / "tame", full_run(["a", "b", "c", "d", "e"]))
+        )
     )
-    assert page.count("script") == tame.count("script") and page.count("img") == 0
+    assert (
+        page.count("script") == tame.count("script") and page.count("img") == 0
+    )
     for name in [*names, "</pre><script>alert(2)</script>"]:
         assert name in page.text
-    own = "".join(script for script in page.scripts if len(script) < LIBRARY_BYTES)
+    own = "".join(
+        script for script in page.scripts if len(script) < LIBRARY_BYTES
+    )
     assert (
         "<script" not in own and "&lt;script" in own
     )  # Plotly reads a little HTML in its labels
@@ -236,7 +258,9 @@ def test_one_domain(tmp_path):
 def test_validation_stands_in_for_a_missing_test(tmp_path):
     records = [record for record in full_run() if record["kind"] != "test"]
     page = Page(write_report(write_run(tmp_path, records)))
-    assert "Best validation so far, step 30" in page.text and "0.1300" in page.text
+    assert (
+        "Best validation so far, step 30" in page.text and "0.1300" in page.text
+    )
 
 
 def test_domains_without_users_are_dashes(tmp_path):
@@ -246,7 +270,9 @@ def test_domains_without_users_are_dashes(tmp_path):
         evaluation_record("validation", 5, values),
     ]
     text = Page(write_report(write_run(tmp_path, records))).text
-    assert "Toys 0 – – – – –" in text and "Best validation so far, step 5" in text
+    assert (
+        "Toys 0 – – – – –" in text and "Best validation so far, step 5" in text
+    )
     nothing = [
         evaluation_record(kind, 5, {"Toys": None})
         for kind in ("validation", "validation", "test")
@@ -265,16 +291,22 @@ def test_it_says_where_transfer_was_negative_at_the_end(tmp_path):
     )
     weights = {"Books": 0.5, "Toys": 0.125, "Music": 0.375}
     records = [train_record(step, early) for step in range(80)]
-    records += [train_record(80 + step, late, weights=weights) for step in range(20)]
+    records += [
+        train_record(80 + step, late, weights=weights) for step in range(20)
+    ]
     text = Page(write_report(write_run(tmp_path, records))).text
-    assert "1 of 2 domains ended with negative transfer: Toys (φ −0.250)." in text
+    assert (
+        "1 of 2 domains ended with negative transfer: Toys (φ −0.250)." in text
+    )
     assert "No φ was logged at the end for Music." in text
     assert "Smallest λ: Toys with 0.125; equal weights would be 0.333." in text
 
 
 def test_it_says_that_the_loss_was_lost(tmp_path):
     records = [
-        train_record(step, {"Books": 0.1}, loss=None if step in (1200, 1300) else 1.0)
+        train_record(
+            step, {"Books": 0.1}, loss=None if step in (1200, 1300) else 1.0
+        )
         for step in (1100, 1200, 1300)
     ]
     text = Page(write_report(write_run(tmp_path, records))).text
@@ -287,7 +319,8 @@ def test_it_says_that_the_loss_was_lost(tmp_path):
 def test_it_says_who_was_skipped(tmp_path):
     records = full_run()
     assert (
-        "skipped" not in Page(write_report(write_run(tmp_path / "whole", records))).text
+        "skipped"
+        not in Page(write_report(write_run(tmp_path / "whole", records))).text
     )
     (
         records[3]["skipped_users"],
@@ -298,7 +331,9 @@ def test_it_says_who_was_skipped(tmp_path):
     assert "1,234 users were skipped in training" in text
     assert "56 users could not be read and are left out." in text
     hostile = [
-        train_record(1, {"Books": 0.1}, skipped_users="<script>alert(1)</script>")
+        train_record(
+            1, {"Books": 0.1}, skipped_users="<script>alert(1)</script>"
+        )
     ]
     assert (
         "skipped"
@@ -318,7 +353,9 @@ def test_a_resumed_clock_counts_on(tmp_path):
         "Duration 0:00:35"
         in Page(
             write_report(
-                write_run(tmp_path, [*records, evaluation_record("test", 1, {})])
+                write_run(
+                    tmp_path, [*records, evaluation_record("test", 1, {})]
+                )
             )
         ).text
     )
@@ -335,7 +372,7 @@ def test_a_domain_has_one_colour_everywhere_and_no_other_has_it():
     names = [f"domain {number}" for number in range(12)]
     records = full_run(names)
     train, validations, test = records[:30], records[30:33], records[33]
-    domains = plots.styles(names)
+    domains = plots.assign_styles(names)
     figures = [
         plots.weight_plot(train, domains),
         plots.gap_plot(train, domains),
@@ -349,11 +386,15 @@ def test_a_domain_has_one_colour_everywhere_and_no_other_has_it():
         for trace in figure.data:
             if trace.name in seen:
                 seen[trace.name].add(
-                    trace.marker.color if trace.type == "bar" else trace.line.color
+                    trace.marker.color
+                    if trace.type == "bar"
+                    else trace.line.color
                 )
     pairs = plots.pairs_plot(train, domains)
     for name, trace in zip(
-        names, [trace for trace in pairs.data if trace.name == "cross"], strict=True
+        names,
+        [trace for trace in pairs.data if trace.name == "cross"],
+        strict=True,
     ):
         seen[name].add(trace.line.color)
     assert all(len(colours) == 1 for colours in seen.values())
@@ -365,9 +406,10 @@ def test_long_runs_are_thinned_and_zero_is_always_in_view_of_phi():
         train_record(step, {"Books": 5.0 + step % 2})
         for step in range(3 * plots.MAX_POINTS + 1)
     ]
-    figure = plots.gap_plot(records, plots.styles(["Books"]))
+    figure = plots.gap_plot(records, plots.assign_styles(["Books"]))
     assert all(
-        plots.MAX_POINTS / 2 < len(trace.x) <= plots.MAX_POINTS for trace in figure.data
+        plots.MAX_POINTS / 2 < len(trace.x) <= plots.MAX_POINTS
+        for trace in figure.data
     )
     low, high = figure.layout.yaxis.range
     assert low < 0 < 5 < high
@@ -387,7 +429,8 @@ def test_thinning_keeps_the_ends_and_the_means(lines, points, gaps):
     size = -(-lines // points)
     expected = [values[start : start + size] for start in range(0, lines, size)]
     expected = [
-        np.nanmean(part) if np.isfinite(part).any() else np.nan for part in expected
+        np.nanmean(part) if np.isfinite(part).any() else np.nan
+        for part in expected
     ]
     np.testing.assert_allclose(thin_values, expected, atol=1e-12)
 
@@ -401,7 +444,9 @@ def test_a_moving_mean_passes_over_gaps_and_keeps_a_level():
     ]
     figure = plots.loss_plot(records)
     bold = next(
-        trace for trace in figure.data if trace.name == "loss" and trace.showlegend
+        trace
+        for trace in figure.data
+        if trace.name == "loss" and trace.showlegend
     )
     y = np.asarray(bold.y)
     np.testing.assert_allclose(y[np.isfinite(y)], 3.0)
@@ -412,18 +457,29 @@ def test_a_full_ranking_has_a_table_of_its_own(tmp_path):
     folder = write_run(tmp_path / "run", full_run())
 
     def figures(value, interval):
-        return {"users": 10, "HR@10": value, "NDCG@10": value, "interval": interval}
+        return {
+            "users": 10,
+            "HR@10": value,
+            "NDCG@10": value,
+            "interval": interval,
+        }
 
     within = {"HR@10": [0.1, 0.2], "NDCG@10": [0.3, 0.4]}
     record = {
         **{
             "kind": "test",
             "step": 30,
-            "domains": {"Books": figures(0.35, within), "<b>": figures(None, None)},
+            "domains": {
+                "Books": figures(0.35, within),
+                "<b>": figures(None, None),
+            },
         },
         **{
             "mean": figures(0.35, within),
-            "popularity": {"Books": figures(0.2, within), "<b>": figures(None, None)},
+            "popularity": {
+                "Books": figures(0.2, within),
+                "<b>": figures(None, None),
+            },
         },
         "popularity_mean": figures(0.2, within),
         "difference": {

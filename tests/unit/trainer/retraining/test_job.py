@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers import HELPERS
-from trainer.config.load import load
+from trainer.config.load import load_settings
 from trainer.config.retraining import RetrainConfig
 from trainer.data.prepare import extend
 from trainer.errors import InputError
@@ -44,7 +44,8 @@ def day(tmp_path):
 
 def calls(folder):
     return [
-        line.split(" ", 2) for line in (folder / "calls.txt").read_text().splitlines()
+        line.split(" ", 2)
+        for line in (folder / "calls.txt").read_text().splitlines()
     ]
 
 
@@ -88,7 +89,9 @@ def test_day_after_day_each_begins_with_the_last(day, tmp_path):
         f"--extend {tmp_path}/days/1/dataset --retire" in prepare
         and "--days 30.0 --time-unit s" in prepare
     )
-    assert train.endswith(f"epochs=9 warm_start={tmp_path}/days/1/run epochs=2 seed=4")
+    assert train.endswith(
+        f"epochs=9 warm_start={tmp_path}/days/1/run epochs=2 seed=4"
+    )
     report = (tmp_path / "days/2/report.md").read_text()
     assert (
         "Published as version 0002." in report
@@ -164,7 +167,9 @@ def test_killed_after_it_was_published_it_is_not_published_again(
 def test_a_day_that_is_refused_is_left_out_of_the_next(day, tmp_path):
     day("1")
     refused = day("2", log="bad.parquet")
-    assert refused["published"] is None and refused["reasons"] == ["shop: worse"]
+    assert refused["published"] is None and refused["reasons"] == [
+        "shop: worse"
+    ]
     report = (tmp_path / "days/2/report.md").read_text()
     assert (
         "**Not published.**" in report
@@ -183,7 +188,10 @@ def test_a_refusal_is_known_whatever_status_a_launcher_gives(day, tmp_path):
     launcher.write_text(f'#!/bin/sh\n"{sys.executable}" "$@" || exit 1\n')
     launcher.chmod(0o755)
     assert day("1", launcher=[str(launcher)])["published"] == "0001"
-    assert day("2", log="bad.parquet", launcher=[str(launcher)])["published"] is None
+    assert (
+        day("2", log="bad.parquet", launcher=[str(launcher)])["published"]
+        is None
+    )
     (tmp_path / "die-publish").touch()
     with pytest.raises(InputError, match="publishing ended with status 1"):
         day("3", launcher=[str(launcher)])
@@ -198,10 +206,14 @@ def swallowing(tmp_path):
     return [str(launcher)]
 
 
-def test_a_launcher_that_says_0_of_a_refusal_is_not_believed(day, tmp_path, swallowing):
+def test_a_launcher_that_says_0_of_a_refusal_is_not_believed(
+    day, tmp_path, swallowing
+):
     assert day("1", launcher=swallowing)["published"] == "0001"
     refused = day("2", log="bad.parquet", launcher=swallowing)
-    assert refused["published"] is None and refused["reasons"] == ["shop: worse"]
+    assert refused["published"] is None and refused["reasons"] == [
+        "shop: worse"
+    ]
     assert "**Not published.**" in (tmp_path / "days/2/report.md").read_text()
     assert day("3", launcher=swallowing)["published"] == "0002"
 
@@ -234,7 +246,9 @@ def test_a_launcher_that_says_0_of_a_death_is_not_believed(
     )
 
 
-def test_what_was_published_is_known_whatever_status_a_launcher_gives(day, tmp_path):
+def test_what_was_published_is_known_whatever_status_a_launcher_gives(
+    day, tmp_path
+):
     launcher = tmp_path / "launcher.sh"
     launcher.write_text(
         f'#!/bin/sh\n"{sys.executable}" "$@" || exit $?\ncase "$1" in *publish.py) exit 7; esac\n'
@@ -248,7 +262,9 @@ def test_after_a_rollback_the_next_day_extends_what_serves(day, tmp_path):
         day(name)
     pointer = tmp_path / "published/current.json"
     back = {"version": "0001", "model": "versions/0001/model"}
-    pointer.write_text(json.dumps(back))  # as launch/publish.py --rollback leaves it
+    pointer.write_text(
+        json.dumps(back)
+    )  # as launch/publish.py --rollback leaves it
     assert day("3")["published"] == "0003"
     assert plan(tmp_path, "3")["extends"] == "days/1/dataset"
     assert plan(tmp_path, "3")["warm_start"] == str(tmp_path / "days/1/run")
@@ -271,7 +287,8 @@ def test_what_it_begins_from_is_fixed_when_it_first_begins(day, tmp_path):
     with pytest.raises(InputError):
         day("4")
     with pytest.raises(
-        InputError, match=r"was begun with input \['4.parquet'\], not \['5.parquet'\]"
+        InputError,
+        match=r"was begun with input \['4.parquet'\], not \['5.parquet'\]",
     ):
         day("4", log="5.parquet")
 
@@ -279,7 +296,9 @@ def test_what_it_begins_from_is_fixed_when_it_first_begins(day, tmp_path):
 def test_two_at_once_do_not_harm_each_other(day, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another retraining is at work here"):
+        with pytest.raises(
+            InputError, match="another retraining is at work here"
+        ):
             day("1")
     assert day("1")["published"] == "0001"
 
@@ -290,9 +309,13 @@ def test_old_days_make_room_but_not_those_that_serve(day, tmp_path):
     gone = (
         tmp_path / "published/versions/0002/version.json"
     )  # as launch/publish.py takes old versions away
-    gone.write_text(json.dumps(json.loads(gone.read_text()) | {"run": "another"}))
+    gone.write_text(
+        json.dumps(json.loads(gone.read_text()) | {"run": "another"})
+    )
     day("5", keep_days=1)
-    there = {name: (tmp_path / "days" / name / "run").is_dir() for name in "12345"}
+    there = {
+        name: (tmp_path / "days" / name / "run").is_dir() for name in "12345"
+    }
     assert there == {"1": True, "2": False, "3": True, "4": True, "5": True}
     assert (tmp_path / "days/2/report.md").is_file()
 
@@ -302,7 +325,10 @@ def export(folder, vectors, ids):
     np.save(folder / "domain-0" / "items.npy", np.array(vectors, np.float32))
     text = [each.encode() for each in ids]
     offsets = np.cumsum([0, *map(len, text)]).astype(np.int64)
-    tensors = {"bytes": np.frombuffer(b"".join(text), np.uint8), "offsets": offsets}
+    tensors = {
+        "bytes": np.frombuffer(b"".join(text), np.uint8),
+        "offsets": offsets,
+    }
     save_file(tensors, folder / "domain-0" / "ids.safetensors")
     (folder / "schema.json").write_text(
         json.dumps({"domains": [{"name": "shop", "folder": "domain-0"}]})
@@ -312,7 +338,9 @@ def export(folder, vectors, ids):
 def test_drift_is_of_items_that_both_have(tmp_path):
     export(tmp_path / "old", [[1, 0], [0, 1], [3, 4]], ["a", "é", "gone"])
     export(
-        tmp_path / "new", [[1, 1], [0, 5], [9, 9], [2, 0]], ["new", "é", "newer", "a"]
+        tmp_path / "new",
+        [[1, 1], [0, 5], [9, 9], [2, 0]],
+        ["new", "é", "newer", "a"],
     )
     found = measure_drift(tmp_path / "old", tmp_path / "new")["shop"]
     assert (
@@ -339,7 +367,7 @@ def test_drift_is_of_items_that_both_have(tmp_path):
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
-        load(RetrainConfig, [], settings)
+        load_settings(RetrainConfig, [], settings)
 
 
 HEAVY = ("torch", "deepspeed", "torchrec", "fbgemm_gpu", "duckdb")

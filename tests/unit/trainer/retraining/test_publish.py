@@ -23,16 +23,21 @@ from tests.helpers.runs import (
     seal,
     train,
 )
-from trainer.checkpoint.save import BEST, RunState
+from trainer.checkpoint.layout import RunState
 from trainer.config.load import to_yaml
 from trainer.config.retraining import PublishConfig
 from trainer.config.serving import ExportConfig
 from trainer.errors import InputError
-from trainer.evaluation.evaluate_run import rank_run
+from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.files.atomic import write_json
 from trainer.retraining import registry
-from trainer.retraining.publish import HeldOutPositions, find_refusal_reasons, publish
+from trainer.retraining.publish import (
+    HeldOutPositions,
+    find_refusal_reasons,
+    publish,
+)
 from trainer.retraining.registry import Registry, roll_back
+from trainer.run_files import BEST
 from trainer.serving.export import export_run
 
 
@@ -84,7 +89,9 @@ def good(monkeypatch, quick):
 
     def set_ranks(**rank_of):
         def of(served, drawn=None):
-            name = next(name for name in rank_of if f"{name}0" in served.config.run)
+            name = next(
+                name for name in rank_of if f"{name}0" in served.config.run
+            )
             given = rank_of[name]
             rank_D = given if isinstance(given, tuple) else (given, given)
             domain_U = np.arange(served.dataset.users) % 2
@@ -132,7 +139,9 @@ def serving(folder):
     """The run that current.json names, whose encoder loads; None where there is none."""
     if not (folder / "current.json").is_file():
         return None
-    version = folder / json.loads((folder / "current.json").read_text())["model"]
+    version = (
+        folder / json.loads((folder / "current.json").read_text())["model"]
+    )
     torch.export.load(version / "encoder.pt2")
     return json.loads((version.parent / "version.json").read_text())["run"]
 
@@ -172,9 +181,11 @@ def test_the_first_model_is_published_and_a_better_one_takes_its_place(
 def test_figures_are_those_of_both_models(first, second, tmp_path):
     """Without stand-ins: what evaluation gives on the newest items, and the same by two models of one dataset."""
     publish_it(first, tmp_path, tolerance=1.0)
-    record = publish_it(second, tmp_path, tolerance=1.0, fall=1.0, domain_fall=1.0)
+    record = publish_it(
+        second, tmp_path, tolerance=1.0, fall=1.0, domain_fall=1.0
+    )
     for name, run in (("candidate", second), ("current", first)):
-        expected = rank_run(run.folder, run.ranks)["domains"]
+        expected = evaluate_run(run.folder, run.ranks)["domains"]
         for domain, figures in record["domains"].items():
             assert (
                 figures[name] == pytest.approx(expected[domain]["NDCG@10"])
@@ -200,7 +211,7 @@ def test_there_is_never_a_second_table(
         == "0002"
     )
     assert tables == [1, 1]
-    rank_run(second.folder, second.ranks)
+    evaluate_run(second.folder, second.ranks)
     assert tables == [1, 1, 1]
 
 
@@ -213,18 +224,29 @@ def test_a_table_of_another_width_is_made_when_the_other_is_gone(
     tables.clear()
     publish_it(first, tmp_path / "to", tolerance=1.0)
     publish_it(
-        wide, tmp_path / "to", tolerance=1.0, fall=1.0, domain_fall=1.0, own_fall=1.0
+        wide,
+        tmp_path / "to",
+        tolerance=1.0,
+        fall=1.0,
+        domain_fall=1.0,
+        own_fall=1.0,
     )
     assert tables == [1, 1, 1]
 
 
-def test_one_domain_that_is_worse_is_enough_to_refuse(first, second, tmp_path, good):
+def test_one_domain_that_is_worse_is_enough_to_refuse(
+    first, second, tmp_path, good
+):
     good(first=(2, 2), second=(1, 3))
     publish_it(first, tmp_path)
     record = publish_it(second, tmp_path)
-    assert record["published"] is None and serving(tmp_path) == str(first.folder)
+    assert record["published"] is None and serving(tmp_path) == str(
+        first.folder
+    )
     reason, *_ = record["reasons"]
-    assert reason.startswith("domain 1: NDCG@10 0.5000, the current model has 0.6309")
+    assert reason.startswith(
+        "domain 1: NDCG@10 0.5000, the current model has 0.6309"
+    )
     assert json.loads((tmp_path / "refused.json").read_text()) == record
     assert (
         publish_it(second, tmp_path, tolerance=0.3)["published"] == "0002"
@@ -244,12 +266,19 @@ def test_newest_users_judge_where_there_are_enough(
     finally:
         shutil.rmtree(extension)
     assert [
-        (figures["users"], figures["newest"]) for figures in record["domains"].values()
+        (figures["users"], figures["newest"])
+        for figures in record["domains"].values()
     ] == [(3, True), (10, False)]
 
 
 def figures(candidate, current, then):
-    return {"a": {"candidate": candidate, "current": current, "when_published": then}}
+    return {
+        "a": {
+            "candidate": candidate,
+            "current": current,
+            "when_published": then,
+        }
+    }
 
 
 @pytest.mark.parametrize(
@@ -263,7 +292,9 @@ def figures(candidate, current, then):
         (figures(0.25, 0.20, 0.30), []),
         (
             figures(0.23, 0.20, 0.30),
-            ["mean NDCG@10 0.2300, 0.3000 when .* unlike those before .a -23 %."],
+            [
+                "mean NDCG@10 0.2300, 0.3000 when .* unlike those before .a -23 %."
+            ],
         ),
         (
             figures(0.17, 0.17, 0.30),
@@ -290,13 +321,17 @@ def figures(candidate, current, then):
 def test_what_speaks_against_it(domains, words):
     reasons = find_refusal_reasons(domains, PublishConfig())
     assert len(reasons) == len(words) and all(
-        re.search(word, reason) for word, reason in zip(words, reasons, strict=True)
+        re.search(word, reason)
+        for word, reason in zip(words, reasons, strict=True)
     )
 
 
 def test_items_that_are_nobodys_speak_against_it():
     def of(gain, then):
-        return figures(0.3, 0.3, 0.3)["a"] | {"own_item": gain, "own_item_then": then}
+        return figures(0.3, 0.3, 0.3)["a"] | {
+            "own_item": gain,
+            "own_item_then": then,
+        }
 
     for domains, words in (
         ({"a": of(0.06, 0.1), "b": of(0.05, 0.1)}, None),
@@ -313,7 +348,11 @@ def test_items_that_are_nobodys_speak_against_it():
 
 def test_the_same_run_again_is_no_new_version(first, tmp_path, quick):
     record = publish_it(first, tmp_path)
-    assert publish_it(first, tmp_path)["published"] == record["published"] == "0001"
+    assert (
+        publish_it(first, tmp_path)["published"]
+        == record["published"]
+        == "0001"
+    )
     assert [path.name for path in (tmp_path / "versions").iterdir()] == ["0001"]
 
 
@@ -357,12 +396,16 @@ def test_an_export_that_does_not_load_is_not_published(
         (output / "encoder.pt2").write_bytes(b"?")
 
     monkeypatch.setattr(trainer.retraining.publish, "export_run", broken)
-    with pytest.raises(InputError, match=r"encoder\.pt2: is not as it was exported"):
+    with pytest.raises(
+        InputError, match=r"encoder\.pt2: is not as it was exported"
+    ):
         publish_it(first, tmp_path)
     assert serving(tmp_path) is None
 
 
-def test_back_to_the_version_before_and_forth_again(first, second, tmp_path, good):
+def test_back_to_the_version_before_and_forth_again(
+    first, second, tmp_path, good
+):
     good(first=2, second=1)
     publish_it(first, tmp_path)
     publish_it(second, tmp_path)
@@ -370,17 +413,20 @@ def test_back_to_the_version_before_and_forth_again(first, second, tmp_path, goo
         first.folder
     )
     with pytest.raises(
-        InputError, match="there is no version before 0001: there are 0001, 0002"
+        InputError,
+        match="there is no version before 0001: there are 0001, 0002",
     ):
         roll_back(tmp_path)
-    assert roll_back(tmp_path, "0002")["number"] == "0002" and serving(tmp_path) == str(
-        second.folder
-    )
+    assert roll_back(tmp_path, "0002")["number"] == "0002" and serving(
+        tmp_path
+    ) == str(second.folder)
     with pytest.raises(InputError, match="there is no version 0009"):
         roll_back(tmp_path, "0009")
     file = tmp_path / "versions/0001/model/domain-0/items.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"items\.npy: is not as it was exported"):
+    with pytest.raises(
+        InputError, match=r"items\.npy: is not as it was exported"
+    ):
         roll_back(tmp_path)
     assert serving(tmp_path) == str(second.folder)
 
@@ -405,12 +451,13 @@ def test_after_9999_versions_the_numbers_go_on(first, second, tmp_path, good):
         (tmp_path / "versions" / old).rename(version)
         edit_json(version / "version.json", number=new)
     write_json(
-        tmp_path / "current.json", {"version": "10000", "model": "versions/10000/model"}
+        tmp_path / "current.json",
+        {"version": "10000", "model": "versions/10000/model"},
     )
     assert publish_it(first, tmp_path)["number"] == "10001"
-    assert roll_back(tmp_path)["number"] == "10000" and serving(tmp_path) == str(
-        second.folder
-    )
+    assert roll_back(tmp_path)["number"] == "10000" and serving(
+        tmp_path
+    ) == str(second.folder)
     assert roll_back(tmp_path)["number"] == "9999" and serving(tmp_path) == str(
         first.folder
     )
@@ -432,14 +479,18 @@ def test_two_at_once_do_not_harm_each_other(first, tmp_path, quick):
 def test_a_pointer_that_is_none_is_named(first, tmp_path, quick):
     publish_it(first, tmp_path)
     (tmp_path / "current.json").write_text("{")
-    with pytest.raises(InputError, match=r"current\.json: cannot be used .*--rollback"):
+    with pytest.raises(
+        InputError, match=r"current\.json: cannot be used .*--rollback"
+    ):
         publish_it(first, tmp_path)
-    assert roll_back(tmp_path, "0001")["number"] == "0001" and serving(tmp_path) == str(
-        first.folder
-    )
+    assert roll_back(tmp_path, "0001")["number"] == "0001" and serving(
+        tmp_path
+    ) == str(first.folder)
 
 
-def test_a_candidate_that_is_damaged_changes_nothing(first, second, tmp_path, quick):
+def test_a_candidate_that_is_damaged_changes_nothing(
+    first, second, tmp_path, quick
+):
     publish_it(first, tmp_path)
     spoiled = second.copied(tmp_path / "spoiled")
     folder = next((spoiled.folder / "checkpoints").iterdir())

@@ -29,15 +29,24 @@ from tests.helpers.rank_processes import run_alone
 from tests.helpers.runs import finished_run, rank_of_one, seal
 from trainer.checkpoint.best_model import open_run
 from trainer.checkpoint.warm_start import find_warm_start
-from trainer.config.load import flat, load_config, load_recorded, to_yaml
+from trainer.config.load import (
+    flatten_config,
+    load_config,
+    load_recorded,
+    to_yaml,
+)
 from trainer.config.retraining import PublishConfig, RetrainConfig
 from trainer.config.run import RunConfig
-from trainer.config.serving import AskedConfig, ExportConfig, RecommendConfig
+from trainer.config.serving import (
+    ExportConfig,
+    HistoriesConfig,
+    RecommendConfig,
+)
+from trainer.data.duckdb_engine import open_connection
 from trainer.data.format.dataset import Dataset, File
-from trainer.data.format.vocabulary import item_counts, item_ids
-from trainer.data.prepare.shard_writing import connect
+from trainer.data.format.vocabulary import read_item_counts, read_item_ids
 from trainer.errors import InputError
-from trainer.evaluation.evaluate_run import rank_run
+from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.retraining.item_drift import measure_drift
 from trainer.retraining.job import retrain
 from trainer.retraining.publish import publish
@@ -57,7 +66,9 @@ class Canaries:
     def __init__(self, folder):
         self.mark = folder / "mark"
         self.asked = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), BaseHTTPRequestHandler
+        )
         self.server.RequestHandlerClass = type(
             "Handler", (BaseHTTPRequestHandler,), self._answers()
         )
@@ -78,7 +89,11 @@ class Canaries:
             self.asked.append(handler.path)
             handler.send_error(404)
 
-        return {"do_GET": answer, "do_HEAD": answer, "log_message": lambda *_: None}
+        return {
+            "do_GET": answer,
+            "do_HEAD": answer,
+            "log_message": lambda *_: None,
+        }
 
     def check(self, said=""):
         """Raises AssertionError where one was touched, or the secret is said."""
@@ -149,7 +164,9 @@ def test_the_canaries_sing(tmp_path, canaries):
 def setting(key, value):
     def spoil(text, _):
         lines = [
-            line for line in text.splitlines(True) if not line.startswith(f"{key}:")
+            line
+            for line in text.splitlines(True)
+            if not line.startswith(f"{key}:")
         ]
         assert len(lines) < len(text.splitlines())
         return "".join([*lines, f"{key}: {value}\n"])
@@ -213,7 +230,9 @@ RUNS = {
         "the key .* has",
     ),
     "a tag": (
-        setting("warm_start", "!!python/object/apply:os.system ['touch {mark}']"),
+        setting(
+            "warm_start", "!!python/object/apply:os.system ['touch {mark}']"
+        ),
         "tag",
     ),
     "a tag of its own": (setting("warm_start", "!own x"), "has the tag !own"),
@@ -252,39 +271,54 @@ def hostile(run, canaries, folder, case):
 @pytest.mark.parametrize("case", RUNS)
 def test_a_runs_configuration_starts_nothing(run, tmp_path, canaries, case):
     folder = hostile(run, canaries, tmp_path, case)
-    said = said_of(rank_run, folder, run.ranks)
+    said = said_of(evaluate_run, folder, run.ranks)
     canaries.check(said)
     with pytest.raises(InputError, match=RUNS[case][1]):
         open_run(folder)
 
 
 COMMANDS = {
-    "evaluate": lambda run, ranks, out: rank_run(run, ranks),
-    "export": lambda run, ranks, out: export_run(run, out, ranks, ExportConfig()),
-    "recommend": lambda run, ranks, out: recommend(
-        run, out, ranks, RecommendConfig(), AskedConfig()
+    "evaluate": lambda run, ranks, out: evaluate_run(run, ranks),
+    "export": lambda run, ranks, out: export_run(
+        run, out, ranks, ExportConfig()
     ),
-    "publish": lambda run, ranks, out: publish(run, out, ranks, PublishConfig()),
+    "recommend": lambda run, ranks, out: recommend(
+        run, out, ranks, RecommendConfig(), HistoriesConfig()
+    ),
+    "publish": lambda run, ranks, out: publish(
+        run, out, ranks, PublishConfig()
+    ),
 }
 
 
-@pytest.mark.parametrize("case", ["a command", "an address with the environment"])
+@pytest.mark.parametrize(
+    "case", ["a command", "an address with the environment"]
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_neither_by_any_other_command(run, tmp_path, canaries, command, case):
     folder = hostile(run, canaries, tmp_path, case)
-    canaries.check(said_of(COMMANDS[command], folder, run.ranks, tmp_path / "out"))
+    canaries.check(
+        said_of(COMMANDS[command], folder, run.ranks, tmp_path / "out")
+    )
 
 
 def of_another_dataset(folder):
     """Says of a run's best model that it was trained on another dataset."""
     state = next((folder / "checkpoints").iterdir()) / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"dataset": "0" * 64}))
+    state.write_text(
+        json.dumps(json.loads(state.read_text()) | {"dataset": "0" * 64})
+    )
     seal(state.parent)
 
 
 @pytest.mark.parametrize(
     "case",
-    ["a command", "an address", "a cloud's program", "the environment in a list"],
+    [
+        "a command",
+        "an address",
+        "a cloud's program",
+        "the environment in a list",
+    ],
 )
 def test_neither_where_a_run_begins_with_another(run, tmp_path, canaries, case):
     folder = hostile(run, canaries, tmp_path, case)
@@ -294,7 +328,7 @@ def test_neither_where_a_run_begins_with_another(run, tmp_path, canaries, case):
     assert str(folder) in said
     canaries.check(said)
     said = said_of(
-        rank_run, folder, run.ranks, "test", run.dataset.folder
+        evaluate_run, folder, run.ranks, "test", run.dataset.folder
     )  # its model on another dataset
     canaries.check(said)
 
@@ -302,8 +336,9 @@ def test_neither_where_a_run_begins_with_another(run, tmp_path, canaries, case):
 def test_an_address_is_taken_from_who_gives_it(run, tmp_path, canaries):
     folder = hostile(run, canaries, tmp_path, "a command")
     config, dataset = open_run(folder, f"pipe:cat {run.dataset.folder}/{{}}")
-    assert dataset.fingerprint == run.dataset.fingerprint and config.data.startswith(
-        "pipe:cat "
+    assert (
+        dataset.fingerprint == run.dataset.fingerprint
+        and config.data.startswith("pipe:cat ")
     )
 
 
@@ -311,13 +346,17 @@ def test_deepspeeds_section_of_a_run_reaches_no_engine(
     run, tmp_path, canaries, monkeypatch
 ):
     other = run.copied(tmp_path / "other")
-    section = {"flops_profiler": {"enabled": True, "output_file": str(canaries.mark)}}
-    section |= {"csv_monitor": {"enabled": True, "output_path": str(canaries.mark)}}
+    section = {
+        "flops_profiler": {"enabled": True, "output_file": str(canaries.mark)}
+    }
+    section |= {
+        "csv_monitor": {"enabled": True, "output_path": str(canaries.mark)}
+    }
     recorded = yaml.safe_load((other.folder / "config.yaml").read_text())
     recorded["deepspeed"] |= section
     (other.folder / "config.yaml").write_text(yaml.safe_dump(recorded))
     monkeypatch.setattr(deepspeed, "initialize", None)
-    assert rank_run(other.folder, run.ranks)["kind"] == "test"
+    assert evaluate_run(other.folder, run.ranks)["kind"] == "test"
 
 
 @settings(max_examples=20)
@@ -328,7 +367,7 @@ def test_what_a_run_writes_reads_back_as_it_was_whatever_it_is(text):
         file = Path(folder) / "config.yaml"
         file.write_text(to_yaml(config))
         assert load_recorded(file) == config == load_config([file], [])
-        assert flat(config)["run"] == text
+        assert flatten_config(config)["run"] == text
 
 
 def test_what_is_resolved_is_kept_resolved(tmp_path, monkeypatch):
@@ -343,12 +382,14 @@ def test_a_command_is_not_kept(monkeypatch):
     monkeypatch.setenv("TRUST_SECRET", SECRET)
     config = load_config(
         [],
-        ["data=pipe:curl -H 'Authorization: ${oc.env:TRUST_SECRET}' https://host/{}"],
+        [
+            "data=pipe:curl -H 'Authorization: ${oc.env:TRUST_SECRET}' https://host/{}"
+        ],
     )
     assert SECRET in config.data
     assert (
         SECRET not in to_yaml(config)
-        and SECRET not in str(flat(config))
+        and SECRET not in str(flatten_config(config))
         and "pipe:…" in to_yaml(config)
     )
 
@@ -367,7 +408,10 @@ def renamed(name):
             if file["name"] == before:
                 file["name"] = domain["vocabulary"]
         target = folder / domain["vocabulary"]
-        if target.resolve().is_relative_to(folder.resolve()) and len(target.name) < 200:
+        if (
+            target.resolve().is_relative_to(folder.resolve())
+            and len(target.name) < 200
+        ):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / before, target)
 
@@ -389,14 +433,19 @@ def extension_type(folder, facts, canaries):
     file = folder / facts["domains"][0]["vocabulary"]
     table = pq.read_table(file)
     field = table.schema.field("item_id").with_metadata(metadata)
-    pq.write_table(table.cast(pa.schema([field, *list(table.schema)[1:]])), file)
+    pq.write_table(
+        table.cast(pa.schema([field, *list(table.schema)[1:]])), file
+    )
 
 
 DATASETS = {
     "a name above": (renamed("../data-0.parquet"), "is no name of a file"),
     "a name elsewhere": (renamed("/etc/passwd"), "is no name of a file"),
     "names of many": (renamed("vocabulary/*.parquet"), "is no name of a file"),
-    "names of one of some": (renamed("vocabulary/[0].parquet"), "is no name of a file"),
+    "names of one of some": (
+        renamed("vocabulary/[0].parquet"),
+        "is no name of a file",
+    ),
     "a line's end": (renamed("vocabulary/0\n.parquet"), "is no name of a file"),
     "an address for a name": (renamed("{http}/0.parquet"), None),
     "SQL for a name": (
@@ -418,7 +467,8 @@ def test_a_dataset_starts_nothing(run, tmp_path, canaries, case):
     for file in facts["files"]:
         if (folder / file["name"]).is_file():
             file |= {
-                key: value for key, value in vars(File.of(folder, file["name"])).items()
+                key: value
+                for key, value in vars(File.of(folder, file["name"])).items()
             }
     (folder / "dataset.json").write_text(json.dumps(facts))
 
@@ -426,11 +476,14 @@ def test_a_dataset_starts_nothing(run, tmp_path, canaries, case):
         dataset = Dataset.load(folder)
         assert dataset.lengths.shape == (20, 2)
         assert (
-            len(item_ids(dataset, dataset.domains[0])) == 5
-            and item_counts(dataset).sum() > 0
+            len(read_item_ids(dataset, dataset.domains[0])) == 5
+            and read_item_counts(dataset).sum() > 0
         )
-        return rank_run(
-            run.folder, run.ranks, data=folder, output=tmp_path / "ranks.parquet"
+        return evaluate_run(
+            run.folder,
+            run.ranks,
+            data=folder,
+            output=tmp_path / "ranks.parquet",
         )
 
     if message is None:
@@ -441,26 +494,34 @@ def test_a_dataset_starts_nothing(run, tmp_path, canaries, case):
         canaries.check(said)
 
 
-@pytest.mark.parametrize("facts", ["{", "{}", '{"of": "%s", "span_before": 1}', "[]"])
+@pytest.mark.parametrize(
+    "facts", ["{", "{}", '{"of": "%s", "span_before": 1}', "[]"]
+)
 def test_an_extension_that_is_none_is_named(run, tmp_path, facts):
     folder = tmp_path / "data"
     shutil.copytree(run.dataset.folder, folder)
     (folder / "extension").mkdir()
-    (folder / "extension" / "extension.json").write_text(facts.replace("%s", "0" * 64))
+    (folder / "extension" / "extension.json").write_text(
+        facts.replace("%s", "0" * 64)
+    )
     other = run.copied(tmp_path / "other")
     of_another_dataset(other.folder)
     assert "extension: cannot be used" in said_of(
-        rank_run, other.folder, run.ranks, "test", folder
+        evaluate_run, other.folder, run.ranks, "test", folder
     )
 
 
 def test_duckdb_fetches_no_extension(canaries):
     def ask(connection):
-        connection.execute(f"SET autoinstall_extension_repository = '{canaries.http}'")
+        connection.execute(
+            f"SET autoinstall_extension_repository = '{canaries.http}'"
+        )
         with pytest.raises(duckdb.Error):
-            connection.sql("FROM read_parquet('s3://bucket/x.parquet')").fetchall()
+            connection.sql(
+                "FROM read_parquet('s3://bucket/x.parquet')"
+            ).fetchall()
 
-    ask(connect())
+    ask(open_connection())
     canaries.check()
     ask(duckdb.connect())
     assert canaries.asked
@@ -496,7 +557,9 @@ class Archive:
     def node(self, name):
         """The first node of an operator."""
         return next(
-            node for node in self.graph["nodes"] if f"aten.{name}." in node["target"]
+            node
+            for node in self.graph["nodes"]
+            if f"aten.{name}." in node["target"]
         )
 
     def write(self, file):
@@ -581,7 +644,9 @@ def expression(archive, mark):
 
 def attribute_in_expression(archive, mark):
     value = next(iter(archive.graph["sym_int_values"].values()))
-    value["as_expr"]["expr_str"] = "Symbol('s1', positive=True, integer=True).__class__"
+    value["as_expr"]["expr_str"] = (
+        "Symbol('s1', positive=True, integer=True).__class__"
+    )
 
 
 def condition(archive, mark):
@@ -593,7 +658,11 @@ def condition(archive, mark):
 def function(archive, mark):
     node = archive.node("clamp")
     node["target"] = "torch.os.system"
-    command = {"name": "command", "arg": {"as_string": f"touch {mark}"}, "kind": 1}
+    command = {
+        "name": "command",
+        "arg": {"as_string": f"touch {mark}"},
+        "kind": 1,
+    }
     node["inputs"] = [command]
 
 
@@ -607,13 +676,17 @@ def operator(target):
 def name_that_is_code(archive, mark):
     inner = archive.graph["inputs"][0]["as_tensor"]["name"]
     code = f"a\n    __import__('os').system('touch {mark}')\n    b"
-    text = json.dumps(archive.model).replace(json.dumps(inner), json.dumps(code))
+    text = json.dumps(archive.model).replace(
+        json.dumps(inner), json.dumps(code)
+    )
     archive.model = json.loads(text)
 
 
 def tree(**spec):
     def spoil(archive, mark):
-        signature = archive.model["graph_module"]["module_call_graph"][0]["signature"]
+        signature = archive.model["graph_module"]["module_call_graph"][0][
+            "signature"
+        ]
         signature["in_spec"] = json.dumps([1, spec])
 
     return spoil
@@ -657,8 +730,14 @@ ENCODERS = {
         constant("opaque_obj_0", lambda mark: pickle.dumps(Planted(mark))),
         "opaque_obj_0",
     ),
-    "an object of TorchScript's": (constant("custom_obj_0", planted), "custom_obj_0"),
-    "a compiled library": (member("data/aotinductor/model/model.so"), "aotinductor"),
+    "an object of TorchScript's": (
+        constant("custom_obj_0", planted),
+        "custom_obj_0",
+    ),
+    "a compiled library": (
+        member("data/aotinductor/model/model.so"),
+        "aotinductor",
+    ),
     "ExecuTorch": (member("data/executorch/model.pte"), "executorch"),
     "another file": (member("extra/note.txt"), "extra/note.txt"),
     "another model": (member("models/other.json", b"{}"), "other.json"),
@@ -764,7 +843,11 @@ def test_an_encoder_is_tensors_and_operations_or_is_not_loaded(
 @pytest.mark.parametrize("case", ["a pickled weight", "code for an expression"])
 def test_so_is_a_domains_own(exported, tmp_path, canaries, case):
     model = spoiled(
-        exported, tmp_path / "model", case, canaries.mark, "domain-1/encoder.pt2"
+        exported,
+        tmp_path / "model",
+        case,
+        canaries.mark,
+        "domain-1/encoder.pt2",
     )
     folder = published(tmp_path / "published", model)
     assert "domain-1/encoder.pt2" in said_of(roll_back, folder, "0001")
@@ -783,7 +866,9 @@ def test_what_was_exported_is_published_as_ever(exported, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "domain-0/../../x"])
+@pytest.mark.parametrize(
+    "name", ["../../secret", "/etc/hostname", "domain-0/../../x"]
+)
 def test_files_of_a_version_lie_in_it(exported, tmp_path, name):
     folder = published(tmp_path / "published", exported)
     file = folder / "versions/0001/model/schema.json"
@@ -793,7 +878,9 @@ def test_files_of_a_version_lie_in_it(exported, tmp_path, name):
     assert "is no name of a file in it" in said_of(roll_back, folder, "0001")
 
 
-@pytest.mark.parametrize("version", ["../../elsewhere", "/elsewhere", 3, None, ""])
+@pytest.mark.parametrize(
+    "version", ["../../elsewhere", "/elsewhere", 3, None, ""]
+)
 def test_the_current_version_is_one_of_them(exported, tmp_path, version):
     folder = published(tmp_path / "published", exported)
     (folder / "current.json").write_text(json.dumps({"version": version}))
@@ -812,9 +899,9 @@ def test_the_current_version_is_one_of_them(exported, tmp_path, version):
 )
 def test_a_versions_record_is_one(exported, tmp_path, changes):
     folder = published(tmp_path / "published", exported, **changes)
-    assert "version" in said_of(read_current_version, folder) and "version" in said_of(
-        roll_back, folder, "0001"
-    )
+    assert "version" in said_of(
+        read_current_version, folder
+    ) and "version" in said_of(roll_back, folder, "0001")
 
 
 def test_the_run_that_a_version_names_is_trusted_no_more_than_others(
@@ -822,7 +909,9 @@ def test_the_run_that_a_version_names_is_trusted_no_more_than_others(
 ):
     folder = hostile(run, canaries, tmp_path, "the environment in another key")
     where = published(tmp_path / "published", exported, run=str(folder))
-    canaries.check(said_of(publish, run.folder, where, run.ranks, PublishConfig()))
+    canaries.check(
+        said_of(publish, run.folder, where, run.ranks, PublishConfig())
+    )
 
 
 @pytest.mark.parametrize("name", ["..", "../../model", "/tmp", "domain-0/.."])
@@ -894,7 +983,9 @@ def test_records_of_a_retraining_lead_nowhere_else(tmp_path, canaries, case):
     if file == "retrain.json":
         (day / "retrain.json").write_text(json.dumps(result | changes))
     name = "2" if file == "retrain.json" else "1"
-    config = RetrainConfig(folder=str(folder), name=name, input=["log"], keep_days=1)
+    config = RetrainConfig(
+        folder=str(folder), name=name, input=["log"], keep_days=1
+    )
     said = said_of(retrain, config, HELPERS.joinpath("fake_retrain"))
     assert message in said
     canaries.check(said)
@@ -920,7 +1011,9 @@ def test_commands_start_nothing_either(run, exported, tmp_path, canaries):
         and lines[0].startswith("error: ")
         and "data has ${…}" in lines[0]
     )
-    model = spoiled(exported, tmp_path / "model", "a pickled weight", canaries.mark)
+    model = spoiled(
+        exported, tmp_path / "model", "a pickled weight", canaries.mark
+    )
     status, lines = status_of(model / "example.py", "domain 0", "3")
     assert status != 0 and "use_pickle" in lines[-1]
     canaries.check()

@@ -20,7 +20,7 @@ from trainer.checkpoint.best_model import best_model, open_run
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import File
 from trainer.errors import InputError
-from trainer.evaluation.sampled import query_of
+from trainer.evaluation.sampled import build_history_query
 from trainer.serving.export import check_faiss, export_run
 
 ALLOWED = ("torch", "numpy", "safetensors")
@@ -57,14 +57,21 @@ def loaded(run):
     config, dataset = open_run(run.folder)
     model, table, _ = best_model(run.folder, config, dataset, run.ranks)
     with torch.no_grad():
-        return config, dataset, model, table(torch.arange(dataset.num_embeddings))
+        return (
+            config,
+            dataset,
+            model,
+            table(torch.arange(dataset.num_embeddings)),
+        )
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """A Python that finds the packages of ALLOWED, what these need, and nothing else."""
     root = tmp_path_factory.mktemp("bare")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", root], check=True
+    )
     (site,) = root.glob("lib/python*/site-packages")
     wanted, seen = list(ALLOWED), set()
     while wanted:
@@ -83,7 +90,9 @@ def bare(tmp_path_factory):
         }:
             if not (site / top).exists():
                 (site / top).symlink_to(package.locate_file(top))
-        needs = [need for need in package.requires or () if "extra ==" not in need]
+        needs = [
+            need for need in package.requires or () if "extra ==" not in need
+        ]
         wanted += [
             need.replace("[", " ")
             .replace(";", " ")
@@ -114,9 +123,9 @@ def answers(python, folder, asked):
 
 
 def ids_of(dataset, number):
-    rows = pq.read_table(dataset.local(dataset.domains[number].vocabulary)).sort_by(
-        "row"
-    )
+    rows = pq.read_table(
+        dataset.local(dataset.domains[number].vocabulary)
+    ).sort_by("row")
     return rows["item_id"].to_pylist()
 
 
@@ -128,7 +137,9 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
     asked, expected = [], []
     for length in (0, 1, 2, 7, 8, 9, 30):  # max_length is 8
         numbers = generator.integers(0, len(names), length)
-        events = [(int(d), int(generator.integers(0, len(ids[d])))) for d in numbers]
+        events = [
+            (int(d), int(generator.integers(0, len(ids[d])))) for d in numbers
+        ]
         rows = np.array(
             [dataset.domains[d].start + place for d, place in events], np.int64
         )
@@ -145,7 +156,7 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
             np.zeros(0, np.int64),
             True,
         )
-        query = query_of(dataset, *given)
+        query = build_history_query(dataset, *given)
         with torch.no_grad():
             y_DR = model(query, table[query.ids])[0]
         for number, domain in enumerate(dataset.domains):
@@ -153,7 +164,9 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
                 table[domain.start : domain.start + domain.items] @ y_DR[number]
             ).numpy()
             left = [
-                place for place in range(domain.items) if (number, place) not in events
+                place
+                for place in range(domain.items)
+                if (number, place) not in events
             ]
             best = sorted(left, key=lambda place: -scores[place])
             history = [
@@ -162,9 +175,14 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
             ]
             asked.append((history, names[number], 1000, now))
             expected.append(
-                [(str(ids[number][place]), float(scores[place])) for place in best]
+                [
+                    (str(ids[number][place]), float(scores[place]))
+                    for place in best
+                ]
             )
-    for found, wanted in zip(answers(bare, folder, asked), expected, strict=True):
+    for found, wanted in zip(
+        answers(bare, folder, asked), expected, strict=True
+    ):
         assert dict(map(tuple, found)) == pytest.approx(dict(wanted), abs=1e-5)
         scores = [score for _, score in found]
         assert scores == sorted(scores, reverse=True)
@@ -189,7 +207,9 @@ def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
             ([(5, "?", "?")], name, 3),
         ],
     )
-    assert with_unknown == without and item not in [found for found, _ in without]
+    assert with_unknown == without and item not in [
+        found for found, _ in without
+    ]
     assert new == nobody and len(new) == 3
 
 
@@ -205,8 +225,13 @@ def test_the_example_is_a_command(folder, loaded):
 
     lines = run(name, "99").stdout.splitlines()
     known = ids_of(loaded[1], 1)[0]
-    assert len(run(name, "99", f"17:{name}:{known}").stdout.splitlines()) == items - 1
-    assert len(lines) == items and all(len(line.split("\t")) == 2 for line in lines)
+    assert (
+        len(run(name, "99", f"17:{name}:{known}").stdout.splitlines())
+        == items - 1
+    )
+    assert len(lines) == items and all(
+        len(line.split("\t")) == 2 for line in lines
+    )
     assert run("nowhere", "3").stderr.startswith("there is no domain 'nowhere'")
 
 
@@ -216,7 +241,13 @@ def test_vectors_and_ids_are_the_tables_and_the_vocabularys(folder, loaded):
     there = {path.name for path in folder.iterdir()} - {
         "__pycache__"
     }  # another test imports example.py
-    assert there == {"schema.json", "encoder.pt2", "example.py", "domain-0", "domain-1"}
+    assert there == {
+        "schema.json",
+        "encoder.pt2",
+        "example.py",
+        "domain-0",
+        "domain-1",
+    }
     for domain, facts in zip(dataset.domains, schema["domains"], strict=True):
         assert (facts["name"], facts["items"], facts["id_type"]) == (
             domain.name,
@@ -231,7 +262,9 @@ def test_vectors_and_ids_are_the_tables_and_the_vocabularys(folder, loaded):
         assert File(name, **facts) == File.of(folder, name)
 
 
-def test_blocks_of_any_size_give_the_same_items(run, folder, tmp_path, monkeypatch):
+def test_blocks_of_any_size_give_the_same_items(
+    run, folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(trainer.serving.export, "_BLOCK", 2)
     export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig("fp16"))
     for file in folder.glob("domain-*/items.npy"):
@@ -279,7 +312,8 @@ def test_what_has_no_exported_form_is_refused_at_once(run, tmp_path):
         settings.replace("encoder: transformer", "encoder: gru")
     )
     with pytest.raises(
-        InputError, match=r"model\.encoder is gru: only transformer can be exported"
+        InputError,
+        match=r"model\.encoder is gru: only transformer can be exported",
     ):
         export_run(tmp_path, tmp_path / "out", run.ranks, ExportConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -298,13 +332,19 @@ def test_an_index_without_faiss_is_refused_at_once():
         export_run("nowhere", "out", None, ExportConfig(faiss="Flat"))
 
 
-def test_an_index_finds_the_items_with_the_greatest_scores(run, loaded, tmp_path):
+def test_an_index_finds_the_items_with_the_greatest_scores(
+    run, loaded, tmp_path
+):
     faiss = pytest.importorskip("faiss", reason="FAISS is an extra")
-    export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig(faiss="Flat"))
+    export_run(
+        run.folder, tmp_path / "out", run.ranks, ExportConfig(faiss="Flat")
+    )
     items = np.load(tmp_path / "out" / "domain-0" / "items.npy")
     index = faiss.read_index(str(tmp_path / "out" / "domain-0" / "index.faiss"))
     user = (
-        np.random.default_rng(0).standard_normal((1, items.shape[1])).astype(np.float32)
+        np.random.default_rng(0)
+        .standard_normal((1, items.shape[1]))
+        .astype(np.float32)
     )
     assert (
         index.search(user, 3)[1][0].tolist()

@@ -13,13 +13,16 @@ import trainer.serving.recommendation_files
 from tests.helpers.made import draw_histories, draw_ticks
 from tests.helpers.runs import finished_run, rank_of_one
 from trainer.checkpoint.best_model import best_model, open_run
-from trainer.config.serving import AskedConfig, RecommendConfig
+from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import TICKS
 from trainer.errors import InputError
-from trainer.evaluation.sampled import query_of
-from trainer.files.staged import Work
+from trainer.evaluation.sampled import build_history_query
+from trainer.files.staged import StagedOutput
 from trainer.serving.recommend import recommend
-from trainer.serving.recommendation_files import RecommendationFiles, hive_folder
+from trainer.serving.recommendation_files import (
+    RecommendationFiles,
+    hive_folder,
+)
 from trainer.serving.top_items import Scorer
 
 DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
@@ -47,7 +50,7 @@ def score(run):
             np.array([len(history)]),
             np.array([TICKS]),
         )
-        query = query_of(
+        query = build_history_query(
             dataset,
             items,
             np.array(ticks, np.int64),
@@ -58,7 +61,9 @@ def score(run):
             True,
         )
         y_DR = model(query, table(query.ids))[0].double().numpy()
-        return (vectors * y_DR[dataset.domain_of(np.arange(len(vectors)))]).sum(1)
+        return (vectors * y_DR[dataset.domain_of(np.arange(len(vectors)))]).sum(
+            1
+        )
 
     return of
 
@@ -69,7 +74,7 @@ def made(run, output, asked=None, fresh=False, **options):
         output,
         run.ranks,
         RecommendConfig(**options),
-        asked or AskedConfig(),
+        asked or HistoriesConfig(),
         fresh=fresh,
     )
 
@@ -79,7 +84,13 @@ def found(output, part_users):
     recommended, lengths = {}, {}
     for file in sorted(output.glob("domain=*/part-*.parquet")):
         table = pq.ParquetFile(file).read()
-        assert table.schema.names == ["user_id", "history", "rank", "item_id", "score"]
+        assert table.schema.names == [
+            "user_id",
+            "history",
+            "rank",
+            "item_id",
+            "score",
+        ]
         assert table.schema.types[1:] == [
             pa.int32(),
             pa.int32(),
@@ -89,8 +100,12 @@ def found(output, part_users):
         own = {}
         for row in table.to_pylist():
             key = row["user_id"], file.parent.name.removeprefix("domain=")
-            assert key not in recommended and (row["rank"] == 1 or key == list(own)[-1])
-            own.setdefault(key, []).append((row["rank"], row["item_id"], row["score"]))
+            assert key not in recommended and (
+                row["rank"] == 1 or key == list(own)[-1]
+            )
+            own.setdefault(key, []).append(
+                (row["rank"], row["item_id"], row["score"])
+            )
             lengths[row["user_id"]] = row["history"]
         assert len(own) <= part_users
         recommended |= own
@@ -107,7 +122,11 @@ def expected(score, history, ticks, domain, k, keep_seen):
     best = sorted(rows, key=lambda row: (-np.float32(scores[row]), row))[:k]
     first = DOMAINS[domain][0]
     return [
-        (rank, f"d{domain[-1]}-{row - first}", pytest.approx(scores[row], abs=1e-6))
+        (
+            rank,
+            f"d{domain[-1]}-{row - first}",
+            pytest.approx(scores[row], abs=1e-6),
+        )
         for rank, row in enumerate(best, 1)
     ]
 
@@ -125,7 +144,9 @@ SOME = [
 def test_every_user_gets_the_best_items_that_are_left(
     run, score, tmp_path, options, part_users
 ):
-    record = made(run, tmp_path / "out", AskedConfig(part_users=part_users), **options)
+    record = made(
+        run, tmp_path / "out", HistoriesConfig(part_users=part_users), **options
+    )
     recommended, lengths = found(tmp_path / "out", part_users)
     names = options.get("domains", tuple(DOMAINS))
     histories = {f"u{user}": history_of(run, user) for user in range(20)}
@@ -145,7 +166,9 @@ def test_every_user_gets_the_best_items_that_are_left(
             )
             assert recommended.pop((user, domain), []) == wanted
     assert not recommended
-    assert record == json.loads((tmp_path / "out" / "recommend.json").read_text())
+    assert record == json.loads(
+        (tmp_path / "out" / "recommend.json").read_text()
+    )
     assert record["users"] == 20 and record["rows"].keys() == set(names)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "recommend.json",
@@ -154,7 +177,9 @@ def test_every_user_gets_the_best_items_that_are_left(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_users_that_training_never_saw_and_those_without_history(run, score, tmp_path):
+def test_users_that_training_never_saw_and_those_without_history(
+    run, score, tmp_path
+):
     rows = [
         ("new", "d0-1", "domain 0", 1),
         ("new", "d1-3", "domain 1", 2),
@@ -170,10 +195,12 @@ def test_users_that_training_never_saw_and_those_without_history(run, score, tmp
     )
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")
     pq.write_table(
-        pa.table({"user_id": ["new", "odd", "given"]}), tmp_path / "users.parquet"
+        pa.table({"user_id": ["new", "odd", "given"]}),
+        tmp_path / "users.parquet",
     )
-    asked = AskedConfig(
-        inputs=(str(tmp_path / "log.parquet"),), users=str(tmp_path / "users.parquet")
+    asked = HistoriesConfig(
+        inputs=(str(tmp_path / "log.parquet"),),
+        users=str(tmp_path / "users.parquet"),
     )
     record = made(run, tmp_path / "out", asked, k=3)
     recommended, lengths = found(tmp_path / "out", 100)
@@ -182,8 +209,12 @@ def test_users_that_training_never_saw_and_those_without_history(run, score, tmp
         assert recommended["new", domain] == expected(
             score, [1, 11], [1, 2], domain, 3, False
         )
-        assert recommended["odd", domain] == expected(score, [], [], domain, 3, False)
-        assert recommended["given", domain] == expected(score, [], [], domain, 3, False)
+        assert recommended["odd", domain] == expected(
+            score, [], [], domain, 3, False
+        )
+        assert recommended["given", domain] == expected(
+            score, [], [], domain, 3, False
+        )
     counts = {
         "users": 3,
         "without_history": 2,
@@ -196,9 +227,15 @@ def test_users_that_training_never_saw_and_those_without_history(run, score, tmp
 
 def test_numbers_stay_numbers(run, tmp_path):
     pq.write_table(
-        pa.table({"user_id": pa.array([5, 70], pa.int16())}), tmp_path / "users.parquet"
+        pa.table({"user_id": pa.array([5, 70], pa.int16())}),
+        tmp_path / "users.parquet",
     )
-    made(run, tmp_path / "out", AskedConfig(users=str(tmp_path / "users.parquet")), k=1)
+    made(
+        run,
+        tmp_path / "out",
+        HistoriesConfig(users=str(tmp_path / "users.parquet")),
+        k=1,
+    )
     (file,) = (tmp_path / "out" / "domain=domain 1").iterdir()
     assert pq.read_schema(file).field("user_id").type == pa.int64()
 
@@ -223,7 +260,8 @@ def test_no_rank_is_without_users(ranks, batch_size, part_users, together):
     groups = Scorer.group_parts(scorer, list(range(9)), part_users)
     assert [part for group in groups for part in group] == list(range(9))
     assert (
-        len(groups[0]) == together and together * -(-part_users // batch_size) >= ranks
+        len(groups[0]) == together
+        and together * -(-part_users // batch_size) >= ranks
     )
 
 
@@ -255,7 +293,7 @@ def contents(folder):
 def test_a_call_that_was_killed_goes_on_with_the_parts_that_are_missing(
     run, tmp_path, monkeypatch
 ):
-    asked = AskedConfig(part_users=6)
+    asked = HistoriesConfig(part_users=6)
     made(run, tmp_path / "whole", asked, k=3)
     for parts in range(4):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -272,14 +310,18 @@ def test_a_call_that_was_killed_goes_on_with_the_parts_that_are_missing(
             )
             made(run, tmp_path / f"killed {parts}", asked, k=3)
         assert len(scored) == 4 - parts
-        assert contents(tmp_path / f"killed {parts}") == contents(tmp_path / "whole")
+        assert contents(tmp_path / f"killed {parts}") == contents(
+            tmp_path / "whole"
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["whole", *(f"killed {parts}" for parts in range(4))]
     )
 
 
-def test_putting_the_parts_in_place_may_be_interrupted_too(run, tmp_path, monkeypatch):
-    asked = AskedConfig(part_users=6)
+def test_putting_the_parts_in_place_may_be_interrupted_too(
+    run, tmp_path, monkeypatch
+):
+    asked = HistoriesConfig(part_users=6)
     made(run, tmp_path / "whole", asked)
 
     def failing(*_):
@@ -287,8 +329,8 @@ def test_putting_the_parts_in_place_may_be_interrupted_too(run, tmp_path, monkey
 
     for place, name in (
         (trainer.serving.recommendation_files, "write_json"),
-        (Work, "deliver"),
-        (Work, "discard"),
+        (StagedOutput, "deliver"),
+        (StagedOutput, "discard"),
     ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, name, failing)
@@ -310,7 +352,11 @@ OTHERWISE = {
         {},
         "domains was ['domain 0', 'domain 1'], is ['domain 1']",
     ),
-    "keep_seen": ({"k": 3, "keep_seen": True}, {}, "keep_seen was False, is True"),
+    "keep_seen": (
+        {"k": 3, "keep_seen": True},
+        {},
+        "keep_seen was False, is True",
+    ),
     "part_users": ({"k": 3}, {"part_users": 5}, "part_users was 6, is 5"),
     "users": ({"k": 3}, {"users": "users.parquet"}, "users was []"),
 }
@@ -329,16 +375,21 @@ def test_what_differs_from_the_call_that_was_killed_is_named(
     }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, 2)
-        made(run, tmp_path / "out", AskedConfig(part_users=6), k=3)
+        made(run, tmp_path / "out", HistoriesConfig(part_users=6), k=3)
     before = contents(tmp_path)
     with pytest.raises(InputError) as error:
-        made(run, tmp_path / "out", AskedConfig(**{"part_users": 6} | asked), **options)
+        made(
+            run,
+            tmp_path / "out",
+            HistoriesConfig(**{"part_users": 6} | asked),
+            **options,
+        )
     assert message in str(error.value) and "--fresh" in str(error.value)
     assert contents(tmp_path) == before
     made(
         run,
         tmp_path / "out",
-        AskedConfig(**{"part_users": 6} | asked),
+        HistoriesConfig(**{"part_users": 6} | asked),
         fresh=True,
         **options,
     )
@@ -349,24 +400,30 @@ def test_another_model_is_another_output(run, tmp_path, monkeypatch):
     own = run.copied(tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, 1)
-        made(own, tmp_path / "out", AskedConfig(part_users=6))
+        made(own, tmp_path / "out", HistoriesConfig(part_users=6))
     manifest = next(own.folder.glob("checkpoints/*/manifest.json"))
     manifest.write_text(manifest.read_text() + "\n")
     with pytest.raises(InputError, match="model was"):
-        made(own, tmp_path / "out", AskedConfig(part_users=6))
+        made(own, tmp_path / "out", HistoriesConfig(part_users=6))
 
 
 def test_a_finished_output_is_left_as_it_is(run, tmp_path):
     record = made(run, tmp_path / "out", k=3)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert made(run, tmp_path / "out", k=3) == record
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+    } == before
     with pytest.raises(InputError, match="already holds something"):
         made(run, tmp_path / "out", k=4)
 
 
 BAD = {
-    "an unknown domain": ({"domains": ("moon",)}, {}, "; it has domain 0, domain 1"),
+    "an unknown domain": (
+        {"domains": ("moon",)},
+        {},
+        "; it has domain 0, domain 1",
+    ),
     "no such log": (
         {},
         {"inputs": ("nowhere.parquet",)},
@@ -381,7 +438,7 @@ def test_what_cannot_be_used_is_named_and_leaves_nothing(
     run, tmp_path, options, asked, message
 ):
     with pytest.raises(InputError) as error:
-        made(run, tmp_path / "out", AskedConfig(**asked), **options)
+        made(run, tmp_path / "out", HistoriesConfig(**asked), **options)
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -5,7 +5,7 @@ import pytest
 
 import trainer.serving.user_histories
 from tests.helpers.made import draw_histories, spoil_block, write_dataset
-from trainer.config.serving import AskedConfig
+from trainer.config.serving import HistoriesConfig
 from trainer.data.loading.histories import Histories
 from trainer.errors import InputError
 from trainer.files.progress import Stages
@@ -40,7 +40,9 @@ def histories():
 
 @pytest.fixture
 def dataset(tmp_path, histories):
-    return write_dataset(tmp_path / "data", histories, item_ids=ITEMS, cuts=(7,))
+    return write_dataset(
+        tmp_path / "data", histories, item_ids=ITEMS, cuts=(7,)
+    )
 
 
 def log(folder, rows=LOG, name="log.parquet", **types):
@@ -54,7 +56,9 @@ def log(folder, rows=LOG, name="log.parquet", **types):
     path = folder / name
     if path.suffix == ".csv":
         path.write_text(
-            "\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)])
+            "\n".join(
+                [",".join(columns), *(",".join(map(str, row)) for row in rows)]
+            )
             + "\n"
         )
     else:
@@ -82,7 +86,7 @@ def found(tmp_path, dataset, report=None, **options):
     with Stages(False) as stages:
         facts = write_histories(
             tmp_path / "out",
-            AskedConfig(**options),
+            HistoriesConfig(**options),
             dataset,
             tmp_path / "scratch",
             stages,
@@ -90,7 +94,7 @@ def found(tmp_path, dataset, report=None, **options):
             report=report,
         )
     assert HistoryCounts.load(tmp_path / "out") == facts
-    histories, size = {}, AskedConfig(**options).part_users
+    histories, size = {}, HistoriesConfig(**options).part_users
     files = sorted((tmp_path / "out").glob("*.parquet"))
     assert [file.name for file in files] == [
         f"{part:05d}.parquet" for part in range(-(-facts.users // size))
@@ -109,7 +113,9 @@ def found(tmp_path, dataset, report=None, **options):
         )
         assert len(ticks_N) == len(rows_N)
         ends = np.cumsum(lengths_B)
-        for user, end, length in zip(ids.to_pylist(), ends, lengths_B, strict=True):
+        for user, end, length in zip(
+            ids.to_pylist(), ends, lengths_B, strict=True
+        ):
             assert user not in histories
             histories[user] = rows_N[end - length : end].tolist()
             assert (np.diff(ticks_N[end - length : end].astype(int)) >= 0).all()
@@ -122,7 +128,10 @@ def test_logs_are_mapped_and_what_is_not_known_is_counted(
     tmp_path, dataset, part_users, name
 ):
     histories, facts = found(
-        tmp_path, dataset, inputs=(log(tmp_path, name=name),), part_users=part_users
+        tmp_path,
+        dataset,
+        inputs=(log(tmp_path, name=name),),
+        part_users=part_users,
     )
     assert list(histories.items()) == list(EXPECTED.items())
     assert facts == HistoryCounts(
@@ -146,7 +155,7 @@ def test_times_come_along_in_the_datasets_ticks(tmp_path, dataset):
         with Stages(False) as stages:
             write_histories(
                 tmp_path / name,
-                AskedConfig(**options),
+                HistoriesConfig(**options),
                 dataset,
                 tmp_path / name / "scratch",
                 stages,
@@ -154,7 +163,10 @@ def test_times_come_along_in_the_datasets_ticks(tmp_path, dataset):
             )
     assert read_histories(tmp_path / "logs", 0)[3].tolist() == [7, 65_535, 300]
     own = Histories(dataset, 1).read(np.array([3, 9])).ticks_N
-    assert own.any() and read_histories(tmp_path / "own", 0)[3].tolist() == own.tolist()
+    assert (
+        own.any()
+        and read_histories(tmp_path / "own", 0)[3].tolist() == own.tolist()
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -168,7 +180,9 @@ def test_users_and_events_come_in_batches_that_do_not_match(
 
 def test_given_users_alone_also_such_that_no_log_has(tmp_path, dataset):
     users = given(tmp_path, ["u0", "zero", "u0", "new"])
-    histories, facts = found(tmp_path, dataset, inputs=(log(tmp_path),), users=users)
+    histories, facts = found(
+        tmp_path, dataset, inputs=(log(tmp_path),), users=users
+    )
     assert list(histories.items()) == [
         ("new", [2, 1]),
         ("u0", [1, 0, 8, 9]),
@@ -271,7 +285,9 @@ def nobody(folder):
 
 def no_user_column(folder):
     pq.write_table(pa.table({"uid": ["u1"]}), folder / "users.parquet")
-    return {"users": str(folder / "users.parquet")}, "no column 'user_id'; it has uid"
+    return {
+        "users": str(folder / "users.parquet")
+    }, "no column 'user_id'; it has uid"
 
 
 def an_empty_id(folder):
@@ -281,11 +297,15 @@ def an_empty_id(folder):
 
 
 def no_such_file(folder):
-    return {"users": str(folder / "users.parquet")}, "users.parquet does not exist"
+    return {
+        "users": str(folder / "users.parquet")
+    }, "users.parquet does not exist"
 
 
 def a_log_without_items(folder):
-    return {"inputs": (given(folder, ["u1"], "log.parquet"),)}, "no column 'item_id'"
+    return {
+        "inputs": (given(folder, ["u1"], "log.parquet"),)
+    }, "no column 'item_id'"
 
 
 BAD = [nobody, no_user_column, an_empty_id, no_such_file, a_log_without_items]
@@ -310,4 +330,4 @@ def test_what_cannot_be_read_is_named(tmp_path, dataset, spoil):
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
-        check_memory(AskedConfig(**options))
+        check_memory(HistoriesConfig(**options))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from trainer.errors import InputError
+from trainer.evaluation.metrics import metric_values
 from trainer.study.results import (
     RunResult,
     SystemResults,
     collect_results,
-    metric_values,
     paired_difference,
 )
 
@@ -16,7 +16,9 @@ from trainer.study.results import (
 def found(rank_SU, domain_U=None, name="one", user_U=None):
     rank_SU = np.atleast_2d(rank_SU)
     users = rank_SU.shape[1]
-    domain_U = np.zeros(users, int) if domain_U is None else np.asarray(domain_U)
+    domain_U = (
+        np.zeros(users, int) if domain_U is None else np.asarray(domain_U)
+    )
     user_U = np.arange(users) if user_U is None else user_U
     seeds = [0.0] * len(rank_SU)
     return SystemResults(
@@ -33,11 +35,13 @@ def found(rank_SU, domain_U=None, name="one", user_U=None):
 
 def test_gains_are_their_definitions():
     rank = np.array([1, 2, 10, 11])
-    assert metric_values(rank, "NDCG@10").tolist() == pytest.approx(
+    assert metric_values("NDCG@10", rank).tolist() == pytest.approx(
         [1, 1 / np.log2(3), 1 / np.log2(11), 0]
     )
-    assert metric_values(rank, "HR@10").tolist() == [1, 1, 1, 0]
-    assert metric_values(rank, "MRR").tolist() == pytest.approx([1, 0.5, 0.1, 1 / 11])
+    assert metric_values("HR@10", rank).tolist() == [1, 1, 1, 0]
+    assert metric_values("MRR", rank).tolist() == pytest.approx(
+        [1, 0.5, 0.1, 1 / 11]
+    )
 
 
 def test_means_are_by_seed_and_domain():
@@ -51,7 +55,10 @@ def test_a_difference_is_the_mean_over_domains_with_an_interval_that_holds_it():
     rng = np.random.default_rng(0)
     domain_U = rng.choice(2, 4000, p=[0.9, 0.1])
     ranks = rng.integers(1, 30, (2, 4000))
-    one, other = found(ranks, domain_U), found(ranks + (domain_U == 1), domain_U)
+    one, other = (
+        found(ranks, domain_U),
+        found(ranks + (domain_U == 1), domain_U),
+    )
     whole = paired_difference(one, other, "full")
     by_hand = [
         (metric_values(ranks, "NDCG@10") - metric_values(ranks + 1, "NDCG@10"))
@@ -70,7 +77,9 @@ def test_noise_is_not_taken_for_a_difference():
     rng, out = np.random.default_rng(1), 0
     for _ in range(40):
         whole = paired_difference(
-            found(rng.integers(1, 30, 300)), found(rng.integers(1, 30, 300)), "full"
+            found(rng.integers(1, 30, 300)),
+            found(rng.integers(1, 30, 300)),
+            "full",
         )
         out += whole.low * whole.high > 0
     assert out <= 6
@@ -94,13 +103,19 @@ def test_users_are_put_in_order_and_others_are_refused():
         return RunResult(**arrays, **facts)
 
     whole = collect_results("one", [[part([5, 1], [7, 8]), part([3], [9])]])
-    assert whole.user_U.tolist() == [1, 3, 5] and whole.position["full"].tolist() == [
-        [8, 9, 7]
-    ]
-    assert whole.seconds == [4.0] and whole.epochs == [3] and whole.validation == [0.5]
+    assert whole.user_U.tolist() == [1, 3, 5] and whole.position[
+        "full"
+    ].tolist() == [[8, 9, 7]]
+    assert (
+        whole.seconds == [4.0]
+        and whole.epochs == [3]
+        and whole.validation == [0.5]
+    )
     with pytest.raises(InputError, match="its seeds have ranked other users"):
         collect_results("one", [[part([5, 1], [7, 8])], [part([5, 2], [7, 8])]])
     with pytest.raises(
         InputError, match="have ranked other users: they cannot be compared"
     ):
-        paired_difference(found([1, 2]), found([1, 2], user_U=np.array([0, 2])), "full")
+        paired_difference(
+            found([1, 2]), found([1, 2], user_U=np.array([0, 2])), "full"
+        )

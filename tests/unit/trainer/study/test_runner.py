@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import HELPERS
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.study import SYSTEM_NAMES, StudyConfig
-from trainer.errors import InputError, Stopped
+from trainer.errors import InputError, RunStopped
 from trainer.study.baselines import SYSTEMS as ALL_SYSTEMS
 from trainer.study.report import write_study
 from trainer.study.runner import run_study
@@ -37,7 +37,9 @@ def study(tmp_path, data):
 
 
 def calls(tmp_path):
-    return sorted((tmp_path / "out" / "runs" / "calls.txt").read_text().splitlines())
+    return sorted(
+        (tmp_path / "out" / "runs" / "calls.txt").read_text().splitlines()
+    )
 
 
 def test_every_system_has_its_runs_and_a_domain_alone_one_each(study, tmp_path):
@@ -93,7 +95,11 @@ def test_the_best_by_validation_stands_for_a_system(study, tmp_path):
         systems=["SyNCRec", "SDSR"],
     )
     assert found.best_settings["SyNCRec"] == {"": ("model.dropout=0.4",)}
-    assert [round(value, 3) for *_, value in found.trials["SyNCRec"]] == [0.1, 0.4, 0.2]
+    assert [round(value, 3) for *_, value in found.trials["SyNCRec"]] == [
+        0.1,
+        0.4,
+        0.2,
+    ]
     assert "train SyNCRec-model.dropout=0.4-seed=5" in calls(tmp_path)
     assert "train SyNCRec-model.dropout=0.1-seed=5" not in calls(tmp_path)
     assert found.results["SyNCRec"].validation == [0.4, 0.4]
@@ -120,7 +126,7 @@ def test_asked_to_stop_it_asks_its_runs(study, tmp_path):
 
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=stop).start()
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(RunStopped, match="the same command goes on"):
         study(seeds=[77], systems=["SyNCRec", "SASRec"])
     assert signal.getsignal(signal.SIGTERM) == before
     assert calls(tmp_path) == ["train SyNCRec-seed=77"]
@@ -154,13 +160,19 @@ def test_the_report_says_who_gains_and_who_loses(study, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"systems": ["SASRek"]}, "there is no system 'SASRek': there are SyNCRec, "),
+        (
+            {"systems": ["SASRek"]},
+            "there is no system 'SASRek': there are SyNCRec, ",
+        ),
         ({"own": {"moon": []}}, "there is no system 'moon'"),
         ({"seeds": []}, "seeds is"),
         ({"seeds": [1, 1]}, "each once"),
         ({"parallel": 0}, "parallel is 0"),
         ({"systems": []}, "systems is empty"),
-        ({"systems": ["SASRec"], "sweep": {"model.dim": [8]}}, "sweep is of SyNCRec"),
+        (
+            {"systems": ["SASRec"], "sweep": {"model.dim": [8]}},
+            "sweep is of SyNCRec",
+        ),
     ],
 )
 def test_what_cannot_be_studied_is_refused(settings, message):
@@ -171,7 +183,9 @@ def test_what_cannot_be_studied_is_refused(settings, message):
 def test_a_folder_that_holds_something_else_is_left_alone(study, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="already holds something that is no study"):
+    with pytest.raises(
+        InputError, match="already holds something that is no study"
+    ):
         study()
     with pytest.raises(InputError, match=r"model.dim: give a list of values"):
         (tmp_path / "out" / "mine.txt").unlink()

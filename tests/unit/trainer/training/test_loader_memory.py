@@ -13,10 +13,10 @@ from embeddings.table import ItemTable
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.load import load_config
 from trainer.config.stream import StreamConfig
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.stream import TrainBatches, ready
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.stream import TrainBatches, batches_of_workers
 from trainer.data.loading.worker_handover import BatchPacker
-from trainer.training.loader_memory import loader_bytes
+from trainer.training.loader_memory import estimate_loader_bytes
 
 ROWS, DIM = 400_000, 64
 MB = 2**20
@@ -30,7 +30,8 @@ class Numbers(torch.utils.data.IterableDataset):
 def memory_of(processes):
     """Bytes that processes have to themselves, or their share of, all together."""
     rolled = [
-        Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes
+        Path(f"/proc/{process}/smaps_rollup").read_text()
+        for process in processes
     ]
     return sum(
         1024 * int(re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)[1])
@@ -61,7 +62,9 @@ def test_a_loader_has_no_copy_of_a_table_that_is_updated(ranks):
 
     update()  # what a step takes for itself is there from now on
     before = set(multiprocessing.active_children())
-    stream = ready(Numbers(), StreamConfig(workers=1), pin_memory=False)
+    stream = batches_of_workers(
+        Numbers(), StreamConfig(workers=1), pin_memory=False
+    )
     next(stream)
     (loader,) = set(multiprocessing.active_children()) - before
     gc.collect()
@@ -81,7 +84,9 @@ def test_a_loader_has_no_copy_of_a_table_that_is_updated(ranks):
 def test_what_is_reckoned_is_what_batches_take(tmp_path):
     """With something to spare: of few items a batch has hardly any rows."""
     histories = draw_histories(300, (50, 40), longest=60)
-    dataset = write_dataset(tmp_path / "data", histories, (50, 40), block_users=64)
+    dataset = write_dataset(
+        tmp_path / "data", histories, (50, 40), block_users=64
+    )
     for settings in (
         ["negatives.per_target=1"],
         ["negatives.per_target=8"],
@@ -96,17 +101,27 @@ def test_what_is_reckoned_is_what_batches_take(tmp_path):
                 *settings,
             ],
         )
-        plan = Plan(dataset, 300, 1, 0, shuffle=False)
+        plan = BatchSchedule(dataset, 300, 1, 0, shuffle=False)
         batches = TrainBatches(
-            plan, 0, 0, config.model.max_length, "mean", config.negatives, config.stream
+            plan,
+            0,
+            0,
+            config.model.max_length,
+            "mean",
+            config.negatives,
+            config.stream,
         )
         piece = len(BatchPacker(shared=False)(next(iter(batches)).batch).piece)
         pieces = (config.stream.prefetch + 2) * 2 * 3
-        reckoned = (loader_bytes(config, dataset, 1) - 2 * 3 * 160 * 10**6) / pieces
+        reckoned = (
+            estimate_loader_bytes(config, dataset, 1) - 2 * 3 * 160 * 10**6
+        ) / pieces
         assert 0.9 * piece < reckoned < 2 * piece
         assert (
-            loader_bytes(
-                replace(config, stream=replace(config.stream, workers=0)), dataset, 1
+            estimate_loader_bytes(
+                replace(config, stream=replace(config.stream, workers=0)),
+                dataset,
+                1,
             )
             == 0
         )

@@ -9,11 +9,11 @@ import pytest
 import trainer.checkpoint.save
 import trainer.training.callbacks
 from tests.helpers.runs import SmallRun, rank_of_one
-from trainer.checkpoint.layout import RunState, checkpoints, read_state
+from trainer.checkpoint.layout import RunState, list_checkpoints, read_state
 from trainer.checkpoint.save import Checkpoints
 from trainer.errors import InputError
-from trainer.files.atomic import StorageLate
-from trainer.reporting.run_log import HEADLINE
+from trainer.files.atomic import LateStorage
+from trainer.run_files import HEADLINE
 from trainer.training.callbacks import Callback
 from trainer.training.loop import train
 from trainer.training.step import Trainer
@@ -64,17 +64,23 @@ def test_after_an_early_stop_the_same_command_trains_no_further(
             record["mean"][HEADLINE] = next(values)
         return record
 
-    monkeypatch.setattr(trainer.training.callbacks, "evaluation_record", ever_worse)
+    monkeypatch.setattr(
+        trainer.training.callbacks, "make_evaluation_record", ever_worse
+    )
     config = run.configured(
-        *SETTINGS, "epochs=9", "evaluation.patience=2", "optimizer.schedule=constant"
+        *SETTINGS,
+        "epochs=9",
+        "evaluation.patience=2",
+        "optimizer.schedule=constant",
     )
     first = train(config, run.ranks)
     assert (
-        "stopped early: 2 validations without a better mean" in capsys.readouterr().out
+        "stopped early: 2 validations without a better mean"
+        in capsys.readouterr().out
     )
     begun, best = len(steps), first["step"]
     assert begun == 3 * best  # the best epoch was the first
-    assert checkpoints(run.folder)[0].name == f"step-{begun:08d}"
+    assert list_checkpoints(run.folder)[0].name == f"step-{begun:08d}"
     second = train(config, run.ranks)
     assert len(steps) == begun
     assert {name: second[name] for name in ("step", "domains", "mean")} == {
@@ -83,12 +89,15 @@ def test_after_an_early_stop_the_same_command_trains_no_further(
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(errno.ENOSPC, InputError), (errno.ESTALE, StorageLate)]
+    ("number", "kind"),
+    [(errno.ENOSPC, InputError), (errno.ESTALE, LateStorage)],
 )
 def test_a_first_checkpoint_that_fails_takes_nothing_of_a_run_that_has_made_steps(
     run, steps, monkeypatch, number, kind
 ):
-    config = run.configured(*SETTINGS, "max_steps=3", "checkpoint.every_steps=1")
+    config = run.configured(
+        *SETTINGS, "max_steps=3", "checkpoint.every_steps=1"
+    )
 
     def failing(*_):
         raise OSError(number, os.strerror(number), "the disk")
@@ -102,10 +111,12 @@ def test_a_first_checkpoint_that_fails_takes_nothing_of_a_run_that_has_made_step
     }
     assert steps
     train(config, run.ranks)
-    assert checkpoints(run.folder)[0].name == "step-00000003"
+    assert list_checkpoints(run.folder)[0].name == "step-00000003"
 
 
-def test_what_cannot_begin_takes_nothing_that_was_there_before(run, monkeypatch):
+def test_what_cannot_begin_takes_nothing_that_was_there_before(
+    run, monkeypatch
+):
     config = run.configured(*SETTINGS, "max_steps=3")
 
     def refused(*_, **__):
@@ -171,15 +182,23 @@ def test_callbacks_are_called_in_order(run):
     for name, *call in calls:
         by_name[name].append(call)
     assert by_name["first"] == by_name["second"]
-    assert [name for name, *_ in calls] == ["first", "second"] * (len(calls) // 2)
+    assert [name for name, *_ in calls] == ["first", "second"] * (
+        len(calls) // 2
+    )
     others = [call for call in by_name["first"] if call[0] != "checkpoint"]
     assert others == [["step", 1], ["step", 2], ["validation", 3], ["step", 3]]
-    written = [step for method, step in by_name["first"] if method == "checkpoint"]
+    written = [
+        step for method, step in by_name["first"] if method == "checkpoint"
+    ]
     assert written == [1, 2, 3]
 
 
-@pytest.mark.parametrize("method", ["on_step", "on_validation", "on_checkpoint"])
-def test_an_exception_of_a_callback_ends_the_run_and_its_checkpoint_stays(run, method):
+@pytest.mark.parametrize(
+    "method", ["on_step", "on_validation", "on_checkpoint"]
+)
+def test_an_exception_of_a_callback_ends_the_run_and_its_checkpoint_stays(
+    run, method
+):
     settings = ["max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=9"]
     config = run.configured(*SETTINGS, *settings)
 
@@ -191,9 +210,9 @@ def test_an_exception_of_a_callback_ends_the_run_and_its_checkpoint_stays(run, m
     with pytest.raises(ZeroDivisionError):
         train(config, run.ranks, callbacks=[failing])
     # The newest one may still have been in flight, as with any fault.
-    assert checkpoints(run.folder)[-1].name == "step-00000001"
+    assert list_checkpoints(run.folder)[-1].name == "step-00000001"
     train(config, run.ranks)
-    assert checkpoints(run.folder)[0].name == "step-00000003"
+    assert list_checkpoints(run.folder)[0].name == "step-00000003"
 
 
 def test_a_callback_does_nothing_by_default(run):

@@ -18,7 +18,9 @@ def clock(monkeypatch):
 
 
 def batch(weights, interactions):
-    return SimpleNamespace(weight_B=torch.tensor(weights), interactions=interactions)
+    return SimpleNamespace(
+        weight_B=torch.tensor(weights), interactions=interactions
+    )
 
 
 def report(
@@ -41,7 +43,9 @@ def report(
     )
 
 
-def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(ranks, clock):
+def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(
+    ranks, clock
+):
     meter = IntervalMeter(["a", "b"])
     clock.seconds += 2
     nan = float("nan")
@@ -72,7 +76,10 @@ def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(ranks, clock
     assert found["phi"]["a"] == 3 and math.isnan(found["phi"]["b"])
     assert found["lambda"] == {"a": 0.25, "b": 0.75}
     # A user that fills up is no user, and its two interactions are no tokens.
-    assert (found["users_per_second"], found["tokens_per_second"]) == (3 / 4, 15 / 4)
+    assert (found["users_per_second"], found["tokens_per_second"]) == (
+        3 / 4,
+        15 / 4,
+    )
     assert found["memory_gb"] > 0
     assert found["skipped_users"] == 0
 
@@ -93,7 +100,9 @@ def test_skipped_users_are_those_of_the_interval_over_all_ranks(
     assert found == [14, 0, 4] and all(type(users) is int for users in found)
 
 
-def test_waiting_is_a_share_of_the_interval_and_pauses_are_not_in_it(ranks, clock):
+def test_waiting_is_a_share_of_the_interval_and_pauses_are_not_in_it(
+    ranks, clock
+):
     meter = IntervalMeter(["a", "b"])
     for _ in range(2):  # the second interval starts anew
         with meter.waiting():
@@ -103,5 +112,7 @@ def test_waiting_is_a_share_of_the_interval_and_pauses_are_not_in_it(ranks, cloc
         with meter.paused():
             clock.seconds += 96
         found = meter.record(1, 0)
-        assert found["data_wait"] == 0.25 and found["tokens_per_second"] == 5 / 4
+        assert (
+            found["data_wait"] == 0.25 and found["tokens_per_second"] == 5 / 4
+        )
     assert found["seconds"] == 200

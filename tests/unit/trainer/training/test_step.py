@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from syncrec.losses import shapley
-from syncrec.model import decayed_names
+from syncrec.model import select_decayed_parameters
 from tests.helpers.runs import (
     METRICS,
     SmallRun,
@@ -17,10 +17,10 @@ from tests.helpers.runs import (
 )
 from tests.helpers.waiting import LookAhead, waits
 from trainer.checkpoint.layout import RunState
-from trainer.data.loading.histories import Users
+from trainer.data.loading.histories import UserHistories
 from trainer.data.loading.stream import TrainBatches
 from trainer.distributed.agreement import Signals
-from trainer.errors import InputError, NotFinite
+from trainer.errors import InputError, NonFiniteLoss
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.step import RankFailure, Trainer
 
@@ -112,7 +112,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(
         spoil(spoiled, trainer)
         if settings:
             with pytest.raises(
-                NotFinite, match=r"step 2 .* neither weights nor table were updated"
+                NonFiniteLoss,
+                match=r"step 2 .* neither weights nor table were updated",
             ):
                 trainer.train_step(second)
             assert same(everything(trainer), before)
@@ -122,14 +123,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(
             trainer.model.cross_tower.outer.bias.spoiled.remove()
     held = everything(trainer)
     # Forward has made a new λ and φ̄, and FBGEMM has counted a look-up: all are put back when the step is told of.
-    changed = {name for name in held if not torch.equal(held[name], before[name])}
+    changed = {
+        name for name in held if not torch.equal(held[name], before[name])
+    }
     assert changed <= {
         "dense correction.lambda_D",
         "dense prediction.gap_2D",
         "table updates",
     }
     with pytest.raises(
-        NotFinite,
+        NonFiniteLoss,
         match=r"step 2 \(batch 1 of epoch 0\): .* not finite; neither weights nor table were",
     ):
         trainer.train_step(third)
@@ -144,7 +147,7 @@ def test_settling_says_so_without_another_step(run, monkeypatch):
     before = everything(trainer)
     spoil_rows(monkeypatch, trainer)
     trainer.train_step(second)
-    with pytest.raises(NotFinite, match="step 2 "):
+    with pytest.raises(NonFiniteLoss, match="step 2 "):
         trainer.settle()
     assert same(everything(trainer), before)
     trainer.settle()  # it is said once
@@ -168,7 +171,10 @@ def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
             "table.optimizer=sgd",
         )
         trainer = trainer_of(
-            run, *settings, "optimizer.schedule=constant", "table.learning_rate=1"
+            run,
+            *settings,
+            "optimizer.schedule=constant",
+            "table.learning_rate=1",
         )
         before = everything(trainer)
         trainer.train_step(batches(trainer, 1)[0])
@@ -184,13 +190,18 @@ def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
             dense,
             trainer.state_figures()["gradient_norm"],
         )
-    (table, dense, norm), (free_table, free_dense, free_norm) = found[clip], found[0]
+    (table, dense, norm), (free_table, free_dense, free_norm) = (
+        found[clip],
+        found[0],
+    )
     assert (
         norm == free_norm == pytest.approx(free_dense.norm().item(), rel=1e-5)
         and norm > 10 * clip
         and norms[0] > clip
     )
-    torch.testing.assert_close(dense, free_dense * (clip / norm), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        dense, free_dense * (clip / norm), rtol=1e-4, atol=1e-9
+    )
     torch.testing.assert_close(
         table, free_table * (clip / norms[0]), rtol=1e-3, atol=1e-7
     )
@@ -199,7 +210,9 @@ def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
 @STAGES
 def test_a_run_that_looks_ahead_is_the_same_to_the_bit(run, stage):
     """The next batch's ids are exchanged before this batch's update, its rows looked up after it."""
-    plain, ahead = (trainer_of(run, f"optimizer.zero_stage={stage}") for _ in range(2))
+    plain, ahead = (
+        trainer_of(run, f"optimizer.zero_stage={stage}") for _ in range(2)
+    )
     given = batches(plain, 4)
     steps = LookAhead(ahead, given)
     for batch in given:
@@ -291,9 +304,13 @@ def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
         train(trainer, 1)
         states[value] = everything(trainer)
     rate = trainer.config.optimizer.learning_rate
-    decayed = {f"dense {name}" for name in decayed_names(trainer.model)}
+    decayed = {
+        f"dense {name}" for name in select_decayed_parameters(trainer.model)
+    }
     for name, value in before.items():
-        lost = rate * decay * value if name in decayed else torch.zeros_like(value)
+        lost = (
+            rate * decay * value if name in decayed else torch.zeros_like(value)
+        )
         if name.startswith("dense "):
             torch.testing.assert_close(
                 states[0][name] - states[decay][name],
@@ -309,7 +326,9 @@ def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
 
 
 @STAGES
-def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(run, tmp_path, stage):
+def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(
+    run, tmp_path, stage
+):
     settings = ["optimizer.weight_decay=0.1", f"optimizer.zero_stage={stage}"]
     made = SmallRun(tmp_path, run.ranks, *settings)
     made.folder.mkdir()
@@ -340,7 +359,7 @@ def test_a_batch_without_any_user_moves_no_row(run):
         config.negatives,
         config.stream,
     )
-    nobody = Users(
+    nobody = UserHistories(
         np.zeros(0, np.int64),
         np.zeros(0, np.int64),
         np.zeros(0, np.int32),
@@ -404,7 +423,9 @@ def lag(request, monkeypatch):
 
 @STAGES
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(run, stage, settings):
+def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(
+    run, stage, settings
+):
     trainer = trainer_of(run, f"optimizer.zero_stage={stage}", *settings)
     first, second, third = batches(trainer, 3)
     trainer.train_step(first)
@@ -418,7 +439,12 @@ def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(run, stage, se
 
 @pytest.mark.parametrize(
     "told",
-    [{"stop": True}, {"due": True}, {"writing": True}, {"stop": True, "writing": True}],
+    [
+        {"stop": True},
+        {"due": True},
+        {"writing": True},
+        {"stop": True, "writing": True},
+    ],
 )
 def test_what_is_signalled_with_a_step_is_known_with_its_number(run, lag, told):
     trainer = trainer_of(run)
@@ -432,11 +458,15 @@ def test_what_is_signalled_with_a_step_is_known_with_its_number(run, lag, told):
     assert trainer.signals == (1, Signals())
 
 
-def test_a_step_that_is_not_finite_and_in_trouble_is_in_trouble(run, monkeypatch):
+def test_a_step_that_is_not_finite_and_in_trouble_is_in_trouble(
+    run, monkeypatch
+):
     """What the loss of a rank without a batch is says nothing."""
     trainer = trainer_of(run)
     spoil_rows(monkeypatch, trainer)
-    trainer.train_step(batches(trainer, 1)[0], signals=lambda: Signals(trouble=True))
+    trainer.train_step(
+        batches(trainer, 1)[0], signals=lambda: Signals(trouble=True)
+    )
     with pytest.raises(RankFailure):
         trainer.settle()
 

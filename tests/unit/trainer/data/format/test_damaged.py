@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from syncrec.batch.build import move
+from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.helpers.made import (
@@ -33,21 +33,25 @@ from trainer.config.load import load_config
 from trainer.config.negatives import NegativesConfig
 from trainer.config.stream import StreamConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.histories import Users, read_users
-from trainer.data.loading.stream import TrainBatches, ready
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.histories import UserHistories, read_users
+from trainer.data.loading.stream import TrainBatches, batches_of_workers
 from trainer.errors import InputError
 
 USERS, SEED, BATCH = 40, 4, 7
 HISTORIES = draw_histories(USERS)
 BAD_SHARD = "000001.tar"  # users 10 to 19 in blocks of 3, 3, 3 and 1
 WHOLE = range(10, 20)
-SKIP, STOP = (StreamConfig(workers=0, damaged=damaged) for damaged in ("skip", "stop"))
+SKIP, STOP = (
+    StreamConfig(workers=0, damaged=damaged) for damaged in ("skip", "stop")
+)
 
 
 def make(folder):
     """Forty users in four shards of two streams."""
-    return write_dataset(folder / "data", HISTORIES, cuts=(10, 20, 30), streams=2)
+    return write_dataset(
+        folder / "data", HISTORIES, cuts=(10, 20, 30), streams=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,11 @@ def intact(tmp_path_factory):
     return make(tmp_path_factory.mktemp("intact"))
 
 
-MEMBERS = {"lengths": "lengths.npy", "low": "items.low.npy", "high": "items.high.zst"}
+MEMBERS = {
+    "lengths": "lengths.npy",
+    "low": "items.low.npy",
+    "high": "items.high.zst",
+}
 MEMBERS |= {"ticks": "ticks.zst", "crc32": "crc32.npy"}
 
 
@@ -75,7 +83,9 @@ def members(first=13, **changes):
             if content is not None
         }
         gone = [
-            name_of(1, member) for member, content in changes.items() if content is None
+            name_of(1, member)
+            for member, content in changes.items()
+            if content is None
         ]
         if "crc32" not in changes:
             held = [
@@ -85,7 +95,12 @@ def members(first=13, **changes):
             checksum = zlib.crc32(b"".join([struct.pack("<q", first), *held]))
             found[name_of(1, "crc32")] = npy(np.array([checksum], "<u4"))
         write_tar(
-            path, {name: content for name, content in found.items() if name not in gone}
+            path,
+            {
+                name: content
+                for name, content in found.items()
+                if name not in gone
+            },
         )
 
     return spoil
@@ -119,7 +134,10 @@ def zstd(data):
 
 def header(shape, descr="<u2", text=None):
     """An array of three numbers below the header of another."""
-    text = text or f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    text = (
+        text
+        or f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    )
     return (
         b"\x93NUMPY\x01\x00"
         + struct.pack("<H", len(text) + 1)
@@ -153,7 +171,9 @@ def exchange(path):
     write_tar(
         path,
         {
-            name: found[f"000001-00000{other.get(name[12], name[12])}{name[13:]}"]
+            name: found[
+                f"000001-00000{other.get(name[12], name[12])}{name[13:]}"
+            ]
             for name in found
         },
     )
@@ -179,7 +199,9 @@ def zeros(content, offset):
 
 
 def flip(content, offset):
-    return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
+    return (
+        content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
+    )
 
 
 def resize(size, kind=tarfile.REGTYPE):
@@ -189,7 +211,9 @@ def resize(size, kind=tarfile.REGTYPE):
         info = tarfile.TarInfo(name_of(2, "lengths"))
         info.size, info.type = size, kind
         return (
-            content[: offset - 512] + info.tobuf(tarfile.GNU_FORMAT) + content[offset:]
+            content[: offset - 512]
+            + info.tobuf(tarfile.GNU_FORMAT)
+            + content[offset:]
         )
 
     return change
@@ -209,7 +233,10 @@ def sparse(size, unpacked):
         info = tarfile.TarInfo(name_of(1, "low"))
         info.size, info.type = size, tarfile.GNUTYPE_SPARSE
         buffer = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-        buffer[386:410] = b"%011o\0%011o\0" % (0, 512)  # one piece of 512 bytes at 0
+        buffer[386:410] = b"%011o\0%011o\0" % (
+            0,
+            512,
+        )  # one piece of 512 bytes at 0
         buffer[483:495] = b"%011o\0" % unpacked
         buffer[148:156] = b" " * 8
         buffer[148:156] = b"%06o\0 " % sum(buffer)
@@ -335,13 +362,25 @@ def damaged(request, tmp_path_factory):
 
 
 def feed(
-    dataset, config, rank=0, world_size=1, position=0, steps=None, batch_size=BATCH
+    dataset,
+    config,
+    rank=0,
+    world_size=1,
+    position=0,
+    steps=None,
+    batch_size=BATCH,
 ):
     """Two epochs of what one rank is fed, or so many steps, from a position on."""
-    plan = Plan(dataset, batch_size, world_size, SEED)
-    fed = ready(
+    plan = BatchSchedule(dataset, batch_size, world_size, SEED)
+    fed = batches_of_workers(
         TrainBatches(
-            plan, rank, position, 100, "mean", NegativesConfig(per_target=3), config
+            plan,
+            rank,
+            position,
+            100,
+            "mean",
+            NegativesConfig(per_target=3),
+            config,
         ),
         config,
         pin_memory=False,
@@ -354,7 +393,7 @@ def feed(
 
 def everyone(dataset, verify=True):
     """All users of an unshuffled epoch as they are read where damage is refused."""
-    plan = Plan(dataset, BATCH, 1, SEED, shuffle=False)
+    plan = BatchSchedule(dataset, BATCH, 1, SEED, shuffle=False)
     return [
         int(user)
         for _, users in read_users(plan, 0, range(plan.steps(0)), 0, verify)
@@ -397,7 +436,10 @@ def test_damage_stops_and_is_named(damaged, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset, _, named, told = damaged
     message = refusal(everyone, dataset)
-    assert "its sha256 is not the one in dataset.json" in message or named in message
+    assert (
+        "its sha256 is not the one in dataset.json" in message
+        or named in message
+    )
     # Where the sha256 is that of the damaged file, each member still has to hold what it should.
     if named.startswith("its sha256"):
         assert everyone(reseal(dataset)) == everyone(dataset, verify=False)
@@ -415,7 +457,7 @@ def test_damage_skips_its_users_and_no_one_else(
     """Batch for batch, the others are fed as they are from the dataset without damage, over two epochs."""
     monkeypatch.chdir(tmp_path)
     dataset, missing, named, told = damaged
-    plan = Plan(intact, BATCH, 1, SEED)
+    plan = BatchSchedule(intact, BATCH, 1, SEED)
     build = TrainBatches(
         plan, 0, 0, 100, "mean", NegativesConfig(per_target=3), STOP
     ).build
@@ -429,12 +471,16 @@ def test_damage_skips_its_users_and_no_one_else(
         left = without(users, missing)
         assert fed.users_B.tolist() == left.number_B.tolist()
         assert fed.skipped == len(users.number_B) - len(left.number_B)
-        assert_same(move(fed.batch, "cpu"), move(build(epoch, step, left), "cpu"))
+        assert_same(
+            move(fed.batch, "cpu"), move(build(epoch, step, left), "cpu")
+        )
         assert fed.batch.weight_B.sum() == len(left.number_B)
     assert sum(fed.skipped for fed in found) == 2 * len(missing)
     reasons = [reason for fed in found for reason in fed.reasons]
     assert any(named in reason for reason in reasons)
-    assert all(BAD_SHARD in reason and reason.isprintable() for reason in reasons)
+    assert all(
+        BAD_SHARD in reason and reason.isprintable() for reason in reasons
+    )
     assert len(reasons) <= max(1, workers) * len(
         set(reasons)
     )  # no worker says the same twice
@@ -455,7 +501,7 @@ def test_damage_skips_its_users_and_no_one_else(
 def without(users, missing):
     keep_B = ~np.isin(users.number_B, list(missing))
     keep_N = np.repeat(keep_B, users.lengths_B)
-    return Users(
+    return UserHistories(
         users.number_B[keep_B],
         users.lengths_B[keep_B],
         users.items_N[keep_N],
@@ -485,7 +531,10 @@ def test_the_table_of_damage_starts_from_a_good_dataset(intact):
     fed = feed(intact, SKIP)
     assert sum(len(one.users_B) for one in fed) == 2 * USERS
     assert all(one.skipped == 0 and one.reasons == () for one in fed)
-    for spoil in (members(), block()):  # what the spoilers write is a shard in order
+    for spoil in (
+        members(),
+        block(),
+    ):  # what the spoilers write is a shard in order
         path = intact.folder / "shards" / BAD_SHARD
         content = path.read_bytes()
         spoil(path)
@@ -519,7 +568,8 @@ def test_a_batch_without_any_user_keeps_its_place_and_moves_nothing(tmp_path):
     fed = feed(dataset, SKIP, batch_size=2)
     nobody = [one for one in fed if not len(one.users_B)]
     assert nobody and all(
-        one.skipped == 2 and one.batch.weight_B.tolist() == [0, 0] for one in nobody
+        one.skipped == 2 and one.batch.weight_B.tolist() == [0, 0]
+        for one in nobody
     )
     assert sum(one.skipped for one in fed) == 2 * 30
     model, batch = SyNCRec(ModelConfig(dim=8, ffn_dim=8), 2), nobody[0].batch
@@ -528,7 +578,9 @@ def test_a_batch_without_any_user_keeps_its_place_and_moves_nothing(tmp_path):
     loss, _ = model(batch, rows)
     loss.backward()
     gradients = [
-        parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        parameter.grad
+        for parameter in model.parameters()
+        if parameter.grad is not None
     ]
     assert loss == 0 and all(
         (gradient == 0).all() for gradient in [rows.grad, *gradients]
@@ -551,11 +603,16 @@ def test_pinned_memory_is_the_batchs_own(intact, monkeypatch):
     (fed,) = feed(intact, SKIP, steps=1)
     pinned = []
     monkeypatch.setattr(
-        type(fed.batch), "pin_memory", lambda batch: pinned.append(batch) or "pinned"
+        type(fed.batch),
+        "pin_memory",
+        lambda batch: pinned.append(batch) or "pinned",
     )
     found = fed.pin_memory()
     assert found.batch == "pinned" and pinned == [fed.batch]
-    assert (found.users_B is fed.users_B) and (found.skipped, found.reasons) == (0, ())
+    assert (found.users_B is fed.users_B) and (
+        found.skipped,
+        found.reasons,
+    ) == (0, ())
 
 
 def test_hostile_facts_are_refused_before_any_shard_is_read(tmp_path):

@@ -29,15 +29,28 @@ def dataset(tmp_path):
     (folder / USERS).write_bytes(b"users")
     np.save(folder / LENGTHS, np.arange(10).reshape(5, 2).astype(LENGTHS_DTYPE))
     shards, domains = [], []
-    for number, (first, users, interactions) in enumerate([(0, 3, 10), (3, 2, 5)]):
+    for number, (first, users, interactions) in enumerate(
+        [(0, 3, 10), (3, 2, 5)]
+    ):
         name = f"shards/{number:06d}.tar"
         (folder / name).write_bytes(b"x" * 7)
         shards.append(Shard(name, users, first, interactions, 7, "0" * 64))
-    for number, (start, items, room) in enumerate([(0, 4, 68), (68, 1000, 1100)]):
+    for number, (start, items, room) in enumerate(
+        [(0, 4, 68), (68, 1000, 1100)]
+    ):
         name = f"vocabulary/{number}.parquet"
         (folder / name).write_bytes(b"vocabulary %d" % number)
         domains.append(
-            Domain(f"дом{number}", start, items, room, 5, 7, {"p50": 2, "max": 9}, name)
+            Domain(
+                f"дом{number}",
+                start,
+                items,
+                room,
+                5,
+                7,
+                {"p50": 2, "max": 9},
+                name,
+            )
         )
     files = tuple(
         File.of(folder, name)
@@ -79,7 +92,8 @@ def test_lengths_are_those_of_the_file_and_not_read_into_memory(dataset):
         and dataset.lengths.tolist() == np.arange(10).reshape(5, 2).tolist()
     )
     assert (
-        isinstance(dataset.lengths, np.memmap) and not dataset.lengths.flags.writeable
+        isinstance(dataset.lengths, np.memmap)
+        and not dataset.lengths.flags.writeable
     )
 
 
@@ -97,7 +111,9 @@ def test_lengths_are_those_of_the_file_and_not_read_into_memory(dataset):
 )
 def test_lengths_that_are_none_are_refused(dataset, spoil):
     spoil(dataset.folder / LENGTHS)
-    with pytest.raises(InputError, match=r"lengths\.npy .*prepare the dataset again"):
+    with pytest.raises(
+        InputError, match=r"lengths\.npy .*prepare the dataset again"
+    ):
         _ = dataset.lengths
 
 
@@ -123,7 +139,10 @@ def test_a_changed_file_is_named(dataset):
 
 def test_domains_tile_the_rows(dataset):
     assert dataset.num_embeddings == 1168
-    assert dataset.starts.dtype == np.int64 and dataset.starts.tolist() == [0, 68]
+    assert dataset.starts.dtype == np.int64 and dataset.starts.tolist() == [
+        0,
+        68,
+    ]
     domains = dataset.domain_of(np.array([[0, 67], [68, 1167]], dtype=np.int32))
     assert domains.dtype == np.int64 and domains.tolist() == [[0, 0], [1, 1]]
 
@@ -154,11 +173,15 @@ def test_fingerprint_follows_the_contents_and_not_the_place(dataset, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(dataset.folder, moved)
     assert Dataset.load(moved).fingerprint == dataset.fingerprint
-    assert dataclasses.replace(dataset, seed=4).fingerprint != dataset.fingerprint
+    assert (
+        dataclasses.replace(dataset, seed=4).fingerprint != dataset.fingerprint
+    )
 
 
 def fields(cls, *but):
-    return [field.name for field in dataclasses.fields(cls) if field.name not in but]
+    return [
+        field.name for field in dataclasses.fields(cls) if field.name not in but
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +192,9 @@ def fields(cls, *but):
     + [(("files", 1), name) for name in fields(File)],
 )
 @pytest.mark.parametrize("value", ["missing", None, True])
-def test_a_field_missing_or_of_another_type_is_named(dataset, where, field, value):
+def test_a_field_missing_or_of_another_type_is_named(
+    dataset, where, field, value
+):
     def change(facts):
         for step in where:
             facts = facts[step]
@@ -181,9 +206,9 @@ def test_a_field_missing_or_of_another_type_is_named(dataset, where, field, valu
     edit(dataset, change)
     with pytest.raises(InputError, match=field) as error:
         Dataset.load(dataset.folder)
-    assert "dataset.json" in str(error.value) and "prepare the dataset again" in str(
+    assert "dataset.json" in str(
         error.value
-    )
+    ) and "prepare the dataset again" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +260,8 @@ def test_contents_that_cannot_be_used_are_refused(dataset, change, named):
     with pytest.raises(InputError) as error:
         Dataset.load(dataset.folder)
     assert all(
-        word in str(error.value) for word in [*named, "prepare the dataset again"]
+        word in str(error.value)
+        for word in [*named, "prepare the dataset again"]
     )
 
 
@@ -257,7 +283,9 @@ OUTSIDE = [
     ("where", "field"),
     [("shards", "name"), ("domains", "vocabulary"), ("files", "name")],
 )
-def test_a_name_that_leads_out_of_the_folder_is_refused(dataset, where, field, name):
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    dataset, where, field, name
+):
     edit(dataset, lambda facts: facts[where][1].update({field: name}))
     for check_shards in (True, False):
         with pytest.raises(
@@ -270,13 +298,20 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(dataset, where, field, n
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\x00", "[" * 100_000])
 def test_unreadable_json_is_refused(dataset, text):
     (dataset.folder / "dataset.json").write_text(text)
-    with pytest.raises(InputError, match=r"dataset\.json.*prepare the dataset again"):
+    with pytest.raises(
+        InputError, match=r"dataset\.json.*prepare the dataset again"
+    ):
         Dataset.load(dataset.folder)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["shards/000001.tar", "vocabulary/1.parquet", "users.parquet", "lengths.npy"],
+    [
+        "shards/000001.tar",
+        "vocabulary/1.parquet",
+        "users.parquet",
+        "lengths.npy",
+    ],
 )
 def test_a_missing_file_is_named(dataset, name):
     (dataset.folder / name).unlink()
@@ -308,7 +343,9 @@ def test_another_folder_is_no_dataset(tmp_path):
             Dataset.load(folder)
 
 
-def test_contents_are_compared_by_one_process_of_a_host_and_sizes_by_all(dataset):
+def test_contents_are_compared_by_one_process_of_a_host_and_sizes_by_all(
+    dataset,
+):
     for file in dataset.files:
         path = dataset.folder / file.name
         content = path.read_bytes()

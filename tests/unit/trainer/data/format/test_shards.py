@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 
 from tests.helpers.made import npy, read_tar, write_tar
 from trainer.data.format.dataset import Dataset, Domain, Shard
-from trainer.data.format.shards import Block, ShardFile, read_blocks, write_shard
+from trainer.data.format.shards import (
+    Block,
+    ShardFile,
+    read_blocks,
+    write_shard,
+)
 from trainer.errors import InputError
 
 ROWS = 100
@@ -58,7 +63,9 @@ def assert_same(found, expected):
         ("ticks_N", np.uint16),
     ):
         assert getattr(found, name).dtype == dtype
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        np.testing.assert_array_equal(
+            getattr(found, name), getattr(expected, name)
+        )
 
 
 def test_blocks_come_back_as_they_were_written(tmp_path):
@@ -85,7 +92,9 @@ def test_webdataset_reads_a_shard(tmp_path):
     path = tmp_path / "000003.tar"
     blocks = [block([1, 5, 2]), block([3, 1, 70])]
     write_shard(path, 10, ROWS, blocks)
-    samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
+    samples = list(
+        webdataset.WebDataset(str(path), shardshuffle=False).decode()
+    )
     assert [sample["__key__"] for sample in samples] == [
         "000003-000000",
         "000003-000001",
@@ -93,34 +102,47 @@ def test_webdataset_reads_a_shard(tmp_path):
     for sample, written in zip(samples, blocks, strict=True):
         assert sample["lengths.npy"].tolist() == written.lengths_B.tolist()
         high = np.frombuffer(
-            pa.Codec("zstd").decompress(sample["items.high.zst"], len(written.items_N)),
+            pa.Codec("zstd").decompress(
+                sample["items.high.zst"], len(written.items_N)
+            ),
             np.uint8,
         )
         assert (
             sample["items.low.npy"] + 2**16 * high.astype(int)
         ).tolist() == written.items_N.tolist()
         ticks = np.frombuffer(
-            pa.Codec("zstd").decompress(sample["ticks.zst"], 2 * len(high)), "<u2"
+            pa.Codec("zstd").decompress(sample["ticks.zst"], 2 * len(high)),
+            "<u2",
         )
         assert (np.cumsum(ticks) % 2**16).tolist() == written.ticks_N.tolist()
 
 
-@pytest.mark.parametrize("rows", [100, 2**16, 2**16 + 1, 2**24, 2**24 + 1, 2**31 - 1])
+@pytest.mark.parametrize(
+    "rows", [100, 2**16, 2**16 + 1, 2**24, 2**24 + 1, 2**31 - 1]
+)
 @pytest.mark.parametrize("longest", [1, 255, 256, 70_000])
 def test_rows_and_lengths_of_any_width_come_back(tmp_path, rows, longest):
     path = tmp_path / "000000.tar"
     items = np.concatenate(
-        [[0, rows - 1, rows // 2, min(rows - 1, 65535)], np.arange(longest) % rows]
+        [
+            [0, rows - 1, rows // 2, min(rows - 1, 65535)],
+            np.arange(longest) % rows,
+        ]
     ).astype(np.int32)
     written = Block(
-        np.array([4, longest], np.int32), items, (items % 2**16).astype(np.uint16)
+        np.array([4, longest], np.int32),
+        items,
+        (items % 2**16).astype(np.uint16),
     )
     _, sha256 = write_shard(path, 10, rows, [written])
     ((_, found),) = read(path, 2, verify=True, sha256=sha256, rows=rows)
     assert_same(found, written)
-    narrow = {1: "uint8", 255: "uint8", 256: "uint16", 70_000: "uint32"}[longest]
+    narrow = {1: "uint8", 255: "uint8", 256: "uint16", 70_000: "uint32"}[
+        longest
+    ]
     members = {
-        name.partition(".")[2]: content for name, content in read_tar(path).items()
+        name.partition(".")[2]: content
+        for name, content in read_tar(path).items()
     }
     assert np.load(io.BytesIO(members["lengths.npy"])).dtype == narrow
     high = pa.Codec("zstd").decompress(
@@ -131,9 +153,16 @@ def test_rows_and_lengths_of_any_width_come_back(tmp_path, rows, longest):
 
 @settings(max_examples=20)
 @given(st.permutations(range(4)), st.booleans())
-def test_blocks_may_be_read_in_any_order_and_again(tmp_path_factory, order, verify):
+def test_blocks_may_be_read_in_any_order_and_again(
+    tmp_path_factory, order, verify
+):
     path = tmp_path_factory.mktemp("any") / "000000.tar"
-    blocks = [block([1, 5, 2]), block([3, 1, 70]), block([7, 7, 7]), block([70])]
+    blocks = [
+        block([1, 5, 2]),
+        block([3, 1, 70]),
+        block([7, 7, 7]),
+        block([70]),
+    ]
     _, sha256 = write_shard(path, 10, ROWS, blocks)
     file = ShardFile(*dataset_of(path, 10, sha256=sha256), verify=verify)
     assert (file.first_user, file.count) == (10, 4)
@@ -142,7 +171,9 @@ def test_blocks_may_be_read_in_any_order_and_again(tmp_path_factory, order, veri
     file.close()
 
 
-def test_a_shard_that_is_open_stays_readable_when_its_file_is_taken_away(tmp_path):
+def test_a_shard_that_is_open_stays_readable_when_its_file_is_taken_away(
+    tmp_path,
+):
     """A cache may remove what it has fetched while another process still reads."""
     path = tmp_path / "000000.tar"
     blocks = [block([1, 5, 2]), block([3])]
@@ -173,7 +204,9 @@ def test_equal_blocks_give_equal_bytes_whatever_their_integers(tmp_path):
     facts = []
     for folder, blocks in (("a", [block([1, 5])]), ("b", [wide])):
         (tmp_path / folder).mkdir()
-        facts.append(write_shard(tmp_path / folder / "000000.tar", 10, ROWS, blocks))
+        facts.append(
+            write_shard(tmp_path / folder / "000000.tar", 10, ROWS, blocks)
+        )
     assert facts[0] == facts[1]
 
 
@@ -219,7 +252,9 @@ def members_of(
         "items.high.zst": packed[0],
         "ticks.zst": packed[1],
     }
-    checksum = zlib.crc32(b"".join([struct.pack("<q", first), *contents.values()]))
+    checksum = zlib.crc32(
+        b"".join([struct.pack("<q", first), *contents.values()])
+    )
     contents["crc32.npy"] = npy(np.array([checksum], "<u4"))
     return {
         f"{block}.{name}": content
@@ -238,7 +273,10 @@ class Raw:
 ALL = ["lengths.npy", "items.low.npy", "items.high.zst", "ticks.zst"]
 NOT_THOSE = "lengths are not those of 2 users with"
 BAD = {
-    "a member is missing": (members_of(drop=["lengths.npy"]), "lengths.npy is missing"),
+    "a member is missing": (
+        members_of(drop=["lengths.npy"]),
+        "lengths.npy is missing",
+    ),
     "low parts are missing": (
         members_of(drop=["items.low.npy"]),
         "items.low.npy is missing",
@@ -257,12 +295,30 @@ BAD = {
         members_of(block="000000-000001"),
         "'000000-000001' is none of its 1 blocks",
     ),
-    "lengths of int32": (members_of(dtypes=("<i4", "<u2")), "lengths.npy is int32"),
-    "lengths of float": (members_of(dtypes=("<f4", "<u2")), "lengths.npy is float32"),
-    "items of int64": (members_of(dtypes=("u1", "<i8")), "items.low.npy is int64"),
-    "items of int16": (members_of(dtypes=("u1", "<i2")), "items.low.npy is int16"),
-    "big-endian items": (members_of(dtypes=("u1", ">u2")), "items.low.npy is >u2"),
-    "big-endian lengths": (members_of(dtypes=(">u2", "<u2")), "lengths.npy is >u2"),
+    "lengths of int32": (
+        members_of(dtypes=("<i4", "<u2")),
+        "lengths.npy is int32",
+    ),
+    "lengths of float": (
+        members_of(dtypes=("<f4", "<u2")),
+        "lengths.npy is float32",
+    ),
+    "items of int64": (
+        members_of(dtypes=("u1", "<i8")),
+        "items.low.npy is int64",
+    ),
+    "items of int16": (
+        members_of(dtypes=("u1", "<i2")),
+        "items.low.npy is int16",
+    ),
+    "big-endian items": (
+        members_of(dtypes=("u1", ">u2")),
+        "items.low.npy is >u2",
+    ),
+    "big-endian lengths": (
+        members_of(dtypes=(">u2", "<u2")),
+        "lengths.npy is >u2",
+    ),
     "two axes": (members_of(low=[[5, 6, 7]]), "2 axes"),
     "an object array": (
         members_of(low=npy(np.array([{}], dtype=object), allow_pickle=True)),
@@ -285,11 +341,20 @@ BAD = {
         NOT_THOSE,
     ),
     "a row beyond M": (members_of(low=[5, ROWS, 7]), "outside the 100 rows"),
-    "a row far beyond M": (members_of(high=bytes([0, 1, 0])), "outside the 100 rows"),
+    "a row far beyond M": (
+        members_of(high=bytes([0, 1, 0])),
+        "outside the 100 rows",
+    ),
     "too few high parts": (members_of(high=bytes(2)), "items.high.zst "),
     "too many high parts": (members_of(high=bytes(4)), "items.high.zst "),
-    "far too many high parts": (members_of(high=bytes(2**28)), "items.high.zst "),
-    "ticks are missing": (members_of(drop=["ticks.zst"]), "ticks.zst is missing"),
+    "far too many high parts": (
+        members_of(high=bytes(2**28)),
+        "items.high.zst ",
+    ),
+    "ticks are missing": (
+        members_of(drop=["ticks.zst"]),
+        "ticks.zst is missing",
+    ),
     "too few ticks": (members_of(ticks=bytes(4)), "ticks.zst "),
     "far too many ticks": (members_of(ticks=bytes(2**28)), "ticks.zst "),
     "ticks that are no frame": (
@@ -302,7 +367,9 @@ BAD = {
     ),
     "nothing for high parts": (members_of(high=Raw(b"")), "items.high.zst "),
     "a frame cut short": (
-        members_of(high=Raw(pa.Codec("zstd").compress(bytes(3), asbytes=True)[:-2])),
+        members_of(
+            high=Raw(pa.Codec("zstd").compress(bytes(3), asbytes=True)[:-2])
+        ),
         "items.high.zst ",
     ),
 }
@@ -359,7 +426,8 @@ def test_a_block_in_the_place_of_another_is_found(tmp_path):
     write_tar(path, members_of(first=13))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(
-        InputError, match=r"000000\.tar: block 0: its checksum \(CRC-32\) is wrong"
+        InputError,
+        match=r"000000\.tar: block 0: its checksum \(CRC-32\) is wrong",
     ):
         read(path, 2, verify=True, sha256=sha256)
 

@@ -15,7 +15,9 @@ def dataset(tmp_path):
 def test_counts_are_those_of_the_vocabularies(dataset):
     expected = np.zeros(dataset.num_embeddings, np.int64)
     for domain in dataset.domains:
-        for line in pq.read_table(dataset.folder / domain.vocabulary).to_pylist():
+        for line in pq.read_table(
+            dataset.folder / domain.vocabulary
+        ).to_pylist():
             expected[line["row"]] = line["count"]
     assert dataset.item_counts.tolist() == expected.tolist() and expected.any()
 

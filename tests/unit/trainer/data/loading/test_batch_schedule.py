@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from syncrec.batch.build import build_batch, trim
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.data.counter_rng import RandomStream, permutation
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import read_users
 from trainer.data.loading.token_balance import (
     balance_tokens,
@@ -74,13 +74,19 @@ def slots_by_hand(layout, seed, epoch, shuffle):
                 count = min(block_users, sizes[shard] - place * block_users)
                 order = (
                     permutation(
-                        count, seed, RandomStream.USER_ORDER, epoch, shard, place
+                        count,
+                        seed,
+                        RandomStream.USER_ORDER,
+                        epoch,
+                        shard,
+                        place,
                     ).tolist()
                     if shuffle
                     else range(count)
                 )
                 own[-1] += [
-                    int(firsts[shard]) + place * block_users + user for user in order
+                    int(firsts[shard]) + place * block_users + user
+                    for user in order
                 ]
     return list(itertools.chain(*itertools.zip_longest(*own)))
 
@@ -92,16 +98,20 @@ def test_a_batch_is_a_range_of_the_slots_that_streams_fill_in_turn(
 ):
     slots = slots_by_hand(layout, 1, epoch, shuffle)
     batches = [
-        slots[begin : begin + batch_size] for begin in range(0, len(slots), batch_size)
+        slots[begin : begin + batch_size]
+        for begin in range(0, len(slots), batch_size)
     ]
-    batches = [[user for user in batch if user is not None] for batch in batches]
+    batches = [
+        [user for user in batch if user is not None] for batch in batches
+    ]
     while not batches[-1]:
         batches.pop()
     with tempfile.TemporaryDirectory() as folder:
         _, dataset = made(folder, layout)
-        plan = Plan(dataset, batch_size, 1, seed=1, shuffle=shuffle)
+        plan = BatchSchedule(dataset, batch_size, 1, seed=1, shuffle=shuffle)
         assert [
-            plan.users(epoch, step, 0).tolist() for step in range(plan.steps(epoch))
+            plan.users(epoch, step, 0).tolist()
+            for step in range(plan.steps(epoch))
         ] == batches
 
 
@@ -121,14 +131,22 @@ def test_every_world_size_sees_the_same_batches_and_every_user_once(
         histories, dataset = made(folder, layout)
         seen = {}
         for world_size in range(1, dataset.streams + 1):
-            limits = {"max_length": 3, "tokens_per_batch": tokens, "balance": balance}
-            plan = Plan(dataset, batch_size, world_size, 1, shuffle, **limits)
+            limits = {
+                "max_length": 3,
+                "tokens_per_batch": tokens,
+                "balance": balance,
+            }
+            plan = BatchSchedule(
+                dataset, batch_size, world_size, 1, shuffle, **limits
+            )
             steps = range(plan.steps(epoch))
             by_rank = [
-                list(read_users(plan, epoch, steps, rank)) for rank in range(world_size)
+                list(read_users(plan, epoch, steps, rank))
+                for rank in range(world_size)
             ]
             assert all(
-                [step for step, _ in batches] == list(steps) for batches in by_rank
+                [step for step, _ in batches] == list(steps)
+                for batches in by_rank
             )
             batches = []
             for step in steps:
@@ -138,7 +156,8 @@ def test_every_world_size_sees_the_same_batches_and_every_user_once(
                 assert not balance or max(counts) - min(counts) <= 1
                 for rank, part in enumerate(parts):
                     assert (
-                        part.number_B.tolist() == plan.users(epoch, step, rank).tolist()
+                        part.number_B.tolist()
+                        == plan.users(epoch, step, rank).tolist()
                     )
                     ends = np.cumsum(part.lengths_B)
                     for number, begin, end in zip(
@@ -149,10 +168,19 @@ def test_every_world_size_sees_the_same_batches_and_every_user_once(
                             == histories[number].tolist()
                         )
                 batches.append(
-                    sorted(np.concatenate([part.number_B for part in parts]).tolist())
+                    sorted(
+                        np.concatenate(
+                            [part.number_B for part in parts]
+                        ).tolist()
+                    )
                 )
-            assert sorted(itertools.chain(*batches)) == list(range(len(histories)))
-            assert max(len(batch) for batch in batches) <= batch_size and batches[-1]
+            assert sorted(itertools.chain(*batches)) == list(
+                range(len(histories))
+            )
+            assert (
+                max(len(batch) for batch in batches) <= batch_size
+                and batches[-1]
+            )
             seen[world_size] = batches
         assert all(batches == seen[1] for batches in seen.values())
 
@@ -171,7 +199,7 @@ def test_a_batch_takes_users_until_the_next_would_be_too_many_tokens(
     limit = max_length + more
     with tempfile.TemporaryDirectory() as folder:
         histories, dataset = made(folder, layout, longest=7)
-        plan = Plan(
+        plan = BatchSchedule(
             dataset,
             batch_size,
             1,
@@ -185,12 +213,15 @@ def test_a_batch_takes_users_until_the_next_would_be_too_many_tokens(
                 continue
             length = len(histories[user]) - 2 * (len(histories[user]) > 2)
             tokens += min(length, max_length)
-            if batches[-1] and (tokens > limit or len(batches[-1]) == batch_size):
+            if batches[-1] and (
+                tokens > limit or len(batches[-1]) == batch_size
+            ):
                 batches.append([])
                 tokens = min(length, max_length)
             batches[-1].append(user)
         assert [
-            plan.users(epoch, step, 0).tolist() for step in range(plan.steps(epoch))
+            plan.users(epoch, step, 0).tolist()
+            for step in range(plan.steps(epoch))
         ] == batches
 
 
@@ -199,9 +230,13 @@ def test_long_epochs_are_walked_through_in_pieces(tmp_path, monkeypatch):
     _, dataset = made(tmp_path, ([7, 2, 5, 9, 1, 4], 3, 3))
     found = []
     for size in (1, 4, 7, 1 << 15):
-        monkeypatch.setattr("trainer.data.loading.batch_schedule._CHUNK_SLOTS", size)
+        monkeypatch.setattr(
+            "trainer.data.loading.batch_schedule._CHUNK_SLOTS", size
+        )
         for tokens in (0, 9):
-            plan = Plan(dataset, 6, 1, seed=1, max_length=3, tokens_per_batch=tokens)
+            plan = BatchSchedule(
+                dataset, 6, 1, seed=1, max_length=3, tokens_per_batch=tokens
+            )
             found.append(
                 [
                     plan.users(epoch, step, 0).tolist()
@@ -218,7 +253,10 @@ class Sum:
     """`sum_of_ranks` of ranks that are threads."""
 
     def __init__(self, ranks):
-        self.given, self.barrier = [None] * ranks, threading.Barrier(ranks, timeout=30)
+        self.given, self.barrier = (
+            [None] * ranks,
+            threading.Barrier(ranks, timeout=30),
+        )
 
     def of(self, rank):
         def sum_of_ranks(values_N):
@@ -237,27 +275,31 @@ def test_ranks_walk_through_an_epoch_each_and_tell_the_others(
     dataset, monkeypatch, epochs, tokens
 ):
     walked = []
-    walk = Plan._cut_by_tokens
+    walk = BatchSchedule._cut_by_tokens
     monkeypatch.setattr(
-        Plan,
+        BatchSchedule,
         "_cut_by_tokens",
         lambda plan, epoch: walked.append(epoch) or walk(plan, epoch),
     )
     limits = {"max_length": 5, "tokens_per_batch": tokens}
-    alone = Plan(dataset, 8, 3, seed=1, **limits)
+    alone = BatchSchedule(dataset, 8, 3, seed=1, **limits)
     steps = [alone.steps(epoch) for epoch in range(epochs)]
     walked.clear()
-    plans = [Plan(dataset, 8, 3, seed=1, **limits) for _ in range(3)]
+    plans = [BatchSchedule(dataset, 8, 3, seed=1, **limits) for _ in range(3)]
     told = Sum(3)
     with ThreadPoolExecutor(3) as pool:
         totals = list(
             pool.map(
-                lambda rank: plans[rank].count_steps(epochs, rank, told.of(rank)),
+                lambda rank: plans[rank].count_steps(
+                    epochs, rank, told.of(rank)
+                ),
                 range(3),
             )
         )
     assert totals == [sum(steps)] * 3
-    asked = [(epoch, step) for epoch in range(epochs) for step in range(steps[epoch])]
+    asked = [
+        (epoch, step) for epoch in range(epochs) for step in range(steps[epoch])
+    ]
     for plan in plans:
         for epoch, step in asked:
             assert (
@@ -267,15 +309,19 @@ def test_ranks_walk_through_an_epoch_each_and_tell_the_others(
     assert sorted(walked) == (list(range(epochs)) if tokens else [])
 
 
-def test_epochs_beyond_the_last_step_are_not_walked_through(dataset, monkeypatch):
+def test_epochs_beyond_the_last_step_are_not_walked_through(
+    dataset, monkeypatch
+):
     walked = []
-    walk = Plan._cut_by_tokens
+    walk = BatchSchedule._cut_by_tokens
     monkeypatch.setattr(
-        Plan,
+        BatchSchedule,
         "_cut_by_tokens",
         lambda plan, epoch: walked.append(epoch) or walk(plan, epoch),
     )
-    plan = Plan(dataset, 8, 1, seed=1, max_length=5, tokens_per_batch=30)
+    plan = BatchSchedule(
+        dataset, 8, 1, seed=1, max_length=5, tokens_per_batch=30
+    )
     assert plan.count_steps(10**9, most=plan.steps(0) + 1) == plan.steps(0) + 1
     assert walked == [0, 1]
     assert (
@@ -289,12 +335,14 @@ def test_epochs_and_steps_may_be_asked_for_in_any_order(dataset):
     """What is kept from one call to the next changes nothing."""
     for tokens in (0, 30):
         limits = {"max_length": 5, "tokens_per_batch": tokens}
-        plan = Plan(dataset, 8, 2, seed=1, **limits)
+        plan = BatchSchedule(dataset, 8, 2, seed=1, **limits)
         asked = [
-            (epoch, step) for epoch in range(4) for step in range(plan.steps(epoch))
+            (epoch, step)
+            for epoch in range(4)
+            for step in range(plan.steps(epoch))
         ]
         for epoch, step in np.random.default_rng(0).permutation(asked).tolist():
-            fresh = Plan(dataset, 8, 2, seed=1, **limits)
+            fresh = BatchSchedule(dataset, 8, 2, seed=1, **limits)
             assert (
                 plan.users(epoch, step, 1).tolist()
                 == fresh.users(epoch, step, 1).tolist()
@@ -303,7 +351,7 @@ def test_epochs_and_steps_may_be_asked_for_in_any_order(dataset):
 
 def orders(dataset, seed, shuffle=True):
     """The users of each of three epochs in their order."""
-    plan = Plan(dataset, 8, 1, seed, shuffle)
+    plan = BatchSchedule(dataset, 8, 1, seed, shuffle)
     batches = [
         [plan.users(epoch, step, 0) for step in range(plan.steps(epoch))]
         for epoch in range(3)
@@ -322,9 +370,14 @@ def test_each_epoch_and_seed_has_its_own_order(dataset):
         for first, last in shards
         for begin in range(first, last, 3)
     ]
-    within = [[sorted(block, key=order.index) for block in blocks] for order in found]
+    within = [
+        [sorted(block, key=order.index) for block in blocks] for order in found
+    ]
     for one, other in itertools.combinations(within, 2):
-        assert sum(a == b for a, b in zip(one, other, strict=True)) < len(blocks) / 2
+        assert (
+            sum(a == b for a, b in zip(one, other, strict=True))
+            < len(blocks) / 2
+        )
     places = [
         [min(order.index(user) for user in range(*shard)) for shard in shards]
         for order in found
@@ -334,19 +387,28 @@ def test_each_epoch_and_seed_has_its_own_order(dataset):
 
 def test_without_shuffle_every_epoch_is_the_datasets_own_order(dataset):
     assert (
-        len(set(orders(dataset, 1, shuffle=False) + orders(dataset, 2, shuffle=False)))
+        len(
+            set(
+                orders(dataset, 1, shuffle=False)
+                + orders(dataset, 2, shuffle=False)
+            )
+        )
         == 1
     )
 
 
 @pytest.mark.parametrize("tokens", [0, 18])
 def test_locate_counts_steps_over_epochs(dataset, tokens):
-    plan = Plan(dataset, 8, 1, seed=4, max_length=6, tokens_per_batch=tokens)
+    plan = BatchSchedule(
+        dataset, 8, 1, seed=4, max_length=6, tokens_per_batch=tokens
+    )
     steps = [plan.steps(epoch) for epoch in range(4)]
     assert (
         len(set(steps)) > 1
     )  # uneven streams, users of different lengths: the number of steps depends on the epoch
-    expected = [(epoch, step) for epoch in range(4) for step in range(steps[epoch])]
+    expected = [
+        (epoch, step) for epoch in range(4) for step in range(steps[epoch])
+    ]
     assert [plan.locate(position) for position in range(sum(steps))] == expected
 
 
@@ -355,7 +417,9 @@ def test_lengths_are_looked_at_only_where_they_matter(dataset):
     (dataset.folder / "lengths.npy").rename(dataset.folder / "away")
     try:
         for world_size, balance in ((1, True), (3, False)):
-            plan = Plan(dataset, 8, world_size, seed=4, balance=balance)
+            plan = BatchSchedule(
+                dataset, 8, world_size, seed=4, balance=balance
+            )
             assert len(plan.users(0, plan.steps(0) - 1, 0))
     finally:
         (dataset.folder / "away").rename(dataset.folder / "lengths.npy")
@@ -365,17 +429,19 @@ def test_what_cannot_be_is_refused(dataset):
     with pytest.raises(
         InputError, match=r"4 ranks, but .*data has 3 streams.*--streams 4"
     ):
-        Plan(dataset, 8, 4, 0)
+        BatchSchedule(dataset, 8, 4, 0)
     with pytest.raises(
         InputError, match=r"global_batch_size=2 is below the number of ranks, 3"
     ):
-        Plan(dataset, 2, 3, 0)
+        BatchSchedule(dataset, 2, 3, 0)
     with pytest.raises(
         InputError,
         match=r"tokens_per_batch=11 is below .* 3 x model\.max_length=4: raise it to 12 or more",
     ):
-        Plan(dataset, 8, 3, 0, max_length=4, tokens_per_batch=11)
-    assert Plan(dataset, 8, 3, 0, max_length=4, tokens_per_batch=12).steps(0)
+        BatchSchedule(dataset, 8, 3, 0, max_length=4, tokens_per_batch=11)
+    assert BatchSchedule(
+        dataset, 8, 3, 0, max_length=4, tokens_per_batch=12
+    ).steps(0)
 
 
 # Balance.
@@ -396,11 +462,20 @@ def test_the_cost_of_a_user_is_its_tokens_in_both_views_and_one(max_length):
     )
     negatives = np.zeros((len(kept_N), 1), np.int64)
     batch = build_batch(
-        kept_N, lengths_B, domain_N, np.ones(40), negatives, domain_items, max_length
+        kept_N,
+        lengths_B,
+        domain_N,
+        np.ones(40),
+        negatives,
+        domain_items,
+        max_length,
     )
     cross = np.bincount(batch.cross.sequence_M, minlength=40)
     user_S = np.array(
-        [user_N[kept_N[interaction]] for interaction in _interactions(batch.single)]
+        [
+            user_N[kept_N[interaction]]
+            for interaction in _interactions(batch.single)
+        ]
     )
     exact = cross + np.bincount(user_S, minlength=40)
     assert (
@@ -421,7 +496,9 @@ def _interactions(view):
         if place:
             some[sequence] = place - 1
     for token, target in zip(
-        view.target_token_L.tolist(), view.target_interaction_L.tolist(), strict=True
+        view.target_token_L.tolist(),
+        view.target_interaction_L.tolist(),
+        strict=True,
     ):
         some[int(view.sequence_M[token])] = target
     return [some[sequence] for sequence in view.sequence_M.tolist()]
@@ -437,7 +514,9 @@ def test_counts_are_made_equal_with_as_few_moves_as_possible(home, world_size):
     least = sum(
         max(0, own - room)
         for own, room in zip(
-            sorted(np.bincount(home_B, minlength=world_size)), room_W, strict=True
+            sorted(np.bincount(home_B, minlength=world_size)),
+            room_W,
+            strict=True,
         )
     )
     assert (rank_B != home_B).sum() == least
@@ -447,12 +526,16 @@ def test_counts_are_made_equal_with_as_few_moves_as_possible(home, world_size):
 def realistic(draw):
     """(home, cost, world size, turn) of a batch: lengths as they are met, streams in turn, part of a row of them last."""
     world_size, per_rank = draw(
-        st.sampled_from([(2, 64), (3, 30), (8, 16), (8, 50), (16, 24), (64, 16)])
+        st.sampled_from(
+            [(2, 64), (3, 30), (8, 16), (8, 50), (16, 24), (64, 16)]
+        )
     )
     streams = world_size * draw(st.integers(1, 4)) + draw(st.integers(0, 2))
     users = world_size * per_rank - draw(st.integers(0, world_size - 1))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    lengths_B = random.geometric(1 / draw(st.sampled_from([10, 60, 300])), users)
+    lengths_B = random.geometric(
+        1 / draw(st.sampled_from([10, 60, 300])), users
+    )
     lengths_BD = np.stack(
         [random.binomial(lengths_B, share) for share in (0.5, 0.3, 0.2)], 1
     )
@@ -470,7 +553,9 @@ def realistic(draw):
 @given(realistic(), st.booleans())
 def test_ranks_have_equally_many_users_and_tokens(batch, with_turns):
     home_B, cost_B, world_size, turn_B = batch
-    rank_B = balance_tokens(home_B, cost_B, world_size, turn_B if with_turns else None)
+    rank_B = balance_tokens(
+        home_B, cost_B, world_size, turn_B if with_turns else None
+    )
     counts_W = np.bincount(rank_B, minlength=world_size)
     assert counts_W.max() - counts_W.min() <= 1
     load_W = np.bincount(rank_B, weights=cost_B, minlength=world_size)
@@ -515,7 +600,9 @@ def test_partners_are_few_neighbours_first_and_lead_from_any_rank_to_any_other(
         assert len(pair_ranks(world_size)) == world_size.bit_length() - 1
 
 
-@pytest.mark.parametrize(("world_size", "others"), [(8, 3), (16, 4), (24, 5), (64, 6)])
+@pytest.mark.parametrize(
+    ("world_size", "others"), [(8, 3), (16, 4), (24, 5), (64, 6)]
+)
 def test_a_rank_takes_users_of_few_others(world_size, others):
     """Batch after batch of the same ones: their shards are what its loaders open beside its own."""
     random = np.random.default_rng(2)
@@ -533,7 +620,8 @@ def test_a_rank_takes_users_of_few_others(world_size, others):
             met[rank].add(home)
     assert beyond < 1.01
     assert (
-        np.mean([len(homes - {rank}) for rank, homes in enumerate(met)]) <= others + 0.5
+        np.mean([len(homes - {rank}) for rank, homes in enumerate(met)])
+        <= others + 0.5
     )
 
 
@@ -548,20 +636,26 @@ def test_those_that_a_rank_has_too_many_of_go_to_few_others():
 
 @settings(max_examples=25)
 @given(layouts(), st.integers(5, 12), st.integers(1, 3), st.integers(0, 3))
-def test_every_shard_is_at_home_on_one_rank(layout, batch_size, world_size, epoch):
+def test_every_shard_is_at_home_on_one_rank(
+    layout, batch_size, world_size, epoch
+):
     world_size = min(world_size, layout[1])
     with tempfile.TemporaryDirectory() as folder:
         _, dataset = made(folder, layout)
-        plan = Plan(dataset, batch_size, world_size, 1)
+        plan = BatchSchedule(dataset, batch_size, world_size, 1)
         homes = [plan.home_shards(epoch, rank) for rank in range(world_size)]
-        assert sorted(itertools.chain(*homes)) == list(range(len(dataset.shards)))
+        assert sorted(itertools.chain(*homes)) == list(
+            range(len(dataset.shards))
+        )
         firsts = [shard.first_user for shard in dataset.shards]
         for step in range(plan.steps(epoch)):
             users_B, home_B, _ = plan.ranks(epoch, step)
             shard_B = np.searchsorted(firsts, users_B, side="right") - 1
             assert all(
                 shard in homes[home]
-                for shard, home in zip(shard_B.tolist(), home_B.tolist(), strict=True)
+                for shard, home in zip(
+                    shard_B.tolist(), home_B.tolist(), strict=True
+                )
             )
 
 
@@ -576,22 +670,27 @@ def test_any_batch_can_be_balanced(world_size, users, seed):
     counts_W = np.bincount(rank_B, minlength=world_size)
     assert len(counts_W) == world_size and counts_W.max() - counts_W.min() <= 1
     before = np.bincount(
-        equalize_counts(home_B, world_size), weights=cost_B, minlength=world_size
+        equalize_counts(home_B, world_size),
+        weights=cost_B,
+        minlength=world_size,
     )
     assert (
-        np.bincount(rank_B, weights=cost_B, minlength=world_size).max() <= before.max()
+        np.bincount(rank_B, weights=cost_B, minlength=world_size).max()
+        <= before.max()
     )
 
 
 @settings(max_examples=25)
-@given(layouts(), st.integers(5, 12), st.integers(1, 3), st.sampled_from([0, 20]))
+@given(
+    layouts(), st.integers(5, 12), st.integers(1, 3), st.sampled_from([0, 20])
+)
 def test_next_shards_are_those_that_the_ranks_streams_begin_later(
     layout, batch_size, world_size, tokens
 ):
     world_size = min(world_size, layout[1])
     with tempfile.TemporaryDirectory() as folder:
         _, dataset = made(folder, layout)
-        plan = Plan(
+        plan = BatchSchedule(
             dataset,
             batch_size,
             world_size,
@@ -610,7 +709,9 @@ def test_next_shards_are_those_that_the_ranks_streams_begin_later(
                     begun.append(
                         {
                             (epoch, int(shard))
-                            for shard in np.searchsorted(firsts, found, side="right")
+                            for shard in np.searchsorted(
+                                firsts, found, side="right"
+                            )
                             - 1
                         }
                     )

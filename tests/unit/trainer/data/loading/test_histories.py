@@ -16,7 +16,7 @@ from tests.helpers.made import draw_histories, spoil_block, write_dataset
 from trainer.config.stream import SourceConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading import histories as module
-from trainer.data.loading.batch_schedule import Plan
+from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import Histories, read_users
 from trainer.errors import InputError
 
@@ -27,7 +27,10 @@ HISTORIES = draw_histories(USERS)
 def make(folder, streams=3):
     """57 users in 6 uneven shards of blocks of 3."""
     return write_dataset(
-        Path(folder) / "data", HISTORIES, cuts=(9, 20, 21, 33, 47), streams=streams
+        Path(folder) / "data",
+        HISTORIES,
+        cuts=(9, 20, 21, 33, 47),
+        streams=streams,
     )
 
 
@@ -75,7 +78,11 @@ def test_any_users_are_read_in_the_order_asked_for(dataset, asked, blocks):
     for numbers in asked:
         users = histories.read(np.array(numbers, np.int64))
         assert by_user(users) == expected(numbers)
-        assert (users.number_B.dtype, users.lengths_B.dtype, users.items_N.dtype) == (
+        assert (
+            users.number_B.dtype,
+            users.lengths_B.dtype,
+            users.items_N.dtype,
+        ) == (
             np.int64,
             np.int64,
             np.int32,
@@ -85,7 +92,12 @@ def test_any_users_are_read_in_the_order_asked_for(dataset, asked, blocks):
 
 def test_a_block_is_decoded_once_while_there_is_room(dataset, decoded):
     histories = Histories(dataset, blocks=2)
-    for numbers in ([0, 1], [2, 0], [3], [1, 4]):  # blocks 0 and 1 of the first shard
+    for numbers in (
+        [0, 1],
+        [2, 0],
+        [3],
+        [1, 4],
+    ):  # blocks 0 and 1 of the first shard
         assert by_user(histories.read(np.array(numbers))) == expected(numbers)
     assert decoded == [(0, 0), (0, 1)]
     histories.read(np.array([0]))  # now the newest: block 1 goes
@@ -106,7 +118,7 @@ def test_one_read_decodes_a_block_once_even_without_room(dataset, decoded):
 
 
 def test_an_epoch_decodes_every_block_of_a_rank_once(dataset, decoded):
-    plan = Plan(dataset, 8, 1, seed=3)
+    plan = BatchSchedule(dataset, 8, 1, seed=3)
     for _ in read_users(plan, 0, range(plan.steps(0)), 0):
         pass
     assert (
@@ -151,13 +163,16 @@ def test_damaged_blocks_leave_their_users_out_and_are_said_once(tmp_path):
     with pytest.raises(InputError, match=r"000001\.tar: its sha256"):
         Histories(dataset, 3).read(np.array([9]))
     # Without the sha256 a block's own checksum is left out too, as it always was.
-    assert len(Histories(dataset, 3, verify=False).read(np.array([12])).number_B) == 1
+    assert (
+        len(Histories(dataset, 3, verify=False).read(np.array([12])).number_B)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("balance", [True, False])
 def test_all_ranks_together_read_everyone(dataset, world_size, balance):
-    plan = Plan(dataset, 8, world_size, seed=3, balance=balance)
+    plan = BatchSchedule(dataset, 8, world_size, seed=3, balance=balance)
     found = []
     for rank in range(world_size):
         for _, users in read_users(plan, 1, range(plan.steps(1)), rank):
@@ -165,7 +180,9 @@ def test_all_ranks_together_read_everyone(dataset, world_size, balance):
     assert sorted(found) == expected(range(USERS))
 
 
-def test_a_rank_that_others_give_users_to_decodes_few_blocks_more(tmp_path, decoded):
+def test_a_rank_that_others_give_users_to_decodes_few_blocks_more(
+    tmp_path, decoded
+):
     """Balance moves users of one stream a rank: blocks that are met again and again, and kept."""
     with tempfile.TemporaryDirectory() as folder:
         histories = draw_histories(960, longest=40)
@@ -176,7 +193,7 @@ def test_a_rank_that_others_give_users_to_decodes_few_blocks_more(tmp_path, deco
             streams=16,
             block_users=60,
         )
-        plan = Plan(dataset, 240, 4, seed=3, max_length=30)
+        plan = BatchSchedule(dataset, 240, 4, seed=3, max_length=30)
         for rank in range(4):
             decoded.clear()
             home = {
@@ -204,7 +221,7 @@ def test_each_shard_is_hashed_by_its_home_rank_alone(tmp_path, monkeypatch):
         streams=16,
         block_users=60,
     )
-    plan = Plan(dataset, 240, 8, seed=3, max_length=30)
+    plan = BatchSchedule(dataset, 240, 8, seed=3, max_length=30)
     hashed, opened = Counter(), Counter()
     digest = hashlib.file_digest
 
@@ -218,7 +235,7 @@ def test_each_shard_is_hashed_by_its_home_rank_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr("trainer.data.format.shards.hashlib.file_digest", noted)
     for rank in range(8):
-        reading = Histories.of_plan(plan, open_shard=opening)
+        reading = Histories.of_schedule(plan, open_shard=opening)
         for step in range(plan.steps(0)):
             reading.read(plan.users(0, step, rank), plan.home_shards(0, rank))
         reading.close()
@@ -233,7 +250,9 @@ def test_a_foreign_shard_is_compared_once_it_is_at_home(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
     histories = Histories(dataset, 4)
-    assert by_user(histories.read(np.array([0, 9, 10]), {0})) == expected([0, 9, 10])
+    assert by_user(histories.read(np.array([0, 9, 10]), {0})) == expected(
+        [0, 9, 10]
+    )
     with pytest.raises(InputError, match=r"000001\.tar: its sha256"):
         histories.read(np.array([15]), {1})
     histories.close()
@@ -241,7 +260,9 @@ def test_a_foreign_shard_is_compared_once_it_is_at_home(tmp_path):
     skipping = Histories(dataset, 4, report=said.append)
     for home in ({0}, {1}, {1}):
         for numbers in ([9], [15]):
-            assert by_user(skipping.read(np.array(numbers), home)) == expected(numbers)
+            assert by_user(skipping.read(np.array(numbers), home)) == expected(
+                numbers
+            )
     assert len(said) == 1 and "its sha256 is not the one" in said[0]
     skipping.close()
 
@@ -252,11 +273,18 @@ def few_files():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def leave(more):
-        names = os.listdir("/proc/self/fd")  # one of them is of the listing itself
-        taken = {int(name) for name in names if os.path.exists(f"/proc/self/fd/{name}")}
+        names = os.listdir(
+            "/proc/self/fd"
+        )  # one of them is of the listing itself
+        taken = {
+            int(name)
+            for name in names
+            if os.path.exists(f"/proc/self/fd/{name}")
+        }
         free = itertools.filterfalse(taken.__contains__, itertools.count())
         resource.setrlimit(
-            resource.RLIMIT_NOFILE, (next(itertools.islice(free, more, None)), hard)
+            resource.RLIMIT_NOFILE,
+            (next(itertools.islice(free, more, None)), hard),
         )
 
     yield leave
@@ -264,7 +292,9 @@ def few_files():
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_where_few_files_may_be_open_older_ones_are_closed(dataset, few_files, skips):
+def test_where_few_files_may_be_open_older_ones_are_closed(
+    dataset, few_files, skips
+):
     said = []
     histories = Histories(dataset, 1, report=said.append if skips else None)
     few_files(2)
@@ -291,10 +321,13 @@ def test_no_file_for_the_cache_is_said_as_such(dataset, tmp_path, few_files):
     """And not as a folder that cannot be written."""
     address = f"pipe:cat {dataset.folder}/{{}}"
     histories = Histories(
-        Dataset.load(address, source_config=SourceConfig(cache=str(tmp_path))), 1
+        Dataset.load(address, source_config=SourceConfig(cache=str(tmp_path))),
+        1,
     )
     few_files(0)
-    with pytest.raises(InputError, match=r"cannot be opened: too many files are open"):
+    with pytest.raises(
+        InputError, match=r"cannot be opened: too many files are open"
+    ):
         histories.read(np.array([0]))
 
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from tests.unit.trainer.data.test_counter_rng import even
 from trainer.config.negatives import NegativesConfig
 from trainer.data.loading.negative_sampling import (
+    draw_evaluation_negatives,
     draw_shared_negatives,
     draw_target_negatives,
-    evaluation_negatives,
 )
 
 STARTS, ITEMS = (
@@ -54,7 +54,9 @@ def test_a_target_is_never_its_own_negative_and_all_are_of_its_domain():
 @pytest.mark.parametrize("target", [0, 18, 36])
 def test_all_other_items_are_as_likely(target):
     users = np.arange(4000)
-    drawn = draw(users, users % 7, np.full(4000, STARTS[2] + target), np.full(4000, 2))
+    drawn = draw(
+        users, users % 7, np.full(4000, STARTS[2] + target), np.full(4000, 2)
+    )
     counts = np.bincount((drawn - STARTS[2]).reshape(-1), minlength=37)
     assert counts[target] == 0 and even(np.delete(counts, target))
 
@@ -95,8 +97,12 @@ def test_negatives_of_one_target_differ_from_each_other():
 def test_shared_negatives_are_all_items_of_a_small_domain_and_even_draws_of_a_large_one():
     counts = np.zeros(1000, int)
     for step in range(300):
-        small, large, middle = draw_shared_negatives(1, 2, step, STARTS, ITEMS, 37)
-        assert small.tolist() == [0, 1] and middle.tolist() == list(range(1200, 1237))
+        small, large, middle = draw_shared_negatives(
+            1, 2, step, STARTS, ITEMS, 37
+        )
+        assert small.tolist() == [0, 1] and middle.tolist() == list(
+            range(1200, 1237)
+        )
         assert len(large) == 37 and large.min() >= 70 and large.max() < 1070
         np.add.at(counts, large - 70, 1)
     assert even(counts)
@@ -131,13 +137,13 @@ def test_evaluation_candidates_are_different_rows_that_the_user_never_touched(
     items, count, touched, user
 ):
     start = 100
-    drawn = evaluation_negatives(
+    drawn = draw_evaluation_negatives(
         7, user, np.array(touched, np.int64), start, items, count
     )
     others = set(range(start, start + items)) - set(touched)
     assert len(set(drawn.tolist())) == len(drawn) == min(count, len(others))
     assert set(drawn.tolist()) <= others
-    again = evaluation_negatives(
+    again = draw_evaluation_negatives(
         7, user, np.array(touched[::-1], np.int64), start, items, count
     )
     np.testing.assert_array_equal(again, drawn)
@@ -149,7 +155,9 @@ def test_both_ways_of_drawing_are_even(items):
     touched = np.array([3, 17, 29, 29, 500])
     counts = np.zeros(items, int)
     for user in range(150 * items // 10):
-        np.add.at(counts, evaluation_negatives(5, user, touched, 0, items, 10), 1)
+        np.add.at(
+            counts, draw_evaluation_negatives(5, user, touched, 0, items, 10), 1
+        )
     assert not counts[[3, 17, 29]].any()
     counts = np.delete(counts, [3, 17, 29])
     assert even(counts)
@@ -157,7 +165,7 @@ def test_both_ways_of_drawing_are_even(items):
 
 def test_a_user_who_touched_nearly_all_of_a_large_domain_gets_the_rest():
     touched = np.delete(np.arange(1000), np.arange(0, 1000, 50))
-    drawn = evaluation_negatives(5, 0, touched, 0, 1000, 19)
+    drawn = draw_evaluation_negatives(5, 0, touched, 0, 1000, 19)
     assert len(drawn) == 19 and set(drawn.tolist()) < set(range(0, 1000, 50))
 
 
@@ -165,7 +173,9 @@ def test_a_user_who_touched_nearly_all_of_a_large_domain_gets_the_rest():
 def test_evaluation_candidates_follow_seed_and_user(items):
     def drawn(seed, user):
         return set(
-            evaluation_negatives(seed, user, np.array([1]), 0, items, 20).tolist()
+            draw_evaluation_negatives(
+                seed, user, np.array([1]), 0, items, 20
+            ).tolist()
         )
 
     assert (

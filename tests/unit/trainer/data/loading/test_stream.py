@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from tests.helpers.made import draw_histories, draw_ticks, write_dataset
 from trainer.config.negatives import NegativesConfig
 from trainer.config.stream import MEASURED, StreamConfig
-from trainer.data.loading.batch_schedule import Plan
-from trainer.data.loading.histories import Users, read_users
+from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.histories import UserHistories, read_users
 from trainer.data.loading.stream import (
-    Feed,
+    BatchFeed,
     TrainBatches,
-    domains_of,
-    ready,
-    training_part,
-    workers_needed,
+    batches_of_workers,
+    count_workers_needed,
+    find_domains,
+    select_training_part,
 )
 from trainer.errors import InputError
 
@@ -52,7 +52,10 @@ def batches_of(
     **options,
 ):
     config = StreamConfig(
-        workers=workers, prefetch=2, shuffle=shuffle, domain=options.get("domain", "")
+        workers=workers,
+        prefetch=2,
+        shuffle=shuffle,
+        domain=options.get("domain", ""),
     )
     max_length, negatives = (
         options.get("max_length", LONG),
@@ -62,11 +65,19 @@ def batches_of(
         "tokens_per_batch": options.get("tokens", 0),
         "balance": options.get("balance", True),
     }
-    plan = Plan(
-        dataset, batch_size, world_size, seed, shuffle, max_length=max_length, **limits
+    plan = BatchSchedule(
+        dataset,
+        batch_size,
+        world_size,
+        seed,
+        shuffle,
+        max_length=max_length,
+        **limits,
     )
-    return ready(
-        TrainBatches(plan, rank, position, max_length, "mean", negatives, config),
+    return batches_of_workers(
+        TrainBatches(
+            plan, rank, position, max_length, "mean", negatives, config
+        ),
         config,
         pin_memory=False,
     )
@@ -129,9 +140,15 @@ def test_ranks_that_do_not_divide_the_streams_get_the_same_number_of_users(
 
 
 def users_of(numbers, histories):
-    lengths_B, items_N = np.array(list(map(len, histories))), np.concatenate(histories)
-    return Users(
-        np.array(numbers), lengths_B, items_N, np.concatenate(draw_ticks(histories))
+    lengths_B, items_N = (
+        np.array(list(map(len, histories))),
+        np.concatenate(histories),
+    )
+    return UserHistories(
+        np.array(numbers),
+        lengths_B,
+        items_N,
+        np.concatenate(draw_ticks(histories)),
     )
 
 
@@ -143,13 +160,23 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(
     histories, max_length = draw_histories(57), 4
     alone = {}
     for rank in range(world_size):
-        plan = Plan(dataset, 8, world_size, seed=4, max_length=max_length)
+        plan = BatchSchedule(
+            dataset, 8, world_size, seed=4, max_length=max_length
+        )
         batches = TrainBatches(
-            plan, rank, 0, max_length, "mean", NegativesConfig(per_target=3), HERE
+            plan,
+            rank,
+            0,
+            max_length,
+            "mean",
+            NegativesConfig(per_target=3),
+            HERE,
         )
         built = iter(batches)
         for epoch in range(2):
-            for step, users in read_users(plan, epoch, range(plan.steps(epoch)), rank):
+            for step, users in read_users(
+                plan, epoch, range(plan.steps(epoch)), rank
+            ):
                 fed, ids, negatives = next(built), [], []
                 batch = fed.batch
                 assert (
@@ -158,7 +185,9 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(
                 )
                 for number in users.number_B:
                     history = histories[number]
-                    one = batches.build(epoch, step, users_of([number], [history]))
+                    one = batches.build(
+                        epoch, step, users_of([number], [history])
+                    )
                     kept = one.interactions - 2 * (len(one.weight_B) - 1)
                     own, drawn = (
                         one.ids[:kept],
@@ -174,10 +203,15 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(
                     ids += own.tolist()
                     negatives += drawn.tolist()
                 fill = 2 * (len(batch.weight_B) - len(users.number_B))
-                assert batch.interactions == len(ids) + fill and batch.negatives == 3
+                assert (
+                    batch.interactions == len(ids) + fill
+                    and batch.negatives == 3
+                )
                 assert batch.ids[: len(ids)].tolist() == ids
                 assert (
-                    batch.ids[batch.interactions :].view(-1, 3)[: len(ids)].tolist()
+                    batch.ids[batch.interactions :]
+                    .view(-1, 3)[: len(ids)]
+                    .tolist()
                     == negatives
                 )
                 assert batch.domain_items == (5, 4)
@@ -210,43 +244,55 @@ def test_who_only_fills_up_looks_up_nothing(
         "max_length": max_length,
         "balance": balance,
     }
-    steps = Plan(dataset, batch_size, world_size, 4).steps(0)
+    steps = BatchSchedule(dataset, batch_size, world_size, 4).steps(0)
     for rank in range(world_size):
         for batch in take_any(
             batches_of(dataset, batch_size, rank, world_size, **options), steps
         ):
             fill = int((batch.weight_B == 0).sum())
             own = (
-                len(batch.place) - batch.interactions if batch.negatives is None else 0
+                len(batch.place) - batch.interactions
+                if batch.negatives is None
+                else 0
             )
-            real = torch.arange(batch.interactions) < batch.interactions - 2 * fill
+            real = (
+                torch.arange(batch.interactions) < batch.interactions - 2 * fill
+            )
             if own:
                 counted = torch.cat([real, torch.ones(own, dtype=torch.bool)])
             else:
-                counted = torch.cat([real, real.repeat_interleave(batch.negatives)])
+                counted = torch.cat(
+                    [real, real.repeat_interleave(batch.negatives)]
+                )
             assert batch.distinct.tolist() == sorted(
                 {int(batch.distinct[place]) for place in batch.place[counted]}
             )
-            vectors = batch.vectors_of_uses(
+            vectors = batch.gather_vectors(
                 torch.arange(1.0, len(batch.distinct) + 1).unsqueeze(1)
             )
             assert (
-                vectors.shape == (len(batch.place), 1) and (vectors[counted] > 0).all()
+                vectors.shape == (len(batch.place), 1)
+                and (vectors[counted] > 0).all()
             )
-            assert batch.gradient_of_rows(vectors).shape == (len(batch.distinct), 1)
+            assert batch.reduce_gradient(vectors).shape == (
+                len(batch.distinct),
+                1,
+            )
 
 
 @pytest.mark.parametrize("balance", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 6])
-def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(dataset, size, balance):
+def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(
+    dataset, size, balance
+):
     """The candidates of a step by domain, in their order; each has the domain, and there are others in the next step."""
     histories = draw_histories(57)
-    steps = Plan(dataset, 8, 1, 4).steps(0)
+    steps = BatchSchedule(dataset, 8, 1, 4).steps(0)
     lists = []
     for world_size in (1, 2, 3):
         by_place = [{} for _ in range(steps)]
         for rank in range(world_size):
-            plan = Plan(dataset, 8, world_size, 4, balance=balance)
+            plan = BatchSchedule(dataset, 8, world_size, 4, balance=balance)
             batches = TrainBatches(
                 plan, rank, 0, LONG, "mean", NegativesConfig(), HERE, size
             ).from_position(0)
@@ -258,11 +304,16 @@ def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(dataset, size, ba
                 candidates = fed.batch.candidates
                 assert candidates.size == size
                 for slot, place in zip(
-                    candidates.slot_C.tolist(), candidates.place_C.tolist(), strict=True
+                    candidates.slot_C.tolist(),
+                    candidates.place_C.tolist(),
+                    strict=True,
                 ):
                     user, domain = fed.users_B[slot // 2], slot % 2
-                    assert place not in by_place[number] and place // size == domain
-                    assert domain in domains_of(
+                    assert (
+                        place not in by_place[number]
+                        and place // size == domain
+                    )
+                    assert domain in find_domains(
                         dataset,
                         histories[user][:-2]
                         if len(histories[user]) > 2
@@ -271,12 +322,14 @@ def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(dataset, size, ba
                     by_place[number][place] = int(user)
         lists.append(by_place)
     assert lists[0] == lists[1] == lists[2]
-    plan = Plan(dataset, 8, 1, 4)
+    plan = BatchSchedule(dataset, 8, 1, 4)
     for number, by_place in enumerate(lists[0]):
         users_U, _ = plan.batch(0, number)
         with_domain = (dataset.lengths[users_U] > 0).sum(0)
         taken = (
-            np.minimum(with_domain, size) if len(users_U) > size else np.zeros(2, int)
+            np.minimum(with_domain, size)
+            if len(users_U) > size
+            else np.zeros(2, int)
         )
         assert len(by_place) == taken.sum()
     batches = TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(), HERE)
@@ -307,32 +360,46 @@ def test_shared_negatives_are_those_of_the_step_on_every_rank(dataset):
             for batch in batches
         )
     assert (
-        len({tuple(batch.ids[batch.interactions :].tolist()) for batch in runs[0]}) > 1
+        len(
+            {
+                tuple(batch.ids[batch.interactions :].tolist())
+                for batch in runs[0]
+            }
+        )
+        > 1
     )
 
 
 @settings(max_examples=15)
 @given(
-    position=st.integers(0, 40), rank=st.integers(0, 1), tokens=st.sampled_from([0, 30])
+    position=st.integers(0, 40),
+    rank=st.integers(0, 1),
+    tokens=st.sampled_from([0, 30]),
 )
 def test_a_run_goes_on_from_any_position(dataset, position, rank, tokens):
     options = {"tokens": tokens, "max_length": 6}
     whole = take(batches_of(dataset, 8, rank, 2, **options), position + 3)
     assert_same(
-        take(batches_of(dataset, 8, rank, 2, position, **options), 3), whole[position:]
+        take(batches_of(dataset, 8, rank, 2, position, **options), 3),
+        whole[position:],
     )
 
 
 @pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
 )  # more workers than cores
-@pytest.mark.parametrize(("workers", "tokens"), [(1, 0), (2, 0), (3, 0), (2, 40)])
-def test_any_number_of_workers_builds_the_same_batches(dataset, workers, tokens):
+@pytest.mark.parametrize(
+    ("workers", "tokens"), [(1, 0), (2, 0), (3, 0), (2, 40)]
+)
+def test_any_number_of_workers_builds_the_same_batches(
+    dataset, workers, tokens
+):
     """From the middle of an epoch into the third, so that workers cross its end at different places."""
     options = {"position": 5, "tokens": tokens, "max_length": 7}
     expected = take(batches_of(dataset, 8, 1, 2, **options), 18)
     assert_same(
-        take(batches_of(dataset, 8, 1, 2, workers=workers, **options), 18), expected
+        take(batches_of(dataset, 8, 1, 2, workers=workers, **options), 18),
+        expected,
     )
 
 
@@ -340,14 +407,19 @@ def test_a_batch_has_no_more_tokens_than_allowed(dataset):
     """A token is an interaction of the training part, a user's newest five; both ranks together."""
     limit, longest = 24, 5
     ranks = [
-        take(batches_of(dataset, 8, rank, 2, tokens=limit, max_length=longest), 30)
+        take(
+            batches_of(dataset, 8, rank, 2, tokens=limit, max_length=longest),
+            30,
+        )
         for rank in range(2)
     ]
     totals = []
     for batches in zip(*ranks, strict=True):
         totals.append(0)
         for batch in batches:
-            counts = np.bincount(batch.cross.sequence_M, minlength=len(batch.weight_B))
+            counts = np.bincount(
+                batch.cross.sequence_M, minlength=len(batch.weight_B)
+            )
             totals[-1] += int((counts * (batch.weight_B > 0).numpy()).sum())
     assert max(totals) <= limit and np.mean(totals) > 0.8 * limit
 
@@ -373,16 +445,22 @@ def test_workers_are_as_many_as_it_takes_to_keep_up(dataset, monkeypatch):
     """However often the loader begins anew, every batch comes once and in order."""
     expected = take(batches_of(dataset, 8, position=3), 40)
     plan, config = (
-        Plan(dataset, 8, 1, seed=4, max_length=LONG),
+        BatchSchedule(dataset, 8, 1, seed=4, max_length=LONG),
         StreamConfig(prefetch=2),
     )
     assert config.workers == MEASURED
-    for step_seconds, cores, workers in ((1e-9, 3, 3), (1e9, 3, 1), (1e-9, 1, 1)):
+    for step_seconds, cores, workers in (
+        (1e-9, 3, 3),
+        (1e9, 3, 1),
+        (1e-9, 1, 1),
+    ):
         started = []
         batches = TrainBatches(
             plan, 0, 3, LONG, "mean", NegativesConfig(per_target=3), config
         )
-        feed = Feed(Looked(batches, started), pin_memory=False, cores=cores)
+        feed = BatchFeed(
+            Looked(batches, started), pin_memory=False, cores=cores
+        )
         found, lines = [], []
         for _ in range(40):
             fed = next(feed)
@@ -394,15 +472,19 @@ def test_workers_are_as_many_as_it_takes_to_keep_up(dataset, monkeypatch):
         assert feed.workers == workers and feed.position == 43
         (line,) = [line for line in lines if line]
         assert ("for want of cores" in line) == (step_seconds < 1)
-        assert started == ([3, 3 + 1 + lines.index(line)] if workers > 1 else [3])
+        assert started == (
+            [3, 3 + 1 + lines.index(line)] if workers > 1 else [3]
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_given_number_of_workers_stays(dataset, workers):
     config = StreamConfig(workers=workers, prefetch=2)
-    plan = Plan(dataset, 8, 1, seed=4, max_length=LONG)
-    feed = Feed(
-        TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(per_target=3), config),
+    plan = BatchSchedule(dataset, 8, 1, seed=4, max_length=LONG)
+    feed = BatchFeed(
+        TrainBatches(
+            plan, 0, 0, LONG, "mean", NegativesConfig(per_target=3), config
+        ),
         pin_memory=False,
         cores=8,
     )
@@ -415,8 +497,8 @@ def test_a_given_number_of_workers_stays(dataset, workers):
 
 def test_a_feed_hands_over_what_stops_it(spoiled):
     config = StreamConfig(prefetch=1)
-    plan = Plan(spoiled, 4, 1, 4, shuffle=False)
-    feed = Feed(
+    plan = BatchSchedule(spoiled, 4, 1, 4, shuffle=False)
+    feed = BatchFeed(
         TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(), config),
         pin_memory=False,
         cores=2,
@@ -438,7 +520,7 @@ def test_a_feed_hands_over_what_stops_it(spoiled):
     ],
 )
 def test_a_quarter_more_workers_than_the_mean_asks_for(build, step, workers):
-    assert workers_needed(build, step) == workers
+    assert count_workers_needed(build, step) == workers
 
 
 @pytest.mark.parametrize("domains", [1, 2, 30])
@@ -449,19 +531,24 @@ def test_domains_are_the_datasets(dataset, domains):
     )
     whole = dataclasses.replace(dataset, domains=owned)
     rows = np.arange(8 * domains, dtype=np.int32)[::-1].copy()
-    assert domains_of(whole, rows).tolist() == whole.domain_of(rows).tolist()
+    assert find_domains(whole, rows).tolist() == whole.domain_of(rows).tolist()
 
 
 def test_the_training_part_is_what_comes_before_the_newest_two(dataset):
     users = users_of([7, 3, 9], [[0, 9, 1, 2], [9, 8], [3, 9, 4]])
-    found = [part.tolist() for part in training_part(dataset, users)]
+    found = [part.tolist() for part in select_training_part(dataset, users)]
     assert found == [[7, 3, 9], [2, 2, 1], [0, 1, 4, 5, 6], [0, 1, 0, 1, 0]]
 
 
 def test_one_domain_alone_is_cut_out_of_the_training_part(dataset):
     """Domain 0's rows are 0 to 4. Not the newest two of its own, but what is left of the newest two of all."""
-    users = users_of([7, 3, 9, 5], [[0, 9, 1, 2], [9, 8], [3, 9, 4], [9, 1, 2, 8, 0]])
-    found = [part.tolist() for part in training_part(dataset, users, "domain 0")]
+    users = users_of(
+        [7, 3, 9, 5], [[0, 9, 1, 2], [9, 8], [3, 9, 4], [9, 1, 2, 8, 0]]
+    )
+    found = [
+        part.tolist()
+        for part in select_training_part(dataset, users, "domain 0")
+    ]
     assert found == [[7, 9, 5], [1, 1, 2], [0, 6, 10, 11], [0, 0, 1, 2]]
 
 
@@ -470,13 +557,19 @@ def test_one_domain_alone_is_cut_out_of_the_training_part(dataset):
 )
 def test_a_batch_of_one_domain_holds_nothing_else(dataset, negatives):
     histories, seen = draw_histories(57), {}
-    batches = batches_of(dataset, 8, 0, 1, negatives=negatives, domain="domain 1")
-    for fed in itertools.islice(batches, Plan(dataset, 8, 1, 4).steps(0)):
+    batches = batches_of(
+        dataset, 8, 0, 1, negatives=negatives, domain="domain 1"
+    )
+    for fed in itertools.islice(
+        batches, BatchSchedule(dataset, 8, 1, 4).steps(0)
+    ):
         batch = fed.batch
         counted = batch.cross.target_weight_L > 0
         assert set(batch.cross.target_domain_L[counted].tolist()) <= {1}
         assert set(
-            domains_of(dataset, batch.ids[batch.interactions :].numpy()).tolist()
+            find_domains(
+                dataset, batch.ids[batch.interactions :].numpy()
+            ).tolist()
         ) <= {0, 1}
         if negatives.shared:
             assert batch.negative_starts == (0, 0, 3)
@@ -492,7 +585,9 @@ def test_a_batch_of_one_domain_holds_nothing_else(dataset, negatives):
                 for row in (history[:-2] if len(history) > 2 else history)
                 if row >= 8
             ]
-        assert own == [int(row) for user in fed.users_B for row in parts[int(user)]]
+        assert own == [
+            int(row) for user in fed.users_B for row in parts[int(user)]
+        ]
         assert real == sum(map(bool, parts.values()))
         seen |= parts
     assert len(seen) == 57
@@ -522,10 +617,20 @@ def test_a_token_predicts_for_the_time_of_its_target(dataset, negatives):
         assert len(targets) == len(view.target_interaction_L) and targets.any()
 
 
-@pytest.mark.parametrize(("length", "kept"), [(1, 1), (2, 2), (3, 1), (4, 2), (9, 7)])
-def test_training_leaves_out_the_last_two_of_who_can_be_split(dataset, length, kept):
+@pytest.mark.parametrize(
+    ("length", "kept"), [(1, 1), (2, 2), (3, 1), (4, 2), (9, 7)]
+)
+def test_training_leaves_out_the_last_two_of_who_can_be_split(
+    dataset, length, kept
+):
     batches = TrainBatches(
-        Plan(dataset, 8, 1, 4), 0, 0, LONG, "mean", NegativesConfig(), HERE
+        BatchSchedule(dataset, 8, 1, 4),
+        0,
+        0,
+        LONG,
+        "mean",
+        NegativesConfig(),
+        HERE,
     )
     batch = batches.build(0, 0, users_of([0], [np.arange(length) % 5]))
     assert batch.ids[:kept].tolist() == [item % 5 for item in range(kept)]
@@ -545,7 +650,9 @@ def spoiled(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_bad_shard_arrives_from_a_worker_as_one_input_error(spoiled, workers, capfd):
+def test_a_bad_shard_arrives_from_a_worker_as_one_input_error(
+    spoiled, workers, capfd
+):
     batches = batches_of(spoiled, 4, workers=workers, shuffle=False)
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(InputError, match=r"000002\.tar: its sha256") as error:
@@ -556,7 +663,7 @@ def test_a_bad_shard_arrives_from_a_worker_as_one_input_error(spoiled, workers, 
 
 
 def test_checksums_can_be_left_unchecked(spoiled):
-    plan = Plan(spoiled, 4, 1, 0, shuffle=False)
+    plan = BatchSchedule(spoiled, 4, 1, 0, shuffle=False)
     with pytest.raises(InputError, match="sha256"):
         list(read_users(plan, 0, range(4), 0))
     assert len(list(read_users(plan, 0, range(4), 0, verify=False))) == 4
@@ -584,7 +691,9 @@ def test_a_worker_does_not_collect_what_its_parent_left(tmp_path):
     gc.disable()
     try:
         Cycle(tmp_path)
-        (worker,) = ready(Collecting(), StreamConfig(workers=1), pin_memory=False)
+        (worker,) = batches_of_workers(
+            Collecting(), StreamConfig(workers=1), pin_memory=False
+        )
         assert worker != os.getpid() and list(tmp_path.iterdir()) == []
     finally:
         gc.enable()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from syncrec.batch.build import build_batch, map_tensors, move
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import map_tensors, move
 from tests.unit.trainer.data.loading.test_stream import assert_same
-from trainer.data.loading.stream import Fed
+from trainer.data.loading.stream import RankBatch
 from trainer.data.loading.worker_handover import (
     BatchPacker,
     refuse_small_shared_memory,
@@ -86,14 +87,17 @@ def test_the_first_tensor_of_a_batch_lies_at_the_first_byte_of_its_piece():
         [6, 6],
         8,
     )
-    fed = Fed(batch, np.arange(2), 0, ())
+    fed = RankBatch(batch, np.arange(2), 0, ())
     packed = BatchPacker()(fed)
     first = []
     map_tensors(
-        unpack(packed).batch, lambda tensor: first.append(tensor.data_ptr()) or tensor
+        unpack(packed).batch,
+        lambda tensor: first.append(tensor.data_ptr()) or tensor,
     )
     assert (
-        first[0] == packed.piece.data_ptr() == unpack(packed).batch.distinct.data_ptr()
+        first[0]
+        == packed.piece.data_ptr()
+        == unpack(packed).batch.distinct.data_ptr()
     )
     assert len(batch.distinct) and first.count(first[0]) == 1
 
@@ -120,7 +124,9 @@ def test_a_piece_is_filled_again_only_when_every_tensor_in_it_is_gone():
     del last
     third = unpack(pack(other(2)))
     assert (
-        where(third.ids) == piece and (second.ids == 1).all() and (third.ids == 2).all()
+        where(third.ids) == piece
+        and (second.ids == 1).all()
+        and (third.ids == 2).all()
     )
 
 
@@ -157,7 +163,11 @@ def test_what_a_worker_sends_stays_as_it_is_while_it_is_held():
 
 
 class Facts:
-    f_blocks, f_bavail, f_frsize = 2**14, 2**13, 2**12  # 64 MiB, half of them free
+    f_blocks, f_bavail, f_frsize = (
+        2**14,
+        2**13,
+        2**12,
+    )  # 64 MiB, half of them free
 
 
 def test_shared_memory_that_the_loaders_do_not_fit_into_is_refused_with_what_they_need(
@@ -210,7 +220,10 @@ def test_full_shared_memory_is_said_in_a_line():
         'mount -t tmpfs -o size=64k none /dev/shm && exec "$0" "$@"',
     ]
     try:
-        possible = subprocess.run([*mount, "true"], capture_output=True).returncode == 0
+        possible = (
+            subprocess.run([*mount, "true"], capture_output=True).returncode
+            == 0
+        )
     except FileNotFoundError:
         possible = False
     if not possible:

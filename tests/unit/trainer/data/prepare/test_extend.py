@@ -23,14 +23,17 @@ from tests.unit.trainer.data.prepare.test_pipeline import (
     write,
 )
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.extend import options_of
+from trainer.data.prepare.extend import read_options
 from trainer.data.prepare.stored_log import StoredLog
 from trainer.errors import InputError
 
 
 def extended(old, output, *inputs, **options):
     return run(
-        output, *inputs, extend=str(old.folder), **(options_of(old.folder) | options)
+        output,
+        *inputs,
+        extend=str(old.folder),
+        **(read_options(old.folder) | options),
     )
 
 
@@ -72,13 +75,18 @@ def mapping(dataset):
     """{(domain, text of the id): (old row, new row)}."""
     table = pq.read_table(dataset.folder / "extension" / "rows.parquet")
     return {
-        (line["domain"], str(line["item_id"])): (line["old_row"], line["new_row"])
+        (line["domain"], str(line["item_id"])): (
+            line["old_row"],
+            line["new_row"],
+        )
         for line in table.to_pylist()
     }
 
 
 def facts_of(dataset):
-    return json.loads((dataset.folder / "extension" / "extension.json").read_text())
+    return json.loads(
+        (dataset.folder / "extension" / "extension.json").read_text()
+    )
 
 
 def numbered(count, first=0, domain="shop", users=5):
@@ -100,23 +108,36 @@ rows = st.lists(row, min_size=1, max_size=60)
 
 @settings(max_examples=12)
 @given(
-    rows, st.lists(rows, min_size=1, max_size=3), st.integers(0, 2), st.integers(0, 2)
+    rows,
+    st.lists(rows, min_size=1, max_size=3),
+    st.integers(0, 2),
+    st.integers(0, 2),
 )
-def test_extending_day_by_day_is_preparing_it_all(base, days, min_user, min_item):
+def test_extending_day_by_day_is_preparing_it_all(
+    base, days, min_user, min_item
+):
     """But for the numbers of rows, and for rows that an earlier day had to the letter."""
     base = base + [
-        (9, item, domain, 5) for item in (0, 1) for domain in "abc" for _ in range(3)
+        (9, item, domain, 5)
+        for item in (0, 1)
+        for domain in "abc"
+        for _ in range(3)
     ]  # somebody who stays
     with tempfile.TemporaryDirectory() as folder:
         folder, known = Path(folder), Counter(base)
         options = {"min_user": min_user, "min_item": min_item, "streams": 3}
         dataset = run(
-            folder / "0", write(folder / "0.parquet", base), keep_log=True, **options
+            folder / "0",
+            write(folder / "0.parquet", base),
+            keep_log=True,
+            **options,
         )
         for number, day in enumerate(days, 1):
             before = dataset
             dataset = extended(
-                before, folder / str(number), write(folder / f"{number}.csv", day)
+                before,
+                folder / str(number),
+                write(folder / f"{number}.csv", day),
             )
             assert Dataset.load(dataset.folder) == dataset
             known += Counter(row for row in day if row not in known)
@@ -154,7 +175,11 @@ def test_the_same_day_again_changes_nothing(tmp_path):
     again = extended(dataset, tmp_path / "1", log)
     assert told(again) == told(dataset)
     facts = facts_of(again)
-    assert (facts["arrived"], facts["delivered_before"], facts["late"]) == (300, 300, 0)
+    assert (facts["arrived"], facts["delivered_before"], facts["late"]) == (
+        300,
+        300,
+        0,
+    )
     assert not len(np.load(again.folder / "extension" / "users.npy"))
     own = {
         name: digest
@@ -175,7 +200,9 @@ def test_late_rows_go_to_their_place_in_time(tmp_path):
         ("v", "a", "shop", 40),
         ("v", "b", "shop", 50),
     ]
-    dataset = run(tmp_path / "0", write(tmp_path / "0.csv", base), keep_log=True)
+    dataset = run(
+        tmp_path / "0", write(tmp_path / "0.csv", base), keep_log=True
+    )
     late = [("u", "b", "shop", 20), ("u", "a", "shop", 60)]
     dataset = extended(dataset, tmp_path / "1", write(tmp_path / "1.csv", late))
     assert [item for _, item, _ in told(dataset)["u"]] == ["a", "b", "b", "a"]
@@ -191,15 +218,23 @@ def test_a_domain_that_outgrows_its_room_moves_the_ones_behind_it(tmp_path):
     before = run(tmp_path / "0", write(tmp_path / "0.csv", base), keep_log=True)
     assert [domain.room for domain in before.domains] == [69, 71, 67]
     fits = extended(
-        before, tmp_path / "fits", write(tmp_path / "1.csv", numbered(64, 5, "a"))
+        before,
+        tmp_path / "fits",
+        write(tmp_path / "1.csv", numbered(64, 5, "a")),
     )
-    assert [domain.start for domain in fits.domains] == [0, 69, 140] and not facts_of(
-        fits
-    )["laid_out_anew"]
+    assert [domain.start for domain in fits.domains] == [
+        0,
+        69,
+        140,
+    ] and not facts_of(fits)["laid_out_anew"]
     grown = extended(
-        before, tmp_path / "grown", write(tmp_path / "2.csv", numbered(65, 5, "a"))
+        before,
+        tmp_path / "grown",
+        write(tmp_path / "2.csv", numbered(65, 5, "a")),
     )
-    assert [(domain.start, domain.items, domain.room) for domain in grown.domains] == [
+    assert [
+        (domain.start, domain.items, domain.room) for domain in grown.domains
+    ] == [
         (0, 70, 134),
         (134, 7, 71),
         (205, 3, 67),
@@ -209,7 +244,8 @@ def test_a_domain_that_outgrows_its_room_moves_the_ones_behind_it(tmp_path):
         number = "abc".index(domain)
         if old is not None:
             assert (
-                new - grown.domains[number].start == old - before.domains[number].start
+                new - grown.domains[number].start
+                == old - before.domains[number].start
             )
         else:
             assert domain == "a" and 5 <= new < 70
@@ -224,14 +260,19 @@ def test_a_new_domain_comes_behind_the_others(tmp_path):
     after = extended(
         before,
         tmp_path / "1",
-        write(tmp_path / "1.csv", numbered(3, domain="z") + numbered(2, domain="a")),
+        write(
+            tmp_path / "1.csv",
+            numbered(3, domain="z") + numbered(2, domain="a"),
+        ),
     )
     assert [(domain.name, domain.start) for domain in after.domains] == [
         ("m", 0),
         ("a", 68),
         ("z", 134),
     ]
-    assert all(old == new for old, new in mapping(after).values() if old is not None)
+    assert all(
+        old == new for old, new in mapping(after).values() if old is not None
+    )
 
 
 def test_retired_items_give_their_rows_to_new_ones_and_leave_no_gap(tmp_path):
@@ -246,12 +287,17 @@ def test_retired_items_give_their_rows_to_new_ones_and_leave_no_gap(tmp_path):
         for user in range(3)
     ]
     before = run(
-        tmp_path / "0", write(tmp_path / "0.csv", old_rows + kept_rows), keep_log=True
+        tmp_path / "0",
+        write(tmp_path / "0.csv", old_rows + kept_rows),
+        keep_log=True,
     )
     places = {item: row for row, (_, item) in items_of(before).items()}
-    assert sorted(places, key=places.get)[0].startswith("kept")  # the more popular ones
+    assert sorted(places, key=places.get)[0].startswith(
+        "kept"
+    )  # the more popular ones
     new = write(
-        tmp_path / "1.csv", [(7, f"new-{number}", "shop", 200) for number in range(4)]
+        tmp_path / "1.csv",
+        [(7, f"new-{number}", "shop", 200) for number in range(4)],
     )
     left = extended(before, tmp_path / "left", new, since="50")
     assert (
@@ -260,10 +306,14 @@ def test_retired_items_give_their_rows_to_new_ones_and_leave_no_gap(tmp_path):
     )
     counts = pq.read_table(left.folder / left.domains[0].vocabulary).to_pylist()
     assert all(
-        line["count"] == 0 for line in counts if line["item_id"].startswith("old")
+        line["count"] == 0
+        for line in counts
+        if line["item_id"].startswith("old")
     )
     assert told(left).keys() == {"0", "1", "2", "7"}
-    retired = extended(before, tmp_path / "retired", new, since="50", retire=True)
+    retired = extended(
+        before, tmp_path / "retired", new, since="50", retire=True
+    )
     found = mapping(retired)
     assert {item for (_, item), (_, row) in found.items() if row is None} == {
         f"old-{number}" for number in range(6)
@@ -279,7 +329,12 @@ def test_retired_items_give_their_rows_to_new_ones_and_leave_no_gap(tmp_path):
         9,
     ]
     facts = facts_of(retired)["domains"]["shop"]
-    assert (facts["items_before"], facts["items"], facts["new"], facts["retired"]) == (
+    assert (
+        facts["items_before"],
+        facts["items"],
+        facts["new"],
+        facts["retired"],
+    ) == (
         12,
         10,
         4,
@@ -317,11 +372,14 @@ def test_a_window_of_days_ends_with_the_newest_row(tmp_path):
     assert (facts["late"], facts["before_window"]) == (1, 1)
     assert (
         after.first_time
-        == (first + 8 * day - datetime.datetime(1970, 1, 1)).total_seconds() * 1e6
+        == (first + 8 * day - datetime.datetime(1970, 1, 1)).total_seconds()
+        * 1e6
     )
     since = extended(before, tmp_path / "2", new, since="2026-01-10")
     assert [item for _, item, _ in told(since)["u"]] == ["i9", "i0"]
-    seconds = [("u", f"i{number}", "shop", 86_400 * number) for number in range(10)]
+    seconds = [
+        ("u", f"i{number}", "shop", 86_400 * number) for number in range(10)
+    ]
     numbers = run(
         tmp_path / "3",
         write(tmp_path / "3.csv", seconds),
@@ -344,9 +402,9 @@ def test_files_that_a_window_has_left_are_not_kept(tmp_path):
         write(tmp_path / "1.csv", [("u", "a", "x", 8), ("u", "b", "x", 9)]),
         since="5",
     )
-    assert [path.name for path in sorted((after.folder / "log").glob("*.parquet"))] == [
-        "00001.parquet"
-    ]
+    assert [
+        path.name for path in sorted((after.folder / "log").glob("*.parquet"))
+    ] == ["00001.parquet"]
     third = extended(
         after, tmp_path / "2", write(tmp_path / "2.csv", [("u", "b", "x", 7)])
     )
@@ -358,12 +416,16 @@ def test_numbers_become_text_once_a_log_has_text(tmp_path):
     types = {"user_id": pa.int64(), "item_id": pa.int64()}
     base = [(7, 1, "shop", 1), (7, 2, "shop", 2), (8, 1, "shop", 3)]
     before = run(
-        tmp_path / "0", write(tmp_path / "0.parquet", base, types=types), keep_log=True
+        tmp_path / "0",
+        write(tmp_path / "0.parquet", base, types=types),
+        keep_log=True,
     )
     texts = extended(
         before,
         tmp_path / "1",
-        write(tmp_path / "1.csv", [("7", "x", "shop", 4), ("y", "2", "shop", 5)]),
+        write(
+            tmp_path / "1.csv", [("7", "x", "shop", 4), ("y", "2", "shop", 5)]
+        ),
     )
     assert (
         told(texts)["7"][-1][1] == "x"
@@ -379,7 +441,9 @@ def test_numbers_become_text_once_a_log_has_text(tmp_path):
         items_of(numbers)
     ) == 3
     assert (
-        pq.read_schema(numbers.folder / "vocabulary/0.parquet").field("item_id").type
+        pq.read_schema(numbers.folder / "vocabulary/0.parquet")
+        .field("item_id")
+        .type
         == pa.string()
     )
 
@@ -388,7 +452,8 @@ def test_the_whole_log_may_be_given_in_place_of_a_kept_one(tmp_path):
     log = write(tmp_path / "0.csv", numbered(9))
     before = run(tmp_path / "0", log)
     with pytest.raises(
-        InputError, match=r"keeps no log: prepare it with --keep-log.*--whole-log"
+        InputError,
+        match=r"keeps no log: prepare it with --keep-log.*--whole-log",
     ):
         extended(before, tmp_path / "1", log)
     whole = write(tmp_path / "1.csv", numbered(9)[3:] + numbered(12, 20))
@@ -402,8 +467,12 @@ def test_the_whole_log_may_be_given_in_place_of_a_kept_one(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["log", "ids", "events", "parts", "finish"])
-def test_killed_at_any_stage_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stage):
-    dataset = run(tmp_path / "0", write(tmp_path / "0.csv", some_rows()), keep_log=True)
+def test_killed_at_any_stage_it_goes_on_to_the_same_bytes(
+    tmp_path, monkeypatch, stage
+):
+    dataset = run(
+        tmp_path / "0", write(tmp_path / "0.csv", some_rows()), keep_log=True
+    )
     day = write(tmp_path / "1.csv", some_rows(80, users=30, items=50, seed=2))
     expected = extended(dataset, tmp_path / "whole", day)
 
@@ -440,11 +509,16 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
 def test_what_it_was_made_with_is_kept(tmp_path):
     options = {"min_user": 2, "min_item": 3, "seed": 5, "streams": 7}
     dataset = run(
-        tmp_path / "0", write(tmp_path / "0.csv", some_rows()), keep_log=True, **options
+        tmp_path / "0",
+        write(tmp_path / "0.csv", some_rows()),
+        keep_log=True,
+        **options,
     )
-    assert options_of(dataset.folder) == options
+    assert read_options(dataset.folder) == options
     after = extended(
-        dataset, tmp_path / "1", write(tmp_path / "1.csv", some_rows(50, seed=9))
+        dataset,
+        tmp_path / "1",
+        write(tmp_path / "1.csv", some_rows(50, seed=9)),
     )
     assert StoredLog.load(after.folder) == StoredLog(False, 2, 3) and (
         after.seed,
@@ -461,7 +535,9 @@ def days_of_what(_, folder):
 
 
 def no_number(_, folder):
-    return write(folder / "new.csv", [("u", "a", "shop", 3)]), {"since": "2026-01-01"}
+    return write(folder / "new.csv", [("u", "a", "shop", 3)]), {
+        "since": "2026-01-01"
+    }
 
 
 def nothing_left(_, folder):
@@ -497,8 +573,12 @@ BAD = {
 @pytest.mark.parametrize(
     ("spoil", "message"), BAD.items(), ids=[spoil.__name__ for spoil in BAD]
 )
-def test_what_cannot_be_extended_is_named_and_leaves_nothing(tmp_path, spoil, message):
-    dataset = run(tmp_path / "0", write(tmp_path / "0.csv", numbered(9)), keep_log=True)
+def test_what_cannot_be_extended_is_named_and_leaves_nothing(
+    tmp_path, spoil, message
+):
+    dataset = run(
+        tmp_path / "0", write(tmp_path / "0.csv", numbered(9)), keep_log=True
+    )
     log, options = spoil(dataset, tmp_path)
     with pytest.raises(InputError, match=message):
         run(tmp_path / "1", log, extend=str(dataset.folder), **options)
@@ -506,7 +586,9 @@ def test_what_cannot_be_extended_is_named_and_leaves_nothing(tmp_path, spoil, me
 
 
 def test_columns_of_the_new_log_may_have_other_names(tmp_path):
-    dataset = run(tmp_path / "0", write(tmp_path / "0.csv", numbered(9)), keep_log=True)
+    dataset = run(
+        tmp_path / "0", write(tmp_path / "0.csv", numbered(9)), keep_log=True
+    )
     names = ("who", "what", "where", "when")
     columns = dict(
         zip(

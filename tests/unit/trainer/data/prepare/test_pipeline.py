@@ -50,7 +50,9 @@ def write(path, rows, columns=COLUMNS, types=None):
         return path
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "wt", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t" if ".tsv" in path.name else ",")
+        writer = csv.writer(
+            stream, delimiter="\t" if ".tsv" in path.name else ","
+        )
         writer.writerow(columns)
         writer.writerows(rows)
     return path
@@ -58,7 +60,9 @@ def write(path, rows, columns=COLUMNS, types=None):
 
 def run(output, *inputs, **options):
     return prepare(
-        PrepareConfig(tuple(str(path) for path in inputs), str(output), **options)
+        PrepareConfig(
+            tuple(str(path) for path in inputs), str(output), **options
+        )
     )
 
 
@@ -85,7 +89,9 @@ def timed_histories(dataset):
 
 def digests(folder):
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): hashlib.sha256(
+            path.read_bytes()
+        ).hexdigest()
         for path in sorted(Path(folder).rglob("*"))
         if path.is_file()
     }
@@ -110,7 +116,10 @@ def some_rows(count=300, users=23, items=40, seed=1):
 
 def reference(rows, min_user, min_item, seed):
     """Histories by raw user, vocabulary and counts, by sorting and counting in plain Python; None if nothing is left."""
-    rows = [(str(user), str(item), domain, time) for user, item, domain, time in rows]
+    rows = [
+        (str(user), str(item), domain, time)
+        for user, item, domain, time in rows
+    ]
     while True:
         users = Counter(row[0] for row in rows)
         items = Counter((row[2], row[1]) for row in rows)
@@ -126,7 +135,8 @@ def reference(rows, min_user, min_item, seed):
     for user, item, domain, when in rows:
         by_user[user].append((when, domain, item))
     events = {
-        user: [event[1:] for event in sorted(found)] for user, found in by_user.items()
+        user: [event[1:] for event in sorted(found)]
+        for user, found in by_user.items()
     }
     order = sorted(
         events,
@@ -149,12 +159,16 @@ def reference(rows, min_user, min_item, seed):
         for place, item in enumerate(mine):
             row_of[domain, item] = start + place
         vocabulary[domain] = [
-            (item, row_of[domain, item], training[domain, item]) for item in mine
+            (item, row_of[domain, item], training[domain, item])
+            for item in mine
         ]
         start += len(mine) + max(64, len(mine) // 10)
     return (
         order,
-        {user: [row_of[event] for event in found] for user, found in events.items()},
+        {
+            user: [row_of[event] for event in found]
+            for user, found in events.items()
+        },
         vocabulary,
     )
 
@@ -177,7 +191,8 @@ def ticks_of(rows, order, events, vocabulary):
         own = [event for event in sorted(own) if event[1:] in row_of]
         assert [row_of[event[1:]] for event in own] == events[user]
         found[user] = [
-            int((when - first) / max(last - first, 1) * 65535) for when, _, _ in own
+            int((when - first) / max(last - first, 1) * 65535)
+            for when, _, _ in own
         ]
     return found
 
@@ -217,9 +232,14 @@ formats = st.lists(
 
 @st.composite
 def logs(draw):
-    ids = st.one_of(odd_ids, texts) if draw(st.booleans()) else st.integers(-3, 12)
+    ids = (
+        st.one_of(odd_ids, texts)
+        if draw(st.booleans())
+        else st.integers(-3, 12)
+    )
     user_ids, item_ids = (
-        draw(st.lists(ids, min_size=2, max_size=6, unique=True)) for _ in range(2)
+        draw(st.lists(ids, min_size=2, max_size=6, unique=True))
+        for _ in range(2)
     )
     domains = draw(
         st.lists(
@@ -241,9 +261,15 @@ def logs(draw):
 
 @settings(max_examples=40)
 @given(
-    logs(), st.integers(0, 4), st.integers(0, 4), st.integers(0, 5), st.integers(1, 5)
+    logs(),
+    st.integers(0, 4),
+    st.integers(0, 4),
+    st.integers(0, 5),
+    st.integers(1, 5),
 )
-def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams):
+def test_prepare_agrees_with_plain_python(
+    log, min_user, min_item, seed, streams
+):
     rows, shuffle, names = log
     order, events, vocabulary = reference(rows, min_user, min_item, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +277,9 @@ def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams
         for row in rows:
             parts[shuffle.choice(names)].append(row)
         kind = pa.scalar(rows[0][0]).type
-        types = dict(zip(COLUMNS, (kind, kind, pa.string(), pa.int64()), strict=True))
+        types = dict(
+            zip(COLUMNS, (kind, kind, pa.string(), pa.int64()), strict=True)
+        )
         for name, part in parts.items():
             write(Path(folder, "logs", name), part, types=types)
         options = dict(
@@ -264,7 +292,8 @@ def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams
         )
         if not events or any(len(found) == 1 for found in vocabulary.values()):
             with pytest.raises(
-                InputError, match="nothing is left" if not events else "one item"
+                InputError,
+                match="nothing is left" if not events else "one item",
             ):
                 run(Path(folder, "out"), Path(folder, "logs"), **options)
             assert not Path(folder, "out").exists()
@@ -284,9 +313,12 @@ def test_prepare_agrees_with_plain_python(log, min_user, min_item, seed, streams
         ]
         assert [domain.name for domain in dataset.domains] == list(vocabulary)
         for domain in dataset.domains:
-            table = pq.read_table(dataset.folder / domain.vocabulary).to_pylist()
+            table = pq.read_table(
+                dataset.folder / domain.vocabulary
+            ).to_pylist()
             assert [
-                (str(line["item_id"]), line["row"], line["count"]) for line in table
+                (str(line["item_id"]), line["row"], line["count"])
+                for line in table
             ] == vocabulary[domain.name]
         check_facts(dataset, events)
 
@@ -300,7 +332,8 @@ def check_facts(dataset, events):
     )
     assert dataset.too_short == sum(length < 3 for length in lengths)
     training = [
-        rows[:-2] if len(rows) >= 3 else rows for rows in histories(dataset).values()
+        rows[:-2] if len(rows) >= 3 else rows
+        for rows in histories(dataset).values()
     ]
     own = [
         np.bincount(
@@ -311,11 +344,14 @@ def check_facts(dataset, events):
     assert dataset.lengths.tolist() == own
     for number, domain in enumerate(dataset.domains):
         counts = (
-            sum(dataset.domain_of(np.array(rows)) == number) for rows in events.values()
+            sum(dataset.domain_of(np.array(rows)) == number)
+            for rows in events.values()
         )
         mine = np.array(sorted(count for count in counts if count))
         assert (domain.users, domain.interactions) == (len(mine), mine.sum())
-        wanted = np.quantile(mine, [0.05, 0.5, 0.95, 1], method="inverted_cdf").tolist()
+        wanted = np.quantile(
+            mine, [0.05, 0.5, 0.95, 1], method="inverted_cdf"
+        ).tolist()
         assert list(domain.length_percentiles.items()) == list(
             zip(["p5", "p50", "p95", "max"], wanted, strict=True)
         )
@@ -339,7 +375,9 @@ def test_format_order_and_engine_settings_do_not_change_a_byte(tmp_path, kind):
     write(tmp_path / "one/all.parquet", rows, types=types)
     write(tmp_path / "two/all.csv", shuffled)
     # Columns in another order, one too many, and files of several kinds in one set.
-    turned = [(time, "x", domain, user, item) for user, item, domain, time in shuffled]
+    turned = [
+        (time, "x", domain, user, item) for user, item, domain, time in shuffled
+    ]
     columns = ("timestamp", "extra", "domain", "user_id", "item_id")
     for number, name in enumerate(
         ["a.parquet", "b/c.tsv.gz", "b/d.csv.gz", "e.tsv", "f.CSV"]
@@ -348,7 +386,8 @@ def test_format_order_and_engine_settings_do_not_change_a_byte(tmp_path, kind):
     expected = digests(run(tmp_path / "out1", tmp_path / "one").folder)
     assert len(expected) > 23
     assert (
-        digests(run(tmp_path / "out2", tmp_path / "two" / "*.csv").folder) == expected
+        digests(run(tmp_path / "out2", tmp_path / "two" / "*.csv").folder)
+        == expected
     )
     third = run(
         tmp_path / "out3",
@@ -403,13 +442,19 @@ def test_another_seed_only_shuffles_the_users(tmp_path):
     datasets = [run(tmp_path / f"out{seed}", log, seed=seed) for seed in (0, 1)]
     raw = []
     for dataset in datasets:
-        users = pq.read_table(dataset.folder / "users.parquet")["user_id"].to_pylist()
-        raw.append({users[number]: rows for number, rows in histories(dataset).items()})
+        users = pq.read_table(dataset.folder / "users.parquet")[
+            "user_id"
+        ].to_pylist()
+        raw.append(
+            {users[number]: rows for number, rows in histories(dataset).items()}
+        )
     assert raw[0] == raw[1] and list(raw[0]) != list(raw[1])
     assert datasets[0].fingerprint != datasets[1].fingerprint
 
 
-def test_processes_map_the_rows_of_items_in_place_of_a_copy_each(tmp_path, monkeypatch):
+def test_processes_map_the_rows_of_items_in_place_of_a_copy_each(
+    tmp_path, monkeypatch
+):
     log = write(tmp_path / "log.csv", some_rows())
     several_parts(monkeypatch)
     write_part, maps = trainer.data.prepare.pipeline.write_part, []
@@ -423,7 +468,9 @@ def test_processes_map_the_rows_of_items_in_place_of_a_copy_each(tmp_path, monke
     assert len(maps) > 2
     for text in maps:
         lines = [
-            line for line in text.splitlines() if line.endswith("/rows/row_of.npy")
+            line
+            for line in text.splitlines()
+            if line.endswith("/rows/row_of.npy")
         ]
         assert lines and all(line.split()[1].startswith("r-") for line in lines)
 
@@ -442,7 +489,9 @@ def large_log(tmp_path):
     return tmp_path / "log.parquet"
 
 
-def test_neither_processes_nor_parts_change_a_byte(tmp_path, large_log, monkeypatch):
+def test_neither_processes_nor_parts_change_a_byte(
+    tmp_path, large_log, monkeypatch
+):
     whole = run(tmp_path / "whole", large_log, processes=1)
     layouts = []
 
@@ -486,10 +535,15 @@ def test_users_are_spread_evenly_over_a_multiple_of_the_streams(
     tmp_path, users, options, shards, streams
 ):
     rows = [
-        (user, item, "a", item) for user in range(users) for item in range(2 + user % 3)
+        (user, item, "a", item)
+        for user in range(users)
+        for item in range(2 + user % 3)
     ]
     dataset = run(
-        tmp_path / "out", write(tmp_path / "log.csv", rows), block_users=2, **options
+        tmp_path / "out",
+        write(tmp_path / "log.csv", rows),
+        block_users=2,
+        **options,
     )
     assert (len(dataset.shards), dataset.streams) == (shards, streams)
     sizes = [shard.users for shard in dataset.shards]
@@ -502,7 +556,9 @@ def test_users_are_spread_evenly_over_a_multiple_of_the_streams(
         [len(block.lengths_B) for _, block in read_blocks(dataset, shard)]
         for shard in dataset.shards
     ]
-    assert all(max(found) <= 2 and min(found[:-1], default=2) == 2 for found in blocks)
+    assert all(
+        max(found) <= 2 and min(found[:-1], default=2) == 2 for found in blocks
+    )
     assert sorted(histories(dataset)) == list(range(users))
 
 
@@ -512,7 +568,9 @@ def test_a_domain_has_room_for_a_tenth_more_items(tmp_path):
         for domain, items in (("big", 1005), ("small", 3))
         for item in range(items)
     ]
-    big, small = run(tmp_path / "out", write(tmp_path / "log.csv", rows)).domains
+    big, small = run(
+        tmp_path / "out", write(tmp_path / "log.csv", rows)
+    ).domains
     assert (big.start, big.items, big.room) == (0, 1005, 1105)
     assert (small.start, small.items, small.room) == (1105, 3, 67)
 
@@ -555,7 +613,11 @@ def test_an_empty_output_folder_is_filled(tmp_path):
 WORDS = ["x", "y", "z"]
 ID_TYPES = {
     "int16": (pa.array([3, 10, 2], pa.int16()), pa.int64(), [10, 2, 3]),
-    "uint64 that fits": (pa.array([3, 10, 2], pa.uint64()), pa.int64(), [10, 2, 3]),
+    "uint64 that fits": (
+        pa.array([3, 10, 2], pa.uint64()),
+        pa.int64(),
+        [10, 2, 3],
+    ),
     "uint64 that does not": (
         pa.array([3, 2**63, 2], pa.uint64()),
         pa.string(),
@@ -579,7 +641,9 @@ ID_TYPES = {
 }
 
 
-@pytest.mark.parametrize(("ids", "kind", "values"), ID_TYPES.values(), ids=ID_TYPES)
+@pytest.mark.parametrize(
+    ("ids", "kind", "values"), ID_TYPES.values(), ids=ID_TYPES
+)
 def test_ids_of_any_type_are_kept_as_whole_numbers_or_as_text(
     tmp_path, ids, kind, values
 ):
@@ -617,11 +681,13 @@ def test_ids_of_any_type_are_kept_as_whole_numbers_or_as_text(
         (["1", "x", "2"], pa.string()),
     ],
 )
-def test_ids_of_a_csv_are_numbers_only_where_no_digit_is_lost(tmp_path, texts, kind):
+def test_ids_of_a_csv_are_numbers_only_where_no_digit_is_lost(
+    tmp_path, texts, kind
+):
     log = write(tmp_path / "log.csv", [("u", text, "a", 0) for text in texts])
-    items = pq.read_table(run(tmp_path / "out", log).folder / "vocabulary/0.parquet")[
-        "item_id"
-    ]
+    items = pq.read_table(
+        run(tmp_path / "out", log).folder / "vocabulary/0.parquet"
+    )["item_id"]
     assert items.type == kind
     assert sorted(map(str, items.to_pylist())) == sorted(texts)
 
@@ -656,7 +722,11 @@ TIMES = {
     ),
     "csv without zone is UTC": (
         "csv",
-        ["2024-01-01T00:00:01Z", "2024-01-01 00:00:00", "2024-01-01T00:00:02.5Z"],
+        [
+            "2024-01-01T00:00:01Z",
+            "2024-01-01 00:00:00",
+            "2024-01-01T00:00:02.5Z",
+        ],
     ),
     "double": (pa.float64(), [0.5, -1e9, 1e3]),
     "decimal": (pa.decimal128(5, 2), [5, -1, 40]),
@@ -769,7 +839,11 @@ BAD_FILES = {
         spoiled(),
         ["log.parquet", "cannot be read"],
     ),
-    "no gzip": ("log.csv.gz", HEADER + b"1,2,a,3\n", ["log.csv.gz", "cannot be read"]),
+    "no gzip": (
+        "log.csv.gz",
+        HEADER + b"1,2,a,3\n",
+        ["log.csv.gz", "cannot be read"],
+    ),
     "gzip cut short": (
         "log.csv.gz",
         gzip.compress(HEADER + b"1,2,a,3\n" * 9999)[:-20],
@@ -780,7 +854,11 @@ BAD_FILES = {
         HEADER + b"1,2,a,3\n1,\xff\xfe,a,3\n",
         ["log.csv", "cannot be read"],
     ),
-    "too few fields": ("log.csv", HEADER + b"1,2,a,3\n1,2,a\n", ["log.csv", "Line: 3"]),
+    "too few fields": (
+        "log.csv",
+        HEADER + b"1,2,a,3\n1,2,a\n",
+        ["log.csv", "Line: 3"],
+    ),
     "too many fields": (
         "log.csv",
         HEADER + b"1,2,a,3\n1,2,a,3,4\n",
@@ -899,7 +977,9 @@ BAD_ALONE = {
 
 
 @pytest.mark.parametrize("company", [True, False])
-@pytest.mark.parametrize(("name", "data", "named"), BAD_FILES.values(), ids=BAD_FILES)
+@pytest.mark.parametrize(
+    ("name", "data", "named"), BAD_FILES.values(), ids=BAD_FILES
+)
 def test_a_log_that_cannot_be_used_is_refused_and_nothing_is_left(
     tmp_path, name, data, named, company
 ):
@@ -919,7 +999,9 @@ def test_a_log_that_cannot_be_used_is_refused_and_nothing_is_left(
     assert sorted(tmp_path.iterdir()) == present
 
 
-@pytest.mark.parametrize(("name", "data", "named"), BAD_ALONE.values(), ids=BAD_ALONE)
+@pytest.mark.parametrize(
+    ("name", "data", "named"), BAD_ALONE.values(), ids=BAD_ALONE
+)
 def test_a_log_that_no_other_file_mends_is_refused(tmp_path, name, data, named):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError) as error:
@@ -937,7 +1019,9 @@ def test_the_row_at_fault_is_found_in_a_large_file(tmp_path):
         "domain": pa.array(["a"] * count),
         "timestamp": times,
     }
-    pq.write_table(pa.table(columns), tmp_path / "log.parquet", row_group_size=10_000)
+    pq.write_table(
+        pa.table(columns), tmp_path / "log.parquet", row_group_size=10_000
+    )
     with pytest.raises(
         InputError, match=r"log\.parquet: row 333334: 'timestamp' is nan"
     ):
@@ -989,14 +1073,18 @@ def test_options_that_cannot_be_used_are_named(tmp_path, options, named):
 def test_numbers_and_dates_in_two_files_are_told_apart(tmp_path):
     write(tmp_path / "a.csv", GOOD)
     write(tmp_path / "b.parquet", [(1, 2, "a", datetime.date(2024, 1, 1))])
-    with pytest.raises(InputError, match=r"b\.parquet has dates.*a\.csv has numbers"):
+    with pytest.raises(
+        InputError, match=r"b\.parquet has dates.*a\.csv has numbers"
+    ):
         run(tmp_path / "out", tmp_path)
 
 
 def test_more_rows_than_int32_numbers_are_refused(tmp_path, monkeypatch):
     log = write(tmp_path / "log.csv", some_rows())
     monkeypatch.setattr(trainer.data.prepare.ids, "INT32_MAX", 200)
-    with pytest.raises(InputError, match="rows of the item matrix are more than int32"):
+    with pytest.raises(
+        InputError, match="rows of the item matrix are more than int32"
+    ):
         run(tmp_path / "out", log)
     monkeypatch.setattr(trainer.data.prepare.ids, "INT32_MAX", 50)
     with pytest.raises(InputError, match="items are more than int32"):
@@ -1037,7 +1125,11 @@ def counted(monkeypatch, name, fail_at=None):
 
     def called(*arguments, **options):
         calls.append(arguments)
-        return crash() if len(calls) - 1 == fail_at else function(*arguments, **options)
+        return (
+            crash()
+            if len(calls) - 1 == fail_at
+            else function(*arguments, **options)
+        )
 
     monkeypatch.setattr(trainer.data.prepare.pipeline, name, called)
     return calls
@@ -1121,13 +1213,17 @@ def test_other_logs_or_options_begin_anew_and_so_does_fresh(
     write(tmp_path / "log.csv", some_rows(seed=2))
     leave_work(seed=2)
     assert len(numbered) == 3
-    prepare(PrepareConfig((str(log),), str(tmp_path / "out"), seed=2), fresh=True)
+    prepare(
+        PrepareConfig((str(log),), str(tmp_path / "out"), seed=2), fresh=True
+    )
     assert len(numbered) == 4
     expected = digests(run(tmp_path / "whole", log, seed=2).folder)
     assert digests(tmp_path / "out") == expected
 
 
-def test_killed_processes_leave_what_the_same_command_goes_on_from(tmp_path, large_log):
+def test_killed_processes_leave_what_the_same_command_goes_on_from(
+    tmp_path, large_log
+):
     """SIGKILL to the whole group as soon as a part is finished, again and again until none is left to kill."""
     whole = run(tmp_path / "whole", large_log, processes=1)
     command = [
@@ -1142,7 +1238,9 @@ def test_killed_processes_leave_what_the_same_command_goes_on_from(tmp_path, lar
     root, parts = Path(__file__).parents[5], tmp_path / ".out.work/parts"
 
     def finished():
-        return {path.name for path in parts.glob("*") if path.suffix != ".partial"}
+        return {
+            path.name for path in parts.glob("*") if path.suffix != ".partial"
+        }
 
     seen = []
     while not (tmp_path / "out").exists():
@@ -1168,7 +1266,9 @@ def test_two_at_once_on_one_output_are_refused(tmp_path, monkeypatch):
     log = write(tmp_path / "log.csv", GOOD)
 
     def meanwhile(*arguments, **options):
-        with pytest.raises(InputError, match="out is being written by another process"):
+        with pytest.raises(
+            InputError, match="out is being written by another process"
+        ):
             run(tmp_path / "out", log)
         return number_ids(*arguments, **options)
 
@@ -1176,10 +1276,15 @@ def test_two_at_once_on_one_output_are_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(trainer.data.prepare.pipeline, "number_ids", meanwhile)
         run(tmp_path / "out", log)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "log.csv",
+        "out",
+    ]
 
 
-def test_a_full_disk_is_an_input_error_and_the_work_is_kept(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_input_error_and_the_work_is_kept(
+    tmp_path, monkeypatch
+):
     log = write(tmp_path / "log.csv", some_rows())
 
     def full(*_):

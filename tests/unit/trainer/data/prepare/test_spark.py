@@ -22,19 +22,21 @@ from tests.unit.trainer.data.prepare.test_pipeline import (
     some_rows,
     write,
 )
-from trainer.config.prepare import PrepareConfig
-from trainer.config.synthetic import SyntheticConfig
+from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
-from trainer.data.synthetic import synthesize
+from trainer.data.synthetic import synthesize_logs
 from trainer.errors import InputError
 
 if importlib.util.find_spec("pyspark") is None:
     pytest.skip(
-        "PySpark is not installed: pip install -e '.[spark]'", allow_module_level=True
+        "PySpark is not installed: pip install -e '.[spark]'",
+        allow_module_level=True,
     )
 if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
-    pytest.skip("Spark needs Java 17, which is not here", allow_module_level=True)
+    pytest.skip(
+        "Spark needs Java 17, which is not here", allow_module_level=True
+    )
 
 from pyspark.sql import SparkSession
 
@@ -53,7 +55,9 @@ def session(tmp_path_factory):
             "spark.ui.showConsoleProgress": "false",
             "spark.sql.shuffle.partitions": "3",
             "spark.sql.session.timeZone": "Asia/Seoul",  # what the session had does not matter, and it gets it back
-            "spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")),
+            "spark.sql.warehouse.dir": str(
+                tmp_path_factory.mktemp("warehouse")
+            ),
             "spark.local.dir": str(tmp_path_factory.mktemp("local")),
             "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
         }
@@ -67,7 +71,9 @@ def session(tmp_path_factory):
 
 
 def run(engine, output, *inputs, **options):
-    config = PrepareConfig(tuple(str(path) for path in inputs), str(output), **options)
+    config = PrepareConfig(
+        tuple(str(path) for path in inputs), str(output), **options
+    )
     return {
         "duckdb": trainer.data.prepare.pipeline,
         "spark": trainer.data.prepare.spark,
@@ -82,7 +88,9 @@ def both(folder, *inputs, **options):
     }
     assert digests(made["spark"].folder) == digests(made["duckdb"].folder)
     assert (
-        sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+        sorted(
+            path.name for path in folder.iterdir() if path.name.startswith(".")
+        )
         == []
     )
     return made["spark"]
@@ -91,15 +99,22 @@ def both(folder, *inputs, **options):
 # --- the same bytes -----------------------------------------------------------------------------------------------------
 
 
-def test_synthetic_logs_in_several_parts_and_streams(tmp_path, monkeypatch, session):
-    synthesize(
+def test_synthetic_logs_in_several_parts_and_streams(
+    tmp_path, monkeypatch, session
+):
+    synthesize_logs(
         str(tmp_path / "logs"),
         SyntheticConfig(users=300, items=400, domains=3, mean_length=12),
     )
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_EVENT_BYTES", 10**7)
     monkeypatch.setattr(trainer.data.prepare.spark, "_PART_INTERACTIONS", 700)
     dataset = both(
-        tmp_path, tmp_path / "logs", streams=5, shard_users=20, block_users=7, seed=3
+        tmp_path,
+        tmp_path / "logs",
+        streams=5,
+        shard_users=20,
+        block_users=7,
+        seed=3,
     )
     assert len(dataset.shards) == 15
     assert session.conf.get("spark.sql.session.timeZone") == "Asia/Seoul"
@@ -146,7 +161,12 @@ def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
     """Folders have odd names too, and one is like a partition's."""
     draw = np.random.default_rng(4)
     rows = [
-        (ODD[user], ODD[item], ["shop", "Shop", "ads'", "дом"][domain], int(time))
+        (
+            ODD[user],
+            ODD[item],
+            ["shop", "Shop", "ads'", "дом"][domain],
+            int(time),
+        )
         for user, item, domain, time in draw.integers(
             0, [len(ODD), len(ODD), 4, 5], (400, 4)
         )
@@ -165,7 +185,8 @@ def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
         tmp_path, tmp_path / "lo gs", min_user=least, min_item=least, streams=3
     )
     assert (
-        pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.string()
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].type
+        == pa.string()
     )
 
 
@@ -177,13 +198,22 @@ def test_whole_numbers_are_told_from_texts_over_all_files(tmp_path):
         types={"user_id": pa.int16(), "item_id": pa.uint32()},
     )
     write(tmp_path / "one/b.csv", rows[1::2])
-    dataset = both(tmp_path / "one", tmp_path / "one/*.*", min_user=8, min_item=2)
-    assert pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.int64()
+    dataset = both(
+        tmp_path / "one", tmp_path / "one/*.*", min_user=8, min_item=2
+    )
+    assert (
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].type
+        == pa.int64()
+    )
     write(tmp_path / "two/a.parquet", rows[::2], types={"user_id": pa.int16()})
-    write(tmp_path / "two/b.csv", [(f"0{user}", *rest) for user, *rest in rows[1::2]])
+    write(
+        tmp_path / "two/b.csv",
+        [(f"0{user}", *rest) for user, *rest in rows[1::2]],
+    )
     dataset = both(tmp_path / "two", tmp_path / "two/*.*")
     assert (
-        pq.read_table(dataset.folder / "users.parquet")["user_id"].type == pa.string()
+        pq.read_table(dataset.folder / "users.parquet")["user_id"].type
+        == pa.string()
     )
 
 
@@ -195,7 +225,10 @@ def test_ids_of_other_types_have_the_same_text(tmp_path):
         datetime.date(9999, 12, 31),
     ]
     values = {
-        "float.parquet": ([1.0, 2e9, -7.0, 999_999_999_999_999.0], pa.float64()),
+        "float.parquet": (
+            [1.0, 2e9, -7.0, 999_999_999_999_999.0],
+            pa.float64(),
+        ),
         "half.parquet": ([1.0, 16_777_215.0, -8.0, 10_000_000.0], pa.float32()),
         "bool.parquet": ([True, False, True, False], pa.bool_()),
         "date.parquet": (days, pa.date32()),
@@ -248,7 +281,9 @@ DAYS = [
 ]
 
 
-@pytest.mark.parametrize("texts", [WHOLE, FLOAT, DATES], ids=["whole", "float", "date"])
+@pytest.mark.parametrize(
+    "texts", [WHOLE, FLOAT, DATES], ids=["whole", "float", "date"]
+)
 def test_times_in_text_go_in_the_same_order(tmp_path, texts):
     """Each time has an item of its own, so that another order is another history."""
     write(
@@ -294,7 +329,11 @@ def test_times_of_all_types_go_in_the_same_order(tmp_path, kinds, values):
             for user in range(3)
             for item, value in enumerate(values)
         ]
-        write(tmp_path / "logs" / f"{number}.parquet", rows, types={"timestamp": kind})
+        write(
+            tmp_path / "logs" / f"{number}.parquet",
+            rows,
+            types={"timestamp": kind},
+        )
     both(tmp_path, tmp_path / "logs")
 
 
@@ -307,16 +346,22 @@ def test_addresses_and_tables_are_read_as_files_are(tmp_path, session):
     write(tmp_path / "logs/a b.parquet", rows[::2])
     write(tmp_path / "logs/c.csv", rows[1::2])
     write(tmp_path / "logs/notes.parquet.txt", rows)
-    expected = digests(run("duckdb", tmp_path / "duckdb", tmp_path / "logs").folder)
+    expected = digests(
+        run("duckdb", tmp_path / "duckdb", tmp_path / "logs").folder
+    )
     assert (
-        digests(run("spark", tmp_path / "address", f"file://{tmp_path}/logs").folder)
+        digests(
+            run("spark", tmp_path / "address", f"file://{tmp_path}/logs").folder
+        )
         == expected
     )
     mixed = f"file://{tmp_path}/logs/*.csv", tmp_path / "logs/a b.parquet"
     assert digests(run("spark", tmp_path / "mixed", *mixed).folder) == expected
     kind = "STRING" if session.version < "4" else "STRING COLLATE UTF8_LCASE"
     frame = session.createDataFrame(rows, list(COLUMNS))
-    texts = frame.selectExpr(f"CAST(user_id AS {kind}) AS user_id", *COLUMNS[1:])
+    texts = frame.selectExpr(
+        f"CAST(user_id AS {kind}) AS user_id", *COLUMNS[1:]
+    )
     texts.createOrReplaceTempView("events")
     kinds = run("spark", tmp_path / "table", "table:events").domains
     assert [one.interactions for one in kinds] == [
@@ -350,7 +395,9 @@ def test_what_one_engine_refuses_the_other_does_with_the_same_words(
         "'timestamp' holds TIME": "TIME(",
     }
     words = [other.get(word, word) for word in named]
-    assert all(word.lower() in str(error.value).lower() for word in words), error.value
+    assert all(word.lower() in str(error.value).lower() for word in words), (
+        error.value
+    )
     assert not str(error.value).startswith("file:")
     assert sorted(tmp_path.iterdir()) == present
 
@@ -365,12 +412,27 @@ def test_what_one_engine_refuses_the_other_does_with_the_same_words(
             "row 2: 'item_id' is '2.5', which Spark",
         ),
         ("item_id", [1.0, 2.0, 1e15], pa.float64(), "row 3: 'item_id' is"),
-        ("user_id", [1.0, -0.0, 3.0], pa.float32(), "row 2: 'user_id' is '-0.0'"),
+        (
+            "user_id",
+            [1.0, -0.0, 3.0],
+            pa.float32(),
+            "row 2: 'user_id' is '-0.0'",
+        ),
         ("item_id", [1, 2, 3], pa.uint64(), "'item_id' holds DECIMAL"),
         ("item_id", [1, 2, 3], pa.timestamp("us"), "'item_id' holds TIMESTAMP"),
-        ("item_id", [b"1", b"2", b"\xff"], pa.binary(), "'item_id' holds BINARY"),
+        (
+            "item_id",
+            [b"1", b"2", b"\xff"],
+            pa.binary(),
+            "'item_id' holds BINARY",
+        ),
         ("item_id", [0, 0, 0], pa.decimal128(9, 7), "'item_id' holds DECIMAL"),
-        ("timestamp", [1, 2, 2**53], pa.decimal128(20, 2), "row 3: 'timestamp' is"),
+        (
+            "timestamp",
+            [1, 2, 2**53],
+            pa.decimal128(20, 2),
+            "row 3: 'timestamp' is",
+        ),
         (
             "timestamp",
             ["1", "2", "1_0.5"],
@@ -395,7 +457,8 @@ def test_what_spark_would_write_or_read_otherwise_is_refused(
         "timestamp": [1, 2, 3],
     }
     pq.write_table(
-        pa.table({**table, column: pa.array(values, kind)}), tmp_path / "log.parquet"
+        pa.table({**table, column: pa.array(values, kind)}),
+        tmp_path / "log.parquet",
     )
     with pytest.raises(InputError, match=rf"log\.parquet: .*{named}"):
         run("spark", tmp_path / "out", tmp_path)
@@ -418,7 +481,11 @@ def test_nanoseconds_are_read_alike_or_refused(tmp_path):
     )
     try:
         assert (
-            digests(run("spark", tmp_path / "spark", tmp_path / "log.parquet").folder)
+            digests(
+                run(
+                    "spark", tmp_path / "spark", tmp_path / "log.parquet"
+                ).folder
+            )
             == expected
         )
     except InputError as error:
@@ -428,13 +495,18 @@ def test_nanoseconds_are_read_alike_or_refused(tmp_path):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ("file:///nowhere/at/all", "input file:///nowhere/at/all cannot be listed"),
+        (
+            "file:///nowhere/at/all",
+            "input file:///nowhere/at/all cannot be listed",
+        ),
         ("table:no_such", "table:no_such cannot be read"),
         ("nowhere.csv", "nowhere.csv does not exist"),
         ("_log.parquet", "begin with _"),
     ],
 )
-def test_an_input_that_cannot_be_had_is_named(tmp_path, given, named, monkeypatch):
+def test_an_input_that_cannot_be_had_is_named(
+    tmp_path, given, named, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "_log.parquet", some_rows())
     with pytest.raises(InputError, match=named):
@@ -510,12 +582,18 @@ def test_a_task_that_dies_leaves_no_half_part_and_the_same_command_goes_on(
             assert (
                 digests(
                     run(
-                        "spark", tmp_path / "spark", log, shard_users=4, streams=2
+                        "spark",
+                        tmp_path / "spark",
+                        log,
+                        shard_users=4,
+                        streams=2,
                     ).folder
                 )
                 == expected
             )
-    again = {f"{int(path.name.split('-')[1]):05d}" for path in calls.glob("False-*")}
+    again = {
+        f"{int(path.name.split('-')[1]):05d}" for path in calls.glob("False-*")
+    }
     assert "00003" in again and not again & done
     assert len(again | done) >= 5
 
@@ -590,9 +668,17 @@ def test_the_script_prepares_on_spark(tmp_path):
         "--output",
         "out",
     ]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYSPARK_PYTHON": sys.executable}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYSPARK_PYTHON": sys.executable,
+    }
     done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        command,
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == digests(

@@ -28,9 +28,9 @@ from trainer.config.stream import SourceConfig
 from trainer.data.format.dataset import FILE_NAME, USERS, Dataset
 from trainer.data.format.shards import ShardFile, read_blocks
 from trainer.data.remote import cache, source
-from trainer.data.remote.source import NotFetched
+from trainer.data.remote.source import FetchFailed
 from trainer.errors import InputError
-from trainer.files.redact import is_address, shown
+from trainer.files.redact import is_address, redact_location
 
 SHARD = "shards/000001.tar"
 FORK = multiprocessing.get_context("fork")
@@ -66,7 +66,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, body, length=None, **headers):
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header(
+            "Content-Length", str(len(body) if length is None else length)
+        )
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
@@ -75,7 +77,9 @@ class Handler(BaseHTTPRequestHandler):
     @property
     def start(self):
         asked = self.headers.get("Range") if self.server.ranges else None
-        return int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        return (
+            int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        )
 
     def log_message(self, *_):
         pass
@@ -95,9 +99,13 @@ def half(handler, body):
     """The headers of an answer that is whole, and half of it."""
     start, left = handler.start, body[handler.start :]
     span = (
-        {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+        if start
+        else {}
     )
-    handler.answer(206 if start else 200, left[: len(left) // 2], len(left), **span)
+    handler.answer(
+        206 if start else 200, left[: len(left) // 2], len(left), **span
+    )
 
 
 def drop(handler, body):
@@ -160,11 +168,15 @@ def chunked(handler, body):
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
-    handler.wfile.write(b"%x\r\n%s\r\n" % (len(body) // 2, body[: len(body) // 2]))
+    handler.wfile.write(
+        b"%x\r\n%s\r\n" % (len(body) // 2, body[: len(body) // 2])
+    )
 
 
 def elsewhere(handler, body):
-    handler.answer(206, body[7:], Content_Range=f"bytes 7-{len(body) - 1}/{len(body)}")
+    handler.answer(
+        206, body[7:], Content_Range=f"bytes 7-{len(body) - 1}/{len(body)}"
+    )
 
 
 FAULTS = [
@@ -260,7 +272,9 @@ def contents(dataset, order=None):
                 zip(ends, block.lengths_B, strict=True)
             ):
                 assert first + place not in found
-                found[first + place] = block.items_N[end - length : end].tolist()
+                found[first + place] = block.items_N[
+                    end - length : end
+                ].tolist()
     return found
 
 
@@ -287,7 +301,9 @@ def wait_for(what):
 
 def in_processes(number, call):
     """Calls `call(number)` in so many forked processes at once; all have to end well."""
-    processes = [FORK.Process(target=call, args=(rank,)) for rank in range(number)]
+    processes = [
+        FORK.Process(target=call, args=(rank,)) for rank in range(number)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -295,7 +311,9 @@ def in_processes(number, call):
     assert [process.exitcode for process in processes] == [0] * number
 
 
-def test_a_dataset_behind_a_server_is_the_one_that_lies_there(server, there, load):
+def test_a_dataset_behind_a_server_is_the_one_that_lies_there(
+    server, there, load
+):
     dataset = load(server.address)
     assert [asked[0] for asked in server.asked] == [
         FILE_NAME,
@@ -312,7 +330,10 @@ def test_a_dataset_behind_a_server_is_the_one_that_lies_there(server, there, loa
     )
     assert np.array_equal(dataset.lengths, there.lengths)
     for name in [file.name for file in (*there.files, *there.shards)]:
-        assert dataset.local(name).read_bytes() == (there.folder / name).read_bytes()
+        assert (
+            dataset.local(name).read_bytes()
+            == (there.folder / name).read_bytes()
+        )
         assert count(server, name) == 1
     assert contents(load(server.address + "/")) == contents(there)
     assert len(server.asked) == 2 + len(there.files) + len(
@@ -353,7 +374,7 @@ def test_what_does_not_pass_is_named_and_nothing_of_it_is_left(
     )
     server.always[SHARD] = fault
     with pytest.raises(
-        NotFetched,
+        FetchFailed,
         match=r"000001\.tar cannot be fetched: .+\(3 attempts.*: look after the address",
     ) as error:
         contents(dataset)
@@ -362,13 +383,17 @@ def test_what_does_not_pass_is_named_and_nothing_of_it_is_left(
         and str(error.value).isprintable()
     )
     assert (
-        error.value.one_rank and error.value.status == 2 and count(server, SHARD) == 3
+        error.value.one_rank
+        and error.value.status == 2
+        and count(server, SHARD) == 3
     )
     assert contents(dataset, [0, 2, 3]) == {
         user: h for user, h in contents(there).items() if not 10 <= user < 20
     }
     assert not [
-        name for name in sizes(dataset.folder) if "part" in name or SHARD in name
+        name
+        for name in sizes(dataset.folder)
+        if "part" in name or SHARD in name
     ]
     del server.always[SHARD]
     assert contents(dataset) == contents(there)
@@ -379,11 +404,11 @@ def test_what_cannot_pass_is_not_tried_again(server, load, code):
     dataset = load(server.address)
     server.always[SHARD] = server.always[FILE_NAME] = status(code)
     with pytest.raises(
-        NotFetched, match=rf"000001\.tar cannot be fetched: HTTP {code} \w+"
+        FetchFailed, match=rf"000001\.tar cannot be fetched: HTTP {code} \w+"
     ):
         dataset.local(SHARD)
     with pytest.raises(
-        NotFetched, match=rf"dataset\.json cannot be fetched: HTTP {code} "
+        FetchFailed, match=rf"dataset\.json cannot be fetched: HTTP {code} "
     ):
         load(server.address)
     assert count(server, SHARD) == 1
@@ -395,13 +420,15 @@ def test_nobody_listens(load, serve):
     server.shutdown()
     server.server_close()
     with pytest.raises(
-        NotFetched,
+        FetchFailed,
         match=r"000001\.tar cannot be fetched: .*Connection refused.*2 attempts",
     ):
         dataset.local(SHARD)
 
 
-def test_waits_grow_and_the_server_may_ask_for_longer_ones(server, load, monkeypatch):
+def test_waits_grow_and_the_server_may_ask_for_longer_ones(
+    server, load, monkeypatch
+):
     waits = []
     monkeypatch.setattr(source.time, "sleep", waits.append)
     busy = [
@@ -411,7 +438,8 @@ def test_waits_grow_and_the_server_may_ask_for_longer_ones(server, load, monkeyp
     server.faults[SHARD] += [drop, drop, drop, *busy]
     load(server.address, attempts=8, retry_seconds=0.5).local(SHARD)
     assert all(
-        0.5 <= wait / 0.5 / 2**number <= 1.5 for number, wait in enumerate(waits[:3])
+        0.5 <= wait / 0.5 / 2**number <= 1.5
+        for number, wait in enumerate(waits[:3])
     )
     assert (
         7 <= waits[3] <= 60
@@ -426,7 +454,9 @@ def test_it_goes_on_where_the_connection_broke(server, there, load):
     size = there.shards[1].bytes
     server.faults[SHARD] += [drop, reset, drop]
     dataset = load(server.address)
-    assert dataset.local(SHARD).read_bytes() == (there.folder / SHARD).read_bytes()
+    assert (
+        dataset.local(SHARD).read_bytes() == (there.folder / SHARD).read_bytes()
+    )
     ranges = [asked[1] for asked in server.asked if asked[0] == SHARD]
     assert (
         ranges[0] is None
@@ -465,7 +495,9 @@ def test_a_first_half_is_thrown_away_where_the_second_does_not_fit(
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 1}', "null"])
-def test_a_dataset_json_of_something_else_is_refused(serve, load, tmp_path, text):
+def test_a_dataset_json_of_something_else_is_refused(
+    serve, load, tmp_path, text
+):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / FILE_NAME).write_text(text)
     server = serve(tmp_path / "other")
@@ -505,14 +537,18 @@ def least(there, shards):
 
 
 def test_a_cache_smaller_than_the_dataset_keeps_its_bounds(server, there, load):
-    dataset, whole = load(server.address, cache_bytes=least(there, 1)), contents(there)
+    dataset, whole = (
+        load(server.address, cache_bytes=least(there, 1)),
+        contents(there),
+    )
     dataset.local(USERS)
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         for number in order:
             server.faults[there.shards[number].name].append(drop)
             found = contents(dataset, [number])
             assert (
-                all(found[user] == whole[user] for user in found) and len(found) == 10
+                all(found[user] == whole[user] for user in found)
+                and len(found) == 10
             )
             assert sum(sizes(dataset.folder).values()) <= least(there, 1)
     for file in there.files:
@@ -530,7 +566,9 @@ def test_the_shards_read_longest_ago_make_room(server, there, load):
     }
 
 
-def test_processes_share_a_cache_that_is_too_small_for_them(server, there, load):
+def test_processes_share_a_cache_that_is_too_small_for_them(
+    server, there, load
+):
     whole = contents(there)
 
     def read(rank):
@@ -553,9 +591,12 @@ def test_an_open_shard_outlives_its_place_in_the_cache(server, there, load):
     for shard in dataset.shards[1:]:
         dataset.local(shard.name)
     assert not file.path.exists()
-    blocks = [file.block(number).items_N.tolist() for number in range(file.count)]
+    blocks = [
+        file.block(number).items_N.tolist() for number in range(file.count)
+    ]
     assert blocks == [
-        block.items_N.tolist() for _, block in read_blocks(there, there.shards[0])
+        block.items_N.tolist()
+        for _, block in read_blocks(there, there.shards[0])
     ]
     file.close()
 
@@ -576,7 +617,9 @@ def test_a_shard_stays_till_it_is_opened(server, there, load):
     assert not path.exists()
 
 
-def test_too_small_a_cache_is_refused_with_the_bytes_it_needs(server, there, load):
+def test_too_small_a_cache_is_refused_with_the_bytes_it_needs(
+    server, there, load
+):
     with pytest.raises(
         InputError,
         match=rf"stream\.cache_bytes is 1000: .* have {least(there, 1)} bytes",
@@ -590,7 +633,9 @@ def die_while_it_fetches(server, load, fork):
 
     def fetch():
         dataset = load(server.address)
-        threading.Thread(target=dataset.local, args=(SHARD,), daemon=True).start()
+        threading.Thread(
+            target=dataset.local, args=(SHARD,), daemon=True
+        ).start()
         server_half.wait(PATIENCE)
         wait_for(
             lambda: [
@@ -637,7 +682,8 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(
             if name.endswith(".part")
         ]
         assert (
-            0 < part < there.shards[1].bytes and not (dataset.folder / SHARD).exists()
+            0 < part < there.shards[1].bytes
+            and not (dataset.folder / SHARD).exists()
         )
         assert contents(dataset) == contents(there)
         assert [asked[1] for asked in server.asked if asked[0] == SHARD] == [
@@ -649,13 +695,17 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(
             os.kill(child, signal.SIGKILL)
 
 
-def test_what_killed_processes_left_makes_room(server, there, load, monkeypatch):
+def test_what_killed_processes_left_makes_room(
+    server, there, load, monkeypatch
+):
     monkeypatch.setattr(source, "_CHUNK", 512)
     die_while_it_fetches(server, load, fork=False)
     dataset = load(server.address, cache_bytes=least(there, 1))
     assert [name for name in sizes(dataset.folder) if name.endswith(".part")]
     dataset.local(there.shards[0].name)
-    assert not [name for name in sizes(dataset.folder) if name.endswith(".part")]
+    assert not [
+        name for name in sizes(dataset.folder) if name.endswith(".part")
+    ]
 
 
 def test_all_had_come_when_it_was_killed(server, there, load):
@@ -677,7 +727,7 @@ def test_who_waited_for_a_failure_does_not_repeat_it(server, load):
     def ask():
         try:
             dataset.local(SHARD)
-        except NotFetched as error:
+        except FetchFailed as error:
             raised.append(error.said)
 
     thread = threading.Thread(target=ask)
@@ -727,7 +777,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(server, there, load):
 
     in_processes(1, fetch)
     assert count(server, SHARD) == 1 and not [
-        name for name in sizes(dataset.folder) if "part" in name or SHARD in name
+        name
+        for name in sizes(dataset.folder)
+        if "part" in name or SHARD in name
     ]
     assert contents(dataset) == contents(there)
 
@@ -735,7 +787,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(server, there, load):
 def test_a_cache_that_cannot_be_written_is_named(server, load, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        InputError, match=r"cannot be written \(Not a directory\).*stream\.cache"
+        InputError,
+        match=r"cannot be written \(Not a directory\).*stream\.cache",
     ):
         load(server.address, cache=str(tmp_path / "file" / "cache"))
 
@@ -744,7 +797,8 @@ def test_where_the_cache_lies(server, load, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert (
-        load(server.address, cache="").folder.parent == tmp_path / "xdg/syncrec-trainer"
+        load(server.address, cache="").folder.parent
+        == tmp_path / "xdg/syncrec-trainer"
     )
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
@@ -752,7 +806,10 @@ def test_where_the_cache_lies(server, load, tmp_path, monkeypatch):
             load(server.address, cache="").folder.parent
             == tmp_path / "home/.cache/syncrec-trainer"
         )
-    assert load(server.address, cache="~/here").folder.parent == tmp_path / "home/here"
+    assert (
+        load(server.address, cache="~/here").folder.parent
+        == tmp_path / "home/here"
+    )
 
 
 def test_shards_are_fetched_ahead(server, there, load):
@@ -760,7 +817,9 @@ def test_shards_are_fetched_ahead(server, there, load):
     names = [shard.name for shard in there.shards]
     server.always[names[1]] = status(404)
     dataset.ahead(iter([names[0], names[1], names[2]]))
-    wait_for(lambda: (dataset.folder / names[0]).exists() and count(server, names[1]))
+    wait_for(
+        lambda: (dataset.folder / names[0]).exists() and count(server, names[1])
+    )
     dataset.ahead([names[0], names[3]])
     wait_for(lambda: (dataset.folder / names[3]).exists())
     del server.always[names[1]]
@@ -836,7 +895,9 @@ def command(text, folder):
 
 def test_a_command_is_a_source(there, load):
     assert contents(load(f"pipe:cat {there.folder}/{{}}")) == contents(there)
-    assert contents(load(command("cat $F/{} | cat -", there.folder))) == contents(there)
+    assert contents(
+        load(command("cat $F/{} | cat -", there.folder))
+    ) == contents(there)
 
 
 ENDINGS = {
@@ -846,7 +907,10 @@ ENDINGS = {
     ),
     "fails after all": ("cat $F/{}; exit 3", "the command ended with status 3"),
     "is none": ("no-such-command {}", "the command ended with status 127"),
-    "ends early": ("head -c 50 $F/{}", "(50 of its [0-9]+ bytes came|is no JSON)"),
+    "ends early": (
+        "head -c 50 $F/{}",
+        "(50 of its [0-9]+ bytes came|is no JSON)",
+    ),
     "writes nothing": ("true", "(0 of its [0-9]+ bytes came|is no JSON)"),
     "writes too much": (
         "cat $F/{} $F/{}",
@@ -883,7 +947,9 @@ def groups_are_gone(copied):
     def alive():
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
-                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                state, _, group = (
+                    path.read_text().rpartition(")")[2].split()[:3]
+                )
             except OSError:
                 continue
             if int(group) in groups and state != "Z":
@@ -895,16 +961,20 @@ def groups_are_gone(copied):
 
 
 @pytest.mark.parametrize("how", ENDINGS)
-def test_a_command_that_does_not_do_it_is_named(there, load, copied, how, monkeypatch):
+def test_a_command_that_does_not_do_it_is_named(
+    there, load, copied, how, monkeypatch
+):
     text, said = ENDINGS[how]
     monkeypatch.setattr(source, "_LARGEST_IN_MEMORY", 10**6)
     quick = {"attempts": 2, "timeout_seconds": 0.3 if "0.3 s" in said else 30.0}
     # A shard that has come with the right checksum is right whatever the command does then.
     for only in (
-        (FILE_NAME,) if how in ("fails after all", "stays") else (FILE_NAME, SHARD)
+        (FILE_NAME,)
+        if how in ("fails after all", "stays")
+        else (FILE_NAME, SHARD)
     ):
         choose = f"if test {{}} = {only}; then {text}; else cat $F/{{}}; fi"
-        with pytest.raises(NotFetched, match=said) as error:
+        with pytest.raises(FetchFailed, match=said) as error:
             contents(load(command(choose, copied), **quick))
         assert (
             str(error.value).startswith("pipe:")
@@ -916,7 +986,9 @@ def test_a_command_that_does_not_do_it_is_named(there, load, copied, how, monkey
 
 
 @pytest.mark.parametrize("how", ENDINGS)
-def test_a_command_that_does_it_later_is_enough(there, load, copied, how, monkeypatch):
+def test_a_command_that_does_it_later_is_enough(
+    there, load, copied, how, monkeypatch
+):
     text, said = ENDINGS[how]
     monkeypatch.setattr(source, "_LARGEST_IN_MEMORY", 10**6)
     faulty = (
@@ -943,7 +1015,7 @@ def test_a_command_is_ended_where_its_reader_gives_up(there, load, copied):
         ),
         attempts=1,
     )
-    with pytest.raises(NotFetched, match="more than its"):
+    with pytest.raises(FetchFailed, match="more than its"):
         dataset.local(SHARD)
     assert groups_are_gone(copied)
 
@@ -957,22 +1029,28 @@ def fake_gsutil(folder, monkeypatch, text):
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
-def test_any_scheme_of_webdataset_is_a_source(there, load, tmp_path, monkeypatch):
+def test_any_scheme_of_webdataset_is_a_source(
+    there, load, tmp_path, monkeypatch
+):
     fake_gsutil(
-        tmp_path, monkeypatch, f'test "$1" = cat && exec cat {there.folder}/"$name"'
+        tmp_path,
+        monkeypatch,
+        f'test "$1" = cat && exec cat {there.folder}/"$name"',
     )
     assert contents(load("gs://bucket/folder/")) == contents(there)
     fake_gsutil(
-        tmp_path, monkeypatch, 'test "$name" = dataset.json && exec sleep 1000; exit 4'
+        tmp_path,
+        monkeypatch,
+        'test "$name" = dataset.json && exec sleep 1000; exit 4',
     )
     with pytest.raises(
-        NotFetched,
+        FetchFailed,
         match=r"gs://bucket/folder/dataset\.json cannot be fetched: no byte came for 0.3 s",
     ):
         load("gs://bucket/folder", attempts=2, timeout_seconds=0.3)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(
-        NotFetched,
+        FetchFailed,
         match=r"gs://bucket/folder/dataset\.json cannot be fetched: .*gsutil",
     ):
         load("gs://bucket/folder")
@@ -1020,11 +1098,22 @@ HOSTILE = [
     "{}",
 ]
 HOSTILE += ["~", ".fetch/000001.lock", "shards/.a", "./a"]
-HOSTILE += ["a//b", "a/", "a\\b", "shards/../../../x", "/etc/passwd", "..", "", "a\nb"]
+HOSTILE += [
+    "a//b",
+    "a/",
+    "a\\b",
+    "shards/../../../x",
+    "/etc/passwd",
+    "..",
+    "",
+    "a\nb",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_that_lead_elsewhere_are_refused(serve, there, load, tmp_path, name):
+def test_names_that_lead_elsewhere_are_refused(
+    serve, there, load, tmp_path, name
+):
     folder = tmp_path / "other"
     folder.mkdir()
     facts = json.loads((there.folder / FILE_NAME).read_text())
@@ -1054,31 +1143,45 @@ def test_a_name_that_comes_twice_is_refused(serve, there, load, tmp_path, name):
         load(serve(tmp_path / "other").address)
 
 
-def test_a_name_below_another_file_is_an_error_of_its_own(serve, there, load, tmp_path):
+def test_a_name_below_another_file_is_an_error_of_its_own(
+    serve, there, load, tmp_path
+):
     shutil.copytree(there.folder, tmp_path / "other")
     facts = json.loads((there.folder / FILE_NAME).read_text())
     facts["shards"][1]["name"] = "lengths.npy/000001.tar"
     (tmp_path / "other" / FILE_NAME).write_text(json.dumps(facts))
-    with pytest.raises(InputError, match=r"lengths\.npy/000001\.tar cannot be written"):
+    with pytest.raises(
+        InputError, match=r"lengths\.npy/000001\.tar cannot be written"
+    ):
         contents(load(serve(tmp_path / "other").address))
 
 
 def test_credentials_go_to_the_server_alone(serve, there, load):
     server, other = serve(), serve()
     address = (
-        server.address.replace("http://", "http://anna:s%C3%A9cret%40@") + "?sig=hidden"
+        server.address.replace("http://", "http://anna:s%C3%A9cret%40@")
+        + "?sig=hidden"
     )
     dataset = load(address)
     assert contents(dataset) == contents(there)
-    assert {asked[2] for asked in server.asked} == {"Basic YW5uYTpzw6ljcmV0QA=="}
+    assert {asked[2] for asked in server.asked} == {
+        "Basic YW5uYTpzw6ljcmV0QA=="
+    }
     assert all(asked[3].endswith("?sig=hidden") for asked in server.asked)
-    server.always[FILE_NAME] = status(302, Location=f"{other.address}/{FILE_NAME}")
-    assert load(address).fingerprint == there.fingerprint and other.asked[0][2] is None
+    server.always[FILE_NAME] = status(
+        302, Location=f"{other.address}/{FILE_NAME}"
+    )
+    assert (
+        load(address).fingerprint == there.fingerprint
+        and other.asked[0][2] is None
+    )
     server.always[FILE_NAME] = status(401)
-    with pytest.raises(NotFetched) as error:
+    with pytest.raises(FetchFailed) as error:
         load(address)
     for text in (str(error.value), dataset.place, repr(dataset), str(dataset)):
-        assert "cret" not in text and "hidden" not in text and "anna" not in text
+        assert (
+            "cret" not in text and "hidden" not in text and "anna" not in text
+        )
     assert (
         f"127.0.0.1:{server.server_port}/folder/{FILE_NAME}?… cannot be fetched: HTTP 401"
         in str(error.value)
@@ -1086,22 +1189,32 @@ def test_credentials_go_to_the_server_alone(serve, there, load):
 
 
 def test_credentials_of_a_command_are_not_printed(load):
-    with pytest.raises(NotFetched) as error:
+    with pytest.raises(FetchFailed) as error:
         load(
             "pipe:echo failed: ftp://anna:secret@host/ >&2; : https://anna:secret@host/{}?sig=hidden; exit 5",
             attempts=1,
         )
-    assert "ftp://…@host/" in str(error.value) and "status 5" in str(error.value)
-    assert not any(word in str(error.value) for word in ("secret", "anna", "hidden"))
+    assert "ftp://…@host/" in str(error.value) and "status 5" in str(
+        error.value
+    )
+    assert not any(
+        word in str(error.value) for word in ("secret", "anna", "hidden")
+    )
 
 
 def test_places():
-    for text in ("http://h/f", "https://h", "pipe:cat {}", "gs://b/f", "s3://b"):
-        assert is_address(text) and shown(text) == text
+    for text in (
+        "http://h/f",
+        "https://h",
+        "pipe:cat {}",
+        "gs://b/f",
+        "s3://b",
+    ):
+        assert is_address(text) and redact_location(text) == text
     for text in ("data/all", "/data", "", "a:b", "C:\\data", Path("pipe")):
-        assert not is_address(text) and shown(text) == str(text)
+        assert not is_address(text) and redact_location(text) == str(text)
     assert (
-        shown("https://a:b/c@d@h/f?x=y@z") == "https://…@z"
+        redact_location("https://a:b/c@d@h/f?x=y@z") == "https://…@z"
     )  # rather too little than too much
 
 
@@ -1127,7 +1240,7 @@ def test_a_server_sends_nobody_away_from_http(server, load):
         302, Location=f"ftp://127.0.0.1:{server.server_port}/x"
     )
     with pytest.raises(
-        NotFetched,
+        FetchFailed,
         match=r"dataset\.json cannot be fetched: it redirects from http to ftp:",
     ):
         load(server.address)
@@ -1136,7 +1249,9 @@ def test_a_server_sends_nobody_away_from_http(server, load):
 
 def test_a_server_sends_nobody_from_https_to_http():
     request = urllib.request.Request("https://host/folder")
-    with pytest.raises(source._Failure, match="it redirects from https to http"):
+    with pytest.raises(
+        source._Failure, match="it redirects from https to http"
+    ):
         source._Redirects().redirect_request(
             request, None, 302, "", {}, "http://host/folder"
         )

@@ -9,17 +9,18 @@ from hypothesis.extra.numpy import arrays
 
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.evaluation import EvaluationConfig
-from trainer.data.format.dataset import SPLIT_LENGTH
+from trainer.data.split import SPLIT_LENGTH
 from trainer.errors import InputError
-from trainer.evaluation.sampled import RankingBatches, _ranks, figures
-from trainer.study.peers.dataset_export import LOG, hand_over, write_log
-from trainer.study.peers.interface import (
-    SPLITS,
-    Handed,
-    full_positions,
+from trainer.evaluation.metrics import (
+    candidate_positions,
     mean_ndcg,
-    sampled_positions,
+    metrics_of_histogram,
+    padded_candidate_positions,
+    positions_among_all,
 )
+from trainer.evaluation.sampled import RankingBatches
+from trainer.study.peers.dataset_export import LOG, export_dataset, write_log
+from trainer.study.peers.interface import SPLITS, PeerDataset
 
 HISTORIES = draw_histories(30, items=(30, 12), longest=9)
 LONG = {
@@ -43,14 +44,16 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def handed(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
-    write_log(hand_over(dataset, folder, seed=3, negatives=20))
-    return Handed(folder)
+    write_log(export_dataset(dataset, folder, seed=3, negatives=20))
+    return PeerDataset(folder)
 
 
 def test_users_and_histories_are_those_that_can_be_split(handed):
     assert 0 < len(LONG) < len(HISTORIES)
     assert handed.user_U.tolist() == list(LONG)
-    assert handed.lengths_U.tolist() == [len(history) for history in LONG.values()]
+    assert handed.lengths_U.tolist() == [
+        len(history) for history in LONG.values()
+    ]
     assert handed.items_N.tolist() == [
         int(item) for history in LONG.values() for item in history
     ]
@@ -85,9 +88,13 @@ def test_candidates_are_those_that_our_evaluation_ranks_shorter_lists_filled_up(
 def test_padded_histories_are_the_newest_before_what_is_held_out(handed, back):
     users = np.arange(len(LONG))[::2]
     items_BT, lengths_B = handed.padded(users, back, 4)
-    for user, items, length in zip(users, items_BT.tolist(), lengths_B, strict=True):
+    for user, items, length in zip(
+        users, items_BT.tolist(), lengths_B, strict=True
+    ):
         expected = list(LONG.values())[user][:-back][-4:].tolist()
-        assert items == expected + [0] * (4 - len(expected)) and length == len(expected)
+        assert items == expected + [0] * (4 - len(expected)) and length == len(
+            expected
+        )
 
 
 @pytest.mark.parametrize("back", SPLITS.values())
@@ -116,14 +123,18 @@ def test_the_log_is_the_training_part_in_order_and_all_items(dataset, handed):
         items = file.read().split()
     assert items == [
         "item_id:token",
-        *(str(d.start + item) for d in dataset.domains for item in range(d.items)),
+        *(
+            str(d.start + item)
+            for d in dataset.domains
+            for item in range(d.items)
+        ),
     ]
 
 
 def test_a_dataset_of_users_too_short_to_split_is_refused(tmp_path):
     short = write_dataset(tmp_path / "data", [np.array([0, 1])] * 3)
     with pytest.raises(InputError, match="no user has the 3 interactions"):
-        hand_over(short, tmp_path)
+        export_dataset(short, tmp_path)
 
 
 FEW_SCORES = strategies.sampled_from([0.0, 1.0, 2.0, np.nan, np.inf, -np.inf])
@@ -132,8 +143,11 @@ FEW_SCORES = strategies.sampled_from([0.0, 1.0, 2.0, np.nan, np.inf, -np.inf])
 @given(arrays(np.float32, (4, 6), elements=FEW_SCORES), arrays(bool, (4, 6)))
 def test_sampled_positions_are_those_of_our_evaluation(scores_BC, there_BC):
     there_BC[:, 0] = True
-    expected = _ranks(scores_BC[there_BC], there_BC.sum(1))
-    assert sampled_positions(scores_BC, there_BC).tolist() == expected.tolist()
+    expected = candidate_positions(scores_BC[there_BC], there_BC.sum(1))
+    assert (
+        padded_candidate_positions(scores_BC, there_BC).tolist()
+        == expected.tolist()
+    )
 
 
 PLACES, PAIRS = (
@@ -154,17 +168,26 @@ def test_full_positions_count_other_items_that_are_not_excluded(
         np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1)
     )
     for user, place in enumerate(place_B):
-        others = set(range(5)) - {place} - {item for who, item in pairs if who == user}
-        ahead = sum(
-            not scores_BN[user, place] > scores_BN[user, item] for item in others
+        others = (
+            set(range(5))
+            - {place}
+            - {item for who, item in pairs if who == user}
         )
-        assert full_positions(scores_BN, place_B, excluded)[user] == 1 + ahead
+        ahead = sum(
+            not scores_BN[user, place] > scores_BN[user, item]
+            for item in others
+        )
+        assert (
+            positions_among_all(scores_BN, place_B, excluded)[user] == 1 + ahead
+        )
 
 
 def test_the_mean_is_over_domains_with_users_as_in_our_evaluation():
     rank_U, domain_U = np.array([1, 2, 40, 10, 11]), np.array([0, 0, 0, 2, 2])
     means = [
-        figures(np.bincount(rank_U[domain_U == domain], minlength=101)[1:])["NDCG@10"]
+        metrics_of_histogram(
+            np.bincount(rank_U[domain_U == domain], minlength=101)[1:]
+        )["NDCG@10"]
         for domain in (0, 2)
     ]
     assert mean_ndcg(rank_U, domain_U) == pytest.approx(np.mean(means))

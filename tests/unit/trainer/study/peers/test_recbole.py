@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import HELPERS
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.evaluation import EvaluationConfig
-from trainer.data.format.dataset import SPLIT_LENGTH
+from trainer.data.split import SPLIT_LENGTH
 from trainer.errors import InputError
 from trainer.evaluation.sampled import RankingBatches
 from trainer.study.peers.recbole_bridge import (
@@ -23,7 +23,10 @@ pytestmark = pytest.mark.skipif(
     not default_python().is_file(),
     reason=f"RecBole's environment, {default_python()}, is not there: make peers",
 )
-ITEMS = (130, 60)  # of the second domain there are fewer than a hundred candidates
+ITEMS = (
+    130,
+    60,
+)  # of the second domain there are fewer than a hundred candidates
 HISTORIES = draw_histories(60, ITEMS, longest=8)
 LONG = {
     user: history
@@ -72,18 +75,26 @@ def slow_ranks(dataset, scores_UI, seed):
             - {item}
         )
         domains.append(dataset.domains.index(domain))
-        sampled.append(sum(not scores[item] > scores[row] for row in candidates[user]))
+        sampled.append(
+            sum(not scores[item] > scores[row] for row in candidates[user])
+        )
         full.append(1 + sum(not scores[item] > scores[row] for row in others))
     return domains, sampled, full
 
 
 # A user's vector, a sequence, both with a distance, pairs alone, a sequence that is masked.
-@pytest.mark.parametrize("model", ["BPR", "GRU4Rec", "TransRec", "NeuMF", "BERT4Rec"])
+@pytest.mark.parametrize(
+    "model", ["BPR", "GRU4Rec", "TransRec", "NeuMF", "BERT4Rec"]
+)
 def test_ranks_are_those_of_every_pairs_score_at_the_best_epoch(
     dataset, python, tmp_path, monkeypatch, model
 ):
     monkeypatch.setenv("SCORES", str(tmp_path / "scores.npy"))
-    options = {"train_batch_size": 64, "MAX_ITEM_LIST_LENGTH": 5, "learning_rate": 0.01}
+    options = {
+        "train_batch_size": 64,
+        "MAX_ITEM_LIST_LENGTH": 5,
+        "learning_rate": 0.01,
+    }
     lines = []
     found = run_recbole(
         dataset,
@@ -98,7 +109,9 @@ def test_ranks_are_those_of_every_pairs_score_at_the_best_epoch(
         evaluation_seed=7,
     )
     table = pq.read_table(tmp_path / "run" / RANKS).to_pydict()
-    domains, sampled, full = slow_ranks(dataset, np.load(tmp_path / "scores.npy"), 7)
+    domains, sampled, full = slow_ranks(
+        dataset, np.load(tmp_path / "scores.npy"), 7
+    )
     assert table == {
         "user": list(LONG),
         "domain": domains,
@@ -106,18 +119,25 @@ def test_ranks_are_those_of_every_pairs_score_at_the_best_epoch(
         "full": full,
     }
     values = [epoch["validation"] for epoch in found["epochs"]]
-    assert found["best_epoch"] == int(np.argmax(values)) and found["validation"] == max(
-        values
-    )
+    assert found["best_epoch"] == int(np.argmax(values)) and found[
+        "validation"
+    ] == max(values)
     assert found["validation_again"] == found["validation"]
-    assert found["stopped"] == ("all epochs" if len(values) == 4 else "patience")
-    assert found["recbole"]["learning_rate"] == 0.01 and found["versions"]["recbole"]
+    assert found["stopped"] == (
+        "all epochs" if len(values) == 4 else "patience"
+    )
+    assert (
+        found["recbole"]["learning_rate"] == 0.01
+        and found["versions"]["recbole"]
+    )
     # Samples of the training part alone: every interaction, or every one that something comes before.
     before = 1 if found["family"] == "sequential" else 0
     assert found["samples_per_epoch"] == sum(
         len(history) - 2 - before for history in LONG.values()
     )
-    assert len([line for line in lines if " of 4, validation" in line]) == len(values)
+    assert len([line for line in lines if " of 4, validation" in line]) == len(
+        values
+    )
 
 
 def test_an_option_that_recbole_would_not_heed_is_refused(dataset, tmp_path):

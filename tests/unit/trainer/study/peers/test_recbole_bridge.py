@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import HELPERS
 from tests.helpers.made import draw_histories, write_dataset
-from trainer.data.format.dataset import SPLIT_LENGTH
+from trainer.data.split import SPLIT_LENGTH
 from trainer.errors import InputError
 from trainer.study.peers.recbole_bridge import (
     RANKS,
@@ -66,13 +66,24 @@ def bridge(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
-    found = bridge(options={"learning_rate": 0.01}, epochs=4, patience=1, minutes=5)
+    found = bridge(
+        options={"learning_rate": 0.01}, epochs=4, patience=1, minutes=5
+    )
     table = pq.read_table(bridge.run / RANKS)
-    assert table.schema.types == [pa.int64(), pa.int32(), pa.int32(), pa.int32()]
-    users = [
-        user for user, history in enumerate(HISTORIES) if len(history) >= SPLIT_LENGTH
+    assert table.schema.types == [
+        pa.int64(),
+        pa.int32(),
+        pa.int32(),
+        pa.int32(),
     ]
-    domains = [int(bridge.dataset.domain_of(HISTORIES[user][-1])) for user in users]
+    users = [
+        user
+        for user, history in enumerate(HISTORIES)
+        if len(history) >= SPLIT_LENGTH
+    ]
+    domains = [
+        int(bridge.dataset.domain_of(HISTORIES[user][-1])) for user in users
+    ]
     expected = {"user": users, "domain": domains}
     expected |= {
         name: [first + place for place in range(len(users))]
@@ -85,9 +96,9 @@ def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
         and found["best_epoch"] == 0
         and len(found["epochs"]) == 2
     )
-    assert found["users"] == len(users) and found["too_short"] == len(HISTORIES) - len(
-        users
-    )
+    assert found["users"] == len(users) and found["too_short"] == len(
+        HISTORIES
+    ) - len(users)
     (task,) = bridge.tasks
     assert found["task"] == task
     assert task["dataset"] == bridge.dataset.fingerprint
@@ -117,7 +128,9 @@ def test_progress_is_told_with_the_time_left(bridge):
 
 def test_time_left_heeds_the_limit(bridge):
     bridge(minutes=1.5)
-    assert [line.rpartition("most ")[2] for line in bridge.lines if " of " in line] == [
+    assert [
+        line.rpartition("most ")[2] for line in bridge.lines if " of " in line
+    ] == [
         "30 s left",
         "0 s left",
     ]
@@ -185,7 +198,9 @@ def test_the_other_side_ends_where_ours_does(bridge, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_recbole(bridge.dataset, bridge.run, "BPR", 1, bridge.python, say=interrupt)
+        run_recbole(
+            bridge.dataset, bridge.run, "BPR", 1, bridge.python, say=interrupt
+        )
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
 
@@ -216,7 +231,10 @@ def test_models_share_what_was_handed_over(bridge, monkeypatch):
     [
         ("SASRek", r"^RecBole has no model SASRek: SASRec\?$"),
         ("Transformer", r"^RecBole has no model Transformer$"),
-        ("S3Rec", r"^RecBole's S3Rec cannot be compared here: it is pretrained$"),
+        (
+            "S3Rec",
+            r"^RecBole's S3Rec cannot be compared here: it is pretrained$",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_line(bridge, model, message):
@@ -229,7 +247,9 @@ def test_a_missing_environment_says_how_to_make_it(bridge, monkeypatch):
     message = r"/nowhere/python is no Python that can be run: make it with `make peers`, or .*--recbole-python"
     with pytest.raises(InputError, match=message):
         bridge(python="/nowhere/python")
-    with pytest.raises(InputError, match="has no RecBole: make it with `make peers`"):
+    with pytest.raises(
+        InputError, match="has no RecBole: make it with `make peers`"
+    ):
         recbole_models(sys.executable)  # ours
     monkeypatch.setenv("FAKE_PEER", "no recbole")
     with pytest.raises(InputError, match="has no RecBole"):
