@@ -1,4 +1,4 @@
-"""A metric of one's own, in every validation: which share of the recommended items is rare.
+"""A metric of one's own, in every validation: how far the domains lie apart.
 
     python examples/custom_metric.py DATA RUN
 
@@ -23,7 +23,7 @@ class LossSpread(Callback):
 
     def on_validation(self, state: Any, record: dict[str, Any]) -> None:
         """Called after every validation, with its record."""
-        by_domain = record["metrics"]
+        by_domain = record["domains"]
         figures = [metrics["NDCG@10"] for metrics in by_domain.values()]
         spread = max(figures) - min(figures)
         print(

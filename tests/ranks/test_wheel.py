@@ -39,9 +39,10 @@ def installed(tmp_path_factory):
         [sys.executable, "-m", "venv", "--without-pip", root], check=True
     )
     (packages,) = root.glob("lib/python*/site-packages")
-    install = ["install", "--no-deps", "--no-index", "--prefix", root]
+    # By the environment's own Python, which the installed program names in its first line.
+    into = [*pip, "--python", root / "bin" / "python", "install"]
     subprocess.run(
-        [*pip, *install, "--ignore-installed", file], check=True, cwd=folder
+        [*into, "--no-deps", "--no-index", file], check=True, cwd=folder
     )
     # What the wheel needs is in the environment that runs this; the project itself is not.
     stack = folder / "stack"
