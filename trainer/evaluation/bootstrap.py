@@ -30,10 +30,16 @@ _PERCENTILES = (2.5, 97.5)
 
 
 def _cumulative_poisson(most: int) -> np.ndarray:
-    """The probabilities that a Poisson number of mean 1 is at most 0, 1, …, `most`."""
-    chances = [
-        math.exp(-1) / math.factorial(count) for count in range(most + 1)
-    ]
+    """The probabilities that a Poisson number of mean 1 is at most 0, 1, …, `most`.
+
+    at most          0      1      2      3
+    probability      0.37   0.74   0.92   0.98
+    """
+    chance_of_none = math.exp(-1)
+    chances = []
+    for count in range(most + 1):
+        chance = chance_of_none / math.factorial(count)
+        chances.append(chance)
     return np.cumsum(chances)
 
 
@@ -43,23 +49,39 @@ _CUMULATIVE = _cumulative_poisson(12)
 def poisson_weights(
     seed: int, replicates: int, user_B: np.ndarray
 ) -> np.ndarray:
-    """How often each replicate counts each user: whole numbers, float64 (replicates, B)."""
+    """How often each replicate counts each user: whole numbers, float64 (replicates, B).
+
+    A number between 0 and 1 is drawn for each, and the probabilities of `_cumulative_poisson` up
+    to it are counted. Two replicates, three users:
+
+        drawn       [[0.20, 0.50, 0.80],
+                     [0.95, 0.10, 0.40]]
+        weights     [[0, 1, 2],
+                     [3, 0, 1]]
+    """
     replicate_R1 = np.arange(replicates)[:, None]
     user_1B = np.asarray(user_B)[None]
     bits_RB = random_bits(
         seed, RandomStream.BOOTSTRAP_WEIGHTS, replicate_R1, user_1B
     )
     unit_RB = random_unit(bits_RB)
-    return np.searchsorted(_CUMULATIVE, unit_RB, side="right").astype(
-        np.float64
-    )
+    count_RB = np.searchsorted(_CUMULATIVE, unit_RB, side="right")
+    return count_RB.astype(np.float64)
 
 
 def scaled_values(position_B: np.ndarray) -> np.ndarray:
-    """1 and the metrics of each position, times 2³² and rounded: float64 (B, 1 + metrics)."""
+    """1 and the metrics of each position, times 2³² and rounded: float64 (B, 1 + metrics).
+
+    Of the positions 1 and 4, before they are multiplied:
+
+        users    HR@1    HR@5    …    NDCG@1    NDCG@5         …    MRR
+        1        1       1            1         1                   1
+        1        0       1            0         1 / log2(5)         1 / 4
+    """
     metrics_BK = metric_matrix(position_B, CUTS)
     ones_B1 = np.ones((len(metrics_BK), 1))
-    return np.rint(np.concatenate([ones_B1, metrics_BK], axis=1) * _SCALE)
+    value_BK = np.concatenate([ones_B1, metrics_BK], axis=1)
+    return np.rint(value_BK * _SCALE)
 
 
 class GroupMeans:
@@ -106,7 +128,8 @@ class GroupMeans:
         for system, position_B in enumerate(ranks_SB):
             value_BK = scaled_values(position_B)
             for group in np.unique(groups_BG):
-                member_B = (groups_BG == group).any(1)
+                in_group_BG = groups_BG == group
+                member_B = in_group_BG.any(1)
                 # Whole numbers below 2⁵³ in float64: exact in any order.
                 sums_RK = weight_RB[:, member_B] @ value_BK[member_B]
                 self.sums[system, group] += sums_RK.astype(np.int64)
@@ -124,7 +147,9 @@ class GroupMeans:
 
         A metric is None without users; `interval` is None of fewer users than FEWEST.
         """
-        return _figures(self.users(group), self._means(system, group))
+        users = self.users(group)
+        mean_RK = self._means(system, group)
+        return _figures(users, mean_RK)
 
     def mean(self, system: int, groups: Sequence[int]) -> dict[str, Any]:
         """The `figures` of the means over those of the groups that have users."""
@@ -134,14 +159,17 @@ class GroupMeans:
         means = [self._means(system, group) for group in with_users]
         with np.errstate(invalid="ignore"):
             mean_RK = np.mean(means, axis=0)
-        return _figures(self._total_users(with_users), mean_RK)
+        users = self._total_users(with_users)
+        return _figures(users, mean_RK)
 
     def difference(self, group: int, metric: str) -> dict[str, Any]:
         """How much more of a metric the first system has than the second.
 
         Returns `value`, and `interval` as in `figures`.
         """
-        return _difference(self.users(group), self._differences(group, metric))
+        users = self.users(group)
+        difference_R = self._differences(group, metric)
+        return _difference(users, difference_R)
 
     def mean_difference(
         self, groups: Sequence[int], metric: str
@@ -152,11 +180,13 @@ class GroupMeans:
             return _difference(0, None)
         differences = [self._differences(group, metric) for group in with_users]
         mean_R = np.mean(differences, axis=0)
-        return _difference(self._total_users(with_users), mean_R)
+        users = self._total_users(with_users)
+        return _difference(users, mean_R)
 
     def users(self, group: int) -> int:
         """How many users of the group were added."""
-        return int(self.sums[0, group, 0, 0] / _SCALE)
+        scaled = self.sums[0, group, 0, 0]
+        return int(scaled / _SCALE)
 
     def _groups_with_users(self, groups: Sequence[int]) -> list[int]:
         return [group for group in groups if self.users(group)]
@@ -165,16 +195,24 @@ class GroupMeans:
         return sum(self.users(group) for group in groups)
 
     def _differences(self, group: int, metric: str) -> np.ndarray:
-        """(1 + replicates,): of every user once, then of each replicate."""
+        """The first system's metric less the second's, float64 (1 + replicates,).
+
+        Of every user once, then of each replicate.
+        """
         column = NAMES.index(metric)
         first_R = self._means(0, group)[:, column]
         second_R = self._means(1, group)[:, column]
         return first_R - second_R
 
     def _means(self, system: int, group: int) -> np.ndarray:
-        """(1 + replicates, metrics): of every user once, then of each replicate.
+        """The means of a group, (1 + replicates, metrics).
 
-        NaN where a replicate counts nobody.
+        Of every user once, then of each replicate; NaN where a replicate counts nobody:
+
+            HR@1    HR@5    …    MRR
+            0.25    0.75         0.48    every user once
+            0.40    0.80         0.56    replicate 1
+            NaN     NaN          NaN     replicate 2, which counts nobody
         """
         sums_RK = self.sums[system, group].astype(np.float64)
         with np.errstate(invalid="ignore"):
@@ -187,9 +225,10 @@ def _figures(users: int, mean_RK: np.ndarray | None) -> dict[str, Any]:
     mean_RK: (1 + replicates, metrics), the means over every user once first; None without users.
     """
     if users == 0:
-        return {"users": 0} | dict.fromkeys(NAMES) | {"interval": None}
+        return {"users": 0, **dict.fromkeys(NAMES), "interval": None}
     figures: dict[str, Any] = {"users": users}
-    figures |= zip(NAMES, mean_RK[0].tolist(), strict=True)
+    means = mean_RK[0].tolist()
+    figures |= zip(NAMES, means, strict=True)
     figures["interval"] = None
     if users >= FEWEST:
         figures["interval"] = _intervals(mean_RK[1:])
@@ -199,7 +238,15 @@ def _figures(users: int, mean_RK: np.ndarray | None) -> dict[str, Any]:
 def _intervals(mean_RK: np.ndarray) -> dict[str, list[float]]:
     """The 95 % interval of each metric: {metric: [low, high]}.
 
-    mean_RK: each replicate's means; those that count nobody are NaN and pass over.
+    mean_RK: each replicate's means; those that count nobody are NaN and pass over. Of three
+    replicates:
+
+        HR@1    …    MRR
+        0.10         0.40
+        0.20         0.50
+        0.30         0.60
+
+        {"HR@1": [0.105, 0.295], …, "MRR": [0.405, 0.595]}
     """
     low_high_2K = np.nanpercentile(mean_RK, _PERCENTILES, axis=0)
     bounds_K2 = low_high_2K.T.tolist()
@@ -215,5 +262,7 @@ def _difference(users: int, difference_R: np.ndarray | None) -> dict[str, Any]:
         return {"value": None, "interval": None}
     interval = None
     if users >= FEWEST:
-        interval = np.nanpercentile(difference_R[1:], _PERCENTILES).tolist()
-    return {"value": float(difference_R[0]), "interval": interval}
+        bounds_2 = np.nanpercentile(difference_R[1:], _PERCENTILES)
+        interval = bounds_2.tolist()
+    value = float(difference_R[0])
+    return {"value": value, "interval": interval}

@@ -197,12 +197,18 @@ def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
     """A progress bar on the first rank's stderr; yields advance(done, total)."""
     console = Console(stderr=True)
     with Progress(
-        console=console, transient=True, disable=not ranks.first
+        console=console,
+        transient=True,
+        disable=not ranks.first,
     ) as bar:
         task = bar.add_task(text)
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            bar.update(
+                task,
+                completed=done,
+                total=total,
+            )
 
         yield advance
 
@@ -239,4 +245,8 @@ def _save_full(
 
 
 def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(
+        line,
+        file=sys.stderr,
+        flush=True,
+    )

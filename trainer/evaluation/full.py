@@ -107,26 +107,37 @@ class HeldOutBatches(RankingBatches):
     """As RankingBatches, without candidates."""
 
     def build(self, users: UserHistories) -> HeldOutBatch:
-        """Histories up to the held-out item, that item, and the user's other items."""
+        """Histories up to the held-out item, that item, and the user's other items.
+
+        Of the history 2 55 9, the oldest item first:
+
+            split         held out    others
+            test          9           2 55
+            validation    55          2 9
+        """
         dataset = self.plan.dataset
         chosen_B = self._chosen(users)
         lengths_B = users.lengths_B[chosen_B]
         ends_B = np.cumsum(users.lengths_B)[chosen_B]
         offset = self.split.offset
-        row_B = users.items_N[ends_B - offset].astype(np.int64)
+        held_out_B = ends_B - offset
+        row_B = users.items_N[held_out_B].astype(np.int64)
         domain_B = dataset.domain_of(row_B)
         domain_length_B = np.zeros(len(row_B), np.int64)
         others = [np.zeros(0, np.int64)]
         for user, end in enumerate(ends_B):
-            items = users.items_N[end - lengths_B[user] : end]
+            begin = end - lengths_B[user]
+            items = users.items_N[begin:end]
             history_domains = dataset.domain_of(items[:-offset])
             same_domain = history_domains == domain_B[user]
             domain_length_B[user] = np.count_nonzero(same_domain)
-            others.append(np.delete(items, len(items) - offset))
+            held_out = len(items) - offset
+            others.append(np.delete(items, held_out))
+        chosen = np.flatnonzero(chosen_B)
+        no_candidates = np.zeros(0, np.int64)
+        query = self.query(users, chosen, no_candidates)
         return HeldOutBatch(
-            query=self.query(
-                users, np.flatnonzero(chosen_B), np.zeros(0, np.int64)
-            ),
+            query=query,
             user_B=users.number_B[chosen_B],
             domain_B=domain_B,
             row_B=row_B,
@@ -142,7 +153,8 @@ class HeldOutBatches(RankingBatches):
         if self.only_domain is None:
             return chosen_B
         ends_B = np.cumsum(users.lengths_B)[chosen_B]
-        row_B = users.items_N[ends_B - self.split.offset]
+        held_out_B = ends_B - self.split.offset
+        row_B = users.items_N[held_out_B]
         domain_B = self.plan.dataset.domain_of(row_B)
         chosen_B[chosen_B] = domain_B == self.only_domain
         return chosen_B
@@ -155,25 +167,29 @@ class _DomainRankings:
         self, table: "ItemTable", dataset: Dataset, only_domain: int | None
     ):
         self.domains = dataset.domains
-        self.numbers = range(
-            len(dataset.domains)
-        )  # of the domains that are ranked
+        # Of the domains that are ranked.
+        self.numbers = range(len(dataset.domains))
         if only_domain is not None:
             self.numbers = range(only_domain, only_domain + 1)
         self.rankings = []
         for domain in dataset.domains:
-            self.rankings.append(
-                ExactRanking(table, domain.start, domain.items)
-            )
+            ranking = ExactRanking(table, domain.start, domain.items)
+            self.rankings.append(ranking)
         self.shown_N = np.zeros(dataset.num_embeddings, np.int64)
 
     def rank(self, y_BDR: torch.Tensor, batch: HeldOutBatch) -> np.ndarray:
         """The position of each held-out item, int64 (B,). Called on all ranks.
 
-        y_BDR: the users' vectors for each domain.
+        y_BDR: the users' vectors for each domain. Of the users of `HeldOutBatch`, domain 0 ranks
+        the first and the last one, and domain 1 the others; each counts what it would show all
+        four:
+
+            domain_B      0    1    1    0
+            position_B    3    1    7    2
         """
+        rows_E = batch.rows_E.astype(np.int64)
         excluded = Excluded(
-            torch.from_numpy(batch.rows_E.astype(np.int64)),
+            torch.from_numpy(rows_E),
             torch.from_numpy(batch.counts_B),
         )
         position_B = np.zeros(len(batch.user_B), np.int64)
@@ -191,10 +207,11 @@ class _DomainRankings:
     ) -> None:
         """Counts the best items of the domain for each user."""
         most = min(SHOWN, self.domains[number].items)
-        rows_Bk = self.rankings[number].top_k(y_BR, most, excluded).rows_Bk
-        rows_Bk = rows_Bk.cpu().numpy()
+        best = self.rankings[number].top_k(y_BR, most, excluded)
+        rows_Bk = best.rows_Bk.cpu().numpy()
+        shown = rows_Bk[rows_Bk >= 0]
         # Few of them beside the rows of M: one count each, not one for every row.
-        np.add.at(self.shown_N, rows_Bk[rows_Bk >= 0], 1)
+        np.add.at(self.shown_N, shown, 1)
 
     def _positions(
         self,
@@ -206,11 +223,17 @@ class _DomainRankings:
     ) -> np.ndarray:
         """The positions of the held-out items that are of this domain."""
         members = torch.from_numpy(in_domain_B)
-        in_domain_E = torch.from_numpy(np.repeat(in_domain_B, batch.counts_B))
+        in_domain_E = np.repeat(in_domain_B, batch.counts_B)
+        in_domain_E = torch.from_numpy(in_domain_E)
+        rows = torch.from_numpy(batch.row_B)
+        excluded_of_members = Excluded(
+            excluded.rows_E[in_domain_E],
+            excluded.counts_B[members],
+        )
         positions = self.rankings[number].ranks(
             y_BR[members.to(y_BR.device)],
-            torch.from_numpy(batch.row_B)[members],
-            Excluded(excluded.rows_E[in_domain_E], excluded.counts_B[members]),
+            rows[members],
+            excluded_of_members,
         )
         return positions.cpu().numpy()
 
@@ -230,27 +253,19 @@ def rank_fully(
 
     advance(done, total): called after every step. workers: as `ready` takes them.
     """
-    batches = HeldOutBatches(
-        dataset,
-        ranks.rank,
-        ranks.world_size,
-        config.evaluation,
-        config.model.max_length,
-        split,
-        config.seed,
-        stream=config.stream,
-        both_views=config.model.predicts_by_both,
-    )
+    batches = _held_out_batches(dataset, ranks, config, split)
     rankings = _DomainRankings(table, dataset, batches.only_domain)
     popularity = Popularity(dataset, config.seed)
-    means = GroupMeans(
-        2, len(dataset.domains) * groups_of_domain(), config.seed
-    )
+    all_groups = len(dataset.domains) * groups_of_domain()
+    means = GroupMeans(2, all_groups, config.seed)
     position_U = np.zeros(dataset.users, np.int32)
     skipped = 0
     reasons: dict[str, None] = {}
     built = batches_of_workers(
-        batches, config.stream, pin_memory=False, workers=workers
+        batches,
+        config.stream,
+        pin_memory=False,
+        workers=workers,
     )
     for done, batch in enumerate(built, start=1):
         skipped += batch.skipped
@@ -267,7 +282,8 @@ def rank_fully(
             batch.rows_E,
         )
         position_U[batch.user_B] = position_B
-        groups_BG = groups(batch, popularity.third_N[batch.row_B])
+        third_B = popularity.third_N[batch.row_B]
+        groups_BG = groups(batch, third_B)
         means.add(batch.user_B, groups_BG, (position_B, popularity_B))
         if advance is not None:
             advance(done, len(batches))
@@ -281,17 +297,40 @@ def rank_fully(
     )
 
 
+def _held_out_batches(
+    dataset: Dataset, ranks: "Ranks", config: RunConfig, split: str
+) -> HeldOutBatches:
+    """This rank's users and their held-out items, as the run is configured."""
+    return HeldOutBatches(
+        dataset,
+        ranks.rank,
+        ranks.world_size,
+        config.evaluation,
+        config.model.max_length,
+        split,
+        config.seed,
+        stream=config.stream,
+        both_views=config.model.predicts_by_both,
+    )
+
+
 def _sum_in_place(values_M: np.ndarray, device: torch.device) -> None:
     """Makes an array the sum of all ranks' arrays, a piece at a time."""
     for begin in range(0, len(values_M), _PIECE):
-        piece = torch.from_numpy(values_M[begin : begin + _PIECE])
+        end = begin + _PIECE
+        piece = torch.from_numpy(values_M[begin:end])
         total = piece.to(device)
         dist.all_reduce(total)
         piece.copy_(total)
 
 
 def summed(values_U: np.ndarray, ranks: "Ranks") -> np.ndarray:
-    """The sum over all ranks of int32 (U,): each knows its own users' values, and 0 of others."""
+    """The sum over all ranks of int32 (U,): each knows its own users' values, and 0 of others.
+
+    the first rank's     3    0    7    0
+    the second rank's    0    1    0    2
+    sum                  3    1    7    2
+    """
     total_U = torch.from_numpy(values_U).to(ranks.device)
     dist.all_reduce(total_U)
     return total_U.cpu().numpy()
@@ -319,9 +358,8 @@ def groups(batch: HeldOutBatch, third_B: np.ndarray) -> np.ndarray:
     some_B = (batch.domain_length_B > 0).astype(np.int64)
     columns = [first_B]
     begin = 1
-    for names, index_B in zip(
-        BREAKDOWNS.values(), (third_B, bucket_B, some_B), strict=True
-    ):
+    indices = (third_B, bucket_B, some_B)  # within each breakdown
+    for names, index_B in zip(BREAKDOWNS.values(), indices, strict=True):
         columns.append(first_B + begin + index_B)
         begin += len(names)
     return np.stack(columns, 1)
@@ -349,7 +387,8 @@ def full_evaluation(
         rows.append(DomainFigures(domain.name, by_model, by_popularity))
         differences[domain.name] = means.difference(first, HEADLINE)
         breakdown[domain.name] = _breakdown(means, first)
-        shown_N = ranking.shown[domain.start : domain.start + domain.items]
+        end = domain.start + domain.items
+        shown_N = ranking.shown[domain.start : end]
         recommendations[domain.name] = recommended(shown_N)
     full = {
         "difference": {
@@ -382,11 +421,15 @@ def full_record(
     **where: Any,
 ) -> dict[str, Any]:
     """The record of `full_evaluation`, which a run writes and prints. kind: the split."""
-    return full_evaluation(kind, dataset, ranking, sampled, **where).to_record()
+    evaluation = full_evaluation(kind, dataset, ranking, sampled, **where)
+    return evaluation.to_record()
 
 
 def _breakdown(means: GroupMeans, first: int) -> dict[str, dict[str, Any]]:
-    """{breakdown: {group: figures}} of the domain whose groups begin at `first`."""
+    """{breakdown: {group: figures}} of the domain whose groups begin at `first`.
+
+    {"item popularity": {"head": {"users": 66, "HR@1": 0.08, …, "popularity NDCG@10": 0.5}, …}, …}
+    """
     breakdowns = {}
     group = first + 1
     for breakdown, names in BREAKDOWNS.items():
@@ -406,16 +449,31 @@ def recommended(counts_N: np.ndarray) -> dict[str, float | int | None]:
 
     items: of the domain. coverage: the share of them that anybody is shown. gini: the Gini index of
     how often each is shown, 0 where all are equally often, towards 1 where few take all. Both are
-    None where nobody is shown anything. counts_N: int64, how often each item was shown.
+    None where nobody is shown anything. counts_N: int64, how often each item was shown. Of four
+    items:
+
+        counts_N    coverage    gini
+        2 2 2 2     1.0         0.0
+        0 0 0 8     0.25        0.75
     """
     items = len(counts_N)
     total = int(counts_N.sum())
     coverage_name = f"coverage@{SHOWN}"
     gini_name = f"gini@{SHOWN}"
     if total == 0:
-        return {"items": items, coverage_name: None, gini_name: None}
+        return {
+            "items": items,
+            coverage_name: None,
+            gini_name: None,
+        }
     coverage = float(np.count_nonzero(counts_N) / items)
     ascending = np.sort(counts_N).astype(np.float64)
-    weight_N = 2 * np.arange(1, items + 1) - items - 1
-    gini = float(weight_N @ ascending / (items * total))
-    return {"items": items, coverage_name: coverage, gini_name: gini}
+    place_N = np.arange(1, items + 1)
+    weight_N = 2 * place_N - items - 1
+    spread = weight_N @ ascending
+    gini = float(spread / (items * total))
+    return {
+        "items": items,
+        coverage_name: coverage,
+        gini_name: gini,
+    }

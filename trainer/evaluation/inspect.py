@@ -87,13 +87,15 @@ def _mean_gates(
     batch, real = _training_batch(dataset, config, ranks, users)
     batch = move(batch, ranks.device)
     place_N = batch.place[: batch.interactions]
-    rows_NR = table(batch.distinct).index_select(0, place_N)
+    distinct_rows = table(batch.distinct)
+    rows_NR = distinct_rows.index_select(0, place_N)
     gates: Gates = {"cross": None, "single": None}
     if config.model.experts == 1:
         return gates
     model.eval()
     names = [domain.name for domain in dataset.domains]
-    input_domain = _input_domains(dataset, batch.distinct[place_N])
+    item_N = batch.distinct[place_N]
+    input_domain = _input_domains(dataset, item_N)
     x_MR = model.tokens(batch.cross, rows_NR)
     weights_MK = model.cross_gate(x_MR, batch.cross, slice(None))
     domain_M = input_domain[batch.cross.input_M]
@@ -110,10 +112,17 @@ def _mean_gates(
 
 
 def _input_domains(dataset: Dataset, item_N: torch.Tensor) -> torch.Tensor:
-    """The domain of each input, int64 (1 + N,): of SOS, the first input, one behind the last."""
+    """The domain of each input, int64 (1 + N,): of SOS, the first input, one behind the last.
+
+    Of three items of two domains, domain 1 from row 50:
+
+        item_N         4    51    9
+        domains    2   0    1     0
+    """
     starts = torch.from_numpy(dataset.starts).to(item_N.device)
     of_sos = starts.new_tensor([len(dataset.domains)])
-    domain_N = torch.searchsorted(starts, item_N, right=True) - 1
+    begun_N = torch.searchsorted(starts, item_N, right=True)
+    domain_N = begun_N - 1
     return torch.cat([of_sos, domain_N])
 
 
@@ -140,7 +149,8 @@ def _task_domains(
     """
     edges = torch.tensor(task_starts, device=device)
     domains = torch.arange(len(task_starts) - 1, device=device)
-    return torch.repeat_interleave(domains, edges.diff())
+    tokens_of_domains = edges.diff()
+    return torch.repeat_interleave(domains, tokens_of_domains)
 
 
 def _sum_by_domain(
@@ -163,20 +173,32 @@ def _sum_by_domain(
         device=weights_MK.device,
     )
     ones_M1 = torch.ones_like(weights_MK[:, :1])
-    counted_MK = torch.cat([ones_M1, weights_MK], 1).double()
-    return total_DK.index_add_(0, domain_M, counted_MK)
+    counted_MK = torch.cat([ones_M1, weights_MK], 1)
+    return total_DK.index_add_(0, domain_M, counted_MK.double())
 
 
 def _means_over_ranks(
     total_DK: torch.Tensor, names: list[str]
 ) -> dict[str, list[float]]:
-    """The mean weight of each expert over all ranks' tokens, of domains that have a token."""
+    """The mean weight of each expert over all ranks' tokens, of domains that have a token.
+
+    total_DK: as `_sum_by_domain` gives it, which becomes the sum over all ranks:
+
+        total_DK    [[2, 1.6, 0.4],    {"Books": [0.8, 0.2],
+                     [1, 0.2, 0.8],     "Toys": [0.2, 0.8]}
+                     [1, 0.5, 0.5]]
+    """
     dist.all_reduce(total_DK)
     means = {}
     lines = total_DK[: len(names)].tolist()
     for name, (count, *weights) in zip(names, lines, strict=True):
-        if count:
-            means[name] = [round(weight / count, 4) for weight in weights]
+        if not count:
+            continue
+        rounded = []
+        for weight in weights:
+            mean = weight / count
+            rounded.append(round(mean, 4))
+        means[name] = rounded
     return means
 
 
@@ -200,16 +222,22 @@ def _training_batch(
         ticks_N = np.zeros(1, np.uint16)
         lengths_B = np.ones(1, np.int64)
     domain_N = find_domains(dataset, items_N)
+    index_N = np.arange(len(items_N))
     kept_N, lengths_B, domain_N = trim(
-        np.arange(len(items_N)), lengths_B, domain_N, config.model.max_length
+        index_N,
+        lengths_B,
+        domain_N,
+        config.model.max_length,
     )
+    no_negatives = [np.zeros(0, np.int64) for _ in dataset.domains]
+    items_of_domains = [domain.items for domain in dataset.domains]
     batch = build_batch(
         items_N[kept_N],
         lengths_B,
         domain_N,
         np.ones(len(lengths_B)),
-        [np.zeros(0, np.int64) for _ in dataset.domains],  # no negatives
-        [domain.items for domain in dataset.domains],
+        no_negatives,
+        items_of_domains,
         config.model.max_length,
         ticks_N=ticks_N[kept_N],
     )
@@ -219,17 +247,25 @@ def _training_batch(
 def _read_users(
     dataset: Dataset, config: RunConfig, ranks: "Ranks", users: int
 ) -> UserHistories:
-    """This rank's share of the first users."""
+    """This rank's share of the first users. Of 10 users and three ranks:
+
+    rank     0      1      2
+    users    0–2    3–5    6–9
+    """
     first = users * ranks.rank // ranks.world_size
     end = users * (ranks.rank + 1) // ranks.world_size
     report = None
     if config.stream.damaged == "skip":
         report = _ignore
     histories = Histories(
-        dataset, blocks=1, verify=config.stream.verify, report=report
+        dataset,
+        blocks=1,
+        verify=config.stream.verify,
+        report=report,
     )
+    user_B = np.arange(first, end)
     try:
-        return histories.read(np.arange(first, end))
+        return histories.read(user_B)
     finally:
         histories.close()
 
@@ -256,19 +292,31 @@ def _nearest_items(
     """The items nearest to the most popular ones of each domain. Called on all ranks."""
     popular = []
     for domain in dataset.domains:
-        popular.append(_read_popular(table, dataset, domain, ranks, look.items))
+        most_popular = _read_popular(
+            table,
+            dataset,
+            domain,
+            ranks,
+            look.items,
+        )
+        popular.append(most_popular)
     if not ranks.first:
         return None
     items = []
     for domain in popular:
-        for index in range(min(look.shown, len(domain.ids))):
+        shown = min(look.shown, len(domain.ids))
+        for index in range(shown):
             nearest = {}
             for other in popular:
                 near = _neighbours(domain, index, other, look.neighbours)
                 nearest[other.name] = near
             item = domain.ids[index]
             items.append(
-                {"domain": domain.name, "item": item, "nearest": nearest}
+                {
+                    "domain": domain.name,
+                    "item": item,
+                    "nearest": nearest,
+                }
             )
     return items
 
@@ -283,17 +331,25 @@ def _read_popular(
     """A domain's most popular items. Called on all ranks; the first one looks them up.
 
     Equally popular items are ordered by row. An item that training never met lies anywhere: it is
-    left out.
+    left out. Of a domain that begins at row 50:
+
+        counts     3  0  6  3
+        place_K    2  0  3
+        rows_K     52 50 53
     """
     counts_N = read_item_counts(dataset)
-    counts = counts_N[domain.start : domain.start + domain.items]
-    place_K = np.argsort(-counts, kind="stable")[:most]
-    place_K = place_K[counts[place_K] > 0]
+    domain_end = domain.start + domain.items
+    counts = counts_N[domain.start : domain_end]
+    descending = np.argsort(-counts, kind="stable")
+    place_K = descending[:most]
+    met_K = counts[place_K] > 0
+    place_K = place_K[met_K]
     rows_K = torch.zeros(0, dtype=torch.int64)
     ids: list[str] = []
     if ranks.first:
         rows_K = torch.from_numpy(place_K + domain.start)
-        names = read_item_ids(dataset, domain).take(place_K)
+        all_names = read_item_ids(dataset, domain)
+        names = all_names.take(place_K)
         ids = [str(name) for name in names.to_pylist()]
     vectors_KR = table(rows_K).float()
     vectors_KR = torch.nn.functional.normalize(vectors_KR, dim=1)
@@ -315,8 +371,13 @@ def _neighbours(
 def _greatest(
     cosines: torch.Tensor, ids: list[str], most: int
 ) -> list[list[Any]]:
-    """[[item, cosine], …] of the greatest cosines, without −inf."""
-    best = cosines.topk(min(most, len(cosines)))
+    """[[item, cosine], …] of the greatest cosines, without −inf. The two greatest:
+
+    cosines    0.12      −inf       0.93            0.4
+    ids        a1        a2         a3              a4        [["a3", 0.93], ["a4", 0.4]]
+    """
+    most = min(most, len(cosines))
+    best = cosines.topk(most)
     indices = best.indices.tolist()
     values = best.values.tolist()
     near = []

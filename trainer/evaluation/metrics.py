@@ -37,14 +37,24 @@ FULL_METRICS = metric_names(CUTOFFS)  # of a ranking among all items
 
 
 def discounted_gains(position_B: np.ndarray) -> np.ndarray:
-    """1 / log2(position + 1), float64 (B,)."""
-    return 1 / np.log2(position_B + 1)
+    """1 / log2(position + 1), float64 (B,).
+
+    position_B    1    2       3      7
+    gain          1    0.63    0.5    0.33
+    """
+    discount_B = np.log2(position_B + 1)
+    return 1 / discount_B
 
 
 def metric_values(metric: str, position_B: np.ndarray) -> np.ndarray:
     """What each position counts in a metric's mean, float64 (B,).
 
-    metric: "HR@k", "NDCG@k" or "MRR". position_B: 1-based, integers.
+    metric: "HR@k", "NDCG@k" or "MRR". position_B: 1-based, integers. Of three users:
+
+        position_B    1    4              7
+        HR@5          1    1              0
+        NDCG@5        1    1 / log2(5)    0
+        MRR           1    1 / 4          1 / 7
     """
     position_B = np.asarray(position_B, np.float64)
     if metric == "MRR":
@@ -71,7 +81,9 @@ def metric_matrix(
     within = [position_B <= k for k in cutoffs]
     gain_B = discounted_gains(position_B)
     gains = [gain_B * within_B for within_B in within]
-    return np.stack([*within, *gains, 1 / position_B], axis=1)
+    reciprocal_B = 1 / position_B
+    columns = [*within, *gains, reciprocal_B]
+    return np.stack(columns, axis=1)
 
 
 def metrics_of_histogram(histogram_P: np.ndarray) -> Figures:
@@ -89,21 +101,31 @@ def metrics_of_histogram(histogram_P: np.ndarray) -> Figures:
     """
     users = int(histogram_P.sum())
     if users == 0:
-        return {"users": 0} | dict.fromkeys(METRICS)
+        return {"users": 0, **dict.fromkeys(METRICS)}
     position_P = np.arange(1, len(histogram_P) + 1)
     share_P = histogram_P / users
     gain_P = share_P * discounted_gains(position_P)
     figures: Figures = {"users": users}
     for k in SHORT_CUTOFFS:
-        figures[f"HR@{k}"] = float(share_P[:k].sum())
+        hit_rate = share_P[:k].sum()
+        figures[f"HR@{k}"] = float(hit_rate)
     for k in SHORT_CUTOFFS:
-        figures[f"NDCG@{k}"] = float(gain_P[:k].sum())
-    figures["MRR"] = float((share_P / position_P).sum())
+        gain = gain_P[:k].sum()
+        figures[f"NDCG@{k}"] = float(gain)
+    reciprocal_P = share_P / position_P
+    figures["MRR"] = float(reciprocal_P.sum())
     return figures
 
 
 def mean_figures(by_domain: Mapping[str, Figures]) -> Figures:
-    """The mean of each of METRICS over the domains that have users; None without such a domain."""
+    """The mean of each of METRICS over the domains that have users; None without such a domain.
+
+            users    HR@5    …    MRR
+    Books   204      0.80         0.50
+    Toys    0        None         None
+    Games   79       0.60         0.30
+    mean             0.70         0.40
+    """
     with_users = [figures for figures in by_domain.values() if figures["users"]]
     if not with_users:
         return dict.fromkeys(METRICS)
@@ -119,14 +141,20 @@ def mean_ndcg(
 ) -> float:
     """The mean over domains with users of NDCG@cutoff, 0.0 without users.
 
-    position_U, domain_U: int64 (U,), of each user's held-out item.
+    position_U, domain_U: int64 (U,), of each user's held-out item. Four users of two domains:
+
+        position_U    1     3      2      12
+        domain_U      0     0      1      1
+        gain          1     0.5    0.63   0       means 0.75 and 0.32, their mean 0.53
     """
     if len(position_U) == 0:
         return 0.0
     gain_U = metric_values(f"NDCG@{cutoff}", position_U)
-    means = [
-        gain_U[domain_U == domain].mean() for domain in np.unique(domain_U)
-    ]
+    means = []
+    for domain in np.unique(domain_U):
+        in_domain_U = domain_U == domain
+        gains = gain_U[in_domain_U]
+        means.append(gains.mean())
     return float(np.mean(means))
 
 
@@ -151,10 +179,13 @@ def candidate_positions(
         scores_C     0.5 0.9 0.1    2.0 1.0
         positions    2              1
     """
-    starts_B = np.cumsum(counts_B) - counts_B
-    first_C = np.repeat(scores_C[starts_B], counts_B)
+    ends_B = np.cumsum(counts_B)
+    starts_B = ends_B - counts_B
+    first_B = scores_C[starts_B]
+    first_C = np.repeat(first_B, counts_B)
     behind_C = outscores(first_C, scores_C).astype(np.int64)
-    return counts_B - np.add.reduceat(behind_C, starts_B)
+    behind_B = np.add.reduceat(behind_C, starts_B)
+    return counts_B - behind_B
 
 
 def padded_candidate_positions(
@@ -168,8 +199,10 @@ def padded_candidate_positions(
         scores_BC    [[0.5, 0.9, 0.1],     real_BC    [[True, True, True],
                       [2.0, 1.0, 0.0]]                 [True, True, False]]
     """
-    ahead_BC = ~outscores(scores_BC[:, :1], scores_BC)
-    return (ahead_BC & real_BC).sum(1)
+    first_B1 = scores_BC[:, :1]
+    ahead_BC = ~outscores(first_B1, scores_BC)
+    counted_BC = ahead_BC & real_BC
+    return counted_BC.sum(1)
 
 
 def positions_among_all(
@@ -202,12 +235,26 @@ def drawn_positions(
 
     greater_B, equal_B: int64, other items with a greater and with an equal score. bits_B: uint64,
     random bits of each user; as many of the equal items come first as they say, from none to all.
+    Two users, of whom the second draws that two of four equal items come first:
+
+        greater_B    3    0
+        equal_B      0    4
+        positions    4    3
     """
-    return 1 + greater_B + random_below(bits_B, equal_B + 1)
+    equal_before_B = random_below(bits_B, equal_B + 1)
+    return 1 + greater_B + equal_before_B
 
 
 def count_positions(
     histogram_DP: np.ndarray, domain_B: np.ndarray, position_B: np.ndarray
 ) -> None:
-    """Adds users' positions to int64 (D, longest list): a row for each domain, position 1 first."""
+    """Adds users' positions to int64 (D, longest list): a row for each domain, position 1 first.
+
+    Three users, a histogram of zeros before:
+
+        domain_B        0    1    1
+        position_B      1    3    3
+        histogram_DP    [[1, 0, 0],
+                         [0, 0, 2]]
+    """
     np.add.at(histogram_DP, (domain_B, position_B - 1), 1)

@@ -46,13 +46,23 @@ class UserSample:
         ranks_B: np.ndarray,
         _scores_C: np.ndarray | None = None,
     ) -> None:
-        """Adds one step's users. `rank_candidates` calls it. ranks_B: positions."""
+        """Adds one step's users. `rank_candidates` calls it. ranks_B: positions.
+
+        With two places in the sample, and users 7 and 12 in it, user 40 takes the place of 12:
+
+            user    key    in the sample before    after
+            7       11     yes                     yes
+            12      85     yes                     no
+            40      30     no                      yes
+        """
         (chosen,) = np.nonzero(candidates.user_B >= 0)
-        chosen = chosen[self.wanted_U[candidates.user_B[chosen]]]
+        wanted_B = self.wanted_U[candidates.user_B[chosen]]
+        chosen = chosen[wanted_B]
+        user_B = candidates.user_B[chosen]
         key_B = random_bits(
             self.seed,
             RandomStream.PERSONALIZATION_SAMPLE,
-            candidates.user_B[chosen],
+            user_B,
         )
         if len(self._key_K) == _MOST:
             smaller_B = key_B < self._key_K[-1]
@@ -65,7 +75,8 @@ class UserSample:
             candidates.domain_B[chosen],
             ranks_B[chosen],
         ]
-        user_K3 = np.concatenate([self._user_K3, np.stack(columns, axis=1)])
+        user_B3 = np.stack(columns, axis=1)
+        user_K3 = np.concatenate([self._user_K3, user_B3])
         rows_BC = self._padded_rows(candidates, chosen)
         rows_KC = np.concatenate([self._rows_KC, rows_BC])
         # The keys depend on the seed and the user alone.
@@ -78,34 +89,58 @@ class UserSample:
     def _padded_rows(
         self, candidates: Candidates, chosen: np.ndarray
     ) -> np.ndarray:
-        """The candidates of the chosen users, int64 (B, C), −1 behind shorter lists."""
-        rows_BC = np.full((len(chosen), self._width), -1, np.int64)
-        starts_B = np.cumsum(candidates.counts_B) - candidates.counts_B
+        """The candidates of the chosen users, int64 (B, C), −1 behind shorter lists.
+
+        Three users, of whom the first and the last are chosen:
+
+            counts_B    3         3           2
+            rows_C      4 9 2     51 60 55    58 52
+            chosen      [0, 2]
+            rows_BC     [[4, 9, 2],
+                         [58, 52, −1]]
+        """
+        shape = (len(chosen), self._width)
+        rows_BC = np.full(shape, -1, np.int64)
+        ends_B = np.cumsum(candidates.counts_B)
+        starts_B = ends_B - candidates.counts_B
         for line, user in enumerate(chosen):
             count = candidates.counts_B[user]
             begin = starts_B[user]
-            rows_BC[line, :count] = candidates.rows_C[begin : begin + count]
+            end = begin + count
+            rows_BC[line, :count] = candidates.rows_C[begin:end]
         return rows_BC
 
     def gathered(self) -> tuple[np.ndarray, ...]:
         """The sample over all ranks, by user. Called on all ranks.
 
         Returns users, domains, positions, int64 (K,), and candidates, int64 (K, C), the user's own
-        item first.
+        item first. Three users:
+
+            user_K        7           12         40
+            domain_K      1           0          1
+            position_K    2           1          3
+            rows_KC       58 52 61    4 9 −1     51 60 55
         """
         begin, total = self._place_among_ranks()
         key_K, user_K3 = self._gather_users(begin, total)
         chosen = np.argsort(key_K, kind="stable")[:_MOST]
-        by_user = np.argsort(user_K3[chosen, 0])
+        user_K = user_K3[chosen, 0]
+        by_user = np.argsort(user_K)
         chosen = chosen[by_user]
         rows_KC = self._gather_rows(begin, chosen)
         user_K, domain_K, position_K = user_K3[chosen].T
         return user_K, domain_K, position_K, rows_KC
 
     def _place_among_ranks(self) -> tuple[int, int]:
-        """Where this rank's users begin among all ranks' users, and how many all have."""
+        """Where this rank's users begin among all ranks' users, and how many all have.
+
+        rank             0         1         2
+        users            5         3         4
+        begin, total     0, 12     5, 12     8, 12
+        """
         rank = dist.get_rank()
-        counts_W = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        world_size = dist.get_world_size()
+        counts_W = torch.zeros(world_size, dtype=torch.int64)
         counts_W[rank] = len(self._key_K)
         dist.all_reduce(counts_W)
         begin = counts_W[:rank].sum()
@@ -117,11 +152,17 @@ class UserSample:
     ) -> tuple[np.ndarray, np.ndarray]:
         """All ranks' keys, uint64 (total,), and users, domains and positions, int64 (total, 3).
 
-        Each line is one rank's: the others add 0 to it.
+        Each line is one rank's: the others add 0 to it. Two ranks, the second from line 2 on:
+
+            key_K    user_K3
+            11       7  1 2      the first rank's
+            85       12 0 1
+            30       40 1 3      the second rank's
         """
         end = begin + len(self._key_K)
         table_K4 = torch.zeros(total, 4, dtype=torch.int64)
-        table_K4[begin:end, 0] = torch.from_numpy(self._key_K.view(np.int64))
+        signed_key_K = self._key_K.view(np.int64)
+        table_K4[begin:end, 0] = torch.from_numpy(signed_key_K)
         table_K4[begin:end, 1:] = torch.from_numpy(self._user_K3)
         dist.all_reduce(table_K4)
         key_K = table_K4[:, 0].numpy()
@@ -129,10 +170,20 @@ class UserSample:
         return key_K.astype(np.uint64), user_K3
 
     def _gather_rows(self, begin: int, chosen: np.ndarray) -> np.ndarray:
-        """The candidates of the chosen ones of all ranks' users, int64 (chosen, C)."""
+        """The candidates of the chosen ones of all ranks' users, int64 (chosen, C).
+
+        begin: where this rank's users begin among all ranks' users. Here it is 2, and the rank
+        has two users:
+
+            chosen     [3, 0, 2]
+            mine       [0, 2]       lines that this rank fills
+            my_rows    of its users 1 and 0
+        """
         end = begin + len(self._key_K)
-        (mine,) = np.nonzero((chosen >= begin) & (chosen < end))
-        my_rows = self._rows_KC[chosen[mine] - begin]
+        mine_K = (chosen >= begin) & (chosen < end)
+        (mine,) = np.nonzero(mine_K)
+        my_users = chosen[mine] - begin
+        my_rows = self._rows_KC[my_users]
         rows_KC = torch.zeros(len(chosen), self._width, dtype=torch.int64)
         rows_KC[torch.from_numpy(mine)] = torch.from_numpy(my_rows)
         dist.all_reduce(rows_KC)
@@ -156,26 +207,38 @@ def measure_personalization(
     user_K, domain_K, position_K, rows_KC = drawn.gathered()
     exchanged: dict[int, tuple[int, np.ndarray]] = {}
     domains = range(len(dataset.domains))
-    histogram_DP = np.zeros((len(domains), rows_KC.shape[1]), np.int64)
+    shape = (len(domains), rows_KC.shape[1])
+    histogram_DP = np.zeros(shape, np.int64)
     for number in domains:
         (members,) = np.nonzero(domain_K == number)
         if len(members) < max(2, least):
             continue
-        count_positions(histogram_DP, domain_K[members], position_K[members])
+        count_positions(
+            histogram_DP,
+            domain_K[members],
+            position_K[members],
+        )
         stream = RandomStream.PERSONALIZATION_EXCHANGE
         order = permutation(len(members), config.seed, stream, number)
         exchanged |= _exchange(user_K, rows_KC, members[order], number)
     ranking = evaluate_split(
-        model, table, dataset, ranks, config, "test", candidates=exchanged
+        model,
+        table,
+        dataset,
+        ranks,
+        config,
+        "test",
+        candidates=exchanged,
     )
     gains = []
     for number in domains:
-        own = metrics_of_histogram(histogram_DP[number])[HEADLINE]
-        others = metrics_of_histogram(ranking.histogram[0, number])[HEADLINE]
-        if own is None:
-            gains.append(None)
-        else:
-            gains.append(own - others)
+        own_figures = metrics_of_histogram(histogram_DP[number])
+        other_figures = metrics_of_histogram(ranking.histogram[0, number])
+        own = own_figures[HEADLINE]
+        gain = None
+        if own is not None:
+            gain = own - other_figures[HEADLINE]
+        gains.append(gain)
     return gains
 
 
@@ -195,10 +258,14 @@ def _exchange(
     Returns {user: (domain, rows)}, the other's item first.
     """
     exchanged = {}
-    for member, other in zip(members, np.roll(members, 1), strict=True):
-        rows = rows_KC[member]
+    members_before = np.roll(members, 1)
+    for member, other in zip(members, members_before, strict=True):
+        padded = rows_KC[member]
+        candidates = padded[padded >= 0]
         item = rows_KC[other, 0]
-        negatives = rows[rows >= 0][1:]
-        rows = np.append(item, negatives[negatives != item])
-        exchanged[int(user_K[member])] = (domain, rows)
+        negatives = candidates[1:]
+        negatives = negatives[negatives != item]
+        rows = np.append(item, negatives)
+        user = int(user_K[member])
+        exchanged[user] = (domain, rows)
     return exchanged

@@ -27,23 +27,33 @@ def candidate_scores(
 
     It is the candidate's training interactions, and a fraction drawn from (seed, user, item).
     counts_N: by row of M, as `item_counts` gives them. user_B, counts_B, rows_C: jagged, as
-    `Candidates` has them.
+    `Candidates` has them. Two users, the second one's candidates equally popular:
+
+        user_B      12              40
+        counts_B    3               2
+        rows_C      4   9   2       51   60
+        scores      7.3 2.8 5.1     3.4  3.9
     """
     user_C = np.repeat(user_B, counts_B)
     bits_C = random_bits(seed, RandomStream.POPULARITY_TIES, user_C, rows_C)
-    return counts_N[rows_C] + random_unit(bits_C)
+    interactions_C = counts_N[rows_C]
+    return interactions_C + random_unit(bits_C)
 
 
 def _thirds(descending: np.ndarray) -> np.ndarray:
     """HEAD, MIDDLE or TAIL of a domain's items, by their interactions, most popular first.
 
-    An item without interactions is of the TAIL.
+    An item without interactions is of the TAIL. Of 18 interactions:
+
+        descending    6    3    3    2     2     2     0
+        before        0    6    9    12    14    16    18
+        third         0    1    1    2     2     2     2
     """
     total = max(1, descending.sum())
-    before = (
-        np.cumsum(descending) - descending
-    )  # interactions of more popular items
-    third = np.minimum(TAIL, 3 * before // total)
+    # The interactions of more popular items.
+    before = np.cumsum(descending) - descending
+    third = 3 * before // total
+    third = np.minimum(TAIL, third)
     return np.where(descending > 0, third, TAIL)
 
 
@@ -100,7 +110,8 @@ class Popularity:
             right = np.searchsorted(ascending, counts, side="right")
             greater_B[in_domain_B] = len(ascending) - right
             equal_B[in_domain_B] = right - left - 1
-        user_E = np.repeat(np.arange(len(user_B)), counts_B)
+        index_B = np.arange(len(user_B))
+        user_E = np.repeat(index_B, counts_B)
         user_E, row_E = self._unique_rivals(user_E, rows_E, domain_B, row_B)
         count_E = self.counts_N[row_E]
         greater_E = count_E > count_B[user_E]
@@ -119,11 +130,17 @@ class Popularity:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The pairs (user, row) of the held-out item's domain, each once, without that item.
 
-        user_E: index of the user in the batch.
+        user_E: index of the user in the batch. Two users of domains 0 and 1, domain 1 from row 50:
+
+            row_B     4        51
+            row_E     2 55     60 60 3
+            pairs     (0, 2)   (1, 60)
         """
         rows = self.dataset.num_embeddings
-        pair_E = np.unique(user_E * rows + row_E)
+        pair_E = user_E * rows + row_E
+        pair_E = np.unique(pair_E)
         user_E, row_E = np.divmod(pair_E, rows)
-        same_domain_E = self.dataset.domain_of(row_E) == domain_B[user_E]
+        domain_E = self.dataset.domain_of(row_E)
+        same_domain_E = domain_E == domain_B[user_E]
         rival_E = same_domain_E & (row_E != row_B[user_E])
         return user_E[rival_E], row_E[rival_E]

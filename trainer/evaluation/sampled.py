@@ -47,13 +47,12 @@ if TYPE_CHECKING:
 figures = metrics_of_histogram
 _ranks = candidate_positions
 
-Model = Callable[
-    [Query, torch.Tensor], torch.Tensor
-]  # (query, rows) to (B, D, R)
-CandidatesByUser = Mapping[
-    int, tuple[int, np.ndarray]
-]  # user: (domain, rows of M)
-Advance = Callable[[int, int], object]  # called with (steps done, steps in all)
+# (query, rows) to (B, D, R).
+Model = Callable[[Query, torch.Tensor], torch.Tensor]
+# {user: (domain, rows of M)}.
+CandidatesByUser = Mapping[int, tuple[int, np.ndarray]]
+# Called with (steps done, steps in all).
+Advance = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,8 @@ class PositionCounts:
     reasons: tuple[str, ...] = ()
 
 
-Visit = Callable[
-    [Candidates, np.ndarray, np.ndarray], None
-]  # (…, position_B, scores_C)
+# Called with (…, position_B, scores_C).
+Visit = Callable[[Candidates, np.ndarray, np.ndarray], None]
 
 
 class RankingBatches(torch.utils.data.IterableDataset):
@@ -150,9 +148,8 @@ class RankingBatches(torch.utils.data.IterableDataset):
         self.both_views = both_views
         self.split = SPLITS[split]
         self.candidates = candidates
-        self.only_domain = (
-            None  # the one domain that the model knows, by number
-        )
+        # The one domain that the model knows, by number.
+        self.only_domain = None
         if self.stream.domain:
             self.only_domain = dataset.domain_number(self.stream.domain)
 
@@ -175,7 +172,11 @@ class RankingBatches(torch.utils.data.IterableDataset):
                 users = histories.read(wanted_B)
                 skipped = len(wanted_B) - len(users.number_B)
                 batch = self.build(users)
-                yield replace(batch, skipped=skipped, reasons=reasons.take())
+                yield replace(
+                    batch,
+                    skipped=skipped,
+                    reasons=reasons.take(),
+                )
         finally:
             histories.close()
 
@@ -188,9 +189,9 @@ class RankingBatches(torch.utils.data.IterableDataset):
         candidates: list[np.ndarray] = []
         (split_B,) = np.nonzero(can_be_split(users.lengths_B))
         for user in split_B:
-            items = users.items_N[
-                ends_B[user] - users.lengths_B[user] : ends_B[user]
-            ]
+            end = ends_B[user]
+            begin = end - users.lengths_B[user]
+            items = users.items_N[begin:end]
             number = users.number_B[user]
             pair = self._candidates(int(number), items)
             if pair is None:
@@ -208,7 +209,11 @@ class RankingBatches(torch.utils.data.IterableDataset):
         query = self.query(users, chosen, rows_C)
         counts_B = np.array([len(rows) for rows in candidates])
         return Candidates(
-            query, np.array(numbers), np.array(domains), counts_B, rows_C
+            query,
+            np.array(numbers),
+            np.array(domains),
+            counts_B,
+            rows_C,
         )
 
     def _candidates(
@@ -357,7 +362,10 @@ def evaluate_split(
         config.model.predicts_by_both,
     )
     built = batches_of_workers(
-        batches, config.stream, pin_memory=False, workers=workers
+        batches,
+        config.stream,
+        pin_memory=False,
+        workers=workers,
     )
     return rank_candidates(
         model, table, batches, built, ranks.device, visit, advance
@@ -422,19 +430,26 @@ def _model_scores(
     """The model's score of each candidate, float32 (C,).
 
     It is the dot product of the candidate's vector with the user's vector for the domain of the
-    held-out item.
+    held-out item. Two users with three and two candidates:
+
+        domain_B    0                   1
+        counts_B    3                   2
+        y_BR        y[0, 0]             y[1, 1]
+        user_C      0    0    0         1    1
     """
     query = move(candidates.query, device)
     rows = table(query.ids)
     y_BDR = model(query, rows)
     domain_B = torch.from_numpy(candidates.domain_B)
-    y_BR = y_BDR[torch.arange(len(y_BDR)), domain_B]
+    user_B = torch.arange(len(y_BDR))
+    y_BR = y_BDR[user_B, domain_B]
     counts_B = torch.from_numpy(candidates.counts_B).to(device)
-    user_C = torch.repeat_interleave(
-        torch.arange(len(counts_B), device=device), counts_B
-    )
+    index_B = torch.arange(len(counts_B), device=device)
+    user_C = torch.repeat_interleave(index_B, counts_B)
     candidates_CR = rows[query.interactions :]
-    return (y_BR[user_C] * candidates_CR).sum(1).float().cpu().numpy()
+    products_CR = y_BR[user_C] * candidates_CR
+    scores_C = products_CR.sum(1).float()
+    return scores_C.cpu().numpy()
 
 
 def evaluation_of(
@@ -446,13 +461,13 @@ def evaluation_of(
         by_model = metrics_of_histogram(ranking.histogram[0, number])
         by_popularity = metrics_of_histogram(ranking.histogram[1, number])
         rows.append(DomainFigures(domain.name, by_model, by_popularity))
+    model_figures = {row.name: row.model for row in rows}
+    popularity_figures = {row.name: row.popularity for row in rows}
     return Evaluation(
         kind=split,
         by_domain=rows,
-        mean=mean_figures({row.name: row.model for row in rows}),
-        popularity_mean=mean_figures(
-            {row.name: row.popularity for row in rows}
-        ),
+        mean=mean_figures(model_figures),
+        popularity_mean=mean_figures(popularity_figures),
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
@@ -463,4 +478,5 @@ def make_evaluation_record(
     kind: str, dataset: Dataset, ranking: PositionCounts, **where: Any
 ) -> dict[str, Any]:
     """The record of `evaluation_of`, which a run writes and prints. kind: the split."""
-    return evaluation_of(kind, dataset, ranking, **where).to_record()
+    evaluation = evaluation_of(kind, dataset, ranking, **where)
+    return evaluation.to_record()

@@ -31,6 +31,7 @@ _REFRESH_SECONDS = 0.25
 _GREEK = ("λ", "φ")
 _ASCII = ("lambda", "phi")
 _SECTION = "  │  "
+_SIZES = {"G": 1e9, "M": 1e6, "k": 1e3}
 _LOSSES = {
     "loss_single": "single",
     "loss_cross": "cross",
@@ -69,18 +70,24 @@ class LogColumns:
 
         A loss that the record does not have is left out; any other missing figure is a dash. Users
         that were skipped are named at the end.
+
+        0:03:20  step  50/100  epoch 0  loss 2.5000  single 2.0000  cross 1.0000  MI 0.5000
+          │  λ φ Books 0.500 -0.125, …  │  12.3k users/s  …  3.2 GB  2 users skipped
         """
         line = self._begin(record)
+        loss = record.get("loss")
         line.append("loss ")
-        line.append(format_number(record.get("loss")), "bold")
+        line.append(format_number(loss), "bold")
         for field, label in _LOSSES.items():
-            if record.get(field) is not None:
+            part = record.get(field)
+            if part is not None:
                 line.append(f"  {label} ", "dim")
-                line.append(format_number(record[field]))
+                line.append(format_number(part))
         self._append_transfer(line, record)
         self._append_speed(line, record)
-        if record.get("skipped_users"):
-            line.append(f"  {record['skipped_users']:,} users skipped", "red")
+        skipped = record.get("skipped_users")
+        if skipped:
+            line.append(f"  {skipped:,} users skipped", "red")
         return line
 
     def evaluation_line(self, record: dict[str, Any]) -> Text:
@@ -94,28 +101,35 @@ class LogColumns:
         line.append(evaluation.kind, "bold green")
         line.append("  mean", "dim")
         for metric in evaluation.metrics:
-            line.append(f"  {metric} ", "dim")
+            mean = evaluation.mean.get(metric)
             style = "bold" if metric == HEADLINE else ""
-            line.append(format_number(evaluation.mean.get(metric)), style)
+            line.append(f"  {metric} ", "dim")
+            line.append(format_number(mean), style)
         line.append(_SECTION, "dim")
         line.append(f"{HEADLINE} by domain", "dim")
         self._append_headlines(line, evaluation)
         line.append(_SECTION, "dim")
+        users = evaluation.users
         too_short = evaluation.too_short or 0
-        line.append(f"{evaluation.users:,} users, {too_short:,} too short")
-        if evaluation.skipped_users:
-            line.append(f", {evaluation.skipped_users:,} skipped", "red")
+        skipped = evaluation.skipped_users
+        line.append(f"{users:,} users, {too_short:,} too short")
+        if skipped:
+            line.append(f", {skipped:,} skipped", "red")
         return line
 
     def _begin(self, record: dict[str, Any]) -> Text:
-        """The clock, the step of all steps, and the epoch: what every line begins with."""
+        """The clock, the step of all steps, and the epoch: what every line begins with.
+
+        0:03:20  step  50/100  epoch 0
+        """
         width = len(str(self.total_steps))
+        clock = format_duration(record.get("seconds") or 0)
+        step = record["step"]
+        epoch = record.get("epoch", 0)
         line = Text()
-        line.append(format_duration(record.get("seconds") or 0) + "  ", "dim")
-        line.append(
-            f"step {record['step']:>{width}}/{self.total_steps}", "bold"
-        )
-        line.append(f"  epoch {record.get('epoch', 0)}  ", "dim")
+        line.append(f"{clock}  ", "dim")
+        line.append(f"step {step:>{width}}/{self.total_steps}", "bold")
+        line.append(f"  epoch {epoch}  ", "dim")
         return line
 
     def _append_transfer(self, line: Text, record: dict[str, Any]) -> None:
@@ -123,6 +137,8 @@ class LogColumns:
 
         A run without loss correction has no λ, and its lines show φ alone. A φ below 0, negative
         transfer, is red.
+
+          │  λ φ Books 0.500 -0.125, Toys 0.500 -0.125
         """
         weights = _present(record.get("lambda"))
         gaps = _present(record.get("phi"))
@@ -132,20 +148,26 @@ class LogColumns:
                 shown.append(domain)
         if shown:
             line.append(_SECTION, "dim")
-            head = " ".join(self.symbols) if weights else self.symbols[1]
+            _, gap_symbol = self.symbols
+            head = " ".join(self.symbols) if weights else gap_symbol
             line.append(head, "dim")
         for index, domain in enumerate(shown):
             _append_name(line, index, domain)
             if weights:
-                line.append(" " + format_number(weights.get(domain), ".3f"))
+                weight = format_number(weights.get(domain), ".3f")
+                line.append(f" {weight}")
             gap = gaps.get(domain)
-            negative = gap is not None and gap < 0
-            line.append(
-                " " + format_number(gap, "+.3f"), "red" if negative else ""
-            )
+            style = ""
+            if gap is not None and gap < 0:
+                style = "red"
+            shown_gap = format_number(gap, "+.3f")
+            line.append(f" {shown_gap}", style)
 
     def _append_speed(self, line: Text, record: dict[str, Any]) -> None:
-        """Users and tokens per second, the share of the time spent waiting for data, and memory."""
+        """Users and tokens per second, the share of the time spent waiting for data, and memory.
+
+        │  12.3k users/s  4.56M tokens/s  wait 3.1%  3.2 GB
+        """
         users = _short_number(record.get("users_per_second"))
         tokens = _short_number(record.get("tokens_per_second"))
         wait = format_number(record.get("data_wait"), ".1%")
@@ -156,22 +178,29 @@ class LogColumns:
         )
 
     def _append_headlines(self, line: Text, evaluation: Evaluation) -> None:
-        """NDCG@10 of each domain that was evaluated."""
-        evaluated = {row.name: row for row in evaluation.by_domain}
-        shown = [domain for domain in self.domains if domain in evaluated]
+        """NDCG@10 of each domain that was evaluated: " Books 0.3000, Toys 0.2000"."""
+        headlines = {}
+        for row in evaluation.by_domain:
+            headlines[row.name] = row.headline
+        shown = [domain for domain in self.domains if domain in headlines]
         for index, domain in enumerate(shown):
+            figure = format_number(headlines[domain])
             _append_name(line, index, domain)
-            line.append(" " + format_number(evaluated[domain].headline))
+            line.append(f" {figure}")
 
 
 def _append_name(line: Text, index: int, domain: str) -> None:
     """A domain's name as the one after `index` others."""
-    line.append(", " if index else " ", "dim")
+    separator = ", " if index else " "
+    line.append(separator, "dim")
     line.append(escape_name(domain), "cyan")
 
 
 def _present(by_domain: dict[str, float | None] | None) -> dict[str, float]:
-    """The domains that have a figure."""
+    """The domains that have a figure.
+
+    {"Books": 0.5, "Toys": None} gives {"Books": 0.5}.
+    """
     present = {}
     for domain, value in (by_domain or {}).items():
         if value is not None:
@@ -189,6 +218,7 @@ class ProgressBar:
     """
 
     def __init__(self, console: Console, total_steps: int, completed: int):
+        on_terminal = console.is_interactive and console.file.isatty()
         self._bar = Progress(
             TextColumn("{task.fields[loss]}"),
             BarColumn(bar_width=None),
@@ -200,7 +230,7 @@ class ProgressBar:
             expand=True,
             auto_refresh=False,  # no thread beside the training: `advance` draws
             speed_estimate_period=600,
-            disable=not (console.is_interactive and console.file.isatty()),
+            disable=not on_terminal,
         )
         self._total_steps = total_steps
         self._completed = completed
@@ -208,7 +238,10 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         self._bar.start()
         self._task = self._bar.add_task(
-            "train", total=self._total_steps, completed=self._completed, loss=""
+            "train",
+            total=self._total_steps,
+            completed=self._completed,
+            loss="",
         )
         self._refreshed = time.monotonic()
         return self
@@ -219,13 +252,15 @@ class ProgressBar:
 
     def show_loss(self, loss: float | None) -> None:
         """Shows the newest loss beside the bar."""
-        self._bar.update(self._task, loss=f"loss {format_number(loss, '.4f')}")
+        figure = format_number(loss, ".4f")
+        self._bar.update(self._task, loss=f"loss {figure}")
 
     def advance(self, steps: int) -> None:
         """Moves the bar, and draws it where the last drawing is some time ago."""
         self._bar.advance(self._task, steps)
         now = time.monotonic()
-        if now - self._refreshed >= _REFRESH_SECONDS:
+        waited = now - self._refreshed
+        if waited >= _REFRESH_SECONDS:
             self._refreshed = now
             self._bar.refresh()
 
@@ -248,29 +283,38 @@ def evaluation_table(record: dict[str, Any]) -> Table:
         mean         10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
     """
     evaluation = Evaluation.from_record(record)
-    table = new_table(
-        f"{evaluation.kind.capitalize()} at step {evaluation.step:,}"
+    split = evaluation.kind.capitalize()
+    table = new_table(f"{split} at step {evaluation.step:,}")
+    skipped = evaluation.skipped_users
+    if skipped:
+        table.caption = f"{skipped:,} users could not be read and are left out"
+    table.add_column(
+        "domain",
+        overflow="fold",
+        vertical="bottom",
     )
-    if evaluation.skipped_users:
-        table.caption = f"{evaluation.skipped_users:,} users could not be read and are left out"
-    table.add_column("domain", overflow="fold", vertical="bottom")
-    for name in ("users", *evaluation.metrics, *comparison_columns(evaluation)):
+    columns = [
+        "users",
+        *evaluation.metrics,
+        *comparison_columns(evaluation),
+    ]
+    for name in columns:
+        style = "bold" if name == HEADLINE else ""
         table.add_column(
             stacked_header(name),
             justify="right",
             no_wrap=True,
-            style="bold" if name == HEADLINE else "",
+            style=style,
         )
     for row in evaluation.by_domain:
+        name = Text(escape_name(row.name))
         cells = _domain_cells(evaluation, row)
-        table.add_row(Text(escape_name(row.name)), f"{row.users:,}", *cells)
+        table.add_row(name, f"{row.users:,}", *cells)
     table.add_section()
-    means = DomainFigures(
-        "mean", evaluation.mean, evaluation.popularity_mean or {}
-    )
-    table.add_row(
-        "mean", f"{evaluation.users:,}", *_domain_cells(evaluation, means)
-    )
+    popularity_mean = evaluation.popularity_mean or {}
+    means = DomainFigures("mean", evaluation.mean, popularity_mean)
+    cells = _domain_cells(evaluation, means)
+    table.add_row("mean", f"{evaluation.users:,}", *cells)
     return table
 
 
@@ -282,17 +326,25 @@ def comparison_columns(evaluation: Evaluation) -> Iterable[str]:
 
 
 def _domain_cells(evaluation: Evaluation, row: DomainFigures) -> list[str]:
-    """The metrics of a row, and the comparison with popularity where the table has one."""
+    """The metrics of a row, and the comparison with popularity where the table has one.
+
+    ["0.2500", "0.2500", "0.2500", "0.2500", "0.2500", "0.1250", "×2.00"]
+    """
     cells = metric_cells(row.model, evaluation.metrics)
     if evaluation.has_popularity:
-        cells.append(format_number(row.popularity_headline))
-        cells.append(format_ratio(row.headline, row.popularity_headline))
+        popularity = row.popularity_headline
+        cells.append(format_number(popularity))
+        cells.append(format_ratio(row.headline, popularity))
     return cells
 
 
 def metric_cells(figures: Figures, metrics: Iterable[str]) -> list[str]:
-    """Metrics as a table shows them."""
-    return [format_number(figures.get(metric)) for metric in metrics]
+    """Metrics as a table shows them: "0.2500", or a dash where there is none."""
+    cells = []
+    for metric in metrics:
+        value = figures.get(metric)
+        cells.append(format_number(value))
+    return cells
 
 
 def new_table(title: str, caption: str | None = None) -> Table:
@@ -316,7 +368,8 @@ def stacked_header(name: str) -> str:
                        NDCG
                        @10
     """
-    return name.replace(" ", "\n").replace("@", "\n@")
+    words = name.replace(" ", "\n")
+    return words.replace("@", "\n@")
 
 
 def escape_name(text: str) -> str:
@@ -326,38 +379,56 @@ def escape_name(text: str) -> str:
         if not character.isprintable():
             character = "\N{REPLACEMENT CHARACTER}"
         characters.append(character)
-    return "".join(characters) or "(no name)"
+    escaped = "".join(characters)
+    return escaped or "(no name)"
 
 
 def format_ratio(value: float | None, baseline: float | None) -> str:
     """How many times the baseline a value is: "×3.2", or a dash where that has no meaning."""
     if value is None or not baseline:
         return "–"
-    return f"×{value / baseline:.2f}"
+    ratio = value / baseline
+    return f"×{ratio:.2f}"
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, with the days before it from one day on."""
-    seconds = int(seconds)
-    days, rest = divmod(seconds, 86400)
-    clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    """Seconds as h:mm:ss, with the days before it from one day on.
+
+    200       0:03:20
+    90000     1d 1:00:00
+    """
+    days, rest = divmod(int(seconds), 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, seconds = divmod(rest, 60)
+    clock = f"{hours}:{minutes:02d}:{seconds:02d}"
     if days > 0:
         return f"{days}d {clock}"
     return clock
 
 
 def format_number(value: float | None, form: str = ".4f") -> str:
-    """A number for a table, by default as metrics are shown; a dash where there is none."""
+    """A number for a table, by default as metrics are shown; a dash where there is none.
+
+    value     form     text
+    0.25      .4f      0.2500
+    -0.125    +.3f     -0.125
+    None      .4f      –
+    """
     if value is None:
         return "–"
     return format(value, form)
 
 
 def _short_number(value: float | None) -> str:
-    """Three digits and a letter: 12.3k."""
+    """Three digits and a letter.
+
+    12345      12.3k
+    4560000    4.56M
+    """
     if value is None:
         return "–"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for letter, size in _SIZES.items():
         if value >= size:
-            return f"{value / size:.3g}{letter}"
+            shortened = value / size
+            return f"{shortened:.3g}{letter}"
     return f"{value:.3g}"

@@ -15,11 +15,8 @@ from trainer.reporting.console import (
     stacked_header,
 )
 
-METRICS = (
-    "HR@10",
-    "NDCG@10",
-    "MRR",
-)  # the record has more, 80 columns have not
+# The record has more, 80 columns have not.
+METRICS = ("HR@10", "NDCG@10", "MRR")
 
 
 def full_tables(record: dict[str, Any]) -> list[Table]:
@@ -64,12 +61,18 @@ def _table_of(
     table = new_table(title, caption)
     first, *others = columns
     table.add_column(
-        stacked_header(first), overflow="fold", min_width=9, vertical="bottom"
+        stacked_header(first),
+        overflow="fold",
+        min_width=9,
+        vertical="bottom",
     )
     for column in others:
         header = stacked_header(column)
         table.add_column(
-            header, justify="right", no_wrap=True, vertical="bottom"
+            header,
+            justify="right",
+            no_wrap=True,
+            vertical="bottom",
         )
     return table
 

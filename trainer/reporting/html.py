@@ -108,5 +108,11 @@ def render_sections(
             )
             plot = Markup(html)
             library = False
-        pages.append({"title": title, "text": text, "plot": plot})
+        pages.append(
+            {
+                "title": title,
+                "text": text,
+                "plot": plot,
+            }
+        )
     return pages

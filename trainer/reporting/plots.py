@@ -35,7 +35,18 @@ _DARK = "#1f2933"
 _GREY = "#8593a3"
 _GRID = "#e9edf1"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-_SMALL_MARGIN = {"l": 48, "r": 16, "t": 40, "b": 40}
+_MARGIN = {
+    "l": 64,
+    "r": 16,
+    "t": 16,
+    "b": 48,
+}
+_SMALL_MARGIN = {
+    "l": 48,
+    "r": 16,
+    "t": 40,
+    "b": 40,
+}
 
 Record = dict[str, Any]
 
@@ -207,7 +218,8 @@ def pairs_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
     """A small plot for each domain: its single-domain loss grey, its cross-domain loss coloured."""
     drawn = []
     for domain in domains:
-        if np.isfinite(series(train, "cross_by_domain", domain.name)).any():
+        values = series(train, "cross_by_domain", domain.name)
+        if np.isfinite(values).any():
             drawn.append(domain)
     if not drawn:
         return None
@@ -216,10 +228,11 @@ def pairs_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
         columns = 3
     rows = -(-len(drawn) // columns)
     height = 90 + 210 * rows
+    titles = [domain.label for domain in drawn]
     figure = make_subplots(
         rows,
         columns,
-        subplot_titles=[domain.label for domain in drawn],
+        subplot_titles=titles,
         vertical_spacing=60 / height,
         horizontal_spacing=0.05,
     )
@@ -249,7 +262,8 @@ def validation_plot(
     for domain in domains:
         values = []
         for evaluation in evaluations:
-            values.append(evaluation.figures_of(domain.name).headline)
+            figures = evaluation.figures_of(domain.name)
+            values.append(figures.headline)
         if _any_value(values):
             figure.add_scatter(
                 x=steps,
@@ -262,15 +276,20 @@ def validation_plot(
     if not figure.data:
         return None
     if len(domains) > 1:
+        means = [evaluation.mean_ndcg for evaluation in evaluations]
         figure.add_scatter(
             x=steps,
-            y=[evaluation.mean_ndcg for evaluation in evaluations],
+            y=means,
             mode="lines+markers",
             name="mean",
             line={"color": _DARK, "width": 3.5},
             marker={"size": 8},
         )
-    upright = {"color": _GREY, "dash": "dot", "width": 1.5}
+    upright = {
+        "color": _GREY,
+        "dash": "dot",
+        "width": 1.5,
+    }
     figure.add_vline(x=best["step"], line=upright)
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(rangemode="tozero", tickformat=".2f")
@@ -300,15 +319,29 @@ def metrics_plot(
         return None
     if len(domains) > 1:
         means = [evaluation.mean.get(metric) for metric in metrics]
-        figure.add_bar(x=metrics, y=means, name="mean", marker_color=_DARK)
+        figure.add_bar(
+            x=metrics,
+            y=means,
+            name="mean",
+            marker_color=_DARK,
+        )
     figure.update_traces(yhoverformat=".4f", showlegend=True)
     figure.update_yaxes(tickformat=".2f")
-    finish_figure(figure, 400, bargap=0.25, bargroupgap=0.08)
-    return figure.update_xaxes(title=None, tickformat=None, showgrid=False)
+    finish_figure(
+        figure,
+        400,
+        bargap=0.25,
+        bargroupgap=0.08,
+    )
+    return figure.update_xaxes(
+        title=None,
+        tickformat=None,
+        showgrid=False,
+    )
 
 
 def _bar_marker(domain: Style) -> dict[str, Any]:
-    """The colour and the hatching of a domain's bars."""
+    """The colour and the hatching of a domain's bars, as Plotly takes them."""
     pattern = {
         "shape": domain.hatch,
         "fgcolor": "white",
@@ -333,13 +366,19 @@ def gates_plot(gates: dict[str, Any]) -> go.Figure | None:
     rows = []
     cells = []
     for view, label in labels.items():
-        for name, weights in (gates.get(view) or {}).items():
-            rows.append(label.format(assign_styles([name])[0].label))
+        by_domain = gates.get(view) or {}
+        for name, weights in by_domain.items():
+            (style,) = assign_styles([name])
+            rows.append(label.format(style.label))
             cells.append(weights)
     if not cells:
         return None
-    experts = [f"expert {number}" for number in range(1, len(cells[0]) + 1)]
+    experts = []
+    for index in range(len(cells[0])):
+        experts.append(f"expert {index + 1}")
     greatest = max(max(weights) for weights in cells)
+    # Even weights are half as dark as can be.
+    twice_even = 2 / len(experts)
     heatmap = go.Heatmap(
         z=cells,
         x=experts,
@@ -350,14 +389,16 @@ def gates_plot(gates: dict[str, Any]) -> go.Figure | None:
         hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>",
         colorscale=[[0, "#ffffff"], [1, _BLUE]],
         zmin=0,
-        zmax=max(
-            2 / len(experts), greatest
-        ),  # even weights are half as dark as can be
+        zmax=max(twice_even, greatest),
         showscale=False,
     )
     figure = go.Figure(heatmap)
     finish_figure(figure, 120 + 34 * len(rows), hovermode="closest")
-    figure.update_xaxes(title=None, tickformat=None, side="top")
+    figure.update_xaxes(
+        title=None,
+        tickformat=None,
+        side="top",
+    )
     return figure.update_yaxes(autorange="reversed")
 
 
@@ -368,13 +409,22 @@ def final_weights_plot(
     shown = [domain for domain in domains if domain.name in weights]
     if not shown:
         return None
+    colours = []
+    hatches = []
+    shown_weights = []
+    labels = []
+    for domain in shown:
+        colours.append(domain.colour)
+        hatches.append(domain.hatch)
+        shown_weights.append(weights[domain.name])
+        labels.append(domain.label)
     marker = {
-        "color": [domain.colour for domain in shown],
-        "pattern": {"shape": [domain.hatch for domain in shown]},
+        "color": colours,
+        "pattern": {"shape": hatches},
     }
     bars = go.Bar(
-        x=[weights[domain.name] for domain in shown],
-        y=[domain.label for domain in shown],
+        x=shown_weights,
+        y=labels,
         orientation="h",
         marker=marker,
         texttemplate="%{x:.3f}",
@@ -382,9 +432,18 @@ def final_weights_plot(
     )
     figure = go.Figure(bars)
     finish_figure(figure, 90 + 34 * len(shown), hovermode="closest")
-    upright = {"color": _DARK, "width": 1.5, "dash": "dot"}
-    figure.add_vline(x=1 / len(weights), line=upright)
-    figure.update_xaxes(title=None, rangemode="tozero", tickformat=".2~f")
+    upright = {
+        "color": _DARK,
+        "width": 1.5,
+        "dash": "dot",
+    }
+    equal_weight = 1 / len(weights)
+    figure.add_vline(x=equal_weight, line=upright)
+    figure.update_xaxes(
+        title=None,
+        rangemode="tozero",
+        tickformat=".2~f",
+    )
     return figure.update_yaxes(autorange="reversed")
 
 
@@ -395,11 +454,18 @@ def panels_plot(
     titles = [panel.title for panel in panels]
     figure = make_subplots(1, len(panels), subplot_titles=titles)
     for column, panel in enumerate(panels, start=1):
-        options = {"row": 1, "col": column, "smooth": panel.noisy}
+        options = {
+            "row": 1,
+            "col": column,
+            "smooth": panel.noisy,
+        }
         for field, colour in zip(panel.fields, (_DARK, _ORANGE), strict=False):
             _draw(figure, train, field, field, {"color": colour}, **options)
         figure.update_yaxes(
-            tickformat=panel.form, rangemode="tozero", row=1, col=column
+            tickformat=panel.form,
+            rangemode="tozero",
+            row=1,
+            col=column,
         )
     return _finish_panels(figure, 300)
 
@@ -431,7 +497,10 @@ def thin(
 def _moving_mean(values: np.ndarray) -> np.ndarray:
     """The centred moving mean over a share of the run; the values themselves if there are few.
 
-    It passes over gaps and is narrower at both ends.
+    It passes over gaps and is narrower at both ends. Of a width of three:
+
+        values         1.0  3.0  NaN  5.0
+        moving mean    2.0  2.0  NaN  5.0
     """
     width = round(len(values) * _SMOOTHING_SHARE)
     if width < 3:
@@ -439,8 +508,10 @@ def _moving_mean(values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     kernel = np.ones(width)
     counts = np.convolve(finite, kernel, mode="same")
-    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+    filled = np.where(finite, values, 0.0)
+    sums = np.convolve(filled, kernel, mode="same")
+    means = sums / np.maximum(counts, 1)
+    return np.where(finite, means, np.nan)
 
 
 def _draw(
@@ -463,7 +534,8 @@ def _draw(
     values = series(records, field, domain)
     if not np.isfinite(values).any():
         return
-    steps = np.array([record["step"] for record in records], dtype=np.int64)
+    logged_steps = [record["step"] for record in records]
+    steps = np.array(logged_steps, dtype=np.int64)
     steps, values = thin(steps, values)
     bold = _moving_mean(values) if smooth else values
     common = {
@@ -495,7 +567,10 @@ def _draw(
 
 
 def _range_with_zero(figure: go.Figure) -> tuple[float, float]:
-    """The range of an axis on which 0 and all lines are in view, with a margin."""
+    """The range of an axis on which 0 and all lines are in view, with a margin.
+
+    Lines from −0.5 to 1.5 give −0.62 to 1.62.
+    """
     lowest, highest = _range(figure)
     low = min(lowest, -0.1 * abs(highest))
     high = max(highest, 0.1 * abs(lowest))
@@ -506,13 +581,19 @@ def _range_with_zero(figure: go.Figure) -> tuple[float, float]:
 def _range(figure: go.Figure) -> tuple[float, float]:
     """The lowest and highest of the lines.
 
-    Of faint lines the outermost hundredths do not count: one spike flattens nothing.
+    Of faint lines the outermost hundredths do not count: one spike flattens nothing. One line, and
+    the faint one below it with a spike:
+
+        bold     −0.2 … 0.9
+        faint    −0.5 … 1.5, and once 40
+        range    −0.5 … 1.5
     """
     lows = []
     highs = []
     for trace in figure.data:
         edge = 1 if trace.opacity else 0
-        values = np.asarray(trace.y)[np.isfinite(trace.y)]
+        values = np.asarray(trace.y)
+        values = values[np.isfinite(trace.y)]
         lows.append(np.percentile(values, edge))
         highs.append(np.percentile(values, 100 - edge))
     return float(min(lows)), float(max(highs))
@@ -525,33 +606,56 @@ def finish_figure(
     if not figure.data:
         return None
     defaults = {
-        "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
+        "margin": _MARGIN,
         "hovermode": "x unified",
     }
+    options = defaults | layout
     figure.update_layout(
         template="plotly_white",
         height=height,
-        font={"family": _FONT, "size": 13, "color": _DARK},
+        font={
+            "family": _FONT,
+            "size": 13,
+            "color": _DARK,
+        },
         hoverlabel={"namelength": -1},
-        **(defaults | layout),
+        **options,
     )
     figure.update_layout(legend_tracegroupgap=0)
+    title = {
+        "text": "step",
+        "font": {"size": 13},
+        "standoff": 8,
+    }
     figure.update_xaxes(
         gridcolor=_GRID,
         zeroline=False,
         tickformat=",d",
         exponentformat="none",
-        title={"text": "step", "font": {"size": 13}, "standoff": 8},
+        title=title,
     )
-    return figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
+    return figure.update_yaxes(
+        gridcolor=_GRID,
+        zeroline=False,
+        automargin=True,
+    )
 
 
 def _finish_panels(figure: go.Figure, height: int) -> go.Figure | None:
     """`finished` for small plots: narrow margins, no legend, few ticks."""
     if (
-        finish_figure(figure, height, margin=_SMALL_MARGIN, showlegend=False)
+        finish_figure(
+            figure,
+            height,
+            margin=_SMALL_MARGIN,
+            showlegend=False,
+        )
         is None
     ):
         return None
     figure.update_annotations(font={"size": 13, "color": _DARK})
-    return figure.update_xaxes(title=None, nticks=5, tickformat="~s")
+    return figure.update_xaxes(
+        title=None,
+        nticks=5,
+        tickformat="~s",
+    )

@@ -126,9 +126,12 @@ class RunLog:
             return
         record = self._append({"kind": "train", **record})
         if self._tensorboard is not None:
-            self._tensorboard.add(_train_scalars(record), record["step"])
-        self._bar.show_loss(record.get("loss"))
-        self._print(self._columns.train_line(record))
+            scalars = _train_scalars(record)
+            self._tensorboard.add(scalars, record["step"])
+        loss = record.get("loss")
+        self._bar.show_loss(loss)
+        line = self._columns.train_line(record)
+        self._print(line)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Logs one evaluation; `record` as the module says, `kind` "validation" or "test"."""
@@ -136,8 +139,10 @@ class RunLog:
             return
         record = self._append(record)
         if self._tensorboard is not None:
-            self._tensorboard.add(_evaluation_scalars(record), record["step"])
-        self._print(self._columns.evaluation_line(record))
+            scalars = _evaluation_scalars(record)
+            self._tensorboard.add(scalars, record["step"])
+        line = self._columns.evaluation_line(record)
+        self._print(line)
 
     def advance(self, steps: int) -> None:
         """Moves the bar by `steps`."""
@@ -153,8 +158,11 @@ class RunLog:
             return
         lines = []
         for line in text.splitlines():
-            lines.append(escape_name(line) if line else "")
-        self._print(Text("\n".join(lines)))
+            if line:
+                line = escape_name(line)
+            lines.append(line)
+        escaped = "\n".join(lines)
+        self._print(Text(escaped))
 
     def _append(self, record: dict[str, Any]) -> dict[str, Any]:
         """Writes a record, and returns it in Python's own types."""
@@ -165,7 +173,11 @@ class RunLog:
         return record
 
     def _print(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True, highlight=False)
+        self._console.print(
+            text,
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 class TensorBoard:
@@ -183,7 +195,9 @@ class TensorBoard:
         # they no longer count.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=purge_step, flush_secs=30
+            str(folder / "tensorboard"),
+            purge_step=purge_step,
+            flush_secs=30,
         )
 
     def add(self, scalars: dict[str, float | None], step: int) -> None:
@@ -203,7 +217,8 @@ def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     for field, tag in _TENSORBOARD_TAGS.items():
         scalars[tag] = record.get(field)
     for field in _BY_DOMAIN:
-        for domain, value in (record.get(field) or {}).items():
+        by_domain = record.get(field) or {}
+        for domain, value in by_domain.items():
             scalars[f"{field}/{domain}"] = value
     return scalars
 
@@ -216,12 +231,12 @@ def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     """
     evaluation = Evaluation.from_record(record)
     scalars = {}
+    split = evaluation.kind
     for metric in evaluation.metrics:
-        scalars[f"{evaluation.kind} mean/{metric}"] = evaluation.mean.get(
-            metric
-        )
+        mean_tag = f"{split} mean/{metric}"
+        scalars[mean_tag] = evaluation.mean.get(metric)
         for row in evaluation.by_domain:
-            tag = f"{evaluation.kind} {metric}/{row.name}"
+            tag = f"{split} {metric}/{row.name}"
             scalars[tag] = row.model.get(metric)
     return scalars
 
@@ -245,11 +260,20 @@ def open_metrics(folder: Path, resume_step: int | None = None) -> TextIO:
 
 
 def _rewind(path: Path, resume_step: int) -> None:
-    """Removes the records of later steps, and of a test, by an atomic rename."""
+    """Removes the records of later steps, and of a test, by an atomic rename. To step 20:
+
+    kind          step
+    train         10      stays
+    validation    20      stays
+    train         30      goes
+    test          20      goes
+    """
     lines = []
     for record in read_records(path):
-        if record["step"] <= resume_step and record["kind"] != "test":
-            lines.append(_line(record))
+        is_later = record["step"] > resume_step
+        if is_later or record["kind"] == "test":
+            continue
+        lines.append(_line(record))
     temporary = path.with_name(METRICS_FILE + ".new")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -285,7 +309,8 @@ def _is_record(value: Any) -> bool:
     """Whether a JSON value has what every record has: a kind, and a step that is an integer."""
     if not isinstance(value, dict):
         return False
-    return isinstance(value.get("step"), int) and "kind" in value
+    step = value.get("step")
+    return isinstance(step, int) and "kind" in value
 
 
 def count_skipped_users(records: list[dict[str, Any]]) -> int:
@@ -312,13 +337,20 @@ def skipped_sentence(users: int) -> str:
 
 def _line(record: dict[str, Any]) -> str:
     """A record as a line of metrics.jsonl."""
-    return json.dumps(record, allow_nan=False) + "\n"
+    text = json.dumps(record, allow_nan=False)
+    return f"{text}\n"
 
 
 def _plain(value: Any) -> Any:
-    """Python's own types all the way down; anything that is not a finite number becomes None."""
+    """Python's own types all the way down; anything that is not a finite number becomes None.
+
+    {"loss": tensor(2.5), "phi": {"Books": nan}} gives {"loss": 2.5, "phi": {"Books": None}}.
+    """
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        plain = {}
+        for key, item in value.items():
+            plain[str(key)] = _plain(item)
+        return plain
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if hasattr(value, "item"):

@@ -61,7 +61,11 @@ class RunRecords:
         train = _of_kind(records, "train")
         validations = _of_kind(records, "validation")
         tests = _of_kind(records, "test")
-        best = max(validations, key=_mean_ndcg, default=None)
+        best = max(
+            validations,
+            key=_mean_ndcg,
+            default=None,
+        )
         test = tests[-1] if tests else None
         return cls(records, train, validations, best, test)
 
@@ -82,18 +86,26 @@ class RunRecords:
         )
         for record in self.every:
             for field in fields:
-                names |= dict.fromkeys(record.get(field) or {})
+                by_domain = record.get(field) or {}
+                names |= dict.fromkeys(by_domain)
         return list(names)
 
     def seconds(self) -> float:
-        """Seconds over all records; a clock that goes back was started anew by a resume."""
+        """Seconds over all records; a clock that goes back was started anew by a resume.
+
+        seconds of the records    10    20    5    15
+        total                     10    20    25   35
+        """
         total = 0.0
         before = 0.0
         for record in self.every:
             now = record.get("seconds")
             if now is None:
                 continue
-            total += now - before if now >= before else now
+            if now >= before:
+                total += now - before
+            else:
+                total += now
             before = now
         return total
 
@@ -105,7 +117,9 @@ def _of_kind(records: list[Record], kind: str) -> list[Record]:
 def _mean_ndcg(record: Record) -> float:
     """The key by which the best validation is chosen."""
     value = record["mean"].get(HEADLINE)
-    return -1.0 if value is None else value
+    if value is None:
+        return -1.0
+    return value
 
 
 def write_report(folder: Path) -> Path:
@@ -122,18 +136,20 @@ def write_report(folder: Path) -> Path:
         )
     records = RunRecords.read(file)
     domains = plots.assign_styles(records.domain_names())
+    names = [domain.name for domain in domains]
     look = _read_json(folder / LOOK) or {}
+    items = look.get("items") or []
     page = load_template(Path(__file__).with_name("report.html.jinja"))
     text = page.render(
         name=folder.resolve().name,
         cards=_cards(records),
         skipped=_skipped(records.train),
-        findings=_findings(records.train, [domain.name for domain in domains]),
+        findings=_findings(records.train, names),
         last_share=f"{LAST_SHARE:.0%}",
         final=_final_table(records.final, domains),
         full=_full_tables(folder),
         sections=_sections(records, look, domains),
-        nearest=_nearest_items(look.get("items") or []),
+        nearest=_nearest_items(items),
         thinning=_thinning(len(records.train)),
         config=_config_text(folder),
     )
@@ -223,20 +239,26 @@ def _evaluation_sections(
 
 def _look_sections(look: Record, domains: list[plots.Style]) -> list[Section]:
     """Plots of what the best model is like, where it has been inspected and has such parts."""
+    gates = look.get("gates") or {}
+    weights = look.get("lambda") or {}
     sections = [
         (
             "Gates: which experts a domain uses",
             "The mean weight of each expert in the best model: of the cross-domain gate by the "
             "domain of a token's item, and of each domain's own gate.",
-            plots.gates_plot(look.get("gates") or {}),
+            plots.gates_plot(gates),
         ),
         (
             "λ in the end",
             "Of the best model. The line is what equal weights would be.",
-            plots.final_weights_plot(look.get("lambda") or {}, domains),
+            plots.final_weights_plot(weights, domains),
         ),
     ]
-    return [section for section in sections if section[2] is not None]
+    drawn = []
+    for title, text, plot in sections:
+        if plot is not None:
+            drawn.append((title, text, plot))
+    return drawn
 
 
 def _speed_sections(train: list[Record]) -> list[Section]:
@@ -300,11 +322,12 @@ def _test_card(test: Record | None) -> tuple[str, str, str]:
     if not test:
         return title, "–", "no test yet"
     evaluation = Evaluation.from_record(test)
+    mean = evaluation.mean_ndcg
     note = "mean"
-    ratio = format_ratio(evaluation.mean_ndcg, evaluation.popularity_mean_ndcg)
+    ratio = format_ratio(mean, evaluation.popularity_mean_ndcg)
     if ratio != "–":
         note = f"mean, {ratio} popularity"
-    return title, format_number(evaluation.mean_ndcg), note
+    return title, format_number(mean), note
 
 
 def _validation_card(best: Record | None) -> tuple[str, str, str]:
@@ -335,13 +358,19 @@ def _findings(train: list[Record], names: list[str]) -> list[str]:
 
     Domains' figures are means over the last LAST_SHARE of the train lines.
     """
-    lines = max(1, round(len(train) * LAST_SHARE))
+    lines = round(len(train) * LAST_SHARE)
+    lines = max(1, lines)
     last = train[-lines:]
+    gaps = _means(last, "phi", names)
+    weights = _means(last, "lambda", names)
     sentences = [
-        *_gap_sentences(_means(last, "phi", names), names),
-        *_weight_sentences(_means(last, "lambda", names)),
+        *_gap_sentences(gaps, names),
+        *_weight_sentences(weights),
     ]
-    lost = [record["step"] for record in train if record.get("loss") is None]
+    lost = []
+    for record in train:
+        if record.get("loss") is None:
+            lost.append(record["step"])
     if lost:
         count = f"{len(lost):,} of {len(train):,} train lines"
         sentences.append(
@@ -372,9 +401,13 @@ def _gap_sentences(gaps: dict[str, float], names: list[str]) -> list[str]:
         sentences.append(
             "No domain ended with negative transfer: no mean φ is below 0."
         )
-    absent = [escape_name(name) for name in names if name not in gaps]
+    absent = []
+    for name in names:
+        if name not in gaps:
+            absent.append(escape_name(name))
     if absent:
-        sentences.append(f"No φ was logged at the end for {', '.join(absent)}.")
+        listed = ", ".join(absent)
+        sentences.append(f"No φ was logged at the end for {listed}.")
     return sentences
 
 
@@ -386,9 +419,11 @@ def _weight_sentences(weights: dict[str, float]) -> list[str]:
     if len(weights) < 2:
         return []
     name = min(weights, key=weights.get)
-    equal = sum(weights.values()) / len(weights)
+    smallest = weights[name]
+    total = sum(weights.values())
+    equal = total / len(weights)
     return [
-        f"Smallest λ: {escape_name(name)} with {weights[name]:.3f}; "
+        f"Smallest λ: {escape_name(name)} with {smallest:.3f}; "
         f"equal weights would be {equal:.3f}."
     ]
 
@@ -396,7 +431,12 @@ def _weight_sentences(weights: dict[str, float]) -> list[str]:
 def _means(
     records: list[Record], field: str, names: list[str]
 ) -> dict[str, float]:
-    """The mean of a field by domain, of domains that have a figure."""
+    """The mean of a field by domain, of domains that have a figure. Of two records' "phi":
+
+    {"Books": 0.1, "Toys": null}
+    {"Books": 0.3}
+    means {"Books": 0.2}
+    """
     means = {}
     for name in names:
         values = plots.series(records, field, name)
@@ -427,16 +467,29 @@ def _final_table(
         users += figures.users
         cells = _final_cells(evaluation, figures, figures.users)
         rows.append(
-            {"label": escape_name(domain.name), "style": domain, "cells": cells}
+            {
+                "label": escape_name(domain.name),
+                "style": domain,
+                "cells": cells,
+            }
         )
-    means = DomainFigures(
-        "mean", evaluation.mean, evaluation.popularity_mean or {}
-    )
+    popularity_mean = evaluation.popularity_mean or {}
+    means = DomainFigures("mean", evaluation.mean, popularity_mean)
     cells = _final_cells(evaluation, means, users)
-    rows.append({"label": "mean", "style": None, "cells": cells})
-    kind = "Test" if evaluation.kind == "test" else "Best validation so far"
+    rows.append(
+        {
+            "label": "mean",
+            "style": None,
+            "cells": cells,
+        }
+    )
+    kind = "Best validation so far"
+    if evaluation.kind == "test":
+        kind = "Test"
     columns = ["users", *evaluation.metrics]
-    headline = columns.index(HEADLINE) if HEADLINE in columns else None
+    headline = None
+    if HEADLINE in columns:
+        headline = columns.index(HEADLINE)
     if evaluation.has_popularity:
         columns += [f"popularity {HEADLINE}", "ratio"]
     return {
@@ -452,18 +505,23 @@ def _final_table(
 def _final_cells(
     evaluation: Evaluation, row: DomainFigures, users: int
 ) -> list[str]:
-    """A row's users and metrics, and the comparison with popularity where there is one."""
+    """A row's users and metrics, and the comparison with popularity where there is one.
+
+    ["204", "0.8800", …, "0.5000", "0.2000", "×2.50"]
+    """
     cells = [f"{users:,}", *metric_cells(row.model, evaluation.metrics)]
     if evaluation.has_popularity:
-        cells.append(format_number(row.popularity_headline))
-        cells.append(format_ratio(row.headline, row.popularity_headline))
+        popularity = row.popularity_headline
+        cells.append(format_number(popularity))
+        cells.append(format_ratio(row.headline, popularity))
     return cells
 
 
 def _read_json(file: Path) -> Record | None:
     """A record, or None where it cannot be read: the rest of the page is still good."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text)
     except (OSError, ValueError):
         return None
 
@@ -482,14 +540,19 @@ def _full_table(record: Record) -> dict[str, Any]:
     """Ranking among all items: a row for each domain, and one of means.
 
     Behind the metrics stand the confidence interval of NDCG@10, popularity's NDCG@10, and the
-    confidence interval of the difference. Returns title, columns and rows [{label, cells}, …].
+    confidence interval of the difference. Returns what the template draws:
+
+        title      "Test among all items of the domain, step 30"
+        columns    ["users", "HR@1", …, "MRR", "NDCG@10 95 %", …, "difference 95 %"]
+        rows       [{label, cells}, …]
     """
     evaluation = Evaluation.from_record(record)
     metrics = evaluation.metrics
     differences = record["difference"]
     rows = []
     for row in evaluation.by_domain:
-        cells = _full_cells(row, metrics, differences["domains"][row.name])
+        difference = differences["domains"][row.name]
+        cells = _full_cells(row, metrics, difference)
         rows.append({"label": escape_name(row.name), "cells": cells})
     means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
     cells = _full_cells(means, metrics, differences["mean"])
@@ -515,6 +578,8 @@ def _full_cells(
     """A row of a ranking among all items.
 
     difference: {value, interval} of the model's NDCG@10 less popularity's.
+
+        ["204", "0.0800", …, "0.1741", "0.1610 to 0.2420", "0.1951", "-0.0510 to 0.0570"]
     """
     intervals = row.model["interval"] or {}
     return [
@@ -541,8 +606,13 @@ def _nearest_items(items: list[Record]) -> dict[str, list[dict[str, Any]]]:
             for neighbour, cosine in neighbours:
                 texts.append(f"{escape_name(neighbour)} ({cosine:.2f})")
             near.append((escape_name(domain), texts))
-        rows = tables.setdefault(escape_name(item["domain"]), [])
-        rows.append({"item": escape_name(item["item"]), "near": near})
+        title = escape_name(item["domain"])
+        row = {
+            "item": escape_name(item["item"]),
+            "near": near,
+        }
+        rows = tables.setdefault(title, [])
+        rows.append(row)
     return tables
 
 
@@ -554,7 +624,8 @@ def _interval(bounds: list[float] | None) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{value:+.3f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def update_report(run: Path) -> None:
@@ -568,7 +639,9 @@ def update_report(run: Path) -> None:
             write_report(run)
     except InputError as error:
         print(
-            f"{error}: its report stays as it was", file=sys.stderr, flush=True
+            f"{error}: its report stays as it was",
+            file=sys.stderr,
+            flush=True,
         )
     except OSError as error:
         print(
