@@ -76,10 +76,12 @@ setup(
             "types-PyYAML",
             "nbclient>=0.10",  # runs the notebook of examples/
             "ipykernel>=6",
+            "ipywidgets>=8",
             # PySpark wants Java 17: CI compares the two engines byte for byte; without it those tests are skipped.
             *SPARK,
         ],
         "spark": SPARK,
+        "notebook": ["ipywidgets>=8", "pandas>=2.2"],  # progress bars and DataFrames in Jupyter
         "index": [
             "faiss-cpu>=1.9"
         ],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py

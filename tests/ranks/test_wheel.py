@@ -41,9 +41,11 @@ def installed(tmp_path_factory):
     (packages,) = root.glob("lib/python*/site-packages")
     # By the environment's own Python, which the installed program names in its first line.
     into = [*pip, "--python", root / "bin" / "python", "install"]
-    subprocess.run(
-        [*into, "--no-deps", "--no-index", file], check=True, cwd=folder
-    )
+    alone = {
+        name: os.environ[name] for name in os.environ if name != "PYTHONPATH"
+    }
+    install = [*into, "--no-deps", "--no-index", file]
+    subprocess.run(install, check=True, cwd=folder, env=alone)
     # What the wheel needs is in the environment that runs this; the project itself is not.
     stack = folder / "stack"
     stack.mkdir()

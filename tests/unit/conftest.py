@@ -1,7 +1,9 @@
 """Tests in here start no process, or are marked `ranks`."""
 
 import multiprocessing.process
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -20,17 +22,29 @@ def pytest_runtest_protocol(item):
         _may_start = True
 
 
-def _guard(start):
-    def guarded(*arguments, **named):
-        if not _may_start:
-            pytest.fail(
-                "this test starts a process: mark it with `@pytest.mark.ranks`"
-            )
-        return start(*arguments, **named)
-
-    return guarded
+def _refuse():
+    if not _may_start:
+        pytest.fail(
+            "this test starts a process: mark it with `@pytest.mark.ranks`"
+        )
 
 
-subprocess.Popen._execute_child = _guard(subprocess.Popen._execute_child)
-_process = multiprocessing.process.BaseProcess
-_process.start = _guard(_process.start)
+def _execute_child(self, command, *arguments, **named):
+    words = (
+        [command] if isinstance(command, (str, bytes, os.PathLike)) else command
+    )
+    # A compiler of kernels may run: whether it does depends on the machine.
+    if Path(os.fsdecode(words[0])).name not in ("c++", "g++", "clang++"):
+        _refuse()
+    return _popen(self, command, *arguments, **named)
+
+
+def _start(self):
+    _refuse()
+    return _fork(self)
+
+
+_popen = subprocess.Popen._execute_child
+subprocess.Popen._execute_child = _execute_child
+_fork = multiprocessing.process.BaseProcess.start
+multiprocessing.process.BaseProcess.start = _start

@@ -28,6 +28,7 @@ def accelerator():
     return deepspeed.accelerator.get_accelerator().device_name()
 
 
+@pytest.mark.ranks
 def test_a_process_that_a_test_starts_takes_the_cpu_beside_a_device():
     """The run's device and DeepSpeed's are one choice."""
     done = subprocess.run(

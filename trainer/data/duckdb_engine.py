@@ -72,9 +72,12 @@ def open_engine(
             SET temp_directory = '{escape_sql(scratch)}';
             SET memory_limit = '{memory_limit}B';
             SET threads = {threads};
-            SET preserve_insertion_order = false;
-            SET enable_progress_bar = true;
-            SET enable_progress_bar_print = false""")
+            SET preserve_insertion_order = false""")
+        # Without ipywidgets DuckDB refuses this in a notebook; its stages have no percentage then.
+        with contextlib.suppress(duckdb.InvalidInputException):
+            connection.execute("""
+                SET enable_progress_bar = true;
+                SET enable_progress_bar_print = false""")
         if stages is not None:
             stages.connection = connection
         yield connection

@@ -1,6 +1,7 @@
 """Progress bars on stderr, with the time left, for what takes more than a few seconds."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,13 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+
+def can_animate(console: Console) -> bool:
+    """Whether a line may be drawn anew: on a terminal, and in a notebook that has ipywidgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
 
 
 class Stages(Progress):
@@ -39,7 +47,7 @@ class Stages(Progress):
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not (shown and console.is_terminal),
+            disable=not (shown and can_animate(console)),
             refresh_per_second=4,
         )
 

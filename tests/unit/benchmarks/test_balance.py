@@ -14,6 +14,8 @@ from trainer.config.stream import StreamConfig
 from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.stream import TrainBatches
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 HISTORIES = draw_histories(240, longest=30)
 LONGEST = 6
 

@@ -32,6 +32,7 @@ def run_main(monkeypatch, *arguments):
     return left.value.code
 
 
+@pytest.mark.ranks
 def test_short_measures_every_system_and_cleans_up(
     monkeypatch, tmp_path, capfd
 ):
@@ -137,6 +138,7 @@ def assert_sizes(ranks, lines):
         )
 
 
+@pytest.mark.ranks
 def test_a_killed_rank_is_reported_and_the_others_are_kept(
     monkeypatch, tmp_path, capsys
 ):

@@ -8,6 +8,8 @@ import pytest
 from benchmarks import host_memory, suite
 from tests.helpers.alone import as_a_script, in_this_process
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):

@@ -68,6 +68,7 @@ def test_figures_are_those_of_real_shards(dataset, monkeypatch):
     )
 
 
+@pytest.mark.ranks
 def test_the_short_form_runs(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(
         sys,

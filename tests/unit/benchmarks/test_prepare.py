@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import prepare, suite
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 
 def run_main(monkeypatch, file, folder, *arguments):
     given = ["--json", str(file), f"folder={folder}", "items=600", "memory=2GB"]

@@ -11,6 +11,7 @@ from tests.helpers.alone import as_a_script, in_this_process
 OURS = ["top_k", "top_k with exclusions", "ranks"]
 
 
+@pytest.mark.ranks
 def test_every_line_is_measured_and_a_missing_peer_is_said(
     monkeypatch, tmp_path, capsys
 ):

@@ -83,6 +83,7 @@ def test_no_log_is_refused(capsys):
     assert "give log=FILE.parquet" in capsys.readouterr().err
 
 
+@pytest.mark.ranks
 def test_what_is_done_is_not_done_again_and_what_fails_ends_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

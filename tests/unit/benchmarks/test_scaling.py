@@ -44,6 +44,7 @@ def record_of(group, settings):
     return scaling.volumes(Here(), settings, group.ask("model")[0])
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ranks_send_what_the_formula_says(stage, tmp_path):
     arguments = ["--short", *SMALL, f"optimizer.zero_stage={stage}"]
@@ -78,6 +79,7 @@ def test_ranks_send_what_the_formula_says(stage, tmp_path):
     assert popular["distinct"] < even["distinct"]
 
 
+@pytest.mark.ranks
 def test_a_rank_that_dies_is_reported_with_its_last_words(tmp_path):
     group = Group(
         tmp_path,

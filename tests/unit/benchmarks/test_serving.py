@@ -10,6 +10,7 @@ from benchmarks import serving, suite
 from tests.helpers.alone import as_a_script, in_this_process
 
 
+@pytest.mark.ranks
 def test_every_part_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite, "in_own_process", in_this_process)
     threads = torch.get_num_threads()

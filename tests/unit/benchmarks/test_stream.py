@@ -82,6 +82,7 @@ def run_main(monkeypatch, *arguments):
     stream.main()
 
 
+@pytest.mark.ranks
 def test_all_is_measured_and_written(
     monkeypatch, tmp_path, data, histories, capsys
 ):
@@ -160,6 +161,7 @@ def test_all_is_measured_and_written(
     assert all(name in shown for name in [*NAMES, *ratios])
 
 
+@pytest.mark.ranks
 def test_short_makes_a_dataset_of_its_own(monkeypatch, tmp_path, capsys):
     run_main(
         monkeypatch,
@@ -232,6 +234,7 @@ def test_bad_options_are_refused_in_words(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.ranks
 def test_a_folder_that_is_no_dataset_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         run_main(

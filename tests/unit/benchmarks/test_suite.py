@@ -38,6 +38,7 @@ def test_bad_options_are_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.ranks
 def test_no_folder_of_this_machine_is_recorded(tmp_path):
     given = [f"data={tmp_path / 'shop'}", f"folder={tmp_path}"]
     settings, options = suite.settings("stream", stream.Settings, given)

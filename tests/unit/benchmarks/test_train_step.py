@@ -275,6 +275,7 @@ def run_main(monkeypatch, *arguments):
     return left.value.code
 
 
+@pytest.mark.ranks
 def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     file = tmp_path / "result.json"
     monkeypatch.setattr(suite, "in_own_process", in_this_process)
@@ -399,6 +400,7 @@ def test_ours_makes_the_next_batch_ready_beside_each_step(monkeypatch):
     ]
 
 
+@pytest.mark.ranks
 def test_a_killed_process_is_reported_and_the_others_are_kept(
     monkeypatch, tmp_path, capsys
 ):

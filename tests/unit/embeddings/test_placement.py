@@ -234,7 +234,7 @@ def test_the_plan_has_equal_ranges_on_each_hosts_devices_and_the_caches_share(
         sharder,
         cache_share,
         ranks=4,
-        ranks_of_host=2,
+        local_size=2,
         device_type="cuda",
     )["item_table"]
     assert found.sharding_type == "row_wise" and found.ranks == [0, 1, 2, 3]

@@ -67,6 +67,7 @@ def adagrad(
         yield weights.copy(), squares.copy()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", RANKS)
 def test_any_number_of_ranks_starts_from_the_same_rows(results, ranks):
     start = results[ranks]["start"]
@@ -82,6 +83,7 @@ def test_any_number_of_ranks_starts_from_the_same_rows(results, ranks):
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", RANKS)
 def test_updates_are_those_of_a_dense_table(results, ranks):
     """Gradients are sums over ranks and duplicates; the third update is at a rate that was set anew."""
@@ -99,6 +101,7 @@ def test_updates_are_those_of_a_dense_table(results, ranks):
         )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", RANKS)
 def test_ids_are_looked_up_in_many_bags(results, ranks):
     """A device sorts and looks up bags at the same time, and the ids of one bag after each other."""
@@ -124,6 +127,7 @@ def test_many_ranks_have_fewer_bags_each(ranks, bags):
     assert count_bags(ranks) == bags
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)]
 )
@@ -161,6 +165,7 @@ MOVES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.ranks
 @MOVES
 def test_any_number_of_ranks_loads_what_another_saved(results, saved, loaded):
     """As it was when it was copied: the table went on before it was written."""
@@ -170,6 +175,7 @@ def test_any_number_of_ranks_loads_what_another_saved(results, saved, loaded):
     assert not np.array_equal(results[saved]["after_2"], results[saved]["next"])
 
 
+@pytest.mark.ranks
 @MOVES
 def test_the_fused_optimizers_state_comes_along(results, saved, loaded):
     """The next update is the one that the saver made; to the bit at its number of ranks, elsewhere sums are rounded anew."""

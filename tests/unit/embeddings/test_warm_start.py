@@ -22,6 +22,8 @@ from tests.helpers.carry_worker import (
 )
 from tests.helpers.rank_processes import run_on_cpu_ranks, start_on_cpu_ranks
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 SAVED, CARRIED = (1, 3), (1, 2, 3)
 
 

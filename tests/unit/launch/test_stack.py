@@ -219,6 +219,7 @@ def test_a_device_is_seen_by_its_file_unless_it_is_hidden(
     assert not stack.sees_device(tmp_path)
 
 
+@pytest.mark.ranks
 def test_checking_imports_no_torch_and_starts_nothing(machine, monkeypatch):
     """It is the first line of every script."""
     machine.packages.update(

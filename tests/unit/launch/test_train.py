@@ -196,6 +196,7 @@ def finish(*command):
     return done.returncode, done.stderr
 
 
+@pytest.mark.ranks
 def test_an_unknown_key_in_a_shell(data, tmp_path):
     status, errors = finish(
         sys.executable,
@@ -212,6 +213,7 @@ def test_an_unknown_key_in_a_shell(data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ranks
 def test_a_changed_shard_is_found_while_training(tmp_path):
     dataset = write_dataset(
         tmp_path / "data", draw_histories(40), cuts=(10, 20, 30)
@@ -237,6 +239,7 @@ def test_a_changed_shard_is_found_while_training(tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.ranks
 def test_more_ranks_than_streams(data, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

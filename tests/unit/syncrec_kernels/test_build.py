@@ -13,6 +13,8 @@ import pytest
 
 from syncrec_kernels import build
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 
 def test_what_cannot_be_built_says_why_and_leaves_nothing(
     monkeypatch, tmp_path, caplog

@@ -15,6 +15,8 @@ from tests.helpers.rank_processes import run_on_cpu_ranks
 from tests.helpers.ranking_cases import CASES, Case, brute_force
 from tests.helpers.ranking_worker import WAYS
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 RANKS = (1, 2, 4)
 
 

@@ -83,6 +83,7 @@ def interrupted():
         return json.loads((Path(place) / "found.json").read_text())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("scenario", ["a further step", "the same step"])
 @pytest.mark.parametrize("how", ["kill", "torn", "full"])
 def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(
@@ -130,6 +131,7 @@ def test_a_save_that_ends_at_any_write_leaves_a_whole_checkpoint_to_go_on_from(
             ), case
 
 
+@pytest.mark.ranks
 def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(
     interrupted,
 ):
@@ -507,7 +509,7 @@ def test_a_checkpoint_that_no_listing_shows_is_found_by_its_name(
     }
     for module in (trainer.checkpoint.load, trainer.checkpoint.save):
         monkeypatch.setattr(
-            module, "checkpoints", lambda run: list_checkpoints(run)[1:]
+            module, "list_checkpoints", lambda run: list_checkpoints(run)[1:]
         )
     folder, facts = find_newest(run.folder, run.ranks, pytest.fail)
     assert folder.name == "step-00000003" and facts["state"].step == 3

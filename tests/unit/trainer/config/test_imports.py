@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.made import draw_histories, write_dataset
 from tests.helpers.runs import SETTINGS
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 ROOT = Path(__file__).parents[4]
 WATCHED = ("duckdb", "plotly", "jinja2", "pyarrow")
 

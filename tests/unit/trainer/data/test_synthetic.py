@@ -248,6 +248,7 @@ def folder_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.ranks
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch):
     config = SyntheticConfig(users=2000, mean_length=10, seed=5)
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 4000)
@@ -367,6 +368,7 @@ linux = pytest.mark.skipif(
 )
 
 
+@pytest.mark.ranks
 @linux
 def test_a_killed_process_ends_the_whole_with_one_line_and_leaves_nothing(
     tmp_path,
@@ -386,6 +388,7 @@ def test_a_killed_process_ends_the_whole_with_one_line_and_leaves_nothing(
     )
 
 
+@pytest.mark.ranks
 @linux
 def test_processes_end_when_the_one_that_started_them_is_gone(tmp_path):
     with started(tmp_path / "logs", "--users", 50_000_000) as run:
@@ -401,6 +404,7 @@ def test_processes_end_when_the_one_that_started_them_is_gone(tmp_path):
     assert len(children) == 2 and err == ""
 
 
+@pytest.mark.ranks
 def test_a_process_that_cannot_write_ends_the_whole_with_one_line_and_leaves_nothing(
     tmp_path,
 ):
@@ -422,6 +426,7 @@ def test_a_process_that_cannot_write_ends_the_whole_with_one_line_and_leaves_not
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_for_terminals(tmp_path, terminal):
     reader, writer = pty.openpty() if terminal else os.pipe()

@@ -192,6 +192,7 @@ def test_what_cannot_hold_beside_a_fused_table_is_refused_with_the_way_out(
     )
 
 
+@pytest.mark.ranks
 def test_no_engine_is_loaded_before_one_is_started():
     program = (
         "import sys, trainer.distributed.deepspeed_engine\n"

@@ -424,6 +424,7 @@ def test_a_list_of_hosts(text, hosts):
     assert list(expand_hosts(text)) == hosts
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(
     shutil.which("scontrol") is None,
     reason="scontrol is not there: apt-get install slurm-wlm",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 ROOT = Path(__file__).parents[4]
 HOST = socket.gethostname()
 RANK = """

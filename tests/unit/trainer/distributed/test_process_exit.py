@@ -11,6 +11,8 @@ import pytest
 from trainer.distributed.supervisor import supervise
 from trainer.errors import InputError
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 ROOT = Path(__file__).parents[4]
 
 

@@ -60,6 +60,7 @@ def holder():
         process.stdout.close()
 
 
+@pytest.mark.ranks
 def test_a_folder_that_another_process_has_is_refused_with_its_owner(
     holder, tmp_path
 ):
@@ -73,6 +74,7 @@ def test_a_folder_that_another_process_has_is_refused_with_its_owner(
     assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
 
 
+@pytest.mark.ranks
 def test_who_was_killed_holds_nothing_though_its_loaders_live_on(
     holder, tmp_path
 ):
@@ -146,6 +148,7 @@ def test_another_hosts_lock_is_waited_for(tmp_path, capsys, monkeypatch):
             pass
 
 
+@pytest.mark.ranks
 def test_an_owner_that_is_gone_from_this_host_is_waited_for(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

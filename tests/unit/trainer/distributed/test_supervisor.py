@@ -13,6 +13,8 @@ import pytest
 
 from tests.ranks.conftest import free_port
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 ROOT = Path(__file__).parents[4]
 HOST = socket.gethostname()
 SCRIPT = """

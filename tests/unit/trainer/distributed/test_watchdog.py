@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from trainer.errors import LostRanks
+
+pytestmark = pytest.mark.ranks  # they start processes
 
 ROOT = Path(__file__).parents[4]
 WATCHED = """

@@ -150,6 +150,7 @@ def test_the_mean_ndcg_is_over_domains_with_users():
     assert mean_ndcg(position_U[:0], domain_U[:0]) == 0.0
 
 
+@pytest.mark.ranks
 def test_numpy_is_all_that_metrics_and_the_split_need():
     """A peer's environment has no more."""
     code = (

@@ -174,6 +174,7 @@ MADE = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
 def test_all_of_it_is_on_disk_before_it_has_its_name(
     disk, finished, tmp_path, make

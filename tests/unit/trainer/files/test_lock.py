@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from trainer.files.lock import take_lock
 
 ROOT = Path(__file__).parents[4]
@@ -28,6 +30,7 @@ def test_a_lock_is_taken_once_and_again_after_it_is_closed(tmp_path):
     again.close()
 
 
+@pytest.mark.ranks
 def test_a_killed_process_has_no_lock_any_more(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
     holder = subprocess.Popen(

@@ -70,6 +70,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.ranks
 def test_reporting_loads_nothing_that_trains():
     names = ", ".join(f"trainer.reporting.{module}" for module in MODULES)
     code = f"import sys, {names}; print(*sorted(sys.modules))"

@@ -19,6 +19,8 @@ from trainer.retraining import day as day_module
 from trainer.retraining.item_drift import measure_drift
 from trainer.retraining.job import retrain
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 SCRIPTS = HELPERS.joinpath("fake_retrain")
 
 

@@ -145,6 +145,7 @@ def said_of(call, *arguments, kind=InputError):
     return str(error.value)
 
 
+@pytest.mark.ranks
 def test_the_canaries_sing(tmp_path, canaries):
     pickle.loads(pickle.dumps(Planted(canaries.mark)))
     assert canaries.mark.exists()
@@ -333,6 +334,7 @@ def test_neither_where_a_run_begins_with_another(run, tmp_path, canaries, case):
     canaries.check(said)
 
 
+@pytest.mark.ranks
 def test_an_address_is_taken_from_who_gives_it(run, tmp_path, canaries):
     folder = hostile(run, canaries, tmp_path, "a command")
     config, dataset = open_run(folder, f"pipe:cat {run.dataset.folder}/{{}}")
@@ -1002,6 +1004,7 @@ def status_of(*command):
     return done.returncode, done.stderr.strip().splitlines()
 
 
+@pytest.mark.ranks
 def test_commands_start_nothing_either(run, exported, tmp_path, canaries):
     folder = hostile(run, canaries, tmp_path, "an address with the environment")
     status, lines = status_of(ROOT / "launch/evaluate.py", "--run", folder)

@@ -129,6 +129,7 @@ def ids_of(dataset, number):
     return rows["item_id"].to_pylist()
 
 
+@pytest.mark.ranks
 def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
     config, dataset, model, table = loaded
     ids = [ids_of(dataset, number) for number in range(len(dataset.domains))]
@@ -188,6 +189,7 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
         assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.ranks
 def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
     dataset = loaded[1]
     name, item = dataset.domains[0].name, str(ids_of(dataset, 0)[2])
@@ -213,6 +215,7 @@ def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
     assert new == nobody and len(new) == 3
 
 
+@pytest.mark.ranks
 def test_the_example_is_a_command(folder, loaded):
     name, items = loaded[1].domains[1].name, loaded[1].domains[1].items
 

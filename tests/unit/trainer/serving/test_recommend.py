@@ -25,6 +25,8 @@ from trainer.serving.recommendation_files import (
 )
 from trainer.serving.top_items import Scorer
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
 
 

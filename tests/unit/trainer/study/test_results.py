@@ -61,7 +61,7 @@ def test_a_difference_is_the_mean_over_domains_with_an_interval_that_holds_it():
     )
     whole = paired_difference(one, other, "full")
     by_hand = [
-        (metric_values(ranks, "NDCG@10") - metric_values(ranks + 1, "NDCG@10"))
+        (metric_values("NDCG@10", ranks) - metric_values("NDCG@10", ranks + 1))
         .mean(0)[domain_U == 1]
         .mean()
         / 2

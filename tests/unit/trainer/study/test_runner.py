@@ -16,6 +16,8 @@ from trainer.study.baselines import SYSTEMS as ALL_SYSTEMS
 from trainer.study.report import write_study
 from trainer.study.runner import run_study
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 LAUNCH = HELPERS.joinpath("fake_launch")
 SYSTEMS = ["SyNCRec", "w/o LC-NTG", "SDSR"]
 

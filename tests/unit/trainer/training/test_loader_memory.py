@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from embeddings.config import TableConfig
@@ -48,6 +49,7 @@ def is_mapped(process, address):
     return False
 
 
+@pytest.mark.ranks
 def test_a_loader_has_no_copy_of_a_table_that_is_updated(ranks):
     """Neither the pages that it was forked with, nor those that the trainer has written to since."""
     table = ItemTable(ROWS, DIM, TableConfig(optimizer="sgd"), 0, "cpu")

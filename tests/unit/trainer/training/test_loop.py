@@ -55,7 +55,7 @@ def test_after_an_early_stop_the_same_command_trains_no_further(
 ):
     values, real = (
         iter([0.5, 0.4, 0.3, 0.2, 0.1]),
-        trainer.training.callbacks.evaluation_record,
+        trainer.training.callbacks.make_evaluation_record,
     )
 
     def ever_worse(kind, *arguments, **where):

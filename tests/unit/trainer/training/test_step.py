@@ -97,6 +97,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.ranks
 @STAGES
 @pytest.mark.parametrize("spoil", [spoil_rows, spoil_dense, spoil_loss])
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -153,6 +154,7 @@ def test_settling_says_so_without_another_step(run, monkeypatch):
     trainer.settle()  # it is said once
 
 
+@pytest.mark.ranks
 @STAGES
 def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
     """The dense gradient's own, and that of the looked-up vectors without the shared negatives."""
@@ -207,6 +209,7 @@ def test_clipping_scales_each_gradient_to_the_norm(run, monkeypatch, stage):
     )
 
 
+@pytest.mark.ranks
 @STAGES
 def test_a_run_that_looks_ahead_is_the_same_to_the_bit(run, stage):
     """The next batch's ids are exchanged before this batch's update, its rows looked up after it."""
@@ -256,6 +259,7 @@ def test_what_the_model_cannot_be_built_for_is_one_line(run, monkeypatch):
         trainer_of(run, "model.loss_correction=shapley")
 
 
+@pytest.mark.ranks
 @STAGES
 @pytest.mark.parametrize(
     "settings", [[], ["model.encoder=gru"]], ids=["transformer", "gru"]
@@ -286,6 +290,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits_with_shapley_values(
     assert same(everything(train(again, 2)), after)
 
 
+@pytest.mark.ranks
 @STAGES
 def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
     """AdamW takes rate · decay of what a weight was; the rest is as without."""
@@ -325,6 +330,7 @@ def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
     } <= before.keys() - decayed
 
 
+@pytest.mark.ranks
 @STAGES
 def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(
     run, tmp_path, stage
@@ -421,6 +427,7 @@ def lag(request, monkeypatch):
     return 0 if request.param else 1
 
 
+@pytest.mark.ranks
 @STAGES
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_step_with_which_a_rank_signals_trouble_changes_nothing(

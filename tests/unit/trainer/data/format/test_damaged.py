@@ -450,6 +450,7 @@ def test_damage_stops_and_is_named(damaged, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing was unpickled
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_skips_its_users_and_no_one_else(
     intact, damaged, workers, tmp_path, monkeypatch
@@ -509,6 +510,7 @@ def without(users, missing):
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("position", "workers"), [(0, 0), (3, 2), (8, 0)])
 def test_the_same_users_are_skipped_by_two_ranks_and_after_resuming(
     damaged, position, workers
@@ -542,6 +544,7 @@ def test_the_table_of_damage_starts_from_a_good_dataset(intact):
         path.write_bytes(content)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "case",

@@ -317,6 +317,7 @@ def test_no_file_at_all_is_no_damage(dataset, few_files, skips):
     assert said == []
 
 
+@pytest.mark.ranks
 def test_no_file_for_the_cache_is_said_as_such(dataset, tmp_path, few_files):
     """And not as a folder that cannot be written."""
     address = f"pipe:cat {dataset.folder}/{{}}"

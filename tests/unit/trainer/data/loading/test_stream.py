@@ -385,6 +385,7 @@ def test_a_run_goes_on_from_any_position(dataset, position, rank, tokens):
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
 )  # more workers than cores
@@ -440,6 +441,7 @@ class Looked:
         return self._batches.from_position(position)
 
 
+@pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_are_as_many_as_it_takes_to_keep_up(dataset, monkeypatch):
     """However often the loader begins anew, every batch comes once and in order."""
@@ -477,6 +479,7 @@ def test_workers_are_as_many_as_it_takes_to_keep_up(dataset, monkeypatch):
         )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_given_number_of_workers_stays(dataset, workers):
     config = StreamConfig(workers=workers, prefetch=2)
@@ -495,6 +498,7 @@ def test_a_given_number_of_workers_stays(dataset, workers):
     assert feed.workers == workers
 
 
+@pytest.mark.ranks
 def test_a_feed_hands_over_what_stops_it(spoiled):
     config = StreamConfig(prefetch=1)
     plan = BatchSchedule(spoiled, 4, 1, 4, shuffle=False)
@@ -649,6 +653,7 @@ def spoiled(tmp_path_factory):
     return dataset
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_bad_shard_arrives_from_a_worker_as_one_input_error(
     spoiled, workers, capfd
@@ -685,6 +690,7 @@ class Collecting(torch.utils.data.IterableDataset):
         yield os.getpid()
 
 
+@pytest.mark.ranks
 def test_a_worker_does_not_collect_what_its_parent_left(tmp_path):
     """The parent's garbage may be a process group, which waits for threads that a forked process does not have."""
     gc.collect()
@@ -705,6 +711,7 @@ class Small:
     f_blocks, f_bavail, f_frsize = 4, 4, 2**10
 
 
+@pytest.mark.ranks
 def test_what_loaders_need_of_shared_memory_is_looked_at_before_the_first_batch(
     dataset, monkeypatch
 ):

@@ -145,6 +145,7 @@ class Counted(torch.utils.data.IterableDataset):
             yield pack(other(number))
 
 
+@pytest.mark.ranks
 def test_what_a_worker_sends_stays_as_it_is_while_it_is_held():
     """A slow and forgetful trainer: some values are kept for a while, the worker is always ahead."""
     held = []
@@ -210,6 +211,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.ranks
 def test_full_shared_memory_is_said_in_a_line():
     """In a mount namespace of its own, with a small /dev/shm."""
     mount = [

@@ -489,6 +489,7 @@ def large_log(tmp_path):
     return tmp_path / "log.parquet"
 
 
+@pytest.mark.ranks
 def test_neither_processes_nor_parts_change_a_byte(
     tmp_path, large_log, monkeypatch
 ):
@@ -1221,6 +1222,7 @@ def test_other_logs_or_options_begin_anew_and_so_does_fresh(
     assert digests(tmp_path / "out") == expected
 
 
+@pytest.mark.ranks
 def test_killed_processes_leave_what_the_same_command_goes_on_from(
     tmp_path, large_log
 ):

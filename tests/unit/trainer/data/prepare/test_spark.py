@@ -42,6 +42,8 @@ from pyspark.sql import SparkSession
 
 import trainer.data.prepare.spark
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 ROOT = Path(__file__).parents[5]
 
 

@@ -509,6 +509,7 @@ def test_a_dataset_json_of_something_else_is_refused(
     assert len(server.asked) == 1
 
 
+@pytest.mark.ranks
 def test_processes_fetch_each_file_once_between_them(server, there, load):
     whole = contents(there)
 
@@ -566,6 +567,7 @@ def test_the_shards_read_longest_ago_make_room(server, there, load):
     }
 
 
+@pytest.mark.ranks
 def test_processes_share_a_cache_that_is_too_small_for_them(
     server, there, load
 ):
@@ -601,6 +603,7 @@ def test_an_open_shard_outlives_its_place_in_the_cache(server, there, load):
     file.close()
 
 
+@pytest.mark.ranks
 def test_a_shard_stays_till_it_is_opened(server, there, load):
     """Between its path and its opening nobody else makes room of it, as `ShardFile` needs it."""
     dataset = load(server.address, cache_bytes=least(there, 1))
@@ -668,6 +671,7 @@ def die_while_it_fetches(server, load, fork):
     return child
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_killed_process_leaves_what_the_next_goes_on_with(
     server, there, load, fork, monkeypatch
@@ -695,6 +699,7 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.ranks
 def test_what_killed_processes_left_makes_room(
     server, there, load, monkeypatch
 ):
@@ -763,6 +768,7 @@ def test_a_file_damaged_in_the_cache_is_fetched_again(server, there, load):
     assert count(server, SHARD) == 2
 
 
+@pytest.mark.ranks
 def test_a_full_disk_is_named_and_leaves_nothing(server, there, load):
     dataset = load(server.address)
 
@@ -835,6 +841,7 @@ def test_nothing_is_fetched_ahead_where_there_is_no_room(server, there, load):
     assert path.exists() and count(server, there.shards[0].name) == 0
 
 
+@pytest.mark.ranks
 def test_reading_ahead_keeps_no_process_from_ending(server, there, load):
     dataset = load(server.address)
     server.always[SHARD] = never
@@ -852,6 +859,7 @@ def test_reading_ahead_keeps_no_process_from_ending(server, there, load):
     in_processes(1, work)
 
 
+@pytest.mark.ranks
 def test_a_process_ends_whatever_its_read_ahead_is_at(there, tmp_path):
     """Without the short cut of `run_script`: the thread is stopped anywhere, with any lock in its hands."""
     lines = (
@@ -893,6 +901,7 @@ def command(text, folder):
     return f"pipe:F={shlex.quote(str(folder))}; {text}"
 
 
+@pytest.mark.ranks
 def test_a_command_is_a_source(there, load):
     assert contents(load(f"pipe:cat {there.folder}/{{}}")) == contents(there)
     assert contents(
@@ -960,6 +969,7 @@ def groups_are_gone(copied):
     return bool(groups)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("how", ENDINGS)
 def test_a_command_that_does_not_do_it_is_named(
     there, load, copied, how, monkeypatch
@@ -985,6 +995,7 @@ def test_a_command_that_does_not_do_it_is_named(
             assert groups_are_gone(copied)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("how", ENDINGS)
 def test_a_command_that_does_it_later_is_enough(
     there, load, copied, how, monkeypatch
@@ -1004,6 +1015,7 @@ def test_a_command_that_does_it_later_is_enough(
     assert Path(f"{copied}.{FILE_NAME}").exists() == (FILE_NAME in faulty)
 
 
+@pytest.mark.ranks
 def test_a_command_is_ended_where_its_reader_gives_up(there, load, copied):
     """Too much came: nobody waits for the rest of it."""
     dataset = load(
@@ -1029,6 +1041,7 @@ def fake_gsutil(folder, monkeypatch, text):
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
+@pytest.mark.ranks
 def test_any_scheme_of_webdataset_is_a_source(
     there, load, tmp_path, monkeypatch
 ):
@@ -1110,6 +1123,7 @@ HOSTILE += [
 ]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_that_lead_elsewhere_are_refused(
     serve, there, load, tmp_path, name
@@ -1188,6 +1202,7 @@ def test_credentials_go_to_the_server_alone(serve, there, load):
     )
 
 
+@pytest.mark.ranks
 def test_credentials_of_a_command_are_not_printed(load):
     with pytest.raises(FetchFailed) as error:
         load(

@@ -22,6 +22,8 @@ from trainer.study.peers.recbole_bridge import (
     run_recbole,
 )
 
+pytestmark = pytest.mark.ranks  # they start processes
+
 HISTORIES = draw_histories(12)
 
 
