@@ -63,7 +63,9 @@ class ModelConfig:
         "a Transformer's LayerNorm after the residual sum, or before each sub-layer",
     )
     dropout: float = _setting(
-        0.1, "share of elements that dropout clears", on_warm_start=True
+        0.1,
+        "share of elements that dropout clears",
+        on_warm_start=True,
     )
     tower: bool = _setting(
         True, "false: what the experts give, mixed, is the output"
@@ -85,13 +87,17 @@ class ModelConfig:
         )
     )
     correction_temperature: float = _setting(
-        1.0, "δ of eq. 11, and of shapley's softmax", on_warm_start=True
+        1.0,
+        "δ of eq. 11, and of shapley's softmax",
+        on_warm_start=True,
     )
     correction_total: Literal["one", "domains"] = _setting(
         "one", "Σ λ; one: eq. 11; domains: D, so that equal weights are all 1"
     )
     learn_scales: bool = _setting(
-        True, "whether α and β of eq. 11 learn", on_warm_start=True
+        True,
+        "whether α and β of eq. 11 learn",
+        on_warm_start=True,
     )
     prediction: Literal["cross", "both"] = _setting(
         "both",
@@ -99,7 +105,9 @@ class ModelConfig:
         "Y^cross and the domain's own Y^single, weighed by its negative transfer gap",
     )
     prediction_temperature: float = _setting(
-        0.3, "of that weight, in the loss's units", on_warm_start=True
+        0.3,
+        "of that weight, in the loss's units",
+        on_warm_start=True,
     )
     mutual_information: bool = _setting(True, "SC-MIM; false: variant B")
     mutual_information_pooling: Literal["mean", "last"] = _setting(
@@ -108,10 +116,14 @@ class ModelConfig:
         on_warm_start=True,
     )
     mutual_information_similarity: Literal["sigmoid", "cosine"] = _setting(
-        "sigmoid", "sigmoid: eq. 17", on_warm_start=True
+        "sigmoid",
+        "sigmoid: eq. 17",
+        on_warm_start=True,
     )
     mutual_information_temperature: float = _setting(
-        1.0, "what SC-MIM's similarities are divided by", on_warm_start=True
+        1.0,
+        "what SC-MIM's similarities are divided by",
+        on_warm_start=True,
     )
     mutual_information_negatives: int | str = _setting(
         4096,
@@ -137,7 +149,9 @@ class ModelConfig:
         on_warm_start=True,
     )
     init_std: float = _setting(
-        0.02, "standard deviation of first embeddings", on_warm_start=True
+        0.02,
+        "standard deviation of first embeddings",
+        on_warm_start=True,
     )
 
     def __post_init__(self):

@@ -64,23 +64,26 @@ class UserEncoder(nn.Module):
         self.literal_gate = config.gate == "sequence"
         self._copy("start", model.embedding.start)
         self._copy("positions", model.embedding.positions)
-        gate = (
-            model.cross_gate if domain is None else model.single_gates[domain]
-        )
-        self._copy(
-            "gate", None if isinstance(gate, OnlyExpert) else gate.weight
-        )
+        gate = model.cross_gate
+        tower = model.cross_tower
+        if domain is not None:
+            gate = model.single_gates[domain]
+            tower = model.single_towers[domain]
+        gate_weight = None
+        if not isinstance(gate, OnlyExpert):
+            gate_weight = gate.weight
+        self._copy("gate", gate_weight)
         self._copy_experts(model)
-        tower = (
-            model.cross_tower if domain is None else model.single_towers[domain]
-        )
         self.tower = copy.deepcopy(tower).eval().requires_grad_(False)
         self.clock = None
         self.first_time = float(span[0])
-        self.duration = max(float(span[1] - span[0]), sys.float_info.min)
+        duration = float(span[1] - span[0])
+        self.duration = max(duration, sys.float_info.min)
         if model.clock is not None:
-            self.clock = copy.deepcopy(model.clock).eval().requires_grad_(False)
-            self._copy("gap_bounds", 2 ** torch.arange(1, NO_GAP))
+            clock = copy.deepcopy(model.clock)
+            self.clock = clock.eval().requires_grad_(False)
+            gap_bounds = 2 ** torch.arange(1, NO_GAP)
+            self._copy("gap_bounds", gap_bounds)
 
     def _copy_experts(self, model: SyNCRec) -> None:
         """Stacks the weights of all experts."""
@@ -89,9 +92,10 @@ class UserEncoder(nn.Module):
             stacks.append(model.single_experts)
         for number in range(self.blocks):
             for name in _BLOCK:
-                weights = [
-                    getattr(stack.blocks[number], name) for stack in stacks
-                ]
+                weights = []
+                for stack in stacks:
+                    block = stack.blocks[number]
+                    weights.append(getattr(block, name))
                 self._copy(f"{name}_{number}", torch.cat(weights))
         if self.pre_norm:
             scales = [stack.last_norm.scale for stack in stacks]
@@ -130,15 +134,17 @@ class UserEncoder(nn.Module):
         source_BP = (index_P + skipped_B1).clamp(max=items)
         start_B1R = self.start.expand(users, 1, width)
         whole_BPR = torch.cat([start_B1R, items_BNR], dim=1)
-        x_BPR = whole_BPR.gather(
-            1, source_BP.unsqueeze(2).expand(-1, -1, width)
-        )
+        source_BPR = source_BP.unsqueeze(2).expand(-1, -1, width)
+        x_BPR = whole_BPR.gather(1, source_BPR)
         position_BP = (lengths_B1 - 1 - index_P).clamp(min=0)
         is_token_BP1 = (index_P < lengths_B1).unsqueeze(2)
         x_BPR = x_BPR + F.embedding(position_BP, self.positions)
         if self.clock is not None:
             x_BPR = x_BPR + self._encode_time(
-                times_BN, now_B, lengths_B, source_BP
+                times_BN,
+                now_B,
+                lengths_B,
+                source_BP,
             )
         # No token sees what lies behind the end, but NaN times zero is NaN.
         x_BPR = torch.where(is_token_BP1, x_BPR, 0.0)
@@ -149,16 +155,27 @@ class UserEncoder(nn.Module):
             mixed_BR = y_KBR[0]
         else:
             weights_BK = self._gate_weights(
-                newest_BR, x_BPR, position_BP, is_token_BP1
+                newest_BR,
+                x_BPR,
+                position_BP,
+                is_token_BP1,
             )
             mixed_BR = torch.einsum("bk,kbr->br", weights_BK, y_KBR)
         y_BR = self.tower(mixed_BR)
         if self.clock is None:
             return y_BR
-        return y_BR + self.clock.encode_outputs(self._to_ticks(now_B))
+        now_B = self._to_ticks(now_B)
+        return y_BR + self.clock.encode_outputs(now_B)
 
     def _run_experts(self, x_BPR: Tensor, newest_B11: Tensor) -> Tensor:
-        """The experts' outputs at each user's newest token, (K, B, r)."""
+        """The experts' outputs at each user's newest token, (K, B, r).
+
+        Example: K = 5, the four users of the class's example, of 4, 2, 1 and 3 tokens:
+
+            x_BPR         (4, 4, r)
+            newest_B11    tensor([3, 1, 0, 2]) as (4, 1, 1)
+            result        (5, 4, r)
+        """
         width = x_BPR.shape[2]
         y_KBPR = x_BPR.expand(self.experts, -1, -1, -1)
         for number in range(self.blocks):
@@ -166,10 +183,8 @@ class UserEncoder(nn.Module):
         newest_KB1R = newest_B11.expand(self.experts, -1, -1, width)
         y_KBR = y_KBPR.gather(2, newest_KB1R).squeeze(2)
         if self.pre_norm:
-            y_KBR = (
-                F.layer_norm(y_KBR, (width,)) * self.last_scale
-                + self.last_shift
-            )
+            y_KBR = F.layer_norm(y_KBR, (width,))
+            y_KBR = y_KBR * self.last_scale + self.last_shift
         return y_KBR
 
     def _encode_time(
@@ -186,6 +201,13 @@ class UserEncoder(nn.Module):
             source_BP: which item each token is, 0 for SOS.
 
         Returns (B, P, r).
+
+        Example: one user with two items, at the ticks 10 and 14, who asks at 30:
+
+            source_BP    tensor([[0, 1, 2]])
+            target_BP    tensor([[10, 14, 30]])
+            since_BP     tensor([[10, 4, 16]])
+            gap_BP       tensor([[NO_GAP, 2, 4]])
         """
         users, tokens = source_BP.shape
         tick_BN = self._to_ticks(times_BN)
@@ -198,11 +220,20 @@ class UserEncoder(nn.Module):
         span_BP = since_BP.clamp(min=0) + 1
         gap_BP = torch.bucketize(span_BP, self.gap_bounds, right=True)
         gap_BP = torch.where(source_BP > 0, gap_BP, NO_GAP)
-        added = self.clock.encode_tokens(target_BP.flatten(), gap_BP.flatten())
+        added = self.clock.encode_tokens(
+            target_BP.flatten(),
+            gap_BP.flatten(),
+        )
         return added.view(users, tokens, -1)
 
     def _to_ticks(self, times: Tensor) -> Tensor:
-        """As `Dataset.ticks`."""
+        """As `Dataset.ticks`.
+
+        Example: a dataset from 0 to 10:
+
+            times     tensor([-1.0, 0.0, 5.0, 20.0])
+            result    tensor([0, 0, 32767, 65535])
+        """
         elapsed = (times.double() - self.first_time) / self.duration
         return (elapsed.clamp(0, 1) * TICKS).long()
 
@@ -214,21 +245,29 @@ class UserEncoder(nn.Module):
         if self.pre_norm:
             normed = _norm(x_KBPR, weights, "attention")
             x_KBPR = x_KBPR + self._attend(normed, weights)
-            return x_KBPR + _feed_forward(
-                _norm(x_KBPR, weights, "ffn"), weights
-            )
-        x_KBPR = _norm(
-            x_KBPR + self._attend(x_KBPR, weights), weights, "attention"
-        )
-        return _norm(x_KBPR + _feed_forward(x_KBPR, weights), weights, "ffn")
+            normed = _norm(x_KBPR, weights, "ffn")
+            return x_KBPR + _feed_forward(normed, weights)
+        x_KBPR = x_KBPR + self._attend(x_KBPR, weights)
+        x_KBPR = _norm(x_KBPR, weights, "attention")
+        x_KBPR = x_KBPR + _feed_forward(x_KBPR, weights)
+        return _norm(x_KBPR, weights, "ffn")
 
     def _attend(self, y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Eq. 5 and 6 of all experts, (K, B, P, r)."""
+        """Eq. 5 and 6 of all experts, (K, B, P, r).
+
+        Example: K = 5, four users of up to 4 tokens, r = 128, 2 heads:
+
+            y_KBPR, result       (5, 4, 4, 128)
+            qkv                  (5, 4, 4, 3, 2, 64)
+            each of `heads`      (20, 2, 4, 64)
+        """
         experts, users, tokens, width = y_KBPR.shape
         head_dim = width // self.heads
         qkv = y_KBPR @ weights["qkv"]
         qkv = qkv.view(experts, users, tokens, 3, self.heads, head_dim)
-        heads = [part.transpose(2, 3).flatten(0, 1) for part in qkv.unbind(3)]
+        heads = []
+        for part in qkv.unbind(3):
+            heads.append(part.transpose(2, 3).flatten(0, 1))
         mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
         mixed = mixed.transpose(1, 2).reshape(experts, users, tokens, width)
         return mixed @ weights["out"]
@@ -247,26 +286,43 @@ class UserEncoder(nn.Module):
             x_BPR: the inputs of all tokens, 0 behind a history's end.
             position_BP: distance from the newest token.
             is_token_BP1: False behind a history's end.
+
+        Example: two users with three and one tokens, K = 2:
+
+            position_BP     tensor([[2, 1, 0], [0, 0, 0]])
+            is_token_BP1    tensor([[True, True, True], [True, False, False]]) as (2, 3, 1)
+            result          tensor([[0.3, 0.7], [0.6, 0.4]])
         """
         if not self.literal_gate:
-            return torch.softmax(newest_BR @ self.gate[0].T, dim=-1)
+            scores_BK = newest_BR @ self.gate[0].T
+            return torch.softmax(scores_BK, dim=-1)
         scores_BPK = torch.einsum(
-            "bpr,bpkr->bpk", x_BPR, self.gate[position_BP]
+            "bpr,bpkr->bpk",
+            x_BPR,
+            self.gate[position_BP],
         )
-        return torch.softmax((scores_BPK * is_token_BP1).sum(1), dim=-1)
+        scores_BK = (scores_BPK * is_token_BP1).sum(1)
+        return torch.softmax(scores_BK, dim=-1)
 
 
 def _norm(y_KBPR: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    """LayerNorm of all experts. name: attention or ffn."""
+    """LayerNorm of all experts, (K, B, P, r).
+
+    Args:
+        y_KBPR: its input.
+        weights: of one block of all experts, (K, 1, …, …) each.
+        name: attention or ffn.
+    """
+    scale_K11R = weights[f"{name}_norm_scale"]
+    shift_K11R = weights[f"{name}_norm_shift"]
     normed = F.layer_norm(y_KBPR, y_KBPR.shape[-1:])
-    return (
-        normed * weights[f"{name}_norm_scale"] + weights[f"{name}_norm_shift"]
-    )
+    return normed * scale_K11R + shift_K11R
 
 
 def _feed_forward(y_KBPR: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Eq. 7 of all experts, (K, B, P, r)."""
-    inner = F.gelu(y_KBPR @ weights["w1"] + weights["b1"])
+    """Eq. 7 of all experts, (K, B, P, r). weights: as for `_norm`."""
+    inner = y_KBPR @ weights["w1"] + weights["b1"]
+    inner = F.gelu(inner)
     return inner @ weights["w2"] + weights["b2"]
 
 
@@ -297,7 +353,9 @@ def export_program(encoder: UserEncoder) -> torch.export.ExportedProgram:
     users_and_items = dict(users)
     if encoder.max_length > 1:
         users_and_items[1] = torch.export.Dim(
-            "items", min=1, max=encoder.max_length
+            "items",
+            min=1,
+            max=encoder.max_length,
         )
     shapes = {
         "items_BNR": users_and_items,
@@ -306,7 +364,9 @@ def export_program(encoder: UserEncoder) -> torch.export.ExportedProgram:
         "now_B": users,
     }
     program = torch.export.export(
-        encoder.eval(), example, dynamic_shapes=shapes
+        encoder.eval(),
+        example,
+        dynamic_shapes=shapes,
     )
     program.example_inputs = None
     for node in program.graph.nodes:

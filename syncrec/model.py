@@ -175,12 +175,17 @@ class SyNCRec(nn.Module):
             )
 
     def _predict(
-        self, query: Query, inputs_NR: Tensor, cross_MR: Tensor
+        self,
+        query: Query,
+        inputs_NR: Tensor,
+        cross_MR: Tensor,
     ) -> Tensor:
         """Y^cross at each user's newest token, mixed with the domain's Y^single, (B, D, r)."""
         dtype = inputs_NR.dtype
         cross_BR = self._scoring(
-            query.cross, cross_MR.to(dtype), query.newest_B
+            query.cross,
+            cross_MR.to(dtype),
+            query.newest_B,
         )
         cross_BDR = cross_BR.unsqueeze(1).expand(-1, self.domains, -1)
         if self.prediction is None:
@@ -197,7 +202,10 @@ class SyNCRec(nn.Module):
         # apart in between.
         bf16 = self.config.precision == "bf16"
         return torch.autocast(
-            rows.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
+            rows.device.type,
+            torch.bfloat16,
+            enabled=bf16,
+            cache_enabled=False,
         )
 
     def tokens(self, view: View, inputs_NR: Tensor) -> Tensor:
@@ -208,7 +216,10 @@ class SyNCRec(nn.Module):
         return x_MR + self.clock.encode_tokens(view.target_time_M, view.gap_M)
 
     def _scoring(
-        self, view: View, output_MR: Tensor, token_L: Tensor
+        self,
+        view: View,
+        output_MR: Tensor,
+        token_L: Tensor,
     ) -> Tensor:
         """What items are scored with at some tokens, (L, r).
 
@@ -224,7 +235,10 @@ class SyNCRec(nn.Module):
         """Y^cross of eq. 4, (M, r)."""
         x_MR = self.tokens(view, inputs_NR)
         experts = self._run_experts(
-            x_MR, view, self.cross_experts, self.single_experts
+            x_MR,
+            view,
+            self.cross_experts,
+            self.single_experts,
         )
         weights_MK = self.cross_gate(x_MR, view, slice(None))
         return self.cross_tower(mix(weights_MK, experts))
@@ -233,7 +247,10 @@ class SyNCRec(nn.Module):
         """Y^single of eq. 2, domain after domain, (M, r)."""
         x_MR = self.tokens(view, inputs_NR)
         experts = self._run_experts(
-            x_MR, view, self.single_experts, self.cross_experts
+            x_MR,
+            view,
+            self.single_experts,
+            self.cross_experts,
         )
         lengths = []
         tasks = []
@@ -291,7 +308,10 @@ class SyNCRec(nn.Module):
         single_sums = torch.zeros_like(cross_sums)
         if self.both_tasks:
             single_L = self._prediction_losses(
-                batch, batch.single, items, single_MR
+                batch,
+                batch.single,
+                items,
+                single_MR,
             )
             single_sums = _sum_by_domain(batch.single, single_L)
         coalition_C = self._coalition_sums(batch, items)
@@ -299,12 +319,17 @@ class SyNCRec(nn.Module):
         local = torch.cat([*single_sums, *cross_sums, coalition_C])
         wait = reduction.start_sum(local.detach().double())
         information_D = self._mutual_information(
-            batch, single_MR, cross_MR, reduction
+            batch,
+            single_MR,
+            cross_MR,
+            reduction,
         )
         totals = _Totals(wait(), self.domains)
 
         phi_D = transfer_gap(
-            totals.single_gap, totals.cross_gap, totals.comparable
+            totals.single_gap,
+            totals.cross_gap,
+            totals.comparable,
         )
         if self.prediction is not None and self.training:
             self.prediction.observe(phi_D, totals.present)
@@ -325,7 +350,10 @@ class SyNCRec(nn.Module):
         return loss, self._report(totals, phi_D, lambda_D, information)
 
     def _weigh_domains(
-        self, totals: "_Totals", phi_D: Tensor, like: Tensor
+        self,
+        totals: "_Totals",
+        phi_D: Tensor,
+        like: Tensor,
     ) -> Tensor:
         """λ of the batch, (D,); ones like `like` where no loss correction is set."""
         if len(totals.coalitions):
@@ -351,13 +379,13 @@ class SyNCRec(nn.Module):
         detached_D = lambda_D.detach()
         single_or_nan = 1.0 if self.both_tasks else _NAN
         lambda_or_nan = single_or_nan if self.correction is None else 1.0
+        loss_single = single_or_nan * totals.single_loss.sum() / single_targets
+        loss_cross = (detached_D * totals.cross_loss).sum() / cross_targets
         return LossReport(
             single_D=single_D.masked_fill(totals.single_targets == 0, _NAN),
             cross_D=cross_D.masked_fill(totals.cross_targets == 0, _NAN),
-            loss_single=single_or_nan
-            * totals.single_loss.sum()
-            / single_targets,
-            loss_cross=(detached_D * totals.cross_loss).sum() / cross_targets,
+            loss_single=loss_single,
+            loss_cross=loss_cross,
             phi_D=phi_D.masked_fill(~totals.present, _NAN),
             lambda_D=lambda_or_nan * detached_D,
             single_targets_D=totals.single_targets,
@@ -378,14 +406,21 @@ class SyNCRec(nn.Module):
                 cross_MR = self._cross_outputs(batch.cross, shown_NR)
                 cross_MR = cross_MR.to(shown_NR.dtype)
             loss_L = self._prediction_losses(
-                batch, batch.cross, items, cross_MR
+                batch,
+                batch.cross,
+                items,
+                cross_MR,
             )
             return (loss_L * batch.cross.target_weight_L).sum()
 
         return coalition_losses(self, batch, items.inputs_NR, loss_of)
 
     def _prediction_losses(
-        self, batch: Batch, view: View, items: "_ItemVectors", output_MR: Tensor
+        self,
+        batch: Batch,
+        view: View,
+        items: "_ItemVectors",
+        output_MR: Tensor,
     ) -> Tensor:
         """The loss of each of the view's targets (eq. 8 or 9), (L,)."""
         predicted_LR = self._scoring(view, output_MR, view.target_token_L)
@@ -394,10 +429,17 @@ class SyNCRec(nn.Module):
         lengths = _lengths_of(view.target_starts)
         if batch.negatives is None:
             return self._losses_of_shared(
-                batch, view, items, predicted_LR, positive_L, lengths
+                batch,
+                view,
+                items,
+                predicted_LR,
+                positive_L,
+                lengths,
             )
         own_NnR = items.negatives_R.view(
-            batch.interactions, batch.negatives, -1
+            batch.interactions,
+            batch.negatives,
+            -1,
         )
         own_LnR = own_NnR.index_select(0, view.target_interaction_L)
         # Not a product of matrices: for each target it is one row.
@@ -462,10 +504,16 @@ class SyNCRec(nn.Module):
             return cross_MR.new_zeros(self.domains)
         users = len(batch.weight_B)
         single_BDR, single_count_BD = pool(
-            single_MR, batch.single, users, self.domains
+            single_MR,
+            batch.single,
+            users,
+            self.domains,
         )
         cross_BDR, cross_count_BD = pool(
-            cross_MR, batch.cross, users, self.domains
+            cross_MR,
+            batch.cross,
+            users,
+            self.domains,
         )
         in_both_BD = (single_count_BD > 0) & (cross_count_BD > 0)
         present_BD = in_both_BD & (batch.weight_B > 0).unsqueeze(1)
@@ -477,7 +525,10 @@ class SyNCRec(nn.Module):
         if not of_this_rank:
             if batch.candidates is not None:
                 sample = self._collect_sample(
-                    batch.candidates, single_BDR, present_BD, reduction
+                    batch.candidates,
+                    single_BDR,
+                    present_BD,
+                    reduction,
                 )
             else:
                 candidates_GDR = reduction.gather(single_BDR)
@@ -508,10 +559,14 @@ class SyNCRec(nn.Module):
         position_C = candidates.place_C
         present_S = present_BD.flatten().double()
         shown = torch.zeros(
-            slots, dtype=torch.float64, device=present_BD.device
+            slots,
+            dtype=torch.float64,
+            device=present_BD.device,
         )
         shown = shown.index_copy(
-            0, position_C, present_S.index_select(0, slot_C)
+            0,
+            position_C,
+            present_S.index_select(0, slot_C),
         )
         wait = reduction.start_sum(
             torch.cat([shown, present_BD.sum(0).double()])
@@ -520,7 +575,9 @@ class SyNCRec(nn.Module):
         single_NR = reduction.collect(values_CR, position_C, slots)
         nowhere_S = torch.full_like(present_S, -1, dtype=torch.int64)
         position_BD = nowhere_S.index_copy(
-            0, slot_C, position_C % candidates.size
+            0,
+            slot_C,
+            position_C % candidates.size,
         )
         shown, count_D = wait().split([slots, self.domains])
         return Sample(
@@ -582,6 +639,12 @@ def mix(weights_MK: Tensor, experts: Sequence[Tensor]) -> Tensor:
     """f of eq. 2 and 4: Σ_k g_k f_k, (M, r).
 
     weights_MK: of all experts. experts: the stacks' outputs, (K_1, M, r), (K_2, M, r), …
+
+    Example: two tokens, stacks of two experts and of one, r = 1:
+
+        weights_MK    tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
+        experts       tensor([[1, 2], [3, 4]]) and tensor([[5, 6]]), without r
+        result        tensor([2.0, 5.6]), without r
     """
     if weights_MK.shape[1] == 1:  # its weight is 1
         return experts[0][0]
@@ -604,6 +667,14 @@ def _sum_by_domain(view: View, loss_L: Tensor) -> Tensor:
     """Four sums over each domain's targets, (4, D).
 
     Weighted loss, weight, and both over the targets that the other view predicts too.
+
+    Example: three targets, one of the second domain:
+
+        view.target_domain_L    tensor([0, 0, 1])
+        view.target_weight_L    tensor([1.0, 0.5, 1.0])
+        view.comparable_L       tensor([True, False, True])
+        loss_L                  tensor([0.6, 0.4, 0.9])
+        result                  tensor([[0.8, 0.9], [1.5, 1.0], [0.6, 0.9], [1.0, 1.0]])
     """
     domains = len(view.target_starts) - 1
     weight_L = view.target_weight_L.to(loss_L.dtype)

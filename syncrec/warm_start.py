@@ -45,40 +45,73 @@ def grow_state(
         match = _OF_DOMAIN.fullmatch(name)
         if match:
             module, domain, rest = match.groups()
-            by_name.setdefault((module, rest), {})[int(domain)] = value
+            by_domain = by_name.setdefault((module, rest), {})
+            by_domain[int(domain)] = value
         elif name in _DOMAIN_AXES:
-            grown[name] = _select_domains(value, old_of_D, _DOMAIN_AXES[name])
+            axis = _DOMAIN_AXES[name]
+            grown[name] = _select_domains(value, old_of_D, axis)
         elif name == _KNOTS:
             grown[name] = _interpolate_knots(value, *spans, knots)
         else:
             grown[name] = value
     for (module, rest), by_domain in by_name.items():
-        mean = torch.stack(list(by_domain.values())).mean(0)
+        values = list(by_domain.values())
+        mean = torch.stack(values).mean(0)
         for domain, old in enumerate(old_of_D):
-            value = by_domain[old] if old >= 0 else mean
+            value = mean
+            if old >= 0:
+                value = by_domain[old]
             grown[f"{module}.{domain}.{rest}"] = value.clone()
     return grown
 
 
 def _select_domains(
-    value: Tensor, old_of_D: Sequence[int], axis: int
+    value: Tensor,
+    old_of_D: Sequence[int],
+    axis: int,
 ) -> Tensor:
-    """A buffer by the new domains; 0 for those that are new."""
+    """A buffer by the new domains; 0 for those that are new.
+
+    Example: axis 0:
+
+        value       tensor([0.7, 0.3])
+        old_of_D    [1, -1, 0]
+        result      tensor([0.3, 0.0, 0.7])
+    """
     domains = value.shape[axis]
     zero = torch.zeros_like(value.narrow(axis, 0, 1))
     with_zero = torch.cat([value, zero], dim=axis)
-    index = [old if old >= 0 else domains for old in old_of_D]
+    index = []
+    for old in old_of_D:
+        if old < 0:
+            old = domains
+        index.append(old)
     return with_zero.index_select(axis, torch.tensor(index))
 
 
 def _interpolate_knots(
-    knots_2KR: Tensor, old_span: Span, new_span: Span, knots: int
+    knots_2KR: Tensor,
+    old_span: Span,
+    new_span: Span,
+    knots: int,
 ) -> Tensor:
-    """The functions of time at new knots."""
+    """The functions of time at new knots.
+
+    Example: three knots over the old span, five over one that is twice as long, r = 1:
+
+        old_span     (0, 10)
+        new_span     (0, 20)
+        knots_2KR    tensor([[a, b, c], …])
+        result       tensor([[a, b, c, c, c], …])
+    """
     times = torch.linspace(*new_span, knots, dtype=torch.float64)
-    length = max(old_span[1] - old_span[0], torch.finfo(torch.float64).tiny)
+    least = torch.finfo(torch.float64).tiny
+    length = max(old_span[1] - old_span[0], least)
     last = knots_2KR.shape[1] - 1
-    along = ((times - old_span[0]) / length).clamp(0, 1) * last
+    elapsed = (times - old_span[0]) / length
+    along = elapsed.clamp(0, 1) * last
     low = along.long().clamp(max=last - 1)
     share = (along - low).to(knots_2KR.dtype).unsqueeze(1)
-    return torch.lerp(knots_2KR[:, low], knots_2KR[:, low + 1], share)
+    low_2KR = knots_2KR[:, low]
+    high_2KR = knots_2KR[:, low + 1]
+    return torch.lerp(low_2KR, high_2KR, share)

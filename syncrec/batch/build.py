@@ -199,21 +199,31 @@ def build_query(
     newest_DB = None
     if domain_N is not None:
         tokens = _pack_every_domain(lengths_B, domain_N, domains, max_length)
-        ends_DB = tokens.ends_S.reshape(domains, users)
-        starts = (0, *ends_DB[:, -1].tolist())
-        now_S = np.tile(now_B, domains)
-        single = _build_query_view(tokens, starts, ticks_N, now_S)
-        newest_DB = torch.from_numpy(ends_DB - 1)
+        single, newest_DB = _build_single_query(tokens, domains, ticks_N, now_B)
+    ids = np.concatenate([items_N, extra_ids], dtype=np.int64)
     return Query(
-        ids=torch.from_numpy(
-            np.concatenate([items_N, extra_ids], dtype=np.int64)
-        ),
+        ids=torch.from_numpy(ids),
         interactions=len(items_N),
         cross=cross,
         newest_B=torch.from_numpy(newest_B),
         single=single,
         newest_DB=newest_DB,
     )
+
+
+def _build_single_query(
+    tokens: "_Tokens",
+    domains: int,
+    ticks_N: np.ndarray,
+    now_B: np.ndarray,
+) -> tuple[View, torch.Tensor]:
+    """The single-domain view of a query, and newest_DB. tokens: of `_pack_every_domain`."""
+    users = len(now_B)
+    ends_DB = tokens.ends_S.reshape(domains, users)
+    starts = (0, *ends_DB[:, -1].tolist())
+    now_S = np.tile(now_B, domains)
+    view = _build_query_view(tokens, starts, ticks_N, now_S)
+    return view, torch.from_numpy(ends_DB - 1)
 
 
 @dataclass(frozen=True)

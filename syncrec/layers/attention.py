@@ -18,7 +18,9 @@ from syncrec.layers import varlen
 
 
 def causal_attention(
-    qkv_KMR: Tensor, layout: AttentionLayout, heads: int
+    qkv_KMR: Tensor,
+    layout: AttentionLayout,
+    heads: int,
 ) -> Tensor:
     """softmax(Q Kᵀ / √(r / heads)) V within each sequence (eq. 5).
 
@@ -70,10 +72,21 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def split_buckets(
-    slots: Tensor, layout: AttentionLayout, dim: int
+    slots: Tensor,
+    layout: AttentionLayout,
+    dim: int,
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """Each bucket's slots, and its shape: (sequences, padded length). dim: the P slots' dimension."""
-    sizes = [sequences * length for sequences, length in layout.shapes]
+    """Each bucket's slots, and its shape: (sequences, padded length). dim: the P slots' dimension.
+
+    Example: `shapes` ((1, 3), (2, 3)) and dim 0:
+
+        slots     tensor([a, b, c,   e, f, f,   d, d, d])
+        first     tensor([a, b, c]), (1, 3)
+        second    tensor([e, f, f, d, d, d]), (2, 3)
+    """
+    sizes = []
+    for sequences, length in layout.shapes:
+        sizes.append(sequences * length)
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
     return zip(slots.split(sizes, dim=dim), layout.shapes, strict=True)
 
@@ -107,7 +120,10 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_KFW: Tensor, index_T: Tensor, inverse_F: Tensor
+        ctx: Any,
+        x_KFW: Tensor,
+        index_T: Tensor,
+        inverse_F: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(index_T, inverse_F)
         ctx.clear = len(inverse_F) > len(index_T)
@@ -124,13 +140,23 @@ class _Move(torch.autograd.Function):
 
 
 def _gather(x_KFW: Tensor, index_T: Tensor) -> Tensor:
-    """Rows of each expert: (K, from, w) → (K, to, w)."""
+    """Rows of each expert: (K, from, w) → (K, to, w).
+
+    Example: K = 2, w = 1:
+
+        x_KFW      tensor([[a, b, c], [d, e, f]])
+        index_T    tensor([2, 0])
+        result     tensor([[c, a], [f, d]])
+    """
     experts, rows, width = x_KFW.shape
     if experts == 1:
         return x_KFW[0].index_select(0, index_T).unsqueeze(0)
     # One gather of whole rows: index_select over an inner dimension copies row by row.
     offsets = torch.arange(
-        0, experts * rows, rows, device=index_T.device
+        0,
+        experts * rows,
+        rows,
+        device=index_T.device,
     ).unsqueeze(1)
     index = (offsets + index_T).view(-1)
     gathered = x_KFW.reshape(experts * rows, width).index_select(0, index)
@@ -138,11 +164,15 @@ def _gather(x_KFW: Tensor, index_T: Tensor) -> Tensor:
 
 
 def group_layer_norm(
-    x_KMR: Tensor, scale_K1R: Tensor, shift_K1R: Tensor
+    x_KMR: Tensor,
+    scale_K1R: Tensor,
+    shift_K1R: Tensor,
 ) -> Tensor:
     """LayerNorm of K experts at once: (K, M, r)."""
     return torch.addcmul(
-        shift_K1R, F.layer_norm(x_KMR, x_KMR.shape[-1:]), scale_K1R
+        shift_K1R,
+        F.layer_norm(x_KMR, x_KMR.shape[-1:]),
+        scale_K1R,
     )
 
 

@@ -17,6 +17,11 @@ def drop(x: Tensor, share: float, training: bool) -> Tensor:
     """x with each element 0 with probability `share`, the others divided by 1 − share.
 
     Outside training it is x itself.
+
+    Example: share 0.5, where the second and the third element are dropped:
+
+        x         tensor([1.0, 2.0, 3.0, 4.0])
+        result    tensor([2.0, 0.0, 0.0, 8.0])
     """
     if not training or not share:
         return x
@@ -26,18 +31,29 @@ def drop(x: Tensor, share: float, training: bool) -> Tensor:
 
 
 def add_dropped(x: Tensor, y: Tensor, share: float, training: bool) -> Tensor:
-    """x + drop(y, …): a residual and its branch."""
+    """x + drop(y, …): a residual and its branch.
+
+    Example: share 0.5, where the second and the third element of y are dropped:
+
+        x         tensor([10.0, 10.0, 10.0, 10.0])
+        y         tensor([1.0, 2.0, 3.0, 4.0])
+        result    tensor([12.0, 10.0, 10.0, 18.0])
+    """
     if training and share and y.device.type == "cpu":
-        return torch.addcmul(x, y, _draw_mask(y, share))
+        mask = _draw_mask(y, share)
+        return torch.addcmul(x, y, mask)
     return x + drop(y, share, training)
 
 
 def _draw_mask(like: Tensor, share: float) -> Tensor:
     """0, or what scales the remaining elements, from PyTorch's generator."""
     dropped = round(share * _LEVELS)
-    count = -(-like.numel() // _LEVELS_IN_WORD)
+    elements = like.numel()
+    count = -(-elements // _LEVELS_IN_WORD)
     words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
     levels = words.view(torch.int16)  # even over −32768 … 32767
-    levels = levels[: like.numel()].view(like.shape)
-    remains = levels.ge_(dropped - _LEVELS // 2)
-    return remains.to(like.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    levels = levels[:elements].view(like.shape)
+    least = dropped - _LEVELS // 2
+    remains = levels.ge_(least)
+    scale = _LEVELS / (_LEVELS - dropped)
+    return remains.to(like.dtype).mul_(scale)

@@ -78,7 +78,15 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         heads, share, seed, half, save, tile = settings
         y_KMR, *intermediates = torch.ops.syncrec.block_forward(
-            x_KMR, starts_S, weights, heads, share, seed, half, save, tile
+            x_KMR,
+            starts_S,
+            weights,
+            heads,
+            share,
+            seed,
+            half,
+            save,
+            tile,
         )
         ctx.settings = (heads, share, seed, half, tile)
         ctx.weights = len(weights)
@@ -91,7 +99,12 @@ class _Block(torch.autograd.Function):
         weights = saved[: ctx.weights]
         intermediates = saved[ctx.weights :]
         x_gradient, *gradients = torch.ops.syncrec.block_backward(
-            gradient, x_KMR, starts_S, weights, intermediates, *ctx.settings
+            gradient,
+            x_KMR,
+            starts_S,
+            weights,
+            intermediates,
+            *ctx.settings,
         )
         return x_gradient, None, None, *gradients
 

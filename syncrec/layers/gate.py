@@ -28,17 +28,28 @@ class Gate(nn.Module):
         nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
-        """The experts' weights (M, K). x_MR: inputs of the view's tokens in the slice `tokens`."""
+        """The experts' weights (M, K). x_MR: inputs of the view's tokens in the slice `tokens`.
+
+        Example: two tokens, K = 3:
+
+            x_MR      (2, r)
+            result    tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+        """
         if self.literal:
             return self._weigh_sequences(x_MR, view, tokens)
         # In fp32 also under autocast: its product has K columns, and casts of (M, r) would take
         # longer than they save.
         with torch.autocast(x_MR.device.type, enabled=False):
-            return torch.softmax(F.linear(x_MR, self.weight[0]), dim=-1)
+            scores_MK = F.linear(x_MR, self.weight[0])
+            return torch.softmax(scores_MK, dim=-1)
 
     def _weigh_sequences(
-        self, x_MR: Tensor, view: View, tokens: slice
+        self,
+        x_MR: Tensor,
+        view: View,
+        tokens: slice,
     ) -> Tensor:
+        """Eq. 3 literally: each sequence's weights, for all of its tokens, (M, K)."""
         sequence_M = view.sequence_M[tokens]
         by_position_MKR = self.weight.index_select(0, view.position_M[tokens])
         scores_MK = torch.einsum("mr,mkr->mk", x_MR, by_position_MKR)

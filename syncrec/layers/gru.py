@@ -38,7 +38,10 @@ class RecurrentStack(nn.Module):
             self.experts.append(expert)
 
     def forward(self, x_MR: Tensor, layout: AttentionLayout) -> Tensor:
-        """x_MR: (M, r) → (K, M, r), one output an expert."""
+        """x_MR: (M, r) → (K, M, r), one output an expert.
+
+        layout: its buckets are the GRUs' batches.
+        """
         slots_PR = pad(x_MR.unsqueeze(0), layout)[0]
         buckets = []
         for bucket, shape in split_buckets(slots_PR, layout, dim=0):

@@ -37,16 +37,22 @@ class Clock(nn.Module):
 
     def encode_tokens(self, time_M: Tensor, gap_M: Tensor) -> Tensor:
         """time_M: ticks, gap_M: of `compute_gaps`, both int64. Returns (M, r)."""
-        return self._interpolate(_INPUT, time_M) + self.gaps_GR.index_select(
-            0, gap_M
-        )
+        time_MR = self._interpolate(_INPUT, time_M)
+        return time_MR + self.gaps_GR.index_select(0, gap_M)
 
     def encode_outputs(self, time_L: Tensor) -> Tensor:
         """time_L: ticks, int64. Returns (L, r)."""
         return self._interpolate(_OUTPUT, time_L)
 
     def _interpolate(self, function: int, time_N: Tensor) -> Tensor:
-        """Vectors of some times, linear between the two knots beside each: (N, r)."""
+        """Vectors of some times, linear between the two knots beside each: (N, r).
+
+        Example: three knots, at the ticks 0, 32,767.5 and 65,535:
+
+            time_N      tensor([0, 65535])
+            low_N       tensor([0, 1])
+            share_N1    tensor([[0.0], [1.0]])
+        """
         knots_KR = self.knots_2KR[function]
         last = len(knots_KR) - 1
         along_N = time_N.to(knots_KR.dtype) * (last / TICKS)
@@ -58,6 +64,12 @@ class Clock(nn.Module):
 
 
 def compute_gaps(ticks: np.ndarray) -> np.ndarray:
-    """The number of each span of time: ⌊log₂(1 + ticks)⌋, int32 of the same shape; 0 below 0."""
+    """The number of each span of time: ⌊log₂(1 + ticks)⌋, int32 of the same shape; 0 below 0.
+
+    Example:
+
+        ticks     array([-3, 0, 1, 2, 3, 65535])
+        result    array([0, 0, 1, 1, 2, 16])
+    """
     _, exponent = np.frexp(np.maximum(ticks, 0) + 1.0)
     return exponent.astype(np.int32) - 1

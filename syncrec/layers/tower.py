@@ -15,14 +15,23 @@ def init_linear(weight: Tensor) -> None:
 
     weight: (…, in, out) of stacked experts, or (out, in) of `nn.Linear`.
     """
-    fan_axis = -1 if weight.dim() == 2 else -2
-    nn.init.normal_(weight, std=weight.shape[fan_axis] ** -0.5)
+    fan_axis = -2
+    if weight.dim() == 2:
+        fan_axis = -1
+    fan_in = weight.shape[fan_axis]
+    nn.init.normal_(weight, std=fan_in**-0.5)
 
 
 class Tower(nn.Module):
     """h of eq. 2 and 4 (section 4.2.1): a feed-forward network with layer normalisation.
 
     Around it goes a residual, as in the experts.
+
+    Example: M = 7 tokens, r = 128, ffn_dim 256:
+
+        x_MR            (7, 128)
+        inner(x_MR)     (7, 256)
+        y_MR, result    (7, 128)
     """
 
     def __init__(self, config: ModelConfig):

@@ -25,6 +25,11 @@ class ExpertStack(nn.Module):
     """K experts f_TRM of eq. 5 to 7 (section 4.2.2), each of `blocks` attention blocks.
 
     Residuals and LayerNorm are those of [28] in the paper.
+
+    Example: K = 3 and the four users of AttentionLayout, with 3, 1, 0 and 2 tokens:
+
+        x_MR      (6, r)
+        result    (3, 6, r)
     """
 
     def __init__(self, config: ModelConfig, experts: int):
@@ -80,16 +85,25 @@ class Block(nn.Module):
             init_linear(weight)
 
     def forward(self, x_KMR: Tensor, layout: AttentionLayout) -> Tensor:
-        """(K, M, r) → (K, M, r)."""
+        """(K, M, r) → (K, M, r).
+
+        x_KMR: each expert's own input. layout: where the sequences begin.
+        """
         attention_norm = (self.attention_norm_scale, self.attention_norm_shift)
         ffn_norm = (self.ffn_norm_scale, self.ffn_norm_shift)
         if fused_block.chosen(self.kernel, x_KMR, not self.pre_norm):
             matrices = (self.qkv, self.out, self.w1, self.w2)
             biases = (self.b1, self.b2)
+            weights = (
+                *matrices,
+                *biases,
+                *attention_norm,
+                *ffn_norm,
+            )
             return fused_block.block(
                 x_KMR,
                 layout.starts_S,
-                (*matrices, *biases, *attention_norm, *ffn_norm),
+                weights,
                 self.heads,
                 self.dropout,
                 self.training,
@@ -113,21 +127,34 @@ class Block(nn.Module):
             norm: the LayerNorm's scale and shift.
             layer: attention or the feed-forward network.
             x_KMR: its input.
+
+        Returns (K, M, r). With f the layer:
+
+            norm=post    LayerNorm(x + drop(f(x)))
+            norm=pre     x + drop(f(LayerNorm(x)))
         """
         if self.pre_norm:
-            y_KMR = layer(group_layer_norm(x_KMR, *norm))
+            normed_KMR = group_layer_norm(x_KMR, *norm)
+            y_KMR = layer(normed_KMR)
             return add_dropped(x_KMR, y_KMR, self.dropout, self.training)
         y_KMR = layer(x_KMR)
         sum_KMR = add_dropped(x_KMR, y_KMR, self.dropout, self.training)
         return group_layer_norm(sum_KMR, *norm)
 
     def _attend(self, x_KMR: Tensor, layout: AttentionLayout) -> Tensor:
-        """Eq. 5 and 6: (K, M, r) → (K, M, r)."""
+        """Eq. 5 and 6: (K, M, r) → (K, M, r).
+
+        qkv_KMR      (K, M, 3 r)
+        mixed_KMR    (K, M, r)
+        """
         qkv_KMR = torch.bmm(x_KMR, self.qkv)
         mixed_KMR = causal_attention(qkv_KMR, layout, self.heads)
         return torch.bmm(mixed_KMR, self.out)
 
     def _feed_forward(self, x_KMR: Tensor) -> Tensor:
-        """Eq. 7: (K, M, r) → (K, M, r)."""
+        """Eq. 7: (K, M, r) → (K, M, r).
+
+        inner_KMH    (K, M, h)
+        """
         inner_KMH = torch.baddbmm(self.b1, x_KMR, self.w1)
         return torch.baddbmm(self.b2, F.gelu(inner_KMH), self.w2)

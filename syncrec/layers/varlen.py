@@ -39,6 +39,12 @@ def attend(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
     The experts' tokens are K · S sequences, one after the other, which go into one call where the
     kernel takes so many. Otherwise each expert's go into calls of their own, a piece of the layout
     each.
+
+    Example: K = 2 and four users with 3, 1, 0 and 2 tokens:
+
+        qkv_KMR            (2, 6, 3 r)
+        layout.starts_S    tensor([0, 3, 4, 4, 6])
+        begins, end        tensor([0, 3, 4, 4,   6, 9, 10, 10,   12])
     """
     experts, tokens, width = qkv_KMR.shape
     qkv = qkv_KMR.view(experts * tokens, width)
@@ -48,7 +54,8 @@ def attend(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
         experts_and_end = torch.arange(experts + 1, device=qkv_KMR.device)
         firsts = tokens * experts_and_end.unsqueeze(1)
         begins = (firsts[:-1] + layout.starts_S[:-1]).flatten()
-        mixed = _attend(qkv, torch.cat([begins, firsts[-1]]), longest, heads)
+        begins = torch.cat([begins, firsts[-1]])
+        mixed = _attend(qkv, begins, longest, heads)
         return mixed.view(experts, tokens, -1)
     bounds = []
     sizes = []
@@ -70,13 +77,26 @@ def attend(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
 def _attend(qkv_MR: Tensor, begins: Tensor, longest: int, heads: int) -> Tensor:
     """One call. Returns (M, r).
 
-    begins: where each sequence begins, and the end. longest: no sequence has more tokens.
+    Args:
+        qkv_MR: (M, 3 r).
+        begins: where each sequence begins, and the end.
+        longest: no sequence has more tokens.
+        heads: of the attention.
     """
     tokens, width = qkv_MR.shape
     width = width // 3
-    query, key, value = qkv_MR.view(tokens, 3, heads, width // heads).unbind(1)
+    head_dim = width // heads
+    qkv = qkv_MR.view(tokens, 3, heads, head_dim)
+    query, key, value = qkv.unbind(1)
     begins = begins.to(torch.int32)
     mixed = varlen_attn(
-        query, key, value, begins, begins, longest, longest, window_size=_CAUSAL
+        query,
+        key,
+        value,
+        begins,
+        begins,
+        longest,
+        longest,
+        window_size=_CAUSAL,
     )
     return mixed.reshape(tokens, width)

@@ -20,7 +20,9 @@ _ROUNDING = 1e-5  # that λ in float32 may be off after many batches
 
 
 def transfer_gap(
-    single_sum_D: Tensor, cross_sum_D: Tensor, count_D: Tensor
+    single_sum_D: Tensor,
+    cross_sum_D: Tensor,
+    count_D: Tensor,
 ) -> Tensor:
     """φ_d = mean single-domain loss − mean cross-domain loss of d (Def. 2, eq. 10), (D,).
 
@@ -28,6 +30,13 @@ def transfer_gap(
     domains harm d; 0 where d is absent.
 
     single_sum_D, cross_sum_D: sums of the losses over the global batch. count_D: of its targets.
+
+    Example: three domains. The others help the first, harm the second, and the third is absent:
+
+        single_sum_D    tensor([8.0, 2.0, 0.0])
+        cross_sum_D     tensor([6.0, 3.0, 0.0])
+        count_D         tensor([4, 2, 0])
+        result          tensor([0.5, -0.5, 0.0])
     """
     return (single_sum_D - cross_sum_D) / count_D.clamp(min=1)
 
@@ -48,20 +57,31 @@ class PredictionMix(nn.Module):
         self.register_buffer("gap_2D", torch.zeros(2, domains))
 
     def observe(self, phi_D: Tensor, present_D: Tensor) -> None:
-        """Takes in a batch's φ, equal on all ranks. present_D: bool, where the batch has one."""
-        seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)]).to(
-            self.gap_2D.dtype
-        )
+        """Takes in a batch's φ, equal on all ranks. present_D: bool, where the batch has one.
+
+        Example: the first batch, which lacks the second domain:
+
+            phi_D        tensor([0.5, 0.0])
+            present_D    tensor([True, False])
+            gap_2D       tensor([[0.005, 0.0], [0.01, 0.0]])
+        """
+        seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)])
+        seen_2D = seen_2D.to(self.gap_2D.dtype)
         mean_2D = _DECAY * self.gap_2D + (1 - _DECAY) * seen_2D
         self.gap_2D = torch.where(present_D, mean_2D, self.gap_2D)
 
     @property
     def single_weight_D(self) -> Tensor:
-        """The weight of Y^single by domain; a half before anything was seen."""
+        """The weight of Y^single by domain; a half before anything was seen.
+
+        Example: τ = 0.3. Other domains help the first, harm the second, the third was never seen:
+
+            gap_2D    tensor([[0.3, -0.3, 0.0], [1.0, 1.0, 0.0]])
+            result    tensor([0.2689, 0.7311, 0.5000])
+        """
         sum_D, weight_D = self.gap_2D
-        return torch.sigmoid(
-            -sum_D / (weight_D.clamp(min=1e-30) * self.temperature)
-        )
+        scale_D = weight_D.clamp(min=1e-30) * self.temperature
+        return torch.sigmoid(-sum_D / scale_D)
 
     @property
     def own_D(self) -> Tensor:  # renamed
@@ -104,14 +124,22 @@ class LossCorrection(nn.Module):
 
         phi_D: φ of the global batch. present_D: bool, which domains it has. Both are equal on all
         ranks, so λ is too.
+
+        Example: the first batch of three domains, the third of which it lacks, δ = 1:
+
+            phi_D        tensor([0.5, -0.5, 0.0])
+            present_D    tensor([True, True, False])
+            result       tensor([0.4874, 0.1793, 0.0000])
         """
         old_D = self.lambda_D.detach()
         weighed_lambda_D = self.alpha.double() * old_D.double()
         weighed_phi_D = self.beta.double() * phi_D.detach().double()
         logits_D = (weighed_lambda_D + weighed_phi_D) / self.temperature
         reserved_D = torch.where(old_D > 0, old_D.double(), 1 / len(old_D))
-        share = 1 - reserved_D.masked_fill(present_D, 0).sum()
-        new_D = _share_by_softmax(share, logits_D, present_D).to(old_D.dtype)
+        absent_D = reserved_D.masked_fill(present_D, 0)
+        share = 1 - absent_D.sum()
+        new_D = _share_by_softmax(share, logits_D, present_D)
+        new_D = new_D.to(old_D.dtype)
         lambda_D = torch.where(present_D, new_D, old_D)
         if self.training:
             self.lambda_D = lambda_D.detach().clone()
@@ -132,6 +160,11 @@ def _even_out(lambda_D: Tensor) -> Tensor:
 
     Where they do so already they come back to the bit. Otherwise they keep their proportions as far
     as the floor lets them. A domain whose λ is 0 was never seen.
+
+    Example: four domains, of which three were seen:
+
+        lambda_D    tensor([0.5, 0.25, 0.25, 0.0])
+        result      tensor([0.3750, 0.1875, 0.1875, 0.0000])
     """
     domains = len(lambda_D)
     seen_D = lambda_D != 0
@@ -139,7 +172,8 @@ def _even_out(lambda_D: Tensor) -> Tensor:
     whole = seen / domains
     floor = _floor(domains)
     old_D = lambda_D.double()
-    adds_up = abs(old_D.sum().item() - whole) <= _ROUNDING
+    total = old_D.sum().item()
+    adds_up = abs(total - whole) <= _ROUNDING
     if adds_up and (old_D[seen_D] >= floor * (1 - _ROUNDING)).all():
         return lambda_D
     above_D = old_D.clamp(min=floor).masked_fill(~seen_D, 0)
@@ -149,12 +183,21 @@ def _even_out(lambda_D: Tensor) -> Tensor:
 
 
 def _share_by_softmax(
-    share: Tensor, logits_D: Tensor, present_D: Tensor
+    share: Tensor,
+    logits_D: Tensor,
+    present_D: Tensor,
 ) -> Tensor:
     """`share` of 1 among the present domains, by the softmax of their logits; (D,), float64.
 
     Who would get less than the floor gets the floor; the others share the rest by the softmax over
     themselves.
+
+    Example: the third domain is absent, the second hardly gets anything:
+
+        share        tensor(0.75)
+        logits_D     tensor([0.0, -50.0, 0.0, 0.0])
+        present_D    tensor([True, True, False, True])
+        result       tensor([0.3750, 1e-6, 1e-6, 0.3750]); the caller takes nothing of an absent one
     """
     # As float64: of integers times the floor PyTorch would make float32.
     count = present_D.sum(dtype=torch.float64)

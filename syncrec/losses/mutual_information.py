@@ -83,7 +83,11 @@ class MutualInformation(nn.Module):
             single_GDR = F.normalize(single_GDR, dim=-1)
         if sample is not None:
             return self._compare_with_sample(
-                projected_BDR, single_GDR, present_BD, position_B, sample
+                projected_BDR,
+                single_GDR,
+                present_BD,
+                position_B,
+                sample,
             )
         count_D = present_GD.sum(0)
         # A user alone in a domain has nothing to be told apart from.
@@ -91,21 +95,47 @@ class MutualInformation(nn.Module):
         counted_DB = present_BD.T & enough_D.unsqueeze(1)
         if len(single_GDR) <= _CHUNK:
             bound_DB = self._compare_at_once(
-                projected_BDR, single_GDR, counted_DB, present_GD, position_B
+                projected_BDR,
+                single_GDR,
+                counted_DB,
+                present_GD,
+                position_B,
             )
         else:
-            left_out_DB = None
-            if self.others_only:
-                left_out_DB = position_B.expand(len(counted_DB), -1)
-            single_DGR = single_GDR.transpose(0, 1)
-            sum_DB = self._log_sum_exp(
-                projected_BDR, single_DGR, present_GD.T, left_out_DB
+            bound_DB = self._compare_by_chunks(
+                projected_BDR,
+                single_GDR,
+                present_GD,
+                position_B,
             )
-            positive_DB = self._rho_of_positives(
-                projected_BDR, single_GDR, position_B
-            )
-            bound_DB = positive_DB - sum_DB
-        return torch.where(counted_DB, bound_DB, 0).sum(1), count_D * enough_D
+        bound_DB = torch.where(counted_DB, bound_DB, 0)
+        return bound_DB.sum(1), count_D * enough_D
+
+    def _compare_by_chunks(
+        self,
+        projected_BDR: Tensor,
+        single_GDR: Tensor,
+        present_GD: Tensor,
+        position_B: Tensor,
+    ) -> Tensor:
+        """The bounds, with some candidates' similarities at a time: (D, B)."""
+        left_out_DB = None
+        if self.others_only:
+            domains = present_GD.shape[1]
+            left_out_DB = position_B.expand(domains, -1)
+        single_DGR = single_GDR.transpose(0, 1)
+        sum_DB = self._log_sum_exp(
+            projected_BDR,
+            single_DGR,
+            present_GD.T,
+            left_out_DB,
+        )
+        positive_DB = self._rho_of_positives(
+            projected_BDR,
+            single_GDR,
+            position_B,
+        )
+        return positive_DB - sum_DB
 
     def _compare_at_once(
         self,
@@ -145,14 +175,19 @@ class MutualInformation(nn.Module):
         if self.similarity == "cosine":
             candidates_DNR = F.normalize(candidates_DNR, dim=-1)
         positive_DB = self._rho_of_positives(
-            projected_BDR, single_BDR, position_B
+            projected_BDR,
+            single_BDR,
+            position_B,
         )
         candidates_D1 = sample.present_DN.sum(1, keepdim=True)
         others_DB = candidates_D1 - (sample.position_DB >= 0).long()
         enough_D = sample.count_D > 1
         counted_DB = present_BD.T & enough_D.unsqueeze(1) & (others_DB > 0)
         sum_DB = self._log_sum_exp(
-            projected_BDR, candidates_DNR, sample.present_DN, sample.position_DB
+            projected_BDR,
+            candidates_DNR,
+            sample.present_DN,
+            sample.position_DB,
         )
         others_of_batch_D1 = (sample.count_D - 1).clamp(min=1).unsqueeze(1)
         scale_DB = others_of_batch_D1.to(sum_DB.dtype) / others_DB.clamp(min=1)
@@ -163,7 +198,10 @@ class MutualInformation(nn.Module):
         return bound_DB.sum(1), sample.count_D * enough_D
 
     def _rho_of_positives(
-        self, projected_BDR: Tensor, single_GDR: Tensor, position_B: Tensor
+        self,
+        projected_BDR: Tensor,
+        single_GDR: Tensor,
+        position_B: Tensor,
     ) -> Tensor:
         """ρ of a user's own two views, (D, B)."""
         single_BDR = single_GDR.index_select(0, position_B)
@@ -229,7 +267,11 @@ class _LogSumExp(torch.autograd.Function):
             largest_DB = larger_DB
         sum_DB = largest_DB + total_DB.log()
         ctx.save_for_backward(
-            query_DBR, candidates_DGR, present_DG, left_out_DB, sum_DB
+            query_DBR,
+            candidates_DGR,
+            present_DG,
+            left_out_DB,
+            sum_DB,
         )
         ctx.sigmoid = sigmoid
         ctx.temperature = temperature
@@ -275,7 +317,9 @@ def _cut_chunks(present_DG: Tensor) -> list[slice]:
 
 
 def _find_absent(
-    present_DG: Tensor, left_out_DB: Tensor | None, chunk: slice
+    present_DG: Tensor,
+    left_out_DB: Tensor | None,
+    chunk: slice,
 ) -> Tensor:
     """Which candidates of a chunk do not count for a user: (D, B or 1, C)."""
     absent_D1C = ~present_DG[:, chunk].unsqueeze(1)
@@ -286,7 +330,10 @@ def _find_absent(
 
 
 def pool(
-    output_MR: Tensor, view: View, users: int, domains: int
+    output_MR: Tensor,
+    view: View,
+    users: int,
+    domains: int,
 ) -> tuple[Tensor, Tensor]:
     """The mean of each user's tokens of each domain: (B, D, r), and how many there were (B, D).
 
@@ -299,11 +346,20 @@ def pool(
     """
     slots = users * domains
     dtype = output_MR.dtype
-    count = torch.zeros(slots, dtype=dtype, device=output_MR.device)
+    count = torch.zeros(
+        slots,
+        dtype=dtype,
+        device=output_MR.device,
+    )
     ones = torch.ones_like(view.pool_slot, dtype=dtype)
     count = count.index_add(0, view.pool_slot, ones)
     width = output_MR.shape[1]
-    total = torch.zeros(slots, width, dtype=dtype, device=output_MR.device)
+    total = torch.zeros(
+        slots,
+        width,
+        dtype=dtype,
+        device=output_MR.device,
+    )
     total = total.index_add(0, view.pool_slot, output_MR[view.pool_token])
     mean = total / count.clamp(min=1).unsqueeze(1)
     return mean.view(users, domains, -1), count.view(users, domains)

@@ -26,6 +26,11 @@ def shapley_values(value_C: Tensor) -> Tensor:
     """Σ_S |S|! (D − |S| − 1)! / D! (v(S ∪ d) − v(S)) over the coalitions S without d, for every d.
 
     value_C: v(c), (2^D,). Returns (D,), whose sum is v(all) − v(none).
+
+    Example: two domains; the coalitions are none, the first, the second, both:
+
+        value_C    tensor([0.0, 1.0, 2.0, 4.0])
+        result     tensor([1.5, 2.5])
     """
     players = len(value_C).bit_length() - 1
     # Filled in, not copied from the host: a copy would wait for the device.
