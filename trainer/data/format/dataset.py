@@ -97,7 +97,11 @@ class File:
     sha256: str
 
     @classmethod
-    def of(cls, folder: Path, name: str) -> "File":
+    def of(
+        cls,
+        folder: Path,
+        name: str,
+    ) -> "File":
         """Reads the size and the sha256 of a file in the folder."""
         path = folder / name
         with open(path, "rb") as stream:

@@ -195,7 +195,11 @@ class _Preparation:
             self.spark, self.inputs, config.columns, config.domain, scratch
         )
 
-    def number_ids(self, log: DataFrame, folder: Path) -> None:
+    def number_ids(
+        self,
+        log: DataFrame,
+        folder: Path,
+    ) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
         if config.min_user > 1 or config.min_item > 1:
@@ -251,7 +255,11 @@ class _Preparation:
             last_time=float(last_time),
         )
 
-    def number_items(self, items: DataFrame, ids: Ids) -> DataFrame:
+    def number_items(
+        self,
+        items: DataFrame,
+        ids: Ids,
+    ) -> DataFrame:
         """Numbers items by (domain, text of the id), and gives them rows of M by popularity."""
         # What a domain's first row is beyond the number of items before it.
         shifts = []
@@ -351,7 +359,11 @@ class _Preparation:
         frame = frame.drop("portion", "start", "serial")
         return frame, count
 
-    def write_parts(self, ids: Ids, layout: Layout) -> None:
+    def write_parts(
+        self,
+        ids: Ids,
+        layout: Layout,
+    ) -> None:
         """Writes the shards of all parts that are not done."""
         folder = self.work.folder / "parts"
         for partial in folder.glob("*.partial"):
@@ -368,7 +380,11 @@ class _Preparation:
                 f"parts {written} were written in place of {missing}"
             )
 
-    def sort_events(self, layout: Layout, missing: list[int]) -> DataFrame:
+    def sort_events(
+        self,
+        layout: Layout,
+        missing: list[int],
+    ) -> DataFrame:
         """Brings the events of each part into one portion: part, user, row, time, in order."""
         ids_folder = self.work.path("ids")
         users = self.read_parquet(_uri(ids_folder / "users"))
@@ -395,7 +411,11 @@ class _Preparation:
         events = events.sortWithinPartitions("part", "user", "time", "item")
         return events.select("part", "user", "row", "time")
 
-    def materialize(self, frame: DataFrame, name: str) -> DataFrame:
+    def materialize(
+        self,
+        frame: DataFrame,
+        name: str,
+    ) -> DataFrame:
         """Writes the rows to files; returns the same rows, read from them."""
         uri = self.scratch_uri(name)
         frame.write.parquet(uri)

@@ -497,7 +497,11 @@ class _Group:
             return f"concat(CAST(CAST({role} AS bigint) AS string), '.0')"
         return f"CAST({role} AS string)"
 
-    def id_sql(self, role: str, id_type: str) -> str:
+    def id_sql(
+        self,
+        role: str,
+        id_type: str,
+    ) -> str:
         """Returns SQL for the id as bigint or string."""
         value = role
         if id_type == "string":
@@ -643,7 +647,11 @@ class _Group:
                     "make the column BIGINT or UTF-8 text, or use --engine duckdb"
                 )
 
-    def _first_row(self, role: str, condition: str) -> tuple[str, str | None]:
+    def _first_row(
+        self,
+        role: str,
+        condition: str,
+    ) -> tuple[str, str | None]:
         """Finds the first row in a condition; returns "FILE: row N:" and the value.
 
         Rows are numbered from 1, the header not counted. A table's have no number.

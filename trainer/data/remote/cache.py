@@ -92,7 +92,9 @@ class Cache:
             )
 
     def _refuse_small_cache(
-        self, shards: tuple[RemoteFile, ...], files: tuple[RemoteFile, ...]
+        self,
+        shards: tuple[RemoteFile, ...],
+        files: tuple[RemoteFile, ...],
     ) -> None:
         least = max(shard.bytes for shard in shards)
         for file in files:
@@ -160,7 +162,11 @@ class Cache:
         except FileNotFoundError:
             return False
 
-    def _fetch(self, name: str, needed: bool = True) -> None:
+    def _fetch(
+        self,
+        name: str,
+        needed: bool = True,
+    ) -> None:
         """needed: even where no room is left, since others are about to open what is there."""
         file = self._files[name]
         path = self.folder / name
@@ -189,7 +195,11 @@ class Cache:
         finally:
             lock.release()
 
-    def _make_room(self, name: str, needed: bool) -> bool:
+    def _make_room(
+        self,
+        name: str,
+        needed: bool,
+    ) -> bool:
         """Reserves the bytes of a file by its `.part`, and evicts others until it fits.
 
         What goes is what killed processes left, then the shards that were read longest ago. False:
@@ -234,7 +244,12 @@ class Cache:
                 coming.append(other)
         return coming
 
-    def _remove_unlocked(self, name: str, kind: str, path: Path) -> bool:
+    def _remove_unlocked(
+        self,
+        name: str,
+        kind: str,
+        path: Path,
+    ) -> bool:
         """Removes a path unless somebody holds the file's lock of that kind."""
         lock = _Lock(self._control(name, kind))
         try:
@@ -245,7 +260,11 @@ class Cache:
         finally:
             lock.release()
 
-    def _control(self, name: str, kind: str) -> Path:
+    def _control(
+        self,
+        name: str,
+        kind: str,
+    ) -> Path:
         return self._fetching / f"{self._number[name]:06d}.{kind}"
 
     @contextmanager
@@ -285,7 +304,9 @@ class _ReadAhead:
             if self._requested and not self._runs:
                 self._runs = True
                 thread = threading.Thread(
-                    target=self._run, name="read-ahead", daemon=True
+                    target=self._run,
+                    name="read-ahead",
+                    daemon=True,
                 )
                 thread.start()
 
@@ -307,7 +328,11 @@ class _Lock:
     process has none of its parent's, or a killed parent's locks would live on in its workers.
     """
 
-    def __init__(self, path: Path, how: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        how: int | None = None,
+    ):
         """how: flags of `fcntl.flock`, where the lock is taken at once."""
         self._file = -1
         with _fork_guard:

@@ -155,7 +155,13 @@ class Address:
                 f"what came is no JSON ({printable_text(error)})"
             ) from None
 
-    def fetch(self, name: str, size: int, sha256: str, part: Path) -> None:
+    def fetch(
+        self,
+        name: str,
+        size: int,
+        sha256: str,
+        part: Path,
+    ) -> None:
         """Puts a file of known size and sha256 into `part`, and goes on with what it holds.
 
         Raises NotFetched; OSError: `part` cannot be written.
@@ -163,7 +169,11 @@ class Address:
         self._retry(name, lambda: self._fetch_once(name, size, sha256, part))
 
     def _fetch_once(
-        self, name: str, size: int, sha256: str, part: Path
+        self,
+        name: str,
+        size: int,
+        sha256: str,
+        part: Path,
     ) -> None:
         with open(part, "r+b") as file:
             download = _Download(file, size, sha256)
@@ -182,7 +192,11 @@ class Address:
             file.flush()
             os.fsync(file.fileno())
 
-    def _retry(self, name: str, attempt: Callable[[], T]) -> T:
+    def _retry(
+        self,
+        name: str,
+        attempt: Callable[[], T],
+    ) -> T:
         for number in range(1, self.config.attempts + 1):
             try:
                 return attempt()
@@ -224,7 +238,11 @@ class Address:
                     text = text.replace(secret, "…")
         return hide_user(text)
 
-    def _open(self, name: str, begin: int) -> AbstractContextManager[_Response]:
+    def _open(
+        self,
+        name: str,
+        begin: int,
+    ) -> AbstractContextManager[_Response]:
         """Opens a file from a byte on, or from its first one.
 
         Raises nothing but `_Failure` for what the other side does.
@@ -238,7 +256,12 @@ class Address:
 class _Download:
     """A file that is coming, with the sha256 of what has come."""
 
-    def __init__(self, file: BinaryIO, size: int, sha256: str):
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: int,
+        sha256: str,
+    ):
         """Reads what `file` holds. size, sha256: of the whole file."""
         self._file = file
         self._size = size
@@ -290,7 +313,11 @@ class _Download:
 
 
 @contextmanager
-def _open_http(address: str, begin: int, timeout: float) -> Iterator[_Response]:
+def _open_http(
+    address: str,
+    begin: int,
+    timeout: float,
+) -> Iterator[_Response]:
     request = _make_request(address, begin)
     with _turning_into_failures():
         response = _make_http_opener().open(request, timeout=timeout)
@@ -421,7 +448,15 @@ def _read_command_chunks(
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a server to http and https alone, and from https to https."""
 
-    def redirect_request(self, request, file, code, message, headers, newurl):
+    def redirect_request(
+        self,
+        request,
+        file,
+        code,
+        message,
+        headers,
+        newurl,
+    ):
         scheme = urlsplit(newurl).scheme
         loses_https = request.type == "https" and scheme == "http"
         if scheme not in ("http", "https") or loses_https:
