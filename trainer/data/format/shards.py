@@ -363,11 +363,7 @@ class ShardFile:
             ticks_N=ticks,
         )
 
-    def _read_member(
-        self,
-        members: list[_Member],
-        name: str,
-    ) -> bytes:
+    def _read_member(self, members: list[_Member], name: str) -> bytes:
         """Reads the content of the one member with a name."""
         matches = [member for member in members if member.name == name]
         if not matches:

@@ -162,11 +162,7 @@ class BatchSchedule:
             steps = self.steps(epoch)
         return epoch, step
 
-    def batch(
-        self,
-        epoch: int,
-        step: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Everyone in a batch, in the order of its slots: (user numbers, streams), int64 (B,).
 
         In the example of the module's head, batch 1 is
@@ -182,9 +178,7 @@ class BatchSchedule:
         return user_T[taken_T], stream_T[taken_T]
 
     def ranks(
-        self,
-        epoch: int,
-        step: int,
+        self, epoch: int, step: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`batch` with the rank of each user: (user numbers, home ranks, ranks), int64 (B,).
 
@@ -224,11 +218,7 @@ class BatchSchedule:
         is_own_B = rank_B == rank
         return users_B[is_own_B]
 
-    def users_per_rank(
-        self,
-        epoch: int,
-        step: int,
-    ) -> int:
+    def users_per_rank(self, epoch: int, step: int) -> int:
         """How many users the rank with most of them has in a batch, at least 1.
 
         The other ranks are filled up to it. In the example of the module's head it is 2 in the
@@ -258,11 +248,7 @@ class BatchSchedule:
         ends_S = np.cumsum(order.shards_S)
         return np.split(order.shard_N, ends_S[:-1])
 
-    def home_shards(
-        self,
-        epoch: int,
-        rank: int,
-    ) -> frozenset[int]:
+    def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
         """The numbers of the shards of a rank's own streams in an epoch."""
         key = (epoch, rank)
         if key not in self._home_shards:
@@ -319,11 +305,7 @@ class BatchSchedule:
         lengths_BD = self.dataset.lengths[users_B]
         return count_view_tokens(lengths_BD, self.max_length)
 
-    def _slots(
-        self,
-        epoch: int,
-        step: int,
-    ) -> tuple[int, int]:
+    def _slots(self, epoch: int, step: int) -> tuple[int, int]:
         """The first slot of a batch and the first one after it."""
         if not self.tokens_per_batch:
             begin = step * self.batch_size

@@ -210,9 +210,7 @@ class BlockShuffle:
         self._last_orders: dict[int, np.ndarray] = {}
 
     def order_blocks(
-        self,
-        order: EpochOrder,
-        block_J: np.ndarray,
+        self, order: EpochOrder, block_J: np.ndarray
     ) -> np.ndarray:
         """Which user of its block is at each position of it: int32 (J, block_users).
 

@@ -108,9 +108,7 @@ class Histories:
         return cls(plan.dataset, blocks, verify, report, open_shard)
 
     def read(
-        self,
-        number_B: np.ndarray,
-        home: Collection[int] | None = None,
+        self, number_B: np.ndarray, home: Collection[int] | None = None
     ) -> UserHistories:
         """These users (int64 numbers), in this order, without those of damaged blocks.
 
@@ -216,11 +214,7 @@ class Histories:
             oldest = next(iter(self._blocks))
             del self._blocks[oldest]
 
-    def _get_file(
-        self,
-        shard: int,
-        compare: bool,
-    ) -> ShardFile:
+    def _get_file(self, shard: int, compare: bool) -> ShardFile:
         if shard in self._files:
             file = self._files.pop(shard)
             self._files[shard] = file  # the newest now
@@ -233,11 +227,7 @@ class Histories:
         self.opened += 1
         return file
 
-    def _open_file(
-        self,
-        shard: int,
-        compare: bool,
-    ) -> ShardFile:
+    def _open_file(self, shard: int, compare: bool) -> ShardFile:
         """Opens a shard, and closes older ones where the process may have no more."""
         while True:
             try:

@@ -249,9 +249,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         return batch
 
     def _draw_shared_negatives(
-        self,
-        epoch: int,
-        step: int,
+        self, epoch: int, step: int
     ) -> list[np.ndarray] | None:
         """The rows of each domain; None where each target has its own."""
         if not self.negatives.shared:
@@ -371,11 +369,7 @@ class _TrainingPart:
             ticks_N=users.ticks_N[place_N],
         )
 
-    def fill_up(
-        self,
-        fillers: int,
-        item: int,
-    ) -> "_TrainingPart":
+    def fill_up(self, fillers: int, item: int) -> "_TrainingPart":
         """The same with filler users, who have no number, and no positions."""
         interactions = _FILLER_LENGTH * fillers
         lengths = np.full(fillers, _FILLER_LENGTH)

@@ -55,7 +55,8 @@ def count_view_tokens(lengths_BD: np.ndarray, max_length: int) -> np.ndarray:
         tokens               [7, 13]
     """
     lengths_BD = lengths_BD.astype(np.int32)
-    cross_B = np.minimum(lengths_BD.sum(1), max_length)
+    lengths_B = lengths_BD.sum(1)
+    cross_B = np.minimum(lengths_B, max_length)
     single_BD = np.minimum(lengths_BD + 1, max_length)
     has_domain_BD = lengths_BD > 0
     single_B = (single_BD * has_domain_BD).sum(1)
@@ -156,7 +157,8 @@ def _choose_offers(
     everyone = np.arange(users)
     if turn_B is None:
         return [everyone]
-    streams_of_rank = 1 + int(turn_B.max())
+    last_turn = int(turn_B.max())
+    streams_of_rank = 1 + last_turn
     wanted_users = _OFFERED * world_size
     enough_streams = -(-wanted_users * streams_of_rank // users)
     of_few_streams = np.flatnonzero(turn_B < enough_streams)

@@ -70,11 +70,7 @@ class Layout:
             self.first_user(shards.start), self.first_user(shards.stop)
         )
 
-    def part_sql(
-        self,
-        number: str,
-        divide: str,
-    ) -> str:
+    def part_sql(self, number: str, divide: str) -> str:
         """Returns SQL for the part of a user.
 
         number: SQL of the user's number. divide: the engine's whole division, `//` or `div`.

@@ -321,9 +321,7 @@ def check_columns(
 def summarize_error(error: Exception) -> str:
     """Returns the telling part of a DuckDB message, in one line.
 
-    Conversion Error: Could not convert            Conversion Error: Could not convert
-    string 'x' to INT64                  gives     string 'x' to INT64
-    LINE 1: SELECT CAST(a AS BIGINT)
+    The lines "Parser Error: syntax error" and "LINE 1: SELECT FROM" give the first one alone.
     """
     lines = []
     for line in str(error).splitlines():

@@ -192,14 +192,14 @@ class _Preparation:
         config = self.config
         scratch = self.scratch_uri("text")
         return open_log(
-            self.spark, self.inputs, config.columns, config.domain, scratch
+            self.spark,
+            self.inputs,
+            config.columns,
+            config.domain,
+            scratch,
         )
 
-    def number_ids(
-        self,
-        log: DataFrame,
-        folder: Path,
-    ) -> None:
+    def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
         if config.min_user > 1 or config.min_item > 1:
@@ -241,25 +241,27 @@ class _Preparation:
         times = log.agg(F.min("time"), F.max("time"))
         first_time, last_time = times.head()
         (interactions,) = items.agg(F.sum("total")).head()
-        domains = items.groupBy("domain").count().collect()
+        items_by_domain = items.groupBy("domain")
+        domains = items_by_domain.count().collect()
         domains.sort(key=lambda row: row[0].encode())
-        names = [name for name, _ in domains]
-        counts = [count for _, count in domains]
+        names = []
+        counts = []
+        rooms = []
+        for name, count in domains:
+            names.append(name)
+            counts.append(count)
+            rooms.append(reserve_rows(count))
         return Ids(
             users=users,
             interactions=interactions,
             names=tuple(names),
             items=tuple(counts),
-            rooms=tuple(reserve_rows(count) for count in counts),
+            rooms=tuple(rooms),
             first_time=float(first_time),
             last_time=float(last_time),
         )
 
-    def number_items(
-        self,
-        items: DataFrame,
-        ids: Ids,
-    ) -> DataFrame:
+    def number_items(self, items: DataFrame, ids: Ids) -> DataFrame:
         """Numbers items by (domain, text of the id), and gives them rows of M by popularity."""
         # What a domain's first row is beyond the number of items before it.
         shifts = []
@@ -359,11 +361,7 @@ class _Preparation:
         frame = frame.drop("portion", "start", "serial")
         return frame, count
 
-    def write_parts(
-        self,
-        ids: Ids,
-        layout: Layout,
-    ) -> None:
+    def write_parts(self, ids: Ids, layout: Layout) -> None:
         """Writes the shards of all parts that are not done."""
         folder = self.work.folder / "parts"
         for partial in folder.glob("*.partial"):
@@ -373,18 +371,17 @@ class _Preparation:
             return
         events = self.sort_events(layout, missing)
         write = functools.partial(_write_parts, folder, ids, layout)
-        rows = events.mapInArrow(write, "part int").collect()
-        written = sorted(part for (part,) in rows)
+        written_parts = events.mapInArrow(write, "part int")
+        written = []
+        for (part,) in written_parts.collect():
+            written.append(part)
+        written.sort()
         if written != missing:
             raise AssertionError(
                 f"parts {written} were written in place of {missing}"
             )
 
-    def sort_events(
-        self,
-        layout: Layout,
-        missing: list[int],
-    ) -> DataFrame:
+    def sort_events(self, layout: Layout, missing: list[int]) -> DataFrame:
         """Brings the events of each part into one portion: part, user, row, time, in order."""
         ids_folder = self.work.path("ids")
         users = self.read_parquet(_uri(ids_folder / "users"))
@@ -404,18 +401,15 @@ class _Preparation:
             "int(item) AS item",
             "int(row) AS row",
         )
-        events = self.log.join(users, "user_id")
+        log = self.log
+        events = log.join(users, "user_id")
         events = events.join(items, ["domain", "item_id"])
         events = events.select("part", "user", "time", "item", "row")
         events = events.repartition(len(missing), "part")
         events = events.sortWithinPartitions("part", "user", "time", "item")
         return events.select("part", "user", "row", "time")
 
-    def materialize(
-        self,
-        frame: DataFrame,
-        name: str,
-    ) -> DataFrame:
+    def materialize(self, frame: DataFrame, name: str) -> DataFrame:
         """Writes the rows to files; returns the same rows, read from them."""
         uri = self.scratch_uri(name)
         frame.write.parquet(uri)
@@ -477,7 +471,8 @@ def _join_batches(
         for column in batch.columns:
             columns.append(column.to_numpy(zero_copy_only=False))
         part_N = columns.pop(0)
-        cuts = np.flatnonzero(np.diff(part_N)) + 1
+        changes = np.diff(part_N)
+        cuts = np.flatnonzero(changes) + 1
         bounds = [0, *cuts, len(part_N)]
         for start, end in itertools.pairwise(bounds):
             if start == end:
@@ -495,7 +490,11 @@ def _join_batches(
 def _concatenate_columns(
     pieces: list[list[np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins pieces of (user numbers, rows of M, times)."""
+    """Joins pieces of (user numbers, rows of M, times).
+
+    pieces     [[0 0 1], [5 2 2], [1 3 2]]    and    [[1], [8], [6]]
+    returns    [0 0 1 1], [5 2 2 8], [1 3 2 6]
+    """
     numbers = np.concatenate([piece[0] for piece in pieces])
     rows = np.concatenate([piece[1] for piece in pieces])
     times = np.concatenate([piece[2] for piece in pieces])

@@ -67,9 +67,8 @@ class Cache:
         self._names = list(self._files)
         self._number = {name: number for number, name in enumerate(self._names)}
         self._shards = frozenset(shard.name for shard in shards)
-        self._checked: dict[
-            str, int
-        ] = {}  # inodes whose sha256 this process found right
+        # Inodes whose sha256 this process found right, by name.
+        self._checked: dict[str, int] = {}
         self._pins = threading.local()
         self._read_ahead: _ReadAhead | None = None
         self._refuse_names(len(files) + len(shards))
@@ -92,9 +91,7 @@ class Cache:
             )
 
     def _refuse_small_cache(
-        self,
-        shards: tuple[RemoteFile, ...],
-        files: tuple[RemoteFile, ...],
+        self, shards: tuple[RemoteFile, ...], files: tuple[RemoteFile, ...]
     ) -> None:
         least = max(shard.bytes for shard in shards)
         for file in files:
@@ -116,9 +113,8 @@ class Cache:
         with self._blaming_this_disk(name):
             if name in self._shards:
                 self._pins.latest = None  # before there is room to be made
-                self._pins.latest = _Lock(
-                    self._control(name, "pin"), fcntl.LOCK_SH
-                )
+                pin = self._control(name, "pin")
+                self._pins.latest = _Lock(pin, fcntl.LOCK_SH)
             if not self._is_whole(name):
                 self._fetch(name)
             # The disk's own clock ticks too slowly to tell which of two came first.
@@ -134,7 +130,8 @@ class Cache:
         """
         if self._read_ahead is None or self._read_ahead.process != os.getpid():
             self._read_ahead = _ReadAhead(self._fetch_ahead)
-        wanted = list(names)[: self.address.config.read_ahead]
+        most = self.address.config.read_ahead
+        wanted = list(names)[:most]
         missing = [name for name in wanted if not (self.folder / name).exists()]
         self._read_ahead.request(missing)
 
@@ -148,9 +145,9 @@ class Cache:
         try:
             with open(self.folder / name, "rb") as stream:
                 status = os.fstat(stream.fileno())
-                if status.st_size != file.bytes or not stat.S_ISREG(
-                    status.st_mode
-                ):
+                if status.st_size != file.bytes:
+                    return False
+                if not stat.S_ISREG(status.st_mode):
                     return False
                 if self._checked.get(name) == status.st_ino:
                     return True
@@ -162,11 +159,7 @@ class Cache:
         except FileNotFoundError:
             return False
 
-    def _fetch(
-        self,
-        name: str,
-        needed: bool = True,
-    ) -> None:
+    def _fetch(self, name: str, needed: bool = True) -> None:
         """needed: even where no room is left, since others are about to open what is there."""
         file = self._files[name]
         path = self.folder / name
@@ -195,15 +188,17 @@ class Cache:
         finally:
             lock.release()
 
-    def _make_room(
-        self,
-        name: str,
-        needed: bool,
-    ) -> bool:
+    def _make_room(self, name: str, needed: bool) -> bool:
         """Reserves the bytes of a file by its `.part`, and evicts others until it fits.
 
         What goes is what killed processes left, then the shards that were read longest ago. False:
         the file does not fit and is not needed, so that nothing is reserved.
+
+        An example, at most 100 bytes, for a file of 40:
+
+            has come    a (30 bytes, read first), b (30), c (20)
+            coming      d (10), its process was killed
+            evicted     d, a: 40 + 30 + 20 bytes are left
         """
         limit = self.address.config.cache_bytes
         room = _Lock(self._fetching / "room.lock", fcntl.LOCK_EX)
@@ -216,7 +211,8 @@ class Cache:
                     continue
                 used += status.st_size
                 if other in self._shards:
-                    shards.append((status.st_mtime_ns, other, status.st_size))
+                    shard = (status.st_mtime_ns, other, status.st_size)
+                    shards.append(shard)
             coming = self._list_coming(name)
             for other in coming:
                 used += self._files[other].bytes
@@ -260,11 +256,8 @@ class Cache:
         finally:
             lock.release()
 
-    def _control(
-        self,
-        name: str,
-        kind: str,
-    ) -> Path:
+    def _control(self, name: str, kind: str) -> Path:
+        """The file by which processes agree on the third file: .fetch/000002.lock, .pin, .part."""
         return self._fetching / f"{self._number[name]:06d}.{kind}"
 
     @contextmanager
@@ -328,11 +321,7 @@ class _Lock:
     process has none of its parent's, or a killed parent's locks would live on in its workers.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        how: int | None = None,
-    ):
+    def __init__(self, path: Path, how: int | None = None):
         """how: flags of `fcntl.flock`, where the lock is taken at once."""
         self._file = -1
         with _fork_guard:
@@ -415,7 +404,8 @@ def _is_plain(name: str) -> bool:
 
     It also stays inside a folder.
     """
-    return all(_PLAIN_PART.fullmatch(part) for part in name.split("/"))
+    parts = name.split("/")
+    return all(_PLAIN_PART.fullmatch(part) for part in parts)
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -429,7 +419,8 @@ def _cache_root(config: SourceConfig) -> Path:
     try:
         if config.cache:
             return Path(config.cache).expanduser().absolute()
-        root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        cache_home = os.environ.get("XDG_CACHE_HOME", "")
+        root = Path(cache_home)
         if not root.is_absolute():
             root = Path.home() / ".cache"
         return root / "syncrec-trainer"
