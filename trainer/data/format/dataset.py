@@ -155,11 +155,22 @@ class Dataset:
         """Quantizes times of the logs (any shape) to uint16.
 
         `first_time` is 0, `last_time` 65,535; earlier and later times are clipped to these.
+
+        With times from 100 to 200:
+
+            times      [90, 100, 200, 300]
+            returns    [0, 0, 65535, 65535]
         """
         return quantize_times(times, self.first_time, self.last_time)
 
     def domain_of(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the domain numbers, int64, of an array of rows of M (any shape)."""
+        """Returns the domain numbers, int64, of an array of rows of M (any shape).
+
+        In the example of the module's head:
+
+            rows       [2, 5, 0, 6]
+            returns    [0, 1, 0, 1]
+        """
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def domain_number(self, name: str) -> int:

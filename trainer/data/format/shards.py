@@ -137,9 +137,9 @@ def write_shard(
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks):
             members = _encode_block(block, first_user, num_embeddings, zstd)
+            key = f"{path.stem}-{number:06d}"
             for name in sorted(members):
                 content = members[name]
-                key = f"{path.stem}-{number:06d}"
                 member = tarfile.TarInfo(f"{key}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -155,13 +155,15 @@ def _encode_block(
     num_embeddings: int,
     zstd: "pa.Codec",
 ) -> dict[str, bytes]:
-    """Returns the contents of a block's members by name."""
+    """Returns the contents of a block's members by name, as the module's head draws them."""
     rows = np.ascontiguousarray(block.items_N, np.dtype("<u4"))
     low = rows.astype(_LOW_DTYPE)  # modulo 2¹⁶
     high_dtype = _high_dtype(num_embeddings)
     high = (rows >> np.uint32(16)).astype(high_dtype)
-    tick_steps = np.diff(block.ticks_N.astype(_TICKS_DTYPE), prepend=_ZERO)
-    length_dtype = _narrowest_dtype(block.lengths_B.max())
+    ticks = block.ticks_N.astype(_TICKS_DTYPE)
+    tick_steps = np.diff(ticks, prepend=_ZERO)
+    longest = block.lengths_B.max()
+    length_dtype = _narrowest_dtype(longest)
     lengths = block.lengths_B.astype(length_dtype)
     contents = {
         _LENGTHS: _to_npy(lengths),
@@ -327,14 +329,15 @@ class ShardFile:
         and the ticks are put together as the module's head draws them.
         """
         num_embeddings = self.dataset.num_embeddings
-        contents = {
-            name: self._read_member(members, name) for name in _CONTENTS
-        }
+        contents = {}
+        for name in _CONTENTS:
+            contents[name] = self._read_member(members, name)
         if self.verify:
             content = self._read_member(members, _CHECKSUM)
             stored = _from_npy(content, (_CHECKSUM_DTYPE,), _CHECKSUM)
+            stored_checksums = stored.tolist()
             computed = _compute_crc32(first_user, contents.values())
-            if stored.tolist() != [computed]:
+            if stored_checksums != [computed]:
                 raise _Damage("its checksum (CRC-32) is wrong")
         lengths = _from_npy(contents[_LENGTHS], _LENGTH_DTYPES, _LENGTHS)
         low = _from_npy(contents[_LOW], (_LOW_DTYPE,), _LOW)
@@ -354,7 +357,11 @@ class ShardFile:
             )
         tick_steps = _unpack(contents, _TICKS, _TICKS_DTYPE, len(low))
         ticks = np.cumsum(tick_steps, dtype=np.uint16)  # modulo 2¹⁶
-        return Block(lengths.astype(np.int32), rows, ticks)
+        return Block(
+            lengths_B=lengths.astype(np.int32),
+            items_N=rows,
+            ticks_N=ticks,
+        )
 
     def _read_member(self, members: list[_Member], name: str) -> bytes:
         """Reads the content of the one member with a name."""
@@ -384,7 +391,8 @@ def read_blocks(
         for number in range(file.count):
             block = file.block(number)
             if block is not None:
-                yield shard.first_user + number * dataset.block_users, block
+                users_before = number * dataset.block_users
+                yield shard.first_user + users_before, block
     finally:
         file.close()
 
@@ -404,12 +412,11 @@ def _file_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if is_too_many_open_files(error):
             raise TooManyOpenFiles(path, error) from None
+        reason = printable_text(error)
         if error.errno in _ERRORS_OF_FILE:
-            raise _Damage(
-                f"it cannot be read ({printable_text(error)})"
-            ) from None
+            raise _Damage(f"it cannot be read ({reason})") from None
         raise InputError(
-            f"{path} cannot be read ({printable_text(error)}): look after its disk or mount, "
+            f"{path} cannot be read ({reason}): look after its disk or mount, "
             "and the same command goes on; a file that is lost for good is skipped "
             "once it is removed (stream.damaged=skip)",
             one_rank=True,
@@ -422,7 +429,15 @@ def _skipped_users(
     begin: int,
     end: int,
 ) -> str:
-    """Says which users are skipped with the blocks begin … end − 1."""
+    """Says which users are skipped with the blocks begin … end − 1.
+
+    Of a shard of 5 users from 10 on, in blocks of 2 users:
+
+        begin    end    returns
+        0        2      users 10 to 13 are skipped
+        2        3      user 14 is skipped
+        1        1      no user is skipped for it
+    """
     end_user = min(end * dataset.block_users, shard.users)
     first = shard.first_user + begin * dataset.block_users
     last = shard.first_user + end_user - 1
@@ -457,7 +472,8 @@ def _read_samples(stream: BinaryIO) -> Iterator[tuple[str, list[_Member]]]:
                 members = []
                 for header in group:
                     room = file_size - header.offset_data
-                    if header.issparse() or not 0 <= header.size <= room:
+                    fits = 0 <= header.size <= room
+                    if header.issparse() or not fits:
                         raise tarfile.ReadError(
                             f"{header.name!r} is sparse "
                             "or reaches beyond the end of the file"
@@ -472,7 +488,8 @@ def _read_samples(stream: BinaryIO) -> Iterator[tuple[str, list[_Member]]]:
         raise
     except Exception as error:
         # Of a damaged archive tarfile raises whatever its parsing stumbles over.
-        raise _Damage(f"it cannot be read ({printable_text(error)})") from None
+        reason = printable_text(error)
+        raise _Damage(f"it cannot be read ({reason})") from None
 
 
 def _sample_key(header: tarfile.TarInfo) -> str:
@@ -482,7 +499,14 @@ def _sample_key(header: tarfile.TarInfo) -> str:
 
 
 def _parse_block_number(key: str, path: Path) -> int | None:
-    """Returns the number of a block by its key; None for a key that is none of this shard's."""
+    """Returns the number of a block by its key; None for a key that is none of this shard's.
+
+    Of shards/000001.tar:
+
+        000001-000002    2
+        000003-000002    None
+        readme           None
+    """
     match = re.fullmatch(r"(.+)-(\d{6,12})", key, re.ASCII)
     if match is None or match[1] != path.stem:
         return None
@@ -514,26 +538,34 @@ def _from_npy(
         shape, _, dtype = readers[version](stream)
     except Exception as error:
         # A header is Python's own text for a dict: parsing it may fail in many ways.
+        reason = printable_text(error)
         raise _Damage(
-            f"{member} is no array that can be read ({printable_text(error)})"
+            f"{member} is no array that can be read ({reason})"
         ) from None
     axes = len(shape)
     if dtype not in dtypes or axes != 1:
-        expected = " or ".join(map(str, dtypes))
+        names = [str(allowed) for allowed in dtypes]
+        expected = " or ".join(names)
+        stored = printable_text(dtype)
         raise _Damage(
-            f"{member} is {printable_text(dtype)} with {axes} axes, not {expected} with one"
+            f"{member} is {stored} with {axes} axes, not {expected} with one"
         )
     (count,) = shape
-    left = len(data) - stream.tell()
+    begin = stream.tell()
+    left = len(data) - begin
     if left != count * dtype.itemsize:
         raise _Damage(
             f"{member} says that it has {count} values, but holds {left} bytes"
         )
-    return np.frombuffer(data, dtype, offset=stream.tell())
+    return np.frombuffer(data, dtype, offset=begin)
 
 
 def _narrowest_dtype(longest: int) -> np.dtype:
-    """Returns the narrowest dtype of lengths that holds the longest."""
+    """Returns the narrowest dtype of lengths that holds the longest.
+
+    longest    255      256       65,536
+    dtype      uint8    uint16    uint32
+    """
     for dtype in _LENGTH_DTYPES:
         if longest <= np.iinfo(dtype).max:
             return dtype
@@ -556,11 +588,11 @@ def _unpack(
     """Decompresses `count` values of a member. The frame gets no more room than they take."""
     size = count * dtype.itemsize
     try:
-        unpacked = zstd_codec().decompress(contents[name], size)
+        codec = zstd_codec()
+        unpacked = codec.decompress(contents[name], size)
     except Exception as error:
-        raise _Damage(
-            f"{name} cannot be unpacked ({printable_text(error)})"
-        ) from None
+        reason = printable_text(error)
+        raise _Damage(f"{name} cannot be unpacked ({reason})") from None
     if len(unpacked) != size:
         raise _Damage(f"{name} holds {len(unpacked)} bytes, not {size}")
     return np.frombuffer(unpacked, dtype)
@@ -568,7 +600,8 @@ def _unpack(
 
 def _compute_crc32(first_user: int, contents: Iterable[bytes]) -> int:
     """Computes the checksum of a block's first user and its members."""
-    value = zlib.crc32(first_user.to_bytes(8, "little"))
+    first_bytes = first_user.to_bytes(8, "little")
+    value = zlib.crc32(first_bytes)
     for content in contents:
         value = zlib.crc32(content, value)
     return value

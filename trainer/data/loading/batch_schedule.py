@@ -100,14 +100,19 @@ class BatchSchedule:
         self._block_shuffle: BlockShuffle | None = None
 
     def steps(self, epoch: int) -> int:
-        """Batches of the epoch: the same on every rank."""
+        """Batches of the epoch: the same on every rank.
+
+        In the example of the module's head: 13 slots, 4 a batch, 4 batches.
+        """
         if epoch not in self._steps:
             if self.tokens_per_batch:
-                self._first_slots[epoch] = self._cut_by_tokens(epoch)
-                self._steps[epoch] = len(self._first_slots[epoch]) - 1
+                first_slots = self._cut_by_tokens(epoch)
+                self._first_slots[epoch] = first_slots
+                self._steps[epoch] = len(first_slots) - 1
             else:
-                slots = self._order(epoch).slots
-                self._steps[epoch] = _divide_up(slots, self.batch_size)
+                order = self._order(epoch)
+                steps = _divide_up(order.slots, self.batch_size)
+                self._steps[epoch] = steps
         return self._steps[epoch]
 
     def count_steps(
@@ -130,7 +135,8 @@ class BatchSchedule:
         )
         total = 0
         for first in range(0, epochs, self.world_size):
-            numbers = range(first, min(first + self.world_size, epochs))
+            end = min(first + self.world_size, epochs)
+            numbers = range(first, end)
             if together:
                 self._cut_together(numbers, rank, sum_of_ranks)
             for epoch in numbers:
@@ -140,19 +146,34 @@ class BatchSchedule:
         return total
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The (epoch, step of the epoch) of a position counted in batches from the run's start."""
+        """The (epoch, step of the epoch) of a position counted in batches from the run's start.
+
+        With 4 batches an epoch:
+
+            position    0       3       4       9
+            returns     0, 0    0, 3    1, 0    2, 1
+        """
         epoch = 0
         step = position
-        while step >= self.steps(epoch):
-            step -= self.steps(epoch)
+        steps = self.steps(epoch)
+        while step >= steps:
+            step -= steps
             epoch += 1
+            steps = self.steps(epoch)
         return epoch, step
 
     def batch(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Everyone in a batch, in the order of its slots: (user numbers, streams), int64 (B,)."""
+        """Everyone in a batch, in the order of its slots: (user numbers, streams), int64 (B,).
+
+        In the example of the module's head, batch 1 is
+
+            user numbers    [2, 5, 7, 6]
+            streams         [0, 1, 0, 1]
+        """
         begin, end = self._slots(epoch, step)
         user_T = self._users_of_slots(epoch, begin, end)
-        stream_T = np.arange(begin, end) % self.dataset.streams
+        slot_T = np.arange(begin, end)
+        stream_T = slot_T % self.dataset.streams
         taken_T = user_T >= 0
         return user_T[taken_T], stream_T[taken_T]
 
@@ -172,26 +193,44 @@ class BatchSchedule:
         if self.world_size == 1 or not self.balance:
             return users_B, home_B, home_B
         tokens_B = self.tokens(users_B)
-        rank_B = balance_tokens(home_B, tokens_B, self.world_size, turn_B)
+        rank_B = balance_tokens(
+            home_B,
+            tokens_B,
+            self.world_size,
+            turn_B,
+        )
         return users_B, home_B, rank_B
 
-    def users(self, epoch: int, step: int, rank: int) -> np.ndarray:
-        """The numbers of a rank's users in a batch, int64, in the order of the batch's slots."""
+    def users(
+        self,
+        epoch: int,
+        step: int,
+        rank: int,
+    ) -> np.ndarray:
+        """The numbers of a rank's users in a batch, int64, in the order of the batch's slots.
+
+        In the example of the module's head, of batch 1:
+
+            rank 0     [2, 7]
+            rank 1     [5, 6]
+        """
         users_B, _, rank_B = self.ranks(epoch, step)
-        return users_B[rank_B == rank]
+        is_own_B = rank_B == rank
+        return users_B[is_own_B]
 
     def users_per_rank(self, epoch: int, step: int) -> int:
         """How many users the rank with most of them has in a batch, at least 1.
 
-        The other ranks are filled up to it.
+        The other ranks are filled up to it. In the example of the module's head it is 2 in the
+        batches 0 … 2, and 1 in batch 3, where rank 1 has nobody.
         """
         order = self._order(epoch)
         begin, end = self._slots(epoch, step)
-        users_S = order.count_users_before(end) - order.count_users_before(
-            begin
-        )
+        before_S = order.count_users_before(begin)
+        users_S = order.count_users_before(end) - before_S
         if self.balance:
-            most = _divide_up(int(users_S.sum()), self.world_size)
+            users = int(users_S.sum())
+            most = _divide_up(users, self.world_size)
         else:
             home_S = np.arange(self.dataset.streams) % self.world_size
             users_W = np.bincount(home_S, weights=users_S)
@@ -199,23 +238,33 @@ class BatchSchedule:
         return max(1, most)
 
     def shards(self, epoch: int) -> list[np.ndarray]:
-        """The shard numbers of each stream, in reading order."""
+        """The shard numbers of each stream, in reading order.
+
+        shard_N     [0, 2, 1, 3]
+        shards_S    [2, 2]
+        returns     [0, 2], [1, 3]
+        """
         order = self._order(epoch)
         ends_S = np.cumsum(order.shards_S)
-        # Two streams of two shards each: [[0, 2], [1, 3]].
         return np.split(order.shard_N, ends_S[:-1])
 
     def home_shards(self, epoch: int, rank: int) -> frozenset[int]:
         """The numbers of the shards of a rank's own streams in an epoch."""
         key = (epoch, rank)
         if key not in self._home_shards:
-            streams = self.shards(epoch)[rank :: self.world_size]
-            shards = np.concatenate(streams).tolist()
+            streams = self.shards(epoch)
+            own_streams = streams[rank :: self.world_size]
+            shards = np.concatenate(own_streams).tolist()
             _drop_oldest(self._home_shards, _KEPT_EPOCHS)
             self._home_shards[key] = frozenset(shards)
         return self._home_shards[key]
 
-    def next_shards(self, epoch: int, step: int, rank: int) -> list[str]:
+    def next_shards(
+        self,
+        epoch: int,
+        step: int,
+        rank: int,
+    ) -> list[str]:
         """The names of the shards that a rank's own streams begin after a batch.
 
         Those of this epoch and of the next one, in the order in which the rank will need them.
@@ -225,12 +274,29 @@ class BatchSchedule:
         names += self._list_shards_after(epoch + 1, 0, rank)
         return names
 
-    def _list_shards_after(self, epoch: int, slot: int, rank: int) -> list[str]:
+    def _list_shards_after(
+        self,
+        epoch: int,
+        slot: int,
+        rank: int,
+    ) -> list[str]:
+        """The names of a rank's shards whose first user has this slot or a later one.
+
+        Two streams of two shards each, for rank 0 of 2 from slot 4 on:
+
+            shard_N     [0, 2, 1, 3]
+            slot_N      [0, 6, 1, 9]
+            stream_N    [0, 0, 1, 1]
+            by_slot     [1]             so the name of shard 2
+        """
         order = self._order(epoch)
-        stream_N = np.repeat(np.arange(self.dataset.streams), order.shards_S)
+        streams = np.arange(self.dataset.streams)
+        stream_N = np.repeat(streams, order.shards_S)
         own_N = stream_N % self.world_size == rank
-        later = np.flatnonzero(own_N & (order.slot_N >= slot))
-        by_slot = later[np.argsort(order.slot_N[later])]
+        later_N = order.slot_N >= slot
+        later = np.flatnonzero(own_N & later_N)
+        in_order = np.argsort(order.slot_N[later])
+        by_slot = later[in_order]
         shards = order.shard_N[by_slot].tolist()
         return [self.dataset.shards[shard].name for shard in shards]
 
@@ -245,7 +311,8 @@ class BatchSchedule:
             begin = step * self.batch_size
             return begin, begin + self.batch_size
         self.steps(epoch)
-        begin, end = self._first_slots[epoch][step : step + 2].tolist()
+        first_slots = self._first_slots[epoch]
+        begin, end = first_slots[step : step + 2].tolist()
         return begin, end
 
     def _cut_by_tokens(self, epoch: int) -> np.ndarray:
@@ -274,9 +341,11 @@ class BatchSchedule:
             sums_C = self._sum_tokens(user_T[slot_C])
             first = 0  # of the chunk's users that is in the batch
             while True:
-                limit = sums_C[first] + self.tokens_per_batch - batch_tokens
-                end = int(np.searchsorted(sums_C, limit, side="right")) - 1
-                end = min(end, first + self.batch_size - batch_users)
+                room = self.tokens_per_batch - batch_tokens
+                limit = sums_C[first] + room
+                above = np.searchsorted(sums_C, limit, side="right")
+                most_users = self.batch_size - batch_users
+                end = min(int(above) - 1, first + most_users)
                 if end == first and batch_users == 0:
                     end += 1  # one user always fits
                 if end >= len(slot_C):
@@ -291,8 +360,16 @@ class BatchSchedule:
         return np.array(first_slots)
 
     def _sum_tokens(self, users_C: np.ndarray) -> np.ndarray:
-        """Tokens of the first 0, 1, … C of these users together: int64 (C + 1,)."""
-        lengths_C = self.dataset.lengths[users_C].sum(1, dtype=np.int32)
+        """Tokens of the first 0, 1, … C of these users together: int64 (C + 1,).
+
+        With max_length 5:
+
+            lengths_CD  [[3, 0], [2, 9], [0, 1]]
+            tokens_C    [3, 5, 1]
+            returns     [0, 3, 8, 9]
+        """
+        lengths_CD = self.dataset.lengths[users_C]
+        lengths_C = lengths_CD.sum(1, dtype=np.int32)
         tokens_C = np.minimum(lengths_C, self.max_length)
         sums_C = np.cumsum(tokens_C, dtype=np.int64)
         return np.concatenate([[0], sums_C])
@@ -318,17 +395,25 @@ class BatchSchedule:
         if takes_part:
             cuts = self._cut_by_tokens(epochs[rank])
             sizes_E[rank] = len(cuts)
-        ends_E = np.cumsum(sum_of_ranks(sizes_E))
+        sizes_E = sum_of_ranks(sizes_E)
+        ends_E = np.cumsum(sizes_E)
         begins_E = np.concatenate([[0], ends_E[:-1]])
         all_cuts = np.zeros(ends_E[-1], np.int64)
         if takes_part:
-            all_cuts[begins_E[rank] : ends_E[rank]] = cuts
+            begin = begins_E[rank]
+            end = ends_E[rank]
+            all_cuts[begin:end] = cuts
         all_cuts = sum_of_ranks(all_cuts)
         for epoch, begin, end in zip(epochs, begins_E, ends_E, strict=True):
             self._first_slots[epoch] = all_cuts[begin:end]
             self._steps[epoch] = int(end - begin) - 1
 
-    def _users_of_slots(self, epoch: int, begin: int, end: int) -> np.ndarray:
+    def _users_of_slots(
+        self,
+        epoch: int,
+        begin: int,
+        end: int,
+    ) -> np.ndarray:
         """The user in each of the slots begin … end − 1, int64; −1 where a slot is empty."""
         first_chunk = begin // _CHUNK_SLOTS
         end_chunk = _divide_up(end, _CHUNK_SLOTS)
@@ -338,12 +423,20 @@ class BatchSchedule:
             key = (epoch, chunk)
             if key not in self._chunks:
                 _drop_oldest(self._chunks, _KEPT_CHUNKS)
-                users = self._compute_users(epoch, first, first + _CHUNK_SLOTS)
+                end_of_chunk = first + _CHUNK_SLOTS
+                users = self._compute_users(epoch, first, end_of_chunk)
                 self._chunks[key] = users
-            parts.append(self._chunks[key][max(0, begin - first) : end - first])
+            users = self._chunks[key]
+            first_wanted = max(0, begin - first)
+            parts.append(users[first_wanted : end - first])
         return np.concatenate(parts)
 
-    def _compute_users(self, epoch: int, begin: int, end: int) -> np.ndarray:
+    def _compute_users(
+        self,
+        epoch: int,
+        begin: int,
+        end: int,
+    ) -> np.ndarray:
         """`_users_of_slots` without a memory."""
         order = self._order(epoch)
         if not self.shuffle:

@@ -81,7 +81,10 @@ class EpochOrder:
         return np.minimum(slots_S, self.users_S)
 
     def find_users(
-        self, begin: int, end: int, shuffle: "BlockShuffle | None"
+        self,
+        begin: int,
+        end: int,
+        shuffle: "BlockShuffle | None",
     ) -> np.ndarray:
         """The user in each of the slots begin … end − 1, int64; `EMPTY` where a slot is empty.
 
@@ -130,7 +133,10 @@ class EpochOrder:
 
 
 def order_epoch(
-    dataset: Dataset, seed: int, epoch: int, shuffle: bool
+    dataset: Dataset,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
 ) -> EpochOrder:
     """Deals an epoch's shards to the streams. shuffle: in another order each epoch.
 
@@ -192,7 +198,12 @@ class BlockShuffle:
     It keeps the last blocks of a call: a stream's next users are in that block, or begin another.
     """
 
-    def __init__(self, seed: int, epoch: int, block_users: int):
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        block_users: int,
+    ):
         self.epoch = epoch
         self._seed = seed
         self._block_users = block_users

@@ -83,9 +83,8 @@ class Histories:
         self._compared: set[int] = set()  # shards whose whole file has been
         self._open_shard = open_shard
         self._most_files = open_file_budget(_OPEN_FILES)
-        self._first_user = np.array(
-            [shard.first_user for shard in dataset.shards]
-        )
+        first_users = [shard.first_user for shard in dataset.shards]
+        self._first_user = np.array(first_users)
 
     @classmethod
     def of_schedule(
@@ -117,9 +116,7 @@ class Histories:
         them; None: all. The other shards are compared by other ranks; of these each block is
         compared with its CRC-32 alone. Raises InputError as `ShardFile` does.
         """
-        shard_B = np.searchsorted(self._first_user, number_B, side="right") - 1
-        in_shard_B = number_B - self._first_user[shard_B]
-        block_B, place_B = np.divmod(in_shard_B, self.dataset.block_users)
+        shard_B, block_B, place_B = self._locate(number_B)
         order = np.lexsort((block_B, shard_B))
         shard_B = shard_B[order]
         block_B = block_B[order]
@@ -133,7 +130,8 @@ class Histories:
         for begin, end in pairwise([*starts, len(order)]):
             shard = int(shard_B[begin])
             at_home = home is None or shard in home
-            block = self._read_block(shard, int(block_B[begin]), at_home)
+            block_number = int(block_B[begin])
+            block = self._read_block(shard, block_number, at_home)
             if block is None:
                 continue
             places = place_B[begin:end]
@@ -157,6 +155,28 @@ class Histories:
             ticks_N=np.concatenate(ticks),
         )
 
+    def _locate(
+        self, number_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shard of each user, its block there, and its place in the block: int64 (B,).
+
+        Two shards of 4 users each in blocks of 2 users:
+
+            number_B    [7, 3, 2]
+            shard_B     [1, 0, 0]
+            block_B     [1, 1, 1]
+            place_B     [1, 1, 0]
+        """
+        shards_begun_B = np.searchsorted(
+            self._first_user,
+            number_B,
+            side="right",
+        )
+        shard_B = shards_begun_B - 1
+        in_shard_B = number_B - self._first_user[shard_B]
+        block_B, place_B = np.divmod(in_shard_B, self.dataset.block_users)
+        return shard_B, block_B, place_B
+
     def close(self) -> None:
         """Closes all files."""
         for file in self._files.values():
@@ -165,7 +185,10 @@ class Histories:
         self._files = {}
 
     def _read_block(
-        self, shard: int, number: int, compare: bool
+        self,
+        shard: int,
+        number: int,
+        compare: bool,
     ) -> _DecodedBlock | None:
         """A block; None where it cannot be used. compare: the whole file first."""
         key = (shard, number)

@@ -105,7 +105,11 @@ def draw_evaluation_negatives(
 
 
 def _draw_from_few(
-    seed: int, user: int, touched: np.ndarray, items: int, count: int
+    seed: int,
+    user: int,
+    touched: np.ndarray,
+    items: int,
+    count: int,
 ) -> np.ndarray:
     """The first untouched items of a random order of all."""
     keys = random_bits(
@@ -117,7 +121,11 @@ def _draw_from_few(
 
 
 def _draw_from_many(
-    seed: int, user: int, touched: np.ndarray, items: int, count: int
+    seed: int,
+    user: int,
+    touched: np.ndarray,
+    items: int,
+    count: int,
 ) -> np.ndarray:
     """The first different untouched items of a sequence of draws (rejection sampling)."""
     draws = 2 * count

@@ -187,7 +187,12 @@ class TrainBatches(torch.utils.data.IterableDataset):
         finally:
             histories.close()
 
-    def build(self, epoch: int, step: int, users: UserHistories) -> Batch:
+    def build(
+        self,
+        epoch: int,
+        step: int,
+        users: UserHistories,
+    ) -> Batch:
         """One rank's batch: training part, filler users of weight zero, negatives, both views.
 
         A filler user has two interactions, one input and one target, with a row that the batch
@@ -210,11 +215,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         looked_up = part.items_N
         if shared is not None:
             looked_up = np.concatenate([part.items_N, *shared])
-        filler = 0
-        if len(looked_up):
-            filler = looked_up[
-                -1
-            ]  # among interactions the newest of all, never trimmed
+        filler = _choose_filler(looked_up)
         fillers = self.plan.users_per_rank(epoch, step) - len(part.number_B)
         filled = part.fill_up(max(0, fillers), filler)
         kept_N, lengths_B, domain_N = trim(
@@ -229,8 +230,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             negatives = self._draw_own_negatives(
                 epoch, part, kept_N, items_N, domain_N, filler
             )
-        weight_B = np.ones(len(lengths_B), np.float32)
-        weight_B[len(part.number_B) :] = 0
+        weight_B = _weigh_users(len(lengths_B), len(part.number_B))
         batch = build_batch(
             items_N,
             lengths_B,
@@ -300,7 +300,10 @@ class TrainBatches(torch.utils.data.IterableDataset):
         return np.concatenate([drawn, of_fillers])
 
     def _draw_candidates(
-        self, epoch: int, step: int, number_B: np.ndarray
+        self,
+        epoch: int,
+        step: int,
+        number_B: np.ndarray,
     ) -> Candidates | None:
         """This rank's part of those who stand for all users of the step in SC-MIM.
 
@@ -323,6 +326,20 @@ class TrainBatches(torch.utils.data.IterableDataset):
         )
 
 
+def _weigh_users(users: int, real_users: int) -> np.ndarray:
+    """1 for each real user, 0 for the filler users behind them: float32 (B,)."""
+    weight_B = np.ones(users, np.float32)
+    weight_B[real_users:] = 0
+    return weight_B
+
+
+def _choose_filler(looked_up: np.ndarray) -> int:
+    """The row of filler users: the last one that is looked up, 0 where there is none."""
+    if len(looked_up) == 0:
+        return 0
+    return looked_up[-1]  # among interactions the newest of all, never trimmed
+
+
 @dataclass(frozen=True)
 class _TrainingPart:
     """The interactions that users are trained on, jagged, oldest first."""
@@ -335,7 +352,10 @@ class _TrainingPart:
 
     @classmethod
     def of_users(
-        cls, dataset: Dataset, users: UserHistories, domain: str
+        cls,
+        dataset: Dataset,
+        users: UserHistories,
+        domain: str,
     ) -> "_TrainingPart":
         """domain: its interactions alone, and users who have any."""
         number_B, lengths_B, place_N, position_N = select_training_part(
@@ -364,7 +384,9 @@ class _TrainingPart:
 
 
 def select_training_part(
-    dataset: Dataset, users: UserHistories, domain: str = ""
+    dataset: Dataset,
+    users: UserHistories,
+    domain: str = "",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The training part of the leave-one-out split: (number_B, lengths_B, place_N, position_N).
 
@@ -418,7 +440,12 @@ class BatchFeed:
     anew where training is. Any number of workers builds the same batches.
     """
 
-    def __init__(self, batches: TrainBatches, pin_memory: bool, cores: int):
+    def __init__(
+        self,
+        batches: TrainBatches,
+        pin_memory: bool,
+        cores: int,
+    ):
         """cores: those that this rank may use for itself.
 
         They are the most workers that are started where the number is measured.
@@ -451,7 +478,10 @@ class BatchFeed:
         self.position += 1
         batch = self._batches.build(epoch, step, NO_USERS)
         return RankBatch(
-            batch, users_B=np.zeros(0, np.int64), skipped=0, reasons=()
+            batch,
+            users_B=np.zeros(0, np.int64),
+            skipped=0,
+            reasons=(),
         )
 
     def computed(self, seconds: float) -> str | None:

@@ -29,16 +29,14 @@ import numpy as np
 from trainer.data.loading.jagged import count_within_rows
 
 _TOLERANCE = 0.0075  # how far above the mean of all a rank may stay
-_OF_A_SET = (
-    0.5  # of it: how far above the mean of a set, of which several come in turn
-)
+# Of the tolerance: how far above the mean of a set, of which several come in turn.
+_OF_A_SET = 0.5
 _ROUNDS = 32
 # Users of a heavy rank that are considered in a round, from its longest to its shortest.
 _TRIED = 32
 _OFFERED = 24  # users of each rank that are enough to choose from
-_MOST_OFFERED = (
-    128  # more than these are sorted in vain, and lie in more blocks
-)
+# More than these are sorted in vain, and lie in more blocks.
+_MOST_OFFERED = 128
 _ABSENT = -1
 _NEVER = np.iinfo(np.int64).max
 
@@ -57,7 +55,8 @@ def count_view_tokens(lengths_BD: np.ndarray, max_length: int) -> np.ndarray:
         tokens               [7, 13]
     """
     lengths_BD = lengths_BD.astype(np.int32)
-    cross_B = np.minimum(lengths_BD.sum(1), max_length)
+    lengths_B = lengths_BD.sum(1)
+    cross_B = np.minimum(lengths_B, max_length)
     single_BD = np.minimum(lengths_BD + 1, max_length)
     has_domain_BD = lengths_BD > 0
     single_B = (single_BD * has_domain_BD).sum(1)
@@ -83,10 +82,13 @@ def equalize_counts(home_B: np.ndarray, world_size: int) -> np.ndarray:
     rank_B = home_B.astype(np.int64)
     if (counts_W > room_W).any():
         order, turn = _group_by_rank(home_B, counts_W)
-        surplus = order[turn >= room_W[home_B[order]]]
+        home_of_sorted = home_B[order]
+        has_no_room = turn >= room_W[home_of_sorted]
+        surplus = order[has_no_room]
         # Home after home: a rank is given to by few.
         missing_W = np.maximum(room_W - counts_W, 0)
-        rank_B[surplus] = np.repeat(np.arange(world_size), missing_W)
+        ranks = np.arange(world_size)
+        rank_B[surplus] = np.repeat(ranks, missing_W)
     return rank_B
 
 
@@ -104,6 +106,10 @@ def balance_tokens(
     `count_view_tokens`. turn_B: which of its home's streams it is of, 0 first. Users of few streams
     are exchanged, if they suffice, and between few ranks, see `pair_ranks`: the ranks then share
     few blocks.
+
+        home_B     [0, 0, 0, 0, 1, 1]          2 ranks
+        cost_B     [40, 10, 30, 20, 5, 15]
+        rank_B     [0, 1, 1, 1, 0, 0]          60 tokens each
     """
     rank_B = equalize_counts(home_B, world_size)
     if world_size == 1 or len(home_B) <= world_size:
@@ -111,7 +117,8 @@ def balance_tokens(
     cost_B = cost_B.astype(np.int64)
     load_W = np.zeros(world_size, np.int64)
     np.add.at(load_W, rank_B, cost_B)
-    limit = int(load_W.sum() / world_size * (1 + _TOLERANCE))
+    mean = load_W.sum() / world_size
+    limit = int(mean * (1 + _TOLERANCE))
     offers = _choose_offers(turn_B, len(home_B), world_size)
     for offer in offers:
         offered = _take_first_of_ranks(rank_B, offer, world_size)
@@ -121,7 +128,8 @@ def balance_tokens(
             mean_G = load_W[member_GS].mean(1)
             limit_G = mean_G * (1 + _OF_A_SET * _TOLERANCE)
             limit_G = limit_G.astype(np.int64)
-            at_home = offered[rank_B[offered] == home_B[offered]]
+            is_at_home = rank_B[offered] == home_B[offered]
+            at_home = offered[is_at_home]
             _exchange_users(rank_B, cost_B, load_W, member_GS, limit_G, at_home)
     # Where these sets do not suffice: a few users in a long batch, or a very long one.
     everyone_GS = np.arange(world_size)[None]
@@ -135,14 +143,24 @@ def balance_tokens(
 
 
 def _choose_offers(
-    turn_B: np.ndarray | None, users: int, world_size: int
+    turn_B: np.ndarray | None,
+    users: int,
+    world_size: int,
 ) -> list[np.ndarray]:
-    """Which users may be exchanged: those of few streams, if that is not all, then everyone."""
+    """Which users may be exchanged: those of few streams, if that is not all, then everyone.
+
+    turn_B: as in `balance_tokens`. Where one stream of each rank is enough:
+
+        turn_B     [0, 0, 1, 1, 0, 2]
+        returns    [0, 1, 4], [0, 1, 2, 3, 4, 5]
+    """
     everyone = np.arange(users)
     if turn_B is None:
         return [everyone]
-    streams_of_rank = 1 + int(turn_B.max())
-    enough_streams = -(-_OFFERED * world_size * streams_of_rank // users)
+    last_turn = int(turn_B.max())
+    streams_of_rank = 1 + last_turn
+    wanted_users = _OFFERED * world_size
+    enough_streams = -(-wanted_users * streams_of_rank // users)
     of_few_streams = np.flatnonzero(turn_B < enough_streams)
     if len(of_few_streams) == users:
         return [everyone]
@@ -164,7 +182,8 @@ def pair_ranks(world_size: int) -> list[np.ndarray]:
         if world_size // stride % factor:
             factor += 1
             continue
-        ranks = np.arange(world_size).reshape(-1, factor, stride)
+        ranks = np.arange(world_size)
+        ranks = ranks.reshape(-1, factor, stride)
         sets = np.moveaxis(ranks, 1, 2)
         stages.append(sets.reshape(-1, factor))
         stride *= factor
@@ -184,11 +203,18 @@ def _exchange_users(
     In each round the heaviest rank of a set and its lightest one exchange the two users that bring
     their loads nearest to the mean, and so do the next ones. Where no exchange helps, the heavy
     rank meets another light one in the next round. Changes `rank_B` and `load_W`.
+
+        rank_B      [0, 0, 0, 1, 1, 1]         2 ranks, all users are offered
+        cost_B      [40, 10, 30, 20, 5, 15]
+        load_W      [80, 40]
+        rank_B      [1, 0, 0, 0, 1, 1]         afterwards
+        load_W      [60, 60]
     """
     sets, size = member_GS.shape
     user_WM = _list_users_of_ranks(rank_B, offered, len(load_W))
     cost_WM = np.where(user_WM == _ABSENT, _ABSENT, cost_B[user_WM])
-    mean_G = load_W[member_GS].sum(1) // size
+    load_GS = load_W[member_GS]
+    mean_G = load_GS.sum(1) // size
     shift_G = np.zeros(sets, np.int64)
     for _ in range(_ROUNDS):
         set_P, heavy, light = _pair_heavy_and_light(
@@ -208,12 +234,15 @@ def _exchange_users(
             cost_WM[heavy], cost_WM[light], wanted_P, gap_P
         )
         shift_G[set_P] += 1  # other partners, once whatever the pairs of a set,
-        shift_G[set_P[better]] = 0  # unless these will do
+        better_set = set_P[better]
+        shift_G[better_set] = 0  # unless these will do
         heavy = heavy[better]
         light = light[better]
         give = give[better]
         take = take[better]
-        moved = cost_WM[heavy, give] - cost_WM[light, take]
+        given = cost_WM[heavy, give]
+        taken = cost_WM[light, take]
+        moved = given - taken
         load_W[heavy] -= moved
         load_W[light] += moved
         _swap(user_WM, heavy, give, light, take)
@@ -224,7 +253,9 @@ def _exchange_users(
 
 
 def _list_users_of_ranks(
-    rank_B: np.ndarray, offered: np.ndarray, world_size: int
+    rank_B: np.ndarray,
+    offered: np.ndarray,
+    world_size: int,
 ) -> np.ndarray:
     """The offered users of each rank, in the batch's order: (W, M); `_ABSENT` past the end.
 
@@ -234,8 +265,10 @@ def _list_users_of_ranks(
     rank_of_offered = rank_B[offered]
     counts_W = np.bincount(rank_of_offered, minlength=world_size)
     order, turn = _group_by_rank(rank_of_offered, counts_W)
-    user_WM = np.full((world_size, counts_W.max()), _ABSENT)
-    user_WM[rank_of_offered[order], turn] = offered[order]
+    most_users = counts_W.max()
+    user_WM = np.full((world_size, most_users), _ABSENT)
+    rank_of_sorted = rank_of_offered[order]
+    user_WM[rank_of_sorted, turn] = offered[order]
     return user_WM
 
 
@@ -260,14 +293,18 @@ def _pair_heavy_and_light(
     load_GS = load_W[member_GS]
     order_GS = np.argsort(load_GS, axis=1, kind="stable")
     by_load_GS = np.take_along_axis(member_GS, order_GS, 1)
-    too_heavy_G = (load_GS > limit_G[:, None]).sum(1)
+    too_heavy_GS = load_GS > limit_G[:, None]
+    too_heavy_G = too_heavy_GS.sum(1)
     pairs_G = np.minimum(too_heavy_G, size // 2)
-    tries_G = (pairs_G > 0) & (shift_G + 2 * pairs_G <= size)
+    has_others_G = shift_G + 2 * pairs_G <= size
+    tries_G = (pairs_G > 0) & has_others_G
     pair = np.arange(size // 2)[None]
     is_pair = tries_G[:, None] & (pair < pairs_G[:, None])
     set_P, pair_P = np.nonzero(is_pair)
-    heavy = by_load_GS[set_P, size - 1 - pair_P]
-    light = by_load_GS[set_P, shift_G[set_P] + pair_P]
+    from_heaviest_P = size - 1 - pair_P
+    from_lightest_P = shift_G[set_P] + pair_P
+    heavy = by_load_GS[set_P, from_heaviest_P]
+    light = by_load_GS[set_P, from_lightest_P]
     return set_P, heavy, light
 
 
@@ -278,20 +315,38 @@ def _swap(
     light: np.ndarray,
     take: np.ndarray,
 ) -> None:
-    """Exchanges entries of heavy ranks with entries of light ones."""
+    """Exchanges entries of heavy ranks with entries of light ones.
+
+    heavy, light: a rank each of every pair. give, take: their columns.
+
+        array_WM    [[40, 10, 30], [20, 5, 15]]    before
+        array_WM    [[40, 10, 15], [20, 5, 30]]    heavy [0] give [2], light [1] take [2]
+    """
     from_heavy = array_WM[heavy, give]
-    array_WM[heavy, give] = array_WM[light, take]
+    from_light = array_WM[light, take]
+    array_WM[heavy, give] = from_light
     array_WM[light, take] = from_heavy
 
 
 def _take_first_of_ranks(
-    rank_B: np.ndarray, offered: np.ndarray, world_size: int
+    rank_B: np.ndarray,
+    offered: np.ndarray,
+    world_size: int,
 ) -> np.ndarray:
-    """Of the offered users, the first `_MOST_OFFERED` of each rank in the batch's order."""
+    """Of the offered users, the first `_MOST_OFFERED` of each rank in the batch's order.
+
+    If it were one of each rank:
+
+        rank_B     [1, 0, 1, 0]
+        offered    [0, 1, 2, 3]
+        returns    [1, 0]
+    """
     rank_of_offered = rank_B[offered]
     counts_W = np.bincount(rank_of_offered, minlength=world_size)
     order, turn = _group_by_rank(rank_of_offered, counts_W)
-    return offered[order[turn < _MOST_OFFERED]]
+    is_first = turn < _MOST_OFFERED
+    first = order[is_first]
+    return offered[first]
 
 
 def _group_by_rank(
@@ -335,8 +390,8 @@ def _find_best_exchange(
     gap_P1 = gap_P[:, None]
     tried_PC = _choose_tried(heavy_PM)
     give_PC = heavy_PM[row, tried_PC]
-    top = int(max(heavy_PM.max(), light_PM.max()))
-    top += 1  # stands for none of the light rank
+    top = max(heavy_PM.max(), light_PM.max())
+    top = int(top) + 1  # stands for none of the light rank
     light_PM = np.where(light_PM == _ABSENT, top, light_PM)
     light_order = np.argsort(light_PM, axis=1, kind="stable")
     sorted_PM = light_PM[row, light_order]
@@ -371,7 +426,9 @@ def _find_best_exchange(
 
 
 def _search_rows(
-    sorted_PM: np.ndarray, sought_PC: np.ndarray, top: int
+    sorted_PM: np.ndarray,
+    sought_PC: np.ndarray,
+    top: int,
 ) -> np.ndarray:
     """`np.searchsorted` of each row of `sought_PC` in that of `sorted_PM`: int64 (P, C).
 
@@ -388,14 +445,23 @@ def _search_rows(
     keys = sorted_PM + range_begin
     sought_PC = np.clip(sought_PC, 0, top)
     sought_PC = sought_PC + range_begin
-    index = np.searchsorted(keys.reshape(-1), sought_PC.reshape(-1))
-    return index.reshape(sought_PC.shape) - row * users
+    sought = sought_PC.reshape(-1)
+    index = np.searchsorted(keys.reshape(-1), sought)
+    index_PC = index.reshape(sought_PC.shape)
+    return index_PC - row * users
 
 
 def _choose_tried(heavy_PM: np.ndarray) -> np.ndarray:
-    """The columns of up to `_TRIED` users of each heavy rank, evenly by cost: (P, C)."""
+    """The columns of up to `_TRIED` users of each heavy rank, evenly by cost: (P, C).
+
+    If it were two of them:
+
+        heavy_PM    [[40, 10, 30]]
+        returns     [[1, 0]]
+    """
     _, users = heavy_PM.shape
     by_cost_PM = np.argsort(heavy_PM, axis=1, kind="stable")
-    places = np.linspace(0, users - 1, min(users, _TRIED))
+    tried = min(users, _TRIED)
+    places = np.linspace(0, users - 1, tried)
     places = np.unique(places.astype(np.int64))
     return by_cost_PM[:, places]

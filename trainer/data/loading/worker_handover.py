@@ -146,7 +146,10 @@ class BatchPacker:
 
 
 def refuse_small_shared_memory(
-    piece_bytes: int, workers: int, prefetch: int, world_size: int
+    piece_bytes: int,
+    workers: int,
+    prefetch: int,
+    world_size: int,
 ) -> None:
     """Raises InputError where shared memory cannot hold what this machine's loaders keep ready.
 
@@ -223,7 +226,11 @@ def _free(piece: torch.Tensor) -> None:
     piece[-1] = _FREE
 
 
-def _map_fields(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def _map_fields(
+    value: Any,
+    kind: type,
+    function: Callable[[Any], Any],
+) -> Any:
     """The same dataclass with function(field) for each field of that kind, and so inside it."""
     changed = {}
     for field in fields(value):

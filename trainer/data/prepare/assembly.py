@@ -45,10 +45,13 @@ def assemble(
     """
     ids = Ids.load(ids_folder)
     summaries = []
+    too_short = 0
     for part in part_folders:
-        text = (part / "facts.json").read_text(encoding="utf-8")
+        path = part / "facts.json"
+        text = path.read_text(encoding="utf-8")
         summary = json.loads(text)
         summaries.append(summary)
+        too_short += summary["too_short"]
     (folder / "vocabulary").mkdir(exist_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
     domains = _write_vocabularies(
@@ -58,13 +61,18 @@ def assemble(
     lengths_shape = (ids.users, len(domains))
     _join_lengths(folder / LENGTHS, part_folders, lengths_shape)
     shards = _take_shards(folder, part_folders, summaries)
-    file_names = [USERS, LENGTHS, *(domain.vocabulary for domain in domains)]
+    file_names = [USERS, LENGTHS]
+    for domain in domains:
+        file_names.append(domain.vocabulary)
+    files = []
+    for name in file_names:
+        files.append(File.of(folder, name))
     dataset = Dataset(
         folder=folder,
         seed=seed,
         users=ids.users,
         interactions=ids.interactions,
-        too_short=sum(summary["too_short"] for summary in summaries),
+        too_short=too_short,
         max_length=max(summary["max_length"] for summary in summaries),
         first_time=ids.first_time,
         last_time=ids.last_time,
@@ -72,7 +80,7 @@ def assemble(
         streams=layout.streams,
         domains=tuple(domains),
         shards=tuple(shards),
-        files=tuple(File.of(folder, name) for name in file_names),
+        files=tuple(files),
     )
     dataset.save()
     return dataset
@@ -103,10 +111,12 @@ def _write_vocabularies(
 ) -> list[Domain]:
     """Writes the vocabulary of each domain, and counts its users and their lengths."""
     items = parquet_folder_sql(ids_folder / "items")
-    held_out_counts = _sum_held_out(part_folders, ids.starts[-1])
-    histogram = np.concatenate(
-        [np.load(part / "histograms.npy") for part in part_folders]
-    )
+    num_embeddings = ids.starts[-1]
+    held_out_counts = _sum_held_out(part_folders, num_embeddings)
+    histograms = []
+    for part in part_folders:
+        histograms.append(np.load(part / "histograms.npy"))
+    histogram = np.concatenate(histograms)
     domains = []
     for number, name in enumerate(ids.names):
         rows = connection.sql(f"""
@@ -136,7 +146,14 @@ def _write_vocabularies(
 
 
 def _sum_held_out(part_folders: list[Path], rows: int) -> np.ndarray:
-    """Counts how often each row of M is a validation or test item, int64 (rows,)."""
+    """Counts how often each row of M is a validation or test item, int64 (rows,).
+
+    Of two parts and 6 rows of M:
+
+        held.npy of part 0    [[0, 1, 3], [1, 2, 1]]
+        held.npy of part 1    [[1, 5], [3, 1]]
+        returns               [1, 5, 0, 1, 0, 1]
+    """
     counts = np.zeros(rows, np.int64)
     for part in part_folders:
         part_rows, part_counts = np.load(part / "held.npy")
@@ -162,9 +179,10 @@ def _write_users(
     connection: DuckDBPyConnection,
 ) -> None:
     """Writes the users' ids in the order of their numbers."""
+    users = parquet_folder_sql(ids_folder / "users")
     rows = connection.sql(f"""
         SELECT user_id, "user"::BIGINT AS "user"
-        FROM {parquet_folder_sql(ids_folder / "users")}
+        FROM {users}
         ORDER BY "user" """)
     _write_parquet(folder / USERS, rows.to_arrow_reader())
 
@@ -183,7 +201,8 @@ def _join_lengths(
     with open(path, "wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
         for part in part_folders:
-            np.load(part / LENGTHS).tofile(stream)
+            lengths = np.load(part / LENGTHS)
+            lengths.tofile(stream)
 
 
 def _take_shards(
@@ -218,7 +237,8 @@ def _write_parquet(
             if held_out_counts is not None:
                 rows = table["row"].to_numpy()
                 totals = table["total"].to_numpy()
-                count = pa.array(totals - held_out_counts[rows], pa.int64())
+                training_counts = totals - held_out_counts[rows]
+                count = pa.array(training_counts, pa.int64())
                 table = table.set_column(2, "count", count)
             table = table.combine_chunks()
             writer.write_table(table.cast(writer.schema))
@@ -230,7 +250,8 @@ def _regroup_rows(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
     for batch in reader:
         waiting.append(batch)
         table = pa.Table.from_batches(waiting, schema=reader.schema)
-        whole = len(table) // _PARQUET_ROWS * _PARQUET_ROWS
+        groups = len(table) // _PARQUET_ROWS
+        whole = groups * _PARQUET_ROWS
         for start in range(0, whole, _PARQUET_ROWS):
             yield table.slice(start, _PARQUET_ROWS)
         waiting = table.slice(whole).to_batches()

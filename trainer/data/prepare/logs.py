@@ -73,20 +73,34 @@ class _Group:
     is_whole: dict[str, bool] = field(default_factory=dict)
 
     def scan_sql(self, files: list[Path]) -> str:
-        """Returns SQL that reads some of the files."""
-        function = "read_csv" if self.text else "read_parquet"
-        literals = ", ".join(_path_literal(file) for file in files)
-        return f"{function}([{literals}], {self.options})"
+        """Returns SQL that reads some of the files.
+
+        An example: read_parquet(['/logs/1.parquet', '/logs/2.parquet'], can_have_nan=true, …)
+        """
+        function = "read_parquet"
+        if self.text:
+            function = "read_csv"
+        literals = []
+        for file in files:
+            literals.append(_path_literal(file))
+        paths = ", ".join(literals)
+        return f"{function}([{paths}], {self.options})"
 
     def missing_sql(self, role: str) -> str:
         """Returns SQL for: the value is missing.
 
         An empty text is what CSV has for it, a NaN what a float column has.
+
+            type       of a column user_id
+            VARCHAR    ("user_id" IS NULL OR "user_id" = '')
+            DOUBLE     ("user_id" IS NULL OR NOT isfinite("user_id"))
+            BIGINT     ("user_id" IS NULL)
         """
         value = self.value[role]
-        if self.type[role] == "VARCHAR":
+        kind = self.type[role]
+        if kind == "VARCHAR":
             return f"({value} IS NULL OR {value} = '')"
-        if self.type[role] in _FLOAT:
+        if kind in _FLOAT:
             return f"({value} IS NULL OR NOT isfinite({value}))"
         return f"({value} IS NULL)"
 
@@ -97,12 +111,13 @@ class _Group:
         """
         kind = self.type[role]
         is_text_time = role == "time" and kind == "VARCHAR"
-        if not (self.text or kind in _WIDE or is_text_time):
-            return str(kind in _WHOLE)
+        values_decide = self.text or kind in _WIDE or is_text_time
+        if not values_decide:
+            is_whole = kind in _WHOLE
+            return str(is_whole)
         value = f"{self.value[role]}::VARCHAR"
-        return (
-            f"coalesce(TRY_CAST({value} AS BIGINT)::VARCHAR = {value}, false)"
-        )
+        number = f"TRY_CAST({value} AS BIGINT)::VARCHAR"
+        return f"coalesce({number} = {value}, false)"
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -117,7 +132,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
         for log in _find_logs(text):
             files.add(log.resolve())
     for path in files:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if status.st_size == 0:
             raise InputError(
                 f"{path} is empty (0 bytes): remove it or write it again"
             )
@@ -130,7 +146,8 @@ def _find_logs(text: str | Path) -> list[Path]:
     paths = [path]
     if not path.exists():
         matches = glob.glob(str(text), recursive=True)
-        paths = sorted(Path(match) for match in matches)
+        paths = [Path(match) for match in matches]
+        paths.sort()
     if not paths:
         raise InputError(
             f"input {text} does not exist: give a file, a folder or a glob"
@@ -226,9 +243,11 @@ def open_ids(
     Raises InputError as `open_log` does; files without a row are allowed.
     """
     groups = _group_files(connection, files, {"user": column}, None)
+    groups_with_rows = []
     for number, group in enumerate(groups):
         _inspect(connection, group, f"ids_{number}")
-    groups_with_rows = [group for group in groups if group.rows]
+        if group.rows:
+            groups_with_rows.append(group)
     user_type = _common_id_type(groups_with_rows, "user")
     selects = []
     for group in groups:
@@ -236,10 +255,11 @@ def open_ids(
         selects.append(f"""
             SELECT {value}::{user_type} AS user_id
             FROM {group.table}""")
+    rows = " UNION ALL ".join(selects)
     connection.execute(f"""
         CREATE TABLE ids AS
             SELECT DISTINCT user_id
-            FROM ({" UNION ALL ".join(selects)})""")
+            FROM ({rows})""")
 
 
 def _common_id_type(groups: list[_Group], role: str) -> str:
@@ -265,11 +285,14 @@ def read_text(
     columns_sql = ["row_number() OVER () AS row"]
     for role, value in group.value.items():
         columns_sql.append(f"{value}::VARCHAR AS {role}")
+    selected = ", ".join(columns_sql)
+    source = group.scan_sql([path])
     query = f"""
-        SELECT {", ".join(columns_sql)}
-        FROM {group.scan_sql([path])}"""
+        SELECT {selected}
+        FROM {source}"""
     try:
-        yield from connection.sql(query).to_arrow_reader()
+        rows = connection.sql(query)
+        yield from rows.to_arrow_reader()
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         _refuse_unreadable(connection, group, error)
 
@@ -284,7 +307,9 @@ def check_columns(
         count = names.count(name)
         if count == 1:
             continue
-        state = "more than one column" if count else "no column"
+        state = "no column"
+        if count:
+            state = "more than one column"
         present = ", ".join(names)
         raise InputError(
             f"{path} has {state} {name!r}; "
@@ -294,7 +319,10 @@ def check_columns(
 
 
 def summarize_error(error: Exception) -> str:
-    """Returns the telling part of a DuckDB message, in one line."""
+    """Returns the telling part of a DuckDB message, in one line.
+
+    The lines "Parser Error: syntax error" and "LINE 1: SELECT FROM" give the first one alone.
+    """
     lines = []
     for line in str(error).splitlines():
         if line.startswith(("Possible", "LINE ", "  file =")):
@@ -308,7 +336,8 @@ def summarize_error(error: Exception) -> str:
 def _path_literal(path: Path) -> str:
     """Returns the SQL literal of a path that DuckDB does not take for a glob."""
     pattern = glob.escape(str(path))
-    return f"'{escape_sql(pattern)}'"
+    escaped = escape_sql(pattern)
+    return f"'{escaped}'"
 
 
 def _quote(name: str) -> str:
@@ -323,13 +352,23 @@ def _group_files(
     columns: dict[str, str],
     domain: str | None,
 ) -> list[_Group]:
-    """Groups files with equal columns, so that a thousand part files are one scan."""
+    """Groups files with equal columns, so that a thousand part files are one scan.
+
+    1.csv        user,item,time            a group
+    2.csv        user,item,time            the same one
+    3.csv        user,time,item            a second one
+    4.parquet    user, item, time          a third one
+    """
     files_by_layout = defaultdict(list)
     for path in files:
-        delimiter = SUFFIXES[suffix_of(path)]
+        suffix = suffix_of(path)
+        delimiter = SUFFIXES[suffix]
         if delimiter:
             header = _read_header(path, delimiter)
-            layout = tuple((name, "VARCHAR") for name in header)
+            columns_of_file = []
+            for name in header:
+                columns_of_file.append((name, "VARCHAR"))
+            layout = tuple(columns_of_file)
         else:
             layout = _read_parquet_columns(connection, path)
         files_by_layout[delimiter, layout].append(path)
@@ -340,7 +379,8 @@ def _group_files(
     for (delimiter, layout), paths in files_by_layout.items():
         group = _make_group(delimiter, layout, paths, wanted)
         if domain is not None:
-            group.value["domain"] = f"'{escape_sql(domain)}'"
+            escaped = escape_sql(domain)
+            group.value["domain"] = f"'{escaped}'"
             group.type["domain"] = "VARCHAR"
         groups.append(group)
     return groups
@@ -359,7 +399,10 @@ def _make_group(
     # NaN out.
     options = "can_have_nan=true"
     if delimiter:
-        types = [f"'c{number}': 'VARCHAR'" for number in range(len(names))]
+        types = []
+        for number in range(len(names)):
+            types.append(f"'c{number}': 'VARCHAR'")
+        column_types = ", ".join(types)
         options = f"""
             auto_detect=false,
             header=true,
@@ -367,18 +410,21 @@ def _make_group(
             quote='"',
             escape='"',
             comment='',
-            columns={{{", ".join(types)}}}"""
+            columns={{{column_types}}}"""
     options += ", hive_partitioning=false"
     group = _Group(paths, options, wanted, text=bool(delimiter))
     for role, name in wanted.items():
         number = names.index(name)
         _, column_type = layout[number]
-        if column_type.endswith("]") or column_type.startswith(_NESTED):
+        is_list = column_type.endswith("]")
+        if is_list or column_type.startswith(_NESTED):
             raise InputError(
                 f"{paths[0]}: column {name!r} holds {column_type}, not single values"
             )
         group.type[role] = column_type
-        group.value[role] = f"c{number}" if delimiter else _quote(name)
+        group.value[role] = _quote(name)
+        if delimiter:
+            group.value[role] = f"c{number}"
     return group
 
 
@@ -389,7 +435,8 @@ def _read_header(path: Path, delimiter: str) -> list[str]:
         open_text = gzip.open
     try:
         with open_text(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            return next(csv.reader(stream, delimiter=delimiter), [])
+            rows = csv.reader(stream, delimiter=delimiter)
+            return next(rows, [])
     except (
         OSError,
         EOFError,
@@ -406,7 +453,8 @@ def _read_parquet_columns(
     """Reads the (name, DuckDB type) of a Parquet file's columns."""
     source = f"read_parquet({_path_literal(path)}, hive_partitioning=false)"
     try:
-        rows = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
+        query = f"DESCRIBE SELECT * FROM {source}"
+        rows = connection.execute(query).fetchall()
     except duckdb.Error as error:
         raise InputError(
             f"{path} cannot be read: {summarize_error(error)}"
@@ -443,17 +491,18 @@ def _inspect(
         raise
     except duckdb.Error as error:
         _refuse_unreadable(connection, group, error)
+    first_flag = 1 + len(roles)
     group.rows = results[0]
-    missing_counts = results[1 : 1 + len(roles)]
-    whole_flags = results[1 + len(roles) :]
+    missing_counts = results[1:first_flag]
+    whole_flags = results[first_flag:]
     for role, missing in zip(roles, missing_counts, strict=True):
         if missing:
             condition = group.missing_sql(role)
             path, row, text = _first_row(connection, group, role, condition)
             value = text or "empty"
+            column = group.columns[role]
             raise InputError(
-                f"{path}: row {row}: {group.columns[role]!r} is {value}: "
-                "every row needs one"
+                f"{path}: row {row}: {column!r} is {value}: every row needs one"
             )
     group.is_whole = dict(zip(roles, whole_flags, strict=True))
 
@@ -464,10 +513,12 @@ def _query_row(
     table: str,
 ) -> tuple[Any, ...]:
     """Returns the one row of a query of aggregates."""
+    selected = ", ".join(expressions)
     query = f"""
-        SELECT {", ".join(expressions)}
+        SELECT {selected}
         FROM {table}"""
-    (row,) = connection.execute(query).fetchall()
+    rows = connection.execute(query).fetchall()
+    (row,) = rows
     return row
 
 
@@ -479,11 +530,13 @@ def _copy_text(
     """Copies the columns of text files into a table, which the group reads from then on."""
     columns = []
     for role in group.columns:
-        if group.value[role] not in columns:
-            columns.append(group.value[role])
+        column = group.value[role]
+        if column not in columns:
+            columns.append(column)
+    selected = ", ".join(columns)
     connection.execute(f"""
         CREATE TABLE {copy_name} AS
-            SELECT {", ".join(columns)}
+            SELECT {selected}
             FROM {group.table}""")
     group.table = copy_name
 
@@ -498,12 +551,12 @@ def _refuse_unreadable(
     for value in group.value.values():
         values.append(f"max(hash({value}))")
     for path in group.files:
+        source = group.scan_sql([path])
         try:
-            _query_row(connection, values, group.scan_sql([path]))
+            _query_row(connection, values, source)
         except duckdb.Error as file_error:
-            raise InputError(
-                f"{path} cannot be read: {summarize_error(file_error)}"
-            ) from None
+            reason = summarize_error(file_error)
+            raise InputError(f"{path} cannot be read: {reason}") from None
     raise error
 
 
@@ -517,19 +570,22 @@ def _first_row(
 
     Rows are numbered from 1, the header not counted.
     """
+    column = group.value[role]
     for path in group.files:
-        rows = connection.execute(f"""
+        source = group.scan_sql([path])
+        query = f"""
             SELECT number, value
             FROM (
                 SELECT
                     row_number() OVER () AS number,
                     ({condition}) AS bad,
-                    {group.value[role]}::VARCHAR AS value
-                FROM {group.scan_sql([path])}
+                    {column}::VARCHAR AS value
+                FROM {source}
             )
             WHERE bad
             ORDER BY number
-            LIMIT 1""").fetchall()
+            LIMIT 1"""
+        rows = connection.execute(query).fetchall()
         if rows:
             number, value = rows[0]
             return path, number, value
@@ -539,18 +595,28 @@ def _first_row(
 def _parse_times(
     connection: DuckDBPyConnection, groups: list[_Group]
 ) -> tuple[list[str], bool]:
-    """Returns SQL of the time, one a group, all of one kind; and whether they are dates."""
+    """Returns SQL of the time, one a group, all of one kind; and whether they are dates.
+
+    kinds              times
+    whole, whole       c3::BIGINT, "t"::BIGINT
+    whole, float       c3::DOUBLE, "t"::DOUBLE
+    date, date         epoch_us(c3::TIMESTAMPTZ), epoch_us("t"::TIMESTAMPTZ)
+    """
     kinds = [_kind_of_time(connection, group) for group in groups]
     is_date = [kind == "date" for kind in kinds]
     if len(set(is_date)) > 1:
-        dated = groups[is_date.index(True)].files[0]
-        numbered = groups[is_date.index(False)].files[0]
+        first_dated = is_date.index(True)
+        first_numbered = is_date.index(False)
+        dated = groups[first_dated].files[0]
+        numbered = groups[first_numbered].files[0]
         column = groups[0].columns["time"]
         raise InputError(
             f"{dated} has dates in {column!r} "
             f"and {numbered} has numbers: write one kind"
         )
-    number_type = "BIGINT" if set(kinds) <= {"whole"} else "DOUBLE"
+    number_type = "DOUBLE"
+    if set(kinds) <= {"whole"}:
+        number_type = "BIGINT"
     times = []
     for group, kind in zip(groups, kinds, strict=True):
         value = group.value["time"]
@@ -580,8 +646,10 @@ def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:
     condition = f"NOT {conditions[best]}"
     path, row, text = _first_row(connection, group, "time", condition)
     expected = "a number or a date"
-    if fitting_rows[best]:
-        expected = {"float": "a finite number", "date": "a date"}[best]
+    if fitting_rows[best] and best == "float":
+        expected = "a finite number"
+    elif fitting_rows[best]:
+        expected = "a date"
     column = group.columns["time"]
     raise InputError(
         f"{path}: row {row}: {column!r} is {text!r}: a time must be {expected}"
@@ -594,7 +662,8 @@ def _time_conditions(group: _Group) -> dict[str, str]:
     column_type = group.type["time"]
     is_float = f"coalesce(isfinite(TRY_CAST({value} AS DOUBLE)), false)"
     is_date = f"coalesce(isfinite(TRY_CAST({value} AS TIMESTAMPTZ)), false)"
-    if column_type in _FLOAT | _WIDE or column_type.startswith("DECIMAL"):
+    is_decimal = column_type.startswith("DECIMAL")
+    if column_type in _FLOAT | _WIDE or is_decimal:
         return {"float": is_float}
     if column_type.startswith(_DATE):
         return {"date": is_date}

@@ -385,7 +385,10 @@ def _write_item_rows(
     """
     items = sum(Ids.load(ids_folder).items)
     row_of_item = np.lib.format.open_memmap(
-        folder / _ROW_OF_ITEM, mode="w+", dtype=np.int32, shape=(items,)
+        folder / _ROW_OF_ITEM,
+        mode="w+",
+        dtype=np.int32,
+        shape=(items,),
     )
     source = parquet_folder_sql(ids_folder / "items")
     rows = connection.sql(f"SELECT item, row FROM {source}")

@@ -93,18 +93,30 @@ def write_part(
     """
     users = layout.users_of(part)
     ticks_N = quantize_times(time_N, ids.first_time, ids.last_time)
-    lengths_U = np.bincount(number_N - users.start, minlength=len(users))
+    index_N = number_N - users.start
+    lengths_U = np.bincount(index_N, minlength=len(users))
     if len(lengths_U) != len(users) or not lengths_U.all():
         raise AssertionError(
             f"part {part} has not the events of its users {users}"
         )
-    offsets = np.concatenate([[0], np.cumsum(lengths_U)])
-    histories = _Histories(users, lengths_U, offsets, rows_N, ticks_N)
+    ends_U = np.cumsum(lengths_U)
+    offsets = np.concatenate([[0], ends_U])
+    histories = _Histories(
+        users=users,
+        lengths_U=lengths_U,
+        offsets=offsets,
+        rows_N=rows_N,
+        ticks_N=ticks_N,
+    )
     _write_statistics(folder, ids, histories, number_N)
     shards = _write_shards(folder, ids, layout, part, histories, advance)
+    shard_records = []
+    for shard in shards:
+        shard_records.append(dataclasses.asdict(shard))
+    too_short_U = ~can_be_split(lengths_U)
     record = {
-        "shards": [dataclasses.asdict(shard) for shard in shards],
-        "too_short": int((~can_be_split(lengths_U)).sum()),
+        "shards": shard_records,
+        "too_short": int(too_short_U.sum()),
         "max_length": int(lengths_U.max()),
     }
     write_json(folder / "facts.json", record)
@@ -122,22 +134,28 @@ def _write_statistics(
 
     # Leave-one-out: the last item of the users S that are long enough is the test item, the
     # last but one the validation item.
-    users_S = np.flatnonzero(can_be_split(histories.lengths_U))
-    ends_S = histories.offsets[1:][users_S]
+    is_long_U = can_be_split(histories.lengths_U)
+    users_S = np.flatnonzero(is_long_U)
+    ends_U = histories.offsets[1:]
+    ends_S = ends_U[users_S]
     test_rows_S = rows_N[ends_S - TEST.offset]
     validation_rows_S = rows_N[ends_S - VALIDATION.offset]
     held_out = np.concatenate([test_rows_S, validation_rows_S])
     held_out_rows, held_out_counts = np.unique(held_out, return_counts=True)
-    np.save(folder / "held.npy", np.stack([held_out_rows, held_out_counts]))
+    rows_and_counts = np.stack([held_out_rows, held_out_counts])
+    np.save(folder / "held.npy", rows_and_counts)
 
     counts_UD = _count_by_domain(starts, histories, number_N)
     training_UD = counts_UD.copy()
     for rows_S in (test_rows_S, validation_rows_S):
         domains_S = np.searchsorted(starts, rows_S, side="right") - 1
         training_UD[users_S, domains_S] -= 1
-    clipped_UD = np.minimum(training_UD, np.iinfo(LENGTHS_DTYPE).max)
-    np.save(folder / LENGTHS, clipped_UD.astype(LENGTHS_DTYPE))
-    np.save(folder / "histograms.npy", _length_histograms(counts_UD))
+    longest = np.iinfo(LENGTHS_DTYPE).max
+    clipped_UD = np.minimum(training_UD, longest)
+    clipped_UD = clipped_UD.astype(LENGTHS_DTYPE)
+    np.save(folder / LENGTHS, clipped_UD)
+    histograms = _length_histograms(counts_UD)
+    np.save(folder / "histograms.npy", histograms)
 
 
 def _count_by_domain(
@@ -153,13 +171,20 @@ def _count_by_domain(
     users = len(histories.users)
     domains = len(starts) - 1
     domain_N = np.searchsorted(starts, histories.rows_N, side="right") - 1
-    cell_N = (number_N - histories.users.start) * domains + domain_N
+    index_N = number_N - histories.users.start
+    cell_N = index_N * domains + domain_N
     counts = np.bincount(cell_N, minlength=users * domains)
     return counts.reshape(users, domains)
 
 
 def _length_histograms(counts_UD: np.ndarray) -> np.ndarray:
-    """Counts the users of each length by domain: (domain, length, users), int64 (K, 3)."""
+    """Counts the users of each length by domain: (domain, length, users), int64 (K, 3).
+
+    A user without an interaction of a domain is not counted in it.
+
+        counts_UD    [[3, 1], [0, 1], [3, 0], [0, 2]]
+        returns      [[0, 3, 2], [1, 1, 2], [1, 2, 1]]
+    """
     pieces = []
     for domain, counts_U in enumerate(counts_UD.T):
         active_U = counts_U[counts_U > 0]
@@ -188,9 +213,16 @@ def _write_shards(
         last = layout.first_user(number + 1)
         name = f"shards/{number:06d}.tar"
         blocks = histories.blocks(first, last, layout.block_users, advance)
-        size, sha256 = write_shard(folder / name, first, num_embeddings, blocks)
-        first_event = offsets[first - histories.users.start]
-        last_event = offsets[last - histories.users.start]
+        size, sha256 = write_shard(
+            folder / name,
+            first,
+            num_embeddings,
+            blocks,
+        )
+        begin = first - histories.users.start
+        end = last - histories.users.start
+        first_event = offsets[begin]
+        last_event = offsets[end]
         shard = Shard(
             name=name,
             users=last - first,

@@ -192,7 +192,11 @@ class _Preparation:
         config = self.config
         scratch = self.scratch_uri("text")
         return open_log(
-            self.spark, self.inputs, config.columns, config.domain, scratch
+            self.spark,
+            self.inputs,
+            config.columns,
+            config.domain,
+            scratch,
         )
 
     def number_ids(self, log: DataFrame, folder: Path) -> None:
@@ -237,16 +241,22 @@ class _Preparation:
         times = log.agg(F.min("time"), F.max("time"))
         first_time, last_time = times.head()
         (interactions,) = items.agg(F.sum("total")).head()
-        domains = items.groupBy("domain").count().collect()
+        items_by_domain = items.groupBy("domain")
+        domains = items_by_domain.count().collect()
         domains.sort(key=lambda row: row[0].encode())
-        names = [name for name, _ in domains]
-        counts = [count for _, count in domains]
+        names = []
+        counts = []
+        rooms = []
+        for name, count in domains:
+            names.append(name)
+            counts.append(count)
+            rooms.append(reserve_rows(count))
         return Ids(
             users=users,
             interactions=interactions,
             names=tuple(names),
             items=tuple(counts),
-            rooms=tuple(reserve_rows(count) for count in counts),
+            rooms=tuple(rooms),
             first_time=float(first_time),
             last_time=float(last_time),
         )
@@ -361,8 +371,11 @@ class _Preparation:
             return
         events = self.sort_events(layout, missing)
         write = functools.partial(_write_parts, folder, ids, layout)
-        rows = events.mapInArrow(write, "part int").collect()
-        written = sorted(part for (part,) in rows)
+        written_parts = events.mapInArrow(write, "part int")
+        written = []
+        for (part,) in written_parts.collect():
+            written.append(part)
+        written.sort()
         if written != missing:
             raise AssertionError(
                 f"parts {written} were written in place of {missing}"
@@ -388,7 +401,8 @@ class _Preparation:
             "int(item) AS item",
             "int(row) AS row",
         )
-        events = self.log.join(users, "user_id")
+        log = self.log
+        events = log.join(users, "user_id")
         events = events.join(items, ["domain", "item_id"])
         events = events.select("part", "user", "time", "item", "row")
         events = events.repartition(len(missing), "part")
@@ -457,7 +471,8 @@ def _join_batches(
         for column in batch.columns:
             columns.append(column.to_numpy(zero_copy_only=False))
         part_N = columns.pop(0)
-        cuts = np.flatnonzero(np.diff(part_N)) + 1
+        changes = np.diff(part_N)
+        cuts = np.flatnonzero(changes) + 1
         bounds = [0, *cuts, len(part_N)]
         for start, end in itertools.pairwise(bounds):
             if start == end:
@@ -475,7 +490,11 @@ def _join_batches(
 def _concatenate_columns(
     pieces: list[list[np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins pieces of (user numbers, rows of M, times)."""
+    """Joins pieces of (user numbers, rows of M, times).
+
+    pieces     [[0 0 1], [5 2 2], [1 3 2]]    and    [[1], [8], [6]]
+    returns    [0 0 1 1], [5 2 2 8], [1 3 2 6]
+    """
     numbers = np.concatenate([piece[0] for piece in pieces])
     rows = np.concatenate([piece[1] for piece in pieces])
     times = np.concatenate([piece[2] for piece in pieces])

@@ -137,6 +137,7 @@ def find_inputs(spark: SparkSession, inputs: Iterable[str]) -> list[Input]:
     for text in inputs:
         for log in _find_logs(spark, text):
             logs_by_name[log.name] = log
+    names = sorted(logs_by_name)
     for log in logs_by_name.values():
         if log.is_table or log.is_text:
             continue
@@ -146,7 +147,7 @@ def find_inputs(spark: SparkSession, inputs: Iterable[str]) -> list[Input]:
                 f"{log.name}: Spark leaves out files "
                 "whose names begin with _ or a dot: rename it"
             )
-    return [logs_by_name[name] for name in sorted(logs_by_name)]
+    return [logs_by_name[name] for name in names]
 
 
 def _find_logs(spark: SparkSession, text: str) -> list[Input]:
@@ -164,26 +165,33 @@ def _find_logs(spark: SparkSession, text: str) -> list[Input]:
 
 def _find_remote_logs(spark: SparkSession, address: str) -> list[Input]:
     """Lists the logs behind an address."""
-    reader = spark.read.format("binaryFile").options(
-        recursiveFileLookup="true", ignoreMissingFiles="false"
+    reader = spark.read.format("binaryFile")
+    reader = reader.options(
+        recursiveFileLookup="true",
+        ignoreMissingFiles="false",
     )
     time = F.unix_micros("modificationTime")
     try:
-        listing = reader.load(address).select("path", "length", time)
+        listing = reader.load(address)
+        listing = listing.select("path", "length", time)
         files = listing.collect()
     except SPARK_ERRORS as error:
+        reason = spark_reason(error)
         raise InputError(
-            f"input {address} cannot be listed: {spark_reason(error)}"
+            f"input {address} cannot be listed: {reason}"
         ) from None
     logs = []
     for path, size, microseconds in files:
         # Spark writes file:/path.
         name = re.sub(r"^([\w+.-]+):/(?!/)", r"\1:///", path)
-        if suffix_of(Path(name)) in SUFFIXES:
-            logs.append(Input(name, (name, size, microseconds)))
+        suffix = suffix_of(Path(name))
+        if suffix in SUFFIXES:
+            state = (name, size, microseconds)
+            logs.append(Input(name, state))
     if not logs:
+        suffixes = ", ".join(SUFFIXES)
         raise InputError(
-            f"input {address} holds no log: names must end in {', '.join(SUFFIXES)}"
+            f"input {address} holds no log: names must end in {suffixes}"
         )
     for log in logs:
         _, size, _ = log.facts
@@ -195,18 +203,29 @@ def _find_remote_logs(spark: SparkSession, address: str) -> list[Input]:
 
 
 def spark_reason(error: Exception) -> str:
-    """Returns the telling part of a message of Spark's, in one line."""
+    """Returns the telling part of a message of Spark's, in one line.
+
+        An error occurred while calling o7.count.
+        org.apache.spark.SparkException: Job aborted
+        Caused by: java.io.IOException: no such file
+
+    gives "no such file", the reason of the last cause.
+    """
     text = str(error)
     pattern = r"^(?:Caused by: )?[\w.$]+(?:Exception|Error): (.+)$"
     causes = re.findall(pattern, text, re.MULTILINE)
     if causes:
         return summarize_error(causes[-1])
     first_paragraph = text.split("\n\n")[0]
-    return summarize_error(first_paragraph.split("\nJVM stacktrace")[0])
+    before_trace = first_paragraph.split("\nJVM stacktrace")[0]
+    return summarize_error(before_trace)
 
 
 def escape_glob(path: str | Path) -> str:
-    """Escapes a path, so that Spark does not take it for a glob."""
+    """Escapes a path, so that Spark does not take it for a glob.
+
+    /logs/a[1].parquet becomes /logs/a\\[1\\].parquet.
+    """
     return re.sub(r"([*?\[\]{}\\])", r"\\\1", str(path))
 
 
@@ -238,10 +257,13 @@ def open_log(
     item_type = _common_id_type(groups, "item")
     logs = []
     for group, time in zip(groups, times, strict=True):
+        user = group.id_sql("user", user_type)
+        item = group.id_sql("item", item_type)
+        domain_value = group.text_sql("domain")
         log = group.frame.selectExpr(
-            f"{group.id_sql('user', user_type)} AS user_id",
-            f"{group.id_sql('item', item_type)} AS item_id",
-            f"{group.text_sql('domain')} AS domain",
+            f"{user} AS user_id",
+            f"{item} AS item_id",
+            f"{domain_value} AS domain",
             f"{time} AS time",
         )
         logs.append(log)
@@ -249,23 +271,33 @@ def open_log(
 
 
 def _time_expressions(groups: "list[_Group]") -> list[str]:
-    """Returns SQL of the time, one a group, all of one kind: numbers or dates."""
+    """Returns SQL of the time, one a group, all of one kind: numbers or dates.
+
+    kinds           each group's time
+    whole, whole    CAST(time AS bigint)
+    whole, float    CAST(time AS double) + 0D
+    date, date      unix_micros(CAST(time AS timestamp))
+    """
     kinds = [group.kind_of_time() for group in groups]
     is_date = [kind == "date" for kind in kinds]
     if len(set(is_date)) > 1:
-        dated = groups[is_date.index(True)].inputs[0]
-        numbered = groups[is_date.index(False)].inputs[0]
+        first_dated = is_date.index(True)
+        first_numbered = is_date.index(False)
+        dated = groups[first_dated].inputs[0]
+        numbered = groups[first_numbered].inputs[0]
         column = groups[0].columns["time"]
         raise InputError(
             f"{dated.name} has dates in {column!r} "
             f"and {numbered.name} has numbers: write one kind"
         )
-    number = "CAST(time AS bigint)"
-    if not set(kinds) <= {"whole"}:
+    if "date" in kinds:
+        time = "unix_micros(CAST(time AS timestamp))"
+    elif "float" in kinds:
         # Without negative zeros: the item decides which of two equal times comes first.
-        number = "CAST(time AS double) + 0D"
-    date = "unix_micros(CAST(time AS timestamp))"
-    return [date if kind == "date" else number for kind in kinds]
+        time = "CAST(time AS double) + 0D"
+    else:
+        time = "CAST(time AS bigint)"
+    return [time] * len(groups)
 
 
 def _common_id_type(groups: "list[_Group]", role: str) -> str:
@@ -288,23 +320,34 @@ def _group_inputs(
     All text files are one group. A table is a group of its own.
     """
     groups = []
-    texts = [one for one in inputs if one.is_text]
+    texts = []
+    others = []
+    for one in inputs:
+        if one.is_text:
+            texts.append(one)
+        else:
+            others.append(one)
     if texts:
         frame = _read_texts(spark, texts, columns, domain, scratch)
         groups.append(_Group(texts, lambda _: frame, columns))
-    others = [one for one in inputs if not one.is_text]
 
     def read_schema(one: Input) -> str:
-        return _read_frame(spark, [one]).schema.json()
+        frame_of_one = _read_frame(spark, [one])
+        return frame_of_one.schema.json()
 
     inputs_by_layout = defaultdict(list)
     with ThreadPoolExecutor(_SCHEMAS_AT_ONCE) as pool:
         schemas = pool.map(read_schema, others)
         for one, schema in zip(others, schemas, strict=True):
-            table = one.name if one.is_table else ""
+            table = ""
+            if one.is_table:
+                table = one.name
             inputs_by_layout[table, schema].append(one)
     read = functools.partial(
-        _read_columns, spark, columns=columns, domain=domain
+        _read_columns,
+        spark,
+        columns=columns,
+        domain=domain,
     )
     for alike in inputs_by_layout.values():
         groups.append(_Group(alike, read, columns))
@@ -322,10 +365,11 @@ def _read_columns(
     wanted = dict(columns)
     if domain is not None:
         wanted.pop("domain", None)
-    check_columns(inputs[0].name, frame.columns, wanted)
-    file = F.lit(inputs[0].name)
+    first = inputs[0]
+    check_columns(first.name, frame.columns, wanted)
+    file = F.lit(first.name)
     row = F.lit(None)
-    if not inputs[0].is_table:
+    if not first.is_table:
         file = F.col("_metadata.file_path")
         row = F.col("_metadata.row_index") + 1
     row = row.cast("bigint")
@@ -359,11 +403,11 @@ def _read_frame(spark: SparkSession, inputs: list[Input]) -> DataFrame:
         if first.is_table:
             return spark.table(first.name.removeprefix(TABLE))
         paths = [escape_glob(one.uri) for one in inputs]
-        return spark.read.options(**options).parquet(*paths)
+        reader = spark.read.options(**options)
+        return reader.parquet(*paths)
     except SPARK_ERRORS as error:
-        raise InputError(
-            f"{first.name} cannot be read: {spark_reason(error)}"
-        ) from None
+        reason = spark_reason(error)
+        raise InputError(f"{first.name} cannot be read: {reason}") from None
 
 
 def _read_texts(
@@ -383,14 +427,17 @@ def _read_texts(
             local.append((one.name, None))
     files = spark.createDataFrame(local, "file string, content binary")
     if remote:
-        contents = spark.read.format("binaryFile").load(remote)
-        files = files.unionAll(contents.select("path", "content"))
+        reader = spark.read.format("binaryFile")
+        contents = reader.load(remote)
+        contents = contents.select("path", "content")
+        files = files.unionAll(contents)
     parse = functools.partial(_parse_texts, columns, domain)
     files = files.repartition(len(inputs))
     rows = files.mapInArrow(parse, _TEXT_SCHEMA)
     rows.write.parquet(scratch)
     rows = spark.read.parquet(escape_glob(scratch))
-    faulty = rows.filter("fault IS NOT NULL").orderBy("file")
+    faulty = rows.filter("fault IS NOT NULL")
+    faulty = faulty.orderBy("file")
     faults = faulty.select("fault").head(1)
     if faults:
         raise InputError(faults[0].fault)
@@ -421,22 +468,25 @@ def _parse_text(
         tempfile.TemporaryDirectory() as folder,
         open_connection() as connection,
     ):
+        scratch = escape_sql(folder)
         connection.execute(f"""
             SET threads = 1;
-            SET temp_directory = '{escape_sql(folder)}'""")
+            SET temp_directory = '{scratch}'""")
         path = Path(file)
         if content is not None:
             path = Path(folder, path.name)
             path.write_bytes(content)
         try:
             for rows in read_text(connection, path, columns, domain):
-                arrays = [pa.array([file] * len(rows))]
+                names = [file] * len(rows)
+                arrays = [pa.array(names)]
                 for name in ("row", *ROLES):
                     arrays.append(rows[name])
                 no_faults = pa.nulls(len(rows), pa.string())
                 arrays.append(no_faults)
                 yield pa.RecordBatch.from_arrays(
-                    arrays, schema=_TEXT_ARROW_SCHEMA
+                    arrays,
+                    schema=_TEXT_ARROW_SCHEMA,
                 )
         except InputError as error:
             fault = str(error).replace(str(path), file)
@@ -479,7 +529,8 @@ class _Group:
             raise InputError(
                 f"{column} holds {kind.simpleString()}, not single values"
             )
-        type_name = kind.simpleString().upper()
+        type_name = kind.simpleString()
+        type_name = type_name.upper()
         if role == "time":
             if not isinstance(kind, _TIME_TYPES):
                 raise InputError(
@@ -492,7 +543,12 @@ class _Group:
             )
 
     def text_sql(self, role: str) -> str:
-        """Returns SQL for the value as DuckDB writes it."""
+        """Returns SQL for the value as DuckDB writes it.
+
+        type of user    SQL
+        DOUBLE          concat(CAST(CAST(user AS bigint) AS string), '.0')
+        BIGINT          CAST(user AS string)
+        """
         if self._is_float(role):
             return f"concat(CAST(CAST({role} AS bigint) AS string), '.0')"
         return f"CAST({role} AS string)"
@@ -505,7 +561,13 @@ class _Group:
         return f"CAST({value} AS {id_type})"
 
     def missing_sql(self, role: str) -> str:
-        """Returns SQL for: the value is missing."""
+        """Returns SQL for: the value is missing.
+
+        type of user    SQL
+        STRING          (user IS NULL OR CAST(user AS string) = '')
+        DOUBLE          (user IS NULL OR NOT coalesce(abs(user) < double('Infinity'), false))
+        BIGINT          (user IS NULL)
+        """
         if self._is_string(role):
             return f"({role} IS NULL OR CAST({role} AS string) = '')"
         if self._is_float(role):
@@ -579,7 +641,8 @@ class _Group:
             aggregates.append(f"count_if({condition})")
         try:
             counts = self.frame.selectExpr(*aggregates)
-            results = list(counts.head())
+            row = counts.head()
+            results = list(row)
         except SPARK_ERRORS as error:
             self._refuse_unreadable(error)
         self.rows = results[0]
@@ -602,16 +665,19 @@ class _Group:
         best = max(self.fitting_rows, key=self.fitting_rows.get)
         if self.fitting_rows[best] == self.rows:
             return best
-        condition = f"NOT coalesce({self.time_conditions[best]}, false)"
+        is_best = self.time_conditions[best]
+        condition = f"NOT coalesce({is_best}, false)"
         row, text = self._first_row("time", condition)
         expected = "a number or a date"
-        if self.fitting_rows[best]:
-            expected = {
-                "float": "a finite number",
-                "date": "a date such as 2024-01-31 or 2024-01-31T23:59:59.5+01:00",
-            }[best]
+        if self.fitting_rows[best] and best == "float":
+            expected = "a finite number"
+        elif self.fitting_rows[best]:
+            expected = (
+                "a date such as 2024-01-31 or 2024-01-31T23:59:59.5+01:00"
+            )
+        column = self.columns["time"]
         raise InputError(
-            f"{row} {self.columns['time']!r} is {text!r}: a time must be {expected}"
+            f"{row} {column!r} is {text!r}: a time must be {expected}"
         )
 
     def _is_string(self, role: str) -> bool:
@@ -626,9 +692,12 @@ class _Group:
             if count:
                 condition = self.missing_sql(role)
                 row, text = self._first_row(role, condition)
-                value = (text or "empty").lower().replace("infinity", "inf")
+                value = text or "empty"
+                value = value.lower()
+                value = value.replace("infinity", "inf")
+                column = self.columns[role]
                 raise InputError(
-                    f"{row} {self.columns[role]!r} is {value}: every row needs one"
+                    f"{row} {column!r} is {value}: every row needs one"
                 )
 
     def _refuse_strange(self, counts: list[int]) -> None:
@@ -637,8 +706,9 @@ class _Group:
             if count:
                 condition = self.strange_sql(role)
                 row, text = self._first_row(role, condition)
+                column = self.columns[role]
                 raise InputError(
-                    f"{row} {self.columns[role]!r} is {text!r}, "
+                    f"{row} {column!r} is {text!r}, "
                     "which Spark reads or writes otherwise than DuckDB: "
                     "make the column BIGINT or UTF-8 text, or use --engine duckdb"
                 )
@@ -650,9 +720,11 @@ class _Group:
         """
         first = f"min(struct(file, row, CAST({role} AS string)))"
         rows = self.frame.filter(condition)
-        (values,) = rows.selectExpr(first).head()
+        selected = rows.selectExpr(first)
+        (values,) = selected.head()
         file, number, text = values
-        name = f"{_file_name(file)}:"
+        file_name = _file_name(file)
+        name = f"{file_name}:"
         if number is not None:
             name += f" row {number}:"
         return name, text
@@ -662,10 +734,13 @@ class _Group:
         values = [f"max(hash({role}))" for role in ROLES]
         for one in self.inputs:
             try:
-                self.read([one]).selectExpr(*values).head()
+                frame = self.read([one])
+                hashes = frame.selectExpr(*values)
+                hashes.head()
             except SPARK_ERRORS as input_error:
+                reason = spark_reason(input_error)
                 raise InputError(
-                    f"{one.name} cannot be read: {spark_reason(input_error)}"
+                    f"{one.name} cannot be read: {reason}"
                 ) from None
         raise error
 
@@ -675,7 +750,7 @@ def _is_id_type(kind: T.DataType) -> bool:
     if not isinstance(kind, T.DecimalType):
         return isinstance(kind, _ID_TYPES)
     # DECIMAL(20, 0) may be what Spark makes of UBIGINT; others lose their zeros.
-    if (kind.precision, kind.scale) == (20, 0):
+    if kind.precision == 20 and kind.scale == 0:
         return False
     return kind.scale <= 6 and kind.scale < kind.precision
 
@@ -685,9 +760,15 @@ def _finite_sql(value: str) -> str:
 
 
 def _file_name(file: str) -> str:
-    """Returns the name of a file as given, from Spark's name of it."""
+    """Returns the name of a file as given, from Spark's name of it.
+
+    file:///logs/a%20b.parquet    /logs/a b.parquet
+    s3a://bucket/a%20b.parquet    s3a://bucket/a b.parquet
+    table:events                  table:events
+    """
     if re.match(r"file:/", file):
-        path = urllib.parse.unquote(file.removeprefix("file:"))
+        quoted_path = file.removeprefix("file:")
+        path = urllib.parse.unquote(quoted_path)
         return "/" + path.lstrip("/")
     if _ADDRESS.match(file):
         return urllib.parse.unquote(file)

@@ -114,20 +114,40 @@ def store_log(
     begin = _begin_of_window(connection, config, dates, views)
     if begin is not None:
         counts["before_window"] = _count_before(connection, new_rows, begin)
+    _link_files_in_window(connection, old_files, begin, folder)
+    new_file = folder / f"{len(old_files):05d}.parquet"
+    window = _window_sql(begin)
+    connection.execute(f"""
+        COPY (SELECT * FROM {new_rows} {window})
+        TO '{escape_sql(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
+    stored_log = StoredLog(
+        dates=dates,
+        min_user=config.min_user,
+        min_item=config.min_item,
+    )
+    stored_log.save(folder)
+    record = {
+        "begin": begin,
+        "newest": new_file.name,
+        **counts,
+    }
+    text = json.dumps(record)
+    (folder / _COUNTS).write_text(text, encoding="utf-8")
+
+
+def _link_files_in_window(
+    connection: DuckDBPyConnection,
+    old_files: list[Path],
+    begin: float | None,
+    folder: Path,
+) -> None:
+    """Links the old log's files into `folder`, but for those that end before the window."""
     for number, file in enumerate(old_files):
-        newest_query = (
-            f"SELECT max(time) FROM read_parquet('{escape_sql(file)}')"
-        )
+        escaped = escape_sql(file)
+        newest_query = f"SELECT max(time) FROM read_parquet('{escaped}')"
         newest = query_value(connection, newest_query)
         if begin is None or newest >= begin:
             _link(file, folder / f"{number:05d}.parquet")
-    new_file = folder / f"{len(old_files):05d}.parquet"
-    connection.execute(f"""
-        COPY (SELECT * FROM {new_rows} {_window_sql(begin)})
-        TO '{escape_sql(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
-    StoredLog(dates, config.min_user, config.min_item).save(folder)
-    text = json.dumps({"begin": begin, "newest": new_file.name, **counts})
-    (folder / _COUNTS).write_text(text, encoding="utf-8")
 
 
 def read_counts(folder: Path) -> dict[str, Any]:
@@ -211,18 +231,22 @@ def _drop_delivered_rows(
     conditions = []
     for name in _COLUMNS:
         # An id may be a number in one log and text in another.
-        cast = "::VARCHAR" if name.endswith("_id") else ""
+        cast = ""
+        if name.endswith("_id"):
+            cast = "::VARCHAR"
         column = f'"{name}"{cast}'
         conditions.append(f"o.{column} = a.{column}")
+    is_delivered = " AND ".join(conditions)
+    columns = ", ".join(_COLUMNS)
     connection.execute(f"""
         CREATE TABLE delivered_before AS
             SELECT DISTINCT a.*
             FROM arrived a
-            JOIN old_log o ON {" AND ".join(conditions)};
+            JOIN old_log o ON {is_delivered};
         CREATE TABLE new_rows AS
             SELECT *
             FROM arrived
-            ANTI JOIN delivered_before USING ({", ".join(_COLUMNS)})""")
+            ANTI JOIN delivered_before USING ({columns})""")
 
 
 def _count_before(
@@ -257,13 +281,17 @@ def _begin_of_window(
             newest_by_view.append(newest)
     if config.days is not None:
         if not dates and config.time_unit is None:
+            units = ", ".join(TIME_UNITS)
             raise InputError(
                 "--days with times that are numbers: "
-                f"say what they are in with --time-unit ({', '.join(TIME_UNITS)})"
+                f"say what they are in with --time-unit ({units})"
             )
-        unit = "us" if dates else config.time_unit
+        unit = config.time_unit
+        if dates:
+            unit = "us"
         second = TIME_UNITS[unit]
-        return max(newest_by_view) - config.days * _DAY * second
+        window = config.days * _DAY * second
+        return max(newest_by_view) - window
     if dates:
         return _parse_date(connection, config.since)
     try:
@@ -294,7 +322,9 @@ def _common_types(
     """
     common_types = {}
     for name in _COLUMNS:
-        types = {column_type(connection, file, name) for file in files}
+        types = set()
+        for file in files:
+            types.add(column_type(connection, file, name))
         if name == "item_id":
             for file in vocabularies:
                 types.add(column_type(connection, file, name))
@@ -319,11 +349,13 @@ def _rows_sql(
     columns = []
     for name, column in types.items():
         columns.append(f'"{name}"::{column} AS "{name}"')
+    selected = ", ".join(columns)
     selects = []
     for file in files:
+        escaped = escape_sql(file)
         selects.append(f"""
-            SELECT {", ".join(columns)}
-            FROM read_parquet('{escape_sql(file)}')
+            SELECT {selected}
+            FROM read_parquet('{escaped}')
             {condition}""")
     return " UNION ALL ".join(selects)
 

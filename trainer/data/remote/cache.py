@@ -67,9 +67,8 @@ class Cache:
         self._names = list(self._files)
         self._number = {name: number for number, name in enumerate(self._names)}
         self._shards = frozenset(shard.name for shard in shards)
-        self._checked: dict[
-            str, int
-        ] = {}  # inodes whose sha256 this process found right
+        # Inodes whose sha256 this process found right, by name.
+        self._checked: dict[str, int] = {}
         self._pins = threading.local()
         self._read_ahead: _ReadAhead | None = None
         self._refuse_names(len(files) + len(shards))
@@ -114,9 +113,8 @@ class Cache:
         with self._blaming_this_disk(name):
             if name in self._shards:
                 self._pins.latest = None  # before there is room to be made
-                self._pins.latest = _Lock(
-                    self._control(name, "pin"), fcntl.LOCK_SH
-                )
+                pin = self._control(name, "pin")
+                self._pins.latest = _Lock(pin, fcntl.LOCK_SH)
             if not self._is_whole(name):
                 self._fetch(name)
             # The disk's own clock ticks too slowly to tell which of two came first.
@@ -132,7 +130,8 @@ class Cache:
         """
         if self._read_ahead is None or self._read_ahead.process != os.getpid():
             self._read_ahead = _ReadAhead(self._fetch_ahead)
-        wanted = list(names)[: self.address.config.read_ahead]
+        most = self.address.config.read_ahead
+        wanted = list(names)[:most]
         missing = [name for name in wanted if not (self.folder / name).exists()]
         self._read_ahead.request(missing)
 
@@ -146,9 +145,9 @@ class Cache:
         try:
             with open(self.folder / name, "rb") as stream:
                 status = os.fstat(stream.fileno())
-                if status.st_size != file.bytes or not stat.S_ISREG(
-                    status.st_mode
-                ):
+                if status.st_size != file.bytes:
+                    return False
+                if not stat.S_ISREG(status.st_mode):
                     return False
                 if self._checked.get(name) == status.st_ino:
                     return True
@@ -194,6 +193,12 @@ class Cache:
 
         What goes is what killed processes left, then the shards that were read longest ago. False:
         the file does not fit and is not needed, so that nothing is reserved.
+
+        An example, at most 100 bytes, for a file of 40:
+
+            has come    a (30 bytes, read first), b (30), c (20)
+            coming      d (10), its process was killed
+            evicted     d, a: 40 + 30 + 20 bytes are left
         """
         limit = self.address.config.cache_bytes
         room = _Lock(self._fetching / "room.lock", fcntl.LOCK_EX)
@@ -206,7 +211,8 @@ class Cache:
                     continue
                 used += status.st_size
                 if other in self._shards:
-                    shards.append((status.st_mtime_ns, other, status.st_size))
+                    shard = (status.st_mtime_ns, other, status.st_size)
+                    shards.append(shard)
             coming = self._list_coming(name)
             for other in coming:
                 used += self._files[other].bytes
@@ -234,7 +240,12 @@ class Cache:
                 coming.append(other)
         return coming
 
-    def _remove_unlocked(self, name: str, kind: str, path: Path) -> bool:
+    def _remove_unlocked(
+        self,
+        name: str,
+        kind: str,
+        path: Path,
+    ) -> bool:
         """Removes a path unless somebody holds the file's lock of that kind."""
         lock = _Lock(self._control(name, kind))
         try:
@@ -246,6 +257,7 @@ class Cache:
             lock.release()
 
     def _control(self, name: str, kind: str) -> Path:
+        """The file by which processes agree on the third file: .fetch/000002.lock, .pin, .part."""
         return self._fetching / f"{self._number[name]:06d}.{kind}"
 
     @contextmanager
@@ -285,7 +297,9 @@ class _ReadAhead:
             if self._requested and not self._runs:
                 self._runs = True
                 thread = threading.Thread(
-                    target=self._run, name="read-ahead", daemon=True
+                    target=self._run,
+                    name="read-ahead",
+                    daemon=True,
                 )
                 thread.start()
 
@@ -390,7 +404,8 @@ def _is_plain(name: str) -> bool:
 
     It also stays inside a folder.
     """
-    return all(_PLAIN_PART.fullmatch(part) for part in name.split("/"))
+    parts = name.split("/")
+    return all(_PLAIN_PART.fullmatch(part) for part in parts)
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -404,7 +419,8 @@ def _cache_root(config: SourceConfig) -> Path:
     try:
         if config.cache:
             return Path(config.cache).expanduser().absolute()
-        root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        cache_home = os.environ.get("XDG_CACHE_HOME", "")
+        root = Path(cache_home)
         if not root.is_absolute():
             root = Path.home() / ".cache"
         return root / "syncrec-trainer"

@@ -39,9 +39,8 @@ _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server says
 _LARGEST_IN_MEMORY = 2**30
 _LAST_WORDS = 300  # bytes of what a command writes to stderr
 _AGAIN = (408, 429)  # the statuses of 4xx that pass by themselves
-_jitter = (
-    random.SystemRandom()
-)  # forked workers would share the state of any other
+# Forked workers would share the state of any other.
+_jitter = random.SystemRandom()
 
 T = TypeVar("T")
 
@@ -103,7 +102,8 @@ class Address:
     def _refuse_unknown_scheme(self, scheme: str) -> None:
         schemes = _import_webdataset().gopen_schemes
         if scheme not in schemes:
-            known = ", ".join(sorted(set(schemes) - {"__default__"}))
+            names = set(schemes) - {"__default__"}
+            known = ", ".join(sorted(names))
             raise InputError(
                 f"{self}: {scheme} is no scheme that can be opened here ({known}): "
                 "give a command that writes the file, as in "
@@ -113,9 +113,9 @@ class Address:
     def _refuse_invalid_url(self, scheme: str) -> None:
         try:
             parts = urlsplit(self.text)
-            valid = bool(parts.hostname) and (
-                parts.port is None or parts.port >= 0
-            )
+            # Reading the port raises ValueError for one that is no number up to 65,535.
+            has_valid_port = parts.port is None or parts.port >= 0
+            valid = bool(parts.hostname) and has_valid_port
         except ValueError:
             valid = False
         if not valid:
@@ -149,13 +149,19 @@ class Address:
         if response.total not in (None, len(data)):
             raise _Failure(f"{len(data)} of its {response.total} bytes came")
         try:
-            return json.loads(data.decode("utf-8"))
+            text = data.decode("utf-8")
+            return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _Failure(
-                f"what came is no JSON ({printable_text(error)})"
-            ) from None
+            reason = printable_text(error)
+            raise _Failure(f"what came is no JSON ({reason})") from None
 
-    def fetch(self, name: str, size: int, sha256: str, part: Path) -> None:
+    def fetch(
+        self,
+        name: str,
+        size: int,
+        sha256: str,
+        part: Path,
+    ) -> None:
         """Puts a file of known size and sha256 into `part`, and goes on with what it holds.
 
         Raises NotFetched; OSError: `part` cannot be written.
@@ -163,7 +169,11 @@ class Address:
         self._retry(name, lambda: self._fetch_once(name, size, sha256, part))
 
     def _fetch_once(
-        self, name: str, size: int, sha256: str, part: Path
+        self,
+        name: str,
+        size: int,
+        sha256: str,
+        part: Path,
     ) -> None:
         with open(part, "r+b") as file:
             download = _Download(file, size, sha256)
@@ -194,8 +204,9 @@ class Address:
                         attempts = (
                             f" ({number} attempts, this came of the last)"
                         )
+                    address = self.shown(name)
                     raise FetchFailed(
-                        f"{self.shown(name)} cannot be fetched: {reason}{attempts}"
+                        f"{address} cannot be fetched: {reason}{attempts}"
                     ) from None
                 wait = self.config.retry_seconds * 2 ** (number - 1)
                 wait *= _jitter.uniform(0.5, 1.5)
@@ -207,6 +218,12 @@ class Address:
         return self.text.startswith(("http://", "https://"))
 
     def _address_of(self, name: str) -> str:
+        """The address of a file, here shards/0.tar.
+
+        http://host/data?key=1    http://host/data/shards/0.tar?key=1
+        pipe:cat /data/{}         pipe:cat /data/shards/0.tar
+        gs://bucket/data/         gs://bucket/data/shards/0.tar
+        """
         if self.text.startswith("pipe:"):
             return self.text.replace(_FILE_NAME, shlex.quote(name))
         if not self._is_http:
@@ -238,7 +255,12 @@ class Address:
 class _Download:
     """A file that is coming, with the sha256 of what has come."""
 
-    def __init__(self, file: BinaryIO, size: int, sha256: str):
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: int,
+        sha256: str,
+    ):
         """Reads what `file` holds. size, sha256: of the whole file."""
         self._file = file
         self._size = size
@@ -256,9 +278,9 @@ class _Download:
         self.came = 0
 
     def is_whole(self) -> bool:
-        return (
-            self.came == self._size and self._digest.hexdigest() == self._sha256
-        )
+        if self.came != self._size:
+            return False
+        return self._digest.hexdigest() == self._sha256
 
     def write(self, response: _Response) -> None:
         """Adds what comes. Raises _Failure where it is not a part of this file."""
@@ -290,7 +312,11 @@ class _Download:
 
 
 @contextmanager
-def _open_http(address: str, begin: int, timeout: float) -> Iterator[_Response]:
+def _open_http(
+    address: str,
+    begin: int,
+    timeout: float,
+) -> Iterator[_Response]:
     request = _make_request(address, begin)
     with _turning_into_failures():
         response = _make_http_opener().open(request, timeout=timeout)
@@ -305,9 +331,8 @@ def _open_http(address: str, begin: int, timeout: float) -> Iterator[_Response]:
                     anew=True,
                 )
         elif response.status != 200:
-            raise _Failure(
-                f"HTTP {response.status} {printable_text(response.reason)}"
-            )
+            reason = printable_text(response.reason)
+            raise _Failure(f"HTTP {response.status} {reason}")
         total = None
         if response.length is not None:
             total = first + response.length
@@ -325,7 +350,8 @@ def _make_request(address: str, begin: int) -> urllib.request.Request:
     if user:  # not sent on to where the server may point
         if ":" not in user:
             user = f"{user}:"
-        encoded = base64.b64encode(unquote(user).encode()).decode()
+        plain = unquote(user)
+        encoded = base64.b64encode(plain.encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {encoded}")
     if begin:
         request.add_header("Range", f"bytes={begin}-")
@@ -421,7 +447,15 @@ def _read_command_chunks(
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a server to http and https alone, and from https to https."""
 
-    def redirect_request(self, request, file, code, message, headers, newurl):
+    def redirect_request(
+        self,
+        request,
+        file,
+        code,
+        message,
+        headers,
+        newurl,
+    ):
         scheme = urlsplit(newurl).scheme
         loses_https = request.type == "https" and scheme == "http"
         if scheme not in ("http", "https") or loses_https:
