@@ -81,7 +81,10 @@ setup(
             *SPARK,
         ],
         "spark": SPARK,
-        "notebook": ["ipywidgets>=8", "pandas>=2.2"],  # progress bars and DataFrames in Jupyter
+        "notebook": [
+            "ipywidgets>=8",
+            "pandas>=2.2",
+        ],  # progress bars and DataFrames in Jupyter
         "index": [
             "faiss-cpu>=1.9"
         ],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py

@@ -218,8 +218,12 @@ def measure_personalization(
             domain_K[members],
             position_K[members],
         )
-        stream = RandomStream.PERSONALIZATION_EXCHANGE
-        order = permutation(len(members), config.seed, stream, number)
+        order = permutation(
+            len(members),
+            config.seed,
+            RandomStream.PERSONALIZATION_EXCHANGE,
+            number,
+        )
         exchanged |= _exchange(user_K, rows_KC, members[order], number)
     ranking = evaluate_split(
         model,

@@ -211,7 +211,7 @@ def test_ranks_of_a_host_share_its_memory(group, monkeypatch):
 
 def test_the_hosts_free_memory_is_between_nothing_and_all_of_it():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 10**7 < placement.host_memory() < 2 * total
+    assert 10**7 < placement.available_host_memory() < 2 * total
 
 
 @pytest.mark.parametrize("cache_share", [None, 0.25])
