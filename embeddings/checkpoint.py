@@ -197,4 +197,5 @@ def _write_safetensors(
         for tensor in tensors.values():
             for begin, end in pieces(tensor, 0, len(tensor)):
                 part = tensor[begin:end].detach().cpu().contiguous()
-                target.write(memoryview(part.view(torch.uint8).numpy()))
+                values = part.view(torch.uint8).numpy()
+                target.write(memoryview(values))  # type: ignore[arg-type]  # no Buffer in NumPy's types

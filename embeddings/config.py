@@ -77,7 +77,7 @@ class TableConfig:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "init_std"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

@@ -41,9 +41,9 @@ class TableMemory(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        function: Callable,
+        function: Callable[..., Any],
         types: Sequence[type],
-        args: tuple = (),
+        args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}

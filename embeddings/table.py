@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class ItemTable:
         )
         self._parallel = self._build_sharded(config, params)
         self._collection = self._parallel.module["m"]
-        self._looked_up = None
+        self._looked_up: Tensor | None = None
         self.reset(config.init_std, seed)
         if filled:
             self.fill()
@@ -273,7 +273,7 @@ class ItemTable:
         gradient: (ids, r), of a loss whose mean over ranks is the global one (TorchRec divides by
         the number of ranks).
         """
-        self._looked_up.backward(gradient)
+        cast(Tensor, self._looked_up).backward(gradient)
         self._looked_up = None
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -318,7 +318,7 @@ class ItemTable:
         self._kernel.iter_cpu.fill_(count)
 
     @property
-    def _kernel(self) -> nn.Module:
+    def _kernel(self) -> Any:
         """FBGEMM's module that has this rank's rows."""
         (lookup,) = self._collection._lookups
         (embedding,) = lookup._emb_modules
@@ -331,11 +331,11 @@ class Exchange:
     First go the counts, how many ids go where, then the ids themselves.
     """
 
-    def __init__(self, collection: nn.Module, features: KeyedJaggedTensor):
+    def __init__(self, collection: Any, features: KeyedJaggedTensor):
         """collection: TorchRec's sharded EmbeddingCollection."""
         self._context = collection.create_context()
         self._counts = collection.input_dist(self._context, features)
-        self._ids = None
+        self._ids: Any = None
 
     def send(self) -> None:
         """Waits until the host knows how many ids come from where, and sends the ids."""

@@ -257,9 +257,9 @@ def _read_headers(
     if not files:
         nothing = np.zeros(0, np.int64)
         return _DiskTable([], nothing, nothing, table.scatter, table.updates)
-    headers_F4 = headers_F4.numpy()
-    order = np.argsort(headers_F4[:, 0], kind="stable")
-    begin_F, end_F, rows_F, updates_F = headers_F4[order].T
+    numbers_F4 = headers_F4.numpy()
+    order = np.argsort(numbers_F4[:, 0], kind="stable")
+    begin_F, end_F, rows_F, updates_F = numbers_F4[order].T
     if (rows_F != rows_F[0]).any():
         raise ValueError(
             f"{folder}: its table files are of tables of {rows_F.min()} and of {rows_F.max()} rows"

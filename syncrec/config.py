@@ -154,7 +154,7 @@ class ModelConfig:
         on_warm_start=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_switches()
         self._check_sizes()
         if self.encoder == "gru":

@@ -11,14 +11,17 @@ Shapes: B users, N items of a history, P = N + 1 tokens, K experts of both stack
 
 import copy
 import sys
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncrec.config import ModelConfig
-from syncrec.layers.gate import OnlyExpert
-from syncrec.layers.time_encoding import NO_GAP, TICKS
+from syncrec.layers.attention import GroupLayerNorm
+from syncrec.layers.gate import Gate, OnlyExpert
+from syncrec.layers.time_encoding import NO_GAP, TICKS, Clock
+from syncrec.layers.transformer import ExpertStack
 from syncrec.model import SyNCRec
 
 _NORMS = (
@@ -43,6 +46,14 @@ class UserEncoder(nn.Module):
         result       (4, r)
     """
 
+    start: Tensor
+    positions: Tensor
+    gate: Tensor | None
+    last_scale: Tensor
+    last_shift: Tensor
+    clock: Clock | None
+    gap_bounds: Tensor
+
     def __init__(
         self,
         model: SyNCRec,
@@ -64,10 +75,10 @@ class UserEncoder(nn.Module):
         self.literal_gate = config.gate == "sequence"
         self._copy("start", model.embedding.start)
         self._copy("positions", model.embedding.positions)
-        gate = model.cross_gate
-        tower = model.cross_tower
+        gate: Gate | OnlyExpert = model.cross_gate
+        tower: nn.Module = model.cross_tower
         if domain is not None:
-            gate = model.single_gates[domain]
+            gate = cast(Gate | OnlyExpert, model.single_gates[domain])
             tower = model.single_towers[domain]
         gate_weight = None
         if not isinstance(gate, OnlyExpert):
@@ -87,9 +98,9 @@ class UserEncoder(nn.Module):
 
     def _copy_experts(self, model: SyNCRec) -> None:
         """Stacks the weights of all experts."""
-        stacks = [model.cross_experts]
+        stacks = [cast(ExpertStack, model.cross_experts)]
         if model.single_experts is not None:
-            stacks.append(model.single_experts)
+            stacks.append(cast(ExpertStack, model.single_experts))
         for number in range(self.blocks):
             for name in _BLOCK:
                 weights = []
@@ -98,8 +109,9 @@ class UserEncoder(nn.Module):
                     weights.append(getattr(block, name))
                 self._copy(f"{name}_{number}", torch.cat(weights))
         if self.pre_norm:
-            scales = [stack.last_norm.scale for stack in stacks]
-            shifts = [stack.last_norm.shift for stack in stacks]
+            norms = [cast(GroupLayerNorm, stack.last_norm) for stack in stacks]
+            scales: list[Tensor] = [norm.scale for norm in norms]
+            shifts: list[Tensor] = [norm.shift for norm in norms]
             self._copy("last_scale", torch.cat(scales))
             self._copy("last_shift", torch.cat(shifts))
 
@@ -220,7 +232,7 @@ class UserEncoder(nn.Module):
         span_BP = since_BP.clamp(min=0) + 1
         gap_BP = torch.bucketize(span_BP, self.gap_bounds, right=True)
         gap_BP = torch.where(source_BP > 0, gap_BP, NO_GAP)
-        added = self.clock.encode_tokens(
+        added = cast(Clock, self.clock).encode_tokens(
             target_BP.flatten(),
             gap_BP.flatten(),
         )
@@ -268,7 +280,9 @@ class UserEncoder(nn.Module):
         heads = []
         for part in qkv.unbind(3):
             heads.append(part.transpose(2, 3).flatten(0, 1))
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = F.scaled_dot_product_attention(
+            heads[0], heads[1], heads[2], is_causal=True
+        )
         mixed = mixed.transpose(1, 2).reshape(experts, users, tokens, width)
         return mixed @ weights["out"]
 
@@ -293,13 +307,14 @@ class UserEncoder(nn.Module):
             is_token_BP1    tensor([[True, True, True], [True, False, False]]) as (2, 3, 1)
             result          tensor([[0.3, 0.7], [0.6, 0.4]])
         """
+        gate = cast(Tensor, self.gate)
         if not self.literal_gate:
-            scores_BK = newest_BR @ self.gate[0].T
+            scores_BK = newest_BR @ gate[0].T
             return torch.softmax(scores_BK, dim=-1)
         scores_BPK = torch.einsum(
             "bpr,bpkr->bpk",
             x_BPR,
-            self.gate[position_BP],
+            gate[position_BP],
         )
         scores_BK = (scores_BPK * is_token_BP1).sum(1)
         return torch.softmax(scores_BK, dim=-1)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,12 @@ class SyNCRec(nn.Module):
     `phi_D` and `lambda_D` have 2 elements each. For a query of the same four users the result is
     (4, 2, r).
     """
+
+    cross_experts: RecurrentStack | ExpertStack
+    single_experts: RecurrentStack | ExpertStack | None
+    correction: LossCorrection | ShapleyCorrection | None
+    mutual_information: MutualInformation | None
+    prediction: PredictionMix | None
 
     def __init__(self, config: ModelConfig, domains: int):
         super().__init__()
@@ -164,7 +171,7 @@ class SyNCRec(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             cross_MR = cross_MR.to(rows.dtype)
             if self.both_tasks:
-                single_MR = single_MR.to(rows.dtype)
+                single_MR = cast(Tensor, single_MR).to(rows.dtype)
             return self._compute_losses(
                 batch,
                 inputs_NR,
@@ -190,9 +197,10 @@ class SyNCRec(nn.Module):
         cross_BDR = cross_BR.unsqueeze(1).expand(-1, self.domains, -1)
         if self.prediction is None:
             return cross_BDR
-        single_MR = self._single_outputs(query.single, inputs_NR).to(dtype)
-        newest_BD = query.newest_DB.T.flatten()
-        single_BDR = self._scoring(query.single, single_MR, newest_BD)
+        view = cast(View, query.single)
+        single_MR = self._single_outputs(view, inputs_NR).to(dtype)
+        newest_BD = cast(Tensor, query.newest_DB).T.flatten()
+        single_BDR = self._scoring(view, single_MR, newest_BD)
         single_BDR = single_BDR.view_as(cross_BDR)
         weight_D1 = self.prediction.single_weight_D.to(dtype).unsqueeze(1)
         return torch.lerp(cross_BDR, single_BDR, weight_D1)
@@ -273,7 +281,7 @@ class SyNCRec(nn.Module):
         self,
         x_MR: Tensor,
         view: View,
-        live: nn.Module,
+        live: nn.Module | None,
         stopped: nn.Module | None,
     ) -> tuple[Tensor, ...]:
         """Outputs of experts 1..j and of j+1..K.
@@ -282,9 +290,9 @@ class SyNCRec(nn.Module):
         """
         if not self.decoupled:
             return (self.cross_experts(x_MR, view.attention),)
-        live_KMR = live(x_MR, view.attention)
+        live_KMR = cast(nn.Module, live)(x_MR, view.attention)
         with torch.no_grad():
-            stopped_KMR = stopped(x_MR, view.attention)
+            stopped_KMR = cast(nn.Module, stopped)(x_MR, view.attention)
         if live is self.cross_experts:
             return live_KMR, stopped_KMR
         return stopped_KMR, live_KMR
@@ -311,7 +319,7 @@ class SyNCRec(nn.Module):
                 batch,
                 batch.single,
                 items,
-                single_MR,
+                cast(Tensor, single_MR),
             )
             single_sums = _sum_by_domain(batch.single, single_L)
         coalition_C = self._coalition_sums(batch, items)
@@ -359,7 +367,8 @@ class SyNCRec(nn.Module):
         if len(totals.coalitions):
             all_targets = totals.cross_targets.sum().clamp(min=1)
             present_D = totals.cross_targets > 0
-            return self.correction(totals.coalitions / all_targets, present_D)
+            correction = cast(ShapleyCorrection, self.correction)
+            return correction(totals.coalitions / all_targets, present_D)
         if self.correction is not None:
             return self.correction(phi_D, totals.present)
         return like.new_ones(self.domains)
@@ -504,7 +513,7 @@ class SyNCRec(nn.Module):
             return cross_MR.new_zeros(self.domains)
         users = len(batch.weight_B)
         single_BDR, single_count_BD = pool(
-            single_MR,
+            cast(Tensor, single_MR),
             batch.single,
             users,
             self.domains,
@@ -651,11 +660,11 @@ def mix(weights_MK: Tensor, experts: Sequence[Tensor]) -> Tensor:
     weights = weights_MK.split([len(output) for output in experts], dim=1)
     # Not a product of matrices: for each token it is one row, and the call takes longer than the
     # arithmetic.
-    total = 0
+    total: Tensor | int = 0
     for weight_MK, output_KMR in zip(weights, experts, strict=True):
         weight_KM1 = weight_MK.T.unsqueeze(2).to(output_KMR.dtype)
         total = total + (weight_KM1 * output_KMR).sum(0)
-    return total
+    return cast(Tensor, total)
 
 
 def _lengths_of(starts: Sequence[int]) -> list[int]:

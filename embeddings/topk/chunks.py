@@ -193,13 +193,13 @@ def _scan_side_by_side(
     pool: ThreadPoolExecutor, strips: Iterator[Strip], scans: Sequence[Scan]
 ) -> None:
     """Each scan takes the next strip when it is done with the one before; strips are prefetched."""
-    earlier: list[Future | None] = []
-    running: list[Future | None] = [None] * len(scans)
+    earlier: list[Future[None] | None] = []
+    running: list[Future[None] | None] = [None] * len(scans)
     prefetched = pool.submit(next, strips, None)
     strip = prefetched.result()
     while strip is not None:
         prefetched = pool.submit(next, strips, None)
-        started = []
+        started: list[Future[None] | None] = []
         for scan, before in zip(scans, running, strict=True):
             started.append(pool.submit(_scan_after, before, scan, strip))
         earlier = running
@@ -210,14 +210,14 @@ def _scan_side_by_side(
     _wait(running)
 
 
-def _scan_after(before: Future | None, scan: Scan, strip: Strip) -> None:
+def _scan_after(before: Future[None] | None, scan: Scan, strip: Strip) -> None:
     if before is not None:
         before.result()  # taken up earlier, so it ends
     with torch.no_grad():
         scan.scan(strip)
 
 
-def _wait(futures: Sequence[Future | None]) -> None:
+def _wait(futures: Sequence[Future[None] | None]) -> None:
     for future in futures:
         if future is not None:
             future.result()

@@ -16,7 +16,7 @@ and row, W ranks, k best items, r width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ class Excluded:
     rows_E: Tensor
     counts_B: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         total = int(self.counts_B.sum())
         if total != len(self.rows_E):
             raise ValueError(
@@ -188,7 +188,7 @@ class ExactRanking:
 
     def _score_targets(self, group: "_Group") -> Tensor:
         """The scores of the items whose position is asked for (U,), from the ranks that have them."""
-        slot_U = group.shard.slot(group.row_U)
+        slot_U = group.shard.slot(cast(Tensor, group.row_U))
         is_local_U = group.shard.contains(slot_U)
         (local,) = torch.nonzero(is_local_U, as_tuple=True)
         score_U = torch.zeros(len(slot_U), device=slot_U.device)

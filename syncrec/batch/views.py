@@ -20,14 +20,18 @@ are ticks (syncrec/layers/time_encoding.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from syncrec.batch.attention_layout import AttentionLayout
 
-_Packed = TypeVar("_Packed")  # one of this module's dataclasses
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# One of this module's dataclasses.
+_Packed = TypeVar("_Packed", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -214,13 +218,15 @@ def map_tensors(
     value: _Packed, function: Callable[[Tensor], Tensor]
 ) -> _Packed:
     """The same dataclass with function(tensor) for each tensor, those of inner dataclasses too."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
             changed[field.name] = function(item)
         elif is_dataclass(item):
-            changed[field.name] = map_tensors(item, function)
+            changed[field.name] = map_tensors(
+                cast("DataclassInstance", item), function
+            )
     return replace(value, **changed)
 
 

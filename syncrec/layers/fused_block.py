@@ -8,7 +8,7 @@ Shapes: K experts, M packed tokens, S sequences, r width.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from syncrec_kernels.build import Unavailable, why_unavailable
 
 _TILE = 384  # rows, few enough to stay in a core's L2 cache
+
+# heads, share, seed, half, save and tile of `block`.
+_Settings: TypeAlias = tuple[int, float, int, bool, bool, int]
 
 
 def chosen(kernel: str, x: Tensor, post_norm: bool) -> bool:
@@ -73,7 +76,7 @@ class _Block(torch.autograd.Function):
         ctx: Any,
         x_KMR: Tensor,
         starts_S: Tensor,
-        settings: tuple,
+        settings: _Settings,
         *weights: Tensor,
     ) -> Tensor:
         heads, share, seed, half, save, tile = settings

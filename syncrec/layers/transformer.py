@@ -37,7 +37,7 @@ class ExpertStack(nn.Module):
         self.experts = experts
         blocks = [Block(config, experts) for _ in range(config.blocks)]
         self.blocks = nn.ModuleList(blocks)
-        self.last_norm = nn.Identity()
+        self.last_norm: nn.Module = nn.Identity()
         if config.norm == "pre":
             self.last_norm = GroupLayerNorm(experts, config.dim)
 

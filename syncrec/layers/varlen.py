@@ -5,6 +5,8 @@ capability 8.0, for 16-bit floats, heads of up to 256 in steps of 8. Elsewhere a
 buckets (syncrec/layers/attention.py). Shapes: K experts, M packed tokens, S sequences, r width.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -68,10 +70,10 @@ def attend(qkv_KMR: Tensor, layout: AttentionLayout, heads: int) -> Tensor:
             sizes.append(size)
     # split, not slices: the gradient of a slice is a whole tensor of zeros.
     pieces = qkv.split(sizes * experts)
-    mixed = []
+    outputs = []
     for piece, begins in zip(pieces, bounds * experts, strict=True):
-        mixed.append(_attend(piece, begins, longest, heads))
-    return torch.cat(mixed).view(experts, tokens, -1)
+        outputs.append(_attend(piece, begins, longest, heads))
+    return torch.cat(outputs).view(experts, tokens, -1)
 
 
 def _attend(qkv_MR: Tensor, begins: Tensor, longest: int, heads: int) -> Tensor:
@@ -99,4 +101,4 @@ def _attend(qkv_MR: Tensor, begins: Tensor, longest: int, heads: int) -> Tensor:
         longest,
         window_size=_CAUSAL,
     )
-    return mixed.reshape(tokens, width)
+    return cast(Tensor, mixed).reshape(tokens, width)

@@ -50,6 +50,8 @@ class PredictionMix(nn.Module):
     Beyond section 4 of the paper, which predicts by the cross-domain task whatever the gap is.
     """
 
+    gap_2D: Tensor
+
     def __init__(self, config: ModelConfig, domains: int):
         super().__init__()
         self.temperature = config.prediction_temperature
@@ -104,6 +106,8 @@ class LossCorrection(nn.Module):
     The old λ and φ carry no gradient; α and β (start 1 and 1) do. All is computed in float64. λ
     starts at 0.
     """
+
+    lambda_D: Tensor
 
     def __init__(self, config: ModelConfig, domains: int):
         super().__init__()

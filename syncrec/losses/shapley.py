@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ class ShapleyCorrection(nn.Module):
     Raises ValueError for more than 6 domains.
     """
 
+    lambda_D: Tensor
+
     def __init__(self, config: ModelConfig, domains: int):
         super().__init__()
         if domains > MOST_DOMAINS:
@@ -107,7 +110,7 @@ def coalition_losses(
     bit_N = _list_domain_bits(batch, inputs_NR)
     losses = []
     with _evaluation_mode(model):
-        for coalition in range(2**model.domains):
+        for coalition in range(2 ** cast(int, model.domains)):
             belongs_N1 = (bit_N & coalition).bool().unsqueeze(1)
             shown_NR = torch.where(belongs_N1, inputs_NR, 0.0)
             losses.append(loss_of(shown_NR))
