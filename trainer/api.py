@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.dataset as pds
@@ -52,10 +52,12 @@ from trainer.serving.recommend import recommend
 from trainer.training.loop import train
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from trainer.training.callbacks import Callback
 
 PathLike = str | os.PathLike[str]
-Logs = "PathLike | Sequence[PathLike] | pa.Table | pd.DataFrame"
+Logs: TypeAlias = "PathLike | Sequence[PathLike] | pa.Table | pd.DataFrame"
 
 
 def prepare(
@@ -130,9 +132,9 @@ class Run:
         cls, folder: PathLike, data: Dataset | PathLike | None = None
     ) -> "Run":
         """The run in a folder. Raises InputError where there is none."""
-        read_config(folder)
+        read_config(os.fspath(folder))
         place = data.folder if isinstance(data, Dataset) else data
-        return cls(Path(folder), None if place is None else os.fspath(place))
+        return cls(Path(folder), _path_of(place))
 
     @cached_property
     def config(self) -> RunConfig:
@@ -180,7 +182,13 @@ class Run:
         full = ranking == "full"
         with _joined(self.config.timeout_minutes) as ranks:
             record = evaluate_run(
-                self.folder, ranks, split, self.data, candidates, output, full
+                self.folder,
+                ranks,
+                split,
+                self.data,
+                _path_of(candidates),
+                _path_of(output),
+                full,
             )
             if full and ranks.first:
                 update_report(self.folder)
@@ -228,7 +236,14 @@ class Run:
                     raise InputError(
                         "recommend: several ranks write into one folder: give output=DIR, which all see"
                     )
-                recommend(self.folder, folder, ranks, config, asked, self.data)
+                recommend(
+                    self.folder,
+                    os.fspath(folder),
+                    ranks,
+                    config,
+                    asked,
+                    self.data,
+                )
                 return _read_recommendations(Path(folder))
 
     def export(
@@ -244,7 +259,9 @@ class Run:
         """
         config = ExportConfig(dtype, faiss)
         with _joined(self.config.timeout_minutes) as ranks:
-            return export_run(self.folder, output, ranks, config, self.data)
+            return export_run(
+                self.folder, os.fspath(output), ranks, config, self.data
+            )
 
 
 @contextlib.contextmanager
@@ -257,6 +274,11 @@ def _joined(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     finally:
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _path_of(place: PathLike | None) -> str | None:
+    """A place as text; None where none is given."""
+    return None if place is None else os.fspath(place)
 
 
 def _config_of(
@@ -307,7 +329,8 @@ def _paths_of(logs: Logs, output: PathLike) -> Iterator[tuple[str, ...]]:
         return
     table = _table_of(logs)
     if table is None:
-        yield tuple(os.fspath(path) for path in logs)
+        paths = cast(Sequence[PathLike], logs)
+        yield tuple(os.fspath(path) for path in paths)
         return
     parent = Path(output).absolute().parent
     try:

@@ -7,7 +7,7 @@ keys below it.
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 from trainer.config.run import RunConfig
 from trainer.config.setting import CONSTANT_SCHEDULE
@@ -15,12 +15,12 @@ from trainer.config.setting import CONSTANT_SCHEDULE
 
 def iterate_settings(
     kind: type = RunConfig,
-) -> Iterator[tuple[str, dataclasses.Field]]:
+) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Yields (dotted key, field) of every setting and every section of a configuration."""
     for field in dataclasses.fields(kind):
         yield field.name, field
         if dataclasses.is_dataclass(field.type):
-            for key, inner in iterate_settings(field.type):
+            for key, inner in iterate_settings(cast(type, field.type)):
                 yield f"{field.name}.{key}", inner
 
 

@@ -21,7 +21,7 @@ class CheckpointConfig:
         2, "newest checkpoints that stay; the best one stays besides"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("every_steps", "every_minutes", "every_epochs"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):

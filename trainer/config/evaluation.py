@@ -24,7 +24,7 @@ class EvaluationConfig:
         on_resume=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("negatives", "batch_size", "every_epochs"):
             value = getattr(self, name)
             if value < 1:

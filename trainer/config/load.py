@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -79,7 +79,7 @@ def load_settings(
             keys = _allowed_keys(error)
             raise InputError(f"{start}: {reason}{keys}") from None
     try:
-        return OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         reason = _first_line(error)
         raise InputError(f"{error.full_key}: {reason}") from None
@@ -147,7 +147,7 @@ def _check_record(file: Path, text: str) -> None:
             )
         has_anchor = getattr(event, "anchor", None) is not None
         if has_anchor or isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
+            line = cast(yaml.Mark, event.start_mark).line + 1
             raise InputError(
                 f"{file}: line {line} has an anchor or alias: a run writes none"
             )
@@ -196,7 +196,7 @@ def flatten_config(config: RunConfig) -> dict[str, Any]:
 
     {"data": "data/shop", …, "model.dim": 128, …, "deepspeed.zero_optimization.stage": 2}
     """
-    values = {}
+    values: dict[str, Any] = {}
     sections = asdict(_without_secrets(config))
     _flatten(sections, "", values)
     return values
@@ -296,7 +296,7 @@ def _with_sections(
         raise InputError(
             f"{file}: is a list; a configuration is made of key: value"
         )
-    values = OmegaConf.to_container(loaded)
+    values = cast(dict[str, Any], OmegaConf.to_container(loaded))
     for section in fields(kind):
         if not is_dataclass(section.type) or section.name not in values:
             continue

@@ -15,7 +15,7 @@ class NegativesConfig:
         "above 0: negatives of a domain and step instead, shared by all its targets",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.per_target < 1:
             raise ValueError(
                 f"negatives.per_target is {self.per_target}: give at least 1"

@@ -46,7 +46,7 @@ class OptimizerConfig:
         on_resume=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

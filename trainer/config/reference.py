@@ -5,6 +5,7 @@ python -m trainer.config.reference > docs/settings.md
 
 import dataclasses
 import sys
+from typing import Any, cast
 
 from trainer.config.changes import (
     is_allowed,
@@ -65,7 +66,7 @@ def _section_tables() -> list[str]:
             key = f"{section.name}.{field.name}"
             rows.append(_row_of_run(field, key))
         table = _markdown(_COLUMNS + _COLUMNS_OF_CHANGE, rows)
-        summary = _first_line(section.type)
+        summary = _first_line(cast(type, section.type))
         tables.append(f"## `{section.name}`\n\n{summary}\n\n{table}")
     return tables
 
@@ -79,7 +80,7 @@ def _table_of(title: str, kind: type) -> str:
     return f"## {title}\n\n{_first_line(kind)}\n\n{table}"
 
 
-def _row_of_run(field: dataclasses.Field, key: str) -> list[str]:
+def _row_of_run(field: dataclasses.Field[Any], key: str) -> list[str]:
     """The cells of a setting of a run, with when it may change."""
     if is_allowed(key, may_change_on_warm_start()):
         on_warm_start = "yes"
@@ -89,7 +90,7 @@ def _row_of_run(field: dataclasses.Field, key: str) -> list[str]:
     return [*_row(field, key), on_resume, on_warm_start]
 
 
-def _row(field: dataclasses.Field, key: str) -> list[str]:
+def _row(field: dataclasses.Field[Any], key: str) -> list[str]:
     """The cells of a setting: key, type, default, help."""
     choices = field.metadata.get("choices")
     if choices is None:
@@ -102,7 +103,7 @@ def _row(field: dataclasses.Field, key: str) -> list[str]:
     return [f"`{key}`", kind, value, help_of(field)]
 
 
-def _describe_resume(field: dataclasses.Field, key: str) -> str:
+def _describe_resume(field: dataclasses.Field[Any], key: str) -> str:
     """When a setting may change on resume."""
     rule = field.metadata.get("on_resume", False)
     if rule == CONSTANT_SCHEDULE:

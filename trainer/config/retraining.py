@@ -30,7 +30,7 @@ class PublishConfig:
         "fp32", "of the item vectors", choices=("fp32", "fp16")
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("tolerance", "fall", "domain_fall", "own_fall"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -111,7 +111,7 @@ class RetrainConfig:
         "days whose dataset and run stay, besides those of published versions",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.folder:
             raise ValueError(
                 "folder is missing: it gets datasets, runs and what is published"

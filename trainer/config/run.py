@@ -21,7 +21,7 @@ class LogConfig:
     every: int = setting(50, "steps between two lines")
     tensorboard: bool = setting(True, "write TensorBoard's event files too")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"log.every is {self.every}: give at least 1")
 
@@ -110,7 +110,7 @@ class RunConfig:
         on_warm_start=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("global_batch_size", "epochs"):
             value = getattr(self, name)
             if value < 1:

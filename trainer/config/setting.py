@@ -12,7 +12,6 @@ What may change on resume may change on a warm start too. A key that is absent m
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 # `on_resume` of a setting that may change unless the schedule falls towards the last step.
@@ -43,17 +42,17 @@ def setting(
         "on_warm_start": on_warm_start,
         "on_each_host": on_each_host,
     }
-    if isinstance(default, Callable):
+    if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def help_of(field: dataclasses.Field) -> str:
+def help_of(field: dataclasses.Field[Any]) -> str:
     """A field's help line; empty where it has none."""
     return field.metadata.get("help", "")
 
 
-def default_of(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
     """A field's default; dataclasses.MISSING where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()

@@ -49,7 +49,7 @@ class SourceConfig:
         on_each_host=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("cache_bytes", "attempts"):
             value = getattr(self, name)
             if value < 1:
@@ -101,7 +101,7 @@ class StreamConfig(SourceConfig):
         "train and rank on this domain alone, with users split as for all domains",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers < MEASURED:
             raise ValueError(

@@ -224,7 +224,7 @@ def _figures(users: int, mean_RK: np.ndarray | None) -> dict[str, Any]:
 
     mean_RK: (1 + replicates, metrics), the means over every user once first; None without users.
     """
-    if users == 0:
+    if users == 0 or mean_RK is None:
         return {"users": 0, **dict.fromkeys(NAMES), "interval": None}
     figures: dict[str, Any] = {"users": users}
     means = mean_RK[0].tolist()
@@ -258,7 +258,7 @@ def _difference(users: int, difference_R: np.ndarray | None) -> dict[str, Any]:
 
     difference_R: (1 + replicates,), of every user once first; None without users.
     """
-    if users == 0:
+    if users == 0 or difference_R is None:
         return {"value": None, "interval": None}
     interval = None
     if users >= FEWEST:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import duckdb
 import numpy as np
@@ -37,7 +37,7 @@ CandidateBatch = tuple[
 ]  # users, domains, rows
 
 
-class CandidateLists(Mapping):
+class CandidateLists(Mapping[int, tuple[int, np.ndarray]]):
     """{user number: (domain, rows of M)}, the positive first, held as arrays.
 
     user_K: int64, rising; domain_K; ends_K: where each user's rows end in rows_C, int32. longest:
@@ -120,7 +120,12 @@ def read_candidates_of_rank(
         if ranks.first:
             engine = stack.enter_context(open_limited_engine())
             batches = _read_joined(engine)
-        run_on_first_rank(lambda: _join(engine, dataset, file), ranks.first)
+        run_on_first_rank(
+            lambda: _join(
+                cast(duckdb.DuckDBPyConnection, engine), dataset, file
+            ),
+            ranks.first,
+        )
         while (
             batch := _broadcast_next(batches, file, ranks.first)
         ) is not None:

@@ -19,7 +19,7 @@ This module needs neither torch nor a dataset: reports import it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trainer.evaluation.metrics import Figures
 from trainer.run_files import HEADLINE
@@ -52,7 +52,7 @@ class DomainFigures:
     @property
     def users(self) -> int:
         """Users whose held-out item is of this domain."""
-        return self.model.get("users") or 0
+        return cast(int, self.model.get("users") or 0)
 
     @property
     def headline(self) -> float | None:

@@ -10,7 +10,7 @@ number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from trainer.data.loading.histories import UserHistories
 from trainer.data.loading.stream import batches_of_workers
 from trainer.data.split import can_be_split
 from trainer.evaluation.bootstrap import GroupMeans
-from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
 from trainer.evaluation.popularity import Popularity
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
 from trainer.run_files import HEADLINE
@@ -106,8 +106,8 @@ class FullRanking:
 class HeldOutBatches(RankingBatches):
     """As RankingBatches, without candidates."""
 
-    def build(self, users: UserHistories) -> HeldOutBatch:
-        """Histories up to the held-out item, that item, and the user's other items.
+    def build(self, users: UserHistories) -> Any:
+        """A HeldOutBatch: histories up to the held-out item, that item, and the user's others.
 
         Of the history 2 55 9, the oldest item first:
 
@@ -223,8 +223,8 @@ class _DomainRankings:
     ) -> np.ndarray:
         """The positions of the held-out items that are of this domain."""
         members = torch.from_numpy(in_domain_B)
-        in_domain_E = np.repeat(in_domain_B, batch.counts_B)
-        in_domain_E = torch.from_numpy(in_domain_E)
+        repeated_E = np.repeat(in_domain_B, batch.counts_B)
+        in_domain_E = torch.from_numpy(repeated_E)
         rows = torch.from_numpy(batch.row_B)
         excluded_of_members = Excluded(
             excluded.rows_E[in_domain_E],
@@ -403,7 +403,7 @@ def full_evaluation(
         full["sampled"] = sampled
     return Evaluation(
         kind=split,
-        by_domain=rows,
+        by_domain=cast(DomainTable, rows),
         mean=means.mean(0, firsts),
         popularity_mean=means.mean(1, firsts),
         too_short=dataset.too_short,

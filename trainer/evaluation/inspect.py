@@ -303,17 +303,17 @@ def _nearest_items(
     if not ranks.first:
         return None
     items = []
-    for domain in popular:
-        shown = min(look.shown, len(domain.ids))
+    for own in popular:
+        shown = min(look.shown, len(own.ids))
         for index in range(shown):
             nearest = {}
             for other in popular:
-                near = _neighbours(domain, index, other, look.neighbours)
+                near = _neighbours(own, index, other, look.neighbours)
                 nearest[other.name] = near
-            item = domain.ids[index]
+            item = own.ids[index]
             items.append(
                 {
-                    "domain": domain.name,
+                    "domain": own.name,
                     "item": item,
                     "nearest": nearest,
                 }

@@ -14,6 +14,7 @@ is. Among all items of a domain, popularity's ties are broken by an order drawn 
 """
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def mean_figures(by_domain: Mapping[str, Figures]) -> Figures:
     means: Figures = {}
     for metric in METRICS:
         values = [figures[metric] for figures in with_users]
-        means[metric] = float(np.mean(values))
+        means[metric] = float(np.mean(cast(list[float], values)))
     return means
 
 
@@ -158,7 +159,7 @@ def mean_ndcg(
     return float(np.mean(means))
 
 
-def metrics_of(record: dict) -> list[str]:
+def metrics_of(record: dict[str, Any]) -> list[str]:
     """The names of an evaluation record's metrics, in the record's order."""
     return [name for name in record["mean"] if name != "users"]
 

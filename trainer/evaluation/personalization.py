@@ -4,7 +4,7 @@ Logs whose items have been mixed up keep their popularity. A model that knows wh
 ranks them nearly as well as before. But such a model cannot tell one user's item from another's.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -241,7 +241,7 @@ def measure_personalization(
         own = own_figures[HEADLINE]
         gain = None
         if own is not None:
-            gain = own - other_figures[HEADLINE]
+            gain = own - cast(float, other_figures[HEADLINE])
         gains.append(gain)
     return gains
 

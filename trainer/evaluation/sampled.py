@@ -9,7 +9,7 @@ processes; on CUDA near ties may (docs/cuda.md). Ties count against the model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from trainer.data.loading.stream import (
     find_domains,
 )
 from trainer.data.split import SPLITS, can_be_split
-from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
 from trainer.evaluation.metrics import (
     candidate_positions,
     count_positions,
@@ -106,7 +106,7 @@ class PositionCounts:
 Visit = Callable[[Candidates, np.ndarray, np.ndarray], None]
 
 
-class RankingBatches(torch.utils.data.IterableDataset):
+class RankingBatches(torch.utils.data.IterableDataset[Any]):
     """Every user of the dataset that can be split, once, in the same steps on every rank.
 
     Each user is ranked by its home rank, whose shards hold it. A rank that has no user in a step
@@ -183,7 +183,7 @@ class RankingBatches(torch.utils.data.IterableDataset):
     def build(self, users: UserHistories) -> Candidates:
         """Histories up to the held-out item, and its candidates."""
         ends_B = np.cumsum(users.lengths_B)
-        chosen: list[int] = []
+        chosen: list[np.integer[Any]] = []
         numbers: list[int] = []
         domains: list[int] = []
         candidates: list[np.ndarray] = []
@@ -232,19 +232,22 @@ class RankingBatches(torch.utils.data.IterableDataset):
         number = int(dataset.domain_of(positive[None])[0])
         if self.only_domain not in (None, number):
             return None
-        domain = dataset.domains[number]
+        own_domain = dataset.domains[number]
         negatives = draw_evaluation_negatives(
             self.plan.seed,
             user,
             items,
-            domain.start,
-            domain.items,
+            own_domain.start,
+            own_domain.items,
             self.config.negatives,
         )
         return number, np.append(positive, negatives)
 
     def query(
-        self, users: UserHistories, user_B: Iterable[int], extra_ids: np.ndarray
+        self,
+        users: UserHistories,
+        user_B: Iterable[int | np.integer[Any]],
+        extra_ids: np.ndarray,
     ) -> Query:
         """The Query of some users' histories up to the held-out item, for that item's time.
 
@@ -465,7 +468,7 @@ def evaluation_of(
     popularity_figures = {row.name: row.popularity for row in rows}
     return Evaluation(
         kind=split,
-        by_domain=rows,
+        by_domain=cast(DomainTable, rows),
         mean=mean_figures(model_figures),
         popularity_mean=mean_figures(popularity_figures),
         too_short=dataset.too_short,

@@ -44,7 +44,7 @@ def with_default(text: str, default: Any) -> str:
     return f"{text} (default: {value})".strip()
 
 
-def _describe_setting(key: str, field: dataclasses.Field) -> list[str]:
+def _describe_setting(key: str, field: dataclasses.Field[Any]) -> list[str]:
     text = with_default(help_of(field), default_of(field))
     start = f"  {key}={_value_name(field.type)}"
     return _two_columns(start, text)

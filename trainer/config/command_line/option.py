@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from trainer.config.command_line.help import with_default
 from trainer.config.setting import default_of, help_of, setting
@@ -134,7 +134,7 @@ class Option:
             return {"required": True}
         return {"default": self.default}
 
-    def _value_name(self) -> dict[str, str]:
+    def _value_name(self) -> dict[str, Any]:
         if self.choices is not None:
             return {}  # argparse shows them
         name = self.metadata.get("metavar")
@@ -156,13 +156,13 @@ def options_of(kind: type) -> list[Option]:
     options = []
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
-            options += options_of(field.type)
+            options += options_of(cast(type, field.type))
         elif "settings_of" not in field.metadata:
             options.append(_option_of(field))
     return options
 
 
-def _option_of(field: dataclasses.Field) -> Option:
+def _option_of(field: dataclasses.Field[Any]) -> Option:
     kind = _without_none(field.type)
     several = get_origin(kind) in (list, tuple)
     if several:
@@ -179,7 +179,7 @@ def _option_of(field: dataclasses.Field) -> Option:
     )
 
 
-def _flags_of(field: dataclasses.Field) -> tuple[str, ...]:
+def _flags_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """`--` and the field's name, and the other spellings."""
     flags = field.metadata.get("flags", ())
     own = "--" + with_dashes(field.name)

@@ -18,7 +18,7 @@ import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, cast, get_origin
 
 from trainer.config.command_line.help import (
     HELP_COLUMN,
@@ -60,7 +60,7 @@ def parse_options(
     return _build(kind, vars(values))
 
 
-def _settings_field(kind: type) -> dataclasses.Field | None:
+def _settings_field(kind: type) -> dataclasses.Field[Any] | None:
     """The field that gets the settings of a configuration."""
     for field in dataclasses.fields(kind):
         if "settings_of" in field.metadata:
@@ -68,12 +68,12 @@ def _settings_field(kind: type) -> dataclasses.Field | None:
     return None
 
 
-def _build(kind: type[T], values: dict[str, Any]) -> T:
+def _build(kind: type, values: dict[str, Any]) -> Any:
     """A dataclass from the values by name; dataclasses in it too."""
     arguments = {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
-            arguments[field.name] = _build(field.type, values)
+            arguments[field.name] = _build(cast(type, field.type), values)
             continue
         value = values[field.name]
         if value is not None and get_origin(field.type) is tuple:
@@ -83,7 +83,9 @@ def _build(kind: type[T], values: dict[str, Any]) -> T:
 
 
 def _parser(
-    options: list[Option], settings: dataclasses.Field | None, description: str
+    options: list[Option],
+    settings: dataclasses.Field[Any] | None,
+    description: str,
 ) -> argparse.ArgumentParser:
     usage = "%(prog)s [--option VALUE | option=VALUE] …"
     epilog = None

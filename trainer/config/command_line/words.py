@@ -34,7 +34,7 @@ class WordRewriter:
     def rewrite(self, words: list[str]) -> list[str]:
         """The words in argparse's form, in their order."""
         self.words = list(words)
-        result = []
+        result: list[str] = []
         while self.words:
             word = self.words.pop(0)
             if word == "--":
