@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LEAST_MEMORY = 500 * 10**6  # bytes
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
@@ -227,11 +229,13 @@ class SyntheticConfig:
         return tuple(names)
 
     @property
-    def shares(self) -> np.ndarray:
+    def shares(self) -> "np.ndarray":
         """Shares of the events by domain, float64 (D,).
 
         Those of the related domains fall as 1 / sqrt(number of the domain, from 1).
         """
+        import numpy as np  # the page stays light
+
         related = 1 / np.sqrt(1 + np.arange(self.related))
         unrelated_domains = self.domains - self.related
         unrelated_share = 0.0
@@ -241,7 +245,9 @@ class SyntheticConfig:
         return np.append(related, [unrelated_share] * unrelated_domains)
 
     @property
-    def domain_items(self) -> np.ndarray:
+    def domain_items(self) -> "np.ndarray":
         """Items by domain, int64 (D,)."""
+        import numpy as np  # the page stays light
+
         bounds = np.arange(self.domains + 1) * self.items // self.domains
         return np.diff(bounds)

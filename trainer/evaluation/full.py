@@ -10,7 +10,7 @@ number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from trainer.data.loading.stream import batches_of_workers
 from trainer.data.split import can_be_split
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
+from trainer.evaluation.metrics import FULL_METRICS
 from trainer.evaluation.popularity import Popularity
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
 from trainer.run_files import HEADLINE
@@ -403,7 +404,7 @@ def full_evaluation(
         full["sampled"] = sampled
     return Evaluation(
         kind=split,
-        by_domain=cast(DomainTable, rows),
+        by_domain=DomainTable(rows, FULL_METRICS),
         mean=means.mean(0, firsts),
         popularity_mean=means.mean(1, firsts),
         too_short=dataset.too_short,

@@ -9,7 +9,7 @@ processes; on CUDA near ties may (docs/cuda.md). Ties count against the model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from trainer.data.loading.stream import (
 from trainer.data.split import SPLITS, can_be_split
 from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
 from trainer.evaluation.metrics import (
+    METRICS,
     candidate_positions,
     count_positions,
     mean_figures,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
 
-figures = metrics_of_histogram
 _ranks = candidate_positions
 
 # (query, rows) to (B, D, R).
@@ -468,7 +468,7 @@ def evaluation_of(
     popularity_figures = {row.name: row.popularity for row in rows}
     return Evaluation(
         kind=split,
-        by_domain=cast(DomainTable, rows),
+        by_domain=DomainTable(rows, METRICS),
         mean=mean_figures(model_figures),
         popularity_mean=mean_figures(popularity_figures),
         too_short=dataset.too_short,

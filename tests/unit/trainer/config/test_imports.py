@@ -24,7 +24,7 @@ loaded = {{}}
 def note(when):
     loaded[when] = [name for name in {WATCHED} if name in sys.modules]
 
-import trainer.config.run
+import trainer.config.load
 note("config")
 import trainer.training.loop
 note("loop")
@@ -37,7 +37,7 @@ def first_step(self, *arguments, **named):
     os._exit(0)
 
 Trainer.train_step = first_step
-with process_group.joined() as ranks:
+with process_group.join_process_group() as ranks:
     trainer.training.loop.train(trainer.config.load.load_config([], sys.argv[1:]), ranks)
 """
 
