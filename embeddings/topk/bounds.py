@@ -22,14 +22,27 @@ _TAME = 2.0**60
 
 
 def exact_scores(
-    left_LR: Tensor, left_P: Tensor, right_NR: Tensor, right_P: Tensor
+    left_LR: Tensor,
+    left_P: Tensor,
+    right_NR: Tensor,
+    right_P: Tensor,
 ) -> Tensor:
     """The scores (P,), float32, of the pairs left_LR[left_P], right_NR[right_P].
 
     Takes memory for a few thousand pairs.
+
+    Example: three pairs of two vectors and two others, r = 2:
+
+        left_LR     tensor([[1.0, 0.0], [1.0, 2.0]])
+        left_P      tensor([0, 1, 1])
+        right_NR    tensor([[3.0, 1.0], [0.5, 0.5]])
+        right_P     tensor([0, 0, 1])
+        result      tensor([3.0, 5.0, 1.5])
     """
     scores_P = torch.empty(
-        len(left_P), dtype=torch.float32, device=left_LR.device
+        len(left_P),
+        dtype=torch.float32,
+        device=left_LR.device,
     )
     for begin in range(0, len(left_P), _PAIRS):
         pairs = slice(begin, begin + _PAIRS)
@@ -41,7 +54,10 @@ def exact_scores(
 
 
 def _sum_in_halves(terms: Tensor) -> Tensor:
-    """The sum of each row, (C,). terms: float64 (C, r)."""
+    """The sum of each row, (C,). terms: float64 (C, r).
+
+    Example: a row a, b, c, d, e is summed as ((a + c) + e) + (b + d).
+    """
     width = terms.shape[1]
     while width > 1:
         half = width // 2
@@ -84,11 +100,18 @@ class Vectors:
 
 
 def product(
-    users: Vectors, items: Vectors, out: Tensor, first: int = 0
+    users: Vectors,
+    items: Vectors,
+    out: Tensor,
+    first: int = 0,
 ) -> Tensor:
     """Scores (U, N) of N items from the first on, as a matrix product gives them, into `out`.
 
     NaN where either is wild. To be called within `full_precision`.
+
+    Example: two users, five items, the second of which is wild; first = 1, N = 3:
+
+        out    tensor([[nan, 0.1, 0.5], [nan, 0.8, 0.3]])
     """
     columns = slice(first, first + out.shape[1])
     torch.mm(users.product_VR, items.product_VR[columns].T, out=out)
@@ -111,7 +134,10 @@ def error(users: Vectors, items: Vectors) -> Tensor:
 
 
 def below(values: Tensor) -> Tensor:
-    """The float32 number before the nearest one to a float64."""
+    """The float32 number before the nearest one to a float64.
+
+    Example: 1.0 gives 1 − 2⁻²⁴, 0.0 gives −1e-45.
+    """
     rounded = values.float()
     return torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
 

@@ -56,6 +56,11 @@ class Strip:
         slot_S: their slots in the shard.
         items: their vectors, as the scan wants them.
         blocks: in how many blocks to score it.
+
+    Example: the rows 8 to 15 of M, every other one in this rank's shard:
+
+        row_S     tensor([8, 10, 12, 14])
+        slot_S    tensor([4, 5, 6, 7])
     """
 
     number: int
@@ -77,7 +82,9 @@ class Strips:
         self.bounds = [*range(first, first + items, span), first + items]
 
     def cut(
-        self, shard: Shard, pack_items: Callable[[Tensor, Tensor], Any]
+        self,
+        shard: Shard,
+        pack_items: Callable[[Tensor, Tensor], Any],
     ) -> Iterator[Strip]:
         """The strips that the shard has any rows of, in the order of rows.
 
@@ -95,7 +102,11 @@ class Strips:
             # differs by a few.
             blocks = max(1, round(len(row) / self.block))
             yield Strip(
-                number, row, slot, pack_items(shard.weight, slot), blocks
+                number,
+                row,
+                slot,
+                pack_items(shard.weight, slot),
+                blocks,
             )
 
 
@@ -126,11 +137,20 @@ class UserPart:
     def exact(self, user_P: Tensor, slot_P: Tensor) -> Tensor:
         """The scores of pairs of user and slot, (P,)."""
         return exact_scores(
-            self.y.vectors_VR, user_P, self.shard.weight, slot_P
+            self.y.vectors_VR,
+            user_P,
+            self.shard.weight,
+            slot_P,
         )
 
     def find_excluded(self, strip: Strip) -> tuple[Tensor, Tensor]:
-        """Excluded pairs (user, column of the strip), by column."""
+        """Excluded pairs (user, column of the strip), by column.
+
+        Example: the pairs of the class's example, in a strip of rows 4, 6, 8 and 9:
+
+            users      tensor([0, 2, 0])
+            columns    tensor([0, 0, 3])
+        """
         begin = self._cuts[strip.number]
         end = self._cuts[strip.number + 1]
         columns = torch.searchsorted(strip.row_S, self.excluded_row[begin:end])
@@ -190,7 +210,9 @@ def scan_strips(strips: Iterator[Strip], scans: Sequence[Scan]) -> None:
 
 
 def _scan_side_by_side(
-    pool: ThreadPoolExecutor, strips: Iterator[Strip], scans: Sequence[Scan]
+    pool: ThreadPoolExecutor,
+    strips: Iterator[Strip],
+    scans: Sequence[Scan],
 ) -> None:
     """Each scan takes the next strip when it is done with the one before; strips are prefetched."""
     earlier: list[Future[None] | None] = []

@@ -25,6 +25,8 @@ def supports(y_UR: Tensor) -> bool:
 
     It runs on a CPU with AVX-512 and a C++ compiler, for vectors that are tame
     (embeddings/topk/bounds.py).
+
+    y_UR: float32, on the device where the shards are.
     """
     if y_UR.device.type != "cpu" or Vectors(y_UR).any_wild:
         return False
@@ -45,7 +47,10 @@ class Panels:
 
 
 def pack_items(weight: Tensor, slot_S: Tensor) -> Panels:
-    """A strip's Panels."""
+    """A strip's Panels.
+
+    weight: of the shard. slot_S: the strip's rows in it.
+    """
     packed, longest = torch.ops.scan.pack(weight, slot_S)
     return Panels(packed, longest)
 
@@ -61,6 +66,12 @@ class TopK:
         _least_U        what the k-th best has at least
         _equal_U        users for whom all items are equal
         _error_U        of any product of a candidate, float64
+
+    Example: k = 2, and two users, for each of whom two of three items are candidates:
+
+        _slots_UC       tensor([[0, 2, …], [1, 2, …]])
+        _products_UC    tensor([[0.9, 0.5, …], [0.8, 0.3, …]])
+        _counts_U       tensor([2, 2])
     """
 
     def __init__(self, part: UserPart, k: int):
@@ -85,7 +96,14 @@ class TopK:
         torch.ops.scan.best(*inputs, error_U, *self._state())
 
     def best_keys(self) -> Tensor:
-        """The keys of the best k (U, k), see `keys_of` of torch_scan.py."""
+        """The keys of the best k (U, k), see `keys_of` of torch_scan.py.
+
+        Example: k = 3, two users with two and one candidates:
+
+            slots_Un        tensor([[0, 2], [1, –]])
+            is_filled_Un    tensor([[True, True], [True, False]])
+            padding_Um      tensor([[MISSING], [MISSING]])
+        """
         weight = self.part.shard.weight
         torch.ops.scan.settle(weight, self.part.y.vectors_VR, *self._state())
         most = int(self._counts_U.max())  # of any user
@@ -94,8 +112,10 @@ class TopK:
         is_filled_Un = torch.arange(most) < self._counts_U[:, None]
         keys_Un = keys_of(self._products_UC[:, :most], rows_Un)
         keys_Un = torch.where(is_filled_Un, keys_Un, MISSING)
-        padding_Um = keys_Un.new_full((len(keys_Un), self.k - most), MISSING)
-        return smallest(torch.cat([keys_Un, padding_Um], 1), self.k)
+        padding = (len(keys_Un), self.k - most)
+        padding_Um = keys_Un.new_full(padding, MISSING)
+        keys_Un = torch.cat([keys_Un, padding_Um], 1)
+        return smallest(keys_Un, self.k)
 
     def _state(self) -> tuple[Tensor | int, ...]:
         """What the kernel reads and writes."""
@@ -115,6 +135,11 @@ class ItemsAhead:
 
     An item comes before it whose score is not less, or no number. An item whose own score is −inf
     or no number is lost: every item that is shown comes before it.
+
+    Example: three users, each of whose scores of the shard's three items are 0.9, 0.5 and 0.1:
+
+        score_U    tensor([0.5, 0.2, −inf])
+        count()    tensor([2, 2, 3])
     """
 
     def __init__(self, part: UserPart, score_U: Tensor):
@@ -133,7 +158,11 @@ class ItemsAhead:
         high_U = above(score_U + error_U)
         inputs = _kernel_inputs(self.part, strip)
         torch.ops.scan.ahead(
-            *inputs, low_U, high_U, self._score_U, self._ahead_U
+            *inputs,
+            low_U,
+            high_U,
+            self._score_U,
+            self._ahead_U,
         )
 
     def count(self) -> Tensor:

@@ -73,6 +73,11 @@ class Top:
     Attributes:
         rows_Bk: int64, rows of M, best first, equal scores by row, −1 where none is left.
         scores_Bk: float32, −inf there and where a score is not a number.
+
+    Example: two users and k = 3. The second is to be shown two items only:
+
+        rows_Bk      tensor([[4, 2, 7], [9, 4, -1]])
+        scores_Bk    tensor([[0.9, 0.5, 0.5], [0.3, 0.1, −inf]])
     """
 
     rows_Bk: Tensor
@@ -120,7 +125,10 @@ class ExactRanking:
 
     @torch.no_grad()
     def top_k(
-        self, y_BR: Tensor, k: int, excluded: Excluded | None = None
+        self,
+        y_BR: Tensor,
+        k: int,
+        excluded: Excluded | None = None,
     ) -> Top:
         """The k best items of each user.
 
@@ -129,7 +137,14 @@ class ExactRanking:
         """
         if k < 1:
             raise ValueError(f"k is {k}: give at least 1")
-        best = [torch.empty(0, k, dtype=torch.int64, device=self.table.device)]
+        best = [
+            torch.empty(
+                0,
+                k,
+                dtype=torch.int64,
+                device=self.table.device,
+            )
+        ]
         for group in self._group_users(y_BR, excluded):
             scans = [group.scan.TopK(part, k) for part in group.parts]
             scan_strips(
@@ -142,7 +157,10 @@ class ExactRanking:
 
     @torch.no_grad()
     def positions(
-        self, y_BR: Tensor, row_B: Tensor, excluded: Excluded | None = None
+        self,
+        y_BR: Tensor,
+        row_B: Tensor,
+        excluded: Excluded | None = None,
     ) -> Tensor:
         """The position of item row_B in each user's ranked list, int64 from 1, (B,).
 
@@ -151,6 +169,11 @@ class ExactRanking:
 
         row_B: int64, rows of this domain. Raises ValueError where a row is not the domain's, or
         `excluded` is of other users.
+
+        Example: a domain of rows 0 to 2, which score 0.9, 0.5 and 0.5 for each of three users:
+
+            row_B     tensor([0, 1, 2])
+            result    tensor([1, 3, 3])
         """
         row_B = row_B.to(self.table.device)
         end = self.first + self.items
@@ -159,7 +182,11 @@ class ExactRanking:
                 f"an item to be ranked is not one of rows {self.first} to {end - 1}"
             )
         positions = [
-            torch.empty(0, dtype=torch.int64, device=self.table.device)
+            torch.empty(
+                0,
+                dtype=torch.int64,
+                device=self.table.device,
+            )
         ]
         for group in self._group_users(y_BR, excluded, row_B):
             score_U = self._score_targets(group)
@@ -181,7 +208,10 @@ class ExactRanking:
         users = group.end - group.first
         received = keys_Uk.new_empty(self.world_size * users, k)
         dist.all_to_all_single(
-            received, keys_Uk, [users] * self.world_size, group.counts
+            received,
+            keys_Uk,
+            [users] * self.world_size,
+            group.counts,
         )
         by_rank = received.unflatten(0, (self.world_size, users))
         return smallest(by_rank.transpose(0, 1).flatten(1), k)
@@ -207,7 +237,11 @@ class ExactRanking:
         device = self.table.device
         y_BR = y_BR.detach().to(device, torch.float32)
         if excluded is None:
-            nothing = torch.zeros(0, dtype=torch.int64, device=device)
+            nothing = torch.zeros(
+                0,
+                dtype=torch.int64,
+                device=device,
+            )
             excluded = Excluded(nothing, nothing.new_zeros(len(y_BR)))
         if len(excluded.counts_B) != len(y_BR):
             raise ValueError(
@@ -255,9 +289,9 @@ class ExactRanking:
         slices = split_users(len(y_UR), self.table.device, scan.PARTS)
         parts = []
         for users in slices:
-            in_part = (excluded_user >= users.start) & (
-                excluded_user < users.stop
-            )
+            from_start = excluded_user >= users.start
+            before_stop = excluded_user < users.stop
+            in_part = from_start & before_stop
             part = UserPart(
                 y_UR[users],
                 excluded_row[in_part],
@@ -279,11 +313,24 @@ class ExactRanking:
         )
 
     def _exchange_excluded(
-        self, users_E: Tensor, rows_E: Tensor, users: int
+        self,
+        users_E: Tensor,
+        rows_E: Tensor,
+        users: int,
     ) -> tuple[Tensor, Tensor]:
         """Sends excluded pairs to the ranks that have the rows.
 
         Returns (rows, users) of what this rank has, by row, once each.
+
+        Example: two ranks, rows 0 to 4 on the first, 5 to 9 on the second. Rank 0 calls with
+
+            users_E    tensor([0, 0, 1])
+            rows_E     tensor([7, 2, 2])
+
+        and rank 1, whose only user is number 2, with row 4. Rank 0 gets
+
+            rows       tensor([2, 2, 4])
+            users      tensor([0, 1, 2])
         """
         in_domain = (rows_E >= self.first) & (rows_E < self.first + self.items)
         users_E = users_E[in_domain]
@@ -335,10 +382,20 @@ class _Group:
 
 
 def _gather(local: Tensor, counts: list[int]) -> list[Tensor]:
-    """All ranks' tensors. counts: how many rows each rank's has."""
+    """All ranks' tensors. counts: how many rows each rank's has.
+
+    Example: two ranks with two rows and one:
+
+        local     tensor([4, 7]) on rank 0, tensor([5]) on rank 1
+        counts    [2, 1]
+        result    [tensor([4, 7]), tensor([5])] on both
+    """
     most = max(counts)
     padded = torch.zeros(
-        most, *local.shape[1:], dtype=local.dtype, device=local.device
+        most,
+        *local.shape[1:],
+        dtype=local.dtype,
+        device=local.device,
     )
     padded[: len(local)] = local
     gathered = [torch.empty_like(padded) for _ in counts]
