@@ -44,6 +44,7 @@ style: .venv/.ready
 lint: .venv/.ready
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/mypy
 
 .venv/.ready: setup.py launch/stack.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'

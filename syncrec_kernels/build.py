@@ -110,9 +110,9 @@ def _fingerprint(source: Path) -> str:
 def _cache_folder() -> Path:
     """Where libraries are kept: `syncrec` in the user's cache (XDG_CACHE_HOME, or ~/.cache)."""
     caches = os.environ.get("XDG_CACHE_HOME")
-    if not caches:
-        caches = Path.home() / ".cache"
-    return Path(caches) / "syncrec"
+    if caches:
+        return Path(caches) / "syncrec"
+    return Path.home() / ".cache" / "syncrec"
 
 
 def _find_compiler() -> str:
