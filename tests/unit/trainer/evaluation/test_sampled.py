@@ -204,6 +204,7 @@ def test_a_rank_without_users_in_a_step_keeps_its_place(dataset):
     assert empty
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_bring_the_same_users_in_the_same_steps(dataset, workers):
     built = batches_of_workers(
@@ -371,6 +372,7 @@ def damaged(tmp_path, histories):
 SKIPPED = {29, 30, 31, 40, 41, 42, 43}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0), (5, 2)]
 )
