@@ -8,7 +8,7 @@ simulated, none is started.
 - Tokens: those of both views by rank, as the trainer counts them when it assigns users
   (`trainer.data.loading.token_balance.count_view_tokens`: one a user more than there are).
   plain leaves every user on the rank that owns its stream, balanced is
-  `trainer.data.loading.batch_schedule.Plan` as it trains. The figure of a step is the most that
+  `trainer.data.loading.batch_schedule.BatchSchedule` as it trains. The figure of a step is the most that
   a rank has over the mean; away is the share of users on another rank than their own.
 - Rows: look-ups of the interactions that are trained on by shard of the table, all ranks
   together, the most over the mean: in a step, and of all steps' sums. scattered is where
@@ -102,7 +102,7 @@ def main() -> None:
 
 def measure(dataset: Dataset, ranks: int, settings: Settings) -> dict:
     """Tokens and rows at one number of ranks: an entry of the record's `results`. Raises
-    InputError as `Plan` does.
+    InputError as `BatchSchedule` does.
     """
     plan = BatchSchedule(
         dataset,

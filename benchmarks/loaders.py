@@ -5,7 +5,7 @@ there.
     python benchmarks/loaders.py users=12000000 ranks=[64] steps=40
     python benchmarks/loaders.py --short  a small dataset: does it run?
 
-The plan (`trainer.data.loading.batch_schedule.Plan`) and what reads it
+The plan (`trainer.data.loading.batch_schedule.BatchSchedule`) and what reads it
 (`trainer.data.loading.histories.Histories`) are those of a run, with one loader a rank, as many
 streams as ranks, and users whose lengths are drawn. Shards are counted in place of read:
 

@@ -16,7 +16,7 @@ domain share.
   which comes once in many rounds, is not in it and is timed apart; `opened_users_per_second`
   counts it in. worker_busy is the share of the time in which a worker reads and builds; in the
   rest it hands over or waits.
-- The parts of a batch, in this process and one thread: assign (`Plan.users`: who is in it),
+- The parts of a batch, in this process and one thread: assign (`BatchSchedule.users`: who is in it),
   read (`Histories.read`: decode blocks and pick users), build (`TrainBatches.build`: trim,
   negatives, both views).
 - open, decode: shards one after the other, alone. Opening compares the sha256 and finds the

@@ -10,7 +10,7 @@ from tests.ranks.conftest import BIN, ranks_of, run
 from trainer.data.format.dataset import Dataset
 
 KILLED = HELPERS.joinpath("killed.py")
-LOST = 4  # trainer.errors.RanksLost; DeepSpeed's launcher gives the status of the rank that it sees first
+LOST = 4  # trainer.errors.LostRanks; DeepSpeed's launcher gives the status of the rank that it sees first
 
 
 def recommend(

@@ -19,7 +19,7 @@ WORKER = HELPERS.joinpath("faulty.py")
 BATCH = 30
 
 
-LOST = 4  # trainer.errors.RanksLost; DeepSpeed's launcher gives the status of the rank that it sees first
+LOST = 4  # trainer.errors.LostRanks; DeepSpeed's launcher gives the status of the rank that it sees first
 
 
 def train(

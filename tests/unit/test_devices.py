@@ -19,7 +19,7 @@ import torch
 torch.cuda.is_available = lambda: True
 from trainer.distributed import deepspeed_engine, process_group
 import deepspeed
-with process_group.joined() as ranks:
+with process_group.join_process_group() as ranks:
     print(ranks.device, deepspeed.accelerator.get_accelerator().device_name())
 """
 

@@ -51,8 +51,8 @@ def reduce_signals(
 ) -> Signals:
     """What any rank signals. Collective.
 
-        rank 0   agree(stop=True)
-        rank 1   agree(due=True)     →    Signals(stop=True, due=True)    on both
+        rank 0   reduce_signals(stop=True)
+        rank 1   reduce_signals(due=True)     →    Signals(stop=True, due=True)    on both
 
     gloo passes a sum around all ranks, one after the other: nothing that is done in every step
     calls this.
@@ -73,7 +73,7 @@ def max_of_ranks(value: int) -> int:
 def run_on_first_rank(work: Callable[[], Any], first: bool) -> Any:
     """Runs work() on the first rank, and gives all ranks its JSON value. Collective.
 
-        version = by_the_first(lambda: read_version(folder), ranks.first)
+        version = run_on_first_rank(lambda: read_version(folder), ranks.first)
 
     An InputError of work() is raised on all ranks, with its status; any other exception on the
     first rank alone. However long work() takes, no backend gives up waiting: a collective call

@@ -55,14 +55,14 @@ class _Comparison:
 def run_on_all_ranks(work: Callable[[], T]) -> T:
     """What work() returns, once it has succeeded on all ranks. Collective; work itself is not.
 
-        dataset = on_all_ranks(lambda: open_dataset(folder))
+        dataset = run_on_all_ranks(lambda: open_dataset(folder))
 
     Where work raises an InputError or an OSError on some ranks, all ranks raise the same
     InputError, which names these ranks and their hosts:
 
         rank 3 on host1 and 2 more: /data: is not there; rank 6 on host2: /data: another copy
 
-    Any other exception is raised by the rank that meets it, and RanksLost by the others.
+    Any other exception is raised by the rank that meets it, and LostRanks by the others.
     """
     outcome: Any = None
     failure = _Failure()

@@ -67,7 +67,7 @@ class Departure:
         rank 3 on host1 failed (ValueError: …; its trace is in its own lines)
 
     refused: it met an InputError. Else it failed, lost the others, or died without a word (status
-    RanksLost.status, text "").
+    LostRanks.status, text "").
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """Preemption: the signals by which a scheduler, or a person at a terminal, asks a run to stop.
 
 Slurm and Kubernetes send SIGTERM, or a signal of one's choice (`sbatch --signal=USR1@120`), some
-time before they kill. A run then writes a checkpoint and ends with the status of `errors.Stopped`.
+time before they kill. A run then writes a checkpoint and ends with the status of `errors.RunStopped`.
 """
 
 import signal

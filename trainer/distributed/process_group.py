@@ -81,7 +81,7 @@ class Ranks:
 def join_process_group(timeout_minutes: float = 30) -> Iterator[Ranks]:
     """Joins the process group that the launcher describes, or makes one of one rank.
 
-        with joined(timeout_minutes=30) as ranks:
+        with join_process_group(timeout_minutes=30) as ranks:
             train(config, ranks)
 
     CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
@@ -89,7 +89,7 @@ def join_process_group(timeout_minutes: float = 30) -> Iterator[Ranks]:
     InputError is the end.
 
     The ranks watch each other meanwhile (trainer.distributed.liveness). Where others are gone it is
-    RanksLost, or what one of them said when it left. That and any other failure are left to the
+    LostRanks, or what one of them said when it left. That and any other failure are left to the
     exit: a rank that waits for the others here could wait for ever.
     """
     with translate_backend_errors():
@@ -132,7 +132,7 @@ def _leave_group() -> None:
 
 @contextlib.contextmanager
 def translate_backend_errors() -> Iterator[None]:
-    """Raises RanksLost for what gloo or NCCL raises where other ranks are gone.
+    """Raises LostRanks for what gloo or NCCL raises where other ranks are gone.
 
     It is one line; what was raised is its cause. Other errors pass.
     """

@@ -18,7 +18,7 @@ from trainer.process_name import rank_for_messages
 
 
 class Watchdog:
-    """Ends this process, with the status of `RanksLost`, where `beat` is not called for `seconds`.
+    """Ends this process, with the status of `LostRanks`, where `beat` is not called for `seconds`.
 
         with Watchdog(1800, lambda: f"step {step}") as watchdog:
             for step in range(steps):

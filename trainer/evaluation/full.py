@@ -54,7 +54,7 @@ class HeldOutBatch:
 
     user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. length_B: of
     the whole history before it. domain_length_B: interactions of that history in the item's
-    domain. rows_E, counts_B: every other item of the user, jagged. skipped, reasons: as in `Fed`
+    domain. rows_E, counts_B: every other item of the user, jagged. skipped, reasons: as in `RankBatch`
     (trainer.data.loading.stream).
 
     Four users of two domains, domain 1 from row 50, the test item held out:

@@ -79,7 +79,7 @@ def _mean_gates(
     ranks: "Ranks",
     most_users: int,
 ) -> Gates:
-    """The mean weight of each expert by domain, as `look_at` returns it. Called on all ranks.
+    """The mean weight of each expert by domain, as `inspect_model` returns it. Called on all ranks.
 
     most_users: the first users of the dataset, whose training parts are read.
     """

@@ -61,7 +61,7 @@ class Candidates:
 
     user_B: user numbers, −1 for a place that only keeps the processes in step. domain_B: of the
     held-out item. counts_B: candidates of each user, the held-out item first. rows_C: their rows
-    of M. skipped, reasons: users who could not be read, and why, as in `Fed`
+    of M. skipped, reasons: users who could not be read, and why, as in `RankBatch`
     (trainer.data.loading.stream).
 
     Four users, two of each domain, with two negatives each; domain 1 begins at row 50:

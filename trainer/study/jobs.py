@@ -107,7 +107,7 @@ class JobRunner:
         """Runs the jobs that are not done, and shows how long is left.
 
         later: the work of what comes after these. A job that fails is in `failed`; the others go
-        on. Raises Stopped after a signal: the same command goes on from there.
+        on. Raises RunStopped after a signal: the same command goes on from there.
         """
         waiting = []
         for job in dict.fromkeys(jobs):

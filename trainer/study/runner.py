@@ -76,7 +76,7 @@ def run_study(
     one another. launch: the folder of train.py and evaluate.py. recbole_python: of RecBole's
     environment.
 
-    Raises InputError where something given cannot be used, and Stopped after a signal.
+    Raises InputError where something given cannot be used, and RunStopped after a signal.
     """
     output = Path(output)
     dataset = Dataset.load(data)

@@ -193,7 +193,7 @@ class CheckpointWriter(Callback):
         return self._context.ranks.first and is_due
 
     def follow_signals(self, step: int, signals: Signals) -> None:
-        """Publishes, stops or saves as the ranks have signalled with a step. Raises Stopped."""
+        """Publishes, stops or saves as the ranks have signalled with a step. Raises RunStopped."""
         # Only what was signalled after the newest checkpoint was begun is about it.
         is_newer = step >= self._saved_step
         if is_newer:

@@ -68,7 +68,7 @@ def train(
     run's own, in this order (trainer.training.callbacks).
 
     Returns the test record. Raises InputError where something given cannot be used (before anything
-    is written, if it can be seen then), NotFinite, and Stopped.
+    is written, if it can be seen then), NonFiniteLoss, and RunStopped.
     """
     with (
         _refuse_full_disk(config.run),
@@ -276,7 +276,7 @@ class TrainingRun:
     def fit(self) -> None:
         """Trains to the end, or until early stopping.
 
-        Raises Stopped, with a checkpoint written, where any rank was asked to stop.
+        Raises RunStopped, with a checkpoint written, where any rank was asked to stop.
         """
         with self.context.watchdog, contextlib.closing(self.feed):
             self.validation.validate_if_due()  # the run was stopped in between

@@ -187,7 +187,7 @@ class Trainer:
 
         A step whose loss or gradient is not finite on any rank changes nothing, nor does one with
         which a rank signals trouble. The host learns of it when the device is through with that
-        step: then NotFinite or RankFailure is raised on all ranks, by the next step before it
+        step: then NonFiniteLoss or RankFailure is raised on all ranks, by the next step before it
         changes anything, or by `settle`.
         """
         prefetched = batch
@@ -247,7 +247,7 @@ class Trainer:
     def settle(self) -> None:
         """Waits until it is known that the last step was made. Called on all ranks.
 
-        Called before its weights or figures are used. Raises NotFinite, and RankFailure where a
+        Called before its weights or figures are used. Raises NonFiniteLoss, and RankFailure where a
         rank signalled trouble; all is then as it was before that step.
         """
         pending = self._pending

@@ -191,7 +191,7 @@ class Dataset:
 
         A file that lies elsewhere is fetched. A fetched shard stays at least until the same
         thread asks for its next one, and for whoever has it open.
-        Raises NotFetched, an InputError: the file could not be fetched; InputError: the cache
+        Raises FetchFailed, an InputError: the file could not be fetched; InputError: the cache
         cannot be written.
         """
         if self.cache:

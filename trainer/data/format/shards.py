@@ -202,7 +202,7 @@ class ShardFile:
         the tar itself breaks off, all of a file that cannot be read.
         Raises InputError, naming the file: it is missing or unreadable, a checksum is wrong, a
         member is missing, of another dtype or no array, lengths do not add up, a row is out of
-        range. With any `report` it is raised where the file is not at fault: NoDescriptors for
+        range. With any `report` it is raised where the file is not at fault: TooManyOpenFiles for
         too many open files.
         """
         self.dataset = dataset

@@ -107,7 +107,7 @@ class Cache:
         """The local path of a file, which is fetched where it is missing or damaged.
 
         A shard stays at least until the same thread asks for its next one, and whoever has it open
-        keeps it. Raises NotFetched; InputError: the cache cannot be written, a full disk.
+        keeps it. Raises FetchFailed; InputError: the cache cannot be written, a full disk.
         """
         path = self.folder / name
         with self._blaming_this_disk(name):
@@ -264,7 +264,7 @@ class Cache:
     def _blaming_this_disk(self, name: str) -> Iterator[None]:
         """Turns any OSError into an InputError that names this host's disk.
 
-        What the other side does is a NotFetched already.
+        What the other side does is a FetchFailed already.
         """
         path = self.folder / name
         try:

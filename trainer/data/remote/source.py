@@ -133,7 +133,7 @@ class Address:
         return redact_location(self._address_of(name))
 
     def read_json(self, name: str) -> Any:
-        """The contents of a file whose size and checksum nobody knows. Raises NotFetched."""
+        """The contents of a file whose size and checksum nobody knows. Raises FetchFailed."""
         return self._retry(name, lambda: self._read_json_once(name))
 
     def _read_json_once(self, name: str) -> Any:
@@ -164,7 +164,7 @@ class Address:
     ) -> None:
         """Puts a file of known size and sha256 into `part`, and goes on with what it holds.
 
-        Raises NotFetched; OSError: `part` cannot be written.
+        Raises FetchFailed; OSError: `part` cannot be written.
         """
         self._retry(name, lambda: self._fetch_once(name, size, sha256, part))
 

@@ -19,7 +19,7 @@ RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
 from trainer.distributed import liveness
-from trainer.errors import InputError, RanksLost, Stopped, exit_on_input_error
+from trainer.errors import InputError, LostRanks, RunStopped, exit_on_input_error
 from trainer.distributed.process_exit import run_script
 
 rank, size, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(os.environ["FOLDER"])
@@ -46,7 +46,7 @@ def main():
     meet("watches")
     try:
         {body}
-    except RanksLost as lost:
+    except LostRanks as lost:
         raise watched.explain_loss(lost)
     except InputError as error:
         watched.report_error(error)
@@ -122,7 +122,7 @@ def test_a_rank_that_dies_ends_all_that_wait(ranks, dead):
 
 def test_what_the_backend_met_is_explained(ranks):
     """A rank whose backend tells it first waits for the news of who is gone."""
-    body = f"if rank == 1:\n    {DIES}\ntime.sleep(0.5)\nraise RanksLost(f'rank {{rank}}: lost the others (closed by peer)')"
+    body = f"if rank == 1:\n    {DIES}\ntime.sleep(0.5)\nraise LostRanks(f'rank {{rank}}: lost the others (closed by peer)')"
     found = ends(ranks(3, body))
     for rank in (0, 2):
         status, lines = found[rank]
@@ -135,7 +135,7 @@ def test_what_the_backend_met_is_explained(ranks):
     "others",
     [
         "time.sleep(3600)",
-        "time.sleep(0.5)\nraise RanksLost('lost the others (closed by peer)')",
+        "time.sleep(0.5)\nraise LostRanks('lost the others (closed by peer)')",
     ],
 )
 @pytest.mark.parametrize("one", [0, 1])
@@ -165,7 +165,7 @@ def test_a_stop_that_was_agreed_on_is_said_once_however_late_one_is(ranks):
     found = ends(
         ranks(
             3,
-            "time.sleep(2.5 * (rank == 2))\nraise Stopped('stopped after step 3')",
+            "time.sleep(2.5 * (rank == 2))\nraise RunStopped('stopped after step 3')",
         )
     )
     assert [status for status, _ in found] == [75, 75, 75]

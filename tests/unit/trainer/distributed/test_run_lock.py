@@ -25,8 +25,8 @@ HOST = socket.gethostname()
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
-from trainer.distributed.run_lock import locked
-with locked(Path(sys.argv[1])):
+from trainer.distributed.run_lock import lock_run_folder
+with lock_run_folder(Path(sys.argv[1])):
     if "fork" in sys.argv:
         if os.fork() == 0:
             time.sleep(3600)
