@@ -65,7 +65,7 @@ _POSITIONS = {
 _PARTS = {
     "start_sum": "φ, λ and means",
     "gather": "SC-MIM",
-    "check": "clip, check, signals",
+    "_reduce": "clip, check, signals",  # trainer.training.gradients.Gradients
     "collect": "SC-MIM",
 }
 
