@@ -144,7 +144,8 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         )
     one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
     assert (
-        one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.002
+        one.lambdas.shape == (4, 3)
+        and np.ptp(one.lambdas, axis=1).min() > 0.002
     )
     np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
     for other in others:
