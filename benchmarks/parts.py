@@ -291,7 +291,7 @@ def model_parts(
     model = SyNCRec(config, settings.domains).to(device).train()
     batch = move(batch, device)
     rows = (
-        torch.randn(len(batch.place), config.dim, device=device)
+        torch.randn(len(batch.inverse), config.dim, device=device)
         .mul_(0.05)
         .requires_grad_()
     )

@@ -51,6 +51,9 @@ STATE = "state.json"
 DENSE = "dense.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
+# In the folder of a dataset that was extended.
+EXTENSION = "extension"
+
 # In a folder of published versions.
 CURRENT = "current.json"
 REFUSED = "refused.json"

@@ -201,8 +201,6 @@ class ExactRanking:
             positions.append(1 + ahead_U[group.first : group.end])
         return torch.cat(positions)
 
-    ranks = positions  # renamed
-
     def _merge_keys(self, group: "_Group", keys_Uk: Tensor, k: int) -> Tensor:
         """The k smallest keys of this rank's users over all ranks, (users, k)."""
         users = group.end - group.first

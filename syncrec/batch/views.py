@@ -80,10 +80,6 @@ class View:
     pool_slot: Tensor
     attention: AttentionLayout
 
-    @property
-    def asked_M(self) -> Tensor:  # renamed
-        return self.target_time_M
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -139,10 +135,6 @@ class Batch:
     cross: View
     single: View
     candidates: Candidates | None = None
-
-    @property
-    def place(self) -> Tensor:  # renamed
-        return self.inverse
 
     @property
     def ids(self) -> Tensor:

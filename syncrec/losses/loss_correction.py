@@ -85,10 +85,6 @@ class PredictionMix(nn.Module):
         scale_D = weight_D.clamp(min=1e-30) * self.temperature
         return torch.sigmoid(-sum_D / scale_D)
 
-    @property
-    def own_D(self) -> Tensor:  # renamed
-        return self.single_weight_D
-
 
 class LossCorrection(nn.Module):
     """λ ← softmax((α λ + β φ) / δ) over the domains of the batch (section 4.3, eq. 11).

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.best_model import best_model, open_run
+from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.distributed import process_group
 from trainer.evaluation.inspect import inspect_model
 from trainer.files.atomic import write_json
@@ -20,7 +20,9 @@ def main():
     )
     with process_group.join_process_group() as ranks:
         config, dataset = open_run(run)
-        model, table, _ = best_model(run, config, dataset, ranks)
+        trained = load_trained_model(run, config, dataset, ranks)
+        model = trained.model
+        table = trained.table
         with torch.no_grad():
             for gate in (model.cross_gate, *model.single_gates):
                 gate.weight *= 1000  # after three steps a gate's means are the same over any users

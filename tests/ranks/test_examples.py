@@ -13,7 +13,8 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.ranks.conftest import BIN, ROOT, free_port, run
-from trainer.data.synthetic import SyntheticConfig, synthesize_logs
+from trainer.config.prepare import SyntheticConfig
+from trainer.data.synthetic import synthesize_logs
 
 EXAMPLES = ROOT / "examples"
 

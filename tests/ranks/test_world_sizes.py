@@ -135,6 +135,7 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         "model.loss_correction=shapley",
         "model.correction_temperature=0.01",
         f"model.encoder={encoder}",
+        "seed=5",  # in whose batches the domains' values lie apart with either encoder
     ]
     for ranks, stages in ((1, ["0"]), (2, ["0", "3"])):
         run(
@@ -144,8 +145,7 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
         )
     one, *others = (read(tmp_path / place) for place in ("1/0", "2/0", "2/3"))
     assert (
-        one.lambdas.shape == (4, 3)
-        and np.ptp(one.lambdas, axis=1).min() > 0.002
+        one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
     )
     np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
     for other in others:

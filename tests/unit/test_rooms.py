@@ -1,6 +1,5 @@
 """The trainer's rooms import downwards only, light pages stay light, and a search finds the field's words."""
 
-import ast
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import style
+from tests.unit.test_architecture import imports
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = ROOT / "trainer"
@@ -71,16 +71,10 @@ def room_of(file: Path) -> str:
 
 def imported_rooms(source: str) -> Iterator[str]:
     """The rooms that a module imports, inside functions and for types too."""
-    for node in ast.walk(ast.parse(source)):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "trainer" and len(parts) > 1:
-                yield parts[1]
+    for name in imports(source, "trainer.module"):
+        parts = name.split(".")
+        if parts[0] == "trainer" and len(parts) > 1:
+            yield parts[1]
 
 
 def upward_imports(room: str, source: str) -> list[str]:

@@ -27,6 +27,7 @@ from trainer.files.redact import (
     printable_text,
     redact_location,
 )
+from trainer.run_files import CONFIG
 
 if TYPE_CHECKING:
     from embeddings.config import TableConfig
@@ -40,7 +41,7 @@ class TrainedModel:
 
     model: the dense model, in evaluation mode. table: the item vectors, without an optimizer's
     state. dataset: what the run was trained on, or a later one. checkpoint: what best.json says of
-    the model: folder, step, epoch and NDCG@10 of its validation.
+    the model: folder, step, epoch and NDCG@10 of its validation. ranks: those that hold the table.
     """
 
     run: Path
@@ -49,6 +50,7 @@ class TrainedModel:
     model: SyNCRec
     table: ItemTable
     checkpoint: BestRecord
+    ranks: "Ranks"
 
 
 class TableSlot:
@@ -152,7 +154,7 @@ def read_config(run: Path | str) -> RunConfig:
 
     Raises InputError where the folder is no run, or its configuration cannot be used.
     """
-    file = Path(run) / "config.yaml"
+    file = Path(run) / CONFIG
     if not file.is_file():
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     return load_recorded(file)
@@ -163,18 +165,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def best_model(
-    run: Path | str,
-    config: RunConfig,
-    dataset: Dataset,
-    ranks: "Ranks",
-    slot: TableSlot | None = None,
-) -> tuple[SyNCRec, ItemTable, BestRecord]:
-    """`load_trained_model` as a tuple: the dense model, the item table, and best.json's record."""
-    trained = load_trained_model(run, config, dataset, ranks, slot)
-    return trained.model, trained.table, trained.checkpoint
 
 
 def load_trained_model(
@@ -217,7 +207,7 @@ def load_trained_model(
         restore_best(folder, model, table)
     else:
         _restore_matched(matched, model, table, table_config.init_std, ranks)
-    return TrainedModel(run, config, dataset, model, table, best)
+    return TrainedModel(run, config, dataset, model, table, best, ranks)
 
 
 def _restore_matched(

@@ -26,6 +26,7 @@ from typing import Any
 import xxhash
 
 from trainer.run_files import (
+    CHECKPOINTS,
     DENSE,
     HEADLINE,
     MANIFEST,
@@ -52,7 +53,6 @@ UNREADABLE = (
     RecursionError,
 )
 
-_FOLDER = "checkpoints"  # in the run's folder
 # A second checkpoint of the same step gets a number.
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _COUNTS = ("step", "validated", "since_best", "skipped_users", "seconds")
@@ -106,7 +106,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
     Folders that are still written, or half removed, are left out. A listing may be late.
     """
-    folder = run / _FOLDER
+    folder = run / CHECKPOINTS
     if not folder.is_dir():
         return []
     folders = []
@@ -119,20 +119,12 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def checkpoint_folder(run: Path, name: str) -> Path:
     """Returns where a checkpoint of that name lies."""
-    return run / _FOLDER / name
+    return run / CHECKPOINTS / name
 
 
 def is_checkpoint_name(name: str) -> bool:
     """Whether a folder's name is that of a whole checkpoint."""
     return _NAME.fullmatch(name) is not None
-
-
-def checkpoint_name(step: int, repetition: int = 0) -> str:
-    """Names a checkpoint's folder. repetition: above 0 for later ones of the same step."""
-    name = f"step-{step:08d}"
-    if repetition > 0:
-        name += f"-{repetition}"
-    return name
 
 
 def step_and_repetition(folder: Path) -> tuple[int, int]:
@@ -142,11 +134,6 @@ def step_and_repetition(folder: Path) -> tuple[int, int]:
     return int(step), int(repetition)
 
 
-def table_file(rank: int, world_size: int) -> str:
-    """Names the file with a rank's rows of the item table."""
-    return f"table-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
 def is_table_file(name: str) -> bool:
     """Whether a file of that name holds rows of the item table."""
     return name.startswith("table-") and name.endswith(".safetensors")
@@ -154,7 +141,7 @@ def is_table_file(name: str) -> bool:
 
 def relative_folder(name: str) -> str:
     """Returns a checkpoint's folder as best.json and latest.json name it."""
-    return f"{_FOLDER}/{name}"
+    return f"{CHECKPOINTS}/{name}"
 
 
 def name_in_pointer(file: Path) -> str | None:
@@ -169,7 +156,7 @@ def name_in_pointer(file: Path) -> str | None:
 def _name_in_folder(folder: str) -> str:
     """Returns the checkpoint's name in what `relative_folder` gave. Raises ValueError."""
     parent, _, name = folder.partition("/")
-    if parent != _FOLDER or not is_checkpoint_name(name):
+    if parent != CHECKPOINTS or not is_checkpoint_name(name):
         raise ValueError(f"{folder} is no checkpoint's name")
     return name
 

@@ -30,7 +30,15 @@ from trainer.distributed.consensus import (
 from trainer.errors import InputError
 from trainer.files.atomic import Patience, write_json
 from trainer.files.redact import redact_location
-from trainer.run_files import BEST, LATEST, LOCK, METRICS_FILE
+from trainer.run_files import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LATEST,
+    LOCK,
+    METRICS_FILE,
+    TENSORBOARD,
+)
 
 if TYPE_CHECKING:
     from trainer.data.format.dataset import Dataset
@@ -66,7 +74,7 @@ def check_run_folder(folder: str, fresh: bool = False) -> Path:
         raise InputError(
             f"{run}: cannot be read ({error.strerror}): give another folder as run=DIR"
         ) from None
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG).is_file():
         raise InputError(
             f"{run}: already holds something that is no run; give a new folder as run=DIR"
         )
@@ -270,11 +278,11 @@ def remove_failed_start(run: Path) -> None:
         return
     if (run / BEST).exists() or (run / LATEST).exists():
         return
-    for name in ("config.yaml", METRICS_FILE):
+    for name in (CONFIG, METRICS_FILE):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else is in it
-        (run / "checkpoints").rmdir()
+        (run / CHECKPOINTS).rmdir()
     if is_empty(run):
         (run / LOCK).unlink(missing_ok=True)
         run.rmdir()

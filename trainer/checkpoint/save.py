@@ -28,13 +28,11 @@ from trainer.checkpoint.layout import (
     STATE_VERSION,
     JsonObject,
     RunState,
-    checkpoint_name,
     compute_checksum,
     is_checkpoint_name,
     list_checkpoints,
     relative_folder,
     step_and_repetition,
-    table_file,
 )
 from trainer.checkpoint.zero_state import (
     Tensors,
@@ -56,12 +54,15 @@ from trainer.files.atomic import (
 )
 from trainer.run_files import (
     BEST,
+    CHECKPOINTS,
     DENSE,
     LATEST,
     MANIFEST,
     METRICS_FILE,
     OPTIMIZER,
     STATE,
+    checkpoint_name,
+    table_file,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Checkpoints:
         self.keep = keep
         self.ranks = ranks
         self.origin = origin
-        self.folder = run / "checkpoints"
+        self.folder = run / CHECKPOINTS
         self._state = None if newest_state is None else replace(newest_state)
         self._beat = beat
         self._on_written = on_written

@@ -39,6 +39,7 @@ from trainer.files.redact import (
     printable_text,
     redact_location,
 )
+from trainer.run_files import CONFIG, EXTENSION
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -136,7 +137,7 @@ def find_warm_start(
     run = Path(config.warm_start)
 
     def require_run() -> None:
-        if not (run / "config.yaml").is_file():
+        if not (run / CONFIG).is_file():
             raise InputError(
                 f"warm_start={run}: is no run (there is no config.yaml in it)"
             )
@@ -227,7 +228,7 @@ def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
     # DuckDB and Arrow are for a warm start alone.
     import pyarrow as pa
 
-    from trainer.data.prepare.extend import EXTENSION, read_old_rows
+    from trainer.data.prepare.extend import read_old_rows
 
     file = dataset.folder / EXTENSION / "extension.json"
     if not file.is_file():
@@ -254,7 +255,7 @@ def _read_extension(dataset: Dataset, fingerprint: str) -> _OldRows | None:
 
 def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
     """Opens the dataset that a run was trained on. Raises InputError where it has changed."""
-    config = load_recorded(run / "config.yaml")
+    config = load_recorded(run / CONFIG)
     if find_local_folder(config.data) is None:
         raise InputError(
             f"{run}: what its model's rows were is not known: it was trained from an address, "

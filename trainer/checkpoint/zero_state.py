@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.deepspeed_engine import deepspeed
+from trainer.distributed.deepspeed_engine import import_deepspeed
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+deepspeed = import_deepspeed()
 
 Tensors = dict[
     str, torch.Tensor

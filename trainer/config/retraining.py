@@ -7,8 +7,8 @@ from trainer.errors import InputError
 
 
 @dataclass(frozen=True)
-class PublishConfig:
-    """When a candidate is published. A share is of the figure that it is compared with."""
+class PublicationRules:
+    """What a candidate must reach to be published, and how many versions stay."""
 
     tolerance: float = setting(
         0.02, "the share of the current model's NDCG@10 that a domain may lack"
@@ -26,6 +26,12 @@ class PublishConfig:
         100, "newest users that judge a domain; with fewer, all its users do"
     )
     keep: int = setting(5, "older versions that stay")
+
+
+@dataclass(frozen=True)
+class PublishConfig(PublicationRules):
+    """When a candidate is published. A share is of the figure that it is compared with."""
+
     dtype: str = setting(
         "fp32", "of the item vectors", choices=("fp32", "fp16")
     )
@@ -58,8 +64,8 @@ def _warm_settings() -> list[str]:
 
 
 @dataclass(frozen=True)
-class RetrainConfig:
-    """A retraining: what it prepares (launch/prepare.py), trains (launch/train.py) and publishes."""
+class _DaySettings:
+    """What a retraining prepares (launch/prepare.py) and trains (launch/train.py)."""
 
     folder: str = setting(
         "", "the folder that gets datasets, runs and versions"
@@ -90,22 +96,12 @@ class RetrainConfig:
     launcher: list[str] = setting(
         list, "words before the scripts, e.g. [deepspeed, --hostfile, hosts]"
     )
-    tolerance: float = setting(
-        0.02, "the share of the current model's NDCG@10 that a domain may lack"
-    )
-    fall: float = setting(
-        0.2,
-        "the share that the mean may fall since the current version's publication",
-    )
-    domain_fall: float = setting(0.4, "the same share for each domain")
-    own_fall: float = setting(
-        0.5,
-        "the same of how much higher an item ranks for its own user than for others",
-    )
-    least_users: int = setting(
-        100, "newest users that judge a domain; with fewer, all its users do"
-    )
-    keep: int = setting(5, "older versions that stay")
+
+
+@dataclass(frozen=True)
+class RetrainConfig(PublicationRules, _DaySettings):
+    """A retraining: what it prepares (launch/prepare.py), trains (launch/train.py) and publishes."""
+
     keep_days: int = setting(
         3,
         "days whose dataset and run stay, besides those of published versions",

@@ -30,13 +30,6 @@ _NOT_PASSED = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
-    """`from …deepspeed_engine import deepspeed`."""
-    if name == "deepspeed":
-        return import_deepspeed()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 @functools.cache
 def import_deepspeed() -> ModuleType:
     """The module `deepspeed`, set up for this program."""

@@ -16,23 +16,26 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from trainer.checkpoint.best_model import best_model, open_run
-from trainer.config.run import RunConfig
+from trainer.checkpoint.best_model import (
+    TrainedModel,
+    load_trained_model,
+    open_run,
+)
 from trainer.data.format.dataset import Dataset
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.distributed.determinism import use_deterministic_sums
+from trainer.distributed.process_group import sum_over_ranks
 from trainer.distributed.run_lock import lock_run_folder
 from trainer.errors import InputError
 from trainer.evaluation.candidate_files import (
     ResultWriter,
     read_candidates_of_rank,
 )
-from trainer.evaluation.full import full_record, rank_fully, summed
+from trainer.evaluation.full import full_record, rank_fully
 from trainer.evaluation.sampled import (
     Advance,
     Candidates,
     CandidatesByUser,
-    Model,
     PositionCounts,
     Visit,
     evaluate_split,
@@ -40,10 +43,9 @@ from trainer.evaluation.sampled import (
 )
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
-from trainer.run_files import FULL, RANKS
+from trainer.run_files import full_ranking_file, user_ranks_file
 
 if TYPE_CHECKING:
-    from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
 
 
@@ -75,16 +77,13 @@ def evaluate_run(
             candidates_by_user = read_candidates_of_rank(
                 dataset, candidates, ranks, config
             )
-        model, table, best = best_model(run, config, dataset, ranks)
+        trained = load_trained_model(run, config, dataset, ranks)
+        best = trained.checkpoint
         model_state = {"step": best["step"], "epoch": best["epoch"]}
         positions = _UserPositions(dataset.users if full else 0)
         visit = positions.visit if full else None
         ranking = _rank_candidates(
-            model,
-            table,
-            dataset,
-            ranks,
-            config,
+            trained,
             split,
             candidates_by_user,
             output,
@@ -95,11 +94,17 @@ def evaluate_run(
             return record
         with _progress_bar(ranks, "ranking among all items") as advance:
             whole = rank_fully(
-                model, table, dataset, ranks, config, split, advance
+                trained.model,
+                trained.table,
+                dataset,
+                ranks,
+                config,
+                split,
+                advance,
             )
         record = full_record(split, dataset, whole, record, **model_state)
-        domain_U = summed(positions.domain_U, ranks)
-        sampled_U = summed(positions.position_U, ranks)
+        domain_U = sum_over_ranks(positions.domain_U)
+        sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
         _save_full(Path(run), record, domain_U, sampled_U, whole.rank_U)
     return record
@@ -126,11 +131,7 @@ class _UserPositions:
 
 
 def _rank_candidates(
-    model: Model,
-    table: "ItemTable",
-    dataset: Dataset,
-    ranks: "Ranks",
-    config: RunConfig,
+    trained: TrainedModel,
     split: str,
     candidates: CandidatesByUser | None,
     output: str | Path | None,
@@ -140,9 +141,10 @@ def _rank_candidates(
 
     Says on stderr which users were skipped. Where it fails, it leaves no part of `output`.
     """
+    ranks = trained.ranks
     writer = None
     if output:
-        writer = _open_writer(dataset, output, ranks)
+        writer = _open_writer(trained.dataset, output, ranks)
 
     def visit_both(
         batch: Candidates, position_B: np.ndarray, scores_C: np.ndarray
@@ -155,11 +157,11 @@ def _rank_candidates(
     try:
         with _progress_bar(ranks, "ranking") as advance:
             ranking = evaluate_split(
-                model,
-                table,
-                dataset,
+                trained.model,
+                trained.table,
+                trained.dataset,
                 ranks,
-                config,
+                trained.config,
                 split,
                 candidates,
                 visit_both,
@@ -229,13 +231,13 @@ def _save_full(
     try:
         with lock_run_folder(run):
             write_ranks(
-                run / RANKS.format(split=split),
+                run / user_ranks_file(split),
                 users,
                 domain_U[users],
                 sampled_U[users],
                 full_U[users],
             )
-            write_json(run / f"{FULL}-{split}.json", record)
+            write_json(run / full_ranking_file(split), record)
     except InputError as error:
         _warn(f"{error}: the figures are only shown")
     except OSError as error:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-FULL_RECORD = (
-    "evaluation-full"  # -SPLIT.json: the record of a ranking among all items
-)
 
 _BEFORE = ("kind", "ranking", "too_short", "skipped_users")
 _FIGURES = ("domains", "mean", "popularity", "popularity_mean")

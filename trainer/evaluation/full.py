@@ -23,6 +23,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.loading.histories import UserHistories
 from trainer.data.loading.stream import batches_of_workers
 from trainer.data.split import can_be_split
+from trainer.distributed.process_group import sum_over_ranks
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
 from trainer.evaluation.metrics import FULL_METRICS
@@ -231,7 +232,7 @@ class _DomainRankings:
             excluded.rows_E[in_domain_E],
             excluded.counts_B[members],
         )
-        positions = self.rankings[number].ranks(
+        positions = self.rankings[number].positions(
             y_BR[members.to(y_BR.device)],
             rows[members],
             excluded_of_members,
@@ -292,7 +293,7 @@ def rank_fully(
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
     _sum_in_place(skipped_1, ranks.device)
-    position_U = summed(position_U, ranks)
+    position_U = sum_over_ranks(position_U)
     return FullRanking(
         position_U, means, rankings.shown_N, int(skipped_1[0]), tuple(reasons)
     )
@@ -323,18 +324,6 @@ def _sum_in_place(values_M: np.ndarray, device: torch.device) -> None:
         total = piece.to(device)
         dist.all_reduce(total)
         piece.copy_(total)
-
-
-def summed(values_U: np.ndarray, ranks: "Ranks") -> np.ndarray:
-    """The sum over all ranks of int32 (U,): each knows its own users' values, and 0 of others.
-
-    the first rank's     3    0    7    0
-    the second rank's    0    1    0    2
-    sum                  3    1    7    2
-    """
-    total_U = torch.from_numpy(values_U).to(ranks.device)
-    dist.all_reduce(total_U)
-    return total_U.cpu().numpy()
 
 
 def groups_of_domain() -> int:

@@ -86,7 +86,7 @@ def _mean_gates(
     users = min(most_users, dataset.users)
     batch, real = _training_batch(dataset, config, ranks, users)
     batch = move(batch, ranks.device)
-    place_N = batch.place[: batch.interactions]
+    place_N = batch.inverse[: batch.interactions]
     distinct_rows = table(batch.distinct)
     rows_NR = distinct_rows.index_select(0, place_N)
     gates: Gates = {"cross": None, "single": None}

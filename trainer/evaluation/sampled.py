@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
 
-_ranks = candidate_positions
 
 # (query, rows) to (B, D, R).
 Model = Callable[[Query, torch.Tensor], torch.Tensor]

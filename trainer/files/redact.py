@@ -45,9 +45,6 @@ def hide_user(text: str) -> str:
     return re.sub(r"://\S*@", f"://{HIDDEN}@", text)
 
 
-hide_user = hide_user  # its former name
-
-
 def printable_text(message: object) -> str:
     """A message of an exception or another side, short, on one line, and harmless to a terminal."""
     letters = []

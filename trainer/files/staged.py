@@ -23,8 +23,6 @@ from trainer.errors import InputError
 from trainer.files.atomic import flush, move_folder, write_json
 from trainer.files.lock import take_lock
 
-exclusive = take_lock  # its former name
-
 _FACTS = "facts.json"
 _LOCK = "lock"
 _SHOWN = 200  # letters of a value in a message

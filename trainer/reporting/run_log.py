@@ -20,7 +20,6 @@ number is null, as a NaN literal would break every JSON reader but Python's.
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,12 +30,13 @@ from rich.text import Text
 
 from trainer.errors import InputError
 from trainer.evaluation.evaluation import Evaluation
+from trainer.files.atomic import write_text
 from trainer.reporting.console import (
     LogColumns,
     ProgressBar,
     escape_name,
 )
-from trainer.run_files import METRICS_FILE
+from trainer.run_files import METRICS_FILE, TENSORBOARD
 
 _BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")
 _TENSORBOARD_TAGS = {
@@ -195,7 +195,7 @@ class TensorBoard:
         # they no longer count.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(
-            str(folder / "tensorboard"),
+            str(folder / TENSORBOARD),
             purge_step=purge_step,
             flush_secs=30,
         )
@@ -274,12 +274,7 @@ def _rewind(path: Path, resume_step: int) -> None:
         if is_later or record["kind"] == "test":
             continue
         lines.append(_line(record))
-    temporary = path.with_name(METRICS_FILE + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(lines))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from trainer.reporting.run_log import (
     read_records,
     skipped_sentence,
 )
-from trainer.run_files import FULL, HEADLINE, LOOK, METRICS_FILE
+from trainer.run_files import CONFIG, FULL, HEADLINE, LOOK, METRICS_FILE, REPORT
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -153,7 +153,7 @@ def write_report(folder: Path) -> Path:
         thinning=_thinning(len(records.train)),
         config=_config_text(folder),
     )
-    path = folder / "report.html"
+    path = folder / REPORT
     write_text(path, text)
     return path
 
@@ -167,7 +167,7 @@ def _skipped(train: list[Record]) -> str | None:
 
 
 def _config_text(folder: Path) -> str | None:
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if not config.is_file():
         return None
     return config.read_text(encoding="utf-8", errors="replace")

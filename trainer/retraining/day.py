@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.run_files import EXTENSION
 
 DAYS = "days"
 PUBLISHED = "published"
@@ -14,7 +15,6 @@ RESULT = "retrain.json"
 REPORT = "report.md"
 # The folder of a dataset that says what came when it was extended: as
 # trainer.data.prepare.extend has it, which loads a query engine.
-EXTENSION = "extension"
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from trainer.retraining.published import read_current_version, version_folder
 from trainer.retraining.report import write_days
 from trainer.run_files import (
     CURRENT,
+    LOCK,
     METRICS_FILE,
     MODEL,
     REFUSED,
@@ -413,7 +414,7 @@ def _exclusive_folder(folder: Path) -> Iterator[None]:
     """Within it no other process retrains in the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder / ".lock")
+        lock = take_lock(folder / LOCK)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror}"

@@ -20,7 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.best_model import TableSlot, open_run, read_config
+from trainer.checkpoint.best_model import (
+    TableSlot,
+    TrainedModel,
+    load_trained_model,
+    open_run,
+    read_config,
+)
 from trainer.checkpoint.load import find_best
 from trainer.config.retraining import PublishConfig
 from trainer.config.serving import ExportConfig
@@ -38,15 +44,13 @@ from trainer.evaluation.personalization import (
 )
 from trainer.evaluation.sampled import Candidates, evaluate_split
 from trainer.files.atomic import Patience, retry_patiently
-from trainer.retraining.day import EXTENSION
 from trainer.retraining.published import read_current_version
 from trainer.retraining.registry import (
     Record,
     Registry,
 )
-from trainer.run_files import HEADLINE, MODEL
+from trainer.run_files import EXTENSION, HEADLINE, MODEL
 from trainer.serving.export import export_run
-from trainer.serving.served_model import ServedModel
 
 _UNLIKE = "the logs are unlike those before"
 
@@ -84,7 +88,7 @@ def publish(
         current_test = None
         if current is not None:
             current_test = _rank_by_run(current["run"], dataset, ranks, slot)
-        served = ServedModel.load(candidate, run_config, dataset, ranks, slot)
+        served = load_trained_model(candidate, run_config, dataset, ranks, slot)
         comparison = _Comparison(served, current, current_test, config)
         record = identity | comparison.measure()
         record["reasons"] = find_refusal_reasons(record["domains"], config)
@@ -107,7 +111,7 @@ class _Version:
     def publish(
         self,
         candidate: str | Path,
-        served: ServedModel,
+        served: TrainedModel,
         data: str | Path | None,
     ) -> Record:
         """Exports the candidate, and makes it the version that serves. Called on all ranks."""
@@ -119,7 +123,7 @@ class _Version:
             ranks,
             ExportConfig(self.config.dtype),
             data,
-            (served.model, served.table, served.best),
+            served,
         )
         record = self.record | {"number": number}
         return run_on_first_rank(
@@ -268,7 +272,7 @@ class _Comparison:
     first version.
     """
 
-    candidate: ServedModel
+    candidate: TrainedModel
     current: Record | None
     current_test: HeldOutPositions | None
     config: PublishConfig
@@ -385,7 +389,7 @@ def _rank_by_run(
     slot: TableSlot,
 ) -> HeldOutPositions:
     """What the model of another run ranks; nothing of it is left in memory but its table."""
-    served = ServedModel.load(
+    served = load_trained_model(
         run,
         read_config(run),
         dataset,
@@ -396,7 +400,7 @@ def _rank_by_run(
 
 
 def _rank_test_items(
-    served: ServedModel,
+    served: TrainedModel,
     drawn: UserSample | None = None,
 ) -> HeldOutPositions:
     """Ranks each user's test item among the drawn negatives. Called on all ranks.

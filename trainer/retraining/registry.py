@@ -20,7 +20,7 @@ from trainer.errors import InputError
 from trainer.files.atomic import move_folder, write_json
 from trainer.files.lock import take_lock
 from trainer.retraining.published import read_version, version_folder
-from trainer.run_files import CURRENT, MODEL, REFUSED, VERSION, VERSIONS
+from trainer.run_files import CURRENT, LOCK, MODEL, REFUSED, VERSION, VERSIONS
 from trainer.serving.example import load_encoder, plain_program
 from trainer.serving.export import ENCODER, SCHEMA
 
@@ -55,7 +55,7 @@ class Registry:
             nonlocal lock
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock = take_lock(self.folder / ".lock")
+                lock = take_lock(self.folder / LOCK)
             except OSError as error:
                 raise InputError(
                     f"{self.folder} cannot be written: {error.strerror}"

@@ -19,9 +19,8 @@ from trainer.reporting.html import (
     render_sections,
     render_table_page,
 )
-from trainer.run_files import HEADLINE
+from trainer.run_files import HEADLINE, REPORT
 
-PAGE = "report.html"
 _SHOWN = 30  # rows of the table, the newest days
 
 Result = dict[str, Any]  # what a day's retrain.json says
@@ -44,8 +43,8 @@ def write_days(
         _sections(results, domains),
         {},
     )
-    write_text(folder / PAGE, page)
-    return folder / PAGE
+    write_text(folder / REPORT, page)
+    return folder / REPORT
 
 
 def _lead(newest: Result) -> list[str]:

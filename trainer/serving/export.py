@@ -25,10 +25,13 @@ import pyarrow as pa
 import torch
 from safetensors.numpy import save
 
-from embeddings.table import ItemTable
 from syncrec.export import UserEncoder, check_exportable, export_program
 from syncrec.model import SyNCRec
-from trainer.checkpoint.best_model import open_run
+from trainer.checkpoint.best_model import (
+    TrainedModel,
+    load_trained_model,
+    open_run,
+)
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import Dataset, Domain, File
 from trainer.data.format.vocabulary import read_item_ids
@@ -38,7 +41,6 @@ from trainer.errors import InputError
 from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
 from trainer.serving.example import plain_program
-from trainer.serving.served_model import ServedModel
 
 if TYPE_CHECKING:
     import faiss
@@ -79,11 +81,11 @@ def export_run(
     ranks: Ranks,
     config: ExportConfig,
     data: str | Path | None = None,
-    trained: tuple[SyNCRec, ItemTable, dict[str, Any]] | None = None,
+    trained: TrainedModel | None = None,
 ) -> dict[str, Any]:
     """Writes the folder `output` and returns its schema. Called on all ranks; the first writes.
 
-    data: the run's dataset where it has moved. trained: what `best_model` gave of the run, where
+    data: the run's dataset where it has moved. trained: the model, where
     it has been read already; the model is on the CPU afterwards.
 
     Raises InputError for whatever is wrong with the run, and where `output` is there already or
@@ -105,20 +107,8 @@ def export_run(
     run_on_first_rank(lambda: _begin(output, partial), ranks.first)
     try:
         if trained is None:
-            served = ServedModel.load(
-                run,
-                run_config,
-                dataset,
-                ranks,
-            )
-        else:
-            served = ServedModel(
-                *trained,
-                run_config,
-                dataset,
-                ranks,
-            )
-        export = _Export(served, config, partial)
+            trained = load_trained_model(run, run_config, dataset, ranks)
+        export = _Export(trained, config, partial)
         with Stages(ranks.first) as stages:
             export.write_items(stages)
             with stages("exporting the encoder"):
@@ -160,7 +150,7 @@ def _finish(
 class _Export:
     """A model on its way into a folder, which gets its name once it is whole."""
 
-    served: ServedModel
+    served: TrainedModel
     config: ExportConfig
     folder: Path
 
@@ -221,7 +211,7 @@ class _Export:
             _write_index(folder, self.config.faiss)
         own_weight = 0.0
         if model.prediction is not None:
-            own_weight = float(model.prediction.own_D[number])
+            own_weight = float(model.prediction.single_weight_D[number])
             _write_encoder(
                 folder,
                 UserEncoder(
@@ -257,7 +247,7 @@ class _Export:
             "last_time": self.dataset.last_time,
             "domains": domains,
             "encoder": _ENCODER_INTERFACE,
-            "best_step": self.served.best["step"],
+            "best_step": self.served.checkpoint["step"],
             "dataset": self.dataset.fingerprint,
             "torch": metadata.version("torch"),
             "files": files,
@@ -267,7 +257,7 @@ class _Export:
 @torch.no_grad()
 def _write_items(
     folder: Path,
-    served: ServedModel,
+    served: TrainedModel,
     domain: Domain,
     dtype: np.dtype,
     advance: Callable[[int], None],

@@ -23,16 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.best_model import open_run
+from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import Dataset
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.files.progress import Stages
 from trainer.files.staged import work_folder
-from trainer.run_files import MANIFEST
+from trainer.run_files import BEST, CHECKPOINTS, MANIFEST
 from trainer.serving.recommendation_files import RECORD, RecommendationFiles
-from trainer.serving.served_model import ServedModel
 from trainer.serving.top_items import Scorer
 from trainer.serving.user_histories import check_memory, describe_request
 
@@ -68,7 +67,7 @@ def recommend(
     )
     if record is not None:
         return record
-    served = ServedModel.load(run, run_config, dataset, ranks)
+    served = load_trained_model(run, run_config, dataset, ranks)
     skip_damaged = run_config.stream.damaged == "skip"
     with (
         Stages(ranks.first) as stages,
@@ -77,7 +76,7 @@ def recommend(
         counts = files.write_histories(histories_config, dataset, skip_damaged)
         scorer = Scorer(served, domains, config)
         files.write_parts(scorer, counts, histories_config.part_users)
-        made_from["best_step"] = served.best["step"]
+        made_from["best_step"] = served.checkpoint["step"]
         return files.deliver(made_from, counts)
 
 
@@ -119,9 +118,9 @@ class _Request:
 def _hash_model(run: Path) -> str | None:
     """The sha256 of the best checkpoint's manifest; None where loading it will raise."""
     try:
-        best = json.loads((run / "best.json").read_text())
+        best = json.loads((run / BEST).read_text())
         checkpoint = Path(best["folder"])
-        if checkpoint.parent != Path("checkpoints"):
+        if checkpoint.parent != Path(CHECKPOINTS):
             raise ValueError(f"{checkpoint} is no checkpoint's name")
         manifest = (run / checkpoint / MANIFEST).read_bytes()
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from embeddings.topk.ranking import ExactRanking, Excluded
 from syncrec.batch.views import move
+from trainer.checkpoint.best_model import TrainedModel
 from trainer.config.serving import RecommendConfig
 from trainer.data.format.dataset import TICKS
 from trainer.data.format.vocabulary import read_item_ids
 from trainer.evaluation.sampled import build_history_query
 from trainer.files.atomic import Patience, retry_patiently
-from trainer.serving.served_model import ServedModel
 from trainer.serving.user_histories import UserHistories, read_histories
 
 _NO_USERS = UserHistories(
@@ -104,7 +104,7 @@ class Scorer:
 
     def __init__(
         self,
-        served: ServedModel,
+        served: TrainedModel,
         domains: list[int],
         config: RecommendConfig,
     ) -> None:

@@ -24,12 +24,16 @@ from rich.text import Text
 from trainer.config.study import StudyConfig
 from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError, RunStopped
-from trainer.evaluation.evaluate_run import RANKS
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.files.atomic import write_json
 from trainer.reporting.console import format_duration, format_number
 from trainer.reporting.run_log import read_records
-from trainer.run_files import HEADLINE, METRICS_FILE
+from trainer.run_files import (
+    CHECKPOINTS,
+    HEADLINE,
+    METRICS_FILE,
+    user_ranks_file,
+)
 from trainer.study.commands import Commands
 from trainer.study.peers.recbole_bridge import RANKS as RECBOLE_RANKS
 from trainer.study.peers.recbole_bridge import (
@@ -232,7 +236,7 @@ class JobRunner:
         """The test ranks by user: the last file that a job leaves."""
         if job.recbole:
             return self.folder(job) / RECBOLE_RANKS
-        return self.folder(job) / RANKS.format(split="test")
+        return self.folder(job) / user_ranks_file("test")
 
     def _run_job(self, job: Job) -> str | None:
         """Runs a job to its end. Returns why it failed, or None."""
@@ -279,7 +283,7 @@ class JobRunner:
             "full",
         )
         if not self.config.keep_models:
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
 
     def _run_recbole(self, job: Job) -> None:
         """Runs a baseline of RecBole's."""

@@ -11,7 +11,7 @@ from trainer.reporting import plots
 from trainer.reporting.console import escape_name
 from trainer.reporting.html import render_sections, render_table_page
 from trainer.reporting.run_log import read_records
-from trainer.run_files import HEADLINE, METRICS_FILE
+from trainer.run_files import HEADLINE, METRICS_FILE, REPORT
 from trainer.study.results import RANKINGS
 from trainer.study.runner import Study, SweepResult
 from trainer.study.tables import RANKED, format_signed, make_tables, mean_metric
@@ -41,8 +41,8 @@ def write_study(
     for table in tables:
         lines += [f"## {table.title}", "", table.text, "", table.markdown(), ""]
     write_text(folder / "report.md", "\n".join(lines))
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    write_text(folder / REPORT, page)
+    return folder / REPORT
 
 
 def _lead(study: Study) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from trainer.errors import InputError
 from trainer.evaluation.bootstrap import poisson_weights
 from trainer.evaluation.metrics import metric_values
-from trainer.run_files import FULL, HEADLINE
+from trainer.run_files import HEADLINE, full_ranking_file
 
 RANKINGS = ("sampled", "full")
 METRICS = (HEADLINE, "HR@10", "MRR")
@@ -173,7 +173,7 @@ class PopularityMetrics(NamedTuple):
 
 def read_popularity(run: Path) -> dict[str, PopularityMetrics]:
     """Popularity's figures as a run's full evaluation has them, by ranking."""
-    file = run / f"{FULL}-test.json"
+    file = run / full_ranking_file("test")
     record = json.loads(file.read_text())
     popularity = {}
     for ranking, part in (("full", record), ("sampled", record["sampled"])):

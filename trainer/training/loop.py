@@ -39,7 +39,7 @@ from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
 from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import RunLog, skipped_sentence
-from trainer.run_files import LOOK, METRICS_FILE
+from trainer.run_files import CONFIG, LOOK, METRICS_FILE
 from trainer.training.callbacks import (
     Callback,
     CheckpointWriter,
@@ -171,7 +171,7 @@ def _write_first_files(
     if not ranks.first:
         return
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / "config.yaml", to_yaml(config))
+    write_text(run / CONFIG, to_yaml(config))
     if checkpoint is not None:
         metrics = (checkpoint / METRICS_FILE).read_text()
         write_text(run / METRICS_FILE, metrics)

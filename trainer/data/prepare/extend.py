@@ -40,8 +40,8 @@ from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.prepare.ids import reserve_rows
 from trainer.data.prepare.stored_log import StoredLog, column_type, read_counts
 from trainer.errors import InputError
+from trainer.run_files import EXTENSION
 
-EXTENSION = "extension"
 _BATCH = 1 << 20  # rows of a result that are in memory at once
 
 

@@ -13,7 +13,7 @@ import glob
 import gzip
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -603,17 +603,8 @@ def _parse_times(
     date, date         epoch_us(c3::TIMESTAMPTZ), epoch_us("t"::TIMESTAMPTZ)
     """
     kinds = [_kind_of_time(connection, group) for group in groups]
-    is_date = [kind == "date" for kind in kinds]
-    if len(set(is_date)) > 1:
-        first_dated = is_date.index(True)
-        first_numbered = is_date.index(False)
-        dated = groups[first_dated].files[0]
-        numbered = groups[first_numbered].files[0]
-        column = groups[0].columns["time"]
-        raise InputError(
-            f"{dated} has dates in {column!r} "
-            f"and {numbered} has numbers: write one kind"
-        )
+    first_files = [group.files[0] for group in groups]
+    refuse_mixed_times(kinds, first_files, groups[0].columns["time"])
     number_type = "DOUBLE"
     if set(kinds) <= {"whole"}:
         number_type = "BIGINT"
@@ -625,6 +616,24 @@ def _parse_times(
         else:
             times.append(f"{value}::{number_type}")
     return times, "date" in kinds
+
+
+def refuse_mixed_times(
+    kinds: Sequence[str], inputs: Sequence[object], column: str
+) -> None:
+    """Raises InputError where some inputs have dates and others numbers.
+
+    kinds: 'whole', 'float' or 'date', one an input.
+    """
+    is_date = [kind == "date" for kind in kinds]
+    if len(set(is_date)) < 2:
+        return
+    dated = inputs[is_date.index(True)]
+    numbered = inputs[is_date.index(False)]
+    raise InputError(
+        f"{dated} has dates in {column!r} "
+        f"and {numbered} has numbers: write one kind"
+    )
 
 
 def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:

@@ -47,7 +47,6 @@ from trainer.data.duckdb_engine import (
 from trainer.data.format.dataset import FORMAT_VERSION, Dataset
 from trainer.data.prepare.assembly import assemble
 from trainer.data.prepare.extend import (
-    EXTENSION,
     load_extendable,
     write_extension,
 )
@@ -66,6 +65,7 @@ from trainer.errors import InputError
 from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
 from trainer.files.staged import StagedOutput, staged_folder
+from trainer.run_files import EXTENSION
 
 # Bytes that Python, its libraries and what they keep take: of this process, and of each further
 # one.

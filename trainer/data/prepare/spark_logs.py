@@ -32,6 +32,7 @@ from trainer.data.prepare.logs import (
     check_columns,
     find_files,
     read_text,
+    refuse_mixed_times,
     suffix_of,
     summarize_error,
 )
@@ -279,17 +280,8 @@ def _time_expressions(groups: "list[_Group]") -> list[str]:
     date, date      unix_micros(CAST(time AS timestamp))
     """
     kinds = [group.kind_of_time() for group in groups]
-    is_date = [kind == "date" for kind in kinds]
-    if len(set(is_date)) > 1:
-        first_dated = is_date.index(True)
-        first_numbered = is_date.index(False)
-        dated = groups[first_dated].inputs[0]
-        numbered = groups[first_numbered].inputs[0]
-        column = groups[0].columns["time"]
-        raise InputError(
-            f"{dated.name} has dates in {column!r} "
-            f"and {numbered.name} has numbers: write one kind"
-        )
+    first_inputs = [group.inputs[0].name for group in groups]
+    refuse_mixed_times(kinds, first_inputs, groups[0].columns["time"])
     if "date" in kinds:
         time = "unix_micros(CAST(time AS timestamp))"
     elif "float" in kinds:

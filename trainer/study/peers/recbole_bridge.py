@@ -28,7 +28,8 @@ import numpy as np
 from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError
 from trainer.evaluation.user_ranks import write_ranks
-from trainer.files.atomic import move_folder, write_json
+from trainer.files.atomic import write_json
+from trainer.files.staged import staged_folder
 from trainer.study.peers.dataset_export import export_dataset, write_log
 from trainer.study.peers.interface import PeerDataset
 
@@ -184,32 +185,26 @@ def _export_dataset(
     folder: Path,
     task: Task,
 ) -> PeerDataset:
-    """Writes what RecBole reads; beside and renamed, so that it is there whole or not at all."""
+    """Writes what RecBole reads, all of it or nothing."""
     made_from = {}
     for name in ("dataset", "evaluation_seed", "negatives"):
         made_from[name] = task[name]
     if folder.is_dir():
         _check_exported(folder, made_from)
         return PeerDataset(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        handed = export_dataset(
-            dataset,
-            partial,
-            task["evaluation_seed"],
-            task["negatives"],
-        )
-        write_log(handed)
-        write_json(partial / "about.json", made_from)
-        try:
-            move_folder(partial, folder)
-        except OSError:  # another run was faster
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with staged_folder(folder, str(os.getpid())) as partial:
+            handed = export_dataset(
+                dataset,
+                partial,
+                task["evaluation_seed"],
+                task["negatives"],
+            )
+            write_log(handed)
+            write_json(partial / "about.json", made_from)
+    except OSError:  # another run was faster
+        if not folder.is_dir():
+            raise
     return PeerDataset(folder)
 
 

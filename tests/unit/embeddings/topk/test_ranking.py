@@ -209,7 +209,7 @@ NOTHING = torch.zeros(0, dtype=torch.int64)
             "k is 0: give at least 1",
         ),
         (
-            lambda table: ExactRanking(table, 9, 9).ranks(
+            lambda table: ExactRanking(table, 9, 9).positions(
                 torch.zeros(1, 4), torch.tensor([18])
             ),
             "is not one of rows 9 to 17",

@@ -9,7 +9,7 @@ from tests.helpers.runs import best_of, finished_run, rank_of_one
 from trainer.checkpoint.best_model import (
     TableSlot,
     TrainedModel,
-    best_model,
+    load_trained_model,
     open_run,
     open_trained_model,
 )
@@ -35,17 +35,17 @@ def test_a_trained_model_has_all_that_inference_needs(run):
         trained.run = run.folder
 
 
-def test_best_model_gives_the_same_as_a_tuple(run):
+def test_a_model_is_the_same_where_the_run_is_open_already(run):
     trained = open_trained_model(run.folder, run.ranks)
     config, dataset = open_run(run.folder)
-    model, table, best = best_model(run.folder, config, dataset, run.ranks)
-    assert best == trained.checkpoint
+    again = load_trained_model(run.folder, config, dataset, run.ranks)
+    assert again.checkpoint == trained.checkpoint
     state = trained.model.state_dict()
-    for name, value in model.state_dict().items():
+    for name, value in again.model.state_dict().items():
         assert torch.equal(value, state[name]), name
     rows = torch.arange(dataset.num_embeddings)
     with torch.no_grad():
-        assert torch.equal(table(rows), trained.table(rows))
+        assert torch.equal(again.table(rows), trained.table(rows))
 
 
 def test_a_slot_takes_one_table_for_models_of_one_shape(run):

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.made import ROOM, draw_histories, write_dataset
 from tests.helpers.runs import SmallRun, finished_run, rank_of_one, seal
-from trainer.checkpoint.best_model import best_model
+from trainer.checkpoint.best_model import load_trained_model
 from trainer.checkpoint.warm_start import find_warm_start
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch_schedule import BatchSchedule
@@ -63,7 +63,9 @@ def grown(
 
 def table_of(run, ranks):
     """The best model and every row of M, as evaluation has them."""
-    model, table, _ = best_model(run.folder, run.config, run.dataset, ranks)
+    trained = load_trained_model(run.folder, run.config, run.dataset, ranks)
+    model = trained.model
+    table = trained.table
     with torch.no_grad():
         return model, table(torch.arange(run.dataset.num_embeddings))
 

@@ -147,7 +147,7 @@ def test_a_history_is_asked_for_the_time_of_the_held_out_item(
             own = [
                 tick for tick, row in shown if alone in (None, domain_of(row))
             ]
-            asked = tokens.asked_M[tokens.sequence_M == place].tolist()
+            asked = tokens.target_time_M[tokens.sequence_M == place].tolist()
             assert asked == [*own, ticks[user][-back]]
             seen += 1
     assert seen

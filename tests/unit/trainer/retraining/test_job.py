@@ -13,9 +13,7 @@ from safetensors.numpy import save_file
 from tests.helpers import HELPERS
 from trainer.config.load import load_settings
 from trainer.config.retraining import RetrainConfig
-from trainer.data.prepare import extend
 from trainer.errors import InputError
-from trainer.retraining import day as day_module
 from trainer.retraining.item_drift import measure_drift
 from trainer.retraining.job import retrain
 
@@ -387,7 +385,3 @@ def test_the_parent_process_loads_neither_pytorch_nor_an_engine(module):
         check=True,
     )
     assert done.stdout == "[]\n"
-
-
-def test_the_extensions_folder_is_that_of_preparation():
-    assert day_module.EXTENSION == extend.EXTENSION

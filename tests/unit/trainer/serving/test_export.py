@@ -16,7 +16,7 @@ import torch
 
 import trainer.serving.export
 from tests.helpers.runs import finished_run, rank_of_one
-from trainer.checkpoint.best_model import best_model, open_run
+from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import File
 from trainer.errors import InputError
@@ -55,7 +55,9 @@ def folder(run, tmp_path_factory):
 def loaded(run):
     """config, dataset, model, and every row of M."""
     config, dataset = open_run(run.folder)
-    model, table, _ = best_model(run.folder, config, dataset, run.ranks)
+    trained = load_trained_model(run.folder, config, dataset, run.ranks)
+    model = trained.model
+    table = trained.table
     with torch.no_grad():
         return (
             config,

@@ -12,7 +12,7 @@ import torch
 import trainer.serving.recommendation_files
 from tests.helpers.made import draw_histories, draw_ticks
 from tests.helpers.runs import finished_run, rank_of_one
-from trainer.checkpoint.best_model import best_model, open_run
+from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import TICKS
 from trainer.errors import InputError
@@ -41,7 +41,9 @@ def run(tmp_path_factory):
 def score(run):
     """score(history, ticks): the exact score of each row of M at the end of the dataset's time, float64."""
     config, dataset = open_run(run.folder)
-    model, table, _ = best_model(run.folder, config, dataset, run.ranks)
+    trained = load_trained_model(run.folder, config, dataset, run.ranks)
+    model = trained.model
+    table = trained.table
     with torch.no_grad():
         vectors = table(torch.arange(dataset.num_embeddings)).double().numpy()
 

@@ -615,9 +615,9 @@ def test_a_token_predicts_for_the_time_of_its_target(dataset, negatives):
         view = fed.batch.cross
         for place, user in enumerate(map(int, fed.users_B)):
             part = ticks[user][:-2] if len(ticks[user]) > 2 else ticks[user]
-            asked = view.asked_M[view.sequence_M == place].tolist()
+            asked = view.target_time_M[view.sequence_M == place].tolist()
             assert asked == part[-4:].tolist()
-        targets = view.asked_M[view.target_token_L.long()]
+        targets = view.target_time_M[view.target_token_L.long()]
         assert len(targets) == len(view.target_interaction_L) and targets.any()
 
 
