@@ -57,9 +57,8 @@ _BAGS_OF_ALL_RANKS = 2**17
 # Rows drawn from one generator: a shard may begin anywhere, so blocks are drawn whole and cut.
 _INIT_BLOCK = 4096
 
-Shard = tuple[
-    int, dict[str, Tensor]
-]  # the first stored row, and tensors by name
+# The first stored row, and tensors by name.
+Shard = tuple[int, dict[str, Tensor]]
 
 
 class ItemTable:

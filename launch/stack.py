@@ -179,9 +179,8 @@ def install(device: str | None = None) -> None:
         f"{Path(__file__).resolve().parent.parent}[test]",
     )
     # In processes of their own: this one does not see what has just been installed.
-    hidden = (
-        {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    )  # whoever asks for CPU here knows of the device
+    # Whoever asks for CPU here knows of the device.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     subprocess.run(
         [sys.executable, __file__, "check"], check=True, env=os.environ | hidden
     )

@@ -55,9 +55,8 @@ def build_attention_layout(lengths_S: np.ndarray) -> AttentionLayout:
     """
     starts_S = np.cumsum(lengths_S) - lengths_S
     order = sort_small(-lengths_S, int(lengths_S.max(initial=0)))
-    order = order[
-        : np.count_nonzero(lengths_S)
-    ]  # an empty sequence has nothing to show
+    # An empty sequence has nothing to show.
+    order = order[: np.count_nonzero(lengths_S)]
     shapes = _choose_buckets(lengths_S[order])
     pad_P, row_S = _fill_buckets(shapes, order, lengths_S, starts_S)
     unpad_M = np.repeat((row_S - starts_S).astype(np.int32), lengths_S)

@@ -48,9 +48,8 @@ class MutualInformation(nn.Module):
         self.similarity = config.mutual_information_similarity
         self.temperature = config.mutual_information_temperature
         self.others_only = config.mutual_information_denominator == "others"
-        self.weight = nn.Parameter(
-            torch.empty(config.dim, config.dim)
-        )  # W^H of eq. 17
+        # W^H of eq. 17.
+        self.weight = nn.Parameter(torch.empty(config.dim, config.dim))
         nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(

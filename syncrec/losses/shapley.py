@@ -40,9 +40,8 @@ def shapley_values(value_C: Tensor) -> Tensor:
         weight = 1 / (players * math.comb(players - 1, coalition.bit_count()))
         weights.append(value_C.new_full((1,), weight))
     weight_S = torch.cat(weights)
-    by_player = value_C.view(
-        (2,) * players
-    )  # the last dimension is the first player's
+    # The last dimension is the first player's.
+    by_player = value_C.view((2,) * players)
     gains = []
     for player in range(players):
         gain = by_player.diff(dim=players - 1 - player)

@@ -171,9 +171,8 @@ class Checkpoints:
             name="checkpoint",
         )
         self._thread.start()
-        if (
-            not shard.copied
-        ):  # it is written from the table, which must stay as it is
+        # It is written from the table, which must stay as it is.
+        if not shard.copied:
             self.finish()
 
     def _is_saved(self, state: RunState) -> bool:

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 deepspeed = import_deepspeed()
 
-Tensors = dict[
-    str, torch.Tensor
-]  # by the names of parameters, buffers or states
+# By the names of parameters, buffers or states.
+Tensors = dict[str, torch.Tensor]
 
 _SEPARATOR = "//"  # between a parameter's name and its state's
 

@@ -18,9 +18,8 @@ from trainer.files.redact import printable_text, redact_for_record
 
 Config = TypeVar("Config")
 
-_INTERPOLATION = re.compile(
-    r"(?<!\\)(?:\\\\)*\$\{"
-)  # OmegaConf's; a backslash before it escapes
+# OmegaConf's; a backslash before it escapes.
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _YAML_TAG = "tag:yaml.org,2002:"
 _LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
 _DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands

@@ -20,9 +20,8 @@ _SHIFT_1 = np.uint64(30)
 _SHIFT_2 = np.uint64(27)
 _SHIFT_3 = np.uint64(31)
 _HALF = np.uint64(32)  # bits
-_NOT_IN_FLOAT = np.uint64(
-    11
-)  # bits of 64 that a float64's mantissa has no room for
+# Bits of 64 that a float64's mantissa has no room for.
+_NOT_IN_FLOAT = np.uint64(11)
 
 Key: TypeAlias = int | np.ndarray
 

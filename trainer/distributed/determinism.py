@@ -14,10 +14,11 @@ import torch
 from trainer.errors import InputError
 
 _VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+# With any other PyTorch refuses a product on CUDA.
 _WORKSPACES = (
     ":4096:8",
     ":16:8",
-)  # with any other PyTorch refuses a product on CUDA
+)
 
 
 @contextlib.contextmanager

@@ -133,9 +133,8 @@ class _Child:
         self._process: subprocess.Popen | None = None
         self._attempt = -1
         self._over = -1  # the last attempt that has ended somewhere
-        self._lock = (
-            threading.RLock()
-        )  # a signal's handler may come while it is held
+        # A signal's handler may come while it is held.
+        self._lock = threading.RLock()
 
     def run(self, attempt: int, arguments: list[str]) -> int:
         """Starts the child of this attempt and waits for its end.

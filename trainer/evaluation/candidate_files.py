@@ -32,9 +32,8 @@ _BATCH = 1 << 20  # candidates that are read and sent at once
 _END = -1  # in place of a batch's size
 _FAILED = -2
 
-CandidateBatch = tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]  # users, domains, rows
+# Users, domains, rows.
+CandidateBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class CandidateLists(Mapping[int, tuple[int, np.ndarray]]):

@@ -102,9 +102,8 @@ class StagedOutput:
         """Makes a finished stage's folder the output, and removes the work folder."""
         if self.output.is_dir():
             self.output.rmdir()
-        self.path(stage).rename(
-            self.output
-        )  # what is in it was flushed with the stage
+        # What is in it was flushed with the stage.
+        self.path(stage).rename(self.output)
         flush(self.output.parent)
         self.discard()
 

@@ -82,9 +82,8 @@ def publish(
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
             return current | {"published": current["number"], "reasons": []}
-        slot = (
-            TableSlot()
-        )  # one table for both models, and for what is exported
+        # One table for both models, and for what is exported.
+        slot = TableSlot()
         current_test = None
         if current is not None:
             current_test = _rank_by_run(current["run"], dataset, ranks, slot)

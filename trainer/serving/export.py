@@ -326,9 +326,8 @@ def _write_encoder(
     encoder: UserEncoder,
 ) -> None:
     """Writes an encoder. Raises InputError for one that services would not load."""
-    program = (
-        io.BytesIO()
-    )  # a full disk ends a process that lets PyTorch write to it
+    # A full disk ends a process that lets PyTorch write to it.
+    program = io.BytesIO()
     torch.export.save(export_program(encoder), program)
     (folder / ENCODER).write_bytes(program.getbuffer())
     try:

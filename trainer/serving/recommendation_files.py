@@ -80,9 +80,8 @@ class RecommendationFiles:
 
     def __exit__(self, *exception: object) -> None:
         if self._work is not None:
-            self._work.__exit__(
-                None, None, None
-            )  # another process may work here now
+            # Another process may work here now.
+            self._work.__exit__(None, None, None)
 
     def write_histories(
         self,
@@ -252,9 +251,8 @@ class RecommendationFiles:
         def move() -> dict[str, Any]:
             with self._disk_errors():
                 whole = self._work.path("whole")
-                if self._work.done(
-                    "whole"
-                ):  # a call was killed on the threshold
+                # A call was killed on the threshold.
+                if self._work.done("whole"):
                     text = (whole / RECORD).read_text(encoding="utf-8")
                     record = json.loads(text)
                 else:

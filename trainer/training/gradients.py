@@ -116,9 +116,8 @@ class Gradients:
         """
         dense_norm = torch.nn.utils.get_total_norm(dense)
         dense_square = dense_norm.to(gradient.device, torch.float64).square()
-        if (
-            self._engine.zero_optimization_stage() == 0
-        ):  # every rank has all of it
+        # Every rank has all of it.
+        if self._engine.zero_optimization_stage() == 0:
             dense_square = dense_square / dist.get_world_size()
         counted_norm = torch.linalg.vector_norm(counted, dtype=torch.float64)
         probe = gradient.sum().double() + loss.double()
@@ -129,9 +128,8 @@ class Gradients:
         own_signals = own_signals.to(gradient.device, non_blocking=True)
         numbers = torch.stack([counted_norm.square(), dense_square, probe])
         sums = torch.cat([numbers, own_signals])
-        dist.all_reduce(
-            sums
-        )  # what is not finite on one rank is not finite on all
+        # What is not finite on one rank is not finite on all.
+        dist.all_reduce(sums)
         return sums
 
     def _clip_share(self, norm: torch.Tensor) -> torch.Tensor:

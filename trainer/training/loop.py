@@ -123,9 +123,8 @@ def _train(
     except InputError as error:
         is_refusal = type(error) is InputError
         if is_refusal and ranks.first and is_new and not state.step:
-            remove_failed_start(
-                run
-            )  # what cannot begin is in the way of the next try
+            # What cannot begin is in the way of the next try.
+            remove_failed_start(run)
         raise
     if ranks.first:
         # Plotly and Jinja2 are for the page alone.

@@ -100,9 +100,8 @@ def _parser(
     )
     for option in options:
         option.add_to(parser)
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher
+    # DeepSpeed's launcher.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument(
         "--version",
         action="version",

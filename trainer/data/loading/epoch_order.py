@@ -99,9 +99,8 @@ class EpochOrder:
         """
         first_S = self.begin_S + self.count_users_before(begin)
         last_S = self.begin_S + self.count_users_before(end)
-        active = np.flatnonzero(
-            first_S < last_S
-        )  # streams that have users there
+        # Streams that have users there.
+        active = np.flatnonzero(first_S < last_S)
         first_S = first_S[active]
         last_S = last_S[active]
         # The blocks that hold them, stream after stream, and the users of each: those at the
@@ -170,9 +169,8 @@ def order_epoch(
     blocks_N = -(-users_N // block_users)
     shard_K = np.repeat(shard_N, blocks_N)
     place_K = count_within_rows(blocks_N)
-    passed_K = (
-        place_K * block_users
-    )  # users of the shard that come before the block
+    # Users of the shard that come before the block.
+    passed_K = place_K * block_users
     users_K = np.minimum(block_users, shard_users[shard_K] - passed_K)
 
     last_slot_S = np.arange(streams) + (users_S - 1) * streams
@@ -256,9 +254,8 @@ class BlockShuffle:
             )
             order_CP = np.argsort(bits_CP, axis=1).astype(np.int32)
             for block, order_P in zip(block_C.tolist(), order_CP, strict=True):
-                orders[block] = (
-                    order_P.copy()
-                )  # not a view, which would keep them all
+                # Not a view, which would keep them all.
+                orders[block] = order_P.copy()
         short = order.users_K[block_J] < self._block_users
         for block in block_J[short].tolist():
             users = int(order.users_K[block])

@@ -212,9 +212,8 @@ def unpack(packed: PackedBatch) -> Any:
     """
     root = packed.piece.numpy()
     weakref.finalize(root, _free, packed.piece).atexit = False
-    piece = torch.from_numpy(
-        root
-    )  # holds on to `root` as long as there is a tensor in it
+    # Holds on to `root` as long as there is a tensor in it.
+    piece = torch.from_numpy(root)
 
     def view_in_piece(slot: _Slot) -> torch.Tensor:
         return slot.view(piece)

@@ -61,9 +61,8 @@ from trainer.data.prepare.spark_logs import (
     spark_reason,
 )
 
-_PART_INTERACTIONS = (
-    1 << 23
-)  # what Python holds of a part: some 60 bytes for each
+# What Python holds of a part: some 60 bytes for each.
+_PART_INTERACTIONS = 1 << 23
 _SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.caseSensitive": "true",

@@ -365,9 +365,8 @@ class _Lock:
         file = self._file
         self._file = -1
         if file >= 0:
-            fcntl.flock(
-                file, fcntl.LOCK_UN
-            )  # whoever else has the file open by a fork
+            # Whoever else has the file open by a fork.
+            fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
 
     __del__ = release

@@ -369,9 +369,8 @@ def _take_output() -> Say:
     os.dup2(2, 1)
 
     def say(value: Any) -> None:
-        line = json.dumps(
-            value, default=str
-        )  # whatever RecBole's settings hold
+        # Whatever RecBole's settings hold.
+        line = json.dumps(value, default=str)
         print(line, file=output, flush=True)
 
     return say
