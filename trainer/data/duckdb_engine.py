@@ -55,6 +55,22 @@ def query_value(connection: DuckDBPyConnection, query: str) -> Any:
     return value
 
 
+def query_time_span(
+    connection: DuckDBPyConnection, relation: str
+) -> tuple[Any, Any]:
+    """Returns the first and the last time of a table, view or `read_parquet(…)`; None without rows.
+
+    Not by min() and max(): DuckDB 2.0 answers those from a file's statistics, and where a column of
+    floats may hold NaN, its answer is NaN.
+    """
+    query = f"""
+        SELECT min_by("time", "time"), max_by("time", "time")
+        FROM {relation}"""
+    (span,) = connection.execute(query).fetchall()
+    first, last = span
+    return first, last
+
+
 @contextlib.contextmanager
 def open_engine(
     scratch: Path,

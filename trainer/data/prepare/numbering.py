@@ -11,7 +11,7 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import PrepareConfig
-from trainer.data.duckdb_engine import escape_sql, query_value
+from trainer.data.duckdb_engine import escape_sql, query_time_span, query_value
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.extend import (
     add_old_items,
@@ -173,6 +173,7 @@ def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
         rows = [reserve_rows(count) for count in items]
     else:
         rows = reserve_extended_rows(old, items)
+    first_time, last_time = query_time_span(connection, "log")
     interactions_query = "SELECT sum(total)::BIGINT FROM distinct_items"
     return Ids(
         users=query_value(connection, "SELECT count(*) FROM users"),
@@ -180,10 +181,8 @@ def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
         names=tuple(names),
         items=tuple(items),
         rooms=tuple(rows),
-        first_time=float(
-            query_value(connection, 'SELECT min("time") FROM log')
-        ),
-        last_time=float(query_value(connection, 'SELECT max("time") FROM log')),
+        first_time=float(first_time),
+        last_time=float(last_time),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import TIME_UNITS, PrepareConfig
-from trainer.data.duckdb_engine import escape_sql, query_value
+from trainer.data.duckdb_engine import escape_sql, query_time_span, query_value
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.logs import open_log
 from trainer.errors import InputError
@@ -144,8 +144,8 @@ def _link_files_in_window(
     """Links the old log's files into `folder`, but for those that end before the window."""
     for number, file in enumerate(old_files):
         escaped = escape_sql(file)
-        newest_query = f"SELECT max(time) FROM read_parquet('{escaped}')"
-        newest = query_value(connection, newest_query)
+        relation = f"read_parquet('{escaped}')"
+        _, newest = query_time_span(connection, relation)
         if begin is None or newest >= begin:
             _link(file, folder / f"{number:05d}.parquet")
 
@@ -276,7 +276,7 @@ def _begin_of_window(
         return None
     newest_by_view = []
     for view in views:
-        newest = query_value(connection, f"SELECT max(time) FROM {view}")
+        _, newest = query_time_span(connection, view)
         if newest is not None:
             newest_by_view.append(newest)
     if config.days is not None:

@@ -390,6 +390,23 @@ def test_a_window_of_days_ends_with_the_newest_row(tmp_path):
     assert [item for _, item, _ in told(numbers)["u"]] == ["i8", "i9"]
 
 
+def test_a_window_of_days_ends_with_the_newest_of_fractional_times(tmp_path):
+    """A column of floats could hold NaN, which must not count as the newest time."""
+    day = 86400.0
+    doubles = {"timestamp": pa.float64()}
+    base = [("u", f"i{n}", "shop", n * day + 0.5) for n in range(10)]
+    log = write(tmp_path / "0.parquet", base, types=doubles)
+    before = run(tmp_path / "0", log, keep_log=True)
+    came = [("u", "i0", "shop", 11 * day + 0.5), ("u", "i9", "shop", 0.25)]
+    new = write(tmp_path / "1.parquet", came, types=doubles)
+    after = extended(before, tmp_path / "1", new, days=3.0, time_unit="s")
+    assert [item for _, item, _ in told(after)["u"]] == ["i8", "i9", "i0"]
+    assert (after.first_time, after.last_time) == (
+        8 * day + 0.5,
+        11 * day + 0.5,
+    )
+
+
 def test_files_that_a_window_has_left_are_not_kept(tmp_path):
     before = run(
         tmp_path / "0",

@@ -766,6 +766,36 @@ def test_times_of_any_kind_order_the_events(tmp_path, kind, times):
     assert [items[row] for row in histories(dataset)[0]] == [10, 30, 20]
 
 
+SPANS = {
+    "int64": (pa.int64(), [7, 5, 40], (5.0, 40.0)),
+    "int32": (pa.int32(), [7, -5, 40], (-5.0, 40.0)),
+    "double": (pa.float64(), [86.4, 43.2, 345.6], (43.2, 345.6)),
+    "double from 0": (pa.float64(), [1.5, 0.0, 2.5], (0.0, 2.5)),
+    "float": (pa.float32(), [1.5, 0.25, 8.0], (0.25, 8.0)),
+    "decimal": (pa.decimal128(5, 2), [5, -1, 40], (-1.0, 40.0)),
+    "text of numbers": (pa.string(), ["5.5", "-1", "40"], (-1.0, 40.0)),
+    "date": (pa.date32(), [1, 0, 3], (0.0, 3 * 86_400_000_000.0)),
+    "timestamp": (pa.timestamp("ms"), [5000, 1000, 9000], (1e6, 9e6)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "times", "span"), SPANS.values(), ids=list(SPANS)
+)
+def test_the_span_of_a_log_is_its_first_and_last_time(
+    tmp_path, kind, times, span
+):
+    """Of any type, also where a column of floats could hold NaN: the first tick is 0, the last the largest."""
+    items = [10, 20, 30]
+    rows = [
+        ("u", item, "a", time) for item, time in zip(items, times, strict=True)
+    ]
+    log = write(tmp_path / "log.parquet", rows, types={"timestamp": kind})
+    dataset = run(tmp_path / "out", log)
+    assert (dataset.first_time, dataset.last_time) == span
+    assert dataset.ticks(np.array(span)).tolist() == [0, 65535]
+
+
 def test_dates_of_several_kinds_are_one_time(tmp_path):
     write(tmp_path / "a.csv", [("u", 1, "a", "2024-01-02")])
     write(
