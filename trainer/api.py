@@ -12,6 +12,8 @@ What is done here is what the scripts in `launch/` do, by the same functions, so
 in a notebook is gone on with by `deepspeed launch/train.py`, and the other way round. A process that a
 launcher has started is one rank of many; any other is the only one. Whatever is wrong with what is
 given raises `InputError`, whose message is one line with the way out.
+
+Each function imports what it needs: preparing loads no PyTorch.
 """
 
 import contextlib
@@ -28,7 +30,6 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.checkpoint.best_model import open_run, read_config
 from trainer.config.load import load_settings
 from trainer.config.prepare import PrepareConfig
 from trainer.config.run import RunConfig
@@ -38,22 +39,16 @@ from trainer.config.serving import (
     RecommendConfig,
 )
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.pipeline import prepare as prepare_logs
-from trainer.distributed import process_group
-from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
-from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.evaluation.evaluation import Evaluation
 from trainer.reporting.run_log import read_records
 from trainer.reporting.run_report import update_report
 from trainer.run_files import METRICS_FILE, REPORT
-from trainer.serving.export import export_run
-from trainer.serving.recommend import recommend
-from trainer.training.loop import train
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from trainer.distributed.process_group import Ranks
     from trainer.training.callbacks import Callback
 
 PathLike = str | os.PathLike[str]
@@ -75,6 +70,8 @@ def prepare(
     fresh: begins anew where an earlier call was killed.
     options: those of `trainer.config.prepare.PrepareConfig`, e.g. `user_column="uid"`, `min_user=5`.
     """
+    from trainer.data.prepare.pipeline import prepare as prepare_logs
+
     known = {field.name for field in fields(PrepareConfig)} - {
         "inputs",
         "output",
@@ -108,6 +105,8 @@ def fit(
     callbacks: see `trainer.training.callbacks.Callback`; called on all ranks.
     fresh: refuses a folder that holds a run. accept_changes: goes on though a setting has changed.
     """
+    from trainer.training.loop import train
+
     place = data.folder if isinstance(data, Dataset) else data
     settings = settings | {"data": os.fspath(place), "run": os.fspath(run)}
     whole = _config_of(config, settings)
@@ -132,18 +131,20 @@ class Run:
         cls, folder: PathLike, data: Dataset | PathLike | None = None
     ) -> "Run":
         """The run in a folder. Raises InputError where there is none."""
-        read_config(os.fspath(folder))
+        _read_config(os.fspath(folder))
         place = data.folder if isinstance(data, Dataset) else data
         return cls(Path(folder), _path_of(place))
 
     @cached_property
     def config(self) -> RunConfig:
         """Every setting that was in force."""
-        return read_config(self.folder)
+        return _read_config(self.folder)
 
     @cached_property
     def dataset(self) -> Dataset:
         """The dataset, compared with what the run has recorded of it."""
+        from trainer.checkpoint.best_model import open_run
+
         with _joined() as ranks:
             _, dataset = open_run(self.folder, self.data, ranks=ranks)
         return dataset
@@ -173,6 +174,8 @@ class Run:
         candidates: Parquet with user_id, positive, negatives, in place of drawn ones.
         output: Parquet that gets each user's position and scores.
         """
+        from trainer.evaluation.evaluate_run import evaluate_run
+
         if split not in ("test", "validation"):
             raise InputError(f"split is {split!r}: give 'test' or 'validation'")
         if ranking not in ("sampled", "full"):
@@ -214,6 +217,8 @@ class Run:
         output: a folder that gets the same as partitioned Parquet, and stays.
         options: column names and memory, those of `trainer.config.serving.AskedConfig`.
         """
+        from trainer.serving.recommend import recommend
+
         known = {field.name for field in fields(HistoriesConfig)} - {
             "inputs",
             "users",
@@ -257,6 +262,8 @@ class Run:
 
         dtype: of the item vectors. faiss: an index of each domain, by FAISS's name for it.
         """
+        from trainer.serving.export import export_run
+
         config = ExportConfig(dtype, faiss)
         with _joined(self.config.timeout_minutes) as ranks:
             return export_run(
@@ -264,9 +271,17 @@ class Run:
             )
 
 
+def _read_config(folder: PathLike) -> RunConfig:
+    from trainer.checkpoint.best_model import read_config
+
+    return read_config(os.fspath(folder))
+
+
 @contextlib.contextmanager
-def _joined(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+def _joined(timeout_minutes: float = 30.0) -> "Iterator[Ranks]":
     """The process group, for one call; what it sets in the environment is put back."""
+    from trainer.distributed import process_group
+
     environment = dict(os.environ)
     try:
         with process_group.join_process_group(timeout_minutes) as ranks:
