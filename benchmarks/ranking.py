@@ -10,7 +10,7 @@ else the machine does meets all:
 
 - top_k: `ExactRanking.top_k` (embeddings/topk/ranking.py); with exclusions: the same where each
   user has had some items.
-- ranks: `ExactRanking.ranks` of an item for each user.
+- ranks: `ExactRanking.positions` of an item for each user.
 - FAISS: `IndexFlatIP.search` over a copy of the same vectors, with as many threads.
 - limit: the float32 product of the users at once with one block of items, over and over: all
   scores, and nothing kept of them.
@@ -178,7 +178,7 @@ def calls_of(
     return {
         "top_k": lambda: ranking.top_k(y_BR, k),
         "top_k with exclusions": lambda: ranking.top_k(y_BR, k, had),
-        "ranks": lambda: ranking.ranks(y_BR, row_B),
+        "ranks": lambda: ranking.positions(y_BR, row_B),
     }
 
 

@@ -577,7 +577,7 @@ def test_a_batch_without_any_user_keeps_its_place_and_moves_nothing(tmp_path):
     assert sum(one.skipped for one in fed) == 2 * 30
     model, batch = SyNCRec(ModelConfig(dim=8, ffn_dim=8), 2), nobody[0].batch
     assert len(batch.distinct) == 0  # Adam would move a row that is looked up
-    rows = torch.randn(len(batch.place), 8, requires_grad=True)
+    rows = torch.randn(len(batch.inverse), 8, requires_grad=True)
     loss, _ = model(batch, rows)
     loss.backward()
     gradients = [

@@ -251,7 +251,7 @@ def test_who_only_fills_up_looks_up_nothing(
         ):
             fill = int((batch.weight_B == 0).sum())
             own = (
-                len(batch.place) - batch.interactions
+                len(batch.inverse) - batch.interactions
                 if batch.negatives is None
                 else 0
             )
@@ -265,13 +265,13 @@ def test_who_only_fills_up_looks_up_nothing(
                     [real, real.repeat_interleave(batch.negatives)]
                 )
             assert batch.distinct.tolist() == sorted(
-                {int(batch.distinct[place]) for place in batch.place[counted]}
+                {int(batch.distinct[place]) for place in batch.inverse[counted]}
             )
             vectors = batch.gather_vectors(
                 torch.arange(1.0, len(batch.distinct) + 1).unsqueeze(1)
             )
             assert (
-                vectors.shape == (len(batch.place), 1)
+                vectors.shape == (len(batch.inverse), 1)
                 and (vectors[counted] > 0).all()
             )
             assert batch.reduce_gradient(vectors).shape == (
