@@ -2,7 +2,8 @@
 
 The view has the columns
 
-    user_id, item_id   BIGINT if every id in every file is a whole number, else VARCHAR
+    user_id, item_id   BIGINT if every id in every file is a whole number, else VARCHAR;
+                       see id_columns.py
     domain             VARCHAR
     time               BIGINT or DOUBLE; dates are microseconds since 1970, UTC if they name
                        no zone
@@ -23,6 +24,12 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection
 
 from trainer.data.duckdb_engine import escape_sql
+from trainer.data.id_columns import (
+    WHOLE_TYPES,
+    WIDE_TYPES,
+    IdColumn,
+    fault_reason,
+)
 from trainer.errors import InputError
 
 # The delimiter of each kind of file; Parquet has none.
@@ -33,17 +40,6 @@ SUFFIXES = {
     ".tsv": "\t",
     ".tsv.gz": "\t",
 }
-_WHOLE = {
-    "TINYINT",
-    "SMALLINT",
-    "INTEGER",
-    "BIGINT",
-    "UTINYINT",
-    "USMALLINT",
-    "UINTEGER",
-}
-# Whole numbers that may not fit int64: their values decide.
-_WIDE = {"UBIGINT", "HUGEINT", "UHUGEINT"}
 _FLOAT = {"FLOAT", "DOUBLE"}
 # And its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS.
 _DATE = ("DATE", "TIMESTAMP")
@@ -104,20 +100,36 @@ class _Group:
             return f"({value} IS NULL OR NOT isfinite({value}))"
         return f"({value} IS NULL)"
 
+    def id_column(self, role: str) -> IdColumn:
+        """Returns how the ids of a role are read."""
+        is_parsed = self.text and role in self.columns
+        return IdColumn(self.value[role], self.type[role], is_parsed)
+
     def whole_sql(self, role: str) -> str:
         """Returns SQL for: the value is a whole number as int64 writes it.
 
-        '007' and '1e3' are text. Where the type decides, no value is looked at.
+        Where the type decides, no value is looked at. A time 12.0 is a float.
         """
+        if role != "time":
+            return self.id_column(role).whole_sql()
         kind = self.type[role]
-        is_text_time = role == "time" and kind == "VARCHAR"
-        values_decide = self.text or kind in _WIDE or is_text_time
+        values_decide = self.text or kind in WIDE_TYPES or kind == "VARCHAR"
         if not values_decide:
-            is_whole = kind in _WHOLE
+            is_whole = kind in WHOLE_TYPES
             return str(is_whole)
         value = f"{self.value[role]}::VARCHAR"
         number = f"TRY_CAST({value} AS BIGINT)::VARCHAR"
         return f"coalesce({number} = {value}, false)"
+
+    def fault_sql(self, role: str) -> str:
+        """Returns SQL for: the value is no id."""
+        if role == "time":
+            return "false"
+        return self.id_column(role).fault_sql()
+
+    def id_sql(self, role: str, id_type: str) -> str:
+        """Returns SQL for the id, as `id_type`."""
+        return self.id_column(role).id_sql(self.is_whole[role], id_type)
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -215,17 +227,15 @@ def open_log(
         raise InputError(f"{logs}: no rows, nothing to prepare")
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
+    _common_id_type(groups, "domain")
     times, dates = _parse_times(connection, groups)
     selects = []
     for group, time in zip(groups, times, strict=True):
-        user = group.value["user"]
-        item = group.value["item"]
-        domain_value = group.value["domain"]
         selects.append(f"""
             SELECT
-                {user}::{user_type} AS user_id,
-                {item}::{item_type} AS item_id,
-                {domain_value}::VARCHAR AS domain,
+                {group.id_sql("user", user_type)} AS user_id,
+                {group.id_sql("item", item_type)} AS item_id,
+                {group.id_sql("domain", "VARCHAR")} AS domain,
                 {time} AS "time"
             FROM {group.table}""")
     rows = " UNION ALL ".join(selects)
@@ -249,11 +259,10 @@ def open_ids(
         if group.rows:
             groups_with_rows.append(group)
     user_type = _common_id_type(groups_with_rows, "user")
-    selects = []
-    for group in groups:
-        value = group.value["user"]
+    selects = [f"SELECT NULL::{user_type} AS user_id WHERE false"]
+    for group in groups_with_rows:
         selects.append(f"""
-            SELECT {value}::{user_type} AS user_id
+            SELECT {group.id_sql("user", user_type)} AS user_id
             FROM {group.table}""")
     rows = " UNION ALL ".join(selects)
     connection.execute(f"""
@@ -263,7 +272,15 @@ def open_ids(
 
 
 def _common_id_type(groups: list[_Group], role: str) -> str:
-    """Returns BIGINT if all ids of all files are whole numbers, else VARCHAR."""
+    """Returns BIGINT if all ids of all files are whole numbers, else VARCHAR.
+
+    The ids of text files are whole numbers in all of these files, or in none: 12.0 stays text
+    beside x, whichever file that is in.
+    """
+    texts = [group for group in groups if group.text and role in group.columns]
+    texts_are_whole = all(group.is_whole[role] for group in texts)
+    for group in texts:
+        group.is_whole[role] = texts_are_whole
     for group in groups:
         if not group.is_whole[role]:
             return "VARCHAR"
@@ -481,7 +498,10 @@ def _inspect(
         aggregates.append(f"count(*) FILTER (WHERE {missing})")
     for role in roles:
         whole = group.whole_sql(role)
-        aggregates.append(f"bool_and({whole})")
+        aggregates.append(f"coalesce(bool_and({whole}), true)")
+    for role in roles:
+        fault = group.fault_sql(role)
+        aggregates.append(f"count(*) FILTER (WHERE {fault})")
     group.table = group.scan_sql(group.files)
     try:
         if group.text:  # parsing is dear: once
@@ -494,7 +514,9 @@ def _inspect(
     first_flag = 1 + len(roles)
     group.rows = results[0]
     missing_counts = results[1:first_flag]
-    whole_flags = results[first_flag:]
+    first_fault = first_flag + len(roles)
+    whole_flags = results[first_flag:first_fault]
+    fault_counts = results[first_fault:]
     for role, missing in zip(roles, missing_counts, strict=True):
         if missing:
             condition = group.missing_sql(role)
@@ -503,6 +525,15 @@ def _inspect(
             column = group.columns[role]
             raise InputError(
                 f"{path}: row {row}: {column!r} is {value}: every row needs one"
+            )
+    for role, faults in zip(roles, fault_counts, strict=True):
+        if faults:
+            condition = group.fault_sql(role)
+            path, row, text = _first_row(connection, group, role, condition)
+            reason = fault_reason(group.type[role])
+            column = group.columns[role]
+            raise InputError(
+                f"{path}: row {row}: {column!r} is {text}: {reason}"
             )
     group.is_whole = dict(zip(roles, whole_flags, strict=True))
 
@@ -672,7 +703,7 @@ def _time_conditions(group: _Group) -> dict[str, str]:
     is_float = f"coalesce(isfinite(TRY_CAST({value} AS DOUBLE)), false)"
     is_date = f"coalesce(isfinite(TRY_CAST({value} AS TIMESTAMPTZ)), false)"
     is_decimal = column_type.startswith("DECIMAL")
-    if column_type in _FLOAT | _WIDE or is_decimal:
+    if column_type in _FLOAT | WIDE_TYPES or is_decimal:
         return {"float": is_float}
     if column_type.startswith(_DATE):
         return {"date": is_date}
