@@ -96,6 +96,8 @@ class _Group:
         kind = self.type[role]
         if kind == "VARCHAR":
             return f"({value} IS NULL OR {value} = '')"
+        if kind == "BLOB":
+            return f"({value} IS NULL OR octet_length({value}) = 0)"
         if kind in _FLOAT:
             return f"({value} IS NULL OR NOT isfinite({value}))"
         return f"({value} IS NULL)"

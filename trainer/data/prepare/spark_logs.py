@@ -4,7 +4,7 @@ Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's 
 task: Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for
 data.
 
-Spark writes some ids otherwise than DuckDB (a fraction, a TIMESTAMP), and reads fewer ways to
+Spark writes some ids otherwise than DuckDB (a TIMESTAMP), and reads fewer ways to
 write a time. Such a log is refused: the engines never differ in silence.
 """
 
@@ -27,6 +27,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from trainer.data.duckdb_engine import escape_sql, open_connection
+from trainer.data.id_columns import fault_reason
 from trainer.data.prepare.logs import (
     SUFFIXES,
     check_columns,
@@ -64,14 +65,16 @@ _TEXT_ARROW_SCHEMA = pa.schema(
     }
 )
 _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
-# Up to here a whole float is written in all its digits.
-_FLOAT = {T.FloatType: 2**24, T.DoubleType: 10**15}
+# The largest whole number up to which a float tells every one from the next.
+_FLOAT = {T.FloatType: 2**24, T.DoubleType: 2**53}
 _DATE = (T.DateType, T.TimestampType, T.TimestampNTZType)
 _NESTED = (T.ArrayType, T.MapType, T.StructType)
 _ID_TYPES = (
     *_WHOLE,
     *_FLOAT,
+    T.DecimalType,
     T.StringType,
+    T.BinaryType,
     T.BooleanType,
     T.DateType,
 )
@@ -260,7 +263,7 @@ def open_log(
     for group, time in zip(groups, times, strict=True):
         user = group.id_sql("user", user_type)
         item = group.id_sql("item", item_type)
-        domain_value = group.text_sql("domain")
+        domain_value = group.id_sql("domain", "string")
         log = group.frame.selectExpr(
             f"{user} AS user_id",
             f"{item} AS item_id",
@@ -314,6 +317,9 @@ def _group_inputs(
     groups = []
     texts = []
     others = []
+    named = dict(columns)
+    if domain is not None:
+        named.pop("domain", None)
     for one in inputs:
         if one.is_text:
             texts.append(one)
@@ -321,7 +327,7 @@ def _group_inputs(
             others.append(one)
     if texts:
         frame = _read_texts(spark, texts, columns, domain, scratch)
-        groups.append(_Group(texts, lambda _: frame, columns))
+        groups.append(_Group(texts, lambda _: frame, named))
 
     def read_schema(one: Input) -> str:
         frame_of_one = _read_frame(spark, [one])
@@ -342,7 +348,7 @@ def _group_inputs(
         domain=domain,
     )
     for alike in inputs_by_layout.values():
-        groups.append(_Group(alike, read, columns))
+        groups.append(_Group(alike, read, named))
     return groups
 
 
@@ -516,7 +522,7 @@ class _Group:
         """Raises InputError where the engines could read a column's type differently."""
         kind = self.types[role]
         name = self.inputs[0].name
-        column = f"{name}: column {self.columns[role]!r}"
+        column = f"{name}: column {self.columns.get(role, role)!r}"
         if isinstance(kind, _NESTED):
             raise InputError(
                 f"{column} holds {kind.simpleString()}, not single values"
@@ -528,28 +534,27 @@ class _Group:
                 raise InputError(
                     f"{column} holds {type_name}: a time is a number or a date"
                 )
-        elif not _is_id_type(kind):
+        elif not isinstance(kind, _ID_TYPES):
             raise InputError(
                 f"{column} holds {type_name}: Spark may write it otherwise than DuckDB; "
                 "cast it to BIGINT or text, or use --engine duckdb"
             )
 
-    def text_sql(self, role: str) -> str:
-        """Returns SQL for the value as DuckDB writes it.
-
-        type of user    SQL
-        DOUBLE          concat(CAST(CAST(user AS bigint) AS string), '.0')
-        BIGINT          CAST(user AS string)
-        """
-        if self._is_float(role):
-            return f"concat(CAST(CAST({role} AS bigint) AS string), '.0')"
-        return f"CAST({role} AS string)"
-
     def id_sql(self, role: str, id_type: str) -> str:
-        """Returns SQL for the id as bigint or string."""
+        """Returns SQL for the id as bigint or string, see `IdColumn`.
+
+        type of user     string
+        DOUBLE           CAST(CAST(user AS bigint) AS string)
+        DECIMAL(30, 2)   CAST(CAST(user AS decimal(38, 0)) AS string), if some are too large
+        BOOLEAN          CAST(user AS string)
+        """
         value = role
-        if id_type == "string":
-            value = self.text_sql(role)
+        if self.is_whole[role]:
+            if self._is_parsed(role):
+                value = _digits_sql(role)
+            value = f"CAST({value} AS bigint)"
+        elif isinstance(self.types[role], T.DecimalType):
+            value = f"CAST({role} AS decimal(38, 0))"
         return f"CAST({value} AS {id_type})"
 
     def missing_sql(self, role: str) -> str:
@@ -560,7 +565,7 @@ class _Group:
         DOUBLE          (user IS NULL OR NOT coalesce(abs(user) < double('Infinity'), false))
         BIGINT          (user IS NULL)
         """
-        if self._is_string(role):
+        if self._is_string(role) or self._is_binary(role):
             return f"({role} IS NULL OR CAST({role} AS string) = '')"
         if self._is_float(role):
             return f"({role} IS NULL OR NOT {_finite_sql(role)})"
@@ -572,34 +577,44 @@ class _Group:
         if self._is_string(role):
             if self.parsed:
                 return "false"
-            if hasattr(F, "is_valid_utf8"):
-                return f"NOT is_valid_utf8({role})"
-            binary = f"CAST({role} AS binary)"
-            return f"CAST(decode({binary}, 'UTF-8') AS binary) <> {binary}"
+            return _no_utf8_sql(role)
         if isinstance(kind, _DATE):
             return f"NOT {role} BETWEEN DATE'0001-01-01' AND DATE'9999-12-31'"
         if role == "time" and isinstance(kind, T.DecimalType):
             least_inexact = 2**53
             unit = 10**kind.scale
             return f"abs(time) >= {least_inexact}BD / {unit}BD"
-        if role != "time" and self._is_float(role):
-            bound = _FLOAT[type(kind)]
-            return (
-                f"({role} <> floor({role}) "
-                f"OR abs({role}) >= {bound} "
-                f"OR CAST({role} AS string) = '-0.0')"
-            )
+        return "false"
+
+    def fault_sql(self, role: str) -> str:
+        """Returns SQL for: the value is no id, see `IdColumn.fault_sql`."""
+        kind = self.types[role]
+        if role == "time":
+            return "false"
+        if self._is_float(role):
+            largest = _FLOAT[type(kind)]
+            return f"({role} <> floor({role}) OR abs({role}) > {largest})"
+        if isinstance(kind, T.DecimalType):
+            return f"{role} <> floor({role})"
+        if self._is_binary(role):
+            return _no_utf8_sql(f"CAST({role} AS string)")
         return "false"
 
     def whole_sql(self, role: str) -> str:
         """Returns SQL for: the value is a whole number as int64 writes it."""
-        is_text_time = role == "time" and self._is_string(role)
-        if self.parsed or is_text_time:
-            number = f"CAST(try_cast({role} AS bigint) AS string)"
-            return f"coalesce({number} = {role}, false)"
-        if isinstance(self.types[role], _WHOLE):
-            return "true"
-        return "false"
+        if role == "time":
+            if self._is_string(role):
+                number = "CAST(try_cast(time AS bigint) AS string)"
+                return f"coalesce({number} = time, false)"
+            return str(isinstance(self.types[role], _WHOLE)).lower()
+        if self._is_parsed(role):
+            digits = _digits_sql(role)
+            number = f"CAST(try_cast({digits} AS bigint) AS string)"
+            return f"coalesce({number} = {digits}, false)"
+        if isinstance(self.types[role], T.DecimalType):
+            return f"try_cast({role} AS bigint) IS NOT NULL"
+        is_number = isinstance(self.types[role], _WHOLE) or self._is_float(role)
+        return str(is_number).lower()
 
     @property
     def time_conditions(self) -> dict[str, str]:
@@ -627,6 +642,9 @@ class _Group:
             strange = self.strange_sql(role)
             aggregates.append(f"count_if({strange})")
         for role in ROLES:
+            fault = self.fault_sql(role)
+            aggregates.append(f"count_if({fault})")
+        for role in ROLES:
             whole = self.whole_sql(role)
             aggregates.append(f"bool_and({whole})")
         for condition in conditions.values():
@@ -640,9 +658,11 @@ class _Group:
         self.rows = results[0]
         missing_counts = results[1:5]
         strange_counts = results[5:9]
-        whole_flags = results[9:13]
-        time_counts = results[13:]
+        fault_counts = results[9:13]
+        whole_flags = results[13:17]
+        time_counts = results[17:]
         self._refuse_missing(missing_counts)
+        self._refuse_faults(fault_counts)
         self._refuse_strange(strange_counts)
         self.is_whole = dict(zip(ROLES, whole_flags, strict=True))
         self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
@@ -678,6 +698,13 @@ class _Group:
     def _is_float(self, role: str) -> bool:
         return isinstance(self.types[role], tuple(_FLOAT))
 
+    def _is_binary(self, role: str) -> bool:
+        return isinstance(self.types[role], T.BinaryType)
+
+    def _is_parsed(self, role: str) -> bool:
+        """Whether the text says no type, as in CSV. That of --domain does."""
+        return self.parsed and role in self.columns
+
     def _refuse_missing(self, counts: list[int]) -> None:
         """Raises InputError for the first role with missing values."""
         for role, count in zip(ROLES, counts, strict=True):
@@ -691,6 +718,16 @@ class _Group:
                 raise InputError(
                     f"{row} {column!r} is {value}: every row needs one"
                 )
+
+    def _refuse_faults(self, counts: list[int]) -> None:
+        """Raises InputError for the first role with values that are no ids."""
+        for role, count in zip(ROLES, counts, strict=True):
+            if count:
+                condition = self.fault_sql(role)
+                row, text = self._first_row(role, condition)
+                reason = fault_reason(self.types[role].simpleString())
+                column = self.columns[role]
+                raise InputError(f"{row} {column!r} is {text}: {reason}")
 
     def _refuse_strange(self, counts: list[int]) -> None:
         """Raises InputError for the first role with values that the engines read otherwise."""
@@ -710,7 +747,10 @@ class _Group:
 
         Rows are numbered from 1, the header not counted. A table's have no number.
         """
-        first = f"min(struct(file, row, CAST({role} AS string)))"
+        value = f"CAST({role} AS string)"
+        if self._is_binary(role):
+            value = f"hex({role})"
+        first = f"min(struct(file, row, {value}))"
         rows = self.frame.filter(condition)
         selected = rows.selectExpr(first)
         (values,) = selected.head()
@@ -737,14 +777,17 @@ class _Group:
         raise error
 
 
-def _is_id_type(kind: T.DataType) -> bool:
-    """Returns whether ids may be of this type."""
-    if not isinstance(kind, T.DecimalType):
-        return isinstance(kind, _ID_TYPES)
-    # DECIMAL(20, 0) may be what Spark makes of UBIGINT; others lose their zeros.
-    if kind.precision == 20 and kind.scale == 0:
-        return False
-    return kind.scale <= 6 and kind.scale < kind.precision
+def _digits_sql(value: str) -> str:
+    """Returns SQL for parsed text without the .0 of a float."""
+    return f"regexp_replace({value}, '[.]0+$', '')"
+
+
+def _no_utf8_sql(value: str) -> str:
+    """Returns SQL for: the text's bytes are no UTF-8."""
+    if hasattr(F, "is_valid_utf8"):
+        return f"NOT is_valid_utf8({value})"
+    binary = f"CAST({value} AS binary)"
+    return f"CAST(decode({binary}, 'UTF-8') AS binary) <> {binary}"
 
 
 def _finite_sql(value: str) -> str:
