@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEAST_MEMORY = 500 * 10**6  # bytes
+TIE_ORDERS = ("hash", "file")  # see trainer/data/tie_order.py
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
 _BYTES_BY_UNIT = {
     "": 1,
@@ -49,6 +50,7 @@ class PrepareConfig:
     since, days: the window of time that counts. It begins at a time, or so many days before the
     newest row.
     time_unit: the unit of times that are numbers.
+    tie_order: of a user's events at the same time: by a hash, or as the rows stand in the files.
     retire: items without an event in the window lose their row.
     """
 
@@ -72,6 +74,7 @@ class PrepareConfig:
     days: float | None = None
     time_unit: str | None = None
     retire: bool = False
+    tie_order: str = "hash"
     memory: str = "8GB"  # of all processes together
     processes: int = 0  # 0: as many as this process may use cores
 
@@ -85,6 +88,10 @@ class PrepareConfig:
         if self.domain == "":
             raise InputError(
                 "domain is empty: give the one domain of these logs a name"
+            )
+        if self.tie_order not in TIE_ORDERS:
+            raise InputError(
+                f"tie_order is {self.tie_order!r}: it is hash or file"
             )
         for name in ("whole_log", "retire"):
             if getattr(self, name) and self.extend is None:

@@ -7,6 +7,7 @@ The view has the columns
     domain             VARCHAR
     time               BIGINT or DOUBLE; dates are microseconds since 1970, UTC if they name
                        no zone
+    position           BIGINT, if asked for: rises with the rows of a file, and from file to file
 """
 
 import csv
@@ -45,6 +46,8 @@ _FLOAT = {"FLOAT", "DOUBLE"}
 _DATE = ("DATE", "TIMESTAMP")
 _NESTED = ("STRUCT", "MAP", "UNION")
 _LONGEST_REASON = 300
+_ROW_OF_COPY = "row_of_file"
+FILE_BITS = 40  # of a position, above those of the row
 
 
 @dataclass
@@ -56,6 +59,7 @@ class _Group:
     value: SQL expression over `table` by role. type: DuckDB type by role.
     text: CSV, of which every column is text.
     is_whole: by role, whether all values are whole numbers that fit int64.
+    number: of the file among all, where the order of the rows is asked for; else None.
     """
 
     files: list[Path]
@@ -67,6 +71,7 @@ class _Group:
     table: str = ""
     rows: int = 0
     is_whole: dict[str, bool] = field(default_factory=dict)
+    number: int | None = None
 
     def scan_sql(self, files: list[Path]) -> str:
         """Returns SQL that reads some of the files.
@@ -81,6 +86,15 @@ class _Group:
             literals.append(_path_literal(file))
         paths = ", ".join(literals)
         return f"{function}([{paths}], {self.options})"
+
+    def position_sql(self) -> str:
+        """Returns SQL for the column of positions, with a comma; nothing where none are asked for."""
+        if self.number is None:
+            return ""
+        row = "row_number() OVER ()"
+        if self.text:
+            row = _ROW_OF_COPY
+        return f", ({self.number}::BIGINT << {FILE_BITS}) + {row} AS position"
 
     def missing_sql(self, role: str) -> str:
         """Returns SQL for: the value is missing.
@@ -207,17 +221,19 @@ def open_log(
     columns: dict[str, str],
     domain: str | None = None,
     view: str = "log",
+    in_file_order: bool = False,
 ) -> bool:
     """Makes the view `log` over the files. Returns whether their times are dates.
 
     columns: the columns' names by role: user, item, domain, time.
     domain: the one domain of all rows, in place of a column.
+    in_file_order: the view has the rows' position, in files that go by their paths.
     Raises InputError, naming file and row: a missing column, a file that cannot be read, an
     empty id, a time that is neither number nor date, no rows at all.
     """
     connection.execute("SET TimeZone = 'UTC'")
     groups = []
-    all_groups = _group_files(connection, files, columns, domain)
+    all_groups = _group_files(connection, files, columns, domain, in_file_order)
     for number, group in enumerate(all_groups):
         _inspect(connection, group, f"text_{number}")
         if group.rows:
@@ -239,6 +255,7 @@ def open_log(
                 {group.id_sql("item", item_type)} AS item_id,
                 {group.id_sql("domain", "VARCHAR")} AS domain,
                 {time} AS "time"
+                {group.position_sql()}
             FROM {group.table}""")
     rows = " UNION ALL ".join(selects)
     connection.execute(f"CREATE OR REPLACE VIEW {view} AS {rows}")
@@ -370,8 +387,11 @@ def _group_files(
     files: list[Path],
     columns: dict[str, str],
     domain: str | None,
+    in_file_order: bool = False,
 ) -> list[_Group]:
     """Groups files with equal columns, so that a thousand part files are one scan.
+
+    in_file_order: each file is a group of its own.
 
     1.csv        user,item,time            a group
     2.csv        user,item,time            the same one
@@ -390,13 +410,16 @@ def _group_files(
             layout = tuple(columns_of_file)
         else:
             layout = _read_parquet_columns(connection, path)
-        files_by_layout[delimiter, layout].append(path)
+        alone = path if in_file_order else None
+        files_by_layout[delimiter, layout, alone].append(path)
     wanted = dict(columns)
     if domain is not None:
         wanted.pop("domain", None)
     groups = []
-    for (delimiter, layout), paths in files_by_layout.items():
+    for (delimiter, layout, alone), paths in files_by_layout.items():
         group = _make_group(delimiter, layout, paths, wanted)
+        if alone is not None:
+            group.number = files.index(alone)
         if domain is not None:
             escaped = escape_sql(domain)
             group.value["domain"] = f"'{escaped}'"
@@ -566,6 +589,8 @@ def _copy_text(
         column = group.value[role]
         if column not in columns:
             columns.append(column)
+    if group.number is not None:
+        columns.append(f"row_number() OVER () AS {_ROW_OF_COPY}")
     selected = ", ".join(columns)
     connection.execute(f"""
         CREATE TABLE {copy_name} AS

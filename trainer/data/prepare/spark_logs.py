@@ -29,6 +29,7 @@ from pyspark.sql import types as T
 from trainer.data.duckdb_engine import escape_sql, open_connection
 from trainer.data.id_columns import fault_reason
 from trainer.data.prepare.logs import (
+    FILE_BITS,
     SUFFIXES,
     check_columns,
     find_files,
@@ -239,10 +240,12 @@ def open_log(
     columns: dict[str, str],
     domain: str | None,
     scratch: str,
-) -> DataFrame:
-    """Returns the rows of all inputs: user_id, item_id, domain and time.
+    in_file_order: bool = False,
+) -> tuple[DataFrame, bool]:
+    """Returns the rows of all inputs (user_id, item_id, domain, time), and whether times are dates.
 
     Ids are bigint or string, domain is string, time bigint or double.
+    in_file_order: the rows have their position too, see `logs.py`.
     scratch: a new folder for copies of text files.
     Raises InputError, as `logs.open_log` does.
     """
@@ -256,7 +259,8 @@ def open_log(
         if len(inputs) > 1:
             logs += f" and {len(inputs) - 1} more"
         raise InputError(f"{logs}: no rows, nothing to prepare")
-    times = _time_expressions(groups)
+    kinds, times = _time_expressions(groups)
+    positions = {one.name: number for number, one in enumerate(inputs)}
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
     logs = []
@@ -264,18 +268,22 @@ def open_log(
         user = group.id_sql("user", user_type)
         item = group.id_sql("item", item_type)
         domain_value = group.id_sql("domain", "string")
-        log = group.frame.selectExpr(
+        columns = [
             f"{user} AS user_id",
             f"{item} AS item_id",
             f"{domain_value} AS domain",
             f"{time} AS time",
-        )
-        logs.append(log)
-    return functools.reduce(DataFrame.unionAll, logs)
+        ]
+        frame = group.frame
+        if in_file_order:
+            frame = group.with_positions(spark, positions)
+            columns.append("position")
+        logs.append(frame.selectExpr(*columns))
+    return functools.reduce(DataFrame.unionAll, logs), "date" in kinds
 
 
-def _time_expressions(groups: "list[_Group]") -> list[str]:
-    """Returns SQL of the time, one a group, all of one kind: numbers or dates.
+def _time_expressions(groups: "list[_Group]") -> tuple[list[str], list[str]]:
+    """Returns the kind of time and its SQL, one a group, all of one kind: numbers or dates.
 
     kinds           each group's time
     whole, whole    CAST(time AS bigint)
@@ -288,11 +296,11 @@ def _time_expressions(groups: "list[_Group]") -> list[str]:
     if "date" in kinds:
         time = "unix_micros(CAST(time AS timestamp))"
     elif "float" in kinds:
-        # Without negative zeros: the item decides which of two equal times comes first.
+        # Without negative zeros, which would not be equal to zeros.
         time = "CAST(time AS double) + 0D"
     else:
         time = "CAST(time AS bigint)"
-    return [time] * len(groups)
+    return kinds, [time] * len(groups)
 
 
 def _common_id_type(groups: "list[_Group]", role: str) -> str:
@@ -666,6 +674,28 @@ class _Group:
         self._refuse_strange(strange_counts)
         self.is_whole = dict(zip(ROLES, whole_flags, strict=True))
         self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
+
+    def with_positions(
+        self, spark: SparkSession, numbers: dict[str, int]
+    ) -> DataFrame:
+        """Returns the frame with the rows' position among all inputs. numbers: of these, by name.
+
+        Raises InputError for a table, whose rows have no order.
+        """
+        first = self.inputs[0]
+        if first.is_table:
+            raise InputError(
+                f"{first.name}: the rows of a table have no order: "
+                "leave out --tie-order file"
+            )
+        files = []
+        for (file,) in self.frame.select("file").distinct().collect():
+            files.append((file, numbers[_file_name(file)]))
+        schema = "file string, number bigint"
+        numbered = spark.createDataFrame(files, schema)
+        frame = self.frame.join(F.broadcast(numbered), "file")
+        position = f"shiftleft(number, {FILE_BITS}) + row AS position"
+        return frame.selectExpr("*", position)
 
     def kind_of_time(self) -> str:
         """Returns 'whole', 'float' or 'date'.
