@@ -95,6 +95,24 @@ class IdColumn:
             value = f"trunc({value})::HUGEINT"
         return f"{value}::{id_type}"
 
+    def text_sql(self) -> str:
+        """Returns SQL for the id's text, whatever the other values are.
+
+        A value that is no id keeps its own text, by which it can be named.
+        """
+        value = self.value
+        text = f"{value}::VARCHAR"
+        number = ""
+        if self.type in _LARGEST_EXACT:
+            number = f"TRY_CAST({value} AS BIGINT)::VARCHAR"
+        elif self._is_decimal():
+            number = f"trunc({value})::HUGEINT::VARCHAR"
+        elif self.type == "BLOB":
+            return f"coalesce({self._decoded_sql()}, {text})"
+        if number:
+            return f"CASE WHEN {self.fault_sql()} THEN {text} ELSE {number} END"
+        return text
+
     def _digits_sql(self) -> str:
         """Returns SQL for parsed text without the .0 of a float."""
         return f"regexp_replace({self.value}, '[.]0+$', '')"

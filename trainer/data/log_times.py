@@ -7,9 +7,13 @@ what their size says: 1.7e9 is a second of this century, 1.7e12 a millisecond of
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trainer.config.prepare import TIME_UNITS
 from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from trainer.data.format.dataset import Dataset
 
 DATES = "dates"
 NUMBERS = "numbers"
@@ -26,9 +30,9 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class LogTimes:
-    """The kind of a log's times. unit: a key of TIME_UNITS; None: not known."""
+    """The kind of a log's times, and their unit, a key of TIME_UNITS. None: not known."""
 
-    kind: str
+    kind: str | None
     unit: str | None
 
     @classmethod
@@ -41,9 +45,11 @@ class LogTimes:
         return cls(NUMBERS, unit or guess_unit(newest))
 
     def __str__(self) -> str:
-        if self.kind == NUMBERS and self.unit:
+        if self.kind == DATES:
+            return DATES
+        if self.unit:
             return f"numbers ({_NAMES[self.unit]})"
-        return self.kind
+        return NUMBERS
 
 
 def guess_unit(time: float | None) -> str | None:
@@ -56,6 +62,13 @@ def guess_unit(time: float | None) -> str | None:
     return None
 
 
+def dataset_times(dataset: "Dataset") -> LogTimes:
+    """Tells the kind of a dataset's times. One of format version 4 does not say it."""
+    if dataset.time_kind is None:
+        return LogTimes(None, guess_unit(dataset.last_time))
+    return LogTimes(dataset.time_kind, dataset.time_unit)
+
+
 def refuse_other_times(
     name: object, times: LogTimes, log: object, log_times: LogTimes
 ) -> None:
@@ -63,10 +76,14 @@ def refuse_other_times(
 
     name, log: of the dataset and of the log. What is not known of either is not compared.
     """
-    same_kind = times.kind == log_times.kind
-    if same_kind and (
-        None in (times.unit, log_times.unit) or times.unit == log_times.unit
+    is_same = True
+    for ours, theirs in (
+        (times.kind, log_times.kind),
+        (times.unit, log_times.unit),
     ):
+        if None not in (ours, theirs) and ours != theirs:
+            is_same = False
+    if is_same:
         return
     raise InputError(
         f"{name}: its times are {times}, those of {log} are {log_times}: "

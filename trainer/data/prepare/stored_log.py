@@ -244,12 +244,8 @@ def _check_kind_of_time(
     """Raises InputError where new times are dates and old ones numbers, or of another unit."""
     _, newest = query_time_span(connection, "arrived")
     times = LogTimes.of(dates, newest, config.time_unit)
-    # A dataset of format version 4 does not say its unit.
-    unit = old.time_unit
-    if old.time_kind is None:
-        unit = None
     old_dates = StoredLog.read(old.folder / LOG).dates
-    old_times = LogTimes.of(old_dates, old.last_time, unit)
+    old_times = LogTimes.of(old_dates, old.last_time, old.time_unit)
     refuse_other_times(old.folder, old_times, files[0], times)
 
 
