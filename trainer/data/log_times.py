@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DATES = "dates"
 NUMBERS = "numbers"
+UNKNOWN = "unknown"
 # Seconds since 1970 that are a time of somebody's log: of 1985 to 2100.
 _EARLIEST = 473e6
 _LATEST = 4102e6
@@ -30,43 +31,49 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class LogTimes:
-    """The kind of a log's times, and their unit, a key of TIME_UNITS. None: not known."""
+    """The kind of a log's times, and their unit: a key of TIME_UNITS, or UNKNOWN."""
 
-    kind: str | None
-    unit: str | None
+    kind: str
+    unit: str
 
     @classmethod
     def of(
         cls, dates: bool, newest: float | None, unit: str | None = None
     ) -> "LogTimes":
-        """Tells the kind of times by the newest of them. unit: of numbers, where it is known."""
+        """Tells the kind of times by the newest of them.
+
+        unit: of numbers, where it is given, and their size says no other.
+        """
         if dates:
             return cls(DATES, "us")
-        return cls(NUMBERS, unit or guess_unit(newest))
+        guessed_unit = guess_unit(newest)
+        if guessed_unit == UNKNOWN and unit is not None:
+            return cls(NUMBERS, unit)
+        return cls(NUMBERS, guessed_unit)
+
+    @classmethod
+    def of_dataset(cls, dataset: "Dataset") -> "LogTimes":
+        """Tells the kind of a dataset's times. One of format version 4 does not say it."""
+        if dataset.time_kind is None or dataset.time_unit is None:
+            return cls(UNKNOWN, guess_unit(dataset.last_time))
+        return cls(dataset.time_kind, dataset.time_unit)
 
     def __str__(self) -> str:
         if self.kind == DATES:
             return DATES
-        if self.unit:
-            return f"numbers ({_NAMES[self.unit]})"
-        return NUMBERS
+        if self.unit == UNKNOWN:
+            return NUMBERS
+        return f"numbers ({_NAMES[self.unit]})"
 
 
-def guess_unit(time: float | None) -> str | None:
-    """Returns the unit in which a time since 1970 is one of our days; None: in none."""
+def guess_unit(time: float | None) -> str:
+    """Returns the unit in which a time since 1970 is one of our days, or UNKNOWN."""
     if time is None or not math.isfinite(time):
-        return None
+        return UNKNOWN
     for unit, second in TIME_UNITS.items():
         if _EARLIEST <= time / second <= _LATEST:
             return unit
-    return None
-
-
-def dataset_times(dataset: "Dataset") -> LogTimes:
-    """Tells the kind of a dataset's times. One of format version 4 does not say it."""
-    if dataset.time_kind is None:
-        return LogTimes(None, guess_unit(dataset.last_time))
-    return LogTimes(dataset.time_kind, dataset.time_unit)
+    return UNKNOWN
 
 
 def refuse_other_times(
@@ -76,19 +83,16 @@ def refuse_other_times(
 
     name, log: of the dataset and of the log. What is not known of either is not compared.
     """
-    is_same = True
-    for ours, theirs in (
-        (times.kind, log_times.kind),
-        (times.unit, log_times.unit),
-    ):
-        if None not in (ours, theirs) and ours != theirs:
-            is_same = False
-    if is_same:
-        return
-    raise InputError(
-        f"{name}: its times are {times}, those of {log} are {log_times}: "
-        "write one kind"
+    pairs = (
+        {times.kind, log_times.kind},
+        {times.unit, log_times.unit},
     )
+    for pair in pairs:
+        if len(pair - {UNKNOWN}) > 1:
+            raise InputError(
+                f"{name}: its times are {times}, those of {log} are {log_times}: "
+                "write one kind"
+            )
 
 
 def describe_mixed_units(
@@ -102,7 +106,7 @@ def describe_mixed_units(
     for name, first, last in spans:
         for time in (first, last):
             unit = guess_unit(time)
-            if unit is not None:
+            if unit != UNKNOWN:
                 domain_of_unit.setdefault(unit, name)
     if len(domain_of_unit) < 2:
         return None

@@ -33,7 +33,6 @@ from trainer.data.format.dataset import USERS, Dataset
 from trainer.data.loading.histories import Histories
 from trainer.data.log_times import (
     LogTimes,
-    dataset_times,
     refuse_other_times,
 )
 from trainer.data.prepare.logs import find_files, open_ids, open_log
@@ -420,7 +419,7 @@ def _check_times(
     _, newest = query_time_span(connection, "log")
     refuse_other_times(
         dataset.place,
-        dataset_times(dataset),
+        LogTimes.of_dataset(dataset),
         logs[0],
         LogTimes.of(dates, newest),
     )

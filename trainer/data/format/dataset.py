@@ -38,8 +38,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trainer.config.prepare import TIE_ORDERS
+from trainer.config.prepare import TIE_ORDERS, TIME_UNITS
 from trainer.config.stream import SourceConfig
+from trainer.data.log_times import DATES, NUMBERS, UNKNOWN
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
 from trainer.errors import InputError
@@ -360,7 +361,7 @@ class Dataset:
             version = record.pop("format_version", None)
         if version == _VERSION_WITHOUT_TIES:
             for name in _SINCE_TIES:
-                record.setdefault(name, None)
+                record[name] = record.get(name)
         elif version != FORMAT_VERSION:
             raise InputError(
                 f"{path} has format_version {version}, "
@@ -377,14 +378,22 @@ class Dataset:
         return dataset
 
     def _check_tie_order(self, path: Path | str, version: int) -> None:
-        """Raises InputError for an order of equal times that this program does not know."""
-        is_known = self.tie_order in TIE_ORDERS
-        if version == _VERSION_WITHOUT_TIES:
-            is_known = self.tie_order is None
-        if not is_known:
-            raise InputError(
-                f"{path}: tie_order is {self.tie_order!r}: prepare the dataset again"
-            )
+        """Raises InputError for an order of equal times, or a kind of times, that is none."""
+        units = (*TIME_UNITS, UNKNOWN)
+        is_known = {
+            "tie_order": self.tie_order in TIE_ORDERS,
+            "tied_users": self.tied_users is not None,
+            "time_kind": self.time_kind in (DATES, NUMBERS),
+            "time_unit": self.time_unit in units,
+        }
+        for name in _SINCE_TIES:
+            value = getattr(self, name)
+            if version == _VERSION_WITHOUT_TIES:
+                is_known[name] = value is None
+            if not is_known[name]:
+                raise InputError(
+                    f"{path}: {name} is {value!r}: prepare the dataset again"
+                )
 
     def _check_sums(self, path: Path | str) -> None:
         """Raises InputError where domains, users and interactions do not add up."""

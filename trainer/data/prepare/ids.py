@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.log_times import NUMBERS
+from trainer.data.log_times import NUMBERS, UNKNOWN
 from trainer.errors import InputError
 
 INT32_MAX = 2**31 - 1
@@ -39,7 +39,7 @@ class Ids:
     first_time: float
     last_time: float
     time_kind: str = NUMBERS
-    time_unit: str | None = None
+    time_unit: str = UNKNOWN
 
     @property
     def starts(self) -> list[int]:

@@ -184,7 +184,13 @@ def read_times(
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
     newest = max(last for _, _, last in spans)
-    return LogTimes.of(dates, newest, unit)
+    times = LogTimes.of(dates, newest, unit)
+    if not dates and unit not in (None, times.unit):
+        print(
+            f"warning: --time-unit {unit}: the newest time, {newest}, looks like {times}",
+            file=sys.stderr,
+        )
+    return times
 
 
 def _summarize(
