@@ -27,6 +27,7 @@ import trainer.data.duckdb_engine
 import trainer.data.prepare.ids
 import trainer.data.prepare.pipeline
 from trainer.config.prepare import PrepareConfig
+from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import read_blocks
 from trainer.data.prepare.assembly import assemble
@@ -114,6 +115,28 @@ def some_rows(count=300, users=23, items=40, seed=1):
 # --- against a plain reference ------------------------------------------------------------------------------------------
 
 
+def key_of(text):
+    return int(hashlib.md5(text.encode()).hexdigest()[:15], 16)
+
+
+def in_order(seed, user, events):
+    """A user's (time, domain, text of the item's id), by time, equal ones by their hash."""
+    occurrences = Counter()
+    keyed = []
+    for when, domain, item in sorted(events):
+        domain_digits = hashlib.md5(domain.encode()).hexdigest()
+        bits = random_bits(
+            RandomStream.TIME_TIES,
+            key_of(f"{seed}:{user}"),
+            np.array([when], np.float64).view(np.uint64),
+            key_of(domain_digits + item),
+            occurrences[when, domain, item],
+        )
+        occurrences[when, domain, item] += 1
+        keyed.append((when, int(bits[0]), domain, item))
+    return [(when, domain, item) for when, _, domain, item in sorted(keyed)]
+
+
 def reference(rows, min_user, min_item, seed):
     """Histories by raw user, vocabulary and counts, by sorting and counting in plain Python; None if nothing is left."""
     rows = [
@@ -135,15 +158,12 @@ def reference(rows, min_user, min_item, seed):
     for user, item, domain, when in rows:
         by_user[user].append((when, domain, item))
     events = {
-        user: [event[1:] for event in sorted(found)]
+        user: [event[1:] for event in in_order(seed, user, found)]
         for user, found in by_user.items()
     }
     order = sorted(
         events,
-        key=lambda user: (
-            hashlib.md5(f"{seed}:{user}".encode()).hexdigest()[:15],
-            user,
-        ),
+        key=lambda user: (key_of(f"{seed}:{user}"), user),
     )
     training = Counter(
         event
@@ -173,7 +193,7 @@ def reference(rows, min_user, min_item, seed):
     )
 
 
-def ticks_of(rows, order, events, vocabulary):
+def ticks_of(rows, order, events, vocabulary, seed):
     """By raw user, from the first time of all rows to the last."""
     first, last = min(row[3] for row in rows), max(row[3] for row in rows)
     row_of = {
@@ -188,7 +208,8 @@ def ticks_of(rows, order, events, vocabulary):
             for name, item, domain, when in rows
             if str(name) == user
         ]
-        own = [event for event in sorted(own) if event[1:] in row_of]
+        own = [event for event in own if event[1:] in row_of]
+        own = in_order(seed, user, own)
         assert [row_of[event[1:]] for event in own] == events[user]
         found[user] = [
             int((when - first) / max(last - first, 1) * 65535)
@@ -306,7 +327,7 @@ def test_prepare_agrees_with_plain_python(
         assert [str(user) for user in users["user_id"].to_pylist()] == order
         found, ticks = (
             timed_histories(dataset),
-            ticks_of(rows, order, events, vocabulary),
+            ticks_of(rows, order, events, vocabulary, seed),
         )
         assert [found[number] for number in range(len(order))] == [
             (events[user], ticks[user]) for user in order
