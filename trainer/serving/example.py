@@ -294,7 +294,7 @@ class Recommender:
 
         history: (time, domain, item id) of each interaction, oldest first. Domains and items that
         the model does not know are left out of it. A history without any known item is a new
-        user's. Items of the history are not recommended, so that fewer than k may be left. now:
+        user's. A time of another unit raises ValueError. Items of the history are not recommended, so that fewer than k may be left. now:
         the time of the request; None: the last time that the model knows.
 
             history = [(1764146000, "books", "B000FA5SXY"), (1764147000, "video", "B00005JKZ2")]
@@ -344,9 +344,13 @@ class Recommender:
     def _known_events(
         self, history: list[tuple[float, str, str]]
     ) -> list[Event]:
-        """The interactions with items that the model knows, by their rows."""
+        """The interactions with items that the model knows, by their rows.
+
+        Raises ValueError for a time of another unit.
+        """
         events = []
         for time, name, item in history:
+            check_time(time, self.schema)
             if name in self.domains and item in self.domains[name].rows:
                 events.append((time, name, self.domains[name].rows[item]))
         return events
@@ -402,13 +406,19 @@ def read_time(text: str, schema: dict[str, Any]) -> float:
             time = time.replace(tzinfo=UTC)
         return time.timestamp() * _UNITS[unit]
     number = float(text)
+    check_time(number, schema)
+    return number
+
+
+def check_time(number: float, schema: dict[str, Any]) -> None:
+    """Raises ValueError for a number that looks like another unit than that of the model's times."""
+    unit = schema.get("time_unit", "unknown")
     for name, second in _UNITS.items():
         looks_like = _EARLIEST <= number / second <= _LATEST
         if looks_like and unit not in (name, "unknown"):
             raise ValueError(
-                f"{text} looks like a time in {name}, the model's are in {unit}"
+                f"{number:.0f} looks like a time in {name}, the model's are in {unit}"
             )
-    return number
 
 
 def main(
