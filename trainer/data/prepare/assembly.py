@@ -46,15 +46,10 @@ def assemble(
     """
     ids = Ids.load(ids_folder)
     summaries = []
-    too_short = 0
-    tied_users = 0
     for part in part_folders:
         path = part / "facts.json"
         text = path.read_text(encoding="utf-8")
-        summary = json.loads(text)
-        summaries.append(summary)
-        too_short += summary["too_short"]
-        tied_users += summary["tied_users"]
+        summaries.append(json.loads(text))
     (folder / "vocabulary").mkdir(exist_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
     domains = _write_vocabularies(
@@ -75,7 +70,7 @@ def assemble(
         seed=config.seed,
         users=ids.users,
         interactions=ids.interactions,
-        too_short=too_short,
+        too_short=sum(summary["too_short"] for summary in summaries),
         max_length=max(summary["max_length"] for summary in summaries),
         first_time=ids.first_time,
         last_time=ids.last_time,
@@ -85,7 +80,7 @@ def assemble(
         shards=tuple(shards),
         files=tuple(files),
         tie_order=config.tie_order,
-        tied_users=tied_users,
+        tied_users=sum(summary["tied_users"] for summary in summaries),
         time_kind=ids.time_kind,
         time_unit=ids.time_unit,
     )

@@ -137,19 +137,8 @@ def store_log(
         counts["before_window"] = _count_before(connection, new_rows, begin)
     _link_files_in_window(connection, old_files, begin, folder)
     new_file = folder / f"{len(old_files):05d}.parquet"
-    window = _window_sql(begin)
-    position = ""
-    if config.tie_order == FILE:
-        position = f", row_number() OVER (ORDER BY {_POSITION}) AS {_POSITION}"
-    columns = ", ".join(_COLUMNS)
-    connection.execute(f"""
-        COPY (SELECT {columns} {position} FROM {new_rows} {window})
-        TO '{escape_sql(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
-    stored_log = StoredLog(
-        dates=dates,
-        min_user=config.min_user,
-        min_item=config.min_item,
-    )
+    _write_new_rows(connection, config, new_rows, begin, new_file)
+    stored_log = StoredLog(dates, config.min_user, config.min_item)
     stored_log.save(folder)
     record = {
         "begin": begin,
@@ -158,6 +147,23 @@ def store_log(
     }
     text = json.dumps(record)
     (folder / _COUNTS).write_text(text, encoding="utf-8")
+
+
+def _write_new_rows(
+    connection: DuckDBPyConnection,
+    config: PrepareConfig,
+    view: str,
+    begin: float | None,
+    file: Path,
+) -> None:
+    """Writes the rows of a view that are in the window, with their position where it counts."""
+    position = ""
+    if config.tie_order == FILE:
+        position = f", row_number() OVER (ORDER BY {_POSITION}) AS {_POSITION}"
+    columns = ", ".join(_COLUMNS)
+    connection.execute(f"""
+        COPY (SELECT {columns} {position} FROM {view} {_window_sql(begin)})
+        TO '{escape_sql(file)}' (FORMAT parquet, COMPRESSION zstd)""")
 
 
 def _link_files_in_window(
