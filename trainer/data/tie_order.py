@@ -126,8 +126,8 @@ def _order(
     # As floats, since another file can make floats of all times; without negative zeros.
     time_bits_C = (time_C.astype(np.float64) + 0.0).view(np.uint64)
     bits_C = random_bits(
+        user_key_C,  # of the seed, too
         RandomStream.TIME_TIES,
-        user_key_C,
         time_bits_C,
         item_key_C,
         occurrence_C,
