@@ -29,7 +29,7 @@ from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.prepare.ids import HASH_DIGITS
 
 HASH, FILE = TIE_ORDERS
-_CHUNK = 1 << 20  # events whose bits are in memory at once
+_CHUNK = 1 << 17  # events whose bits are in memory at once
 
 # Of the events at some positions (T,): the keys of their users and of their items, int64 (T,).
 KeysOf = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]

@@ -35,6 +35,7 @@ from trainer.data.log_times import (
     LogTimes,
     refuse_other_times,
 )
+from trainer.data.prepare.extend import refuse_float_texts
 from trainer.data.prepare.logs import find_files, open_ids, open_log
 from trainer.data.prepare.pipeline import file_state
 from trainer.data.tie_order import (
@@ -220,6 +221,7 @@ class _LogHistories:
             _read_vocabularies(connection, dataset)
         self.users = _count_rows(connection, "asked")
         _require_users(self.users, config)
+        _refuse_numbers(connection, dataset, "asked.user_id", "log.item_id")
         connection.execute("SET preserve_insertion_order = true")
         with stages("sorting the logs"):
             self._events = self._sorted_events()
@@ -295,6 +297,7 @@ class _DatasetHistories:
                 FROM ids LEFT JOIN known ON {same_user}
                 ORDER BY "user" NULLS LAST, ids.user_id"""
             self.users = _count_rows(connection, "ids")
+            _refuse_numbers(connection, dataset, "ids.user_id")
         else:
             self._query = f'SELECT user_id, "user"::BIGINT AS number FROM {users} ORDER BY number'
             self.users = dataset.users
@@ -407,6 +410,24 @@ _NO_EVENTS = _Events(
     np.zeros(0, np.int64),
     np.zeros(0, np.int64),
 )
+
+
+def _refuse_numbers(
+    connection: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+    *columns: str,
+) -> None:
+    """Raises InputError for numbers where a dataset of before has made texts of floats.
+
+    columns: as TABLE.COLUMN.
+    """
+    if dataset.tie_order is not None:
+        return
+    for name in columns:
+        table, column = name.split(".")
+        (kind,) = connection.sql(f"SELECT {column} FROM {table}").types
+        if kind == "BIGINT":
+            refuse_float_texts(dataset)
 
 
 def _check_times(

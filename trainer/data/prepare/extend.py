@@ -82,7 +82,7 @@ def load_extendable(
             f"{folder}: its log was kept without the order of the rows: leave out "
             "--tie-order file, or give the whole log as --input with --whole-log"
         )
-    _refuse_float_texts(old)
+    refuse_float_texts(old)
     if old.tie_order is None:
         print(
             f"{folder}: was prepared with equal times in the order of domain and item; "
@@ -92,10 +92,11 @@ def load_extendable(
     return old
 
 
-def _refuse_float_texts(old: Dataset) -> None:
+def refuse_float_texts(old: Dataset) -> None:
     """Raises InputError where a dataset of format version 4 has made ids like '56.0' of floats.
 
-    The same ids are 56 now, so each user and item would be there twice.
+    The same ids are 56 now: nobody who asks would be known, and each user and item would be there
+    twice in an extension.
     """
     if old.tie_order is not None:
         return

@@ -291,6 +291,25 @@ def test_logs_with_another_kind_of_time_are_refused(
             found(tmp_path, as_before_ties(prepared), inputs=(asked,))
 
 
+@pytest.mark.parametrize("asked", ["users", "log"])
+def test_numbers_are_not_asked_of_a_dataset_of_before_that_made_texts_of_them(
+    tmp_path, asked
+):
+    texts = [("1.0", f"{item}.0", "a", item) for item in range(3)]
+    source = log(tmp_path, texts, "data.parquet")
+    prepared = as_before_ties(
+        prepare(PrepareConfig((source,), str(tmp_path / "data")))
+    )
+    options = {"users": given(tmp_path, [1.0])}
+    if asked == "log":
+        numbers = [
+            (float(user), float(item), *rest) for user, item, *rest in texts
+        ]
+        options = {"inputs": (log(tmp_path, numbers, "numbers.parquet"),)}
+    with pytest.raises(InputError, match=r"'1\.0', which is read as 1 now"):
+        found(tmp_path, prepared, **options)
+
+
 def test_a_dataset_in_a_folder_called_like_a_column_is_read(tmp_path):
     rows = daily_rows(5)
     source = log(tmp_path, rows, "data.csv")
