@@ -6,10 +6,10 @@ logging interval and a record for each evaluation, in the order in which they ha
 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
                  loss_cross, mutual_information, single_by_domain, cross_by_domain (losses),
-                 lambda (weights), phi (eq. 10, below 0 = negative transfer), alpha, beta,
-                 learning_rate, gradient_norm, users_per_second, tokens_per_second,
-                 skipped_users (over all ranks in the interval: they could not be read, see
-                 stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
+                 lambda (weights, 1 where all domains weigh alike), phi (eq. 10, below 0 =
+                 negative transfer), alpha, beta, learning_rate, gradient_norm,
+                 users_per_second, tokens_per_second, skipped_users (over all ranks in the interval: they could not be
+                 read, see stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
     evaluation   kind "validation" or "test", step, epoch, seconds, and the figures that
                  trainer/evaluation/evaluation.py lists
 
