@@ -226,7 +226,8 @@ def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
 def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     """An evaluation's figures by their tags.
 
-    test mean/NDCG@10      the mean over domains
+    test mean/NDCG@10      the mean over the domains that count
+    test mean over users/NDCG@10
     test NDCG@10/Books     of a domain
     """
     evaluation = Evaluation.from_record(record)
@@ -235,6 +236,8 @@ def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     for metric in evaluation.metrics:
         mean_tag = f"{split} mean/{metric}"
         scalars[mean_tag] = evaluation.mean.get(metric)
+        user_mean_tag = f"{split} mean over users/{metric}"
+        scalars[user_mean_tag] = evaluation.user_mean.get(metric)
         for row in evaluation.by_domain:
             tag = f"{split} {metric}/{row.name}"
             scalars[tag] = row.model.get(metric)
