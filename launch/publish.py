@@ -96,6 +96,8 @@ def _print_record(options: Options, record: dict) -> None:
         print(json.dumps(record))
     else:
         Console().print(comparison_table(record))
+    for note in record.get("notes", []):
+        print(f"not held against it: {note}", file=sys.stderr)
     if record["published"]:
         print(f"{options.to}: version {record['published']} serves")
     else:

@@ -4,7 +4,8 @@
 
 Training begins with the model that serves (warm start). For cron and its kin (launch/templates/):
 killed, the same command goes on; two at once do not harm each other. Status 0: published;
-3: refused, FOLDER/days/NAME/report.md says why; else the stage that failed says why.
+3: refused, FOLDER/days/NAME/report.md says why; else the stage that failed says why. A refused
+day's logs come along with the next day; `leave_out=[NAME]` leaves them out.
 """
 
 import sys
@@ -45,6 +46,7 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 def main() -> None:
     """Retrains, and says how it ended."""
     options = parse()
+    from trainer.retraining.changes_report import after_refusal
     from trainer.retraining.day import REPORT
     from trainer.retraining.job import retrain
 
@@ -54,8 +56,12 @@ def main() -> None:
         print(f"{config.name}: version {result['published']} serves")
     else:
         print(f"{config.name}: not published")
+    for note in result.get("notes", []):
+        print(f"not held against it: {note}", file=sys.stderr)
     for reason in result["reasons"]:
         print(f"refused: {reason}", file=sys.stderr)
+    if not result["published"]:
+        print(after_refusal(config.name), file=sys.stderr)
     print(f"report: {config.folder}/days/{config.name}/{REPORT}")
     sys.exit(0 if result["published"] else REFUSED)
 

@@ -83,7 +83,7 @@ def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
 def comparison_table(record: dict[str, Any]) -> Table:
     """A candidate's figures beside the current version's, by domain. record: of `publish`."""
     table = Table("domain", title="NDCG@10 on the newest held-out items")
-    for column in ("users", *_COMPARED):
+    for column in ("users", *_COMPARED, "difference, 95 %"):
         table.add_column(column.replace("_", " "), justify="right")
     for name, figures in record["domains"].items():
         users = f"{figures['users']:,}"
@@ -93,5 +93,10 @@ def comparison_table(record: dict[str, Any]) -> Table:
         for key in _COMPARED:
             figure = figures[key]
             numbers.append("–" if figure is None else f"{figure:.4f}")
-        table.add_row(escape(name), users, *numbers)
+        interval = (figures["difference"] or {}).get("interval")
+        between = "–"
+        if interval is not None:
+            low, high = interval
+            between = f"{low:+.4f} to {high:+.4f}"
+        table.add_row(escape(name), users, *numbers, between)
     return table

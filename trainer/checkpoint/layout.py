@@ -77,6 +77,9 @@ class RunState:
     since_best: int = 0  # validations since then
     skipped_users: int = 0  # users of damaged blocks, summed over steps
     seconds: float = 0.0  # spent in the run, restarts not counted
+    # The domains that count in the mean by which the best model is chosen: those of the first
+    # validation, so that all of them compare alike.
+    mean_domains: list | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,8 @@ def read_state(folder: Path) -> StateRecord:
     try:
         record = json.loads(file.read_text())
         _check_version(file, record["format_version"])
-        state = record["state"]
+        # Earlier versions did not have the last one.
+        state = {"mean_domains": None, **record["state"]}
         _check_state(file, state)
         has_config = isinstance(record["config"], dict)
         has_dataset = isinstance(record["dataset"], str)

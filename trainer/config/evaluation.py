@@ -18,6 +18,11 @@ class EvaluationConfig:
         "epochs between validations, which choose the best model",
         on_resume=True,
     )
+    min_users: int = setting(
+        50,
+        "evaluated users of a domain that counts: in the mean, for the best step, in guards",
+        on_resume=True,
+    )
     patience: int = setting(
         5,
         "early stopping: validations without a better mean NDCG@10; 0: never",
@@ -25,7 +30,7 @@ class EvaluationConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("negatives", "batch_size", "every_epochs"):
+        for name in ("negatives", "batch_size", "every_epochs", "min_users"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(

@@ -25,6 +25,10 @@ class PublicationRules:
     least_users: int = setting(
         100, "newest users that judge a domain; with fewer, all its users do"
     )
+    level: float = setting(
+        0.05,
+        "the chance of a refusal on a day on which nothing is worse, all tests together",
+    )
     keep: int = setting(5, "older versions that stay")
 
 
@@ -41,6 +45,10 @@ class PublishConfig(PublicationRules):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}: give a share from 0 to 1")
+        if not 0 < self.level < 1:
+            raise InputError(
+                f"level is {self.level}: give a chance between 0 and 1"
+            )
         if self.least_users < 1:
             raise InputError(
                 f"least_users is {self.least_users}: give at least 1"
@@ -102,6 +110,10 @@ class _DaySettings:
 class RetrainConfig(PublicationRules, _DaySettings):
     """A retraining: what it prepares (launch/prepare.py), trains (launch/train.py) and publishes."""
 
+    leave_out: list[str] = setting(
+        list,
+        "refused days whose logs do not come along, e.g. [2026-11-25]",
+    )
     keep_days: int = setting(
         3,
         "days whose dataset and run stay, besides those of published versions",

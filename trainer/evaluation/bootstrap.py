@@ -162,6 +162,12 @@ class GroupMeans:
         users = self._total_users(with_users)
         return _figures(users, mean_RK)
 
+    def user_mean(self, system: int, groups: Sequence[int]) -> dict[str, Any]:
+        """The `figures` over all users of groups that share none."""
+        users = self._total_users(groups)
+        mean_RK = self._user_means(system, groups)
+        return _figures(users, mean_RK)
+
     def difference(self, group: int, metric: str) -> dict[str, Any]:
         """How much more of a metric the first system has than the second.
 
@@ -182,6 +188,15 @@ class GroupMeans:
         mean_R = np.mean(differences, axis=0)
         users = self._total_users(with_users)
         return _difference(users, mean_R)
+
+    def user_mean_difference(
+        self, groups: Sequence[int], metric: str
+    ) -> dict[str, Any]:
+        """The `difference` of `user_mean`."""
+        column = NAMES.index(metric)
+        first_R = self._user_means(0, groups)[:, column]
+        second_R = self._user_means(1, groups)[:, column]
+        return _difference(self._total_users(groups), first_R - second_R)
 
     def users(self, group: int) -> int:
         """How many users of the group were added."""
@@ -214,9 +229,18 @@ class GroupMeans:
             0.40    0.80         0.56    replicate 1
             NaN     NaN          NaN     replicate 2, which counts nobody
         """
-        sums_RK = self.sums[system, group].astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            return sums_RK[:, 1:] / sums_RK[:, :1]
+        return _divide_by_users(self.sums[system, group])
+
+    def _user_means(self, system: int, groups: Sequence[int]) -> np.ndarray:
+        """`_means` of the users of all these groups together."""
+        return _divide_by_users(self.sums[system, list(groups)].sum(axis=0))
+
+
+def _divide_by_users(sums_RK: np.ndarray) -> np.ndarray:
+    """Means, (1 + replicates, metrics), of sums whose first column counts users."""
+    whole_RK = sums_RK.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return whole_RK[:, 1:] / whole_RK[:, :1]
 
 
 def _figures(users: int, mean_RK: np.ndarray | None) -> dict[str, Any]:

@@ -79,7 +79,11 @@ def evaluate_run(
             )
         trained = load_trained_model(run, config, dataset, ranks)
         best = trained.checkpoint
-        model_state = {"step": best["step"], "epoch": best["epoch"]}
+        options = {
+            "step": best["step"],
+            "epoch": best["epoch"],
+            "min_users": config.evaluation.min_users,
+        }
         positions = _UserPositions(dataset.users if full else 0)
         visit = positions.visit if full else None
         ranking = _rank_candidates(
@@ -89,7 +93,7 @@ def evaluate_run(
             output,
             visit,
         )
-        record = make_evaluation_record(split, dataset, ranking, **model_state)
+        record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
             return record
         with _progress_bar(ranks, "ranking among all items") as advance:
@@ -102,7 +106,7 @@ def evaluate_run(
                 split,
                 advance,
             )
-        record = full_record(split, dataset, whole, record, **model_state)
+        record = full_record(split, dataset, whole, record, **options)
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:

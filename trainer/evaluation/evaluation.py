@@ -9,9 +9,13 @@ of a ranking among all items:
     skipped_users      users left out because they could not be read
     step, epoch        of the model; seconds since the run began, where a run logs the record
     domains            {name: {users, HR@5, …, MRR}}, by the model
-    mean               {HR@5, …, MRR}, over domains with users
+    mean               {HR@5, …, MRR}, over the domains that count
+    mean_domains       the names of the domains that count (absent: those with users)
+    min_users          users that a domain has which counts; of fewer each has where none has so
+                       many
+    user_mean          {HR@5, …, MRR}, over all users (absent: follows from domains)
     popularity         as domains, by popularity (optional)
-    popularity_mean    as mean, by popularity (optional)
+    popularity_mean, popularity_user_mean    as mean and user_mean, by popularity (optional)
     difference, breakdown, recommended, sampled    of a ranking among all items alone
 
 This module needs neither torch nor a dataset: reports import it.
@@ -21,7 +25,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from trainer.evaluation.metrics import Figures
+from trainer.evaluation.metrics import (
+    Figures,
+    domains_of_mean,
+    user_mean_figures,
+)
 from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
@@ -30,7 +38,9 @@ if TYPE_CHECKING:
 
 
 _BEFORE = ("kind", "ranking", "too_short", "skipped_users")
-_FIGURES = ("domains", "mean", "popularity", "popularity_mean")
+_MEANS = ("mean_domains", "min_users", "user_mean")
+_POPULARITY = ("popularity", "popularity_mean", "popularity_user_mean")
+_FIGURES = ("domains", "mean", *_MEANS, *_POPULARITY)
 _FULL = ("difference", "breakdown", "recommended", "sampled")
 
 
@@ -119,8 +129,9 @@ class DomainTable(list[DomainFigures]):
 class Evaluation:
     """The figures of one model on one split.
 
-    by_domain: a row for each domain, in the dataset's order. mean, popularity_mean: over domains
-    with users. model_state: `step`, `epoch` and what else says which model it was, in the record's
+    by_domain: a row for each domain, in the dataset's order. mean, popularity_mean: over the
+    domains that count, whose names are `mean_domains`. user_mean, popularity_user_mean: over all
+    users. min_users: what a domain needs to count (`evaluation.min_users`). model_state: `step`, `epoch` and what else says which model it was, in the record's
     order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking among all
     items, empty otherwise.
     """
@@ -133,6 +144,10 @@ class Evaluation:
     skipped_users: int | None = None
     model_state: dict[str, Any] = field(default_factory=dict)
     full: dict[str, Any] = field(default_factory=dict)
+    recorded_domains: tuple[str, ...] | None = None
+    min_users: int | None = None
+    recorded_user_mean: Figures | None = None
+    recorded_popularity_user_mean: Figures | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Evaluation":
@@ -148,6 +163,7 @@ class Evaluation:
             if key not in (*_BEFORE, *_FIGURES, *_FULL):
                 model_state[key] = value
         full = {key: record[key] for key in _FULL if key in record}
+        domains = record.get("mean_domains")
         return cls(
             kind=record["kind"],
             by_domain=DomainTable(rows, _metrics_of(record["mean"])),
@@ -157,6 +173,10 @@ class Evaluation:
             skipped_users=record.get("skipped_users"),
             model_state=model_state,
             full=full,
+            recorded_domains=None if domains is None else tuple(domains),
+            min_users=record.get("min_users"),
+            recorded_user_mean=record.get("user_mean"),
+            recorded_popularity_user_mean=record.get("popularity_user_mean"),
         )
 
     def to_record(self) -> dict[str, Any]:
@@ -171,12 +191,20 @@ class Evaluation:
         record |= self.model_state
         record["domains"] = {row.name: row.model for row in self.by_domain}
         record["mean"] = self.mean
+        if self.recorded_domains is not None:
+            record["mean_domains"] = list(self.recorded_domains)
+        if self.min_users is not None:
+            record["min_users"] = self.min_users
+        if self.recorded_user_mean is not None:
+            record["user_mean"] = self.recorded_user_mean
         if self.has_popularity:
             record["popularity"] = {
                 row.name: row.popularity for row in self.by_domain
             }
         if self.popularity_mean is not None:
             record["popularity_mean"] = self.popularity_mean
+        if self.recorded_popularity_user_mean is not None:
+            record["popularity_user_mean"] = self.recorded_popularity_user_mean
         return record | self.full
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -204,9 +232,65 @@ class Evaluation:
         return sum(row.users for row in self.by_domain)
 
     @property
+    def users_by_domain(self) -> dict[str, int]:
+        """Users that were evaluated, by domain."""
+        return {row.name: row.users for row in self.by_domain}
+
+    @property
+    def mean_domains(self) -> list[str]:
+        """The domains that count in `mean`; in a record of before, those with users."""
+        if self.recorded_domains is not None:
+            return list(self.recorded_domains)
+        return domains_of_mean(self.users_by_domain, 1)
+
+    @property
+    def small_domains(self) -> dict[str, int]:
+        """{name: users} of the domains that have users and do not count in `mean`."""
+        small = {}
+        for name, users in self.users_by_domain.items():
+            if users and name not in self.mean_domains:
+                small[name] = users
+        return small
+
+    @property
+    def all_are_small(self) -> bool:
+        """Whether no domain has `min_users` users, so that all count in `mean`."""
+        most = max(self.users_by_domain.values(), default=0)
+        return most > 0 and self.min_users is not None and most < self.min_users
+
+    @property
+    def user_mean(self) -> Figures:
+        """Each metric's mean over all users, whatever their domain."""
+        if self.recorded_user_mean is not None:
+            return self.recorded_user_mean
+        by_domain = {row.name: row.model for row in self.by_domain}
+        return user_mean_figures(by_domain, self.metrics)
+
+    @property
+    def popularity_user_mean(self) -> Figures | None:
+        """Popularity's `user_mean`; None where the evaluation does not have its figures."""
+        if self.recorded_popularity_user_mean is not None:
+            return self.recorded_popularity_user_mean
+        if not self.has_popularity:
+            return None
+        by_domain = {}
+        for row in self.by_domain:
+            if row.popularity:
+                by_domain[row.name] = row.popularity
+        return user_mean_figures(by_domain, self.metrics)
+
+    @property
     def mean_ndcg(self) -> float | None:
-        """The mean NDCG@10, which chooses the best model; None without users."""
+        """The mean NDCG@10 over the domains that count, which chooses the best model.
+
+        None without users.
+        """
         return self.mean.get(HEADLINE)
+
+    @property
+    def user_mean_ndcg(self) -> float | None:
+        """The mean NDCG@10 over all users; None without users."""
+        return self.user_mean.get(HEADLINE)
 
     @property
     def popularity_mean_ndcg(self) -> float | None:

@@ -26,7 +26,7 @@ from trainer.data.split import can_be_split
 from trainer.distributed.process_group import sum_over_ranks
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
-from trainer.evaluation.metrics import FULL_METRICS
+from trainer.evaluation.metrics import FULL_METRICS, domains_of_mean
 from trainer.evaluation.popularity import Popularity
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
 from trainer.run_files import HEADLINE
@@ -360,9 +360,14 @@ def full_evaluation(
     dataset: Dataset,
     ranking: FullRanking,
     sampled: dict[str, Any] | None = None,
+    *,
+    min_users: int = 1,
     **model_state: Any,
 ) -> Evaluation:
-    """The figures of a full ranking. sampled: the record of the ranking among drawn candidates."""
+    """The figures of a full ranking. sampled: the record of the ranking among drawn candidates.
+
+    min_users: of a domain that counts in the mean over domains (`evaluation.min_users`).
+    """
     means = ranking.means
     rows = []
     differences = {}
@@ -380,11 +385,18 @@ def full_evaluation(
         end = domain.start + domain.items
         shown_N = ranking.shown[domain.start : end]
         recommendations[domain.name] = recommended(shown_N)
+    users = {row.name: row.users for row in rows}
+    mean_domains = domains_of_mean(users, min_users)
+    counted = []
+    for row, first in zip(rows, firsts, strict=True):
+        if row.name in mean_domains:
+            counted.append(first)
     full = {
         "difference": {
             "metric": HEADLINE,
             "domains": differences,
-            "mean": means.mean_difference(firsts, HEADLINE),
+            "mean": means.mean_difference(counted, HEADLINE),
+            "user_mean": means.user_mean_difference(firsts, HEADLINE),
         },
         "breakdown": breakdown,
         "recommended": recommendations,
@@ -394,12 +406,16 @@ def full_evaluation(
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, FULL_METRICS),
-        mean=means.mean(0, firsts),
-        popularity_mean=means.mean(1, firsts),
+        mean=means.mean(0, counted),
+        popularity_mean=means.mean(1, counted),
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
         full=full,
+        recorded_domains=tuple(mean_domains),
+        min_users=min_users,
+        recorded_user_mean=means.user_mean(0, firsts),
+        recorded_popularity_user_mean=means.user_mean(1, firsts),
     )
 
 

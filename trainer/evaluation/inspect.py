@@ -22,6 +22,7 @@ from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.format.vocabulary import read_item_counts, read_item_ids
 from trainer.data.loading.histories import Histories, UserHistories
 from trainer.data.loading.stream import find_domains, select_training_part
+from trainer.evaluation.domain_weights import relative_weights
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -52,7 +53,8 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Inspects a model. Called on all ranks. Returns JSON values, by the domains' names:
 
-    lambda    {domain: λ}, None where the model has no loss correction
+    lambda    {domain: λ}, 1 where all domains weigh alike; None where the model has no loss
+              correction
     gates     {"cross": {domain: [weight of each expert]}, "single": the same}: of the cross-domain
               gate by the domain of a token's item, of each domain's own gate over its view; None
               where there is no such gate. A domain without a token is left out.
@@ -63,7 +65,8 @@ def inspect_model(
     weights = None
     if model.correction is not None:
         lambdas = model.correction.lambda_D.tolist()
-        weights = dict(zip(names, lambdas, strict=True))
+        by_domain = dict(zip(names, lambdas, strict=True))
+        weights = relative_weights(by_domain)
     return {
         "lambda": weights,
         "gates": _mean_gates(model, table, dataset, config, ranks, look.users),

@@ -13,7 +13,7 @@ Drawn position: popularity has many equal scores, and by the tie rule it would l
 is. Among all items of a domain, popularity's ties are broken by an order drawn for each user.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -118,8 +118,27 @@ def metrics_of_histogram(histogram_P: np.ndarray) -> Figures:
     return figures
 
 
-def mean_figures(by_domain: Mapping[str, Figures]) -> Figures:
-    """The mean of each of METRICS over the domains that have users; None without such a domain.
+def domains_of_mean(users: Mapping[str, int], least: int) -> list[str]:
+    """The domains that count in a mean over domains: those with at least `least` users.
+
+    Where no domain has so many, all that have a user count. users: evaluated ones, by domain.
+
+        users                                  least    result
+        {"Books": 204, "Noir": 3, "War": 0}    50       ["Books"]
+        {"Noir": 3, "War": 0}                  50       ["Noir"]
+    """
+    large = [name for name, count in users.items() if count >= max(1, least)]
+    if large:
+        return large
+    return [name for name, count in users.items() if count > 0]
+
+
+def mean_figures(
+    by_domain: Mapping[str, Figures], names: Collection[str] | None = None
+) -> Figures:
+    """The mean of each of METRICS over domains; None where none of them has users.
+
+    names: the domains that count; None: all. One without users does not count.
 
             users    HR@5    …    MRR
     Books   204      0.80         0.50
@@ -127,7 +146,10 @@ def mean_figures(by_domain: Mapping[str, Figures]) -> Figures:
     Games   79       0.60         0.30
     mean             0.70         0.40
     """
-    with_users = [figures for figures in by_domain.values() if figures["users"]]
+    with_users = []
+    for name, figures in by_domain.items():
+        if figures["users"] and (names is None or name in names):
+            with_users.append(figures)
     if not with_users:
         return dict.fromkeys(METRICS)
     means: Figures = {}
@@ -137,12 +159,41 @@ def mean_figures(by_domain: Mapping[str, Figures]) -> Figures:
     return means
 
 
-def mean_ndcg(
-    position_U: np.ndarray, domain_U: np.ndarray, cutoff: int = 10
-) -> float:
-    """The mean over domains with users of NDCG@cutoff, 0.0 without users.
+def user_mean_figures(
+    by_domain: Mapping[str, Figures], metrics: Collection[str] = METRICS
+) -> Figures:
+    """The mean of each metric over all users; None without users.
 
-    position_U, domain_U: int64 (U,), of each user's held-out item. Four users of two domains:
+            users    HR@5    …    MRR
+    Books   300      0.80         0.50
+    Toys    0        None         None
+    Games   100      0.60         0.30
+    mean             0.75         0.45
+    """
+    with_users = [figures for figures in by_domain.values() if figures["users"]]
+    if not with_users:
+        return dict.fromkeys(metrics)
+    counts = [cast(int, figures["users"]) for figures in with_users]
+    means: Figures = {}
+    for metric in metrics:
+        values = [figures.get(metric) for figures in with_users]
+        means[metric] = None
+        if None not in values:
+            known = cast(list[float], values)
+            means[metric] = float(np.average(known, weights=counts))
+    return means
+
+
+def mean_ndcg(
+    position_U: np.ndarray,
+    domain_U: np.ndarray,
+    cutoff: int = 10,
+    least: int = 1,
+) -> float:
+    """The mean over domains of NDCG@cutoff, 0.0 without users.
+
+    position_U, domain_U: int64 (U,), of each user's held-out item. least: users of a domain that
+    counts, as `domains_of_mean` has it. Four users of two domains:
 
         position_U    1     3      2      12
         domain_U      0     0      1      1
@@ -151,11 +202,14 @@ def mean_ndcg(
     if len(position_U) == 0:
         return 0.0
     gain_U = metric_values(f"NDCG@{cutoff}", position_U)
+    numbers, counts = np.unique(domain_U, return_counts=True)
+    users = dict(zip(map(str, numbers), counts.tolist(), strict=True))
+    counted = domains_of_mean(users, least)
     means = []
-    for domain in np.unique(domain_U):
-        in_domain_U = domain_U == domain
-        gains = gain_U[in_domain_U]
-        means.append(gains.mean())
+    for domain in numbers:
+        if str(domain) in counted:
+            gains = gain_U[domain_U == domain]
+            means.append(gains.mean())
     return float(np.mean(means))
 
 

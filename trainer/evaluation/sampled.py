@@ -7,7 +7,7 @@ over processes are counts of positions. So on CPUs the figures do not depend on 
 processes; on CUDA near ties may (docs/cuda.md). Ties count against the model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,10 @@ from trainer.evaluation.metrics import (
     METRICS,
     candidate_positions,
     count_positions,
+    domains_of_mean,
     mean_figures,
     metrics_of_histogram,
+    user_mean_figures,
 )
 from trainer.evaluation.popularity import candidate_scores
 
@@ -454,10 +456,28 @@ def _model_scores(
     return scores_C.cpu().numpy()
 
 
+def count_users(dataset: Dataset, ranking: PositionCounts) -> dict[str, int]:
+    """Evaluated users of all processes, by domain."""
+    users = {}
+    for number, domain in enumerate(dataset.domains):
+        users[domain.name] = int(ranking.histogram[0, number].sum())
+    return users
+
+
 def evaluation_of(
-    split: str, dataset: Dataset, ranking: PositionCounts, **model_state: Any
+    split: str,
+    dataset: Dataset,
+    ranking: PositionCounts,
+    *,
+    min_users: int = 1,
+    mean_domains: Sequence[str] | None = None,
+    **model_state: Any,
 ) -> Evaluation:
-    """The figures by domain and their means. model_state: `step`, `epoch` and the like."""
+    """The figures by domain and their means. model_state: `step`, `epoch` and the like.
+
+    min_users: of a domain that counts in the mean over domains (`evaluation.min_users`), by the
+    users of all processes. mean_domains: the domains that count, whatever their users are.
+    """
     rows = []
     for number, domain in enumerate(dataset.domains):
         by_model = metrics_of_histogram(ranking.histogram[0, number])
@@ -465,20 +485,30 @@ def evaluation_of(
         rows.append(DomainFigures(domain.name, by_model, by_popularity))
     model_figures = {row.name: row.model for row in rows}
     popularity_figures = {row.name: row.popularity for row in rows}
+    if mean_domains is None:
+        users = count_users(dataset, ranking)
+        mean_domains = domains_of_mean(users, min_users)
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, METRICS),
-        mean=mean_figures(model_figures),
-        popularity_mean=mean_figures(popularity_figures),
+        mean=mean_figures(model_figures, mean_domains),
+        popularity_mean=mean_figures(popularity_figures, mean_domains),
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
+        recorded_domains=tuple(mean_domains),
+        min_users=min_users,
+        recorded_user_mean=user_mean_figures(model_figures),
+        recorded_popularity_user_mean=user_mean_figures(popularity_figures),
     )
 
 
 def make_evaluation_record(
     kind: str, dataset: Dataset, ranking: PositionCounts, **where: Any
 ) -> dict[str, Any]:
-    """The record of `evaluation_of`, which a run writes and prints. kind: the split."""
+    """The record of `evaluation_of`, which a run writes and prints. kind: the split.
+
+    where: what `evaluation_of` takes by name.
+    """
     evaluation = evaluation_of(kind, dataset, ranking, **where)
     return evaluation.to_record()

@@ -7,7 +7,7 @@
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -94,7 +94,7 @@ class LogColumns:
         """One line for an evaluation record: all mean metrics, then NDCG@10 by domain.
 
         0:10:00  step  50/100  epoch 0  validation  mean  HR@5 0.2500  …  MRR 0.2500
-          │  NDCG@10 by domain Books 0.3000, Toys 0.2000  │  20 users, 3 too short
+          over users NDCG@10 0.2600  │  NDCG@10 by domain Books 0.3000, Toys 0.2000  │  20 users, 3 too short
         """
         evaluation = Evaluation.from_record(record)
         line = self._begin(record)
@@ -105,9 +105,14 @@ class LogColumns:
             style = "bold" if metric == HEADLINE else ""
             line.append(f"  {metric} ", "dim")
             line.append(format_number(mean), style)
+        line.append(f"  over users {HEADLINE} ", "dim")
+        line.append(format_number(evaluation.user_mean_ndcg))
         line.append(_SECTION, "dim")
         line.append(f"{HEADLINE} by domain", "dim")
         self._append_headlines(line, evaluation)
+        small = len(evaluation.small_domains)
+        if small:
+            line.append(f" ({small} too small for the mean)", "dim")
         line.append(_SECTION, "dim")
         users = evaluation.users
         too_short = evaluation.too_short or 0
@@ -266,7 +271,9 @@ class ProgressBar:
 
 
 def evaluation_table(record: dict[str, Any]) -> Table:
-    """A table of an evaluation record: a row for each domain, one of means, and who was skipped.
+    """A table of an evaluation record: a row for each domain, the means, and who was skipped.
+
+    The mean is over the domains that count; below it stands the mean over all users.
 
     Where the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand
     beside the model's. It fits 80 columns.
@@ -281,13 +288,12 @@ def evaluation_table(record: dict[str, Any]) -> Table:
         Toys          0       –       –       –       –       –        –      –
 
         mean         10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
+        over users   10  0.2500  0.2500  0.2500  0.2500  0.2500   0.1250  ×2.00
     """
     evaluation = Evaluation.from_record(record)
     split = evaluation.kind.capitalize()
     table = new_table(f"{split} at step {evaluation.step:,}")
-    skipped = evaluation.skipped_users
-    if skipped:
-        table.caption = f"{skipped:,} users could not be read and are left out"
+    table.caption = _caption(evaluation)
     table.add_column(
         "domain",
         overflow="fold",
@@ -314,8 +320,64 @@ def evaluation_table(record: dict[str, Any]) -> Table:
     popularity_mean = evaluation.popularity_mean or {}
     means = DomainFigures("mean", evaluation.mean, popularity_mean)
     cells = _domain_cells(evaluation, means)
-    table.add_row("mean", f"{evaluation.users:,}", *cells)
+    users = evaluation.users - sum(evaluation.small_domains.values())
+    table.add_row("mean", f"{users:,}", *cells)
+    popularity_mean = evaluation.popularity_user_mean or {}
+    means = DomainFigures("users", evaluation.user_mean, popularity_mean)
+    cells = _domain_cells(evaluation, means)
+    table.add_row("over users", f"{evaluation.users:,}", *cells)
     return table
+
+
+def _caption(evaluation: Evaluation) -> Text | None:
+    """Which domains the mean leaves out, and how many users could not be read."""
+    lines = []
+    sentence = sentence_on_mean(evaluation)
+    if sentence is not None:
+        lines.append(sentence[0].upper() + sentence[1:])
+    skipped = evaluation.skipped_users
+    if skipped:
+        lines.append(f"{skipped:,} users could not be read and are left out")
+    return Text("\n".join(lines)) if lines else None
+
+
+def mean_sentence(
+    users: Mapping[str, int], counted: Collection[str], least: int
+) -> str | None:
+    """Which domains the mean is of, where not of all that have users; None otherwise.
+
+    users: evaluated ones, by domain. counted: the names of the domains in the mean. least: the
+    users that a domain needs (`evaluation.min_users`).
+
+    the mean is of 2 domains; left out, with fewer than 50 users: Noir (3), War (12)
+    no domain has 50 users: the mean is of all 2
+    """
+    small = []
+    for name, count in users.items():
+        if count and name not in counted:
+            small.append(f"{escape_name(name)} ({count:,})")
+    if small:
+        domains = "1 domain" if len(counted) == 1 else f"{len(counted)} domains"
+        return (
+            f"the mean is of {domains}; left out, with fewer than {least:,} "
+            f"users: {', '.join(small)}"
+        )
+    if counted and max(users.values()) < least:
+        return (
+            f"no domain has {least:,} users: the mean is of all {len(counted)}"
+        )
+    return None
+
+
+def sentence_on_mean(evaluation: Evaluation) -> str | None:
+    """`mean_sentence` of an evaluation; None for one of an earlier version too."""
+    if evaluation.min_users is None:
+        return None
+    return mean_sentence(
+        evaluation.users_by_domain,
+        evaluation.mean_domains,
+        evaluation.min_users,
+    )
 
 
 def comparison_columns(evaluation: Evaluation) -> Iterable[str]:
@@ -347,7 +409,7 @@ def metric_cells(figures: Figures, metrics: Iterable[str]) -> list[str]:
     return cells
 
 
-def new_table(title: str, caption: str | None = None) -> Table:
+def new_table(title: str, caption: str | Text | None = None) -> Table:
     """A table in the style of all tables on the console, narrow enough for 80 columns."""
     return Table(
         title=title,

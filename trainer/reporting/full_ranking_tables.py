@@ -12,6 +12,7 @@ from trainer.reporting.console import (
     format_number,
     metric_cells,
     new_table,
+    sentence_on_mean,
     stacked_header,
 )
 
@@ -51,7 +52,7 @@ def headline(record: dict[str, Any]) -> str:
 
 
 def _table_of(
-    title: str, columns: list[str], caption: str | None = None
+    title: str, columns: list[str], caption: str | Text | None = None
 ) -> Table:
     """A table without rows.
 
@@ -102,8 +103,7 @@ def _domain_table(record: dict[str, Any]) -> Table:
     table = _table_of(
         f"{split} at step {evaluation.step:,} among all items of the domain",
         columns,
-        "Intervals are of 95 %, over users; "
-        "the difference is that to ranking by popularity.",
+        _caption(evaluation),
     )
     differences = record["difference"]["domains"]
     for row in evaluation.by_domain:
@@ -113,7 +113,26 @@ def _domain_table(record: dict[str, Any]) -> Table:
     means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
     cells = _domain_cells(means, metric, record["difference"]["mean"])
     table.add_row("mean", *cells)
+    if evaluation.recorded_user_mean is not None:
+        means = DomainFigures(
+            "users", evaluation.user_mean, evaluation.popularity_user_mean
+        )
+        difference = record["difference"]["user_mean"]
+        cells = _domain_cells(means, metric, difference)
+        table.add_row("over users", *cells)
     return table
+
+
+def _caption(evaluation: Evaluation) -> Text:
+    """What the intervals are, and which domains the mean leaves out."""
+    lines = [
+        "Intervals are of 95 %, over users; "
+        "the difference is that to ranking by popularity."
+    ]
+    sentence = sentence_on_mean(evaluation)
+    if sentence is not None:
+        lines.append(f"{sentence[0].upper()}{sentence[1:]}.")
+    return Text("\n".join(lines))
 
 
 def _domain_cells(

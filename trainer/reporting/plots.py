@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from trainer.evaluation.domain_weights import relative_weights
 from trainer.evaluation.evaluation import Evaluation
 from trainer.reporting.console import escape_name
 
@@ -405,7 +406,10 @@ def gates_plot(gates: dict[str, Any]) -> go.Figure | None:
 def final_weights_plot(
     weights: dict[str, float], domains: list[Style]
 ) -> go.Figure | None:
-    """λ of each domain, with a line at equal weights."""
+    """λ of each domain, with a line at equal weights, which are 1."""
+    weights = relative_weights(
+        weights
+    )  # earlier versions recorded another scale
     shown = [domain for domain in domains if domain.name in weights]
     if not shown:
         return None
@@ -437,8 +441,7 @@ def final_weights_plot(
         "width": 1.5,
         "dash": "dot",
     }
-    equal_weight = 1 / len(weights)
-    figure.add_vline(x=equal_weight, line=upright)
+    figure.add_vline(x=1, line=upright)
     figure.update_xaxes(
         title=None,
         rangemode="tozero",

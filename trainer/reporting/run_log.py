@@ -6,10 +6,10 @@ logging interval and a record for each evaluation, in the order in which they ha
 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
                  loss_cross, mutual_information, single_by_domain, cross_by_domain (losses),
-                 lambda (weights), phi (eq. 10, below 0 = negative transfer), alpha, beta,
-                 learning_rate, gradient_norm, users_per_second, tokens_per_second,
-                 skipped_users (over all ranks in the interval: they could not be read, see
-                 stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
+                 lambda (weights, 1 where all domains weigh alike), phi (eq. 10, below 0 =
+                 negative transfer), alpha, beta, learning_rate, gradient_norm,
+                 users_per_second, tokens_per_second, skipped_users (over all ranks in the interval: they could not be
+                 read, see stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
     evaluation   kind "validation" or "test", step, epoch, seconds, and the figures that
                  trainer/evaluation/evaluation.py lists
 
@@ -226,7 +226,8 @@ def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
 def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     """An evaluation's figures by their tags.
 
-    test mean/NDCG@10      the mean over domains
+    test mean/NDCG@10      the mean over the domains that count
+    test mean over users/NDCG@10
     test NDCG@10/Books     of a domain
     """
     evaluation = Evaluation.from_record(record)
@@ -235,6 +236,8 @@ def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
     for metric in evaluation.metrics:
         mean_tag = f"{split} mean/{metric}"
         scalars[mean_tag] = evaluation.mean.get(metric)
+        user_mean_tag = f"{split} mean over users/{metric}"
+        scalars[user_mean_tag] = evaluation.user_mean.get(metric)
         for row in evaluation.by_domain:
             tag = f"{split} {metric}/{row.name}"
             scalars[tag] = row.model.get(metric)

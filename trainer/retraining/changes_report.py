@@ -9,6 +9,8 @@ def changes_report(result: dict[str, Any]) -> str:
     """What changed with a day, Markdown. result: the content of its retrain.json."""
     lines = [f"# Retraining {result['name']}", ""]
     lines += _outcome(result)
+    lines += _notes(result.get("notes", []))
+    lines += _carried(result)
     lines += _metrics(result["domains"])
     if result["extension"]:
         lines += _logs(result["extension"])
@@ -28,12 +30,47 @@ def _outcome(result: dict[str, Any]) -> list[str]:
     ]
     for reason in result["reasons"]:
         lines.append(f"- {reason}")
-    lines += [
-        "",
-        "Its logs are in no later dataset: give them again once they are right.",
-        "",
-    ]
+    lines += ["", after_refusal(result["name"]), ""]
     return lines
+
+
+def after_refusal(name: str) -> str:
+    """What becomes of a refused day's logs."""
+    return (
+        "Its logs come along with the next day. If they are spoiled, start that one with "
+        f"`leave_out=[{name}]`, and give them again under another name once they are right."
+    )
+
+
+def describe_carried(record: dict[str, Any]) -> list[str]:
+    """Sentences on the logs of refused days. record: a plan, or a day's retrain.json."""
+    lines = []
+    carried = record.get("carried", [])
+    left_out = record.get("left_out", [])
+    if carried:
+        names = ", ".join(carried)
+        lines.append(
+            f"The logs of {names} come along: refused days; leave_out=[{names}] leaves "
+            "them out."
+        )
+    if left_out:
+        lines.append(
+            f"The logs of {', '.join(left_out)} are left out, as asked: refused days."
+        )
+    return lines
+
+
+def _notes(notes: list[str]) -> list[str]:
+    """What was seen, and not held against the day's model."""
+    if not notes:
+        return []
+    return ["Not held against it:", "", *(f"- {note}" for note in notes), ""]
+
+
+def _carried(result: dict[str, Any]) -> list[str]:
+    """Which logs of refused days the dataset has."""
+    lines = describe_carried(result)
+    return [" ".join(lines), ""] if lines else []
 
 
 def _metrics(domains: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,9 +7,9 @@
     FOLDER/published                what serves (trainer/retraining/published.py)
 
 Each stage leaves something that the next call sees: killed anywhere, the same command goes on from
-there. A day that is refused stays out of what follows, and so does one that was rolled back. The
-next day extends the dataset of the version that serves, and their logs may be given again. What a
-stage has done is read from what it left: a launcher's status may say anything.
+there. The logs of a day that is refused come along with the next day (trainer/retraining/carried.py).
+A day that was rolled back stays out of what follows, and its logs may be given again. What a stage
+has done is read from what it left: a launcher's status may say anything.
 
 This process loads neither PyTorch nor an engine; the stages are processes of their own.
 """
@@ -30,7 +30,8 @@ from trainer.errors import InputError
 from trainer.files.atomic import write_json, write_text
 from trainer.files.lock import take_lock
 from trainer.reporting.run_log import read_records
-from trainer.retraining.changes_report import changes_report
+from trainer.retraining.carried import find_carried_logs
+from trainer.retraining.changes_report import changes_report, describe_carried
 from trainer.retraining.day import (
     DAYS,
     PLAN,
@@ -117,6 +118,8 @@ class _Retraining:
         """Makes the day's dataset; done where its folder is there."""
         if self.day.dataset.is_dir():
             return
+        for line in describe_carried(self.plan):
+            print(line, flush=True)
         arguments = _prepare_arguments(
             self.config,
             self.plan,
@@ -215,7 +218,11 @@ class _Retraining:
             "number": self.plan["number"],
             "published": record["number"] if published else None,
             "reasons": record["reasons"],
+            "notes": record.get("notes", []),
+            "carried": self.plan.get("carried", []),
+            "left_out": self.plan.get("left_out", []),
             "domains": record["domains"],
+            "min_users": record.get("min_users", 1),
             "extension": self.day.read_extension(),
             "drift": drift,
             "seconds": self.seconds,
@@ -246,7 +253,14 @@ def _begin_plan(
                 f"{day.path}: was begun with input {plan['input']}, not {config.input}: "
                 "give that, or another name"
             )
-        return plan
+        if plan.get("leave_out", []) == config.leave_out:
+            return plan
+        if day.dataset.is_dir():
+            raise InputError(
+                f"{day.path}: was begun with leave_out {plan.get('leave_out', [])}, not "
+                f"{config.leave_out}: give that, or another name"
+            )
+        shutil.rmtree(day.path)  # what was begun is another dataset's
     plan = _make_plan(config, day)
     _check_plan(day.plan, plan)
     day.path.mkdir(parents=True, exist_ok=True)
@@ -264,9 +278,10 @@ def _make_plan(
         newest = max(newest, read_json(file)["number"])
     current = read_current_version(day.published)
     base = _find_base_day(day.folder, current)
+    carried = find_carried_logs(day.folder, base, config.leave_out)
     extends = None
-    if base is not None:
-        extends = f"days/{base['name']}/dataset"
+    if carried.extends is not None:
+        extends = f"{DAYS}/{carried.extends}/dataset"
     warm_start = None
     before = None
     if current is not None:
@@ -277,7 +292,12 @@ def _make_plan(
         "name": config.name,
         "input": config.input,
         "number": newest + 1,
+        "base": None if base is None else base["name"],
         "extends": extends,
+        "carried": carried.days,
+        "again": carried.again,
+        "leave_out": config.leave_out,
+        "left_out": carried.left_out,
         "warm_start": warm_start,
         "before": before,
     }
@@ -297,6 +317,13 @@ def _check_plan(
                 f"{file}: {name} is {entry!r}, which no retraining here writes: remove "
                 "the day's folder"
             )
+    again = plan.get("again", [])
+    is_list = isinstance(again, list)
+    if not is_list or not all(isinstance(name, str) for name in again):
+        raise InputError(
+            f"{file}: again is {again!r}, which no retraining here writes: remove the "
+            "day's folder"
+        )
     if not isinstance(plan.get("number"), int):
         raise InputError(
             f"{file}: its number is {plan.get('number')!r}: remove the day's folder"
@@ -327,7 +354,7 @@ def _prepare_arguments(
     day: Day,
 ) -> list[Any]:
     """Of launch/prepare.py."""
-    words: list[Any] = ["--input", *config.input]
+    words: list[Any] = ["--input", *plan.get("again", []), *config.input]
     words += ["--output", day.dataset]
     words += ["--keep-log"]
     words += ["--memory", config.memory]
@@ -380,6 +407,7 @@ def _publish_arguments(
     words += ["--domain-fall", config.domain_fall]
     words += ["--own-fall", config.own_fall]
     words += ["--least-users", config.least_users]
+    words += ["--level", config.level]
     words += ["--keep", config.keep]
     return words
 

@@ -4,17 +4,19 @@ The folder of published versions is drawn in trainer/retraining/published.py.
 
 Both models rank the newest held-out items of the candidate's dataset: those of users who came with
 its newest logs, as the current model would have met them. A candidate is refused where a domain is
-worse than the tolerance. It is also refused where the day itself is unlike those before: where the
-figure falls far below the one with which the current model was published, or where a held-out item
-gains far less than then by its own user (trainer/evaluation/personalization.py).
+worse than the tolerance, and this is no chance (trainer/retraining/guards.py). It is also refused
+where the day itself is unlike those before: where the figure falls far below the one with which the
+current model was published, or where a held-out item gains far less than then by its own user
+(trainer/evaluation/personalization.py).
 
 Legend of shapes: U users of the dataset, B users that a domain is judged by.
 """
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ from trainer.evaluation.personalization import (
 )
 from trainer.evaluation.sampled import Candidates, evaluate_split
 from trainer.files.atomic import Patience, retry_patiently
+from trainer.retraining.guards import compare_positions, judge
 from trainer.retraining.published import read_current_version
 from trainer.retraining.registry import (
     Record,
@@ -52,7 +55,7 @@ from trainer.retraining.registry import (
 from trainer.run_files import EXTENSION, HEADLINE, MODEL
 from trainer.serving.export import export_run
 
-_UNLIKE = "the logs are unlike those before"
+_AT_ONCE = 8192  # users, of whom each replicate has a weight
 
 
 def publish(
@@ -81,7 +84,8 @@ def publish(
         )
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
-            return current | {"published": current["number"], "reasons": []}
+            nothing = {"reasons": [], "notes": []}
+            return current | {"published": current["number"]} | nothing
         # One table for both models, and for what is exported.
         slot = TableSlot()
         current_test = None
@@ -90,7 +94,9 @@ def publish(
         served = load_trained_model(candidate, run_config, dataset, ranks, slot)
         comparison = _Comparison(served, current, current_test, config)
         record = identity | comparison.measure()
-        record["reasons"] = find_refusal_reasons(record["domains"], config)
+        min_users = run_config.evaluation.min_users
+        judgement = judge(record["domains"], config, min_users)
+        record |= asdict(judgement) | {"min_users": min_users}
         if record["reasons"]:
             return run_on_first_rank(
                 lambda: registry.refuse(record), ranks.first
@@ -153,103 +159,6 @@ def _is_same_run(
     return all(current.get(name) == value for name, value in identity.items())
 
 
-def find_refusal_reasons(
-    domains: dict[str, dict[str, Any]],
-    config: PublishConfig,
-) -> list[str]:
-    """What speaks against publishing, a line for each domain and rule.
-
-    domains: figures by domain, as `publish` records them.
-    """
-    reasons = []
-    changes = {}
-    for name, figures in domains.items():
-        candidate = figures["candidate"]
-        current = figures["current"]
-        then = figures["when_published"]
-        if candidate is None or current is None:
-            continue
-        if candidate < (1 - config.tolerance) * current:
-            reasons.append(
-                f"{name}: {HEADLINE} {candidate:.4f}, the current model has {current:.4f}"
-            )
-        if not then:
-            continue
-        changes[name] = _Change(candidate, then)
-        if candidate < (1 - config.domain_fall) * then:
-            reasons.append(
-                f"{name}: {HEADLINE} {candidate:.4f}, {then:.4f} when the current model "
-                f"was published: {_UNLIKE}"
-            )
-    reasons += _reasons_of_mean(changes, config)
-    reasons += _reasons_of_own_items(domains, config)
-    return reasons
-
-
-class _Change(NamedTuple):
-    """A domain's figure now, and when the current model was published."""
-
-    now: float
-    then: float
-
-
-def _mean_change(changes: dict[str, _Change]) -> _Change:
-    """The mean over domains."""
-    now = []
-    then = []
-    for change in changes.values():
-        now.append(change.now)
-        then.append(change.then)
-    return _Change(float(np.mean(now)), float(np.mean(then)))
-
-
-def _reasons_of_mean(
-    changes: dict[str, _Change],
-    config: PublishConfig,
-) -> list[str]:
-    """The mean over domains has fallen far since the current model was published."""
-    if not changes:
-        return []
-    mean = _mean_change(changes)
-    if mean.now >= (1 - config.fall) * mean.then:
-        return []
-    words = []
-    for name, change in changes.items():
-        percent = 100 * (change.now / change.then - 1)
-        words.append(f"{name} {percent:+.0f} %")
-    return [
-        f"mean {HEADLINE} {mean.now:.4f}, {mean.then:.4f} when the current model was "
-        f"published: {_UNLIKE} ({', '.join(words)})"
-    ]
-
-
-def _reasons_of_own_items(
-    domains: dict[str, dict[str, Any]],
-    config: PublishConfig,
-) -> list[str]:
-    """Items gain far less by their own users than when the current model was published."""
-    changes = {}
-    for name, figures in domains.items():
-        now = figures.get("own_item")
-        then = figures.get("own_item_then")
-        if now is not None and then is not None:
-            changes[name] = _Change(now, then)
-    if not changes:
-        return []
-    mean = _mean_change(changes)
-    least = (1 - config.own_fall) * mean.then
-    if mean.then <= 0 or mean.now >= least:
-        return []
-    words = []
-    for name, change in changes.items():
-        words.append(f"{name} {change.now:.4f} after {change.then:.4f}")
-    return [
-        f"a held-out item's {HEADLINE} is {mean.now:.4f} higher for its own user than for "
-        f"another's, it was {mean.then:.4f} higher when the current model was published: "
-        f"items are not their users' ({', '.join(words)})"
-    ]
-
-
 class HeldOutPositions(NamedTuple):
     """Where a model ranks each user's test item: int32 (U,), from 1; and the item's domain.
 
@@ -301,11 +210,12 @@ class _Comparison:
                 own_U,
                 newest_U,
             )
-            published = self._published_figures(domain)
-            figures["when_published"] = published.get("candidate")
-            figures["own_item"] = gains[number]
-            figures["own_item_then"] = published.get("own_item")
-            domains[domain.name] = figures
+            gain = gains[number]
+            figures["own_item"] = None if gain is None else gain.value
+            figures["own_item_error"] = None if gain is None else gain.error
+            domains[domain.name] = figures | self._when_published(
+                domain, figures
+            )
         return {
             "domains": domains,
             "against": None if self.current is None else self.current["number"],
@@ -323,36 +233,58 @@ class _Comparison:
         newest_own_U = own_U & newest_U
         enough = int(np.count_nonzero(newest_own_U)) >= self.config.least_users
         (user_B,) = np.nonzero(newest_own_U if enough else own_U)
-        others = test if self.current_test is None else self.current_test
-        positions = [test.position_U[user_B], others.position_U[user_B]]
-        means = GroupMeans(
-            2,
-            1,
-            self.candidate.config.seed,
-        )
-        means.add(
-            user_B,
-            np.zeros((len(user_B), 1), np.int64),
-            positions,
-        )
-        current = None
-        difference = None
+        position_B = test.position_U[user_B]
+        current_B = None
         if self.current_test is not None:
-            current = means.figures(1, 0)[HEADLINE]
-            difference = means.difference(0, HEADLINE)
-        return {
-            "users": len(user_B),
-            "newest": enough,
-            "candidate": means.figures(0, 0)[HEADLINE],
-            "current": current,
-            "difference": difference,
-        }
+            current_B = self.current_test.position_U[user_B]
+        figures = compare_positions(position_B, current_B)
+        figures["newest"] = enough
+        if current_B is not None:
+            means = GroupMeans(2, 1, self.candidate.config.seed)
+            for first in range(0, len(user_B), _AT_ONCE):
+                part = slice(first, first + _AT_ONCE)
+                users = user_B[part]
+                means.add(
+                    users,
+                    np.zeros((len(users), 1), np.int64),
+                    [position_B[part], current_B[part]],
+                )
+            interval = means.difference(0, HEADLINE)["interval"]
+            figures["difference"]["interval"] = interval
+        return figures
 
-    def _published_figures(self, domain: Domain) -> Record:
-        """With which the current version was published; empty where it had no such domain."""
-        if self.current is None:
-            return {}
-        return self.current["domains"].get(domain.name, {})
+    def _when_published(self, domain: Domain, figures: Record) -> Record:
+        """The figures with which the current version was published; None where it had none.
+
+        A version of before has no standard errors: they are taken from today's, for its users.
+        """
+        then: Record = {}
+        if self.current is not None:
+            then = self.current["domains"].get(domain.name, {})
+        values = {}
+        for name, key in (
+            ("candidate", "when_published"),
+            ("own_item", "own_item_then"),
+        ):
+            error = then.get(f"{name}_error")
+            if error is None and then.get(name) is not None:
+                error = _error_of(
+                    figures[f"{name}_error"],
+                    figures["users"],
+                    then.get("users"),
+                )
+            values[key] = then.get(name)
+            values[f"{key}_error"] = error
+        return values
+
+
+def _error_of(
+    error: float | None, users: int, others: int | None
+) -> float | None:
+    """The standard error over so many other users, where users differ as much."""
+    if error is None:
+        return None
+    return error * math.sqrt(users / max(1, others or users))
 
 
 def find_newest_users(dataset: Dataset) -> tuple[bool, np.ndarray]:

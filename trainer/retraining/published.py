@@ -16,6 +16,8 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.run_files import CURRENT, VERSION, VERSIONS
 
+# Versions of before do not have them.
+_ERRORS = ("candidate_error", "own_item_error")
 _RECORD_TYPES = {"number": str, "run": str, "domains": dict}
 
 
@@ -74,7 +76,7 @@ def _are_figures(figures: object) -> bool:
     """Whether what publishing compares with are numbers, or missing."""
     if not isinstance(figures, dict):
         return False
-    for name in ("candidate", "own_item"):
+    for name in ("candidate", "own_item", "users", *_ERRORS):
         figure = figures.get(name)
         if figure is not None and not isinstance(figure, int | float):
             return False

@@ -1,11 +1,13 @@
 """All days of a retraining on one page: metrics, new items, drift and time, day by day."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from trainer.evaluation.metrics import domains_of_mean
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
 from trainer.reporting.console import (
@@ -19,8 +21,10 @@ from trainer.reporting.html import (
     render_sections,
     render_table_page,
 )
+from trainer.retraining.changes_report import after_refusal, describe_carried
 from trainer.run_files import HEADLINE, REPORT
 
+_NORMAL = 1.96  # standard errors of a 95 % interval
 _SHOWN = 30  # rows of the table, the newest days
 
 Result = dict[str, Any]  # what a day's retrain.json says
@@ -50,12 +54,13 @@ def write_days(
 def _lead(newest: Result) -> list[str]:
     """A sentence on the newest day."""
     name = newest["name"]
+    carried = describe_carried(newest)
     if newest["published"]:
-        return [f"{name}: published as version {newest['published']}."]
+        lead = f"{name}: published as version {newest['published']}."
+        return [" ".join([lead, *carried])]
     reasons = "; ".join(newest["reasons"])
-    return [
-        f"{name}: not published, the model of before goes on serving. {reasons}."
-    ]
+    lead = f"{name}: not published, the model of before goes on serving. {reasons}."
+    return [" ".join([lead, after_refusal(name), *carried])]
 
 
 def _sections(
@@ -276,8 +281,9 @@ def _days_table(results: list[Result]) -> Table:
         "time",
     ]
     text = (
-        f"The newest first, {_SHOWN} at most. {HEADLINE} is the mean of the domains; "
-        "each day's report.md says more."
+        f"The newest first, {_SHOWN} at most. {HEADLINE} is the mean of the domains that count, "
+        "coloured where the 95 % interval of the "
+        "difference leaves 0 out. Each day's report.md says more."
     )
     rows = [_days_row(result) for result in reversed(results[-_SHOWN:])]
     return Table("Days", text, columns, rows)
@@ -290,9 +296,7 @@ def _days_row(result: Result) -> list[Cell]:
         published = Cell(f"version {result['published']}")
     candidate = _mean(result, "candidate")
     current = _mean(result, "current")
-    sense = ""
-    if current is not None:
-        sense = "better" if candidate >= current else "worse"
+    sense = _sense(result)
     arrived = None
     new_items = 0
     if result["extension"]:
@@ -310,13 +314,44 @@ def _days_row(result: Result) -> list[Cell]:
     ]
 
 
+def _sense(result: Result) -> str:
+    """better or worse where the 95 % interval of the mean difference leaves 0 out, else nothing."""
+    values = []
+    variance = 0.0
+    for name in _counted(result):
+        difference = result["domains"][name]["difference"] or {}
+        if difference.get("value") is None:
+            continue
+        error = difference.get("error")
+        if error is None and difference.get("interval"):
+            low, high = difference["interval"]
+            error = (high - low) / (2 * _NORMAL)
+        if error is None:
+            return ""
+        values.append(difference["value"])
+        variance += error**2
+    total = sum(values)
+    if abs(total) <= _NORMAL * math.sqrt(variance):
+        return ""
+    return "better" if total > 0 else "worse"
+
+
+def _counted(result: Result) -> list[str]:
+    """The domains that count in the mean: `evaluation.min_users`, 1 in days of before."""
+    users = {}
+    for name, figures in result["domains"].items():
+        users[name] = figures["users"]
+    return domains_of_mean(users, result.get("min_users", 1))
+
+
 def _mean(
     result: Result,
     model: str,
 ) -> float | None:
-    """A model's mean over the domains where it has a figure. model: candidate or current."""
+    """A model's mean over the domains that count. model: candidate or current."""
     values = []
-    for figures in result["domains"].values():
+    for name in _counted(result):
+        figures = result["domains"][name]
         if figures[model] is not None:
             values.append(figures[model])
     if not values:

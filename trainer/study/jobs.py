@@ -63,8 +63,13 @@ class JobRunner:
         config: StudyConfig,
         launch: Path,
         recbole_python: str | Path | None = None,
+        min_users: int = 1,
     ) -> None:
-        """base: run configurations, files. launch: the folder of train.py and evaluate.py."""
+        """base: run configurations, files. launch: the folder of train.py and evaluate.py.
+
+        min_users: as `evaluation.min_users`, by which RecBole's best epoch is chosen, too.
+        """
+        self.min_users = min_users
         self.output = output
         self.data = str(data)
         self.base = [str(file) for file in base]
@@ -202,6 +207,8 @@ class JobRunner:
                 seconds=result["seconds"],
                 users_per_second=result["users_per_second"],
                 epochs=len(result["epochs"]),
+                best_is_last=result.get("best_epoch", 0) + 1
+                >= len(result["epochs"]),
             )
         records = read_records(self.folder(job) / METRICS_FILE)
         validations = _select(records, "validation")
@@ -211,6 +218,7 @@ class JobRunner:
             seconds=max(record["seconds"] for record in records),
             users_per_second=_median_speed(_select(records, "train")),
             epochs=len(validations),
+            best_is_last=_best_is_last(validations),
         )
 
     def _home(self, job: Job) -> Path:
@@ -300,6 +308,7 @@ class JobRunner:
                 config.recbole_patience,
                 config.recbole_minutes,
                 say=lambda line: print(line, file=log, flush=True),
+                min_users=self.min_users,
                 given=self.output / "given",
             )
 
@@ -374,6 +383,12 @@ def _select(
 def _best_validation(validations: list[dict[str, Any]]) -> float:
     """The best mean of HEADLINE; of at least one record."""
     return max(record["mean"][HEADLINE] or 0.0 for record in validations)
+
+
+def _best_is_last(validations: list[dict[str, Any]]) -> bool:
+    """Whether the best validation was the last; the first of equal ones is the best."""
+    values = [record["mean"][HEADLINE] or 0.0 for record in validations]
+    return values.index(max(values)) == len(values) - 1
 
 
 def _median_speed(train: list[dict[str, Any]]) -> float:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import plotly.graph_objects as go
 
 from trainer.config.study import OURS
@@ -12,9 +11,18 @@ from trainer.reporting.console import escape_name
 from trainer.reporting.html import render_sections, render_table_page
 from trainer.reporting.run_log import read_records
 from trainer.run_files import HEADLINE, METRICS_FILE, REPORT
-from trainer.study.results import RANKINGS
+from trainer.study.results import RANKINGS, paired_difference
 from trainer.study.runner import Study, SweepResult
-from trainer.study.tables import RANKED, format_signed, make_tables, mean_metric
+from trainer.study.tables import (
+    RANKED,
+    format_p,
+    format_signed,
+    make_tables,
+    mean_metric,
+    sentence_on_domains,
+)
+
+_MOST_NAMES = 12  # of runs, in a sentence
 
 Section = tuple[str, str, go.Figure | None]  # title, a sentence, its plot
 
@@ -66,27 +74,59 @@ def _lead(study: Study) -> list[str]:
     if OURS in study.results and len(study.results) > 1:
         for ranking in RANKINGS:
             lines.append(_compare_with_best(study, ranking))
-    return lines
+    on_domains = sentence_on_domains(study).strip()
+    if on_domains:
+        lines.append(on_domains)
+    return lines + _warning(study)
 
 
 def _compare_with_best(
     study: Study,
     ranking: str,
 ) -> str:
-    """A sentence: SyNCRec beside the best of the others."""
+    """A sentence: SyNCRec beside the best of the others, and whether that may be chance."""
     means = {}
     for name, results in study.results.items():
-        means[name] = mean_metric(results, ranking)
+        means[name] = mean_metric(study, results, ranking)
     ours = means.pop(OURS)
     best = max(means, key=means.get)
     mean_of_best = means[best]
     share = format_signed(ours / mean_of_best - 1, "+.1%")
+    our_results = study.results[OURS]
+    difference = paired_difference(
+        our_results,
+        study.results[best],
+        ranking,
+        domains=study.counted,
+    )
+    chance = f"p {format_p(difference.p)}"
+    if not difference.is_significant:
+        chance += ", which may be chance"
+    our_users = our_results.over_users(ranking, HEADLINE).mean()
+    best_users = study.results[best].over_users(ranking, HEADLINE).mean()
     return (
         f"Among {RANKED[ranking]} "
         f"{OURS} has a mean {HEADLINE} of {ours:.4f}; "
         f"the best of the others is {escape_name(best)} "
-        f"with {mean_of_best:.4f} ({OURS}: {share})."
+        f"with {mean_of_best:.4f} ({OURS}: {share}, {chance}). Over users: "
+        f"{our_users:.4f} and {best_users:.4f}."
     )
+
+
+def _warning(study: Study) -> list[str]:
+    """Which runs had not converged, in a sentence; none where all had."""
+    names = []
+    for runs in study.unconverged.values():
+        names += [escape_name(name) for name in runs]
+    if not names:
+        return []
+    shown = ", ".join(names[:_MOST_NAMES])
+    if len(names) > _MOST_NAMES:
+        shown += f" and {len(names) - _MOST_NAMES} more"
+    return [
+        f"Warning: not converged. The best epoch was the last one of {shown}: with more epochs "
+        "they might be better, and the order of the systems another."
+    ]
 
 
 def _sections(study: Study) -> list[dict]:
@@ -103,7 +143,7 @@ def _sections(study: Study) -> list[dict]:
             (
                 f"{OURS} by {key}",
                 f"Mean {HEADLINE} over domains, first seed.",
-                _plot_sweep(key, points),
+                _plot_sweep(study, key, points),
             )
         )
     if study.example:
@@ -162,7 +202,7 @@ def _plot_systems(study: Study) -> go.Figure | None:
                 HEADLINE,
                 domains,
             )
-            mean_S = np.nanmean(mean_SD, axis=1)
+            mean_S = mean_SD[:, study.counted].mean(axis=1)
             mean = float(mean_S.mean())
             means.append(mean)
             above.append(float(mean_S.max()) - mean)
@@ -192,6 +232,7 @@ def _plot_systems(study: Study) -> go.Figure | None:
 
 
 def _plot_sweep(
+    study: Study,
     key: str,
     points: list[SweepResult],
 ) -> go.Figure:
@@ -202,7 +243,7 @@ def _plot_sweep(
     for ranking, style in zip(RANKINGS, styles, strict=True):
         figure.add_scatter(
             x=values,
-            y=[mean_metric(point.results, ranking) for point in points],
+            y=[mean_metric(study, point.results, ranking) for point in points],
             name=RANKED[ranking],
             line=style.line,
         )

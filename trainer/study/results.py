@@ -6,7 +6,7 @@ position is where a user's test item stands in the ranking, from 1. A system's p
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.errors import InputError
-from trainer.evaluation.bootstrap import poisson_weights
-from trainer.evaluation.metrics import metric_values
+from trainer.evaluation.bootstrap import FEWEST, poisson_weights
+from trainer.evaluation.metrics import domains_of_mean, metric_values
 from trainer.run_files import HEADLINE, full_ranking_file
 
 RANKINGS = ("sampled", "full")
@@ -35,7 +35,8 @@ class RunResult:
         sampled  [1, 7, 2, 11]
         full     [3, 9, 2, 80]
 
-    validation: the best one's mean of HEADLINE. epochs: that were validated.
+    validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
+    validation was the last one, so that more training might be better.
     """
 
     user: np.ndarray
@@ -46,6 +47,7 @@ class RunResult:
     seconds: float
     users_per_second: float
     epochs: float
+    best_is_last: bool = False
 
     def positions(self, ranking: str) -> np.ndarray:
         """Positions by one of RANKINGS."""
@@ -87,6 +89,21 @@ class SystemResults:
             own_U = self.domain_U == domain
             mean_SD[:, domain] = value_SU[:, own_U].mean(1)
         return mean_SD
+
+    def over_users(self, ranking: str, metric: str) -> np.ndarray:
+        """The metric's means over all users, (S,)."""
+        return metric_values(metric, self.position[ranking]).mean(1)
+
+    def users_of_domains(self, domains: int) -> np.ndarray:
+        """Test users of each domain, int64 (D,)."""
+        return np.bincount(self.domain_U, minlength=domains)
+
+    def counted_domains(self, domains: int, min_users: int) -> list[int]:
+        """The domains that count in a mean over domains, by their test users."""
+        users = {}
+        for number, count in enumerate(self.users_of_domains(domains)):
+            users[str(number)] = int(count)
+        return [int(name) for name in domains_of_mean(users, min_users)]
 
 
 def collect_results(
@@ -189,17 +206,24 @@ class PairedDifference:
     """One system's mean less another's over the same users.
 
     low, high: its 95 % confidence interval. p: of the hypothesis of no difference, two-sided.
+    users: that they are of.
     """
 
     value: float
     low: float
     high: float
     p: float
+    users: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are users enough for an interval."""
+        return self.users >= FEWEST
 
     @property
     def is_significant(self) -> bool:
         """Whether the confidence interval leaves 0 out."""
-        return self.low * self.high > 0
+        return self.is_known and self.low * self.high > 0
 
 
 def paired_difference(
@@ -208,10 +232,15 @@ def paired_difference(
     ranking: str,
     metric: str = HEADLINE,
     domain: int | None = None,
+    *,
+    domains: Sequence[int] | None = None,
+    over_users: bool = False,
 ) -> PairedDifference:
-    """`one` less `other`, each the mean over its seeds: of a domain's users, or over domains.
+    """`one` less `other`, each the mean over its seeds.
 
-    A paired Poisson bootstrap over users (trainer/evaluation/bootstrap.py).
+    domain: of its users. Else the mean over `domains` (None: those with users), each alike; or, with
+    over_users, the mean over all users. A paired Poisson bootstrap over users
+    (trainer/evaluation/bootstrap.py).
 
     Raises InputError where they have ranked other users.
     """
@@ -224,14 +253,21 @@ def paired_difference(
     one_U = metric_values(metric, one.position[ranking]).mean(0)
     other_U = metric_values(metric, other.position[ranking]).mean(0)
     difference_U = one_U - other_U
-    domains = np.unique(one.domain_U) if domain is None else [domain]
+    if over_users:
+        mean_R = _bootstrap_means(difference_U, one.user_U)
+        return _summarise(mean_R, len(difference_U))
+    numbers = np.unique(one.domain_U) if domains is None else domains
+    if domain is not None:
+        numbers = [domain]
     means = []
-    for number in domains:
+    users = 0
+    for number in numbers:
         (user_B,) = np.nonzero(one.domain_U == number)
+        users += len(user_B)
         difference_B = difference_U[user_B]
         means.append(_bootstrap_means(difference_B, one.user_U[user_B]))
     mean_R = np.mean(means, axis=0)
-    return _summarise(mean_R[0], mean_R[1:])
+    return _summarise(mean_R, users)
 
 
 def _bootstrap_means(
@@ -252,11 +288,10 @@ def _bootstrap_means(
     return difference_R / np.maximum(users_R, 1)
 
 
-def _summarise(
-    value: float,
-    replicates: np.ndarray,
-) -> PairedDifference:
-    """The 95 % confidence interval and the p of bootstrap replicates (R,)."""
+def _summarise(mean_R: np.ndarray, users: int) -> PairedDifference:
+    """The 95 % confidence interval and the p. mean_R: of everyone once, then of each replicate."""
+    value = mean_R[0]
+    replicates = mean_R[1:]
     low, high = np.percentile(replicates, (2.5, 97.5))
     below = np.mean(replicates <= 0)
     above = np.mean(replicates >= 0)
@@ -266,4 +301,5 @@ def _summarise(
         low=float(low),
         high=float(high),
         p=float(min(1.0, p)),
+        users=users,
     )

@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from trainer.config.load import load_config
 from trainer.config.study import OURS, StudyConfig
 from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError
@@ -48,7 +51,9 @@ class Study:
 
     results: by system. popularity: by ranking, or None. best_settings: {system: {domain or "":
     the combination that stands for it}}. trials: by system. sweeps: by key. example: the folder
-    of a run of SyNCRec, or None. failed: {name of a run: why}.
+    of a run of SyNCRec, or None. failed: {name of a run: why}. unconverged: by system, the names of
+    the runs whose best validation was the last one. min_users: test users of a domain that counts
+    in means over domains (`evaluation.min_users`).
     """
 
     dataset: Dataset
@@ -60,6 +65,29 @@ class Study:
     sweeps: dict[str, list[SweepResult]]
     example: Path | None
     failed: dict[str, str]
+    unconverged: dict[str, list[str]]
+    min_users: int
+
+    @property
+    def domain_names(self) -> list[str]:
+        """All domains' names."""
+        return [domain.name for domain in self.dataset.domains]
+
+    @property
+    def users(self) -> np.ndarray:
+        """Test users of each domain, int64 (D,): the same for every system."""
+        for results in self.results.values():
+            return results.users_of_domains(len(self.dataset.domains))
+        return np.zeros(len(self.dataset.domains), np.int64)
+
+    @property
+    def counted(self) -> list[int]:
+        """The numbers of the domains that count in means over domains."""
+        for results in self.results.values():
+            return results.counted_domains(
+                len(self.dataset.domains), self.min_users
+            )
+        return []
 
 
 def run_study(
@@ -81,6 +109,7 @@ def run_study(
     output = Path(output)
     dataset = Dataset.load(data)
     _begin(output, dataset, config)
+    run_config = load_config(base, config.settings)
     runner = JobRunner(
         output,
         data,
@@ -88,6 +117,7 @@ def run_study(
         config,
         Path(launch),
         recbole_python,
+        run_config.evaluation.min_users,
     )
     return _StudyRunner(dataset, config, runner).run()
 
@@ -127,6 +157,7 @@ class _StudyRunner:
         self.recbole_jobs = make_recbole_jobs(config)
         self.best_settings: dict[str, dict[str, Settings]] = {}
         self.trials: dict[str, list[Trial]] = {}
+        self.unconverged: dict[str, list[str]] = {}
 
     def run(self) -> Study:
         """All runs, and what they found."""
@@ -156,6 +187,8 @@ class _StudyRunner:
             sweeps=self._sweep_results(),
             example=example,
             failed=failed,
+            unconverged=self.unconverged,
+            min_users=self.runner.min_users,
         )
 
     def _tune(self) -> None:
@@ -270,8 +303,15 @@ class _StudyRunner:
     ) -> SystemResults:
         """A system's results. runs: by seed, one job or one for each domain."""
         results = []
+        unconverged = []
         for jobs in runs:
-            results.append([self.runner.read(job) for job in jobs])
+            read = [self.runner.read(job) for job in jobs]
+            for job, result in zip(jobs, read, strict=True):
+                if result.best_is_last:
+                    unconverged.append(job.name)
+            results.append(read)
+        if unconverged:
+            self.unconverged[name] = unconverged
         return collect_results(name, results)
 
     def _sweep_results(self) -> dict[str, list[SweepResult]]:

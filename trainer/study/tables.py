@@ -12,6 +12,7 @@ from trainer.reporting.console import (
     escape_name,
     format_duration,
     format_number,
+    mean_sentence,
 )
 from trainer.reporting.html import Cell, Table
 from trainer.run_files import HEADLINE
@@ -25,6 +26,10 @@ from trainer.study.results import (
 )
 from trainer.study.runner import Study, SweepResult
 
+OVER_USERS = "over users"
+_COLOURED = (
+    "Coloured where the 95 % interval leaves 0 out; what is not may be chance."
+)
 RANKED = {
     "sampled": "99 negatives of the domain",
     "full": "all items of the domain",
@@ -50,8 +55,27 @@ def make_tables(study: Study) -> list[Table]:
     return [table for table in tables if table is not None and table.rows]
 
 
-def _domain_names(study: Study) -> list[str]:
-    return [domain.name for domain in study.dataset.domains]
+def _domain_columns(study: Study) -> list[str]:
+    """The heads of a table by domain: the domains, and both means."""
+    names = [escape_name(name) for name in study.domain_names]
+    return ["system", *names, "mean", OVER_USERS]
+
+
+def _users_row(study: Study) -> list[Cell]:
+    """The first row of a table by domain: how many test users each column is of."""
+    users_D = study.users
+    counts = [*users_D, users_D[study.counted].sum(), users_D.sum()]
+    return [Cell("test users"), *(Cell(f"{count:,}") for count in counts)]
+
+
+def sentence_on_domains(study: Study) -> str:
+    """Which domains the mean leaves out, as a sentence; empty where none."""
+    users = dict(zip(study.domain_names, study.users.tolist(), strict=True))
+    counted = [study.domain_names[number] for number in study.counted]
+    sentence = mean_sentence(users, counted, study.min_users)
+    if sentence is None:
+        return ""
+    return f" {sentence[0].upper()}{sentence[1:]}."
 
 
 def _metric_table(
@@ -59,7 +83,7 @@ def _metric_table(
     ranking: str,
     metric: str,
 ) -> Table:
-    """The paper's Table 2: a line a system, a column a domain, and their mean."""
+    """The paper's Table 2: a line a system, a column a domain, and both means."""
     seeds = len(study.config.seeds)
     values = _metric_by_system(
         study,
@@ -68,9 +92,10 @@ def _metric_table(
     )
     means = {name: values_SD.mean(0) for name, values_SD in values.items()}
     best_D = np.zeros(0)
-    if means:
-        best_D = np.nanmax(np.stack(list(means.values())), axis=0)
     rows = []
+    if means:
+        rows.append(_users_row(study))
+        best_D = _column_maxima(np.stack(list(means.values())))
     for name, values_SD in values.items():
         row = [Cell(escape_name(name))]
         for column, value in enumerate(means[name]):
@@ -86,10 +111,18 @@ def _metric_table(
         over_seeds = f" and standard deviation over {seeds} seeds."
     return Table(
         title=f"{metric} by domain, {RANKED[ranking]}",
-        text=f"Test users ranked among {RANKED[ranking]}; mean{over_seeds}",
-        columns=["system", *map(escape_name, _domain_names(study)), "mean"],
+        text=f"Test users ranked among {RANKED[ranking]}; mean{over_seeds} The largest of a "
+        f"column is bold, whether or not that is chance.{sentence_on_domains(study)}",
+        columns=_domain_columns(study),
         rows=rows,
     )
+
+
+def _column_maxima(values: np.ndarray) -> np.ndarray:
+    """The largest of each column, NaN where a column has none."""
+    filled = np.where(np.isnan(values), -np.inf, values)
+    largest = filled.max(axis=0)
+    return np.where(np.isinf(largest), np.nan, largest)
 
 
 def _metric_by_system(
@@ -97,27 +130,44 @@ def _metric_by_system(
     ranking: str,
     metric: str,
 ) -> dict[str, np.ndarray]:
-    """Of every system, popularity first: (S, D + 1), the mean over domains last."""
-    names = _domain_names(study)
+    """Of every system, popularity first: (S, D + 2), both means last."""
+    names = study.domain_names
     values = {}
-    if study.popularity:
-        popularity = study.popularity[ranking]
-        metrics = [popularity.by_domain[name][metric] for name in names]
-        metrics.append(popularity.mean[metric])
-        values[POPULARITY] = np.array([metrics], np.float64)  # NaN for None
+    if study.popularity and study.results:
+        by_domain = study.popularity[ranking].by_domain
+        metrics = [by_domain[name][metric] for name in names]
+        value_D = np.array(metrics, np.float64)  # NaN for None
+        users_D = study.users
+        known_D = np.flatnonzero(users_D)
+        mean = value_D[study.counted].mean()
+        over_users = np.average(value_D[known_D], weights=users_D[known_D])
+        values[POPULARITY] = np.array([[*value_D, mean, over_users]])
     for name, results in study.results.items():
         values_SD = results.by_domain(
             ranking,
             metric,
             len(names),
         )
-        mean_S1 = np.nanmean(
-            values_SD,
-            axis=1,
-            keepdims=True,
-        )
-        values[name] = np.concatenate([values_SD, mean_S1], axis=1)
+        mean_S = values_SD[:, study.counted].mean(axis=1)
+        over_users_S = results.over_users(ranking, metric)
+        columns = [values_SD, mean_S[:, None], over_users_S[:, None]]
+        values[name] = np.concatenate(columns, axis=1)
     return values
+
+
+def _differences(
+    study: Study, one: SystemResults, other: SystemResults, ranking: str
+) -> list[PairedDifference | None]:
+    """`one` less `other` in the columns of `_domain_columns`; None without users."""
+    differences: list[PairedDifference | None] = []
+    for domain, users in enumerate(study.users):
+        difference = None
+        if users:
+            difference = paired_difference(one, other, ranking, domain=domain)
+        differences.append(difference)
+    mean = paired_difference(one, other, ranking, domains=study.counted)
+    everyone = paired_difference(one, other, ranking, over_users=True)
+    return [*differences, mean, everyone]
 
 
 def _gains_over_single_domain(
@@ -127,37 +177,25 @@ def _gains_over_single_domain(
     """The paper's Table 4: gain or loss against the single-domain model."""
     if SINGLE_DOMAIN not in study.results:
         return None
-    names = _domain_names(study)
     single = study.results[SINGLE_DOMAIN]
-    single_D = single.by_domain(
-        ranking,
-        HEADLINE,
-        len(names),
-    ).mean(0)
-    rows = []
+    values = _metric_by_system(study, ranking, HEADLINE)
+    single_C = values[SINGLE_DOMAIN].mean(0)
+    rows = [_users_row(study)]
     for name, results in study.results.items():
         if name == SINGLE_DOMAIN:
             continue
-        system_D = results.by_domain(
-            ranking,
-            HEADLINE,
-            len(names),
-        ).mean(0)
-        single_mean = np.nanmean(single_D)
-        system_mean = np.nanmean(system_D)
-        gains = list((system_D - single_D) / single_D)
-        gains.append((system_mean - single_mean) / single_mean)
         row = [Cell(escape_name(name))]
-        for gain in gains:
-            text = format_signed(gain, "+.1%")
-            row.append(Cell(text, _sense(gain)))
+        differences = _differences(study, results, single, ranking)
+        for difference, before in zip(differences, single_C, strict=True):
+            row.append(_relative_cell(difference, before))
         rows.append(row)
     return Table(
         title=f"Against {SINGLE_DOMAIN}, {RANKED[ranking]}",
-        text=f"{HEADLINE} against {SINGLE_DOMAIN}, a model of each domain alone: what the "
-        "other domains add or take away.",
-        columns=["system", *map(escape_name, names), "mean"],
-        rows=rows,
+        text=f"{HEADLINE} of each system against {SINGLE_DOMAIN}, a model of each domain alone: "
+        "what the other domains add (above 0) or take away, and p of a paired bootstrap over "
+        f"users. {_COLOURED}{sentence_on_domains(study)}",
+        columns=_domain_columns(study),
+        rows=rows if len(rows) > 1 else [],
     )
 
 
@@ -165,63 +203,67 @@ def _differences_from_ours(
     study: Study,
     ranking: str,
 ) -> Table | None:
-    """The paper's Table 5 and a paired test: every baseline and ablation less SyNCRec."""
+    """The paper's Table 5 and a paired test: SyNCRec less every baseline and ablation."""
     if OURS not in study.results:
         return None
     ours = study.results[OURS]
-    domains = {}
-    for domain, name in enumerate(_domain_names(study)):
-        if (ours.domain_U == domain).any():
-            domains[domain] = escape_name(name)
-    rows = []
+    rows = [[*_users_row(study), Cell("")]]
     for name, results in study.results.items():
         if name == OURS:
             continue
         row = [Cell(escape_name(name))]
-        for domain in domains:
-            difference = paired_difference(
-                results,
-                ours,
-                ranking,
-                domain=domain,
-            )
-            row.append(_difference_cell(difference))
-        mean = paired_difference(
-            results,
-            ours,
-            ranking,
-        )
+        differences = _differences(study, ours, results, ranking)
+        row += [_difference_cell(difference) for difference in differences]
+        mean = differences[len(study.domain_names)]
         low = format_signed(mean.low, "+.4f")
         high = format_signed(mean.high, "+.4f")
-        row += [
-            _difference_cell(mean),
-            Cell(f"{low} to {high}"),
-            Cell(_format_p(mean.p)),
-        ]
+        row.append(Cell(f"{low} to {high}"))
         rows.append(row)
     return Table(
-        title=f"Against {OURS}, {RANKED[ranking]}",
-        text=f"{HEADLINE} of each system less {OURS}'s over the same users, means of "
-        "seeds; coloured where the 95 % interval of a paired bootstrap over users leaves "
-        "0 out. Systems without a part of SyNCRec are the ablations.",
-        columns=["system", *domains.values(), "mean", "95 %", "p"],
-        rows=rows,
+        title=f"{OURS} against each other system, {RANKED[ranking]}",
+        text=f"{HEADLINE} of {OURS} less the system's over the same users (above 0: {OURS} is "
+        "better), means of seeds, and p of a paired bootstrap over users. "
+        f"{_COLOURED} Systems without a part of SyNCRec are the ablations."
+        f"{sentence_on_domains(study)}",
+        columns=[*_domain_columns(study), "mean, 95 %"],
+        rows=rows if len(rows) > 1 else [],
     )
 
 
-def _format_p(p: float) -> str:
+def format_p(p: float) -> str:
     """The bootstrap's least p is 0.002."""
     if p <= 0.002:
         return "≤ 0.002"
     return f"{p:.3f}"
 
 
-def _difference_cell(difference: PairedDifference) -> Cell:
+def _difference_cell(difference: PairedDifference | None) -> Cell:
     """Coloured where the confidence interval leaves 0 out."""
+    if difference is None:
+        return Cell("–")
+    return _signed_cell(difference, format_signed(difference.value, "+.4f"))
+
+
+def _relative_cell(difference: PairedDifference | None, before: float) -> Cell:
+    """The difference as a share of what it is compared with."""
+    if difference is None or not before:
+        return Cell("–")
+    return _signed_cell(
+        difference, format_signed(difference.value / before, "+.1%")
+    )
+
+
+def _signed_cell(difference: PairedDifference, text: str) -> Cell:
+    """The figure with its p, in the colour of its sign where that is no chance.
+
+    "+6.1 % (p 0.062)"; without p where there are too few users to say.
+    """
+    if not difference.is_known:
+        return Cell(f"{text} (few users)")
     sense = ""
     if difference.is_significant:
         sense = _sense(difference.value)
-    return Cell(format_signed(difference.value, "+.4f"), sense)
+    return Cell(f"{text} (p {format_p(difference.p)})", sense)
 
 
 def _sweep_table(
@@ -230,7 +272,6 @@ def _sweep_table(
     points: list[SweepResult],
 ) -> Table:
     """A line for each value of a setting."""
-    domains = len(study.dataset.domains)
     columns = [key, "validation"]
     columns += [f"test, {RANKED[ranking]}" for ranking in RANKINGS]
     rows = []
@@ -240,17 +281,15 @@ def _sweep_table(
             format_number(point.results.validation[0]),
         ]
         for ranking in RANKINGS:
-            test_D = point.results.by_domain(
-                ranking,
-                HEADLINE,
-                domains,
-            ).mean(0)
-            mean = float(np.nanmean(test_D))
+            mean = mean_metric(study, point.results, ranking)
             cells.append(format_number(mean))
+        cells.append(f"{len(point.results.user_U):,}")
         rows.append(_row(cells))
+    columns.append("test users")
     return Table(
         title=f"{OURS} by {key}",
-        text=f"Mean {HEADLINE} over domains, first seed.",
+        text=f"Mean {HEADLINE} over the domains that count, first seed."
+        f"{sentence_on_domains(study)}",
         columns=columns,
         rows=rows,
     )
@@ -264,6 +303,7 @@ def _cost_table(study: Study) -> Table:
             escape_name(name),
             format_duration(float(np.mean(results.seconds))),
             f"{np.mean(results.epochs):.1f}",
+            f"{len(study.unconverged.get(name, []))}",
             f"{np.nanmean(results.users_per_second):,.0f}",
             format_number(np.mean(results.validation)),
         ]
@@ -272,11 +312,13 @@ def _cost_table(study: Study) -> Table:
         title="What it cost",
         text="Of one seed's training with its validations, "
         f"{study.config.parallel} runs side by side; {SINGLE_DOMAIN} is the sum of its "
-        "models, its epochs and speed their mean.",
+        "models, its epochs and speed their mean. Where a run's best epoch was its last, more "
+        "epochs might have been better.",
         columns=[
             "system",
             "time",
             "epochs",
+            "best epoch was the last",
             "users/s",
             f"validation {HEADLINE}",
         ],
@@ -335,18 +377,16 @@ def _row(texts: Iterable[str]) -> list[Cell]:
 
 
 def mean_metric(
+    study: Study,
     results: SystemResults,
     ranking: str,
     metric: str = HEADLINE,
 ) -> float:
-    """The mean over domains and seeds."""
-    domains = 1 + int(results.domain_U.max())
-    mean_D = results.by_domain(
-        ranking,
-        metric,
-        domains,
-    ).mean(0)
-    return float(np.nanmean(mean_D))
+    """The mean over the domains that count, and over seeds."""
+    domains = len(study.domain_names)
+    mean_D = results.by_domain(ranking, metric, domains).mean(0)
+    counted = results.counted_domains(domains, study.min_users)
+    return float(mean_D[counted].mean())
 
 
 def _sense(value: float) -> str:

@@ -45,7 +45,14 @@ from trainer.config.load import flatten_config
 from trainer.data.loading.stream import RankBatch
 from trainer.distributed.agreement import Signals, reduce_signals
 from trainer.errors import RunStopped
-from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
+from trainer.evaluation.metrics import domains_of_mean
+from trainer.evaluation.sampled import (
+    PositionCounts,
+    count_users,
+    evaluate_split,
+    make_evaluation_record,
+)
+from trainer.reporting.console import mean_sentence
 from trainer.run_files import HEADLINE
 from trainer.training.run_context import RunContext
 
@@ -304,10 +311,31 @@ class Validation(Callback):
             "validation",
             trainer.dataset,
             ranking,
+            min_users=context.config.evaluation.min_users,
+            mean_domains=self._mean_domains(ranking),
             step=context.state.step,
             epoch=context.current_epoch(),
             seconds=seconds,
         )
+
+    def _mean_domains(self, ranking: PositionCounts) -> list[str]:
+        """The domains by whose mean models are compared: the same at every validation of a run.
+
+        The first validation chooses them, by its users over all ranks, and says what it leaves out.
+        """
+        context = self._context
+        state = context.state
+        if state.mean_domains is None:
+            users = count_users(context.trainer.dataset, ranking)
+            least = context.config.evaluation.min_users
+            if state.best is not None:
+                # Begun by an earlier version, which has compared by all of them.
+                least = 1
+            state.mean_domains = domains_of_mean(users, least)
+            sentence = mean_sentence(users, state.mean_domains, least)
+            if sentence is not None:
+                context.log.message(f"validation: {sentence}")
+        return state.mean_domains
 
     def _go_on(self, done: int, total: int) -> None:
         """Called between two steps of the ranking: any rank may have been asked to stop."""

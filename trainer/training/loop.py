@@ -394,7 +394,12 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
     if ranks.first:
         write_json(run / LOOK, inspection)
     return make_evaluation_record(
-        "test", dataset, ranking, step=best["step"], epoch=best["epoch"]
+        "test",
+        dataset,
+        ranking,
+        min_users=config.evaluation.min_users,
+        step=best["step"],
+        epoch=best["epoch"],
     )
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from trainer.evaluation.domain_weights import relative_weights
+
 if TYPE_CHECKING:
     from syncrec.batch.views import Batch
     from syncrec.model import LossReport
@@ -90,7 +92,7 @@ class IntervalMeter:
     def record(self, step: int, epoch: int) -> dict[str, Any]:
         """Makes the figures of a train record (see trainer.reporting.run_log). On all ranks.
 
-        They are means over the interval; λ is the newest.
+        They are means over the interval; λ is the newest, 1 where all domains weigh alike.
         """
         elapsed = time.perf_counter() - self._begun
         domains = len(self.domains)
@@ -121,7 +123,7 @@ class IntervalMeter:
             "mutual_information": information,
             "single_by_domain": self._name_domains(single),
             "cross_by_domain": self._name_domains(cross),
-            "lambda": self._name_domains(lambdas),
+            "lambda": relative_weights(self._name_domains(lambdas)),
             "phi": self._name_domains(phi),
             "users_per_second": users / elapsed,
             "tokens_per_second": tokens / elapsed,

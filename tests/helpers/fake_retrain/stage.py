@@ -1,5 +1,5 @@
 """What the three stand-ins do: they note how they were called, die where the file `die-STAGE` lies beside the folder, and leave
-what a retraining reads; a log whose name has "bad" in it is refused."""
+what a retraining reads; a day whose own log has "bad" in its name is refused."""
 
 import json
 import os
@@ -20,12 +20,26 @@ def _after(word):
     return sys.argv[sys.argv.index(word) + 1]
 
 
+def _words_after(word):
+    words = []
+    for other in sys.argv[sys.argv.index(word) + 1 :]:
+        if other.startswith("--"):
+            break
+        words.append(other)
+    return words
+
+
 def prepare():
     """A dataset with an extension where it extends one."""
     output = Path(_after("--output"))
     _called("prepare", output.parent)
     output.mkdir()
-    (output / "input.txt").write_text(_after("--input"))
+    logs = _words_after("--input")
+    if "--extend" in sys.argv:
+        extended = Path(_after("--extend"))
+        logs = [*(extended / "input.txt").read_text().split(), *logs]
+    (output / "input.txt").write_text(" ".join(logs))
+    (output / "newest.txt").write_text(_words_after("--input")[-1])
     if "--extend" in sys.argv:
         own = {
             "items": 3,
@@ -73,7 +87,7 @@ def publish():
     }
     figures["difference"] = {"value": 0.1, "interval": [0.05, 0.15]}
     record = {"run": str(run), "domains": {"shop": figures}, "reasons": []}
-    if "bad" in (run.parent / "dataset" / "input.txt").read_text():
+    if "bad" in (run.parent / "dataset" / "newest.txt").read_text():
         record["reasons"] = ["shop: worse"]
         (published / "refused.json").write_text(json.dumps(record))
         sys.exit(3)

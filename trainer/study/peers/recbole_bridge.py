@@ -99,6 +99,7 @@ def run_recbole(
     *,
     evaluation_seed: int = 0,
     negatives: int = 99,
+    min_users: int = 1,
     given: str | Path | None = None,
 ) -> Result:
     """Trains a model, leaves its test ranks in `folder`, and returns its result.
@@ -109,6 +110,7 @@ def run_recbole(
     without a better validation before training stops (early stopping), 0: never. minutes: training
     ends after the first epoch over them, 0: no limit. say: gets lines of progress.
     evaluation_seed, negatives: of the candidates, a run's `seed` and `evaluation.negatives`.
+    min_users: of a domain that counts in the validation's mean, a run's `evaluation.min_users`.
     given: a folder for the exported dataset, kept for other models of the same dataset; without
     it, each run exports its own and removes it.
 
@@ -132,6 +134,7 @@ def run_recbole(
         "minutes": minutes,
         "evaluation_seed": evaluation_seed,
         "negatives": negatives,
+        "min_users": min_users,
     }
     task = json.loads(json.dumps(task))  # as it will be read
     run = _Run(Path(folder).resolve(), say)
@@ -279,7 +282,10 @@ class _Run:
         try:
             result = json.loads((self.folder / RESULT).read_text())
             for name in task:
-                same = result["task"].get(name) == task[name]
+                before = result["task"].get(name)
+                same = before == task[name]
+                if name == "min_users" and before is None:
+                    same = True  # a run of before: every domain counted
                 if name == "model":
                     same = result["model"].lower() == task["model"].lower()
                 if not same:

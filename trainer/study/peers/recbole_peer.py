@@ -104,7 +104,7 @@ def train(
         config["device"]
     )
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    scores = Scores(config, dataset, model, handed)
+    scores = Scores(config, dataset, model, handed, task.get("min_users", 1))
     total = min(config["epochs"], trainer.epochs)
     epochs = Epochs(scores, task, total, begun, say)
     trainer._valid_epoch = epochs.validate

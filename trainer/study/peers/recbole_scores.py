@@ -33,8 +33,10 @@ class Scores:
         dataset: Any,
         model: torch.nn.Module,
         handed: PeerDataset,
+        min_users: int = 1,
     ) -> None:
-        """dataset: RecBole's, which numbers users and items."""
+        """dataset: RecBole's, which numbers users and items. min_users: as `evaluation.min_users`."""
+        self.min_users = min_users
         self.config = config
         self.dataset = dataset
         self.model = model
@@ -54,7 +56,7 @@ class Scores:
         self._item_number = _numbers(items_by_token, start + items)
 
     def validation(self) -> float:
-        """The mean over domains of NDCG@10 of the validation items among their candidates."""
+        """The mean over the domains that count of NDCG@10 of the validation items among their candidates."""
         rows_UC = self._candidates["validation"]
         positions = []
         every_user = np.arange(len(rows_UC))
@@ -69,7 +71,9 @@ class Scores:
                 padded_candidate_positions(scores_BC, rows_BC >= 0)
             )
         domain_U = self.handed.domain_of(rows_UC[:, 0])
-        return mean_ndcg(np.concatenate(positions), domain_U)
+        return mean_ndcg(
+            np.concatenate(positions), domain_U, least=self.min_users
+        )
 
     def test(self) -> tuple[np.ndarray, np.ndarray]:
         """Ranks of the test items, each int32 (U,): among candidates, and in their whole domains."""

@@ -66,10 +66,19 @@ def test_figures_are_means_over_the_users_of_each_group(ranks):
         assert mean["users"] == 300 and mean["MRR"] == pytest.approx(
             np.mean(both)
         )
+        everyone = means.user_mean(system, [0, 1, 4])
+        assert everyone["users"] == 300 and everyone["interval"]["MRR"]
+        assert everyone["MRR"] == pytest.approx(
+            by_hand(ranks_SB[system])["MRR"]
+        )
     assert means.figures(0, 4) == {"users": 0} | dict.fromkeys(FULL_METRICS) | {
         "interval": None
     }
     assert means.mean(0, [4]) == means.figures(0, 4)
+    both = [means.user_mean(system, [0, 1])["MRR"] for system in (0, 1)]
+    found = means.user_mean_difference([0, 1, 4], "MRR")
+    assert found["value"] == pytest.approx(both[0] - both[1])
+    assert found["interval"][0] < found["value"] < found["interval"][1]
     ours, others = (means.figures(system, 1)["NDCG@10"] for system in (0, 1))
     assert means.difference(1, "NDCG@10")["value"] == pytest.approx(
         ours - others

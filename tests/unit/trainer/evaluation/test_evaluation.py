@@ -36,8 +36,29 @@ FULL = {
 BARE = {"kind": "validation", "step": 1, "domains": {}, "mean": {}}
 
 
+WITH_MEANS = {
+    "kind": "test",
+    "domains": {
+        "Books": {"users": 60} | dict.fromkeys(METRICS, 0.5),
+        "Toys": {"users": 20} | dict.fromkeys(METRICS, 0.1),
+    },
+    "mean": dict.fromkeys(METRICS, 0.5),
+    "mean_domains": ["Books"],
+    "min_users": 50,
+    "user_mean": dict.fromkeys(METRICS, 0.4),
+    "popularity": {
+        "Books": {"users": 60} | dict.fromkeys(METRICS, 0.25),
+        "Toys": {"users": 20} | dict.fromkeys(METRICS, 0.25),
+    },
+    "popularity_mean": dict.fromkeys(METRICS, 0.25),
+    "popularity_user_mean": dict.fromkeys(METRICS, 0.25),
+}
+
+
 @pytest.mark.parametrize(
-    "record", [SAMPLED, FULL, BARE], ids=["sampled", "full", "bare"]
+    "record",
+    [SAMPLED, FULL, BARE, WITH_MEANS],
+    ids=["sampled", "full", "bare", "with means"],
 )
 def test_a_record_is_read_and_given_as_it_was(record):
     given = Evaluation.from_record(record).to_record()
@@ -56,6 +77,38 @@ def test_domains_are_rows_with_both_systems():
     assert evaluation.metrics == list(METRICS)
     assert evaluation.figures_of("Books") is books
     assert evaluation.figures_of("Moon").users == 0
+
+
+def test_both_means_and_the_domains_that_count_are_told():
+    evaluation = Evaluation.from_record(WITH_MEANS)
+    assert evaluation.users_by_domain == {"Books": 60, "Toys": 20}
+    assert evaluation.mean_domains == ["Books"]
+    assert evaluation.small_domains == {"Toys": 20}
+    assert (evaluation.mean_ndcg, evaluation.user_mean_ndcg) == (0.5, 0.4)
+    assert not evaluation.all_are_small
+
+
+def test_a_record_of_before_has_both_means_too():
+    evaluation = Evaluation.from_record(SAMPLED)
+    assert evaluation.mean_domains == ["Books"]
+    assert evaluation.small_domains == {} and not evaluation.all_are_small
+    assert evaluation.user_mean_ndcg == 0.5
+    assert evaluation.popularity_user_mean["MRR"] == 0.25
+    old = {
+        key: value
+        for key, value in WITH_MEANS.items()
+        if key in ("kind", "domains", "mean")
+    }
+    evaluation = Evaluation.from_record(old)
+    assert evaluation.user_mean_ndcg == pytest.approx(0.4)
+    assert evaluation.popularity_user_mean is None
+    assert evaluation.mean_domains == ["Books", "Toys"]
+
+
+def test_where_no_domain_is_large_enough_it_is_known():
+    small = WITH_MEANS | {"min_users": 61, "mean_domains": ["Books", "Toys"]}
+    evaluation = Evaluation.from_record(small)
+    assert evaluation.all_are_small and evaluation.small_domains == {}
 
 
 def test_without_pandas_the_way_out_is_named(monkeypatch):

@@ -103,12 +103,14 @@ def test_gates_are_the_means_over_the_first_users_tokens(look):
             assert sum(weights) == pytest.approx(1, abs=1e-3)
 
 
-def test_lambda_is_the_models(look):
+def test_lambda_is_the_models_in_relation_to_equal_weights(look):
     run, model, _, found = look
     assert list(found["lambda"]) == [
         domain.name for domain in run.dataset.domains
     ]
-    assert list(found["lambda"].values()) == model.correction.lambda_D.tolist()
+    own_D = model.correction.lambda_D
+    expected = (own_D / own_D.mean()).tolist()
+    assert list(found["lambda"].values()) == pytest.approx(expected)
 
 
 def test_a_rank_without_users_adds_nothing(tmp_path):

@@ -16,13 +16,16 @@ from trainer.evaluation.metrics import (
     METRICS,
     candidate_positions,
     count_positions,
+    domains_of_mean,
     drawn_positions,
+    mean_figures,
     mean_ndcg,
     metric_matrix,
     metric_values,
     metrics_of_histogram,
     padded_candidate_positions,
     positions_among_all,
+    user_mean_figures,
 )
 
 
@@ -148,6 +151,39 @@ def test_the_mean_ndcg_is_over_domains_with_users():
     position_U, domain_U = np.array([1, 11, 3]), np.array([0, 0, 2])
     assert mean_ndcg(position_U, domain_U) == pytest.approx((0.5 + 0.5) / 2)
     assert mean_ndcg(position_U[:0], domain_U[:0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("users", "least", "counted"),
+    [
+        ({"a": 50, "b": 49, "c": 0}, 50, ["a"]),
+        ({"a": 50, "b": 49, "c": 0}, 51, ["a", "b"]),  # none is large enough
+        ({"a": 50, "b": 49, "c": 0}, 1, ["a", "b"]),
+        ({"a": 0}, 50, []),
+        ({}, 50, []),
+    ],
+)
+def test_domains_count_from_so_many_users_on(users, least, counted):
+    assert domains_of_mean(users, least) == counted
+
+
+def test_a_domain_of_two_users_does_not_move_the_mean():
+    large = {"users": 20_000} | dict.fromkeys(METRICS, 0.4)
+    small = {"users": 2} | dict.fromkeys(METRICS, 1.0)
+    none = {"users": 0} | dict.fromkeys(METRICS)
+    by_domain = {"large": large, "small": small, "none": none}
+    assert mean_figures(by_domain)["NDCG@10"] == pytest.approx(0.7)
+    assert mean_figures(by_domain, ["large", "none"])["NDCG@10"] == 0.4
+    assert mean_figures(by_domain, [])["NDCG@10"] is None
+    over_users = user_mean_figures(by_domain)["NDCG@10"]
+    assert over_users == pytest.approx((20_000 * 0.4 + 2) / 20_002)
+    assert user_mean_figures({"none": none}) == dict.fromkeys(METRICS)
+
+
+def test_the_mean_ndcg_leaves_small_domains_out():
+    position_U, domain_U = np.array([1, 1, 11]), np.array([0, 0, 4])
+    assert mean_ndcg(position_U, domain_U, least=2) == 1
+    assert mean_ndcg(position_U, domain_U, least=3) == 0.5
 
 
 @pytest.mark.ranks

@@ -9,6 +9,7 @@ import trainer.evaluation.personalization
 from tests.helpers.alone import group_of_one
 from trainer.evaluation.personalization import (
     UserSample,
+    _mean_gain,
     measure_personalization,
 )
 
@@ -32,15 +33,15 @@ def asked(monkeypatch):
     found = []
 
     def evaluate_split(
-        model, table, dataset, ranks, config, split, candidates=None
+        model, table, dataset, ranks, config, split, candidates, visit
     ):
         assert split == "test"
         found.append(candidates)
-        histogram = np.zeros((2, 2, 1 + NEGATIVES), np.int64)
-        for user, (domain, rows) in candidates.items():
+        for user, (_, rows) in candidates.items():
             assert rows[0] != 100 + user
-            histogram[0, domain, 2] += 1
-        return SimpleNamespace(histogram=histogram)
+        user_B = np.array([-1, *candidates])
+        step = SimpleNamespace(user_B=user_B)
+        visit(step, np.full(len(user_B), 3), None)
 
     monkeypatch.setattr(
         trainer.evaluation.personalization, "evaluate_split", evaluate_split
@@ -74,9 +75,8 @@ def gains_of(wanted, least):
 
 def test_each_user_is_ranked_with_anothers_item_of_the_same_domain(asked):
     gains = gains_of(np.arange(2, 24), 1)
-    assert (
-        gains == [pytest.approx(0.5)] * 2
-    )  # NDCG of rank 1 less that of rank 3
+    for gain in gains:  # NDCG of rank 1 less that of rank 3, of everyone
+        assert gain == (pytest.approx(0.5), pytest.approx(0.0), 11)
     (others,) = asked
     assert others.keys() == set(range(2, 24))
     for user, (domain, rows) in others.items():
@@ -91,8 +91,19 @@ def test_each_user_is_ranked_with_anothers_item_of_the_same_domain(asked):
 
 
 def test_few_users_say_nothing_and_many_are_thinned_out(asked, monkeypatch):
-    assert gains_of([0, 2, 4, 1], 3) == [pytest.approx(0.5), None]
+    first, second = gains_of([0, 2, 4, 1], 3)
+    assert first.value == pytest.approx(0.5) and first.users == 3
+    assert second is None
     assert gains_of([7], 1) == [None, None]
     monkeypatch.setattr(trainer.evaluation.personalization, "_MOST", 10)
     gains_of(np.arange(USERS), 1)
     assert len(asked[-1]) == 10
+
+
+def test_the_error_is_that_of_a_mean_over_users():
+    found = _mean_gain(np.array([1, 1, 3]), np.array([1, 3, 7]))
+    gains = [0, 0.5, 0.5 - 1 / 3]
+    assert found.value == pytest.approx(np.mean(gains))
+    assert found.error == pytest.approx(np.std(gains, ddof=1) / np.sqrt(3))
+    assert _mean_gain(np.array([1]), np.array([3])) == (0.5, None, 1)
+    assert _mean_gain(np.array([]), np.array([])) is None

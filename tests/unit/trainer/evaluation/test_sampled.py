@@ -551,6 +551,27 @@ def test_the_mean_is_over_domains_that_have_users(dataset):
     assert record["popularity_mean"]["MRR"] == pytest.approx(0.5)
 
 
+def test_small_domains_are_shown_and_do_not_count(dataset):
+    histogram = np.zeros((2, 3, 10), np.int64)
+    histogram[:, 0, 0], histogram[:, 2, 9] = 4, 2
+    ranking = PositionCounts(histogram)
+    names = [domain.name for domain in dataset.domains]
+    record = make_evaluation_record("test", dataset, ranking, min_users=3)
+    assert record["domains"][names[2]]["users"] == 2
+    assert record["mean_domains"] == [names[0]] and record["min_users"] == 3
+    for key in ("mean", "popularity_mean"):
+        assert record[key]["MRR"] == 1
+    for key in ("user_mean", "popularity_user_mean"):
+        assert record[key]["MRR"] == pytest.approx((4 + 0.2) / 6)
+    record = make_evaluation_record("test", dataset, ranking, min_users=5)
+    assert record["mean_domains"] == [names[0], names[2]]
+    assert record["mean"]["MRR"] == pytest.approx(0.55)
+    record = make_evaluation_record(
+        "test", dataset, ranking, min_users=3, mean_domains=[names[2]]
+    )
+    assert record["mean"]["MRR"] == pytest.approx(0.1)
+
+
 def test_no_user_at_all_has_no_mean(dataset):
     record = make_evaluation_record(
         "test", dataset, PositionCounts(np.zeros((2, 3, 10), np.int64))
@@ -564,6 +585,7 @@ def test_no_user_at_all_has_no_mean(dataset):
         ("negatives", 0),
         ("batch_size", 0),
         ("every_epochs", 0),
+        ("min_users", 0),
         ("patience", -1),
     ],
 )

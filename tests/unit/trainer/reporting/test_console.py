@@ -12,6 +12,7 @@ from trainer.reporting.console import (
     format_duration,
     format_number,
     format_ratio,
+    mean_sentence,
 )
 
 
@@ -58,6 +59,24 @@ def test_a_console_without_greek_gets_letters(encoding, head):
     line = columns.train_line(record)
     assert f"│  {head} Books 1.000 -0.500" in line.plain
     assert line.plain.startswith("0:00:00  step  3/10  epoch 0  loss –")
+
+
+@pytest.mark.parametrize(
+    ("users", "counted", "sentence"),
+    [
+        ({"Books": 60, "War": 0}, ["Books"], None),
+        (
+            {"Books": 60, "War": 1, "No\nir": 1200, "Toys": 70},
+            ["Books", "Toys"],
+            "the mean is of 2 domains; left out, with fewer than 50 users: "
+            "War (1), No�ir (1,200)",
+        ),
+        ({"War": 1}, ["War"], "no domain has 50 users: the mean is of all 1"),
+        ({"War": 0}, [], None),
+    ],
+)
+def test_domains_that_do_not_count_are_named(users, counted, sentence):
+    assert mean_sentence(users, counted, 50) == sentence
 
 
 MODULES = [

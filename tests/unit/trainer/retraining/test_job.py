@@ -164,23 +164,149 @@ def test_killed_after_it_was_published_it_is_not_published_again(
     assert len(list((tmp_path / "published/versions").iterdir())) == 2
 
 
-def test_a_day_that_is_refused_is_left_out_of_the_next(day, tmp_path):
+def logs_of(folder, name):
+    """The inputs that a day's dataset was made of, oldest first, each as often as it came in."""
+    return (folder / "days" / name / "dataset/input.txt").read_text().split()
+
+
+def test_the_logs_of_a_refused_day_come_along_with_the_next(
+    day, tmp_path, capsys
+):
     day("1")
     refused = day("2", log="bad.parquet")
     assert refused["published"] is None and refused["reasons"] == [
         "shop: worse"
     ]
     report = (tmp_path / "days/2/report.md").read_text()
-    assert (
-        "**Not published.**" in report
-        and "- shop: worse" in report
-        and "give them again" in report
-    )
-    assert day("3")["published"] == "0002"
-    assert plan(tmp_path, "3")["extends"] == "days/1/dataset"
+    assert "**Not published.**" in report and "- shop: worse" in report
+    assert "Its logs come along with the next day." in report
+    assert "`leave_out=[2]`" in report
+    assert "leave_out=[2]" in (tmp_path / "report.html").read_text()
+    capsys.readouterr()
+    third = day("3")
+    assert third["published"] == "0002" and third["carried"] == ["2"]
+    assert plan(tmp_path, "3")["extends"] == "days/2/dataset"
+    assert logs_of(tmp_path, "3") == ["1.parquet", "bad.parquet", "3.parquet"]
     assert (tmp_path / "days/3/run/begun-with.txt").read_text() == str(
         tmp_path / "days/1/run"
     )
+    for text in (
+        capsys.readouterr().out,
+        (tmp_path / "days/3/report.md").read_text(),
+        (tmp_path / "report.html").read_text(),
+    ):
+        assert "The logs of 2 come along: refused days" in text
+    fourth = day("4")
+    assert fourth["carried"] == [] and plan(tmp_path, "4")["extends"] == (
+        "days/3/dataset"
+    )
+    assert logs_of(tmp_path, "4") == [*logs_of(tmp_path, "3"), "4.parquet"]
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "publish"])
+def test_killed_and_repeated_each_refused_days_logs_come_once(
+    day, tmp_path, stage
+):
+    day("1")
+    day("2", log="bad.parquet")
+    day("3", log="bad-too.parquet")
+    (tmp_path / f"die-{stage}").touch()
+    with pytest.raises(InputError):
+        day("4")
+    assert day("4")["carried"] == ["2", "3"]
+    assert logs_of(tmp_path, "4") == [
+        "1.parquet",
+        "bad.parquet",
+        "bad-too.parquet",
+        "4.parquet",
+    ]
+
+
+def test_a_spoiled_day_is_left_out_where_it_is_named(day, tmp_path):
+    day("1")
+    day("2", log="bad.parquet")
+    third = day("3", log="bad-too.parquet")
+    assert third["carried"] == ["2"]
+    fourth = day("4", leave_out=["2"])
+    assert (fourth["carried"], fourth["left_out"]) == (["3"], ["2"])
+    assert plan(tmp_path, "4")["extends"] == "days/1/dataset"
+    assert logs_of(tmp_path, "4") == [
+        "1.parquet",
+        "bad-too.parquet",
+        "4.parquet",
+    ]
+    report = (tmp_path / "days/4/report.md").read_text()
+    assert "The logs of 2 are left out, as asked" in report
+    assert day("5", leave_out=["2"])["left_out"] == []  # cron names it still
+    assert logs_of(tmp_path, "5") == [*logs_of(tmp_path, "4"), "5.parquet"]
+
+
+def test_a_day_that_was_left_out_once_stays_out(day, tmp_path):
+    day("1")
+    day("2", log="bad.parquet")
+    assert day("3", log="bad-too.parquet", leave_out=["2"])["carried"] == []
+    fourth = day("4")
+    assert (fourth["carried"], fourth["left_out"]) == (["3"], ["2"])
+    assert plan(tmp_path, "4")["extends"] == "days/3/dataset"
+    assert logs_of(tmp_path, "4") == [
+        "1.parquet",
+        "bad-too.parquet",
+        "4.parquet",
+    ]
+
+
+def test_whom_to_leave_out_may_be_told_until_the_dataset_is_there(
+    day, tmp_path
+):
+    day("1")
+    day("2", log="bad.parquet")
+    with pytest.raises(
+        InputError,
+        match=r"leave_out names '9', which was not refused in .*: refused are 2",
+    ):
+        day("3", leave_out=["9"])
+    (tmp_path / "die-prepare").touch()
+    with pytest.raises(InputError):
+        day("3")
+    (tmp_path / "die-train").touch()
+    with pytest.raises(InputError):
+        day("3", leave_out=["2"])
+    assert logs_of(tmp_path, "3") == ["1.parquet", "3.parquet"]
+    with pytest.raises(
+        InputError, match=r"was begun with leave_out \['2'\], not \[\]"
+    ):
+        day("3")
+    assert day("3", leave_out=["2"])["published"] == "0002"
+
+
+def test_after_a_rollback_refused_days_come_along_all_the_same(day, tmp_path):
+    """Of days 2 (refused), 3 (published, rolled back), 4 (refused): 2 and 4, not 3."""
+    day("1")
+    day("2", log="bad.parquet")
+    day("3")
+    back = {"version": "0001", "model": "versions/0001/model"}
+    (tmp_path / "published/current.json").write_text(json.dumps(back))
+    assert day("4", log="bad-too.parquet")["carried"] == ["2"]
+    assert logs_of(tmp_path, "4") == [
+        "1.parquet",
+        "bad.parquet",
+        "bad-too.parquet",
+    ]
+    assert day("5")["carried"] == ["2", "4"]
+    assert logs_of(tmp_path, "5") == [*logs_of(tmp_path, "4"), "5.parquet"]
+
+
+def test_a_day_of_an_earlier_version_comes_along_too(day, tmp_path):
+    """Its plan does not say what it is based on."""
+    day("1")
+    day("2", log="bad.parquet")
+    file = tmp_path / "days/2/plan.json"
+    old = json.loads(file.read_text())
+    for key in ("base", "carried", "again", "leave_out", "left_out"):
+        del old[key]
+    file.write_text(json.dumps(old))
+    assert day("3")["carried"] == ["2"]
+    assert logs_of(tmp_path, "3") == ["1.parquet", "bad.parquet", "3.parquet"]
 
 
 def test_a_refusal_is_known_whatever_status_a_launcher_gives(day, tmp_path):

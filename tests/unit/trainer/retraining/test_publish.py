@@ -3,7 +3,6 @@
 import fcntl
 import gc
 import json
-import re
 import shutil
 import weakref
 
@@ -31,11 +30,7 @@ from trainer.errors import InputError
 from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.files.atomic import write_json
 from trainer.retraining import registry
-from trainer.retraining.publish import (
-    HeldOutPositions,
-    find_refusal_reasons,
-    publish,
-)
+from trainer.retraining.publish import HeldOutPositions, publish
 from trainer.retraining.registry import Registry, roll_back
 from trainer.run_files import BEST
 from trainer.serving.export import export_run
@@ -269,81 +264,6 @@ def test_newest_users_judge_where_there_are_enough(
         (figures["users"], figures["newest"])
         for figures in record["domains"].values()
     ] == [(3, True), (10, False)]
-
-
-def figures(candidate, current, then):
-    return {
-        "a": {
-            "candidate": candidate,
-            "current": current,
-            "when_published": then,
-        }
-    }
-
-
-@pytest.mark.parametrize(
-    ("domains", "words"),
-    [
-        (figures(0.30, None, None), []),
-        (figures(None, None, None), []),
-        (figures(0.30, 0.30, 0.30), []),
-        (figures(0.295, 0.30, 0.30), []),
-        (figures(0.293, 0.30, 0.30), ["the current model has 0.3000"]),
-        (figures(0.25, 0.20, 0.30), []),
-        (
-            figures(0.23, 0.20, 0.30),
-            [
-                "mean NDCG@10 0.2300, 0.3000 when .* unlike those before .a -23 %."
-            ],
-        ),
-        (
-            figures(0.17, 0.17, 0.30),
-            [
-                "a: NDCG@10 0.1700, 0.3000 when .* unlike those before",
-                "mean NDCG@10 0.1700",
-            ],
-        ),
-        (
-            figures(0.23, 0.25, 0.30),
-            ["the current model has 0.2500", "mean NDCG@10 0.2300"],
-        ),
-        (figures(0.19, 0.10, 0.30) | {"b": figures(0.30, 0.30, 0.30)["a"]}, []),
-        (
-            figures(0.17, 0.10, 0.30) | {"b": figures(0.40, 0.30, 0.30)["a"]},
-            ["a: NDCG@10 0.1700"],
-        ),
-        (
-            figures(0.20, 0.10, 0.30) | {"b": figures(0.25, 0.20, 0.30)["a"]},
-            ["mean NDCG@10 0.2250, .* .a -33 %, b -17 %."],
-        ),
-    ],
-)
-def test_what_speaks_against_it(domains, words):
-    reasons = find_refusal_reasons(domains, PublishConfig())
-    assert len(reasons) == len(words) and all(
-        re.search(word, reason)
-        for word, reason in zip(words, reasons, strict=True)
-    )
-
-
-def test_items_that_are_nobodys_speak_against_it():
-    def of(gain, then):
-        return figures(0.3, 0.3, 0.3)["a"] | {
-            "own_item": gain,
-            "own_item_then": then,
-        }
-
-    for domains, words in (
-        ({"a": of(0.06, 0.1), "b": of(0.05, 0.1)}, None),
-        (
-            {"a": of(0.06, 0.1), "b": of(0.03, 0.1)},
-            "0.0450 higher .*, it was 0.1000 higher .*a 0.0600 after 0.1000, b 0.0300",
-        ),
-        ({"a": of(None, 0.1), "b": of(0.03, None)}, None),
-        ({"a": of(-0.01, 0.0)}, None),
-    ):
-        reasons = find_refusal_reasons(domains, PublishConfig())
-        assert re.search(words, *reasons) if words else not reasons
 
 
 def test_the_same_run_again_is_no_new_version(first, tmp_path, quick):

@@ -143,20 +143,26 @@ def test_the_report_says_who_gains_and_who_loses(study, tmp_path):
         np.where(own <= 10, 1 / np.log2(own + 1), 0).mean()
         for own in (ranks[::2], ranks[1::2])
     ]
-    cells = [f"{value:.4f} ± 0.0000" for value in (*means, np.mean(means))]
+    both_means = [np.mean(means), np.mean(means)]
+    cells = [f"{value:.4f} ± 0.0000" for value in (*means, *both_means)]
     full = text[text.index("## NDCG@10 by domain, all items") :]
     assert "| SyNCRec | " + " | ".join(f"**{cell}**" for cell in cells) in full
-    assert "| popularity | 0.1000 | 0.1000 | 0.1000 |" in full
-    assert "| SyNCRec | +0.0 % | +0.0 % | +0.0 % |" in text
-    worse = next(
+    assert "| test users | 5 | 5 | 10 | 10 |" in full
+    assert "| popularity | 0.1000 | 0.1000 | 0.1000 | 0.1000 |" in full
+    few = "+0.0 % (few users)"
+    none = "+0.0 % (p 1.000)"
+    assert f"| SyNCRec | {few} | {few} | {none} | {none} |" in text
+    better = next(
         line
-        for line in text[text.index("## Against SyNCRec") :].splitlines()
+        for line in text[text.index("## SyNCRec against each") :].splitlines()
         if line.startswith("| w/o LC-NTG")
     )
-    assert worse.count("\N{MINUS SIGN}") >= 3 and "≤ 0.002" in worse
+    assert better.count("+") >= 4 and "≤ 0.002" in better
+    assert "No domain has 50 users: the mean is of all 2." in text
+    assert "not converged" not in text and found.unconverged == {}
     assert "## SyNCRec by model.dim" in text
     page = (tmp_path / "out" / "report.html").read_text()
-    assert 'class="worse"' in page and "plotly" in page.lower()
+    assert 'class="better"' in page and "plotly" in page.lower()
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,19 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
 
 import trainer.checkpoint.save
 import trainer.training.callbacks
-from tests.helpers.runs import SmallRun, rank_of_one
+import trainer.training.loop
+from tests.helpers.runs import SmallRun, rank_of_one, seal
 from trainer.checkpoint.layout import RunState, list_checkpoints, read_state
 from trainer.checkpoint.save import Checkpoints
 from trainer.errors import InputError
+from trainer.evaluation.sampled import PositionCounts
 from trainer.files.atomic import LateStorage
+from trainer.reporting.run_log import read_records
 from trainer.run_files import HEADLINE
 from trainer.training.callbacks import Callback
 from trainer.training.loop import train
@@ -86,6 +90,78 @@ def test_after_an_early_stop_the_same_command_trains_no_further(
     assert {name: second[name] for name in ("step", "domains", "mean")} == {
         name: first[name] for name in ("step", "domains", "mean")
     }
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """ranked(counts, …): what the next evaluations of two domains find, users at each position."""
+
+    def set_counts(*counts):
+        left = iter(counts)
+
+        def next_counts(*_, **__):
+            histogram_DP = np.array(next(left))
+            return PositionCounts(np.stack([histogram_DP, histogram_DP]))
+
+        for module in (trainer.training.callbacks, trainer.training.loop):
+            monkeypatch.setattr(module, "evaluate_split", next_counts)
+
+    return set_counts
+
+
+def validations(run):
+    records = read_records(run.folder / "metrics.jsonl")
+    return [record for record in records if record["kind"] == "validation"]
+
+
+LARGE_IS_BEST = [[5, 0, 0], [0, 1, 0]]
+SMALL_IS_BEST = [[4, 1, 0], [1, 0, 0]]
+SMALL_HAS_GROWN = [[4, 1, 0], [5, 0, 0]]
+
+
+def test_the_best_step_is_of_the_domains_that_the_first_validation_counts(
+    run, ranked, capsys
+):
+    """A domain of one user does not choose, and not either once more of its users are there."""
+    ranked(LARGE_IS_BEST, SMALL_IS_BEST, SMALL_HAS_GROWN, LARGE_IS_BEST)
+    settings = ["epochs=3", "evaluation.min_users=2", "evaluation.patience=0"]
+    record = train(run.configured(*SETTINGS, *settings), run.ranks)
+    found = validations(run)
+    assert record["step"] == found[0]["step"]
+    large, small = [domain.name for domain in run.dataset.domains]
+    assert [line["mean_domains"] for line in found] == [[large]] * 3
+    assert record["mean_domains"] == [large]
+    assert record["domains"][small]["users"] == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "validation: the mean is of 1 domain; left out, with fewer than 2 "
+        f"users: {small} (1)" in said
+    )
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_goes_on_with_the_domains_that_it_has_compared_by(
+    run, ranked, before
+):
+    """A checkpoint of before does not say which domains count: all of them did."""
+    settings = [
+        *SETTINGS,
+        "optimizer.schedule=constant",
+        "evaluation.min_users=2",
+    ]
+    ranked(LARGE_IS_BEST, LARGE_IS_BEST)
+    train(run.configured(*settings, "epochs=1"), run.ranks)
+    checkpoint = list_checkpoints(run.folder)[0]
+    if before:
+        record = json.loads((checkpoint / "state.json").read_text())
+        assert record["state"].pop("mean_domains")
+        (checkpoint / "state.json").write_text(json.dumps(record))
+        seal(checkpoint)
+    ranked(SMALL_HAS_GROWN, LARGE_IS_BEST)
+    train(run.configured(*settings, "epochs=2"), run.ranks)
+    names = [domain.name for domain in run.dataset.domains]
+    expected = names if before else names[:1]
+    assert validations(run)[-1]["mean_domains"] == expected
 
 
 @pytest.mark.parametrize(

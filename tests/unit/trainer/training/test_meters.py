@@ -74,7 +74,7 @@ def test_a_line_has_the_means_of_its_interval_and_the_newest_lambda(
     }  # of the steps that have the domain
     assert found["cross_by_domain"] == {"a": 3.5, "b": 6}
     assert found["phi"]["a"] == 3 and math.isnan(found["phi"]["b"])
-    assert found["lambda"] == {"a": 0.25, "b": 0.75}
+    assert found["lambda"] == {"a": 0.5, "b": 1.5}
     # A user that fills up is no user, and its two interactions are no tokens.
     assert (found["users_per_second"], found["tokens_per_second"]) == (
         3 / 4,
