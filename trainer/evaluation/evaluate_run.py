@@ -78,12 +78,7 @@ def evaluate_run(
                 dataset, candidates, ranks, config
             )
         trained = load_trained_model(run, config, dataset, ranks)
-        best = trained.checkpoint
-        options = {
-            "step": best["step"],
-            "epoch": best["epoch"],
-            "min_users": config.evaluation.min_users,
-        }
+        options = _record_options(trained)
         positions = _UserPositions(dataset.users if full else 0)
         visit = positions.visit if full else None
         ranking = _rank_candidates(
@@ -112,6 +107,15 @@ def evaluate_run(
     if ranks.first:
         _save_full(Path(run), record, domain_U, sampled_U, whole.rank_U)
     return record
+
+
+def _record_options(trained: TrainedModel) -> dict[str, int]:
+    """What a record says of the model, and which domains count in its mean."""
+    return {
+        "step": trained.checkpoint["step"],
+        "epoch": trained.checkpoint["epoch"],
+        "min_users": trained.config.evaluation.min_users,
+    }
 
 
 class _UserPositions:

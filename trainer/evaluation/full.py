@@ -387,10 +387,8 @@ def full_evaluation(
         recommendations[domain.name] = recommended(shown_N)
     users = {row.name: row.users for row in rows}
     mean_domains = domains_of_mean(users, min_users)
-    counted = []
-    for row, first in zip(rows, firsts, strict=True):
-        if row.name in mean_domains:
-            counted.append(first)
+    first_of = dict(zip(users, firsts, strict=True))
+    counted = [first_of[name] for name in mean_domains]
     full = {
         "difference": {
             "metric": HEADLINE,

@@ -50,7 +50,7 @@ EXPECTED = {
         "users": "f",
     },
     "publish": {
-        "rules": PublishConfig(0.1, 0.2, 0.3, 0.4, 5, 6, "fp16"),
+        "rules": PublishConfig(0.1, 0.2, 0.3, 0.4, 5, 0.05, 6, "fp16"),
         "to": "p",
     },
     "retrain": {

@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,6 +248,54 @@ def test_one_domain_that_is_worse_is_enough_to_refuse(
         publish_it(second, tmp_path, tolerance=0.3)["published"] == "0002"
         and not (tmp_path / "refused.json").exists()
     )
+
+
+def test_a_small_domain_is_named_and_does_not_refuse(
+    first, second, tmp_path, quick, monkeypatch
+):
+    """Of 20 users three are of the other domain, which falls; ten judge."""
+
+    def rank_test_items(served, drawn=None):
+        other_U = np.arange(served.dataset.users) >= 17
+        fallen = "second0" in served.config.run
+        position_U = np.where(other_U, 5 if fallen else 2, 2)
+        return HeldOutPositions(position_U, other_U.astype(int))
+
+    monkeypatch.setattr(
+        trainer.retraining.publish, "_rank_test_items", rank_test_items
+    )
+    candidate = second.copied(tmp_path / "second0")
+    evaluation = replace(second.config.evaluation, min_users=10)
+    config = replace(second.config, evaluation=evaluation)
+    (candidate.folder / "config.yaml").write_text(to_yaml(config))
+    folder = tmp_path / "published"
+    publish_it(first, folder)
+    record = publish_it(candidate, folder)
+    assert record["published"] == "0002" and record["min_users"] == 10
+    assert record["notes"] == [
+        "domain 1: 3 users, fewer than 10: it does not judge"
+    ]
+    assert {test["domain"] for test in record["tests"]} == {"domain 0", None}
+    figures = record["domains"]["domain 1"]
+    assert figures["candidate"] < figures["current"]
+
+
+def test_the_night_of_a_version_of_before_is_judged_too(
+    first, second, tmp_path, good
+):
+    """Its record has no standard errors: today's are taken."""
+    good(first=(2, 2), second=(2, 2))
+    publish_it(first, tmp_path)
+    file = tmp_path / "versions/0001/version.json"
+    record = json.loads(file.read_text())
+    for figures in record["domains"].values():
+        for key in ("candidate_error", "own_item_error"):
+            del figures[key]
+    file.write_text(json.dumps(record))
+    record = publish_it(second, tmp_path)
+    assert record["published"] == "0002"
+    for figures in record["domains"].values():
+        assert figures["when_published_error"] == 0
 
 
 def test_newest_users_judge_where_there_are_enough(
