@@ -42,14 +42,14 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 @exit_on_input_error
 def main() -> None:
     """Loads the run's best model and exports it."""
-    check_stack()
     options = parse()
+    check_stack(options.device)
     from trainer.config.serving import ExportConfig
     from trainer.distributed import process_group
     from trainer.serving.export import export_run
 
     config = ExportConfig(options.dtype, options.faiss)
-    with process_group.join_process_group() as ranks:
+    with process_group.join_process_group(device=options.device) as ranks:
         schema = export_run(
             options.run, options.output, ranks, config, options.data
         )

@@ -64,8 +64,8 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 @exit_on_input_error
 def main() -> None:
     """Loads the run's best model and recommends."""
-    check_stack()
     options = parse()
+    check_stack(options.device)
     from rich.console import Console
 
     from launch.tables import recommendation_table
@@ -87,7 +87,7 @@ def main() -> None:
     config = RecommendConfig(
         options.k, tuple(options.domain), options.keep_seen, options.batch_size
     )
-    with process_group.join_process_group() as ranks:
+    with process_group.join_process_group(device=options.device) as ranks:
         record = recommend(
             options.run,
             options.output,

@@ -92,10 +92,11 @@ def sees_device(dev: Path = Path("/dev")) -> bool:
     )
 
 
-def check_stack() -> None:
+def check_stack(device: str = "auto") -> None:
     """Leaves with one line and status 2 where what is installed does not fit.
 
-    torch, TorchRec and FBGEMM have to fit together, and to this machine's device.
+    torch, TorchRec and FBGEMM have to fit together, and to the device that is to compute: "cpu",
+    "cuda", or "auto", this machine's.
     """
     torch, torchrec = installed("torch"), installed("torchrec")
     fbgemm = installed("fbgemm-gpu-cpu") or installed("fbgemm-gpu")
@@ -119,15 +120,16 @@ def check_stack() -> None:
             f"torch {torch} needs torchrec {wanted[1]} and fbgemm {wanted[2]}"
         )
         sys.exit(_refuse(f"{versions} do not fit together: {needs}; {way_out}"))
-    refusal = _device_refusal(torch_cuda(), fbgemm_is_cuda())
+    takes_cuda = device != "cpu" and sees_device()
+    refusal = _device_refusal(torch_cuda(), fbgemm_is_cuda(), takes_cuda)
     if refusal:
         sys.exit(_refuse(refusal))
 
 
-def _device_refusal(cuda, fbgemm_cuda):
+def _device_refusal(cuda, fbgemm_cuda, takes_cuda):
     """Why torch and FBGEMM are not built for the same device, or None.
 
-    A torch for CUDA runs on a CPU machine too.
+    A torch for CUDA runs on a CPU machine too. takes_cuda: whether a run would take a device.
     """
     if fbgemm_cuda is None:
         return None
@@ -136,10 +138,10 @@ def _device_refusal(cuda, fbgemm_cuda):
             "FBGEMM is built for CUDA and torch for CPU alone, beside which it does not load: "
             f"`{_INSTALL} --cpu`, or install a torch for CUDA"
         )
-    if not fbgemm_cuda and cuda is not None and sees_device():
+    if not fbgemm_cuda and cuda is not None and takes_cuda:
         return (
             f"this machine has a CUDA device and torch is built for CUDA {cuda}, but FBGEMM for "
-            f"CPU alone: `{_INSTALL} --cuda`, or take the CPU with DS_ACCELERATOR=cpu"
+            f"CPU alone: `{_INSTALL} --cuda`, or take the CPU with --device cpu"
         )
     return None
 

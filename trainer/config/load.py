@@ -1,4 +1,4 @@
-"""Configurations read and written: YAML files, `key=value`, and what a run has recorded."""
+"""Configurations read and written: presets, YAML files, `key=value`, and what a run has recorded."""
 
 import io
 import re
@@ -18,6 +18,7 @@ from trainer.files.redact import printable_text, redact_for_record
 
 Config = TypeVar("Config")
 
+_PRESETS = Path(__file__).resolve().parents[2] / "launch" / "configs"
 # OmegaConf's; a backslash before it escapes.
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _YAML_TAG = "tag:yaml.org,2002:"
@@ -30,17 +31,48 @@ def load_config(
     files: Iterable[str | Path],
     overrides: Iterable[str],
     deepspeed_file: str | Path | None = None,
+    more: Iterable[tuple[str, DictConfig]] = (),
 ) -> RunConfig:
     """Loads YAML files, each over the ones before it, and `key=value` over them all.
 
-    deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`. Raises InputError that names
-    the key or the file.
+    files: paths, or names of presets (`default`, `amazon4`). deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`. more: as for `load_settings`. Raises InputError that names the
+    key or the file.
     """
-    more = []
+    more = list(more)
     if deepspeed_file is not None:
         section = {"deepspeed": read_deepspeed_json(deepspeed_file)}
         more.append((str(deepspeed_file), OmegaConf.create(section)))
-    return _with_bf16(load_settings(RunConfig, files, overrides, more))
+    config = _with_bf16(load_settings(RunConfig, files, overrides, more))
+    negatives = config.negatives
+    # Not among the checks of NegativesConfig: records of older runs have both.
+    if negatives.per_target > 1 and negatives.shared:
+        raise InputError(
+            f"negatives.per_target is {negatives.per_target}, and negatives.shared is "
+            f"{negatives.shared}, which takes its place: set negatives.shared=0"
+        )
+    return config
+
+
+def preset_names() -> list[str]:
+    """The names of the configurations that come with the package, sorted."""
+    return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: a preset's by its name, from any folder, or the path.
+
+    A preset's name wins; a file of the same name is `./default`. Raises InputError that lists the
+    presets where there is neither.
+    """
+    if str(name) in preset_names():
+        return _PRESETS / f"{name}.yaml"
+    file = Path(name)
+    if not file.is_file():
+        names = ", ".join(preset_names())
+        raise InputError(
+            f"{name}: there is no such configuration file (presets, by their names: {names})"
+        )
+    return file
 
 
 def _with_bf16(config: RunConfig) -> RunConfig:
@@ -75,7 +107,7 @@ def load_settings(
             if error.full_key and source not in overrides:
                 start = f"{source}: {error.full_key}"
             reason = _first_line(error)
-            keys = _allowed_keys(error)
+            keys = _allowed_keys(error, kind)
             raise InputError(f"{start}: {reason}{keys}") from None
     try:
         return cast(Config, OmegaConf.to_object(merged))
@@ -275,9 +307,8 @@ def _is_text(kind: Any) -> bool:
 
 
 def _read(file: str | Path, kind: type) -> DictConfig:
-    if not Path(file).is_file():
-        raise InputError(f"{file}: there is no such configuration file")
-    return _with_sections(file, lambda: OmegaConf.load(file), kind)
+    path = find_config(file)
+    return _with_sections(file, lambda: OmegaConf.load(path), kind)
 
 
 def _with_sections(
@@ -320,12 +351,31 @@ def _restore_words(value: Any, kind: Any) -> Any:
     return value
 
 
-def _allowed_keys(error: OmegaConfBaseException) -> str:
-    """The keys that exist, in brackets, where one was given that does not; otherwise nothing."""
+def _allowed_keys(error: OmegaConfBaseException, kind: type) -> str:
+    """The keys that exist, in brackets, where one was given that does not; otherwise nothing.
+
+    Before them the settings of other sections that the key is the name of.
+    """
     node = getattr(error, "parent_node", None)
     if node is None or not hasattr(node, "keys") or "not in" not in str(error):
         return ""
     keys = ", ".join(map(str, node.keys()))
     if not keys:
         return ""
-    return f" (there are: {keys})"
+    hint = ""
+    elsewhere = _keys_named(str(error.key), kind)
+    if elsewhere:
+        hint = f"did you mean {' or '.join(elsewhere)}? "
+    return f" ({hint}there are: {keys})"
+
+
+def _keys_named(name: str, kind: type) -> list[str]:
+    """The dotted keys that end in a name: `learning_rate` is table's and optimizer's."""
+    keys = []
+    for section in fields(kind):
+        if not is_dataclass(section.type):
+            continue
+        for field in fields(section.type):
+            if field.name == name:
+                keys.append(f"{section.name}.{name}")
+    return keys

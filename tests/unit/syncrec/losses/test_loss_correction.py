@@ -14,6 +14,7 @@ from syncrec.losses.loss_correction import (
     PredictionMix,
     transfer_gap,
 )
+from tests.helpers.reference import EQUATIONS
 
 
 def doubles(*values):
@@ -21,7 +22,8 @@ def doubles(*values):
 
 
 def correction(domains=3, state=None, **values):
-    module = LossCorrection(ModelConfig(**values), domains).double()
+    config = ModelConfig(**EQUATIONS | values)
+    module = LossCorrection(config, domains).double()
     if state is not None:
         module.lambda_D = doubles(*state)
     return module
