@@ -25,6 +25,7 @@ _YAML_TAG = "tag:yaml.org,2002:"
 _LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
 _DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands
 _LONGEST_MESSAGE = 1000  # letters
+_LONGEST_QUOTE = 400  # letters, of a value or of another program's words
 
 
 def load_config(
@@ -102,8 +103,12 @@ def load_settings(
     for source, values in sources:
         try:
             merged = OmegaConf.merge(merged, values)
+        except TypeError:  # OmegaConf's word where a section gets a list
+            raise InputError(
+                f"{_shorten(source)}: a section of keys and values was expected"
+            ) from None
         except OmegaConfBaseException as error:
-            start = source
+            start = _shorten(source)
             if error.full_key and source not in overrides:
                 start = f"{source}: {error.full_key}"
             reason = _first_line(error)
@@ -115,17 +120,26 @@ def load_settings(
         reason = _first_line(error)
         raise InputError(f"{error.full_key}: {reason}") from None
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(_shorten(error)) from None
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
-    return lines[0]
+    return _shorten(lines[0])
 
 
 def _one_line(error: Exception) -> str:
-    printable_text = str(error).split()
-    return " ".join(printable_text)
+    words = str(error).split()
+    return _shorten(" ".join(words))
+
+
+def _shorten(text: object) -> str:
+    """A text for a message, without what is in the middle of a very long one."""
+    letters = str(text)
+    if len(letters) <= _LONGEST_QUOTE:
+        return letters
+    half = _LONGEST_QUOTE // 2
+    return f"{letters[:half]} … {letters[-half:]}"
 
 
 def load_recorded(file: str | Path) -> RunConfig:
@@ -274,7 +288,7 @@ def _parse(override: str, kind: type) -> DictConfig:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise InputError(
-            f"{override}: options are given as key=value, e.g. global_batch_size=256"
+            f"{_shorten(override)}: options are given as key=value, e.g. global_batch_size=256"
         )
     names = key.split(".")
     if _is_text(_type_of(names, kind)):
@@ -288,7 +302,7 @@ def _parse(override: str, kind: type) -> DictConfig:
     except Exception as error:
         reason = _one_line(error)
         raise InputError(
-            f"{override}: its value is no YAML ({reason})"
+            f"{_shorten(override)}: its value is no YAML ({reason})"
         ) from None
 
 
