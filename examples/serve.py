@@ -3,7 +3,7 @@
     python examples/serve.py MODEL PORT
     curl 'http://127.0.0.1:PORT/?domain=books&k=5&item=1764146000:books:B000FA5SXY&item=1764147000:video:B00005JKZ2'
 
-An item is TIME:DOMAIN:ID. This is an example of the calls, not a server for the public.
+An item is TIME:DOMAIN:ID; TIME is a date or a number in the logs' unit. This is an example of the calls, not a server for the public.
 """
 
 import json
@@ -12,13 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from trainer.serving.example import Recommender
+from trainer.serving.example import Recommender, TimeSpan, parse_event
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers GET requests."""
 
     recommender: Recommender
+    span: TimeSpan
 
     def do_GET(self) -> None:
         """?domain=…&k=…&item=TIME:DOMAIN:ID, repeated."""
@@ -26,7 +27,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             domain = query["domain"][0]
             k = int(query.get("k", ["10"])[0])
-            history = [_event(text) for text in query.get("item", [])]
+            domains = list(self.recommender.domains)
+            history = []
+            for text in query.get("item", []):
+                history.append(parse_event(text, self.span, domains))
             items = self.recommender(history, domain, k)
             self._answer(
                 200, [{"item": item, "score": score} for item, score in items]
@@ -43,15 +47,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _event(text: str) -> tuple[float, str, str]:
-    """(time, domain, id) of TIME:DOMAIN:ID."""
-    time, domain, item = text.split(":", 2)
-    return float(time), domain, item
-
-
 def main(model: str, port: str) -> None:
     """Loads the model once, then answers until it is stopped."""
-    Handler.recommender = Recommender(Path(model))
+    recommender = Recommender(Path(model))
+    schema = recommender.schema
+    Handler.recommender = recommender
+    Handler.span = TimeSpan(schema["first_time"], schema["last_time"])
     with ThreadingHTTPServer(("127.0.0.1", int(port)), Handler) as server:
         server.serve_forever()
 

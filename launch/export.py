@@ -6,8 +6,8 @@
     … --faiss HNSW32                                             and a FAISS index of each domain
 
 It has user encoder, item vectors, vocabularies, schema and an example, and needs PyTorch, NumPy and
-safetensors alone. DIR/example.py answers "history in, items out":
-python DIR/example.py DOMAIN 10 DOMAIN:ITEM …
+safetensors alone. DIR/example.py answers "history in, items out" (DIR/example.py --help):
+python DIR/example.py DOMAIN 10 TIME:DOMAIN:ITEM …
 """
 
 import json

@@ -19,7 +19,7 @@ _ROW_VECTOR = 4
 _LEAST_MINUTES = 0.001
 # The largest value of a setting: far above what a run uses, and below what no memory, no clock
 # and no integer of the libraries holds.
-_MOST = {
+_MOST: dict[str, float] = {
     "seed": 2**63 - 1,
     "epochs": 100_000,
     "timeout_minutes": 525_600,
