@@ -12,14 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from trainer.serving.example import Recommender, TimeSpan, parse_event
+from trainer.serving.example import Recommender, read_event
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers GET requests."""
 
     recommender: Recommender
-    span: TimeSpan
 
     def do_GET(self) -> None:
         """?domain=…&k=…&item=TIME:DOMAIN:ID, repeated."""
@@ -30,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
             domains = list(self.recommender.domains)
             history = []
             for text in query.get("item", []):
-                history.append(parse_event(text, self.span, domains))
+                history.append(
+                    read_event(text, self.recommender.schema, domains)
+                )
             items = self.recommender(history, domain, k)
             self._answer(
                 200, [{"item": item, "score": score} for item, score in items]
@@ -49,10 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main(model: str, port: str) -> None:
     """Loads the model once, then answers until it is stopped."""
-    recommender = Recommender(Path(model))
-    schema = recommender.schema
-    Handler.recommender = recommender
-    Handler.span = TimeSpan(schema["first_time"], schema["last_time"])
+    Handler.recommender = Recommender(Path(model))
     with ThreadingHTTPServer(("127.0.0.1", int(port)), Handler) as server:
         server.serve_forever()
 

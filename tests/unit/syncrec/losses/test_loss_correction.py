@@ -211,9 +211,8 @@ HARD = {
 def test_no_weight_is_negative_or_nothing_after_many_batches(
     domains, chances, delta, alpha, beta, dtype
 ):
-    module = LossCorrection(
-        ModelConfig(correction_temperature=delta), domains
-    ).to(dtype)
+    config = ModelConfig(correction_temperature=delta, correction_total="one")
+    module = LossCorrection(config, domains).to(dtype)
     module.alpha.data.fill_(alpha)
     module.beta.data.fill_(beta)
     generator = torch.Generator().manual_seed(1)
