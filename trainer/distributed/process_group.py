@@ -187,9 +187,10 @@ def choose_device(device: str) -> str:
         return "cuda" if is_allowed and torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is cuda: {_why_no_cuda()}")
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is not None:
-        before = deepspeed.accelerator.get_accelerator().device_name()
+    if "deepspeed" in sys.modules:
+        from deepspeed.accelerator import get_accelerator
+
+        before = get_accelerator().device_name()
         if before != device:
             raise InputError(
                 f"device is {device}: this process has computed on {before}, where DeepSpeed "

@@ -243,6 +243,23 @@ def test_checking_imports_no_torch_and_starts_nothing(machine, monkeypatch):
     )
 
 
+@pytest.mark.ranks
+def test_every_command_gets_as_far_as_the_check_without_the_stack():
+    """As pip installs the package: without PyTorch, which the check then asks for."""
+    program = (
+        "import importlib, sys; from launch.cli import COMMANDS\n"
+        "for name in ('torch', 'deepspeed', 'torchrec'): sys.modules[name] = None\n"
+        "for name in COMMANDS: importlib.import_module(f'launch.{name}')"
+    )
+    done = stack.subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_what_is_installed_here_fits():
     import torch
 
