@@ -1,4 +1,8 @@
-"""Packaging. torch, TorchRec and FBGEMM are installed by launch/stack.py, which alone says which versions go together."""
+"""Packaging. torch, TorchRec and FBGEMM are installed by launch/stack.py, which alone says which versions go together.
+
+`pip install` brings what prepares logs; what trains comes by `syncrec stack install`. Pip by itself would bring torch with
+CUDA's libraries on every machine, and FBGEMM in a build that does not load beside a torch for CPU.
+"""
 
 import re
 import runpy
@@ -13,6 +17,15 @@ VERSION = re.search(
 STACK = runpy.run_path(str(Path(__file__).with_name("launch") / "stack.py"))
 torch, torchrec, fbgemm = STACK["MATCHING"][STACK["PINNED"]]
 # mapInArrow, which takes Arrow batches to Python, asks for pandas; PySpark does not know pandas 3 yet.
+# What trains and computes. TorchRec comes without its dependencies (launch/stack.py): those beside FBGEMM stand here.
+TRAIN = [
+    f"torch{STACK['torch_bounds']()}",
+    "deepspeed>=0.19",  # ZeRO around the dense model, the launcher
+    "tensordict",
+    "torchmetrics==1.0.3",
+    "pyre-extensions",
+    "tqdm",
+]
 SPARK = ["pyspark>=3.5", "pandas>=2.2,<3"]
 
 setup(
@@ -45,8 +58,6 @@ setup(
         "syncrec_kernels": ["*.cpp", "*.h"],
     },
     install_requires=[
-        f"torch>={min(STACK['MATCHING'])}",
-        "deepspeed>=0.19",  # ZeRO around the dense model, the launcher
         "webdataset>=1.0",  # shards
         "numpy>=2.0",
         "duckdb>=1.5",  # prepare: an out-of-core engine for Parquet, CSV and TSV
@@ -59,11 +70,6 @@ setup(
         "tensorboard>=2.18",  # the metrics display that people already run
         "plotly>=6",  # the report's plots
         "jinja2>=3.1",  # the report's page
-        # What TorchRec needs beside FBGEMM; it is installed without its dependencies (launch/stack.py).
-        "tensordict",
-        "torchmetrics==1.0.3",
-        "pyre-extensions",
-        "tqdm",
     ],
     extras_require={
         "test": [
@@ -80,6 +86,7 @@ setup(
             # PySpark wants Java 17: CI compares the two engines byte for byte; without it those tests are skipped.
             *SPARK,
         ],
+        "train": TRAIN,
         "spark": SPARK,
         "notebook": [
             "ipywidgets>=8",
@@ -91,6 +98,7 @@ setup(
         # What the benchmarks' peers need stands in benchmarks/peers.txt: RecBole cannot share an environment with NumPy 2.
         # On a CUDA machine plain pip does the same as launch/stack.py.
         "cuda": [
+            *TRAIN,
             f"torch=={torch}",
             f"torchrec=={torchrec}",
             f"fbgemm-gpu=={fbgemm}",

@@ -61,6 +61,7 @@ from trainer.checkpoint.load import (
 )
 from trainer.checkpoint.save import Checkpoints
 from trainer.config.load import flatten_config
+from trainer.config.negatives import NegativesConfig
 from trainer.distributed import process_group
 from trainer.distributed.agreement import reduce_signals
 
@@ -226,14 +227,19 @@ def built(rows: int, ranks: "Ranks") -> "tuple[Trainer, float]":
         ffn_dim=DIM,
         dropout=0.1,
         loss="bpr",
+        time_knots=0,
+        learn_scales=True,
     )
     dataset = replace(
         dataset_of(rows, DOMAINS, USERS * ranks.world_size, 2),
         streams=ranks.world_size,
     )
+    negatives = NegativesConfig(shared=0)
     made = []
     (seconds,) = timed(
-        lambda: made.append(trainer_of(model, USERS, dataset, ranks))
+        lambda: made.append(
+            trainer_of(model, USERS, dataset, ranks, negatives=negatives)
+        )
     )
     return made[0], seconds
 

@@ -3,7 +3,7 @@
     python examples/serve.py MODEL PORT
     curl 'http://127.0.0.1:PORT/?domain=books&k=5&item=1764146000:books:B000FA5SXY&item=1764147000:video:B00005JKZ2'
 
-An item is TIME:DOMAIN:ID. This is an example of the calls, not a server for the public.
+An item is TIME:DOMAIN:ID; TIME is a date or a number in the logs' unit. This is an example of the calls, not a server for the public.
 """
 
 import json
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from trainer.serving.example import Recommender
+from trainer.serving.example import Recommender, read_event
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -26,7 +26,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             domain = query["domain"][0]
             k = int(query.get("k", ["10"])[0])
-            history = [_event(text) for text in query.get("item", [])]
+            domains = list(self.recommender.domains)
+            history = []
+            for text in query.get("item", []):
+                history.append(
+                    read_event(text, self.recommender.schema, domains)
+                )
             items = self.recommender(history, domain, k)
             self._answer(
                 200, [{"item": item, "score": score} for item, score in items]
@@ -41,12 +46,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-
-def _event(text: str) -> tuple[float, str, str]:
-    """(time, domain, id) of TIME:DOMAIN:ID."""
-    time, domain, item = text.split(":", 2)
-    return float(time), domain, item
 
 
 def main(model: str, port: str) -> None:

@@ -9,11 +9,11 @@ Many ranks are started by a launcher: `deepspeed launch/train.py …`, or of an 
 """
 
 import ast
-import importlib.metadata
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
+
+from trainer import __version__
 
 COMMANDS = (
     "prepare",
@@ -37,7 +37,7 @@ def main() -> None:
         print(overview())
         return
     if arguments == ["--version"]:
-        print(f"syncrec {importlib.metadata.version('syncrec-trainer')}")
+        print(f"syncrec {__version__}")
         return
     command = arguments[0]
     if command not in COMMANDS:

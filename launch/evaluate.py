@@ -49,8 +49,8 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 @exit_on_input_error
 def main() -> None:
     """Loads the run's best model and ranks."""
-    check_stack()
     options = parse()
+    check_stack(options.device)
     from rich.console import Console
 
     from trainer.distributed import process_group
@@ -60,7 +60,7 @@ def main() -> None:
     from trainer.reporting.run_report import update_report
 
     full = options.ranking == "full"
-    with process_group.join_process_group() as ranks:
+    with process_group.join_process_group(device=options.device) as ranks:
         record = evaluate_run(
             options.run,
             ranks,

@@ -6,8 +6,8 @@
     … --faiss HNSW32                                             and a FAISS index of each domain
 
 It has user encoder, item vectors, vocabularies, schema and an example, and needs PyTorch, NumPy and
-safetensors alone. DIR/example.py answers "history in, items out":
-python DIR/example.py DOMAIN 10 DOMAIN:ITEM …
+safetensors alone. DIR/example.py answers "history in, items out" (DIR/example.py --help):
+python DIR/example.py DOMAIN 10 TIME:DOMAIN:ITEM …
 """
 
 import json
@@ -42,14 +42,14 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 @exit_on_input_error
 def main() -> None:
     """Loads the run's best model and exports it."""
-    check_stack()
     options = parse()
+    check_stack(options.device)
     from trainer.config.serving import ExportConfig
     from trainer.distributed import process_group
     from trainer.serving.export import export_run
 
     config = ExportConfig(options.dtype, options.faiss)
-    with process_group.join_process_group() as ranks:
+    with process_group.join_process_group(device=options.device) as ranks:
         schema = export_run(
             options.run, options.output, ranks, config, options.data
         )

@@ -1,12 +1,22 @@
-"""Options of all scripts that take a finished run."""
+"""Options that several scripts have."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer.config.command_line import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun:
+class Device:
+    """What a script computes on."""
+
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "what to compute on; auto: CUDA where there is a device", "auto"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun(Device):
     """A finished run, and its dataset."""
 
     # torchrun takes --run for the beginning of an option of its own, wherever it stands.

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from launch.options import Device
 from launch.stack import check_stack
 from trainer.config import PublishConfig
 from trainer.config.command_line import option, parse_options
@@ -23,7 +24,7 @@ REFUSED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Device):
     """The command line."""
 
     to: str = option("the folder of published versions", metavar="DIR")
@@ -63,11 +64,11 @@ def main() -> None:
         raise InputError(
             "--candidate is missing: the finished run that is to be published"
         )
-    check_stack()
+    check_stack(options.device)
     from trainer.distributed import process_group
     from trainer.retraining.publish import publish
 
-    with process_group.join_process_group() as ranks:
+    with process_group.join_process_group(device=options.device) as ranks:
         record = publish(
             options.candidate, options.to, ranks, options.rules, options.data
         )

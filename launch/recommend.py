@@ -4,6 +4,7 @@
     python launch/recommend.py --run DIR --input LOGS --output DIR     all users of these logs
     torchrun --nproc-per-node 4 -- launch/recommend.py --of DIR …      the same, by four ranks
     … --users FILE                                                     of these users alone
+    python launch/recommend.py --run DIR --user ID                     to one user, on the terminal
     … -k 1 --domain D                                                  one item of one domain
 
 Written: DIR/domain=NAME/part-*.parquet with user_id, history, rank, item_id, score; and
@@ -20,15 +21,23 @@ from launch.options import FinishedRun, LogColumns
 from launch.stack import check_stack
 from trainer.config.command_line import option, parse_options
 from trainer.distributed.process_exit import run_script
-from trainer.errors import exit_on_input_error
+from trainer.errors import InputError, exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LogColumns, FinishedRun):
     """The command line."""
 
-    output: str = option(
-        "a folder that does not exist yet or is empty", metavar="DIR"
+    output: str | None = option(
+        "a folder that does not exist yet or is empty; needed, but for --user",
+        None,
+        metavar="DIR",
+    )
+    user: list[str] = option(
+        "show this user's recommendations, and write nothing",
+        list,
+        repeat=True,
+        metavar="ID",
     )
     input: tuple[str, ...] = option(
         "logs: files, folders or globs", (), metavar="PATH"
@@ -64,8 +73,16 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 @exit_on_input_error
 def main() -> None:
     """Loads the run's best model and recommends."""
-    check_stack()
     options = parse()
+    check_stack(options.device)
+    if options.user:
+        _show_users(options)
+        return
+    if options.output is None:
+        raise InputError(
+            "--output DIR is missing: the folder that gets the recommendations; or give --user ID, "
+            "to see one user's"
+        )
     from rich.console import Console
 
     from launch.tables import recommendation_table
@@ -87,7 +104,7 @@ def main() -> None:
     config = RecommendConfig(
         options.k, tuple(options.domain), options.keep_seen, options.batch_size
     )
-    with process_group.join_process_group() as ranks:
+    with process_group.join_process_group(device=options.device) as ranks:
         record = recommend(
             options.run,
             options.output,
@@ -103,6 +120,42 @@ def main() -> None:
         print(json.dumps(record))
     else:
         Console().print(recommendation_table(options.output, record))
+
+
+def _show_users(options: Options) -> None:
+    """Prints the recommendations of the users of --user."""
+    from rich.console import Console
+
+    from launch.tables import user_table
+    from trainer.api import Run
+
+    if options.output is not None or options.users is not None:
+        raise InputError(
+            "--user shows recommendations and writes nothing: leave out --output and --users, or "
+            "name the user in a file for --users"
+        )
+    run = Run.open(options.run, options.data, options.device)
+    table = run.recommend(
+        options.k,
+        domains=options.domain,
+        users=options.user,
+        logs=options.input,
+        keep_seen=options.keep_seen,
+        user_column=options.user_column,
+        item_column=options.item_column,
+        domain_column=options.domain_column,
+        time_column=options.time_column,
+        log_domain=options.log_domain,
+        memory=options.memory,
+    )
+    rows = table.to_pylist()
+    if options.json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    console = Console()
+    for user in dict.fromkeys(row["user_id"] for row in rows):
+        own = [row for row in rows if row["user_id"] == user]
+        console.print(user_table(own))
 
 
 if __name__ == "__main__":

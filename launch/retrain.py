@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainer.config import RetrainConfig
+from launch import train
+from trainer.config import RetrainConfig, load_config
 from trainer.config.command_line import option, parse_options
 from trainer.config.load import load_settings
 from trainer.errors import exit_on_input_error
@@ -51,6 +52,7 @@ def main() -> None:
     from trainer.retraining.job import retrain
 
     config = load_settings(RetrainConfig, options.config, options.settings)
+    _check_training(config)
     result = retrain(config)
     if result["published"]:
         print(f"{config.name}: version {result['published']} serves")
@@ -64,6 +66,14 @@ def main() -> None:
         print(after_refusal(config.name), file=sys.stderr)
     print(f"report: {config.folder}/days/{config.name}/{REPORT}")
     sys.exit(0 if result["published"] else REFUSED)
+
+
+def _check_training(config: RetrainConfig) -> None:
+    """Raises InputError for settings of training that cannot be used, before a dataset is made."""
+    files = [f"--config={file}" for file in config.base]
+    words = [*files, *config.settings, *config.warm_settings]
+    options = train.parse(words)
+    load_config(options.config, options.settings, options.deepspeed_config)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The one place that says which torch, TorchRec and FBGEMM go together, and installs them.
 
     python launch/stack.py install     into this Python's environment: torch, FBGEMM, TorchRec, the project
-                        … --cuda       with FBGEMM for CUDA, also where no driver answers
+                        … --cuda       with torch and FBGEMM for CUDA, also where no driver answers
                         … --cpu        with FBGEMM for CPU, also beside a device
+    syncrec stack install              the same, of an installed package
     python launch/stack.py torch       torch alone, for what is measured beside the project
     python launch/stack.py check       says whether what is installed fits together, and this machine
 
@@ -12,10 +13,11 @@ only where there is an NVIDIA driver (it needs libnvidia-ml.so.1), and its build
 kernels. So FBGEMM is chosen here, and TorchRec comes without what it asks for (setup.py lists its
 other needs).
 
-FBGEMM follows torch: a torch whose version says +cpu or +cu130 decides. PyPI's torch, whose version
-says neither, is a CUDA build and works on CPU machines too: there the driver decides. On a login node
-without a driver say `install --cuda`. TORCH_INDEX_URL names the index that torch comes from, and with
-it FBGEMM's build for CUDA.
+Where no NVIDIA driver answers, torch comes for CPU: it is a tenth of the size. FBGEMM follows torch: a
+torch whose version says +cpu or +cu130 decides. PyPI's torch, whose version says neither, is a CUDA
+build and works on CPU machines too: there the driver decides. On a login node without a driver say
+`install --cuda`. TORCH_INDEX_URL names the index that torch comes from, and with it FBGEMM's build for
+CUDA.
 """
 
 import ast
@@ -37,7 +39,29 @@ MATCHING = {
 PINNED = "2.13"
 
 
-_INSTALL = "python launch/stack.py install"
+_ROOT = Path(__file__).resolve().parent.parent
+# A wheel has no setup.py beside its packages.
+_IS_CHECKOUT = (_ROOT / "setup.py").is_file()
+_INSTALL = (
+    "python launch/stack.py install"
+    if _IS_CHECKOUT
+    else "syncrec stack install"
+)
+_PROJECT = "syncrec-trainer"
+# What is installed here: setup.py says what it has.
+_EXTRA = "train"
+_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def torch_bounds() -> str:
+    """The versions of torch that are known here, as pip takes them: ">=2.11,<2.14"."""
+    minors = []
+    for version in MATCHING:
+        major, minor = version.split(".")
+        minors.append((int(major), int(minor)))
+    major, minor = max(minors)
+    least = ".".join(map(str, min(minors)))
+    return f">={least},<{major}.{minor + 1}"
 
 
 def installed(package: str) -> str | None:
@@ -92,10 +116,11 @@ def sees_device(dev: Path = Path("/dev")) -> bool:
     )
 
 
-def check_stack() -> None:
+def check_stack(device: str = "auto") -> None:
     """Leaves with one line and status 2 where what is installed does not fit.
 
-    torch, TorchRec and FBGEMM have to fit together, and to this machine's device.
+    torch, TorchRec and FBGEMM have to fit together, and to the device that is to compute: "cpu",
+    "cuda", or "auto", this machine's.
     """
     torch, torchrec = installed("torch"), installed("torchrec")
     fbgemm = installed("fbgemm-gpu-cpu") or installed("fbgemm-gpu")
@@ -119,15 +144,16 @@ def check_stack() -> None:
             f"torch {torch} needs torchrec {wanted[1]} and fbgemm {wanted[2]}"
         )
         sys.exit(_refuse(f"{versions} do not fit together: {needs}; {way_out}"))
-    refusal = _device_refusal(torch_cuda(), fbgemm_is_cuda())
+    takes_cuda = device != "cpu" and sees_device()
+    refusal = _device_refusal(torch_cuda(), fbgemm_is_cuda(), takes_cuda)
     if refusal:
         sys.exit(_refuse(refusal))
 
 
-def _device_refusal(cuda, fbgemm_cuda):
+def _device_refusal(cuda, fbgemm_cuda, takes_cuda):
     """Why torch and FBGEMM are not built for the same device, or None.
 
-    A torch for CUDA runs on a CPU machine too.
+    A torch for CUDA runs on a CPU machine too. takes_cuda: whether a run would take a device.
     """
     if fbgemm_cuda is None:
         return None
@@ -136,10 +162,10 @@ def _device_refusal(cuda, fbgemm_cuda):
             "FBGEMM is built for CUDA and torch for CPU alone, beside which it does not load: "
             f"`{_INSTALL} --cpu`, or install a torch for CUDA"
         )
-    if not fbgemm_cuda and cuda is not None and sees_device():
+    if not fbgemm_cuda and cuda is not None and takes_cuda:
         return (
             f"this machine has a CUDA device and torch is built for CUDA {cuda}, but FBGEMM for "
-            f"CPU alone: `{_INSTALL} --cuda`, or take the CPU with DS_ACCELERATOR=cpu"
+            f"CPU alone: `{_INSTALL} --cuda`, or take the CPU with --device cpu"
         )
     return None
 
@@ -157,7 +183,7 @@ def install(device: str | None = None) -> None:
                 "install again"
             )
         )
-    _, torchrec, fbgemm = install_torch()
+    _, torchrec, fbgemm = install_torch(device)
     cuda = wants_cuda(device)
     if cuda:
         wanted = "fbgemm-gpu"
@@ -173,11 +199,7 @@ def install(device: str | None = None) -> None:
         _pip("uninstall", "--yes", wanted)
     _pip("install", f"{wanted}=={fbgemm}", *(_index() if cuda else []))
     _pip("install", "--no-deps", f"torchrec=={torchrec}")
-    _pip(
-        "install",
-        "--editable",
-        f"{Path(__file__).resolve().parent.parent}[test]",
-    )
+    _pip("install", *_project())
     # In processes of their own: this one does not see what has just been installed.
     # Whoever asks for CPU here knows of the device.
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
@@ -216,14 +238,65 @@ def wants_cuda(device: str | None = None) -> bool:
     return driver
 
 
-def install_torch():
-    """Installs torch, unless one that is known is there; returns its entry of MATCHING."""
+def install_torch(device: str | None = None) -> tuple[str, str, str]:
+    """Installs torch, unless one that is known is there; returns its entry of MATCHING.
+
+    device: as for `install`.
+    """
     minor = _minor(installed("torch") or "")
     matching = MATCHING.get(minor, MATCHING[PINNED])
-    if minor not in MATCHING:
-        _pip("install", f"torch=={matching[0]}", *_index())
-        importlib.invalidate_caches()  # its version is read by this process
+    if minor in MATCHING:
+        return matching
+    requirement = f"torch=={matching[0]}"
+    if not _takes_cpu_build(device) or not _install_cpu_build(requirement):
+        _pip("install", requirement, *_index())
+    importlib.invalidate_caches()  # its version is read by this process
     return matching
+
+
+def _takes_cpu_build(device: str | None) -> bool:
+    """Whether torch comes for CPU: nobody has chosen an index, and nothing here needs CUDA's libraries."""
+    if "TORCH_INDEX_URL" in os.environ or sys.platform != "linux":
+        return False
+    return device == "cpu" or (device is None and not has_driver())
+
+
+def _install_cpu_build(requirement: str) -> bool:
+    """Installs torch from PyTorch's index of builds for CPU; False where that cannot be reached."""
+    print(
+        "torch comes for CPU, as no NVIDIA driver answers here or --cpu was said. "
+        f"For CUDA hosts that share this environment: {_INSTALL} --cuda",
+        flush=True,
+    )
+    try:
+        _pip(
+            "install",
+            "--retries=0",
+            "--timeout=15",
+            requirement,
+            "--index-url",
+            _CPU_INDEX,
+        )
+    except subprocess.CalledProcessError:
+        print(
+            f"{_CPU_INDEX}: cannot be reached; torch comes from pip's own index, "
+            "with CUDA's libraries",
+            flush=True,
+        )
+        return False
+    return True
+
+
+def _project() -> list[str]:
+    """What pip installs beside torch, FBGEMM and TorchRec: a checkout itself, or a wheel's needs."""
+    if _IS_CHECKOUT:
+        return ["--editable", f"{_ROOT}[{_EXTRA},test]"]
+    needs = []
+    for line in importlib.metadata.requires(_PROJECT) or ():
+        requirement, _, marker = line.partition(";")
+        if f'extra == "{_EXTRA}"' in marker.replace("'", '"'):
+            needs.append(requirement.strip())
+    return needs
 
 
 def _index():

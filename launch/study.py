@@ -1,6 +1,6 @@
 """Trains and compares SyNCRec, its ablations and baselines on one's own prepared data.
 
-    python launch/study.py --data DIR --output DIR --base launch/configs/default.yaml
+    python launch/study.py --data DIR --output DIR --base default
     … --config STUDY.yaml                     the study's own settings (trainer/study/plan.py)
     … seeds=[0,1,2] parallel=2                the same as key=value
     … 'settings=[epochs=10]'                  settings of all runs, over the base
@@ -20,7 +20,7 @@ from pathlib import Path
 from launch.stack import check_stack
 from trainer.config import load_config
 from trainer.config.command_line import option, parse_options
-from trainer.config.load import load_settings
+from trainer.config.load import find_config, load_settings
 from trainer.config.study import StudyConfig
 from trainer.errors import exit_on_input_error
 
@@ -34,10 +34,10 @@ class Options:
         "the study's folder: new, or of the same study", metavar="DIR"
     )
     base: list[str] = option(
-        "a run's YAML; given again: over the one before",
+        "a run's YAML or preset; given again: over the one before",
         list,
         repeat=True,
-        metavar="FILE",
+        metavar="NAME|FILE",
     )
     config: list[str] = option(
         "the study's YAML; given again: over the one before",
@@ -70,7 +70,7 @@ def main() -> None:
 
     config = load_settings(StudyConfig, options.config, options.settings)
     load_config(options.base, config.settings)  # raises before anything runs
-    base = [Path(file).resolve() for file in options.base]
+    base = [find_config(file).resolve() for file in options.base]
     output = Path(options.output)
     scripts = Path(__file__).resolve().parent
     study = run_study(

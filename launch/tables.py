@@ -80,6 +80,31 @@ def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
     return table
 
 
+def user_table(rows: list[dict[str, Any]]) -> Table:
+    """One user's recommendations. rows: of that user, as recommend.py writes them."""
+    history = rows[0]["history"]
+    known = f"{history:,} interactions that the model knows"
+    if not history:
+        known = "no interaction that the model knows: what a new user gets"
+    table = Table("domain", title=f"{escape(str(rows[0]['user_id']))}: {known}")
+    table.add_column("rank", justify="right")
+    table.add_column("item")
+    table.add_column("score", justify="right")
+    domain = None
+    for row in sorted(rows, key=lambda row: (row["domain"], row["rank"])):
+        if domain not in (None, row["domain"]):
+            table.add_section()
+        domain = row["domain"]
+        cells = [domain, str(row["item_id"])]
+        table.add_row(
+            escape(cells[0]),
+            f"{row['rank']}",
+            escape(cells[1]),
+            f"{row['score']:.4f}",
+        )
+    return table
+
+
 def comparison_table(record: dict[str, Any]) -> Table:
     """A candidate's figures beside the current version's, by domain. record: of `publish`."""
     table = Table("domain", title="NDCG@10 on the newest held-out items")

@@ -1,8 +1,11 @@
 """Trains SyNCRec on a prepared dataset.
 
-    python launch/train.py --config launch/configs/default.yaml data=DIR run=DIR     one process
-    deepspeed --num_gpus 2 launch/train.py --config … data=DIR run=DIR               two ranks here
-    deepspeed --hostfile HOSTS launch/train.py --config … data=DIR run=DIR           a cluster
+    python launch/train.py --config default data=DIR run=DIR                  one process
+    deepspeed --num_gpus 2 launch/train.py --config … data=DIR run=DIR        two ranks here
+    deepspeed --hostfile HOSTS launch/train.py --config … data=DIR run=DIR    a cluster
+    python launch/train.py --show-config --config amazon4                     what a preset says
+
+Presets: default (what holds without --config), amazon4, demo, paper, sasrec, gru4rec.
 
 The same command again resumes from the newest whole checkpoint in the run's folder, with any number
 of ranks. Exit status: 0 finished; 2 something given cannot be used; 3 the loss is not finite;
@@ -15,6 +18,7 @@ Any setting is `key=value`: global_batch_size=4096 model.dim=64 deepspeed.zero_o
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from launch.options import Device
 from launch.stack import check_stack
 from trainer.config import RunConfig, load_config, to_yaml
 from trainer.config.command_line import option, parse_options
@@ -24,14 +28,14 @@ from trainer.errors import exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Device):
     """The command line."""
 
     config: list[str] = option(
-        "YAML; given again: over the one before",
+        "a preset or YAML; given again: over the one before",
         list,
         repeat=True,
-        metavar="FILE",
+        metavar="NAME|FILE",
     )
     deepspeed_config: str | None = option(
         "DeepSpeed's own JSON, as under `deepspeed:` in the YAML",
@@ -65,20 +69,22 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 @exit_on_input_error
 def main() -> None:
     """Reads the configuration, joins the ranks, trains."""
-    check_stack()
     options = parse()
-    if options.max_restarts > 0:
-        supervise(options.max_restarts)
-    from trainer.distributed import process_group
-    from trainer.training.loop import train
-
+    check_stack(options.device)
     config = load_config(
         options.config, options.settings, options.deepspeed_config
     )
     if options.show_config:
         print(to_yaml(config), end="")
         return
-    with process_group.join_process_group(config.timeout_minutes) as ranks:
+    if options.max_restarts > 0:
+        supervise(options.max_restarts)
+    from trainer.distributed import process_group
+    from trainer.training.loop import train
+
+    with process_group.join_process_group(
+        config.timeout_minutes, options.device
+    ) as ranks:
         train(config, ranks, options.fresh, options.accept_changes)
 
 

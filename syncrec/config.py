@@ -34,7 +34,7 @@ class ModelConfig:
         "cross: the cross-domain task alone; with one expert and no tower, SASRec",
     )
     time_knots: int = _setting(
-        0,
+        128,
         "knots of the vectors of time, from the logs' first time to the last; 0: order alone",
         on_warm_start=True,
     )
@@ -92,10 +92,11 @@ class ModelConfig:
         on_warm_start=True,
     )
     correction_total: Literal["one", "domains"] = _setting(
-        "one", "Σ λ; one: eq. 11; domains: D, so that equal weights are all 1"
+        "domains",
+        "Σ λ; domains: D, so that equal weights are all 1; one: eq. 11",
     )
     learn_scales: bool = _setting(
-        True,
+        False,
         "whether α and β of eq. 11 learn",
         on_warm_start=True,
     )

@@ -30,7 +30,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config.load import load_settings
+from trainer.config.load import load_config
 from trainer.config.prepare import PrepareConfig
 from trainer.config.run import RunConfig
 from trainer.config.serving import (
@@ -95,6 +95,7 @@ def fit(
     callbacks: "Sequence[Callback]" = (),
     fresh: bool = False,
     accept_changes: bool = False,
+    device: str = "auto",
     **settings: Any,
 ) -> "Run":
     """Trains on a dataset, and returns the run, whose best model has been tested.
@@ -103,19 +104,20 @@ def fit(
 
     data: what `prepare` gives, or a dataset's folder or address.
     run: the folder that gets everything.
-    config: a RunConfig, or YAML files, each over the ones before it.
+    config: a RunConfig, or presets by name ("amazon4") or YAML files, each over the ones before it.
     settings: over the config, e.g. `epochs=2`, `model={"dim": 64}` or `**{"model.dim": 64}`.
     callbacks: see `trainer.training.callbacks.Callback`; called on all ranks.
     fresh: refuses a folder that holds a run. accept_changes: goes on though a setting has changed.
+    device: "cpu" or "cuda"; "auto": CUDA where there is a device.
     """
     from trainer.training.loop import train
 
     place = data.folder if isinstance(data, Dataset) else data
     settings = settings | {"data": os.fspath(place), "run": os.fspath(run)}
     whole = _config_of(config, settings)
-    with _joined(whole.timeout_minutes) as ranks:
+    with _joined(whole.timeout_minutes, device) as ranks:
         train(whole, ranks, fresh, accept_changes, callbacks)
-    return Run(Path(run))
+    return Run(Path(run), device=device)
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,24 @@ class Run:
     """A finished run: a folder, and what can be asked of its best model.
 
     data: the dataset's folder, where it is not where the run found it; or another dataset, in
-    which items are found by their ids.
+    which items are found by their ids. device: what evaluates, recommends and exports, as for `fit`.
     """
 
     folder: Path
     data: str | None = None
+    device: str = "auto"
 
     @classmethod
     def open(
-        cls, folder: PathLike, data: Dataset | PathLike | None = None
+        cls,
+        folder: PathLike,
+        data: Dataset | PathLike | None = None,
+        device: str = "auto",
     ) -> "Run":
         """The run in a folder. Raises InputError where there is none."""
         _read_config(os.fspath(folder))
         place = data.folder if isinstance(data, Dataset) else data
-        return cls(Path(folder), _path_of(place))
+        return cls(Path(folder), _path_of(place), device)
 
     @cached_property
     def config(self) -> RunConfig:
@@ -148,7 +154,7 @@ class Run:
         """The dataset, compared with what the run has recorded of it."""
         from trainer.checkpoint.best_model import open_run
 
-        with _joined() as ranks:
+        with _joined(device=self.device) as ranks:
             _, dataset = open_run(self.folder, self.data, ranks=ranks)
         return dataset
 
@@ -186,7 +192,7 @@ class Run:
                 f"ranking is {ranking!r}: give 'sampled' or 'full'"
             )
         full = ranking == "full"
-        with _joined(self.config.timeout_minutes) as ranks:
+        with _joined(self.config.timeout_minutes, self.device) as ranks:
             record = evaluate_run(
                 self.folder,
                 ranks,
@@ -239,7 +245,7 @@ class Run:
             folder = (
                 Path(scratch) / "recommendations" if output is None else output
             )
-            with _joined(self.config.timeout_minutes) as ranks:
+            with _joined(self.config.timeout_minutes, self.device) as ranks:
                 if output is None and ranks.world_size > 1:
                     raise InputError(
                         "recommend: several ranks write into one folder: give output=DIR, which all see"
@@ -268,7 +274,7 @@ class Run:
         from trainer.serving.export import export_run
 
         config = ExportConfig(dtype, faiss)
-        with _joined(self.config.timeout_minutes) as ranks:
+        with _joined(self.config.timeout_minutes, self.device) as ranks:
             return export_run(
                 self.folder, os.fspath(output), ranks, config, self.data
             )
@@ -281,13 +287,15 @@ def _read_config(folder: PathLike) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _joined(timeout_minutes: float = 30.0) -> "Iterator[Ranks]":
+def _joined(
+    timeout_minutes: float = 30.0, device: str = "auto"
+) -> "Iterator[Ranks]":
     """The process group, for one call; what it sets in the environment is put back."""
     from trainer.distributed import process_group
 
     environment = dict(os.environ)
     try:
-        with process_group.join_process_group(timeout_minutes) as ranks:
+        with process_group.join_process_group(timeout_minutes, device) as ranks:
             yield ranks
     finally:
         os.environ.clear()
@@ -313,9 +321,8 @@ def _config_of(
         files += config
     for key, value in settings.items():
         sources.append((key, _section_of(key, value)))
-    return load_settings(
-        RunConfig, [os.fspath(file) for file in files], [], sources
-    )
+    names = [os.fspath(file) for file in files]
+    return load_config(names, [], more=sources)
 
 
 def _section_of(key: str, value: Any) -> DictConfig:

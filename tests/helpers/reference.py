@@ -15,6 +15,12 @@ from itertools import permutations
 import torch
 
 SOS = -1  # the input of a sequence's first token; other inputs and targets are steps of a user's history, 0 the oldest
+# Settings of ModelConfig that the equations have and a run's defaults have not.
+EQUATIONS = {
+    "time_knots": 0,
+    "correction_total": "one",
+    "learn_scales": True,
+}
 NONE = None  # the target of a token after which nothing follows
 
 

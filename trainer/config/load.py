@@ -1,4 +1,4 @@
-"""Configurations read and written: YAML files, `key=value`, and what a run has recorded."""
+"""Configurations read and written: presets, YAML files, `key=value`, and what a run has recorded."""
 
 import io
 import re
@@ -18,29 +18,62 @@ from trainer.files.redact import printable_text, redact_for_record
 
 Config = TypeVar("Config")
 
+_PRESETS = Path(__file__).resolve().parents[2] / "launch" / "configs"
 # OmegaConf's; a backslash before it escapes.
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _YAML_TAG = "tag:yaml.org,2002:"
 _LARGEST_RECORD = 2**16  # bytes of a run's config.yaml; one has about 4,000
 _DEEPEST_RECORD = 32  # sections in sections; PyYAML takes minutes for thousands
 _LONGEST_MESSAGE = 1000  # letters
+_LONGEST_QUOTE = 400  # letters, of a value or of another program's words
 
 
 def load_config(
     files: Iterable[str | Path],
     overrides: Iterable[str],
     deepspeed_file: str | Path | None = None,
+    more: Iterable[tuple[str, DictConfig]] = (),
 ) -> RunConfig:
     """Loads YAML files, each over the ones before it, and `key=value` over them all.
 
-    deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`. Raises InputError that names
-    the key or the file.
+    files: paths, or names of presets (`default`, `amazon4`). deepspeed_file: DeepSpeed's JSON, as if it stood under `deepspeed:`. more: as for `load_settings`. Raises InputError that names the
+    key or the file.
     """
-    more = []
+    more = list(more)
     if deepspeed_file is not None:
         section = {"deepspeed": read_deepspeed_json(deepspeed_file)}
         more.append((str(deepspeed_file), OmegaConf.create(section)))
-    return _with_bf16(load_settings(RunConfig, files, overrides, more))
+    config = _with_bf16(load_settings(RunConfig, files, overrides, more))
+    negatives = config.negatives
+    # Not among the checks of NegativesConfig: records of older runs have both.
+    if negatives.per_target > 1 and negatives.shared:
+        raise InputError(
+            f"negatives.per_target is {negatives.per_target}, and negatives.shared is "
+            f"{negatives.shared}, which takes its place: set negatives.shared=0"
+        )
+    return config
+
+
+def preset_names() -> list[str]:
+    """The names of the configurations that come with the package, sorted."""
+    return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: a preset's by its name, from any folder, or the path.
+
+    A preset's name wins; a file of the same name is `./default`. Raises InputError that lists the
+    presets where there is neither.
+    """
+    if str(name) in preset_names():
+        return _PRESETS / f"{name}.yaml"
+    file = Path(name)
+    if not file.is_file():
+        names = ", ".join(preset_names())
+        raise InputError(
+            f"{name}: there is no such configuration file (presets, by their names: {names})"
+        )
+    return file
 
 
 def _with_bf16(config: RunConfig) -> RunConfig:
@@ -70,12 +103,16 @@ def load_settings(
     for source, values in sources:
         try:
             merged = OmegaConf.merge(merged, values)
+        except TypeError:  # OmegaConf's word where a section gets a list
+            raise InputError(
+                f"{_shorten(source)}: a section of keys and values was expected"
+            ) from None
         except OmegaConfBaseException as error:
-            start = source
+            start = _shorten(source)
             if error.full_key and source not in overrides:
                 start = f"{source}: {error.full_key}"
             reason = _first_line(error)
-            keys = _allowed_keys(error)
+            keys = _allowed_keys(error, kind)
             raise InputError(f"{start}: {reason}{keys}") from None
     try:
         return cast(Config, OmegaConf.to_object(merged))
@@ -83,17 +120,26 @@ def load_settings(
         reason = _first_line(error)
         raise InputError(f"{error.full_key}: {reason}") from None
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(_shorten(error)) from None
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
-    return lines[0]
+    return _shorten(lines[0])
 
 
 def _one_line(error: Exception) -> str:
-    printable_text = str(error).split()
-    return " ".join(printable_text)
+    words = str(error).split()
+    return _shorten(" ".join(words))
+
+
+def _shorten(text: object) -> str:
+    """A text for a message, without what is in the middle of a very long one."""
+    letters = str(text)
+    if len(letters) <= _LONGEST_QUOTE:
+        return letters
+    half = _LONGEST_QUOTE // 2
+    return f"{letters[:half]} … {letters[-half:]}"
 
 
 def load_recorded(file: str | Path) -> RunConfig:
@@ -242,7 +288,7 @@ def _parse(override: str, kind: type) -> DictConfig:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise InputError(
-            f"{override}: options are given as key=value, e.g. global_batch_size=256"
+            f"{_shorten(override)}: options are given as key=value, e.g. global_batch_size=256"
         )
     names = key.split(".")
     if _is_text(_type_of(names, kind)):
@@ -256,7 +302,7 @@ def _parse(override: str, kind: type) -> DictConfig:
     except Exception as error:
         reason = _one_line(error)
         raise InputError(
-            f"{override}: its value is no YAML ({reason})"
+            f"{_shorten(override)}: its value is no YAML ({reason})"
         ) from None
 
 
@@ -275,9 +321,8 @@ def _is_text(kind: Any) -> bool:
 
 
 def _read(file: str | Path, kind: type) -> DictConfig:
-    if not Path(file).is_file():
-        raise InputError(f"{file}: there is no such configuration file")
-    return _with_sections(file, lambda: OmegaConf.load(file), kind)
+    path = find_config(file)
+    return _with_sections(file, lambda: OmegaConf.load(path), kind)
 
 
 def _with_sections(
@@ -320,12 +365,31 @@ def _restore_words(value: Any, kind: Any) -> Any:
     return value
 
 
-def _allowed_keys(error: OmegaConfBaseException) -> str:
-    """The keys that exist, in brackets, where one was given that does not; otherwise nothing."""
+def _allowed_keys(error: OmegaConfBaseException, kind: type) -> str:
+    """The keys that exist, in brackets, where one was given that does not; otherwise nothing.
+
+    Before them the settings of other sections that the key is the name of.
+    """
     node = getattr(error, "parent_node", None)
     if node is None or not hasattr(node, "keys") or "not in" not in str(error):
         return ""
     keys = ", ".join(map(str, node.keys()))
     if not keys:
         return ""
-    return f" (there are: {keys})"
+    hint = ""
+    elsewhere = _keys_named(str(error.key), kind)
+    if elsewhere:
+        hint = f"did you mean {' or '.join(elsewhere)}? "
+    return f" ({hint}there are: {keys})"
+
+
+def _keys_named(name: str, kind: type) -> list[str]:
+    """The dotted keys that end in a name: `learning_rate` is table's and optimizer's."""
+    keys = []
+    for section in fields(kind):
+        if not is_dataclass(section.type):
+            continue
+        for field in fields(section.type):
+            if field.name == name:
+                keys.append(f"{section.name}.{name}")
+    return keys

@@ -9,10 +9,12 @@ from trainer.config.setting import setting
 class NegativesConfig:
     """Negatives, drawn uniformly from the items of the target's domain without the target."""
 
-    per_target: int = setting(1, "negatives drawn anew for each target")
+    per_target: int = setting(
+        1, "negatives drawn anew for each target, where shared is 0"
+    )
     shared: int = setting(
-        0,
-        "above 0: negatives of a domain and step instead, shared by all its targets",
+        1024,
+        "negatives of a domain and step, shared by all its targets; 0: per_target",
     )
 
     def __post_init__(self) -> None:

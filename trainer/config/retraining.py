@@ -95,7 +95,7 @@ class _DaySettings:
         False, "items without an event left give up their rows"
     )
     memory: str = setting("8GB", "of all preparing processes together")
-    base: list[str] = setting(list, "YAML files of the run")
+    base: list[str] = setting(list, "presets or YAML files of the run")
     settings: list[str] = setting(list, "key=value of the run, over the files")
     warm_settings: list[str] = setting(
         _warm_settings,

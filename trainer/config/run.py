@@ -1,7 +1,8 @@
 """A run's configuration: all sections under one roof, from YAML and `key=value`."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from embeddings.config import TableConfig, keeps_squares
@@ -12,6 +13,36 @@ from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.setting import CONSTANT_SCHEDULE, setting
 from trainer.config.stream import StreamConfig
+
+# FBGEMM's kernels read rows by vectors of four numbers.
+_ROW_VECTOR = 4
+_LEAST_MINUTES = 0.001
+# The largest value of a setting: far above what a run uses, and below what no memory, no clock
+# and no integer of the libraries holds.
+_MOST: dict[str, float] = {
+    "seed": 2**63 - 1,
+    "epochs": 100_000,
+    "timeout_minutes": 525_600,
+    "model.dim": 16_384,
+    "model.max_length": 65_536,
+    "model.time_knots": 1_000_000,
+    "model.experts": 1024,
+    "model.blocks": 1024,
+    "model.ffn_dim": 65_536,
+    "negatives.per_target": 65_536,
+    "negatives.shared": 1_000_000,
+    "stream.cache_bytes": 2**63 - 1,
+    "stream.attempts": 1000,
+    "stream.read_ahead": 65_536,
+    "stream.workers": 1024,
+    "stream.prefetch": 1024,
+    "evaluation.negatives": 100_000,
+    "evaluation.batch_size": 1_000_000,
+}
+_MOST_OF_INTEGERS = 2**31 - 1
+# What float32, in which a step computes, tells from nothing, and its square from infinity.
+_LEAST_NUMBER = 1e-30
+_MOST_OF_NUMBERS = 1e9
 
 
 @dataclass(frozen=True)
@@ -119,9 +150,15 @@ class RunConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} is {value}: give 0 or more")
-        if not 0 < self.timeout_minutes < math.inf:
+        if not _LEAST_MINUTES <= self.timeout_minutes < math.inf:
             raise ValueError(
-                f"timeout_minutes is {self.timeout_minutes}: give more than 0"
+                f"timeout_minutes is {self.timeout_minutes}: give at least {_LEAST_MINUTES}"
+            )
+        _check_ranges(self)
+        if self.model.dim % _ROW_VECTOR:
+            raise ValueError(
+                f"model.dim is {self.model.dim}: give a multiple of {_ROW_VECTOR}, which the "
+                "item table needs (FBGEMM)"
             )
         self._check_warm_kept()
         if 0 < self.tokens_per_batch < self.model.max_length:
@@ -140,3 +177,31 @@ class RunConfig:
                 f"warm_kept is {self.warm_kept}: Adam's moments cannot be scaled by it, so "
                 "leave it at 1, or use table.optimizer=adagrad or rowwise_adagrad"
             )
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Raises ValueError for a number that no memory, clock or float32 holds, by its key."""
+    for key, value in _iterate_numbers(config):
+        if isinstance(value, int):
+            most = _MOST.get(key, _MOST_OF_INTEGERS)
+        else:
+            most = _MOST.get(key, _MOST_OF_NUMBERS)
+        if value > most:
+            raise ValueError(f"{key} is {value}: give at most {most}")
+        if 0 < value < _LEAST_NUMBER:
+            raise ValueError(
+                f"{key} is {value}: give 0, or at least {_LEAST_NUMBER}"
+            )
+
+
+def _iterate_numbers(
+    section: Any, start: str = ""
+) -> Iterator[tuple[str, int | float]]:
+    """Yields (dotted key, value) of every setting that is a number."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        key = f"{start}{field.name}"
+        if is_dataclass(value):
+            yield from _iterate_numbers(value, f"{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, value

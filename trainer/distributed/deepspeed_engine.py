@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _Json = dict[str, Any]
 
+_LONGEST_REASON = 400  # letters
 # Sections of the user's JSON that do not reach DeepSpeed: they are refused, or settled elsewhere.
 _NOT_PASSED = (
     "bf16",
@@ -84,6 +85,7 @@ def build_engine_config(
     Raises InputError for what cannot hold beside a table whose optimizer is fused into backward.
     """
     micro_batch_size = max(1, global_batch_size // world_size)
+    _refuse_values_for_sections(user_json)
     _refuse_loss_scaling(user_json)
     _refuse_batch_sizes(user_json, global_batch_size, micro_batch_size)
     _refuse_settings_of_both(user_json)
@@ -99,6 +101,21 @@ def build_engine_config(
     # reports it.
     merged["train_micro_batch_size_per_gpu"] = micro_batch_size
     return merged
+
+
+def _refuse_values_for_sections(user_json: _Json) -> None:
+    """Refuses a plain value where this program lays its own settings under a section."""
+    for section in ("optimizer", "zero_optimization"):
+        value = user_json.get(section, {})
+        if not isinstance(value, dict):
+            raise InputError(
+                f"deepspeed.{section} is {value}: it is a section with keys of its own"
+            )
+    params = user_json.get("optimizer", {}).get("params", {})
+    if not isinstance(params, dict):
+        raise InputError(
+            f"deepspeed.optimizer.params is {params}: it is a section with keys of its own"
+        )
 
 
 def _refuse_loss_scaling(user_json: _Json) -> None:
@@ -189,10 +206,33 @@ def start_engine(model: "nn.Module", config: _Json) -> "DeepSpeedEngine":
     """
     deepspeed = import_deepspeed()
     parameters = parameter_groups(model, config)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameters, config=config
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameters, config=config
+        )
+    except _refusals() as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        kind = type(error).__name__
+        raise InputError(
+            f"deepspeed: DeepSpeed refuses this configuration ({kind}: {reason}); see the "
+            "settings below deepspeed. and optimizer.zero_stage"
+        ) from error
     return engine
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What DeepSpeed raises for a configuration that it does not take; pydantic's is a ValueError."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    return (
+        DeepSpeedConfigError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        ImportError,
+    )
 
 
 def parameter_groups(model: "nn.Module", config: _Json) -> list[Any]:

@@ -60,6 +60,7 @@ _BACKEND_LOST = (
 )
 _SOURCE_FILE = re.compile(r"^\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*")
 _LONGEST_REASON = 160
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,16 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_process_group(timeout_minutes: float = 30) -> Iterator[Ranks]:
+def join_process_group(
+    timeout_minutes: float = 30, device: str = "auto"
+) -> Iterator[Ranks]:
     """Joins the process group that the launcher describes, or makes one of one rank.
 
         with join_process_group(timeout_minutes=30) as ranks:
             train(config, ranks)
 
-    CUDA and NCCL where there is a CUDA device and DS_ACCELERATOR does not say cpu, else CPU and
-    gloo; the same code follows either. The group is left in order at the end, and where an
+    device: "cuda" (with NCCL), "cpu" (with gloo), or "auto": CUDA where there is a device and
+    DS_ACCELERATOR does not say cpu. The same code follows either. The group is left in order at the end, and where an
     InputError is the end.
 
     The ranks watch each other meanwhile (trainer.distributed.liveness). Where others are gone it is
@@ -93,7 +96,7 @@ def join_process_group(timeout_minutes: float = 30) -> Iterator[Ranks]:
     exit: a rank that waits for the others here could wait for ever.
     """
     with translate_backend_errors():
-        ranks, store = _join(timeout_minutes)
+        ranks, store = _join(timeout_minutes, device)
         addresses = [os.environ["MASTER_ADDR"]]
         liveness = watch_peers(store, ranks.rank, ranks.world_size, addresses)
     try:
@@ -170,17 +173,56 @@ def sum_over_ranks(values_N: np.ndarray) -> np.ndarray:
     return total_N.numpy()
 
 
-def _join(timeout_minutes: float) -> tuple[Ranks, dist.Store]:
+def choose_device(device: str) -> str:
+    """The kind of device that this process computes on, "cuda" or "cpu"; see `join_process_group`.
+
+    What was asked for is left in DS_ACCELERATOR, for DeepSpeed. Raises InputError where there is
+    no such device, or DeepSpeed computes on another already.
+    """
+    if device not in DEVICES:
+        raise InputError(f"device is {device!r}: give auto, cpu or cuda")
+    if device == "auto":
+        # DeepSpeed's own switch holds for all of the run.
+        is_allowed = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+        return "cuda" if is_allowed and torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is cuda: {_why_no_cuda()}")
+    if "deepspeed" in sys.modules:
+        from deepspeed.accelerator import get_accelerator
+
+        before = get_accelerator().device_name()
+        if before != device:
+            raise InputError(
+                f"device is {device}: this process has computed on {before}, where DeepSpeed "
+                "stays; begin another process"
+            )
+    os.environ["DS_ACCELERATOR"] = device
+    return device
+
+
+def _why_no_cuda() -> str:
+    """Why this process has no CUDA device, and the way out."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built for CPU alone; install one for CUDA "
+            "(docs/cuda.md), or take device=cpu"
+        )
+    return (
+        "this process sees no CUDA device (nvidia-smi, CUDA_VISIBLE_DEVICES); mend that, or "
+        "take device=cpu"
+    )
+
+
+def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
     """Joins the group; this process's ranks, and the group's store."""
     timeout = timedelta(minutes=timeout_minutes)
+    device_kind = choose_device(device_kind)
     world = read_world()
     store = _open_store(world, timeout)
     if world.local_rank is None or world.local_size is None:
         world = _find_neighbours(world, store)
     enter_world(world)
-    # DeepSpeed's own switch holds for all of the run.
-    wants_cuda = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    if wants_cuda and torch.cuda.is_available():
+    if device_kind == "cuda":
         device = _take_device(world, store)
         backend = "cpu:gloo,cuda:nccl"
     else:

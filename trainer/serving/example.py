@@ -1,26 +1,29 @@
 """Recommends from this folder with PyTorch, NumPy and safetensors alone.
 
-    python example.py DOMAIN K [TIME:DOMAIN:ITEM …]
+    python example.py DOMAIN K [TIME:DOMAIN:ITEM …] [--now TIME]
+    python example.py books 10 2025-11-26T08:33:20Z:books:B000FA5SXY 1764147000:video:B00005JKZ2
+    python example.py --help                               the model's domains, and its time span
 
-prints the K best items of a domain for a history, whose items stand oldest first. A TIME is a
-number as the logs have it (time_unit in schema.json; of dates: microseconds since 1970), or a date
-like 2026-01-31 or 2026-01-31T23:59:59Z. The request counts as made at the last time that the model
-knows.
+prints the K best items of a domain for a history. A time is a date (ISO 8601, UTC where it names no
+zone), or a number in the unit of the logs that the model learned from (where these had dates:
+microseconds since 1970). The request counts as made at the last time that the model knows.
 
 The files may come from anybody: what they hold decides the answers, and starts nothing. This file
 is code, though: a service keeps a copy of its own, and reads the folder with it.
 """
 
+import argparse
 import io
 import json
 import math
 import re
 import sys
 import zipfile
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -92,13 +95,25 @@ _LEFT_OUT: dict[str, Any] = {"metadata": {}, "guards_code": []}
 
 
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
+_UNIT_NAMES = {
+    "s": "seconds",
+    "ms": "milliseconds",
+    "us": "microseconds",
+    "ns": "nanoseconds",
+}
+_UNKNOWN = "unknown"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Seconds since 1970 that are a time of somebody's log: of 1985 to 2100.
 _EARLIEST = 473e6
 _LATEST = 4102e6
 _DATE = (
-    r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:\d\d)?)?"
+    r"\d{4}-\d\d-\d\d"
+    r"(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
 )
-_EVENT = re.compile(rf"({_DATE}|[^:]*):([^:]*):(.*)", re.DOTALL)
+_EVENT_FORM = (
+    "TIME:DOMAIN:ITEM, e.g. 2025-11-26T08:33:20Z:books:B000FA5SXY or "
+    "1764146000:books:B000FA5SXY"
+)
 
 # One interaction of a history: its time, its domain and its item's row in that domain.
 Event = tuple[float, str, int]
@@ -243,10 +258,11 @@ class Domain:
         stored = load_file(folder / "ids.safetensors")
         text = stored["bytes"].tobytes()
         offsets = stored["offsets"].tolist()
-        # Mapped: only the pages that are used are read from the disk.
+        # Mapped: only the pages that are used are read from the disk. "c", not "r": PyTorch warns
+        # of an array that cannot be written to, and nobody writes.
         self.items = np.load(
             folder / "items.npy",
-            mmap_mode="r",
+            mmap_mode="c",
             allow_pickle=False,
         )
         self.ids = [
@@ -379,65 +395,180 @@ class Recommender:
         return output[0]
 
 
-def read_event(text: str, schema: dict[str, Any]) -> tuple[float, str, str]:
-    """Reads TIME:DOMAIN:ITEM. Raises ValueError for a text that is none, and as `read_time`."""
-    match = _EVENT.fullmatch(text)
+def read_event(
+    text: str, schema: dict[str, Any], domains: Sequence[str] = ()
+) -> tuple[float, str, str]:
+    """(time, domain, item) of TIME:DOMAIN:ITEM. Raises ValueError that says what is wrong.
+
+    domains: names that may have colons in them. Dates and ids may have them too.
+    """
+    longest_first = sorted(map(re.escape, domains), key=len, reverse=True)
+    names = "|".join([*longest_first, "[^:]*"])
+    match = re.fullmatch(rf"({_DATE}|[^:]*):({names}):(.*)", text, re.DOTALL)
     if match is None:
-        raise ValueError(f"{text!r} is not TIME:DOMAIN:ITEM")
+        raise ValueError(f"{text!r} is not {_EVENT_FORM}")
     time, domain, item = match.groups()
     return read_time(time, schema), domain, item
 
 
 def read_time(text: str, schema: dict[str, Any]) -> float:
-    """Reads a time as the model's logs have it: a number, or a date.
+    """A time as the model's logs have it, of a number or a date.
 
     Raises ValueError for a text that is neither, for a date where the logs' unit is not known, and
     for a number that looks like another unit.
     """
-    unit = schema.get("time_unit", "unknown")
     if re.fullmatch(_DATE, text):
-        if unit == "unknown":
-            raise ValueError(
-                f"{text!r} is a date: the model's times are numbers of no known unit, "
-                f"such as {schema['last_time']!r}"
-            )
-        time = datetime.fromisoformat(text)
-        if time.tzinfo is None:
-            time = time.replace(tzinfo=UTC)
-        return time.timestamp() * _UNITS[unit]
-    number = float(text)
+        return _read_date(text, schema)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{text!r} is no time: give a date such as 2025-11-26T08:33:20Z, or a number; "
+            f"the model's times are {describe_times(schema)}"
+        )
     check_time(number, schema)
     return number
 
 
+def _read_date(text: str, schema: dict[str, Any]) -> float:
+    unit = time_unit(schema)
+    if unit == _UNKNOWN:
+        raise ValueError(
+            f"{text!r} is a date: the model's times are {describe_times(schema)}"
+        )
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no date ({error})") from None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return date.timestamp() * _UNITS[unit]
+
+
 def check_time(number: float, schema: dict[str, Any]) -> None:
     """Raises ValueError for a number that looks like another unit than that of the model's times."""
-    unit = schema.get("time_unit", "unknown")
-    for name, second in _UNITS.items():
-        looks_like = _EARLIEST <= number / second <= _LATEST
-        if looks_like and unit not in (name, "unknown"):
-            raise ValueError(
-                f"{number:.0f} looks like a time in {name}, the model's are in {unit}"
-            )
+    unit = time_unit(schema)
+    looks_like = guess_unit(number)
+    if _UNKNOWN not in (unit, looks_like) and unit != looks_like:
+        raise ValueError(
+            f"{number:.0f} looks like a time in {looks_like}, the model's are in {unit}: "
+            f"{describe_times(schema)}"
+        )
 
 
-def main(
-    domain: str,
-    k: str,
-    *events: str,
-) -> None:
-    """Prints the k best items of a domain for a history of TIME:DOMAIN:ITEM."""
-    recommender = Recommender(Path(__file__).parent)
-    if domain not in recommender.domains:
-        known = ", ".join(recommender.domains)
-        sys.exit(f"there is no domain {domain!r}: it is one of {known}")
+def time_unit(schema: dict[str, Any]) -> str:
+    """The unit of the model's times: s, ms, us, ns or unknown; a schema may leave it to be guessed."""
+    return schema.get("time_unit") or guess_unit(schema["last_time"])
+
+
+def guess_unit(time: float) -> str:
+    """The unit in which a number is a time between 1985 and 2100, or unknown."""
+    for unit, second in _UNITS.items():
+        if _EARLIEST <= time / second <= _LATEST:
+            return unit
+    return _UNKNOWN
+
+
+def describe_times(schema: dict[str, Any]) -> str:
+    """The model's times for a person: their unit, the first and the last."""
+    first = schema["first_time"]
+    last = schema["last_time"]
+    unit = time_unit(schema)
+    if unit == _UNKNOWN:
+        return f"numbers of no known unit, from {first:.15g} to {last:.15g}"
+    times = []
+    for time in (first, last):
+        date = _EPOCH + timedelta(seconds=time / _UNITS[unit])
+        times.append(f"{date:%Y-%m-%dT%H:%M:%SZ} ({time:.0f})")
+    return f"{_UNIT_NAMES[unit]} since 1970, from {times[0]} to {times[1]}"
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the k best items of a domain for a history; on stderr, what was left out of it.
+
+    Leaves with one line and status 2 where something given cannot be used.
+    """
+    folder = Path(__file__).parent
     try:
-        history = [read_event(event, recommender.schema) for event in events]
-    except ValueError as error:
-        sys.exit(str(error))
-    for item, score in recommender(history, domain, int(k)):
+        schema = json.loads((folder / "schema.json").read_text("utf-8"))
+        domains = [entry["name"] for entry in schema["domains"]]
+        options = _parser(schema, domains).parse_args(arguments)
+        if options.domain not in domains:
+            known = ", ".join(domains)
+            raise ValueError(
+                f"there is no domain {options.domain!r}: it is one of {known}"
+            )
+        if options.k < 1:
+            raise ValueError(f"K is {options.k}: give at least 1")
+        history = []
+        for text in options.events:
+            history.append(read_event(text, schema, domains))
+        now = None
+        if options.now is not None:
+            now = read_time(options.now, schema)
+        recommender = Recommender(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, (KeyError, TypeError)):
+            reason = f"{folder / 'schema.json'}: is no schema of an export ({reason})"
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    history.sort(key=lambda event: event[0])
+    _note_what_is_left_out(recommender, history)
+    for item, score in recommender(history, options.domain, options.k, now):
         print(f"{item}\t{score:.6f}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError for a command line that it does not take."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def _parser(
+    schema: dict[str, Any], domains: list[str]
+) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description="Recommends the K best items of a domain for a user's history.",
+        epilog=f"Domains: {', '.join(domains)}. The model's times are {describe_times(schema)}.",
+    )
+    parser.add_argument(
+        "domain", metavar="DOMAIN", help="whose items are wanted"
+    )
+    parser.add_argument("k", metavar="K", type=int, help="how many of them")
+    parser.add_argument(
+        "events",
+        metavar="TIME:DOMAIN:ITEM",
+        nargs="*",
+        help=f"the history: {_EVENT_FORM}",
+    )
+    parser.add_argument(
+        "--now",
+        metavar="TIME",
+        help="when the request is made; without it: the last time that the model knows",
+    )
+    return parser
+
+
+def _note_what_is_left_out(
+    recommender: Recommender,
+    history: list[tuple[float, str, str]],
+) -> None:
+    """Says on stderr which events the model cannot use as they are."""
+    for time, name, item in history:
+        note = None
+        if name not in recommender.domains:
+            note = f"there is no domain {name!r}, its event is left out"
+        elif item not in recommender.domains[name].rows:
+            note = f"there is no item {item!r} in {name}, its event is left out"
+        elif time < recommender.schema["first_time"]:
+            note = f"{time:.0f} is before the model's times, and counts as their first"
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -2,10 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.config.load import load_config
 from trainer.config.study import OURS, StudyConfig
 from trainer.errors import InputError
 from trainer.study.baselines import SYSTEMS
@@ -137,3 +139,71 @@ def make_recbole_jobs(config: StudyConfig) -> list[Job]:
         for seed in config.seeds:
             jobs.append(Job(model, seed, recbole=True))
     return jobs
+
+
+def check_settings(
+    config: StudyConfig,
+    base: Sequence[Path],
+    domains: Sequence[str],
+) -> None:
+    """Raises InputError for settings that no run of the study can have, before there is one.
+
+    A value of `tune` may suit some systems and not others, whose runs then fail; one that suits
+    none is refused.
+    """
+    for name in config.systems:
+        _check_jobs(config, base, domains, [name], ())
+    for variant in _each_value(config.tune):
+        _check_jobs(
+            config,
+            base,
+            domains,
+            config.systems,
+            variant,
+        )
+    for point in make_sweeps(config, domains):
+        load_config(base, point.job.settings)
+
+
+def _check_jobs(
+    config: StudyConfig,
+    base: Sequence[Path],
+    domains: Sequence[str],
+    systems: Sequence[str],
+    variant: Settings,
+) -> None:
+    """Raises InputError where none of these systems takes the variant."""
+    refusal = None
+    for name in systems:
+        job = make_jobs(
+            config,
+            name,
+            domains[:1],
+            config.seeds[0],
+            variant,
+        )[0]
+        try:
+            load_config(base, job.settings)
+            return
+        except InputError as error:
+            refusal = error
+    if refusal is not None:
+        raise refusal
+
+
+def _each_value(tune: dict[str, list[Any]]) -> Iterator[Settings]:
+    """Each value of a grid once, beside the first values of the other keys.
+
+    {a: [1, 2], b: [3, 4]}    a=1 b=3    a=2 b=3    a=1 b=4
+    """
+    grid = hyperparameter_grid(
+        {key: values[:1] for key, values in tune.items()}
+    )
+    first = grid[0]
+    if first:
+        yield first
+    for number, (key, values) in enumerate(tune.items()):
+        for value in values[1:]:
+            settings = list(first)
+            settings[number] = f"{key}={value}"
+            yield tuple(settings)

@@ -17,6 +17,7 @@ from trainer.study.plan import (
     Job,
     Settings,
     SweepPoint,
+    check_settings,
     hyperparameter_grid,
     make_jobs,
     make_recbole_jobs,
@@ -108,6 +109,9 @@ def run_study(
     """
     output = Path(output)
     dataset = Dataset.load(data)
+    hyperparameter_grid(config.tune)  # raises where values are no list
+    domains = [domain.name for domain in dataset.domains]
+    check_settings(config, base, domains)
     _begin(output, dataset, config)
     run_config = load_config(base, config.settings)
     runner = JobRunner(

@@ -39,7 +39,9 @@ def estimate_loader_bytes(
 
 def _batch_bytes(config: RunConfig, dataset: Dataset, world_size: int) -> float:
     """Estimates the bytes of a rank's batch, of users with a mean number of interactions."""
-    users = math.ceil(config.global_batch_size / world_size)
+    # A batch has at most everyone.
+    most_users = min(config.global_batch_size, max(1, dataset.users))
+    users = math.ceil(most_users / world_size)
     mean_length = dataset.interactions / max(1, dataset.users)
     length = min(config.model.max_length, mean_length)
     negatives = config.negatives

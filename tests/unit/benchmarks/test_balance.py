@@ -53,7 +53,7 @@ def fed(dataset, ranks, balanced, steps):
     plan = BatchSchedule(
         dataset, 10 * ranks, ranks, 0, max_length=LONGEST, balance=balanced
     )
-    config, negatives = StreamConfig(workers=0), NegativesConfig()
+    config, negatives = StreamConfig(workers=0), NegativesConfig(shared=0)
     streams = [
         iter(TrainBatches(plan, rank, 0, LONGEST, "mean", negatives, config))
         for rank in range(ranks)

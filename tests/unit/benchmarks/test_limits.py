@@ -34,10 +34,10 @@ class Products(TorchDispatchMode):
 def test_a_steps_products_are_those_that_are_computed():
     sizes = dict(dim=32, max_length=16, experts=5, cross_experts=3, ffn_dim=48)
     config = ModelConfig(
-        **sizes, dropout=0.0, loss="bpr", kernel="plain"
+        **sizes, time_knots=0, dropout=0.0, loss="bpr", kernel="plain"
     )  # the counter does not see into the fused one
     dataset = dataset_of(1000, 3, users=8, steps=1)
-    arrays = draw(dataset, 0, 8, 4, 16, NegativesConfig())
+    arrays = draw(dataset, 0, 8, 4, 16, NegativesConfig(shared=0))
     batch = move(
         build_batch(*arrays, [domain.items for domain in dataset.domains], 16),
         "cpu",

@@ -139,9 +139,10 @@ def test_what_is_made_again_is_what_the_model_computed():
         ffn_dim=16,
         dropout=0.0,
         loss_correction="none",
+        time_knots=0,
     )
     dataset = dataset_of(500, 3, users=4, steps=1)
-    arrays = draw(dataset, 0, 4, 16, 16, NegativesConfig())
+    arrays = draw(dataset, 0, 4, 16, 16, NegativesConfig(shared=0))
     batch = move(
         build_batch(*arrays, [domain.items for domain in dataset.domains], 16),
         "cpu",

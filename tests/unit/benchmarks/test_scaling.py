@@ -155,7 +155,7 @@ def test_hosts_are_counted_on_the_wire_and_everything_is_written(
 def test_popular_items_are_drawn_by_zipfs_law():
     dataset = dataset_of(3000, 3, users=400, steps=1)
     items_N, _, domain_N, _, _ = draw(
-        dataset, 0, 400, 100, 100, NegativesConfig(), exponent=1.0
+        dataset, 0, 400, 100, 100, NegativesConfig(shared=0), exponent=1.0
     )
     rank_N = items_N - dataset.starts[domain_N]
     assert (dataset.domain_of(items_N) == domain_N).all()
@@ -163,7 +163,7 @@ def test_popular_items_are_drawn_by_zipfs_law():
     assert np.isclose((rank_N == 0).mean(), share, rtol=0.05)
     assert np.isclose((rank_N == 9).mean(), share / 10, rtol=0.15)
     even_N, _, domain_N, _, _ = draw(
-        dataset, 0, 400, 100, 100, NegativesConfig()
+        dataset, 0, 400, 100, 100, NegativesConfig(shared=0)
     )
     assert np.isclose(
         (even_N == dataset.starts[domain_N]).mean(), 1e-3, atol=5e-4

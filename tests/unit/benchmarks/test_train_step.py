@@ -19,6 +19,7 @@ from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.helpers import histories
 from tests.helpers.alone import as_a_script, in_this_process
+from tests.helpers.reference import EQUATIONS
 from trainer.config.negatives import NegativesConfig
 
 DOMAIN_ITEMS = (6, 4, 5, 3)
@@ -87,6 +88,7 @@ def test_the_padded_model_has_the_losses_and_gradients_of_ours(
         "ffn_dim": 7,
         "dropout": 0.0,
         "eta": 0.7,
+        **EQUATIONS,
     }
     config = ModelConfig(**(given | reading))
     drawn = histories.draw(5, DOMAIN_ITEMS, users=9, absent_domain=absent)
@@ -167,13 +169,14 @@ class Everything:
 
 
 @pytest.mark.parametrize(
-    "negatives", [NegativesConfig(per_target=2), NegativesConfig(shared=300)]
+    "negatives",
+    [NegativesConfig(per_target=2, shared=0), NegativesConfig(shared=300)],
 )
 def test_the_formula_counts_what_is_computed(negatives):
     loss = "sampled_softmax" if negatives.shared else "bpr"
     sizes = dict(dim=32, max_length=32, experts=5, cross_experts=3, ffn_dim=48)
     config = ModelConfig(
-        **sizes, dropout=0.0, loss=loss, kernel="plain"
+        **sizes, **EQUATIONS, dropout=0.0, loss=loss, kernel="plain"
     )  # the counter does not see into the fused one
     dataset = dataset_of(1000, 3, users=8, steps=1)
     arrays = (
@@ -205,9 +208,9 @@ def test_the_formula_counts_what_is_computed(negatives):
 
 
 def test_needed_attention_is_less_than_half_of_what_padded_squares_hold():
-    config = ModelConfig(dim=8, max_length=32)
+    config = ModelConfig(dim=8, max_length=32, time_knots=0)
     dataset = dataset_of(100, 3, users=8, steps=1)
-    arrays = draw(dataset, 0, 8, 4, 32, NegativesConfig())
+    arrays = draw(dataset, 0, 8, 4, 32, NegativesConfig(shared=0))
     batch = build_batch(
         *arrays, [domain.items for domain in dataset.domains], 32
     )
@@ -222,7 +225,8 @@ def test_every_step_draws_as_many_interactions_and_other_items():
     dataset = dataset_of(100_000, 5, users=32, steps=2)
     assert dataset.num_embeddings == 100_000
     first, second = (
-        draw(dataset, step, 32, 16, 128, NegativesConfig()) for step in range(2)
+        draw(dataset, step, 32, 16, 128, NegativesConfig(shared=0))
+        for step in range(2)
     )
     for items_N, lengths_B, domain_N, _, negatives_N1 in (first, second):
         assert (lengths_B.min(), lengths_B.max(), lengths_B.sum()) == (

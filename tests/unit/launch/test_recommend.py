@@ -1,8 +1,15 @@
+import json
+import sys
+
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from launch.recommend import parse
-from launch.tables import recommendation_table
+from launch.recommend import main, parse
+from launch.tables import recommendation_table, user_table
+from tests.helpers.alone import as_a_script
+from tests.helpers.runs import finished_run, rank_of_one
+from trainer.data.format.dataset import USERS
 
 COUNTS = {
     "users": 1200,
@@ -55,10 +62,51 @@ def test_options_are_as_the_paper_s_service_asks():
     )
 
 
-@pytest.mark.parametrize("missing", ["--run", "--output"])
-def test_what_is_needed_is_asked_for(missing, capsys):
-    given = {"--run": "r", "--output": "o"}
-    del given[missing]
-    with pytest.raises(SystemExit):
-        parse([word for pair in given.items() for word in pair])
-    assert missing in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--output o", "--run"),
+        ("--run r", "--output DIR is missing"),
+        ("--run r --user 7 --output o", "--user shows recommendations"),
+        ("--run r --user 7 --users f", "--user shows recommendations"),
+        ("--run no-such-run --user 7", "no-such-run"),
+    ],
+)
+def test_what_is_needed_is_asked_for(words, named, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recommend.py", *words.split()])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_one_user_is_shown_and_nothing_is_written(
+    tmp_path, capsys, monkeypatch
+):
+    """By its id as text; the ids of the dataset may be numbers."""
+    with rank_of_one() as ranks:
+        run = finished_run(tmp_path, ranks)
+    before = sorted(path.name for path in run.folder.iterdir())
+    users = pq.read_table(run.dataset.local(USERS))["user_id"].to_pylist()
+    words = ["--run", str(run.folder), "--user", str(users[3]), "-k", "2"]
+    shown = []
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["recommend.py", *words, *more])
+        with as_a_script():
+            main()
+        shown.append(capsys.readouterr().out)
+    rows = json.loads(shown[1])
+    assert [row["rank"] for row in rows] == [1, 2, 1, 2]
+    assert {row["user_id"] for row in rows} == {users[3]}
+    for word in (str(users[3]), "domain 0", "domain 1", rows[0]["item_id"]):
+        assert str(word) in shown[0]
+    assert sorted(path.name for path in run.folder.iterdir()) == before
+
+
+def test_a_new_user_is_told_so():
+    row = {"user_id": "[x]", "history": 0, "domain": "d", "rank": 1}
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(user_table([row | {"item_id": 5, "score": 0.25}]))
+    assert "[x]: no interaction that the model knows" in shown.get()
+    assert "0.2500" in shown.get()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from packaging.requirements import Requirement
 
 from launch import stack
 
@@ -242,6 +243,23 @@ def test_checking_imports_no_torch_and_starts_nothing(machine, monkeypatch):
     )
 
 
+@pytest.mark.ranks
+def test_every_command_gets_as_far_as_the_check_without_the_stack():
+    """As pip installs the package: without PyTorch, which the check then asks for."""
+    program = (
+        "import importlib, sys; from launch.cli import COMMANDS\n"
+        "for name in ('torch', 'deepspeed', 'torchrec'): sys.modules[name] = None\n"
+        "for name in COMMANDS: importlib.import_module(f'launch.{name}')"
+    )
+    done = stack.subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_what_is_installed_here_fits():
     import torch
 
@@ -386,7 +404,7 @@ def test_a_cpu_machine_is_told_of_the_hosts_that_may_share_its_environment(
 ):
     stack.install()
     assert (
-        "no NVIDIA driver answers here: FBGEMM comes for CPU"
+        "torch comes for CPU, as no NVIDIA driver answers here"
         in (said := capsys.readouterr().out)
         and "--cuda" in said
     )
@@ -422,8 +440,14 @@ def test_a_bare_machine_gets_the_pinned_triple(installs, machine, cuda, fbgemm):
     torch, torchrec, version = stack.MATCHING[stack.PINNED]
     kernels = [] if cuda else [installs.pop(), installs.pop()]
     *packages, project, check = installs
+    source = ["--index-url", stack._CPU_INDEX]
+    if cuda:
+        first = ("install", f"torch=={torch}")
+    else:
+        quick = ("--retries=0", "--timeout=15")
+        first = ("install", *quick, f"torch=={torch}", *source)
     assert packages == [
-        ("install", f"torch=={torch}"),
+        first,
         ("install", f"{fbgemm}=={version}"),
         (
             "install",
@@ -432,7 +456,7 @@ def test_a_bare_machine_gets_the_pinned_triple(installs, machine, cuda, fbgemm):
         ),  # with them it would bring the other build of FBGEMM
     ]
     assert (
-        project == ("install", "--editable", f"{ROOT}[test]")
+        project == ("install", "--editable", f"{ROOT}[train,test]")
         and check[1] == "check"
     )
     for (_, program), name in zip(kernels, ("scan", "block"), strict=not cuda):
@@ -524,16 +548,68 @@ def test_the_package_has_its_name_and_all_folders(metadata):
 
 def test_pip_asks_for_what_the_table_says(metadata):
     torch, torchrec, fbgemm = stack.MATCHING[stack.PINNED]
-    assert metadata["extras_require"]["cuda"] == [
+    extras = metadata["extras_require"]
+    exact = [
         f"torch=={torch}",
         f"torchrec=={torchrec}",
         f"fbgemm-gpu=={fbgemm}",
     ]
-    assert f"torch>={min(stack.MATCHING)}" in metadata["install_requires"]
-    assert not any(
-        package.startswith(("torchrec", "fbgemm"))
-        for package in metadata["install_requires"]
+    assert extras["cuda"] == [*extras["train"], *exact]
+    bounds = f"torch{stack.torch_bounds()}"
+    assert bounds in extras["train"]
+    allowed = Requirement(bounds).specifier
+    for known in stack.MATCHING.values():
+        assert known[0] in allowed
+    newest = max(int(minor.split(".")[1]) for minor in stack.MATCHING)
+    assert f"2.{newest + 1}.0" not in allowed
+
+
+def test_pip_alone_brings_no_torch(metadata):
+    """It would bring CUDA's libraries to every machine, and an FBGEMM that does not load."""
+    heavy = ("torch", "deepspeed", "fbgemm", "tensordict")
+    for requirement in metadata["install_requires"]:
+        assert not requirement.startswith(heavy)
+    assert "deepspeed>=0.19" in metadata["extras_require"]["train"]
+
+
+def test_an_installed_package_says_a_command_that_it_has(
+    installs, packages, monkeypatch, capsys, tmp_path
+):
+    """No file of a checkout, which it has not."""
+    installed = tmp_path / "launch" / "stack.py"
+    installed.parent.mkdir()
+    installed.write_bytes(Path(stack.__file__).read_bytes())
+    names = runpy.run_path(str(installed))
+    assert names["_INSTALL"] == "syncrec stack install"
+    with pytest.raises(SystemExit) as left:
+        names["check_stack"].__globals__["_version"] = packages.get
+        names["check_stack"]()
+    assert left.value.code == 2
+    assert "`syncrec stack install`" in capsys.readouterr().err
+    monkeypatch.setattr(stack, "_IS_CHECKOUT", False)
+    needs = ["numpy>=2.0", 'torch>=2; extra == "train"', "x; extra == 'train'"]
+    monkeypatch.setattr(
+        stack.importlib.metadata, "requires", lambda name: needs
     )
+    stack.install()
+    assert ("install", "torch>=2", "x") in installs
+
+
+def test_where_builds_for_cpu_cannot_be_had_pips_own_index_serves(
+    installs, monkeypatch, capsys
+):
+    pip = stack._pip
+
+    def without_pytorchs_index(*arguments):
+        if stack._CPU_INDEX in arguments:
+            raise stack.subprocess.CalledProcessError(1, "pip")
+        pip(*arguments)
+
+    monkeypatch.setattr(stack, "_pip", without_pytorchs_index)
+    stack.install()
+    torch = stack.MATCHING[stack.PINNED][0]
+    assert installs[0] == ("install", f"torch=={torch}")
+    assert "cannot be reached" in capsys.readouterr().out
 
 
 VERSION = re.compile(

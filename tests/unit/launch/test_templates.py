@@ -5,6 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import retrain
+from trainer.config import RetrainConfig
+from trainer.config.load import load_settings
+from trainer.errors import InputError
+
 TEMPLATES = Path(__file__).resolve().parents[3] / "launch" / "templates"
 
 
@@ -37,3 +42,36 @@ def test_a_pod_has_shared_memory_for_loaders(name):
                 volumes[mounted]["emptyDir"]["medium"] == "Memory"
                 and volumes[mounted]["emptyDir"]["sizeLimit"]
             )
+
+
+def config_of(*words):
+    given = ["name=1", "input=[logs.parquet]", *words]
+    return load_settings(RetrainConfig, [TEMPLATES / "retrain.yaml"], given)
+
+
+def test_the_settings_of_a_retraining_can_be_trained_with_from_any_folder(
+    tmp_path, monkeypatch
+):
+    """Its base is a preset's name: a path would be one of the folder that cron starts in."""
+    monkeypatch.chdir(tmp_path)
+    retrain._check_training(config_of())
+    retrain._check_training(config_of("settings=[--device=cpu,epochs=3]"))
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("base=[launch/configs/default.yaml]", "launch/configs/default.yaml"),
+        ("base=[defaults]", "amazon4, default"),
+        ("settings=[model.dimm=64]", "dimm"),
+        ("warm_settings=[model.dim=63]", "model.dim is 63"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_a_dataset_is_made(
+    tmp_path, monkeypatch, word, named
+):
+    monkeypatch.chdir(tmp_path)
+    config = config_of(f"folder={tmp_path / 'shop'}", word)
+    with pytest.raises(InputError, match=named):
+        retrain._check_training(config)
+    assert not (tmp_path / "shop").exists()

@@ -79,6 +79,24 @@ def test_the_effective_configuration_can_be_seen_without_a_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--config", "amazon4"], "time_knots: 170"),
+        (["--config", "default"], "time_knots: 128"),
+        (["config=paper"], "time_knots: 0"),
+        ([], "time_knots: 128"),
+    ],
+)
+def test_a_preset_is_shown_by_its_name_from_any_folder(
+    monkeypatch, capsys, tmp_path, words, shown
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--show-config", *words])
+    launch.train.main()
+    assert shown in capsys.readouterr().out
+
+
 def another_format(folder):
     facts = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(
@@ -128,6 +146,23 @@ def without_a_shard(folder):
         (
             ["data={data}", "run={run}", "table.optimizer=adam"],
             ["table.optimizer=adam", "cpu", "rowwise_adagrad"],
+        ),
+        (["data={data}", "run={run}", "model.dim=63"], ["model.dim is 63"]),
+        (
+            ["data={data}", "run={run}", "deepspeed.zero_optimization.stage=7"],
+            ["deepspeed", "stage"],
+        ),
+        (
+            ["data={data}", "run={run}", "--device", "cuda"],
+            ["device is cuda", "device=cpu"],
+        ),
+        (
+            ["data={data}", "run={run}", "device=cuda"],
+            ["device is cuda", "device=cpu"],
+        ),
+        (
+            ["--config", "amazon", "data={data}", "run={run}"],
+            ["amazon: there is no", "amazon4, default"],
         ),
     ],
 )

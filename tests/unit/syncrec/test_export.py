@@ -36,6 +36,7 @@ def made(dtype=torch.float64, **given):
         "heads": 2,
         "ffn_dim": 10,
         "dropout": 0.2,
+        "time_knots": 0,
     }
     model = SyNCRec(ModelConfig(**(base | given)), 3).to(dtype).eval()
     for weight in model.parameters():

@@ -26,6 +26,7 @@ from tests.helpers.histories import (
     without_newest,
 )
 from tests.helpers.reference import (
+    EQUATIONS,
     NONE,
     SOS,
     cross_sequence,
@@ -36,6 +37,7 @@ from trainer.data.loading.mutual_information_sample import draw_candidates
 
 DOMAIN_ITEMS = (6, 4, 5, 3)
 SMALL = ModelConfig(
+    **EQUATIONS,
     dim=6,
     max_length=5,
     experts=4,

@@ -16,6 +16,7 @@ from tests.helpers.histories import (
     pack,
     without_newest,
 )
+from tests.helpers.reference import EQUATIONS
 from tests.unit.syncrec.test_model import (
     DOMAIN_ITEMS,
     make_model,
@@ -25,6 +26,7 @@ from tests.unit.syncrec.test_model import (
 )
 
 SASREC = ModelConfig(
+    **EQUATIONS,
     dim=6,
     max_length=5,
     tasks="cross",

@@ -112,6 +112,7 @@ def at(clock: Clock, tick):
 
 def test_without_times_or_single_domain_tasks_nothing_is_missing():
     plain = ModelConfig(
+        time_knots=0,
         dim=6,
         experts=1,
         tasks="cross",

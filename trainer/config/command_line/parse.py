@@ -15,11 +15,11 @@ configuration, `key=value` or `--key value`, as `key=value` for `trainer.config.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast, get_origin
 
+from trainer import __version__
 from trainer.config.command_line.help import (
     HELP_COLUMN,
     describe_settings,
@@ -105,7 +105,7 @@ def _parser(
     parser.add_argument(
         "--version",
         action="version",
-        version=_version(),
+        version=f"{PROGRAM} {__version__}",
         help="print the version and stop",
     )
     if settings is not None:
@@ -124,11 +124,3 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
         max_help_position=HELP_COLUMN,
         width=help_width(),
     )
-
-
-def _version() -> str:
-    try:
-        version = importlib.metadata.version(PROGRAM)
-    except importlib.metadata.PackageNotFoundError:
-        version = "of a checkout that is not installed"
-    return f"{PROGRAM} {version}"

@@ -309,7 +309,9 @@ class BatchSchedule:
         """The first slot of a batch and the first one after it."""
         if not self.tokens_per_batch:
             begin = step * self.batch_size
-            return begin, begin + self.batch_size
+            # A batch may be larger than the epoch: only slots that there are, are computed.
+            end = min(begin + self.batch_size, self._order(epoch).slots)
+            return begin, max(begin, end)
         self.steps(epoch)
         first_slots = self._first_slots[epoch]
         begin, end = first_slots[step : step + 2].tolist()

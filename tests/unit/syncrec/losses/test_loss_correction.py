@@ -14,6 +14,7 @@ from syncrec.losses.loss_correction import (
     PredictionMix,
     transfer_gap,
 )
+from tests.helpers.reference import EQUATIONS
 
 
 def doubles(*values):
@@ -21,7 +22,8 @@ def doubles(*values):
 
 
 def correction(domains=3, state=None, **values):
-    module = LossCorrection(ModelConfig(**values), domains).double()
+    config = ModelConfig(**EQUATIONS | values)
+    module = LossCorrection(config, domains).double()
     if state is not None:
         module.lambda_D = doubles(*state)
     return module
@@ -209,9 +211,8 @@ HARD = {
 def test_no_weight_is_negative_or_nothing_after_many_batches(
     domains, chances, delta, alpha, beta, dtype
 ):
-    module = LossCorrection(
-        ModelConfig(correction_temperature=delta), domains
-    ).to(dtype)
+    config = ModelConfig(correction_temperature=delta, correction_total="one")
+    module = LossCorrection(config, domains).to(dtype)
     module.alpha.data.fill_(alpha)
     module.beta.data.fill_(beta)
     generator = torch.Generator().manual_seed(1)

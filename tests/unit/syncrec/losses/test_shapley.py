@@ -16,7 +16,7 @@ from syncrec.losses.shapley import (
 )
 from syncrec.model import SyNCRec
 from tests.helpers.histories import draw, pack
-from tests.helpers.reference import shapley
+from tests.helpers.reference import EQUATIONS, shapley
 from tests.unit.syncrec.test_model import (
     DOMAIN_ITEMS,
     SMALL,
@@ -36,7 +36,8 @@ def doubles(*values):
 
 def correction(domains=3, state=None, **values):
     module = ShapleyCorrection(
-        ModelConfig(loss_correction="shapley", **values), domains
+        ModelConfig(**EQUATIONS | {"loss_correction": "shapley"} | values),
+        domains,
     ).double()
     if state is not None:
         module.lambda_D = doubles(*state)

@@ -6,7 +6,13 @@ import pytest
 import yaml
 
 from tests.helpers.alone import group_of_one
-from trainer.config.load import flatten_config, load_config, to_yaml
+from trainer.config.changes import iterate_settings
+from trainer.config.load import (
+    flatten_config,
+    load_config,
+    load_recorded,
+    to_yaml,
+)
 from trainer.config.run import RunConfig
 from trainer.errors import InputError
 from trainer.evaluation.evaluate_run import evaluate_run
@@ -115,6 +121,53 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     assert "nowhere.yaml" in refusal(files=[tmp_path / "nowhere.yaml"])
     assert str(tmp_path) in refusal(files=[tmp_path])
+
+
+def test_a_preset_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["amazon4"], []) == load_config(
+        [PRESETS / "amazon4.yaml"], []
+    )
+    (tmp_path / "default").write_text("epochs: 77")
+    assert load_config(["default"], []).epochs == 20
+    assert load_config(["./default"], []).epochs == 77
+    assert load_config(["demo", "default"], ["epochs=3"]).model.dim == 32
+
+
+@pytest.mark.parametrize(
+    "name", ["amazon", "default.yaml", "launch/configs/no.yaml", "", ".."]
+)
+def test_a_wrong_preset_lists_those_that_there_are(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(files=[name])
+    assert message.startswith(f"{name}: there is no such")
+    assert "amazon4, default, demo, gru4rec, paper, sasrec" in message
+
+
+MISSPELT = {
+    "learning_rate=0.1": "table.learning_rate or optimizer.learning_rate",
+    "dim=64": "model.dim",
+    "zero_stage=2": "optimizer.zero_stage",
+    "patience=1": "evaluation.patience",
+}
+
+
+@pytest.mark.parametrize(("override", "hint"), MISSPELT.items(), ids=MISSPELT)
+def test_the_name_of_a_sections_setting_alone_gets_a_hint(
+    tmp_path, override, hint
+):
+    file = write(tmp_path, override.replace("=", ": "))
+    for message in (refusal(override), refusal(files=[file])):
+        assert f"did you mean {hint}? there are: data, run" in message
+    assert "did you mean" not in refusal("surely_no_such_key=1")
+
+
+def test_negatives_that_others_take_the_place_of_are_refused():
+    message = refusal("negatives.per_target=4")
+    assert "negatives.per_target is 4" in message
+    assert "negatives.shared=0" in message
+    config = load_config([], ["negatives.per_target=4", "negatives.shared=0"])
+    assert config.negatives.per_target == 4
 
 
 @pytest.mark.parametrize(
@@ -266,6 +319,43 @@ def test_presets_load(preset):
     load_config([preset], [])
 
 
+def test_what_holds_without_a_file_is_the_default_preset(tmp_path):
+    """In whole, and its file states nothing that is not the dataclasses' own."""
+    assert load_config(["default"], []) == load_config([], []) == RunConfig()
+    stated = yaml.safe_load((PRESETS / "default.yaml").read_text())
+    for key, value in stated.items():
+        values = value if isinstance(value, dict) else {key: value}
+        section = RunConfig()
+        if isinstance(value, dict):
+            section = getattr(section, key)
+        assert {name: getattr(section, name) for name in values} == values
+
+
+def test_a_run_records_every_setting_so_that_another_default_changes_nothing(
+    tmp_path,
+):
+    """As a run of version 0.2.0 has them, which had other defaults."""
+    config = load_config(
+        [],
+        [
+            "model.time_knots=0",
+            "model.correction_total=one",
+            "model.learn_scales=true",
+            "negatives.shared=0",
+        ],
+    )
+    recorded = yaml.safe_load(to_yaml(config))
+    for key, field in iterate_settings():
+        value = recorded
+        for name in key.split("."):
+            value = value[name]
+        assert dataclasses.is_dataclass(field.type) == (
+            isinstance(value, dict) and key != "deepspeed"
+        )
+    file = write(tmp_path, to_yaml(config))
+    assert load_recorded(file) == load_config([file], []) == config
+
+
 def test_there_are_the_presets_that_the_documentation_names():
     assert {path.stem for path in PRESETS.glob("*.yaml")} >= {
         "paper",
@@ -283,6 +373,7 @@ def test_the_paper_preset_says_every_reading_itself():
         "model": {
             "dim": 128, "max_length": 128, "experts": 5, "cross_experts": 3, "blocks": 2, "heads": 1, "ffn_dim": 128,
             "norm": "post", "gate": "sequence", "loss": "bpr_probability", "loss_correction": "negative_transfer_gap",
+            "time_knots": 0, "correction_total": "one",
             "learn_scales": True, "mutual_information": True, "mutual_information_pooling": "mean",
             "mutual_information_similarity": "sigmoid", "mutual_information_denominator": "others",
         },

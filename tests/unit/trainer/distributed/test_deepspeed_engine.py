@@ -3,11 +3,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.helpers.runs import rank_of_one
 from trainer.config.optimizer import OptimizerConfig
 from trainer.distributed.deepspeed_engine import (
     build_engine_config,
     learning_rate_share,
+    start_engine,
 )
 from trainer.errors import InputError
 
@@ -203,3 +206,40 @@ def test_no_engine_is_loaded_before_one_is_started():
         command, cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"zero_optimization": 3}, "deepspeed.zero_optimization is 3"),
+        ({"zero_optimization": [1]}, "deepspeed.zero_optimization is [1]"),
+        ({"optimizer": "Adam"}, "deepspeed.optimizer is Adam"),
+        ({"optimizer": {"params": 3}}, "deepspeed.optimizer.params is 3"),
+    ],
+)
+def test_a_value_where_a_section_belongs_is_named(given, named):
+    with pytest.raises(InputError) as refused:
+        merged(given)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"zero_optimization": {"stage": 7}},
+        {"zero_optimization": {"stage": "x"}},
+        {"zero_optimization": {"no_such_key": 1}},
+        {"zero_optimization": {"reduce_bucket_size": -1}},
+        {"optimizer": {"type": "NoSuchOptimizer"}},
+        {"optimizer": {"params": {"betas": "x"}}},
+        {"optimizer": {"params": {"no_such_key": 1}}},
+    ],
+    ids=str,
+)
+def test_what_deepspeed_itself_refuses_is_one_line(given):
+    """Pydantic's and PyTorch's errors have several lines and a trace."""
+    with rank_of_one(), pytest.raises(InputError) as refused:
+        start_engine(torch.nn.Linear(2, 2), merged(given))
+    message = str(refused.value)
+    assert message.isprintable() and len(message) < 700
+    assert message.startswith("deepspeed: DeepSpeed refuses")

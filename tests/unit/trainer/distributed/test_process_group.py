@@ -1,13 +1,19 @@
-"""What a backend raises where other ranks are gone."""
+"""What a backend raises where other ranks are gone, and the device that a process takes."""
 
+import os
 from datetime import timedelta
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.ranks.conftest import free_port
-from trainer.distributed.process_group import translate_backend_errors
+from trainer.distributed import process_group
+from trainer.distributed.process_group import (
+    choose_device,
+    translate_backend_errors,
+)
 from trainer.errors import InputError, LostRanks
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] "
@@ -146,3 +152,55 @@ def test_a_tensor_of_a_wrong_size_is_a_fault(ranks):
     ):
         dist.all_gather([torch.empty(3)], torch.ones(4))
     assert not isinstance(fault.value, LostRanks)
+
+
+CHOSEN = [
+    # asked for, DS_ACCELERATOR, is there a device: what it is
+    ("auto", None, True, "cuda"),
+    ("auto", None, False, "cpu"),
+    ("auto", "cpu", True, "cpu"),
+    ("auto", "cuda", False, "cpu"),
+    ("cpu", None, True, "cpu"),
+    ("cpu", "cuda", True, "cpu"),
+    ("cuda", None, True, "cuda"),
+    ("cuda", "cpu", True, "cuda"),
+]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """device(there, switch): whether there is a CUDA device, and what DS_ACCELERATOR says."""
+    monkeypatch.delitem(process_group.sys.modules, "deepspeed", raising=False)
+
+    def have(there, switch=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        monkeypatch.setenv("DS_ACCELERATOR", switch or "")
+        if switch is None:
+            monkeypatch.delenv("DS_ACCELERATOR")
+
+    return have
+
+
+@pytest.mark.parametrize(("asked", "switch", "there", "chosen"), CHOSEN)
+def test_the_device_is_what_was_asked_for(device, asked, switch, there, chosen):
+    device(there, switch)
+    assert choose_device(asked) == chosen
+    expected = switch if asked == "auto" else asked
+    assert os.environ.get("DS_ACCELERATOR") == expected  # for DeepSpeed
+
+
+@pytest.mark.parametrize("asked", ["cuda", "gpu", "cuda:1", ""])
+def test_a_device_that_is_not_there_is_refused_in_a_line(device, asked):
+    device(False)
+    with pytest.raises(InputError, match=r"device is .*(cpu)") as refused:
+        choose_device(asked)
+    assert str(refused.value).isprintable()
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+def test_deepspeed_stays_where_it_has_computed(device, monkeypatch):
+    device(True)
+    monkeypatch.setitem(process_group.sys.modules, "deepspeed", deepspeed)
+    with pytest.raises(InputError, match="has computed on cpu"):
+        choose_device("cuda")
+    assert choose_device("cpu") == "cpu"

@@ -237,7 +237,9 @@ def test_the_example_is_a_command(folder, loaded):
     assert len(lines) == items and all(
         len(line.split("\t")) == 2 for line in lines
     )
-    assert run("nowhere", "3").stderr.startswith("there is no domain 'nowhere'")
+    assert run("nowhere", "3").stderr.startswith(
+        "error: there is no domain 'nowhere'"
+    )
 
 
 def test_vectors_and_ids_are_the_tables_and_the_vocabularys(folder, loaded):

@@ -90,8 +90,8 @@ def test_what_is_reckoned_is_what_batches_take(tmp_path):
         tmp_path / "data", histories, (50, 40), block_users=64
     )
     for settings in (
-        ["negatives.per_target=1"],
-        ["negatives.per_target=8"],
+        ["negatives.per_target=1", "negatives.shared=0"],
+        ["negatives.per_target=8", "negatives.shared=0"],
         ["negatives.shared=64"],
     ):
         config = load_config(

@@ -379,7 +379,7 @@ def feed(
             position,
             100,
             "mean",
-            NegativesConfig(per_target=3),
+            NegativesConfig(per_target=3, shared=0),
             config,
         ),
         config,
@@ -460,7 +460,7 @@ def test_damage_skips_its_users_and_no_one_else(
     dataset, missing, named, told = damaged
     plan = BatchSchedule(intact, BATCH, 1, SEED)
     build = TrainBatches(
-        plan, 0, 0, 100, "mean", NegativesConfig(per_target=3), STOP
+        plan, 0, 0, 100, "mean", NegativesConfig(per_target=3, shared=0), STOP
     ).build
     found = feed(dataset, dataclasses.replace(SKIP, workers=workers))
     expected = [

@@ -726,3 +726,14 @@ def test_next_shards_are_those_that_the_ranks_streams_begin_later(
                 for group in expected:
                     assert set(told[: len(group)]) == group
                     told = told[len(group) :]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_batch_larger_than_the_dataset_is_everyone(dataset, shuffle):
+    """And takes no more memory than that: a slot is not made for each of its users."""
+    plan = BatchSchedule(dataset, 2**31 - 1, 1, seed=1, shuffle=shuffle)
+    assert plan.count_steps(epochs=3) == 3
+    users, _ = plan.batch(1, 0)
+    assert sorted(users.tolist()) == list(range(57))
+    assert plan.users_per_rank(1, 0) == 57
+    assert plan.next_shards(1, 0, 0)

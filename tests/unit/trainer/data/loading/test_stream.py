@@ -59,7 +59,7 @@ def batches_of(
     )
     max_length, negatives = (
         options.get("max_length", LONG),
-        options.get("negatives", NegativesConfig(per_target=3)),
+        options.get("negatives", NegativesConfig(per_target=3, shared=0)),
     )
     limits = {
         "tokens_per_batch": options.get("tokens", 0),
@@ -169,7 +169,7 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(
             0,
             max_length,
             "mean",
-            NegativesConfig(per_target=3),
+            NegativesConfig(per_target=3, shared=0),
             HERE,
         )
         built = iter(batches)
@@ -229,7 +229,7 @@ def test_a_batch_holds_each_users_training_part_and_its_own_negatives(
     batch_size=st.integers(3, 9),
     balance=st.booleans(),
     negatives=st.sampled_from(
-        [NegativesConfig(per_target=2), NegativesConfig(shared=3)]
+        [NegativesConfig(per_target=2, shared=0), NegativesConfig(shared=3)]
     ),
     domain=st.sampled_from(["", "domain 1"]),
     max_length=st.sampled_from([1, 6]),
@@ -294,7 +294,14 @@ def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(
         for rank in range(world_size):
             plan = BatchSchedule(dataset, 8, world_size, 4, balance=balance)
             batches = TrainBatches(
-                plan, rank, 0, LONG, "mean", NegativesConfig(), HERE, size
+                plan,
+                rank,
+                0,
+                LONG,
+                "mean",
+                NegativesConfig(shared=0),
+                HERE,
+                size,
             ).from_position(0)
             for number, fed in zip(range(steps), batches, strict=False):
                 users_U, _ = plan.batch(0, number)
@@ -332,7 +339,9 @@ def test_who_stands_for_all_is_the_same_at_any_number_of_ranks(
             else np.zeros(2, int)
         )
         assert len(by_place) == taken.sum()
-    batches = TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(), HERE)
+    batches = TrainBatches(
+        plan, 0, 0, LONG, "mean", NegativesConfig(shared=0), HERE
+    )
     assert all(
         fed.batch.candidates is None
         for _, fed in zip(range(steps), batches, strict=False)
@@ -458,7 +467,13 @@ def test_workers_are_as_many_as_it_takes_to_keep_up(dataset, monkeypatch):
     ):
         started = []
         batches = TrainBatches(
-            plan, 0, 3, LONG, "mean", NegativesConfig(per_target=3), config
+            plan,
+            0,
+            3,
+            LONG,
+            "mean",
+            NegativesConfig(per_target=3, shared=0),
+            config,
         )
         feed = BatchFeed(
             Looked(batches, started), pin_memory=False, cores=cores
@@ -486,7 +501,13 @@ def test_a_given_number_of_workers_stays(dataset, workers):
     plan = BatchSchedule(dataset, 8, 1, seed=4, max_length=LONG)
     feed = BatchFeed(
         TrainBatches(
-            plan, 0, 0, LONG, "mean", NegativesConfig(per_target=3), config
+            plan,
+            0,
+            0,
+            LONG,
+            "mean",
+            NegativesConfig(per_target=3, shared=0),
+            config,
         ),
         pin_memory=False,
         cores=8,
@@ -503,7 +524,9 @@ def test_a_feed_hands_over_what_stops_it(spoiled):
     config = StreamConfig(prefetch=1)
     plan = BatchSchedule(spoiled, 4, 1, 4, shuffle=False)
     feed = BatchFeed(
-        TrainBatches(plan, 0, 0, LONG, "mean", NegativesConfig(), config),
+        TrainBatches(
+            plan, 0, 0, LONG, "mean", NegativesConfig(shared=0), config
+        ),
         pin_memory=False,
         cores=2,
     )
@@ -557,7 +580,8 @@ def test_one_domain_alone_is_cut_out_of_the_training_part(dataset):
 
 
 @pytest.mark.parametrize(
-    "negatives", [NegativesConfig(shared=3), NegativesConfig(per_target=2)]
+    "negatives",
+    [NegativesConfig(shared=3), NegativesConfig(per_target=2, shared=0)],
 )
 def test_a_batch_of_one_domain_holds_nothing_else(dataset, negatives):
     histories, seen = draw_histories(57), {}
@@ -603,7 +627,8 @@ def test_a_domain_that_is_not_there_is_named(dataset):
 
 
 @pytest.mark.parametrize(
-    "negatives", [NegativesConfig(shared=3), NegativesConfig(per_target=2)]
+    "negatives",
+    [NegativesConfig(shared=3), NegativesConfig(per_target=2, shared=0)],
 )
 def test_a_token_predicts_for_the_time_of_its_target(dataset, negatives):
     """With histories cut to the model's length; who only fills up is left out."""
@@ -633,7 +658,7 @@ def test_training_leaves_out_the_last_two_of_who_can_be_split(
         0,
         LONG,
         "mean",
-        NegativesConfig(),
+        NegativesConfig(shared=0),
         HERE,
     )
     batch = batches.build(0, 0, users_of([0], [np.arange(length) % 5]))
