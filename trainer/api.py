@@ -95,6 +95,7 @@ def fit(
     callbacks: "Sequence[Callback]" = (),
     fresh: bool = False,
     accept_changes: bool = False,
+    titles: PathLike | None = None,
     **settings: Any,
 ) -> "Run":
     """Trains on a dataset, and returns the run, whose best model has been tested.
@@ -107,6 +108,7 @@ def fit(
     settings: over the config, e.g. `epochs=2`, `model={"dim": 64}` or `**{"model.dim": 64}`.
     callbacks: see `trainer.training.callbacks.Callback`; called on all ranks.
     fresh: refuses a folder that holds a run. accept_changes: goes on though a setting has changed.
+    titles: a table with item_id, title and maybe domain, for the report.
     """
     from trainer.training.loop import train
 
@@ -114,7 +116,14 @@ def fit(
     settings = settings | {"data": os.fspath(place), "run": os.fspath(run)}
     whole = _config_of(config, settings)
     with _joined(whole.timeout_minutes) as ranks:
-        train(whole, ranks, fresh, accept_changes, callbacks)
+        train(
+            whole,
+            ranks,
+            fresh,
+            accept_changes,
+            callbacks,
+            _path_of(titles),
+        )
     return Run(Path(run))
 
 
