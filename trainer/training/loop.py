@@ -40,7 +40,6 @@ from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
 from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import RunLog, skipped_sentence
-from trainer.reporting.titles import add_titles, check_titles
 from trainer.run_files import CONFIG, LOOK, METRICS_FILE
 from trainer.training.callbacks import (
     Callback,
@@ -81,6 +80,9 @@ def train(
         contextlib.ExitStack() as locks,
     ):
         if titles is not None:
+            # A query engine is for them alone.
+            from trainer.reporting.titles import check_titles
+
             run_on_first_rank(lambda: check_titles(Path(titles)), ranks.first)
         record = _train(config, ranks, fresh, accept_changes, callbacks, locks)
         if ranks.first:
@@ -94,6 +96,8 @@ def _finish_report(run: Path, titles: str | None) -> None:
     from trainer.reporting.run_report import write_report
 
     if titles is not None:
+        from trainer.reporting.titles import add_titles
+
         try:
             add_titles(run, Path(titles))
         except InputError as error:  # it was there when the run began
