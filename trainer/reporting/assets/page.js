@@ -22,9 +22,12 @@
     const named = figure.data.filter((trace) => trace.showlegend !== false);
     layout.margin = Object.assign({}, layout.margin, { l: 52, r: 6 });
     if (layout.xaxis.type === "category") {
-      Object.assign(layout.xaxis, { tickangle: -45, dtick: undefined });
-      layout.margin.b += 36;
-      layout.height += 36;
+      const labels = new Set(figure.data.flatMap((trace) => trace.x));
+      if ([...labels].join("  ").length > 42) {
+        Object.assign(layout.xaxis, { tickangle: -45, dtick: undefined });
+        layout.margin.b += 36;
+        layout.height += 36;
+      }
     } else if (!layout.xaxis.dtick) {
       Object.assign(layout.xaxis, { nticks: 5, tickangle: 0 });
     }
