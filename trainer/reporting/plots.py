@@ -166,15 +166,24 @@ def with_relative_weights(train: list[Record]) -> list[Record]:
 
 
 def loss_plot(train: list[Record]) -> go.Figure | None:
-    """The loss and its parts."""
+    """The loss and its two parts by view."""
     figure = go.Figure()
     _draw(figure, train, "loss", "loss", {"color": INK, "width": 2.5})
     _draw(figure, train, "loss_single", "single-domain", {"color": _BLUE})
     _draw(figure, train, "loss_cross", "cross-domain", {"color": _ORANGE})
-    dashed = {"color": GREY, "dash": "dash"}
-    _draw(figure, train, "mutual_information", "mutual information", dashed)
     figure.update_traces(yhoverformat=".4f")
     return finish_figure(figure, 380, "loss")
+
+
+def information_plot(train: list[Record]) -> go.Figure | None:
+    """The mutual-information loss; None where it is 0 throughout: the run has none."""
+    field = "mutual_information"
+    if not np.nan_to_num(series(train, field)).any():
+        return None
+    figure = go.Figure()
+    _draw(figure, train, field, "mutual information", {"color": INK})
+    figure.update_traces(yhoverformat=".4f", showlegend=False)
+    return finish_figure(figure, 260, "mutual-information loss")
 
 
 def weight_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:

@@ -141,9 +141,15 @@ def _transfer_sections(
     return [
         (
             "Loss and its parts",
-            "The loss that is minimised, its single-domain and cross-domain parts, and the "
-            "mutual-information loss. Lower is better; still falling at the end: train longer.",
+            "The loss that is minimised, and its single-domain and cross-domain parts. Lower is "
+            "better; still falling at the end: train longer.",
             plots.loss_plot(train),
+        ),
+        (
+            "Mutual information",
+            "Its part of the loss, on a scale of its own. Lower is better: a user's histories in "
+            "one domain and in all domains then tell more of one another.",
+            plots.information_plot(train) or [],  # a run may have none
         ),
         (
             "λ by domain",

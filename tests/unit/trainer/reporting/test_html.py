@@ -34,7 +34,7 @@ def test_a_browser_draws_every_chart_without_a_request(tmp_path, width, scheme):
     )
     page = done.stdout
     charts = page.count('<figure class="plot"')
-    assert charts == page.count('data-drawn="yes"') == 6
+    assert charts == page.count('data-drawn="yes"') == 7
     assert "The chart needs JavaScript" not in page
     colours = {"light": "rgb(31, 41, 51)", "dark": "rgb(228, 232, 236)"}
     assert colours[scheme] in page

@@ -165,7 +165,7 @@ def test_a_finished_run(tmp_path):
         "Configuration model: {experts: 5}",
     ):
         assert words in page.text
-    assert len(figures_of(page)) == 6
+    assert len(figures_of(page)) == 7
     assert "details" in [tag for tag, _ in page.elements]
 
 
