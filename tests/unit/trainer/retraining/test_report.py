@@ -14,7 +14,14 @@ def day(name, published, candidate=0.5, current=0.4):
         "newest": True,
         "candidate": candidate,
         "current": current,
-        "difference": None,
+        "difference": {
+            "value": candidate - current,
+            "error": 0.01,
+            "interval": [
+                candidate - current - 0.02,
+                candidate - current + 0.02,
+            ],
+        },
         "when_published": None,
     }
     return {
