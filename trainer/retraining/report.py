@@ -75,7 +75,7 @@ def _sections(
         (
             f"{HEADLINE} day by day",
             "Higher is better. The newest held-out items by each day's own model; dashed: the mean "
-            "by the model that served until then, which the day's own has to reach. A red band: "
+            "by the model that served until then, which the day's is compared with. A red band: "
             "the day was refused, and the model of before went on serving.",
             _plot_metrics(results, domains),
         ),
