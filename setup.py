@@ -52,7 +52,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "templates/*"],
         "trainer": ["py.typed"],
-        "trainer.reporting": ["*.jinja"],
+        "trainer.reporting": ["assets/*"],
         "syncrec": ["py.typed"],
         "embeddings": ["py.typed"],
         "syncrec_kernels": ["*.cpp", "*.h"],

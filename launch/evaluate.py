@@ -6,6 +6,7 @@
     … --ranking full                                           among all items of the domain
     … --candidates FILE.parquet                                user_id, positive, negatives
     … --output FILE.parquet                                    per user: domain, rank, scores
+    … --titles FILE.csv                                        item titles for the run's report
 
 A full ranking has 95 % intervals, breakdowns, coverage and Gini; the drawn candidates come besides.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launch.options import FinishedRun
+from launch.options import FinishedRun, ItemTitles
 from launch.stack import check_stack
 from trainer.config.command_line import option, parse_options
 from trainer.distributed.process_exit import run_script
@@ -24,7 +25,7 @@ from trainer.errors import exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FinishedRun):
+class Options(ItemTitles, FinishedRun):
     """The command line."""
 
     split: Literal["test", "validation"] = option(
@@ -58,8 +59,11 @@ def main() -> None:
     from trainer.reporting.console import evaluation_table
     from trainer.reporting.full_ranking_tables import full_tables
     from trainer.reporting.run_report import update_report
+    from trainer.reporting.titles import add_titles, check_titles
 
     full = options.ranking == "full"
+    if options.titles:
+        check_titles(Path(options.titles), Path(options.run))
     with process_group.join_process_group(device=options.device) as ranks:
         record = evaluate_run(
             options.run,
@@ -72,7 +76,9 @@ def main() -> None:
         )
     if not ranks.first:
         return
-    if full:
+    if options.titles:
+        add_titles(Path(options.run), Path(options.titles))
+    if full or options.titles:
         update_report(Path(options.run))
     if options.json:
         print(json.dumps(record))

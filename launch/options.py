@@ -41,3 +41,15 @@ class LogColumns:
     item_column: str = option("of the logs", "item_id", metavar="NAME")
     domain_column: str = option("of the logs", "domain", metavar="NAME")
     time_column: str = option("of the logs", "timestamp", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemTitles:
+    """Titles of items, for the report."""
+
+    titles: str | None = option(
+        "item titles for the report: Parquet, CSV, TSV or JSON Lines with item_id, title "
+        "and maybe domain",
+        None,
+        metavar="FILE",
+    )

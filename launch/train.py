@@ -18,7 +18,7 @@ Any setting is `key=value`: global_batch_size=4096 model.dim=64 deepspeed.zero_o
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launch.options import Device
+from launch.options import Device, ItemTitles
 from launch.stack import check_stack
 from trainer.config import RunConfig, load_config, to_yaml
 from trainer.config.command_line import option, parse_options
@@ -28,7 +28,7 @@ from trainer.errors import exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Device):
+class Options(Device, ItemTitles):
     """The command line."""
 
     config: list[str] = option(
@@ -85,7 +85,13 @@ def main() -> None:
     with process_group.join_process_group(
         config.timeout_minutes, options.device
     ) as ranks:
-        train(config, ranks, options.fresh, options.accept_changes)
+        train(
+            config,
+            ranks,
+            options.fresh,
+            options.accept_changes,
+            titles=options.titles,
+        )
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def fit(
     fresh: bool = False,
     accept_changes: bool = False,
     device: str = "auto",
+    titles: PathLike | None = None,
     **settings: Any,
 ) -> "Run":
     """Trains on a dataset, and returns the run, whose best model has been tested.
@@ -109,6 +110,7 @@ def fit(
     callbacks: see `trainer.training.callbacks.Callback`; called on all ranks.
     fresh: refuses a folder that holds a run. accept_changes: goes on though a setting has changed.
     device: "cpu" or "cuda"; "auto": CUDA where there is a device.
+    titles: a table with item_id, title and maybe domain, for the report.
     """
     from trainer.training.loop import train
 
@@ -116,7 +118,14 @@ def fit(
     settings = settings | {"data": os.fspath(place), "run": os.fspath(run)}
     whole = _config_of(config, settings)
     with _joined(whole.timeout_minutes, device) as ranks:
-        train(whole, ranks, fresh, accept_changes, callbacks)
+        train(
+            whole,
+            ranks,
+            fresh,
+            accept_changes,
+            callbacks,
+            _path_of(titles),
+        )
     return Run(Path(run), device=device)
 
 

@@ -6,6 +6,7 @@ A run's folder (`run=DIR`):
     run/config.yaml                             the effective configuration
     run/metrics.jsonl                           one record a line: train, validation, test
     run/tensorboard/                            the same figures as TensorBoard's event files
+    run/status.json                             whether it trains, has stopped, failed or finished
     run/report.html                             the run on one page
     run/look.json                               what an inspection of the best model gave
     run/latest.json                             names the newest checkpoint
@@ -34,6 +35,7 @@ LOCK = ".lock"
 CONFIG = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+STATUS = "status.json"
 REPORT = "report.html"
 LOOK = "look.json"
 LATEST = "latest.json"

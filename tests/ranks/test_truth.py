@@ -105,15 +105,23 @@ def test_lambda_falls_most_for_the_domain_that_others_harm(study):
         .read_text()
         .splitlines()
     )
-    last = [
+    train = [
         record for record in map(json.loads, lines) if record["kind"] == "train"
-    ][-1]
+    ]
+    last = train[-1]
+    at_end = [
+        record["phi"] for record in train if record["step"] > last["step"] - 50
+    ]
+    gaps = {
+        name: np.mean([phi[name] for phi in at_end])
+        for name in (HARMED, *RELATED)
+    }
     related_weights = [last["lambda"][name] for name in RELATED]
-    related_gaps = [last["phi"][name] for name in RELATED]
+    related_gaps = [gaps[name] for name in RELATED]
     assert last["lambda"][HARMED] < 0.8
     assert last["lambda"][HARMED] < min(related_weights)
     assert max(related_weights) > 1.2
-    assert last["phi"][HARMED] < -0.3 < min(related_gaps)
+    assert gaps[HARMED] < -0.3 < min(related_gaps)
     assert max(related_gaps) > 0
 
 

@@ -37,6 +37,8 @@ from trainer.run_files import (
     LATEST,
     LOCK,
     METRICS_FILE,
+    REPORT,
+    STATUS,
     TENSORBOARD,
 )
 
@@ -278,7 +280,7 @@ def remove_failed_start(run: Path) -> None:
         return
     if (run / BEST).exists() or (run / LATEST).exists():
         return
-    for name in (CONFIG, METRICS_FILE):
+    for name in (CONFIG, METRICS_FILE, REPORT, STATUS):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else is in it

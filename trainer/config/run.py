@@ -49,7 +49,10 @@ _MOST_OF_NUMBERS = 1e9
 class LogConfig:
     """What a run logs while it trains."""
 
-    every: int = setting(50, "steps between two lines")
+    every: int = setting(
+        50,
+        "steps between two log lines; metrics.jsonl has more of the first steps",
+    )
     tensorboard: bool = setting(True, "write TensorBoard's event files too")
 
     def __post_init__(self) -> None:

@@ -1,15 +1,30 @@
-"""HTML pages: Jinja2 templates, which escape all that they are given, tables and Plotly's figures."""
+"""HTML pages: Jinja2 templates, which escape all that they are given, tables and Plotly's figures.
 
-from collections.abc import Iterable
+A page is one file that asks for nothing. Plotly's JavaScript stands in it compressed: its basic
+bundle (lines and bars), a ninth of the whole in size. `assets/page.js` unpacks it, draws the
+figures in the reader's light or dark colours, and puts legends below on a narrow screen.
+
+    assets/plotly-basic-4.1.1.min.js.gz    npm's plotly.js-basic-dist-min, by gzip -9 -n
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from trainer.reporting.colours import DARK_COLOURS
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+ASSETS = Path(__file__).with_name("assets")
+LIBRARY = ASSETS / "plotly-basic-4.1.1.min.js.gz"
 
 
 @dataclass(frozen=True)
@@ -22,12 +37,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. columns: their heads; rows: of cells, the first one names the row."""
+    """A table. columns: their heads; rows: of cells, the first one names the row.
+
+    totals: how many of the last rows are of means or sums. words: the columns that hold words.
+    """
 
     title: str
     text: str
     columns: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
+    totals: int = 0
+    words: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         """The table as Markdown: the best of a column is bold; signs say the rest.
@@ -55,6 +75,18 @@ def _markdown_line(texts: list[str]) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
+@dataclass(frozen=True)
+class Chart:
+    """One of several figures side by side, below each other where there is no room."""
+
+    figure: "Figure"
+    caption: str = ""
+
+
+# title, a sentence, and a figure, several, or None where there is nothing to draw
+Section = tuple[str, str, "Figure | list[Chart] | None"]
+
+
 def render_table_page(
     name: str,
     kind: str,
@@ -65,10 +97,10 @@ def render_table_page(
 ) -> str:
     """A page of sentences, a plot, tables, more plots.
 
-    sections: as `rendered` gives them. failed: {run: why it is in none of the tables}.
+    sections: as `render_sections` gives them. failed: {run: why it is in none of the tables}.
     """
-    page = load_template(Path(__file__).with_name("tables.html.jinja"))
-    return page.render(
+    return render_page(
+        "tables.html.jinja",
         name=name,
         kind=kind,
         lead=lead,
@@ -78,41 +110,82 @@ def render_table_page(
     )
 
 
-def load_template(file: Path) -> Template:
-    """A Jinja2 template, by the path of its file."""
+def render_page(
+    template: str, sections: list[dict[str, Any]], **content: Any
+) -> str:
+    """A whole page. template: a file of `assets`; sections: as `render_sections` gives them.
+
+    Plotly's library is in the page only where a section has a chart.
+    """
+    page = _load_template(template)
+    library = None
+    if sections:
+        library = Markup(_encoded_library())
+    return page.render(
+        sections=sections,
+        library=library,
+        dark_colours=_script_json(DARK_COLOURS),
+        **content,
+    )
+
+
+def page_title(folder: Path) -> str:
+    """The name of a folder, with its parent's where the name is but a number.
+
+    runs/shop    shop
+    studies/1    studies/1
+    """
+    folder = folder.resolve()
+    if folder.name.isdigit() and folder.parent.name:
+        return f"{folder.parent.name}/{folder.name}"
+    return folder.name
+
+
+@cache
+def _load_template(name: str) -> Template:
+    """A Jinja2 template of `assets`."""
     environment = Environment(
-        loader=FileSystemLoader(file.parent),
+        loader=FileSystemLoader(ASSETS),
         autoescape=True,
         undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.get_template(file.name)
+    return environment.get_template(name)
 
 
-def render_sections(
-    sections: Iterable[tuple[str, str, "Figure | None"]],
-) -> list[dict[str, Any]]:
-    """title, text and plot (HTML, None without a figure) of (title, text, figure).
+@cache
+def _encoded_library() -> str:
+    """Plotly's library as it stands in a page: gzip, as base64."""
+    return base64.b64encode(LIBRARY.read_bytes()).decode("ascii")
 
-    The page holds Plotly's library once.
-    """
-    library = True
+
+def _script_json(value: Mapping[str, Any]) -> Markup:
+    """JSON for a script element: nothing in it ends the element."""
+    return _escape_script(json.dumps(value))
+
+
+def _escape_script(text: str) -> Markup:
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def render_sections(sections: Iterable[Section]) -> list[dict[str, Any]]:
+    """title, text and charts (caption, height, JSON) of the sections that have a figure."""
     pages = []
-    for number, (title, text, figure) in enumerate(sections):
-        plot = None
-        if figure is not None:
-            html = figure.to_html(
-                include_plotlyjs=library,
-                config={"displayModeBar": False},
-                full_html=False,
-                div_id=f"plot{number}",
+    for title, text, figure in sections:
+        if figure is None or figure == []:
+            continue
+        charts = figure
+        if not isinstance(figure, list):
+            charts = [Chart(figure)]
+        rendered = []
+        for chart in charts:
+            rendered.append(
+                {
+                    "caption": chart.caption,
+                    "height": chart.figure.layout.height,
+                    "json": _escape_script(chart.figure.to_json()),
+                }
             )
-            plot = Markup(html)
-            library = False
-        pages.append(
-            {
-                "title": title,
-                "text": text,
-                "plot": plot,
-            }
-        )
+        pages.append({"title": title, "text": text, "charts": rendered})
     return pages

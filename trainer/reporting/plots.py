@@ -1,7 +1,10 @@
 """The report's plots: a Plotly figure from a run's records, or None where nothing is logged for it.
 
-A domain has one colour in all of them (`styles`). Lines over the steps are thinned to MAX_POINTS.
-Where they are noisy, a bold moving mean lies over the faint figures themselves.
+A domain has one colour in all of them (`assign_styles`). Lines over the steps are thinned, so that a
+plot has MAX_POINTS in all, whatever the number of domains. Where they are noisy, a bold moving mean
+lies over the faint figures themselves. A line needs two points: there is no plot of one dot.
+
+Figures are in the colours of a light page (trainer/reporting/colours.py).
 """
 
 import html
@@ -10,31 +13,32 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from trainer.evaluation.domain_weights import relative_weights
 from trainer.evaluation.evaluation import Evaluation
-from trainer.reporting.console import escape_name
+from trainer.reporting.colours import (
+    DARK_DOMAINS,
+    DOMAINS,
+    GREY,
+    GRID,
+    INK,
+    PAPER,
+)
+from trainer.reporting.console import escape_name, format_number
+from trainer.reporting.html import Chart
+from trainer.run_files import HEADLINE
 
-MAX_POINTS = 2000
+MAX_POINTS = 6000  # of a plot, over all of its lines
+_MOST_POINTS = 1000  # of a line
 _SMOOTHING_SHARE = 0.03  # of the run
 _FEW_POINTS = 60  # below it the points themselves are marked
 _LONGEST_LABEL = 30
-# The first six are Okabe and Ito's, the others darker ones of Tol's and Brewer's sets. From the
-# seventh on a second sign is added (a dash, a hatching), as no twelve colours are told apart by
-# everyone.
-_OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DARKER = ("#332288", "#882255", "#999933", "#117733", "#8C510A", "#44AA99")
-_COLOURS = (*_OKABE_ITO, *_DARKER)
 _COLOURS_A_SIGN = 6
 _DASHES = ("solid", "dash", "dot")
 _HATCHES = ("", "/", "x")
 _SVG_DASHES = ("none", "6 3", "2 2")
-_BLUE = _COLOURS[0]
-_ORANGE = _COLOURS[1]
-_DARK = "#1f2933"
-_GREY = "#8593a3"
-_GRID = "#e9edf1"
+_BLUE = DOMAINS[0]
+_ORANGE = DOMAINS[1]
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 _MARGIN = {
     "l": 64,
@@ -43,11 +47,12 @@ _MARGIN = {
     "b": 48,
 }
 _SMALL_MARGIN = {
-    "l": 48,
-    "r": 16,
-    "t": 40,
-    "b": 40,
+    "l": 52,
+    "r": 12,
+    "t": 10,
+    "b": 36,
 }
+_FEW_STEPS = 8  # a tick for each of them
 
 Record = dict[str, Any]
 
@@ -56,8 +61,8 @@ Record = dict[str, Any]
 class Style:
     """How a domain looks.
 
-    label: its name as Plotly shows it letter by letter. hatch: of its bars. svg_dash: of its line
-    in the page's tables.
+    label: its name as Plotly shows it letter by letter. hatch: of its bars. dark_colour: on a dark
+    page. svg_dash: of its line in the page's tables.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Style:
     dash: str
     hatch: str
     svg_dash: str
+    dark_colour: str
 
     @property
     def line(self) -> dict[str, Any]:
@@ -77,29 +83,25 @@ class Style:
 class Panel:
     """One of the small plots side by side.
 
-    fields: of the train record. form: of the axis. noisy: whether a moving mean is drawn.
+    fields: of the train record, with a name where there are several. form: of the axis. noisy:
+    whether a moving mean is drawn.
     """
 
     title: str
-    fields: tuple[str, ...]
+    fields: dict[str, str]
     form: str
     noisy: bool = True
 
 
 SPEED = (
-    Panel("users per second", ("users_per_second",), "~s"),
-    Panel("waiting for data", ("data_wait",), "~%"),
-    Panel("memory, GB", ("memory_gb",), "~g", noisy=False),
+    Panel("users per second", {"users_per_second": ""}, "~s"),
+    Panel("share of the time waiting for data", {"data_wait": ""}, "~%"),
+    Panel("memory, GB", {"memory_gb": ""}, "~g", noisy=False),
 )
 OPTIMISATION = (
-    Panel("learning rate", ("learning_rate",), "~g", noisy=False),
-    Panel("gradient norm", ("gradient_norm",), "~g"),
-    Panel(
-        f"α and <span style='color:{_ORANGE}'>β</span>",
-        ("alpha", "beta"),
-        "~g",
-        noisy=False,
-    ),
+    Panel("gradient norm", {"gradient_norm": ""}, "~g"),
+    Panel("learning rate", {"learning_rate": ""}, "~g", noisy=False),
+    Panel("α and β", {"alpha": "α", "beta": "β"}, "~g", noisy=False),
 )
 
 
@@ -118,13 +120,15 @@ def assign_styles(names: list[str]) -> list[Style]:
         if len(label) > _LONGEST_LABEL:
             label = label[: _LONGEST_LABEL - 1] + "…"
         sign = min(number // _COLOURS_A_SIGN, len(_DASHES) - 1)
+        colour = DOMAINS[number % len(DOMAINS)]
         style = Style(
             name=name,
             label=html.escape(label),
-            colour=_COLOURS[number % len(_COLOURS)],
+            colour=colour,
             dash=_DASHES[sign],
             hatch=_HATCHES[sign],
             svg_dash=_SVG_DASHES[sign],
+            dark_colour=DARK_DOMAINS.get(colour, colour),
         )
         domains.append(style)
     return domains
@@ -152,21 +156,40 @@ def series(
     return values_N
 
 
+def with_relative_weights(train: list[Record]) -> list[Record]:
+    """The records with λ on one scale, 1 for all alike, whichever version logged them."""
+    relative = []
+    for record in train:
+        weights = relative_weights(record.get("lambda"))
+        relative.append(record | {"lambda": weights})
+    return relative
+
+
 def loss_plot(train: list[Record]) -> go.Figure | None:
-    """The loss and its parts."""
+    """The loss and its two parts by view."""
     figure = go.Figure()
-    _draw(figure, train, "loss", "loss", {"color": _DARK, "width": 2.5})
+    _draw(figure, train, "loss", "loss", {"color": INK, "width": 2.5})
     _draw(figure, train, "loss_single", "single-domain", {"color": _BLUE})
     _draw(figure, train, "loss_cross", "cross-domain", {"color": _ORANGE})
-    dashed = {"color": _GREY, "dash": "dash"}
-    _draw(figure, train, "mutual_information", "mutual information", dashed)
     figure.update_traces(yhoverformat=".4f")
-    return finish_figure(figure, 380)
+    return finish_figure(figure, 380, "loss")
+
+
+def information_plot(train: list[Record]) -> go.Figure | None:
+    """The mutual-information loss; None where it is 0 throughout: the run has none."""
+    field = "mutual_information"
+    if not np.nan_to_num(series(train, field)).any():
+        return None
+    figure = go.Figure()
+    _draw(figure, train, field, "mutual information", {"color": INK})
+    figure.update_traces(yhoverformat=".4f", showlegend=False)
+    return finish_figure(figure, 260, "mutual-information loss")
 
 
 def weight_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
-    """λ by domain."""
+    """λ by domain, with a line at 1, where all domains weigh alike."""
     figure = go.Figure()
+    train = with_relative_weights(train)
     for domain in domains:
         _draw(
             figure,
@@ -175,10 +198,16 @@ def weight_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
             domain.label,
             domain.line,
             domain=domain.name,
+            lines=len(domains),
         )
+    if not figure.data:
+        return None
     figure.update_traces(yhoverformat=".3f")
-    figure.update_yaxes(rangemode="tozero")
-    return finish_figure(figure, 420)
+    low, high = _range_with(figure, 1.0)
+    figure.update_yaxes(range=[low, high], tickformat="~f")
+    even = {"color": INK, "width": 1.5, "dash": "dot"}
+    figure.add_hline(y=1, line=even)
+    return finish_figure(figure, 420, "λ (1: all alike)")
 
 
 def gap_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
@@ -186,12 +215,18 @@ def gap_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
     figure = go.Figure()
     for domain in domains:
         _draw(
-            figure, train, "phi", domain.label, domain.line, domain=domain.name
+            figure,
+            train,
+            "phi",
+            domain.label,
+            domain.line,
+            domain=domain.name,
+            lines=len(domains),
         )
     if not figure.data:
         return None
     figure.update_traces(yhoverformat="+.3f")
-    low, high = _range_with_zero(figure)
+    low, high = _range_with(figure, 0.0)
     figure.update_yaxes(range=[low, high], tickformat=".2~f")
     figure.add_hrect(
         y0=low,
@@ -201,7 +236,7 @@ def gap_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
         line_width=0,
         layer="below",
     )
-    figure.add_hline(y=0, line={"color": _DARK, "width": 1.5})
+    figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     figure.add_annotation(
         text="negative transfer",
         showarrow=False,
@@ -212,45 +247,30 @@ def gap_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
         y=low,
         yanchor="bottom",
     )
-    return finish_figure(figure, 420)
+    return finish_figure(figure, 420, "φ")
 
 
-def pairs_plot(train: list[Record], domains: list[Style]) -> go.Figure | None:
+def pairs_plot(train: list[Record], domains: list[Style]) -> list[Chart]:
     """A small plot for each domain: its single-domain loss grey, its cross-domain loss coloured."""
-    drawn = []
+    charts = []
     for domain in domains:
-        values = series(train, "cross_by_domain", domain.name)
-        if np.isfinite(values).any():
-            drawn.append(domain)
-    if not drawn:
-        return None
-    columns = min(len(drawn), 4)
-    if len(drawn) in (5, 6):
-        columns = 3
-    rows = -(-len(drawn) // columns)
-    height = 90 + 210 * rows
-    titles = [domain.label for domain in drawn]
-    figure = make_subplots(
-        rows,
-        columns,
-        subplot_titles=titles,
-        vertical_spacing=60 / height,
-        horizontal_spacing=0.05,
-    )
-    for number, domain in enumerate(drawn):
+        figure = go.Figure()
         options = {
-            "row": number // columns + 1,
-            "col": number % columns + 1,
             "domain": domain.name,
             "faint": False,
+            "lines": 2 * len(domains),
         }
-        grey = {"color": _GREY}
+        grey = {"color": GREY}
         coloured = {"color": domain.colour}
         _draw(figure, train, "single_by_domain", "single", grey, **options)
         _draw(figure, train, "cross_by_domain", "cross", coloured, **options)
-    figure.update_traces(yhoverformat=".3f")
-    figure.update_yaxes(nticks=5)
-    return _finish_panels(figure, height)
+        if not figure.data:
+            continue
+        figure.update_traces(yhoverformat=".3f")
+        figure.update_yaxes(nticks=5)
+        _finish_small(figure)
+        charts.append(Chart(figure, escape_name(domain.name)))
+    return charts
 
 
 def validation_plot(
@@ -265,7 +285,7 @@ def validation_plot(
         for evaluation in evaluations:
             figures = evaluation.figures_of(domain.name)
             values.append(figures.headline)
-        if _any_value(values):
+        if _is_line(values):
             figure.add_scatter(
                 x=steps,
                 y=values,
@@ -283,198 +303,91 @@ def validation_plot(
             y=means,
             mode="lines+markers",
             name="mean",
-            line={"color": _DARK, "width": 3.5},
+            line={"color": INK, "width": 3.5},
             marker={"size": 8},
         )
     upright = {
-        "color": _GREY,
+        "color": GREY,
         "dash": "dot",
         "width": 1.5,
     }
     figure.add_vline(x=best["step"], line=upright)
     figure.update_traces(yhoverformat=".4f", showlegend=True)
-    figure.update_yaxes(rangemode="tozero", tickformat=".2f")
-    return finish_figure(figure, 420)
+    figure.update_yaxes(tickformat=".3~f")
+    return finish_figure(figure, 420, HEADLINE)
 
 
-def metrics_plot(
-    record: Record | None, domains: list[Style]
-) -> go.Figure | None:
-    """Bars of an evaluation record: a group for each metric, a bar for each domain and the mean."""
-    if record is None:
-        return None
-    evaluation = Evaluation.from_record(record)
-    metrics = evaluation.metrics
-    figure = go.Figure()
-    for domain in domains:
-        figures = evaluation.figures_of(domain.name).model
-        values = [figures.get(metric) for metric in metrics]
-        if _any_value(values):
-            figure.add_bar(
-                x=metrics,
-                y=values,
-                name=domain.label,
-                marker=_bar_marker(domain),
-            )
-    if not figure.data:
-        return None
-    if len(domains) > 1:
-        means = [evaluation.mean.get(metric) for metric in metrics]
-        figure.add_bar(
-            x=metrics,
-            y=means,
-            name="mean",
-            marker_color=_DARK,
-        )
-    figure.update_traces(yhoverformat=".4f", showlegend=True)
-    figure.update_yaxes(tickformat=".2f")
-    finish_figure(
-        figure,
-        400,
-        bargap=0.25,
-        bargroupgap=0.08,
-    )
-    return figure.update_xaxes(
-        title=None,
-        tickformat=None,
-        showgrid=False,
-    )
-
-
-def _bar_marker(domain: Style) -> dict[str, Any]:
+def bar_marker(domain: Style) -> dict[str, Any]:
     """The colour and the hatching of a domain's bars, as Plotly takes them."""
     pattern = {
         "shape": domain.hatch,
-        "fgcolor": "white",
+        "fgcolor": PAPER,
         "solidity": 0.25,
         "size": 6,
     }
     return {"color": domain.colour, "pattern": pattern}
 
 
-def _any_value(values: list[float | None]) -> bool:
-    return any(value is not None for value in values)
-
-
-def gates_plot(gates: dict[str, Any]) -> go.Figure | None:
-    """A heatmap: mean weights (rows: domains of both views) of the experts (columns).
-
-    gates: as an inspection has them (trainer/evaluation/inspect.py), here of two experts:
-
-        {"cross": {"Books": [0.8, 0.2], "Toys": [0.4, 0.6]}, "single": {"Books": [0.5, 0.5]}}
-    """
-    labels = {"cross": "cross-domain gate: {}", "single": "{}, its own gate"}
-    rows = []
-    cells = []
-    for view, label in labels.items():
-        by_domain = gates.get(view) or {}
-        for name, weights in by_domain.items():
-            (style,) = assign_styles([name])
-            rows.append(label.format(style.label))
-            cells.append(weights)
-    if not cells:
-        return None
-    experts = []
-    for index in range(len(cells[0])):
-        experts.append(f"expert {index + 1}")
-    greatest = max(max(weights) for weights in cells)
-    # Even weights are half as dark as can be.
-    twice_even = 2 / len(experts)
-    heatmap = go.Heatmap(
-        z=cells,
-        x=experts,
-        y=rows,
-        xgap=2,
-        ygap=2,
-        texttemplate="%{z:.2f}",
-        hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>",
-        colorscale=[[0, "#ffffff"], [1, _BLUE]],
-        zmin=0,
-        zmax=max(twice_even, greatest),
-        showscale=False,
-    )
-    figure = go.Figure(heatmap)
-    finish_figure(figure, 120 + 34 * len(rows), hovermode="closest")
-    figure.update_xaxes(
-        title=None,
-        tickformat=None,
-        side="top",
-    )
-    return figure.update_yaxes(autorange="reversed")
-
-
-def final_weights_plot(
-    weights: dict[str, float], domains: list[Style]
-) -> go.Figure | None:
-    """λ of each domain, with a line at equal weights, which are 1."""
-    weights = relative_weights(
-        weights
-    )  # earlier versions recorded another scale
-    shown = [domain for domain in domains if domain.name in weights]
-    if not shown:
-        return None
-    colours = []
-    hatches = []
-    shown_weights = []
-    labels = []
-    for domain in shown:
-        colours.append(domain.colour)
-        hatches.append(domain.hatch)
-        shown_weights.append(weights[domain.name])
-        labels.append(domain.label)
-    marker = {
-        "color": colours,
-        "pattern": {"shape": hatches},
-    }
-    bars = go.Bar(
-        x=shown_weights,
-        y=labels,
-        orientation="h",
-        marker=marker,
-        texttemplate="%{x:.3f}",
-        hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-    )
-    figure = go.Figure(bars)
-    finish_figure(figure, 90 + 34 * len(shown), hovermode="closest")
-    upright = {
-        "color": _DARK,
-        "width": 1.5,
-        "dash": "dot",
-    }
-    figure.add_vline(x=1, line=upright)
-    figure.update_xaxes(
-        title=None,
-        rangemode="tozero",
-        tickformat=".2~f",
-    )
-    return figure.update_yaxes(autorange="reversed")
+def _is_line(values: list[float | None]) -> bool:
+    """Whether there are two points at least."""
+    points = [value for value in values if value is not None]
+    return len(points) > 1
 
 
 def panels_plot(
     train: list[Record], panels: tuple[Panel, ...]
-) -> go.Figure | None:
-    """Small plots side by side."""
-    titles = [panel.title for panel in panels]
-    figure = make_subplots(1, len(panels), subplot_titles=titles)
-    for column, panel in enumerate(panels, start=1):
-        options = {
-            "row": 1,
-            "col": column,
-            "smooth": panel.noisy,
-        }
-        for field, colour in zip(panel.fields, (_DARK, _ORANGE), strict=False):
-            _draw(figure, train, field, field, {"color": colour}, **options)
-        figure.update_yaxes(
-            tickformat=panel.form,
-            rangemode="tozero",
-            row=1,
-            col=column,
-        )
-    return _finish_panels(figure, 300)
+) -> tuple[list[Chart], list[str]]:
+    """Small plots side by side, and in words what has not changed: "learning rate 0.001"."""
+    charts = []
+    flat = []
+    for panel in panels:
+        if _is_flat(train, panel):
+            flat += _name_levels(train, panel)
+            continue
+        figure = go.Figure()
+        colours = (INK, _ORANGE)
+        for (field, name), colour in zip(
+            panel.fields.items(), colours, strict=False
+        ):
+            line = {"color": colour}
+            label = name or panel.title
+            _draw(figure, train, field, label, line, smooth=panel.noisy)
+        if not figure.data:
+            continue
+        figure.update_yaxes(tickformat=panel.form, rangemode="tozero")
+        _finish_small(figure, has_legend=len(panel.fields) > 1)
+        charts.append(Chart(figure, panel.title))
+    return charts, flat
+
+
+def _is_flat(train: list[Record], panel: Panel) -> bool:
+    """Whether all of a panel's lines are level."""
+    for field in panel.fields:
+        values = series(train, field)
+        values = values[np.isfinite(values)]
+        if len(values) < 2 or np.ptp(values) > 1e-9 * abs(values).max():
+            return False
+    return True
+
+
+def _name_levels(train: list[Record], panel: Panel) -> list[str]:
+    """The figures of level lines: ["α 1", "β 1"]."""
+    levels = []
+    for field, name in panel.fields.items():
+        values = series(train, field)
+        level = float(np.nanmax(values))
+        levels.append(f"{name or panel.title} {format_number(level, '.4g')}")
+    return levels
+
+
+def points_per_line(lines: int = 1) -> int:
+    """How many points a line has at most in a plot of so many."""
+    share = MAX_POINTS // max(1, lines)
+    return max(2, min(_MOST_POINTS, share))
 
 
 def thin(
-    steps: np.ndarray, values: np.ndarray, points: int = MAX_POINTS
+    steps: np.ndarray, values: np.ndarray, points: int = _MOST_POINTS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means over groups of neighbouring lines, equal in length, of which at most `points` are left.
 
@@ -497,23 +410,23 @@ def thin(
     return steps[lasts], means
 
 
-def _moving_mean(values: np.ndarray) -> np.ndarray:
-    """The centred moving mean over a share of the run; the values themselves if there are few.
+def _moving_mean(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The centred moving mean over a share of the run's steps.
 
-    It passes over gaps and is narrower at both ends. Of a width of three:
+    It passes over gaps and is narrower at both ends. Of a window of 2 steps to both sides:
 
-        values         1.0  3.0  NaN  5.0
-        moving mean    2.0  2.0  NaN  5.0
+        steps          1    2    3    4    50    100
+        values         1.0  3.0  NaN  5.0  7.0   9.0
+        moving mean    2.0  3.0  NaN  4.0  7.0   9.0
     """
-    width = round(len(values) * _SMOOTHING_SHARE)
-    if width < 3:
-        return values
+    reach = _SMOOTHING_SHARE / 2 * (steps[-1] - steps[0])
     finite = np.isfinite(values)
-    kernel = np.ones(width)
-    counts = np.convolve(finite, kernel, mode="same")
-    filled = np.where(finite, values, 0.0)
-    sums = np.convolve(filled, kernel, mode="same")
-    means = sums / np.maximum(counts, 1)
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0.0))])
+    begins = np.searchsorted(steps, steps - reach, side="left")
+    ends = np.searchsorted(steps, steps + reach, side="right")
+    inside = counts[ends] - counts[begins]
+    means = (sums[ends] - sums[begins]) / np.maximum(inside, 1)
     return np.where(finite, means, np.nan)
 
 
@@ -526,28 +439,28 @@ def _draw(
     domain: str | None = None,
     smooth: bool = True,
     faint: bool = True,
-    **panel: int,
+    lines: int = 1,
 ) -> None:
-    """Draws a field of the records over the steps, where any record has it.
+    """Draws a field of the records over the steps, where two records have it.
 
     label: in the legend; the faint line shares it, so that one click hides both. line: its colour,
     dash and width. domain: which of a field that has a figure for each domain. smooth: as a moving
-    mean. faint: the figures themselves too, below it. panel: `row` and `col` of a small plot.
+    mean. faint: the figures themselves too, below it. lines: how many the plot has in all.
     """
     values = series(records, field, domain)
-    if not np.isfinite(values).any():
+    if np.isfinite(values).sum() < 2:
         return
     logged_steps = [record["step"] for record in records]
     steps = np.array(logged_steps, dtype=np.int64)
-    steps, values = thin(steps, values)
-    bold = _moving_mean(values) if smooth else values
+    steps, values = thin(steps, values, points_per_line(lines))
+    bold = _moving_mean(steps, values) if smooth else values
     common = {
         "x": steps.astype(np.int32),
         "connectgaps": True,
         "legendgroup": label,
-        **panel,
     }
-    if faint and bold is not values:
+    is_smoothed = not np.allclose(bold, values, equal_nan=True)
+    if faint and is_smoothed:
         figure.add_scatter(
             y=values.astype(np.float32),
             mode="lines",
@@ -569,16 +482,18 @@ def _draw(
     )
 
 
-def _range_with_zero(figure: go.Figure) -> tuple[float, float]:
-    """The range of an axis on which 0 and all lines are in view, with a margin.
+def _range_with(figure: go.Figure, level: float) -> tuple[float, float]:
+    """The range of an axis on which a level and all lines are in view, with a margin.
 
-    Lines from −0.5 to 1.5 give −0.62 to 1.62.
+    Around 0, lines from −0.5 to 1.5 give −0.62 to 1.62.
     """
     lowest, highest = _range(figure)
-    low = min(lowest, -0.1 * abs(highest))
-    high = max(highest, 0.1 * abs(lowest))
+    below = lowest - level
+    above = highest - level
+    low = min(below, -0.1 * abs(above))
+    high = max(above, 0.1 * abs(below))
     margin = 0.06 * (high - low) or 0.1
-    return low - margin, high + margin
+    return level + low - margin, level + high + margin
 
 
 def _range(figure: go.Figure) -> tuple[float, float]:
@@ -603,7 +518,7 @@ def _range(figure: go.Figure) -> tuple[float, float]:
 
 
 def finish_figure(
-    figure: go.Figure, height: int, **layout: Any
+    figure: go.Figure, height: int, y_title: str | None = None, **layout: Any
 ) -> go.Figure | None:
     """The figure in the report's look, or None where nothing is drawn in it."""
     if not figure.data:
@@ -611,54 +526,74 @@ def finish_figure(
     defaults = {
         "margin": _MARGIN,
         "hovermode": "x unified",
+        "legend": {"tracegroupgap": 0},
     }
     options = defaults | layout
     figure.update_layout(
-        template="plotly_white",
+        template="none",
         height=height,
+        paper_bgcolor=PAPER,
+        plot_bgcolor=PAPER,
         font={
             "family": _FONT,
             "size": 13,
-            "color": _DARK,
+            "color": INK,
         },
-        hoverlabel={"namelength": -1},
+        hoverlabel={"namelength": -1, "bgcolor": PAPER},
         **options,
     )
-    figure.update_layout(legend_tracegroupgap=0)
-    title = {
-        "text": "step",
+    figure.update_xaxes(
+        gridcolor=GRID,
+        zeroline=False,
+        exponentformat="none",
+        title=_axis_title("step"),
+        **_step_ticks(figure),
+    )
+    return figure.update_yaxes(
+        gridcolor=GRID,
+        zeroline=False,
+        automargin=True,
+        title=_axis_title(y_title),
+    )
+
+
+def _axis_title(text: str | None) -> dict[str, Any]:
+    return {
+        "text": text,
         "font": {"size": 13},
         "standoff": 8,
     }
-    figure.update_xaxes(
-        gridcolor=_GRID,
-        zeroline=False,
-        tickformat=",d",
-        exponentformat="none",
-        title=title,
-    )
-    return figure.update_yaxes(
-        gridcolor=_GRID,
-        zeroline=False,
-        automargin=True,
-    )
 
 
-def _finish_panels(figure: go.Figure, height: int) -> go.Figure | None:
-    """`finished` for small plots: narrow margins, no legend, few ticks."""
-    if (
-        finish_figure(
-            figure,
-            height,
-            margin=_SMALL_MARGIN,
-            showlegend=False,
-        )
-        is None
-    ):
-        return None
-    figure.update_annotations(font={"size": 13, "color": _DARK})
-    return figure.update_xaxes(
-        title=None,
-        nticks=5,
-        tickformat="~s",
+def _step_ticks(figure: go.Figure) -> dict[str, Any]:
+    """Ticks at whole steps, no two of them alike: every step where there are few."""
+    lowest = np.inf
+    highest = -np.inf
+    for trace in figure.data:
+        steps = np.asarray(trace.x)
+        if steps.dtype.kind in "iuf" and len(steps):
+            lowest = min(lowest, steps.min())
+            highest = max(highest, steps.max())
+    ticks: dict[str, Any] = {"tickformat": ",~f"}
+    if highest - lowest <= _FEW_STEPS:
+        ticks |= {"tick0": 0, "dtick": 1}
+    elif np.isfinite(highest):
+        ticks["nticks"] = _FEW_STEPS + 1
+    return ticks
+
+
+def _finish_small(figure: go.Figure, has_legend: bool = False) -> None:
+    """`finish_figure` for small plots: narrow margins, few ticks."""
+    legend = {
+        "orientation": "h",
+        "x": 0,
+        "y": 1,
+        "yanchor": "bottom",
+        "tracegroupgap": 0,
+    }
+    finish_figure(
+        figure, 220, margin=_SMALL_MARGIN, showlegend=has_legend, legend=legend
     )
+    figure.update_xaxes(title=None, tickformat="~s")
+    if figure.layout.xaxis.nticks:
+        figure.update_xaxes(nticks=5)

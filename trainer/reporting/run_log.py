@@ -1,7 +1,8 @@
 """A run's log: `metrics.jsonl`, TensorBoard, a console line for each record, and a progress bar.
 
 `metrics.jsonl` is the one that lasts. It holds one JSON object a line, a train record for each
-logging interval and a record for each evaluation, in the order in which they happened.
+logging interval and a record for each evaluation, in the order in which they happened. Intervals
+grow from one step to `log.every`, so that a run of any length has curves.
 `trainer/reporting/run_report.py` draws from it and from nothing else. Its figures:
 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
@@ -117,10 +118,11 @@ class RunLog:
         if self.enabled:
             self._close.close()
 
-    def train(self, record: dict[str, Any]) -> None:
+    def train(self, record: dict[str, Any], shown: bool = True) -> None:
         """Logs one training interval.
 
-        record: as the module says, of numbers or 0-dimensional arrays and tensors.
+        record: as the module says, of numbers or 0-dimensional arrays and tensors. shown: on the
+        console too.
         """
         if not self.enabled:
             return
@@ -130,8 +132,9 @@ class RunLog:
             self._tensorboard.add(scalars, record["step"])
         loss = record.get("loss")
         self._bar.show_loss(loss)
-        line = self._columns.train_line(record)
-        self._print(line)
+        if shown:
+            line = self._columns.train_line(record)
+            self._print(line)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Logs one evaluation; `record` as the module says, `kind` "validation" or "test"."""
@@ -322,6 +325,31 @@ def count_skipped_users(records: list[dict[str, Any]]) -> int:
         if record["kind"] == "train" and isinstance(users, int):
             total += users
     return total
+
+
+def median_over_steps(train: list[dict[str, Any]], field: str) -> float | None:
+    """The median of a field over the steps of a run; None where no record has it.
+
+    A record stands for the steps since the one before:
+
+        step                1     2     4
+        users_per_second    10    20    80      the median of 10, 20, 80, 80 is 80 (the upper one)
+    """
+    weighted = []
+    before = 0
+    for record in train:
+        steps = max(1, record["step"] - before)
+        before = record["step"]
+        if record.get(field) is not None:
+            weighted.append((record[field], steps))
+    weighted.sort()
+    half = sum(steps for _, steps in weighted) / 2
+    counted = 0
+    for value, steps in weighted:
+        counted += steps
+        if counted > half:
+            return float(value)
+    return None
 
 
 def skipped_sentence(users: int) -> str:

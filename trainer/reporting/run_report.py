@@ -1,23 +1,24 @@
 """`report.html`: a run on one page, readable with no network.
 
-It is drawn from the run's `metrics.jsonl` and `config.yaml`, and from the inspection of the best
-model and rankings among all items, where the run's folder has them.
+It is drawn from the run's `metrics.jsonl`, `config.yaml` and `status.json`, and from the inspection
+of the best model and rankings among all items, where the run's folder has them. So it can be drawn
+at any time: while the run trains, and after it has stopped or failed.
 
 Plotly's JavaScript stands in the page, whose content security policy forbids every request. All
-words from outside (domain names, the config) are escaped: by Jinja2 in the page, by `plots.styles`
-in the plots, as Plotly reads some HTML in labels.
+words from outside (domain names, titles, the config) are escaped: by Jinja2 in the page, by
+`plots.assign_styles` in the plots, as Plotly reads some HTML in labels.
 """
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trainer.errors import InputError
-from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.domain_weights import relative_weights
+from trainer.evaluation.evaluation import Evaluation
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
 from trainer.reporting.console import (
@@ -25,108 +26,40 @@ from trainer.reporting.console import (
     format_duration,
     format_number,
     format_ratio,
-    metric_cells,
 )
-from trainer.reporting.html import load_template, render_sections
+from trainer.reporting.html import (
+    Chart,
+    Section,
+    Table,
+    page_title,
+    render_page,
+    render_sections,
+)
 from trainer.reporting.run_log import (
     count_skipped_users,
-    read_records,
+    median_over_steps,
     skipped_sentence,
+)
+from trainer.reporting.run_records import Record, RunRecords
+from trainer.reporting.run_status import RunStatus
+from trainer.reporting.run_tables import (
+    final_table,
+    format_signed,
+    full_ranking_tables,
+    gates_table,
+    groups_tables,
+    nearest_items,
+    transfer_table,
 )
 from trainer.run_files import CONFIG, FULL, HEADLINE, LOOK, METRICS_FILE, REPORT
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
-LAST_SHARE = 0.2  # of the train lines: what "at the end" means
-
-Record = dict[str, Any]
-Section = tuple[str, str, "Figure | None"]  # title, sentence, plot
-
-
-@dataclass(frozen=True)
-class RunRecords:
-    """A run's records by kind. best: the best validation so far; test: the last test."""
-
-    every: list[Record]
-    train: list[Record]
-    validations: list[Record]
-    best: Record | None
-    test: Record | None
-
-    @classmethod
-    def read(cls, file: Path) -> "RunRecords":
-        """Reads a metrics.jsonl."""
-        records = read_records(file)
-        train = _of_kind(records, "train")
-        validations = _of_kind(records, "validation")
-        tests = _of_kind(records, "test")
-        best = max(
-            validations,
-            key=_mean_ndcg,
-            default=None,
-        )
-        test = tests[-1] if tests else None
-        return cls(records, train, validations, best, test)
-
-    @property
-    def final(self) -> Record | None:
-        """The record whose figures the page shows: of the test, or of the best validation."""
-        return self.test or self.best
-
-    def domain_names(self) -> list[str]:
-        """All domains that occur in a record, in their order."""
-        names: dict[str, None] = {}
-        fields = (
-            "single_by_domain",
-            "cross_by_domain",
-            "lambda",
-            "phi",
-            "domains",
-        )
-        for record in self.every:
-            for field in fields:
-                by_domain = record.get(field) or {}
-                names |= dict.fromkeys(by_domain)
-        return list(names)
-
-    def seconds(self) -> float:
-        """Seconds over all records; a clock that goes back was started anew by a resume.
-
-        seconds of the records    10    20    5    15
-        total                     10    20    25   35
-        """
-        total = 0.0
-        before = 0.0
-        for record in self.every:
-            now = record.get("seconds")
-            if now is None:
-                continue
-            if now >= before:
-                total += now - before
-            else:
-                total += now
-            before = now
-        return total
-
-
-def _of_kind(records: list[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind]
-
-
-def _mean_ndcg(record: Record) -> float:
-    """The key by which the best validation is chosen."""
-    value = record["mean"].get(HEADLINE)
-    if value is None:
-        return -1.0
-    return value
-
-
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, has_ended: bool = False) -> Path:
     """Writes `folder/report.html` from what the run has logged so far and returns its path.
 
     A run without evaluations, without λ or with a torn last line gives a page that says so in place
-    of those parts. Raises InputError when the folder has no metrics.jsonl.
+    of those parts. has_ended: no process trains the run any more. Raises InputError when the folder
+    has no metrics.jsonl.
     """
     folder = Path(folder)
     file = folder / METRICS_FILE
@@ -136,26 +69,45 @@ def write_report(folder: Path) -> Path:
         )
     records = RunRecords.read(file)
     domains = plots.assign_styles(records.domain_names())
-    names = [domain.name for domain in domains]
     look = _read_json(folder / LOOK) or {}
-    items = look.get("items") or []
-    page = load_template(Path(__file__).with_name("report.html.jinja"))
-    text = page.render(
-        name=folder.resolve().name,
+    titles = look.get("titles") or {}
+    sections = _sections(records, domains)
+    tables = _transfer_tables(records, look)
+    groups = []
+    for ranking in _read_full_rankings(folder):
+        tables += full_ranking_tables(ranking)
+        groups += groups_tables(ranking)
+    text = render_page(
+        "report.html.jinja",
+        name=page_title(folder),
+        kind="training report",
+        state=_state(folder, has_ended),
         cards=_cards(records),
         skipped=_skipped(records.train),
-        findings=_findings(records.train, names),
-        last_share=f"{LAST_SHARE:.0%}",
-        final=_final_table(records.final, domains),
-        full=_full_tables(folder),
-        sections=_sections(records, look, domains),
-        nearest=_nearest_items(items),
-        thinning=_thinning(len(records.train)),
+        findings=_findings(records),
+        final=final_table(records.final, domains),
+        tables=tables,
+        groups=groups,
+        sections=render_sections(sections),
+        absent=_absent(sections),
+        level=_level_sentence(records.train),
+        gates=gates_table(look.get("gates") or {}),
+        nearest=nearest_items(look.get("items") or [], titles),
+        titled=bool(titles),
+        thinning=_thinning(len(records.train), len(domains)),
         config=_config_text(folder),
     )
     path = folder / REPORT
     write_text(path, text)
     return path
+
+
+def _state(folder: Path, has_ended: bool) -> dict[str, Any] | None:
+    """The sentence on what state the run is in; None for a run that keeps no such file."""
+    status = RunStatus.read(folder)
+    if status is None:
+        return None
+    return status.describe(has_ended)
 
 
 def _skipped(train: list[Record]) -> str | None:
@@ -173,17 +125,13 @@ def _config_text(folder: Path) -> str | None:
     return config.read_text(encoding="utf-8", errors="replace")
 
 
-def _sections(
-    records: RunRecords, look: Record, domains: list[plots.Style]
-) -> list[dict[str, Any]]:
-    """The plots in order, each with a title, a sentence and its HTML, or None without a plot."""
-    sections = [
+def _sections(records: RunRecords, domains: list[plots.Style]) -> list[Section]:
+    """The plots in order, each with a title and a sentence; None in place of a plot that is empty."""
+    return [
         *_transfer_sections(records.train, domains),
-        *_evaluation_sections(records, domains),
-        *_look_sections(look, domains),
+        *_validation_sections(records, domains),
         *_speed_sections(records.train),
     ]
-    return render_sections(sections)
 
 
 def _transfer_sections(
@@ -193,72 +141,50 @@ def _transfer_sections(
     return [
         (
             "Loss and its parts",
-            "The loss that is minimised, its single-domain and cross-domain parts, "
-            "and the mutual-information loss.",
+            "The loss that is minimised, and its single-domain and cross-domain parts. Lower is "
+            "better; still falling at the end: train longer.",
             plots.loss_plot(train),
         ),
         (
+            "Mutual information",
+            "Its part of the loss, on a scale of its own. Lower is better: a user's histories in "
+            "one domain and in all domains then tell more of one another.",
+            plots.information_plot(train) or [],  # a run may have none
+        ),
+        (
             "λ by domain",
-            "The weight of each domain in the cross-domain loss; "
-            "a small λ holds back a domain that the others harm.",
+            "The weight of each domain in the cross-domain loss; the dotted line is 1, where all "
+            "weigh alike. A λ below it holds back a domain that the others harm.",
             plots.weight_plot(train, domains),
         ),
         (
             "φ by domain: the negative transfer gap",
-            "Single-domain minus cross-domain loss over the same targets; "
-            "below 0 the other domains harm the prediction.",
+            "Single-domain minus cross-domain loss over the same targets. Above 0 is good: the "
+            "other domains help. Below 0, in the shade, they harm the prediction.",
             plots.gap_plot(train, domains),
         ),
         (
             "Single-domain and cross-domain loss by domain",
-            "Grey: predicted from the domain's own history. "
-            "Coloured: predicted from the history over all domains.",
-            plots.pairs_plot(train, domains),
+            "Grey: predicted from the domain's own history. Coloured: from the history over all "
+            "domains. Coloured below grey is good.",
+            plots.pairs_plot(train, domains) or None,
         ),
     ]
 
 
-def _evaluation_sections(
+def _validation_sections(
     records: RunRecords, domains: list[plots.Style]
 ) -> list[Section]:
-    """Validations over the steps, and the final figures."""
-    mean = "The black line is the mean; the" if len(domains) > 1 else "The"
+    """Validations over the steps."""
+    mean = "The thick line is the mean; the" if len(domains) > 1 else "The"
     return [
         (
             f"Validation {HEADLINE} by domain",
-            f"{mean} dotted upright marks the best step.",
+            f"Higher is better. {mean} dotted upright marks the best step, whose model is kept. "
+            "At the right edge: the run had not converged.",
             plots.validation_plot(records.validations, records.best, domains),
         ),
-        (
-            "All metrics by domain",
-            "The figures of the table above.",
-            plots.metrics_plot(records.final, domains),
-        ),
     ]
-
-
-def _look_sections(look: Record, domains: list[plots.Style]) -> list[Section]:
-    """Plots of what the best model is like, where it has been inspected and has such parts."""
-    gates = look.get("gates") or {}
-    weights = look.get("lambda") or {}
-    sections = [
-        (
-            "Gates: which experts a domain uses",
-            "The mean weight of each expert in the best model: of the cross-domain gate by the "
-            "domain of a token's item, and of each domain's own gate.",
-            plots.gates_plot(gates),
-        ),
-        (
-            "λ in the end",
-            "Of the best model. The line is what equal weights would be.",
-            plots.final_weights_plot(weights, domains),
-        ),
-    ]
-    drawn = []
-    for title, text, plot in sections:
-        if plot is not None:
-            drawn.append((title, text, plot))
-    return drawn
 
 
 def _speed_sections(train: list[Record]) -> list[Section]:
@@ -266,37 +192,62 @@ def _speed_sections(train: list[Record]) -> list[Section]:
     return [
         (
             "Speed",
-            "Users trained per second over all ranks, the share of the time spent waiting for "
-            "data, and memory in use.",
-            plots.panels_plot(train, plots.SPEED),
+            "Users trained per second over all ranks: higher is better. Waiting for data: good "
+            "near 0; above a tenth, loading is the bottleneck (stream.workers). Memory in use.",
+            _panels(train, plots.SPEED),
         ),
         (
             "Optimisation",
-            "The learning rate, the norm of the gradient before clipping, and the scales α and β "
-            "of the λ update.",
-            plots.panels_plot(train, plots.OPTIMISATION),
+            "The norm of the gradient before clipping: good where it is steady, a rise without "
+            "end diverges. The learning rate, and the scales α and β of the λ update, where they "
+            "change.",
+            _panels(train, plots.OPTIMISATION),
         ),
     ]
 
 
-def _thinning(lines: int) -> str:
+def _panels(
+    train: list[Record], panels: tuple[plots.Panel, ...]
+) -> list[Chart] | None:
+    """Small plots, none where all is level; None where nothing is logged."""
+    charts, level = plots.panels_plot(train, panels)
+    if not charts and not level:
+        return None
+    return charts
+
+
+def _level_sentence(train: list[Record]) -> str | None:
+    """The same throughout: learning rate 0.001, α 1, β 1."""
+    levels = []
+    for panels in (plots.SPEED, plots.OPTIMISATION):
+        _, level = plots.panels_plot(train, panels)
+        levels += level
+    if not levels:
+        return None
+    return f"The same throughout: {', '.join(levels)}."
+
+
+def _absent(sections: list[Section]) -> str | None:
+    """The sentence on the plots that are not there."""
+    titles = [title for title, _, figure in sections if figure is None]
+    if not titles:
+        return None
+    return (
+        "Not drawn, as fewer than two steps have logged it: "
+        f"{'; '.join(titles)}."
+    )
+
+
+def _thinning(lines: int, domains: int) -> str:
     """The sentence below the plots that says how they were drawn. lines: of the train log."""
     text = (
         "Bold lines are moving means over the faint lines of the logged figures"
     )
-    size = -(-lines // plots.MAX_POINTS)
+    size = -(-lines // plots.points_per_line(domains))
     end = "."
     if size > 1:
-        end = f", each point of which is the mean of {size} log lines."
+        end = f", whose points are means of up to {size} log lines."
     return f"{text}{end} Drag to zoom, double-click to go back, click a name to hide it."
-
-
-def _median(train: list[Record], field: str) -> float | None:
-    """The median of a field over the train records that have it, None where none has."""
-    values = plots.series(train, field)
-    if not np.isfinite(values).any():
-        return None
-    return float(np.nanmedian(values))
 
 
 def _cards(records: RunRecords) -> list[tuple[str, str, str]]:
@@ -306,7 +257,7 @@ def _cards(records: RunRecords) -> list[tuple[str, str, str]]:
     0.2500                  0.1300                     0:00:30      1,000
     mean, ×2.50 popularity  mean, at step 30           30 steps     median, 25.0% waiting …
     """
-    steps = max((record["step"] for record in records.every), default=0)
+    steps = records.last_step
     clock = format_duration(records.seconds())
     return [
         _test_card(records.test),
@@ -345,34 +296,30 @@ def _validation_card(best: Record | None) -> tuple[str, str, str]:
 
 def _speed_card(train: list[Record]) -> tuple[str, str, str]:
     """The median speed, and the median share of the time spent waiting for data."""
-    speed = _median(train, "users_per_second")
-    wait = _median(train, "data_wait")
+    speed = median_over_steps(train, "users_per_second")
+    wait = median_over_steps(train, "data_wait")
     note = "median"
     if wait is not None:
         note = f"median, {wait:.1%} waiting for data"
     return "Users per second", format_number(speed, ",.0f"), note
 
 
-def _findings(train: list[Record], names: list[str]) -> list[str]:
-    """Sentences on how the run ended: negative transfer, the smallest λ, a loss that was lost.
-
-    Domains' figures are means over the last LAST_SHARE of the train lines.
-    """
-    lines = round(len(train) * LAST_SHARE)
-    lines = max(1, lines)
-    last = train[-lines:]
-    gaps = _means(last, "phi", names)
-    weights = _means(last, "lambda", names)
+def _findings(records: RunRecords) -> list[str]:
+    """Sentences on how the run ended: negative transfer, the smallest λ, convergence, a lost loss."""
+    names = records.domain_names()
+    gaps = _mean_by_domain(records.at_end, "phi", names)
+    weights = _mean_by_domain(records.at_end, "lambda", names)
     sentences = [
         *_gap_sentences(gaps, names),
         *_weight_sentences(weights),
+        *_convergence_sentences(records),
     ]
     lost = []
-    for record in train:
+    for record in records.train:
         if record.get("loss") is None:
             lost.append(record["step"])
     if lost:
-        count = f"{len(lost):,} of {len(train):,} train lines"
+        count = f"{len(lost):,} of {len(records.train):,} train lines"
         sentences.append(
             f"The loss was not a finite number in {count}, first at step {lost[0]:,}."
         )
@@ -391,7 +338,7 @@ def _gap_sentences(gaps: dict[str, float], names: list[str]) -> list[str]:
     negative = []
     for name, gap in gaps.items():
         if gap < 0:
-            negative.append(f"{escape_name(name)} (φ {_signed(gap)})")
+            negative.append(f"{escape_name(name)} (φ {format_signed(gap)})")
     if negative:
         domains = "domains" if len(gaps) > 1 else "domain"
         count = f"{len(negative)} of {len(gaps)} {domains}"
@@ -411,24 +358,35 @@ def _gap_sentences(gaps: dict[str, float], names: list[str]) -> list[str]:
     return sentences
 
 
-def _weight_sentences(weights: dict[str, float]) -> list[str]:
-    """Which domain had the smallest weight. weights: mean λ by domain.
+def _convergence_sentences(records: RunRecords) -> list[str]:
+    """Whether the run had converged, as far as its validations tell."""
+    validations = records.validations
+    if records.test is None or records.best is None or len(validations) < 2:
+        return []
+    last = max(record["step"] for record in validations)
+    if records.best["step"] < last:
+        return []
+    return [
+        "The best validation was the last one: the run had not converged, and more epochs may "
+        "give a better model."
+    ]
 
-    Smallest λ: Toys with 0.125; equal weights would be 0.333.
+
+def _weight_sentences(weights: dict[str, float]) -> list[str]:
+    """Which domain had the smallest weight. weights: mean λ by domain, 1 for all alike.
+
+    Smallest λ: Toys with 0.375 (1: all alike).
     """
     if len(weights) < 2:
         return []
     name = min(weights, key=weights.get)
     smallest = weights[name]
-    total = sum(weights.values())
-    equal = total / len(weights)
     return [
-        f"Smallest λ: {escape_name(name)} with {smallest:.3f}; "
-        f"equal weights would be {equal:.3f}."
+        f"Smallest λ: {escape_name(name)} with {smallest:.3f} (1: all alike)."
     ]
 
 
-def _means(
+def _mean_by_domain(
     records: list[Record], field: str, names: list[str]
 ) -> dict[str, float]:
     """The mean of a field by domain, of domains that have a figure. Of two records' "phi":
@@ -445,76 +403,20 @@ def _means(
     return means
 
 
-def _final_table(
-    record: Record | None, domains: list[plots.Style]
-) -> dict[str, Any] | None:
-    """The figures by domain: a row for each domain, and one of means.
-
-    Returns what the template draws, None without an evaluation:
-
-        title       "Test, step 30"
-        columns     ["users", "HR@5", …, "popularity NDCG@10", "ratio"]
-        headline    the index of NDCG@10 among the columns
-        rows        [{label, style, cells}, …]; style is None in the row of means
-    """
-    if not record:
-        return None
-    evaluation = Evaluation.from_record(record)
-    rows = []
-    users = 0
-    for domain in domains:
-        figures = evaluation.figures_of(domain.name)
-        users += figures.users
-        cells = _final_cells(evaluation, figures, figures.users)
-        rows.append(
-            {
-                "label": escape_name(domain.name),
-                "style": domain,
-                "cells": cells,
-            }
-        )
-    popularity_mean = evaluation.popularity_mean or {}
-    means = DomainFigures("mean", evaluation.mean, popularity_mean)
-    cells = _final_cells(evaluation, means, users)
-    rows.append(
-        {
-            "label": "mean",
-            "style": None,
-            "cells": cells,
-        }
+def _transfer_tables(records: RunRecords, look: Record) -> list[Table]:
+    """φ and λ by domain, where the run has logged any."""
+    names = records.domain_names()
+    users = {}
+    if records.final is not None:
+        for row in Evaluation.from_record(records.final).by_domain:
+            users[row.name] = row.users
+    table = transfer_table(
+        _mean_by_domain(records.at_end, "phi", names),
+        _mean_by_domain(records.at_end, "lambda", names),
+        relative_weights(look.get("lambda")),
+        users,
     )
-    kind = "Best validation so far"
-    if evaluation.kind == "test":
-        kind = "Test"
-    columns = ["users", *evaluation.metrics]
-    headline = None
-    if HEADLINE in columns:
-        headline = columns.index(HEADLINE)
-    if evaluation.has_popularity:
-        columns += [f"popularity {HEADLINE}", "ratio"]
-    return {
-        "title": f"{kind}, step {evaluation.step:,}",
-        "columns": columns,
-        "headline": headline,
-        "rows": rows,
-        "too_short": evaluation.too_short,
-        "skipped_users": evaluation.skipped_users,
-    }
-
-
-def _final_cells(
-    evaluation: Evaluation, row: DomainFigures, users: int
-) -> list[str]:
-    """A row's users and metrics, and the comparison with popularity where there is one.
-
-    ["204", "0.8800", …, "0.5000", "0.2000", "×2.50"]
-    """
-    cells = [f"{users:,}", *metric_cells(row.model, evaluation.metrics)]
-    if evaluation.has_popularity:
-        popularity = row.popularity_headline
-        cells.append(format_number(popularity))
-        cells.append(format_ratio(row.headline, popularity))
-    return cells
+    return [] if table is None else [table]
 
 
 def _read_json(file: Path) -> Record | None:
@@ -526,106 +428,14 @@ def _read_json(file: Path) -> Record | None:
         return None
 
 
-def _full_tables(folder: Path) -> list[dict[str, Any]]:
-    """A table of each ranking among all items that the run has."""
-    tables = []
+def _read_full_rankings(folder: Path) -> list[Record]:
+    """The records of the rankings among all items that the run has, by split."""
+    records = []
     for file in sorted(folder.glob(f"{FULL}-*.json")):
         record = _read_json(file)
         if record:
-            tables.append(_full_table(record))
-    return tables
-
-
-def _full_table(record: Record) -> dict[str, Any]:
-    """Ranking among all items: a row for each domain, and one of means.
-
-    Behind the metrics stand the confidence interval of NDCG@10, popularity's NDCG@10, and the
-    confidence interval of the difference. Returns what the template draws:
-
-        title      "Test among all items of the domain, step 30"
-        columns    ["users", "HR@1", …, "MRR", "NDCG@10 95 %", …, "difference 95 %"]
-        rows       [{label, cells}, …]
-    """
-    evaluation = Evaluation.from_record(record)
-    metrics = evaluation.metrics
-    differences = record["difference"]
-    rows = []
-    for row in evaluation.by_domain:
-        difference = differences["domains"][row.name]
-        cells = _full_cells(row, metrics, difference)
-        rows.append({"label": escape_name(row.name), "cells": cells})
-    means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
-    cells = _full_cells(means, metrics, differences["mean"])
-    rows.append({"label": "mean", "cells": cells})
-    split = evaluation.kind.capitalize()
-    columns = [
-        "users",
-        *metrics,
-        f"{HEADLINE} 95 %",
-        f"popularity {HEADLINE}",
-        "difference 95 %",
-    ]
-    return {
-        "title": f"{split} among all items of the domain, step {evaluation.step:,}",
-        "columns": columns,
-        "rows": rows,
-    }
-
-
-def _full_cells(
-    row: DomainFigures, metrics: list[str], difference: Record
-) -> list[str]:
-    """A row of a ranking among all items.
-
-    difference: {value, interval} of the model's NDCG@10 less popularity's.
-
-        ["204", "0.0800", …, "0.1741", "0.1610 to 0.2420", "0.1951", "-0.0510 to 0.0570"]
-    """
-    intervals = row.model["interval"] or {}
-    return [
-        f"{row.users:,}",
-        *metric_cells(row.model, metrics),
-        _interval(intervals.get(HEADLINE)),
-        format_number(row.popularity[HEADLINE]),
-        _interval(difference["interval"]),
-    ]
-
-
-def _nearest_items(items: list[Record]) -> dict[str, list[dict[str, Any]]]:
-    """Tables of what lies near an item: one for each domain, a row for each of its items.
-
-    items: as an inspection has them (trainer/evaluation/inspect.py). Returns
-
-        {"Books": [{"item": "Emma", "near": [("Books", ["Persuasion (0.93)"]), ("Toys", [])]}]}
-    """
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for item in items:
-        near = []
-        for domain, neighbours in item["nearest"].items():
-            texts = []
-            for neighbour, cosine in neighbours:
-                texts.append(f"{escape_name(neighbour)} ({cosine:.2f})")
-            near.append((escape_name(domain), texts))
-        title = escape_name(item["domain"])
-        row = {
-            "item": escape_name(item["item"]),
-            "near": near,
-        }
-        rows = tables.setdefault(title, [])
-        rows.append(row)
-    return tables
-
-
-def _interval(bounds: list[float] | None) -> str:
-    if bounds is None:
-        return "–"
-    low, high = bounds
-    return f"{low:.4f} to {high:.4f}"
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.3f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+            records.append(record)
+    return records
 
 
 def update_report(run: Path) -> None:
@@ -636,7 +446,7 @@ def update_report(run: Path) -> None:
         return
     try:
         with lock_run_folder(run):
-            write_report(run)
+            write_report(run, has_ended=True)
     except InputError as error:
         print(
             f"{error}: its report stays as it was",

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from trainer.evaluation.metrics import domains_of_mean
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
+from trainer.reporting.colours import INK, RED
 from trainer.reporting.console import (
     escape_name,
     format_duration,
@@ -17,7 +18,9 @@ from trainer.reporting.console import (
 )
 from trainer.reporting.html import (
     Cell,
+    Section,
     Table,
+    page_title,
     render_sections,
     render_table_page,
 )
@@ -40,7 +43,7 @@ def write_days(
         names |= dict.fromkeys(result["domains"])
     domains = plots.assign_styles(list(names))
     page = render_table_page(
-        folder.name,
+        page_title(folder),
         "retraining",
         _lead(results[-1]),
         [_days_table(results)],
@@ -68,11 +71,12 @@ def _sections(
     domains: list[plots.Style],
 ) -> list[dict]:
     """Plots, with a title and a sentence each."""
-    sections = [
+    sections: list[Section] = [
         (
             f"{HEADLINE} day by day",
-            "The newest held-out items by each day's own model, a cross where it was not "
-            "published; dashed: the mean by the model that served until then.",
+            "Higher is better. The newest held-out items by each day's own model; dashed: the mean "
+            "by the model that served until then, which the day's is compared with. A red band: "
+            "the day was refused, and the model of before went on serving.",
             _plot_metrics(results, domains),
         ),
         (
@@ -82,25 +86,29 @@ def _sections(
         ),
         (
             "How far item vectors moved",
-            "Mean cosine of an item's vector and the one before.",
+            "Mean cosine of an item's vector and the one before: 1 has not moved. Near 1 is good "
+            "where nothing has changed; a fall says that the day's logs are unlike those before.",
             _plot_drift(results, domains),
         ),
         (
             "Time",
-            "Seconds of each stage.",
+            "Seconds of each stage; lower is better.",
             _plot_time(results),
         ),
     ]
-    return render_sections(
-        section for section in sections if section[2] is not None
-    )
+    return render_sections(sections)
 
 
 def _plot_metrics(
     results: list[Result],
     domains: list[plots.Style],
 ) -> go.Figure | None:
-    """A line for each domain, and means of the day's model and of the one until then."""
+    """A line for each domain, and means of the day's model and of the one until then.
+
+    None of a single day: the table has its figures.
+    """
+    if len(results) < 2:
+        return None
     figure = go.Figure()
     days = _day_labels(results)
     symbols = []
@@ -135,9 +143,35 @@ def _plot_metrics(
         "mean, until then",
         "dash",
     )
+    _mark_refused(figure, results)
     figure.update_traces(yhoverformat=".4f", showlegend=True)
-    figure.update_yaxes(rangemode="tozero", tickformat=".2f")
-    return _by_day(figure, 420)
+    figure.update_yaxes(tickformat=".3~f")
+    return _by_day(figure, 420, HEADLINE)
+
+
+def _mark_refused(figure: go.Figure, results: list[Result]) -> None:
+    """A red band, with a word, over each day that was not published."""
+    for position, result in enumerate(results):
+        if result["published"]:
+            continue
+        figure.add_vrect(
+            x0=position - 0.4,
+            x1=position + 0.4,
+            fillcolor=RED,
+            opacity=0.14,
+            line_width=0,
+            layer="below",
+        )
+        figure.add_annotation(
+            text="refused",
+            textangle=-90 if len(results) > 12 else 0,
+            showarrow=False,
+            font={"size": 12, "color": RED},
+            x=position,
+            y=1,
+            yref="paper",
+            yanchor="bottom" if len(results) <= 12 else "top",
+        )
 
 
 def _add_mean(
@@ -156,7 +190,7 @@ def _add_mean(
         y=means,
         mode="lines",
         name=label,
-        line={"width": 3.5, "color": "#1f2933", "dash": dash},
+        line={"width": 3.5, "color": INK, "dash": dash},
     )
 
 
@@ -174,21 +208,16 @@ def _plot_new_items(
             counts.append(items.get("new", 0))
         if not any(counts):
             continue
-        pattern = {
-            "shape": domain.hatch,
-            "fgcolor": "white",
-            "solidity": 0.25,
-            "size": 6,
-        }
         figure.add_bar(
             x=_day_labels(extended),
             y=counts,
             name=domain.label,
-            marker={"color": domain.colour, "pattern": pattern},
+            marker=plots.bar_marker(domain),
         )
     return _by_day(
         figure,
         300,
+        "new items",
         barmode="stack",
         showlegend=True,
     )
@@ -201,6 +230,8 @@ def _plot_drift(
     """A line for each domain: the mean cosine of items' vectors with those before."""
     figure = go.Figure()
     measured = [result for result in results if result["drift"]]
+    if len(measured) < 2:
+        return None
     for domain in domains:
         cosines = []
         for result in measured:
@@ -216,7 +247,7 @@ def _plot_drift(
             line={"width": 2, **domain.line},
         )
     figure.update_traces(yhoverformat=".3f", showlegend=True)
-    return _by_day(figure, 300)
+    return _by_day(figure, 300, "mean cosine")
 
 
 def _plot_time(results: list[Result]) -> go.Figure | None:
@@ -238,6 +269,7 @@ def _plot_time(results: list[Result]) -> go.Figure | None:
     return _by_day(
         figure,
         300,
+        "seconds",
         barmode="stack",
         showlegend=True,
     )
@@ -252,12 +284,14 @@ def _day_labels(results: list[Result]) -> list[str]:
 def _by_day(
     figure: go.Figure,
     height: int,
+    y_title: str,
     **layout: Any,
 ) -> go.Figure | None:
     """The figure in the report's look, a day a tick; None where nothing is drawn in it."""
     figure = plots.finish_figure(
         figure,
         height,
+        y_title,
         **layout,
     )
     if figure is None:
@@ -274,6 +308,7 @@ def _days_table(results: list[Result]) -> Table:
     columns = [
         "day",
         "published",
+        "users",
         HEADLINE,
         "the model until then",
         "rows",
@@ -281,8 +316,8 @@ def _days_table(results: list[Result]) -> Table:
         "time",
     ]
     text = (
-        f"The newest first, {_SHOWN} at most. {HEADLINE} is the mean of the domains that count, "
-        "coloured where the 95 % interval of the "
+        f"The newest first, {_SHOWN} at most. Users whose newest item was ranked; {HEADLINE} is "
+        "the mean of the domains that count, blue or red where the 95 % interval of the "
         "difference leaves 0 out. Each day's report.md says more."
     )
     rows = [_days_row(result) for result in reversed(results[-_SHOWN:])]
@@ -291,12 +326,13 @@ def _days_table(results: list[Result]) -> Table:
 
 def _days_row(result: Result) -> list[Cell]:
     """The line of a day."""
-    published = Cell("no", "worse")
+    published = Cell("refused", "worse")
     if result["published"]:
         published = Cell(f"version {result['published']}")
     candidate = _mean(result, "candidate")
     current = _mean(result, "current")
     sense = _sense(result)
+    users = sum(figures["users"] for figures in result["domains"].values())
     arrived = None
     new_items = 0
     if result["extension"]:
@@ -306,6 +342,7 @@ def _days_row(result: Result) -> list[Cell]:
     return [
         Cell(escape_name(result["name"])),
         published,
+        Cell(f"{users:,}"),
         Cell(format_number(candidate), sense),
         Cell(format_number(current)),
         Cell(format_number(arrived, ",")),

@@ -27,7 +27,7 @@ from trainer.errors import InputError, RunStopped
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.files.atomic import write_json
 from trainer.reporting.console import format_duration, format_number
-from trainer.reporting.run_log import read_records
+from trainer.reporting.run_log import median_over_steps, read_records
 from trainer.run_files import (
     CHECKPOINTS,
     HEADLINE,
@@ -393,11 +393,5 @@ def _best_is_last(validations: list[dict[str, Any]]) -> bool:
 
 def _median_speed(train: list[dict[str, Any]]) -> float:
     """Users per second; NaN where no record has them."""
-    speeds = []
-    for record in train:
-        if record.get("users_per_second"):
-            speeds.append(record["users_per_second"])
-    speeds.sort()
-    if not speeds:
-        return float("nan")
-    return speeds[len(speeds) // 2]
+    speed = median_over_steps(train, "users_per_second")
+    return float("nan") if speed is None else speed

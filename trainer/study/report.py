@@ -8,7 +8,12 @@ from trainer.config.study import OURS
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
 from trainer.reporting.console import escape_name
-from trainer.reporting.html import render_sections, render_table_page
+from trainer.reporting.html import (
+    Section,
+    page_title,
+    render_sections,
+    render_table_page,
+)
 from trainer.reporting.run_log import read_records
 from trainer.run_files import HEADLINE, METRICS_FILE, REPORT
 from trainer.study.results import RANKINGS, paired_difference
@@ -24,8 +29,6 @@ from trainer.study.tables import (
 
 _MOST_NAMES = 12  # of runs, in a sentence
 
-Section = tuple[str, str, go.Figure | None]  # title, a sentence, its plot
-
 
 def write_study(
     folder: Path,
@@ -33,7 +36,7 @@ def write_study(
 ) -> Path:
     """Writes both, and returns the page's path."""
     tables = make_tables(study)
-    title = folder.resolve().name
+    title = page_title(folder)
     lead = _lead(study)
     page = render_table_page(
         title,
@@ -134,7 +137,7 @@ def _sections(study: Study) -> list[dict]:
     sections: list[Section] = [
         (
             f"{HEADLINE} of all systems",
-            "Mean over domains; the whiskers are the least and the largest seed.",
+            "Higher is better. Mean over domains; the whiskers are the least and the largest seed.",
             _plot_systems(study),
         )
     ]
@@ -142,15 +145,13 @@ def _sections(study: Study) -> list[dict]:
         sections.append(
             (
                 f"{OURS} by {key}",
-                f"Mean {HEADLINE} over domains, first seed.",
+                f"Higher is better. Mean {HEADLINE} over domains, first seed.",
                 _plot_sweep(study, key, points),
             )
         )
     if study.example:
         sections += _transfer_sections(study, study.example)
-    return render_sections(
-        section for section in sections if section[2] is not None
-    )
+    return render_sections(sections)
 
 
 def _transfer_sections(
@@ -168,13 +169,14 @@ def _transfer_sections(
     return [
         (
             f"λ by domain in a run of {OURS}",
-            "What the losses weigh.",
+            "The weight of each domain in the cross-domain loss; the dotted line is 1, where all "
+            "weigh alike. A λ below it holds back a domain that the others harm.",
             plots.weight_plot(train, domains),
         ),
         (
             "φ, the negative transfer gap",
-            "Single-domain minus cross-domain loss over the same targets; below 0 the "
-            "other domains harm the prediction.",
+            "Single-domain minus cross-domain loss over the same targets. Above 0 is good: the "
+            "other domains help. Below 0, in the shade, they harm the prediction.",
             plots.gap_plot(train, domains),
         ),
     ]
@@ -223,7 +225,7 @@ def _plot_systems(study: Study) -> go.Figure | None:
             marker_color=style.colour,
         )
     figure.update_traces(yhoverformat=".4f")
-    figure = plots.finish_figure(figure, 420)
+    figure = plots.finish_figure(figure, 420, f"mean {HEADLINE}")
     return figure.update_xaxes(
         title=None,
         tickformat=None,
@@ -235,8 +237,10 @@ def _plot_sweep(
     study: Study,
     key: str,
     points: list[SweepResult],
-) -> go.Figure:
-    """Lines over a setting's values: the mean metric by ranking."""
+) -> go.Figure | None:
+    """Lines over a setting's values: the mean metric by ranking; None of a single value."""
+    if len(points) < 2:
+        return None
     figure = go.Figure()
     values = [str(point.value) for point in points]
     styles = plots.assign_styles(list(RANKINGS))
@@ -248,9 +252,9 @@ def _plot_sweep(
             line=style.line,
         )
     figure.update_traces(mode="lines+markers", yhoverformat=".4f")
-    figure = plots.finish_figure(figure, 320)
+    figure = plots.finish_figure(figure, 320, f"mean {HEADLINE}")
     return figure.update_xaxes(
-        title=key,
+        title_text=key,
         tickformat=None,
         type="category",
     )

@@ -16,6 +16,7 @@ After each step the loop calls `on_step` of all callbacks, one after the other, 
                         all callbacks in this order
     CheckpointWriter    where one is due: begins a checkpoint
     EarlyStopping       says so where the validation ends the run
+    ProgressReport      draws report.html anew (trainer.training.progress_report)
     a caller's          in the order in which they were given
 
 `on_checkpoint` of all callbacks is called in the same order once a checkpoint is visible, which is
@@ -97,7 +98,11 @@ class Callback:
 
 
 class StepLog(Callback):
-    """Writes a log line every `log.every` steps, and a line for each validation."""
+    """Logs the steps' figures, and each validation.
+
+    The console has a line every `log.every` steps. metrics.jsonl has more of the first steps, so
+    that a short run has curves (`RunContext.is_log_step`).
+    """
 
     def __init__(self, context: RunContext):
         self._context = context
@@ -112,12 +117,12 @@ class StepLog(Callback):
         context.skipped_users += rank_batch.skipped
         context.warn_of_damage(rank_batch.reasons)
         context.log.advance(1)
-        if state.step % context.config.log.every == 0 or context.at_last_step:
+        if context.is_log_step:
             context.trainer.settle()
             record = context.meter.record(state.step, context.current_epoch())
             record |= context.trainer.state_figures()
             record["seconds"] = context.seconds()
-            context.log.train(record)
+            context.log.train(record, shown=context.is_shown_step)
 
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Logs the validation."""

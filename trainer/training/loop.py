@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ from trainer.training.callbacks import (
     WorkerTuning,
 )
 from trainer.training.prefetch import PrefetchedBatch
+from trainer.training.progress_report import ProgressReport, report_end
 from trainer.training.run_context import RunContext
 from trainer.training.step import RankFailure, Trainer
 
@@ -60,12 +62,14 @@ def train(
     fresh: bool = False,
     accept_changes: bool = False,
     callbacks: Sequence[Callback] = (),
+    titles: str | None = None,
 ) -> dict[str, Any]:
     """Trains, keeps the best model by validation, tests it, and writes the report.
 
     Called on all ranks. Resumes from the newest whole checkpoint where the run's folder has one.
     fresh, accept_changes: as in trainer.checkpoint.resume. callbacks: called on all ranks after the
-    run's own, in this order (trainer.training.callbacks).
+    run's own, in this order (trainer.training.callbacks). titles: a table of item titles for the
+    report (trainer.reporting.titles).
 
     Returns the test record. Raises InputError where something given cannot be used (before anything
     is written, if it can be seen then), NonFiniteLoss, and RunStopped.
@@ -75,7 +79,30 @@ def train(
         use_deterministic_sums(config.deterministic),
         contextlib.ExitStack() as locks,
     ):
-        return _train(config, ranks, fresh, accept_changes, callbacks, locks)
+        if titles is not None:
+            # A query engine is for them alone.
+            from trainer.reporting.titles import check_titles
+
+            run_on_first_rank(lambda: check_titles(Path(titles)), ranks.first)
+        record = _train(config, ranks, fresh, accept_changes, callbacks, locks)
+        if ranks.first:
+            _finish_report(Path(config.run), titles)
+    return record
+
+
+def _finish_report(run: Path, titles: str | None) -> None:
+    """Draws the report of a finished run, and says where it is."""
+    # Plotly and Jinja2 are for the page alone.
+    from trainer.reporting.run_report import write_report
+
+    if titles is not None:
+        from trainer.reporting.titles import add_titles
+
+        try:
+            add_titles(run, Path(titles))
+        except InputError as error:  # it was there when the run began
+            print(f"{error}: the report has ids", file=sys.stderr, flush=True)
+    print(f"report: {write_report(run)}", flush=True)
 
 
 def _train(
@@ -109,7 +136,10 @@ def _train(
         run_on_all_ranks(
             lambda: _write_first_files(run, config, checkpoint, ranks)
         )
-        with _open_log(run, trainer, checkpoint, state) as log:
+        with (
+            report_end(run, state, trainer.total_steps, ranks.first),
+            _open_log(run, trainer, checkpoint, state) as log,
+        ):
             _log_start(log, trainer, checkpoint, state, warm)
             with StopSignal() as stop_signal:
                 resumed = checkpoint is not None
@@ -126,11 +156,6 @@ def _train(
             # What cannot begin is in the way of the next try.
             remove_failed_start(run)
         raise
-    if ranks.first:
-        # Plotly and Jinja2 are for the page alone.
-        from trainer.reporting.run_report import write_report
-
-        print(f"report: {write_report(run)}", flush=True)
     return record
 
 
@@ -266,6 +291,7 @@ class TrainingRun:
             self.validation,
             self.checkpoint_writer,
             EarlyStopping(context),
+            ProgressReport(context),
             *callbacks,
         ]
         self._next_batch: StepBatch | None = None

@@ -21,6 +21,9 @@ _WATCHDOG_MARGIN = (
     5  # seconds after timeout_minutes: a backend that gives up says more
 )
 
+_POINTS = 25  # logged steps between a step and its double, while log.every asks for fewer
+_SHOWN = (5, 10, 20)  # of these, on the console
+
 
 class RunContext:
     """A run in progress, on one rank."""
@@ -81,6 +84,26 @@ class RunContext:
     def at_last_step(self) -> bool:
         """True after the run's last step."""
         return self.state.step == self.trainer.total_steps
+
+    @property
+    def is_shown_step(self) -> bool:
+        """True where the step's log line is for the console too."""
+        step = self.state.step
+        is_due = step % self.config.log.every == 0
+        return is_due or step in _SHOWN or self.at_last_step
+
+    @property
+    def is_log_step(self) -> bool:
+        """True where the step is logged: every one until 50, then fewer, down to `log.every`.
+
+        So a run of any length has curves. Of log.every=50:
+
+            steps logged    1 2 3 … 50    52 54 … 74    75 78 … 99    …    1200 1250 1300 …
+        """
+        interval = max(1, self.state.step // _POINTS)
+        if interval < self.config.log.every and not self.state.step % interval:
+            return True
+        return self.is_shown_step
 
     @property
     def stopped_early(self) -> bool:

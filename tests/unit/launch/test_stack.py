@@ -8,6 +8,7 @@ import setuptools
 from packaging.requirements import Requirement
 
 from launch import stack
+from trainer.reporting.html import LIBRARY
 
 ROOT = Path(__file__).parents[3]
 
@@ -537,12 +538,15 @@ def test_the_package_has_its_name_and_all_folders(metadata):
         path
         for folder, kinds in metadata["package_data"].items()
         for kind in kinds
-        for path in (ROOT / folder).glob(kind)
+        for path in (ROOT / folder.replace(".", "/")).glob(kind)
     }
     assert {
         ROOT / "launch/configs/default.yaml",
         ROOT / "syncrec_kernels/scan.cpp",
         ROOT / "syncrec_kernels/products.h",
+        LIBRARY,
+        *LIBRARY.parent.glob("*.jinja"),
+        *LIBRARY.parent.glob("page.*"),
     } <= data
 
 

@@ -13,6 +13,7 @@ from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import (
     RunLog,
     count_skipped_users,
+    median_over_steps,
     read_records,
     skipped_sentence,
 )
@@ -467,3 +468,33 @@ def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
     assert skipped_sentence(1).startswith(
         "1 user was skipped"
     ) and skipped_sentence(1057).startswith("1,057 users were")
+
+
+def test_a_record_that_is_not_shown_is_on_disk_all_the_same(tmp_path):
+    file = io.StringIO()
+    with open_log(tmp_path, file=file) as log:
+        log.train(train_record(1), shown=False)
+        assert not file.getvalue()
+        log.train(train_record(2))
+        assert "step   2/100" in file.getvalue()
+    records = read_records(tmp_path / METRICS_FILE)
+    assert [record["step"] for record in records] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "median"),
+    [
+        ([], None),
+        ([(1, None)], None),
+        ([(1, 10), (2, 20), (4, 80)], 80),
+        # Fifty slow first steps do not stand for a thousand.
+        ([*((step, 1.0) for step in range(1, 51)), (1000, 9.0)], 9),
+        # A run that was resumed in between counts each step once.
+        ([(10, 5), (20, 7), (30, 7)], 7),
+    ],
+)
+def test_a_median_is_over_steps_not_over_records(speeds, median):
+    records = [
+        {"step": step, "users_per_second": speed} for step, speed in speeds
+    ]
+    assert median_over_steps(records, "users_per_second") == median

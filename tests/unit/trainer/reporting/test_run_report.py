@@ -1,3 +1,6 @@
+import base64
+import gzip
+import hashlib
 import json
 from html.parser import HTMLParser
 
@@ -8,11 +11,16 @@ from hypothesis import strategies as st
 
 from trainer.errors import InputError
 from trainer.reporting import plots
-from trainer.reporting.run_report import write_report
+from trainer.reporting.html import LIBRARY, page_title
+from trainer.reporting.run_report import update_report, write_report
+from trainer.reporting.run_status import RunStatus
 
 METRICS = ["HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"]
-LIBRARY_BYTES = (
-    4_000_000  # Plotly's JavaScript: more than this is in the page once
+LIBRARY_BYTES = 500_000  # more than this of Plotly is in the page, once
+MOST_BYTES = 1_500_000  # of a page
+# Of npm's plotly.js-basic-dist-min 4.1.1, package/plotly-basic.min.js
+LIBRARY_SHA256 = (
+    "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba"
 )
 
 
@@ -122,6 +130,14 @@ def full_run(domains=("Books", "Toys"), lines=30):
     ]
 
 
+def figures_of(page):
+    """The charts of a page, as Plotly gets them."""
+    scripts = [script for script in page.scripts if '"layout"' in script]
+    return [
+        json.loads(script) for script in scripts if script.startswith('{"data"')
+    ]
+
+
 def test_a_finished_run(tmp_path):
     path = write_report(write_run(tmp_path / "run", full_run()))
     page = Page(path)
@@ -137,27 +153,30 @@ def test_a_finished_run(tmp_path):
         "Best validation NDCG@10 0.1300 mean, at step 30",
         "Duration 0:00:30 30 steps",
         "Users per second 1,000 median, 25.0% waiting for data",
-        "Test, step 30 domain users HR@5 HR@10 NDCG@5 NDCG@10 MRR popularity NDCG@10 ratio",
+        "Test, step 30 Held-out items",
+        "domain users HR@5 HR@10 NDCG@5 NDCG@10 MRR popularity NDCG@10 ratio",
         "Books 10 0.2500 0.2500 0.2500 0.2500 0.2500 0.1000 ×2.50",
         "mean 20 0.2500",
+        "over users 20 0.2500",
+        "Books 10 +0.000 1.000",
+        "The same throughout: users per second 1000, share of the time waiting for data 0.25, "
+        "memory, GB 3, gradient norm 0.7, learning rate 0.001, α 1, β 1.",
         "4 users have a history too short",
         "Configuration model: {experts: 5}",
     ):
         assert words in page.text
-    assert (
-        sum(
-            "plotly-graph-div" in (a.get("class") or "")
-            for _, a in page.elements
-        )
-        == 8
-    )
+    assert len(figures_of(page)) == 7
     assert "details" in [tag for tag, _ in page.elements]
 
 
 def test_the_page_asks_for_nothing_and_holds_the_library_once(tmp_path):
     page = Page(write_report(write_run(tmp_path, full_run())))
-    assert sum(len(script) > LIBRARY_BYTES for script in page.scripts) == 1
-    assert sum(map(len, page.scripts)) < 2 * LIBRARY_BYTES
+    (library,) = (
+        script for script in page.scripts if len(script) > LIBRARY_BYTES
+    )
+    code = gzip.decompress(base64.b64decode(library))
+    assert b"plotly.js (basic - minified) v" in code[:100]
+    assert code == gzip.decompress(LIBRARY.read_bytes())
     assert not [
         (tag, a)
         for tag, a in page.elements
@@ -201,9 +220,8 @@ def test_hostile_names_and_config_stay_text(tmp_path):
     own = "".join(
         script for script in page.scripts if len(script) < LIBRARY_BYTES
     )
-    assert (
-        "<script" not in own and "&lt;script" in own
-    )  # Plotly reads a little HTML in its labels
+    # Plotly reads a little HTML in its labels.
+    assert "<script" not in own and "&lt;script" in own
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -222,13 +240,19 @@ def test_a_run_that_has_only_begun(tmp_path):
         and "no validation yet" in page.text
         and "holds no config.yaml" in page.text
     )
-    assert page.text.count("Nothing of this has been logged") == 2
-    assert page.count("table") == 0
+    # One step is a dot, and no line.
+    assert figures_of(page) == [] and not any(
+        len(script) > LIBRARY_BYTES for script in page.scripts
+    )
+    assert (
+        "Not drawn, as fewer than two steps have logged it: Loss and its parts; λ by domain; "
+        in page.text
+    )
 
 
 def test_a_run_without_a_line(tmp_path):
     page = Page(write_report(write_run(tmp_path, [])))
-    assert page.text.count("Nothing of this has been logged") == 8
+    assert figures_of(page) == [] and page.count("table") == 0
     assert "Transfer at the end" not in page.text
 
 
@@ -245,14 +269,15 @@ def test_a_run_without_lambda(tmp_path, weights):
         "Smallest λ" not in page.text
         and "No domain ended with negative transfer" in page.text
     )
-    assert page.text.count("Nothing of this has been logged") == 3
+    assert "logged it: λ by domain; Validation NDCG@10 by domain." in page.text
+    assert "λ at the end" not in page.text
 
 
 def test_one_domain(tmp_path):
     page = Page(write_report(write_run(tmp_path, full_run(["Books"]))))
-    assert "Smallest λ" not in page.text and "black line" not in page.text
+    assert "Smallest λ" not in page.text and "thick line" not in page.text
     assert not any('"name":"mean"' in script for script in page.scripts)
-    assert "Nothing of this has been logged" not in page.text
+    assert "Not drawn" not in page.text
 
 
 def test_validation_stands_in_for_a_missing_test(tmp_path):
@@ -299,7 +324,9 @@ def test_it_says_where_transfer_was_negative_at_the_end(tmp_path):
         "1 of 2 domains ended with negative transfer: Toys (φ −0.250)." in text
     )
     assert "No φ was logged at the end for Music." in text
-    assert "Smallest λ: Toys with 0.125; equal weights would be 0.333." in text
+    assert "Smallest λ: Toys with 0.375 (1: all alike)." in text
+    # The table has the same figures, on the same scale.
+    assert "Books 0 +0.500 1.500" in text and "Toys 0 −0.250 0.375" in text
 
 
 def test_it_says_that_the_loss_was_lost(tmp_path):
@@ -371,13 +398,12 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_a_domain_has_one_colour_everywhere_and_no_other_has_it():
     names = [f"domain {number}" for number in range(12)]
     records = full_run(names)
-    train, validations, test = records[:30], records[30:33], records[33]
+    train, validations = records[:30], records[30:33]
     domains = plots.assign_styles(names)
     figures = [
         plots.weight_plot(train, domains),
         plots.gap_plot(train, domains),
         plots.validation_plot(validations, validations[1], domains),
-        plots.metrics_plot(test, domains),
     ]
     seen = {name: set() for name in names}
     for figure in figures:
@@ -385,32 +411,29 @@ def test_a_domain_has_one_colour_everywhere_and_no_other_has_it():
         assert [name for name in drawn if name != "mean"] == names
         for trace in figure.data:
             if trace.name in seen:
-                seen[trace.name].add(
-                    trace.marker.color
-                    if trace.type == "bar"
-                    else trace.line.color
-                )
+                seen[trace.name].add(trace.line.color)
     pairs = plots.pairs_plot(train, domains)
-    for name, trace in zip(
-        names,
-        [trace for trace in pairs.data if trace.name == "cross"],
-        strict=True,
-    ):
-        seen[name].add(trace.line.color)
+    for name, chart in zip(names, pairs, strict=True):
+        (cross,) = (
+            trace for trace in chart.figure.data if trace.name == "cross"
+        )
+        seen[name].add(cross.line.color)
+        assert chart.caption == name
     assert all(len(colours) == 1 for colours in seen.values())
     assert len(set.union(*seen.values())) == 12
 
 
-def test_long_runs_are_thinned_and_zero_is_always_in_view_of_phi():
+@pytest.mark.parametrize("count", [1, 40])
+def test_long_runs_are_thinned_and_zero_is_always_in_view_of_phi(count):
+    names = [str(number) for number in range(count)]
     records = [
-        train_record(step, {"Books": 5.0 + step % 2})
-        for step in range(3 * plots.MAX_POINTS + 1)
+        train_record(step, dict.fromkeys(names, 5.0 + step % 2))
+        for step in range(3001)
     ]
-    figure = plots.gap_plot(records, plots.assign_styles(["Books"]))
-    assert all(
-        plots.MAX_POINTS / 2 < len(trace.x) <= plots.MAX_POINTS
-        for trace in figure.data
-    )
+    figure = plots.gap_plot(records, plots.assign_styles(names))
+    most = plots.points_per_line(count)
+    assert all(most / 2 < len(trace.x) <= most for trace in figure.data)
+    assert count * most <= plots.MAX_POINTS
     low, high = figure.layout.yaxis.range
     assert low < 0 < 5 < high
 
@@ -496,8 +519,248 @@ def test_a_full_ranking_has_a_table_of_its_own(tmp_path):
     )  # torn: left out
     page = Page(write_report(folder))
     for words in (
-        "Test among all items of the domain, step 30 domain users HR@10 NDCG@10 NDCG@10 95 % popularity NDCG@10",
-        "Books 10 0.3500 0.3500 0.3000 to 0.4000 0.2000 -0.0500 to 0.2500",
+        "Test among all items of the domain, step 30",
+        "domain users HR@10 NDCG@10 NDCG@10 95 % popularity NDCG@10 difference 95 %",
+        "Books 10 0.3500 0.3500 0.3000 to 0.4000 0.2000 −0.0500 to 0.2500",
         "<b> 10 – – – – –",
     ):
         assert words in page.text
+
+
+def test_the_library_is_the_one_that_its_name_says():
+    code = gzip.decompress(LIBRARY.read_bytes())
+    assert hashlib.sha256(code).hexdigest() == LIBRARY_SHA256
+    version = LIBRARY.name.removesuffix(".min.js.gz").rpartition("-")[2]
+    assert f"(basic - minified) v{version}\n".encode() in code[:100]
+    assert "MIT" in (LIBRARY.parent / "plotly-LICENSE").read_text()
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_a_page_of_a_long_run_is_small(tmp_path, count):
+    rng = np.random.default_rng(0)
+    names = [f"domain {number}" for number in range(count)]
+    records = []
+    for step in range(3000):
+        values = rng.normal(size=(3, count)).tolist()
+        phi, single, cross = (
+            dict(zip(names, row, strict=True)) for row in values
+        )
+        noise = {
+            "loss": step / 7,
+            "single_by_domain": single,
+            "cross_by_domain": cross,
+        }
+        records.append(train_record(step, phi, **noise))
+    path = write_report(write_run(tmp_path, records))
+    assert path.stat().st_size < MOST_BYTES
+
+
+def test_lambda_is_on_one_scale_whatever_the_version_that_logged_it(tmp_path):
+    # 1 where all weigh alike; earlier versions logged weights that add up to 1, or to their number.
+    look = {"lambda": {"Books": 0.75, "Toys": 0.25}}
+    for name, weights in (
+        ("a", {"Books": 0.75, "Toys": 0.25}),
+        ("b", {"Books": 1.5, "Toys": 0.5}),
+    ):
+        records = [
+            train_record(step, {"Books": 0.1, "Toys": 0.1}, weights=weights)
+            for step in range(5)
+        ]
+        folder = write_run(tmp_path / name, records)
+        (folder / "look.json").write_text(json.dumps(look))
+        page = Page(write_report(folder))
+        assert "Smallest λ: Toys with 0.500" in page.text
+        assert "Books 0 +0.100 1.500 1.500" in page.text
+        domains = plots.assign_styles(["Books", "Toys"])
+        figure = plots.weight_plot(records, domains)
+        assert {float(np.mean(trace.y)) for trace in figure.data} == {1.5, 0.5}
+
+
+@pytest.mark.parametrize(
+    "steps", [[1, 2], [1, 5], [29, 30, 31], [1, 9], [10, 30], [1, 4000]]
+)
+def test_steps_have_whole_ticks_no_two_alike(steps):
+    figure = plots.loss_plot(
+        [train_record(step, {"Books": 0.1}) for step in steps]
+    )
+    axis = figure.layout.xaxis
+    if steps[-1] - steps[0] <= 8:
+        assert axis.dtick == 1
+    else:
+        assert axis.dtick is None and axis.nticks - 1 <= steps[-1] - steps[0]
+
+
+def test_axes_say_what_they_show():
+    records = full_run()
+    train, validations = records[:30], records[30:33]
+    domains = plots.assign_styles(["Books", "Toys"])
+    for figure, title in (
+        (plots.loss_plot(train), "loss"),
+        (plots.weight_plot(train, domains), "λ (1: all alike)"),
+        (plots.gap_plot(train, domains), "φ"),
+        (
+            plots.validation_plot(validations, validations[1], domains),
+            "NDCG@10",
+        ),
+    ):
+        assert figure.layout.yaxis.title.text == title
+        assert figure.layout.xaxis.title.text == "step"
+
+
+def test_a_validation_is_drawn_from_two_on_and_its_range_is_that_of_the_lines():
+    domains = plots.assign_styles(["Books"])
+    record = evaluation_record("validation", 10, {"Books": 0.3})
+    assert plots.validation_plot([record], record, domains) is None
+    later = evaluation_record("validation", 20, {"Books": 0.31})
+    figure = plots.validation_plot([record, later], later, domains)
+    assert figure.layout.yaxis.rangemode is None
+
+
+def test_what_does_not_change_is_said_in_words():
+    records = [train_record(step, {"Books": 0.1}) for step in range(5)]
+    charts, level = plots.panels_plot(records, plots.OPTIMISATION)
+    assert charts == [] and level == [
+        "gradient norm 0.7",
+        "learning rate 0.001",
+        "α 1",
+        "β 1",
+    ]
+    records[3]["learning_rate"] = 2e-3
+    records[4]["beta"] = 0.9
+    charts, level = plots.panels_plot(records, plots.OPTIMISATION)
+    assert [chart.caption for chart in charts] == ["learning rate", "α and β"]
+    assert level == ["gradient norm 0.7"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "has_ended", "sense", "words"),
+    [
+        ("training", "", False, "", "Training, step 30 of 1,200, as of 20"),
+        ("training", "", True, "bad", "Ended without a word after step 30 of 1,200"),
+        ("stopped", "as asked", True, "", "Stopped after step 30 of 1,200, 20"),
+        ("failed", "the loss\nis <b>", True, "bad", ": the loss is <b>."),
+        ("finished", "", False, "good", "Finished after step 30 of 1,200"),
+    ],
+)  # fmt: skip
+def test_the_page_says_what_state_the_run_is_in(
+    tmp_path, state, reason, has_ended, sense, words
+):
+    folder = write_run(tmp_path, full_run())
+    RunStatus.now(state, 30, 1200, reason).write(folder)
+    page = Page(write_report(folder, has_ended))
+    assert words in page.text
+    assert ("p", {"class": f"state {sense}"}) in page.elements
+
+
+def test_who_is_not_trained_any_more_is_not_said_to_train(tmp_path, capsys):
+    folder = write_run(tmp_path, full_run())
+    RunStatus.now("training", 30, 60).write(folder)
+    update_report(folder)
+    assert "Ended without a word" in (folder / "report.html").read_text()
+    (folder / "status.json").write_text('{"state": ')  # torn: no sentence
+    update_report(folder)
+    assert "Ended without" not in (folder / "report.html").read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_small_domains_are_marked_and_the_mean_says_what_it_leaves_out(
+    tmp_path,
+):
+    test = evaluation_record("test", 30, {"Books": 0.5, "Noir": 0.1})
+    test["domains"]["Noir"]["users"] = 2
+    test |= {
+        "mean": dict.fromkeys(METRICS, 0.5),
+        "mean_domains": ["Books"],
+        "min_users": 5,
+    }
+    text = Page(write_report(write_run(tmp_path, [test]))).text
+    assert "Noir (not in the mean) 2 0.1000" in text
+    assert "mean 10 0.5000" in text and "over users 12 0.4333" in text
+    assert (
+        "The mean is of 1 domain; left out, with fewer than 5 users: Noir (2)."
+        in text
+    )
+
+
+def test_it_says_that_the_run_had_not_converged(tmp_path):
+    records = full_run()
+    text = Page(write_report(write_run(tmp_path / "a", records))).text
+    assert "The best validation was the last one" in text
+    records.insert(
+        -1, evaluation_record("validation", 40, {"Books": 0.1, "Toys": 0.1})
+    )
+    text = Page(write_report(write_run(tmp_path / "b", records))).text
+    assert "The best validation was the last one" not in text
+
+
+def test_groups_coverage_and_gini_of_a_full_ranking_are_on_the_page(tmp_path):
+    folder = write_run(tmp_path, full_run())
+    record = evaluation_record("test", 30, {"Books": 0.25, "Toys": 0.1})
+    record |= {
+        "popularity": record["domains"],
+        "popularity_mean": record["mean"],
+    }
+    interval = {"interval": [0.05, 0.2]}
+    record["difference"] = {
+        "metric": "NDCG@10", "mean": interval,
+        "domains": {"Books": interval, "Toys": {"interval": [-0.2, -0.1]}},
+    }  # fmt: skip
+    group = {
+        "users": 7,
+        "NDCG@10": 0.2,
+        "popularity NDCG@10": 0.1,
+        "interval": {"NDCG@10": [0.1, 0.3]},
+    }
+    nobody = {
+        "users": 0,
+        "NDCG@10": None,
+        "popularity NDCG@10": None,
+        "interval": None,
+    }
+    record["breakdown"] = {
+        "Books": {"history in domain": {"none": group, "some": nobody}}
+    }
+    record["recommended"] = {
+        "Books": {"items": 300, "coverage@10": 0.81, "gini@10": 0.54}
+    }
+    (folder / "evaluation-full-test.json").write_text(json.dumps(record))
+    page = Page(write_report(folder))
+    for words in (
+        "domain users by group users NDCG@10 NDCG@10 95 % popularity NDCG@10 ratio",
+        "Books history in domain none 7 0.2000 0.1000 to 0.3000 0.1000 ×2.00",
+        "domain test users items coverage@10 gini@10 Books 10 300 0.8100 0.5400",
+    ):
+        assert words in page.text
+    assert "history in domain some" not in page.text  # nobody is in it
+    html = (folder / "report.html").read_text()
+    assert (
+        html.count('class="better"') - html.count("+0.") == 2
+    )  # of Books, and of the mean
+    assert 'class="worse">−0.2000 to −0.1000<' in html
+
+
+def test_titles_stand_in_for_ids(tmp_path):
+    folder = write_run(tmp_path, full_run())
+    item = {
+        "domain": "Books",
+        "item": "7",
+        "nearest": {"Books": [["8", 0.9]], "Toys": [["7", 0.5]]},
+    }
+    look = {"items": [item]}
+    (folder / "look.json").write_text(json.dumps(look))
+    text = Page(write_report(folder)).text
+    assert (
+        "in Books in Toys 7 8 (0.90) 7 (0.50)" in text
+        and "--titles FILE" in text
+    )
+    titles = {"Books": {"7": "Emma", "8": "<i>Persuasion"}, "Toys": {}}
+    (folder / "look.json").write_text(json.dumps(look | {"titles": titles}))
+    text = Page(write_report(folder)).text
+    assert (
+        "Emma <i>Persuasion (0.90) 7 (0.50)" in text and "--titles" not in text
+    )
+
+
+def test_a_folder_that_is_but_a_number_has_its_parent_in_the_title(tmp_path):
+    assert page_title(tmp_path / "studies" / "1") == "studies/1"
+    assert page_title(tmp_path / "shop") == "shop"

@@ -3,23 +3,27 @@
 import errno
 import json
 import os
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import trainer.checkpoint.save
+import trainer.reporting.run_report
 import trainer.training.callbacks
 import trainer.training.loop
 from tests.helpers.runs import SmallRun, rank_of_one, seal
 from trainer.checkpoint.layout import RunState, list_checkpoints, read_state
 from trainer.checkpoint.save import Checkpoints
-from trainer.errors import InputError
+from trainer.errors import InputError, RunStopped
 from trainer.evaluation.sampled import PositionCounts
 from trainer.files.atomic import LateStorage
 from trainer.reporting.run_log import read_records
 from trainer.run_files import HEADLINE
 from trainer.training.callbacks import Callback
 from trainer.training.loop import train
+from trainer.training.run_context import RunContext
 from trainer.training.step import Trainer
 
 SETTINGS = [
@@ -296,3 +300,129 @@ def test_a_callback_does_nothing_by_default(run):
     assert callback.on_step(RunState(), None) is None
     assert callback.on_validation(RunState(), {}) is None
     assert callback.on_checkpoint(RunState(), run.folder) is None
+
+
+def status_of(run):
+    return json.loads((run.folder / "status.json").read_text())
+
+
+def page_of(run):
+    return (run.folder / "report.html").read_text()
+
+
+class Stop(Callback):
+    """Asks the run to stop after a step, as SIGTERM does, or fails in it."""
+
+    def __init__(self, step, error=None):
+        self.step = step
+        self.error = error
+
+    def on_step(self, state, report):
+        if state.step != self.step:
+            return
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_report_says_that_the_run_trains_has_stopped_and_has_finished(run):
+    config = run.configured(*SETTINGS, "max_steps=4")
+    seen = []
+
+    class Look(Callback):
+        def on_step(self, state, report):
+            seen.append(page_of(run))
+
+    callbacks = [Look(), Stop(2)]
+    with pytest.raises(RunStopped):
+        train(config, run.ranks, callbacks=callbacks)
+    # From the first step on; the next page is due later.
+    assert seen and all("Training, step " in page for page in seen)
+    status = status_of(run)
+    assert status["state"] == "stopped" and status["total_steps"] == 4
+    assert f"Stopped after step {status['step']} of 4" in page_of(run)
+    assert "the same command goes on" in page_of(run)
+    train(config, run.ranks)
+    assert status_of(run)["state"] == "finished"
+    assert "Finished after step 4 of 4" in page_of(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ZeroDivisionError("by the test"), "ZeroDivisionError: by the test."),
+        (InputError("no such disk"), ": no such disk."),
+    ],
+)
+def test_the_report_says_why_the_run_has_failed(run, error, words):
+    config = run.configured(*SETTINGS, "max_steps=3")
+    with pytest.raises(type(error)):
+        train(config, run.ranks, callbacks=[Stop(2, error)])
+    assert status_of(run)["state"] == "failed"
+    assert "Failed after step 2 of 3" in page_of(run)
+    assert words in page_of(run)
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(run, monkeypatch, capsys):
+    real = trainer.reporting.run_report.write_report
+
+    def failing(folder, **options):
+        if status_of(run)["state"] == "training":
+            raise OSError("by the test")
+        return real(folder, **options)
+
+    monkeypatch.setattr(trainer.reporting.run_report, "write_report", failing)
+    train(run.configured(*SETTINGS, "max_steps=2"), run.ranks)
+    assert (
+        "the report stays as it was: OSError: by the test"
+        in capsys.readouterr().err
+    )
+    assert status_of(run)["state"] == "finished"
+
+
+def test_titles_are_looked_at_before_the_first_step(run, steps, tmp_path):
+    file = tmp_path / "titles.csv"
+    file.write_text("item_id,name\n1,x\n")
+    config = run.configured(*SETTINGS, "max_steps=2")
+    with pytest.raises(InputError, match="has no column 'title'"):
+        train(config, run.ranks, titles=str(file))
+    assert not steps and not run.folder.exists()
+    train(config, run.ranks)
+    look = json.loads((run.folder / "look.json").read_text())
+    item = look["items"][0]["item"]
+    file.write_text(f"item_id,title\n{item},A title of its own\n")
+    train(config, run.ranks, titles=str(file))
+    assert "A title of its own" in page_of(run)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (50, [*range(1, 51), 52, 54, 56, 58, 60, 62, 64, 66, 68, 70, 72, 74]),
+        (10, [*range(1, 51), 52, 54, 56, 58, 60, 62, 64, 66, 68, 70, 72, 74]),
+        (2, [*range(1, 51), 52, 54, 56, 58, 60, 62, 64, 66, 68, 70, 72, 74]),
+        (1, range(1, 75)),
+    ],
+)
+def test_all_of_the_first_steps_are_logged_and_then_fewer(every, steps):
+    context = SimpleNamespace(
+        config=SimpleNamespace(log=SimpleNamespace(every=every)),
+        at_last_step=False,
+    )
+    logged = []
+    shown = []
+    for step in range(1, 5001):
+        context.state = RunState(step=step)
+        context.is_shown_step = RunContext.is_shown_step.fget(context)
+        if context.is_shown_step:
+            shown.append(step)
+        if RunContext.is_log_step.fget(context):
+            logged.append(step)
+    assert [step for step in logged if step < 75] == list(steps)
+    assert set(shown) <= set(logged)
+    assert set(shown) == {5, 10, 20, *range(every, 5001, every)}
+    # In the end there is a line every `log.every` steps, and no more.
+    assert [step for step in logged if step > 2500] == list(
+        range(2500 + every, 5001, every)
+    )
+    assert len(logged) <= 5000 / every + 150

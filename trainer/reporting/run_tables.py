@@ -1,0 +1,413 @@
+"""The tables of a run's report: figures by domain, groups of users, transfer, gates, near items."""
+
+from typing import Any
+
+from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.reporting.console import (
+    escape_name,
+    format_number,
+    format_ratio,
+    metric_cells,
+    sentence_on_mean,
+)
+from trainer.reporting.full_ranking_tables import headline
+from trainer.reporting.html import Cell, Table
+from trainer.reporting.plots import Style
+from trainer.reporting.run_records import LAST_SHARE
+from trainer.run_files import HEADLINE
+
+_OVER_USERS = "over users"
+_NOT_COUNTED = " (not in the mean)"
+
+Record = dict[str, Any]
+Titles = dict[str, dict[str, str]]  # by domain: of an item's id
+
+
+def final_table(
+    record: Record | None, domains: list[Style]
+) -> dict[str, Any] | None:
+    """The figures by domain: a row for each domain, and those of means.
+
+    Returns what the template draws, None without an evaluation:
+
+        title       "Test, step 30"
+        note        which domains are too small for the mean, or None
+        columns     ["users", "HR@5", …, "popularity NDCG@10", "ratio"]
+        headline    the index of NDCG@10 among the columns
+        rows        [{label, style, cells}, …]; style is None in the rows of means
+    """
+    if not record:
+        return None
+    evaluation = Evaluation.from_record(record)
+    rows = []
+    for domain in domains:
+        figures = evaluation.figures_of(domain.name)
+        label = _domain_label(evaluation, domain.name)
+        cells = _final_cells(evaluation, figures, figures.users)
+        rows.append({"label": label, "style": domain, "cells": cells})
+    for figures, users in _means(evaluation):
+        cells = _final_cells(evaluation, figures, users)
+        rows.append({"label": figures.name, "style": None, "cells": cells})
+    kind = "Best validation so far"
+    if evaluation.kind == "test":
+        kind = "Test"
+    columns = ["users", *evaluation.metrics]
+    position = None
+    if HEADLINE in columns:
+        position = columns.index(HEADLINE)
+    if evaluation.has_popularity:
+        columns += [f"popularity {HEADLINE}", "ratio"]
+    return {
+        "title": f"{kind}, step {evaluation.step:,}",
+        "note": _note_on_mean(evaluation),
+        "columns": columns,
+        "headline": position,
+        "rows": rows,
+        "too_short": evaluation.too_short,
+        "skipped_users": evaluation.skipped_users,
+    }
+
+
+def _domain_label(evaluation: Evaluation, name: str) -> str:
+    label = escape_name(name)
+    if name in evaluation.small_domains:
+        label += _NOT_COUNTED
+    return label
+
+
+def _means(evaluation: Evaluation) -> list[tuple[DomainFigures, int]]:
+    """The means over domains and over users, with how many users each is of."""
+    small = sum(evaluation.small_domains.values())
+    by_domain = DomainFigures(
+        "mean", evaluation.mean, evaluation.popularity_mean or {}
+    )
+    over_users = DomainFigures(
+        _OVER_USERS,
+        evaluation.user_mean,
+        evaluation.popularity_user_mean or {},
+    )
+    return [
+        (by_domain, evaluation.users - small),
+        (over_users, evaluation.users),
+    ]
+
+
+def _note_on_mean(evaluation: Evaluation) -> str | None:
+    """What the mean leaves out, as a sentence."""
+    sentence = sentence_on_mean(evaluation)
+    if sentence is None:
+        return None
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _final_cells(
+    evaluation: Evaluation, row: DomainFigures, users: int
+) -> list[str]:
+    """A row's users and metrics, and the comparison with popularity where there is one.
+
+    ["204", "0.8800", …, "0.5000", "0.2000", "×2.50"]
+    """
+    cells = [f"{users:,}", *metric_cells(row.model, evaluation.metrics)]
+    if evaluation.has_popularity:
+        popularity = row.popularity_headline
+        cells.append(format_number(popularity))
+        cells.append(format_ratio(row.headline, popularity))
+    return cells
+
+
+def full_ranking_tables(record: Record) -> list[Table]:
+    """A ranking among all items: the figures by domain, and what users are shown."""
+    tables = [_full_table(record)]
+    if record.get("recommended"):
+        tables.append(_recommended_table(record))
+    return tables
+
+
+def groups_tables(record: Record) -> list[Table]:
+    """A ranking among all items: the figures of groups of users."""
+    if not record.get("breakdown"):
+        return []
+    return [_groups_table(record)]
+
+
+def _title_of(record: Record) -> str:
+    """ "Test among all items of the domain" """
+    split = str(record["kind"]).capitalize()
+    return f"{split} among all items of the domain"
+
+
+def _full_table(record: Record) -> Table:
+    """Ranking among all items: a row for each domain, and those of means.
+
+    Behind the metrics stand the confidence interval of NDCG@10, popularity's NDCG@10, and the
+    confidence interval of the difference, coloured where it leaves 0 out.
+    """
+    evaluation = Evaluation.from_record(record)
+    metrics = evaluation.metrics
+    differences = record["difference"]
+    rows = []
+    for row in evaluation.by_domain:
+        label = _domain_label(evaluation, row.name)
+        difference = differences["domains"][row.name]
+        rows.append(_full_row(label, row, row.users, metrics, difference))
+    for means, users in _means(evaluation):
+        key = "user_mean" if means.name == _OVER_USERS else "mean"
+        if key not in differences:
+            continue
+        rows.append(
+            _full_row(means.name, means, users, metrics, differences[key])
+        )
+    columns = [
+        "domain",
+        "users",
+        *metrics,
+        f"{HEADLINE} 95 %",
+        f"popularity {HEADLINE}",
+        "difference 95 %",
+    ]
+    sentences = [
+        "Higher is better. The difference is that to ranking by popularity, blue where the model "
+        "is surely better, red where it is surely worse."
+    ]
+    note = _note_on_mean(evaluation)
+    if note is not None:
+        sentences.append(note)
+    return Table(
+        title=f"{_title_of(record)}, step {evaluation.step:,}",
+        text=" ".join(sentences),
+        columns=columns,
+        rows=rows,
+        totals=len(rows) - len(evaluation.by_domain),
+    )
+
+
+def _full_row(
+    label: str,
+    row: DomainFigures,
+    users: int,
+    metrics: list[str],
+    difference: Record,
+) -> list[Cell]:
+    """A row of a ranking among all items.
+
+    difference: {value, interval} of the model's NDCG@10 less popularity's.
+
+        Books   204   0.0800   …   0.1741   0.1610 to 0.2420   0.1951   −0.0510 to 0.0570
+    """
+    intervals = row.model.get("interval") or {}
+    bounds = difference["interval"]
+    sense = ""
+    if bounds is not None and bounds[0] > 0:
+        sense = "better"
+    elif bounds is not None and bounds[1] < 0:
+        sense = "worse"
+    cells = [Cell(label), Cell(f"{users:,}")]
+    for text in metric_cells(row.model, metrics):
+        cells.append(Cell(text))
+    cells.append(Cell(_interval(intervals.get(HEADLINE))))
+    cells.append(Cell(format_number(row.popularity.get(HEADLINE))))
+    cells.append(Cell(_interval(bounds), sense))
+    return cells
+
+
+def _groups_table(record: Record) -> Table:
+    """The headline metric of each group of users that has any, beside popularity's.
+
+    Books   item popularity   head   66   0.2366   0.1640 to 0.3150   0.5031   ×0.47
+    """
+    metric = headline(record)
+    rows = []
+    for domain, breakdowns in record["breakdown"].items():
+        for breakdown, groups in breakdowns.items():
+            for group, figures in groups.items():
+                if not figures["users"]:
+                    continue
+                intervals = figures.get("interval") or {}
+                popularity = figures.get(f"popularity {metric}")
+                value = figures[metric]
+                texts = [
+                    escape_name(domain),
+                    breakdown,
+                    group,
+                    f"{figures['users']:,}",
+                    format_number(value),
+                    _interval(intervals.get(metric)),
+                    format_number(popularity),
+                    format_ratio(value, popularity),
+                ]
+                rows.append([Cell(text) for text in texts])
+    columns = [
+        "domain",
+        "users by",
+        "group",
+        "users",
+        metric,
+        f"{metric} 95 %",
+        f"popularity {metric}",
+        "ratio",
+    ]
+    return Table(
+        title=f"{_title_of(record)}: groups of users",
+        text="By popularity of the held-out item (thirds of the domain's interactions), by length "
+        "of the history, and by how much of it lies in the domain: users with none there are whom "
+        "cross-domain training is for. A ratio above ×1 beats popularity.",
+        columns=columns,
+        rows=rows,
+        words=("users by", "group"),
+    )
+
+
+def _recommended_table(record: Record) -> Table:
+    """Catalogue coverage and the Gini index of what all users are recommended."""
+    by_domain = record["recommended"]
+    names = list(next(iter(by_domain.values())))
+    evaluation = Evaluation.from_record(record)
+    rows = []
+    for domain, figures in by_domain.items():
+        users = evaluation.figures_of(domain).users
+        texts = [
+            escape_name(domain),
+            f"{users:,}",
+            f"{figures['items']:,}",
+            *metric_cells(figures, names[1:]),
+        ]
+        rows.append([Cell(text) for text in texts])
+    return Table(
+        title=f"{_title_of(record)}: what users are shown",
+        text="Coverage: the share of the catalogue that anybody is shown; higher is better for "
+        "long-tailed catalogues. Gini: 0 where all items are shown alike often, 1 where one item "
+        "has everything; lower is more even.",
+        columns=["domain", "test users", *names],
+        rows=rows,
+    )
+
+
+def transfer_table(
+    gaps: dict[str, float],
+    weights: dict[str, float],
+    best_weights: dict[str, float | None],
+    users: dict[str, int],
+) -> Table | None:
+    """φ and λ by domain at the end of the run, and λ of the best model; None where there is neither.
+
+    gaps, weights: means at the end. users: evaluated ones.
+    """
+    names = list(dict.fromkeys([*gaps, *weights, *best_weights]))
+    if not names:
+        return None
+    columns = ["domain", "users", "φ at the end"]
+    if weights:
+        columns.append("λ at the end")
+    if best_weights:
+        columns.append("λ of the best model")
+    rows = []
+    for name in names:
+        gap = gaps.get(name)
+        sense = ""
+        if gap is not None:
+            sense = "worse" if gap < 0 else "better"
+        row = [
+            Cell(escape_name(name)),
+            Cell(f"{users.get(name, 0):,}"),
+            Cell(format_signed(gap), sense),
+        ]
+        if weights:
+            row.append(Cell(format_number(weights.get(name), ".3f")))
+        if best_weights:
+            row.append(Cell(format_number(best_weights.get(name), ".3f")))
+        rows.append(row)
+    return Table(
+        title="Transfer at the end of the run",
+        text="φ above 0 (blue): the other domains help this one; below 0 (red): they harm it, "
+        "which is negative transfer. λ is a domain's weight in the loss, 1 where all weigh alike: "
+        "below 1 the loss correction holds the domain back. At the end: means over the last "
+        f"{LAST_SHARE:.0%} of the steps.",
+        columns=columns,
+        rows=rows,
+    )
+
+
+def format_signed(value: float | None) -> str:
+    """+0.125, −0.125 with a true minus; a dash for none."""
+    if value is None:
+        return "–"
+    text = f"{value:+.3f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def gates_table(gates: Record) -> dict[str, Any] | None:
+    """Mean weights of the experts (columns), by domains of both views (rows); None without gates.
+
+    gates: as an inspection has them (trainer/evaluation/inspect.py), here of two experts:
+
+        {"cross": {"Books": [0.8, 0.2], "Toys": [0.4, 0.6]}, "single": {"Books": [0.5, 0.5]}}
+
+    Returns experts, their names, and rows of label and cells: text, shade (0 to 1), and whether it
+    is a dark one.
+    """
+    labels = {"cross": "cross-domain gate: {}", "single": "{}, its own gate"}
+    rows = []
+    experts: list[str] = []
+    for view, label in labels.items():
+        by_domain = gates.get(view) or {}
+        for name, weights in by_domain.items():
+            cells = []
+            experts = [f"expert {index + 1}" for index in range(len(weights))]
+            # Even weights are half as dark as can be.
+            whole = max(2 / len(weights), *weights)
+            for weight in weights:
+                shade = weight / whole
+                cells.append(
+                    {
+                        "text": f"{weight:.2f}",
+                        "shade": f"{shade:.2f}",
+                        "dark": shade > 0.6,
+                    }
+                )
+            text = label.format(escape_name(name))
+            rows.append({"label": text, "cells": cells})
+    if not rows:
+        return None
+    return {"experts": experts, "rows": rows}
+
+
+def nearest_items(
+    items: list[Record], titles: Titles
+) -> dict[str, list[dict[str, Any]]]:
+    """Tables of what lies near an item: one for each domain, a row for each of its items.
+
+    items: as an inspection has them (trainer/evaluation/inspect.py). An item without a title goes
+    by its id. Returns
+
+        {"Books": [{"item": "Emma", "near": [("Books", ["Persuasion (0.93)"]), ("Toys", [])]}]}
+    """
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        near = []
+        for domain, neighbours in item["nearest"].items():
+            texts = []
+            for neighbour, cosine in neighbours:
+                title = _title(titles, domain, neighbour)
+                texts.append(f"{title} ({cosine:.2f})")
+            near.append((escape_name(domain), texts))
+        row = {
+            "item": _title(titles, item["domain"], item["item"]),
+            "near": near,
+        }
+        rows = tables.setdefault(escape_name(item["domain"]), [])
+        rows.append(row)
+    return tables
+
+
+def _title(titles: Titles, domain: str, item: str) -> str:
+    title = titles.get(domain, {}).get(item)
+    return escape_name(title or item)
+
+
+def _interval(bounds: list[float] | None) -> str:
+    """0.3000 to 0.4000, with true minus signs; a dash for none."""
+    if bounds is None:
+        return "–"
+    low, high = bounds
+    text = f"{low:.4f} to {high:.4f}"
+    return text.replace("-", "\N{MINUS SIGN}")
