@@ -26,7 +26,7 @@ from trainer.config.serving import HistoriesConfig
 from trainer.data.duckdb_engine import escape_sql, open_engine
 from trainer.data.format.dataset import USERS, Dataset
 from trainer.data.loading.histories import Histories
-from trainer.data.prepare.logs import find_files, open_ids, open_log
+from trainer.data.logs.duckdb_logs import find_files, open_ids, open_log
 from trainer.data.prepare.pipeline import file_state
 from trainer.errors import InputError
 from trainer.files.progress import Stages

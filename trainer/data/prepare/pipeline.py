@@ -45,6 +45,7 @@ from trainer.data.duckdb_engine import (
     query_value,
 )
 from trainer.data.format.dataset import FORMAT_VERSION, Dataset
+from trainer.data.logs.duckdb_logs import find_files, open_log, summarize_error
 from trainer.data.prepare.assembly import assemble
 from trainer.data.prepare.extend import (
     load_extendable,
@@ -52,7 +53,6 @@ from trainer.data.prepare.extend import (
 )
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
-from trainer.data.prepare.logs import find_files, open_log, summarize_error
 from trainer.data.prepare.numbering import number_ids
 from trainer.data.prepare.shard_writing import write_part
 from trainer.data.prepare.stored_log import (

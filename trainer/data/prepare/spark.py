@@ -52,7 +52,7 @@ except ImportError as error:
         f"Spark is not installed ({error}): pip install 'syncrec-trainer[spark]'"
     ) from None
 
-from trainer.data.prepare.spark_logs import (
+from trainer.data.logs.spark_logs import (
     SPARK_ERRORS,
     Input,
     escape_glob,

@@ -23,7 +23,7 @@ from duckdb import DuckDBPyConnection
 from trainer.config.prepare import TIME_UNITS, PrepareConfig
 from trainer.data.duckdb_engine import escape_sql, query_time_span, query_value
 from trainer.data.format.dataset import Dataset
-from trainer.data.prepare.logs import open_log
+from trainer.data.logs.duckdb_logs import open_log
 from trainer.errors import InputError
 
 LOG = "log"

@@ -1,4 +1,4 @@
-"""Reading interaction logs with Spark: the rows, types and refusals of `logs.py`.
+"""Reading interaction logs with Spark: the rows, types and refusals of `duckdb_logs.py`.
 
 Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's tasks, a file a
 task: Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for
@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from trainer.data.duckdb_engine import escape_sql, open_connection
-from trainer.data.prepare.logs import (
+from trainer.data.logs.duckdb_logs import (
     SUFFIXES,
     check_columns,
     find_files,
@@ -241,7 +241,7 @@ def open_log(
 
     Ids are bigint or string, domain is string, time bigint or double.
     scratch: a new folder for copies of text files.
-    Raises InputError, as `logs.open_log` does.
+    Raises InputError, as `duckdb_logs.open_log` does.
     """
     groups = []
     for group in _group_inputs(spark, inputs, columns, domain, scratch):
