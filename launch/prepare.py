@@ -76,12 +76,18 @@ class Options(LogColumns):
         None,
         metavar="N",
     )
+    min_domain: int | None = option(
+        "leave out domains with fewer interactions or one item (default: 0, or "
+        "the extended dataset's)",
+        None,
+        metavar="N",
+    )
     seed: int | None = option(
         "of the shuffle of users (default: 0, or the extended dataset's)", None
     )
     streams: int | None = option(
-        "at least as many as ranks, best a multiple of them (default: 64, or "
-        "the extended dataset's)",
+        "at least as many as ranks, best a multiple of them (default: 64, fewer "
+        "for few users, or the extended dataset's)",
         None,
         metavar="N",
     )
@@ -104,9 +110,9 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 
 def prepare_config(options: Options) -> PrepareConfig:
     """What to prepare. Raises InputError where the engine cannot do it."""
-    windowed = options.since or options.days
+    windowed = options.since is not None or options.days is not None
     if options.engine == "spark" and (
-        options.extend or options.keep_log or windowed
+        options.extend is not None or options.keep_log or windowed
     ):
         raise InputError(
             "--engine spark prepares whole logs: --extend, --keep-log and windows are DuckDB's"

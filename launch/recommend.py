@@ -76,10 +76,7 @@ def main() -> None:
     asked = HistoriesConfig(
         inputs=options.input,
         users=options.users,
-        user_column=options.user_column,
-        item_column=options.item_column,
-        domain_column=options.domain_column,
-        time_column=options.time_column,
+        **options.log_settings(),
         log_domain=options.log_domain,
         memory=options.memory,
         part_users=options.part_users,

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainer.config.logs import LogFormat
 from trainer.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _BYTES_BY_UNIT = {
 _LOWER_BOUNDS = {
     "min_user": 0,
     "min_item": 0,
+    "min_domain": 0,
     "seed": 0,
     "streams": 1,
     "shard_users": 2,
@@ -36,12 +38,15 @@ _LOWER_BOUNDS = {
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(LogFormat):
     """Which logs to prepare, and how.
 
     domain: names the one domain of logs without a domain column.
     min_user, min_item: drop users and items with fewer interactions, again and again until none
     is left to drop (the k-core).
+    min_domain: leave out domains with fewer interactions, and those with a single item, which
+    has no other to be told from.
+    streams: None: 64, fewer where there are few users.
     extend: the folder of a dataset that these logs extend. Its items keep their rows of M where
     they can.
     keep_log: the dataset keeps its log, so that it can be extended.
@@ -54,15 +59,12 @@ class PrepareConfig:
 
     inputs: tuple[str, ...]
     output: str
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    domain_column: str = "domain"
-    time_column: str = "timestamp"
     domain: str | None = None
     min_user: int = 0
     min_item: int = 0
+    min_domain: int = 0
     seed: int = 0
-    streams: int = 64
+    streams: int | None = None
     shard_users: int = 32768
     block_users: int = 1024
     extend: str | None = None
@@ -76,16 +78,19 @@ class PrepareConfig:
     processes: int = 0  # 0: as many as this process may use cores
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, bound in _LOWER_BOUNDS.items():
             value = getattr(self, name)
-            if value < bound:
+            if value is not None and value < bound:
                 raise InputError(
                     f"{name} is {value}: it must be at least {bound}"
                 )
-        if self.domain == "":
-            raise InputError(
-                "domain is empty: give the one domain of these logs a name"
-            )
+        self.check_domain("domain", self.domain)
+        for name in ("extend", "since"):
+            if getattr(self, name) == "":
+                raise InputError(
+                    f"{name} is empty: is a variable not set? Give it a value"
+                )
         for name in ("whole_log", "retire"):
             if getattr(self, name) and self.extend is None:
                 raise InputError(
@@ -105,16 +110,6 @@ class PrepareConfig:
     def memory_bytes(self) -> int:
         """`memory` in bytes."""
         return memory_bytes(self.memory)
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns' names by role."""
-        return {
-            "user": self.user_column,
-            "item": self.item_column,
-            "domain": self.domain_column,
-            "time": self.time_column,
-        }
 
 
 def memory_bytes(text: str) -> int:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from trainer.config.serving import HistoriesConfig
 from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.loading.stream import DamageLog
-from trainer.data.logs.duckdb_logs import summarize_error
+from trainer.data.logs.duckdb_groups import summarize_error
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError

@@ -26,8 +26,8 @@ from trainer.config.serving import HistoriesConfig
 from trainer.data.duckdb_engine import escape_sql, open_engine
 from trainer.data.format.dataset import USERS, Dataset
 from trainer.data.loading.histories import Histories
-from trainer.data.logs.duckdb_logs import find_files, open_ids, open_log
-from trainer.data.prepare.pipeline import file_state
+from trainer.data.logs.duckdb_logs import open_ids, open_log
+from trainer.data.logs.files import find_logs
 from trainer.errors import InputError
 from trainer.files.progress import Stages
 
@@ -86,10 +86,10 @@ def describe_request(config: HistoriesConfig) -> dict[str, Any]:
     request = asdict(config)
     del request["memory"]
     del request["inputs"]
-    request["input"] = [file_state(file) for file in find_files(config.inputs)]
-    request["users"] = [
-        file_state(file) for file in find_files(_user_files(config))
-    ]
+    request["input"] = [log.state for log in find_logs(config.inputs)]
+    request["users"] = [log.state for log in find_logs(_user_files(config))]
+    if config.items is not None:
+        request["items"] = [log.state for log in find_logs([config.items])]
     return request
 
 
@@ -120,7 +120,7 @@ def write_histories(
         if config.users:
             open_ids(
                 connection,
-                find_files(_user_files(config)),
+                find_logs(_user_files(config)),
                 config.user_column,
             )
         source: _LogHistories | _DatasetHistories
@@ -184,13 +184,8 @@ class _LogHistories:
         self.unknown = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
         with stages("reading the logs"):
-            logs = find_files(config.inputs)
-            open_log(
-                connection,
-                logs,
-                _columns(config),
-                config.log_domain,
-            )
+            logs = find_logs(config.inputs, verbose=True)
+            open_log(connection, logs, config, config.log_domain)
             wanted = "SELECT DISTINCT user_id FROM log"
             if config.users:
                 wanted = "SELECT user_id FROM ids"
@@ -367,16 +362,6 @@ def _user_files(config: HistoriesConfig) -> list[str]:
     if config.users:
         return [config.users]
     return []
-
-
-def _columns(config: HistoriesConfig) -> dict[str, str]:
-    """The columns of the logs, by role."""
-    return {
-        "user": config.user_column,
-        "item": config.item_column,
-        "domain": config.domain_column,
-        "time": config.time_column,
-    }
 
 
 def _count_rows(

@@ -8,252 +8,166 @@ The view has the columns
                        no zone
 """
 
-import csv
-import glob
-import gzip
-import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import duckdb
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
 
+from trainer.config.logs import LogFormat
 from trainer.data.duckdb_engine import escape_sql
+from trainer.data.logs.duckdb_groups import (
+    ROLES,
+    Group,
+    group_files,
+    summarize_error,
+)
+from trainer.data.logs.files import LogFile
+from trainer.data.logs.headers import has_two_line_ends
+from trainer.data.logs.item_file import count_unknown_items, open_items
+from trainer.data.logs.reading import MOST_LISTED, BadRow, Reading
+from trainer.data.logs.row_filter import RowFilter, parse_row_filter
 from trainer.errors import InputError
 
-# The delimiter of each kind of file; Parquet has none.
-SUFFIXES = {
-    ".parquet": None,
-    ".csv": ",",
-    ".csv.gz": ",",
-    ".tsv": "\t",
-    ".tsv.gz": "\t",
-}
-_WHOLE = {
-    "TINYINT",
-    "SMALLINT",
-    "INTEGER",
-    "BIGINT",
-    "UTINYINT",
-    "USMALLINT",
-    "UINTEGER",
-}
-# Whole numbers that may not fit int64: their values decide.
-_WIDE = {"UBIGINT", "HUGEINT", "UHUGEINT"}
-_FLOAT = {"FLOAT", "DOUBLE"}
-# And its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS.
-_DATE = ("DATE", "TIMESTAMP")
-_NESTED = ("STRUCT", "MAP", "UNION")
-_LONGEST_REASON = 300
+# What `read_text` says of a row.
+ROW = "row"
+BAD = "bad"
+FILTERED = "filtered"
+_REJECTS = "rejects"
 
 
-@dataclass
-class _Group:
-    """Files of one format with equal columns, which one table function reads together.
-
-    options: what the table function gets beside the files.
-    columns: column name by role, for the roles that the files have a column for.
-    value: SQL expression over `table` by role. type: DuckDB type by role.
-    text: CSV, of which every column is text.
-    is_whole: by role, whether all values are whole numbers that fit int64.
-    """
-
-    files: list[Path]
-    options: str
-    columns: dict[str, str]
-    text: bool
-    value: dict[str, str] = field(default_factory=dict)
-    type: dict[str, str] = field(default_factory=dict)
-    table: str = ""
-    rows: int = 0
-    is_whole: dict[str, bool] = field(default_factory=dict)
-
-    def scan_sql(self, files: list[Path]) -> str:
-        """Returns SQL that reads some of the files.
-
-        An example: read_parquet(['/logs/1.parquet', '/logs/2.parquet'], can_have_nan=true, …)
-        """
-        function = "read_parquet"
-        if self.text:
-            function = "read_csv"
-        literals = []
-        for file in files:
-            literals.append(_path_literal(file))
-        paths = ", ".join(literals)
-        return f"{function}([{paths}], {self.options})"
-
-    def missing_sql(self, role: str) -> str:
-        """Returns SQL for: the value is missing.
-
-        An empty text is what CSV has for it, a NaN what a float column has.
-
-            type       of a column user_id
-            VARCHAR    ("user_id" IS NULL OR "user_id" = '')
-            DOUBLE     ("user_id" IS NULL OR NOT isfinite("user_id"))
-            BIGINT     ("user_id" IS NULL)
-        """
-        value = self.value[role]
-        kind = self.type[role]
-        if kind == "VARCHAR":
-            return f"({value} IS NULL OR {value} = '')"
-        if kind in _FLOAT:
-            return f"({value} IS NULL OR NOT isfinite({value}))"
-        return f"({value} IS NULL)"
-
-    def whole_sql(self, role: str) -> str:
-        """Returns SQL for: the value is a whole number as int64 writes it.
-
-        '007' and '1e3' are text. Where the type decides, no value is looked at.
-        """
-        kind = self.type[role]
-        is_text_time = role == "time" and kind == "VARCHAR"
-        values_decide = self.text or kind in _WIDE or is_text_time
-        if not values_decide:
-            is_whole = kind in _WHOLE
-            return str(is_whole)
-        value = f"{self.value[role]}::VARCHAR"
-        number = f"TRY_CAST({value} AS BIGINT)::VARCHAR"
-        return f"coalesce({number} = {value}, false)"
-
-
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """Finds the log files behind paths, folders and globs, sorted, each once.
-
-    Folders are searched through, and other files in them ignored.
-    Raises InputError: a path that does not exist, a folder without logs, a named file that is
-    no log, an empty file.
-    """
-    files = set()
-    for text in inputs:
-        for log in _find_logs(text):
-            files.add(log.resolve())
-    for path in files:
-        status = path.stat()
-        if status.st_size == 0:
-            raise InputError(
-                f"{path} is empty (0 bytes): remove it or write it again"
-            )
-    return sorted(files)
-
-
-def _find_logs(text: str | Path) -> list[Path]:
-    """Finds the logs behind one path, folder or glob."""
-    path = Path(text)
-    paths = [path]
-    if not path.exists():
-        matches = glob.glob(str(text), recursive=True)
-        paths = [Path(match) for match in matches]
-        paths.sort()
-    if not paths:
+def check_format(connection: DuckDBPyConnection, log_format: LogFormat) -> None:
+    """Raises InputError for an expression or a format of times that cannot be."""
+    _parse_where(log_format)
+    if log_format.time_format is None:
+        return
+    time_format = escape_sql(log_format.time_format)
+    try:
+        connection.execute(f"SELECT try_strptime('', '{time_format}')")
+    except duckdb.Error:
         raise InputError(
-            f"input {text} does not exist: give a file, a folder or a glob"
-        )
-    suffixes = ", ".join(SUFFIXES)
-    logs = []
-    for path in paths:
-        if path.is_dir():
-            logs += _find_logs_in(path)
-        elif suffix_of(path) in SUFFIXES:
-            logs.append(path)
-        elif len(paths) == 1:
-            raise InputError(
-                f"input {path} is no log: the name must end in {suffixes}"
-            )
-    if not logs:
-        raise InputError(
-            f"input {text} holds no log: names must end in {suffixes}"
-        )
-    return logs
+            f"time_format {log_format.time_format!r} is none that strptime knows: "
+            "write it as '%d/%m/%Y %H:%M'"
+        ) from None
 
 
-def _find_logs_in(folder: Path) -> list[Path]:
-    logs = []
-    for path in folder.rglob("*"):
-        if path.is_file() and suffix_of(path) in SUFFIXES:
-            logs.append(path)
-    return logs
-
-
-def suffix_of(path: Path) -> str | None:
-    """Returns the key of SUFFIXES that a path ends in."""
-    name = path.name.lower()
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return suffix
-    return None
+def _parse_where(log_format: LogFormat) -> RowFilter | None:
+    if log_format.where is None:
+        return None
+    return parse_row_filter(log_format.where)
 
 
 def open_log(
     connection: DuckDBPyConnection,
-    files: list[Path],
-    columns: dict[str, str],
+    files: list[LogFile],
+    log_format: LogFormat,
     domain: str | None = None,
     view: str = "log",
-) -> bool:
-    """Makes the view `log` over the files. Returns whether their times are dates.
+) -> Reading:
+    """Makes the view `log` over the files. Returns what became of their rows.
 
-    columns: the columns' names by role: user, item, domain, time.
     domain: the one domain of all rows, in place of a column.
     Raises InputError, naming file and row: a missing column, a file that cannot be read, an
     empty id, a time that is neither number nor date, no rows at all.
     """
     connection.execute("SET TimeZone = 'UTC'")
+    check_format(connection, log_format)
+    wanted, constants = columns_to_read(log_format, domain)
+    reading = Reading()
     groups = []
-    all_groups = _group_files(connection, files, columns, domain)
+    all_groups = group_files(
+        connection,
+        files,
+        log_format,
+        wanted,
+        constants,
+        _parse_where(log_format),
+    )
     for number, group in enumerate(all_groups):
-        _inspect(connection, group, f"text_{number}")
+        inspection = _Inspection(connection, group, log_format, reading)
+        inspection.run(f"text_{number}")
         if group.rows:
             groups.append(group)
-    if not groups:
-        logs = str(files[0])
-        if len(files) > 1:
-            logs += f" and {len(files) - 1} more"
-        raise InputError(f"{logs}: no rows, nothing to prepare")
+            reading.rows += group.rows
+    reading.require_rows([str(file.path) for file in files])
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
-    times, dates = _parse_times(connection, groups)
+    times, reading.dates = _parse_times(groups)
     selects = []
     for group, time in zip(groups, times, strict=True):
-        user = group.value["user"]
-        item = group.value["item"]
-        domain_value = group.value["domain"]
+        domain_sql = '"domain"::VARCHAR'
+        if log_format.items is not None:
+            domain_sql = "NULL::VARCHAR"
         selects.append(f"""
             SELECT
-                {user}::{user_type} AS user_id,
-                {item}::{item_type} AS item_id,
-                {domain_value}::VARCHAR AS domain,
+                "user"::{user_type} AS user_id,
+                "item"::{item_type} AS item_id,
+                {domain_sql} AS domain,
                 {time} AS "time"
-            FROM {group.table}""")
+            FROM {group.table}
+            WHERE NOT {group.bad}""")
     rows = " UNION ALL ".join(selects)
+    if log_format.items is not None:
+        rows = _join_items(connection, rows, log_format, reading)
     connection.execute(f"CREATE OR REPLACE VIEW {view} AS {rows}")
-    return dates
+    return reading
+
+
+def columns_to_read(
+    log_format: LogFormat, domain: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the columns of the logs by role, and texts by role in place of columns."""
+    wanted = log_format.column_by_role
+    constants = {}
+    if domain is not None or log_format.items is not None:
+        del wanted["domain"]
+    if domain is not None:
+        constants["domain"] = domain
+    return wanted, constants
+
+
+def _join_items(
+    connection: DuckDBPyConnection,
+    rows: str,
+    log_format: LogFormat,
+    reading: Reading,
+) -> str:
+    """Returns a query of the rows with the domains of the file of items."""
+    open_items(connection, log_format)
+    reading.unknown_items = count_unknown_items(connection, rows)
+    if not log_format.skips_bad_rows:
+        reading.refuse_unknown_items(str(log_format.items))
+    reading.rows -= sum(reading.unknown_items.values())
+    reading.require_rows([str(log_format.items)])
+    return f"""
+        SELECT r.user_id, r.item_id, i.domain, r."time"
+        FROM ({rows}) r
+        JOIN domain_of_item i ON r.item_id::VARCHAR = i.item"""
 
 
 def open_ids(
     connection: DuckDBPyConnection,
-    files: list[Path],
+    files: list[LogFile],
     column: str,
 ) -> None:
     """Makes the table `ids` of the distinct values of a column: `user_id`, typed as in `log`.
 
     Raises InputError as `open_log` does; files without a row are allowed.
     """
-    groups = _group_files(connection, files, {"user": column}, None)
+    log_format = LogFormat(user_column=column)
+    groups = group_files(connection, files, log_format, {"user": column}, {})
     groups_with_rows = []
     for number, group in enumerate(groups):
-        _inspect(connection, group, f"ids_{number}")
+        inspection = _Inspection(connection, group, log_format, Reading())
+        inspection.run(f"ids_{number}")
         if group.rows:
             groups_with_rows.append(group)
     user_type = _common_id_type(groups_with_rows, "user")
     selects = []
     for group in groups:
-        value = group.value["user"]
         selects.append(f"""
-            SELECT {value}::{user_type} AS user_id
+            SELECT "user"::{user_type} AS user_id
             FROM {group.table}""")
     rows = " UNION ALL ".join(selects)
     connection.execute(f"""
@@ -262,7 +176,7 @@ def open_ids(
             FROM ({rows})""")
 
 
-def _common_id_type(groups: list[_Group], role: str) -> str:
+def _common_id_type(groups: list[Group], role: str) -> str:
     """Returns BIGINT if all ids of all files are whole numbers, else VARCHAR."""
     for group in groups:
         if not group.is_whole[role]:
@@ -272,349 +186,378 @@ def _common_id_type(groups: list[_Group], role: str) -> str:
 
 def read_text(
     connection: DuckDBPyConnection,
-    path: Path,
-    columns: dict[str, str],
+    file: LogFile,
+    log_format: LogFormat,
     domain: str | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of one CSV or TSV file in Arrow batches.
+    """Yields the rows of one file of text in Arrow batches.
 
-    Their columns are row (int64, from 1), and by role, all as text, user, item, domain, time.
+    Their columns are state, row (int64, from 1), user, item, domain, time and fault, all text
+    but row. The state says what it is: a row; a bad row, with its fault; or how many rows were
+    filtered out, as `row`.
     Raises InputError, naming the file: a missing column, a file that cannot be read.
     """
-    (group,) = _group_files(connection, [path], columns, domain)
-    columns_sql = ["row_number() OVER () AS row"]
-    for role, value in group.value.items():
-        columns_sql.append(f"{value}::VARCHAR AS {role}")
-    selected = ", ".join(columns_sql)
-    source = group.scan_sql([path])
-    query = f"""
-        SELECT {selected}
-        FROM {source}"""
+    wanted, constants = columns_to_read(log_format, domain)
+    (group,) = group_files(
+        connection,
+        [file],
+        log_format,
+        wanted,
+        constants,
+        _parse_where(log_format),
+    )
+    inspection = _Inspection(connection, group, log_format, Reading())
     try:
-        rows = connection.sql(query)
+        inspection.copy_text("text_rows", numbered=True)
+        rows = connection.sql(_text_rows_sql(group, inspection))
         yield from rows.to_arrow_reader()
     except (duckdb.Error, pa.ArrowException, OSError) as error:
-        _refuse_unreadable(connection, group, error)
+        inspection.refuse_unreadable(error)
 
 
-def check_columns(
-    path: Path | str,
-    names: list[str],
-    wanted: dict[str, str],
-) -> None:
-    """Raises InputError where a `wanted` column (by role) is missing, or there twice."""
-    for role, name in wanted.items():
-        count = names.count(name)
-        if count == 1:
-            continue
-        state = "no column"
-        if count:
-            state = "more than one column"
-        present = ", ".join(names)
-        raise InputError(
-            f"{path} has {state} {name!r}; "
-            f"it has {present}: "
-            f"name yours with --{role}-column"
+def _text_rows_sql(group: Group, inspection: "_Inspection") -> str:
+    """Returns the query of `read_text` over the table `text_rows`."""
+    columns = []
+    for role in ROLES:
+        value = f'"{role}"::VARCHAR' if role in group.source else "NULL"
+        columns.append(f"{value} AS {role}")
+    roles = ", ".join(columns)
+    nothing = "NULL, NULL, NULL, NULL"
+    bad_rows = ""
+    for reject in inspection.rejects:
+        bad_rows += f"""
+            UNION ALL
+            SELECT '{BAD}', {reject.row}, {nothing}, '{escape_sql(reject.reason)}'"""
+    return f"""
+        SELECT
+            CASE WHEN fault THEN '{BAD}' ELSE '{ROW}' END AS state,
+            {inspection.row_sql(group.files[0])} AS row,
+            {roles},
+            CASE WHEN fault THEN 'is no JSON object' END AS fault
+        FROM text_rows
+        WHERE keep
+        {bad_rows}
+        UNION ALL
+        SELECT '{FILTERED}', count(*), {nothing}, NULL
+        FROM text_rows
+        WHERE NOT keep"""
+
+
+class _Inspection:
+    """Looks through the rows of a group: which can be used, and what they are."""
+
+    def __init__(
+        self,
+        connection: DuckDBPyConnection,
+        group: Group,
+        log_format: LogFormat,
+        reading: Reading,
+    ):
+        self.connection = connection
+        self.group = group
+        self.log_format = log_format
+        self.reading = reading
+        self.skips = log_format.skips_bad_rows
+        self.rejects: list[BadRow] = []  # lines that could not be copied
+
+    def run(self, copy_name: str) -> None:
+        """Fills in table (a copy called `copy_name` for text), rows, is_whole and bad.
+
+        Refuses unreadable files; refuses bad rows, or counts and lists them.
+        """
+        group = self.group
+        try:
+            if group.text:  # parsing is dear: once
+                self.copy_text(copy_name)
+                all_rows = copy_name
+            else:
+                all_rows = f"({group.rows_sql(group.files)})"
+            group.table = f"(SELECT * FROM {all_rows} WHERE keep)"
+            if group.keep != "true":
+                (filtered,) = self._query_row(
+                    ["count(*) FILTER (WHERE NOT keep)"], all_rows
+                )
+                self.reading.filtered += filtered
+            self._inspect()
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error as error:
+            self.refuse_unreadable(error)
+
+    def _inspect(self) -> None:
+        """Counts the rows, and the bad ones among them."""
+        group = self.group
+        faults = group.faults()
+        aggregates = ["count(*)"]
+        for condition in faults.values():
+            aggregates.append(f"count(*) FILTER (WHERE {condition})")
+        for role in group.roles:
+            aggregates.append(f"bool_and({group.whole_sql(role)})")
+        results = self._query_row(aggregates, group.table)
+        first_flag = 1 + len(faults)
+        counts = dict(zip(faults, results[1:first_flag], strict=True))
+        group.rows = results[0]
+        group.is_whole = dict(
+            zip(group.roles, results[first_flag:], strict=True)
+        )
+        if not self.skips:
+            for reason, count in counts.items():
+                if count:
+                    self._refuse_first(reason, faults[reason])
+        if "time" in group.roles and group.rows:
+            self._find_kind_of_time(faults)
+        if self.skips:
+            self._skip(faults)
+
+    def _find_kind_of_time(self, faults: dict[str, str]) -> None:
+        """Sets the kind of time: 'whole', 'float' or 'date'.
+
+        Rows whose time is none are refused, or added to the faults.
+        """
+        group = self.group
+        if group.is_whole["time"]:
+            group.kind_of_time = "whole"
+            return
+        conditions = group.time_conditions()
+        usable = f"NOT {_any_of(faults)}"
+        counts = [f"count(*) FILTER (WHERE {usable})"]
+        for condition in conditions.values():
+            counts.append(f"count(*) FILTER (WHERE {usable} AND {condition})")
+        rows, *results = self._query_row(counts, group.table)
+        fitting_rows = dict(zip(conditions, results, strict=True))
+        best = max(fitting_rows, key=lambda kind: fitting_rows[kind])
+        group.kind_of_time = best
+        if fitting_rows[best] == rows:
+            return
+        is_other = f"NOT {conditions[best]}"
+        expected = expected_time(best, fitting_rows[best] > 0)
+        if group.has_formatted_times:
+            expected = f"a date like {group.time_format}"
+        if not self.skips or not fitting_rows[best]:
+            row = self._first_bad(f"{usable} AND {is_other}", "time")
+            column = group.columns["time"]
+            raise InputError(
+                f"{row} {column!r} is {row.value!r}: a time must be {expected}"
+            )
+        faults[f"{group.columns['time']!r} is not {expected}"] = is_other
+
+    def _skip(self, faults: dict[str, str]) -> None:
+        """Leaves bad rows out, counts and lists them."""
+        group = self.group
+        for reject in self.rejects:
+            self.reading.add_bad(reject.reason, 1)
+            self.reading.list_bad([reject])
+        # Each bad row is counted for its first fault.
+        reason = _first_reason(faults)
+        counts = self.connection.execute(f"""
+            SELECT {reason} AS reason, count(*)
+            FROM {group.table}
+            WHERE reason IS NOT NULL
+            GROUP BY ALL""").fetchall()
+        if not counts:
+            return
+        for text, count in counts:
+            self.reading.add_bad(text, count)
+            group.rows -= count
+        for file in group.files:
+            self.reading.list_bad(self._bad_rows(file, reason))
+        group.bad = _any_of(faults)
+        flags = []
+        for role in group.roles:
+            whole = group.whole_sql(role)
+            flags.append(f"bool_and({whole}) FILTER (WHERE NOT {group.bad})")
+        results = self._query_row(flags, group.table)
+        group.is_whole = dict(zip(group.roles, results, strict=True))
+        if group.is_whole.get("time"):
+            group.kind_of_time = "whole"
+
+    def _bad_rows(self, file: LogFile, reason: str) -> Iterator[BadRow]:
+        """Yields the bad rows of one file."""
+        query = f"""
+            SELECT {self.row_sql(file)} AS row_in_file, {reason} AS reason
+            FROM ({self._numbered_sql(file)})
+            WHERE keep AND reason IS NOT NULL
+            ORDER BY row_in_file
+            LIMIT {MOST_LISTED}"""
+        rows = self.connection.execute(query).fetchall()
+        for row, text in rows:
+            yield BadRow(str(file.path), row, text)
+
+    def _numbered_sql(self, file: LogFile) -> str:
+        """Returns a query of one file's rows with their numbers."""
+        options = ", ignore_errors=true" if self._can_reject else ""
+        return self.group.rows_sql(
+            [file], numbered=True, more_options=options
         )
 
+    def row_sql(self, file: LogFile) -> str:
+        """Returns SQL of a row's number in its file, from that among those that could be read.
 
-def summarize_error(error: Exception) -> str:
-    """Returns the telling part of a DuckDB message, in one line.
+        Of the rows 1 to 5, of which 2 and 4 could not, the second is row 3: before it are those
+        of [2 - 0, 4 - 1] that are at most 2.
+        """
+        befores = []
+        for reject in self.rejects:
+            if reject.file == str(file.path) and reject.row is not None:
+                befores.append(str(reject.row - len(befores)))
+        if not befores:
+            return "row"
+        gaps = ", ".join(befores)
+        return f"row + len(list_filter([{gaps}], lambda gap: gap <= row))"
 
-    The lines "Parser Error: syntax error" and "LINE 1: SELECT FROM" give the first one alone.
-    """
-    lines = []
-    for line in str(error).splitlines():
-        if line.startswith(("Possible", "LINE ", "  file =")):
-            break
-        lines.append(line)
-    text = " ".join(lines)
-    text = " ".join(text.split())
-    return text[:_LONGEST_REASON]
+    @property
+    def _can_reject(self) -> bool:
+        """Whether lines with another number of fields are left out."""
+        return self.skips and self.group.function == "read_csv"
 
-
-def _path_literal(path: Path) -> str:
-    """Returns the SQL literal of a path that DuckDB does not take for a glob."""
-    pattern = glob.escape(str(path))
-    escaped = escape_sql(pattern)
-    return f"'{escaped}'"
-
-
-def _quote(name: str) -> str:
-    """Quotes a column's name for SQL."""
-    escaped = name.replace('"', '""')
-    return f'"{escaped}"'
-
-
-def _group_files(
-    connection: DuckDBPyConnection,
-    files: list[Path],
-    columns: dict[str, str],
-    domain: str | None,
-) -> list[_Group]:
-    """Groups files with equal columns, so that a thousand part files are one scan.
-
-    1.csv        user,item,time            a group
-    2.csv        user,item,time            the same one
-    3.csv        user,time,item            a second one
-    4.parquet    user, item, time          a third one
-    """
-    files_by_layout = defaultdict(list)
-    for path in files:
-        suffix = suffix_of(path)
-        delimiter = SUFFIXES[suffix]
-        if delimiter:
-            header = _read_header(path, delimiter)
-            columns_of_file = []
-            for name in header:
-                columns_of_file.append((name, "VARCHAR"))
-            layout = tuple(columns_of_file)
-        else:
-            layout = _read_parquet_columns(connection, path)
-        files_by_layout[delimiter, layout].append(path)
-    wanted = dict(columns)
-    if domain is not None:
-        wanted.pop("domain", None)
-    groups = []
-    for (delimiter, layout), paths in files_by_layout.items():
-        group = _make_group(delimiter, layout, paths, wanted)
-        if domain is not None:
-            escaped = escape_sql(domain)
-            group.value["domain"] = f"'{escaped}'"
-            group.type["domain"] = "VARCHAR"
-        groups.append(group)
-    return groups
-
-
-def _make_group(
-    delimiter: str | None,
-    layout: tuple[tuple[str, str], ...],
-    paths: list[Path],
-    wanted: dict[str, str],
-) -> _Group:
-    """Makes the group of files with one layout: (column name, DuckDB type) of each column."""
-    names = [name for name, _ in layout]
-    check_columns(paths[0], names, wanted)
-    # Without can_have_nan DuckDB may answer isfinite() from a column's statistics, which leave
-    # NaN out.
-    options = "can_have_nan=true"
-    if delimiter:
-        types = []
-        for number in range(len(names)):
-            types.append(f"'c{number}': 'VARCHAR'")
-        column_types = ", ".join(types)
-        options = f"""
-            auto_detect=false,
-            header=true,
-            delim='{delimiter}',
-            quote='"',
-            escape='"',
-            comment='',
-            columns={{{column_types}}}"""
-    options += ", hive_partitioning=false"
-    group = _Group(paths, options, wanted, text=bool(delimiter))
-    for role, name in wanted.items():
-        number = names.index(name)
-        _, column_type = layout[number]
-        is_list = column_type.endswith("]")
-        if is_list or column_type.startswith(_NESTED):
-            raise InputError(
-                f"{paths[0]}: column {name!r} holds {column_type}, not single values"
+    def copy_text(self, copy_name: str, numbered: bool = False) -> None:
+        """Copies the columns of text files into a table."""
+        options = ""
+        if self._can_reject:
+            for name in (_REJECTS, f"{_REJECTS}_scans"):
+                self.connection.execute(f"DROP TABLE IF EXISTS {name}")
+            options = (
+                f", store_rejects=true, rejects_table='{_REJECTS}', "
+                f"rejects_scan='{_REJECTS}_scans', rejects_limit=0"
             )
-        group.type[role] = column_type
-        group.value[role] = _quote(name)
-        if delimiter:
-            group.value[role] = f"c{number}"
-    return group
+        rows = self.group.rows_sql(self.group.files, numbered, options)
+        self.connection.execute(f"CREATE TABLE {copy_name} AS {rows}")
+        if self._can_reject:
+            self.rejects = self._read_rejects()
+
+    def _read_rejects(self) -> list[BadRow]:
+        header = 0 if self.log_format.columns else 1
+        rows = self.connection.execute(f"""
+            SELECT file_path, line, any_value(error_message)
+            FROM {_REJECTS}
+            JOIN {_REJECTS}_scans USING (scan_id, file_id)
+            GROUP BY ALL
+            ORDER BY ALL""").fetchall()
+        rejects = []
+        for file, line, message in rows:
+            reason = " ".join(message.split()).rstrip(".")
+            rejects.append(BadRow(file, line - header, reason))
+        return rejects
+
+    def refuse_unreadable(self, error: Exception) -> NoReturn:
+        """Raises InputError for the first file that cannot be read alone, or else the error."""
+        group = self.group
+        values = ["max(hash(fault, keep))"]
+        for role in group.roles:
+            values.append(f'max(hash("{role}"))')
+        for file in group.files:
+            try:
+                self._query_row(values, f"({self._numbered_sql(file)})")
+            except duckdb.Error as file_error:
+                reason = summarize_error(file_error)
+                if group.text and has_two_line_ends(file):
+                    reason = (
+                        "some line ends are CR LF and others LF: "
+                        "write one kind, e.g. with dos2unix"
+                    )
+                raise InputError(
+                    f"{file.path} cannot be read: {reason}"
+                ) from None
+        raise error
+
+    def _refuse_first(self, reason: str, condition: str) -> NoReturn:
+        """Raises InputError for the first row that has a fault."""
+        for role in self.group.roles:
+            if condition == self.group.missing_sql(role):
+                row = self._first_bad(condition, role)
+                column = self.group.columns.get(role, role)
+                value = row.value or "empty"
+                raise InputError(
+                    f"{row} {column!r} is {value}: every row needs one"
+                )
+        row = self._first_bad(condition, None)
+        raise InputError(f"{row} {reason}: write one object a line")
+
+    def _first_bad(self, condition: str, role: str | None) -> "_ValueAt":
+        """Finds the first row that meets a condition.
+
+        Rows are numbered from 1, the header not counted.
+        """
+        value = "NULL" if role is None else f'"{role}"::VARCHAR'
+        for file in self.group.files:
+            query = f"""
+                SELECT row, {value}
+                FROM ({self._numbered_sql(file)})
+                WHERE keep AND {condition}
+                ORDER BY row
+                LIMIT 1"""
+            rows = self.connection.execute(query).fetchall()
+            if rows:
+                row, text = rows[0]
+                return _ValueAt(file, row, text)
+        raise AssertionError(f"no row with {condition}")
+
+    def _query_row(
+        self, expressions: Sequence[str], table: str
+    ) -> tuple[Any, ...]:
+        """Returns the one row of a query of aggregates."""
+        selected = ", ".join(expressions)
+        query = f"SELECT {selected} FROM {table}"
+        rows = self.connection.execute(query).fetchall()
+        (row,) = rows
+        return row
 
 
-def _read_header(path: Path, delimiter: str) -> list[str]:
-    """Reads the column names of a CSV or TSV file."""
-    open_text = open
-    if path.suffix.lower() == ".gz":
-        open_text = gzip.open
-    try:
-        with open_text(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream, delimiter=delimiter)
-            return next(rows, [])
-    except (
-        OSError,
-        EOFError,
-        UnicodeDecodeError,
-        zlib.error,
-        csv.Error,
-    ) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+class _ValueAt:
+    """A value, and the row of a file that has it."""
+
+    def __init__(self, file: LogFile, row: int, value: str | None):
+        self.file = file
+        self.row = row
+        self.value = value
+
+    def __str__(self) -> str:
+        """As a message begins: FILE: row 3:"""
+        return f"{self.file.path}: row {self.row}:"
 
 
-def _read_parquet_columns(
-    connection: DuckDBPyConnection, path: Path
-) -> tuple[tuple[str, str], ...]:
-    """Reads the (name, DuckDB type) of a Parquet file's columns."""
-    source = f"read_parquet({_path_literal(path)}, hive_partitioning=false)"
-    try:
-        query = f"DESCRIBE SELECT * FROM {source}"
-        rows = connection.execute(query).fetchall()
-    except duckdb.Error as error:
-        raise InputError(
-            f"{path} cannot be read: {summarize_error(error)}"
-        ) from None
-    columns = []
-    for name, column_type, *_ in rows:
-        columns.append((name, column_type))
-    return tuple(columns)
+def _any_of(conditions: dict[str, str]) -> str:
+    """Returns SQL for: one of the conditions holds."""
+    return "(" + " OR ".join(conditions.values()) + ")"
 
 
-def _inspect(
-    connection: DuckDBPyConnection,
-    group: _Group,
-    copy_name: str,
-) -> None:
-    """Fills in table (a copy called `copy_name` for CSV), rows and is_whole.
-
-    Refuses unreadable files and missing ids.
-    """
-    roles = list(group.value)
-    aggregates = ["count(*)"]
-    for role in roles:
-        missing = group.missing_sql(role)
-        aggregates.append(f"count(*) FILTER (WHERE {missing})")
-    for role in roles:
-        whole = group.whole_sql(role)
-        aggregates.append(f"bool_and({whole})")
-    group.table = group.scan_sql(group.files)
-    try:
-        if group.text:  # parsing is dear: once
-            _copy_text(connection, group, copy_name)
-        results = _query_row(connection, aggregates, group.table)
-    except duckdb.OutOfMemoryException:
-        raise
-    except duckdb.Error as error:
-        _refuse_unreadable(connection, group, error)
-    first_flag = 1 + len(roles)
-    group.rows = results[0]
-    missing_counts = results[1:first_flag]
-    whole_flags = results[first_flag:]
-    for role, missing in zip(roles, missing_counts, strict=True):
-        if missing:
-            condition = group.missing_sql(role)
-            path, row, text = _first_row(connection, group, role, condition)
-            value = text or "empty"
-            column = group.columns[role]
-            raise InputError(
-                f"{path}: row {row}: {column!r} is {value}: every row needs one"
-            )
-    group.is_whole = dict(zip(roles, whole_flags, strict=True))
+def _first_reason(faults: dict[str, str]) -> str:
+    """Returns SQL of a row's first fault in words, NULL for none."""
+    cases = []
+    for reason, condition in faults.items():
+        cases.append(f"WHEN {condition} THEN '{escape_sql(reason)}'")
+    return f"CASE {' '.join(cases)} END"
 
 
-def _query_row(
-    connection: DuckDBPyConnection,
-    expressions: list[str],
-    table: str,
-) -> tuple[Any, ...]:
-    """Returns the one row of a query of aggregates."""
-    selected = ", ".join(expressions)
-    query = f"""
-        SELECT {selected}
-        FROM {table}"""
-    rows = connection.execute(query).fetchall()
-    (row,) = rows
-    return row
+def expected_time(best: str, fits: bool) -> str:
+    """Returns what a time must be, in words. fits: some times are of the best kind."""
+    if fits and best == "float":
+        return "a finite number"
+    if fits:
+        return "a date"
+    return "a number or a date; name the format of others with --time-format"
 
 
-def _copy_text(
-    connection: DuckDBPyConnection,
-    group: _Group,
-    copy_name: str,
-) -> None:
-    """Copies the columns of text files into a table, which the group reads from then on."""
-    columns = []
-    for role in group.columns:
-        column = group.value[role]
-        if column not in columns:
-            columns.append(column)
-    selected = ", ".join(columns)
-    connection.execute(f"""
-        CREATE TABLE {copy_name} AS
-            SELECT {selected}
-            FROM {group.table}""")
-    group.table = copy_name
-
-
-def _refuse_unreadable(
-    connection: DuckDBPyConnection,
-    group: _Group,
-    error: Exception,
-) -> NoReturn:
-    """Raises InputError for the first file that cannot be read alone, or else the error."""
-    values = []
-    for value in group.value.values():
-        values.append(f"max(hash({value}))")
-    for path in group.files:
-        source = group.scan_sql([path])
-        try:
-            _query_row(connection, values, source)
-        except duckdb.Error as file_error:
-            reason = summarize_error(file_error)
-            raise InputError(f"{path} cannot be read: {reason}") from None
-    raise error
-
-
-def _first_row(
-    connection: DuckDBPyConnection,
-    group: _Group,
-    role: str,
-    condition: str,
-) -> tuple[Path, int, str | None]:
-    """Finds the first row that meets a condition: its file, number and value.
-
-    Rows are numbered from 1, the header not counted.
-    """
-    column = group.value[role]
-    for path in group.files:
-        source = group.scan_sql([path])
-        query = f"""
-            SELECT number, value
-            FROM (
-                SELECT
-                    row_number() OVER () AS number,
-                    ({condition}) AS bad,
-                    {column}::VARCHAR AS value
-                FROM {source}
-            )
-            WHERE bad
-            ORDER BY number
-            LIMIT 1"""
-        rows = connection.execute(query).fetchall()
-        if rows:
-            number, value = rows[0]
-            return path, number, value
-    raise AssertionError(f"no row with {condition}")
-
-
-def _parse_times(
-    connection: DuckDBPyConnection, groups: list[_Group]
-) -> tuple[list[str], bool]:
+def _parse_times(groups: list[Group]) -> tuple[list[str], bool]:
     """Returns SQL of the time, one a group, all of one kind; and whether they are dates.
 
     kinds              times
-    whole, whole       c3::BIGINT, "t"::BIGINT
-    whole, float       c3::DOUBLE, "t"::DOUBLE
-    date, date         epoch_us(c3::TIMESTAMPTZ), epoch_us("t"::TIMESTAMPTZ)
+    whole, whole       "time"::BIGINT, "time"::BIGINT
+    whole, float       "time"::DOUBLE, "time"::DOUBLE
+    date, date         epoch_us("time"::TIMESTAMPTZ), epoch_us("time"::TIMESTAMPTZ)
     """
-    kinds = [_kind_of_time(connection, group) for group in groups]
-    first_files = [group.files[0] for group in groups]
+    kinds = [group.kind_of_time for group in groups]
+    first_files = [group.files[0].path for group in groups]
     refuse_mixed_times(kinds, first_files, groups[0].columns["time"])
     number_type = "DOUBLE"
     if set(kinds) <= {"whole"}:
         number_type = "BIGINT"
     times = []
     for group, kind in zip(groups, kinds, strict=True):
-        value = group.value["time"]
         if kind == "date":
-            times.append(f"epoch_us({value}::TIMESTAMPTZ)")
+            times.append(f"epoch_us({group.date_sql()})")
         else:
-            times.append(f"{value}::{number_type}")
+            times.append(f'"time"::{number_type}')
     return times, "date" in kinds
 
 
@@ -633,53 +576,4 @@ def refuse_mixed_times(
     raise InputError(
         f"{dated} has dates in {column!r} "
         f"and {numbered} has numbers: write one kind"
-    )
-
-
-def _kind_of_time(connection: DuckDBPyConnection, group: _Group) -> str:
-    """Returns 'whole', 'float' or 'date'.
-
-    Refuses a column that is none of them, naming the first row at fault.
-    """
-    if group.is_whole["time"]:
-        return "whole"
-    conditions = _time_conditions(group)
-    counts = []
-    for condition in conditions.values():
-        counts.append(f"count(*) FILTER (WHERE {condition})")
-    results = _query_row(connection, counts, group.table)
-    fitting_rows = dict(zip(conditions, results, strict=True))
-    best = max(fitting_rows, key=fitting_rows.get)
-    if fitting_rows[best] == group.rows:
-        return best
-    condition = f"NOT {conditions[best]}"
-    path, row, text = _first_row(connection, group, "time", condition)
-    expected = "a number or a date"
-    if fitting_rows[best] and best == "float":
-        expected = "a finite number"
-    elif fitting_rows[best]:
-        expected = "a date"
-    column = group.columns["time"]
-    raise InputError(
-        f"{path}: row {row}: {column!r} is {text!r}: a time must be {expected}"
-    )
-
-
-def _time_conditions(group: _Group) -> dict[str, str]:
-    """Returns SQL for: the value is of the kind, by the kinds of time that the type allows."""
-    value = group.value["time"]
-    column_type = group.type["time"]
-    is_float = f"coalesce(isfinite(TRY_CAST({value} AS DOUBLE)), false)"
-    is_date = f"coalesce(isfinite(TRY_CAST({value} AS TIMESTAMPTZ)), false)"
-    is_decimal = column_type.startswith("DECIMAL")
-    if column_type in _FLOAT | _WIDE or is_decimal:
-        return {"float": is_float}
-    if column_type.startswith(_DATE):
-        return {"date": is_date}
-    if column_type == "VARCHAR":
-        return {"float": is_float, "date": is_date}
-    column = group.columns["time"]
-    raise InputError(
-        f"{group.files[0]}: column {column!r} holds {column_type}: "
-        "a time is a number or a date"
     )

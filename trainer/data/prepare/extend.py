@@ -71,6 +71,7 @@ def read_options(folder: str | Path) -> dict[str, int]:
     if log is not None:
         options["min_user"] = log.min_user
         options["min_item"] = log.min_item
+        options["min_domain"] = log.min_domain
     return options
 
 

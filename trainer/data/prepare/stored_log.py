@@ -24,6 +24,8 @@ from trainer.config.prepare import TIME_UNITS, PrepareConfig
 from trainer.data.duckdb_engine import escape_sql, query_time_span, query_value
 from trainer.data.format.dataset import Dataset
 from trainer.data.logs.duckdb_logs import open_log
+from trainer.data.logs.files import LogFile
+from trainer.data.logs.reading import Reading
 from trainer.errors import InputError
 
 LOG = "log"
@@ -43,6 +45,7 @@ class StoredLog:
     dates: bool
     min_user: int
     min_item: int
+    min_domain: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -76,21 +79,22 @@ class StoredLog:
 def store_log(
     connection: DuckDBPyConnection,
     config: PrepareConfig,
-    files: list[Path],
+    files: list[LogFile],
     old: Dataset | None,
     folder: Path,
-) -> None:
+) -> Reading:
     """Writes the dataset's log into `folder`: the rows that `old` keeps, then new ones.
 
     New rows that are in the old log to the letter (user, item, domain, time) are left out: they
     were delivered twice. Rows from before the window are left out of both. `found.json` says
-    how many there were of either.
+    how many there were of either. Returns what became of the new logs' rows.
     Raises InputError: the new logs cannot be read, or have another kind of time; the window is
     none.
     """
-    dates = open_log(
-        connection, files, config.columns, config.domain, view="arrived"
+    reading = open_log(
+        connection, files, config, config.domain, view="arrived"
     )
+    dates = reading.dates
     old_files = []
     if old is not None and not config.whole_log:
         old_files = sorted((old.folder / LOG).glob("*.parquet"))
@@ -124,6 +128,7 @@ def store_log(
         dates=dates,
         min_user=config.min_user,
         min_item=config.min_item,
+        min_domain=config.min_domain,
     )
     stored_log.save(folder)
     record = {
@@ -133,6 +138,7 @@ def store_log(
     }
     text = json.dumps(record)
     (folder / _COUNTS).write_text(text, encoding="utf-8")
+    return reading
 
 
 def _link_files_in_window(
@@ -204,7 +210,7 @@ def column_type(
 def _check_kind_of_time(
     old: Dataset,
     dates: bool,
-    files: list[Path],
+    files: list[LogFile],
 ) -> None:
     """Raises InputError where new times are dates and old ones numbers, or vice versa."""
     if StoredLog.load(old.folder).dates == dates:
@@ -216,7 +222,7 @@ def _check_kind_of_time(
         new_kind = "dates"
     raise InputError(
         f"{old.folder}: its times are {old_kind}, "
-        f"those of {files[0]} are {new_kind}: write one kind"
+        f"those of {files[0].path} are {new_kind}: write one kind"
     )
 
 
