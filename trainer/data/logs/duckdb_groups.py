@@ -1,10 +1,10 @@
 """Files of logs with equal columns, which DuckDB reads together.
 
-    1.csv                     user,item,time       a group
-    2.csv                     user,item,time       the same one
-    3.csv                     user,time,item       a second one
-    4.parquet                 user, item, time     a third one
-    domain=a/5.parquet        user, item, time     a fourth one, where the domain is wanted
+1.csv                     user,item,time       a group
+2.csv                     user,item,time       the same one
+3.csv                     user,time,item       a second one
+4.parquet                 user, item, time     a third one
+domain=a/5.parquet        user, item, time     a fourth one, where the domain is wanted
 """
 
 import glob
@@ -168,9 +168,7 @@ class Group:
         kind = self.type[role]
         is_text_time = role == "time" and kind == "VARCHAR"
         is_constant = role in self.constants
-        values_decide = (
-            self.text or kind in WIDE or is_text_time or is_constant
-        )
+        values_decide = self.text or kind in WIDE or is_text_time or is_constant
         if role == "time" and self.has_formatted_times:
             return "false"
         if not values_decide:

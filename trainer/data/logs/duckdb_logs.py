@@ -386,9 +386,7 @@ class _Inspection:
     def _numbered_sql(self, file: LogFile) -> str:
         """Returns a query of one file's rows with their numbers."""
         options = ", ignore_errors=true" if self._can_reject else ""
-        return self.group.rows_sql(
-            [file], numbered=True, more_options=options
-        )
+        return self.group.rows_sql([file], numbered=True, more_options=options)
 
     def row_sql(self, file: LogFile) -> str:
         """Returns SQL of a row's number in its file, from that among those that could be read.

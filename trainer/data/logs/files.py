@@ -160,9 +160,9 @@ def _find_logs_behind(
         if path.is_dir():
             for file in _walk(path, passed_over):
                 logs.append(_log_file(file))
-        elif format_of(path) is not None:
+        elif format_of(path, named=path == Path(text)) is not None:
             logs.append(_log_file(path))
-        elif len(paths) == 1:
+        elif path == Path(text):
             raise InputError(
                 f"input {text} is no log: the name must end in {ENDINGS}, "
                 "text also with .gz or .zst behind it"

@@ -1,9 +1,9 @@
 """The columns of text logs: the header line of delimited files, the keys of JSON.
 
-    user_id,item_id,rating          names
-    user_id:token<tab>rating:float  RecBole's: a type behind each name
-    1::31::2.5                      none: the names are given
-    {"user_id": 1, "rating": 2.5}   JSON Lines, an object a line; or one list of objects
+user_id,item_id,rating          names
+user_id:token<tab>rating:float  RecBole's: a type behind each name
+1::31::2.5                      none: the names are given
+{"user_id": 1, "rating": 2.5}   JSON Lines, an object a line; or one list of objects
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The file of items: it has the domain of every item of the logs.
 
-    item_id   title        domain
-    7         Casablanca   drama
-    8         Alien        horror
+item_id   title        domain
+7         Casablanca   drama
+8         Alien        horror
 """
 
 from duckdb import DuckDBPyConnection

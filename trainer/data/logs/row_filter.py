@@ -270,9 +270,7 @@ class _Parser:
             self.next += 1
             value = self._parse_value()
             if value.kind != "text":
-                refuse(
-                    self.text, value.position, "like needs a text, as 'a%'"
-                )
+                refuse(self.text, value.position, "like needs a text, as 'a%'")
             return Comparison(column, "like", (value,))
         if word == "between":
             self.next += 1

@@ -56,9 +56,9 @@ from trainer.data.prepare.extend import (
 )
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
+from trainer.data.prepare.left_out import keep_records
 from trainer.data.prepare.numbering import number_ids
 from trainer.data.prepare.shard_writing import write_part
-from trainer.data.prepare.left_out import keep_records
 from trainer.data.prepare.stored_log import (
     LOG,
     link_log,
@@ -214,9 +214,7 @@ class _Preparation:
             layout = self._run_passes(connection)
         self._write_parts(layout)
         with self._engine() as connection, self.stages("writing vocabularies"):
-            join_parts(
-                work, layout, self.config.seed, connection, self._finish
-            )
+            join_parts(work, layout, self.config.seed, connection, self._finish)
 
     def _engine(self) -> contextlib.AbstractContextManager[DuckDBPyConnection]:
         return open_engine(

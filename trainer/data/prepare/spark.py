@@ -34,10 +34,14 @@ from trainer.data.prepare.ids import (
     reserve_rows,
 )
 from trainer.data.prepare.layout import Layout
+from trainer.data.prepare.left_out import record_left_out
+from trainer.data.prepare.numbering import drops_rare, refuse_nothing_left
 from trainer.data.prepare.pipeline import (
+    DATASET,
     join_parts,
     list_dependencies,
     missing_parts,
+    save_reading,
     warn_of_new_begin,
 )
 from trainer.data.prepare.shard_writing import write_part
@@ -94,8 +98,11 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
         with StagedOutput(config.output, dependencies, fresh) as work:
             warn_of_new_begin(work)
             with _refused_errors(work):
-                _Preparation(spark, config, inputs, work).run()
-            work.deliver("dataset")
+                if not work.done(
+                    DATASET
+                ):  # else killed before it was delivered
+                    _Preparation(spark, config, inputs, work).run()
+                work.deliver(DATASET)
     return Dataset.load(config.output)
 
 
@@ -190,19 +197,21 @@ class _Preparation:
         """The rows of the logs."""
         config = self.config
         scratch = self.scratch_uri("text")
-        return open_log(
+        log, reading = open_log(
             self.spark,
             self.inputs,
-            config.columns,
+            config,
             config.domain,
             scratch,
         )
+        save_reading(self.work, reading)
+        return log
 
     def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
-        if config.min_user > 1 or config.min_item > 1:
-            users, items = self.drop_rare(log)
+        if drops_rare(config):
+            users, items = self.drop_rare(log, folder)
         else:
             users = log.select("user_id").distinct()
             total = F.count("*").alias("total")
@@ -283,11 +292,14 @@ class _Preparation:
         items = items.withColumn("row", row)
         return items.select("domain", "name", "item_id", "total", "item", "row")
 
-    def drop_rare(self, log: DataFrame) -> tuple[DataFrame, DataFrame]:
+    def drop_rare(
+        self, log: DataFrame, folder: Path
+    ) -> tuple[DataFrame, DataFrame]:
         """Returns the users and items of the k-core.
 
         Events are dropped until every user left has `min_user` and every item left `min_item`
-        interactions.
+        interactions, and every domain left `min_domain` and two items. Domains that are left
+        out are recorded in the folder.
         """
         config = self.config
         user = ["user_id"]
@@ -296,6 +308,7 @@ class _Preparation:
         events = F.count("*").alias("total")
         pairs = log.groupBy(*user, *item).agg(events)
         pairs = self.materialize(pairs, "round-0")
+        sizes_before = _domain_sizes(pairs)
         before = None
         count = pairs.count()
         number = 0
@@ -309,6 +322,14 @@ class _Preparation:
                     totals = pairs.groupBy(columns).agg(total)
                     rare = totals.filter(F.col("total") < least)
                     rest = rest.join(rare, columns, "left_anti")
+            if config.min_domain:
+                small = F.sum("total") < config.min_domain
+                single = F.countDistinct("item_id") < 2
+                domains = pairs.groupBy("domain").agg(
+                    (small | single).alias("is_small")
+                )
+                domains = domains.filter("is_small")
+                rest = rest.join(domains, "domain", "left_anti")
             # Kept as files at each round: a plan that grew with the rounds would be worked
             # through anew in each of them.
             pairs = self.materialize(rest, f"round-{number + 1}")
@@ -318,10 +339,9 @@ class _Preparation:
             shutil.rmtree(old_round)
             number += 1
         if not count:
-            raise InputError(
-                f"nothing is left with --min-user {config.min_user} "
-                f"--min-item {config.min_item}: lower them"
-            )
+            refuse_nothing_left(config)
+        if config.min_domain:
+            record_left_out(folder, sizes_before, set(_domain_sizes(pairs)))
         users = pairs.select("user_id").distinct()
         return users, pairs.groupBy(*item).agg(total)
 
@@ -422,6 +442,16 @@ class _Preparation:
     def scratch_uri(self, name: str) -> str:
         """Returns the name of a scratch folder in Spark's terms."""
         return _uri(self.work.scratch / name)
+
+
+def _domain_sizes(pairs: DataFrame) -> dict[str, tuple[int, int]]:
+    """Returns the items and interactions by domain of (user, domain, item, total)."""
+    by_domain = pairs.groupBy("domain")
+    sizes = by_domain.agg(F.countDistinct("item_id"), F.sum("total"))
+    return {
+        name: (items, interactions)
+        for name, items, interactions in sizes.collect()
+    }
 
 
 def _uri(path: Path) -> str:

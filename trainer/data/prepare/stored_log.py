@@ -91,9 +91,7 @@ def store_log(
     Raises InputError: the new logs cannot be read, or have another kind of time; the window is
     none.
     """
-    reading = open_log(
-        connection, files, config, config.domain, view="arrived"
-    )
+    reading = open_log(connection, files, config, config.domain, view="arrived")
     dates = reading.dates
     old_files = []
     if old is not None and not config.whole_log:

@@ -1064,13 +1064,13 @@ def test_the_row_at_fault_is_found_in_a_large_file(tmp_path):
     [
         (["nowhere.csv"], "nowhere.csv does not exist"),
         (["log.csv", "no*.csv"], r"no\*.csv does not exist"),
-        (["notes.txt"], r"notes.txt is no log.*\.parquet"),
+        (["notes.md"], r"notes.md is no log.*\.parquet"),
         (["empty"], "empty holds no log"),
     ],
 )
 def test_an_input_that_is_not_there_is_named(tmp_path, inputs, named):
     write(tmp_path / "log.csv", GOOD)
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=named):
         run(tmp_path / "out", *(tmp_path / name for name in inputs))
