@@ -20,7 +20,7 @@ from typing import Literal
 from rich.console import Console
 
 from launch.options import LogColumns
-from launch.tables import dataset_table
+from launch.tables import dataset_notes, dataset_table
 from trainer.config.command_line import option, parse_options
 from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
@@ -138,7 +138,10 @@ def run_engine(options: Options) -> Dataset:
 def main() -> None:
     """Prepares the dataset and says how large it is."""
     dataset = run_engine(parse())
-    Console().print(dataset_table(dataset, tuple(PERCENTILES)))
+    console = Console()
+    console.print(dataset_table(dataset, tuple(PERCENTILES)))
+    for line in dataset_notes(dataset):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     … -k 1 --domain D                                                  one item of one domain
 
 Written: DIR/domain=NAME/part-*.parquet with user_id, history, rank, item_id, score; and
-DIR/recommend.json. Items of a user's history are left out (--keep-seen keeps them); users who are
+DIR/_recommend.json. Items of a user's history are left out (--keep-seen keeps them); users who are
 new to the model are among them (cold start). Killed, the same command goes on from the finished
 parts.
 """

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.logs import LogFormat
+from trainer.config.prepare import LogFormat
 from trainer.errors import InputError
 
 ITEM_DTYPES = ("fp32", "fp16")

@@ -31,7 +31,9 @@ from trainer.serving.user_histories import (
     write_histories,
 )
 
-RECORD = "recommend.json"
+# Readers of folders pass over names that begin with _, so the rest is one table.
+RECORD = "_recommend.json"
+OLD_RECORD = "recommend.json"  # of version 0.2
 # Letters that Hive's FileUtils.escapePathName quotes.
 _QUOTED = {chr(code) for code in range(32)} | set("\"#%'*/:=?\\{[]^\x7f")
 

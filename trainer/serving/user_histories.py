@@ -32,6 +32,17 @@ from trainer.errors import InputError
 from trainer.files.progress import Stages
 
 COUNTS_FILE = "facts.json"
+# Settings that an earlier version did not have: its outputs are finished ones, too.
+_OPTIONAL = (
+    "columns",
+    "delimiter",
+    "time_format",
+    "where",
+    "items",
+    "items_columns",
+    "items_delimiter",
+    "bad_rows",
+)
 _UNKNOWN_ITEM = -1
 _UNKNOWN_DOMAIN = -2
 _BATCH = 65536
@@ -84,6 +95,11 @@ def check_memory(config: HistoriesConfig) -> None:
 def describe_request(config: HistoriesConfig) -> dict[str, Any]:
     """What the histories depend on besides the dataset, by the options' names: JSON values."""
     request = asdict(config)
+    for name in _OPTIONAL:
+        if not request[name] or (
+            name == "bad_rows" and not config.skips_bad_rows
+        ):
+            del request[name]
     del request["memory"]
     del request["inputs"]
     request["input"] = [log.state for log in find_logs(config.inputs)]

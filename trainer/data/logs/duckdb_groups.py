@@ -16,7 +16,7 @@ from pathlib import Path
 import duckdb
 from duckdb import DuckDBPyConnection
 
-from trainer.config.logs import LogFormat
+from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql
 from trainer.data.logs.files import LogFile
 from trainer.data.logs.headers import (

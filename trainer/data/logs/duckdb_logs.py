@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
 
-from trainer.config.logs import LogFormat
+from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql
 from trainer.data.logs.duckdb_groups import (
     ROLES,

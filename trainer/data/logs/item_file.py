@@ -7,7 +7,7 @@ item_id   title        domain
 
 from duckdb import DuckDBPyConnection
 
-from trainer.config.logs import LogFormat
+from trainer.config.prepare import LogFormat
 from trainer.data.logs.duckdb_groups import group_files
 from trainer.data.logs.files import find_logs
 from trainer.data.logs.reading import NAMED

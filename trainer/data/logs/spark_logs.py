@@ -28,7 +28,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from trainer.config.logs import LogFormat
+from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql, open_connection
 from trainer.data.logs.duckdb_groups import (
     check_columns,

@@ -22,6 +22,7 @@ from trainer.data.format.dataset import (
 )
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
+from trainer.data.prepare.overlap import write_overlap
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 _PARQUET_ROWS = 1 << 17
@@ -83,6 +84,7 @@ def assemble(
         files=tuple(files),
     )
     dataset.save()
+    write_overlap(folder, ids.names, part_folders)
     return dataset
 
 

@@ -54,6 +54,16 @@ class StoredLog:
                 raise TypeError(f"{field.name} is {value!r}")
 
     @classmethod
+    def of(cls, config: PrepareConfig, dates: bool) -> "StoredLog":
+        """Makes the record of a preparation."""
+        return cls(
+            dates=dates,
+            min_user=config.min_user,
+            min_item=config.min_item,
+            min_domain=config.min_domain,
+        )
+
+    @classmethod
     def load(cls, dataset: Path) -> "StoredLog | None":
         """Reads the record of a dataset's folder; returns None for one that keeps no log.
 
@@ -122,12 +132,7 @@ def store_log(
     connection.execute(f"""
         COPY (SELECT * FROM {new_rows} {window})
         TO '{escape_sql(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
-    stored_log = StoredLog(
-        dates=dates,
-        min_user=config.min_user,
-        min_item=config.min_item,
-        min_domain=config.min_domain,
-    )
+    stored_log = StoredLog.of(config, dates)
     stored_log.save(folder)
     record = {
         "begin": begin,

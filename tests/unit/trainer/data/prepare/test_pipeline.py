@@ -598,7 +598,7 @@ def test_a_folder_is_searched_through_and_other_files_are_passed_over(tmp_path):
         tmp_path / "logs/year=2024/it's one.csv", rows[4:10]
     )  # the name before, taken as a glob, is this file too
     write(tmp_path / "logs/[1]/day.parquet", rows[10:])
-    (tmp_path / "logs/truth.json").write_text("{}")
+    (tmp_path / "logs/_truth.json").write_text("{}")
     (tmp_path / "logs/readme.md").write_text("x")
     assert run(tmp_path / "out", tmp_path / "logs").interactions == 30
 
