@@ -69,6 +69,11 @@ class LogColumns:
         None,
         metavar="SIGN",
     )
+    domain_separator: str | None = option(
+        "what stands between several domains of one item; the first counts",
+        None,
+        metavar="SIGN",
+    )
     bad_rows: Literal["stop", "skip"] = option(
         "at a row that cannot be used; skip counts and lists them", "stop"
     )

@@ -248,9 +248,9 @@ def bad_csv(folder: Path) -> Path:
 
 BAD_ROWS = {
     2: "'user_id' is empty",
-    3: "Expected Number of Columns: 4 Found: 3",
+    3: "has 3 fields in place of 4",
     4: "'timestamp' is not a finite number",
-    6: "Expected Number of Columns: 4 Found: 5",
+    6: "has 5 fields in place of 4",
     7: "'domain' is empty",
     10: "'item_id' is empty",
     11: "'timestamp' is empty",

@@ -16,6 +16,7 @@ _MOST_DELIMITER = 4  # bytes
 _EMPTY = {
     "time_format": "give a format such as '%d/%m/%Y %H:%M', or leave it out",
     "items": "give a file, or leave it out",
+    "domain_separator": "give a sign such as '|', or leave it out",
 }
 
 
@@ -29,6 +30,7 @@ class LogFormat:
     where: an expression; only rows for which it holds count (`trainer.data.logs.row_filter`).
     items: a file that has the domain of every item, in `domain_column`.
     items_columns, items_delimiter: `columns` and `delimiter` of that file.
+    domain_separator: what stands between several domains of one item, of which the first counts.
     bad_rows: stop at the first row that cannot be used, or skip such rows and count them.
     """
 
@@ -43,6 +45,7 @@ class LogFormat:
     items: str | None = None
     items_columns: Sequence[str] = ()
     items_delimiter: str | None = None
+    domain_separator: str | None = None
     bad_rows: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:

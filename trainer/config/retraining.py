@@ -90,6 +90,9 @@ class _DaySettings:
         "", "all columns of an items file without a header line"
     )
     items_delimiter: str = setting("", "what divides the fields of items")
+    domain_separator: str = setting(
+        "", "what stands between several domains of one item"
+    )
     bad_rows: str = setting(
         "stop",
         "at a row that cannot be used; skip counts and lists them",

@@ -67,6 +67,7 @@ _LOG_SETTINGS = (
     "items",
     "items_columns",
     "items_delimiter",
+    "domain_separator",
 )
 # What a plan may say; its entries become words of commands.
 _PLAN_FORMS = {

@@ -41,6 +41,7 @@ _OPTIONAL = (
     "items",
     "items_columns",
     "items_delimiter",
+    "domain_separator",
     "bad_rows",
 )
 _UNKNOWN_ITEM = -1

@@ -278,6 +278,10 @@ def group_files(
             find.check(role, name)
             group.columns[role] = name
             value, column_type = find.column(name)
+            if role == "domain" and log_format.domain_separator is not None:
+                separator = escape_sql(log_format.domain_separator)
+                value = f"split_part({value}::VARCHAR, '{separator}', 1)"
+                column_type = "VARCHAR"
             group.source[role] = value
             group.type[role] = column_type
             if name not in layout.names:

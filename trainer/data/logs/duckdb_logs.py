@@ -8,6 +8,7 @@ The view has the columns
                        no zone
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from trainer.data.logs.duckdb_groups import (
     summarize_error,
 )
 from trainer.data.logs.files import LogFile
-from trainer.data.logs.headers import has_two_line_ends
+from trainer.data.logs.headers import count_fields, has_two_line_ends
 from trainer.data.logs.item_file import count_unknown_items, open_items
 from trainer.data.logs.reading import MOST_LISTED, BadRow, Reading
 from trainer.data.logs.row_filter import RowFilter, parse_row_filter
@@ -433,7 +434,7 @@ class _Inspection:
             ORDER BY ALL""").fetchall()
         rejects = []
         for file, line, message in rows:
-            reason = " ".join(message.split()).rstrip(".")
+            reason = _describe_reject(message)
             rejects.append(BadRow(file, line - header, reason))
         return rejects
 
@@ -499,6 +500,15 @@ class _Inspection:
         rows = self.connection.execute(query).fetchall()
         (row,) = rows
         return row
+
+
+def _describe_reject(message: str) -> str:
+    """Returns what is wrong with a line of text, in words."""
+    pattern = r"Expected Number of Columns: (\d+) Found: (\d+)"
+    match = re.search(pattern, message)
+    if match is None:
+        return " ".join(message.split()).rstrip(".")
+    return f"has {count_fields(int(match[2]))} in place of {match[1]}"
 
 
 class _ValueAt:

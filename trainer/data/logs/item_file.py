@@ -21,6 +21,7 @@ def items_format(log_format: LogFormat) -> LogFormat:
         domain_column=log_format.domain_column,
         columns=log_format.items_columns,
         delimiter=log_format.items_delimiter,
+        domain_separator=log_format.domain_separator,
     )
 
 

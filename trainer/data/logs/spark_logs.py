@@ -476,6 +476,10 @@ def _read_columns(
         column = F.lit(partitions.get(name)).cast("string")
         if name in frame.columns:
             column = _quoted_column(name)
+        separator = request.log_format.domain_separator
+        if role == "domain" and separator is not None:
+            text = column.cast("string")
+            column = F.split_part(text, F.lit(separator), F.lit(1))
         selected.append(column.alias(role))
     for role, text in request.constants.items():
         selected.append(F.lit(text).alias(role))
