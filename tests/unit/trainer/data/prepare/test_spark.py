@@ -184,7 +184,14 @@ def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
         "day=2/e.parquet",
     ]
     for number, name in enumerate(names):
-        write(tmp_path / "lo gs" / name, rows[number :: len(names)])
+        part = rows[number :: len(names)]
+        if (
+            ".tsv" in name
+        ):  # has neither quotes nor fields with tabs or line ends
+            part = [
+                row for row in part if not set("\t\r\n") & set(row[0] + row[1])
+            ]
+        write(tmp_path / "lo gs" / name, part)
     dataset = both(
         tmp_path, tmp_path / "lo gs", min_user=least, min_item=least, streams=3
     )
