@@ -143,15 +143,14 @@ def _find_logs_behind(
     """Finds the logs behind one path, folder or glob."""
     path = Path(text)
     paths = [path]
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"input {text} is a link to {os.readlink(path)}, which does not exist"
+        )
     if not path.exists():
         matches = glob.glob(str(text), recursive=True)
         paths = sorted(Path(match) for match in matches)
     if not paths:
-        if path.is_symlink():
-            raise InputError(
-                f"input {text} is a link to {os.readlink(path)}, "
-                "which does not exist"
-            )
         raise InputError(
             f"input {text} does not exist: give a file, a folder or a glob"
         )
