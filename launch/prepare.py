@@ -63,6 +63,11 @@ class Options(LogColumns):
     time_unit: Literal["s", "ms", "us", "ns"] | None = option(
         "of times that are numbers, for --days", None
     )
+    tie_order: Literal["hash", "file"] | None = option(
+        "of a user's events at the same time: by a hash, which says nothing, or as "
+        "the rows stand in the files (default: hash, or the extended dataset's)",
+        None,
+    )
     retire: bool = option(
         "items without an event left give up their rows", False
     )

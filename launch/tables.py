@@ -19,6 +19,7 @@ _LEFT_OUT = {
 }
 _FIRST_BAD = 5  # bad rows that are shown
 _SHOWN_PAIRS = 15  # pairs of domains
+_TIE_ORDERS = {"hash": "a hash", "file": "the rows of the logs"}
 _COMPARED = ("candidate", "current", "when_published")
 
 
@@ -35,6 +36,14 @@ def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
         f"{dataset.too_short:,} users are too short to be evaluated, the longest has "
         f"{dataset.max_length:,} interactions"
     )
+    split_users = dataset.users - dataset.too_short
+    if dataset.tied_users is not None and split_users:
+        share = dataset.tied_users / split_users
+        caption += (
+            f".\nNewest two events at the same time: {dataset.tied_users:,} of "
+            f"{split_users:,} evaluated users ({share:.1%}), "
+            f"ordered by {_TIE_ORDERS[dataset.tie_order]}"
+        )
     table = Table("domain", title=title, caption=caption)
     for column in ("users", "items", "interactions", *percentiles):
         table.add_column(column, justify="right")

@@ -70,6 +70,7 @@ def prepare(
     fresh: begins anew where an earlier call was killed.
     options: those of `trainer.config.prepare.PrepareConfig`, e.g. `user_column="uid"`, `min_user=5`.
     """
+    from trainer.data.prepare.extend import read_options
     from trainer.data.prepare.pipeline import prepare as prepare_logs
 
     known = {field.name for field in fields(PrepareConfig)} - {
@@ -77,6 +78,8 @@ def prepare(
         "output",
     }
     _refuse_unknown("prepare", options, known)
+    if options.get("extend") is not None:
+        options = read_options(options["extend"]) | options
     with _paths_of(logs, output) as paths:
         config = PrepareConfig(
             inputs=paths, output=os.fspath(output), **options

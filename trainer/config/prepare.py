@@ -134,6 +134,7 @@ def _check_delimiter(setting: str, delimiter: str) -> None:
 
 
 LEAST_MEMORY = 500 * 10**6  # bytes
+TIE_ORDERS = ("hash", "file")  # see trainer/data/tie_order.py
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
 _BYTES_BY_UNIT = {
     "": 1,
@@ -177,6 +178,7 @@ class PrepareConfig(LogFormat):
     since, days: the window of time that counts. It begins at a time, or so many days before the
     newest row.
     time_unit: the unit of times that are numbers.
+    tie_order: of a user's events at the same time: by a hash, or as the rows stand in the files.
     retire: items without an event in the window lose their row.
     """
 
@@ -197,6 +199,7 @@ class PrepareConfig(LogFormat):
     days: float | None = None
     time_unit: str | None = None
     retire: bool = False
+    tie_order: str = "hash"
     memory: str = "8GB"  # of all processes together
     processes: int = 0  # 0: as many as this process may use cores
 
@@ -214,6 +217,10 @@ class PrepareConfig(LogFormat):
                 raise InputError(
                     f"{name} is empty: is a variable not set? Give it a value"
                 )
+        if self.tie_order not in TIE_ORDERS:
+            raise InputError(
+                f"tie_order is {self.tie_order!r}: it is hash or file"
+            )
         for name in ("whole_log", "retire"):
             if getattr(self, name) and self.extend is None:
                 raise InputError(

@@ -46,6 +46,7 @@ class RandomStream(IntEnum):
     POSITION_TIES = 10
     PERSONALIZATION_SAMPLE = 11
     PERSONALIZATION_EXCHANGE = 12
+    TIME_TIES = 13
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

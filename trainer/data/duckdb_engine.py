@@ -49,6 +49,15 @@ def parquet_folder_sql(folder: Path) -> str:
     return f"read_parquet('{pattern}/*.parquet', hive_partitioning=false)"
 
 
+def parquet_sql(file: str | Path) -> str:
+    """Returns SQL for the rows of one Parquet file, whatever it or a folder above it is called.
+
+    A folder named domain=all would be a column otherwise, in place of the file's.
+    """
+    path = escape_sql(glob.escape(str(file)))
+    return f"read_parquet('{path}', hive_partitioning=false)"
+
+
 def query_value(connection: DuckDBPyConnection, query: str) -> Any:
     """Returns the one value of a query with one row and one column."""
     ((value,),) = connection.execute(query).fetchall()
@@ -69,6 +78,18 @@ def query_time_span(
     (span,) = connection.execute(query).fetchall()
     first, last = span
     return first, last
+
+
+def query_domain_spans(
+    connection: DuckDBPyConnection, relation: str
+) -> list[tuple[str, Any, Any]]:
+    """Returns the first and the last time of each domain of a log, as `query_time_span` does."""
+    query = f"""
+        SELECT domain, min_by("time", "time"), max_by("time", "time")
+        FROM {relation}
+        GROUP BY domain
+        ORDER BY domain"""
+    return connection.execute(query).fetchall()
 
 
 @contextlib.contextmanager

@@ -17,8 +17,10 @@ from trainer.data.duckdb_engine import (
     escape_sql,
     open_connection,
     open_limited_engine,
+    parquet_sql,
 )
 from trainer.data.format.dataset import USERS, Dataset
+from trainer.data.id_columns import IdColumn
 from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.errors import InputError
@@ -317,6 +319,12 @@ def _load_file(engine: duckdb.DuckDBPyConnection, file: str | Path) -> None:
     """
     # DuckDB finds a relation in this function's variables by the name that the SQL says.
     parquet = _open_parquet(engine, file)
+    types = dict(zip(parquet.columns, map(str, parquet.types), strict=True))
+    user = IdColumn("user_id", types["user_id"]).text_sql()
+    positive = IdColumn("positive", types["positive"]).text_sql()
+    list_type = types["negatives"]
+    item_type = list_type[: list_type.rindex("[")]
+    negative = IdColumn("item", item_type).text_sql()
     domain = "NULL::VARCHAR"
     if "domain" in parquet.columns:
         domain = "domain::VARCHAR"
@@ -325,10 +333,15 @@ def _load_file(engine: duckdb.DuckDBPyConnection, file: str | Path) -> None:
             f"""
             CREATE TABLE given AS
             SELECT file_row_number AS line,
-                   user_id::VARCHAR AS user_id,
+                   {user} AS user_id,
                    {domain} AS domain,
                    negatives IS NULL AS without,
-                   list_prepend(positive::VARCHAR, negatives::VARCHAR[]) AS candidates
+                   list_prepend(
+                       {positive},
+                       list_transform(
+                           negatives::{item_type}[], lambda item: {negative}
+                       )
+                   ) AS candidates
             FROM parquet
             """
         )
@@ -345,7 +358,9 @@ def _open_parquet(
 ) -> duckdb.DuckDBPyRelation:
     """The file's rows, with their numbers. Raises InputError where it has not the columns."""
     try:
-        parquet = engine.read_parquet(str(file), file_row_number=True)
+        parquet = engine.read_parquet(
+            str(file), file_row_number=True, hive_partitioning=False
+        )
     except duckdb.Error as error:
         raise InputError(
             f"{file}: is no readable Parquet ({_first_line(error)})"
@@ -370,10 +385,10 @@ def _load_items(engine: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
     selects = []
     names = []
     for number, domain in enumerate(dataset.domains):
-        vocabulary = _quote(dataset.local(domain.vocabulary))
+        vocabulary = parquet_sql(dataset.local(domain.vocabulary))
         selects.append(
             f"SELECT {number} AS domain, item_id::VARCHAR AS item_id, row "
-            f"FROM read_parquet({vocabulary})"
+            f"FROM {vocabulary}"
         )
         names.append([number, domain.name])
     engine.execute(f"CREATE TABLE items AS {' UNION ALL '.join(selects)}")
@@ -581,7 +596,7 @@ class ResultWriter:
                 engine.execute(
                     f"""
                     COPY (SELECT u.user_id, r.domain, r.rank, r.scores
-                          FROM read_parquet([{quoted_parts}]) r
+                          FROM read_parquet([{quoted_parts}], hive_partitioning=false) r
                                JOIN {users} u ON u.user = r.user
                           ORDER BY r.user)
                     TO {_quote(partial)} (FORMAT parquet)
@@ -640,7 +655,7 @@ def _first_line(error: Exception) -> str:
 
 def _users_sql(dataset: Dataset) -> str:
     """SQL: the rows of the dataset's users."""
-    return f"read_parquet({_quote(dataset.local(USERS))})"
+    return parquet_sql(dataset.local(USERS))
 
 
 def _quote(path: str | Path) -> str:

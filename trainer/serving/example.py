@@ -2,9 +2,10 @@
 
     python example.py DOMAIN K [TIME:DOMAIN:ITEM …]
 
-prints the K best items of a domain for a history, whose items stand oldest first. Times are those
-of the logs (dates: microseconds since 1970). The request counts as made at the last time that the
-model knows.
+prints the K best items of a domain for a history, whose items stand oldest first. A TIME is a
+number as the logs have it (time_unit in schema.json; of dates: microseconds since 1970), or a date
+like 2026-01-31 or 2026-01-31T23:59:59Z. The request counts as made at the last time that the model
+knows.
 
 The files may come from anybody: what they hold decides the answers, and starts nothing. This file
 is code, though: a service keeps a copy of its own, and reads the folder with it.
@@ -16,6 +17,7 @@ import math
 import re
 import sys
 import zipfile
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,15 @@ _KEY = re.compile(rf"{_NAME}|{_PATH}", re.ASCII)
 # Left empty: where the program's code lay, and conditions that PyTorch would run as Python.
 _LEFT_OUT: dict[str, Any] = {"metadata": {}, "guards_code": []}
 
+
+_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
+# Seconds since 1970 that are a time of somebody's log: of 1985 to 2100.
+_EARLIEST = 473e6
+_LATEST = 4102e6
+_DATE = (
+    r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:\d\d)?)?"
+)
+_EVENT = re.compile(rf"({_DATE}|[^:]*):([^:]*):(.*)", re.DOTALL)
 
 # One interaction of a history: its time, its domain and its item's row in that domain.
 Event = tuple[float, str, int]
@@ -283,7 +294,7 @@ class Recommender:
 
         history: (time, domain, item id) of each interaction, oldest first. Domains and items that
         the model does not know are left out of it. A history without any known item is a new
-        user's. Items of the history are not recommended, so that fewer than k may be left. now:
+        user's. A time of another unit raises ValueError. Items of the history are not recommended, so that fewer than k may be left. now:
         the time of the request; None: the last time that the model knows.
 
             history = [(1764146000, "books", "B000FA5SXY"), (1764147000, "video", "B00005JKZ2")]
@@ -333,9 +344,13 @@ class Recommender:
     def _known_events(
         self, history: list[tuple[float, str, str]]
     ) -> list[Event]:
-        """The interactions with items that the model knows, by their rows."""
+        """The interactions with items that the model knows, by their rows.
+
+        Raises ValueError for a time of another unit.
+        """
         events = []
         for time, name, item in history:
+            check_time(time, self.schema)
             if name in self.domains and item in self.domains[name].rows:
                 events.append((time, name, self.domains[name].rows[item]))
         return events
@@ -364,6 +379,48 @@ class Recommender:
         return output[0]
 
 
+def read_event(text: str, schema: dict[str, Any]) -> tuple[float, str, str]:
+    """Reads TIME:DOMAIN:ITEM. Raises ValueError for a text that is none, and as `read_time`."""
+    match = _EVENT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not TIME:DOMAIN:ITEM")
+    time, domain, item = match.groups()
+    return read_time(time, schema), domain, item
+
+
+def read_time(text: str, schema: dict[str, Any]) -> float:
+    """Reads a time as the model's logs have it: a number, or a date.
+
+    Raises ValueError for a text that is neither, for a date where the logs' unit is not known, and
+    for a number that looks like another unit.
+    """
+    unit = schema.get("time_unit", "unknown")
+    if re.fullmatch(_DATE, text):
+        if unit == "unknown":
+            raise ValueError(
+                f"{text!r} is a date: the model's times are numbers of no known unit, "
+                f"such as {schema['last_time']!r}"
+            )
+        time = datetime.fromisoformat(text)
+        if time.tzinfo is None:
+            time = time.replace(tzinfo=UTC)
+        return time.timestamp() * _UNITS[unit]
+    number = float(text)
+    check_time(number, schema)
+    return number
+
+
+def check_time(number: float, schema: dict[str, Any]) -> None:
+    """Raises ValueError for a number that looks like another unit than that of the model's times."""
+    unit = schema.get("time_unit", "unknown")
+    for name, second in _UNITS.items():
+        looks_like = _EARLIEST <= number / second <= _LATEST
+        if looks_like and unit not in (name, "unknown"):
+            raise ValueError(
+                f"{number:.0f} looks like a time in {name}, the model's are in {unit}"
+            )
+
+
 def main(
     domain: str,
     k: str,
@@ -374,10 +431,10 @@ def main(
     if domain not in recommender.domains:
         known = ", ".join(recommender.domains)
         sys.exit(f"there is no domain {domain!r}: it is one of {known}")
-    history = []
-    for event in events:
-        time, name, item = event.split(":", 2)
-        history.append((float(time), name, item))
+    try:
+        history = [read_event(event, recommender.schema) for event in events]
+    except ValueError as error:
+        sys.exit(str(error))
     for item, score in recommender(history, domain, int(k)):
         print(f"{item}\t{score:.6f}")
 

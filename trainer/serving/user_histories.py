@@ -7,7 +7,7 @@ A part has the same number of users, but for the last. `rows` are rows of M, old
 say when. Histories come from logs, mapped through the vocabularies of the run's dataset, or whole
 out of that dataset. Users of logs stand in the order of their ids. Users of a dataset stand in
 the order of their numbers, and unknown ones (cold start) behind them. A user's events go by time,
-domain and item id, as in a prepared dataset. What is in a part depends on neither ranks nor memory.
+and equal times in the order of the dataset (tie_order.py). What is in a part depends on neither ranks nor memory.
 """
 
 import json
@@ -23,11 +23,27 @@ import pyarrow.parquet as pq
 
 from trainer.config.prepare import memory_bytes
 from trainer.config.serving import HistoriesConfig
-from trainer.data.duckdb_engine import escape_sql, open_engine
+from trainer.data.duckdb_engine import (
+    escape_sql,
+    open_engine,
+    parquet_sql,
+    query_time_span,
+)
 from trainer.data.format.dataset import USERS, Dataset
 from trainer.data.loading.histories import Histories
+from trainer.data.log_times import (
+    LogTimes,
+    refuse_other_times,
+)
 from trainer.data.logs.duckdb_logs import open_ids, open_log
-from trainer.data.logs.files import find_logs
+from trainer.data.logs.files import LogFile, find_logs
+from trainer.data.tie_order import (
+    FILE,
+    HASH,
+    break_ties,
+    item_key_sql,
+    user_key_sql,
+)
 from trainer.errors import InputError
 from trainer.files.progress import Stages
 
@@ -202,12 +218,21 @@ class _LogHistories:
         self.unread = 0
         with stages("reading the logs"):
             logs = find_logs(config.inputs, verbose=True)
-            open_log(connection, logs, config, config.log_domain)
+            reading = open_log(
+                connection,
+                logs,
+                config,
+                config.log_domain,
+                in_file_order=dataset.tie_order == FILE,
+            )
+            _check_times(connection, dataset, reading.dates, logs)
             wanted = "SELECT DISTINCT user_id FROM log"
             if config.users:
                 wanted = "SELECT user_id FROM ids"
+            user_key = user_key_sql(dataset.seed, "user_id")
             connection.execute(f"""CREATE TABLE asked AS
-                SELECT user_id, (row_number() OVER (ORDER BY user_id) - 1)::INTEGER AS number
+                SELECT user_id, (row_number() OVER (ORDER BY user_id) - 1)::INTEGER AS number,
+                    {user_key} AS user_key
                 FROM ({wanted})""")
             _read_vocabularies(connection, dataset)
         self.users = _count_rows(connection, "asked")
@@ -217,7 +242,13 @@ class _LogHistories:
             self._events = self._sorted_events()
 
     def _sorted_events(self) -> pa.RecordBatchReader:
-        """Events by user number and time; `row` is one of M, or why there is none."""
+        """Events by user number and time; `row` is one of M, or why there is none.
+
+        Equal times stand in the order of the files, or of domain and item, before `break_ties`.
+        """
+        last_key = "log.domain, log.item_id::VARCHAR"
+        if self.dataset.tie_order == FILE:
+            last_key = "position"
         same_user = _same_user(
             self.connection,
             "log",
@@ -226,10 +257,11 @@ class _LogHistories:
         events = self.connection.sql(f"""
             SELECT number, CASE WHEN i.row IS NOT NULL THEN i.row
                 WHEN d.domain IS NULL THEN {_UNKNOWN_DOMAIN}
-                ELSE {_UNKNOWN_ITEM} END::INTEGER AS row, "time"
+                ELSE {_UNKNOWN_ITEM} END::INTEGER AS row, "time", user_key,
+                coalesce(item_key, 0) AS item_key
             FROM log JOIN asked ON {same_user} LEFT JOIN domains d ON d.domain = log.domain
             LEFT JOIN items i ON i.domain = log.domain AND i.item_id = log.item_id::VARCHAR
-            ORDER BY number, "time", log.domain, log.item_id::VARCHAR""")
+            ORDER BY number, "time", {last_key}""")
         return events.to_arrow_reader(_BATCH * 16)
 
     def __iter__(self) -> Iterator[UserHistories]:
@@ -239,17 +271,19 @@ class _LogHistories:
         begin = 0
         for ids in users.to_arrow_reader(_BATCH):
             end = begin + len(ids)
-            number_N, row_N, time_N = events.take_until(end)
-            known_N = row_N >= 0
+            taken = events.take_until(end)
             for kind in self.unknown:
-                self.unknown[kind] += int(np.count_nonzero(row_N == kind))
-            place_N = number_N[known_N] - begin
+                self.unknown[kind] += int(np.count_nonzero(taken.row_N == kind))
+            known = taken.take(taken.row_N >= 0)
+            if self.dataset.tie_order == HASH:
+                known.break_ties()
+            place_N = known.number_N - begin
             lengths_B = np.bincount(place_N, minlength=len(ids))
-            ticks_N = self.dataset.ticks(time_N[known_N])
+            ticks_N = self.dataset.ticks(known.time_N)
             yield UserHistories(
                 ids["user_id"],
                 lengths_B,
-                row_N[known_N],
+                known.row_N,
                 ticks_N,
             )
             begin = end
@@ -270,7 +304,7 @@ class _DatasetHistories:
         self.report = report
         self.unknown = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
-        users = f"read_parquet('{escape_sql(dataset.local(USERS))}')"
+        users = parquet_sql(dataset.local(USERS))
         if config.users:
             connection.execute(f"CREATE TABLE known AS SELECT * FROM {users}")
             same_user = _same_user(connection, "known", "ids")
@@ -322,21 +356,33 @@ class _DatasetHistories:
 
 
 class _Events(NamedTuple):
-    """Events in the order of users and time: user numbers, rows of M, times; each (N,)."""
+    """Events in the order of users and time: user numbers, rows of M, times, keys; each (N,)."""
 
     number_N: np.ndarray
     row_N: np.ndarray
     time_N: np.ndarray
+    user_key_N: np.ndarray
+    item_key_N: np.ndarray
 
-    def slice(
-        self,
-        begin: int,
-        end: int | None,
-    ) -> "_Events":
-        return _Events(
-            self.number_N[begin:end],
-            self.row_N[begin:end],
-            self.time_N[begin:end],
+    @classmethod
+    def read(cls, batch: pa.RecordBatch) -> "_Events":
+        """The events of a batch of `_sorted_events`."""
+        columns = []
+        for name in ("number", "row", "time", "user_key", "item_key"):
+            columns.append(batch[name].to_numpy())
+        return cls(*columns)
+
+    def take(self, places: np.ndarray | slice) -> "_Events":
+        """The events at some places."""
+        return _Events(*(column[places] for column in self))
+
+    def break_ties(self) -> None:
+        """Orders equal times by the hash."""
+        break_ties(
+            self.number_N,
+            self.time_N,
+            self.row_N,
+            lambda tied: (self.user_key_N[tied], self.item_key_N[tied]),
         )
 
 
@@ -349,30 +395,51 @@ class _SortedEvents:
 
     def __init__(self, reader: Iterable[pa.RecordBatch]) -> None:
         self._batches = iter(reader)
-        no_number = np.zeros(0, np.int32)
-        no_row = np.zeros(0, np.int32)
-        self._rest = _Events(no_number, no_row, np.zeros(0))
+        self._rest: list[_Events] = []
 
     def take_until(self, end: int) -> _Events:
         """The events of users below `end` that have not been taken yet."""
-        numbers = [self._rest.number_N]
-        rows = [self._rest.row_N]
-        times = [self._rest.time_N]
-        while not (len(numbers[-1]) and numbers[-1][-1] >= end):
+        pieces = self._rest
+        while not (pieces and pieces[-1].number_N[-1] >= end):
             batch = next(self._batches, None)
             if batch is None:
                 break
-            numbers.append(batch["number"].to_numpy())
-            rows.append(batch["row"].to_numpy())
-            times.append(batch["time"].to_numpy())
-        events = _Events(
-            np.concatenate(numbers),
-            np.concatenate(rows),
-            np.concatenate(times),
-        )
+            if len(batch):
+                pieces.append(_Events.read(batch))
+        if not pieces:
+            return _NO_EVENTS
+        columns = zip(*pieces, strict=True)
+        events = _Events(*(np.concatenate(column) for column in columns))
         cut = int(np.searchsorted(events.number_N, end))
-        self._rest = events.slice(cut, None)
-        return events.slice(0, cut)
+        self._rest = []
+        if cut < len(events.number_N):
+            self._rest = [events.take(slice(cut, None))]
+        return events.take(slice(cut))
+
+
+_NO_EVENTS = _Events(
+    np.zeros(0, np.int32),
+    np.zeros(0, np.int32),
+    np.zeros(0),
+    np.zeros(0, np.int64),
+    np.zeros(0, np.int64),
+)
+
+
+def _check_times(
+    connection: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+    dates: bool,
+    logs: list[LogFile],
+) -> None:
+    """Raises InputError where the logs have another kind or unit of time than the dataset."""
+    _, newest = query_time_span(connection, "log")
+    refuse_other_times(
+        dataset.place,
+        LogTimes.of_dataset(dataset),
+        logs[0].path,
+        LogTimes.of(dates, newest),
+    )
 
 
 def _user_files(config: HistoriesConfig) -> list[str]:
@@ -416,19 +483,23 @@ def _read_vocabularies(
     connection: duckdb.DuckDBPyConnection,
     dataset: Dataset,
 ) -> None:
-    """Makes the tables `domains` (domain) and `items` (domain, item_id as text, row)."""
+    """Makes the tables `domains` (domain) and `items` (domain, item_id as text, row, item_key)."""
     names = [[domain.name] for domain in dataset.domains]
     connection.execute("CREATE TABLE domains (domain VARCHAR)")
     connection.executemany("INSERT INTO domains VALUES (?)", names)
     selects = []
     for domain in dataset.domains:
-        file = escape_sql(dataset.local(domain.vocabulary))
+        file = parquet_sql(dataset.local(domain.vocabulary))
         selects.append(
             f"SELECT '{escape_sql(domain.name)}' AS domain, item_id::VARCHAR AS item_id, "
-            f"row::INTEGER AS row FROM read_parquet('{file}')"
+            f"row::INTEGER AS row FROM {file}"
         )
     vocabularies = " UNION ALL ".join(selects)
-    connection.execute(f"CREATE TABLE items AS {vocabularies}")
+    key = item_key_sql("domain", "item_id")
+    connection.execute(f"""
+        CREATE TABLE items AS
+            SELECT *, {key} AS item_key
+            FROM ({vocabularies})""")
 
 
 def _write_parts(

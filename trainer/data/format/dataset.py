@@ -38,7 +38,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from trainer.config.prepare import TIE_ORDERS, TIME_UNITS
 from trainer.config.stream import SourceConfig
+from trainer.data.log_times import DATES, NUMBERS, UNKNOWN
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
 from trainer.errors import InputError
@@ -48,8 +50,11 @@ from trainer.files.redact import find_local_folder
 Record = TypeVar("Record")
 
 # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums
-# of all files; 4: times
-FORMAT_VERSION = 4
+# of all files; 4: times; 5: the order of equal times, and the kind of times
+FORMAT_VERSION = 5
+# Says nothing of them; equal times of a user are in the order of (domain, id of the item).
+_VERSION_WITHOUT_TIES = 4
+_SINCE_TIES = ("tie_order", "tied_users", "time_kind", "time_unit")
 FILE_NAME = "dataset.json"
 USERS = "users.parquet"
 LENGTHS = "lengths.npy"
@@ -115,6 +120,9 @@ class Dataset:
     1970).
     block_users: users of each block of a shard but for the last, which has the rest.
     files: all but the shards and `dataset.json`.
+    tie_order: of a user's events at the same time, see `tie_order.py`. tied_users: of those who are
+    split, how many have the same time in their newest two events. time_kind, time_unit: see
+    `LogTimes`. All None in a dataset of format version 4, which does not say.
     """
 
     folder: Path
@@ -130,6 +138,10 @@ class Dataset:
     domains: tuple[Domain, ...]
     shards: tuple[Shard, ...]
     files: tuple[File, ...]
+    tie_order: str | None = None
+    tied_users: int | None = None
+    time_kind: str | None = None
+    time_unit: str | None = None
     cache: Cache | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -263,7 +275,12 @@ class Dataset:
         record = dataclasses.asdict(dataclasses.replace(self, cache=None))
         del record["folder"]
         del record["cache"]
-        record = {"format_version": FORMAT_VERSION, **record}
+        version = FORMAT_VERSION
+        ties = {name: record.pop(name) for name in _SINCE_TIES}
+        if self.tie_order is None:
+            version = _VERSION_WITHOUT_TIES
+            ties = {}
+        record = {"format_version": version, **ties, **record}
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     def save(self) -> None:
@@ -342,7 +359,10 @@ class Dataset:
         version = None
         if isinstance(record, dict):
             version = record.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version == _VERSION_WITHOUT_TIES:
+            for name in _SINCE_TIES:
+                record[name] = record.get(name)
+        elif version != FORMAT_VERSION:
             raise InputError(
                 f"{path} has format_version {version}, "
                 f"this program reads {FORMAT_VERSION}: prepare the dataset again"
@@ -351,10 +371,29 @@ class Dataset:
         record["shards"] = _parse_records(Shard, record, "shards", path)
         record["files"] = _parse_records(File, record, "files", path)
         dataset = _parse_record(cls, record, path, folder=folder, cache=None)
+        dataset._check_tie_order(path, version)
         dataset._check_sums(path)
         dataset._check_limits(path)
         dataset._check_names(path)
         return dataset
+
+    def _check_tie_order(self, path: Path | str, version: int) -> None:
+        """Raises InputError for an order of equal times, or a kind of times, that is none."""
+        units = (*TIME_UNITS, UNKNOWN)
+        is_known = {
+            "tie_order": self.tie_order in TIE_ORDERS,
+            "tied_users": self.tied_users is not None,
+            "time_kind": self.time_kind in (DATES, NUMBERS),
+            "time_unit": self.time_unit in units,
+        }
+        for name in _SINCE_TIES:
+            value = getattr(self, name)
+            if version == _VERSION_WITHOUT_TIES:
+                is_known[name] = value is None
+            if not is_known[name]:
+                raise InputError(
+                    f"{path}: {name} is {value!r}: prepare the dataset again"
+                )
 
     def _check_sums(self, path: Path | str) -> None:
         """Raises InputError where domains, users and interactions do not add up."""

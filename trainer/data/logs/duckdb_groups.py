@@ -18,6 +18,7 @@ from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql
+from trainer.data.id_columns import WHOLE_TYPES, WIDE_TYPES, IdColumn
 from trainer.data.logs.files import LogFile
 from trainer.data.logs.headers import (
     hint_of_delimiter,
@@ -37,21 +38,11 @@ from trainer.data.logs.row_filter import (
 from trainer.errors import InputError
 
 ROLES = ("user", "item", "domain", "time")
-WHOLE = {
-    "TINYINT",
-    "SMALLINT",
-    "INTEGER",
-    "BIGINT",
-    "UTINYINT",
-    "USMALLINT",
-    "UINTEGER",
-}
-# Whole numbers that may not fit int64: their values decide.
-WIDE = {"UBIGINT", "HUGEINT", "UHUGEINT"}
 FLOAT = {"FLOAT", "DOUBLE"}
 # And its kin: TIMESTAMP_NS, TIMESTAMP WITH TIME ZONE, TIMESTAMPTZ_NS.
 DATE = ("DATE", "TIMESTAMP")
 _NESTED = ("STRUCT", "MAP", "UNION")
+FILE_BITS = 40  # of a position, above those of the row
 _LONGEST_REASON = 300
 _LONGEST_LINE = 60  # letters of a line in a message
 _NO_JSON = "is no JSON object"
@@ -86,6 +77,7 @@ class Group:
     is_whole: by role, whether all values are whole numbers that fit int64.
     bad: SQL over `table`: the row cannot be used and is skipped.
     kind_of_time: whole, float or date.
+    number: of the file among all, where the order of the rows is asked for; else None.
     """
 
     files: list[LogFile]
@@ -104,6 +96,7 @@ class Group:
     is_whole: dict[str, bool] = field(default_factory=dict)
     bad: str = "false"
     kind_of_time: str = ""
+    number: int | None = None
 
     @property
     def roles(self) -> list[str]:
@@ -156,23 +149,47 @@ class Group:
         kind = self.type[role]
         if kind == "VARCHAR":
             return f"({value} IS NULL OR {value} = '')"
+        if kind == "BLOB":
+            return f"({value} IS NULL OR octet_length({value}) = 0)"
         if kind in FLOAT:
             return f"({value} IS NULL OR NOT isfinite({value}))"
         return f"({value} IS NULL)"
 
+    def position_sql(self) -> str:
+        """Returns SQL for the column of positions, with a comma; nothing where none are asked for."""
+        if self.number is None:
+            return ""
+        return f", ({self.number}::BIGINT << {FILE_BITS}) + row AS position"
+
+    def id_column(self, role: str) -> IdColumn:
+        """Returns how the ids of a role are read."""
+        says_no_type = self.text or role in self.constants
+        is_parsed = says_no_type and role in self.columns
+        return IdColumn(f'"{role}"', self.type[role], is_parsed)
+
+    def fault_sql(self, role: str) -> str:
+        """Returns SQL for: the value is no id."""
+        if role == "time":
+            return "false"
+        return f"coalesce({self.id_column(role).fault_sql()}, false)"
+
+    def id_sql(self, role: str, id_type: str) -> str:
+        """Returns SQL for the id, as `id_type`."""
+        return self.id_column(role).id_sql(self.is_whole[role], id_type)
+
     def whole_sql(self, role: str) -> str:
         """Returns SQL for: the value is a whole number as int64 writes it.
 
-        '007' and '1e3' are text. Where the type decides, no value is looked at.
+        Where the type decides, no value is looked at. A time 12.0 is a float.
         """
-        kind = self.type[role]
-        is_text_time = role == "time" and kind == "VARCHAR"
-        is_constant = role in self.constants
-        values_decide = self.text or kind in WIDE or is_text_time or is_constant
-        if role == "time" and self.has_formatted_times:
+        if role != "time":
+            return self.id_column(role).whole_sql()
+        if self.has_formatted_times:
             return "false"
+        kind = self.type[role]
+        values_decide = self.text or kind in WIDE_TYPES or kind == "VARCHAR"
         if not values_decide:
-            is_whole = kind in WHOLE
+            is_whole = kind in WHOLE_TYPES
             return str(is_whole)
         value = f'"{role}"::VARCHAR'
         number = f"TRY_CAST({value} AS BIGINT)::VARCHAR"
@@ -197,7 +214,7 @@ class Group:
         is_float = 'coalesce(isfinite(TRY_CAST("time" AS DOUBLE)), false)'
         is_date = f"coalesce(isfinite({self.date_sql()}), false)"
         is_decimal = column_type.startswith("DECIMAL")
-        if column_type in FLOAT | WHOLE | WIDE or is_decimal:
+        if column_type in FLOAT | WHOLE_TYPES | WIDE_TYPES or is_decimal:
             return {"float": is_float}
         if column_type.startswith(DATE) or self.has_formatted_times:
             return {"date": is_date}
@@ -217,6 +234,11 @@ class Group:
         for role in self.roles:
             column = self.columns.get(role, role)
             faults[f"{column!r} is empty"] = self.missing_sql(role)
+        for role in self.roles:
+            column = self.columns.get(role, role)
+            fault = self.fault_sql(role)
+            if fault != "coalesce(false, false)":
+                faults[f"{column!r} is no id"] = fault
         return faults
 
 
@@ -253,9 +275,11 @@ def group_files(
     wanted: Mapping[str, str],
     constants: Mapping[str, str],
     row_filter: RowFilter | None = None,
+    in_file_order: bool = False,
 ) -> list[Group]:
     """Groups files with equal columns, so that a thousand part files are one scan.
 
+    in_file_order: each file is a group of its own.
     wanted: the columns by role. constants: texts by role, in place of columns.
     """
     names = set(wanted.values())
@@ -268,11 +292,14 @@ def group_files(
         for name, value in file.partitions:
             if name in names and name not in layout.names:
                 partitions.append((name, value))
-        key = (file.format, layout, tuple(partitions))
+        alone = file if in_file_order else None
+        key = (file.format, layout, tuple(partitions), alone)
         files_by_layout[key].append(file)
     groups = []
-    for (_, layout, partitions), paths in files_by_layout.items():
+    for (_, layout, partitions, alone), paths in files_by_layout.items():
         group = _make_group(log_format, layout, paths)
+        if alone is not None:
+            group.number = files.index(alone)
         find = _ColumnFinder(paths[0], layout, dict(partitions), log_format)
         for role, name in wanted.items():
             find.check(role, name)
@@ -328,7 +355,7 @@ def _kind_of(column_type: str) -> Kind:
     """Returns what a DuckDB type means in a row filter."""
     if column_type == "VARCHAR" or column_type.startswith("ENUM"):
         return "text"
-    if column_type in WHOLE | WIDE:
+    if column_type in WHOLE_TYPES | WIDE_TYPES:
         return "whole"
     if column_type in FLOAT:
         return "float"
@@ -571,16 +598,13 @@ def _read_json_layout(file: LogFile, wanted: set[str]) -> Layout:
 
 
 def _json_value_sql(name: str) -> str:
-    """Returns SQL of a key's value as text. The number 5.0 is 5, as pandas may write it."""
+    """Returns SQL of a key's value as text."""
     pointer = name.replace("~", "~0").replace("/", "~1")
     path = f"'/{escape_sql(pointer)}'"
     value = f"json_extract_string(line, {path})"
     return f"""
         (CASE
             WHEN NOT coalesce(json_valid(line), false) THEN NULL
-            WHEN json_type(line, {path}) = 'DOUBLE'
-                AND regexp_full_match({value}, '-?[0-9]+[.]0')
-                THEN regexp_extract({value}, '-?[0-9]+')
             ELSE {value}
         END)"""
 

@@ -2,10 +2,12 @@
 
 The view has the columns
 
-    user_id, item_id   BIGINT if every id in every file is a whole number, else VARCHAR
+    user_id, item_id   BIGINT if every id in every file is a whole number, else VARCHAR;
+                       see id_columns.py
     domain             VARCHAR
     time               BIGINT or DOUBLE; dates are microseconds since 1970, UTC if they name
                        no zone
+    position           BIGINT, if asked for: rises with the rows of a file, and from file to file
 """
 
 import re
@@ -18,6 +20,7 @@ from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql
+from trainer.data.id_columns import fault_reason
 from trainer.data.logs.duckdb_groups import (
     ROLES,
     Group,
@@ -65,10 +68,12 @@ def open_log(
     log_format: LogFormat,
     domain: str | None = None,
     view: str = "log",
+    in_file_order: bool = False,
 ) -> Reading:
     """Makes the view `log` over the files. Returns what became of their rows.
 
     domain: the one domain of all rows, in place of a column.
+    in_file_order: the view has the rows' position, in files that go by their paths.
     Raises InputError, naming file and row: a missing column, a file that cannot be read, an
     empty id, a time that is neither number nor date, no rows at all.
     """
@@ -84,6 +89,7 @@ def open_log(
         wanted,
         constants,
         _parse_where(log_format),
+        in_file_order,
     )
     for number, group in enumerate(all_groups):
         inspection = _Inspection(connection, group, log_format, reading)
@@ -94,18 +100,21 @@ def open_log(
     reading.require_rows([str(file.path) for file in files])
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
+    if log_format.items is None:
+        _common_id_type(groups, "domain")
     times, reading.dates = _parse_times(groups)
     selects = []
     for group, time in zip(groups, times, strict=True):
-        domain_sql = '"domain"::VARCHAR'
-        if log_format.items is not None:
-            domain_sql = "NULL::VARCHAR"
+        domain_sql = "NULL::VARCHAR"
+        if log_format.items is None:
+            domain_sql = group.id_sql("domain", "VARCHAR")
         selects.append(f"""
             SELECT
-                "user"::{user_type} AS user_id,
-                "item"::{item_type} AS item_id,
+                {group.id_sql("user", user_type)} AS user_id,
+                {group.id_sql("item", item_type)} AS item_id,
                 {domain_sql} AS domain,
                 {time} AS "time"
+                {group.position_sql()}
             FROM {group.table}
             WHERE NOT {group.bad}""")
     rows = " UNION ALL ".join(selects)
@@ -142,7 +151,7 @@ def _join_items(
     reading.rows -= sum(reading.unknown_items.values())
     reading.require_rows([str(log_format.items)])
     return f"""
-        SELECT r.user_id, r.item_id, i.domain, r."time"
+        SELECT r.* REPLACE (i.domain AS domain)
         FROM ({rows}) r
         JOIN domain_of_item i ON r.item_id::VARCHAR = i.item"""
 
@@ -165,10 +174,10 @@ def open_ids(
         if group.rows:
             groups_with_rows.append(group)
     user_type = _common_id_type(groups_with_rows, "user")
-    selects = []
-    for group in groups:
+    selects = [f"SELECT NULL::{user_type} AS user_id WHERE false"]
+    for group in groups_with_rows:
         selects.append(f"""
-            SELECT "user"::{user_type} AS user_id
+            SELECT {group.id_sql("user", user_type)} AS user_id
             FROM {group.table}""")
     rows = " UNION ALL ".join(selects)
     connection.execute(f"""
@@ -178,7 +187,18 @@ def open_ids(
 
 
 def _common_id_type(groups: list[Group], role: str) -> str:
-    """Returns BIGINT if all ids of all files are whole numbers, else VARCHAR."""
+    """Returns BIGINT if all ids of all files are whole numbers, else VARCHAR.
+
+    The ids of text files are whole numbers in all of these files, or in none: 12.0 stays text
+    beside x, whichever file that is in.
+    """
+    texts = []
+    for group in groups:
+        if group.text and role in group.columns:
+            texts.append(group)
+    texts_are_whole = all(group.is_whole[role] for group in texts)
+    for group in texts:
+        group.is_whole[role] = texts_are_whole
     for group in groups:
         if not group.is_whole[role]:
             return "VARCHAR"
@@ -269,10 +289,11 @@ class _Inspection:
         group = self.group
         try:
             if group.text:  # parsing is dear: once
-                self.copy_text(copy_name)
+                self.copy_text(copy_name, group.number is not None)
                 all_rows = copy_name
             else:
-                all_rows = f"({group.rows_sql(group.files)})"
+                numbered = group.number is not None
+                all_rows = f"({group.rows_sql(group.files, numbered)})"
             group.table = f"(SELECT * FROM {all_rows} WHERE keep)"
             if group.keep != "true":
                 (filtered,) = self._query_row(
@@ -293,7 +314,8 @@ class _Inspection:
         for condition in faults.values():
             aggregates.append(f"count(*) FILTER (WHERE {condition})")
         for role in group.roles:
-            aggregates.append(f"bool_and({group.whole_sql(role)})")
+            whole = group.whole_sql(role)
+            aggregates.append(f"coalesce(bool_and({whole}), true)")
         results = self._query_row(aggregates, group.table)
         first_flag = 1 + len(faults)
         counts = dict(zip(faults, results[1:first_flag], strict=True))
@@ -469,6 +491,11 @@ class _Inspection:
                 raise InputError(
                     f"{row} {column!r} is {value}: every row needs one"
                 )
+            if condition == self.group.fault_sql(role):
+                row = self._first_bad(condition, role)
+                column = self.group.columns.get(role, role)
+                why = fault_reason(self.group.type[role])
+                raise InputError(f"{row} {column!r} is {row.value}: {why}")
         row = self._first_bad(condition, None)
         raise InputError(f"{row} {reason}: write one object a line")
 

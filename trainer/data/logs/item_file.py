@@ -8,6 +8,7 @@ item_id   title        domain
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import LogFormat
+from trainer.data.duckdb_engine import query_value
 from trainer.data.logs.duckdb_groups import group_files
 from trainer.data.logs.files import find_logs
 from trainer.data.logs.reading import NAMED
@@ -41,12 +42,19 @@ def open_items(connection: DuckDBPyConnection, log_format: LogFormat) -> None:
     )
     selects = []
     for group in groups:
-        missing = group.missing_sql("item")
-        no_domain = group.missing_sql("domain")
-        selects.append(f"""
-            SELECT "item"::VARCHAR AS item, "domain"::VARCHAR AS domain
+        rows = f"""
             FROM ({group.rows_sql(group.files)})
-            WHERE keep AND NOT {missing} AND NOT {no_domain}""")
+            WHERE keep
+                AND NOT {group.missing_sql("item")}
+                AND NOT {group.missing_sql("domain")}"""
+        for role in ("item", "domain"):
+            is_whole = f"coalesce(bool_and({group.whole_sql(role)}), true)"
+            group.is_whole[role] = query_value(
+                connection, f"SELECT {is_whole} {rows}"
+            )
+        item = group.id_sql("item", "VARCHAR")
+        domain = group.id_sql("domain", "VARCHAR")
+        selects.append(f"SELECT {item} AS item, {domain} AS domain {rows}")
     connection.execute(f"""
         CREATE OR REPLACE TABLE domain_of_item AS
             SELECT DISTINCT item, domain

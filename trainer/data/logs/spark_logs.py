@@ -4,7 +4,7 @@ Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's 
 task: Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for
 data.
 
-Spark writes some ids otherwise than DuckDB (a fraction, a TIMESTAMP), and reads fewer ways to
+Spark writes some ids otherwise than DuckDB (a TIMESTAMP), and reads fewer ways to
 write a time. Such a log is refused: the engines never differ in silence.
 """
 
@@ -15,7 +15,7 @@ import re
 import tempfile
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ from pyspark.sql import types as T
 
 from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql, open_connection
+from trainer.data.id_columns import fault_reason
 from trainer.data.logs.duckdb_groups import (
+    FILE_BITS,
     check_columns,
     summarize_error,
 )
@@ -91,14 +93,16 @@ _TEXT_ARROW_SCHEMA = pa.schema(
     }
 )
 _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
-# Up to here a whole float is written in all its digits.
-_FLOAT = {T.FloatType: 2**24, T.DoubleType: 10**15}
+# The largest whole number up to which a float tells every one from the next.
+_FLOAT = {T.FloatType: 2**24, T.DoubleType: 2**53}
 _DATE = (T.DateType, T.TimestampType, T.TimestampNTZType)
 _NESTED = (T.ArrayType, T.MapType, T.StructType)
 _ID_TYPES = (
     *_WHOLE,
     *_FLOAT,
+    T.DecimalType,
     T.StringType,
+    T.BinaryType,
     T.BooleanType,
     T.DateType,
 )
@@ -296,10 +300,12 @@ def open_log(
     log_format: LogFormat,
     domain: str | None,
     scratch: str,
+    in_file_order: bool = False,
 ) -> tuple[DataFrame, Reading]:
     """Returns the rows of all inputs: user_id, item_id, domain and time; and what became of them.
 
     Ids are bigint or string, domain is string, time bigint or double.
+    in_file_order: the rows have their position too, see `logs.py`.
     scratch: a new folder for copies of text files.
     Raises InputError, as `duckdb_logs.open_log` does.
     """
@@ -312,7 +318,9 @@ def open_log(
             groups.append(group)
             reading.rows += group.rows
     reading.require_rows([one.name for one in inputs])
-    times = _time_expressions(groups)
+    kinds, times = _time_expressions(groups)
+    reading.dates = "date" in kinds
+    positions = {one.name: number for number, one in enumerate(inputs)}
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
     logs = []
@@ -321,14 +329,18 @@ def open_log(
         item = group.id_sql("item", item_type)
         domain_value = "CAST(NULL AS string)"
         if "domain" in group.roles:
-            domain_value = group.text_sql("domain")
-        log = group.frame.selectExpr(
+            domain_value = group.id_sql("domain", "string")
+        columns = [
             f"{user} AS user_id",
             f"{item} AS item_id",
             f"{domain_value} AS domain",
             f"{time} AS time",
-        )
-        logs.append(log)
+        ]
+        frame = group.frame
+        if in_file_order:
+            frame = group.with_positions(spark, positions)
+            columns.append("position")
+        logs.append(frame.selectExpr(*columns))
     rows = functools.reduce(DataFrame.unionAll, logs)
     if log_format.items is not None:
         rows = _join_items(spark, rows, log_format, reading, scratch)
@@ -361,13 +373,11 @@ def _join_items(
         reading.refuse_unknown_items(str(log_format.items))
     reading.rows -= sum(reading.unknown_items.values())
     reading.require_rows([str(log_format.items)])
-    return rows.join(items, "item").select(
-        "user_id", "item_id", "domain", "time"
-    )
+    return rows.join(items, "item").drop("item")
 
 
-def _time_expressions(groups: "list[_Group]") -> list[str]:
-    """Returns SQL of the time, one a group, all of one kind: numbers or dates.
+def _time_expressions(groups: "list[_Group]") -> tuple[list[str], list[str]]:
+    """Returns the kind of time and its SQL, one a group, all of one kind: numbers or dates.
 
     kinds           each group's time
     whole, whole    CAST(time AS bigint)
@@ -382,13 +392,13 @@ def _time_expressions(groups: "list[_Group]") -> list[str]:
         for group in groups:
             time = "unix_micros(CAST(time AS timestamp))"
             times.append("date" if group.has_formatted_times else time)
-        return times
+        return kinds, times
     if "float" in kinds:
-        # Without negative zeros: the item decides which of two equal times comes first.
+        # Without negative zeros, which would not be equal to zeros.
         time = "CAST(time AS double) + 0D"
     else:
         time = "CAST(time AS bigint)"
-    return [time] * len(groups)
+    return kinds, [time] * len(groups)
 
 
 def _common_id_type(groups: "list[_Group]", role: str) -> str:
@@ -446,7 +456,8 @@ def _group_inputs(
             request=request,
             partitions=dict(partitions),
         )
-        groups.append(_Group(alike, read, request, reading))
+        names = {name for name, _ in partitions}
+        groups.append(_Group(alike, read, request, reading, names))
     return groups
 
 
@@ -742,8 +753,11 @@ class _Group:
         read: Callable[[list[Input]], DataFrame],
         request: _Request,
         reading: Reading,
+        partitions: Set[str] = frozenset(),
     ):
+        """partitions: columns that the folders' names give."""
         self.inputs = inputs
+        self.partitions = partitions
         self.read = read
         self.reading = reading
         self.roles = request.roles
@@ -789,28 +803,27 @@ class _Group:
                 raise InputError(
                     f"{column} holds {type_name}: a time is a number or a date"
                 )
-        elif not _is_id_type(kind):
+        elif not isinstance(kind, _ID_TYPES):
             raise InputError(
                 f"{column} holds {type_name}: Spark may write it otherwise than DuckDB; "
                 "cast it to BIGINT or text, or use --engine duckdb"
             )
 
-    def text_sql(self, role: str) -> str:
-        """Returns SQL for the value as DuckDB writes it.
-
-        type of user    SQL
-        DOUBLE          concat(CAST(CAST(user AS bigint) AS string), '.0')
-        BIGINT          CAST(user AS string)
-        """
-        if self._is_float(role):
-            return f"concat(CAST(CAST({role} AS bigint) AS string), '.0')"
-        return f"CAST({role} AS string)"
-
     def id_sql(self, role: str, id_type: str) -> str:
-        """Returns SQL for the id as bigint or string."""
+        """Returns SQL for the id as bigint or string, see `IdColumn`.
+
+        type of user     string
+        DOUBLE           CAST(CAST(user AS bigint) AS string)
+        DECIMAL(30, 2)   CAST(CAST(user AS decimal(38, 0)) AS string), if some are too large
+        BOOLEAN          CAST(user AS string)
+        """
         value = role
-        if id_type == "string":
-            value = self.text_sql(role)
+        if self.is_whole[role]:
+            if self._is_parsed(role):
+                value = _digits_sql(role)
+            value = f"CAST({value} AS bigint)"
+        elif isinstance(self.types[role], T.DecimalType):
+            value = f"CAST({role} AS decimal(38, 0))"
         return f"CAST({value} AS {id_type})"
 
     def missing_sql(self, role: str) -> str:
@@ -821,7 +834,7 @@ class _Group:
         DOUBLE          (user IS NULL OR NOT coalesce(abs(user) < double('Infinity'), false))
         BIGINT          (user IS NULL)
         """
-        if self._is_string(role):
+        if self._is_string(role) or self._is_binary(role):
             return f"({role} IS NULL OR CAST({role} AS string) = '')"
         if self._is_float(role):
             return f"({role} IS NULL OR NOT {_finite_sql(role)})"
@@ -833,36 +846,46 @@ class _Group:
         if self._is_string(role):
             if self.parsed:
                 return "false"
-            if hasattr(F, "is_valid_utf8"):
-                return f"NOT is_valid_utf8({role})"
-            binary = f"CAST({role} AS binary)"
-            return f"CAST(decode({binary}, 'UTF-8') AS binary) <> {binary}"
+            return _no_utf8_sql(role)
         if isinstance(kind, _DATE):
             return f"NOT {role} BETWEEN DATE'0001-01-01' AND DATE'9999-12-31'"
         if role == "time" and isinstance(kind, T.DecimalType):
             least_inexact = 2**53
             unit = 10**kind.scale
             return f"abs(time) >= {least_inexact}BD / {unit}BD"
-        if role != "time" and self._is_float(role):
-            bound = _FLOAT[type(kind)]
-            return (
-                f"({role} <> floor({role}) "
-                f"OR abs({role}) >= {bound} "
-                f"OR CAST({role} AS string) = '-0.0')"
-            )
+        return "false"
+
+    def fault_sql(self, role: str) -> str:
+        """Returns SQL for: the value is no id, see `IdColumn.fault_sql`."""
+        kind = self.types[role]
+        if role == "time":
+            return "false"
+        if self._is_float(role):
+            largest = _FLOAT[type(kind)]
+            return f"({role} <> floor({role}) OR abs({role}) > {largest})"
+        if isinstance(kind, T.DecimalType):
+            return f"{role} <> floor({role})"
+        if self._is_binary(role):
+            return _no_utf8_sql(f"CAST({role} AS string)")
         return "false"
 
     def whole_sql(self, role: str) -> str:
         """Returns SQL for: the value is a whole number as int64 writes it."""
-        is_text_time = role == "time" and self._is_string(role)
         if role == "time" and self.has_formatted_times:
             return "false"
-        if self.parsed or is_text_time:
-            number = f"CAST(try_cast({role} AS bigint) AS string)"
-            return f"coalesce({number} = {role}, false)"
-        if isinstance(self.types[role], _WHOLE):
-            return "true"
-        return "false"
+        if role == "time":
+            if self._is_string(role):
+                number = "CAST(try_cast(time AS bigint) AS string)"
+                return f"coalesce({number} = time, false)"
+            return str(isinstance(self.types[role], _WHOLE)).lower()
+        if self._is_parsed(role):
+            digits = _digits_sql(role)
+            number = f"CAST(try_cast({digits} AS bigint) AS string)"
+            return f"coalesce({number} = {digits}, false)"
+        if isinstance(self.types[role], T.DecimalType):
+            return f"try_cast({role} AS bigint) IS NOT NULL"
+        is_number = isinstance(self.types[role], _WHOLE) or self._is_float(role)
+        return str(is_number).lower()
 
     @property
     def time_conditions(self) -> dict[str, str]:
@@ -901,13 +924,15 @@ class _Group:
         results = self._query_row(aggregates)
         roles = len(self.roles)
         missing_counts = results[1 : 1 + roles]
-        strange_counts = results[1 + roles : 1 + 2 * roles]
-        whole_flags = results[1 + 2 * roles : 1 + 3 * roles]
-        *time_counts, usable_rows = results[1 + 3 * roles :]
+        fault_counts = results[1 + roles : 1 + 2 * roles]
+        strange_counts = results[1 + 2 * roles : 1 + 3 * roles]
+        whole_flags = results[1 + 3 * roles : 1 + 4 * roles]
+        *time_counts, usable_rows = results[1 + 4 * roles :]
         self.rows = results[0]
         self._count_filtered()
         if not self.skips:
             self._refuse_missing(missing_counts)
+            self._refuse_faults(fault_counts)
         self._refuse_strange(strange_counts)
         self.is_whole = dict(zip(self.roles, whole_flags, strict=True))
         self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
@@ -930,12 +955,38 @@ class _Group:
             counts = self.all_rows.selectExpr("count_if(NOT keep)")
             self.reading.filtered += counts.head()[0]
 
+    def with_positions(
+        self, spark: SparkSession, numbers: dict[str, int]
+    ) -> DataFrame:
+        """Returns the frame with the rows' position among all inputs. numbers: of these, by name.
+
+        Raises InputError for a table, whose rows have no order.
+        """
+        first = self.inputs[0]
+        if first.is_table:
+            raise InputError(
+                f"{first.name}: the rows of a table have no order: "
+                "leave out --tie-order file"
+            )
+        files = []
+        for (file,) in self.frame.select("file").distinct().collect():
+            files.append((file, numbers[_file_name(file)]))
+        schema = "file string, number bigint"
+        numbered = spark.createDataFrame(files, schema)
+        frame = self.frame.join(F.broadcast(numbered), "file")
+        position = f"shiftleft(number, {FILE_BITS}) + row AS position"
+        return frame.selectExpr("*", position)
+
     def _faults(self) -> dict[str, str]:
         """Returns SQL by reason, for: the row has no value where it needs one."""
         faults = {}
         for role in self.roles:
             column = self.columns.get(role, role)
             faults[f"{column!r} is empty"] = self.missing_sql(role)
+        for role in self.roles:
+            column = self.columns.get(role, role)
+            fault = self.fault_sql(role)
+            faults[f"{column!r} is no id"] = f"coalesce({fault}, false)"
         return faults
 
     def _find_kind_of_time(self, faults: dict[str, str], rows: int) -> None:
@@ -1004,6 +1055,16 @@ class _Group:
     def _is_float(self, role: str) -> bool:
         return isinstance(self.types[role], tuple(_FLOAT))
 
+    def _is_binary(self, role: str) -> bool:
+        return isinstance(self.types[role], T.BinaryType)
+
+    def _is_parsed(self, role: str) -> bool:
+        """Whether the text says no type, as in CSV. That of --domain does."""
+        name = self.columns.get(role)
+        if name is None:
+            return False
+        return self.parsed or name in self.partitions
+
     def _refuse_missing(self, counts: list[int]) -> None:
         """Raises InputError for the first role with missing values."""
         for role, count in zip(self.roles, counts, strict=True):
@@ -1017,6 +1078,16 @@ class _Group:
                 raise InputError(
                     f"{row} {column!r} is {value}: every row needs one"
                 )
+
+    def _refuse_faults(self, counts: list[int]) -> None:
+        """Raises InputError for the first role with values that are no ids."""
+        for role, count in zip(self.roles, counts, strict=True):
+            if count:
+                condition = self.fault_sql(role)
+                row, text = self._first_row(role, condition)
+                reason = fault_reason(self.types[role].simpleString())
+                column = self.columns.get(role, role)
+                raise InputError(f"{row} {column!r} is {text}: {reason}")
 
     def _refuse_strange(self, counts: list[int]) -> None:
         """Raises InputError for the first role with values that the engines read otherwise."""
@@ -1036,7 +1107,10 @@ class _Group:
 
         Rows are numbered from 1, the header not counted. A table's have no number.
         """
-        first = f"min(struct(file, row, CAST({role} AS string)))"
+        value = f"CAST({role} AS string)"
+        if self._is_binary(role):
+            value = f"hex({role})"
+        first = f"min(struct(file, row, {value}))"
         rows = self.frame.filter(condition)
         selected = rows.selectExpr(first)
         (values,) = selected.head()
@@ -1068,14 +1142,17 @@ def _any_of(conditions: dict[str, str]) -> str:
     return "(" + " OR ".join(conditions.values()) + ")"
 
 
-def _is_id_type(kind: T.DataType) -> bool:
-    """Returns whether ids may be of this type."""
-    if not isinstance(kind, T.DecimalType):
-        return isinstance(kind, _ID_TYPES)
-    # DECIMAL(20, 0) may be what Spark makes of UBIGINT; others lose their zeros.
-    if kind.precision == 20 and kind.scale == 0:
-        return False
-    return kind.scale <= 6 and kind.scale < kind.precision
+def _digits_sql(value: str) -> str:
+    """Returns SQL for parsed text without the .0 of a float."""
+    return f"regexp_replace({value}, '[.]0+$', '')"
+
+
+def _no_utf8_sql(value: str) -> str:
+    """Returns SQL for: the text's bytes are no UTF-8."""
+    if hasattr(F, "is_valid_utf8"):
+        return f"NOT is_valid_utf8({value})"
+    binary = f"CAST({value} AS binary)"
+    return f"CAST(decode({binary}, 'UTF-8') AS binary) <> {binary}"
 
 
 def _finite_sql(value: str) -> str:

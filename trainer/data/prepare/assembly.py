@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
+from trainer.config.prepare import PrepareConfig
 from trainer.data.duckdb_engine import parquet_folder_sql
 from trainer.data.format.dataset import (
     LENGTHS,
@@ -33,7 +34,7 @@ def assemble(
     ids_folder: Path,
     part_folders: list[Path],
     layout: Layout,
-    seed: int,
+    config: PrepareConfig,
     connection: DuckDBPyConnection,
 ) -> Dataset:
     """Makes the dataset in `folder` of the numbered ids and the finished parts.
@@ -41,18 +42,15 @@ def assemble(
     ids_folder: what `number_ids` wrote, see `Ids`.
     part_folders: what `write_part` wrote, in the order of the parts. Their shards are moved
     into `folder`.
-    seed: by which users were numbered.
+    config: has the seed by which users were numbered, and the order of equal times.
     May be called again after an interruption.
     """
     ids = Ids.load(ids_folder)
     summaries = []
-    too_short = 0
     for part in part_folders:
         path = part / "facts.json"
         text = path.read_text(encoding="utf-8")
-        summary = json.loads(text)
-        summaries.append(summary)
-        too_short += summary["too_short"]
+        summaries.append(json.loads(text))
     (folder / "vocabulary").mkdir(exist_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
     domains = _write_vocabularies(
@@ -70,10 +68,10 @@ def assemble(
         files.append(File.of(folder, name))
     dataset = Dataset(
         folder=folder,
-        seed=seed,
+        seed=config.seed,
         users=ids.users,
         interactions=ids.interactions,
-        too_short=too_short,
+        too_short=sum(summary["too_short"] for summary in summaries),
         max_length=max(summary["max_length"] for summary in summaries),
         first_time=ids.first_time,
         last_time=ids.last_time,
@@ -82,6 +80,10 @@ def assemble(
         domains=tuple(domains),
         shards=tuple(shards),
         files=tuple(files),
+        tie_order=config.tie_order,
+        tied_users=sum(summary["tied_users"] for summary in summaries),
+        time_kind=ids.time_kind,
+        time_unit=ids.time_unit,
     )
     dataset.save()
     write_overlap(folder, ids.names, part_folders)

@@ -22,9 +22,12 @@ Items keep their place in their domain, and new ones fill the free places. Two d
 """
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -33,21 +36,33 @@ from duckdb import DuckDBPyConnection
 
 from trainer.data.duckdb_engine import (
     escape_sql,
+    open_limited_engine,
     parquet_folder_sql,
+    parquet_sql,
     query_value,
 )
-from trainer.data.format.dataset import Dataset, Domain
+from trainer.data.format.dataset import USERS, Dataset, Domain
 from trainer.data.prepare.ids import reserve_rows
-from trainer.data.prepare.stored_log import StoredLog, column_type, read_counts
+from trainer.data.prepare.stored_log import (
+    StoredLog,
+    column_type,
+    has_positions,
+    read_counts,
+)
+from trainer.data.tie_order import FILE, HASH
 from trainer.errors import InputError
 from trainer.run_files import EXTENSION
 
+_FLOAT_TEXT = re.compile("-?[0-9]+[.]0")  # what a float's text was
 _BATCH = 1 << 20  # rows of a result that are in memory at once
 
 
-def load_extendable(folder: str | Path, whole_log: bool = False) -> Dataset:
+def load_extendable(
+    folder: str | Path, whole_log: bool = False, tie_order: str = HASH
+) -> Dataset:
     """Loads the dataset that is to be extended.
 
+    tie_order: of the new dataset. Says where it is another than that of the old one.
     Raises InputError where it cannot be, with what can be done.
     """
     old = Dataset.load(folder)
@@ -60,18 +75,65 @@ def load_extendable(folder: str | Path, whole_log: bool = False) -> Dataset:
             f"{folder}: keeps no log: prepare it with --keep-log, "
             "or give the whole log as --input and say so with --whole-log"
         )
+    if whole_log:
+        return old
+    if tie_order == FILE and not has_positions(old.folder):
+        raise InputError(
+            f"{folder}: its log was kept without the order of the rows: leave out "
+            "--tie-order file, or give the whole log as --input with --whole-log"
+        )
+    _refuse_float_texts(old)
+    if old.tie_order is None:
+        print(
+            f"{folder}: was prepared with equal times in the order of domain and item; "
+            "from now on a hash orders them, in the old log's rows too",
+            file=sys.stderr,
+        )
     return old
 
 
-def read_options(folder: str | Path) -> dict[str, int]:
+def _refuse_float_texts(old: Dataset) -> None:
+    """Raises InputError where a dataset of format version 4 has made ids like '56.0' of floats.
+
+    The same ids are 56 now, so each user and item would be there twice.
+    """
+    if old.tie_order is not None:
+        return
+    columns = [(USERS, "user_id")]
+    for domain in old.domains:
+        if _FLOAT_TEXT.fullmatch(domain.name):
+            _refuse_float_text(old, "domain", domain.name)
+        columns.append((domain.vocabulary, "item_id"))
+    with open_limited_engine() as connection:
+        for name, column in columns:
+            query = f"""
+                SELECT any_value({column})
+                FROM {parquet_sql(old.local(name))}
+                WHERE regexp_full_match({column}::VARCHAR, '{_FLOAT_TEXT.pattern}')"""
+            text = query_value(connection, query)
+            if text is not None:
+                _refuse_float_text(old, column, text)
+
+
+def _refuse_float_text(old: Dataset, column: str, text: str) -> NoReturn:
+    number = text.partition(".")[0]
+    raise InputError(
+        f"{old.folder}: has the {column} {text!r}, which is read as {number} now: "
+        "prepare the whole log again, from its source"
+    )
+
+
+def read_options(folder: str | Path) -> dict[str, Any]:
     """Returns how a dataset was prepared, for one that extends it: options of PrepareConfig."""
     old = Dataset.load(folder)
     log = StoredLog.load(Path(folder))
-    options = {"seed": old.seed, "streams": old.streams}
+    options: dict[str, Any] = {"seed": old.seed, "streams": old.streams}
     if log is not None:
         options["min_user"] = log.min_user
         options["min_item"] = log.min_item
         options["min_domain"] = log.min_domain
+    if old.tie_order is not None:
+        options["tie_order"] = old.tie_order
     return options
 
 
@@ -262,7 +324,7 @@ def _compare_domains(
             domain,
             count(*) FILTER (WHERE old_row IS NULL),
             count(*) FILTER (WHERE new_row IS NULL)
-        FROM read_parquet('{escape_sql(rows)}')
+        FROM {parquet_sql(rows)}
         GROUP BY domain""").fetchall()
     new_items = {}
     retired_items = {}
@@ -332,11 +394,11 @@ def _vocabularies_sql(dataset: Dataset, item_type: str) -> str:
     """Returns SQL for domain, item_id of a type, and old_row of all items."""
     selects = []
     for domain in dataset.domains:
-        vocabulary = escape_sql(dataset.local(domain.vocabulary))
+        vocabulary = parquet_sql(dataset.local(domain.vocabulary))
         selects.append(f"""
             SELECT
                 '{escape_sql(domain.name)}' AS domain,
                 item_id::{item_type} AS item_id,
                 row AS old_row
-            FROM read_parquet('{vocabulary}')""")
+            FROM {vocabulary}""")
     return " UNION ALL ".join(selects)

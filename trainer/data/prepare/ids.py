@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.log_times import NUMBERS, UNKNOWN
 from trainer.errors import InputError
 
 INT32_MAX = 2**31 - 1
@@ -21,13 +22,13 @@ _SUMMARY = "facts.json"
 class Ids:
     """The users 0 … U − 1, the N interactions, and by domain the items and the rows of M.
 
-    first_time, last_time: of the logs.
+    first_time, last_time: of the logs. time_kind, time_unit: see `LogTimes`.
 
     Beside this summary lie Parquet files, in two folders:
 
-        users/   user_id, "user" (the number)
+        users/   user_id, "user" (the number), key (see tie_order.py)
         items/   domain (its number), name, item_id, item (0, 1, … by domain and text of the
-                 id), total (interactions), row (of M)
+                 id), total (interactions), row (of M), key
     """
 
     users: int
@@ -37,6 +38,8 @@ class Ids:
     rooms: tuple[int, ...]
     first_time: float
     last_time: float
+    time_kind: str = NUMBERS
+    time_unit: str = UNKNOWN
 
     @property
     def starts(self) -> list[int]:

@@ -5,6 +5,7 @@ An item's row of M follows its popularity within the domain. Rare users and item
 first (the k-core).
 """
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -12,8 +13,13 @@ from typing import NoReturn
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import PrepareConfig
-from trainer.data.duckdb_engine import escape_sql, query_time_span, query_value
+from trainer.data.duckdb_engine import (
+    escape_sql,
+    query_domain_spans,
+    query_value,
+)
 from trainer.data.format.dataset import Dataset
+from trainer.data.log_times import LogTimes, describe_mixed_units
 from trainer.data.prepare.extend import (
     add_old_items,
     order_domains,
@@ -21,12 +27,12 @@ from trainer.data.prepare.extend import (
     reserve_extended_rows,
 )
 from trainer.data.prepare.ids import (
-    HASH_DIGITS,
     Ids,
     refuse_beyond_int32,
     reserve_rows,
 )
 from trainer.data.prepare.left_out import record_left_out
+from trainer.data.tie_order import item_key_sql, user_key_sql
 from trainer.errors import InputError
 from trainer.files.progress import Stages
 
@@ -36,11 +42,12 @@ def number_ids(
     config: PrepareConfig,
     folder: Path,
     stages: Stages,
+    dates: bool,
     old: Dataset | None = None,
 ) -> None:
     """Writes the numbered users and items of the view `log` (see `Ids`) into `folder`.
 
-    old: the dataset that is extended.
+    dates: the log's times are dates. old: the dataset that is extended.
     """
     with stages("numbering users and items"):
         _find_distinct_ids(connection)
@@ -56,7 +63,9 @@ def number_ids(
         refuse_beyond_int32(count, noun)
     with stages("numbering users and items"):
         _number_users(connection, config.seed)
-        ids = _summarize(connection, old)
+        spans = query_domain_spans(connection, "log")
+        times = read_times(spans, dates, config.time_unit)
+        ids = _summarize(connection, old, spans, times)
         ids.check()
         if old is None:
             _place_by_popularity(connection)
@@ -210,23 +219,53 @@ def _drop_rare_once(
 
 
 def _number_users(connection: DuckDBPyConnection, seed: int) -> None:
-    """Makes the table `users` (user_id, "user")."""
-    digits = f"substr(md5('{seed}:' || user_id), 1, {HASH_DIGITS})"
+    """Makes the table `users` (user_id, "user", key)."""
+    key = user_key_sql(seed, "user_id")
     connection.execute(f"""
         CREATE TABLE users AS
             SELECT
                 user_id,
-                row_number() OVER (ORDER BY key, text) - 1 AS "user"
+                row_number() OVER (ORDER BY key, text) - 1 AS "user",
+                key
             FROM (
                 SELECT
                     user_id,
-                    ('0x' || {digits})::BIGINT AS key,
+                    {key} AS key,
                     user_id::VARCHAR AS text
                 FROM distinct_users
             )""")
 
 
-def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
+def read_times(
+    spans: list[tuple[str, float, float]],
+    dates: bool,
+    unit: str | None,
+) -> LogTimes:
+    """Tells the kind of a log's times; warns where its domains have several units.
+
+    spans: name, first and last time of each domain. unit: of times that are numbers, where it is
+    given.
+    """
+    if not dates:
+        warning = describe_mixed_units(spans)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+    newest = max(last for _, _, last in spans)
+    times = LogTimes.of(dates, newest, unit)
+    if not dates and unit not in (None, times.unit):
+        print(
+            f"warning: --time-unit {unit}: the newest time, {newest}, looks like {times}",
+            file=sys.stderr,
+        )
+    return times
+
+
+def _summarize(
+    connection: DuckDBPyConnection,
+    old: Dataset | None,
+    spans: list[tuple[str, float, float]],
+    times: LogTimes,
+) -> Ids:
     """Counts users, interactions, and the items of each domain."""
     counts = connection.execute("""
         SELECT domain, count(*)
@@ -240,7 +279,6 @@ def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
         rows = [reserve_rows(count) for count in items]
     else:
         rows = reserve_extended_rows(old, items)
-    first_time, last_time = query_time_span(connection, "log")
     interactions_query = "SELECT sum(total)::BIGINT FROM distinct_items"
     return Ids(
         users=query_value(connection, "SELECT count(*) FROM users"),
@@ -248,8 +286,10 @@ def _summarize(connection: DuckDBPyConnection, old: Dataset | None) -> Ids:
         names=tuple(names),
         items=tuple(items),
         rooms=tuple(rows),
-        first_time=float(first_time),
-        last_time=float(last_time),
+        first_time=float(min(first for _, first, _ in spans)),
+        last_time=float(max(last for _, _, last in spans)),
+        time_kind=times.kind,
+        time_unit=times.unit,
     )
 
 
@@ -275,7 +315,7 @@ def _place_by_popularity(connection: DuckDBPyConnection) -> None:
 
 
 def _number_items(connection: DuckDBPyConnection, ids: Ids) -> None:
-    """Makes the table `items` (domain, name, item_id, total, item, row)."""
+    """Makes the table `items` (domain, name, item_id, total, item, row, key)."""
     starts = []
     for number, name in enumerate(ids.names):
         starts.append(f"({number}, '{escape_sql(name)}', {ids.starts[number]})")
@@ -287,7 +327,8 @@ def _number_items(connection: DuckDBPyConnection, ids: Ids) -> None:
                 item_id,
                 total,
                 row_number() OVER (ORDER BY domain, item_id::VARCHAR) - 1 AS item,
-                first + place AS row
+                first + place AS row,
+                {item_key_sql("domain", "item_id")} AS key
             FROM distinct_items
             JOIN places USING (domain, item_id)
             JOIN (VALUES {", ".join(starts)}) d (number, name, first)

@@ -6,16 +6,16 @@ A preparation that is killed goes on from them:
     ids      users and items are numbered                     one pass over the logs, DuckDB,
                                                               see numbering.py
     events   user, item and time of every event by part       one more pass, DuckDB
-    rows     the row of M of every item                       one array, mapped by all processes
+    rows     rows of M, and keys of users and items           arrays, mapped by all processes
     parts    each part sorted and cut into shards             a process a part, several at once
     dataset  vocabularies, users, lengths, dataset.json       see assembly.py
 
 The same logs give the same bytes whatever their format, their order, the memory and the number
 of
 processes: users are numbered by (MD5 of seed and id, text of the id), items by (domain, text of
-the id), and a user's events go by time, domain and item id.
+the id), and a user's events go by time, equal times as `--tie-order` says, see tie_order.py.
 
-`memory` bounds all processes together. Besides, some 10 bytes a user and 20 a row of the item
+`memory` bounds all processes together. Besides, some 20 bytes a user and 30 a row of the item
 matrix are held, once.
 """
 
@@ -65,6 +65,7 @@ from trainer.data.prepare.stored_log import (
     open_stored_log,
     store_log,
 )
+from trainer.data.tie_order import FILE, HASH, break_ties
 from trainer.errors import InputError
 from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
@@ -81,6 +82,10 @@ DATASET = "dataset"  # the last stage
 READING = "reading"  # a stage: what became of the logs' rows
 _ROWS = "rows"  # a stage, and the file that it leaves
 _ROW_OF_ITEM = "row_of.npy"
+_USER_KEYS = "user_keys.npy"
+_ROW_KEYS = "row_keys.npy"
+
+_MANY_TIES = 0.1  # of the users that are split
 
 Finish = Callable[[DuckDBPyConnection, Path, Dataset], None]
 
@@ -96,7 +101,7 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     files = find_logs(config.inputs, verbose=True)
     old = None
     if config.extend is not None:
-        old = load_extendable(config.extend, config.whole_log)
+        old = load_extendable(config.extend, config.whole_log, config.tie_order)
     states = [file.state for file in files]
     dependencies = list_dependencies(config, states)
     dependencies["extended"] = old and old.fingerprint
@@ -111,6 +116,7 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
                 preparation.run()
             dataset = Dataset.load(work.path(DATASET))
             work.deliver(DATASET)
+    warn_of_ties(dataset)
     return dataclasses.replace(dataset, folder=Path(config.output))
 
 
@@ -121,6 +127,27 @@ def warn_of_new_begin(work: StagedOutput) -> None:
             f"{work.folder}: was made from other logs or options; begins anew",
             file=sys.stderr,
         )
+
+
+def warn_of_ties(dataset: Dataset) -> None:
+    """Prints that many users have their newest two events at the same time."""
+    split_users = dataset.users - dataset.too_short
+    tied_users = dataset.tied_users or 0
+    if tied_users < _MANY_TIES * max(split_users, 1):
+        return
+    share = tied_users / split_users
+    order = "a hash decides which of them is tested"
+    way_out = "give finer times, or --tie-order file if the order of the rows means something"
+    if dataset.tie_order == FILE:
+        order = "the order of the rows decides which of them is tested"
+        way_out = (
+            "give finer times, or --tie-order hash if that order means nothing"
+        )
+    print(
+        f"warning: {share:.0%} of the users have the same time in their newest two "
+        f"events: {order}; {way_out}",
+        file=sys.stderr,
+    )
 
 
 @contextlib.contextmanager
@@ -208,43 +235,60 @@ class _Preparation:
         """Runs the stages that are not done."""
         work = self.work
         with self._engine() as connection:
+            dates = False
             if not (work.done("ids") and work.done("events")):
                 with self.stages("reading the logs"):
-                    self._open_log(connection)
-            layout = self._run_passes(connection)
+                    dates = self._open_log(connection)
+            layout = self._run_passes(connection, dates)
         self._write_parts(layout)
         with self._engine() as connection, self.stages("writing vocabularies"):
-            join_parts(work, layout, self.config.seed, connection, self._finish)
+            join_parts(work, layout, self.config, connection, self._finish)
 
     def _engine(self) -> contextlib.AbstractContextManager[DuckDBPyConnection]:
         return open_engine(
             self.work.scratch, self.memory, self.threads, self.stages
         )
 
-    def _open_log(self, connection: DuckDBPyConnection) -> None:
-        """Makes the view `log`."""
+    def _open_log(self, connection: DuckDBPyConnection) -> bool:
+        """Makes the view `log`. Returns whether its times are dates."""
         config = self.config
+        in_file_order = config.tie_order == FILE
         windowed = config.since is not None or config.days is not None
         if not (config.keep_log or self.old or windowed):
-            reading = open_log(connection, self.files, config, config.domain)
+            reading = open_log(
+                connection,
+                self.files,
+                config,
+                config.domain,
+                in_file_order=in_file_order,
+            )
             save_reading(self.work, reading)
-            return
+            return reading.dates
         if not self.work.done(LOG):
             with self.work.stage(LOG) as folder:
                 reading = store_log(
                     connection, config, self.files, self.old, folder
                 )
                 save_reading(self.work, reading)
-        open_stored_log(connection, self.work.path(LOG), self.old)
+        return open_stored_log(
+            connection, self.work.path(LOG), self.old, in_file_order
+        )
 
-    def _run_passes(self, connection: DuckDBPyConnection) -> Layout:
+    def _run_passes(
+        self, connection: DuckDBPyConnection, dates: bool
+    ) -> Layout:
         """Numbers the ids, and divides the events: the stages that read the view `log`."""
         work = self.work
         ids_folder = work.path("ids")
         if not work.done("ids"):
             with work.stage("ids") as folder:
                 number_ids(
-                    connection, self.config, folder, self.stages, self.old
+                    connection,
+                    self.config,
+                    folder,
+                    self.stages,
+                    dates,
+                    self.old,
                 )
         layout = self._choose_layout(Ids.load(ids_folder))
         if not work.done("events"):
@@ -252,10 +296,16 @@ class _Preparation:
                 work.stage("events") as folder,
                 self.stages("dividing the events"),
             ):
-                _divide_events(connection, ids_folder, layout, folder)
+                _divide_events(
+                    connection,
+                    ids_folder,
+                    layout,
+                    folder,
+                    self.config.tie_order,
+                )
         if not work.done(_ROWS):
             with work.stage(_ROWS) as folder:
-                _write_item_rows(connection, ids_folder, folder)
+                _write_arrays(connection, ids_folder, folder)
         return layout
 
     def _choose_layout(self, ids: Ids) -> Layout:
@@ -280,9 +330,16 @@ class _Preparation:
         missing = missing_parts(self.work, layout)
         users = sum(len(layout.users_of(part)) for part in missing)
         with self.stages("sorting, writing shards", total=users) as advance:
+            tie_order = self.config.tie_order
             if len(missing) < 2 or self.processes < 2:
                 for part in missing:
-                    _make_part(self.work.folder, layout, part, self.part_memory)
+                    _make_part(
+                        self.work.folder,
+                        layout,
+                        part,
+                        self.part_memory,
+                        tie_order,
+                    )
                     advance(len(layout.users_of(part)))
                 return
             with _process_pool(min(self.processes, len(missing))) as pool:
@@ -294,6 +351,7 @@ class _Preparation:
                         layout,
                         part,
                         self.part_memory,
+                        tie_order,
                     )
                     part_of_future[future] = part
                 for future in concurrent.futures.as_completed(part_of_future):
@@ -311,7 +369,7 @@ class _Preparation:
         if self.config.keep_log or (self.old and not self.config.whole_log):
             link_log(log, folder / LOG)
         if self.old:
-            open_stored_log(connection, log, self.old)
+            open_stored_log(connection, log, self.old, False)
             write_extension(
                 connection,
                 self.old,
@@ -364,8 +422,15 @@ def _divide_events(
     ids_folder: Path,
     layout: Layout,
     folder: Path,
+    tie_order: str,
 ) -> None:
-    """Writes the events of numbered users and items: user, item, time, in a folder a part."""
+    """Writes the events of numbered users and items: user, item, time, in a folder a part.
+
+    In the order of the files they have their position, too.
+    """
+    position = ""
+    if tie_order == FILE:
+        position = "position,"
     part = layout.part_sql('"user"', "//")
     connection.execute(f"""
         CREATE TABLE users AS
@@ -376,7 +441,7 @@ def _divide_events(
             FROM {parquet_folder_sql(ids_folder / "items")}""")
     connection.execute(f"""
         COPY (
-            SELECT "user", item, "time", part
+            SELECT "user", item, "time", {position} part
             FROM log
             JOIN users USING (user_id)
             JOIN items USING (domain, item_id)
@@ -389,28 +454,38 @@ def _divide_events(
     (folder / "parts").write_text(str(layout.parts))
 
 
-def _write_item_rows(
+def _write_arrays(
     connection: DuckDBPyConnection,
     ids_folder: Path,
     folder: Path,
 ) -> None:
-    """Writes the row of M of each item, by its number, int32 (items,).
+    """Writes arrays that all processes map in place of a copy each.
 
-    All processes map the one array in place of a copy each.
+    row_of.npy: the row of M of each item, by its number, int32 (items,). user_keys.npy,
+    row_keys.npy: the keys of the users and of the items, by number and by row, int64; see
+    tie_order.py.
     """
-    items = sum(Ids.load(ids_folder).items)
-    row_of_item = np.lib.format.open_memmap(
-        folder / _ROW_OF_ITEM,
-        mode="w+",
-        dtype=np.int32,
-        shape=(items,),
+    ids = Ids.load(ids_folder)
+    items = parquet_folder_sql(ids_folder / "items")
+    users = parquet_folder_sql(ids_folder / "users")
+    # file, its type, its length, and a query of (index, value)
+    arrays = (
+        (
+            _ROW_OF_ITEM,
+            np.int32,
+            sum(ids.items),
+            f"SELECT item, row FROM {items}",
+        ),
+        (_ROW_KEYS, np.int64, ids.starts[-1], f"SELECT row, key FROM {items}"),
+        (_USER_KEYS, np.int64, ids.users, f'SELECT "user", key FROM {users}'),
     )
-    source = parquet_folder_sql(ids_folder / "items")
-    rows = connection.sql(f"SELECT item, row FROM {source}")
-    for batch in rows.to_arrow_reader():
-        item_numbers = batch["item"].to_numpy()
-        row_of_item[item_numbers] = batch["row"].to_numpy()
-    row_of_item.flush()
+    for name, dtype, length, query in arrays:
+        values = np.lib.format.open_memmap(
+            folder / name, mode="w+", dtype=dtype, shape=(length,)
+        )
+        for batch in connection.sql(query).to_arrow_reader():
+            values[batch.column(0).to_numpy()] = batch.column(1).to_numpy()
+        values.flush()
 
 
 def _make_part(
@@ -418,6 +493,7 @@ def _make_part(
     layout: Layout,
     part: int,
     memory: int,
+    tie_order: str,
 ) -> None:
     """Sorts one part's events and writes its shards, all of them or none.
 
@@ -428,40 +504,60 @@ def _make_part(
     scratch.mkdir()
     with staged_folder(work_folder / part_stage(part)) as folder:
         with open_engine(scratch, memory, 1) as connection:
-            row_of_item = np.load(
-                work_folder / _ROWS / _ROW_OF_ITEM,
-                mmap_mode="r",
-                allow_pickle=False,
-            )
             events = work_folder / "events" / f"part={part}"
+            row_of_item = _map_array(work_folder, _ROW_OF_ITEM)
             number_N, rows_N, time_N = _sort_events(
-                connection, events, row_of_item
+                connection, events, row_of_item, tie_order
+            )
+        if tie_order == HASH:
+            user_keys = _map_array(work_folder, _USER_KEYS)
+            row_keys = _map_array(work_folder, _ROW_KEYS)
+            break_ties(
+                number_N,
+                time_N,
+                rows_N,
+                lambda tied: (
+                    user_keys[number_N[tied]],
+                    row_keys[rows_N[tied]],
+                ),
             )
         write_part(folder, ids, layout, part, number_N, rows_N, time_N)
     shutil.rmtree(scratch)
+
+
+def _map_array(work_folder: Path, name: str) -> np.ndarray:
+    """Maps an array that `_write_arrays` wrote."""
+    path = work_folder / _ROWS / name
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _sort_events(
     connection: DuckDBPyConnection,
     folder: Path,
     row_of_item: np.ndarray,
+    tie_order: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads a part's events in order, (N,): see `write_part`.
 
-    Returns numbers of users, int32; rows of M, int32; times, float64.
+    Returns numbers of users, int32; rows of M, int32; times, int64 or float64 as the log has them.
+    Equal times go by item, or by their position in the files.
     """
     connection.execute("SET preserve_insertion_order = true")
     events = parquet_folder_sql(folder)
     count = query_value(connection, f"SELECT count(*) FROM {events}")
-    number_N = np.empty(count, np.int32)
-    rows_N = np.empty(count, np.int32)
-    time_N = np.empty(count, np.float64)
+    last_key = "item"
+    if tie_order == FILE:
+        last_key = "position"
     ordered = connection.sql(f"""
         SELECT "user", item, "time"
         FROM {events}
-        ORDER BY "user", "time", item""")
+        ORDER BY "user", "time", {last_key}""")
+    reader = ordered.to_arrow_reader()
+    number_N = np.empty(count, np.int32)
+    rows_N = np.empty(count, np.int32)
+    time_N = np.empty(count, reader.schema.field("time").type.to_pandas_dtype())
     end = 0
-    for batch in ordered.to_arrow_reader():
+    for batch in reader:
         begin = end
         end = begin + len(batch)
         number_N[begin:end] = batch["user"].to_numpy()
@@ -474,7 +570,7 @@ def _sort_events(
 def join_parts(
     work: StagedOutput,
     layout: Layout,
-    seed: int,
+    config: PrepareConfig,
     connection: DuckDBPyConnection,
     finish: Finish | None = None,
 ) -> Dataset:
@@ -486,7 +582,7 @@ def join_parts(
     folder.mkdir(exist_ok=True)
     ids_folder = work.path("ids")
     parts = [work.path(part_stage(part)) for part in range(layout.parts)]
-    dataset = assemble(folder, ids_folder, parts, layout, seed, connection)
+    dataset = assemble(folder, ids_folder, parts, layout, config, connection)
     if finish is not None:
         finish(connection, folder, dataset)
     keep_records(work.path(READING), ids_folder, folder)

@@ -18,7 +18,8 @@ but one the validation item. What the dataset has to know of the part lies besid
                      [[0, 3, 2], [1, 1, 2], [1, 2, 1]]
     overlap.npy      users of two domains (all parts of the split together), see `overlap.py`:
                      [[2, 1], [1, 3], [3, 1]]
-    facts.json       its shards, how many users are too short to be split, the longest history
+    facts.json       its shards, how many users are too short to be split, how many have the same
+                     time in their newest two events, the longest history
 """
 
 import dataclasses
@@ -91,7 +92,8 @@ def write_part(
     """Writes a part's shards into `folder`/shards, and beside them the part's statistics.
 
     All events of the part's users are given, drawn above: number_N, numbers of users, rising;
-    rows_N, rows of M, int32, each user's oldest first; time_N, times in the logs' unit.
+    rows_N, rows of M, int32, each user's oldest first; time_N, times in the logs' unit,
+    as exact as the logs have them.
     advance(n): called as n interactions have been written.
     """
     users = layout.users_of(part)
@@ -117,9 +119,14 @@ def write_part(
     for shard in shards:
         shard_records.append(dataclasses.asdict(shard))
     too_short_U = ~can_be_split(lengths_U)
+    ends_S = ends_U[~too_short_U]
+    is_tied_S = (
+        time_N[ends_S - TEST.offset] == time_N[ends_S - VALIDATION.offset]
+    )
     record = {
         "shards": shard_records,
         "too_short": int(too_short_U.sum()),
+        "tied_users": int(is_tied_S.sum()),
         "max_length": int(lengths_U.max()),
     }
     write_json(folder / "facts.json", record)

@@ -20,6 +20,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,11 @@ from trainer.data.prepare.ids import (
 )
 from trainer.data.prepare.layout import Layout
 from trainer.data.prepare.left_out import record_left_out
-from trainer.data.prepare.numbering import drops_rare, refuse_nothing_left
+from trainer.data.prepare.numbering import (
+    drops_rare,
+    read_times,
+    refuse_nothing_left,
+)
 from trainer.data.prepare.pipeline import (
     DATASET,
     join_parts,
@@ -43,13 +48,15 @@ from trainer.data.prepare.pipeline import (
     missing_parts,
     save_reading,
     warn_of_new_begin,
+    warn_of_ties,
 )
 from trainer.data.prepare.shard_writing import write_part
+from trainer.data.tie_order import FILE, break_ties
 from trainer.errors import InputError
 from trainer.files.staged import StagedOutput, staged_folder
 
 try:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
 except ImportError as error:
     raise InputError(
@@ -65,7 +72,7 @@ from trainer.data.logs.spark_logs import (
     spark_reason,
 )
 
-# What Python holds of a part: some 60 bytes for each.
+# What Python holds of a part: some 80 bytes for each.
 _PART_INTERACTIONS = 1 << 23
 _SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
@@ -98,12 +105,13 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
         with StagedOutput(config.output, dependencies, fresh) as work:
             warn_of_new_begin(work)
             with _refused_errors(work):
-                if not work.done(
-                    DATASET
-                ):  # else killed before it was delivered
+                # Else it was killed before it was delivered.
+                if not work.done(DATASET):
                     _Preparation(spark, config, inputs, work).run()
                 work.deliver(DATASET)
-    return Dataset.load(config.output)
+    dataset = Dataset.load(config.output)
+    warn_of_ties(dataset)
+    return dataset
 
 
 @contextlib.contextmanager
@@ -190,22 +198,28 @@ class _Preparation:
         with open_engine(
             work.scratch, config.memory_bytes, threads
         ) as connection:
-            join_parts(work, layout, config.seed, connection)
+            join_parts(work, layout, config, connection)
 
-    @functools.cached_property
+    @property
     def log(self) -> DataFrame:
         """The rows of the logs."""
+        log, _ = self.opened_log
+        return log
+
+    @functools.cached_property
+    def opened_log(self) -> tuple[DataFrame, bool]:
+        """The rows of the logs, and whether their times are dates."""
         config = self.config
-        scratch = self.scratch_uri("text")
         log, reading = open_log(
             self.spark,
             self.inputs,
             config,
             config.domain,
-            scratch,
+            self.scratch_uri("text"),
+            config.tie_order == FILE,
         )
         save_reading(self.work, reading)
-        return log
+        return log, reading.dates
 
     def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
@@ -220,7 +234,7 @@ class _Preparation:
         users, count = self.number_users(users)
         refuse_beyond_int32(count, "users")
         refuse_beyond_int32(items.count(), "items")
-        users = users.select("user_id", "user")
+        users = users.select("user_id", "user", "key")
         users.write.parquet(_uri(folder / "users"))
         ids = self.summarize(log, items, count)
         ids.check()
@@ -231,9 +245,7 @@ class _Preparation:
     def number_users(self, users: DataFrame) -> tuple[DataFrame, int]:
         """Numbers users by (MD5 of seed and id, text of the id); returns them, and how many."""
         seed = F.lit(f"{self.config.seed}:")
-        seeded_id = F.concat(seed, "text").cast("binary")
-        digits = F.substring(F.md5(seeded_id), 1, HASH_DIGITS)
-        key = F.conv(digits, 16, 10).cast("bigint")
+        key = _key(F.concat(seed, "text"))
         text = F.col("user_id").cast("string")
         users = users.withColumn("text", text)
         users = users.withColumn("key", key)
@@ -246,8 +258,12 @@ class _Preparation:
         users: int,
     ) -> Ids:
         """Counts interactions, and the items of each domain."""
-        times = log.agg(F.min("time"), F.max("time"))
-        first_time, last_time = times.head()
+        _, dates = self.opened_log
+        log_by_domain = log.groupBy("domain")
+        times = log_by_domain.agg(F.min("time"), F.max("time"))
+        spans = [tuple(row) for row in times.collect()]
+        spans.sort(key=lambda span: span[0].encode())
+        log_times = read_times(spans, dates, self.config.time_unit)
         (interactions,) = items.agg(F.sum("total")).head()
         items_by_domain = items.groupBy("domain")
         domains = items_by_domain.count().collect()
@@ -265,8 +281,10 @@ class _Preparation:
             names=tuple(names),
             items=tuple(counts),
             rooms=tuple(rooms),
-            first_time=float(first_time),
-            last_time=float(last_time),
+            first_time=float(min(first for _, first, _ in spans)),
+            last_time=float(max(last for _, _, last in spans)),
+            time_kind=log_times.kind,
+            time_unit=log_times.unit,
         )
 
     def number_items(self, items: DataFrame, ids: Ids) -> DataFrame:
@@ -290,7 +308,11 @@ class _Preparation:
         items, _ = self.number_rows(items, by_popularity, "position")
         row = F.col("shift") + F.col("position")
         items = items.withColumn("row", row)
-        return items.select("domain", "name", "item_id", "total", "item", "row")
+        name = F.md5(F.col("name").cast("binary"))
+        items = items.withColumn("key", _key(F.concat(name, "text")))
+        return items.select(
+            "domain", "name", "item_id", "total", "item", "row", "key"
+        )
 
     def drop_rare(
         self, log: DataFrame, folder: Path
@@ -401,7 +423,10 @@ class _Preparation:
             )
 
     def sort_events(self, layout: Layout, missing: list[int]) -> DataFrame:
-        """Brings the events of each part into one portion: part, user, row, time, in order."""
+        """Brings the events of each part into one portion: part, user, row, time, in order.
+
+        Where a hash orders equal times, they have the keys of user and item, too.
+        """
         ids_folder = self.work.path("ids")
         users = self.read_parquet(_uri(ids_folder / "users"))
         items = self.read_parquet(_uri(ids_folder / "items"))
@@ -409,6 +434,7 @@ class _Preparation:
         users = users.selectExpr(
             "user_id",
             "int(user) AS user",
+            "key AS user_key",
             f"int({part}) AS part",
         )
         if len(missing) < layout.parts:
@@ -419,14 +445,21 @@ class _Preparation:
             "item_id",
             "int(item) AS item",
             "int(row) AS row",
+            "key AS item_key",
         )
         log = self.log
         events = log.join(users, "user_id")
         events = events.join(items, ["domain", "item_id"])
-        events = events.select("part", "user", "time", "item", "row")
+        last_key = "item"
+        keys = ["user_key", "item_key"]
+        if self.config.tie_order == FILE:
+            last_key = "position"
+            keys = []
+        columns = ["part", "user", "row", "time", *keys]
+        events = events.select(*columns, last_key)
         events = events.repartition(len(missing), "part")
-        events = events.sortWithinPartitions("part", "user", "time", "item")
-        return events.select("part", "user", "row", "time")
+        events = events.sortWithinPartitions("part", "user", "time", last_key)
+        return events.select(*columns)
 
     def materialize(self, frame: DataFrame, name: str) -> DataFrame:
         """Writes the rows to files; returns the same rows, read from them."""
@@ -454,6 +487,12 @@ def _domain_sizes(pairs: DataFrame) -> dict[str, tuple[int, int]]:
     }
 
 
+def _key(text: Column) -> Column:
+    """Returns the key of a text, see `tie_order.py`."""
+    digits = F.substring(F.md5(text.cast("binary")), 1, HASH_DIGITS)
+    return F.conv(digits, 16, 10).cast("bigint")
+
+
 def _uri(path: Path) -> str:
     return f"file://{path}"
 
@@ -466,10 +505,14 @@ def _write_parts(
 ) -> Iterator[pa.RecordBatch]:
     """Writes the shards of the parts whose events (part, user, row, time) come in order.
 
+    Where they have keys of user and item, these order equal times.
+
     Runs in a task. Another attempt at the same part may run at the same time, or have run: each
     writes into a folder of its own, and the first to end gives it the part's name.
     """
-    for part, number_N, rows_N, time_N in _join_batches(batches):
+    for part, number_N, rows_N, time_N, *keys in _join_batches(batches):
+        if keys:
+            _break_ties(number_N, rows_N, time_N, keys)
         target = folder / f"{part:05d}"
         try:
             with staged_folder(target, uuid.uuid4().hex) as partial:
@@ -481,12 +524,28 @@ def _write_parts(
         yield pa.RecordBatch.from_pydict({"part": written})
 
 
+def _break_ties(
+    number_N: np.ndarray,
+    rows_N: np.ndarray,
+    time_N: np.ndarray,
+    keys: list[np.ndarray],
+) -> None:
+    """Orders a user's events at the same time: changes `rows_N`. keys: of users and of items."""
+    user_key_N, item_key_N = keys
+    break_ties(
+        number_N,
+        time_N,
+        rows_N,
+        lambda tied: (user_key_N[tied], item_key_N[tied]),
+    )
+
+
 def _join_batches(
     batches: Iterable[pa.RecordBatch],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields each part with all of its user numbers, rows of M and times, (N,).
+) -> Iterator[tuple[Any, ...]]:
+    """Yields each part with all of its columns, (N,): user numbers, rows of M, times, …
 
-    batches: Arrow batches of (part, user, row, time), all events of a part one after the other:
+    batches: Arrow batches of (part, user, row, time, …), all events of a part one after the other:
 
         part  4 4 4 | 4 7 7      gives  4: user [0 0 1 1], row [5 2 2 8], time [1 3 2 6]
         user  0 0 1 | 1 6 6             7: user [6 6],     row [2 5],     time [4 5]
@@ -516,15 +575,11 @@ def _join_batches(
         yield current, *_concatenate_columns(pieces)
 
 
-def _concatenate_columns(
-    pieces: list[list[np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins pieces of (user numbers, rows of M, times).
+def _concatenate_columns(pieces: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Joins pieces of (user numbers, rows of M, times, …).
 
     pieces     [[0 0 1], [5 2 2], [1 3 2]]    and    [[1], [8], [6]]
     returns    [0 0 1 1], [5 2 2 8], [1 3 2 6]
     """
-    numbers = np.concatenate([piece[0] for piece in pieces])
-    rows = np.concatenate([piece[1] for piece in pieces])
-    times = np.concatenate([piece[2] for piece in pieces])
-    return numbers, rows, times
+    columns = zip(*pieces, strict=True)
+    return [np.concatenate(column) for column in columns]

@@ -3,7 +3,8 @@
 A dataset that is to be extended keeps every row of its log, also of users and items too rare to
 be prepared:
 
-    log/00000.parquet …        user_id, item_id, domain, time, of the logs that came first, …
+    log/00000.parquet …        user_id, item_id, domain, time, of the logs that came first, …;
+                               with `--tie-order file` also position, of the rows in their files
     log/log.json               their kind of times, and the dataset's options (StoredLog)
 
 Sizes are whatever the logs are; everything is DuckDB's, out of core.
@@ -18,14 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
 
 from trainer.config.prepare import TIME_UNITS, PrepareConfig
-from trainer.data.duckdb_engine import escape_sql, query_time_span, query_value
+from trainer.data.duckdb_engine import (
+    escape_sql,
+    parquet_sql,
+    query_time_span,
+    query_value,
+)
 from trainer.data.format.dataset import Dataset
+from trainer.data.log_times import LogTimes, refuse_other_times
 from trainer.data.logs.duckdb_logs import open_log
 from trainer.data.logs.files import LogFile
 from trainer.data.logs.reading import Reading
+from trainer.data.tie_order import FILE
 from trainer.errors import InputError
 
 LOG = "log"
@@ -33,6 +42,8 @@ _COLUMNS = ("user_id", "item_id", "domain", "time")
 _DAY = 86400
 _RECORD = "log.json"
 _COUNTS = "found.json"  # of the stage: what its logs had
+_POSITION = "position"
+_LOG_BITS = 40  # of a position among all logs, above those of the row
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,14 @@ class StoredLog:
 
         Raises InputError where it cannot be read.
         """
-        file = dataset / LOG / _RECORD
-        if not file.is_file():
+        if not (dataset / LOG / _RECORD).is_file():
             return None
+        return cls.read(dataset / LOG)
+
+    @classmethod
+    def read(cls, folder: Path) -> "StoredLog":
+        """Reads the record in the log's folder. Raises InputError where it cannot be read."""
+        file = folder / _RECORD
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             return cls(**record)
@@ -101,13 +117,20 @@ def store_log(
     Raises InputError: the new logs cannot be read, or have another kind of time; the window is
     none.
     """
-    reading = open_log(connection, files, config, config.domain, view="arrived")
+    reading = open_log(
+        connection,
+        files,
+        config,
+        config.domain,
+        view="arrived",
+        in_file_order=config.tie_order == FILE,
+    )
     dates = reading.dates
     old_files = []
     if old is not None and not config.whole_log:
         old_files = sorted((old.folder / LOG).glob("*.parquet"))
     if old_files:
-        _check_kind_of_time(old, dates, files)
+        _check_kind_of_time(connection, config, old, dates, files)
     counts = {
         "arrived": query_value(connection, "SELECT count(*) FROM arrived"),
         "delivered_before": 0,
@@ -128,10 +151,7 @@ def store_log(
         counts["before_window"] = _count_before(connection, new_rows, begin)
     _link_files_in_window(connection, old_files, begin, folder)
     new_file = folder / f"{len(old_files):05d}.parquet"
-    window = _window_sql(begin)
-    connection.execute(f"""
-        COPY (SELECT * FROM {new_rows} {window})
-        TO '{escape_sql(new_file)}' (FORMAT parquet, COMPRESSION zstd)""")
+    _write_new_rows(connection, config, new_rows, begin, new_file)
     stored_log = StoredLog.of(config, dates)
     stored_log.save(folder)
     record = {
@@ -144,6 +164,23 @@ def store_log(
     return reading
 
 
+def _write_new_rows(
+    connection: DuckDBPyConnection,
+    config: PrepareConfig,
+    view: str,
+    begin: float | None,
+    file: Path,
+) -> None:
+    """Writes the rows of a view that are in the window, with their position where it counts."""
+    position = ""
+    if config.tie_order == FILE:
+        position = f", row_number() OVER (ORDER BY {_POSITION}) AS {_POSITION}"
+    columns = ", ".join(_COLUMNS)
+    connection.execute(f"""
+        COPY (SELECT {columns} {position} FROM {view} {_window_sql(begin)})
+        TO '{escape_sql(file)}' (FORMAT parquet, COMPRESSION zstd)""")
+
+
 def _link_files_in_window(
     connection: DuckDBPyConnection,
     old_files: list[Path],
@@ -152,9 +189,7 @@ def _link_files_in_window(
 ) -> None:
     """Links the old log's files into `folder`, but for those that end before the window."""
     for number, file in enumerate(old_files):
-        escaped = escape_sql(file)
-        relation = f"read_parquet('{escaped}')"
-        _, newest = query_time_span(connection, relation)
+        _, newest = query_time_span(connection, parquet_sql(file))
         if begin is None or newest >= begin:
             _link(file, folder / f"{number:05d}.parquet")
 
@@ -171,10 +206,12 @@ def open_stored_log(
     connection: DuckDBPyConnection,
     folder: Path,
     old: Dataset | None,
-) -> None:
+    in_file_order: bool,
+) -> bool:
     """Makes the view `log` over the log in `folder`, and `newest` over the rows that came last.
 
-    Ids that are text in `old` are text.
+    Ids that are text in `old` are text. in_file_order: `log` has the rows' position among all logs,
+    in the order in which they came. Returns whether the times are dates.
     """
     counts = read_counts(folder)
     files = sorted(folder.glob("*.parquet"))
@@ -182,7 +219,8 @@ def open_stored_log(
     if old is not None:
         vocabularies = [old.local(domain.vocabulary) for domain in old.domains]
     types = _common_types(connection, files, vocabularies)
-    log_sql = _rows_sql(files, types, _window_sql(counts["begin"]))
+    window = _window_sql(counts["begin"])
+    log_sql = _rows_sql(files, types, window, in_file_order)
     newest_sql = _rows_sql([folder / counts["newest"]], types)
     connection.execute(f"CREATE OR REPLACE VIEW log AS {log_sql}")
     connection.execute(f"CREATE OR REPLACE VIEW newest AS {newest_sql}")
@@ -190,6 +228,7 @@ def open_stored_log(
         raise InputError(
             "no rows are left in the window: give an earlier --since or more --days"
         )
+    return StoredLog.read(folder).dates
 
 
 def link_log(log: Path, folder: Path) -> None:
@@ -206,27 +245,29 @@ def column_type(
     column: str,
 ) -> str:
     """Returns the type of a Parquet file's column."""
-    query = f"SELECT \"{column}\" FROM read_parquet('{escape_sql(file)}')"
+    query = f'SELECT "{column}" FROM {parquet_sql(file)}'
     return str(connection.sql(query).types[0])
 
 
+def has_positions(dataset: Path) -> bool:
+    """Returns whether all rows of a dataset's stored log have their position in their files."""
+    files = (dataset / LOG).glob("*.parquet")
+    return all(_POSITION in pq.read_schema(file).names for file in files)
+
+
 def _check_kind_of_time(
+    connection: DuckDBPyConnection,
+    config: PrepareConfig,
     old: Dataset,
     dates: bool,
     files: list[LogFile],
 ) -> None:
-    """Raises InputError where new times are dates and old ones numbers, or vice versa."""
-    if StoredLog.load(old.folder).dates == dates:
-        return
-    old_kind = "dates"
-    new_kind = "numbers"
-    if dates:
-        old_kind = "numbers"
-        new_kind = "dates"
-    raise InputError(
-        f"{old.folder}: its times are {old_kind}, "
-        f"those of {files[0].path} are {new_kind}: write one kind"
-    )
+    """Raises InputError where new times are dates and old ones numbers, or of another unit."""
+    _, newest = query_time_span(connection, "arrived")
+    times = LogTimes.of(dates, newest, config.time_unit)
+    old_dates = StoredLog.read(old.folder / LOG).dates
+    old_times = LogTimes.of(old_dates, old.last_time, old.time_unit)
+    refuse_other_times(old.folder, old_times, files[0].path, times)
 
 
 def _drop_delivered_rows(
@@ -247,9 +288,10 @@ def _drop_delivered_rows(
         conditions.append(f"o.{column} = a.{column}")
     is_delivered = " AND ".join(conditions)
     columns = ", ".join(_COLUMNS)
+    delivered = ", ".join(f"a.{name}" for name in _COLUMNS)
     connection.execute(f"""
         CREATE TABLE delivered_before AS
-            SELECT DISTINCT a.*
+            SELECT DISTINCT {delivered}
             FROM arrived a
             JOIN old_log o ON {is_delivered};
         CREATE TABLE new_rows AS
@@ -350,21 +392,25 @@ def _rows_sql(
     files: list[Path],
     types: dict[str, str],
     condition: str = "",
+    in_file_order: bool = False,
 ) -> str:
     """Returns SQL for the rows of a log's files.
 
-    types: by column. condition: a WHERE clause, if not all rows count.
+    types: by column. condition: a WHERE clause, if not all rows count. in_file_order: with the
+    rows' position among all of the files.
     """
     columns = []
     for name, column in types.items():
         columns.append(f'"{name}"::{column} AS "{name}"')
     selected = ", ".join(columns)
     selects = []
-    for file in files:
-        escaped = escape_sql(file)
+    for number, file in enumerate(files):
+        position = ""
+        if in_file_order:
+            position = f", ({number}::BIGINT << {_LOG_BITS}) + {_POSITION} AS {_POSITION}"
         selects.append(f"""
-            SELECT {selected}
-            FROM read_parquet('{escaped}')
+            SELECT {selected} {position}
+            FROM {parquet_sql(file)}
             {condition}""")
     return " UNION ALL ".join(selects)
 

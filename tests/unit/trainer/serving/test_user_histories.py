@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -5,8 +7,11 @@ import pytest
 
 import trainer.serving.user_histories
 from tests.helpers.made import draw_histories, spoil_block, write_dataset
+from tests.unit.trainer.data.prepare.test_extend import as_before_ties
+from trainer.config.prepare import PrepareConfig
 from trainer.config.serving import HistoriesConfig
 from trainer.data.loading.histories import Histories
+from trainer.data.prepare.pipeline import prepare
 from trainer.errors import InputError
 from trainer.files.progress import Stages
 from trainer.serving.user_histories import (
@@ -208,6 +213,94 @@ def test_ids_are_the_same_whatever_they_are_written_as(tmp_path, dataset, kind):
         else {"10": [9], "7": [1], "9": []}
     )
     assert list(histories.items()) == list(expected.items())
+
+
+def daily_rows(users=40, seed=4):
+    draw = np.random.default_rng(seed)
+    rows = []
+    for place in draw.permutation(users * 12).tolist():
+        item = int(draw.integers(0, 9))
+        day = f"2024-01-0{int(draw.integers(1, 4))}"
+        rows.append((place % users, item, ("a", "b", "c")[item % 3], day))
+    return rows
+
+
+@pytest.mark.parametrize("batch", [1, 65536])
+@pytest.mark.parametrize("tie_order", ["hash", "file", None])
+def test_the_log_of_a_dataset_gives_its_histories_with_equal_times_too(
+    tmp_path, monkeypatch, tie_order, batch
+):
+    """None: a dataset of before, whose equal times are in the order of domain and item."""
+    rows = daily_rows()
+    for place in range(3):
+        log(tmp_path, rows[place * 160 : (place + 1) * 160], f"{place}.csv")
+    logs = str(tmp_path / "*.csv")
+    prepared = prepare(
+        PrepareConfig(
+            (logs,), str(tmp_path / "data"), tie_order=tie_order or "hash"
+        )
+    )
+    if tie_order is None:
+        prepared = as_before_ties(prepared)
+    (tmp_path / "1").mkdir()
+    monkeypatch.setattr(trainer.serving.user_histories, "_BATCH", batch)
+    of_logs, _ = found(tmp_path / "1", prepared, inputs=(logs,))
+    if tie_order is None:
+        items = {}
+        for domain in prepared.domains:
+            table = pq.read_table(prepared.folder / domain.vocabulary)
+            for item, row in zip(table["item_id"], table["row"], strict=True):
+                items[domain.name, item.as_py()] = row.as_py()
+        expected = {user: [] for user in range(40)}
+        for user, item, domain, _ in sorted(rows, key=lambda row: row[::-1]):
+            expected[user].append(items[domain, item])
+    else:
+        (tmp_path / "2").mkdir()
+        expected, _ = found(tmp_path / "2", prepared)
+    assert of_logs == expected
+
+
+KINDS = {
+    "dates for seconds": ("1700000000", "2024-01-01", "numbers (seconds)", "dates"),
+    "seconds for dates": ("2024-01-01", "1700000000", "dates", "numbers (seconds)"),
+    "milliseconds": ("1700000000", "1700000000000", "numbers (seconds)", "numbers (milliseconds)"),
+    "seconds for nanoseconds": ("1700000000000000000", "1700000000", "numbers (nanoseconds)", "numbers (seconds)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "named", "other"), KINDS.values(), ids=KINDS
+)
+def test_logs_with_another_kind_of_time_are_refused(
+    tmp_path, ours, theirs, named, other
+):
+    rows = [("u", item, "a", ours) for item in range(3)]
+    source = log(tmp_path, rows, "data.csv")
+    prepared = prepare(PrepareConfig((source,), str(tmp_path / "data")))
+    asked = log(tmp_path, [("u", 1, "a", theirs)], "asked.csv")
+    with pytest.raises(InputError) as error:
+        found(tmp_path, prepared, inputs=(asked,))
+    assert str(error.value) == (
+        f"{prepared.folder}: its times are {named}, those of {asked} are {other}: "
+        "write one kind"
+    )
+    if "numbers" in named and other != "dates":
+        for name in ("out", "scratch"):
+            shutil.rmtree(tmp_path / name)
+        with pytest.raises(InputError, match="write one kind"):
+            found(tmp_path, as_before_ties(prepared), inputs=(asked,))
+
+
+def test_a_dataset_in_a_folder_called_like_a_column_is_read(tmp_path):
+    rows = daily_rows(5)
+    source = log(tmp_path, rows, "data.csv")
+    below = tmp_path / "user=alice" / "user_id=3" / "row=1"
+    prepared = prepare(PrepareConfig((source,), str(below / "domain=a")))
+    (tmp_path / "logs").mkdir()
+    of_dataset, _ = found(tmp_path, prepared)
+    of_logs, counts = found(tmp_path / "logs", prepared, inputs=(source,))
+    assert of_dataset == of_logs and list(of_logs) == list(range(5))
+    assert counts.unknown_item == counts.unknown_domain == 0
 
 
 @pytest.mark.parametrize("part_users", [6, 100])

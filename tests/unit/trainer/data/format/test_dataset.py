@@ -70,6 +70,10 @@ def dataset(tmp_path):
         tuple(domains),
         tuple(shards),
         files,
+        tie_order="hash",
+        tied_users=1,
+        time_kind="numbers",
+        time_unit="s",
     )
     made.save()
     return made

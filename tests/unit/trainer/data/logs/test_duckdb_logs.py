@@ -1,5 +1,6 @@
 """Logs of every form become the same dataset; what cannot be read says why and what to do."""
 
+import datetime
 import json
 import os
 
@@ -29,7 +30,8 @@ def wanted(tmp_path_factory):
     files = {False: digests(dataset.folder)}
     dated = []
     for event in events:
-        dated.append({**event, "timestamp": event["timestamp"] * 10**6})
+        date = datetime.datetime.fromtimestamp(event["timestamp"], datetime.UTC)
+        dated.append({**event, "timestamp": date.isoformat()})
     dataset = run(folder / "dates", write_csv(folder, dated, "dated.csv"))
     files[True] = digests(dataset.folder)
     return files

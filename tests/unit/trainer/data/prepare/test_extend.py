@@ -1,6 +1,7 @@
 """A dataset onto which new logs came, against one that was prepared of everything at once."""
 
 import datetime
+import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -531,7 +532,7 @@ def test_what_it_was_made_with_is_kept(tmp_path):
         keep_log=True,
         **options,
     )
-    assert read_options(dataset.folder) == options
+    assert read_options(dataset.folder) == options | {"tie_order": "hash"}
     after = extended(
         dataset,
         tmp_path / "1",
@@ -543,8 +544,97 @@ def test_what_it_was_made_with_is_kept(tmp_path):
     ) == (5, 7)
 
 
+def as_before_ties(dataset):
+    """The same dataset as format version 4 had it, which does not say the order of equal times."""
+    file = dataset.folder / "dataset.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("tie_order", "tied_users", "time_kind", "time_unit"):
+        del record[name]
+    record["format_version"] = 4
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
+    return Dataset.load(dataset.folder)
+
+
+def test_a_dataset_of_before_is_extended_in_the_new_order_and_it_is_said(
+    tmp_path, capfd
+):
+    rows = some_rows()
+    before = as_before_ties(
+        run(
+            tmp_path / "0",
+            write(tmp_path / "0.csv", rows),
+            keep_log=True,
+            streams=3,
+        )
+    )
+    assert before.tie_order is None
+    text = (before.folder / "dataset.json").read_bytes()
+    assert before.fingerprint == hashlib.sha256(text).hexdigest()
+    day = [("new", 3, "shop", 7), ("new", 4, "shop", 7)]
+    after = extended(before, tmp_path / "1", write(tmp_path / "1.csv", day))
+    assert "a hash orders them, in the old log" in capfd.readouterr().err
+    assert after.tie_order == "hash"
+    whole = write(tmp_path / "whole.csv", rows + day)
+    assert told(after) == told(run(tmp_path / "whole", whole, streams=3))
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "domain"])
+def test_ids_that_were_made_of_floats_before_are_not_extended(tmp_path, column):
+    rows = [(user, 2 + user % 2, "shop", 1) for user in range(4)]
+    place = COLUMNS.index(column)
+    texts = [
+        (
+            *row[:place],
+            f"{row[place]}.0" if place < 2 else "5.0",
+            *row[place + 1 :],
+        )
+        for row in rows
+    ]
+    log = write(tmp_path / "0.parquet", texts)
+    before = as_before_ties(run(tmp_path / "0", log, keep_log=True))
+    with pytest.raises(
+        InputError, match=rf"has the {column} '\d\.0', which is read as \d now"
+    ):
+        extended(before, tmp_path / "1", log)
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"days": 400.0}, {"since": "2024-01-01"}]
+)
+def test_folders_that_are_called_like_columns_are_no_columns(tmp_path, options):
+    """Hive's names: below domain=all and user=ann, all files keep their own columns."""
+    day = [
+        (user, item, domain, f"2024-01-{item + 1:02d}")
+        for user in range(4)
+        for item, domain in enumerate(("shop", "video", "shop", "video"))
+    ]
+    below = tmp_path / "domain=all" / "user=ann" / "item_id=7"
+    dataset = run(
+        below / "time=3",
+        write(below / "0.csv", day),
+        keep_log=True,
+        streams=2,
+        **options,
+    )
+    plain = run(tmp_path / "plain", below / "0.csv", streams=2)
+    assert told(dataset) == told(plain)
+    after = extended(dataset, below / "row=1", write(below / "1.csv", day[:3]))
+    assert told(after) == told(dataset)
+    assert facts_of(after)["delivered_before"] == 3
+    assert [domain.name for domain in after.domains] == ["shop", "video"]
+
+
 def dates(_, folder):
     return write(folder / "new.csv", [("u", "a", "shop", "2026-01-01")]), {}
+
+
+def another_unit(_, folder):
+    before = [("u", item, "shop", 1_700_000_000) for item in "ab"]
+    dataset = run(folder / "s", write(folder / "s.csv", before), keep_log=True)
+    after = [("u", "a", "shop", 1_700_000_001_000)]
+    return write(folder / "ms.csv", after), {"extend": str(dataset.folder)}
 
 
 def days_of_what(_, folder):
@@ -579,6 +669,8 @@ def a_log_that_is_none(dataset, folder):
 
 BAD = {
     dates: "its times are numbers, those of .*new.csv are dates",
+    another_unit: r"its times are numbers \(seconds\), those of .*ms.csv are numbers "
+    r"\(milliseconds\)",
     days_of_what: "say what they are in with --time-unit",
     no_number: "these logs' times are numbers: give one",
     nothing_left: "no rows are left in the window",
@@ -598,7 +690,7 @@ def test_what_cannot_be_extended_is_named_and_leaves_nothing(
     )
     log, options = spoil(dataset, tmp_path)
     with pytest.raises(InputError, match=message):
-        run(tmp_path / "1", log, extend=str(dataset.folder), **options)
+        run(tmp_path / "1", log, **{"extend": str(dataset.folder)} | options)
     assert not (tmp_path / "1").exists()
 
 
