@@ -1,4 +1,4 @@
-"""Prepares interaction logs for training: Parquet, CSV or TSV (also .gz) in, shards out.
+"""Prepares interaction logs for training: Parquet, CSV, TSV, JSON Lines and others in, shards out.
 
     python launch/prepare.py --input logs/ more.csv 'days/2024-*.parquet' --output data/shop
 
@@ -10,7 +10,7 @@ command goes on from the stages that were finished.
     python launch/prepare.py --input logs/2026-11-26.parquet --extend data/1 --output data/2
 
 brings new logs onto a dataset: items keep their rows of the item matrix, new ones take rows that
-were reserved for them.
+were reserved for them. docs/data.md has a command for every form of log.
 """
 
 from collections.abc import Iterable
