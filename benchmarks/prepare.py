@@ -75,7 +75,7 @@ def measure(users: int, settings: Settings, folder: Path) -> dict:
     data = folder / f"data-{users}"
     shutil.rmtree(data, ignore_errors=True)
     written = None
-    if not (logs / "truth.json").is_file():
+    if not (logs / "_truth.json").is_file():
         size = [
             "--users",
             users,

@@ -1,7 +1,8 @@
 """Options that several scripts have."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config.command_line import option
 
@@ -41,6 +42,59 @@ class LogColumns:
     item_column: str = option("of the logs", "item_id", metavar="NAME")
     domain_column: str = option("of the logs", "domain", metavar="NAME")
     time_column: str = option("of the logs", "timestamp", metavar="NAME")
+    columns: str | None = option(
+        "all columns of logs without a header line, with commas between",
+        None,
+        metavar="NAMES",
+    )
+    delimiter: str | None = option(
+        "what divides the fields: ';', '|', '::', tab (default: by the file's "
+        "ending)",
+        None,
+        metavar="SIGN",
+    )
+    time_format: str | None = option(
+        "of times in text, e.g. '%d/%m/%Y %H:%M'",
+        None,
+        metavar="FORMAT",
+    )
+    where: str | None = option(
+        "rows that count, e.g. \"rating >= 4 and event in ('buy', 'cart')\"",
+        None,
+        metavar="EXPRESSION",
+    )
+    items: str | None = option(
+        "a file with the domain of every item, by the same column names",
+        None,
+        metavar="FILE",
+    )
+    items_columns: str | None = option(
+        "all columns of an --items file without a header line",
+        None,
+        metavar="NAMES",
+    )
+    items_delimiter: str | None = option(
+        "what divides the fields of --items (default: by its ending)",
+        None,
+        metavar="SIGN",
+    )
+    domain_separator: str | None = option(
+        "what stands between several domains of one item; the first counts",
+        None,
+        metavar="SIGN",
+    )
+    bad_rows: Literal["stop", "skip"] = option(
+        "at a row that cannot be used; skip counts and lists them", "stop"
+    )
+
+    def log_settings(self) -> dict[str, Any]:
+        """The options as settings of `LogFormat`."""
+        settings = {}
+        for field in dataclasses.fields(LogColumns):
+            value = getattr(self, field.name)
+            if value is not None:
+                settings[field.name] = value
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)

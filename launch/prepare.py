@@ -1,4 +1,4 @@
-"""Prepares interaction logs for training: Parquet, CSV or TSV (also .gz) in, shards out.
+"""Prepares interaction logs for training: Parquet, CSV, TSV, JSON Lines and others in, shards out.
 
     python launch/prepare.py --input logs/ more.csv 'days/2024-*.parquet' --output data/shop
 
@@ -10,7 +10,7 @@ command goes on from the stages that were finished.
     python launch/prepare.py --input logs/2026-11-26.parquet --extend data/1 --output data/2
 
 brings new logs onto a dataset: items keep their rows of the item matrix, new ones take rows that
-were reserved for them.
+were reserved for them. docs/data.md has a command for every form of log.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from typing import Literal
 from rich.console import Console
 
 from launch.options import LogColumns
-from launch.tables import dataset_table
+from launch.tables import dataset_notes, dataset_table
 from trainer.config.command_line import option, parse_options
 from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
@@ -81,12 +81,18 @@ class Options(LogColumns):
         None,
         metavar="N",
     )
+    min_domain: int | None = option(
+        "leave out domains with fewer interactions or one item (default: 0, or "
+        "the extended dataset's)",
+        None,
+        metavar="N",
+    )
     seed: int | None = option(
         "of the shuffle of users (default: 0, or the extended dataset's)", None
     )
     streams: int | None = option(
-        "at least as many as ranks, best a multiple of them (default: 64, or "
-        "the extended dataset's)",
+        "at least as many as ranks, best a multiple of them (default: 64, fewer "
+        "for few users, or the extended dataset's)",
         None,
         metavar="N",
     )
@@ -109,9 +115,9 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 
 def prepare_config(options: Options) -> PrepareConfig:
     """What to prepare. Raises InputError where the engine cannot do it."""
-    windowed = options.since or options.days
+    windowed = options.since is not None or options.days is not None
     if options.engine == "spark" and (
-        options.extend or options.keep_log or windowed
+        options.extend is not None or options.keep_log or windowed
     ):
         raise InputError(
             "--engine spark prepares whole logs: --extend, --keep-log and windows are DuckDB's"
@@ -137,7 +143,10 @@ def run_engine(options: Options) -> Dataset:
 def main() -> None:
     """Prepares the dataset and says how large it is."""
     dataset = run_engine(parse())
-    Console().print(dataset_table(dataset, tuple(PERCENTILES)))
+    console = Console()
+    console.print(dataset_table(dataset, tuple(PERCENTILES)))
+    for line in dataset_notes(dataset):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
     … -k 1 --domain D                                                  one item of one domain
 
 Written: DIR/domain=NAME/part-*.parquet with user_id, history, rank, item_id, score; and
-DIR/recommend.json. Items of a user's history are left out (--keep-seen keeps them); users who are
+DIR/_recommend.json. Items of a user's history are left out (--keep-seen keeps them); users who are
 new to the model are among them (cold start). Killed, the same command goes on from the finished
 parts.
 """
@@ -93,10 +93,7 @@ def main() -> None:
     asked = HistoriesConfig(
         inputs=options.input,
         users=options.users,
-        user_column=options.user_column,
-        item_column=options.item_column,
-        domain_column=options.domain_column,
-        time_column=options.time_column,
+        **options.log_settings(),
         log_domain=options.log_domain,
         memory=options.memory,
         part_users=options.part_users,

@@ -1,5 +1,7 @@
 """The tables that scripts print."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +10,15 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from trainer.data.format.dataset import Dataset
+    from trainer.data.prepare.overlap import Overlap
 
 _LEFT_OUT = {
     "unknown_domain": "interactions of domains that the model does not know are left out",
     "unknown_item": "interactions with items that the model does not know are left out",
     "unread": "users of damaged shards are left out",
 }
+_FIRST_BAD = 5  # bad rows that are shown
+_SHOWN_PAIRS = 15  # pairs of domains
 _TIE_ORDERS = {"hash": "a hash", "file": "the rows of the logs"}
 _COMPARED = ("candidate", "current", "when_published")
 
@@ -53,13 +58,96 @@ def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
     return table
 
 
+def dataset_notes(dataset: "Dataset") -> list[str]:
+    """What a preparation left out, and which users the domains share, a line each."""
+    from trainer.data.prepare.left_out import read_left_out
+    from trainer.data.prepare.overlap import Overlap
+
+    lines = _left_out_lines(read_left_out(dataset.folder), dataset.folder)
+    overlap = Overlap.load(dataset.folder)
+    if overlap is not None and len(dataset.domains) > 1:
+        lines += _overlap_lines(overlap, dataset)
+    return lines
+
+
+def _left_out_lines(record: dict[str, Any], folder: Path) -> list[str]:
+    lines = []
+    if record.get("filtered"):
+        lines.append(f"left out by where: {record['filtered']:,} rows")
+    for reason, count in record.get("bad", {}).items():
+        lines.append(f"bad rows left out: {count:,}, {reason}")
+    if record.get("items_without_domain"):
+        lines.append(
+            f"items without a domain left out: {record['items_without_domain']:,}, "
+            f"{record['rows_without_domain']:,} rows"
+        )
+    lines += _first_bad_lines(folder / "bad_rows.jsonl")
+    domains = []
+    for name, size in record.get("domains", {}).items():
+        domains.append(
+            f"{name} ({size['items']:,} items, {size['interactions']:,} interactions)"
+        )
+    if domains:
+        lines.append(f"small domains left out: {', '.join(domains)}")
+    return lines
+
+
+def _first_bad_lines(file: Path) -> list[str]:
+    """The first of the bad rows that are listed in a file."""
+    if not file.is_file():
+        return []
+    lines = [f"they are listed in {file}; the first:"]
+    with open(file, encoding="utf-8") as stream:
+        for line in itertools.islice(stream, _FIRST_BAD):
+            row = json.loads(line)
+            if "item" in row:
+                lines.append(f"  item {row['item']}: {row['rows']:,} rows")
+            else:
+                lines.append(
+                    f"  {row['file']}: row {row['row']}: {row['reason']}"
+                )
+    return lines
+
+
+def _overlap_lines(overlap: "Overlap", dataset: "Dataset") -> list[str]:
+    parts = []
+    for number, users in enumerate(overlap.users_by_domains, start=1):
+        if users:
+            domains = "1 domain" if number == 1 else f"{number} domains"
+            parts.append(f"{users:,} in {domains}")
+    lines = [f"users: {', '.join(parts)}"]
+    if overlap.is_disjoint:
+        lines.append(
+            "no user is in two domains: the domains have nothing to learn from "
+            "one another"
+        )
+        return lines
+    pairs = []
+    for one, other, users in overlap.shared_users[:_SHOWN_PAIRS]:
+        pairs.append(f"{one} and {other} {users:,}")
+    more = len(overlap.shared_users) - _SHOWN_PAIRS
+    if more > 0:
+        pairs.append(f"{more:,} more pairs in overlap.json")
+    lines.append(f"users of two domains: {', '.join(pairs)}")
+    connected = set()
+    for one, other, _ in overlap.shared_users:
+        connected |= {one, other}
+    for domain in dataset.domains:
+        if domain.users and domain.name not in connected:
+            lines.append(
+                f"{domain.name} shares no user with another domain: it has nothing "
+                "to learn from them"
+            )
+    return lines
+
+
 def _add_row(table: Table, name: str, counts: tuple[int, ...]) -> None:
     cells = [f"{count:,}" for count in counts]
     table.add_row(escape(name), *cells)
 
 
 def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
-    """How many recommendations were written, and what was left out. record: recommend.json."""
+    """How many recommendations were written, and what was left out. record: _recommend.json."""
     table = Table(
         "domain",
         title=(

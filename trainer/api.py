@@ -64,11 +64,12 @@ def prepare(
 ) -> Dataset:
     """Makes a dataset out of interaction logs, and returns it.
 
-    logs: a path, a glob or several of them (Parquet, CSV, TSV); or the rows themselves, as a pyarrow
+    logs: a path, a glob or several of them (docs/data.md has the forms); or the rows themselves, as a pyarrow
     Table or a pandas DataFrame, with a user, an item, a domain and a time.
     output: the folder of the dataset; it does not exist yet, or is empty.
     fresh: begins anew where an earlier call was killed.
-    options: those of `trainer.config.prepare.PrepareConfig`, e.g. `user_column="uid"`, `min_user=5`.
+    options: those of `trainer.config.prepare.PrepareConfig`, e.g. `user_column="uid"`, `min_user=5`,
+    `where="rating >= 4"`, `bad_rows="skip"`.
     """
     from trainer.data.prepare.extend import read_options
     from trainer.data.prepare.pipeline import prepare as prepare_logs

@@ -1,13 +1,137 @@
-"""Settings: which interaction logs are prepared, and how; and which synthetic ones are made."""
+"""Settings: how interaction logs are written, which are prepared, and how; and synthetic ones."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trainer.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+DOMAIN_COLUMN = "domain"
+_DELIMITERS = {"\\t": "\t", "tab": "\t"}
+_MOST_DELIMITER = 4  # bytes
+_EMPTY = {
+    "time_format": "give a format such as '%d/%m/%Y %H:%M', or leave it out",
+    "items": "give a file, or leave it out",
+    "domain_separator": "give a sign such as '|', or leave it out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogFormat:
+    """How interaction logs are written, and which of their rows count.
+
+    columns: the names of all columns, for files without a header line.
+    delimiter: what divides the fields, where the file's ending does not say so.
+    time_format: of times that are text, as strftime has it.
+    where: an expression; only rows for which it holds count (`trainer.data.logs.row_filter`).
+    items: a file that has the domain of every item, in `domain_column`.
+    items_columns, items_delimiter: `columns` and `delimiter` of that file.
+    domain_separator: what stands between several domains of one item, of which the first counts.
+    bad_rows: stop at the first row that cannot be used, or skip such rows and count them.
+    """
+
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    domain_column: str = DOMAIN_COLUMN
+    time_column: str = "timestamp"
+    columns: Sequence[str] = ()
+    delimiter: str | None = None
+    time_format: str | None = None
+    where: str | None = None
+    items: str | None = None
+    items_columns: Sequence[str] = ()
+    items_delimiter: str | None = None
+    domain_separator: str | None = None
+    bad_rows: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("columns", "items_columns"):
+            names = _split_names(name, getattr(self, name))
+            object.__setattr__(self, name, names)
+        for name in ("delimiter", "items_delimiter"):
+            delimiter = getattr(self, name)
+            if delimiter is not None:
+                delimiter = _DELIMITERS.get(delimiter, delimiter)
+                _check_delimiter(name, delimiter)
+                object.__setattr__(self, name, delimiter)
+        for name, hint in _EMPTY.items():
+            if getattr(self, name) == "":
+                raise InputError(f"{name} is empty: {hint}")
+        if self.bad_rows not in ("stop", "skip"):
+            raise InputError(
+                f"bad_rows is {self.bad_rows!r}: give 'stop' or 'skip'"
+            )
+        if self.items is None and (self.items_columns or self.items_delimiter):
+            raise InputError(
+                "items_columns and items_delimiter are for a file of items: "
+                "give --items, or leave them out"
+            )
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        """Whether rows that cannot be used are left out."""
+        return self.bad_rows == "skip"
+
+    @property
+    def column_by_role(self) -> dict[str, str]:
+        """The columns' names by role: user, item, domain, time."""
+        return {
+            "user": self.user_column,
+            "item": self.item_column,
+            "domain": self.domain_column,
+            "time": self.time_column,
+        }
+
+    def check_domain(self, name: str, domain: str | None) -> None:
+        """Raises InputError where the one domain of the logs contradicts the rest.
+
+        name: of the setting, for messages.
+        """
+        if domain is None:
+            return
+        if domain == "":
+            raise InputError(
+                f"{name} is empty: give the one domain of these logs a name"
+            )
+        if self.domain_column != DOMAIN_COLUMN:
+            raise InputError(
+                f"{name} is {domain!r} and domain_column is {self.domain_column!r}: "
+                "one of them says what the domains are"
+            )
+        if self.items is not None:
+            raise InputError(
+                f"{name} is {domain!r} and items is {self.items}: "
+                "one of them says what the domains are"
+            )
+
+
+def _split_names(setting: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns names that are a list, or one text with commas."""
+    if isinstance(names, str):
+        names = names.split(",")
+    stripped = tuple(name.strip() for name in names)
+    for name in stripped:
+        if not name or stripped.count(name) > 1:
+            raise InputError(
+                f"{setting} is {','.join(stripped)}: "
+                "give every column a name of its own"
+            )
+    return stripped
+
+
+def _check_delimiter(setting: str, delimiter: str) -> None:
+    """Raises InputError for what cannot divide fields."""
+    size = len(delimiter.encode())
+    if not 1 <= size <= _MOST_DELIMITER or set(delimiter) & set("\"'\r\n\0"):
+        raise InputError(
+            f"{setting} is {delimiter!r}: give one sign or a few, "
+            "such as ';', '|', '::' or tab"
+        )
+
 
 LEAST_MEMORY = 500 * 10**6  # bytes
 TIE_ORDERS = ("hash", "file")  # see trainer/data/tie_order.py
@@ -28,6 +152,7 @@ _BYTES_BY_UNIT = {
 _LOWER_BOUNDS = {
     "min_user": 0,
     "min_item": 0,
+    "min_domain": 0,
     "seed": 0,
     "streams": 1,
     "shard_users": 2,
@@ -37,12 +162,15 @@ _LOWER_BOUNDS = {
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(LogFormat):
     """Which logs to prepare, and how.
 
     domain: names the one domain of logs without a domain column.
     min_user, min_item: drop users and items with fewer interactions, again and again until none
     is left to drop (the k-core).
+    min_domain: leave out domains with fewer interactions, and those with a single item, which
+    has no other to be told from.
+    streams: None: 64, fewer where there are few users.
     extend: the folder of a dataset that these logs extend. Its items keep their rows of M where
     they can.
     keep_log: the dataset keeps its log, so that it can be extended.
@@ -56,15 +184,12 @@ class PrepareConfig:
 
     inputs: tuple[str, ...]
     output: str
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    domain_column: str = "domain"
-    time_column: str = "timestamp"
     domain: str | None = None
     min_user: int = 0
     min_item: int = 0
+    min_domain: int = 0
     seed: int = 0
-    streams: int = 64
+    streams: int | None = None
     shard_users: int = 32768
     block_users: int = 1024
     extend: str | None = None
@@ -79,16 +204,19 @@ class PrepareConfig:
     processes: int = 0  # 0: as many as this process may use cores
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, bound in _LOWER_BOUNDS.items():
             value = getattr(self, name)
-            if value < bound:
+            if value is not None and value < bound:
                 raise InputError(
                     f"{name} is {value}: it must be at least {bound}"
                 )
-        if self.domain == "":
-            raise InputError(
-                "domain is empty: give the one domain of these logs a name"
-            )
+        self.check_domain("domain", self.domain)
+        for name in ("extend", "since"):
+            if getattr(self, name) == "":
+                raise InputError(
+                    f"{name} is empty: is a variable not set? Give it a value"
+                )
         if self.tie_order not in TIE_ORDERS:
             raise InputError(
                 f"tie_order is {self.tie_order!r}: it is hash or file"
@@ -112,16 +240,6 @@ class PrepareConfig:
     def memory_bytes(self) -> int:
         """`memory` in bytes."""
         return memory_bytes(self.memory)
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns' names by role."""
-        return {
-            "user": self.user_column,
-            "item": self.item_column,
-            "domain": self.domain_column,
-            "time": self.time_column,
-        }
 
 
 def memory_bytes(text: str) -> int:

@@ -85,8 +85,32 @@ class _DaySettings:
     domain_column: str = setting("domain", "the logs' column of domains")
     time_column: str = setting("timestamp", "the logs' column of times")
     domain: str = setting("", "the one domain of logs without a domain column")
+    columns: str = setting(
+        "", "all columns of logs without a header line, with commas between"
+    )
+    delimiter: str = setting(
+        "", "what divides the fields; empty: by the file's ending"
+    )
+    time_format: str = setting("", "of times in text, e.g. %d/%m/%Y %H:%M")
+    where: str = setting("", "rows that count, e.g. rating >= 4")
+    items: str = setting("", "a file with the domain of every item")
+    items_columns: str = setting(
+        "", "all columns of an items file without a header line"
+    )
+    items_delimiter: str = setting("", "what divides the fields of items")
+    domain_separator: str = setting(
+        "", "what stands between several domains of one item"
+    )
+    bad_rows: str = setting(
+        "stop",
+        "at a row that cannot be used; skip counts and lists them",
+        choices=("stop", "skip"),
+    )
     min_user: int = setting(0, "drop users with fewer interactions")
     min_item: int = setting(0, "drop items with fewer interactions")
+    min_domain: int = setting(
+        0, "leave out new domains with fewer interactions or one item"
+    )
     days: float = setting(
         0.0, "days before the newest row that count; 0: all logs count"
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from trainer.config.prepare import LogFormat
 from trainer.errors import InputError
 
 ITEM_DTYPES = ("fp32", "fp16")
@@ -45,7 +46,7 @@ class RecommendConfig:
 
 
 @dataclass(frozen=True)
-class HistoriesConfig:
+class HistoriesConfig(LogFormat):
     """Which users get recommendations, and where their histories are read.
 
     inputs: logs. Without any, histories come from the run's dataset, with the validation and
@@ -56,20 +57,14 @@ class HistoriesConfig:
 
     inputs: tuple[str, ...] = ()
     users: str | None = None
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    domain_column: str = "domain"
-    time_column: str = "timestamp"
     log_domain: str | None = None
     memory: str = "8GB"
     part_users: int = 65536  # users in each file
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.part_users < 1:
             raise InputError(
                 f"part_users is {self.part_users}: it must be at least 1"
             )
-        if self.log_domain == "":
-            raise InputError(
-                "log_domain is empty: give the one domain of these logs a name"
-            )
+        self.check_domain("log_domain", self.log_domain)

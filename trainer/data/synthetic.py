@@ -276,13 +276,13 @@ def synthesize_logs(
     last_user: int | None = None,
     processes: int | None = None,
 ) -> int:
-    """Writes Parquet files of events (by user, then time) and `truth.json`; counts the events.
+    """Writes Parquet files of events (by user, then time) and `_truth.json`; counts the events.
 
     first_user, last_user: write the users [first_user, last_user) of the config's alone (None:
     to the last one). Their rows are the same as in the whole.
     processes: how many write, each whole files (None: one for every core that this process may
     use). The files are the same for any number. With one, or one file, this process writes.
-    truth.json: the domains, which of them are related, the users, and the whole config.
+    _truth.json: the domains, which of them are related, the users, and the whole config.
 
     Memory does not grow with users or items: about 200 MB a process. Progress and the time left
     are shown on stderr if it is a terminal.
@@ -346,7 +346,7 @@ def _write_truth(
     last_user: int,
     interactions: int,
 ) -> None:
-    """Writes `truth.json`."""
+    """Writes `_truth.json`."""
     names = config.names
     truth = {
         "domains": names,
@@ -358,7 +358,7 @@ def _write_truth(
         "config": dataclasses.asdict(config),
     }
     text = json.dumps(truth, indent=1) + "\n"
-    (folder / "truth.json").write_text(text, encoding="utf-8")
+    (folder / "_truth.json").write_text(text, encoding="utf-8")
 
 
 def _write_logs(

@@ -12,6 +12,7 @@ rename). `finished_whole` does that for one folder, `new_folder` for an output w
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,9 +52,8 @@ class StagedOutput:
         refuse: raise InputError in place of beginning anew where the identity, a dict, differs; the
         message names the differences.
         """
-        self.output = Path(output)
+        self.output = real_output(output)
         self.folder = work_folder(self.output)
-        _require_new_or_empty(self.output)
         identity = json.loads(json.dumps(identity))
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,33 @@ class StagedOutput:
 
 def work_folder(output: Path) -> Path:
     """The folder, beside an output, in which its stages are made."""
+    output = _without_link(output)
     return output.parent / f".{output.name}.work"
+
+
+def real_output(output: str | Path) -> Path:
+    """Returns where an output comes to be: the folder itself where it is named by a link.
+
+    It is renamed onto that place. Raises InputError where something is there already, or where
+    nothing can be renamed onto it: a mount point.
+    """
+    if not str(output):
+        raise InputError("output is empty: name a folder")
+    _require_new_or_empty(Path(output))
+    real = _without_link(Path(output))
+    if os.path.ismount(real):
+        raise InputError(
+            f"output {output} is where a volume is mounted, and cannot be put in "
+            f"place at once: name a folder in it, such as {real / 'data'}"
+        )
+    return real
+
+
+def _without_link(output: Path) -> Path:
+    """Returns the folder that a link or . names; another name stays as it was given."""
+    if output.is_symlink() or output.name in ("", ".."):
+        return Path(os.path.realpath(output))
+    return output
 
 
 @contextlib.contextmanager
@@ -180,9 +206,8 @@ def new_output_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
     On any failure both are removed. Raises InputError where the output already holds something, or
     cannot be written.
     """
-    output = Path(output)
+    output = real_output(output)
     try:
-        _require_new_or_empty(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=output.parent, prefix=f".{output.name}."

@@ -59,6 +59,17 @@ _NEITHER = (
     "neither serves nor was refused: its own lines say why; the same command goes on "
     "there"
 )
+# Settings of the logs' form, which are options of launch/prepare.py where they are given.
+_LOG_SETTINGS = (
+    "columns",
+    "delimiter",
+    "time_format",
+    "where",
+    "items",
+    "items_columns",
+    "items_delimiter",
+    "domain_separator",
+)
 # What a plan may say; its entries become words of commands.
 _PLAN_FORMS = {
     "extends": r"days/(?!\.)[^/]+/dataset",
@@ -364,6 +375,12 @@ def _prepare_arguments(
     words += ["--time-column", config.time_column]
     words += ["--min-user", config.min_user]
     words += ["--min-item", config.min_item]
+    words += ["--min-domain", config.min_domain]
+    words += ["--bad-rows", config.bad_rows]
+    for name in _LOG_SETTINGS:
+        value = getattr(config, name)
+        if value:
+            words += [f"--{name.replace('_', '-')}={value}"]
     if config.domain:
         words += ["--domain", config.domain]
     if config.days:

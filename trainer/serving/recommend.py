@@ -2,7 +2,7 @@
 
     OUTPUT/domain=NAME/part-00000.parquet …   user_id, history (int32), rank (int32, from 1),
                                               item_id, score (float32)
-    OUTPUT/recommend.json                     what it was made from, and what is there
+    OUTPUT/_recommend.json                     what it was made from, and what is there
 
 A row is one recommendation. A user's rows stand together, best first, and a user is in one part.
 Ids have the types that they came with. A user gets fewer than `k` items where a domain has fewer
@@ -31,7 +31,11 @@ from trainer.distributed.process_group import Ranks
 from trainer.files.progress import Stages
 from trainer.files.staged import work_folder
 from trainer.run_files import BEST, CHECKPOINTS, MANIFEST
-from trainer.serving.recommendation_files import RECORD, RecommendationFiles
+from trainer.serving.recommendation_files import (
+    OLD_RECORD,
+    RECORD,
+    RecommendationFiles,
+)
 from trainer.serving.top_items import Scorer
 from trainer.serving.user_histories import check_memory, describe_request
 
@@ -47,7 +51,7 @@ def recommend(
     data: str | Path | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Writes the folder `output` and returns the content of its recommend.json.
+    """Writes the folder `output` and returns the content of its _recommend.json.
 
     Called on all ranks. Where an earlier call with the same run, users and options was killed,
     this one goes on from its finished parts; fresh: begins anew. An output that this call would
@@ -134,7 +138,10 @@ def _read_finished(
 ) -> dict[str, Any] | None:
     """The record of a finished output that was made from the same; None without one."""
     try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        file = output / RECORD
+        if not file.is_file():
+            file = output / OLD_RECORD
+        record = json.loads(file.read_text(encoding="utf-8"))
         if not record["made_from"].items() >= made_from.items():
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

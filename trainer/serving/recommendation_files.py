@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from trainer.config.serving import HistoriesConfig
 from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.loading.stream import DamageLog
-from trainer.data.prepare.logs import summarize_error
+from trainer.data.logs.duckdb_groups import summarize_error
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
@@ -31,7 +31,9 @@ from trainer.serving.user_histories import (
     write_histories,
 )
 
-RECORD = "recommend.json"
+# Readers of folders pass over names that begin with _, so the rest is one table.
+RECORD = "_recommend.json"
+OLD_RECORD = "recommend.json"  # of version 0.2
 # Letters that Hive's FileUtils.escapePathName quotes.
 _QUOTED = {chr(code) for code in range(32)} | set("\"#%'*/:=?\\{[]^\x7f")
 

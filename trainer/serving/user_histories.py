@@ -35,9 +35,9 @@ from trainer.data.log_times import (
     LogTimes,
     refuse_other_times,
 )
+from trainer.data.logs.duckdb_logs import open_ids, open_log
+from trainer.data.logs.files import LogFile, find_logs
 from trainer.data.prepare.extend import refuse_float_texts
-from trainer.data.prepare.logs import find_files, open_ids, open_log
-from trainer.data.prepare.pipeline import file_state
 from trainer.data.tie_order import (
     FILE,
     HASH,
@@ -49,6 +49,18 @@ from trainer.errors import InputError
 from trainer.files.progress import Stages
 
 COUNTS_FILE = "facts.json"
+# Settings that an earlier version did not have: its outputs are finished ones, too.
+_OPTIONAL = (
+    "columns",
+    "delimiter",
+    "time_format",
+    "where",
+    "items",
+    "items_columns",
+    "items_delimiter",
+    "domain_separator",
+    "bad_rows",
+)
 _UNKNOWN_ITEM = -1
 _UNKNOWN_DOMAIN = -2
 _BATCH = 65536
@@ -101,12 +113,17 @@ def check_memory(config: HistoriesConfig) -> None:
 def describe_request(config: HistoriesConfig) -> dict[str, Any]:
     """What the histories depend on besides the dataset, by the options' names: JSON values."""
     request = asdict(config)
+    for name in _OPTIONAL:
+        if not request[name] or (
+            name == "bad_rows" and not config.skips_bad_rows
+        ):
+            del request[name]
     del request["memory"]
     del request["inputs"]
-    request["input"] = [file_state(file) for file in find_files(config.inputs)]
-    request["users"] = [
-        file_state(file) for file in find_files(_user_files(config))
-    ]
+    request["input"] = [log.state for log in find_logs(config.inputs)]
+    request["users"] = [log.state for log in find_logs(_user_files(config))]
+    if config.items is not None:
+        request["items"] = [log.state for log in find_logs([config.items])]
     return request
 
 
@@ -137,7 +154,7 @@ def write_histories(
         if config.users:
             open_ids(
                 connection,
-                find_files(_user_files(config)),
+                find_logs(_user_files(config)),
                 config.user_column,
             )
         source: _LogHistories | _DatasetHistories
@@ -201,15 +218,15 @@ class _LogHistories:
         self.unknown = {_UNKNOWN_ITEM: 0, _UNKNOWN_DOMAIN: 0}
         self.unread = 0
         with stages("reading the logs"):
-            logs = find_files(config.inputs)
-            dates = open_log(
+            logs = find_logs(config.inputs, verbose=True)
+            reading = open_log(
                 connection,
                 logs,
-                _columns(config),
+                config,
                 config.log_domain,
                 in_file_order=dataset.tie_order == FILE,
             )
-            _check_times(connection, dataset, dates, logs)
+            _check_times(connection, dataset, reading.dates, logs)
             wanted = "SELECT DISTINCT user_id FROM log"
             if config.users:
                 wanted = "SELECT user_id FROM ids"
@@ -434,14 +451,14 @@ def _check_times(
     connection: duckdb.DuckDBPyConnection,
     dataset: Dataset,
     dates: bool,
-    logs: list[Path],
+    logs: list[LogFile],
 ) -> None:
     """Raises InputError where the logs have another kind or unit of time than the dataset."""
     _, newest = query_time_span(connection, "log")
     refuse_other_times(
         dataset.place,
         LogTimes.of_dataset(dataset),
-        logs[0],
+        logs[0].path,
         LogTimes.of(dates, newest),
     )
 
@@ -450,16 +467,6 @@ def _user_files(config: HistoriesConfig) -> list[str]:
     if config.users:
         return [config.users]
     return []
-
-
-def _columns(config: HistoriesConfig) -> dict[str, str]:
-    """The columns of the logs, by role."""
-    return {
-        "user": config.user_column,
-        "item": config.item_column,
-        "domain": config.domain_column,
-        "time": config.time_column,
-    }
 
 
 def _count_rows(

@@ -39,7 +39,7 @@ def test_a_synthetic_log_is_made_and_prepared(tmp_path):
         9,
     )
     assert (made.returncode, made.stderr) == (0, "")
-    count = json.loads((tmp_path / "logs/truth.json").read_text())[
+    count = json.loads((tmp_path / "logs/_truth.json").read_text())[
         "interactions"
     ]
     assert f"{count:,}" in made.stdout

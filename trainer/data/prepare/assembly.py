@@ -23,6 +23,7 @@ from trainer.data.format.dataset import (
 )
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
+from trainer.data.prepare.overlap import write_overlap
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 _PARQUET_ROWS = 1 << 17
@@ -85,6 +86,7 @@ def assemble(
         time_unit=ids.time_unit,
     )
     dataset.save()
+    write_overlap(folder, ids.names, part_folders)
     return dataset
 
 

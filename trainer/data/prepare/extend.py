@@ -132,6 +132,7 @@ def read_options(folder: str | Path) -> dict[str, Any]:
     if log is not None:
         options["min_user"] = log.min_user
         options["min_item"] = log.min_item
+        options["min_domain"] = log.min_domain
     if old.tie_order is not None:
         options["tie_order"] = old.tie_order
     return options

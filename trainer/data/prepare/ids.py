@@ -52,7 +52,7 @@ class Ids:
             if items < 2:
                 raise InputError(
                     f"domain {name!r} has one item: there is no other to tell it from "
-                    "(negatives are impossible); leave it out"
+                    "(negatives are impossible); leave it out with --min-domain"
                 )
         refuse_beyond_int32(self.starts[-1], "rows of the item matrix")
 

@@ -11,6 +11,11 @@ from trainer.data.prepare.ids import Ids
 
 # A block of mean histories is not larger: a reader holds one a stream.
 _BLOCK_INTERACTIONS = 1 << 17
+# Streams where none are asked for: as many ranks can train. Of few users a stream would have next
+# to none.
+_STREAMS = 64
+_FEWEST_STREAMS = 8
+_STREAM_USERS = 16
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Layout:
     def of(
         cls,
         ids: Ids,
-        streams: int,
+        streams: int | None,
         shard_users: int,
         block_users: int,
         part_interactions: int,
@@ -38,9 +43,12 @@ class Layout:
         """Chooses the cut.
 
         Shards have `shard_users` at most. Their number is a multiple of `streams`, or of the
-        users where there are fewer. Blocks have `block_users` at most, fewer where histories
+        users where there are fewer; None: 64, and no more than one for 16 users. Blocks have `block_users` at most, fewer where histories
         are long. Parts have about `part_interactions`, and one shard at least.
         """
+        if streams is None:
+            fitting_streams = ids.users // _STREAM_USERS
+            streams = min(_STREAMS, max(_FEWEST_STREAMS, fitting_streams))
         streams = min(streams, ids.users)
         shards = streams * _divide_up(ids.users, streams * shard_users)
         fitting_users = _BLOCK_INTERACTIONS * ids.users // ids.interactions

@@ -8,6 +8,7 @@ first (the k-core).
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from duckdb import DuckDBPyConnection
 
@@ -30,6 +31,7 @@ from trainer.data.prepare.ids import (
     refuse_beyond_int32,
     reserve_rows,
 )
+from trainer.data.prepare.left_out import record_left_out
 from trainer.data.tie_order import item_key_sql, user_key_sql
 from trainer.errors import InputError
 from trainer.files.progress import Stages
@@ -49,9 +51,9 @@ def number_ids(
     """
     with stages("numbering users and items"):
         _find_distinct_ids(connection)
-    if config.min_user > 1 or config.min_item > 1:
+    if drops_rare(config):
         with stages("dropping rare users and items"):
-            _drop_rare(connection, config.min_user, config.min_item)
+            _drop_rare(connection, config, old, folder)
     if old is not None:
         with stages("finding known items"):
             add_old_items(connection, old, config.retire)
@@ -93,31 +95,45 @@ def _find_distinct_ids(connection: DuckDBPyConnection) -> None:
             GROUP BY ALL""")
 
 
+def drops_rare(config: PrepareConfig) -> bool:
+    """Returns whether users, items or domains are dropped for having too few interactions."""
+    return config.min_user > 1 or config.min_item > 1 or config.min_domain > 0
+
+
 def _drop_rare(
     connection: DuckDBPyConnection,
-    min_user: int,
-    min_item: int,
+    config: PrepareConfig,
+    old: Dataset | None,
+    folder: Path,
 ) -> None:
     """Leaves the k-core in `distinct_users` and `distinct_items`.
 
     Events are dropped until every user left has `min_user` and every item left `min_item`
-    interactions.
+    interactions, and every domain left `min_domain` and two items. Domains of the dataset that
+    is extended stay. Domains that are left out are recorded in the folder.
     """
     connection.execute("""
         CREATE TABLE pairs AS
-            SELECT u.rowid AS "user", i.rowid AS item
+            SELECT u.rowid AS "user", i.rowid AS item, dense_domain AS domain
             FROM log
             JOIN distinct_users u USING (user_id)
-            JOIN distinct_items i USING (domain, item_id)""")
+            JOIN (
+                SELECT
+                    rowid,
+                    domain,
+                    item_id,
+                    dense_rank() OVER (ORDER BY domain) AS dense_domain
+                FROM distinct_items
+            ) i USING (domain, item_id)""")
+    before = query_domain_sizes(connection)
     dropped = 1
     while dropped:
-        dropped = _drop_rare_once(connection, "item", min_item)
-        dropped += _drop_rare_once(connection, "user", min_user)
+        dropped = _drop_rare_once(connection, "item", config.min_item)
+        dropped += _drop_rare_once(connection, "user", config.min_user)
+        if config.min_domain:
+            dropped += _drop_small_domains(connection, config.min_domain, old)
     if not query_value(connection, "SELECT count(*) FROM pairs"):
-        raise InputError(
-            f"nothing is left with --min-user {min_user} --min-item {min_item}: "
-            "lower them"
-        )
+        refuse_nothing_left(config)
     connection.execute("""
         CREATE OR REPLACE TABLE distinct_users AS
             SELECT user_id
@@ -132,6 +148,57 @@ def _drop_rare(
                 GROUP BY item
             ) core ON distinct_items.rowid = core.item;
         DROP TABLE pairs""")
+    if config.min_domain:
+        after = query_domain_sizes(connection)
+        record_left_out(folder, before, set(after))
+
+
+def query_domain_sizes(
+    connection: DuckDBPyConnection,
+) -> dict[str, tuple[int, int]]:
+    """Returns the items and interactions of each domain of `distinct_items`."""
+    rows = connection.execute("""
+        SELECT domain, count(*), sum(total)::BIGINT
+        FROM distinct_items
+        GROUP BY ALL
+        ORDER BY ALL""").fetchall()
+    sizes = {}
+    for name, items, interactions in rows:
+        sizes[name] = (items, interactions)
+    return sizes
+
+
+def refuse_nothing_left(config: PrepareConfig) -> NoReturn:
+    """Raises InputError: every interaction was dropped."""
+    flags = f"--min-user {config.min_user} --min-item {config.min_item}"
+    if config.min_domain:
+        flags += f" --min-domain {config.min_domain}"
+    raise InputError(f"nothing is left with {flags}: lower them")
+
+
+def _drop_small_domains(
+    connection: DuckDBPyConnection,
+    least: int,
+    old: Dataset | None,
+) -> int:
+    """Drops the events of small domains; returns how many events."""
+    names = ["''"]
+    for domain in old.domains if old is not None else ():
+        names.append(f"'{escape_sql(domain.name)}'")
+    delete = f"""
+        DELETE FROM pairs
+        WHERE domain IN (
+            SELECT domain
+            FROM pairs
+            GROUP BY domain
+            HAVING count(*) < {least} OR count(DISTINCT item) < 2
+        )
+        AND item NOT IN (
+            SELECT rowid
+            FROM distinct_items
+            WHERE domain IN ({", ".join(names)})
+        )"""
+    return query_value(connection, delete)
 
 
 def _drop_rare_once(

@@ -45,6 +45,10 @@ from trainer.data.duckdb_engine import (
     query_value,
 )
 from trainer.data.format.dataset import FORMAT_VERSION, Dataset
+from trainer.data.logs.duckdb_groups import summarize_error
+from trainer.data.logs.duckdb_logs import open_log
+from trainer.data.logs.files import LogFile, find_logs
+from trainer.data.logs.reading import Reading
 from trainer.data.prepare.assembly import assemble
 from trainer.data.prepare.extend import (
     load_extendable,
@@ -52,7 +56,7 @@ from trainer.data.prepare.extend import (
 )
 from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
-from trainer.data.prepare.logs import find_files, open_log, summarize_error
+from trainer.data.prepare.left_out import keep_records
 from trainer.data.prepare.numbering import number_ids
 from trainer.data.prepare.shard_writing import write_part
 from trainer.data.prepare.stored_log import (
@@ -74,6 +78,8 @@ _FIRST_PROCESS = 200 * 10**6
 _NEXT_PROCESS = 130 * 10**6
 _WORTH_A_PROCESS = 250 * 10**6
 _EVENT_BYTES = 96  # what sorting and cutting a part take for each of its events
+DATASET = "dataset"  # the last stage
+READING = "reading"  # a stage: what became of the logs' rows
 _ROWS = "rows"  # a stage, and the file that it leaves
 _ROW_OF_ITEM = "row_of.npy"
 _USER_KEYS = "user_keys.npy"
@@ -92,13 +98,12 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
     Raises InputError for whatever is wrong with the logs, the output folder, the memory or the
     disk.
     """
-    files = find_files(config.inputs)
+    files = find_logs(config.inputs, verbose=True)
     old = None
     if config.extend is not None:
         old = load_extendable(config.extend, config.whole_log, config.tie_order)
-    dependencies = list_dependencies(
-        config, [file_state(file) for file in files]
-    )
+    states = [file.state for file in files]
+    dependencies = list_dependencies(config, states)
     dependencies["extended"] = old and old.fingerprint
     with (
         StagedOutput(config.output, dependencies, fresh) as work,
@@ -107,8 +112,10 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
         warn_of_new_begin(work)
         preparation = _Preparation(config, files, old, work, stages)
         with _refused_errors(config, work):
-            dataset = preparation.run()
-        work.deliver("dataset")
+            if not work.done(DATASET):  # else killed before it was delivered
+                preparation.run()
+            dataset = Dataset.load(work.path(DATASET))
+            work.deliver(DATASET)
     warn_of_ties(dataset)
     return dataclasses.replace(dataset, folder=Path(config.output))
 
@@ -170,12 +177,6 @@ def _refused_errors(
         ) from None
 
 
-def file_state(file: Path) -> list[str | int]:
-    """Returns what tells one state of a file from another: path, size, time of change."""
-    status = file.stat()
-    return [str(file), status.st_size, status.st_mtime_ns]
-
-
 def list_dependencies(
     config: PrepareConfig,
     files: Iterable[Any],
@@ -184,7 +185,7 @@ def list_dependencies(
     """Returns what the stages depend on: the options, the files, and versions of libraries.
 
     An earlier preparation with other dependencies is not gone on with.
-    files: the states of the logs, see `file_facts`.
+    files: the states of the logs, see `file_state`.
     libraries: those that shape the files of a stage.
     """
     options = dataclasses.asdict(config)
@@ -193,9 +194,13 @@ def list_dependencies(
     versions = {}
     for name in libraries:
         versions[name] = importlib.metadata.version(name)
+    items = []
+    if config.items is not None:
+        items = [file.state for file in find_logs([config.items])]
     return {
         "options": options,
         "files": list(files),
+        "items": items,
         "format_version": FORMAT_VERSION,
         "versions": versions,
     }
@@ -207,7 +212,7 @@ class _Preparation:
     def __init__(
         self,
         config: PrepareConfig,
-        files: list[Path],
+        files: list[LogFile],
         old: Dataset | None,
         work: StagedOutput,
         stages: Stages,
@@ -226,7 +231,7 @@ class _Preparation:
         if self.processes >= 2:
             self.part_memory = self.memory // self.processes - _NEXT_PROCESS
 
-    def run(self) -> Dataset:
+    def run(self) -> None:
         """Runs the stages that are not done."""
         work = self.work
         with self._engine() as connection:
@@ -237,9 +242,7 @@ class _Preparation:
             layout = self._run_passes(connection, dates)
         self._write_parts(layout)
         with self._engine() as connection, self.stages("writing vocabularies"):
-            return join_parts(
-                work, layout, self.config, connection, self._finish
-            )
+            join_parts(work, layout, self.config, connection, self._finish)
 
     def _engine(self) -> contextlib.AbstractContextManager[DuckDBPyConnection]:
         return open_engine(
@@ -250,17 +253,23 @@ class _Preparation:
         """Makes the view `log`. Returns whether its times are dates."""
         config = self.config
         in_file_order = config.tie_order == FILE
-        if not (config.keep_log or self.old or config.since or config.days):
-            return open_log(
+        windowed = config.since is not None or config.days is not None
+        if not (config.keep_log or self.old or windowed):
+            reading = open_log(
                 connection,
                 self.files,
-                config.columns,
+                config,
                 config.domain,
                 in_file_order=in_file_order,
             )
+            save_reading(self.work, reading)
+            return reading.dates
         if not self.work.done(LOG):
             with self.work.stage(LOG) as folder:
-                store_log(connection, config, self.files, self.old, folder)
+                reading = store_log(
+                    connection, config, self.files, self.old, folder
+                )
+                save_reading(self.work, reading)
         return open_stored_log(
             connection, self.work.path(LOG), self.old, in_file_order
         )
@@ -369,6 +378,13 @@ class _Preparation:
                 folder / EXTENSION,
                 dataset,
             )
+
+
+def save_reading(work: StagedOutput, reading: Reading) -> None:
+    """Keeps what became of the logs' rows."""
+    if not work.done(READING):
+        with work.stage(READING) as folder:
+            reading.save(folder)
 
 
 def missing_parts(work: StagedOutput, layout: Layout) -> list[int]:
@@ -562,12 +578,13 @@ def join_parts(
 
     finish(connection, folder, dataset): adds to it.
     """
-    folder = work.path("dataset.partial")
+    folder = work.path(f"{DATASET}.partial")
     folder.mkdir(exist_ok=True)
     ids_folder = work.path("ids")
     parts = [work.path(part_stage(part)) for part in range(layout.parts)]
     dataset = assemble(folder, ids_folder, parts, layout, config, connection)
     if finish is not None:
         finish(connection, folder, dataset)
-    move_folder(folder, work.path("dataset"))
+    keep_records(work.path(READING), ids_folder, folder)
+    move_folder(folder, work.path(DATASET))
     return dataset

@@ -16,6 +16,8 @@ but one the validation item. What the dataset has to know of the part lies besid
     held.npy         rows that are held out, and how often: [[0, 1, 3], [1, 2, 1]]
     histograms.npy   domain, length, how many users have it (all parts of the split together):
                      [[0, 3, 2], [1, 1, 2], [1, 2, 1]]
+    overlap.npy      users of two domains (all parts of the split together), see `overlap.py`:
+                     [[2, 1], [1, 3], [3, 1]]
     facts.json       its shards, how many users are too short to be split, how many have the same
                      time in their newest two events, the longest history
 """
@@ -36,6 +38,7 @@ from trainer.data.format.dataset import (
 from trainer.data.format.shards import Block, write_shard
 from trainer.data.prepare.ids import Ids, write_json
 from trainer.data.prepare.layout import Layout
+from trainer.data.prepare.overlap import OVERLAP_COUNTS, count_overlap
 from trainer.data.split import TEST, VALIDATION, can_be_split
 
 
@@ -135,7 +138,7 @@ def _write_statistics(
     histories: _Histories,
     number_N: np.ndarray,
 ) -> None:
-    """Writes lengths.npy, held.npy and histograms.npy."""
+    """Writes lengths.npy, held.npy, histograms.npy and overlap.npy."""
     starts = np.array(ids.starts)
     rows_N = histories.rows_N
 
@@ -163,6 +166,7 @@ def _write_statistics(
     np.save(folder / LENGTHS, clipped_UD)
     histograms = _length_histograms(counts_UD)
     np.save(folder / "histograms.npy", histograms)
+    np.save(folder / OVERLAP_COUNTS, count_overlap(counts_UD))
 
 
 def _count_by_domain(

@@ -35,11 +35,18 @@ from trainer.data.prepare.ids import (
     reserve_rows,
 )
 from trainer.data.prepare.layout import Layout
-from trainer.data.prepare.numbering import read_times
+from trainer.data.prepare.left_out import record_left_out
+from trainer.data.prepare.numbering import (
+    drops_rare,
+    read_times,
+    refuse_nothing_left,
+)
 from trainer.data.prepare.pipeline import (
+    DATASET,
     join_parts,
     list_dependencies,
     missing_parts,
+    save_reading,
     warn_of_new_begin,
     warn_of_ties,
 )
@@ -56,7 +63,7 @@ except ImportError as error:
         f"Spark is not installed ({error}): pip install 'syncrec-trainer[spark]'"
     ) from None
 
-from trainer.data.prepare.spark_logs import (
+from trainer.data.logs.spark_logs import (
     SPARK_ERRORS,
     Input,
     escape_glob,
@@ -98,8 +105,10 @@ def prepare(config: PrepareConfig, fresh: bool = False) -> Dataset:
         with StagedOutput(config.output, dependencies, fresh) as work:
             warn_of_new_begin(work)
             with _refused_errors(work):
-                _Preparation(spark, config, inputs, work).run()
-            work.deliver("dataset")
+                # Else it was killed before it was delivered.
+                if not work.done(DATASET):
+                    _Preparation(spark, config, inputs, work).run()
+                work.deliver(DATASET)
     dataset = Dataset.load(config.output)
     warn_of_ties(dataset)
     return dataset
@@ -201,21 +210,22 @@ class _Preparation:
     def opened_log(self) -> tuple[DataFrame, bool]:
         """The rows of the logs, and whether their times are dates."""
         config = self.config
-        scratch = self.scratch_uri("text")
-        return open_log(
+        log, reading = open_log(
             self.spark,
             self.inputs,
-            config.columns,
+            config,
             config.domain,
-            scratch,
+            self.scratch_uri("text"),
             config.tie_order == FILE,
         )
+        save_reading(self.work, reading)
+        return log, reading.dates
 
     def number_ids(self, log: DataFrame, folder: Path) -> None:
         """Writes the numbered users and items (see `Ids`) into `folder`."""
         config = self.config
-        if config.min_user > 1 or config.min_item > 1:
-            users, items = self.drop_rare(log)
+        if drops_rare(config):
+            users, items = self.drop_rare(log, folder)
         else:
             users = log.select("user_id").distinct()
             total = F.count("*").alias("total")
@@ -304,11 +314,14 @@ class _Preparation:
             "domain", "name", "item_id", "total", "item", "row", "key"
         )
 
-    def drop_rare(self, log: DataFrame) -> tuple[DataFrame, DataFrame]:
+    def drop_rare(
+        self, log: DataFrame, folder: Path
+    ) -> tuple[DataFrame, DataFrame]:
         """Returns the users and items of the k-core.
 
         Events are dropped until every user left has `min_user` and every item left `min_item`
-        interactions.
+        interactions, and every domain left `min_domain` and two items. Domains that are left
+        out are recorded in the folder.
         """
         config = self.config
         user = ["user_id"]
@@ -317,6 +330,7 @@ class _Preparation:
         events = F.count("*").alias("total")
         pairs = log.groupBy(*user, *item).agg(events)
         pairs = self.materialize(pairs, "round-0")
+        sizes_before = _domain_sizes(pairs)
         before = None
         count = pairs.count()
         number = 0
@@ -330,6 +344,14 @@ class _Preparation:
                     totals = pairs.groupBy(columns).agg(total)
                     rare = totals.filter(F.col("total") < least)
                     rest = rest.join(rare, columns, "left_anti")
+            if config.min_domain:
+                small = F.sum("total") < config.min_domain
+                single = F.countDistinct("item_id") < 2
+                domains = pairs.groupBy("domain").agg(
+                    (small | single).alias("is_small")
+                )
+                domains = domains.filter("is_small")
+                rest = rest.join(domains, "domain", "left_anti")
             # Kept as files at each round: a plan that grew with the rounds would be worked
             # through anew in each of them.
             pairs = self.materialize(rest, f"round-{number + 1}")
@@ -339,10 +361,9 @@ class _Preparation:
             shutil.rmtree(old_round)
             number += 1
         if not count:
-            raise InputError(
-                f"nothing is left with --min-user {config.min_user} "
-                f"--min-item {config.min_item}: lower them"
-            )
+            refuse_nothing_left(config)
+        if config.min_domain:
+            record_left_out(folder, sizes_before, set(_domain_sizes(pairs)))
         users = pairs.select("user_id").distinct()
         return users, pairs.groupBy(*item).agg(total)
 
@@ -454,6 +475,16 @@ class _Preparation:
     def scratch_uri(self, name: str) -> str:
         """Returns the name of a scratch folder in Spark's terms."""
         return _uri(self.work.scratch / name)
+
+
+def _domain_sizes(pairs: DataFrame) -> dict[str, tuple[int, int]]:
+    """Returns the items and interactions by domain of (user, domain, item, total)."""
+    by_domain = pairs.groupBy("domain")
+    sizes = by_domain.agg(F.countDistinct("item_id"), F.sum("total"))
+    return {
+        name: (items, interactions)
+        for name, items, interactions in sizes.collect()
+    }
 
 
 def _key(text: Column) -> Column:

@@ -31,7 +31,9 @@ from trainer.data.duckdb_engine import (
 )
 from trainer.data.format.dataset import Dataset
 from trainer.data.log_times import LogTimes, refuse_other_times
-from trainer.data.prepare.logs import open_log
+from trainer.data.logs.duckdb_logs import open_log
+from trainer.data.logs.files import LogFile
+from trainer.data.logs.reading import Reading
 from trainer.data.tie_order import FILE
 from trainer.errors import InputError
 
@@ -54,12 +56,23 @@ class StoredLog:
     dates: bool
     min_user: int
     min_item: int
+    min_domain: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type:
                 raise TypeError(f"{field.name} is {value!r}")
+
+    @classmethod
+    def of(cls, config: PrepareConfig, dates: bool) -> "StoredLog":
+        """Makes the record of a preparation."""
+        return cls(
+            dates=dates,
+            min_user=config.min_user,
+            min_item=config.min_item,
+            min_domain=config.min_domain,
+        )
 
     @classmethod
     def load(cls, dataset: Path) -> "StoredLog | None":
@@ -92,26 +105,27 @@ class StoredLog:
 def store_log(
     connection: DuckDBPyConnection,
     config: PrepareConfig,
-    files: list[Path],
+    files: list[LogFile],
     old: Dataset | None,
     folder: Path,
-) -> None:
+) -> Reading:
     """Writes the dataset's log into `folder`: the rows that `old` keeps, then new ones.
 
     New rows that are in the old log to the letter (user, item, domain, time) are left out: they
     were delivered twice. Rows from before the window are left out of both. `found.json` says
-    how many there were of either.
+    how many there were of either. Returns what became of the new logs' rows.
     Raises InputError: the new logs cannot be read, or have another kind of time; the window is
     none.
     """
-    dates = open_log(
+    reading = open_log(
         connection,
         files,
-        config.columns,
+        config,
         config.domain,
         view="arrived",
         in_file_order=config.tie_order == FILE,
     )
+    dates = reading.dates
     old_files = []
     if old is not None and not config.whole_log:
         old_files = sorted((old.folder / LOG).glob("*.parquet"))
@@ -138,7 +152,7 @@ def store_log(
     _link_files_in_window(connection, old_files, begin, folder)
     new_file = folder / f"{len(old_files):05d}.parquet"
     _write_new_rows(connection, config, new_rows, begin, new_file)
-    stored_log = StoredLog(dates, config.min_user, config.min_item)
+    stored_log = StoredLog.of(config, dates)
     stored_log.save(folder)
     record = {
         "begin": begin,
@@ -147,6 +161,7 @@ def store_log(
     }
     text = json.dumps(record)
     (folder / _COUNTS).write_text(text, encoding="utf-8")
+    return reading
 
 
 def _write_new_rows(
@@ -245,14 +260,14 @@ def _check_kind_of_time(
     config: PrepareConfig,
     old: Dataset,
     dates: bool,
-    files: list[Path],
+    files: list[LogFile],
 ) -> None:
     """Raises InputError where new times are dates and old ones numbers, or of another unit."""
     _, newest = query_time_span(connection, "arrived")
     times = LogTimes.of(dates, newest, config.time_unit)
     old_dates = StoredLog.read(old.folder / LOG).dates
     old_times = LogTimes.of(old_dates, old.last_time, old.time_unit)
-    refuse_other_times(old.folder, old_times, files[0], times)
+    refuse_other_times(old.folder, old_times, files[0].path, times)
 
 
 def _drop_delivered_rows(

@@ -214,7 +214,7 @@ def test_files_hold_the_events_and_the_truth(tmp_path, monkeypatch):
     *parts, _ = files = sorted((tmp_path / "logs").iterdir())
     assert [path.name for path in files] == [
         *(f"part-0000{number}.parquet" for number in range(3)),
-        "truth.json",
+        "_truth.json",
     ]
     table = pq.ParquetDataset(parts).read()
     events = generate_events(config, 0, 700)
@@ -225,7 +225,7 @@ def test_files_hold_the_events_and_the_truth(tmp_path, monkeypatch):
     assert table["domain"].to_pylist() == [
         config.names[domain] for domain in events.domain
     ]
-    truth = json.loads((tmp_path / "logs/truth.json").read_text())
+    truth = json.loads((tmp_path / "logs/_truth.json").read_text())
     assert truth["related"] == ["shop", "video", "navi"] and truth[
         "unrelated"
     ] == ["ads"]
@@ -274,7 +274,7 @@ def test_slices_of_users_tile_the_whole(tmp_path, monkeypatch):
         tables += [
             pq.read_table(path) for path in sorted(folder.glob("*.parquet"))
         ]
-        truth = json.loads((folder / "truth.json").read_text())
+        truth = json.loads((folder / "_truth.json").read_text())
         assert (
             truth["first_user"],
             truth["last_user"],

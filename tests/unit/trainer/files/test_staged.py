@@ -78,3 +78,46 @@ def test_of_two_writers_one_is_first(tmp_path):
             (fast / "file").write_text("b")
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
     assert (tmp_path / "part" / "file").read_text() == "b"
+
+
+def test_an_output_that_is_a_link_comes_to_be_where_the_link_points(tmp_path):
+    """A mounted volume by another name; the link stays."""
+    (tmp_path / "real").mkdir()
+    for name in ("real", "not there yet"):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(name)
+        with StagedOutput(link, {}) as work:
+            with work.stage("whole") as folder:
+                (folder / "file").write_text("1")
+            work.deliver("whole")
+        assert link.is_symlink() and (link / "file").read_text() == "1"
+        assert (tmp_path / name / "file").is_file()
+        assert not work_folder(link).exists()
+    link = tmp_path / "third"
+    link.symlink_to("target")
+    with new_output_folder(link) as (folder, _):
+        (folder / "file").write_text("2")
+    assert link.is_symlink() and (link / "file").read_text() == "2"
+    assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [lambda o: StagedOutput(o, {}), lambda o: new_output_folder(o).__enter__()],
+)
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch, begin):
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(
+        "os.path.ismount", lambda path: str(path) == str(volume)
+    )
+    with pytest.raises(
+        InputError, match=r"is where a volume is mounted.*volume/data"
+    ):
+        begin(volume)
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_an_output_without_a_name_is_refused():
+    with pytest.raises(InputError, match="output is empty"):
+        StagedOutput("", {})

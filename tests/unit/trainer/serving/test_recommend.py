@@ -171,11 +171,11 @@ def test_every_user_gets_the_best_items_that_are_left(
             assert recommended.pop((user, domain), []) == wanted
     assert not recommended
     assert record == json.loads(
-        (tmp_path / "out" / "recommend.json").read_text()
+        (tmp_path / "out" / "_recommend.json").read_text()
     )
     assert record["users"] == 20 and record["rows"].keys() == set(names)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "recommend.json",
+        "_recommend.json",
         *(f"domain={name}" for name in names),
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -397,7 +397,7 @@ def test_what_differs_from_the_call_that_was_killed_is_named(
         fresh=True,
         **options,
     )
-    assert (tmp_path / "out" / "recommend.json").exists()
+    assert (tmp_path / "out" / "_recommend.json").exists()
 
 
 def test_another_model_is_another_output(run, tmp_path, monkeypatch):

@@ -51,11 +51,13 @@ def write(path, rows, columns=COLUMNS, types=None):
         return path
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "wt", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(
-            stream, delimiter="\t" if ".tsv" in path.name else ","
-        )
-        writer.writerow(columns)
-        writer.writerows(rows)
+        if ".tsv" in path.name:  # has no quotes
+            for row in [columns, *rows]:
+                stream.write("\t".join(map(str, row)) + "\n")
+        else:
+            writer = csv.writer(stream)
+            writer.writerow(columns)
+            writer.writerows(rows)
     return path
 
 
@@ -296,7 +298,12 @@ def test_prepare_agrees_with_plain_python(
     with tempfile.TemporaryDirectory() as folder:
         parts = {name: [] for name in names}
         for row in rows:
-            parts[shuffle.choice(names)].append(row)
+            name = shuffle.choice(names)
+            if name.endswith(".tsv") and set("\t\r\n") & set(
+                f"{row[0]}{row[1]}"
+            ):
+                name = "b.csv"  # a TSV has no such fields
+            parts.setdefault(name, []).append(row)
         kind = pa.scalar(rows[0][0]).type
         types = dict(
             zip(COLUMNS, (kind, kind, pa.string(), pa.int64()), strict=True)
@@ -621,7 +628,7 @@ def test_a_folder_is_searched_through_and_other_files_are_passed_over(tmp_path):
         tmp_path / "logs/year=2024/it's one.csv", rows[4:10]
     )  # the name before, taken as a glob, is this file too
     write(tmp_path / "logs/[1]/day.parquet", rows[10:])
-    (tmp_path / "logs/truth.json").write_text("{}")
+    (tmp_path / "logs/_truth.json").write_text("{}")
     (tmp_path / "logs/readme.md").write_text("x")
     assert run(tmp_path / "out", tmp_path / "logs").interactions == 30
 
@@ -1087,13 +1094,13 @@ def test_the_row_at_fault_is_found_in_a_large_file(tmp_path):
     [
         (["nowhere.csv"], "nowhere.csv does not exist"),
         (["log.csv", "no*.csv"], r"no\*.csv does not exist"),
-        (["notes.txt"], r"notes.txt is no log.*\.parquet"),
+        (["notes.md"], r"notes.md is no log.*\.parquet"),
         (["empty"], "empty holds no log"),
     ],
 )
 def test_an_input_that_is_not_there_is_named(tmp_path, inputs, named):
     write(tmp_path / "log.csv", GOOD)
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=named):
         run(tmp_path / "out", *(tmp_path / name for name in inputs))

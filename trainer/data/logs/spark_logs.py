@@ -1,4 +1,4 @@
-"""Reading interaction logs with Spark: the rows, types and refusals of `logs.py`.
+"""Reading interaction logs with Spark: the rows, types and refusals of `duckdb_logs.py`.
 
 Parquet and tables are read by Spark. CSV and TSV are read by DuckDB in Spark's tasks, a file a
 task: Spark's own reader takes an open quote, mixed line ends and bytes that are no UTF-8 for
@@ -8,16 +8,18 @@ Spark writes some ids otherwise than DuckDB (a TIMESTAMP), and reads fewer ways 
 write a time. Such a log is refused: the engines never differ in silence.
 """
 
+import dataclasses
 import functools
+import json
 import re
 import tempfile
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pyarrow as pa
 from py4j.protocol import Py4JError
@@ -26,28 +28,52 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from trainer.config.prepare import LogFormat
 from trainer.data.duckdb_engine import escape_sql, open_connection
 from trainer.data.id_columns import fault_reason
-from trainer.data.prepare.logs import (
+from trainer.data.logs.duckdb_groups import (
     FILE_BITS,
-    SUFFIXES,
     check_columns,
-    find_files,
-    read_text,
-    refuse_mixed_times,
-    suffix_of,
     summarize_error,
 )
-from trainer.data.prepare.pipeline import file_state
+from trainer.data.logs.duckdb_logs import (
+    BAD,
+    FILTERED,
+    ROW,
+    check_format,
+    columns_to_read,
+    expected_time,
+    read_text,
+    refuse_mixed_times,
+)
+from trainer.data.logs.files import (
+    ENDINGS,
+    LogFile,
+    find_logs,
+    format_of,
+    partitions_of,
+)
+from trainer.data.logs.headers import list_columns
+from trainer.data.logs.item_file import open_items
+from trainer.data.logs.reading import MOST_LISTED, BadRow, Reading
+from trainer.data.logs.row_filter import (
+    NUMBER,
+    Kind,
+    RowFilter,
+    filter_sql,
+    parse_row_filter,
+)
+from trainer.data.logs.row_filter import Column as FilterColumn
 from trainer.errors import InputError
 
 TABLE = "table:"
 SPARK_ERRORS = (PySparkException, Py4JError)
-ROLES = ("user", "item", "domain", "time")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-# The rows of a text file, or what is wrong with it.
+# The rows of a text file, see `read_text`; or what is wrong with the file, whose state is FAULT.
+_FAULT = "fault"
 _TEXT_SCHEMA = """
     file string,
+    state string,
     row bigint,
     user string,
     item string,
@@ -57,6 +83,7 @@ _TEXT_SCHEMA = """
 _TEXT_ARROW_SCHEMA = pa.schema(
     {
         "file": pa.string(),
+        "state": pa.string(),
         "row": pa.int64(),
         "user": pa.string(),
         "item": pa.string(),
@@ -86,7 +113,7 @@ _TIME_TYPES = (
     T.StringType,
     T.DecimalType,
 )
-_NUMBER_TEXT = r"r'\A[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?\z'"
+_NUMBER_TEXT = rf"r'\A{NUMBER}\z'"
 _DATE_TEXT = (
     r"r'\A[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"([ T]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{1,6})?"
@@ -100,11 +127,12 @@ class Input:
     """A file that Spark can read, or a table.
 
     name: a local path, an address, or table:NAME. facts: what tells one state of it from
-    another.
+    another. partitions: see `LogFile`.
     """
 
     name: str
     facts: tuple
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def is_table(self) -> bool:
@@ -113,11 +141,11 @@ class Input:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a CSV or TSV file."""
+        """Whether it is a file of text, which DuckDB reads."""
         if self.is_table:
             return False
-        suffix = suffix_of(Path(self.name))
-        return SUFFIXES[suffix] is not None
+        file_format = format_of(Path(self.name))
+        return file_format is not None and file_format.kind != "parquet"
 
     @property
     def is_remote(self) -> bool:
@@ -135,8 +163,8 @@ class Input:
 def find_inputs(spark: SparkSession, inputs: Iterable[str]) -> list[Input]:
     """Finds the logs behind paths, addresses and table:NAME, sorted, each once.
 
-    Paths: see `find_files`. An address is a file, a folder or a glob, like s3a://bucket/logs.
-    Raises InputError as `find_files` does.
+    Paths: see `find_logs`. An address is a file, a folder or a glob, like s3a://bucket/logs.
+    Raises InputError as `find_logs` does.
     """
     logs_by_name = {}
     for text in inputs:
@@ -162,9 +190,9 @@ def _find_logs(spark: SparkSession, text: str) -> list[Input]:
     if _ADDRESS.match(text):
         return _find_remote_logs(spark, text)
     logs = []
-    for file in find_files([text]):
-        state = tuple(file_state(file))
-        logs.append(Input(str(file), state))
+    for file in find_logs([text], verbose=True):
+        state = tuple(file.state)
+        logs.append(Input(str(file.path), state, file.partitions))
     return logs
 
 
@@ -189,14 +217,12 @@ def _find_remote_logs(spark: SparkSession, address: str) -> list[Input]:
     for path, size, microseconds in files:
         # Spark writes file:/path.
         name = re.sub(r"^([\w+.-]+):/(?!/)", r"\1:///", path)
-        suffix = suffix_of(Path(name))
-        if suffix in SUFFIXES:
+        if format_of(Path(name), named=len(files) == 1) is not None:
             state = (name, size, microseconds)
-            logs.append(Input(name, state))
+            logs.append(Input(name, state, partitions_of(Path(name))))
     if not logs:
-        suffixes = ", ".join(SUFFIXES)
         raise InputError(
-            f"input {address} holds no log: names must end in {suffixes}"
+            f"input {address} holds no log: names must end in {ENDINGS}"
         )
     for log in logs:
         _, size, _ = log.facts
@@ -234,32 +260,66 @@ def escape_glob(path: str | Path) -> str:
     return re.sub(r"([*?\[\]{}\\])", r"\\\1", str(path))
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is read of the logs: their format, columns by role, and texts by role in their place."""
+
+    log_format: LogFormat
+    wanted: dict[str, str]
+    constants: dict[str, str]
+    row_filter: RowFilter | None
+
+    @classmethod
+    def of(cls, log_format: LogFormat, domain: str | None) -> "_Request":
+        """Makes the request. Raises InputError where the format cannot be."""
+        with open_connection() as connection:
+            check_format(connection, log_format)
+        row_filter = None
+        if log_format.where is not None:
+            row_filter = parse_row_filter(log_format.where)
+        wanted, constants = columns_to_read(log_format, domain)
+        return cls(log_format, wanted, constants, row_filter)
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that the logs give."""
+        return [*self.wanted, *self.constants]
+
+    @property
+    def names(self) -> set[str]:
+        """The columns that are looked at."""
+        names = set(self.wanted.values())
+        if self.row_filter is not None:
+            names |= {column.name for column in self.row_filter.columns}
+        return names
+
+
 def open_log(
     spark: SparkSession,
     inputs: list[Input],
-    columns: dict[str, str],
+    log_format: LogFormat,
     domain: str | None,
     scratch: str,
     in_file_order: bool = False,
-) -> tuple[DataFrame, bool]:
-    """Returns the rows of all inputs (user_id, item_id, domain, time), and whether times are dates.
+) -> tuple[DataFrame, Reading]:
+    """Returns the rows of all inputs: user_id, item_id, domain and time; and what became of them.
 
     Ids are bigint or string, domain is string, time bigint or double.
     in_file_order: the rows have their position too, see `logs.py`.
     scratch: a new folder for copies of text files.
-    Raises InputError, as `logs.open_log` does.
+    Raises InputError, as `duckdb_logs.open_log` does.
     """
+    request = _Request.of(log_format, domain)
+    reading = Reading()
     groups = []
-    for group in _group_inputs(spark, inputs, columns, domain, scratch):
+    for group in _group_inputs(spark, inputs, request, reading, scratch):
         group.inspect()
         if group.rows:
             groups.append(group)
-    if not groups:
-        logs = inputs[0].name
-        if len(inputs) > 1:
-            logs += f" and {len(inputs) - 1} more"
-        raise InputError(f"{logs}: no rows, nothing to prepare")
+            reading.rows += group.rows
+    reading.require_rows([one.name for one in inputs])
     kinds, times = _time_expressions(groups)
+    reading.dates = "date" in kinds
     positions = {one.name: number for number, one in enumerate(inputs)}
     user_type = _common_id_type(groups, "user")
     item_type = _common_id_type(groups, "item")
@@ -267,7 +327,9 @@ def open_log(
     for group, time in zip(groups, times, strict=True):
         user = group.id_sql("user", user_type)
         item = group.id_sql("item", item_type)
-        domain_value = group.id_sql("domain", "string")
+        domain_value = "CAST(NULL AS string)"
+        if "domain" in group.roles:
+            domain_value = group.id_sql("domain", "string")
         columns = [
             f"{user} AS user_id",
             f"{item} AS item_id",
@@ -279,7 +341,39 @@ def open_log(
             frame = group.with_positions(spark, positions)
             columns.append("position")
         logs.append(frame.selectExpr(*columns))
-    return functools.reduce(DataFrame.unionAll, logs), "date" in kinds
+    rows = functools.reduce(DataFrame.unionAll, logs)
+    if log_format.items is not None:
+        rows = _join_items(spark, rows, log_format, reading, scratch)
+    return rows, reading
+
+
+def _join_items(
+    spark: SparkSession,
+    rows: DataFrame,
+    log_format: LogFormat,
+    reading: Reading,
+    scratch: str,
+) -> DataFrame:
+    """Returns the rows with the domains of the file of items, which DuckDB reads."""
+    folder = Path(scratch.removeprefix("file://") + "-items")
+    folder.mkdir()
+    with open_connection() as connection:
+        open_items(connection, log_format)
+        target = escape_sql(folder / "0.parquet")
+        connection.execute(
+            f"COPY domain_of_item TO '{target}' (FORMAT parquet)"
+        )
+    items = spark.read.parquet(escape_glob(f"file://{folder}"))
+    rows = rows.drop("domain")
+    rows = rows.withColumn("item", F.col("item_id").cast("string"))
+    strangers = rows.join(items, "item", "left_anti").groupBy("item").count()
+    ordered = strangers.orderBy(F.desc("count"), "item")
+    reading.unknown_items = dict(map(tuple, ordered.collect()))
+    if not log_format.skips_bad_rows:
+        reading.refuse_unknown_items(str(log_format.items))
+    reading.rows -= sum(reading.unknown_items.values())
+    reading.require_rows([str(log_format.items)])
+    return rows.join(items, "item").drop("item")
 
 
 def _time_expressions(groups: "list[_Group]") -> tuple[list[str], list[str]]:
@@ -290,12 +384,16 @@ def _time_expressions(groups: "list[_Group]") -> tuple[list[str], list[str]]:
     whole, float    CAST(time AS double) + 0D
     date, date      unix_micros(CAST(time AS timestamp))
     """
-    kinds = [group.kind_of_time() for group in groups]
+    kinds = [group.kind_of_time for group in groups]
     first_inputs = [group.inputs[0].name for group in groups]
     refuse_mixed_times(kinds, first_inputs, groups[0].columns["time"])
     if "date" in kinds:
-        time = "unix_micros(CAST(time AS timestamp))"
-    elif "float" in kinds:
+        times = []
+        for group in groups:
+            time = "unix_micros(CAST(time AS timestamp))"
+            times.append("date" if group.has_formatted_times else time)
+        return kinds, times
+    if "float" in kinds:
         # Without negative zeros, which would not be equal to zeros.
         time = "CAST(time AS double) + 0D"
     else:
@@ -314,8 +412,8 @@ def _common_id_type(groups: "list[_Group]", role: str) -> str:
 def _group_inputs(
     spark: SparkSession,
     inputs: list[Input],
-    columns: dict[str, str],
-    domain: str | None,
+    request: _Request,
+    reading: Reading,
     scratch: str,
 ) -> "list[_Group]":
     """Groups inputs with equal columns, so that a thousand part files are one scan.
@@ -325,21 +423,18 @@ def _group_inputs(
     groups = []
     texts = []
     others = []
-    named = dict(columns)
-    if domain is not None:
-        named.pop("domain", None)
     for one in inputs:
         if one.is_text:
             texts.append(one)
         else:
             others.append(one)
     if texts:
-        frame = _read_texts(spark, texts, columns, domain, scratch)
-        groups.append(_Group(texts, lambda _: frame, named))
+        frame = _read_texts(spark, texts, request, reading, scratch)
+        groups.append(_Group(texts, lambda _: frame, request, reading))
 
-    def read_schema(one: Input) -> str:
+    def read_schema(one: Input) -> T.StructType:
         frame_of_one = _read_frame(spark, [one])
-        return frame_of_one.schema.json()
+        return frame_of_one.schema
 
     inputs_by_layout = defaultdict(list)
     with ThreadPoolExecutor(_SCHEMAS_AT_ONCE) as pool:
@@ -348,45 +443,129 @@ def _group_inputs(
             table = ""
             if one.is_table:
                 table = one.name
-            inputs_by_layout[table, schema].append(one)
-    read = functools.partial(
-        _read_columns,
-        spark,
-        columns=columns,
-        domain=domain,
-    )
-    for alike in inputs_by_layout.values():
-        groups.append(_Group(alike, read, named))
+            partitions = []
+            for name, value in one.partitions:
+                if name in request.names and name not in schema.names:
+                    partitions.append((name, value))
+            key = (table, schema.json(), tuple(partitions))
+            inputs_by_layout[key].append(one)
+    for (_, _, partitions), alike in inputs_by_layout.items():
+        read = functools.partial(
+            _read_columns,
+            spark,
+            request=request,
+            partitions=dict(partitions),
+        )
+        names = {name for name, _ in partitions}
+        groups.append(_Group(alike, read, request, reading, names))
     return groups
 
 
 def _read_columns(
     spark: SparkSession,
     inputs: list[Input],
-    columns: dict[str, str],
-    domain: str | None,
+    request: _Request,
+    partitions: dict[str, str | None],
 ) -> DataFrame:
-    """Reads file, row, and the columns by role of tables or Parquet files."""
+    """Reads file, row, keep and the columns by role of tables or Parquet files."""
     frame = _read_frame(spark, inputs)
-    wanted = dict(columns)
-    if domain is not None:
-        wanted.pop("domain", None)
     first = inputs[0]
-    check_columns(first.name, frame.columns, wanted)
+    names = [*frame.columns, *partitions]
+    check_columns(first.name, names, request.wanted)
     file = F.lit(first.name)
     row = F.lit(None)
     if not first.is_table:
         file = F.col("_metadata.file_path")
         row = F.col("_metadata.row_index") + 1
     row = row.cast("bigint")
-    selected = [file.alias("file"), row.alias("row")]
-    for role in ROLES:
-        if role in wanted:
-            column = _quoted_column(wanted[role])
-        else:
-            column = F.lit(domain)
+    keep = F.lit(True)
+    if request.row_filter is not None:
+        condition = _filter_sql(first, frame, request.row_filter, partitions)
+        keep = F.expr(condition)
+    selected = [file.alias("file"), row.alias("row"), keep.alias("keep")]
+    for role, name in request.wanted.items():
+        column = F.lit(partitions.get(name)).cast("string")
+        if name in frame.columns:
+            column = _quoted_column(name)
+        separator = request.log_format.domain_separator
+        if role == "domain" and separator is not None:
+            text = column.cast("string")
+            column = F.split_part(text, F.lit(separator), F.lit(1))
         selected.append(column.alias(role))
+    for role, text in request.constants.items():
+        selected.append(F.lit(text).alias(role))
     return frame.select(*selected)
+
+
+def _filter_sql(
+    first: Input,
+    frame: DataFrame,
+    row_filter: RowFilter,
+    partitions: dict[str, str | None],
+) -> str:
+    """Returns SQL over a frame for: the row counts."""
+    dialect = _SparkDialect()
+
+    def find_column(column: FilterColumn) -> tuple[str, Kind]:
+        name = column.name
+        if name in frame.columns:
+            escaped = name.replace("`", "``")
+            return f"`{escaped}`", _kind_of(frame.schema[name].dataType)
+        if name not in partitions:
+            names = list_columns([*frame.columns, *partitions])
+            row_filter.refuse(
+                column.position,
+                f"{first.name} has no column {name!r}; it has {names}",
+            )
+        value = partitions[name]
+        if value is None:
+            return "CAST(NULL AS string)", "text"
+        return dialect.quote_text(value), "text"
+
+    return filter_sql(row_filter, dialect, find_column)
+
+
+def _kind_of(kind: T.DataType) -> Kind:
+    """Returns what a Spark type means in a row filter."""
+    if isinstance(kind, T.StringType):
+        return "text"
+    if isinstance(kind, _WHOLE):
+        return "whole"
+    if isinstance(kind, tuple(_FLOAT)):
+        return "float"
+    if isinstance(kind, T.DecimalType):
+        return "decimal"
+    if isinstance(kind, T.BooleanType):
+        return "boolean"
+    if isinstance(kind, _DATE):
+        return "date"
+    return "other"
+
+
+class _SparkDialect:
+    """The SQL of Spark, for row filters."""
+
+    def quote_text(self, text: str) -> str:
+        """Returns the literal of a text."""
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+
+    def as_text(self, value: str) -> str:
+        """Returns SQL of the value as text."""
+        return f"CAST({value} AS string)"
+
+    def as_number(self, value: str, kind: Kind) -> str:
+        """Returns SQL of the value as a finite double, NULL for what is none."""
+        number = f"try_cast({value} AS double)"
+        if kind == "text":
+            return f"(CASE WHEN {value} RLIKE {_NUMBER_TEXT} THEN {number} END)"
+        if kind == "float":
+            return f"(CASE WHEN {_finite_sql(value)} THEN {number} END)"
+        return number
+
+    def as_microseconds(self, value: str) -> str:
+        """Returns SQL of a date in microseconds since 1970."""
+        return f"unix_micros(CAST({value} AS timestamp))"
 
 
 def _quoted_column(name: str) -> Column:
@@ -419,57 +598,93 @@ def _read_frame(spark: SparkSession, inputs: list[Input]) -> DataFrame:
 def _read_texts(
     spark: SparkSession,
     inputs: list[Input],
-    columns: dict[str, str],
-    domain: str | None,
+    request: _Request,
+    reading: Reading,
     scratch: str,
 ) -> DataFrame:
-    """Parses CSV and TSV files once, into Parquet, since parsing is dear; reads that."""
+    """Parses text files once, into Parquet, since parsing is dear; reads that."""
     local = []
     remote = []
     for one in inputs:
         if one.is_remote:
             remote.append(escape_glob(one.name))
         else:
-            local.append((one.name, None))
-    files = spark.createDataFrame(local, "file string, content binary")
+            local.append((one.name, None, json.dumps(one.partitions)))
+    schema = "file string, content binary, partitions string"
+    files = spark.createDataFrame(local, schema)
     if remote:
         reader = spark.read.format("binaryFile")
         contents = reader.load(remote)
-        contents = contents.select("path", "content")
+        no_partitions = F.lit(None).cast("string")
+        contents = contents.select("path", "content", no_partitions)
         files = files.unionAll(contents)
-    parse = functools.partial(_parse_texts, columns, domain)
+    parse = functools.partial(_parse_texts, request)
     files = files.repartition(len(inputs))
     rows = files.mapInArrow(parse, _TEXT_SCHEMA)
     rows.write.parquet(scratch)
     rows = spark.read.parquet(escape_glob(scratch))
-    faulty = rows.filter("fault IS NOT NULL")
+    faulty = rows.filter(f"state = '{_FAULT}'")
     faulty = faulty.orderBy("file")
     faults = faulty.select("fault").head(1)
     if faults:
         raise InputError(faults[0].fault)
-    return rows.drop("fault")
+    _add_bad_texts(rows, request, reading)
+    is_row = rows.filter(f"state = '{ROW}'")
+    return is_row.select(
+        "file", "row", F.lit(True).alias("keep"), *request.roles
+    )
+
+
+def _add_bad_texts(
+    rows: DataFrame, request: _Request, reading: Reading
+) -> None:
+    """Counts the rows of text files that were filtered out, or are none."""
+    filtered = rows.filter(f"state = '{FILTERED}'").agg(F.sum("row"))
+    reading.filtered += filtered.head()[0] or 0
+    bad = rows.filter(f"state = '{BAD}'")
+    if not request.log_format.skips_bad_rows:
+        first = bad.selectExpr("min(struct(file, row, fault))").head()[0]
+        if first is not None:
+            file, row, fault = first
+            raise InputError(
+                f"{_file_name(file)}: row {row}: {fault}: "
+                "write one object a line"
+            )
+        return
+    for fault, count in bad.groupBy("fault").count().collect():
+        reading.add_bad(fault, count)
+    listed = bad.orderBy("file", "row").limit(MOST_LISTED)
+    for file, row, fault in listed.select("file", "row", "fault").collect():
+        reading.list_bad([BadRow(_file_name(file), row, fault)])
 
 
 def _parse_texts(
-    columns: dict[str, str],
-    domain: str | None,
+    request: _Request,
     batches: Iterable[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of CSV and TSV files, or what is wrong with a file. Runs in a task."""
+    """Yields the rows of text files, or what is wrong with a file. Runs in a task."""
     for batch in batches:
-        files = batch.column(0).to_pylist()
-        contents = batch.column(1).to_pylist()
-        for file, content in zip(files, contents, strict=True):
-            yield from _parse_text(file, content, columns, domain)
+        for record in batch.to_pylist():
+            path = Path(record["file"])
+            partitions = partitions_of(path)
+            if record["partitions"] is not None:
+                pairs = json.loads(record["partitions"])
+                partitions = tuple((name, value) for name, value in pairs)
+            yield from _parse_text(
+                LogFile(path, partitions),
+                record["file"],
+                record["content"],
+                request,
+            )
 
 
 def _parse_text(
+    log: LogFile,
     file: str,
     content: bytes | None,
-    columns: dict[str, str],
-    domain: str | None,
+    request: _Request,
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of one file. content: of a remote one."""
+    """Yields the rows of one file. file: its name. content: of a remote one."""
     with (
         tempfile.TemporaryDirectory() as folder,
         open_connection() as connection,
@@ -478,53 +693,99 @@ def _parse_text(
         connection.execute(f"""
             SET threads = 1;
             SET temp_directory = '{scratch}'""")
-        path = Path(file)
+        path = log.path
         if content is not None:
             path = Path(folder, path.name)
             path.write_bytes(content)
+        log = dataclasses.replace(log, path=path)
+        domain = request.constants.get("domain")
         try:
-            for rows in read_text(connection, path, columns, domain):
+            batches = read_text(connection, log, request.log_format, domain)
+            for rows in batches:
                 names = [file] * len(rows)
-                arrays = [pa.array(names)]
-                for name in ("row", *ROLES):
-                    arrays.append(rows[name])
-                no_faults = pa.nulls(len(rows), pa.string())
-                arrays.append(no_faults)
+                arrays = [pa.array(names, pa.string())]
+                for field in _TEXT_ARROW_SCHEMA.names[1:]:
+                    arrays.append(
+                        rows[field].cast(_TEXT_ARROW_SCHEMA.field(field).type)
+                    )
                 yield pa.RecordBatch.from_arrays(
                     arrays,
                     schema=_TEXT_ARROW_SCHEMA,
                 )
         except InputError as error:
             fault = str(error).replace(str(path), file)
-            record = {"file": file, "fault": fault}
+            record = {"file": file, "state": _FAULT, "fault": fault}
             yield pa.RecordBatch.from_pylist([record], _TEXT_ARROW_SCHEMA)
+
+
+def _parse_formatted_times(
+    time_format: str, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Adds `date`, the time in microseconds since 1970, to rows whose times have a format.
+
+    DuckDB parses them, so that both engines know the same formats. Runs in a task.
+    """
+    escaped = escape_sql(time_format)
+    with open_connection() as connection:
+        connection.execute("SET TimeZone = 'UTC'; SET threads = 1")
+        for batch in batches:
+            texts = pa.table({"time": batch["time"]})
+            dates = connection.sql(f"""
+                SELECT epoch_us(
+                    try_strptime("time", '{escaped}')::TIMESTAMPTZ
+                ) AS date
+                FROM texts""").to_arrow_table()
+            date = dates["date"].combine_chunks().cast(pa.int64())
+            del texts
+            yield batch.append_column("date", date)
 
 
 class _Group:
     """Inputs with equal columns, which one DataFrame reads together.
 
-    Its columns are file, row (null for a table), user, item, domain, time.
+    Its columns are file, row (null for a table), keep, and user, item, domain, time as far as the
+    logs give them; and date, where times have a format.
     """
 
     def __init__(
         self,
         inputs: list[Input],
         read: Callable[[list[Input]], DataFrame],
-        columns: dict[str, str],
+        request: _Request,
+        reading: Reading,
+        partitions: Set[str] = frozenset(),
     ):
+        """partitions: columns that the folders' names give."""
         self.inputs = inputs
+        self.partitions = partitions
         self.read = read
-        self.columns = columns
-        self.frame = read(inputs)
+        self.reading = reading
+        self.roles = request.roles
+        self.skips = request.log_format.skips_bad_rows
+        self.time_format = request.log_format.time_format
+        self.columns = request.wanted
+        self.all_rows = self._add_dates(read(inputs))
+        self.frame = self.all_rows.filter("keep")
         self.parsed = inputs[0].is_text
         self.types: dict[str, T.DataType] = {}  # by role
+        self.kind_of_time = ""  # whole, float or date
         self.rows = 0
         self.is_whole: dict[str, bool] = {}  # by role
         self.fitting_rows: dict[str, int] = {}  # by kind of time
-        for role in ROLES:
+        for role in self.roles:
             self.types[role] = self.frame.schema[role].dataType
-        for role in ROLES:
+        for role in self.roles:
             self._check_type(role)
+
+    def _add_dates(self, frame: DataFrame) -> DataFrame:
+        """Adds the column `date` where times are text of the given format."""
+        is_text = isinstance(frame.schema["time"].dataType, T.StringType)
+        self.has_formatted_times = self.time_format is not None and is_text
+        if not self.has_formatted_times:
+            return frame
+        parse = functools.partial(_parse_formatted_times, self.time_format)
+        schema = T.StructType([*frame.schema.fields])
+        return frame.mapInArrow(parse, schema.add("date", "bigint"))
 
     def _check_type(self, role: str) -> None:
         """Raises InputError where the engines could read a column's type differently."""
@@ -610,6 +871,8 @@ class _Group:
 
     def whole_sql(self, role: str) -> str:
         """Returns SQL for: the value is a whole number as int64 writes it."""
+        if role == "time" and self.has_formatted_times:
+            return "false"
         if role == "time":
             if self._is_string(role):
                 number = "CAST(try_cast(time AS bigint) AS string)"
@@ -630,6 +893,8 @@ class _Group:
         kind = self.types["time"]
         if isinstance(kind, _DATE):
             return {"date": "true"}
+        if self.has_formatted_times:
+            return {"date": "date IS NOT NULL"}
         if not isinstance(kind, T.StringType):
             return {"float": "true"}
         is_finite = _finite_sql("try_cast(time AS double)")
@@ -640,40 +905,55 @@ class _Group:
         }
 
     def inspect(self) -> None:
-        """Fills in rows, is_whole and fitting_rows; refuses missing values."""
+        """Fills in rows, is_whole and kind_of_time; refuses bad rows, or leaves them out."""
         conditions = self.time_conditions
+        faults = self._faults()
+        usable = f"NOT {_any_of(faults)}"
         aggregates = ["count(*)"]
-        for role in ROLES:
-            missing = self.missing_sql(role)
+        for missing in faults.values():
             aggregates.append(f"count_if({missing})")
-        for role in ROLES:
+        for role in self.roles:
             strange = self.strange_sql(role)
-            aggregates.append(f"count_if({strange})")
-        for role in ROLES:
-            fault = self.fault_sql(role)
-            aggregates.append(f"count_if({fault})")
-        for role in ROLES:
+            aggregates.append(f"count_if({usable} AND {strange})")
+        for role in self.roles:
             whole = self.whole_sql(role)
             aggregates.append(f"bool_and({whole})")
         for condition in conditions.values():
-            aggregates.append(f"count_if({condition})")
+            aggregates.append(f"count_if({usable} AND {condition})")
+        aggregates.append(f"count_if({usable})")
+        results = self._query_row(aggregates)
+        roles = len(self.roles)
+        missing_counts = results[1 : 1 + roles]
+        fault_counts = results[1 + roles : 1 + 2 * roles]
+        strange_counts = results[1 + 2 * roles : 1 + 3 * roles]
+        whole_flags = results[1 + 3 * roles : 1 + 4 * roles]
+        *time_counts, usable_rows = results[1 + 4 * roles :]
+        self.rows = results[0]
+        self._count_filtered()
+        if not self.skips:
+            self._refuse_missing(missing_counts)
+            self._refuse_faults(fault_counts)
+        self._refuse_strange(strange_counts)
+        self.is_whole = dict(zip(self.roles, whole_flags, strict=True))
+        self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
+        if self.rows:
+            self._find_kind_of_time(faults, usable_rows)
+        if self.skips:
+            self._skip(faults)
+
+    def _query_row(self, aggregates: list[str]) -> list[Any]:
+        """Returns the one row of a query of aggregates over the rows that count."""
         try:
-            counts = self.frame.selectExpr(*aggregates)
-            row = counts.head()
-            results = list(row)
+            row = self.frame.selectExpr(*aggregates).head()
         except SPARK_ERRORS as error:
             self._refuse_unreadable(error)
-        self.rows = results[0]
-        missing_counts = results[1:5]
-        strange_counts = results[5:9]
-        fault_counts = results[9:13]
-        whole_flags = results[13:17]
-        time_counts = results[17:]
-        self._refuse_missing(missing_counts)
-        self._refuse_faults(fault_counts)
-        self._refuse_strange(strange_counts)
-        self.is_whole = dict(zip(ROLES, whole_flags, strict=True))
-        self.fitting_rows = dict(zip(conditions, time_counts, strict=True))
+        return list(row)
+
+    def _count_filtered(self) -> None:
+        """Counts the rows that the expression leaves out."""
+        if not self.parsed:
+            counts = self.all_rows.selectExpr("count_if(NOT keep)")
+            self.reading.filtered += counts.head()[0]
 
     def with_positions(
         self, spark: SparkSession, numbers: dict[str, int]
@@ -697,30 +977,77 @@ class _Group:
         position = f"shiftleft(number, {FILE_BITS}) + row AS position"
         return frame.selectExpr("*", position)
 
-    def kind_of_time(self) -> str:
-        """Returns 'whole', 'float' or 'date'.
+    def _faults(self) -> dict[str, str]:
+        """Returns SQL by reason, for: the row has no value where it needs one."""
+        faults = {}
+        for role in self.roles:
+            column = self.columns.get(role, role)
+            faults[f"{column!r} is empty"] = self.missing_sql(role)
+        for role in self.roles:
+            column = self.columns.get(role, role)
+            fault = self.fault_sql(role)
+            faults[f"{column!r} is no id"] = f"coalesce({fault}, false)"
+        return faults
 
-        Refuses a column that is none of them, naming the first row at fault.
+    def _find_kind_of_time(self, faults: dict[str, str], rows: int) -> None:
+        """Sets the kind of time.
+
+        rows: those that can be used but for their time. Rows whose time is none are refused,
+        naming the first, or added to the faults.
         """
         if self.is_whole["time"]:
-            return "whole"
-        best = max(self.fitting_rows, key=self.fitting_rows.get)
-        if self.fitting_rows[best] == self.rows:
-            return best
+            self.kind_of_time = "whole"
+            return
+        best = max(self.fitting_rows, key=lambda kind: self.fitting_rows[kind])
+        self.kind_of_time = best
+        if self.fitting_rows[best] == rows:
+            return
         is_best = self.time_conditions[best]
-        condition = f"NOT coalesce({is_best}, false)"
-        row, text = self._first_row("time", condition)
-        expected = "a number or a date"
-        if self.fitting_rows[best] and best == "float":
-            expected = "a finite number"
-        elif self.fitting_rows[best]:
+        is_other = f"NOT coalesce({is_best}, false)"
+        fits = self.fitting_rows[best] > 0
+        expected = expected_time(best, fits)
+        if self.has_formatted_times:
+            expected = f"a date like {self.time_format}"
+        column = self.columns["time"]
+        if self.skips and fits:
+            faults[f"{column!r} is not {expected}"] = is_other
+            return
+        if fits and best == "date" and not self.has_formatted_times:
             expected = (
                 "a date such as 2024-01-31 or 2024-01-31T23:59:59.5+01:00"
             )
-        column = self.columns["time"]
+        usable = f"NOT {_any_of(faults)}"
+        row, text = self._first_row("time", f"{usable} AND {is_other}")
         raise InputError(
             f"{row} {column!r} is {text!r}: a time must be {expected}"
         )
+
+    def _skip(self, faults: dict[str, str]) -> None:
+        """Leaves bad rows out, counts and lists them."""
+        cases = []
+        for reason, condition in faults.items():
+            literal = _SparkDialect().quote_text(reason)
+            cases.append(f"WHEN {condition} THEN {literal}")
+        reason = F.expr(f"CASE {' '.join(cases)} END").alias("reason")
+        bad = self.frame.select("file", "row", reason)
+        bad = bad.filter("reason IS NOT NULL")
+        counts = bad.groupBy("reason").count().collect()
+        for text, count in counts:
+            self.reading.add_bad(text, count)
+            self.rows -= count
+        if not counts:
+            return
+        listed = bad.orderBy("file", "row").limit(MOST_LISTED)
+        for file, row, text in listed.collect():
+            self.reading.list_bad([BadRow(_file_name(file), row, text)])
+        self.frame = self.frame.filter(f"NOT {_any_of(faults)}")
+        flags = []
+        for role in self.roles:
+            flags.append(f"bool_and({self.whole_sql(role)})")
+        results = self._query_row(flags)
+        self.is_whole = dict(zip(self.roles, results, strict=True))
+        if self.is_whole["time"]:
+            self.kind_of_time = "whole"
 
     def _is_string(self, role: str) -> bool:
         return isinstance(self.types[role], T.StringType)
@@ -733,39 +1060,42 @@ class _Group:
 
     def _is_parsed(self, role: str) -> bool:
         """Whether the text says no type, as in CSV. That of --domain does."""
-        return self.parsed and role in self.columns
+        name = self.columns.get(role)
+        if name is None:
+            return False
+        return self.parsed or name in self.partitions
 
     def _refuse_missing(self, counts: list[int]) -> None:
         """Raises InputError for the first role with missing values."""
-        for role, count in zip(ROLES, counts, strict=True):
+        for role, count in zip(self.roles, counts, strict=True):
             if count:
                 condition = self.missing_sql(role)
                 row, text = self._first_row(role, condition)
                 value = text or "empty"
                 value = value.lower()
                 value = value.replace("infinity", "inf")
-                column = self.columns[role]
+                column = self.columns.get(role, role)
                 raise InputError(
                     f"{row} {column!r} is {value}: every row needs one"
                 )
 
     def _refuse_faults(self, counts: list[int]) -> None:
         """Raises InputError for the first role with values that are no ids."""
-        for role, count in zip(ROLES, counts, strict=True):
+        for role, count in zip(self.roles, counts, strict=True):
             if count:
                 condition = self.fault_sql(role)
                 row, text = self._first_row(role, condition)
                 reason = fault_reason(self.types[role].simpleString())
-                column = self.columns[role]
+                column = self.columns.get(role, role)
                 raise InputError(f"{row} {column!r} is {text}: {reason}")
 
     def _refuse_strange(self, counts: list[int]) -> None:
         """Raises InputError for the first role with values that the engines read otherwise."""
-        for role, count in zip(ROLES, counts, strict=True):
+        for role, count in zip(self.roles, counts, strict=True):
             if count:
                 condition = self.strange_sql(role)
                 row, text = self._first_row(role, condition)
-                column = self.columns[role]
+                column = self.columns.get(role, role)
                 raise InputError(
                     f"{row} {column!r} is {text!r}, "
                     "which Spark reads or writes otherwise than DuckDB: "
@@ -793,7 +1123,7 @@ class _Group:
 
     def _refuse_unreadable(self, error: Exception) -> NoReturn:
         """Raises InputError for the first input that cannot be read, or else the error."""
-        values = [f"max(hash({role}))" for role in ROLES]
+        values = [f"max(hash({role}))" for role in self.roles]
         for one in self.inputs:
             try:
                 frame = self.read([one])
@@ -805,6 +1135,11 @@ class _Group:
                     f"{one.name} cannot be read: {reason}"
                 ) from None
         raise error
+
+
+def _any_of(conditions: dict[str, str]) -> str:
+    """Returns SQL for: one of the conditions holds."""
+    return "(" + " OR ".join(conditions.values()) + ")"
 
 
 def _digits_sql(value: str) -> str:
