@@ -73,7 +73,8 @@ def imported_rooms(source: str) -> Iterator[str]:
     """The rooms that a module imports, inside functions and for types too."""
     for name in imports(source, "trainer.module"):
         parts = name.split(".")
-        if parts[0] == "trainer" and len(parts) > 1:
+        is_room = len(parts) > 1 and not parts[1].startswith("__")
+        if parts[0] == "trainer" and is_room:
             yield parts[1]
 
 

@@ -136,6 +136,10 @@ def _check_delimiter(setting: str, delimiter: str) -> None:
 LEAST_MEMORY = 500 * 10**6  # bytes
 TIE_ORDERS = ("hash", "file")  # see trainer/data/tie_order.py
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
+# Kinds of times, and a unit that is not known: see trainer/data/log_times.py.
+DATES = "dates"
+NUMBERS = "numbers"
+UNKNOWN = "unknown"
 _BYTES_BY_UNIT = {
     "": 1,
     "B": 1,

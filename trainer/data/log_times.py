@@ -9,15 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.config.prepare import TIME_UNITS
+from trainer.config.prepare import DATES, NUMBERS, TIME_UNITS, UNKNOWN
 from trainer.errors import InputError
 
 if TYPE_CHECKING:
     from trainer.data.format.dataset import Dataset
 
-DATES = "dates"
-NUMBERS = "numbers"
-UNKNOWN = "unknown"
 # Seconds since 1970 that are a time of somebody's log: of 1985 to 2100.
 _EARLIEST = 473e6
 _LATEST = 4102e6

@@ -38,9 +38,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trainer.config.prepare import TIE_ORDERS, TIME_UNITS
+from trainer.config.prepare import (
+    DATES,
+    NUMBERS,
+    TIE_ORDERS,
+    TIME_UNITS,
+    UNKNOWN,
+)
 from trainer.config.stream import SourceConfig
-from trainer.data.log_times import DATES, NUMBERS, UNKNOWN
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
 from trainer.errors import InputError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.log_times import NUMBERS, UNKNOWN
+from trainer.config.prepare import NUMBERS, UNKNOWN
 from trainer.errors import InputError
 
 INT32_MAX = 2**31 - 1
