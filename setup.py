@@ -12,7 +12,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "trainer/__init__.py").read_text(), re.M
+    r'^__version__ = "(.+)"$',
+    (ROOT / "trainer/__init__.py").read_text(encoding="utf-8"),
+    re.M,
 )[1]
 STACK = runpy.run_path(str(Path(__file__).with_name("launch") / "stack.py"))
 torch, torchrec, fbgemm = STACK["MATCHING"][STACK["PINNED"]]

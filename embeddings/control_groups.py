@@ -38,7 +38,9 @@ def _list_groups(root: Path) -> Iterator[tuple[Path, Names]]:
     """
     mounts = root / "sys/fs/cgroup"
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (
+            (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        )
     except OSError:
         lines = ["0::/"]
     for line in lines:
@@ -60,8 +62,10 @@ def _read_available(folder: Path, names: Names) -> int | None:
     """Bytes that a control group leaves; None where it does not exist or has no limit."""
     limit_name, used_name, files_name = names
     try:
-        limit = int((folder / limit_name).read_text())  # "max": no limit
-        used = int((folder / used_name).read_text())
+        limit = int(
+            (folder / limit_name).read_text(encoding="utf-8")
+        )  # "max": no limit
+        used = int((folder / used_name).read_text(encoding="utf-8"))
         files = _read_numbers(folder / "memory.stat").get(files_name, 0)
     except (OSError, ValueError):
         return None
@@ -71,7 +75,7 @@ def _read_available(folder: Path, names: Names) -> int | None:
 def _read_numbers(file: Path) -> dict[str, int]:
     """{name: number} of lines such as `MemFree: 12 kB` and `inactive_file 12`."""
     numbers = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         name, value, *_ = line.replace(":", " ").split()
         numbers[name] = int(value)
     return numbers

@@ -10,6 +10,11 @@ safetensors alone. DIR/example.py answers "history in, items out" (DIR/example.p
 python DIR/example.py DOMAIN 10 TIME:DOMAIN:ITEM …
 """
 
+from trainer.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,7 +61,7 @@ def main() -> None:
     if not ranks.first:
         return
     if options.json:
-        print(json.dumps(schema, ensure_ascii=False))
+        print(json.dumps(schema))
         return
     items = sum(domain["items"] for domain in schema["domains"])
     size = sum(file["bytes"] for file in schema["files"].values())

@@ -154,7 +154,9 @@ def _compile(compiler: str, source: Path, output: str) -> None:
     for folder in cpp_extension.library_paths():
         command.append(f"-L{folder}")
     command += _LIBRARIES
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         reason = _first_error(done.stderr)
         raise Unavailable(f"{compiler} cannot build {source.name}: {reason}")
@@ -207,7 +209,7 @@ def _processor_features() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         features = re.search(
-            r"^(flags|Features)\s*:.*$", info.read_text(), re.M
+            r"^(flags|Features)\s*:.*$", info.read_text(encoding="utf-8"), re.M
         )
         if features is not None:
             return features.group()

@@ -150,7 +150,7 @@ def relative_folder(name: str) -> str:
 def name_in_pointer(file: Path) -> str | None:
     """Reads best.json or latest.json; returns the name of its checkpoint, None without one."""
     try:
-        pointer = json.loads(file.read_text())
+        pointer = json.loads(file.read_text(encoding="utf-8"))
         return _name_in_folder(pointer["folder"])
     except UNREADABLE:
         return None
@@ -230,7 +230,7 @@ def read_state(folder: Path) -> StateRecord:
     """Reads a checkpoint's state.json, "state" as a RunState. Raises Damaged."""
     file = folder / STATE
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         _check_version(file, record["format_version"])
         # Earlier versions did not have the last one.
         state = {"mean_domains": None, **record["state"]}

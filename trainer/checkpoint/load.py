@@ -160,7 +160,7 @@ def _read_best(run: Path, patience: Patience) -> BestRecord:
     while True:
         over = patience.over
         try:
-            text = (run / BEST).read_text()
+            text = (run / BEST).read_text(encoding="utf-8")
             best = json.loads(text)
             folder = best_folder(run, best)
         except UNREADABLE:

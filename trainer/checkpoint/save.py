@@ -236,7 +236,7 @@ class Checkpoints:
                 for name, values in tensors.items():
                     save_file(values, self._partial / name)
                 state = self._partial / STATE
-                state.write_text(text)
+                state.write_text(text, encoding="utf-8")
                 metrics = self._partial / METRICS_FILE
                 _copy_start(self.run / METRICS_FILE, metrics, logged_bytes)
                 names += [*tensors, STATE, METRICS_FILE]

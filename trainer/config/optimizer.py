@@ -72,7 +72,7 @@ class OptimizerConfig:
 def read_deepspeed_json(file: str | Path) -> dict[str, Any]:
     """Reads a DeepSpeed configuration file. Raises InputError that names the file."""
     try:
-        config = json.loads(Path(file).read_text())
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:

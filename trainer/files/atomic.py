@@ -102,7 +102,11 @@ def is_shared(folder: Path) -> bool:
     """Whether other hosts may write in a folder: unless its file system is known to be local."""
     path = os.path.realpath(folder)
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = (
+            Path("/proc/self/mountinfo")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
     except OSError:
         return True
     kind = ""

@@ -11,7 +11,7 @@ def take_lock(file: Path) -> TextIO | None:
     Returns None where another process has the lock. Raises OSError where the file cannot be
     opened, or its file system has no locks.
     """
-    lock = open(file, "w")  # noqa: SIM115 (held until the end)
+    lock = open(file, "w", encoding="utf-8")  # noqa: SIM115 (held until the end)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -122,7 +122,7 @@ class _Request:
 def _hash_model(run: Path) -> str | None:
     """The sha256 of the best checkpoint's manifest; None where loading it will raise."""
     try:
-        best = json.loads((run / BEST).read_text())
+        best = json.loads((run / BEST).read_text(encoding="utf-8"))
         checkpoint = Path(best["folder"])
         if checkpoint.parent != Path(CHECKPOINTS):
             raise ValueError(f"{checkpoint} is no checkpoint's name")

@@ -98,7 +98,7 @@ class JobRunner:
         if not file.is_file():
             return False
         try:
-            before = json.loads(file.read_text())
+            before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             before = None
         if before != self._describe(job):
@@ -200,7 +200,9 @@ class JobRunner:
         """What a done run has left."""
         ranks = read_ranks(self._ranks_file(job))
         if job.recbole:
-            result = json.loads((self.folder(job) / RESULT).read_text())
+            result = json.loads(
+                (self.folder(job) / RESULT).read_text(encoding="utf-8")
+            )
             return RunResult(
                 **ranks,
                 validation=result["validation"],
@@ -235,7 +237,9 @@ class JobRunner:
         else:
             settings = {
                 "settings": list(job.settings),
-                "base": [Path(file).read_text() for file in self.base],
+                "base": [
+                    Path(file).read_text(encoding="utf-8") for file in self.base
+                ],
             }
         settings["dataset"] = self._dataset.fingerprint
         return settings
@@ -296,7 +300,7 @@ class JobRunner:
     def _run_recbole(self, job: Job) -> None:
         """Runs a baseline of RecBole's."""
         config = self.config
-        with (self._home(job) / _LOG).open("a") as log:
+        with (self._home(job) / _LOG).open("a", encoding="utf-8") as log:
             run_recbole(
                 Dataset.load(self.data),
                 self.folder(job),

@@ -191,7 +191,7 @@ class PopularityMetrics(NamedTuple):
 def read_popularity(run: Path) -> dict[str, PopularityMetrics]:
     """Popularity's figures as a run's full evaluation has them, by ranking."""
     file = run / full_ranking_file("test")
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text(encoding="utf-8"))
     popularity = {}
     for ranking, part in (("full", record), ("sampled", record["sampled"])):
         popularity[ranking] = PopularityMetrics(

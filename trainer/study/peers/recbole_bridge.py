@@ -66,7 +66,8 @@ def recbole_models(python: str | Path) -> dict[str, str | None]:
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         raise InputError(
@@ -217,7 +218,7 @@ def _check_exported(
 ) -> None:
     """Raises InputError unless the folder holds what would be exported now."""
     try:
-        before = json.loads((folder / "about.json").read_text())
+        before = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     if before != made_from:
@@ -280,7 +281,9 @@ class _Run:
             return None
         different = []
         try:
-            result = json.loads((self.folder / RESULT).read_text())
+            result = json.loads(
+                (self.folder / RESULT).read_text(encoding="utf-8")
+            )
             for name in task:
                 before = result["task"].get(name)
                 same = before == task[name]
@@ -318,14 +321,15 @@ class _Run:
             self.work / "ranks.npz",
         ]
         answer: Result = {}
-        with open(log, "w") as errors:
+        with open(log, "w", encoding="utf-8") as errors:
             child = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=self.work,  # it leaves folders where it runs
                 stdin=subprocess.PIPE,  # the child ends where we do
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
             )
             try:
                 for line in child.stdout:
@@ -409,7 +413,7 @@ def _time(seconds: float) -> str:
 def _last_line(log: Path) -> str:
     """The last line that is not empty, or ""."""
     last = ""
-    with open(log, errors="replace") as lines:
+    with open(log, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             last = line.strip() or last
     return last

@@ -80,7 +80,7 @@ def main() -> None:
     folder, task_file, ranks = map(Path, sys.argv[1:])
     say = _take_output()
     threading.Thread(target=_end_with_caller, daemon=True).start()
-    task = json.loads(task_file.read_text())
+    task = json.loads(task_file.read_text(encoding="utf-8"))
     try:
         say({"found": train(PeerDataset(folder), task, ranks, say)})
     except Refused as error:
@@ -365,7 +365,7 @@ def _take_output() -> Say:
 
     What RecBole prints goes to standard error from now on.
     """
-    output = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def say(value: Any) -> None:

@@ -274,12 +274,12 @@ MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda1 rw
     ],
 )
 def test_which_folders_other_hosts_may_write_in(monkeypatch, folder, shared):
-    monkeypatch.setattr(Path, "read_text", lambda file: MOUNTS)
+    monkeypatch.setattr(Path, "read_text", lambda file, **_: MOUNTS)
     assert trainer.files.atomic.is_shared(Path(folder)) == shared
 
 
 def test_where_nobody_knows_a_folder_is_shared(monkeypatch, tmp_path):
-    def none(file):
+    def none(file, **_):
         raise FileNotFoundError
 
     assert not trainer.files.atomic.is_shared(tmp_path)
