@@ -49,7 +49,7 @@ from trainer.config.stream import SourceConfig
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
 from trainer.errors import InputError
-from trainer.files.open_files import TooManyOpenFiles, is_too_many_open_files
+from trainer.files.open_files import explain_unreadable
 from trainer.files.redact import find_local_folder
 
 Record = TypeVar("Record")
@@ -234,11 +234,8 @@ class Dataset:
         try:
             lengths = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            if is_too_many_open_files(error):
-                raise TooManyOpenFiles(path, error) from None
-            raise InputError(
-                f"{path} cannot be read: {error}: "
-                "copy it again or prepare the dataset again"
+            raise explain_unreadable(
+                path, error, "copy it again or prepare the dataset again"
             ) from None
         except (ValueError, EOFError) as error:
             raise InputError(
@@ -330,7 +327,11 @@ class Dataset:
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
+        except OSError as error:
+            raise explain_unreadable(
+                path, error, "prepare the dataset again"
+            ) from None
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path} cannot be read: {error}; prepare the dataset again"
             ) from None
@@ -468,7 +469,7 @@ class Dataset:
         """Raises InputError where a file is missing, of another size or other contents."""
         for file in self.files:
             self._check_size(file)
-            if check_contents and File.of(self.folder, file.name) != file:
+            if check_contents and _read_file(self.folder, file.name) != file:
                 raise InputError(
                     f"{self.folder / file.name}: "
                     f"its sha256 is not the one in {FILE_NAME}: "
@@ -496,6 +497,18 @@ class Dataset:
                 f"{file} has {size} bytes, {FILE_NAME} says {record.bytes}: "
                 "copy it again or prepare the dataset again"
             )
+
+
+def _read_file(folder: Path, name: str) -> File:
+    """What a file is. Raises InputError where it cannot be read."""
+    try:
+        return File.of(folder, name)
+    except OSError as error:
+        raise explain_unreadable(
+            folder / name,
+            error,
+            "copy it again or prepare the dataset again",
+        ) from None
 
 
 def quantize_times(
@@ -543,8 +556,10 @@ def _read_item_counts(path: Path, counts: np.ndarray) -> int:
         IndexError,
         pa.ArrowException,
     ) as error:
-        if isinstance(error, OSError) and is_too_many_open_files(error):
-            raise TooManyOpenFiles(path, error) from None
+        if isinstance(error, OSError):
+            raise explain_unreadable(
+                path, error, "prepare the dataset again"
+            ) from None
         raise InputError(
             f"{path} cannot be read: {error}; prepare the dataset again"
         ) from None

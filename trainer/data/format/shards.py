@@ -34,7 +34,6 @@ Tars are written and read by `tarfile`, as WebDataset does it itself: importing 
 seconds in each process that prepares, since it takes torch along.
 """
 
-import errno
 import hashlib
 import io
 import itertools
@@ -53,7 +52,11 @@ import numpy as np
 from trainer.data.format.dataset import Dataset, Shard
 from trainer.data.remote.source import FetchFailed
 from trainer.errors import InputError
-from trainer.files.open_files import TooManyOpenFiles, is_too_many_open_files
+from trainer.files.open_files import (
+    ERRORS_OF_FILE,
+    TooManyOpenFiles,
+    explain_unreadable,
+)
 from trainer.files.redact import printable_text
 
 if TYPE_CHECKING:
@@ -70,17 +73,6 @@ _LOW_DTYPE = np.dtype("<u2")
 _TICKS_DTYPE = np.dtype("<u2")
 _CHECKSUM_DTYPE = np.dtype("<u4")
 _ZERO = np.zeros(1, _TICKS_DTYPE)
-# Errors of the system for which the file itself is at fault. Any other (a mount that is away,
-# no memory) may pass.
-_ERRORS_OF_FILE = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EINVAL,
-}
 
 
 @dataclass(frozen=True)
@@ -410,17 +402,17 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if is_too_many_open_files(error):
-            raise TooManyOpenFiles(path, error) from None
-        reason = printable_text(error)
-        if error.errno in _ERRORS_OF_FILE:
+        if error.errno in ERRORS_OF_FILE:
+            reason = printable_text(error)
             raise _Damage(f"it cannot be read ({reason})") from None
-        raise InputError(
-            f"{path} cannot be read ({reason}): look after its disk or mount, "
-            "and the same command goes on; a file that is lost for good is skipped "
-            "once it is removed (stream.damaged=skip)",
-            one_rank=True,
-        ) from None
+        refusal = explain_unreadable(path, error, "")
+        if not isinstance(refusal, TooManyOpenFiles):
+            refusal = InputError(
+                f"{refusal}; a file that is lost for good is skipped once it is removed "
+                "(stream.damaged=skip)"
+            )
+        refusal.one_rank = True
+        raise refusal from None
 
 
 def _skipped_users(
