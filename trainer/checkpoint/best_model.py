@@ -16,7 +16,7 @@ from syncrec.model import SyNCRec
 from trainer.checkpoint.layout import BestRecord
 from trainer.checkpoint.load import find_best, restore_best
 from trainer.checkpoint.resume import require_same_start
-from trainer.checkpoint.warm_start import match_model
+from trainer.checkpoint.warm_start import locate_dataset, match_model
 from trainer.config.load import load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
@@ -140,7 +140,14 @@ def _load_run(
             f"{run}: was trained from an address, {printable_text(redact_location(config.data))}, "
             "which is not fetched from on a run's word; give it as --data"
         )
-    config = replace(config, data=str(data or config.data))
+    place = str(data or locate_dataset(Path(run), config))
+    folder = find_local_folder(place)
+    if not data and folder is not None and not Path(folder).is_dir():
+        raise InputError(
+            f"{run}: was trained on {printable_text(place)}, which is not there: give its dataset "
+            "as --data"
+        )
+    config = replace(config, data=place)
     check_shards = config.stream.damaged == "stop"
     check_contents = ranks is None or ranks.local_rank == 0
     dataset = Dataset.load(

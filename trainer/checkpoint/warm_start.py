@@ -39,6 +39,7 @@ from trainer.files.redact import (
     printable_text,
     redact_location,
 )
+from trainer.files.relocation import relocate
 from trainer.run_files import CONFIG, EXTENSION
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
             f"copy the dataset to a folder and name it as data in {run}/config.yaml"
         )
     try:
-        old = Dataset.load(config.data, check_shards=False)
+        old = Dataset.load(locate_dataset(run, config), check_shards=False)
     except InputError as error:
         raise InputError(
             f"{run}: what its model's rows were is not known: {error}"
@@ -274,6 +275,22 @@ def _load_old_dataset(run: Path, fingerprint: str) -> Dataset:
             "nobody knows what its model's rows were"
         )
     return old
+
+
+def locate_dataset(run: Path, config: RunConfig) -> str:
+    """Where a run's dataset is, as `data` says it: also for who asks from another working folder.
+
+    A relative path is one of the folder in which the run was begun, which `run` tells. After both
+    were moved together it leads there too.
+    """
+    folder = find_local_folder(config.data)
+    if folder is None:
+        return config.data
+    moved = relocate(folder, config.run, run)
+    is_elsewhere = not Path(folder).is_absolute() or not Path(folder).is_dir()
+    if moved is not None and moved.is_dir() and is_elsewhere:
+        return str(moved)
+    return config.data
 
 
 def _match_items(old: Dataset, dataset: Dataset) -> _OldRows:

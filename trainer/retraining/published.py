@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.files.relocation import find_moved
+from trainer.retraining.day import DAYS
 from trainer.run_files import CURRENT, VERSION, VERSIONS
 
 # Versions of before do not have them.
@@ -50,15 +52,29 @@ def read_current_version(published: Path) -> dict[str, Any] | None:
 
 
 def read_version(version: Path) -> dict[str, Any]:
-    """The version.json in a version's folder. Raises OSError, ValueError."""
+    """The version.json in a version's folder, its run where it is now. Raises OSError, ValueError."""
     file = version / VERSION
     record = json.loads(file.read_text(encoding="utf-8"))
     if not _is_record(record):
         raise ValueError(f"{file} is no version's record")
+    record["run"] = str(locate_run(record, version.parents[1]))
     for figures in record["domains"].values():
         if not _are_figures(figures):
             raise ValueError(f"{file}: its figures are none")
     return record
+
+
+def locate_run(record: dict[str, Any], published: Path) -> Path:
+    """The folder of a record's run, also where it was moved or copied with what serves.
+
+    Of a retraining that is FOLDER/days/NAME/run beside FOLDER/published.
+    """
+    root = published.resolve().parent
+    run = Path(record["run"])
+    own = root.joinpath(*run.parts[-3:])
+    if run.parts[-3:-2] == (DAYS,) and own.is_dir():
+        return own
+    return find_moved(record["run"], root)
 
 
 def _is_record(record: object) -> bool:
