@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from trainer.checkpoint.best_model import (
     TrainedModel,
@@ -43,6 +41,7 @@ from trainer.evaluation.sampled import (
 )
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
+from trainer.files.progress import Stages
 from trainer.run_files import full_ranking_file, user_ranks_file
 
 if TYPE_CHECKING:
@@ -205,22 +204,8 @@ def _open_writer(
 @contextlib.contextmanager
 def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
     """A progress bar on the first rank's stderr; yields advance(done, total)."""
-    console = Console(stderr=True)
-    with Progress(
-        console=console,
-        transient=True,
-        disable=not ranks.first,
-    ) as bar:
-        task = bar.add_task(text)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(
-                task,
-                completed=done,
-                total=total,
-            )
-
-        yield advance
+    with Stages(ranks.first) as stages, stages.open_stage(text) as show:
+        yield show
 
 
 def _save_full(

@@ -1,11 +1,14 @@
 """What a run shows on the console: a line for each record, tables, and a progress bar.
 
     0:03:20  step  50/100  epoch 0  loss 2.5000  single 2.0000  cross 1.0000  MI 0.5000
-      │  λ φ Books 0.500 -0.125, Toys 0.500 -0.125  │  12.3k users/s  4.56M tokens/s  wait 3.1%  3.2 GB
+             λ φ Books 0.500 -0.125, Toys 0.500 -0.125
+             12.3k users/s  4.56M tokens/s  wait 3.1%  3.2 GB
 
-(one line in truth). Names come from a person's data, so nothing in them may steer a terminal.
+It is one line where the console has room for it (trainer.reporting.line_folding). Names come from a
+person's data, so nothing in them may steer a terminal.
 """
 
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -25,13 +28,17 @@ from rich.text import Text
 
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
 from trainer.evaluation.metrics import Figures
+from trainer.reporting.line_folding import SECTION
 from trainer.run_files import HEADLINE
 
 _REFRESH_SECONDS = 0.25
 _GREEK = ("λ", "φ")
 _ASCII = ("lambda", "phi")
-_SECTION = "  │  "
 _SIZES = {"G": 1e9, "M": 1e6, "k": 1e3}
+_ROOM_FOR_A_WORD = (
+    10  # columns that 80 leave for a name, with two blanks between figures
+)
+_MOST_DOMAINS = 12  # that a line shows
 _LOSSES = {
     "loss_single": "single",
     "loss_cross": "cross",
@@ -107,13 +114,13 @@ class LogColumns:
             line.append(format_number(mean), style)
         line.append(f"  over users {HEADLINE} ", "dim")
         line.append(format_number(evaluation.user_mean_ndcg))
-        line.append(_SECTION, "dim")
+        line.append(SECTION, "dim")
         line.append(f"{HEADLINE} by domain", "dim")
         self._append_headlines(line, evaluation)
         small = len(evaluation.small_domains)
         if small:
             line.append(f" ({small} too small for the mean)", "dim")
-        line.append(_SECTION, "dim")
+        line.append(SECTION, "dim")
         users = evaluation.users
         too_short = evaluation.too_short or 0
         skipped = evaluation.skipped_users
@@ -147,12 +154,16 @@ class LogColumns:
         """
         weights = _present(record.get("lambda"))
         gaps = _present(record.get("phi"))
-        shown = []
+        known = []
         for domain in self.domains:
             if domain in weights or domain in gaps:
-                shown.append(domain)
+                known.append(domain)
+        # Where transfer harms is worth a look; metrics.jsonl has all.
+        by_gap = sorted(known, key=lambda domain: gaps.get(domain, math.inf))
+        lowest = by_gap[:_MOST_DOMAINS]
+        shown = [domain for domain in known if domain in lowest]
         if shown:
-            line.append(_SECTION, "dim")
+            line.append(SECTION, "dim")
             _, gap_symbol = self.symbols
             head = " ".join(self.symbols) if weights else gap_symbol
             line.append(head, "dim")
@@ -167,6 +178,7 @@ class LogColumns:
                 style = "red"
             shown_gap = format_number(gap, "+.3f")
             line.append(f" {shown_gap}", style)
+        _append_rest(line, len(known) - len(shown))
 
     def _append_speed(self, line: Text, record: dict[str, Any]) -> None:
         """Users and tokens per second, the share of the time spent waiting for data, and memory.
@@ -177,7 +189,7 @@ class LogColumns:
         tokens = _short_number(record.get("tokens_per_second"))
         wait = format_number(record.get("data_wait"), ".1%")
         memory = format_number(record.get("memory_gb"), ".1f")
-        line.append(_SECTION, "dim")
+        line.append(SECTION, "dim")
         line.append(
             f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB"
         )
@@ -187,11 +199,13 @@ class LogColumns:
         headlines = {}
         for row in evaluation.by_domain:
             headlines[row.name] = row.headline
-        shown = [domain for domain in self.domains if domain in headlines]
+        known = [domain for domain in self.domains if domain in headlines]
+        shown = known[:_MOST_DOMAINS]
         for index, domain in enumerate(shown):
             figure = format_number(headlines[domain])
             _append_name(line, index, domain)
             line.append(f" {figure}")
+        _append_rest(line, len(known) - len(shown))
 
 
 def _append_name(line: Text, index: int, domain: str) -> None:
@@ -199,6 +213,12 @@ def _append_name(line: Text, index: int, domain: str) -> None:
     separator = ", " if index else " "
     line.append(separator, "dim")
     line.append(escape_name(domain), "cyan")
+
+
+def _append_rest(line: Text, count: int) -> None:
+    """How many domains a line does not show."""
+    if count:
+        line.append(f", {count} more", "dim")
 
 
 def _present(by_domain: dict[str, float | None] | None) -> dict[str, float]:
@@ -223,7 +243,7 @@ class ProgressBar:
     """
 
     def __init__(self, console: Console, total_steps: int, completed: int):
-        on_terminal = console.is_interactive and console.file.isatty()
+        self.shown = console.is_interactive and console.file.isatty()
         self._bar = Progress(
             TextColumn("{task.fields[loss]}"),
             BarColumn(bar_width=None),
@@ -235,7 +255,7 @@ class ProgressBar:
             expand=True,
             auto_refresh=False,  # no thread beside the training: `advance` draws
             speed_estimate_period=600,
-            disable=not on_terminal,
+            disable=not self.shown,
         )
         self._total_steps = total_steps
         self._completed = completed
@@ -294,6 +314,10 @@ def evaluation_table(record: dict[str, Any]) -> Table:
     split = evaluation.kind.capitalize()
     table = new_table(f"{split} at step {evaluation.step:,}")
     table.caption = _caption(evaluation)
+    words = " ".join(row.name for row in evaluation.by_domain).split()
+    if max(map(len, words), default=0) > _ROOM_FOR_A_WORD:
+        # One blank between columns, so that no word of a name is broken.
+        table.padding = (0, 0, 0, 0)
     table.add_column(
         "domain",
         overflow="fold",

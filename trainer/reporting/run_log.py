@@ -19,8 +19,11 @@ number is null, as a NaN literal would break every JSON reader but Python's.
 """
 
 import contextlib
+import errno
+import io
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,10 +35,17 @@ from rich.text import Text
 from trainer.errors import InputError
 from trainer.evaluation.evaluation import Evaluation
 from trainer.files.atomic import write_text
+from trainer.files.progress import Heartbeat
 from trainer.reporting.console import (
     LogColumns,
     ProgressBar,
     escape_name,
+    format_duration,
+)
+from trainer.reporting.line_folding import (
+    WIDTH_IN_A_PIPE,
+    fold_line,
+    wrap_message,
 )
 from trainer.run_files import METRICS_FILE, TENSORBOARD
 
@@ -84,11 +94,14 @@ class RunLog:
         self.folder = Path(folder)
         self.total_steps = total_steps
         self.enabled = enabled
+        self._completed = resume_step or 0
+        self._steps = 0
+        self._activity = ""
         self._domains = list(domains)
         self._tensorboard_wanted = tensorboard
         self._resume_step = resume_step
-        width = None if sys.stdout.isatty() else 120
-        self._console = console or Console(width=width)
+        width = None if sys.stdout.isatty() else WIDTH_IN_A_PIPE
+        self._console = console or LogConsole(width=width)
 
     def __enter__(self) -> "RunLog":
         if not self.enabled:
@@ -99,7 +112,6 @@ class RunLog:
         self._columns = LogColumns.for_console(
             self._console, self._domains, self.total_steps
         )
-        completed = self._resume_step or 0
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(
                 open_metrics(self.folder, self._resume_step)
@@ -108,10 +120,12 @@ class RunLog:
             if self._tensorboard_wanted:
                 self._tensorboard = TensorBoard(self.folder, self._resume_step)
                 stack.callback(self._tensorboard.close)
-            bar = ProgressBar(self._console, self.total_steps, completed)
+            bar = ProgressBar(self._console, self.total_steps, self._completed)
             self._bar = stack.enter_context(bar)
+            self._started = time.monotonic()
+            self._heartbeat = Heartbeat(self._say_what_goes_on, not bar.shown)
+            stack.enter_context(self._heartbeat)
             self._close = stack.pop_all()
-        self._started = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -151,6 +165,39 @@ class RunLog:
         """Moves the bar by `steps`."""
         if self.enabled:
             self._bar.advance(steps)
+            self._steps += steps
+            self._activity = ""
+
+    def show_activity(self, text: str) -> None:
+        """Notes what goes on between two steps, for a log that would be silent meanwhile."""
+        self._activity = text
+
+    def show_first_step(self) -> None:
+        """Says that it was made, where no bar shows it: the longest wait is over."""
+        if self.enabled and not self._bar.shown:
+            seconds = time.monotonic() - self._started
+            self._activity = f"the first step took {seconds:.3g} s"
+            self._say_what_goes_on()
+            self._activity = ""
+
+    def _say_what_goes_on(self) -> None:
+        """Prints a line where nothing else was printed for a while.
+
+        0:00:40  step 4/30  8.1 s a step, 0:03:30 left
+        0:12:10  step 30/30  validation: 1,024 of 2,500 users
+        """
+        elapsed = time.monotonic() - self._started
+        step = self._completed + self._steps
+        line = f"{format_duration(elapsed)}  step {step}/{self.total_steps}"
+        if self._activity:
+            line += f"  {self._activity}"
+        elif self._steps:
+            pace = elapsed / self._steps
+            left = format_duration(pace * (self.total_steps - step))
+            line += f"  {pace:.3g} s a step, {left} left"
+        else:
+            line += "  the first step is being made"
+        self.message(line)
 
     def message(self, text: str | RenderableType) -> None:
         """Prints a text letter by letter, or anything that Rich can draw, such as a table."""
@@ -163,9 +210,9 @@ class RunLog:
         for line in text.splitlines():
             if line:
                 line = escape_name(line)
-            lines.append(line)
+            lines.append(wrap_message(line, self._console.width))
         escaped = "\n".join(lines)
-        self._print(Text(escaped))
+        self._print(Text(escaped), fold=False)
 
     def _append(self, record: dict[str, Any]) -> dict[str, Any]:
         """Writes a record, and returns it in Python's own types."""
@@ -175,12 +222,29 @@ class RunLog:
         self._file.flush()
         return record
 
-    def _print(self, text: Text) -> None:
-        self._console.print(
-            text,
-            soft_wrap=True,
-            highlight=False,
-        )
+    def _print(self, text: Text, fold: bool = True) -> None:
+        """Prints a line. Where nobody reads any more (a closed pipe or terminal), goes on without."""
+        if fold:
+            text = fold_line(text, self._console.width)
+        self._heartbeat.reset()
+        try:
+            self._console.print(
+                text,
+                soft_wrap=True,
+                highlight=False,
+            )
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._console = Console(file=io.StringIO(), width=0, quiet=True)
+
+
+class LogConsole(Console):
+    """A console that goes on without a reader: a log line must never end a run."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
 
 class TensorBoard:

@@ -38,6 +38,7 @@ from trainer.errors import InputError, NonFiniteLoss
 from trainer.evaluation.inspect import inspect_model
 from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
+from trainer.files.redact import printable_text, redact_location
 from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import RunLog, skipped_sentence
 from trainer.run_files import CONFIG, LOOK, METRICS_FILE
@@ -114,6 +115,7 @@ def _train(
     locks: contextlib.ExitStack,
 ) -> dict[str, Any]:
     """`train`, within what holds for all of it. locks: gets the lock of the run's folder."""
+    _say(ranks, f"reads the dataset {redact_location(config.data)}")
     dataset = run_on_all_ranks(lambda: _load_dataset(config, ranks))
     require_same_start(
         config, dataset, fresh=fresh, accept_changes=accept_changes
@@ -128,6 +130,7 @@ def _train(
     warm = None
     if checkpoint is None:
         warm = find_warm_start(config, dataset, ranks)
+    _say(ranks, "makes the model and its optimizer")
     trainer = Trainer(
         config, ranks, dataset, plan, checkpoint, state.step, warm
     )
@@ -147,6 +150,7 @@ def _train(
                     trainer, state, run, log, stop_signal, resumed
                 )
                 TrainingRun(context, callbacks).fit()
+            log.show_activity("testing the best model")
             record = test_best(trainer, run)
             record["seconds"] = state.seconds
             _log_test(log, record, state)
@@ -157,6 +161,12 @@ def _train(
             remove_failed_start(run)
         raise
     return record
+
+
+def _say(ranks: Ranks, activity: str) -> None:
+    """Says on the first rank what the run does before its log is open."""
+    if ranks.first:
+        print(printable_text(activity), flush=True)
 
 
 def _load_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
@@ -197,7 +207,7 @@ def _write_first_files(
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, to_yaml(config))
     if checkpoint is not None:
-        metrics = (checkpoint / METRICS_FILE).read_text()
+        metrics = (checkpoint / METRICS_FILE).read_text(encoding="utf-8")
         write_text(run / METRICS_FILE, metrics)
 
 
@@ -430,7 +440,7 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
 
 
 def describe_run(trainer: Trainer) -> str:
-    """Describes what runs, in a line or two."""
+    """Describes what runs, in two lines."""
     dataset = trainer.dataset
     table = trainer.table
     config = trainer.config
@@ -439,13 +449,14 @@ def describe_run(trainer: Trainer) -> str:
     if config.tokens_per_batch:
         batch += f" or {config.tokens_per_batch:,} tokens"
     domains = len(dataset.domains)
+    processes = f"{ranks.world_size} ranks"
+    if ranks.world_size == 1:
+        processes = "1 rank"
     stage = trainer.engine.zero_optimization_stage()
     return (
         f"{dataset.users:,} users, {dataset.interactions:,} interactions, "
-        f"{domains} domains; "
+        f"{domains} domains; {trainer.total_steps:,} steps of {batch}\n"
         f"table {table.rows:,} x {table.dim} ({table.capacity}), "
         f"dense model {trainer.weights:,} weights; "
-        f"{ranks.world_size} ranks on {ranks.device.type}, "
-        f"ZeRO stage {stage}; "
-        f"{trainer.total_steps:,} steps of {batch}"
+        f"{processes} on {ranks.device.type}, ZeRO stage {stage}"
     )

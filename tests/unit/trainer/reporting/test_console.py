@@ -1,14 +1,17 @@
 """Numbers, names and columns on the console."""
 
+import io
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from trainer.reporting.console import (
     LogColumns,
     escape_name,
+    evaluation_table,
     format_duration,
     format_number,
     format_ratio,
@@ -105,3 +108,23 @@ def test_reporting_loads_nothing_that_trains():
         "pyarrow",
     }
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "name", ["Books", "Documentary", "Science Fiction", "Musical/Comedies"]
+)
+def test_no_word_of_a_name_is_broken_at_80_columns(name):
+    figures = dict.fromkeys(["HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"], 0.25)
+    record = {
+        "kind": "test",
+        "step": 1200,
+        "mean": figures,
+        "domains": {name: {"users": 123456, **figures}},
+        "popularity": {name: {"NDCG@10": 0.01}},
+        "popularity_mean": {"NDCG@10": 0.01},
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(evaluation_table(record))
+    text = console.export_text()
+    assert all(word in text for word in [*name.split(), "×25.00", "0.2500"])
+    assert "…" not in text

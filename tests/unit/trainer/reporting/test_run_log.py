@@ -1,5 +1,8 @@
+import errno
 import io
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -9,8 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from trainer.errors import InputError
+from trainer.files import progress
 from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import (
+    LogConsole,
     RunLog,
     count_skipped_users,
     median_over_steps,
@@ -76,14 +81,19 @@ def evaluation_record(
 
 
 def open_log(
-    folder, domains=("Books", "Toys"), file=None, total_steps=100, **options
+    folder,
+    domains=("Books", "Toys"),
+    file=None,
+    total_steps=100,
+    width=500,
+    **options,
 ):
     options = {"tensorboard": False, **options}
     return RunLog(
         folder,
         total_steps,
         list(domains),
-        console=Console(file=file or io.StringIO(), width=80),
+        console=LogConsole(file=file or io.StringIO(), width=width),
         **options,
     )
 
@@ -271,6 +281,61 @@ def test_each_record_is_one_line_off_a_terminal(tmp_path):
         and "120 users, 3 too short" in evaluation
     )
     assert message == "done [bold]not markup[/bold]"
+
+
+def test_lines_fit_into_the_console(tmp_path):
+    """Off a terminal too; a record's figures stay whole, and a message is cut between words."""
+    file, domains = io.StringIO(), [f"domain {number}" for number in range(12)]
+    with open_log(tmp_path, domains, file, width=100) as log:
+        log.train(train_record(50, domains))
+        log.evaluation(evaluation_record(50, domains))
+        log.message("the dataset has " + "many users, " * 20)
+    rows = file.getvalue().splitlines()
+    assert max(map(len, rows)) <= 100
+    for number in range(12):
+        assert f"domain {number} 0.083 -0.125" in file.getvalue()
+    assert not [row for row in rows if not row.strip()]
+
+
+def test_the_first_step_is_told_where_no_bar_is(tmp_path):
+    file = io.StringIO()
+    with open_log(tmp_path, file=file) as log:
+        log.advance(1)
+        log.show_first_step()
+    assert re.fullmatch(
+        r"0:00:0\d  step 1/100  the first step took [\d.e-]+ s\n",
+        file.getvalue(),
+    )
+
+
+def test_a_long_silence_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_FIRST", 0.05)
+    monkeypatch.setattr(progress, "_EVERY", 0.05)
+    file = io.StringIO()
+    with open_log(tmp_path, file=file, resume_step=20) as log:
+        log.advance(2)
+        time.sleep(0.2)
+        log.show_activity("validation: batch 3 of 40")
+        time.sleep(0.2)
+    lines = file.getvalue().splitlines()
+    assert re.fullmatch(
+        r"0:00:0\d  step 22/100  [\d.]+ s a step, 0:00:\d\d left", lines[0]
+    )
+    assert lines[-1].endswith("step 22/100  validation: batch 3 of 40")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_who_reads_no_more_ends_no_run(tmp_path, number):
+    """A pipe to `head`, a terminal that was closed."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(number, "gone")
+
+    with open_log(tmp_path, file=Gone()) as log:
+        log.train(train_record(10))
+        log.train(train_record(20))
+    assert len(strict_lines(tmp_path)) == 2
 
 
 def test_the_bar_is_drawn_on_a_terminal(tmp_path):
