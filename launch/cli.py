@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from trainer import __version__
+from trainer.interrupts import end_on_interrupt
 
 COMMANDS = (
     "prepare",
@@ -32,6 +33,7 @@ COMMANDS = (
 
 def main() -> None:
     """Runs the script that the first argument names, with the others."""
+    end_on_interrupt()
     arguments = sys.argv[1:]
     if arguments in ([], ["--help"], ["-h"]):
         print(overview())

@@ -3,15 +3,22 @@
 python launch/demo.py --output DIR
 """
 
+from trainer.interrupts import INTERRUPTED, begin_work, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.child_processes import StoppableCommands
 from trainer.config.command_line import option, parse_options
+from trainer.distributed.process_exit import run_script
+from trainer.errors import InputError, exit_on_input_error
 from trainer.run_files import REPORT
 
 _LAUNCH = Path(__file__).resolve().parent
@@ -32,19 +39,27 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
     return parse_options(Options, __doc__, arguments)
 
 
+@exit_on_input_error
 def main() -> None:
     """Runs what a person would type, and shows it."""
     output = Path(parse().output)
+    begin_work()
     logs = output / "logs"
     data = output / "data"
     run = output / "run"
     for folder in (logs, data, run):
         shutil.rmtree(folder, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{output}: cannot be written ({error.strerror}): give another --output"
+        ) from None
     preset = _LAUNCH / "configs/demo.yaml"
     _run("python", "synthesize.py", "--output", logs, *_LOG_SIZE.split())
     _run("python", "prepare.py", "--input", logs, "--output", data)
-    two_ranks = ("deepspeed", "--num_gpus", "2")
+    # Without --quiet DeepSpeed's launcher says eleven lines of its own.
+    two_ranks = ("deepspeed", "--quiet", "--num_gpus", "2")
     _run(
         *two_ranks, "train.py", "--config", preset, f"data={data}", f"run={run}"
     )
@@ -73,10 +88,14 @@ def _run(*command: str | Path) -> None:
     environment = dict(os.environ)
     environment["PATH"] = f"{programs}{os.pathsep}{others}"
     words[0] = str(programs / words[0])
-    finished = subprocess.run(words, env=environment)
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    with StoppableCommands() as commands:
+        status = commands.run(words, environment)
+    if commands.stopped:
+        print("the demo was stopped, as asked", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

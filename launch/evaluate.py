@@ -11,6 +11,11 @@
 A full ranking has 95 % intervals, breakdowns, coverage and Gini; the drawn candidates come besides.
 """
 
+from trainer.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -13,6 +13,11 @@ brings new logs onto a dataset: items keep their rows of the item matrix, new on
 were reserved for them. docs/data.md has a command for every form of log.
 """
 
+from trainer.interrupts import begin_work, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -27,6 +32,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.assembly import PERCENTILES
 from trainer.data.prepare.extend import read_options
 from trainer.data.prepare.pipeline import prepare
+from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError, exit_on_input_error
 
 
@@ -142,7 +148,9 @@ def run_engine(options: Options) -> Dataset:
 @exit_on_input_error
 def main() -> None:
     """Prepares the dataset and says how large it is."""
-    dataset = run_engine(parse())
+    options = parse()
+    begin_work()
+    dataset = run_engine(options)
     console = Console()
     console.print(dataset_table(dataset, tuple(PERCENTILES)))
     for line in dataset_notes(dataset):
@@ -150,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

@@ -8,6 +8,11 @@ published/current.json names the version that serves. Status 0: it was published
 and published/refused.json and the last lines say why.
 """
 
+from trainer.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import json
 import sys
 from collections.abc import Iterable

@@ -13,6 +13,11 @@ new to the model are among them (cold start). Killed, the same command goes on f
 parts.
 """
 
+from trainer.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -156,4 +161,4 @@ def _show_users(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, goes_on=True)

@@ -8,6 +8,11 @@ killed, the same command goes on; two at once do not harm each other. Status 0: 
 day's logs come along with the next day; `leave_out=[NAME]` leaves them out.
 """
 
+from trainer.interrupts import begin_work, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +21,7 @@ from launch import train
 from trainer.config import RetrainConfig, load_config
 from trainer.config.command_line import option, parse_options
 from trainer.config.load import load_settings
+from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
 
 REFUSED = 3
@@ -51,6 +57,7 @@ def main() -> None:
     from trainer.retraining.day import REPORT
     from trainer.retraining.job import retrain
 
+    begin_work()
     config = load_settings(RetrainConfig, options.config, options.settings)
     _check_training(config)
     result = retrain(config)
@@ -77,4 +84,4 @@ def _check_training(config: RetrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

@@ -12,6 +12,11 @@ SASRec; GRU4Rec; popularity. Killed or stopped, the same command goes on; what i
 Exit status 1: runs failed, and the report is of the others.
 """
 
+from trainer.interrupts import begin_work, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +27,7 @@ from trainer.config import load_config
 from trainer.config.command_line import option, parse_options
 from trainer.config.load import find_config, load_settings
 from trainer.config.study import StudyConfig
+from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
 
 
@@ -68,6 +74,7 @@ def main() -> None:
     from trainer.study.report import write_study
     from trainer.study.runner import run_study
 
+    begin_work()
     config = load_settings(StudyConfig, options.config, options.settings)
     load_config(options.base, config.settings)  # raises before anything runs
     base = [find_config(file).resolve() for file in options.base]
@@ -85,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, goes_on=True)

@@ -7,12 +7,18 @@
 It writes Parquet files for launch/prepare.py, and _truth.json, which says which domains are related.
 """
 
+from trainer.interrupts import begin_work, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trainer.config.command_line import option, parse_options
 from trainer.config.prepare import SyntheticConfig
 from trainer.data.synthetic import synthesize_logs
+from trainer.distributed.process_exit import run_script
 from trainer.errors import exit_on_input_error
 
 
@@ -44,6 +50,7 @@ def parse(arguments: Iterable[str] | None = None) -> Options:
 def main() -> None:
     """Writes the log."""
     options = parse()
+    begin_work()
     count = synthesize_logs(
         config=options.log,
         output=options.output,
@@ -62,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

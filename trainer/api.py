@@ -39,7 +39,7 @@ from trainer.config.serving import (
     RecommendConfig,
 )
 from trainer.data.format.dataset import Dataset
-from trainer.errors import InputError
+from trainer.errors import InputError, RunStopped
 from trainer.evaluation.evaluation import Evaluation
 from trainer.reporting.run_log import read_records
 from trainer.reporting.run_report import update_report
@@ -102,7 +102,8 @@ def fit(
 ) -> "Run":
     """Trains on a dataset, and returns the run, whose best model has been tested.
 
-    A run's folder that holds a checkpoint is gone on with.
+    A run's folder that holds a checkpoint is gone on with. An interrupt (the stop button of a notebook)
+    writes one, then raises KeyboardInterrupt.
 
     data: what `prepare` gives, or a dataset's folder or address.
     run: the folder that gets everything.
@@ -118,15 +119,21 @@ def fit(
     place = data.folder if isinstance(data, Dataset) else data
     settings = settings | {"data": os.fspath(place), "run": os.fspath(run)}
     whole = _config_of(config, settings)
-    with _joined(whole.timeout_minutes, device) as ranks:
-        train(
-            whole,
-            ranks,
-            fresh,
-            accept_changes,
-            callbacks,
-            _path_of(titles),
-        )
+    try:
+        with _joined(whole.timeout_minutes, device) as ranks:
+            train(
+                whole,
+                ranks,
+                fresh,
+                accept_changes,
+                callbacks,
+                _path_of(titles),
+            )
+    except RunStopped as stopped:
+        if stopped.interrupted:
+            # What a notebook expects of its stop button; the checkpoint is written.
+            raise KeyboardInterrupt(str(stopped)) from None
+        raise
     return Run(Path(run), device=device)
 
 

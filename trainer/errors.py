@@ -1,12 +1,14 @@
 """Errors that end a run: one line on stderr, and an exit status that a job can act on."""
 
+import errno
 import functools
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
+from trainer.interrupts import is_interrupted
 from trainer.process_name import process_name, rank_for_messages
 
 P = ParamSpec("P")
@@ -18,6 +20,17 @@ RANKS_LOST_ADVICE = (
 )
 # Time for the first rank's line, and for its launcher to end the others, who then do not repeat it.
 _SECONDS_FOR_FIRST_RANK = 2.5
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNUSABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 class InputError(Exception):
@@ -52,12 +65,35 @@ class LostRanks(InputError):
 
 
 class RunStopped(InputError):
-    """The run was asked to stop (SIGTERM, SIGUSR1, SIGINT: preemption) and has written a checkpoint.
+    """The run was asked to stop (preemption, Ctrl-C) and has written a checkpoint.
 
-    The same command resumes from it.
+    The same command resumes from it. interrupted: it was Ctrl-C, in this process.
     """
 
     status = 75  # EX_TEMPFAIL of sysexits.h
+
+    def __init__(self, message: str, interrupted: bool = False):
+        super().__init__(message)
+        self.interrupted = interrupted
+
+
+def explain_os_error(error: OSError) -> InputError | None:
+    """The InputError for a place that cannot be used; None where the program is at fault.
+
+    A folder below a file, a read-only disk, a missing right, a full disk.
+    """
+    place = error.filename2 or error.filename
+    if error.errno in _FULL:
+        return InputError(
+            f"{place or 'the disk'}: {error.strerror}: make room, and the same command again",
+            one_rank=True,
+        )
+    if error.errno in _UNUSABLE and place is not None:
+        return InputError(
+            f"{place}: {error.strerror}: give a place that this user may use",
+            one_rank=True,
+        )
+    return None
 
 
 def print_error(error: InputError, who: str = "") -> None:
@@ -75,6 +111,8 @@ def print_error(error: InputError, who: str = "") -> None:
 def exit_on_input_error(main: Callable[P, T]) -> Callable[P, T]:
     """Decorates a script's `main`: an `InputError` becomes one line on stderr and its exit status.
 
+    So does an OSError of a place that cannot be used.
+
     Ranks that have met (trainer.distributed.liveness) print it once. Before they have, each prints
     it with its own name. The first rank does so at once, and where its launcher then ends all
     ranks, the others do not repeat it.
@@ -85,11 +123,22 @@ def exit_on_input_error(main: Callable[P, T]) -> Callable[P, T]:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            if not error.said:
-                _print_on_this_rank(error)
-            sys.exit(error.status)
+            _exit(error)
+        except OSError as error:
+            refusal = explain_os_error(error)
+            if refusal is None:
+                raise
+            _exit(refusal)
 
     return wrapped
+
+
+def _exit(error: InputError) -> NoReturn:
+    if is_interrupted() and not isinstance(error, RunStopped):
+        raise KeyboardInterrupt from error
+    if not error.said:
+        _print_on_this_rank(error)
+    sys.exit(error.status)
 
 
 def _print_on_this_rank(error: InputError) -> None:

@@ -17,6 +17,8 @@ TRAINER = ROOT / "trainer"
 ROOMS = (
     "run_files",
     "process_name",
+    "interrupts",
+    "child_processes",
     "errors",
     "files",
     "config",

@@ -117,9 +117,21 @@ def open_engine(
                 SET enable_progress_bar_print = false""")
         if stages is not None:
             stages.connection = connection
-        yield connection
+        with _keep_interrupt():
+            yield connection
         if stages is not None:
             stages.connection = None
+
+
+@contextlib.contextmanager
+def _keep_interrupt() -> Iterator[None]:
+    """Raises KeyboardInterrupt again, which DuckDB takes for an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ import functools
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum, unique
@@ -34,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.child_processes import set_up_worker
 from trainer.config.prepare import SyntheticConfig
 from trainer.data.counter_rng import random_below, random_bits, random_unit
 from trainer.errors import InputError
@@ -378,7 +378,12 @@ def _write_logs(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_work,
-                args=(sender, config, files[number::processes]),
+                args=(
+                    os.getpid(),
+                    sender,
+                    config,
+                    files[number::processes],
+                ),
                 daemon=True,
             )
             running[receiver] = process
@@ -423,13 +428,13 @@ def _failed_process(exitcode: int) -> InputError:
 
 
 def _work(
+    parent: int,
     sender: Connection,
     config: SyntheticConfig,
     files: list[_FileOfUsers],
 ) -> None:
     """Writes a child process's files; sends (users, events) of each group, or an OSError."""
-    # The parent gets Ctrl-C too, and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_up_worker(parent)
     try:
         for progress in _write_files(config, files):
             sender.send(progress)

@@ -40,6 +40,7 @@ from trainer.errors import (
     RunStopped,
     print_error,
 )
+from trainer.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -144,6 +145,10 @@ def _fault(
     error: BaseException,
 ) -> Departure:
     """The departure of a rank that met any other exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return Departure(
+            rank, host, refused=True, text="interrupted", status=INTERRUPTED
+        )
     kind = type(error).__name__
     text = f"{kind}: {_in_one_line(error)}"
     return Departure(rank, host, refused=False, text=text, status=1)

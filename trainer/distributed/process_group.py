@@ -30,7 +30,13 @@ from trainer.distributed.resources import (
     count_cores_per_rank,
     keep_freed_memory,
 )
-from trainer.errors import RANKS_LOST_ADVICE, InputError, LostRanks
+from trainer.errors import (
+    RANKS_LOST_ADVICE,
+    InputError,
+    LostRanks,
+    explain_os_error,
+)
+from trainer.interrupts import begin_work
 from trainer.process_name import rank_for_messages
 
 _PORT_IS_FREE = 15.0  # seconds
@@ -95,6 +101,7 @@ def join_process_group(
     LostRanks, or what one of them said when it left. That and any other failure are left to the
     exit: a rank that waits for the others here could wait for ever.
     """
+    begin_work()
     with translate_backend_errors():
         ranks, store = _join(timeout_minutes, device)
         addresses = [os.environ["MASTER_ADDR"]]
@@ -113,6 +120,13 @@ def join_process_group(
     except SystemExit:  # a script's own way out
         liveness.leave()
         raise
+    except OSError as error:
+        refusal = explain_os_error(error)
+        if refusal is None:
+            liveness.report_fault(error)
+            raise
+        liveness.report_error(refusal)
+        raise refusal from None
     except BaseException as error:
         liveness.report_fault(error)
         raise

@@ -15,7 +15,6 @@ Messages, a line of JSON each:
                           {attempt, again}                      all have ended; whether to restart
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ import time
 from dataclasses import dataclass
 from types import FrameType
 
+from trainer.child_processes import die_with_parent
 from trainer.distributed.json_lines import (
     Connection,
     connect,
@@ -34,8 +34,8 @@ from trainer.distributed.json_lines import (
     serve,
 )
 from trainer.distributed.launchers import World, enter_world, read_world
-from trainer.distributed.preemption import STOP_SIGNALS
 from trainer.errors import InputError, LostRanks, NonFiniteLoss, RunStopped
+from trainer.interrupts import leave_terminal, stop_signals
 from trainer.process_name import process_name
 
 _THREAD = "supervisor"
@@ -51,7 +51,6 @@ _OTHER_PORT = (
     "--max-restarts takes the port after MASTER_PORT; give another MASTER_PORT "
     "(deepspeed --master_port)"
 )
-_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def supervise(max_restarts: int, pause: float = 2.0) -> None:
@@ -67,7 +66,7 @@ def supervise(max_restarts: int, pause: float = 2.0) -> None:
     """
     if os.environ.get(_UNDER_SUPERVISION):
         if _SUPERVISOR in os.environ:
-            _die_with(int(os.environ[_SUPERVISOR]))
+            die_with_parent(int(os.environ[_SUPERVISOR]))
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise InputError(
@@ -75,7 +74,7 @@ def supervise(max_restarts: int, pause: float = 2.0) -> None:
             "script's name)"
         )
     child = _Child()
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, child.pass_on)
     world = read_world()
     enter_world(world)
@@ -95,7 +94,8 @@ def _run_attempts(
     pause: float,
 ) -> int:
     """Runs the child until all ranks end; the status of the last attempt, negative for a signal."""
-    arguments = sys.argv[1:]
+    # As it was typed: `python -m`, `syncrec train` and a script's path alike.
+    arguments = sys.orig_argv[1:]
     for attempt in range(max_restarts + 1):
         status = child.run(attempt, arguments)
         last = child.stopped or attempt == max_restarts
@@ -143,7 +143,7 @@ class _Child:
         """
         with self._lock:
             self._attempt = attempt
-            command = [sys.executable, sys.argv[0], *arguments]
+            command = [sys.executable, *arguments]
             environment = dict(os.environ)
             environment[_UNDER_SUPERVISION] = "1"
             environment[_SUPERVISOR] = str(os.getpid())
@@ -171,6 +171,8 @@ class _Child:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler: passes it on to the child."""
         self.stopped = True
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self._process is not None:
             self._process.send_signal(number)
 
@@ -447,12 +449,3 @@ def _meet_peers(world: World, child: _Child) -> _Peers:
     if world.rank == 0:
         return _Coordinator(world, child)
     return _Follower(world, child)
-
-
-def _die_with(supervisor: int) -> None:
-    """Has the kernel kill this process where its supervisor dies: nobody would know of it."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
-    if prctl is not None:
-        prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != supervisor:  # it was gone before
-        os._exit(128 + signal.SIGKILL)

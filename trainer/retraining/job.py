@@ -18,15 +18,15 @@ import contextlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.child_processes import StoppableCommands
 from trainer.config.retraining import RetrainConfig
-from trainer.errors import InputError
+from trainer.errors import InputError, RunStopped
 from trainer.files.atomic import write_json, write_text
 from trainer.files.lock import take_lock
 from trainer.reporting.run_log import read_records
@@ -41,7 +41,11 @@ from trainer.retraining.day import (
     read_results,
 )
 from trainer.retraining.item_drift import measure_drift
-from trainer.retraining.published import read_current_version, version_folder
+from trainer.retraining.published import (
+    locate_run,
+    read_current_version,
+    version_folder,
+)
 from trainer.retraining.report import write_days
 from trainer.run_files import (
     CURRENT,
@@ -189,8 +193,13 @@ class _Retraining:
         now = time.strftime("%H:%M:%S")
         print(f"[{now}] {stage}", flush=True)
         begun = time.monotonic()
-        status = subprocess.run([str(word) for word in command]).returncode
+        with StoppableCommands() as commands:
+            status = commands.run(command)
         self.seconds[stage] = time.monotonic() - begun
+        if commands.stopped:
+            raise RunStopped(
+                f"{stage} was stopped, as asked; the same command goes on there"
+            )
         if status and not is_expected():
             raise InputError(
                 f"{stage} ended with status {status}: its own lines say why; the same "
@@ -213,7 +222,8 @@ class _Retraining:
         file = self.day.published / REFUSED
         if not file.is_file():
             return False
-        return Path(read_json(file)["run"]) == self.day.run.resolve()
+        run = locate_run(read_json(file), self.day.published)
+        return run == self.day.run.resolve()
 
     def _describe_result(self, published: bool) -> dict[str, Any]:
         """What retrain.json says."""
@@ -259,24 +269,35 @@ def _begin_plan(
     if day.plan.is_file():
         plan = read_json(day.plan)
         _check_plan(day.plan, plan)
-        if plan["input"] != config.input:
-            raise InputError(
-                f"{day.path}: was begun with input {plan['input']}, not {config.input}: "
-                "give that, or another name"
-            )
-        if plan.get("leave_out", []) == config.leave_out:
+        difference = _find_difference(plan, config)
+        if difference is None:
             return plan
         if day.dataset.is_dir():
             raise InputError(
-                f"{day.path}: was begun with leave_out {plan.get('leave_out', [])}, not "
-                f"{config.leave_out}: give that, or another name"
+                f"{day.path}: was begun with {difference}: give that, or another name"
             )
-        shutil.rmtree(day.path)  # what was begun is another dataset's
+        # No dataset was made of it: a slip is corrected under the same name.
+        shutil.rmtree(day.path)
     plan = _make_plan(config, day)
     _check_plan(day.plan, plan)
     day.path.mkdir(parents=True, exist_ok=True)
     write_json(day.plan, plan)
     return plan
+
+
+def _find_difference(plan: dict[str, Any], config: RetrainConfig) -> str | None:
+    """What a day was begun with and is not given now; None where that is the same.
+
+    input ['a.parquet'], not ['b.parquet']
+    """
+    for name, now in (
+        ("input", config.input),
+        ("leave_out", config.leave_out),
+    ):
+        before = plan.get(name, [])
+        if before != now:
+            return f"{name} {before}, not {now}"
+    return None
 
 
 def _make_plan(
@@ -297,7 +318,9 @@ def _make_plan(
     before = None
     if current is not None:
         warm_start = current["run"]
-        pointer = json.loads((day.published / CURRENT).read_text())
+        pointer = json.loads(
+            (day.published / CURRENT).read_text(encoding="utf-8")
+        )
         before = pointer["model"]
     return {
         "name": config.name,
@@ -407,7 +430,8 @@ def _train_arguments(
     words += [f"run={day.run}"]
     words += config.settings
     if plan["warm_start"] is not None:
-        words += [f"warm_start={plan['warm_start']}"]
+        warm_start = locate_run({"run": plan["warm_start"]}, day.published)
+        words += [f"warm_start={warm_start}"]
         words += config.warm_settings
     return words
 
@@ -446,7 +470,7 @@ def _remove_old_days(
     runs = set()
     versions = folder / PUBLISHED / VERSIONS
     for file in versions.glob(f"*/{VERSION}"):
-        runs.add(Path(read_json(file)["run"]))
+        runs.add(locate_run(read_json(file), folder / PUBLISHED))
     for result in read_results(folder)[:-keep_days]:
         day = Day(folder, result["name"])
         if day.run.resolve() not in runs:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from trainer.child_processes import kill_tree
 from trainer.errors import InputError
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from trainer.interrupts import CtrlC, leave_terminal, stop_signals
 
 
 class Commands:
@@ -34,6 +34,7 @@ class Commands:
         self.stopping = threading.Event()
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
+        self._ctrl_c = CtrlC()
 
     def run(
         self,
@@ -46,7 +47,7 @@ class Commands:
         Raises InputError where it does not end with status 0.
         """
         command = [*self._launcher(), self.launch / script, *arguments]
-        with log.open("a") as output:
+        with log.open("a", encoding="utf-8") as output:
             # In a session of its own: Ctrl-C is ours to pass on, once.
             child = subprocess.Popen(
                 [str(word) for word in command],
@@ -74,23 +75,27 @@ class Commands:
     def graceful_shutdown(self) -> Iterator[None]:
         """Within it, signals ask the commands to write a checkpoint and end."""
 
-        def stop(
-            number: int,
-            frame: FrameType | None,
-        ) -> None:
-            self.stopping.set()
-            with self._lock:
-                for child in self._children:
-                    child.terminate()
-
         before = {}
-        for number in _SIGNALS:
-            before[number] = signal.signal(number, stop)
+        for number in stop_signals():
+            before[number] = signal.signal(number, self._stop)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler: a second Ctrl-C waits for no checkpoint."""
+        self.stopping.set()
+        if number == signal.SIGHUP:
+            leave_terminal()
+        kill = number == signal.SIGINT and self._ctrl_c.is_second()
+        with self._lock:
+            for child in self._children:
+                if kill:
+                    kill_tree(child.pid)
+                else:
+                    child.terminate()
 
     def _launcher(self) -> list[str | Path]:
         """Words before a script: torchrun for several ranks."""
@@ -113,7 +118,9 @@ class Commands:
 
 def _last_error(log: Path) -> str:
     """The last error line of a log, or its last line."""
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    )
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1]

@@ -106,6 +106,7 @@ class StepLog(Callback):
 
     def __init__(self, context: RunContext):
         self._context = context
+        self._has_stepped = False
 
     def on_step(self, state: RunState, report: StepReport) -> None:
         """Adds the step's figures, and logs a line where one is due."""
@@ -123,6 +124,9 @@ class StepLog(Callback):
             record |= context.trainer.state_figures()
             record["seconds"] = context.seconds()
             context.log.train(record, shown=context.is_shown_step)
+        if not (self._has_stepped or context.is_shown_step):
+            context.log.show_first_step()
+        self._has_stepped = True
 
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Logs the validation."""
@@ -243,7 +247,8 @@ class CheckpointWriter(Callback):
         self.finish()
         raise RunStopped(
             f"stopped after step {self._context.state.step}, as asked; "
-            "its checkpoint is written, the same command goes on"
+            "its checkpoint is written, the same command goes on",
+            interrupted=self._context.stop_signal.interrupted,
         )
 
     def _report_written(self, state: RunState, folder: Path) -> None:
@@ -346,6 +351,7 @@ class Validation(Callback):
         """Called between two steps of the ranking: any rank may have been asked to stop."""
         context = self._context
         context.watchdog.beat()
+        context.log.show_activity(f"validation: batch {done} of {total}")
         if done % _STEPS_PER_AGREEMENT == 0:
             agreed = reduce_signals(stop=context.stop_signal.asked)
             if agreed.stop:

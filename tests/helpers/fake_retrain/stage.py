@@ -1,9 +1,11 @@
-"""What the three stand-ins do: they note how they were called, die where the file `die-STAGE` lies beside the folder, and leave
-what a retraining reads; a day whose own log has "bad" in its name is refused."""
+"""What the three stand-ins do: they note how they were called, die where the file `die-STAGE` lies beside the folder, are asked to
+stop where `stop-STAGE` does, and leave what a retraining reads; a day whose own log has "bad" in its name is refused."""
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -14,6 +16,12 @@ def _called(stage, day):
     if (root / f"die-{stage}").exists():
         (root / f"die-{stage}").unlink()
         os._exit(9)
+    if (root / f"stop-{stage}").exists():
+        # Ctrl-C reaches the retraining, which asks this stage to end.
+        (root / f"stop-{stage}").unlink()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
 
 
 def _after(word):

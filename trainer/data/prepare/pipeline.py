@@ -36,6 +36,7 @@ import duckdb
 import numpy as np
 from duckdb import DuckDBPyConnection
 
+from trainer.child_processes import set_up_worker
 from trainer.config.prepare import PrepareConfig
 from trainer.data import duckdb_engine
 from trainer.data.duckdb_engine import (
@@ -321,7 +322,7 @@ class _Preparation:
         )
         parts_file = self.work.path("events") / "parts"
         if parts_file.is_file():
-            parts = int(parts_file.read_text())
+            parts = int(parts_file.read_text(encoding="utf-8"))
             layout = dataclasses.replace(layout, parts=parts)
         return layout
 
@@ -410,9 +411,19 @@ def _process_pool(
     They begin nothing more once one of them has failed.
     """
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes,
+        context,
+        initializer=set_up_worker,
+        initargs=(os.getpid(),),
+    )
     try:
         yield pool
+    except KeyboardInterrupt:
+        # What they are making is made anew by the same command.
+        for process in list(pool._processes.values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -451,7 +462,7 @@ def _divide_events(
             OVERWRITE_OR_IGNORE,
             COMPRESSION lz4
         )""")
-    (folder / "parts").write_text(str(layout.parts))
+    (folder / "parts").write_text(str(layout.parts), encoding="utf-8")
 
 
 def _write_arrays(

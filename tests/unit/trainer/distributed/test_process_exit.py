@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[4]
         ("sys.exit(2)", 2, ""),
         ("sys.exit()", 0, ""),
         ("sys.exit('no such thing')", 1, "no such thing\n"),
-        ("raise KeyboardInterrupt", 130, ": interrupted\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
         ("1 / 0", 1, "ZeroDivisionError: division by zero"),
         # What Python's teardown would wait for is not waited for.
         ("threading.Thread(target=time.sleep, args=(3600,)).start()", 0, ""),
@@ -90,7 +90,7 @@ def supervised(tmp_path):
     )
     script.write_text(SUPERVISED)
 
-    def start(ends, restarts, *arguments, **environment):
+    def start(ends, restarts, *arguments, script=script, **environment):
         environment |= {
             "PYTHONPATH": str(ROOT),
             "RESTARTS": str(restarts),
@@ -170,6 +170,21 @@ def test_only_the_first_attempt_is_fresh(supervised):
     ).communicate(timeout=60)
     others = ["run=DIR", "--max-restarts", "2"]
     assert tried() == [["--fresh", *others], others, others]
+
+
+def test_a_command_is_restarted_as_it_was_typed(supervised, tmp_path):
+    """`syncrec train` is no script of that name."""
+    console = tmp_path / "syncrec.py"
+    console.write_text(
+        "import runpy, sys\n"
+        "sys.argv = ['syncrec train', *sys.argv[2:]]\n"
+        f"runpy.run_path({str(tmp_path / 'script.py')!r}, run_name='__main__')"
+    )
+    start, tried = supervised
+    process = start([1, 0], 2, "train", "run=DIR", script=console)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert tried() == [["run=DIR"], ["run=DIR"]]
 
 
 @pytest.mark.parametrize(

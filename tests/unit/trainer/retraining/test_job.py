@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 from tests.helpers import HELPERS
 from trainer.config.load import load_settings
 from trainer.config.retraining import RetrainConfig
-from trainer.errors import InputError
+from trainer.errors import InputError, RunStopped
 from trainer.retraining.item_drift import measure_drift
 from trainer.retraining.job import retrain
 
@@ -417,6 +418,45 @@ def test_what_it_begins_from_is_fixed_when_it_first_begins(day, tmp_path):
         match=r"was begun with input \['4.parquet'\], not \['5.parquet'\]",
     ):
         day("4", log="5.parquet")
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "publish"])
+def test_a_request_to_stop_reaches_the_stage_and_the_same_command_goes_on(
+    day, tmp_path, stage
+):
+    (tmp_path / f"stop-{stage}").touch()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RunStopped, match=r"was stopped, as asked; the same"):
+        day("1")
+    assert signal.getsignal(signal.SIGINT) == before
+    assert day("1")["published"] == "0001"
+
+
+def test_a_slip_does_not_burn_the_days_name(day, tmp_path):
+    """Where nothing was made of the wrong input, the right one is taken."""
+    (tmp_path / "die-prepare").touch()
+    with pytest.raises(InputError, match="extending the dataset ended"):
+        day("1", log="wrong.parquet")
+    assert day("1", log="right.parquet")["number"] == 1
+    assert plan(tmp_path, "1")["input"] == ["right.parquet"]
+
+
+def test_a_folder_that_was_moved_goes_on(day, tmp_path):
+    """Records have whole paths: the next day begins with the model where it is now."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    day("1", folder=str(old))
+    (old / "die-train").touch()
+    with pytest.raises(InputError):
+        day("2", folder=str(old))
+    old.rename(new)
+    assert day("1", folder=str(new))["published"] == "0001"
+    assert day("2", folder=str(new))["published"] == "0002"
+    begun_with = new / "days" / "2" / "run" / "begun-with.txt"
+    assert begun_with.read_text() == str(new / "days" / "1" / "run")
+    assert plan(new, "2")["extends"] == "days/1/dataset"
+    day("3", folder=str(new), log="bad.parquet")
+    assert day("4", folder=str(new), keep_days=1)["published"] == "0003"
+    assert (new / "days" / "2" / "run").is_dir()  # it has served
 
 
 def test_two_at_once_do_not_harm_each_other(day, tmp_path):
