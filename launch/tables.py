@@ -171,9 +171,9 @@ def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
 def user_table(rows: list[dict[str, Any]]) -> Table:
     """One user's recommendations. rows: of that user, as recommend.py writes them."""
     history = rows[0]["history"]
-    known = f"{history:,} interactions that the model knows"
+    known = f"{history:,} known events"
     if not history:
-        known = "no interaction that the model knows: what a new user gets"
+        known = "new to the model"
     table = Table("domain", title=f"{escape(str(rows[0]['user_id']))}: {known}")
     table.add_column("rank", justify="right")
     table.add_column("item")

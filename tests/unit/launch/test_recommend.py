@@ -108,5 +108,5 @@ def test_a_new_user_is_told_so():
     console = Console(width=100)
     with console.capture() as shown:
         console.print(user_table([row | {"item_id": 5, "score": 0.25}]))
-    assert "[x]: no interaction that the model knows" in shown.get()
+    assert "[x]: new to the model" in shown.get()
     assert "0.2500" in shown.get()

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast, get_origin
 
-from trainer import __version__
+import trainer
 from trainer.config.command_line.help import (
     HELP_COLUMN,
     describe_settings,
@@ -105,7 +105,7 @@ def _parser(
     parser.add_argument(
         "--version",
         action="version",
-        version=f"{PROGRAM} {__version__}",
+        version=f"{PROGRAM} {trainer.__version__}",
         help="print the version and stop",
     )
     if settings is not None:
