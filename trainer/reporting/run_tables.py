@@ -1,5 +1,6 @@
 """The tables of a run's report: figures by domain, groups of users, transfer, gates, near items."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from trainer.evaluation.evaluation import DomainFigures, Evaluation
@@ -18,6 +19,7 @@ from trainer.run_files import HEADLINE
 
 _OVER_USERS = "over users"
 _NOT_COUNTED = " (not in the mean)"
+_DARK_SHADE = 0.6  # from it on, letters are white
 
 Record = dict[str, Any]
 Titles = dict[str, dict[str, str]]  # by domain: of an item's id
@@ -195,19 +197,35 @@ def _full_row(
         Books   204   0.0800   …   0.1741   0.1610 to 0.2420   0.1951   −0.0510 to 0.0570
     """
     intervals = row.model.get("interval") or {}
+    own_interval = intervals.get(HEADLINE)
+    popularity = row.popularity.get(HEADLINE)
     bounds = difference["interval"]
-    sense = ""
-    if bounds is not None and bounds[0] > 0:
-        sense = "better"
-    elif bounds is not None and bounds[1] < 0:
-        sense = "worse"
-    cells = [Cell(label), Cell(f"{users:,}")]
-    for text in metric_cells(row.model, metrics):
-        cells.append(Cell(text))
-    cells.append(Cell(_interval(intervals.get(HEADLINE))))
-    cells.append(Cell(format_number(row.popularity.get(HEADLINE))))
-    cells.append(Cell(_interval(bounds), sense))
-    return cells
+    texts = [
+        label,
+        f"{users:,}",
+        *metric_cells(row.model, metrics),
+        _interval(own_interval),
+        format_number(popularity),
+    ]
+    compared = Cell(_interval(bounds), _sense_of(bounds))
+    return [*_cells(texts), compared]
+
+
+def _sense_of(bounds: list[float] | None) -> str:
+    """better or worse where an interval leaves 0 out, else nothing."""
+    if bounds is None:
+        return ""
+    low, high = bounds
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse"
+    return ""
+
+
+def _cells(texts: Iterable[str]) -> list[Cell]:
+    """Cells without a sense."""
+    return [Cell(text) for text in texts]
 
 
 def _groups_table(record: Record) -> Table:
@@ -218,24 +236,18 @@ def _groups_table(record: Record) -> Table:
     metric = headline(record)
     rows = []
     for domain, breakdowns in record["breakdown"].items():
+        name = escape_name(domain)
         for breakdown, groups in breakdowns.items():
             for group, figures in groups.items():
                 if not figures["users"]:
                     continue
-                intervals = figures.get("interval") or {}
-                popularity = figures.get(f"popularity {metric}")
-                value = figures[metric]
                 texts = [
-                    escape_name(domain),
+                    name,
                     breakdown,
                     group,
-                    f"{figures['users']:,}",
-                    format_number(value),
-                    _interval(intervals.get(metric)),
-                    format_number(popularity),
-                    format_ratio(value, popularity),
+                    *_group_texts(figures, metric),
                 ]
-                rows.append([Cell(text) for text in texts])
+                rows.append(_cells(texts))
     columns = [
         "domain",
         "users by",
@@ -257,27 +269,44 @@ def _groups_table(record: Record) -> Table:
     )
 
 
+def _group_texts(figures: Record, metric: str) -> list[str]:
+    """A group's users and figures: 66, 0.2366, 0.1640 to 0.3150, 0.5031, ×0.47."""
+    users = figures["users"]
+    value = figures[metric]
+    popularity = figures.get(f"popularity {metric}")
+    intervals = figures.get("interval") or {}
+    interval = intervals.get(metric)
+    return [
+        f"{users:,}",
+        format_number(value),
+        _interval(interval),
+        format_number(popularity),
+        format_ratio(value, popularity),
+    ]
+
+
 def _recommended_table(record: Record) -> Table:
     """Catalogue coverage and the Gini index of what all users are recommended."""
-    by_domain = record["recommended"]
-    names = list(next(iter(by_domain.values())))
     evaluation = Evaluation.from_record(record)
+    measures: list[str] = []
     rows = []
-    for domain, figures in by_domain.items():
+    for domain, figures in record["recommended"].items():
+        _, *measures = figures
         users = evaluation.figures_of(domain).users
+        items = figures["items"]
         texts = [
             escape_name(domain),
             f"{users:,}",
-            f"{figures['items']:,}",
-            *metric_cells(figures, names[1:]),
+            f"{items:,}",
+            *metric_cells(figures, measures),
         ]
-        rows.append([Cell(text) for text in texts])
+        rows.append(_cells(texts))
     return Table(
         title=f"{_title_of(record)}: what users are shown",
         text="Coverage: the share of the catalogue that anybody is shown; higher is better for "
         "long-tailed catalogues. Gini: 0 where all items are shown alike often, 1 where one item "
         "has everything; lower is more even.",
-        columns=["domain", "test users", *names],
+        columns=["domain", "test users", "items", *measures],
         rows=rows,
     )
 
@@ -302,19 +331,15 @@ def transfer_table(
         columns.append("λ of the best model")
     rows = []
     for name in names:
-        gap = gaps.get(name)
-        sense = ""
-        if gap is not None:
-            sense = "worse" if gap < 0 else "better"
-        row = [
-            Cell(escape_name(name)),
-            Cell(f"{users.get(name, 0):,}"),
-            Cell(format_signed(gap), sense),
-        ]
-        if weights:
-            row.append(Cell(format_number(weights.get(name), ".3f")))
-        if best_weights:
-            row.append(Cell(format_number(best_weights.get(name), ".3f")))
+        count = users.get(name, 0)
+        texts = [escape_name(name), f"{count:,}"]
+        row = _cells(texts)
+        row.append(_gap_cell(gaps.get(name)))
+        for by_domain in (weights, best_weights):
+            if by_domain:
+                weight = by_domain.get(name)
+                text = format_number(weight, ".3f")
+                row.append(Cell(text))
         rows.append(row)
     return Table(
         title="Transfer at the end of the run",
@@ -325,6 +350,15 @@ def transfer_table(
         columns=columns,
         rows=rows,
     )
+
+
+def _gap_cell(gap: float | None) -> Cell:
+    """φ of a domain: good above 0."""
+    text = format_signed(gap)
+    if gap is None:
+        return Cell(text)
+    sense = "worse" if gap < 0 else "better"
+    return Cell(text, sense)
 
 
 def format_signed(value: float | None) -> str:
@@ -351,24 +385,33 @@ def gates_table(gates: Record) -> dict[str, Any] | None:
     for view, label in labels.items():
         by_domain = gates.get(view) or {}
         for name, weights in by_domain.items():
-            cells = []
-            experts = [f"expert {index + 1}" for index in range(len(weights))]
-            # Even weights are half as dark as can be.
-            whole = max(2 / len(weights), *weights)
-            for weight in weights:
-                shade = weight / whole
-                cells.append(
-                    {
-                        "text": f"{weight:.2f}",
-                        "shade": f"{shade:.2f}",
-                        "dark": shade > 0.6,
-                    }
-                )
-            text = label.format(escape_name(name))
-            rows.append({"label": text, "cells": cells})
+            escaped = escape_name(name)
+            row = {
+                "label": label.format(escaped),
+                "cells": _gate_cells(weights),
+            }
+            rows.append(row)
+            count = len(weights)
+            experts = [f"expert {index + 1}" for index in range(count)]
     if not rows:
         return None
     return {"experts": experts, "rows": rows}
+
+
+def _gate_cells(weights: list[float]) -> list[Record]:
+    """The cells of a row of gates. Even weights are half as dark as can be."""
+    twice_even = 2 / len(weights)
+    darkest = max(twice_even, *weights)
+    cells = []
+    for weight in weights:
+        shade = weight / darkest
+        cell = {
+            "text": f"{weight:.2f}",
+            "shade": f"{shade:.2f}",
+            "dark": shade > _DARK_SHADE,
+        }
+        cells.append(cell)
+    return cells
 
 
 def nearest_items(

@@ -10,6 +10,7 @@ The domain may be missing: an id then has the same title in all domains. Titles 
 
 import glob
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,8 @@ _READERS = {
     ".jsonl": "read_json({path}, format='newline_delimited')",
     ".jsonl.gz": "read_json({path}, format='newline_delimited')",
 }
-_ID = "item_id"
-_DOMAIN = "domain"
-_TITLE = "title"
+_LONGEST_REASON = 200
+_NEEDED = ("item_id", "title")
 
 
 def check_titles(file: Path, run: Path | None = None) -> None:
@@ -76,23 +76,23 @@ def read_titles(file: Path, wanted: Mapping[str, set[str]]) -> Titles:
     where an item has several.
     """
     columns = _columns(file)
-    ids = sorted(set().union(*wanted.values()))
-    domain = "NULL"
-    if _DOMAIN in columns:
-        domain = f"{_DOMAIN}::VARCHAR"
+    domain = "domain::VARCHAR" if "domain" in columns else "NULL"
     query = f"""
-        SELECT regexp_replace({_ID}::VARCHAR, '^(-?[0-9]+)\\.0$', '\\1') AS id, {domain}, {_TITLE}::VARCHAR
+        SELECT
+            regexp_replace(item_id::VARCHAR, '^(-?[0-9]+)\\.0$', '\\1') AS id,
+            {domain},
+            title::VARCHAR
         FROM {_source(file)}
-        WHERE id IN (SELECT unnest(?)) AND {_TITLE} IS NOT NULL"""
-    try:
-        with open_connection() as connection:
-            rows = connection.execute(query, [ids]).fetchall()
-    except duckdb.Error as error:
-        raise _unreadable(file, error) from None
+        WHERE id IN (SELECT unnest(?)) AND title IS NOT NULL"""
+    ids: set[str] = set()
+    for items in wanted.values():
+        ids |= items
+    rows = _fetch(file, query, [sorted(ids)])
     titles: Titles = {}
-    for item, domain_name, title in rows:
+    for item, domain_of_title, title in rows:
         for name, items in wanted.items():
-            if item in items and domain_name in (None, name):
+            is_of_domain = domain_of_title in (None, name)
+            if is_of_domain and item in items:
                 of_domain = titles.setdefault(name, {})
                 of_domain.setdefault(item, title)
     return titles
@@ -100,47 +100,59 @@ def read_titles(file: Path, wanted: Mapping[str, set[str]]) -> Titles:
 
 def _named_items(items: list[dict[str, Any]]) -> dict[str, set[str]]:
     """The ids that an inspection names, by domain."""
-    named: dict[str, set[str]] = {}
+    named: dict[str, set[str]] = defaultdict(set)
     for item in items:
-        named.setdefault(item["domain"], set()).add(item["item"])
-        for domain, neighbours in item["nearest"].items():
-            ids = {neighbour for neighbour, _ in neighbours}
-            named.setdefault(domain, set()).update(ids)
+        domain = item["domain"]
+        named[domain].add(item["item"])
+        for other, neighbours in item["nearest"].items():
+            for neighbour, _cosine in neighbours:
+                named[other].add(neighbour)
     return named
 
 
 def _columns(file: Path) -> list[str]:
     """The table's columns. Raises InputError where it lacks one, or cannot be read."""
-    try:
-        with open_connection() as connection:
-            described = connection.execute(
-                f"DESCRIBE SELECT * FROM {_source(file)}"
-            ).fetchall()
-    except duckdb.Error as error:
-        raise _unreadable(file, error) from None
-    columns = [str(row[0]) for row in described]
-    for column in (_ID, _TITLE):
+    query = f"DESCRIBE SELECT * FROM {_source(file)}"
+    columns = []
+    for name, *_rest in _fetch(file, query):
+        columns.append(name)
+    present = ", ".join(columns)
+    for column in _NEEDED:
         if column not in columns:
             raise InputError(
-                f"{file} has no column {column!r}; it has {', '.join(columns)}: titles need "
-                f"{_ID!r} and {_TITLE!r}, and may have {_DOMAIN!r}"
+                f"{file} has no column {column!r}; it has {present}: "
+                "titles need 'item_id' and 'title', and may have 'domain'"
             )
     return columns
+
+
+def _fetch(
+    file: Path, query: str, values: list[Any] | None = None
+) -> list[tuple[Any, ...]]:
+    """The rows of a query. Raises InputError where the file cannot be read."""
+    try:
+        with open_connection() as connection:
+            result = connection.execute(query, values)
+            return result.fetchall()
+    except duckdb.Error as error:
+        words = str(error).split()
+        reason = " ".join(words)
+        raise InputError(
+            f"{file} cannot be read: {reason[:_LONGEST_REASON]}"
+        ) from None
 
 
 def _source(file: Path) -> str:
     """The table function that reads the file."""
     if not file.is_file():
         raise InputError(f"{file}: there is no such file of titles")
+    name = file.name.lower()
     for suffix, reader in _READERS.items():
-        if file.name.lower().endswith(suffix):
-            path = escape_sql(glob.escape(str(file)))
+        if name.endswith(suffix):
+            pattern = glob.escape(str(file))
+            path = escape_sql(pattern)
             return reader.format(path=f"'{path}'")
+    known = ", ".join(_READERS)
     raise InputError(
-        f"{file} is no table of titles: the name must end in {', '.join(_READERS)}"
+        f"{file} is no table of titles: the name must end in {known}"
     )
-
-
-def _unreadable(file: Path, error: duckdb.Error) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"{file} cannot be read: {reason}")
