@@ -4,7 +4,7 @@
     python launch/synthesize.py --output logs --users 12000000 --items 1000000 --domains 9
     … --first-user 3000000 --last-user 6000000      the same rows, of these users alone
 
-It writes Parquet files for launch/prepare.py, and _truth.json, which says which domains are related.
+It writes Parquet files for launch/prepare.py, and _truth.json: which domains are related.
 """
 
 from trainer.interrupts import begin_work, end_on_interrupt
