@@ -50,5 +50,5 @@ def test_names_of_domains_in_another_order_give_the_same_figures(tmp_path):
     ahead, reverse = figures.values()
     spread = np.std(ahead + reverse, ddof=1)
     assert abs(np.mean(ahead) - np.mean(reverse)) < 2 * spread
-    # 99 negatives and no more items than that: a guess among the 40 of a domain has 0.11.
-    assert max(ahead + reverse) < 0.16, figures
+    # A guess among the items of a domain that a user has not had is at 0.14.
+    assert max(ahead + reverse) < 0.18, figures

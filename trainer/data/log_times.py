@@ -7,13 +7,9 @@ what their size says: 1.7e9 is a second of this century, 1.7e12 a millisecond of
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from trainer.config.prepare import DATES, NUMBERS, TIME_UNITS, UNKNOWN
 from trainer.errors import InputError
-
-if TYPE_CHECKING:
-    from trainer.data.format.dataset import Dataset
 
 # Seconds since 1970 that are a time of somebody's log: of 1985 to 2100.
 _EARLIEST = 473e6
@@ -47,13 +43,6 @@ class LogTimes:
         if guessed_unit == UNKNOWN and unit is not None:
             return cls(NUMBERS, unit)
         return cls(NUMBERS, guessed_unit)
-
-    @classmethod
-    def of_dataset(cls, dataset: "Dataset") -> "LogTimes":
-        """Tells the kind of a dataset's times. One of format version 4 does not say it."""
-        if dataset.time_kind is None or dataset.time_unit is None:
-            return cls(UNKNOWN, guess_unit(dataset.last_time))
-        return cls(dataset.time_kind, dataset.time_unit)
 
     def __str__(self) -> str:
         if self.kind == DATES:

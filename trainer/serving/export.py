@@ -35,7 +35,6 @@ from trainer.checkpoint.best_model import (
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import Dataset, Domain, File
 from trainer.data.format.vocabulary import read_item_ids
-from trainer.data.log_times import LogTimes
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
@@ -239,7 +238,7 @@ class _Export:
             file = File.of(self.folder, name)
             files[name] = {"bytes": file.bytes, "sha256": file.sha256}
         model_config = self.served.config.model
-        times = LogTimes.of_dataset(self.dataset)
+        times = self.dataset.log_times
         return {
             "format_version": FORMAT_VERSION,
             "width": model_config.dim,

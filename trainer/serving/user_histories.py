@@ -457,7 +457,7 @@ def _check_times(
     _, newest = query_time_span(connection, "log")
     refuse_other_times(
         dataset.place,
-        LogTimes.of_dataset(dataset),
+        dataset.log_times,
         logs[0].path,
         LogTimes.of(dates, newest),
     )

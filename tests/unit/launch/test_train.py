@@ -181,7 +181,7 @@ def test_settings_that_cannot_be_used_are_one_line_and_leave_nothing(
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (another_format, ["format_version 7", "reads 4"]),
+        (another_format, ["format_version 7", "reads 5"]),
         (without_a_shard, ["000002.tar is missing"]),
     ],
 )

@@ -46,6 +46,7 @@ from trainer.config.prepare import (
     UNKNOWN,
 )
 from trainer.config.stream import SourceConfig
+from trainer.data.log_times import LogTimes, guess_unit
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
 from trainer.errors import InputError
@@ -161,6 +162,13 @@ class Dataset:
         """Rows of the item matrix M, the room for later items included."""
         last_domain = self.domains[-1]
         return last_domain.start + last_domain.room
+
+    @property
+    def log_times(self) -> LogTimes:
+        """The kind of the logs' times. A dataset of format version 4 does not say it."""
+        if self.time_kind is None or self.time_unit is None:
+            return LogTimes(UNKNOWN, guess_unit(self.last_time))
+        return LogTimes(self.time_kind, self.time_unit)
 
     @cached_property
     def starts(self) -> np.ndarray:
