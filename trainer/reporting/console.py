@@ -341,6 +341,12 @@ def evaluation_table(record: dict[str, Any]) -> Table:
         cells = _domain_cells(evaluation, row)
         table.add_row(name, f"{row.users:,}", *cells)
     table.add_section()
+    _add_mean_rows(table, evaluation)
+    return table
+
+
+def _add_mean_rows(table: Table, evaluation: Evaluation) -> None:
+    """Adds the mean over the domains that count, and the mean over all users."""
     popularity_mean = evaluation.popularity_mean or {}
     means = DomainFigures("mean", evaluation.mean, popularity_mean)
     cells = _domain_cells(evaluation, means)
@@ -350,7 +356,6 @@ def evaluation_table(record: dict[str, Any]) -> Table:
     means = DomainFigures("users", evaluation.user_mean, popularity_mean)
     cells = _domain_cells(evaluation, means)
     table.add_row("over users", f"{evaluation.users:,}", *cells)
-    return table
 
 
 def _caption(evaluation: Evaluation) -> Text | None:
