@@ -9,8 +9,9 @@ Presets: default (what holds without --config), amazon4, demo, paper, sasrec, gr
 
 The same command again resumes from the newest whole checkpoint in the run's folder, with any number
 of ranks. Exit status: 0 finished; 2 something given cannot be used; 3 the loss is not finite;
-4 other ranks are gone; 5 the storage is late; 75 stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP with a
-checkpoint written; 130 stopped outside of training; else: a fault of the program or the machine.
+4 other ranks are gone; 5 the storage is late; 75 stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP
+with a checkpoint written; 130 interrupted outside of training; else: a fault of the program or of
+the machine.
 
 Any setting is `key=value`: global_batch_size=4096 model.dim=64 deepspeed.zero_optimization.stage=2
 """

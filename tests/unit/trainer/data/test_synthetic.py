@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -439,7 +440,11 @@ def test_progress_is_for_terminals(tmp_path, terminal):
         out, _ = run.communicate(timeout=120)
     os.close(reader)
     assert run.returncode == 0 and "200,000 users in 4 domains" in out
-    assert (b"writing logs" in shown) == terminal and (terminal or shown == b"")
+    if terminal:
+        assert b"writing logs" in shown
+    else:  # on a slow machine a line from time to time, and nothing is drawn anew
+        told = rb"(writing logs: \d+ % after \d+ s\n)*"
+        assert re.fullmatch(told, shown)
 
 
 @pytest.mark.parametrize(
