@@ -55,6 +55,7 @@ ON_RESUME = {
     "stream.read_ahead",
     "evaluation.batch_size",
     "evaluation.every_epochs",
+    "evaluation.min_users",
     "evaluation.patience",
     "optimizer.zero_stage",
     "deepspeed.zero_optimization",

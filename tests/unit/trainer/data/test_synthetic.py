@@ -212,10 +212,10 @@ def test_files_hold_the_events_and_the_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.data.synthetic, "_ROW_GROUP_CHUNKS", 2)
     monkeypatch.setattr(trainer.data.synthetic, "_FILE_EVENTS", 3000)
     count = synthesize_logs(tmp_path / "logs", config, processes=1)
-    *parts, _ = files = sorted((tmp_path / "logs").iterdir())
-    assert [path.name for path in files] == [
-        *(f"part-0000{number}.parquet" for number in range(3)),
-        "_truth.json",
+    truth_file, *parts = sorted((tmp_path / "logs").iterdir())
+    assert truth_file.name == "_truth.json"
+    assert [path.name for path in parts] == [
+        f"part-0000{number}.parquet" for number in range(3)
     ]
     table = pq.ParquetDataset(parts).read()
     events = generate_events(config, 0, 700)
