@@ -785,7 +785,7 @@ class _Group:
             return frame
         parse = functools.partial(_parse_formatted_times, self.time_format)
         schema = T.StructType([*frame.schema.fields])
-        return frame.mapInArrow(parse, schema.add("date", "bigint"))
+        return frame.mapInArrow(parse, schema.add("date", T.LongType()))
 
     def _check_type(self, role: str) -> None:
         """Raises InputError where the engines could read a column's type differently."""
