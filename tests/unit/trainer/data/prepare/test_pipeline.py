@@ -412,7 +412,7 @@ def test_format_order_and_engine_settings_do_not_change_a_byte(tmp_path, kind):
     ):
         write(tmp_path / "three" / name, turned[number::5], columns)
     expected = digests(run(tmp_path / "out1", tmp_path / "one").folder)
-    assert len(expected) > 23
+    assert len(expected) > 12
     assert (
         digests(run(tmp_path / "out2", tmp_path / "two" / "*.csv").folder)
         == expected
