@@ -24,7 +24,19 @@ _COMPARED = ("candidate", "current", "when_published")
 
 
 def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
-    """How large a prepared dataset is, by domain. percentiles: names of the length percentiles."""
+    """How large a prepared dataset is, by domain. percentiles: names of the length percentiles.
+
+                     data: 40 users in 8 shards, 8 streams
+         domain   users   items   interactions   50 %   90 %   99 %   max
+         ─────────────────────────────────────────────────────────────────
+         shop        27      20            216      8      8      8     8
+         video       27      20            216      8      8      8     8
+         ─────────────────────────────────────────────────────────────────
+         all         40      40            432
+
+    The caption says how many users are too short, and how many users' newest two events are at
+    the same time.
+    """
     folder = escape(str(dataset.folder))
     shards = len(dataset.shards)
     title = (
@@ -59,7 +71,15 @@ def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
 
 
 def dataset_notes(dataset: "Dataset") -> list[str]:
-    """What a preparation left out, and which users the domains share, a line each."""
+    """What a preparation left out, and which users the domains share, a line each.
+
+    bad rows left out: 1, 'domain' is empty
+    they are listed in data/bad_rows.jsonl; the first:
+      log.csv: row 433: 'domain' is empty
+    small domains left out: navi (1 items, 2 interactions)
+    users: 26 in 1 domain, 14 in 2 domains
+    users of two domains: shop and video 14
+    """
     from trainer.data.prepare.left_out import read_left_out
     from trainer.data.prepare.overlap import Overlap
 
@@ -71,6 +91,10 @@ def dataset_notes(dataset: "Dataset") -> list[str]:
 
 
 def _left_out_lines(record: dict[str, Any], folder: Path) -> list[str]:
+    """What a preparation left out: by the expression, as bad, without a domain, of small domains.
+
+    record: of preparation.json.
+    """
     lines = []
     if record.get("filtered"):
         lines.append(f"left out by where: {record['filtered']:,} rows")
@@ -110,6 +134,10 @@ def _first_bad_lines(file: Path) -> list[str]:
 
 
 def _overlap_lines(overlap: "Overlap", dataset: "Dataset") -> list[str]:
+    """How many users are in 1, 2, … domains, and in which pairs of domains most of them are.
+
+    A domain that shares no user with another is named: it has nothing to learn from them.
+    """
     parts = []
     for number, users in enumerate(overlap.users_by_domains, start=1):
         if users:
@@ -142,12 +170,22 @@ def _overlap_lines(overlap: "Overlap", dataset: "Dataset") -> list[str]:
 
 
 def _add_row(table: Table, name: str, counts: tuple[int, ...]) -> None:
+    """Adds a row of counts, with commas between thousands."""
     cells = [f"{count:,}" for count in counts]
     table.add_row(escape(name), *cells)
 
 
 def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
-    """How many recommendations were written, and what was left out. record: _recommend.json."""
+    """How many recommendations were written, and what was left out. record: _recommend.json.
+
+        recs: 40 users, 2 of them without a history that the model knows
+        domain   recommendations
+        ────────────────────────
+        shop                 400
+        video                400
+
+    The caption counts interactions and users that are left out, with the reason.
+    """
     table = Table(
         "domain",
         title=(
@@ -169,7 +207,15 @@ def recommendation_table(output: str | Path, record: dict[str, Any]) -> Table:
 
 
 def user_table(rows: list[dict[str, Any]]) -> Table:
-    """One user's recommendations. rows: of that user, as recommend.py writes them."""
+    """One user's recommendations. rows: of that user, as recommend.py writes them.
+
+    domain   rank   item    score
+    ─────────────────────────────
+    shop        1   B1s    1.1667
+    shop        2   B2s    0.8333
+    ─────────────────────────────
+    video       1   B1v    1.1667
+    """
     history = rows[0]["history"]
     known = f"{history:,} known events"
     if not history:
@@ -194,7 +240,15 @@ def user_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def comparison_table(record: dict[str, Any]) -> Table:
-    """A candidate's figures beside the current version's, by domain. record: of `publish`."""
+    """A candidate's figures beside the current version's, by domain. record: of `publish`.
+
+        domain      users   candidate   current   when published     difference, 95 %
+        ─────────────────────────────────────────────────────────────────────────────
+        shop        1,200      0.3531    0.3448           0.3402   -0.0020 to +0.0186
+        video    41 (all)      0.2100    0.2200                –                    –
+
+    (all): the domain has too few newest users, so all of its users were ranked.
+    """
     table = Table("domain", title="NDCG@10 on the newest held-out items")
     for column in ("users", *_COMPARED, "difference, 95 %"):
         table.add_column(column.replace("_", " "), justify="right")

@@ -87,6 +87,11 @@ def format_of(path: Path, named: bool = True) -> FileFormat | None:
     """Returns the format that a file's name says; None for no log.
 
     named: the file is named, in place of found in a folder.
+
+        a.parquet         parquet
+        a.CSV, a.csv.gz   delimited by a comma, compressed by gzip
+        ratings.dat       delimited by ::, where it is named; else None
+        a.parquet.gz      None: Parquet compresses by itself
     """
     name = path.name.lower()
     formats = dict(_FORMATS)
@@ -111,6 +116,11 @@ def find_logs(
     inputs: Iterable[str | Path], verbose: bool = False
 ) -> list[LogFile]:
     """Finds the logs behind paths, folders and globs, sorted, each once.
+
+    Of the folder in the head of this module:
+
+        LogFile(logs/day=1/a.csv, (("day", "1"),))
+        LogFile(logs/day=1/b.parquet, (("day", "1"),))
 
     verbose: names on stderr what is passed over in folders.
     Raises InputError: a path that does not exist, a folder without logs, a named file that is

@@ -90,7 +90,13 @@ class Reading:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes the record, and the bad rows if there are any, into a folder."""
+        """Writes the record, and the bad rows if there are any, into a folder.
+
+        A line of each kind in the list of bad rows:
+
+            {"file": "log.csv", "row": 433, "reason": "'domain' is empty"}
+            {"item": "B07", "rows": 12, "reason": "has no domain"}
+        """
         record: dict[str, Any] = {
             "rows": self.rows,
             "filtered": self.filtered,
@@ -111,9 +117,11 @@ class Reading:
 
 
 def _place(row: BadRow) -> tuple[str, int]:
+    """Where a row stands: its file, and its number there."""
     return row.file, row.row or 0
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record as JSON that people read, UTF-8."""
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")

@@ -86,6 +86,11 @@ class Column:
 class Comparison:
     """A column compared with values.
 
+        rating >= 4             Comparison(rating, ">=", (4,))
+        4 <= rating             the same
+        event in ('buy', 'x')   Comparison(event, "in", ("buy", "x"))
+        event is null           Comparison(event, "null", ())
+
     operator: = <> < <= > >= in between like or null.
     """
 
