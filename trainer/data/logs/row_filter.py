@@ -101,7 +101,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Connection:
-    """Conditions joined by and, or; not has one."""
+    """Conditions joined by and, or; not has one.
+
+    rating >= 4 and not (event = 'view' or event = 'hide')
+
+    and
+    ├── rating >= 4
+    └── not
+        └── or
+            ├── event = 'view'
+            └── event = 'hide'
+    """
 
     word: str
     parts: "tuple[Condition, ...]"
