@@ -129,6 +129,9 @@ def run_rank(request: dict) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     target, *arguments = request["command"]
     sys.argv = [target, *arguments]
+    sys.orig_argv = [sys.executable, *sys.argv]
+    if request["module"]:
+        sys.orig_argv.insert(1, "-m")
     status: object = 0
     try:
         if request["module"]:

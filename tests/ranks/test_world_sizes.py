@@ -124,7 +124,8 @@ def test_weights_moved(outcomes, dataset, tmp_path):
         for name in before.dense
         if np.allclose(before.dense[name], after.dense[name], rtol=1e-4, atol=0)
     ]
-    assert unmoved == []
+    # Learned scales of the parts are off by default.
+    assert all("scale" in name for name in unmoved), unmoved
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "gru"])
@@ -147,7 +148,7 @@ def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
     assert (
         one.lambdas.shape == (4, 3) and np.ptp(one.lambdas, axis=1).min() > 0.01
     )
-    np.testing.assert_allclose(one.lambdas.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(one.lambdas.sum(1), 3, rtol=1e-5)  # domains
     for other in others:
         np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
         np.testing.assert_allclose(

@@ -276,7 +276,7 @@ class Evaluation:
         by_domain = {}
         for row in self.by_domain:
             if row.popularity:
-                by_domain[row.name] = row.popularity
+                by_domain[row.name] = {**row.popularity, "users": row.users}
         return user_mean_figures(by_domain, self.metrics)
 
     @property

@@ -67,6 +67,7 @@ def test_a_synthetic_log_is_made_and_prepared(tmp_path):
     assert files == [
         "dataset.json",
         "lengths.npy",
+        "overlap.json",
         "shards",
         "users.parquet",
         "vocabulary",

@@ -291,7 +291,8 @@ FREE |= {
     for name in ("attempts", "retry_seconds", "timeout_seconds", "read_ahead")
 }
 FREE |= {
-    f"evaluation.{name}" for name in ("batch_size", "every_epochs", "patience")
+    f"evaluation.{name}"
+    for name in ("batch_size", "every_epochs", "min_users", "patience")
 }
 FREE |= {
     f"checkpoint.{name}"

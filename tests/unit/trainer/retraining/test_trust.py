@@ -197,11 +197,11 @@ RUNS = {
     ),
     "a command as a file": (
         data_of("file:pipe:touch {mark}; cat {data}/{{}}"),
-        "is not a dataset folder",
+        "which is not there: give its dataset as --data",
     ),
     "a command in code": (
         data_of("file:%70ipe:touch {mark}; cat {data}/{{}}"),
-        "is not a dataset folder",
+        "which is not there: give its dataset as --data",
     ),
     "an address": (data_of("{http}"), "give it as --data"),
     "an address with the environment": (

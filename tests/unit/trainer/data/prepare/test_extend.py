@@ -532,7 +532,10 @@ def test_what_it_was_made_with_is_kept(tmp_path):
         keep_log=True,
         **options,
     )
-    assert read_options(dataset.folder) == options | {"tie_order": "hash"}
+    assert read_options(dataset.folder) == options | {
+        "tie_order": "hash",
+        "min_domain": 0,
+    }
     after = extended(
         dataset,
         tmp_path / "1",
