@@ -13,6 +13,23 @@ from syncrec.layers.attention import pad, split_buckets, unpad
 from syncrec.layers.dropout import drop
 
 
+class BucketGRU(nn.GRU):
+    """A GRU over all buckets of a batch in one call, with one result.
+
+    ZeRO stage 3 gathers a module's weights once a call, and in backward once a result, on all ranks
+    together. Ranks have different numbers of buckets, so a call or a result for each bucket would
+    leave one rank waiting for the others.
+    """
+
+    def forward(self, buckets: list[Tensor]) -> Tensor:  # type: ignore[override]
+        """Each (sequences, length, r) → (P, r), one after another."""
+        states = []
+        for bucket in buckets:
+            output, _ = super().forward(bucket)
+            states.append(output.flatten(0, 1))
+        return torch.cat(states)
+
+
 class RecurrentStack(nn.Module):
     """K experts side by side, each a GRU of `blocks` layers and width r, in section 4.2.2's place.
 
@@ -28,7 +45,7 @@ class RecurrentStack(nn.Module):
         between_layers = config.dropout if config.blocks > 1 else 0.0
         self.experts = nn.ModuleList()
         for _ in range(experts):
-            expert = nn.GRU(
+            expert = BucketGRU(
                 config.dim,
                 config.dim,
                 num_layers=config.blocks,
@@ -48,7 +65,6 @@ class RecurrentStack(nn.Module):
             buckets.append(bucket.view(*shape, -1))
         outputs = []
         for gru in self.experts:
-            states = [gru(bucket)[0].flatten(0, 1) for bucket in buckets]
-            outputs.append(torch.cat(states))
+            outputs.append(gru(buckets))
         output_KMR = unpad(torch.stack(outputs), layout)
         return drop(output_KMR, self.dropout, self.training)
