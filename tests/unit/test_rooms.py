@@ -117,39 +117,34 @@ def test_an_upward_import_is_seen(room, source):
     assert upward_imports(room, source)
 
 
+def loaded_engines(program: str) -> str:
+    """The heavy packages that a program has loaded in the end, as Python writes a list."""
+    program += f"\nprint([n for n in {HEAVY} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
 @pytest.mark.ranks
 def test_preparing_from_python_loads_no_engine(tmp_path):
     log = "user_id,item_id,domain,timestamp\nu,i,d,1\nu,j,d,2\nu,k,d,3\n"
     (tmp_path / "log.csv").write_text(log)
     program = (
         "import sys\nfrom trainer import prepare\n"
-        f"prepare({str(tmp_path / 'log.csv')!r}, {str(tmp_path / 'data')!r})\n"
-        f"print([n for n in {HEAVY} if n in sys.modules])"
+        f"prepare({str(tmp_path / 'log.csv')!r}, {str(tmp_path / 'data')!r})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
+    assert loaded_engines(program) == "[]"
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_page_loads_no_engine(module):
-    program = (
-        f"import sys, {module}; print([n for n in {HEAVY} if n in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
+    assert loaded_engines(f"import sys, {module}") == "[]"
 
 
 def test_no_folder_is_too_full():

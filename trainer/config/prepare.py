@@ -20,6 +20,19 @@ _EMPTY = {
 }
 
 
+# Settings of LogFormat besides the columns' names: left out where they are not given.
+LOG_FORM_SETTINGS = (
+    "columns",
+    "delimiter",
+    "time_format",
+    "where",
+    "items",
+    "items_columns",
+    "items_delimiter",
+    "domain_separator",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogFormat:
     """How interaction logs are written, and which of their rows count.

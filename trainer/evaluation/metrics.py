@@ -14,7 +14,7 @@ is. Among all items of a domain, popularity's ties are broken by an order drawn 
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -211,11 +211,6 @@ def mean_ndcg(
             gains = gain_U[domain_U == domain]
             means.append(gains.mean())
     return float(np.mean(means))
-
-
-def metrics_of(record: dict[str, Any]) -> list[str]:
-    """The names of an evaluation record's metrics, in the record's order."""
-    return [name for name in record["mean"] if name != "users"]
 
 
 def outscores(score: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -224,6 +224,12 @@ def new_output_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
         ) from None
 
 
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Writes a record that people read into a staged folder, as UTF-8."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
 def _require_new_or_empty(output: Path) -> None:
     """Raises InputError where an output is a file, or a folder that holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

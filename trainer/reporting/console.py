@@ -510,6 +510,20 @@ def format_number(value: float | None, form: str = ".4f") -> str:
     return format(value, form)
 
 
+def format_signed(value: float | None, form: str = "+.3f") -> str:
+    """A number with its sign, as people write it; a dash where there is none, and for NaN.
+
+    value     form     text
+    0.125     +.3f     +0.125
+    -0.0312   +.1%     −3.1 %
+    None      +.3f     –
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    text = format(value, form)
+    return text.replace("-", "\N{MINUS SIGN}").replace("%", " %")
+
+
 def _short_number(value: float | None) -> str:
     """Three digits and a letter.
 

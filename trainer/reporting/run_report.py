@@ -26,6 +26,7 @@ from trainer.reporting.console import (
     format_duration,
     format_number,
     format_ratio,
+    format_signed,
 )
 from trainer.reporting.html import (
     Chart,
@@ -44,7 +45,6 @@ from trainer.reporting.run_records import Record, RunRecords
 from trainer.reporting.run_status import RunStatus
 from trainer.reporting.run_tables import (
     final_table,
-    format_signed,
     full_ranking_tables,
     gates_table,
     groups_tables,

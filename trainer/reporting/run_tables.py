@@ -8,6 +8,7 @@ from trainer.reporting.console import (
     escape_name,
     format_number,
     format_ratio,
+    format_signed,
     metric_cells,
     sentence_on_mean,
 )
@@ -367,14 +368,6 @@ def _gap_cell(gap: float | None) -> Cell:
         return Cell(text)
     sense = "worse" if gap < 0 else "better"
     return Cell(text, sense)
-
-
-def format_signed(value: float | None) -> str:
-    """+0.125, −0.125 with a true minus; a dash for none."""
-    if value is None:
-        return "–"
-    text = f"{value:+.3f}"
-    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def gates_table(gates: Record) -> dict[str, Any] | None:

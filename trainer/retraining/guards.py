@@ -204,13 +204,6 @@ def judge(
     return Judgement(reasons, notes, [fall.describe() for fall in falls])
 
 
-def find_refusal_reasons(
-    domains: dict[str, DomainRecord], rules: PublicationRules
-) -> list[str]:
-    """What speaks against publishing, a line for each domain and rule."""
-    return judge(domains, rules).reasons
-
-
 def _list_falls(
     domains: dict[str, DomainRecord], rules: PublicationRules
 ) -> list[Fall]:
@@ -263,23 +256,15 @@ def _since_published(
     name: str, figures: DomainRecord, rules: PublicationRules
 ) -> Fall:
     """The candidate beside the figure with which the current model was published."""
-    now = figures["candidate"]
-    before = figures["when_published"]
-    error = join_errors(
-        figures["candidate_error"],
-        figures["when_published_error"],
-    )
     words = (
-        f"{name}: {HEADLINE} {now:.4f}, {before:.4f} {_WHEN}"
-        f"{_of_users(figures)}: {_UNLIKE}"
+        f"{name}: {HEADLINE} {figures['candidate']:.4f}, "
+        f"{figures['when_published']:.4f} {_WHEN}{_of_users(figures)}: {_UNLIKE}"
     )
-    return Fall(
+    return _unpaired(
         "domain_fall",
         name,
-        now,
-        before,
-        error,
-        figures["users"],
+        figures,
+        ("candidate", "when_published"),
         rules.domain_fall,
         words,
     )
@@ -289,25 +274,40 @@ def _own_items(
     name: str, figures: DomainRecord, rules: PublicationRules
 ) -> Fall:
     """How much higher items rank for their own users than for others', beside then."""
-    now = figures["own_item"]
-    before = figures["own_item_then"]
-    error = join_errors(
-        figures["own_item_error"],
-        figures["own_item_then_error"],
-    )
     words = (
-        f"{name}: a held-out item's {HEADLINE} is {now:.4f} higher for its own user than for "
-        f"another's, it was {before:.4f} higher {_WHEN}{_of_users(figures)}: items are not "
-        "their users'"
+        f"{name}: a held-out item's {HEADLINE} is {figures['own_item']:.4f} higher for its own "
+        f"user than for another's, it was {figures['own_item_then']:.4f} higher "
+        f"{_WHEN}{_of_users(figures)}: items are not their users'"
     )
-    return Fall(
+    return _unpaired(
         "own_fall",
         name,
-        now,
-        before,
+        figures,
+        ("own_item", "own_item_then"),
+        rules.own_fall,
+        words,
+    )
+
+
+def _unpaired(
+    rule: str,
+    name: str,
+    figures: DomainRecord,
+    keys: tuple[str, str],
+    allowed: float,
+    words: str,
+) -> Fall:
+    """A figure beside one of before, of other users. keys: of both; KEY_error is its error."""
+    now, before = keys
+    error = join_errors(figures[f"{now}_error"], figures[f"{before}_error"])
+    return Fall(
+        rule,
+        name,
+        figures[now],
+        figures[before],
         error,
         figures["users"],
-        rules.own_fall,
+        allowed,
         words,
     )
 

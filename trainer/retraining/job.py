@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.child_processes import StoppableCommands
+from trainer.config.prepare import LOG_FORM_SETTINGS
 from trainer.config.retraining import RetrainConfig
 from trainer.errors import InputError, RunStopped
 from trainer.files.atomic import write_json, write_text
@@ -62,17 +63,6 @@ _NO_TEST_RECORD = "holds no test record: its own lines say why; the same command
 _NEITHER = (
     "neither serves nor was refused: its own lines say why; the same command goes on "
     "there"
-)
-# Settings of the logs' form, which are options of launch/prepare.py where they are given.
-_LOG_SETTINGS = (
-    "columns",
-    "delimiter",
-    "time_format",
-    "where",
-    "items",
-    "items_columns",
-    "items_delimiter",
-    "domain_separator",
 )
 # What a plan may say; its entries become words of commands.
 _PLAN_FORMS = {
@@ -400,7 +390,7 @@ def _prepare_arguments(
     words += ["--min-item", config.min_item]
     words += ["--min-domain", config.min_domain]
     words += ["--bad-rows", config.bad_rows]
-    for name in _LOG_SETTINGS:
+    for name in LOG_FORM_SETTINGS:
         value = getattr(config, name)
         if value:
             words += [f"--{name.replace('_', '-')}={value}"]

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config.prepare import memory_bytes
+from trainer.config.prepare import LOG_FORM_SETTINGS, memory_bytes
 from trainer.config.serving import HistoriesConfig
 from trainer.data.duckdb_engine import (
     escape_sql,
@@ -50,17 +50,7 @@ from trainer.files.progress import Stages
 
 COUNTS_FILE = "facts.json"
 # Settings that an earlier version did not have: its outputs are finished ones, too.
-_OPTIONAL = (
-    "columns",
-    "delimiter",
-    "time_format",
-    "where",
-    "items",
-    "items_columns",
-    "items_delimiter",
-    "domain_separator",
-    "bad_rows",
-)
+_OPTIONAL = (*LOG_FORM_SETTINGS, "bad_rows")
 _UNKNOWN_ITEM = -1
 _UNKNOWN_DOMAIN = -2
 _BATCH = 65536

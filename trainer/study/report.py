@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from trainer.config.study import OURS
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
-from trainer.reporting.console import escape_name
+from trainer.reporting.console import escape_name, format_signed
 from trainer.reporting.html import (
     Section,
     page_title,
@@ -21,7 +21,6 @@ from trainer.study.runner import Study, SweepResult
 from trainer.study.tables import (
     RANKED,
     format_p,
-    format_signed,
     make_tables,
     mean_metric,
     sentence_on_domains,

@@ -12,6 +12,7 @@ from trainer.reporting.console import (
     escape_name,
     format_duration,
     format_number,
+    format_signed,
     mean_sentence,
 )
 from trainer.reporting.html import Cell, Table
@@ -433,14 +434,3 @@ def _sense(value: float) -> str:
     if value > 0:
         return "better"
     return "worse" if value < 0 else ""
-
-
-def format_signed(
-    value: float,
-    form: str,
-) -> str:
-    """A number with its sign, as people write it; a dash for NaN."""
-    if np.isnan(value):
-        return "–"
-    text = format(value, form)
-    return text.replace("-", "\N{MINUS SIGN}").replace("%", " %")

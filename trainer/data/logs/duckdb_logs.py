@@ -342,7 +342,7 @@ class _Inspection:
             group.kind_of_time = "whole"
             return
         conditions = group.time_conditions()
-        usable = f"NOT {_any_of(faults)}"
+        usable = f"NOT {any_of(faults)}"
         counts = [f"count(*) FILTER (WHERE {usable})"]
         for condition in conditions.values():
             counts.append(f"count(*) FILTER (WHERE {usable} AND {condition})")
@@ -384,7 +384,7 @@ class _Inspection:
             group.rows -= count
         for file in group.files:
             self.reading.list_bad(self._bad_rows(file, reason))
-        group.bad = _any_of(faults)
+        group.bad = any_of(faults)
         flags = []
         for role in group.roles:
             whole = group.whole_sql(role)
@@ -551,7 +551,7 @@ class _ValueAt:
         return f"{self.file.path}: row {self.row}:"
 
 
-def _any_of(conditions: dict[str, str]) -> str:
+def any_of(conditions: dict[str, str]) -> str:
     """Returns SQL for: one of the conditions holds."""
     return "(" + " OR ".join(conditions.values()) + ")"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.files.staged import write_record
 
 RECORD = "preparation.json"
 BAD_ROWS = "bad_rows.jsonl"
@@ -104,7 +105,7 @@ class Reading:
             "items_without_domain": len(self.unknown_items),
             "rows_without_domain": sum(self.unknown_items.values()),
         }
-        _write_json(folder / RECORD, record)
+        write_record(folder / RECORD, record)
         if not (self.bad_rows or self.unknown_items):
             return
         with open(folder / BAD_ROWS, "w", encoding="utf-8") as stream:
@@ -119,9 +120,3 @@ class Reading:
 def _place(row: BadRow) -> tuple[str, int]:
     """Where a row stands: its file, and its number there."""
     return row.file, row.row or 0
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record as JSON that people read, UTF-8."""
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")

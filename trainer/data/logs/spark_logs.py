@@ -40,6 +40,7 @@ from trainer.data.logs.duckdb_logs import (
     BAD,
     FILTERED,
     ROW,
+    any_of,
     check_format,
     columns_to_read,
     expected_time,
@@ -908,7 +909,7 @@ class _Group:
         """Fills in rows, is_whole and kind_of_time; refuses bad rows, or leaves them out."""
         conditions = self.time_conditions
         faults = self._faults()
-        usable = f"NOT {_any_of(faults)}"
+        usable = f"NOT {any_of(faults)}"
         aggregates = ["count(*)"]
         for missing in faults.values():
             aggregates.append(f"count_if({missing})")
@@ -1016,7 +1017,7 @@ class _Group:
             expected = (
                 "a date such as 2024-01-31 or 2024-01-31T23:59:59.5+01:00"
             )
-        usable = f"NOT {_any_of(faults)}"
+        usable = f"NOT {any_of(faults)}"
         row, text = self._first_row("time", f"{usable} AND {is_other}")
         raise InputError(
             f"{row} {column!r} is {text!r}: a time must be {expected}"
@@ -1040,7 +1041,7 @@ class _Group:
         listed = bad.orderBy("file", "row").limit(MOST_LISTED)
         for file, row, text in listed.collect():
             self.reading.list_bad([BadRow(_file_name(file), row, text)])
-        self.frame = self.frame.filter(f"NOT {_any_of(faults)}")
+        self.frame = self.frame.filter(f"NOT {any_of(faults)}")
         flags = []
         for role in self.roles:
             flags.append(f"bool_and({self.whole_sql(role)})")
@@ -1135,11 +1136,6 @@ class _Group:
                     f"{one.name} cannot be read: {reason}"
                 ) from None
         raise error
-
-
-def _any_of(conditions: dict[str, str]) -> str:
-    """Returns SQL for: one of the conditions holds."""
-    return "(" + " OR ".join(conditions.values()) + ")"
 
 
 def _digits_sql(value: str) -> str:

@@ -21,7 +21,6 @@ Items keep their place in their domain, and new ones fill the free places. Two d
     ads     q     68       1      4
 """
 
-import json
 import re
 import shutil
 import sys
@@ -51,6 +50,7 @@ from trainer.data.prepare.stored_log import (
 )
 from trainer.data.tie_order import FILE, HASH
 from trainer.errors import InputError
+from trainer.files.staged import write_record
 from trainer.run_files import EXTENSION
 
 _FLOAT_TEXT = re.compile("-?[0-9]+[.]0")  # what a float's text was
@@ -276,8 +276,7 @@ def write_extension(
         "laid_out_anew": _is_laid_out_anew(old, new),
         "domains": _compare_domains(connection, old, new, rows),
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    (folder / "extension.json").write_text(text, encoding="utf-8")
+    write_record(folder / "extension.json", record)
 
 
 def _write_item_rows(

@@ -5,10 +5,10 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.config.prepare import NUMBERS, UNKNOWN
 from trainer.errors import InputError
+from trainer.files.staged import write_record
 
 INT32_MAX = 2**31 - 1
 # Hexadecimal digits of an MD5 by which users are numbered: 60 bits, which every engine's BIGINT
@@ -58,7 +58,7 @@ class Ids:
 
     def save(self, folder: Path) -> None:
         """Writes the summary `facts.json` into the folder."""
-        write_json(folder / _SUMMARY, dataclasses.asdict(self))
+        write_record(folder / _SUMMARY, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Ids":
@@ -81,9 +81,3 @@ def refuse_beyond_int32(count: int, noun: str) -> None:
             f"{count:,} {noun} are more than int32 can number ({INT32_MAX:,}): "
             "drop rare ones with --min-item"
         )
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a stage's record."""
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")

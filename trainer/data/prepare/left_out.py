@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.logs.reading import BAD_ROWS, RECORD
+from trainer.files.staged import write_record
 
 _DOMAINS = "left_out.json"  # of the stage `ids`
 _COUNTS = ("filtered", "bad", "items_without_domain", "domains")
@@ -38,8 +39,7 @@ def keep_records(reading: Path, ids_folder: Path, folder: Path) -> None:
     record["domains"] = _read(ids_folder / _DOMAINS)
     if not any(record.get(name) for name in _COUNTS):
         return
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    (folder / RECORD).write_text(text, encoding="utf-8")
+    write_record(folder / RECORD, record)
     bad_rows = reading / BAD_ROWS
     if bad_rows.is_file():
         shutil.copyfile(bad_rows, folder / BAD_ROWS)

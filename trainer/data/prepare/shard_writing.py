@@ -36,10 +36,11 @@ from trainer.data.format.dataset import (
     quantize_times,
 )
 from trainer.data.format.shards import Block, write_shard
-from trainer.data.prepare.ids import Ids, write_json
+from trainer.data.prepare.ids import Ids
 from trainer.data.prepare.layout import Layout
 from trainer.data.prepare.overlap import OVERLAP_COUNTS, count_overlap
 from trainer.data.split import TEST, VALIDATION, can_be_split
+from trainer.files.staged import write_record
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def write_part(
         "tied_users": int(is_tied_S.sum()),
         "max_length": int(lengths_U.max()),
     }
-    write_json(folder / "facts.json", record)
+    write_record(folder / "facts.json", record)
 
 
 def _write_statistics(

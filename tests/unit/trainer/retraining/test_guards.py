@@ -10,7 +10,6 @@ from trainer.config.retraining import PublishConfig
 from trainer.evaluation.metrics import metric_values
 from trainer.retraining.guards import (
     compare_positions,
-    find_refusal_reasons,
     find_significant,
     judge,
     one_sided_p,
@@ -70,7 +69,7 @@ def figures(candidate, current, then):
     ],
 )
 def test_what_speaks_against_it(domains, words):
-    reasons = find_refusal_reasons(domains, PublishConfig())
+    reasons = judge(domains, PublishConfig()).reasons
     assert len(reasons) == len(words) and all(
         re.search(word, reason)
         for word, reason in zip(words, reasons, strict=True)
@@ -95,7 +94,7 @@ def test_items_that_are_nobodys_speak_against_it():
         ({"a": of(None, 0.1), "b": of(0.03, None)}, None),
         ({"a": of(-0.01, 0.0)}, None),
     ):
-        reasons = find_refusal_reasons(domains, PublishConfig())
+        reasons = judge(domains, PublishConfig()).reasons
         assert bool(reasons) == bool(words)
         if words:
             assert any(re.search(words, reason) for reason in reasons)
