@@ -20,7 +20,10 @@ def test_an_interrupt_stays_one_after_the_checkpoint(
     def stopped(*_):
         raise RunStopped("its checkpoint is written", interrupted)
 
+    def joined(*_):
+        return contextlib.nullcontext()
+
     monkeypatch.setattr(trainer.training.loop, "train", stopped)
-    monkeypatch.setattr(api, "_joined", contextlib.nullcontext)
+    monkeypatch.setattr(api, "_joined", joined)
     with pytest.raises(error, match="its checkpoint is written"):
         api.fit(tmp_path / "data", tmp_path / "run")

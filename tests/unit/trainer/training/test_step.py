@@ -301,6 +301,7 @@ def test_weight_decay_leaves_biases_norms_and_scales_alone(run, stage):
             f"optimizer.zero_stage={stage}",
             f"optimizer.weight_decay={value}",
             "optimizer.schedule=constant",
+            "model.learn_scales=true",
         )
         trainer = trainer_of(run, *settings)
         for parameter in trainer.model.parameters():
