@@ -23,7 +23,7 @@ class PublicationRules:
         "the same of how much higher an item ranks for its own user than for others",
     )
     least_users: int = setting(
-        100, "newest users that judge a domain; with fewer, all its users do"
+        50, "newest users that judge a domain; with fewer, all its users do"
     )
     level: float = setting(
         0.05,
