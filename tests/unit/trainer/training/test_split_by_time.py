@@ -10,9 +10,11 @@ from tests.helpers.made import draw_histories, draw_ticks, write_dataset
 from tests.helpers.runs import SETTINGS, rank_of_one
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.config.load import load_config
+from trainer.config.retraining import PublishConfig
 from trainer.errors import InputError
 from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.reporting.run_log import read_records
+from trainer.retraining.publish import publish
 from trainer.training.callbacks import Callback
 from trainer.training.loop import train
 
@@ -228,3 +230,31 @@ def test_a_cut_that_cannot_be_used_leaves_no_run(group, log, tmp_path):
     with pytest.raises(InputError, match=r"the log of .* is from 2001"):
         train(configured(folder, data, late), group)
     assert not (folder / "run").exists()
+
+
+def test_a_model_that_knows_later_events_is_no_beginning(group, log, tmp_path):
+    """A run of the same cut is one; that of leave-one-out is not. None of the past is published."""
+    data = written(tmp_path, log)
+    folders = {name: tmp_path / name for name in ("past", "all", "next")}
+    short = ["epochs=1", "max_steps=2"]
+    train(configured(folders["past"], data, *short), group)
+    train(
+        configured(folders["all"], data, *short, "split.kind=leave_one_out"),
+        group,
+    )
+    begun = {}
+    for name in ("past", "all"):
+        begun[name] = configured(
+            folders["next"], data, *short, f"warm_start={folders[name]}/run"
+        )
+    with pytest.raises(InputError, match=r"all/run has learnt from events"):
+        train(begun["all"], group)
+    assert not (folders["next"] / "run").exists()
+    train(begun["past"], group)
+    with pytest.raises(InputError, match="has not learnt from its newest days"):
+        publish(
+            folders["past"] / "run",
+            tmp_path / "published",
+            group,
+            PublishConfig(),
+        )
