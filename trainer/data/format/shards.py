@@ -213,7 +213,7 @@ class ShardFile:
             if report is None:
                 raise
             skipped = _skipped_users(dataset, shard, 0, self.count)
-            report(f"{error.said}: {skipped}")
+            report(f"{error.problem}: {skipped}")
             return
         self._open(whole)
 

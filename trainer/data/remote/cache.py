@@ -177,7 +177,7 @@ class Cache:
             try:
                 self.address.fetch(name, file.bytes, file.sha256, part)
             except FetchFailed as error:
-                lock.write(error.said)
+                lock.write(error.problem)
                 raise
             path.parent.mkdir(parents=True, exist_ok=True)
             self._checked[name] = part.stat().st_ino

@@ -48,15 +48,15 @@ T = TypeVar("T")
 class FetchFailed(InputError):
     """A file of a remote dataset could not be had, whatever was tried.
 
-    said: which file and why, without the way out.
+    problem: which file and why, without the way out.
     """
 
-    def __init__(self, said: str):
+    def __init__(self, problem: str):
         super().__init__(
-            f"{said}: look after the address and what serves it, then run again",
+            f"{problem}: look after the address and what serves it, then run again",
             one_rank=True,
         )
-        self.said = said
+        self.problem = problem
 
 
 @dataclass(frozen=True)
