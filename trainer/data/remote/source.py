@@ -193,11 +193,13 @@ class Address:
             os.fsync(file.fileno())
 
     def _retry(self, name: str, attempt: Callable[[], T]) -> T:
-        for number in range(1, self.config.attempts + 1):
+        number = 0
+        while True:
+            number += 1
             try:
                 return attempt()
             except _Failure as failure:
-                if failure.final or number == self.config.attempts:
+                if failure.final or number >= self.config.attempts:
                     reason = self._hide_secrets(str(failure))
                     attempts = ""
                     if number > 1:
