@@ -10,6 +10,7 @@ from trainer.reporting.console import (
     escape_name,
     evaluation_table,
     format_number,
+    intervals_by_metric,
     metric_cells,
     new_table,
     sentence_on_mean,
@@ -111,13 +112,13 @@ def _domain_table(record: dict[str, Any]) -> Table:
         cells = _domain_cells(row, metric, differences[row.name])
         table.add_row(Text(escape_name(row.name)), *cells)
     table.add_section()
-    means = DomainFigures("mean", evaluation.mean, evaluation.popularity_mean)
+    popularity = evaluation.popularity_mean or {}
+    means = DomainFigures("mean", evaluation.mean, popularity)
     cells = _domain_cells(means, metric, record["difference"]["mean"])
     table.add_row("mean", *cells)
     if evaluation.recorded_user_mean is not None:
-        means = DomainFigures(
-            "users", evaluation.user_mean, evaluation.popularity_user_mean
-        )
+        popularity = evaluation.popularity_user_mean or {}
+        means = DomainFigures("users", evaluation.user_mean, popularity)
         difference = record["difference"]["user_mean"]
         cells = _domain_cells(means, metric, difference)
         table.add_row("over users", *cells)
@@ -145,7 +146,7 @@ def _domain_cells(
     metric: the one whose interval is shown. difference: {value, interval} of the model's metric
     less popularity's.
     """
-    intervals = row.model.get("interval") or {}
+    intervals = intervals_by_metric(row.model)
     return [
         f"{row.users:,}",
         *metric_cells(row.model, METRICS),
@@ -182,7 +183,7 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
             for group, figures in groups.items():
                 if not figures["users"]:
                     continue
-                intervals = figures.get("interval") or {}
+                intervals = intervals_by_metric(figures)
                 table.add_row(
                     Text(escape_name(domain)),
                     breakdown,

@@ -9,6 +9,7 @@ from trainer.reporting.console import (
     format_number,
     format_ratio,
     format_signed,
+    intervals_by_metric,
     metric_cells,
     sentence_on_mean,
     split_sentences,
@@ -201,7 +202,7 @@ def _full_row(
 
         Books   204   0.0800   …   0.1741   0.1610 to 0.2420   0.1951   −0.0510 to 0.0570
     """
-    intervals = row.model.get("interval") or {}
+    intervals = intervals_by_metric(row.model)
     own_interval = intervals.get(HEADLINE)
     popularity = row.popularity.get(HEADLINE)
     bounds = difference["interval"]
@@ -279,7 +280,7 @@ def _group_texts(figures: Record, metric: str) -> list[str]:
     users = figures["users"]
     value = figures[metric]
     popularity = figures.get(f"popularity {metric}")
-    intervals = figures.get("interval") or {}
+    intervals = intervals_by_metric(figures)
     interval = intervals.get(metric)
     return [
         f"{users:,}",
