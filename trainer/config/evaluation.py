@@ -86,25 +86,21 @@ class SplitConfig:
     kind: Literal["leave_one_out", "timeline"] = setting(
         "leave_one_out",
         "leave_one_out: each user's newest two; timeline: all that comes after a moment",
-        on_warm_start=True,
         unrecorded="leave_one_out",
     )
     validation: str = setting(
         "0.1",
         "timeline: 0.1, the tenth of events before the test's; 7d, days; or the first date",
-        on_warm_start=True,
         unrecorded="0.1",
     )
     test: str = setting(
         "0.1",
         "timeline: 0.1, the last tenth of all events; 7d, the last days; or the first date",
-        on_warm_start=True,
         unrecorded="0.1",
     )
     whose: Literal["first", "newest", "all"] = setting(
         "first",
         "timeline: which of a user's events in the validation and test time are ranked",
-        on_warm_start=True,
         unrecorded="first",
     )
 

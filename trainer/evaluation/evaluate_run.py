@@ -98,8 +98,14 @@ def evaluate_run(
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
-        rank_U = whole.rank_U
-        _save_full(Path(run), dataset, record, domain_U, sampled_U, rank_U)
+        _save_full(
+            Path(run),
+            dataset,
+            record,
+            domain_U,
+            sampled_U,
+            whole.rank_U,
+        )
     return record
 
 

@@ -196,7 +196,9 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
                 skipped = len(wanted_B) - len(users.number_B)
                 for batch in self._build_step(step, users):
                     yield replace(
-                        batch, skipped=skipped, reasons=reasons.take()
+                        batch,
+                        skipped=skipped,
+                        reasons=reasons.take(),
                     )
                     skipped = 0
         finally:
@@ -480,11 +482,15 @@ def rank_candidates(
     total = torch.from_numpy(counts).to(device)
     dist.all_reduce(total)
     counts = total.cpu().numpy()
+    histogram_end = histogram.size
+    by_system = counts[:histogram_end]
+    of_seen = counts[histogram_end:-1]
+    skipped = int(counts[-1])
     return PositionCounts(
-        counts[: histogram.size].reshape(shape),
-        int(counts[-1]),
-        tuple(reasons),
-        counts[histogram.size : -1].reshape(shape[1:]),
+        histogram=by_system.reshape(shape),
+        skipped_users=skipped,
+        reasons=tuple(reasons),
+        seen=of_seen.reshape(shape[1:]),
     )
 
 

@@ -86,10 +86,15 @@ def split_dataset(
     shards = _home_shards(dataset, config, ranks)
     reader = _EventReader(dataset, config, shards)
     count_DT = _count_ticks(dataset, reader)
-    split = _resolve(dataset, config.split, count_DT.sum(0), recorded)
+    count_T = count_DT.sum(0)
+    split = _resolve(dataset, config.split, count_T, recorded)
     _refuse_empty_domains(dataset, split, count_DT)
     training = _count_training(dataset, split, reader)
-    return replace(dataset, split=split, training=training)
+    return replace(
+        dataset,
+        split=split,
+        training=training,
+    )
 
 
 def describe_split(dataset: Dataset) -> SplitRecord | None:
@@ -207,7 +212,11 @@ class _EventReader:
             self.dataset.ahead(names[index + 1 :])
             shard = self.dataset.shards[number]
             file = ShardFile(
-                self.dataset, shard, stream.verify, report, whole=False
+                self.dataset,
+                shard,
+                stream.verify,
+                report,
+                whole=False,
             )
             try:
                 yield from self._blocks_of(file)
@@ -253,9 +262,19 @@ def _resolve(
     if recorded is not None:
         return _resolve_recorded(dataset, recorded)
     end = TICKS + 1
-    test = _find_cut(dataset, "split.test", config.test, count_T, end)
+    test = _find_cut(
+        dataset,
+        "split.test",
+        config.test,
+        count_T,
+        end,
+    )
     validation = _find_cut(
-        dataset, "split.validation", config.validation, count_T, test
+        dataset,
+        "split.validation",
+        config.validation,
+        count_T,
+        test,
     )
     if validation >= test:
         test_text = format_tick(dataset, test)
@@ -447,7 +466,9 @@ class _TrainingCounter:
             targets_B = np.bincount(user_T, minlength=users)
             self.target_U[part][own] = targets_B
             self.without[part] += self.split.count_without_history(
-                part, lengths_B, ticks_N
+                part,
+                lengths_B,
+                ticks_N,
             )
 
     def sum_up(self) -> TrainingCounts:
