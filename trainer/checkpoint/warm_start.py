@@ -31,6 +31,11 @@ from trainer.config.changes import may_change_on_warm_start, refused_changes
 from trainer.config.load import flatten_config, load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.timeline import (
+    describe_split,
+    format_time,
+    read_split,
+)
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.errors import InputError
@@ -320,3 +325,29 @@ def _list_differences(before: Settings, now: Settings) -> list[str]:
     for key in refused_changes(before, now, may_change_on_warm_start()):
         lines.append(describe_change(key, before, now))
     return lines
+
+
+def refuse_later_model(
+    warm: WarmStart, dataset: Dataset, ranks: "Ranks"
+) -> None:
+    """Raises InputError where a model knows what a split by time holds out. Called on all ranks.
+
+    It knows its dataset up to its own cut; of a run of leave-one-out, to the end.
+    """
+    split = describe_split(dataset)
+    if split is None:
+        return
+
+    def refuse() -> None:
+        recorded = read_split(warm.run)
+        (_, known_until), _ = warm.spans
+        if recorded is not None:
+            known_until = recorded["validation_time"]
+        if known_until > split["validation_time"]:
+            raise InputError(
+                f"warm_start={warm.run} has learnt from events until "
+                f"{format_time(dataset, known_until)}, and the split's validation begins at "
+                f"{split['validation']}: begin with a model from before, or without one"
+            )
+
+    run_on_first_rank(refuse, ranks.first)

@@ -18,8 +18,11 @@ from trainer.checkpoint.best_model import (
     TrainedModel,
     load_trained_model,
     open_run,
+    split_as_trained,
 )
+from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.split import Timeline
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.distributed.determinism import use_deterministic_sums
 from trainer.distributed.process_group import sum_over_ranks
@@ -29,7 +32,7 @@ from trainer.evaluation.candidate_files import (
     ResultWriter,
     read_candidates_of_rank,
 )
-from trainer.evaluation.full import full_record, rank_fully
+from trainer.evaluation.full import FullRanking, full_record, rank_fully
 from trainer.evaluation.sampled import (
     Advance,
     Candidates,
@@ -39,6 +42,7 @@ from trainer.evaluation.sampled import (
     evaluate_split,
     make_evaluation_record,
 )
+from trainer.evaluation.targets import highest_target, users_of_targets
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
 from trainer.files.progress import Stages
@@ -70,6 +74,9 @@ def evaluate_run(
             "leave one of them out"
         )
     config, dataset = open_run(run, data, ranks=ranks)
+    if candidates:
+        _refuse_several_targets(run, config)
+    dataset = split_as_trained(run, config, dataset, ranks)
     with use_deterministic_sums(config.deterministic):
         candidates_by_user = None
         if candidates:
@@ -78,34 +85,38 @@ def evaluate_run(
             )
         trained = load_trained_model(run, config, dataset, ranks)
         options = _record_options(trained)
-        positions = _UserPositions(dataset.users if full else 0)
+        positions = _TargetPositions(dataset, split)
         visit = positions.visit if full else None
         ranking = _rank_candidates(
-            trained,
-            split,
-            candidates_by_user,
-            output,
-            visit,
+            trained, split, candidates_by_user, output, visit
         )
         record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
             return record
-        with _progress_bar(ranks, "ranking among all items") as advance:
-            whole = rank_fully(
-                trained.model,
-                trained.table,
-                dataset,
-                ranks,
-                config,
-                split,
-                advance,
-            )
+        whole = _rank_fully(trained, split)
         record = full_record(split, dataset, whole, record, **options)
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
-        _save_full(Path(run), record, domain_U, sampled_U, whole.rank_U)
+        _save_full(
+            Path(run),
+            dataset,
+            record,
+            domain_U,
+            sampled_U,
+            whole.rank_U,
+        )
     return record
+
+
+def _refuse_several_targets(run: str | Path, config: RunConfig) -> None:
+    """Raises InputError where a file of candidates does not name an event."""
+    split = config.split
+    if split.kind == Timeline.name and split.whose == "all":
+        raise InputError(
+            f"--candidates: {run} ranks all events of a user (split.whose=all), and a file has one "
+            "row a user: leave it out"
+        )
 
 
 def _record_options(trained: TrainedModel) -> dict[str, int]:
@@ -117,12 +128,16 @@ def _record_options(trained: TrainedModel) -> dict[str, int]:
     }
 
 
-class _UserPositions:
-    """The position of each user whom this rank ranks among drawn candidates, and the domain."""
+class _TargetPositions:
+    """The position of each target that this rank ranks among drawn candidates, and the domain.
 
-    def __init__(self, users: int):
-        self.position_U = np.zeros(users, np.int32)
-        self.domain_U = np.zeros(users, np.int32)
+    By the targets' numbers (trainer/evaluation/targets.py).
+    """
+
+    def __init__(self, dataset: Dataset, split: str):
+        targets = highest_target(dataset, split)
+        self.position_U = np.zeros(targets, np.int32)
+        self.domain_U = np.zeros(targets, np.int32)
 
     def visit(
         self,
@@ -132,9 +147,9 @@ class _UserPositions:
     ) -> None:
         """Keeps one step's positions."""
         real = candidates.user_B >= 0
-        user_B = candidates.user_B[real]
-        self.position_U[user_B] = position_B[real]
-        self.domain_U[user_B] = candidates.domain_B[real]
+        number_B = candidates.number_B[real]
+        self.position_U[number_B] = position_B[real]
+        self.domain_U[number_B] = candidates.domain_B[real]
 
 
 def _rank_candidates(
@@ -185,6 +200,21 @@ def _rank_candidates(
     return ranking
 
 
+def _rank_fully(trained: TrainedModel, split: str) -> FullRanking:
+    """Ranks a split among all items of the domain."""
+    ranks = trained.ranks
+    with _progress_bar(ranks, "ranking among all items") as advance:
+        return rank_fully(
+            trained.model,
+            trained.table,
+            trained.dataset,
+            ranks,
+            trained.config,
+            split,
+            advance,
+        )
+
+
 def _open_writer(
     dataset: Dataset, output: str | Path, ranks: "Ranks"
 ) -> ResultWriter:
@@ -210,25 +240,28 @@ def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
 
 def _save_full(
     run: Path,
+    dataset: Dataset,
     record: dict[str, Any],
     domain_U: np.ndarray,
     sampled_U: np.ndarray,
     full_U: np.ndarray,
 ) -> None:
-    """Leaves a full ranking's record and each user's positions in the run's folder.
+    """Leaves a full ranking's record and each target's positions in the run's folder.
 
     A folder that cannot be written does not lose the figures: the caller shows them.
     """
     split = record["kind"]
-    (users,) = np.nonzero(full_U)
+    (targets,) = np.nonzero(full_U)
+    users = users_of_targets(dataset, split, targets)
     try:
         with lock_run_folder(run):
             write_ranks(
                 run / user_ranks_file(split),
                 users,
-                domain_U[users],
-                sampled_U[users],
-                full_U[users],
+                domain_U[targets],
+                sampled_U[targets],
+                full_U[targets],
+                targets,
             )
             write_json(run / full_ranking_file(split), record)
     except InputError as error:

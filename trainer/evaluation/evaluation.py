@@ -5,7 +5,11 @@ of a ranking among all items:
 
     kind               "validation" or "test"
     ranking            "full" among all items; absent among drawn candidates
-    too_short          users whose history is too short to be split
+    too_short          users whose history is too short to be split (leave-one-out)
+    split              of a split by time: kind, whose, the first moments of validation and test, and
+                       `without_history`, events left out as their user has none before them
+    seen               of a split by time: the figures of the targets whose item training has seen, and
+                       how many it has not (trainer/evaluation/targets.py)
     skipped_users      users left out because they could not be read
     step, epoch        of the model; seconds since the run began, where a run logs the record
     domains            {name: {users, HR@5, …, MRR}}, by the model
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-_BEFORE = ("kind", "ranking", "too_short", "skipped_users")
+_BEFORE = ("kind", "ranking", "too_short", "skipped_users", "split", "seen")
 _MEANS = ("mean_domains", "min_users", "user_mean")
 _POPULARITY = ("popularity", "popularity_mean", "popularity_user_mean")
 _FIGURES = ("domains", "mean", *_MEANS, *_POPULARITY)
@@ -131,8 +135,10 @@ class Evaluation:
 
     by_domain: a row for each domain, in the dataset's order. mean, popularity_mean: over the
     domains that count, whose names are `mean_domains`. user_mean, popularity_user_mean: over all
-    users. min_users: what a domain needs to count (`evaluation.min_users`). model_state: `step`, `epoch` and what else says which model it was, in the record's
-    order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking among all
+    users. split, seen: of a split by time, as the record has them; None of leave-one-out. There a
+    user may have several targets, and each counts as one of `users`. min_users: what a domain needs to
+    count (`evaluation.min_users`). model_state: `step`, `epoch` and what else says which model it was,
+    in the record's order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking among all
     items, empty otherwise.
     """
 
@@ -142,6 +148,8 @@ class Evaluation:
     popularity_mean: Figures | None = None
     too_short: int | None = None
     skipped_users: int | None = None
+    split: dict[str, Any] | None = None
+    seen: dict[str, Any] | None = None
     model_state: dict[str, Any] = field(default_factory=dict)
     full: dict[str, Any] = field(default_factory=dict)
     recorded_domains: tuple[str, ...] | None = None
@@ -171,6 +179,8 @@ class Evaluation:
             popularity_mean=record.get("popularity_mean"),
             too_short=record.get("too_short"),
             skipped_users=record.get("skipped_users"),
+            split=record.get("split"),
+            seen=record.get("seen"),
             model_state=model_state,
             full=full,
             recorded_domains=None if domains is None else tuple(domains),
@@ -188,6 +198,10 @@ class Evaluation:
             record["too_short"] = self.too_short
         if self.skipped_users is not None:
             record["skipped_users"] = self.skipped_users
+        if self.split is not None:
+            record["split"] = self.split
+        if self.seen is not None:
+            record["seen"] = self.seen
         record |= self.model_state
         record["domains"] = {row.name: row.model for row in self.by_domain}
         record["mean"] = self.mean

@@ -14,6 +14,7 @@ from trainer.reporting.console import (
     metric_cells,
     new_table,
     sentence_on_mean,
+    split_sentences,
     stacked_header,
 )
 
@@ -130,6 +131,7 @@ def _caption(evaluation: Evaluation) -> Text:
         "Intervals are of 95 %, over users; "
         "the difference is that to ranking by popularity."
     ]
+    lines += [f"{sentence}." for sentence in split_sentences(evaluation)]
     sentence = sentence_on_mean(evaluation)
     if sentence is not None:
         lines.append(f"{sentence[0].upper()}{sentence[1:]}.")

@@ -12,6 +12,7 @@ from trainer.reporting.console import (
     intervals_by_metric,
     metric_cells,
     sentence_on_mean,
+    split_sentences,
 )
 from trainer.reporting.full_ranking_tables import headline
 from trainer.reporting.html import Cell, Table
@@ -97,11 +98,14 @@ def _means(evaluation: Evaluation) -> list[tuple[DomainFigures, int]]:
 
 
 def _note_on_mean(evaluation: Evaluation) -> str | None:
-    """What the mean leaves out, as a sentence."""
+    """How the events were split by time, and what the mean leaves out, as sentences."""
+    sentences = split_sentences(evaluation)
     sentence = sentence_on_mean(evaluation)
-    if sentence is None:
+    if sentence is not None:
+        sentences.append(f"{sentence[0].upper()}{sentence[1:]}")
+    if not sentences:
         return None
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    return " ".join(f"{sentence}." for sentence in sentences)
 
 
 def _final_cells(

@@ -7,7 +7,11 @@ import plotly.graph_objects as go
 from trainer.config.study import OURS
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
-from trainer.reporting.console import escape_name, format_signed
+from trainer.reporting.console import (
+    escape_name,
+    format_signed,
+    split_sentence,
+)
 from trainer.reporting.html import (
     Section,
     page_title,
@@ -65,12 +69,14 @@ def _lead(study: Study) -> list[str]:
     seeds = "one seed"
     if len(study.config.seeds) > 1:
         seeds = f"{len(study.config.seeds)} seeds"
+    held_out = "The newest item of a user is the test item, the one before it validation"
+    if study.split is not None:
+        held_out = split_sentence(study.split, "test")
     lines = [
         f"{dataset.users:,} users, "
         f"{dataset.interactions:,} interactions; "
         f"domains: {', '.join(names)}. "
-        f"{seeds.capitalize()}. The newest item of a user is the "
-        "test item, the one before it validation; epochs and settings are chosen by "
+        f"{seeds.capitalize()}. {held_out}; epochs and settings are chosen by "
         "validation alone."
     ]
     if OURS in study.results and len(study.results) > 1:

@@ -35,7 +35,8 @@ class RunResult:
         sampled  [1, 7, 2, 11]
         full     [3, 9, 2, 80]
 
-    validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
+    target: the targets' numbers (trainer/evaluation/targets.py), where they are known; a user may have
+    several. validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
     validation was the last one, so that more training might be better.
     """
 
@@ -48,6 +49,12 @@ class RunResult:
     users_per_second: float
     epochs: float
     best_is_last: bool = False
+    target: np.ndarray | None = None
+
+    @property
+    def order(self) -> np.ndarray:
+        """By which targets of several runs are put in one order."""
+        return self.user if self.target is None else self.target
 
     def positions(self, ranking: str) -> np.ndarray:
         """Positions by one of RANKINGS."""
@@ -155,7 +162,8 @@ class _Seed(NamedTuple):
         """Puts the runs of single domains together."""
         user_U = np.concatenate([run.user for run in runs])
         domain_U = np.concatenate([run.domain for run in runs])
-        order = np.argsort(user_U, kind="stable")
+        order_U = np.concatenate([run.order for run in runs])
+        order = np.argsort(order_U, kind="stable")
         position = {}
         for ranking in RANKINGS:
             position_U = np.concatenate(
@@ -199,6 +207,12 @@ def read_popularity(run: Path) -> dict[str, PopularityMetrics]:
             mean=part["popularity_mean"],
         )
     return popularity
+
+
+def read_split(run: Path) -> dict[str, Any] | None:
+    """The split by time of a run's full evaluation; None of leave-one-out."""
+    file = run / full_ranking_file("test")
+    return json.loads(file.read_text(encoding="utf-8")).get("split")
 
 
 @dataclass(frozen=True)
