@@ -35,7 +35,8 @@ class ModelConfig:
     )
     time_knots: int = _setting(
         128,
-        "knots of the vectors of time, from the logs' first time to the last; 0: order alone",
+        "knots of the vectors of time, from the logs' first time to the last; 1: the time between "
+        "interactions alone; 0: order alone",
         on_warm_start=True,
     )
     experts: int = _setting(5, "K")
@@ -241,10 +242,10 @@ class ModelConfig:
             )
 
     def _check_numbers(self) -> None:
-        if self.time_knots < 0 or self.time_knots == 1:
+        if self.time_knots < 0:
             raise ValueError(
-                f"model.time_knots is {self.time_knots}: give 0 (times are not looked at), or 2 "
-                "and more"
+                f"model.time_knots is {self.time_knots}: give 0 (times are not looked at), 1 (the "
+                "time between interactions alone), or more"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(

@@ -110,8 +110,9 @@ def _interpolate_knots(
     last = knots_2KR.shape[1] - 1
     elapsed = (times - old_span[0]) / length
     along = elapsed.clamp(0, 1) * last
-    low = along.long().clamp(max=last - 1)
+    low = along.long().clamp(max=max(0, last - 1))
+    high = (low + 1).clamp(max=last)
     share = (along - low).to(knots_2KR.dtype).unsqueeze(1)
     low_2KR = knots_2KR[:, low]
-    high_2KR = knots_2KR[:, low + 1]
+    high_2KR = knots_2KR[:, high]
     return torch.lerp(low_2KR, high_2KR, share)

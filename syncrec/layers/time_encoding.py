@@ -4,6 +4,8 @@ Time comes as ticks, whole numbers from 0, the first time of the dataset's logs,
 Shapes: K knots, M packed tokens, L targets, r width.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,14 +24,20 @@ class Clock(nn.Module):
     To a token it adds a vector of its gap and a vector of the time for which it predicts. A token
     of a history predicts for the time of the interaction that followed, the newest token for the
     time of the request. By what it adds to the output an item has a popularity of its own at every
-    time. The time's vectors are linear between `time_knots` knots at equal distances. All start at
-    zero.
+    time. The time's vectors are linear between `time_knots` knots at equal distances; one knot
+    stands for all times, so that gaps alone count. All start at zero.
+
+    The vectors of the newest time that training knows stand for all later ones, as in
+    `end_training`: the knots behind it learn nothing.
 
     Beyond section 4 of the paper, which knows the order of interactions and nothing of their times.
     """
 
+    newest_tick: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.register_buffer("newest_tick", torch.tensor(TICKS))
         self.knots_2KR = nn.Parameter(
             torch.zeros(2, config.time_knots, config.dim)
         )
@@ -44,6 +52,10 @@ class Clock(nn.Module):
         """time_L: ticks, int64. Returns (L, r)."""
         return self._interpolate(_OUTPUT, time_L)
 
+    def end_training(self, newest_tick: int | None) -> None:
+        """Says that training knows no later time. newest_tick: None: it knows all."""
+        self.newest_tick.fill_(TICKS if newest_tick is None else newest_tick)
+
     def _interpolate(self, function: int, time_N: Tensor) -> Tensor:
         """Vectors of some times, linear between the two knots beside each: (N, r).
 
@@ -55,12 +67,22 @@ class Clock(nn.Module):
         """
         knots_KR = self.knots_2KR[function]
         last = len(knots_KR) - 1
-        along_N = time_N.to(knots_KR.dtype) * (last / TICKS)
-        low_N = along_N.long().clamp(max=last - 1)
+        known_N = torch.minimum(time_N, self.newest_tick)
+        along_N = known_N.to(knots_KR.dtype) * (last / TICKS)
+        low_N = along_N.long().clamp(max=max(0, last - 1))
+        high_N = (low_N + 1).clamp(max=last)
         share_N1 = (along_N - low_N).unsqueeze(1)
         low_NR = knots_KR.index_select(0, low_N)
-        high_NR = knots_KR.index_select(0, low_N + 1)
+        high_NR = knots_KR.index_select(0, high_N)
         return torch.lerp(low_NR, high_NR, share_N1)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Takes a state of before, which knows all times."""
+        newest_tick = torch.tensor(TICKS)
+        state_dict.setdefault(f"{prefix}newest_tick", newest_tick)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def compute_gaps(ticks: np.ndarray) -> np.ndarray:

@@ -82,6 +82,7 @@ def training_step(
     """
     parameters = {name: value.detach().clone() for name, value in state.items()}
     lambda_state = parameters.pop("correction.lambda_D", None)
+    parameters.pop("clock.newest_tick", None)
     for parameter in parameters.values():
         parameter.requires_grad_()
     table = table.detach().clone().requires_grad_()
@@ -393,6 +394,8 @@ class _Network:
     def time(self, function, tick):
         """A vector of time: on the line between the two knots beside it."""
         knots = self.parameters["clock.knots_2KR"][function]
+        if len(knots) == 1:
+            return knots[0]
         place = tick / 65535 * (len(knots) - 1)
         low = min(math.floor(place), len(knots) - 2)
         return (low + 1 - place) * knots[low] + (place - low) * knots[low + 1]

@@ -73,6 +73,8 @@ class LeaveOneOut:
     """The newest two interactions of each history that can be split are held out."""
 
     name: ClassVar[str] = "leave_one_out"
+    # The newest that is trained on; None: any.
+    newest_tick: ClassVar[int | None] = None
     # Targets of a user in a part, at most.
     one_target: ClassVar[bool] = True
 
@@ -115,6 +117,11 @@ class Timeline:
     whose: str = "first"
 
     name: ClassVar[str] = "timeline"
+
+    @property
+    def newest_tick(self) -> int:
+        """The newest that is trained on."""
+        return self.validation_tick - 1
 
     @property
     def one_target(self) -> bool:

@@ -126,6 +126,8 @@ class Trainer:
             restore_model(checkpoint, self.model)
         if warm is not None:
             warm.restore_model(self.model)
+        if self.model.clock is not None:
+            self.model.clock.end_training(dataset.split.newest_tick)
         self.engine = start_engine(self.model, deepspeed_config)
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)

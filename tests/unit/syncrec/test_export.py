@@ -133,6 +133,7 @@ def both(model, lengths, domain=None):
         PLAIN | {"experts": 3},
         {"max_length": 1},
         {"time_knots": 9},
+        {"time_knots": 1},
         {"time_knots": 40, "gate": "sequence", "norm": "pre"},
         {"time_knots": 2, "max_length": 1},
     ],

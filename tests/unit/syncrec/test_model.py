@@ -103,6 +103,7 @@ READINGS = {
     "bpr_probability": {"loss": "bpr_probability"},
     "information_alone": {"eta": 0.0},
     "time": {"time_knots": 5},
+    "gaps": {"time_knots": 1},
     "time_sequence_gate_shapley": {
         "time_knots": 2,
         "gate": "sequence",
