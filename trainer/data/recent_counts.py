@@ -89,9 +89,7 @@ class Days:
 Pairs = tuple[np.ndarray, np.ndarray]
 
 
-def count_pairs(
-    days: Days, rows_N: np.ndarray, ticks_N: np.ndarray
-) -> Pairs:
+def count_pairs(days: Days, rows_N: np.ndarray, ticks_N: np.ndarray) -> Pairs:
     """The pairs of some events, and how many events each has: (key_K, events_K), int64.
 
     rows_N, ticks_N: of each event, in any order. With 10 days in all:
@@ -109,9 +107,9 @@ def count_pairs(
 def merge_pairs(parts: Sequence[Pairs]) -> Pairs:
     """The pairs of several counts together, rising.
 
-        parts       [73 84 | 2 1]    [73 75 | 1 4]
-        key_K       73 75 84
-        events_K    3  4  1
+    parts       [73 84 | 2 1]    [73 75 | 1 4]
+    key_K       73 75 84
+    events_K    3  4  1
     """
     if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -30,6 +30,8 @@ from trainer.evaluation.candidate_files import (
     read_candidates_of_rank,
 )
 from trainer.evaluation.full import full_record, rank_fully
+from trainer.evaluation.recency.choice import open_recency
+from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.sampled import (
     Advance,
     Candidates,
@@ -80,12 +82,14 @@ def evaluate_run(
         options = _record_options(trained)
         positions = _UserPositions(dataset.users if full else 0)
         visit = positions.visit if full else None
+        recency = open_recency(dataset, ranks, config)
         ranking = _rank_candidates(
             trained,
             split,
             candidates_by_user,
             output,
             visit,
+            recency,
         )
         record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
@@ -99,6 +103,7 @@ def evaluate_run(
                 config,
                 split,
                 advance,
+                recency=recency,
             )
         record = full_record(split, dataset, whole, record, **options)
         domain_U = sum_over_ranks(positions.domain_U)
@@ -143,6 +148,7 @@ def _rank_candidates(
     candidates: CandidatesByUser | None,
     output: str | Path | None,
     visit: Visit | None,
+    recency: RecencyPopularity,
 ) -> PositionCounts:
     """Ranks a split among drawn or given candidates; leaves `output` where it is given.
 
@@ -173,6 +179,7 @@ def _rank_candidates(
                 candidates,
                 visit_both,
                 advance,
+                recency=recency,
             )
     except BaseException:
         if writer:

@@ -25,9 +25,23 @@ from trainer.data.loading.stream import batches_of_workers
 from trainer.data.split import can_be_split
 from trainer.distributed.process_group import sum_over_ranks
 from trainer.evaluation.bootstrap import GroupMeans
-from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
-from trainer.evaluation.metrics import FULL_METRICS, domains_of_mean
+from trainer.evaluation.evaluation import (
+    COMPARED,
+    MODEL,
+    POPULARITY,
+    RECENCY,
+    ComparedMeans,
+    DomainFigures,
+    DomainTable,
+    Evaluation,
+)
+from trainer.evaluation.metrics import FULL_METRICS, Figures, domains_of_mean
 from trainer.evaluation.popularity import Popularity
+from trainer.evaluation.recency.ranking import (
+    FullRecencyRanking,
+    HalfLifeChoice,
+    RecencyPopularity,
+)
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
 from trainer.run_files import HEADLINE
 
@@ -53,7 +67,8 @@ BREAKDOWNS = {
 class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
-    user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. length_B: of
+    user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
+    for which is predicted. length_B: of
     the whole history before it. domain_length_B: interactions of that history in the item's
     domain. rows_E, counts_B: every other item of the user, jagged. skipped, reasons: as in `RankBatch`
     (trainer.data.loading.stream).
@@ -63,6 +78,7 @@ class HeldOutBatch:
         user_B             12       40           7       31
         domain_B           0        1            1       0
         row_B              4        51           58      9
+        now_B              700      90           65000   700
         length_B           2        3            2       2
         domain_length_B    1        2            1       2
         counts_B           2        3            2       2
@@ -73,6 +89,7 @@ class HeldOutBatch:
     user_B: np.ndarray
     domain_B: np.ndarray
     row_B: np.ndarray
+    now_B: np.ndarray
     length_B: np.ndarray
     domain_length_B: np.ndarray
     rows_E: np.ndarray
@@ -86,7 +103,7 @@ class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
     rank_U: int32, the position of each user of the dataset, by number; 0 of those that were not
-    ranked. means: GroupMeans of the model and of popularity; the groups of domain d are
+    ranked. means: GroupMeans of `systems`; the groups of domain d are
     d · groups_of_domain() and those that follow: all its users, then those of each of BREAKDOWNS.
     shown: how often each row of M was among the SHOWN best of a user.
 
@@ -103,6 +120,8 @@ class FullRanking:
     shown: np.ndarray
     skipped_users: int
     reasons: tuple[str, ...]
+    systems: tuple[str, ...] = (MODEL, POPULARITY)
+    recency_choice: HalfLifeChoice | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -143,6 +162,7 @@ class HeldOutBatches(RankingBatches):
             user_B=users.number_B[chosen_B],
             domain_B=domain_B,
             row_B=row_B,
+            now_B=users.ticks_N[held_out_B].astype(np.int64),
             length_B=self.split.history_lengths(lengths_B),
             domain_length_B=domain_length_B,
             rows_E=np.concatenate(others),
@@ -250,16 +270,16 @@ def rank_fully(
     split: str,
     advance: Advance | None = None,
     workers: int | None = None,
+    recency: RecencyPopularity | None = None,
 ) -> FullRanking:
     """Ranks every user of a split among all items of a domain. Called on all ranks.
 
-    advance(done, total): called after every step. workers: as `ready` takes them.
+    advance(done, total): called after every step. workers: as `ready` takes them. recency: ranks
+    them beside the model and popularity.
     """
     batches = _held_out_batches(dataset, ranks, config, split)
     rankings = _DomainRankings(table, dataset, batches.only_domain)
-    popularity = Popularity(dataset, config.seed)
-    all_groups = len(dataset.domains) * groups_of_domain()
-    means = GroupMeans(2, all_groups, config.seed)
+    systems = _Systems(dataset, config.seed, recency)
     position_U = np.zeros(dataset.users, np.int32)
     skipped = 0
     reasons: dict[str, None] = {}
@@ -276,27 +296,93 @@ def rank_fully(
         y_BDR = model(query, table(query.ids))
         # A rank without users has one to look up with.
         position_B = rankings.rank(y_BDR[: len(batch.user_B)], batch)
-        popularity_B = popularity.positions(
-            batch.user_B,
-            batch.domain_B,
-            batch.row_B,
-            batch.counts_B,
-            batch.rows_E,
-        )
         position_U[batch.user_B] = position_B
-        third_B = popularity.third_N[batch.row_B]
-        groups_BG = groups(batch, third_B)
-        means.add(batch.user_B, groups_BG, (position_B, popularity_B))
+        systems.add(batch, position_B)
         if advance is not None:
             advance(done, len(batches))
+    means = systems.means()
     means.reduce(ranks.device)
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
     _sum_in_place(skipped_1, ranks.device)
     position_U = sum_over_ranks(position_U)
     return FullRanking(
-        position_U, means, rankings.shown_N, int(skipped_1[0]), tuple(reasons)
+        position_U,
+        means,
+        rankings.shown_N,
+        int(skipped_1[0]),
+        tuple(reasons),
+        systems.names,
+        None if recency is None else recency.choice,
     )
+
+
+@dataclass(frozen=True)
+class _RankedBatch:
+    """The users of a step, their groups, and their positions by the model and by popularity."""
+
+    user_B: np.ndarray
+    groups_BG: np.ndarray
+    positions: tuple[np.ndarray, np.ndarray]
+
+
+class _Systems:
+    """The positions of all systems, and their means.
+
+    Without recency popularity each step is added to the means at once. It ranks a domain day after
+    day: then steps wait until all are there, in about 60 bytes a user.
+    """
+
+    def __init__(
+        self, dataset: Dataset, seed: int, recency: RecencyPopularity | None
+    ) -> None:
+        self.names: tuple[str, ...] = (MODEL, POPULARITY)
+        self._popularity = Popularity(dataset, seed)
+        self._recency = None
+        if recency is not None:
+            self.names = (*self.names, RECENCY)
+            self._recency = FullRecencyRanking(recency, dataset)
+        all_groups = len(dataset.domains) * groups_of_domain()
+        self._means = GroupMeans(len(self.names), all_groups, seed)
+        self._waiting: list[_RankedBatch] = []
+
+    def add(self, batch: HeldOutBatch, position_B: np.ndarray) -> None:
+        """Adds a step's users. position_B: by the model."""
+        popularity_B = self._popularity.positions(
+            batch.user_B,
+            batch.domain_B,
+            batch.row_B,
+            batch.counts_B,
+            batch.rows_E,
+        )
+        groups_BG = groups(batch, self._popularity.third_N[batch.row_B])
+        positions = (position_B, popularity_B)
+        if self._recency is None:
+            self._means.add(batch.user_B, groups_BG, positions)
+            return
+        self._recency.add(
+            batch.user_B,
+            batch.domain_B,
+            batch.row_B,
+            batch.now_B,
+            batch.counts_B,
+            batch.rows_E,
+        )
+        ranked = _RankedBatch(batch.user_B, groups_BG, positions)
+        self._waiting.append(ranked)
+
+    def means(self) -> GroupMeans:
+        """The means over this rank's users, after the last step."""
+        if self._recency is None:
+            return self._means
+        recency = self._recency.positions()
+        for ranked, recency_B in zip(self._waiting, recency, strict=True):
+            self._means.add(
+                ranked.user_B,
+                ranked.groups_BG,
+                (*ranked.positions, recency_B),
+            )
+        return self._means
 
 
 def _held_out_batches(
@@ -369,43 +455,51 @@ def full_evaluation(
     min_users: of a domain that counts in the mean over domains (`evaluation.min_users`).
     """
     means = ranking.means
+    # Of the domains: their groups' numbers begin at these.
+    first_of = {}
     rows = []
-    differences = {}
     breakdown = {}
     recommendations = {}
-    firsts = []  # of each domain's groups
     for number, domain in enumerate(dataset.domains):
         first = number * groups_of_domain()
-        firsts.append(first)
-        by_model = means.figures(0, first)
-        by_popularity = means.figures(1, first)
-        rows.append(DomainFigures(domain.name, by_model, by_popularity))
-        differences[domain.name] = means.difference(first, HEADLINE)
-        breakdown[domain.name] = _breakdown(means, first)
+        first_of[domain.name] = first
+        beside: dict[str, Figures] = {key: {} for key in COMPARED}
+        for system, name in enumerate(ranking.systems):
+            beside[name] = means.figures(system, first)
+        figures = beside.pop(MODEL)
+        rows.append(DomainFigures(domain.name, figures, **beside))
+        breakdown[domain.name] = _breakdown(ranking, first)
         end = domain.start + domain.items
         shown_N = ranking.shown[domain.start : end]
         recommendations[domain.name] = recommended(shown_N)
     users = {row.name: row.users for row in rows}
     mean_domains = domains_of_mean(users, min_users)
-    first_of = dict(zip(users, firsts, strict=True))
+    firsts = list(first_of.values())
     counted = [first_of[name] for name in mean_domains]
     full = {
-        "difference": {
-            "metric": HEADLINE,
-            "domains": differences,
-            "mean": means.mean_difference(counted, HEADLINE),
-            "user_mean": means.user_mean_difference(firsts, HEADLINE),
-        },
+        "difference": _differences(means, 1, first_of, counted),
         "breakdown": breakdown,
         "recommended": recommendations,
     }
+    if RECENCY in ranking.systems:
+        system = ranking.systems.index(RECENCY)
+        full["recency_difference"] = _differences(
+            means, system, first_of, counted
+        )
     if sampled:
         full["sampled"] = sampled
+    compared = {}
+    for system, name in enumerate(ranking.systems):
+        if name != MODEL:
+            compared[name] = ComparedMeans(
+                means.mean(system, counted), means.user_mean(system, firsts)
+            )
+    choice = ranking.recency_choice
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, FULL_METRICS),
         mean=means.mean(0, counted),
-        popularity_mean=means.mean(1, counted),
+        compared=compared,
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
@@ -413,8 +507,31 @@ def full_evaluation(
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
         recorded_user_mean=means.user_mean(0, firsts),
-        recorded_popularity_user_mean=means.user_mean(1, firsts),
+        recency_choice=None if choice is None else choice.to_record(),
     )
+
+
+def _differences(
+    means: GroupMeans,
+    system: int,
+    first_of: dict[str, int],
+    counted: list[int],
+) -> dict[str, Any]:
+    """How much more of the headline metric the model has than another system.
+
+    first_of: by domain, the number of the group of all its users. counted: of the domains that
+    count in the mean.
+    """
+    domains = {}
+    for name, first in first_of.items():
+        domains[name] = means.difference(first, HEADLINE, system)
+    firsts = list(first_of.values())
+    return {
+        "metric": HEADLINE,
+        "domains": domains,
+        "mean": means.mean_difference(counted, HEADLINE, system),
+        "user_mean": means.user_mean_difference(firsts, HEADLINE, system),
+    }
 
 
 def full_record(
@@ -429,7 +546,7 @@ def full_record(
     return evaluation.to_record()
 
 
-def _breakdown(means: GroupMeans, first: int) -> dict[str, dict[str, Any]]:
+def _breakdown(ranking: FullRanking, first: int) -> dict[str, dict[str, Any]]:
     """{breakdown: {group: figures}} of the domain whose groups begin at `first`.
 
     {"item popularity": {"head": {"users": 66, "HR@1": 0.08, …, "popularity NDCG@10": 0.5}, …}, …}
@@ -439,9 +556,11 @@ def _breakdown(means: GroupMeans, first: int) -> dict[str, dict[str, Any]]:
     for breakdown, names in BREAKDOWNS.items():
         figures_of_groups = {}
         for name in names:
-            popularity = means.figures(1, group)
-            figures = means.figures(0, group)
-            figures[f"popularity {HEADLINE}"] = popularity[HEADLINE]
+            figures = ranking.means.figures(0, group)
+            for system, beside in enumerate(ranking.systems):
+                if beside != MODEL:
+                    of_system = ranking.means.figures(system, group)
+                    figures[f"{beside} {HEADLINE}"] = of_system[HEADLINE]
             figures_of_groups[name] = figures
             group += 1
         breakdowns[breakdown] = figures_of_groups

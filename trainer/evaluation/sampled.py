@@ -31,9 +31,19 @@ from trainer.data.loading.stream import (
     find_domains,
 )
 from trainer.data.split import SPLITS, can_be_split
-from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
+from trainer.evaluation.evaluation import (
+    COMPARED,
+    MODEL,
+    POPULARITY,
+    RECENCY,
+    ComparedMeans,
+    DomainFigures,
+    DomainTable,
+    Evaluation,
+)
 from trainer.evaluation.metrics import (
     METRICS,
+    Figures,
     candidate_positions,
     count_positions,
     domains_of_mean,
@@ -42,6 +52,7 @@ from trainer.evaluation.metrics import (
     user_mean_figures,
 )
 from trainer.evaluation.popularity import candidate_scores
+from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -61,14 +72,15 @@ class Candidates:
     """Users to be ranked in one step of one process: a model's input, and what it is to score.
 
     user_B: user numbers, −1 for a place that only keeps the processes in step. domain_B: of the
-    held-out item. counts_B: candidates of each user, the held-out item first. rows_C: their rows
-    of M. skipped, reasons: users who could not be read, and why, as in `RankBatch`
+    held-out item. now_B: the ticks for which is predicted, int64. counts_B: candidates of each user,
+    the held-out item first. rows_C: their rows of M. skipped, reasons: users who could not be read, and why, as in `RankBatch`
     (trainer.data.loading.stream).
 
     Four users, two of each domain, with two negatives each; domain 1 begins at row 50:
 
         user_B      12        40         7         31
         domain_B    0         1          1         0
+        now_B       700       90         65000     700
         counts_B    3         3          3         3
         rows_C      4 9 2     51 60 55   58 52 61  9 17 3
     """
@@ -76,6 +88,7 @@ class Candidates:
     query: Query
     user_B: np.ndarray
     domain_B: np.ndarray
+    now_B: np.ndarray
     counts_B: np.ndarray
     rows_C: np.ndarray
     skipped: int = 0
@@ -86,9 +99,10 @@ class Candidates:
 class PositionCounts:
     """How often each position occurred in a split, summed over all processes.
 
-    histogram: int64 (2, D, longest candidate list), position 1 first, by the model and by
-    popularity. skipped_users: users that could not be read, whether or not they would have been
-    evaluated. reasons: why, of this process alone, each line once.
+    histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`.
+    skipped_users: users that could not be read, whether or not they would have been evaluated.
+    reasons: why, of this process alone, each line once. recency_choice: the half-life of recency
+    popularity, where that is one of the systems.
 
     Four users, two in each of two domains, among three candidates:
 
@@ -101,6 +115,8 @@ class PositionCounts:
     histogram: np.ndarray
     skipped_users: int = 0
     reasons: tuple[str, ...] = ()
+    systems: tuple[str, ...] = (MODEL, POPULARITY)
+    recency_choice: HalfLifeChoice | None = None
 
 
 # Called with (…, position_B, scores_C).
@@ -187,6 +203,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
         chosen: list[np.integer[Any]] = []
         numbers: list[int] = []
         domains: list[int] = []
+        now: list[int] = []
         candidates: list[np.ndarray] = []
         (split_B,) = np.nonzero(can_be_split(users.lengths_B))
         for user in split_B:
@@ -201,10 +218,12 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             chosen.append(user)
             numbers.append(number)
             domains.append(domain)
+            now.append(int(users.ticks_N[end - self.split.offset]))
             candidates.append(rows)
         if not chosen:  # this rank takes part in the look-up all the same
             numbers = [-1]
             domains = [0]
+            now = [0]
             candidates = [np.zeros(1, np.int64)]
         rows_C = np.concatenate(candidates)
         query = self.query(users, chosen, rows_C)
@@ -213,6 +232,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             query,
             np.array(numbers),
             np.array(domains),
+            np.array(now),
             counts_B,
             rows_C,
         )
@@ -348,6 +368,7 @@ def evaluate_split(
     visit: Visit | None = None,
     advance: Advance | None = None,
     workers: int | None = None,
+    recency: RecencyPopularity | None = None,
 ) -> PositionCounts:
     """Ranks every user of a split, as `rank_candidates` does. Called on all ranks.
 
@@ -372,7 +393,7 @@ def evaluate_split(
         workers=workers,
     )
     return rank_candidates(
-        model, table, batches, built, ranks.device, visit, advance
+        model, table, batches, built, ranks.device, visit, advance, recency
     )
 
 
@@ -385,15 +406,18 @@ def rank_candidates(
     device: torch.device,
     visit: Visit | None = None,
     advance: Advance | None = None,
+    recency: RecencyPopularity | None = None,
 ) -> PositionCounts:
     """Ranks the candidates of every step that `built` brings. Called on all ranks.
 
     model: takes (Query, rows) and gives (B, D, R). visit(candidates, position_B, scores_C): called
-    for every step of this process. advance(done, total): called after every step.
+    for every step of this process. advance(done, total): called after every step. recency: ranks
+    them beside the model and popularity.
     """
     dataset = batches.plan.dataset
-    counts_N = read_item_counts(dataset)
-    shape = (2, len(dataset.domains), batches.longest_list())
+    baselines = _Baselines(dataset, batches.plan.seed, recency)
+    systems = (MODEL, *baselines.names)
+    shape = (len(systems), len(dataset.domains), batches.longest_list())
     histogram = np.zeros(shape, np.int64)
     skipped = 0
     reasons: dict[str, None] = {}
@@ -401,19 +425,12 @@ def rank_candidates(
         skipped += candidates.skipped
         reasons |= dict.fromkeys(candidates.reasons)
         scores_C = _model_scores(model, table, candidates, device)
-        popularity_C = candidate_scores(
-            counts_N,
-            batches.plan.seed,
-            candidates.user_B,
-            candidates.counts_B,
-            candidates.rows_C,
-        )
         position_B = candidate_positions(scores_C, candidates.counts_B)
-        popularity_B = candidate_positions(popularity_C, candidates.counts_B)
-        real = candidates.user_B >= 0
-        domain_B = candidates.domain_B[real]
-        count_positions(histogram[0], domain_B, position_B[real])
-        count_positions(histogram[1], domain_B, popularity_B[real])
+        positions = [position_B, *baselines.positions(candidates)]
+        real_B = candidates.user_B >= 0
+        domain_B = candidates.domain_B[real_B]
+        for system, system_B in enumerate(positions):
+            count_positions(histogram[system], domain_B, system_B[real_B])
         if visit is not None:
             visit(candidates, position_B, scores_C)
         if advance is not None:
@@ -421,8 +438,48 @@ def rank_candidates(
     total = torch.from_numpy(np.append(histogram, skipped)).to(device)
     dist.all_reduce(total)
     *counts, skipped = total.tolist()
-    histogram = np.array(counts, np.int64).reshape(shape)
-    return PositionCounts(histogram, skipped, tuple(reasons))
+    return PositionCounts(
+        np.array(counts, np.int64).reshape(shape),
+        skipped,
+        tuple(reasons),
+        systems,
+        None if recency is None else recency.choice,
+    )
+
+
+class _Baselines:
+    """The systems without a model that rank the same candidates."""
+
+    def __init__(
+        self, dataset: Dataset, seed: int, recency: RecencyPopularity | None
+    ) -> None:
+        self._counts_N = read_item_counts(dataset)
+        self._seed = seed
+        self._recency = recency
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their keys in a record."""
+        if self._recency is None:
+            return (POPULARITY,)
+        return (POPULARITY, RECENCY)
+
+    def positions(self, candidates: Candidates) -> list[np.ndarray]:
+        """The positions of the first candidates by each of them, int64 (B,)."""
+        user_B = candidates.user_B
+        counts_B = candidates.counts_B
+        rows_C = candidates.rows_C
+        scores = [
+            candidate_scores(
+                self._counts_N, self._seed, user_B, counts_B, rows_C
+            )
+        ]
+        if self._recency is not None:
+            recency_C = self._recency.candidate_scores(
+                user_B, candidates.now_B, counts_B, rows_C
+            )
+            scores.append(recency_C)
+        return [candidate_positions(score_C, counts_B) for score_C in scores]
 
 
 def _model_scores(
@@ -478,28 +535,43 @@ def evaluation_of(
     min_users: of a domain that counts in the mean over domains (`evaluation.min_users`), by the
     users of all processes. mean_domains: the domains that count, whatever their users are.
     """
-    rows = []
-    for number, domain in enumerate(dataset.domains):
-        by_model = metrics_of_histogram(ranking.histogram[0, number])
-        by_popularity = metrics_of_histogram(ranking.histogram[1, number])
-        rows.append(DomainFigures(domain.name, by_model, by_popularity))
-    model_figures = {row.name: row.model for row in rows}
-    popularity_figures = {row.name: row.popularity for row in rows}
+    by_system: dict[str, dict[str, Figures]] = {}
+    for system, histogram_DP in zip(
+        ranking.systems, ranking.histogram, strict=True
+    ):
+        by_system[system] = {}
+        for domain, histogram_P in zip(
+            dataset.domains, histogram_DP, strict=True
+        ):
+            figures = metrics_of_histogram(histogram_P)
+            by_system[system][domain.name] = figures
+    model_figures = by_system.pop(MODEL)
     if mean_domains is None:
         users = count_users(dataset, ranking)
         mean_domains = domains_of_mean(users, min_users)
+    rows = []
+    for name, figures in model_figures.items():
+        beside = {}
+        for system in COMPARED:
+            beside[system] = by_system.get(system, {}).get(name, {})
+        rows.append(DomainFigures(name, figures, **beside))
+    compared = {}
+    for system, of_system in by_system.items():
+        mean = mean_figures(of_system, mean_domains)
+        compared[system] = ComparedMeans(mean, user_mean_figures(of_system))
+    choice = ranking.recency_choice
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, METRICS),
         mean=mean_figures(model_figures, mean_domains),
-        popularity_mean=mean_figures(popularity_figures, mean_domains),
+        compared=compared,
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
         recorded_user_mean=user_mean_figures(model_figures),
-        recorded_popularity_user_mean=user_mean_figures(popularity_figures),
+        recency_choice=None if choice is None else choice.to_record(),
     )
 
 

@@ -424,7 +424,13 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
     folder, best, _ = find_best(run, ranks)
     restore_best(folder, model, trainer.table)
     ranking = evaluate_split(
-        model, trainer.table, dataset, ranks, config, "test"
+        model,
+        trainer.table,
+        dataset,
+        ranks,
+        config,
+        "test",
+        recency=trainer.open_recency(),
     )
     inspection = inspect_model(model, trainer.table, dataset, config, ranks)
     if ranks.first:

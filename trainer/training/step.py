@@ -35,6 +35,8 @@ from trainer.distributed.process_group import (
     sum_over_ranks,
 )
 from trainer.errors import InputError, NonFiniteLoss
+from trainer.evaluation.recency.choice import open_recency
+from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
@@ -142,6 +144,7 @@ class Trainer:
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
+        self._recency: RecencyPopularity | None = None
 
     def _build_table(self, is_new: bool) -> ItemTable:
         """Builds the item table; is_new: with its first vectors drawn."""
@@ -158,6 +161,19 @@ class Trainer:
             filled=is_new,
             beside=HostNeeds(checkpoints=True, loaders=loaders),
         )
+
+    def open_recency(
+        self, beat: Callable[[], None] | None = None
+    ) -> RecencyPopularity:
+        """Recency popularity of the dataset, which is counted once. Called on all ranks.
+
+        beat: called now and then while it is counted.
+        """
+        if self._recency is None:
+            self._recency = open_recency(
+                self.dataset, self.ranks, self.config, beat
+            )
+        return self._recency
 
     def prepare(self, batch: Batch) -> PrefetchedBatch:
         """Starts to prefetch a batch for a step to come.

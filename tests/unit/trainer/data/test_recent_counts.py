@@ -81,7 +81,9 @@ def test_an_event_of_the_day_itself_or_later_changes_nothing(
             )
         )
     )
-    past = [event for event in drawn if ten_ticks_a_day.number_T[event[1]] < day]
+    past = [
+        event for event in drawn if ten_ticks_a_day.number_T[event[1]] < day
+    ]
     for row in range(5):
         one = asked(counts_of(ten_ticks_a_day, past), 3.0, row, day)
         other = asked(counts_of(ten_ticks_a_day, past + later), 3.0, row, day)
@@ -97,7 +99,9 @@ def test_counting_in_pieces_is_counting_at_once(pieces, at_once):
             rows = np.array([row for row, _ in piece], np.int32)
             counter.add(rows, np.array([tick for _, tick in piece], np.uint16))
         found = counter.pairs()
-    whole = counts_of(ten_ticks_a_day, [event for piece in pieces for event in piece])
+    whole = counts_of(
+        ten_ticks_a_day, [event for piece in pieces for event in piece]
+    )
     np.testing.assert_array_equal(found[0], whole.key_K)
     np.testing.assert_array_equal(found[1], whole.events_K)
 

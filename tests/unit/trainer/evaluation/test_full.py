@@ -332,7 +332,15 @@ def test_the_groups_of_a_user(length, own, third, expected):
     )
     one = np.ones(1, np.int64)
     held = HeldOutBatch(
-        query, one, 2 * one, one, length * one, own * one, one[:0], 0 * one
+        query,
+        one,
+        2 * one,
+        one,
+        0 * one,
+        length * one,
+        own * one,
+        one[:0],
+        0 * one,
     )
     starts = np.cumsum([1, *map(len, BREAKDOWNS.values())])[:-1]
     assert groups(held, third * one).tolist() == [

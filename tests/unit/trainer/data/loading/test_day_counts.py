@@ -74,7 +74,7 @@ def test_the_ranks_shards_together_are_all(made, ranks):
 
 def test_a_damaged_block_is_refused_or_left_out(made, ranks):
     dataset, histories = made
-    spoil_block(dataset.folder / dataset.shards[0].name, 1)
+    spoil_block(dataset, 0, 1)
     damaged = Dataset.load(dataset.folder, check_shards=False)
     with pytest.raises(InputError, match=r"shards/000000\.tar"):
         count_recent(damaged, ranks, StreamConfig())

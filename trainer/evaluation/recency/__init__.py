@@ -1,0 +1,5 @@
+"""What is known of the recent past: recency popularity, the baseline, and the model's recency term.
+
+ranking   ranks candidates, and all items of a domain, by faded counts of the days before
+choice    chooses the half-life of these counts on the validation split
+"""
