@@ -145,8 +145,15 @@ class Popularity:
         equal_E = count_E == count_B[user_E]
         greater_B -= np.bincount(user_E[greater_E], minlength=len(count_B))
         equal_B -= np.bincount(user_E[equal_E], minlength=len(count_B))
-        bits_B = random_bits(self.seed, RandomStream.POSITION_TIES, user_B)
-        return drawn_positions(greater_B, equal_B, bits_B)
+        return positions_with_ties(greater_B, equal_B, self.seed, user_B)
+
+
+def positions_with_ties(
+    greater_B: np.ndarray, equal_B: np.ndarray, seed: int, user_B: np.ndarray
+) -> np.ndarray:
+    """`drawn_positions` by the order that the seed draws for each user, int64 (B,)."""
+    bits_B = random_bits(seed, RandomStream.POSITION_TIES, user_B)
+    return drawn_positions(greater_B, equal_B, bits_B)
 
 
 def unique_rivals(

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.format.dataset import Dataset
 from trainer.data.recent_counts import RecentCounts
-from trainer.evaluation.metrics import drawn_positions
-from trainer.evaluation.popularity import break_ties, unique_rivals
+from trainer.evaluation.popularity import (
+    break_ties,
+    positions_with_ties,
+    unique_rivals,
+)
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,9 @@ class FullRecencyRanking:
             right_M = np.searchsorted(rising, count_M, side="right")
             greater_U[members] += len(rising) - right_M
             equal_U[members] += right_M - left_M - 1  # without itself
-        bits_U = random_bits(
-            self._recency.seed, RandomStream.POSITION_TIES, users.user_B
+        position_U = positions_with_ties(
+            greater_U, equal_U, self._recency.seed, users.user_B
         )
-        position_U = drawn_positions(greater_U, equal_U, bits_U)
         sizes = [len(step.user_B) for step in self._steps]
         return np.split(position_U, np.cumsum(sizes)[:-1])
 
