@@ -192,6 +192,7 @@ class Run:
         ranking: Literal["sampled", "full"] = "sampled",
         candidates: PathLike | None = None,
         output: PathLike | None = None,
+        recency_term: bool = False,
     ) -> Evaluation:
         """Ranks the held-out items, and returns HR, NDCG and MRR by domain.
 
@@ -199,6 +200,7 @@ class Run:
         intervals); the latter is kept in the run's folder and shown in its report.
         candidates: Parquet with user_id, positive, negatives, in place of drawn ones.
         output: Parquet that gets each user's position and scores.
+        recency_term: rank test items by the model with its recency term, too (docs/evaluate.md).
         """
         from trainer.evaluation.evaluate_run import evaluate_run
 
@@ -218,6 +220,7 @@ class Run:
                 _path_of(candidates),
                 _path_of(output),
                 full,
+                recency_term,
             )
             if full and ranks.first:
                 update_report(self.folder)

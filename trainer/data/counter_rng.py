@@ -48,6 +48,7 @@ class RandomStream(IntEnum):
     PERSONALIZATION_EXCHANGE = 12
     TIME_TIES = 13
     RECENCY_SAMPLE = 14
+    TERM_SAMPLE = 15
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

@@ -31,7 +31,9 @@ from trainer.evaluation.candidate_files import (
 )
 from trainer.evaluation.full import full_record, rank_fully
 from trainer.evaluation.recency.choice import open_recency
+from trainer.evaluation.recency.fit import fit_recency_term
 from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Advance,
     Candidates,
@@ -58,14 +60,20 @@ def evaluate_run(
     candidates: str | Path | None = None,
     output: str | Path | None = None,
     full: bool = False,
+    recency_term: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run's best model and returns the record. Called on all ranks.
 
     data: the dataset's folder where it has moved. candidates, output: files, see
     `trainer.evaluation.candidate_files`. full: rank among all items of the domain too, which
-    leaves the record and each user's positions in the run's folder. Raises InputError where one of
-    them cannot be used.
+    leaves the record and each user's positions in the run's folder. recency_term: rank by the model
+    with its recency term, too (trainer.evaluation.recency), as `evaluation.recency_term` does. Raises
+    InputError where one of them cannot be used.
     """
+    if recency_term and split != "test":
+        raise InputError(
+            "--recency-term: its weights are fitted on the validation split; rank the test split"
+        )
     if full and candidates:
         raise InputError(
             "--candidates: with --ranking full all items of the domain are the candidates; "
@@ -83,6 +91,9 @@ def evaluate_run(
         positions = _UserPositions(dataset.users if full else 0)
         visit = positions.visit if full else None
         recency = open_recency(dataset, ranks, config)
+        term = None
+        if split == "test" and (recency_term or config.evaluation.recency_term):
+            term = _fit_term(trained, recency)
         ranking = _rank_candidates(
             trained,
             split,
@@ -90,6 +101,7 @@ def evaluate_run(
             output,
             visit,
             recency,
+            term,
         )
         record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
@@ -122,6 +134,20 @@ def _record_options(trained: TrainedModel) -> dict[str, int]:
     }
 
 
+def _fit_term(trained: TrainedModel, recency: RecencyPopularity) -> RecencyTerm:
+    """The model's recency term, fitted on the validation split."""
+    with _progress_bar(trained.ranks, "fitting the recency term") as advance:
+        return fit_recency_term(
+            trained.model,
+            trained.table,
+            trained.dataset,
+            trained.ranks,
+            trained.config,
+            recency.counts,
+            advance,
+        )
+
+
 class _UserPositions:
     """The position of each user whom this rank ranks among drawn candidates, and the domain."""
 
@@ -149,6 +175,7 @@ def _rank_candidates(
     output: str | Path | None,
     visit: Visit | None,
     recency: RecencyPopularity,
+    term: RecencyTerm | None,
 ) -> PositionCounts:
     """Ranks a split among drawn or given candidates; leaves `output` where it is given.
 
@@ -180,6 +207,7 @@ def _rank_candidates(
                 visit_both,
                 advance,
                 recency=recency,
+                term=term,
             )
     except BaseException:
         if writer:

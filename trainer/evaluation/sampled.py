@@ -36,6 +36,7 @@ from trainer.evaluation.evaluation import (
     MODEL,
     POPULARITY,
     RECENCY,
+    WITH_RECENCY,
     ComparedMeans,
     DomainFigures,
     DomainTable,
@@ -53,6 +54,7 @@ from trainer.evaluation.metrics import (
 )
 from trainer.evaluation.popularity import candidate_scores
 from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
+from trainer.evaluation.recency.term import RecencyTerm
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -101,8 +103,8 @@ class PositionCounts:
 
     histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`.
     skipped_users: users that could not be read, whether or not they would have been evaluated.
-    reasons: why, of this process alone, each line once. recency_choice: the half-life of recency
-    popularity, where that is one of the systems.
+    reasons: why, of this process alone, each line once. recency_choice, recency_term: the half-life
+    of recency popularity and the weights of the recency term, where they are among the systems.
 
     Four users, two in each of two domains, among three candidates:
 
@@ -117,6 +119,7 @@ class PositionCounts:
     reasons: tuple[str, ...] = ()
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: HalfLifeChoice | None = None
+    recency_term: RecencyTerm | None = None
 
 
 # Called with (…, position_B, scores_C).
@@ -369,6 +372,7 @@ def evaluate_split(
     advance: Advance | None = None,
     workers: int | None = None,
     recency: RecencyPopularity | None = None,
+    term: RecencyTerm | None = None,
 ) -> PositionCounts:
     """Ranks every user of a split, as `rank_candidates` does. Called on all ranks.
 
@@ -393,7 +397,15 @@ def evaluate_split(
         workers=workers,
     )
     return rank_candidates(
-        model, table, batches, built, ranks.device, visit, advance, recency
+        model,
+        table,
+        batches,
+        built,
+        ranks.device,
+        visit,
+        advance,
+        recency,
+        term,
     )
 
 
@@ -407,16 +419,18 @@ def rank_candidates(
     visit: Visit | None = None,
     advance: Advance | None = None,
     recency: RecencyPopularity | None = None,
+    term: RecencyTerm | None = None,
 ) -> PositionCounts:
     """Ranks the candidates of every step that `built` brings. Called on all ranks.
 
     model: takes (Query, rows) and gives (B, D, R). visit(candidates, position_B, scores_C): called
-    for every step of this process. advance(done, total): called after every step. recency: ranks
-    them beside the model and popularity.
+    for every step of this process. advance(done, total): called after every step. recency, term:
+    recency popularity, and what adds to the model's scores: they rank beside the model and
+    popularity.
     """
     dataset = batches.plan.dataset
-    baselines = _Baselines(dataset, batches.plan.seed, recency)
-    systems = (MODEL, *baselines.names)
+    others = _OtherSystems(dataset, batches.plan.seed, recency, term)
+    systems = (MODEL, *others.names)
     shape = (len(systems), len(dataset.domains), batches.longest_list())
     histogram = np.zeros(shape, np.int64)
     skipped = 0
@@ -426,7 +440,7 @@ def rank_candidates(
         reasons |= dict.fromkeys(candidates.reasons)
         scores_C = _model_scores(model, table, candidates, device)
         position_B = candidate_positions(scores_C, candidates.counts_B)
-        positions = [position_B, *baselines.positions(candidates)]
+        positions = [position_B, *others.positions(candidates, scores_C)]
         real_B = candidates.user_B >= 0
         domain_B = candidates.domain_B[real_B]
         for system, system_B in enumerate(positions):
@@ -444,28 +458,42 @@ def rank_candidates(
         tuple(reasons),
         systems,
         None if recency is None else recency.choice,
+        term,
     )
 
 
-class _Baselines:
-    """The systems without a model that rank the same candidates."""
+class _OtherSystems:
+    """What ranks the same candidates beside the model."""
 
     def __init__(
-        self, dataset: Dataset, seed: int, recency: RecencyPopularity | None
+        self,
+        dataset: Dataset,
+        seed: int,
+        recency: RecencyPopularity | None,
+        term: RecencyTerm | None,
     ) -> None:
         self._counts_N = read_item_counts(dataset)
         self._seed = seed
         self._recency = recency
+        self._term = term
 
     @property
     def names(self) -> tuple[str, ...]:
         """Their keys in a record."""
-        if self._recency is None:
-            return (POPULARITY,)
-        return (POPULARITY, RECENCY)
+        names = [POPULARITY]
+        if self._recency is not None:
+            names.append(RECENCY)
+        if self._term is not None:
+            names.append(WITH_RECENCY)
+        return tuple(names)
 
-    def positions(self, candidates: Candidates) -> list[np.ndarray]:
-        """The positions of the first candidates by each of them, int64 (B,)."""
+    def positions(
+        self, candidates: Candidates, scores_C: np.ndarray
+    ) -> list[np.ndarray]:
+        """The positions of the first candidates by each of them, int64 (B,).
+
+        scores_C: the model's.
+        """
         user_B = candidates.user_B
         counts_B = candidates.counts_B
         rows_C = candidates.rows_C
@@ -479,6 +507,8 @@ class _Baselines:
                 user_B, candidates.now_B, counts_B, rows_C
             )
             scores.append(recency_C)
+        if self._term is not None:
+            scores.append(self._term.scores(candidates, scores_C))
         return [candidate_positions(score_C, counts_B) for score_C in scores]
 
 
@@ -560,6 +590,7 @@ def evaluation_of(
         mean = mean_figures(of_system, mean_domains)
         compared[system] = ComparedMeans(mean, user_mean_figures(of_system))
     choice = ranking.recency_choice
+    term = ranking.recency_term
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, METRICS),
@@ -572,6 +603,7 @@ def evaluation_of(
         min_users=min_users,
         recorded_user_mean=user_mean_figures(model_figures),
         recency_choice=None if choice is None else choice.to_record(),
+        recency_term=None if term is None else term.to_record(dataset),
     )
 
 

@@ -2,4 +2,6 @@
 
 ranking   ranks candidates, and all items of a domain, by faded counts of the days before
 choice    chooses the half-life of these counts on the validation split
+term      adds logarithms of such counts to a model's scores, with weights by domain
+fit       fits these weights on the validation split
 """

@@ -1,0 +1,297 @@
+"""The recency term, in its late form: what counts of the recent past add to a finished model's scores.
+
+    score(item) = a · s(item) + Σ_j w_j · log(count_j(item) + ε)
+
+s is the model's score, count_j the faded count with the j-th of TERM_HALF_LIVES as of the day for
+which is predicted. Every domain has weights of its own, a and w. They are those that make the
+validation items the likeliest of their candidates (softmax), by Newton's method. The model is left as
+it is. The score stays an inner product: a · y and w for the user, the logarithms for the item.
+
+What is summed over users is rounded to whole multiples of 2⁻³² and added as integers, so that
+weights do not depend on the number of ranks.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.config.run import RunConfig
+from trainer.data.counter_rng import RandomStream, random_bits, random_unit
+from trainer.data.format.dataset import Dataset
+from trainer.data.recent_counts import ALL_TIME, RecentCounts
+from trainer.distributed.process_group import sum_over_ranks
+
+if TYPE_CHECKING:
+    from trainer.evaluation.sampled import Candidates
+
+TERM_HALF_LIVES = (7.0, 30.0, 90.0, 365.0, ALL_TIME)
+OFFSET = 0.05  # ε
+# Of a larger dataset about so many users weigh, drawn by their numbers.
+_MOST_USERS = 40_000
+_SCALE = 2.0**32
+_MOST_OF_USER = 2.0**45  # so that the users' sum is an int64
+_RIDGE = 1.0  # as strong as a user or so: weights of features that say nothing stay small
+_MOST_STEPS = 50
+_ENOUGH = 1e-9  # less is not gained by a further step, a user
+
+
+class RecencyFeatures:
+    """Logarithms of faded counts, as of any day."""
+
+    def __init__(self, counts: RecentCounts) -> None:
+        self.counts = counts
+        self._faded = [counts.fade(half_life) for half_life in TERM_HALF_LIVES]
+
+    def of(self, rows_Q: np.ndarray, day_Q: np.ndarray) -> np.ndarray:
+        """The features of each row of M before a day, float64 (Q, J).
+
+        Untouched items have log(ε). Of three items, with ε = 0.05:
+
+            counts      0    0.20  3      features    −3.0  −1.4   1.1
+                        0    0     1                  −3.0  −3.0   0.05
+                        8    9     9                   2.1   2.2   2.2
+        """
+        newest = self.counts.newest_before(rows_Q, day_Q)
+        columns = []
+        for faded in self._faded:
+            columns.append(np.log(faded.at(newest) + OFFSET))
+        return np.stack(columns, axis=1)
+
+    def of_candidates(self, candidates: "Candidates") -> np.ndarray:
+        """The features of each candidate as of its user's day, float64 (C, J)."""
+        day_B = self.counts.days.of_ticks(candidates.now_B)
+        day_C = np.repeat(day_B, candidates.counts_B)
+        return self.of(candidates.rows_C, day_C)
+
+
+@dataclass(frozen=True)
+class RecencyTerm:
+    """The fitted weights. weight_DK: float64 (D, 1 + J), a and w of each domain.
+
+    users_D: validation users whom they are fitted to, 0 of a domain that had too few: its scores
+    are the model's.
+    """
+
+    features: RecencyFeatures
+    weight_DK: np.ndarray
+    users_D: np.ndarray
+
+    def scores(
+        self, candidates: "Candidates", scores_C: np.ndarray
+    ) -> np.ndarray:
+        """Each candidate's score with the term, float64 (C,). scores_C: the model's."""
+        x_CK = _inputs(self.features, candidates, scores_C)
+        domain_C = np.repeat(candidates.domain_B, candidates.counts_B)
+        return (x_CK * self.weight_DK[domain_C]).sum(1)
+
+    def to_record(self, dataset: Dataset) -> dict[str, Any]:
+        """{"half_lives": [7, …, "all"], "offset": 0.05, "domains": {"Books": {"users": 812, …}}}
+
+        score: a; weights: w, in the order of the half-lives.
+        """
+        half_lives: list[Any] = list(TERM_HALF_LIVES)
+        half_lives[half_lives.index(ALL_TIME)] = "all"
+        domains = {}
+        for domain, weights, users in zip(
+            dataset.domains,
+            self.weight_DK.tolist(),
+            self.users_D.tolist(),
+            strict=True,
+        ):
+            score, *others = weights
+            domains[domain.name] = {
+                "users": users,
+                "score": score,
+                "weights": others,
+            }
+        return {
+            "half_lives": half_lives,
+            "offset": OFFSET,
+            "domains": domains,
+        }
+
+
+def _inputs(
+    features: RecencyFeatures, candidates: "Candidates", scores_C: np.ndarray
+) -> np.ndarray:
+    """The model's score and the features of each candidate, float64 (C, 1 + J)."""
+    x_CJ = features.of_candidates(candidates)
+    score_C1 = scores_C.astype(np.float64)[:, None]
+    return np.concatenate([score_C1, x_CJ], axis=1)
+
+
+class TermFit:
+    """Takes the candidates of the validation users with the model's scores, and fits the weights."""
+
+    def __init__(
+        self, dataset: Dataset, config: RunConfig, counts: RecentCounts
+    ) -> None:
+        self.features = RecencyFeatures(counts)
+        self._seed = config.seed
+        self._least = config.evaluation.min_users
+        self._share = _MOST_USERS / dataset.users
+        self._domains = len(dataset.domains)
+        self._inputs: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+        self._domain: list[np.ndarray] = []
+
+    def visit(
+        self,
+        candidates: "Candidates",
+        _position_B: np.ndarray,
+        scores_C: np.ndarray,
+    ) -> None:
+        """Keeps one step's users, or a share of them; `rank_candidates` calls it."""
+        user_B = candidates.user_B
+        bits_B = random_bits(self._seed, RandomStream.TERM_SAMPLE, user_B)
+        finite_B = np.logical_and.reduceat(
+            np.isfinite(scores_C), _begins(candidates.counts_B)
+        )
+        kept_B = (user_B >= 0) & finite_B & (random_unit(bits_B) < self._share)
+        kept_C = np.repeat(kept_B, candidates.counts_B)
+        x_CK = _inputs(self.features, candidates, scores_C)
+        self._inputs.append(x_CK[kept_C].astype(np.float32))
+        self._counts.append(candidates.counts_B[kept_B])
+        self._domain.append(candidates.domain_B[kept_B])
+
+    def fit(self) -> RecencyTerm:
+        """The weights of every domain. Called on all ranks, after the last step."""
+        width = 1 + len(TERM_HALF_LIVES)
+        empty = np.zeros((0, width), np.float32)
+        no_users = np.zeros(0, np.int64)
+        x_CK = np.concatenate([*self._inputs, empty])
+        counts_U = np.concatenate([*self._counts, no_users])
+        domain_U = np.concatenate([*self._domain, no_users])
+        domain_C = np.repeat(domain_U, counts_U)
+        weight_DK = np.zeros((self._domains, width))
+        weight_DK[:, 0] = 1
+        users_D = np.zeros(self._domains, np.int64)
+        for domain in range(self._domains):
+            lists = _Lists(
+                x_CK[domain_C == domain].astype(np.float64),
+                counts_U[domain_U == domain],
+            )
+            users = int(sum_over_ranks(np.array([len(lists.counts_U)]))[0])
+            if users < self._least:
+                continue
+            weight_DK[domain] = fit_weights(lists, users)
+            users_D[domain] = users
+        return RecencyTerm(self.features, weight_DK, users_D)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Candidate lists of a domain's users, jagged, the validation item first of each.
+
+    x_CK: float64 (C, K). counts_U: candidates of each user. Two users with two features:
+
+        counts_U    3                    2
+        x_CK        9 0    1 1    0 2    3 0    4 1
+    """
+
+    x_CK: np.ndarray
+    counts_U: np.ndarray
+
+
+def _begins(counts_U: np.ndarray) -> np.ndarray:
+    """Where each user's candidates begin, int64 (U,)."""
+    return np.cumsum(counts_U) - counts_U
+
+
+def fit_weights(lists: _Lists, users: int) -> np.ndarray:
+    """The weights that make the first candidates likeliest, float64 (K,). Called on all ranks.
+
+    They maximise Σ log softmax(x · weights) of the users' first candidates, less _RIDGE / 2 times
+    the square of each weight, of features scaled to unit spread within a user's candidates. users:
+    of all ranks.
+    """
+    lists, spread_K = _scale(lists, users)
+    weight_K = np.zeros(len(spread_K))
+    loss, gradient_K, curvature_KK = _derivatives(lists, weight_K)
+    for _ in range(_MOST_STEPS):
+        step_K = np.linalg.solve(curvature_KK, gradient_K)
+        length = 1.0
+        while True:
+            tried_K = weight_K - length * step_K
+            tried = _derivatives(lists, tried_K)
+            if tried[0] <= loss or length < _ENOUGH:
+                break
+            length /= 2
+        gained = loss - tried[0]
+        if gained <= 0:
+            break
+        weight_K = tried_K
+        loss, gradient_K, curvature_KK = tried
+        if gained < _ENOUGH * users:
+            break
+    return weight_K / spread_K
+
+
+def _scale(lists: _Lists, users: int) -> tuple[_Lists, np.ndarray]:
+    """The lists with features around 0 within each user, of unit spread, and their spread, (K,)."""
+    begins_U = _begins(lists.counts_U)
+    x_CK = lists.x_CK
+    width = x_CK.shape[1]
+    square_UK = np.zeros((0, width))
+    if len(begins_U):
+        mean_UK = np.add.reduceat(x_CK, begins_U) / lists.counts_U[:, None]
+        x_CK = x_CK - np.repeat(mean_UK, lists.counts_U, axis=0)
+        square_UK = np.add.reduceat(x_CK * x_CK, begins_U)
+        square_UK /= users * lists.counts_U[:, None]
+    variance_K = _sum_over_users(square_UK)
+    # A feature that is the same for all candidates has no weight.
+    spread_K = np.sqrt(np.where(variance_K > 0, variance_K, 1))
+    return _Lists(x_CK / spread_K, lists.counts_U), spread_K
+
+
+def _derivatives(
+    lists: _Lists, weight_K: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The loss, its gradient (K,) and its curvature (K, K), over all ranks' users."""
+    width = len(weight_K)
+    value_UV = np.zeros((0, 1 + width + width * width))
+    if len(lists.counts_U):
+        value_UV = _derivatives_of_users(lists, weight_K)
+    total_V = _sum_over_users(value_UV)
+    loss = float(total_V[0])
+    gradient_K = total_V[1 : 1 + width]
+    curvature_KK = total_V[1 + width :].reshape(width, width)
+    return (
+        loss + _RIDGE / 2 * float(weight_K @ weight_K),
+        gradient_K + _RIDGE * weight_K,
+        curvature_KK + _RIDGE * np.eye(width),
+    )
+
+
+def _derivatives_of_users(lists: _Lists, weight_K: np.ndarray) -> np.ndarray:
+    """Each user's loss, gradient and curvature side by side, float64 (U, 1 + K + K²).
+
+    The loss is −log p of the first candidate; the gradient the mean feature less that candidate's;
+    the curvature the covariance of the features, by p.
+    """
+    begins_U = _begins(lists.counts_U)
+    x_CK = lists.x_CK
+    # No matrix product: its sums may depend on how many rows there are.
+    logit_C = (x_CK * weight_K).sum(1)
+    most_U = np.maximum.reduceat(logit_C, begins_U)
+    share_C = np.exp(logit_C - np.repeat(most_U, lists.counts_U))
+    total_U = np.add.reduceat(share_C, begins_U)
+    share_C /= np.repeat(total_U, lists.counts_U)
+    loss_U = most_U + np.log(total_U) - logit_C[begins_U]
+    weighted_CK = share_C[:, None] * x_CK
+    mean_UK = np.add.reduceat(weighted_CK, begins_U)
+    columns = [loss_U[:, None], mean_UK - x_CK[begins_U]]
+    for column in range(x_CK.shape[1]):
+        product_CK = weighted_CK * x_CK[:, column, None]
+        square_UK = np.add.reduceat(product_CK, begins_U)
+        columns.append(square_UK - mean_UK * mean_UK[:, column, None])
+    return np.concatenate(columns, axis=1)
+
+
+def _sum_over_users(value_UV: np.ndarray) -> np.ndarray:
+    """The sum over all ranks' users, float64 (V,): the same however they are distributed."""
+    scaled_UV = np.rint(value_UV * _SCALE)
+    scaled_UV = np.clip(scaled_UV, -_MOST_OF_USER, _MOST_OF_USER)
+    total_V = sum_over_ranks(scaled_UV.astype(np.int64).sum(0))
+    return total_V / _SCALE
