@@ -7,8 +7,8 @@ which is predicted. Every domain has weights of its own, a and w. They are those
 validation items the likeliest of their candidates (softmax), by Newton's method. The model is left as
 it is. The score stays an inner product: a · y and w for the user, the logarithms for the item.
 
-What is summed over users is rounded to whole multiples of 2⁻³² and added as integers, so that
-weights do not depend on the number of ranks.
+What is summed over users is rounded to whole multiples of 2⁻³² and added as integers, and weights
+have four digits, so that they do not depend on the number of ranks.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ _SCALE = 2.0**32
 _MOST_OF_USER = 2.0**45  # so that the users' sum is an int64
 _RIDGE = 1.0  # as strong as a user or so: weights of features that say nothing stay small
 _MOST_STEPS = 50
+_DIGITS = 4  # of a weight: the last bits of scores depend on the ranks
 _ENOUGH = 1e-9  # less is not gained by a further step, a user
 
 
@@ -175,9 +176,14 @@ class TermFit:
             users = int(sum_over_ranks(np.array([len(lists.counts_U)]))[0])
             if users < self._least:
                 continue
-            weight_DK[domain] = fit_weights(lists, users)
+            weight_DK[domain] = _round(fit_weights(lists, users))
             users_D[domain] = users
         return RecencyTerm(self.features, weight_DK, users_D)
+
+
+def _round(weight_K: np.ndarray) -> list[float]:
+    """Weights with _DIGITS digits, as a record shows them: 0.41237 becomes 0.4124."""
+    return [float(f"{weight:.{_DIGITS}g}") for weight in weight_K]
 
 
 @dataclass(frozen=True)
