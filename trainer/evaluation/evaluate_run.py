@@ -29,7 +29,7 @@ from trainer.evaluation.candidate_files import (
     ResultWriter,
     read_candidates_of_rank,
 )
-from trainer.evaluation.full import full_record, rank_fully
+from trainer.evaluation.full import FullRanking, full_record, rank_fully
 from trainer.evaluation.recency.choice import open_recency
 from trainer.evaluation.recency.fit import fit_recency_term
 from trainer.evaluation.recency.ranking import RecencyPopularity
@@ -70,15 +70,7 @@ def evaluate_run(
     with its recency term, too (trainer.evaluation.recency), as `evaluation.recency_term` does. Raises
     InputError where one of them cannot be used.
     """
-    if recency_term and split != "test":
-        raise InputError(
-            "--recency-term: its weights are fitted on the validation split; rank the test split"
-        )
-    if full and candidates:
-        raise InputError(
-            "--candidates: with --ranking full all items of the domain are the candidates; "
-            "leave one of them out"
-        )
+    _check_options(split, candidates, full, recency_term)
     config, dataset = open_run(run, data, ranks=ranks)
     with use_deterministic_sums(config.deterministic):
         candidates_by_user = None
@@ -87,9 +79,7 @@ def evaluate_run(
                 dataset, candidates, ranks, config
             )
         trained = load_trained_model(run, config, dataset, ranks)
-        options = _record_options(trained)
         positions = _UserPositions(dataset.users if full else 0)
-        visit = positions.visit if full else None
         recency = open_recency(dataset, ranks, config)
         term = None
         if split == "test" and (recency_term or config.evaluation.recency_term):
@@ -99,30 +89,56 @@ def evaluate_run(
             split,
             candidates_by_user,
             output,
-            visit,
+            positions.visit if full else None,
             recency,
             term,
         )
+        options = _record_options(trained)
         record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
             return record
-        with _progress_bar(ranks, "ranking among all items") as advance:
-            whole = rank_fully(
-                trained.model,
-                trained.table,
-                dataset,
-                ranks,
-                config,
-                split,
-                advance,
-                recency=recency,
-            )
+        whole = _rank_fully(trained, split, recency)
         record = full_record(split, dataset, whole, record, **options)
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
         _save_full(Path(run), record, domain_U, sampled_U, whole.rank_U)
     return record
+
+
+def _check_options(
+    split: str,
+    candidates: str | Path | None,
+    full: bool,
+    recency_term: bool,
+) -> None:
+    """Raises InputError for options of `evaluate_run` that exclude one another."""
+    if recency_term and split != "test":
+        raise InputError(
+            "--recency-term: its weights are fitted on the validation split; rank the test split"
+        )
+    if full and candidates:
+        raise InputError(
+            "--candidates: with --ranking full all items of the domain are the candidates; "
+            "leave one of them out"
+        )
+
+
+def _rank_fully(
+    trained: TrainedModel, split: str, recency: RecencyPopularity
+) -> FullRanking:
+    """Ranks a split among all items."""
+    with _progress_bar(trained.ranks, "ranking among all items") as advance:
+        return rank_fully(
+            trained.model,
+            trained.table,
+            trained.dataset,
+            trained.ranks,
+            trained.config,
+            split,
+            advance,
+            recency=recency,
+        )
 
 
 def _record_options(trained: TrainedModel) -> dict[str, int]:

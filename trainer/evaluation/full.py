@@ -39,7 +39,6 @@ from trainer.evaluation.metrics import FULL_METRICS, Figures, domains_of_mean
 from trainer.evaluation.popularity import Popularity
 from trainer.evaluation.recency.ranking import (
     FullRecencyRanking,
-    HalfLifeChoice,
     RecencyPopularity,
 )
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
@@ -121,7 +120,7 @@ class FullRanking:
     skipped_users: int
     reasons: tuple[str, ...]
     systems: tuple[str, ...] = (MODEL, POPULARITY)
-    recency_choice: HalfLifeChoice | None = None
+    recency_choice: dict[str, Any] | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -313,7 +312,7 @@ def rank_fully(
         int(skipped_1[0]),
         tuple(reasons),
         systems.names,
-        None if recency is None else recency.choice,
+        None if recency is None else recency.choice.to_record(),
     )
 
 
@@ -463,11 +462,7 @@ def full_evaluation(
     for number, domain in enumerate(dataset.domains):
         first = number * groups_of_domain()
         first_of[domain.name] = first
-        beside: dict[str, Figures] = {key: {} for key in COMPARED}
-        for system, name in enumerate(ranking.systems):
-            beside[name] = means.figures(system, first)
-        figures = beside.pop(MODEL)
-        rows.append(DomainFigures(domain.name, figures, **beside))
+        rows.append(_figures_of(ranking, domain.name, first))
         breakdown[domain.name] = _breakdown(ranking, first)
         end = domain.start + domain.items
         shown_N = ranking.shown[domain.start : end]
@@ -488,18 +483,11 @@ def full_evaluation(
         )
     if sampled:
         full["sampled"] = sampled
-    compared = {}
-    for system, name in enumerate(ranking.systems):
-        if name != MODEL:
-            compared[name] = ComparedMeans(
-                means.mean(system, counted), means.user_mean(system, firsts)
-            )
-    choice = ranking.recency_choice
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, FULL_METRICS),
         mean=means.mean(0, counted),
-        compared=compared,
+        compared=_compared_means(ranking, firsts, counted),
         too_short=dataset.too_short,
         skipped_users=ranking.skipped_users,
         model_state=model_state,
@@ -507,8 +495,33 @@ def full_evaluation(
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
         recorded_user_mean=means.user_mean(0, firsts),
-        recency_choice=None if choice is None else choice.to_record(),
+        recency_choice=ranking.recency_choice,
     )
+
+
+def _compared_means(
+    ranking: FullRanking, firsts: list[int], counted: list[int]
+) -> dict[str, ComparedMeans]:
+    """The means of what ranks beside the model.
+
+    firsts, counted: the groups of all users of each domain, and of the domains that count.
+    """
+    compared = {}
+    for system, name in enumerate(ranking.systems):
+        if name != MODEL:
+            mean = ranking.means.mean(system, counted)
+            user_mean = ranking.means.user_mean(system, firsts)
+            compared[name] = ComparedMeans(mean, user_mean)
+    return compared
+
+
+def _figures_of(ranking: FullRanking, name: str, first: int) -> DomainFigures:
+    """A domain's figures by all systems. first: the group of all its users."""
+    by_system: dict[str, Figures] = {key: {} for key in COMPARED}
+    for system, key in enumerate(ranking.systems):
+        by_system[key] = ranking.means.figures(system, first)
+    figures = by_system.pop(MODEL)
+    return DomainFigures(name, figures, **by_system)
 
 
 def _differences(

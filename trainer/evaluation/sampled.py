@@ -53,7 +53,7 @@ from trainer.evaluation.metrics import (
     user_mean_figures,
 )
 from trainer.evaluation.popularity import candidate_scores
-from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
+from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.term import RecencyTerm
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class PositionCounts:
     skipped_users: int = 0
     reasons: tuple[str, ...] = ()
     systems: tuple[str, ...] = (MODEL, POPULARITY)
-    recency_choice: HalfLifeChoice | None = None
-    recency_term: RecencyTerm | None = None
+    recency_choice: dict[str, Any] | None = None
+    recency_term: dict[str, Any] | None = None
 
 
 # Called with (…, position_B, scores_C).
@@ -457,8 +457,8 @@ def rank_candidates(
         skipped,
         tuple(reasons),
         systems,
-        None if recency is None else recency.choice,
-        term,
+        None if recency is None else recency.choice.to_record(),
+        None if term is None else term.to_record(dataset),
     )
 
 
@@ -508,7 +508,14 @@ class _OtherSystems:
             )
             scores.append(recency_C)
         if self._term is not None:
-            scores.append(self._term.scores(candidates, scores_C))
+            with_term_C = self._term.scores(
+                candidates.domain_B,
+                candidates.now_B,
+                counts_B,
+                rows_C,
+                scores_C,
+            )
+            scores.append(with_term_C)
         return [candidate_positions(score_C, counts_B) for score_C in scores]
 
 
@@ -589,8 +596,6 @@ def evaluation_of(
     for system, of_system in by_system.items():
         mean = mean_figures(of_system, mean_domains)
         compared[system] = ComparedMeans(mean, user_mean_figures(of_system))
-    choice = ranking.recency_choice
-    term = ranking.recency_term
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, METRICS),
@@ -602,8 +607,8 @@ def evaluation_of(
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
         recorded_user_mean=user_mean_figures(model_figures),
-        recency_choice=None if choice is None else choice.to_record(),
-        recency_term=None if term is None else term.to_record(dataset),
+        recency_choice=ranking.recency_choice,
+        recency_term=ranking.recency_term,
     )
 
 

@@ -84,6 +84,8 @@ class Trainer:
     `step` is also the position in the data.
     """
 
+    _recency: RecencyPopularity | None = None
+
     def __init__(
         self,
         config: RunConfig,
@@ -144,7 +146,6 @@ class Trainer:
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
-        self._recency: RecencyPopularity | None = None
 
     def _build_table(self, is_new: bool) -> ItemTable:
         """Builds the item table; is_new: with its first vectors drawn."""

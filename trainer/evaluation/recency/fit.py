@@ -2,15 +2,35 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trainer.config.run import RunConfig
+from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
 from trainer.data.recent_counts import RecentCounts
-from trainer.evaluation.recency.term import RecencyTerm, TermFit
-from trainer.evaluation.sampled import Advance, Model, evaluate_split
+from trainer.distributed.process_group import sum_over_ranks
+from trainer.evaluation.recency.term import (
+    TERM_HALF_LIVES,
+    CandidateLists,
+    RecencyFeatures,
+    RecencyTerm,
+    fit_weights,
+    list_begins,
+    round_weights,
+)
+from trainer.evaluation.sampled import (
+    Advance,
+    Candidates,
+    Model,
+    evaluate_split,
+)
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
+
+# Of a larger dataset about so many users weigh, drawn by their numbers.
+_MOST_USERS = 40_000
 
 
 def fit_recency_term(
@@ -38,3 +58,64 @@ def fit_recency_term(
         advance=advance,
     )
     return fit.fit()
+
+
+class TermFit:
+    """Takes the candidates of the validation users with the model's scores, and fits the weights."""
+
+    def __init__(
+        self, dataset: Dataset, config: RunConfig, counts: RecentCounts
+    ) -> None:
+        self.features = RecencyFeatures(counts)
+        self._seed = config.seed
+        self._least = config.evaluation.min_users
+        self._share = _MOST_USERS / dataset.users
+        self._domains = len(dataset.domains)
+        self._inputs: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+        self._domain: list[np.ndarray] = []
+
+    def visit(
+        self,
+        candidates: Candidates,
+        _position_B: np.ndarray,
+        scores_C: np.ndarray,
+    ) -> None:
+        """Keeps one step's users, or a share of them; `rank_candidates` calls it."""
+        user_B = candidates.user_B
+        bits_B = random_bits(self._seed, RandomStream.TERM_SAMPLE, user_B)
+        finite_B = np.logical_and.reduceat(
+            np.isfinite(scores_C), list_begins(candidates.counts_B)
+        )
+        kept_B = (user_B >= 0) & finite_B & (random_unit(bits_B) < self._share)
+        kept_C = np.repeat(kept_B, candidates.counts_B)
+        x_CK = self.features.inputs(
+            candidates.now_B, candidates.counts_B, candidates.rows_C, scores_C
+        )
+        self._inputs.append(x_CK[kept_C].astype(np.float32))
+        self._counts.append(candidates.counts_B[kept_B])
+        self._domain.append(candidates.domain_B[kept_B])
+
+    def fit(self) -> RecencyTerm:
+        """The weights of every domain. Called on all ranks, after the last step."""
+        width = 1 + len(TERM_HALF_LIVES)
+        empty = np.zeros((0, width), np.float32)
+        no_users = np.zeros(0, np.int64)
+        x_CK = np.concatenate([*self._inputs, empty])
+        counts_U = np.concatenate([*self._counts, no_users])
+        domain_U = np.concatenate([*self._domain, no_users])
+        domain_C = np.repeat(domain_U, counts_U)
+        weight_DK = np.zeros((self._domains, width))
+        weight_DK[:, 0] = 1
+        users_D = np.zeros(self._domains, np.int64)
+        for domain in range(self._domains):
+            lists = CandidateLists(
+                x_CK[domain_C == domain].astype(np.float64),
+                counts_U[domain_U == domain],
+            )
+            users = int(sum_over_ranks(np.array([len(lists.counts_U)]))[0])
+            if users < self._least:
+                continue
+            weight_DK[domain] = round_weights(fit_weights(lists, users))
+            users_D[domain] = users
+        return RecencyTerm(self.features, weight_DK, users_D)

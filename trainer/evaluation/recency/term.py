@@ -12,23 +12,16 @@ have four digits, so that they do not depend on the number of ranks.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from trainer.config.run import RunConfig
-from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
 from trainer.data.recent_counts import ALL_TIME, RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
 
-if TYPE_CHECKING:
-    from trainer.evaluation.sampled import Candidates
-
 TERM_HALF_LIVES = (7.0, 30.0, 90.0, 365.0, ALL_TIME)
 OFFSET = 0.05  # ε
-# Of a larger dataset about so many users weigh, drawn by their numbers.
-_MOST_USERS = 40_000
 _SCALE = 2.0**32
 _MOST_OF_USER = 2.0**45  # so that the users' sum is an int64
 _RIDGE = 1.0  # as strong as a user or so: weights of features that say nothing stay small
@@ -59,11 +52,21 @@ class RecencyFeatures:
             columns.append(np.log(faded.at(newest) + OFFSET))
         return np.stack(columns, axis=1)
 
-    def of_candidates(self, candidates: "Candidates") -> np.ndarray:
-        """The features of each candidate as of its user's day, float64 (C, J)."""
-        day_B = self.counts.days.of_ticks(candidates.now_B)
-        day_C = np.repeat(day_B, candidates.counts_B)
-        return self.of(candidates.rows_C, day_C)
+    def inputs(
+        self,
+        now_B: np.ndarray,
+        counts_B: np.ndarray,
+        rows_C: np.ndarray,
+        scores_C: np.ndarray,
+    ) -> np.ndarray:
+        """The model's score and the features of each candidate, float64 (C, 1 + J).
+
+        now_B, counts_B, rows_C: as `Candidates` has them. scores_C: the model's.
+        """
+        day_B = self.counts.days.of_ticks(now_B)
+        x_CJ = self.of(rows_C, np.repeat(day_B, counts_B))
+        score_C1 = scores_C.astype(np.float64)[:, None]
+        return np.concatenate([score_C1, x_CJ], axis=1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,19 @@ class RecencyTerm:
     users_D: np.ndarray
 
     def scores(
-        self, candidates: "Candidates", scores_C: np.ndarray
+        self,
+        domain_B: np.ndarray,
+        now_B: np.ndarray,
+        counts_B: np.ndarray,
+        rows_C: np.ndarray,
+        scores_C: np.ndarray,
     ) -> np.ndarray:
-        """Each candidate's score with the term, float64 (C,). scores_C: the model's."""
-        x_CK = _inputs(self.features, candidates, scores_C)
-        domain_C = np.repeat(candidates.domain_B, candidates.counts_B)
+        """Each candidate's score with the term, float64 (C,).
+
+        scores_C: the model's. The others are as `Candidates` has them.
+        """
+        x_CK = self.features.inputs(now_B, counts_B, rows_C, scores_C)
+        domain_C = np.repeat(domain_B, counts_B)
         return (x_CK * self.weight_DK[domain_C]).sum(1)
 
     def to_record(self, dataset: Dataset) -> dict[str, Any]:
@@ -113,81 +124,13 @@ class RecencyTerm:
         }
 
 
-def _inputs(
-    features: RecencyFeatures, candidates: "Candidates", scores_C: np.ndarray
-) -> np.ndarray:
-    """The model's score and the features of each candidate, float64 (C, 1 + J)."""
-    x_CJ = features.of_candidates(candidates)
-    score_C1 = scores_C.astype(np.float64)[:, None]
-    return np.concatenate([score_C1, x_CJ], axis=1)
-
-
-class TermFit:
-    """Takes the candidates of the validation users with the model's scores, and fits the weights."""
-
-    def __init__(
-        self, dataset: Dataset, config: RunConfig, counts: RecentCounts
-    ) -> None:
-        self.features = RecencyFeatures(counts)
-        self._seed = config.seed
-        self._least = config.evaluation.min_users
-        self._share = _MOST_USERS / dataset.users
-        self._domains = len(dataset.domains)
-        self._inputs: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
-        self._domain: list[np.ndarray] = []
-
-    def visit(
-        self,
-        candidates: "Candidates",
-        _position_B: np.ndarray,
-        scores_C: np.ndarray,
-    ) -> None:
-        """Keeps one step's users, or a share of them; `rank_candidates` calls it."""
-        user_B = candidates.user_B
-        bits_B = random_bits(self._seed, RandomStream.TERM_SAMPLE, user_B)
-        finite_B = np.logical_and.reduceat(
-            np.isfinite(scores_C), _begins(candidates.counts_B)
-        )
-        kept_B = (user_B >= 0) & finite_B & (random_unit(bits_B) < self._share)
-        kept_C = np.repeat(kept_B, candidates.counts_B)
-        x_CK = _inputs(self.features, candidates, scores_C)
-        self._inputs.append(x_CK[kept_C].astype(np.float32))
-        self._counts.append(candidates.counts_B[kept_B])
-        self._domain.append(candidates.domain_B[kept_B])
-
-    def fit(self) -> RecencyTerm:
-        """The weights of every domain. Called on all ranks, after the last step."""
-        width = 1 + len(TERM_HALF_LIVES)
-        empty = np.zeros((0, width), np.float32)
-        no_users = np.zeros(0, np.int64)
-        x_CK = np.concatenate([*self._inputs, empty])
-        counts_U = np.concatenate([*self._counts, no_users])
-        domain_U = np.concatenate([*self._domain, no_users])
-        domain_C = np.repeat(domain_U, counts_U)
-        weight_DK = np.zeros((self._domains, width))
-        weight_DK[:, 0] = 1
-        users_D = np.zeros(self._domains, np.int64)
-        for domain in range(self._domains):
-            lists = _Lists(
-                x_CK[domain_C == domain].astype(np.float64),
-                counts_U[domain_U == domain],
-            )
-            users = int(sum_over_ranks(np.array([len(lists.counts_U)]))[0])
-            if users < self._least:
-                continue
-            weight_DK[domain] = _round(fit_weights(lists, users))
-            users_D[domain] = users
-        return RecencyTerm(self.features, weight_DK, users_D)
-
-
-def _round(weight_K: np.ndarray) -> list[float]:
+def round_weights(weight_K: np.ndarray) -> list[float]:
     """Weights with _DIGITS digits, as a record shows them: 0.41237 becomes 0.4124."""
     return [float(f"{weight:.{_DIGITS}g}") for weight in weight_K]
 
 
 @dataclass(frozen=True)
-class _Lists:
+class CandidateLists:
     """Candidate lists of a domain's users, jagged, the validation item first of each.
 
     x_CK: float64 (C, K). counts_U: candidates of each user. Two users with two features:
@@ -200,12 +143,12 @@ class _Lists:
     counts_U: np.ndarray
 
 
-def _begins(counts_U: np.ndarray) -> np.ndarray:
+def list_begins(counts_U: np.ndarray) -> np.ndarray:
     """Where each user's candidates begin, int64 (U,)."""
     return np.cumsum(counts_U) - counts_U
 
 
-def fit_weights(lists: _Lists, users: int) -> np.ndarray:
+def fit_weights(lists: CandidateLists, users: int) -> np.ndarray:
     """The weights that make the first candidates likeliest, float64 (K,). Called on all ranks.
 
     They maximise Σ log softmax(x · weights) of the users' first candidates, less _RIDGE / 2 times
@@ -234,9 +177,11 @@ def fit_weights(lists: _Lists, users: int) -> np.ndarray:
     return weight_K / spread_K
 
 
-def _scale(lists: _Lists, users: int) -> tuple[_Lists, np.ndarray]:
+def _scale(
+    lists: CandidateLists, users: int
+) -> tuple[CandidateLists, np.ndarray]:
     """The lists with features around 0 within each user, of unit spread, and their spread, (K,)."""
-    begins_U = _begins(lists.counts_U)
+    begins_U = list_begins(lists.counts_U)
     x_CK = lists.x_CK
     width = x_CK.shape[1]
     square_UK = np.zeros((0, width))
@@ -248,11 +193,11 @@ def _scale(lists: _Lists, users: int) -> tuple[_Lists, np.ndarray]:
     variance_K = _sum_over_users(square_UK)
     # A feature that is the same for all candidates has no weight.
     spread_K = np.sqrt(np.where(variance_K > 0, variance_K, 1))
-    return _Lists(x_CK / spread_K, lists.counts_U), spread_K
+    return CandidateLists(x_CK / spread_K, lists.counts_U), spread_K
 
 
 def _derivatives(
-    lists: _Lists, weight_K: np.ndarray
+    lists: CandidateLists, weight_K: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """The loss, its gradient (K,) and its curvature (K, K), over all ranks' users."""
     width = len(weight_K)
@@ -270,13 +215,15 @@ def _derivatives(
     )
 
 
-def _derivatives_of_users(lists: _Lists, weight_K: np.ndarray) -> np.ndarray:
+def _derivatives_of_users(
+    lists: CandidateLists, weight_K: np.ndarray
+) -> np.ndarray:
     """Each user's loss, gradient and curvature side by side, float64 (U, 1 + K + K²).
 
     The loss is −log p of the first candidate; the gradient the mean feature less that candidate's;
     the curvature the covariance of the features, by p.
     """
-    begins_U = _begins(lists.counts_U)
+    begins_U = list_begins(lists.counts_U)
     x_CK = lists.x_CK
     # No matrix product: its sums may depend on how many rows there are.
     logit_C = (x_CK * weight_K).sum(1)

@@ -10,13 +10,12 @@ from tests.helpers.made import write_dataset
 from trainer.config.load import load_config
 from trainer.data.loading.day_counts import count_recent
 from trainer.evaluation.metrics import candidate_positions
-from trainer.evaluation.recency.fit import fit_recency_term
+from trainer.evaluation.recency.fit import TermFit, fit_recency_term
 from trainer.evaluation.recency.term import (
     OFFSET,
     TERM_HALF_LIVES,
+    CandidateLists,
     RecencyFeatures,
-    TermFit,
-    _Lists,
     fit_weights,
 )
 from trainer.evaluation.sampled import (
@@ -45,7 +44,9 @@ def drawn_lists(users=300, seed=0):
 
 
 def jagged(lists):
-    return _Lists(np.concatenate(lists), np.array([len(x) for x in lists]))
+    return CandidateLists(
+        np.concatenate(lists), np.array([len(x) for x in lists])
+    )
 
 
 def by_torch(lists, spread):
@@ -159,7 +160,12 @@ def test_features_are_logarithms_of_counts_of_the_days_before(ranks, dataset):
         dataset, 0, 1, config.evaluation, 100, "test", SEED, None, config.stream
     )
     for batch in batches:
-        x_CJ = features.of_candidates(batch)
+        score_C = np.sin(batch.rows_C)
+        x_CK = features.inputs(
+            batch.now_B, batch.counts_B, batch.rows_C, score_C
+        )
+        np.testing.assert_array_equal(x_CK[:, 0], score_C)
+        x_CJ = x_CK[:, 1:]
         assert x_CJ.shape == (len(batch.rows_C), len(TERM_HALF_LIVES))
         day_C = np.repeat(counts.days.of_ticks(batch.now_B), batch.counts_B)
         for j, half_life in enumerate(TERM_HALF_LIVES):
@@ -259,7 +265,7 @@ def test_scores_that_are_no_numbers_do_not_weigh(ranks, dataset):
 def test_a_users_share_is_drawn_where_there_are_many(
     ranks, dataset, monkeypatch
 ):
-    monkeypatch.setattr("trainer.evaluation.recency.term._MOST_USERS", 60)
+    monkeypatch.setattr("trainer.evaluation.recency.fit._MOST_USERS", 60)
     config = configured(dataset, "evaluation.min_users=1")
     scores = Scores()
     counts = count_recent(dataset, ranks, config.stream)
