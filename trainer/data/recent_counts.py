@@ -82,7 +82,13 @@ class Days:
         return int(self.number_T[-1]) + 1
 
     def of_ticks(self, ticks_N: np.ndarray) -> np.ndarray:
-        """The day of each tick, int64 (N,)."""
+        """The day of each tick, int64 (N,).
+
+        Of ticks of which ten are a day:
+
+            ticks_N    0  9  10  11  42
+            returns    0  0  1   1   4
+        """
         return self.number_T[ticks_N].astype(np.int64)
 
 
@@ -136,7 +142,7 @@ class PairCounter:
         self._merged = 0
 
     def add(self, rows_N: np.ndarray, ticks_N: np.ndarray) -> None:
-        """Counts some events."""
+        """Counts some events, as `count_pairs` draws them."""
         pairs = count_pairs(self._days, rows_N, ticks_N)
         self._parts.append(pairs)
         self._waiting += len(pairs[0])
@@ -155,7 +161,7 @@ class PairCounter:
 
 @dataclass(frozen=True)
 class NewestPairs:
-    """The newest pair of some items before some days.
+    """The newest pair of some items before some days; `RecentCounts.newest_before` draws one.
 
     pair_Q: int64, 1 + its index, 0 where an item has none. age_Q: int64, days since then.
     """
@@ -253,12 +259,25 @@ class RecentCounts:
 
 @dataclass(frozen=True)
 class FadedCounts:
-    """Counts with one half-life. sums: float32 (1 + K,), 0 and each pair's, as of its own day."""
+    """Counts with one half-life.
+
+    sums: float32 (1 + K,), 0 and each pair's, as of its own day. Of the example in the module's
+    head, with half-life 2:
+
+        sums    0  2  2  1
+    """
 
     half_life: float
     sums: np.ndarray
 
     def at(self, newest: NewestPairs) -> np.ndarray:
-        """The count of each query, float64 (Q,)."""
+        """The count of each query, float64 (Q,).
+
+        Of the queries that `RecentCounts.newest_before` draws, with half-life 2:
+
+            pair_Q    2  1  0  3
+            age_Q     2  2  0  5
+            counts    1  1  0  0.18
+        """
         age_Q = newest.age_Q / self.half_life
         return self.sums[newest.pair_Q] * np.exp2(-age_Q)

@@ -119,7 +119,14 @@ def _choose_half_life(
 def _count_step(
     histogram_DP: np.ndarray, step: Candidates, count_C: np.ndarray, seed: int
 ) -> None:
-    """Adds the positions of a step's users by their candidates' counts."""
+    """Adds the positions of a step's users by their candidates' counts.
+
+    Two users, of domains 0 and 1, the second one's first candidate behind one other:
+
+        counts_B        3              2
+        count_C         2.1 0.0 0.4    0.1 0.3
+        histogram_DP    [[1, 0, 0], [0, 1, 0]]
+    """
     score_C = break_ties(count_C, seed, step.user_B, step.counts_B, step.rows_C)
     position_B = candidate_positions(score_C, step.counts_B)
     real_B = step.user_B >= 0

@@ -81,7 +81,14 @@ class TermFit:
         _position_B: np.ndarray,
         scores_C: np.ndarray,
     ) -> None:
-        """Keeps one step's users, or a share of them; `rank_candidates` calls it."""
+        """Keeps one step's users, or a share of them; `rank_candidates` calls it.
+
+        A user one of whose scores is no number is left out. Three users, of whom the second one is:
+
+            counts_B    3              2          2
+            scores_C    0.9 0.1 0.3    0.2 NaN    0.4 0.5
+            kept_B      True           False      True
+        """
         user_B = candidates.user_B
         bits_B = random_bits(self._seed, RandomStream.TERM_SAMPLE, user_B)
         finite_B = np.logical_and.reduceat(

@@ -55,7 +55,12 @@ class RecencyPopularity:
         self._faded = counts.fade(choice.half_life)
 
     def count(self, rows_Q: np.ndarray, day_Q: np.ndarray) -> np.ndarray:
-        """The faded count of each row of M as of a day, float64 (Q,)."""
+        """The faded count of each row of M as of a day, float64 (Q,).
+
+        rows_Q     7    7    8
+        day_Q      7    3    9
+        returns    1    0    0.18
+        """
         newest = self.counts.newest_before(rows_Q, day_Q)
         return self._faded.at(newest)
 
@@ -87,7 +92,15 @@ class RecencyPopularity:
 class _HeldOutCounts:
     """Held-out items of one step and, of the user's other items, how many are before them.
 
-    greater_B, equal_B: the user's other items of the domain with a greater and an equal count.
+    greater_B, equal_B: the user's other items of the domain with a greater and an equal count. Two
+    users:
+
+        user_B       12     40
+        domain_B     0      1
+        day_B        31     4
+        count_B      0.7    0
+        greater_B    2      0
+        equal_B      0      1
     """
 
     user_B: np.ndarray

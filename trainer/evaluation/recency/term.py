@@ -144,7 +144,11 @@ class CandidateLists:
 
 
 def list_begins(counts_U: np.ndarray) -> np.ndarray:
-    """Where each user's candidates begin, int64 (U,)."""
+    """Where each user's candidates begin, int64 (U,).
+
+    counts_U    3  2  4
+    returns     0  3  5
+    """
     return np.cumsum(counts_U) - counts_U
 
 
@@ -180,7 +184,14 @@ def fit_weights(lists: CandidateLists, users: int) -> np.ndarray:
 def _scale(
     lists: CandidateLists, users: int
 ) -> tuple[CandidateLists, np.ndarray]:
-    """The lists with features around 0 within each user, of unit spread, and their spread, (K,)."""
+    """The lists with features around 0 within each user, of unit spread, and their spread, (K,).
+
+    The spread is the root of the mean variance within a user. Of one feature and two users:
+
+        x           1   3      5   5
+        variance    1          0          so the spread is 0.71
+        returns     −1.4 1.4   0   0
+    """
     begins_U = list_begins(lists.counts_U)
     x_CK = lists.x_CK
     width = x_CK.shape[1]
@@ -221,7 +232,14 @@ def _derivatives_of_users(
     """Each user's loss, gradient and curvature side by side, float64 (U, 1 + K + K²).
 
     The loss is −log p of the first candidate; the gradient the mean feature less that candidate's;
-    the curvature the covariance of the features, by p.
+    the curvature the covariance of the features, by p. Of one feature and weight 1, a user with
+    three candidates and one with two:
+
+        x           0    0    0      0     1
+        p           1/3  1/3  1/3    0.27  0.73
+        loss        1.10             1.31
+        gradient    0                0.73
+        curvature   0                0.20
     """
     begins_U = list_begins(lists.counts_U)
     x_CK = lists.x_CK
@@ -243,7 +261,11 @@ def _derivatives_of_users(
 
 
 def _sum_over_users(value_UV: np.ndarray) -> np.ndarray:
-    """The sum over all ranks' users, float64 (V,): the same however they are distributed."""
+    """The sum over all ranks' users, float64 (V,): the same however they are distributed.
+
+    rank 0    [[0.5, 1], [0.25, 2]]
+    rank 1    [[2.0, 4]]                →    [2.75, 7] on both
+    """
     scaled_UV = np.rint(value_UV * _SCALE)
     scaled_UV = np.clip(scaled_UV, -_MOST_OF_USER, _MOST_OF_USER)
     total_V = sum_over_ranks(scaled_UV.astype(np.int64).sum(0))
