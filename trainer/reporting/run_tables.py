@@ -73,7 +73,9 @@ def final_table(
     if HEADLINE in columns:
         position = columns.index(HEADLINE)
     for system in _compared(evaluation):
-        columns += [f"{_NAMES[system]} {HEADLINE}", "ratio"]
+        columns.append(f"{_NAMES[system]} {HEADLINE}")
+        if system != WITH_RECENCY:
+            columns.append("ratio")
     return {
         "title": f"{kind}, step {evaluation.step:,}",
         "note": _notes(evaluation),
@@ -125,13 +127,16 @@ def _final_cells(
 ) -> list[str]:
     """A row's users and metrics, and the comparison with each system that stands beside.
 
+    The ratio is to baselines alone, not to the model itself with its recency term.
+
     ["204", "0.8800", …, "0.5000", "0.2000", "×2.50"]
     """
     cells = [f"{users:,}", *metric_cells(row.model, evaluation.metrics)]
     for system in _compared(evaluation):
         value = row.compared(system).get(HEADLINE)
         cells.append(format_number(value))
-        cells.append(format_ratio(row.headline, value))
+        if system != WITH_RECENCY:
+            cells.append(format_ratio(row.headline, value))
     return cells
 
 
