@@ -245,6 +245,7 @@ class RecentCounts:
         # A pair's place among its item's.
         place_K -= np.repeat(begins, np.diff(begins, append=len(row_K)))
         value_K = self.events_K[begin:end].astype(np.float64)
+        gap_K[begins] = 0  # not to be read, and not to overflow either
         decay_K = np.exp2(-gap_K / half_life)
         step = 1
         (later,) = np.nonzero(place_K >= step)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HALF_LIVES = (3, 7, 14, 30, 90, 365)
 # Of a larger dataset about so many are ranked, drawn by their numbers.
-_MOST_USERS = 100_000
+_MOST_USERS = 20_000
 
 
 def open_recency(
