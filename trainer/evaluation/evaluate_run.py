@@ -97,7 +97,7 @@ def evaluate_run(
         record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
             return record
-        whole = _rank_fully(trained, split, recency)
+        whole = _rank_fully(trained, split, recency, term)
         record = full_record(split, dataset, whole, record, **options)
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
@@ -125,7 +125,10 @@ def _check_options(
 
 
 def _rank_fully(
-    trained: TrainedModel, split: str, recency: RecencyPopularity
+    trained: TrainedModel,
+    split: str,
+    recency: RecencyPopularity,
+    term: RecencyTerm | None,
 ) -> FullRanking:
     """Ranks a split among all items."""
     with _progress_bar(trained.ranks, "ranking among all items") as advance:
@@ -138,6 +141,7 @@ def _rank_fully(
             split,
             advance,
             recency=recency,
+            term=term,
         )
 
 

@@ -30,6 +30,7 @@ from trainer.evaluation.evaluation import (
     MODEL,
     POPULARITY,
     RECENCY,
+    WITH_RECENCY,
     ComparedMeans,
     DomainFigures,
     DomainTable,
@@ -37,10 +38,12 @@ from trainer.evaluation.evaluation import (
 )
 from trainer.evaluation.metrics import FULL_METRICS, Figures, domains_of_mean
 from trainer.evaluation.popularity import Popularity
+from trainer.evaluation.recency.full_term import FullTermRanking
 from trainer.evaluation.recency.ranking import (
     FullRecencyRanking,
     RecencyPopularity,
 )
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
 from trainer.run_files import HEADLINE
 
@@ -121,6 +124,7 @@ class FullRanking:
     reasons: tuple[str, ...]
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: dict[str, Any] | None = None
+    recency_term: dict[str, Any] | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -270,15 +274,17 @@ def rank_fully(
     advance: Advance | None = None,
     workers: int | None = None,
     recency: RecencyPopularity | None = None,
+    term: RecencyTerm | None = None,
 ) -> FullRanking:
     """Ranks every user of a split among all items of a domain. Called on all ranks.
 
-    advance(done, total): called after every step. workers: as `ready` takes them. recency: ranks
-    them beside the model and popularity.
+    advance(done, total): called after every step. workers: as `ready` takes them. recency, term:
+    recency popularity, and what adds to the model's scores: they rank beside the model and
+    popularity.
     """
     batches = _held_out_batches(dataset, ranks, config, split)
     rankings = _DomainRankings(table, dataset, batches.only_domain)
-    systems = _Systems(dataset, config.seed, recency)
+    systems = _Systems(table, dataset, config.seed, recency, term)
     position_U = np.zeros(dataset.users, np.int32)
     skipped = 0
     reasons: dict[str, None] = {}
@@ -294,9 +300,10 @@ def rank_fully(
         query = move(batch.query, ranks.device)
         y_BDR = model(query, table(query.ids))
         # A rank without users has one to look up with.
-        position_B = rankings.rank(y_BDR[: len(batch.user_B)], batch)
+        y_BDR = y_BDR[: len(batch.user_B)]
+        position_B = rankings.rank(y_BDR, batch)
         position_U[batch.user_B] = position_B
-        systems.add(batch, position_B)
+        systems.add(batch, y_BDR, position_B)
         if advance is not None:
             advance(done, len(batches))
     means = systems.means()
@@ -313,6 +320,7 @@ def rank_fully(
         tuple(reasons),
         systems.names,
         None if recency is None else recency.choice.to_record(),
+        None if term is None else term.to_record(dataset),
     )
 
 
@@ -328,59 +336,74 @@ class _RankedBatch:
 class _Systems:
     """The positions of all systems, and their means.
 
-    Without recency popularity each step is added to the means at once. It ranks a domain day after
-    day: then steps wait until all are there, in about 60 bytes a user.
+    By popularity and the model each step is ranked at once. What is known of the recent past is
+    another on every day: by that, users are ranked day after day, once all are there.
     """
 
     def __init__(
-        self, dataset: Dataset, seed: int, recency: RecencyPopularity | None
+        self,
+        table: "ItemTable",
+        dataset: Dataset,
+        seed: int,
+        recency: RecencyPopularity | None,
+        term: RecencyTerm | None,
     ) -> None:
-        self.names: tuple[str, ...] = (MODEL, POPULARITY)
+        names = [MODEL, POPULARITY]
         self._popularity = Popularity(dataset, seed)
         self._recency = None
         if recency is not None:
-            self.names = (*self.names, RECENCY)
+            names.append(RECENCY)
             self._recency = FullRecencyRanking(recency, dataset)
+        self._term = None
+        if term is not None:
+            names.append(WITH_RECENCY)
+            self._term = FullTermRanking(table, dataset, term)
+        self.names = tuple(names)
         all_groups = len(dataset.domains) * groups_of_domain()
-        self._means = GroupMeans(len(self.names), all_groups, seed)
-        self._waiting: list[_RankedBatch] = []
+        self._means = GroupMeans(len(names), all_groups, seed)
+        self._ranked: list[_RankedBatch] = []
 
-    def add(self, batch: HeldOutBatch, position_B: np.ndarray) -> None:
-        """Adds a step's users. position_B: by the model."""
+    def add(
+        self,
+        batch: HeldOutBatch,
+        y_BDR: torch.Tensor,
+        position_B: np.ndarray,
+    ) -> None:
+        """Adds a step's users. y_BDR: their vectors; position_B: by the model."""
+        jagged = (batch.counts_B, batch.rows_E)
         popularity_B = self._popularity.positions(
-            batch.user_B,
-            batch.domain_B,
-            batch.row_B,
-            batch.counts_B,
-            batch.rows_E,
+            batch.user_B, batch.domain_B, batch.row_B, *jagged
         )
-        groups_BG = groups(batch, self._popularity.third_N[batch.row_B])
-        positions = (position_B, popularity_B)
-        if self._recency is None:
-            self._means.add(batch.user_B, groups_BG, positions)
-            return
-        self._recency.add(
+        if self._recency is not None:
+            self._recency.add(
+                batch.user_B,
+                batch.domain_B,
+                batch.row_B,
+                batch.now_B,
+                *jagged,
+            )
+        if self._term is not None:
+            self._term.add(
+                y_BDR, batch.domain_B, batch.row_B, batch.now_B, *jagged
+            )
+        ranked = _RankedBatch(
             batch.user_B,
-            batch.domain_B,
-            batch.row_B,
-            batch.now_B,
-            batch.counts_B,
-            batch.rows_E,
+            groups(batch, self._popularity.third_N[batch.row_B]),
+            (position_B, popularity_B),
         )
-        ranked = _RankedBatch(batch.user_B, groups_BG, positions)
-        self._waiting.append(ranked)
+        self._ranked.append(ranked)
 
     def means(self) -> GroupMeans:
-        """The means over this rank's users, after the last step."""
-        if self._recency is None:
-            return self._means
-        recency = self._recency.positions()
-        for ranked, recency_B in zip(self._waiting, recency, strict=True):
-            self._means.add(
-                ranked.user_B,
-                ranked.groups_BG,
-                (*ranked.positions, recency_B),
-            )
+        """The means over this rank's users, after the last step. Called on all ranks."""
+        later = []
+        for ranking in (self._recency, self._term):
+            if ranking is not None:
+                later.append(ranking.positions())
+        for index, ranked in enumerate(self._ranked):
+            positions = [*ranked.positions]
+            for of_steps in later:
+                positions.append(of_steps[index])
+            self._means.add(ranked.user_B, ranked.groups_BG, positions)
         return self._means
 
 
@@ -496,6 +519,7 @@ def full_evaluation(
         min_users=min_users,
         recorded_user_mean=means.user_mean(0, firsts),
         recency_choice=ranking.recency_choice,
+        recency_term=ranking.recency_term,
     )
 
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from trainer.evaluation.evaluation import (
     RECENCY,
+    WITH_RECENCY,
     DomainFigures,
     Evaluation,
 )
@@ -108,6 +109,8 @@ def _domain_table(record: dict[str, Any]) -> Table:
     if evaluation.has_recency:
         columns.append(f"recent {metric}")
     columns.append("difference interval")
+    if evaluation.has_compared(WITH_RECENCY):
+        columns.append(f"with recency {metric}")
     split = evaluation.kind.capitalize()
     table = _table_of(
         f"{split} at step {evaluation.step:,} among all items of the domain",
@@ -165,7 +168,10 @@ def _domain_cells(
     ]
     if evaluation.has_recency:
         cells.append(format_number(row.recency[metric]))
-    return [*cells, interval(difference["interval"])]
+    cells.append(interval(difference["interval"]))
+    if evaluation.has_compared(WITH_RECENCY):
+        cells.append(format_number(row.with_recency_headline))
+    return cells
 
 
 def _breakdown_table(record: dict[str, Any]) -> Table:

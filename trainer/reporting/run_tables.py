@@ -190,6 +190,8 @@ def _full_table(record: Record) -> Table:
     columns = ["domain", "users", *metrics, f"{HEADLINE} 95 %"]
     for system in differences:
         columns += [f"{_NAMES[system]} {HEADLINE}", "difference 95 %"]
+    if evaluation.has_compared(WITH_RECENCY):
+        columns.append(f"{_NAMES[WITH_RECENCY]} {HEADLINE}")
     sentences = [
         "Higher is better. A difference is that to the baseline before it, blue where the model "
         "is surely better, red where it is surely worse."
@@ -233,6 +235,8 @@ def _full_row(
         bounds = difference["interval"]
         cells.append(Cell(format_number(baseline)))
         cells.append(Cell(_interval(bounds), _sense_of(bounds)))
+    if row.with_recency:
+        cells.append(Cell(format_number(row.with_recency_headline)))
     return cells
 
 

@@ -97,6 +97,11 @@ class RecencyTerm:
         domain_C = np.repeat(domain_B, counts_B)
         return (x_CK * self.weight_DK[domain_C]).sum(1)
 
+    def biases(self, domain: int, rows_N: np.ndarray, day: int) -> np.ndarray:
+        """What the term adds to the scores of a domain's items on a day, float64 (N,)."""
+        x_NJ = self.features.of(rows_N, np.full(len(rows_N), day))
+        return (x_NJ * self.weight_DK[domain, 1:]).sum(1)
+
     def to_record(self, dataset: Dataset) -> dict[str, Any]:
         """{"half_lives": [7, …, "all"], "offset": 0.05, "domains": {"Books": {"users": 812, …}}}
 

@@ -6,16 +6,22 @@ import numpy as np
 import pytest
 import torch
 
+from embeddings.config import TableConfig
+from embeddings.table import ItemTable
 from tests.helpers.made import write_dataset
 from trainer.config.load import load_config
 from trainer.data.loading.day_counts import count_recent
+from trainer.evaluation.full import HeldOutBatches, full_record, rank_fully
 from trainer.evaluation.metrics import candidate_positions
 from trainer.evaluation.recency.fit import TermFit, fit_recency_term
+from trainer.evaluation.recency.full_term import FullTermRanking
+from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
 from trainer.evaluation.recency.term import (
     OFFSET,
     TERM_HALF_LIVES,
     CandidateLists,
     RecencyFeatures,
+    RecencyTerm,
     fit_weights,
 )
 from trainer.evaluation.sampled import (
@@ -273,3 +279,86 @@ def test_a_users_share_is_drawn_where_there_are_many(
         scores.model, scores, dataset, ranks, config, counts
     )
     assert 30 < term.users_D.sum() < 100
+
+
+def test_among_all_items_the_term_ranks_as_a_loop_would(ranks, dataset):
+    """Score and bias of every item of the domain on the user's day, without the user's other items."""
+    config = configured(dataset, "evaluation.min_users=30")
+    counts = count_recent(dataset, ranks, config.stream)
+    features = RecencyFeatures(counts)
+    random = np.random.default_rng(1)
+    weights = random.normal(size=(3, 1 + len(TERM_HALF_LIVES)))
+    term = RecencyTerm(features, weights, np.full(3, 9))
+    table = ItemTable(
+        dataset.num_embeddings, 8, TableConfig(optimizer="sgd"), 7, "cpu"
+    )
+    vectors = table(torch.arange(dataset.num_embeddings)).detach().numpy()
+    full = FullTermRanking(table, dataset, term)
+    held = list(
+        HeldOutBatches(dataset, 0, 1, config.evaluation, 100, "test", SEED)
+    )
+    users = []
+    for batch in held:
+        y_BDR = torch.from_numpy(
+            random.normal(size=(len(batch.user_B), 3, 8)).astype(np.float32)
+        )
+        users.append(y_BDR.numpy())
+        full.add(
+            y_BDR,
+            batch.domain_B,
+            batch.row_B,
+            batch.now_B,
+            batch.counts_B,
+            batch.rows_E,
+        )
+    checked = 0
+    for batch, y_BDR, position_B in zip(
+        held, users, full.positions(), strict=True
+    ):
+        ends = np.cumsum(batch.counts_B)
+        day_B = counts.days.of_ticks(batch.now_B)
+        for place, number in enumerate(batch.domain_B):
+            domain = dataset.domains[number]
+            rows = np.arange(domain.start, domain.start + domain.items)
+            x = features.of(rows, np.full(len(rows), day_B[place]))
+            score = weights[number, 0] * (vectors[rows] @ y_BDR[place, number])
+            score += x @ weights[number, 1:]
+            others = batch.rows_E[
+                ends[place] - batch.counts_B[place] : ends[place]
+            ]
+            own = batch.row_B[place]
+            rivals = ~np.isin(rows, others) & (rows != own)
+            expected = 1 + np.count_nonzero(
+                score[rivals] > score[rows == own][0] + 1e-4
+            )
+            most = 1 + np.count_nonzero(
+                score[rivals] >= score[rows == own][0] - 1e-4
+            )
+            assert expected <= position_B[place] <= most
+            checked += expected == most
+    assert checked > 100
+
+
+def test_a_full_ranking_has_the_term_beside_the_model(ranks, dataset):
+    config = configured(dataset, "evaluation.min_users=30")
+    counts = count_recent(dataset, ranks, config.stream)
+    table = ItemTable(
+        dataset.num_embeddings, 8, TableConfig(optimizer="sgd"), 7, "cpu"
+    )
+
+    def model(query, rows):
+        return torch.ones(len(query.newest_B), len(ITEMS), 8)
+
+    term = fit_recency_term(model, table, dataset, ranks, config, counts)
+    recency = RecencyPopularity(counts, HalfLifeChoice(3, "days", {}), SEED)
+    ranking = rank_fully(
+        model, table, dataset, ranks, config, "test", recency=recency, term=term
+    )
+    record = full_record("test", dataset, ranking, step=1, epoch=1)
+    assert list(record["recency_term"]["domains"]) == list(record["domains"])
+    assert record["with_recency_mean"]["NDCG@10"] > 0.8
+    assert record["recency_mean"]["NDCG@10"] > 0.8
+    assert record["mean"]["NDCG@10"] < 0.5
+    assert record["recency_difference"]["mean"]["value"] < 0
+    head = record["breakdown"]["domain 0"]["item popularity"]["head"]
+    assert head["with_recency NDCG@10"] > head["NDCG@10"]
