@@ -326,7 +326,12 @@ def rank_fully(
 
 @dataclass(frozen=True)
 class _RankedBatch:
-    """The users of a step, their groups, and their positions by the model and by popularity."""
+    """The users of a step, their groups, and their positions by the model and by popularity.
+
+    user_B       12     40
+    groups_BG    0 2    11 14
+    positions    1 7    4 9
+    """
 
     user_B: np.ndarray
     groups_BG: np.ndarray

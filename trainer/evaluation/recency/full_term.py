@@ -26,6 +26,12 @@ class _TermUsers:
     """Users of one step. y_BR: their vectors for the held-out item's domain, on the host.
 
     The rest is jagged as `HeldOutBatch` has it. day_B: for which is predicted.
+
+        domain_B    0      1
+        row_B       4      51
+        day_B       31     4
+        counts_B    2      3
+        rows_E      2 55   60 60 3
     """
 
     y_BR: torch.Tensor
@@ -76,7 +82,13 @@ class FullTermRanking:
         self._steps.append(users)
 
     def positions(self) -> list[np.ndarray]:
-        """The positions of each step's held-out items, int64. Called on all ranks."""
+        """The positions of each step's held-out items, int64. Called on all ranks.
+
+        Two steps of two users, of which three are of one domain and day and ranked together:
+
+            group_U      81 90 | 81 81
+            positions    [3, 1], [7, 2]
+        """
         days = self._term.features.counts.days.count
         users = self._join()
         group_U = users.domain_B * days + users.day_B
@@ -110,7 +122,10 @@ class FullTermRanking:
         return np.split(position_U, np.cumsum(sizes)[:-1])
 
     def _set_biases(self, table: BiasedTable, number: int, day: int) -> None:
-        """Sets the biases of a domain's items as of a day."""
+        """Sets the biases of a domain's items as of a day.
+
+        Those of other domains stay what they were: they are not ranked meanwhile.
+        """
         domain = self._dataset.domains[number]
         rows_N = np.arange(domain.start, domain.start + domain.items)
         bias_N = self._term.biases(number, rows_N, day)

@@ -98,7 +98,13 @@ class RecencyTerm:
         return (x_CK * self.weight_DK[domain_C]).sum(1)
 
     def biases(self, domain: int, rows_N: np.ndarray, day: int) -> np.ndarray:
-        """What the term adds to the scores of a domain's items on a day, float64 (N,)."""
+        """What the term adds to the scores of a domain's items on a day, float64 (N,).
+
+        Of two half-lives with the weights 0.5 and 0.1, and three items:
+
+            features    −3.0 −1.4    −3.0 −3.0    2.1 2.2
+            returns     −1.64        −1.8         1.27
+        """
         x_NJ = self.features.of(rows_N, np.full(len(rows_N), day))
         return (x_NJ * self.weight_DK[domain, 1:]).sum(1)
 
