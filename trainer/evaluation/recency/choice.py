@@ -6,12 +6,11 @@ ones, for every split and ranking. No model is needed.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer.config.run import RunConfig
-from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.day_counts import count_recent
 from trainer.data.loading.stream import batches_of_workers
@@ -26,14 +25,15 @@ from trainer.evaluation.metrics import (
 )
 from trainer.evaluation.popularity import break_ties
 from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
-from trainer.evaluation.sampled import Candidates, RankingBatches
+from trainer.evaluation.recency.sample import CandidatesAlone
+from trainer.evaluation.sampled import Candidates
 from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
     from trainer.distributed.process_group import Ranks
 
 HALF_LIVES = (3, 7, 14, 30, 90, 365)
-# Of a larger dataset about so many are ranked, drawn by their numbers.
+# Of more users about so many are ranked.
 _MOST_USERS = 20_000
 
 
@@ -52,28 +52,6 @@ def open_recency(
     return RecencyPopularity(counts, choice, config.seed)
 
 
-class CandidatesWithoutQuery(RankingBatches):
-    """Candidates without a model's input, of all users or of a share that is drawn."""
-
-    def __init__(self, share: float, *arguments: Any, **options: Any) -> None:
-        """share: of the users, which does not depend on the ranks. The rest: as RankingBatches."""
-        super().__init__(*arguments, **options)
-        self._share = share
-
-    def query(self, *_: Any) -> Any:
-        """None: there is no model."""
-        return None
-
-    def _candidates(self, user: int, *history: Any) -> Any:
-        if self._share < 1:
-            bits = random_bits(
-                self.plan.seed, RandomStream.RECENCY_SAMPLE, user
-            )
-            if random_unit(bits) >= self._share:
-                return None
-        return super()._candidates(user, *history)
-
-
 def _choose_half_life(
     counts: RecentCounts,
     dataset: Dataset,
@@ -82,18 +60,7 @@ def _choose_half_life(
     beat: Callable[[], None] | None,
 ) -> HalfLifeChoice:
     """The half-life that ranks the validation split best. Called on all ranks."""
-    batches = CandidatesWithoutQuery(
-        _MOST_USERS / dataset.users,
-        dataset,
-        ranks.rank,
-        ranks.world_size,
-        config.evaluation,
-        config.model.max_length,
-        "validation",
-        config.seed,
-        None,
-        config.stream,
-    )
+    batches = CandidatesAlone(dataset, ranks, config, _MOST_USERS)
     steps: list[tuple[Candidates, NewestPairs]] = []
     for step in batches_of_workers(batches, config.stream, pin_memory=False):
         day_B = counts.days.of_ticks(step.now_B)

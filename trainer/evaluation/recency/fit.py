@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.config.run import RunConfig
-from trainer.data.counter_rng import RandomStream, random_bits, random_unit
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.stream import batches_of_workers
 from trainer.data.recent_counts import RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
+from trainer.evaluation.recency.sample import ValidationSample
 from trainer.evaluation.recency.term import (
     TERM_HALF_LIVES,
     CandidateLists,
@@ -22,14 +23,14 @@ from trainer.evaluation.sampled import (
     Advance,
     Candidates,
     Model,
-    evaluate_split,
+    rank_candidates,
 )
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
     from trainer.distributed.process_group import Ranks
 
-# Of a larger dataset about so many users weigh, drawn by their numbers.
+# Of more users about so many weigh.
 _MOST_USERS = 40_000
 
 
@@ -47,15 +48,10 @@ def fit_recency_term(
     advance(done, total): called after every step.
     """
     fit = TermFit(dataset, config, counts)
-    evaluate_split(
-        model,
-        table,
-        dataset,
-        ranks,
-        config,
-        "validation",
-        visit=fit.visit,
-        advance=advance,
+    batches = ValidationSample(dataset, ranks, config, _MOST_USERS)
+    built = batches_of_workers(batches, config.stream, pin_memory=False)
+    rank_candidates(
+        model, table, batches, built, ranks.device, fit.visit, advance
     )
     return fit.fit()
 
@@ -67,9 +63,7 @@ class TermFit:
         self, dataset: Dataset, config: RunConfig, counts: RecentCounts
     ) -> None:
         self.features = RecencyFeatures(counts)
-        self._seed = config.seed
         self._least = config.evaluation.min_users
-        self._share = _MOST_USERS / dataset.users
         self._domains = len(dataset.domains)
         self._inputs: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
@@ -81,7 +75,7 @@ class TermFit:
         _position_B: np.ndarray,
         scores_C: np.ndarray,
     ) -> None:
-        """Keeps one step's users, or a share of them; `rank_candidates` calls it.
+        """Keeps one step's users; `rank_candidates` calls it.
 
         A user one of whose scores is no number is left out. Three users, of whom the second one is:
 
@@ -89,12 +83,10 @@ class TermFit:
             scores_C    0.9 0.1 0.3    0.2 NaN    0.4 0.5
             kept_B      True           False      True
         """
-        user_B = candidates.user_B
-        bits_B = random_bits(self._seed, RandomStream.TERM_SAMPLE, user_B)
         finite_B = np.logical_and.reduceat(
             np.isfinite(scores_C), list_begins(candidates.counts_B)
         )
-        kept_B = (user_B >= 0) & finite_B & (random_unit(bits_B) < self._share)
+        kept_B = (candidates.user_B >= 0) & finite_B
         kept_C = np.repeat(kept_B, candidates.counts_B)
         x_CK = self.features.inputs(
             candidates.now_B, candidates.counts_B, candidates.rows_C, scores_C

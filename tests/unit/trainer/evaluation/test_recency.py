@@ -19,6 +19,7 @@ from trainer.evaluation.recency.ranking import (
     HalfLifeChoice,
     RecencyPopularity,
 )
+from trainer.evaluation.recency.sample import CandidatesAlone
 from trainer.evaluation.sampled import RankingBatches
 
 ITEMS, STARTS = (30, 12, 8), (0, 33, 48)
@@ -237,18 +238,8 @@ def test_of_many_users_a_share_chooses_the_same_on_any_ranks(
     monkeypatch.setattr(choice, "_MOST_USERS", 35)
     seen = []
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):
-        batches = choice.CandidatesWithoutQuery(
-            35 / dataset.users,
-            dataset,
-            rank,
-            world_size,
-            config.evaluation,
-            100,
-            "validation",
-            SEED,
-            None,
-            config.stream,
-        )
+        part = dataclasses.replace(ranks, rank=rank, world_size=world_size)
+        batches = CandidatesAlone(dataset, part, config, 35)
         users = np.concatenate([batch.user_B for batch in batches])
         seen.append(set(users[users >= 0].tolist()))
     whole, *parts = seen
