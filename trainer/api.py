@@ -234,6 +234,7 @@ class Run:
         users: Iterable[Any] | PathLike | None = None,
         logs: Logs = (),
         keep_seen: bool = False,
+        recency_term: bool = False,
         output: PathLike | None = None,
         **options: Any,
     ) -> pa.Table:
@@ -243,6 +244,7 @@ class Run:
         users: ids, or a file that has them; None: all.
         logs: histories in place of those of the run's dataset, as `prepare` takes them.
         keep_seen: items that the user has had are recommended too.
+        recency_term: score with what was touched lately, too (docs/evaluate.md).
         output: a folder that gets the same as partitioned Parquet, and stays.
         options: column names and memory, those of `trainer.config.serving.AskedConfig`.
         """
@@ -254,7 +256,10 @@ class Run:
         }
         _refuse_unknown("recommend", options, known)
         config = RecommendConfig(
-            k=k, domains=tuple(domains), keep_seen=keep_seen
+            k=k,
+            domains=tuple(domains),
+            keep_seen=keep_seen,
+            recency_term=recency_term,
         )
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
