@@ -10,9 +10,15 @@ from hypothesis import settings
 # that it sees.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-# How long an example takes says nothing on a machine that does other work too.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
+# Before PyTorch is imported: beside another file of tests a second thread only waits for the first.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says nothing on a machine that does other work too. The same examples
+# every time, so that a change fails by what it changes; `--hypothesis-profile=search` draws others.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
+settings.load_profile("same")
 
 RANKS = Path(__file__).parent / "ranks"
 

@@ -92,6 +92,7 @@ def test_an_export_is_served(made, tmp_path):
         server.wait()
 
 
+@pytest.mark.slow
 def test_two_ranks_and_then_one_train_one_run(made, tmp_path):
     settings = Path(EXAMPLES / "two_ranks.sh")
     done = run(

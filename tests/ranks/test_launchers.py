@@ -269,6 +269,7 @@ def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_mpirun
 def test_a_rank_that_is_killed_is_a_status_that_mpirun_reports(
     dataset, tmp_path

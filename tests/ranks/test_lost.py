@@ -90,6 +90,7 @@ def test_a_rank_that_dies_ends_one_that_waits_elsewhere(
     )
 
 
+@pytest.mark.slow
 def test_supervised_ranks_begin_again_where_one_dies_and_one_hangs(
     dataset, tmp_path
 ):

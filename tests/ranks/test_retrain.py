@@ -60,7 +60,7 @@ def command(folder, name, logs, *settings):
     ]
 
 
-def retrained(folder, name, logs, *settings):
+def retrained(folder, name, logs, *settings, status=0):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command(folder, name, logs, *settings),
@@ -69,7 +69,8 @@ def retrained(folder, name, logs, *settings):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == status, said
     return json.loads(
         (folder / "days" / name / "retrain.json").read_text()
     ), done.stdout

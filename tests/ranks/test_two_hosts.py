@@ -49,6 +49,7 @@ def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_both_and_the_same_command_goes_on(
     hosts, dataset, tmp_path
 ):

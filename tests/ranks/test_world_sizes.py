@@ -128,6 +128,7 @@ def test_weights_moved(outcomes, dataset, tmp_path):
     assert unmoved == ["correction.alpha", "correction.beta"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["transformer", "gru"])
 def test_shapley_values_are_of_the_global_batch(dataset, tmp_path, encoder):
     """λ of every step at one rank and at two, with weights taken apart too."""

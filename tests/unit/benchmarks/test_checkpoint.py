@@ -32,6 +32,7 @@ def run_main(monkeypatch, *arguments):
     return left.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_short_measures_every_system_and_cleans_up(
     monkeypatch, tmp_path, capfd

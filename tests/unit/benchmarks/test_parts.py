@@ -43,6 +43,7 @@ OF_RANKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_all_parts_are_measured_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite, "in_own_process", in_this_process)

@@ -279,6 +279,7 @@ def run_main(monkeypatch, *arguments):
     return left.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_both_systems_are_measured_and_written(monkeypatch, tmp_path, capfd):
     file = tmp_path / "result.json"

@@ -104,6 +104,7 @@ def both(folder, *inputs, **options):
 # --- the same bytes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_synthetic_logs_in_several_parts_and_streams(
     tmp_path, monkeypatch, session
 ):
@@ -202,6 +203,7 @@ def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
     )
 
 
+@pytest.mark.slow
 def test_whole_numbers_are_told_from_texts_over_all_files(tmp_path):
     rows = some_rows()
     write(
@@ -229,6 +231,7 @@ def test_whole_numbers_are_told_from_texts_over_all_files(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ids_of_other_types_have_the_same_text(tmp_path):
     days = [
         datetime.date(2024, 2, 29),
@@ -262,6 +265,7 @@ def test_ids_of_other_types_have_the_same_text(tmp_path):
     both(tmp_path, tmp_path / "logs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "numbers"])
 def test_floats_in_text_are_whole_numbers_where_all_of_it_is(tmp_path, kind):
     items = ["12.0", "7", "8.00", "3"]
@@ -310,6 +314,7 @@ def test_rows_of_a_table_have_no_order(tmp_path, session):
         run("spark", tmp_path / "out", "table:unordered", tie_order="file")
 
 
+@pytest.mark.slow
 def test_units_that_differ_between_domains_are_warned_of(tmp_path, capfd):
     rows = [
         (user, item, "a", 1_700_000_000)
@@ -357,6 +362,7 @@ DAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "texts", [WHOLE, FLOAT, DATES], ids=["whole", "float", "date"]
 )
@@ -373,6 +379,7 @@ def test_times_in_text_go_in_the_same_order(tmp_path, texts):
     both(tmp_path, tmp_path / "log.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "values"),
     [
@@ -413,6 +420,7 @@ def test_times_of_all_types_go_in_the_same_order(tmp_path, kinds, values):
     both(tmp_path, tmp_path / "logs")
 
 
+@pytest.mark.slow
 def test_addresses_and_tables_are_read_as_files_are(tmp_path, session):
     """The table compares texts without regard to case, where Spark knows such; the dataset does not."""
     rows = [
@@ -478,6 +486,7 @@ def test_what_one_engine_refuses_the_other_does_with_the_same_words(
     assert sorted(tmp_path.iterdir()) == present
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "values", "kind", "named"),
     [
@@ -610,6 +619,7 @@ def test_nothing_left_is_refused(tmp_path):
 # --- failed tasks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_that_dies_leaves_no_half_part_and_the_same_command_goes_on(
     tmp_path, monkeypatch
 ):
@@ -727,6 +737,7 @@ def test_of_two_attempts_at_a_part_the_first_to_end_counts(tmp_path):
 # --- the script ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_prepares_on_spark(tmp_path):
     log = write(tmp_path / "log.parquet", some_rows())
     settings = [
@@ -769,6 +780,7 @@ def test_the_script_prepares_on_spark(tmp_path):
 # --- every form of log --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_and_a_filter_give_the_same_bytes(tmp_path, form):
     given, options = FORMS[form](tmp_path, sample_events())
@@ -790,6 +802,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", FILTERS, ids=list(FILTERS.values()))
 def test_a_filter_of_columns_of_any_type_keeps_the_same_rows(tmp_path, where):
     count = 20
@@ -877,6 +890,7 @@ def test_items_without_a_domain_are_the_same(tmp_path):
     assert [domain.name for domain in dataset.domains] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_small_domains_are_the_same(tmp_path):
     rows = some_rows() + [(1, item, "Noir", item) for item in range(5)]
     rows += [(user, 1, "War", user) for user in range(50)]
@@ -889,6 +903,7 @@ def test_small_domains_are_the_same(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "options", "named"),
     UNREADABLE.values(),
@@ -906,6 +921,7 @@ def test_what_cannot_be_read_is_refused_with_the_same_words(
     assert messages["duckdb"] == messages["spark"]
 
 
+@pytest.mark.slow
 def test_killed_on_the_threshold_spark_delivers_too(tmp_path, monkeypatch):
     from trainer.files.staged import StagedOutput
 
