@@ -22,7 +22,7 @@ from trainer.config import RetrainConfig, load_config
 from trainer.config.command_line import option, parse_options
 from trainer.config.load import load_settings
 from trainer.distributed.process_exit import run_script
-from trainer.errors import exit_on_input_error
+from trainer.errors import InputError, exit_on_input_error
 
 REFUSED = 3
 
@@ -80,7 +80,14 @@ def _check_training(config: RetrainConfig) -> None:
     files = [f"--config={file}" for file in config.base]
     words = [*files, *config.settings, *config.warm_settings]
     options = train.parse(words)
-    load_config(options.config, options.settings, options.deepspeed_config)
+    run = load_config(
+        options.config, options.settings, options.deepspeed_config
+    )
+    if run.split.kind != "leave_one_out":
+        raise InputError(
+            f"split.kind is {run.split.kind}: a retraining learns from the newest days too, and is "
+            "judged by leave-one-out: leave the setting out"
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Each function imports what it needs: preparing loads no PyTorch.
 """
 
 import contextlib
+import datetime
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -352,12 +353,21 @@ def _config_of(
 
 def _section_of(key: str, value: Any) -> DictConfig:
     """A keyword by itself, so that an error names it; a dotted key becomes sections in sections."""
-    section: Any = value
-    if isinstance(value, os.PathLike):
-        section = os.fspath(value)
+    section = _plain(value)
     for name in reversed(key.split(".")):
         section = {name: section}
     return OmegaConf.create(section)
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it: paths and dates as text, in a section too."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return value
 
 
 def _refuse_unknown(

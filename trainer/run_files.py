@@ -4,6 +4,7 @@ A run's folder (`run=DIR`):
 
     run/.lock                                   held by the process that writes here
     run/config.yaml                             the effective configuration
+    run/split.json                              of a split by time: where its cuts are
     run/metrics.jsonl                           one record a line: train, validation, test
     run/tensorboard/                            the same figures as TensorBoard's event files
     run/status.json                             whether it trains, has stopped, failed or finished
@@ -33,6 +34,7 @@ A folder of published versions (`launch/publish.py --to DIR`):
 # In a run's folder.
 LOCK = ".lock"
 CONFIG = "config.yaml"
+SPLIT = "split.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 STATUS = "status.json"

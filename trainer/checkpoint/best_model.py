@@ -20,6 +20,8 @@ from trainer.checkpoint.warm_start import locate_dataset, match_model
 from trainer.config.load import load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.timeline import read_split, split_dataset
+from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.errors import InputError
 from trainer.files.redact import (
@@ -165,6 +167,18 @@ def read_config(run: Path | str) -> RunConfig:
     if not file.is_file():
         raise InputError(f"{run}: is no run (there is no config.yaml in it)")
     return load_recorded(file)
+
+
+def split_as_trained(
+    run: Path | str, config: RunConfig, dataset: Dataset, ranks: "Ranks"
+) -> Dataset:
+    """The dataset as the run split it, by the cuts that it recorded. Called on all ranks.
+
+    On a later dataset the cuts are at the same moments. Raises InputError as `split_dataset` does, and
+    where the record cannot be read.
+    """
+    recorded = run_on_first_rank(lambda: read_split(Path(run)), ranks.first)
+    return split_dataset(dataset, config, ranks, recorded)
 
 
 def free_memory() -> None:

@@ -38,6 +38,7 @@ from trainer.run_files import (
     LOCK,
     METRICS_FILE,
     REPORT,
+    SPLIT,
     STATUS,
     TENSORBOARD,
 )
@@ -169,7 +170,7 @@ def find_start(
 
     patience = Patience(run)
     folder, record = find_newest(run, ranks, say, patience)
-    if folder is None:
+    if folder is None or record is None:
         damaged = run_on_first_rank(
             lambda: len(list_checkpoints(run)), ranks.first
         )
@@ -280,7 +281,7 @@ def remove_failed_start(run: Path) -> None:
         return
     if (run / BEST).exists() or (run / LATEST).exists():
         return
-    for name in (CONFIG, METRICS_FILE, REPORT, STATUS):
+    for name in (CONFIG, METRICS_FILE, REPORT, SPLIT, STATUS):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else is in it

@@ -31,6 +31,11 @@ from trainer.config.changes import may_change_on_warm_start, refused_changes
 from trainer.config.load import flatten_config, load_recorded
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.timeline import (
+    describe_split,
+    format_time,
+    read_split,
+)
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.errors import InputError
@@ -198,17 +203,18 @@ def _share_old_rows(
     run: Path, fingerprint: str, dataset: Dataset, ranks: "Ranks"
 ) -> _OldRows:
     """Finds the old rows on the first rank, for all."""
-    old: _OldRows | None = None
+    old_source_N: np.ndarray = np.zeros(0, np.int32)  # the first rank's
 
     def find() -> tuple[list[str], TimeSpan]:
-        nonlocal old
+        nonlocal old_source_N
         old = _find_old_rows(run, fingerprint, dataset)
+        old_source_N = old.source_N
         return old.domains, old.span
 
     domains, span = run_on_first_rank(find, ranks.first)
     source_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
     if ranks.first:
-        source_N.copy_(torch.from_numpy(old.source_N))
+        source_N.copy_(torch.from_numpy(old_source_N))
     dist.broadcast(source_N, 0)
     return _OldRows(domains, tuple(span), source_N.numpy())
 
@@ -319,3 +325,29 @@ def _list_differences(before: Settings, now: Settings) -> list[str]:
     for key in refused_changes(before, now, may_change_on_warm_start()):
         lines.append(describe_change(key, before, now))
     return lines
+
+
+def refuse_later_model(
+    warm: WarmStart, dataset: Dataset, ranks: "Ranks"
+) -> None:
+    """Raises InputError where a model knows what a split by time holds out. Called on all ranks.
+
+    It knows its dataset up to its own cut; of a run of leave-one-out, to the end.
+    """
+    split = describe_split(dataset)
+    if split is None:
+        return
+
+    def refuse() -> None:
+        recorded = read_split(warm.run)
+        (_, known_until), _ = warm.spans
+        if recorded is not None:
+            known_until = recorded["validation_time"]
+        if known_until > split["validation_time"]:
+            raise InputError(
+                f"warm_start={warm.run} has learnt from events until "
+                f"{format_time(dataset, known_until)}, and the split's validation begins at "
+                f"{split['validation']}: begin with a model from before, or without one"
+            )
+
+    run_on_first_rank(refuse, ranks.first)

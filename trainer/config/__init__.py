@@ -7,7 +7,7 @@ lists every setting; trainer.config.changes says which of them may change when a
 from embeddings.config import TableConfig
 from syncrec.config import ModelConfig
 from trainer.config.checkpoint import CheckpointConfig
-from trainer.config.evaluation import EvaluationConfig
+from trainer.config.evaluation import EvaluationConfig, SplitConfig
 from trainer.config.load import load_config, load_recorded, to_yaml
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
@@ -26,6 +26,7 @@ __all__ = [
     "RetrainConfig",
     "RunConfig",
     "SourceConfig",
+    "SplitConfig",
     "StreamConfig",
     "TableConfig",
     "load_config",

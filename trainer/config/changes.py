@@ -81,14 +81,25 @@ def refused_changes(
     """The keys, sorted, that have changed and may not.
 
     before, now: values by dotted key, as `trainer.config.load.flat` gives them, of a record and of
-    today. A recorded on or off is the boolean that the setting has become.
+    today. A recorded on or off is the boolean that the setting has become. A setting that records of
+    before do not have was what it says it was then (`unrecorded`).
     """
     keys = []
+    unrecorded = _unrecorded_values()
     for key in sorted(before.keys() | now.keys()):
-        old = before.get(key)
+        old = before.get(key, unrecorded.get(key))
         new = now.get(key)
         if isinstance(new, bool) and old in ("on", "off"):
             old = old == "on"
         if old != new and not is_allowed(key, allowed):
             keys.append(key)
     return keys
+
+
+def _unrecorded_values() -> dict[str, Any]:
+    """What a setting was in runs that do not record it, by its dotted key."""
+    values = {}
+    for key, field in iterate_settings():
+        if "unrecorded" in field.metadata:
+            values[key] = field.metadata["unrecorded"]
+    return values

@@ -8,7 +8,7 @@ from typing import Any
 from embeddings.config import TableConfig, keeps_squares
 from syncrec.config import ModelConfig
 from trainer.config.checkpoint import CheckpointConfig
-from trainer.config.evaluation import EvaluationConfig
+from trainer.config.evaluation import EvaluationConfig, SplitConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.setting import CONSTANT_SCHEDULE, setting
@@ -126,6 +126,9 @@ class RunConfig:
     )
     negatives: NegativesConfig = setting(
         NegativesConfig, "negative sampling", on_warm_start=True
+    )
+    split: SplitConfig = setting(
+        SplitConfig, "what is held out from training", on_warm_start=True
     )
     stream: StreamConfig = setting(
         StreamConfig, "how shards become batches", on_warm_start=True

@@ -7,6 +7,7 @@ import the trainer (syncrec.config, embeddings.config):
     on_resume       whether the setting may change when a run is resumed
     on_warm_start   whether it may differ from the run whose model a warm start begins with
     on_each_host    whether it may differ between the hosts of one run
+    unrecorded      what it was in runs of before, whose records do not have it
 
 What may change on resume may change on a warm start too. A key that is absent means no.
 """

@@ -508,10 +508,10 @@ def _join_items(
 
 
 class ResultWriter:
-    """Writes the results per user: `user_id`, `domain`, `rank`, `scores`.
+    """Writes the results per target: `user_id`, `domain`, `rank`, `scores`.
 
     scores: the held-out item's first. Each rank writes a part; `finish` joins the parts, sorted by
-    user number, and leaves one file:
+    user number and a user's oldest first, and leaves one file:
 
         user_id    domain    rank    scores
         u0         Toys      2       [0.5, 1.5]
@@ -532,6 +532,7 @@ class ResultWriter:
         self._schema = pa.schema(
             [
                 ("user", pa.int64()),
+                ("target", pa.int64()),
                 ("domain", pa.string()),
                 ("rank", pa.int64()),
                 ("scores", pa.list_(pa.float32())),
@@ -564,6 +565,7 @@ class ResultWriter:
         scores = pa.ListArray.from_arrays(offsets, scores_C.astype(np.float32))
         columns = {
             "user": candidates.user_B,
+            "target": candidates.number_B,
             "domain": names,
             "rank": ranks_B,
             "scores": scores,
@@ -598,7 +600,7 @@ class ResultWriter:
                     COPY (SELECT u.user_id, r.domain, r.rank, r.scores
                           FROM read_parquet([{quoted_parts}], hive_partitioning=false) r
                                JOIN {users} u ON u.user = r.user
-                          ORDER BY r.user)
+                          ORDER BY r.target)
                     TO {_quote(partial)} (FORMAT parquet)
                     """
                 )

@@ -18,8 +18,11 @@ from trainer.checkpoint.best_model import (
     TrainedModel,
     load_trained_model,
     open_run,
+    split_as_trained,
 )
+from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.split import Timeline
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.distributed.determinism import use_deterministic_sums
 from trainer.distributed.process_group import sum_over_ranks
@@ -43,6 +46,7 @@ from trainer.evaluation.sampled import (
     evaluate_split,
     make_evaluation_record,
 )
+from trainer.evaluation.targets import highest_target, users_of_targets
 from trainer.evaluation.user_ranks import write_ranks
 from trainer.files.atomic import write_json
 from trainer.files.progress import Stages
@@ -72,6 +76,9 @@ def evaluate_run(
     """
     _check_options(split, candidates, full, recency_term)
     config, dataset = open_run(run, data, ranks=ranks)
+    if candidates:
+        _refuse_several_targets(run, config)
+    dataset = split_as_trained(run, config, dataset, ranks)
     with use_deterministic_sums(config.deterministic):
         candidates_by_user = None
         if candidates:
@@ -79,7 +86,7 @@ def evaluate_run(
                 dataset, candidates, ranks, config
             )
         trained = load_trained_model(run, config, dataset, ranks)
-        positions = _UserPositions(dataset.users if full else 0)
+        positions = _TargetPositions(dataset, split)
         recency = open_recency(dataset, ranks, config)
         term = None
         if split == "test" and (recency_term or config.evaluation.recency_term):
@@ -102,7 +109,14 @@ def evaluate_run(
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
-        _save_full(Path(run), record, domain_U, sampled_U, whole.rank_U)
+        _save_full(
+            Path(run),
+            dataset,
+            record,
+            domain_U,
+            sampled_U,
+            whole.rank_U,
+        )
     return record
 
 
@@ -145,6 +159,16 @@ def _rank_fully(
         )
 
 
+def _refuse_several_targets(run: str | Path, config: RunConfig) -> None:
+    """Raises InputError where a file of candidates does not name an event."""
+    split = config.split
+    if split.kind == Timeline.name and split.whose == "all":
+        raise InputError(
+            f"--candidates: {run} ranks all events of a user (split.whose=all), and a file has one "
+            "row a user: leave it out"
+        )
+
+
 def _record_options(trained: TrainedModel) -> dict[str, int]:
     """What a record says of the model, and which domains count in its mean."""
     return {
@@ -168,12 +192,16 @@ def _fit_term(trained: TrainedModel, recency: RecencyPopularity) -> RecencyTerm:
         )
 
 
-class _UserPositions:
-    """The position of each user whom this rank ranks among drawn candidates, and the domain."""
+class _TargetPositions:
+    """The position of each target that this rank ranks among drawn candidates, and the domain.
 
-    def __init__(self, users: int):
-        self.position_U = np.zeros(users, np.int32)
-        self.domain_U = np.zeros(users, np.int32)
+    By the targets' numbers (trainer/evaluation/targets.py).
+    """
+
+    def __init__(self, dataset: Dataset, split: str):
+        targets = highest_target(dataset, split)
+        self.position_U = np.zeros(targets, np.int32)
+        self.domain_U = np.zeros(targets, np.int32)
 
     def visit(
         self,
@@ -183,9 +211,9 @@ class _UserPositions:
     ) -> None:
         """Keeps one step's positions."""
         real = candidates.user_B >= 0
-        user_B = candidates.user_B[real]
-        self.position_U[user_B] = position_B[real]
-        self.domain_U[user_B] = candidates.domain_B[real]
+        number_B = candidates.number_B[real]
+        self.position_U[number_B] = position_B[real]
+        self.domain_U[number_B] = candidates.domain_B[real]
 
 
 def _rank_candidates(
@@ -265,25 +293,28 @@ def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
 
 def _save_full(
     run: Path,
+    dataset: Dataset,
     record: dict[str, Any],
     domain_U: np.ndarray,
     sampled_U: np.ndarray,
     full_U: np.ndarray,
 ) -> None:
-    """Leaves a full ranking's record and each user's positions in the run's folder.
+    """Leaves a full ranking's record and each target's positions in the run's folder.
 
     A folder that cannot be written does not lose the figures: the caller shows them.
     """
     split = record["kind"]
-    (users,) = np.nonzero(full_U)
+    (targets,) = np.nonzero(full_U)
+    users = users_of_targets(dataset, split, targets)
     try:
         with lock_run_folder(run):
             write_ranks(
                 run / user_ranks_file(split),
                 users,
-                domain_U[users],
-                sampled_U[users],
-                full_U[users],
+                domain_U[targets],
+                sampled_U[targets],
+                full_U[targets],
+                targets,
             )
             write_json(run / full_ranking_file(split), record)
     except InputError as error:

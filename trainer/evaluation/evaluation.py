@@ -5,7 +5,11 @@ of a ranking among all items:
 
     kind               "validation" or "test"
     ranking            "full" among all items; absent among drawn candidates
-    too_short          users whose history is too short to be split
+    too_short          users whose history is too short to be split (leave-one-out)
+    split              of a split by time: kind, whose, the first moments of validation and test, and
+                       `without_history`, events left out as their user has none before them
+    seen               of a split by time: the figures of the targets whose item training has seen, and
+                       how many it has not (trainer/evaluation/targets.py)
     skipped_users      users left out because they could not be read
     step, epoch        of the model; seconds since the run began, where a run logs the record
     domains            {name: {users, HR@5, …, MRR}}, by the model
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-_BEFORE = ("kind", "ranking", "too_short", "skipped_users")
+_BEFORE = ("kind", "ranking", "too_short", "skipped_users", "split", "seen")
 _MEANS = ("mean_domains", "min_users", "user_mean")
 MODEL = "model"
 POPULARITY = "popularity"
@@ -191,7 +195,9 @@ class Evaluation:
     """The figures of one model on one split.
 
     by_domain: a row for each domain, in the dataset's order. mean: over the domains that count,
-    whose names are `mean_domains`. user_mean: over all users. compared: the means of systems beside
+    whose names are `mean_domains`. user_mean: over all users. split, seen: of a split by time, as the
+    record has them; None of leave-one-out. There a user may have several targets, and each counts as
+    one of `users`. compared: the means of systems beside
     the model, by one of COMPARED. min_users: what a domain needs to count
     (`evaluation.min_users`). model_state: `step`, `epoch` and what else says which model it was, in
     the record's order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking
@@ -204,6 +210,8 @@ class Evaluation:
     compared: dict[str, ComparedMeans] = field(default_factory=dict)
     too_short: int | None = None
     skipped_users: int | None = None
+    split: dict[str, Any] | None = None
+    seen: dict[str, Any] | None = None
     model_state: dict[str, Any] = field(default_factory=dict)
     full: dict[str, Any] = field(default_factory=dict)
     recorded_domains: tuple[str, ...] | None = None
@@ -241,6 +249,8 @@ class Evaluation:
             compared=compared,
             too_short=record.get("too_short"),
             skipped_users=record.get("skipped_users"),
+            split=record.get("split"),
+            seen=record.get("seen"),
             model_state=model_state,
             full=full,
             recorded_domains=None if domains is None else tuple(domains),
@@ -259,6 +269,10 @@ class Evaluation:
             record["too_short"] = self.too_short
         if self.skipped_users is not None:
             record["skipped_users"] = self.skipped_users
+        if self.split is not None:
+            record["split"] = self.split
+        if self.seen is not None:
+            record["seen"] = self.seen
         record |= self.model_state
         record["domains"] = {row.name: row.model for row in self.by_domain}
         record["mean"] = self.mean

@@ -3,7 +3,7 @@
 Beside the figures stand confidence intervals, breakdowns by groups of users, catalogue coverage,
 and the Gini index of what is recommended.
 
-A user's held-out item (leave-one-out) is ranked among all items of its domain, except those of the
+A user's held-out item (trainer/data/split.py) is ranked among all items of its domain, except those of the
 rest of the user's history. Popularity ranks the same items, its ties broken by an order drawn for
 each user. Ties of the model's scores count against it. On CPUs every figure is the same at any
 number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/cuda.md).
@@ -22,7 +22,6 @@ from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.histories import UserHistories
 from trainer.data.loading.stream import batches_of_workers
-from trainer.data.split import can_be_split
 from trainer.distributed.process_group import sum_over_ranks
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.evaluation import (
@@ -45,6 +44,14 @@ from trainer.evaluation.recency.ranking import (
 )
 from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
+from trainer.evaluation.targets import (
+    Targets,
+    count_too_short,
+    describe_part,
+    describe_seen,
+    find_targets,
+    highest_target,
+)
 from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
@@ -58,11 +65,14 @@ _PIECE = 1 << 20  # numbers that are summed over the ranks at once
 THIRDS = ("head", "middle", "tail")
 LENGTH_BUCKETS = ("1–4", "5–9", "10–19", "20–49", "50+")
 HISTORY_IN_DOMAIN = ("none", "some")
+IN_TRAINING = ("seen", "unseen")
 BREAKDOWNS = {
     "item popularity": THIRDS,
     "history length": LENGTH_BUCKETS,
     "history in domain": HISTORY_IN_DOMAIN,
+    "item in training": IN_TRAINING,
 }
+_SEEN = -2  # of a domain's groups: those of IN_TRAINING are the last
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,8 @@ class HeldOutBatch:
     user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
     for which is predicted. length_B: of
     the whole history before it. domain_length_B: interactions of that history in the item's
-    domain. rows_E, counts_B: every other item of the user, jagged. skipped, reasons: as in `RankBatch`
-    (trainer.data.loading.stream).
+    domain. rows_E, counts_B: every other item of the user, jagged. target_B: the targets' numbers
+    (trainer/evaluation/targets.py). skipped, reasons: as in `RankBatch` (trainer.data.loading.stream).
 
     Four users of two domains, domain 1 from row 50, the test item held out:
 
@@ -96,6 +106,7 @@ class HeldOutBatch:
     domain_length_B: np.ndarray
     rows_E: np.ndarray
     counts_B: np.ndarray
+    target_B: np.ndarray
     skipped: int = 0
     reasons: tuple[str, ...] = ()
 
@@ -104,17 +115,18 @@ class HeldOutBatch:
 class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
-    rank_U: int32, the position of each user of the dataset, by number; 0 of those that were not
-    ranked. means: GroupMeans of `systems`; the groups of domain d are
+    rank_U: int32, the position of each target, by its number, which is its user's where a user has one
+    (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of `systems`; the groups of domain d are
     d · groups_of_domain() and those that follow: all its users, then those of each of BREAKDOWNS.
     shown: how often each row of M was among the SHOWN best of a user.
 
-    The groups of domain 0; those of domain 1 begin at 11:
+    The groups of domain 0; those of domain 1 begin at 13:
 
         0           all users
         1 2 3       item popularity: head, middle, tail
         4 … 8       history length: 1–4, 5–9, 10–19, 20–49, 50+
         9 10        history in domain: none, some
+        11 12       item in training: seen, unseen
     """
 
     rank_U: np.ndarray
@@ -130,59 +142,61 @@ class FullRanking:
 class HeldOutBatches(RankingBatches):
     """As RankingBatches, without candidates."""
 
-    def build(self, users: UserHistories) -> Any:
-        """A HeldOutBatch: histories up to the held-out item, that item, and the user's others.
+    def build(
+        self, users: UserHistories, targets: Targets | None = None
+    ) -> Any:
+        """A HeldOutBatch: histories up to the held-out items, these, and the users' others.
 
-        Of the history 2 55 9, the oldest item first:
+        targets: of these users; None: all of them. Of the history 2 55 9, the oldest item first:
 
-            split         held out    others
-            test          9           2 55
-            validation    55          2 9
+            leave-one-out    held out    others
+            test             9           2 55
+            validation       55          2 9
         """
         dataset = self.plan.dataset
-        chosen_B = self._chosen(users)
-        lengths_B = users.lengths_B[chosen_B]
-        ends_B = np.cumsum(users.lengths_B)[chosen_B]
-        offset = self.split.offset
-        held_out_B = ends_B - offset
+        if targets is None:
+            targets = find_targets(dataset, self.part, users)
+        targets = self._of_domain(users, targets)
+        ends_B = np.cumsum(users.lengths_B)[targets.user_T]
+        lengths_B = users.lengths_B[targets.user_T]
+        begins_B = ends_B - lengths_B
+        held_out_B = begins_B + targets.place_T
         row_B = users.items_N[held_out_B].astype(np.int64)
         domain_B = dataset.domain_of(row_B)
         domain_length_B = np.zeros(len(row_B), np.int64)
         others = [np.zeros(0, np.int64)]
-        for user, end in enumerate(ends_B):
-            begin = end - lengths_B[user]
+        for target, (begin, end) in enumerate(
+            zip(begins_B, ends_B, strict=True)
+        ):
+            place = targets.place_T[target]
             items = users.items_N[begin:end]
-            history_domains = dataset.domain_of(items[:-offset])
-            same_domain = history_domains == domain_B[user]
-            domain_length_B[user] = np.count_nonzero(same_domain)
-            held_out = len(items) - offset
-            others.append(np.delete(items, held_out))
-        chosen = np.flatnonzero(chosen_B)
+            history_domains = dataset.domain_of(items[:place])
+            same_domain = history_domains == domain_B[target]
+            domain_length_B[target] = np.count_nonzero(same_domain)
+            others.append(np.delete(items, place))
         no_candidates = np.zeros(0, np.int64)
-        query = self.query(users, chosen, no_candidates)
+        query = self.query(users, targets, no_candidates)
         return HeldOutBatch(
             query=query,
-            user_B=users.number_B[chosen_B],
+            user_B=users.number_B[targets.user_T],
             domain_B=domain_B,
             row_B=row_B,
-            now_B=users.ticks_N[held_out_B].astype(np.int64),
-            length_B=self.split.history_lengths(lengths_B),
+            now_B=users.ticks_N[begins_B + targets.place_T].astype(np.int64),
+            length_B=targets.place_T,
             domain_length_B=domain_length_B,
             rows_E=np.concatenate(others),
             counts_B=lengths_B - 1,
+            target_B=targets.number_T,
         )
 
-    def _chosen(self, users: UserHistories) -> np.ndarray:
-        """Which users are ranked, bool (B,): those that are split, and of the one domain."""
-        chosen_B = can_be_split(users.lengths_B)
+    def _of_domain(self, users: UserHistories, targets: Targets) -> Targets:
+        """Those of the targets that are of the one domain, where the model knows one alone."""
         if self.only_domain is None:
-            return chosen_B
-        ends_B = np.cumsum(users.lengths_B)[chosen_B]
-        held_out_B = ends_B - self.split.offset
-        row_B = users.items_N[held_out_B]
-        domain_B = self.plan.dataset.domain_of(row_B)
-        chosen_B[chosen_B] = domain_B == self.only_domain
-        return chosen_B
+            return targets
+        begins_B = np.cumsum(users.lengths_B) - users.lengths_B
+        row_T = users.items_N[begins_B[targets.user_T] + targets.place_T]
+        domain_T = self.plan.dataset.domain_of(row_T)
+        return targets.choose(domain_T == self.only_domain)
 
 
 class _DomainRankings:
@@ -285,7 +299,7 @@ def rank_fully(
     batches = _held_out_batches(dataset, ranks, config, split)
     rankings = _DomainRankings(table, dataset, batches.only_domain)
     systems = _Systems(table, dataset, config.seed, recency, term)
-    position_U = np.zeros(dataset.users, np.int32)
+    position_U = np.zeros(highest_target(dataset, split), np.int32)
     skipped = 0
     reasons: dict[str, None] = {}
     built = batches_of_workers(
@@ -302,7 +316,7 @@ def rank_fully(
         # A rank without users has one to look up with.
         y_BDR = y_BDR[: len(batch.user_B)]
         position_B = rankings.rank(y_BDR, batch)
-        position_U[batch.user_B] = position_B
+        position_U[batch.target_B] = position_B
         systems.add(batch, y_BDR, position_B)
         if advance is not None:
             advance(done, len(batches))
@@ -391,9 +405,11 @@ class _Systems:
             self._term.add(
                 y_BDR, batch.domain_B, batch.row_B, batch.now_B, *jagged
             )
+        third_B = self._popularity.third_N[batch.row_B]
+        is_seen_B = self._popularity.counts_N[batch.row_B] > 0
         ranked = _RankedBatch(
             batch.user_B,
-            groups(batch, self._popularity.third_N[batch.row_B]),
+            groups(batch, third_B, is_seen_B),
             (position_B, popularity_B),
         )
         self._ranked.append(ranked)
@@ -445,23 +461,28 @@ def groups_of_domain() -> int:
     return 1 + sum(groups_of_breakdowns)
 
 
-def groups(batch: HeldOutBatch, third_B: np.ndarray) -> np.ndarray:
+def groups(
+    batch: HeldOutBatch, third_B: np.ndarray, is_seen_B: np.ndarray
+) -> np.ndarray:
     """The numbers of each user's groups, int64 (B, 1 + BREAKDOWNS).
 
-    third_B: the held-out item's third by popularity (trainer/evaluation/popularity.py). Two users:
+    third_B: the held-out item's third by popularity (trainer/evaluation/popularity.py). is_seen_B:
+    whether training has the item. Two users:
 
-        domain_B           0               1
-        third_B            2               0
-        length_B           12              3
-        domain_length_B    4               0
-        groups             0  3  6  10     11 12 15 20
+        domain_B           0                  1
+        third_B            2                  0
+        length_B           12                 3
+        domain_length_B    4                  0
+        is_seen_B          True               False
+        groups             0  3  6  10 11     13 14 17 22 25
     """
     first_B = batch.domain_B * groups_of_domain()
     bucket_B = np.searchsorted(LENGTHS, batch.length_B, side="right") - 1
     some_B = (batch.domain_length_B > 0).astype(np.int64)
     columns = [first_B]
     begin = 1
-    indices = (third_B, bucket_B, some_B)  # within each breakdown
+    unseen_B = (~is_seen_B).astype(np.int64)
+    indices = (third_B, bucket_B, some_B, unseen_B)  # within each breakdown
     for names, index_B in zip(BREAKDOWNS.values(), indices, strict=True):
         columns.append(first_B + begin + index_B)
         begin += len(names)
@@ -516,8 +537,10 @@ def full_evaluation(
         by_domain=DomainTable(rows, FULL_METRICS),
         mean=means.mean(0, counted),
         compared=_compared_means(ranking, firsts, counted),
-        too_short=dataset.too_short,
+        too_short=count_too_short(dataset),
         skipped_users=ranking.skipped_users,
+        split=describe_part(dataset, split),
+        seen=_seen_figures(dataset, means, rows, counted),
         model_state=model_state,
         full=full,
         recorded_domains=tuple(mean_domains),
@@ -574,6 +597,28 @@ def _differences(
         "mean": means.mean_difference(counted, HEADLINE, system),
         "user_mean": means.user_mean_difference(firsts, HEADLINE, system),
     }
+
+
+def _seen_figures(
+    dataset: Dataset,
+    means: GroupMeans,
+    rows: list[DomainFigures],
+    counted: list[int],
+) -> dict[str, Any] | None:
+    """The figures of targets whose item training has seen; None of leave-one-out.
+
+    counted: the first groups of the domains that count in the mean.
+    """
+    if dataset.training is None:
+        return None
+    offset = groups_of_domain() + _SEEN
+    figures = {}
+    for number, row in enumerate(rows):
+        first = number * groups_of_domain()
+        figures[row.name] = means.figures(0, first + offset)
+    mean = means.mean(0, [first + offset for first in counted])
+    all_figures = {row.name: row.model for row in rows}
+    return describe_seen(dataset, figures, mean, all_figures)
 
 
 def full_record(

@@ -1,7 +1,7 @@
 """Ranking of held-out items among drawn candidates: HR, NDCG and MRR by domain (section 5.2.2).
 
-By leave-one-out (trainer/data/split.py) the newest interaction of a user's merged history is the
-test item, the one before it the validation item. The item is ranked among items of its own domain
+Whose event is held out says the dataset's split (trainer/data/split.py): by leave-one-out the newest
+of a user's merged history is the test item, the one before it the validation item. The item is ranked among items of its own domain
 that the user never touched (negative sampling). Its position is an integer, and what is summed
 over processes are counts of positions. So on CPUs the figures do not depend on the number of
 processes; on CUDA near ties may (docs/cuda.md). Ties count against the model.
@@ -30,7 +30,6 @@ from trainer.data.loading.stream import (
     batches_of_workers,
     find_domains,
 )
-from trainer.data.split import SPLITS, can_be_split
 from trainer.evaluation.evaluation import (
     COMPARED,
     MODEL,
@@ -55,6 +54,14 @@ from trainer.evaluation.metrics import (
 from trainer.evaluation.popularity import candidate_scores
 from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.term import RecencyTerm
+from trainer.evaluation.targets import (
+    Targets,
+    count_targets,
+    count_too_short,
+    describe_part,
+    describe_seen,
+    find_targets,
+)
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -75,8 +82,10 @@ class Candidates:
 
     user_B: user numbers, −1 for a place that only keeps the processes in step. domain_B: of the
     held-out item. now_B: the ticks for which is predicted, int64. counts_B: candidates of each user,
-    the held-out item first. rows_C: their rows of M. skipped, reasons: users who could not be read, and why, as in `RankBatch`
-    (trainer.data.loading.stream).
+    the held-out item first. rows_C: their rows of M. skipped, reasons: users who could not be read,
+    and why, as in `RankBatch` (trainer.data.loading.stream). target_B: the targets' numbers
+    (trainer/evaluation/targets.py); a user may have several, each a place here. None: the users'
+    numbers.
 
     Four users, two of each domain, with two negatives each; domain 1 begins at row 50:
 
@@ -95,6 +104,12 @@ class Candidates:
     rows_C: np.ndarray
     skipped: int = 0
     reasons: tuple[str, ...] = ()
+    target_B: np.ndarray | None = None
+
+    @property
+    def number_B(self) -> np.ndarray:
+        """The targets' numbers, int64 (B,)."""
+        return self.user_B if self.target_B is None else self.target_B
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,8 @@ class PositionCounts:
 
     histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`.
     skipped_users: users that could not be read, whether or not they would have been evaluated.
-    reasons: why, of this process alone, each line once. recency_choice, recency_term: the half-life
+    seen: int64 (D, longest candidate list), by the model, of the targets whose item training has
+    seen; None where it is not counted. reasons: why, of this process alone, each line once. recency_choice, recency_term: the half-life
     of recency popularity and the weights of the recency term, where they are among the systems.
 
     Four users, two in each of two domains, among three candidates:
@@ -117,6 +133,7 @@ class PositionCounts:
     histogram: np.ndarray
     skipped_users: int = 0
     reasons: tuple[str, ...] = ()
+    seen: np.ndarray | None = None
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: dict[str, Any] | None = None
     recency_term: dict[str, Any] | None = None
@@ -127,10 +144,12 @@ Visit = Callable[[Candidates, np.ndarray, np.ndarray], None]
 
 
 class RankingBatches(torch.utils.data.IterableDataset[Any]):
-    """Every user of the dataset that can be split, once, in the same steps on every rank.
+    """Every target of a part of the split, once, in the same number of batches on every rank.
 
-    Each user is ranked by its home rank, whose shards hold it. A rank that has no user in a step
+    Each user is ranked by its home rank, whose shards hold it. A rank that has no target in a step
     gives a batch of one place, user −1, so that all ranks take part in the look-up of the table.
+    Where users have several targets, a step has several batches, as many as the rank needs that has
+    most targets.
     """
 
     def __init__(
@@ -146,9 +165,9 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
         stream: StreamConfig | None = None,
         both_views: bool = False,
     ):
-        """split: "validation" or "test". candidates: {user number: (domain, rows)}, the held-out
-        item first, in place of drawn candidates; users without an entry are left out. stream: its
-        `verify`, `damaged` and `domain` count. both_views: as the model predicts.
+        """split: the part, "validation" or "test". candidates: {user number: (domain, rows)}, the
+        held-out item first, in place of drawn candidates; users without an entry are left out.
+        stream: its `verify`, `damaged` and `domain` count. both_views: as the model predicts.
         """
         super().__init__()
         self.stream = stream or StreamConfig()
@@ -166,7 +185,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
         self.config = config
         self.max_length = max_length
         self.both_views = both_views
-        self.split = SPLITS[split]
+        self.part = split
         self.candidates = candidates
         # The one domain that the model knows, by number.
         self.only_domain = None
@@ -174,7 +193,10 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             self.only_domain = dataset.domain_number(self.stream.domain)
 
     def __len__(self) -> int:
-        return self.plan.steps(0)
+        steps = self.plan.steps(0)
+        if self.plan.dataset.split.one_target:
+            return steps
+        return sum(self._count_batches(step) for step in range(steps))
 
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
@@ -191,59 +213,93 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
                 wanted_B = self.plan.users(0, step, self.rank)
                 users = histories.read(wanted_B)
                 skipped = len(wanted_B) - len(users.number_B)
-                batch = self.build(users)
-                yield replace(
-                    batch,
-                    skipped=skipped,
-                    reasons=reasons.take(),
-                )
+                for batch in self._build_step(step, users):
+                    yield replace(
+                        batch,
+                        skipped=skipped,
+                        reasons=reasons.take(),
+                    )
+                    skipped = 0
         finally:
             histories.close()
 
-    def build(self, users: UserHistories) -> Candidates:
-        """Histories up to the held-out item, and its candidates."""
+    def _build_step(self, step: int, users: UserHistories) -> Iterator[Any]:
+        """Yields a step's batches, of at most `batch_size` targets where users have several."""
+        if self.plan.dataset.split.one_target:
+            yield self.build(users)
+            return
+        targets = find_targets(self.plan.dataset, self.part, users)
+        size = self.config.batch_size
+        for batch in range(self._count_batches(step)):
+            begin = batch * size
+            chosen = targets.choose(slice(begin, begin + size))
+            yield self.build(users, chosen)
+
+    def _count_batches(self, step: int) -> int:
+        """How many batches a step has on every rank, at least one."""
+        user_B, home_B, _ = self.plan.ranks(0, step)
+        count_B = count_targets(self.plan.dataset, self.part, user_B)
+        targets_W = np.bincount(home_B, weights=count_B)
+        most = int(targets_W.max(initial=0))
+        return max(1, -(-most // self.config.batch_size))
+
+    def build(
+        self, users: UserHistories, targets: Targets | None = None
+    ) -> Any:
+        """Candidates: histories up to the held-out items, and their candidates.
+
+        targets: of these users; None: all of them.
+        """
+        if targets is None:
+            targets = find_targets(self.plan.dataset, self.part, users)
         ends_B = np.cumsum(users.lengths_B)
-        chosen: list[np.integer[Any]] = []
-        numbers: list[int] = []
+        chosen: list[int] = []
         domains: list[int] = []
         now: list[int] = []
         candidates: list[np.ndarray] = []
-        (split_B,) = np.nonzero(can_be_split(users.lengths_B))
-        for user in split_B:
+        pairs = zip(targets.user_T, targets.place_T, strict=True)
+        for index, (user, place) in enumerate(pairs):
             end = ends_B[user]
             begin = end - users.lengths_B[user]
             items = users.items_N[begin:end]
-            number = users.number_B[user]
-            pair = self._candidates(int(number), items)
+            number = int(users.number_B[user])
+            pair = self._candidates(number, items, place)
             if pair is None:
                 continue
             domain, rows = pair
-            chosen.append(user)
-            numbers.append(number)
+            chosen.append(index)
             domains.append(domain)
-            now.append(int(users.ticks_N[end - self.split.offset]))
+            now.append(int(users.ticks_N[begin + place]))
             candidates.append(rows)
+        ranked = targets.choose(np.array(chosen, np.int64))
+        user_B = users.number_B[ranked.user_T]
+        target_B = ranked.number_T
         if not chosen:  # this rank takes part in the look-up all the same
-            numbers = [-1]
+            user_B = np.array([-1])
+            target_B = np.array([-1])
             domains = [0]
             now = [0]
             candidates = [np.zeros(1, np.int64)]
         rows_C = np.concatenate(candidates)
-        query = self.query(users, chosen, rows_C)
+        query = self.query(users, ranked, rows_C)
         counts_B = np.array([len(rows) for rows in candidates])
         return Candidates(
             query,
-            np.array(numbers),
+            user_B,
             np.array(domains),
             np.array(now),
             counts_B,
             rows_C,
+            target_B=target_B,
         )
 
     def _candidates(
-        self, user: int, items: np.ndarray
+        self, user: int, items: np.ndarray, place: int
     ) -> tuple[int, np.ndarray] | None:
-        """(domain, rows) of a user with this history, None where the user is left out."""
+        """(domain, rows) of a user with this history, None where the target is left out.
+
+        place: of the target in the history.
+        """
         dataset = self.plan.dataset
         if self.candidates is not None:
             if user not in self.candidates:
@@ -252,7 +308,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             if self.only_domain not in (None, domain):
                 return None
             return domain, rows
-        positive = items[-self.split.offset]
+        positive = items[place]
         number = int(dataset.domain_of(positive[None])[0])
         if self.only_domain not in (None, number):
             return None
@@ -270,12 +326,12 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
     def query(
         self,
         users: UserHistories,
-        user_B: Iterable[int | np.integer[Any]],
+        targets: Targets,
         extra_ids: np.ndarray,
     ) -> Query:
-        """The Query of some users' histories up to the held-out item, for that item's time.
+        """The Query of some users' histories up to their targets, for the targets' time.
 
-        user_B: which of `users`, by index. Where a model was trained on one domain alone, that
+        Where a model was trained on one domain alone, that
         domain's interactions alone. Without users it has one empty history, as a rank without
         users takes part in the look-up.
         """
@@ -284,9 +340,10 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
         item_parts: list[np.ndarray] = []
         tick_parts: list[np.ndarray] = []
         now_B: list[int] = []
-        for user in user_B:
+        pairs = zip(targets.user_T, targets.place_T, strict=True)
+        for user, place in pairs:
             begin = ends_B[user] - users.lengths_B[user]
-            end = ends_B[user] - self.split.offset
+            end = begin + place
             items = users.items_N[begin:end]
             ticks = users.ticks_N[begin:end]
             if self.only_domain is not None:
@@ -429,10 +486,12 @@ def rank_candidates(
     popularity.
     """
     dataset = batches.plan.dataset
+    counts_N = read_item_counts(dataset)
     others = _OtherSystems(dataset, batches.plan.seed, recency, term)
     systems = (MODEL, *others.names)
     shape = (len(systems), len(dataset.domains), batches.longest_list())
     histogram = np.zeros(shape, np.int64)
+    seen_DP = np.zeros(shape[1:], np.int64)
     skipped = 0
     reasons: dict[str, None] = {}
     for done, candidates in enumerate(built, start=1):
@@ -445,20 +504,30 @@ def rank_candidates(
         domain_B = candidates.domain_B[real_B]
         for system, system_B in enumerate(positions):
             count_positions(histogram[system], domain_B, system_B[real_B])
+        seen_B = real_B & (counts_N[_first_rows(candidates)] > 0)
+        count_positions(
+            seen_DP, candidates.domain_B[seen_B], position_B[seen_B]
+        )
         if visit is not None:
             visit(candidates, position_B, scores_C)
         if advance is not None:
             advance(done, len(batches))
-    total = torch.from_numpy(np.append(histogram, skipped)).to(device)
+    counts = np.concatenate([histogram.ravel(), seen_DP.ravel(), [skipped]])
+    total = torch.from_numpy(counts).to(device)
     dist.all_reduce(total)
-    *counts, skipped = total.tolist()
+    counts = total.cpu().numpy()
+    histogram_end = histogram.size
+    by_system = counts[:histogram_end]
+    of_seen = counts[histogram_end:-1]
+    skipped = int(counts[-1])
     return PositionCounts(
-        np.array(counts, np.int64).reshape(shape),
-        skipped,
-        tuple(reasons),
-        systems,
-        None if recency is None else recency.choice.to_record(),
-        None if term is None else term.to_record(dataset),
+        histogram=by_system.reshape(shape),
+        skipped_users=skipped,
+        reasons=tuple(reasons),
+        seen=of_seen.reshape(shape[1:]),
+        systems=systems,
+        recency_choice=None if recency is None else recency.choice.to_record(),
+        recency_term=None if term is None else term.to_record(dataset),
     )
 
 
@@ -517,6 +586,12 @@ class _OtherSystems:
             )
             scores.append(with_term_C)
         return [candidate_positions(score_C, counts_B) for score_C in scores]
+
+
+def _first_rows(candidates: Candidates) -> np.ndarray:
+    """The held-out item of each place, int64 (B,)."""
+    ends_B = np.cumsum(candidates.counts_B)
+    return candidates.rows_C[ends_B - candidates.counts_B]
 
 
 def _model_scores(
@@ -601,8 +676,10 @@ def evaluation_of(
         by_domain=DomainTable(rows, METRICS),
         mean=mean_figures(model_figures, mean_domains),
         compared=compared,
-        too_short=dataset.too_short,
+        too_short=count_too_short(dataset),
         skipped_users=ranking.skipped_users,
+        split=describe_part(dataset, split),
+        seen=_seen_figures(dataset, ranking, model_figures, mean_domains),
         model_state=model_state,
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
@@ -610,6 +687,22 @@ def evaluation_of(
         recency_choice=ranking.recency_choice,
         recency_term=ranking.recency_term,
     )
+
+
+def _seen_figures(
+    dataset: Dataset,
+    ranking: PositionCounts,
+    all_figures: Mapping[str, Figures],
+    mean_domains: Sequence[str],
+) -> dict[str, Any] | None:
+    """The figures of targets whose item training has seen; None of leave-one-out."""
+    if dataset.training is None or ranking.seen is None:
+        return None
+    figures = {}
+    for domain, histogram_P in zip(dataset.domains, ranking.seen, strict=True):
+        figures[domain.name] = metrics_of_histogram(histogram_P)
+    mean = mean_figures(figures, mean_domains)
+    return describe_seen(dataset, figures, mean, all_figures)
 
 
 def make_evaluation_record(

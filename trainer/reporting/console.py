@@ -125,10 +125,8 @@ class LogColumns:
         if small:
             line.append(f" ({small} too small for the mean)", "dim")
         line.append(SECTION, "dim")
-        users = evaluation.users
-        too_short = evaluation.too_short or 0
         skipped = evaluation.skipped_users
-        line.append(f"{users:,} users, {too_short:,} too short")
+        line.append(_count_ranked(evaluation))
         if skipped:
             line.append(f", {skipped:,} skipped", "red")
         return line
@@ -210,6 +208,23 @@ class LogColumns:
             _append_name(line, index, domain)
             line.append(f" {figure}")
         _append_rest(line, len(known) - len(shown))
+
+
+def _count_ranked(evaluation: Evaluation) -> str:
+    """How many were ranked, and who was not.
+
+    20 users, 3 too short
+    20 events, 3 without history, 1 of an unseen item      of a split by time
+    """
+    if evaluation.split is None:
+        too_short = evaluation.too_short or 0
+        return f"{evaluation.users:,} users, {too_short:,} too short"
+    without = evaluation.split["without_history"]
+    unseen = sum((evaluation.seen or {}).get("unseen", {}).values())
+    return (
+        f"{evaluation.users:,} events, {without:,} without history, "
+        f"{unseen:,} of an unseen item"
+    )
 
 
 def _append_name(line: Text, index: int, domain: str) -> None:
@@ -342,9 +357,9 @@ def evaluation_table(record: dict[str, Any]) -> Table:
             style=style,
         )
     for row in evaluation.by_domain:
-        name = Text(escape_name(row.name))
+        label = Text(escape_name(row.name))
         cells = _domain_cells(evaluation, row)
-        table.add_row(name, f"{row.users:,}", *cells)
+        table.add_row(label, f"{row.users:,}", *cells)
     table.add_section()
     _add_mean_rows(table, evaluation)
     return table
@@ -362,7 +377,7 @@ def _add_mean_rows(table: Table, evaluation: Evaluation) -> None:
 
 def _caption(evaluation: Evaluation) -> Text | None:
     """What is compared with, which domains the mean leaves out, how many users were not read."""
-    lines = []
+    lines = split_sentences(evaluation)
     if evaluation.has_recency:
         lines.append(f"{recency_sentence(evaluation)}; the ratio is to it")
     sentence = sentence_on_mean(evaluation)
@@ -427,6 +442,51 @@ def recency_sentence(evaluation: Evaluation) -> str:
     )
 
 
+def split_sentence(split: Mapping[str, Any], kind: str) -> str:
+    """What is held out by a split by time. kind: validation or test.
+
+    Split by time: trained on what is before 2014-06-01 00:00; of test, from 2014-07-01 00:00 on, the
+    first event of each user is ranked
+    """
+    window = f"from {split['test']} on"
+    if kind == "validation":
+        window = f"from {split['validation']} to {split['test']}"
+    ranked = f"the {split['whose']} event of each user is ranked"
+    if split["whose"] == "all":
+        ranked = "all events of each user are ranked"
+    return (
+        f"Split by time: trained on what is before {split['validation']}; "
+        f"of {kind}, {window}, {ranked}"
+    )
+
+
+def split_sentences(evaluation: Evaluation) -> list[str]:
+    """Of a split by time: its cuts, and the items that training never saw; none of leave-one-out."""
+    split = evaluation.split
+    if split is None:
+        return []
+    sentences = [split_sentence(split, evaluation.kind)]
+    without = split["without_history"]
+    if without:
+        sentences.append(
+            f"{without:,} events have nothing of their user before them and are left out"
+        )
+    seen = evaluation.seen
+    if seen is None:
+        return sentences
+    by_domain = []
+    for name, count in seen["unseen"].items():
+        if count:
+            by_domain.append(f"{escape_name(name)} {count:,}")
+    if by_domain:
+        headline = format_number(seen["mean"].get(HEADLINE))
+        sentences.append(
+            f"Of an item that training never saw: {', '.join(by_domain)}; "
+            f"mean {HEADLINE} of the others {headline}"
+        )
+    return sentences
+
+
 def comparison_columns(evaluation: Evaluation) -> Iterable[str]:
     """The columns that compare with baselines, where the evaluation has their figures.
 
@@ -471,6 +531,13 @@ def metric_cells(figures: Figures, metrics: Iterable[str]) -> list[str]:
         value = figures.get(metric)
         cells.append(format_number(value))
     return cells
+
+
+def intervals_by_metric(
+    figures: Mapping[str, Any],
+) -> dict[str, list[float] | None]:
+    """The 95 % intervals of figures that are of a ranking among all items; empty without users."""
+    return figures.get("interval") or {}
 
 
 def new_table(title: str, caption: str | Text | None = None) -> Table:

@@ -15,10 +15,12 @@ from trainer.reporting.console import (
     escape_name,
     evaluation_table,
     format_number,
+    intervals_by_metric,
     metric_cells,
     new_table,
     recency_sentence,
     sentence_on_mean,
+    split_sentences,
     stacked_header,
 )
 
@@ -142,6 +144,7 @@ def _caption(evaluation: Evaluation) -> Text:
     ]
     if evaluation.has_recency:
         lines.append(f"{recency_sentence(evaluation)}.")
+    lines += [f"{sentence}." for sentence in split_sentences(evaluation)]
     sentence = sentence_on_mean(evaluation)
     if sentence is not None:
         lines.append(f"{sentence[0].upper()}{sentence[1:]}.")
@@ -159,7 +162,7 @@ def _domain_cells(
     metric: the one whose interval is shown. difference: {value, interval} of the model's metric
     less the last baseline's.
     """
-    intervals = row.model.get("interval") or {}
+    intervals = intervals_by_metric(row.model)
     cells = [
         f"{row.users:,}",
         *metric_cells(row.model, METRICS),
@@ -205,7 +208,7 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
             for group, figures in groups.items():
                 if not figures["users"]:
                     continue
-                intervals = figures.get("interval") or {}
+                intervals = intervals_by_metric(figures)
                 baselines = []
                 for system in systems:
                     baseline = figures[f"{system} {metric}"]

@@ -33,12 +33,14 @@ from trainer.checkpoint.load import find_best
 from trainer.config.retraining import PublishConfig
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import Dataset, Domain
+from trainer.data.split import LeaveOneOut
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.consensus import (
     require_same_on_all_ranks,
     run_on_all_ranks,
 )
 from trainer.distributed.process_group import Ranks
+from trainer.errors import InputError
 from trainer.evaluation.bootstrap import GroupMeans
 from trainer.evaluation.personalization import (
     UserSample,
@@ -82,9 +84,14 @@ def publish(
         run_config, dataset = open_run(
             candidate, data, of_all_domains=True, ranks=ranks
         )
+        if run_config.split.kind != LeaveOneOut.name:
+            raise InputError(
+                f"{candidate}: has not learnt from its newest days (split.kind="
+                f"{run_config.split.kind}): publish a run of split.kind=leave_one_out"
+            )
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
-            nothing = {"reasons": [], "notes": []}
+            nothing: dict[str, list[str]] = {"reasons": [], "notes": []}
             return current | {"published": current["number"]} | nothing
         # One table for both models, and for what is exported.
         slot = TableSlot()

@@ -7,7 +7,11 @@ import plotly.graph_objects as go
 from trainer.config.study import OURS
 from trainer.files.atomic import write_text
 from trainer.reporting import plots
-from trainer.reporting.console import escape_name, format_signed
+from trainer.reporting.console import (
+    escape_name,
+    format_signed,
+    split_sentence,
+)
 from trainer.reporting.html import (
     Section,
     page_title,
@@ -65,12 +69,14 @@ def _lead(study: Study) -> list[str]:
     seeds = "one seed"
     if len(study.config.seeds) > 1:
         seeds = f"{len(study.config.seeds)} seeds"
+    held_out = "The newest item of a user is the test item, the one before it validation"
+    if study.split is not None:
+        held_out = split_sentence(study.split, "test")
     lines = [
         f"{dataset.users:,} users, "
         f"{dataset.interactions:,} interactions; "
         f"domains: {', '.join(names)}. "
-        f"{seeds.capitalize()}. The newest item of a user is the "
-        "test item, the one before it validation; epochs and settings are chosen by "
+        f"{seeds.capitalize()}. {held_out}; epochs and settings are chosen by "
         "validation alone."
     ]
     if OURS in study.results and len(study.results) > 1:
@@ -91,7 +97,7 @@ def _compare_with_best(
     for name, results in study.results.items():
         means[name] = mean_metric(study, results, ranking)
     ours = means.pop(OURS)
-    best = max(means, key=means.get)
+    best = max(means, key=means.__getitem__)
     mean_of_best = means[best]
     share = format_signed(ours / mean_of_best - 1, "+.1%")
     our_results = study.results[OURS]
@@ -224,7 +230,7 @@ def _plot_systems(study: Study) -> go.Figure | None:
             marker_color=style.colour,
         )
     figure.update_traces(yhoverformat=".4f")
-    figure = plots.finish_figure(figure, 420, f"mean {HEADLINE}")
+    plots.finish_figure(figure, 420, f"mean {HEADLINE}")
     return figure.update_xaxes(
         title=None,
         tickformat=None,
@@ -251,7 +257,7 @@ def _plot_sweep(
             line=style.line,
         )
     figure.update_traces(mode="lines+markers", yhoverformat=".4f")
-    figure = plots.finish_figure(figure, 320, f"mean {HEADLINE}")
+    plots.finish_figure(figure, 320, f"mean {HEADLINE}")
     return figure.update_xaxes(
         title_text=key,
         tickformat=None,

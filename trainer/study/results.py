@@ -36,7 +36,8 @@ class RunResult:
         sampled  [1, 7, 2, 11]
         full     [3, 9, 2, 80]
 
-    validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
+    target: the targets' numbers (trainer/evaluation/targets.py), where they are known; a user may have
+    several. validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
     validation was the last one, so that more training might be better.
     """
 
@@ -49,6 +50,12 @@ class RunResult:
     users_per_second: float
     epochs: float
     best_is_last: bool = False
+    target: np.ndarray | None = None
+
+    @property
+    def order(self) -> np.ndarray:
+        """By which targets of several runs are put in one order."""
+        return self.user if self.target is None else self.target
 
     def positions(self, ranking: str) -> np.ndarray:
         """Positions by one of RANKINGS."""
@@ -156,7 +163,8 @@ class _Seed(NamedTuple):
         """Puts the runs of single domains together."""
         user_U = np.concatenate([run.user for run in runs])
         domain_U = np.concatenate([run.domain for run in runs])
-        order = np.argsort(user_U, kind="stable")
+        order_U = np.concatenate([run.order for run in runs])
+        order = np.argsort(order_U, kind="stable")
         position = {}
         for ranking in RANKINGS:
             position_U = np.concatenate(
@@ -210,6 +218,12 @@ def read_baselines(run: Path) -> Baselines:
                 by_domain=part[key], mean=part[f"{key}_mean"]
             )
     return baselines
+
+
+def read_split(run: Path) -> dict[str, Any] | None:
+    """The split by time of a run's full evaluation; None of leave-one-out."""
+    file = run / full_ranking_file("test")
+    return json.loads(file.read_text(encoding="utf-8")).get("split")
 
 
 @dataclass(frozen=True)
@@ -304,8 +318,8 @@ def _summarise(mean_R: np.ndarray, users: int) -> PairedDifference:
     value = mean_R[0]
     replicates = mean_R[1:]
     low, high = np.percentile(replicates, (2.5, 97.5))
-    below = np.mean(replicates <= 0)
-    above = np.mean(replicates >= 0)
+    below = float(np.mean(replicates <= 0))
+    above = float(np.mean(replicates >= 0))
     p = 2 * max(1 / _REPLICATES, min(below, above))
     return PairedDifference(
         value=float(value),

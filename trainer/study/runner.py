@@ -9,6 +9,7 @@ import numpy as np
 from trainer.config.load import load_config
 from trainer.config.study import OURS, StudyConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.split import Timeline
 from trainer.errors import InputError
 from trainer.files.atomic import write_json
 from trainer.study.baselines import SYSTEMS
@@ -28,6 +29,7 @@ from trainer.study.results import (
     SystemResults,
     collect_results,
     read_baselines,
+    read_split,
 )
 
 
@@ -54,7 +56,8 @@ class Study:
     the combination that stands for it}}. trials: by system. sweeps: by key. example: the folder
     of a run of SyNCRec, or None. failed: {name of a run: why}. unconverged: by system, the names of
     the runs whose best validation was the last one. min_users: test users of a domain that counts
-    in means over domains (`evaluation.min_users`).
+    in means over domains (`evaluation.min_users`). split: by time, as evaluations' records have it;
+    None of leave-one-out.
     """
 
     dataset: Dataset
@@ -68,6 +71,7 @@ class Study:
     failed: dict[str, str]
     unconverged: dict[str, list[str]]
     min_users: int
+    split: dict[str, Any] | None = None
 
     @property
     def domain_names(self) -> list[str]:
@@ -114,6 +118,11 @@ def run_study(
     check_settings(config, base, domains)
     _begin(output, dataset, config)
     run_config = load_config(base, config.settings)
+    if config.recbole and run_config.split.kind == Timeline.name:
+        raise InputError(
+            f"recbole: {', '.join(config.recbole)} learn and rank by leave-one-out alone: leave them "
+            "out, or split.kind=timeline"
+        )
     runner = JobRunner(
         output,
         data,
@@ -193,6 +202,7 @@ class _StudyRunner:
             failed=failed,
             unconverged=self.unconverged,
             min_users=self.runner.min_users,
+            split=read_split(everyone) if everyone else None,
         )
 
     def _tune(self) -> None:

@@ -22,12 +22,18 @@ from trainer.checkpoint.resume import (
     remove_failed_start,
     require_same_start,
 )
-from trainer.checkpoint.warm_start import WarmStart, find_warm_start
+from trainer.checkpoint.warm_start import (
+    WarmStart,
+    find_warm_start,
+    refuse_later_model,
+)
 from trainer.config.load import to_yaml
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.stream import RankBatch
+from trainer.data.loading.timeline import describe_split, split_dataset
+from trainer.data.split import Timeline
 from trainer.distributed.agreement import Signals, run_on_first_rank
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.distributed.determinism import use_deterministic_sums
@@ -42,7 +48,7 @@ from trainer.files.atomic import write_json, write_text
 from trainer.files.redact import printable_text, redact_location
 from trainer.reporting.console import evaluation_table
 from trainer.reporting.run_log import RunLog, skipped_sentence
-from trainer.run_files import CONFIG, LOOK, METRICS_FILE
+from trainer.run_files import CONFIG, LOOK, METRICS_FILE, SPLIT
 from trainer.training.callbacks import (
     Callback,
     CheckpointWriter,
@@ -121,6 +127,9 @@ def _train(
     require_same_start(
         config, dataset, fresh=fresh, accept_changes=accept_changes
     )
+    if config.split.kind == Timeline.name:
+        _say(ranks, "reads when all events were, to split them by time")
+    dataset = split_dataset(dataset, config, ranks)
     plan = _build_plan(config, dataset, ranks)
     run = Path(config.run)
     is_new = run_on_first_rank(
@@ -131,6 +140,8 @@ def _train(
     warm = None
     if checkpoint is None:
         warm = find_warm_start(config, dataset, ranks)
+        if warm is not None:
+            refuse_later_model(warm, dataset, ranks)
     _say(ranks, "makes the model and its optimizer")
     trainer = Trainer(
         config, ranks, dataset, plan, checkpoint, state.step, warm
@@ -138,7 +149,7 @@ def _train(
     dist.barrier()  # every rank has looked at the folder before one of them writes
     try:
         run_on_all_ranks(
-            lambda: _write_first_files(run, config, checkpoint, ranks)
+            lambda: _write_first_files(run, config, dataset, checkpoint, ranks)
         )
         with (
             report_end(run, state, trainer.total_steps, ranks.first),
@@ -200,13 +211,22 @@ def _build_plan(
 
 
 def _write_first_files(
-    run: Path, config: RunConfig, checkpoint: Path | None, ranks: Ranks
+    run: Path,
+    config: RunConfig,
+    dataset: Dataset,
+    checkpoint: Path | None,
+    ranks: Ranks,
 ) -> None:
     """Writes the first files of the run's folder, on the first rank."""
     if not ranks.first:
         return
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, to_yaml(config))
+    split = describe_split(dataset)
+    if split is not None:
+        write_json(run / SPLIT, split)
+    else:
+        (run / SPLIT).unlink(missing_ok=True)
     if checkpoint is not None:
         metrics = (checkpoint / METRICS_FILE).read_text(encoding="utf-8")
         write_text(run / METRICS_FILE, metrics)
@@ -454,7 +474,7 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
 
 
 def describe_run(trainer: Trainer) -> str:
-    """Describes what runs, in two lines."""
+    """Describes what runs, in two lines, and a split by time in one more."""
     dataset = trainer.dataset
     table = trainer.table
     config = trainer.config
@@ -467,9 +487,16 @@ def describe_run(trainer: Trainer) -> str:
     if ranks.world_size == 1:
         processes = "1 rank"
     stage = trainer.engine.zero_optimization_stage()
+    split = describe_split(dataset)
+    cuts = ""
+    if split is not None:
+        cuts = (
+            f"split by time: trained on what is before {split['validation']}, test from "
+            f"{split['test']} on, {split['whose']} of each user's events there\n"
+        )
     return (
         f"{dataset.users:,} users, {dataset.interactions:,} interactions, "
-        f"{domains} domains; {trainer.total_steps:,} steps of {batch}\n"
+        f"{domains} domains; {trainer.total_steps:,} steps of {batch}\n{cuts}"
         f"table {table.rows:,} x {table.dim} ({table.capacity}), "
         f"dense model {trainer.weights:,} weights; "
         f"{processes} on {ranks.device.type}, ZeRO stage {stage}"

@@ -65,6 +65,7 @@ def test_the_settings_of_a_retraining_can_be_trained_with_from_any_folder(
         ("base=[defaults]", "amazon4, default"),
         ("settings=[model.dimm=64]", "dimm"),
         ("warm_settings=[model.dim=63]", "model.dim is 63"),
+        ("settings=[split.kind=timeline]", "split.kind is timeline"),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_a_dataset_is_made(

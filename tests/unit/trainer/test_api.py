@@ -1,6 +1,7 @@
 """The Python API, as far as it starts no training."""
 
 import contextlib
+import datetime
 
 import pytest
 
@@ -27,3 +28,14 @@ def test_an_interrupt_stays_one_after_the_checkpoint(
     monkeypatch.setattr(api, "_joined", joined)
     with pytest.raises(error, match="its checkpoint is written"):
         api.fit(tmp_path / "data", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "first", [datetime.date(2014, 7, 1), datetime.datetime(2014, 7, 1)]
+)
+def test_a_split_takes_dates_and_numbers(first):
+    config = api._config_of(
+        (), {"split": {"kind": "timeline", "test": first, "validation": 0.2}}
+    )
+    assert config.split.test.startswith("2014-07-01")
+    assert config.split.validation == "0.2"

@@ -12,9 +12,10 @@ The folder may lie elsewhere and be fetched file by file on demand (`source.py`)
 `Dataset.local` gives a file's path.
 
 A domain owns the rows [start, start + room) of M, of which the first `items` are taken. The
-split is leave-one-out, one rule everywhere: a user with at least `trainer.data.split.SPLIT_LENGTH` interactions
+files are of the leave-one-out split: a user with at least `trainer.data.split.SPLIT_LENGTH` interactions
 has the last one as test and the last but one as validation (SyNCRec, section 5.3). Training
-sees the rest. A shorter user is trained on whole and never evaluated.
+sees the rest. A shorter user is trained on whole and never evaluated. A run may split by time
+instead (trainer/data/loading/timeline.py): its `Dataset` then has that `split` and `training`.
 
 Two domains, four users, whose histories are rows of M, oldest first:
 
@@ -34,7 +35,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -49,11 +50,15 @@ from trainer.config.stream import SourceConfig
 from trainer.data.log_times import LogTimes, guess_unit
 from trainer.data.remote.cache import Cache
 from trainer.data.remote.source import Address
+from trainer.data.split import LEAVE_ONE_OUT, AnySplit
 from trainer.errors import InputError
 from trainer.files.open_files import explain_unreadable
 from trainer.files.redact import find_local_folder
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums
 # of all files; 4: times; 5: the order of equal times, and the kind of times
@@ -66,6 +71,8 @@ USERS = "users.parquet"
 LENGTHS = "lengths.npy"
 LENGTHS_DTYPE = np.dtype("<u2")
 TICKS = 2**16 - 1  # from the first time of the logs to the last
+# Fields that dataset.json does not have.
+_NOT_STORED = ("folder", "cache", "split", "training")
 _INT32_MAX = 2**31 - 1
 _GLOB_CHARACTERS = frozenset("*?[]{}")
 
@@ -117,6 +124,22 @@ class File:
 
 
 @dataclass(frozen=True)
+class TrainingCounts:
+    """What the training part of a split by time has, in place of what the files say.
+
+    lengths: uint16 (U, D), as `Dataset.lengths`. item_counts: int32 (num_embeddings,), as
+    `Dataset.item_counts`. targets: {part: int64 (U + 1,)}, how many targets the users before each
+    user have, where a user may have several. without_history: {part: events that would be targets, if
+    anything of the user came before them}.
+    """
+
+    lengths: np.ndarray
+    item_counts: np.ndarray
+    targets: dict[str, np.ndarray]
+    without_history: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A prepared dataset.
 
@@ -129,6 +152,7 @@ class Dataset:
     tie_order: of a user's events at the same time, see `tie_order.py`. tied_users: of those who are
     split, how many have the same time in their newest two events. time_kind, time_unit: see
     `LogTimes`. All None in a dataset of format version 4, which does not say.
+    split: what is held out. training: what is left then, where it is not what the files say.
     """
 
     folder: Path
@@ -149,6 +173,10 @@ class Dataset:
     time_kind: str | None = None
     time_unit: str | None = None
     cache: Cache | None = dataclasses.field(default=None, compare=False)
+    split: AnySplit = dataclasses.field(default=LEAVE_ONE_OUT, compare=False)
+    training: TrainingCounts | None = dataclasses.field(
+        default=None, compare=False
+    )
 
     @property
     def place(self) -> str:
@@ -187,6 +215,45 @@ class Dataset:
             returns    [0, 0, 65535, 65535]
         """
         return quantize_times(times, self.first_time, self.last_time)
+
+    def time_of(self, tick: int) -> float:
+        """The first time, in the logs' unit, that `ticks` makes a tick of, 0 to 65,535.
+
+        With times from 100 to 200:
+
+            tick       0      32768    65535
+            returns    100    150.0    200
+        """
+        span = self.last_time - self.first_time
+        time = self.first_time + span * tick / TICKS
+        # Rounding may lead into the tick before.
+        while self.ticks(np.array(time)) < tick and time < self.last_time:
+            time = float(np.nextafter(time, np.inf))
+        return time
+
+    @cached_property
+    def drawn_rows(self) -> list[np.ndarray] | None:
+        """The rows of M of each domain that negatives are drawn from, int64, rising.
+
+        None: all items of the domain. Of a split by time those that the training part has: that the
+        others exist is not known then.
+        """
+        if self.training is None:
+            return None
+        rows_of_domains = []
+        for domain in self.domains:
+            end = domain.start + domain.items
+            counts = self.item_counts[domain.start : end]
+            rows_of_domains.append(domain.start + np.flatnonzero(counts))
+        return rows_of_domains
+
+    @cached_property
+    def drawn_items(self) -> np.ndarray:
+        """How many items of each domain negatives are drawn from, int64 (D,)."""
+        items = [domain.items for domain in self.domains]
+        if self.drawn_rows is not None:
+            items = [len(rows) for rows in self.drawn_rows]
+        return np.array(items, np.int64)
 
     def domain_of(self, rows: np.ndarray) -> np.ndarray:
         """Returns the domain numbers, int64, of an array of rows of M (any shape).
@@ -238,6 +305,8 @@ class Dataset:
 
         The file is mapped, not read into memory. Raises InputError where it cannot be read.
         """
+        if self.training is not None:
+            return self.training.lengths
         path = self.local(LENGTHS)
         try:
             lengths = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -264,6 +333,8 @@ class Dataset:
         vocabularies are read once in a process. Not to be written to.
         Raises InputError where a vocabulary cannot be read, or does not fit the dataset.
         """
+        if self.training is not None:
+            return self.training.item_counts
         counts = np.zeros(self.num_embeddings, np.int32)
         for domain in self.domains:
             path = self.local(domain.vocabulary)
@@ -282,9 +353,10 @@ class Dataset:
         return hashlib.sha256(self._as_json().encode()).hexdigest()
 
     def _as_json(self) -> str:
-        record = dataclasses.asdict(dataclasses.replace(self, cache=None))
-        del record["folder"]
-        del record["cache"]
+        plain = dataclasses.replace(self, cache=None, training=None)
+        record = dataclasses.asdict(plain)
+        for name in _NOT_STORED:
+            del record[name]
         version = FORMAT_VERSION
         ties = {name: record.pop(name) for name in _SINCE_TIES}
         if self.tie_order is None:
@@ -384,7 +456,15 @@ class Dataset:
         record["domains"] = _parse_records(Domain, record, "domains", path)
         record["shards"] = _parse_records(Shard, record, "shards", path)
         record["files"] = _parse_records(File, record, "files", path)
-        dataset = _parse_record(cls, record, path, folder=folder, cache=None)
+        dataset = _parse_record(
+            cls,
+            record,
+            path,
+            folder=folder,
+            cache=None,
+            split=LEAVE_ONE_OUT,
+            training=None,
+        )
         dataset._check_tie_order(path, version)
         dataset._check_sums(path)
         dataset._check_limits(path)
@@ -622,7 +702,7 @@ def _parse_record(
                 "prepare the dataset again"
             )
         value = record[name]
-        value_type = getattr(annotation, "__origin__", annotation)
+        value_type: Any = getattr(annotation, "__origin__", annotation)
         if not isinstance(value, value_type) or isinstance(value, bool):
             raise InputError(
                 f"{path}: {kind.__name__}.{name} is {value!r}: "

@@ -12,6 +12,8 @@ two domains with items at the rows 0–4 and 8–11, so starts_D = [0, 8] and it
     draw_shared_negatives(…, count=3)    [[4, 0, 2], [8, 10, 10]]      a row of them for each domain
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trainer.data.counter_rng import RandomStream, random_below, random_bits
@@ -27,11 +29,13 @@ def draw_target_negatives(
     starts_D: np.ndarray,
     items_D: np.ndarray,
     count: int,
+    drawn_rows: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """Each interaction's own negatives: int64 (N, count) rows.
 
     user_N, position_N: user number and position in the user's history. items_N: the target's row.
-    starts_D, items_D: first row and number of items of each domain.
+    starts_D, items_D: first row and number of items of each domain. drawn_rows: of each domain the
+    rows, rising, that alone are drawn from, items_D of them and the targets' among them; None: all.
     """
     bits = random_bits(
         seed,
@@ -41,6 +45,8 @@ def draw_target_negatives(
         position_N[:, None],
         np.arange(count)[None, :],
     )
+    if drawn_rows is not None:
+        return _draw_from_rows(bits, items_N, domain_N, drawn_rows)
     start_N = starts_D[domain_N]
     other_items_N = items_D[domain_N] - 1
     drawn = random_below(bits, other_items_N[:, None])
@@ -50,6 +56,31 @@ def draw_target_negatives(
     return start_N[:, None] + drawn + passes_target
 
 
+def _draw_from_rows(
+    bits: np.ndarray,
+    items_N: np.ndarray,
+    domain_N: np.ndarray,
+    drawn_rows: Sequence[np.ndarray],
+) -> np.ndarray:
+    """`draw_target_negatives` from given rows of each domain. bits: uint64 (N, count).
+
+    Of a domain whose rows are 2, 5 and 7, the targets 5 and 7:
+
+        drawn      [[0, 1], [1, 0]]    among the rows without the target
+        returns    [[2, 7], [5, 2]]
+    """
+    rows_Nn = np.zeros(bits.shape, np.int64)
+    for domain, rows in enumerate(drawn_rows):
+        in_domain_N = domain_N == domain
+        place_N = np.searchsorted(rows, items_N[in_domain_N])
+        drawn = random_below(bits[in_domain_N], np.array(len(rows) - 1))
+        passes_target = drawn >= place_N[:, None]
+        # Of a single row there is no other.
+        place_Nn = np.minimum(drawn + passes_target, len(rows) - 1)
+        rows_Nn[in_domain_N] = rows[place_Nn]
+    return rows_Nn
+
+
 def draw_shared_negatives(
     seed: int,
     epoch: int,
@@ -57,10 +88,11 @@ def draw_shared_negatives(
     starts_D: np.ndarray,
     items_D: np.ndarray,
     count: int,
+    drawn_rows: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Negatives that all targets of a domain share in one step: D int64 arrays of rows.
 
-    A domain of at most `count` items gives all of them.
+    A domain of at most `count` items gives all of them. drawn_rows: as for `draw_target_negatives`.
     """
     starts_D = np.asarray(starts_D)
     items_D = np.asarray(items_D)
@@ -76,7 +108,10 @@ def draw_shared_negatives(
     rows_of_domains = list(starts_D[:, None] + drawn)
     for domain in np.flatnonzero(items_D <= count).tolist():
         rows_of_domains[domain] = starts_D[domain] + np.arange(items_D[domain])
-    return rows_of_domains
+    if drawn_rows is None:
+        return rows_of_domains
+    pairs = zip(rows_of_domains, starts_D, drawn_rows, strict=True)
+    return [rows[drawn - start] for drawn, start, rows in pairs]
 
 
 def draw_evaluation_negatives(

@@ -14,9 +14,9 @@ import gc
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ from trainer.data.loading.worker_handover import (
     refuse_small_shared_memory,
     unpack,
 )
-from trainer.data.split import training_lengths
 from trainer.distributed.resources import keep_freed_memory
 from trainer.errors import InputError
 
@@ -63,8 +62,8 @@ _SPARE = 1.25
 class RankBatch:
     """One step of one rank: its batch, and who is missing in it.
 
-    users_B: numbers of the batch's real users, int64, in order. Those without an interaction of
-    `stream.domain` are not counted in the batch. skipped: users that would be there too if they
+    users_B: numbers of the batch's real users, int64, in order. Those without an interaction in the
+    training part, or of `stream.domain`, are not counted in the batch. skipped: users that would be there too if they
     could be read. reasons: a line for each damaged place that this worker met for the first time
     since its last batch; several workers read the same shards, so another may say the same.
     seconds: what reading and building took.
@@ -134,8 +133,8 @@ class TrainBatches(torch.utils.data.IterableDataset):
         self.only_domain: int | None = None
         if config.domain:
             self.only_domain = plan.dataset.domain_number(config.domain)
-        domains = plan.dataset.domains
-        self._items_D = np.array([domain.items for domain in domains])
+        self._drawn_rows = plan.dataset.drawn_rows
+        self._items_D = plan.dataset.drawn_items
 
     def from_position(self, position: int) -> "TrainBatches":
         """The same from another position on."""
@@ -212,6 +211,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         dataset = self.plan.dataset
         part = _TrainingPart.of_users(dataset, users, self.config.domain)
         shared = self._draw_shared_negatives(epoch, step)
+        negatives: np.ndarray | list[np.ndarray] | None = shared
         looked_up = part.items_N
         if shared is not None:
             looked_up = np.concatenate([part.items_N, *shared])
@@ -225,7 +225,6 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.max_length,
         )
         items_N = filled.items_N[kept_N]
-        negatives = shared
         if negatives is None:
             negatives = self._draw_own_negatives(
                 epoch, part, kept_N, items_N, domain_N, filler
@@ -261,6 +260,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.plan.dataset.starts,
             self._items_D,
             self.negatives.shared,
+            self._drawn_rows,
         )
         if self.only_domain is not None:
             for domain, rows in enumerate(rows_of_domains):
@@ -292,6 +292,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.plan.dataset.starts,
             self._items_D,
             self.negatives.per_target,
+            self._drawn_rows,
         )
         filler_targets = len(kept_N) - targets
         of_fillers = np.full(
@@ -388,11 +389,11 @@ def select_training_part(
     users: UserHistories,
     domain: str = "",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The training part of the leave-one-out split: (number_B, lengths_B, place_N, position_N).
+    """The training part of the dataset's split: (number_B, lengths_B, place_N, position_N).
 
-    All are int64, user after user: the users, how many interactions each has, and where these are
-    among all of `users`, and in the user's history. domain: its interactions alone, and users who
-    have any. An example with three users, items of two domains at the rows 0–4 and 8–11:
+    All are int64, user after user: the users who have any, how many interactions each has, and where
+    these are among all of `users`, and in the user's history. domain: its interactions alone.
+    Leave-one-out with three users, items of two domains at the rows 0–4 and 8–11:
 
         users.number_B    [7,           3,    9      ]
         users.lengths_B   [4,           2,    3      ]
@@ -404,11 +405,13 @@ def select_training_part(
         place_N           [0, 1, 4, 5, 6]       [0, 6]
         position_N        [0, 1, 0, 1, 0]       [0, 0]
     """
-    lengths_B = training_lengths(users.lengths_B)
+    lengths_B = dataset.split.training_lengths(users.lengths_B, users.ticks_N)
     position_N = count_within_rows(lengths_B)
     place_N = join_ranges(row_begins(users.lengths_B), lengths_B)
     if not domain:
-        return users.number_B, lengths_B, place_N, position_N
+        has_any_B = lengths_B > 0
+        number_B = users.number_B[has_any_B]
+        return number_B, lengths_B[has_any_B], place_N, position_N
     user_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
     domain_N = find_domains(dataset, users.items_N[place_N])
     in_domain_N = domain_N == dataset.domain_number(domain)
@@ -545,12 +548,20 @@ def _first_workers(config: StreamConfig) -> int:
     return config.workers
 
 
+class ScheduledBatches(Protocol):
+    """A rank's batches, built one after the other, and the schedule that they follow."""
+
+    plan: BatchSchedule
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 def batches_of_workers(
-    batches: Iterable,
+    batches: ScheduledBatches,
     config: StreamConfig,
     pin_memory: bool,
     workers: int | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields what `batches` (an IterableDataset) builds, in order, prefetched by worker processes.
 
     pin_memory: for asynchronous copies to a CUDA device. workers: how many, where it is not the

@@ -73,6 +73,7 @@ ON_WARM_START = {
     "table.init_std",
     "table.communication",
     "negatives",
+    "split",
     "stream",
     "evaluation",
     "deepspeed",

@@ -341,11 +341,14 @@ def test_the_groups_of_a_user(length, own, third, expected):
         own * one,
         one[:0],
         0 * one,
+        one,
     )
     starts = np.cumsum([1, *map(len, BREAKDOWNS.values())])[:-1]
-    assert groups(held, third * one).tolist() == [
-        [2 * groups_of_domain() + place for place in (0, *(starts + expected))]
-    ]
+    for unseen in (0, 1):
+        places = (0, *(starts + [*expected, unseen]))
+        assert groups(held, third * one, one != unseen).tolist() == [
+            [2 * groups_of_domain() + place for place in places]
+        ]
 
 
 @pytest.mark.parametrize("world_size", [2, 5])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from trainer.evaluation.evaluation import Evaluation
 from trainer.reporting.console import (
     LogColumns,
     escape_name,
@@ -16,6 +17,7 @@ from trainer.reporting.console import (
     format_number,
     format_ratio,
     mean_sentence,
+    split_sentences,
 )
 
 
@@ -80,6 +82,67 @@ def test_a_console_without_greek_gets_letters(encoding, head):
 )
 def test_domains_that_do_not_count_are_named(users, counted, sentence):
     assert mean_sentence(users, counted, 50) == sentence
+
+
+def split_record(kind, whose="first", without=3, unseen=2):
+    figures = dict.fromkeys(["NDCG@10"], 0.25)
+    return {
+        "kind": kind,
+        "step": 3,
+        "mean": figures,
+        "split": {
+            "kind": "timeline",
+            "whose": whose,
+            "validation": "2014-06-01 00:00",
+            "test": "2014-07-01 00:00",
+            "without_history": without,
+        },
+        "seen": {
+            "mean": {"NDCG@10": 0.2602},
+            "unseen": {"Books": unseen, "Toys": 0},
+        },
+        "domains": {
+            "Books": {"users": 1200, **figures},
+            "Toys": {"users": 7, **figures},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "sentences"),
+    [
+        (
+            split_record("test"),
+            [
+                "Split by time: trained on what is before 2014-06-01 00:00; of test, from "
+                "2014-07-01 00:00 on, the first event of each user is ranked",
+                "3 events have nothing of their user before them and are left out",
+                "Of an item that training never saw: Books 2; mean NDCG@10 of the others "
+                "0.2602",
+            ],
+        ),
+        (
+            split_record("validation", "all", 0, 0),
+            [
+                "Split by time: trained on what is before 2014-06-01 00:00; of validation, "
+                "from 2014-06-01 00:00 to 2014-07-01 00:00, all events of each user are "
+                "ranked"
+            ],
+        ),
+    ],
+)
+def test_a_split_by_time_is_named_with_its_cuts(record, sentences):
+    assert split_sentences(Evaluation.from_record(record)) == sentences
+    caption = evaluation_table(record).caption.plain
+    assert caption == "\n".join(sentences)
+
+
+def test_a_log_line_counts_events_of_a_split_by_time():
+    console = SimpleNamespace(encoding="utf-8")
+    columns = LogColumns.for_console(console, ["Books", "Toys"], 10)
+    line = columns.evaluation_line(split_record("test")).plain
+    expected = "1,207 events, 3 without history, 2 of an unseen item"
+    assert line.endswith(expected)
 
 
 MODULES = [

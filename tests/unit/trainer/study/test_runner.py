@@ -69,6 +69,14 @@ def test_every_system_has_its_runs_and_a_domain_alone_one_each(study, tmp_path):
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
 
+def test_a_peer_of_leave_one_out_has_no_place_in_a_split_by_time(
+    study, tmp_path
+):
+    with pytest.raises(InputError, match="recbole: BPR, NARM learn and rank"):
+        study(settings=["split.kind=timeline"], recbole={"BPR": {}, "NARM": {}})
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_what_is_done_stays_done(study, tmp_path):
     study()
     before = calls(tmp_path)

@@ -190,7 +190,10 @@ def fields(cls, *but):
 
 @pytest.mark.parametrize(
     ("where", "field"),
-    [((), name) for name in fields(Dataset, "folder", "cache")]
+    [
+        ((), name)
+        for name in fields(Dataset, "folder", "cache", "split", "training")
+    ]
     + [(("domains", 0), name) for name in fields(Domain)]
     + [(("shards", 1), name) for name in fields(Shard)]
     + [(("files", 1), name) for name in fields(File)],
