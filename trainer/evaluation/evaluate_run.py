@@ -89,8 +89,8 @@ def evaluate_run(
         positions = _TargetPositions(dataset, split)
         recency = open_recency(dataset, ranks, config)
         term = None
-        if split == "test" and (recency_term or config.evaluation.recency_term):
-            term = _fit_term(trained, recency)
+        if recency_term or config.evaluation.recency_term:
+            term = _fit_term(trained, recency, split)
         ranking = _rank_candidates(
             trained,
             split,
@@ -109,14 +109,8 @@ def evaluate_run(
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
-        _save_full(
-            Path(run),
-            dataset,
-            record,
-            domain_U,
-            sampled_U,
-            whole.rank_U,
-        )
+        full_U = whole.rank_U
+        _save_full(Path(run), dataset, record, domain_U, sampled_U, full_U)
     return record
 
 
@@ -178,8 +172,12 @@ def _record_options(trained: TrainedModel) -> dict[str, int]:
     }
 
 
-def _fit_term(trained: TrainedModel, recency: RecencyPopularity) -> RecencyTerm:
-    """The model's recency term, fitted on the validation split."""
+def _fit_term(
+    trained: TrainedModel, recency: RecencyPopularity, split: str
+) -> RecencyTerm | None:
+    """The model's recency term, fitted on the validation split; None for that split itself."""
+    if split != "test":
+        return None
     with _progress_bar(trained.ranks, "fitting the recency term") as advance:
         return fit_recency_term(
             trained.model,

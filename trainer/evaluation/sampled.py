@@ -504,10 +504,7 @@ def rank_candidates(
         domain_B = candidates.domain_B[real_B]
         for system, system_B in enumerate(positions):
             count_positions(histogram[system], domain_B, system_B[real_B])
-        seen_B = real_B & (counts_N[_first_rows(candidates)] > 0)
-        count_positions(
-            seen_DP, candidates.domain_B[seen_B], position_B[seen_B]
-        )
+        _count_seen(seen_DP, counts_N, candidates, position_B)
         if visit is not None:
             visit(candidates, position_B, scores_C)
         if advance is not None:
@@ -586,6 +583,18 @@ class _OtherSystems:
             )
             scores.append(with_term_C)
         return [candidate_positions(score_C, counts_B) for score_C in scores]
+
+
+def _count_seen(
+    seen_DP: np.ndarray,
+    counts_N: np.ndarray,
+    candidates: Candidates,
+    position_B: np.ndarray,
+) -> None:
+    """Adds the positions of held-out items that training has seen, as `count_positions` does."""
+    is_seen_B = counts_N[_first_rows(candidates)] > 0
+    seen_B = is_seen_B & (candidates.user_B >= 0)
+    count_positions(seen_DP, candidates.domain_B[seen_B], position_B[seen_B])
 
 
 def _first_rows(candidates: Candidates) -> np.ndarray:
