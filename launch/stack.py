@@ -28,6 +28,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # torch's minor version: (torch, torchrec, fbgemm-gpu or fbgemm-gpu-cpu). The last is installed where no torch is.
@@ -59,9 +60,9 @@ def torch_bounds() -> str:
     for version in MATCHING:
         major, minor = version.split(".")
         minors.append((int(major), int(minor)))
-    major, minor = max(minors)
+    newest_major, newest_minor = max(minors)
     least = ".".join(map(str, min(minors)))
-    return f">={least},<{major}.{minor + 1}"
+    return f">={least},<{newest_major}.{newest_minor + 1}"
 
 
 def installed(package: str) -> str | None:
@@ -318,7 +319,7 @@ def _file_of(package, path):
     """The text of an installed package's file, or None."""
     try:
         file = importlib.metadata.distribution(package).locate_file(path)
-        return Path(file).read_text(encoding="utf-8")
+        return Path(str(file)).read_text(encoding="utf-8")
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
 
@@ -343,7 +344,7 @@ def _refuse(message):
 
 def main(arguments: list[str]) -> None:
     """What the command line asks for."""
-    commands = {
+    commands: dict[tuple[str, ...], Callable[[], object]] = {
         ("install",): install,
         ("install", "--cuda"): lambda: install("cuda"),
         ("install", "--cpu"): lambda: install("cpu"),

@@ -49,12 +49,13 @@ def dataset_table(dataset: "Dataset", percentiles: tuple[str, ...]) -> Table:
         f"{dataset.max_length:,} interactions"
     )
     split_users = dataset.users - dataset.too_short
-    if dataset.tied_users is not None and split_users:
+    order = dataset.tie_order
+    if order is not None and dataset.tied_users is not None and split_users:
         share = dataset.tied_users / split_users
         caption += (
             f".\nNewest two events at the same time: {dataset.tied_users:,} of "
             f"{split_users:,} evaluated users ({share:.1%}), "
-            f"ordered by {_TIE_ORDERS[dataset.tie_order]}"
+            f"ordered by {_TIE_ORDERS[order]}"
         )
     table = Table("domain", title=title, caption=caption)
     for column in ("users", "items", "interactions", *percentiles):

@@ -99,7 +99,7 @@ def build_batch(
     domain_N: np.ndarray,
     weight_B: np.ndarray,
     negatives: np.ndarray | list[np.ndarray],
-    domain_items: Sequence[int],
+    domain_items: Sequence[int] | np.ndarray,
     max_length: int,
     pooling: str = "mean",
     ticks_N: np.ndarray | None = None,

@@ -18,7 +18,7 @@ from trainer.training.prefetch import Prefetcher
 ALLOWED = {
     Prefetcher.prepare.__code__,
     Prefetcher.send.__code__,
-    HostCopy.value.__code__,
+    HostCopy.values.__code__,
 }
 WAITING = {
     "item",

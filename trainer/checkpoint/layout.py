@@ -133,6 +133,8 @@ def is_checkpoint_name(name: str) -> bool:
 def step_and_repetition(folder: Path) -> tuple[int, int]:
     """Parses a checkpoint's name: its step, and above 0 for later ones of the same step."""
     match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder} has no name of a checkpoint")
     step, repetition = match.groups(default="0")
     return int(step), int(repetition)
 

@@ -169,7 +169,7 @@ def find_start(
 
     patience = Patience(run)
     folder, record = find_newest(run, ranks, say, patience)
-    if folder is None:
+    if folder is None or record is None:
         damaged = run_on_first_rank(
             lambda: len(list_checkpoints(run)), ranks.first
         )

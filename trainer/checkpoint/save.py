@@ -26,6 +26,7 @@ from embeddings.checkpoint import ShardCopy
 from trainer.checkpoint.layout import (
     FORMAT_VERSION,
     STATE_VERSION,
+    BestRecord,
     JsonObject,
     RunState,
     compute_checksum,
@@ -112,7 +113,9 @@ class Checkpoints:
         self.ranks = ranks
         self.origin = origin
         self.folder = run / CHECKPOINTS
-        self._state = None if newest_state is None else replace(newest_state)
+        self._newest_state = None
+        if newest_state is not None:
+            self._newest_state = replace(newest_state)
         self._beat = beat
         self._on_written = on_written
         self._thread: Thread | None = None
@@ -149,9 +152,11 @@ class Checkpoints:
         if self.ranks.first:
             repetition = self._prepare_folder(state.step)
         name = checkpoint_name(state.step, max_of_ranks(repetition))
-        if _is_best(state):
-            state.best = state.best | {"folder": relative_folder(name)}
+        best = _best_of_own_step(state)
+        if best is not None:
+            state.best = best | {"folder": relative_folder(name)}
         self._state = replace(state)
+        self._newest_state = self._state
         self._partial = self.folder / f"{name}{_WRITTEN}"
         shard = ShardCopy(table)
         tensors = {
@@ -177,9 +182,9 @@ class Checkpoints:
 
     def _is_saved(self, state: RunState) -> bool:
         """Whether the newest checkpoint holds this state; time alone is no reason for another."""
-        if self._state is None:
+        if self._newest_state is None:
             return False
-        return replace(self._state, seconds=state.seconds) == state
+        return replace(self._newest_state, seconds=state.seconds) == state
 
     def _prepare_folder(self, step: int) -> int:
         """Chooses the repetition of this step, and clears the folder to write.
@@ -350,8 +355,9 @@ class Checkpoints:
         folder = self._partial.with_suffix("")
         latest = {"folder": relative_folder(folder.name)}
         pointers = {LATEST: latest}
-        if _is_best(self._state):
-            pointers[BEST] = self._state.best
+        best = _best_of_own_step(self._state)
+        if best is not None:
+            pointers[BEST] = best
         partials = []
         try:
             manifest = {"format_version": FORMAT_VERSION, "files": entries}
@@ -391,9 +397,11 @@ class Checkpoints:
                 _try_to_remove(folder)
 
 
-def _is_best(state: RunState) -> bool:
-    """Whether the best validation is that of the state's own step."""
-    return state.best is not None and state.best["step"] == state.step
+def _best_of_own_step(state: RunState) -> BestRecord | None:
+    """The best validation where it is that of the state's own step."""
+    if state.best is not None and state.best["step"] == state.step:
+        return state.best
+    return None
 
 
 def _try_to_remove(folder: Path) -> None:

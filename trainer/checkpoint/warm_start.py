@@ -198,17 +198,18 @@ def _share_old_rows(
     run: Path, fingerprint: str, dataset: Dataset, ranks: "Ranks"
 ) -> _OldRows:
     """Finds the old rows on the first rank, for all."""
-    old: _OldRows | None = None
+    old_source_N: np.ndarray = np.zeros(0, np.int32)  # the first rank's
 
     def find() -> tuple[list[str], TimeSpan]:
-        nonlocal old
+        nonlocal old_source_N
         old = _find_old_rows(run, fingerprint, dataset)
+        old_source_N = old.source_N
         return old.domains, old.span
 
     domains, span = run_on_first_rank(find, ranks.first)
     source_N = torch.empty(dataset.num_embeddings, dtype=torch.int32)
     if ranks.first:
-        source_N.copy_(torch.from_numpy(old.source_N))
+        source_N.copy_(torch.from_numpy(old_source_N))
     dist.broadcast(source_N, 0)
     return _OldRows(domains, tuple(span), source_N.numpy())
 

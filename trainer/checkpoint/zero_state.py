@@ -176,7 +176,8 @@ def _set_state(
     elif stage < 3:
         deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
     else:
-        part = _take_partition(value, parameter.ds_tensor.numel())
+        partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # ZeRO 3 adds it
+        part = _take_partition(value, partition.numel())
         deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
 
 

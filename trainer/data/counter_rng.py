@@ -67,7 +67,7 @@ def random_bits(*keys: Key) -> np.ndarray:
     Returns a uint64 array (or scalar array) of the broadcast shape.
     """
     with np.errstate(over="ignore"):
-        state = np.uint64(0)
+        state: np.ndarray = np.zeros((), np.uint64)
         for key in keys:
             key = np.asarray(key)
             key = key.astype(np.uint64)

@@ -31,7 +31,7 @@ _MOST_MEMORY = 8 * 10**9
 
 def open_connection() -> DuckDBPyConnection:
     """Opens a DuckDB that fetches and loads no extension, whatever a file contains."""
-    settings = {
+    settings: dict[str, str | bool | int | float | list[str]] = {
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
     }

@@ -28,6 +28,7 @@ from enum import IntEnum, unique
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -320,7 +321,7 @@ def _available_cores() -> int:
     """Returns how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return os.cpu_count() or 1
 
 
 def _plan_files(
@@ -402,7 +403,9 @@ def _receive_progress(
 ) -> Iterator[tuple[int, int]]:
     """Yields what the processes send, by their pipes, until all have ended."""
     while running:
-        for receiver in wait(list(running)):
+        # `wait` gives back some of what it is given.
+        ready = cast(list[Connection], wait(list(running)))
+        for receiver in ready:
             try:
                 message = receiver.recv()
             except EOFError:

@@ -83,10 +83,10 @@ def run_on_all_ranks(work: Callable[[], T]) -> T:
             failed_ranks.append(rank)
     if not failed_ranks:
         return outcome
-    error = _join_failures(failure, failed_ranks, statuses, digests)
+    joined = _join_failures(failure, failed_ranks, statuses, digests)
     if failure.fault is not None:
         raise failure.fault
-    raise error
+    raise joined
 
 
 def _failure_of_storage(error: OSError) -> _Failure:

@@ -256,7 +256,7 @@ def parameter_groups(model: "nn.Module", config: _Json) -> list[Any]:
             decayed.append(parameter)
         else:
             others.append(parameter)
-    groups = []
+    groups: list[dict[str, Any]] = []
     if decayed:
         groups.append({"params": decayed})
     if others:

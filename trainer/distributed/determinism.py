@@ -8,6 +8,7 @@ Each has a second way of one order, which is slower.
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -45,9 +46,11 @@ def use_deterministic_sums(enabled: bool) -> Iterator[None]:
     os.environ.setdefault(_VARIABLE, _WORKSPACES[0])
     enabled_before = torch.are_deterministic_algorithms_enabled()
     warns_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills_before = torch.utils.deterministic.fill_uninitialized_memory
+    # Any: torch gives this module a class of its own, whose property no type checker sees.
+    deterministic: Any = torch.utils.deterministic
+    fills_before = deterministic.fill_uninitialized_memory
     # Nothing here reads memory that it has not written, and the table would be written once more.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -55,6 +58,6 @@ def use_deterministic_sums(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(
             enabled_before, warn_only=warns_before
         )
-        torch.utils.deterministic.fill_uninitialized_memory = fills_before
+        deterministic.fill_uninitialized_memory = fills_before
         if workspace_before is None:
             os.environ.pop(_VARIABLE, None)

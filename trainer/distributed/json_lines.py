@@ -6,6 +6,7 @@ stopped keeps its connection: it is not dead. Needs nothing but Python.
 
 import contextlib
 import errno
+import functools
 import json
 import socket
 import threading
@@ -135,9 +136,7 @@ def serve(
                 connection = accept(listener)
             except OSError:
                 return
-            run_in_background(
-                lambda connection=connection: handle(connection), name
-            )
+            run_in_background(functools.partial(handle, connection), name)
 
     run_in_background(accept_all, name)
 

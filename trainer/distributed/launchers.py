@@ -596,7 +596,7 @@ def _job_name(environment: _Variables, launch: _Launch | None) -> str | None:
         job = environment.get("SLURM_JOB_ID")
         step = environment.get("SLURM_STEP_ID")
         return f"{job}.{step}"
-    names = _JOB_VARIABLES
+    names: tuple[str, ...] = _JOB_VARIABLES
     if launch.launcher is _OPEN_MPI:
         names = _OPEN_MPI_JOB_VARIABLES + _JOB_VARIABLES
     for name in names:

@@ -290,7 +290,7 @@ class FirstRank(Liveness):
             ranks = len(reasons) + len(self._through)
         agreed = ranks == self._size and len(texts) == 1
         concerns_all = agreed or isinstance(error, RunStopped | NonFiniteLoss)
-        if concerns_all and refusal in new_reasons:
+        if error is not None and concerns_all and refusal in new_reasons:
             print_error(error)
         else:
             for departures in _group_by_text(new_reasons):

@@ -233,11 +233,14 @@ def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
     device_kind = choose_device(device_kind)
     world = read_world()
     store = _open_store(world, timeout)
-    if world.local_rank is None or world.local_size is None:
-        world = _find_neighbours(world, store)
+    local_rank = world.local_rank
+    local_size = world.local_size
+    if local_rank is None or local_size is None:
+        local_rank, local_size = _count_neighbours(world, store)
+        world = replace(world, local_rank=local_rank, local_size=local_size)
     enter_world(world)
     if device_kind == "cuda":
-        device = _take_device(world, store)
+        device = _take_device(world, local_rank, local_size, store)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
@@ -256,21 +259,21 @@ def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
     ranks = Ranks(
         rank=world.rank,
         world_size=world.size,
-        local_rank=world.local_rank,
+        local_rank=local_rank,
         device=device,
     )
     return ranks, store
 
 
-def _take_device(world: World, store: dist.Store) -> torch.device:
+def _take_device(
+    world: World, local_rank: int, local_size: int, store: dist.Store
+) -> torch.device:
     """The rank's CUDA device, which no other rank has.
 
     DeepSpeed and TorchRec read its number from LOCAL_RANK. Raises InputError.
     """
     devices = torch.cuda.device_count()
-    number = device_of_rank(
-        world.rank, world.local_rank, world.local_size, devices
-    )
+    number = device_of_rank(world.rank, local_rank, local_size, devices)
     uuid = torch.cuda.get_device_properties(number).uuid
     name = f"{socket.gethostname()} {uuid}"
     names = _exchange(store, "device", world, name)
@@ -398,7 +401,7 @@ def _check_address(world: World) -> None:
             f"{world.address}, the first host of {world.derived_from}, has no address here: "
             f"{way_out}"
         ) from None
-    addresses = {entry[4][0] for entry in entries}
+    addresses = {str(entry[4][0]) for entry in entries}
     if not any(map(_is_of_this_host, addresses)):
         raise InputError(
             f"the first rank is on {host}, not on {world.address}, the first host of "
@@ -419,8 +422,8 @@ def _is_of_this_host(address: str) -> bool:
     return True
 
 
-def _find_neighbours(world: World, store: dist.Store) -> World:
-    """The world with local rank and ranks of this host, where the launcher does not say them.
+def _count_neighbours(world: World, store: dist.Store) -> tuple[int, int]:
+    """Local rank and ranks of this host, where the launcher does not say them.
 
     Ranks of one host are those of the same host name.
     """
@@ -430,8 +433,7 @@ def _find_neighbours(world: World, store: dist.Store) -> World:
     for rank, other_host in enumerate(hosts):
         if other_host == host:
             neighbours.append(rank)
-    local_rank = neighbours.index(world.rank)
-    return replace(world, local_rank=local_rank, local_size=len(neighbours))
+    return neighbours.index(world.rank), len(neighbours)
 
 
 class RankReduction(Reduction):

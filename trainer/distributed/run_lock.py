@@ -83,7 +83,8 @@ def _wait_for_lock(run: Path) -> TextIO:
         if lock is not None:
             return lock
         owner = _read_owner(run)
-        if not _may_be_gone(owner) or time.monotonic() > deadline:
+        is_late = time.monotonic() > deadline
+        if owner is None or is_late or not _may_be_gone(owner):
             who = "it is not known which"
             if owner is not None:
                 who = f"host {owner['host']}, process {owner['pid']}"
@@ -139,13 +140,11 @@ def _read_owner(run: Path) -> dict[str, Any] | None:
         return None
 
 
-def _may_be_gone(owner: dict[str, Any] | None) -> bool:
+def _may_be_gone(owner: dict[str, Any]) -> bool:
     """Whether the owner may be dead while its lock lives on.
 
     A server may not have missed another host yet; a process of this host is not there.
     """
-    if owner is None:
-        return False
     if owner["host"] != socket.gethostname():
         return True
     return not Path(f"/proc/{owner['pid']}").exists()

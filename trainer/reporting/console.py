@@ -342,9 +342,9 @@ def evaluation_table(record: dict[str, Any]) -> Table:
             style=style,
         )
     for row in evaluation.by_domain:
-        name = Text(escape_name(row.name))
+        label = Text(escape_name(row.name))
         cells = _domain_cells(evaluation, row)
-        table.add_row(name, f"{row.users:,}", *cells)
+        table.add_row(label, f"{row.users:,}", *cells)
     table.add_section()
     _add_mean_rows(table, evaluation)
     return table
@@ -471,6 +471,13 @@ def metric_cells(figures: Figures, metrics: Iterable[str]) -> list[str]:
         value = figures.get(metric)
         cells.append(format_number(value))
     return cells
+
+
+def intervals_by_metric(
+    figures: Mapping[str, Any],
+) -> dict[str, list[float] | None]:
+    """The 95 % intervals of figures that are of a ranking among all items; empty without users."""
+    return figures.get("interval") or {}
 
 
 def new_table(title: str, caption: str | Text | None = None) -> Table:

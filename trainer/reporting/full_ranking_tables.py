@@ -15,6 +15,7 @@ from trainer.reporting.console import (
     escape_name,
     evaluation_table,
     format_number,
+    intervals_by_metric,
     metric_cells,
     new_table,
     recency_sentence,
@@ -159,7 +160,7 @@ def _domain_cells(
     metric: the one whose interval is shown. difference: {value, interval} of the model's metric
     less the last baseline's.
     """
-    intervals = row.model.get("interval") or {}
+    intervals = intervals_by_metric(row.model)
     cells = [
         f"{row.users:,}",
         *metric_cells(row.model, METRICS),
@@ -205,7 +206,7 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
             for group, figures in groups.items():
                 if not figures["users"]:
                     continue
-                intervals = figures.get("interval") or {}
+                intervals = intervals_by_metric(figures)
                 baselines = []
                 for system in systems:
                     baseline = figures[f"{system} {metric}"]

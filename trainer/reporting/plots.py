@@ -255,15 +255,21 @@ def pairs_plot(train: list[Record], domains: list[Style]) -> list[Chart]:
     charts = []
     for domain in domains:
         figure = go.Figure()
-        options = {
-            "domain": domain.name,
-            "faint": False,
-            "lines": 2 * len(domains),
-        }
-        grey = {"color": GREY}
-        coloured = {"color": domain.colour}
-        _draw(figure, train, "single_by_domain", "single", grey, **options)
-        _draw(figure, train, "cross_by_domain", "cross", coloured, **options)
+        lines = (
+            ("single_by_domain", "single", GREY),
+            ("cross_by_domain", "cross", domain.colour),
+        )
+        for field, label, colour in lines:
+            _draw(
+                figure,
+                train,
+                field,
+                label,
+                {"color": colour},
+                domain=domain.name,
+                faint=False,
+                lines=2 * len(domains),
+            )
         if not figure.data:
             continue
         figure.update_traces(yhoverformat=".3f")
@@ -294,7 +300,7 @@ def validation_plot(
                 line={"width": 2, **domain.line},
                 marker={"size": 6},
             )
-    if not figure.data:
+    if best is None or not figure.data:
         return None
     if len(domains) > 1:
         means = [evaluation.mean_ndcg for evaluation in evaluations]

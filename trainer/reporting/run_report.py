@@ -384,7 +384,7 @@ def _weight_sentences(weights: dict[str, float]) -> list[str]:
     """
     if len(weights) < 2:
         return []
-    name = min(weights, key=weights.get)
+    name = min(weights, key=weights.__getitem__)
     smallest = weights[name]
     return [
         f"Smallest λ: {escape_name(name)} with {smallest:.3f} (1: all alike)."

@@ -1,7 +1,7 @@
 """The tables of a run's report: figures by domain, groups of users, transfer, gates, near items."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from trainer.evaluation.evaluation import (
     COMPARED,
@@ -16,6 +16,7 @@ from trainer.reporting.console import (
     format_number,
     format_ratio,
     format_signed,
+    intervals_by_metric,
     metric_cells,
     recency_sentence,
     sentence_on_mean,
@@ -221,7 +222,7 @@ def _full_row(
 
         Books   204   0.0800   …   0.1741   0.1610 to 0.2420   0.1951   −0.0510 to 0.0570
     """
-    intervals: Record = cast(Record, row.model.get("interval") or {})
+    intervals = intervals_by_metric(row.model)
     own_interval = intervals.get(HEADLINE)
     texts = [
         label,
@@ -305,7 +306,7 @@ def _group_texts(figures: Record, metric: str, systems: list[str]) -> list[str]:
     """A group's users and figures: 66, 0.2366, 0.1640 to 0.3150, 0.5031, ×0.47."""
     users = figures["users"]
     value = figures[metric]
-    intervals = figures.get("interval") or {}
+    intervals = intervals_by_metric(figures)
     texts = [
         f"{users:,}",
         format_number(value),

@@ -217,17 +217,20 @@ class _Retraining:
 
     def _describe_result(self, published: bool) -> dict[str, Any]:
         """What retrain.json says."""
+        record = None
         if published:
             record = read_current_version(self.day.published)
-        else:
-            record = read_json(self.day.published / REFUSED)
+        version = None
         drift = {}
-        if published:
-            drift = self._measure_drift(record["number"])
+        if record is None:
+            record = read_json(self.day.published / REFUSED)
+        else:
+            version = record["number"]
+            drift = self._measure_drift(version)
         return {
             "name": self.config.name,
             "number": self.plan["number"],
-            "published": record["number"] if published else None,
+            "published": version,
             "reasons": record["reasons"],
             "notes": record.get("notes", []),
             "carried": self.plan.get("carried", []),

@@ -84,7 +84,7 @@ def publish(
         )
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
-            nothing = {"reasons": [], "notes": []}
+            nothing: dict[str, list[str]] = {"reasons": [], "notes": []}
             return current | {"published": current["number"]} | nothing
         # One table for both models, and for what is exported.
         slot = TableSlot()

@@ -347,13 +347,10 @@ class Recommender:
         """
         vector = self._encode(self.encoder, events, now)
         weight = self.domains[domain].weight
-        if weight:
+        domain_encoder = self.domains[domain].encoder
+        if domain_encoder is not None:
             own_events = [event for event in events if event[1] == domain]
-            domain_vector = self._encode(
-                self.domains[domain].encoder,
-                own_events,
-                now,
-            )
+            domain_vector = self._encode(domain_encoder, own_events, now)
             vector = (1 - weight) * vector + weight * domain_vector
         return vector
 

@@ -85,6 +85,13 @@ class RecommendationFiles:
             # Another process may work here now.
             self._work.__exit__(None, None, None)
 
+    @property
+    def _staged(self) -> StagedOutput:
+        """The stages' folder. Used on the first rank alone."""
+        if self._work is None:
+            raise RuntimeError("only the first rank has the stages' folder")
+        return self._work
+
     def write_histories(
         self,
         config: HistoriesConfig,
@@ -95,13 +102,15 @@ class RecommendationFiles:
 
         def write() -> dict[str, int]:
             with self._disk_errors():
-                if not self._work.done("histories"):
+                if not self._staged.done("histories"):
                     self._write_histories(
                         config,
                         dataset,
                         skip_damaged,
                     )
-                return asdict(HistoryCounts.load(self._work.path("histories")))
+                return asdict(
+                    HistoryCounts.load(self._staged.path("histories"))
+                )
 
         return HistoryCounts(**run_on_first_rank(write, self.ranks.first))
 
@@ -114,9 +123,9 @@ class RecommendationFiles:
         """Runs the stage. Called on the first rank."""
         report = DamageLog() if skip_damaged else None
         threads = len(os.sched_getaffinity(0))
-        scratch = self._work.scratch
+        scratch = self._staged.scratch
         try:
-            with self._work.stage("histories") as folder:
+            with self._staged.stage("histories") as folder:
                 write_histories(
                     folder,
                     config,
@@ -127,7 +136,7 @@ class RecommendationFiles:
                     report,
                 )
         except InputError:  # of the logs or users: it would be met again
-            self._work.discard()
+            self._staged.discard()
             raise
         except duckdb.OutOfMemoryException as error:
             raise InputError(
@@ -178,7 +187,7 @@ class RecommendationFiles:
     def _missing_parts(self, parts: int) -> list[int]:
         """The numbers of the parts that no call has finished, rising."""
         return [
-            part for part in range(parts) if not self._work.done(_stage(part))
+            part for part in range(parts) if not self._staged.done(_stage(part))
         ]
 
     def _start_writing(
@@ -224,7 +233,7 @@ class RecommendationFiles:
         tops: list[DomainTop],
     ) -> None:
         """Runs a part's stage. Called on the first rank."""
-        with self._work.stage(_stage(part)) as folder:
+        with self._staged.stage(_stage(part)) as folder:
             for top in tops:
                 domain = scorer.served.dataset.domains[top.domain]
                 item_ids = scorer.item_ids(top.domain)
@@ -252,14 +261,14 @@ class RecommendationFiles:
 
         def move() -> dict[str, Any]:
             with self._disk_errors():
-                whole = self._work.path("whole")
+                whole = self._staged.path("whole")
                 # A call was killed on the threshold.
-                if self._work.done("whole"):
+                if self._staged.done("whole"):
                     text = (whole / RECORD).read_text(encoding="utf-8")
                     record = json.loads(text)
                 else:
                     record = self._collect_parts(made_from, counts)
-                self._work.deliver("whole")
+                self._staged.deliver("whole")
                 return record
 
         return run_on_first_rank(move, self.ranks.first)
@@ -270,10 +279,10 @@ class RecommendationFiles:
         counts: HistoryCounts,
     ) -> dict[str, Any]:
         """Moves all parts into the stage `whole`, with the record of them."""
-        partial = self._work.folder / "whole.partial"
+        partial = self._staged.folder / "whole.partial"
         partial.mkdir(exist_ok=True)
         # A call may have been killed after it moved some of the files.
-        for part in sorted((self._work.folder / "parts").iterdir()):
+        for part in sorted((self._staged.folder / "parts").iterdir()):
             if not part.name.isdecimal():
                 continue
             for file in part.glob("domain=*/*.parquet"):
@@ -286,7 +295,7 @@ class RecommendationFiles:
             rows[name] = sum(pq.read_metadata(file).num_rows for file in files)
         record = {"made_from": made_from, **asdict(counts), "rows": rows}
         write_json(partial / RECORD, record)
-        move_folder(partial, self._work.path("whole"))
+        move_folder(partial, self._staged.path("whole"))
         return record
 
     @contextlib.contextmanager

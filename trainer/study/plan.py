@@ -104,9 +104,9 @@ def hyperparameter_grid(tune: dict[str, list[Any]]) -> list[Settings]:
         if not isinstance(values, list) or not values:
             raise InputError(f"{key}: give a list of values")
     grid = []
-    for values in itertools.product(*tune.values()):
+    for combination in itertools.product(*tune.values()):
         settings = []
-        for key, value in zip(tune, values, strict=True):
+        for key, value in zip(tune, combination, strict=True):
             settings.append(f"{key}={value}")
         grid.append(tuple(settings))
     return grid

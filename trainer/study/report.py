@@ -91,7 +91,7 @@ def _compare_with_best(
     for name, results in study.results.items():
         means[name] = mean_metric(study, results, ranking)
     ours = means.pop(OURS)
-    best = max(means, key=means.get)
+    best = max(means, key=means.__getitem__)
     mean_of_best = means[best]
     share = format_signed(ours / mean_of_best - 1, "+.1%")
     our_results = study.results[OURS]
@@ -224,7 +224,7 @@ def _plot_systems(study: Study) -> go.Figure | None:
             marker_color=style.colour,
         )
     figure.update_traces(yhoverformat=".4f")
-    figure = plots.finish_figure(figure, 420, f"mean {HEADLINE}")
+    plots.finish_figure(figure, 420, f"mean {HEADLINE}")
     return figure.update_xaxes(
         title=None,
         tickformat=None,
@@ -251,7 +251,7 @@ def _plot_sweep(
             line=style.line,
         )
     figure.update_traces(mode="lines+markers", yhoverformat=".4f")
-    figure = plots.finish_figure(figure, 320, f"mean {HEADLINE}")
+    plots.finish_figure(figure, 320, f"mean {HEADLINE}")
     return figure.update_xaxes(
         title_text=key,
         tickformat=None,

@@ -304,8 +304,8 @@ def _summarise(mean_R: np.ndarray, users: int) -> PairedDifference:
     value = mean_R[0]
     replicates = mean_R[1:]
     low, high = np.percentile(replicates, (2.5, 97.5))
-    below = np.mean(replicates <= 0)
-    above = np.mean(replicates >= 0)
+    below = float(np.mean(replicates <= 0))
+    above = float(np.mean(replicates >= 0))
     p = 2 * max(1 / _REPLICATES, min(below, above))
     return PairedDifference(
         value=float(value),

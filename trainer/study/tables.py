@@ -248,10 +248,7 @@ def _differences_from_ours(
         row = [Cell(escape_name(name))]
         differences = _differences(study, ours, results, ranking)
         row += [_difference_cell(difference) for difference in differences]
-        mean = differences[len(study.domain_names)]
-        low = format_signed(mean.low, "+.4f")
-        high = format_signed(mean.high, "+.4f")
-        row.append(Cell(f"{low} to {high}"))
+        row.append(_interval_cell(differences[len(study.domain_names)]))
         rows.append(row)
     return Table(
         title=f"{OURS} against each other system, {RANKED[ranking]}",
@@ -276,6 +273,15 @@ def _difference_cell(difference: PairedDifference | None) -> Cell:
     if difference is None:
         return Cell("–")
     return _signed_cell(difference, format_signed(difference.value, "+.4f"))
+
+
+def _interval_cell(difference: PairedDifference | None) -> Cell:
+    """The 95 % confidence interval: −0.0080 to +0.0071."""
+    if difference is None:
+        return Cell("–")
+    low = format_signed(difference.low, "+.4f")
+    high = format_signed(difference.high, "+.4f")
+    return Cell(f"{low} to {high}")
 
 
 def _relative_cell(difference: PairedDifference | None, before: float) -> Cell:
@@ -349,7 +355,7 @@ def _cost_table(study: Study) -> Table:
             f"{np.mean(results.epochs):.1f}",
             f"{len(study.unconverged.get(name, []))}",
             f"{np.nanmean(results.users_per_second):,.0f}",
-            format_number(np.mean(results.validation)),
+            format_number(float(np.mean(results.validation))),
         ]
         rows.append(_row(cells))
     return Table(

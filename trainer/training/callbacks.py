@@ -389,9 +389,10 @@ class EarlyStopping(Callback):
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Logs why the run ends here."""
         context = self._context
-        if context.finished and not context.at_last_step:
-            best = state.best[HEADLINE]
-            context.log.message(
-                f"stopped early: {state.since_best} validations without a better mean "
-                f"{HEADLINE} than {best:.4f}"
-            )
+        best = state.best
+        if best is None or not context.finished or context.at_last_step:
+            return
+        context.log.message(
+            f"stopped early: {state.since_best} validations without a better mean "
+            f"{HEADLINE} than {best[HEADLINE]:.4f}"
+        )

@@ -37,8 +37,8 @@ class HostCopy:
         """True where there is no device to wait for: the same on all ranks."""
         return self._event is None
 
-    def value(self) -> float | list[float]:
-        """Returns the number, or the list of numbers.
+    def values(self) -> list[float]:
+        """Returns the numbers.
 
         Waits until they have arrived, and for nothing that came after.
         """
@@ -97,7 +97,8 @@ class Gradients:
             gradient = gradient * share.to(gradient.dtype)
             torch._foreach_mul_(dense, dense_share.float())
         if self.skips_on_device:
-            self._optimizer.found_inf = made.logical_not().float()
+            skipped = made.logical_not().float()
+            self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as GradScaler sets it
         gradient = torch.where(made, gradient, gradient.new_zeros(()))
         outcome = torch.cat([finite.double().unsqueeze(0), signal_sums])
         return gradient, outcome, dense_norm

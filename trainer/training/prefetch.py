@@ -53,10 +53,13 @@ class Prefetcher:
         if self._stream is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_stream(self._stream)
+
             # Its memory may be used again only once this stream is through with it.
-            map_tensors(
-                prefetched.batch, lambda tensor: tensor.record_stream(stream)
-            )
+            def record(tensor: torch.Tensor) -> torch.Tensor:
+                tensor.record_stream(stream)
+                return tensor
+
+            map_tensors(prefetched.batch, record)
         return prefetched.batch, prefetched.exchange
 
     def _on_stream(self) -> AbstractContextManager[object]:

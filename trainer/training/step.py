@@ -207,8 +207,9 @@ class Trainer:
         step: then NonFiniteLoss or RankFailure is raised on all ranks, by the next step before it
         changes anything, or by `settle`.
         """
-        prefetched = batch
-        if not isinstance(batch, PrefetchedBatch):
+        if isinstance(batch, PrefetchedBatch):
+            prefetched = batch
+        else:
             prefetched = self.prepare(batch)
         self._set_learning_rates()
         self._seed_dropout()
@@ -225,8 +226,10 @@ class Trainer:
         self.engine.backward(loss)
         if following is not None:
             self._prefetcher.send(following)
+        gradient_NR = used_NR.grad
+        assert gradient_NR is not None  # of backward
         gradient_NR = self._guard_gradient(
-            used_NR.grad, loss.detach(), report, batch, before, signals
+            gradient_NR, loss.detach(), report, batch, before, signals
         )
         self.table.update(batch.reduce_gradient(gradient_NR))
         self.engine.step()
@@ -257,7 +260,7 @@ class Trainer:
         """
         pending = self._pending
         if pending is not None and pending.outcome.on_host:
-            _, *signal_sums = pending.outcome.value()
+            _, *signal_sums = pending.outcome.values()
             return pending.number, Signals.from_sums(signal_sums)
         return self._settled_signals
 
@@ -271,7 +274,7 @@ class Trainer:
         self._pending = None
         if pending is None:
             return
-        finite, *signal_sums = pending.outcome.value()
+        finite, *signal_sums = pending.outcome.values()
         signals = Signals.from_sums(signal_sums)
         self._settled_signals = (pending.number, signals)
         if finite and not signals.trouble:

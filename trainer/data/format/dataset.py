@@ -34,7 +34,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -53,7 +53,10 @@ from trainer.errors import InputError
 from trainer.files.open_files import explain_unreadable
 from trainer.files.redact import find_local_folder
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 # 2: each block of a shard has a checksum of its own; 3: compact blocks, lengths.npy, checksums
 # of all files; 4: times; 5: the order of equal times, and the kind of times
@@ -622,7 +625,7 @@ def _parse_record(
                 "prepare the dataset again"
             )
         value = record[name]
-        value_type = getattr(annotation, "__origin__", annotation)
+        value_type: Any = getattr(annotation, "__origin__", annotation)
         if not isinstance(value, value_type) or isinstance(value, bool):
             raise InputError(
                 f"{path}: {kind.__name__}.{name} is {value!r}: "

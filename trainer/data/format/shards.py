@@ -205,7 +205,7 @@ class ShardFile:
         self._report = report
         self._members: dict[int, list[_Member]] = {}  # by number of the block
         self._next_block = 0  # while they are indexed: the next block to come
-        self._stream: BinaryIO | None = None
+        self._stream: io.BufferedReader | None = None
         self._compared = False
         try:
             self.path = dataset.local(shard.name)
@@ -213,7 +213,7 @@ class ShardFile:
             if report is None:
                 raise
             skipped = _skipped_users(dataset, shard, 0, self.count)
-            report(f"{error.said}: {skipped}")
+            report(f"{error.problem}: {skipped}")
             return
         self._open(whole)
 
@@ -226,7 +226,7 @@ class ShardFile:
                 self._stream = open(self.path, "rb")  # noqa: SIM115 (until `close`)
                 if whole:
                     self.compare()
-                self._index_blocks()
+                self._index_blocks(self._stream)
         except _Damage as error:
             if self._report is None:
                 self.close()
@@ -235,9 +235,9 @@ class ShardFile:
             self.close()
             raise
 
-    def _index_blocks(self) -> None:
+    def _index_blocks(self, stream: BinaryIO) -> None:
         """Notes where the members of each block lie. Blocks have to come in order."""
-        for key, members in _read_samples(self._stream):
+        for key, members in _read_samples(stream):
             expected = self._next_block
             number = _parse_block_number(key, self.path)
             if number is None or not expected <= number < self.count:
@@ -268,9 +268,10 @@ class ShardFile:
         problem = "its sha256 is not the one in dataset.json"
         if self._report is None:
             self._refuse(0, self.count, problem)
-        self._report(
-            f"{self.path}: {problem}: its blocks are checked one by one"
-        )
+        else:
+            self._report(
+                f"{self.path}: {problem}: its blocks are checked one by one"
+            )
 
     def block(self, number: int) -> Block | None:
         """Reads a block; returns None for one that cannot be used and has been reported."""
@@ -363,6 +364,8 @@ class ShardFile:
         if len(matches) > 1:
             raise _Damage(f"the member {name} is there twice")
         (member,) = matches
+        if self._stream is None:
+            raise ValueError(f"{self.path} is closed")
         with _file_errors(self.path):
             descriptor = self._stream.fileno()
             content = os.pread(descriptor, member.size, member.offset)

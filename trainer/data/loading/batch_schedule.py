@@ -128,17 +128,15 @@ class BatchSchedule:
         gives the sum of int64 (N,) over all ranks, which then all call this. With it each rank
         walks through every W-th epoch and tells the others.
         """
-        together = (
-            self.tokens_per_batch > 0
-            and self.world_size > 1
-            and sum_of_ranks is not None
-        )
+        sum_of_cuts = None
+        if self.tokens_per_batch > 0 and self.world_size > 1:
+            sum_of_cuts = sum_of_ranks
         total = 0
         for first in range(0, epochs, self.world_size):
             end = min(first + self.world_size, epochs)
             numbers = range(first, end)
-            if together:
-                self._cut_together(numbers, rank, sum_of_ranks)
+            if sum_of_cuts is not None:
+                self._cut_together(numbers, rank, sum_of_cuts)
             for epoch in numbers:
                 total += self.steps(epoch)
             if 0 < most <= total:

@@ -217,13 +217,13 @@ class BlockShuffle:
         if len(block_J) == 0:
             self._last_orders = {}
             return np.zeros((0, self._block_users), np.int32)
-        orders = {}
         new_blocks = []
         for block in block_J.tolist():
-            orders[block] = self._last_orders.get(block)
-            if orders[block] is None:
+            if block not in self._last_orders:
                 new_blocks.append(block)
-        self._shuffle(order, np.array(new_blocks, np.int64), orders)
+        known = self._shuffle(order, np.array(new_blocks, np.int64))
+        known |= self._last_orders
+        orders = {block: known[block] for block in block_J.tolist()}
         self._last_orders = {}
         ends_run = np.diff(block_J, append=-1) != 1  # of blocks of one stream
         for block in block_J[ends_run].tolist():
@@ -231,12 +231,10 @@ class BlockShuffle:
         return np.stack(list(orders.values()))
 
     def _shuffle(
-        self,
-        order: EpochOrder,
-        block_J: np.ndarray,
-        orders: dict[int, np.ndarray],
-    ) -> None:
-        """Puts the order of each of these blocks into `orders`."""
+        self, order: EpochOrder, block_J: np.ndarray
+    ) -> dict[int, np.ndarray]:
+        """The order of each of these blocks."""
+        orders = {}
         positions = np.arange(self._block_users)[None]
         for begin in range(0, len(block_J), _BLOCKS_AT_ONCE):
             block_C = block_J[begin : begin + _BLOCKS_AT_ONCE]
@@ -267,3 +265,4 @@ class BlockShuffle:
                 int(order.shard_K[block]),
                 int(order.place_K[block]),
             )
+        return orders

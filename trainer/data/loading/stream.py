@@ -14,9 +14,9 @@ import gc
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -212,6 +212,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         dataset = self.plan.dataset
         part = _TrainingPart.of_users(dataset, users, self.config.domain)
         shared = self._draw_shared_negatives(epoch, step)
+        negatives: np.ndarray | list[np.ndarray] | None = shared
         looked_up = part.items_N
         if shared is not None:
             looked_up = np.concatenate([part.items_N, *shared])
@@ -225,7 +226,6 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.max_length,
         )
         items_N = filled.items_N[kept_N]
-        negatives = shared
         if negatives is None:
             negatives = self._draw_own_negatives(
                 epoch, part, kept_N, items_N, domain_N, filler
@@ -545,12 +545,20 @@ def _first_workers(config: StreamConfig) -> int:
     return config.workers
 
 
+class ScheduledBatches(Protocol):
+    """A rank's batches, built one after the other, and the schedule that they follow."""
+
+    plan: BatchSchedule
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 def batches_of_workers(
-    batches: Iterable,
+    batches: ScheduledBatches,
     config: StreamConfig,
     pin_memory: bool,
     workers: int | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields what `batches` (an IterableDataset) builds, in order, prefetched by worker processes.
 
     pin_memory: for asynchronous copies to a CUDA device. workers: how many, where it is not the

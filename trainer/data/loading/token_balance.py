@@ -183,8 +183,8 @@ def pair_ranks(world_size: int) -> list[np.ndarray]:
             factor += 1
             continue
         ranks = np.arange(world_size)
-        ranks = ranks.reshape(-1, factor, stride)
-        sets = np.moveaxis(ranks, 1, 2)
+        by_digits = ranks.reshape(-1, factor, stride)
+        sets = np.moveaxis(by_digits, 1, 2)
         stages.append(sets.reshape(-1, factor))
         stride *= factor
     return stages

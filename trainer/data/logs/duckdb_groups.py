@@ -288,12 +288,12 @@ def group_files(
     files_by_layout = defaultdict(list)
     for file in files:
         layout = _read_layout(connection, file, log_format, names)
-        partitions = []
+        added = []
         for name, value in file.partitions:
             if name in names and name not in layout.names:
-                partitions.append((name, value))
+                added.append((name, value))
         alone = file if in_file_order else None
-        key = (file.format, layout, tuple(partitions), alone)
+        key = (file.format, layout, tuple(added), alone)
         files_by_layout[key].append(file)
     groups = []
     for (_, layout, partitions, alone), paths in files_by_layout.items():
@@ -446,7 +446,7 @@ def delimiter_of(file: LogFile, log_format: LogFormat) -> str:
     return log_format.delimiter or file.format.delimiter
 
 
-def summarize_error(error: Exception) -> str:
+def summarize_error(error: Exception | str) -> str:
     """Returns the telling part of a DuckDB message, in one line.
 
     The lines "Parser Error: syntax error" and "LINE 1: SELECT FROM" give the first one alone.

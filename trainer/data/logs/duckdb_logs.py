@@ -417,7 +417,7 @@ class _Inspection:
         Of the rows 1 to 5, of which 2 and 4 could not, the second is row 3: before it are those
         of [2 - 0, 4 - 1] that are at most 2.
         """
-        befores = []
+        befores: list[str] = []
         for reject in self.rejects:
             if reject.file == str(file.path) and reject.row is not None:
                 befores.append(str(reject.row - len(befores)))

@@ -95,10 +95,10 @@ _TEXT_ARROW_SCHEMA = pa.schema(
 )
 _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 # The largest whole number up to which a float tells every one from the next.
-_FLOAT = {T.FloatType: 2**24, T.DoubleType: 2**53}
+_FLOAT: dict[type[T.DataType], int] = {T.FloatType: 2**24, T.DoubleType: 2**53}
 _DATE = (T.DateType, T.TimestampType, T.TimestampNTZType)
 _NESTED = (T.ArrayType, T.MapType, T.StructType)
-_ID_TYPES = (
+_ID_TYPES: tuple[type[T.DataType], ...] = (
     *_WHOLE,
     *_FLOAT,
     T.DecimalType,
@@ -107,7 +107,7 @@ _ID_TYPES = (
     T.BooleanType,
     T.DateType,
 )
-_TIME_TYPES = (
+_TIME_TYPES: tuple[type[T.DataType], ...] = (
     *_WHOLE,
     *_FLOAT,
     *_DATE,
@@ -444,11 +444,11 @@ def _group_inputs(
             table = ""
             if one.is_table:
                 table = one.name
-            partitions = []
+            added = []
             for name, value in one.partitions:
                 if name in request.names and name not in schema.names:
-                    partitions.append((name, value))
-            key = (table, schema.json(), tuple(partitions))
+                    added.append((name, value))
+            key = (table, schema.json(), tuple(added))
             inputs_by_layout[key].append(one)
     for (_, _, partitions), alike in inputs_by_layout.items():
         read = functools.partial(
@@ -490,8 +490,9 @@ def _read_columns(
             column = _quoted_column(name)
         separator = request.log_format.domain_separator
         if role == "domain" and separator is not None:
-            text = column.cast("string")
-            column = F.split_part(text, F.lit(separator), F.lit(1))
+            column = F.split_part(
+                column.cast("string"), F.lit(separator), F.lit(1)
+            )
         selected.append(column.alias(role))
     for role, text in request.constants.items():
         selected.append(F.lit(text).alias(role))
@@ -641,10 +642,11 @@ def _add_bad_texts(
 ) -> None:
     """Counts the rows of text files that were filtered out, or are none."""
     filtered = rows.filter(f"state = '{FILTERED}'").agg(F.sum("row"))
-    reading.filtered += filtered.head()[0] or 0
+    reading.filtered += filtered.collect()[0][0] or 0
     bad = rows.filter(f"state = '{BAD}'")
     if not request.log_format.skips_bad_rows:
-        first = bad.selectExpr("min(struct(file, row, fault))").head()[0]
+        firsts = bad.selectExpr("min(struct(file, row, fault))").collect()
+        first = firsts[0][0]
         if first is not None:
             file, row, fault = first
             raise InputError(
@@ -781,10 +783,11 @@ class _Group:
     def _add_dates(self, frame: DataFrame) -> DataFrame:
         """Adds the column `date` where times are text of the given format."""
         is_text = isinstance(frame.schema["time"].dataType, T.StringType)
-        self.has_formatted_times = self.time_format is not None and is_text
-        if not self.has_formatted_times:
+        time_format = self.time_format
+        self.has_formatted_times = time_format is not None and is_text
+        if time_format is None or not is_text:
             return frame
-        parse = functools.partial(_parse_formatted_times, self.time_format)
+        parse = functools.partial(_parse_formatted_times, time_format)
         schema = T.StructType([*frame.schema.fields])
         return frame.mapInArrow(parse, schema.add("date", T.LongType()))
 
@@ -945,7 +948,7 @@ class _Group:
     def _query_row(self, aggregates: list[str]) -> list[Any]:
         """Returns the one row of a query of aggregates over the rows that count."""
         try:
-            row = self.frame.selectExpr(*aggregates).head()
+            (row,) = self.frame.selectExpr(*aggregates).collect()
         except SPARK_ERRORS as error:
             self._refuse_unreadable(error)
         return list(row)
@@ -954,7 +957,7 @@ class _Group:
         """Counts the rows that the expression leaves out."""
         if not self.parsed:
             counts = self.all_rows.selectExpr("count_if(NOT keep)")
-            self.reading.filtered += counts.head()[0]
+            self.reading.filtered += counts.collect()[0][0]
 
     def with_positions(
         self, spark: SparkSession, numbers: dict[str, int]
@@ -1029,8 +1032,8 @@ class _Group:
         for reason, condition in faults.items():
             literal = _SparkDialect().quote_text(reason)
             cases.append(f"WHEN {condition} THEN {literal}")
-        reason = F.expr(f"CASE {' '.join(cases)} END").alias("reason")
-        bad = self.frame.select("file", "row", reason)
+        first_reason = F.expr(f"CASE {' '.join(cases)} END").alias("reason")
+        bad = self.frame.select("file", "row", first_reason)
         bad = bad.filter("reason IS NOT NULL")
         counts = bad.groupBy("reason").count().collect()
         for text, count in counts:
@@ -1114,7 +1117,7 @@ class _Group:
         first = f"min(struct(file, row, {value}))"
         rows = self.frame.filter(condition)
         selected = rows.selectExpr(first)
-        (values,) = selected.head()
+        (values,) = selected.collect()[0]
         file, number, text = values
         file_name = _file_name(file)
         name = f"{file_name}:"

@@ -75,7 +75,7 @@ def write_overlap(
     for one, other in itertools.combinations(range(len(names)), 2):
         users = int(counts[one, other])
         if users:
-            pairs.append([names[one], names[other], users])
+            pairs.append((names[one], names[other], users))
     pairs.sort(key=lambda pair: -pair[2])
     record = {
         "users_by_domains": counts[-1].tolist(),

@@ -156,11 +156,11 @@ def _open_session() -> Iterator[SparkSession]:
             spark.conf.set(name, value)
         yield spark
     finally:
-        for name, value in before.items():
-            if value is None:
+        for name, setting in before.items():
+            if setting is None:
                 spark.conf.unset(name)
             else:
-                spark.conf.set(name, value)
+                spark.conf.set(name, setting)
 
 
 class _Preparation:
@@ -264,7 +264,7 @@ class _Preparation:
         spans = [tuple(row) for row in times.collect()]
         spans.sort(key=lambda span: span[0].encode())
         log_times = read_times(spans, dates, self.config.time_unit)
-        (interactions,) = items.agg(F.sum("total")).head()
+        (interactions,) = items.agg(F.sum("total")).collect()[0]
         items_by_domain = items.groupBy("domain")
         domains = items_by_domain.count().collect()
         domains.sort(key=lambda row: row[0].encode())
@@ -308,8 +308,8 @@ class _Preparation:
         items, _ = self.number_rows(items, by_popularity, "position")
         row = F.col("shift") + F.col("position")
         items = items.withColumn("row", row)
-        name = F.md5(F.col("name").cast("binary"))
-        items = items.withColumn("key", _key(F.concat(name, "text")))
+        name_hash = F.md5(F.col("name").cast("binary"))
+        items = items.withColumn("key", _key(F.concat(name_hash, "text")))
         return items.select(
             "domain", "name", "item_id", "total", "item", "row", "key"
         )
@@ -370,7 +370,7 @@ class _Preparation:
     def number_rows(
         self,
         frame: DataFrame,
-        order: tuple[object, ...],
+        order: tuple[Column | str, ...],
         name: str,
     ) -> tuple[DataFrame, int]:
         """Adds the rows' number in an order, from 0, as the column `name`; also counts them.
@@ -395,9 +395,9 @@ class _Preparation:
             starts.append((number, count))
             count += size
         schema = "portion bigint, start bigint"
-        starts = self.spark.createDataFrame(starts, schema)
+        starts_frame = self.spark.createDataFrame(starts, schema)
         frame = frame.withColumn("portion", portion)
-        frame = frame.join(F.broadcast(starts), "portion")
+        frame = frame.join(F.broadcast(starts_frame), "portion")
         frame = frame.withColumn(name, F.col("start") + position)
         frame = frame.drop("portion", "start", "serial")
         return frame, count
@@ -553,7 +553,7 @@ def _join_batches(
         time  1 3 2 | 6 4 5
     """
     current = None
-    pieces = []
+    pieces: list[list[np.ndarray]] = []
     for batch in batches:
         columns = []
         for column in batch.columns:

@@ -129,7 +129,7 @@ def store_log(
     old_files = []
     if old is not None and not config.whole_log:
         old_files = sorted((old.folder / LOG).glob("*.parquet"))
-    if old_files:
+    if old is not None and old_files:
         _check_kind_of_time(connection, config, old, dates, files)
     counts = {
         "arrived": query_value(connection, "SELECT count(*) FROM arrived"),
@@ -139,7 +139,7 @@ def store_log(
     }
     new_rows = "arrived"
     views = ["arrived"]
-    if old_files:
+    if old is not None and old_files:
         _drop_delivered_rows(connection, old_files)
         new_rows = "new_rows"
         views = ["old_log", "new_rows"]
@@ -323,7 +323,8 @@ def _begin_of_window(
     views: list[str],
 ) -> float | None:
     """Returns the first time that counts, or None if all do."""
-    if config.since is None and config.days is None:
+    since = config.since
+    if since is None and config.days is None:
         return None
     newest_by_view = []
     for view in views:
@@ -331,25 +332,25 @@ def _begin_of_window(
         if newest is not None:
             newest_by_view.append(newest)
     if config.days is not None:
-        if not dates and config.time_unit is None:
+        unit = "us" if dates else config.time_unit
+        if unit is None:
             units = ", ".join(TIME_UNITS)
             raise InputError(
                 "--days with times that are numbers: "
                 f"say what they are in with --time-unit ({units})"
             )
-        unit = config.time_unit
-        if dates:
-            unit = "us"
         second = TIME_UNITS[unit]
         window = config.days * _DAY * second
         return max(newest_by_view) - window
+    if since is None:
+        return None
     if dates:
-        return _parse_date(connection, config.since)
+        return _parse_date(connection, since)
     try:
-        return float(config.since)
+        return float(since)
     except ValueError:
         raise InputError(
-            f"--since {config.since!r}: these logs' times are numbers: give one"
+            f"--since {since!r}: these logs' times are numbers: give one"
         ) from None
 
 

@@ -37,9 +37,14 @@ _PLAIN_PART = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_.=+-]*")
 class RemoteFile(Protocol):
     """What `dataset.json` says of a file."""
 
-    name: str
-    bytes: int
-    sha256: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
 
 
 class Cache:
@@ -177,7 +182,7 @@ class Cache:
             try:
                 self.address.fetch(name, file.bytes, file.sha256, part)
             except FetchFailed as error:
-                lock.write(error.said)
+                lock.write(error.problem)
                 raise
             path.parent.mkdir(parents=True, exist_ok=True)
             self._checked[name] = part.stat().st_ino

@@ -48,15 +48,15 @@ T = TypeVar("T")
 class FetchFailed(InputError):
     """A file of a remote dataset could not be had, whatever was tried.
 
-    said: which file and why, without the way out.
+    problem: which file and why, without the way out.
     """
 
-    def __init__(self, said: str):
+    def __init__(self, problem: str):
         super().__init__(
-            f"{said}: look after the address and what serves it, then run again",
+            f"{problem}: look after the address and what serves it, then run again",
             one_rank=True,
         )
-        self.said = said
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,13 @@ class Address:
             os.fsync(file.fileno())
 
     def _retry(self, name: str, attempt: Callable[[], T]) -> T:
-        for number in range(1, self.config.attempts + 1):
+        number = 0
+        while True:
+            number += 1
             try:
                 return attempt()
             except _Failure as failure:
-                if failure.final or number == self.config.attempts:
+                if failure.final or number >= self.config.attempts:
                     reason = self._hide_secrets(str(failure))
                     attempts = ""
                     if number > 1:

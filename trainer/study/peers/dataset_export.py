@@ -54,7 +54,7 @@ def _collect(
     longest = 1 + negatives
     candidates = {}
     # Something of each, so that there is a type where there are no users.
-    parts = {
+    parts: dict[str, list[np.ndarray]] = {
         "users": [np.zeros(0, np.int64)],
         "lengths": [np.zeros(0, np.int64)],
         "items": [np.zeros(0, np.int32)],

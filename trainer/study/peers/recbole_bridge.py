@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -331,8 +331,11 @@ class _Run:
                 encoding="utf-8",
                 errors="replace",
             )
+            # Both are pipes.
+            child_input = cast(IO[str], child.stdin)
+            child_output = cast(IO[str], child.stdout)
             try:
-                for line in child.stdout:
+                for line in child_output:
                     answer = json.loads(line)
                     if "epoch" in answer:
                         progress = _progress(answer, task["minutes"])
@@ -340,8 +343,8 @@ class _Run:
                 status = child.wait()
             finally:
                 child.kill()
-                child.stdin.close()
-                child.stdout.close()
+                child_input.close()
+                child_output.close()
                 child.wait()
         if "error" in answer:
             raise InputError(answer["error"])

@@ -262,7 +262,7 @@ class Epochs:
         self.begun = begun
         self.say = say
         self.records: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
+        self.best: dict[str, Any] = {}  # of `records`
         self._best_state: dict[str, torch.Tensor] = {}
         self._best_others: Any = None  # what RecBole keeps beside the weights
         self._last = begun
@@ -283,7 +283,7 @@ class Epochs:
             "validation": validation,
         }
         self.records.append(epoch)
-        if self.best is None or validation > self.best["validation"]:
+        if not self.best or validation > self.best["validation"]:
             self.best = epoch
             self._keep_model()
         self.say(epoch | {"of": self.total, "best": self.best})

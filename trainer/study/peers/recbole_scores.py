@@ -31,11 +31,14 @@ class Scores:
         self,
         config: Config,
         dataset: Any,
-        model: torch.nn.Module,
+        model: Any,
         handed: PeerDataset,
         min_users: int = 1,
     ) -> None:
-        """dataset: RecBole's, which numbers users and items. min_users: as `evaluation.min_users`."""
+        """dataset: RecBole's, which numbers users and items. model: RecBole's.
+
+        min_users: as `evaluation.min_users`.
+        """
         self.min_users = min_users
         self.config = config
         self.dataset = dataset

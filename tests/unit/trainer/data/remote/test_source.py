@@ -29,7 +29,7 @@ from trainer.data.format.dataset import FILE_NAME, USERS, Dataset
 from trainer.data.format.shards import ShardFile, read_blocks
 from trainer.data.remote import cache, source
 from trainer.data.remote.source import FetchFailed
-from trainer.errors import InputError
+from trainer.errors import InputError, exit_on_input_error
 from trainer.files.redact import is_address, redact_location
 
 SHARD = "shards/000001.tar"
@@ -724,6 +724,18 @@ def test_all_had_come_when_it_was_killed(server, there, load):
     )
 
 
+def test_a_command_says_which_file_it_could_not_have(capsys):
+    @exit_on_input_error
+    def command():
+        raise FetchFailed("http://host/0.tar cannot be fetched: gone")
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 2
+    expected = "error: http://host/0.tar cannot be fetched: gone: look after"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_who_waited_for_a_failure_does_not_repeat_it(server, load):
     dataset, raised = load(server.address), []
     path = dataset.cache._control(SHARD, "lock")
@@ -733,7 +745,7 @@ def test_who_waited_for_a_failure_does_not_repeat_it(server, load):
         try:
             dataset.local(SHARD)
         except FetchFailed as error:
-            raised.append(error.said)
+            raised.append(error.problem)
 
     thread = threading.Thread(target=ask)
     thread.start()
