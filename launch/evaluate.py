@@ -6,6 +6,7 @@
     … --ranking full                                           among all items of the domain
     … --candidates FILE.parquet                                user_id, positive, negatives
     … --output FILE.parquet                                    per user: domain, rank, scores
+    … --recency-term                                           with what was bought lately, too
     … --titles FILE.csv                                        item titles for the run's report
 
 A full ranking has 95 % intervals, breakdowns, coverage and Gini; the drawn candidates come besides.
@@ -41,6 +42,9 @@ class Options(ItemTitles, FinishedRun):
         "Parquet with user_id, positive, negatives (raw ids)",
         None,
         metavar="FILE",
+    )
+    recency_term: bool = option(
+        "rank test items by the model with its recency term, too", False
     )
     output: str | None = option(
         "Parquet that gets each user's rank and scores", None, metavar="FILE"
@@ -78,6 +82,7 @@ def main() -> None:
             options.candidates,
             options.output,
             full,
+            options.recency_term,
         )
     if not ranks.first:
         return

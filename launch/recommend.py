@@ -59,6 +59,9 @@ class Options(LogColumns, FinishedRun):
         "recommend items of this domain", list, repeat=True, metavar="D"
     )
     keep_seen: bool = option("recommend what the user has had, too", False)
+    recency_term: bool = option(
+        "score with what was touched lately, too (docs/evaluate.md)", False
+    )
     log_domain: str | None = option(
         "the one domain of logs without a domain column", None, metavar="NAME"
     )
@@ -104,7 +107,11 @@ def main() -> None:
         part_users=options.part_users,
     )
     config = RecommendConfig(
-        options.k, tuple(options.domain), options.keep_seen, options.batch_size
+        options.k,
+        tuple(options.domain),
+        options.keep_seen,
+        options.recency_term,
+        options.batch_size,
     )
     with process_group.join_process_group(device=options.device) as ranks:
         record = recommend(
@@ -143,6 +150,7 @@ def _show_users(options: Options) -> None:
         users=options.user,
         logs=options.input,
         keep_seen=options.keep_seen,
+        recency_term=options.recency_term,
         user_column=options.user_column,
         item_column=options.item_column,
         domain_column=options.domain_column,

@@ -193,6 +193,7 @@ class Run:
         ranking: Literal["sampled", "full"] = "sampled",
         candidates: PathLike | None = None,
         output: PathLike | None = None,
+        recency_term: bool = False,
     ) -> Evaluation:
         """Ranks the held-out items, and returns HR, NDCG and MRR by domain.
 
@@ -200,6 +201,7 @@ class Run:
         intervals); the latter is kept in the run's folder and shown in its report.
         candidates: Parquet with user_id, positive, negatives, in place of drawn ones.
         output: Parquet that gets each user's position and scores.
+        recency_term: rank test items by the model with its recency term, too (docs/evaluate.md).
         """
         from trainer.evaluation.evaluate_run import evaluate_run
 
@@ -219,6 +221,7 @@ class Run:
                 _path_of(candidates),
                 _path_of(output),
                 full,
+                recency_term,
             )
             if full and ranks.first:
                 update_report(self.folder)
@@ -232,6 +235,7 @@ class Run:
         users: Iterable[Any] | PathLike | None = None,
         logs: Logs = (),
         keep_seen: bool = False,
+        recency_term: bool = False,
         output: PathLike | None = None,
         **options: Any,
     ) -> pa.Table:
@@ -241,6 +245,7 @@ class Run:
         users: ids, or a file that has them; None: all.
         logs: histories in place of those of the run's dataset, as `prepare` takes them.
         keep_seen: items that the user has had are recommended too.
+        recency_term: score with what was touched lately, too (docs/evaluate.md).
         output: a folder that gets the same as partitioned Parquet, and stays.
         options: column names and memory, those of `trainer.config.serving.AskedConfig`.
         """
@@ -252,7 +257,10 @@ class Run:
         }
         _refuse_unknown("recommend", options, known)
         config = RecommendConfig(
-            k=k, domains=tuple(domains), keep_seen=keep_seen
+            k=k,
+            domains=tuple(domains),
+            keep_seen=keep_seen,
+            recency_term=recency_term,
         )
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())

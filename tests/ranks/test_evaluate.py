@@ -84,10 +84,19 @@ def test_two_ranks_give_the_same_figures_and_the_same_file(
     dataset, trained, evaluate, tmp_path
 ):
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    alone = evaluate("--output", one)
+    alone = evaluate("--output", one, "--recency-term")
+    assert alone["recency_mean"]["MRR"] > 0
+    assert alone["with_recency_mean"]["MRR"] > 0
     done = run(
         ranks_of(
-            2, "launch/evaluate.py", "--run", trained, "--json", "--output", two
+            2,
+            "launch/evaluate.py",
+            "--run",
+            trained,
+            "--json",
+            "--recency-term",
+            "--output",
+            two,
         )
     )
     (line,) = (

@@ -31,6 +31,11 @@ class EvaluationConfig:
         "evaluated users of a domain that counts: in the mean, for the best step, in guards",
         on_resume=True,
     )
+    recency_term: bool = setting(
+        False,
+        "rank test items by the model with its recency term, too (docs/evaluate.md)",
+        on_resume=True,
+    )
     patience: int = setting(
         5,
         "early stopping: validations without a better mean NDCG@10; 0: never",

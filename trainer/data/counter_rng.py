@@ -47,6 +47,7 @@ class RandomStream(IntEnum):
     PERSONALIZATION_SAMPLE = 11
     PERSONALIZATION_EXCHANGE = 12
     TIME_TIES = 13
+    VALIDATION_SAMPLE = 14
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

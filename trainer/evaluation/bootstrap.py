@@ -168,35 +168,39 @@ class GroupMeans:
         mean_RK = self._user_means(system, groups)
         return _figures(users, mean_RK)
 
-    def difference(self, group: int, metric: str) -> dict[str, Any]:
-        """How much more of a metric the first system has than the second.
+    def difference(
+        self, group: int, metric: str, other: int = 1
+    ) -> dict[str, Any]:
+        """How much more of a metric the first system has than another.
 
         Returns `value`, and `interval` as in `figures`.
         """
         users = self.users(group)
-        difference_R = self._differences(group, metric)
+        difference_R = self._differences(group, metric, other)
         return _difference(users, difference_R)
 
     def mean_difference(
-        self, groups: Sequence[int], metric: str
+        self, groups: Sequence[int], metric: str, other: int = 1
     ) -> dict[str, Any]:
         """The `difference` of the means over those of the groups that have users."""
         with_users = self._groups_with_users(groups)
         if not with_users:
             return _difference(0, None)
-        differences = [self._differences(group, metric) for group in with_users]
+        differences = []
+        for group in with_users:
+            differences.append(self._differences(group, metric, other))
         mean_R = np.mean(differences, axis=0)
         users = self._total_users(with_users)
         return _difference(users, mean_R)
 
     def user_mean_difference(
-        self, groups: Sequence[int], metric: str
+        self, groups: Sequence[int], metric: str, other: int = 1
     ) -> dict[str, Any]:
         """The `difference` of `user_mean`."""
         column = NAMES.index(metric)
         first_R = self._user_means(0, groups)[:, column]
-        second_R = self._user_means(1, groups)[:, column]
-        return _difference(self._total_users(groups), first_R - second_R)
+        other_R = self._user_means(other, groups)[:, column]
+        return _difference(self._total_users(groups), first_R - other_R)
 
     def users(self, group: int) -> int:
         """How many users of the group were added."""
@@ -209,15 +213,15 @@ class GroupMeans:
     def _total_users(self, groups: Sequence[int]) -> int:
         return sum(self.users(group) for group in groups)
 
-    def _differences(self, group: int, metric: str) -> np.ndarray:
-        """The first system's metric less the second's, float64 (1 + replicates,).
+    def _differences(self, group: int, metric: str, other: int) -> np.ndarray:
+        """The first system's metric less another's, float64 (1 + replicates,).
 
         Of every user once, then of each replicate.
         """
         column = NAMES.index(metric)
         first_R = self._means(0, group)[:, column]
-        second_R = self._means(1, group)[:, column]
-        return first_R - second_R
+        other_R = self._means(other, group)[:, column]
+        return first_R - other_R
 
     def _means(self, system: int, group: int) -> np.ndarray:
         """The means of a group, (1 + replicates, metrics).

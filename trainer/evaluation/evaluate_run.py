@@ -33,6 +33,10 @@ from trainer.evaluation.candidate_files import (
     read_candidates_of_rank,
 )
 from trainer.evaluation.full import FullRanking, full_record, rank_fully
+from trainer.evaluation.recency.choice import open_recency
+from trainer.evaluation.recency.fit import fit_recency_term
+from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Advance,
     Candidates,
@@ -60,19 +64,17 @@ def evaluate_run(
     candidates: str | Path | None = None,
     output: str | Path | None = None,
     full: bool = False,
+    recency_term: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run's best model and returns the record. Called on all ranks.
 
     data: the dataset's folder where it has moved. candidates, output: files, see
     `trainer.evaluation.candidate_files`. full: rank among all items of the domain too, which
-    leaves the record and each user's positions in the run's folder. Raises InputError where one of
-    them cannot be used.
+    leaves the record and each user's positions in the run's folder. recency_term: rank by the model
+    with its recency term, too (trainer.evaluation.recency), as `evaluation.recency_term` does. Raises
+    InputError where one of them cannot be used.
     """
-    if full and candidates:
-        raise InputError(
-            "--candidates: with --ranking full all items of the domain are the candidates; "
-            "leave one of them out"
-        )
+    _check_options(split, candidates, full, recency_term)
     config, dataset = open_run(run, data, ranks=ranks)
     if candidates:
         _refuse_several_targets(run, config)
@@ -84,29 +86,71 @@ def evaluate_run(
                 dataset, candidates, ranks, config
             )
         trained = load_trained_model(run, config, dataset, ranks)
-        options = _record_options(trained)
         positions = _TargetPositions(dataset, split)
-        visit = positions.visit if full else None
+        recency = open_recency(dataset, ranks, config)
+        term = None
+        if recency_term or config.evaluation.recency_term:
+            term = _fit_term(trained, recency, split)
         ranking = _rank_candidates(
-            trained, split, candidates_by_user, output, visit
+            trained,
+            split,
+            candidates_by_user,
+            output,
+            positions.visit if full else None,
+            recency,
+            term,
         )
+        options = _record_options(trained)
         record = make_evaluation_record(split, dataset, ranking, **options)
         if not full:
             return record
-        whole = _rank_fully(trained, split)
+        whole = _rank_fully(trained, split, recency, term)
         record = full_record(split, dataset, whole, record, **options)
         domain_U = sum_over_ranks(positions.domain_U)
         sampled_U = sum_over_ranks(positions.position_U)
     if ranks.first:
-        _save_full(
-            Path(run),
-            dataset,
-            record,
-            domain_U,
-            sampled_U,
-            whole.rank_U,
-        )
+        full_U = whole.rank_U
+        _save_full(Path(run), dataset, record, domain_U, sampled_U, full_U)
     return record
+
+
+def _check_options(
+    split: str,
+    candidates: str | Path | None,
+    full: bool,
+    recency_term: bool,
+) -> None:
+    """Raises InputError for options of `evaluate_run` that exclude one another."""
+    if recency_term and split != "test":
+        raise InputError(
+            "--recency-term: its weights are fitted on the validation split; rank the test split"
+        )
+    if full and candidates:
+        raise InputError(
+            "--candidates: with --ranking full all items of the domain are the candidates; "
+            "leave one of them out"
+        )
+
+
+def _rank_fully(
+    trained: TrainedModel,
+    split: str,
+    recency: RecencyPopularity,
+    term: RecencyTerm | None,
+) -> FullRanking:
+    """Ranks a split among all items."""
+    with _progress_bar(trained.ranks, "ranking among all items") as advance:
+        return rank_fully(
+            trained.model,
+            trained.table,
+            trained.dataset,
+            trained.ranks,
+            trained.config,
+            split,
+            advance,
+            recency=recency,
+            term=term,
+        )
 
 
 def _refuse_several_targets(run: str | Path, config: RunConfig) -> None:
@@ -126,6 +170,24 @@ def _record_options(trained: TrainedModel) -> dict[str, int]:
         "epoch": trained.checkpoint["epoch"],
         "min_users": trained.config.evaluation.min_users,
     }
+
+
+def _fit_term(
+    trained: TrainedModel, recency: RecencyPopularity, split: str
+) -> RecencyTerm | None:
+    """The model's recency term, fitted on the validation split; None for that split itself."""
+    if split != "test":
+        return None
+    with _progress_bar(trained.ranks, "fitting the recency term") as advance:
+        return fit_recency_term(
+            trained.model,
+            trained.table,
+            trained.dataset,
+            trained.ranks,
+            trained.config,
+            recency.counts,
+            advance,
+        )
 
 
 class _TargetPositions:
@@ -158,6 +220,8 @@ def _rank_candidates(
     candidates: CandidatesByUser | None,
     output: str | Path | None,
     visit: Visit | None,
+    recency: RecencyPopularity,
+    term: RecencyTerm | None,
 ) -> PositionCounts:
     """Ranks a split among drawn or given candidates; leaves `output` where it is given.
 
@@ -188,6 +252,8 @@ def _rank_candidates(
                 candidates,
                 visit_both,
                 advance,
+                recency=recency,
+                term=term,
             )
     except BaseException:
         if writer:
@@ -198,21 +264,6 @@ def _rank_candidates(
     for reason in ranking.reasons:
         _warn(f"skipped: {reason}")
     return ranking
-
-
-def _rank_fully(trained: TrainedModel, split: str) -> FullRanking:
-    """Ranks a split among all items of the domain."""
-    ranks = trained.ranks
-    with _progress_bar(ranks, "ranking among all items") as advance:
-        return rank_fully(
-            trained.model,
-            trained.table,
-            trained.dataset,
-            ranks,
-            trained.config,
-            split,
-            advance,
-        )
 
 
 def _open_writer(

@@ -1,4 +1,4 @@
-"""An evaluation: figures of a model and of popularity by domain, and the record that a run writes.
+"""An evaluation: figures of a model and of baselines by domain, and the record that a run writes.
 
 The record is a JSON object. `metrics.jsonl` has one a line, `evaluation-full-SPLIT.json` holds one
 of a ranking among all items:
@@ -20,6 +20,12 @@ of a ranking among all items:
     user_mean          {HR@5, …, MRR}, over all users (absent: follows from domains)
     popularity         as domains, by popularity (optional)
     popularity_mean, popularity_user_mean    as mean and user_mean, by popularity (optional)
+    recency, recency_mean, recency_user_mean    likewise, by recency popularity (optional)
+    recency_choice     its half-life, and how it was chosen (trainer/evaluation/recency)
+    with_recency, with_recency_mean, with_recency_user_mean    likewise, by the model with its
+                       recency term (optional)
+    recency_term       the term's weights by domain
+    recency_difference    as difference, to recency popularity
     difference, breakdown, recommended, sampled    of a ranking among all items alone
 
 This module needs neither torch nor a dataset: reports import it.
@@ -43,22 +49,65 @@ if TYPE_CHECKING:
 
 _BEFORE = ("kind", "ranking", "too_short", "skipped_users", "split", "seen")
 _MEANS = ("mean_domains", "min_users", "user_mean")
-_POPULARITY = ("popularity", "popularity_mean", "popularity_user_mean")
-_FIGURES = ("domains", "mean", *_MEANS, *_POPULARITY)
-_FULL = ("difference", "breakdown", "recommended", "sampled")
+MODEL = "model"
+POPULARITY = "popularity"
+RECENCY = "recency"
+WITH_RECENCY = "with_recency"
+# What may stand beside the model, by its key in a record.
+COMPARED = (POPULARITY, RECENCY, WITH_RECENCY)
+_ABOUT_RECENCY = ("recency_choice", "recency_term")
+_FULL = (
+    "difference",
+    "recency_difference",
+    "breakdown",
+    "recommended",
+    "sampled",
+)
+
+
+def _keys_of(system: str) -> tuple[str, str, str]:
+    """The keys of a compared system's figures: by domain, their mean, the mean over users."""
+    return system, f"{system}_mean", f"{system}_user_mean"
+
+
+_FIGURES = (
+    "domains",
+    "mean",
+    *_MEANS,
+    *_keys_of(POPULARITY),
+    *_keys_of(RECENCY),
+    *_keys_of(WITH_RECENCY),
+    *_ABOUT_RECENCY,
+)
+
+
+@dataclass(frozen=True)
+class ComparedMeans:
+    """The means of a system that stands beside the model; None what a record does not say."""
+
+    mean: Figures | None = None
+    user_mean: Figures | None = None
 
 
 @dataclass(frozen=True)
 class DomainFigures:
     """One domain's figures.
 
-    model, popularity: {"users": 204, "HR@5": 0.88, …}; popularity is empty where the record has
-    none. A metric is None in a domain without users.
+    model, popularity, recency, with_recency: {"users": 204, "HR@5": 0.88, …}, by the model, by
+    popularity, by recency popularity, and by the model with its recency term; empty where the
+    record has none. A metric is None in a domain without users.
     """
 
     name: str
     model: Figures
     popularity: Figures
+    recency: Figures = field(default_factory=dict)
+    with_recency: Figures = field(default_factory=dict)
+
+    def compared(self, system: str) -> Figures:
+        """The figures of one of COMPARED."""
+        figures: Figures = getattr(self, system)
+        return figures
 
     @property
     def users(self) -> int:
@@ -74,6 +123,16 @@ class DomainFigures:
     def popularity_headline(self) -> float | None:
         """Popularity's NDCG@10."""
         return self.popularity.get(HEADLINE)
+
+    @property
+    def recency_headline(self) -> float | None:
+        """Recency popularity's NDCG@10."""
+        return self.recency.get(HEADLINE)
+
+    @property
+    def with_recency_headline(self) -> float | None:
+        """The NDCG@10 of the model with its recency term."""
+        return self.with_recency.get(HEADLINE)
 
 
 class DomainTable(list[DomainFigures]):
@@ -117,8 +176,10 @@ class DomainTable(list[DomainFigures]):
     def _rows(self) -> list[dict[str, Any]]:
         rows = []
         for row in self:
-            systems = {"model": row.model, "popularity": row.popularity}
-            for system, figures in systems.items():
+            for system in (MODEL, *COMPARED):
+                figures = row.model
+                if system != MODEL:
+                    figures = row.compared(system)
                 if not figures:
                     continue
                 values: dict[str, Any] = {"domain": row.name, "system": system}
@@ -133,19 +194,20 @@ class DomainTable(list[DomainFigures]):
 class Evaluation:
     """The figures of one model on one split.
 
-    by_domain: a row for each domain, in the dataset's order. mean, popularity_mean: over the
-    domains that count, whose names are `mean_domains`. user_mean, popularity_user_mean: over all
-    users. split, seen: of a split by time, as the record has them; None of leave-one-out. There a
-    user may have several targets, and each counts as one of `users`. min_users: what a domain needs to
-    count (`evaluation.min_users`). model_state: `step`, `epoch` and what else says which model it was,
-    in the record's order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking among all
-    items, empty otherwise.
+    by_domain: a row for each domain, in the dataset's order. mean: over the domains that count,
+    whose names are `mean_domains`. user_mean: over all users. split, seen: of a split by time, as the
+    record has them; None of leave-one-out. There a user may have several targets, and each counts as
+    one of `users`. compared: the means of systems beside
+    the model, by one of COMPARED. min_users: what a domain needs to count
+    (`evaluation.min_users`). model_state: `step`, `epoch` and what else says which model it was, in
+    the record's order. full: `difference`, `breakdown`, `recommended` and `sampled` of a ranking
+    among all items, empty otherwise. recency_choice, recency_term: see trainer/evaluation/recency.
     """
 
     kind: str
     by_domain: DomainTable
     mean: Figures
-    popularity_mean: Figures | None = None
+    compared: dict[str, ComparedMeans] = field(default_factory=dict)
     too_short: int | None = None
     skipped_users: int | None = None
     split: dict[str, Any] | None = None
@@ -155,17 +217,25 @@ class Evaluation:
     recorded_domains: tuple[str, ...] | None = None
     min_users: int | None = None
     recorded_user_mean: Figures | None = None
-    recorded_popularity_user_mean: Figures | None = None
+    recency_choice: dict[str, Any] | None = None
+    recency_term: dict[str, Any] | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Evaluation":
         """Reads a record. Raises KeyError where it has no kind, domains or mean."""
-        popularity = record.get("popularity") or {}
         rows = []
         for name, figures in record["domains"].items():
-            rows.append(
-                DomainFigures(name, figures, popularity.get(name) or {})
-            )
+            beside = {}
+            for system in COMPARED:
+                of_system = record.get(system) or {}
+                beside[system] = of_system.get(name) or {}
+            rows.append(DomainFigures(name, figures, **beside))
+        compared = {}
+        for system in COMPARED:
+            _, mean, user_mean = _keys_of(system)
+            means = ComparedMeans(record.get(mean), record.get(user_mean))
+            if means != ComparedMeans():
+                compared[system] = means
         model_state = {}
         for key, value in record.items():
             if key not in (*_BEFORE, *_FIGURES, *_FULL):
@@ -176,7 +246,7 @@ class Evaluation:
             kind=record["kind"],
             by_domain=DomainTable(rows, _metrics_of(record["mean"])),
             mean=record["mean"],
-            popularity_mean=record.get("popularity_mean"),
+            compared=compared,
             too_short=record.get("too_short"),
             skipped_users=record.get("skipped_users"),
             split=record.get("split"),
@@ -186,7 +256,8 @@ class Evaluation:
             recorded_domains=None if domains is None else tuple(domains),
             min_users=record.get("min_users"),
             recorded_user_mean=record.get("user_mean"),
-            recorded_popularity_user_mean=record.get("popularity_user_mean"),
+            recency_choice=record.get("recency_choice"),
+            recency_term=record.get("recency_term"),
         )
 
     def to_record(self) -> dict[str, Any]:
@@ -211,15 +282,26 @@ class Evaluation:
             record["min_users"] = self.min_users
         if self.recorded_user_mean is not None:
             record["user_mean"] = self.recorded_user_mean
-        if self.has_popularity:
-            record["popularity"] = {
-                row.name: row.popularity for row in self.by_domain
-            }
-        if self.popularity_mean is not None:
-            record["popularity_mean"] = self.popularity_mean
-        if self.recorded_popularity_user_mean is not None:
-            record["popularity_user_mean"] = self.recorded_popularity_user_mean
+        for system in COMPARED:
+            self._record_compared(system, record)
+        for key in _ABOUT_RECENCY:
+            about = getattr(self, key)
+            if about is not None:
+                record[key] = about
         return record | self.full
+
+    def _record_compared(self, system: str, record: dict[str, Any]) -> None:
+        """Adds the figures of a system beside the model."""
+        by_domain, mean, user_mean = _keys_of(system)
+        if self.has_compared(system):
+            record[by_domain] = {}
+            for row in self.by_domain:
+                record[by_domain][row.name] = row.compared(system)
+        means = self.compared.get(system, ComparedMeans())
+        if means.mean is not None:
+            record[mean] = means.mean
+        if means.user_mean is not None:
+            record[user_mean] = means.user_mean
 
     def to_pandas(self) -> "pandas.DataFrame":
         """`by_domain` as a DataFrame."""
@@ -235,10 +317,19 @@ class Evaluation:
         """Training steps of the model. Raises KeyError where the record has none."""
         return self.model_state["step"]
 
+    def has_compared(self, system: str) -> bool:
+        """Whether the figures of one of COMPARED stand beside the model's."""
+        return any(row.compared(system) for row in self.by_domain)
+
     @property
     def has_popularity(self) -> bool:
         """Whether popularity's figures stand beside the model's."""
-        return any(row.popularity for row in self.by_domain)
+        return self.has_compared(POPULARITY)
+
+    @property
+    def has_recency(self) -> bool:
+        """Whether recency popularity's figures stand beside the model's."""
+        return self.has_compared(RECENCY)
 
     @property
     def users(self) -> int:
@@ -280,18 +371,50 @@ class Evaluation:
         by_domain = {row.name: row.model for row in self.by_domain}
         return user_mean_figures(by_domain, self.metrics)
 
-    @property
-    def popularity_user_mean(self) -> Figures | None:
-        """Popularity's `user_mean`; None where the evaluation does not have its figures."""
-        if self.recorded_popularity_user_mean is not None:
-            return self.recorded_popularity_user_mean
-        if not self.has_popularity:
+    def compared_mean(self, system: str) -> Figures | None:
+        """The mean of one of COMPARED over the domains that count; None without its figures."""
+        return self.compared.get(system, ComparedMeans()).mean
+
+    def compared_user_mean(self, system: str) -> Figures | None:
+        """The mean of one of COMPARED over all users; None without its figures."""
+        recorded = self.compared.get(system, ComparedMeans()).user_mean
+        if recorded is not None:
+            return recorded
+        if not self.has_compared(system):
             return None
         by_domain = {}
         for row in self.by_domain:
-            if row.popularity:
-                by_domain[row.name] = {**row.popularity, "users": row.users}
+            figures = row.compared(system)
+            if figures:
+                by_domain[row.name] = {**figures, "users": row.users}
         return user_mean_figures(by_domain, self.metrics)
+
+    @property
+    def popularity_mean(self) -> Figures | None:
+        """Popularity's `mean`."""
+        return self.compared_mean(POPULARITY)
+
+    @property
+    def popularity_user_mean(self) -> Figures | None:
+        """Popularity's `user_mean`."""
+        return self.compared_user_mean(POPULARITY)
+
+    def mean_rows(
+        self, mean: str, over_users: str
+    ) -> tuple[DomainFigures, DomainFigures]:
+        """Both means as rows of a table: over the domains that count, and over all users.
+
+        mean, over_users: the names of the rows.
+        """
+        means = {}
+        user_means = {}
+        for system in COMPARED:
+            means[system] = self.compared_mean(system) or {}
+            user_means[system] = self.compared_user_mean(system) or {}
+        return (
+            DomainFigures(mean, self.mean, **means),
+            DomainFigures(over_users, self.user_mean, **user_means),
+        )
 
     @property
     def mean_ndcg(self) -> float | None:
@@ -310,6 +433,11 @@ class Evaluation:
     def popularity_mean_ndcg(self) -> float | None:
         """Popularity's mean NDCG@10."""
         return (self.popularity_mean or {}).get(HEADLINE)
+
+    @property
+    def recency_mean_ndcg(self) -> float | None:
+        """Recency popularity's mean NDCG@10."""
+        return (self.compared_mean(RECENCY) or {}).get(HEADLINE)
 
     def figures_of(self, domain: str) -> DomainFigures:
         """A domain's figures, empty ones where the evaluation does not have the domain."""

@@ -24,9 +24,25 @@ from trainer.data.loading.histories import UserHistories
 from trainer.data.loading.stream import batches_of_workers
 from trainer.distributed.process_group import sum_over_ranks
 from trainer.evaluation.bootstrap import GroupMeans
-from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
-from trainer.evaluation.metrics import FULL_METRICS, domains_of_mean
+from trainer.evaluation.evaluation import (
+    COMPARED,
+    MODEL,
+    POPULARITY,
+    RECENCY,
+    WITH_RECENCY,
+    ComparedMeans,
+    DomainFigures,
+    DomainTable,
+    Evaluation,
+)
+from trainer.evaluation.metrics import FULL_METRICS, Figures, domains_of_mean
 from trainer.evaluation.popularity import Popularity
+from trainer.evaluation.recency.full_term import FullTermRanking
+from trainer.evaluation.recency.ranking import (
+    FullRecencyRanking,
+    RecencyPopularity,
+)
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import Advance, Model, RankingBatches
 from trainer.evaluation.targets import (
     Targets,
@@ -63,7 +79,8 @@ _SEEN = -2  # of a domain's groups: those of IN_TRAINING are the last
 class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
-    user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. length_B: of
+    user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
+    for which is predicted. length_B: of
     the whole history before it. domain_length_B: interactions of that history in the item's
     domain. rows_E, counts_B: every other item of the user, jagged. target_B: the targets' numbers
     (trainer/evaluation/targets.py). skipped, reasons: as in `RankBatch` (trainer.data.loading.stream).
@@ -73,6 +90,7 @@ class HeldOutBatch:
         user_B             12       40           7       31
         domain_B           0        1            1       0
         row_B              4        51           58      9
+        now_B              700      90           65000   700
         length_B           2        3            2       2
         domain_length_B    1        2            1       2
         counts_B           2        3            2       2
@@ -83,6 +101,7 @@ class HeldOutBatch:
     user_B: np.ndarray
     domain_B: np.ndarray
     row_B: np.ndarray
+    now_B: np.ndarray
     length_B: np.ndarray
     domain_length_B: np.ndarray
     rows_E: np.ndarray
@@ -97,7 +116,7 @@ class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
     rank_U: int32, the position of each target, by its number, which is its user's where a user has one
-    (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of the model and of popularity; the groups of domain d are
+    (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of `systems`; the groups of domain d are
     d · groups_of_domain() and those that follow: all its users, then those of each of BREAKDOWNS.
     shown: how often each row of M was among the SHOWN best of a user.
 
@@ -115,6 +134,9 @@ class FullRanking:
     shown: np.ndarray
     skipped_users: int
     reasons: tuple[str, ...]
+    systems: tuple[str, ...] = (MODEL, POPULARITY)
+    recency_choice: dict[str, Any] | None = None
+    recency_term: dict[str, Any] | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -159,6 +181,7 @@ class HeldOutBatches(RankingBatches):
             user_B=users.number_B[targets.user_T],
             domain_B=domain_B,
             row_B=row_B,
+            now_B=users.ticks_N[begins_B + targets.place_T].astype(np.int64),
             length_B=targets.place_T,
             domain_length_B=domain_length_B,
             rows_E=np.concatenate(others),
@@ -264,16 +287,18 @@ def rank_fully(
     split: str,
     advance: Advance | None = None,
     workers: int | None = None,
+    recency: RecencyPopularity | None = None,
+    term: RecencyTerm | None = None,
 ) -> FullRanking:
     """Ranks every user of a split among all items of a domain. Called on all ranks.
 
-    advance(done, total): called after every step. workers: as `ready` takes them.
+    advance(done, total): called after every step. workers: as `ready` takes them. recency, term:
+    recency popularity, and what adds to the model's scores: they rank beside the model and
+    popularity.
     """
     batches = _held_out_batches(dataset, ranks, config, split)
     rankings = _DomainRankings(table, dataset, batches.only_domain)
-    popularity = Popularity(dataset, config.seed)
-    all_groups = len(dataset.domains) * groups_of_domain()
-    means = GroupMeans(2, all_groups, config.seed)
+    systems = _Systems(table, dataset, config.seed, recency, term)
     position_U = np.zeros(highest_target(dataset, split), np.int32)
     skipped = 0
     reasons: dict[str, None] = {}
@@ -289,29 +314,118 @@ def rank_fully(
         query = move(batch.query, ranks.device)
         y_BDR = model(query, table(query.ids))
         # A rank without users has one to look up with.
-        position_B = rankings.rank(y_BDR[: len(batch.user_B)], batch)
-        popularity_B = popularity.positions(
-            batch.user_B,
-            batch.domain_B,
-            batch.row_B,
-            batch.counts_B,
-            batch.rows_E,
-        )
+        y_BDR = y_BDR[: len(batch.user_B)]
+        position_B = rankings.rank(y_BDR, batch)
         position_U[batch.target_B] = position_B
-        third_B = popularity.third_N[batch.row_B]
-        is_seen_B = popularity.counts_N[batch.row_B] > 0
-        groups_BG = groups(batch, third_B, is_seen_B)
-        means.add(batch.user_B, groups_BG, (position_B, popularity_B))
+        systems.add(batch, y_BDR, position_B)
         if advance is not None:
             advance(done, len(batches))
+    means = systems.means()
     means.reduce(ranks.device)
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
     _sum_in_place(skipped_1, ranks.device)
     position_U = sum_over_ranks(position_U)
     return FullRanking(
-        position_U, means, rankings.shown_N, int(skipped_1[0]), tuple(reasons)
+        position_U,
+        means,
+        rankings.shown_N,
+        int(skipped_1[0]),
+        tuple(reasons),
+        systems.names,
+        None if recency is None else recency.choice.to_record(),
+        None if term is None else term.to_record(dataset),
     )
+
+
+@dataclass(frozen=True)
+class _RankedBatch:
+    """The users of a step, their groups, and their positions by the model and by popularity.
+
+    user_B       12     40
+    groups_BG    0 2    11 14
+    positions    1 7    4 9
+    """
+
+    user_B: np.ndarray
+    groups_BG: np.ndarray
+    positions: tuple[np.ndarray, np.ndarray]
+
+
+class _Systems:
+    """The positions of all systems, and their means.
+
+    By popularity and the model each step is ranked at once. What is known of the recent past is
+    another on every day: by that, users are ranked day after day, once all are there.
+    """
+
+    def __init__(
+        self,
+        table: "ItemTable",
+        dataset: Dataset,
+        seed: int,
+        recency: RecencyPopularity | None,
+        term: RecencyTerm | None,
+    ) -> None:
+        names = [MODEL, POPULARITY]
+        self._popularity = Popularity(dataset, seed)
+        self._recency = None
+        if recency is not None:
+            names.append(RECENCY)
+            self._recency = FullRecencyRanking(recency, dataset)
+        self._term = None
+        if term is not None:
+            names.append(WITH_RECENCY)
+            self._term = FullTermRanking(table, dataset, term)
+        self.names = tuple(names)
+        all_groups = len(dataset.domains) * groups_of_domain()
+        self._means = GroupMeans(len(names), all_groups, seed)
+        self._ranked: list[_RankedBatch] = []
+
+    def add(
+        self,
+        batch: HeldOutBatch,
+        y_BDR: torch.Tensor,
+        position_B: np.ndarray,
+    ) -> None:
+        """Adds a step's users. y_BDR: their vectors; position_B: by the model."""
+        jagged = (batch.counts_B, batch.rows_E)
+        popularity_B = self._popularity.positions(
+            batch.user_B, batch.domain_B, batch.row_B, *jagged
+        )
+        if self._recency is not None:
+            self._recency.add(
+                batch.user_B,
+                batch.domain_B,
+                batch.row_B,
+                batch.now_B,
+                *jagged,
+            )
+        if self._term is not None:
+            self._term.add(
+                y_BDR, batch.domain_B, batch.row_B, batch.now_B, *jagged
+            )
+        third_B = self._popularity.third_N[batch.row_B]
+        is_seen_B = self._popularity.counts_N[batch.row_B] > 0
+        ranked = _RankedBatch(
+            batch.user_B,
+            groups(batch, third_B, is_seen_B),
+            (position_B, popularity_B),
+        )
+        self._ranked.append(ranked)
+
+    def means(self) -> GroupMeans:
+        """The means over this rank's users, after the last step. Called on all ranks."""
+        later = []
+        for ranking in (self._recency, self._term):
+            if ranking is not None:
+                later.append(ranking.positions())
+        for index, ranked in enumerate(self._ranked):
+            positions = [*ranked.positions]
+            for of_steps in later:
+                positions.append(of_steps[index])
+            self._means.add(ranked.user_B, ranked.groups_BG, positions)
+        return self._means
 
 
 def _held_out_batches(
@@ -389,39 +503,40 @@ def full_evaluation(
     min_users: of a domain that counts in the mean over domains (`evaluation.min_users`).
     """
     means = ranking.means
+    # Of the domains: their groups' numbers begin at these.
+    first_of = {}
     rows = []
-    differences = {}
     breakdown = {}
     recommendations = {}
-    firsts = []  # of each domain's groups
     for number, domain in enumerate(dataset.domains):
         first = number * groups_of_domain()
-        firsts.append(first)
-        by_model = means.figures(0, first)
-        by_popularity = means.figures(1, first)
-        rows.append(DomainFigures(domain.name, by_model, by_popularity))
-        differences[domain.name] = means.difference(first, HEADLINE)
-        breakdown[domain.name] = _breakdown(means, first)
+        first_of[domain.name] = first
+        rows.append(_figures_of(ranking, domain.name, first))
+        breakdown[domain.name] = _breakdown(ranking, first)
         end = domain.start + domain.items
         shown_N = ranking.shown[domain.start : end]
         recommendations[domain.name] = recommended(shown_N)
     users = {row.name: row.users for row in rows}
     mean_domains = domains_of_mean(users, min_users)
-    first_of = dict(zip(users, firsts, strict=True))
+    firsts = list(first_of.values())
     counted = [first_of[name] for name in mean_domains]
-    difference = _mean_differences(means, counted, firsts)
     full = {
-        "difference": difference | {"domains": differences},
+        "difference": _differences(means, 1, first_of, counted),
         "breakdown": breakdown,
         "recommended": recommendations,
     }
+    if RECENCY in ranking.systems:
+        system = ranking.systems.index(RECENCY)
+        full["recency_difference"] = _differences(
+            means, system, first_of, counted
+        )
     if sampled:
         full["sampled"] = sampled
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, FULL_METRICS),
         mean=means.mean(0, counted),
-        popularity_mean=means.mean(1, counted),
+        compared=_compared_means(ranking, firsts, counted),
         too_short=count_too_short(dataset),
         skipped_users=ranking.skipped_users,
         split=describe_part(dataset, split),
@@ -431,21 +546,56 @@ def full_evaluation(
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
         recorded_user_mean=means.user_mean(0, firsts),
-        recorded_popularity_user_mean=means.user_mean(1, firsts),
+        recency_choice=ranking.recency_choice,
+        recency_term=ranking.recency_term,
     )
 
 
-def _mean_differences(
-    means: GroupMeans, counted: list[int], firsts: list[int]
-) -> dict[str, Any]:
-    """The difference to popularity over domains, and over users.
+def _compared_means(
+    ranking: FullRanking, firsts: list[int], counted: list[int]
+) -> dict[str, ComparedMeans]:
+    """The means of what ranks beside the model.
 
-    counted, firsts: the first groups of the domains that count in the mean, and of all.
+    firsts, counted: the groups of all users of each domain, and of the domains that count.
     """
+    compared = {}
+    for system, name in enumerate(ranking.systems):
+        if name != MODEL:
+            mean = ranking.means.mean(system, counted)
+            user_mean = ranking.means.user_mean(system, firsts)
+            compared[name] = ComparedMeans(mean, user_mean)
+    return compared
+
+
+def _figures_of(ranking: FullRanking, name: str, first: int) -> DomainFigures:
+    """A domain's figures by all systems. first: the group of all its users."""
+    by_system: dict[str, Figures] = {key: {} for key in COMPARED}
+    for system, key in enumerate(ranking.systems):
+        by_system[key] = ranking.means.figures(system, first)
+    figures = by_system.pop(MODEL)
+    return DomainFigures(name, figures, **by_system)
+
+
+def _differences(
+    means: GroupMeans,
+    system: int,
+    first_of: dict[str, int],
+    counted: list[int],
+) -> dict[str, Any]:
+    """How much more of the headline metric the model has than another system.
+
+    first_of: by domain, the number of the group of all its users. counted: of the domains that
+    count in the mean.
+    """
+    domains = {}
+    for name, first in first_of.items():
+        domains[name] = means.difference(first, HEADLINE, system)
+    firsts = list(first_of.values())
     return {
         "metric": HEADLINE,
-        "mean": means.mean_difference(counted, HEADLINE),
-        "user_mean": means.user_mean_difference(firsts, HEADLINE),
+        "domains": domains,
+        "mean": means.mean_difference(counted, HEADLINE, system),
+        "user_mean": means.user_mean_difference(firsts, HEADLINE, system),
     }
 
 
@@ -483,7 +633,7 @@ def full_record(
     return evaluation.to_record()
 
 
-def _breakdown(means: GroupMeans, first: int) -> dict[str, dict[str, Any]]:
+def _breakdown(ranking: FullRanking, first: int) -> dict[str, dict[str, Any]]:
     """{breakdown: {group: figures}} of the domain whose groups begin at `first`.
 
     {"item popularity": {"head": {"users": 66, "HR@1": 0.08, …, "popularity NDCG@10": 0.5}, …}, …}
@@ -493,9 +643,11 @@ def _breakdown(means: GroupMeans, first: int) -> dict[str, dict[str, Any]]:
     for breakdown, names in BREAKDOWNS.items():
         figures_of_groups = {}
         for name in names:
-            popularity = means.figures(1, group)
-            figures = means.figures(0, group)
-            figures[f"popularity {HEADLINE}"] = popularity[HEADLINE]
+            figures = ranking.means.figures(0, group)
+            for system, beside in enumerate(ranking.systems):
+                if beside != MODEL:
+                    of_system = ranking.means.figures(system, group)
+                    figures[f"{beside} {HEADLINE}"] = of_system[HEADLINE]
             figures_of_groups[name] = figures
             group += 1
         breakdowns[breakdown] = figures_of_groups

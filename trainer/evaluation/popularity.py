@@ -40,6 +40,31 @@ def candidate_scores(
     return interactions_C + random_unit(bits_C)
 
 
+def break_ties(
+    value_C: np.ndarray,
+    seed: int,
+    user_B: np.ndarray,
+    counts_B: np.ndarray,
+    rows_C: np.ndarray,
+) -> np.ndarray:
+    """Scores in the order of any values, ties by the order that `candidate_scores` draws: int64 (C,).
+
+    The other arguments are those of `candidate_scores`. Two users, the second one's candidates of
+    equal value:
+
+        user_B      12               40
+        counts_B    3                2
+        value_C     0.5 2.5 0.1      1.0 1.0
+        scores      1   4   0        3   2
+    """
+    user_C = np.repeat(user_B, counts_B)
+    bits_C = random_bits(seed, RandomStream.POPULARITY_TIES, user_C, rows_C)
+    rising = np.lexsort((bits_C, value_C))
+    score_C = np.zeros(len(rising), np.int64)
+    score_C[rising] = np.arange(len(rising))
+    return score_C
+
+
 def _thirds(descending: np.ndarray) -> np.ndarray:
     """HEAD, MIDDLE or TAIL of a domain's items, by their interactions, most popular first.
 
@@ -112,35 +137,45 @@ class Popularity:
             equal_B[in_domain_B] = right - left - 1
         index_B = np.arange(len(user_B))
         user_E = np.repeat(index_B, counts_B)
-        user_E, row_E = self._unique_rivals(user_E, rows_E, domain_B, row_B)
+        user_E, row_E = unique_rivals(
+            self.dataset, user_E, rows_E, domain_B, row_B
+        )
         count_E = self.counts_N[row_E]
         greater_E = count_E > count_B[user_E]
         equal_E = count_E == count_B[user_E]
         greater_B -= np.bincount(user_E[greater_E], minlength=len(count_B))
         equal_B -= np.bincount(user_E[equal_E], minlength=len(count_B))
-        bits_B = random_bits(self.seed, RandomStream.POSITION_TIES, user_B)
-        return drawn_positions(greater_B, equal_B, bits_B)
+        return positions_with_ties(greater_B, equal_B, self.seed, user_B)
 
-    def _unique_rivals(
-        self,
-        user_E: np.ndarray,
-        row_E: np.ndarray,
-        domain_B: np.ndarray,
-        row_B: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs (user, row) of the held-out item's domain, each once, without that item.
 
-        user_E: index of the user in the batch. Two users of domains 0 and 1, domain 1 from row 50:
+def positions_with_ties(
+    greater_B: np.ndarray, equal_B: np.ndarray, seed: int, user_B: np.ndarray
+) -> np.ndarray:
+    """`drawn_positions` by the order that the seed draws for each user, int64 (B,)."""
+    bits_B = random_bits(seed, RandomStream.POSITION_TIES, user_B)
+    return drawn_positions(greater_B, equal_B, bits_B)
 
-            row_B     4        51
-            row_E     2 55     60 60 3
-            pairs     (0, 2)   (1, 60)
-        """
-        rows = self.dataset.num_embeddings
-        pair_E = user_E * rows + row_E
-        pair_E = np.unique(pair_E)
-        user_E, row_E = np.divmod(pair_E, rows)
-        domain_E = self.dataset.domain_of(row_E)
-        same_domain_E = domain_E == domain_B[user_E]
-        rival_E = same_domain_E & (row_E != row_B[user_E])
-        return user_E[rival_E], row_E[rival_E]
+
+def unique_rivals(
+    dataset: Dataset,
+    user_E: np.ndarray,
+    row_E: np.ndarray,
+    domain_B: np.ndarray,
+    row_B: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs (user, row) of the held-out item's domain, each once, without that item.
+
+    user_E: index of the user in the batch. Two users of domains 0 and 1, domain 1 from row 50:
+
+        row_B     4        51
+        row_E     2 55     60 60 3
+        pairs     (0, 2)   (1, 60)
+    """
+    rows = dataset.num_embeddings
+    pair_E = user_E * rows + row_E
+    pair_E = np.unique(pair_E)
+    user_E, row_E = np.divmod(pair_E, rows)
+    domain_E = dataset.domain_of(row_E)
+    same_domain_E = domain_E == domain_B[user_E]
+    rival_E = same_domain_E & (row_E != row_B[user_E])
+    return user_E[rival_E], row_E[rival_E]

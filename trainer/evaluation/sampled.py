@@ -30,7 +30,17 @@ from trainer.data.loading.stream import (
     batches_of_workers,
     find_domains,
 )
-from trainer.evaluation.evaluation import DomainFigures, DomainTable, Evaluation
+from trainer.evaluation.evaluation import (
+    COMPARED,
+    MODEL,
+    POPULARITY,
+    RECENCY,
+    WITH_RECENCY,
+    ComparedMeans,
+    DomainFigures,
+    DomainTable,
+    Evaluation,
+)
 from trainer.evaluation.metrics import (
     METRICS,
     Figures,
@@ -42,6 +52,8 @@ from trainer.evaluation.metrics import (
     user_mean_figures,
 )
 from trainer.evaluation.popularity import candidate_scores
+from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.targets import (
     Targets,
     count_targets,
@@ -69,15 +81,17 @@ class Candidates:
     """Users to be ranked in one step of one process: a model's input, and what it is to score.
 
     user_B: user numbers, −1 for a place that only keeps the processes in step. domain_B: of the
-    held-out item. counts_B: candidates of each user, the held-out item first. rows_C: their rows
-    of M. skipped, reasons: users who could not be read, and why, as in `RankBatch`
-    (trainer.data.loading.stream). target_B: the targets' numbers (trainer/evaluation/targets.py); a
-    user may have several, each a place here. None: the users' numbers.
+    held-out item. now_B: the ticks for which is predicted, int64. counts_B: candidates of each user,
+    the held-out item first. rows_C: their rows of M. skipped, reasons: users who could not be read,
+    and why, as in `RankBatch` (trainer.data.loading.stream). target_B: the targets' numbers
+    (trainer/evaluation/targets.py); a user may have several, each a place here. None: the users'
+    numbers.
 
     Four users, two of each domain, with two negatives each; domain 1 begins at row 50:
 
         user_B      12        40         7         31
         domain_B    0         1          1         0
+        now_B       700       90         65000     700
         counts_B    3         3          3         3
         rows_C      4 9 2     51 60 55   58 52 61  9 17 3
     """
@@ -85,6 +99,7 @@ class Candidates:
     query: Query
     user_B: np.ndarray
     domain_B: np.ndarray
+    now_B: np.ndarray
     counts_B: np.ndarray
     rows_C: np.ndarray
     skipped: int = 0
@@ -101,10 +116,11 @@ class Candidates:
 class PositionCounts:
     """How often each position occurred in a split, summed over all processes.
 
-    histogram: int64 (2, D, longest candidate list), position 1 first, by the model and by
-    popularity. seen: int64 (D, longest candidate list), by the model, of the targets whose item
-    training has seen; None where it is not counted. skipped_users: users that could not be read, whether or not they would have been
-    evaluated. reasons: why, of this process alone, each line once.
+    histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`.
+    skipped_users: users that could not be read, whether or not they would have been evaluated.
+    seen: int64 (D, longest candidate list), by the model, of the targets whose item training has
+    seen; None where it is not counted. reasons: why, of this process alone, each line once. recency_choice, recency_term: the half-life
+    of recency popularity and the weights of the recency term, where they are among the systems.
 
     Four users, two in each of two domains, among three candidates:
 
@@ -118,6 +134,9 @@ class PositionCounts:
     skipped_users: int = 0
     reasons: tuple[str, ...] = ()
     seen: np.ndarray | None = None
+    systems: tuple[str, ...] = (MODEL, POPULARITY)
+    recency_choice: dict[str, Any] | None = None
+    recency_term: dict[str, Any] | None = None
 
 
 # Called with (…, position_B, scores_C).
@@ -236,6 +255,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
         ends_B = np.cumsum(users.lengths_B)
         chosen: list[int] = []
         domains: list[int] = []
+        now: list[int] = []
         candidates: list[np.ndarray] = []
         pairs = zip(targets.user_T, targets.place_T, strict=True)
         for index, (user, place) in enumerate(pairs):
@@ -249,6 +269,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             domain, rows = pair
             chosen.append(index)
             domains.append(domain)
+            now.append(int(users.ticks_N[begin + place]))
             candidates.append(rows)
         ranked = targets.choose(np.array(chosen, np.int64))
         user_B = users.number_B[ranked.user_T]
@@ -257,6 +278,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             user_B = np.array([-1])
             target_B = np.array([-1])
             domains = [0]
+            now = [0]
             candidates = [np.zeros(1, np.int64)]
         rows_C = np.concatenate(candidates)
         query = self.query(users, ranked, rows_C)
@@ -265,6 +287,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             query,
             user_B,
             np.array(domains),
+            np.array(now),
             counts_B,
             rows_C,
             target_B=target_B,
@@ -405,6 +428,8 @@ def evaluate_split(
     visit: Visit | None = None,
     advance: Advance | None = None,
     workers: int | None = None,
+    recency: RecencyPopularity | None = None,
+    term: RecencyTerm | None = None,
 ) -> PositionCounts:
     """Ranks every user of a split, as `rank_candidates` does. Called on all ranks.
 
@@ -429,7 +454,15 @@ def evaluate_split(
         workers=workers,
     )
     return rank_candidates(
-        model, table, batches, built, ranks.device, visit, advance
+        model,
+        table,
+        batches,
+        built,
+        ranks.device,
+        visit,
+        advance,
+        recency,
+        term,
     )
 
 
@@ -442,15 +475,21 @@ def rank_candidates(
     device: torch.device,
     visit: Visit | None = None,
     advance: Advance | None = None,
+    recency: RecencyPopularity | None = None,
+    term: RecencyTerm | None = None,
 ) -> PositionCounts:
     """Ranks the candidates of every step that `built` brings. Called on all ranks.
 
     model: takes (Query, rows) and gives (B, D, R). visit(candidates, position_B, scores_C): called
-    for every step of this process. advance(done, total): called after every step.
+    for every step of this process. advance(done, total): called after every step. recency, term:
+    recency popularity, and what adds to the model's scores: they rank beside the model and
+    popularity.
     """
     dataset = batches.plan.dataset
     counts_N = read_item_counts(dataset)
-    shape = (2, len(dataset.domains), batches.longest_list())
+    others = _OtherSystems(dataset, batches.plan.seed, recency, term)
+    systems = (MODEL, *others.names)
+    shape = (len(systems), len(dataset.domains), batches.longest_list())
     histogram = np.zeros(shape, np.int64)
     seen_DP = np.zeros(shape[1:], np.int64)
     skipped = 0
@@ -459,21 +498,13 @@ def rank_candidates(
         skipped += candidates.skipped
         reasons |= dict.fromkeys(candidates.reasons)
         scores_C = _model_scores(model, table, candidates, device)
-        popularity_C = candidate_scores(
-            counts_N,
-            batches.plan.seed,
-            candidates.user_B,
-            candidates.counts_B,
-            candidates.rows_C,
-        )
         position_B = candidate_positions(scores_C, candidates.counts_B)
-        popularity_B = candidate_positions(popularity_C, candidates.counts_B)
-        real = candidates.user_B >= 0
-        domain_B = candidates.domain_B[real]
-        count_positions(histogram[0], domain_B, position_B[real])
-        count_positions(histogram[1], domain_B, popularity_B[real])
-        seen = real & (counts_N[_first_rows(candidates)] > 0)
-        count_positions(seen_DP, candidates.domain_B[seen], position_B[seen])
+        positions = [position_B, *others.positions(candidates, scores_C)]
+        real_B = candidates.user_B >= 0
+        domain_B = candidates.domain_B[real_B]
+        for system, system_B in enumerate(positions):
+            count_positions(histogram[system], domain_B, system_B[real_B])
+        _count_seen(seen_DP, counts_N, candidates, position_B)
         if visit is not None:
             visit(candidates, position_B, scores_C)
         if advance is not None:
@@ -491,7 +522,79 @@ def rank_candidates(
         skipped_users=skipped,
         reasons=tuple(reasons),
         seen=of_seen.reshape(shape[1:]),
+        systems=systems,
+        recency_choice=None if recency is None else recency.choice.to_record(),
+        recency_term=None if term is None else term.to_record(dataset),
     )
+
+
+class _OtherSystems:
+    """What ranks the same candidates beside the model."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        recency: RecencyPopularity | None,
+        term: RecencyTerm | None,
+    ) -> None:
+        self._counts_N = read_item_counts(dataset)
+        self._seed = seed
+        self._recency = recency
+        self._term = term
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their keys in a record."""
+        names = [POPULARITY]
+        if self._recency is not None:
+            names.append(RECENCY)
+        if self._term is not None:
+            names.append(WITH_RECENCY)
+        return tuple(names)
+
+    def positions(
+        self, candidates: Candidates, scores_C: np.ndarray
+    ) -> list[np.ndarray]:
+        """The positions of the first candidates by each of them, int64 (B,).
+
+        scores_C: the model's.
+        """
+        user_B = candidates.user_B
+        counts_B = candidates.counts_B
+        rows_C = candidates.rows_C
+        scores = [
+            candidate_scores(
+                self._counts_N, self._seed, user_B, counts_B, rows_C
+            )
+        ]
+        if self._recency is not None:
+            recency_C = self._recency.candidate_scores(
+                user_B, candidates.now_B, counts_B, rows_C
+            )
+            scores.append(recency_C)
+        if self._term is not None:
+            with_term_C = self._term.scores(
+                candidates.domain_B,
+                candidates.now_B,
+                counts_B,
+                rows_C,
+                scores_C,
+            )
+            scores.append(with_term_C)
+        return [candidate_positions(score_C, counts_B) for score_C in scores]
+
+
+def _count_seen(
+    seen_DP: np.ndarray,
+    counts_N: np.ndarray,
+    candidates: Candidates,
+    position_B: np.ndarray,
+) -> None:
+    """Adds the positions of held-out items that training has seen, as `count_positions` does."""
+    is_seen_B = counts_N[_first_rows(candidates)] > 0
+    seen_B = is_seen_B & (candidates.user_B >= 0)
+    count_positions(seen_DP, candidates.domain_B[seen_B], position_B[seen_B])
 
 
 def _first_rows(candidates: Candidates) -> np.ndarray:
@@ -553,21 +656,35 @@ def evaluation_of(
     min_users: of a domain that counts in the mean over domains (`evaluation.min_users`), by the
     users of all processes. mean_domains: the domains that count, whatever their users are.
     """
-    rows = []
-    for number, domain in enumerate(dataset.domains):
-        by_model = metrics_of_histogram(ranking.histogram[0, number])
-        by_popularity = metrics_of_histogram(ranking.histogram[1, number])
-        rows.append(DomainFigures(domain.name, by_model, by_popularity))
-    model_figures = {row.name: row.model for row in rows}
-    popularity_figures = {row.name: row.popularity for row in rows}
+    by_system: dict[str, dict[str, Figures]] = {}
+    for system, histogram_DP in zip(
+        ranking.systems, ranking.histogram, strict=True
+    ):
+        by_system[system] = {}
+        for domain, histogram_P in zip(
+            dataset.domains, histogram_DP, strict=True
+        ):
+            figures = metrics_of_histogram(histogram_P)
+            by_system[system][domain.name] = figures
+    model_figures = by_system.pop(MODEL)
     if mean_domains is None:
         users = count_users(dataset, ranking)
         mean_domains = domains_of_mean(users, min_users)
+    rows = []
+    for name, figures in model_figures.items():
+        beside = {}
+        for system in COMPARED:
+            beside[system] = by_system.get(system, {}).get(name, {})
+        rows.append(DomainFigures(name, figures, **beside))
+    compared = {}
+    for system, of_system in by_system.items():
+        mean = mean_figures(of_system, mean_domains)
+        compared[system] = ComparedMeans(mean, user_mean_figures(of_system))
     return Evaluation(
         kind=split,
         by_domain=DomainTable(rows, METRICS),
         mean=mean_figures(model_figures, mean_domains),
-        popularity_mean=mean_figures(popularity_figures, mean_domains),
+        compared=compared,
         too_short=count_too_short(dataset),
         skipped_users=ranking.skipped_users,
         split=describe_part(dataset, split),
@@ -576,7 +693,8 @@ def evaluation_of(
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
         recorded_user_mean=user_mean_figures(model_figures),
-        recorded_popularity_user_mean=user_mean_figures(popularity_figures),
+        recency_choice=ranking.recency_choice,
+        recency_term=ranking.recency_term,
     )
 
 

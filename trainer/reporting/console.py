@@ -26,7 +26,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.evaluation import (
+    WITH_RECENCY,
+    DomainFigures,
+    Evaluation,
+)
 from trainer.evaluation.metrics import Figures
 from trainer.reporting.line_folding import SECTION
 from trainer.run_files import HEADLINE
@@ -311,7 +315,8 @@ def evaluation_table(record: dict[str, Any]) -> Table:
     The mean is over the domains that count; below it stands the mean over all users.
 
     Where the record has popularity's figures, its NDCG@10 and the ratio of the model's to it stand
-    beside the model's. It fits 80 columns.
+    beside the model's. It fits 80 columns. With recency popularity the ratio is to that, and the
+    table fits 100, as it does with the model's recency term behind.
 
         Test at step 1,200
 
@@ -362,20 +367,19 @@ def evaluation_table(record: dict[str, Any]) -> Table:
 
 def _add_mean_rows(table: Table, evaluation: Evaluation) -> None:
     """Adds the mean over the domains that count, and the mean over all users."""
-    popularity_mean = evaluation.popularity_mean or {}
-    means = DomainFigures("mean", evaluation.mean, popularity_mean)
-    cells = _domain_cells(evaluation, means)
+    by_domain, over_users = evaluation.mean_rows("mean", "over users")
     users = evaluation.users - sum(evaluation.small_domains.values())
-    table.add_row("mean", f"{users:,}", *cells)
-    popularity_mean = evaluation.popularity_user_mean or {}
-    means = DomainFigures("users", evaluation.user_mean, popularity_mean)
-    cells = _domain_cells(evaluation, means)
-    table.add_row("over users", f"{evaluation.users:,}", *cells)
+    cells = _domain_cells(evaluation, by_domain)
+    table.add_row(by_domain.name, f"{users:,}", *cells)
+    cells = _domain_cells(evaluation, over_users)
+    table.add_row(over_users.name, f"{evaluation.users:,}", *cells)
 
 
 def _caption(evaluation: Evaluation) -> Text | None:
-    """Which domains the mean leaves out, and how many users could not be read."""
+    """What is compared with, which domains the mean leaves out, how many users were not read."""
     lines = split_sentences(evaluation)
+    if evaluation.has_recency:
+        lines.append(f"{recency_sentence(evaluation)}; the ratio is to it")
     sentence = sentence_on_mean(evaluation)
     if sentence is not None:
         lines.append(sentence[0].upper() + sentence[1:])
@@ -421,6 +425,20 @@ def sentence_on_mean(evaluation: Evaluation) -> str | None:
         evaluation.users_by_domain,
         evaluation.mean_domains,
         evaluation.min_users,
+    )
+
+
+def recency_sentence(evaluation: Evaluation) -> str:
+    """What recency popularity counts.
+
+    Recent: interactions of the days before, with a half-life of 30 days
+    """
+    choice = evaluation.recency_choice or {}
+    unit = choice.get("unit", "days")
+    before = "the days before" if unit == "days" else "the past"
+    return (
+        f"Recent: interactions of {before}, with a half-life of "
+        f"{choice.get('half_life', 'some')} {unit}"
     )
 
 
@@ -470,22 +488,39 @@ def split_sentences(evaluation: Evaluation) -> list[str]:
 
 
 def comparison_columns(evaluation: Evaluation) -> Iterable[str]:
-    """The columns that compare with popularity, where the evaluation has its figures."""
-    if not evaluation.has_popularity:
-        return ()
-    return (f"popular {HEADLINE}", "ratio")
+    """The columns that compare with baselines, where the evaluation has their figures.
+
+    One ratio: to recency popularity where there is that.
+    """
+    columns = []
+    if evaluation.has_popularity:
+        columns.append(f"popular {HEADLINE}")
+    if evaluation.has_recency:
+        columns.append(f"recent {HEADLINE}")
+    if columns:
+        columns.append("ratio")
+    if evaluation.has_compared(WITH_RECENCY):
+        columns.append(f"with recency {HEADLINE}")
+    return columns
 
 
 def _domain_cells(evaluation: Evaluation, row: DomainFigures) -> list[str]:
-    """The metrics of a row, and the comparison with popularity where the table has one.
+    """The metrics of a row, and the comparison with baselines where the table has one.
 
     ["0.2500", "0.2500", "0.2500", "0.2500", "0.2500", "0.1250", "×2.00"]
     """
     cells = metric_cells(row.model, evaluation.metrics)
+    baselines = []
     if evaluation.has_popularity:
-        popularity = row.popularity_headline
-        cells.append(format_number(popularity))
-        cells.append(format_ratio(row.headline, popularity))
+        baselines.append(row.popularity_headline)
+    if evaluation.has_recency:
+        baselines.append(row.recency_headline)
+    for baseline in baselines:
+        cells.append(format_number(baseline))
+    if baselines:
+        cells.append(format_ratio(row.headline, baselines[-1]))
+    if evaluation.has_compared(WITH_RECENCY):
+        cells.append(format_number(row.with_recency_headline))
     return cells
 
 

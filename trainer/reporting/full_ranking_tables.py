@@ -1,11 +1,16 @@
-"""A full ranking on the console: tables of its record, which fit 80 columns."""
+"""A full ranking on the console: tables of its record, which fit 80 columns, 100 with recency."""
 
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.evaluation import (
+    RECENCY,
+    WITH_RECENCY,
+    DomainFigures,
+    Evaluation,
+)
 from trainer.reporting.console import (
     escape_name,
     evaluation_table,
@@ -13,6 +18,7 @@ from trainer.reporting.console import (
     intervals_by_metric,
     metric_cells,
     new_table,
+    recency_sentence,
     sentence_on_mean,
     split_sentences,
     stacked_header,
@@ -83,6 +89,8 @@ def _table_of(
 def _domain_table(record: dict[str, Any]) -> Table:
     """The figures by domain, with 95 % confidence intervals, and the difference to popularity.
 
+    Where there is recency popularity, the difference is to that.
+
                                                     NDCG  popular
                          HR    NDCG                  @10     NDCG    difference
     domain     users    @10     @10     MRR     interval      @10      interval
@@ -99,38 +107,43 @@ def _domain_table(record: dict[str, Any]) -> Table:
         *METRICS,
         f"{metric} interval",
         f"popular {metric}",
-        "difference interval",
     ]
+    if evaluation.has_recency:
+        columns.append(f"recent {metric}")
+    columns.append("difference interval")
+    if evaluation.has_compared(WITH_RECENCY):
+        columns.append(f"with recency {metric}")
     split = evaluation.kind.capitalize()
     table = _table_of(
         f"{split} at step {evaluation.step:,} among all items of the domain",
         columns,
         _caption(evaluation),
     )
-    differences = record["difference"]["domains"]
+    differences = record.get("recency_difference", record["difference"])
     for row in evaluation.by_domain:
-        cells = _domain_cells(row, metric, differences[row.name])
+        difference = differences["domains"][row.name]
+        cells = _domain_cells(evaluation, row, metric, difference)
         table.add_row(Text(escape_name(row.name)), *cells)
     table.add_section()
-    popularity = evaluation.popularity_mean or {}
-    means = DomainFigures("mean", evaluation.mean, popularity)
-    cells = _domain_cells(means, metric, record["difference"]["mean"])
-    table.add_row("mean", *cells)
+    by_domain, over_users = evaluation.mean_rows("mean", "over users")
+    cells = _domain_cells(evaluation, by_domain, metric, differences["mean"])
+    table.add_row(by_domain.name, *cells)
     if evaluation.recorded_user_mean is not None:
-        popularity = evaluation.popularity_user_mean or {}
-        means = DomainFigures("users", evaluation.user_mean, popularity)
-        difference = record["difference"]["user_mean"]
-        cells = _domain_cells(means, metric, difference)
-        table.add_row("over users", *cells)
+        difference = differences["user_mean"]
+        cells = _domain_cells(evaluation, over_users, metric, difference)
+        table.add_row(over_users.name, *cells)
     return table
 
 
 def _caption(evaluation: Evaluation) -> Text:
     """What the intervals are, and which domains the mean leaves out."""
+    baseline = "recency popularity" if evaluation.has_recency else "popularity"
     lines = [
         "Intervals are of 95 %, over users; "
-        "the difference is that to ranking by popularity."
+        f"the difference is that to ranking by {baseline}."
     ]
+    if evaluation.has_recency:
+        lines.append(f"{recency_sentence(evaluation)}.")
     lines += [f"{sentence}." for sentence in split_sentences(evaluation)]
     sentence = sentence_on_mean(evaluation)
     if sentence is not None:
@@ -139,25 +152,33 @@ def _caption(evaluation: Evaluation) -> Text:
 
 
 def _domain_cells(
-    row: DomainFigures, metric: str, difference: dict[str, Any]
+    evaluation: Evaluation,
+    row: DomainFigures,
+    metric: str,
+    difference: dict[str, Any],
 ) -> list[str]:
     """A row of the table by domain, behind the domain's name.
 
     metric: the one whose interval is shown. difference: {value, interval} of the model's metric
-    less popularity's.
+    less the last baseline's.
     """
     intervals = intervals_by_metric(row.model)
-    return [
+    cells = [
         f"{row.users:,}",
         *metric_cells(row.model, METRICS),
         interval(intervals.get(metric)),
         format_number(row.popularity[metric]),
-        interval(difference["interval"]),
     ]
+    if evaluation.has_recency:
+        cells.append(format_number(row.recency[metric]))
+    cells.append(interval(difference["interval"]))
+    if evaluation.has_compared(WITH_RECENCY):
+        cells.append(format_number(row.with_recency_headline))
+    return cells
 
 
 def _breakdown_table(record: dict[str, Any]) -> Table:
-    """The headline metric of each group of users that has any, beside popularity's.
+    """The headline metric of each group of users that has any, beside the baselines'.
 
                                                                     popular
                          users                   NDCG                  NDCG
@@ -177,6 +198,10 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
         "interval",
         f"popular {metric}",
     ]
+    systems = ["popularity"]
+    if record.get(RECENCY):
+        columns.append(f"recent {metric}")
+        systems.append(RECENCY)
     table = _table_of(f"{metric} by groups of users", columns)
     for domain, breakdowns in record["breakdown"].items():
         for breakdown, groups in breakdowns.items():
@@ -184,6 +209,10 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
                 if not figures["users"]:
                     continue
                 intervals = intervals_by_metric(figures)
+                baselines = []
+                for system in systems:
+                    baseline = figures[f"{system} {metric}"]
+                    baselines.append(format_number(baseline))
                 table.add_row(
                     Text(escape_name(domain)),
                     breakdown,
@@ -191,7 +220,7 @@ def _breakdown_table(record: dict[str, Any]) -> Table:
                     f"{figures['users']:,}",
                     format_number(figures[metric]),
                     interval(intervals.get(metric)),
-                    format_number(figures[f"popularity {metric}"]),
+                    *baselines,
                 )
         table.add_section()
     return table

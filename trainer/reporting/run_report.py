@@ -268,17 +268,22 @@ def _cards(records: RunRecords) -> list[tuple[str, str, str]]:
 
 
 def _test_card(test: Record | None) -> tuple[str, str, str]:
-    """The mean test metric, and how many times popularity's it is."""
+    """The mean test metric, and how many times the baselines' it is."""
     title = f"Test {HEADLINE}"
     if not test:
         return title, "–", "no test yet"
     evaluation = Evaluation.from_record(test)
     mean = evaluation.mean_ndcg
-    note = "mean"
-    ratio = format_ratio(mean, evaluation.popularity_mean_ndcg)
-    if ratio != "–":
-        note = f"mean, {ratio} popularity"
-    return title, format_number(mean), note
+    notes = ["mean"]
+    baselines = {
+        "popularity": evaluation.popularity_mean_ndcg,
+        "recency": evaluation.recency_mean_ndcg,
+    }
+    for name, baseline in baselines.items():
+        ratio = format_ratio(mean, baseline)
+        if ratio != "–":
+            notes.append(f"{ratio} {name}")
+    return title, format_number(mean), ", ".join(notes)
 
 
 def _validation_card(best: Record | None) -> tuple[str, str, str]:

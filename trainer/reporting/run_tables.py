@@ -3,7 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.evaluation.evaluation import DomainFigures, Evaluation
+from trainer.evaluation.evaluation import (
+    COMPARED,
+    POPULARITY,
+    RECENCY,
+    WITH_RECENCY,
+    DomainFigures,
+    Evaluation,
+)
 from trainer.reporting.console import (
     escape_name,
     format_number,
@@ -11,6 +18,7 @@ from trainer.reporting.console import (
     format_signed,
     intervals_by_metric,
     metric_cells,
+    recency_sentence,
     sentence_on_mean,
     split_sentences,
 )
@@ -21,6 +29,12 @@ from trainer.reporting.run_records import LAST_SHARE
 from trainer.run_files import HEADLINE
 
 _OVER_USERS = "over users"
+# How columns name what stands beside the model.
+_NAMES = {
+    POPULARITY: "popularity",
+    RECENCY: "recency",
+    WITH_RECENCY: "with recency term",
+}
 _NOT_COUNTED = " (not in the mean)"
 _DARK_SHADE = 0.6  # from it on, letters are white
 
@@ -36,8 +50,8 @@ def final_table(
     Returns what the template draws, None without an evaluation:
 
         title       "Test, step 30"
-        note        which domains are too small for the mean, or None
-        columns     ["users", "HR@5", …, "popularity NDCG@10", "ratio"]
+        note        what recent means, which domains are too small for the mean; or None
+        columns     ["users", "HR@5", …, "popularity NDCG@10", "ratio", "recency NDCG@10", "ratio"]
         headline    the index of NDCG@10 among the columns
         rows        [{label, style, cells}, …]; style is None in the rows of means
     """
@@ -60,11 +74,13 @@ def final_table(
     position = None
     if HEADLINE in columns:
         position = columns.index(HEADLINE)
-    if evaluation.has_popularity:
-        columns += [f"popularity {HEADLINE}", "ratio"]
+    for system in _compared(evaluation):
+        columns.append(f"{_NAMES[system]} {HEADLINE}")
+        if system != WITH_RECENCY:
+            columns.append("ratio")
     return {
         "title": f"{kind}, step {evaluation.step:,}",
-        "note": _note_on_mean(evaluation),
+        "note": _notes(evaluation),
         "columns": columns,
         "headline": position,
         "rows": rows,
@@ -83,23 +99,23 @@ def _domain_label(evaluation: Evaluation, name: str) -> str:
 def _means(evaluation: Evaluation) -> list[tuple[DomainFigures, int]]:
     """The means over domains and over users, with how many users each is of."""
     small = sum(evaluation.small_domains.values())
-    by_domain = DomainFigures(
-        "mean", evaluation.mean, evaluation.popularity_mean or {}
-    )
-    over_users = DomainFigures(
-        _OVER_USERS,
-        evaluation.user_mean,
-        evaluation.popularity_user_mean or {},
-    )
+    by_domain, over_users = evaluation.mean_rows("mean", _OVER_USERS)
     return [
         (by_domain, evaluation.users - small),
         (over_users, evaluation.users),
     ]
 
 
-def _note_on_mean(evaluation: Evaluation) -> str | None:
-    """How the events were split by time, and what the mean leaves out, as sentences."""
+def _compared(evaluation: Evaluation) -> list[str]:
+    """The systems that stand beside the model."""
+    return [name for name in COMPARED if evaluation.has_compared(name)]
+
+
+def _notes(evaluation: Evaluation) -> str | None:
+    """How events were split by time, what recent means, and what the mean leaves out, as sentences."""
     sentences = split_sentences(evaluation)
+    if evaluation.has_recency:
+        sentences.append(recency_sentence(evaluation))
     sentence = sentence_on_mean(evaluation)
     if sentence is not None:
         sentences.append(f"{sentence[0].upper()}{sentence[1:]}")
@@ -111,15 +127,18 @@ def _note_on_mean(evaluation: Evaluation) -> str | None:
 def _final_cells(
     evaluation: Evaluation, row: DomainFigures, users: int
 ) -> list[str]:
-    """A row's users and metrics, and the comparison with popularity where there is one.
+    """A row's users and metrics, and the comparison with each system that stands beside.
+
+    The ratio is to baselines alone, not to the model itself with its recency term.
 
     ["204", "0.8800", …, "0.5000", "0.2000", "×2.50"]
     """
     cells = [f"{users:,}", *metric_cells(row.model, evaluation.metrics)]
-    if evaluation.has_popularity:
-        popularity = row.popularity_headline
-        cells.append(format_number(popularity))
-        cells.append(format_ratio(row.headline, popularity))
+    for system in _compared(evaluation):
+        value = row.compared(system).get(HEADLINE)
+        cells.append(format_number(value))
+        if system != WITH_RECENCY:
+            cells.append(format_ratio(row.headline, value))
     return cells
 
 
@@ -147,37 +166,39 @@ def _title_of(record: Record) -> str:
 def _full_table(record: Record) -> Table:
     """Ranking among all items: a row for each domain, and those of means.
 
-    Behind the metrics stand the confidence interval of NDCG@10, popularity's NDCG@10, and the
-    confidence interval of the difference, coloured where it leaves 0 out.
+    Behind the metrics stand the confidence interval of NDCG@10, and for each baseline its NDCG@10
+    and the confidence interval of the difference, coloured where it leaves 0 out.
     """
     evaluation = Evaluation.from_record(record)
     metrics = evaluation.metrics
-    differences = record["difference"]
+    differences = {POPULARITY: record["difference"]}
+    if "recency_difference" in record:
+        differences[RECENCY] = record["recency_difference"]
     rows = []
     for row in evaluation.by_domain:
         label = _domain_label(evaluation, row.name)
-        difference = differences["domains"][row.name]
-        rows.append(_full_row(label, row, row.users, metrics, difference))
+        of_row = {}
+        for system, difference in differences.items():
+            of_row[system] = difference["domains"][row.name]
+        rows.append(_full_row(label, row, row.users, metrics, of_row))
     for means, users in _means(evaluation):
         key = "user_mean" if means.name == _OVER_USERS else "mean"
-        if key not in differences:
+        if key not in record["difference"]:
             continue
-        rows.append(
-            _full_row(means.name, means, users, metrics, differences[key])
-        )
-    columns = [
-        "domain",
-        "users",
-        *metrics,
-        f"{HEADLINE} 95 %",
-        f"popularity {HEADLINE}",
-        "difference 95 %",
-    ]
+        of_row = {}
+        for system, difference in differences.items():
+            of_row[system] = difference[key]
+        rows.append(_full_row(means.name, means, users, metrics, of_row))
+    columns = ["domain", "users", *metrics, f"{HEADLINE} 95 %"]
+    for system in differences:
+        columns += [f"{_NAMES[system]} {HEADLINE}", "difference 95 %"]
+    if evaluation.has_compared(WITH_RECENCY):
+        columns.append(f"{_NAMES[WITH_RECENCY]} {HEADLINE}")
     sentences = [
-        "Higher is better. The difference is that to ranking by popularity, blue where the model "
+        "Higher is better. A difference is that to the baseline before it, blue where the model "
         "is surely better, red where it is surely worse."
     ]
-    note = _note_on_mean(evaluation)
+    note = _notes(evaluation)
     if note is not None:
         sentences.append(note)
     return Table(
@@ -194,27 +215,31 @@ def _full_row(
     row: DomainFigures,
     users: int,
     metrics: list[str],
-    difference: Record,
+    differences: dict[str, Record],
 ) -> list[Cell]:
     """A row of a ranking among all items.
 
-    difference: {value, interval} of the model's NDCG@10 less popularity's.
+    differences: by baseline, {value, interval} of the model's NDCG@10 less the baseline's.
 
         Books   204   0.0800   …   0.1741   0.1610 to 0.2420   0.1951   −0.0510 to 0.0570
     """
     intervals = intervals_by_metric(row.model)
     own_interval = intervals.get(HEADLINE)
-    popularity = row.popularity.get(HEADLINE)
-    bounds = difference["interval"]
     texts = [
         label,
         f"{users:,}",
         *metric_cells(row.model, metrics),
         _interval(own_interval),
-        format_number(popularity),
     ]
-    compared = Cell(_interval(bounds), _sense_of(bounds))
-    return [*_cells(texts), compared]
+    cells = _cells(texts)
+    for system, difference in differences.items():
+        baseline = row.compared(system).get(HEADLINE)
+        bounds = difference["interval"]
+        cells.append(Cell(format_number(baseline)))
+        cells.append(Cell(_interval(bounds), _sense_of(bounds)))
+    if row.with_recency:
+        cells.append(Cell(format_number(row.with_recency_headline)))
+    return cells
 
 
 def _sense_of(bounds: list[float] | None) -> str:
@@ -235,11 +260,14 @@ def _cells(texts: Iterable[str]) -> list[Cell]:
 
 
 def _groups_table(record: Record) -> Table:
-    """The headline metric of each group of users that has any, beside popularity's.
+    """The headline metric of each group of users that has any, beside the baselines'.
 
     Books   item popularity   head   66   0.2366   0.1640 to 0.3150   0.5031   ×0.47
     """
     metric = headline(record)
+    systems = [POPULARITY]
+    if record.get(RECENCY):
+        systems.append(RECENCY)
     rows = []
     for domain, breakdowns in record["breakdown"].items():
         name = escape_name(domain)
@@ -251,7 +279,7 @@ def _groups_table(record: Record) -> Table:
                     name,
                     breakdown,
                     group,
-                    *_group_texts(figures, metric),
+                    *_group_texts(figures, metric, systems),
                 ]
                 rows.append(_cells(texts))
     columns = [
@@ -261,34 +289,35 @@ def _groups_table(record: Record) -> Table:
         "users",
         metric,
         f"{metric} 95 %",
-        f"popularity {metric}",
-        "ratio",
     ]
+    for system in systems:
+        columns += [f"{_NAMES[system]} {metric}", "ratio"]
     return Table(
         title=f"{_title_of(record)}: groups of users",
         text="By popularity of the held-out item (thirds of the domain's interactions), by length "
         "of the history, and by how much of it lies in the domain: users with none there are whom "
-        "cross-domain training is for. A ratio above ×1 beats popularity.",
+        "cross-domain training is for. A ratio above ×1 beats the baseline before it.",
         columns=columns,
         rows=rows,
         words=("users by", "group"),
     )
 
 
-def _group_texts(figures: Record, metric: str) -> list[str]:
+def _group_texts(figures: Record, metric: str, systems: list[str]) -> list[str]:
     """A group's users and figures: 66, 0.2366, 0.1640 to 0.3150, 0.5031, ×0.47."""
     users = figures["users"]
     value = figures[metric]
-    popularity = figures.get(f"popularity {metric}")
     intervals = intervals_by_metric(figures)
-    interval = intervals.get(metric)
-    return [
+    texts = [
         f"{users:,}",
         format_number(value),
-        _interval(interval),
-        format_number(popularity),
-        format_ratio(value, popularity),
+        _interval(intervals.get(metric)),
     ]
+    for system in systems:
+        baseline = figures.get(f"{system} {metric}")
+        texts.append(format_number(baseline))
+        texts.append(format_ratio(value, baseline))
+    return texts
 
 
 def _recommended_table(record: Record) -> Table:

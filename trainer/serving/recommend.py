@@ -23,11 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.best_model import load_trained_model, open_run
+from trainer.checkpoint.best_model import (
+    TrainedModel,
+    load_trained_model,
+    open_run,
+)
 from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.day_counts import count_recent
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
+from trainer.errors import InputError
+from trainer.evaluation.recency.fit import fit_recency_term
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.files.progress import Stages
 from trainer.files.staged import work_folder
 from trainer.run_files import BEST, CHECKPOINTS, MANIFEST
@@ -61,6 +69,11 @@ def recommend(
     the folder. It also names what differs from an earlier call that was killed.
     """
     check_memory(histories_config)
+    if config.recency_term and histories_config.inputs:
+        raise InputError(
+            "--recency-term counts the run's dataset, which does not have the logs of --input: "
+            "prepare it with them (launch/prepare.py --extend), and name it by --data"
+        )
     output = Path(output)
     run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
     domains = _select_domains(dataset, config.domains)
@@ -72,16 +85,32 @@ def recommend(
     if record is not None:
         return record
     served = load_trained_model(run, run_config, dataset, ranks)
+    term = None
+    if config.recency_term:
+        term = _fit_term(served)
     skip_damaged = run_config.stream.damaged == "skip"
     with (
         Stages(ranks.first) as stages,
         RecommendationFiles(output, ranks, stages, made_from, fresh) as files,
     ):
         counts = files.write_histories(histories_config, dataset, skip_damaged)
-        scorer = Scorer(served, domains, config)
+        scorer = Scorer(served, domains, config, term)
         files.write_parts(scorer, counts, histories_config.part_users)
         made_from["best_step"] = served.checkpoint["step"]
         return files.deliver(made_from, counts)
+
+
+def _fit_term(served: TrainedModel) -> RecencyTerm:
+    """The model's recency term, with the counts of the dataset."""
+    counts = count_recent(served.dataset, served.ranks, served.config.stream)
+    return fit_recency_term(
+        served.model,
+        served.table,
+        served.dataset,
+        served.ranks,
+        served.config,
+        counts,
+    )
 
 
 def _select_domains(
@@ -114,6 +143,7 @@ class _Request:
             "k": self.config.k,
             "domains": names,
             "keep_seen": self.config.keep_seen,
+            "recency_term": self.config.recency_term,
             **describe_request(self.users),
         }
         return json.loads(json.dumps(made_from))
@@ -142,7 +172,9 @@ def _read_finished(
         if not file.is_file():
             file = output / OLD_RECORD
         record = json.loads(file.read_text(encoding="utf-8"))
-        if not record["made_from"].items() >= made_from.items():
+        # An earlier version had no term.
+        known = {"recency_term": False, **record["made_from"]}
+        if not known.items() >= made_from.items():
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

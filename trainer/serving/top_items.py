@@ -7,22 +7,27 @@ model's width, k columns of a result, E excluded rows, N interactions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from embeddings.topk.item_bias import BiasedTable, with_one
 from embeddings.topk.ranking import ExactRanking, Excluded
 from syncrec.batch.views import move
 from trainer.checkpoint.best_model import TrainedModel
 from trainer.config.serving import RecommendConfig
 from trainer.data.format.dataset import TICKS
 from trainer.data.format.vocabulary import read_item_ids
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import build_history_query
 from trainer.files.atomic import Patience, retry_patiently
 from trainer.serving.user_histories import UserHistories, read_histories
+
+if TYPE_CHECKING:
+    from embeddings.table import ItemTable
 
 _NO_USERS = UserHistories(
     ids=pa.array([]),
@@ -107,16 +112,21 @@ class Scorer:
         served: TrainedModel,
         domains: list[int],
         config: RecommendConfig,
+        term: RecencyTerm | None = None,
     ) -> None:
-        """domains: their numbers, rising."""
+        """domains: their numbers, rising. term: adds to the scores, as of the dataset's end."""
         self.served = served
         self.config = config
+        self._term = term
+        table = served.table
+        if term is not None:
+            table = cast("ItemTable", _biased_table(served, domains, term))
         self.rankings: dict[int, ExactRanking] = {}
         self.k: dict[int, int] = {}
         for number in domains:
             domain = served.dataset.domains[number]
             ranking = ExactRanking(
-                served.table,
+                table,
                 domain.start,
                 domain.items,
             )
@@ -228,11 +238,10 @@ class Scorer:
         first = 0
         for number, ranking in self.rankings.items():
             k = self.k[number]
-            top = ranking.top_k(
-                y_BDR[:, number],
-                k,
-                seen,
-            )
+            y_BR = y_BDR[:, number]
+            if self._term is not None:
+                y_BR = with_one(y_BR * self._term.weight_DK[number, 0])
+            top = ranking.top_k(y_BR, k, seen)
             rows_Bk[:count, first : first + k] = top.rows_Bk.cpu().int()
             scores_Bk[:count, first : first + k] = top.scores_Bk.cpu()
             first += k
@@ -311,3 +320,17 @@ class Scorer:
             parts.append(tops)
             first_user += -(-users // batch_size) * batch_size
         return parts
+
+
+def _biased_table(
+    served: TrainedModel, domains: list[int], term: RecencyTerm
+) -> BiasedTable:
+    """The item vectors with what the term adds on the day after the dataset's last."""
+    table = BiasedTable(served.table)
+    day = term.features.counts.days.count
+    for number in domains:
+        domain = served.dataset.domains[number]
+        rows_N = np.arange(domain.start, domain.start + domain.items)
+        bias_N = term.biases(number, rows_N, day)
+        table.set_biases(domain.start, torch.from_numpy(bias_N))
+    return table

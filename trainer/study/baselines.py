@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from trainer.config.study import OURS, SINGLE_DOMAIN
 
-POPULARITY = "popularity"
+# Baselines that are not trained: their names in tables, by their keys in an evaluation's record.
+UNTRAINED = {"popularity": "popularity", "recency": "recency popularity"}
 
 _UNCORRECTED = (
     "model.stop_gradient=off",

@@ -17,6 +17,7 @@ from trainer.errors import InputError
 from trainer.evaluation.bootstrap import FEWEST, poisson_weights
 from trainer.evaluation.metrics import domains_of_mean, metric_values
 from trainer.run_files import HEADLINE, full_ranking_file
+from trainer.study.baselines import UNTRAINED
 
 RANKINGS = ("sampled", "full")
 METRICS = (HEADLINE, "HR@10", "MRR")
@@ -189,24 +190,34 @@ def _by_seed(
     return values
 
 
-class PopularityMetrics(NamedTuple):
-    """What ranking by popularity has: metrics by domain's name, and their means."""
+class BaselineMetrics(NamedTuple):
+    """What a baseline that is not trained has: metrics by domain's name, and their means."""
 
     by_domain: dict[str, dict[str, Any]]
     mean: dict[str, Any]
 
 
-def read_popularity(run: Path) -> dict[str, PopularityMetrics]:
-    """Popularity's figures as a run's full evaluation has them, by ranking."""
+Baselines = dict[str, dict[str, BaselineMetrics]]  # by name, then by ranking
+
+
+def read_baselines(run: Path) -> Baselines:
+    """The baselines' figures as a run's full evaluation has them; those of UNTRAINED that it has.
+
+    {"popularity": {"full": …, "sampled": …}, "recency popularity": {…}}
+    """
     file = run / full_ranking_file("test")
     record = json.loads(file.read_text(encoding="utf-8"))
-    popularity = {}
-    for ranking, part in (("full", record), ("sampled", record["sampled"])):
-        popularity[ranking] = PopularityMetrics(
-            by_domain=part["popularity"],
-            mean=part["popularity_mean"],
-        )
-    return popularity
+    parts = {"full": record, "sampled": record["sampled"]}
+    baselines: Baselines = {}
+    for key, name in UNTRAINED.items():
+        if not all(key in part for part in parts.values()):
+            continue
+        baselines[name] = {}
+        for ranking, part in parts.items():
+            baselines[name][ranking] = BaselineMetrics(
+                by_domain=part[key], mean=part[f"{key}_mean"]
+            )
+    return baselines
 
 
 def read_split(run: Path) -> dict[str, Any] | None:

@@ -25,10 +25,10 @@ from trainer.study.plan import (
     make_sweeps,
 )
 from trainer.study.results import (
-    PopularityMetrics,
+    Baselines,
     SystemResults,
     collect_results,
-    read_popularity,
+    read_baselines,
     read_split,
 )
 
@@ -52,7 +52,7 @@ class SweepResult(NamedTuple):
 class Study:
     """What a report is made of.
 
-    results: by system. popularity: by ranking, or None. best_settings: {system: {domain or "":
+    results: by system. baselines: those that are not trained. best_settings: {system: {domain or "":
     the combination that stands for it}}. trials: by system. sweeps: by key. example: the folder
     of a run of SyNCRec, or None. failed: {name of a run: why}. unconverged: by system, the names of
     the runs whose best validation was the last one. min_users: test users of a domain that counts
@@ -63,7 +63,7 @@ class Study:
     dataset: Dataset
     config: StudyConfig
     results: dict[str, SystemResults]
-    popularity: dict[str, PopularityMetrics] | None
+    baselines: Baselines
     best_settings: dict[str, dict[str, Settings]]
     trials: dict[str, list[Trial]]
     sweeps: dict[str, list[SweepResult]]
@@ -194,7 +194,7 @@ class _StudyRunner:
             dataset=self.dataset,
             config=self.config,
             results=results,
-            popularity=read_popularity(everyone) if everyone else None,
+            baselines=read_baselines(everyone) if everyone else {},
             best_settings=self.best_settings,
             trials=self.trials,
             sweeps=self._sweep_results(),

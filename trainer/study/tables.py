@@ -4,6 +4,7 @@ Shapes: S seeds, D domains, and a last column for the mean over domains.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from trainer.reporting.console import (
 )
 from trainer.reporting.html import Cell, Table
 from trainer.run_files import HEADLINE
-from trainer.study.baselines import POPULARITY, SYSTEMS
+from trainer.study.baselines import SYSTEMS
 from trainer.study.results import (
     METRICS,
     RANKINGS,
@@ -89,6 +90,7 @@ def _metric_table(
         system       Beauty   Food     mean     over users
         test users   1,204    2,310    3,514    3,514
         popularity   0.0910   0.1032   0.0971   0.0990
+        recency …    0.1810   0.1532   0.1671   0.1690
         SDSR         0.3610   0.3290   0.3450   0.3400
         SyNCRec      0.3571   0.3321   0.3446   0.3407
 
@@ -140,18 +142,13 @@ def _metric_by_system(
     ranking: str,
     metric: str,
 ) -> dict[str, np.ndarray]:
-    """Of every system, popularity first: (S, D + 2), both means last."""
+    """Of every system, untrained baselines first: (S, D + 2), both means last."""
     names = study.domain_names
     values = {}
-    if study.popularity and study.results:
-        by_domain = study.popularity[ranking].by_domain
-        metrics = [by_domain[name][metric] for name in names]
-        value_D = np.array(metrics, np.float64)  # NaN for None
-        users_D = study.users
-        known_D = np.flatnonzero(users_D)
-        mean = value_D[study.counted].mean()
-        over_users = np.average(value_D[known_D], weights=users_D[known_D])
-        values[POPULARITY] = np.array([[*value_D, mean, over_users]])
+    for baseline, by_ranking in study.baselines.items():
+        if study.results:
+            by_domain = by_ranking[ranking].by_domain
+            values[baseline] = _baseline_values(study, by_domain, metric)
     for name, results in study.results.items():
         values_SD = results.by_domain(
             ranking,
@@ -163,6 +160,19 @@ def _metric_by_system(
         columns = [values_SD, mean_S[:, None], over_users_S[:, None]]
         values[name] = np.concatenate(columns, axis=1)
     return values
+
+
+def _baseline_values(
+    study: Study, by_domain: dict[str, dict[str, Any]], metric: str
+) -> np.ndarray:
+    """An untrained baseline's line: (1, D + 2), both means last."""
+    metrics = [by_domain[name][metric] for name in study.domain_names]
+    value_D = np.array(metrics, np.float64)  # NaN for None
+    users_D = study.users
+    known_D = np.flatnonzero(users_D)
+    mean = value_D[study.counted].mean()
+    over_users = np.average(value_D[known_D], weights=users_D[known_D])
+    return np.array([[*value_D, mean, over_users]])
 
 
 def _differences(

@@ -301,6 +301,7 @@ class Validation(Callback):
         """Ranks the validation split; returns its record."""
         context = self._context
         trainer = context.trainer
+        recency = trainer.open_recency(context.watchdog.beat)
         trainer.engine.eval()
         try:
             ranking = evaluate_split(
@@ -312,6 +313,7 @@ class Validation(Callback):
                 "validation",
                 advance=self._go_on,
                 workers=context.feed.workers,
+                recency=recency,
             )
         except _ValidationStopped:
             self._checkpoint_writer.stop()

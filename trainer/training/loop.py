@@ -42,6 +42,7 @@ from trainer.distributed.process_group import Ranks
 from trainer.distributed.run_lock import lock_run_folder_on_first_rank
 from trainer.errors import InputError, NonFiniteLoss
 from trainer.evaluation.inspect import inspect_model
+from trainer.evaluation.recency.fit import fit_recency_term
 from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
 from trainer.files.redact import printable_text, redact_location
@@ -443,8 +444,21 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
     model = SyNCRec(config.model, domains).to(ranks.device).eval()
     folder, best, _ = find_best(run, ranks)
     restore_best(folder, model, trainer.table)
+    recency = trainer.open_recency()
+    term = None
+    if config.evaluation.recency_term:
+        term = fit_recency_term(
+            model, trainer.table, dataset, ranks, config, recency.counts
+        )
     ranking = evaluate_split(
-        model, trainer.table, dataset, ranks, config, "test"
+        model,
+        trainer.table,
+        dataset,
+        ranks,
+        config,
+        "test",
+        recency=recency,
+        term=term,
     )
     inspection = inspect_model(model, trainer.table, dataset, config, ranks)
     if ranks.first:

@@ -35,6 +35,8 @@ from trainer.distributed.process_group import (
     sum_over_ranks,
 )
 from trainer.errors import InputError, NonFiniteLoss
+from trainer.evaluation.recency.choice import open_recency
+from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
@@ -82,6 +84,8 @@ class Trainer:
     `step` is also the position in the data.
     """
 
+    _recency: RecencyPopularity | None = None
+
     def __init__(
         self,
         config: RunConfig,
@@ -122,12 +126,7 @@ class Trainer:
         self.weights = sum(
             parameter.numel() for parameter in self.model.parameters()
         )
-        if checkpoint is not None:
-            restore_model(checkpoint, self.model)
-        if warm is not None:
-            warm.restore_model(self.model)
-        if self.model.clock is not None:
-            self.model.clock.end_training(dataset.split.newest_tick)
+        self._fill_model(checkpoint, warm)
         self.engine = start_engine(self.model, deepspeed_config)
         if checkpoint is not None:
             restore_optimizers(checkpoint, self.engine, self.table)
@@ -145,6 +144,17 @@ class Trainer:
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
 
+    def _fill_model(
+        self, checkpoint: Path | None, warm: "WarmStart | None"
+    ) -> None:
+        """Fills the dense model before an engine is built around it."""
+        if checkpoint is not None:
+            restore_model(checkpoint, self.model)
+        if warm is not None:
+            warm.restore_model(self.model)
+        if self.model.clock is not None:
+            self.model.clock.end_training(self.dataset.split.newest_tick)
+
     def _build_table(self, is_new: bool) -> ItemTable:
         """Builds the item table; is_new: with its first vectors drawn."""
         config = self.config
@@ -160,6 +170,19 @@ class Trainer:
             filled=is_new,
             beside=HostNeeds(checkpoints=True, loaders=loaders),
         )
+
+    def open_recency(
+        self, beat: Callable[[], None] | None = None
+    ) -> RecencyPopularity:
+        """Recency popularity of the dataset, which is counted once. Called on all ranks.
+
+        beat: called now and then while it is counted.
+        """
+        if self._recency is None:
+            self._recency = open_recency(
+                self.dataset, self.ranks, self.config, beat
+            )
+        return self._recency
 
     def prepare(self, batch: Batch) -> PrefetchedBatch:
         """Starts to prefetch a batch for a step to come.

@@ -25,6 +25,8 @@ metrics = {"NDCG@10": 0.1, "HR@10": 0.2, "MRR": 0.05}
 popularity = {
     "popularity": {f"domain {d}": metrics for d in range(2)},
     "popularity_mean": metrics,
+    "recency": {f"domain {d}": metrics | {"NDCG@10": 0.15} for d in range(2)},
+    "recency_mean": metrics | {"NDCG@10": 0.15},
 }
 (run / "evaluation-full-test.json").write_text(
     json.dumps(popularity | {"sampled": popularity})

@@ -57,6 +57,7 @@ ON_RESUME = {
     "evaluation.every_epochs",
     "evaluation.min_users",
     "evaluation.patience",
+    "evaluation.recency_term",
     "optimizer.zero_stage",
     "deepspeed.zero_optimization",
 }

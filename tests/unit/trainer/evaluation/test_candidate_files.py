@@ -291,7 +291,12 @@ def step(users, domains, counts):
         np.zeros(0, np.int64), np.zeros(len(users), np.int64), 4, rows
     )
     return Candidates(
-        query, np.array(users), np.array(domains), np.array(counts), rows
+        query,
+        np.array(users),
+        np.array(domains),
+        np.zeros(len(users), int),
+        np.array(counts),
+        rows,
     )
 
 

@@ -55,10 +55,25 @@ WITH_MEANS = {
 }
 
 
+WITH_RECENCY = {
+    **WITH_MEANS,
+    "recency": {
+        "Books": {"users": 60} | dict.fromkeys(METRICS, 0.4),
+        "Toys": {"users": 20} | dict.fromkeys(METRICS, 0.2),
+    },
+    "recency_mean": dict.fromkeys(METRICS, 0.4),
+    "recency_user_mean": dict.fromkeys(METRICS, 0.35),
+    "with_recency": WITH_MEANS["domains"],
+    "with_recency_mean": dict.fromkeys(METRICS, 0.6),
+    "recency_choice": {"half_life": 30, "unit": "days", "validation": {}},
+    "recency_term": {"half_lives": [7, "all"], "offset": 0.05, "domains": {}},
+}
+
+
 @pytest.mark.parametrize(
     "record",
-    [SAMPLED, FULL, BARE, WITH_MEANS],
-    ids=["sampled", "full", "bare", "with means"],
+    [SAMPLED, FULL, BARE, WITH_MEANS, WITH_RECENCY],
+    ids=["sampled", "full", "bare", "with means", "with recency"],
 )
 def test_a_record_is_read_and_given_as_it_was(record):
     given = Evaluation.from_record(record).to_record()
@@ -103,6 +118,32 @@ def test_a_record_of_before_has_both_means_too():
     assert evaluation.user_mean_ndcg == pytest.approx(0.4)
     assert evaluation.popularity_user_mean is None
     assert evaluation.mean_domains == ["Books", "Toys"]
+
+
+def test_recency_stands_beside_popularity():
+    evaluation = Evaluation.from_record(WITH_RECENCY)
+    assert evaluation.has_recency and evaluation.model_state == {}
+    books, toys = evaluation.by_domain
+    assert (books.recency_headline, toys.recency_headline) == (0.4, 0.2)
+    assert books.with_recency_headline == 0.5
+    assert evaluation.recency_mean_ndcg == 0.4
+    assert evaluation.compared_user_mean("recency")["MRR"] == 0.35
+    # Not recorded: from the domains.
+    over_users = evaluation.compared_user_mean("with_recency")
+    assert over_users["MRR"] == pytest.approx(0.4)
+    means, user_means = evaluation.mean_rows("mean", "over users")
+    assert means.compared("with_recency")["MRR"] == 0.6
+    assert user_means.compared("popularity")["MRR"] == 0.25
+    before = Evaluation.from_record(SAMPLED)
+    assert not before.has_recency and before.recency_mean_ndcg is None
+    assert before.mean_rows("a", "b")[0].recency == {}
+    rows = evaluation.by_domain.to_arrow().to_pylist()
+    assert [row["system"] for row in rows[:4]] == [
+        "model",
+        "popularity",
+        "recency",
+        "with_recency",
+    ]
 
 
 def test_where_no_domain_is_large_enough_it_is_known():

@@ -336,6 +336,7 @@ def test_the_groups_of_a_user(length, own, third, expected):
         one,
         2 * one,
         one,
+        0 * one,
         length * one,
         own * one,
         one[:0],

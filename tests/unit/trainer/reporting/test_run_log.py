@@ -490,6 +490,32 @@ def test_the_table_fits_80_columns_and_compares_with_popularity():
     assert "×" not in render(evaluation_table(record))
 
 
+def test_with_recency_the_table_fits_100_columns_and_has_the_ratio_to_it():
+    record = evaluation_record(1200, ["Books", "Office products"], kind="test")
+    names = list(record["domains"])
+    for system, value in (
+        ("popularity", 0.05),
+        ("recency", 0.2),
+        ("with_recency", 0.3),
+    ):
+        figures = {"users": 10, **dict.fromkeys(METRICS, value)}
+        record[system] = dict.fromkeys(names, figures)
+        record[f"{system}_mean"] = dict.fromkeys(METRICS, value)
+    record["recency_choice"] = {"half_life": 30, "unit": "days"}
+    text = render(evaluation_table(record), 100)
+    assert "…" not in text and "half-life of 30 days" in text
+    rows = {
+        line.split()[0]: line.split()
+        for line in text.splitlines()
+        if line.strip()
+    }
+    compared = ["0.0500", "0.2000", "×1.25", "0.3000"]
+    assert rows["Books"][1:] == ["10", *["0.2500"] * 5, *compared]
+    assert rows["mean"][1:] == ["20", *["0.2500"] * 5, *compared]
+    del record["with_recency"], record["with_recency_mean"]
+    assert "…" not in render(evaluation_table(record), 90)
+
+
 def test_skipped_users_are_shown_where_there_are_any(tmp_path):
     file = io.StringIO()
     with open_log(tmp_path, file=file) as log:

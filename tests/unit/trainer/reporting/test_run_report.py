@@ -513,6 +513,29 @@ def test_a_full_ranking_has_a_table_of_its_own(tmp_path):
             "mean": {"interval": [0.1, 0.2]},
         },
     }
+    with_recency = record | {
+        "kind": "validation",
+        "recency": record["popularity"],
+        "recency_mean": figures(0.2, within),
+        "recency_choice": {"half_life": 7, "unit": "days", "validation": {}},
+        "recency_difference": {
+            "domains": {
+                "Books": {"interval": [0.01, 0.02]},
+                "<b>": {"interval": None},
+            },
+            "mean": {"interval": [0.1, 0.2]},
+        },
+    }
+    (folder / "evaluation-full-validation.json").write_text(
+        json.dumps(with_recency)
+    )
+    page = Page(write_report(folder))
+    for words in (
+        "popularity NDCG@10 difference 95 % recency NDCG@10 difference 95 %",
+        "0.2000 −0.0500 to 0.2500 0.2000 0.0100 to 0.0200",
+        "with a half-life of 7 days",
+    ):
+        assert words in page.text
     (folder / "evaluation-full-test.json").write_text(json.dumps(record))
     (folder / "evaluation-full-validation.json").write_text(
         '{"kind": "vali'

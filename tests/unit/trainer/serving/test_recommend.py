@@ -9,13 +9,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import trainer.serving.recommend
 import trainer.serving.recommendation_files
 from tests.helpers.made import draw_histories, draw_ticks
 from tests.helpers.runs import finished_run, rank_of_one
 from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import TICKS
+from trainer.data.loading.day_counts import count_recent
 from trainer.errors import InputError
+from trainer.evaluation.recency.term import (
+    OFFSET,
+    TERM_HALF_LIVES,
+    RecencyFeatures,
+    RecencyTerm,
+)
 from trainer.evaluation.sampled import build_history_query
 from trainer.files.staged import StagedOutput
 from trainer.serving.recommend import recommend
@@ -466,3 +474,73 @@ def test_bad_options_are_named(name):
 )
 def test_a_folder_is_quoted_as_hive_does(name, folder):
     assert hive_folder(name) == folder
+
+
+def test_with_the_recency_term_scores_are_those_of_the_day_after_the_last(
+    run, score, tmp_path, monkeypatch
+):
+    """Its weights are drawn here, so that they say something; everything in the dataset counts."""
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(2, 1 + len(TERM_HALF_LIVES)))
+    config, dataset = open_run(run.folder)
+    counts = count_recent(dataset, run.ranks, config.stream)
+    term = RecencyTerm(RecencyFeatures(counts), weights, np.full(2, 9))
+    monkeypatch.setattr(
+        trainer.serving.recommend, "fit_recency_term", lambda *_: term
+    )
+    made(run, tmp_path / "plain", k=50)
+    record = made(run, tmp_path / "out", k=50, recency_term=True)
+    assert record["made_from"]["recency_term"] is True
+    recommended, _ = found(tmp_path / "out", 100)
+    histories = [history_of(run, user) for user in range(20)]
+    ticks = draw_ticks(histories)
+    number_T = counts.days.number_T
+    after = int(number_T[-1]) + 1
+
+    def count(row, half_life):
+        total = 0.0
+        for items, times in zip(histories, ticks, strict=True):
+            for item, time in zip(items, times, strict=True):
+                if item == row:
+                    total += 0.5 ** ((after - int(number_T[time])) / half_life)
+        return total
+
+    checked = 0
+    for (user, name), own in recommended.items():
+        number = int(name[-1])
+        history = histories[int(user[1:])]
+        plain = score(history, ticks[int(user[1:])])
+        values = {}
+        for row in DOMAINS[name]:
+            if row not in history:
+                values[row] = weights[number, 0] * plain[row] + sum(
+                    weight * np.log(count(row, half_life) + OFFSET)
+                    for weight, half_life in zip(
+                        weights[number, 1:], TERM_HALF_LIVES, strict=True
+                    )
+                )
+        best = sorted(values.values(), reverse=True)
+        assert [row[2] for row in own] == pytest.approx(best, abs=1e-4)
+        checked += len(own)
+    assert checked > 20
+    assert found(tmp_path / "plain", 100)[0] != recommended
+
+
+def test_an_output_without_the_term_is_not_one_with_it(run, tmp_path):
+    """Nor are outputs of before, which do not say, made anew."""
+    output = tmp_path / "out"
+    first = made(run, output, k=1)
+    file = output / "_recommend.json"
+    before = json.loads(file.read_text())
+    assert before["made_from"].pop("recency_term") is False
+    file.write_text(json.dumps(before))
+    assert made(run, output, k=1) == before != first
+    with pytest.raises(InputError, match="already"):
+        made(run, output, k=1, recency_term=True)
+
+
+def test_the_term_is_not_for_logs_that_the_dataset_does_not_have(run, tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,domain,timestamp\n")
+    asked = HistoriesConfig(inputs=(str(tmp_path / "log.csv"),))
+    with pytest.raises(InputError, match=r"--recency-term .*--extend"):
+        made(run, tmp_path / "out", asked, recency_term=True)

@@ -157,6 +157,7 @@ def test_the_report_says_who_gains_and_who_loses(study, tmp_path):
     assert "| SyNCRec | " + " | ".join(f"**{cell}**" for cell in cells) in full
     assert "| test users | 5 | 5 | 10 | 10 |" in full
     assert "| popularity | 0.1000 | 0.1000 | 0.1000 | 0.1000 |" in full
+    assert "| recency popularity | 0.1500 | 0.1500 | 0.1500 | 0.1500 |" in full
     few = "+0.0 % (few users)"
     none = "+0.0 % (p 1.000)"
     assert f"| SyNCRec | {few} | {few} | {none} | {none} |" in text

@@ -51,7 +51,7 @@ def study():
             "SyNCRec": results("SyNCRec", ours_U, domain_U),
             "SDSR": results("SDSR", alone_U, domain_U),
         },
-        popularity=None,
+        baselines={},
         best_settings={},
         trials={},
         sweeps={},
