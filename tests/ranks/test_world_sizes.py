@@ -124,8 +124,12 @@ def test_weights_moved(outcomes, dataset, tmp_path):
         for name in before.dense
         if np.allclose(before.dense[name], after.dense[name], rtol=1e-4, atol=0)
     ]
-    # The scales are not learned by default.
-    assert unmoved == ["correction.alpha", "correction.beta"]
+    # The scales are not learned by default; leave-one-out trains on all times.
+    assert unmoved == [
+        "clock.newest_tick",
+        "correction.alpha",
+        "correction.beta",
+    ]
 
 
 @pytest.mark.slow

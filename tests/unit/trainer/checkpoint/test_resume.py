@@ -292,7 +292,13 @@ FREE |= {
 }
 FREE |= {
     f"evaluation.{name}"
-    for name in ("batch_size", "every_epochs", "min_users", "patience")
+    for name in (
+        "batch_size",
+        "every_epochs",
+        "min_users",
+        "patience",
+        "recency_term",
+    )
 }
 FREE |= {
     f"checkpoint.{name}"

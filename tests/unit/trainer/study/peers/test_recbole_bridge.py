@@ -77,6 +77,7 @@ def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
         pa.int32(),
         pa.int32(),
         pa.int32(),
+        pa.int64(),
     ]
     users = [
         user
@@ -86,7 +87,8 @@ def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
     domains = [
         int(bridge.dataset.domain_of(HISTORIES[user][-1])) for user in users
     ]
-    expected = {"user": users, "domain": domains}
+    # By leave-one-out a user has one target, which has the user's number.
+    expected = {"user": users, "domain": domains, "target": users}
     expected |= {
         name: [first + place for place in range(len(users))]
         for name, first in (("sampled", 1), ("full", 7))
