@@ -10,10 +10,9 @@ VENV := .venv/bin
 demo: .venv/.ready
 	$(VENV)/python launch/demo.py --output .demo
 
-# Two files of tests at a time: most of a test's time is one core's. In their order, so that those that start ranks and take
-# minutes begin first, and no worker waits for one of them at the end.
+# Two files of tests at a time: most of a test's time is one core's.
 test: .venv/.ready lint
-	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Those that start no process.
 unit: .venv/.ready
