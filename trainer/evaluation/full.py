@@ -3,10 +3,11 @@
 Beside the figures stand confidence intervals, breakdowns by groups of users, catalogue coverage,
 and the Gini index of what is recommended.
 
-A user's held-out item (trainer/data/split.py) is ranked among all items of its domain, except those of the
-rest of the user's history. Popularity ranks the same items, its ties broken by an order drawn for
-each user. Ties of the model's scores count against it. On CPUs every figure is the same at any
-number of ranks; on CUDA users' vectors, and so near ties, differ in last bits (docs/cuda.md).
+A user's held-out item (trainer/data/split.py) is ranked among all items of its domain, except those
+of the rest of the user's history. Popularity ranks the same items, its ties broken by an order
+drawn for each user. Ties of the model's scores count against it. On CPUs every figure is the same
+at any number of ranks; on CUDA users' vectors, and so near ties, differ in last bits
+(docs/cuda.md).
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from syncrec.batch.views import Query, move
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.histories import UserHistories
+from trainer.data.loading.jagged import row_begins
 from trainer.data.loading.stream import batches_of_workers
 from trainer.distributed.process_group import sum_over_ranks
 from trainer.evaluation.bootstrap import GroupMeans
@@ -80,10 +82,10 @@ class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
     user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
-    for which is predicted. length_B: of
-    the whole history before it. domain_length_B: interactions of that history in the item's
-    domain. rows_E, counts_B: every other item of the user, jagged. target_B: the targets' numbers
-    (trainer/evaluation/targets.py). skipped, reasons: as in `RankBatch` (trainer.data.loading.stream).
+    for which is predicted. length_B: of the whole history before it. domain_length_B: interactions
+    of that history in the item's domain. rows_E, counts_B: every other item of the user, jagged.
+    target_B: the targets' numbers (trainer/evaluation/targets.py). skipped, reasons: as in
+    `RankBatch` (trainer.data.loading.stream).
 
     Four users of two domains, domain 1 from row 50, the test item held out:
 
@@ -115,10 +117,11 @@ class HeldOutBatch:
 class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
-    rank_U: int32, the position of each target, by its number, which is its user's where a user has one
-    (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of `systems`; the groups of domain d are
-    d · groups_of_domain() and those that follow: all its users, then those of each of BREAKDOWNS.
-    shown: how often each row of M was among the SHOWN best of a user.
+    rank_U: int32, the position of each target, by its number, which is its user's where a user has
+    one (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of
+    `systems`; the groups of domain d are d · groups_of_domain() and those that follow: all its
+    users, then those of each of BREAKDOWNS. shown: how often each row of M was among the SHOWN best
+    of a user.
 
     The groups of domain 0; those of domain 1 begin at 13:
 
@@ -193,7 +196,7 @@ class HeldOutBatches(RankingBatches):
         """Those of the targets that are of the one domain, where the model knows one alone."""
         if self.only_domain is None:
             return targets
-        begins_B = np.cumsum(users.lengths_B) - users.lengths_B
+        begins_B = row_begins(users.lengths_B)
         row_T = users.items_N[begins_B[targets.user_T] + targets.place_T]
         domain_T = self.plan.dataset.domain_of(row_T)
         return targets.choose(domain_T == self.only_domain)

@@ -1,10 +1,11 @@
 """Ranking of held-out items among drawn candidates: HR, NDCG and MRR by domain (section 5.2.2).
 
-Whose event is held out says the dataset's split (trainer/data/split.py): by leave-one-out the newest
-of a user's merged history is the test item, the one before it the validation item. The item is ranked among items of its own domain
-that the user never touched (negative sampling). Its position is an integer, and what is summed
-over processes are counts of positions. So on CPUs the figures do not depend on the number of
-processes; on CUDA near ties may (docs/cuda.md). Ties count against the model.
+Whose event is held out says the dataset's split (trainer/data/split.py): by leave-one-out the
+newest of a user's merged history is the test item, the one before it the validation item. The item
+is ranked among items of its own domain that the user never touched (negative sampling). Its
+position is an integer, and what is summed over processes are counts of positions. So on CPUs the
+figures do not depend on the number of processes; on CUDA near ties may (docs/cuda.md). Ties count
+against the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -119,8 +120,9 @@ class PositionCounts:
     histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`.
     skipped_users: users that could not be read, whether or not they would have been evaluated.
     seen: int64 (D, longest candidate list), by the model, of the targets whose item training has
-    seen; None where it is not counted. reasons: why, of this process alone, each line once. recency_choice, recency_term: the half-life
-    of recency popularity and the weights of the recency term, where they are among the systems.
+    seen; None where it is not counted. reasons: why, of this process alone, each line once.
+    recency_choice, recency_term: the half-life of recency popularity and the weights of the recency
+    term, where they are among the systems.
 
     Four users, two in each of two domains, among three candidates:
 

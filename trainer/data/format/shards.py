@@ -379,9 +379,10 @@ def read_blocks(
     shard: Shard,
     verify: bool = True,
     report: Callable[[str], None] | None = None,
+    whole: bool = True,
 ) -> Iterator[tuple[int, Block]]:
     """Yields (first user, Block) of a shard in order; see `ShardFile` for the arguments."""
-    file = ShardFile(dataset, shard, verify, report)
+    file = ShardFile(dataset, shard, verify, report, whole=whole)
     try:
         for number in range(file.count):
             block = file.block(number)

@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from trainer.config.stream import StreamConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.format.shards import read_blocks
-from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.loading.home_blocks import read_home_blocks
 from trainer.data.recent_counts import (
     Days,
     PairCounter,
@@ -54,25 +53,12 @@ def _count_home_shards(
     beat: Callable[[], None] | None,
 ) -> Pairs:
     """The pairs of the shards whose home this rank is."""
-    world_size = ranks.world_size
-    schedule = BatchSchedule(
-        dataset, world_size, world_size, 0, shuffle=False, balance=False
-    )
-    report = None
-    if config.damaged == "skip":
-        report = _say_nothing
     counter = PairCounter(days)
-    for number in sorted(schedule.home_shards(0, ranks.rank)):
-        shard = dataset.shards[number]
-        for _, block in read_blocks(dataset, shard, config.verify, report):
-            counter.add(block.items_N, block.ticks_N)
-            if beat is not None:
-                beat()
+    for _, block in read_home_blocks(dataset, ranks, config):
+        counter.add(block.items_N, block.ticks_N)
+        if beat is not None:
+            beat()
     return counter.pairs()
-
-
-def _say_nothing(_line: str) -> None:
-    """Whoever ranks or trains on the block says what is wrong with it."""
 
 
 def _gather_pairs(pairs: Pairs, ranks: "Ranks") -> Pairs:

@@ -63,10 +63,10 @@ class RankBatch:
     """One step of one rank: its batch, and who is missing in it.
 
     users_B: numbers of the batch's real users, int64, in order. Those without an interaction in the
-    training part, or of `stream.domain`, are not counted in the batch. skipped: users that would be there too if they
-    could be read. reasons: a line for each damaged place that this worker met for the first time
-    since its last batch; several workers read the same shards, so another may say the same.
-    seconds: what reading and building took.
+    training part, or of `stream.domain`, are not counted in the batch. skipped: users that would be
+    there too if they could be read. reasons: a line for each damaged place that this worker met for
+    the first time since its last batch; several workers read the same shards, so another may say
+    the same. seconds: what reading and building took.
     """
 
     batch: Batch

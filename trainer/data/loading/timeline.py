@@ -15,8 +15,8 @@ end of names: D domains, T ticks, U users, B users of a block, N events.
 
 import datetime
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ from trainer.data.format.dataset import (
     Dataset,
     TrainingCounts,
 )
-from trainer.data.format.shards import Block, ShardFile
-from trainer.data.loading.batch_schedule import BatchSchedule
+from trainer.data.format.shards import Block
+from trainer.data.loading.home_blocks import read_home_blocks
 from trainer.data.loading.jagged import join_ranges, row_begins
 from trainer.data.split import SPLITS, Timeline
 from trainer.distributed.consensus import run_on_all_ranks
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 # What a run's split.json says, and an evaluation's record.
 SplitRecord = dict[str, Any]
+# Begins a pass over this rank's blocks: (number of the first user, block).
+ReadBlocks = Callable[[], Iterator[tuple[int, Block]]]
 
 _RECORDED: dict[str, Any] = {
     "dataset": str,
@@ -83,13 +85,15 @@ def split_dataset(
     """
     if config.split.kind != Timeline.name:
         return dataset
-    shards = _home_shards(dataset, config, ranks)
-    reader = _EventReader(dataset, config, shards)
-    count_DT = _count_ticks(dataset, reader)
+
+    def read_blocks() -> Iterator[tuple[int, Block]]:
+        return read_home_blocks(dataset, ranks, config.stream)
+
+    count_DT = _count_ticks(dataset, read_blocks)
     count_T = count_DT.sum(0)
     split = _resolve(dataset, config.split, count_T, recorded)
     _refuse_empty_domains(dataset, split, count_DT)
-    training = _count_training(dataset, split, reader)
+    training = _count_training(dataset, split, read_blocks)
     return replace(
         dataset,
         split=split,
@@ -176,73 +180,14 @@ def _second_of(dataset: Dataset) -> int | None:
     return TIME_UNITS[times.unit]
 
 
-def _home_shards(
-    dataset: Dataset,
-    config: RunConfig,
-    ranks: "Ranks",
-) -> list[int]:
-    """The numbers of the shards whose users this rank ranks, rising."""
-    plan = BatchSchedule(
-        dataset,
-        ranks.world_size,
-        ranks.world_size,
-        config.seed,
-        shuffle=False,
-        balance=False,
-    )
-    return sorted(plan.home_shards(0, ranks.rank))
-
-
-@dataclass(frozen=True)
-class _EventReader:
-    """Reads the blocks of some shards, one after the other; as the run does, which says what is damaged."""
-
-    dataset: Dataset
-    config: RunConfig
-    shards: Collection[int]
-
-    def blocks(self) -> Iterator[tuple[int, Block]]:
-        """Yields (number of the first user, block). Raises InputError as `ShardFile` does."""
-        stream = self.config.stream
-        report = None
-        if stream.damaged == "skip":
-            report = _say_nothing
-        names = [self.dataset.shards[number].name for number in self.shards]
-        for index, number in enumerate(self.shards):
-            self.dataset.ahead(names[index + 1 :])
-            shard = self.dataset.shards[number]
-            file = ShardFile(
-                self.dataset,
-                shard,
-                stream.verify,
-                report,
-                whole=False,
-            )
-            try:
-                yield from self._blocks_of(file)
-            finally:
-                file.close()
-
-    def _blocks_of(self, file: ShardFile) -> Iterator[tuple[int, Block]]:
-        for number in range(file.count):
-            block = file.block(number)
-            if block is not None:
-                users_before = number * self.dataset.block_users
-                yield file.first_user + users_before, block
-
-
-def _say_nothing(_line: str) -> None:
-    """Training and ranking say what is damaged."""
-
-
-def _count_ticks(dataset: Dataset, reader: _EventReader) -> np.ndarray:
+def _count_ticks(dataset: Dataset, read_blocks: ReadBlocks) -> np.ndarray:
     """Events of each domain and tick, of all ranks: int64 (D, TICKS + 1)."""
     domains = len(dataset.domains)
     ticks = TICKS + 1
     cells = np.zeros(domains * ticks, np.int64)
 
     def count() -> None:
-        for _, block in reader.blocks():
+        for _, block in read_blocks():
             domain_N = dataset.domain_of(block.items_N)
             cell_N = domain_N * ticks + block.ticks_N
             np.add.at(cells, cell_N, 1)
@@ -500,13 +445,13 @@ class _TrainingCounter:
 def _count_training(
     dataset: Dataset,
     split: Timeline,
-    reader: _EventReader,
+    read_blocks: ReadBlocks,
 ) -> TrainingCounts:
     """What comes before the validation's cut, and how many targets there are, of all ranks."""
     counter = _TrainingCounter(dataset, split)
 
     def count() -> None:
-        for first_user, block in reader.blocks():
+        for first_user, block in read_blocks():
             counter.add(first_user, block)
 
     run_on_all_ranks(count)

@@ -6,6 +6,7 @@ import numpy as np
 
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.jagged import row_begins
 from trainer.data.loading.stream import batches_of_workers
 from trainer.data.recent_counts import RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
@@ -16,7 +17,6 @@ from trainer.evaluation.recency.term import (
     RecencyFeatures,
     RecencyTerm,
     fit_weights,
-    list_begins,
     round_weights,
 )
 from trainer.evaluation.sampled import (
@@ -84,7 +84,7 @@ class TermFit:
             kept_B      True           False      True
         """
         finite_B = np.logical_and.reduceat(
-            np.isfinite(scores_C), list_begins(candidates.counts_B)
+            np.isfinite(scores_C), row_begins(candidates.counts_B)
         )
         kept_B = (candidates.user_B >= 0) & finite_B
         kept_C = np.repeat(kept_B, candidates.counts_B)

@@ -15,6 +15,11 @@ from embeddings.topk.ranking import ExactRanking, Excluded
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.jagged import join_ranges, row_begins
 from trainer.distributed.process_group import sum_over_ranks
+from trainer.evaluation.recency.ranking import (
+    UsersOfStep,
+    join_steps,
+    split_by_steps,
+)
 from trainer.evaluation.recency.term import RecencyTerm
 
 if TYPE_CHECKING:
@@ -22,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _TermUsers:
-    """Users of one step. y_BR: their vectors for the held-out item's domain, on the host.
+class _TermUsers(UsersOfStep):
+    """Users of one step. y_BR: their vectors for the held-out item's domain, float32.
 
     The rest is jagged as `HeldOutBatch` has it. day_B: for which is predicted.
 
@@ -34,8 +39,7 @@ class _TermUsers:
         rows_E      2 55   60 60 3
     """
 
-    y_BR: torch.Tensor
-    domain_B: np.ndarray
+    y_BR: np.ndarray
     row_B: np.ndarray
     day_B: np.ndarray
     counts_B: np.ndarray
@@ -72,12 +76,12 @@ class FullTermRanking:
         index_B = torch.arange(len(domain_B), device=y_BDR.device)
         domains = torch.from_numpy(domain_B).to(y_BDR.device)
         users = _TermUsers(
-            y_BR=y_BDR[index_B, domains].float().cpu(),
+            y_BR=y_BDR[index_B, domains].float().cpu().numpy(),
             domain_B=domain_B,
             row_B=row_B,
             day_B=self._term.features.counts.days.of_ticks(now_B),
             counts_B=counts_B,
-            rows_E=rows_E,
+            rows_E=rows_E.astype(np.int64),
         )
         self._steps.append(users)
 
@@ -90,7 +94,7 @@ class FullTermRanking:
             positions    [3, 1], [7, 2]
         """
         days = self._term.features.counts.days.count
-        users = self._join()
+        users = join_steps(self._steps)
         group_U = users.domain_B * days + users.day_B
         present = np.zeros(len(self._dataset.domains) * days, np.int64)
         present[group_U] = 1
@@ -112,14 +116,14 @@ class FullTermRanking:
             ranking = ExactRanking(
                 cast("ItemTable", table), domain.start, domain.items
             )
+            y_MR = torch.from_numpy(users.y_BR[members])
             found_M = ranking.positions(
-                with_one(users.y_BR[torch.from_numpy(members)] * score),
+                with_one(y_MR * score),
                 torch.from_numpy(users.row_B[members]),
                 excluded,
             )
             position_U[members] = found_M.cpu().numpy()
-        sizes = [len(step.row_B) for step in self._steps]
-        return np.split(position_U, np.cumsum(sizes)[:-1])
+        return split_by_steps(position_U, self._steps)
 
     def _set_biases(self, table: BiasedTable, number: int, day: int) -> None:
         """Sets the biases of a domain's items as of a day.
@@ -130,16 +134,3 @@ class FullTermRanking:
         rows_N = np.arange(domain.start, domain.start + domain.items)
         bias_N = self._term.biases(number, rows_N, day)
         table.set_biases(domain.start, torch.from_numpy(bias_N))
-
-    def _join(self) -> _TermUsers:
-        """The users of all steps."""
-        steps = self._steps
-        rows_E = np.concatenate([step.rows_E for step in steps])
-        return _TermUsers(
-            y_BR=torch.cat([step.y_BR for step in steps]),
-            domain_B=np.concatenate([step.domain_B for step in steps]),
-            row_B=np.concatenate([step.row_B for step in steps]),
-            day_B=np.concatenate([step.day_B for step in steps]),
-            counts_B=np.concatenate([step.counts_B for step in steps]),
-            rows_E=rows_E.astype(np.int64),
-        )

@@ -6,8 +6,10 @@ the day itself or later. Ties are broken by the orders that popularity's are
 (trainer/evaluation/popularity.py).
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,16 @@ from trainer.evaluation.popularity import (
     positions_with_ties,
     unique_rivals,
 )
+
+
+@dataclass(frozen=True)
+class UsersOfStep:
+    """Users of one step of ranking, who are ranked later. domain_B: of the held-out item."""
+
+    domain_B: np.ndarray
+
+
+Step = TypeVar("Step", bound=UsersOfStep)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class RecencyPopularity:
 
 
 @dataclass(frozen=True)
-class _HeldOutCounts:
+class _HeldOutCounts(UsersOfStep):
     """Held-out items of one step and, of the user's other items, how many are before them.
 
     greater_B, equal_B: the user's other items of the domain with a greater and an equal count. Two
@@ -104,7 +116,6 @@ class _HeldOutCounts:
     """
 
     user_B: np.ndarray
-    domain_B: np.ndarray
     day_B: np.ndarray
     count_B: np.ndarray
     greater_B: np.ndarray
@@ -160,7 +171,7 @@ class FullRecencyRanking:
         """The positions of each step's held-out items, int64, ties by the drawn order."""
         if not self._steps:
             return []
-        users = _join(self._steps)
+        users = join_steps(self._steps)
         greater_U = -users.greater_B
         equal_U = -users.equal_B
         # A domain on a day after the other.
@@ -182,8 +193,7 @@ class FullRecencyRanking:
         position_U = positions_with_ties(
             greater_U, equal_U, self._recency.seed, users.user_B
         )
-        sizes = [len(step.user_B) for step in self._steps]
-        return np.split(position_U, np.cumsum(sizes)[:-1])
+        return split_by_steps(position_U, self._steps)
 
     def _rising_counts(self, number: int, day: int) -> np.ndarray:
         """The counts of all items of a domain as of a day, rising."""
@@ -193,13 +203,22 @@ class FullRecencyRanking:
         return np.sort(count_N)
 
 
-def _join(steps: list[_HeldOutCounts]) -> _HeldOutCounts:
-    """The users of several steps."""
-    return _HeldOutCounts(
-        user_B=np.concatenate([step.user_B for step in steps]),
-        domain_B=np.concatenate([step.domain_B for step in steps]),
-        day_B=np.concatenate([step.day_B for step in steps]),
-        count_B=np.concatenate([step.count_B for step in steps]),
-        greater_B=np.concatenate([step.greater_B for step in steps]),
-        equal_B=np.concatenate([step.equal_B for step in steps]),
-    )
+def join_steps(steps: Sequence[Step]) -> Step:
+    """The users of several steps, whose fields are arrays, as one step."""
+    columns = {}
+    for field in dataclasses.fields(steps[0]):
+        parts = [getattr(step, field.name) for step in steps]
+        columns[field.name] = np.concatenate(parts)
+    return type(steps[0])(**columns)
+
+
+def split_by_steps(
+    value_U: np.ndarray, steps: Sequence[Step]
+) -> list[np.ndarray]:
+    """What the users of several steps have, step by step. Of steps of 2 and 1 users:
+
+    value_U    3 1 7
+    returns    [3, 1], [7]
+    """
+    ends = np.cumsum([len(step.domain_B) for step in steps])
+    return np.split(value_U, ends[:-1])

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.jagged import row_begins
 from trainer.data.recent_counts import ALL_TIME, RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
 
@@ -154,15 +155,6 @@ class CandidateLists:
     counts_U: np.ndarray
 
 
-def list_begins(counts_U: np.ndarray) -> np.ndarray:
-    """Where each user's candidates begin, int64 (U,).
-
-    counts_U    3  2  4
-    returns     0  3  5
-    """
-    return np.cumsum(counts_U) - counts_U
-
-
 def fit_weights(lists: CandidateLists, users: int) -> np.ndarray:
     """The weights that make the first candidates likeliest, float64 (K,). Called on all ranks.
 
@@ -203,7 +195,7 @@ def _scale(
         variance    1          0          so the spread is 0.71
         returns     −1.4 1.4   0   0
     """
-    begins_U = list_begins(lists.counts_U)
+    begins_U = row_begins(lists.counts_U)
     x_CK = lists.x_CK
     width = x_CK.shape[1]
     square_UK = np.zeros((0, width))
@@ -252,7 +244,7 @@ def _derivatives_of_users(
         gradient    0                0.73
         curvature   0                0.20
     """
-    begins_U = list_begins(lists.counts_U)
+    begins_U = row_begins(lists.counts_U)
     x_CK = lists.x_CK
     # No matrix product: its sums may depend on how many rows there are.
     logit_C = (x_CK * weight_K).sum(1)
