@@ -132,7 +132,7 @@ def test_the_harmed_domain_keeps_what_it_has_alone_and_the_related_ones_gain(
     """Test NDCG@10 of SyNCRec less that of each domain alone.
 
     Seen with seeds 0 to 3: ads −0.021 to 0.003 of 0.79, shop 0.009 to 0.024 of 0.55, video 0.038
-    to 0.058 of 0.48. With model.prediction=cross, the paper's, ads loses 0.15.
+    to 0.058 of 0.48. With model.prediction=cross, the paper's, ads loses 0.11 to 0.13.
     """
     ours = ranks_of(study, "SyNCRec-seed=0")
     alone = ranks_of(
