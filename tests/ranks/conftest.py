@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.rank_processes import free_port, run_alone, run_ranks
+from tests.helpers.rank_processes import (
+    forked_python,
+    free_port,
+    run_alone,
+    run_ranks,
+)
 from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import synthesize_logs
@@ -65,7 +70,10 @@ def trained(dataset, tmp_path_factory):
 
 
 def deepspeed(ranks, script, *arguments, prefix=(), options=()):
-    """The command that starts `ranks` local ranks of a script."""
+    """The command that starts `ranks` local ranks of a script.
+
+    `run` has the launcher's own processes forked where the stack is loaded, and so they their ranks.
+    """
     return [
         *prefix,
         str(BIN / "deepspeed"),
@@ -103,6 +111,10 @@ def run(command, timeout=300, status=(0,), **environment):
             **environment,
         )
         words = [command.ranks, "ranks of", command.script, *command.arguments]
+    elif Path(command[0]) == BIN / "deepspeed":
+        environment["FORKED_PYTHON"] = forked_python()
+        done = run_alone(*command, timeout=timeout, **environment)
+        words = command
     elif Path(command[0]) == BIN / "python":
         done = run_alone(*command[1:], timeout=timeout, **environment)
         words = command
