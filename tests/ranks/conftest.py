@@ -69,6 +69,16 @@ def trained(dataset, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def one_encoder(dataset, tmp_path_factory):
+    """A run of a step whose export has one encoder, and not one more for each domain: each takes seconds."""
+    folder = tmp_path_factory.mktemp("one encoder") / "run"
+    own = ["max_steps=1", "model.prediction=cross", "model.time_knots=0"]
+    words = [f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL, *own]
+    run([BIN / "python", "launch/train.py", *words])
+    return folder
+
+
 def deepspeed(ranks, script, *arguments, prefix=(), options=()):
     """The command that starts `ranks` local ranks of a script.
 

@@ -8,12 +8,12 @@ import pytest
 
 from tests.helpers import HELPERS
 from tests.helpers.left import losses
-from tests.helpers.stages import SETTINGS
 from tests.helpers.rank_processes import (
     RankProcess,
     cpu_environment,
     forked_python,
 )
+from tests.helpers.stages import SETTINGS
 from tests.ranks.conftest import deepspeed, free_port, run
 
 FAULTY = HELPERS.joinpath("faulty.py")
