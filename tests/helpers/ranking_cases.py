@@ -82,7 +82,7 @@ def brute_force(case):
 
 def made(
     seed,
-    rows=1003,
+    rows=253,
     dim=12,
     users=23,
     first=0,
@@ -167,7 +167,7 @@ _all_had = made(12, rows=203, first=20, items=100)
 CASES = {
     "plain": made(1),
     "one_part": made(2, block=64, users=100),
-    "middle": made(3, first=300, items=417, had=30),
+    "middle": made(3, first=60, items=170, had=30),
     "other_width": made(4, dim=36, had=100),
     "copies": made(5, spoil=_copies, had=30),
     "almost_equal": made(6, spoil=_almost_equal, had=20),
@@ -175,7 +175,7 @@ CASES = {
     "zeros": made(8, spoil=_zeros, had=40),
     "wild": made(9, spoil=_wild, had=60),
     "wild_users": _wild_users(
-        made(10, spoil=_wild, had=20, first=100, items=800, k=5)
+        made(10, spoil=_wild, had=20, first=100, items=140, k=5)
     ),
     "wild_users_of_good_items": _wild_users(made(11, had=20, k=40)),
     "spread": made(13, spoil=_spread),
@@ -183,9 +183,9 @@ CASES = {
         _all_had,
         excluded=[list(range(203)) * 2, list(range(20, 118))] * 11 + [[]],
     ),
-    "few_items": made(14, first=500, items=6, had=300, k=9),
-    "one_item": made(15, first=500, items=1, k=3),
-    "more_than_all": made(16, first=500, items=50, had=200, k=60, block=4),
+    "few_items": made(14, first=200, items=6, had=300, k=9),
+    "one_item": made(15, first=200, items=1, k=3),
+    "more_than_all": made(16, first=200, items=50, had=200, k=60, block=4),
     "more_than_a_block": made(17, k=100, had=10),
     "on_the_first": made(18, owners="first", had=10),
     "on_the_last": made(19, owners="last", had=10),
