@@ -295,14 +295,17 @@ class Run:
         *,
         dtype: Literal["fp32", "fp16"] = "fp32",
         faiss: str | None = None,
+        recency_term: bool | None = None,
     ) -> dict[str, Any]:
         """Writes a folder that PyTorch, NumPy and safetensors alone can serve; returns its schema.
 
         dtype: of the item vectors. faiss: an index of each domain, by FAISS's name for it.
+        recency_term: with what was touched lately, too (docs/serve.md); None: as
+        `evaluation.recency_term` of the run.
         """
         from trainer.serving.export import export_run
 
-        config = ExportConfig(dtype, faiss)
+        config = ExportConfig(dtype, faiss, recency_term)
         with _joined(self.config.timeout_minutes, self.device) as ranks:
             return export_run(
                 self.folder, os.fspath(output), ranks, config, self.data
