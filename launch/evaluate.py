@@ -46,6 +46,9 @@ class Options(ItemTitles, FinishedRun):
     recency_term: bool = option(
         "rank test items by the model with its recency term, too", False
     )
+    skip_recency: bool = option(
+        "leave recency popularity out: events need not be counted", False
+    )
     output: str | None = option(
         "Parquet that gets each user's rank and scores", None, metavar="FILE"
     )
@@ -83,6 +86,7 @@ def main() -> None:
             options.output,
             full,
             options.recency_term,
+            options.skip_recency,
         )
     if not ranks.first:
         return

@@ -17,6 +17,7 @@ from trainer.evaluation.recency.term import (
     RecencyFeatures,
     RecencyTerm,
     fit_weights,
+    no_weights,
     round_weights,
 )
 from trainer.evaluation.sampled import (
@@ -107,8 +108,7 @@ class TermFit:
         counts_U = np.concatenate([*self._counts, no_users])
         domain_U = np.concatenate([*self._domain, no_users])
         domain_C = np.repeat(domain_U, counts_U)
-        weight_DK = np.zeros((self._domains, width))
-        weight_DK[:, 0] = 1
+        weight_DK = no_weights(self._domains)
         users_D = np.zeros(self._domains, np.int64)
         for domain in range(self._domains):
             lists = CandidateLists(

@@ -7,6 +7,7 @@ the day itself or later. Ties are broken by the orders that popularity's are
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +54,24 @@ class HalfLifeChoice:
             "unit": self.unit,
             "validation": validation,
         }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "HalfLifeChoice":
+        """What `to_record` gave. Raises ValueError, KeyError or TypeError for anything else."""
+        validation = {}
+        for text, value in dict(record["validation"]).items():
+            validation[int(text)] = read_number(value)
+        if record["half_life"] not in validation:
+            raise ValueError(f"half_life is {record['half_life']!r}")
+        return cls(record["half_life"], record["unit"], validation)
+
+
+def read_number(value: Any) -> float:
+    """A finite number of a record. Raises ValueError for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 class RecencyPopularity:
