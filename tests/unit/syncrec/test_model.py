@@ -54,6 +54,8 @@ SASREC = {
     "loss_correction": "none",
     "mutual_information": False,
 }
+# Only harm is corrected.
+HARM = {"loss_correction": "harm", "stop_gradient": "harm", "prediction": "harm"}
 # Every reading of the paper that a config value stands for, and a few of them together.
 READINGS = {
     "default": {},
@@ -76,6 +78,10 @@ READINGS = {
         "gate": "sequence",
     },
     "no_correction": {"loss_correction": "none"},
+    "harm": HARM,
+    "harm_of_the_cross_view": {**HARM, "prediction": "cross"},
+    "harm_sequence_gate_time": {**HARM, "gate": "sequence", "time_knots": 3},
+    "harm_in_gradients_alone": {"stop_gradient": "harm"},
     "no_tower": {"tower": False},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
     "shapley_sequence_gate_pre_norm_bpr": {
@@ -134,6 +140,15 @@ def make_model(config, domains, seed, lambda_state=False):
             torch.rand(domains, generator=generator, dtype=torch.float64) + 0.1
         )
         model.correction.lambda_D = drawn / drawn.sum()
+    if lambda_state and model.gap is not None:
+        model.gap.sums_2D = 0.5 * torch.randn(
+            2, domains, generator=generator, dtype=torch.float64
+        )
+        model.gap.sums_2D[1] = 0.8
+        model.gap.noise_3D = torch.tensor(
+            [[1e-4] * domains, [0.8] * domains, [5e-3] * domains],
+            dtype=torch.float64,
+        )
     return model
 
 
@@ -226,11 +241,7 @@ def compare(
     )
     model = make_model(config, len(domain_items), seed, lambda_state)
     table = make_table(domain_items, config.dim, seed)
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.startswith("prediction.")
-    }
+    state = model.state_dict()
     expected = training_step(
         config, state, table, histories, domain_items, shared_negatives
     )
@@ -974,7 +985,7 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
         now_B,
     )
     query = move(build_query(items_N, lengths_B, *given), "cpu")
-    model.prediction.gap_2D = torch.tensor(
+    model.gap.sums_2D = torch.tensor(
         [[0.4, 0.0, -3.0, 0.0], [0.5, 0.5, 0.5, 0.0]], dtype=torch.float64
     )
     own = [1 / (1 + math.exp(gap / 0.5)) for gap in (0.8, 0.0, -6.0, 0.0)]
@@ -1004,7 +1015,7 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
         )
         x_MR = model.tokens(one.cross, table[one.ids])
         experts = model._run_experts(
-            x_MR, one.cross, model.single_experts, model.cross_experts
+            x_MR, one.cross, model.single_experts, model.cross_experts, None
         )
         mixed_MR = mix(
             model.single_gates[domain](x_MR, one.cross, slice(None)), experts
@@ -1027,10 +1038,10 @@ def test_training_alone_moves_the_gap():
     )
     model.eval()
     model(batch, table[batch.ids])
-    assert not model.prediction.gap_2D.any()
+    assert not model.gap.sums_2D.any()
     model.train()
     _, report = model(batch, table[batch.ids])
-    sums_D, ones_D = model.prediction.gap_2D
+    sums_D, ones_D = model.gap.sums_2D
     there = ~report.phi_D.isnan()
     assert 0 < there.sum() < len(there)
     near(
@@ -1040,5 +1051,5 @@ def test_training_alone_moves_the_gap():
     )
     assert (
         not sums_D[~there].any()
-        and (model.prediction.single_weight_D[~there] == 0.5).all()
+        and (model.gap.single_weight_D[~there] == 0.5).all()
     )
