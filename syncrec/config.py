@@ -91,8 +91,7 @@ class ModelConfig:
     )
     harm_temperature: float = _setting(
         0.1,
-        "how much of a domain's harm, in the loss's units, divides what it has of the other "
-        "domains by e (loss_correction and stop_gradient: harm)",
+        "of what follows from harm, in the loss's units: this much harm divides it by e",
         on_warm_start=True,
     )
     correction_temperature: float = _setting(

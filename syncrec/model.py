@@ -380,13 +380,7 @@ class SyNCRec(nn.Module):
             totals.cross_gap,
             totals.comparable,
         )
-        if self.gap is not None and self.training:
-            gap_D = phi_D
-            if len(mean_D):
-                gap_D = transfer_gap(
-                    totals.single_gap, totals.mean_gap, totals.comparable
-                )
-            self.gap.observe(gap_D, totals.present)
+        self._observe_gap(totals, phi_D)
         lambda_D = self._weigh_domains(totals, phi_D, cross_MR)
         scale = reduction.world_size
         dtype = cross_MR.dtype
@@ -402,6 +396,19 @@ class SyNCRec(nn.Module):
             eta * (loss_single + loss_cross) - (1 - eta) * scale * information
         )
         return loss, self._report(totals, phi_D, lambda_D, information)
+
+    def _observe_gap(self, totals: "_Totals", phi_D: Tensor) -> None:
+        """Takes in the batch's gap where something follows from it: φ, or that of both views' mean."""
+        if self.gap is None or not self.training:
+            return
+        gap_D = phi_D
+        if len(totals.mean_gap):
+            gap_D = transfer_gap(
+                totals.single_gap,
+                totals.mean_gap,
+                totals.comparable,
+            )
+        self.gap.observe(gap_D, totals.present)
 
     def _weigh_domains(
         self,
@@ -515,9 +522,7 @@ class SyNCRec(nn.Module):
             batch.interactions, dtype=torch.int64, device=cross_MR.device
         )
         number_L = torch.arange(len(single_LR), device=cross_MR.device)
-        target_N = target_N.index_copy(
-            0, single.target_interaction_L, number_L
-        )
+        target_N = target_N.index_copy(0, single.target_interaction_L, number_L)
         target_L = target_N.index_select(0, view.target_interaction_L)
         mean_LR = (cross_LR + single_LR.index_select(0, target_L)) / 2
         loss_L = self._losses_of_predictions(batch, view, items, mean_LR)

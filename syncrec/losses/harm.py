@@ -117,17 +117,16 @@ class GapAverage(nn.Module):
         """The weight of Y^single in a domain's prediction; a half before anything was seen.
 
         prediction: both    σ(−φ̄ / τ), nearly all where other domains harm it
-        prediction: harm    σ(harm / τ), a half where they do not
+        prediction: harm    1 − exp(−harm / `harm_temperature`) / 2, a half where they do not
 
         Example: both, τ = 0.3. Others help the first domain, harm the second, the third is unseen:
 
             mean_D    tensor([0.3, -0.3, 0.0])
             result    tensor([0.2689, 0.7311, 0.5000])
         """
-        harm_D = -self.mean_D
         if self.config.prediction == "harm":
-            harm_D = self.harm_D
-        return torch.sigmoid(harm_D / self.config.prediction_temperature)
+            return 1 - self.unharmed_D / 2
+        return torch.sigmoid(-self.mean_D / self.config.prediction_temperature)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any

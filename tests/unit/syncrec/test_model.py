@@ -55,7 +55,11 @@ SASREC = {
     "mutual_information": False,
 }
 # Only harm is corrected.
-HARM = {"loss_correction": "harm", "stop_gradient": "harm", "prediction": "harm"}
+HARM = {
+    "loss_correction": "harm",
+    "stop_gradient": "harm",
+    "prediction": "harm",
+}
 # Every reading of the paper that a config value stands for, and a few of them together.
 READINGS = {
     "default": {},
@@ -776,6 +780,7 @@ RANK_READINGS = {
         "mutual_information_similarity": "cosine",
     },
     "no_stop_gradient": {"stop_gradient": False},
+    "harm": HARM,
     "no_correction_no_information": {
         "loss_correction": "none",
         "mutual_information": False,
@@ -1053,3 +1058,66 @@ def test_training_alone_moves_the_gap():
         not sums_D[~there].any()
         and (model.gap.single_weight_D[~there] == 0.5).all()
     )
+
+
+def _as_one_stack(state):
+    """The state of a model without stop-gradient that has the experts of both stacks."""
+    merged = {}
+    for name, value in state.items():
+        if not name.startswith("single_experts."):
+            other = name.replace("cross_experts.", "single_experts.")
+            if other != name:
+                value = torch.cat([value, state[other]])
+            merged[name] = value
+    return merged
+
+
+@pytest.mark.parametrize("gap", [None, 0.3, -0.002])
+def test_where_no_domain_is_harmed_the_model_is_an_mmoe(gap):
+    """Losses, gradients and predictions; gap: as seen in earlier batches, None: there were none."""
+    domains = len(DOMAIN_ITEMS)
+    config = replace(SMALL, **HARM, mutual_information=False)
+    plain = replace(config, loss_correction="none", stop_gradient=False)
+    model = make_model(config, domains, 31)
+    if gap is not None:
+        model.gap.sums_2D = torch.tensor([[gap] * domains, [1.0] * domains])
+        model.gap.sums_2D = model.gap.sums_2D.double()
+        # Its standard error is 0.1, far above the gap of this batch.
+        noise = [[2.0] * domains, [1.0] * domains, [0.005] * domains]
+        model.gap.noise_3D = torch.tensor(noise, dtype=torch.float64)
+    mmoe = SyNCRec(plain, domains).double()
+    mmoe.load_state_dict(_as_one_stack(model.state_dict()))
+    table = make_table(DOMAIN_ITEMS, config.dim, 31)
+    batch, _ = pack(draw(31, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
+    loss, report, gradients, item_gradient = run(model, table, batch)
+    expected, plain_report, plain_gradients, plain_item = run(
+        mmoe, table, batch
+    )
+    assert report.lambda_D.tolist() == [1] * domains
+    near(loss, expected, "loss")
+    near(report.phi_D.nan_to_num(), plain_report.phi_D.nan_to_num(), "φ")
+    near(item_gradient, plain_item, "gradient of the items")
+    gradients = _as_one_stack(gradients)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        near(gradients[name], gradient, name)
+    assert model.gap.single_weight_D.tolist() == [0.5] * domains
+    near(mmoe.gap.sums_2D, model.gap.sums_2D, "the mean gap")
+
+
+@pytest.mark.parametrize("view", ["cross", "single"])
+def test_a_harmed_domain_trains_its_own_tasks_experts_only(view):
+    """Harm beyond measure: the gates of that domain are 0, as the paper's stop-gradient is."""
+    domains = len(DOMAIN_ITEMS)
+    config = replace(SMALL, **HARM, mutual_information=False)
+    model = make_model(config, domains, 32)
+    model.gap.sums_2D = torch.ones(2, domains, dtype=torch.float64)
+    model.gap.sums_2D[0] = -1e6
+    noise = [[0.0] * domains, [1.0] * domains, [0.005] * domains]
+    model.gap.noise_3D = torch.tensor(noise, dtype=torch.float64)
+    batch, _ = pack(draw(32, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
+    table = make_table(DOMAIN_ITEMS, config.dim, 32)
+    _, _, gradients, _ = run(model, table, only(batch, view))
+    for name, gradient in gradients.items():
+        if "experts" in name:
+            assert gradient.any() == name.startswith(f"{view}_experts"), name
