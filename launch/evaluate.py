@@ -51,6 +51,9 @@ class Options(ItemTitles, FinishedRun):
     recency_term: bool = option(
         "rank test items by the model with its recency term, too", False
     )
+    skip_recency: bool = option(
+        "leave recency popularity out: events need not be counted", False
+    )
     output: str | None = option(
         "Parquet that gets each user's rank and scores", None, metavar="FILE"
     )
@@ -116,6 +119,7 @@ def _evaluate(options: Options, ranks: "Ranks") -> dict[str, Any]:
             options.output,
             options.ranking == "full",
             options.recency_term,
+            options.skip_recency,
         )
     for name in ("candidates", "output", "titles"):
         if getattr(options, name):

@@ -22,6 +22,7 @@ from trainer.checkpoint.best_model import (
 )
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.data.loading.day_counts import count_recent
 from trainer.data.split import Timeline
 from trainer.distributed.consensus import run_on_all_ranks
 from trainer.distributed.determinism import use_deterministic_sums
@@ -33,9 +34,12 @@ from trainer.evaluation.candidate_files import (
     read_candidates_of_rank,
 )
 from trainer.evaluation.full import FullRanking, full_record, rank_fully
-from trainer.evaluation.recency.choice import open_recency
-from trainer.evaluation.recency.fit import fit_recency_term
 from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.recency.stored import (
+    is_own_dataset,
+    open_recency,
+    open_recency_term,
+)
 from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Advance,
@@ -65,13 +69,15 @@ def evaluate_run(
     output: str | Path | None = None,
     full: bool = False,
     recency_term: bool = False,
+    skip_recency: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run's best model and returns the record. Called on all ranks.
 
     data: the dataset's folder where it has moved. candidates, output: files, see
     `trainer.evaluation.candidate_files`. full: rank among all items of the domain too, which
     leaves the record and each user's positions in the run's folder. recency_term: rank by the model
-    with its recency term, too (trainer.evaluation.recency), as `evaluation.recency_term` does. Raises
+    with its recency term, too (trainer.evaluation.recency), as `evaluation.recency_term` does.
+    skip_recency: leave recency popularity out; without the term no events are counted. Raises
     InputError where one of them cannot be used.
     """
     _check_options(split, candidates, full, recency_term)
@@ -87,10 +93,10 @@ def evaluate_run(
             )
         trained = load_trained_model(run, config, dataset, ranks)
         positions = _TargetPositions(dataset, split)
-        recency = open_recency(dataset, ranks, config)
-        term = None
-        if recency_term or config.evaluation.recency_term:
-            term = _fit_term(trained, recency, split)
+        with_term = recency_term or config.evaluation.recency_term
+        recency, term = _open_recency(
+            trained, not skip_recency, with_term and split == "test"
+        )
         ranking = _rank_candidates(
             trained,
             split,
@@ -135,7 +141,7 @@ def _check_options(
 def _rank_fully(
     trained: TrainedModel,
     split: str,
-    recency: RecencyPopularity,
+    recency: RecencyPopularity | None,
     term: RecencyTerm | None,
 ) -> FullRanking:
     """Ranks a split among all items."""
@@ -172,22 +178,27 @@ def _record_options(trained: TrainedModel) -> dict[str, int]:
     }
 
 
-def _fit_term(
-    trained: TrainedModel, recency: RecencyPopularity, split: str
-) -> RecencyTerm | None:
-    """The model's recency term, fitted on the validation split; None for that split itself."""
-    if split != "test":
-        return None
-    with _progress_bar(trained.ranks, "fitting the recency term") as advance:
-        return fit_recency_term(
-            trained.model,
-            trained.table,
-            trained.dataset,
-            trained.ranks,
-            trained.config,
-            recency.counts,
-            advance,
-        )
+def _open_recency(
+    trained: TrainedModel, with_popularity: bool, with_term: bool
+) -> tuple[RecencyPopularity | None, RecencyTerm | None]:
+    """Recency popularity and the model's recency term, where they are wanted.
+
+    Events are counted where one of them is.
+    """
+    recency = None
+    term = None
+    if not (with_popularity or with_term):
+        return recency, term
+    ranks = trained.ranks
+    config = trained.config
+    counts = count_recent(trained.dataset, ranks, config.stream)
+    if with_popularity:
+        run = trained.run if is_own_dataset(trained) else None
+        recency = open_recency(counts, trained.dataset, ranks, config, run=run)
+    if with_term:
+        with _progress_bar(ranks, "fitting the recency term") as advance:
+            term = open_recency_term(trained, counts, advance)
+    return recency, term
 
 
 class _TargetPositions:
@@ -220,7 +231,7 @@ def _rank_candidates(
     candidates: CandidatesByUser | None,
     output: str | Path | None,
     visit: Visit | None,
-    recency: RecencyPopularity,
+    recency: RecencyPopularity | None,
     term: RecencyTerm | None,
 ) -> PositionCounts:
     """Ranks a split among drawn or given candidates; leaves `output` where it is given.

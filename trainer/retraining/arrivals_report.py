@@ -170,13 +170,13 @@ def describe_arrivals(result: Result) -> list[str]:
         return [*lines, f"Not ranked: {record['skipped']}."]
     lines += [
         f"{HEADLINE} of all events, each after what its user did before, by the model that served, "
-        "before any model learnt from them.",
+        "before any model learnt from them. Events of items that it never saw do not count.",
         "",
         "| domain | events | the model | with recent counts | recency popularity | popularity "
         "| of items it never saw |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    unseen = (evaluation.seen or {}).get("unseen", {})
+    unseen = evaluation.unseen_by_domain
     for row in evaluation.by_domain:
         lines.append(_row(row, row.users, unseen.get(row.name)))
     mean = mean_row(evaluation)
