@@ -69,6 +69,7 @@ ARRIVALS = [
     day("1", "0001"),  # of before: it has no figures
     day("2", "0002") | {"arrivals": {"skipped": "no model served yet"}},
     evaluated("3", {"shop": 0.3, "<b>": 0.5}, {"shop": 0.2, "<b>": 0.3}),
+    day("none", "0004") | {"arrivals": {"skipped": "no event is later"}},
     evaluated(
         "4", {"shop": 0.1, "<b>": 0.6}, {"shop": 0.25, "<b>": 0.35}, ["shop"]
     ),
@@ -85,15 +86,14 @@ def test_yesterdays_model_on_todays_events_is_a_line_beside_recency(tmp_path):
     assert "<h2>Yesterday&#39;s model on today&#39;s events</h2>" in page
     _, mean, shop, other, *_ = figures_of(page)
     assert lines_of(mean) == {
-        "popularity": [None, None, 0.1, 0.1],
-        "recency popularity": [None, None, 0.25, pytest.approx(0.3)],
-        "yesterday's model": [None, None, 0.4, 0.35],
+        "recency popularity": [0.25, None, pytest.approx(0.3)],
+        "yesterday's model": [0.4, None, 0.35],
     }
     served = lines_of(shop)["yesterday's model"]
-    assert served == [None, None, 0.3, 0.1]
-    assert lines_of(other)["recency popularity"] == [None, None, 0.3, 0.35]
+    assert served == [0.3, None, 0.1]
+    assert lines_of(other)["recency popularity"] == [0.3, None, 0.35]
     colours = shop["data"][-1]["marker"]["color"]
-    assert colours.index(RED) == 3 and colours.count(RED) == 1
+    assert colours.index(RED) == 2 and colours.count(RED) == 1
     assert RED not in other["data"][-1]["marker"]["color"]
     assert "Warning: shop: below &lt;it&gt;." in page
     assert page.count('<td class="worse">0.3500</td>') == 1
