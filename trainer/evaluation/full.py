@@ -118,7 +118,8 @@ class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
     rank_U: int32, the position of each target, by its number, which is its user's where a user has
-    one (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of
+    one (trainer/evaluation/targets.py); 0 of those that were not ranked. term_rank_U: likewise by the
+    model with its recency term; None without one. means: GroupMeans of
     `systems`; the groups of domain d are d · groups_of_domain() and those that follow: all its
     users, then those of each of BREAKDOWNS. shown: how often each row of M was among the SHOWN best
     of a user.
@@ -141,6 +142,7 @@ class FullRanking:
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: dict[str, Any] | None = None
     recency_term: dict[str, Any] | None = None
+    term_rank_U: np.ndarray | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -330,6 +332,9 @@ def rank_fully(
         if advance is not None:
             advance(done, len(batches))
     means = systems.means()
+    term_position_U = None
+    if term is not None:
+        term_position_U = sum_over_ranks(systems.term_positions(position_U))
     means.reduce(ranks.device)
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
@@ -344,6 +349,7 @@ def rank_fully(
         systems.names,
         None if recency is None else recency.choice.to_record(),
         None if term is None else term.to_record(dataset),
+        term_position_U,
     )
 
 
@@ -352,11 +358,13 @@ class _RankedBatch:
     """The users of a step, their groups, and their positions by the model and by popularity.
 
     user_B       12     40
+    target_B     12     40
     groups_BG    0 2    11 14
     positions    1 7    4 9
     """
 
     user_B: np.ndarray
+    target_B: np.ndarray
     groups_BG: np.ndarray
     positions: tuple[np.ndarray, np.ndarray]
 
@@ -391,6 +399,7 @@ class _Systems:
         all_groups = len(dataset.domains) * groups_of_domain()
         self._means = GroupMeans(len(names), all_groups, seed)
         self._ranked: list[_RankedBatch] = []
+        self._of_term: list[np.ndarray] = []
 
     def add(
         self,
@@ -418,6 +427,7 @@ class _Systems:
         third_B = self._popularity.third_N[batch.row_B]
         ranked = _RankedBatch(
             batch.user_B,
+            batch.target_B,
             groups(batch, third_B, self._dataset.is_trained(batch.row_B)),
             (position_B, popularity_B),
         )
@@ -426,15 +436,24 @@ class _Systems:
     def means(self) -> GroupMeans:
         """The means over this rank's users, after the last step. Called on all ranks."""
         later = []
-        for ranking in (self._recency, self._term):
-            if ranking is not None:
-                later.append(ranking.positions())
+        if self._recency is not None:
+            later.append(self._recency.positions())
+        if self._term is not None:
+            self._of_term = self._term.positions()
+            later.append(self._of_term)
         for index, ranked in enumerate(self._ranked):
             positions = [*ranked.positions]
             for of_steps in later:
                 positions.append(of_steps[index])
             self._means.add(ranked.user_B, ranked.groups_BG, positions)
         return self._means
+
+    def term_positions(self, like_U: np.ndarray) -> np.ndarray:
+        """This rank's positions with the term by the targets' numbers, after `means`."""
+        position_U = np.zeros_like(like_U)
+        for ranked, position_B in zip(self._ranked, self._of_term, strict=True):
+            position_U[ranked.target_B] = position_B
+        return position_U
 
 
 def _held_out_batches(
