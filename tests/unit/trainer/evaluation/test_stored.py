@@ -112,7 +112,7 @@ def spoiled(record):
         (with_entry(users=None), "None is no number"),
         (
             record | {"made_of": record["made_of"] | {"seed": 77}},
-            "it is of another seed",
+            "it was made with another seed",
         ),
     ):
         yield json.dumps(changed), said
@@ -146,7 +146,7 @@ def test_another_checkpoint_gets_a_term_of_its_own(run, fitted, capsys):
     capsys.readouterr()
     term_of(run)
     assert fitted["fit_recency_term"] == 2
-    assert "it is of another checkpoint" in capsys.readouterr().err
+    assert "it was made with another checkpoint" in capsys.readouterr().err
     term_of(run)
     assert fitted["fit_recency_term"] == 2
 
