@@ -1,5 +1,6 @@
 """What holds for all tests: they take the CPU, also beside a device (tests/unit/test_cuda.py asks for it)."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,3 +29,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(RANKS):
             item.add_marker(pytest.mark.ranks)
+
+
+def pytest_collection_finish():
+    """What the imports have left stays: a collection need not walk it.
+
+    There are some, and each would take half a second.
+    """
+    gc.collect()
+    gc.freeze()

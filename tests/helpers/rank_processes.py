@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -61,6 +62,11 @@ class Server:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.path = str(Path(self._folder.name) / "socket")
+        self.python = Path(self._folder.name) / "python"
+        shim = Path(__file__).with_name("forked_python.py")
+        words = [sys.executable, "-S", "-E", str(shim), self.path]
+        self.python.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        self.python.chmod(0o700)
         command = [sys.executable, "-m", "tests.helpers.rank_server", self.path]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=cpu_environment(), stdin=subprocess.DEVNULL
@@ -141,6 +147,11 @@ class RankProcess:
     def stderr(self) -> str:
         """What it has said."""
         return self._stderr.read_text() if self._stderr.exists() else ""
+
+
+def forked_python() -> str:
+    """A program that stands for Python, and imports the stack by being forked from the server."""
+    return str(Server.get().python)
 
 
 def free_port() -> int:

@@ -1,21 +1,17 @@
 """Planted relations are found: the study of synthetic logs in which two domains help each other and the others harm a third."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.rank_processes import forked_python, run_alone
 from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import synthesize_logs
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.study.results import RunResult, collect_results, paired_difference
 
-ROOT = Path(__file__).parents[2]
 HARMED, RELATED = "ads", ("shop", "video")
 BASE = """
 global_batch_size: 64
@@ -46,7 +42,6 @@ def study(tmp_path_factory):
     )
     (folder / "base.yaml").write_text(BASE)
     command = [
-        sys.executable,
         "launch/study.py",
         "--data",
         folder / "data",
@@ -59,14 +54,7 @@ def study(tmp_path_factory):
         "systems=[SyNCRec,SDSR]",
         "parallel=2",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_alone(*command, timeout=3000, FORKED_PYTHON=forked_python())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"report: {folder / 'study' / 'report.html'}" in done.stdout
     return folder / "study"

@@ -10,7 +10,7 @@ from tests.helpers import HELPERS
 from tests.helpers.left import assert_same, losses
 from tests.helpers.namespaces import finish, start
 from tests.helpers.stages import SETTINGS
-from tests.ranks.conftest import deepspeed, run
+from tests.ranks.conftest import deepspeed, ranks_of, run
 from trainer.checkpoint.layout import list_checkpoints
 
 STAGES, FAULTY = (HELPERS.joinpath(name) for name in ("stages.py", "faulty.py"))
@@ -26,7 +26,7 @@ def hosts():
 
 
 def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
-    steps = "max_steps=20"
+    steps = "max_steps=5"
     statuses, logs = finish(
         start(
             hosts,
@@ -41,9 +41,9 @@ def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
         tmp_path,
     )
     assert statuses == [0, 0], "\n".join(log[-4000:] for log in logs)
-    run(deepspeed(2, STAGES, dataset, tmp_path / "local", "1", steps))
+    run(ranks_of(2, STAGES, dataset, tmp_path / "local", "1", steps))
     two, local = (losses(tmp_path / name / "1") for name in ("two", "local"))
-    assert len(local) == 20
+    assert len(local) == 5
     np.testing.assert_allclose(
         list(two.values()), list(local.values()), rtol=1e-6
     )

@@ -48,6 +48,7 @@ from trainer.evaluation.personalization import (
 )
 from trainer.evaluation.sampled import Candidates, evaluate_split
 from trainer.files.atomic import Patience, retry_patiently
+from trainer.retraining.day import read_arrivals
 from trainer.retraining.guards import compare_positions, judge
 from trainer.retraining.published import read_current_version
 from trainer.retraining.registry import (
@@ -66,12 +67,13 @@ def publish(
     ranks: Ranks,
     config: PublishConfig,
     data: str | Path | None = None,
+    arrivals: str | Path | None = None,
 ) -> Record:
     """Compares a finished run's model with the current one, and publishes or refuses it.
 
-    Called on all ranks. data: the candidate's dataset where it has moved. Returns the record: its
-    `published` is the version's number or None, and its `reasons` say why not. A run that serves
-    already is left alone.
+    Called on all ranks. data: the candidate's dataset where it has moved. arrivals: the file with the
+    day's prequential evaluation, which the record keeps. Returns the record: its `published` is the
+    version's number or None, and its `reasons` say why not. A run that serves already is left alone.
 
     Raises InputError where the candidate cannot be used, another process publishes here, or
     nothing can be written; `current.json` is then as it was.
@@ -89,6 +91,11 @@ def publish(
                 f"{candidate}: has not learnt from its newest days (split.kind="
                 f"{run_config.split.kind}): publish a run of split.kind=leave_one_out"
             )
+        of_day: Record = {}
+        if arrivals is not None:
+            of_day = run_on_first_rank(
+                lambda: read_arrivals(Path(arrivals)), ranks.first
+            )
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
             nothing: dict[str, list[str]] = {"reasons": [], "notes": []}
@@ -102,8 +109,15 @@ def publish(
         comparison = _Comparison(served, current, current_test, config)
         record = identity | comparison.measure()
         min_users = run_config.evaluation.min_users
-        judgement = judge(record["domains"], config, min_users)
+        judgement = judge(
+            record["domains"],
+            config,
+            min_users,
+            of_day.get("against_recency"),
+        )
         record |= asdict(judgement) | {"min_users": min_users}
+        if of_day:
+            record["arrivals"] = of_day
         if record["reasons"]:
             return run_on_first_rank(
                 lambda: registry.refuse(record), ranks.first

@@ -224,8 +224,8 @@ class _Export:
         if self.config.faiss:
             write_index(folder, self.config.faiss)
         own_weight = 0.0
-        if model.prediction is not None:
-            own_weight = float(model.prediction.single_weight_D[number])
+        if model.gap is not None and model.config.predicts_by_both:
+            own_weight = float(model.gap.single_weight_D[number])
             _write_encoder(
                 folder,
                 UserEncoder(

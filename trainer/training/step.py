@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 class _ForwardState:
     """What a forward pass changes, none of it in place.
 
-    buffers: the model's (λ, φ̄): module, name, value. updates: the table's count of updates.
+    buffers: the model's (λ, φ̄ and its noise): module, name, value. updates: the table's count of updates.
     """
 
     buffers: list[tuple[torch.nn.Module, str, torch.Tensor]]

@@ -63,7 +63,7 @@ def choose_half_life(
         histogram = np.zeros(shape, np.int64)
         faded = counts.fade(half_life)
         for step, newest in steps:
-            _count_step(histogram, step, faded.at(newest), config.seed)
+            _count_step(histogram, dataset, step, faded.at(newest), config.seed)
         total = sum_over_ranks(histogram)
         validation[half_life] = _mean_ndcg(total, config.evaluation.min_users)
     best = max(HALF_LIVES, key=validation.__getitem__)
@@ -71,9 +71,13 @@ def choose_half_life(
 
 
 def _count_step(
-    histogram_DP: np.ndarray, step: Candidates, count_C: np.ndarray, seed: int
+    histogram_DP: np.ndarray,
+    dataset: Dataset,
+    step: Candidates,
+    count_C: np.ndarray,
+    seed: int,
 ) -> None:
-    """Adds the positions of a step's users by their candidates' counts.
+    """Adds the positions of a step's users by their candidates' counts, of items training has seen.
 
     Two users, of domains 0 and 1, the second one's first candidate behind one other:
 
@@ -84,6 +88,7 @@ def _count_step(
     score_C = break_ties(count_C, seed, step.user_B, step.counts_B, step.rows_C)
     position_B = candidate_positions(score_C, step.counts_B)
     real_B = step.user_B >= 0
+    real_B &= dataset.is_trained(step.held_out_row_B)
     count_positions(histogram_DP, step.domain_B[real_B], position_B[real_B])
 
 

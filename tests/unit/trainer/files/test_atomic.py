@@ -92,7 +92,8 @@ class Disk:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with rank_of_one() as ranks:
-        yield finished_run(tmp_path_factory.mktemp("finished"), ranks)
+        own = ["model.prediction=cross", "model.time_knots=0"]
+        yield finished_run(tmp_path_factory.mktemp("finished"), ranks, *own)
 
 
 @pytest.fixture
