@@ -58,8 +58,8 @@ from trainer.evaluation.metrics import (
 )
 from trainer.evaluation.popularity import candidate_scores
 from trainer.evaluation.recency.choice import open_recency
-from trainer.evaluation.recency.fit import fit_recency_term
 from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.recency.stored import open_recency_term
 from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Candidates,
@@ -210,14 +210,7 @@ def _score(trained: TrainedModel, wants_term: bool) -> dict[str, Any]:
     recency = open_recency(dataset, ranks, config)
     term = None
     if wants_term:
-        term = fit_recency_term(
-            trained.model,
-            trained.table,
-            dataset,
-            ranks,
-            config,
-            recency.counts,
-        )
+        term = open_recency_term(trained, recency.counts)
     positions = _ArrivalPositions(dataset, config.seed, recency, term)
     with Stages(ranks.first) as stages, stages.open_stage("ranking") as show:
         ranking = evaluate_split(

@@ -14,7 +14,10 @@ from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.data.loading.day_counts import count_recent
 from trainer.evaluation import evaluate_run as evaluate_run_module
 from trainer.evaluation.evaluate_run import evaluate_run
-from trainer.evaluation.recency.stored import open_recency, open_recency_term
+from trainer.evaluation.recency.stored import (
+    open_kept_recency,
+    open_recency_term,
+)
 from trainer.files.atomic import write_json
 from trainer.run_files import BEST, HALF_LIFE, RECENCY_TERM
 
@@ -61,7 +64,7 @@ def term_of(run, data=None):
 def choice_of(run, config=None):
     config = config or run.config
     counts = count_recent(run.dataset, run.ranks, config.stream)
-    return open_recency(
+    return open_kept_recency(
         counts, run.dataset, run.ranks, config, run=run.folder
     ).choice
 
