@@ -37,7 +37,7 @@ from trainer.evaluation.full import FullRanking, full_record, rank_fully
 from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.stored import (
     is_own_dataset,
-    open_kept_recency,
+    open_recency,
     open_recency_term,
 )
 from trainer.evaluation.recency.term import RecencyTerm
@@ -194,9 +194,7 @@ def _open_recency(
     counts = count_recent(trained.dataset, ranks, config.stream)
     if with_popularity:
         run = trained.run if is_own_dataset(trained) else None
-        recency = open_kept_recency(
-            counts, trained.dataset, ranks, config, run=run
-        )
+        recency = open_recency(counts, trained.dataset, ranks, config, run=run)
     if with_term:
         with _progress_bar(ranks, "fitting the recency term") as advance:
             term = open_recency_term(trained, counts, advance)

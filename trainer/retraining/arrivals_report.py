@@ -176,7 +176,7 @@ def describe_arrivals(result: Result) -> list[str]:
         "| of items it never saw |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    unseen = (evaluation.seen or {}).get("unseen", {})
+    unseen = evaluation.unseen_by_domain
     for row in evaluation.by_domain:
         lines.append(_row(row, row.users, unseen.get(row.name)))
     mean = mean_row(evaluation)

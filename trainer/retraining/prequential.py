@@ -39,6 +39,7 @@ from trainer.checkpoint.load import find_best
 from trainer.checkpoint.warm_start import WarmStart, match_model
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import TICKS, Dataset
+from trainer.data.loading.day_counts import count_recent
 from trainer.data.loading.timeline import format_time, hold_out
 from trainer.data.split import LEAVE_ONE_OUT, TEST, LeaveOneOut, Timeline
 from trainer.distributed.agreement import run_on_first_rank
@@ -57,9 +58,11 @@ from trainer.evaluation.metrics import (
     metric_values,
 )
 from trainer.evaluation.popularity import candidate_scores
-from trainer.evaluation.recency.choice import open_recency
 from trainer.evaluation.recency.ranking import RecencyPopularity
-from trainer.evaluation.recency.stored import open_recency_term
+from trainer.evaluation.recency.stored import (
+    open_recency,
+    open_recency_term,
+)
 from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Candidates,
@@ -207,10 +210,11 @@ def _score(trained: TrainedModel, wants_term: bool) -> dict[str, Any]:
     dataset = trained.dataset
     config = trained.config
     ranks = trained.ranks
-    recency = open_recency(dataset, ranks, config)
+    counts = count_recent(dataset, ranks, config.stream)
+    recency = open_recency(counts, dataset, ranks, config)
     term = None
     if wants_term:
-        term = open_recency_term(trained, recency.counts)
+        term = open_recency_term(trained, counts)
     positions = _ArrivalPositions(dataset, config.seed, recency, term)
     with Stages(ranks.first) as stages, stages.open_stage("ranking") as show:
         ranking = evaluate_split(

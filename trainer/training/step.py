@@ -37,7 +37,7 @@ from trainer.distributed.process_group import (
 )
 from trainer.errors import InputError, NonFiniteLoss
 from trainer.evaluation.recency.ranking import RecencyPopularity
-from trainer.evaluation.recency.stored import open_kept_recency
+from trainer.evaluation.recency.stored import open_recency
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
@@ -183,7 +183,7 @@ class Trainer:
             counts = count_recent(
                 self.dataset, self.ranks, self.config.stream, beat
             )
-            self._recency = open_kept_recency(
+            self._recency = open_recency(
                 counts,
                 self.dataset,
                 self.ranks,

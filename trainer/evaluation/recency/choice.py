@@ -12,7 +12,6 @@ import numpy as np
 
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.day_counts import count_recent
 from trainer.data.loading.stream import batches_of_workers
 from trainer.data.recent_counts import NewestPairs, RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
@@ -24,7 +23,7 @@ from trainer.evaluation.metrics import (
     metrics_of_histogram,
 )
 from trainer.evaluation.popularity import break_ties
-from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
+from trainer.evaluation.recency.ranking import HalfLifeChoice
 from trainer.evaluation.recency.sample import CandidatesAlone
 from trainer.evaluation.sampled import Candidates
 from trainer.run_files import HEADLINE
@@ -35,21 +34,6 @@ if TYPE_CHECKING:
 HALF_LIVES = (3, 7, 14, 30, 90, 365)
 # Of more users about so many are ranked.
 _MOST_USERS = 20_000
-
-
-def open_recency(
-    dataset: Dataset,
-    ranks: "Ranks",
-    config: RunConfig,
-    beat: Callable[[], None] | None = None,
-) -> RecencyPopularity:
-    """Counts a dataset by item and day, and chooses the half-life. Called on all ranks.
-
-    beat: called now and then. Raises InputError where a shard cannot be used.
-    """
-    counts = count_recent(dataset, ranks, config.stream, beat)
-    choice = choose_half_life(counts, dataset, ranks, config, beat)
-    return RecencyPopularity(counts, choice, config.seed)
 
 
 def choose_half_life(

@@ -103,7 +103,7 @@ class KeptRecord:
             _warn(f"{self.file}: is not kept ({error.strerror})")
 
 
-def open_kept_recency(
+def open_recency(
     counts: RecentCounts,
     dataset: Dataset,
     ranks: "Ranks",

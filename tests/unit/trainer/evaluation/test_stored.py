@@ -15,7 +15,7 @@ from trainer.data.loading.day_counts import count_recent
 from trainer.evaluation import evaluate_run as evaluate_run_module
 from trainer.evaluation.evaluate_run import evaluate_run
 from trainer.evaluation.recency.stored import (
-    open_kept_recency,
+    open_recency,
     open_recency_term,
 )
 from trainer.files.atomic import write_json
@@ -64,7 +64,7 @@ def term_of(run, data=None):
 def choice_of(run, config=None):
     config = config or run.config
     counts = count_recent(run.dataset, run.ranks, config.stream)
-    return open_kept_recency(
+    return open_recency(
         counts, run.dataset, run.ranks, config, run=run.folder
     ).choice
 
