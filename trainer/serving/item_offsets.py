@@ -67,9 +67,9 @@ class CountMoment:
         last = dataset.last_time
         unit = Days.of(dataset).unit
         if unit == DAYS:
-            length = TIME_UNITS[dataset.log_times.unit] * _SECONDS_OF_DAY
-            as_of = math.floor(last / length) + 1
-            return cls(unit, 0.0, float(length), as_of, last)
+            day = float(TIME_UNITS[dataset.log_times.unit] * _SECONDS_OF_DAY)
+            as_of = math.floor(last / day) + 1
+            return cls(unit, 0.0, day, as_of, last)
         first = dataset.first_time
         # A little longer, so that the last time is within the last part.
         length = (last - first) / _PARTS * (1 + 2.0**-16)
