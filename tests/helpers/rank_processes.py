@@ -169,7 +169,7 @@ def run_ranks(
     timeout: float = 300,
     **environment: str,
 ) -> Finished:
-    """Runs a script or a module on so many ranks, to its end.
+    """Runs a script or a module on so many ranks, to its end. Runs draw no report (WITHOUT_REPORT).
 
     The status is that of the first rank that fails, as a launcher gives it: 256 − N for signal N.
     """
@@ -185,6 +185,7 @@ def run_ranks(
             "MASTER_PORT": port,
         }
         command = [str(target), *map(str, arguments)]
+        place["WITHOUT_REPORT"] = "1"
         whole = cpu_environment(**place) | environment
         processes.append(RankProcess(command, whole, module))
     return _finish(processes, timeout)

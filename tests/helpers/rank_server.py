@@ -34,6 +34,17 @@ STACK = (
     "trainer.serving.export",
     "trainer.retraining.publish",
     "trainer.data.prepare.pipeline",
+    # What they import where they first need it.
+    "jinja2",
+    "plotly.graph_objects",
+    "plotly.io",
+    "pyarrow.dataset",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "trainer.config.command_line",
+    "trainer.distributed.supervisor",
+    "trainer.reporting.run_report",
+    "trainer.study.runner",
 )
 
 
@@ -155,6 +166,8 @@ def run_rank(request: dict) -> int:
     # What it starts by `sys.executable`, a launcher its ranks.
     sys.executable = os.environ.get("FORKED_PYTHON", sys.executable)
     os.chdir(request["folder"])
+    if "WITHOUT_REPORT" in os.environ:
+        leave_out_report()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -184,6 +197,15 @@ def run_rank(request: dict) -> int:
         status = 1
     atexit._run_exitfuncs()
     return int(status or 0)
+
+
+def leave_out_report() -> None:
+    """A run's page takes longer to draw than a few steps take."""
+    import trainer.reporting.run_report
+
+    trainer.reporting.run_report.write_report = lambda run, has_ended=False: (
+        f"{run}: none"
+    )
 
 
 def redirect(stdout: str, stderr: str) -> None:
