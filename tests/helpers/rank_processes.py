@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,11 +56,14 @@ class Finished:
 
 
 class Server:
-    """The process that forks ranks; one for each process that runs tests."""
+    """The process that forks ranks; one for each process that runs tests.
+
+    prefix: words before its command, such as those that start it on another host.
+    """
 
     _running: "Server | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.path = str(Path(self._folder.name) / "socket")
         self.python = Path(self._folder.name) / "python"
@@ -69,10 +73,16 @@ class Server:
         self.python.chmod(0o700)
         command = [sys.executable, "-m", "tests.helpers.rank_server", self.path]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=cpu_environment(), stdin=subprocess.DEVNULL
+            [*prefix, *command],
+            cwd=ROOT,
+            env=cpu_environment(),
+            stdin=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 300
         self._owner = socket.socket(socket.AF_UNIX)
+
+    def wait_ready(self) -> None:
+        """Returns once it has imported the stack."""
+        deadline = time.monotonic() + 300
         while True:
             with contextlib.suppress(OSError):
                 self._owner.connect(self.path)
@@ -87,6 +97,7 @@ class Server:
         """The one that runs, or a new one."""
         if cls._running is None or cls._running._process.poll() is not None:
             cls._running = cls()
+            cls._running.wait_ready()
             atexit.register(cls._running.close)
         return cls._running
 

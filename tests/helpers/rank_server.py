@@ -146,6 +146,7 @@ def fork_rank(
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
+            open_streams()
         else:
             redirect(request["stdout"], request["stderr"])
         status = run_rank(request)
@@ -197,6 +198,20 @@ def run_rank(request: dict) -> int:
         status = 1
     atexit._run_exitfuncs()
     return int(status or 0)
+
+
+def open_streams() -> None:
+    """Has Python take the files that it has now for its input and output, be they pipes or terminals."""
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(  # noqa: SIM115
+        2, "w", buffering=1, errors="backslashreplace", closefd=False
+    )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    )
 
 
 def leave_out_report() -> None:

@@ -206,7 +206,7 @@ def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
 ):
     settings = [
         *FOURTEEN_STEPS,
-        "timeout_minutes=0.05",
+        f"timeout_minutes={0.1 if what == 'hang' else 5}",
         "checkpoint.every_epochs=0",
     ]
     folder = tmp_path / "run"
