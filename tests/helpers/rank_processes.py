@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -30,6 +31,7 @@ ON_CPU = {
 }
 # How long the others may take to end once a rank has failed, before they are killed.
 GRACE = 60.0
+_DRAW = random.SystemRandom()  # tests seed the other
 _PLACE = (
     "RANK",
     "WORLD_SIZE",
@@ -166,10 +168,20 @@ def forked_python() -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on now, nor on the one after it, which supervisors take.
+
+    Not one of those that the system gives to connections; and each process that runs tests has its
+    own, since the ranks of two may start at the same moment.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    first = 10_000 + int(worker) % 4 * 5_000
+    while True:
+        port = first + 2 * _DRAW.randrange(2_500)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for number in (port, port + 1):
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", number))
+            return port
 
 
 def run_ranks(
