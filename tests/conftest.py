@@ -38,3 +38,12 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Runs in this process draw no page, which takes longer than a few steps take."""
+    monkeypatch.setattr(
+        "trainer.reporting.run_report.write_report",
+        lambda run, has_ended=False: Path(run) / "report.html",
+    )
