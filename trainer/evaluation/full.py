@@ -82,7 +82,7 @@ class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
     user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
-    for which is predicted. length_B: of the whole history before it. domain_length_B: interactions
+    as of which the recent past is counted. length_B: of the whole history before it. domain_length_B: interactions
     of that history in the item's domain. rows_E, counts_B: every other item of the user, jagged.
     target_B: the targets' numbers (trainer/evaluation/targets.py). skipped, reasons: as in
     `RankBatch` (trainer.data.loading.stream).
@@ -168,6 +168,7 @@ class HeldOutBatches(RankingBatches):
         begins_B = ends_B - lengths_B
         held_out_B = begins_B + targets.place_T
         row_B = users.items_N[held_out_B].astype(np.int64)
+        ticks_B = users.ticks_N[held_out_B].astype(np.int64)
         domain_B = dataset.domain_of(row_B)
         domain_length_B = np.zeros(len(row_B), np.int64)
         others = [np.zeros(0, np.int64)]
@@ -187,7 +188,7 @@ class HeldOutBatches(RankingBatches):
             user_B=users.number_B[targets.user_T],
             domain_B=domain_B,
             row_B=row_B,
-            now_B=users.ticks_N[begins_B + targets.place_T].astype(np.int64),
+            now_B=dataset.split.counted_until(self.part, ticks_B),
             length_B=targets.place_T,
             domain_length_B=domain_length_B,
             rows_E=np.concatenate(others),

@@ -22,7 +22,7 @@ from trainer.data.loading.timeline import describe_split
 from trainer.evaluation.metrics import Figures
 
 # Of a run's split that an evaluation's record names.
-_NAMED = ("kind", "whose", "validation", "test")
+_NAMED = ("kind", "whose", "counts", "validation", "test")
 
 
 @dataclass(frozen=True)
