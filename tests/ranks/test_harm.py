@@ -21,7 +21,7 @@ BASE = """
 global_batch_size: 64
 epochs: 12
 model: {dim: 16, ffn_dim: 16, max_length: 48, blocks: 1, experts: 3, cross_experts: 2, time_knots: 0,
-        loss_correction: harm, stop_gradient: harm, prediction: harm, mutual_information: off}
+        loss_correction: harm, stop_gradient: off, prediction: harm, mutual_information: off}
 table: {optimizer: adagrad, learning_rate: 0.1}
 negatives: {shared: 80}
 evaluation: {patience: 3}
@@ -65,11 +65,11 @@ def _study(folder, systems, **synthetic):
 
 
 def _weights(runs):
-    """λ of every log line of training, from the first epoch's end on."""
+    """λ of every log line of training, from the fourth epoch on."""
     file = runs / "SyNCRec-seed=0" / "run" / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
-    return [record["lambda"] for record in train if record["epoch"] > 1]
+    return [record["lambda"] for record in train if record["epoch"] > 2]
 
 
 def _results(runs, *names):
