@@ -5,7 +5,9 @@
 Importing PyTorch, TorchRec, DeepSpeed and FBGEMM takes seconds of a core in each process. A forked
 rank has them at once. It is a process of its own in all else: its environment, arguments, output,
 process group, signals and memory. A request is a line of JSON; the answers are lines with the pid and,
-when the rank has ended, its status. The server ends when the connection that says so is gone.
+when the rank has ended, its status. The server ends when the connection that says so is gone. So does
+a rank that is tied to who asked for it (tests/helpers/forked_python.py), and with it its input and
+output come along.
 """
 
 import atexit
@@ -20,6 +22,7 @@ import socket
 import sys
 import traceback
 
+SUPERVISOR = "SYNCREC_SUPERVISOR"  # trainer/distributed/supervisor.py
 # What a rank may use; imported here, once.
 STACK = (
     "torch",
@@ -31,6 +34,17 @@ STACK = (
     "trainer.serving.export",
     "trainer.retraining.publish",
     "trainer.data.prepare.pipeline",
+    # What they import where they first need it.
+    "jinja2",
+    "plotly.graph_objects",
+    "plotly.io",
+    "pyarrow.dataset",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "trainer.config.command_line",
+    "trainer.distributed.supervisor",
+    "trainer.reporting.run_report",
+    "trainer.study.runner",
 )
 
 
@@ -46,38 +60,52 @@ def main(path: str) -> None:
     owner, _ = listener.accept()
     owner.sendall(b"ready\n")
     waiting: dict[int, socket.socket] = {}
+    tied: dict[socket.socket, int] = {}
     wake, woken = os.pipe()
     os.set_blocking(woken, False)
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     while True:
-        readable, _, _ = select.select([listener, owner, wake], [], [], 1.0)
+        tied = {each: pid for each, pid in tied.items() if pid in waiting}
+        listening = [listener, owner, wake, *tied]
+        readable, _, _ = select.select(listening, [], [], 1.0)
         if wake in readable:
             os.read(wake, 4096)
+        for connection in tied.keys() & set(readable):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(tied.pop(connection), signal.SIGKILL)
         report_ended(waiting)
         if owner in readable:
             break
         if listener in readable:
             connection, _ = listener.accept()
-            request = json.loads(read_line(connection))
+            line, streams = read_line(connection)
+            request = json.loads(line)
             keep = [listener, owner, connection, *waiting.values()]
-            pid = fork_rank(request, keep, (wake, woken))
+            pid = fork_rank(request, streams, keep, (wake, woken))
+            for stream in streams:
+                os.close(stream)
             waiting[pid] = connection
-            connection.sendall(f"{pid}\n".encode())
+            if request.get("tied"):
+                tied[connection] = pid
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{pid}\n".encode())
     for pid in waiting:
         os.kill(pid, signal.SIGKILL)
 
 
-def read_line(connection: socket.socket) -> bytes:
-    """What comes until the line ends."""
+def read_line(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """What comes until the line ends, and the files that come along."""
     line = b""
+    streams: list[int] = []
     while not line.endswith(b"\n"):
-        more = connection.recv(65536)
+        more, files, _, _ = socket.recv_fds(connection, 65536, 3)
         if not more:
             raise ConnectionError("a request has no end")
         line += more
-    return line
+        streams += files
+    return line, streams
 
 
 def report_ended(waiting: dict[int, socket.socket]) -> None:
@@ -95,8 +123,13 @@ def report_ended(waiting: dict[int, socket.socket]) -> None:
         connection.close()
 
 
-def fork_rank(request: dict, sockets: list, pipe: tuple[int, int]) -> int:
-    """The pid of a new process that runs what is asked for."""
+def fork_rank(
+    request: dict, streams: list[int], sockets: list, pipe: tuple[int, int]
+) -> int:
+    """The pid of a new process that runs what is asked for.
+
+    streams: its input, output and errors, where they are not files that the request names.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -108,6 +141,14 @@ def fork_rank(request: dict, sockets: list, pipe: tuple[int, int]) -> int:
             inherited.close()
         for number in pipe:
             os.close(number)
+        os.setsid()
+        if streams:
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+                os.close(stream)
+            open_streams()
+        else:
+            redirect(request["stdout"], request["stderr"])
         status = run_rank(request)
     except BaseException:
         traceback.print_exc()
@@ -119,11 +160,15 @@ def fork_rank(request: dict, sockets: list, pipe: tuple[int, int]) -> int:
 
 def run_rank(request: dict) -> int:
     """Runs the script or module as Python would, and gives its exit status."""
-    os.setsid()
-    redirect(request["stdout"], request["stderr"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if SUPERVISOR in os.environ:  # with whom it is to end
+        os.environ[SUPERVISOR] = str(os.getppid())
+    # What it starts by `sys.executable`, a launcher its ranks.
+    sys.executable = os.environ.get("FORKED_PYTHON", sys.executable)
     os.chdir(request["folder"])
+    if "WITHOUT_REPORT" in os.environ:
+        leave_out_report()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -153,6 +198,29 @@ def run_rank(request: dict) -> int:
         status = 1
     atexit._run_exitfuncs()
     return int(status or 0)
+
+
+def open_streams() -> None:
+    """Has Python take the files that it has now for its input and output, be they pipes or terminals."""
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(  # noqa: SIM115
+        2, "w", buffering=1, errors="backslashreplace", closefd=False
+    )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    )
+
+
+def leave_out_report() -> None:
+    """A run's page takes longer to draw than a few steps take."""
+    import trainer.reporting.run_report
+
+    trainer.reporting.run_report.write_report = lambda run, has_ended=False: (
+        f"{run}: none"
+    )
 
 
 def redirect(stdout: str, stderr: str) -> None:

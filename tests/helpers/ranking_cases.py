@@ -9,7 +9,7 @@ import numpy as np
 class Case:
     """A table m_NR, its domain [first, first + items), users, the item of each whose rank is asked for, and who has them.
 
-    excluded: None, or rows by user. owners: "dealt", or the only "first" or "last" rank.
+    excluded: None, or rows by user. owners: "dealt", or the only "first" or "last" rank. ranked_N: the items that are ranked.
     """
 
     m_NR: np.ndarray
@@ -22,6 +22,7 @@ class Case:
     block: int = 16
     users: int = 7
     owners: str = "dealt"
+    ranked_N: np.ndarray | None = None
 
     def owner(self, ranks):
         """The rank of each user."""
@@ -64,6 +65,8 @@ def brute_force(case):
             if case.excluded is not None
             else np.ones(case.items, bool)
         )
+        if case.ranked_N is not None:
+            left_N = left_N & case.ranked_N
         counted_N = np.where(np.isnan(scores_N), np.float32(-np.inf), scores_N)
         order = np.lexsort([rows_N[left_N], -counted_N[left_N]])[: case.k]
         rows[user, : len(order)], scores[user, : len(order)] = (
@@ -79,7 +82,7 @@ def brute_force(case):
 
 def made(
     seed,
-    rows=1003,
+    rows=253,
     dim=12,
     users=23,
     first=0,
@@ -164,7 +167,7 @@ _all_had = made(12, rows=203, first=20, items=100)
 CASES = {
     "plain": made(1),
     "one_part": made(2, block=64, users=100),
-    "middle": made(3, first=300, items=417, had=30),
+    "middle": made(3, first=60, items=170, had=30),
     "other_width": made(4, dim=36, had=100),
     "copies": made(5, spoil=_copies, had=30),
     "almost_equal": made(6, spoil=_almost_equal, had=20),
@@ -172,7 +175,7 @@ CASES = {
     "zeros": made(8, spoil=_zeros, had=40),
     "wild": made(9, spoil=_wild, had=60),
     "wild_users": _wild_users(
-        made(10, spoil=_wild, had=20, first=100, items=800, k=5)
+        made(10, spoil=_wild, had=20, first=100, items=140, k=5)
     ),
     "wild_users_of_good_items": _wild_users(made(11, had=20, k=40)),
     "spread": made(13, spoil=_spread),
@@ -180,12 +183,19 @@ CASES = {
         _all_had,
         excluded=[list(range(203)) * 2, list(range(20, 118))] * 11 + [[]],
     ),
-    "few_items": made(14, first=500, items=6, had=300, k=9),
-    "one_item": made(15, first=500, items=1, k=3),
-    "more_than_all": made(16, first=500, items=50, had=200, k=60, block=4),
+    "few_items": made(14, first=200, items=6, had=300, k=9),
+    "one_item": made(15, first=200, items=1, k=3),
+    "more_than_all": made(16, first=200, items=50, had=200, k=60, block=4),
     "more_than_a_block": made(17, k=100, had=10),
     "on_the_first": made(18, owners="first", had=10),
     "on_the_last": made(19, owners="last", had=10),
     "nobody": made(20, users=0, had=3),
     "one_user": made(21, users=1),
+    "every_third": made(
+        22,
+        first=300,
+        items=417,
+        had=100,
+        ranked_N=np.arange(417) % 3 == 0,
+    ),
 }

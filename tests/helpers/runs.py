@@ -2,9 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import deepspeed
 import torch
@@ -12,6 +16,7 @@ import xxhash
 
 from tests.helpers.alone import group_of_one
 from tests.helpers.made import draw_histories, write_dataset
+from trainer.checkpoint import best_model
 from trainer.checkpoint.layout import RunState
 from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.zero_state import gather_optimizer_state, gather_state
@@ -57,12 +62,38 @@ def rank_of_one():
         os.environ.update(before)
 
 
+@functools.cache
+def read_settings(*settings):
+    """The configuration that they are, which takes longer to read than a step takes."""
+    return load_config([], settings)
+
+
+@contextlib.contextmanager
+def records_read_once():
+    """Within it a run's config.yaml of the same bytes is read once, which takes longer than a step takes."""
+    read, known = best_model.load_recorded, {}
+
+    def read_known(file):
+        data = Path(file).read_bytes() if Path(file).is_file() else None
+        if data is None:
+            return read(file)
+        if data not in known:
+            known[data] = read(file)
+        return copy.deepcopy(known[data])
+
+    with mock.patch.object(best_model, "load_recorded", read_known):
+        yield
+
+
 class SmallRun:
     """A dataset and a run's folder, the configuration that goes with them, and trainers as the run would build them."""
 
-    def __init__(self, folder, ranks, *settings):
+    def __init__(self, folder, ranks, *settings, data=None):
+        """data: another dataset than one that is drawn."""
         self.ranks, self.folder = ranks, folder / "run"
-        self.dataset = write_dataset(folder / "data", draw_histories(20))
+        if data is None:
+            data = write_dataset(folder / "data", draw_histories(20))
+        self.dataset = data
         self.config = self.configured(*settings)
 
     def copied(self, folder):
@@ -73,14 +104,10 @@ class SmallRun:
         return own
 
     def configured(self, *settings):
-        return load_config(
-            [],
-            [
-                f"data={self.dataset.folder}",
-                f"run={self.folder}",
-                *SETTINGS,
-                *settings,
-            ],
+        return replace(
+            copy.deepcopy(read_settings(*SETTINGS, *settings)),
+            data=str(self.dataset.folder),
+            run=str(self.folder),
         )
 
     def trainer(self, checkpoint=None, step=0, config=None):
@@ -126,10 +153,10 @@ def train(trainer, steps):
     return trainer
 
 
-def finished_run(folder, ranks, *settings):
+def finished_run(folder, ranks, *settings, data=None):
     """A SmallRun of three steps whose best model others can open."""
     run = SmallRun(
-        folder, ranks, "optimizer.learning_rate=0.03", *settings
+        folder, ranks, "optimizer.learning_rate=0.03", *settings, data=data
     )  # what begins at zero has to show
     run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
     write_json(run.folder / BEST, best_of(3))

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.rank_processes import free_port, run_alone, run_ranks
+from tests.helpers.rank_processes import (
+    forked_python,
+    free_port,
+    run_alone,
+    run_ranks,
+)
 from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import synthesize_logs
@@ -64,8 +69,21 @@ def trained(dataset, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def one_encoder(dataset, tmp_path_factory):
+    """A run of a step whose export has one encoder, and not one more for each domain: each takes seconds."""
+    folder = tmp_path_factory.mktemp("one encoder") / "run"
+    own = ["max_steps=1", "model.prediction=cross", "model.time_knots=0"]
+    words = [f"data={dataset}", f"run={folder}", *SETTINGS, *MODEL, *own]
+    run([BIN / "python", "launch/train.py", *words])
+    return folder
+
+
 def deepspeed(ranks, script, *arguments, prefix=(), options=()):
-    """The command that starts `ranks` local ranks of a script."""
+    """The command that starts `ranks` local ranks of a script.
+
+    `run` has the launcher's own processes forked where the stack is loaded, and so they their ranks.
+    """
     return [
         *prefix,
         str(BIN / "deepspeed"),
@@ -103,6 +121,10 @@ def run(command, timeout=300, status=(0,), **environment):
             **environment,
         )
         words = [command.ranks, "ranks of", command.script, *command.arguments]
+    elif Path(command[0]) == BIN / "deepspeed":
+        environment["FORKED_PYTHON"] = forked_python()
+        done = run_alone(*command, timeout=timeout, **environment)
+        words = command
     elif Path(command[0]) == BIN / "python":
         done = run_alone(*command[1:], timeout=timeout, **environment)
         words = command

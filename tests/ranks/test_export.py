@@ -5,11 +5,11 @@ import json
 from tests.ranks.conftest import BIN, ranks_of, run
 
 
-def export(trained, output, ranks=1, status=(0,)):
+def export(trained_run, output, ranks=1, status=(0,)):
     arguments = [
         "launch/export.py",
         "--run",
-        trained,
+        trained_run,
         "--output",
         output,
         "--json",
@@ -29,17 +29,17 @@ def facts(done):
     return json.loads(line)
 
 
-def test_two_ranks_write_what_one_writes(trained, tmp_path):
+def test_two_ranks_write_what_one_writes(one_encoder, tmp_path):
     one, two = (
-        export(trained, tmp_path / "one"),
-        export(trained, tmp_path / "two", ranks=2),
+        export(one_encoder, tmp_path / "one"),
+        export(one_encoder, tmp_path / "two", ranks=2),
     )
     assert facts(one) == facts(two)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_a_refusal_is_one_line_by_the_first_rank(trained, tmp_path):
-    done = export(trained, tmp_path, ranks=2, status=(2,))
+def test_a_refusal_is_one_line_by_the_first_rank(one_encoder, tmp_path):
+    done = export(one_encoder, tmp_path, ranks=2, status=(2,))
     (line,) = [
         line for line in done.stderr.splitlines() if line.startswith("error: ")
     ]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import HELPERS, slurm
 from tests.helpers.left import losses
+from tests.helpers.rank_processes import forked_python
 from tests.ranks.conftest import (
     BIN,
     MODEL,
@@ -72,7 +73,7 @@ def assert_one_run(folder, expected):
 def train(command, dataset, folder, *settings, **environment):
     command = [
         *command,
-        PYTHON,
+        forked_python(),
         "launch/train.py",
         f"data={dataset}",
         f"run={folder}",
@@ -189,7 +190,7 @@ def test_a_batch_script_that_forgets_srun_is_refused(
 ):
     """Of an allocation of two tasks it starts one process, which would train alone on what two were asked for."""
     script = tmp_path / "job.sh"
-    words = f"{PYTHON} {ROOT}/launch/train.py data={dataset} run={tmp_path}/run {' '.join(STEPS)}"
+    words = f"{forked_python()} {ROOT}/launch/train.py data={dataset} run={tmp_path}/run {' '.join(STEPS)}"
     script.write_text(f"#!/bin/sh\n#SBATCH -n 2 -N 2\n{words}\n")
     output = tmp_path / "out"
     command = [
@@ -212,7 +213,7 @@ def test_a_world_that_is_missing_is_refused(dataset, tmp_path):
     """Two tasks without a word on which is which, and a RANK that both have."""
     folder = tmp_path / "run"
     command = [
-        PYTHON,
+        forked_python(),
         "launch/train.py",
         f"data={dataset}",
         f"run={folder}",
@@ -241,6 +242,13 @@ def test_a_world_that_is_missing_is_refused(dataset, tmp_path):
 
 
 def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
+    script = tmp_path / "impatient.py"
+    script.write_text(
+        "import launch.train\n"
+        "from trainer.distributed import process_exit, process_group\n"
+        "process_group._PORT_IS_FREE = 1.0  # not 15 s\n"
+        "process_exit.run_script(launch.train.main)\n"
+    )
     port = free_port()
     with socket.socket() as taken:
         taken.bind(("", port))
@@ -253,12 +261,12 @@ def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
         }
         command = [
             PYTHON,
-            "launch/train.py",
+            script,
             f"data={dataset}",
             f"run={tmp_path / 'run'}",
             *STEPS,
         ]
-        done = run(command, status=(2,), **place)
+        done = run(command, status=(2,), PYTHONPATH=str(ROOT), **place)
     assert (
         f"error: port {port} (MASTER_PORT) on " in done.stderr
         and "is in use" in done.stderr

@@ -1,17 +1,20 @@
 """Ranks that die, hang, cannot go on or come twice, where no launcher takes the others down."""
 
-import os
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
 
 from tests.helpers import HELPERS
 from tests.helpers.left import losses
+from tests.helpers.rank_processes import (
+    RankProcess,
+    cpu_environment,
+    forked_python,
+)
 from tests.helpers.stages import SETTINGS
-from tests.ranks.conftest import BIN, ROOT, deepspeed, free_port, run
+from tests.ranks.conftest import deepspeed, free_port, run
 
 FAULTY = HELPERS.joinpath("faulty.py")
 HOST = socket.gethostname()
@@ -44,32 +47,23 @@ def by_hand():
                 "OMP_NUM_THREADS": "1",
             }
             place |= {"LOCAL_WORLD_SIZE": str(len(arguments))}
-            command = [str(BIN / "python"), str(FAULTY), *map(str, own)]
-            pipes = {
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.PIPE,
-                "text": True,
-            }
-            variables = os.environ | place | environment
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=variables, **pipes
-            )
-            started.append(process)
+            variables = cpu_environment() | place | environment
+            command = [str(FAULTY), *map(str, own)]
+            started.append(RankProcess(command, variables))
         return started
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
 
 
 def finished(processes):
     """[(status, stderr)] of all."""
-    done = [process.communicate(timeout=240) for process in processes]
-    return [
-        (process.returncode, errors)
-        for process, (_, errors) in zip(processes, done, strict=True)
-    ]
+    deadline = time.monotonic() + 240
+    for process in processes:
+        while process.poll(0.1) is None:
+            assert time.monotonic() < deadline
+    return [(process.returncode, process.stderr) for process in processes]
 
 
 def errors_of(text):
@@ -171,7 +165,7 @@ def test_ctrl_c_stops_with_a_checkpoint(dataset, tmp_path):
         *STEPS,
         "stream.workers=1",
     ]
-    command = ["setsid", "--wait", str(BIN / "python"), str(FAULTY), *arguments]
+    command = [forked_python(), str(FAULTY), *arguments]
     done = run(
         command,
         status=(75,),

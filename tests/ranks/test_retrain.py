@@ -14,11 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import launch.evaluate
+from tests.helpers.alone import as_a_script
+from tests.helpers.rank_processes import forked_python, run_alone
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 folder: {folder}
 settings: [stream.workers=0, global_batch_size=16, model.dim=8, model.ffn_dim=8, model.max_length=8, model.experts=2,
-  model.cross_experts=1, model.blocks=1, model.time_knots=4, negatives.shared=8, epochs=2, log.tensorboard=false]
+  model.cross_experts=1, model.blocks=1, model.time_knots=4, model.prediction=cross, negatives.shared=8, epochs=2, log.tensorboard=false]
 warm_settings: [epochs=1]
 tolerance: 1.0
 fall: 1.0
@@ -61,14 +65,8 @@ def command(folder, name, logs, *settings):
 
 
 def retrained(folder, name, logs, *settings, status=0):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(folder, name, logs, *settings),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    _, *words = command(folder, name, logs, *settings)
+    done = run_alone(*words, FORKED_PYTHON=forked_python())
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == status, said
     return json.loads(
@@ -87,7 +85,9 @@ def base(tmp_path_factory):
 
 def test_a_day_of_two_ranks_brings_a_domain_and_outgrows_a_room(base):
     torchrun = [
-        Path(sys.executable).with_name("torchrun"),
+        forked_python(),
+        "-m",
+        "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
     ]
@@ -104,21 +104,9 @@ def test_a_day_of_two_ranks_brings_a_domain_and_outgrows_a_room(base):
         own["mean"] > 0.5 for own in result["drift"].values()
     )
     current = json.loads((base / "published/current.json").read_text())
-    asked = [
-        sys.executable,
-        base / "published" / current["model"] / "example.py",
-        "c",
-        "3",
-        "900:a:a1",
-    ]
-    assert (
-        len(
-            subprocess.run(
-                asked, capture_output=True, text=True, check=True
-            ).stdout.splitlines()
-        )
-        == 3
-    )
+    example = base / "published" / current["model"] / "example.py"
+    asked = run_alone(example, "c", "3", "900:a:a1")
+    assert len(asked.stdout.splitlines()) == 3, asked.stderr
     report = (base / "days/2/report.md").read_text()
     assert (
         "Published as version 0002." in report
@@ -126,8 +114,42 @@ def test_a_day_of_two_ranks_brings_a_domain_and_outgrows_a_room(base):
     )
 
 
+@pytest.fixture
+def evaluated(monkeypatch):
+    """evaluated(*words): how `launch/evaluate.py` ends in this process, as the only rank."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        with as_a_script():
+            launch.evaluate.main()
+
+    return run
+
+
+def test_two_ranks_rank_a_days_events_as_one_does(base, evaluated, capsys):
+    """And before the day's model is there: by the model of the day before."""
+    first = json.loads((base / "days/1/retrain.json").read_text())
+    assert first["arrivals"] == {"skipped": "no model served yet"}
+    record = json.loads((base / "days/2/arrivals.json").read_text())
+    assert record["domains"]["a"]["users"] > 100
+    assert record["recency"]["a"]["NDCG@10"] > 0
+    current = json.loads((base / "published/current.json").read_text())
+    version = base / "published/versions" / current["version"]
+    kept = json.loads((version / "version.json").read_text())
+    assert kept["arrivals"] == record
+    words = ["--run", base / "days/1/run", "--data", base / "days/2/dataset"]
+    evaluated(*words, "--split", "arrivals", "--json")
+    printed = capsys.readouterr().out.splitlines()
+    assert json.loads(printed[-1]) == record
+    for option in (["--ranking", "full"], ["--output", base / "x.parquet"]):
+        with pytest.raises(SystemExit):
+            evaluated(*words, "--split", "arrivals", *option)
+        assert option[0] in capsys.readouterr().err
+
+
 STAGES = {
     "prepare": "days/3/.dataset.work",
+    "evaluate": "days/3/dataset",
     "train": "days/3/run/checkpoints",
     "publish": "published/versions/*.partial",
 }

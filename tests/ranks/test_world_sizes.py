@@ -61,13 +61,26 @@ def read(folder: Path) -> Outcome:
     )
 
 
+FEW, MANY = 8, 50
+
+
+@pytest.fixture(
+    scope="module",
+    params=[FEW, pytest.param(MANY, marks=pytest.mark.slow)],
+)
+def steps(request):
+    """How many steps the runs have."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def outcomes(dataset, tmp_path_factory):
+def outcomes(dataset, steps, tmp_path_factory):
     """Every world size and stage, each started once: {(ranks, stage): Outcome}."""
     folder = tmp_path_factory.mktemp("stages")
     found = {}
     for ranks in (1, 2, 4):
-        run(ranks_of(ranks, WORKER, dataset, folder / str(ranks), *STAGES))
+        own = f"max_steps={steps}"
+        run(ranks_of(ranks, WORKER, dataset, folder / str(ranks), *STAGES, own))
         found |= {
             (ranks, stage): read(folder / str(ranks) / stage)
             for stage in STAGES
@@ -75,18 +88,23 @@ def outcomes(dataset, tmp_path_factory):
     return found
 
 
-def test_fifty_steps_train(outcomes):
+def test_the_steps_train(outcomes, steps):
     losses = outcomes[1, "0"].losses
-    assert losses.shape == (50, 4) and np.isfinite(losses).all()
-    assert losses[-10:, 0].mean() < 0.95 * losses[:5, 0].mean()
+    assert losses.shape == (steps, 4) and np.isfinite(losses).all()
     assert np.abs(losses[:, 3]).min() > 0  # SC-MIM takes part
+    if steps == MANY:
+        assert losses[-10:, 0].mean() < 0.95 * losses[:5, 0].mean()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_same_run(outcomes, ranks, stage):
-    """Largest relative differences seen: losses 2e-7, λ 4e-7, table 3e-7, dense 2e-6, gradient norms 2e-7 (in 8)."""
+def test_same_run(outcomes, steps, ranks, stage):
+    """Largest relative differences seen: losses 2e-7, λ 4e-7, table 3e-7, dense 2e-6, gradient norms 2e-7 (in 8).
+
+    After few steps weights that begin at 0 are small still: 1.2e-5 of the knots.
+    """
     one, other = outcomes[1, "0"], outcomes[ranks, stage]
+    tolerance = 5e-5 if steps == FEW else 1e-5
     np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
     np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-5)
     np.testing.assert_allclose(other.norms, one.norms, rtol=1e-5)
@@ -95,7 +113,7 @@ def test_same_run(outcomes, ranks, stage):
     )
     assert other.dense.keys() == one.dense.keys()
     for name, weights in one.dense.items():
-        assert np.linalg.norm(other.dense[name] - weights) <= 1e-5 * max(
+        assert np.linalg.norm(other.dense[name] - weights) <= tolerance * max(
             np.linalg.norm(weights), 1e-3
         ), name
 
@@ -186,7 +204,7 @@ def test_bf16_is_the_same_with_weights_taken_apart(dataset, tmp_path):
             "0",
             "3",
             "model.precision=bf16",
-            "max_steps=5",
+            "max_steps=3",
         )
     )
     whole, apart = read(tmp_path / "0"), read(tmp_path / "3")

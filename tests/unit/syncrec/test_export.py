@@ -158,10 +158,10 @@ def test_equals_the_packed_model(given):
 @pytest.mark.parametrize(
     "given",
     [
-        {},
-        {"gate": "sequence", "norm": "pre"},
-        {"max_length": 1},
-        PLAIN | {"experts": 1},
+        pytest.param({}, marks=pytest.mark.slow),
+        {"gate": "sequence", "norm": "pre", "blocks": 1},
+        {"max_length": 1, "blocks": 1},
+        PLAIN | {"experts": 1, "blocks": 1},
         {"time_knots": 9},
     ],
     ids=str,

@@ -6,8 +6,6 @@ import pickle
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -23,6 +21,7 @@ import trainer.checkpoint.save
 from embeddings.checkpoint import ShardCopy
 from embeddings.config import TableConfig
 from embeddings.table import ItemTable
+from tests.helpers.rank_processes import run_alone
 from tests.helpers.runs import (
     METRICS,
     SmallRun,
@@ -53,7 +52,6 @@ from trainer.run_files import BEST, DENSE, LATEST, MANIFEST, OPTIMIZER, STATE
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.loop import describe_run
 
-ROOT = Path(__file__).parents[4]
 TABLE = "table-00000-of-00001.safetensors"
 TAKEN_AWAY = [
     ("rename", "step-00000001"),
@@ -71,14 +69,7 @@ def interrupted():
     )  # some ten thousand flushes to disk, which are not what is tested
     folder = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        command = [sys.executable, "-m", "tests.helpers.interrupted", place]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        done = run_alone("tests.helpers.interrupted", place, module=True)
         assert done.returncode == 0, done.stderr[-5000:]
         return json.loads((Path(place) / "found.json").read_text())
 

@@ -14,12 +14,14 @@ import torch
 import trainer.retraining.publish
 import trainer.serving.export
 from embeddings.table import ItemTable
+from tests.helpers.encoders import load_once
 from tests.helpers.runs import (
     SmallRun,
     best_of,
     edit_json,
     finished_run,
     rank_of_one,
+    records_read_once,
     seal,
     train,
 )
@@ -43,9 +45,20 @@ def ranks():
         yield ranks
 
 
+# One encoder, and a small one: an export writes as many as there are predictions.
+ONE_ENCODER = ("model.prediction=cross", "model.time_knots=0")
+
+
 @pytest.fixture(scope="module")
 def first(ranks, tmp_path_factory):
-    return finished_run(tmp_path_factory.mktemp("first"), ranks)
+    return finished_run(tmp_path_factory.mktemp("first"), ranks, *ONE_ENCODER)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Versions have the same encoder: the program that it is does not depend on when it is read."""
+    with load_once(), records_read_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def second(ranks, first, tmp_path_factory):
     run = SmallRun(tmp_path_factory.mktemp("second"), ranks)
     shutil.rmtree(run.dataset.folder)
     run.dataset = first.dataset
-    run.config = run.configured()
+    run.config = run.configured(*ONE_ENCODER)
     run.save(train(run.trainer(), 5), RunState(step=5, best=best_of(5)))
     write_json(run.folder / BEST, best_of(5))
     (run.folder / "config.yaml").write_text(to_yaml(run.config))
@@ -174,8 +187,8 @@ def test_the_first_model_is_published_and_a_better_one_takes_its_place(
     }
 
 
-def test_figures_are_those_of_both_models(first, second, tmp_path):
-    """Without stand-ins: what evaluation gives on the newest items, and the same by two models of one dataset."""
+def test_figures_are_those_of_both_models(first, second, tmp_path, quick):
+    """By the models themselves: what evaluation gives on the newest items, and the same by two models of one dataset."""
     publish_it(first, tmp_path, tolerance=1.0)
     record = publish_it(
         second, tmp_path, tolerance=1.0, fall=1.0, domain_fall=1.0
@@ -214,7 +227,7 @@ def test_there_is_never_a_second_table(
 def test_a_table_of_another_width_is_made_when_the_other_is_gone(
     ranks, first, tmp_path, tables, quick
 ):
-    wide = finished_run(tmp_path / "wide", ranks, "model.dim=16")
+    wide = finished_run(tmp_path / "wide", ranks, "model.dim=16", *ONE_ENCODER)
     shutil.rmtree(wide.dataset.folder)
     shutil.copytree(first.dataset.folder, wide.dataset.folder)
     tables.clear()
@@ -248,6 +261,31 @@ def test_one_domain_that_is_worse_is_enough_to_refuse(
         publish_it(second, tmp_path, tolerance=0.3)["published"] == "0002"
         and not (tmp_path / "refused.json").exists()
     )
+
+
+def test_a_record_keeps_the_days_events_and_may_refuse_for_them(
+    first, second, tmp_path, good
+):
+    good(first=2, second=1)
+    publish_it(first, tmp_path)
+    file = tmp_path / "arrivals.json"
+    figures = {"now": 0.2, "before": 0.3, "error": 0.01, "users": 80}
+    day = {"domains": {}, "against_recency": {"domain 0": figures}}
+    file.write_text(json.dumps(day))
+    paths = (second.folder, tmp_path, second.ranks)
+    config = PublishConfig(below_recency="refuse")
+    record = publish(*paths, config, arrivals=file)
+    (reason,) = record["reasons"]
+    assert reason.startswith("domain 0: the model that served ranked")
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert refused["arrivals"] == day
+    record = publish(*paths, PublishConfig(), arrivals=file)
+    assert record["published"] == "0002" and record["warnings"] == [reason]
+    version = tmp_path / "versions/0002/version.json"
+    assert json.loads(version.read_text())["arrivals"] == day
+    file.write_text("{}")
+    with pytest.raises(InputError, match=r"arrivals\.json: is no record"):
+        publish(*paths, PublishConfig(), arrivals=file)
 
 
 def test_a_small_domain_is_named_and_does_not_refuse(

@@ -23,7 +23,8 @@ DOMAINS = ["books", "a:b", "12"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     with rank_of_one() as ranks:
-        run = finished_run(tmp_path_factory.mktemp("run"), ranks)
+        own = ["model.prediction=cross", "model.time_knots=0"]
+        run = finished_run(tmp_path_factory.mktemp("run"), ranks, *own)
         output = tmp_path_factory.mktemp("exported") / "model"
         export_run(run.folder, output, ranks, ExportConfig())
     return output

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trainer.serving.export
-from tests.helpers.runs import finished_run, rank_of_one
+from tests.helpers.runs import finished_run, rank_of_one, records_read_once
 from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import File
@@ -40,7 +40,7 @@ print(json.dumps([recommender([tuple(event) for event in history], *others) for 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    with rank_of_one() as ranks:
+    with rank_of_one() as ranks, records_read_once():
         yield finished_run(tmp_path_factory.mktemp("run"), ranks)
 
 
@@ -131,8 +131,17 @@ def ids_of(dataset, number):
     return rows["item_id"].to_pylist()
 
 
-@pytest.mark.ranks
-def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
+@pytest.fixture(scope="module")
+def answered(bare, folder, loaded):
+    """The bare Python's answers, of one process: to `histories_of` and to `unknown_of`."""
+    asked, expected = histories_of(loaded)
+    unknown = unknown_of(loaded)
+    found = answers(bare, folder, [*asked, *unknown])
+    return found[: len(asked)], expected, found[len(asked) :]
+
+
+def histories_of(loaded):
+    """Histories of many lengths, and the scores that the trainer's model gives."""
     config, dataset, model, table = loaded
     ids = [ids_of(dataset, number) for number in range(len(dataset.domains))]
     names = [domain.name for domain in dataset.domains]
@@ -183,16 +192,11 @@ def test_a_bare_environment_gives_the_trainers_scores(bare, folder, loaded):
                     for place in best
                 ]
             )
-    for found, wanted in zip(
-        answers(bare, folder, asked), expected, strict=True
-    ):
-        assert dict(map(tuple, found)) == pytest.approx(dict(wanted), abs=1e-5)
-        scores = [score for _, score in found]
-        assert scores == sorted(scores, reverse=True)
+    return asked, expected
 
 
-@pytest.mark.ranks
-def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
+def unknown_of(loaded):
+    """Histories with what the model does not know, without it, and none."""
     dataset = loaded[1]
     name, item = dataset.domains[0].name, str(ids_of(dataset, 0)[2])
     unknown = [
@@ -201,16 +205,27 @@ def test_what_the_model_does_not_know_is_left_out(bare, folder, loaded):
         (3, name, item),
         (4, name, ""),
     ]
-    with_unknown, without, new, nobody = answers(
-        bare,
-        folder,
-        [
-            (unknown, name, 3),
-            ([(3, name, item)], name, 3),
-            ([], name, 3),
-            ([(5, "?", "?")], name, 3),
-        ],
-    )
+    return [
+        (unknown, name, 3),
+        ([(3, name, item)], name, 3),
+        ([], name, 3),
+        ([(5, "?", "?")], name, 3),
+    ]
+
+
+@pytest.mark.ranks
+def test_a_bare_environment_gives_the_trainers_scores(answered):
+    answers_found, expected, _ = answered
+    for found, wanted in zip(answers_found, expected, strict=True):
+        assert dict(map(tuple, found)) == pytest.approx(dict(wanted), abs=1e-5)
+        scores = [score for _, score in found]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.ranks
+def test_what_the_model_does_not_know_is_left_out(answered, loaded):
+    item = str(ids_of(loaded[1], 0)[2])
+    with_unknown, without, new, nobody = answered[2]
     assert with_unknown == without and item not in [
         found for found, _ in without
     ]
@@ -228,13 +243,9 @@ def test_the_example_is_a_command(folder, loaded):
             text=True,
         )
 
-    lines = run(name, "99").stdout.splitlines()
     known = ids_of(loaded[1], 1)[0]
-    assert (
-        len(run(name, "99", f"17:{name}:{known}").stdout.splitlines())
-        == items - 1
-    )
-    assert len(lines) == items and all(
+    lines = run(name, "99", f"17:{name}:{known}").stdout.splitlines()
+    assert len(lines) == items - 1 and all(
         len(line.split("\t")) == 2 for line in lines
     )
     assert run("nowhere", "3").stderr.startswith(
@@ -269,9 +280,25 @@ def test_vectors_and_ids_are_the_tables_and_the_vocabularys(folder, loaded):
         assert File(name, **facts) == File.of(folder, name)
 
 
+@pytest.fixture
+def program(monkeypatch):
+    """Encoders are so many bytes, and none: what is in one is not asked here."""
+
+    def set_bytes(count):
+        module = trainer.serving.export
+        monkeypatch.setattr(module, "export_program", lambda encoder: count)
+        monkeypatch.setattr(module, "plain_program", lambda file: None)
+        monkeypatch.setattr(
+            torch.export, "save", lambda count, file: file.write(bytes(count))
+        )
+
+    return set_bytes
+
+
 def test_blocks_of_any_size_give_the_same_items(
-    run, folder, tmp_path, monkeypatch
+    run, folder, tmp_path, monkeypatch, program
 ):
+    program(100)
     monkeypatch.setattr(trainer.serving.export, "_BLOCK", 2)
     export_run(run.folder, tmp_path / "out", run.ranks, ExportConfig("fp16"))
     for file in folder.glob("domain-*/items.npy"):
@@ -280,7 +307,11 @@ def test_blocks_of_any_size_give_the_same_items(
         np.testing.assert_array_equal(half, np.load(file).astype(np.float16))
 
 
-def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+def test_an_export_that_fails_leaves_nothing(
+    run, tmp_path, monkeypatch, program
+):
+    program(100)
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -295,7 +326,8 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "room", [100, 20_000]
 )  # of the item vectors, of the encoder: bytes of a file
-def test_a_disk_that_is_full_leaves_nothing(run, tmp_path, room):
+def test_a_disk_that_is_full_leaves_nothing(run, tmp_path, room, program):
+    program(30_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))

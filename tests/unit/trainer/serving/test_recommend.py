@@ -12,7 +12,7 @@ import torch
 import trainer.serving.recommend
 import trainer.serving.recommendation_files
 from tests.helpers.made import draw_histories, draw_ticks
-from tests.helpers.runs import finished_run, rank_of_one
+from tests.helpers.runs import finished_run, rank_of_one, records_read_once
 from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import TICKS
@@ -41,7 +41,7 @@ DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three steps that is the only rank's; its `known` is {raw user id: history}."""
-    with rank_of_one() as ranks:
+    with rank_of_one() as ranks, records_read_once():
         yield finished_run(tmp_path_factory.mktemp("run"), ranks)
 
 
@@ -486,7 +486,7 @@ def test_with_the_recency_term_scores_are_those_of_the_day_after_the_last(
     counts = count_recent(dataset, run.ranks, config.stream)
     term = RecencyTerm(RecencyFeatures(counts), weights, np.full(2, 9))
     monkeypatch.setattr(
-        trainer.serving.recommend, "fit_recency_term", lambda *_: term
+        trainer.serving.recommend, "open_recency_term", lambda *_: term
     )
     made(run, tmp_path / "plain", k=50)
     record = made(run, tmp_path / "out", k=50, recency_term=True)

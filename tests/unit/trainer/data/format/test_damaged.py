@@ -352,13 +352,40 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES, scope="module")
+# One for each set of users that is skipped. Who reads, and from where on, does not see what the damage was.
+BY_USERS = (
+    "a bit between the members",
+    "a bit of the items",
+    "no member of the first two",
+    "no member of the last",
+    "blocks by each other's names",
+    "a sparse member",
+    "cut in a member",
+    "no file",
+)
+KINDS = [
+    name if name in BY_USERS else pytest.param(name, marks=pytest.mark.slow)
+    for name in CASES
+]
+
+
+@pytest.fixture(scope="module")
 def damaged(request, tmp_path_factory):
     """(dataset, users skipped, words of the line that says so, whether it is told without checksums)."""
     spoil, *expected = CASES[request.param]
     dataset = make(tmp_path_factory.mktemp("damaged"))
     spoil(dataset.folder / "shards" / BAD_SHARD)
     return dataset, *expected
+
+
+def of_all_kinds(test):
+    """Of each kind of damage."""
+    return pytest.mark.parametrize("damaged", CASES, indirect=True)(test)
+
+
+def of_all_users(test):
+    """Of each set of users that is skipped; every kind of damage under `slow`."""
+    return pytest.mark.parametrize("damaged", KINDS, indirect=True)(test)
 
 
 def feed(
@@ -432,6 +459,7 @@ def refusal(read, *arguments):
     return message
 
 
+@of_all_kinds
 def test_damage_stops_and_is_named(damaged, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset, _, named, told = damaged
@@ -450,13 +478,28 @@ def test_damage_stops_and_is_named(damaged, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing was unpickled
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize("workers", [0, 2])
+@of_all_kinds
 def test_damage_skips_its_users_and_no_one_else(
-    intact, damaged, workers, tmp_path, monkeypatch
+    intact, damaged, tmp_path, monkeypatch
 ):
     """Batch for batch, the others are fed as they are from the dataset without damage, over two epochs."""
     monkeypatch.chdir(tmp_path)
+    assert_skips(intact, damaged, 0)
+    assert list(tmp_path.iterdir()) == []  # nothing was unpickled
+
+
+@pytest.mark.ranks
+@of_all_users
+def test_worker_processes_skip_the_same_users(
+    intact, damaged, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert_skips(intact, damaged, 2)
+    assert list(tmp_path.iterdir()) == []  # nothing was unpickled
+
+
+def assert_skips(intact, damaged, workers):
+    """What is fed is what the dataset without damage has of the other users."""
     dataset, missing, named, told = damaged
     plan = BatchSchedule(intact, BATCH, 1, SEED)
     build = TrainBatches(
@@ -496,7 +539,6 @@ def test_damage_skips_its_users_and_no_one_else(
         assert [fed.users_B.tolist() for fed in unverified] == [
             fed.users_B.tolist() for fed in found
         ]
-    assert list(tmp_path.iterdir()) == []  # nothing was unpickled
 
 
 def without(users, missing):
@@ -511,6 +553,7 @@ def without(users, missing):
 
 
 @pytest.mark.ranks
+@of_all_users
 @pytest.mark.parametrize(("position", "workers"), [(0, 0), (3, 2), (8, 0)])
 def test_the_same_users_are_skipped_by_two_ranks_and_after_resuming(
     damaged, position, workers

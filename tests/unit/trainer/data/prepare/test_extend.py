@@ -107,16 +107,32 @@ row = st.tuples(
 rows = st.lists(row, min_size=1, max_size=60)
 
 
-@settings(max_examples=12)
-@given(
+any_days = given(
     rows,
     st.lists(rows, min_size=1, max_size=3),
     st.integers(0, 2),
     st.integers(0, 2),
 )
+
+
+@settings(max_examples=4)
+@any_days
 def test_extending_day_by_day_is_preparing_it_all(
     base, days, min_user, min_item
 ):
+    assert_extending_is_preparing(base, days, min_user, min_item)
+
+
+@pytest.mark.slow
+@settings(max_examples=24)
+@any_days
+def test_extending_many_days_is_preparing_it_all(
+    base, days, min_user, min_item
+):
+    assert_extending_is_preparing(base, days, min_user, min_item)
+
+
+def assert_extending_is_preparing(base, days, min_user, min_item):
     """But for the numbers of rows, and for rows that an earlier day had to the letter."""
     base = base + [
         (9, item, domain, 5)

@@ -64,7 +64,10 @@ def session(tmp_path_factory):
                 tmp_path_factory.mktemp("warehouse")
             ),
             "spark.local.dir": str(tmp_path_factory.mktemp("local")),
-            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            # Rows are few: a compiled query takes far longer to make than to run.
+            "spark.sql.codegen.wholeStage": "false",
+            "spark.sql.codegen.factoryMode": "NO_CODEGEN",
         }
         builder = SparkSession.builder.master("local[2]")
         for name, value in settings.items():
@@ -162,7 +165,7 @@ ODD += [
 ]
 
 
-@pytest.mark.parametrize("least", [0, 2])
+@pytest.mark.parametrize("least", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
     """Folders have odd names too, and one is like a partition's."""
     draw = np.random.default_rng(4)
@@ -284,7 +287,9 @@ def test_floats_in_text_are_whole_numbers_where_all_of_it_is(tmp_path, kind):
     assert set(items.to_pylist()) == expected and domain.name == "1"
 
 
-@pytest.mark.parametrize("tie_order", ["hash", "file"])
+@pytest.mark.parametrize(
+    "tie_order", [pytest.param("hash", marks=pytest.mark.slow), "file"]
+)
 def test_equal_times_stand_in_the_same_order(tmp_path, monkeypatch, tie_order):
     """In several parts; files of text lie between others, and dates are times of their own."""
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_EVENT_BYTES", 10**7)
@@ -459,10 +464,39 @@ def test_addresses_and_tables_are_read_as_files_are(tmp_path, session):
 # --- refusals -----------------------------------------------------------------------------------------------------------
 
 
+# One of each way in which a file of text or of Parquet is refused.
+REFUSED = (
+    "missing column",
+    "no bytes",
+    "a header alone",
+    "no Parquet",
+    "Parquet spoiled inside",
+    "no gzip",
+    "not UTF-8",
+    "too few fields",
+    "no user",
+    "no domain",
+    "NaN item",
+    "null time",
+    "NaN time in CSV",
+    "date among numbers",
+    "time of bool",
+    "list of ids",
+    "no such date",
+    "one item",
+)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "named"),
-    [*BAD_FILES.values(), *BAD_ALONE.values()],
-    ids=[*BAD_FILES, *BAD_ALONE],
+    [
+        pytest.param(
+            *values,
+            id=name,
+            marks=[] if name in REFUSED else pytest.mark.slow,
+        )
+        for name, values in (BAD_FILES | BAD_ALONE).items()
+    ],
 )
 def test_what_one_engine_refuses_the_other_does_with_the_same_words(
     tmp_path, name, data, named
@@ -867,7 +901,9 @@ def test_bad_rows_are_the_same(tmp_path):
     assert listed.count("\n") == 7 + 2 + 3
 
 
-def test_items_without_a_domain_are_the_same(tmp_path):
+@pytest.fixture
+def with_items(tmp_path):
+    """A log without domains, and the options that name its items' table."""
     log = write(
         tmp_path / "log.csv", [(n % 5, n % 7, "", n) for n in range(60)]
     )
@@ -881,11 +917,23 @@ def test_items_without_a_domain_are_the_same(tmp_path):
         "items_delimiter": "|",
         "domain_separator": "/",
     }
+    return log, options
+
+
+@pytest.mark.slow
+def test_items_without_a_domain_are_refused_with_the_same_words(
+    tmp_path, with_items
+):
+    log, options = with_items
     for engine in ("duckdb", "spark"):
         with pytest.raises(
             InputError, match="for 1 of the logs' items, which have 8"
         ):
             run(engine, tmp_path / "out", log, **options)
+
+
+def test_items_without_a_domain_are_the_same(tmp_path, with_items):
+    log, options = with_items
     dataset = both(tmp_path, log, bad_rows="skip", **options)
     assert [domain.name for domain in dataset.domains] == ["a", "b"]
 
