@@ -41,6 +41,11 @@ class Options(Device):
         None,
         metavar="DIR",
     )
+    arrivals: str | None = option(
+        "what `evaluate.py --split arrivals --record FILE` left: the record keeps it",
+        None,
+        metavar="FILE",
+    )
     rollback: str | None = option(
         "make an older version the current one",
         None,
@@ -75,7 +80,12 @@ def main() -> None:
 
     with process_group.join_process_group(device=options.device) as ranks:
         record = publish(
-            options.candidate, options.to, ranks, options.rules, options.data
+            options.candidate,
+            options.to,
+            ranks,
+            options.rules,
+            options.data,
+            options.arrivals,
         )
     if ranks.first:
         _print_record(options, record)
@@ -104,6 +114,8 @@ def _print_record(options: Options, record: dict) -> None:
         Console().print(comparison_table(record))
     for note in record.get("notes", []):
         print(f"not held against it: {note}", file=sys.stderr)
+    for warning in record.get("warnings", []):
+        print(f"warning: {warning}", file=sys.stderr)
     if record["published"]:
         print(f"{options.to}: version {record['published']} serves")
     else:

@@ -44,9 +44,10 @@ class ModelConfig:
         3,
         "j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks",
     )
-    stop_gradient: bool = _setting(
+    stop_gradient: bool | str = _setting(
         True,
-        "false: every expert learns from both tasks (the paper's variant C)",
+        "whether experts learn from one task alone; off: from both (the paper's variant C); harm: "
+        "from both, as far as a domain is not harmed",
     )
     encoder: Literal["transformer", "gru"] = _setting(
         "transformer", "what an expert is; gru: GRU4Rec's, without positions"
@@ -81,11 +82,17 @@ class ModelConfig:
             on_warm_start=True,
         )
     )
-    loss_correction: Literal["negative_transfer_gap", "shapley", "none"] = (
-        _setting(
-            "negative_transfer_gap",
-            "where λ comes from; shapley: CGRec's, 2^D more forward passes a step; none: variant A",
-        )
+    loss_correction: Literal[
+        "negative_transfer_gap", "harm", "shapley", "none"
+    ] = _setting(
+        "negative_transfer_gap",
+        "where λ comes from; harm: 1, and less where a domain is harmed; shapley: CGRec's, 2^D more "
+        "forward passes a step; none: variant A",
+    )
+    harm_temperature: float = _setting(
+        0.1,
+        "of what follows from harm, in the loss's units: this much harm divides it by e",
+        on_warm_start=True,
     )
     correction_temperature: float = _setting(
         1.0,
@@ -101,10 +108,11 @@ class ModelConfig:
         "whether α and β of eq. 11 learn",
         on_warm_start=True,
     )
-    prediction: Literal["cross", "both"] = _setting(
+    prediction: Literal["cross", "both", "harm"] = _setting(
         "both",
         "what a domain's items are scored with; cross: Y^cross, as in the paper; both: the mean of "
-        "Y^cross and the domain's own Y^single, weighed by its negative transfer gap",
+        "Y^cross and the domain's own Y^single, weighed by its negative transfer gap; harm: their "
+        "mean, and more of Y^single where the domain is harmed",
     )
     prediction_temperature: float = _setting(
         0.3,
@@ -157,6 +165,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_stop_gradient()
         self._check_switches()
         self._check_sizes()
         if self.encoder == "gru":
@@ -166,9 +175,20 @@ class ModelConfig:
         self._check_negatives()
         self._check_numbers()
 
+    def _check_stop_gradient(self) -> None:
+        """The words on and off are the booleans; harm stays a word."""
+        booleans = {"on": True, "off": False, "true": True, "false": False}
+        value = self.stop_gradient
+        if isinstance(value, str) and value.lower() in booleans:
+            boolean = booleans[value.lower()]
+            object.__setattr__(self, "stop_gradient", boolean)
+        elif not isinstance(value, bool) and value != "harm":
+            raise ValueError(
+                f"model.stop_gradient is {value}: give on, off or harm"
+            )
+
     def _check_switches(self) -> None:
         for name in (
-            "stop_gradient",
             "tower",
             "learn_scales",
             "mutual_information",
@@ -216,8 +236,11 @@ class ModelConfig:
 
     def _check_cross_task(self) -> None:
         """What needs the single-domain tasks is switched off without them."""
+        stop_gradient = self.stop_gradient
+        if isinstance(stop_gradient, bool):
+            stop_gradient = "on" if stop_gradient else "off"
         values = {
-            "stop_gradient": "on" if self.stop_gradient else "off",
+            "stop_gradient": stop_gradient,
             "loss_correction": self.loss_correction,
             "mutual_information": "on" if self.mutual_information else "off",
         }
@@ -255,6 +278,7 @@ class ModelConfig:
             raise ValueError(f"model.eta is {self.eta}: give 0 to 1")
         for name in (
             "correction_temperature",
+            "harm_temperature",
             "prediction_temperature",
             "mutual_information_temperature",
             "init_std",
@@ -274,4 +298,15 @@ class ModelConfig:
     @property
     def predicts_by_both(self) -> bool:
         """Whether both views make a prediction: without the single-domain task there is but one."""
-        return self.prediction == "both" and self.tasks == "both"
+        return self.prediction != "cross" and self.tasks == "both"
+
+    @property
+    def compares_mean(self) -> bool:
+        """Whether harm is of the mean of both views, and not of the cross-domain view alone."""
+        return self.prediction == "harm" and self.tasks == "both"
+
+    @property
+    def measures_gap(self) -> bool:
+        """Whether anything follows from the mean gap of earlier batches."""
+        follows_harm = "harm" in (self.loss_correction, self.stop_gradient)
+        return self.predicts_by_both or follows_harm

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,8 @@ from syncrec.layers.gru import RecurrentStack
 from syncrec.layers.time_encoding import Clock
 from syncrec.layers.tower import Tower
 from syncrec.layers.transformer import ExpertStack
-from syncrec.losses.loss_correction import (
-    LossCorrection,
-    PredictionMix,
-    transfer_gap,
-)
+from syncrec.losses.harm import GapAverage, scale_gradient
+from syncrec.losses.loss_correction import LossCorrection, transfer_gap
 from syncrec.losses.mutual_information import MutualInformation, Sample, pool
 from syncrec.losses.prediction import prediction_loss
 from syncrec.losses.shapley import ShapleyCorrection, coalition_losses
@@ -40,6 +37,8 @@ from syncrec.reduction import Reduction
 _UNDECAYED = re.compile(r"bias|b1$|b2$|\w+_norm_(scale|shift)$")
 _SUMS = 4  # numbers that `_sum_by_domain` takes of a view's targets
 _NAN = float("nan")
+# Buffers of earlier versions, and what they are called now.
+_RENAMED = {"prediction.gap_2D": "gap.sums_2D"}
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,14 @@ class SyNCRec(nn.Module):
     single_experts: RecurrentStack | ExpertStack | None
     correction: LossCorrection | ShapleyCorrection | None
     mutual_information: MutualInformation | None
-    prediction: PredictionMix | None
+    gap: GapAverage | None
 
     def __init__(self, config: ModelConfig, domains: int):
         super().__init__()
         self.config = config
         self.domains = domains
         self.both_tasks = config.tasks == "both"
-        self.decoupled = config.stop_gradient
+        self.decoupled = bool(config.stop_gradient)
         self.embedding = InputEmbedding(config)
         self.clock = Clock(config) if config.time_knots else None
         self._build_experts()
@@ -100,10 +99,7 @@ class SyNCRec(nn.Module):
         self._build_losses()
 
     def _build_experts(self) -> None:
-        """Experts 1..j and j+1..K of eq. 2 and 4.
-
-        Each stack has its backward in one of the views only.
-        """
+        """Experts 1..j and j+1..K of eq. 2 and 4; all in one stack where no gradient is stopped."""
         config = self.config
         stack = RecurrentStack if config.encoder == "gru" else ExpertStack
         if self.decoupled:
@@ -136,9 +132,9 @@ class SyNCRec(nn.Module):
         self.mutual_information = None
         if config.mutual_information:
             self.mutual_information = MutualInformation(config)
-        self.prediction = None
-        if config.predicts_by_both:
-            self.prediction = PredictionMix(config, self.domains)
+        self.gap = None
+        if config.measures_gap:
+            self.gap = GapAverage(config, self.domains)
 
     def forward(
         self,
@@ -195,14 +191,15 @@ class SyNCRec(nn.Module):
             query.newest_B,
         )
         cross_BDR = cross_BR.unsqueeze(1).expand(-1, self.domains, -1)
-        if self.prediction is None:
+        if not self.config.predicts_by_both:
             return cross_BDR
         view = cast(View, query.single)
         single_MR = self._single_outputs(view, inputs_NR).to(dtype)
         newest_BD = cast(Tensor, query.newest_DB).T.flatten()
         single_BDR = self._scoring(view, single_MR, newest_BD)
         single_BDR = single_BDR.view_as(cross_BDR)
-        weight_D1 = self.prediction.single_weight_D.to(dtype).unsqueeze(1)
+        gap = cast(GapAverage, self.gap)
+        weight_D1 = gap.single_weight_D.to(dtype).unsqueeze(1)
         return torch.lerp(cross_BDR, single_BDR, weight_D1)
 
     def _autocast(self, rows: Tensor) -> torch.autocast:
@@ -247,6 +244,7 @@ class SyNCRec(nn.Module):
             view,
             self.cross_experts,
             self.single_experts,
+            self._gates_of_targets(view),
         )
         weights_MK = self.cross_gate(x_MR, view, slice(None))
         return self.cross_tower(mix(weights_MK, experts))
@@ -254,17 +252,18 @@ class SyNCRec(nn.Module):
     def _single_outputs(self, view: View, inputs_NR: Tensor) -> Tensor:
         """Y^single of eq. 2, domain after domain, (M, r)."""
         x_MR = self.tokens(view, inputs_NR)
-        experts = self._run_experts(
-            x_MR,
-            view,
-            self.single_experts,
-            self.cross_experts,
-        )
         lengths = []
         tasks = []
         for start, end in pairwise(view.task_starts):
             lengths.append(end - start)
             tasks.append(slice(start, end))
+        experts = self._run_experts(
+            x_MR,
+            view,
+            self.single_experts,
+            self.cross_experts,
+            self._gates_of_tasks(lengths),
+        )
         weights = []
         inputs = x_MR.split(lengths)
         for gate, task_MR, task in zip(
@@ -283,19 +282,60 @@ class SyNCRec(nn.Module):
         view: View,
         live: nn.Module | None,
         stopped: nn.Module | None,
+        gate_M: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Outputs of experts 1..j and of j+1..K.
 
-        A stopped expert builds no graph: SG of eq. 2 and 4, to the bit.
+        A stopped expert builds no graph: SG of eq. 2 and 4, to the bit. With a gate it has one, and
+        its gradient at each token is multiplied by the gate.
         """
         if not self.decoupled:
             return (self.cross_experts(x_MR, view.attention),)
         live_KMR = cast(nn.Module, live)(x_MR, view.attention)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gate_M is not None):
             stopped_KMR = cast(nn.Module, stopped)(x_MR, view.attention)
+        if gate_M is not None:
+            stopped_KMR = scale_gradient(stopped_KMR, gate_M)
         if live is self.cross_experts:
             return live_KMR, stopped_KMR
         return stopped_KMR, live_KMR
+
+    def _gates_of_tasks(self, lengths: list[int]) -> Tensor | None:
+        """What of each domain's own task may train experts 1..j, by token of its view, (M,).
+
+        lengths: the tasks' tokens. None where the paper's stop-gradient holds, or nothing is
+        trained.
+
+        Example: two domains, the second of them harmed, 3 and 2 tokens:
+
+            gap.unharmed_D    tensor([1.0, 0.1])
+            result            tensor([1.0, 1.0, 1.0, 0.1, 0.1])
+        """
+        gate_D = self._gates()
+        if gate_D is None:
+            return None
+        gates = []
+        for gate, length in zip(gate_D, lengths, strict=True):
+            gates.append(gate.expand(length))
+        return torch.cat(gates)
+
+    def _gates_of_targets(self, view: View) -> Tensor | None:
+        """What of the cross-domain task may train experts j+1..K, by token, (M,).
+
+        It is the gate of the domain whose item the token predicts. None as in `_gates_of_tasks`.
+        """
+        gate_D = self._gates()
+        if gate_D is None:
+            return None
+        gate_L = gate_D.index_select(0, view.target_domain_L)
+        ones_M = gate_D.new_ones(len(view.input_M))
+        return ones_M.index_copy(0, view.target_token_L, gate_L)
+
+    def _gates(self) -> Tensor | None:
+        """By domain, how much of the gradient passes between the tasks' experts, (D,)."""
+        if self.config.stop_gradient != "harm" or not torch.is_grad_enabled():
+            return None
+        return cast(GapAverage, self.gap).unharmed_D
 
     def _compute_losses(
         self,
@@ -322,9 +362,10 @@ class SyNCRec(nn.Module):
                 cast(Tensor, single_MR),
             )
             single_sums = _sum_by_domain(batch.single, single_L)
+        mean_D = self._gap_sums_of_mean(batch, items, cross_MR, single_MR)
         coalition_C = self._coalition_sums(batch, items)
         # In flight while SC-MIM is computed: what λ and the means need of the other ranks.
-        local = torch.cat([*single_sums, *cross_sums, coalition_C])
+        local = torch.cat([*single_sums, *cross_sums, mean_D, coalition_C])
         wait = reduction.start_sum(local.detach().double())
         information_D = self._mutual_information(
             batch,
@@ -332,15 +373,14 @@ class SyNCRec(nn.Module):
             cross_MR,
             reduction,
         )
-        totals = _Totals(wait(), self.domains)
+        totals = _Totals(wait(), self.domains, len(mean_D))
 
         phi_D = transfer_gap(
             totals.single_gap,
             totals.cross_gap,
             totals.comparable,
         )
-        if self.prediction is not None and self.training:
-            self.prediction.observe(phi_D, totals.present)
+        self._observe_gap(totals, phi_D)
         lambda_D = self._weigh_domains(totals, phi_D, cross_MR)
         scale = reduction.world_size
         dtype = cross_MR.dtype
@@ -357,6 +397,19 @@ class SyNCRec(nn.Module):
         )
         return loss, self._report(totals, phi_D, lambda_D, information)
 
+    def _observe_gap(self, totals: "_Totals", phi_D: Tensor) -> None:
+        """Takes in the batch's gap where something follows from it: φ, or that of both views' mean."""
+        if self.gap is None or not self.training:
+            return
+        gap_D = phi_D
+        if len(totals.mean_gap):
+            gap_D = transfer_gap(
+                totals.single_gap,
+                totals.mean_gap,
+                totals.comparable,
+            )
+        self.gap.observe(gap_D, totals.present)
+
     def _weigh_domains(
         self,
         totals: "_Totals",
@@ -371,7 +424,27 @@ class SyNCRec(nn.Module):
             return correction(totals.coalitions / all_targets, present_D)
         if self.correction is not None:
             return self.correction(phi_D, totals.present)
+        if self.config.loss_correction == "harm":
+            return cast(GapAverage, self.gap).lambda_D
         return like.new_ones(self.domains)
+
+    @property
+    def loss_weights_D(self) -> Tensor | None:
+        """λ as training has left it, (D,); None without loss correction."""
+        if self.correction is not None:
+            return self.correction.lambda_D
+        if self.config.loss_correction == "harm":
+            return cast(GapAverage, self.gap).lambda_D
+        return None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Reads the mean gap by the name that it had in earlier versions."""
+        for old, new in _RENAMED.items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _report(
         self,
@@ -424,6 +497,37 @@ class SyNCRec(nn.Module):
 
         return coalition_losses(self, batch, items.inputs_NR, loss_of)
 
+    @torch.no_grad()
+    def _gap_sums_of_mean(
+        self,
+        batch: Batch,
+        items: "_ItemVectors",
+        cross_MR: Tensor,
+        single_MR: Tensor | None,
+    ) -> Tensor:
+        """This rank's sums of the losses by the mean of both views, over comparable targets, (D,).
+
+        None unless that mean is what items are scored with where a domain is not harmed.
+        """
+        if not self.config.compares_mean or not self.training:
+            return cross_MR.new_zeros(0)
+        view = batch.cross
+        cross_LR = self._scoring(view, cross_MR, view.target_token_L)
+        single = batch.single
+        single_LR = self._scoring(
+            single, cast(Tensor, single_MR), single.target_token_L
+        )
+        # Of a target that the single-domain view lacks it is some other, which does not count.
+        target_N = torch.zeros(
+            batch.interactions, dtype=torch.int64, device=cross_MR.device
+        )
+        number_L = torch.arange(len(single_LR), device=cross_MR.device)
+        target_N = target_N.index_copy(0, single.target_interaction_L, number_L)
+        target_L = target_N.index_select(0, view.target_interaction_L)
+        mean_LR = (cross_LR + single_LR.index_select(0, target_L)) / 2
+        loss_L = self._losses_of_predictions(batch, view, items, mean_LR)
+        return _sum_by_domain(view, loss_L)[2]
+
     def _prediction_losses(
         self,
         batch: Batch,
@@ -433,6 +537,16 @@ class SyNCRec(nn.Module):
     ) -> Tensor:
         """The loss of each of the view's targets (eq. 8 or 9), (L,)."""
         predicted_LR = self._scoring(view, output_MR, view.target_token_L)
+        return self._losses_of_predictions(batch, view, items, predicted_LR)
+
+    def _losses_of_predictions(
+        self,
+        batch: Batch,
+        view: View,
+        items: "_ItemVectors",
+        predicted_LR: Tensor,
+    ) -> Tensor:
+        """The loss of each of the view's targets, by what items are scored with for it, (L,)."""
         target_LR = items.inputs_NR.index_select(0, view.target_interaction_L)
         positive_L = (predicted_LR * target_LR).sum(1)
         lengths = _lengths_of(view.target_starts)
@@ -610,13 +724,15 @@ class _Totals:
 
     single_loss, single_targets: weighted losses and weights of the single-domain view's targets.
     single_gap, comparable: the same of those targets that both views predict. cross_…: the same of
-    the cross-domain view. present: bool, which domains have a comparable target. coalitions: loss
-    sums by coalition, (C,).
+    the cross-domain view. present: bool, which domains have a comparable target. mean_gap: the
+    same as single_gap by the mean of both views, or none. coalitions: loss sums by coalition, (C,).
     """
 
-    def __init__(self, sums: Tensor, domains: int):
+    def __init__(self, sums: Tensor, domains: int, of_mean: int):
         size = 2 * _SUMS * domains
-        by_view, self.coalitions = sums.split([size, len(sums) - size])
+        coalitions = len(sums) - size - of_mean
+        sizes = [size, of_mean, coalitions]
+        by_view, self.mean_gap, self.coalitions = sums.split(sizes)
         single_4D, cross_4D = by_view.view(2, _SUMS, domains)
         (
             self.single_loss,

@@ -12,7 +12,12 @@ from torch import Tensor
 # What each domain has for itself.
 _OF_DOMAIN = re.compile(r"(single_gates|single_towers)\.(\d+)\.(.+)")
 # Buffers with an axis of domains, and which axis that is.
-_DOMAIN_AXES = {"correction.lambda_D": 0, "prediction.gap_2D": 1}
+_DOMAIN_AXES = {
+    "correction.lambda_D": 0,
+    "prediction.gap_2D": 1,  # of earlier versions
+    "gap.sums_2D": 1,
+    "gap.noise_3D": 1,
+}
 _KNOTS = "clock.knots_2KR"
 
 Span = tuple[float, float]  # first and last time of a dataset

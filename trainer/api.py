@@ -194,6 +194,7 @@ class Run:
         candidates: PathLike | None = None,
         output: PathLike | None = None,
         recency_term: bool = False,
+        skip_recency: bool = False,
     ) -> Evaluation:
         """Ranks the held-out items, and returns HR, NDCG and MRR by domain.
 
@@ -202,6 +203,7 @@ class Run:
         candidates: Parquet with user_id, positive, negatives, in place of drawn ones.
         output: Parquet that gets each user's position and scores.
         recency_term: rank test items by the model with its recency term, too (docs/evaluate.md).
+        skip_recency: leave recency popularity out, so that events need not be counted.
         """
         from trainer.evaluation.evaluate_run import evaluate_run
 
@@ -222,6 +224,7 @@ class Run:
                 _path_of(output),
                 full,
                 recency_term,
+                skip_recency,
             )
             if full and ranks.first:
                 update_report(self.folder)
@@ -292,14 +295,17 @@ class Run:
         *,
         dtype: Literal["fp32", "fp16"] = "fp32",
         faiss: str | None = None,
+        recency_term: bool | None = None,
     ) -> dict[str, Any]:
         """Writes a folder that PyTorch, NumPy and safetensors alone can serve; returns its schema.
 
         dtype: of the item vectors. faiss: an index of each domain, by FAISS's name for it.
+        recency_term: with what was touched lately, too (docs/serve.md); None: as
+        `evaluation.recency_term` of the run.
         """
         from trainer.serving.export import export_run
 
-        config = ExportConfig(dtype, faiss)
+        config = ExportConfig(dtype, faiss, recency_term)
         with _joined(self.config.timeout_minutes, self.device) as ranks:
             return export_run(
                 self.folder, os.fspath(output), ranks, config, self.data

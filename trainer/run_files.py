@@ -10,6 +10,8 @@ A run's folder (`run=DIR`):
     run/status.json                             whether it trains, has stopped, failed or finished
     run/report.html                             the run on one page
     run/look.json                               what an inspection of the best model gave
+    run/recency-half-life.json                  recency popularity's half-life, chosen on validation
+    run/recency-term.json                       the best model's recency term, fitted on validation
     run/latest.json                             names the newest checkpoint
     run/best.json                               names the checkpoint with the best validation
     run/evaluation-full-test.json               the record of a full ranking, by split
@@ -40,6 +42,8 @@ TENSORBOARD = "tensorboard"
 STATUS = "status.json"
 REPORT = "report.html"
 LOOK = "look.json"
+HALF_LIFE = "recency-half-life.json"
+RECENCY_TERM = "recency-term.json"
 LATEST = "latest.json"
 BEST = "best.json"
 HEADLINE = (

@@ -76,8 +76,18 @@ class Strips:
     About `block` · 8 rows of a strip lie on each of `ranks` ranks.
     """
 
-    def __init__(self, first: int, items: int, block: int, ranks: int):
+    def __init__(
+        self,
+        first: int,
+        items: int,
+        block: int,
+        ranks: int,
+        ranked_N: Tensor | None = None,
+    ):
+        """ranked_N: bool (items,), those that are in strips; None: all."""
         self.block = block
+        self._first = first
+        self._ranked_N = ranked_N
         span = _STRIP * block * ranks
         self.bounds = [*range(first, first + items, span), first + items]
 
@@ -94,6 +104,9 @@ class Strips:
             row = torch.arange(begin, end, device=shard.weight.device)
             slot = shard.slot(row)
             local = shard.contains(slot)
+            if self._ranked_N is not None:
+                begin_N = begin - self._first
+                local &= self._ranked_N[begin_N : begin_N + len(row)]
             row = row[local]
             slot = slot[local]
             if len(row) == 0:

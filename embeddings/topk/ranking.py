@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -99,10 +100,12 @@ class ExactRanking:
         items: int,
         block: int = 1024,
         users: int = 2048,
+        ranked_N: np.ndarray | None = None,
     ):
         """block: rows of a shard scored at once; users: of all ranks together, at once.
 
-        Raises ValueError where the rows are not the table's.
+        ranked_N: bool (items,), the items that are ranked and shown, the same on all ranks; None:
+        all. Raises ValueError where the rows are not the table's.
         """
         if not (first >= 0 and items >= 1 and first + items <= table.rows):
             raise ValueError(
@@ -119,7 +122,12 @@ class ExactRanking:
         self.users = users
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.strips = Strips(first, items, block, self.world_size)
+        self._ranked_N = None
+        if ranked_N is not None:
+            self._ranked_N = torch.from_numpy(ranked_N).to(table.device)
+        self.strips = Strips(
+            first, items, block, self.world_size, self._ranked_N
+        )
         first_stored_row, _ = table.shard()
         self._starts_W = self._gather_numbers(first_stored_row)
 
@@ -164,7 +172,7 @@ class ExactRanking:
     ) -> Tensor:
         """The position of item row_B in each user's ranked list, int64 from 1, (B,).
 
-        It is 1 + the number of other items, not excluded, whose score is not less. So ties and
+        It is 1 + the number of other ranked items, not excluded, whose score is not less. So ties and
         scores that are no numbers count against the item. It may itself be excluded.
 
         row_B: int64, rows of this domain. Raises ValueError where a row is not the domain's, or
@@ -333,6 +341,10 @@ class ExactRanking:
         in_domain = (rows_E >= self.first) & (rows_E < self.first + self.items)
         users_E = users_E[in_domain]
         rows_E = rows_E[in_domain]
+        if self._ranked_N is not None:
+            is_ranked_E = self._ranked_N[rows_E - self.first]
+            users_E = users_E[is_ranked_E]
+            rows_E = rows_E[is_ranked_E]
         stored_E = self.table.scatter.stored(rows_E)
         owner_E = torch.searchsorted(self._starts_W, stored_E, right=True) - 1
         owner_E, order_E = owner_E.sort()

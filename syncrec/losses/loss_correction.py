@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from syncrec.config import ModelConfig
 
-_DECAY = 0.99  # of the mean gap, from batch to batch
 _LEAST = 1e-6  # λ of a domain that was seen; 0 is one that was not
 _ROUNDING = 1e-5  # that λ in float32 may be off after many batches
 
@@ -39,51 +38,6 @@ def transfer_gap(
         result          tensor([0.5, -0.5, 0.0])
     """
     return (single_sum_D - cross_sum_D) / count_D.clamp(min=1)
-
-
-class PredictionMix(nn.Module):
-    """How much of a domain's prediction is its single-domain task's: σ(−φ̄_d / τ).
-
-    φ̄ is the mean of φ over the last hundred batches or so. The weight is half where neither view
-    predicts the domain better, nearly all where other domains harm it.
-
-    Beyond section 4 of the paper, which predicts by the cross-domain task whatever the gap is.
-    """
-
-    gap_2D: Tensor
-
-    def __init__(self, config: ModelConfig, domains: int):
-        super().__init__()
-        self.temperature = config.prediction_temperature
-        # Sums of φ and of ones, both weighed by age.
-        self.register_buffer("gap_2D", torch.zeros(2, domains))
-
-    def observe(self, phi_D: Tensor, present_D: Tensor) -> None:
-        """Takes in a batch's φ, equal on all ranks. present_D: bool, where the batch has one.
-
-        Example: the first batch, which lacks the second domain:
-
-            phi_D        tensor([0.5, 0.0])
-            present_D    tensor([True, False])
-            gap_2D       tensor([[0.005, 0.0], [0.01, 0.0]])
-        """
-        seen_2D = torch.stack([phi_D, torch.ones_like(phi_D)])
-        seen_2D = seen_2D.to(self.gap_2D.dtype)
-        mean_2D = _DECAY * self.gap_2D + (1 - _DECAY) * seen_2D
-        self.gap_2D = torch.where(present_D, mean_2D, self.gap_2D)
-
-    @property
-    def single_weight_D(self) -> Tensor:
-        """The weight of Y^single by domain; a half before anything was seen.
-
-        Example: τ = 0.3. Other domains help the first, harm the second, the third was never seen:
-
-            gap_2D    tensor([[0.3, -0.3, 0.0], [1.0, 1.0, 0.0]])
-            result    tensor([0.2689, 0.7311, 0.5000])
-        """
-        sum_D, weight_D = self.gap_2D
-        scale_D = weight_D.clamp(min=1e-30) * self.temperature
-        return torch.sigmoid(-sum_D / scale_D)
 
 
 class LossCorrection(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 class Case:
     """A table m_NR, its domain [first, first + items), users, the item of each whose rank is asked for, and who has them.
 
-    excluded: None, or rows by user. owners: "dealt", or the only "first" or "last" rank.
+    excluded: None, or rows by user. owners: "dealt", or the only "first" or "last" rank. ranked_N: the items that are ranked.
     """
 
     m_NR: np.ndarray
@@ -22,6 +22,7 @@ class Case:
     block: int = 16
     users: int = 7
     owners: str = "dealt"
+    ranked_N: np.ndarray | None = None
 
     def owner(self, ranks):
         """The rank of each user."""
@@ -64,6 +65,8 @@ def brute_force(case):
             if case.excluded is not None
             else np.ones(case.items, bool)
         )
+        if case.ranked_N is not None:
+            left_N = left_N & case.ranked_N
         counted_N = np.where(np.isnan(scores_N), np.float32(-np.inf), scores_N)
         order = np.lexsort([rows_N[left_N], -counted_N[left_N]])[: case.k]
         rows[user, : len(order)], scores[user, : len(order)] = (
@@ -188,4 +191,11 @@ CASES = {
     "on_the_last": made(19, owners="last", had=10),
     "nobody": made(20, users=0, had=3),
     "one_user": made(21, users=1),
+    "every_third": made(
+        22,
+        first=300,
+        items=417,
+        had=100,
+        ranked_N=np.arange(417) % 3 == 0,
+    ),
 }

@@ -55,7 +55,12 @@ def ranked(case, table):
     owner_B = case.owner(ranks)
     own = owner_B == rank
     ranking = ExactRanking(
-        table, case.first, case.items, case.block, case.users
+        table,
+        case.first,
+        case.items,
+        case.block,
+        case.users,
+        case.ranked_N,
     )
     y_BR, row_B = (
         torch.from_numpy(case.y_BR[own]),

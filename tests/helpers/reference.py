@@ -82,12 +82,20 @@ def training_step(
     """
     parameters = {name: value.detach().clone() for name, value in state.items()}
     lambda_state = parameters.pop("correction.lambda_D", None)
+    gap_sums = parameters.pop("gap.sums_2D", None)
+    gap_noise = parameters.pop("gap.noise_3D", None)
     parameters.pop("clock.newest_tick", None)
     for parameter in parameters.values():
         parameter.requires_grad_()
     table = table.detach().clone().requires_grad_()
-    network = _Network(config, parameters, table)
     domains = range(len(domain_items))
+    gates = None
+    if config.stop_gradient == "harm":
+        gates = [
+            _unharmed(config, gap_sums[:, d].tolist(), gap_noise[:, d].tolist())
+            for d in domains
+        ]
+    network = _Network(config, parameters, table, gates=gates)
 
     cross_sequences = [
         cross_sequence(history, config.max_length) for history in histories
@@ -166,8 +174,19 @@ def training_step(
         sum_and_count(cross_losses, of_domain(cross_losses, d)) for d in domains
     ]
 
-    # Equation 10, over the interactions that both views predict.
-    phi = []
+    # Equation 10, over the interactions that both views predict; and the same of the mean of both views.
+    phi, mean_gaps = [], []
+    cross_given = {
+        (user, step): given
+        for user, sequence in enumerate(cross_sequences)
+        for given, step in sequence
+    }
+    single_given = {
+        (user, step): given
+        for d in domains
+        for user, sequence in enumerate(single_sequences[d])
+        for given, step in sequence
+    }
     for d in domains:
         comparable = [
             key for key in of_domain(cross_losses, d) if key in single_losses
@@ -175,9 +194,34 @@ def training_step(
         single, count = sum_and_count(single_losses, comparable)
         cross, _ = sum_and_count(cross_losses, comparable)
         phi.append((single.item() - cross.item()) / count if count else None)
+        mean_losses = {
+            (user, step): loss_of(
+                user,
+                step,
+                cross_outputs[user, cross_given[user, step]] / 2
+                + single_outputs[d, user, single_given[user, step]] / 2,
+            )
+            for user, step in comparable
+        }
+        mean, _ = sum_and_count(mean_losses, comparable)
+        mean_gaps.append(
+            (single.item() - mean.item()) / count if count else None
+        )
 
     if config.loss_correction == "none":
         lambdas = table.new_ones(len(domains))
+    elif config.loss_correction == "harm":
+        gaps = mean_gaps if config.prediction == "harm" else phi
+        shares = [
+            _unharmed(
+                config,
+                *_observe(
+                    gap_sums[:, d].tolist(), gap_noise[:, d].tolist(), gaps[d]
+                ),
+            )
+            for d in domains
+        ]
+        lambdas = table.new_tensor([0.1 + 0.9 * share for share in shares])
     elif config.loss_correction == "shapley":
 
         def worth(coalition):
@@ -271,6 +315,30 @@ def training_step(
     )
 
 
+def _observe(sums, noise, gap):
+    """Sums of the gap and of ones, and of the noise, after one more batch; as they were where it had no gap."""
+    if gap is None:
+        return sums, noise
+    if sums[1] > 0:
+        off = gap - sums[0] / sums[1]
+        noise = [
+            0.99 * noise[0] + 0.01 * off * off,
+            0.99 * noise[1] + 0.01,
+            0.99 * 0.99 * noise[2] + 0.01 * 0.01,
+        ]
+    return [0.99 * sums[0] + 0.01 * gap, 0.99 * sums[1] + 0.01], noise
+
+
+def _unharmed(config, sums, noise):
+    """exp(−harm / temperature); harm: how far the mean gap is below 0 beyond three standard errors."""
+    batches = noise[1] ** 2 / noise[2] if noise[2] > 0 else 0
+    if batches < 10:
+        return 1.0
+    error = math.sqrt(noise[0] / noise[1] / batches)
+    harm = max(0.0, -(sums[0] / sums[1]) - 3 * error)
+    return math.exp(-harm / config.harm_temperature)
+
+
 def shapley(worth, players):
     """Each player's gain, worth(with) − worth(without), averaged over every order in which they may come."""
     known = {}
@@ -303,8 +371,9 @@ class _Network:
         clock.knots_2KR (2, knots, r), clock.gaps_GR          what time adds to a token's input [0] and output [1]; the gap
     """
 
-    def __init__(self, config, parameters, table, shown=None):
-        """shown: the domains whose items it sees, the others' are zeros; None: all."""
+    def __init__(self, config, parameters, table, shown=None, gates=None):
+        """shown: the domains whose items it sees, the others' are zeros; None: all. gates: what replaces SG, by domain."""
+        self.gates = gates
         self.config, self.parameters, self.table, self.shown = (
             config,
             parameters,
@@ -321,6 +390,7 @@ class _Network:
             "cross_gate.",
             "cross_tower.",
             stopped=single_experts,
+            domain=None,
         )
 
     def single(self, domain, histories, sequences):
@@ -332,16 +402,33 @@ class _Network:
             f"single_gates.{domain}.",
             f"single_towers.{domain}.",
             stopped=cross_experts,
+            domain=domain,
         )
 
-    def _task(self, histories, sequences, gate, tower, stopped):
+    def _gate_of_tokens(self, histories, sequences, domain):
+        """What passes of a stopped gradient, (B, T, 1): by the task's domain, or by that of the token's target."""
+        longest = self.config.max_length
+        gates_BT1 = self.table.new_ones(len(sequences), longest, 1)
+        for user, tokens in enumerate(sequences):
+            for slot, (_, step) in enumerate(tokens, longest - len(tokens)):
+                d = histories[user].domains[step] if domain is None else domain
+                gates_BT1[user, slot] = self.gates[d]
+        return gates_BT1
+
+    def _task(self, histories, sequences, gate, tower, stopped, domain):
         inputs_BTR, real_BT = self._embed(histories, sequences)
         weights_BTK = self._gate(gate, inputs_BTR, real_BT)
         mixed_BTR = 0
         for k in range(self.config.experts):
             output_BTR = self._expert(k, inputs_BTR, real_BT)
             if self.config.stop_gradient and k in stopped:
-                output_BTR = output_BTR.detach()
+                still_BTR = output_BTR.detach()
+                passed_BTR = output_BTR - still_BTR
+                output_BTR = still_BTR
+                if self.gates is not None:
+                    output_BTR = output_BTR + passed_BTR * (
+                        self._gate_of_tokens(histories, sequences, domain)
+                    )
             mixed_BTR = mixed_BTR + weights_BTK[:, :, k, None] * output_BTR
         output_BTR = self._tower(tower, mixed_BTR)
         longest = self.config.max_length

@@ -88,9 +88,12 @@ def records_read_once():
 class SmallRun:
     """A dataset and a run's folder, the configuration that goes with them, and trainers as the run would build them."""
 
-    def __init__(self, folder, ranks, *settings):
+    def __init__(self, folder, ranks, *settings, data=None):
+        """data: another dataset than one that is drawn."""
         self.ranks, self.folder = ranks, folder / "run"
-        self.dataset = write_dataset(folder / "data", draw_histories(20))
+        if data is None:
+            data = write_dataset(folder / "data", draw_histories(20))
+        self.dataset = data
         self.config = self.configured(*settings)
 
     def copied(self, folder):
@@ -150,10 +153,10 @@ def train(trainer, steps):
     return trainer
 
 
-def finished_run(folder, ranks, *settings):
+def finished_run(folder, ranks, *settings, data=None):
     """A SmallRun of three steps whose best model others can open."""
     run = SmallRun(
-        folder, ranks, "optimizer.learning_rate=0.03", *settings
+        folder, ranks, "optimizer.learning_rate=0.03", *settings, data=data
     )  # what begins at zero has to show
     run.save(train(run.trainer(), 3), RunState(step=3, best=best_of(3)))
     write_json(run.folder / BEST, best_of(3))

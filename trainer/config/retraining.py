@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from trainer.config.setting import setting
 from trainer.errors import InputError
 
+WARN = "warn"
+REFUSE = "refuse"
+
 
 @dataclass(frozen=True)
 class PublicationRules:
@@ -28,6 +31,11 @@ class PublicationRules:
     level: float = setting(
         0.05,
         "the chance of a refusal on a day on which nothing is worse, all tests together",
+    )
+    below_recency: str = setting(
+        WARN,
+        "where the served model ranks the day's events below recency popularity",
+        choices=(WARN, REFUSE),
     )
     keep: int = setting(5, "older versions that stay")
 

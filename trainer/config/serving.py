@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.prepare import LogFormat
+from trainer.config.prepare import LogFormat, memory_bytes
 from trainer.errors import InputError
 
 ITEM_DTYPES = ("fp32", "fp16")
@@ -13,11 +13,13 @@ class ExportConfig:
     """How a trained model is exported for a service.
 
     faiss: an index of each domain's items by FAISS's name for it (Flat, HNSW32, …), or None.
-    Whether FAISS knows that name, `trainer.serving.export.check_faiss` says.
+    Whether FAISS knows that name, `trainer.serving.export.check_faiss` says. recency_term: with
+    the model's recency term; None: as the run's evaluation.recency_term says.
     """
 
     dtype: str = "fp32"  # of the item vectors
     faiss: str | None = None
+    recency_term: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_DTYPES:
@@ -70,3 +72,25 @@ class HistoriesConfig(LogFormat):
                 f"part_users is {self.part_users}: it must be at least 1"
             )
         self.check_domain("log_domain", self.log_domain)
+
+
+@dataclass(frozen=True)
+class RefreshConfig(LogFormat):
+    """Which newer logs bring the counts of an export up to date.
+
+    inputs: logs, or one prepared dataset that has them. log_domain: the one domain of logs without a
+    domain column. memory: limit for reading logs, e.g. 8GB.
+    """
+
+    inputs: tuple[str, ...] = ()
+    log_domain: str | None = None
+    memory: str = "8GB"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.inputs:
+            raise InputError(
+                "--refresh-counts is empty: name the newer logs, or a dataset that has them"
+            )
+        self.check_domain("log_domain", self.log_domain)
+        memory_bytes(self.memory)

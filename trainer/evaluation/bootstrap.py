@@ -112,7 +112,7 @@ class GroupMeans:
     ) -> None:
         """Adds some users. Users occur in one call, on one rank, alone.
 
-        user_B: their numbers. groups_BG: int64, the groups of each. ranks_SB: the position of each
+        user_B: their numbers. groups_BG: int64, the groups of each, −1 for none. ranks_SB: the position of each
         by each system. Four users, two groups each (the domain, and a bucket), two systems:
 
             user_B       12      40      7       31
@@ -127,7 +127,7 @@ class GroupMeans:
         weight_RB = np.concatenate([once_1B, drawn_RB])
         for system, position_B in enumerate(ranks_SB):
             value_BK = scaled_values(position_B)
-            for group in np.unique(groups_BG):
+            for group in np.unique(groups_BG[groups_BG >= 0]):
                 in_group_BG = groups_BG == group
                 member_B = in_group_BG.any(1)
                 # Whole numbers below 2⁵³ in float64: exact in any order.

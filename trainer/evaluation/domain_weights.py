@@ -17,11 +17,14 @@ def relative_weights(
     """Weights by domain, divided by their mean over the domains that have one above 0.
 
     A domain that was never seen has 0 and stays so; None and NaN stay too. Weights that are
-    relative already come back to the bit, so records of any version may be given:
+    relative already come back to the bit, so records of any version may be given. So do weights of
+    which the greatest is 1: those of `loss_correction: harm`, where 1 is a domain that is not
+    harmed. Where it finds every domain harmed, the weights are relative to their mean.
 
         {"Books": 0.75, "Toys": 0.25}    {"Books": 1.5, "Toys": 0.5}
         {"Books": 1.5, "Toys": 0.5}      {"Books": 1.5, "Toys": 0.5}
         {"Books": 0.5, "Toys": 0.0}      {"Books": 1.0, "Toys": 0.0}
+        {"Books": 1.0, "Toys": 0.4}      {"Books": 1.0, "Toys": 0.4}
     """
     given = dict(weights or {})
     seen = []
@@ -31,7 +34,7 @@ def relative_weights(
     if not seen:
         return given
     mean = sum(seen) / len(seen)
-    if abs(mean - 1) <= _ROUNDING:
+    if abs(mean - 1) <= _ROUNDING or max(seen) == 1:
         return given
     relative = {}
     for domain, weight in given.items():

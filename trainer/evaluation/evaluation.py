@@ -8,8 +8,8 @@ of a ranking among all items:
     too_short          users whose history is too short to be split (leave-one-out)
     split              of a split by time: kind, whose, the first moments of validation and test, and
                        `without_history`, events left out as their user has none before them
-    seen               of a split by time: the figures of the targets whose item training has seen, and
-                       how many it has not (trainer/evaluation/targets.py)
+    unseen             of a split by time: the figures of the targets whose item training has not
+                       seen, by system, which count in no others (trainer/evaluation/targets.py)
     skipped_users      users left out because they could not be read
     step, epoch        of the model; seconds since the run began, where a run logs the record
     domains            {name: {users, HR@5, …, MRR}}, by the model
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-_BEFORE = ("kind", "ranking", "too_short", "skipped_users", "split", "seen")
+_BEFORE = ("kind", "ranking", "too_short", "skipped_users", "split", "unseen")
 _MEANS = ("mean_domains", "min_users", "user_mean")
 MODEL = "model"
 POPULARITY = "popularity"
@@ -195,7 +195,7 @@ class Evaluation:
     """The figures of one model on one split.
 
     by_domain: a row for each domain, in the dataset's order. mean: over the domains that count,
-    whose names are `mean_domains`. user_mean: over all users. split, seen: of a split by time, as the
+    whose names are `mean_domains`. user_mean: over all users. split, unseen: of a split by time, as the
     record has them; None of leave-one-out. There a user may have several targets, and each counts as
     one of `users`. compared: the means of systems beside
     the model, by one of COMPARED. min_users: what a domain needs to count
@@ -211,7 +211,7 @@ class Evaluation:
     too_short: int | None = None
     skipped_users: int | None = None
     split: dict[str, Any] | None = None
-    seen: dict[str, Any] | None = None
+    unseen: dict[str, Any] | None = None
     model_state: dict[str, Any] = field(default_factory=dict)
     full: dict[str, Any] = field(default_factory=dict)
     recorded_domains: tuple[str, ...] | None = None
@@ -250,7 +250,7 @@ class Evaluation:
             too_short=record.get("too_short"),
             skipped_users=record.get("skipped_users"),
             split=record.get("split"),
-            seen=record.get("seen"),
+            unseen=record.get("unseen"),
             model_state=model_state,
             full=full,
             recorded_domains=None if domains is None else tuple(domains),
@@ -271,8 +271,8 @@ class Evaluation:
             record["skipped_users"] = self.skipped_users
         if self.split is not None:
             record["split"] = self.split
-        if self.seen is not None:
-            record["seen"] = self.seen
+        if self.unseen is not None:
+            record["unseen"] = self.unseen
         record |= self.model_state
         record["domains"] = {row.name: row.model for row in self.by_domain}
         record["mean"] = self.mean
@@ -340,6 +340,12 @@ class Evaluation:
     def users_by_domain(self) -> dict[str, int]:
         """Users that were evaluated, by domain."""
         return {row.name: row.users for row in self.by_domain}
+
+    @property
+    def unseen_by_domain(self) -> dict[str, int]:
+        """Targets whose item training has not seen, by domain; empty of leave-one-out."""
+        of_model = (self.unseen or {}).get(MODEL, {})
+        return {name: figures["users"] for name, figures in of_model.items()}
 
     @property
     def mean_domains(self) -> list[str]:

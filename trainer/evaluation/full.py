@@ -4,7 +4,7 @@ Beside the figures stand confidence intervals, breakdowns by groups of users, ca
 and the Gini index of what is recommended.
 
 A user's held-out item (trainer/data/split.py) is ranked among all items of its domain, except those
-of the rest of the user's history. Popularity ranks the same items, its ties broken by an order
+of the rest of the user's history, and of a split by time those that training has not seen. Popularity ranks the same items, its ties broken by an order
 drawn for each user. Ties of the model's scores count against it. On CPUs every figure is the same
 at any number of ranks; on CUDA users' vectors, and so near ties, differ in last bits
 (docs/cuda.md).
@@ -50,9 +50,11 @@ from trainer.evaluation.targets import (
     Targets,
     count_too_short,
     describe_part,
-    describe_seen,
+    describe_unseen,
     find_targets,
     highest_target,
+    name_by_domain,
+    ranked_items,
 )
 from trainer.run_files import HEADLINE
 
@@ -67,14 +69,12 @@ _PIECE = 1 << 20  # numbers that are summed over the ranks at once
 THIRDS = ("head", "middle", "tail")
 LENGTH_BUCKETS = ("1–4", "5–9", "10–19", "20–49", "50+")
 HISTORY_IN_DOMAIN = ("none", "some")
-IN_TRAINING = ("seen", "unseen")
 BREAKDOWNS = {
     "item popularity": THIRDS,
     "history length": LENGTH_BUCKETS,
     "history in domain": HISTORY_IN_DOMAIN,
-    "item in training": IN_TRAINING,
 }
-_SEEN = -2  # of a domain's groups: those of IN_TRAINING are the last
+_NO_GROUP = -1
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,20 @@ class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
     rank_U: int32, the position of each target, by its number, which is its user's where a user has
-    one (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of
+    one (trainer/evaluation/targets.py); 0 of those that were not ranked. term_rank_U: likewise by the
+    model with its recency term; None without one. means: GroupMeans of
     `systems`; the groups of domain d are d · groups_of_domain() and those that follow: all its
     users, then those of each of BREAKDOWNS. shown: how often each row of M was among the SHOWN best
     of a user.
 
-    The groups of domain 0; those of domain 1 begin at 13:
+    The groups of domain 0; those of domain 1 begin at 12. Of a split by time a user whose item
+    training has not seen is of the last one alone:
 
         0           all users
         1 2 3       item popularity: head, middle, tail
         4 … 8       history length: 1–4, 5–9, 10–19, 20–49, 50+
         9 10        history in domain: none, some
-        11 12       item in training: seen, unseen
+        11          item that training has not seen
     """
 
     rank_U: np.ndarray
@@ -140,6 +142,7 @@ class FullRanking:
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: dict[str, Any] | None = None
     recency_term: dict[str, Any] | None = None
+    term_rank_U: np.ndarray | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -215,7 +218,12 @@ class _DomainRankings:
             self.numbers = range(only_domain, only_domain + 1)
         self.rankings = []
         for domain in dataset.domains:
-            ranking = ExactRanking(table, domain.start, domain.items)
+            ranking = ExactRanking(
+                table,
+                domain.start,
+                domain.items,
+                ranked_N=ranked_items(dataset, domain),
+            )
             self.rankings.append(ranking)
         self.shown_N = np.zeros(dataset.num_embeddings, np.int64)
 
@@ -324,6 +332,9 @@ def rank_fully(
         if advance is not None:
             advance(done, len(batches))
     means = systems.means()
+    term_position_U = None
+    if term is not None:
+        term_position_U = sum_over_ranks(systems.term_positions(position_U))
     means.reduce(ranks.device)
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
@@ -338,6 +349,7 @@ def rank_fully(
         systems.names,
         None if recency is None else recency.choice.to_record(),
         None if term is None else term.to_record(dataset),
+        term_position_U,
     )
 
 
@@ -346,11 +358,13 @@ class _RankedBatch:
     """The users of a step, their groups, and their positions by the model and by popularity.
 
     user_B       12     40
+    target_B     12     40
     groups_BG    0 2    11 14
     positions    1 7    4 9
     """
 
     user_B: np.ndarray
+    target_B: np.ndarray
     groups_BG: np.ndarray
     positions: tuple[np.ndarray, np.ndarray]
 
@@ -371,6 +385,7 @@ class _Systems:
         term: RecencyTerm | None,
     ) -> None:
         names = [MODEL, POPULARITY]
+        self._dataset = dataset
         self._popularity = Popularity(dataset, seed)
         self._recency = None
         if recency is not None:
@@ -384,6 +399,7 @@ class _Systems:
         all_groups = len(dataset.domains) * groups_of_domain()
         self._means = GroupMeans(len(names), all_groups, seed)
         self._ranked: list[_RankedBatch] = []
+        self._of_term: list[np.ndarray] = []
 
     def add(
         self,
@@ -409,10 +425,10 @@ class _Systems:
                 y_BDR, batch.domain_B, batch.row_B, batch.now_B, *jagged
             )
         third_B = self._popularity.third_N[batch.row_B]
-        is_seen_B = self._popularity.counts_N[batch.row_B] > 0
         ranked = _RankedBatch(
             batch.user_B,
-            groups(batch, third_B, is_seen_B),
+            batch.target_B,
+            groups(batch, third_B, self._dataset.is_trained(batch.row_B)),
             (position_B, popularity_B),
         )
         self._ranked.append(ranked)
@@ -420,15 +436,24 @@ class _Systems:
     def means(self) -> GroupMeans:
         """The means over this rank's users, after the last step. Called on all ranks."""
         later = []
-        for ranking in (self._recency, self._term):
-            if ranking is not None:
-                later.append(ranking.positions())
+        if self._recency is not None:
+            later.append(self._recency.positions())
+        if self._term is not None:
+            self._of_term = self._term.positions()
+            later.append(self._of_term)
         for index, ranked in enumerate(self._ranked):
             positions = [*ranked.positions]
             for of_steps in later:
                 positions.append(of_steps[index])
             self._means.add(ranked.user_B, ranked.groups_BG, positions)
         return self._means
+
+    def term_positions(self, like_U: np.ndarray) -> np.ndarray:
+        """This rank's positions with the term by the targets' numbers, after `means`."""
+        position_U = np.zeros_like(like_U)
+        for ranked, position_B in zip(self._ranked, self._of_term, strict=True):
+            position_U[ranked.target_B] = position_B
+        return position_U
 
 
 def _held_out_batches(
@@ -459,37 +484,39 @@ def _sum_in_place(values_M: np.ndarray, device: torch.device) -> None:
 
 
 def groups_of_domain() -> int:
-    """How many groups a domain has: all its users, and the groups of each breakdown."""
+    """How many groups a domain has: all its users, those of each breakdown, and unseen items."""
     groups_of_breakdowns = [len(names) for names in BREAKDOWNS.values()]
-    return 1 + sum(groups_of_breakdowns)
+    return 1 + sum(groups_of_breakdowns) + 1
 
 
 def groups(
     batch: HeldOutBatch, third_B: np.ndarray, is_seen_B: np.ndarray
 ) -> np.ndarray:
-    """The numbers of each user's groups, int64 (B, 1 + BREAKDOWNS).
+    """The numbers of each user's groups, int64 (B, 1 + BREAKDOWNS), −1 for none.
 
     third_B: the held-out item's third by popularity (trainer/evaluation/popularity.py). is_seen_B:
-    whether training has the item. Two users:
+    whether training has the item. Three users:
 
-        domain_B           0                  1
-        third_B            2                  0
-        length_B           12                 3
-        domain_length_B    4                  0
-        is_seen_B          True               False
-        groups             0  3  6  10 11     13 14 17 22 25
+        domain_B           0            1               1
+        third_B            2            0               2
+        length_B           12           3               8
+        domain_length_B    4            0               1
+        is_seen_B          True         True            False
+        groups             0 3 6 10     12 13 16 21     23 -1 -1 -1
     """
     first_B = batch.domain_B * groups_of_domain()
     bucket_B = np.searchsorted(LENGTHS, batch.length_B, side="right") - 1
     some_B = (batch.domain_length_B > 0).astype(np.int64)
     columns = [first_B]
     begin = 1
-    unseen_B = (~is_seen_B).astype(np.int64)
-    indices = (third_B, bucket_B, some_B, unseen_B)  # within each breakdown
+    indices = (third_B, bucket_B, some_B)  # within each breakdown
     for names, index_B in zip(BREAKDOWNS.values(), indices, strict=True):
         columns.append(first_B + begin + index_B)
         begin += len(names)
-    return np.stack(columns, 1)
+    groups_BG = np.stack(columns, 1)
+    groups_BG[~is_seen_B] = _NO_GROUP
+    groups_BG[~is_seen_B, 0] = first_B[~is_seen_B] + groups_of_domain() - 1
+    return groups_BG
 
 
 def full_evaluation(
@@ -517,8 +544,9 @@ def full_evaluation(
         rows.append(_figures_of(ranking, domain.name, first))
         breakdown[domain.name] = _breakdown(ranking, first)
         end = domain.start + domain.items
-        shown_N = ranking.shown[domain.start : end]
-        recommendations[domain.name] = recommended(shown_N)
+        rows_N = np.arange(domain.start, end)
+        rows_N = rows_N[dataset.is_trained(rows_N)]
+        recommendations[domain.name] = recommended(ranking.shown[rows_N])
     users = {row.name: row.users for row in rows}
     mean_domains = domains_of_mean(users, min_users)
     firsts = list(first_of.values())
@@ -543,7 +571,7 @@ def full_evaluation(
         too_short=count_too_short(dataset),
         skipped_users=ranking.skipped_users,
         split=describe_part(dataset, split),
-        seen=_seen_figures(dataset, means, rows, counted),
+        unseen=_unseen_figures(dataset, ranking),
         model_state=model_state,
         full=full,
         recorded_domains=tuple(mean_domains),
@@ -602,26 +630,21 @@ def _differences(
     }
 
 
-def _seen_figures(
-    dataset: Dataset,
-    means: GroupMeans,
-    rows: list[DomainFigures],
-    counted: list[int],
+def _unseen_figures(
+    dataset: Dataset, ranking: FullRanking
 ) -> dict[str, Any] | None:
-    """The figures of targets whose item training has seen; None of leave-one-out.
-
-    counted: the first groups of the domains that count in the mean.
-    """
+    """The figures of targets whose item training has not seen; None of leave-one-out."""
     if dataset.training is None:
         return None
-    offset = groups_of_domain() + _SEEN
-    figures = {}
-    for number, row in enumerate(rows):
-        first = number * groups_of_domain()
-        figures[row.name] = means.figures(0, first + offset)
-    mean = means.mean(0, [first + offset for first in counted])
-    all_figures = {row.name: row.model for row in rows}
-    return describe_seen(dataset, figures, mean, all_figures)
+    by_system = {}
+    last = groups_of_domain() - 1
+    for system, name in enumerate(ranking.systems):
+        figures = []
+        for number in range(len(dataset.domains)):
+            group = number * groups_of_domain() + last
+            figures.append(ranking.means.figures(system, group))
+        by_system[name] = name_by_domain(dataset, figures)
+    return describe_unseen(dataset, by_system)
 
 
 def full_record(

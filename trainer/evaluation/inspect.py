@@ -63,8 +63,8 @@ def inspect_model(
     look = look or InspectionConfig()
     names = [domain.name for domain in dataset.domains]
     weights = None
-    if model.correction is not None:
-        lambdas = model.correction.lambda_D.tolist()
+    if model.loss_weights_D is not None:
+        lambdas = model.loss_weights_D.tolist()
         by_domain = dict(zip(names, lambdas, strict=True))
         weights = relative_weights(by_domain)
     return {

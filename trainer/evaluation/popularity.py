@@ -104,7 +104,8 @@ class Popularity:
             order = np.argsort(-counts, kind="stable")
             descending = counts[order]
             self.third_N[domain.start + order] = _thirds(descending)
-            self._ascending.append(descending[::-1])
+            is_ranked_N = dataset.is_trained(domain.start + order)
+            self._ascending.append(descending[is_ranked_N][::-1])
 
     def positions(
         self,
@@ -134,7 +135,8 @@ class Popularity:
             left = np.searchsorted(ascending, counts, side="left")
             right = np.searchsorted(ascending, counts, side="right")
             greater_B[in_domain_B] = len(ascending) - right
-            equal_B[in_domain_B] = right - left - 1
+            equal_B[in_domain_B] = right - left
+        equal_B -= self.dataset.is_trained(row_B)  # without itself
         index_B = np.arange(len(user_B))
         user_E = np.repeat(index_B, counts_B)
         user_E, row_E = unique_rivals(
@@ -165,6 +167,8 @@ def unique_rivals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pairs (user, row) of the held-out item's domain, each once, without that item.
 
+    Those of items that are ranked (`Dataset.is_trained`).
+
     user_E: index of the user in the batch. Two users of domains 0 and 1, domain 1 from row 50:
 
         row_B     4        51
@@ -178,4 +182,5 @@ def unique_rivals(
     domain_E = dataset.domain_of(row_E)
     same_domain_E = domain_E == domain_B[user_E]
     rival_E = same_domain_E & (row_E != row_B[user_E])
+    rival_E &= dataset.is_trained(row_E)
     return user_E[rival_E], row_E[rival_E]

@@ -25,6 +25,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.format.vocabulary import read_item_counts
 from trainer.data.loading.batch_schedule import BatchSchedule
 from trainer.data.loading.histories import Histories, UserHistories
+from trainer.data.loading.jagged import row_begins
 from trainer.data.loading.negative_sampling import draw_evaluation_negatives
 from trainer.data.loading.stream import (
     DamageLog,
@@ -60,8 +61,9 @@ from trainer.evaluation.targets import (
     count_targets,
     count_too_short,
     describe_part,
-    describe_seen,
+    describe_unseen,
     find_targets,
+    name_by_domain,
 )
 
 if TYPE_CHECKING:
@@ -112,15 +114,20 @@ class Candidates:
         """The targets' numbers, int64 (B,)."""
         return self.user_B if self.target_B is None else self.target_B
 
+    @property
+    def held_out_row_B(self) -> np.ndarray:
+        """The held-out item of each place, int64 (B,)."""
+        return self.rows_C[row_begins(self.counts_B)]
+
 
 @dataclass(frozen=True)
 class PositionCounts:
     """How often each position occurred in a split, summed over all processes.
 
-    histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`.
+    histogram: int64 (S, D, longest candidate list), position 1 first, by each of `systems`, of the
+    targets whose item training has seen: by leave-one-out of all. unseen: likewise, of the others.
     skipped_users: users that could not be read, whether or not they would have been evaluated.
-    seen: int64 (D, longest candidate list), by the model, of the targets whose item training has
-    seen; None where it is not counted. reasons: why, of this process alone, each line once.
+    reasons: why, of this process alone, each line once.
     recency_choice, recency_term: the half-life of recency popularity and the weights of the recency
     term, where they are among the systems.
 
@@ -135,7 +142,7 @@ class PositionCounts:
     histogram: np.ndarray
     skipped_users: int = 0
     reasons: tuple[str, ...] = ()
-    seen: np.ndarray | None = None
+    unseen: np.ndarray | None = None
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: dict[str, Any] | None = None
     recency_term: dict[str, Any] | None = None
@@ -315,6 +322,9 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
         if self.only_domain not in (None, number):
             return None
         own_domain = dataset.domains[number]
+        drawn_rows = None
+        if dataset.drawn_rows is not None:
+            drawn_rows = dataset.drawn_rows[number]
         negatives = draw_evaluation_negatives(
             self.plan.seed,
             user,
@@ -322,6 +332,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             own_domain.start,
             own_domain.items,
             self.config.negatives,
+            drawn_rows,
         )
         return number, np.append(positive, negatives)
 
@@ -488,12 +499,11 @@ def rank_candidates(
     popularity.
     """
     dataset = batches.plan.dataset
-    counts_N = read_item_counts(dataset)
     others = _OtherSystems(dataset, batches.plan.seed, recency, term)
     systems = (MODEL, *others.names)
-    shape = (len(systems), len(dataset.domains), batches.longest_list())
-    histogram = np.zeros(shape, np.int64)
-    seen_DP = np.zeros(shape[1:], np.int64)
+    shape = (2, len(systems), len(dataset.domains), batches.longest_list())
+    # Of seen items, and of unseen ones.
+    histograms = np.zeros(shape, np.int64)
     skipped = 0
     reasons: dict[str, None] = {}
     for done, candidates in enumerate(built, start=1):
@@ -503,27 +513,28 @@ def rank_candidates(
         position_B = candidate_positions(scores_C, candidates.counts_B)
         positions = [position_B, *others.positions(candidates, scores_C)]
         real_B = candidates.user_B >= 0
-        domain_B = candidates.domain_B[real_B]
-        for system, system_B in enumerate(positions):
-            count_positions(histogram[system], domain_B, system_B[real_B])
-        _count_seen(seen_DP, counts_N, candidates, position_B)
+        is_seen_B = dataset.is_trained(candidates.held_out_row_B)
+        for histogram, of_items_B in zip(
+            histograms, (is_seen_B, ~is_seen_B), strict=True
+        ):
+            chosen_B = real_B & of_items_B
+            domain_B = candidates.domain_B[chosen_B]
+            for system, system_B in enumerate(positions):
+                count_positions(histogram[system], domain_B, system_B[chosen_B])
         if visit is not None:
             visit(candidates, position_B, scores_C)
         if advance is not None:
             advance(done, len(batches))
-    counts = np.concatenate([histogram.ravel(), seen_DP.ravel(), [skipped]])
+    counts = np.append(histograms.ravel(), skipped)
     total = torch.from_numpy(counts).to(device)
     dist.all_reduce(total)
     counts = total.cpu().numpy()
-    histogram_end = histogram.size
-    by_system = counts[:histogram_end]
-    of_seen = counts[histogram_end:-1]
-    skipped = int(counts[-1])
+    histograms = counts[:-1].reshape(shape)
     return PositionCounts(
-        histogram=by_system.reshape(shape),
-        skipped_users=skipped,
+        histogram=histograms[0],
+        skipped_users=int(counts[-1]),
         reasons=tuple(reasons),
-        seen=of_seen.reshape(shape[1:]),
+        unseen=histograms[1],
         systems=systems,
         recency_choice=None if recency is None else recency.choice.to_record(),
         recency_term=None if term is None else term.to_record(dataset),
@@ -587,24 +598,6 @@ class _OtherSystems:
         return [candidate_positions(score_C, counts_B) for score_C in scores]
 
 
-def _count_seen(
-    seen_DP: np.ndarray,
-    counts_N: np.ndarray,
-    candidates: Candidates,
-    position_B: np.ndarray,
-) -> None:
-    """Adds the positions of held-out items that training has seen, as `count_positions` does."""
-    is_seen_B = counts_N[_first_rows(candidates)] > 0
-    seen_B = is_seen_B & (candidates.user_B >= 0)
-    count_positions(seen_DP, candidates.domain_B[seen_B], position_B[seen_B])
-
-
-def _first_rows(candidates: Candidates) -> np.ndarray:
-    """The held-out item of each place, int64 (B,)."""
-    ends_B = np.cumsum(candidates.counts_B)
-    return candidates.rows_C[ends_B - candidates.counts_B]
-
-
 def _model_scores(
     model: Model,
     table: "ItemTable",
@@ -662,12 +655,7 @@ def evaluation_of(
     for system, histogram_DP in zip(
         ranking.systems, ranking.histogram, strict=True
     ):
-        by_system[system] = {}
-        for domain, histogram_P in zip(
-            dataset.domains, histogram_DP, strict=True
-        ):
-            figures = metrics_of_histogram(histogram_P)
-            by_system[system][domain.name] = figures
+        by_system[system] = _figures_by_domain(dataset, histogram_DP)
     model_figures = by_system.pop(MODEL)
     if mean_domains is None:
         users = count_users(dataset, ranking)
@@ -690,7 +678,7 @@ def evaluation_of(
         too_short=count_too_short(dataset),
         skipped_users=ranking.skipped_users,
         split=describe_part(dataset, split),
-        seen=_seen_figures(dataset, ranking, model_figures, mean_domains),
+        unseen=_unseen_figures(dataset, ranking),
         model_state=model_state,
         recorded_domains=tuple(mean_domains),
         min_users=min_users,
@@ -700,20 +688,26 @@ def evaluation_of(
     )
 
 
-def _seen_figures(
-    dataset: Dataset,
-    ranking: PositionCounts,
-    all_figures: Mapping[str, Figures],
-    mean_domains: Sequence[str],
+def _figures_by_domain(
+    dataset: Dataset, histogram_DP: np.ndarray
+) -> dict[str, Figures]:
+    """{domain: figures} of counts of positions."""
+    figures = [metrics_of_histogram(counts_P) for counts_P in histogram_DP]
+    return name_by_domain(dataset, figures)
+
+
+def _unseen_figures(
+    dataset: Dataset, ranking: PositionCounts
 ) -> dict[str, Any] | None:
-    """The figures of targets whose item training has seen; None of leave-one-out."""
-    if dataset.training is None or ranking.seen is None:
+    """The figures of targets whose item training has not seen; None of leave-one-out."""
+    if dataset.training is None or ranking.unseen is None:
         return None
-    figures = {}
-    for domain, histogram_P in zip(dataset.domains, ranking.seen, strict=True):
-        figures[domain.name] = metrics_of_histogram(histogram_P)
-    mean = mean_figures(figures, mean_domains)
-    return describe_seen(dataset, figures, mean, all_figures)
+    by_system: dict[str, dict[str, Figures]] = {}
+    for system, histogram_DP in zip(
+        ranking.systems, ranking.unseen, strict=True
+    ):
+        by_system[system] = _figures_by_domain(dataset, histogram_DP)
+    return describe_unseen(dataset, by_system)
 
 
 def make_evaluation_record(

@@ -10,13 +10,13 @@ user; a split by time may have several, which are numbered user after user, a us
 Where no user has several, a target's number is its user's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from trainer.data.format.dataset import Dataset
+from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.loading.histories import UserHistories
 from trainer.data.loading.timeline import describe_split
 from trainer.evaluation.metrics import Figures
@@ -126,32 +126,37 @@ def count_too_short(dataset: Dataset) -> int | None:
     return dataset.too_short if dataset.training is None else None
 
 
-def describe_seen(
-    dataset: Dataset,
-    figures: Mapping[str, Figures],
-    mean: Figures,
-    all_figures: Mapping[str, Figures],
+def describe_unseen(
+    dataset: Dataset, by_system: Mapping[str, Mapping[str, Figures]]
 ) -> dict[str, Any]:
-    """The figures of the targets whose item training has seen, and how many it has not.
+    """The figures of the targets whose item training has not seen, which count in no others.
 
-    figures, mean: of those targets, by domain. all_figures: of all. `unseen`: targets whose item it
-    has not seen. `unseen_items`: such items of the domain, all of which may be candidates.
+    They are ranked among items that it has seen, as all are. by_system: their figures by domain, of
+    the model and of what ranks beside it. `items`: such items of each domain.
 
-    {"domains": {"Books": {"users": 190, …}}, "mean": {…}, "unseen": {"Books": 14},
-    "unseen_items": {"Books": 31}}
+    {"items": {"Books": 31}, "model": {"Books": {"users": 14, …}}, "recency": {…}}
     """
-    unseen = {}
-    unseen_items = {}
+    items = {}
     for domain in dataset.domains:
-        end = domain.start + domain.items
-        counts = dataset.item_counts[domain.start : end]
-        unseen_items[domain.name] = int(np.count_nonzero(counts == 0))
-        of_all = all_figures[domain.name]["users"] or 0
-        of_seen = figures[domain.name]["users"] or 0
-        unseen[domain.name] = int(of_all) - int(of_seen)
-    return {
-        "domains": dict(figures),
-        "mean": mean,
-        "unseen": unseen,
-        "unseen_items": unseen_items,
-    }
+        is_trained_N = dataset.is_trained(_rows_of(domain))
+        items[domain.name] = int(np.count_nonzero(~is_trained_N))
+    return {"items": items, **by_system}
+
+
+def name_by_domain(
+    dataset: Dataset, figures: Sequence[Figures]
+) -> dict[str, Figures]:
+    """{domain: figures} of one for each domain."""
+    names = [domain.name for domain in dataset.domains]
+    return dict(zip(names, figures, strict=True))
+
+
+def ranked_items(dataset: Dataset, domain: Domain) -> np.ndarray | None:
+    """Which of a domain's items are ranked, bool (items,); None: all."""
+    if dataset.training is None:
+        return None
+    return dataset.is_trained(_rows_of(domain))
+
+
+def _rows_of(domain: Domain) -> np.ndarray:
+    return np.arange(domain.start, domain.start + domain.items)

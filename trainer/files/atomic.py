@@ -8,6 +8,7 @@ by a listing: files are opened by their names, and a missing one is looked for a
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 LATENESS = 75.0  # seconds after which every host sees what was written: NFS's 60, and some to spare
 PAUSE = 0.5  # seconds between two looks
+
+# Of renameat2(2).
+_AT_FDCWD = -100
+_EXCHANGE = 2
 
 # File systems that no other host writes in; any other, and an unknown one, may show things late.
 _LOCAL_FILE_SYSTEMS = {
@@ -183,6 +188,26 @@ def move_folder(partial: Path, folder: Path) -> None:
     flush_tree(partial)
     os.rename(partial, folder)
     flush(folder.parent)
+
+
+def exchange_folders(one: Path, other: Path) -> None:
+    """Exchanges what two names of one file system stand for, in one move, and flushes the folders.
+
+    Raises OSError where the system or the file system cannot.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    try:
+        rename = library.renameat2
+    except AttributeError:
+        number = errno.ENOSYS
+    else:
+        names = [os.fsencode(one), os.fsencode(other)]
+        if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE) == 0:
+            flush(one.parent)
+            flush(other.parent)
+            return
+        number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def flush_tree(folder: Path) -> None:

@@ -220,7 +220,7 @@ def _count_ranked(evaluation: Evaluation) -> str:
         too_short = evaluation.too_short or 0
         return f"{evaluation.users:,} users, {too_short:,} too short"
     without = evaluation.split["without_history"]
-    unseen = sum((evaluation.seen or {}).get("unseen", {}).values())
+    unseen = sum(evaluation.unseen_by_domain.values())
     return (
         f"{evaluation.users:,} events, {without:,} without history, "
         f"{unseen:,} of an unseen item"
@@ -471,18 +471,14 @@ def split_sentences(evaluation: Evaluation) -> list[str]:
         sentences.append(
             f"{without:,} events have nothing of their user before them and are left out"
         )
-    seen = evaluation.seen
-    if seen is None:
-        return sentences
     by_domain = []
-    for name, count in seen["unseen"].items():
+    for name, count in evaluation.unseen_by_domain.items():
         if count:
             by_domain.append(f"{escape_name(name)} {count:,}")
     if by_domain:
-        headline = format_number(seen["mean"].get(HEADLINE))
         sentences.append(
-            f"Of an item that training never saw: {', '.join(by_domain)}; "
-            f"mean {HEADLINE} of the others {headline}"
+            "Events of an item that training never saw, which do not count: "
+            f"{', '.join(by_domain)}"
         )
     return sentences
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from trainer.reporting.console import format_number as decimal
+from trainer.retraining.arrivals_report import describe_arrivals
 
 
 def changes_report(result: dict[str, Any]) -> str:
@@ -12,6 +13,7 @@ def changes_report(result: dict[str, Any]) -> str:
     lines += _notes(result.get("notes", []))
     lines += _carried(result)
     lines += _metrics(result["domains"])
+    lines += describe_arrivals(result)
     if result["extension"]:
         lines += _logs(result["extension"])
     if result["drift"]:

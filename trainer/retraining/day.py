@@ -11,6 +11,7 @@ from trainer.run_files import EXTENSION
 DAYS = "days"
 PUBLISHED = "published"
 PLAN = "plan.json"
+ARRIVALS = "arrivals.json"
 RESULT = "retrain.json"
 REPORT = "report.md"
 # The folder of a dataset that says what came when it was extended: as
@@ -38,6 +39,11 @@ class Day:
     def dataset(self) -> Path:
         """The dataset with the day's logs."""
         return self.path / "dataset"
+
+    @property
+    def arrivals(self) -> Path:
+        """How the model that served ranked the day's events, before it learnt from them."""
+        return self.path / ARRIVALS
 
     @property
     def run(self) -> Path:
@@ -92,6 +98,33 @@ def read_results(
         results.append(result)
     results.sort(key=lambda result: result["number"])
     return results
+
+
+def read_arrivals(file: Path) -> dict[str, Any]:
+    """The record of a day's prequential evaluation (trainer/retraining/prequential.py).
+
+    Raises InputError where it cannot be used.
+    """
+    record = read_json(file)
+    skipped = isinstance(record, dict) and isinstance(
+        record.get("skipped"), str
+    )
+    if not skipped and not _are_arrivals(record):
+        raise InputError(
+            f"{file}: is no record of a day's arrivals: remove it, and it is made anew"
+        )
+    return record
+
+
+def _are_arrivals(record: Any) -> bool:
+    """Whether what guards and pages take of it is there."""
+    try:
+        for figures in record["against_recency"].values():
+            float(figures["now"] + figures["before"] + figures["users"])
+            float(figures["error"] or 0.0)
+        return isinstance(record["domains"], dict)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def read_json(file: Path) -> Any:

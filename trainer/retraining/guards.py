@@ -1,6 +1,6 @@
 """What speaks against publishing a candidate: falls that are too large, and no chance.
 
-Four rules hold a figure against one of before. A fall counts against a candidate where both hold:
+Rules hold a figure against one of before. A fall counts against a candidate where both hold:
 
 - it is larger than the rule allows (a share of the figure of before);
 - it is significant: a one-sided t-test over users, all tests of a night together at the family-wise
@@ -14,6 +14,12 @@ Four rules hold a figure against one of before. A fall counts against a candidat
     own_fall       an item's NDCG@10 for its own      the same when the current version was   unpaired
                    user less another's                published; by domain, and their mean
 
+    below_recency  NDCG@10 on the day's arrivals by   recency popularity's, of the same       clustered
+                   the model that served until then   events                                  by user
+
+The last one only warns, in a family of tests of its own, unless `below_recency` says that it refuses.
+It allows no fall, and is skipped where nothing was ranked (trainer/retraining/prequential.py).
+
 Domains with fewer than `min_users` users are not tested and in no mean. They are named.
 
 S. Holm, "A simple sequentially rejective multiple test procedure", 1979. This module needs NumPy
@@ -22,17 +28,18 @@ alone. Legend of shapes: B users of a domain.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from trainer.config.retraining import PublicationRules
+from trainer.config.retraining import REFUSE, PublicationRules
 from trainer.evaluation.metrics import domains_of_mean, metric_values
 from trainer.run_files import HEADLINE
 
 _UNLIKE = "the logs are unlike those before"
 _WHEN = "when the current model was published"
+_BELOW_RECENCY = "below_recency"
 
 DomainRecord = dict[str, Any]  # a domain's figures, as `publish` records them
 
@@ -42,11 +49,14 @@ class Judgement:
     """What was found. reasons: against publishing; notes: falls that do not count, and why not.
 
     tests: of each test its rule, domain (None: of the mean), now, before, error, users and p.
+    warnings: of domains whose model is below recency popularity; their names are `below_recency`.
     """
 
     reasons: list[str]
     notes: list[str]
     tests: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    below_recency: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -167,8 +177,11 @@ def judge(
     domains: dict[str, DomainRecord],
     rules: PublicationRules,
     min_users: int = 1,
+    arrivals: dict[str, DomainRecord] | None = None,
 ) -> Judgement:
     """Judges a candidate by its figures. min_users: as `evaluation.min_users`.
+
+    arrivals: `against_recency` of the day's prequential evaluation.
 
     With a tolerance of 2 %, a level of 0.05 and at least 50 users:
 
@@ -184,16 +197,17 @@ def judge(
     counted = domains_of_mean(users, min_users)
     large = {name: domains[name] for name in counted}
     falls = _list_falls(large, rules)
-    significant = find_significant([fall.p for fall in falls], rules.level)
-    reasons = []
+    below = _list_below_recency(arrivals or {}, min_users)
+    tests = [fall.describe() for fall in falls + below]
+    warned: list[Fall] = []
+    if rules.below_recency == REFUSE:
+        falls += below
+    else:
+        warned, _ = _divide_falls(below, rules.level)
+    refused, by_chance = _divide_falls(falls, rules.level)
     notes = []
-    for fall, is_significant in zip(falls, significant, strict=True):
-        if not fall.is_too_large:
-            continue
-        if is_significant:
-            reasons.append(fall.words)
-        else:
-            notes.append(f"{fall.words}: this may be chance (p {fall.p:.2g})")
+    for fall in by_chance:
+        notes.append(f"{fall.words}: this may be chance (p {fall.p:.2g})")
     for name in domains:
         if users[name] and name not in counted:
             notes.append(
@@ -201,7 +215,69 @@ def judge(
             )
     if counted and max(users.values()) < min_users:
         notes.append(f"no domain has {min_users:,} users: all judge")
-    return Judgement(reasons, notes, [fall.describe() for fall in falls])
+    return Judgement(
+        reasons=[fall.words for fall in refused],
+        notes=notes,
+        tests=tests,
+        warnings=[fall.words for fall in warned],
+        below_recency=_names_below_recency(refused + warned),
+    )
+
+
+def _divide_falls(
+    falls: list[Fall], level: float
+) -> tuple[list[Fall], list[Fall]]:
+    """Of a family of tests, the falls that are too large: those that are significant, and the others."""
+    significant = find_significant([fall.p for fall in falls], level)
+    no_chance = []
+    by_chance = []
+    for fall, is_significant in zip(falls, significant, strict=True):
+        if not fall.is_too_large:
+            continue
+        if is_significant:
+            no_chance.append(fall)
+        else:
+            by_chance.append(fall)
+    return no_chance, by_chance
+
+
+def _names_below_recency(falls: list[Fall]) -> list[str]:
+    """The domains of the falls below recency popularity."""
+    names = []
+    for fall in falls:
+        if fall.rule == _BELOW_RECENCY and fall.domain is not None:
+            names.append(fall.domain)
+    return names
+
+
+def _list_below_recency(
+    arrivals: dict[str, DomainRecord], min_users: int
+) -> list[Fall]:
+    """The served model beside recency popularity on the day's arrivals, by domain."""
+    users = {}
+    for name, figures in arrivals.items():
+        users[name] = figures["users"]
+    falls = []
+    for name in domains_of_mean(users, min_users):
+        figures = arrivals[name]
+        now = figures["now"]
+        before = figures["before"]
+        words = (
+            f"{name}: the model that served ranked the day's events with {HEADLINE} {now:.4f}, "
+            f"recency popularity with {before:.4f}{_of_users(figures)}"
+        )
+        fall = Fall(
+            _BELOW_RECENCY,
+            name,
+            now,
+            before,
+            figures["error"],
+            users[name],
+            0.0,
+            words,
+        )
+        falls.append(fall)
+    return falls
 
 
 def _list_falls(

@@ -2,6 +2,7 @@
 
     FOLDER/days/NAME/plan.json      what this retraining began from: fixed when it first began
     FOLDER/days/NAME/dataset        the dataset with the new logs
+    FOLDER/days/NAME/arrivals.json  how the model that serves ranks what is new (prequential.py)
     FOLDER/days/NAME/run            the run (warm start)
     FOLDER/days/NAME/retrain.json   how it ended; report.md says it in words
     FOLDER/published                what serves (trainer/retraining/published.py)
@@ -38,6 +39,7 @@ from trainer.retraining.day import (
     PLAN,
     PUBLISHED,
     Day,
+    read_arrivals,
     read_json,
     read_results,
 )
@@ -110,6 +112,7 @@ class _Retraining:
         """All stages, then the reports. The result is written last: the day is done then."""
         day = self.day
         self._extend_dataset()
+        self._score_arrivals()
         self._train()
         published = self._publish()
         result = self._describe_result(published)
@@ -132,6 +135,40 @@ class _Retraining:
         )
         command = [sys.executable, self.scripts / "prepare.py", *arguments]
         self._run_stage("extending the dataset", command)
+
+    def _score_arrivals(self) -> None:
+        """Ranks the day's events by the model that serves, before a model learns from them.
+
+        Done where its file is there. Says why where nothing was ranked.
+        """
+        day = self.day
+        if not day.arrivals.is_file():
+            self._make_arrivals()
+        skipped = read_arrivals(day.arrivals).get("skipped")
+        if skipped is not None:
+            print(f"the day's events are not ranked: {skipped}", flush=True)
+
+    def _make_arrivals(self) -> None:
+        """Leaves the record of the day's events."""
+        day = self.day
+        if self.plan["warm_start"] is None:
+            write_json(day.arrivals, {"skipped": "no model served yet"})
+        else:
+            arguments = _score_arguments(self.plan, day)
+            command = [
+                *self._launcher(),
+                self.scripts / "evaluate.py",
+                *arguments,
+            ]
+            self._run_stage(
+                "ranking the day's events", command, day.arrivals.is_file
+            )
+        if not day.arrivals.is_file():
+            raise InputError(
+                "ranking the day's events ended with status 0, but "
+                f"{day.arrivals} is not there: its own lines say why; the same command goes on "
+                "there"
+            )
 
     def _train(self) -> None:
         """Trains the day's run to its end. Raises InputError where it left no test record."""
@@ -233,6 +270,9 @@ class _Retraining:
             "published": version,
             "reasons": record["reasons"],
             "notes": record.get("notes", []),
+            "warnings": record.get("warnings", []),
+            "below_recency": record.get("below_recency", []),
+            "arrivals": read_arrivals(self.day.arrivals),
             "carried": self.plan.get("carried", []),
             "left_out": self.plan.get("left_out", []),
             "domains": record["domains"],
@@ -410,6 +450,24 @@ def _prepare_arguments(
     return words
 
 
+def _score_arguments(
+    plan: dict[str, Any],
+    day: Day,
+) -> list[Any]:
+    """Of launch/evaluate.py."""
+    # --of: torchrun takes --run for the beginning of an option of its own.
+    words: list[Any] = ["--of", _begins_with(plan, day)]
+    words += ["--data", day.dataset]
+    words += ["--split", "arrivals"]
+    words += ["--record", day.arrivals]
+    return words
+
+
+def _begins_with(plan: dict[str, Any], day: Day) -> Path:
+    """The run whose model serves when the day begins."""
+    return locate_run({"run": plan["warm_start"]}, day.published)
+
+
 def _train_arguments(
     config: RetrainConfig,
     plan: dict[str, Any],
@@ -423,8 +481,7 @@ def _train_arguments(
     words += [f"run={day.run}"]
     words += config.settings
     if plan["warm_start"] is not None:
-        warm_start = locate_run({"run": plan["warm_start"]}, day.published)
-        words += [f"warm_start={warm_start}"]
+        words += [f"warm_start={_begins_with(plan, day)}"]
         words += config.warm_settings
     return words
 
@@ -442,6 +499,8 @@ def _publish_arguments(
     words += ["--own-fall", config.own_fall]
     words += ["--least-users", config.least_users]
     words += ["--level", config.level]
+    words += ["--below-recency", config.below_recency]
+    words += ["--arrivals", day.arrivals]
     words += ["--keep", config.keep]
     return words
 

@@ -48,6 +48,7 @@ from trainer.evaluation.personalization import (
 )
 from trainer.evaluation.sampled import Candidates, evaluate_split
 from trainer.files.atomic import Patience, retry_patiently
+from trainer.retraining.day import read_arrivals
 from trainer.retraining.guards import compare_positions, judge
 from trainer.retraining.published import read_current_version
 from trainer.retraining.registry import (
@@ -66,12 +67,13 @@ def publish(
     ranks: Ranks,
     config: PublishConfig,
     data: str | Path | None = None,
+    arrivals: str | Path | None = None,
 ) -> Record:
     """Compares a finished run's model with the current one, and publishes or refuses it.
 
-    Called on all ranks. data: the candidate's dataset where it has moved. Returns the record: its
-    `published` is the version's number or None, and its `reasons` say why not. A run that serves
-    already is left alone.
+    Called on all ranks. data: the candidate's dataset where it has moved. arrivals: the file with the
+    day's prequential evaluation, which the record keeps. Returns the record: its `published` is the
+    version's number or None, and its `reasons` say why not. A run that serves already is left alone.
 
     Raises InputError where the candidate cannot be used, another process publishes here, or
     nothing can be written; `current.json` is then as it was.
@@ -89,6 +91,7 @@ def publish(
                 f"{candidate}: has not learnt from its newest days (split.kind="
                 f"{run_config.split.kind}): publish a run of split.kind=leave_one_out"
             )
+        of_day = _read_arrivals(arrivals, ranks)
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
             nothing: dict[str, list[str]] = {"reasons": [], "notes": []}
@@ -102,14 +105,36 @@ def publish(
         comparison = _Comparison(served, current, current_test, config)
         record = identity | comparison.measure()
         min_users = run_config.evaluation.min_users
-        judgement = judge(record["domains"], config, min_users)
-        record |= asdict(judgement) | {"min_users": min_users}
+        record |= _judge(record, of_day, config, min_users)
         if record["reasons"]:
             return run_on_first_rank(
                 lambda: registry.refuse(record), ranks.first
             )
         version = _Version(registry, record, config)
         return version.publish(candidate, served, data)
+
+
+def _read_arrivals(file: str | Path | None, ranks: Ranks) -> Record | None:
+    """The day's prequential evaluation; None without one. Called on all ranks."""
+    if file is None:
+        return None
+    return run_on_first_rank(lambda: read_arrivals(Path(file)), ranks.first)
+
+
+def _judge(
+    record: Record,
+    arrivals: Record | None,
+    config: PublishConfig,
+    min_users: int,
+) -> Record:
+    """What a candidate's record says besides its figures. arrivals: of the day."""
+    against_recency = None
+    added: Record = {"min_users": min_users}
+    if arrivals is not None:
+        against_recency = arrivals.get("against_recency")
+        added["arrivals"] = arrivals
+    judgement = judge(record["domains"], config, min_users, against_recency)
+    return asdict(judgement) | added
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from trainer.files.lock import take_lock
 from trainer.retraining.published import read_version, version_folder
 from trainer.run_files import CURRENT, LOCK, MODEL, REFUSED, VERSION, VERSIONS
 from trainer.serving.example import load_encoder, plain_program
-from trainer.serving.export import ENCODER, SCHEMA
+from trainer.serving.export import ENCODER
+from trainer.serving.schema import SCHEMA
 
 Record = dict[str, Any]  # of a version, or of a candidate that was refused
 

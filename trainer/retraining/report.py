@@ -24,6 +24,13 @@ from trainer.reporting.html import (
     render_sections,
     render_table_page,
 )
+from trainer.retraining.arrivals_report import (
+    ABOUT,
+    mean_row,
+    plot_arrivals,
+    read_evaluation,
+    served_figure,
+)
 from trainer.retraining.changes_report import after_refusal, describe_carried
 from trainer.run_files import HEADLINE, REPORT
 
@@ -55,15 +62,18 @@ def write_days(
 
 
 def _lead(newest: Result) -> list[str]:
-    """A sentence on the newest day."""
+    """Sentences on the newest day."""
     name = newest["name"]
     carried = describe_carried(newest)
+    warnings = []
+    for warning in newest.get("warnings", []):
+        warnings.append(f"Warning: {warning}.")
     if newest["published"]:
         lead = f"{name}: published as version {newest['published']}."
-        return [" ".join([lead, *carried])]
+        return [" ".join([lead, *carried]), *warnings]
     reasons = "; ".join(newest["reasons"])
     lead = f"{name}: not published, the model of before goes on serving. {reasons}."
-    return [" ".join([lead, after_refusal(name), *carried])]
+    return [" ".join([lead, after_refusal(name), *carried]), *warnings]
 
 
 def _sections(
@@ -78,6 +88,11 @@ def _sections(
             "by the model that served until then, which the day's is compared with. A red band: "
             "the day was refused, and the model of before went on serving.",
             _plot_metrics(results, domains),
+        ),
+        (
+            "Yesterday's model on today's events",
+            ABOUT,
+            plot_arrivals(results, domains),
         ),
         (
             "New items",
@@ -311,6 +326,8 @@ def _days_table(results: list[Result]) -> Table:
         "users",
         HEADLINE,
         "the model until then",
+        "on the day's events",
+        "recent",
         "rows",
         "new items",
         "time",
@@ -318,7 +335,9 @@ def _days_table(results: list[Result]) -> Table:
     text = (
         f"The newest first, {_SHOWN} at most. Users whose newest item was ranked; {HEADLINE} is "
         "the mean of the domains that count, blue or red where the 95 % interval of the "
-        "difference leaves 0 out. Each day's report.md says more."
+        "difference leaves 0 out. On the day's events: the figure of the model until then on all of them, "
+        "before any model learnt from them; recent: of recency popularity; red where a domain is below "
+        "it and this is no chance. Each day's report.md says more."
     )
     rows = [_days_row(result) for result in reversed(results[-_SHOWN:])]
     return Table("Days", text, columns, rows)
@@ -345,9 +364,23 @@ def _days_row(result: Result) -> list[Cell]:
         Cell(f"{users:,}"),
         Cell(format_number(candidate), sense),
         Cell(format_number(current)),
+        *_arrivals_cells(result),
         Cell(format_number(arrived, ",")),
         Cell(f"{new_items:,}"),
         Cell(format_duration(sum(result["seconds"].values()))),
+    ]
+
+
+def _arrivals_cells(result: Result) -> list[Cell]:
+    """The means of the model until then and of recency popularity on the day's events."""
+    evaluation = read_evaluation(result)
+    if evaluation is None:
+        return [Cell("–"), Cell("–")]
+    mean = mean_row(evaluation)
+    sense = "worse" if result.get("below_recency") else ""
+    return [
+        Cell(format_number(served_figure(evaluation, mean)), sense),
+        Cell(format_number(mean.recency_headline)),
     ]
 
 

@@ -248,13 +248,16 @@ class Domain:
     """One domain: its item vectors, their ids, and its own encoder where it has one.
 
     weight: the share that the domain's own encoder has in a user's vector; 0: it has none.
+    offsets: what the recent past adds to each item's score, (items,), and score_weight: what the
+    vectors' product is multiplied by; None and 1 of an export without it.
     """
 
     def __init__(
         self,
         folder: Path,
-        weight: float,
+        entry: dict[str, Any],
     ) -> None:
+        weight = entry["own_weight"]
         stored = load_file(folder / "ids.safetensors")
         text = stored["bytes"].tobytes()
         offsets = stored["offsets"].tolist()
@@ -273,6 +276,15 @@ class Domain:
         self.encoder = None
         if weight:
             self.encoder = load_encoder(folder / "encoder.pt2")
+        self.score_weight = 1.0
+        self.offsets = None
+        if "recency" in entry:
+            self.score_weight = float(entry["recency"]["score"])
+            self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+            if self.offsets.shape != (len(self.items),):
+                raise ValueError(
+                    f"{folder / 'offsets.npy'}: is not of {len(self.items)} items"
+                )
 
 
 class Recommender:
@@ -297,7 +309,7 @@ class Recommender:
         self.domains: dict[str, Domain] = {}
         for entry in self.schema["domains"]:
             path = folder / entry["folder"]
-            self.domains[entry["name"]] = Domain(path, entry["own_weight"])
+            self.domains[entry["name"]] = Domain(path, entry)
 
     def __call__(
         self,
@@ -322,7 +334,11 @@ class Recommender:
         items = torch.from_numpy(
             np.asarray(self.domains[domain].items, np.float32)
         )
-        scores = items @ self.encode_user(events, domain, now)
+        vector = self.encode_user(events, domain, now)
+        scores = items @ vector[: items.shape[1]]
+        offsets = self.domains[domain].offsets
+        if offsets is not None:
+            scores = scores + torch.from_numpy(offsets)
         seen = [row for _, name, row in events if name == domain]
         scores[seen] = -torch.inf
         best = scores.topk(min(k, len(scores)))
@@ -340,10 +356,10 @@ class Recommender:
         domain: str,
         now: float,
     ) -> torch.Tensor:
-        """The user's vector for a domain, (width,).
+        """The user's vector for a domain, (width,); (width + 1,) where items have offsets.
 
-        An item's score is its dot product with the item's vector. events: the known interactions,
-        oldest first.
+        An item's score is its dot product with the item's vector, behind which its offset stands:
+        the user's last number is 1. events: the known interactions, oldest first.
         """
         vector = self._encode(self.encoder, events, now)
         weight = self.domains[domain].weight
@@ -352,6 +368,9 @@ class Recommender:
             own_events = [event for event in events if event[1] == domain]
             domain_vector = self._encode(domain_encoder, own_events, now)
             vector = (1 - weight) * vector + weight * domain_vector
+        if self.domains[domain].offsets is not None:
+            vector = vector * self.domains[domain].score_weight
+            vector = torch.cat([vector, torch.ones(1)])
         return vector
 
     def _known_events(

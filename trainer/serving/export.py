@@ -5,20 +5,22 @@
     domain-N/items.npy       the N-th domain's item vectors (items, r), to be memory-mapped
     domain-N/ids.safetensors their raw ids as UTF-8: bytes uint8, offsets int64 (items + 1)
     domain-N/index.faiss     where asked for: a FAISS index of the vectors, by inner product
+    domain-N/offsets.npy     with the recency term: what the recent past adds to each item's score
+    domain-N/counts.npy      the counts that it comes from (trainer/serving/item_offsets.py)
     example.py               loads all this and recommends
 
-A user's score of an item is the dot product of the encoder's output and the item's vector.
+A user's score of an item is the dot product of the encoder's output and the item's vector. With the
+term it is that of (a · output, 1) and (vector, offset).
 """
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,20 +35,29 @@ from trainer.checkpoint.best_model import (
     open_run,
 )
 from trainer.config.serving import ExportConfig
-from trainer.data.format.dataset import Dataset, Domain, File
+from trainer.data.format.dataset import Dataset, Domain
 from trainer.data.format.vocabulary import read_item_ids
+from trainer.data.loading.day_counts import count_recent
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
+from trainer.evaluation.recency.stored import open_recency_term
+from trainer.evaluation.recency.term import RecencyTerm
 from trainer.files.atomic import move_folder
 from trainer.files.progress import Stages
 from trainer.serving.example import plain_program
+from trainer.serving.faiss_index import make_index, write_index
+from trainer.serving.item_offsets import (
+    RECENCY,
+    CountMoment,
+    OffsetFormula,
+    write_offsets,
+)
+from trainer.serving.schema import describe_files, write_schema
 
-if TYPE_CHECKING:
-    import faiss
-
-FORMAT_VERSION = 2  # 2: the encoder takes times
-SCHEMA = "schema.json"
+# 2: the encoder takes times; 3: items have offsets, which an export without the term does not
+FORMAT_VERSION = 2
+_VERSION_WITH_OFFSETS = 3
 ENCODER = "encoder.pt2"
 _DTYPES = {"fp32": np.float32, "fp16": np.float16}
 _BLOCK = 65536  # item vectors brought to the first rank at once
@@ -72,7 +83,7 @@ _ENCODER_INTERFACE = {
 def check_faiss(config: ExportConfig) -> None:
     """Raises InputError where an index is wanted, and FAISS is missing or has no such index."""
     if config.faiss:
-        _make_index(config.faiss, 8)
+        make_index(config.faiss, 8)
 
 
 def export_run(
@@ -108,7 +119,14 @@ def export_run(
     try:
         if trained is None:
             trained = load_trained_model(run, run_config, dataset, ranks)
-        export = _Export(trained, config, partial)
+        with_term = config.recency_term
+        if with_term is None:
+            with_term = run_config.evaluation.recency_term
+        term = None
+        if with_term:
+            counts = count_recent(dataset, ranks, run_config.stream)
+            term = open_recency_term(trained, counts)
+        export = _Export(trained, config, partial, term)
         with Stages(ranks.first) as stages:
             export.write_items(stages)
             with stages("exporting the encoder"):
@@ -153,6 +171,7 @@ class _Export:
     served: TrainedModel
     config: ExportConfig
     folder: Path
+    term: RecencyTerm | None
 
     @property
     def dataset(self) -> Dataset:
@@ -186,15 +205,7 @@ class _Export:
         _write_encoder(self.folder, UserEncoder(model, self._time_span))
         shutil.copyfile(_EXAMPLE, self.folder / "example.py")
         schema = self._describe(domains)
-        text = (
-            json.dumps(
-                schema,
-                indent=1,
-                ensure_ascii=False,
-            )
-            + "\n"
-        )
-        (self.folder / SCHEMA).write_text(text, encoding="utf-8")
+        write_schema(self.folder, schema)
         return schema
 
     def _write_domain(
@@ -207,11 +218,14 @@ class _Export:
         folder = self.folder / f"domain-{number}"
         ids = read_item_ids(self.dataset, domain)
         _write_ids(folder, ids)
+        recency = {}
+        if self.term is not None:
+            recency[RECENCY] = self._write_offsets(number, self.term)
         if self.config.faiss:
-            _write_index(folder, self.config.faiss)
+            write_index(folder, self.config.faiss)
         own_weight = 0.0
-        if model.prediction is not None:
-            own_weight = float(model.prediction.single_weight_D[number])
+        if model.gap is not None and model.config.predicts_by_both:
+            own_weight = float(model.gap.single_weight_D[number])
             _write_encoder(
                 folder,
                 UserEncoder(
@@ -226,21 +240,47 @@ class _Export:
             "items": domain.items,
             "id_type": str(ids.type),
             "own_weight": own_weight,
+            **recency,
+        }
+
+    def _write_offsets(self, number: int, term: RecencyTerm) -> dict[str, Any]:
+        """Writes a domain's counts as of the day after the dataset's last; returns a and w."""
+        domain = self.dataset.domains[number]
+        rows_N = np.arange(domain.start, domain.start + domain.items)
+        after_last = term.features.counts.days.count
+        counts_NJ = term.features.counts_before(
+            rows_N, np.full(len(rows_N), after_last)
+        )
+        record = term.to_record(self.dataset)
+        entry = record["domains"][domain.name]
+        formula = OffsetFormula.from_record(record)
+        offset_N = formula.offsets(counts_NJ, entry["weights"])
+        folder = self.folder / f"domain-{number}"
+        write_offsets(folder, counts_NJ, offset_N)
+        return entry
+
+    def _describe_term(self) -> dict[str, Any]:
+        """What the schema says of the term; nothing without one."""
+        if self.term is None:
+            return {"format_version": FORMAT_VERSION}
+        recency = self.term.to_record(self.dataset)
+        del recency["domains"]
+        moment = CountMoment.of(self.dataset)
+        return {
+            "format_version": _VERSION_WITH_OFFSETS,
+            RECENCY: recency | moment.to_record(),
+            "faiss": self.config.faiss,
         }
 
     def _describe(self, domains: list[dict[str, Any]]) -> dict[str, Any]:
         """The schema of the files that are there."""
         paths = [path for path in self.folder.rglob("*") if path.is_file()]
-        files = {}
-        for name in sorted(
-            str(path.relative_to(self.folder)) for path in paths
-        ):
-            file = File.of(self.folder, name)
-            files[name] = {"bytes": file.bytes, "sha256": file.sha256}
+        names = sorted(str(path.relative_to(self.folder)) for path in paths)
+        files = describe_files(self.folder, names)
         model_config = self.served.config.model
         times = self.dataset.log_times
         return {
-            "format_version": FORMAT_VERSION,
+            **self._describe_term(),
             "width": model_config.dim,
             "max_length": model_config.max_length,
             "item_dtype": self.config.dtype,
@@ -340,69 +380,6 @@ def _write_encoder(
             f"PyTorch {torch.__version__} writes what services would refuse: {error}: "
             "use another"
         ) from None
-
-
-def _write_index(
-    folder: Path,
-    name: str,
-) -> None:
-    """Writes a FAISS index of a domain's vectors. Raises InputError."""
-    import faiss
-
-    items = np.load(
-        folder / "items.npy",
-        mmap_mode="r",
-        allow_pickle=False,
-    )
-    index = _make_index(name, items.shape[1])
-    try:
-        if not index.is_trained:
-            # Evenly spread: the first items are no sample of all.
-            places = np.linspace(
-                0,
-                len(items) - 1,
-                min(len(items), _BLOCK),
-            )
-            sample = items[places.astype(np.int64)]
-            index.train(np.ascontiguousarray(sample, np.float32))
-        for first in range(0, len(items), _BLOCK):
-            block = items[first : first + _BLOCK]
-            index.add(np.ascontiguousarray(block, np.float32))
-        faiss.write_index(index, str(folder / "index.faiss"))
-    except RuntimeError as error:
-        raise InputError(
-            f"FAISS cannot make {name!r} of {len(items)} items: {_last_line(error)}: "
-            "name another index"
-        ) from None
-
-
-def _make_index(
-    name: str,
-    width: int,
-) -> "faiss.Index":
-    """An empty FAISS index, by inner product. Raises InputError."""
-    try:
-        import faiss
-    except ImportError:
-        raise InputError(
-            "--faiss needs FAISS: pip install 'syncrec-trainer[index]', or leave "
-            "--faiss out"
-        ) from None
-    try:
-        return faiss.index_factory(
-            width,
-            name,
-            faiss.METRIC_INNER_PRODUCT,
-        )
-    except RuntimeError as error:
-        raise InputError(
-            f"--faiss {name}: FAISS knows no such index ({_last_line(error)}): Flat and "
-            "HNSW32 are two"
-        ) from None
-
-
-def _last_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1][:200]
 
 
 @contextlib.contextmanager

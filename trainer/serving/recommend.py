@@ -34,7 +34,7 @@ from trainer.data.loading.day_counts import count_recent
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
-from trainer.evaluation.recency.fit import fit_recency_term
+from trainer.evaluation.recency.stored import open_recency_term
 from trainer.evaluation.recency.term import RecencyTerm
 from trainer.files.progress import Stages
 from trainer.files.staged import work_folder
@@ -87,7 +87,7 @@ def recommend(
     served = load_trained_model(run, run_config, dataset, ranks)
     term = None
     if config.recency_term:
-        term = _fit_term(served)
+        term = _open_term(served)
     skip_damaged = run_config.stream.damaged == "skip"
     with (
         Stages(ranks.first) as stages,
@@ -100,17 +100,10 @@ def recommend(
         return files.deliver(made_from, counts)
 
 
-def _fit_term(served: TrainedModel) -> RecencyTerm:
+def _open_term(served: TrainedModel) -> RecencyTerm:
     """The model's recency term, with the counts of the dataset."""
     counts = count_recent(served.dataset, served.ranks, served.config.stream)
-    return fit_recency_term(
-        served.model,
-        served.table,
-        served.dataset,
-        served.ranks,
-        served.config,
-        counts,
-    )
+    return open_recency_term(served, counts)
 
 
 def _select_domains(

@@ -263,7 +263,7 @@ class Scorer:
             np.full(len(lengths_B), TICKS),
             served.config.model.max_length,
             np.zeros(0, np.int64),
-            served.model.prediction is not None,
+            served.model.config.predicts_by_both,
         )
         query = move(query, served.ranks.device)
         y_BDR = served.model(query, served.table(query.ids))

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from syncrec.model import SyNCRec
+from trainer.checkpoint.best_model import TrainedModel
 from trainer.checkpoint.layout import RunState
 from trainer.checkpoint.load import find_best, restore_best
 from trainer.checkpoint.resume import (
@@ -42,7 +43,7 @@ from trainer.distributed.process_group import Ranks
 from trainer.distributed.run_lock import lock_run_folder_on_first_rank
 from trainer.errors import InputError, NonFiniteLoss
 from trainer.evaluation.inspect import inspect_model
-from trainer.evaluation.recency.fit import fit_recency_term
+from trainer.evaluation.recency.stored import open_recency_term
 from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
 from trainer.files.redact import printable_text, redact_location
@@ -447,9 +448,10 @@ def test_best(trainer: Trainer, run: Path) -> dict[str, Any]:
     recency = trainer.open_recency()
     term = None
     if config.evaluation.recency_term:
-        term = fit_recency_term(
-            model, trainer.table, dataset, ranks, config, recency.counts
+        trained = TrainedModel(
+            run, config, dataset, model, trainer.table, best, ranks
         )
+        term = open_recency_term(trained, recency.counts, locked=True)
     ranking = evaluate_split(
         model,
         trainer.table,

@@ -22,6 +22,7 @@ from syncrec.model import LossReport, SyNCRec
 from trainer.checkpoint.load import restore_model, restore_optimizers
 from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, random_bits
+from trainer.data.loading.day_counts import count_recent
 from trainer.distributed.agreement import Signals
 from trainer.distributed.deepspeed_engine import (
     build_engine_config,
@@ -35,8 +36,8 @@ from trainer.distributed.process_group import (
     sum_over_ranks,
 )
 from trainer.errors import InputError, NonFiniteLoss
-from trainer.evaluation.recency.choice import open_recency
 from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.recency.stored import open_recency
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 class _ForwardState:
     """What a forward pass changes, none of it in place.
 
-    buffers: the model's (λ, φ̄): module, name, value. updates: the table's count of updates.
+    buffers: the model's (λ, φ̄ and its noise): module, name, value. updates: the table's count of updates.
     """
 
     buffers: list[tuple[torch.nn.Module, str, torch.Tensor]]
@@ -176,11 +177,20 @@ class Trainer:
     ) -> RecencyPopularity:
         """Recency popularity of the dataset, which is counted once. Called on all ranks.
 
-        beat: called now and then while it is counted.
+        Its half-life is kept in the run's folder. beat: called now and then while it is counted.
         """
         if self._recency is None:
+            counts = count_recent(
+                self.dataset, self.ranks, self.config.stream, beat
+            )
             self._recency = open_recency(
-                self.dataset, self.ranks, self.config, beat
+                counts,
+                self.dataset,
+                self.ranks,
+                self.config,
+                beat,
+                run=Path(self.config.run),
+                locked=True,
             )
         return self._recency
 

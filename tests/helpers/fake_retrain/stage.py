@@ -1,4 +1,4 @@
-"""What the three stand-ins do: they note how they were called, die where the file `die-STAGE` lies beside the folder, are asked to
+"""What the four stand-ins do: they note how they were called, die where the file `die-STAGE` lies beside the folder, are asked to
 stop where `stop-STAGE` does, and leave what a retraining reads; a day whose own log has "bad" in its name is refused."""
 
 import json
@@ -69,6 +69,29 @@ def prepare():
         (output / "extension" / "extension.json").write_text(json.dumps(facts))
 
 
+def evaluate():
+    """A prequential evaluation's record; nothing is new where a day's own log has "old" in its name."""
+    output = Path(_after("--record"))
+    _called("evaluate", output.parent)
+    if "old" in (output.parent / "dataset" / "newest.txt").read_text():
+        output.write_text(json.dumps({"skipped": "no event is later"}))
+        return
+    figures = {"users": 9, "NDCG@10": 0.3}
+    record = {"kind": "arrivals", "step": 3, "domains": {"shop": figures}}
+    record |= {"mean": {"NDCG@10": 0.3}, "recency_mean": {"NDCG@10": 0.4}}
+    record["recency"] = {"shop": {"users": 9, "NDCG@10": 0.4}}
+    record["against_recency"] = {
+        "shop": {
+            "system": "model",
+            "users": 5,
+            "now": 0.3,
+            "before": 0.4,
+            "error": 0.01,
+        }
+    }
+    output.write_text(json.dumps(record))
+
+
 def train():
     """A run, tested at its end."""
     given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
@@ -95,6 +118,11 @@ def publish():
     }
     figures["difference"] = {"value": 0.1, "interval": [0.05, 0.15]}
     record = {"run": str(run), "domains": {"shop": figures}, "reasons": []}
+    arrivals = json.loads(Path(_after("--arrivals")).read_text())
+    record["arrivals"] = arrivals
+    if "skipped" not in arrivals:
+        record["warnings"] = ["shop: below recency popularity"]
+        record["below_recency"] = ["shop"]
     if "bad" in (run.parent / "dataset" / "newest.txt").read_text():
         record["reasons"] = ["shop: worse"]
         (published / "refused.json").write_text(json.dumps(record))

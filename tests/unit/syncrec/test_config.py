@@ -7,7 +7,7 @@ import pytest
 from syncrec.config import ModelConfig
 from tests.unit.trainer.config.test_changes import MODEL, ON_RESUME
 
-SWITCHES = ("stop_gradient", "tower", "learn_scales", "mutual_information")
+SWITCHES = ("tower", "learn_scales", "mutual_information")
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,28 @@ def test_a_switch_is_a_boolean(name, value):
         ValueError, match=f"model.{name} is {value}: give true or"
     ):
         ModelConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "value, meaning",
+    [
+        (True, True),
+        (False, False),
+        ("on", True),
+        ("off", False),
+        ("harm", "harm"),
+    ],
+)
+def test_the_gradient_is_stopped_everywhere_nowhere_or_where_harm_is(
+    value, meaning
+):
+    assert ModelConfig(stop_gradient=value).stop_gradient is meaning
+
+
+@pytest.mark.parametrize("value", ["sometimes", 1, None])
+def test_another_stop_gradient_is_refused(value):
+    with pytest.raises(
+        ValueError,
+        match=f"model.stop_gradient is {value}: give on, off or harm",
+    ):
+        ModelConfig(stop_gradient=value)

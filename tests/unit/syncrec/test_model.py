@@ -54,6 +54,12 @@ SASREC = {
     "loss_correction": "none",
     "mutual_information": False,
 }
+# Only harm is corrected.
+HARM = {
+    "loss_correction": "harm",
+    "stop_gradient": "harm",
+    "prediction": "harm",
+}
 # Every reading of the paper that a config value stands for, and a few of them together.
 READINGS = {
     "default": {},
@@ -76,6 +82,10 @@ READINGS = {
         "gate": "sequence",
     },
     "no_correction": {"loss_correction": "none"},
+    "harm": HARM,
+    "harm_of_the_cross_view": {**HARM, "prediction": "cross"},
+    "harm_sequence_gate_time": {**HARM, "gate": "sequence", "time_knots": 3},
+    "harm_in_gradients_alone": {"stop_gradient": "harm"},
     "no_tower": {"tower": False},
     "shapley": {"loss_correction": "shapley", "correction_temperature": 0.1},
     "shapley_sequence_gate_pre_norm_bpr": {
@@ -134,6 +144,15 @@ def make_model(config, domains, seed, lambda_state=False):
             torch.rand(domains, generator=generator, dtype=torch.float64) + 0.1
         )
         model.correction.lambda_D = drawn / drawn.sum()
+    if lambda_state and model.gap is not None:
+        model.gap.sums_2D = 0.5 * torch.randn(
+            2, domains, generator=generator, dtype=torch.float64
+        )
+        model.gap.sums_2D[1] = 0.8
+        model.gap.noise_3D = torch.tensor(
+            [[1e-4] * domains, [0.8] * domains, [5e-3] * domains],
+            dtype=torch.float64,
+        )
     return model
 
 
@@ -226,11 +245,7 @@ def compare(
     )
     model = make_model(config, len(domain_items), seed, lambda_state)
     table = make_table(domain_items, config.dim, seed)
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.startswith("prediction.")
-    }
+    state = model.state_dict()
     expected = training_step(
         config, state, table, histories, domain_items, shared_negatives
     )
@@ -765,6 +780,7 @@ RANK_READINGS = {
         "mutual_information_similarity": "cosine",
     },
     "no_stop_gradient": {"stop_gradient": False},
+    "harm": HARM,
     "no_correction_no_information": {
         "loss_correction": "none",
         "mutual_information": False,
@@ -974,7 +990,7 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
         now_B,
     )
     query = move(build_query(items_N, lengths_B, *given), "cpu")
-    model.prediction.gap_2D = torch.tensor(
+    model.gap.sums_2D = torch.tensor(
         [[0.4, 0.0, -3.0, 0.0], [0.5, 0.5, 0.5, 0.0]], dtype=torch.float64
     )
     own = [1 / (1 + math.exp(gap / 0.5)) for gap in (0.8, 0.0, -6.0, 0.0)]
@@ -1004,7 +1020,7 @@ def test_a_prediction_is_the_mean_of_both_views_weighed_by_the_gap():
         )
         x_MR = model.tokens(one.cross, table[one.ids])
         experts = model._run_experts(
-            x_MR, one.cross, model.single_experts, model.cross_experts
+            x_MR, one.cross, model.single_experts, model.cross_experts, None
         )
         mixed_MR = mix(
             model.single_gates[domain](x_MR, one.cross, slice(None)), experts
@@ -1027,10 +1043,10 @@ def test_training_alone_moves_the_gap():
     )
     model.eval()
     model(batch, table[batch.ids])
-    assert not model.prediction.gap_2D.any()
+    assert not model.gap.sums_2D.any()
     model.train()
     _, report = model(batch, table[batch.ids])
-    sums_D, ones_D = model.prediction.gap_2D
+    sums_D, ones_D = model.gap.sums_2D
     there = ~report.phi_D.isnan()
     assert 0 < there.sum() < len(there)
     near(
@@ -1040,5 +1056,68 @@ def test_training_alone_moves_the_gap():
     )
     assert (
         not sums_D[~there].any()
-        and (model.prediction.single_weight_D[~there] == 0.5).all()
+        and (model.gap.single_weight_D[~there] == 0.5).all()
     )
+
+
+def _as_one_stack(state):
+    """The state of a model without stop-gradient that has the experts of both stacks."""
+    merged = {}
+    for name, value in state.items():
+        if not name.startswith("single_experts."):
+            other = name.replace("cross_experts.", "single_experts.")
+            if other != name:
+                value = torch.cat([value, state[other]])
+            merged[name] = value
+    return merged
+
+
+@pytest.mark.parametrize("gap", [None, 0.3, -0.002])
+def test_where_no_domain_is_harmed_the_model_is_an_mmoe(gap):
+    """Losses, gradients and predictions; gap: as seen in earlier batches, None: there were none."""
+    domains = len(DOMAIN_ITEMS)
+    config = replace(SMALL, **HARM, mutual_information=False)
+    plain = replace(config, loss_correction="none", stop_gradient=False)
+    model = make_model(config, domains, 31)
+    if gap is not None:
+        model.gap.sums_2D = torch.tensor([[gap] * domains, [1.0] * domains])
+        model.gap.sums_2D = model.gap.sums_2D.double()
+        # Its standard error is 0.1, far above the gap of this batch.
+        noise = [[2.0] * domains, [1.0] * domains, [0.005] * domains]
+        model.gap.noise_3D = torch.tensor(noise, dtype=torch.float64)
+    mmoe = SyNCRec(plain, domains).double()
+    mmoe.load_state_dict(_as_one_stack(model.state_dict()))
+    table = make_table(DOMAIN_ITEMS, config.dim, 31)
+    batch, _ = pack(draw(31, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
+    loss, report, gradients, item_gradient = run(model, table, batch)
+    expected, plain_report, plain_gradients, plain_item = run(
+        mmoe, table, batch
+    )
+    assert report.lambda_D.tolist() == [1] * domains
+    near(loss, expected, "loss")
+    near(report.phi_D.nan_to_num(), plain_report.phi_D.nan_to_num(), "φ")
+    near(item_gradient, plain_item, "gradient of the items")
+    gradients = _as_one_stack(gradients)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        near(gradients[name], gradient, name)
+    assert model.gap.single_weight_D.tolist() == [0.5] * domains
+    near(mmoe.gap.sums_2D, model.gap.sums_2D, "the mean gap")
+
+
+@pytest.mark.parametrize("view", ["cross", "single"])
+def test_a_harmed_domain_trains_its_own_tasks_experts_only(view):
+    """Harm beyond measure: the gates of that domain are 0, as the paper's stop-gradient is."""
+    domains = len(DOMAIN_ITEMS)
+    config = replace(SMALL, **HARM, mutual_information=False)
+    model = make_model(config, domains, 32)
+    model.gap.sums_2D = torch.ones(2, domains, dtype=torch.float64)
+    model.gap.sums_2D[0] = -1e6
+    noise = [[0.0] * domains, [1.0] * domains, [0.005] * domains]
+    model.gap.noise_3D = torch.tensor(noise, dtype=torch.float64)
+    batch, _ = pack(draw(32, DOMAIN_ITEMS), DOMAIN_ITEMS, config.max_length)
+    table = make_table(DOMAIN_ITEMS, config.dim, 32)
+    _, _, gradients, _ = run(model, table, only(batch, view))
+    for name, gradient in gradients.items():
+        if "experts" in name:
+            assert gradient.any() == name.startswith(f"{view}_experts"), name

@@ -29,7 +29,7 @@ def test_the_same_domains_are_the_same_model():
 
 def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_the_mean():
     model = make_model(CONFIG, 3, seed=2, lambda_state=True)
-    model.prediction.gap_2D = torch.arange(6, dtype=torch.float64).view(2, 3)
+    model.gap.sums_2D = torch.arange(6, dtype=torch.float64).view(2, 3)
     before, after = model.state_dict(), SyNCRec(CONFIG, 4).double()
     after.load_state_dict(
         grown(model, [2, -1, 0, 1])
@@ -54,15 +54,15 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
         0.75 * value for value in (old_D[2], 0, old_D[0], old_D[1])
     ]  # a fourth is kept for the new one
     assert after.correction.lambda_D.tolist() == pytest.approx(kept, abs=2e-6)
-    assert after.prediction.gap_2D.tolist() == [[2, 0, 0, 1], [5, 0, 3, 4]]
-    assert after.prediction.single_weight_D[1] == 0.5
+    assert after.gap.sums_2D.tolist() == [[2, 0, 0, 1], [5, 0, 3, 4]]
+    assert after.gap.single_weight_D[1] == 0.5
     for name, value in before.items():
         if not name.startswith(
             (
                 "single_gates",
                 "single_towers",
                 "correction.lambda",
-                "prediction.gap",
+                "gap.",
                 "clock.knots",
             )
         ):

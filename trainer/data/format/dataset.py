@@ -235,8 +235,8 @@ class Dataset:
     def drawn_rows(self) -> list[np.ndarray] | None:
         """The rows of M of each domain that negatives are drawn from, int64, rising.
 
-        None: all items of the domain. Of a split by time those that the training part has: that the
-        others exist is not known then.
+        None: all items of the domain. Of a split by time those that the training part has
+        (`is_trained`): that the others exist is not known then.
         """
         if self.training is None:
             return None
@@ -254,6 +254,15 @@ class Dataset:
         if self.drawn_rows is not None:
             items = [len(rows) for rows in self.drawn_rows]
         return np.array(items, np.int64)
+
+    def is_trained(self, rows: np.ndarray) -> np.ndarray:
+        """Whether each row of M is of an item that is ranked, bool, of any shape.
+
+        Of a split by time an item that the training part has. By leave-one-out every item is.
+        """
+        if self.training is None:
+            return np.ones(np.shape(rows), bool)
+        return self.training.item_counts[rows] > 0
 
     def domain_of(self, rows: np.ndarray) -> np.ndarray:
         """Returns the domain numbers, int64, of an array of rows of M (any shape).

@@ -121,12 +121,20 @@ def draw_evaluation_negatives(
     start: int,
     items: int,
     count: int,
+    drawn_rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """`count` different rows of a domain that the user never touched: the candidates to rank.
 
     All of them where there are fewer. The draw depends on (seed, user) alone: validation, test and
     every system that is compared rank the same candidates. touched: the user's rows, any domain.
+    drawn_rows: the domain's rows, rising, that alone are drawn from; None: all.
     """
+    if drawn_rows is not None:
+        place = np.flatnonzero(np.isin(drawn_rows, touched))
+        drawn = draw_evaluation_negatives(
+            seed, user, place, 0, len(drawn_rows), count
+        )
+        return drawn_rows[drawn]
     in_domain = (touched >= start) & (touched < start + items)
     touched = np.unique(touched[in_domain] - start)
     if items - len(touched) <= count:

@@ -31,6 +31,7 @@ from trainer.config.evaluation import (
 )
 from trainer.config.prepare import DATES, TIME_UNITS, UNKNOWN
 from trainer.config.run import RunConfig
+from trainer.config.stream import StreamConfig
 from trainer.data.format.dataset import (
     LENGTHS_DTYPE,
     TICKS,
@@ -93,6 +94,17 @@ def split_dataset(
     count_T = count_DT.sum(0)
     split = _resolve(dataset, config.split, count_T, recorded)
     _refuse_empty_domains(dataset, split, count_DT)
+    return hold_out(dataset, split, ranks, config.stream)
+
+
+def hold_out(
+    dataset: Dataset, split: Timeline, ranks: "Ranks", config: StreamConfig
+) -> Dataset:
+    """The dataset with a split by time, and what its training part has. Called on all ranks."""
+
+    def read_blocks() -> Iterator[tuple[int, Block]]:
+        return read_home_blocks(dataset, ranks, config)
+
     training = _count_training(dataset, split, read_blocks)
     return replace(
         dataset,

@@ -6,4 +6,5 @@ choice      chooses the half-life of these counts on the validation split
 term        adds logarithms of such counts to a model's scores, with weights by domain
 full_term   ranks by it among all items
 fit         fits these weights on the validation split
+stored      keeps half-life and weights in the run's folder, and opens them
 """

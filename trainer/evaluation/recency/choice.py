@@ -12,7 +12,6 @@ import numpy as np
 
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.day_counts import count_recent
 from trainer.data.loading.stream import batches_of_workers
 from trainer.data.recent_counts import NewestPairs, RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
@@ -24,7 +23,7 @@ from trainer.evaluation.metrics import (
     metrics_of_histogram,
 )
 from trainer.evaluation.popularity import break_ties
-from trainer.evaluation.recency.ranking import HalfLifeChoice, RecencyPopularity
+from trainer.evaluation.recency.ranking import HalfLifeChoice
 from trainer.evaluation.recency.sample import CandidatesAlone
 from trainer.evaluation.sampled import Candidates
 from trainer.run_files import HEADLINE
@@ -37,29 +36,17 @@ HALF_LIVES = (3, 7, 14, 30, 90, 365)
 _MOST_USERS = 20_000
 
 
-def open_recency(
-    dataset: Dataset,
-    ranks: "Ranks",
-    config: RunConfig,
-    beat: Callable[[], None] | None = None,
-) -> RecencyPopularity:
-    """Counts a dataset by item and day, and chooses the half-life. Called on all ranks.
-
-    beat: called now and then. Raises InputError where a shard cannot be used.
-    """
-    counts = count_recent(dataset, ranks, config.stream, beat)
-    choice = _choose_half_life(counts, dataset, ranks, config, beat)
-    return RecencyPopularity(counts, choice, config.seed)
-
-
-def _choose_half_life(
+def choose_half_life(
     counts: RecentCounts,
     dataset: Dataset,
     ranks: "Ranks",
     config: RunConfig,
-    beat: Callable[[], None] | None,
+    beat: Callable[[], None] | None = None,
 ) -> HalfLifeChoice:
-    """The half-life that ranks the validation split best. Called on all ranks."""
+    """The half-life that ranks the validation split best. Called on all ranks.
+
+    counts: of the dataset. beat: called now and then. Raises InputError where a shard cannot be used.
+    """
     batches = CandidatesAlone(dataset, ranks, config, _MOST_USERS)
     steps: list[tuple[Candidates, NewestPairs]] = []
     for step in batches_of_workers(batches, config.stream, pin_memory=False):
@@ -76,7 +63,7 @@ def _choose_half_life(
         histogram = np.zeros(shape, np.int64)
         faded = counts.fade(half_life)
         for step, newest in steps:
-            _count_step(histogram, step, faded.at(newest), config.seed)
+            _count_step(histogram, dataset, step, faded.at(newest), config.seed)
         total = sum_over_ranks(histogram)
         validation[half_life] = _mean_ndcg(total, config.evaluation.min_users)
     best = max(HALF_LIVES, key=validation.__getitem__)
@@ -84,9 +71,13 @@ def _choose_half_life(
 
 
 def _count_step(
-    histogram_DP: np.ndarray, step: Candidates, count_C: np.ndarray, seed: int
+    histogram_DP: np.ndarray,
+    dataset: Dataset,
+    step: Candidates,
+    count_C: np.ndarray,
+    seed: int,
 ) -> None:
-    """Adds the positions of a step's users by their candidates' counts.
+    """Adds the positions of a step's users by their candidates' counts, of items training has seen.
 
     Two users, of domains 0 and 1, the second one's first candidate behind one other:
 
@@ -97,6 +88,7 @@ def _count_step(
     score_C = break_ties(count_C, seed, step.user_B, step.counts_B, step.rows_C)
     position_B = candidate_positions(score_C, step.counts_B)
     real_B = step.user_B >= 0
+    real_B &= dataset.is_trained(step.held_out_row_B)
     count_positions(histogram_DP, step.domain_B[real_B], position_B[real_B])
 
 

@@ -17,6 +17,7 @@ from trainer.evaluation.recency.term import (
     RecencyFeatures,
     RecencyTerm,
     fit_weights,
+    no_weights,
     round_weights,
 )
 from trainer.evaluation.sampled import (
@@ -63,6 +64,7 @@ class TermFit:
         self, dataset: Dataset, config: RunConfig, counts: RecentCounts
     ) -> None:
         self.features = RecencyFeatures(counts)
+        self._dataset = dataset
         self._least = config.evaluation.min_users
         self._domains = len(dataset.domains)
         self._inputs: list[np.ndarray] = []
@@ -77,7 +79,8 @@ class TermFit:
     ) -> None:
         """Keeps one step's users; `rank_candidates` calls it.
 
-        A user one of whose scores is no number is left out. Three users, of whom the second one is:
+        A user one of whose scores is no number is left out, and one whose item training has not
+        seen. Three users, of whom the second one is:
 
             counts_B    3              2          2
             scores_C    0.9 0.1 0.3    0.2 NaN    0.4 0.5
@@ -87,6 +90,7 @@ class TermFit:
             np.isfinite(scores_C), row_begins(candidates.counts_B)
         )
         kept_B = (candidates.user_B >= 0) & finite_B
+        kept_B &= self._dataset.is_trained(candidates.held_out_row_B)
         kept_C = np.repeat(kept_B, candidates.counts_B)
         x_CK = self.features.inputs(
             candidates.now_B, candidates.counts_B, candidates.rows_C, scores_C
@@ -104,8 +108,7 @@ class TermFit:
         counts_U = np.concatenate([*self._counts, no_users])
         domain_U = np.concatenate([*self._domain, no_users])
         domain_C = np.repeat(domain_U, counts_U)
-        weight_DK = np.zeros((self._domains, width))
-        weight_DK[:, 0] = 1
+        weight_DK = no_weights(self._domains)
         users_D = np.zeros(self._domains, np.int64)
         for domain in range(self._domains):
             lists = CandidateLists(

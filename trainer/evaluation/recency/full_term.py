@@ -21,6 +21,7 @@ from trainer.evaluation.recency.ranking import (
     split_by_steps,
 )
 from trainer.evaluation.recency.term import RecencyTerm
+from trainer.evaluation.targets import ranked_items
 
 if TYPE_CHECKING:
     from embeddings.table import ItemTable
@@ -114,7 +115,10 @@ class FullTermRanking:
             score = self._term.weight_DK[number, 0]
             domain = self._dataset.domains[number]
             ranking = ExactRanking(
-                cast("ItemTable", table), domain.start, domain.items
+                cast("ItemTable", table),
+                domain.start,
+                domain.items,
+                ranked_N=ranked_items(self._dataset, domain),
             )
             y_MR = torch.from_numpy(users.y_BR[members])
             found_M = ranking.positions(

@@ -7,6 +7,7 @@ the day itself or later. Ties are broken by the orders that popularity's are
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +54,24 @@ class HalfLifeChoice:
             "unit": self.unit,
             "validation": validation,
         }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "HalfLifeChoice":
+        """What `to_record` gave. Raises ValueError, KeyError or TypeError for anything else."""
+        validation = {}
+        for text, value in dict(record["validation"]).items():
+            validation[int(text)] = read_number(value)
+        if record["half_life"] not in validation:
+            raise ValueError(f"half_life is {record['half_life']!r}")
+        return cls(record["half_life"], record["unit"], validation)
+
+
+def read_number(value: Any) -> float:
+    """A finite number of a record. Raises ValueError for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 class RecencyPopularity:
@@ -116,6 +135,7 @@ class _HeldOutCounts(UsersOfStep):
     """
 
     user_B: np.ndarray
+    is_trained_B: np.ndarray
     day_B: np.ndarray
     count_B: np.ndarray
     greater_B: np.ndarray
@@ -159,6 +179,7 @@ class FullRecencyRanking:
         users = len(user_B)
         step = _HeldOutCounts(
             user_B=user_B,
+            is_trained_B=self._dataset.is_trained(row_B),
             domain_B=domain_B,
             day_B=day_B,
             count_B=count_B,
@@ -189,16 +210,18 @@ class FullRecencyRanking:
             left_M = np.searchsorted(rising, count_M, side="left")
             right_M = np.searchsorted(rising, count_M, side="right")
             greater_U[members] += len(rising) - right_M
-            equal_U[members] += right_M - left_M - 1  # without itself
+            equal_U[members] += right_M - left_M
+        equal_U -= users.is_trained_B  # without itself
         position_U = positions_with_ties(
             greater_U, equal_U, self._recency.seed, users.user_B
         )
         return split_by_steps(position_U, self._steps)
 
     def _rising_counts(self, number: int, day: int) -> np.ndarray:
-        """The counts of all items of a domain as of a day, rising."""
+        """The counts of all ranked items of a domain as of a day, rising."""
         domain = self._dataset.domains[number]
         rows_N = np.arange(domain.start, domain.start + domain.items)
+        rows_N = rows_N[self._dataset.is_trained(rows_N)]
         count_N = self._recency.count(rows_N, np.full(len(rows_N), day))
         return np.sort(count_N)
 

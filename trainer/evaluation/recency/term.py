@@ -20,6 +20,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.loading.jagged import row_begins
 from trainer.data.recent_counts import ALL_TIME, RecentCounts
 from trainer.distributed.process_group import sum_over_ranks
+from trainer.evaluation.recency.ranking import read_number
 
 TERM_HALF_LIVES = (7.0, 30.0, 90.0, 365.0, ALL_TIME)
 OFFSET = 0.05  # ε
@@ -47,10 +48,14 @@ class RecencyFeatures:
                         0    0     1                  −3.0  −3.0   0.05
                         8    9     9                   2.1   2.2   2.2
         """
+        return np.log(self.counts_before(rows_Q, day_Q) + OFFSET)
+
+    def counts_before(
+        self, rows_Q: np.ndarray, day_Q: np.ndarray
+    ) -> np.ndarray:
+        """The faded counts of each row of M before a day, float64 (Q, J); `of` draws them."""
         newest = self.counts.newest_before(rows_Q, day_Q)
-        columns = []
-        for faded in self._faded:
-            columns.append(np.log(faded.at(newest) + OFFSET))
+        columns = [faded.at(newest) for faded in self._faded]
         return np.stack(columns, axis=1)
 
     def inputs(
@@ -114,8 +119,6 @@ class RecencyTerm:
 
         score: a; weights: w, in the order of the half-lives.
         """
-        half_lives: list[Any] = list(TERM_HALF_LIVES)
-        half_lives[half_lives.index(ALL_TIME)] = "all"
         domains = {}
         for domain, weights, users in zip(
             dataset.domains,
@@ -130,10 +133,51 @@ class RecencyTerm:
                 "weights": others,
             }
         return {
-            "half_lives": half_lives,
+            "half_lives": record_half_lives(),
             "offset": OFFSET,
             "domains": domains,
         }
+
+
+def read_weights(
+    record: dict[str, Any], dataset: Dataset
+) -> tuple[np.ndarray, np.ndarray]:
+    """weight_DK and users_D of what `RecencyTerm.to_record` gave, by the domains' names.
+
+    A domain that the record does not have keeps the model's scores. Raises ValueError, KeyError or
+    TypeError for a record of other half-lives, or that is none.
+    """
+    if record["half_lives"] != record_half_lives():
+        raise ValueError(f"its half_lives are {record['half_lives']!r}")
+    if record["offset"] != OFFSET:
+        raise ValueError(f"its offset is {record['offset']!r}")
+    entries = dict(record["domains"])
+    weight_DK = no_weights(len(dataset.domains))
+    users_D = np.zeros(len(dataset.domains), np.int64)
+    for number, domain in enumerate(dataset.domains):
+        if domain.name not in entries:
+            continue
+        entry = entries[domain.name]
+        weights = [entry["score"], *entry["weights"]]
+        if len(weights) != weight_DK.shape[1]:
+            raise ValueError(f"{domain.name!r} has {len(weights)} weights")
+        weight_DK[number] = [read_number(weight) for weight in weights]
+        users_D[number] = int(read_number(entry["users"]))
+    return weight_DK, users_D
+
+
+def record_half_lives() -> list[Any]:
+    """The half-lives as records have them: [7, 30, 90, 365, "all"]."""
+    half_lives: list[Any] = list(TERM_HALF_LIVES)
+    half_lives[half_lives.index(ALL_TIME)] = "all"
+    return half_lives
+
+
+def no_weights(domains: int) -> np.ndarray:
+    """The weights with which the scores are the model's, float64 (D, 1 + J): 1 and zeros."""
+    weight_DK = np.zeros((domains, 1 + len(TERM_HALF_LIVES)))
+    weight_DK[:, 0] = 1
+    return weight_DK
 
 
 def round_weights(weight_K: np.ndarray) -> list[float]:

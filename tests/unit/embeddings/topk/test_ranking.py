@@ -148,6 +148,7 @@ def any_case(draw):
         k=draw(st.integers(1, 100)),
         block=draw(st.integers(1, 40)),
         users=draw(st.integers(1, 5)),
+        ranked_N=draw(st.none() | arrays(np.bool_, items)),
     )
 
 

@@ -9,11 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncrec.config import ModelConfig
-from syncrec.losses.loss_correction import (
-    LossCorrection,
-    PredictionMix,
-    transfer_gap,
-)
+from syncrec.losses.loss_correction import LossCorrection, transfer_gap
 from tests.helpers.reference import EQUATIONS
 
 
@@ -379,20 +375,3 @@ def test_the_state_is_saved():
     module, other = correction(state=[0.2, 0.5, 0.3]), correction()
     other.load_state_dict(module.state_dict())
     assert other.lambda_D.tolist() == [0.2, 0.5, 0.3]
-
-
-def test_the_gap_for_a_prediction_is_a_mean_that_forgets():
-    mix = PredictionMix(ModelConfig(prediction_temperature=0.2), 2).double()
-    gaps = [0.3, -0.5, 0.1, 0.9]
-    for gap in gaps:
-        mix.observe(doubles(gap, 7), torch.tensor([True, False]))
-    weights = [0.99 ** (len(gaps) - 1 - place) for place in range(len(gaps))]
-    mean = sum(
-        weight * gap for weight, gap in zip(weights, gaps, strict=True)
-    ) / sum(weights)
-    assert mix.single_weight_D.tolist() == pytest.approx(
-        [1 / (1 + math.exp(mean / 0.2)), 0.5]
-    )
-    for _ in range(1000):
-        mix.observe(doubles(-2, 7), torch.tensor([True, False]))
-    assert mix.single_weight_D[0] > 0.9999

@@ -33,3 +33,8 @@ def test_domains_without_a_weight_do_not_count():
     assert math.isnan(relative_weights({"a": math.nan, "b": 0.2})["a"])
     assert relative_weights(None) == relative_weights({}) == {}
     assert relative_weights({"a": 0.0}) == {"a": 0.0}
+
+
+def test_a_domain_that_is_not_harmed_weighs_one():
+    given = {"a": 1.0, "b": 0.4, "c": 1.0}
+    assert relative_weights(given) == given

@@ -344,11 +344,16 @@ def test_the_groups_of_a_user(length, own, third, expected):
         one,
     )
     starts = np.cumsum([1, *map(len, BREAKDOWNS.values())])[:-1]
-    for unseen in (0, 1):
-        places = (0, *(starts + [*expected, unseen]))
-        assert groups(held, third * one, one != unseen).tolist() == [
-            [2 * groups_of_domain() + place for place in places]
-        ]
+    first = 2 * groups_of_domain()
+    places = (0, *(starts + expected))
+    assert groups(held, third * one, one == 1).tolist() == [
+        [first + place for place in places]
+    ]
+    unseen = first + groups_of_domain() - 1
+    assert unseen == first + starts[-1] + len(BREAKDOWNS["history in domain"])
+    assert groups(held, third * one, one == 0).tolist() == [
+        [unseen, -1, -1, -1]
+    ]
 
 
 @pytest.mark.parametrize("world_size", [2, 5])

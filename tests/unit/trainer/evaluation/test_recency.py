@@ -13,7 +13,7 @@ from trainer.data.recent_counts import Days
 from trainer.evaluation.full import HeldOutBatches
 from trainer.evaluation.metrics import metric_values
 from trainer.evaluation.recency import choice
-from trainer.evaluation.recency.choice import HALF_LIVES, open_recency
+from trainer.evaluation.recency.choice import HALF_LIVES, choose_half_life
 from trainer.evaluation.recency.ranking import (
     FullRecencyRanking,
     HalfLifeChoice,
@@ -67,6 +67,11 @@ def recency_of(dataset, ranks, config, half_life=7):
     counts = count_recent(dataset, ranks, config.stream)
     chosen = HalfLifeChoice(half_life, counts.days.unit, {})
     return RecencyPopularity(counts, chosen, SEED)
+
+
+def chosen_for(dataset, ranks, config):
+    counts = count_recent(dataset, ranks, config.stream)
+    return choose_half_life(counts, dataset, ranks, config)
 
 
 def by_hand(dataset, histories, ticks, row, tick, half_life):
@@ -201,7 +206,7 @@ def test_no_users_have_no_positions(ranks, dataset, config):
 
 def test_the_half_life_is_the_best_of_validation(ranks, dataset, config):
     """Each one's mean NDCG@10 over domains is that of its own ranking."""
-    chosen = open_recency(dataset, ranks, config).choice
+    chosen = chosen_for(dataset, ranks, config)
     assert list(chosen.validation) == list(HALF_LIVES)
     assert chosen.validation[chosen.half_life] == max(
         chosen.validation.values()
@@ -245,7 +250,7 @@ def test_of_many_users_a_share_chooses_the_same_on_any_ranks(
     whole, *parts = seen
     assert whole == parts[0] | parts[1] and not parts[0] & parts[1]
     assert 15 < len(whole) < 50
-    assert open_recency(dataset, ranks, config).choice.validation
+    assert chosen_for(dataset, ranks, config).validation
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["sampled", "full"])
@@ -323,8 +328,8 @@ def test_a_dataset_without_a_split_user_has_a_half_life_too(
     ranks, tmp_path, config
 ):
     made = write_dataset(tmp_path / "data", [np.array([0, 1])], ITEMS)
-    chosen = open_recency(
+    chosen = chosen_for(
         made, ranks, dataclasses.replace(config, data=str(made.folder))
-    ).choice
+    )
     assert chosen.half_life == HALF_LIVES[0]
     assert set(chosen.validation.values()) == {0.0}

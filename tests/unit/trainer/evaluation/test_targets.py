@@ -10,9 +10,16 @@ from tests.helpers.made import draw_histories, draw_ticks, write_dataset
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.load import load_config
 from trainer.config.stream import StreamConfig
+from trainer.data.loading.day_counts import count_recent
 from trainer.data.loading.timeline import describe_split, split_dataset
 from trainer.evaluation.evaluation import Evaluation
 from trainer.evaluation.full import HeldOutBatches, full_record, rank_fully
+from trainer.evaluation.popularity import Popularity
+from trainer.evaluation.recency.ranking import (
+    FullRecencyRanking,
+    HalfLifeChoice,
+    RecencyPopularity,
+)
 from trainer.evaluation.sampled import (
     RankingBatches,
     evaluate_split,
@@ -23,6 +30,7 @@ from trainer.reporting.console import evaluation_table, split_sentences
 from trainer.reporting.full_ranking_tables import full_tables
 
 ITEMS, STARTS = (30, 12, 8), (0, 33, 48)
+LATE = (3, 17, 34, 49)
 WHOSE = ("first", "newest", "all")
 PARTS = ("validation", "test")
 DIM = 8
@@ -30,7 +38,11 @@ DIM = 8
 
 @pytest.fixture(scope="module")
 def histories():
-    return draw_histories(50, ITEMS, longest=12)
+    """Some items come late: training knows nothing of them."""
+    histories = draw_histories(50, ITEMS, longest=12)
+    for items, times in zip(histories, draw_ticks(histories), strict=True):
+        items[np.isin(items, LATE) & (times < 30_000)] += 1
+    return histories
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +136,7 @@ def test_targets_are_ranked_after_all_that_is_before_them(
                 rows = candidates.rows_C[begin : ends_B[index]].tolist()
                 assert rows[0] == own[place]
                 assert not set(rows[1:]) & set(own)
+                assert dataset.item_counts[rows[1:]].all()
                 found.append((user, place))
             real = candidates.user_B >= 0
             numbers += candidates.number_B[real].tolist()
@@ -202,16 +215,20 @@ def test_a_record_names_the_split_and_the_items_never_seen(
 ):
     record = evaluated(dataset, ranks, part)
     expected = expected_targets(histories, dataset.split, part)
-    unseen = {"domain 0": 0, "domain 1": 0, "domain 2": 0}
+    counts = {True: {}, False: {}}
+    for domain in dataset.domains:
+        counts[True][domain.name] = 0
+        counts[False][domain.name] = 0
     for user, place in expected:
         row = histories[user][place]
-        if not dataset.item_counts[row]:
-            unseen[f"domain {np.searchsorted(STARTS, row, 'right') - 1}"] += 1
-    users = sum(row["users"] for row in record["domains"].values())
-    assert users == len(expected)
-    assert record["seen"]["unseen"] == unseen
-    for name, row in record["seen"]["domains"].items():
-        assert row["users"] + unseen[name] == record["domains"][name]["users"]
+        is_seen = bool(dataset.item_counts[row])
+        counts[is_seen][domain_name(row)] += 1
+    assert sum(counts[True].values()) and sum(counts[False].values())
+    assert users_of(record["domains"]) == counts[True]
+    assert users_of(record["unseen"]["model"]) == counts[False]
+    assert users_of(record["unseen"]["popularity"]) == counts[False]
+    items = dataset.item_counts[STARTS[0] : STARTS[0] + ITEMS[0]]
+    assert record["unseen"]["items"]["domain 0"] == (items == 0).sum()
     cuts = describe_split(dataset)
     split = record["split"]
     assert {name: split[name] for name in ("kind", "whose", "test")} == {
@@ -224,6 +241,14 @@ def test_a_record_names_the_split_and_the_items_never_seen(
     sentences = split_sentences(evaluation)
     assert cuts["validation"] in sentences[0] and cuts["test"] in sentences[0]
     assert str(evaluation_table(record).caption).startswith(sentences[0])
+
+
+def domain_name(row):
+    return f"domain {np.searchsorted(STARTS, row, 'right') - 1}"
+
+
+def users_of(figures):
+    return {name: of_domain["users"] for name, of_domain in figures.items()}
 
 
 class Ones(torch.nn.Module):
@@ -253,18 +278,72 @@ def test_a_full_ranking_has_each_target_and_those_of_items_seen(
         others = own[:place] + own[place + 1 :]
         rivals = set(range(STARTS[domain], STARTS[domain] + ITEMS[domain]))
         rivals -= {target, *others}
+        rivals = {row for row in rivals if dataset.item_counts[row]}
         position = 1 + sum(score_N[row] >= score_N[target] for row in rivals)
         assert ranking.rank_U[number] == position
-    unseen = record["seen"]["unseen"]
+    unseen = users_of(record["unseen"]["model"])
+    assert sum(unseen.values()) + sum(
+        users_of(record["domains"]).values()
+    ) == len(expected)
     for name, breakdown in record["breakdown"].items():
-        users = breakdown["item in training"]
-        assert users["unseen"]["users"] == unseen[name]
-        assert (
-            users["seen"]["users"] + unseen[name]
-            == record["domains"][name]["users"]
-        )
+        for groups in breakdown.values():
+            users = sum(users_of(groups).values())
+            assert users == record["domains"][name]["users"]
     sampled = evaluated(dataset, ranks, part)
-    assert sampled["seen"]["unseen"] == unseen
+    assert users_of(sampled["unseen"]["model"]) == unseen
+    for name, spread in record["recommended"].items():
+        domain = next(d for d in dataset.domains if d.name == name)
+        rows = np.arange(domain.start, domain.start + domain.items)
+        assert spread["items"] == dataset.is_trained(rows).sum()
+    shown_N = ranking.shown[dataset.item_counts == 0]
+    assert not shown_N.any()
     assert Evaluation.from_record(record).to_record() == record
     caption = str(full_tables(record)[0].caption)
     assert "Split by time: trained on what is before" in caption
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_ranks_beside_the_model_ranks_items_seen_alone(
+    dataset, histories, ranks, part
+):
+    """Popularity and recency popularity, against loops, with ties in any order."""
+    config = configured()
+    popularity = Popularity(dataset, config.seed)
+    counts = count_recent(dataset, ranks, config.stream)
+    chosen = HalfLifeChoice(7, counts.days.unit, {})
+    recency = RecencyPopularity(counts, chosen, config.seed)
+    full = FullRecencyRanking(recency, dataset)
+    batches = list(batches_of(HeldOutBatches, dataset, part))
+    found = []
+    for batch in batches:
+        jagged = (batch.counts_B, batch.rows_E)
+        users = (batch.user_B, batch.domain_B, batch.row_B)
+        found.append([popularity.positions(*users, *jagged)])
+        full.add(*users, batch.now_B, *jagged)
+    for positions, recent_B in zip(found, full.positions(), strict=True):
+        positions.append(recent_B)
+    unseen = 0
+    for batch, positions in zip(batches, found, strict=True):
+        day_B = counts.days.of_ticks(batch.now_B)
+        for index, user in enumerate(batch.user_B.tolist()):
+            row = batch.row_B[index]
+            start = STARTS[batch.domain_B[index]]
+            rows = np.arange(start, start + ITEMS[batch.domain_B[index]])
+            others = np.isin(rows, histories[user])
+            rivals = rows[~others & (dataset.item_counts[rows] > 0)]
+            days = np.full(len(rivals), day_B[index])
+            scores = (
+                (dataset.item_counts[row], dataset.item_counts[rivals]),
+                (
+                    recency.count(row[None], day_B[index, None])[0],
+                    recency.count(rivals, days),
+                ),
+            )
+            for (own, of_rivals), position_B in zip(
+                scores, positions, strict=True
+            ):
+                least = 1 + (of_rivals > own).sum()
+                most = 1 + (of_rivals >= own).sum()
+                assert least <= position_B[index] <= most
+            unseen += dataset.item_counts[row] == 0
+    assert unseen

@@ -85,10 +85,14 @@ def test_day_after_day_each_begins_with_the_last(day, tmp_path):
         warm_settings=["epochs=2", "seed=4"],
     )
     assert second["published"] == "0002" and second["extension"]["late"] == 2
-    (_, _, prepare), (_, _, train), _ = calls(tmp_path)[3:]
+    (_, _, prepare), (_, _, score), (_, _, train), _ = calls(tmp_path)[3:]
     assert (
         f"--extend {tmp_path}/days/1/dataset --retire" in prepare
         and "--days 30.0 --time-unit s" in prepare
+    )
+    assert score == (
+        f"--of {tmp_path}/days/1/run --data {tmp_path}/days/2/dataset --split arrivals "
+        f"--record {tmp_path}/days/2/arrivals.json"
     )
     assert train.endswith(
         f"epochs=9 warm_start={tmp_path}/days/1/run epochs=2 seed=4"
@@ -104,6 +108,7 @@ def test_day_after_day_each_begins_with_the_last(day, tmp_path):
     )
     assert [name for name in second["seconds"]] == [
         "extending the dataset",
+        "ranking the day's events",
         "training",
         "publishing",
     ]
@@ -125,12 +130,54 @@ def test_all_days_are_on_one_page(day, tmp_path):
     )  # a day each, the model until then has 0.4
 
 
+def test_the_first_day_and_a_day_without_news_say_that_nothing_is_ranked(
+    day, tmp_path, capsys
+):
+    """The figures of a day that has them are in its record, and what is below is warned of."""
+    first = day("1")
+    assert first["arrivals"] == {"skipped": "no model served yet"}
+    assert "the day's events are not ranked: no model served" in (
+        capsys.readouterr().out
+    )
+    second = day("2")
+    assert second["arrivals"]["domains"]["shop"]["NDCG@10"] == 0.3
+    assert second["warnings"] == ["shop: below recency popularity"]
+    assert second["below_recency"] == ["shop"] and second["published"] == "0002"
+    third = day("3", log="old.parquet")
+    assert "are not ranked: no event is later" in capsys.readouterr().out
+    assert third["arrivals"] == {"skipped": "no event is later"}
+    reports = []
+    for name in "123":
+        reports.append((tmp_path / "days" / name / "report.md").read_text())
+    assert "Not ranked: no model served yet." in reports[0]
+    assert "| shop | 9 | 0.3000 | – | 0.4000 |" in reports[1]
+    assert "- shop: below recency popularity" in reports[1]
+    assert "Not ranked: no event is later." in reports[2]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"against_recency": 3}'])
+def test_a_record_of_arrivals_that_is_none_is_named(day, tmp_path, content):
+    day("1")
+    (tmp_path / "die-train").touch()
+    with pytest.raises(InputError):
+        day("2")
+    file = tmp_path / "days/2/arrivals.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"days/2/arrivals\.json"):
+        day("2")
+    file.unlink()
+    assert day("2")["published"] == "0002"
+
+
 def test_a_day_that_is_done_stays_done(day, tmp_path):
     result = day("1")
     assert day("1") == result and len(calls(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train", "publish"])
+STAGES = ["prepare", "evaluate", "train", "publish"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_where_a_stage_dies_the_same_command_goes_on(day, tmp_path, stage):
     day("1")
     (tmp_path / f"die-{stage}").touch()
@@ -141,8 +188,7 @@ def test_where_a_stage_dies_the_same_command_goes_on(day, tmp_path, stage):
         day("2")
     assert not (tmp_path / "days/2/retrain.json").exists()
     assert day("2")["published"] == "0002"
-    names = ["prepare", "train", "publish"]
-    expected = names[: names.index(stage) + 1] + names[names.index(stage) :]
+    expected = STAGES[: STAGES.index(stage) + 1] + STAGES[STAGES.index(stage) :]
     assert stages(tmp_path)[3:] == [f"2 {name}" for name in expected]
 
 
@@ -204,7 +250,7 @@ def test_the_logs_of_a_refused_day_come_along_with_the_next(
     assert logs_of(tmp_path, "4") == [*logs_of(tmp_path, "3"), "4.parquet"]
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train", "publish"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_repeated_each_refused_days_logs_come_once(
     day, tmp_path, stage
 ):
@@ -349,6 +395,10 @@ def test_a_launcher_that_says_0_of_a_refusal_is_not_believed(
     ("stage", "message"),
     [
         (
+            "evaluate",
+            "events ended with status 0, but .*/days/2/arrivals.json is not there",
+        ),
+        (
             "train",
             "training ended with status 0, but .*/days/2/run holds no test record",
         ),
@@ -367,10 +417,8 @@ def test_a_launcher_that_says_0_of_a_death_is_not_believed(
         day("2", launcher=swallowing)
     assert (tmp_path / "days/2/trained").exists() == (stage == "publish")
     assert day("2", launcher=swallowing)["published"] == "0002"
-    again = [f"2 {name}" for name in ("train", "publish")]
-    assert stages(tmp_path)[-2:] == (
-        again if stage == "train" else ["2 publish", "2 publish"]
-    )
+    again = [f"2 {name}" for name in STAGES[STAGES.index(stage) :]]
+    assert stages(tmp_path)[-len(again) :] == again
 
 
 def test_what_was_published_is_known_whatever_status_a_launcher_gives(

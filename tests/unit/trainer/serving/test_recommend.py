@@ -486,7 +486,7 @@ def test_with_the_recency_term_scores_are_those_of_the_day_after_the_last(
     counts = count_recent(dataset, run.ranks, config.stream)
     term = RecencyTerm(RecencyFeatures(counts), weights, np.full(2, 9))
     monkeypatch.setattr(
-        trainer.serving.recommend, "fit_recency_term", lambda *_: term
+        trainer.serving.recommend, "open_recency_term", lambda *_: term
     )
     made(run, tmp_path / "plain", k=50)
     record = made(run, tmp_path / "out", k=50, recency_term=True)

@@ -207,7 +207,7 @@ def test_evaluation_uses_the_cuts_of_the_run(group, log, tmp_path):
     for full in (False, True):
         again = evaluate_run(run, group, full=full)
         sampled = again["sampled"] if full else again
-        for name in ("domains", "mean", "split", "seen"):
+        for name in ("domains", "mean", "split", "unseen"):
             assert sampled[name] == record[name]
         assert again["split"] == record["split"]
     later = tmp_path / "later"

@@ -129,7 +129,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_says_so(
     }
     assert changed <= {
         "dense correction.lambda_D",
-        "dense prediction.gap_2D",
+        "dense gap.sums_2D",
+        "dense gap.noise_3D",
         "table updates",
     }
     with pytest.raises(

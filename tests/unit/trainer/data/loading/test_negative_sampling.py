@@ -149,6 +149,24 @@ def test_evaluation_candidates_are_different_rows_that_the_user_never_touched(
     np.testing.assert_array_equal(again, drawn)
 
 
+@given(
+    drawn_rows=st.sets(st.integers(100, 1100), min_size=1),
+    count=st.integers(1, 99),
+    touched=st.lists(st.integers(0, 1200), max_size=400),
+    user=st.integers(0, 2**40),
+)
+def test_evaluation_candidates_are_of_the_rows_that_are_drawn_from(
+    drawn_rows, count, touched, user
+):
+    rows = np.array(sorted(drawn_rows))
+    drawn = draw_evaluation_negatives(
+        7, user, np.array(touched, np.int64), 100, 1001, count, rows
+    )
+    others = drawn_rows - set(touched)
+    assert len(set(drawn.tolist())) == len(drawn) == min(count, len(others))
+    assert set(drawn.tolist()) <= others
+
+
 # With 10 candidates: up to 80 items all are ordered, above that they are drawn one by one.
 @pytest.mark.parametrize("items", [30, 80, 81, 300])
 def test_both_ways_of_drawing_are_even(items):

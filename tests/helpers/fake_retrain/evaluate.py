@@ -1,0 +1,5 @@
+"""Stands for launch/evaluate.py: see tests/helpers/fake_retrain/stage.py."""
+
+from stage import evaluate
+
+evaluate()
