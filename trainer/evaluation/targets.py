@@ -158,5 +158,11 @@ def ranked_items(dataset: Dataset, domain: Domain) -> np.ndarray | None:
     return dataset.is_trained(_rows_of(domain))
 
 
+def ranked_rows(dataset: Dataset, domain: Domain) -> np.ndarray:
+    """The rows of M of a domain's items that are ranked, rising."""
+    rows_N = _rows_of(domain)
+    return rows_N[dataset.is_trained(rows_N)]
+
+
 def _rows_of(domain: Domain) -> np.ndarray:
     return np.arange(domain.start, domain.start + domain.items)
