@@ -154,9 +154,9 @@ class PaddedSyNCRec(nn.Module):
                 "the padded model has the default readings only: gate token, pooling mean, "
                 "stop_gradient on"
             )
-        if (
-            config.encoder != "transformer"
-            or config.loss_correction in ("shapley", "harm")
+        if config.encoder != "transformer" or config.loss_correction in (
+            "shapley",
+            "harm",
         ):
             raise ValueError(
                 "the padded model has Transformers and LC-NTG only: no encoder gru, no "
