@@ -1,13 +1,10 @@
 """Only harm is corrected: trained on logs in which two domains harm a third, and on logs without harm."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.rank_processes import forked_python, run_alone
 from trainer.config.prepare import PrepareConfig, SyntheticConfig
 from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import synthesize_logs
@@ -15,7 +12,6 @@ from trainer.evaluation.user_ranks import read_ranks
 from trainer.study.results import RunResult, collect_results, paired_difference
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 HARMED = "ads"
 BASE = """
 global_batch_size: 64
@@ -50,16 +46,10 @@ def _study(folder, systems, **synthetic):
     prepare(PrepareConfig(inputs=(str(folder / "logs"),), output=str(data)))
     base = folder / "base.yaml"
     base.write_text(BASE)
-    command = [sys.executable, "launch/study.py", "--data", str(data)]
-    command += ["--output", str(folder / "study"), "--base", str(base)]
-    command += [f"systems=[{systems}]", "parallel=2"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = ["launch/study.py", "--data", data, "--base", base]
+    command += ["--output", folder / "study", "parallel=2"]
+    command += [f"systems=[{systems}]"]
+    done = run_alone(*command, timeout=3000, FORKED_PYTHON=forked_python())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "study" / "runs"
 
