@@ -297,6 +297,7 @@ _SYNTHETIC_BOUNDS = {
     "seed": 0,
     "topics": 2,
     "exponent": 0,
+    "fashion_days": 0,
 }
 _PROBABILITIES = (
     "interest_drift",
@@ -316,6 +317,7 @@ class SyntheticConfig:
     unrelated_share: the unrelated domain's share of the events.
     exponent: of the popularity's power law.
     hours: mean time between two events of a user.
+    fashion_days: days after which other items of a topic are popular; 0: never.
     """
 
     users: int = 2000
@@ -330,6 +332,7 @@ class SyntheticConfig:
     on_topic: float = 0.9
     exponent: float = 1.0
     hours: float = 6.0
+    fashion_days: float = 0.0
 
     def __post_init__(self) -> None:
         for name, bound in _SYNTHETIC_BOUNDS.items():

@@ -14,6 +14,10 @@ topic, and else any item of the domain. Item n of a domain belongs to topic n % 
 lower numbers are more popular. Item numbers recur from domain to domain and are different items
 there.
 
+With `fashion_days` the popularity of a topic's items drifts: every so many days, each topic on days
+of its own, the order of its items is turned by a random number of places. What was popular is then
+as any other, and no older history tells what is popular now.
+
 All draws come from counters, so any slice of users can be made on its own.
 """
 
@@ -42,7 +46,8 @@ from trainer.files.progress import Stages
 from trainer.files.staged import new_output_folder
 
 _FIRST_SECOND = 1_704_067_200  # 2024-01-01
-_YEAR_SECONDS = 365 * 86400
+_DAY_SECONDS = 86400
+_YEAR_SECONDS = 365 * _DAY_SECONDS
 _CHUNK_EVENTS = 1 << 16  # small enough for the caches
 _ROW_GROUP_CHUNKS = 16
 _FILE_EVENTS = 1 << 23  # 50 MB
@@ -80,6 +85,8 @@ class _Draw(IntEnum):
     ON_TOPIC = 8
     ITEM = 9
     GAP = 10
+    FASHION_BEGINS = 11
+    FASHION = 12
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,6 @@ def generate_events(
     last_domain_ends = np.cumsum(config.shares)[:-1]
     domain = np.searchsorted(last_domain_ends, domain_unit, side="right")
     topic = _draw_topics(config, counter, position == 0, domain)
-    item = _draw_items(config, counter, domain, topic)
 
     mean_gap = config.hours * 3600
     gap_unit = _draw_unit(_Draw.GAP, counter)
@@ -162,6 +168,8 @@ def generate_events(
     joined = random_below(joined_bits, _YEAR_SECONDS)
     shift = np.repeat(joined - elapsed[starts], lengths)
     time = _FIRST_SECOND + elapsed + shift
+    turned = _turn_topics(config, domain, topic, time)
+    item = _draw_items(config, counter, domain, topic, turned)
     return Events(user, item, domain, time, topic)
 
 
@@ -202,15 +210,35 @@ def _draw_topics(
     return np.where(domain >= config.related, unrelated, interest)
 
 
+def _turn_topics(
+    config: SyntheticConfig,
+    domain: np.ndarray,
+    topic: np.ndarray,
+    time: np.ndarray,
+) -> np.ndarray:
+    """By how many places the order of each event's topic is turned then, as random bits; 0 without."""
+    if not config.fashion_days:
+        return np.zeros(len(topic), np.uint64)
+    own_topic = domain * config.topics + topic
+    begins = random_unit(
+        random_bits(config.seed, _Draw.FASHION_BEGINS, own_topic)
+    )
+    days = (time - _FIRST_SECOND) / _DAY_SECONDS
+    fashion = np.floor(days / config.fashion_days + begins).astype(np.int64)
+    return random_bits(config.seed, _Draw.FASHION, own_topic, fashion)
+
+
 def _draw_items(
     config: SyntheticConfig,
     counter: np.ndarray,
     domain: np.ndarray,
     topic: np.ndarray,
+    turned: np.ndarray,
 ) -> np.ndarray:
     """Draws the item of each event: one of its topic, or any of its domain.
 
-    Both picks are one power law over a number of ranks: the topic's items, or the domain's.
+    Both picks are one power law over a number of ranks: the topic's items, or the domain's. turned:
+    as `_turn_topics` gives it.
     """
     on_topic = _draw_unit(_Draw.ON_TOPIC, counter) < config.on_topic
     laws_of_domain = config.topics + 1
@@ -223,6 +251,10 @@ def _draw_items(
         span_of_law[law],
         config.exponent,
     )
+    if config.fashion_days:
+        ranks = ranks_of_law[law]
+        rank_now = (rank + random_below(turned, ranks)) % ranks
+        rank = np.where(on_topic, rank_now, rank)
     return np.where(on_topic, rank * config.topics + topic, rank)
 
 
