@@ -79,7 +79,7 @@ def main() -> None:
     from trainer.files.atomic import write_json
     from trainer.reporting.console import evaluation_table
     from trainer.reporting.full_ranking_tables import full_tables
-    from trainer.reporting.run_log import WIDTH_IN_A_PIPE
+    from trainer.reporting.line_folding import WIDTH_IN_A_PIPE
     from trainer.reporting.run_report import update_report
     from trainer.reporting.titles import add_titles, check_titles
 
