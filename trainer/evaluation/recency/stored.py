@@ -72,7 +72,7 @@ class KeptRecord:
             made_of = dict(record[_MADE_OF])
             for name, value in self._made_of.items():
                 if made_of.get(name) != value:
-                    raise ValueError(f"it is of another {name}")
+                    raise ValueError(f"it was made with another {name}")
             check(record)
         except FileNotFoundError:
             return None

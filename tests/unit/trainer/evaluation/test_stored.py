@@ -14,7 +14,10 @@ from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.data.loading.day_counts import count_recent
 from trainer.evaluation import evaluate_run as evaluate_run_module
 from trainer.evaluation.evaluate_run import evaluate_run
-from trainer.evaluation.recency.stored import open_recency, open_recency_term
+from trainer.evaluation.recency.stored import (
+    open_recency,
+    open_recency_term,
+)
 from trainer.files.atomic import write_json
 from trainer.run_files import BEST, HALF_LIFE, RECENCY_TERM
 
@@ -112,7 +115,7 @@ def spoiled(record):
         (with_entry(users=None), "None is no number"),
         (
             record | {"made_of": record["made_of"] | {"seed": 77}},
-            "it is of another seed",
+            "it was made with another seed",
         ),
     ):
         yield json.dumps(changed), said
@@ -146,7 +149,7 @@ def test_another_checkpoint_gets_a_term_of_its_own(run, fitted, capsys):
     capsys.readouterr()
     term_of(run)
     assert fitted["fit_recency_term"] == 2
-    assert "it is of another checkpoint" in capsys.readouterr().err
+    assert "it was made with another checkpoint" in capsys.readouterr().err
     term_of(run)
     assert fitted["fit_recency_term"] == 2
 

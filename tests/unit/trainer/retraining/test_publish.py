@@ -21,6 +21,7 @@ from tests.helpers.runs import (
     edit_json,
     finished_run,
     rank_of_one,
+    records_read_once,
     seal,
     train,
 )
@@ -54,9 +55,9 @@ def first(ranks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def encoders_load_once():
+def read_once():
     """Versions have the same encoder: the program that it is does not depend on when it is read."""
-    with load_once():
+    with load_once(), records_read_once():
         yield
 
 

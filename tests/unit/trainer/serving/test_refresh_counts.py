@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainer.serving.export
 import trainer.serving.refresh_counts
 from launch import export as export_script
 from tests.helpers.made import ROOM, write_dataset
@@ -116,8 +117,13 @@ def drawn_weights(run):
 def dated_run(folder, ranks, unit="s"):
     """A run on the older events, with a term."""
     folder.mkdir(exist_ok=True)
+    # A clock would go by the ticks of the longer log in a fresh export.
     run = finished_run(
-        folder, ranks, "evaluation.min_users=1", data=OLD_DATA[unit](folder)
+        folder,
+        ranks,
+        "evaluation.min_users=1",
+        "model.time_knots=0",
+        data=OLD_DATA[unit](folder),
     )
     term_of(run)
     drawn_weights(run)
@@ -174,6 +180,14 @@ def log(tmp_path):
     return write_log(tmp_path / "new.parquet", NEW)
 
 
+@pytest.fixture
+def no_encoders(monkeypatch):
+    """Exports have none: they take seconds each, and say nothing of the rest."""
+    monkeypatch.setattr(
+        trainer.serving.export, "_write_encoder", lambda *_: None
+    )
+
+
 def example_of(folder):
     spec = importlib.util.spec_from_file_location(
         "an_example", folder / "example.py"
@@ -228,7 +242,7 @@ def test_scores_are_the_trainers_with_its_term(run, folder):
             np.array([65535]),
             trained.config.model.max_length,
             np.zeros(0, np.int64),
-            trained.model.prediction is not None,
+            trained.model.config.predicts_by_both,
         )
         with torch.no_grad():
             y_DR = trained.model(query, table[query.ids])[0]
@@ -436,7 +450,9 @@ def test_what_cannot_be_used_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_term_an_export_is_what_it_was(run, tmp_path, log):
+def test_without_the_term_an_export_is_what_it_was(
+    run, tmp_path, log, no_encoders
+):
     schema = export_run(
         run.folder, tmp_path / "model", run.ranks, ExportConfig()
     )
@@ -449,7 +465,9 @@ def test_without_the_term_an_export_is_what_it_was(run, tmp_path, log):
         refresh_counts(tmp_path / "model", RefreshConfig(inputs=(log,)))
 
 
-def test_a_run_that_has_the_term_on_is_exported_with_it(run, tmp_path):
+def test_a_run_that_has_the_term_on_is_exported_with_it(
+    run, tmp_path, no_encoders
+):
     own = run.copied(tmp_path / "run")
     file = own.folder / "config.yaml"
     text = file.read_text()
@@ -481,11 +499,12 @@ def test_an_index_has_the_offsets_and_is_made_anew(run, log, tmp_path):
         assert found[0] == pytest.approx([s for _, s in wanted], abs=1e-5)
 
 
-def test_times_of_no_known_unit_go_on_in_the_exports_measure(tmp_path):
-    with rank_of_one() as ranks:
-        run = dated_run(tmp_path / "run", ranks, "unknown")
-        config = ExportConfig(recency_term=True)
-        schema = export_run(run.folder, tmp_path / "model", ranks, config)
+def test_times_of_no_known_unit_go_on_in_the_exports_measure(
+    run, tmp_path, no_encoders
+):
+    run = dated_run(tmp_path / "run", run.ranks, "unknown")
+    config = ExportConfig(recency_term=True)
+    schema = export_run(run.folder, tmp_path / "model", run.ranks, config)
     assert schema["recency"]["unit"] == "hundredths of the log's time"
     assert schema["recency"]["as_of"] == 100
     log = write_log(tmp_path / "new.parquet", NEW)
