@@ -19,6 +19,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def main() -> None:
     from trainer.files.atomic import write_json
     from trainer.reporting.console import evaluation_table
     from trainer.reporting.full_ranking_tables import full_tables
+    from trainer.reporting.line_folding import WIDTH_IN_A_PIPE
     from trainer.reporting.run_report import update_report
     from trainer.reporting.titles import add_titles, check_titles
 
@@ -101,7 +103,8 @@ def main() -> None:
         print(json.dumps(record))
         return
     tables = full_tables(record) if full else [evaluation_table(record)]
-    Console().print(*tables, sep="\n")
+    width = None if sys.stdout.isatty() else WIDTH_IN_A_PIPE
+    Console(width=width).print(*tables, sep="\n")
 
 
 def _evaluate(options: Options, ranks: "Ranks") -> dict[str, Any]:
