@@ -10,13 +10,14 @@ VENV := .venv/bin
 demo: .venv/.ready
 	$(VENV)/python launch/demo.py --output .demo
 
-# Two files of tests at a time: most of a test's time is one core's.
+# Two files of tests at a time: most of a test's time is one core's. In the order in which they are
+# found (tests/conftest.py): the long ones come first, and neither process waits for the other.
 test: .venv/.ready lint
-	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Those that start no process.
 unit: .venv/.ready
-	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile -m 'not ranks and not slow' tests/unit
+	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not ranks and not slow' tests/unit
 
 test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow

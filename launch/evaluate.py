@@ -121,16 +121,19 @@ def _evaluate(options: Options, ranks: "Ranks") -> dict[str, Any]:
             options.recency_term,
             options.skip_recency,
         )
-    for name in ("candidates", "output", "titles"):
-        if getattr(options, name):
+    refused = {
+        "--candidates": options.candidates is not None,
+        "--output": options.output is not None,
+        "--titles": options.titles is not None,
+        "--skip-recency": options.skip_recency,
+        "--ranking full": options.ranking == "full",
+    }
+    for name, is_given in refused.items():
+        if is_given:
             raise InputError(
-                f"--{name}: not with --split arrivals, which ranks several events of a user: "
-                "leave it out"
+                f"{name}: not with --split arrivals, whose events are ranked among drawn "
+                "candidates, beside recency popularity: leave it out"
             )
-    if options.ranking == "full":
-        raise InputError(
-            "--ranking full: arrivals are ranked among drawn candidates: leave it out"
-        )
     return score_arrivals(
         options.run, ranks, options.data, options.recency_term
     )

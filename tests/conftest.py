@@ -12,6 +12,7 @@ from hypothesis import settings
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 # Before PyTorch is imported: beside another file of tests a second thread only waits for the first.
+# Whatever a test starts inherits it; ranks have one thread anyway (tests/helpers/rank_processes.py).
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,13 +23,25 @@ settings.register_profile("search", deadline=None)
 settings.load_profile("same")
 
 RANKS = Path(__file__).parent / "ranks"
+# In this order they are run, and everything else after them: the longest first, so that of two
+# processes that run tests neither waits for the other at the end.
+FIRST = (RANKS, Path(__file__).parent / "unit/trainer")
 
 
 def pytest_collection_modifyitems(items):
-    """All of tests/ranks is of the lane `ranks`."""
+    """All of tests/ranks is of the lane `ranks`, and comes first."""
     for item in items:
         if item.path.is_relative_to(RANKS):
             item.add_marker(pytest.mark.ranks)
+    items.sort(key=_position)
+
+
+def _position(item):
+    """Of a test's folder in FIRST."""
+    for position, folder in enumerate(FIRST):
+        if item.path.is_relative_to(folder):
+            return position
+    return len(FIRST)
 
 
 def pytest_collection_finish():
@@ -38,3 +51,12 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Runs in this process draw no page, which takes longer than a few steps take."""
+    monkeypatch.setattr(
+        "trainer.reporting.run_report.write_report",
+        lambda run, has_ended=False: Path(run) / "report.html",
+    )

@@ -1,6 +1,7 @@
 """Exported encoders, which take PyTorch seconds to write and to read."""
 
 import contextlib
+import functools
 from pathlib import Path
 from unittest import mock
 
@@ -9,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def load_once():
-    """Within it PyTorch reads a program of the same bytes once.
+    """Within it PyTorch reads a program of the same bytes once, and makes a module of it once.
 
     Every reader before PyTorch's own sees the file as ever.
     """
@@ -20,7 +21,9 @@ def load_once():
         if data not in programs:
             if hasattr(file, "seek"):
                 file.seek(0)
-            programs[data] = load(file, **options)
+            program = load(file, **options)
+            program.module = functools.cache(program.module)
+            programs[data] = program
         return programs[data]
 
     with mock.patch.object(torch.export, "load", load_known):

@@ -50,7 +50,8 @@ def main(path, words):
         signal.signal(number, pass_on)
     status = int(answers.readline() or "-9")
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # of SIGKILL there is no handler
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 

@@ -1,14 +1,29 @@
 """`deepspeed` on two hosts that are network namespaces of one machine."""
 
+import contextlib
 import os
 import subprocess
 
 from benchmarks.namespaces import ADDRESSES
+from tests.helpers.rank_processes import Server
 from tests.ranks.conftest import BIN, ROOT, deepspeed
 
 
-def start(hosts, folder, script, *arguments, port):
-    """Starts `deepspeed` on both; their processes, which write to folder/host0.log and host1.log."""
+@contextlib.contextmanager
+def servers(hosts):
+    """On each host a server that has the stack loaded, by the host's name: the launcher and its ranks are forked there."""
+    begun = {name: Server(["ip", "netns", "exec", name]) for name, *_ in hosts}
+    try:
+        for server in begun.values():
+            server.wait_ready()
+        yield begun
+    finally:
+        for server in begun.values():
+            server.close()
+
+
+def start(hosts, forked, folder, script, *arguments, port):
+    """Starts `deepspeed` on both, by `servers`; their processes, which write to folder/host0.log and host1.log."""
     (folder / "hostfile").write_text(
         "".join(f"{address} slots=1\n" for *_, address in hosts)
     )
@@ -22,24 +37,19 @@ def start(hosts, folder, script, *arguments, port):
             rank,
         ]
         options += ["--master_addr", ADDRESSES[0], "--master_port", port]
-        prefix = [
-            "ip",
-            "netns",
-            "exec",
-            name,
-            "env",
-            f"GLOO_SOCKET_IFNAME={cable}",
-        ]
+        python = str(forked[name].python)
         command = deepspeed(
             None,
             script,
             *arguments,
-            prefix=prefix,
+            prefix=[python],
             options=list(map(str, options)),
         )
         environment = os.environ | {
             "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": cable,
+            "FORKED_PYTHON": python,
         }
         log = open(folder / f"host{rank}.log", "w")  # noqa: SIM115 (it outlives this loop)
         processes.append(

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,7 @@ ON_CPU = {
 }
 # How long the others may take to end once a rank has failed, before they are killed.
 GRACE = 60.0
+_DRAW = random.SystemRandom()  # tests seed the other
 _PLACE = (
     "RANK",
     "WORLD_SIZE",
@@ -55,11 +58,14 @@ class Finished:
 
 
 class Server:
-    """The process that forks ranks; one for each process that runs tests."""
+    """The process that forks ranks; one for each process that runs tests.
+
+    prefix: words before its command, such as those that start it on another host.
+    """
 
     _running: "Server | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.path = str(Path(self._folder.name) / "socket")
         self.python = Path(self._folder.name) / "python"
@@ -69,10 +75,16 @@ class Server:
         self.python.chmod(0o700)
         command = [sys.executable, "-m", "tests.helpers.rank_server", self.path]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=cpu_environment(), stdin=subprocess.DEVNULL
+            [*prefix, *command],
+            cwd=ROOT,
+            env=cpu_environment(),
+            stdin=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 300
         self._owner = socket.socket(socket.AF_UNIX)
+
+    def wait_ready(self) -> None:
+        """Returns once it has imported the stack."""
+        deadline = time.monotonic() + 300
         while True:
             with contextlib.suppress(OSError):
                 self._owner.connect(self.path)
@@ -87,6 +99,7 @@ class Server:
         """The one that runs, or a new one."""
         if cls._running is None or cls._running._process.poll() is not None:
             cls._running = cls()
+            cls._running.wait_ready()
             atexit.register(cls._running.close)
         return cls._running
 
@@ -155,10 +168,20 @@ def forked_python() -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on now, nor on the one after it, which supervisors take.
+
+    Not one of those that the system gives to connections; and each process that runs tests has its
+    own, since the ranks of two may start at the same moment.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    first = 10_000 + int(worker) % 4 * 5_000
+    while True:
+        port = first + 2 * _DRAW.randrange(2_500)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for number in (port, port + 1):
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", number))
+            return port
 
 
 def run_ranks(
@@ -169,7 +192,7 @@ def run_ranks(
     timeout: float = 300,
     **environment: str,
 ) -> Finished:
-    """Runs a script or a module on so many ranks, to its end.
+    """Runs a script or a module on so many ranks, to its end. Runs draw no report (WITHOUT_REPORT).
 
     The status is that of the first rank that fails, as a launcher gives it: 256 − N for signal N.
     """
@@ -185,6 +208,7 @@ def run_ranks(
             "MASTER_PORT": port,
         }
         command = [str(target), *map(str, arguments)]
+        place["WITHOUT_REPORT"] = "1"
         whole = cpu_environment(**place) | environment
         processes.append(RankProcess(command, whole, module))
     return _finish(processes, timeout)

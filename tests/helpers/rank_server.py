@@ -34,6 +34,17 @@ STACK = (
     "trainer.serving.export",
     "trainer.retraining.publish",
     "trainer.data.prepare.pipeline",
+    # What they import where they first need it.
+    "jinja2",
+    "plotly.graph_objects",
+    "plotly.io",
+    "pyarrow.dataset",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "trainer.config.command_line",
+    "trainer.distributed.supervisor",
+    "trainer.reporting.run_report",
+    "trainer.study.runner",
 )
 
 
@@ -135,6 +146,7 @@ def fork_rank(
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
+            open_streams()
         else:
             redirect(request["stdout"], request["stderr"])
         status = run_rank(request)
@@ -155,6 +167,8 @@ def run_rank(request: dict) -> int:
     # What it starts by `sys.executable`, a launcher its ranks.
     sys.executable = os.environ.get("FORKED_PYTHON", sys.executable)
     os.chdir(request["folder"])
+    if "WITHOUT_REPORT" in os.environ:
+        leave_out_report()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -184,6 +198,29 @@ def run_rank(request: dict) -> int:
         status = 1
     atexit._run_exitfuncs()
     return int(status or 0)
+
+
+def open_streams() -> None:
+    """Has Python take the files that it has now for its input and output, be they pipes or terminals."""
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(  # noqa: SIM115
+        2, "w", buffering=1, errors="backslashreplace", closefd=False
+    )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    )
+
+
+def leave_out_report() -> None:
+    """A run's page takes longer to draw than a few steps take."""
+    import trainer.reporting.run_report
+
+    trainer.reporting.run_report.write_report = lambda run, has_ended=False: (
+        f"{run}: none"
+    )
 
 
 def redirect(stdout: str, stderr: str) -> None:

@@ -2,9 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import deepspeed
 import torch
@@ -12,6 +16,7 @@ import xxhash
 
 from tests.helpers.alone import group_of_one
 from tests.helpers.made import draw_histories, write_dataset
+from trainer.checkpoint import best_model
 from trainer.checkpoint.layout import RunState
 from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.zero_state import gather_optimizer_state, gather_state
@@ -57,6 +62,29 @@ def rank_of_one():
         os.environ.update(before)
 
 
+@functools.cache
+def read_settings(*settings):
+    """The configuration that they are, which takes longer to read than a step takes."""
+    return load_config([], settings)
+
+
+@contextlib.contextmanager
+def records_read_once():
+    """Within it a run's config.yaml of the same bytes is read once, which takes longer than a step takes."""
+    read, known = best_model.load_recorded, {}
+
+    def read_known(file):
+        data = Path(file).read_bytes() if Path(file).is_file() else None
+        if data is None:
+            return read(file)
+        if data not in known:
+            known[data] = read(file)
+        return copy.deepcopy(known[data])
+
+    with mock.patch.object(best_model, "load_recorded", read_known):
+        yield
+
+
 class SmallRun:
     """A dataset and a run's folder, the configuration that goes with them, and trainers as the run would build them."""
 
@@ -76,14 +104,10 @@ class SmallRun:
         return own
 
     def configured(self, *settings):
-        return load_config(
-            [],
-            [
-                f"data={self.dataset.folder}",
-                f"run={self.folder}",
-                *SETTINGS,
-                *settings,
-            ],
+        return replace(
+            copy.deepcopy(read_settings(*SETTINGS, *settings)),
+            data=str(self.dataset.folder),
+            run=str(self.folder),
         )
 
     def trainer(self, checkpoint=None, step=0, config=None):

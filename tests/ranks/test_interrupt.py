@@ -24,7 +24,10 @@ def training_of(run):
     return numbers
 
 
-@pytest.mark.parametrize("supervision", [[], ["--max-restarts", "2"]])
+@pytest.mark.parametrize(
+    "supervision",
+    [pytest.param([], marks=pytest.mark.slow), ["--max-restarts", "2"]],
+)
 def test_ctrl_c_writes_a_checkpoint(dataset, tmp_path, supervision):
     """Also where the supervisor alone is interrupted (kill -INT, a job manager)."""
     run = tmp_path / "run"

@@ -242,6 +242,13 @@ def test_a_world_that_is_missing_is_refused(dataset, tmp_path):
 
 
 def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
+    script = tmp_path / "impatient.py"
+    script.write_text(
+        "import launch.train\n"
+        "from trainer.distributed import process_exit, process_group\n"
+        "process_group._PORT_IS_FREE = 1.0  # not 15 s\n"
+        "process_exit.run_script(launch.train.main)\n"
+    )
     port = free_port()
     with socket.socket() as taken:
         taken.bind(("", port))
@@ -254,12 +261,12 @@ def test_a_port_that_another_program_has_is_named(dataset, tmp_path):
         }
         command = [
             PYTHON,
-            "launch/train.py",
+            script,
             f"data={dataset}",
             f"run={tmp_path / 'run'}",
             *STEPS,
         ]
-        done = run(command, status=(2,), **place)
+        done = run(command, status=(2,), PYTHONPATH=str(ROOT), **place)
     assert (
         f"error: port {port} (MASTER_PORT) on " in done.stderr
         and "is in use" in done.stderr

@@ -181,7 +181,7 @@ def pairs(tmp_path_factory):
         yield write_files(folder)
 
 
-@pytest.mark.ranks
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("name", commands())
 def test_from_a_file_to_recommendations_that_join_it(pairs, name, capsys):
     options = command.parse(commands()[name])

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import launch.evaluate
+from tests.helpers.alone import as_a_script
 from tests.helpers.rank_processes import forked_python, run_alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,8 +114,42 @@ def test_a_day_of_two_ranks_brings_a_domain_and_outgrows_a_room(base):
     )
 
 
+@pytest.fixture
+def evaluated(monkeypatch):
+    """evaluated(*words): how `launch/evaluate.py` ends in this process, as the only rank."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        with as_a_script():
+            launch.evaluate.main()
+
+    return run
+
+
+def test_two_ranks_rank_a_days_events_as_one_does(base, evaluated, capsys):
+    """And before the day's model is there: by the model of the day before."""
+    first = json.loads((base / "days/1/retrain.json").read_text())
+    assert first["arrivals"] == {"skipped": "no model served yet"}
+    record = json.loads((base / "days/2/arrivals.json").read_text())
+    assert record["domains"]["a"]["users"] > 100
+    assert record["recency"]["a"]["NDCG@10"] > 0
+    current = json.loads((base / "published/current.json").read_text())
+    version = base / "published/versions" / current["version"]
+    kept = json.loads((version / "version.json").read_text())
+    assert kept["arrivals"] == record
+    words = ["--run", base / "days/1/run", "--data", base / "days/2/dataset"]
+    evaluated(*words, "--split", "arrivals", "--json")
+    printed = capsys.readouterr().out.splitlines()
+    assert json.loads(printed[-1]) == record
+    for option in (["--ranking", "full"], ["--output", base / "x.parquet"]):
+        with pytest.raises(SystemExit):
+            evaluated(*words, "--split", "arrivals", *option)
+        assert option[0] in capsys.readouterr().err
+
+
 STAGES = {
     "prepare": "days/3/.dataset.work",
+    "evaluate": "days/3/dataset",
     "train": "days/3/run/checkpoints",
     "publish": "published/versions/*.partial",
 }

@@ -15,24 +15,35 @@ from trainer.study.results import RunResult, collect_results, paired_difference
 HARMED, RELATED = "ads", ("shop", "video")
 BASE = """
 global_batch_size: 64
-epochs: 12
-model: {dim: 16, ffn_dim: 16, max_length: 48, blocks: 1, experts: 3, cross_experts: 2,
-        correction_total: domains, learn_scales: false, time_knots: 0}
-table: {optimizer: adagrad, learning_rate: 0.1}
-negatives: {shared: 80}
-evaluation: {patience: 3}
-stream: {workers: 0}
+epochs: {epochs}
+model: {{dim: 16, ffn_dim: 16, max_length: 48, blocks: 1, experts: 3, cross_experts: 2,
+        correction_total: domains, learn_scales: false, time_knots: 0}}
+table: {{optimizer: adagrad, learning_rate: 0.1}}
+negatives: {{shared: 80}}
+evaluation: {{patience: 3}}
+stream: {{workers: 0}}
 """
+SMALL, WHOLE = (300, 5), (1500, 12)  # users, epochs
+
+
+@pytest.fixture(
+    scope="module",
+    params=[SMALL, pytest.param(WHOLE, marks=pytest.mark.slow)],
+    ids=["small", "whole"],
+)
+def size(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, size):
     """The study's folder."""
     folder = tmp_path_factory.mktemp("truth")
+    users, epochs = size
     synthesize_logs(
         folder / "logs",
         SyntheticConfig(
-            users=1500, items=240, domains=3, mean_length=40, topics=16
+            users=users, items=240, domains=3, mean_length=40, topics=16
         ),
     )
     prepare(
@@ -40,7 +51,7 @@ def study(tmp_path_factory):
             inputs=(str(folder / "logs"),), output=str(folder / "data")
         )
     )
-    (folder / "base.yaml").write_text(BASE)
+    (folder / "base.yaml").write_text(BASE.format(epochs=epochs))
     command = [
         "launch/study.py",
         "--data",
@@ -83,10 +94,13 @@ def ranks_of(study, *runs):
     )
 
 
-def test_lambda_falls_most_for_the_domain_that_others_harm(study):
+def test_lambda_falls_most_for_the_domain_that_others_harm(study, size):
     """λ and φ at the end of training; λ is 1 where all domains weigh alike.
 
-    Seen with seeds 0 to 3: λ of ads 0.57 to 0.70, of shop 0.77 to 1.08, of video 1.29 to 1.55;
+    Of the small study, with seeds 0 to 2: λ of ads 0.47 to 0.53, of shop 1.00 to 1.15, of video 1.38 to 1.51;
+    φ of ads −0.77 to −0.70, of shop −0.26 to −0.13, of video −0.06 to 0.07.
+
+    Of the whole one, with seeds 0 to 3: λ of ads 0.57 to 0.70, of shop 0.77 to 1.08, of video 1.29 to 1.55;
     φ of ads −0.49 to −0.41, of shop −0.14 to −0.09, of video 0.09 to 0.10.
     """
     lines = (
@@ -99,7 +113,9 @@ def test_lambda_falls_most_for_the_domain_that_others_harm(study):
     ]
     last = train[-1]
     at_end = [
-        record["phi"] for record in train if record["step"] > last["step"] - 50
+        record["phi"]
+        for record in train
+        if record["step"] > last["step"] - 4 * size[1]
     ]
     gaps = {
         name: np.mean([phi[name] for phi in at_end])
@@ -111,9 +127,16 @@ def test_lambda_falls_most_for_the_domain_that_others_harm(study):
     assert last["lambda"][HARMED] < min(related_weights)
     assert max(related_weights) > 1.2
     assert gaps[HARMED] < -0.3 < min(related_gaps)
-    assert max(related_gaps) > 0
+    if size == WHOLE:
+        assert max(related_gaps) > 0
 
 
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(WHOLE, marks=pytest.mark.slow)],
+    ids=["whole"],
+    indirect=True,
+)
 def test_the_harmed_domain_keeps_what_it_has_alone_and_the_related_ones_gain(
     study,
 ):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.namespaces import ip, two_hosts, why_not
 from tests.helpers import HELPERS
 from tests.helpers.left import assert_same, losses
-from tests.helpers.namespaces import finish, start
+from tests.helpers.namespaces import finish, servers, start
 from tests.helpers.stages import SETTINGS
 from tests.ranks.conftest import deepspeed, ranks_of, run
 from trainer.checkpoint.layout import list_checkpoints
@@ -25,11 +25,18 @@ def hosts():
         yield hosts
 
 
-def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
+@pytest.fixture
+def forked(hosts):
+    with servers(hosts) as forked:
+        yield forked
+
+
+def test_two_hosts_train_as_two_local_ranks(hosts, forked, dataset, tmp_path):
     steps = "max_steps=5"
     statuses, logs = finish(
         start(
             hosts,
+            forked,
             tmp_path,
             STAGES,
             dataset,
@@ -51,7 +58,7 @@ def test_two_hosts_train_as_two_local_ranks(hosts, dataset, tmp_path):
 
 @pytest.mark.slow
 def test_a_cut_link_ends_both_and_the_same_command_goes_on(
-    hosts, dataset, tmp_path
+    hosts, forked, dataset, tmp_path
 ):
     """In mid-epoch, and without a word to either host: packets get lost from then on."""
     settings = [
@@ -67,7 +74,7 @@ def test_a_cut_link_ends_both_and_the_same_command_goes_on(
     ]
     folder = tmp_path / "two"
     arguments = [f"data={dataset}", f"run={folder}", *SETTINGS, *settings]
-    processes = start(hosts, tmp_path, FAULTY, *arguments, port=29771)
+    processes = start(hosts, forked, tmp_path, FAULTY, *arguments, port=29771)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and (
         not list_checkpoints(folder)
@@ -94,7 +101,7 @@ def test_a_cut_link_ends_both_and_the_same_command_goes_on(
         settings += [f"epochs={reached // 15 + 2}"]
     arguments = [f"data={dataset}", f"run={folder}", *SETTINGS, *settings]
     statuses, logs = finish(
-        start(hosts, tmp_path, FAULTY, *arguments, port=29781), tmp_path
+        start(hosts, forked, tmp_path, FAULTY, *arguments, port=29781), tmp_path
     )
     assert statuses == [0, 0], "\n".join(log[-4000:] for log in logs)
     assert "goes on from" in logs[0]

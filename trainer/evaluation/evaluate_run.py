@@ -34,6 +34,7 @@ from trainer.evaluation.candidate_files import (
     read_candidates_of_rank,
 )
 from trainer.evaluation.full import FullRanking, full_record, rank_fully
+from trainer.evaluation.metrics import candidate_positions
 from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.stored import (
     is_own_dataset,
@@ -51,7 +52,7 @@ from trainer.evaluation.sampled import (
     make_evaluation_record,
 )
 from trainer.evaluation.targets import highest_target, users_of_targets
-from trainer.evaluation.user_ranks import write_ranks
+from trainer.evaluation.user_ranks import UserRanks, write_ranks
 from trainer.files.atomic import write_json
 from trainer.files.progress import Stages
 from trainer.run_files import full_ranking_file, user_ranks_file
@@ -92,11 +93,11 @@ def evaluate_run(
                 dataset, candidates, ranks, config
             )
         trained = load_trained_model(run, config, dataset, ranks)
-        positions = _TargetPositions(dataset, split)
         with_term = recency_term or config.evaluation.recency_term
         recency, term = _open_recency(
             trained, not skip_recency, with_term and split == "test"
         )
+        positions = _TargetPositions(dataset, split, term)
         ranking = _rank_candidates(
             trained,
             split,
@@ -112,11 +113,10 @@ def evaluate_run(
             return record
         whole = _rank_fully(trained, split, recency, term)
         record = full_record(split, dataset, whole, record, **options)
-        domain_U = sum_over_ranks(positions.domain_U)
-        sampled_U = sum_over_ranks(positions.position_U)
+        positions.sum_up()
     if ranks.first:
-        full_U = whole.rank_U
-        _save_full(Path(run), dataset, record, domain_U, sampled_U, full_U)
+        user_ranks = _join_ranks(dataset, split, positions, whole)
+        _save_full(Path(run), record, user_ranks)
     return record
 
 
@@ -204,25 +204,72 @@ def _open_recency(
 class _TargetPositions:
     """The position of each target that this rank ranks among drawn candidates, and the domain.
 
-    By the targets' numbers (trainer/evaluation/targets.py).
+    By the targets' numbers (trainer/evaluation/targets.py). seen_U: whether training has seen the
+    item. term_U: positions with the recency term, 0 without one.
     """
 
-    def __init__(self, dataset: Dataset, split: str):
+    def __init__(
+        self, dataset: Dataset, split: str, term: RecencyTerm | None
+    ) -> None:
+        self._dataset = dataset
+        self._term = term
         targets = highest_target(dataset, split)
         self.position_U = np.zeros(targets, np.int32)
         self.domain_U = np.zeros(targets, np.int32)
+        self.seen_U = np.zeros(targets, np.int32)
+        self.term_U = np.zeros(targets, np.int32)
 
     def visit(
         self,
         candidates: Candidates,
         position_B: np.ndarray,
-        _scores_C: np.ndarray,
+        scores_C: np.ndarray,
     ) -> None:
         """Keeps one step's positions."""
         real = candidates.user_B >= 0
         number_B = candidates.number_B[real]
         self.position_U[number_B] = position_B[real]
         self.domain_U[number_B] = candidates.domain_B[real]
+        is_seen_B = self._dataset.is_trained(candidates.held_out_row_B)
+        self.seen_U[number_B] = is_seen_B[real]
+        if self._term is not None:
+            term_C = self._term.scores(
+                candidates.domain_B,
+                candidates.now_B,
+                candidates.counts_B,
+                candidates.rows_C,
+                scores_C,
+            )
+            term_B = candidate_positions(term_C, candidates.counts_B)
+            self.term_U[number_B] = term_B[real]
+
+    def sum_up(self) -> None:
+        """Makes them those of all ranks. Called on all of them."""
+        self.position_U = sum_over_ranks(self.position_U)
+        self.domain_U = sum_over_ranks(self.domain_U)
+        self.seen_U = sum_over_ranks(self.seen_U)
+        self.term_U = sum_over_ranks(self.term_U)
+
+
+def _join_ranks(
+    dataset: Dataset,
+    split: str,
+    positions: _TargetPositions,
+    whole: FullRanking,
+) -> UserRanks:
+    """Both rankings' positions of each target that was ranked."""
+    (targets,) = np.nonzero(whole.rank_U)
+    term_rank_U = whole.term_rank_U
+    return UserRanks(
+        user=users_of_targets(dataset, split, targets),
+        domain=positions.domain_U[targets],
+        sampled=positions.position_U[targets],
+        full=whole.rank_U[targets],
+        target=targets,
+        seen=positions.seen_U[targets] > 0,
+        sampled_with_recency=positions.term_U[targets],
+        full_with_recency=None if term_rank_U is None else term_rank_U[targets],
+    )
 
 
 def _rank_candidates(
@@ -301,30 +348,16 @@ def _progress_bar(ranks: "Ranks", text: str) -> Iterator[Advance]:
 
 
 def _save_full(
-    run: Path,
-    dataset: Dataset,
-    record: dict[str, Any],
-    domain_U: np.ndarray,
-    sampled_U: np.ndarray,
-    full_U: np.ndarray,
+    run: Path, record: dict[str, Any], user_ranks: UserRanks
 ) -> None:
     """Leaves a full ranking's record and each target's positions in the run's folder.
 
     A folder that cannot be written does not lose the figures: the caller shows them.
     """
     split = record["kind"]
-    (targets,) = np.nonzero(full_U)
-    users = users_of_targets(dataset, split, targets)
     try:
         with lock_run_folder(run):
-            write_ranks(
-                run / user_ranks_file(split),
-                users,
-                domain_U[targets],
-                sampled_U[targets],
-                full_U[targets],
-                targets,
-            )
+            write_ranks(run / user_ranks_file(split), user_ranks)
             write_json(run / full_ranking_file(split), record)
     except InputError as error:
         _warn(f"{error}: the figures are only shown")

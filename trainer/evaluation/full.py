@@ -55,6 +55,7 @@ from trainer.evaluation.targets import (
     highest_target,
     name_by_domain,
     ranked_items,
+    ranked_rows,
 )
 from trainer.run_files import HEADLINE
 
@@ -82,7 +83,7 @@ class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
     user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
-    for which is predicted. length_B: of the whole history before it. domain_length_B: interactions
+    as of which the recent past is counted. length_B: of the whole history before it. domain_length_B: interactions
     of that history in the item's domain. rows_E, counts_B: every other item of the user, jagged.
     target_B: the targets' numbers (trainer/evaluation/targets.py). skipped, reasons: as in
     `RankBatch` (trainer.data.loading.stream).
@@ -118,7 +119,8 @@ class FullRanking:
     """What ranking a split among all items gives, summed over all processes.
 
     rank_U: int32, the position of each target, by its number, which is its user's where a user has
-    one (trainer/evaluation/targets.py); 0 of those that were not ranked. means: GroupMeans of
+    one (trainer/evaluation/targets.py); 0 of those that were not ranked. term_rank_U: likewise by the
+    model with its recency term; None without one. means: GroupMeans of
     `systems`; the groups of domain d are d · groups_of_domain() and those that follow: all its
     users, then those of each of BREAKDOWNS. shown: how often each row of M was among the SHOWN best
     of a user.
@@ -141,6 +143,7 @@ class FullRanking:
     systems: tuple[str, ...] = (MODEL, POPULARITY)
     recency_choice: dict[str, Any] | None = None
     recency_term: dict[str, Any] | None = None
+    term_rank_U: np.ndarray | None = None
 
 
 class HeldOutBatches(RankingBatches):
@@ -166,6 +169,7 @@ class HeldOutBatches(RankingBatches):
         begins_B = ends_B - lengths_B
         held_out_B = begins_B + targets.place_T
         row_B = users.items_N[held_out_B].astype(np.int64)
+        ticks_B = users.ticks_N[held_out_B].astype(np.int64)
         domain_B = dataset.domain_of(row_B)
         domain_length_B = np.zeros(len(row_B), np.int64)
         others = [np.zeros(0, np.int64)]
@@ -185,7 +189,7 @@ class HeldOutBatches(RankingBatches):
             user_B=users.number_B[targets.user_T],
             domain_B=domain_B,
             row_B=row_B,
-            now_B=users.ticks_N[begins_B + targets.place_T].astype(np.int64),
+            now_B=dataset.split.counted_until(self.part, ticks_B),
             length_B=targets.place_T,
             domain_length_B=domain_length_B,
             rows_E=np.concatenate(others),
@@ -334,16 +338,16 @@ def rank_fully(
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
     _sum_in_place(skipped_1, ranks.device)
-    position_U = sum_over_ranks(position_U)
     return FullRanking(
-        position_U,
-        means,
-        rankings.shown_N,
-        int(skipped_1[0]),
-        tuple(reasons),
-        systems.names,
-        None if recency is None else recency.choice.to_record(),
-        None if term is None else term.to_record(dataset),
+        rank_U=sum_over_ranks(position_U),
+        means=means,
+        shown=rankings.shown_N,
+        skipped_users=int(skipped_1[0]),
+        reasons=tuple(reasons),
+        systems=systems.names,
+        recency_choice=None if recency is None else recency.choice.to_record(),
+        recency_term=None if term is None else term.to_record(dataset),
+        term_rank_U=systems.term_positions(position_U),
     )
 
 
@@ -352,11 +356,13 @@ class _RankedBatch:
     """The users of a step, their groups, and their positions by the model and by popularity.
 
     user_B       12     40
+    target_B     12     40
     groups_BG    0 2    11 14
     positions    1 7    4 9
     """
 
     user_B: np.ndarray
+    target_B: np.ndarray
     groups_BG: np.ndarray
     positions: tuple[np.ndarray, np.ndarray]
 
@@ -391,6 +397,7 @@ class _Systems:
         all_groups = len(dataset.domains) * groups_of_domain()
         self._means = GroupMeans(len(names), all_groups, seed)
         self._ranked: list[_RankedBatch] = []
+        self._of_term: list[np.ndarray] = []
 
     def add(
         self,
@@ -418,6 +425,7 @@ class _Systems:
         third_B = self._popularity.third_N[batch.row_B]
         ranked = _RankedBatch(
             batch.user_B,
+            batch.target_B,
             groups(batch, third_B, self._dataset.is_trained(batch.row_B)),
             (position_B, popularity_B),
         )
@@ -426,15 +434,29 @@ class _Systems:
     def means(self) -> GroupMeans:
         """The means over this rank's users, after the last step. Called on all ranks."""
         later = []
-        for ranking in (self._recency, self._term):
-            if ranking is not None:
-                later.append(ranking.positions())
+        if self._recency is not None:
+            later.append(self._recency.positions())
+        if self._term is not None:
+            self._of_term = self._term.positions()
+            later.append(self._of_term)
         for index, ranked in enumerate(self._ranked):
             positions = [*ranked.positions]
             for of_steps in later:
                 positions.append(of_steps[index])
             self._means.add(ranked.user_B, ranked.groups_BG, positions)
         return self._means
+
+    def term_positions(self, like_U: np.ndarray) -> np.ndarray | None:
+        """All ranks' positions with the term, by the targets' numbers; None without one.
+
+        Called on all ranks, after `means`.
+        """
+        if self._term is None:
+            return None
+        position_U = np.zeros_like(like_U)
+        for ranked, position_B in zip(self._ranked, self._of_term, strict=True):
+            position_U[ranked.target_B] = position_B
+        return sum_over_ranks(position_U)
 
 
 def _held_out_batches(
@@ -524,10 +546,8 @@ def full_evaluation(
         first_of[domain.name] = first
         rows.append(_figures_of(ranking, domain.name, first))
         breakdown[domain.name] = _breakdown(ranking, first)
-        end = domain.start + domain.items
-        rows_N = np.arange(domain.start, end)
-        rows_N = rows_N[dataset.is_trained(rows_N)]
-        recommendations[domain.name] = recommended(ranking.shown[rows_N])
+        shown_N = ranking.shown[ranked_rows(dataset, domain)]
+        recommendations[domain.name] = recommended(shown_N)
     users = {row.name: row.users for row in rows}
     mean_domains = domains_of_mean(users, min_users)
     firsts = list(first_of.values())

@@ -21,15 +21,14 @@ from trainer.run_files import HEADLINE
 
 _MOST_PANELS = 12  # domains, the largest ones
 _HEIGHT = 230
-_MARGIN = {"l": 52, "r": 12, "t": 10, "b": 36}
-_FEW_DAYS = 5
+_MARGIN = {"l": 52, "r": 36, "t": 10, "b": 36}
 
 Result = dict[str, Any]  # what a day's retrain.json says
 
 ABOUT = (
     "Higher is better. All events of a day, each after what its user did before, ranked by the model that "
-    "served until then, before any model learnt from them; dashed: recency popularity, dotted: popularity, "
-    "over the same events. A red mark: the model is below recency popularity, and this is no chance."
+    "served until then, before any model learnt from them; dashed: recency popularity over the same events. "
+    "A red mark: the model is below recency popularity, and this is no chance."
 )
 
 
@@ -59,24 +58,40 @@ def plot_arrivals(
 ) -> list[Chart] | None:
     """A small plot of the mean and one for each domain, day by day.
 
-    results: of every day, in their order. None of fewer than two days that have figures.
+    results: of every day, in their order; the lines begin with the first day that has figures. None of
+    fewer than two such days.
     """
     evaluations = [read_evaluation(result) for result in results]
     events: dict[str, int] = {}
-    days_with_figures = 0
-    for evaluation in evaluations:
+    evaluated = []
+    for day, evaluation in enumerate(evaluations):
         if evaluation is None:
             continue
-        days_with_figures += 1
+        evaluated.append(day)
         for name, users in evaluation.users_by_domain.items():
             events[name] = events.get(name, 0) + users
-    if days_with_figures < 2:
+    if len(evaluated) < 2:
         return None
-    charts = [_plot_panel(results, evaluations, None)]
+    first = evaluated[0]
+    results = results[first:]
+    evaluations = evaluations[first:]
+    charts = [
+        _plot_panel(
+            results,
+            evaluations,
+            None,
+        )
+    ]
     largest = sorted(events, key=lambda name: -events[name])[:_MOST_PANELS]
     for domain in domains:
         if domain.name in largest and events[domain.name]:
-            charts.append(_plot_panel(results, evaluations, domain))
+            charts.append(
+                _plot_panel(
+                    results,
+                    evaluations,
+                    domain,
+                )
+            )
     return charts
 
 
@@ -88,7 +103,6 @@ def _plot_panel(
     """The plot of a domain; of the mean where there is none."""
     served: list[float | None] = []
     recency: list[float | None] = []
-    popularity: list[float | None] = []
     for evaluation in evaluations:
         row = DomainFigures("", {}, {})
         if evaluation is not None and domain is None:
@@ -100,36 +114,40 @@ def _plot_panel(
             value = served_figure(evaluation, row)
         served.append(value)
         recency.append(row.recency_headline)
-        popularity.append(row.popularity_headline)
     line = {"color": INK} if domain is None else domain.line
     figure = go.Figure()
     days = _day_labels(results)
-    for name, values, dash, width in (
-        ("popularity", popularity, "dot", 1.5),
-        ("recency popularity", recency, "dash", 2),
-    ):
-        figure.add_scatter(
-            x=days,
-            y=values,
-            mode="lines",
-            name=name,
-            line={"width": width, "color": GREY, "dash": dash},
-        )
+    figure.add_scatter(
+        x=days,
+        y=recency,
+        mode="lines",
+        name="recency popularity",
+        line={"width": 2, "color": GREY, "dash": "dash"},
+    )
     figure.add_scatter(
         x=days,
         y=served,
         mode="lines+markers",
         name="yesterday's model",
         line={"width": 2.5, "color": line["color"]},
-        marker=_markers(results, domain, line["color"]),
+        marker=_markers(
+            results,
+            domain,
+            line["color"],
+        ),
     )
     figure.update_traces(yhoverformat=".4f")
-    plots.finish_figure(figure, _HEIGHT, margin=_MARGIN, showlegend=False)
+    plots.finish_figure(
+        figure,
+        _HEIGHT,
+        margin=_MARGIN,
+        showlegend=False,
+    )
     figure.update_xaxes(
         title=None,
         type="category",
         tickformat=None,
-        nticks=min(_FEW_DAYS, len(days)) + 1,
+        tickvals=[days[0], days[-1]],
         tickangle=0,
     )
     figure.update_yaxes(tickformat=".3~f", nticks=5)
@@ -170,7 +188,7 @@ def describe_arrivals(result: Result) -> list[str]:
         return [*lines, f"Not ranked: {record['skipped']}."]
     lines += [
         f"{HEADLINE} of all events, each after what its user did before, by the model that served, "
-        "before any model learnt from them.",
+        "before any model learnt from them. Events of items that it never saw do not count.",
         "",
         "| domain | events | the model | with recent counts | recency popularity | popularity "
         "| of items it never saw |",
@@ -178,9 +196,21 @@ def describe_arrivals(result: Result) -> list[str]:
     ]
     unseen = evaluation.unseen_by_domain
     for row in evaluation.by_domain:
-        lines.append(_row(row, row.users, unseen.get(row.name)))
+        lines.append(
+            _row(
+                row,
+                row.users,
+                unseen.get(row.name),
+            )
+        )
     mean = mean_row(evaluation)
-    lines.append(_row(mean, evaluation.users, sum(unseen.values())))
+    lines.append(
+        _row(
+            mean,
+            evaluation.users,
+            sum(unseen.values()),
+        )
+    )
     warnings = result.get("warnings", [])
     if warnings:
         lines += ["", "Below recency popularity, and this is no chance:", ""]

@@ -142,8 +142,15 @@ class _Retraining:
         Done where its file is there. Says why where nothing was ranked.
         """
         day = self.day
-        if day.arrivals.is_file():
-            return
+        if not day.arrivals.is_file():
+            self._make_arrivals()
+        skipped = read_arrivals(day.arrivals).get("skipped")
+        if skipped is not None:
+            print(f"the day's events are not ranked: {skipped}", flush=True)
+
+    def _make_arrivals(self) -> None:
+        """Leaves the record of the day's events."""
+        day = self.day
         if self.plan["warm_start"] is None:
             write_json(day.arrivals, {"skipped": "no model served yet"})
         else:
@@ -162,9 +169,6 @@ class _Retraining:
                 f"{day.arrivals} is not there: its own lines say why; the same command goes on "
                 "there"
             )
-        skipped = read_arrivals(day.arrivals).get("skipped")
-        if skipped is not None:
-            print(f"the day's events are not ranked: {skipped}", flush=True)
 
     def _train(self) -> None:
         """Trains the day's run to its end. Raises InputError where it left no test record."""

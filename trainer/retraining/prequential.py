@@ -10,12 +10,14 @@ the day:
     ranked                                         e     after a b c d
 
 Recency popularity and popularity rank the same candidates beside it. Recency popularity counts what came
-before each event's day; popularity, and whether an item was seen, is of what the model has learnt from.
+before each event's day; popularity is of what the model has learnt from. Events of an item that it has
+not learnt from are ranked apart (`unseen`), and nothing else is ranked among such items.
 
 The record is that of an evaluation (trainer/evaluation/evaluation.py) of the kind "arrivals", and
 
     against_recency    {domain: {system, users, now, before, error}}: NDCG@10 of the model, with its recency
-                       term where that is switched on, beside recency popularity's, over the same events
+                       term where that is switched on, beside recency popularity's, over the same events,
+                       of items that the model has learnt from
 
 or `skipped` alone, which says why nothing was ranked. A. P. Dawid, "Statistical Theory: The Prequential
 Approach", 1984.
@@ -59,10 +61,7 @@ from trainer.evaluation.metrics import (
 )
 from trainer.evaluation.popularity import candidate_scores
 from trainer.evaluation.recency.ranking import RecencyPopularity
-from trainer.evaluation.recency.stored import (
-    open_recency,
-    open_recency_term,
-)
+from trainer.evaluation.recency.stored import open_recency, open_recency_term
 from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Candidates,
@@ -99,6 +98,7 @@ class ArrivalSplit(Timeline):
     """
 
     whose: str = "all"
+    counts: str = "day"
 
     def training_lengths(
         self, lengths_B: np.ndarray, ticks_N: np.ndarray
@@ -212,9 +212,7 @@ def _score(trained: TrainedModel, wants_term: bool) -> dict[str, Any]:
     ranks = trained.ranks
     counts = count_recent(dataset, ranks, config.stream)
     recency = open_recency(counts, dataset, ranks, config)
-    term = None
-    if wants_term:
-        term = open_recency_term(trained, counts)
+    term = open_recency_term(trained, counts) if wants_term else None
     positions = _ArrivalPositions(dataset, config.seed, recency, term)
     with Stages(ranks.first) as stages, stages.open_stage("ranking") as show:
         ranking = evaluate_split(
@@ -232,12 +230,12 @@ def _score(trained: TrainedModel, wants_term: bool) -> dict[str, Any]:
     record = make_evaluation_record(
         TEST.name,
         dataset,
-        ranked.count(ranking, dataset, recency, term),
+        ranked.count(ranking, recency, term),
         min_users=min_users,
         step=trained.checkpoint["step"],
         epoch=trained.checkpoint["epoch"],
     )
-    against = ranked.compare_with_recency(dataset)
+    against = ranked.compare_with_recency()
     return record | {"kind": ARRIVALS, "against_recency": against}
 
 
@@ -246,52 +244,72 @@ class _RankedArrivals:
     """Where each system ranks each target, of all ranks.
 
     systems: their keys in a record. position_ST: int64, from 1, 0 of a target that could not be read.
-    domain_T: int64, of the item. Of two systems and three targets:
+    row_T: int64, of the item. Of two systems and three targets, domain 1 from row 50:
 
         position_ST    [[1, 0, 7],
                         [2, 0, 3]]
-        domain_T       [0, 0, 1]
+        row_T          [4, 0, 51]
     """
 
+    dataset: Dataset
     systems: tuple[str, ...]
     position_ST: np.ndarray
-    domain_T: np.ndarray
+    row_T: np.ndarray
+
+    @property
+    def domain_T(self) -> np.ndarray:
+        """The items' domains, int64."""
+        return self.dataset.domain_of(self.row_T)
+
+    @property
+    def ranked_T(self) -> np.ndarray:
+        """Whether a target could be read, bool."""
+        return self.position_ST[0] > 0
+
+    @property
+    def seen_T(self) -> np.ndarray:
+        """Whether a target is ranked and the model has learnt from its item, bool."""
+        return self.ranked_T & self.dataset.is_trained(self.row_T)
 
     def count(
         self,
         ranking: PositionCounts,
-        dataset: Dataset,
         recency: RecencyPopularity,
         term: RecencyTerm | None,
     ) -> PositionCounts:
         """The ranking by the model with the counts of all systems."""
-        _, domains, longest = ranking.histogram.shape
-        shape = (len(self.systems), domains, longest)
-        histogram = np.zeros(shape, np.int64)
-        for system, position_T in enumerate(self.position_ST):
-            (ranked,) = np.nonzero(position_T)
-            count_positions(
-                histogram[system], self.domain_T[ranked], position_T[ranked]
-            )
-        term_record = None if term is None else term.to_record(dataset)
+        longest = ranking.histogram.shape[-1]
+        term_record = None if term is None else term.to_record(self.dataset)
         return replace(
             ranking,
-            histogram=histogram,
+            histogram=self._histogram(self.seen_T, longest),
+            unseen=self._histogram(self.ranked_T & ~self.seen_T, longest),
             systems=self.systems,
             recency_choice=recency.choice.to_record(),
             recency_term=term_record,
         )
 
-    def compare_with_recency(
-        self, dataset: Dataset
-    ) -> dict[str, dict[str, Any]]:
+    def _histogram(self, chosen_T: np.ndarray, longest: int) -> np.ndarray:
+        """How often each position occurred among some targets, int64 (S, D, longest)."""
+        shape = (len(self.systems), len(self.dataset.domains), longest)
+        histogram = np.zeros(shape, np.int64)
+        for system, position_T in enumerate(self.position_ST):
+            count_positions(
+                histogram[system],
+                self.domain_T[chosen_T],
+                position_T[chosen_T],
+            )
+        return histogram
+
+    def compare_with_recency(self) -> dict[str, dict[str, Any]]:
         """`against_recency` of the record: domains of which an event is ranked."""
+        dataset = self.dataset
         served = WITH_RECENCY if WITH_RECENCY in self.systems else MODEL
         position_T = self.position_ST[self.systems.index(served)]
         recency_T = self.position_ST[self.systems.index(RECENCY)]
         by_domain = {}
         for number, domain in enumerate(dataset.domains):
-            is_own_T = (position_T > 0) & (self.domain_T == number)
+            is_own_T = self.seen_T & (self.domain_T == number)
             (own,) = np.nonzero(is_own_T)
             if not len(own):
                 continue
@@ -329,7 +347,7 @@ class _ArrivalPositions:
         self._systems = tuple(systems)
         targets = highest_target(dataset, TEST.name)
         self._position_ST = np.zeros((len(systems), targets), np.int32)
-        self._domain_T = np.zeros(targets, np.int32)
+        self._row_T = np.zeros(targets, np.int64)
 
     def visit(
         self,
@@ -340,7 +358,7 @@ class _ArrivalPositions:
         """Keeps one step's positions. `rank_candidates` calls it."""
         real = candidates.user_B >= 0
         number_B = candidates.number_B[real]
-        self._domain_T[number_B] = candidates.domain_B[real]
+        self._row_T[number_B] = candidates.held_out_row_B[real]
         self._position_ST[0, number_B] = position_B[real]
         others = self._scores(candidates, scores_C)
         for system, score_C in enumerate(others, start=1):
@@ -372,9 +390,10 @@ class _ArrivalPositions:
         """The positions of all ranks. Called on all of them: each target is ranked by one."""
         position_ST = sum_over_ranks(self._position_ST.reshape(-1))
         return _RankedArrivals(
+            self._dataset,
             self._systems,
             position_ST.reshape(self._position_ST.shape).astype(np.int64),
-            sum_over_ranks(self._domain_T).astype(np.int64),
+            sum_over_ranks(self._row_T),
         )
 
 

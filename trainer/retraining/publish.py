@@ -91,11 +91,7 @@ def publish(
                 f"{candidate}: has not learnt from its newest days (split.kind="
                 f"{run_config.split.kind}): publish a run of split.kind=leave_one_out"
             )
-        of_day: Record = {}
-        if arrivals is not None:
-            of_day = run_on_first_rank(
-                lambda: read_arrivals(Path(arrivals)), ranks.first
-            )
+        of_day = _read_arrivals(arrivals, ranks)
         identity = _identify(candidate, dataset, ranks)
         if current is not None and _is_same_run(current, identity):
             nothing: dict[str, list[str]] = {"reasons": [], "notes": []}
@@ -109,21 +105,36 @@ def publish(
         comparison = _Comparison(served, current, current_test, config)
         record = identity | comparison.measure()
         min_users = run_config.evaluation.min_users
-        judgement = judge(
-            record["domains"],
-            config,
-            min_users,
-            of_day.get("against_recency"),
-        )
-        record |= asdict(judgement) | {"min_users": min_users}
-        if of_day:
-            record["arrivals"] = of_day
+        record |= _judge(record, of_day, config, min_users)
         if record["reasons"]:
             return run_on_first_rank(
                 lambda: registry.refuse(record), ranks.first
             )
         version = _Version(registry, record, config)
         return version.publish(candidate, served, data)
+
+
+def _read_arrivals(file: str | Path | None, ranks: Ranks) -> Record | None:
+    """The day's prequential evaluation; None without one. Called on all ranks."""
+    if file is None:
+        return None
+    return run_on_first_rank(lambda: read_arrivals(Path(file)), ranks.first)
+
+
+def _judge(
+    record: Record,
+    arrivals: Record | None,
+    config: PublishConfig,
+    min_users: int,
+) -> Record:
+    """What a candidate's record says besides its figures. arrivals: of the day."""
+    against_recency = None
+    added: Record = {"min_users": min_users}
+    if arrivals is not None:
+        against_recency = arrivals.get("against_recency")
+        added["arrivals"] = arrivals
+    judgement = judge(record["domains"], config, min_users, against_recency)
+    return asdict(judgement) | added
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ def _days_table(results: list[Result]) -> Table:
     text = (
         f"The newest first, {_SHOWN} at most. Users whose newest item was ranked; {HEADLINE} is "
         "the mean of the domains that count, blue or red where the 95 % interval of the "
-        "difference leaves 0 out. On the day's events: {HEADLINE} of the model until then on all of them, "
+        "difference leaves 0 out. On the day's events: the figure of the model until then on all of them, "
         "before any model learnt from them; recent: of recency popularity; red where a domain is below "
         "it and this is no chance. Each day's report.md says more."
     )

@@ -10,6 +10,8 @@ from trainer.config.study import OURS, SINGLE_DOMAIN
 
 # Baselines that are not trained: their names in tables, by their keys in an evaluation's record.
 UNTRAINED = {"popularity": "popularity", "recency": "recency popularity"}
+# Behind the name of a system whose scores have the recency term (trainer/evaluation/recency).
+WITH_RECENCY = " + recency"
 
 _UNCORRECTED = (
     "model.stop_gradient=off",

@@ -96,11 +96,11 @@ def _compare_with_best(
     means = {}
     for name, results in study.results.items():
         means[name] = mean_metric(study, results, ranking)
-    ours = means.pop(OURS)
+    ours = means.pop(study.ours)
     best = max(means, key=means.__getitem__)
     mean_of_best = means[best]
     share = format_signed(ours / mean_of_best - 1, "+.1%")
-    our_results = study.results[OURS]
+    our_results = study.results[study.ours]
     difference = paired_difference(
         our_results,
         study.results[best],
@@ -114,9 +114,9 @@ def _compare_with_best(
     best_users = study.results[best].over_users(ranking, HEADLINE).mean()
     return (
         f"Among {RANKED[ranking]} "
-        f"{OURS} has a mean {HEADLINE} of {ours:.4f}; "
+        f"{study.ours} has a mean {HEADLINE} of {ours:.4f}; "
         f"the best of the others is {escape_name(best)} "
-        f"with {mean_of_best:.4f} ({OURS}: {share}, {chance}). Over users: "
+        f"with {mean_of_best:.4f} ({study.ours}: {share}, {chance}). Over users: "
         f"{our_users:.4f} and {best_users:.4f}."
     )
 

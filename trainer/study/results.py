@@ -7,7 +7,7 @@ position is where a user's test item stands in the ranking, from 1. A system's p
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,8 @@ class RunResult:
         full     [3, 9, 2, 80]
 
     target: the targets' numbers (trainer/evaluation/targets.py), where they are known; a user may have
-    several. validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
+    several. sampled_with_recency, full_with_recency: positions with the recency term, where the run has
+    one. validation: the best one's mean of HEADLINE. epochs: that were validated. best_is_last: the best
     validation was the last one, so that more training might be better.
     """
 
@@ -51,6 +52,8 @@ class RunResult:
     epochs: float
     best_is_last: bool = False
     target: np.ndarray | None = None
+    sampled_with_recency: np.ndarray | None = None
+    full_with_recency: np.ndarray | None = None
 
     @property
     def order(self) -> np.ndarray:
@@ -60,6 +63,16 @@ class RunResult:
     def positions(self, ranking: str) -> np.ndarray:
         """Positions by one of RANKINGS."""
         return self.sampled if ranking == "sampled" else self.full
+
+    def with_recency(self) -> "RunResult | None":
+        """The same of the model with its recency term; None of a run without one."""
+        sampled_U = self.sampled_with_recency
+        full_U = self.full_with_recency
+        if sampled_U is None or full_U is None:
+            return None
+        if not (sampled_U.all() and full_U.all()):
+            return None
+        return replace(self, sampled=sampled_U, full=full_U)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.split import Timeline
 from trainer.errors import InputError
 from trainer.files.atomic import write_json
-from trainer.study.baselines import SYSTEMS
+from trainer.study.baselines import SYSTEMS, WITH_RECENCY
 from trainer.study.jobs import JobRunner
 from trainer.study.plan import (
     Job,
@@ -26,6 +26,7 @@ from trainer.study.plan import (
 )
 from trainer.study.results import (
     Baselines,
+    RunResult,
     SystemResults,
     collect_results,
     read_baselines,
@@ -77,6 +78,12 @@ class Study:
     def domain_names(self) -> list[str]:
         """All domains' names."""
         return [domain.name for domain in self.dataset.domains]
+
+    @property
+    def ours(self) -> str:
+        """The name of SyNCRec's results that others are compared with: with the recency term, if any."""
+        with_recency = f"{OURS}{WITH_RECENCY}"
+        return with_recency if with_recency in self.results else OURS
 
     @property
     def users(self) -> np.ndarray:
@@ -183,7 +190,9 @@ class _StudyRunner:
             finished = self._finished_runs(name, runs)
             if not finished:
                 continue
-            results[name] = self._collect(name, finished)
+            read = self._read(name, finished)
+            results[name] = collect_results(name, read)
+            results |= _with_recency(name, read)
             # The run of a model of all domains has ranked every user.
             if name in SYSTEMS and not SYSTEMS[name].by_domain:
                 everyone = self.runner.folder(finished[0][0])
@@ -310,12 +319,12 @@ class _StudyRunner:
                 finished.append(jobs)
         return finished
 
-    def _collect(
+    def _read(
         self,
         name: str,
         runs: list[list[Job]],
-    ) -> SystemResults:
-        """A system's results. runs: by seed, one job or one for each domain."""
+    ) -> list[list[RunResult]]:
+        """What a system's runs have left. runs: by seed, one job or one for each domain."""
         results = []
         unconverged = []
         for jobs in runs:
@@ -326,7 +335,7 @@ class _StudyRunner:
             results.append(read)
         if unconverged:
             self.unconverged[name] = unconverged
-        return collect_results(name, results)
+        return results
 
     def _sweep_results(self) -> dict[str, list[SweepResult]]:
         """By key: SyNCRec with each value whose run has not failed."""
@@ -334,10 +343,26 @@ class _StudyRunner:
         for point in self.sweeps:
             if point.job in self.runner.failed:
                 continue
-            results = self._collect(_point_name(point), [[point.job]])
+            name = _point_name(point)
+            results = collect_results(name, self._read(name, [[point.job]]))
             points = by_key.setdefault(point.key, [])
             points.append(SweepResult(point.value, results))
         return by_key
+
+
+def _with_recency(
+    name: str, runs: list[list[RunResult]]
+) -> dict[str, SystemResults]:
+    """The results of a system with its recency term, by their name; nothing where a run has none."""
+    with_term = []
+    for parts in runs:
+        of_seed = [part.with_recency() for part in parts]
+        found = [result for result in of_seed if result is not None]
+        if len(found) < len(parts):
+            return {}
+        with_term.append(found)
+    full_name = f"{name}{WITH_RECENCY}"
+    return {full_name: collect_results(full_name, with_term)}
 
 
 def _point_name(point: SweepPoint) -> str:

@@ -18,7 +18,7 @@ from trainer.reporting.console import (
 )
 from trainer.reporting.html import Cell, Table
 from trainer.run_files import HEADLINE
-from trainer.study.baselines import SYSTEMS
+from trainer.study.baselines import SYSTEMS, WITH_RECENCY
 from trainer.study.results import (
     METRICS,
     RANKINGS,
@@ -200,17 +200,21 @@ def _gains_over_single_domain(
         CDSR      −3.0% (p 0.004)    −4.0% (p ≤ 0.002)  −3.5% (p ≤ 0.002)  −3.6% (p ≤ 0.002)
         SyNCRec   −1.1% (p 0.390)    +0.9% (p 0.510)    −0.1% (p 0.942)    +0.2% (p 0.810)
 
-    A cell is coloured where its 95 % interval leaves 0 out. None without SDSR in the study.
+    With the recency term a system is compared with SDSR that has it too. A cell is coloured where its 95 % interval leaves 0 out. None without SDSR in the study.
     """
     if SINGLE_DOMAIN not in study.results:
         return None
-    single = study.results[SINGLE_DOMAIN]
     values = _metric_by_system(study, ranking, HEADLINE)
-    single_C = values[SINGLE_DOMAIN].mean(0)
     rows = [_users_row(study)]
     for name, results in study.results.items():
-        if name == SINGLE_DOMAIN:
+        single_name = SINGLE_DOMAIN
+        with_recency = f"{SINGLE_DOMAIN}{WITH_RECENCY}"
+        if name.endswith(WITH_RECENCY) and with_recency in study.results:
+            single_name = with_recency
+        if name == single_name:
             continue
+        single = study.results[single_name]
+        single_C = values[single_name].mean(0)
         row = [Cell(escape_name(name))]
         differences = _differences(study, results, single, ranking)
         for difference, before in zip(differences, single_C, strict=True):
@@ -240,10 +244,10 @@ def _differences_from_ours(
     """
     if OURS not in study.results:
         return None
-    ours = study.results[OURS]
+    ours = study.results[study.ours]
     rows = [[*_users_row(study), Cell("")]]
     for name, results in study.results.items():
-        if name == OURS:
+        if name == study.ours:
             continue
         row = [Cell(escape_name(name))]
         differences = _differences(study, ours, results, ranking)
@@ -251,8 +255,8 @@ def _differences_from_ours(
         row.append(_interval_cell(differences[len(study.domain_names)]))
         rows.append(row)
     return Table(
-        title=f"{OURS} against each other system, {RANKED[ranking]}",
-        text=f"{HEADLINE} of {OURS} less the system's over the same users (above 0: {OURS} is "
+        title=f"{study.ours} against each other system, {RANKED[ranking]}",
+        text=f"{HEADLINE} of {study.ours} less the system's over the same users (above 0: it is "
         "better), means of seeds, and p of a paired bootstrap over users. "
         f"{_COLOURED} Systems without a part of SyNCRec are the ablations."
         f"{sentence_on_domains(study)}",
@@ -349,6 +353,8 @@ def _cost_table(study: Study) -> Table:
     """
     rows = []
     for name, results in study.results.items():
+        if name.endswith(WITH_RECENCY):
+            continue
         cells = [
             escape_name(name),
             format_duration(float(np.mean(results.seconds))),
@@ -412,6 +418,8 @@ def _systems_table(study: Study) -> Table:
     """What each ablation and baseline changes in the base."""
     rows = []
     for name in study.results:
+        if name.endswith(WITH_RECENCY):
+            continue
         if name in SYSTEMS:
             system = SYSTEMS[name]
             settings = [*system.settings, *study.config.own.get(name, [])]
@@ -422,9 +430,19 @@ def _systems_table(study: Study) -> Table:
         rows.append(_row(cells))
     return Table(
         title="What the systems are",
-        text="Settings over the base.",
+        text=f"Settings over the base.{_about_recency(study)}",
         columns=["system", "", "settings"],
         rows=rows,
+    )
+
+
+def _about_recency(study: Study) -> str:
+    """What the rows with the recency term are, where there are any."""
+    if not any(name.endswith(WITH_RECENCY) for name in study.results):
+        return ""
+    return (
+        f" A name with{WITH_RECENCY} is the same trained model, with a term of the counts of the recent "
+        "past added to its scores, fitted by validation."
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import chart, namespaces, scaling, suite
 from benchmarks.groups import Group
 from benchmarks.workload import dataset_of, draw
+from tests.helpers.rank_processes import forked_python
 from trainer.config.negatives import NegativesConfig
 
 SMALL = [
@@ -44,7 +45,14 @@ def record_of(group, settings):
     return scaling.volumes(Here(), settings, group.ask("model")[0])
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Ranks are forked where the stack is loaded."""
+    monkeypatch.setattr(sys, "executable", forked_python())
+
+
 @pytest.mark.ranks
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ranks_send_what_the_formula_says(stage, tmp_path):
     arguments = ["--short", *SMALL, f"optimizer.zero_stage={stage}"]
@@ -80,6 +88,7 @@ def test_ranks_send_what_the_formula_says(stage, tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.usefixtures("forked")
 def test_a_rank_that_dies_is_reported_with_its_last_words(tmp_path):
     group = Group(
         tmp_path,

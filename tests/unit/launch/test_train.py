@@ -1,7 +1,5 @@
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +9,9 @@ import torch
 import launch.train
 from tests.helpers.alone import as_a_script
 from tests.helpers.made import draw_histories, write_dataset
-from tests.helpers.rank_processes import run_alone
+from tests.helpers.rank_processes import forked_python, run_alone
 from trainer.config.load import load_config
 
-ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 MODEL = [
     "model.dim=8",
@@ -218,16 +215,8 @@ def finish(*command):
     """Exit status and stderr of a command of a person's shell."""
     if command[0] == sys.executable:
         done = run_alone(*command[1:])
-        return done.returncode, done.stderr
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    else:
+        done = run_alone(*command, FORKED_PYTHON=forked_python())
     return done.returncode, done.stderr
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from trainer.data.format.dataset import Dataset
 from trainer.errors import InputError
-from trainer.evaluation.user_ranks import write_ranks
+from trainer.evaluation.user_ranks import UserRanks, write_ranks
 from trainer.files.atomic import write_json
 from trainer.files.staged import staged_folder
 from trainer.study.peers.dataset_export import export_dataset, write_log
@@ -360,13 +360,13 @@ class _Run:
         """The test ranks that recbole_peer.py has left, by user."""
         test_U = handed.load("candidates-test")[:, 0]
         with np.load(self.work / "ranks.npz", allow_pickle=False) as ranks:
-            write_ranks(
-                self.folder / RANKS,
+            user_ranks = UserRanks(
                 handed.user_U,
                 handed.domain_of(test_U),
                 ranks["sampled"],
                 ranks["full"],
             )
+            write_ranks(self.folder / RANKS, user_ranks)
 
     def _summarise(self, result: Result) -> None:
         """Says how a run has ended."""

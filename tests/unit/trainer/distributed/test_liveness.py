@@ -106,7 +106,7 @@ def ends(processes):
 DIES = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-@pytest.mark.parametrize("dead", [0, 2])
+@pytest.mark.parametrize("dead", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_all_that_wait(ranks, dead):
     """They wait in Python; a kernel of a device that nobody ends is waited for alike, without the interpreter's lock."""
     found = ends(ranks(3, f"if rank == {dead}:\n    {DIES}\ntime.sleep(3600)"))
@@ -131,14 +131,21 @@ def test_what_the_backend_met_is_explained(ranks):
         ), lines
 
 
+WAIT = "time.sleep(3600)"
+ARE_TOLD = (
+    "time.sleep(0.5)\nraise LostRanks('lost the others (closed by peer)')"
+)
+
+
 @pytest.mark.parametrize(
-    "others",
+    ("one", "others"),
     [
-        "time.sleep(3600)",
-        "time.sleep(0.5)\nraise LostRanks('lost the others (closed by peer)')",
+        (0, WAIT),
+        (1, ARE_TOLD),
+        pytest.param(0, ARE_TOLD, marks=pytest.mark.slow),
+        pytest.param(1, WAIT, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("one", [0, 1])
 def test_what_one_rank_cannot_use_is_said_once_and_ends_all_with_its_status(
     ranks, one, others
 ):
@@ -188,7 +195,7 @@ def test_what_ranks_meet_differently_is_said_for_each(ranks):
     ]
 
 
-@pytest.mark.parametrize("one", [0, 1])
+@pytest.mark.parametrize("one", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_fault_is_named_to_the_others(ranks, one):
     found = ends(ranks(3, f"if rank == {one}:\n    1 / 0\ntime.sleep(3600)"))
     for rank, (status, lines) in enumerate(found):

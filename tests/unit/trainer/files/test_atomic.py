@@ -22,7 +22,7 @@ from trainer.config.serving import (
     RecommendConfig,
 )
 from trainer.data.prepare.pipeline import prepare
-from trainer.evaluation.user_ranks import write_ranks
+from trainer.evaluation.user_ranks import UserRanks, write_ranks
 from trainer.files.atomic import (
     Patience,
     flush_tree,
@@ -124,7 +124,8 @@ def a_delivery(folder, run):
 
 
 def ranks_of_users(folder, run):
-    write_ranks(folder / "ranks.parquet", *np.ones((4, 3), np.int32))
+    columns = np.ones((4, 3), np.int32)
+    write_ranks(folder / "ranks.parquet", UserRanks(*columns))
 
 
 def a_dataset(folder, run):

@@ -272,3 +272,59 @@ def test_a_small_domain_that_falls_by_chance_does_not_refuse():
     )
     found = judge(domains, PublishConfig(), 2000)
     assert found.notes[-1] == "no domain has 2,000 users: all judge"
+
+
+def arrivals(now, before, error=0.01, users=400):
+    return {"now": now, "before": before, "error": error, "users": users}
+
+
+def test_below_recency_popularity_warns_and_does_not_refuse():
+    """In a family of its own: the others' evidence does not suffer from it."""
+    domains = {
+        "below": arrivals(0.20, 0.25),
+        "<chance>": arrivals(0.20, 0.21),
+        "above": arrivals(0.30, 0.25),
+        "small": arrivals(0.00, 0.25, users=9),
+    }
+    judgement = judge(
+        figures(0.30, 0.30, None), PublishConfig(), 50, arrivals=domains
+    )
+    assert judgement.reasons == [] and judgement.notes == []
+    assert judgement.below_recency == ["below"]
+    (warning,) = judgement.warnings
+    assert warning == (
+        "below: the model that served ranked the day's events with NDCG@10 0.2000, "
+        "recency popularity with 0.2500 (400 users)"
+    )
+    rules = [(test["rule"], test["domain"]) for test in judgement.tests]
+    assert rules == [
+        ("tolerance", "a"),
+        ("below_recency", "below"),
+        ("below_recency", "<chance>"),
+        ("below_recency", "above"),
+    ]
+
+
+def test_below_recency_popularity_refuses_where_that_is_set():
+    domains = {
+        "below": arrivals(0.20, 0.25),
+        "chance": arrivals(0.20, 0.21),
+    }
+    rules = PublishConfig(below_recency="refuse")
+    judgement = judge(figures(0.30, 0.30, None), rules, 50, arrivals=domains)
+    (reason,) = judgement.reasons
+    assert reason.startswith("below: the model that served")
+    (note,) = judgement.notes
+    assert note.startswith("chance: ") and "this may be chance" in note
+    assert judgement.warnings == []
+    assert judgement.below_recency == ["below"]
+
+
+def test_a_warning_does_not_weaken_the_other_rules():
+    """p is .0228 of both: one test alone is significant at .05 by Holm's method, two are too; three are not."""
+    fallen = figures(0.28, 0.30, None)
+    fallen["a"]["difference"] = {"error": 0.01}
+    equal = {str(number): arrivals(0.2, 0.2) for number in range(9)}
+    assert judge(fallen, PublishConfig(), 1, arrivals=equal).reasons
+    rules = PublishConfig(below_recency="refuse")
+    assert not judge(fallen, rules, 1, arrivals=equal).reasons

@@ -21,6 +21,7 @@ from tests.helpers.runs import (
     edit_json,
     finished_run,
     rank_of_one,
+    records_read_once,
     seal,
     train,
 )
@@ -54,9 +55,9 @@ def first(ranks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def encoders_load_once():
+def read_once():
     """Versions have the same encoder: the program that it is does not depend on when it is read."""
-    with load_once():
+    with load_once(), records_read_once():
         yield
 
 
@@ -260,6 +261,31 @@ def test_one_domain_that_is_worse_is_enough_to_refuse(
         publish_it(second, tmp_path, tolerance=0.3)["published"] == "0002"
         and not (tmp_path / "refused.json").exists()
     )
+
+
+def test_a_record_keeps_the_days_events_and_may_refuse_for_them(
+    first, second, tmp_path, good
+):
+    good(first=2, second=1)
+    publish_it(first, tmp_path)
+    file = tmp_path / "arrivals.json"
+    figures = {"now": 0.2, "before": 0.3, "error": 0.01, "users": 80}
+    day = {"domains": {}, "against_recency": {"domain 0": figures}}
+    file.write_text(json.dumps(day))
+    paths = (second.folder, tmp_path, second.ranks)
+    config = PublishConfig(below_recency="refuse")
+    record = publish(*paths, config, arrivals=file)
+    (reason,) = record["reasons"]
+    assert reason.startswith("domain 0: the model that served ranked")
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert refused["arrivals"] == day
+    record = publish(*paths, PublishConfig(), arrivals=file)
+    assert record["published"] == "0002" and record["warnings"] == [reason]
+    version = tmp_path / "versions/0002/version.json"
+    assert json.loads(version.read_text())["arrivals"] == day
+    file.write_text("{}")
+    with pytest.raises(InputError, match=r"arrivals\.json: is no record"):
+        publish(*paths, PublishConfig(), arrivals=file)
 
 
 def test_a_small_domain_is_named_and_does_not_refuse(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trainer.serving.export
-from tests.helpers.runs import finished_run, rank_of_one
+from tests.helpers.runs import finished_run, rank_of_one, records_read_once
 from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import ExportConfig
 from trainer.data.format.dataset import File
@@ -40,7 +40,7 @@ print(json.dumps([recommender([tuple(event) for event in history], *others) for 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    with rank_of_one() as ranks:
+    with rank_of_one() as ranks, records_read_once():
         yield finished_run(tmp_path_factory.mktemp("run"), ranks)
 
 

@@ -12,7 +12,7 @@ import torch
 import trainer.serving.recommend
 import trainer.serving.recommendation_files
 from tests.helpers.made import draw_histories, draw_ticks
-from tests.helpers.runs import finished_run, rank_of_one
+from tests.helpers.runs import finished_run, rank_of_one, records_read_once
 from trainer.checkpoint.best_model import load_trained_model, open_run
 from trainer.config.serving import HistoriesConfig, RecommendConfig
 from trainer.data.format.dataset import TICKS
@@ -41,7 +41,7 @@ DOMAINS = {"domain 0": range(0, 5), "domain 1": range(8, 12)}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three steps that is the only rank's; its `known` is {raw user id: history}."""
-    with rank_of_one() as ranks:
+    with rank_of_one() as ranks, records_read_once():
         yield finished_run(tmp_path_factory.mktemp("run"), ranks)
 
 

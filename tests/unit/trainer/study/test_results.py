@@ -11,6 +11,7 @@ from trainer.study.results import (
     collect_results,
     paired_difference,
 )
+from trainer.study.runner import _with_recency
 
 
 def found(rank_SU, domain_U=None, name="one", user_U=None):
@@ -119,3 +120,32 @@ def test_users_are_put_in_order_and_others_are_refused():
         paired_difference(
             found([1, 2]), found([1, 2], user_U=np.array([0, 2])), "full"
         )
+
+
+def test_positions_with_the_recency_term_are_results_of_their_own():
+    def part(**with_recency):
+        columns = {
+            "user": np.array([1, 2]),
+            "domain": np.array([0, 0]),
+            "sampled": np.array([3, 4]),
+            "full": np.array([5, 6]),
+        }
+        arrays = {name: np.array(of) for name, of in with_recency.items()}
+        return RunResult(
+            **columns,
+            **arrays,
+            validation=0.5,
+            seconds=2.0,
+            users_per_second=10.0,
+            epochs=3,
+        )
+
+    known = part(sampled_with_recency=[1, 2], full_with_recency=[3, 9])
+    results = _with_recency("SASRec", [[known], [known]])
+    (name,) = results
+    assert name == "SASRec + recency"
+    assert results[name].position["full"].tolist() == [[3, 9], [3, 9]]
+    assert results[name].position["sampled"].tolist() == [[1, 2], [1, 2]]
+    unknown = part(sampled_with_recency=[0, 0], full_with_recency=[0, 0])
+    assert not _with_recency("SASRec", [[known], [unknown]])
+    assert not _with_recency("SASRec", [[part()]])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.helpers import HELPERS
 from tests.helpers.made import draw_histories, write_dataset
+from tests.helpers.rank_processes import forked_python
 from trainer.config.study import SYSTEM_NAMES, StudyConfig
 from trainer.errors import InputError, RunStopped
 from trainer.study.baselines import SYSTEMS as ALL_SYSTEMS
@@ -20,6 +22,12 @@ pytestmark = pytest.mark.ranks  # they start processes
 
 LAUNCH = HELPERS.joinpath("fake_launch")
 SYSTEMS = ["SyNCRec", "w/o LC-NTG", "SDSR"]
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """The commands are forked where Arrow is loaded."""
+    monkeypatch.setattr(sys, "executable", forked_python())
 
 
 @pytest.fixture

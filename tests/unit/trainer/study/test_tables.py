@@ -146,3 +146,23 @@ def test_a_lead_that_may_be_chance_says_so(study):
         ours.position[ranking][:] = alone.position[ranking]
     said = " ".join(_lead(study))
     assert "p 1.000, which may be chance)" in said
+
+
+def test_with_the_recency_term_systems_are_compared_among_themselves(study):
+    """SyNCRec with the term is what others stand beside; SDSR with it is what domains stand alone by."""
+    domain_U = study.results["SDSR"].domain_U
+    for name in list(study.results):
+        rank_U = np.maximum(1, study.results[name].position["full"][0] - 2)
+        with_term = f"{name} + recency"
+        study.results[with_term] = results(with_term, rank_U, domain_U)
+    assert study.ours == "SyNCRec + recency"
+    _, against = table(study, "SyNCRec + recency against each")
+    assert list(against) == ["test users", "SyNCRec", "SDSR", "SDSR + recency"]
+    _, alone = table(study, "Against SDSR")
+    assert list(alone) == ["test users", "SyNCRec", "SyNCRec + recency"]
+    assert alone["SyNCRec + recency"][1].sense == ""  # the medium domain
+    for title in ("What it cost", "What the systems are"):
+        found, rows = table(study, title)
+        assert set(rows) == {"SyNCRec", "SDSR"}
+    assert "A name with + recency is the same trained model" in found.text
+    assert "SyNCRec + recency has a mean NDCG@10 of" in " ".join(_lead(study))

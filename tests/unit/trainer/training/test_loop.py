@@ -40,6 +40,14 @@ def group():
         yield ranks
 
 
+@pytest.fixture(autouse=True)
+def report(request):
+    """Is drawn where it is asked for."""
+    name = request.node.name
+    if "report" not in name and "titles" not in name:
+        request.getfixturevalue("without_report")
+
+
 @pytest.fixture
 def run(group, tmp_path):
     return SmallRun(tmp_path, group, *SETTINGS)

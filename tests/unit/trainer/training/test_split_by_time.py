@@ -25,6 +25,9 @@ USERS = 26
 FIRST = 1e9
 
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
+
 @pytest.fixture(scope="module")
 def group():
     with rank_of_one() as ranks:

@@ -282,7 +282,7 @@ def logs(draw):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     logs(),
     st.integers(0, 4),
@@ -505,8 +505,9 @@ def test_processes_map_the_rows_of_items_in_place_of_a_copy_each(
         assert lines and all(line.split()[1].startswith("r-") for line in lines)
 
 
-@pytest.fixture
-def large_log(tmp_path):
+@pytest.fixture(scope="module")
+def large_log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
     count = 3_000_000
     index = np.arange(count)
     columns = {
@@ -515,15 +516,20 @@ def large_log(tmp_path):
         "domain": pa.array(["a", "b"]).take(pa.array(index % 2)),
         "timestamp": index * 15_485_863 % 1_000_003,
     }
-    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
-    return tmp_path / "log.parquet"
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    return folder / "log.parquet"
+
+
+@pytest.fixture(scope="module")
+def whole(large_log):
+    """The dataset of the large log that one process makes in one part."""
+    return run(large_log.parent / "whole", large_log, processes=1)
 
 
 @pytest.mark.ranks
 def test_neither_processes_nor_parts_change_a_byte(
-    tmp_path, large_log, monkeypatch
+    tmp_path, large_log, whole, monkeypatch
 ):
-    whole = run(tmp_path / "whole", large_log, processes=1)
     layouts = []
 
     def look(folder, ids, parts, layout, *rest):
@@ -537,10 +543,9 @@ def test_neither_processes_nor_parts_change_a_byte(
 
 
 def test_what_does_not_fit_the_memory_goes_to_the_disk_and_gives_the_same(
-    tmp_path, large_log, monkeypatch
+    tmp_path, large_log, whole, monkeypatch
 ):
     """An engine that has 60 MB for everything sorts 48 MB of events."""
-    whole = run(tmp_path / "whole", large_log, processes=1)
     monkeypatch.setattr(trainer.data.duckdb_engine, "ENGINE_SHARE", 0.12)
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_EVENT_BYTES", 1)
     small = run(tmp_path / "small", large_log, memory="700MB", processes=1)
@@ -1284,10 +1289,9 @@ def test_other_logs_or_options_begin_anew_and_so_does_fresh(
 
 @pytest.mark.ranks
 def test_killed_processes_leave_what_the_same_command_goes_on_from(
-    tmp_path, large_log
+    tmp_path, large_log, whole
 ):
     """SIGKILL to the whole group as soon as a part is finished, again and again until none is left to kill."""
-    whole = run(tmp_path / "whole", large_log, processes=1)
     command = [
         sys.executable,
         "launch/prepare.py",
