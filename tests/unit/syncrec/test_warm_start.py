@@ -69,6 +69,20 @@ def test_domains_keep_what_is_theirs_wherever_they_stand_and_new_ones_begin_as_t
             assert torch.equal(after.state_dict()[name], value), name
 
 
+def test_a_mean_gap_of_earlier_versions_is_read():
+    """By the name that it had, without its noise."""
+    model = make_model(CONFIG, 3, seed=5, lambda_state=True)
+    state = model.state_dict()
+    state["prediction.gap_2D"] = state.pop("gap.sums_2D")
+    del state["gap.noise_3D"]
+    after = SyNCRec(CONFIG, 3).double()
+    after.load_state_dict(grow_state(state, [2, -1, 0], (SPAN, SPAN), 7))
+    sums_2D = model.gap.sums_2D
+    assert torch.equal(after.gap.sums_2D[:, [0, 2]], sums_2D[:, [2, 0]])
+    assert not after.gap.sums_2D[:, 1].any()
+    assert not after.gap.noise_3D.any()
+
+
 def test_a_domain_may_be_gone():
     model = make_model(CONFIG, 3, seed=3, lambda_state=True)
     after = SyNCRec(CONFIG, 2).double()
