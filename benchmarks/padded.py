@@ -148,19 +148,19 @@ class PaddedSyNCRec(nn.Module):
         if (
             config.gate != "token"
             or config.mutual_information_pooling != "mean"
-            or not config.stop_gradient
+            or config.stop_gradient is not True
         ):
             raise ValueError(
                 "the padded model has the default readings only: gate token, pooling mean, "
                 "stop_gradient on"
             )
-        if (
-            config.encoder != "transformer"
-            or config.loss_correction == "shapley"
+        if config.encoder != "transformer" or config.loss_correction in (
+            "shapley",
+            "harm",
         ):
             raise ValueError(
                 "the padded model has Transformers and LC-NTG only: no encoder gru, no "
-                "loss_correction shapley"
+                "loss_correction shapley or harm"
             )
         self.config = config
         self.domains = domains

@@ -5,7 +5,8 @@
     deepspeed --hostfile HOSTS launch/train.py --config … data=DIR run=DIR    a cluster
     python launch/train.py --show-config --config amazon4                     what a preset says
 
-Presets: default (what holds without --config), amazon4, demo, paper, sasrec, gru4rec.
+Presets: default (what holds without --config), amazon4, demo, paper, sasrec, gru4rec; and timeline,
+over another one (--config default --config timeline), for a split by time.
 
 The same command again resumes from the newest whole checkpoint in the run's folder, with any number
 of ranks. Exit status: 0 finished; 2 something given cannot be used; 3 the loss is not finite;

@@ -236,5 +236,7 @@ def _flat_parameters(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Copies a tensor to the CPU, in float32."""
-    return tensor.detach().float().cpu().clone()
+    """Copies a tensor to the CPU, in float32; one in float64 stays so."""
+    if tensor.dtype != torch.float64:
+        tensor = tensor.float()
+    return tensor.detach().cpu().clone()

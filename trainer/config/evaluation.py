@@ -108,6 +108,11 @@ class SplitConfig:
         "timeline: which of a user's events in the validation and test time are ranked",
         unrecorded="first",
     )
+    counts: Literal["cut", "day"] = setting(
+        "cut",
+        "timeline: the recent past is counted as of the cut, or as of each event's day",
+        unrecorded="cut",
+    )
 
     def __post_init__(self) -> None:
         for name in ("validation", "test"):

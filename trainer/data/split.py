@@ -102,6 +102,10 @@ class LeaveOneOut:
         (user_T,) = np.nonzero(can_be_split(lengths_B))
         return user_T, SPLITS[part].history_lengths(lengths_B[user_T])
 
+    def counted_until(self, part: str, ticks_T: np.ndarray) -> np.ndarray:
+        """The ticks as of which the recent past is counted for targets: their own."""
+        return ticks_T
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -109,12 +113,14 @@ class Timeline:
 
     validation_tick, test_tick: validation is of the events from the first one on and before the
     second one, test of those from the second one on. whose: of each user's events there, the
-    "first", the "newest" or "all".
+    "first", the "newest" or "all". counts: as of when the recent past is counted, the part's "cut",
+    or each target's "day".
     """
 
     validation_tick: int
     test_tick: int
     whose: str = "first"
+    counts: str = "cut"
 
     name: ClassVar[str] = "timeline"
 
@@ -167,6 +173,20 @@ class Timeline:
         user_T, place_T = self._held_out(part, lengths_B, ticks_N)
         has_history_T = place_T > 0
         return user_T[has_history_T], place_T[has_history_T]
+
+    def counted_until(self, part: str, ticks_T: np.ndarray) -> np.ndarray:
+        """The ticks as of which the recent past is counted for targets at these ticks.
+
+        With the ticks 50 and 80:
+
+            ticks_T            82 95
+            of test, "cut"     80 80
+            of test, "day"     82 95
+        """
+        if self.counts == "day":
+            return ticks_T
+        cut = self.test_tick if part == TEST.name else self.validation_tick
+        return np.minimum(ticks_T, cut)
 
     def count_without_history(
         self,

@@ -55,6 +55,7 @@ from trainer.evaluation.targets import (
     highest_target,
     name_by_domain,
     ranked_items,
+    ranked_rows,
 )
 from trainer.run_files import HEADLINE
 
@@ -82,7 +83,7 @@ class HeldOutBatch:
     """Users of one step of one rank, and their held-out items.
 
     user_B, domain_B, row_B: int64: the user, the held-out item's domain, the item. now_B: the ticks
-    for which is predicted. length_B: of the whole history before it. domain_length_B: interactions
+    as of which the recent past is counted. length_B: of the whole history before it. domain_length_B: interactions
     of that history in the item's domain. rows_E, counts_B: every other item of the user, jagged.
     target_B: the targets' numbers (trainer/evaluation/targets.py). skipped, reasons: as in
     `RankBatch` (trainer.data.loading.stream).
@@ -168,6 +169,7 @@ class HeldOutBatches(RankingBatches):
         begins_B = ends_B - lengths_B
         held_out_B = begins_B + targets.place_T
         row_B = users.items_N[held_out_B].astype(np.int64)
+        ticks_B = users.ticks_N[held_out_B].astype(np.int64)
         domain_B = dataset.domain_of(row_B)
         domain_length_B = np.zeros(len(row_B), np.int64)
         others = [np.zeros(0, np.int64)]
@@ -187,7 +189,7 @@ class HeldOutBatches(RankingBatches):
             user_B=users.number_B[targets.user_T],
             domain_B=domain_B,
             row_B=row_B,
-            now_B=users.ticks_N[begins_B + targets.place_T].astype(np.int64),
+            now_B=dataset.split.counted_until(self.part, ticks_B),
             length_B=targets.place_T,
             domain_length_B=domain_length_B,
             rows_E=np.concatenate(others),
@@ -332,24 +334,20 @@ def rank_fully(
         if advance is not None:
             advance(done, len(batches))
     means = systems.means()
-    term_position_U = None
-    if term is not None:
-        term_position_U = sum_over_ranks(systems.term_positions(position_U))
     means.reduce(ranks.device)
     skipped_1 = np.array([skipped])
     _sum_in_place(rankings.shown_N, ranks.device)
     _sum_in_place(skipped_1, ranks.device)
-    position_U = sum_over_ranks(position_U)
     return FullRanking(
-        position_U,
-        means,
-        rankings.shown_N,
-        int(skipped_1[0]),
-        tuple(reasons),
-        systems.names,
-        None if recency is None else recency.choice.to_record(),
-        None if term is None else term.to_record(dataset),
-        term_position_U,
+        rank_U=sum_over_ranks(position_U),
+        means=means,
+        shown=rankings.shown_N,
+        skipped_users=int(skipped_1[0]),
+        reasons=tuple(reasons),
+        systems=systems.names,
+        recency_choice=None if recency is None else recency.choice.to_record(),
+        recency_term=None if term is None else term.to_record(dataset),
+        term_rank_U=systems.term_positions(position_U),
     )
 
 
@@ -448,12 +446,17 @@ class _Systems:
             self._means.add(ranked.user_B, ranked.groups_BG, positions)
         return self._means
 
-    def term_positions(self, like_U: np.ndarray) -> np.ndarray:
-        """This rank's positions with the term by the targets' numbers, after `means`."""
+    def term_positions(self, like_U: np.ndarray) -> np.ndarray | None:
+        """All ranks' positions with the term, by the targets' numbers; None without one.
+
+        Called on all ranks, after `means`.
+        """
+        if self._term is None:
+            return None
         position_U = np.zeros_like(like_U)
         for ranked, position_B in zip(self._ranked, self._of_term, strict=True):
             position_U[ranked.target_B] = position_B
-        return position_U
+        return sum_over_ranks(position_U)
 
 
 def _held_out_batches(
@@ -543,10 +546,8 @@ def full_evaluation(
         first_of[domain.name] = first
         rows.append(_figures_of(ranking, domain.name, first))
         breakdown[domain.name] = _breakdown(ranking, first)
-        end = domain.start + domain.items
-        rows_N = np.arange(domain.start, end)
-        rows_N = rows_N[dataset.is_trained(rows_N)]
-        recommendations[domain.name] = recommended(ranking.shown[rows_N])
+        shown_N = ranking.shown[ranked_rows(dataset, domain)]
+        recommendations[domain.name] = recommended(shown_N)
     users = {row.name: row.users for row in rows}
     mean_domains = domains_of_mean(users, min_users)
     firsts = list(first_of.values())

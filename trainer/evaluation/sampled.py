@@ -84,7 +84,8 @@ class Candidates:
     """Users to be ranked in one step of one process: a model's input, and what it is to score.
 
     user_B: user numbers, −1 for a place that only keeps the processes in step. domain_B: of the
-    held-out item. now_B: the ticks for which is predicted, int64. counts_B: candidates of each user,
+    held-out item. now_B: the ticks as of which the recent past is counted, int64: those for which is
+    predicted, or the cut of a split by time. counts_B: candidates of each user,
     the held-out item first. rows_C: their rows of M. skipped, reasons: users who could not be read,
     and why, as in `RankBatch` (trainer.data.loading.stream). target_B: the targets' numbers
     (trainer/evaluation/targets.py); a user may have several, each a place here. None: the users'
@@ -280,6 +281,9 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             domains.append(domain)
             now.append(int(users.ticks_N[begin + place]))
             candidates.append(rows)
+        counted_B = self.plan.dataset.split.counted_until(
+            self.part, np.array(now, np.int64)
+        )
         ranked = targets.choose(np.array(chosen, np.int64))
         user_B = users.number_B[ranked.user_T]
         target_B = ranked.number_T
@@ -287,7 +291,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             user_B = np.array([-1])
             target_B = np.array([-1])
             domains = [0]
-            now = [0]
+            counted_B = np.zeros(1, np.int64)
             candidates = [np.zeros(1, np.int64)]
         rows_C = np.concatenate(candidates)
         query = self.query(users, ranked, rows_C)
@@ -296,7 +300,7 @@ class RankingBatches(torch.utils.data.IterableDataset[Any]):
             query,
             user_B,
             np.array(domains),
-            np.array(now),
+            counted_B,
             counts_B,
             rows_C,
             target_B=target_B,

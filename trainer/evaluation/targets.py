@@ -22,7 +22,7 @@ from trainer.data.loading.timeline import describe_split
 from trainer.evaluation.metrics import Figures
 
 # Of a run's split that an evaluation's record names.
-_NAMED = ("kind", "whose", "validation", "test")
+_NAMED = ("kind", "whose", "counts", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,12 @@ def ranked_items(dataset: Dataset, domain: Domain) -> np.ndarray | None:
     if dataset.training is None:
         return None
     return dataset.is_trained(_rows_of(domain))
+
+
+def ranked_rows(dataset: Dataset, domain: Domain) -> np.ndarray:
+    """The rows of M of a domain's items that are ranked, rising."""
+    rows_N = _rows_of(domain)
+    return rows_N[dataset.is_trained(rows_N)]
 
 
 def _rows_of(domain: Domain) -> np.ndarray:

@@ -432,10 +432,13 @@ def recency_sentence(evaluation: Evaluation) -> str:
     """What recency popularity counts.
 
     Recent: interactions of the days before, with a half-life of 30 days
+    Recent: interactions of the days before the cut, with a half-life of 30 days
     """
     choice = evaluation.recency_choice or {}
     unit = choice.get("unit", "days")
     before = "the days before" if unit == "days" else "the past"
+    if (evaluation.split or {}).get("counts") == "cut":
+        before += " the cut"
     return (
         f"Recent: interactions of {before}, with a half-life of "
         f"{choice.get('half_life', 'some')} {unit}"

@@ -75,11 +75,23 @@ def plot_arrivals(
     first = evaluated[0]
     results = results[first:]
     evaluations = evaluations[first:]
-    charts = [_plot_panel(results, evaluations, None)]
+    charts = [
+        _plot_panel(
+            results,
+            evaluations,
+            None,
+        )
+    ]
     largest = sorted(events, key=lambda name: -events[name])[:_MOST_PANELS]
     for domain in domains:
         if domain.name in largest and events[domain.name]:
-            charts.append(_plot_panel(results, evaluations, domain))
+            charts.append(
+                _plot_panel(
+                    results,
+                    evaluations,
+                    domain,
+                )
+            )
     return charts
 
 
@@ -118,10 +130,19 @@ def _plot_panel(
         mode="lines+markers",
         name="yesterday's model",
         line={"width": 2.5, "color": line["color"]},
-        marker=_markers(results, domain, line["color"]),
+        marker=_markers(
+            results,
+            domain,
+            line["color"],
+        ),
     )
     figure.update_traces(yhoverformat=".4f")
-    plots.finish_figure(figure, _HEIGHT, margin=_MARGIN, showlegend=False)
+    plots.finish_figure(
+        figure,
+        _HEIGHT,
+        margin=_MARGIN,
+        showlegend=False,
+    )
     figure.update_xaxes(
         title=None,
         type="category",
@@ -175,9 +196,21 @@ def describe_arrivals(result: Result) -> list[str]:
     ]
     unseen = evaluation.unseen_by_domain
     for row in evaluation.by_domain:
-        lines.append(_row(row, row.users, unseen.get(row.name)))
+        lines.append(
+            _row(
+                row,
+                row.users,
+                unseen.get(row.name),
+            )
+        )
     mean = mean_row(evaluation)
-    lines.append(_row(mean, evaluation.users, sum(unseen.values())))
+    lines.append(
+        _row(
+            mean,
+            evaluation.users,
+            sum(unseen.values()),
+        )
+    )
     warnings = result.get("warnings", [])
     if warnings:
         lines += ["", "Below recency popularity, and this is no chance:", ""]

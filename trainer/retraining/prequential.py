@@ -98,6 +98,7 @@ class ArrivalSplit(Timeline):
     """
 
     whose: str = "all"
+    counts: str = "day"
 
     def training_lengths(
         self, lengths_B: np.ndarray, ticks_N: np.ndarray

@@ -69,11 +69,23 @@ class CountMoment:
         if unit == DAYS:
             day = float(TIME_UNITS[dataset.log_times.unit] * _SECONDS_OF_DAY)
             as_of = math.floor(last / day) + 1
-            return cls(unit, 0.0, day, as_of, last)
+            return cls(
+                unit,
+                0.0,
+                day,
+                as_of,
+                last,
+            )
         first = dataset.first_time
         # A little longer, so that the last time is within the last part.
         length = (last - first) / _PARTS * (1 + 2.0**-16)
-        return cls(unit, first, length or 1.0, _PARTS, last)
+        return cls(
+            unit,
+            first,
+            length or 1.0,
+            _PARTS,
+            last,
+        )
 
     @classmethod
     def from_record(cls, record: Record) -> "CountMoment":
@@ -88,7 +100,11 @@ class CountMoment:
             raise ValueError(
                 f"its days are {record['length']!r} {record['unit']!r}"
             )
-        return cls(unit=record["unit"], as_of=as_of, **numbers)
+        return cls(
+            unit=record["unit"],
+            as_of=as_of,
+            **numbers,
+        )
 
     def to_record(self) -> Record:
         """{"unit": "days", "origin": 0.0, "length": 86400.0, "as_of": 19001, "until": …}"""

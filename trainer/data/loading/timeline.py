@@ -59,6 +59,7 @@ ReadBlocks = Callable[[], Iterator[tuple[int, Block]]]
 _RECORDED: dict[str, Any] = {
     "dataset": str,
     "whose": str,
+    "counts": str,
     "validation": str,
     "test": str,
     "validation_tick": int,
@@ -116,7 +117,7 @@ def hold_out(
 def describe_split(dataset: Dataset) -> SplitRecord | None:
     """The split by time of a dataset for a record; None of leave-one-out.
 
-    kind, whose    as the settings say
+    kind, whose, counts    as the settings say
     validation, test    the first moments, as text: dates where the log's times are
     validation_tick, test_tick    the same in ticks of this dataset
     validation_time, test_time    the same in the log's unit
@@ -130,6 +131,7 @@ def describe_split(dataset: Dataset) -> SplitRecord | None:
     return {
         "kind": split.name,
         "whose": split.whose,
+        "counts": split.counts,
         "validation": format_time(dataset, validation_time),
         "test": format_time(dataset, test_time),
         "validation_tick": split.validation_tick,
@@ -155,6 +157,8 @@ def read_split(run: Path) -> SplitRecord | None:
                 raise TypeError(f"its {name} is {record[name]!r}")
         if record["whose"] not in ("first", "newest", "all"):
             raise ValueError(f"its whose is {record['whose']!r}")
+        if record["counts"] not in ("cut", "day"):
+            raise ValueError(f"its counts are {record['counts']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file}: cannot be used ({printable_text(error)}): copy the run again"
@@ -239,7 +243,7 @@ def _resolve(
             f"split.validation={config.validation} does not begin before the test, "
             f"{test_text}: give an earlier date"
         )
-    return Timeline(validation, test, config.whose)
+    return Timeline(validation, test, config.whose, config.counts)
 
 
 def _resolve_recorded(dataset: Dataset, recorded: SplitRecord) -> Timeline:
@@ -255,7 +259,7 @@ def _resolve_recorded(dataset: Dataset, recorded: SplitRecord) -> Timeline:
             f"{recorded['test']}, which leaves nothing of {dataset.place} before or after: "
             "give another --data"
         )
-    return Timeline(validation, test, recorded["whose"])
+    return Timeline(validation, test, recorded["whose"], recorded["counts"])
 
 
 def _tick_of(dataset: Dataset, time: float) -> int:

@@ -21,6 +21,7 @@ from trainer.evaluation.popularity import (
     positions_with_ties,
     unique_rivals,
 )
+from trainer.evaluation.targets import ranked_rows
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,7 @@ class FullRecencyRanking:
     def _rising_counts(self, number: int, day: int) -> np.ndarray:
         """The counts of all ranked items of a domain as of a day, rising."""
         domain = self._dataset.domains[number]
-        rows_N = np.arange(domain.start, domain.start + domain.items)
-        rows_N = rows_N[self._dataset.is_trained(rows_N)]
+        rows_N = ranked_rows(self._dataset, domain)
         count_N = self._recency.count(rows_N, np.full(len(rows_N), day))
         return np.sort(count_N)
 

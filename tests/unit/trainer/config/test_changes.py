@@ -22,6 +22,7 @@ MODEL = {
     "model.learn_scales",
     "model.correction_temperature",
     "model.prediction_temperature",
+    "model.harm_temperature",
     "model.mutual_information_temperature",
     "model.mutual_information_negatives",
     "model.mutual_information_denominator",

@@ -141,7 +141,7 @@ def test_a_wrong_preset_lists_those_that_there_are(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     message = refusal(files=[name])
     assert message.startswith(f"{name}: there is no such")
-    assert "amazon4, default, demo, gru4rec, paper, sasrec" in message
+    assert "amazon4, default, demo, gru4rec, paper, sasrec, timeline" in message
 
 
 MISSPELT = {
@@ -400,3 +400,12 @@ def test_what_is_secret_in_an_address_is_not_kept(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     with group_of_one(), pytest.raises(InputError, match="give it as --data"):
         evaluate_run(tmp_path, None)
+
+
+def test_the_preset_of_a_split_by_time_goes_over_another():
+    config = load_config(["amazon4", "timeline"], [])
+    alone = load_config(["amazon4"], [])
+    assert config.split.kind == "timeline" and config.model.time_knots == 1
+    assert config.evaluation.recency_term
+    model = dataclasses.replace(config.model, time_knots=170)
+    assert (model, config.table) == (alone.model, alone.table)

@@ -91,6 +91,16 @@ def test_a_timeline_is_that_of_loops(histories, cuts, whose, part):
         assert len(set(user_T.tolist())) == len(user_T)
 
 
+def test_the_past_is_counted_until_the_cut_or_the_day():
+    ticks_T = np.array([82, 95])
+    by_cut = Timeline(50, 80)
+    assert by_cut.counted_until("test", ticks_T).tolist() == [80, 80]
+    assert by_cut.counted_until("validation", ticks_T - 30).tolist() == [50, 50]
+    by_day = Timeline(50, 80, counts="day")
+    assert by_day.counted_until("test", ticks_T).tolist() == [82, 95]
+    assert LEAVE_ONE_OUT.counted_until("test", ticks_T).tolist() == [82, 95]
+
+
 @given(histories=st.lists(HISTORY, max_size=6))
 def test_leave_one_out_takes_no_notice_of_times(histories):
     lengths_B = np.array([len(history) for history in histories], np.int64)

@@ -61,7 +61,7 @@ def dataset(request, plain, ranks):
     return timeline(plain, ranks, request.param)
 
 
-def timeline(plain, ranks, whose):
+def timeline(plain, ranks, whose, counts="cut"):
     config = load_config(
         [],
         [
@@ -69,6 +69,7 @@ def timeline(plain, ranks, whose):
             "split.validation=0.25",
             "split.test=0.3",
             f"split.whose={whose}",
+            f"split.counts={counts}",
         ],
     )
     return split_dataset(plain, config, ranks)
@@ -347,3 +348,30 @@ def test_what_ranks_beside_the_model_ranks_items_seen_alone(
                 assert least <= position_B[index] <= most
             unseen += dataset.item_counts[row] == 0
     assert unseen
+
+
+@pytest.mark.parametrize("kind", [RankingBatches, HeldOutBatches])
+@pytest.mark.parametrize("part", PARTS)
+def test_the_recent_past_is_that_of_the_cut_or_of_each_event(
+    plain, ranks, histories, part, kind
+):
+    ticks = draw_ticks(histories)
+    for counts in ("cut", "day"):
+        dataset = timeline(plain, ranks, "all", counts)
+        cut = dataset.split.test_tick
+        if part == "validation":
+            cut = dataset.split.validation_tick
+        found = 0
+        for batch in batches_of(kind, dataset, part):
+            for index, user in enumerate(batch.user_B.tolist()):
+                if user < 0:
+                    continue
+                if kind is RankingBatches:
+                    place = len(history_of(batch.query, index))
+                else:
+                    place = int(batch.length_B[index])
+                own = int(ticks[user][place])
+                expected = own if counts == "day" else cut
+                assert batch.now_B[index] == expected <= own
+                found += 1
+        assert found

@@ -93,6 +93,7 @@ def split_record(kind, whose="first", without=3, unseen=2):
         "split": {
             "kind": "timeline",
             "whose": whose,
+            "counts": "cut",
             "validation": "2014-06-01 00:00",
             "test": "2014-07-01 00:00",
             "without_history": without,

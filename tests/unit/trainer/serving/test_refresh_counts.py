@@ -242,7 +242,7 @@ def test_scores_are_the_trainers_with_its_term(run, folder):
             np.array([65535]),
             trained.config.model.max_length,
             np.zeros(0, np.int64),
-            trained.model.prediction is not None,
+            trained.model.config.predicts_by_both,
         )
         with torch.no_grad():
             y_DR = trained.model(query, table[query.ids])[0]

@@ -232,6 +232,12 @@ SETTINGS += [
     for loss in ("bpr", "bce", "bpr_probability")
 ]
 SETTINGS += [["model.loss_correction=shapley"], ["model.encoder=gru"]]
+HARM = [
+    "model.loss_correction=harm",
+    "model.stop_gradient=harm",
+    "model.prediction=harm",
+]
+SETTINGS += [HARM]
 SETTINGS += [
     [
         "negatives.shared=0",
@@ -288,6 +294,27 @@ def test_a_checkpoint_goes_on_to_the_same_bits_with_shapley_values(
     after = everything(train(trainer, 2))
     again = made.trainer(checkpoint, 2)
     assert torch.equal(again.model.correction.lambda_D, lambda_D)
+    assert same(everything(train(again, 2)), after)
+
+
+@pytest.mark.ranks
+@STAGES
+def test_a_checkpoint_goes_on_to_the_same_bits_with_harm(run, tmp_path, stage):
+    """The gap's mean and noise are saved; λ and the gates follow from them."""
+    settings = [*HARM, f"optimizer.zero_stage={stage}"]
+    made = SmallRun(tmp_path, run.ranks, *settings)
+    made.folder.mkdir()
+    (made.folder / "metrics.jsonl").write_text(METRICS)
+    trainer = train(made.trainer(), 2)
+    gap = trainer.model.gap
+    noise_3D = torch.tensor([[1e-4] * 2, [0.5] * 2, [0.004] * 2])
+    gap.noise_3D = noise_3D.double()
+    gap.sums_2D = torch.tensor([[-0.3, 0.3], [0.5, 0.5]], dtype=torch.float64)
+    checkpoint = made.save(trainer, RunState(2, 0, best_of(2), 0, 0, 1.0))
+    after = everything(train(trainer, 2))
+    again = made.trainer(checkpoint, 2)
+    harmed, unharmed = again.model.gap.unharmed_D.tolist()
+    assert harmed < 0.1 and unharmed == 1
     assert same(everything(train(again, 2)), after)
 
 

@@ -356,6 +356,7 @@ def test_negatives_are_items_of_the_training_part(tmp_path, ranks):
         "validation_tick": 50,
         "test_tick": 70,
         "whose": "first",
+        "counts": "cut",
     }
     found = split(dataset, ranks, recorded=recorded)
     assert [rows.tolist() for rows in found.drawn_rows] == [[0, 1], [8, 9, 11]]
