@@ -66,7 +66,7 @@ def command(folder, name, logs, *settings):
 
 def retrained(folder, name, logs, *settings, status=0):
     _, *words = command(folder, name, logs, *settings)
-    done = run_alone(*words, FORKED_PYTHON=forked_python())
+    done = run_alone(*words, timeout=900, FORKED_PYTHON=forked_python())
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == status, said
     return json.loads(
