@@ -11,8 +11,9 @@ COMMANDS = {
     "train": "--config a.yaml --config b.yaml --deepspeed_config d.json --show-config "
     "--fresh --accept-changes --max-restarts 3 --local_rank=0 data=d run=r epochs=3",
     "evaluate": "--of r --data d --json --split validation --ranking full "
-    "--candidates c --output o --local_rank 1",
-    "export": "--run r --data d --json --output o --dtype fp16 --faiss IVF1024,PQ32",
+    "--candidates c --output o --skip-recency --local_rank 1",
+    "export": "--run r --data d --json --output o --dtype fp16 --faiss IVF1024,PQ32 "
+    "--recency-term --model m --refresh-counts a b --log-domain z --memory 2GB",
     "recommend": "--run r --output o --input a b --users f -k 3 --domain x --domain y "
     "--keep-seen --log-domain z --batch-size 7 --part-users 8 --memory 2GB --fresh",
     "publish": "--candidate c --to p --data d --tolerance 0.1 --fall 0.2 --domain-fall "
@@ -42,7 +43,12 @@ EXPECTED = {
         "ranking": "full",
         "json": True,
     },
-    "export": {"dtype": "fp16", "faiss": "IVF1024,PQ32"},
+    "export": {
+        "dtype": "fp16",
+        "faiss": "IVF1024,PQ32",
+        "recency_term": True,
+        "refresh_counts": ("a", "b"),
+    },
     "recommend": {
         "k": 3,
         "domain": ["x", "y"],
@@ -50,7 +56,15 @@ EXPECTED = {
         "users": "f",
     },
     "publish": {
-        "rules": PublishConfig(0.1, 0.2, 0.3, 0.4, 5, 0.05, 6, "fp16"),
+        "rules": PublishConfig(
+            tolerance=0.1,
+            fall=0.2,
+            domain_fall=0.3,
+            own_fall=0.4,
+            least_users=5,
+            keep=6,
+            dtype="fp16",
+        ),
         "to": "p",
     },
     "retrain": {
@@ -72,12 +86,12 @@ EXPECTED = {
 @pytest.mark.parametrize("script", COMMANDS)
 def test_every_flag_is_taken(script):
     words = COMMANDS[script].split()
-    if script in ("recommend", "prepare"):
+    if script in ("recommend", "prepare", "export"):
         words += COLUMNS.split()
     options = importlib.import_module(f"launch.{script}").parse(words)
     for name, value in EXPECTED[script].items():
         assert getattr(options, name) == value
-    if script in ("recommend", "prepare"):
+    if script in ("recommend", "prepare", "export"):
         assert (options.user_column, options.time_column) == ("u", "t")
 
 
