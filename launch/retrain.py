@@ -2,7 +2,8 @@
 
     python launch/retrain.py --config retrain.yaml name=2026-11-26 'input=[logs/2026-11-26.parquet]'
 
-The model that serves first ranks all new events, then training begins with it (warm start). For cron and its kin (launch/templates/):
+The model that serves first ranks all new events, then training begins with it (warm start).
+For cron and its kin (launch/templates/):
 killed, the same command goes on; two at once do not harm each other. Status 0: published;
 3: refused, FOLDER/days/NAME/report.md says why; else the stage that failed says why. A refused
 day's logs come along with the next day; `leave_out=[NAME]` leaves them out.
