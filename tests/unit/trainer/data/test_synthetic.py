@@ -95,6 +95,53 @@ def test_popularity_falls_as_a_power_law():
         )
 
 
+def shares_by_season(fashion_days):
+    """How often each item of a topic came up in each season of 91 days, (4, items): a year's shares."""
+    config = SyntheticConfig(
+        users=4000,
+        items=400,
+        domains=1,
+        topics=4,
+        on_topic=0.999,  # what is off topic has no fashion
+        fashion_days=fashion_days,
+    )
+    events = generate_events(config, 0, 4000)
+    assert (events.item < 400).all()
+    season = (events.time - events.time.min()) // (91 * 86400)
+    counts = np.zeros((4, 400))
+    own = (events.item % 4 == 0) & (season < 4)
+    np.add.at(counts, (season[own], events.item[own]), 1)
+    return counts / counts.sum(1, keepdims=True)
+
+
+def test_what_is_popular_changes_with_the_fashion():
+    """Of a season's popularity nothing is left two seasons later; without fashion all of it is.
+
+    A fashion may go on from one season into the next.
+    """
+    lasting = shares_by_season(0)
+    fading = shares_by_season(30)
+    for season in range(2):
+        now, later = lasting[season], lasting[season + 2]
+        best = now.argmax()
+        assert later[best] > 0.8 * now[best]
+        now, later = fading[season], fading[season + 2]
+        best = now.argmax()
+        assert later[best] < 0.4 * now[best]
+
+
+def test_the_truth_but_for_the_items_is_that_without_fashion():
+    config = SyntheticConfig(users=300, items=400, domains=3, topics=4)
+    without = generate_events(config, 0, 300)
+    fading = dataclasses.replace(config, fashion_days=20)
+    found = generate_events(fading, 0, 300)
+    for name in ("user", "domain", "time", "topic"):
+        np.testing.assert_array_equal(
+            getattr(found, name), getattr(without, name)
+        )
+    assert (found.item != without.item).mean() > 0.3
+
+
 @pytest.fixture(scope="module")
 def truth():
     """Events of the default truth, and the index of the user's event before each: in the same domain, in any related one."""
@@ -462,6 +509,8 @@ def test_progress_is_for_terminals(tmp_path, terminal):
         dict(unrelated_share=-0.1),
         dict(on_topic=float("nan")),
         dict(exponent=-1),
+        dict(fashion_days=-1),
+        dict(fashion_days=float("nan")),
         dict(hours=0),
     ],
 )
