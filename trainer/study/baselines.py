@@ -10,8 +10,7 @@ from trainer.config.study import OURS, SINGLE_DOMAIN
 
 # Baselines that are not trained: their names in tables, by their keys in an evaluation's record.
 UNTRAINED = {"popularity": "popularity", "recency": "recency popularity"}
-# Behind the name of a system whose scores have the recency term (trainer/evaluation/recency).
-WITH_RECENCY = " + recency"
+_WITH_RECENCY = " + recency"
 
 _UNCORRECTED = (
     "model.stop_gradient=off",
@@ -130,3 +129,13 @@ _SYSTEMS = (
     ),
 )
 SYSTEMS = {system.name: system for system in _SYSTEMS}
+
+
+def name_with_recency(name: str) -> str:
+    """What a system is called whose scores have the recency term (trainer/evaluation/recency)."""
+    return f"{name}{_WITH_RECENCY}"
+
+
+def has_recency(name: str) -> bool:
+    """Whether a name is that of a system with the recency term."""
+    return name.endswith(_WITH_RECENCY)

@@ -12,7 +12,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.split import Timeline
 from trainer.errors import InputError
 from trainer.files.atomic import write_json
-from trainer.study.baselines import SYSTEMS, WITH_RECENCY
+from trainer.study.baselines import SYSTEMS, name_with_recency
 from trainer.study.jobs import JobRunner
 from trainer.study.plan import (
     Job,
@@ -82,7 +82,7 @@ class Study:
     @property
     def ours(self) -> str:
         """The name of SyNCRec's results that others are compared with: with the recency term, if any."""
-        with_recency = f"{OURS}{WITH_RECENCY}"
+        with_recency = name_with_recency(OURS)
         return with_recency if with_recency in self.results else OURS
 
     @property
@@ -361,7 +361,7 @@ def _with_recency(
         if len(found) < len(parts):
             return {}
         with_term.append(found)
-    full_name = f"{name}{WITH_RECENCY}"
+    full_name = name_with_recency(name)
     return {full_name: collect_results(full_name, with_term)}
 
 

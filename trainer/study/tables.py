@@ -18,7 +18,7 @@ from trainer.reporting.console import (
 )
 from trainer.reporting.html import Cell, Table
 from trainer.run_files import HEADLINE
-from trainer.study.baselines import SYSTEMS, WITH_RECENCY
+from trainer.study.baselines import SYSTEMS, has_recency, name_with_recency
 from trainer.study.results import (
     METRICS,
     RANKINGS,
@@ -208,8 +208,8 @@ def _gains_over_single_domain(
     rows = [_users_row(study)]
     for name, results in study.results.items():
         single_name = SINGLE_DOMAIN
-        with_recency = f"{SINGLE_DOMAIN}{WITH_RECENCY}"
-        if name.endswith(WITH_RECENCY) and with_recency in study.results:
+        with_recency = name_with_recency(SINGLE_DOMAIN)
+        if has_recency(name) and with_recency in study.results:
             single_name = with_recency
         if name == single_name:
             continue
@@ -353,7 +353,7 @@ def _cost_table(study: Study) -> Table:
     """
     rows = []
     for name, results in study.results.items():
-        if name.endswith(WITH_RECENCY):
+        if has_recency(name):
             continue
         cells = [
             escape_name(name),
@@ -418,7 +418,7 @@ def _systems_table(study: Study) -> Table:
     """What each ablation and baseline changes in the base."""
     rows = []
     for name in study.results:
-        if name.endswith(WITH_RECENCY):
+        if has_recency(name):
             continue
         if name in SYSTEMS:
             system = SYSTEMS[name]
@@ -438,10 +438,10 @@ def _systems_table(study: Study) -> Table:
 
 def _about_recency(study: Study) -> str:
     """What the rows with the recency term are, where there are any."""
-    if not any(name.endswith(WITH_RECENCY) for name in study.results):
+    if not any(has_recency(name) for name in study.results):
         return ""
     return (
-        f" A name with{WITH_RECENCY} is the same trained model, with a term of the counts of the recent "
+        " A name with + recency is the same trained model, with a term of the counts of the recent "
         "past added to its scores, fitted by validation."
     )
 
