@@ -553,7 +553,7 @@ class ResultWriter:
         ranks_B: np.ndarray,
         scores_C: np.ndarray,
     ) -> None:
-        """Adds one step's users; `rank_candidates` calls it. ranks_B: positions."""
+        """Adds the users of one step of `rank_candidates`. ranks_B: positions."""
         real = candidates.user_B >= 0
         if not real.any():
             return

@@ -33,8 +33,8 @@ from trainer.evaluation.candidate_files import (
     ResultWriter,
     read_candidates_of_rank,
 )
+from trainer.evaluation.evaluation import MODEL, WITH_RECENCY
 from trainer.evaluation.full import FullRanking, full_record, rank_fully
-from trainer.evaluation.metrics import candidate_positions
 from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.stored import (
     is_own_dataset,
@@ -47,6 +47,7 @@ from trainer.evaluation.sampled import (
     Candidates,
     CandidatesByUser,
     PositionCounts,
+    Positions,
     Visit,
     evaluate_split,
     make_evaluation_record,
@@ -97,7 +98,7 @@ def evaluate_run(
         recency, term = _open_recency(
             trained, not skip_recency, with_term and split == "test"
         )
-        positions = _TargetPositions(dataset, split, term)
+        positions = _TargetPositions(dataset, split)
         ranking = _rank_candidates(
             trained,
             split,
@@ -208,11 +209,8 @@ class _TargetPositions:
     item. term_U: positions with the recency term, 0 without one.
     """
 
-    def __init__(
-        self, dataset: Dataset, split: str, term: RecencyTerm | None
-    ) -> None:
+    def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset = dataset
-        self._term = term
         targets = highest_target(dataset, split)
         self.position_U = np.zeros(targets, np.int32)
         self.domain_U = np.zeros(targets, np.int32)
@@ -222,26 +220,18 @@ class _TargetPositions:
     def visit(
         self,
         candidates: Candidates,
-        position_B: np.ndarray,
-        scores_C: np.ndarray,
+        positions: Positions,
+        _scores_C: np.ndarray,
     ) -> None:
         """Keeps one step's positions."""
         real = candidates.user_B >= 0
         number_B = candidates.number_B[real]
-        self.position_U[number_B] = position_B[real]
+        self.position_U[number_B] = positions[MODEL][real]
         self.domain_U[number_B] = candidates.domain_B[real]
         is_seen_B = self._dataset.is_trained(candidates.held_out_row_B)
         self.seen_U[number_B] = is_seen_B[real]
-        if self._term is not None:
-            term_C = self._term.scores(
-                candidates.domain_B,
-                candidates.now_B,
-                candidates.counts_B,
-                candidates.rows_C,
-                scores_C,
-            )
-            term_B = candidate_positions(term_C, candidates.counts_B)
-            self.term_U[number_B] = term_B[real]
+        if WITH_RECENCY in positions:
+            self.term_U[number_B] = positions[WITH_RECENCY][real]
 
     def sum_up(self) -> None:
         """Makes them those of all ranks. Called on all of them."""
@@ -291,12 +281,12 @@ def _rank_candidates(
         writer = _open_writer(trained.dataset, output, ranks)
 
     def visit_both(
-        batch: Candidates, position_B: np.ndarray, scores_C: np.ndarray
+        batch: Candidates, positions: Positions, scores_C: np.ndarray
     ) -> None:
         if visit:
-            visit(batch, position_B, scores_C)
+            visit(batch, positions, scores_C)
         if writer:
-            writer.add(batch, position_B, scores_C)
+            writer.add(batch, positions[MODEL], scores_C)
 
     try:
         with _progress_bar(ranks, "ranking") as advance:

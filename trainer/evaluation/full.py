@@ -4,10 +4,10 @@ Beside the figures stand confidence intervals, breakdowns by groups of users, ca
 and the Gini index of what is recommended.
 
 A user's held-out item (trainer/data/split.py) is ranked among all items of its domain, except those
-of the rest of the user's history, and of a split by time those that training has not seen. Popularity ranks the same items, its ties broken by an order
-drawn for each user. Ties of the model's scores count against it. On CPUs every figure is the same
-at any number of ranks; on CUDA users' vectors, and so near ties, differ in last bits
-(docs/cuda.md).
+of the rest of the user's history, and of a split by time those that training has not seen.
+Popularity ranks the same items, its ties broken by an order drawn for each user. Ties of the
+model's scores count against it. On CPUs every figure is the same at any number of ranks; on CUDA
+users' vectors, and so near ties, differ in last bits (docs/cuda.md).
 """
 
 from dataclasses import dataclass

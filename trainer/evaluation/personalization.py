@@ -14,8 +14,14 @@ from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, permutation, random_bits
 from trainer.data.format.dataset import Dataset
 from trainer.distributed.process_group import sum_over_ranks
+from trainer.evaluation.evaluation import MODEL
 from trainer.evaluation.metrics import metric_values
-from trainer.evaluation.sampled import Candidates, Model, evaluate_split
+from trainer.evaluation.sampled import (
+    Candidates,
+    Model,
+    Positions,
+    evaluate_split,
+)
 from trainer.run_files import HEADLINE
 
 if TYPE_CHECKING:
@@ -44,10 +50,10 @@ class UserSample:
     def visit(
         self,
         candidates: Candidates,
-        ranks_B: np.ndarray,
+        positions: Positions,
         _scores_C: np.ndarray | None = None,
     ) -> None:
-        """Adds one step's users. `rank_candidates` calls it. ranks_B: positions.
+        """Adds one step's users. `rank_candidates` calls it.
 
         With two places in the sample, and users 7 and 12 in it, user 40 takes the place of 12:
 
@@ -74,7 +80,7 @@ class UserSample:
         columns = [
             candidates.user_B[chosen],
             candidates.domain_B[chosen],
-            ranks_B[chosen],
+            positions[MODEL][chosen],
         ]
         user_B3 = np.stack(columns, axis=1)
         user_K3 = np.concatenate([self._user_K3, user_B3])
@@ -233,11 +239,11 @@ def measure_personalization(
     other_position_K = np.zeros(len(user_K), np.int64)
 
     def visit(
-        candidates: Candidates, position_B: np.ndarray, _scores_C: np.ndarray
+        candidates: Candidates, positions: Positions, _scores_C: np.ndarray
     ) -> None:
         real = candidates.user_B >= 0
         place_B = np.searchsorted(user_K, candidates.user_B[real])
-        other_position_K[place_B] = position_B[real]
+        other_position_K[place_B] = positions[MODEL][real]
 
     evaluate_split(
         model,

@@ -149,8 +149,10 @@ class PositionCounts:
     recency_term: dict[str, Any] | None = None
 
 
-# Called with (…, position_B, scores_C).
-Visit = Callable[[Candidates, np.ndarray, np.ndarray], None]
+# Positions of the held-out items by system, int64 (B,) each.
+Positions = Mapping[str, np.ndarray]
+# Called with (…, positions, scores_C), the model's scores.
+Visit = Callable[[Candidates, Positions, np.ndarray], None]
 
 
 class RankingBatches(torch.utils.data.IterableDataset[Any]):
@@ -497,7 +499,7 @@ def rank_candidates(
 ) -> PositionCounts:
     """Ranks the candidates of every step that `built` brings. Called on all ranks.
 
-    model: takes (Query, rows) and gives (B, D, R). visit(candidates, position_B, scores_C): called
+    model: takes (Query, rows) and gives (B, D, R). visit(candidates, positions, scores_C): called
     for every step of this process. advance(done, total): called after every step. recency, term:
     recency popularity, and what adds to the model's scores: they rank beside the model and
     popularity.
@@ -514,19 +516,15 @@ def rank_candidates(
         skipped += candidates.skipped
         reasons |= dict.fromkeys(candidates.reasons)
         scores_C = _model_scores(model, table, candidates, device)
-        position_B = candidate_positions(scores_C, candidates.counts_B)
-        positions = [position_B, *others.positions(candidates, scores_C)]
-        real_B = candidates.user_B >= 0
+        positions = {
+            MODEL: candidate_positions(scores_C, candidates.counts_B),
+            **others.positions(candidates, scores_C),
+        }
         is_seen_B = dataset.is_trained(candidates.held_out_row_B)
-        for histogram, of_items_B in zip(
-            histograms, (is_seen_B, ~is_seen_B), strict=True
-        ):
-            chosen_B = real_B & of_items_B
-            domain_B = candidates.domain_B[chosen_B]
-            for system, system_B in enumerate(positions):
-                count_positions(histogram[system], domain_B, system_B[chosen_B])
+        _count_step(histograms[0], candidates, positions, is_seen_B)
+        _count_step(histograms[1], candidates, positions, ~is_seen_B)
         if visit is not None:
-            visit(candidates, position_B, scores_C)
+            visit(candidates, positions, scores_C)
         if advance is not None:
             advance(done, len(batches))
     counts = np.append(histograms.ravel(), skipped)
@@ -543,6 +541,21 @@ def rank_candidates(
         recency_choice=None if recency is None else recency.choice.to_record(),
         recency_term=None if term is None else term.to_record(dataset),
     )
+
+
+def _count_step(
+    histogram_SDP: np.ndarray,
+    candidates: Candidates,
+    positions: Positions,
+    chosen_B: np.ndarray,
+) -> None:
+    """Adds the positions of some of a step's users, system after system."""
+    chosen_B = chosen_B & (candidates.user_B >= 0)
+    domain_B = candidates.domain_B[chosen_B]
+    for histogram_DP, position_B in zip(
+        histogram_SDP, positions.values(), strict=True
+    ):
+        count_positions(histogram_DP, domain_B, position_B[chosen_B])
 
 
 class _OtherSystems:
@@ -572,11 +585,18 @@ class _OtherSystems:
 
     def positions(
         self, candidates: Candidates, scores_C: np.ndarray
-    ) -> list[np.ndarray]:
-        """The positions of the first candidates by each of them, int64 (B,).
+    ) -> Positions:
+        """The positions of the held-out items by each of them. scores_C: the model's."""
+        positions = {}
+        scores = self.scores(candidates, scores_C)
+        for name, score_C in zip(self.names, scores, strict=True):
+            positions[name] = candidate_positions(score_C, candidates.counts_B)
+        return positions
 
-        scores_C: the model's.
-        """
+    def scores(
+        self, candidates: Candidates, scores_C: np.ndarray
+    ) -> list[np.ndarray]:
+        """The candidates' scores by each of them, (C,), in the order of `names`."""
         user_B = candidates.user_B
         counts_B = candidates.counts_B
         rows_C = candidates.rows_C
@@ -599,7 +619,7 @@ class _OtherSystems:
                 scores_C,
             )
             scores.append(with_term_C)
-        return [candidate_positions(score_C, counts_B) for score_C in scores]
+        return scores
 
 
 def _model_scores(

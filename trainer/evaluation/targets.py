@@ -138,7 +138,7 @@ def describe_unseen(
     """
     items = {}
     for domain in dataset.domains:
-        is_trained_N = dataset.is_trained(_rows_of(domain))
+        is_trained_N = dataset.is_trained(domain.rows)
         items[domain.name] = int(np.count_nonzero(~is_trained_N))
     return {"items": items, **by_system}
 
@@ -155,14 +155,10 @@ def ranked_items(dataset: Dataset, domain: Domain) -> np.ndarray | None:
     """Which of a domain's items are ranked, bool (items,); None: all."""
     if dataset.training is None:
         return None
-    return dataset.is_trained(_rows_of(domain))
+    return dataset.is_trained(domain.rows)
 
 
 def ranked_rows(dataset: Dataset, domain: Domain) -> np.ndarray:
     """The rows of M of a domain's items that are ranked, rising."""
-    rows_N = _rows_of(domain)
+    rows_N = domain.rows
     return rows_N[dataset.is_trained(rows_N)]
-
-
-def _rows_of(domain: Domain) -> np.ndarray:
-    return np.arange(domain.start, domain.start + domain.items)

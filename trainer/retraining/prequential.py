@@ -26,6 +26,7 @@ Legend of shapes: T targets, S systems, U users of a domain.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,22 +51,14 @@ from trainer.distributed.process_group import sum_over_ranks
 from trainer.errors import InputError
 from trainer.evaluation.evaluation import (
     MODEL,
-    POPULARITY,
     RECENCY,
     WITH_RECENCY,
 )
-from trainer.evaluation.metrics import (
-    candidate_positions,
-    count_positions,
-    metric_values,
-)
-from trainer.evaluation.popularity import candidate_scores
-from trainer.evaluation.recency.ranking import RecencyPopularity
+from trainer.evaluation.metrics import metric_values
 from trainer.evaluation.recency.stored import open_recency, open_recency_term
-from trainer.evaluation.recency.term import RecencyTerm
 from trainer.evaluation.sampled import (
     Candidates,
-    PositionCounts,
+    Positions,
     evaluate_split,
     make_evaluation_record,
 )
@@ -213,7 +206,8 @@ def _score(trained: TrainedModel, wants_term: bool) -> dict[str, Any]:
     counts = count_recent(dataset, ranks, config.stream)
     recency = open_recency(counts, dataset, ranks, config)
     term = open_recency_term(trained, counts) if wants_term else None
-    positions = _ArrivalPositions(dataset, config.seed, recency, term)
+    systems = [MODEL, RECENCY] if term is None else [WITH_RECENCY, RECENCY]
+    positions = _ArrivalPositions(dataset, systems)
     with Stages(ranks.first) as stages, stages.open_stage("ranking") as show:
         ranking = evaluate_split(
             trained.model,
@@ -224,26 +218,27 @@ def _score(trained: TrainedModel, wants_term: bool) -> dict[str, Any]:
             TEST.name,
             visit=positions.visit,
             advance=show,
+            recency=recency,
+            term=term,
         )
-    ranked = positions.gather()
     min_users = config.evaluation.min_users
     record = make_evaluation_record(
         TEST.name,
         dataset,
-        ranked.count(ranking, recency, term),
+        ranking,
         min_users=min_users,
         step=trained.checkpoint["step"],
         epoch=trained.checkpoint["epoch"],
     )
-    against = ranked.compare_with_recency()
+    against = positions.gather().compare_with_recency()
     return record | {"kind": ARRIVALS, "against_recency": against}
 
 
 @dataclass(frozen=True)
 class _RankedArrivals:
-    """Where each system ranks each target, of all ranks.
+    """Where the model as it serves, and recency popularity, rank each target, of all ranks.
 
-    systems: their keys in a record. position_ST: int64, from 1, 0 of a target that could not be read.
+    systems: their keys in a record, in this order. position_ST: int64, from 1, 0 of a target that could not be read.
     row_T: int64, of the item. Of two systems and three targets, domain 1 from row 50:
 
         position_ST    [[1, 0, 7],
@@ -271,42 +266,11 @@ class _RankedArrivals:
         """Whether a target is ranked and the model has learnt from its item, bool."""
         return self.ranked_T & self.dataset.is_trained(self.row_T)
 
-    def count(
-        self,
-        ranking: PositionCounts,
-        recency: RecencyPopularity,
-        term: RecencyTerm | None,
-    ) -> PositionCounts:
-        """The ranking by the model with the counts of all systems."""
-        longest = ranking.histogram.shape[-1]
-        term_record = None if term is None else term.to_record(self.dataset)
-        return replace(
-            ranking,
-            histogram=self._histogram(self.seen_T, longest),
-            unseen=self._histogram(self.ranked_T & ~self.seen_T, longest),
-            systems=self.systems,
-            recency_choice=recency.choice.to_record(),
-            recency_term=term_record,
-        )
-
-    def _histogram(self, chosen_T: np.ndarray, longest: int) -> np.ndarray:
-        """How often each position occurred among some targets, int64 (S, D, longest)."""
-        shape = (len(self.systems), len(self.dataset.domains), longest)
-        histogram = np.zeros(shape, np.int64)
-        for system, position_T in enumerate(self.position_ST):
-            count_positions(
-                histogram[system],
-                self.domain_T[chosen_T],
-                position_T[chosen_T],
-            )
-        return histogram
-
     def compare_with_recency(self) -> dict[str, dict[str, Any]]:
         """`against_recency` of the record: domains of which an event is ranked."""
         dataset = self.dataset
-        served = WITH_RECENCY if WITH_RECENCY in self.systems else MODEL
-        position_T = self.position_ST[self.systems.index(served)]
-        recency_T = self.position_ST[self.systems.index(RECENCY)]
+        served, _ = self.systems
+        position_T, recency_T = self.position_ST
         by_domain = {}
         for number, domain in enumerate(dataset.domains):
             is_own_T = self.seen_T & (self.domain_T == number)
@@ -328,22 +292,10 @@ class _RankedArrivals:
 
 
 class _ArrivalPositions:
-    """Keeps the positions of the targets that this rank ranks."""
+    """Keeps the positions of the targets that this rank ranks, by the systems that are compared."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        seed: int,
-        recency: RecencyPopularity,
-        term: RecencyTerm | None,
-    ) -> None:
+    def __init__(self, dataset: Dataset, systems: Sequence[str]) -> None:
         self._dataset = dataset
-        self._seed = seed
-        self._recency = recency
-        self._term = term
-        systems = [MODEL, POPULARITY, RECENCY]
-        if term is not None:
-            systems.append(WITH_RECENCY)
         self._systems = tuple(systems)
         targets = highest_target(dataset, TEST.name)
         self._position_ST = np.zeros((len(systems), targets), np.int32)
@@ -352,39 +304,17 @@ class _ArrivalPositions:
     def visit(
         self,
         candidates: Candidates,
-        position_B: np.ndarray,
-        scores_C: np.ndarray,
+        positions: Positions,
+        _scores_C: np.ndarray,
     ) -> None:
         """Keeps one step's positions. `rank_candidates` calls it."""
         real = candidates.user_B >= 0
         number_B = candidates.number_B[real]
         self._row_T[number_B] = candidates.held_out_row_B[real]
-        self._position_ST[0, number_B] = position_B[real]
-        others = self._scores(candidates, scores_C)
-        for system, score_C in enumerate(others, start=1):
-            other_B = candidate_positions(score_C, candidates.counts_B)
-            self._position_ST[system, number_B] = other_B[real]
-
-    def _scores(
-        self, candidates: Candidates, scores_C: np.ndarray
-    ) -> list[np.ndarray]:
-        """The scores of the candidates by each system but the model."""
-        user_B = candidates.user_B
-        now_B = candidates.now_B
-        counts_B = candidates.counts_B
-        rows_C = candidates.rows_C
-        scores = [
-            candidate_scores(
-                self._dataset.item_counts, self._seed, user_B, counts_B, rows_C
-            ),
-            self._recency.candidate_scores(user_B, now_B, counts_B, rows_C),
-        ]
-        if self._term is not None:
-            with_term_C = self._term.scores(
-                candidates.domain_B, now_B, counts_B, rows_C, scores_C
-            )
-            scores.append(with_term_C)
-        return scores
+        for system, position_T in zip(
+            self._systems, self._position_ST, strict=True
+        ):
+            position_T[number_B] = positions[system][real]
 
     def gather(self) -> _RankedArrivals:
         """The positions of all ranks. Called on all of them: each target is ranked by one."""

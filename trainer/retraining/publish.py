@@ -42,11 +42,12 @@ from trainer.distributed.consensus import (
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.evaluation.bootstrap import GroupMeans
+from trainer.evaluation.evaluation import MODEL as BY_MODEL
 from trainer.evaluation.personalization import (
     UserSample,
     measure_personalization,
 )
-from trainer.evaluation.sampled import Candidates, evaluate_split
+from trainer.evaluation.sampled import Candidates, Positions, evaluate_split
 from trainer.files.atomic import Patience, retry_patiently
 from trainer.retraining.day import read_arrivals
 from trainer.retraining.guards import compare_positions, judge
@@ -379,19 +380,19 @@ def _rank_test_items(
 
     def visit(
         candidates: Candidates,
-        positions_B: np.ndarray,
+        positions: Positions,
         scores_C: np.ndarray,
     ) -> None:
         real = candidates.user_B >= 0
         users = torch.from_numpy(candidates.user_B[real])
-        positions = torch.from_numpy(positions_B[real])
+        of_model = torch.from_numpy(positions[BY_MODEL][real])
         domains = torch.from_numpy(candidates.domain_B[real])
-        table_2U[0, users] = positions.int()
+        table_2U[0, users] = of_model.int()
         table_2U[1, users] = domains.int()
         if drawn is not None:
             drawn.visit(
                 candidates,
-                positions_B,
+                positions,
                 scores_C,
             )
 

@@ -246,7 +246,7 @@ class _Export:
     def _write_offsets(self, number: int, term: RecencyTerm) -> dict[str, Any]:
         """Writes a domain's counts as of the day after the dataset's last; returns a and w."""
         domain = self.dataset.domains[number]
-        rows_N = np.arange(domain.start, domain.start + domain.items)
+        rows_N = domain.rows
         after_last = term.features.counts.days.count
         counts_NJ = term.features.counts_before(
             rows_N, np.full(len(rows_N), after_last)

@@ -330,7 +330,7 @@ def _biased_table(
     day = term.features.counts.days.count
     for number in domains:
         domain = served.dataset.domains[number]
-        rows_N = np.arange(domain.start, domain.start + domain.items)
+        rows_N = domain.rows
         bias_N = term.biases(number, rows_N, day)
         table.set_biases(domain.start, torch.from_numpy(bias_N))
     return table

@@ -93,6 +93,11 @@ class Domain:
     length_percentiles: dict[str, int]
     vocabulary: str
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Its items' rows of M, int64 (items,), rising."""
+        return np.arange(self.start, self.start + self.items)
+
 
 @dataclass(frozen=True)
 class Shard:

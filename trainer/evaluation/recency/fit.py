@@ -24,6 +24,7 @@ from trainer.evaluation.sampled import (
     Advance,
     Candidates,
     Model,
+    Positions,
     rank_candidates,
 )
 
@@ -74,7 +75,7 @@ class TermFit:
     def visit(
         self,
         candidates: Candidates,
-        _position_B: np.ndarray,
+        _positions: Positions,
         scores_C: np.ndarray,
     ) -> None:
         """Keeps one step's users; `rank_candidates` calls it.

@@ -135,6 +135,6 @@ class FullTermRanking:
         Those of other domains stay what they were: they are not ranked meanwhile.
         """
         domain = self._dataset.domains[number]
-        rows_N = np.arange(domain.start, domain.start + domain.items)
+        rows_N = domain.rows
         bias_N = self._term.biases(number, rows_N, day)
         table.set_biases(domain.start, torch.from_numpy(bias_N))

@@ -7,6 +7,7 @@ import pytest
 
 import trainer.evaluation.personalization
 from tests.helpers.alone import group_of_one
+from trainer.evaluation.evaluation import MODEL
 from trainer.evaluation.personalization import (
     UserSample,
     _mean_gain,
@@ -41,7 +42,7 @@ def asked(monkeypatch):
             assert rows[0] != 100 + user
         user_B = np.array([-1, *candidates])
         step = SimpleNamespace(user_B=user_B)
-        visit(step, np.full(len(user_B), 3), None)
+        visit(step, {MODEL: np.full(len(user_B), 3)}, None)
 
     monkeypatch.setattr(
         trainer.evaluation.personalization, "evaluate_split", evaluate_split
@@ -67,7 +68,7 @@ def gains_of(wanted, least):
             counts_B=counts,
             rows_C=np.concatenate(rows),
         )
-        drawn.visit(step, np.ones(len(users), np.int64))
+        drawn.visit(step, {MODEL: np.ones(len(users), np.int64)})
     return measure_personalization(
         None, None, CONFIG, DATASET, None, drawn, least
     )

@@ -11,6 +11,7 @@ from embeddings.table import ItemTable
 from tests.helpers.made import write_dataset
 from trainer.config.load import load_config
 from trainer.data.loading.day_counts import count_recent
+from trainer.evaluation.evaluation import MODEL
 from trainer.evaluation.full import HeldOutBatches, full_record, rank_fully
 from trainer.evaluation.metrics import candidate_positions
 from trainer.evaluation.recency.fit import TermFit, fit_recency_term
@@ -243,7 +244,7 @@ def test_parts_of_the_users_together_fit_what_all_do(ranks, dataset):
             ):
                 score_C = np.sin(batch.rows_C).astype(np.float32)
                 position_B = candidate_positions(score_C, batch.counts_B)
-                fit.visit(batch, position_B, score_C)
+                fit.visit(batch, {MODEL: position_B}, score_C)
         weights.append(fit.fit().weight_DK.tolist())
     assert weights[0] == weights[1]
 
@@ -264,7 +265,7 @@ def test_scores_that_are_no_numbers_do_not_weigh(ranks, dataset):
         config.stream,
     ):
         score_C = np.full(len(batch.rows_C), np.nan, np.float32)
-        fit.visit(batch, batch.user_B, score_C)
+        fit.visit(batch, {MODEL: batch.user_B}, score_C)
     assert fit.fit().users_D.tolist() == [0, 0, 0]
 
 

@@ -20,6 +20,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.format.vocabulary import read_item_counts
 from trainer.data.loading.stream import batches_of_workers
 from trainer.errors import InputError
+from trainer.evaluation.evaluation import MODEL
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.sampled import (
     PositionCounts,
@@ -276,10 +277,10 @@ def test_ties_and_nan_count_against_the_model(ranks, dataset, kind):
         expected[domain, by_hand(scores, candidates) - 1] += 1
     seen = {}
 
-    def visit(candidates, ranks_B, scores_C):
+    def visit(candidates, positions, scores_C):
         starts = np.cumsum(candidates.counts_B) - candidates.counts_B
         for user, rank, start in zip(
-            candidates.user_B, ranks_B, starts, strict=True
+            candidates.user_B, positions[MODEL], starts, strict=True
         ):
             seen[int(user)] = int(rank), scores_C[start]
 

@@ -18,6 +18,7 @@ from trainer.data.format.dataset import TICKS
 from trainer.data.recent_counts import Days
 from trainer.data.split import LEAVE_ONE_OUT
 from trainer.errors import InputError
+from trainer.evaluation import sampled
 from trainer.evaluation.metrics import candidate_positions, metric_values
 from trainer.evaluation.popularity import break_ties, candidate_scores
 from trainer.evaluation.sampled import RankingBatches, build_history_query
@@ -309,12 +310,18 @@ def test_the_comparison_with_recency_knows_that_a_users_events_are_alike(
 def scores(monkeypatch):
     """What each target's candidates score, and where each system ranks it: {number: (…)}."""
     found = {}
+    newest = []
     visit = prequential._ArrivalPositions.visit
+    scores_of_others = sampled._OtherSystems.scores
 
-    def watched(self, candidates, position_B, scores_C):
-        visit(self, candidates, position_B, scores_C)
+    def scores(self, candidates, scores_C):
+        newest[:] = scores_of_others(self, candidates, scores_C)
+        return list(newest)
+
+    def watched(self, candidates, positions, scores_C):
+        visit(self, candidates, positions, scores_C)
         ends = np.cumsum(candidates.counts_B)
-        others = self._scores(candidates, scores_C)
+        others = list(newest)
         for place, number in enumerate(candidates.number_B.tolist()):
             if number < 0:
                 continue
@@ -322,8 +329,11 @@ def scores(monkeypatch):
             own = slice(begin, ends[place])
             found[number] = [score_C[own].tolist() for score_C in others]
             found[number].append(scores_C[own].tolist())
-            found[number].append(self._position_ST[:, number].tolist())
+            found[number].append(
+                [int(position_B[place]) for position_B in positions.values()]
+            )
 
+    monkeypatch.setattr(sampled._OtherSystems, "scores", scores)
     monkeypatch.setattr(prequential._ArrivalPositions, "visit", watched)
     return found
 
