@@ -193,9 +193,9 @@ CASES = {
     "one_user": made(21, users=1),
     "every_third": made(
         22,
-        first=300,
-        items=417,
-        had=100,
-        ranked_N=np.arange(417) % 3 == 0,
+        first=60,
+        items=170,
+        had=30,
+        ranked_N=np.arange(170) % 3 == 0,
     ),
 }
