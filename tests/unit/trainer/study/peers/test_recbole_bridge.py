@@ -78,6 +78,9 @@ def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
         pa.int32(),
         pa.int32(),
         pa.int64(),
+        pa.bool_(),
+        pa.int32(),
+        pa.int32(),
     ]
     users = [
         user
@@ -89,6 +92,10 @@ def test_a_run_leaves_ranks_by_user_and_domain_and_what_was_found(bridge):
     ]
     # By leave-one-out a user has one target, which has the user's number.
     expected = {"user": users, "domain": domains, "target": users}
+    # All items are seen, and RecBole's models have no recency term.
+    expected |= {"seen": [True] * len(users)}
+    for name in ("sampled_with_recency", "full_with_recency"):
+        expected[name] = [0] * len(users)
     expected |= {
         name: [first + place for place in range(len(users))]
         for name, first in (("sampled", 1), ("full", 7))
