@@ -37,8 +37,7 @@ from syncrec.reduction import Reduction
 _UNDECAYED = re.compile(r"bias|b1$|b2$|\w+_norm_(scale|shift)$")
 _SUMS = 4  # numbers that `_sum_by_domain` takes of a view's targets
 _NAN = float("nan")
-# Buffers of earlier versions, and what they are called now.
-_RENAMED = {"prediction.gap_2D": "gap.sums_2D"}
+_OLD_GAP = "prediction.gap_2D"  # of earlier versions, which had no noise
 
 
 @dataclass(frozen=True)
@@ -440,10 +439,12 @@ class SyNCRec(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        """Reads the mean gap by the name that it had in earlier versions."""
-        for old, new in _RENAMED.items():
-            if prefix + old in state_dict:
-                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        """Takes the mean gap of an earlier version, whose noise begins anew."""
+        if prefix + _OLD_GAP in state_dict and self.gap is not None:
+            sums_2D = state_dict.pop(prefix + _OLD_GAP)
+            state_dict[f"{prefix}gap.sums_2D"] = sums_2D
+            noise_3D = torch.zeros_like(self.gap.noise_3D)
+            state_dict[f"{prefix}gap.noise_3D"] = noise_3D
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _report(

@@ -128,15 +128,6 @@ class GapAverage(nn.Module):
             return 1 - self.unharmed_D / 2
         return torch.sigmoid(-self.mean_D / self.config.prediction_temperature)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
-    ) -> None:
-        """Begins the noise anew where an earlier version has saved the mean alone."""
-        has_mean = f"{prefix}sums_2D" in state_dict
-        if has_mean and f"{prefix}noise_3D" not in state_dict:
-            state_dict[f"{prefix}noise_3D"] = torch.zeros_like(self.noise_3D)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def scale_gradient(output_KMR: Tensor, gate_M: Tensor) -> Tensor:
     """The same tensor, whose gradient is multiplied by a gate at each token, (K, M, r).

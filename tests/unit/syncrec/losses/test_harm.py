@@ -146,10 +146,12 @@ def test_the_state_is_saved_in_float64_and_leads_to_the_same():
     assert other.lambda_D.tolist() == pytest.approx(gap.lambda_D.tolist())
 
 
-def test_a_mean_that_was_saved_without_its_noise_is_read():
-    """Its noise begins anew: no harm is found before ten batches."""
+def test_a_mean_whose_noise_begins_anew_finds_no_harm_before_ten_batches():
+    """As one of an earlier version does (tests/unit/syncrec/test_warm_start.py)."""
     gap = average(1)
-    gap.load_state_dict({"sums_2D": doubles([-0.4], [0.8])})
+    sums_2D = doubles([-0.4], [0.8])
+    noise_3D = doubles([0.0], [0.0], [0.0])
+    gap.load_state_dict({"sums_2D": sums_2D, "noise_3D": noise_3D})
     assert gap.mean_D.item() == -0.5 and gap.harm_D.item() == 0
     observe(gap, [-0.5], batches=20)
     assert gap.harm_D.item() > 0.3
