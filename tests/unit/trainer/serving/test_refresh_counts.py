@@ -175,6 +175,17 @@ def fresh(run, later, tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope="module")
+def before(folder, later):
+    """The older counts' scores at the newer log's end."""
+    return scores_of(folder, later.last_time)
+
+
+@pytest.fixture(scope="module")
+def wanted(fresh, later):
+    return scores_of(fresh, later.last_time)
+
+
 @pytest.fixture
 def log(tmp_path):
     return write_log(tmp_path / "new.parquet", NEW)
@@ -286,10 +297,9 @@ def same_offsets(one, other):
 
 @pytest.mark.parametrize("source", ["logs", "dataset", "days"])
 def test_refreshed_scores_are_those_of_a_fresh_export(
-    folder, fresh, later, log, tmp_path, source
+    folder, fresh, later, before, wanted, log, tmp_path, source
 ):
     """By logs at once, day after day, and by the extended dataset."""
-    before = scores_of(folder, later.last_time)
     output = tmp_path / "out"
     if source == "days":
         current = folder
@@ -313,7 +323,6 @@ def test_refreshed_scores_are_those_of_a_fresh_export(
         assert record["events"] == len(NEW if source == "logs" else LOG)
         assert record["until"] == later.last_time
     same_offsets(output, fresh)
-    wanted = scores_of(fresh, later.last_time)
     found = scores_of(output, later.last_time)
     assert found == pytest.approx(wanted, abs=1e-5)
     largest = max(abs(found[key] - before[key]) for key in found)
