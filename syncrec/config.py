@@ -108,11 +108,10 @@ class ModelConfig:
         "whether α and β of eq. 11 learn",
         on_warm_start=True,
     )
-    prediction: Literal["cross", "both", "harm"] = _setting(
+    prediction: Literal["cross", "both"] = _setting(
         "both",
         "what a domain's items are scored with; cross: Y^cross, as in the paper; both: the mean of "
-        "Y^cross and the domain's own Y^single, weighed by its negative transfer gap; harm: their "
-        "mean, and more of Y^single where the domain is harmed",
+        "Y^cross and the domain's own Y^single, weighed by its negative transfer gap",
     )
     prediction_temperature: float = _setting(
         0.3,
@@ -303,10 +302,14 @@ class ModelConfig:
     @property
     def compares_mean(self) -> bool:
         """Whether harm is of the mean of both views, and not of the cross-domain view alone."""
-        return self.prediction == "harm" and self.tasks == "both"
+        return self.predicts_by_both and self.follows_harm
+
+    @property
+    def follows_harm(self) -> bool:
+        """Whether a loss or a gradient is corrected where a domain is harmed."""
+        return "harm" in (self.loss_correction, self.stop_gradient)
 
     @property
     def measures_gap(self) -> bool:
         """Whether anything follows from the mean gap of earlier batches."""
-        follows_harm = "harm" in (self.loss_correction, self.stop_gradient)
-        return self.predicts_by_both or follows_harm
+        return self.predicts_by_both or self.follows_harm

@@ -134,6 +134,9 @@ class SyNCRec(nn.Module):
         self.gap = None
         if config.measures_gap:
             self.gap = GapAverage(config, self.domains)
+        self.gap_of_mean = None
+        if config.compares_mean:
+            self.gap_of_mean = GapAverage(config, self.domains)
 
     def forward(
         self,
@@ -334,7 +337,12 @@ class SyNCRec(nn.Module):
         """By domain, how much of the gradient passes between the tasks' experts, (D,)."""
         if self.config.stop_gradient != "harm" or not torch.is_grad_enabled():
             return None
-        return cast(GapAverage, self.gap).unharmed_D
+        return self._harm_gap.unharmed_D
+
+    @property
+    def _harm_gap(self) -> GapAverage:
+        """The gap that says who is harmed: of what is predicted."""
+        return cast(GapAverage, self.gap_of_mean or self.gap)
 
     def _compute_losses(
         self,
@@ -397,17 +405,18 @@ class SyNCRec(nn.Module):
         return loss, self._report(totals, phi_D, lambda_D, information)
 
     def _observe_gap(self, totals: "_Totals", phi_D: Tensor) -> None:
-        """Takes in the batch's gap where something follows from it: φ, or that of both views' mean."""
+        """Takes in the batch's gaps where something follows: φ, and that of both views' mean."""
         if self.gap is None or not self.training:
             return
-        gap_D = phi_D
-        if len(totals.mean_gap):
-            gap_D = transfer_gap(
-                totals.single_gap,
-                totals.mean_gap,
-                totals.comparable,
-            )
-        self.gap.observe(gap_D, totals.present)
+        self.gap.observe(phi_D, totals.present)
+        if self.gap_of_mean is None:
+            return
+        gap_D = transfer_gap(
+            totals.single_gap,
+            totals.mean_gap,
+            totals.comparable,
+        )
+        self.gap_of_mean.observe(gap_D, totals.present)
 
     def _weigh_domains(
         self,
@@ -424,7 +433,7 @@ class SyNCRec(nn.Module):
         if self.correction is not None:
             return self.correction(phi_D, totals.present)
         if self.config.loss_correction == "harm":
-            return cast(GapAverage, self.gap).lambda_D
+            return self._harm_gap.lambda_D
         return like.new_ones(self.domains)
 
     @property
@@ -433,7 +442,7 @@ class SyNCRec(nn.Module):
         if self.correction is not None:
             return self.correction.lambda_D
         if self.config.loss_correction == "harm":
-            return cast(GapAverage, self.gap).lambda_D
+            return self._harm_gap.lambda_D
         return None
 
     def _load_from_state_dict(
@@ -508,7 +517,7 @@ class SyNCRec(nn.Module):
     ) -> Tensor:
         """This rank's sums of the losses by the mean of both views, over comparable targets, (D,).
 
-        None unless that mean is what items are scored with where a domain is not harmed.
+        None unless harm is measured by it.
         """
         if not self.config.compares_mean or not self.training:
             return cross_MR.new_zeros(0)

@@ -17,6 +17,8 @@ _DOMAIN_AXES = {
     "prediction.gap_2D": 1,  # of earlier versions
     "gap.sums_2D": 1,
     "gap.noise_3D": 1,
+    "gap_of_mean.sums_2D": 1,
+    "gap_of_mean.noise_3D": 1,
 }
 _KNOTS = "clock.knots_2KR"
 

@@ -1,10 +1,9 @@
 """Harm: a negative transfer gap φ, averaged over batches, that is below 0 beyond its noise.
 
 One number a domain, 0 where the other domains do not harm it. What corrects follows from it: λ
-(`loss_correction: harm`), how much of the gradient passes between the tasks' experts
-(`stop_gradient: harm`), and how much of a prediction is Y^single (`prediction: harm`). Where no
-domain is harmed all of them leave the model alone: it is an MMoE of both tasks, which predicts by
-the mean of both views.
+(`loss_correction: harm`) and how much of the gradient passes between the tasks' experts
+(`stop_gradient: harm`). Where no domain is harmed they leave the model alone: it is an MMoE of
+both tasks.
 
 Beyond the paper, whose λ (section 4.3, eq. 11) also takes from a domain that gains less than
 others, and whose stop-gradient holds everywhere. Shapes: D domains, M tokens.
@@ -116,16 +115,13 @@ class GapAverage(nn.Module):
     def single_weight_D(self) -> Tensor:
         """The weight of Y^single in a domain's prediction; a half before anything was seen.
 
-        prediction: both    σ(−φ̄ / τ), nearly all where other domains harm it
-        prediction: harm    1 − exp(−harm / `harm_temperature`) / 2, a half where they do not
+        It is σ(−φ̄ / τ): nearly all where other domains harm it.
 
-        Example: both, τ = 0.3. Others help the first domain, harm the second, the third is unseen:
+        Example: τ = 0.3. Others help the first domain, harm the second, the third is unseen:
 
             mean_D    tensor([0.3, -0.3, 0.0])
             result    tensor([0.2689, 0.7311, 0.5000])
         """
-        if self.config.prediction == "harm":
-            return 1 - self.unharmed_D / 2
         return torch.sigmoid(-self.mean_D / self.config.prediction_temperature)
 
 

@@ -84,6 +84,10 @@ def training_step(
     lambda_state = parameters.pop("correction.lambda_D", None)
     gap_sums = parameters.pop("gap.sums_2D", None)
     gap_noise = parameters.pop("gap.noise_3D", None)
+    by_mean = config.prediction == "both" and config.tasks == "both"
+    if by_mean:
+        gap_sums = parameters.pop("gap_of_mean.sums_2D", None)
+        gap_noise = parameters.pop("gap_of_mean.noise_3D", None)
     parameters.pop("clock.newest_tick", None)
     for parameter in parameters.values():
         parameter.requires_grad_()
@@ -211,7 +215,7 @@ def training_step(
     if config.loss_correction == "none":
         lambdas = table.new_ones(len(domains))
     elif config.loss_correction == "harm":
-        gaps = mean_gaps if config.prediction == "harm" else phi
+        gaps = mean_gaps if by_mean else phi
         shares = [
             _unharmed(
                 config,

@@ -17,7 +17,7 @@ BASE = """
 global_batch_size: 64
 epochs: 12
 model: {dim: 16, ffn_dim: 16, max_length: 48, blocks: 1, experts: 3, cross_experts: 2, time_knots: 0,
-        loss_correction: harm, stop_gradient: off, prediction: harm, mutual_information: off}
+        loss_correction: harm, stop_gradient: off, mutual_information: off}
 table: {optimizer: adagrad, learning_rate: 0.1}
 negatives: {shared: 80}
 evaluation: {patience: 3}

@@ -202,7 +202,9 @@ def undisturbed(dataset, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("what", ["nan", "raise", "hang"])
+@pytest.mark.parametrize(
+    "what", ["nan", "raise", pytest.param("hang", marks=pytest.mark.slow)]
+)
 def test_a_fault_ends_all_ranks_with_its_cause_and_keeps_the_last_checkpoint(
     dataset, undisturbed, tmp_path, what
 ):

@@ -1,5 +1,7 @@
 """The same seed, data and global batch give the same run at any world size and ZeRO stage."""
 
+import functools
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,35 +77,46 @@ def steps(request):
 
 @pytest.fixture(scope="module")
 def outcomes(dataset, steps, tmp_path_factory):
-    """Every world size and stage, each started once: {(ranks, stage): Outcome}."""
+    """Every world size and stage, each started when first asked for: outcomes(ranks, stage)."""
     folder = tmp_path_factory.mktemp("stages")
-    found = {}
-    for ranks in (1, 2, 4):
+
+    @functools.cache
+    def started(ranks, stages):
         own = f"max_steps={steps}"
-        run(ranks_of(ranks, WORKER, dataset, folder / str(ranks), *STAGES, own))
-        found |= {
-            (ranks, stage): read(folder / str(ranks) / stage)
-            for stage in STAGES
-        }
-    return found
+        output = folder / f"{ranks}-{'-'.join(stages)}"
+        run(ranks_of(ranks, WORKER, dataset, output, *stages, own))
+        return {stage: read(output / stage) for stage in stages}
+
+    def outcome(ranks, stage):
+        # Four ranks take long on two cores: each of their stages may run without the others.
+        stages = (stage,) if ranks == 4 else tuple(STAGES)
+        return started(ranks, stages)[stage]
+
+    return outcome
 
 
 def test_the_steps_train(outcomes, steps):
-    losses = outcomes[1, "0"].losses
+    losses = outcomes(1, "0").losses
     assert losses.shape == (steps, 4) and np.isfinite(losses).all()
     assert np.abs(losses[:, 3]).min() > 0  # SC-MIM takes part
     if steps == MANY:
         assert losses[-10:, 0].mean() < 0.95 * losses[:5, 0].mean()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [
+        *itertools.product((1, 2), STAGES),
+        (4, "2"),
+        *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in "013"),
+    ],
+)
 def test_same_run(outcomes, steps, ranks, stage):
     """Largest relative differences seen: losses 2e-7, λ 4e-7, table 3e-7, dense 2e-6, gradient norms 2e-7 (in 8).
 
     After few steps weights that begin at 0 are small still: 1.2e-5 of the knots.
     """
-    one, other = outcomes[1, "0"], outcomes[ranks, stage]
+    one, other = outcomes(1, "0"), outcomes(ranks, stage)
     tolerance = 5e-5 if steps == FEW else 1e-5
     np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
     np.testing.assert_allclose(other.lambdas, one.lambdas, rtol=1e-5)
@@ -133,7 +146,7 @@ def test_weights_moved(outcomes, dataset, tmp_path):
             "table.learning_rate=1e-30",
         )
     )
-    before, after = read(start / "0"), outcomes[1, "0"]
+    before, after = read(start / "0"), outcomes(1, "0")
     assert np.linalg.norm(after.table - before.table) > 0.1 * np.linalg.norm(
         before.table
     )

@@ -232,11 +232,7 @@ SETTINGS += [
     for loss in ("bpr", "bce", "bpr_probability")
 ]
 SETTINGS += [["model.loss_correction=shapley"], ["model.encoder=gru"]]
-HARM = [
-    "model.loss_correction=harm",
-    "model.stop_gradient=harm",
-    "model.prediction=harm",
-]
+HARM = ["model.loss_correction=harm", "model.stop_gradient=harm"]
 SETTINGS += [HARM]
 SETTINGS += [
     [

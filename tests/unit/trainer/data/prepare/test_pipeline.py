@@ -1287,7 +1287,7 @@ def test_other_logs_or_options_begin_anew_and_so_does_fresh(
     assert digests(tmp_path / "out") == expected
 
 
-@pytest.mark.ranks
+@pytest.mark.slow
 def test_killed_processes_leave_what_the_same_command_goes_on_from(
     tmp_path, large_log, whole
 ):

@@ -165,7 +165,8 @@ ODD += [
 ]
 
 
-@pytest.mark.parametrize("least", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("least", [0, 2])
 def test_odd_texts_ties_and_duplicates_in_files_of_all_kinds(tmp_path, least):
     """Folders have odd names too, and one is like a partition's."""
     draw = np.random.default_rng(4)
