@@ -16,7 +16,6 @@ from tests.helpers.histories import (
     pack,
     without_newest,
 )
-from tests.helpers.reference import EQUATIONS
 from tests.unit.syncrec.test_model import (
     DOMAIN_ITEMS,
     make_model,
@@ -26,15 +25,13 @@ from tests.unit.syncrec.test_model import (
 )
 
 SASREC = ModelConfig(
-    **EQUATIONS,
+    time_knots=0,
     dim=6,
     max_length=5,
     tasks="cross",
     experts=1,
-    stop_gradient=False,
     tower=False,
     loss_correction="none",
-    mutual_information=False,
     heads=2,
     ffn_dim=7,
     dropout=0.0,
