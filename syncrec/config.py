@@ -45,7 +45,7 @@ class ModelConfig:
         "j: experts 1..j learn from the cross-domain task, the others from the single-domain tasks",
     )
     stop_gradient: bool | str = _setting(
-        False,
+        True,
         "whether experts learn from one task alone; off: from both (the paper's variant C); harm: "
         "from both, as far as a domain is not harmed",
     )
@@ -85,7 +85,7 @@ class ModelConfig:
     loss_correction: Literal[
         "negative_transfer_gap", "harm", "shapley", "none"
     ] = _setting(
-        "harm",
+        "negative_transfer_gap",
         "where λ comes from; harm: 1, and less where a domain is harmed; shapley: CGRec's, 2^D more "
         "forward passes a step; none: variant A",
     )

@@ -96,8 +96,9 @@ def test_a_bad_value_names_its_key(tmp_path, override):
 
 
 def test_with_a_stop_gradient_both_tasks_need_experts_of_their_own():
-    assert load_config([], ["model.cross_experts=9"]).model.cross_experts == 9
-    message = refusal("model.cross_experts=9", "model.stop_gradient=on")
+    shared = ["model.cross_experts=9", "model.stop_gradient=off"]
+    assert load_config([], shared).model.cross_experts == 9
+    message = refusal("model.cross_experts=9")
     assert "model.cross_experts is 9" in message
 
 

@@ -49,10 +49,11 @@ def test_nothing_is_made_before(tmp_path):
 
 
 SAME = [
-    ([], {}, ["w/o SC-MIM", "w/o stop-gradient"]),
-    (["model.loss_correction=none"], {}, ["w/o LC-NTG", "w/o SC-MIM", "w/o stop-gradient"]),
+    ([], {}, ["w/o SC-MIM"]),
+    (["model.loss_correction=none"], {}, ["w/o LC-NTG", "w/o SC-MIM"]),
+    (["model.stop_gradient=off"], {}, ["w/o SC-MIM", "w/o stop-gradient"]),
     (PARTS, {}, ["SyNCRec, all parts"]),
-    ([], {"w/o SC-MIM": ["model.dropout=0.7"]}, ["w/o stop-gradient"]),
+    ([], {"w/o SC-MIM": ["model.dropout=0.7"]}, []),
     ([], {"SyNCRec": PARTS}, ["SyNCRec, all parts"]),
 ]  # fmt: skip
 
