@@ -103,13 +103,14 @@ def leave_out_same(
     if OURS not in config.systems:
         return config, []
     ours = load_config(base, _settings_of(config, OURS))
-    kept = []
-    same = []
+    kept: list[str] = []
+    same: list[str] = []
     for name in config.systems:
         is_same = SYSTEMS[name].ablation and ours == load_config(
             base, _settings_of(config, name)
         )
-        (same if is_same else kept).append(name)
+        names = same if is_same else kept
+        names.append(name)
     return replace(config, systems=kept), same
 
 
