@@ -29,6 +29,7 @@ _FIRST_PORT = (
 _PORTS = 10000  # pairs: a supervisor takes the port after the rendezvous's
 _LOOPBACK = "127.0.0.1"
 _MOST_HOSTS = 100_000  # a host list that names more is no host list
+_NAMED = 4  # ranks and hosts that a message names
 _ALONE = "for one process alone set RANK=0 WORLD_SIZE=1"
 
 _Variables = Mapping[str, str]
@@ -266,6 +267,65 @@ def find_shared_device(devices: list[str]) -> tuple[int, int] | None:
             return first_with[device], rank
         first_with[device] = rank
     return None
+
+
+def describe_missing(
+    world: World,
+    hosts: list[str | None],
+    environment: _Variables = os.environ,
+) -> str:
+    """Which ranks did not come, on which hosts, and which hosts did.
+
+    hosts: of each rank that came its host, None of the others. Of two hosts of two ranks:
+
+        describe_missing(world, ["a", "a", None, None])
+        "ranks 2, 3 on host 1 of 2 did not come (a did)"
+
+    A host's name is known where another of its ranks came, or from Slurm's list.
+    """
+    size = world.local_size or 1
+    names = _list_hosts(environment)
+    places: dict[str, list[str]] = {}
+    for rank, host in enumerate(hosts):
+        if host is not None:
+            continue
+        number = rank // size
+        neighbours = filter(None, hosts[number * size : (number + 1) * size])
+        place = f"host {number} of {-(-world.size // size)}"
+        if world.local_size is None:
+            place = "a host that is not known"
+        if number < len(names):
+            place = names[number]
+        place = next(neighbours, place)
+        places.setdefault(place, []).append(str(rank))
+    missing = []
+    for place, ranks in places.items():
+        word = "rank" if len(ranks) == 1 else "ranks"
+        missing.append(f"{word} {_first_few(ranks)} on {place}")
+    came = list(dict.fromkeys(filter(None, hosts)))
+    return f"{_first_few(missing)} did not come ({_first_few(came)} did)"
+
+
+def _first_few(words: list[str]) -> str:
+    """`a, b, c, d and 3 more`."""
+    text = ", ".join(words[:_NAMED])
+    more = len(words) - _NAMED
+    if more > 0:
+        text += f" and {more} more"
+    return text
+
+
+def _list_hosts(environment: _Variables) -> list[str]:
+    """The hosts of Slurm's list, in order; none where there is no such list."""
+    for name in _HOST_LISTS:
+        hosts = environment.get(name)
+        if not hosts:
+            continue
+        try:
+            return list(expand_hosts(hosts))
+        except ValueError:
+            return []
+    return []
 
 
 def expand_hosts(text: str) -> Iterator[str]:
