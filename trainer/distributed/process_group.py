@@ -324,14 +324,7 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
         _check_address(world)
         store = _serve_store(world, timeout)
     else:
-        store = dist.TCPStore(
-            world.address,
-            world.port,
-            world.size,
-            is_master=False,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
+        store = _reach_store(world, timeout)
     joined_as_this_rank = store.add(f"rank-{world.rank}", 1)
     if joined_as_this_rank > 1:
         raise InputError(
@@ -340,6 +333,27 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
             one_rank=True,
         )
     return store
+
+
+def _reach_store(world: World, timeout: timedelta) -> dist.TCPStore:
+    """The first rank's store. Raises LostRanks where it does not answer."""
+    try:
+        return dist.TCPStore(
+            world.address,
+            world.port,
+            world.size,
+            is_master=False,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except dist.DistNetworkError as error:
+        host = socket.gethostname()
+        raise LostRanks(
+            f"rank {world.rank} on {host}: rank 0 does not answer at {world.address}:{world.port} "
+            f"within {timeout.total_seconds():g} s: see what is said there, and whether it is "
+            f"reached from {host} (firewall, MASTER_ADDR)",
+            one_rank=True,
+        ) from error
 
 
 def _await_ranks(store: dist.Store, world: World, timeout: timedelta) -> None:

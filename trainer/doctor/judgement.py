@@ -285,10 +285,11 @@ def _judge_data(examination: Examination) -> list[Verdict]:
     def verdict_of(rank: RankFacts) -> Verdict | None:
         facts = _data_of(examination, rank)
         if facts.problem:
-            # An error of the dataset ends in its own way out.
+            # The dataset's error ends in its own way out.
             finding = f"{rank.host}: {facts.problem}"
-            way_out = "mount or copy it there"
-            return Verdict(check, Level.FAULT, finding, way_out)
+            if usual:
+                finding += "; other hosts have it, mount or copy it there"
+            return Verdict(check, Level.FAULT, finding)
         if facts.fingerprint != usual:
             finding = (
                 f"{rank.host}: has another dataset ({facts.fingerprint[:12]}, "
@@ -394,10 +395,11 @@ def _judge_reading(examination: Examination) -> list[Verdict]:
         return [Verdict(check, Level.SKIPPED, "no host could read any")]
     median = statistics.median(rates.values())
     slowest = min(rates, key=lambda host: rates[host])
-    finding = (
-        f"{slowest} is slowest, {_size(rates[slowest])}/s; all hosts "
-        f"{_size(sum(rates.values()))}/s, {users:,.0f} users/s"
-    )
+    whole = sum(rates.values())
+    finding = f"{_size(whole)}/s, {users:,.0f} users/s"
+    if len(rates) > 1:
+        least = _size(rates[slowest])
+        finding += f"; slowest: {slowest}, {least}/s"
     if rates[slowest] < _SLOW * median:
         way_out = "look at its disk or mount, or copy the dataset there"
         return [Verdict(check, Level.WARNING, finding, way_out)]
