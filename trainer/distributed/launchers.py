@@ -276,34 +276,33 @@ def describe_missing(
 ) -> str:
     """Which ranks did not come, on which hosts, and which hosts did.
 
-    hosts: of each rank that came its host, None of the others. Of two hosts of two ranks:
+    hosts: of each rank that came its host, None of the others. Of two hosts of two ranks each,
+    and of the same within Slurm:
 
         describe_missing(world, ["a", "a", None, None])
-        "ranks 2, 3 on host 1 of 2 did not come (a did)"
+        "rank 2 on host 1, rank 3 on host 1 did not come (a did)"
+        "rank 2 on n8, rank 3 on n8 did not come (n7 did)"
 
     A host's name is known where another of its ranks came, or from Slurm's list.
     """
-    size = world.local_size or 1
-    names = _list_hosts(environment)
-    places: dict[str, list[str]] = {}
+    local_size = world.local_size or world.size
+    names = dict(enumerate(_list_hosts(environment)))
+    came: list[str] = []
     for rank, host in enumerate(hosts):
-        if host is not None:
+        if host is None:
             continue
-        number = rank // size
-        neighbours = filter(None, hosts[number * size : (number + 1) * size])
-        place = f"host {number} of {-(-world.size // size)}"
-        if world.local_size is None:
-            place = "a host that is not known"
-        if number < len(names):
-            place = names[number]
-        place = next(neighbours, place)
-        places.setdefault(place, []).append(str(rank))
-    missing = []
-    for place, ranks in places.items():
-        word = "rank" if len(ranks) == 1 else "ranks"
-        missing.append(f"{word} {_first_few(ranks)} on {place}")
-    came = list(dict.fromkeys(filter(None, hosts)))
-    return f"{_first_few(missing)} did not come ({_first_few(came)} did)"
+        names[rank // local_size] = host
+        if host not in came:
+            came.append(host)
+    missing: list[str] = []
+    for rank, host in enumerate(hosts):
+        number = rank // local_size
+        place = names.get(number, f"host {number}")
+        if host is None:
+            missing.append(f"rank {rank} on {place}")
+    absent = _first_few(missing)
+    present = _first_few(came)
+    return f"{absent} did not come ({present} did)"
 
 
 def _first_few(words: list[str]) -> str:

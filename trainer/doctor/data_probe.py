@@ -84,6 +84,11 @@ def _plan_memory(config: RunConfig, dataset: Dataset, ranks: Ranks) -> str:
 def _measure_reading(dataset: Dataset, ranks: Ranks) -> tuple[float, float]:
     """Bytes of shards and users a second, read as a run does: each rank its own shards, all at once.
 
+    Of six shards and two ranks:
+
+        rank 0    shards 0, 2, 4      until a second is over
+        rank 1    shards 1, 3, 5
+
     A local file's pages are dropped before, so that the disk is read where nobody else holds them.
     """
     begun = time.monotonic()

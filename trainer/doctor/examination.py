@@ -1,6 +1,6 @@
 """The examination: every probe in turn, on all ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ def examine(
     """
     own = examine_rank(ranks)
     facts = _gather(own, RankFacts)
-    leaders = first_ranks(facts)
+    leaders = {}
+    for host, rank in Examination(facts).leaders.items():
+        leaders[host] = rank.rank
     differences = _list_differences(config, own)
     clocks = measure_clocks(ranks, leaders)
-    links = _gather_lists(measure_links(ranks, leaders), Link)
+    links = _gather_links(measure_links(ranks, leaders))
     collectives = measure_collectives(ranks)
     folder = None
     if config.run:
@@ -69,17 +71,6 @@ def examine(
         need_gbit,
         patience,
     )
-
-
-def first_ranks(facts: Iterable[RankFacts]) -> dict[str, int]:
-    """The first rank of each host, hosts in the order of their ranks.
-
-    Four ranks, two on each of two hosts: {"host0": 0, "host1": 2}
-    """
-    leaders: dict[str, int] = {}
-    for rank in facts:
-        leaders.setdefault(rank.host, rank.rank)
-    return leaders
 
 
 def _list_differences(config: RunConfig, own: RankFacts) -> list[str]:
@@ -108,11 +99,10 @@ def _gather(own: Any, kind: Callable[..., Any]) -> list[Any]:
     return gathered
 
 
-def _gather_lists(own: list[Link], kind: Callable[..., Link]) -> list[Link]:
-    """All that ranks have in their lists. Collective."""
-    gathered = []
+def _gather_links(own: list[Link]) -> list[Link]:
+    """The links that all ranks measured. Collective."""
+    links = []
     for rows in gather_json([asdict(link) for link in own]):
         for values in rows:
-            values["hosts"] = tuple(values["hosts"])
-            gathered.append(kind(**values))
-    return gathered
+            links.append(Link(**values))
+    return links

@@ -1,9 +1,11 @@
 """What hosts see of each other in the run's folder: writing, renaming, locks, and how late.
 
-run/.doctor-5f0c…/     made by the first rank, and removed in the end
-    first              the first rank's file, which all others look for
-    lock               which the first rank has locked meanwhile
-    rank-3             of the first rank of each other host
+    run/.doctor-5f0c…/     made by the first rank, and removed in the end
+        first              the first rank's file, which the first ranks of other hosts look for
+        lock               which the first rank has locked meanwhile
+        rank-3             of the first rank of another host; the first rank looks for it
+
+Each call of a file system has a deadline: a server that is away answers never.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.distributed.agreement import (
@@ -38,59 +41,29 @@ def examine_folder(
     """The facts of this rank about the run's folder. Collective.
 
     leads_host: it is the first rank of its host; others look at nothing. patience: seconds in which
-    a file of another host is looked for. Nothing is left in the folder, and none where there was none.
+    a file of another host is looked for. Nothing is left in the folder, and none where there was
+    none.
     """
-    name = broadcast_json(0, f".doctor-{uuid.uuid4().hex[:8]}")
+    token = uuid.uuid4().hex[:8]
+    name = broadcast_json(0, f".doctor-{token}")
     scratch = run / name
     made = not run.exists()
-    problem = ""
     with contextlib.ExitStack() as locks:
-        if ranks.first:
-            problem = _problem_of(lambda: _begin(scratch, locks))
-        if max_of_ranks(int(problem != "")):
-            _clear(scratch, made, ranks)
-            return FolderFacts(problem=problem)
         facts = FolderFacts()
+        if ranks.first:
+            locks.callback(_clear, scratch, made)
+            problem = _problem_of(lambda: _begin(scratch, locks))
+            facts = FolderFacts(problem=problem)
+        has_failed = max_of_ranks(int(facts.problem != ""))
+        if has_failed:
+            return facts
+        writer = 0
         if leads_host:
             facts = _take_part(scratch, ranks, patience)
-        wrote = leads_host and not facts.problem and not ranks.first
-        writers = gather_json(ranks.rank if wrote else None)
-        unheard: list[int] = []
-        if ranks.first:
-            unheard = _unheard(scratch, writers, patience)
-        unheard = broadcast_json(0, unheard)
-    _clear(scratch, made, ranks)
-    heard = ranks.rank not in unheard
-    return FolderFacts(
-        facts.problem, facts.seen, facts.listed, heard, facts.lock, facts.free
-    )
-
-
-def _clear(scratch: Path, made: bool, ranks: Ranks) -> None:
-    """Removes what the first rank has made; made: the run's folder is its work, too."""
-    if not ranks.first:
-        return
-    for folder in (scratch, _partial(scratch)):
-        shutil.rmtree(folder, ignore_errors=True)
-    if made:
-        with contextlib.suppress(OSError):
-            scratch.parent.rmdir()
-
-
-def _partial(scratch: Path) -> Path:
-    return scratch.with_name(f"{scratch.name}.partial")
-
-
-def _problem_of(work: Callable[[], None]) -> str:
-    """ "", or why a file system did not do it."""
-    try:
-        call_with_deadline(work, _SECONDS)
-    except (OSError, Unanswered) as error:
-        reason = error
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        return printable_text(reason)
-    return ""
+        if leads_host and facts.seen is not None and not facts.problem:
+            writer = ranks.rank
+        unheard = _list_unheard(scratch, writer, ranks, patience)
+    return replace(facts, heard=ranks.rank not in unheard)
 
 
 def _begin(scratch: Path, locks: contextlib.ExitStack) -> None:
@@ -105,40 +78,66 @@ def _begin(scratch: Path, locks: contextlib.ExitStack) -> None:
     write_text(scratch / _FIRST, "rank 0\n")
 
 
+def _clear(scratch: Path, made: bool) -> None:
+    """Removes what the first rank has made; made: the run's folder is its work, too."""
+    partial = _partial(scratch)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if made:
+        with contextlib.suppress(OSError):
+            scratch.parent.rmdir()
+
+
+def _partial(scratch: Path) -> Path:
+    return scratch.with_name(f"{scratch.name}.partial")
+
+
+def _problem_of(work: Callable[[], None]) -> str:
+    """Why a file system did not do its work: `Read-only file system`; "" where it did."""
+    try:
+        call_with_deadline(work, _SECONDS)
+    except OSError as error:
+        return printable_text(error.strerror or error)
+    except Unanswered as error:
+        return str(error)
+    return ""
+
+
 def _take_part(scratch: Path, ranks: Ranks, patience: float) -> FolderFacts:
     """Looks for the first rank's file, writes one, and tries the lock."""
-    seen: float | None = 0.0
-    listed: float | None = 0.0
-    lock = "held"
-    if not ranks.first:
-        seen = _wait_until(lambda: _can_read(scratch / _FIRST), patience)
-        if seen is None:
-            folder = scratch.parent
-            problem = _problem_of(lambda: _try_writing(folder, ranks))
-            return FolderFacts(problem=problem, seen=None, listed=None)
-        listed = _wait_until(lambda: _FIRST in os.listdir(scratch), patience)
-    problem = _problem_of(lambda: _write_own(scratch, ranks))
-    if not problem and not ranks.first:
-        lock = _try_lock(scratch / _LOCK)
-    free = 0
-    with contextlib.suppress(OSError):
+    file = scratch / f"rank-{ranks.rank}"
+    if ranks.first:
+        problem = _problem_of(lambda: _write_twice(file))
         free = shutil.disk_usage(scratch).free
-    return FolderFacts(problem, seen, listed, True, lock, free)
+        return FolderFacts(problem=problem, free=free)
+    seen = _wait_until(lambda: _can_read(scratch / _FIRST), patience)
+    if seen is None:
+        elsewhere = _nearest_folder(scratch) / f"{scratch.name}-{ranks.rank}"
+        problem = _problem_of(lambda: _write_and_remove(elsewhere))
+        return FolderFacts(problem=problem, seen=None, listed=None)
+    listed = _wait_until(lambda: _FIRST in os.listdir(scratch), patience)
+    problem = _problem_of(lambda: _write_twice(file))
+    lock = _try_lock(scratch / _LOCK)
+    return FolderFacts(problem=problem, seen=seen, listed=listed, lock=lock)
 
 
-def _try_writing(folder: Path, ranks: Ranks) -> None:
+def _nearest_folder(scratch: Path) -> Path:
+    """The first folder above that is there."""
+    for folder in scratch.parents:
+        if folder.is_dir():
+            return folder
+    return scratch.parent
+
+
+def _write_and_remove(file: Path) -> None:
     """Writes into a folder of which it is known that it is another one."""
-    while not folder.exists():
-        folder = folder.parent
-    file = folder / f".doctor-rank-{ranks.rank}"
     write_text(file, "")
     file.unlink()
 
 
-def _write_own(scratch: Path, ranks: Ranks) -> None:
-    """Writes this rank's file, over one that is there: a rename that replaces."""
-    file = scratch / f"rank-{ranks.rank}"
-    file.write_text("old", encoding="utf-8")
+def _write_twice(file: Path) -> None:
+    """Writes a file, and another over it: a rename that replaces."""
+    write_text(file, "old")
     write_text(file, "new")
     if file.read_text(encoding="utf-8") != "new":
         raise OSError("a rename did not replace the file")
@@ -172,17 +171,26 @@ def _try_lock(file: Path) -> str:
     return "free"
 
 
-def _unheard(
-    scratch: Path, writers: list[int | None], patience: float
+def _list_unheard(
+    scratch: Path, writer: int, ranks: Ranks, patience: float
 ) -> list[int]:
-    """The ranks whose files the first one does not see, of those that wrote."""
-    end = time.monotonic() + patience
+    """The ranks whose files the first one does not see, of those that wrote. Collective.
+
+    writer: this rank, where it wrote; else 0. Ranks 0, 4 and 8 lead three hosts, of which the last
+    one wrote elsewhere:
+
+        rank       0  1  2  3  4  5  6  7  8  9 …
+        writer     0  0  0  0  4  0  0  0  8  0 …      →    [8]    on all
+    """
+    writers = gather_json(writer)
     unheard = []
-    for rank in writers:
-        if rank is None:
-            continue
-        file = scratch / f"rank-{rank}"
-        left = max(0.0, end - time.monotonic())
-        if _wait_until(lambda file=file: _can_read(file), left) is None:
-            unheard.append(rank)
-    return unheard
+    if ranks.first:
+        for rank in filter(None, writers):
+            if not _is_heard(scratch / f"rank-{rank}", patience):
+                unheard.append(rank)
+                patience = 0.0  # it was waited for all of them
+    return broadcast_json(0, unheard)
+
+
+def _is_heard(file: Path, patience: float) -> bool:
+    return _wait_until(lambda: _can_read(file), patience) is not None

@@ -1,9 +1,12 @@
 """Clocks, links by pair of hosts, and collectives, measured by messages like those of a run.
 
 A host takes part by its first rank. Messages begin small and grow until one takes long enough to be
-measured, so that a slow link takes no longer than a fast one.
+measured, so that a slow link takes no longer than a fast one:
 
-Tensors are bytes: N of a message, W ranks.
+    64 KiB → 512 KiB → 4 MiB → 32 MiB
+
+Leaders are the first ranks of the hosts, such as {"host0": 0, "host1": 2} of two hosts with two
+ranks each. Tensors hold N bytes.
 """
 
 import statistics
@@ -12,170 +15,142 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainer.distributed.agreement import max_of_ranks
 from trainer.distributed.process_group import Ranks
 from trainer.doctor.facts import Collective, Link
 
+Leaders = dict[str, int]
+
 _ROUNDS = 20  # of a small message
 _CLOCK_ROUNDS = 5
 _FIRST_SIZE = 2**16
-_LARGEST_SIZE = 2**26
+_LARGEST_SIZE = 2**25
 _GROWTH = 8
+_NUMBER = 4  # bytes of one
 _LONG_ENOUGH = 0.05  # seconds of a message that tells the bandwidth
+_END = 0  # the size after the last message
 
 
 def pair_rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Rounds in which every two of `count` hosts meet once, as many at a time as can (circle method).
+    """Rounds in which every two of `count` hosts meet once, as many at a time as can.
 
-    pair_rounds(4)    [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
+    Hosts sit in a circle, and all but the first move on by a seat (circle method). One host of an
+    odd number has nobody to meet.
+
+        pair_rounds(4)    [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
+        pair_rounds(3)    [[(1, 2)], [(0, 2)], [(0, 1)]]
     """
-    seats: list[int | None] = list(range(count))
-    if count % 2:
-        seats.append(None)
-    half = len(seats) // 2
+    seats = list(range(count + count % 2))
     rounds = []
-    for _ in range(len(seats) - 1):
+    for _ in seats[1:]:
         pairs = []
-        for one, other in zip(
-            seats[:half], reversed(seats[half:]), strict=True
-        ):
-            if one is not None and other is not None:
-                pairs.append((min(one, other), max(one, other)))
+        for one, other in zip(seats, reversed(seats), strict=True):
+            # Each pair is there from both its sides.
+            if one < other < count:
+                pairs.append((one, other))
         rounds.append(pairs)
-        seats = [seats[0], seats[-1], *seats[1:-1]]
+        last = seats.pop()
+        seats.insert(1, last)
     return rounds
 
 
-def measure_links(ranks: Ranks, leaders: dict[str, int]) -> list[Link]:
+def measure_links(ranks: Ranks, leaders: Leaders) -> list[Link]:
     """The links that this rank measured, as the first of their two hosts. Collective.
 
-    leaders: the first rank of each host.
+    rank 0   [Link(["host0", "host1"], latency=5e-5, bandwidth=1.2e9)]
+    rank 2   []
     """
     hosts = list(leaders)
     links = []
     for pairs in pair_rounds(len(hosts)):
         for one, other in pairs:
+            pair = [hosts[one], hosts[other]]
             first = leaders[hosts[one]]
             second = leaders[hosts[other]]
             if ranks.rank == first:
-                latency, bandwidth = _lead(second, ranks.device)
-                names = (hosts[one], hosts[other])
-                links.append(Link(names, latency, bandwidth))
-            if ranks.rank == second:
+                link = _lead(pair, second, ranks.device)
+                links.append(link)
+            elif ranks.rank == second:
                 _follow(first, ranks.device)
         max_of_ranks(0)  # a round ends before the next begins
     return links
 
 
-def _lead(peer: int, device: torch.device) -> tuple[float, float]:
-    """Latency and bandwidth of the way to a peer, which follows."""
-    small_N = torch.zeros(1, dtype=torch.uint8, device=device)
-    ways = []
+def _lead(pair: list[str], peer: int, device: torch.device) -> Link:
+    """Measures the link to a peer, which follows.
+
+    The peer is told the size of each message:
+
+        here    1 byte … 1 byte   65536, so many   524288, so many   524288, so many   0
+        peer    1 byte … 1 byte          so many           so many           so many
+    """
+    small_N = _message(1, device)
+    trips = []
     for _ in range(_ROUNDS):
-        ways.append(_return_trip(small_N, peer) / 2)
-    latency = statistics.median(ways)
+        seconds = _return_trip(small_N, peer)
+        trips.append(seconds)
+    latency = statistics.median(trips) / 2
     size = _FIRST_SIZE
     seconds = 0.0
     while True:
         before = seconds
-        dist.send(torch.tensor([size]), peer)
-        large_N = torch.zeros(size, dtype=torch.uint8, device=device)
+        _tell(size, peer)
+        large_N = _message(size, device)
         seconds = _return_trip(large_N, peer)
         # The second one of a size: the first may have passed in a limit's burst.
         if before > _LONG_ENOUGH or size >= _LARGEST_SIZE:
             break
         if seconds <= _LONG_ENOUGH:
             size *= _GROWTH
-    dist.send(torch.tensor([0]), peer)
-    return latency, 2 * size / seconds
+    _tell(_END, peer)
+    return Link(pair, latency, 2 * size / seconds)
 
 
 def _follow(peer: int, device: torch.device) -> None:
     """Returns what a peer that leads sends."""
-    small_N = torch.zeros(1, dtype=torch.uint8, device=device)
+    small_N = _message(1, device)
     for _ in range(_ROUNDS):
         _return(small_N, peer)
-    size = torch.empty(1, dtype=torch.int64)
+    number = torch.tensor([_END])
     while True:
-        dist.recv(size, peer)
-        if not int(size):
+        dist.recv(number, peer)
+        size = int(number)
+        if size == _END:
             return
-        large_N = torch.empty(int(size), dtype=torch.uint8, device=device)
+        large_N = _message(size, device)
         _return(large_N, peer)
 
 
-def _return_trip(message_N: torch.Tensor, peer: int) -> float:
+def _message(size: int, device: torch.device) -> Tensor:
+    """A tensor of so many bytes."""
+    return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+def _tell(size: int, peer: int) -> None:
+    """Tells a peer a number, over the CPU's backend."""
+    number = torch.tensor([size])
+    dist.send(number, peer)
+
+
+def _return_trip(message_N: Tensor, peer: int) -> float:
     """The seconds that a message takes to a peer and back."""
-    _finish(message_N)
-    begun = time.perf_counter()
-    dist.send(message_N, peer)
-    dist.recv(message_N, peer)
-    _finish(message_N)
-    return time.perf_counter() - begun
+
+    def go() -> None:
+        dist.send(message_N, peer)
+        dist.recv(message_N, peer)
+
+    return _measure_seconds(go, message_N.device)
 
 
-def _return(message_N: torch.Tensor, peer: int) -> None:
+def _return(message_N: Tensor, peer: int) -> None:
     """Takes a message of a peer and sends it back."""
     dist.recv(message_N, peer)
     dist.send(message_N, peer)
 
 
-def _finish(tensor: torch.Tensor) -> None:
-    """Waits for what the device was given."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-def measure_collectives(ranks: Ranks) -> list[Collective]:
-    """All-reduce and all-to-all of all ranks. Collective."""
-    world = ranks.world_size
-    if world == 1:
-        return []
-
-    def reduce_all(size: int) -> Callable[[], object]:
-        values = torch.zeros(size // 4, device=ranks.device)
-        return lambda: dist.all_reduce(values)
-
-    def exchange_all(size: int) -> Callable[[], object]:
-        given = torch.zeros(world, size // 4 // world + 1, device=ranks.device)
-        taken = torch.empty_like(given)
-        return lambda: dist.all_to_all_single(taken, given)
-
-    # What a rank sends, in sizes of its tensor: a ring goes round twice.
-    return [
-        _measure("all-reduce", ranks, reduce_all, 2 * (world - 1) / world),
-        _measure("all-to-all", ranks, exchange_all, (world - 1) / world),
-    ]
-
-
-def _measure(
-    name: str,
-    ranks: Ranks,
-    prepare: Callable[[int], Callable[[], object]],
-    sent: float,
-) -> Collective:
-    """Latency and bandwidth of a collective. Collective.
-
-    prepare: of a tensor's bytes, the call. sent: what a rank sends of its tensor's size.
-    """
-    latencies = []
-    small = prepare(4)
-    for _ in range(_ROUNDS):
-        latencies.append(_time(small, ranks.device))
-    size = _FIRST_SIZE
-    while True:
-        seconds = _time(prepare(size), ranks.device)
-        # One answer for all, or a rank would go on alone.
-        microseconds = max_of_ranks(int(1e6 * seconds) + 1)
-        if microseconds > 1e6 * _LONG_ENOUGH or size >= _LARGEST_SIZE:
-            break
-        size *= _GROWTH
-    bandwidth = sent * size / (microseconds / 1e6)
-    return Collective(name, statistics.median(latencies), bandwidth)
-
-
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def _measure_seconds(call: Callable[[], object], device: torch.device) -> float:
     """The seconds of a call, with what it gives to the device."""
     begun = time.perf_counter()
     call()
@@ -184,48 +159,107 @@ def _time(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+def measure_collectives(ranks: Ranks) -> list[Collective]:
+    """All-reduce and all-to-all of all ranks; none of one rank. Collective.
+
+    A rank sends its part to W − 1 of W ranks in an all-to-all, and twice as much in an all-reduce,
+    whose ring goes round twice.
+    """
+    world = ranks.world_size
+    if world == 1:
+        return []
+    share = (world - 1) / world
+
+    def reduce_all(size: int) -> None:
+        bytes_N = _message(size, ranks.device)
+        dist.all_reduce(bytes_N.view(torch.float32))
+
+    def exchange_all(size: int) -> None:
+        whole = size - size % world + world
+        given_N = _message(whole, ranks.device)
+        taken_N = torch.empty_like(given_N)
+        dist.all_to_all_single(taken_N, given_N)
+
+    return [
+        _measure("all-reduce", ranks, reduce_all, 2 * share),
+        _measure("all-to-all", ranks, exchange_all, share),
+    ]
+
+
+def _measure(
+    name: str,
+    ranks: Ranks,
+    exchange: Callable[[int], None],
+    sent: float,
+) -> Collective:
+    """Latency and bandwidth of a collective. Collective.
+
+    exchange: of a tensor's bytes, the call. sent: what a rank sends of its tensor's size.
+    """
+
+    def measure(size: int) -> float:
+        return _measure_seconds(lambda: exchange(size), ranks.device)
+
+    latencies = [measure(_NUMBER) for _ in range(_ROUNDS)]
+    size = _FIRST_SIZE
+    while True:
+        seconds = measure(size)
+        # One answer for all, or a rank would go on alone.
+        nanoseconds = max_of_ranks(int(1e9 * seconds))
+        slowest = nanoseconds / 1e9
+        if slowest > _LONG_ENOUGH or size >= _LARGEST_SIZE:
+            break
+        size *= _GROWTH
+    latency = statistics.median(latencies)
+    return Collective(name, latency, sent * size / slowest)
+
+
 def measure_clocks(
     ranks: Ranks,
-    leaders: dict[str, int],
+    leaders: Leaders,
     clock: Callable[[], float] = time.time,
 ) -> dict[str, float]:
-    """Seconds that each host's clock is ahead of the first rank's; known to the first rank. Collective.
+    """Seconds that each host's clock is ahead of the first rank's. Collective.
 
-    Of five questions the one that was answered soonest counts; its answer was given halfway.
+        {"host0": 0.0, "host1": 3600.0}    on the first rank; zeros elsewhere
+
     clock: this host's.
     """
-    ahead = {}
+    ahead = dict.fromkeys(leaders, 0.0)
     for host, peer in leaders.items():
         if peer == 0:
-            ahead[host] = 0.0
             continue
         if ranks.rank == peer:
             _tell_time(clock)
-        if ranks.first:
+        elif ranks.first:
             ahead[host] = _ask_time(peer, clock)
     return ahead
 
 
 def _ask_time(peer: int, clock: Callable[[], float]) -> float:
-    """Seconds that a peer's clock is ahead."""
+    """Seconds that a peer's clock is ahead.
+
+    Of some questions the one that was answered soonest counts. Its answer was given halfway:
+
+        asked at 10.0, answered at 10.2, by a clock that showed 13.1: 3.0 ahead
+    """
     soonest = float("inf")
     ahead = 0.0
-    time_1 = torch.zeros(1, dtype=torch.float64)
+    shown = torch.zeros(1, dtype=torch.float64)
     for _ in range(_CLOCK_ROUNDS):
         asked = clock()
-        dist.send(time_1, peer)
-        dist.recv(time_1, peer)
+        _return_trip(shown, peer)
         answered = clock()
         if answered - asked < soonest:
             soonest = answered - asked
-            ahead = float(time_1) - (asked + answered) / 2
+            ahead = float(shown) - (asked + answered) / 2
     return ahead
 
 
 def _tell_time(clock: Callable[[], float]) -> None:
     """Answers the first rank, which asks for the time."""
-    time_1 = torch.zeros(1, dtype=torch.float64)
+    shown = torch.zeros(1, dtype=torch.float64)
     for _ in range(_CLOCK_ROUNDS):
-        dist.recv(time_1, 0)
-        time_1[0] = clock()
-        dist.send(time_1, 0)
+        dist.recv(shown, 0)
+        shown[0] = clock()
+        dist.send(shown, 0)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.doctor.facts import Examination
-from trainer.doctor.judgement import count_levels
+from trainer.doctor.units import count_of
 from trainer.doctor.verdict import Level, Verdict
 
 _STYLES = {
@@ -23,8 +23,11 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     """The verdicts as a table, whose last column is folded where it is too wide.
 
      check           verdict   finding
-    ─────────────────────────────────────────────────────────────────────────
-     shared memory   fault     host1: /dev/shm has 0.0 kB of 1.0 MB free, …
+    ──────────────────────────────────────────────────────────────────────────
+     ranks           ok        2 ranks on 2 hosts
+     shared memory   fault     host1: /dev/shm has 0.0 kB of 1.0 MB free, its
+                               loaders need 1.1 MB: empty it, or mount a larger one
+     links           –         one host
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("check", no_wrap=True)
@@ -32,35 +35,29 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     table.add_column("finding", overflow="fold")
     for verdict in verdicts:
         level = Text(verdict.level.value, _STYLES[verdict.level])
-        # Names of hosts and paths steer no terminal.
-        finding = Text(_printable(verdict.text))
+        finding = Text(verdict.text)
         table.add_row(Text(verdict.check), level, finding)
     return table
 
 
-def _printable(text: str) -> str:
-    """A text without what would steer a terminal, however long it is."""
-    letters = []
-    for letter in text:
-        letters.append(letter if letter.isprintable() else " ")
-    return "".join(letters)
-
-
 def summary(verdicts: list[Verdict], seconds: float) -> str:
     """`1 fault, 2 warnings (3.1 s)`."""
-    faults = count_levels(verdicts, Level.FAULT)
-    warnings = count_levels(verdicts, Level.WARNING)
-    parts = []
-    for count, word in ((faults, "fault"), (warnings, "warning")):
-        ending = "" if count == 1 else "s"
-        parts.append(f"{count} {word}{ending}")
-    return f"{', '.join(parts)} ({seconds:.1f} s)"
+    levels = [verdict.level for verdict in verdicts]
+    faults = count_of(levels.count(Level.FAULT), "fault")
+    warnings = count_of(levels.count(Level.WARNING), "warning")
+    return f"{faults}, {warnings} ({seconds:.1f} s)"
 
 
 def as_record(
     examination: Examination, verdicts: list[Verdict]
 ) -> dict[str, Any]:
-    """Verdicts and all that was found, as JSON has it."""
+    """Verdicts and all that was found, as JSON has it.
+
+    {
+        "verdicts": [{"check": "ranks", "level": "ok", "finding": "2 ranks on …", "way_out": ""}, …],
+        "found": {"ranks": [{"rank": 0, "host": "host0", …}, …], "links": […], …}
+    }
+    """
     lines = []
     for verdict in verdicts:
         line = asdict(verdict)

@@ -14,7 +14,8 @@ from trainer.doctor.facts import (
     Link,
     RankFacts,
 )
-from trainer.doctor.judgement import count_sockets, judge
+from trainer.doctor.judge_ranks import count_sockets
+from trainer.doctor.judgement import judge
 from trainer.doctor.verdict import Level, has_fault
 
 GOOD_DATA = DataFacts(
@@ -40,7 +41,7 @@ def healthy():
         )
         for rank, host in enumerate(FIRST)
     ]
-    pairs = [("host0", "host1"), ("host0", "host2"), ("host1", "host2")]
+    pairs = [["host0", "host1"], ["host0", "host2"], ["host1", "host2"]]
     return Examination(
         ranks,
         data=[GOOD_DATA] * 4,
@@ -212,7 +213,7 @@ FOUND = {
         change("data", 3, read_bytes=1e6),
         "shards read",
         Level.WARNING,
-        "301.0 MB/s, 40,000 users/s; slowest: host2, 1.0 MB/s",
+        "host2: 1.0 MB/s, the median is 100.0 MB/s: look at its disk",
     ),
     "slow link": (
         change("links", 1, bandwidth=2.5e6),
