@@ -2,8 +2,12 @@
 
     python launch/doctor.py                                          this machine alone
     deepspeed --num_gpus 2 launch/doctor.py --config … data=DIR run=DIR
+    deepspeed --hostfile HOSTS launch/doctor.py --config … data=DIR run=DIR
+    torchrun --nnodes 8 --nproc-per-node 8 … launch/doctor.py --config … data=DIR run=DIR
     srun -N 8 --ntasks-per-node=8 python launch/doctor.py --config … data=DIR run=DIR
+    mpirun -np 64 -x MASTER_ADDR=host0 python launch/doctor.py --config … data=DIR run=DIR
     … --json FILE                                                    all that was measured, too
+    … --min-gbit 10                                                  a slower link is a fault
 
 It is started exactly as the training would be: write `doctor` for `train` in its command, whose other
 options it takes and ignores. It trains nothing, and leaves nothing in run=DIR. Without data=DIR or

@@ -43,6 +43,10 @@ def examine_data(config: RunConfig, ranks: Ranks) -> DataFacts:
 
 
 def _look(config: RunConfig, ranks: Ranks) -> DataFacts:
+    """Opens the dataset, reads for a second, reckons what it takes. Raises InputError.
+
+    Files are not read whole: a training does that, and names a damaged one.
+    """
     check_shards = config.stream.damaged == "stop"
     dataset = Dataset.load(config.data, check_shards, config.stream, False)
     read_bytes, read_users = _measure_reading(dataset, ranks)

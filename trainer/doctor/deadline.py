@@ -12,7 +12,12 @@ class Unanswered(Exception):
 
 
 def call_with_deadline(probe: Callable[[], T], seconds: float) -> T:
-    """What probe() returns or raises; Unanswered where it takes longer than so many seconds."""
+    """What probe() returns or raises; Unanswered where it takes longer than so many seconds.
+
+        names = call_with_deadline(lambda: os.listdir("/mnt/shared"), 15.0)
+
+    A call that hangs in the kernel cannot be ended: its thread stays until the process ends.
+    """
     outcome: dict[str, Any] = {}
 
     def call() -> None:

@@ -74,7 +74,12 @@ def examine(
 
 
 def _list_differences(config: RunConfig, own: RankFacts) -> list[str]:
-    """Sentences about what ranks have to have the same and do not. Collective."""
+    """Sentences about what ranks have to have the same and do not. Collective.
+
+    They are those with which a training would be refused:
+
+        ["rank 1 on host1 has other versions (torch 2.8, rank 0 on host0 has 2.9): give all …"]
+    """
     cuda = str(torch.version.cuda)
     groups: list[dict[str, dict[str, Any]]] = [
         {"other versions": list_versions()},
@@ -92,7 +97,11 @@ def _list_differences(config: RunConfig, own: RankFacts) -> list[str]:
 
 
 def _gather(own: Any, kind: Callable[..., Any]) -> list[Any]:
-    """All ranks' facts of one kind, in their order. Collective."""
+    """All ranks' facts of one kind, in their order. Collective.
+
+    rank 0   RankFacts(0, "host0")
+    rank 1   RankFacts(1, "host1")    →    both, on both
+    """
     gathered = []
     for values in gather_json(asdict(own)):
         gathered.append(kind(**values))
@@ -100,7 +109,14 @@ def _gather(own: Any, kind: Callable[..., Any]) -> list[Any]:
 
 
 def _gather_links(own: list[Link]) -> list[Link]:
-    """The links that all ranks measured. Collective."""
+    """The links that all ranks measured. Collective.
+
+    Of three hosts of a rank each, all ranks get three:
+
+        rank 0   host0 – host1, host0 – host2
+        rank 1   host1 – host2
+        rank 2   none: the first of two hosts measures
+    """
     links = []
     for rows in gather_json([asdict(link) for link in own]):
         for values in rows:

@@ -104,7 +104,10 @@ def _problem_of(work: Callable[[], None]) -> str:
 
 
 def _take_part(scratch: Path, ranks: Ranks, patience: float) -> FolderFacts:
-    """Looks for the first rank's file, writes one, and tries the lock."""
+    """Looks for the first rank's file, writes one, and tries the lock.
+
+    Of a host that does not see the first rank's file, it is still told whether it can write there.
+    """
     file = scratch / f"rank-{ranks.rank}"
     if ranks.first:
         problem = _problem_of(lambda: _write_twice(file))

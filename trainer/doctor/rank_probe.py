@@ -28,6 +28,7 @@ def examine_rank(ranks: Ranks) -> RankFacts:
 
 
 def _look(ranks: Ranks, host: str) -> RankFacts:
+    """Asks kernel and driver; a driver or a mount may never answer."""
     usage = shutil.disk_usage(SHARED_MEMORY)
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
@@ -75,7 +76,11 @@ def _other_processes(uuid: str) -> list[str]:
 
 
 def _ask_driver(question: str, uuid: str) -> str:
-    """What nvidia-smi answers; "" where it is not there or does not know."""
+    """What nvidia-smi answers; "" where it is not there or does not know.
+
+    _ask_driver("--query-gpu=driver_version", uuid)            "570.86.15"
+    _ask_driver("--query-compute-apps=pid,used_memory", uuid)  "77, 3120 MiB\\n78, 12 MiB"
+    """
     name = uuid
     if not name.startswith("GPU-"):
         name = f"GPU-{uuid}"

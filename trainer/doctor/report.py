@@ -10,6 +10,7 @@ from rich.text import Text
 from trainer.doctor.facts import Examination
 from trainer.doctor.units import count_of
 from trainer.doctor.verdict import Level, Verdict
+from trainer.files.redact import printable_letters
 
 _STYLES = {
     Level.OK: "green",
@@ -35,7 +36,7 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     table.add_column("finding", overflow="fold")
     for verdict in verdicts:
         level = Text(verdict.level.value, _STYLES[verdict.level])
-        finding = Text(verdict.text)
+        finding = Text(printable_letters(verdict.text))
         table.add_row(Text(verdict.check), level, finding)
     return table
 
