@@ -83,8 +83,8 @@ def _lead(pair: list[str], peer: int, device: torch.device) -> Link:
 
     The peer is told the size of each message:
 
-        here    1 byte … 1 byte   65536, so many   524288, so many   524288, so many   0
-        peer    1 byte … 1 byte          so many           so many           so many
+        here    1 byte … 1 byte   65536, so many   524288, so many   1048576, so many   0
+        peer    1 byte … 1 byte          so many           so many            so many
     """
     small_N = _message(1, device)
     trips = []
@@ -93,19 +93,21 @@ def _lead(pair: list[str], peer: int, device: torch.device) -> Link:
         trips.append(seconds)
     latency = statistics.median(trips) / 2
     size = _FIRST_SIZE
-    seconds = 0.0
-    while True:
-        before = seconds
-        _tell(size, peer)
-        large_N = _message(size, device)
-        seconds = _return_trip(large_N, peer)
-        # The second one of a size: the first may have passed in a limit's burst.
-        if before > _LONG_ENOUGH or size >= _LARGEST_SIZE:
-            break
-        if seconds <= _LONG_ENOUGH:
-            size *= _GROWTH
+    seconds = _time_message(size, peer, device)
+    while seconds < _LONG_ENOUGH and size < _LARGEST_SIZE:
+        size *= _GROWTH
+        seconds = _time_message(size, peer, device)
+    twice = _time_message(2 * size, peer, device)
     _tell(_END, peer)
-    return Link(pair, latency, 2 * size / seconds)
+    # What twice as many bytes take more: a limit lets some pass at once before it holds.
+    more = max(twice - seconds, twice / 4)
+    return Link(pair, latency, 2 * size / more)
+
+
+def _time_message(size: int, peer: int, device: torch.device) -> float:
+    """The seconds that a message of so many bytes takes to a peer, who follows, and back."""
+    _tell(size, peer)
+    return _return_trip(_message(size, device), peer)
 
 
 def _follow(peer: int, device: torch.device) -> None:
