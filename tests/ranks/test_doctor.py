@@ -77,6 +77,18 @@ def test_a_rank_that_does_not_come_is_named():
     )
 
 
+def test_a_first_rank_that_does_not_come_is_named_by_its_address():
+    port = free_port()
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = run_alone(DOCTOR, "--wait", "1", MASTER_PORT=str(port), **place)
+    assert done.returncode == 4
+    assert re.search(
+        rf"^error: rank 1 on \S+: rank 0 does not answer at 127.0.0.1:{port} within 1 s: ",
+        done.stderr,
+        re.M,
+    )
+
+
 @pytest.fixture(scope="module")
 def machines():
     """Two hosts, and on each a server of ranks."""

@@ -78,7 +78,7 @@ def _list_differences(config: RunConfig, own: RankFacts) -> list[str]:
 
     They are those with which a training would be refused:
 
-        ["rank 1 on host1 has other versions (torch 0.8, rank 0 on host0 has 0.9): give all …"]
+        ["rank 1 on host1 has other versions (numpy 2.1, rank 0 on host0 has 2.2): give all …"]
     """
     cuda = str(torch.version.cuda)
     groups: list[dict[str, dict[str, Any]]] = [

@@ -37,7 +37,7 @@ def judge_answers(check: Check, found: Examination) -> str:
 def judge_differences(check: Check, found: Examination) -> str:
     """Versions, settings and devices that are not the same on all ranks:
 
-    rank 1 on host1 has other versions (torch 0.8, rank 0 on host0 has 0.9): give all the same
+    rank 1 on host1 has other versions (numpy 2.1, rank 0 on host0 has 2.2): give all the same
 
     Other devices or drivers are a warning: all wait for the slowest.
     """
