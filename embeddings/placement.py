@@ -70,13 +70,13 @@ class Capacity:
     def __str__(self) -> str:
         if self.cached:
             text = (
-                f"{_format_size(self.host)} a rank in the host's memory, cached in "
-                f"{_format_size(self.device)} of the device's"
+                f"{format_size(self.host)} a rank in the host's memory, cached in "
+                f"{format_size(self.device)} of the device's"
             )
         elif self.device:
-            text = f"{_format_size(self.device)} a rank on the device"
+            text = f"{format_size(self.device)} a rank on the device"
         else:
-            text = f"{_format_size(self.host)} a rank"
+            text = f"{format_size(self.host)} a rank"
         if self.copied:
             return text
         return (
@@ -111,8 +111,8 @@ def plan_capacity(
     if piece <= free:
         return replace(capacity, checkpoint=piece, copied=False)
     raise ValueError(
-        f"a checkpoint takes {_format_size(piece)} of the host at least beside rows of "
-        f"{_format_size(capacity.host)}; {_describe_host(room, beside)}: use more hosts, or fewer "
+        f"a checkpoint takes {format_size(piece)} of the host at least beside rows of "
+        f"{format_size(capacity.host)}; {_describe_host(room, beside)}: use more hosts, or fewer "
         "ranks a host"
     )
 
@@ -130,7 +130,7 @@ def _place_rows(
     table = rows * _FLOAT * (dim + wide * dim + besides)
     needs = (
         f"{rows:,} rows a rank of {dim} floats with {optimizer}'s state are "
-        f"{_format_size(table)}"
+        f"{format_size(table)}"
     )
     host = _describe_host(room, beside)
     fits_host = table <= room.host - beside.loaders
@@ -147,8 +147,8 @@ def _place_rows(
         return Capacity(rows, False, 0, table)
     share = int(config.device_share * room.device)
     device = (
-        f"table.device_share {config.device_share:g} of the {_format_size(room.device)} left on "
-        f"the device is {_format_size(share)}"
+        f"table.device_share {config.device_share:g} of the {format_size(room.device)} left on "
+        f"the device is {format_size(share)}"
     )
     fits_device = table <= share
     if config.placement == "device" and not fits_device:
@@ -166,7 +166,7 @@ def _place_rows(
     if cache > share:
         raise ValueError(
             f"a cache of table.cache_share {config.cache_share:g} of {rows:,} rows of {dim} floats "
-            f"takes {_format_size(cache)}; {device}: lower table.cache_share"
+            f"takes {format_size(cache)}; {device}: lower table.cache_share"
         )
     return Capacity(rows, True, cache, table)
 
@@ -210,11 +210,12 @@ def count_devices_of_host(device: torch.device) -> int:
 def _describe_host(room: Room, beside: HostNeeds) -> str:
     loaders = ""
     if beside.loaders:
-        loaders = f", of which loaders take {_format_size(beside.loaders)}"
-    return f"the host has {_format_size(room.host)} left for a rank{loaders}"
+        loaders = f", of which loaders take {format_size(beside.loaders)}"
+    return f"the host has {format_size(room.host)} left for a rank{loaders}"
 
 
-def _format_size(count: float) -> str:
+def format_size(count: float) -> str:
+    """Bytes for a message: `0.0 kB`, `64.0 MB`, `1.2 TB`."""
     for unit, size in _UNITS:
         if count >= size:
             return f"{count / size:.1f} {unit}"

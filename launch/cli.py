@@ -18,6 +18,7 @@ from trainer.interrupts import end_on_interrupt
 
 COMMANDS = (
     "prepare",
+    "doctor",
     "train",
     "evaluate",
     "recommend",

@@ -25,7 +25,6 @@ from typing import Literal
 from rich.console import Console
 
 from launch.options import LogColumns
-from launch.tables import dataset_notes, dataset_table
 from trainer.config.command_line import option, parse_options
 from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
@@ -34,6 +33,7 @@ from trainer.data.prepare.extend import read_options
 from trainer.data.prepare.pipeline import prepare
 from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError, exit_on_input_error
+from trainer.reporting.command_tables import dataset_notes, dataset_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,7 @@ def _print_record(options: Options, record: dict) -> None:
     """Prints how the candidate compares, and whether it was published."""
     from rich.console import Console
 
-    from launch.tables import comparison_table
+    from trainer.reporting.command_tables import comparison_table
 
     if options.json:
         print(json.dumps(record))

@@ -93,9 +93,9 @@ def main() -> None:
         )
     from rich.console import Console
 
-    from launch.tables import recommendation_table
     from trainer.config.serving import HistoriesConfig, RecommendConfig
     from trainer.distributed import process_group
+    from trainer.reporting.command_tables import recommendation_table
     from trainer.serving.recommend import recommend
 
     asked = HistoriesConfig(
@@ -135,8 +135,8 @@ def _show_users(options: Options) -> None:
     """Prints the recommendations of the users of --user."""
     from rich.console import Console
 
-    from launch.tables import user_table
     from trainer.api import Run
+    from trainer.reporting.command_tables import user_table
 
     if options.output is not None or options.users is not None:
         raise InputError(

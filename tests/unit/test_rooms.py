@@ -28,6 +28,7 @@ ROOMS = (
     "evaluation",
     "reporting",
     "training",
+    "doctor",
     "serving",
     "retraining",
     "study",

@@ -130,3 +130,22 @@ def broadcast_json(source: int, value: Any) -> Any:
     dist.broadcast(content, source)
     encoded = content.tolist()
     return json.loads(bytes(encoded))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values of all ranks, in their order. Collective.
+
+    rank 0   {"host": "a"}
+    rank 1   {"host": "b"}    →    [{"host": "a"}, {"host": "b"}]    on both
+    """
+    content = json.dumps(value).encode()
+    size = max_of_ranks(len(content))
+    padded = content.ljust(size)  # blanks behind a value are no part of it
+    mine = torch.tensor(list(padded), dtype=torch.uint8)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    values = []
+    for row in rows:
+        text = bytes(row.tolist())
+        values.append(json.loads(text))
+    return values

@@ -29,6 +29,7 @@ _FIRST_PORT = (
 _PORTS = 10000  # pairs: a supervisor takes the port after the rendezvous's
 _LOOPBACK = "127.0.0.1"
 _MOST_HOSTS = 100_000  # a host list that names more is no host list
+_NAMED = 4  # ranks and hosts that a message names
 _ALONE = "for one process alone set RANK=0 WORLD_SIZE=1"
 
 _Variables = Mapping[str, str]
@@ -266,6 +267,64 @@ def find_shared_device(devices: list[str]) -> tuple[int, int] | None:
             return first_with[device], rank
         first_with[device] = rank
     return None
+
+
+def describe_missing(
+    world: World,
+    hosts: list[str | None],
+    environment: _Variables = os.environ,
+) -> str:
+    """Which ranks did not come, on which hosts, and which hosts did.
+
+    hosts: of each rank that came its host, None of the others. Of two hosts of two ranks each,
+    and of the same within Slurm:
+
+        describe_missing(world, ["a", "a", None, None])
+        "rank 2 on host 1, rank 3 on host 1 did not come (a did)"
+        "rank 2 on n8, rank 3 on n8 did not come (n7 did)"
+
+    A host's name is known where another of its ranks came, or from Slurm's list.
+    """
+    local_size = world.local_size or world.size
+    names = dict(enumerate(_list_hosts(environment)))
+    came: list[str] = []
+    for rank, host in enumerate(hosts):
+        if host is None:
+            continue
+        names[rank // local_size] = host
+        if host not in came:
+            came.append(host)
+    missing: list[str] = []
+    for rank, host in enumerate(hosts):
+        number = rank // local_size
+        place = names.get(number, f"host {number}")
+        if host is None:
+            missing.append(f"rank {rank} on {place}")
+    absent = _first_few(missing)
+    present = _first_few(came)
+    return f"{absent} did not come ({present} did)"
+
+
+def _first_few(words: list[str]) -> str:
+    """`a, b, c, d and 3 more`."""
+    text = ", ".join(words[:_NAMED])
+    more = len(words) - _NAMED
+    if more > 0:
+        text += f" and {more} more"
+    return text
+
+
+def _list_hosts(environment: _Variables) -> list[str]:
+    """The hosts of Slurm's list, in order; none where there is no such list."""
+    for name in _HOST_LISTS:
+        hosts = environment.get(name)
+        if not hosts:
+            continue
+        try:
+            return list(expand_hosts(hosts))
+        except ValueError:
+            return []
+    return []
 
 
 def expand_hosts(text: str) -> Iterator[str]:

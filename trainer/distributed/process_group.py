@@ -20,6 +20,7 @@ import torch.distributed as dist
 from syncrec.reduction import Reduction
 from trainer.distributed.launchers import (
     World,
+    describe_missing,
     device_of_rank,
     enter_world,
     find_shared_device,
@@ -233,6 +234,7 @@ def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
     device_kind = choose_device(device_kind)
     world = read_world()
     store = _open_store(world, timeout)
+    _await_ranks(store, world, timeout)
     local_rank = world.local_rank
     local_size = world.local_size
     if local_rank is None or local_size is None:
@@ -322,14 +324,7 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
         _check_address(world)
         store = _serve_store(world, timeout)
     else:
-        store = dist.TCPStore(
-            world.address,
-            world.port,
-            world.size,
-            is_master=False,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
+        store = _reach_store(world, timeout)
     joined_as_this_rank = store.add(f"rank-{world.rank}", 1)
     if joined_as_this_rank > 1:
         raise InputError(
@@ -338,6 +333,50 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
             one_rank=True,
         )
     return store
+
+
+def _reach_store(world: World, timeout: timedelta) -> dist.TCPStore:
+    """The first rank's store. Raises LostRanks where it does not answer."""
+    try:
+        return dist.TCPStore(
+            world.address,
+            world.port,
+            world.size,
+            is_master=False,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except dist.DistNetworkError as error:
+        host = socket.gethostname()
+        raise LostRanks(
+            f"rank {world.rank} on {host}: rank 0 does not answer at {world.address}:{world.port} "
+            f"within {timeout.total_seconds():g} s: see what is said there, and whether it is "
+            f"reached from {host} (firewall, MASTER_ADDR)",
+            one_rank=True,
+        ) from error
+
+
+def _await_ranks(store: dist.Store, world: World, timeout: timedelta) -> None:
+    """Returns on the first rank once all have come; each says on which host it is.
+
+    Raises LostRanks, which names those that do not come.
+    """
+    store.set(f"came-{world.rank}", socket.gethostname())
+    if world.rank != 0:
+        return
+    keys = [f"came-{rank}" for rank in range(world.size)]
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(keys, timeout)
+        return
+    hosts: list[str | None] = []
+    for key in keys:
+        came = store.check([key])
+        hosts.append(store.get(key).decode() if came else None)
+    where = f"{world.address}:{world.port}"
+    raise LostRanks(
+        f"{describe_missing(world, hosts)} within {timeout.total_seconds():g} s: see what is said "
+        f"there, and whether {where} is reached from there (firewall, MASTER_ADDR)"
+    )
 
 
 def _open_store_of_torchrun(world: World, timeout: timedelta) -> dist.Store:

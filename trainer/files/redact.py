@@ -47,8 +47,13 @@ def hide_user(text: str) -> str:
 
 def printable_text(message: object) -> str:
     """A message of an exception or another side, short, on one line, and harmless to a terminal."""
+    text = " ".join(printable_letters(message).split())
+    return text[:_LONGEST_TEXT] or type(message).__name__
+
+
+def printable_letters(message: object) -> str:
+    """A message, however long, with a blank for each letter that would steer a terminal."""
     letters = []
     for letter in str(message):
         letters.append(letter if letter.isprintable() else " ")
-    text = " ".join("".join(letters).split())
-    return text[:_LONGEST_TEXT] or type(message).__name__
+    return "".join(letters)

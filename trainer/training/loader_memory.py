@@ -27,14 +27,28 @@ def estimate_loader_bytes(
     They are those that build batches, and as many that a validation starts. Where their number is
     to be measured one is counted: more are started only where steps are quick.
     """
-    stream = config.stream
-    workers = stream.workers
-    if workers == MEASURED:
-        workers = 1
-    batches = stream.prefetch + _IN_HAND
+    workers = _count_workers(config)
+    shared = estimate_shared_bytes(config, dataset, world_size)
+    return 2 * workers * _PROCESS + shared
+
+
+def estimate_shared_bytes(
+    config: RunConfig, dataset: Dataset, world_size: int
+) -> int:
+    """Estimates what a rank's loaders take of /dev/shm, in which they hand their batches over.
+
+    It is a part of `estimate_loader_bytes`.
+    """
+    batches = config.stream.prefetch + _IN_HAND
     piece = _SPARE * _batch_bytes(config, dataset, world_size)
-    worker_bytes = _PROCESS + batches * piece
-    return int(2 * workers * worker_bytes)
+    return int(2 * _count_workers(config) * batches * piece)
+
+
+def _count_workers(config: RunConfig) -> int:
+    """Loaders of a rank; one where their number is to be measured."""
+    if config.stream.workers == MEASURED:
+        return 1
+    return config.stream.workers
 
 
 def _batch_bytes(config: RunConfig, dataset: Dataset, world_size: int) -> float:

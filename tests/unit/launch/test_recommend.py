@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 
 from launch.recommend import main, parse
-from launch.tables import recommendation_table, user_table
 from tests.helpers.alone import as_a_script
 from tests.helpers.runs import finished_run, rank_of_one
 from trainer.data.format.dataset import USERS
+from trainer.reporting.command_tables import recommendation_table, user_table
 
 COUNTS = {
     "users": 1200,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trainer.distributed.launchers import (
     DEFAULT_PORT,
     World,
+    describe_missing,
     device_of_rank,
     enter_world,
     expand_counts,
@@ -511,3 +512,42 @@ def test_counts_of_tasks(text, counts):
 def test_what_counts_no_tasks(text):
     with pytest.raises(ValueError):
         expand_counts(text)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "local_size", "slurm", "says"),
+    [
+        (
+            ["a", "a", None, None],
+            2,
+            None,
+            "rank 2 on host 1, rank 3 on host 1 did not come (a did)",
+        ),
+        (["a", None, "b", "b"], 2, None, "rank 1 on a did not come (a, b did)"),
+        (
+            ["n1", None, None, "n4"],
+            1,
+            "n[1-4]",
+            "rank 1 on n2, rank 2 on n3 did not come (n1, n4 did)",
+        ),
+        (
+            ["a", None],
+            None,
+            "n[",
+            "rank 1 on a did not come (a did)",
+        ),
+        (
+            ["a", "a", *[None] * 6],
+            2,
+            None,
+            "rank 2 on host 1, rank 3 on host 1, rank 4 on host 2, "
+            "rank 5 on host 2 and 2 more did not come (a did)",
+        ),
+    ],
+)
+def test_ranks_that_do_not_come_are_named_with_their_hosts(
+    hosts, local_size, slurm, says
+):
+    world = World(0, len(hosts), 0, local_size, "a", 29500)
+    environment = {} if slurm is None else {"SLURM_JOB_NODELIST": slurm}
+    assert describe_missing(world, hosts, environment) == says

@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from launch.tables import dataset_notes
 from tests.helpers.log_forms import bad_csv, sample_events, write_csv
 from tests.unit.trainer.data.prepare.test_pipeline import (
     digests,
@@ -17,6 +16,7 @@ from trainer import prepare
 from trainer.config.prepare import PrepareConfig
 from trainer.errors import InputError
 from trainer.files.staged import StagedOutput
+from trainer.reporting.command_tables import dataset_notes
 
 
 def names(dataset):

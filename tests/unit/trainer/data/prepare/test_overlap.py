@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from launch.tables import dataset_notes
 from tests.unit.trainer.data.prepare.test_pipeline import run, some_rows, write
 from trainer.data.prepare.overlap import Overlap, count_overlap
+from trainer.reporting.command_tables import dataset_notes
 
 
 def test_users_are_counted_by_domains_and_by_pairs():
