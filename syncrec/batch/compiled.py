@@ -1,0 +1,121 @@
+"""What syncrec/batch/build.py does, in compiled loops (syncrec_kernels/views.cpp).
+
+The results are the same to the bit: tests/unit/syncrec/batch/test_compiled.py. Where there is no
+compiler, `build_batch` does without, in three times the time.
+
+Sizes: B users, N interactions, as in syncrec/batch/build.py.
+"""
+
+import numpy as np
+import torch
+
+from syncrec.batch.attention_layout import AttentionLayout, cut_pieces
+from syncrec.batch.views import View
+from syncrec_kernels.build import why_unavailable
+
+_ARRAYS_OF_VIEW = 18
+
+
+def why_missing() -> str | None:
+    """None where the kernel is loaded, else why it cannot be. The first call may compile it."""
+    return why_unavailable("views", "batches take three times as long to build")
+
+
+def trim(
+    lengths_B: np.ndarray, domain_N: np.ndarray, domains: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The newest `most` interactions of each user and domain.
+
+    Returns which those are, and how many each user has of them, both int64.
+
+    Example: two domains, four users, two interactions a user and domain:
+
+        lengths_B    array([5,               1, 0, 2])
+        domain_N     array([0, 1, 0, 0, 1,   1,   0, 1])
+        returns      array([1, 2, 3, 4, 5, 6, 7]), array([4, 1, 0, 2])
+    """
+    kept_N, kept_B = torch.ops.views.trim(
+        _to_tensor(lengths_B, np.int64),
+        _to_tensor(domain_N, np.int32),
+        domains,
+        most,
+    )
+    return kept_N.numpy(), kept_B.numpy()
+
+
+def build_views(
+    lengths_B: np.ndarray,
+    domain_N: np.ndarray,
+    ticks_N: np.ndarray,
+    weight_B: np.ndarray,
+    domains: int,
+    max_length: int,
+    pooling: str,
+) -> tuple[View, View]:
+    """The cross-domain view and the single-domain view; the arguments are `build_batch`'s.
+
+    Integers are int32.
+    """
+    arrays = torch.ops.views.build(
+        _to_tensor(lengths_B, np.int64),
+        _to_tensor(domain_N, np.int32),
+        _to_tensor(ticks_N, np.int32),
+        _to_tensor(weight_B, np.float32),
+        domains,
+        max_length,
+        pooling == "last",
+    )
+    cross = _to_view(arrays[:_ARRAYS_OF_VIEW])
+    single = _to_view(arrays[_ARRAYS_OF_VIEW:])
+    return cross, single
+
+
+def list_rows(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row once, rising, int64, and which of these each use is, int32.
+
+    Example:
+
+        rows       array([3, 12, 3, 1])
+        returns    tensor([1, 3, 12]), tensor([1, 2, 1, 0])
+    """
+    return torch.ops.views.list_rows(torch.from_numpy(rows))
+
+
+def _to_view(arrays: list[torch.Tensor]) -> View:
+    """arrays: of one view, in the order of `add_view` in syncrec_kernels/views.cpp."""
+    *fields, starts_S, pad_P, unpad_M, shapes, task_starts, target_starts = (
+        arrays
+    )
+    attention = AttentionLayout(
+        starts_S=starts_S,
+        shapes=tuple(map(tuple, shapes.view(-1, 2).tolist())),
+        pad_P=pad_P,
+        unpad_M=unpad_M,
+        pieces=cut_pieces(starts_S.numpy()),
+    )
+    names = (
+        "input_M",
+        "position_M",
+        "target_time_M",
+        "gap_M",
+        "sequence_M",
+        "target_token_L",
+        "target_interaction_L",
+        "target_domain_L",
+        "target_weight_L",
+        "comparable_L",
+        "pool_token",
+        "pool_slot",
+    )
+    return View(
+        **dict(zip(names, fields, strict=True)),
+        sequences=len(starts_S) - 1,
+        task_starts=tuple(task_starts.tolist()),
+        target_starts=tuple(target_starts.tolist()),
+        attention=attention,
+    )
+
+
+def _to_tensor(values: np.ndarray, dtype: type[np.generic]) -> torch.Tensor:
+    """The values in one piece of memory, copied only where they must be."""
+    return torch.from_numpy(np.ascontiguousarray(values, dtype))
