@@ -1,4 +1,5 @@
-// A batch's two views, packed in loops over its tokens: what syncrec/batch/build.py does by NumPy, to the bit.
+// A batch from decoded blocks of histories to its two views, in loops over interactions and tokens: what
+// syncrec/batch/build.py and trainer/data/loading/histories.py do by NumPy, to the bit.
 //
 // NumPy passes over memory once for each operation, some forty times a view. Here a view is one pass over its tokens and one over
 // its targets. One thread: a loader has a process for each core.
@@ -324,6 +325,43 @@ std::vector<Tensor> build(const Tensor& lengths, const Tensor& domain, const Ten
   return arrays;
 }
 
+// Histories of users out of blocks: (lengths (B), items (N), ticks (N)). bounds, items, ticks: of each block; user k of a block has
+// the interactions bounds[k] to bounds[k + 1]. block, place: of each user (B).
+std::tuple<Tensor, Tensor, Tensor> gather(at::TensorList bounds, at::TensorList items, at::TensorList ticks, const Tensor& block,
+                                          const Tensor& place) {
+  TORCH_CHECK(bounds.size() == items.size() && items.size() == ticks.size(), "one of each for a block");
+  TORCH_CHECK(block.is_contiguous() && place.is_contiguous() && block.numel() == place.numel(), "one for each user");
+  std::vector<const int64_t*> begins;
+  for (size_t one = 0; one < bounds.size(); one++) {
+    TORCH_CHECK(bounds[one].is_contiguous() && items[one].is_contiguous() && ticks[one].is_contiguous(), "one after the other");
+    begins.push_back(bounds[one].const_data_ptr<int64_t>());
+    const int64_t end = begins.back()[bounds[one].numel() - 1];
+    TORCH_CHECK(items[one].numel() == end && ticks[one].numel() == end, "one for each interaction");
+  }
+  const auto users = block.numel();
+  const auto* from = block.const_data_ptr<int64_t>();
+  const auto* at = place.const_data_ptr<int64_t>();
+  auto lengths = at::empty({users}, at::kLong);
+  auto* length = data<int64_t>(lengths);
+  int64_t total = 0;
+  for (int64_t user = 0; user < users; user++) {
+    TORCH_CHECK(0 <= from[user] && from[user] < int64_t(bounds.size()), "no block ", from[user]);
+    TORCH_CHECK(0 <= at[user] && at[user] + 1 < bounds[from[user]].numel(), "no user ", at[user]);
+    length[user] = begins[from[user]][at[user] + 1] - begins[from[user]][at[user]];
+    total += length[user];
+  }
+  auto all_items = numbers(total);
+  auto all_ticks = at::empty({total}, at::kUInt16);
+  auto* item = data<int32_t>(all_items);
+  auto* tick = data<uint16_t>(all_ticks);
+  for (int64_t user = 0; user < users; user++) {
+    const int64_t begin = begins[from[user]][at[user]];
+    item = std::copy_n(items[from[user]].const_data_ptr<int32_t>() + begin, length[user], item);
+    tick = std::copy_n(ticks[from[user]].const_data_ptr<uint16_t>() + begin, length[user], tick);
+  }
+  return {lengths, all_items, all_ticks};
+}
+
 // The interactions that are among the newest `most` of their user and domain, and how many each user has of them.
 std::tuple<Tensor, Tensor> trim(const Tensor& lengths, const Tensor& domain, int64_t domains, int64_t most) {
   TORCH_CHECK(lengths.is_contiguous() && domain.is_contiguous(), "one after the other");
@@ -382,11 +420,13 @@ std::tuple<Tensor, Tensor> list_rows(const Tensor& rows) {
 
 }  // namespace
 
-TORCH_LIBRARY(views, library) {
+TORCH_LIBRARY(batch, library) {
   library.def(
       "build(Tensor lengths, Tensor domain, Tensor ticks, Tensor weight, int domains, int max_length, bool newest_alone) "
       "-> Tensor[]",
       &build);
+  library.def(
+      "gather(Tensor[] bounds, Tensor[] items, Tensor[] ticks, Tensor block, Tensor place) -> (Tensor, Tensor, Tensor)", &gather);
   library.def("trim(Tensor lengths, Tensor domain, int domains, int most) -> (Tensor, Tensor)", &trim);
   library.def("list_rows(Tensor rows) -> (Tensor, Tensor)", &list_rows);
 }
