@@ -118,7 +118,7 @@ class ModelConfig:
         "of that weight, in the loss's units",
         on_warm_start=True,
     )
-    mutual_information: bool = _setting(True, "SC-MIM; false: variant B")
+    mutual_information: bool = _setting(False, "SC-MIM; false: variant B")
     mutual_information_pooling: Literal["mean", "last"] = _setting(
         "mean",
         "which of a domain's tokens stand for it in SC-MIM",

@@ -18,6 +18,9 @@ SOS = -1  # the input of a sequence's first token; other inputs and targets are 
 # Settings of ModelConfig that the equations have and a run's defaults have not.
 EQUATIONS = {
     "time_knots": 0,
+    "stop_gradient": True,
+    "loss_correction": "negative_transfer_gap",
+    "mutual_information": True,
     "correction_total": "one",
     "learn_scales": True,
 }

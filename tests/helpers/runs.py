@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import xxhash
 
+from tests.helpers import PARTS
 from tests.helpers.alone import group_of_one
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.checkpoint import best_model
@@ -29,6 +30,7 @@ from trainer.run_files import BEST, MANIFEST
 from trainer.training.step import Trainer
 
 SETTINGS = [
+    *PARTS,
     "stream.workers=0",
     "global_batch_size=4",
     "model.dim=8",

@@ -6,6 +6,7 @@ python stages.py DATA OUTPUT STAGE [STAGE …] key=value …
 import argparse
 import sys
 
+from tests.helpers import PARTS
 from trainer.config.load import load_config
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
@@ -13,6 +14,7 @@ from trainer.training.loop import train
 
 # Small, and with everything on that reduces over ranks: λ, SC-MIM with global negatives, clipping, a schedule.
 SETTINGS = [
+    *PARTS,
     "max_steps=50",
     "epochs=50",
     "global_batch_size=30",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import PARTS
 from tests.helpers.rank_processes import (
     forked_python,
     free_port,
@@ -28,6 +29,7 @@ SETTINGS = [
     "evaluation.batch_size=50",
 ]
 MODEL = [
+    *PARTS,
     "model.dim=16",
     "model.ffn_dim=16",
     "model.max_length=12",

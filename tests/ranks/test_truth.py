@@ -17,6 +17,7 @@ BASE = """
 global_batch_size: 64
 epochs: {epochs}
 model: {{dim: 16, ffn_dim: 16, max_length: 48, blocks: 1, experts: 3, cross_experts: 2,
+        stop_gradient: true, loss_correction: negative_transfer_gap, mutual_information: true,
         correction_total: domains, learn_scales: false, time_knots: 0}}
 table: {{optimizer: adagrad, learning_rate: 0.1}}
 negatives: {{shared: 80}}

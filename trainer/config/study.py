@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OURS = "SyNCRec"
+ALL_PARTS = "SyNCRec, all parts"
 SINGLE_DOMAIN = "SDSR"
 
 # In the order of a report's tables; trainer/study/baselines.py says what each of them is.
@@ -12,6 +13,7 @@ SYSTEM_NAMES = (
     "w/o LC-NTG",
     "w/o SC-MIM",
     "w/o stop-gradient",
+    ALL_PARTS,
     SINGLE_DOMAIN,
     "w/o time",
     "CDSR",

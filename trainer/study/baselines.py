@@ -1,12 +1,13 @@
 """The systems of a study's table: SyNCRec, its ablations and its baselines, as settings over one base.
 
-An ablation is SyNCRec without one part. A baseline is another published model. Those of RecBole
+An ablation is SyNCRec without one part, or with those of the paper that the base leaves out; one
+that changes nothing over the base is not run. A baseline is another published model. Those of RecBole
 are named by the study's own settings (trainer/study/peers).
 """
 
 from dataclasses import dataclass
 
-from trainer.config.study import OURS, SINGLE_DOMAIN
+from trainer.config.study import ALL_PARTS, OURS, SINGLE_DOMAIN
 
 # Baselines that are not trained: their names in tables, by their keys in an evaluation's record.
 UNTRAINED = {"popularity": "popularity", "recency": "recency popularity"}
@@ -16,6 +17,11 @@ _UNCORRECTED = (
     "model.stop_gradient=off",
     "model.loss_correction=none",
     "model.mutual_information=off",
+)
+_ALL_PARTS = (
+    "model.stop_gradient=on",
+    "model.loss_correction=negative_transfer_gap",
+    "model.mutual_information=on",
 )
 _CROSS_TASK = ("model.tasks=cross", *_UNCORRECTED)
 _ONE_EXPERT = (*_CROSS_TASK, "model.experts=1", "model.tower=off")
@@ -38,7 +44,7 @@ class System:
     """A system that is trained under a name.
 
     settings: over the base, `key=value` as launch/train.py takes them. by_domain: a model of each
-    domain alone. ablation: SyNCRec without one part. work: how long a run takes, about, beside
+    domain alone. ablation: SyNCRec but for its parts. work: how long a run takes, about, beside
     one of SyNCRec.
     """
 
@@ -71,6 +77,12 @@ _SYSTEMS = (
         name="w/o stop-gradient",
         about="every expert learns from both tasks",
         settings=("model.stop_gradient=off",),
+        ablation=True,
+    ),
+    System(
+        name=ALL_PARTS,
+        about="the paper's stop-gradient, LC-NTG and SC-MIM, whether or not a domain is harmed",
+        settings=_ALL_PARTS,
         ablation=True,
     ),
     System(

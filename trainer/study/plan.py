@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,9 +71,7 @@ def make_jobs(
     """The runs of a system with a seed: one, or one for each domain."""
     system = SYSTEMS[name]
     settings = (
-        *config.settings,
-        *system.settings,
-        *config.own.get(name, ()),
+        *_settings_of(config, name),
         *variant,
         f"seed={seed}",
     )
@@ -92,6 +90,36 @@ def make_jobs(
             )
         )
     return jobs
+
+
+def leave_out_same(
+    config: StudyConfig,
+    base: Sequence[Path],
+) -> tuple[StudyConfig, list[str]]:
+    """The study without the ablations that change nothing over this base, and their names.
+
+    Where the base has no SC-MIM, SyNCRec without it is SyNCRec.
+    """
+    if OURS not in config.systems:
+        return config, []
+    ours = load_config(base, _settings_of(config, OURS))
+    kept = []
+    same = []
+    for name in config.systems:
+        is_same = SYSTEMS[name].ablation and ours == load_config(
+            base, _settings_of(config, name)
+        )
+        (same if is_same else kept).append(name)
+    return replace(config, systems=kept), same
+
+
+def _settings_of(config: StudyConfig, name: str) -> Settings:
+    """What a system has over the base."""
+    return (
+        *config.settings,
+        *SYSTEMS[name].settings,
+        *config.own.get(name, ()),
+    )
 
 
 def hyperparameter_grid(tune: dict[str, list[Any]]) -> list[Settings]:

@@ -20,6 +20,7 @@ from trainer.study.plan import (
     SweepPoint,
     check_settings,
     hyperparameter_grid,
+    leave_out_same,
     make_jobs,
     make_recbole_jobs,
     make_sweeps,
@@ -123,6 +124,9 @@ def run_study(
     hyperparameter_grid(config.tune)  # raises where values are no list
     domains = [domain.name for domain in dataset.domains]
     check_settings(config, base, domains)
+    config, same = leave_out_same(config, base)
+    for name in same:
+        print(f"{name}: changes nothing over this base, and is left out")
     _begin(output, dataset, config)
     run_config = load_config(base, config.settings)
     if config.recbole and run_config.split.kind == Timeline.name:

@@ -13,6 +13,7 @@ from syncrec.batch.build import build_batch
 from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
+from tests.helpers.reference import EQUATIONS
 from trainer.config.negatives import NegativesConfig
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ class Products(TorchDispatchMode):
 def test_a_steps_products_are_those_that_are_computed():
     sizes = dict(dim=32, max_length=16, experts=5, cross_experts=3, ffn_dim=48)
     config = ModelConfig(
-        **sizes, time_knots=0, dropout=0.0, loss="bpr", kernel="plain"
+        **sizes, **EQUATIONS, dropout=0.0, loss="bpr", kernel="plain"
     )  # the counter does not see into the fused one
     dataset = dataset_of(1000, 3, users=8, steps=1)
     arrays = draw(dataset, 0, 8, 4, 16, NegativesConfig(shared=0))

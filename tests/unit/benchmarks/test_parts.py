@@ -13,6 +13,7 @@ from syncrec.batch.views import move
 from syncrec.config import ModelConfig
 from syncrec.model import SyNCRec
 from tests.helpers.alone import as_a_script, in_this_process
+from tests.helpers.reference import EQUATIONS
 from trainer.config.negatives import NegativesConfig
 
 OF_A_STEP = [
@@ -139,8 +140,7 @@ def test_what_is_made_again_is_what_the_model_computed():
         cross_experts=2,
         ffn_dim=16,
         dropout=0.0,
-        loss_correction="none",
-        time_knots=0,
+        **EQUATIONS | {"loss_correction": "none"},
     )
     dataset = dataset_of(500, 3, users=4, steps=1)
     arrays = draw(dataset, 0, 4, 16, 16, NegativesConfig(shared=0))

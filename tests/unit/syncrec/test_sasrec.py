@@ -16,7 +16,6 @@ from tests.helpers.histories import (
     pack,
     without_newest,
 )
-from tests.helpers.reference import EQUATIONS
 from tests.unit.syncrec.test_model import (
     DOMAIN_ITEMS,
     make_model,
@@ -26,7 +25,7 @@ from tests.unit.syncrec.test_model import (
 )
 
 SASREC = ModelConfig(
-    **EQUATIONS,
+    time_knots=0,
     dim=6,
     max_length=5,
     tasks="cross",

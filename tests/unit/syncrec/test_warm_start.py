@@ -10,7 +10,15 @@ from syncrec.warm_start import grow_state
 from tests.unit.syncrec.test_model import make_model
 
 CONFIG = ModelConfig(
-    dim=6, max_length=5, experts=3, cross_experts=1, ffn_dim=4, time_knots=7
+    stop_gradient=True,
+    loss_correction="negative_transfer_gap",
+    mutual_information=True,
+    time_knots=7,
+    dim=6,
+    max_length=5,
+    experts=3,
+    cross_experts=1,
+    ffn_dim=4,
 )
 SPAN = (100.0, 700.0)
 

@@ -116,7 +116,10 @@ def test_the_coalition_of_all_is_the_real_pass_and_an_input_matters_where_it_is_
         SHAPLEY
         if tasks == "both"
         else replace(
-            SASREC, loss_correction="shapley", correction_temperature=0.1
+            SASREC,
+            loss_correction="shapley",
+            correction_temperature=0.1,
+            correction_total="one",
         )
     )
     model, table = (

@@ -63,7 +63,7 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(
 BAD_VALUES = {
     "global_batch_size": "0", "epochs": "0 1.5 ten null true", "seed": "-1", "max_steps": "-1", "timeout_minutes": "0 inf nan",
     "model": "3 null", "model.dim": "0 x", "model.norm": "middle", "model.dropout": "1 nan", "model.eta": "2",
-    "model.cross_experts": "9", "model.heads": "3", "model.loss": "hinge",
+    "model.heads": "3", "model.loss": "hinge",
     "model.encoder": "lstm", "model.mutual_information": "maybe", "model.mutual_information_negatives": "1 all 0.5 true",
     "table.optimizer": "adamw off", "table.learning_rate": "0 nan inf", "table.beta1": "1",
     "optimizer.learning_rate": "-1 nan", "optimizer.eps": "0", "optimizer.clip": "-1 nan", "optimizer.warmup_steps": "-1",
@@ -93,6 +93,13 @@ def test_a_bad_value_names_its_key(tmp_path, override):
         else f"{section[0]}:\n  {name}: {value}"
     )
     assert name in refusal(files=[write(tmp_path, text)])
+
+
+def test_with_a_stop_gradient_both_tasks_need_experts_of_their_own():
+    shared = ["model.cross_experts=9", "model.stop_gradient=off"]
+    assert load_config([], shared).model.cross_experts == 9
+    message = refusal("model.cross_experts=9")
+    assert "model.cross_experts is 9" in message
 
 
 @pytest.mark.parametrize("override", ["epochs", "=3", "--epochs", "x y"])
@@ -373,7 +380,7 @@ def test_the_paper_preset_says_every_reading_itself():
         "model": {
             "dim": 128, "max_length": 128, "experts": 5, "cross_experts": 3, "blocks": 2, "heads": 1, "ffn_dim": 128,
             "norm": "post", "gate": "sequence", "loss": "bpr_probability", "loss_correction": "negative_transfer_gap",
-            "time_knots": 0, "correction_total": "one",
+            "time_knots": 0, "correction_total": "one", "stop_gradient": True,
             "learn_scales": True, "mutual_information": True, "mutual_information_pooling": "mean",
             "mutual_information_similarity": "sigmoid", "mutual_information_denominator": "others",
         },
@@ -384,7 +391,6 @@ def test_the_paper_preset_says_every_reading_itself():
     for section, values in literal.items():
         assert {key: written[section].get(key) for key in values} == values
         assert {key: loaded[section][key] for key in values} == values
-    assert loaded["model"]["stop_gradient"] is True
 
 
 def test_what_is_secret_in_an_address_is_not_kept(tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.helpers import PARTS
 from tests.helpers.made import draw_histories, write_dataset
 from trainer.config.study import StudyConfig
 from trainer.errors import InputError
-from trainer.study.plan import check_settings
+from trainer.study.plan import check_settings, leave_out_same
 from trainer.study.runner import run_study
 
 DOMAINS = ["shop", "video"]
@@ -45,3 +46,22 @@ def test_nothing_is_made_before(tmp_path):
     with pytest.raises(InputError, match="dropot"):
         run_study(data, output, [], config, tmp_path / "no-scripts")
     assert not output.exists()
+
+
+SAME = [
+    ([], {}, ["w/o SC-MIM"]),
+    (["model.loss_correction=none"], {}, ["w/o LC-NTG", "w/o SC-MIM"]),
+    (["model.stop_gradient=off"], {}, ["w/o SC-MIM", "w/o stop-gradient"]),
+    (PARTS, {}, ["SyNCRec, all parts"]),
+    ([], {"w/o SC-MIM": ["model.dropout=0.7"]}, []),
+    ([], {"SyNCRec": PARTS}, ["SyNCRec, all parts"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "own", "same"), SAME)
+def test_what_changes_nothing_over_the_base_is_left_out(settings, own, same):
+    """Baselines are not: an MMoE may be what SyNCRec is, and stands for another model."""
+    config = StudyConfig(settings=list(settings), own=own)
+    left, names = leave_out_same(config, [])
+    assert sorted(names) == sorted(same)
+    assert left.systems == [name for name in config.systems if name not in same]
