@@ -207,13 +207,13 @@ def install(device: str | None = None) -> None:
     subprocess.run(
         [sys.executable, __file__, "check"], check=True, env=os.environ | hidden
     )
+    # Now rather than in the first step; without a compiler there is none, which a run says and does without.
+    build = "from syncrec_kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
+    kernels = ["batch"]  # of the loaders, which run on every host's CPU
     if not cuda:
-        # Now rather than in the first step; without a compiler there is none, which a run says and does without.
-        build = "from syncrec_kernels.build import Unavailable, build\ntry: build({!r})\nexcept Unavailable as reason: print(reason)"
-        for kernel in ("block", "scan"):
-            subprocess.run(
-                [sys.executable, "-c", build.format(kernel)], check=True
-            )
+        kernels += ["block", "scan"]
+    for kernel in kernels:
+        subprocess.run([sys.executable, "-c", build.format(kernel)], check=True)
 
 
 def wants_cuda(device: str | None = None) -> bool:

@@ -67,7 +67,7 @@ def build_attention_layout(lengths_S: np.ndarray) -> AttentionLayout:
         shapes=tuple(shapes),
         pad_P=torch.from_numpy(pad_P),
         unpad_M=torch.from_numpy(unpad_M),
-        pieces=_cut_pieces(bounds_S),
+        pieces=cut_pieces(bounds_S),
     )
 
 
@@ -114,7 +114,7 @@ def _fill_buckets(
     return pad_P, row_S
 
 
-def _cut_pieces(bounds_S: np.ndarray) -> tuple[tuple[int, int], ...]:
+def cut_pieces(bounds_S: np.ndarray) -> tuple[tuple[int, int], ...]:
     """(sequences, tokens) of each run of at most MOST_SEQUENCES sequences."""
     sequences = len(bounds_S) - 1
     firsts = np.arange(0, sequences, MOST_SEQUENCES)

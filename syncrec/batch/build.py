@@ -1,4 +1,7 @@
-"""Packs histories into the views that the model sees (syncrec/batch/views.py), by NumPy alone.
+"""Packs histories into the views that the model sees (syncrec/batch/views.py).
+
+`trim` and `build_batch` are compiled loops (syncrec/batch/compiled.py) where those can be had, and
+NumPy elsewhere, in three times the time.
 
 Sizes: B users, N interactions, D domains, G groups (one for each domain that a user has), M tokens
 of a view, S sequences of a view, L targets of a view.
@@ -45,6 +48,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from syncrec.batch import compiled
 from syncrec.batch.attention_layout import (
     build_attention_layout,
     sort_small,
@@ -77,6 +81,11 @@ def trim(
     if lengths_B.size == 0 or lengths_B.max() <= max_length + 1:
         return items_N, lengths_B, domain_N
     domains = int(domain_N.max()) + 1
+    if not compiled.why_missing():
+        kept_N, kept_B = compiled.trim(
+            lengths_B, domain_N, domains, max_length + 1
+        )
+        return items_N[kept_N], kept_B, domain_N[kept_N]
     slot_N = _number_slots(lengths_B, domain_N, domains)
     counts = np.bincount(slot_N, minlength=len(lengths_B) * domains)
     is_long = counts > max_length + 1
@@ -116,6 +125,36 @@ def build_batch(
     domains = len(domain_items)
     ticks_N = _to_ticks(ticks_N, len(items_N))
     weight_B = weight_B.astype(np.float32)
+    build_views = _build_views
+    if not compiled.why_missing():
+        build_views = compiled.build_views
+    cross, single = build_views(
+        lengths_B, domain_N, ticks_N, weight_B, domains, max_length, pooling
+    )
+    rows = _list_rows(items_N, negatives)
+    return Batch(
+        distinct=rows.distinct,
+        inverse=rows.inverse,
+        interactions=len(items_N),
+        negatives=rows.negatives,
+        negative_starts=rows.negative_starts,
+        domain_items=tuple(int(items) for items in domain_items),
+        weight_B=torch.from_numpy(weight_B),
+        cross=cross,
+        single=single,
+    )
+
+
+def _build_views(
+    lengths_B: np.ndarray,
+    domain_N: np.ndarray,
+    ticks_N: np.ndarray,
+    weight_B: np.ndarray,
+    domains: int,
+    max_length: int,
+    pooling: str,
+) -> tuple[View, View]:
+    """`compiled.build_views` by NumPy; some of the integers are int64."""
     groups = _group_by_domain(lengths_B, domain_N, domains)
     cross_tokens = _pack_tokens(
         None, lengths_B, np.ones(len(lengths_B), bool), max_length
@@ -136,18 +175,7 @@ def build_batch(
     single = _build_view(
         single_tokens, single_targets, cross_targets.predicted_N, interactions
     )
-    rows = _list_rows(items_N, negatives)
-    return Batch(
-        distinct=rows.distinct,
-        inverse=rows.inverse,
-        interactions=len(items_N),
-        negatives=rows.negatives,
-        negative_starts=rows.negative_starts,
-        domain_items=tuple(int(items) for items in domain_items),
-        weight_B=torch.from_numpy(weight_B),
-        cross=cross,
-        single=single,
-    )
+    return cross, single
 
 
 def build_query(
@@ -534,12 +562,18 @@ def _list_rows(
         per_interaction = negatives.shape[1]
         negative_ids = negatives.reshape(-1)
         starts = ()
-    ids = torch.from_numpy(
-        np.concatenate([items_N, negative_ids], dtype=np.int64)
-    )
+    ids = np.concatenate([items_N, negative_ids], dtype=np.int64)
+    distinct, inverse = _list_distinct(ids)
+    return _Rows(distinct, inverse, per_interaction, starts)
+
+
+def _list_distinct(ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row once, rising, int64, and which of these each of `ids` is, int32."""
+    if not compiled.why_missing():
+        return compiled.list_rows(ids)
     # Less than half of np.unique's time.
-    distinct, inverse = torch.unique(ids, return_inverse=True)
-    return _Rows(distinct, inverse.int(), per_interaction, starts)
+    distinct, inverse = torch.unique(torch.from_numpy(ids), return_inverse=True)
+    return distinct, inverse.int()
 
 
 def _pool_tokens(

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from syncrec.batch import compiled
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import ShardFile
 from trainer.data.loading.batch_schedule import BatchSchedule
@@ -47,7 +48,10 @@ NO_USERS = UserHistories(
 
 @dataclass(frozen=True)
 class _DecodedBlock:
-    """A block's histories: user k's are those from bounds[k] to bounds[k + 1]."""
+    """A block's histories: user k's are those from bounds[k] to bounds[k + 1].
+
+    int64, int32 and uint16. PyTorch takes no memory that may not be written.
+    """
 
     bounds: np.ndarray
     items_N: np.ndarray
@@ -120,39 +124,31 @@ class Histories:
         order = np.lexsort((block_B, shard_B))
         shard_B = shard_B[order]
         block_B = block_B[order]
-        place_B = place_B[order]
         new_shard = np.diff(shard_B, prepend=-1)
         new_block = np.diff(block_B, prepend=-1)
         starts = np.flatnonzero(new_shard | new_block).tolist()
-        items = []
-        ticks = []
-        read = []
+        blocks: list[_DecodedBlock] = []
+        source_B = np.full(len(order), -1)
         for begin, end in pairwise([*starts, len(order)]):
             shard = int(shard_B[begin])
             at_home = home is None or shard in home
             block_number = int(block_B[begin])
             block = self._read_block(shard, block_number, at_home)
-            if block is None:
-                continue
-            places = place_B[begin:end]
-            lows = block.bounds[places].tolist()
-            highs = block.bounds[places + 1].tolist()
-            for low, high in zip(lows, highs, strict=True):
-                items.append(block.items_N[low:high])
-                ticks.append(block.ticks_N[low:high])
-            read.append(order[begin:end])
+            if block is not None:
+                source_B[order[begin:end]] = len(blocks)
+                blocks.append(block)
         self._drop_blocks()
-        if not items:
+        is_read_B = source_B >= 0
+        if not is_read_B.any():
             return NO_USERS
-        read_B = np.concatenate(read)
-        by_request = np.argsort(read_B).tolist()
-        items = [items[index] for index in by_request]
-        ticks = [ticks[index] for index in by_request]
+        lengths_B, items_N, ticks_N = _gather(
+            blocks, source_B[is_read_B], place_B[is_read_B]
+        )
         return UserHistories(
-            number_B=number_B[np.sort(read_B)],
-            lengths_B=np.fromiter(map(len, items), np.int64, len(items)),
-            items_N=np.concatenate(items),
-            ticks_N=np.concatenate(ticks),
+            number_B=number_B[is_read_B],
+            lengths_B=lengths_B,
+            items_N=items_N,
+            ticks_N=ticks_N,
         )
 
     def _locate(
@@ -204,8 +200,8 @@ class Histories:
         ends_B = np.cumsum(block.lengths_B)
         self._blocks[key] = _DecodedBlock(
             bounds=np.concatenate([[0], ends_B]),
-            items_N=block.items_N,
-            ticks_N=block.ticks_N,
+            items_N=np.require(block.items_N, np.int32, "W"),
+            ticks_N=np.require(block.ticks_N, np.uint16, "W"),
         )
         return self._blocks[key]
 
@@ -248,6 +244,29 @@ class Histories:
         while len(self._files) > room:
             oldest = next(iter(self._files))
             self._files.pop(oldest).close()
+
+
+def _gather(
+    blocks: list[_DecodedBlock], source_B: np.ndarray, place_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`compiled.gather_histories`, and what stands for it where there is no compiler."""
+    if not compiled.why_missing():
+        arrays = []
+        for block in blocks:
+            arrays.append((block.bounds, block.items_N, block.ticks_N))
+        return compiled.gather_histories(arrays, source_B, place_B)
+    items = []
+    ticks = []
+    for source, place in zip(source_B.tolist(), place_B.tolist(), strict=True):
+        block = blocks[source]
+        history = slice(block.bounds[place], block.bounds[place + 1])
+        items.append(block.items_N[history])
+        ticks.append(block.ticks_N[history])
+    return (
+        np.fromiter(map(len, items), np.int64, len(items)),
+        np.concatenate(items),
+        np.concatenate(ticks),
+    )
 
 
 def read_users(

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from syncrec.batch import compiled
 from syncrec.batch.build import build_batch, trim
 from syncrec.batch.views import Batch, Candidates, drop_lookup
 from trainer.config.negatives import NegativesConfig
@@ -570,7 +571,9 @@ def batches_of_workers(
     """
     if workers is None:
         workers = _first_workers(config)
-    zstd_codec()  # loaders are forked: they share what is loaded here
+    # Loaders are forked: they share what is loaded here.
+    zstd_codec()
+    compiled.why_missing()
     prefetch = None
     if workers:
         prefetch = config.prefetch

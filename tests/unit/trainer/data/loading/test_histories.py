@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from syncrec.batch import compiled
 from tests.helpers.made import draw_histories, spoil_block, write_dataset
 from trainer.config.stream import SourceConfig
 from trainer.data.format.dataset import Dataset
@@ -71,13 +72,20 @@ def decoded(monkeypatch):
 @given(
     st.lists(st.lists(st.integers(0, USERS - 1), max_size=30), max_size=5),
     st.integers(1, 8),
+    st.booleans(),
 )
-def test_any_users_are_read_in_the_order_asked_for(dataset, asked, blocks):
-    """Also one twice, whatever room there is."""
+def test_any_users_are_read_in_the_order_asked_for(
+    dataset, asked, blocks, by_numpy
+):
+    """Also one twice, whatever room there is, with a compiler and without."""
     histories = Histories(dataset, blocks)
     for numbers in asked:
-        users = histories.read(np.array(numbers, np.int64))
+        with pytest.MonkeyPatch.context() as patch:
+            if by_numpy:
+                patch.setattr(compiled, "why_missing", lambda: "not wanted")
+            users = histories.read(np.array(numbers, np.int64))
         assert by_user(users) == expected(numbers)
+        assert users.ticks_N.dtype == np.uint16
         assert (
             users.number_B.dtype,
             users.lengths_B.dtype,
