@@ -12,10 +12,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.ready
 	$(VENV)/python launch/demo.py --output .demo
 
-# Two files of tests at a time: most of a test's time is one core's. In the order in which they are
-# found (tests/conftest.py): the long ones come first, and neither process waits for the other.
+# Three files of tests at a time on two cores: most of a test's time is one core's, and a fifth of it
+# waits. In the order in which they are found (tests/conftest.py): the long ones come first, and none
+# of the processes waits long for the others at the end.
 test: .venv/.ready lint
-	$(VENV)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Those that start no process.
 unit: .venv/.ready
