@@ -174,9 +174,7 @@ def _backward_of_attention(_context: Any, gradient_MR: Tensor) -> Tensor:
     return _attention_backward(gradient_MR)
 
 
-torch.library.register_autograd(
-    "benchmarks::attention", _backward_of_attention
-)
+torch.library.register_autograd("benchmarks::attention", _backward_of_attention)
 
 
 @contextlib.contextmanager
