@@ -87,7 +87,12 @@ def _ask_driver(question: str, uuid: str) -> str:
     command = ["nvidia-smi", question, "--format=csv,noheader", f"--id={name}"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -288,9 +288,8 @@ def test_floats_in_text_are_whole_numbers_where_all_of_it_is(tmp_path, kind):
     assert set(items.to_pylist()) == expected and domain.name == "1"
 
 
-@pytest.mark.parametrize(
-    "tie_order", [pytest.param("hash", marks=pytest.mark.slow), "file"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tie_order", ["hash", "file"])
 def test_equal_times_stand_in_the_same_order(tmp_path, monkeypatch, tie_order):
     """In several parts; files of text lie between others, and dates are times of their own."""
     monkeypatch.setattr(trainer.data.prepare.pipeline, "_EVENT_BYTES", 10**7)
