@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.config.command_line import option
+from trainer.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +108,21 @@ class ItemTitles:
         None,
         metavar="FILE",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbosity:
+    """How much a training shows on the console."""
+
+    quiet: bool = option("short for log.console=quiet", False)
+    verbose: bool = option("short for log.console=verbose", False)
+
+    def verbosity_settings(self) -> list[str]:
+        """The options as a setting of a run. Raises InputError where both are given."""
+        if self.quiet and self.verbose:
+            raise InputError("--quiet and --verbose contradict: give one")
+        if self.quiet:
+            return ["log.console=quiet"]
+        if self.verbose:
+            return ["log.console=verbose"]
+        return []
