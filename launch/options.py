@@ -126,3 +126,26 @@ class Verbosity:
         if self.verbose:
             return ["log.console=verbose"]
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecencyTerm:
+    """Whether scores know what was touched lately; by default as the run says."""
+
+    recency_term: bool = option(
+        "score with what was touched lately, too (a run with evaluation.recency_term=true does)",
+        False,
+    )
+    skip_recency_term: bool = option(
+        "score without it, whatever the run says", False
+    )
+
+    def wants_recency_term(self) -> bool | None:
+        """What is asked for; None: as the run says. Raises InputError where both are given."""
+        if self.recency_term and self.skip_recency_term:
+            raise InputError(
+                "--recency-term and --skip-recency-term contradict: give one"
+            )
+        if self.recency_term:
+            return True
+        return False if self.skip_recency_term else None
