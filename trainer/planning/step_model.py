@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import traffic
+from trainer.planning import traffic
 
 PARAMETERS = ("fixed", "per_token", "per_message", "per_byte", "exposed")
 
