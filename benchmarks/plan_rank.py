@@ -1,0 +1,71 @@
+"""One rank of `plan.py`: trains as launch/train.py would, and writes down what it took.
+
+    python benchmarks/plan_rank.py FILE key=value …
+
+FILE gets the rank's number at its end. In it: {"steps": [{"clock", "processor", "tokens"}, …],
+"peak": bytes resident at most, "loaders": the same of its children}.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import machine
+from trainer.config import load_config
+from trainer.distributed import process_group
+from trainer.distributed.process_exit import run_script
+from trainer.training.callbacks import Callback
+from trainer.training.loop import train
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.layout import RunState
+    from trainer.training.callbacks import StepReport
+
+
+class Meter(Callback):
+    """Notes of each step the seconds of the clock and of this process's processor, and its tokens;
+    and the most memory so far.
+    """
+
+    def __init__(self):
+        self.steps = []
+        self.peak = 0
+        self._clock = None
+        self._processor = 0.0
+
+    def on_step(self, state: "RunState", report: "StepReport") -> None:
+        """A step has ended; the time until the next one's end is the next one's."""
+        clock = time.perf_counter()
+        processor = time.process_time()
+        if self._clock is not None:
+            self.steps.append(
+                {
+                    "clock": clock - self._clock,
+                    "processor": processor - self._processor,
+                    "interactions": report.rank_batch.batch.interactions,
+                }
+            )
+        self._clock = clock
+        self._processor = processor
+        self.peak = machine.peak_memory()
+
+
+def main() -> None:
+    """Trains, and writes what it took."""
+    file, *settings = sys.argv[1:]
+    config = load_config([], settings)
+    meter = Meter()
+    with process_group.join_process_group(5, "cpu") as ranks:
+        train(config, ranks, callbacks=[meter])
+        peak = machine.peak_memory()
+    record = {"steps": meter.steps, "peak_training": meter.peak, "peak": peak}
+    Path(f"{file}.{ranks.rank}").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,220 @@
+"""The dense model on some users of a batch, in this process: its memory, operations and seconds.
+
+No rank is started and no table is made. The users have the lengths of the dataset's; which items they
+have is drawn, which changes neither memory nor operations. Where a whole batch is too much for some
+seconds, a part of its users is taken twice, once as many and once half as many. What comes of more
+users follows by a straight line.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from syncrec.batch.build import build_batch
+from syncrec.batch.views import Batch
+from syncrec.model import SyNCRec
+from syncrec.operations import packed_work, step_operations
+from trainer.config.run import RunConfig
+from trainer.data.format.dataset import Dataset
+from trainer.planning.batch_load import BatchLoad, reached
+from trainer.planning.host_memory import peak_bytes, reset_peak
+
+# Of a slice at most: tokens times width times experts, about a second of a core.
+_MOST_WORK = 5_000_000
+_FEWEST_USERS = 2
+_SECONDS = 4.0  # for which steps are repeated, for the quickest of them
+_FEWEST_STEPS = 3
+_MOST_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What some users took. tokens: of both views. bytes: beyond what was there before.
+
+    operations: floating-point, of forward and backward. seconds: of the quickest step, 0 where none
+    was timed.
+    """
+
+    tokens: int
+    bytes: int
+    operations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The dense model's size, and what a step takes of a rank by the tokens of both views.
+
+    weights: trained numbers of the dense model. parameters: tensors that they are in.
+    """
+
+    weights: int
+    parameters: int
+    half: Slice
+    whole: Slice
+
+    def bytes(self, tokens: float) -> float:
+        """Bytes of activations and of what backward needs at most."""
+        return self._extrapolate("bytes", tokens)
+
+    def operations(self, tokens: float) -> float:
+        """Floating-point operations of forward and backward."""
+        return self._extrapolate("operations", tokens)
+
+    def seconds(self, tokens: float) -> float:
+        """Seconds of forward, backward and both updates on this machine's processor."""
+        return self._extrapolate("seconds", tokens)
+
+    def _extrapolate(self, name: str, tokens: float) -> float:
+        """By the straight line through both slices; nothing takes less than in proportion."""
+        low = getattr(self.half, name)
+        high = getattr(self.whole, name)
+        slope = (high - low) / max(1, self.whole.tokens - self.half.tokens)
+        # Noise must not tilt the line beyond what begins at nothing, or is level.
+        slope = min(max(slope, 0.0), high / max(1, self.whole.tokens))
+        return max(0.0, high + slope * (tokens - self.whole.tokens))
+
+
+def count_weights(config: RunConfig, domains: int) -> tuple[int, int]:
+    """Trained numbers of the dense model, and the tensors that they are in. Nothing is allocated."""
+    with torch.device("meta"):
+        model = SyNCRec(config.model, domains)
+    sizes = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            sizes.append(parameter.numel())
+    return sum(sizes), len(sizes)
+
+
+def try_model(
+    config: RunConfig,
+    dataset: Dataset,
+    load: BatchLoad,
+    timed: bool,
+    on_device: bool = False,
+) -> Trial:
+    """Makes the dense model, and steps with slices of the load's sample.
+
+    timed: whether seconds are wanted. on_device: whether it is to stand for a device, which has not
+    the processor's fused kernel.
+    """
+    if on_device:
+        config = replace(config, model=replace(config.model, kernel="plain"))
+    domains = len(dataset.domains)
+    weights, parameters = count_weights(config, domains)
+    torch.manual_seed(config.seed)
+    stepper = _Stepper(config, dataset)
+    users_B = load.sample
+    work = load.most_tokens * config.model.dim * config.model.experts
+    users = len(users_B)
+    if work > _MOST_WORK:
+        users = max(_FEWEST_USERS, int(users * _MOST_WORK / work))
+    # Spread over the batch, which is in no order of lengths that matters.
+    half = stepper.measure(users_B[: max(1, users // 2)], timed)
+    whole = stepper.measure(users_B[:users], timed)
+    return Trial(weights, parameters, half, whole)
+
+
+class _Stepper:
+    """The dense model with its optimizer, and a small table that stands for a rank's rows."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset):
+        self._config = config
+        self._dataset = dataset
+        self._random = np.random.default_rng(config.seed)
+        self._model = SyNCRec(config.model, len(dataset.domains))
+        self._model.train()
+        optimizer = config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=optimizer.learning_rate, fused=True
+        )
+
+    def measure(self, users_B: np.ndarray, timed: bool) -> Slice:
+        """Steps with these users."""
+        batch = self._draw(users_B)
+        rows_UR = torch.randn(len(batch.distinct), self._config.model.dim)
+        self._step(batch, rows_UR)  # the optimizer's state is made, kernels too
+        before = reset_peak()
+        self._step(batch, rows_UR)
+        taken = max(0, peak_bytes() - before) if before else 0
+        works = packed_work(self._config.model, batch)
+        tokens = sum(work.tokens for work in works)
+        operations = step_operations(self._config.model, works)
+        seconds = self._time(batch, rows_UR) if timed else 0.0
+        return Slice(tokens, taken, operations, seconds)
+
+    def _time(self, batch: Batch, rows_UR: torch.Tensor) -> float:
+        """Seconds of the quickest of some steps: other programs only make a step longer."""
+        clock = time.perf_counter
+        if torch.get_num_threads() == 1:
+            # Of the processor: what waits for other programs is not this step's.
+            clock = time.thread_time
+        best = float("inf")
+        begun = time.perf_counter()
+        steps = 0
+        while steps < _MOST_STEPS:
+            start = clock()
+            self._step(batch, rows_UR)
+            best = min(best, clock() - start)
+            steps += 1
+            late = time.perf_counter() - begun > _SECONDS
+            if late and steps >= _FEWEST_STEPS:
+                break
+        return best
+
+    def _step(self, batch: Batch, rows_UR: torch.Tensor) -> None:
+        """Forward, backward and updates, as in trainer/training/step.py, of one rank alone."""
+        looked_up_UR = rows_UR.clone()
+        used_NR = batch.gather_vectors(looked_up_UR).requires_grad_()
+        loss, _ = self._model(batch, used_NR)
+        loss.backward()
+        gradient_NR = used_NR.grad
+        assert gradient_NR is not None  # of backward
+        gradient_UR = batch.reduce_gradient(gradient_NR)
+        square_U = gradient_UR.square().mean(1, keepdim=True)
+        rows_UR.sub_(gradient_UR / square_U.sqrt().add_(1.0), alpha=1e-6)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _draw(self, users_B: np.ndarray) -> Batch:
+        """A batch of these users' lengths, whose items are drawn."""
+        config = self._config
+        dataset = self._dataset
+        lengths_BD = reached(dataset, users_B, config.model.max_length)
+        lengths_B = lengths_BD.sum(1)
+        domains = np.arange(len(dataset.domains))
+        parts = []
+        for lengths_D in lengths_BD:
+            history = np.repeat(domains, lengths_D)
+            parts.append(self._random.permutation(history))
+        domain_N = np.concatenate(parts)
+        items_N = self._draw_items(domain_N)
+        negatives: np.ndarray | list[np.ndarray]
+        if config.negatives.shared:
+            negatives = []
+            for domain in domains.tolist():
+                wanted = np.full(config.negatives.shared, domain)
+                negatives.append(self._draw_items(wanted))
+        else:
+            wanted = np.repeat(domain_N, config.negatives.per_target)
+            drawn = self._draw_items(wanted)
+            negatives = drawn.reshape(-1, config.negatives.per_target)
+        return build_batch(
+            items_N,
+            lengths_B,
+            domain_N,
+            np.ones(len(users_B), np.float32),
+            negatives,
+            [domain.items for domain in dataset.domains],
+            config.model.max_length,
+            config.model.mutual_information_pooling,
+        )
+
+    def _draw_items(self, domain_N: np.ndarray) -> np.ndarray:
+        """A row of M of each of these domains, uniformly."""
+        items_D = np.array([domain.items for domain in self._dataset.domains])
+        share_N = self._random.random(len(domain_N))
+        offset_N = (share_N * items_D[domain_N]).astype(np.int64)
+        return self._dataset.starts[domain_N] + offset_N
