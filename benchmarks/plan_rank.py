@@ -2,23 +2,24 @@
 
     python benchmarks/plan_rank.py FILE key=value …
 
-FILE gets the rank's number at its end. In it: {"steps": [{"clock", "processor", "tokens"}, …],
-"peak": bytes resident at most, "loaders": the same of its children}.
+FILE gets the rank's number at its end. In it: {"steps": [{"clock", "processor", "interactions",
+"resident", "peak"}, …], "validated": bytes resident at most until the last validation has ended,
+"peak": until the run has}.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine
 from trainer.config import load_config
 from trainer.distributed import process_group
 from trainer.distributed.process_exit import run_script
+from trainer.planning import host_memory
 from trainer.training.callbacks import Callback
 from trainer.training.loop import train
 
@@ -34,7 +35,7 @@ class Meter(Callback):
 
     def __init__(self):
         self.steps = []
-        self.peak = 0
+        self.validated = 0
         self._clock = None
         self._processor = 0.0
 
@@ -47,12 +48,18 @@ class Meter(Callback):
                 {
                     "clock": clock - self._clock,
                     "processor": processor - self._processor,
+                    "resident": host_memory.resident_bytes(),
+                    "peak": host_memory.peak_bytes(),
                     "interactions": report.rank_batch.batch.interactions,
                 }
             )
         self._clock = clock
         self._processor = processor
-        self.peak = machine.peak_memory()
+
+    def on_validation(self, state: "RunState", record: dict[str, Any]) -> None:
+        """A validation has ended; it is in no step's time."""
+        self._clock = None
+        self.validated = host_memory.peak_bytes()
 
 
 def main() -> None:
@@ -62,8 +69,12 @@ def main() -> None:
     meter = Meter()
     with process_group.join_process_group(5, "cpu") as ranks:
         train(config, ranks, callbacks=[meter])
-        peak = machine.peak_memory()
-    record = {"steps": meter.steps, "peak_training": meter.peak, "peak": peak}
+        peak = host_memory.peak_bytes()
+    record = {
+        "steps": meter.steps,
+        "validated": meter.validated,
+        "peak": peak,
+    }
     Path(f"{file}.{ranks.rank}").write_text(json.dumps(record))
 
 

@@ -146,6 +146,9 @@ def cluster_step(
     - dense, SC-MIM (rings): inside a host at the GPUs' links; between hosts once for each host.
     - messages: so much for each hop of each collective, and for each rank of an all-to-all.
     """
+    compute = load.tokens / tokens_per_second * cluster.imbalance
+    if gpus == 1:
+        return {"compute": compute}
     by_part = traffic.expected(
         gpus,
         load.dim,
@@ -164,7 +167,7 @@ def cluster_step(
     inside = cluster.inside_gbyte * 1e9
     between = between_gbit * 1e9 / 8
     # Of what a rank sends to gpus − 1 others, so much leaves the host.
-    leaving = (gpus - cluster.per_host) / (gpus - 1)
+    leaving = max(0, gpus - cluster.per_host) / (gpus - 1)
 
     def all_to_all(sent):
         return (
@@ -189,7 +192,7 @@ def cluster_step(
     )
     information = by_part["SC-MIM"] + by_part["SC-MIM gradients"]
     return {
-        "compute": load.tokens / tokens_per_second * cluster.imbalance,
+        "compute": compute,
         "SC-MIM's pairs": _pair_operations(load, gpus) / cluster.fp32_flops,
         "rows": all_to_all(rows),
         "dense": ring(dense),

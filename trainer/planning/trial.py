@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from syncrec.batch.build import build_batch
+from syncrec.batch.build import build_batch, build_query
 from syncrec.batch.views import Batch
 from syncrec.model import SyNCRec
 from syncrec.operations import packed_work, step_operations
@@ -47,13 +47,14 @@ class Slice:
 class Trial:
     """The dense model's size, and what a step takes of a rank by the tokens of both views.
 
-    weights: trained numbers of the dense model. parameters: tensors that they are in.
+    weights: trained numbers of the dense model. evaluation: bytes of a validation's step, beyond what
+    was there before.
     """
 
     weights: int
-    parameters: int
     half: Slice
     whole: Slice
+    evaluation: float
 
     def bytes(self, tokens: float) -> float:
         """Bytes of activations and of what backward needs at most."""
@@ -77,15 +78,15 @@ class Trial:
         return max(0.0, high + slope * (tokens - self.whole.tokens))
 
 
-def count_weights(config: RunConfig, domains: int) -> tuple[int, int]:
-    """Trained numbers of the dense model, and the tensors that they are in. Nothing is allocated."""
+def count_weights(config: RunConfig, domains: int) -> int:
+    """Trained numbers of the dense model. Nothing is allocated."""
     with torch.device("meta"):
         model = SyNCRec(config.model, domains)
     sizes = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             sizes.append(parameter.numel())
-    return sum(sizes), len(sizes)
+    return sum(sizes)
 
 
 def try_model(
@@ -103,7 +104,7 @@ def try_model(
     if on_device:
         config = replace(config, model=replace(config.model, kernel="plain"))
     domains = len(dataset.domains)
-    weights, parameters = count_weights(config, domains)
+    weights = count_weights(config, domains)
     torch.manual_seed(config.seed)
     stepper = _Stepper(config, dataset)
     users_B = load.sample
@@ -114,7 +115,9 @@ def try_model(
     # Spread over the batch, which is in no order of lengths that matters.
     half = stepper.measure(users_B[: max(1, users // 2)], timed)
     whole = stepper.measure(users_B[:users], timed)
-    return Trial(weights, parameters, half, whole)
+    evaluated = min(config.evaluation.batch_size, max(1, dataset.users))
+    taken = stepper.measure_evaluation(users_B[:users])
+    return Trial(weights, half, whole, taken * evaluated / users)
 
 
 class _Stepper:
@@ -144,6 +147,29 @@ class _Stepper:
         operations = step_operations(self._config.model, works)
         seconds = self._time(batch, rows_UR) if timed else 0.0
         return Slice(tokens, taken, operations, seconds)
+
+    def measure_evaluation(self, users_B: np.ndarray) -> int:
+        """Bytes that a validation's step with these users takes, beyond what was there before."""
+        config = self._config
+        dataset = self._dataset
+        items_N, lengths_B, domain_N = self._draw_histories(users_B)
+        negatives = config.evaluation.negatives
+        candidates = np.repeat(domain_N[:1], len(users_B) * (1 + negatives))
+        query = build_query(
+            items_N,
+            lengths_B,
+            config.model.max_length,
+            self._draw_items(candidates),
+            domain_N if config.model.predicts_by_both else None,
+            len(dataset.domains),
+        )
+        before = reset_peak()
+        rows_NR = torch.zeros(len(query.ids), config.model.dim)
+        self._model.eval()
+        with torch.no_grad():
+            self._model(query, rows_NR.clone())
+        self._model.train()
+        return max(0, peak_bytes() - before) if before else 0
 
     def _time(self, batch: Batch, rows_UR: torch.Tensor) -> float:
         """Seconds of the quickest of some steps: other programs only make a step longer."""
@@ -178,23 +204,29 @@ class _Stepper:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _draw(self, users_B: np.ndarray) -> Batch:
-        """A batch of these users' lengths, whose items are drawn."""
-        config = self._config
-        dataset = self._dataset
-        lengths_BD = reached(dataset, users_B, config.model.max_length)
-        lengths_B = lengths_BD.sum(1)
-        domains = np.arange(len(dataset.domains))
+    def _draw_histories(
+        self, users_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """items_N, lengths_B and domain_N of these users, as `build_batch` takes them."""
+        max_length = self._config.model.max_length
+        lengths_BD = reached(self._dataset, users_B, max_length)
+        domains = np.arange(lengths_BD.shape[1])
         parts = []
         for lengths_D in lengths_BD:
             history = np.repeat(domains, lengths_D)
             parts.append(self._random.permutation(history))
         domain_N = np.concatenate(parts)
-        items_N = self._draw_items(domain_N)
+        return self._draw_items(domain_N), lengths_BD.sum(1), domain_N
+
+    def _draw(self, users_B: np.ndarray) -> Batch:
+        """A batch of these users' lengths, whose items are drawn."""
+        config = self._config
+        dataset = self._dataset
+        items_N, lengths_B, domain_N = self._draw_histories(users_B)
         negatives: np.ndarray | list[np.ndarray]
         if config.negatives.shared:
             negatives = []
-            for domain in domains.tolist():
+            for domain in range(len(dataset.domains)):
                 wanted = np.full(config.negatives.shared, domain)
                 negatives.append(self._draw_items(wanted))
         else:
