@@ -9,6 +9,7 @@ traffic         what a rank sends in a step, by formula
 step_model      seconds of a step, fitted on measured ones, and on other machines
 prediction      a whole plan: memory, bytes, messages, seconds, and what limits the step
 report          a plan as tables
+command         what `--plan` does
 
 dataset ──▶ batch_load ──▶ trial ──▶ memory, traffic, step_model ──▶ prediction ──▶ report
 """

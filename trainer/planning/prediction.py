@@ -207,6 +207,7 @@ def _scale(
     process: float,
 ) -> Scaled:
     """The plan's users a rank, on so many ranks."""
+    config = replace(config, global_batch_size=machines.ranks * load.users)
     memory = plan_memory(config, dataset, machines, load, trial, process)
     seconds = predict_seconds(config, dataset, machines, load, trial)
     alone = replace(machines, ranks=1, hosts=1)

@@ -1,0 +1,201 @@
+"""A plan as tables: memory by part, bytes and messages by part, a step's seconds, many ranks; and
+what all of it assumes."""
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from embeddings.placement import format_size
+from trainer.config.run import RunConfig
+from trainer.data.format.dataset import Dataset
+from trainer.planning.machines import (
+    COMPARISON_EFFICIENCY,
+    EFFICIENCY,
+    STEP_SECONDS,
+    Machines,
+)
+from trainer.planning.memory import zero_stage
+from trainer.planning.prediction import Plan
+from trainer.reporting.line_folding import WIDTH_IN_A_PIPE
+
+
+def print_plan(plan: Plan, config: RunConfig, dataset: Dataset) -> None:
+    """Prints the plan on standard output."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_IN_A_PIPE)
+    for line in headline(plan, config, dataset):
+        console.print(line, highlight=False, markup=False)
+    console.print(memory_table(plan))
+    if plan.sent:
+        console.print(sent_table(plan))
+    console.print(step_table(plan))
+    console.print(scaled_table(plan))
+    console.print("What is assumed:", highlight=False)
+    for line in assumptions(plan, config):
+        console.print(f"- {line}", highlight=False, markup=False)
+
+
+def headline(plan: Plan, config: RunConfig, dataset: Dataset) -> Iterator[str]:
+    """What the plan is for, and what a step brings."""
+    machines = plan.machines
+    device = "this machine's processor"
+    if machines.device is not None:
+        device = f"{machines.device.name} each"
+    yield (
+        f"{_count(machines.ranks, 'rank')} on {_count(machines.hosts, 'host')}, {device}; "
+        f"{dataset.num_embeddings:,} rows of {config.model.dim} floats; "
+        f"{plan.trial.weights:,} dense weights, ZeRO stage {zero_stage(config)}"
+    )
+    load = plan.load
+    yield (
+        f"a step of a rank: {load.users:,} users, {load.interactions:,.0f} interactions, "
+        f"{load.tokens:,.0f} tokens in both views (at most {load.most_tokens:,}), "
+        f"{load.rows:,.0f} rows; {load.steps:,} steps an epoch"
+    )
+
+
+def memory_table(plan: Plan) -> Table:
+    """Bytes of a rank by part.
+
+     memory of a rank                     host
+    ────────────────────────────────────────────
+     the process itself                 389.0 MB
+     item table, its optimizer            5.4 MB
+    """
+    has_device = plan.machines.device is not None
+    columns = ["device", "host"] if has_device else ["host"]
+    table = _make_table("memory of a rank", *columns)
+    for part in plan.memory.parts:
+        cells = [_size(part.device), _size(part.host)]
+        table.add_row(part.name, *cells[-len(columns) :])
+    totals = [_size(plan.memory.device), _size(plan.memory.host)]
+    table.add_section()
+    table.add_row("all, at most", *totals[-len(columns) :])
+    if not has_device:
+        process = _size(plan.memory.process)
+        table.add_row("of it in the rank's own process", process)
+    return table
+
+
+def sent_table(plan: Plan) -> Table:
+    """Bytes and messages that a rank sends in a step by part."""
+    table = _make_table("sent in a step", "bytes", "messages")
+    sent_bytes = 0.0
+    messages = 0
+    for name, sent in plan.sent.items():
+        table.add_row(name, f"{sent.bytes:,.0f}", f"{sent.messages:,}")
+        sent_bytes += sent.bytes
+        messages += sent.messages
+    table.add_section()
+    table.add_row("all", f"{sent_bytes:,.0f}", f"{messages:,}")
+    return table
+
+
+def step_table(plan: Plan) -> Table:
+    """Milliseconds of a step by part, and what limits it."""
+    table = _make_table("time of a step", "ms", "share")
+    total = plan.step_seconds
+    for name, seconds in plan.seconds.items():
+        if seconds:
+            table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / total:.0%}")
+    table.add_section()
+    table.add_row("all, nothing overlapped", f"{1e3 * total:.2f}", "100%")
+    table.add_row(f"most of it: {plan.limit}")
+    return table
+
+
+def scaled_table(plan: Plan) -> Table:
+    """A line a number of ranks, each with as many users as in the plan."""
+    has_device = plan.machines.device is not None
+    memory = "device" if has_device else "process"
+    table = _make_table(
+        "ranks", "users", "step, ms", "efficiency", "sent", memory, "limit"
+    )
+    for line in plan.scaled:
+        taken = line.memory.device if has_device else line.memory.process
+        table.add_row(
+            f"{line.machines.ranks:,} on {line.machines.hosts}",
+            f"{line.users:,}",
+            f"{1e3 * line.seconds:.1f}",
+            f"{line.efficiency:.0%}",
+            format_size(line.sent),
+            "too much" if line.memory.refusal else format_size(taken),
+            line.limit,
+        )
+    return table
+
+
+def assumptions(plan: Plan, config: RunConfig) -> Iterator[str]:
+    """What the figures rest on, a sentence each."""
+    machines = plan.machines
+    yield from _assumed_speed(plan, machines)
+    yield (
+        f"Links: a rank sends {machines.inside_gbyte:g} GB/s within a host, a host "
+        f"{machines.between_gbit:g} Gbit/s to others (--between-gbit); a collective takes "
+        f"{machines.message_microseconds:g} µs a hop. Nothing is overlapped."
+    )
+    yield (
+        "Lengths are the dataset's, batches the run's own (eight of the first epoch); rows follow "
+        "from how popular items are."
+    )
+    if plan.trial.whole.tokens < plan.load.most_tokens:
+        yield (
+            f"Memory and operations of a step: counted on {plan.trial.half.tokens:,} and "
+            f"{plan.trial.whole.tokens:,} tokens, and extrapolated by a straight line."
+        )
+    if config.split.kind != "leave_one_out":
+        yield "Lengths are those of leave-one-out; a split by time trains on other ones."
+    if config.stream.workers < 0:
+        yield "Loaders: one a rank; where steps are quick, a run starts more."
+    yield "Loaders and storage keep up."
+    if zero_stage(config) == 3:
+        yield "ZeRO 3's gathering of weights is in no figure of time and bytes."
+    if zero_stage(config) in (1, 2) and machines.device is not None:
+        yield (
+            "DeepSpeed's reduce bucket lies on the device whole: set "
+            "deepspeed.zero_optimization.reduce_bucket_size to the dense weights to spare it."
+        )
+    yield "Ranking over the whole catalogue (evaluate --ranking full) is not in it."
+
+
+def _assumed_speed(plan: Plan, machines: Machines) -> Iterator[str]:
+    """What a step's arithmetic is reckoned by."""
+    device = machines.device
+    if device is None:
+        yield (
+            "A step's arithmetic: measured just now on this machine's processor, in one process and "
+            "with as many threads as a rank has. Ranks beside it on the same caches and memory are "
+            "not in it."
+        )
+    else:
+        yield (
+            f"A step's arithmetic: {EFFICIENCY:.0%} of {device.name}'s peak ({device.bf16 / 1e12:g} "
+            f"TFLOP/s bf16, {device.fp32 / 1e12:g} fp32), SC-MIM's comparisons "
+            f"{COMPARISON_EFFICIENCY:.0%}. An assumption, never measured."
+        )
+    yield f"{1e3 * STEP_SECONDS:g} ms of a step are the program's own (launches, Python)."
+
+
+def _make_table(name: str, *columns: str) -> Table:
+    """A table whose first column has names and whose other columns have figures."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(name, no_wrap=True)
+    for column in columns:
+        if column == "limit":
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _size(count: float) -> str:
+    """`1.2 GB`, and – for nothing."""
+    return format_size(count) if count else "–"
+
+
+def _count(number: int, thing: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
