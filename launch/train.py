@@ -58,8 +58,14 @@ class Options(Device, ItemTitles, Verbosity):
         "print the memory, network and time that the run will take, and stop; no rank is started",
         False,
     )
-    ranks: int = option("of --plan: how many ranks", 1, metavar="N")
-    hosts: int = option("of --plan: on how many hosts", 1, metavar="N")
+    ranks: int | None = option(
+        "of --plan: how many ranks; without it: as many as are started",
+        None,
+        metavar="N",
+    )
+    hosts: int | None = option(
+        "of --plan: on how many hosts", None, metavar="N"
+    )
     gpu: str | None = option(
         "of --plan: A100, H100 or H200; without it: this machine's processor",
         None,

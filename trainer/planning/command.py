@@ -6,6 +6,7 @@ import torch
 
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.distributed.launchers import read_world
 from trainer.distributed.resources import keep_freed_memory
 from trainer.errors import InputError
 from trainer.planning.machines import Machines, find_device
@@ -15,12 +16,23 @@ from trainer.planning.report import print_plan
 
 def plan_run(
     config: RunConfig,
-    ranks: int,
-    hosts: int,
+    ranks: int | None,
+    hosts: int | None,
     gpu: str | None,
     between_gbit: float,
 ) -> None:
-    """Prints what a run of these settings will take. Raises InputError where it cannot be known."""
+    """Prints what a run of these settings will take. Raises InputError where it cannot be known.
+
+    ranks, hosts: None: as the launcher has started them, whose first process alone prints.
+    """
+    world = read_world()
+    if world.rank > 0:
+        return
+    if ranks is None:
+        ranks = world.size
+    if hosts is None:
+        is_started = ranks == world.size and world.local_size
+        hosts = world.size // world.local_size if is_started else 1
     if not config.data:
         raise InputError(
             "data=DIR is missing: --plan needs the prepared dataset, whose lengths and items decide "

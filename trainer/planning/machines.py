@@ -13,8 +13,11 @@ from trainer.errors import InputError
 EFFICIENCY = 0.25
 # Of the fp32 peak, what SC-MIM's comparisons reach: assumed.
 COMPARISON_EFFICIENCY = 0.6
-# Seconds of a step that no arithmetic explains: launches, Python, the loop. Assumed.
+# Seconds of a step that no arithmetic explains: launches, Python, the loop. Assumed for a GPU; of a
+# processor, and there of DeepSpeed's ZeRO beside it, set by the runs of docs/clusters.md.
 STEP_SECONDS = 0.005
+PROCESSOR_STEP_SECONDS = 0.010
+PROCESSOR_ZERO_SECONDS = 0.025
 # Of a collective, for each hop; of an all-to-all, for each rank. Assumed for NCCL.
 MESSAGE_MICROSECONDS = 10.0
 PEER_MICROSECONDS = 1.0

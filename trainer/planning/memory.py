@@ -10,6 +10,7 @@ from embeddings.config import optimizer_name
 from embeddings.placement import Capacity, HostNeeds, Room, plan_capacity
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.evaluation.inspect import InspectionConfig
 from trainer.planning.batch_load import BatchLoad
 from trainer.planning.machines import Machines
 from trainer.planning.trial import Trial
@@ -20,8 +21,13 @@ from trainer.training.loader_memory import (
 
 # Of CUDA's context, its kernels and its libraries' workspaces. Assumed.
 _CONTEXT = 1.0e9
-# Of the device's memory that PyTorch's allocator has, and cannot use for what is asked. Assumed.
+# Of activations, what an allocator has beside them and cannot use. Assumed for a GPU; of a processor
+# set by the runs of docs/clusters.md.
 _FRAGMENTS = 0.1
+_PROCESSOR_FRAGMENTS = 0.08
+# What a rank has of each token when it inspects the best model: its vectors, this many times. Set by
+# those runs too.
+_INSPECTED_COPIES = 6
 _FLOAT = 4
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, where nothing is said
 _ENOUGH = 2**60  # bytes of a host of which nobody knows how many it has
@@ -119,6 +125,16 @@ def bucket_bytes(config: RunConfig, weights: int, on_device: bool) -> float:
     return buffers * _FLOAT * numbers
 
 
+def inspection_bytes(
+    config: RunConfig, dataset: Dataset, ranks: int, load: BatchLoad
+) -> float:
+    """What a rank takes when it inspects the best model (trainer/evaluation/inspect.py)."""
+    everyone = min(InspectionConfig().users, dataset.users)
+    users = -(-everyone // ranks)
+    vector = _FLOAT * config.model.dim
+    return users * load.tokens / load.users * vector * _INSPECTED_COPIES
+
+
 def plan_memory(
     config: RunConfig,
     dataset: Dataset,
@@ -151,21 +167,23 @@ def plan_memory(
         Part("the process itself", host=process),
         Part("item table, its optimizer", table.device, table.host),
     ]
+    inspected = inspection_bytes(config, dataset, ranks, load)
+    tested = max(trial.evaluation, inspected)
     if device is None:
+        # malloc keeps what was freed, and can seldom use it for the other's tensors.
+        kept = 1 + _PROCESSOR_FRAGMENTS
         parts += [
             Part("dense model, gradients, optimizer", host=dense + bucket),
-            Part("a step: activations, gradients", host=steps),
-            Part("a validation", host=trial.evaluation),
+            Part("a step: activations, gradients", host=kept * steps),
+            Part("a validation, or the test's look", host=kept * tested),
         ]
     else:
         parts[0] = Part("the process itself", _CONTEXT, process)
+        most = (1 + _FRAGMENTS) * max(steps, tested)
         parts += [
             Part("dense model, gradients, optimizer", dense),
             Part("DeepSpeed's reduce bucket", bucket),
-            Part(
-                "a step, or a validation",
-                (1 + _FRAGMENTS) * max(steps, trial.evaluation),
-            ),
+            Part("a step, a validation, the test's look", most),
         ]
     checkpoint = table.checkpoint + 3 * _FLOAT * trial.weights
     parts += [

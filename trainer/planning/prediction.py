@@ -6,11 +6,13 @@ from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.planning import step_model, traffic
 from trainer.planning.batch_load import BatchLoad, measure_load
-from trainer.planning.host_memory import resident_bytes
+from trainer.planning.host_memory import reset_peak, resident_bytes
 from trainer.planning.machines import (
     COMPARISON_EFFICIENCY,
     EFFICIENCY,
     PEER_MICROSECONDS,
+    PROCESSOR_STEP_SECONDS,
+    PROCESSOR_ZERO_SECONDS,
     STEP_SECONDS,
     Machines,
 )
@@ -79,12 +81,11 @@ def make_plan(
 
     Raises InputError where the dataset cannot be cut for so many ranks.
     """
-    process = resident_bytes()
     load = measure_load(config, dataset, machines.ranks)
     on_device = machines.device is not None
-    trial = try_model(
-        config, dataset, load, timed and not on_device, on_device
-    )
+    trial = try_model(config, dataset, load, timed and not on_device, on_device)
+    # After the trial: a rank, too, has run the code that it has loaded.
+    process = reset_peak() or resident_bytes()
     memory = plan_memory(config, dataset, machines, load, trial, process)
     seconds = predict_seconds(config, dataset, machines, load, trial)
     scaled = []
@@ -151,13 +152,13 @@ def predict_seconds(
     device = machines.device
     if device is None:
         compute = trial.seconds(load.tokens)
-        comparisons = load.tokens and trial.operations(load.tokens) / compute
+        comparisons = trial.operations(load.tokens) / max(compute, 1e-9)
     else:
         bf16 = config.model.precision == "bf16"
         peak = device.bf16 if bf16 else device.fp32
         compute = trial.operations(load.tokens) / (EFFICIENCY * peak)
         comparisons = COMPARISON_EFFICIENCY * device.fp32
-    compute += STEP_SECONDS
+    compute += overhead_seconds(config, machines)
     cluster = step_model.Cluster(
         gpus=[machines.ranks],
         per_host=machines.per_host,
@@ -190,11 +191,21 @@ def predict_seconds(
     )
 
 
+def overhead_seconds(config: RunConfig, machines: Machines) -> float:
+    """Seconds of a step that are the program's own."""
+    if machines.device is not None:
+        return STEP_SECONDS
+    if zero_stage(config) == 0:
+        return PROCESSOR_STEP_SECONDS
+    return PROCESSOR_STEP_SECONDS + PROCESSOR_ZERO_SECONDS
+
+
 def _compares_all(config: RunConfig) -> bool:
     """Whether SC-MIM tells a user apart from those of other ranks."""
     model = config.model
     return (
-        model.mutual_information and model.mutual_information_negatives != "rank"
+        model.mutual_information
+        and model.mutual_information_negatives != "rank"
     )
 
 

@@ -13,11 +13,10 @@ from trainer.data.format.dataset import Dataset
 from trainer.planning.machines import (
     COMPARISON_EFFICIENCY,
     EFFICIENCY,
-    STEP_SECONDS,
     Machines,
 )
 from trainer.planning.memory import zero_stage
-from trainer.planning.prediction import Plan
+from trainer.planning.prediction import Plan, overhead_seconds
 from trainer.reporting.line_folding import WIDTH_IN_A_PIPE
 
 
@@ -100,7 +99,9 @@ def step_table(plan: Plan) -> Table:
     total = plan.step_seconds
     for name, seconds in plan.seconds.items():
         if seconds:
-            table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / total:.0%}")
+            table.add_row(
+                name, f"{1e3 * seconds:.2f}", f"{seconds / total:.0%}"
+            )
     table.add_section()
     table.add_row("all, nothing overlapped", f"{1e3 * total:.2f}", "100%")
     table.add_row(f"most of it: {plan.limit}")
@@ -132,6 +133,8 @@ def assumptions(plan: Plan, config: RunConfig) -> Iterator[str]:
     """What the figures rest on, a sentence each."""
     machines = plan.machines
     yield from _assumed_speed(plan, machines)
+    own = 1e3 * overhead_seconds(config, machines)
+    yield f"{own:g} ms of a step are the program's own (launches, Python)."
     yield (
         f"Links: a rank sends {machines.inside_gbyte:g} GB/s within a host, a host "
         f"{machines.between_gbit:g} Gbit/s to others (--between-gbit); a collective takes "
@@ -176,7 +179,6 @@ def _assumed_speed(plan: Plan, machines: Machines) -> Iterator[str]:
             f"TFLOP/s bf16, {device.fp32 / 1e12:g} fp32), SC-MIM's comparisons "
             f"{COMPARISON_EFFICIENCY:.0%}. An assumption, never measured."
         )
-    yield f"{1e3 * STEP_SECONDS:g} ms of a step are the program's own (launches, Python)."
 
 
 def _make_table(name: str, *columns: str) -> Table:

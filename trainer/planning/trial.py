@@ -4,6 +4,9 @@ No rank is started and no table is made. The users have the lengths of the datas
 have is drawn, which changes neither memory nor operations. Where a whole batch is too much for some
 seconds, a part of its users is taken twice, once as many and once half as many. What comes of more
 users follows by a straight line.
+
+Memory is what Linux counts, with what the allocator keeps and cannot use again: batches differ, and
+so they do here.
 """
 
 import time
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 
 from syncrec.batch.build import build_batch, build_query
-from syncrec.batch.views import Batch
+from syncrec.batch.views import Batch, move
 from syncrec.model import SyNCRec
 from syncrec.operations import packed_work, step_operations
 from trainer.config.run import RunConfig
@@ -24,9 +27,11 @@ from trainer.planning.host_memory import peak_bytes, reset_peak
 # Of a slice at most: tokens times width times experts, about a second of a core.
 _MOST_WORK = 5_000_000
 _FEWEST_USERS = 2
-_SECONDS = 4.0  # for which steps are repeated, for the quickest of them
-_FEWEST_STEPS = 3
+_SECONDS = 3.0  # for which steps are repeated, for the quickest of them
+_FEWEST_STEPS = 5
 _MOST_STEPS = 12
+_EVALUATIONS = 4
+_EVALUATED = 4  # times as many users as step at once, which take as long
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,9 @@ def try_model(
     half = stepper.measure(users_B[: max(1, users // 2)], timed)
     whole = stepper.measure(users_B[:users], timed)
     evaluated = min(config.evaluation.batch_size, max(1, dataset.users))
-    taken = stepper.measure_evaluation(users_B[:users])
-    return Trial(weights, half, whole, taken * evaluated / users)
+    tried = min(evaluated, max(1, int(_EVALUATED * users)))
+    taken = stepper.measure_evaluation(tried)
+    return Trial(weights, half, whole, taken * evaluated / tried)
 
 
 class _Stepper:
@@ -135,27 +141,48 @@ class _Stepper:
         )
 
     def measure(self, users_B: np.ndarray, timed: bool) -> Slice:
-        """Steps with these users."""
+        """Steps with these users, or with nearly all of them, as batches differ in a run."""
         batch = self._draw(users_B)
-        rows_UR = torch.randn(len(batch.distinct), self._config.model.dim)
-        self._step(batch, rows_UR)  # the optimizer's state is made, kernels too
-        before = reset_peak()
-        self._step(batch, rows_UR)
-        taken = max(0, peak_bytes() - before) if before else 0
         works = packed_work(self._config.model, batch)
         tokens = sum(work.tokens for work in works)
         operations = step_operations(self._config.model, works)
-        seconds = self._time(batch, rows_UR) if timed else 0.0
-        return Slice(tokens, taken, operations, seconds)
+        self._step(batch)  # the optimizer's state is made, kernels too
+        before = reset_peak()
+        best = self._time_step(batch) / tokens
+        begun = time.perf_counter()
+        for number in range(1, _MOST_STEPS):
+            late = time.perf_counter() - begun > _SECONDS
+            if not timed or (late and number >= _FEWEST_STEPS):
+                break
+            batch = self._draw(self._leave_some_out(users_B))
+            works = packed_work(self._config.model, batch)
+            taken = self._time_step(batch)
+            best = min(best, taken / sum(work.tokens for work in works))
+        peak = max(0, peak_bytes() - before) if before else 0
+        return Slice(tokens, peak, operations, best * tokens if timed else 0.0)
 
-    def measure_evaluation(self, users_B: np.ndarray) -> int:
-        """Bytes that a validation's step with these users takes, beyond what was there before."""
+    def _leave_some_out(self, users_B: np.ndarray) -> np.ndarray:
+        """At least three quarters of these users, drawn."""
+        fewest = -(-3 * len(users_B) // 4)
+        count = int(self._random.integers(fewest, len(users_B) + 1))
+        return self._random.permutation(users_B)[:count]
+
+    def measure_evaluation(self, users: int) -> int:
+        """Bytes that a validation's steps with so many users take, beyond what was there before."""
+        before = reset_peak()
+        for _ in range(_EVALUATIONS):
+            everyone = max(1, self._dataset.users)
+            self._evaluate(self._random.choice(everyone, users, replace=False))
+        return max(0, peak_bytes() - before) if before else 0
+
+    def _evaluate(self, users_B: np.ndarray) -> None:
+        """A step of a validation, with drawn candidates (trainer/evaluation/sampled.py)."""
         config = self._config
         dataset = self._dataset
         items_N, lengths_B, domain_N = self._draw_histories(users_B)
         negatives = config.evaluation.negatives
         candidates = np.repeat(domain_N[:1], len(users_B) * (1 + negatives))
-        query = build_query(
+        built = build_query(
             items_N,
             lengths_B,
             config.model.max_length,
@@ -163,37 +190,30 @@ class _Stepper:
             domain_N if config.model.predicts_by_both else None,
             len(dataset.domains),
         )
-        before = reset_peak()
+        query = move(built, "cpu")
         rows_NR = torch.zeros(len(query.ids), config.model.dim)
         self._model.eval()
         with torch.no_grad():
             self._model(query, rows_NR.clone())
         self._model.train()
-        return max(0, peak_bytes() - before) if before else 0
 
-    def _time(self, batch: Batch, rows_UR: torch.Tensor) -> float:
-        """Seconds of the quickest of some steps: other programs only make a step longer."""
+    def _time_step(self, batch: Batch) -> float:
+        """Seconds of forward, backward and updates, as in trainer/training/step.py, of one rank alone.
+
+        With one thread those of the processor: what waits for other programs is not this step's.
+        """
         clock = time.perf_counter
         if torch.get_num_threads() == 1:
-            # Of the processor: what waits for other programs is not this step's.
             clock = time.thread_time
-        best = float("inf")
-        begun = time.perf_counter()
-        steps = 0
-        while steps < _MOST_STEPS:
-            start = clock()
-            self._step(batch, rows_UR)
-            best = min(best, clock() - start)
-            steps += 1
-            late = time.perf_counter() - begun > _SECONDS
-            if late and steps >= _FEWEST_STEPS:
-                break
-        return best
+        begun = clock()
+        self._step(batch)
+        return clock() - begun
 
-    def _step(self, batch: Batch, rows_UR: torch.Tensor) -> None:
-        """Forward, backward and updates, as in trainer/training/step.py, of one rank alone."""
-        looked_up_UR = rows_UR.clone()
-        used_NR = batch.gather_vectors(looked_up_UR).requires_grad_()
+    def _step(self, batch: Batch) -> None:
+        """The step itself; its rows are looked up and updated in a table of their own."""
+        batch = move(batch, "cpu")
+        rows_UR = torch.zeros(len(batch.distinct), self._config.model.dim)
+        used_NR = batch.gather_vectors(rows_UR.clone()).requires_grad_()
         loss, _ = self._model(batch, used_NR)
         loss.backward()
         gradient_NR = used_NR.grad
