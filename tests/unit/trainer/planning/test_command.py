@@ -113,14 +113,20 @@ def test_a_plan_agrees_with_itself(dataset):  # noqa: F811
     assert all(0 < share <= 1 for share in efficiencies)
 
 
+@pytest.fixture(scope="module")
+def run(dataset):  # noqa: F811
+    """Settings, dataset, and what a step brings."""
+    config = load_config([], SETTINGS)
+    return config, dataset, measure_load(config, dataset, 8)
+
+
 @given(
     gbit=st.floats(0.1, 10_000),
     more=st.floats(1, 100),
     hosts=st.integers(2, 64),
 )
-def test_a_quicker_link_makes_no_step_longer(dataset, gbit, more, hosts):  # noqa: F811
-    config = load_config([], SETTINGS)
-    load = measure_load(config, dataset, 8)
+def test_a_quicker_link_makes_no_step_longer(run, gbit, more, hosts):
+    config, dataset, load = run  # noqa: F811
     times = []
     for speed in (gbit, gbit * more):
         machines = Machines(8 * hosts, hosts, DEVICES["A100"], speed)

@@ -122,7 +122,8 @@ def test_ranks_share_the_table_and_each_has_its_batch(dataset):
         by_name = {part.name: part.host for part in memory.parts}
         sizes.append(by_name["item table, its optimizer"])
         assert by_name["the process itself"] == 10**6
-        assert by_name["a step: activations, gradients"] >= 1_500
+        steps = by_name["a step: activations, gradients"]
+        assert steps == pytest.approx(1.08 * TRIAL.bytes(load.most_tokens))
         assert memory.device == 0
         assert memory.process < memory.host
     assert sizes[0] > sizes[1] > sizes[2]
@@ -136,7 +137,7 @@ def test_a_table_that_fits_no_device_is_refused_with_the_arithmetic(dataset):
         config, dataset, Machines(1, 1, tiny), load, TRIAL, 10**6
     )
     assert memory.refusal == ""
-    tiny = replace(tiny, memory=1.0e9 + 81_000)
+    tiny = replace(tiny, memory=1.0e9 + 80_500)
     memory = plan_memory(
         config, dataset, Machines(1, 1, tiny), load, TRIAL, 10**6
     )
