@@ -31,8 +31,9 @@ def plan_run(
     if ranks is None:
         ranks = world.size
     if hosts is None:
-        is_started = ranks == world.size and world.local_size
-        hosts = world.size // world.local_size if is_started else 1
+        hosts = 1
+        if ranks == world.size and world.local_size:
+            hosts = world.size // world.local_size
     if not config.data:
         raise InputError(
             "data=DIR is missing: --plan needs the prepared dataset, whose lengths and items decide "

@@ -1,5 +1,4 @@
-"""How long a step takes on so many ranks: fitted on what was measured, and what follows for
-more of them.
+"""How long a step takes on so many ranks: fitted on what was measured, and what follows for more.
 
 A rank's step takes
 
@@ -24,12 +23,17 @@ import numpy as np
 from trainer.planning import traffic
 
 PARAMETERS = ("fixed", "per_token", "per_message", "per_byte", "exposed")
+_EXCHANGES = 5  # all-to-alls: numbers, lengths, ids, rows, gradients
+_ROWS = ("numbers of ids", "ids", "rows", "row gradients")
+_DENSE = ("dense gradients", "dense weights")
+_INFORMATION = ("SC-MIM", "SC-MIM gradients")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured step. bandwidth: bytes a second, inf where nothing limits them; one rank has
-    no messages and no bytes.
+    """A measured step.
+
+    bandwidth: bytes a second, inf where nothing limits them. One rank has no messages and no bytes.
     """
 
     tokens: float
@@ -41,61 +45,65 @@ class Point:
     @property
     def terms(self) -> np.ndarray:
         """What each of the parameters is multiplied with."""
-        return np.array(
-            [
-                1.0,
-                self.tokens,
-                self.messages,
-                self.bytes,
-                self.bytes / self.bandwidth,
-            ]
-        )
+        on_cable = self.bytes / self.bandwidth
+        terms = [
+            1.0,
+            self.tokens,
+            self.messages,
+            self.bytes,
+            on_cable,
+        ]
+        return np.array(terms)
 
 
 def fit(points: list[Point]) -> dict[str, float]:
-    """{parameter: value}, from at least as many points as there are parameters."""
-    terms = np.array([point.terms / point.seconds for point in points])
+    """{parameter: value}, from at least as many points as there are parameters.
+
+    Non-negative least squares, exactly: the best of all sets of parameters that may be other than 0.
+    """
+    rows = []
+    for point in points:
+        rows.append(point.terms / point.seconds)
+    terms = np.array(rows)
     scale = np.abs(terms).max(0)
     scale[scale == 0] = 1
-    best = math.inf
+    scaled = terms / scale
+    ones = np.ones(len(points))
+    least_error = math.inf
     values = np.zeros(len(PARAMETERS))
-    # Non-negative least squares, exactly: the best of all sets of parameters that may be other
-    # than 0.
+    numbers = range(len(PARAMETERS))
     for size in range(1, len(PARAMETERS) + 1):
-        for kept in map(
-            list, itertools.combinations(range(len(PARAMETERS)), size)
-        ):
-            found, *_ = np.linalg.lstsq(
-                terms[:, kept] / scale[kept], np.ones(len(points)), rcond=None
-            )
-            error = float(
-                ((terms[:, kept] / scale[kept] @ found - 1) ** 2).sum()
-            )
-            if (found >= 0).all() and error < best:
-                best = error
+        for subset in itertools.combinations(numbers, size):
+            kept = list(subset)
+            chosen = scaled[:, kept]
+            solution, *_ = np.linalg.lstsq(chosen, ones, rcond=None)
+            error = float(((chosen @ solution - 1) ** 2).sum())
+            if error < least_error and solution.min() >= 0:
+                least_error = error
                 values = np.zeros(len(PARAMETERS))
-                values[kept] = found / scale[kept]
+                values[kept] = solution / scale[kept]
     return dict(zip(PARAMETERS, values.tolist(), strict=True))
 
 
 def predict(parameters: dict[str, float], point: Point) -> float:
     """Seconds of the step."""
-    return float(
-        point.terms @ np.array([parameters[name] for name in PARAMETERS])
-    )
+    values = np.array([parameters[name] for name in PARAMETERS])
+    return float(point.terms @ values)
 
 
 def left_out(points: list[Point]) -> list[float]:
     """For each point, what the others predict for it: seconds."""
-    return [
-        predict(fit(points[:i] + points[i + 1 :]), point)
-        for i, point in enumerate(points)
-    ]
+    predicted = []
+    for number, point in enumerate(points):
+        others = points[:number] + points[number + 1 :]
+        parameters = fit(others)
+        predicted.append(predict(parameters, point))
+    return predicted
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed of GPUs, hosts and network; settings/scaling.yaml says what each is."""
+    """What is assumed of GPUs, hosts and network; benchmarks/settings/scaling.yaml says what each is."""
 
     gpus: list[int]
     per_host: int
@@ -111,10 +119,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Load:
-    """A rank's share of a step, whatever the number of ranks: tokens, users, rows looked up;
-    and the model: domains, width, trained weights of the dense part, ZeRO stage, SC-MIM's other
-    users those of all ranks or of this one, or so many candidates a domain that stand for
-    all.
+    """A rank's share of a step, whatever the number of ranks, and the model.
+
+    Attributes:
+        tokens: of the rank's users.
+        users: of the rank.
+        rows: that are looked up.
+        domains: of the model.
+        dim: its width.
+        weights: trained numbers of the dense part.
+        zero_stage: of DeepSpeed.
+        global_negatives: whether SC-MIM's other users are those of all ranks, or of this one.
+        candidates: users a domain that stand for all of them; 0: all do for themselves.
     """
 
     tokens: float
@@ -128,6 +144,34 @@ class Load:
     candidates: int = 0
 
 
+@dataclass(frozen=True)
+class _Links:
+    """What carries a rank's bytes: bytes a second inside a host, and of a host to others."""
+
+    gpus: int
+    per_host: int
+    inside: float
+    between: float
+
+    def all_to_all(self, sent: float) -> float:
+        """Seconds: what goes to other hosts passes the host's own cable, that of all its GPUs."""
+        others = max(0, self.gpus - self.per_host)
+        leaving = sent * others / (self.gpus - 1)
+        staying = sent - leaving
+        on_cable = self.per_host * leaving / self.between
+        return staying / self.inside + on_cable
+
+    def ring(self, sent: float) -> float:
+        """Seconds: the whole host's ring enters and leaves it once.
+
+        A rank's own part is the same on every link of the ring.
+        """
+        slowest = self.inside
+        if self.gpus > self.per_host:
+            slowest = min(self.inside, self.between)
+        return sent / slowest
+
+
 def cluster_step(
     load: Load,
     cluster: Cluster,
@@ -135,8 +179,7 @@ def cluster_step(
     between_gbit: float,
     tokens_per_second: float,
 ) -> dict[str, float]:
-    """Seconds of a step by part, {"compute", "SC-MIM's pairs", "rows", "dense", "SC-MIM",
-    "messages"}, with nothing overlapped.
+    """Seconds of a step by part, with nothing overlapped; of one GPU "compute" alone.
 
     - compute: the rank's tokens at `tokens_per_second`, times the imbalance.
     - SC-MIM's pairs: a rank's users against the other candidates: 6 · users · candidates ·
@@ -146,62 +189,56 @@ def cluster_step(
     - dense, SC-MIM (rings): inside a host at the GPUs' links; between hosts once for each host.
     - messages: so much for each hop of each collective, and for each rank of an all-to-all.
     """
-    compute = load.tokens / tokens_per_second * cluster.imbalance
+    alone = load.tokens / tokens_per_second
+    compute = alone * cluster.imbalance
     if gpus == 1:
         return {"compute": compute}
-    by_part = traffic.expected(
+    sent = _sent_by_part(load, gpus)
+    links = _Links(
+        gpus=gpus,
+        per_host=cluster.per_host,
+        inside=cluster.inside_gbyte * 1e9,
+        between=between_gbit * 1e9 / 8,
+    )
+    pairs = _pair_operations(load, gpus)
+    return {
+        "compute": compute,
+        "SC-MIM's pairs": pairs / cluster.fp32_flops,
+        "rows": links.all_to_all(_sum_of(sent, _ROWS)),
+        "dense": links.ring(_sum_of(sent, _DENSE)),
+        "SC-MIM": links.ring(_sum_of(sent, _INFORMATION)),
+        "messages": _message_seconds(cluster, gpus, len(sent)),
+    }
+
+
+def _sent_by_part(load: Load, gpus: int) -> dict[str, float]:
+    """Bytes that a rank sends, by part; none for SC-MIM where its users are this rank's."""
+    foreign = load.rows * (gpus - 1) / gpus
+    sent = traffic.expected(
         gpus,
         load.dim,
         load.domains,
         load.users,
         load.weights,
         load.zero_stage,
-        load.rows * (gpus - 1) / gpus,
+        foreign,
         load.candidates,
     )
     if not load.global_negatives:
-        by_part = {
-            part: 0 if part.startswith("SC-MIM") else sent
-            for part, sent in by_part.items()
-        }
-    inside = cluster.inside_gbyte * 1e9
-    between = between_gbit * 1e9 / 8
-    # Of what a rank sends to gpus − 1 others, so much leaves the host.
-    leaving = max(0, gpus - cluster.per_host) / (gpus - 1)
-
-    def all_to_all(sent):
-        return (
-            sent * (1 - leaving) / inside
-            + cluster.per_host * sent * leaving / between
-        )
-
-    def ring(sent):
-        """The whole host's ring enters and leaves it once; a rank's own part is the same on
-        every link of the ring.
-        """
-        if gpus <= cluster.per_host:
-            return sent / inside
-        return max(sent / inside, sent / between)
-
-    rows = sum(
-        by_part[part]
-        for part in ("numbers of ids", "ids", "rows", "row gradients")
-    )
-    dense = sum(
-        by_part.get(part, 0) for part in ("dense gradients", "dense weights")
-    )
-    information = by_part["SC-MIM"] + by_part["SC-MIM gradients"]
-    return {
-        "compute": compute,
-        "SC-MIM's pairs": _pair_operations(load, gpus) / cluster.fp32_flops,
-        "rows": all_to_all(rows),
-        "dense": ring(dense),
-        "SC-MIM": ring(information),
-        "messages": _message_seconds(cluster, gpus, len(by_part)),
-    }
+        for part in _INFORMATION:
+            sent[part] = 0
+    return sent
 
 
-def _pair_operations(load, gpus):
+def _sum_of(sent: dict[str, float], parts: tuple[str, ...]) -> float:
+    """Bytes of these parts together."""
+    total = 0.0
+    for part in parts:
+        total += sent.get(part, 0)
+    return total
+
+
+def _pair_operations(load: Load, gpus: int) -> float:
     """Of a rank's users against the candidates that are not its own."""
     if not load.global_negatives:
         return 0
@@ -209,12 +246,13 @@ def _pair_operations(load, gpus):
     if load.candidates:
         compared = min(compared, load.candidates)
     others = max(0, compared - load.users)
-    return 6 * load.users * others * load.domains * load.dim
+    width = load.domains * load.dim
+    return 6 * load.users * others * width
 
 
-def _message_seconds(cluster, gpus, collectives):
+def _message_seconds(cluster: Cluster, gpus: int, collectives: int) -> float:
+    """Seconds of hops and of peers, whatever they carry."""
     hops = math.ceil(math.log2(gpus))
-    exchanges = 5  # all-to-alls: numbers, lengths, ids, rows, gradients
-    microseconds = collectives * hops * cluster.message_microseconds
-    microseconds += exchanges * gpus * cluster.peer_microseconds
-    return microseconds * 1e-6
+    of_hops = collectives * hops * cluster.message_microseconds
+    of_peers = _EXCHANGES * gpus * cluster.peer_microseconds
+    return (of_hops + of_peers) * 1e-6

@@ -77,21 +77,25 @@ class Trial:
         """By the straight line through both slices; nothing takes less than in proportion."""
         low = getattr(self.half, name)
         high = getattr(self.whole, name)
-        slope = (high - low) / max(1, self.whole.tokens - self.half.tokens)
+        span = self.whole.tokens - self.half.tokens
+        slope = (high - low) / max(1, span)
+        proportional = high / max(1, self.whole.tokens)
         # Noise must not tilt the line beyond what begins at nothing, or is level.
-        slope = min(max(slope, 0.0), high / max(1, self.whole.tokens))
-        return max(0.0, high + slope * (tokens - self.whole.tokens))
+        slope = max(slope, 0.0)
+        slope = min(slope, proportional)
+        more = tokens - self.whole.tokens
+        return max(0.0, high + slope * more)
 
 
 def count_weights(config: RunConfig, domains: int) -> int:
     """Trained numbers of the dense model. Nothing is allocated."""
     with torch.device("meta"):
         model = SyNCRec(config.model, domains)
-    sizes = []
+    weights = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
-            sizes.append(parameter.numel())
-    return sum(sizes)
+            weights += parameter.numel()
+    return weights
 
 
 def try_model(
@@ -107,7 +111,8 @@ def try_model(
     the processor's fused kernel.
     """
     if on_device:
-        config = replace(config, model=replace(config.model, kernel="plain"))
+        model = replace(config.model, kernel="plain")
+        config = replace(config, model=model)
     domains = len(dataset.domains)
     weights = count_weights(config, domains)
     torch.manual_seed(config.seed)
@@ -116,14 +121,17 @@ def try_model(
     work = load.most_tokens * config.model.dim * config.model.experts
     users = len(users_B)
     if work > _MOST_WORK:
-        users = max(_FEWEST_USERS, int(users * _MOST_WORK / work))
-    # Spread over the batch, which is in no order of lengths that matters.
-    half = stepper.measure(users_B[: max(1, users // 2)], timed)
+        share = _MOST_WORK / work
+        users = max(_FEWEST_USERS, int(users * share))
+    fewer = max(1, users // 2)
+    # They are spread over the batch, which is in no order of lengths that matters.
+    half = stepper.measure(users_B[:fewer], timed)
     whole = stepper.measure(users_B[:users], timed)
-    evaluated = min(config.evaluation.batch_size, max(1, dataset.users))
-    tried = min(evaluated, max(1, int(_EVALUATED * users)))
+    evaluated = min(config.evaluation.batch_size, dataset.users)
+    tried = min(evaluated, _EVALUATED * users)
     taken = stepper.measure_evaluation(tried)
-    return Trial(weights, half, whole, taken * evaluated / tried)
+    evaluation = taken * evaluated / tried
+    return Trial(weights, half, whole, evaluation)
 
 
 class _Stepper:
@@ -143,51 +151,73 @@ class _Stepper:
     def measure(self, users_B: np.ndarray, timed: bool) -> Slice:
         """Steps with these users, or with nearly all of them, as batches differ in a run."""
         batch = self._draw(users_B)
-        works = packed_work(self._config.model, batch)
-        tokens = sum(work.tokens for work in works)
-        operations = step_operations(self._config.model, works)
+        tokens, operations = self._count(batch)
         self._step(batch)  # the optimizer's state is made, kernels too
         before = reset_peak()
-        best = self._time_step(batch) / tokens
+        seconds = self._time_step(batch)
+        if timed:
+            seconds = self._find_quickest(users_B, seconds / tokens) * tokens
+        else:
+            seconds = 0.0
+        return Slice(tokens, _taken_since(before), operations, seconds)
+
+    def _find_quickest(self, users_B: np.ndarray, best: float) -> float:
+        """Seconds a token of the quickest of some steps. best: those of a first one."""
         begun = time.perf_counter()
         for number in range(1, _MOST_STEPS):
-            late = time.perf_counter() - begun > _SECONDS
-            if not timed or (late and number >= _FEWEST_STEPS):
+            elapsed = time.perf_counter() - begun
+            if number >= _FEWEST_STEPS and elapsed > _SECONDS:
                 break
-            batch = self._draw(self._leave_some_out(users_B))
-            works = packed_work(self._config.model, batch)
-            taken = self._time_step(batch)
-            best = min(best, taken / sum(work.tokens for work in works))
-        peak = max(0, peak_bytes() - before) if before else 0
-        return Slice(tokens, peak, operations, best * tokens if timed else 0.0)
+            some_B = self._leave_some_out(users_B)
+            batch = self._draw(some_B)
+            tokens, _ = self._count(batch)
+            seconds = self._time_step(batch)
+            best = min(best, seconds / tokens)
+        return best
+
+    def _count(self, batch: Batch) -> tuple[int, int]:
+        """A batch's tokens in both views, and its operations."""
+        works = packed_work(self._config.model, batch)
+        tokens = 0
+        for work in works:
+            tokens += work.tokens
+        return tokens, step_operations(self._config.model, works)
 
     def _leave_some_out(self, users_B: np.ndarray) -> np.ndarray:
         """At least three quarters of these users, drawn."""
-        fewest = -(-3 * len(users_B) // 4)
-        count = int(self._random.integers(fewest, len(users_B) + 1))
-        return self._random.permutation(users_B)[:count]
+        most = len(users_B)
+        fewest = -(-3 * most // 4)
+        count = self._random.integers(fewest, most + 1)
+        mixed_B = self._random.permutation(users_B)
+        return mixed_B[:count]
 
     def measure_evaluation(self, users: int) -> int:
         """Bytes that a validation's steps with so many users take, beyond what was there before."""
         before = reset_peak()
         for _ in range(_EVALUATIONS):
-            everyone = max(1, self._dataset.users)
-            self._evaluate(self._random.choice(everyone, users, replace=False))
-        return max(0, peak_bytes() - before) if before else 0
+            users_B = self._random.choice(
+                self._dataset.users, users, replace=False
+            )
+            self._evaluate(users_B)
+        return _taken_since(before)
 
     def _evaluate(self, users_B: np.ndarray) -> None:
         """A step of a validation, with drawn candidates (trainer/evaluation/sampled.py)."""
         config = self._config
         dataset = self._dataset
         items_N, lengths_B, domain_N = self._draw_histories(users_B)
-        negatives = config.evaluation.negatives
-        candidates = np.repeat(domain_N[:1], len(users_B) * (1 + negatives))
+        candidates = len(users_B) * (1 + config.evaluation.negatives)
+        # Their domains do not matter here.
+        first = np.zeros(candidates, np.int64)
+        known_N = None
+        if config.model.predicts_by_both:
+            known_N = domain_N
         built = build_query(
             items_N,
             lengths_B,
             config.model.max_length,
-            self._draw_items(candidates),
-            domain_N if config.model.predicts_by_both else None,
+            self._draw_items(first),
+            known_N,
             len(dataset.domains),
         )
         query = move(built, "cpu")
@@ -219,8 +249,11 @@ class _Stepper:
         gradient_NR = used_NR.grad
         assert gradient_NR is not None  # of backward
         gradient_UR = batch.reduce_gradient(gradient_NR)
-        square_U = gradient_UR.square().mean(1, keepdim=True)
-        rows_UR.sub_(gradient_UR / square_U.sqrt().add_(1.0), alpha=1e-6)
+        # As costly as the table's own optimizers.
+        square_UR = gradient_UR.square()
+        norm_U1 = square_UR.mean(1, keepdim=True).sqrt_()
+        update_UR = gradient_UR / norm_U1.add_(1.0)
+        rows_UR.sub_(update_UR)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -253,20 +286,31 @@ class _Stepper:
             wanted = np.repeat(domain_N, config.negatives.per_target)
             drawn = self._draw_items(wanted)
             negatives = drawn.reshape(-1, config.negatives.per_target)
+        item_counts = [domain.items for domain in dataset.domains]
+        weight_B = np.ones(len(users_B), np.float32)
         return build_batch(
             items_N,
             lengths_B,
             domain_N,
-            np.ones(len(users_B), np.float32),
+            weight_B,
             negatives,
-            [domain.items for domain in dataset.domains],
+            item_counts,
             config.model.max_length,
             config.model.mutual_information_pooling,
         )
 
     def _draw_items(self, domain_N: np.ndarray) -> np.ndarray:
         """A row of M of each of these domains, uniformly."""
-        items_D = np.array([domain.items for domain in self._dataset.domains])
+        item_counts = [domain.items for domain in self._dataset.domains]
+        items_N = np.array(item_counts)[domain_N]
         share_N = self._random.random(len(domain_N))
-        offset_N = (share_N * items_D[domain_N]).astype(np.int64)
-        return self._dataset.starts[domain_N] + offset_N
+        offset_N = share_N * items_N
+        start_N = self._dataset.starts[domain_N]
+        return start_N + offset_N.astype(np.int64)
+
+
+def _taken_since(before: int) -> int:
+    """Bytes at most since `reset_peak` gave so many; 0 where Linux does not say."""
+    if before == 0:
+        return 0
+    return max(0, peak_bytes() - before)
