@@ -1,6 +1,8 @@
-"""One rank of `plan.py`: trains as launch/train.py would, and writes down what it took.
+"""A rank that trains as launch/train.py would, and writes down what it took: to hold against
+`launch/train.py --plan` (docs/clusters.md).
 
     python benchmarks/plan_rank.py FILE key=value …
+    deepspeed --num_gpus 2 benchmarks/plan_rank.py FILE key=value …
 
 FILE gets the rank's number at its end. In it: {"steps": [{"clock", "processor", "interactions",
 "resident", "peak"}, …], "validated": bytes resident at most until the last validation has ended,

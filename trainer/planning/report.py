@@ -97,6 +97,8 @@ def memory_table(plan: Plan) -> Table:
         *columns,
     )
     for part in plan.memory.parts:
+        if part.device + part.host == 0:
+            continue
         cells = [_size(part.device), _size(part.host)]
         table.add_row(
             part.name,
