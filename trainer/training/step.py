@@ -19,7 +19,15 @@ from embeddings.table import ItemTable
 from syncrec.batch.views import Batch
 from syncrec.losses.loss_correction import LossCorrection
 from syncrec.model import LossReport, SyNCRec
-from trainer.checkpoint.load import restore_model, restore_optimizers
+from trainer.checkpoint.load import (
+    restore_optimizers,
+    restore_training_model,
+)
+from trainer.checkpoint.zero_state import (
+    drop_average,
+    gather_average,
+    gather_state,
+)
 from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.loading.day_counts import count_recent
@@ -41,6 +49,7 @@ from trainer.evaluation.recency.stored import open_recency
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
+from trainer.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from trainer.checkpoint.warm_start import WarmStart
@@ -138,6 +147,11 @@ class Trainer:
         self.reduction = RankReduction()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
+        self._average: WeightAverage | None = None
+        if config.optimizer.ema:
+            self._average = WeightAverage(self.engine, config.optimizer.ema)
+        elif checkpoint is not None:
+            drop_average(self.engine)
         self._skips_on_device = (
             self._gradients.skips_on_device
             and ignores_zero_gradients(config.table)
@@ -150,7 +164,7 @@ class Trainer:
     ) -> None:
         """Fills the dense model before an engine is built around it."""
         if checkpoint is not None:
-            restore_model(checkpoint, self.model)
+            restore_training_model(checkpoint, self.model)
         if warm is not None:
             warm.restore_model(self.model)
         if self.model.clock is not None:
@@ -193,6 +207,19 @@ class Trainer:
                 locked=True,
             )
         return self._recency
+
+    def evaluation_model(self) -> torch.nn.Module:
+        """The dense model to validate with, in evaluation mode. Called on all ranks.
+
+        It is the engine's own, or with `optimizer.ema` another one with the average of its weights.
+        """
+        self.engine.eval()
+        average = gather_average(self.engine)
+        if not average:
+            return self.engine.module
+        model = SyNCRec(self.config.model, len(self.dataset.domains))
+        model.load_state_dict(gather_state(self.engine, True) | average)
+        return model.to(self.ranks.device).eval()
 
     def prepare(self, batch: Batch) -> PrefetchedBatch:
         """Starts to prefetch a batch for a step to come.
@@ -252,6 +279,8 @@ class Trainer:
         self.table.update(batch.reduce_gradient(gradient_NR))
         self.engine.step()
         self.step += 1
+        if self._average is not None and self._gradients.made is not None:
+            self._average.update(self.step, self._gradients.made)
         return loss.detach(), report
 
     def _set_learning_rates(self) -> None:

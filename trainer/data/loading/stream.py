@@ -117,10 +117,11 @@ class TrainBatches(torch.utils.data.IterableDataset):
         negatives: NegativesConfig,
         config: StreamConfig,
         candidates: int = 0,
+        accumulation: int = 1,
     ):
         """candidates: the users a domain that stand for all of a larger batch (SC-MIM).
 
-        0: all users do.
+        0: all users do. accumulation: into how many micro-batches a batch is cut.
         """
         super().__init__()
         self.plan = plan
@@ -131,6 +132,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         self.negatives = negatives
         self.config = config
         self.candidates = candidates
+        self.accumulation = accumulation
         self.only_domain: int | None = None
         if config.domain:
             self.only_domain = plan.dataset.domain_number(config.domain)
@@ -148,6 +150,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.negatives,
             self.config,
             self.candidates,
+            self.accumulation,
         )
 
     def __iter__(self) -> Iterator[RankBatch]:
@@ -241,6 +244,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.max_length,
             self.pooling,
             filled.ticks_N[kept_N],
+            self.accumulation,
         )
         candidates = self._draw_candidates(epoch, step, part.number_B)
         batch = replace(batch, candidates=candidates)
