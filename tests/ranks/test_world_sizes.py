@@ -15,6 +15,7 @@ from tests.ranks.conftest import ranks_of, run
 
 WORKER = HELPERS.joinpath("stages.py")
 STAGES = ["0", "1", "2", "3"]
+ACCUMULATED = [f"{stage}x4" for stage in STAGES]
 
 
 @dataclass
@@ -89,7 +90,7 @@ def outcomes(dataset, steps, tmp_path_factory):
 
     def outcome(ranks, stage):
         # Four ranks take long on two cores: each of their stages may run without the others.
-        stages = (stage,) if ranks == 4 else tuple(STAGES)
+        stages = (stage,) if ranks == 4 else (*STAGES, *ACCUMULATED)
         return started(ranks, stages)[stage]
 
     return outcome
@@ -106,7 +107,7 @@ def test_the_steps_train(outcomes, steps):
 @pytest.mark.parametrize(
     ("ranks", "stage"),
     [
-        *itertools.product((1, 2), STAGES),
+        *itertools.product((1, 2), [*STAGES, *ACCUMULATED]),
         (4, "2"),
         *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in "013"),
     ],
