@@ -216,9 +216,7 @@ class SyNCRec(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Y^cross and Y^single, (M, r) each; None without a single-domain task."""
         with self._autocast(inputs_NR):
-            cross_MR = self._cross_outputs(
-                micro_batch.cross, inputs_NR, gate_D
-            )
+            cross_MR = self._cross_outputs(micro_batch.cross, inputs_NR, gate_D)
             single_MR = None
             if self.both_tasks:
                 single_MR = self._single_outputs(
@@ -961,9 +959,7 @@ def mix(weights_MK: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return cast(Tensor, total)
 
 
-def _gates_of_tasks(
-    lengths: list[int], gate_D: Tensor | None
-) -> Tensor | None:
+def _gates_of_tasks(lengths: list[int], gate_D: Tensor | None) -> Tensor | None:
     """What of each domain's own task may train experts 1..j, by token of its view, (M,).
 
     lengths: the tasks' tokens. gate_D: of `SyNCRec._gates`.

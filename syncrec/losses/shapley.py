@@ -116,9 +116,7 @@ def coalition_losses(
         return torch.stack(losses)
 
 
-def _list_domain_bits(
-    micro_batch: MicroBatch, inputs_NR: Tensor
-) -> Tensor:
+def _list_domain_bits(micro_batch: MicroBatch, inputs_NR: Tensor) -> Tensor:
     """2^domain of every interaction that is some token's input; of the others, 0.
 
     An input of the cross-domain view is among the newest of its own domain too, so the

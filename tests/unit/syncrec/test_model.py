@@ -870,9 +870,7 @@ def test_micro_batches_are_one_batch(reading, shared):
     table = make_table(DOMAIN_ITEMS, config.dim, 7)
     model = make_model(config, len(DOMAIN_ITEMS), 7, lambda_state=True)
     accumulating = copy.deepcopy(model)
-    loss, report, gradients, item_gradient = run(
-        model, table, pack(*packed)[0]
-    )
+    loss, report, gradients, item_gradient = run(model, table, pack(*packed)[0])
     cut, _ = pack(*packed, accumulation=4)
     assert [one.users > 0 for one in cut.micro_batches] == 4 * [True]
 
@@ -926,9 +924,7 @@ def test_dropout_of_a_micro_batch_is_the_same_in_backward():
     model = make_model(config, len(DOMAIN_ITEMS), 5)
     table = make_table(DOMAIN_ITEMS, config.dim, 5)
     histories = draw(5, DOMAIN_ITEMS, users=12)
-    batch, _ = pack(
-        histories, DOMAIN_ITEMS, config.max_length, accumulation=3
-    )
+    batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length, accumulation=3)
     state = copy.deepcopy(model.state_dict())
     losses = []
     step = 1e-6
@@ -942,7 +938,9 @@ def test_dropout_of_a_micro_batch_is_the_same_in_backward():
         if not factor:
             gradient = found
     slope = (losses[1] - losses[2]) / (2 * step)
-    torch.testing.assert_close(slope, gradient.square().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        slope, gradient.square().sum(), rtol=1e-5, atol=0
+    )
 
 
 def test_information_among_a_ranks_own_users_is_the_mean_of_the_ranks():

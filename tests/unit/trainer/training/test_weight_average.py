@@ -45,7 +45,9 @@ def make_run(folder, ranks, *settings):
 
 def average_of(history):
     """Σ d^(t − i) w_i / Σ d^(t − i), by name, in float64."""
-    shares = [DECAY ** (len(history) - 1 - step) for step in range(len(history))]
+    shares = [
+        DECAY ** (len(history) - 1 - step) for step in range(len(history))
+    ]
     averages = {}
     for name in history[0]:
         total = sum(
