@@ -22,15 +22,15 @@ def cut_micro_batches(lengths_B: np.ndarray, count: int) -> list[slice]:
     ends_B = np.cumsum(lengths_B)
     ranges = []
     begin = 0
-    for number in range(1, count):
-        # The user with whom the share so far comes nearest to what it should be.
-        wanted = number * ends_B[-1] / count
+    for left in range(count, 1, -1):
+        before = ends_B[begin - 1] if begin else 0
+        wanted = before + (ends_B[-1] - before) / left
+        # The user with whom the range comes nearest to its share of what is left.
         end = int(np.searchsorted(ends_B, wanted))
-        before = ends_B[end - 1] if end else 0
-        if ends_B[end] - wanted <= wanted - before:
+        below = ends_B[end - 1] if end else 0
+        if ends_B[end] - wanted <= wanted - below:
             end += 1
-        last = users - (count - number)
-        end = min(max(end, begin + 1), last)
+        end = min(max(end, begin + 1), users - left + 1)
         ranges.append(slice(begin, end))
         begin = end
     ranges.append(slice(begin, users))

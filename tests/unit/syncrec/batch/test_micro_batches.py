@@ -20,11 +20,11 @@ def test_every_user_is_in_one_micro_batch(lengths, count):
 
 @given(st.lists(st.integers(1, 9), min_size=30, max_size=60))
 def test_micro_batches_have_about_equally_many_interactions(lengths):
-    """Each cut is at most half a history from where it should be."""
+    """Each cut is at most half a history from where it should be, after those before it."""
     ranges = cut_micro_batches(np.array(lengths), 4)
     share = sum(lengths) / 4
     for one in ranges:
-        assert abs(sum(lengths[one]) - share) <= max(lengths)
+        assert abs(sum(lengths[one]) - share) <= 1.5 * max(lengths)
 
 
 def test_the_example():
