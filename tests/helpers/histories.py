@@ -106,7 +106,7 @@ def flatten(histories):
         lengths_B,
         domain_N,
         weight_B,
-        np.array(own, np.int64).reshape(len(items_N), -1),
+        np.array(own, np.int64).reshape(len(items_N), -1 if own else 0),
     )
 
 
