@@ -129,32 +129,16 @@ def build_batch(
     domains = len(domain_items)
     ticks_N = _to_ticks(ticks_N, len(items_N))
     weight_B = weight_B.astype(np.float32)
-    build_views = _build_views
-    if not compiled.why_missing():
-        build_views = compiled.build_views
-    micro_batches = []
-    first = 0
-    for users in cut_micro_batches(lengths_B, accumulation):
-        uses = slice(first, first + int(lengths_B[users].sum()))
-        cross, single = build_views(
-            lengths_B[users],
-            domain_N[uses],
-            ticks_N[uses],
-            weight_B[users],
-            domains,
-            max_length,
-            pooling,
-        )
-        micro_batches.append(
-            MicroBatch(
-                users=users.stop - users.start,
-                first_interaction=uses.start,
-                interactions=uses.stop - uses.start,
-                cross=cross,
-                single=single,
-            )
-        )
-        first = uses.stop
+    micro_batches = _build_micro_batches(
+        lengths_B,
+        domain_N,
+        ticks_N,
+        weight_B,
+        domains,
+        max_length,
+        pooling,
+        accumulation,
+    )
     rows = _list_rows(items_N, negatives)
     return Batch(
         distinct=rows.distinct,
@@ -166,6 +150,45 @@ def build_batch(
         weight_B=torch.from_numpy(weight_B),
         micro_batches=tuple(micro_batches),
     )
+
+
+def _build_micro_batches(
+    lengths_B: np.ndarray,
+    domain_N: np.ndarray,
+    ticks_N: np.ndarray,
+    weight_B: np.ndarray,
+    domains: int,
+    max_length: int,
+    pooling: str,
+    count: int,
+) -> list[MicroBatch]:
+    """Both views of each micro-batch's users."""
+    build_views = _build_views
+    if not compiled.why_missing():
+        build_views = compiled.build_views
+    micro_batches = []
+    first = 0
+    for users in cut_micro_batches(lengths_B, count):
+        end = first + int(lengths_B[users].sum())
+        cross, single = build_views(
+            lengths_B[users],
+            domain_N[first:end],
+            ticks_N[first:end],
+            weight_B[users],
+            domains,
+            max_length,
+            pooling,
+        )
+        micro_batch = MicroBatch(
+            users=users.stop - users.start,
+            first_interaction=first,
+            interactions=end - first,
+            cross=cross,
+            single=single,
+        )
+        micro_batches.append(micro_batch)
+        first = end
+    return micro_batches
 
 
 def _build_views(

@@ -147,17 +147,21 @@ class Trainer:
         self.reduction = RankReduction()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
-        self._average: WeightAverage | None = None
-        if config.optimizer.ema:
-            self._average = WeightAverage(self.engine, config.optimizer.ema)
-        elif checkpoint is not None:
-            drop_average(self.engine)
+        self._average = self._start_average()
         self._skips_on_device = (
             self._gradients.skips_on_device
             and ignores_zero_gradients(config.table)
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
+
+    def _start_average(self) -> WeightAverage | None:
+        """Goes on with the average of the weights, or begins it; None without one."""
+        decay = self.config.optimizer.ema
+        if decay:
+            return WeightAverage(self.engine, decay)
+        drop_average(self.engine)
+        return None
 
     def _fill_model(
         self, checkpoint: Path | None, warm: "WarmStart | None"

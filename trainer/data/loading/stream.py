@@ -233,12 +233,11 @@ class TrainBatches(torch.utils.data.IterableDataset):
             negatives = self._draw_own_negatives(
                 epoch, part, kept_N, items_N, domain_N, filler
             )
-        weight_B = _weigh_users(len(lengths_B), len(part.number_B))
         batch = build_batch(
             items_N,
             lengths_B,
             domain_N,
-            weight_B,
+            _weigh_users(len(lengths_B), len(part.number_B)),
             negatives,
             self._items_D,
             self.max_length,
