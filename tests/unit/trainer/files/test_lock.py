@@ -1,5 +1,6 @@
 """One process has a lock, until it closes it or ends."""
 
+import fcntl
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.files.lock import take_lock
+from trainer.files.lock import lock_folder, take_lock
 
 ROOT = Path(__file__).parents[4]
 HOLDER = """
@@ -48,3 +49,33 @@ def test_a_killed_process_has_no_lock_any_more(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     lock.close()
+
+
+def test_a_folder_is_locked_once_and_what_replaces_it_is_free(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with lock_folder(folder) as is_ours:
+        assert is_ours and not list(folder.iterdir())
+        with lock_folder(folder) as is_ours_too:
+            assert not is_ours_too
+        folder.rename(tmp_path / "old")
+        folder.mkdir()
+        with lock_folder(folder) as is_ours_too:
+            assert is_ours_too
+
+
+def test_a_folder_that_is_replaced_while_it_is_locked_is_not_ours(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    flock = fcntl.flock
+
+    def replace_and_lock(handle, how):
+        folder.rename(tmp_path / "old")
+        folder.mkdir()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", replace_and_lock)
+    with lock_folder(folder) as is_ours:
+        assert not is_ours
