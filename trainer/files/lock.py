@@ -3,9 +3,24 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+# A process that was killed has its locks until it has ended, which takes a moment on a busy host.
+PATIENCE = 5.0
+_RETRY_AFTER = 0.05
+
+
+def wait_for_lock(file: Path) -> TextIO | None:
+    """As `take_lock`, but waits up to `PATIENCE` seconds for one who may be ending."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        lock = take_lock(file)
+        if lock is not None or time.monotonic() > deadline:
+            return lock
+        time.sleep(_RETRY_AFTER)
 
 
 def take_lock(file: Path) -> TextIO | None:

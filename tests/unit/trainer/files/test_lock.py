@@ -3,12 +3,13 @@
 import fcntl
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 
-from trainer.files.lock import lock_folder, take_lock
+import trainer.files.lock
+from trainer.files.lock import lock_folder, take_lock, wait_for_lock
 
 ROOT = Path(__file__).parents[4]
 HOLDER = """
@@ -44,11 +45,21 @@ def test_a_killed_process_has_no_lock_any_more(tmp_path):
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    deadline = time.monotonic() + 10
-    while (lock := take_lock(tmp_path / "lock")) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    lock = wait_for_lock(tmp_path / "lock")
+    assert lock is not None
     lock.close()
+
+
+def test_who_waits_for_a_lock_gets_it_once_it_is_free(tmp_path, monkeypatch):
+    file = tmp_path / "lock"
+    lock = take_lock(file)
+    monkeypatch.setattr(trainer.files.lock, "PATIENCE", 0.2)
+    assert wait_for_lock(file) is None
+    monkeypatch.setattr(trainer.files.lock, "PATIENCE", 60.0)
+    threading.Timer(0.2, lock.close).start()
+    again = wait_for_lock(file)
+    assert again is not None
+    again.close()
 
 
 def test_a_folder_is_locked_once_and_what_replaces_it_is_free(tmp_path):
