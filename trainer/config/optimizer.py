@@ -42,7 +42,6 @@ class OptimizerConfig:
         0.0,
         "decay of the moving average of the dense weights, such as 0.999, which is what is "
         "validated, kept and exported; the table is not averaged; 0: none",
-        on_warm_start=True,
         unrecorded=0.0,
     )
     # The dense model is small beside the table (1.2 million weights at r = 128), and from stage 1
