@@ -305,7 +305,7 @@ FREE |= {
     f"checkpoint.{name}"
     for name in ("every_steps", "every_minutes", "every_epochs", "keep")
 }
-FREE |= {f"log.{name}" for name in ("every", "tensorboard")}
+FREE |= {f"log.{name}" for name in ("every", "tensorboard", "console")}
 FREE |= {
     f"table.{name}" for name in ("placement", "cache_share", "device_share")
 }
