@@ -7,6 +7,8 @@ A run's folder (`run=DIR`):
     run/split.json                              of a split by time: where its cuts are
     run/metrics.jsonl                           one record a line: train, validation, test
     run/tensorboard/                            the same figures as TensorBoard's event files
+    run/trackers.json                           the run's own name in each tracker (MLflow, W&B)
+    run/wandb/                                  W&B's files
     run/status.json                             whether it trains, has stopped, failed or finished
     run/report.html                             the run on one page
     run/look.json                               what an inspection of the best model gave
@@ -39,6 +41,8 @@ CONFIG = "config.yaml"
 SPLIT = "split.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers.json"
+WANDB = "wandb"
 STATUS = "status.json"
 REPORT = "report.html"
 LOOK = "look.json"

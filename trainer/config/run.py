@@ -17,6 +17,7 @@ from trainer.config.stream import StreamConfig
 # FBGEMM's kernels read rows by vectors of four numbers.
 _ROW_VECTOR = 4
 _LEAST_MINUTES = 0.001
+TRACKERS = ("mlflow", "wandb")  # of log.trackers
 # The largest value of a setting: far above what a run uses, and below what no memory, no clock
 # and no integer of the libraries holds.
 _MOST: dict[str, float] = {
@@ -54,10 +55,27 @@ class LogConfig:
         "steps between two log lines; metrics.jsonl has more of the first steps",
     )
     tensorboard: bool = setting(True, "write TensorBoard's event files too")
+    trackers: list[str] = setting(
+        list, "where the run shows up as well: mlflow, wandb (docs/observe.md)"
+    )
+    project: str = setting(
+        "",
+        "the trackers' experiment or project; empty: their own variable, or syncrec",
+    )
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"log.every is {self.every}: give at least 1")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"log.trackers has {name}: there are {', '.join(TRACKERS)}; "
+                    "TensorBoard has log.tensorboard"
+                )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(
+                f"log.trackers is {self.trackers}: give each one once"
+            )
 
 
 @dataclass(frozen=True)

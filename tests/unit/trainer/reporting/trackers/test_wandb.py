@@ -1,0 +1,98 @@
+"""W&B, offline: what it leaves on disk is read back by its own reader."""
+
+import json
+
+import pytest
+
+from trainer.reporting.trackers.tracker import TrackedRun, read_identity
+from trainer.reporting.trackers.wandb import WeightsAndBiases
+
+wandb = pytest.importorskip(
+    "wandb", reason="needs the extra wandb (CONTRIBUTING.md)"
+)
+SECRET = "hunter2hunter2hunter2hunter2hunter2hunter2"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setattr("sys.argv", ["train.py", f"data=https://u:{SECRET}@h"])
+
+
+def open_run(folder, resume_step=None):
+    folder.mkdir(exist_ok=True)
+    tracker = WeightsAndBiases(
+        TrackedRun(folder, "first", "shops", {"model.dim": 64}, resume_step)
+    )
+    tracker.begin()
+    return tracker
+
+
+def read_run(folder):
+    """What an offline run has on disk: {kind: records}."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = folder.glob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    records = {}
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        records.setdefault(kind, []).append(getattr(record, kind))
+    return records
+
+
+def rows(records):
+    """The history: {key: value} of each row."""
+    found = []
+    for history in records["history"]:
+        row = {}
+        for item in history.item:
+            key = item.key or "/".join(item.nested_key)
+            row[key] = json.loads(item.value_json)
+        found.append(row)
+    return found
+
+
+@pytest.mark.ranks
+def test_a_run_has_config_figures_and_no_secret(tmp_path, capfd):
+    folder = tmp_path / "run"
+    tracker = open_run(folder)
+    tracker.log({"loss/total": 2.5, "phi/Toys & games": 0.5}, 10)
+    tracker.log({"validation mean/NDCG@10": 0.5}, 10)
+    tracker.log({"loss/total": 2.0}, 20)
+    tracker.log({"loss/total": 9.0}, 10)  # of before a resume
+    tracker.summarize({"test mean/NDCG@10": 0.25}, 10)
+    (folder / "report.html").write_text("the page")
+    tracker.add_file(folder / "report.html")
+    tracker.end("finished")
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    identity = read_identity(folder, "wandb")
+    assert offline.name.endswith(identity)
+    records = read_run(offline)
+    first, second = rows(records)
+    assert (first["_step"], first["loss/total"]) == (10, 2.5)
+    assert first["validation mean/NDCG@10"] == 0.5
+    assert first["phi/Toys & games"] == 0.5
+    assert (second["_step"], second["loss/total"]) == (20, 2.0)
+    run = records["run"][0]
+    assert (run.project, run.display_name) == ("shops", "first")
+    assert "model.dim" in str(run.config)
+    assert "test mean/NDCG@10" in str(records["summary"])
+    assert (offline / "files" / "report.html").read_text() == "the page"
+    for file in folder.rglob("*"):
+        if file.is_file():
+            assert SECRET.encode() not in file.read_bytes(), file
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    # Resumed, it goes on in the same run.
+    tracker = open_run(folder, resume_step=20)
+    tracker.log({"loss/total": 1.0}, 30)
+    tracker.end("finished")
+    assert read_identity(folder, "wandb") == identity
+    names = [place.name for place in (folder / "wandb").glob("offline-run-*")]
+    assert len(names) == 2 and all(name.endswith(identity) for name in names)
