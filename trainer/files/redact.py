@@ -48,9 +48,7 @@ def redact_location(location: object) -> str:
     return _QUERY.sub(rf"\1?{HIDDEN}", hide_user(text))
 
 
-def hide_secrets(
-    text: str, environment: Mapping[str, str] = os.environ
-) -> str:
+def hide_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """A text of another program without secrets: of its addresses, and of the environment.
 
     Addresses lose user, password and query. Values of variables such as WANDB_API_KEY are hidden.

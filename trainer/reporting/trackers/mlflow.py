@@ -32,7 +32,7 @@ class MetricNames:
 
     loss/total                   loss/total
     validation mean/NDCG@10      validation mean/NDCG_10
-    phi/Toys & games             phi/Toys _ games
+    phi/Toys & games, 1/2        phi/Toys _ games_ 1_2
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,11 @@ class MetricNames:
         return self._by_tag[tag]
 
     def _choose(self, tag: str) -> str:
-        name = _REFUSED.sub("_", tag)
-        # A name is a path to it.
-        parts = [part.strip(".") or "_" for part in name.split("/")]
-        name = "/".join(parts)[:_LONGEST_NAME]
+        # A name is a path, and what is a folder is no figure: one slash at most.
+        group, slash, title = _REFUSED.sub("_", tag).partition("/")
+        title = title.replace("/", "_").strip(".") or "_"
+        name = f"{group or '_'}/{title}" if slash else group or "_"
+        name = name[:_LONGEST_NAME]
         number = 2
         free = name
         while free in self._taken:
@@ -67,10 +68,10 @@ class MLflow(Tracker):
     package = "mlflow"
 
     def __init__(self, run: TrackedRun):
+        super().__init__(run)
         import mlflow
 
         self._mlflow = mlflow
-        self._run = run
         self._names = MetricNames()
         self._identity: str | None = None
         self._goes_on = False

@@ -20,6 +20,7 @@ class TensorBoard(Tracker):
     package = "tensorboard"
 
     def __init__(self, run: TrackedRun):
+        super().__init__(run)
         from torch.utils.tensorboard import SummaryWriter
 
         # Events of an earlier attempt stay on disk; purge_step tells TensorBoard from where on

@@ -19,7 +19,9 @@ from trainer.reporting.trackers.tracker import Scalars, Tracker
 RETRY_SECONDS = 60.0
 END_SECONDS = 30.0  # for which the end of a run waits for what is not sent yet
 _MOST_CALLS = 10_000  # that wait; the oldest make room
-_MOST_ATTEMPTS = 5  # at a call: one that the tool refuses is not in the way for ever
+_MOST_ATTEMPTS = (
+    5  # at a call: one that the tool refuses is not in the way for ever
+)
 
 
 class TrackerThread:
@@ -155,4 +157,3 @@ class TrackerThread:
                 file=sys.stderr,
                 flush=True,
             )
-

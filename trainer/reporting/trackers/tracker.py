@@ -7,6 +7,7 @@ run's folder says which that is.
     run/trackers.json    {"mlflow": "8d1f…", "wandb": "k3x0…"}
 """
 
+import contextlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
@@ -50,6 +51,9 @@ class Tracker(ABC):
     # As log.trackers, its extra and its error messages have it.
     name: ClassVar[str]
     package: ClassVar[str]
+
+    def __init__(self, run: TrackedRun):
+        self._run = run
 
     @abstractmethod
     def begin(self) -> str:
@@ -98,9 +102,7 @@ def keep_identity(folder: Path, name: str, identity: str) -> None:
     """Keeps the tracker's own name of a run, for when the run is resumed."""
     file = folder / TRACKERS
     identities = {}
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         identities = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        pass
     identities[name] = identity
     write_json(file, identities)

@@ -9,6 +9,7 @@ secrets, and the console is the run's own.
 
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ class WeightsAndBiases(Tracker):
     package = "wandb"
 
     def __init__(self, run: TrackedRun):
+        super().__init__(run)
         import wandb
 
         self._wandb = wandb
-        self._run = run
         self._opened: Any = None
 
     def begin(self) -> str:
@@ -55,21 +56,33 @@ class WeightsAndBiases(Tracker):
             identity = secrets.token_hex(8)
             keep_identity(run.folder, self.name, identity)
         if self._opened is None:
+            self._require_key()
             self._opened = self._wandb.init(
                 id=identity,
                 resume="allow",
                 # A notebook may have a run of its own.
                 reinit="create_new",
-                project=run.project or os.environ.get("WANDB_PROJECT") or PROJECT,
+                project=run.project
+                or os.environ.get("WANDB_PROJECT")
+                or PROJECT,
                 name=run.name,
                 dir=os.environ.get("WANDB_DIR") or str(run.folder),
                 config=run.parameters,
                 allow_val_change=True,
                 settings=self._wandb.Settings(**_QUIET),
             )
-        if self._opened.url:
-            return redact_location(self._opened.url)
-        return f"offline in {Path(self._opened.dir).parent}"
+        if self._opened.offline:
+            return f"offline in {Path(self._opened.dir).parent}"
+        return redact_location(self._opened.url)
+
+    def _require_key(self) -> None:
+        """Raises PermissionError where W&B would ask for a key on the terminal."""
+        mode = self._wandb.setup().settings.mode
+        if mode != "online" or self._wandb.login(prompt=False, verify=False):
+            return
+        raise PermissionError(
+            "no API key: `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+        )
 
     def log(self, scalars: Scalars, step: int) -> None:
         """Logs the figures; W&B takes none of a step before its newest, which has them already."""
@@ -82,14 +95,15 @@ class WeightsAndBiases(Tracker):
 
     def summarize(self, scalars: Scalars, step: int) -> None:
         """Puts the figures into the summary: the tested model is of an earlier step."""
-        summary = {"test step": step}
+        summary: Scalars = {"test step": step}
         for tag, value in scalars.items():
             summary[escape_name(tag)] = value
         self._opened.summary.update(summary)
 
     def add_file(self, file: Path) -> None:
-        """Keeps a file among those of the run."""
-        self._opened.save(str(file), base_path=str(file.parent), policy="now")
+        """Keeps a copy among the files of W&B's run."""
+        copy = shutil.copy(file, self._opened.dir)
+        self._opened.save(copy, base_path=self._opened.dir, policy="now")
 
     def end(self, state: str) -> None:
         """Ends the run, and waits for what is still being sent."""

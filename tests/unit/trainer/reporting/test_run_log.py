@@ -229,9 +229,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, line):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     file = io.StringIO()
-    with open_log(
-        tmp_path / "run", file=file, enabled=False
-    ) as log:
+    with open_log(tmp_path / "run", file=file, enabled=False) as log:
         log.message("hello")
         log.train(train_record(10))
         log.evaluation(evaluation_record(10))

@@ -1,6 +1,7 @@
-"""W&B, offline: what it leaves on disk is read back by its own reader."""
+"""W&B, offline: what it leaves on disk."""
 
 import json
+import struct
 
 import pytest
 
@@ -29,18 +30,32 @@ def open_run(folder, resume_step=None):
     return tracker
 
 
+def read_payloads(data):
+    """The payloads of a .wandb file: LevelDB's log format after a head of 7 bytes.
+
+    Blocks of 32 KiB hold pieces, each with checksum, length, and type: whole, first, middle, last.
+    """
+    place, payload = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        payload += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield payload
+            payload = b""
+
+
 def read_run(folder):
     """What an offline run has on disk: {kind: records}."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     (file,) = folder.glob("*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
     records = {}
-    while (data := store.scan_data()) is not None:
+    for payload in read_payloads(file.read_bytes()):
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        record.ParseFromString(payload)
         kind = record.WhichOneof("record_type")
         records.setdefault(kind, []).append(getattr(record, kind))
     return records
