@@ -1,6 +1,7 @@
 """A run's configuration: all sections under one roof, from YAML and `key=value`."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.config.stream import StreamConfig
 _ROW_VECTOR = 4
 _LEAST_MINUTES = 0.001
 TRACKERS = ("mlflow", "wandb")  # of log.trackers
+_WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)  # of profile.steps
 # The largest value of a setting: far above what a run uses, and below what no memory, no clock
 # and no integer of the libraries holds.
 _MOST: dict[str, float] = {
@@ -76,6 +78,38 @@ class LogConfig:
             raise ValueError(
                 f"log.trackers is {self.trackers}: give each one once"
             )
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What a run records of its own speed."""
+
+    steps: str = setting(
+        "",
+        "steps to trace with PyTorch's profiler, counted from 1: 100-110; empty: none",
+    )
+    phases: bool = setting(
+        False, "a JSON line a step and rank, for `syncrec trace`"
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps and self.window is None:
+            raise ValueError(
+                f"profile.steps is {self.steps}: give a step, or the first and the last one: "
+                "100-110"
+            )
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """The first and the last step to trace; None where there are none."""
+        match = _WINDOW.fullmatch(self.steps)
+        if match is None:
+            return None
+        first = int(match[1])
+        last = int(match[2] or first)
+        if not 1 <= first <= last:
+            return None
+        return first, last
 
 
 @dataclass(frozen=True)
@@ -158,6 +192,9 @@ class RunConfig:
         CheckpointConfig, "when a checkpoint is written", on_resume=True
     )
     log: LogConfig = setting(LogConfig, "what a run logs", on_resume=True)
+    profile: ProfileConfig = setting(
+        ProfileConfig, "what a run records of its own speed", on_resume=True
+    )
     deepspeed: dict[str, Any] = setting(
         dict,
         "DeepSpeed's own JSON, merged over ours",

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -478,25 +479,32 @@ def _count_neighbours(world: World, store: dist.Store) -> tuple[int, int]:
 class RankReduction(Reduction):
     """Sums and gathers over the default process group.
 
-    Tensor names end in their axes: B rows of this rank, C its collected rows, W ranks, R numbers of
+    exchanging: what is entered while the others are waited for, such as a clock. Tensor names end in their axes: B rows of this rank, C its collected rows, W ranks, R numbers of
     a row.
     """
 
-    def __init__(self):
+    def __init__(
+        self,
+        exchanging: Callable[
+            [], AbstractContextManager[None]
+        ] = contextlib.nullcontext,
+    ):
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
+        self._exchanging = exchanging
 
     def start_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         work = dist.all_reduce(values, async_op=True)
 
         def wait() -> torch.Tensor:
-            work.wait()
+            with self._exchanging():
+                work.wait()
             return values
 
         return wait
 
     def gather(self, values_B: torch.Tensor) -> torch.Tensor:
-        return _Gather.apply(values_B)
+        return _Gather.apply(values_B, self._exchanging)
 
     def collect(
         self,
@@ -504,7 +512,7 @@ class RankReduction(Reduction):
         place_C: torch.Tensor,
         rows: int,
     ) -> torch.Tensor:
-        return _Collect.apply(values_CR, place_C, rows)
+        return _Collect.apply(values_CR, place_C, rows, self._exchanging)
 
 
 class _Collect(torch.autograd.Function):
@@ -524,21 +532,25 @@ class _Collect(torch.autograd.Function):
         values_CR: torch.Tensor,
         place_C: torch.Tensor,
         rows: int,
+        exchanging: Callable[[], AbstractContextManager[None]],
     ) -> torch.Tensor:
         ctx.save_for_backward(place_C)
+        ctx.exchanging = exchanging
         collected = values_CR.new_zeros(rows, values_CR.shape[1])
         collected.index_copy_(0, place_C, values_CR)
-        dist.all_reduce(collected)
+        with exchanging():
+            dist.all_reduce(collected)
         return collected
 
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None]:
         (place_C,) = ctx.saved_tensors
         summed = gradient.contiguous().clone()
-        dist.all_reduce(summed)
-        return summed.index_select(0, place_C), None, None
+        with ctx.exchanging():
+            dist.all_reduce(summed)
+        return summed.index_select(0, place_C), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -551,21 +563,29 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values_B: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        values_B: torch.Tensor,
+        exchanging: Callable[[], AbstractContextManager[None]],
+    ) -> torch.Tensor:
+        ctx.exchanging = exchanging
         rows = dist.get_world_size() * len(values_B)
         gathered = values_B.new_empty(rows, *values_B.shape[1:])
-        dist.all_gather_into_tensor(gathered, values_B.contiguous())
+        with exchanging():
+            dist.all_gather_into_tensor(gathered, values_B.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ranks = dist.get_world_size()
         gradient_WB = gradient.contiguous().unflatten(0, (ranks, -1))
         if gradient.is_cuda:
             summed_B = torch.empty_like(gradient_WB[0])
-            dist.reduce_scatter_tensor(summed_B, gradient_WB)
-            return summed_B
+            with ctx.exchanging():
+                dist.reduce_scatter_tensor(summed_B, gradient_WB)
+            return summed_B, None
         # gloo's reduce_scatter is an all-reduce, which sends twice as much.
         received_WB = torch.empty_like(gradient_WB)
-        dist.all_to_all_single(received_WB, gradient_WB)
-        return received_WB.sum(0)
+        with ctx.exchanging():
+            dist.all_to_all_single(received_WB, gradient_WB)
+        return received_WB.sum(0), None

@@ -53,6 +53,7 @@ from trainer.reporting.run_log import (
     plain_record,
     skipped_sentence,
 )
+from trainer.reporting.trace.phases import DATA
 from trainer.run_files import CONFIG, LOOK, METRICS_FILE, SPLIT
 from trainer.training.callbacks import (
     Callback,
@@ -63,7 +64,9 @@ from trainer.training.callbacks import (
     Validation,
     WorkerTuning,
 )
+from trainer.training.phase_log import PhaseLog
 from trainer.training.prefetch import PrefetchedBatch
+from trainer.training.profiler import StepProfiler, require_profile_window
 from trainer.training.progress_report import ProgressReport, report_end
 from trainer.training.run_context import RunContext
 from trainer.training.step import RankFailure, Trainer
@@ -169,6 +172,8 @@ def _begin(
     trainer = Trainer(
         config, ranks, dataset, plan, checkpoint, state.step, warm
     )
+    if config.profile.window is not None:
+        require_profile_window(config.profile.window, trainer.total_steps)
     return trainer, _Start(run, is_new, checkpoint, state, warm)
 
 
@@ -370,7 +375,11 @@ class TrainingRun:
 
         Raises RunStopped, with a checkpoint written, where any rank was asked to stop.
         """
-        with self.context.watchdog, contextlib.closing(self.feed):
+        with (
+            self.context.watchdog,
+            contextlib.closing(self.feed),
+            self._observe(),
+        ):
             self.validation.validate_if_due()  # the run was stopped in between
             try:
                 self._run_steps()
@@ -385,6 +394,21 @@ class TrainingRun:
                     "another rank cannot go on; its own line says why"
                 ) from None
             self.checkpoint_writer.finish()
+
+    @contextlib.contextmanager
+    def _observe(self) -> Iterator[None]:
+        """Within it steps are traced and their phases logged, where that is asked for."""
+        profile = self.context.config.profile
+        with contextlib.ExitStack() as observers:
+            if profile.phases:
+                log = PhaseLog(self.context)
+                observers.callback(log.close)
+                self.callbacks.insert(0, log)
+            if profile.window is not None:
+                profiler = StepProfiler(self.context, *profile.window)
+                observers.callback(profiler.close)
+                self.callbacks.insert(0, profiler)
+            yield
 
     def _run_steps(self) -> None:
         """The loop: fetch, agree, step, call back."""
@@ -460,7 +484,10 @@ class TrainingRun:
         do not wait, and signals trouble with that step, which is then not made.
         """
         if self._refusal is None:
-            with self.context.meter.waiting():
+            with (
+                self.context.meter.waiting(),
+                self.trainer.phases.within(DATA),
+            ):
                 try:
                     return StepBatch(next(self.feed))
                 except InputError as error:

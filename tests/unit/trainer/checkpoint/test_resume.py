@@ -307,6 +307,7 @@ FREE |= {
 FREE |= {
     f"log.{name}" for name in ("every", "tensorboard", "trackers", "project")
 }
+FREE |= {f"profile.{name}" for name in ("steps", "phases")}
 FREE |= {
     f"table.{name}" for name in ("placement", "cache_share", "device_share")
 }
