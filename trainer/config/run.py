@@ -80,6 +80,18 @@ class LogConfig:
             )
 
 
+def read_window(text: str) -> tuple[int, int] | None:
+    """The first and the last step of "100-110", or of "100"; None where the text is neither."""
+    match = _WINDOW.fullmatch(text)
+    if match is None:
+        return None
+    first = int(match[1])
+    last = int(match[2] or first)
+    if not 1 <= first <= last:
+        return None
+    return first, last
+
+
 @dataclass(frozen=True)
 class ProfileConfig:
     """What a run records of its own speed."""
@@ -102,14 +114,7 @@ class ProfileConfig:
     @property
     def window(self) -> tuple[int, int] | None:
         """The first and the last step to trace; None where there are none."""
-        match = _WINDOW.fullmatch(self.steps)
-        if match is None:
-            return None
-        first = int(match[1])
-        last = int(match[2] or first)
-        if not 1 <= first <= last:
-            return None
-        return first, last
+        return read_window(self.steps)
 
 
 @dataclass(frozen=True)

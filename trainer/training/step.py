@@ -42,6 +42,7 @@ from trainer.evaluation.recency.stored import open_recency
 from trainer.reporting.trace.phases import (
     BACKWARD,
     BETWEEN,
+    COPY,
     FORWARD,
     GRADIENTS,
     IDS,
@@ -219,7 +220,7 @@ class Trainer:
         It is copied to the device and its ids are sent to the ranks that hold the rows. Called on
         all ranks, in the order of the steps.
         """
-        self.phases.begin(IDS)
+        self.phases.begin(COPY)
         return self._prefetcher.prepare(batch, self.table)
 
     def train_step(

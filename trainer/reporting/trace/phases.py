@@ -2,7 +2,8 @@
 
     between      between two steps: the log, validation, checkpoints, what callbacks do
     data         waits for the loader's next batch
-    ids          the exchange of ids: copies the batch, tells the ranks which rows are wanted
+    copy         copies the batch to the device, and starts to tell the ranks which rows are wanted
+    ids          waits until the ranks know which rows are wanted of them
     rows         rows come from the ranks that hold them
     forward      forward of the dense model
     backward     backward of the dense model
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 
 BETWEEN = "between"
 DATA = "data"
+COPY = "copy"
 IDS = "ids"
 ROWS = "rows"
 FORWARD = "forward"
@@ -32,6 +34,7 @@ OPTIMIZER = "optimizer"
 PHASES = (
     BETWEEN,
     DATA,
+    COPY,
     IDS,
     ROWS,
     FORWARD,
