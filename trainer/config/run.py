@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from embeddings.config import TableConfig, keeps_squares
 from syncrec.config import ModelConfig
@@ -63,6 +63,10 @@ class LogConfig:
     project: str = setting(
         "",
         "the trackers' experiment or project; empty: their own variable, or syncrec",
+    )
+    console: Literal["quiet", "normal", "verbose"] = setting(
+        "normal",
+        "quiet: the test's line alone; verbose: all figures in every line",
     )
 
     def __post_init__(self) -> None:

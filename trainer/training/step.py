@@ -151,11 +151,7 @@ class Trainer:
             warm.restore_table(
                 self.table, config.table.init_std, config.warm_kept
             )
-        self.phases = PhaseClock()
-        self.reduction = RankReduction(
-            functools.partial(self.phases.within, SUMS)
-        )
-        _time_gradients(self.engine, self.phases)
+        self._build_clock()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
         self._skips_on_device = (
@@ -164,6 +160,14 @@ class Trainer:
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
+
+    def _build_clock(self) -> None:
+        """Builds the clock of phases, and has the exchanges of the dense model timed."""
+        self.phases = PhaseClock()
+        self.reduction = RankReduction(
+            functools.partial(self.phases.within, SUMS)
+        )
+        _time_gradients(self.engine, self.phases)
 
     def _fill_model(
         self, checkpoint: Path | None, warm: "WarmStart | None"
