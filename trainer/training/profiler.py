@@ -24,6 +24,7 @@ from trainer.training.run_context import RunContext
 _OPERATORS = 50  # in the file
 _SHOWN = 12  # of them in the log
 _LONGEST_NAME = 44
+_RANGE = "phase: "  # before the names of ranges
 
 
 class PhaseRanges:
@@ -39,7 +40,7 @@ class PhaseRanges:
         if threading.get_ident() != self._thread:
             return
         self.end()
-        self._range = record_function(f"phase: {phase}")
+        self._range = record_function(f"{_RANGE}{phase}")
         self._range.__enter__()
 
     def end(self) -> None:
@@ -128,39 +129,48 @@ class StepProfiler(Callback):
 
 
 def format_operators(
-    averages: Any, steps: int, on_device: bool = False
+    averages: Any,
+    steps: int,
+    on_device: bool = False,
 ) -> list[str]:
     """A head and a line for each operator, those first that took longest by themselves.
 
     averages: of torch.profiler, one of all calls of an operator. on_device: by the device's time.
 
-        operator                                        calls    ms a step    share
-        aten::addmm                                       440       28.400   25.3 %
+        operator (host)                                 calls    ms a step    share
+        aten::addmm                                       440       28.400    25.3%
     """
-    times = []
+    rows = []
+    total = 0.0
     for average in averages:
-        name = average.key
-        if name.startswith("phase: "):
+        if average.key.startswith(_RANGE):
             continue
         microseconds = average.self_cpu_time_total
         if on_device:
             microseconds = average.self_device_time_total
-        times.append((microseconds, average.count, name))
-    times.sort(reverse=True)
-    total = sum(microseconds for microseconds, _, _ in times) or 1.0
-    clock = "device" if on_device else "host"
-    lines = [
-        f"{'operator (' + clock + ')':{_LONGEST_NAME}}{'calls':>8}{'ms a step':>13}{'share':>9}"
-    ]
-    for microseconds, calls, name in times[:_OPERATORS]:
+        total += microseconds
+        rows.append((microseconds, average.count, average.key))
+    rows.sort(reverse=True)
+    head = "operator (device)" if on_device else "operator (host)"
+    lines = [_operator_line(head, "calls", "ms a step", "share")]
+    for microseconds, calls, name in rows[:_OPERATORS]:
         if len(name) > _LONGEST_NAME:
             name = name[: _LONGEST_NAME - 1] + "…"
         milliseconds = microseconds / 1000 / steps
-        share = 100 * microseconds / total
-        lines.append(
-            f"{name:{_LONGEST_NAME}}{calls:8,}{milliseconds:13,.3f}{share:7.1f} %"
+        share = microseconds / max(total, 1.0)
+        line = _operator_line(
+            name,
+            f"{calls:,}",
+            f"{milliseconds:,.3f}",
+            f"{share:.1%}",
         )
+        lines.append(line)
     return lines
+
+
+def _operator_line(name: str, calls: str, time: str, share: str) -> str:
+    """A line of the table, in columns."""
+    return f"{name:{_LONGEST_NAME}}{calls:>8}{time:>13}{share:>9}"
 
 
 def require_profile_window(window: tuple[int, int], total_steps: int) -> None:

@@ -25,13 +25,14 @@ from trainer.reporting.html import (
 )
 from trainer.reporting.plots import finish_figure, points_per_line, thin
 from trainer.reporting.trace.phases import BETWEEN, PHASES
-from trainer.reporting.trace.records import RankPhases, Span, read_phases
+from trainer.reporting.trace.records import RankPhases, read_phases
 from trainer.reporting.trace.waiting import (
     Wait,
     WaitingTimes,
     align_clocks,
     common_steps,
     find_waits,
+    step_seconds,
     sum_times,
 )
 from trainer.run_files import PHASES_FOLDER, TRACE
@@ -43,8 +44,34 @@ _MOST_RANKS = 12  # in the table of pairs
 _MOST_LINES = 12
 _ROW_HEIGHT = 34  # pixels
 _LEAST_SHARE = 0.005  # of the time; below it a phase is not in the table
+_LEGEND_BELOW = 64
+_SHORTEST = 1e-9  # seconds
 _WAITS = "waits"
-_HATCH = {"shape": "/", "fgcolor": INK, "solidity": 0.12, "size": 5}
+_WAITS_LINE = {
+    "width": 0.5,
+    "color": GREY,
+}
+_HATCH = {
+    "shape": "/",
+    "fgcolor": INK,
+    "solidity": 0.12,
+    "size": 5,
+}
+_DEVICE_SENTENCE = (
+    "Times are the host's, which runs ahead of the device: a phase is the time in which its work was "
+    "queued, or the host waited. profile.steps traces the device."
+)
+_PHASES_SENTENCE = (
+    "Milliseconds of a step, without what is between two. An exchange (ids, rows, gradients, sums, "
+    "table) has the waiting for other ranks in it, which the last column sums."
+)
+_PAIRS_SENTENCE = (
+    "Milliseconds of a step that the rank of a row waits for that of a column."
+)
+_PICTURE_SENTENCE = (
+    "A row a rank. Hatched: the rank waits for the one that comes last to an exchange. "
+    "Click a phase in the legend to hide it."
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +107,7 @@ def write_trace(
     sections: list[Section] = [
         (
             f"Steps {shown.steps[0]:,} to {shown.steps[-1]:,}",
-            "A row a rank. Hatched: the rank waits for the one that comes last to an exchange. "
-            "Click a phase in the legend to hide it.",
+            _PICTURE_SENTENCE,
             _timeline(ranks, shown),
         ),
         (
@@ -128,22 +154,27 @@ def _choose_window(
 
 
 def _lead(
-    ranks: Sequence[RankPhases], steps: list[int], times: WaitingTimes
+    ranks: Sequence[RankPhases],
+    steps: list[int],
+    times: WaitingTimes,
 ) -> list[str]:
     """What the page says first."""
-    hosts = sorted({rank.host for rank in ranks})
-    host_words = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
-    rank_words = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
-    mean = 1000 * np.mean(times.seconds) / times.steps
+    hosts = {rank.host for rank in ranks}
+    host_words = f"{len(hosts)} hosts"
+    if len(hosts) == 1:
+        host_words = ranks[0].host
+    rank_words = f"{len(ranks)} ranks"
+    if len(ranks) == 1:
+        rank_words = "1 rank"
+    total = sum(times.seconds)
+    mean = total / len(ranks)
+    milliseconds = times.milliseconds(mean)
     lead = [
         f"{rank_words} on {host_words}. The tables are of {times.steps:,} steps "
-        f"({steps[0]:,} to {steps[-1]:,}), which took {mean:.1f} ms each."
+        f"({steps[0]:,} to {steps[-1]:,}), which took {milliseconds:.1f} ms each."
     ]
     if ranks[0].device != "cpu":
-        lead.append(
-            "Times are the host's, which runs ahead of the device: a phase is the time in which its "
-            "work was queued, or the host waited. profile.steps traces the device."
-        )
+        lead.append(_DEVICE_SENTENCE)
     if len(ranks) > 1:
         lead.append(_waiting_sentence(times))
     return lead
@@ -154,10 +185,10 @@ def _waiting_sentence(times: WaitingTimes) -> str:
     ranks = range(len(times.seconds))
     waiting = max(ranks, key=times.waits)
     late = max(ranks, key=times.delays)
-    waits = times.waits(waiting) / times.seconds[waiting]
     total = sum(map(times.waits, ranks))
     if not total:
         return "No rank waits for another one."
+    waits = times.waits(waiting) / times.seconds[waiting]
     share = times.delays(late) / total
     return (
         f"Rank {waiting} waits most, {waits:.0%} of its time. Of all waiting, "
@@ -165,7 +196,10 @@ def _waiting_sentence(times: WaitingTimes) -> str:
     )
 
 
-def _tables(ranks: Sequence[RankPhases], times: WaitingTimes) -> list[Table]:
+def _tables(
+    ranks: Sequence[RankPhases],
+    times: WaitingTimes,
+) -> list[Table]:
     """Phases by rank, and who waits for whom."""
     tables = [_phase_table(ranks, times)]
     if 1 < len(ranks) <= _MOST_RANKS:
@@ -173,146 +207,249 @@ def _tables(ranks: Sequence[RankPhases], times: WaitingTimes) -> list[Table]:
     return tables
 
 
-def _phase_table(ranks: Sequence[RankPhases], times: WaitingTimes) -> Table:
+def _phase_table(
+    ranks: Sequence[RankPhases],
+    times: WaitingTimes,
+) -> Table:
     """The milliseconds of a step in each phase, by rank."""
-    phases = []
-    total = sum(times.seconds)
-    for phase in PHASES:
-        seconds = sum(by_phase.get(phase, 0.0) for by_phase in times.by_phase)
-        if seconds > _LEAST_SHARE * total:
-            phases.append(phase)
+    phases = _long_phases(times)
     rows = []
     for number, rank in enumerate(ranks):
-        cells = [Cell(f"{rank.rank} ({rank.host})")]
-        cells.append(_milliseconds(times.seconds[number], times))
+        by_phase = times.by_phase[number]
+        name = f"{rank.rank} ({rank.host})"
+        cells = [
+            Cell(name),
+            _milliseconds(times, times.seconds[number]),
+        ]
         for phase in phases:
-            seconds = times.by_phase[number].get(phase, 0.0)
-            cells.append(_milliseconds(seconds, times))
-        cells.append(_milliseconds(times.waits(number), times))
+            seconds = by_phase.get(phase, 0.0)
+            cells.append(_milliseconds(times, seconds))
+        waits = times.waits(number)
+        cells.append(_milliseconds(times, waits))
         rows.append(cells)
-    text = (
-        "Milliseconds of a step. An exchange (ids, rows, gradients, sums, table) has the waiting "
-        "for other ranks in it, which the last column sums."
+    columns = [
+        "rank",
+        "step",
+        *phases,
+        _WAITS,
+    ]
+    return Table(
+        title="Phases",
+        text=_PHASES_SENTENCE,
+        columns=columns,
+        rows=rows,
     )
-    return Table("Phases", text, ["rank", "step", *phases, _WAITS], rows)
+
+
+def _long_phases(times: WaitingTimes) -> list[str]:
+    """The phases that take a share of the time on any rank."""
+    longest = max(times.seconds)
+    phases = []
+    for phase in PHASES:
+        most = 0.0
+        for by_phase in times.by_phase:
+            most = max(most, by_phase.get(phase, 0.0))
+        if most > _LEAST_SHARE * longest:
+            phases.append(phase)
+    return phases
 
 
 def _pair_table(times: WaitingTimes) -> Table:
     """Milliseconds of a step that a rank (row) waits for another (column)."""
     ranks = range(len(times.seconds))
+    columns = [""]
     rows = []
     for rank in ranks:
+        columns.append(f"for rank {rank}")
         cells = [Cell(f"rank {rank} waits")]
         for other in ranks:
-            seconds = times.waited.get((rank, other), 0.0)
-            same = rank == other
-            cells.append(Cell("–") if same else _milliseconds(seconds, times))
+            cell = Cell("–")
+            if rank != other:
+                seconds = times.waited.get((rank, other), 0.0)
+                cell = _milliseconds(times, seconds)
+            cells.append(cell)
         rows.append(cells)
-    columns = ["", *[f"for rank {rank}" for rank in ranks]]
-    text = "Milliseconds of a step that the rank of a row waits for that of a column."
-    return Table("Who waits for whom", text, columns, rows)
+    return Table(
+        title="Who waits for whom",
+        text=_PAIRS_SENTENCE,
+        columns=columns,
+        rows=rows,
+    )
 
 
-def _milliseconds(seconds: float, times: WaitingTimes) -> Cell:
-    return Cell(f"{1000 * seconds / times.steps:.2f}")
+def _milliseconds(times: WaitingTimes, seconds: float) -> Cell:
+    milliseconds = times.milliseconds(seconds)
+    return Cell(f"{milliseconds:.2f}")
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A part of a rank's row. begin, length: in milliseconds of the picture."""
+
+    row: str
+    begin: float
+    length: float
+    text: str
 
 
 def _timeline(ranks: Sequence[RankPhases], window: StepWindow) -> go.Figure:
     """A row a rank, a bar a phase; waiting is hatched."""
-    bars: dict[str, list[tuple[str, float, float, str]]] = defaultdict(list)
+    bars: dict[str, list[_Bar]] = defaultdict(list)
     for step in window.steps:
         waits = find_waits(ranks, step)
         for rank in ranks:
-            own = [wait for wait in waits if wait.rank == rank.rank]
-            for span in rank.steps[step]:
-                _add_bars(bars, rank.rank, step, span, own, window)
+            _add_step(bars, rank, step, waits, window)
     figure = go.Figure()
     for number, phase in enumerate((*PHASES, _WAITS)):
         if bars[phase]:
-            figure.add_bar(**_bar_trace(phase, number, bars[phase]))
-    figure.update_layout(barmode="overlay", bargap=0.25)
-    names = [f"rank {rank.rank}" for rank in ranks]
-    finish_figure(
-        figure,
-        130 + _ROW_HEIGHT * len(ranks),
-        hovermode="closest",
-        legend={"orientation": "h", "y": -60 / (60 + _ROW_HEIGHT * len(ranks))},
-    )
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=names[::-1], title=None
-    )
-    figure.update_xaxes(
-        title={"text": "milliseconds"}, tickformat=",~f", dtick=None, nticks=12
-    )
+            marker = _marker(phase, number)
+            _draw_bars(figure, phase, marker, bars[phase])
+    _finish_timeline(figure, ranks)
     for step in window.steps:
         begin = min(_begin_of_step(rank, step) for rank in ranks)
-        _mark_step(figure, step, window.milliseconds(begin))
+        moment = window.milliseconds(begin)
+        _mark_step(figure, step, moment)
     return figure
 
 
-def _add_bars(
-    bars: dict[str, list[tuple[str, float, float, str]]],
-    rank: int,
+def _add_step(
+    bars: dict[str, list[_Bar]],
+    rank: RankPhases,
     step: int,
-    span: Span,
     waits: list[Wait],
     window: StepWindow,
 ) -> None:
-    """Adds a span's bars: what of it is waiting, and the rest."""
-    row = f"rank {rank}"
-    begin = span.begin
+    """Adds the bars of a rank's step: of each span what is waiting, and the rest."""
+    waits_by_begin = {}
     for wait in waits:
-        if wait.phase == span.phase and wait.begin == span.begin:
-            text = (
-                f"step {step}: waits {1000 * wait.seconds:.2f} ms "
-                f"for rank {wait.other} ({span.phase})"
+        if wait.rank == rank.rank:
+            waits_by_begin[wait.begin] = wait
+    row = _row_name(rank)
+    for span in rank.steps[step]:
+        begin = span.begin
+        wait_of_span = waits_by_begin.get(span.begin)
+        if wait_of_span is not None and wait_of_span.phase == span.phase:
+            begin = wait_of_span.end
+            length = 1000 * wait_of_span.seconds
+            bar = _Bar(
+                row,
+                window.milliseconds(span.begin),
+                length,
+                f"step {step}: waits {length:.2f} ms "
+                f"for rank {wait_of_span.other} ({span.phase})",
             )
-            length = 1000 * wait.seconds
-            bars[_WAITS].append(
-                (row, window.milliseconds(wait.begin), length, text)
-            )
-            begin = wait.end
-    length = 1000 * (span.end - begin)
-    text = f"step {step}: {span.phase} {length:.2f} ms"
-    bars[span.phase].append((row, window.milliseconds(begin), length, text))
+            bars[_WAITS].append(bar)
+        length = 1000 * (span.end - begin)
+        bar = _Bar(
+            row,
+            window.milliseconds(begin),
+            length,
+            f"step {step}: {span.phase} {length:.2f} ms",
+        )
+        bars[span.phase].append(bar)
 
 
-def _bar_trace(
-    phase: str, number: int, bars: list[tuple[str, float, float, str]]
-) -> dict[str, object]:
-    """The options of a phase's bars."""
-    rows, begins, lengths, texts = zip(*bars, strict=True)
-    marker: dict[str, object] = {"color": DOMAINS[number % len(DOMAINS)]}
+def _row_name(rank: RankPhases) -> str:
+    return f"rank {rank.rank}"
+
+
+def _marker(phase: str, number: int) -> dict[str, object]:
+    """The colour of a phase's bars, as Plotly takes it."""
+    if phase == _WAITS:
+        return {
+            "color": PAPER,
+            "pattern": _HATCH,
+            "line": _WAITS_LINE,
+        }
+    colour = DOMAINS[number % len(DOMAINS)]
     if phase == BETWEEN:
-        marker = {"color": GRID}
-    if phase == _WAITS:
-        marker = {"color": PAPER, "pattern": _HATCH}
-    marker["line"] = {"width": 0}
-    if phase == _WAITS:
-        marker["line"] = {"width": 0.5, "color": GREY}
-    return {
+        colour = GRID
+    return {"color": colour, "line": {"width": 0}}
+
+
+def _draw_bars(
+    figure: go.Figure,
+    phase: str,
+    marker: dict[str, object],
+    bars: list[_Bar],
+) -> None:
+    """Draws the bars of a phase."""
+    rows = []
+    begins = []
+    lengths = []
+    texts = []
+    for bar in bars:
+        rows.append(bar.row)
+        begins.append(round(bar.begin, 3))
+        lengths.append(round(bar.length, 3))
+        texts.append(bar.text)
+    figure.add_bar(
+        orientation="h",
+        name=phase,
+        y=rows,
+        base=begins,
+        x=lengths,
+        hovertext=texts,
+        hoverinfo="text",
+        marker=marker,
+    )
+
+
+def _finish_timeline(
+    figure: go.Figure,
+    ranks: Sequence[RankPhases],
+) -> None:
+    """The axes and the legend; the first rank is on top."""
+    rows = []
+    for rank in ranks:
+        rows.append(_row_name(rank))
+    rows.reverse()
+    height = _ROW_HEIGHT * len(ranks)
+    legend = {
         "orientation": "h",
-        "name": phase,
-        "y": list(rows),
-        "base": np.round(begins, 3),
-        "x": np.round(lengths, 3),
-        "hovertext": list(texts),
-        "hoverinfo": "text",
-        "marker": marker,
+        "y": -_LEGEND_BELOW / (_LEGEND_BELOW + height),
     }
+    figure.update_layout(
+        barmode="overlay",
+        bargap=0.25,
+    )
+    finish_figure(
+        figure,
+        height + 2 * _LEGEND_BELOW,
+        hovermode="closest",
+        legend=legend,
+    )
+    figure.update_yaxes(
+        categoryorder="array",
+        categoryarray=rows,
+        title=None,
+    )
+    figure.update_xaxes(
+        title={"text": "milliseconds"},
+        dtick=None,
+        nticks=12,
+    )
 
 
 def _begin_of_step(rank: RankPhases, step: int) -> float:
     """When a step began: what is before it in its line is between two steps."""
-    spans = rank.steps[step]
-    if spans[0].phase == BETWEEN:
-        return spans[0].end
-    return spans[0].begin
+    first = rank.steps[step][0]
+    if first.phase == BETWEEN:
+        return first.end
+    return first.begin
 
 
 def _mark_step(figure: go.Figure, step: int, moment: float) -> None:
     """An upright at the begin of a step, with its number above."""
-    line = {"color": GREY, "width": 1, "dash": "dot"}
+    line = {
+        "color": GREY,
+        "width": 1,
+        "dash": "dot",
+    }
+    font = {
+        "size": 11,
+        "color": GREY,
+    }
     figure.add_vline(x=moment, line=line)
     figure.add_annotation(
         x=moment,
@@ -322,36 +459,48 @@ def _mark_step(figure: go.Figure, step: int, moment: float) -> None:
         xanchor="left",
         showarrow=False,
         text=f"step {step:,}",
-        font={"size": 11, "color": GREY},
+        font=font,
     )
 
 
 def _waiting_plot(
-    ranks: Sequence[RankPhases], steps: list[int]
+    ranks: Sequence[RankPhases],
+    steps: list[int],
 ) -> go.Figure | None:
     """The share of each step that a rank waits; only of those that wait most, where there are many."""
     if len(ranks) < 2 or len(steps) < 2:
         return None
-    shares_RS = np.zeros((len(ranks), len(steps)))
-    for place, step in enumerate(steps):
-        for wait in find_waits(ranks, step):
-            shares_RS[wait.rank, place] += wait.seconds
-        for number, rank in enumerate(ranks):
-            whole = sum(span.seconds for span in rank.steps[step])
-            shares_RS[number, place] /= whole or 1.0
-    most = np.argsort(-shares_RS.mean(1), kind="stable")[:_MOST_LINES]
-    figure = go.Figure()
+    shares_RS = _waiting_shares(ranks, steps)
+    means_R = shares_RS.mean(1)
+    most = np.argsort(-means_R, kind="stable")[:_MOST_LINES]
     step_numbers = np.array(steps)
+    points = points_per_line(len(most))
+    figure = go.Figure()
     for number in sorted(most):
-        thinned, values = thin(
-            step_numbers, shares_RS[number], points_per_line(len(most))
-        )
+        thinned, values = thin(step_numbers, shares_RS[number], points)
+        colour = DOMAINS[number % len(DOMAINS)]
         figure.add_scatter(
             x=thinned.astype(np.int32),
             y=values.astype(np.float32),
             mode="lines",
-            name=f"rank {ranks[number].rank}",
-            line={"width": 2, "color": DOMAINS[number % len(DOMAINS)]},
+            name=_row_name(ranks[number]),
+            line={"width": 2, "color": colour},
         )
     figure.update_yaxes(tickformat="~%", rangemode="tozero")
     return finish_figure(figure, 300, "share of a step")
+
+
+def _waiting_shares(
+    ranks: Sequence[RankPhases],
+    steps: list[int],
+) -> np.ndarray:
+    """The share of each step that a rank waits, (ranks, steps)."""
+    shape = (len(ranks), len(steps))
+    waits_RS = np.zeros(shape)
+    lengths_RS = np.zeros(shape)
+    for place, step in enumerate(steps):
+        for wait in find_waits(ranks, step):
+            waits_RS[wait.rank, place] += wait.seconds
+        for number, rank in enumerate(ranks):
+            lengths_RS[number, place] = step_seconds(rank, step)
+    return waits_RS / np.maximum(lengths_RS, _SHORTEST)

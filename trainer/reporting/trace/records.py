@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -76,14 +77,21 @@ class PhaseWriter:
             self._stream = self._open()
         if not self._marks:
             return
-        begun = self._marks[0][1]
+        _, begun = self._marks[0]
         spans = []
-        ends = self._marks[1:]
-        for (phase, begin), (_, end) in zip(self._marks, ends, strict=False):
-            offset = round(1000 * (begin - begun), 3)
-            spans.append([phase, offset, round(1000 * (end - begin), 3)])
-        line = {"step": step, "time": self._epoch + begun, "spans": spans}
-        self._stream.write(f"{json.dumps(line)}\n")
+        for mark, following in pairwise(self._marks):
+            phase, begin = mark
+            _, end = following
+            offset = 1000 * (begin - begun)
+            length = 1000 * (end - begin)
+            spans.append([phase, round(offset, 3), round(length, 3)])
+        line = {
+            "step": step,
+            "time": self._epoch + begun,
+            "spans": spans,
+        }
+        text = json.dumps(line)
+        self._stream.write(f"{text}\n")
         del self._marks[:-1]
         now = time.monotonic()
         if now - self._flushed > _FLUSH_SECONDS:
@@ -94,7 +102,8 @@ class PhaseWriter:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         stream = self._file.open("w", encoding="utf-8")
         head = self._head | {"time": time.time()}
-        stream.write(f"{json.dumps(head)}\n")
+        text = json.dumps(head)
+        stream.write(f"{text}\n")
         return stream
 
     def close(self) -> None:
@@ -170,5 +179,6 @@ def _read_spans(line: dict[str, Any]) -> list[Span]:
         if phase not in PHASES:
             raise ValueError(phase)
         begin = begun + float(offset) / 1000
-        spans.append(Span(phase, begin, begin + float(length) / 1000))
+        end = begin + float(length) / 1000
+        spans.append(Span(phase, begin, end))
     return spans

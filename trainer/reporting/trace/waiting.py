@@ -12,9 +12,9 @@ that comes earlier waits for that one:
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from trainer.reporting.trace.phases import EXCHANGES, SUMS
+from trainer.reporting.trace.phases import BETWEEN, EXCHANGES, SUMS
 from trainer.reporting.trace.records import RankPhases, Span
 
 
@@ -62,19 +62,24 @@ def align_clocks(ranks: Sequence[RankPhases]) -> list[RankPhases]:
 
 
 def _differences(
-    first: RankPhases, other: RankPhases, steps: list[int]
+    first: RankPhases,
+    other: RankPhases,
+    steps: list[int],
 ) -> list[float]:
-    """By how much a rank's clock is before the first one's, at the end of each step's last sum."""
+    """By how much a rank's clock is ahead of the first one's, at the end of each step's last sum."""
     differences = []
     for step in steps:
         first_sums = _spans_of(first, step, SUMS)
         other_sums = _spans_of(other, step, SUMS)
         if first_sums and other_sums:
-            differences.append(other_sums[-1].end - first_sums[-1].end)
+            first_end = first_sums[-1].end
+            other_end = other_sums[-1].end
+            differences.append(other_end - first_end)
     return differences
 
 
 def _shifted(rank: RankPhases, shift: float) -> RankPhases:
+    """A rank's phases, earlier by so many seconds."""
     if not shift:
         return rank
     steps = {}
@@ -82,52 +87,88 @@ def _shifted(rank: RankPhases, shift: float) -> RankPhases:
         moved = []
         for span in spans:
             begin = span.begin - shift
-            moved.append(Span(span.phase, begin, span.end - shift))
+            end = span.end - shift
+            moved.append(Span(span.phase, begin, end))
         steps[step] = moved
-    return RankPhases(rank.rank, rank.world_size, rank.host, rank.device, steps)
+    return replace(rank, steps=steps)
 
 
 def _spans_of(rank: RankPhases, step: int, phase: str) -> list[Span]:
-    return [span for span in rank.steps[step] if span.phase == phase]
+    """The spans of a phase in a step."""
+    spans = []
+    for span in rank.steps[step]:
+        if span.phase == phase:
+            spans.append(span)
+    return spans
+
+
+def step_seconds(rank: RankPhases, step: int) -> float:
+    """How long a step took a rank, without what is between two steps."""
+    seconds = 0.0
+    for span in rank.steps[step]:
+        if span.phase != BETWEEN:
+            seconds += span.seconds
+    return seconds
 
 
 def find_waits(ranks: Sequence[RankPhases], step: int) -> list[Wait]:
-    """All waits of a step, of phases that are an exchange.
+    """All waits of a step, in phases that are an exchange.
 
     A phase that the ranks do not have equally often is passed over: nobody knows which belongs to
     which.
     """
     waits = []
     for phase in EXCHANGES:
-        by_rank = [_spans_of(rank, step, phase) for rank in ranks]
-        counts = {len(spans) for spans in by_rank}
-        if len(counts) != 1:
+        by_rank = []
+        counts = set()
+        for rank in ranks:
+            spans = _spans_of(rank, step, phase)
+            by_rank.append(spans)
+            counts.add(len(spans))
+        if len(counts) > 1:
             continue
-        for spans in zip(*by_rank, strict=True):
-            waits += _waits_of_exchange(phase, spans)
+        for exchange in zip(*by_rank, strict=True):
+            waits += _waits_of_exchange(phase, exchange)
     return waits
 
 
 def _waits_of_exchange(phase: str, spans: Sequence[Span]) -> list[Wait]:
     """The waits of one exchange. spans: of each rank."""
-    begins = [span.begin for span in spans]
-    last = begins.index(max(begins))
+    last = 0
+    for rank, span in enumerate(spans):
+        if span.begin > spans[last].begin:
+            last = rank
     waits = []
     for rank, span in enumerate(spans):
-        end = min(span.end, begins[last])
+        end = min(span.end, spans[last].begin)
         if rank != last and end > span.begin:
-            waits.append(Wait(rank, last, phase, span.begin, end))
+            wait = Wait(
+                rank,
+                last,
+                phase,
+                span.begin,
+                end,
+            )
+            waits.append(wait)
     return waits
 
 
 @dataclass(frozen=True)
 class WaitingTimes:
-    """Sums over steps. seconds: of all steps, by rank. waited: by (rank, the one it waits for)."""
+    """Sums over steps, in seconds.
+
+    seconds: of the steps themselves, by rank. by_phase: of each phase, by rank. waited: by (rank,
+    the one that it waits for).
+    """
 
     steps: int
     seconds: list[float]
     by_phase: list[dict[str, float]]
     waited: dict[tuple[int, int], float]
+
+    def milliseconds(self, seconds: float) -> float:
+        """Milliseconds of a step from seconds of all steps."""
+        return 1000 * seconds / self.steps
 
     def waits(self, rank: int) -> float:
         """How long a rank waits for the others."""
@@ -147,7 +188,8 @@ class WaitingTimes:
 
 
 def sum_times(
-    ranks: Sequence[RankPhases], steps: Sequence[int]
+    ranks: Sequence[RankPhases],
+    steps: Sequence[int],
 ) -> WaitingTimes:
     """Sums phases and waits over steps."""
     waited: dict[tuple[int, int], float] = defaultdict(float)
@@ -155,12 +197,20 @@ def sum_times(
     seconds = []
     for rank in ranks:
         totals: dict[str, float] = defaultdict(float)
+        length = 0.0
         for step in steps:
+            length += step_seconds(rank, step)
             for span in rank.steps[step]:
                 totals[span.phase] += span.seconds
         by_phase.append(dict(totals))
-        seconds.append(sum(totals.values()))
+        seconds.append(length)
     for step in steps:
         for wait in find_waits(ranks, step):
-            waited[wait.rank, wait.other] += wait.seconds
-    return WaitingTimes(len(steps), seconds, by_phase, dict(waited))
+            pair = (wait.rank, wait.other)
+            waited[pair] += wait.seconds
+    return WaitingTimes(
+        len(steps),
+        seconds,
+        by_phase,
+        dict(waited),
+    )
