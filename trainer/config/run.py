@@ -18,6 +18,7 @@ from trainer.config.stream import StreamConfig
 # FBGEMM's kernels read rows by vectors of four numbers.
 _ROW_VECTOR = 4
 _LEAST_MINUTES = 0.001
+MEASURED_PEAK = -1  # of profile.peak_tflops
 TRACKERS = ("mlflow", "wandb")  # of log.trackers
 _WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)  # of profile.steps
 # The largest value of a setting: far above what a run uses, and below what no memory, no clock
@@ -64,6 +65,10 @@ class LogConfig:
         "",
         "the trackers' experiment or project; empty: their own variable, or syncrec",
     )
+    prometheus: str = setting(
+        "",
+        "a file for Prometheus' node exporter, such as /…/textfile/syncrec.prom",
+    )
     console: Literal["quiet", "normal", "verbose"] = setting(
         "normal",
         "quiet: the test's line alone; verbose: all figures in every line",
@@ -72,6 +77,11 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"log.every is {self.every}: give at least 1")
+        if self.prometheus and not self.prometheus.endswith(".prom"):
+            raise ValueError(
+                f"log.prometheus is {self.prometheus}: give a name that ends in .prom, which the "
+                "node exporter reads"
+            )
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(
@@ -107,8 +117,18 @@ class ProfileConfig:
     phases: bool = setting(
         False, "a JSON line a step and rank, for `syncrec trace`"
     )
+    peak_tflops: float = setting(
+        0.0,
+        "a device's peak in TFLOP/s, for MFU in each record; -1: measured; 0: no MFU",
+    )
 
     def __post_init__(self) -> None:
+        peak = self.peak_tflops
+        if peak != MEASURED_PEAK and not 0 <= peak < math.inf:
+            raise ValueError(
+                f"profile.peak_tflops is {peak}: give more than 0, {MEASURED_PEAK} to have it "
+                "measured, or 0 for no MFU"
+            )
         if self.steps and self.window is None:
             raise ValueError(
                 f"profile.steps is {self.steps}: give a step, or the first and the last one: "

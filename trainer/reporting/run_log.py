@@ -4,7 +4,7 @@
 logging interval and a record for each evaluation, in the order in which they happened. Intervals
 grow from one step to `log.every`, so that a run of any length has curves.
 `trainer/reporting/run_report.py` draws from it and from nothing else. Trackers get its records too
-(trainer.training.tracking). Its figures:
+(trainer.training.observers.tracking). Its figures:
 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
                  loss_cross, mutual_information (null without SC-MIM), single_by_domain,
@@ -12,7 +12,9 @@ grow from one step to `log.every`, so that a run of any length has curves.
                  lambda (weights, 1 where all domains weigh alike), phi (eq. 10, below 0 =
                  negative transfer), alpha, beta, learning_rate, gradient_norm,
                  users_per_second, tokens_per_second, skipped_users (over all ranks in the interval: they could not be
-                 read, see stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
+                 read, see stream.damaged), data_wait (share of the time, 0 to 1), exchange (the same
+                 of exchanges with other ranks, waiting for them included; null on CUDA), padding
+                 (share of attention's slots), mfu (null without profile.peak_tflops), memory_gb
     evaluation   kind "validation" or "test", step, epoch, seconds, and the figures that
                  trainer/evaluation/evaluation.py lists
 

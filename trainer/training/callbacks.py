@@ -18,7 +18,7 @@ After each step the loop calls `on_step` of all callbacks, one after the other, 
     CheckpointWriter    where one is due: begins a checkpoint
     EarlyStopping       says so where the validation ends the run
     ProgressReport      draws report.html anew (trainer.training.progress_report)
-    Tracking            hands records to TensorBoard, MLflow, W&B (trainer.training.tracking)
+    Tracking            hands records to TensorBoard, MLflow, W&B (trainer.training.observers.tracking)
     a caller's          in the order in which they were given
 
 `on_checkpoint` of all callbacks is called in the same order once a checkpoint is visible, which is

@@ -64,13 +64,17 @@ from trainer.training.callbacks import (
     Validation,
     WorkerTuning,
 )
-from trainer.training.phase_log import PhaseLog
+from trainer.training.observers.node_exporter import open_node_exporter
+from trainer.training.observers.phase_log import PhaseLog
+from trainer.training.observers.profiler import (
+    StepProfiler,
+    require_profile_window,
+)
+from trainer.training.observers.tracking import Tracking, require_trackers
 from trainer.training.prefetch import PrefetchedBatch
-from trainer.training.profiler import StepProfiler, require_profile_window
 from trainer.training.progress_report import ProgressReport, report_end
 from trainer.training.run_context import RunContext
 from trainer.training.step import RankFailure, Trainer
-from trainer.training.tracking import Tracking, require_trackers
 
 
 def train(
@@ -220,7 +224,8 @@ def _fit_and_test(
         with StopSignal() as stop_signal:
             resumed = start.checkpoint is not None
             context = RunContext(trainer, state, run, log, stop_signal, resumed)
-            training = TrainingRun(context, [tracking, *callbacks])
+            observers = [tracking, *open_node_exporter(context)]
+            training = TrainingRun(context, [*observers, *callbacks])
             training.fit()
         log.show_activity("testing the best model")
         record = test_best(trainer, run)

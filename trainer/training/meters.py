@@ -1,6 +1,7 @@
 """Metrics since the last log line: mean losses, φ, λ, throughput, time spent waiting for data."""
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -36,7 +37,14 @@ class IntervalMeter:
         self._tokens = 0
         self._skipped = 0
         self._waited = 0.0
+        self._exchanged_before = self._exchanged()
         self._begun = time.perf_counter()
+
+    def _exchanged(self) -> float:
+        """The seconds of all exchanges so far."""
+        if self._exchange_seconds is None:
+            return math.nan
+        return self._exchange_seconds()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -82,6 +90,7 @@ class IntervalMeter:
                 report.lambda_D.double(),
             ]
         )
+        self._work.add(batch)
         assert len(figures) == 4 + 4 * len(self.domains)
         self._reports.append(figures)
         users = int(batch.weight_B.sum())
@@ -104,10 +113,20 @@ class IntervalMeter:
         # a share of the sum.
         mean_loss = steps[:, 0].mean()
         mean_information = steps[:, 1].mean()
-        counts = steps.new_tensor([self._users, self._tokens, self._skipped])
+        exchanged = self._exchanged() - self._exchanged_before
+        counts = steps.new_tensor(
+            [
+                self._users,
+                self._tokens,
+                self._skipped,
+                exchanged,
+                self._work.peak,
+                *self._work.take(),
+            ]
+        )
         shared = torch.stack([mean_loss, mean_information, *counts])
         dist.all_reduce(shared)
-        loss, information, users, tokens, skipped = shared.tolist()
+        loss, information, users, tokens, skipped, *use = shared.tolist()
         views = steps[:, 2:4].mean(0)
         loss_single, loss_cross = views.tolist()
         # A domain's mean is over the steps that have it.
@@ -133,6 +152,7 @@ class IntervalMeter:
             "tokens_per_second": tokens / elapsed,
             "skipped_users": int(skipped),
             "data_wait": self._waited / elapsed,
+            **_describe_use(use, elapsed, world_size),
             "memory_gb": _peak_memory_gb(),
         }
         self._reset()
@@ -141,6 +161,21 @@ class IntervalMeter:
     def _name_domains(self, values_D: list[float]) -> dict[str, float]:
         """Returns the values by the domains' names."""
         return dict(zip(self.domains, values_D, strict=True))
+
+
+def _describe_use(
+    sums: list[float], elapsed: float, world_size: int
+) -> dict[str, float | None]:
+    """What of the time are exchanges, of the slots padding, of the devices' arithmetic the model.
+
+    sums: over ranks: exchange seconds, peak, tokens, slots, operations.
+    """
+    exchanged, peak, tokens, slots, operations = sums
+    return {
+        "exchange": exchanged / elapsed / world_size,
+        "padding": 1 - tokens / slots if slots else None,
+        "mfu": operations / elapsed / peak if peak else None,
+    }
 
 
 def _peak_memory_gb() -> float:

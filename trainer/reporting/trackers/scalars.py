@@ -18,6 +18,9 @@ _TRAIN_TAGS = {
     "users_per_second": "speed/users_per_second",
     "tokens_per_second": "speed/tokens_per_second",
     "data_wait": "speed/data_wait",
+    "exchange": "speed/exchange",
+    "padding": "speed/padding",
+    "mfu": "speed/mfu",
     "memory_gb": "speed/memory_gb",
 }
 

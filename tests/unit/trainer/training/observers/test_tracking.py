@@ -6,9 +6,9 @@ from tests.helpers.runs import SmallRun, rank_of_one
 from tests.unit.trainer.reporting.trackers.test_thread import Recorded
 from trainer.errors import InputError, RunStopped
 from trainer.reporting.run_log import read_records
-from trainer.training import tracking
 from trainer.training.callbacks import Callback
 from trainer.training.loop import train
+from trainer.training.observers import tracking
 
 SETTINGS = [
     "log.tensorboard=false",

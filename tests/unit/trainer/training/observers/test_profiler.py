@@ -11,9 +11,9 @@ from trainer.errors import InputError
 from trainer.reporting.trace.page import write_trace
 from trainer.reporting.trace.phases import PHASES
 from trainer.reporting.trace.records import PhaseWriter, read_phases
-from trainer.training import profiler
 from trainer.training.loop import train
-from trainer.training.profiler import format_operators
+from trainer.training.observers import profiler
+from trainer.training.observers.profiler import format_operators
 
 SETTINGS = [
     "log.tensorboard=false",
