@@ -4,7 +4,7 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from trainer.evaluation.domain_weights import relative_weights
 if TYPE_CHECKING:
     from syncrec.batch.views import Batch
     from syncrec.model import LossReport
+    from trainer.training.observers.utilization import WorkMeter
 
 
 class IntervalMeter:
@@ -23,10 +24,22 @@ class IntervalMeter:
     They are reduced over ranks only when a line is due.
     """
 
-    def __init__(self, domains: list[str], mutual_information: bool = True):
-        """mutual_information: the model has that loss; else records have none."""
+    def __init__(
+        self,
+        domains: list[str],
+        mutual_information: bool = True,
+        work: "WorkMeter | None" = None,
+        exchange_seconds: Callable[[], float] | None = None,
+    ):
+        """mutual_information: the model has that loss; else records have none.
+
+        work: counts what steps compute. exchange_seconds: so far in exchanges between ranks. Without
+        them records do not have those figures.
+        """
         self.domains = domains
         self.mutual_information = mutual_information
+        self._work = work
+        self._exchange_seconds = exchange_seconds
         self.started = time.perf_counter()
         self._pauses = 0  # that are open, one within the other
         self._reset()
@@ -90,7 +103,8 @@ class IntervalMeter:
                 report.lambda_D.double(),
             ]
         )
-        self._work.add(batch)
+        if self._work is not None:
+            self._work.add(batch)
         assert len(figures) == 4 + 4 * len(self.domains)
         self._reports.append(figures)
         users = int(batch.weight_B.sum())
@@ -114,14 +128,16 @@ class IntervalMeter:
         mean_loss = steps[:, 0].mean()
         mean_information = steps[:, 1].mean()
         exchanged = self._exchanged() - self._exchanged_before
+        work = [0.0, 0, 0, 0]
+        if self._work is not None:
+            work = [self._work.peak, *self._work.take()]
         counts = steps.new_tensor(
             [
                 self._users,
                 self._tokens,
                 self._skipped,
                 exchanged,
-                self._work.peak,
-                *self._work.take(),
+                *work,
             ]
         )
         shared = torch.stack([mean_loss, mean_information, *counts])

@@ -48,10 +48,7 @@ class RunContext:
         self.config: RunConfig = trainer.config
         self.ranks: Ranks = trainer.ranks
         self.plan: BatchSchedule = trainer.plan
-        self.meter = IntervalMeter(
-            [domain.name for domain in trainer.dataset.domains],
-            self.config.model.mutual_information,
-        )
+        self.meter = self._build_meter()
         self.watchdog = Watchdog(
             60 * self.config.timeout_minutes + _WATCHDOG_MARGIN,
             lambda: f"step {self.state.step + 1}",
@@ -76,7 +73,12 @@ class RunContext:
         if device.type == "cpu":
             exchange_seconds = self.trainer.phases.exchange_seconds
         domains = [domain.name for domain in self.trainer.dataset.domains]
-        return IntervalMeter(domains, WorkMeter(model, peak), exchange_seconds)
+        return IntervalMeter(
+            domains,
+            model.mutual_information,
+            WorkMeter(model, peak),
+            exchange_seconds,
+        )
 
     def _open_feed(self) -> BatchFeed:
         """Opens the stream of this rank's batches, from the state's step on."""

@@ -305,9 +305,10 @@ FREE |= {
     for name in ("every_steps", "every_minutes", "every_epochs", "keep")
 }
 FREE |= {
-    f"log.{name}" for name in ("every", "tensorboard", "trackers", "project")
+    f"log.{name}"
+    for name in ("every", "tensorboard", "trackers", "project", "prometheus")
 }
-FREE |= {f"profile.{name}" for name in ("steps", "phases")}
+FREE |= {f"profile.{name}" for name in ("steps", "phases", "peak_tflops")}
 FREE |= {
     f"table.{name}" for name in ("placement", "cache_share", "device_share")
 }
