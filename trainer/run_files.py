@@ -12,6 +12,7 @@ A run's folder (`run=DIR`):
     run/phases/rank-00000.jsonl                 the phases of a rank's steps, a line a step
     run/trace.html                              who waits for whom (`syncrec trace`)
     run/profile/                                traces of PyTorch's profiler, a table of operators
+    run/nccl/rank-0                             a rank's last NCCL collectives, after a timeout
     run/status.json                             whether it trains, has stopped, failed or finished
     run/report.html                             the run on one page
     run/look.json                               what an inspection of the best model gave
@@ -50,6 +51,7 @@ PHASES_FOLDER = "phases"  # see phases_file
 TRACE = "trace.html"
 PROFILE = "profile"  # see trace_file
 OPERATORS = "operators.txt"  # in it
+NCCL = "nccl"
 STATUS = "status.json"
 REPORT = "report.html"
 LOOK = "look.json"
@@ -101,6 +103,11 @@ def phases_file(rank: int) -> str:
 def trace_file(first: int, last: int, rank: int) -> str:
     """The file with the profiler's trace of some steps of a rank."""
     return f"{PROFILE}/steps-{first}-{last}-rank-{rank:05d}.trace.json.gz"
+
+
+def memory_file(rank: int) -> str:
+    """The file with a snapshot of a rank's device that ran out of memory."""
+    return f"{PROFILE}/memory-rank-{rank:05d}.pickle"
 
 
 def checkpoint_name(step: int, repetition: int = 0) -> str:

@@ -37,6 +37,7 @@ from trainer.run_files import (
     LATEST,
     LOCK,
     METRICS_FILE,
+    NCCL,
     REPORT,
     SPLIT,
     STATUS,
@@ -285,7 +286,7 @@ def remove_failed_start(run: Path) -> None:
         return
     for name in (CONFIG, METRICS_FILE, REPORT, SPLIT, STATUS, TRACKERS):
         (run / name).unlink(missing_ok=True)
-    for name in (TENSORBOARD, WANDB):
+    for name in (NCCL, TENSORBOARD, WANDB):
         shutil.rmtree(run / name, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else is in it
         (run / CHECKPOINTS).rmdir()

@@ -117,6 +117,10 @@ class ProfileConfig:
     phases: bool = setting(
         False, "a JSON line a step and rank, for `syncrec trace`"
     )
+    memory: bool = setting(
+        False,
+        "on CUDA: note who allocates what, for the snapshot at out-of-memory",
+    )
     peak_tflops: float = setting(
         0.0,
         "a device's peak in TFLOP/s, for MFU in each record; -1: measured; 0: no MFU",

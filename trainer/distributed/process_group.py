@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ _BACKEND_LOST = (
 )
 _SOURCE_FILE = re.compile(r"^\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*")
 _LONGEST_REASON = 160
+_FLIGHT_ENTRIES = "2000"  # collectives of a rank
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -88,7 +90,9 @@ class Ranks:
 
 @contextlib.contextmanager
 def join_process_group(
-    timeout_minutes: float = 30, device: str = "auto"
+    timeout_minutes: float = 30,
+    device: str = "auto",
+    flight_folder: Path | None = None,
 ) -> Iterator[Ranks]:
     """Joins the process group that the launcher describes, or makes one of one rank.
 
@@ -96,7 +100,8 @@ def join_process_group(
             train(config, ranks)
 
     device: "cuda" (with NCCL), "cpu" (with gloo), or "auto": CUDA where there is a device and
-    DS_ACCELERATOR does not say cpu. The same code follows either. The group is left in order at the end, and where an
+    DS_ACCELERATOR does not say cpu. The same code follows either. flight_folder: see
+    `record_collectives`. The group is left in order at the end, and where an
     InputError is the end.
 
     The ranks watch each other meanwhile (trainer.distributed.liveness). Where others are gone it is
@@ -105,7 +110,7 @@ def join_process_group(
     """
     begin_work()
     with translate_backend_errors():
-        ranks, store = _join(timeout_minutes, device)
+        ranks, store = _join(timeout_minutes, device, flight_folder)
         addresses = [os.environ["MASTER_ADDR"]]
         liveness = watch_peers(store, ranks.rank, ranks.world_size, addresses)
     try:
@@ -229,7 +234,20 @@ def _why_no_cuda() -> str:
     )
 
 
-def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
+def record_collectives(folder: Path) -> None:
+    """Has NCCL's watchdog leave each rank's last collectives where one does not end in time.
+
+    PyTorch's flight recorder; it writes folder/rank-0 and so on, and makes no folder. What is in the
+    environment already stands. Called before the process group is made.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _FLIGHT_ENTRIES)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/rank-")
+
+
+def _join(
+    timeout_minutes: float, device_kind: str, flight_folder: Path | None
+) -> tuple[Ranks, dist.Store]:
     """Joins the group; this process's ranks, and the group's store."""
     timeout = timedelta(minutes=timeout_minutes)
     device_kind = choose_device(device_kind)
@@ -245,6 +263,8 @@ def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
     if device_kind == "cuda":
         device = _take_device(world, local_rank, local_size, store)
         backend = "cpu:gloo,cuda:nccl"
+        if flight_folder is not None:
+            record_collectives(flight_folder)
     else:
         device = torch.device("cpu")
         backend = "gloo"

@@ -54,7 +54,7 @@ from trainer.reporting.run_log import (
     skipped_sentence,
 )
 from trainer.reporting.trace.phases import DATA
-from trainer.run_files import CONFIG, LOOK, METRICS_FILE, SPLIT
+from trainer.run_files import CONFIG, LOOK, METRICS_FILE, NCCL, SPLIT
 from trainer.training.callbacks import (
     Callback,
     CheckpointWriter,
@@ -63,6 +63,9 @@ from trainer.training.callbacks import (
     StepReport,
     Validation,
     WorkerTuning,
+)
+from trainer.training.observers.memory_snapshot import (
+    snapshot_out_of_memory,
 )
 from trainer.training.observers.node_exporter import open_node_exporter
 from trainer.training.observers.phase_log import PhaseLog
@@ -274,9 +277,12 @@ def _build_plan(
 
 def _write_first_files(trainer: Trainer, start: _Start) -> None:
     """Writes the first files of the run's folder, on the first rank."""
+    run = start.run
+    if trainer.ranks.device.type == "cuda":
+        # Of each host: the flight recorder makes none (trainer.distributed.process_group).
+        (run / NCCL).mkdir(parents=True, exist_ok=True)
     if not trainer.ranks.first:
         return
-    run = start.run
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, to_yaml(trainer.config))
     split = describe_split(trainer.dataset)
@@ -406,6 +412,10 @@ class TrainingRun:
         """Within it steps are traced and their phases logged, where that is asked for."""
         profile = self.context.config.profile
         with contextlib.ExitStack() as observers:
+            snapshot = snapshot_out_of_memory(
+                self.context.folder, self.context.ranks, profile.memory
+            )
+            observers.enter_context(snapshot)
             if profile.phases:
                 log = PhaseLog(self.context)
                 observers.callback(log.close)

@@ -308,7 +308,9 @@ FREE |= {
     f"log.{name}"
     for name in ("every", "tensorboard", "trackers", "project", "prometheus")
 }
-FREE |= {f"profile.{name}" for name in ("steps", "phases", "peak_tflops")}
+FREE |= {
+    f"profile.{name}" for name in ("steps", "phases", "memory", "peak_tflops")
+}
 FREE |= {
     f"table.{name}" for name in ("placement", "cache_share", "device_share")
 }
@@ -394,6 +396,7 @@ def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
         "metrics.jsonl",
         "checkpoints/notes.txt",
         "tensorboard/events",
+        "nccl/rank-0",
         "trackers.json",
         "wandb/offline-run-1/files",
         ".lock",
