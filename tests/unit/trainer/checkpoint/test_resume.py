@@ -306,7 +306,14 @@ FREE |= {
 }
 FREE |= {
     f"log.{name}"
-    for name in ("every", "tensorboard", "trackers", "project", "prometheus")
+    for name in (
+        "console",
+        "every",
+        "project",
+        "prometheus",
+        "tensorboard",
+        "trackers",
+    )
 }
 FREE |= {
     f"profile.{name}" for name in ("steps", "phases", "memory", "peak_tflops")

@@ -134,7 +134,7 @@ def test_use_is_a_share_of_what_all_ranks_could_have_done(
         def take(self):
             return 60, 80, 500
 
-    exchanged = iter([0.0, 5.0, 7.0, 9.0])
+    exchanged = iter([0.0, 5.0, 7.0, 9.0, 9.0])
     meter = IntervalMeter(["a", "b"], True, Work(), lambda: next(exchanged))
     meter.add(batch([1.0], 5), torch.tensor(5.0), report())
     clock.seconds += 20
