@@ -10,6 +10,7 @@ HIDDEN = "…"  # stands for what is secret
 _ADDRESS = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_TEXT = 300  # letters
 _QUERY = re.compile(r"(://[^?#\s]*)[?#]\S*")
+_VALUES = re.compile(r"\?\S*=\S*")
 # Variables whose values are secret, by their names.
 _SECRET_NAME = re.compile(
     r"TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|SECRET|CREDENTIAL",
@@ -56,7 +57,9 @@ def hide_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
     for name, value in environment.items():
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, HIDDEN)
-    return _QUERY.sub(rf"\1?{HIDDEN}", hide_user(text))
+    text = _QUERY.sub(rf"\1?{HIDDEN}", hide_user(text))
+    # Of an address whose beginning another program has cut off.
+    return _VALUES.sub(f"?{HIDDEN}", text)
 
 
 def hide_user(text: str) -> str:

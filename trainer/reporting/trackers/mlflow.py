@@ -24,6 +24,11 @@ _REFUSED = re.compile(r"[^\w\-. :/]")  # letters that no name may have
 _LONGEST_NAME = 250
 _MOST_PARAMETERS = 100  # in one request
 _LONGEST_PARAMETER = 6000
+# MLflow's own retries would hide for minutes that a server is away; TrackerThread tries again.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 _STATUS = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
 
 
@@ -69,6 +74,8 @@ class MLflow(Tracker):
 
     def __init__(self, run: TrackedRun):
         super().__init__(run)
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         import mlflow
 
         self._mlflow = mlflow

@@ -73,7 +73,8 @@ class WeightsAndBiases(Tracker):
             )
         if self._opened.offline:
             return f"offline in {Path(self._opened.dir).parent}"
-        return redact_location(self._opened.url)
+        # WANDB_MODE=disabled has none.
+        return redact_location(self._opened.url or "")
 
     def _require_key(self) -> None:
         """Raises PermissionError where W&B would ask for a key on the terminal."""
@@ -102,8 +103,10 @@ class WeightsAndBiases(Tracker):
 
     def add_file(self, file: Path) -> None:
         """Keeps a copy among the files of W&B's run."""
-        copy = shutil.copy(file, self._opened.dir)
-        self._opened.save(copy, base_path=self._opened.dir, policy="now")
+        folder = Path(self._opened.dir)
+        if folder.is_dir():
+            copy = shutil.copy(file, folder)
+            self._opened.save(copy, base_path=folder, policy="now")
 
     def end(self, state: str) -> None:
         """Ends the run, and waits for what is still being sent."""

@@ -31,6 +31,7 @@ def test_texts_lose_secrets_of_addresses_and_of_the_environment():
     assert hide_secrets(text, environment) == (
         "401 for https://…@host/a?… and s3://b, key … /home/x"
     )
+    assert hide_secrets("url: /a?key=1/api", {}) == "url: /a?…"
     # A short value would hide parts of other words.
     assert hide_secrets("a token", {"TOKEN": "a"}) == "a token"
 
