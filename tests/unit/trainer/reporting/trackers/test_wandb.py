@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -45,10 +46,22 @@ def read_payloads(data):
         if kind in (1, 4):
             yield payload
             payload = b""
+        elif kind == 0:  # not written yet
+            return
 
 
 def read_run(folder):
-    """What an offline run has on disk: {kind: records}."""
+    """What an offline run has on disk: {kind: records}. W&B's own process may still write it."""
+    for _ in range(100):
+        records = read_records(folder)
+        if "exit" in records:
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"no end in {list(records)}")
+
+
+def read_records(folder):
+    """The records that are there."""
     from wandb.proto import wandb_internal_pb2
 
     (file,) = folder.glob("*.wandb")
