@@ -133,11 +133,13 @@ def test_only_so_many_calls_wait_and_the_run_is_still_begun(monkeypatch):
             away.wait()
             return super().begin()
 
-    tracker = Late()
-    thread = TrackerThread(tracker, [].append)
+    tracker = Late(failures=1)
+    thread = TrackerThread(tracker, [].append, retry_seconds=0.001)
     for step in range(100):
         thread.log({"loss": 1.0}, step)
     away.set()
+    while ("log", 99) not in tracker.calls:
+        time.sleep(0.001)
     thread.end("finished", [])
     assert tracker.calls[0] == ("begin",)
     assert tracker.calls[-2:] == [("log", 99), ("end", "finished")]
