@@ -311,15 +311,19 @@ class Trainer:
         gradient_NR = self._guard_gradient(
             gradient_NR, loss.detach(), report, batch, before, signals
         )
+        self._update(batch.reduce_gradient(gradient_NR))
+        return loss.detach(), report
+
+    def _update(self, gradient_UR: torch.Tensor) -> None:
+        """Updates table and dense model, and the average of the weights. Called on all ranks."""
         self.phases.begin(TABLE)
-        self.table.update(batch.reduce_gradient(gradient_NR))
+        self.table.update(gradient_UR)
         self.phases.begin(OPTIMIZER)
         self.engine.step()
         self.step += 1
         if self._average is not None and self._gradients.made is not None:
             self._average.update(self.step, self._gradients.made)
         self.phases.begin(BETWEEN)
-        return loss.detach(), report
 
     def _set_learning_rates(self) -> None:
         """Sets both learning rates to where the schedule is."""
