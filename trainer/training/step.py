@@ -311,13 +311,13 @@ class Trainer:
         gradient_NR = self._guard_gradient(
             gradient_NR, loss.detach(), report, batch, before, signals
         )
-        self._update(batch.reduce_gradient(gradient_NR))
+        self._update(batch, gradient_NR)
         return loss.detach(), report
 
-    def _update(self, gradient_UR: torch.Tensor) -> None:
+    def _update(self, batch: Batch, gradient_NR: torch.Tensor) -> None:
         """Updates table and dense model, and the average of the weights. Called on all ranks."""
         self.phases.begin(TABLE)
-        self.table.update(gradient_UR)
+        self.table.update(batch.reduce_gradient(gradient_NR))
         self.phases.begin(OPTIMIZER)
         self.engine.step()
         self.step += 1
