@@ -122,7 +122,8 @@ def test_a_preempted_job_of_slurm_is_requeued_and_ends_as_one_that_was_not(
     assert "status 75," in told and "status 0," in told
     assert told.count("0 faults") == 2
     logs = sorted((tmp_path / f"syncrec-{job}").glob("*.log"))
-    assert [log.stem for log in logs] == list(slurm.NODES[:nodes])
+    host = os.uname().nodename.split(".")[0]
+    assert [log.stem for log in logs] == [f"{n}-{host}" for n in range(nodes)]
     assert "as asked" in logs[0].read_text()
     assert_same(tmp_path / "run", undisturbed)
 
@@ -202,6 +203,7 @@ def test_an_indexed_job_that_is_drained_goes_on(
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_trainjob_trains_with_what_kubeflow_sets(
     dataset, undisturbed, python, tmp_path
 ):
@@ -224,7 +226,7 @@ def test_a_trainjob_trains_with_what_kubeflow_sets(
 def test_a_fault_that_doctor_finds_ends_a_pod_with_its_status(
     dataset, python, tmp_path
 ):
-    objects = filled_in("trainjob.yaml", tmp_path, tmp_path / "nothing here")
+    objects = filled_in("trainjob.yaml", tmp_path, tmp_path / "nothing")
     trainer = objects["TrainJob"]["spec"]["trainer"]
     place = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "0"}
     place |= {"PET_MASTER_ADDR": "127.0.0.1"}
@@ -232,6 +234,7 @@ def test_a_fault_that_doctor_finds_ends_a_pod_with_its_status(
     environment = environment_with(python, **place)
     pod = start(trainer, environment, tmp_path / "pod")
     assert pod.wait(120) == 2
+    assert "nothing: not a dataset" in (tmp_path / "pod").read_text()
     assert not (tmp_path / "run").exists()
 
 
